@@ -1,0 +1,3 @@
+"""lmprobe_zarr."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,147 @@
+"""`TokenBatch`, the one value that goes from a source of activations (model, old file, caller) to the writer.
+
+Holds arrays and says whether they fit together. Never files, zarr or torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = ["HASH_DIGITS", "TokenBatch", "prompt_hash", "prompt_sha256", "validate_batch"]
+
+HASH_DIGITS = 16
+Array = npt.NDArray[Any]
+
+
+def prompt_sha256(prompt: str | Sequence[int] | Array) -> str:
+    r"""The whole sha256 of a prompt, 64 hex digits.
+
+    Parameters
+    ----------
+    prompt : str or sequence of int
+        A text, hashed as UTF-8; or ready token ids, hashed as ``b"\0ids\0"`` and the ids as little-endian int64.
+
+    Raises
+    ------
+    InvalidTypeError
+        Anything else than a text or a flat sequence of integers.
+    """
+    if isinstance(prompt, str):
+        # Lone surrogates are legal in a Python string (JSON brings them) but have no UTF-8: they are hashed as they stand.
+        return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:
+        raise InvalidTypeError(f"a prompt is a text or a flat list of token ids, not {type(prompt).__name__}") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InvalidTypeError(f"a prompt is a text or a flat list of token ids, not {type(prompt).__name__}")
+    return hashlib.sha256(b"\0ids\0" + ids.astype("<i8").tobytes()).hexdigest()
+
+
+def prompt_hash(prompt: str | Sequence[int] | Array) -> str:
+    """The label of a prompt: the first 16 hex digits of :func:`prompt_sha256`.
+
+    For a text this is lmprobe's own prompt hash (lmprobe 0.5 to 0.10).
+    """
+    return prompt_sha256(prompt)[:HASH_DIGITS]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Activations of some prompts, ragged, without any padding.
+
+    Parameters
+    ----------
+    sha256 : sequence of str, shape (prompt,)
+        Whole digests, see :func:`prompt_sha256`; no prompt twice.
+    text : sequence of str, shape (prompt,), optional
+        The texts; None leaves them out (privacy, or unknown).
+    prompt_length : ndarray of int, shape (prompt,), optional
+        Tokens of each prompt, −1 where unknown.
+    n_tokens : ndarray of int, shape (prompt,), optional
+        Token rows that this batch holds of each prompt; None where it holds per-prompt values only.
+    layers : tuple of int
+        The layers along the layer axis of every layered array, ascending.
+    tokens : mapping of str to ndarray
+        Variable to (layer, token, …), or (token, …) for those in `unlayered`.
+    token_columns : mapping of str to ndarray, shape (token,)
+        ``position``, ``token_id``, ``char_start``, ``char_end``.
+    prompts : mapping of str to ndarray
+        Variable to (layer, prompt, …), or (prompt, …) for those in `unlayered`.
+    prompt_columns : mapping of str to ndarray, shape (prompt,)
+        The user's own columns: numbers, truth values or strings.
+    unlayered : frozenset of str
+        Variables without a layer axis.
+    stored_dtype : mapping of str to str
+        The dtype a variable had at its source where numpy cannot say it: float32 arrays that hold ``bfloat16``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The arrays do not fit together; all problems are named at once.
+    """
+
+    sha256: Sequence[str]
+    text: Sequence[str] | None = None
+    prompt_length: Array | None = None
+    n_tokens: Array | None = None
+    layers: tuple[int, ...] = ()
+    tokens: Mapping[str, Array] = field(default_factory=dict)
+    token_columns: Mapping[str, Array] = field(default_factory=dict)
+    prompts: Mapping[str, Array] = field(default_factory=dict)
+    prompt_columns: Mapping[str, Array] = field(default_factory=dict)
+    unlayered: frozenset[str] = frozenset()
+    stored_dtype: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = validate_batch(self)
+        if problems:
+            raise InvalidArgumentError("these activations do not fit together: " + "; ".join(problems))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all activations (not of the columns)."""
+        return sum(a.nbytes for a in (*self.tokens.values(), *self.prompts.values()))
+
+
+def validate_batch(batch: TokenBatch) -> list[str]:
+    """Every way in which the arrays of a batch do not fit together; empty when they do."""
+    problems: list[str] = []
+    n = len(batch.sha256)
+    if not n:
+        problems.append("there is no prompt")
+    if len(set(batch.sha256)) != n:
+        problems.append("a prompt occurs twice")
+    if list(batch.layers) != sorted(set(batch.layers)) or (batch.layers and batch.layers[0] < 0):
+        problems.append(f"layers {batch.layers!r} are not ascending, unique and at least 0")
+    columns = {"text": batch.text, "prompt_length": batch.prompt_length, "n_tokens": batch.n_tokens, **batch.prompt_columns}
+    for name, column in columns.items():
+        if column is not None and len(column) != n:
+            problems.append(f"{name} has {len(column)} values for {n} prompts")
+    total = 0
+    if batch.n_tokens is not None:
+        counts = np.asarray(batch.n_tokens)
+        total = int(counts.sum())
+        if len(counts) and counts.min() < 1:
+            problems.append(f"prompt number {int(np.argmin(counts))} has no tokens")
+    elif batch.tokens or batch.token_columns:
+        problems.append("token arrays were given without n_tokens")
+    for name, column in batch.token_columns.items():
+        if len(column) != total:
+            problems.append(f"{name} has {len(column)} rows but n_tokens sums to {total}")
+    for values, rows, counted in ((batch.tokens, total, f"n_tokens sums to {total}"), (batch.prompts, n, f"there are {n} prompts")):
+        for name, array in values.items():
+            axis = 0 if name in batch.unlayered else 1
+            if axis and (array.ndim < 2 or array.shape[0] != len(batch.layers)):
+                problems.append(f"{name} has shape {array.shape} for {len(batch.layers)} layers")
+            elif array.ndim <= axis or array.shape[axis] != rows:
+                problems.append(f"{name} has shape {array.shape} but {counted}")
+    return problems

@@ -1,0 +1,235 @@
+"""Chunks of our own codec chains to and from arrays: bytes or vlen-utf8, then blosc, then crc32c. Knows no prompt.
+
+Chunks are opened by key and decoded straight into the output array, several at a time. That is faster than going through
+a general reader, and a chunk that is missing is simply a file that is missing: never a silent fill value.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Final
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs import blosc
+from numcodecs.vlen import VLenUTF8
+
+from lmprobe_zarr.errors import CorruptPartError, PartGoneError
+from lmprobe_zarr.schema import ArrayInfo
+from lmprobe_zarr.storage import Storage
+
+__all__ = ["Piece", "StoredArray", "encode_chunk", "file_entry", "read_pieces", "run_all"]
+
+Array = npt.NDArray[Any]
+Rows = slice | npt.NDArray[np.int64]
+
+_SHUFFLES: Final = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+_CRC: Final = struct.Struct("<I")
+_REMOTE_THREADS: Final = 32
+
+
+def encode_chunk(values: Array, info: ArrayInfo) -> bytes:
+    """The bytes of one chunk file.
+
+    Parameters
+    ----------
+    values : ndarray, shape `info.chunks` or shorter along the sample axis
+        A last, shorter chunk is filled up with the fill value, as Zarr stores chunks at full size.
+    info : ArrayInfo
+        Says the dtype and the codecs.
+    """
+    missing = info.rows_per_chunk - values.shape[info.sample_axis]
+    if missing:
+        pad = [(0, missing if axis == info.sample_axis else 0) for axis in range(values.ndim)]
+        values = np.pad(values, pad, constant_values=fill_value(info.dtype))
+    body: Any
+    if info.dtype == "string":
+        body = VLenUTF8().encode(values.astype(object))
+        cname = b"zstd"
+    else:
+        body = np.ascontiguousarray(values, np.dtype(info.dtype).newbyteorder("<"))
+        cname = b"lz4"
+    if info.shuffle is not None:
+        typesize = 1 if info.dtype == "string" else body.itemsize
+        body = blosc.compress(body, cname, 5, _SHUFFLES[info.shuffle], 0, typesize)
+    data = body.tobytes() if isinstance(body, np.ndarray) else bytes(body)
+    return data + _CRC.pack(google_crc32c.value(data))
+
+
+def file_entry(data: bytes, *, chunk: bool) -> tuple[int, int]:
+    """Length and crc32c of a file as a part's table has them; see `schema.PartInfo.files`."""
+    return len(data), _CRC.unpack(data[-4:])[0] if chunk else google_crc32c.value(data)
+
+
+def fill_value(dtype: str | np.dtype[Any]) -> Any:
+    """What stands for a missing value: NaN, −1, an empty text; False only ever fills up a last chunk."""
+    kind = "O" if dtype in ("string", object) else np.dtype(dtype).kind
+    return {"f": np.nan, "O": "", "b": False}.get(kind, -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredArray:
+    """One array of one part, where it lies.
+
+    Parameters
+    ----------
+    storage : Storage
+        The store's place.
+    path : str
+        Key of the array's folder.
+    info : ArrayInfo
+        Its metadata.
+    files : dict of str to (int, int)
+        The part's table for this array's chunks, by chunk key.
+    """
+
+    storage: Storage
+    path: str
+    info: ArrayInfo
+    files: dict[str, Sequence[int]]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype in memory; strings are objects."""
+        return np.dtype(object if self.info.dtype == "string" else self.info.dtype)
+
+    def _corrupt(self, key: str, what: str) -> CorruptPartError:
+        part, _, variable = self.path.rpartition("/")
+        part = part.rpartition("/")[0]
+        return CorruptPartError(
+            f"part {part!r} of {self.storage.url} is damaged: chunk {key} of {variable!r} {what}\n"
+            "nothing was read from it; extract its prompts again with refresh=True"
+        )
+
+    def read_chunk(self, layer: int, block: int, out: Array | None = None) -> Array:
+        """One decoded chunk, shape (rows_per_chunk, …) without the layer axis.
+
+        Parameters
+        ----------
+        layer, block : int
+            Which stored layer, which chunk of rows.
+        out : ndarray, optional
+            Contiguous, of the array's dtype and the chunk's size: decoded into directly, and returned.
+
+        Raises
+        ------
+        CorruptPartError
+            The chunk is missing, truncated or changed.
+        PartGoneError
+            The whole part has been deleted since it was opened.
+        """
+        key = self.info.chunk_key(layer, block)
+        try:
+            data = memoryview(self.storage.read_view(f"{self.path}/{key}"))
+        except FileNotFoundError as error:
+            part = self.path.rsplit("/", 2)[0]
+            if not self.storage.is_file(f"{part}/zarr.json"):
+                raise PartGoneError(
+                    f"part {part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
+                ) from error
+            raise self._corrupt(key, "is missing") from error
+        length, checksum = self.files.get(key, (-1, -1))
+        if len(data) != length or length < 4:
+            raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
+        body = data[:-4]
+        if google_crc32c.value(np.frombuffer(body, np.uint8)) != checksum or _CRC.unpack(data[-4:])[0] != checksum:
+            raise self._corrupt(key, "does not hold its checksum")
+        try:
+            return self._decode(body, out)
+        except (ValueError, RuntimeError, UnicodeDecodeError) as error:
+            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+
+    def _decode(self, body: memoryview, out: Array | None) -> Array:
+        shape = (self.info.rows_per_chunk, *self.info.row_shape)
+        if self.info.dtype == "string":
+            texts = VLenUTF8().decode(blosc.decompress(body) if self.info.shuffle else body)
+            if texts.shape != shape:
+                raise ValueError(f"{texts.shape} texts instead of {shape}")
+            return np.asarray(texts, object)
+        target = np.empty(shape, self.dtype) if out is None else out
+        if self.info.shuffle is None:
+            if len(body) != target.nbytes:
+                raise ValueError(f"{len(body)} bytes instead of {target.nbytes}")
+            target.reshape(-1).view(np.uint8)[:] = np.frombuffer(body, np.uint8)
+        else:
+            # Blosc's header says how much it will write; that must be this chunk, no more and no less.
+            if len(body) < 16 or int.from_bytes(body[4:8], "little") != target.nbytes:
+                raise ValueError("another size in the header")
+            blosc.decompress(body, target)
+        return target if np.little_endian else target.byteswap(inplace=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Rows of one chunk and where they go: ``out[target] = chunk[rows]``."""
+
+    array: StoredArray
+    layer: int
+    block: int
+    rows: Rows
+    target: Rows
+
+
+def read_pieces(pieces: Sequence[Piece], outs: Sequence[Array], columns: tuple[Any, ...]) -> None:
+    """Read chunks into arrays, several at a time.
+
+    Parameters
+    ----------
+    pieces : sequence of Piece
+        What to read; no two write the same rows.
+    outs : sequence of ndarray, shape (row, …)
+        The output of each piece.
+    columns : tuple
+        What to take of the axes after the first, as for indexing; empty for everything.
+
+    Raises
+    ------
+    CorruptPartError, PartGoneError
+        See `StoredArray.read_chunk`; the first one found.
+    """
+    jobs = [functools.partial(_read_piece, piece, out, columns) for piece, out in zip(pieces, outs, strict=True)]
+    run_all(jobs, local=all(piece.array.storage.is_local for piece in pieces))
+
+
+def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
+    chunk_rows = piece.array.info.rows_per_chunk
+    if isinstance(piece.rows, slice) and isinstance(piece.target, slice) and not columns:
+        target = out[piece.target]
+        whole = piece.rows.start == 0 and piece.rows.stop == chunk_rows
+        if whole and target.dtype == piece.array.dtype and target.flags.c_contiguous and target.dtype != object:
+            piece.array.read_chunk(piece.layer, piece.block, target)
+            return
+    chunk = piece.array.read_chunk(piece.layer, piece.block)
+    out[piece.target] = chunk[piece.rows][(slice(None), *columns)]
+
+
+def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
+    """Run jobs on the package's threads and wait for all; the first error is raised after the rest have ended."""
+    todo = list(jobs)
+    if len(todo) == 1:
+        todo[0]()
+        return
+    pool = _pool(os.getpid(), local)
+    futures: list[Future[None]] = [pool.submit(job) for job in todo]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
+@functools.cache
+def _pool(pid: int, local: bool) -> ThreadPoolExecutor:  # noqa: ARG001 — threads do not survive a fork: one pool per process
+    return ThreadPoolExecutor(max(2, _cores()) if local else _REMOTE_THREADS, thread_name_prefix="lmprobe-zarr")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,56 @@
+"""Which layers a caller means. Pure integers; never a model or a store."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+from lmprobe_zarr.errors import InvalidTypeError, LayerOutOfRangeError
+
+__all__ = ["LayerSpec", "resolve_layers"]
+
+_USE = "use 'all', 'middle', 'last', a number, a list of numbers or a slice"
+
+LayerSpec = int | str | slice | Sequence[int]
+
+
+def resolve_layers(layers: LayerSpec, num_layers: int) -> tuple[int, ...]:
+    """Layer numbers, ascending and without repeats.
+
+    Parameters
+    ----------
+    layers : "all", "middle", "last", int, sequence of int, or slice
+        Negative numbers count from the end. ``"middle"`` is the middle third, as in lmprobe: ``n // 3`` up to and without
+        ``n - n // 3``.
+    num_layers : int
+        How many decoder (or encoder) blocks the model has.
+
+    Raises
+    ------
+    LayerOutOfRangeError
+        A number outside ``-num_layers … num_layers - 1``, or no layer at all.
+    InvalidTypeError
+        Something that names no layers.
+    """
+    if isinstance(layers, str):
+        third = num_layers // 3
+        words = {"all": range(num_layers), "middle": range(third, num_layers - third), "last": range(num_layers - 1, num_layers)}
+        if layers not in words:
+            raise InvalidTypeError(f"layers={layers!r} names no layers: {_USE}")
+        return tuple(words[layers])
+    if isinstance(layers, slice):
+        numbers = list(range(num_layers)[layers])
+    else:
+        try:
+            numbers = [operator.index(layers)] if isinstance(layers, SupportsIndex) else [operator.index(i) for i in layers]
+        except TypeError as error:
+            raise InvalidTypeError(f"layers={layers!r} names no layers: {_USE}") from error
+        if any(isinstance(i, bool) for i in ([layers] if isinstance(layers, int) else layers)):
+            raise InvalidTypeError(f"layers={layers!r} holds truth values: give layer numbers")
+    for number in numbers:
+        if not -num_layers <= number < num_layers:
+            raise LayerOutOfRangeError(f"layer {number} is out of range: there are {num_layers} layers, 0 to {num_layers - 1}")
+    if not numbers:
+        raise LayerOutOfRangeError(f"layers={layers!r} selects none of the {num_layers} layers, 0 to {num_layers - 1}")
+    return tuple(sorted({number % num_layers for number in numbers}))

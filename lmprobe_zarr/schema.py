@@ -1,0 +1,564 @@
+"""Every name of the format, and its documents as frozen records: root, group, part and array.
+
+A record is made from a document by ``parse_…`` (which raises) and turned into one by ``to_…``. No I/O and no arrays of
+activations here; what the bytes of a chunk mean is in `chunks`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, NotAStoreError, UnsupportedVersionError
+from lmprobe_zarr.pooling import POOLINGS
+
+__all__ = [
+    "ANNOTATIONS",
+    "COLUMN_NAME",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "LEVELS",
+    "SITES",
+    "ArrayInfo",
+    "GroupInfo",
+    "Level",
+    "PartInfo",
+    "Provenance",
+    "array_dims",
+    "is_root_document",
+    "new_part_name",
+    "parse_group",
+    "parse_part",
+    "parse_root",
+    "part_document",
+    "root_document",
+    "split_variable",
+    "validate_column_names",
+    "validate_provenance",
+]
+
+FORMAT: Final = "lmprobe-zarr"
+FORMAT_VERSION: Final = 1
+
+ANNOTATIONS: Final = "annotations"
+
+Level = Literal["prompts", "tokens"]
+LEVELS: Final[tuple[Level, ...]] = ("prompts", "tokens")
+SAMPLE_DIM: Final[Mapping[Level, str]] = {"prompts": "prompt", "tokens": "token"}
+
+SITES: Final = ("resid", "attn", "mlp", "embed")
+UNLAYERED_SITES: Final = frozenset({"embed"})
+
+# Columns that the format itself uses; a user's column may not bear these names, nor that of a dimension or variable.
+PROMPT_COLUMNS: Final = ("prompt", "prompt_sha256", "text", "n_tokens", "prompt_length")
+TOKEN_COLUMNS: Final = ("prompt_row", "position", "token_id", "char_start", "char_end")
+DIMENSIONS: Final = ("prompt", "token", "layer", "hidden")
+COLUMN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+
+ProvenanceValue: TypeAlias = str | int | float | bool | None
+Provenance: TypeAlias = Mapping[str, ProvenanceValue]
+Json: TypeAlias = dict[str, Any]
+
+_DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
+_BLOSC_LIMIT: Final = 2**31 - 17
+_ULID_DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def is_layered(variable: str) -> bool:
+    """Whether an activation variable has a layer axis, by its name."""
+    return split_variable(variable)[0] not in UNLAYERED_SITES
+
+
+def split_variable(variable: str) -> tuple[str, str | None]:
+    """Site and pooling of a variable's name: ``"resid_last_token"`` gives ``("resid", "last_token")``."""
+    for pooling in POOLINGS:
+        if variable.endswith(f"_{pooling}"):
+            return variable.removesuffix(f"_{pooling}"), pooling
+    return variable, None
+
+
+def array_dims(variable: str, level: Level, ndim: int, layered: bool) -> tuple[str, ...]:
+    """Dimension names of an activation variable."""
+    head = (("layer",) if layered else ()) + (SAMPLE_DIM[level],)
+    tail = ndim - len(head)
+    return head + (("hidden",) if tail == 1 else tuple(f"{variable}_dim{i}" for i in range(tail)))
+
+
+def validate_column_names(names: Iterable[str]) -> None:
+    """Raise `InvalidArgumentError` for a user's column that could not be stored under its name."""
+    for name in names:
+        if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
+            raise InvalidArgumentError(f"{name!r} is no column name: use letters, digits and _, a letter first, at most 64")
+        if name in (*PROMPT_COLUMNS, *TOKEN_COLUMNS, *DIMENSIONS, "model") or split_variable(name)[0] in SITES:
+            raise InvalidArgumentError(f"{name!r} is a name of the format itself: choose another name for that column")
+
+
+def validate_provenance(provenance: Mapping[str, Any]) -> dict[str, ProvenanceValue]:
+    """The same fields in sorted order, checked to be JSON scalars.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A name is not a string, or a value is neither string, number, truth value nor None.
+    """
+    for name, value in provenance.items():
+        if not isinstance(name, str) or not (value is None or isinstance(value, (str, bool, int, float))):
+            raise InvalidArgumentError(f"provenance field {name!r}={value!r}: use a string name and a string, number, truth value or None")
+        if isinstance(value, float) and not np.isfinite(value):
+            raise InvalidArgumentError(f"provenance field {name!r}={value!r} is not finite")
+    return {name: provenance[name] for name in sorted(provenance)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- root
+
+
+def root_document() -> bytes:
+    """The document at the root of every store."""
+    return _dump({"zarr_format": 3, "node_type": "group", "attributes": {"format": FORMAT, "format_version": FORMAT_VERSION}})
+
+
+def is_root_document(document: object) -> bool:
+    """Whether a parsed ``zarr.json`` claims to be the root of a store of ours, of whatever version."""
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    return isinstance(attributes, dict) and attributes.get("format") == FORMAT and "kind" not in attributes
+
+
+def parse_root(data: bytes, where: str) -> None:
+    """Check the root document.
+
+    Raises
+    ------
+    NotAStoreError
+        It is no document of ours.
+    UnsupportedVersionError
+        It is of a version that this release does not know.
+    """
+    try:
+        document = json.loads(data)
+    except ValueError:
+        document = None
+    if not is_root_document(document):
+        raise NotAStoreError(f"{where} is not an {FORMAT} store (another zarr.json lies there): give another folder or prefix")
+    _check_version(document["attributes"].get("format_version"), where)
+
+
+def _check_version(version: object, where: str) -> None:
+    if version != FORMAT_VERSION:
+        raise UnsupportedVersionError(
+            f"{where} has format version {version!r}, this release reads version {FORMAT_VERSION}: upgrade lmprobe-zarr to open it"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- group
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupInfo:
+    """What all parts of one group have in common: the model and how its activations came about.
+
+    Two groups are the same exactly when all four fields are, so a group's document never differs between two writers.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model.
+    provenance : mapping of str to str, int, float, bool or None
+        Everything known that changes the values: revision, weights, compute_dtype, tokenizer, …; empty where unknown.
+    num_layers : int, optional
+        Blocks of the model; None where unknown.
+    hidden_size : int, optional
+        Width of the residual stream; None where unknown.
+    """
+
+    model: str
+    provenance: Provenance = field(default_factory=dict)
+    num_layers: int | None = None
+    hidden_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise InvalidArgumentError(f"model={self.model!r} is no name of a model: give a text that is not empty")
+        object.__setattr__(self, "provenance", validate_provenance(self.provenance))
+
+    @property
+    def name(self) -> str:
+        """Folder of the group: a readable slug and a short hash of all four fields."""
+        identity = [self.model, self.num_layers, self.hidden_size, dict(self.provenance)]
+        digest = hashlib.sha256(_dump(identity)).hexdigest()[:12]
+        slug = re.sub(r"[^a-z0-9.]+", "-", self.model.lower().replace("/", "--"))
+        slug = re.sub(r"\.{2,}", ".", slug).strip("-.")[:64]
+        return f"{slug}-{digest}" if slug else digest
+
+    def to_document(self) -> bytes:
+        """The group's ``zarr.json``."""
+        attributes = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "kind": "group",
+            "model": self.model,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "provenance": dict(self.provenance),
+        }
+        return _dump({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def parse_group(data: bytes, where: str) -> GroupInfo:
+    """The record of a group's document.
+
+    Raises
+    ------
+    CorruptPartError
+        The document is not one of a group.
+    UnsupportedVersionError
+        It is of a version that this release does not know.
+    """
+    try:
+        attributes = json.loads(data)["attributes"]
+        if attributes["format"] != FORMAT or attributes["kind"] != "group":
+            raise ValueError("another document")
+        _check_version(attributes["format_version"], where)
+        return GroupInfo(
+            model=attributes["model"],
+            provenance=attributes["provenance"],
+            num_layers=_optional_int(attributes["num_layers"]),
+            hidden_size=_optional_int(attributes["hidden_size"]),
+        )
+    except UnsupportedVersionError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptPartError(f"{where}/zarr.json is no group document of {FORMAT}: {_reason(error)}") from error
+
+
+def _optional_int(value: object) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"{value!r} is no count")
+
+
+# --------------------------------------------------------------------------------------------------------------- array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayInfo:
+    """One zarr array of a part: shape, chunks, dtype, and which of our codec chains its chunks went through.
+
+    Parameters
+    ----------
+    dims : tuple of str
+        Dimension names.
+    shape, chunks : tuple of int
+        Only the sample dimension is ever cut into chunks of more than one; along ``layer`` a chunk holds one.
+    dtype : str
+        ``float16 float32 float64 int8 int16 int32 int64 bool string``.
+    shuffle : {None, "noshuffle", "shuffle", "bitshuffle"}
+        Blosc's filter before lz4 (zstd for strings); None for chunks that are not compressed.
+    attributes : mapping
+        ``stored_dtype`` and the CF ragged-array attributes.
+    """
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    shuffle: str | None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layered(self) -> bool:
+        """Whether the first dimension is ``layer``."""
+        return len(self.dims) > 1 and self.dims[0] == "layer"
+
+    @property
+    def sample_axis(self) -> int:
+        """Axis of the sample dimension."""
+        return int(self.layered)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row: of what one prompt or token holds in one layer."""
+        return self.shape[self.sample_axis + 1 :]
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows of the sample dimension in one chunk."""
+        return self.chunks[self.sample_axis]
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one decoded chunk; 0 for strings, whose length is not fixed."""
+        return 0 if self.dtype == "string" else int(np.prod(self.chunks)) * np.dtype(self.dtype).itemsize
+
+    def chunk_key(self, layer: int, block: int) -> str:
+        """Key of a chunk, relative to the array: `layer` and `block` count stored layers and chunks of rows."""
+        head = (layer, block) if self.layered else (block,)
+        return ".".join(["c", *map(str, head), *("0" for _ in self.row_shape)])
+
+    def chunk_keys(self) -> list[str]:
+        """Keys of all chunks."""
+        layers = self.shape[0] if self.layered else 1
+        blocks = -(-self.shape[self.sample_axis] // self.rows_per_chunk)
+        return [self.chunk_key(layer, block) for layer in range(layers) for block in range(blocks)]
+
+    def to_document(self) -> Json:
+        """The array's ``zarr.json``, as the Zarr v3 core specification has it."""
+        text = self.dtype == "string"
+        itemsize = 1 if text else np.dtype(self.dtype).itemsize
+        codecs: list[Json]
+        if text:
+            codecs = [{"name": "vlen-utf8"}]
+        elif itemsize == 1:
+            codecs = [{"name": "bytes"}]
+        else:
+            codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        if self.shuffle is not None:
+            blosc = {"typesize": itemsize, "cname": "zstd" if text else "lz4", "clevel": 5, "shuffle": self.shuffle, "blocksize": 0}
+            codecs.append({"name": "blosc", "configuration": blosc})
+        codecs.append({"name": "crc32c"})
+        kind = "string" if text else np.dtype(self.dtype).kind
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunks)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": {"string": "", "f": "NaN", "b": False}.get(kind, -1),
+            "codecs": codecs,
+            "attributes": dict(self.attributes),
+            "dimension_names": list(self.dims),
+            "storage_transformers": [],
+        }
+
+
+def parse_array(document: object) -> ArrayInfo:
+    """The record of an array's document.
+
+    Only what `ArrayInfo.to_document` writes is accepted, so nothing that a document says can make a reader run an
+    unknown codec or allocate more than a chunk of at most 2 GiB.
+
+    Raises
+    ------
+    ValueError
+        Anything else; the caller adds which part and variable it was.
+    """
+    if not isinstance(document, dict):
+        raise ValueError(f"an array document is an object, not {type(document).__name__}")
+    shape, chunks = (_lengths(document["shape"]), _lengths(document["chunk_grid"]["configuration"]["chunk_shape"]))
+    dtype, dims, codecs = document["data_type"], document["dimension_names"], document["codecs"]
+    if dtype not in _DTYPES:
+        raise ValueError(f"data type {dtype!r}")
+    if not (len(dims) == len(shape) == len(chunks)) or not shape or not all(isinstance(d, str) for d in dims):
+        raise ValueError("dimensions, shape and chunks differ in number")
+    blosc = [c["configuration"]["shuffle"] for c in codecs if c["name"] == "blosc"]
+    info = ArrayInfo(
+        dims=tuple(dims),
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        shuffle=blosc[0] if blosc else None,
+        attributes=document["attributes"],
+    )
+    if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.to_document()["codecs"]:
+        raise ValueError(f"codecs {[c.get('name') for c in codecs]}")
+    if document["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
+        raise ValueError("chunk key encoding")
+    if info.layered and chunks[0] != 1:
+        raise ValueError("a chunk over several layers")
+    if info.row_shape != chunks[info.sample_axis + 1 :] or min(chunks) < 1 or info.chunk_nbytes > _BLOSC_LIMIT:
+        raise ValueError(f"chunks {chunks} of shape {shape}")
+    return info
+
+
+def _lengths(values: object) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**53 for v in values):
+        raise ValueError(f"lengths {values!r}")
+    return tuple(values)
+
+
+# ---------------------------------------------------------------------------------------------------------------- part
+
+# The digest stands at a fixed place, so that it can be checked on the bytes as they are, without writing the document again.
+_PREFIX: Final = b'{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
+_DIGEST: Final = slice(len(_PREFIX), len(_PREFIX) + 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartInfo:
+    """One immutable part, as its own ``zarr.json`` describes it. Reading that one document opens the part.
+
+    Parameters
+    ----------
+    name : str
+        Folder of the part below its group.
+    kind : {"part", "annotation"}
+        An annotation holds per-prompt columns only and never adds prompts to a view.
+    digests : ndarray of uint8, shape (prompt, 32)
+        sha256 of each prompt, in the part's order; no prompt twice.
+    n_tokens : ndarray of int64, shape (prompt,), optional
+        Token rows of each prompt; None where no tokens are kept.
+    layers : tuple of int
+        Layers along the layer axis.
+    arrays : mapping of str to ArrayInfo
+        ``"prompts/<name>"`` and ``"tokens/<name>"``.
+    files : mapping of str to (int, int)
+        Every other file of the part: length in bytes and crc32c. For a chunk it is the crc32c that the chunk ends with,
+        that is, of all but the last four bytes (over the whole, the crc32c of anything with its own crc32c appended is one constant).
+    recorded : mapping
+        What was only noted: versions, device, time.
+    replaces : tuple of str
+        Parts that this one supersedes.
+    """
+
+    name: str
+    kind: str = "part"
+    digests: npt.NDArray[np.uint8]
+    n_tokens: npt.NDArray[np.int64] | None = None
+    layers: tuple[int, ...] = ()
+    arrays: Mapping[str, ArrayInfo]
+    files: Mapping[str, Sequence[int]]
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+
+    def variables(self, level: Level) -> dict[str, ArrayInfo]:
+        """Arrays of one level, by their names in it."""
+        return {key.removeprefix(f"{level}/"): info for key, info in self.arrays.items() if key.startswith(f"{level}/")}
+
+
+def new_part_name(after: str = "") -> str:
+    """A name that no other writer can choose and that sorts after all older ones.
+
+    Parameters
+    ----------
+    after : str
+        The last name known; the new one sorts after it even where this machine's clock is behind.
+
+    Returns
+    -------
+    str
+        26 digits as in a ULID: 10 of milliseconds since 1970, 16 (80 bits) at random.
+    """
+    milliseconds = max(time.time_ns() // 1_000_000, _milliseconds_of(after) + 1)
+    return _base32(milliseconds, 10) + _base32(secrets.randbits(80), 16)
+
+
+def _milliseconds_of(name: str) -> int:
+    head = name[:10]
+    if len(head) < 10 or any(c not in _ULID_DIGITS for c in head):
+        return 0
+    # Ten digits hold 50 bits but a ULID's time has 48: a name beyond them is nobody's clock and is not followed.
+    value = sum(_ULID_DIGITS.index(c) << (5 * (9 - i)) for i, c in enumerate(head))
+    return value if value < 2**48 - 1 else 0
+
+
+def _base32(number: int, digits: int) -> str:
+    return "".join(_ULID_DIGITS[(number >> (5 * i)) & 31] for i in reversed(range(digits)))
+
+
+def part_document(info: PartInfo, group: GroupInfo) -> bytes:
+    """The ``zarr.json`` that commits a part: a Zarr v3 group with consolidated metadata and the part's index."""
+    attributes: Json = {
+        "digest": "crc32c:00000000",
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": info.kind,
+        "model": group.model,
+        "layers": list(info.layers),
+        "prompt_sha256": info.digests.tobytes().hex(),
+        "n_tokens": None if info.n_tokens is None else info.n_tokens.tolist(),
+        "replaces": list(info.replaces),
+        "recorded": dict(info.recorded),
+        "files": {key: list(value) for key, value in info.files.items()},
+    }
+    metadata: Json = {level: level_document(info, level, nested=False) for level in LEVELS if info.variables(level)}
+    metadata |= {key: array.to_document() for key, array in info.arrays.items()}
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes, "consolidated_metadata": _consolidated(metadata)}
+    data = bytearray(_dump(document, sort=False))
+    data[_DIGEST] = b"%08x" % google_crc32c.value(bytes(data))
+    return bytes(data)
+
+
+def level_document(info: PartInfo, level: Level, *, nested: bool = True) -> Json:
+    """The document of a part's ``prompts`` or ``tokens`` group; plain xarray takes the columns as coordinates from it."""
+    arrays = info.variables(level)
+    columns = [name for name, array in arrays.items() if array.dims == (SAMPLE_DIM[level],) and name != SAMPLE_DIM[level]]
+    document: Json = {"zarr_format": 3, "node_type": "group", "attributes": {"coordinates": " ".join(columns)} if columns else {}}
+    if nested:
+        document["consolidated_metadata"] = _consolidated({name: array.to_document() for name, array in arrays.items()})
+    return document
+
+
+def _consolidated(metadata: Json) -> Json:
+    return {"kind": "inline", "must_understand": False, "metadata": metadata}
+
+
+def parse_part(data: bytes, where: str) -> PartInfo:
+    """The record of a part's document.
+
+    Raises
+    ------
+    CorruptPartError
+        The document is damaged, or is not one of a part.
+    UnsupportedVersionError
+        It is of a version that this release does not know.
+    """
+    try:
+        zeroed = bytearray(data)
+        zeroed[_DIGEST] = b"00000000"
+        intact = data.startswith(_PREFIX) and data[_DIGEST] == b"%08x" % google_crc32c.value(bytes(zeroed))
+        document = json.loads(data)
+        attributes = document["attributes"]
+        if attributes["format"] == FORMAT:
+            _check_version(attributes["format_version"], where)
+        if not intact:
+            raise ValueError("its digest does not hold")
+        if attributes["kind"] not in {"part", "annotation"}:
+            raise ValueError(f"kind {attributes['kind']!r}")
+        metadata = document["consolidated_metadata"]["metadata"]
+        info = PartInfo(
+            name=where.rsplit("/", 1)[-1],
+            kind=attributes["kind"],
+            digests=np.frombuffer(bytes.fromhex(attributes["prompt_sha256"]), np.uint8).reshape(-1, 32),
+            n_tokens=None if attributes["n_tokens"] is None else np.array(attributes["n_tokens"], np.int64),
+            layers=tuple(attributes["layers"]),
+            arrays={key: parse_array(doc) for key, doc in metadata.items() if "/" in key},
+            files=attributes["files"],
+            recorded=attributes["recorded"],
+            replaces=tuple(attributes["replaces"]),
+        )
+        _check_part(info)
+    except UnsupportedVersionError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+        raise CorruptPartError(f"{where}/zarr.json is damaged ({_reason(error)}): none of this part can be trusted") from error
+    return info
+
+
+def _check_part(info: PartInfo) -> None:
+    sizes = {"prompt": len(info.digests), "layer": len(info.layers), "token": 0 if info.n_tokens is None else int(info.n_tokens.sum())}
+    for key, array in info.arrays.items():
+        if not re.fullmatch(r"(prompts|tokens)/[A-Za-z][A-Za-z0-9_]*", key):
+            raise ValueError(f"array name {key!r}")
+        for dim, length in zip(array.dims, array.shape, strict=True):
+            if sizes.get(dim, length) != length:
+                raise ValueError(f"{dim} has {length} rows in {key} but {sizes[dim]} in the index")
+    if info.n_tokens is not None and (info.n_tokens.shape != (len(info.digests),) or (info.n_tokens < 1).any()):
+        raise ValueError("n_tokens does not fit the prompts")
+
+
+def _dump(document: object, *, sort: bool = True) -> bytes:
+    return json.dumps(document, allow_nan=False, separators=(",", ":"), sort_keys=sort).encode()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:160]

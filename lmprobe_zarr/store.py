@@ -1,0 +1,440 @@
+"""`Store`: the groups and parts below one root, its lazy views, and the door through which parts get in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr import config
+from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.chunks import run_all
+from lmprobe_zarr.errors import (
+    AmbiguousProvenanceError,
+    InvalidArgumentError,
+    ModelNotStoredError,
+    NotAStoreError,
+    ReadOnlyError,
+    StoreNotFoundError,
+)
+from lmprobe_zarr.layers import LayerSpec
+from lmprobe_zarr.reader import Part, View, describe_layers, open_view, to_dataset
+from lmprobe_zarr.schema import (
+    ANNOTATIONS,
+    LEVELS,
+    GroupInfo,
+    Level,
+    Provenance,
+    new_part_name,
+    parse_group,
+    parse_part,
+    parse_root,
+    validate_column_names,
+)
+from lmprobe_zarr.storage import Storage, open_storage
+from lmprobe_zarr.writer import PartWriter, write_group
+
+__all__ = ["Store", "open_store"]
+
+Mode = Literal["a", "r"]
+Chunks = Literal["auto"] | int | Mapping[str, Any] | None
+
+
+def open_store(
+    url: str | os.PathLike[str] | None = None,
+    mode: Mode = "a",
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    durable: bool = True,
+) -> Store:
+    """A store of activations. Nothing is written by opening one.
+
+    Parameters
+    ----------
+    url : str or path, optional
+        A folder, or any URL that fsspec knows. None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
+    mode : {"a", "r"}
+        ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything.
+    storage_options : mapping, optional
+        Passed to the fsspec file system, for example ``{"anon": True}``.
+    durable : bool
+        Flush every part to the medium before it becomes visible (local folders).
+
+    Raises
+    ------
+    StoreNotFoundError
+        ``mode="r"`` and there is no store.
+    NotAStoreError
+        A file, another zarr store, or a folder with other things in it.
+    UnsupportedVersionError
+        A store of a newer format version.
+    """
+    if mode not in ("a", "r"):
+        raise InvalidArgumentError(f"mode={mode!r} is unknown: use 'a' to read and add, 'r' to read only")
+    storage = open_storage(config.default_root() if url is None else url, storage_options)
+    _check_root(storage, mode)
+    return Store(storage, mode=mode, durable=durable)
+
+
+def _check_root(storage: Storage, mode: Mode) -> None:
+    try:
+        parse_root(storage.read("zarr.json"), storage.url)
+        return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except PermissionError as error:
+        raise ReadOnlyError(f"{storage.url} cannot be read: check its permissions") from error
+    if storage.is_file(""):
+        raise NotAStoreError(f"{storage.url} is a file, and a store is a folder: give another path")
+    names = storage.list("")
+    if names and any(not name.endswith(".partial") for name in names):
+        raise NotAStoreError(f"{storage.url} is no store of lmprobe-zarr and holds other things ({names[0]!r}): give a new or empty folder")
+    if mode == "r":
+        raise StoreNotFoundError(f"there is no store at {storage.url}: check the path, or open it with mode='a' to make one")
+
+
+class Store:
+    """Activations below one root. Made by `open_store`; picklable, and usable from many threads.
+
+    Parameters
+    ----------
+    storage : Storage
+        The place.
+    mode : {"a", "r"}
+        ``"r"`` never writes.
+    durable : bool
+        Flush before commit.
+    """
+
+    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True) -> None:
+        self.storage, self.mode, self.durable = storage, mode, durable
+        # Documents of parts and groups never change once they are there, so each is read once.
+        self._parts: dict[str, Part] = {}
+        self._groups: dict[str, GroupInfo] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.storage, self.mode, self.durable)
+
+    @property
+    def url(self) -> str:
+        """Where the store lies."""
+        return self.storage.url
+
+    # -------------------------------------------------------------------------------------------------------- looking
+
+    def groups(self) -> dict[str, GroupInfo]:
+        """All groups by name: one per model and provenance."""
+        names = [name for name in self.storage.list("") if not name.startswith(".") and name != "zarr.json"]
+        run_all([partial(self._read_group, name) for name in names if name not in self._groups], local=self.storage.is_local)
+        return {name: self._groups[name] for name in names if name in self._groups}
+
+    def _read_group(self, name: str) -> None:
+        try:
+            data = self.storage.read(f"{name}/zarr.json")
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        self._groups[name] = parse_group(data, f"{self.url}/{name}")
+
+    def models(self) -> list[str]:
+        """Names of all models, sorted."""
+        return sorted({info.model for info in self.groups().values()})
+
+    def matching(self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None) -> list[GroupInfo]:
+        """Groups in which no field that is given differs."""
+        found = []
+        for name, info in self.groups().items():
+            same = all(field in info.provenance and info.provenance[field] == value for field, value in (provenance or {}).items())
+            if same and model in (None, info.model) and group in (None, name):
+                found.append(info)
+        return found
+
+    def find_group(self, model: str | None = None, *, provenance: Provenance | None = None, group: str | None = None) -> GroupInfo:
+        """The one group that is meant.
+
+        Parameters
+        ----------
+        model : str, optional
+            Name of the model; may be left out where the store holds one group only.
+        provenance : mapping, optional
+            Fields that must be equal, for example ``{"revision": "…"}``.
+        group : str, optional
+            Name of the group itself.
+
+        Raises
+        ------
+        ModelNotStoredError
+            No group matches; says what is there.
+        AmbiguousProvenanceError
+            Several match; names the fields in which they differ.
+        """
+        found = self.matching(model, provenance, group)
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            if model is not None and model in self.models() and group is None:
+                known = [dict(info.provenance) for info in self.matching(model)]
+                raise ModelNotStoredError(
+                    f"{model!r} is in {self.url}, but not with provenance {dict(provenance or {})!r}: there is {known!r}"
+                )
+            there = ", ".join(self.models()) or "nothing yet"
+            asked = f"group {group!r}" if group is not None else f"model {model!r}"
+            raise ModelNotStoredError(f"{asked} is not in {self.url}, which holds {there}: check the name, or extract it first")
+        if len({info.model for info in found}) > 1:
+            raise AmbiguousProvenanceError(f"{self.url} holds several models ({', '.join(self.models())}): say which with model=")
+        differing = _differing_fields(found)
+        names = ", ".join(info.name for info in found)
+        raise AmbiguousProvenanceError(
+            f"{len(found)} groups of {found[0].model!r} match; they differ in {differing}\n"
+            f"choose with provenance={{…}}, or with group= one of {names}"
+        )
+
+    def view(self, info: GroupInfo) -> View:
+        """All committed parts of a group as they are now."""
+        parts = self._list_parts(info.name)
+        notes = self._list_parts(f"{info.name}/{ANNOTATIONS}")
+        return open_view(self.storage, info, parts, notes)
+
+    def _list_parts(self, folder: str) -> list[Part]:
+        names = [name for name in self.storage.list(folder) if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
+        paths = [f"{folder}/{name}" for name in names]
+        run_all([partial(self._read_part, path) for path in paths if path not in self._parts], local=self.storage.is_local)
+        return [self._parts[path] for path in paths if path in self._parts]
+
+    def _read_part(self, path: str) -> None:
+        try:
+            data = self.storage.read(f"{path}/zarr.json")
+        except (FileNotFoundError, NotADirectoryError):
+            return  # being written, or left behind by a writer that was killed: not committed, so not there
+        self._parts[path] = Part(path, parse_part(data, f"{self.url}/{path}"))
+
+    def dataset(
+        self,
+        model: str | None = None,
+        prompts: Iterable[Any] | None = None,
+        layers: LayerSpec | None = None,
+        chunks: Chunks = None,
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+    ) -> xr.Dataset:
+        """What is stored per prompt, lazily.
+
+        Parameters
+        ----------
+        model : str, optional
+            Name of the model; may be left out where the store holds one only.
+        prompts : iterable of str or sequence of int, optional
+            Texts, hashes or token ids: exactly these, in this order, repeats included. None gives all, in the store's order.
+        layers : "all", "middle", "last", int, sequence of int or slice, optional
+            Which layers; None gives all that are stored.
+        chunks : mapping, int or "auto", optional
+            As in `xarray.open_dataset`: None is lazy without Dask, ``{}`` is Dask with one layer and one stored chunk at a time.
+        provenance, group : optional
+            Choose between several groups of one model.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``<site>_<pooling>(layer, prompt, hidden)`` and coordinates ``prompt, layer, n_tokens, prompt_length, text, …``
+            along ``prompt``. What is absent reads as NaN.
+
+        Raises
+        ------
+        ModelNotStoredError, AmbiguousProvenanceError, MissingPromptsError, LayerOutOfRangeError
+        """
+        return self._dataset("prompts", model, prompts, layers, chunks, provenance, group)
+
+    def tokens(
+        self,
+        model: str | None = None,
+        prompts: Iterable[Any] | None = None,
+        layers: LayerSpec | None = None,
+        chunks: Chunks = None,
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+    ) -> xr.Dataset:
+        """What is stored per token, lazily; the same arguments as `dataset`.
+
+        Returns
+        -------
+        xarray.Dataset
+            ``<site>(layer, token, hidden)``, the tokens of all prompts end to end, with an index over ``prompt`` and
+            ``position``: ``tokens.resid.sel(layer=16, prompt=h)`` are the tokens of one prompt.
+        """
+        return self._dataset("tokens", model, prompts, layers, chunks, provenance, group)
+
+    def _dataset(
+        self,
+        level: Level,
+        model: str | None,
+        prompts: Iterable[Any] | None,
+        layers: LayerSpec | None,
+        chunks: Chunks,
+        provenance: Provenance | None,
+        group: str | None,
+    ) -> xr.Dataset:
+        info = self.find_group(model, provenance=provenance, group=group)
+        data = to_dataset(self.view(info), level, prompts=prompts, layers=layers)
+        if chunks is None:
+            return data
+        preferred = {dim: size for v in data.data_vars.values() for dim, size in v.encoding.get("preferred_chunks", {}).items()}
+        return data.chunk(preferred if chunks == {} else chunks)
+
+    def datatree(self) -> xr.DataTree:
+        """Everything, lazily: ``/<group>/prompts`` and ``/<group>/tokens``."""
+        nodes: dict[str, xr.Dataset] = {}
+        for name, info in self.groups().items():
+            view = self.view(info)
+            for level in LEVELS:
+                if view.variables(level) or level == "prompts":
+                    nodes[f"/{name}/{level}"] = to_dataset(view, level)
+        return xr.DataTree.from_dict(nodes)
+
+    def coverage(
+        self,
+        model: str | None = None,
+        prompts: Iterable[Any] | None = None,
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+    ) -> xr.DataArray:
+        """What is stored: True for every variable, prompt and layer that some part holds.
+
+        Returns
+        -------
+        xarray.DataArray of bool, dims (variable, prompt, layer)
+            Activations of both levels. A variable without a layer axis is the same along ``layer``. No values are read.
+        """
+        view = self.view(self.find_group(model, provenance=provenance, group=group))
+        rows = np.arange(len(view)) if prompts is None else view.select(prompts)
+        layers = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+        names = [(level, name) for level in LEVELS for name in view.variables(level)]
+        there = [np.broadcast_to(view.covers(level, name, rows, layers).T, (len(rows), len(layers))) for level, name in names]
+        return xr.DataArray(
+            np.array(there, bool).reshape(len(names), len(rows), len(layers)),
+            dims=("variable", "prompt", "layer"),
+            coords={"variable": [name for _, name in names], "prompt": view.hashes[rows], "layer": list(layers)},
+            name="coverage",
+        )
+
+    # -------------------------------------------------------------------------------------------------------- writing
+
+    def check_writable(self) -> None:
+        """Raise `ReadOnlyError` where this store may not be written to."""
+        if self.mode == "r":
+            raise ReadOnlyError(f"{self.url} was opened with mode='r': open it with mode='a' to write")
+
+    def new_part(
+        self, info: GroupInfo, *, kind: str = "part", compressed: bool = True, recorded: Mapping[str, Any] | None = None
+    ) -> PartWriter:
+        """A writer for one part of a group. The group is made where it is new; the part shows after its commit.
+
+        Raises
+        ------
+        ReadOnlyError, NoSpaceError
+        """
+        self.check_writable()
+        write_group(self.storage, info, durable=self.durable)
+        self._groups[info.name] = info
+        older = [name for folder in (info.name, f"{info.name}/{ANNOTATIONS}") for name in self.storage.list(folder)]
+        name = new_part_name(max((n for n in older if n not in ("zarr.json", ANNOTATIONS)), default=""))
+        return PartWriter(self.storage, info, name, kind=kind, compressed=compressed, durable=self.durable, recorded=recorded)
+
+    def write(self, info: GroupInfo, batch: TokenBatch, *, kind: str = "part", compressed: bool = True) -> str:
+        """Write one batch as one part; returns its name.
+
+        Raises
+        ------
+        PromptCollisionError
+            A stored prompt has the hash of a given one but another text.
+        ReadOnlyError, NoSpaceError, InvalidArgumentError
+            Nothing becomes visible.
+        """
+        self.check_writable()
+        if info.name in self.groups():
+            self.view(info).find(batch.sha256)
+        writer = self.new_part(info, kind=kind, compressed=compressed)
+        try:
+            writer.append(batch)
+            return writer.commit().name
+        except BaseException:
+            writer.abort()
+            raise
+
+    def annotate(
+        self,
+        model: str | None,
+        columns: Mapping[str, Mapping[Any, Any]],
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+    ) -> None:
+        """Add per-prompt columns, or new values of them, to what is stored.
+
+        Parameters
+        ----------
+        model : str
+            Name of the model.
+        columns : mapping of str to mapping
+            Column to ``{text or hash: value}``; a column may leave prompts out.
+
+        Raises
+        ------
+        MissingPromptsError
+            A prompt is not stored; nothing is written.
+        InvalidArgumentError
+            A column's name or values cannot be stored.
+        """
+        self.check_writable()
+        validate_column_names(columns)
+        info = self.find_group(model, provenance=provenance, group=group)
+        view = self.view(info)
+        together: dict[tuple[int, ...], dict[str, list[Any]]] = {}
+        for name, values in columns.items():
+            if not values:
+                raise InvalidArgumentError(f"column {name!r} has no values: give {{text or hash: value}}")
+            rows = view.select(list(values))
+            if len(set(rows.tolist())) != len(rows):
+                raise InvalidArgumentError(f"column {name!r} names a prompt twice, by its text and by its hash")
+            order = np.argsort(rows, kind="stable")
+            listed = list(values.values())
+            together.setdefault(tuple(rows[order].tolist()), {})[name] = [listed[i] for i in order]
+        batches = [annotation_batch(view, rows, named) for rows, named in together.items()]
+        for batch in batches:
+            self.write(info, batch, kind="annotation")
+
+    # ------------------------------------------------------------------------------------------------------- printing
+
+    def __repr__(self) -> str:
+        lines = [f"<lmprobe_zarr.Store {self.url!r}, mode {self.mode!r}>"]
+        for name, info in self.groups().items():
+            view = self.view(info)
+            held = [f"{v} ({level})" for level in LEVELS for v in view.variables(level)]
+            layers = describe_layers(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+            lines.append(f"  {info.model}: {len(view)} prompts, {int(view.token_counts().sum())} tokens, layers {layers}")
+            lines.append(f"    {', '.join(held) or 'nothing yet'}  [{name}]")
+        return "\n".join(lines if len(lines) > 1 else [*lines, "  empty"])
+
+
+def _reopen(storage: Storage, mode: Mode, durable: bool) -> Store:
+    return Store(storage, mode=mode, durable=durable)
+
+
+def annotation_batch(view: View, rows: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> TokenBatch:
+    """Per-prompt columns for some prompts of a view, as the writer takes them."""
+    digests = [view.digests[row].tobytes().hex() for row in rows]
+    return TokenBatch(sha256=digests, prompt_columns={name: np.array(list(values), object) for name, values in columns.items()})
+
+
+def _differing_fields(found: Sequence[GroupInfo]) -> str:
+    fields: dict[str, set[str]] = {}
+    for name in ("num_layers", "hidden_size"):
+        fields[name] = {repr(getattr(info, name)) for info in found}
+    for name in sorted({name for info in found for name in info.provenance}):
+        fields[name] = {repr(info.provenance[name]) if name in info.provenance else "unknown" for info in found}
+    return "; ".join(f"{name}: {' or '.join(sorted(values))}" for name, values in fields.items() if len(values) > 1)

@@ -1,0 +1,372 @@
+"""One part from batches to its commit: lay out, write chunks as they fill, commit last. Never reads back.
+
+Nothing of a part is visible before `PartWriter.commit` returns: the part's own ``zarr.json`` is written last, after
+everything that it names has been written and flushed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch
+from lmprobe_zarr.chunks import encode_chunk, file_entry, run_all
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.ragged import positions_of
+from lmprobe_zarr.schema import (
+    ANNOTATIONS,
+    LEVELS,
+    SAMPLE_DIM,
+    ArrayInfo,
+    GroupInfo,
+    Level,
+    PartInfo,
+    array_dims,
+    level_document,
+    parse_root,
+    part_document,
+    root_document,
+    validate_column_names,
+)
+from lmprobe_zarr.storage import Storage
+
+__all__ = ["PartWriter", "write_group"]
+
+Array = npt.NDArray[Any]
+
+# A chunk is what one read fetches. 4 MiB lies on the flat part of the curve on local disks (docs/design/format.md).
+CHUNK_BYTES: Final = 4 * 2**20
+MIN_CHUNK_BYTES: Final = 2**18
+# All chunks that are being filled together; with many layers each gets a smaller share.
+BUFFER_BYTES: Final = 256 * 2**20
+COLUMN_ROWS: Final = 2**20
+TEXT_ROWS: Final = 2**16
+
+
+def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
+    """Write the documents of the root and of a group where they are not there yet.
+
+    Two writers may do so at once: both write the same bytes.
+    """
+    if storage.is_file("zarr.json"):
+        parse_root(storage.read("zarr.json"), storage.url)
+    else:
+        storage.commit("zarr.json", root_document(), durable=durable)
+    if not storage.is_file(f"{group.name}/zarr.json"):
+        storage.commit(f"{group.name}/zarr.json", group.to_document(), durable=durable)
+
+
+class PartWriter:
+    """Writes one part.
+
+    Parameters
+    ----------
+    storage : Storage
+        The store's place.
+    group : GroupInfo
+        The group; its documents must be there (`write_group`).
+    name : str
+        Name of the part, unique (`schema.new_part_name`).
+    kind : {"part", "annotation"}
+        Annotations lie in a folder of their own.
+    compressed : bool
+        Lossless lz4 with checksums, or checksums alone.
+    durable : bool
+        Flush every file to the medium before the commit.
+    replaces : tuple of str
+        Parts that this one supersedes.
+    recorded : mapping, optional
+        What is noted in the part and never asked for again: versions, device.
+
+    Notes
+    -----
+    Every batch must hold the same variables, layers and columns as the first.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        group: GroupInfo,
+        name: str,
+        *,
+        kind: str = "part",
+        compressed: bool = True,
+        durable: bool = True,
+        replaces: tuple[str, ...] = (),
+        recorded: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.storage, self.group, self.name, self.kind = storage, group, name, kind
+        self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
+        self.compressed, self.durable, self.replaces = compressed, durable, replaces
+        written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.recorded = {"written": written, "python": platform.python_version(), **(recorded or {})}
+        self.nbytes = 0
+        self._files: dict[str, tuple[int, int]] = {}
+        self._arrays: dict[str, ArrayInfo] = {}
+        self._variables: dict[str, _RowBuffer] = {}
+        self._columns: dict[str, list[Any]] = {}
+        self._digests: list[str] = []
+        self._seen: set[str] = set()
+        self._n_tokens: list[npt.NDArray[np.int64]] = []
+        self._shape: tuple[Any, ...] | None = None
+        self._layers: tuple[int, ...] = ()
+        self._whole_prompts = True
+
+    def __len__(self) -> int:
+        """Prompts so far."""
+        return len(self._digests)
+
+    def append(self, batch: TokenBatch) -> None:
+        """Add the prompts of a batch.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The batch holds other variables, layers, row shapes or columns than the first, or a prompt again.
+        NoSpaceError, ReadOnlyError
+            The place cannot take it; nothing becomes visible.
+        """
+        self._check(batch)
+        self._digests += batch.sha256
+        self._seen.update(batch.sha256)
+        if batch.n_tokens is not None:
+            self._n_tokens.append(np.asarray(batch.n_tokens, np.int64))
+        for name, column in self._batch_columns(batch).items():
+            self._columns.setdefault(name, []).append(column)
+        for level in LEVELS:
+            for name, array in (batch.prompts if level == "prompts" else batch.tokens).items():
+                layered = name not in batch.unlayered
+                self._buffer(level, name, array, layered, batch).append(array if layered else array[None])
+        self.nbytes += batch.nbytes
+
+    def _check(self, batch: TokenBatch) -> None:
+        shapes = {
+            (level, name): (a.dtype.str, a.shape[0 if name in batch.unlayered else 1 :][1:])
+            for level, values in (("prompts", batch.prompts), ("tokens", batch.tokens))
+            for name, a in values.items()
+        }
+        columns = (sorted(batch.prompt_columns), sorted(batch.token_columns), batch.text is None, batch.n_tokens is None)
+        shape = (batch.layers, shapes, columns, dict(batch.stored_dtype))
+        if self._shape is None:
+            validate_column_names(batch.prompt_columns)
+            for (_, name), (code, _) in shapes.items():
+                dtype = np.dtype(code)
+                if dtype.kind not in "fiub" or dtype.itemsize > 8 or dtype == np.uint64:
+                    raise InvalidArgumentError(f"{name!r} has dtype {dtype}, which cannot be stored: use float16, 32, 64 or integers")
+            self._shape, self._layers = shape, batch.layers
+        elif shape != self._shape:
+            raise InvalidArgumentError(f"one part holds the same variables, layers and columns throughout: {shape} after {self._shape}")
+        again = self._seen.intersection(batch.sha256)
+        if again:
+            raise InvalidArgumentError(f"prompt {min(again)[:HASH_DIGITS]} was already given for this part")
+
+    def _batch_columns(self, batch: TokenBatch) -> dict[str, Any]:
+        n = len(batch.sha256)
+        columns: dict[str, Any] = {}
+        if self.kind == "part":
+            lengths = np.full(n, -1, np.int64) if batch.prompt_length is None else np.asarray(batch.prompt_length, np.int64)
+            columns["prompts/prompt_length"] = lengths
+        if batch.text is not None:
+            columns["prompts/text"] = np.array([_storable(t) for t in batch.text], object)
+        columns |= {f"prompts/{name}": as_column(name, values) for name, values in batch.prompt_columns.items()}
+        if batch.n_tokens is not None:
+            counts = np.asarray(batch.n_tokens, np.int64)
+            columns["prompts/n_tokens"] = counts
+            columns["tokens/prompt_row"] = np.repeat(np.arange(len(self) - n, len(self)), counts)
+            whole = positions_of(counts)
+            token_columns = {"position": whole, **batch.token_columns}
+            self._whole_prompts &= bool(np.array_equal(token_columns["position"], whole))
+            columns |= {f"tokens/{name}": np.asarray(values, np.int64) for name, values in token_columns.items()}
+        return columns
+
+    def _buffer(self, level: Level, name: str, array: Array, layered: bool, batch: TokenBatch) -> _RowBuffer:
+        key = f"{level}/{name}"
+        if key not in self._variables:
+            wide = array.dtype if array.dtype.kind in "fb" else np.dtype(np.int64)
+            row_shape = array.shape[2 if layered else 1 :]
+            buffers = sum(a.shape[0] for v in (batch.prompts, batch.tokens) for n, a in v.items() if n not in batch.unlayered) or 1
+            chunk_bytes = max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, BUFFER_BYTES // buffers))
+            rows = max(1, chunk_bytes // max(1, int(np.prod(row_shape)) * wide.itemsize))
+            info = ArrayInfo(
+                dims=array_dims(name, level, array.ndim, layered),
+                shape=((len(self._layers),) if layered else ()) + (0, *row_shape),
+                chunks=((1,) if layered else ()) + (rows, *row_shape),
+                dtype=wide.name,
+                # Byte shuffle decodes twice as fast and costs a tenth in size: the better trade for small pooled arrays.
+                shuffle=("shuffle" if level == "prompts" else "bitshuffle") if self.compressed else None,
+                attributes={"stored_dtype": batch.stored_dtype.get(name, wide.name)},
+            )
+            self._variables[key] = _RowBuffer(self, key, info)
+        return self._variables[key]
+
+    def write_chunk(self, key: str, info: ArrayInfo, layer: int, block: int, values: Array) -> None:
+        """Encode and write one chunk."""
+        name = f"{key}/{info.chunk_key(layer, block)}"
+        data = encode_chunk(values, info)
+        self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
+        self._files[name] = file_entry(data, chunk=True)
+
+    def commit(self) -> PartInfo:
+        """Make the part visible; afterwards the writer is used up.
+
+        Raises
+        ------
+        InvalidArgumentError
+            No batch was appended.
+        NoSpaceError, ReadOnlyError
+            The place cannot take it; nothing becomes visible.
+        """
+        if not self._digests:
+            raise InvalidArgumentError("a part without prompts cannot be committed")
+        for key, buffer in self._variables.items():
+            self._arrays[key] = buffer.finish()
+        self._write_columns()
+        info = PartInfo(
+            name=self.name,
+            kind=self.kind,
+            digests=np.frombuffer(bytes.fromhex("".join(self._digests)), np.uint8).reshape(-1, 32),
+            n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else None,
+            layers=self._layers,
+            arrays=dict(sorted(self._arrays.items())),
+            files={},
+            recorded=self.recorded,
+            replaces=self.replaces,
+        )
+        documents: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in info.arrays.items()}
+        documents |= {f"{level}/zarr.json": level_document(info, level) for level in LEVELS if info.variables(level)}
+        for name, document in documents.items():
+            data = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+            self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
+            self._files[name] = file_entry(data, chunk=False)
+        object.__setattr__(info, "files", dict(sorted(self._files.items())))
+        self.storage.commit(f"{self.path}/zarr.json", part_document(info, self.group), durable=self.durable)
+        return info
+
+    def abort(self) -> None:
+        """Remove what was written; it was never visible."""
+        self.storage.remove_tree(self.path)
+
+    def _write_columns(self) -> None:
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        columns["prompts/prompt"] = np.array([d[:HASH_DIGITS] for d in self._digests], object)
+        columns["prompts/prompt_sha256"] = np.array(self._digests, object)
+        if self._layers:
+            for level in {key.split("/")[0] for key in self._variables}:
+                columns[f"{level}/layer"] = np.array(self._layers, np.int64)
+        attributes: dict[str, dict[str, Any]] = {
+            "n_tokens": {"sample_dimension": "token"},
+            "prompt_row": {"instance_dimension": "prompt"},
+            "position": {"whole_prompts": self._whole_prompts},  # then a reader knows them without reading them
+        }
+        for key, values in columns.items():
+            level, name = key.split("/")
+            text = values.dtype == object
+            rows = min(len(values), TEXT_ROWS if text else COLUMN_ROWS)
+            shuffle = ("noshuffle" if text or values.dtype.itemsize == 1 else "shuffle") if self.compressed else None
+            info = ArrayInfo(
+                dims=("layer",) if name == "layer" else (SAMPLE_DIM["tokens" if level == "tokens" else "prompts"],),
+                shape=(len(values),),
+                chunks=(rows,),
+                dtype="string" if text else values.dtype.name,
+                shuffle=shuffle,
+                attributes=attributes.get(name, {}),
+            )
+            for block in range(-(-len(values) // rows)):
+                self.write_chunk(key, info, 0, block, values[block * rows : (block + 1) * rows])
+            self._arrays[key] = info
+
+
+class _RowBuffer:
+    """Rows of one variable until a chunk is full; then one chunk per layer is written."""
+
+    def __init__(self, writer: PartWriter, key: str, info: ArrayInfo) -> None:
+        self.writer, self.key, self.info = writer, key, info
+        self.capacity = info.rows_per_chunk
+        self.layers = info.shape[0] if info.layered else 1
+        self.filled = 0
+        self.blocks = 0
+        self.held: Array | None = None
+
+    def append(self, values: Array) -> None:
+        """Take rows; `values` has shape (layer, row, …)."""
+        start, total = 0, values.shape[1]
+        while start < total:
+            if not self.filled and total - start >= self.capacity:
+                self._flush(values[:, start : start + self.capacity])  # a whole chunk: no copy
+                start += self.capacity
+                continue
+            if self.held is None:
+                self.held = np.empty((self.layers, self.capacity, *self.info.row_shape), self.info.dtype)
+            count = min(total - start, self.capacity - self.filled)
+            self.held[:, self.filled : self.filled + count] = values[:, start : start + count]
+            self.filled, start = self.filled + count, start + count
+            if self.filled == self.capacity:
+                self._flush(self.held)
+                self.filled = 0
+
+    def _flush(self, values: Array) -> None:
+        info, layered = self.info, self.info.layered
+        run_all(
+            [
+                partial(self.writer.write_chunk, self.key, info, layer, self.blocks, values[layer : layer + 1] if layered else values[0])
+                for layer in range(self.layers)
+            ],
+            local=self.writer.storage.is_local,
+        )
+        self.blocks += 1
+
+    def finish(self) -> ArrayInfo:
+        """Write what is left and say what the array became."""
+        rows = self.blocks * self.capacity + self.filled
+        axis = self.info.sample_axis
+        chunk_rows = self.capacity if self.blocks else self.filled
+        self.info = ArrayInfo(
+            dims=self.info.dims,
+            shape=(*self.info.shape[:axis], rows, *self.info.shape[axis + 1 :]),
+            chunks=(*self.info.chunks[:axis], chunk_rows, *self.info.chunks[axis + 1 :]),
+            dtype=self.info.dtype,
+            shuffle=self.info.shuffle,
+            attributes=self.info.attributes,
+        )
+        if self.filled and self.held is not None:
+            self._flush(self.held[:, : self.filled])
+        self.held = None
+        return self.info
+
+
+def as_column(name: str, values: Sequence[Any] | Array) -> Array:
+    """A user's per-prompt column as it is stored: int64, float64, bool, or object holding texts.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Values that are neither numbers, truth values nor texts, or several of these at once.
+    """
+    items: Iterable[Any] = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    listed = [item.item() if isinstance(item, np.generic) else item for item in items]
+    kinds = {type(item) for item in listed}
+    if kinds <= {bool}:
+        return np.array(listed, bool)
+    if kinds <= {int}:
+        try:
+            return np.array(listed, np.int64)
+        except OverflowError as error:
+            raise InvalidArgumentError(f"column {name!r} holds integers outside of 64 bits") from error
+    if kinds <= {int, float}:
+        return np.array(listed, np.float64)
+    if all(isinstance(item, str) for item in listed):
+        return np.array([_storable(str(item)) for item in listed], object)
+    found = ", ".join(sorted(kind.__name__ for kind in kinds))
+    raise InvalidArgumentError(f"column {name!r} holds {found}: use numbers only, truth values only, or texts only, none missing")
+
+
+def _storable(text: str) -> str:
+    # Lone surrogates have no UTF-8. The digest keeps telling such texts apart; the stored text shows a replacement mark.
+    return text.encode("utf-8", "replace").decode("utf-8")
