@@ -1,3 +1,23 @@
-"""lmprobe_zarr."""
+"""Language-model activations in chunked Zarr v3 stores, sliced with xarray and probed with Dask.
+
+>>> import lmprobe_zarr as lz
+>>> store = lz.open_store("acts")  # doctest: +SKIP
+>>> lz.extract("gpt2", prompts, store=store)  # doctest: +SKIP
+>>> store.dataset("gpt2").resid_last_token.sel(layer=6)  # doctest: +SKIP
+"""
+
+from lmprobe_zarr import accessor as accessor  # registers ``.lz``
+from lmprobe_zarr.activations import write_activations
+from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.index import TokenIndex
+from lmprobe_zarr.store import Store, open_store
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Store",
+    "TokenIndex",
+    "open_store",
+    "prompt_hash",
+    "write_activations",
+]

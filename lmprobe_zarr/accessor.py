@@ -1,0 +1,217 @@
+"""``ds.lz``: what xarray does not know about activations. Works on any dataset or array with our dimension names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from lmprobe_zarr.chunks import fill_value
+from lmprobe_zarr.errors import InvalidArgumentError, LayerOutOfRangeError, MissingDependencyError
+from lmprobe_zarr.index import TokenIndex
+from lmprobe_zarr.pooling import parse_poolings, pool_ragged
+from lmprobe_zarr.ragged import as_slice, offsets_of, positions_of
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+
+__all__ = ["ArrayAccessor", "DatasetAccessor"]
+
+T = TypeVar("T", xr.Dataset, xr.DataArray)
+
+
+class _TokenAccessor(Generic[T]):
+    """What datasets and arrays have in common."""
+
+    _data: T
+
+    def __init__(self, data: T) -> None:
+        self._data = data
+
+    def _by_prompt(self) -> tuple[T, TokenIndex, npt.NDArray[np.int64]]:
+        """The data with the tokens of each prompt together and in order, its index, and the rows of each prompt."""
+        index = self._data.xindexes.get("prompt")
+        if not isinstance(index, TokenIndex):
+            raise InvalidArgumentError(
+                f"this has no index over prompt and position (dims {tuple(self._data.sizes)}): open it with store.tokens(), "
+                'or set_xindex(["prompt", "position"], lmprobe_zarr.TokenIndex)'
+            )
+        data, codes = self._data, index.codes
+        appearance = _by_appearance(codes)
+        order = np.lexsort((index.positions, appearance))
+        if (np.diff(order) != 1).any():
+            data = data.isel({index.dim: order})
+            taken = index.isel({index.dim: order})
+            assert taken is not None  # noqa: S101 — an order along one dimension keeps the index
+            index, appearance = taken, appearance[order]
+        if (np.diff(index.positions)[np.diff(appearance) == 0] == 0).any():
+            raise InvalidArgumentError("a prompt occurs several times along token: select each prompt once")
+        return data, index, np.bincount(appearance).astype(np.int64)
+
+    def at(self, position: int) -> T:
+        """The values at one place of every prompt, back to one row per prompt.
+
+        Parameters
+        ----------
+        position : int
+            Counted from the prompt's first token that is here, or, if negative, from its last: ``-1`` is the last token.
+
+        Returns
+        -------
+        same kind, with ``token`` replaced by ``prompt``
+            In the order in which prompts appear. Lazy where the data are.
+
+        Raises
+        ------
+        LayerOutOfRangeError
+            A prompt has fewer tokens (an `IndexError`, as for any sequence).
+        """
+        data, index, counts = self._by_prompt()
+        short = counts < (position + 1 if position >= 0 else -position)
+        if short.any():
+            raise LayerOutOfRangeError(
+                f"{int(short.sum())} of {len(counts)} prompts have fewer tokens than position {position} needs, the shortest "
+                f"{int(counts.min())}: use sel(position=…) for those that have it"
+            )
+        offsets = offsets_of(counts)
+        rows = (offsets[:-1] if position >= 0 else offsets[1:]) + position
+        return _one_per_prompt(data.isel({index.dim: as_slice(rows)}), index.dim)
+
+    def _pool_array(self, array: xr.DataArray, pooling: str) -> xr.DataArray:
+        data, index, counts = ArrayAccessor(array)._by_prompt()
+        rest = [dim for dim in data.dims if dim not in ("layer", index.dim)]
+        ordered = data.transpose(..., index.dim, *rest) if len(rest) == 1 else data.transpose(..., index.dim)
+        firsts = offsets_of(counts)[:-1]
+        head = _one_per_prompt(ordered.isel({index.dim: firsts}), index.dim).drop_vars(
+            ["position", "token_id", "char_start", "char_end"], errors="ignore"
+        )
+        if "layer" in ordered.dims:  # one layer at a time: memory for one layer of tokens, whatever the number of layers
+            values = np.stack([_pool(ordered.isel(layer=i), counts, pooling) for i in range(ordered.sizes["layer"])])
+            head = head.transpose("layer", ...)
+        else:
+            values = _pool(ordered, counts, pooling)
+        return (
+            head.copy(data=values).rename(f"{array.name}_{pooling}" if array.name else None).transpose(*(_renamed(array.dims, index.dim)))
+        )
+
+    def _pad_array(self, array: xr.DataArray) -> xr.DataArray:
+        data, index, counts = ArrayAccessor(array)._by_prompt()
+        axis: int = data.dims.index(index.dim)
+        values: npt.NDArray[Any] = data.values
+        longest = int(counts.max(initial=0))
+        dtype = np.dtype(np.int8) if values.dtype == bool else values.dtype
+        out = np.full((*values.shape[:axis], len(counts), longest, *values.shape[axis + 1 :]), fill_value(dtype), dtype)
+        rows, places = np.repeat(np.arange(len(counts)), counts), positions_of(counts)
+        out[(*(slice(None),) * axis, rows, places)] = values
+        head = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim)
+        kept = {name: c for name, c in head.coords.items() if name not in ("position", "token_id", "char_start", "char_end")}
+        dims = [d for dim in data.dims for d in (("prompt", "position") if dim == index.dim else (dim,))]
+        return xr.DataArray(out, coords={**kept, "position": np.arange(longest)}, dims=dims, name=array.name, attrs=array.attrs)
+
+
+@xr.register_dataarray_accessor("lz")  # type: ignore[no-untyped-call]
+class ArrayAccessor(_TokenAccessor[xr.DataArray]):
+    """``array.lz``: tokens to prompts, to padded arrays, to torch."""
+
+    def pool(self, pooling: str) -> xr.DataArray:
+        """One vector per prompt from its tokens.
+
+        Parameters
+        ----------
+        pooling : {"last_token", "first_token", "mean", "max", "min"}
+            See `lmprobe_zarr.pooling.pool_ragged`. Over the tokens that are here: after a selection, over those selected.
+
+        Returns
+        -------
+        xarray.DataArray
+            ``token`` replaced by ``prompt``, named ``<name>_<pooling>``; in memory, computed layer by layer.
+        """
+        parse_poolings(pooling)
+        return self._pool_array(self._data, pooling)
+
+    def padded(self) -> xr.DataArray:
+        """``token`` replaced by ``prompt`` and ``position``; NaN (−1 for integers) beyond each prompt's last token, in memory."""
+        return self._pad_array(self._data)
+
+    def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
+        """The values as a torch tensor.
+
+        Parameters
+        ----------
+        dtype : torch.dtype, optional
+            None keeps the dtype that was stored: bfloat16 comes back as bfloat16.
+        device : torch device, optional
+            None stays on the CPU, where no value is copied beyond the read itself.
+
+        Raises
+        ------
+        MissingDependencyError
+            torch is not installed.
+        """
+        try:
+            import torch
+        except ImportError as error:
+            raise MissingDependencyError('to_torch needs torch: pip install "lmprobe-zarr[models]"') from error
+        values = np.ascontiguousarray(self._data.values)
+        if not values.flags.writeable:
+            values = values.copy()  # torch has no read-only tensors
+        if dtype is None and self._data.attrs.get("stored_dtype") == "bfloat16" and values.dtype == np.float32:
+            dtype = torch.bfloat16
+        return torch.from_numpy(values).to(device=device, dtype=dtype)
+
+
+@xr.register_dataset_accessor("lz")  # type: ignore[no-untyped-call]
+class DatasetAccessor(_TokenAccessor[xr.Dataset]):
+    """``ds.lz``: the same for every variable of a dataset, and plots of scores."""
+
+    def pool(self, pooling: str) -> xr.Dataset:
+        """`ArrayAccessor.pool` of every variable along ``token``, as ``<name>_<pooling>``."""
+        parse_poolings(pooling)
+        _, index, _ = self._by_prompt()
+        pooled = [self._pool_array(v, pooling) for v in self._data.data_vars.values() if index.dim in v.dims]
+        return xr.Dataset({str(v.name): v for v in pooled}, attrs=self._data.attrs)
+
+    def padded(self) -> xr.Dataset:
+        """`ArrayAccessor.padded` of every variable along ``token``, and ``mask(prompt, position)``: True where there is a token."""
+        data, index, counts = self._by_prompt()
+        out = {str(v.name): self._pad_array(v) for v in data.data_vars.values() if index.dim in v.dims}
+        padded = xr.Dataset(out, attrs=self._data.attrs)
+        there = np.arange(int(counts.max(initial=0))) < counts[:, None]
+        return padded.assign(mask=(("prompt", "position"), there))
+
+    def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:
+        """`ArrayAccessor.to_torch` of every variable, by name."""
+        return {str(name): ArrayAccessor(v).to_torch(dtype=dtype, device=device) for name, v in self._data.data_vars.items()}
+
+    def plot(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
+        """Scores of a sweep by layer; see `lmprobe_zarr.plots.plot_scores`."""
+        from lmprobe_zarr.plots import plot_scores
+
+        return plot_scores(self._data, metric, **kwargs)
+
+
+def _by_appearance(codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Codes renumbered by the order in which they first appear."""
+    uniques, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    rank = np.empty(len(uniques), np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(len(uniques))
+    return rank[inverse]
+
+
+def _one_per_prompt(data: T, dim: str) -> T:
+    """One token per prompt, now along ``prompt`` with its ordinary index."""
+    plain = data.drop_indexes(["prompt", "position"]) if isinstance(data.xindexes.get("prompt"), TokenIndex) else data
+    swapped: T = plain.swap_dims({dim: "prompt"})
+    return swapped
+
+
+def _pool(array: xr.DataArray, counts: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[Any]:
+    values = array.values
+    return pool_ragged(values[:, None], counts, pooling)[:, 0] if values.ndim == 1 else pool_ragged(values, counts, pooling)
+
+
+def _renamed(dims: tuple[Any, ...], dim: str) -> list[Any]:
+    return ["prompt" if d == dim else d for d in dims]

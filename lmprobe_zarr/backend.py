@@ -1,0 +1,103 @@
+"""The xarray engine ``lmprobe_zarr``: hands a store's views to `xarray.open_dataset` and `xarray.open_datatree`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import xarray as xr
+from xarray.backends import BackendEntrypoint
+
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.layers import LayerSpec
+from lmprobe_zarr.schema import LEVELS, Level, Provenance, is_root_document
+from lmprobe_zarr.store import Store, open_store
+
+__all__ = ["LmprobeZarrBackend"]
+
+
+class LmprobeZarrBackend(BackendEntrypoint):
+    """Opens a store, read-only, through xarray.
+
+    Examples
+    --------
+    >>> import xarray as xr
+    >>> xr.open_dataset(url, engine="lmprobe_zarr", model="gpt2", level="tokens")  # doctest: +SKIP
+    """
+
+    description = "Language-model activations in an lmprobe-zarr store"
+    url = "https://pypi.org/project/lmprobe-zarr/"
+    open_dataset_parameters: ClassVar[tuple[str, ...]] = (
+        "filename_or_obj",
+        "drop_variables",
+        "model",
+        "level",
+        "prompts",
+        "layers",
+        "provenance",
+        "group",
+        "storage_options",
+    )
+    supports_groups = True
+
+    def open_dataset(
+        self,
+        filename_or_obj: Any,
+        *,
+        drop_variables: str | Iterable[str] | None = None,
+        model: str | None = None,
+        level: Level = "prompts",
+        prompts: Iterable[Any] | None = None,
+        layers: LayerSpec | None = None,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> xr.Dataset:
+        """One level of one group; see `Store.dataset` and `Store.tokens` for the arguments and errors."""
+        if level not in LEVELS:
+            raise InvalidArgumentError(f"level={level!r} is unknown: use 'prompts' (one row per prompt) or 'tokens' (one row per token)")
+        store = _open(filename_or_obj, storage_options)
+        open_level = store.dataset if level == "prompts" else store.tokens
+        data = open_level(model, prompts, layers, provenance=provenance, group=group)
+        dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
+        return data.drop_vars(dropped, errors="ignore")
+
+    def open_datatree(
+        self,
+        filename_or_obj: Any,
+        *,
+        drop_variables: str | Iterable[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> xr.DataTree:
+        """All groups: ``/<group>/prompts`` and ``/<group>/tokens``."""
+        groups = self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables, storage_options=storage_options, **kwargs)
+        return xr.DataTree.from_dict(groups)
+
+    def open_groups_as_dict(
+        self,
+        filename_or_obj: Any,
+        *,
+        drop_variables: str | Iterable[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> dict[str, xr.Dataset]:
+        """All groups as datasets by path."""
+        dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
+        tree = _open(filename_or_obj, storage_options).datatree()
+        return {node.path: node.to_dataset().drop_vars(dropped, errors="ignore") for node in tree.subtree}
+
+    def guess_can_open(self, filename_or_obj: Any) -> bool:
+        """Whether a local folder is the root of a store; URLs are not looked at, so name the engine for them."""
+        if not isinstance(filename_or_obj, (str, os.PathLike)):
+            return False
+        try:
+            return is_root_document(json.loads((Path(filename_or_obj) / "zarr.json").read_bytes()))
+        except (OSError, ValueError):
+            return False
+
+
+def _open(place: Any, storage_options: Mapping[str, Any] | None) -> Store:
+    return open_store(place, mode="r", storage_options=storage_options)
