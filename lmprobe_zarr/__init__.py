@@ -7,17 +7,26 @@
 """
 
 from lmprobe_zarr import accessor as accessor  # registers ``.lz``
+from lmprobe_zarr import errors
 from lmprobe_zarr.activations import write_activations
 from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.build import ExtractPlan, ExtractStats, extract, plan_extract
 from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.sweep import sweep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExtractPlan",
+    "ExtractStats",
     "Store",
     "TokenIndex",
+    "errors",
+    "extract",
     "open_store",
+    "plan_extract",
     "prompt_hash",
+    "sweep",
     "write_activations",
 ]

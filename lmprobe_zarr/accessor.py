@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +11,9 @@ import xarray as xr
 
 from lmprobe_zarr.chunks import fill_value
 from lmprobe_zarr.errors import InvalidArgumentError, LayerOutOfRangeError, MissingDependencyError
-from lmprobe_zarr.index import TokenIndex
+from lmprobe_zarr.index import TokenIndex, by_appearance
 from lmprobe_zarr.pooling import parse_poolings, pool_ragged
-from lmprobe_zarr.ragged import as_slice, offsets_of, positions_of
+from lmprobe_zarr.ragged import as_slice, offsets_of
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["ArrayAccessor", "DatasetAccessor"]
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
+
+# Coordinates of single tokens, which mean nothing to a whole prompt.
+_OF_TOKENS: Final = ("position", "token_id", "char_start", "char_end")
 
 
 class _TokenAccessor(Generic[T]):
@@ -34,13 +38,13 @@ class _TokenAccessor(Generic[T]):
     def _by_prompt(self) -> tuple[T, TokenIndex, npt.NDArray[np.int64]]:
         """The data with the tokens of each prompt together and in order, its index, and the rows of each prompt."""
         index = self._data.xindexes.get("prompt")
-        if not isinstance(index, TokenIndex):
+        if not isinstance(index, TokenIndex) or index.dim not in self._data.dims:
             raise InvalidArgumentError(
                 f"this has no index over prompt and position (dims {tuple(self._data.sizes)}): open it with store.tokens(), "
                 'or set_xindex(["prompt", "position"], lmprobe_zarr.TokenIndex)'
             )
         data, codes = self._data, index.codes
-        appearance = _by_appearance(codes)
+        appearance = by_appearance(codes)
         order = np.lexsort((index.positions, appearance))
         if (np.diff(order) != 1).any():
             data = data.isel({index.dim: order})
@@ -82,34 +86,35 @@ class _TokenAccessor(Generic[T]):
 
     def _pool_array(self, array: xr.DataArray, pooling: str) -> xr.DataArray:
         data, index, counts = ArrayAccessor(array)._by_prompt()
+        head = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(_OF_TOKENS, errors="ignore")
         rest = [dim for dim in data.dims if dim not in ("layer", index.dim)]
-        ordered = data.transpose(..., index.dim, *rest) if len(rest) == 1 else data.transpose(..., index.dim)
-        firsts = offsets_of(counts)[:-1]
-        head = _one_per_prompt(ordered.isel({index.dim: firsts}), index.dim).drop_vars(
-            ["position", "token_id", "char_start", "char_end"], errors="ignore"
-        )
-        if "layer" in ordered.dims:  # one layer at a time: memory for one layer of tokens, whatever the number of layers
-            values = np.stack([_pool(ordered.isel(layer=i), counts, pooling) for i in range(ordered.sizes["layer"])])
-            head = head.transpose("layer", ...)
+        ordered = data.transpose("layer", index.dim, *rest, missing_dims="ignore")
+        if ordered.sizes.get("layer"):  # one layer at a time: memory for one layer of tokens, whatever the number of layers
+            values = np.stack([_pool(layer.values, counts, pooling) for layer in ordered.transpose("layer", ...)])
+        elif "layer" in ordered.dims:
+            values = np.empty((0, len(counts), *ordered.shape[2:]), ordered.dtype)
         else:
-            values = _pool(ordered, counts, pooling)
-        return (
-            head.copy(data=values).rename(f"{array.name}_{pooling}" if array.name else None).transpose(*(_renamed(array.dims, index.dim)))
-        )
+            values = _pool(ordered.values, counts, pooling)
+        dims = _renamed(ordered.dims, index.dim)
+        name = f"{array.name}_{pooling}" if array.name else None
+        return xr.DataArray(values, head.coords, dims, name, array.attrs).transpose(*_renamed(array.dims, index.dim))
 
     def _pad_array(self, array: xr.DataArray) -> xr.DataArray:
         data, index, counts = ArrayAccessor(array)._by_prompt()
         axis: int = data.dims.index(index.dim)
         values: npt.NDArray[Any] = data.values
-        longest = int(counts.max(initial=0))
+        places, columns = np.unique(index.positions, return_inverse=True)
         dtype = np.dtype(np.int8) if values.dtype == bool else values.dtype
-        out = np.full((*values.shape[:axis], len(counts), longest, *values.shape[axis + 1 :]), fill_value(dtype), dtype)
-        rows, places = np.repeat(np.arange(len(counts)), counts), positions_of(counts)
-        out[(*(slice(None),) * axis, rows, places)] = values
+        filler = "" if dtype.kind == "U" else fill_value(dtype)
+        if dtype.kind == "u":
+            dtype = np.result_type(dtype, np.int8)
+        out = np.full((*values.shape[:axis], len(counts), len(places), *values.shape[axis + 1 :]), filler, dtype)
+        lead: tuple[Any, ...] = (slice(None),) * axis
+        out[(*lead, np.repeat(np.arange(len(counts)), counts), columns)] = values
         head = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim)
-        kept = {name: c for name, c in head.coords.items() if name not in ("position", "token_id", "char_start", "char_end")}
+        kept = {name: c for name, c in head.coords.items() if name not in _OF_TOKENS}
         dims = [d for dim in data.dims for d in (("prompt", "position") if dim == index.dim else (dim,))]
-        return xr.DataArray(out, coords={**kept, "position": np.arange(longest)}, dims=dims, name=array.name, attrs=array.attrs)
+        return xr.DataArray(out, coords={**kept, "position": places}, dims=dims, name=array.name, attrs=array.attrs)
 
 
 @xr.register_dataarray_accessor("lz")  # type: ignore[no-untyped-call]
@@ -133,7 +138,10 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         return self._pool_array(self._data, pooling)
 
     def padded(self) -> xr.DataArray:
-        """``token`` replaced by ``prompt`` and ``position``; NaN (−1 for integers) beyond each prompt's last token, in memory."""
+        """``token`` replaced by ``prompt`` and ``position``, in memory; NaN (−1 for integers) where a prompt has no token.
+
+        ``position`` holds the positions that occur, so after a selection each token still stands at its own.
+        """
         return self._pad_array(self._data)
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
@@ -142,7 +150,8 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Parameters
         ----------
         dtype : torch.dtype, optional
-            None keeps the dtype that was stored: bfloat16 comes back as bfloat16.
+            None keeps the dtype that was stored: bfloat16 comes back as bfloat16, unless the values have changed since and
+            no longer fit into it.
         device : torch device, optional
             None stays on the CPU, where no value is copied beyond the read itself.
 
@@ -155,10 +164,10 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
             import torch
         except ImportError as error:
             raise MissingDependencyError('to_torch needs torch: pip install "lmprobe-zarr[models]"') from error
-        values = np.ascontiguousarray(self._data.values)
+        values: npt.NDArray[Any] = np.asarray(self._data.values, order="C")
         if not values.flags.writeable:
             values = values.copy()  # torch has no read-only tensors
-        if dtype is None and self._data.attrs.get("stored_dtype") == "bfloat16" and values.dtype == np.float32:
+        if dtype is None and self._data.attrs.get("stored_dtype") == "bfloat16" and _fits_bfloat16(values):
             dtype = torch.bfloat16
         return torch.from_numpy(values).to(device=device, dtype=dtype)
 
@@ -172,15 +181,16 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         parse_poolings(pooling)
         _, index, _ = self._by_prompt()
         pooled = [self._pool_array(v, pooling) for v in self._data.data_vars.values() if index.dim in v.dims]
-        return xr.Dataset({str(v.name): v for v in pooled}, attrs=self._data.attrs)
+        return xr.Dataset({v.name: v for v in pooled}, attrs=self._data.attrs)
 
     def padded(self) -> xr.Dataset:
         """`ArrayAccessor.padded` of every variable along ``token``, and ``mask(prompt, position)``: True where there is a token."""
         data, index, counts = self._by_prompt()
-        out = {str(v.name): self._pad_array(v) for v in data.data_vars.values() if index.dim in v.dims}
-        padded = xr.Dataset(out, attrs=self._data.attrs)
-        there = np.arange(int(counts.max(initial=0))) < counts[:, None]
-        return padded.assign(mask=(("prompt", "position"), there))
+        out = {v.name: self._pad_array(v) for v in data.data_vars.values() if index.dim in v.dims}
+        places, columns = np.unique(index.positions, return_inverse=True)
+        there = np.zeros((len(counts), len(places)), bool)
+        there[np.repeat(np.arange(len(counts)), counts), columns] = True
+        return xr.Dataset(out, attrs=self._data.attrs).assign(mask=(("prompt", "position"), there))
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:
         """`ArrayAccessor.to_torch` of every variable, by name."""
@@ -193,25 +203,25 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return plot_scores(self._data, metric, **kwargs)
 
 
-def _by_appearance(codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Codes renumbered by the order in which they first appear."""
-    uniques, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
-    rank = np.empty(len(uniques), np.int64)
-    rank[np.argsort(first, kind="stable")] = np.arange(len(uniques))
-    return rank[inverse]
-
-
-def _one_per_prompt(data: T, dim: str) -> T:
+def _one_per_prompt(data: T, dim: Hashable) -> T:
     """One token per prompt, now along ``prompt`` with its ordinary index."""
     plain = data.drop_indexes(["prompt", "position"]) if isinstance(data.xindexes.get("prompt"), TokenIndex) else data
     swapped: T = plain.swap_dims({dim: "prompt"})
     return swapped
 
 
-def _pool(array: xr.DataArray, counts: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[Any]:
-    values = array.values
-    return pool_ragged(values[:, None], counts, pooling)[:, 0] if values.ndim == 1 else pool_ragged(values, counts, pooling)
+def _pool(values: npt.NDArray[Any], counts: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[Any]:
+    """Pooled rows of values of shape (token, …)."""
+    if pooling == "mean" and values.dtype.kind in "biu":
+        values = values.astype(np.float64)
+    flat = values.reshape(len(values), int(np.prod(values.shape[1:])))
+    return pool_ragged(flat, counts, pooling).reshape(len(counts), *values.shape[1:])
 
 
-def _renamed(dims: tuple[Any, ...], dim: str) -> list[Any]:
+def _fits_bfloat16(values: npt.NDArray[Any]) -> bool:
+    # Arithmetic keeps the attribute, and its results seldom are bfloat16 numbers: those have 16 zeros at the end.
+    return values.dtype == np.float32 and not int(np.bitwise_or.reduce(values.reshape(-1).view(np.uint32))) & 0xFFFF
+
+
+def _renamed(dims: tuple[Any, ...], dim: Hashable) -> list[Any]:
     return ["prompt" if d == dim else d for d in dims]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.schema import SITES, UNLAYERED_SITES, GroupInfo, Provenance, split_variable
+from lmprobe_zarr.schema import SITES, UNLAYERED_SITES, GroupInfo, Provenance, split_variable, validate_column_names
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.writer import as_column
 
@@ -94,6 +94,7 @@ def write_activations(
     layers = next(iter(layered.values()), ())
     if num_layers is not None and layers and layers[-1] >= num_layers:
         raise InvalidArgumentError(f"layer {layers[-1]} was given for a model of num_layers={num_layers}")
+    validate_column_names(coords or {})
     columns = {name: as_column(name, values) for name, values in (coords or {}).items()}
     texts = [p if isinstance(p, str) else "" for p in prompts] if store_text and any(isinstance(p, str) for p in prompts) else None
     batch = TokenBatch(

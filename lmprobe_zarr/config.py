@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "default_root"]
+__all__ = ["cache_dir", "default_root", "weights_memory"]
 
 
 def cache_dir() -> Path:
@@ -19,3 +19,8 @@ def default_root() -> Path:
     lmprobe takes every other folder there for its own and evicts it, but leaves those alone that begin with a dot.
     """
     return cache_dir() / ".zarr"
+
+
+def weights_memory() -> Path:
+    """The file that remembers content hashes of local weights by path, size and time, so that each is hashed once."""
+    return cache_dir() / ".lmprobe-zarr" / "weights.json"

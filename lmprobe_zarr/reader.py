@@ -214,30 +214,44 @@ class LazyArray(BackendArray):
 
     def _read(self, key: tuple[Any, ...]) -> Any:
         layered = self.array.layers is not None
-        parts = list(key) if layered else [0, *key]
-        # An integer drops its axis, as in numpy; it is read as an axis of one.
+        lengths = self.shape if layered else (1, *self.shape)
+        # An integer drops its axis, as in numpy; it is read as an axis of one. A negative one counts from the end.
         drop = tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)
-        layers = _as_rows(parts[0], self.shape[0] if layered else 1)
-        rows, flip = _ascending(parts[1], self.array.n_rows)
-        columns = tuple(_as_selection(k) for k in parts[2:])
+        layers, rows, *inner = (_checked(k, n) for k, n in zip(key if layered else (0, *key), lengths, strict=True))
+        at, flip = _ascending(rows, self.array.n_rows)
+        # Chunks are cut by at most one list; the other inner axes are cut afterwards.
+        listed = [i for i, k in enumerate(inner) if not isinstance(k, slice)][1:]
+        columns = tuple(slice(None) if i in listed else k for i, k in enumerate(inner))
         if all(isinstance(c, slice) and c == slice(None) for c in columns):
             columns = ()
-        elif sum(not isinstance(c, slice) for c in columns) > 1:
-            raise NotImplementedError("two selections along inner axes")
-        values = self.array.read(np.atleast_1d(layers), rows, columns)
+        values = self.array.read(_as_rows(layers, lengths[0]), at, columns)
+        for i in listed:
+            values = np.take(values, inner[i], axis=i + 2)
         if flip:
             values = values[:, ::-1]
-        return values[drop] if layered else values[0][drop]
+        return np.asarray((values if layered else values[0])[drop], self.dtype)
+
+
+def _checked(key: Any, length: int) -> Any:
+    """An indexer without negative numbers, an integer as a list of one.
+
+    Raises
+    ------
+    IndexError
+        It points beyond the axis.
+    """
+    if isinstance(key, slice):
+        return key
+    rows = np.atleast_1d(np.asarray(key, np.int64))
+    if len(rows) and (rows.min() < -length or rows.max() >= length):
+        raise IndexError(f"index {rows.min() if rows.min() < -length else rows.max()} is out of bounds for an axis of length {length}")
+    return np.where(rows < 0, rows + length, rows)
 
 
 def _as_rows(key: Any, length: int) -> Ints:
     if isinstance(key, slice):
         return np.arange(*key.indices(length))
     return np.atleast_1d(np.asarray(key, np.int64))
-
-
-def _as_selection(key: Any) -> Any:
-    return slice(key, key + 1) if isinstance(key, (int, np.integer)) else key
 
 
 def _ascending(key: Any, length: int) -> tuple[slice | Ints, bool]:

@@ -1,0 +1,467 @@
+"""Forward passes with hooks: tokenized prompts to an iterator of `TokenBatch`. Never a path, a store or a tokenizer.
+
+Batches are padded on the right, whatever the tokenizer's padding side. In a causal model no token sees those after it, so padding on the
+right changes nothing, needs no mask, and leaves every token at the position that it has alone; encoders get the mask. Padding never leaves
+this file.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
+from lmprobe_zarr.extraction.loading import LoadedModel, quiet_logging
+from lmprobe_zarr.extraction.prompts import shorten
+from lmprobe_zarr.extraction.sites import LAYERED_SITES, parse_sites, row_bytes
+from lmprobe_zarr.extraction.tokenizing import TokenizedPrompts
+from lmprobe_zarr.layers import LayerSpec, resolve_layers
+from lmprobe_zarr.pooling import parse_poolings
+from lmprobe_zarr.ragged import concat_ranges, offsets_of, positions_of
+
+__all__ = ["Progress", "default_batch_tokens", "run"]
+
+Progress = Callable[[int, int], None]
+Ints = npt.NDArray[np.int64]
+
+DEVICE_TOKENS: Final = {"cuda": 16384, "mps": 4096, "cpu": 2048}
+# A batch's kept activations, on the device and again on the host while they are written.
+BATCH_BYTES: Final = 256 << 20
+LEAST_TOKENS: Final = 256
+NUMPY_DTYPES: Final = (torch.float32, torch.float16, torch.float64)
+
+
+class _DeepestLayerDoneError(Exception):
+    """Raised in the last hook that is needed, to spend nothing on the layers and the head behind it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """What to take."""
+
+    layers: tuple[int, ...]
+    sites: tuple[str, ...]
+    poolings: tuple[str, ...]
+    keep_tokens: bool
+
+
+@dataclass(slots=True)
+class _Padded:
+    """One batch as the model sees it, and where its tokens lie in (batch × longest) rows."""
+
+    lengths: Ints
+    longest: int
+    copies: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def index(self, what: str, device: torch.device) -> torch.Tensor:
+        """Rows of the ``tokens``, of the ``last_token`` or ``first_token`` of every prompt; or the ``mask``, shape (batch, longest, 1)."""
+        if (what, device) not in self.copies:
+            starts = np.arange(len(self.lengths), dtype=np.int64) * self.longest
+            if what == "mask":
+                values: npt.NDArray[Any] = (np.arange(self.longest) < self.lengths[:, None])[..., None]
+            elif what == "tokens":
+                values = concat_ranges(starts, self.lengths)
+            else:
+                values = starts + (self.lengths - 1 if what == "last_token" else 0)
+            self.copies[what, device] = torch.from_numpy(values).to(device)
+        return self.copies[what, device]
+
+    def pool(self, hidden: torch.Tensor, pooling: str) -> torch.Tensor:
+        """(batch, longest, width) to (batch, width), as :func:`~lmprobe_zarr.pooling.pool_ragged` does it."""
+        if pooling in ("last_token", "first_token"):
+            return hidden.flatten(0, 1).index_select(0, self.index(pooling, hidden.device))
+        mask = self.index("mask", hidden.device)
+        if pooling == "mean":
+            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            counts = mask.sum(dim=1).to(wide)
+            return (hidden.masked_fill(~mask, 0).sum(dim=1, dtype=wide) / counts).to(hidden.dtype)
+        if pooling == "max":
+            return hidden.masked_fill(~mask, -torch.inf).amax(dim=1)
+        return hidden.masked_fill(~mask, torch.inf).amin(dim=1)
+
+
+@dataclass(slots=True)
+class _Collected:
+    """The activations of one batch as they come in, layer by layer, in one buffer per variable.
+
+    Everything is copied at once: some models (Falcon) go on to write into what their modules return.
+    """
+
+    request: _Request
+    padded: _Padded
+    on_host: bool
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
+    prompts: dict[str, torch.Tensor] = field(default_factory=dict)
+    seen: set[tuple[str, int | None]] = field(default_factory=set)
+
+    def take(self, site: str, layer: int | None, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        batch, longest = len(self.padded.lengths), self.padded.longest
+        # Older OPT runs its MLP on (batch × longest, width).
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim not in {2, 3} or hidden.shape[:-1].numel() != batch * longest:
+            got = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            raise UnknownArchitectureError(
+                f"the module at site {site!r} gives {got}, not (batch {batch}, token {longest}, hidden): name the right one with modules="
+            )
+        hidden = hidden.reshape(batch, longest, hidden.shape[-1])
+        if self.request.keep_tokens:
+            rows = hidden.flatten(0, 1).index_select(0, self.padded.index("tokens", hidden.device))
+            self._put(self.tokens, site, layer, rows)
+        for pooling in self.request.poolings:
+            self._put(self.prompts, f"{site}_{pooling}", layer, self.padded.pool(hidden, pooling))
+        self.seen.add((site, layer))
+
+    def _put(self, buffers: dict[str, torch.Tensor], variable: str, layer: int | None, rows: torch.Tensor) -> None:
+        if layer is None:
+            buffers[variable] = rows.cpu() if self.on_host else rows
+            return
+        buffer = buffers.get(variable)
+        if buffer is None:
+            home = torch.device("cpu") if self.on_host else rows.device
+            buffer = buffers[variable] = torch.empty((len(self.request.layers), *rows.shape), dtype=rows.dtype, device=home)
+        elif buffer.dtype != rows.dtype:
+            # Layers may be kept at a higher precision than the rest.
+            buffer = buffers[variable] = buffer.to(torch.promote_types(buffer.dtype, rows.dtype))
+        buffer[self.request.layers.index(layer)].copy_(rows)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """No dropout inside; every part back in its own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _hooks(loaded: LoadedModel, collected: _Collected, stack: ExitStack) -> None:
+    """Hooks at every site asked for; removed with the stack. The last one to be reached stops the pass."""
+    request, located = collected.request, loaded.located
+    outputs = {"resid": located.blocks, "attn": located.attn, "mlp": located.mlp}
+
+    def keep(site: str, layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            collected.take(site, layer, output)
+
+        return hook
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        collected.take("embed", None, args[0] if args else kwargs["hidden_states"])
+        if not request.layers:
+            raise _DeepestLayerDoneError
+
+    def stop(*_: Any) -> None:
+        raise _DeepestLayerDoneError
+
+    handles = []
+    if "embed" in request.sites:
+        handles.append(located.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
+    for site in request.sites:
+        parts = outputs.get(site)
+        if parts is not None:
+            handles += [parts[layer].register_forward_hook(keep(site, layer)) for layer in request.layers]
+    if request.layers:
+        handles.append(located.blocks[request.layers[-1]].register_forward_hook(stop))
+    for handle in handles:
+        stack.callback(handle.remove)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Calling:
+    """How a model's body is called, and which prompts may share a batch."""
+
+    takes_mask: bool
+    takes_cache: bool
+    uniform_above: int | None
+
+    @staticmethod
+    def of(loaded: LoadedModel) -> _Calling:
+        names = inspect.signature(loaded.located.body.forward).parameters
+        takes_mask = "attention_mask" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
+        config = getattr(loaded.located.body, "config", None)
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
+        uniform = None
+        if kind in {"dynamic", "longrope"}:
+            # These turn by the longest prompt of the batch once it is past the original window.
+            uniform = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or 0
+        elif not takes_mask and not loaded.located.causal:
+            uniform = 0
+        return _Calling(takes_mask=takes_mask, takes_cache="use_cache" in names, uniform_above=uniform)
+
+
+def _forward(loaded: LoadedModel, calling: _Calling, request: _Request, ids: Sequence[Ints]) -> _Collected:
+    lengths = np.array([len(i) for i in ids], np.int64)
+    longest = int(lengths.max())
+    padded = np.full((len(ids), longest), loaded.pad_id, np.int64)
+    for row, tokens in zip(padded, ids, strict=True):
+        row[: len(tokens)] = tokens
+    collected = _Collected(request, _Padded(lengths, longest), on_host=loaded.spread)
+    options: dict[str, Any] = {"use_cache": False} if calling.takes_cache else {}
+    if calling.takes_mask and not loaded.located.causal and lengths.min() < longest:
+        options["attention_mask"] = collected.padded.index("mask", loaded.device)[..., 0].to(torch.int64)
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(loaded.module))
+        stack.enter_context(torch.inference_mode())
+        # GPT-2 asks for the mask that a causal model does not need here.
+        stack.enter_context(quiet_logging())
+        _hooks(loaded, collected, stack)
+        stack.enter_context(suppress(_DeepestLayerDoneError))
+        loaded.located.body(input_ids=torch.from_numpy(padded).to(loaded.device), **options)
+    wanted: set[tuple[str, int | None]] = {(site, layer) for site in request.sites if site in LAYERED_SITES for layer in request.layers}
+    wanted |= {(site, None) for site in request.sites if site not in LAYERED_SITES}
+    absent = sorted(map(str, wanted - collected.seen))
+    if absent:
+        raise UnknownArchitectureError(
+            f"the model ran without calling {absent[0]} ({len(absent)} in all): name the right ones with modules="
+        )
+    return collected
+
+
+@dataclass(slots=True)
+class _OnTheWay:
+    """One batch whose arrays are being copied to the host."""
+
+    rows: Ints
+    tokens: dict[str, torch.Tensor]
+    prompts: dict[str, torch.Tensor]
+    arrived: Any
+
+
+def _to_host(collected: _Collected, rows: Ints) -> _OnTheWay:
+    """All variables of a batch on their way to the host; on CUDA through pinned memory, without waiting."""
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "cuda":
+            return tensor.cpu()
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    tokens = {name: copied(tensor) for name, tensor in collected.tokens.items()}
+    prompts = {name: copied(tensor) for name, tensor in collected.prompts.items()}
+    arrived: Any = None
+    device = next((t.device for t in (*collected.tokens.values(), *collected.prompts.values()) if t.device.type == "cuda"), None)
+    if device is not None:
+        with torch.cuda.device(device):
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record()
+    return _OnTheWay(rows, tokens, prompts, arrived)
+
+
+def _to_numpy(tensors: dict[str, torch.Tensor], stored: dict[str, str]) -> dict[str, npt.NDArray[Any]]:
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype in NUMPY_DTYPES:
+            arrays[name] = tensor.numpy()
+        else:
+            # numpy has no bfloat16; float32 holds its values exactly, and is widened here, after the copy.
+            stored[name] = str(tensor.dtype).removeprefix("torch.")
+            arrays[name] = tensor.float().numpy()
+    return arrays
+
+
+def _finish(going: _OnTheWay, tokenized: TokenizedPrompts, request: _Request) -> TokenBatch:
+    if going.arrived is not None:
+        going.arrived.synchronize()
+    part = tokenized.take(going.rows)
+    stored: dict[str, str] = {}
+    columns: dict[str, npt.NDArray[Any]] = {}
+    if request.keep_tokens:
+        columns = {"position": positions_of(part.lengths), "token_id": part.token_ids}
+        if part.char_start is not None and part.char_end is not None:
+            columns |= {"char_start": part.char_start, "char_end": part.char_end}
+    return TokenBatch(
+        sha256=part.sha256,
+        text=part.text,
+        prompt_length=part.lengths,
+        n_tokens=part.lengths if request.keep_tokens else None,
+        layers=request.layers,
+        tokens=_to_numpy(going.tokens, stored),
+        token_columns=columns,
+        prompts=_to_numpy(going.prompts, stored),
+        unlayered=frozenset(name for name in (*going.tokens, *going.prompts) if name.split("_")[0] == "embed"),
+        stored_dtype=stored,
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+    words = str(error)
+    return isinstance(error, kind | MemoryError) or "out of memory" in words or "can't allocate memory" in words
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def default_batch_tokens(device: str, bytes_per_token: int = 0) -> int:
+    """Padded tokens per batch where the caller names no number.
+
+    Parameters
+    ----------
+    device : {"cuda", "mps", "cpu"}
+    bytes_per_token : int
+        What is kept of every token: a batch holds at most 256 MiB of it.
+    """
+    most = DEVICE_TOKENS.get(device, DEVICE_TOKENS["cpu"])
+    return most if not bytes_per_token else max(LEAST_TOKENS, min(most, BATCH_BYTES // bytes_per_token))
+
+
+def _next_batch(lengths: Ints, budget: int, uniform_above: int | None) -> int:
+    """How many of the prompts ahead go into the next batch.
+
+    Parameters
+    ----------
+    lengths : ndarray of int64
+        Tokens of the prompts ahead, sorted.
+    budget : int
+        Padded tokens: prompts × longest.
+    uniform_above : int or None
+        Prompts longer than this share a batch with their equals only.
+    """
+    longest = np.maximum.accumulate(lengths)
+    fits = int(np.searchsorted(longest * np.arange(1, len(lengths) + 1), budget, side="right"))
+    if uniform_above is not None:
+        short = lengths <= uniform_above
+        alike = short if short[0] else lengths == lengths[0]
+        fits = min(fits, int(np.argmin(alike)) if not alike.all() else len(lengths))
+    return max(1, fits)
+
+
+def _check(loaded: LoadedModel, request: _Request, batch_tokens: int | None) -> None:
+    if not request.keep_tokens and not request.poolings:
+        raise InvalidArgumentError("nothing would be kept: give a pooling, or keep_tokens=True")
+    if batch_tokens is not None and (isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1):
+        raise InvalidArgumentError(f"batch_tokens={batch_tokens!r} is no number of tokens: give a whole number of at least 1, or None")
+    for site in ("attn", "mlp"):
+        if site in request.sites and getattr(loaded.located, site) is None:
+            raise UnknownArchitectureError(
+                f"site {site!r} of {loaded.name!r} is not known: name it, modules={{'layers': '…', {site!r}: '…'}}"
+            )
+
+
+def run(
+    loaded: LoadedModel,
+    tokenized: TokenizedPrompts,
+    *,
+    layers: LayerSpec = "all",
+    sites: str | Sequence[str] = ("resid",),
+    poolings: str | Sequence[str] = ("last_token",),
+    keep_tokens: bool = False,
+    batch_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[TokenBatch]:
+    """The activations of every prompt, batch by batch, the longest prompts first.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    tokenized : TokenizedPrompts
+    layers : LayerSpec
+        Nothing behind the deepest of them is computed. Without meaning where only ``embed`` is asked for.
+    sites : sequence of {"resid", "attn", "mlp", "embed"}
+    poolings : sequence of {"last_token", "first_token", "mean", "max", "min"}
+        Pooled on the device; variables ``<site>_<pooling>``, (layer, prompt, hidden).
+    keep_tokens : bool
+        Whether every token is kept too; variables ``<site>``, (layer, token, hidden).
+    batch_tokens : int, optional
+        Padded tokens per batch: prompts × longest. A prompt longer than that is run alone. None: see :func:`default_batch_tokens`.
+    progress : callable, optional
+        Called with the number of prompts and of tokens of every batch.
+
+    Yields
+    ------
+    TokenBatch
+        Float32, float16 and float64 as the model computed them; bfloat16 as float32 of the same values, named in ``stored_dtype``.
+
+    Raises
+    ------
+    DeviceMemoryError
+        The device cannot hold a single prompt. Batches that do not fit are halved, and so are all that follow.
+    UnknownArchitectureError
+        A site that is not known for this model.
+    InvalidArgumentError, LayerOutOfRangeError
+        Arguments out of range; raised at once, not at the first batch.
+    """
+    names = parse_sites(sites)
+    layered = any(site in LAYERED_SITES for site in names)
+    chosen = resolve_layers(layers, loaded.num_layers)
+    request = _Request(
+        layers=chosen if layered else (),
+        sites=names,
+        poolings=parse_poolings(poolings if isinstance(poolings, str) else tuple(poolings)),
+        keep_tokens=keep_tokens,
+    )
+    _check(loaded, request, batch_tokens)
+    if batch_tokens is None:
+        weight = 0
+        if keep_tokens and loaded.hidden_size is not None:
+            size = {"layers": len(request.layers), "hidden_size": loaded.hidden_size, "dtype": loaded.dtype}
+            weight = row_bytes(**size, sites=names, pooling=(), keep_tokens=True).token  # type: ignore[arg-type]
+        batch_tokens = default_batch_tokens(loaded.device.type, weight)
+    return _batches(loaded, tokenized, request, batch_tokens, progress)
+
+
+def _batches(
+    loaded: LoadedModel, tokenized: TokenizedPrompts, request: _Request, budget: int, progress: Progress | None
+) -> Iterator[TokenBatch]:
+    calling = _Calling.of(loaded)
+    starts = offsets_of(tokenized.lengths)
+    # The longest first, so that memory runs out at once or never; ascending where a model's state only grows with the length.
+    order = np.argsort(tokenized.lengths if calling.uniform_above is not None else -tokenized.lengths, kind="stable")
+    done = 0
+    before: _OnTheWay | None = None
+    while done < len(order):
+        count = _next_batch(tokenized.lengths[order[done:]], budget, calling.uniform_above)
+        rows = np.sort(order[done : done + count])
+        going = _attempt(loaded, calling, request, tokenized, starts, rows)
+        if going is None:
+            budget = max(1, count * int(tokenized.lengths[rows].max()) // 2)
+            _free(loaded.device)
+            continue
+        done += count
+        # The batch before is read while the device works on this one.
+        if before is not None:
+            yield _finish(before, tokenized, request)
+        before = going if going.arrived is not None else None
+        if progress is not None:
+            progress(count, int(tokenized.lengths[rows].sum()))
+        if before is None:
+            yield _finish(going, tokenized, request)
+    if before is not None:
+        yield _finish(before, tokenized, request)
+
+
+def _attempt(
+    loaded: LoadedModel, calling: _Calling, request: _Request, tokenized: TokenizedPrompts, starts: Ints, rows: Ints
+) -> _OnTheWay | None:
+    """One batch, or None where the device has no memory for it: what it held is free once this has returned."""
+    ids = [tokenized.token_ids[starts[i] : starts[i + 1]] for i in rows]
+    try:
+        return _to_host(_forward(loaded, calling, request, ids), rows)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        if len(rows) == 1:
+            number = int(tokenized.first[rows[0]])
+            raise DeviceMemoryError(
+                f"prompts[{number}] {shorten(tokenized.text[rows[0]])} with {len(ids[0])} tokens does not fit into the memory "
+                f"of {str(loaded.device)!r}: "
+                "use a smaller dtype or fewer layers, device_map='auto', or truncation=True with max_length="
+            ) from error
+        return None

@@ -1,0 +1,76 @@
+"""What all tests share: a store to write to, activations to write, and a machine that is not the user's own."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.batch import TokenBatch, prompt_sha256
+from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.store import Store
+
+GROUP = GroupInfo(model="acme/toy", provenance={"revision": "abc"}, num_layers=4, hidden_size=8)
+
+
+@pytest.fixture(autouse=True)
+def _own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes the user's cache, and none asks the hub."""
+    monkeypatch.setenv("LMPROBE_CACHE_DIR", str(tmp_path_factory.mktemp("lmprobe-cache")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A place for a store, on every kind of storage that needs no server."""
+    if request.param == "local":
+        yield str(tmp_path / "acts")
+        return
+    url = f"memory://{uuid.uuid4().hex}"
+    yield url
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    if memory.exists(url):
+        memory.rm(url, recursive=True)
+
+
+@pytest.fixture
+def store(root: str) -> Store:
+    """An empty store."""
+    return lz.open_store(root)
+
+
+def make_batch(
+    texts: list[str],
+    *,
+    layers: tuple[int, ...] = (0, 1, 3),
+    hidden: int = 8,
+    seed: int = 0,
+    dtype: str = "float32",
+    tokens: bool = True,
+    columns: dict[str, Any] | None = None,
+    n_tokens: list[int] | None = None,
+) -> TokenBatch:
+    """Random activations of some prompts; the arrays in it are the truth to compare with."""
+    rng = np.random.default_rng(seed)
+    counts = np.array(n_tokens or [1 + len(t) % 5 for t in texts])
+    values: npt.NDArray[Any] = rng.standard_normal((len(layers), int(counts.sum()), hidden)).astype(dtype)
+    pooled: npt.NDArray[Any] = rng.standard_normal((len(layers), len(texts), hidden)).astype(dtype)
+    return TokenBatch(
+        sha256=[prompt_sha256(t) for t in texts],
+        text=texts,
+        prompt_length=counts,
+        n_tokens=counts if tokens else None,
+        layers=layers,
+        tokens={"resid": values} if tokens else {},
+        token_columns={"token_id": rng.integers(0, 100, counts.sum())} if tokens else {},
+        prompts={"resid_mean": pooled},
+        prompt_columns=columns or {},
+    )

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.store import Store
+
+PROMPTS = ["a", "b", "c"]
+COUNTS = [2, 1, 4]
+
+
+def ragged(layers: tuple[int, ...] = (0, 2), hidden: int = 4, seed: int = 0) -> dict[int, list[npt.NDArray[Any]]]:
+    rng = np.random.default_rng(seed)
+    return {layer: [rng.standard_normal((n, hidden)).astype("f2") for n in COUNTS] for layer in layers}
+
+
+def test_ones_own_activations_come_back(store: Store) -> None:
+    acts = ragged()
+    pooled = {layer: np.stack([a.mean(0) for a in arrays]) for layer, arrays in acts.items()}
+    ids = [[1, 2], [3], [4, 5, 6, 7]]
+    group = lz.write_activations(
+        store, model="mine", prompts=PROMPTS, activations={"resid": acts}, pooled={"resid_mean": pooled}, token_ids=ids, coords={"label": [1, 0, 1]}
+    )
+    tokens, data = store.tokens("mine"), store.dataset(group=group)
+    for layer, arrays in acts.items():
+        for text, array in zip(PROMPTS, arrays, strict=True):
+            np.testing.assert_array_equal(tokens.resid.sel(layer=layer, prompt=lz.prompt_hash(text)).values, array)
+        np.testing.assert_array_equal(data.resid_mean.sel(layer=layer).values, pooled[layer])
+    assert tokens.token_id.values.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert data.label.values.tolist() == [1, 0, 1]
+
+
+def test_embeddings_have_no_layer(store: Store) -> None:
+    arrays = [np.full((n, 4), n, "f4") for n in COUNTS]
+    lz.write_activations(store, model="m", prompts=PROMPTS, activations={"embed": arrays, "resid": ragged()}, pooled=None)
+    assert store.tokens().embed.dims == ("token", "hidden")
+    np.testing.assert_array_equal(store.tokens().embed.values, np.concatenate(arrays))
+
+
+def test_token_ids_are_prompts_too(store: Store) -> None:
+    lz.write_activations(store, model="m", prompts=[[1, 2], [3]], pooled={"resid_mean": {0: np.ones((2, 4), "f4")}})
+    assert store.dataset().prompt.values.tolist() == [lz.prompt_hash([1, 2]), lz.prompt_hash([3])]
+
+
+@pytest.mark.model
+def test_torch_tensors_are_taken_bfloat16_exactly(store: Store) -> None:
+    torch = pytest.importorskip("torch")
+    values = torch.randn(3, 4).to(torch.bfloat16)
+    lz.write_activations(store, model="m", prompts=PROMPTS, pooled={"resid_mean": {0: values}})
+    data = store.dataset().resid_mean
+    assert data.attrs["stored_dtype"] == "bfloat16"
+    assert torch.equal(data.isel(layer=0).lz.to_torch(), values)
+
+
+POOLED = {"resid_mean": {0: np.ones((3, 4), "f4")}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing to store"),
+        ({"pooled": {"resid": {0: np.ones((3, 4), "f4")}}}, "no pooled variable"),
+        ({"pooled": {"resid_mode": {0: np.ones((3, 4), "f4")}}}, "no pooled variable"),
+        ({"activations": {"resid_mean": ragged()}}, "no site"),
+        ({"pooled": {"resid_mean": np.ones((3, 4), "f4")}}, "give {layer"),
+        ({"pooled": {"resid_mean": {0: np.ones((2, 4), "f4")}}}, "3 prompts"),
+        ({"pooled": {"resid_mean": {0: np.ones((3, 4), "f4"), 1: np.ones((3, 5), "f4")}}}, "differ in hidden size"),
+        ({"pooled": {"resid_mean": {0: np.ones((3, 4), "i4")}}}, "int32"),
+        ({"pooled": {**POOLED, "attn_mean": {1: np.ones((3, 4), "f4")}}}, "different layers"),
+        ({"activations": {"resid": {0: ragged()[0][:2]}}}, "2 arrays for 3 prompts"),
+        ({"activations": {"resid": {0: ragged()[0], 1: ragged()[0][::-1]}}}, "tokens for prompt number 0"),
+        ({"activations": {"resid": {0: [np.ones(4, "f4")] * 3}}}, "prompt number 0 has shape"),
+        ({"activations": {"resid": {0: [np.ones((0, 4), "f4")] * 3}}}, "no tokens"),
+        ({"pooled": POOLED, "coords": {"label": [1, 2]}}, "label has 2 values for 3 prompts"),
+        ({"pooled": POOLED, "coords": {"prompt": [1, 2, 3]}}, "name of the format"),
+        ({"pooled": POOLED, "coords": {"label": [1, None, 3]}}, "none missing"),
+        ({"pooled": POOLED, "num_layers": 0}, "num_layers=0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(store: Store, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        lz.write_activations(store, model="m", prompts=PROMPTS, **arguments)
+    assert store.storage.list("") == []
+
+
+def test_repeated_prompts_and_a_bare_text_are_refused(store: Store) -> None:
+    with pytest.raises(InvalidArgumentError, match="a prompt occurs twice"):
+        lz.write_activations(store, model="m", prompts=["a", "b", "a"], pooled=POOLED)
+    with pytest.raises(InvalidTypeError, match="one text"):
+        lz.write_activations(store, model="m", prompts="abc", pooled=POOLED)
+    with pytest.raises(InvalidTypeError, match="not float"):
+        lz.write_activations(store, model="m", prompts=[1.0, 2.0, 3.0], pooled=POOLED)  # type: ignore[list-item]
+    with pytest.raises(InvalidArgumentError, match="no name of a model"):
+        lz.write_activations(store, model=" ", prompts=PROMPTS, pooled=POOLED)

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from conftest import GROUP, make_batch
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidArgumentError, StoreNotFoundError
+from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.store import Store
+
+TEXTS = ["a", "bb", "ccc", "dddd"]
+
+
+def test_the_engine_gives_what_the_store_gives(store: Store) -> None:
+    store.write(GROUP, make_batch(TEXTS, columns={"label": [0, 1, 0, 1]}))
+    for level, ours in (("prompts", store.dataset()), ("tokens", store.tokens())):
+        theirs = xr.open_dataset(store.url, engine="lmprobe_zarr", model="acme/toy", level=level)
+        xr.testing.assert_identical(theirs.load(), ours.load())
+
+
+def test_the_engine_takes_prompts_layers_and_chunks(store: Store) -> None:
+    batch = make_batch(TEXTS)
+    store.write(GROUP, batch)
+    data = xr.open_dataset(store.url, engine="lmprobe_zarr", prompts=["ccc", "a"], layers=[1, 3], chunks={}, drop_variables="text")
+    assert data.resid_mean.chunks is not None
+    assert "text" not in data.coords
+    np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"][1:][:, [2, 0]])
+
+
+def test_a_tree_holds_every_group_at_both_levels(store: Store) -> None:
+    store.write(GROUP, make_batch(TEXTS))
+    other = GroupInfo(model="other", hidden_size=8)
+    store.write(other, make_batch(["x"], tokens=False))
+    tree = xr.open_datatree(store.url, engine="lmprobe_zarr")
+    assert {node.path for node in tree.leaves} == {f"/{GROUP.name}/prompts", f"/{GROUP.name}/tokens", f"/{other.name}/prompts"}
+    np.testing.assert_array_equal(tree[f"/{GROUP.name}/tokens"]["resid"].values, store.tokens("acme/toy").resid.values)
+    with pytest.raises(AmbiguousProvenanceError):
+        xr.open_dataset(store.url, engine="lmprobe_zarr")
+
+
+def test_xarray_finds_the_engine_by_itself_for_a_local_store(tmp_path: Path) -> None:
+    lz.open_store(tmp_path / "s").write(GROUP, make_batch(TEXTS))
+    assert xr.open_dataset(tmp_path / "s").attrs["group"] == GROUP.name
+
+
+def test_the_engine_says_what_is_wrong(store: Store) -> None:
+    with pytest.raises(StoreNotFoundError):
+        xr.open_dataset(store.url, engine="lmprobe_zarr")
+    with pytest.raises(InvalidArgumentError, match="level='layers'"):
+        xr.open_dataset(store.url, engine="lmprobe_zarr", level="layers")

@@ -1,0 +1,165 @@
+"""What the package promises as a package: light to import, imports that only go down, and a surface that is pinned."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lmprobe_zarr as lz
+from lmprobe_zarr import errors
+
+PACKAGE = Path(lz.__file__).parent
+
+# A room imports only from rows above its own.
+ROOMS = [
+    {"errors"},
+    {"pooling", "ragged", "layers"},
+    {"batch", "config"},
+    {"schema"},
+    {"storage"},
+    {"chunks", "index"},
+    {"writer", "reader"},
+    {"store"},
+    {"activations", "backend"},
+    {"extraction", "probes"},
+    {"build", "sweep"},
+    {"plots"},
+    {"accessor"},
+    {"__init__"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+# What a room must never know, whatever the row.
+NEVER = {
+    "extraction": {"store", "storage", "writer", "reader", "chunks", "schema"},
+    "probes": {"store", "storage", "reader", "batch"},
+    "sweep": {"store", "storage", "plots"},
+    "reader": {"writer"},
+    "writer": {"reader"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "lmprobe_zarr" else [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("lmprobe_zarr.") and len(name.split(".")) > 1}
+        found |= {"__init__"} if "lmprobe_zarr" in names else set()
+    return found
+
+
+def rooms() -> dict[str, list[Path]]:
+    found = {path.stem: [path] for path in PACKAGE.glob("*.py")}
+    return found | {folder.name: sorted(folder.glob("*.py")) for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
+
+
+def test_every_room_has_its_row() -> None:
+    assert set(rooms()) == set().union(*ROOMS)
+
+
+def test_imports_only_go_down() -> None:
+    row = {name: i for i, names in enumerate(ROOMS) for name in names}
+    for room, paths in rooms().items():
+        for path in paths:
+            for other in imports_of(path) - {room, "__version__"}:
+                assert other in row, f"{path.name} imports {other}"
+                assert row[other] < row[room], f"{path.name} in row {row[room]} imports {other} in row {row[other]}"
+                assert other not in NEVER.get(room, set()), f"{room} must not know {other}"
+
+
+def test_only_config_reads_the_environment() -> None:
+    for room, paths in rooms().items():
+        for path in paths:
+            if room != "config":
+                assert "environ" not in path.read_text(), path.name
+
+
+def test_nothing_pickles_or_evaluates() -> None:
+    for paths in rooms().values():
+        for path in paths:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                    assert not names & {"pickle", "cloudpickle", "joblib", "marshal", "shelve"}, path.name
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    assert node.func.id not in {"eval", "exec"}, path.name
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+HEAVY = ("torch", "transformers", "distributed", "matplotlib", "sklearn", "scipy", "s3fs", "accelerate", "tqdm")
+
+
+def test_importing_the_package_is_light() -> None:
+    code = f"import sys, lmprobe_zarr; print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert run_python(code).strip() == "[]"
+
+
+WITHOUT_TORCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'transformers', 'accelerate'): raise ImportError(name + ' is not here')
+sys.meta_path.insert(0, Refuse())
+import numpy as np, lmprobe_zarr as lz
+store = lz.open_store(sys.argv[1] if len(sys.argv) > 1 else 'memory://without-torch')
+rng = np.random.default_rng(0)
+y = np.arange(40) % 2
+x = rng.standard_normal((40, 8)).astype('f4') + 3 * y[:, None]
+texts = [f'prompt {i}' for i in range(40)]
+lz.write_activations(store, model='m', prompts=texts, pooled={'resid_mean': {0: x, 1: x[::-1].copy()}}, coords={'label': y})
+ds = store.dataset('m')
+assert (ds.resid_mean.sel(layer=0, prompt=lz.prompt_hash('prompt 3')).values == x[3]).all()
+scores = lz.sweep(ds.resid_mean, labels='label', cv=2)
+assert float(scores.accuracy.sel(layer=0).mean()) > 0.9
+for call in (lambda: lz.extract('m/m', ['unseen'], store=store), lambda: ds.resid_mean.lz.to_torch()):
+    try:
+        call()
+    except lz.errors.MissingDependencyError as error:
+        assert 'lmprobe-zarr[models]' in str(error), error
+    else:
+        raise AssertionError('no error')
+print('fine')
+"""
+
+
+def test_reading_slicing_and_sweeping_need_no_torch() -> None:
+    assert run_python(WITHOUT_TORCH).strip() == "fine"
+
+
+def test_the_surface_is_pinned() -> None:
+    assert sorted(lz.__all__) == [
+        "ExtractPlan",
+        "ExtractStats",
+        "Store",
+        "TokenIndex",
+        "errors",
+        "extract",
+        "open_store",
+        "plan_extract",
+        "prompt_hash",
+        "sweep",
+        "write_activations",
+    ]
+    for name in lz.__all__:
+        assert getattr(lz, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", [n for n in errors.__all__ if n != "LmprobeZarrError"])
+def test_every_error_is_ours_and_the_nearest_built_in(name: str) -> None:
+    error = getattr(errors, name)
+    assert issubclass(error, errors.LmprobeZarrError)
+    builtins = [base for base in error.__mro__ if base.__module__ == "builtins" and base not in (Exception, BaseException, object)]
+    assert builtins, name
+    assert str(error("what was given")) == "what was given", "a KeyError would add quotes"

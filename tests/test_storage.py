@@ -1,0 +1,124 @@
+"""One contract that every kind of storage keeps."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, NoSpaceError, NotAStoreError, ReadOnlyError
+from lmprobe_zarr.storage import LocalStorage, Storage, open_storage
+
+
+@pytest.fixture
+def storage(root: str) -> Storage:
+    return open_storage(root)
+
+
+def test_what_was_written_is_read(storage: Storage) -> None:
+    storage.write("a/b/file", b"bytes", durable=True)
+    storage.commit("a/b/file2", b"more", durable=False)
+    assert storage.read("a/b/file") == b"bytes"
+    assert bytes(storage.read_view("a/b/file2")) == b"more"
+    assert storage.list("a/b") == ["file", "file2"]
+    assert storage.list("a") == ["b"]
+    assert storage.is_file("a/b/file")
+    assert not storage.is_file("a/b")
+
+
+def test_what_is_not_there_is_not_there(storage: Storage) -> None:
+    assert storage.list("") == []
+    assert storage.list("nowhere") == []
+    assert not storage.is_file("nowhere")
+    with pytest.raises(FileNotFoundError):
+        storage.read("nowhere")
+    with pytest.raises(FileNotFoundError):
+        storage.read_view("no/where")
+    storage.remove_tree("nowhere")
+
+
+def test_writing_again_replaces(storage: Storage) -> None:
+    storage.write("f", b"a longer text", durable=False)
+    storage.write("f", b"short", durable=False)
+    assert storage.read("f") == b"short"
+    storage.commit("f", b"x", durable=True)
+    assert storage.read("f") == b"x"
+
+
+def test_a_removed_folder_is_gone_and_its_neighbour_is_not(storage: Storage) -> None:
+    storage.write("a/f", b"1", durable=False)
+    storage.write("ab/f", b"2", durable=False)
+    storage.remove_tree("a")
+    assert storage.list("") == ["ab"]
+
+
+def test_it_survives_pickling(storage: Storage) -> None:
+    storage.write("f", b"1", durable=False)
+    assert pickle.loads(pickle.dumps(storage)).read("f") == b"1"  # noqa: S301 — our own bytes
+
+
+def test_opening_writes_nothing(tmp_path: Path) -> None:
+    open_storage(tmp_path / "new").list("")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_commit_leaves_no_temporary_file(tmp_path: Path) -> None:
+    LocalStorage(tmp_path).commit("a/f", b"1", durable=True)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["f"]
+
+
+def test_a_commit_that_cannot_be_finished_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.commit("f", b"old", durable=False)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(NoSpaceError, match="free some space"):
+        storage.commit("f", b"new", durable=False)
+    assert storage.read("f") == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full, a file on a full disk, is a Linux device")
+def test_a_full_disk_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "f").symlink_to("/dev/full")
+    with pytest.raises(NoSpaceError, match="no space left"):
+        LocalStorage(tmp_path).write("f", b"x" * 100_000, durable=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is a folder that refuses writing to root too, on Linux only")
+def test_a_place_that_cannot_be_written_is_an_error_of_ours() -> None:
+    with pytest.raises((ReadOnlyError, FileNotFoundError)):
+        LocalStorage("/proc/self/acts").write("f", b"x", durable=False)
+
+
+def test_a_file_where_a_folder_must_be_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("hello")
+    with pytest.raises(NotAStoreError, match="a file stands where"):
+        LocalStorage(tmp_path / "f").write("a/b", b"x", durable=False)
+    assert (tmp_path / "f").read_text() == "hello"
+
+
+def test_places_that_cannot_be() -> None:
+    with pytest.raises(InvalidTypeError, match="not by int"):
+        open_storage(3)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="empty"):
+        open_storage("")
+    with pytest.raises(InvalidArgumentError, match="nosuch:// cannot be opened"):
+        open_storage("nosuch://bucket")
+    with pytest.raises(InvalidArgumentError, match="NUL"):
+        open_storage("a\0b")
+    with pytest.raises(InvalidArgumentError, match="storage_options"):
+        open_storage("folder", {"anon": True})
+
+
+def test_a_store_does_not_move_with_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = open_storage("acts")
+    monkeypatch.chdir("/")
+    storage.write("f", b"1", durable=False)
+    assert (tmp_path / "acts" / "f").read_bytes() == b"1"
