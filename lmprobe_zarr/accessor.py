@@ -88,9 +88,9 @@ class _TokenAccessor(Generic[T]):
         data, index, counts = ArrayAccessor(array)._by_prompt()
         head = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(_OF_TOKENS, errors="ignore")
         rest = [dim for dim in data.dims if dim not in ("layer", index.dim)]
-        ordered = data.transpose("layer", index.dim, *rest, missing_dims="ignore")
+        ordered: xr.DataArray = data.transpose("layer", index.dim, *rest, missing_dims="ignore")
         if ordered.sizes.get("layer"):  # one layer at a time: memory for one layer of tokens, whatever the number of layers
-            values = np.stack([_pool(layer.values, counts, pooling) for layer in ordered.transpose("layer", ...)])
+            values = np.stack([_pool(layer.values, counts, pooling) for layer in ordered])
         elif "layer" in ordered.dims:
             values = np.empty((0, len(counts), *ordered.shape[2:]), ordered.dtype)
         else:

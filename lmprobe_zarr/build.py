@@ -356,6 +356,7 @@ def extract(
     columns = _check_columns(coords, len(request.given))
     loaded = None if request.by_name else _load(request, device=device, device_map=device_map, modules=modules)
     looked = _look_up(request) if loaded is None else _look_up_loaded(request, loaded)
+    per_prompt = _columns_by_prompt(columns, looked.prompts)
     plan, work = _plan(request, looked, loaded)
     _check_space(plan)
     if len(work.missing) and loaded is None:
@@ -363,7 +364,6 @@ def extract(
         looked = _look_up_loaded(request, loaded, looked)
         # Only now is the whole provenance known; what was found may be another's.
         plan, work = _plan(request, looked, loaded, work)
-    per_prompt = _columns_by_prompt(columns, looked.prompts)
     _annotate_found(request.store, looked, work.missing, per_prompt)
     if loaded is None or work.tokenized is None:
         return _stats(plan, looked.group, began, model_loaded=loaded is not None)
@@ -445,15 +445,24 @@ def _columns_by_prompt(columns: Mapping[str, Array], prompts: Prompts) -> dict[s
 
 def _look_up(request: _Request) -> _Lookup:
     """The stored group of a named model, from what is known of it without loading it."""
-    identity = extraction.identify(
+    identity = _identify(request)
+    known = {**identity.provenance, **request.provenance}
+    if identity.num_layers is None and not request.store.matching(identity.name, known):
+        # A hub model that this machine has never seen: its configuration comes with its tokenizer.
+        _tokenizer(request)
+        identity = _identify(request)
+        known = {**identity.provenance, **request.provenance}
+    tokenizer = _tokenizer(request) if request.kind == "chat" else None
+    prompts = extraction.parse_prompts(request.given, tokenizer=tokenizer)
+    group = request.store.find_group(identity.name, provenance=known) if request.store.matching(identity.name, known) else None
+    return _Lookup(identity=identity, prompts=prompts, group=group, view=None if group is None else request.store.view(group))
+
+
+def _identify(request: _Request) -> ModelIdentity:
+    return extraction.identify(
         request.model, name=request.name, tokenizer=request.tokenizer, revision=request.revision, dtype=request.dtype,
         prompts_kind=request.kind, max_length=request.max_length, truncation=request.truncation, memory=config.weights_memory(),
     )  # fmt: skip
-    tokenizer = _tokenizer(request) if request.kind == "chat" else None
-    prompts = extraction.parse_prompts(request.given, tokenizer=tokenizer)
-    known = {**identity.provenance, **request.provenance}
-    group = request.store.find_group(identity.name, provenance=known) if request.store.matching(identity.name, known) else None
-    return _Lookup(identity=identity, prompts=prompts, group=group, view=None if group is None else request.store.view(group))
 
 
 def _look_up_loaded(request: _Request, loaded: LoadedModel, before: _Lookup | None = None) -> _Lookup:

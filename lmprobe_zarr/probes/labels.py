@@ -1,0 +1,255 @@
+"""One value per prompt: labels to learn and groups to keep together, matched to the rows of some activations.
+
+Holds how they are read, aligned and checked. Never an activation's value, a fold, a fit or a store.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import xarray as xr
+
+from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.errors import InvalidTypeError, LabelError
+
+__all__ = ["Groups", "list_prompts", "parse_groups", "parse_labels", "show_prompts"]
+
+Array = npt.NDArray[Any]
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Which rows belong together.
+
+    Parameters
+    ----------
+    name : str
+        What the groups are called.
+    codes : ndarray of int, shape (prompt,)
+        The number of each row's group.
+    values : tuple, shape (group,)
+        What stands for each number: sorted, or by first appearance where values cannot be sorted.
+    """
+
+    name: str
+    codes: Array
+    values: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """Values as they were given, in the order of the activations' rows; None where there is none."""
+
+    name: str
+    values: list[Any]
+    #: Whether -1 and "" mean that there is none.
+    filled: bool = False
+
+
+def list_prompts(array: xr.DataArray) -> list[str]:
+    """The prompt of each row, or its number where there are none."""
+    # tolist: numpy's StringDType, as which zarr gives texts, can neither be cast to str nor sorted with others.
+    values = array.coords["prompt"].values.tolist() if "prompt" in array.coords else range(array.sizes["prompt"])
+    return [str(value) for value in values]
+
+
+def show_prompts(array: xr.DataArray, rows: Iterable[int]) -> str:
+    """The first few prompts by their hash. Never their text."""
+    rows = list(rows)
+    prompts = list_prompts(array)
+    shown = ", ".join(prompts[row] if "prompt" in array.coords else f"row {row}" for row in rows[:_SHOWN])
+    return shown + (", …" if len(rows) > _SHOWN else "")
+
+
+def parse_labels(array: xr.DataArray, labels: Any) -> tuple[str, Array]:
+    """The name of the labels and their values, shape (prompt,): truth values, whole numbers or texts, of at least two classes.
+
+    Parameters
+    ----------
+    array : DataArray over prompt
+        Whose rows the labels are for; only its coordinates are looked at.
+    labels : str, DataArray, mapping or array
+        A coordinate's name; a DataArray over ``prompt``; a mapping (or a pandas Series with an index of texts) from text or
+        prompt hash; or values in the order of the rows.
+
+    Raises
+    ------
+    InvalidTypeError
+        Nothing of that.
+    LabelError
+        Labels are missing, of another length, contradictory, continuous, of several kinds, or all the same.
+    """
+    column = _align(array, labels, "label")
+    _check_whole(array, column, "label")
+    return column.name, _classes(column)
+
+
+def parse_groups(array: xr.DataArray, groups: Any) -> Groups:
+    """The group of each row, read as :func:`parse_labels` reads labels, but of any hashable values.
+
+    Raises
+    ------
+    InvalidTypeError
+        As for labels.
+    LabelError
+        Groups are missing, of another length or not hashable, or one prompt is in two of them.
+    """
+    column = _align(array, groups, "group")
+    for row, value in enumerate(column.values):
+        try:
+            hash(value)
+        except TypeError as error:
+            raise LabelError(
+                f"groups {column.name!r} hold {type(value).__name__} ({show_prompts(array, [row])}), which has no hash: "
+                "give numbers, texts or tuples"
+            ) from error
+    _check_whole(array, column, "group")
+    _once(zip(list_prompts(array), column.values, strict=True), "group")
+    values = list(dict.fromkeys(column.values))
+    try:
+        # As scikit-learn numbers them, so that its splitters give the same folds for these codes.
+        values = sorted(values)
+    except TypeError:
+        pass
+    numbers = {value: number for number, value in enumerate(values)}
+    return Groups(column.name, np.array([numbers[value] for value in column.values]), tuple(values))
+
+
+def _align(array: xr.DataArray, given: Any, one: str) -> _Column:
+    """One value per row, whatever it was given as; `one` is what a value is called."""
+    n = array.sizes["prompt"]
+    if isinstance(given, str):
+        coordinate = _coordinate(array, given, one)
+        # The reader fills a column that some prompts lack with -1 or "", and counts them in this attribute.
+        return _Column(given, _plain(coordinate.values), bool(coordinate.attrs.get("missing", 0)))
+    name = str(given.name) if isinstance(given, xr.DataArray | pd.Series) and given.name is not None else f"{one}s"
+    if isinstance(given, xr.DataArray):
+        return _Column(name, _from_dataarray(array, given, one), bool(given.attrs.get("missing", 0)))
+    if isinstance(given, Mapping):
+        return _Column(name, _from_pairs(array, given.items(), one))
+    if isinstance(given, pd.Series) and not isinstance(given.index, pd.RangeIndex):
+        # A column that was filtered or sorted carries its own index: by position it would be another prompt's value.
+        if not all(isinstance(key, str) for key in given.index):
+            raise LabelError(
+                f"{one}s are a pandas Series without prompts as its index: give {one}s.to_numpy() if its order is that of the prompts"
+            )
+        return _Column(name, _from_pairs(array, given.items(), one))
+    if isinstance(given, xr.Dataset | bytes) or not isinstance(given, Iterable):
+        raise InvalidTypeError(
+            f"{one}s are a coordinate's name, a DataArray over prompt, a mapping or one value per prompt, not {type(given).__name__}"
+        )
+    shape = np.shape(np.asarray(given)) if hasattr(given, "__array__") else (n,)
+    if len(shape) != 1:
+        raise LabelError(f"{one}s have shape {shape}, expected one {one} per prompt: ({n},)")
+    values = _plain(given)
+    if len(values) != n:
+        raise LabelError(f"there are {len(values)} {one}s for {n} prompts: give one per prompt, in the order of activations.prompt")
+    return _Column(name, values)
+
+
+def _plain(values: Iterable[Any]) -> list[Any]:
+    """Python's own values; times stay numpy's, which would become bare nanoseconds."""
+    return [value.item() if isinstance(value, np.generic) and value.dtype.kind not in "mM" else value for value in values]
+
+
+def _coordinate(array: xr.DataArray, name: str, one: str) -> xr.DataArray:
+    columns = sorted(
+        str(key) for key, value in array.coords.items() if value.dims == ("prompt",) and key not in ("prompt", "prompt_sha256", "text")
+    )
+    listed = f"those per prompt are {', '.join(columns) or 'none'}"
+    if name not in array.coords:
+        raise LabelError(f"there is no coordinate {name!r}: {listed}; or give the {one}s themselves")
+    column = cast("xr.DataArray", array.coords[name])
+    if column.dims != ("prompt",):
+        raise LabelError(f"coordinate {name!r} has dims {column.dims}, expected ('prompt',): {listed}")
+    return column
+
+
+def _from_dataarray(array: xr.DataArray, given: xr.DataArray, one: str) -> list[Any]:
+    if given.dims != ("prompt",):
+        raise LabelError(f"{one}s have dims {given.dims}, expected ('prompt',)")
+    for what, of in ((given, f"the {one}s"), (array, "the activations")):
+        if "prompt" not in what.coords:
+            raise LabelError(f"{of} have no prompt coordinate to match by: give {one}s.values if their order is that of the prompts")
+    found = _once(zip(list_prompts(given), _plain(given.values), strict=True), one)
+    return [found.get(prompt) for prompt in list_prompts(array)]
+
+
+def _from_pairs(array: xr.DataArray, pairs: Iterable[tuple[Any, Any]], one: str) -> list[Any]:
+    """One value per prompt from (text or hash, value); None where there is none."""
+    prompts = list_prompts(array)
+    if "prompt" not in array.coords and "text" not in array.coords:
+        raise LabelError(
+            f"the activations have neither a prompt nor a text coordinate to match a mapping by: give one {one} per prompt, in order"
+        )
+    texts = array.coords["text"].values.tolist() if "text" in array.coords else []
+    by_text = {text: prompt for prompt, text in zip(prompts, texts, strict=False) if text}
+    known = set(prompts)
+
+    def prompt_of(key: Any) -> str:
+        # The text comes first: the hash of a prompt given as token ids is not that of its text.
+        if isinstance(key, str) and key in by_text:
+            return by_text[key]
+        if isinstance(key, str) and key in known:
+            return key
+        return prompt_hash(key)
+
+    keys, values = zip(*pairs, strict=True) if pairs else ((), ())
+    found = _once(zip(map(prompt_of, keys), _plain(values), strict=True), one)
+    return [found.get(prompt) for prompt in prompts]
+
+
+def _once(pairs: Iterable[tuple[str, Any]], one: str) -> dict[str, Any]:
+    """Prompt to value; a prompt may come twice only with the same one."""
+    found: dict[str, Any] = {}
+    for prompt, value in pairs:
+        if prompt in found and not (_is_missing(value) and _is_missing(found[prompt])) and found[prompt] != value:
+            raise LabelError(
+                f"prompt {prompt} has two {one}s, {reprlib.repr(found[prompt])} and {reprlib.repr(value)}: give each prompt one"
+            )
+        found[prompt] = value
+    return found
+
+
+def _is_missing(value: Any) -> bool:
+    return bool(pd.isna(value)) if pd.api.types.is_scalar(value) else False
+
+
+def _check_whole(array: xr.DataArray, column: _Column, one: str) -> None:
+    rows = [
+        row
+        for row, value in enumerate(column.values)
+        if _is_missing(value) or (column.filled and (value == "" or (type(value) is int and value == -1)))
+    ]
+    if rows:
+        raise LabelError(
+            f"{one}s {column.name!r} miss {len(rows)} of {len(column.values)} prompts ({show_prompts(array, rows)}): "
+            f"give each a {one}, or drop them first with activations.isel(prompt=…)"
+        )
+
+
+def _classes(column: _Column) -> Array:
+    """The labels as a plain array of truth values, whole numbers or texts."""
+    name, values = column.name, column.values
+    if not all(pd.api.types.is_scalar(value) for value in values):
+        raise LabelError(f"labels {name!r} hold sequences: give one truth value, whole number or text per prompt")
+    kinds = {type(value) for value in values}
+    if kinds <= {int, float} and any(value != int(value) for value in values if np.isfinite(value)):
+        raise LabelError(
+            f"labels {name!r} are continuous numbers: a probe learns classes, give whole numbers or texts (np.digitize makes bins)"
+        )
+    if not (kinds <= {int, float} or kinds in ({bool}, {str})) or not all(np.isfinite(v) for v in values if isinstance(v, float)):
+        listed = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise LabelError(f"labels {name!r} hold {listed}: give truth values, whole numbers or texts, one kind only")
+    y = np.array(values) if float not in kinds else np.array([int(value) for value in values])
+    if len(set(values)) < 2:
+        raise LabelError(f"all {len(values)} labels {name!r} are {values[0]!r}: a probe needs prompts of at least two classes")
+    return y

@@ -1,0 +1,100 @@
+"""Prompts and their columns from text files. Knows no model and no store."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from lmprobe_zarr.errors import InvalidArgumentError
+
+__all__ = ["FORMATS", "read_prompts"]
+
+FORMATS: Final = ("txt", "jsonl", "csv")
+
+
+def read_prompts(
+    source: str, *, file_format: str | None = None, text_column: str = "text", columns: Sequence[str] = ()
+) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Prompts of a file, and the wanted columns beside them.
+
+    Parameters
+    ----------
+    source : str
+        Path of a ``.txt`` (a prompt per line, empty lines left out), ``.jsonl`` (an object or a text per line) or ``.csv`` file
+        (with a header); ``-`` is standard input.
+    file_format : {"txt", "jsonl", "csv"}, optional
+        By default the file's ending says it; standard input is ``txt``.
+    text_column : str
+        Column, or key of an object, that holds the prompt. In ``.jsonl`` its value may also be a list of chat messages.
+    columns : sequence of str
+        Columns to read as well. In ``.csv`` a column of numbers becomes numbers.
+
+    Returns
+    -------
+    prompts : list of str or of chats
+    columns : dict of str to list
+
+    Raises
+    ------
+    InvalidArgumentError
+        The file cannot be read or parsed, or a column or prompt is missing: names the line.
+    """
+    kind = file_format or ("txt" if source == "-" else Path(source).suffix.removeprefix(".").lower())
+    if kind not in FORMATS:
+        raise InvalidArgumentError(f"{source!r} ends in none of .txt, .jsonl, .csv: say which it is with --format")
+    if kind == "txt" and columns:
+        raise InvalidArgumentError(f"a .txt file has no columns ({', '.join(columns)}): use .jsonl or .csv")
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(f"{source!r} cannot be read: {error}") from error
+    if kind == "txt":
+        return [line.strip() for line in text.splitlines() if line.strip()], {}
+    records = _read_jsonl(source, text, text_column) if kind == "jsonl" else _read_csv(source, text)
+    table: dict[str, list[Any]] = {}
+    for name in dict.fromkeys((text_column, *columns)):
+        missing = [number for number, record in records if record.get(name) is None]
+        if missing:
+            there = ", ".join(map(repr, sorted(records[0][1]))) or "none"
+            raise InvalidArgumentError(f"{source} line {missing[0]} has no {name!r}: the columns there are {there}")
+        table[name] = [record[name] for _, record in records]
+    prompts = table[text_column]
+    return prompts, {name: table[name] if kind == "jsonl" else _numbers(table[name]) for name in columns}
+
+
+def _read_jsonl(source: str, text: str, text_column: str) -> list[tuple[int, dict[str, Any]]]:
+    records = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise InvalidArgumentError(f"{source} line {number} is no JSON: {error}") from error
+        if not isinstance(value, (dict, str)):
+            raise InvalidArgumentError(f"{source} line {number} is neither an object nor a text")
+        records.append((number, {text_column: value} if isinstance(value, str) else value))
+    return records
+
+
+def _read_csv(source: str, text: str) -> list[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        return [(reader.line_num, {key: value for key, value in record.items() if key is not None}) for record in reader]
+    except csv.Error as error:
+        raise InvalidArgumentError(f"{source} line {reader.line_num} is no CSV: {error}") from error
+
+
+def _numbers(values: list[str]) -> list[Any]:
+    """The values as integers or floats where all of them are, otherwise as they are."""
+    for number in (int, float):
+        try:
+            return [number(value) for value in values]
+        except ValueError:
+            continue
+    return values
