@@ -330,13 +330,15 @@ def _plain(name: Hashable, value: Any, *, numbers: bool) -> Any:
     values = getattr(value, "values", value)
     if isinstance(values, slice):
         return values
-    array: Array = np.asarray(values) if numbers else np.asarray(values, object)
+    array: Array = np.asarray(values, object)
     if array.ndim > 1 or (array.ndim == 0 and isinstance(array.item(), (set, frozenset, dict))):
         raise InvalidArgumentError(f"{name!r} is selected by one value or a flat list of them, not by {type(value).__name__} {array.shape}")
     if any(isinstance(item, (bool, np.bool_)) for item in array.reshape(-1).tolist()):
         raise InvalidArgumentError(f"{name!r} was given truth values: use isel(token=mask), or where(mask, drop=True)")
-    if numbers and array.size and array.dtype.kind not in "iuf":
-        raise InvalidArgumentError(f"{name!r} is selected by whole numbers, not {values!r}")
+    if numbers:
+        array = np.asarray(values)
+        if array.size and array.dtype.kind not in "iuf":
+            raise InvalidArgumentError(f"{name!r} is selected by whole numbers, not {values!r}")
     return array
 
 

@@ -1,9 +1,12 @@
-"""Pictures of scores, with matplotlib. Never computes a score; matplotlib is imported when something is drawn."""
+"""Pictures of scores, with matplotlib, and their files. Never computes a score; matplotlib is imported when something is drawn."""
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingD
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_scores"]
+__all__ = ["plot_scores", "save_plot"]
 
 # Source: M. Okabe and K. Ito, "Color Universal Design" (2008), without yellow (too light on white) and black (used for chance).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -36,7 +39,7 @@ def plot_scores(
         A variable with dims (layer, probe, fold): "accuracy", "auroc" or "fit_seconds".
     ax : matplotlib Axes, optional
         Where to draw. Without it a new figure is made: by pyplot in a notebook or where the caller has imported pyplot, so that
-        it is shown; else a bare figure, which needs no display and can be saved with ``ax.figure.savefig``.
+        it is shown; else a bare figure, which needs no display and can be saved with :func:`save_plot`.
     baseline : float or {label: float}, optional
         Scores to draw as horizontal lines, such as ``{"bag of words": 0.71}``.
 
@@ -80,6 +83,39 @@ def plot_scores(
     else:
         axes.legend(frameon=True, framealpha=0.9, edgecolor="0.85", fontsize="small")
     return axes  # type: ignore[no-any-return]
+
+
+def save_plot(axes: Axes, path: str | PathLike[str], dpi: int = 150) -> None:
+    """Writes the whole figure of some axes to a file, whose ending says in which format.
+
+    Parameters
+    ----------
+    axes : matplotlib Axes
+        From :func:`plot_scores`.
+    path : str or path
+        With an ending that matplotlib knows, such as ``.png``, ``.svg`` or ``.pdf``. A file that is there is replaced.
+    dpi : int
+        Dots per inch; formats of lines take no heed of it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Another ending or none, or the picture cannot be drawn or written. A file that is there stays then.
+    """
+    path = Path(path)
+    # Through the canvas: axes may lie in a part of a figure, which cannot be saved by itself.
+    canvas = axes.figure.canvas
+    endings = sorted(canvas.get_supported_filetypes())
+    ending = path.suffix.lower().removeprefix(".")
+    valid = f"use a path that can be written and ends with one of {', '.join(f'.{known}' for known in endings)}"
+    if ending not in endings:
+        raise InvalidArgumentError(f"{str(path)!r} has {f'the ending .{ending}' if ending else 'no ending'} for a picture: {valid}")
+    drawn = io.BytesIO()
+    try:
+        canvas.figure.savefig(drawn, format=ending, dpi=dpi)
+        path.write_bytes(drawn.getvalue())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InvalidArgumentError(f"the picture cannot be written to {str(path)!r} ({error}): {valid}") from error
 
 
 def _metric(scores: Any, metric: str) -> xr.DataArray:

@@ -210,7 +210,9 @@ class LazyArray(BackendArray):
         self.shape, self.dtype = array.shape, array.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+        # xarray 2026.9 cannot take apart an empty slice with a negative step.
+        tidy = (slice(0) if isinstance(k, slice) and not range(*k.indices(n)) else k for k, n in zip(key.tuple, self.shape, strict=True))
+        return indexing.explicit_indexing_adapter(type(key)(tuple(tidy)), self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> Any:
         layered = self.array.layers is not None

@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError
-from lmprobe_zarr.plots import plot_scores
+from lmprobe_zarr.plots import plot_scores, save_plot
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -69,7 +69,7 @@ def test_a_single_layer_shows_points_side_by_side() -> None:
 
 def test_eighty_layers_have_few_whole_ticks(tmp_path: Path) -> None:
     axes: Any = plot_scores(scores(80))
-    axes.figure.savefig(tmp_path / "scores.png")
+    save_plot(axes, tmp_path / "scores.png")
     ticks = axes.get_xticks()
     assert len(ticks) <= 14
     assert all(tick == int(tick) for tick in ticks)
@@ -86,6 +86,44 @@ def test_given_axes_are_drawn_on() -> None:
 
     mine = Figure().subplots()
     assert plot_scores(scores(), ax=mine) is mine
+
+
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.b.SVG", b"<?xml"), ("a.pdf", b"%PDF")])
+def test_the_ending_says_how_a_picture_is_written(tmp_path: Path, name: str, start: bytes) -> None:
+    save_plot(plot_scores(scores()), str(tmp_path / name))
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_dots_per_inch_give_the_width_in_pixels(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    part: Any = Figure(figsize=(4, 3)).subfigures(1, 2)
+    save_plot(plot_scores(scores(), ax=part[0].subplots()), tmp_path / "a.png", dpi=50)
+    assert imread(tmp_path / "a.png").shape[:2] == (150, 200)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.pong", r"a.pong' has the ending .pong for a picture: .*one of .*\.pdf, .*\.png, .*\.svg"),
+        ("scores", r"scores' has no ending .*\.png"),
+        ("nowhere/a.png", r"nowhere/a.png' \(.*No such file.*\.png"),
+        ("folder.png", r"folder.png' \(.*directory.*\.png"),
+    ],
+)
+def test_a_picture_that_cannot_be_written_is_named_with_the_endings_that_can(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InvalidArgumentError, match=message):
+        save_plot(plot_scores(scores()), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_one_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"before")
+    with pytest.raises(InvalidArgumentError, match="a.png"):
+        save_plot(plot_scores(scores()), tmp_path / "a.png", dpi=-1)
+    assert (tmp_path / "a.png").read_bytes() == b"before"
 
 
 def test_nothing_global_changes_and_pyplot_stays_away() -> None:

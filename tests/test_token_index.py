@@ -133,7 +133,7 @@ def test_two_arrays_select_pair_by_pair() -> None:
     [
         ({"position": np.array([True, False, True])}, InvalidArgumentError),
         ({"position": True}, InvalidArgumentError),
-        ({"position": [0, True]}, MissingPromptsError),
+        ({"position": [0, True]}, InvalidArgumentError),
         ({"prompt": np.array([True, False, True])}, InvalidArgumentError),
         ({"position": "0"}, InvalidArgumentError),
         ({"position": ["0", "1"]}, InvalidArgumentError),
@@ -154,8 +154,6 @@ def test_two_arrays_select_pair_by_pair() -> None:
     ],
 )
 def test_what_selects_no_tokens_is_an_error(selection: dict[str, Any], error: type[Exception]) -> None:
-    if selection == {"position": [0, True]}:
-        pytest.xfail("numpy reads [0, True] as integers before anyone can tell")
     with pytest.raises(error):
         indexed(whole(1, 2)).sel(**selection)
 
@@ -181,7 +179,7 @@ def test_swap_dims_onto_a_coordinate_never_leaves_a_stale_index() -> None:
     assert "prompt" not in swapped.isel(prompt=[4, 0]).xindexes
     assert numbers(swapped.isel(prompt=[4, 0])) == [4, 0]
     for use in (lambda: swapped.sortby("position"), lambda: swapped.sel(prompt="aa")):
-        with pytest.raises(ValueError, match="drop_indexes|do not exist"):
+        with pytest.raises(ValueError, match=r"drop_indexes|do not exist"):
             use()
     plain = indexed(whole(3, 1)).drop_indexes(["prompt", "position"]).isel(token=[3, 0]).swap_dims({"token": "prompt"})
     assert numbers(plain.sel(prompt="aa")) == [3]
@@ -272,7 +270,7 @@ def test_one_coordinate_cannot_be_replaced_or_dropped_alone() -> None:
 def test_copies_and_pickles_select_alike() -> None:
     data = indexed(whole(3, 2))
     data.sel(prompt="aa")  # fills what is looked up lazily
-    for again in (copy.copy(data), copy.deepcopy(data), pickle.loads(pickle.dumps(data))):
+    for again in (copy.copy(data), copy.deepcopy(data), pickle.loads(pickle.dumps(data))):  # noqa: S301 — our own bytes
         assert numbers(again.sel(prompt="aa")) == [3, 4]
 
 

@@ -214,8 +214,8 @@ def assert_same(ours: Any, oracle: Any) -> None:
             assert got.dtype == expected.dtype, name
             np.testing.assert_allclose(got, expected, rtol=2e-3 if expected.dtype == np.float16 else 1e-6, err_msg=str(name))
         else:
-            missing = [value != value for value in expected.reshape(-1).tolist()]  # noqa: PLR0124 — NaN among texts
-            assert missing == [value != value for value in got.reshape(-1).tolist()], name  # noqa: PLR0124
+            missing = [value != value for value in expected.reshape(-1).tolist()]  # NaN among texts
+            assert missing == [value != value for value in got.reshape(-1).tolist()], name
             assert got.reshape(-1)[~np.array(missing, bool)].tolist() == expected.reshape(-1)[~np.array(missing, bool)].tolist(), name
 
 
@@ -469,7 +469,7 @@ def attempt(data: Any, operation: Operation, seed: int) -> tuple[Any, Exception 
     specs=st.lists(part_specs(), min_size=1, max_size=4),
     chain=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**16)), min_size=1, max_size=4),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_chains_of_operations_give_what_plain_xarray_gives(level: str, specs: list[PartSpec], chain: list[tuple[Operation, int]]) -> None:
     url = f"memory://{uuid.uuid4().hex}"
     try:
@@ -488,3 +488,134 @@ def test_chains_of_operations_give_what_plain_xarray_gives(level: str, specs: li
             assert_same(ours, oracle)
     finally:
         fsspec.filesystem("memory").rm(url, recursive=True)
+
+
+# ------------------------------------------------------------------------------------- single promises, by hand
+
+
+def hashes(*texts: str) -> list[str]:
+    return [lz.prompt_hash(text) for text in texts]
+
+
+def test_prompts_and_layers_are_given_in_the_order_asked_for(views: Views) -> None:
+    truth = views.truth
+    asked = ["kiwi", "zebra", "kiwi", "apple"]
+    data, tokens = views.store.dataset(prompts=asked, layers=[3, 0]), views.store.tokens(prompts=asked, layers=[3, 0])
+    assert data.layer.values.tolist() == tokens.layer.values.tolist() == [3, 0]
+    for i, layer in enumerate([3, 0]):
+        np.testing.assert_array_equal(data.resid_mean.values[i], [truth.pooled_of(layer, p) for p in asked])
+        np.testing.assert_array_equal(tokens.resid.values[i], np.concatenate([truth.tokens_of("resid", layer, p) for p in asked]))
+    assert tokens.prompt.values.tolist() == [h for p in asked for h in hashes(p) * truth.count(p)]
+    twice = tokens.sel(prompt=hashes("kiwi"))
+    assert twice.text.values.tolist() == ["kiwi", "kiwi"]
+
+
+@pytest.mark.parametrize("how", [1, slice(None), [2, 0], slice(None, None, -1)])
+def test_a_prompt_selected_after_any_other_selection_is_that_prompt(views: Views, how: Any) -> None:
+    tokens = views.store.tokens().isel(token=slice(None, None, -1), hidden=how).sel(layer=[1, 0])
+    for text in ("zebra", "apple", "mango"):
+        got = tokens.resid.sel(prompt=lz.prompt_hash(text)).values
+        expected = np.stack([views.truth.tokens_of("resid", layer, text)[::-1, how] for layer in (1, 0)])
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_text_of_one_prompt_stays_an_object(views: Views) -> None:
+    for one in (views.store.dataset().isel(prompt=0), views.store.tokens().isel(token=0)):
+        assert one.text.dtype == one.text.values.dtype == object
+        assert one.text.item() == "zebra"
+
+
+@pytest.mark.parametrize("beyond", [HIDDEN, -HIDDEN - 1, [0, HIDDEN], [-HIDDEN - 1]])
+def test_an_index_beyond_an_axis_without_labels_is_an_error(views: Views, beyond: Any) -> None:
+    with pytest.raises(IndexError, match="out of bounds"):
+        views.store.tokens().resid.isel(hidden=beyond).load()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_dask_gives_the_same_however_it_is_asked_for(views: Views, level: str) -> None:
+    _, oracle = views.pair(level)
+    open_ = views.store.dataset if level == "prompts" else views.store.tokens
+    url = views.store.url
+    opened = [open_(chunks={}), open_(chunks={"hidden": 2}), xr.open_dataset(url, engine="lmprobe_zarr", level=level, chunks={})]
+    opened.append(xr.open_dataset(url, engine="lmprobe_zarr", level=level))
+    for data in opened:
+        for name in oracle.data_vars:
+            for scheduler in ("threads", "synchronous"):
+                got = data[name].isel(layer=slice(None, None, -1)).compute(scheduler=scheduler)
+                np.testing.assert_array_equal(got.values, oracle[name].values[::-1])
+
+
+def test_the_same_selection_of_different_views_is_different_to_dask(views: Views) -> None:
+    before = views.store.dataset(chunks={})
+    refreshed = PartSpec(("apple",), (2,), (0, 1), ("resid",), True, "float16", True, True)
+    values = np.full((1, HIDDEN), 7, np.float16)
+    lz.write_activations(views.store, model="toy", prompts=refreshed.prompts, pooled={"resid_mean": {0: values, 1: values}})
+    after = views.store.dataset(chunks={})
+    both = xr.concat([before.resid_mean, after.resid_mean], "when").sel(prompt=lz.prompt_hash("apple"), layer=0).compute()
+    np.testing.assert_array_equal(both.values, [views.truth.pooled_of(0, "apple"), values[0]])
+
+
+def test_tokens_minus_their_prompts_mean_needs_a_selection_along_tokens(views: Views) -> None:
+    data, tokens = views.store.dataset(), views.store.tokens()
+    with pytest.raises(ValueError, match="conflicting indexes"):
+        tokens.resid - data.resid_mean
+    centred = tokens.resid - data.resid_mean.sel(prompt=tokens.prompt)
+    expected = views.truth.tokens_of("resid", 0, "mango") - views.truth.pooled_of(0, "mango")
+    np.testing.assert_array_equal(centred.sel(layer=0, prompt=lz.prompt_hash("mango")).values, expected)
+
+
+# -------------------------------------------------------------------------------------------------- what is not read
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Every chunk that is read from now on: (array, layer, block)."""
+    found: list[tuple[str, int, int]] = []
+    read_chunk = StoredArray.read_chunk
+
+    def counted(self: StoredArray, layer: int, block: int, out: Array | None = None) -> Array:
+        found.append((self.path, layer, block))
+        return read_chunk(self, layer, block, out)
+
+    monkeypatch.setattr(StoredArray, "read_chunk", counted)
+    return found
+
+
+def test_opening_selecting_and_printing_read_nothing(views: Views, reads: list[tuple[str, int, int]]) -> None:
+    for data in (views.store.dataset(), views.store.tokens(), xr.open_dataset(views.store.url, engine="lmprobe_zarr", level="tokens")):
+        for shown in (data, *data.data_vars.values(), data.text):
+            assert repr(shown)
+            assert shown._repr_html_()
+        some = data.isel({sample_dim(data): [1, 0]}, layer=0).sel(prompt=hashes("zebra")).transpose()
+        assert repr(some)
+    tokens = views.store.tokens()
+    tokens.sel(prompt=hashes("mango", "zebra"), layer=0).sel(position=[1, 0])
+    xr.align(tokens.resid, tokens.resid)
+    assert reads == []
+
+
+def test_a_selection_reads_only_its_chunks(tmp_path: Path, reads: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmprobe_zarr.writer.CHUNK_BYTES", 4 * HIDDEN * 4)
+    monkeypatch.setattr("lmprobe_zarr.writer.MIN_CHUNK_BYTES", 4 * HIDDEN * 4)
+    store = lz.open_store(tmp_path / "acts", durable=False)
+    values = {i: [np.full((n, HIDDEN), 10 * i + n, np.float32) for n in (4, 6, 2)] for i in (0, 1)}
+    lz.write_activations(store, model="toy", prompts=TEXTS[:3], activations={"resid": values})
+    tokens = store.tokens()
+    rows = tokens.resid.encoding["preferred_chunks"]["token"]
+    if rows != 4:
+        pytest.fail(f"chunks of {rows} tokens: this test no longer controls their size")
+
+    def blocks(data: xr.DataArray) -> list[tuple[int, int]]:
+        reads.clear()
+        data.load()
+        return sorted((layer, block) for path, layer, block in reads if path.endswith("/resid"))
+
+    assert blocks(tokens.resid.sel(layer=1, prompt=lz.prompt_hash("zebra"))) == [(1, 0)]
+    assert blocks(tokens.resid.sel(layer=0, prompt=lz.prompt_hash("apple"))) == [(0, 1), (0, 2)]
+    assert blocks(tokens.resid.isel(token=-1)) == [(0, 2), (1, 2)]
+    assert blocks(tokens.resid.isel(token=[11, 0, 10], layer=[0])) == [(0, 0), (0, 2)], "each chunk once"
+    assert blocks(tokens.resid.isel(token=slice(None, None, -11), layer=1)) == [(1, 0), (1, 2)]
+    assert blocks(tokens.resid.sel(position=5, layer=0)) == [(0, 2)]
+    assert blocks(tokens.resid.isel(token=[])) == []
+    points = xr.DataArray([0, 11], dims="z")
+    assert blocks(tokens.resid.isel(token=points, layer=0)) == [(0, 0), (0, 2)]

@@ -1,7 +1,8 @@
-"""Probes: classifiers by name, and how they are scored.
+"""Probes: what they learn from, how they are fitted, and how they are scored.
 
-Holds what happens between one matrix ``(prompt, hidden)`` with its labels and one score. Never layers, folds, files or
-plots. scikit-learn is imported when a probe is made, not before.
+``classifiers`` and ``metrics`` know one matrix ``(prompt, hidden)`` with its labels, ``labels`` and ``folds`` prompts without
+activations; ``fits`` puts them together for one layer. Never stores, files, schedulers or plots. scikit-learn is imported when
+a probe is made, not before.
 """
 
 from lmprobe_zarr.probes.classifiers import converged, fit_in_place, make_probe, named_probes

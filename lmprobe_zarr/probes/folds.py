@@ -23,9 +23,7 @@ Array = npt.NDArray[Any]
 Fold = tuple[Array, Array]
 
 
-def plan_folds(
-    labels: Array, prompts: Sequence[str], groups: Groups | None, cv: Any, random_state: int
-) -> tuple[tuple[Fold, ...], str]:
+def plan_folds(labels: Array, prompts: Sequence[str], groups: Groups | None, cv: Any, random_state: int) -> tuple[tuple[Fold, ...], str]:
     """Every fold, and what made them.
 
     Parameters
@@ -54,12 +52,13 @@ def plan_folds(
     codes = np.unique(np.array(prompts), return_inverse=True)[1]
     # No prompt is in two groups, so groups keep repeated prompts together as well.
     kept = groups.codes if groups is not None else codes
+    pairs: Iterable[Any]
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
         _check_counts(labels, codes, groups, int(cv))
-        repeated = int(codes.max()) + 1 < n
-        splitter = _stratified(int(cv), random_state, grouped=repeated or groups is not None)
+        grouped = groups is not None or int(codes.max()) + 1 < n
+        splitter = _stratified(int(cv), random_state, grouped=grouped)
         pairs = _split(splitter, labels, kept, given=False)
-        described = repr(splitter) + (f" grouped by {groups.name}" if groups is not None else " grouped by prompt" if repeated else "")
+        described = repr(splitter) + ("" if not grouped else f" grouped by {'prompt' if groups is None else groups.name}")
     elif hasattr(cv, "split") and not isinstance(cv, str):
         described = " ".join(repr(cv).split())
         try:
@@ -75,7 +74,7 @@ def plan_folds(
         raise InvalidArgumentError("cv gives no folds: give at least one (train, test)")
     for number, fold in enumerate(folds):
         _check_apart(number, fold, kept, groups)
-        _check_classes(number, labels[fold[0]])
+        _check_classes(number, labels[fold[0]], groups)
     return folds, described or f"{len(folds)} (train, test) pairs"
 
 
@@ -84,7 +83,7 @@ def _check_counts(labels: Array, codes: Array, groups: Groups | None, n_splits: 
         raise InvalidArgumentError(f"cv={n_splits!r} leaves nothing to test on: give at least 2 folds")
     if groups is not None and len(groups.values) < n_splits:
         raise LabelError(
-            f"{n_splits} folds need {n_splits} different groups, but groups {groups.name!r} are {len(groups.values)}: use fewer folds"
+            f"{n_splits} folds need {n_splits} different groups, but there are {len(groups.values)} of {groups.name!r}: use fewer folds"
         )
     classes, counts = np.unique(labels[np.unique(codes, return_index=True)[1]], return_counts=True)
     if counts.min() < n_splits:
@@ -148,6 +147,11 @@ def _check_apart(number: int, fold: Fold, kept: Array, groups: Groups | None) ->
     )
 
 
-def _check_classes(number: int, trained: Array) -> None:
+def _check_classes(number: int, trained: Array, groups: Groups | None) -> None:
     if len(np.unique(trained)) < 2:
-        raise LabelError(f"fold {number} trains on {len(trained)} prompts that all are {trained[0].item()!r}: stratify, or use fewer folds")
+        remedy = (
+            "stratify, or use fewer folds"
+            if groups is None
+            else f"use fewer folds, or groups that mix classes more than {groups.name!r} do"
+        )
+        raise LabelError(f"fold {number} trains on {len(trained)} prompts that all are {trained[0].item()!r}: {remedy}")

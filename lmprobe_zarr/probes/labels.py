@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -114,11 +115,9 @@ def parse_groups(array: xr.DataArray, groups: Any) -> Groups:
     _check_whole(array, column, "group")
     _once(zip(list_prompts(array), column.values, strict=True), "group")
     values = list(dict.fromkeys(column.values))
-    try:
+    with suppress(TypeError):
         # As scikit-learn numbers them, so that its splitters give the same folds for these codes.
         values = sorted(values)
-    except TypeError:
-        pass
     numbers = {value: number for number, value in enumerate(values)}
     return Groups(column.name, np.array([numbers[value] for value in column.values]), tuple(values))
 
@@ -146,9 +145,10 @@ def _align(array: xr.DataArray, given: Any, one: str) -> _Column:
         raise InvalidTypeError(
             f"{one}s are a coordinate's name, a DataArray over prompt, a mapping or one value per prompt, not {type(given).__name__}"
         )
-    shape = np.shape(np.asarray(given)) if hasattr(given, "__array__") else (n,)
-    if len(shape) != 1:
-        raise LabelError(f"{one}s have shape {shape}, expected one {one} per prompt: ({n},)")
+    if hasattr(given, "__array__"):
+        given = np.asarray(given)
+        if given.ndim != 1:
+            raise LabelError(f"{one}s have shape {given.shape}, expected one {one} per prompt: ({n},)")
     values = _plain(given)
     if len(values) != n:
         raise LabelError(f"there are {len(values)} {one}s for {n} prompts: give one per prompt, in the order of activations.prompt")
@@ -202,8 +202,8 @@ def _from_pairs(array: xr.DataArray, pairs: Iterable[tuple[Any, Any]], one: str)
             return key
         return prompt_hash(key)
 
-    keys, values = zip(*pairs, strict=True) if pairs else ((), ())
-    found = _once(zip(map(prompt_of, keys), _plain(values), strict=True), one)
+    listed = list(pairs)
+    found = _once(zip([prompt_of(key) for key, _ in listed], _plain(value for _, value in listed), strict=True), one)
     return [found.get(prompt) for prompt in prompts]
 
 

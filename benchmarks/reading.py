@@ -1,0 +1,115 @@
+"""How fast one layer reads, by chunk size and codec, beside ``np.fromfile`` and plain zarr: ``make bench``.
+
+All sides alternate within one run, so that a ratio holds where the machine's speed drifts. The page cache is warm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+import lmprobe_zarr as lz
+from lmprobe_zarr import writer
+from lmprobe_zarr.batch import TokenBatch, prompt_sha256
+from lmprobe_zarr.schema import GroupInfo
+
+GROUP = GroupInfo(model="bench", num_layers=4, hidden_size=2048)
+
+
+def activations(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Random values with a few outlier dimensions, as residual streams have them; float16."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(shape, dtype=np.float32)
+    values[..., rng.integers(0, shape[-1], 3)] *= 40
+    return values.astype(np.float16)
+
+
+def medians(sides: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+    """Median seconds of each side, the sides in turn."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(runs + 1):
+        for name, call in sides.items():
+            began = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def measure(level: str, folder: Path, *, quick: bool, runs: int) -> list[dict[str, Any]]:
+    """One row per codec and chunk size."""
+    prompts, per_prompt = (5000, 1) if level == "prompts" else (400, 66)
+    prompts //= 10 if quick else 1
+    digests = [prompt_sha256(str(i)) for i in range(prompts)]
+    values = activations((4, prompts * per_prompt, 2048))
+    values[1].tofile(folder / "raw")
+    rows = []
+    for compressed in (True, False):
+        for mebibytes in (1, 2, 4, 8):
+            writer.CHUNK_BYTES = mebibytes * 2**20  # type: ignore[misc]
+            store = lz.open_store(folder / f"{level}-{compressed}-{mebibytes}", durable=False)
+            held = {"prompts": {"resid_mean": values}} if level == "prompts" else {"tokens": {"resid": values}}
+            counts = None if level == "prompts" else np.full(prompts, per_prompt)
+            batch = TokenBatch(sha256=digests, layers=(0, 1, 2, 3), n_tokens=counts, **held)  # type: ignore[arg-type]
+            part = store.write(GROUP, batch, compressed=compressed)
+            name = "resid_mean" if level == "prompts" else "resid"
+            data = (store.dataset() if level == "prompts" else store.tokens())[name].isel(layer=1)
+            plain = zarr.open_array(f"{store.url}/{GROUP.name}/{part}/{level}/{name}", mode="r")
+            assert (data.values == values[1]).all()
+            sides = {
+                "ours": lambda d=data: d.values,
+                "fromfile": lambda: np.fromfile(folder / "raw", np.float16),
+                "zarr": lambda z=plain: z[1],
+            }
+            seconds = medians(sides, runs)
+            size = sum(f.stat().st_size for f in Path(store.url).rglob("c.1.*"))
+            rows.append(
+                {
+                    "level": level,
+                    "codec": "default" if compressed else "raw",
+                    "chunk_mib": mebibytes,
+                    "layer_mb": values[1].nbytes / 1e6,
+                    **{f"{side}_ms": 1e3 * value for side, value in seconds.items()},
+                    "times_fromfile": seconds["ours"] / seconds["fromfile"],
+                    "times_zarr": seconds["ours"] / seconds["zarr"],
+                    "stored_share": size / values[1].nbytes,
+                }
+            )
+    return rows
+
+
+def main() -> int:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the prompts, three runs")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            row
+            for level in ("prompts", "tokens")
+            for row in measure(level, Path(folder), quick=options.quick, runs=3 if options.quick else 9)
+        ]
+    if options.json:
+        json.dump(rows, sys.stdout, indent=2)
+        return 0
+    print("one layer       codec    chunk      ours  np.fromfile  plain zarr   ours/fromfile  ours/zarr  stored")
+    for r in rows:
+        print(
+            f"{r['level']:<8}{r['layer_mb']:>5.0f} MB  {r['codec']:<8}{r['chunk_mib']} MiB {r['ours_ms']:>7.1f} ms {r['fromfile_ms']:>7.1f} ms"
+            f"   {r['zarr_ms']:>7.1f} ms {r['times_fromfile']:>12.2f} {r['times_zarr']:>12.2f} {100 * r['stored_share']:>8.1f} %"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
