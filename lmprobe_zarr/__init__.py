@@ -10,8 +10,9 @@ from lmprobe_zarr import accessor as accessor  # registers ``.lz``
 from lmprobe_zarr import errors
 from lmprobe_zarr.activations import write_activations
 from lmprobe_zarr.batch import prompt_hash
-from lmprobe_zarr.build import ExtractPlan, ExtractStats, extract, plan_extract
+from lmprobe_zarr.build import extract, plan_extract
 from lmprobe_zarr.index import TokenIndex
+from lmprobe_zarr.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.sweep import sweep
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.schema import SITES, UNLAYERED_SITES, GroupInfo, Provenance, split_variable, validate_column_names
+from lmprobe_zarr.schema import GroupInfo, Provenance, split_variable, validate_column_names
+from lmprobe_zarr.sites import LAYERED_SITES, SITES
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.writer import as_column
 
@@ -137,7 +138,7 @@ def _read_tokens(
     counts: Array | None = None
     for name, values in activations.items():
         _check_name(name, pooling=False)
-        unlayered = name in UNLAYERED_SITES
+        unlayered = name not in LAYERED_SITES
         by_layer = {0: values} if unlayered else _by_layer(name, values)
         stacked = []
         for layer, arrays in by_layer.items():
@@ -166,7 +167,7 @@ def _read_tokens(
 
 
 def _read_pooled(name: str, values: Any) -> tuple[Array, tuple[int, ...] | None, str]:
-    if split_variable(name)[0] in UNLAYERED_SITES:
+    if split_variable(name)[0] not in LAYERED_SITES:
         array, dtype = as_array(values)
         return array, None, dtype
     by_layer = {layer: as_array(v) for layer, v in _by_layer(name, values).items()}

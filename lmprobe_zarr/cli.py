@@ -17,11 +17,12 @@ import lmprobe_zarr
 from lmprobe_zarr import config
 from lmprobe_zarr.build import extract, plan_extract
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
-from lmprobe_zarr.layers import LayerSpec
+from lmprobe_zarr.layers import LayerSpec, describe_layers
+from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.prompt_files import FORMATS, read_prompts
-from lmprobe_zarr.reader import describe_layers
-from lmprobe_zarr.schema import LEVELS, SITES
+from lmprobe_zarr.schema import LEVELS
+from lmprobe_zarr.sites import SITES
 from lmprobe_zarr.store import Store, open_store
 
 __all__ = ["main"]
@@ -234,7 +235,7 @@ def _info(options: argparse.Namespace) -> None:
             "hidden": str(group["hidden_size"] or "unknown"),
             "variables": ", ".join(f"{name} ({dtype})" for name, dtype in group["variables"].items()) or "none",
             "columns": ", ".join(group["columns"]) or "none",
-            "size": lmprobe_zarr.build.format_bytes(group["nbytes"]),
+            "size": format_bytes(group["nbytes"]),
             "provenance": ", ".join(f"{k}={v}" for k, v in group["provenance"].items() if v is not None) or "unknown",
         }
         for name, value in rows.items():
@@ -309,7 +310,7 @@ def _add_sweep(commands: Any) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from lmprobe_zarr.plots import plot_scores
+    from lmprobe_zarr.plots import plot_scores, save_plot
     from lmprobe_zarr.sweep import sweep
 
     store = open_store(options.store, mode="r")
@@ -322,11 +323,7 @@ def _sweep(options: argparse.Namespace) -> None:
         random_state=options.random_state, progress=not options.json,
     )  # fmt: skip
     if options.plot:
-        figure = plot_scores(scores).figure
-        try:
-            figure.savefig(options.plot, dpi=150)
-        except (OSError, ValueError) as error:
-            raise InvalidArgumentError(f"--plot {options.plot!r} cannot be written: {error}") from error
+        save_plot(plot_scores(scores), options.plot)
     means, spread = scores[["accuracy", "auroc"]].mean("fold"), scores[["accuracy", "auroc"]].std("fold")
     rows = [
         {"layer": int(layer), "probe": str(probe), **{m: float(means[m].sel(layer=layer, probe=probe)) for m in means},

@@ -21,7 +21,7 @@ from xarray.indexes import PandasIndex
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
 from lmprobe_zarr.ragged import as_slice, concat_ranges, offsets_of
 
-__all__ = ["TakenArray", "TokenIndex", "by_appearance", "lazy_variable"]
+__all__ = ["TakenArray", "TokenIndex", "by_appearance", "lazy_variable", "tidy_key"]
 
 Array = npt.NDArray[Any]
 
@@ -42,7 +42,7 @@ class TakenArray(BackendArray):
         self.shape, self.dtype = codes.shape, labels.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.VECTORIZED, self._take)
+        return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.VECTORIZED, self._take)
 
     def _take(self, key: Any) -> Any:
         codes = self.codes[key]
@@ -52,6 +52,12 @@ class TakenArray(BackendArray):
         values = np.asarray(self.labels[indexing.OuterIndexer((wanted,))])
         taken = values[inverse.reshape(np.shape(codes))]
         return np.asarray(taken, self.dtype)
+
+
+def tidy_key(key: indexing.ExplicitIndexer, shape: tuple[int, ...]) -> indexing.ExplicitIndexer:
+    """The same key without empty slices of negative step, which xarray 2026.9 cannot take apart."""
+    empty = (isinstance(k, slice) and not range(*k.indices(n)) for k, n in zip(key.tuple, shape, strict=True))
+    return type(key)(tuple(slice(0) if none else k for none, k in zip(empty, key.tuple, strict=True)))
 
 
 def lazy_variable(dims: tuple[Hashable, ...], array: BackendArray, attrs: Mapping[str, Any] | None = None) -> Variable:

@@ -6,9 +6,11 @@ import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
 
+import numpy as np
+
 from lmprobe_zarr.errors import InvalidTypeError, LayerOutOfRangeError
 
-__all__ = ["LayerSpec", "resolve_layers"]
+__all__ = ["LayerSpec", "describe_layers", "resolve_layers"]
 
 _USE = "use 'all', 'middle', 'last', a number, a list of numbers or a slice"
 
@@ -54,3 +56,9 @@ def resolve_layers(layers: LayerSpec, num_layers: int) -> tuple[int, ...]:
     if not numbers:
         raise LayerOutOfRangeError(f"layers={layers!r} selects none of the {num_layers} layers, 0 to {num_layers - 1}")
     return tuple(sorted({number % num_layers for number in numbers}))
+
+
+def describe_layers(numbers: Sequence[int]) -> str:
+    """Layer numbers as people write them: ``0-5, 8``."""
+    runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) > 1) + 1) if len(numbers) else []
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) or "none"

@@ -93,14 +93,14 @@ def save_plot(axes: Axes, path: str | PathLike[str], dpi: int = 150) -> None:
     axes : matplotlib Axes
         From :func:`plot_scores`.
     path : str or path
-        With an ending that matplotlib knows, such as ``.png``, ``.svg`` or ``.pdf``. A file that is there is replaced.
+        With an ending that matplotlib knows, such as ``.png``, ``.svg`` or ``.pdf``. A file that is there is replaced once the picture is drawn.
     dpi : int
         Dots per inch; formats of lines take no heed of it.
 
     Raises
     ------
     InvalidArgumentError
-        Another ending or none, or the picture cannot be drawn or written. A file that is there stays then.
+        Another ending or none, or the picture cannot be drawn or written.
     """
     path = Path(path)
     # Through the canvas: axes may lie in a part of a figure, which cannot be saved by itself.

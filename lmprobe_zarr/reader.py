@@ -22,13 +22,13 @@ from xarray.core import indexing
 from lmprobe_zarr.batch import HASH_DIGITS, prompt_sha256
 from lmprobe_zarr.chunks import Piece, StoredArray, fill_value, read_pieces
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, LayerOutOfRangeError, MissingPromptsError, PromptCollisionError
-from lmprobe_zarr.index import TakenArray, TokenIndex, lazy_variable
-from lmprobe_zarr.layers import LayerSpec, resolve_layers
+from lmprobe_zarr.index import TakenArray, TokenIndex, lazy_variable, tidy_key
+from lmprobe_zarr.layers import LayerSpec, describe_layers, resolve_layers
 from lmprobe_zarr.ragged import as_slice, concat_ranges, offsets_of, positions_of
 from lmprobe_zarr.schema import SAMPLE_DIM, ArrayInfo, GroupInfo, Level, PartInfo
 from lmprobe_zarr.storage import Storage
 
-__all__ = ["Part", "View", "VirtualArray", "describe_layers", "is_hash", "open_view", "to_dataset"]
+__all__ = ["Part", "View", "VirtualArray", "is_hash", "open_view", "to_dataset"]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -210,14 +210,12 @@ class LazyArray(BackendArray):
         self.shape, self.dtype = array.shape, array.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        # xarray 2026.9 cannot take apart an empty slice with a negative step.
-        tidy = (slice(0) if isinstance(k, slice) and not range(*k.indices(n)) else k for k, n in zip(key.tuple, self.shape, strict=True))
-        return indexing.explicit_indexing_adapter(type(key)(tuple(tidy)), self.shape, indexing.IndexingSupport.OUTER, self._read)
+        return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> Any:
         layered = self.array.layers is not None
         lengths = self.shape if layered else (1, *self.shape)
-        # An integer drops its axis, as in numpy; it is read as an axis of one. A negative one counts from the end.
+        # An integer drops its axis, as in numpy; it is read as an axis of one.
         drop = tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)
         layers, rows, *inner = (_checked(k, n) for k, n in zip(key if layered else (0, *key), lengths, strict=True))
         at, flip = _ascending(rows, self.array.n_rows)
@@ -235,7 +233,7 @@ class LazyArray(BackendArray):
 
 
 def _checked(key: Any, length: int) -> Any:
-    """An indexer without negative numbers, an integer as a list of one.
+    """An indexer that does not point beyond its axis, an integer as a list of one.
 
     Raises
     ------
@@ -245,9 +243,10 @@ def _checked(key: Any, length: int) -> Any:
     if isinstance(key, slice):
         return key
     rows = np.atleast_1d(np.asarray(key, np.int64))
-    if len(rows) and (rows.min() < -length or rows.max() >= length):
-        raise IndexError(f"index {rows.min() if rows.min() < -length else rows.max()} is out of bounds for an axis of length {length}")
-    return np.where(rows < 0, rows + length, rows)
+    # xarray has added the length to negative ones before: what is negative still was beyond the beginning.
+    if len(rows) and (rows.min() < 0 or rows.max() >= length):
+        raise IndexError(f"an index is out of bounds for an axis of length {length}")
+    return rows
 
 
 def _as_rows(key: Any, length: int) -> Ints:
@@ -556,12 +555,6 @@ def _choose_layers(view: View, level: Level, layers: LayerSpec | None) -> tuple[
             f"layer {absent[0]} is not stored in {view.where}, which holds layers {describe_layers(held)}: extract it first"
         )
     return wanted
-
-
-def describe_layers(numbers: Sequence[int]) -> str:
-    """Layer numbers as people write them: ``0-5, 8``."""
-    runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) > 1) + 1) if len(numbers) else []
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs) or "none"
 
 
 def _activation_variables(view: View, level: Level, rows: Ints, layers: tuple[int, ...], lengths: Ints | None) -> dict[str, xr.Variable]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, NotAStoreError, UnsupportedVersionError
 from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.sites import SITES
 
 __all__ = [
     "ANNOTATIONS",
@@ -28,7 +29,6 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "LEVELS",
-    "SITES",
     "ArrayInfo",
     "GroupInfo",
     "Level",
@@ -56,8 +56,6 @@ Level = Literal["prompts", "tokens"]
 LEVELS: Final[tuple[Level, ...]] = ("prompts", "tokens")
 SAMPLE_DIM: Final[Mapping[Level, str]] = {"prompts": "prompt", "tokens": "token"}
 
-SITES: Final = ("resid", "attn", "mlp", "embed")
-UNLAYERED_SITES: Final = frozenset({"embed"})
 
 # Columns that the format itself uses; a user's column may not bear these names, nor that of a dimension or variable.
 PROMPT_COLUMNS: Final = ("prompt", "prompt_sha256", "text", "n_tokens", "prompt_length")
@@ -72,11 +70,6 @@ Json: TypeAlias = dict[str, Any]
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
 _BLOSC_LIMIT: Final = 2**31 - 17
 _ULID_DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
-
-
-def is_layered(variable: str) -> bool:
-    """Whether an activation variable has a layer axis, by its name."""
-    return split_variable(variable)[0] not in UNLAYERED_SITES
 
 
 def split_variable(variable: str) -> tuple[str, str | None]:

@@ -21,8 +21,8 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     StoreNotFoundError,
 )
-from lmprobe_zarr.layers import LayerSpec
-from lmprobe_zarr.reader import Part, View, describe_layers, open_view, to_dataset
+from lmprobe_zarr.layers import LayerSpec, describe_layers
+from lmprobe_zarr.reader import Part, View, open_view, to_dataset
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
     LEVELS,

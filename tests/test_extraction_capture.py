@@ -15,8 +15,9 @@ from tiny_models import PROMPTS, TINY, save_tiny, tiny_model, tiny_tokenizer
 from lmprobe_zarr import extraction
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, LayerOutOfRangeError, UnknownArchitectureError
-from lmprobe_zarr.extraction import SITES, parse_prompts, row_bytes, tokenize
+from lmprobe_zarr.extraction import parse_prompts, tokenize
 from lmprobe_zarr.pooling import POOLINGS, pool_ragged
+from lmprobe_zarr.sites import SITES, row_bytes
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -17,17 +17,17 @@ PACKAGE = Path(lz.__file__).parent
 # A room imports only from rows above its own.
 ROOMS = [
     {"errors"},
-    {"pooling", "ragged", "layers"},
-    {"batch", "config"},
-    {"schema"},
+    {"pooling", "ragged", "layers", "config"},
+    {"sites", "plan", "batch"},
+    {"schema", "prompt_files"},
     {"storage"},
     {"chunks", "index"},
     {"writer", "reader"},
     {"store"},
-    {"activations", "backend"},
+    {"activations", "backend", "ingest"},
     {"extraction", "probes"},
-    {"build", "sweep"},
-    {"plots"},
+    {"missing", "sweep"},
+    {"build", "plots"},
     {"accessor"},
     {"__init__"},
     {"demo"},
@@ -37,8 +37,9 @@ ROOMS = [
 # What a room must never know, whatever the row.
 NEVER = {
     "extraction": {"store", "storage", "writer", "reader", "chunks", "schema"},
-    "probes": {"store", "storage", "reader", "batch"},
+    "probes": {"store", "storage", "reader"},
     "sweep": {"store", "storage", "plots"},
+    "missing": {"writer", "ingest"},
     "reader": {"writer"},
     "writer": {"reader"},
 }
@@ -110,7 +111,7 @@ WITHOUT_TORCH = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('torch', 'transformers', 'accelerate'): raise ImportError(name + ' is not here')
+        if name.split('.')[0] in ('torch', 'transformers', 'accelerate'): raise ModuleNotFoundError('No module named ' + name, name=name)
 sys.meta_path.insert(0, Refuse())
 import numpy as np, lmprobe_zarr as lz
 store = lz.open_store(sys.argv[1] if len(sys.argv) > 1 else 'memory://without-torch')

@@ -16,16 +16,19 @@ import xarray as xr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold, ShuffleSplit, StratifiedKFold
+from sklearn.model_selection import BaseCrossValidator, GroupKFold, LeaveOneGroupOut, ShuffleSplit, StratifiedGroupKFold, StratifiedKFold
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_info
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
+import lmprobe_zarr as lz
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes import make_probe
-from lmprobe_zarr.sweep import _fits_running, _NotFiniteError, sweep
+from lmprobe_zarr.probes.fits import NotFiniteError, fits_running
+from lmprobe_zarr.store import Store
+from lmprobe_zarr.sweep import sweep
 
 LAYERS, PROMPTS, HIDDEN = 3, 60, 12
 TEXTS = [f"prompt number {i}" for i in range(PROMPTS)]
@@ -158,21 +161,23 @@ def test_the_same_seed_gives_the_same_scores_for_any_selection_of_layers_and_pro
 
 
 def test_labels_in_another_order_are_matched_by_prompt() -> None:
-    expected = sweep(activations(), "label")
+    quick = ("mass_mean", 2)
+    expected = sweep(activations(), "label", *quick)
     order = np.random.default_rng(1).permutation(PROMPTS)
     array = activations().label.drop_vars(["text", "model"])[order]
     hashes = {prompt_hash(TEXTS[i]): int(Y[i]) for i in order}
     texts = {TEXTS[i]: int(Y[i]) for i in order}
     for labels in (array, hashes, texts, {**texts, "of another prompt": 0}, pd.Series(texts), Y, Y.tolist(), pd.Series(Y), Y.astype(float)):
-        same(sweep(activations(), labels), expected)
-    same(sweep(activations().drop_vars("text"), texts), expected)
-    same(sweep(activations().drop_vars("label"), {text: bool(y) for text, y in texts.items()}), expected)
+        same(sweep(activations(), labels, *quick), expected)
+    same(sweep(activations().drop_vars("text"), texts, *quick), expected)
+    same(sweep(activations().drop_vars("label"), {text: bool(y) for text, y in texts.items()}, *quick), expected)
 
 
 def test_a_text_is_matched_before_its_hash_since_token_ids_have_another() -> None:
     given = activations().assign_coords(prompt=[prompt_hash([i, i + 1]) for i in range(PROMPTS)])
-    same(sweep(given, dict(zip(TEXTS, Y.tolist(), strict=True))), sweep(given, Y))
-    same(sweep(given.drop_vars("text"), {(i, i + 1): int(Y[i]) for i in range(PROMPTS)}), sweep(given, Y))
+    expected = sweep(given, Y, "mass_mean", 2)
+    same(sweep(given, dict(zip(TEXTS, Y.tolist(), strict=True)), "mass_mean", 2), expected)
+    same(sweep(given.drop_vars("text"), {(i, i + 1): int(Y[i]) for i in range(PROMPTS)}, "mass_mean", 2), expected)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +274,93 @@ def test_folds_that_do_not_fit_are_refused(cv: Any, error: type[Exception], mess
         sweep(activations(), "label", cv=cv)
 
 
+# -- groups ----------------------------------------------------------------------------------------------------------------
+
+#: Six sources of ten prompts each, every one of both classes.
+SOURCES = [f"source {i % 6}" for i in np.random.default_rng(2).permutation(PROMPTS)]
+
+
+def test_grouped_folds_are_scikit_learns_own() -> None:
+    given = activations().assign_coords(source=("prompt", SOURCES))
+    scores = sweep(given, "label", "ridge", 3, groups="source", random_state=4)
+    splitter = StratifiedGroupKFold(3, shuffle=True, random_state=4)
+    folds = list(splitter.split(np.zeros((PROMPTS, 1)), Y, SOURCES))
+    same(sweep(activations(), "label", "ridge", folds, random_state=4), scores)
+    same(sweep(given, "label", "ridge", splitter, groups="source", random_state=4), scores)
+    assert scores.attrs["groups"] == "source"
+    assert scores.attrs["cv"] == "StratifiedGroupKFold(n_splits=3, random_state=4, shuffle=True) grouped by source"
+    assert sweep(given, "label", "mass_mean", 2).attrs["groups"] == ""
+
+
+def test_groups_are_read_as_labels_are_and_may_be_any_values() -> None:
+    expected = sweep(activations(), "label", "mass_mean", 3, groups=SOURCES)
+    order = np.random.default_rng(1).permutation(PROMPTS)
+    array = activations().label.copy(data=SOURCES).drop_vars("text")[order]
+    texts = {TEXTS[i]: SOURCES[i] for i in order}
+    dates = np.datetime64("2024-01-01", "ns") + np.array([int(source[-1]) for source in SOURCES]).astype("timedelta64[D]")
+    tuples = [("a", int(source[-1])) for source in SOURCES]
+    numbers = np.array([float(source[-1]) + 0.5 for source in SOURCES])
+    for given in (array, texts, pd.Series(texts), np.array(SOURCES), dates, tuples, numbers):
+        scores = sweep(activations(), "label", "mass_mean", 3, groups=given)
+        same(scores, expected)
+        assert scores.attrs["groups"] == ("label" if given is array else "groups")
+    # What cannot be sorted is numbered by first appearance.
+    assert sweep(activations(), "label", "mass_mean", 3, groups=[None or source[-1] * (i % 2) or 7 for i, source in enumerate(SOURCES)])
+
+
+def test_splitters_that_know_groups_are_given_them() -> None:
+    class Mine(BaseCrossValidator):  # type: ignore[misc]
+        def get_n_splits(self, X: Any = None, y: Any = None, groups: Any = None) -> int:  # noqa: N803
+            return 6
+
+        def _iter_test_masks(self, X: Any = None, y: Any = None, groups: Any = None) -> Iterator[Any]:  # noqa: N803
+            return (groups == group for group in range(6))
+
+    by_source = sweep(activations(), "label", "mass_mean", LeaveOneGroupOut(), groups=SOURCES)
+    assert by_source.n_test.values.tolist() == [10] * 6
+    same(sweep(activations(), "label", "mass_mean", Mine(), groups=SOURCES), by_source)
+
+
+def test_a_group_on_both_sides_is_refused() -> None:
+    message = r"fold 0 has \d groups on both sides, first 'source \d' of 'groups'.*cv=5, which keeps groups"
+    folds = list(StratifiedKFold(3).split(np.zeros((PROMPTS, 1)), Y))
+    for cv in (StratifiedKFold(3), folds, ShuffleSplit(2, random_state=0)):
+        with pytest.raises(InvalidArgumentError, match=message):
+            sweep(activations(), "label", cv=cv, groups=SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        (SOURCES[:-1], LabelError, "59 groups for 60 prompts"),
+        ([*SOURCES[:-1], None], LabelError, f"groups 'groups' miss 1 of 60 prompts .{prompt_hash(TEXTS[59])}.: give each a group"),
+        ({TEXTS[0]: 1}, LabelError, "miss 59 of 60"),
+        (np.where(np.arange(PROMPTS) < 20, np.nan, 1.0), LabelError, "miss 20 of 60"),
+        ("sauce", LabelError, "no coordinate 'sauce'.*give the groups themselves"),
+        ([[0], [1]] * 30, LabelError, f"groups 'groups' hold list .{prompt_hash(TEXTS[0])}."),
+        (3, InvalidTypeError, "groups are a coordinate's name.*not int"),
+        ([i % 4 for i in range(PROMPTS)], LabelError, "5 folds need 5 different groups, but there are 4 of 'groups'"),
+        (Y, LabelError, "5 folds need 5 different groups, but there are 2 of 'groups'"),
+        (np.where(Y == 0, 0, np.arange(PROMPTS)), LabelError, "groups that mix classes"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        sweep(activations(), "label", groups=groups)
+
+
+def test_repeated_prompts_stay_together_in_their_group_and_may_not_be_in_two() -> None:
+    rows = np.r_[np.arange(PROMPTS), np.arange(0, PROMPTS, 2)]
+    repeated, sources = activations().isel(prompt=rows), [SOURCES[row] for row in rows]
+    scores = sweep(repeated, "label", "mass_mean", 3, groups=sources)
+    folds = StratifiedGroupKFold(3, shuffle=True, random_state=0).split(np.zeros((len(rows), 1)), Y[rows], sources)
+    same(sweep(repeated, "label", "mass_mean", folds), scores)
+    with pytest.raises(LabelError, match=f"prompt {prompt_hash(TEXTS[58])} has two groups, '{SOURCES[58]}' and 'another'"):
+        sweep(repeated, "label", groups=[*sources[:-1], "another"])
+    with pytest.raises(LabelError, match=r"5 different prompts of each class, but there are \{0: 20, 1: 1\}"):
+        sweep(activations().isel(prompt=[*range(20), *[20] * 10]), [0] * 20 + [1] * 10, groups=[*range(20), *[20] * 10])
+
+
 # -- what is fitted --------------------------------------------------------------------------------------------------------
 
 
@@ -285,9 +377,9 @@ def test_bad_values_found_in_another_process_keep_their_place() -> None:
     from dask.multiprocessing import remote_exception
 
     # What the scheduler "processes" raises instead: a class made on the fly, whose arguments are others.
-    found: Any = remote_exception(_NotFiniteError(1, 2, [3, 9]), "traceback")
-    assert isinstance(found, _NotFiniteError)
-    assert (found.layer, found.count, found.rows) == (1, 2, [3, 9])
+    found: Any = remote_exception(NotFiniteError(1, [3, 9]), "traceback")
+    assert isinstance(found, NotFiniteError)
+    assert (found.layer, found.rows) == (1, [3, 9])
 
 
 def test_large_finite_values_are_not_taken_for_infinite() -> None:
@@ -376,15 +468,20 @@ def test_dask_arrays_are_fitted_as_they_are() -> None:
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sweep") / "acts.zarr"
-    data = activations().drop_vars(["text", "model"]).drop_vars("prompt").to_dataset()
-    data.to_zarr(path, zarr_format=3, consolidated=False, encoding={"resid_mean": {"chunks": (1, PROMPTS, HIDDEN)}})
-    return path
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The activations in a store of ours, and three layers of many hidden units."""
+    store = lz.open_store(tmp_path_factory.mktemp("sweep") / "acts")
+    data = activations()
+    layers = dict(zip(data.layer.values.tolist(), data.values, strict=True))
+    lz.write_activations(store, model="m", prompts=TEXTS, pooled={"resid_mean": layers}, coords={"label": Y})
+    wide = np.random.default_rng(0).normal(size=(LAYERS, PROMPTS, 4096)).astype("float32")
+    lz.write_activations(store, model="wide", prompts=TEXTS, pooled={"resid_mean": dict(enumerate(wide))})
+    return store
 
 
-def opened(path: Path) -> xr.DataArray:
-    array: xr.DataArray = xr.open_zarr(path, chunks=None, consolidated=False)["resid_mean"]
+def opened(store: Store, model: str = "m") -> xr.DataArray:
+    array: xr.DataArray = store.dataset(model)["resid_mean"]
+    assert not array._in_memory
     return array
 
 
@@ -401,8 +498,9 @@ def in_process_client() -> Iterator[Any]:
 NAMES = ["logistic_regression", "ridge", "svm", "mass_mean"]
 
 
-def test_scores_are_the_same_bit_for_bit_on_every_scheduler(stored: Path, in_process_client: Any) -> None:
-    expected = sweep(opened(stored), "label", NAMES, scheduler="synchronous")
+def test_scores_are_the_same_bit_for_bit_on_every_scheduler(stored: Store, in_process_client: Any) -> None:
+    expected = sweep(activations(), "label", NAMES, scheduler="synchronous")
+    same(sweep(opened(stored), "label", NAMES, scheduler="synchronous"), expected)
     same(sweep(opened(stored), "label", NAMES, scheduler="threads", n_workers=2), expected)
     same(sweep(opened(stored), "label", NAMES, scheduler="threads", n_workers=8), expected)
     same(sweep(opened(stored), "label", NAMES, scheduler="processes", n_workers=2), expected)
@@ -421,15 +519,12 @@ def test_a_client_brings_its_own_workers_and_its_errors_are_ours(in_process_clie
         sweep(activations(data), "label", client=in_process_client)
 
 
-def test_worker_processes_are_sent_no_stored_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_processes_read_the_store_themselves_and_score_the_same(stored: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     distributed = pytest.importorskip("distributed")
     from distributed.protocol import pickle
 
     dumps: Any = pickle.dumps
-
-    big = xr.DataArray(np.random.default_rng(0).normal(size=(3, PROMPTS, 4096)), dims=("layer", "prompt", "hidden"), name="resid_mean")
-    big.to_dataset().to_zarr(tmp_path / "big.zarr", zarr_format=3, consolidated=False)
-    lazy = opened(tmp_path / "big.zarr")
+    wide = opened(stored, "wide")
     sent: list[int] = []
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
@@ -443,11 +538,12 @@ def test_worker_processes_are_sent_no_stored_activations(tmp_path: Path, monkeyp
 
         monkeypatch.setattr(client, "submit", counted)
         monkeypatch.setattr(client, "scatter", lambda *args, **kwargs: pytest.fail("values were sent"))
-        scores = sweep(lazy, Y, ["ridge"], client=client)
-    assert len(sent) == 4
-    assert sum(sent) < 20_000 < lazy.nbytes / 100
-    assert not lazy._in_memory
-    same(scores, sweep(lazy, Y, ["ridge"]))
+        by_client = sweep(wide, Y, ["ridge"], client=client)
+        same(sweep(opened(stored), "label", NAMES, client=client), sweep(activations(), "label", NAMES))
+    assert len(sent) == 1 + LAYERS + 1 + LAYERS
+    assert sum(sent) < 40_000 < wide.nbytes / 50
+    assert not wide._in_memory
+    same(by_client, sweep(wide.load(), Y, ["ridge"]))
 
 
 def test_the_process_is_left_as_it_was_however_tasks_overlap() -> None:
@@ -458,7 +554,7 @@ def test_the_process_is_left_as_it_was_however_tasks_overlap() -> None:
     inside, leave = threading.Barrier(3), [threading.Event(), threading.Event()]
 
     def task(number: int) -> None:
-        with _fits_running():
+        with fits_running():
             inside.wait(10)
             leave[number].wait(10)
 
@@ -477,8 +573,8 @@ def test_the_process_is_left_as_it_was_however_tasks_overlap() -> None:
 
 def test_a_failing_fit_leaves_the_process_as_it_was() -> None:
     filters = list(warnings.filters)
-    with pytest.raises(_NotFiniteError), _fits_running():
-        raise _NotFiniteError(0, 1, [0])
+    with pytest.raises(NotFiniteError), fits_running():
+        raise NotFiniteError(0, [0])
     assert list(warnings.filters) == filters
 
 

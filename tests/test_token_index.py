@@ -6,6 +6,7 @@ import copy
 import pickle
 import time
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -178,7 +179,8 @@ def test_swap_dims_onto_a_coordinate_never_leaves_a_stale_index() -> None:
     swapped = indexed(whole(3, 2)).swap_dims({"token": "prompt"})
     assert "prompt" not in swapped.isel(prompt=[4, 0]).xindexes
     assert numbers(swapped.isel(prompt=[4, 0])) == [4, 0]
-    for use in (lambda: swapped.sortby("position"), lambda: swapped.sel(prompt="aa")):
+    uses: list[Callable[[], Any]] = [lambda: swapped.sortby("position"), lambda: swapped.sel(prompt="aa")]
+    for use in uses:
         with pytest.raises(ValueError, match=r"drop_indexes|do not exist"):
             use()
     plain = indexed(whole(3, 1)).drop_indexes(["prompt", "position"]).isel(token=[3, 0]).swap_dims({"token": "prompt"})
@@ -258,11 +260,12 @@ def test_the_coordinates_cannot_be_written_into() -> None:
 
 def test_one_coordinate_cannot_be_replaced_or_dropped_alone() -> None:
     data = indexed(whole(3))
-    for change in (
+    changes: list[Callable[[], Any]] = [
         lambda: data.assign_coords(position=("token", [5, 6, 7])),
         lambda: data.drop_vars("prompt"),
         lambda: data.drop_indexes("prompt"),
-    ):
+    ]
+    for change in changes:
         with pytest.raises(ValueError, match="corrupt"):
             change()
 

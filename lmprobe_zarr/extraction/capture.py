@@ -22,11 +22,11 @@ from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.loading import LoadedModel, quiet_logging
 from lmprobe_zarr.extraction.prompts import shorten
-from lmprobe_zarr.extraction.sites import LAYERED_SITES, parse_sites, row_bytes
 from lmprobe_zarr.extraction.tokenizing import TokenizedPrompts
 from lmprobe_zarr.layers import LayerSpec, resolve_layers
 from lmprobe_zarr.pooling import parse_poolings
 from lmprobe_zarr.ragged import concat_ranges, offsets_of, positions_of
+from lmprobe_zarr.sites import LAYERED_SITES, parse_sites, row_bytes
 
 __all__ = ["Progress", "default_batch_tokens", "run"]
 

@@ -1,0 +1,133 @@
+"""What an extraction would do, and what one did, as values that print well. Never a model or a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmprobe_zarr.layers import describe_layers
+
+__all__ = ["ExtractPlan", "ExtractStats", "format_bytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractPlan:
+    """What an extraction would do. Printing it shows it as a table.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model in the store.
+    url : str
+        The store.
+    prompts : int
+        Different prompts asked for.
+    found : int
+        Of these, how many are stored with everything that is asked for.
+    tokens : int
+        Tokens of the missing prompts.
+    layers : tuple of int
+        Layers asked for.
+    variables : tuple of str
+        What would be stored per prompt and per token.
+    dtype : str
+        The dtype computed in, and stored.
+    nbytes : int
+        Bytes of the missing activations before compression.
+    free_bytes : int, optional
+        Bytes that the store's place has left; None where it does not tell.
+    """
+
+    model: str
+    url: str
+    prompts: int
+    found: int
+    tokens: int
+    layers: tuple[int, ...]
+    variables: tuple[str, ...]
+    dtype: str
+    nbytes: int
+    free_bytes: int | None
+
+    @property
+    def missing(self) -> int:
+        """Prompts that the model has to be run on."""
+        return self.prompts - self.found
+
+    @property
+    def fits(self) -> bool:
+        """Whether the missing activations fit on the store's place, uncompressed."""
+        return self.free_bytes is None or self.nbytes <= self.free_bytes
+
+    def __str__(self) -> str:
+        free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
+        rows = {
+            "model": self.model,
+            "store": self.url,
+            "prompts": f"{self.prompts} ({self.found} found, {self.missing} to extract)",
+            "tokens": f"{self.tokens} to run",
+            "layers": describe_layers(self.layers),
+            "variables": ", ".join(self.variables),
+            "size": f"{format_bytes(self.nbytes)} of {self.dtype}, before compression",
+            "free": f"{free}{'' if self.fits else ', which is too little'}",
+        }
+        return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractStats:
+    """What an extraction did.
+
+    Parameters
+    ----------
+    model, group : str
+        Name of the model, and the group of the store that holds it.
+    prompts : int
+        Different prompts asked for.
+    found : int
+        Of these, how many were stored already.
+    extracted : int
+        Of these, how many the model was run on.
+    tokens : int
+        Tokens of the latter.
+    nbytes : int
+        Bytes of activations written, before compression.
+    parts : int
+        Parts committed.
+    model_loaded : bool
+        Whether the model's weights were needed at all.
+    seconds : float
+        From call to return.
+    """
+
+    model: str
+    group: str
+    prompts: int
+    found: int
+    extracted: int
+    tokens: int
+    nbytes: int
+    parts: int
+    model_loaded: bool
+    seconds: float
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompts that were stored already."""
+        return self.found / self.prompts
+
+    def __str__(self) -> str:
+        loaded = "" if self.model_loaded else "; the model was not loaded"
+        return (
+            f"{self.model}: {self.prompts} prompts, {self.found} found in the store, {self.extracted} extracted "
+            f"({self.tokens} tokens, {format_bytes(self.nbytes)}) in {self.seconds:.1f} s{loaded}"
+        )
+
+
+def format_bytes(nbytes: int) -> str:
+    """A number of bytes as people read it, in powers of 1024."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
