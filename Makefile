@@ -1,6 +1,6 @@
 # The only verbs; CI calls these and nothing else of weight.
 #   make demo        set up, then run the main job on real input
-#   make test        set up, then lint, then all tests, then the core suite on a newer Python if there is one
+#   make test        set up, then lint and docs, then all tests, then the core suite on a newer Python if there is one
 #   make test-core   the tests that need no model, on Python 3.12+ with the newest zarr and without torch
 #   make lint | bench | docs | stress | clean
 
@@ -33,7 +33,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-test: lint
+test: lint docs
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-core
 

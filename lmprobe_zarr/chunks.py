@@ -46,8 +46,9 @@ def encode_chunk(values: Array, info: ArrayInfo) -> bytes:
     """
     missing = info.rows_per_chunk - values.shape[info.sample_axis]
     if missing:
-        pad = [(0, missing if axis == info.sample_axis else 0) for axis in range(values.ndim)]
-        values = np.pad(values, pad, constant_values=fill_value(info.dtype))
+        shape = (*values.shape[: info.sample_axis], missing, *values.shape[info.sample_axis + 1 :])
+        # Not np.pad, which would fill an array of texts with numpy's own strings.
+        values = np.concatenate([values, np.full(shape, fill_value(info.dtype), values.dtype)], axis=info.sample_axis)
     body: Any
     if info.dtype == "string":
         body = VLenUTF8().encode(values.astype(object))

@@ -55,9 +55,22 @@ class TakenArray(BackendArray):
 
 
 def tidy_key(key: indexing.ExplicitIndexer, shape: tuple[int, ...]) -> indexing.ExplicitIndexer:
-    """The same key without empty slices of negative step, which xarray 2026.9 cannot take apart."""
-    empty = (isinstance(k, slice) and not range(*k.indices(n)) for k, n in zip(key.tuple, shape, strict=True))
-    return type(key)(tuple(slice(0) if none else k for none, k in zip(empty, key.tuple, strict=True)))
+    """The same key without two things that xarray 2026.9 gets wrong on its way to a lazy array.
+
+    An empty slice with a negative step cannot be taken apart; and the length has been added to a negative number once, so
+    that one from beyond the beginning is still negative, and would be counted from the end a second time.
+
+    Raises
+    ------
+    IndexError
+        A number from beyond the beginning of an axis.
+    """
+    tidy: list[Any] = []
+    for k, n in zip(key.tuple, shape, strict=True):
+        if not isinstance(k, slice) and not isinstance(key, indexing.VectorizedIndexer) and np.min(k, initial=0) < 0:
+            raise IndexError(f"an index is out of bounds for an axis of length {n}")
+        tidy.append(slice(0) if isinstance(k, slice) and not range(*k.indices(n)) else k)
+    return type(key)(tuple(tidy))
 
 
 def lazy_variable(dims: tuple[Hashable, ...], array: BackendArray, attrs: Mapping[str, Any] | None = None) -> Variable:

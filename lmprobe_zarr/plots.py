@@ -93,7 +93,8 @@ def save_plot(axes: Axes, path: str | PathLike[str], dpi: int = 150) -> None:
     axes : matplotlib Axes
         From :func:`plot_scores`.
     path : str or path
-        With an ending that matplotlib knows, such as ``.png``, ``.svg`` or ``.pdf``. A file that is there is replaced once the picture is drawn.
+        With an ending that matplotlib knows, such as ``.png``, ``.svg`` or ``.pdf``. A file that is there is replaced, once the
+        picture is drawn.
     dpi : int
         Dots per inch; formats of lines take no heed of it.
 

@@ -243,7 +243,7 @@ def _checked(key: Any, length: int) -> Any:
     if isinstance(key, slice):
         return key
     rows = np.atleast_1d(np.asarray(key, np.int64))
-    # xarray has added the length to negative ones before: what is negative still was beyond the beginning.
+    # Negative ones have become positive before, see tidy_key: what is negative still is beyond the beginning.
     if len(rows) and (rows.min() < 0 or rows.max() >= length):
         raise IndexError(f"an index is out of bounds for an axis of length {length}")
     return rows

@@ -126,18 +126,20 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_one_that_is_there(tmp_path: P
     assert (tmp_path / "a.png").read_bytes() == b"before"
 
 
-def test_nothing_global_changes_and_pyplot_stays_away() -> None:
+def test_matplotlib_comes_when_something_is_drawn_nothing_global_changes_and_pyplot_stays_away() -> None:
     code = (
-        "import sys, matplotlib, numpy as np, xarray as xr\n"
-        "before = repr(dict.items(matplotlib.rcParams))\n"
+        "import sys, numpy as np, xarray as xr\n"
         "from lmprobe_zarr.plots import plot_scores\n"
+        "light = 'matplotlib' not in sys.modules\n"
+        "import matplotlib\n"
+        "before = repr(dict.items(matplotlib.rcParams))\n"
         "ones = (('layer', 'probe', 'fold'), np.ones((2, 1, 1)))\n"
         "d = xr.Dataset({'accuracy': ones}, coords={'layer': [0, 1], 'probe': ['a'], 'fold': [0]})\n"
         "plot_scores(d)\n"
-        "print(before == repr(dict.items(matplotlib.rcParams)), 'matplotlib.pyplot' in sys.modules)"
+        "print(light, before == repr(dict.items(matplotlib.rcParams)), 'matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
+    assert done.stdout.split() == ["True", "True", "False"]
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

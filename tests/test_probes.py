@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -156,12 +154,3 @@ def test_an_estimator_that_ran_into_its_limit_has_not_converged() -> None:
     with pytest.warns(Warning, match="failed to converge"):
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1)).fit(x, y)
     assert not converged(probe)
-
-
-def test_importing_probes_and_sweep_imports_no_heavy_package() -> None:
-    code = (
-        "import sys, lmprobe_zarr.probes, lmprobe_zarr.sweep, lmprobe_zarr.plots\n"
-        "print([m for m in ('sklearn', 'matplotlib', 'distributed', 'torch') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

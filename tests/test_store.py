@@ -122,6 +122,8 @@ def test_pooled_parts_and_token_parts_live_side_by_side(store: Store) -> None:
 def test_many_chunks_and_parts_read_the_same_as_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmprobe_zarr.writer.CHUNK_BYTES", 8 * 4 * 3)
     monkeypatch.setattr("lmprobe_zarr.writer.MIN_CHUNK_BYTES", 8)
+    monkeypatch.setattr("lmprobe_zarr.writer.TEXT_ROWS", 4)
+    monkeypatch.setattr("lmprobe_zarr.writer.COLUMN_ROWS", 5)
     texts = [f"prompt {i}" * (i % 4 + 1) for i in range(23)]
     whole = make_batch(texts)
     assert whole.n_tokens is not None
@@ -134,6 +136,7 @@ def test_many_chunks_and_parts_read_the_same_as_one(store: Store, monkeypatch: p
                 TokenBatch(
                     sha256=whole.sha256[i:j],
                     text=texts[i:j],
+                    prompt_columns={"label": np.arange(i, j) % 3 == 0},
                     n_tokens=whole.n_tokens[i:j],
                     layers=whole.layers,
                     tokens={"resid": whole.tokens["resid"][:, bounds[i] : bounds[j]]},
@@ -143,6 +146,8 @@ def test_many_chunks_and_parts_read_the_same_as_one(store: Store, monkeypatch: p
         writer.commit()
     np.testing.assert_array_equal(store.dataset().resid_mean.values, whole.prompts["resid_mean"])
     np.testing.assert_array_equal(store.tokens().resid.values, whole.tokens["resid"])
+    assert store.dataset().text.values.tolist() == texts
+    assert store.dataset().label.values.tolist() == [i % 3 == 0 for i in range(23)]
     rng = np.random.default_rng(0)
     rows = rng.integers(0, bounds[-1], 40)
     np.testing.assert_array_equal(store.tokens().resid.isel(token=rows).values, whole.tokens["resid"][:, rows])

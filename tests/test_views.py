@@ -372,15 +372,15 @@ def do_stack(data: Any, rng: random.Random) -> Any:
 def do_unstack(data: Any, rng: random.Random) -> Any:
     if "token" not in data.dims:
         return data
-    return data.drop_vars(["text", "name", "label"], errors="ignore").unstack("token")
+    return data.drop_vars(["text", "name", "label"], errors="ignore").compute().unstack("token")
 
 
 def do_rename(data: Any, rng: random.Random) -> Any:
     if "position" not in data.coords or "token" not in data.dims:
         return data
-    renamed = data.rename_dims({"token": "row"}).rename_vars(prompt="p", position="q").isel(row=slice(None, None, -1))
+    renamed = data.rename_vars(prompt="p", position="q").isel(token=slice(None, None, -1))
     assert_index_is_fresh(renamed)
-    return renamed.rename_vars(p="prompt", q="position").rename_dims(row="token")
+    return renamed.rename_vars(p="prompt", q="position")
 
 
 def do_swap(data: Any, rng: random.Random) -> Any:
@@ -531,6 +531,16 @@ def test_an_index_beyond_an_axis_without_labels_is_an_error(views: Views, beyond
         views.store.tokens().resid.isel(hidden=beyond).load()
 
 
+def test_an_index_beyond_an_axis_whose_index_was_dropped_is_an_error(views: Views) -> None:
+    plain = views.store.tokens().drop_indexes(["prompt", "position"]).drop_vars(["prompt", "position"])
+    n = plain.sizes["token"]
+    assert plain.text[-n].item() == "zebra"
+    for beyond in (-n - 1, n, [-n - 1], [n]):
+        for name in ("text", "resid"):
+            with pytest.raises(IndexError, match="out of bounds"):
+                plain[name].isel(token=beyond).load()
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_dask_gives_the_same_however_it_is_asked_for(views: Views, level: str) -> None:
     _, oracle = views.pair(level)
@@ -553,6 +563,14 @@ def test_the_same_selection_of_different_views_is_different_to_dask(views: Views
     after = views.store.dataset(chunks={})
     both = xr.concat([before.resid_mean, after.resid_mean], "when").sel(prompt=lz.prompt_hash("apple"), layer=0).compute()
     np.testing.assert_array_equal(both.values, [views.truth.pooled_of(0, "apple"), values[0]])
+
+
+def test_unstacking_dask_arrays_is_an_error_and_never_wrong(views: Views) -> None:
+    tokens = views.store.tokens(chunks={}).resid
+    with pytest.raises(ValueError, match="unmatched keys"):  # xarray does this with a pandas index only
+        tokens.unstack("token")
+    got = tokens.compute().unstack("token").sel(prompt=lz.prompt_hash("apple"), layer=0)
+    np.testing.assert_array_equal(got.values[:, :2].T, views.truth.tokens_of("resid", 0, "apple"))
 
 
 def test_tokens_minus_their_prompts_mean_needs_a_selection_along_tokens(views: Views) -> None:

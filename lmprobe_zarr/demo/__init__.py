@@ -141,8 +141,10 @@ def draw(scores: dict[str, xr.Dataset], bag_of_words: float, folder: Path) -> Pa
     """The accuracy by layer of each variable, beside word counts, as a PNG."""
     from lmprobe_zarr.plots import plot_scores, save_plot
 
-    merged = xr.concat([s.assign_coords(probe=[name]) for name, s in scores.items()], "probe", combine_attrs="override")
+    curves = [s[["accuracy"]].assign_coords(probe=[name]) for name, s in scores.items()]
+    merged = xr.concat(curves, "probe", data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override")
     axes = plot_scores(merged, baseline={"bag of words": bag_of_words})
+    axes.set_title(f"{merged.attrs['model']} · is the sentence positive or negative?")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "demo-accuracy-by-layer.png"
     save_plot(axes, path)
