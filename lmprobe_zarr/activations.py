@@ -28,7 +28,7 @@ def write_activations(
     activations: Mapping[str, Any] | None = None,
     pooled: Mapping[str, Any] | None = None,
     token_ids: Sequence[Sequence[int]] | None = None,
-    coords: Mapping[str, Sequence[Any]] | None = None,
+    coords: Mapping[str, Sequence[Any] | Array] | None = None,
     provenance: Provenance | None = None,
     num_layers: int | None = None,
     store_text: bool = True,

@@ -22,6 +22,9 @@ __all__ = ["LmprobeZarrBackend"]
 class LmprobeZarrBackend(BackendEntrypoint):
     """Opens a store, read-only, through xarray.
 
+    With ``chunks=``, xarray names the Dask arrays by the URL and, for local folders, by the time of the last commit. Do not combine
+    Dask arrays that were opened so before and after a commit to a remote store; `Store.dataset` has no such limit.
+
     Examples
     --------
     >>> import xarray as xr

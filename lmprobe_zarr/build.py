@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from lmprobe_zarr.ingest import PART_BYTES, PART_SECONDS, Ingest
 from lmprobe_zarr.layers import LayerSpec
 from lmprobe_zarr.missing import Lookup, check_request, group_of, load, look_up, look_up_loaded, plan_work
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats, format_bytes
+from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.schema import GroupInfo, Provenance, validate_column_names
 from lmprobe_zarr.store import Store, annotation_batch, open_store
 from lmprobe_zarr.writer import as_column
@@ -209,7 +208,7 @@ def extract(
     )
     ingest = Ingest(opened, group, part_bytes=part_bytes, part_seconds=part_seconds, recorded=loaded.recorded)
     rows = {digest: row for row, digest in enumerate(looked.prompts.sha256)}
-    with _progress_bar(plan.tokens, enabled=progress) as advance, ingest:
+    with progress_bar(plan.tokens, description="extract", unit="tok", enabled=progress) as advance, ingest:
         for batch in batches:
             ingest.put(_with_columns(batch, rows, per_prompt, store_text))
             advance(int(np.sum(batch.prompt_length)) if batch.prompt_length is not None else 0)
@@ -305,19 +304,3 @@ def _stats(plan: ExtractPlan, group: GroupInfo | None, began: float, *, model_lo
         model_loaded=model_loaded,
         seconds=time.perf_counter() - began,
     )
-
-
-@contextmanager
-def _progress_bar(tokens: int, *, enabled: bool) -> Iterator[Callable[[int], None]]:
-    if not enabled:
-        yield lambda _: None
-        return
-    from tqdm.auto import tqdm
-
-    # On a terminal or in a notebook, whose output is no terminal; never into a file or a pipe.
-    with tqdm(total=tokens, unit="tok", unit_scale=True, desc="extract", disable=False if "ipykernel" in sys.modules else None) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-
-        yield advance

@@ -143,6 +143,8 @@ class LocalStorage(Storage):
             if durable:
                 _sync_folder(folder)
                 _sync_folder(os.path.dirname(folder))
+            # xarray names the Dask arrays of xr.open_dataset by path and this time: without it, those of two moments would mix.
+            os.utime(self.root)
 
     @staticmethod
     def _write(path: str, data: Buffer, durable: bool) -> None:
@@ -233,6 +235,8 @@ class FsspecStorage(Storage):
         self.url = url.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if "memory" in self.filesystem.protocol:
+            return _same_process, (os.getpid(), self.filesystem, self.root, self.url)
         return FsspecStorage, (self.filesystem, self.root, self.url)
 
     def _path(self, key: str) -> str:
@@ -272,6 +276,12 @@ class FsspecStorage(Storage):
 
     def is_file(self, key: str) -> bool:
         return bool(self.filesystem.isfile(self._path(key)))
+
+
+def _same_process(pid: int, filesystem: Any, root: str, url: str) -> FsspecStorage:
+    if pid != os.getpid():
+        raise InvalidArgumentError(f"{url} lies in the memory of one process and cannot be read by another: use threads, or a folder")
+    return FsspecStorage(filesystem, root, url)
 
 
 def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Storage:

@@ -230,7 +230,7 @@ class Store:
         prompts : iterable of str or sequence of int, optional
             Texts, hashes or token ids: exactly these, in this order, repeats included. None gives all, in the store's order.
         layers : "all", "middle", "last", int, sequence of int or slice, optional
-            Which layers; None gives all that are stored.
+            Which layers, shown in ascending order; None gives all that are stored.
         chunks : mapping, int or "auto", optional
             As in `xarray.open_dataset`: None is lazy without Dask, ``{}`` is Dask with one layer and one stored chunk at a time.
         provenance, group : optional
@@ -282,7 +282,8 @@ class Store:
         data = to_dataset(self.view(info), level, prompts=prompts, layers=layers)
         if chunks is None:
             return data
-        preferred = {dim: size for v in data.data_vars.values() for dim, size in v.encoding.get("preferred_chunks", {}).items()}
+        hints = [v.encoding.get("preferred_chunks", {}) for v in data.data_vars.values()]
+        preferred = {dim: size for hint in hints for dim, size in hint.items() if dim in data.sizes}
         return data.chunk(preferred if chunks == {} else chunks)
 
     def datatree(self) -> xr.DataTree:

@@ -7,8 +7,7 @@ store, a model or a plot; labels, folds and fits have rooms of their own in ``pr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +19,7 @@ from lmprobe_zarr.probes import make_probe
 from lmprobe_zarr.probes.fits import Fit, NotFiniteError, Plan, fit_layer
 from lmprobe_zarr.probes.folds import plan_folds
 from lmprobe_zarr.probes.labels import list_prompts, parse_groups, parse_labels, show_prompts
+from lmprobe_zarr.progress import progress_bar
 
 __all__ = ["sweep"]
 
@@ -253,23 +253,12 @@ def _run(plan: Plan, variable: xr.Variable, *, client: Any, scheduler: str, n_wo
     every = tuple(range(len(plan.probes)))
     batches = [every] if len(plan.layers) >= workers else [(probe,) for probe in every]
     jobs = [(layer, batch) for layer in range(len(plan.layers)) for batch in batches]
-    with _bar(len(jobs), progress) as advance:
+    with progress_bar(len(jobs), description="sweep", unit="task", enabled=progress) as advance:
         if client is not None:
             done = _run_on_client(plan, variable, jobs, advance, client=client, in_flight=2 * max(1, workers))
         else:
             done = _run_here(plan, variable, jobs, advance, scheduler=scheduler, workers=workers)
     return [fit for fits in done for fit in fits]
-
-
-@contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[], object]]:
-    if not progress:
-        yield lambda: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="sweep", unit="task") as bar:
-        yield bar.update
 
 
 def _layer_values(plan: Plan, variable: xr.Variable, layer: int) -> Any:
@@ -278,7 +267,7 @@ def _layer_values(plan: Plan, variable: xr.Variable, layer: int) -> Any:
 
 
 def _run_here(
-    plan: Plan, variable: xr.Variable, jobs: Sequence[_Job], advance: Callable[[], object], *, scheduler: str, workers: int
+    plan: Plan, variable: xr.Variable, jobs: Sequence[_Job], advance: Callable[[int], None], *, scheduler: str, workers: int
 ) -> list[list[Fit]]:
     import dask.base
     from dask.callbacks import Callback
@@ -293,14 +282,14 @@ def _run_here(
 
     def posttask(key: Hashable, *_: object) -> None:
         if key in keys:
-            advance()
+            advance(1)
 
     with callback(posttask=posttask):
         return list(compute(*tasks, scheduler=scheduler, num_workers=workers))
 
 
 def _run_on_client(
-    plan: Plan, variable: xr.Variable, jobs: Sequence[_Job], advance: Callable[[], object], *, client: Any, in_flight: int
+    plan: Plan, variable: xr.Variable, jobs: Sequence[_Job], advance: Callable[[int], None], *, client: Any, in_flight: int
 ) -> list[list[Fit]]:
     import distributed
     from dask.delayed import delayed
@@ -339,10 +328,10 @@ def _run_on_client(
     return [results[number] for number in range(len(jobs))]
 
 
-def _collect(completed: Any, running: dict[Any, int], results: dict[int, list[Fit]], advance: Callable[[], object]) -> None:
+def _collect(completed: Any, running: dict[Any, int], results: dict[int, list[Fit]], advance: Callable[[int], None]) -> None:
     future = next(completed)
     results[running.pop(future)] = cast("list[Fit]", future.result())
-    advance()
+    advance(1)
 
 
 def _itself(plan: Plan) -> Plan:

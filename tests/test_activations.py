@@ -23,9 +23,8 @@ def test_ones_own_activations_come_back(store: Store) -> None:
     acts = ragged()
     pooled = {layer: np.stack([a.mean(0) for a in arrays]) for layer, arrays in acts.items()}
     ids = [[1, 2], [3], [4, 5, 6, 7]]
-    group = lz.write_activations(
-        store, model="mine", prompts=PROMPTS, activations={"resid": acts}, pooled={"resid_mean": pooled}, token_ids=ids, coords={"label": [1, 0, 1]}
-    )
+    given: dict[str, Any] = {"activations": {"resid": acts}, "pooled": {"resid_mean": pooled}}
+    group = lz.write_activations(store, model="mine", prompts=PROMPTS, token_ids=ids, coords={"label": [1, 0, 1]}, **given)
     tokens, data = store.tokens("mine"), store.dataset(group=group)
     for layer, arrays in acts.items():
         for text, array in zip(PROMPTS, arrays, strict=True):

@@ -52,3 +52,19 @@ def test_the_engine_says_what_is_wrong(store: Store) -> None:
         xr.open_dataset(store.url, engine="lmprobe_zarr")
     with pytest.raises(InvalidArgumentError, match="level='layers'"):
         xr.open_dataset(store.url, engine="lmprobe_zarr", level="layers")
+
+
+def test_dask_arrays_opened_before_and_after_a_commit_are_not_mixed_up(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "s")
+    old, new = make_batch(TEXTS, seed=1), make_batch(TEXTS, seed=2)
+    store.write(GROUP, old)
+    before = xr.open_dataset(store.url, engine="lmprobe_zarr", chunks={}).resid_mean
+    store.write(GROUP, new)
+    after = xr.open_dataset(store.url, engine="lmprobe_zarr", chunks={}).resid_mean
+    difference = (after - before).compute().values
+    np.testing.assert_allclose(difference, new.prompts["resid_mean"] - old.prompts["resid_mean"], rtol=1e-6)
+
+
+def test_dask_chunks_of_a_store_without_layers(store: Store) -> None:
+    lz.write_activations(store, model="m", prompts=["a"], activations={"embed": [np.ones((3, 4), "f4")]})
+    assert store.tokens(chunks={}).embed.compute().shape == (3, 4)

@@ -206,7 +206,7 @@ def test_extract_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert call_json(capsys, *base, *options)["found"] == 6
     data = lz.open_store(tmp_path / "acts").dataset()
     assert data.label.values.tolist() == [0, 1] * 3
-    assert sorted(data.data_vars) == ["resid_last_token", "resid_mean"]
+    assert sorted(map(str, data.data_vars)) == ["resid_last_token", "resid_mean"]
     code, _, err = call(capsys, "extract", str(tmp_path / "nowhere"), str(tmp_path / "p.jsonl"), "--store", str(tmp_path / "acts"))
     assert code == 1
     assert "does not exist" in err

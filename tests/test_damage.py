@@ -31,11 +31,14 @@ def damages(data: bytes) -> dict[str, bytes | None]:
     flipped[len(data) // 2] ^= 4
     tail = bytearray(data)
     tail[-1] ^= 1
-    return {"deleted": None, "emptied": b"", "truncated": data[:-1], "flipped": bytes(flipped), "its checksum flipped": bytes(tail), "longer": data + b"\0"}
+    changed = {"flipped": bytes(flipped), "its checksum flipped": bytes(tail), "truncated": data[:-1], "longer": data + b"\0"}
+    return {"deleted": None, "emptied": b"", **changed}
 
 
 @pytest.mark.parametrize("what", list(damages(b"12345678")))
-@pytest.mark.parametrize("chunk", ["tokens/resid/c.1.0.0", "prompts/resid_mean/c.1.0.0", "prompts/label/c.0", "prompts/text/c.0", "tokens/token_id/c.0"])
+@pytest.mark.parametrize(
+    "chunk", ["tokens/resid/c.1.0.0", "prompts/resid_mean/c.1.0.0", "prompts/label/c.0", "prompts/text/c.0", "tokens/token_id/c.0"]
+)
 def test_a_damaged_chunk_raises_and_the_rest_reads(local: Store, what: str, chunk: str) -> None:
     path = part_folder(local) / chunk
     wanted = damages(path.read_bytes())[what]

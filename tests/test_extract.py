@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import build
+from lmprobe_zarr import extraction
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
     CorruptPartError,
@@ -78,7 +78,7 @@ def truth(folder: Path, text: str) -> list[Any]:
     model = transformers.AutoModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     last: list[Any] = []
-    blocks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4][0]
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
     blocks[-1].register_forward_hook(lambda _m, _a, out: last.append(out[0] if isinstance(out, tuple) else out))
     encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     with torch.inference_mode():
@@ -313,7 +313,7 @@ def test_labels_follow_their_prompts_whatever_the_order(llama: Path, acts: Store
 def test_labels_that_do_not_fit_are_refused_before_anything_runs(llama: Path, acts: Store) -> None:
     with no_loading(), pytest.raises(InvalidArgumentError, match="has 2 values for 3 prompts"):
         run(llama, PROMPTS[:3], acts, coords={"label": [1, 2]})
-    with no_loading(), pytest.raises(InvalidArgumentError, match="same prompt two values: .* at number 0, .* at number 2"):
+    with no_loading(), pytest.raises(InvalidArgumentError, match=r"same prompt two values: .* at number 0, .* at number 2"):
         run(llama, ["the", "dog", "the"], acts, coords={"label": [1, 0, 2]})
     with pytest.raises(InvalidArgumentError, match="name of the format"):
         run(llama, ["the"], acts, coords={"text": ["x"]})
@@ -403,7 +403,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(llama: Path, ac
 
 
 def test_ctrl_c_keeps_what_was_extracted(llama: Path, acts: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = build.extraction.run
+    real = extraction.run
 
     def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for count, batch in enumerate(real(*args, **kwargs)):
@@ -411,9 +411,10 @@ def test_ctrl_c_keeps_what_was_extracted(llama: Path, acts: Store, monkeypatch: 
                 raise KeyboardInterrupt
             yield batch
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build.extraction, "run", interrupted)
+    monkeypatch.setattr(extraction, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         run(llama, PROMPTS, acts, batch_tokens=1)
+    monkeypatch.setattr(extraction, "run", real)
     assert acts.dataset().sizes["prompt"] == 3
     assert run(llama, PROMPTS, acts).extracted == len(PROMPTS) - 3
 
@@ -519,7 +520,7 @@ def test_a_damaged_part_is_named_when_it_is_needed(llama: Path, acts: Store) -> 
     stats = run(llama, PROMPTS, acts)
     (chunk,) = list((Path(acts.url) / stats.group).glob("*/prompts/resid_last_token/c.2.0.0"))
     chunk.unlink()
-    with pytest.raises(CorruptPartError, match="c.2.0.0"):
+    with pytest.raises(CorruptPartError, match=r"c\.2\.0\.0"):
         _ = acts.dataset().resid_last_token.values
     run(llama, PROMPTS, acts, refresh=True)
     assert np.isfinite(acts.dataset().resid_last_token.values).all(), "a refresh mends it"

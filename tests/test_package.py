@@ -17,7 +17,7 @@ PACKAGE = Path(lz.__file__).parent
 # A room imports only from rows above its own.
 ROOMS = [
     {"errors"},
-    {"pooling", "ragged", "layers", "config"},
+    {"pooling", "ragged", "layers", "config", "progress"},
     {"sites", "plan", "batch"},
     {"schema", "prompt_files"},
     {"storage"},

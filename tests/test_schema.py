@@ -85,7 +85,7 @@ def test_a_newer_part_is_refused_as_newer_not_as_damaged() -> None:
     ],
 )
 def test_array_documents_that_we_do_not_write_are_refused(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         parse_array(ARRAY.to_document() | {field: value})
 
 
@@ -142,7 +142,9 @@ def test_a_foreign_name_in_the_far_future_is_not_followed() -> None:
     assert new_part_name("readme.txt") < "1"
 
 
-@pytest.mark.parametrize("name", ["prompt", "text", "layer", "resid", "resid_mean", "position", "model", "a b", "", "1st", "x" * 65, "../up"])
+@pytest.mark.parametrize(
+    "name", ["prompt", "text", "layer", "resid", "resid_mean", "position", "model", "a b", "", "1st", "x" * 65, "../up"]
+)
 def test_columns_cannot_take_a_name_of_the_format_or_a_path(name: str) -> None:
     with pytest.raises(InvalidArgumentError):
         validate_column_names([name])

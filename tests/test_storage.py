@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,13 @@ def test_a_removed_folder_is_gone_and_its_neighbour_is_not(storage: Storage) -> 
 def test_it_survives_pickling(storage: Storage) -> None:
     storage.write("f", b"1", durable=False)
     assert pickle.loads(pickle.dumps(storage)).read("f") == b"1"  # noqa: S301 — our own bytes
+
+
+def test_memory_cannot_be_handed_to_another_process() -> None:
+    data = pickle.dumps(open_storage("memory://here"))
+    code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read())"
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, timeout=120, check=False)
+    assert b"lies in the memory of one process" in done.stderr
 
 
 def test_opening_writes_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ import xarray as xr
 from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import store as store_module
 from lmprobe_zarr.batch import TokenBatch, prompt_hash, prompt_sha256
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
@@ -29,7 +29,7 @@ from lmprobe_zarr.errors import (
     StoreNotFoundError,
     UnsupportedVersionError,
 )
-from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.schema import GroupInfo, parse_part
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.writer import PartWriter
 
@@ -210,7 +210,8 @@ def test_texts_that_no_utf8_can_hold_are_still_told_apart(store: Store) -> None:
 
 def test_annotations_add_and_replace_columns(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b", "c"], columns={"label": [1, 2, 3], "split": ["x", "y", "z"]}))
-    store.annotate("acme/toy", {"label": {"b": 20}, "weight": {prompt_hash("a"): 0.5, "c": 1.5}, "seen": {"a": True, "b": False, "c": True}})
+    store.annotate("acme/toy", {"label": {"b": 20}, "weight": {prompt_hash("a"): 0.5, "c": 1.5}})
+    store.annotate("acme/toy", {"seen": {"a": True, "b": False, "c": True}})
     data = store.dataset()
     assert data.label.values.tolist() == [1, 20, 3]
     assert data.split.values.tolist() == ["x", "y", "z"]
@@ -422,7 +423,8 @@ def test_a_writer_that_stops_at_any_storage_call_shows_nothing_or_everything(tmp
 def test_batches_that_do_not_fit_the_first_are_refused(store: Store) -> None:
     writer = store.new_part(GROUP)
     writer.append(make_batch(["a"]))
-    for other in (make_batch(["b"], layers=(0, 1)), make_batch(["b"], hidden=4), make_batch(["b"], dtype="float16"), make_batch(["b"], tokens=False)):
+    others: list[dict[str, Any]] = [{"layers": (0, 1)}, {"hidden": 4}, {"dtype": "float16"}, {"tokens": False}]
+    for other in [make_batch(["b"], **options) for options in others]:
         with pytest.raises(InvalidArgumentError, match="same variables"):
             writer.append(other)
     with pytest.raises(InvalidArgumentError, match="already given"):
@@ -455,8 +457,10 @@ def test_threads_write_and_read_one_root_at_the_same_time(store: Store) -> None:
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not errors, errors[0]
     assert set(lz.open_store(store.url).dataset().text.values) == {f"{k}-{i}" for k in (*range(4), "shared") for i in range(4)}
 
@@ -488,13 +492,12 @@ def test_each_part_document_is_read_once(store: Store, monkeypatch: pytest.Monke
         store.write(GROUP, make_batch([str(i)]))
     reading = lz.open_store(store.url, mode="r")
     parsed: list[str] = []
-    real = store_module.parse_part
 
     def counting(data: bytes, where: str) -> object:
         parsed.append(where)
-        return real(data, where)
+        return parse_part(data, where)
 
-    monkeypatch.setattr(store_module, "parse_part", counting)
+    monkeypatch.setattr("lmprobe_zarr.store.parse_part", counting)
     reading.dataset()
     reading.tokens()
     assert len(parsed) == 3
