@@ -16,10 +16,10 @@ from lmprobe_zarr.extraction import ModelIdentity, Prompts, TokenizedPrompts
 from lmprobe_zarr.layers import LayerSpec, resolve_layers
 from lmprobe_zarr.plan import ExtractPlan
 from lmprobe_zarr.pooling import parse_poolings
-from lmprobe_zarr.reader import View
 from lmprobe_zarr.schema import GroupInfo, Level, Provenance
 from lmprobe_zarr.sites import LAYERED_SITES, parse_sites, row_bytes
 from lmprobe_zarr.store import Store
+from lmprobe_zarr.view import View
 
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction import LoadedModel

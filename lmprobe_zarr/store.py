@@ -13,6 +13,7 @@ import xarray as xr
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.chunks import run_all
+from lmprobe_zarr.datasets import to_dataset
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
     InvalidArgumentError,
@@ -22,7 +23,6 @@ from lmprobe_zarr.errors import (
     StoreNotFoundError,
 )
 from lmprobe_zarr.layers import LayerSpec, describe_layers
-from lmprobe_zarr.reader import Part, View, open_view, to_dataset
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
     LEVELS,
@@ -36,6 +36,7 @@ from lmprobe_zarr.schema import (
     validate_column_names,
 )
 from lmprobe_zarr.storage import Storage, open_storage
+from lmprobe_zarr.view import Part, View, open_view
 from lmprobe_zarr.writer import PartWriter, write_group
 
 __all__ = ["Store", "open_store"]

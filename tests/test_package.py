@@ -22,7 +22,9 @@ ROOMS = [
     {"schema", "prompt_files"},
     {"storage"},
     {"chunks", "index"},
-    {"writer", "reader"},
+    {"writer", "virtual"},
+    {"view"},
+    {"datasets"},
     {"store"},
     {"activations", "backend", "ingest"},
     {"extraction", "probes"},
@@ -36,12 +38,12 @@ ROOMS = [
 ]
 # What a room must never know, whatever the row.
 NEVER = {
-    "extraction": {"store", "storage", "writer", "reader", "chunks", "schema"},
-    "probes": {"store", "storage", "reader"},
+    "extraction": {"store", "storage", "writer", "view", "chunks", "schema"},
+    "probes": {"store", "storage", "view"},
     "sweep": {"store", "storage", "plots"},
     "missing": {"writer", "ingest"},
-    "reader": {"writer"},
-    "writer": {"reader"},
+    "view": {"writer"},
+    "writer": {"view", "virtual"},
 }
 
 

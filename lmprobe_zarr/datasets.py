@@ -1,0 +1,145 @@
+"""A view as lazy xarray datasets, one row per prompt or one per token. Lays out; what is read is up to `virtual`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from lmprobe_zarr.errors import LayerOutOfRangeError, MissingPromptsError
+from lmprobe_zarr.index import TakenArray, TokenIndex, lazy_variable
+from lmprobe_zarr.layers import LayerSpec, describe_layers, resolve_layers
+from lmprobe_zarr.ragged import positions_of
+from lmprobe_zarr.schema import SAMPLE_DIM, Level
+from lmprobe_zarr.view import View
+from lmprobe_zarr.virtual import LazyArray, VirtualArray
+
+__all__ = ["to_dataset"]
+
+Ints = npt.NDArray[np.int64]
+
+
+def to_dataset(
+    view: View,
+    level: Level,
+    *,
+    prompts: Iterable[Any] | None = None,
+    layers: LayerSpec | None = None,
+) -> xr.Dataset:
+    """A lazy dataset of one level of a view: dims (layer, prompt, hidden) or (layer, token, hidden).
+
+    Parameters
+    ----------
+    view : View
+        What to show.
+    level : {"prompts", "tokens"}
+        One row per prompt, or one per token.
+    prompts : iterable of texts, hashes or token ids, optional
+        Exactly these, in this order, repeats included; None shows all, in the store's order.
+    layers : int, sequence of int, slice or "all", optional
+        Which layers; None shows all.
+
+    Raises
+    ------
+    MissingPromptsError
+        A prompt is not in the view, or (tokens) is stored without tokens.
+    LayerOutOfRangeError
+        A layer that the group does not hold.
+    """
+    rows = np.arange(len(view)) if prompts is None else view.select(prompts)
+    chosen = _choose_layers(view, level, layers)
+    counts = view.token_counts()
+    if level == "tokens":
+        if prompts is None:
+            rows = rows[counts[rows] > 0]
+        elif (counts[rows] == 0).any():
+            without = np.flatnonzero(counts[rows] == 0)
+            raise MissingPromptsError(
+                f"{len(without)} of {len(rows)} prompts are in {view.where} without tokens, first {view.hashes[rows[without[0]]]}: "
+                "extract them with keep_tokens=True"
+            )
+    data = _token_dataset(view, rows, counts[rows], chosen) if level == "tokens" else _prompt_dataset(view, rows, counts[rows], chosen)
+    attrs = {"group": view.group.name, "provenance": json.dumps(dict(view.group.provenance))}
+    known = {"num_layers": view.group.num_layers, "hidden_size": view.group.hidden_size}
+    return data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
+
+
+def _choose_layers(view: View, level: Level, layers: LayerSpec | None) -> tuple[int, ...]:
+    held = view.layers(level)
+    if layers is None or (isinstance(layers, str) and layers == "all"):
+        return held
+    wanted = resolve_layers(layers, view.group.num_layers or (max(held, default=-1) + 1))
+    absent = [layer for layer in wanted if layer not in held]
+    if absent:
+        raise LayerOutOfRangeError(
+            f"layer {absent[0]} is not stored in {view.where}, which holds layers {describe_layers(held)}: extract it first"
+        )
+    return wanted
+
+
+def _activation_variables(view: View, level: Level, rows: Ints, layers: tuple[int, ...], lengths: Ints | None) -> dict[str, xr.Variable]:
+    variables = {}
+    for name, info in view.variables(level).items():
+        array = view.source(level, name, rows, layers, lengths)
+        kinds = sorted({str(a.info.attributes.get("stored_dtype", a.info.dtype)) for a in array.arrays})
+        attrs = {"stored_dtype": ", ".join(kinds)}
+        variables[name] = lazy_variable(info.dims, LazyArray(array), attrs)
+        variables[name].encoding["preferred_chunks"] = {"layer": 1, SAMPLE_DIM[level]: array.arrays[0].info.rows_per_chunk}
+    return variables
+
+
+def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[VirtualArray, dict[str, Any]]]:
+    columns = {}
+    for name in view.columns("prompts"):
+        if name in {"prompt", "prompt_sha256", "n_tokens", "prompt_row"}:
+            continue
+        array = view.source("prompts", name, rows, ())
+        columns[name] = (array, {"missing": array.n_absent} if array.n_absent else {})
+    return columns
+
+
+def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]) -> xr.Dataset:
+    variables = _activation_variables(view, "prompts", rows, layers, None)
+    coords: dict[str, Any] = {"prompt": view.hashes[rows], "n_tokens": ("prompt", counts, {"sample_dimension": "token"})}
+    if layers:
+        coords["layer"] = np.array(layers, np.int64)
+    coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
+    coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows))
+    return xr.Dataset(variables, coords=coords)
+
+
+def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]) -> xr.Dataset:
+    variables = _activation_variables(view, "tokens", rows, layers, counts)
+    uniques, codes = np.unique(rows, return_inverse=True)
+    by_token = np.repeat(codes.astype(np.int32), counts)
+    order = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+    index = TokenIndex(view.hashes[uniques], by_token, _positions(view, rows, counts))
+    coords: dict[str, Any] = {}
+    if layers:
+        coords["layer"] = np.array(layers, np.int64)
+    for name in view.columns("tokens"):
+        if name not in {"prompt_row", "position"}:
+            coords[name] = lazy_variable(("token",), LazyArray(view.source("tokens", name, rows, (), counts)))
+    for name, (array, attrs) in _prompt_columns(view, rows).items():
+        coords[name] = lazy_variable(("token",), TakenArray(LazyArray(array), order), attrs)
+    coords["prompt_sha256"] = lazy_variable(("token",), TakenArray(_digest_texts(view), rows[order]))
+    data = xr.Dataset(variables, coords=coords)
+    return data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
+
+
+def _positions(view: View, rows: Ints, counts: Ints) -> Ints:
+    """Places of tokens in their prompts: 0, 1, 2, … unless a part says that it kept only some."""
+    positions = [part.info.arrays["tokens/position"] for part in view.parts if part.info.n_tokens is not None]
+    if all(info.attributes.get("whole_prompts") for info in positions):
+        return positions_of(counts)
+    array = view.source("tokens", "position", rows, (), counts)
+    return np.asarray(array.read(np.zeros(1, np.int64), slice(0, array.n_rows))[0], np.int64)
+
+
+def _digest_texts(view: View) -> npt.NDArray[np.str_]:
+    text = np.ascontiguousarray(view.digests).tobytes().hex()
+    return np.frombuffer(text.encode(), "S64").astype("U64")

@@ -1,0 +1,236 @@
+"""One variable over all parts of a group, read by selection: only the chunks that are touched, each once. Never writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from lmprobe_zarr.chunks import Piece, StoredArray, fill_value, read_pieces
+from lmprobe_zarr.index import tidy_key
+from lmprobe_zarr.ragged import as_slice, concat_ranges, offsets_of
+
+__all__ = ["NOWHERE", "LazyArray", "VirtualArray"]
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+NOWHERE: Final = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VirtualArray:
+    """One variable over all parts, read by selection.
+
+    Parameters
+    ----------
+    arrays : tuple of StoredArray
+        The variable in each part that holds it.
+    layers : tuple of int, optional
+        Layers along the first axis; None where there is no layer axis.
+    layer_rows : ndarray of int32, shape (array, layer)
+        For each array the place of each layer in it, −1 where it does not hold it.
+    classes : ndarray of int, shape (layer,)
+        Layers that exactly the same arrays hold form one class, and share their rows of `source`.
+    source : ndarray of int32, shape (class, prompt)
+        Which array holds each prompt, −1 for none.
+    start : ndarray of int64, shape (class, prompt)
+        First row of the prompt in that array.
+    offsets : ndarray of int64, shape (prompt + 1,), optional
+        Where each prompt's rows begin along the sample axis; None where every prompt has one row.
+    """
+
+    arrays: tuple[StoredArray, ...]
+    layers: tuple[int, ...] | None
+    layer_rows: npt.NDArray[np.int32]
+    classes: Ints
+    source: npt.NDArray[np.int32]
+    start: Ints
+    offsets: Ints | None
+
+    @property
+    def n_rows(self) -> int:
+        """Length of the sample axis."""
+        return self.source.shape[1] if self.offsets is None else int(self.offsets[-1])
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return self.arrays[0].info.row_shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole."""
+        return (*(() if self.layers is None else (len(self.layers),)), self.n_rows, *self.row_shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest dtype that holds every part's values and, where some are absent, what stands for them."""
+        dtypes = {array.dtype for array in self.arrays}
+        if np.dtype(object) in dtypes:
+            return np.dtype(object)
+        common = np.result_type(*dtypes)
+        if common == np.bool_ and self.n_absent:
+            return np.dtype(np.int8)
+        return common
+
+    @property
+    def n_absent(self) -> int:
+        """How many (class, prompt) pairs no part holds."""
+        return int((self.source == NOWHERE).sum())
+
+    def read(self, layers: Ints, rows: slice | Ints, columns: tuple[Any, ...] = ()) -> Array:
+        """Values of some layers and rows.
+
+        Parameters
+        ----------
+        layers : ndarray of int
+            Places along the layer axis (0 where there is none).
+        rows : slice with step 1, or ndarray of int
+            Places along the sample axis.
+        columns : tuple
+            Selection of the axes after it, as for indexing.
+
+        Returns
+        -------
+        ndarray, shape (len(layers), rows, …)
+        """
+        n = len(range(*rows.indices(self.n_rows))) if isinstance(rows, slice) else len(rows)
+        tail = np.empty((0, *self.row_shape), bool)[(slice(None), *columns)].shape[1:]
+        out = np.empty((len(layers), n, *tail), self.dtype)
+        pieces: list[Piece] = []
+        outs: list[Array] = []
+        located: dict[int, list[tuple[int, int, slice | Ints, slice | Ints]]] = {}
+        for i, layer in enumerate(layers):
+            group = int(self.classes[layer])
+            if group not in located:
+                located[group] = self._locate(group, rows)
+            for array, block, chunk_rows, target in located[group]:
+                if array == NOWHERE:
+                    out[i][target] = fill_value(self.dtype)
+                    continue
+                pieces.append(Piece(self.arrays[array], int(self.layer_rows[array, layer]), block, chunk_rows, target))
+                outs.append(out[i])
+        read_pieces(pieces, outs, columns)
+        return out
+
+    def _locate(self, group: int, rows: slice | Ints) -> list[tuple[int, int, slice | Ints, slice | Ints]]:
+        """Where rows lie: (array, chunk, rows in the chunk, rows of the output), each chunk once."""
+        source, start, target, length = self._runs(group, rows)
+        out: list[tuple[int, int, slice | Ints, slice | Ints]] = []
+        for array in np.unique(source):
+            mine = source == array
+            at, to, count = start[mine], target[mine], length[mine]
+            if array == NOWHERE:
+                out.append((NOWHERE, 0, slice(0), as_slice(concat_ranges(to, count))))
+                continue
+            size = self.arrays[array].info.rows_per_chunk
+            first, last = at // size, (at + count - 1) // size
+            spans = last - first + 1
+            run = np.repeat(np.arange(len(at)), spans)
+            block = concat_ranges(first, spans)
+            low = np.maximum(at[run], block * size)
+            high = np.minimum((at + count)[run], (block + 1) * size)
+            shift = to[run] - at[run]
+            order = np.argsort(block, kind="stable")
+            cuts = np.flatnonzero(np.diff(block[order])) + 1
+            for members in np.split(order, cuts):
+                begins, counts, base = low[members], (high - low)[members], int(block[members[0]]) * size
+                chunk_rows = as_slice(concat_ranges(begins - base, counts))
+                out.append((int(array), base // size, chunk_rows, as_slice(concat_ranges(begins + shift[members], counts))))
+        return out
+
+    def _runs(self, group: int, rows: slice | Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Rows as runs that lie together in one array: (array, first row there, first row of the output, length)."""
+        if isinstance(rows, slice):
+            begin, end, _ = rows.indices(self.n_rows)
+            if self.offsets is None:
+                prompts = np.arange(begin, end)
+                within, length = np.zeros_like(prompts), np.ones_like(prompts)
+            else:
+                low = int(np.searchsorted(self.offsets, begin, "right")) - 1
+                high = int(np.searchsorted(self.offsets, end, "left"))
+                prompts = np.arange(low, high) if end > begin else np.arange(0)
+                from_, to = np.maximum(self.offsets[prompts], begin), np.minimum(self.offsets[prompts + 1], end)
+                within, length = from_ - self.offsets[prompts], to - from_
+        else:
+            length = np.ones(len(rows), np.int64)
+            if self.offsets is None:
+                prompts, within = rows, np.zeros(len(rows), np.int64)
+            else:
+                prompts = np.searchsorted(self.offsets, rows, "right") - 1
+                within = rows - self.offsets[prompts]
+        source = self.source[group, prompts].astype(np.int64)
+        start = self.start[group, prompts] + within
+        joined = np.ones(len(source), bool)
+        joined[1:] = (source[1:] != source[:-1]) | ((start[1:] != start[:-1] + length[:-1]) & (source[1:] != NOWHERE))
+        heads = np.flatnonzero(joined)
+        target = offsets_of(length)
+        return source[heads], start[heads], target[heads], np.diff(np.append(target[heads], target[-1]))
+
+
+class LazyArray(BackendArray):
+    """A `VirtualArray` as xarray's lazy indexing wants it: read at ``[…]``, by outer indexing."""
+
+    def __init__(self, array: VirtualArray) -> None:
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        layered = self.array.layers is not None
+        lengths = self.shape if layered else (1, *self.shape)
+        # An integer drops its axis, as in numpy; it is read as an axis of one.
+        drop = tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)
+        layers, rows, *inner = (_checked(k, n) for k, n in zip(key if layered else (0, *key), lengths, strict=True))
+        at, flip = _ascending(rows, self.array.n_rows)
+        # Chunks are cut by at most one list; the other inner axes are cut afterwards.
+        listed = [i for i, k in enumerate(inner) if not isinstance(k, slice)][1:]
+        columns = tuple(slice(None) if i in listed else k for i, k in enumerate(inner))
+        if all(isinstance(c, slice) and c == slice(None) for c in columns):
+            columns = ()
+        values = self.array.read(_as_rows(layers, lengths[0]), at, columns)
+        for i in listed:
+            values = np.take(values, inner[i], axis=i + 2)
+        if flip:
+            values = values[:, ::-1]
+        return np.asarray((values if layered else values[0])[drop], self.dtype)
+
+
+def _checked(key: Any, length: int) -> Any:
+    """An indexer that does not point beyond its axis, an integer as a list of one.
+
+    Raises
+    ------
+    IndexError
+        It points beyond the axis.
+    """
+    if isinstance(key, slice):
+        return key
+    rows = np.atleast_1d(np.asarray(key, np.int64))
+    # Negative ones have become positive before, see tidy_key: what is negative still is beyond the beginning.
+    if len(rows) and (rows.min() < 0 or rows.max() >= length):
+        raise IndexError(f"an index is out of bounds for an axis of length {length}")
+    return rows
+
+
+def _as_rows(key: Any, length: int) -> Ints:
+    if isinstance(key, slice):
+        return np.arange(*key.indices(length))
+    return np.atleast_1d(np.asarray(key, np.int64))
+
+
+def _ascending(key: Any, length: int) -> tuple[slice | Ints, bool]:
+    """Rows as a slice of step 1 where they are one, and whether the result must be reversed."""
+    if isinstance(key, slice):
+        begin, end, step = key.indices(length)
+        if step == 1:
+            return slice(begin, max(begin, end)), False
+        rows = np.arange(begin, end, step)
+        return (as_slice(rows[::-1]), True) if step < 0 else (rows, False)
+    return as_slice(_as_rows(key, length)), False
