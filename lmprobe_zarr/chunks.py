@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Final
@@ -86,14 +86,23 @@ class StoredArray:
         Key of the array's folder.
     info : ArrayInfo
         Its metadata.
-    files : dict of str to (int, int)
-        The part's table for this array's chunks, by chunk key.
+    files : mapping of str to (int, int)
+        The part's table of files, by their keys below the part; this array's are those that are looked at.
     """
 
     storage: Storage
     path: str
     info: ArrayInfo
-    files: dict[str, Sequence[int]]
+    files: Mapping[str, Sequence[int]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Only this array's entries travel to another process.
+        files = {key: self.files[key] for key in map(self._file_key, self.info.chunk_keys()) if key in self.files}
+        return StoredArray, (self.storage, self.path, self.info, files)
+
+    def _file_key(self, chunk: str) -> str:
+        level, name = self.path.rsplit("/", 2)[1:]
+        return f"{level}/{name}/{chunk}"
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -135,7 +144,7 @@ class StoredArray:
                     f"part {part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
                 ) from error
             raise self._corrupt(key, "is missing") from error
-        length, checksum = self.files.get(key, (-1, -1))
+        length, checksum = self.files.get(self._file_key(key), (-1, -1))
         if len(data) != length or length < 4:
             raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
         body = data[:-4]

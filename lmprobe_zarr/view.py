@@ -34,10 +34,7 @@ class Part:
     def array(self, storage: Storage, level: Level, name: str) -> StoredArray:
         """One of its arrays."""
         path = f"{level}/{name}"
-        info = self.info.arrays[path]
-        keys = ((key, f"{path}/{key}") for key in info.chunk_keys())
-        files = {key: self.info.files[full] for key, full in keys if full in self.info.files}
-        return StoredArray(storage, f"{self.path}/{path}", info, files)
+        return StoredArray(storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files)
 
 
 @dataclass(frozen=True, eq=False)
