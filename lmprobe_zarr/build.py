@@ -21,7 +21,7 @@ from lmprobe_zarr.missing import Lookup, check_request, group_of, load, look_up,
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats, format_bytes
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.schema import GroupInfo, Provenance, validate_column_names
-from lmprobe_zarr.store import Store, annotation_batch, open_store
+from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.writer import as_column
 
 if TYPE_CHECKING:
@@ -269,13 +269,13 @@ def _with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[s
 
 def _annotate_found(store: Store, looked: Lookup, missing: Ints, columns: Mapping[str, Array]) -> None:
     """Write the columns of prompts that are stored already, where they are new or differ."""
-    if not columns or looked.view is None or looked.group is None:
+    if not columns or looked.view is None:
         return
     view = looked.view
     found = np.setdiff1d(np.arange(len(looked.prompts)), missing)
     rows = view.find([looked.prompts.sha256[i] for i in found])
     known = view.columns("prompts")
-    together: dict[tuple[int, ...], dict[str, list[Any]]] = {}
+    changes: dict[str, tuple[Ints, list[Any]]] = {}
     for name, values in columns.items():
         wanted = values[found]
         changed = np.ones(len(found), bool)
@@ -286,9 +286,8 @@ def _annotate_found(store: Store, looked: Lookup, missing: Ints, columns: Mappin
             alike = (np.asarray(stored == wanted, bool)) & (stored.dtype.kind == wanted.dtype.kind or stored.dtype.kind in "iub")
             changed = ~(there & alike)
         if changed.any():
-            together.setdefault(tuple(np.flatnonzero(changed).tolist()), {})[name] = wanted[changed].tolist()
-    for places, named in together.items():
-        store.write(looked.group, annotation_batch(view, rows[list(places)].tolist(), named), kind="annotation")
+            changes[name] = rows[changed], wanted[changed].tolist()
+    store.write_columns(view, changes)
 
 
 def _stats(plan: ExtractPlan, group: GroupInfo | None, began: float, *, model_loaded: bool) -> ExtractStats:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr import config
@@ -37,10 +38,12 @@ from lmprobe_zarr.schema import (
 )
 from lmprobe_zarr.storage import Storage, open_storage
 from lmprobe_zarr.view import Part, View, open_view
-from lmprobe_zarr.writer import PartWriter, write_group
+from lmprobe_zarr.writer import PartWriter, as_column, write_group
 
 __all__ = ["Store", "open_store"]
 
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
 Mode = Literal["a", "r"]
 Chunks = Literal["auto"] | int | Mapping[str, Any] | None
 
@@ -396,19 +399,36 @@ class Store:
         validate_column_names(columns)
         info = self.find_group(model, provenance=provenance, group=group)
         view = self.view(info)
-        together: dict[tuple[int, ...], dict[str, list[Any]]] = {}
+        by_row: dict[str, tuple[Ints, list[Any]]] = {}
         for name, values in columns.items():
             if not values:
                 raise InvalidArgumentError(f"column {name!r} has no values: give {{text or hash: value}}")
             rows = view.select(list(values))
             if len(set(rows.tolist())) != len(rows):
                 raise InvalidArgumentError(f"column {name!r} names a prompt twice, by its text and by its hash")
+            by_row[name] = rows, list(values.values())
+        self.write_columns(view, by_row)
+
+    def write_columns(self, view: View, columns: Mapping[str, tuple[Ints, Sequence[Any]]]) -> None:
+        """Write columns as annotations, those of the same prompts together.
+
+        Parameters
+        ----------
+        view : View
+            The group as it is.
+        columns : mapping of str to (ndarray of int, sequence)
+            For each column the prompts of the view, none twice, and their values.
+        """
+        together: dict[tuple[int, ...], dict[str, Array]] = {}
+        for name, (rows, values) in columns.items():
             order = np.argsort(rows, kind="stable")
-            listed = list(values.values())
-            together.setdefault(tuple(rows[order].tolist()), {})[name] = [listed[i] for i in order]
-        batches = [annotation_batch(view, rows, named) for rows, named in together.items()]
+            column = as_column(name, values)[order]
+            together.setdefault(tuple(rows[order].tolist()), {})[name] = column
+        batches = [
+            TokenBatch(sha256=[view.digests[row].tobytes().hex() for row in rows], prompt_columns=named) for rows, named in together.items()
+        ]
         for batch in batches:
-            self.write(info, batch, kind="annotation")
+            self.write(view.group, batch, kind="annotation")
 
     # ------------------------------------------------------------------------------------------------------- printing
 
@@ -425,12 +445,6 @@ class Store:
 
 def _reopen(storage: Storage, mode: Mode, durable: bool) -> Store:
     return Store(storage, mode=mode, durable=durable)
-
-
-def annotation_batch(view: View, rows: Sequence[int], columns: Mapping[str, Sequence[Any]]) -> TokenBatch:
-    """Per-prompt columns for some prompts of a view, as the writer takes them."""
-    digests = [view.digests[row].tobytes().hex() for row in rows]
-    return TokenBatch(sha256=digests, prompt_columns={name: np.array(list(values), object) for name, values in columns.items()})
 
 
 def _differing_fields(found: Sequence[GroupInfo]) -> str:
