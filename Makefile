@@ -47,7 +47,7 @@ ifeq ($(NEWER),)
 else
 	@$(MAKE) --no-print-directory $(CORE)/ready
 	$(CORE)/bin/python -c 'import zarr; print("test-core: zarr", zarr.__version__)'
-	$(CORE)/bin/python -m pytest -n 2 -m "not model and not slow" -p no:cacheprovider
+	$(CORE)/bin/python -m pytest -n 2 -m "not model" -p no:cacheprovider
 endif
 
 $(CORE)/ready: pyproject.toml
@@ -63,7 +63,7 @@ docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
 
 stress: setup
-	LMPROBE_ZARR_STRESS=1 $(PYTEST) -m slow
+	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k kill_9
 
 clean:
 	rm -rf $(VENV) $(CORE) site build dist demo-output

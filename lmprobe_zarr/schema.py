@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import secrets
 import time
@@ -290,7 +291,7 @@ class ArrayInfo:
     @property
     def chunk_nbytes(self) -> int:
         """Bytes of one decoded chunk; 0 for strings, whose length is not fixed."""
-        return 0 if self.dtype == "string" else int(np.prod(self.chunks)) * np.dtype(self.dtype).itemsize
+        return 0 if self.dtype == "string" else math.prod(self.chunks) * np.dtype(self.dtype).itemsize
 
     def chunk_key(self, layer: int, block: int) -> str:
         """Key of a chunk, relative to the array: `layer` and `block` count stored layers and chunks of rows."""
@@ -303,8 +304,9 @@ class ArrayInfo:
         blocks = -(-self.shape[self.sample_axis] // self.rows_per_chunk)
         return [self.chunk_key(layer, block) for layer in range(layers) for block in range(blocks)]
 
-    def to_document(self) -> Json:
-        """The array's ``zarr.json``, as the Zarr v3 core specification has it."""
+    @property
+    def codecs(self) -> list[Json]:
+        """The codec chain, as the array's document names it."""
         text = self.dtype == "string"
         itemsize = 1 if text else np.dtype(self.dtype).itemsize
         codecs: list[Json]
@@ -318,7 +320,11 @@ class ArrayInfo:
             blosc = {"typesize": itemsize, "cname": "zstd" if text else "lz4", "clevel": 5, "shuffle": self.shuffle, "blocksize": 0}
             codecs.append({"name": "blosc", "configuration": blosc})
         codecs.append({"name": "crc32c"})
-        kind = "string" if text else np.dtype(self.dtype).kind
+        return codecs
+
+    def to_document(self) -> Json:
+        """The array's ``zarr.json``, as the Zarr v3 core specification has it."""
+        kind = "string" if self.dtype == "string" else np.dtype(self.dtype).kind
         return {
             "zarr_format": 3,
             "node_type": "array",
@@ -327,7 +333,7 @@ class ArrayInfo:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunks)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": {"string": "", "f": "NaN", "b": False}.get(kind, -1),
-            "codecs": codecs,
+            "codecs": self.codecs,
             "attributes": dict(self.attributes),
             "dimension_names": list(self.dims),
             "storage_transformers": [],
@@ -362,7 +368,7 @@ def parse_array(document: object) -> ArrayInfo:
         shuffle=blosc[0] if blosc else None,
         attributes=document["attributes"],
     )
-    if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.to_document()["codecs"]:
+    if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.codecs:
         raise ValueError(f"codecs {[c.get('name') for c in codecs]}")
     if document["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
         raise ValueError("chunk key encoding")
@@ -533,7 +539,10 @@ def parse_part(data: bytes, where: str) -> PartInfo:
     except UnsupportedVersionError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-        raise CorruptPartError(f"{where}/zarr.json is damaged ({_reason(error)}): none of this part can be trusted") from error
+        raise CorruptPartError(
+            f"{where}/zarr.json is damaged ({_reason(error)}): none of this part can be trusted\n"
+            "delete that folder, and extract its prompts again"
+        ) from error
     return info
 
 
