@@ -73,12 +73,14 @@ def _choose_layers(view: View, level: Level, layers: LayerSpec | None) -> tuple[
     if layers is None or (isinstance(layers, str) and layers == "all"):
         return held
     wanted = resolve_layers(layers, view.group.num_layers or (max(held, default=-1) + 1))
-    absent = [layer for layer in wanted if layer not in held]
-    if absent:
+    there = tuple(layer for layer in wanted if layer in held)
+    # Numbers are meant one by one; a slice or a word means those of its layers that are stored.
+    if len(there) < len(wanted) and (not there or not isinstance(layers, slice | str)):
+        absent = next(layer for layer in wanted if layer not in held)
         raise LayerOutOfRangeError(
-            f"layer {absent[0]} is not stored in {view.where}, which holds layers {describe_layers(held)}: extract it first"
+            f"layer {absent} is not stored in {view.where}, which holds layers {describe_layers(held)}: extract it first"
         )
-    return wanted
+    return there
 
 
 def _activation_variables(view: View, level: Level, rows: Ints, layers: tuple[int, ...], lengths: Ints | None) -> dict[str, xr.Variable]:

@@ -234,7 +234,7 @@ class Store:
         prompts : iterable of str or sequence of int, optional
             Texts, hashes or token ids: exactly these, in this order, repeats included. None gives all, in the store's order.
         layers : "all", "middle", "last", int, sequence of int or slice, optional
-            Which layers, shown in ascending order; None gives all that are stored.
+            Which layers, shown in ascending order; None gives all that are stored, a slice or a word those of its layers that are.
         chunks : mapping, int or "auto", optional
             As in `xarray.open_dataset`: None is lazy without Dask, ``{}`` is Dask with one layer and one stored chunk at a time.
         provenance, group : optional

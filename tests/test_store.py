@@ -328,6 +328,9 @@ def test_layers_and_prompts_that_are_not_there_are_named(store: Store) -> None:
     with pytest.raises(LayerOutOfRangeError, match="layer 9 is out of range"):
         store.dataset(layers=[9])
     assert store.dataset(layers=-1).layer.values.tolist() == [3]
+    assert store.dataset(layers=slice(1, None)).layer.values.tolist() == [1, 3]
+    with pytest.raises(LayerOutOfRangeError, match="layer 2 is not stored"):
+        store.dataset(layers=slice(2, 3))
     with pytest.raises(MissingPromptsError, match=r"2 of 3 prompts .*number 1 \('unknown text'\)"):
         store.dataset(prompts=["one", "unknown text", "0123456789abcdef"])
     with pytest.raises(InvalidArgumentError, match="one text"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import warnings
@@ -577,8 +578,12 @@ def test_a_failing_fit_leaves_the_process_as_it_was() -> None:
     assert list(warnings.filters) == filters
 
 
-def test_progress_is_shown_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    sweep(activations(), "label", n_workers=2)
-    assert capsys.readouterr().err == ""
-    sweep(activations(), "label", n_workers=2, progress=True)
-    assert "3/3" in capsys.readouterr().err
+def test_progress_is_shown_only_when_asked_for_and_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    for terminal, asked in ((True, False), (True, True), (False, True)):
+        error = io.StringIO()
+        monkeypatch.setattr(error, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setattr("sys.stderr", error)
+        sweep(activations(), "label", n_workers=2, progress=asked)
+        shown[terminal, asked] = "3/3" in error.getvalue()
+    assert shown == {(True, False): False, (True, True): True, (False, True): False}
