@@ -79,6 +79,10 @@ def write_activations(
     store.check_writable()
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of texts")
+    prompts = list(prompts)
+    for what, given in (("activations", activations), ("pooled", pooled)):
+        if given is not None and not isinstance(given, Mapping):
+            raise InvalidTypeError(f"{what} is a {type(given).__name__}: give {{variable: …}}")
     if not activations and not pooled:
         raise InvalidArgumentError("there is nothing to store: give activations=, pooled=, or both")
     tokens, counts, layers_of, dtypes = _read_tokens(activations or {}, len(prompts))
@@ -93,6 +97,7 @@ def write_activations(
     if len(hidden) > 1:
         raise InvalidArgumentError(f"the variables differ in hidden size ({sorted(hidden)}): one model has one")
     layers = next(iter(layered.values()), ())
+    lengths = _lengths(token_ids, counts, len(prompts))
     if num_layers is not None and layers and layers[-1] >= num_layers:
         raise InvalidArgumentError(f"layer {layers[-1]} was given for a model of num_layers={num_layers}")
     validate_column_names(coords or {})
@@ -102,7 +107,7 @@ def write_activations(
         sha256=[prompt_sha256(p) for p in prompts],
         text=texts,
         n_tokens=counts,
-        prompt_length=counts if counts is not None else _lengths(token_ids),
+        prompt_length=counts if counts is not None else lengths,
         layers=layers,
         tokens=tokens,
         token_columns={}
@@ -125,8 +130,17 @@ def _check_name(name: str, *, pooling: bool) -> None:
         raise InvalidArgumentError(f"{name!r} is no {'pooled variable' if pooling else 'site'}: use {wanted}")
 
 
-def _lengths(token_ids: Sequence[Sequence[int]] | None) -> Array | None:
-    return None if token_ids is None else np.array([len(ids) for ids in token_ids], np.int64)
+def _lengths(token_ids: Sequence[Sequence[int]] | None, counts: Array | None, n_prompts: int) -> Array | None:
+    """Token ids per prompt, checked against the tokens that were given."""
+    if token_ids is None:
+        return None
+    lengths = np.array([len(ids) for ids in token_ids], np.int64)
+    if len(lengths) != n_prompts:
+        raise InvalidArgumentError(f"token_ids has {len(lengths)} lists for {n_prompts} prompts: give one per prompt")
+    if counts is not None and (lengths != counts).any():
+        i = int(np.argmax(lengths != counts))
+        raise InvalidArgumentError(f"token_ids has {lengths[i]} ids for prompt number {i}, which has {counts[i]} tokens")
+    return lengths
 
 
 def _read_tokens(
@@ -169,6 +183,7 @@ def _read_tokens(
 def _read_pooled(name: str, values: Any) -> tuple[Array, tuple[int, ...] | None, str]:
     if split_variable(name)[0] not in LAYERED_SITES:
         array, dtype = as_array(values)
+        _check_alike(name, [array])
         return array, None, dtype
     by_layer = {layer: as_array(v) for layer, v in _by_layer(name, values).items()}
     arrays = [array for array, _ in by_layer.values()]
@@ -177,15 +192,17 @@ def _read_pooled(name: str, values: Any) -> tuple[Array, tuple[int, ...] | None,
 
 
 def _by_layer(name: str, values: Any) -> dict[int, Any]:
-    if not isinstance(values, Mapping) or not values or not all(isinstance(k, (int, np.integer)) and k >= 0 for k in values):
+    if not isinstance(values, Mapping) or not values or not all(isinstance(k, (int, np.integer)) and 0 <= k < 2**31 for k in values):
         raise InvalidArgumentError(f"{name!r} has layers: give {{layer: …}} with layer numbers from 0")
     return {int(layer): values[layer] for layer in sorted(values)}
 
 
 def _check_alike(name: str, arrays: Sequence[Array]) -> None:
-    kinds = {(a.shape[-1] if a.ndim else 0, a.dtype.name) for a in arrays}
+    kinds = {(a.shape, a.dtype.name) for a in arrays}
     if len(kinds) > 1:
-        raise InvalidArgumentError(f"the layers of {name!r} differ in hidden size or dtype: {sorted(kinds)}")
+        raise InvalidArgumentError(f"the layers of {name!r} differ in shape (rows, hidden size) or dtype: {sorted(kinds)}")
+    if arrays[0].ndim != 2:
+        raise InvalidArgumentError(f"{name!r} has shape {arrays[0].shape}: give (rows, hidden)")
 
 
 def as_array(values: Any) -> tuple[Array, str]:

@@ -111,6 +111,13 @@ class TokenBatch:
         """Bytes of all activations (not of the columns)."""
         return sum(a.nbytes for a in (*self.tokens.values(), *self.prompts.values()))
 
+    @property
+    def held_nbytes(self) -> int:
+        """About how many bytes of memory the columns hold: texts may outweigh pooled activations."""
+        texts = sum(map(len, self.text or ()))
+        columns = (*self.token_columns.values(), *self.prompt_columns.values())
+        return texts + sum(sum(map(len, map(str, c))) if np.asarray(c).dtype == object else np.asarray(c).nbytes for c in columns)
+
 
 def validate_batch(batch: TokenBatch) -> list[str]:
     """Every way in which the arrays of a batch do not fit together; empty when they do."""
@@ -142,6 +149,8 @@ def validate_batch(batch: TokenBatch) -> list[str]:
             axis = 0 if name in batch.unlayered else 1
             if axis and (array.ndim < 2 or array.shape[0] != len(batch.layers)):
                 problems.append(f"{name} has shape {array.shape} for {len(batch.layers)} layers")
-            elif array.ndim <= axis or array.shape[axis] != rows:
+            elif array.ndim < axis + 2 or 0 in array.shape[axis + 1 :]:
+                problems.append(f"{name} has shape {array.shape}, in which a row holds no values")
+            elif array.shape[axis] != rows:
                 problems.append(f"{name} has shape {array.shape} but {counted}")
     return problems

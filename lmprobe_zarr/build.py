@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr import extraction
 from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, NoSpaceError
+from lmprobe_zarr.errors import InvalidArgumentError, NoSpaceError
 from lmprobe_zarr.extraction import Prompts
 from lmprobe_zarr.ingest import PART_BYTES, PART_SECONDS, Ingest
 from lmprobe_zarr.layers import LayerSpec
@@ -223,13 +223,12 @@ def _check_columns(coords: Columns | None, n_prompts: int) -> dict[str, Array]:
     validate_column_names(coords or {})
     columns = {}
     for name, values in (coords or {}).items():
-        if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
-            raise InvalidTypeError(f"coords[{name!r}] is a {type(values).__name__}: give one value per prompt")
-        if len(values) != n_prompts:
+        column = as_column(name, values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+        if len(column) != n_prompts:
             raise InvalidArgumentError(
-                f"coords[{name!r}] has {len(values)} values for {n_prompts} prompts: give one per prompt, in their order"
+                f"coords[{name!r}] has {len(column)} values for {n_prompts} prompts: give one per prompt, in their order"
             )
-        columns[name] = as_column(name, values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+        columns[name] = column
     return columns
 
 
@@ -283,8 +282,8 @@ def _annotate_found(store: Store, looked: Lookup, missing: Ints, columns: Mappin
             array = view.source("prompts", name, rows, ())
             stored = array.read(np.zeros(1, np.int64), slice(0, len(rows)))[0]
             there = view.covers("prompts", name, rows, ())[0]
-            alike = (np.asarray(stored == wanted, bool)) & (stored.dtype.kind == wanted.dtype.kind or stored.dtype.kind in "iub")
-            changed = ~(there & alike)
+            alike = (stored == wanted) | ((stored != stored) & (wanted != wanted))  # NaN equals NaN here too
+            changed = ~(there & np.asarray(alike, bool))
         if changed.any():
             changes[name] = rows[changed], wanted[changed].tolist()
     store.write_columns(view, changes)

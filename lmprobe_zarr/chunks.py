@@ -24,7 +24,7 @@ from lmprobe_zarr.errors import CorruptPartError, PartGoneError
 from lmprobe_zarr.schema import ArrayInfo
 from lmprobe_zarr.storage import Storage
 
-__all__ = ["Piece", "StoredArray", "encode_chunk", "file_entry", "read_pieces", "run_all"]
+__all__ = ["TEXT_BYTES", "Piece", "StoredArray", "encode_chunk", "file_entry", "read_pieces", "run_all"]
 
 Array = npt.NDArray[Any]
 Rows = slice | npt.NDArray[np.int64]
@@ -32,6 +32,8 @@ Rows = slice | npt.NDArray[np.int64]
 _SHUFFLES: Final = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _CRC: Final = struct.Struct("<I")
 _REMOTE_THREADS: Final = 32
+_BLOSC_COPIED: Final = 2  # flag: stored as it was, behind a header of 16 bytes
+TEXT_BYTES: Final = 2**28  # of all texts in one chunk
 
 
 def encode_chunk(values: Array, info: ArrayInfo) -> bytes:
@@ -158,7 +160,12 @@ class StoredArray:
     def _decode(self, body: memoryview, out: Array | None) -> Array:
         shape = (self.info.rows_per_chunk, *self.info.row_shape)
         if self.info.dtype == "string":
-            texts = VLenUTF8().decode(blosc.decompress(body) if self.info.shuffle else body)
+            if self.info.shuffle:
+                _check_blosc(body, at_most=TEXT_BYTES + 4 * shape[0] + 4)
+                body = memoryview(blosc.decompress(body))
+            if int.from_bytes(body[:4], "little") != shape[0]:
+                raise ValueError("another number of texts")
+            texts = VLenUTF8().decode(body)
             if texts.shape != shape:
                 raise ValueError(f"{texts.shape} texts instead of {shape}")
             return np.asarray(texts, object)
@@ -168,11 +175,20 @@ class StoredArray:
                 raise ValueError(f"{len(body)} bytes instead of {target.nbytes}")
             target.reshape(-1).view(np.uint8)[:] = np.frombuffer(body, np.uint8)
         else:
-            # Blosc's header says how much it will write; that must be this chunk, no more and no less.
-            if len(body) < 16 or int.from_bytes(body[4:8], "little") != target.nbytes:
-                raise ValueError("another size in the header")
+            _check_blosc(body, exactly=target.nbytes)
             blosc.decompress(body, target)
         return target if np.little_endian else target.byteswap(inplace=True)
+
+
+def _check_blosc(body: memoryview, *, exactly: int | None = None, at_most: int = 0) -> None:
+    """Raise ValueError where blosc would be led to write or read beyond what is there: it believes its header."""
+    if len(body) < 16:
+        raise ValueError("no header")
+    flags, decoded, encoded = body[2], int.from_bytes(body[4:8], "little"), int.from_bytes(body[12:16], "little")
+    if encoded != len(body) or (flags & _BLOSC_COPIED and encoded != decoded + 16):
+        raise ValueError("another length in the header")
+    if (decoded > at_most) if exactly is None else (decoded != exactly):
+        raise ValueError("another size in the header")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

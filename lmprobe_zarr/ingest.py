@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.schema import GroupInfo
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.writer import PartWriter
@@ -24,7 +25,9 @@ __all__ = ["PART_BYTES", "PART_SECONDS", "Ingest"]
 PART_BYTES: Final = 2**30
 PART_SECONDS: Final = 60.0
 QUEUED_BATCHES: Final = 2
-_END: Final = object()
+POLL_SECONDS: Final = 0.1
+# Columns and texts are kept in memory until the commit, activations are not.
+COLUMN_BYTES: Final = 2**28
 
 
 @dataclass
@@ -61,9 +64,11 @@ class Ingest:
     nbytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(QUEUED_BATCHES)
+        self._queue: queue.Queue[TokenBatch] = queue.Queue(QUEUED_BATCHES)
+        self._closing = threading.Event()
         self._error: BaseException | None = None
         self._writer: PartWriter | None = None
+        self._opened = 0.0
         self._thread = threading.Thread(target=self._work, name="lmprobe-zarr-ingest", daemon=True)
 
     def __enter__(self) -> Self:
@@ -76,44 +81,52 @@ class Ingest:
         Raises
         ------
         NoSpaceError, ReadOnlyError, InvalidArgumentError
-            What the writing has failed with; nothing more is taken.
+            What the writing has failed with; nothing more is taken. Or: this is used outside of its context.
         """
         while True:
             if self._error is not None:
                 raise self._error
+            if self._closing.is_set() or not self._thread.is_alive():
+                raise InvalidArgumentError("batches are taken inside of the context only: with Ingest(…) as ingest: ingest.put(batch)")
             try:
-                self._queue.put(batch, timeout=0.2)
+                self._queue.put(batch, timeout=POLL_SECONDS)
                 return
             except queue.Full:
                 continue
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._queue.put(_END)
+        # An event, not a last word in the queue: it never waits, so a second Ctrl-C cannot come in between.
+        self._closing.set()
         self._thread.join()
         if self._error is not None and self._error is not error:
             raise self._error from error
 
     def _work(self) -> None:
-        opened = time.monotonic()
-        while (batch := self._queue.get()) is not _END:
-            if self._error is not None:
-                continue  # keep taking, so that nobody waits for ever
-            try:
-                if self._writer is None:
-                    self._writer, opened = (
-                        self.store.new_part(self.group, compressed=self.compressed, recorded=self.recorded),
-                        time.monotonic(),
-                    )
-                self._writer.append(batch)
-                if self._writer.nbytes >= self.part_bytes or time.monotonic() - opened >= self.part_seconds:
+        try:
+            while True:
+                closing = self._closing.is_set()
+                try:
+                    self._take(self._queue.get(timeout=0.001 if closing else POLL_SECONDS))
+                except queue.Empty:
+                    if closing:
+                        break
+                if self._writer is not None and time.monotonic() - self._opened >= self.part_seconds:
                     self._commit()
-            except BaseException as failure:  # noqa: BLE001 — raised again by the thread that puts
-                self._fail(failure)
-        if self._error is None:
-            try:
-                self._commit()
-            except BaseException as failure:  # noqa: BLE001 — as above
-                self._fail(failure)
+            self._commit()
+        except BaseException as failure:  # noqa: BLE001 — raised again by the thread that puts, or leaves
+            self._error = failure
+            # It was never visible: what cannot be removed is garbage, and the first failure is the one to tell.
+            with suppress(Exception):
+                if self._writer is not None:
+                    self._writer.abort()
+
+    def _take(self, batch: TokenBatch) -> None:
+        if self._writer is None:
+            self._writer = self.store.new_part(self.group, compressed=self.compressed, recorded=self.recorded)
+            self._opened = time.monotonic()
+        self._writer.append(batch)
+        if self._writer.nbytes >= self.part_bytes or self._writer.held_nbytes >= COLUMN_BYTES:
+            self._commit()
 
     def _commit(self) -> None:
         if self._writer is None:
@@ -122,11 +135,3 @@ class Ingest:
         self.prompts += len(self._writer)
         self.nbytes += self._writer.nbytes
         self._writer = None
-
-    def _fail(self, failure: BaseException) -> None:
-        self._error = failure
-        if self._writer is not None:
-            # It was never visible: what cannot be removed is garbage, and the first failure is the one to tell.
-            with suppress(OSError):
-                self._writer.abort()
-            self._writer = None

@@ -48,7 +48,7 @@ def resolve_layers(layers: LayerSpec, num_layers: int) -> tuple[int, ...]:
             numbers = [operator.index(layers)] if isinstance(layers, SupportsIndex) else [operator.index(i) for i in layers]
         except TypeError as error:
             raise InvalidTypeError(f"layers={layers!r} names no layers: {_USE}") from error
-        if any(isinstance(i, bool) for i in ([layers] if isinstance(layers, int) else layers)):
+        if any(isinstance(i, bool | np.bool_) for i in ([layers] if isinstance(layers, SupportsIndex) else layers)):
             raise InvalidTypeError(f"layers={layers!r} holds truth values: give layer numbers")
     for number in numbers:
         if not -num_layers <= number < num_layers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import re
 import secrets
 import time
@@ -29,6 +30,7 @@ __all__ = [
     "COLUMN_NAME",
     "FORMAT",
     "FORMAT_VERSION",
+    "GROUP_NAME",
     "LEVELS",
     "ArrayInfo",
     "GroupInfo",
@@ -52,6 +54,7 @@ FORMAT: Final = "lmprobe-zarr"
 FORMAT_VERSION: Final = 1
 
 ANNOTATIONS: Final = "annotations"
+GROUP_NAME: Final = re.compile(r"(?:[a-z0-9.-]+-)?[0-9a-f]{12}")
 
 Level = Literal["prompts", "tokens"]
 LEVELS: Final[tuple[Level, ...]] = ("prompts", "tokens")
@@ -110,6 +113,8 @@ def validate_provenance(provenance: Mapping[str, Any]) -> dict[str, ProvenanceVa
             raise InvalidArgumentError(f"provenance field {name!r}={value!r}: use a string name and a string, number, truth value or None")
         if isinstance(value, float) and not np.isfinite(value):
             raise InvalidArgumentError(f"provenance field {name!r}={value!r} is not finite")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise InvalidArgumentError(f"provenance field {name!r} is an integer beyond 64 bits: use a string")
     return {name: provenance[name] for name in sorted(provenance)}
 
 
@@ -183,6 +188,8 @@ class GroupInfo:
         if not isinstance(self.model, str) or not self.model.strip():
             raise InvalidArgumentError(f"model={self.model!r} is no name of a model: give a text that is not empty")
         object.__setattr__(self, "provenance", validate_provenance(self.provenance))
+        for name in ("num_layers", "hidden_size"):
+            object.__setattr__(self, name, _validate_count(name, getattr(self, name)))
 
     @property
     def name(self) -> str:
@@ -225,8 +232,8 @@ def parse_group(data: bytes, where: str) -> GroupInfo:
         return GroupInfo(
             model=attributes["model"],
             provenance=attributes["provenance"],
-            num_layers=_optional_int(attributes["num_layers"]),
-            hidden_size=_optional_int(attributes["hidden_size"]),
+            num_layers=attributes["num_layers"],
+            hidden_size=attributes["hidden_size"],
         )
     except UnsupportedVersionError:
         raise
@@ -234,10 +241,14 @@ def parse_group(data: bytes, where: str) -> GroupInfo:
         raise CorruptPartError(f"{where}/zarr.json is no group document of {FORMAT}: {_reason(error)}") from error
 
 
-def _optional_int(value: object) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise ValueError(f"{value!r} is no count")
+def _validate_count(name: str, value: Any) -> int | None:
+    try:
+        count = None if value is None else operator.index(value)
+    except TypeError:
+        count = 0
+    if isinstance(value, bool) or (count is not None and not 0 < count < 2**31):
+        raise InvalidArgumentError(f"{name}={value!r} is no count: give a whole number of at least 1, or None where it is not known")
+    return count
 
 
 # --------------------------------------------------------------------------------------------------------------- array
@@ -298,10 +309,19 @@ class ArrayInfo:
         head = (layer, block) if self.layered else (block,)
         return ".".join(["c", *map(str, head), *("0" for _ in self.row_shape)])
 
+    @property
+    def n_blocks(self) -> int:
+        """Chunks along the sample dimension."""
+        return -(-self.shape[self.sample_axis] // self.rows_per_chunk)
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks in all."""
+        return self.n_blocks * (self.shape[0] if self.layered else 1)
+
     def chunk_keys(self) -> list[str]:
         """Keys of all chunks."""
-        layers = self.shape[0] if self.layered else 1
-        blocks = -(-self.shape[self.sample_axis] // self.rows_per_chunk)
+        layers, blocks = self.shape[0] if self.layered else 1, self.n_blocks
         return [self.chunk_key(layer, block) for layer in range(layers) for block in range(blocks)]
 
     @property
@@ -366,7 +386,7 @@ def parse_array(document: object) -> ArrayInfo:
         chunks=chunks,
         dtype=dtype,
         shuffle=blosc[0] if blosc else None,
-        attributes=document["attributes"],
+        attributes=dict(document["attributes"]),
     )
     if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.codecs:
         raise ValueError(f"codecs {[c.get('name') for c in codecs]}")
@@ -398,8 +418,8 @@ class PartInfo:
 
     Parameters
     ----------
-    name : str
-        Folder of the part below its group.
+    group, name : str
+        Folder of the group, and of the part below it.
     kind : {"part", "annotation"}
         An annotation holds per-prompt columns only and never adds prompts to a view.
     digests : ndarray of uint8, shape (prompt, 32)
@@ -419,6 +439,7 @@ class PartInfo:
         Parts that this one supersedes.
     """
 
+    group: str
     name: str
     kind: str = "part"
     digests: npt.NDArray[np.uint8]
@@ -472,6 +493,8 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
         "format_version": FORMAT_VERSION,
         "kind": info.kind,
         "model": group.model,
+        "group": info.group,
+        "name": info.name,
         "layers": list(info.layers),
         "prompt_sha256": info.digests.tobytes().hex(),
         "n_tokens": None if info.n_tokens is None else info.n_tokens.tolist(),
@@ -515,25 +538,26 @@ def parse_part(data: bytes, where: str) -> PartInfo:
         zeroed = bytearray(data)
         zeroed[_DIGEST] = b"00000000"
         intact = data.startswith(_PREFIX) and data[_DIGEST] == b"%08x" % google_crc32c.value(bytes(zeroed))
-        document = json.loads(data)
-        attributes = document["attributes"]
+        attributes = (document := json.loads(data))["attributes"]
         if attributes["format"] == FORMAT:
             _check_version(attributes["format_version"], where)
         if not intact:
             raise ValueError("its digest does not hold")
-        if attributes["kind"] not in {"part", "annotation"}:
-            raise ValueError(f"kind {attributes['kind']!r}")
+        if attributes["format"] != FORMAT or attributes["kind"] not in {"part", "annotation"}:
+            raise ValueError(f"it is a {attributes['kind']!r} of {attributes['format']!r}")
         metadata = document["consolidated_metadata"]["metadata"]
+        counts = attributes["n_tokens"]
         info = PartInfo(
-            name=where.rsplit("/", 1)[-1],
+            group=_text(attributes["group"]),
+            name=_text(attributes["name"]),
             kind=attributes["kind"],
             digests=np.frombuffer(bytes.fromhex(attributes["prompt_sha256"]), np.uint8).reshape(-1, 32),
-            n_tokens=None if attributes["n_tokens"] is None else np.array(attributes["n_tokens"], np.int64),
-            layers=tuple(attributes["layers"]),
+            n_tokens=None if counts is None else np.array(_lengths(counts), np.int64),
+            layers=_lengths(attributes["layers"]),
             arrays={key: parse_array(doc) for key, doc in metadata.items() if "/" in key},
-            files=attributes["files"],
-            recorded=attributes["recorded"],
-            replaces=tuple(attributes["replaces"]),
+            files={_text(key): _lengths(entry) for key, entry in attributes["files"].items()},
+            recorded=dict(attributes["recorded"]),
+            replaces=tuple(_text(name) for name in attributes["replaces"]),
         )
         _check_part(info)
     except UnsupportedVersionError:
@@ -546,16 +570,40 @@ def parse_part(data: bytes, where: str) -> PartInfo:
     return info
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is no text")
+    return value
+
+
 def _check_part(info: PartInfo) -> None:
-    sizes = {"prompt": len(info.digests), "layer": len(info.layers), "token": 0 if info.n_tokens is None else int(info.n_tokens.sum())}
-    for key, array in info.arrays.items():
-        if not re.fullmatch(r"(prompts|tokens)/[A-Za-z][A-Za-z0-9_]*", key):
-            raise ValueError(f"array name {key!r}")
-        for dim, length in zip(array.dims, array.shape, strict=True):
-            if sizes.get(dim, length) != length:
-                raise ValueError(f"{dim} has {length} rows in {key} but {sizes[dim]} in the index")
-    if info.n_tokens is not None and (info.n_tokens.shape != (len(info.digests),) or (info.n_tokens < 1).any()):
+    """Raise ValueError where parts of a document contradict one another."""
+    n = len(info.digests)
+    if not n or len(np.unique(info.digests, axis=0)) != n:
+        raise ValueError("a prompt occurs twice, or there is none")
+    if list(info.layers) != sorted(set(info.layers)) or (info.layers and info.layers[-1] >= 2**31):
+        raise ValueError("layers are not ascending")
+    if info.name in info.replaces or any(len(entry) != 2 for entry in info.files.values()):
+        raise ValueError("it replaces itself, or its table of files is none")
+    counts = info.n_tokens
+    if counts is not None and (counts.shape != (n,) or (counts < 1).any() or "tokens/position" not in info.arrays):
         raise ValueError("n_tokens does not fit the prompts")
+    sizes = {"prompt": n, "layer": len(info.layers), "token": 0 if counts is None else int(counts.sum())}
+    for key, array in info.arrays.items():
+        match = re.fullmatch(r"(prompts|tokens)/([A-Za-z][A-Za-z0-9_]*)", key)
+        if match is None:
+            raise ValueError(f"array name {key!r}")
+        sample = "token" if match[1] == "tokens" else "prompt"
+        layered = array.dims[0] == "layer"
+        if array.dims != ("layer",) if match[2] == "layer" else array.dims[layered : layered + 1] != (sample,):
+            raise ValueError(f"{key} has dimensions {array.dims}")
+        if layered and f"{match[1]}/layer" not in info.arrays:
+            raise ValueError(f"{key} has layers without numbers")
+        for dim, length in zip(array.dims, array.shape, strict=True):
+            if sizes.get(dim, length) != length or not length:
+                raise ValueError(f"{dim} has {length} rows in {key} but {sizes.get(dim, length)} in the index")
+        if array.n_chunks > len(info.files):
+            raise ValueError(f"{key} has more chunks than there are files")
 
 
 def _dump(document: object, *, sort: bool = True) -> bytes:

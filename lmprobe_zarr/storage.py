@@ -17,7 +17,7 @@ import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,9 @@ class LocalStorage(Storage):
                 _sync_folder(folder)
                 _sync_folder(os.path.dirname(folder))
             # xarray names the Dask arrays of xr.open_dataset by path and this time: without it, those of two moments would mix.
-            os.utime(self.root)
+            # Best effort: what stands here is committed, whatever becomes of this.
+            with suppress(OSError):
+                os.utime(self.root)
 
     @staticmethod
     def _write(path: str, data: Buffer, durable: bool) -> None:

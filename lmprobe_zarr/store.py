@@ -17,6 +17,7 @@ from lmprobe_zarr.chunks import run_all
 from lmprobe_zarr.datasets import to_dataset
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
+    CorruptPartError,
     InvalidArgumentError,
     ModelNotStoredError,
     NotAStoreError,
@@ -26,6 +27,7 @@ from lmprobe_zarr.errors import (
 from lmprobe_zarr.layers import LayerSpec, describe_layers
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
+    GROUP_NAME,
     LEVELS,
     GroupInfo,
     Level,
@@ -94,8 +96,11 @@ def _check_root(storage: Storage, mode: Mode) -> None:
         raise ReadOnlyError(f"{storage.url} cannot be read: check its permissions") from error
     if storage.is_file(""):
         raise NotAStoreError(f"{storage.url} is a file, and a store is a folder: give another path")
-    names = storage.list("")
-    if names and any(not name.endswith(".partial") for name in names):
+    names = [name for name in storage.list("") if not name.endswith(".partial")]
+    if "zarr.json" in names:  # another writer made it between the two looks
+        parse_root(storage.read("zarr.json"), storage.url)
+        return
+    if names:
         raise NotAStoreError(f"{storage.url} is no store of lmprobe-zarr and holds other things ({names[0]!r}): give a new or empty folder")
     if mode == "r":
         raise StoreNotFoundError(f"there is no store at {storage.url}: check the path, or open it with mode='a' to make one")
@@ -137,11 +142,31 @@ class Store:
         return {name: self._groups[name] for name in names if name in self._groups}
 
     def _read_group(self, name: str) -> None:
-        try:
-            data = self.storage.read(f"{name}/zarr.json")
-        except (FileNotFoundError, NotADirectoryError):
+        where = f"{self.url}/{name}"
+        ours = GROUP_NAME.fullmatch(name) is not None
+        data = self._read_document(name)
+        if data is None:
+            if ours and any(self.storage.is_file(f"{name}/{part}/zarr.json") for part in self.storage.list(name)):
+                raise CorruptPartError(f"{where} holds parts, but its own zarr.json is gone: restore it, or delete the folder")
             return
-        self._groups[name] = parse_group(data, f"{self.url}/{name}")
+        try:
+            info = parse_group(data, where)
+        except CorruptPartError:
+            if ours:
+                raise
+            return  # somebody else's group beside ours
+        if info.name != name:
+            raise CorruptPartError(f"{where}/zarr.json is that of {info.name}: it was changed, or the folder renamed or copied")
+        self._groups[name] = info
+
+    def _read_document(self, path: str) -> bytes | None:
+        """The ``zarr.json`` of a folder, None where there is none."""
+        try:
+            return self.storage.read(f"{path}/zarr.json")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except IsADirectoryError as error:
+            raise CorruptPartError(f"{self.url}/{path}/zarr.json is a folder: delete it") from error
 
     def models(self) -> list[str]:
         """Names of all models, sorted."""
@@ -209,11 +234,14 @@ class Store:
         return [self._parts[path] for path in paths if path in self._parts]
 
     def _read_part(self, path: str) -> None:
-        try:
-            data = self.storage.read(f"{path}/zarr.json")
-        except (FileNotFoundError, NotADirectoryError):
+        data = self._read_document(path)
+        if data is None:
             return  # being written, or left behind by a writer that was killed: not committed, so not there
-        self._parts[path] = Part(path, parse_part(data, f"{self.url}/{path}"))
+        info = parse_part(data, f"{self.url}/{path}")
+        folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
+        if path != f"{folder}/{info.name}":
+            raise CorruptPartError(f"{self.url}/{path} is the {info.kind} {info.name!r} of {info.group!r}: it was renamed, moved or copied")
+        self._parts[path] = Part(path, info)
 
     def dataset(
         self,

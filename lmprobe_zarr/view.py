@@ -159,7 +159,7 @@ class View:
         layers : tuple of int
             Wanted layers.
         lengths : ndarray of int, shape (len(rows),), optional
-            For tokens: rows of each prompt. A part that holds another number of them is out of date for that prompt.
+            For tokens: rows of each prompt. What came before a part with another number of them is out of date for that prompt.
         """
         key = f"{level}/{name}"
         owners = (*self.parts, *self.annotations)
@@ -178,13 +178,13 @@ class View:
         held, classes = np.unique(places >= 0, axis=1, return_inverse=True)
         source = np.full((held.shape[1], len(self)), NOWHERE, np.int32)
         start = np.zeros((held.shape[1], len(self)), np.int64)
-        view_lengths = self.token_counts() if level == "tokens" else None
+        since = self._tokens_since() if level == "tokens" else None
         for c in range(held.shape[1]):
             for j in np.flatnonzero(held[:, c]):
                 counts, member = owners[holding[j]].info.n_tokens, self.members[holding[j]]
                 valid, first = member >= 0, np.arange(len(member))
-                if view_lengths is not None and counts is not None:
-                    valid, first = valid & (counts == view_lengths[member]), offsets_of(counts)[:-1]
+                if since is not None and counts is not None:
+                    valid, first = valid & (holding[j] >= since[member]), offsets_of(counts)[:-1]
                 source[c, member[valid]] = j
                 start[c, member[valid]] = first[valid]
         offsets = None if lengths is None else offsets_of(lengths)
@@ -205,6 +205,19 @@ class View:
             if part.info.n_tokens is not None:
                 counts[member] = part.info.n_tokens
         return counts
+
+    def _tokens_since(self) -> Ints:
+        """For each prompt the first part from which on all parts agree on its number of tokens.
+
+        What earlier parts hold of it was seen as other tokens, and is out of date.
+        """
+        counts, since = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
+        for place, (part, member) in enumerate(zip(self.parts, self.members, strict=False)):
+            if part.info.n_tokens is not None:
+                changed = counts[member] != part.info.n_tokens
+                since[member[changed]] = place
+                counts[member] = part.info.n_tokens
+        return since
 
     def covers(self, level: Level, name: str, rows: Ints, layers: tuple[int, ...]) -> npt.NDArray[np.bool_]:
         """Whether a variable is there, shape (layer, prompt); one row for a variable without layers."""
@@ -255,8 +268,14 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
         raise PromptCollisionError(f"two different prompts in {storage.url}/{group.name} share the hash {one}")
     bounds = offsets_of([len(part.info.digests) for part in shown])
     members = [codes[a:b] for a, b in itertools.pairwise(bounds)]
-    keys = pd.Index(_keys_of(digests))
-    members += [np.asarray(keys.get_indexer(pd.Index(_keys_of(note.info.digests))), np.int64) for note in noted]
+    keys: pd.Index[Any] = pd.Index(_keys_of(digests))
+    for note in noted:
+        rows = np.asarray(keys.get_indexer(pd.Index(_keys_of(note.info.digests))), np.int64)
+        if (digests[rows[rows >= 0]] != note.info.digests[rows >= 0]).any():
+            raise PromptCollisionError(
+                f"the annotation {note.info.name} of {storage.url}/{group.name} is of another prompt with the same hash"
+            )
+        members.append(rows)
     return View(storage, group, shown, noted, digests, tuple(members), keys)
 
 

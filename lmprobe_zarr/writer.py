@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch
-from lmprobe_zarr.chunks import encode_chunk, file_entry, run_all
-from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.ragged import positions_of
+from lmprobe_zarr.chunks import TEXT_BYTES, encode_chunk, file_entry, run_all
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.ragged import offsets_of, positions_of
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
     LEVELS,
@@ -30,6 +30,7 @@ from lmprobe_zarr.schema import (
     PartInfo,
     array_dims,
     level_document,
+    parse_part,
     parse_root,
     part_document,
     root_document,
@@ -107,7 +108,7 @@ class PartWriter:
         self.compressed, self.durable, self.replaces = compressed, durable, replaces
         written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.recorded = {"written": written, "python": platform.python_version(), **(recorded or {})}
-        self.nbytes = 0
+        self.nbytes = self.held_nbytes = 0
         self._files: dict[str, tuple[int, int]] = {}
         self._arrays: dict[str, ArrayInfo] = {}
         self._variables: dict[str, _RowBuffer] = {}
@@ -118,6 +119,7 @@ class PartWriter:
         self._shape: tuple[Any, ...] | None = None
         self._layers: tuple[int, ...] = ()
         self._whole_prompts = True
+        self._unfinished = False
 
     def __len__(self) -> int:
         """Prompts so far."""
@@ -133,27 +135,33 @@ class PartWriter:
         NoSpaceError, ReadOnlyError
             The place cannot take it; nothing becomes visible.
         """
-        self._check(batch)
+        columns = self._check(batch)
+        # If anything below fails, some of the batch is in and some is not, and what was begun must never be committed.
+        self._unfinished = True
         self._digests += batch.sha256
         self._seen.update(batch.sha256)
         if batch.n_tokens is not None:
             self._n_tokens.append(np.asarray(batch.n_tokens, np.int64))
-        for name, column in self._batch_columns(batch).items():
+        for name, column in columns.items():
             self._columns.setdefault(name, []).append(column)
         for level in LEVELS:
             for name, array in (batch.prompts if level == "prompts" else batch.tokens).items():
                 layered = name not in batch.unlayered
                 self._buffer(level, name, array, layered, batch).append(array if layered else array[None])
         self.nbytes += batch.nbytes
+        self.held_nbytes += batch.held_nbytes
+        self._unfinished = False
 
-    def _check(self, batch: TokenBatch) -> None:
+    def _check(self, batch: TokenBatch) -> dict[str, Any]:
+        """The columns of a batch as they are stored; raises where it does not fit the first one."""
         shapes = {
             (level, name): (a.dtype.str, a.shape[0 if name in batch.unlayered else 1 :][1:])
             for level, values in (("prompts", batch.prompts), ("tokens", batch.tokens))
             for name, a in values.items()
         }
-        columns = (sorted(batch.prompt_columns), sorted(batch.token_columns), batch.text is None, batch.n_tokens is None)
-        shape = (batch.layers, shapes, columns, dict(batch.stored_dtype))
+        columns = self._batch_columns(batch)
+        kinds = {name: "text" if values.dtype == object else "number" for name, values in columns.items()}
+        shape = (batch.layers, shapes, kinds, dict(batch.stored_dtype))
         if self._shape is None:
             validate_column_names(batch.prompt_columns)
             for (_, name), (code, _) in shapes.items():
@@ -166,20 +174,20 @@ class PartWriter:
         again = self._seen.intersection(batch.sha256)
         if again:
             raise InvalidArgumentError(f"prompt {min(again)[:HASH_DIGITS]} was already given for this part")
+        return columns
 
     def _batch_columns(self, batch: TokenBatch) -> dict[str, Any]:
         n = len(batch.sha256)
         columns: dict[str, Any] = {}
-        if self.kind == "part":
-            lengths = np.full(n, -1, np.int64) if batch.prompt_length is None else np.asarray(batch.prompt_length, np.int64)
-            columns["prompts/prompt_length"] = lengths
+        if batch.prompt_length is not None:
+            columns["prompts/prompt_length"] = np.asarray(batch.prompt_length, np.int64)
         if batch.text is not None:
             columns["prompts/text"] = np.array([_storable(t) for t in batch.text], object)
         columns |= {f"prompts/{name}": as_column(name, values) for name, values in batch.prompt_columns.items()}
         if batch.n_tokens is not None:
             counts = np.asarray(batch.n_tokens, np.int64)
             columns["prompts/n_tokens"] = counts
-            columns["tokens/prompt_row"] = np.repeat(np.arange(len(self) - n, len(self)), counts)
+            columns["tokens/prompt_row"] = np.repeat(np.arange(len(self), len(self) + n), counts)
             whole = positions_of(counts)
             token_columns = {"position": whole, **batch.token_columns}
             self._whole_prompts &= bool(np.array_equal(token_columns["position"], whole))
@@ -223,12 +231,14 @@ class PartWriter:
         NoSpaceError, ReadOnlyError
             The place cannot take it; nothing becomes visible.
         """
-        if not self._digests:
-            raise InvalidArgumentError("a part without prompts cannot be committed")
+        if not self._digests or self._unfinished:
+            what = "whose writing failed half-way" if self._unfinished else "without prompts"
+            raise InvalidArgumentError(f"a part {what} cannot be committed: abort it, and start another")
         for key, buffer in self._variables.items():
             self._arrays[key] = buffer.finish()
         self._write_columns()
         info = PartInfo(
+            group=self.group.name,
             name=self.name,
             kind=self.kind,
             digests=np.frombuffer(bytes.fromhex("".join(self._digests)), np.uint8).reshape(-1, 32),
@@ -239,19 +249,22 @@ class PartWriter:
             recorded=self.recorded,
             replaces=self.replaces,
         )
-        documents: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in info.arrays.items()}
-        documents |= {f"{level}/zarr.json": level_document(info, level) for level in LEVELS if info.variables(level)}
-        for name, document in documents.items():
-            data = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+        texts: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in info.arrays.items()}
+        texts |= {f"{level}/zarr.json": level_document(info, level) for level in LEVELS if info.variables(level)}
+        for name, text in texts.items():
+            data = json.dumps(text, allow_nan=False, separators=(",", ":")).encode()
             self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
             self._files[name] = file_entry(data, chunk=False)
         object.__setattr__(info, "files", dict(sorted(self._files.items())))
-        self.storage.commit(f"{self.path}/zarr.json", part_document(info, self.group), durable=self.durable)
+        document = part_document(info, self.group)
+        parse_part(document, self.path)  # what we could not read must not become visible
+        self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable)
         return info
 
     def abort(self) -> None:
-        """Remove what was written; it was never visible."""
-        self.storage.remove_tree(self.path)
+        """Remove what was written, unless it is visible: an interruption may come between the commit and its return."""
+        if not self.storage.is_file(f"{self.path}/zarr.json"):
+            self.storage.remove_tree(self.path)
 
     def _write_columns(self) -> None:
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
@@ -268,7 +281,7 @@ class PartWriter:
         for key, values in columns.items():
             level, name = key.split("/")
             text = values.dtype == object
-            rows = min(len(values), TEXT_ROWS if text else COLUMN_ROWS)
+            rows = min(len(values), _text_rows(key, values) if text else COLUMN_ROWS)
             shuffle = ("noshuffle" if text or values.dtype.itemsize == 1 else "shuffle") if self.compressed else None
             info = ArrayInfo(
                 dims=("layer",) if name == "layer" else (SAMPLE_DIM["tokens" if level == "tokens" else "prompts"],),
@@ -281,6 +294,20 @@ class PartWriter:
             for block in range(-(-len(values) // rows)):
                 self.write_chunk(key, info, 0, block, values[block * rows : (block + 1) * rows])
             self._arrays[key] = info
+
+
+def _text_rows(key: str, values: Array) -> int:
+    """How many texts go into one chunk: fewer where they are long."""
+    offsets = offsets_of([4 + len(text.encode()) for text in values])
+    rows = TEXT_ROWS
+    while True:
+        starts = np.arange(0, len(values), rows)
+        longest = int((offsets[np.minimum(starts + rows, len(values))] - offsets[starts]).max())
+        if longest <= TEXT_BYTES:
+            return rows
+        if rows == 1:
+            raise InvalidArgumentError(f"{key} holds a text of {longest} bytes, and {TEXT_BYTES} is the most: leave it out, or shorten it")
+        rows //= 2
 
 
 class _RowBuffer:
@@ -348,19 +375,25 @@ def as_column(name: str, values: Sequence[Any] | Array) -> Array:
     ------
     InvalidArgumentError
         Values that are neither numbers, truth values nor texts, or several of these at once.
+    InvalidTypeError
+        No sequence, or one with labels of its own that may be in another order than the prompts.
     """
-    items: Iterable[Any] = values.tolist() if isinstance(values, np.ndarray) else list(values)
-    listed = [item.item() if isinstance(item, np.generic) else item for item in items]
+    if isinstance(values, Mapping | set | frozenset | str | bytes) or not isinstance(values, Iterable):
+        raise InvalidTypeError(f"column {name!r} is a {type(values).__name__}: give one value per prompt, in the order of the prompts")
+    index: Any = getattr(values, "index", None)  # of a pandas Series, without importing pandas
+    if hasattr(values, "iloc") and any(isinstance(key, str) for key in index):
+        raise InvalidTypeError(f"column {name!r} is a Series with labels of its own: give .to_numpy() if its order is that of the prompts")
+    # A numpy date becomes a bare number by item(), and is refused below as it is.
+    listed = [item.item() if isinstance(item, np.generic) and item.dtype.kind not in "mM" else item for item in values]
     kinds = {type(item) for item in listed}
     if kinds <= {bool}:
         return np.array(listed, bool)
-    if kinds <= {int}:
-        try:
-            return np.array(listed, np.int64)
-        except OverflowError as error:
-            raise InvalidArgumentError(f"column {name!r} holds integers outside of 64 bits") from error
     if kinds <= {int, float}:
-        return np.array(listed, np.float64)
+        limit = 2**63 if kinds <= {int} else 2**53
+        wide = [item for item in listed if isinstance(item, int) and abs(item) >= limit]
+        if wide:
+            raise InvalidArgumentError(f"column {name!r} holds {str(wide[0])[:24]}, too large to be stored exactly: use texts")
+        return np.array(listed, np.int64 if kinds <= {int} else np.float64)
     if all(isinstance(item, str) for item in listed):
         return np.array([_storable(str(item)) for item in listed], object)
     found = ", ".join(sorted(kind.__name__ for kind in kinds))

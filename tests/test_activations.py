@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 
 import lmprobe_zarr as lz
@@ -68,7 +69,7 @@ POOLED = {"resid_mean": {0: np.ones((3, 4), "f4")}}
         ({"activations": {"resid_mean": ragged()}}, "no site"),
         ({"pooled": {"resid_mean": np.ones((3, 4), "f4")}}, "give {layer"),
         ({"pooled": {"resid_mean": {0: np.ones((2, 4), "f4")}}}, "3 prompts"),
-        ({"pooled": {"resid_mean": {0: np.ones((3, 4), "f4"), 1: np.ones((3, 5), "f4")}}}, "differ in hidden size"),
+        ({"pooled": {"resid_mean": {0: np.ones((3, 4), "f4"), 1: np.ones((3, 5), "f4")}}}, "differ in shape"),
         ({"pooled": {"resid_mean": {0: np.ones((3, 4), "i4")}}}, "int32"),
         ({"pooled": {**POOLED, "attn_mean": {1: np.ones((3, 4), "f4")}}}, "different layers"),
         ({"activations": {"resid": {0: ragged()[0][:2]}}}, "2 arrays for 3 prompts"),
@@ -79,6 +80,17 @@ POOLED = {"resid_mean": {0: np.ones((3, 4), "f4")}}
         ({"pooled": POOLED, "coords": {"prompt": [1, 2, 3]}}, "name of the format"),
         ({"pooled": POOLED, "coords": {"label": [1, None, 3]}}, "none missing"),
         ({"pooled": POOLED, "num_layers": 0}, "num_layers=0"),
+        ({"pooled": {"embed_mean": np.ones((3, 4), "f4")}, "num_layers": True}, "num_layers=True"),
+        ({"pooled": {"resid_mean": {0: np.ones((3, 0), "f4")}}}, "holds no values"),
+        ({"pooled": {"resid_mean": {0: np.ones(3, "f4")}}}, r"give \(rows, hidden\)"),
+        ({"pooled": {"embed_mean": 1.0}}, r"give \(rows, hidden\)"),
+        ({"pooled": {"resid_mean": {2**70: np.ones((3, 4), "f4")}}}, "layer numbers"),
+        ({"pooled": POOLED, "provenance": {"seed": 10**30}}, "beyond 64 bits"),
+        ({"activations": {"resid": ragged()}, "token_ids": [[1], [2, 3], [4, 5, 6, 7]]}, "1 ids for prompt number 0, which has 2 tokens"),
+        ({"activations": {"resid": ragged()}, "token_ids": [[1] * 7]}, "1 lists for 3 prompts"),
+        ({"pooled": POOLED, "coords": {"label": [1, 0.5, 2**60]}}, "too large"),
+        ({"pooled": POOLED, "coords": {"label": [1, 0.5, 10**400]}}, "too large"),
+        ({"pooled": POOLED, "coords": {"day": np.array(["2026-01-01"] * 3, "M8[D]")}}, "datetime64"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(store: Store, arguments: dict[str, Any], message: str) -> None:
@@ -92,6 +104,12 @@ def test_repeated_prompts_and_a_bare_text_are_refused(store: Store) -> None:
         lz.write_activations(store, model="m", prompts=["a", "b", "a"], pooled=POOLED)
     with pytest.raises(InvalidTypeError, match="one text"):
         lz.write_activations(store, model="m", prompts="abc", pooled=POOLED)
+    for column in ({"a": 1, "b": 2, "c": 3}, {1, 2, 3}, "abc", pd.Series([1, 2, 3], index=["c", "b", "a"])):
+        with pytest.raises(InvalidTypeError, match="column 'label' is a"):
+            lz.write_activations(store, model="m", prompts=PROMPTS, pooled=POOLED, coords={"label": column})  # type: ignore[dict-item]
+    with pytest.raises(InvalidTypeError, match="activations is a list"):
+        lz.write_activations(store, model="m", prompts=PROMPTS, activations=[1])  # type: ignore[arg-type]
+    assert store.storage.list("") == []
     with pytest.raises(InvalidTypeError, match="not float"):
         lz.write_activations(store, model="m", prompts=[1.0, 2.0, 3.0], pooled=POOLED)  # type: ignore[list-item]
     with pytest.raises(InvalidArgumentError, match="no name of a model"):

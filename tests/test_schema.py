@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from conftest import GROUP
@@ -25,13 +28,16 @@ from lmprobe_zarr.schema import (
 )
 
 ARRAY = ArrayInfo(dims=("layer", "prompt", "hidden"), shape=(2, 3, 8), chunks=(1, 3, 8), dtype="float16", shuffle="shuffle")
+LAYER = ArrayInfo(dims=("layer",), shape=(2,), chunks=(2,), dtype="int64", shuffle="shuffle")
+POSITION = ArrayInfo(dims=("token",), shape=(6,), chunks=(6,), dtype="int64", shuffle="shuffle")
 PART = PartInfo(
+    group="store",
     name="p",
     digests=np.arange(96, dtype=np.uint8).reshape(3, 32),
     n_tokens=np.array([1, 2, 3]),
     layers=(0, 5),
-    arrays={"prompts/resid_mean": ARRAY},
-    files={"prompts/resid_mean/c.0.0.0": (10, 77)},
+    arrays={"prompts/resid_mean": ARRAY, "prompts/layer": LAYER, "tokens/position": POSITION},
+    files={"prompts/resid_mean/c.0.0.0": (10, 77), "prompts/resid_mean/c.1.0.0": (10, 78)},
 )
 
 
@@ -53,6 +59,55 @@ def test_any_changed_byte_of_a_part_document_is_noticed() -> None:
         changed[position] ^= 1
         with pytest.raises((CorruptPartError, UnsupportedVersionError)):
             parse_part(bytes(changed), "p")
+
+
+def resealed(change: Callable[[dict[str, Any]], None]) -> bytes:
+    """A part document with a change, and a digest that holds."""
+    document = json.loads(part_document(PART, GROUP))
+    change(document)
+    document["attributes"]["digest"] = "crc32c:00000000"
+    data = json.dumps(document, separators=(",", ":")).encode()
+    return data.replace(b"crc32c:00000000", b"crc32c:%08x" % google_crc32c.value(data), 1)
+
+
+def attribute(name: str, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document["attributes"].__setitem__(name, value)
+
+
+WRONG: dict[str, list[Any]] = {
+    "layers": [[1, 0], [0, "1"], [0, None], [0, 2**80], [[0]], [0, -1], [0, True], 3, [0]],
+    "n_tokens": [[1, 2], [1, 2, 4], [1.0, 2, 3], ["1", 2, 3], [0, 3, 3], [-1, 4, 3], [2**80, 1, 1], "123", 6],
+    "prompt_sha256": ["", "abc", "zz" * 96, "00" * 96, 5, None],
+    "replaces": [["p"], [["x"]], [3], 5, None],
+    "files": [[], None, {"a": 3}, {"a": [1]}, {"a": ["1", 2]}, {"a": [1, -2]}, {}],
+    "kind": ["group", None, 3, ["part"]],
+    "format": ["zzz", None],
+    "recorded": [3, "x"],
+    "name": [3, None],
+    "group": [None],
+}
+LIES: dict[str, Callable[[dict[str, Any]], None]] = {
+    **{f"{name}={value!r:.30}": attribute(name, value) for name, values in WRONG.items() for value in values},
+    "no attributes": lambda d: d.__setitem__("attributes", {"digest": "crc32c:00000000"}),
+    "no metadata": lambda d: d.pop("consolidated_metadata"),
+    "metadata a list": lambda d: d["consolidated_metadata"].__setitem__("metadata", []),
+    "no position": lambda d: d["consolidated_metadata"]["metadata"].pop("tokens/position"),
+    "no layer numbers": lambda d: d["consolidated_metadata"]["metadata"].pop("prompts/layer"),
+    "a path for a name": lambda d: d["consolidated_metadata"]["metadata"].__setitem__("prompts/../x", LAYER.to_document()),
+    "other dimensions": lambda d: d["consolidated_metadata"]["metadata"].__setitem__("prompts/x", POSITION.to_document()),
+    "attributes a list": lambda d: d["consolidated_metadata"]["metadata"]["prompts/layer"].__setitem__("attributes", [1]),
+    "a huge array": lambda d: d["consolidated_metadata"]["metadata"]["tokens/position"].__setitem__("shape", [2**50]),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_part_document_that_lies_under_a_digest_that_holds_is_refused(lie: str) -> None:
+    with pytest.raises(CorruptPartError, match="damaged"):
+        parse_part(resealed(LIES[lie]), "store/p")
+
+
+def test_the_way_the_lies_are_told_is_not_itself_refused() -> None:
+    assert parse_part(resealed(lambda _: None), "store/p").layers == (0, 5)
 
 
 @given(st.integers(min_value=0))

@@ -23,6 +23,7 @@ from lmprobe_zarr.errors import (
     LayerOutOfRangeError,
     MissingPromptsError,
     ModelNotStoredError,
+    NoSpaceError,
     NotAStoreError,
     PromptCollisionError,
     ReadOnlyError,
@@ -100,6 +101,25 @@ def test_a_prompt_with_other_tokens_than_before_is_never_mixed(store: Store) -> 
     assert tokens.sizes["token"] == 5
     np.testing.assert_array_equal(tokens.resid.sel(layer=1).values, newer.tokens["resid"][0])
     assert np.isnan(tokens.resid.sel(layer=0).values).all(), "layer 0 was only ever seen with three tokens"
+
+
+def test_tokens_seen_as_others_since_never_come_back(store: Store) -> None:
+    """Three tokens, then two, then three again: what was stored of the first three is out of date."""
+    store.write(GROUP, make_batch(["a"], n_tokens=[3], layers=(0, 1), seed=1))
+    store.write(GROUP, make_batch(["a"], n_tokens=[2], layers=(0,), seed=2))
+    last = make_batch(["a"], n_tokens=[3], layers=(1,), seed=3)
+    store.write(GROUP, last)
+    resid = store.tokens().resid
+    np.testing.assert_array_equal(resid.sel(layer=1).values, last.tokens["resid"][0])
+    assert np.isnan(resid.sel(layer=0).values).all()
+    assert store.coverage().sel(variable="resid").values.tolist() == [[False, True]]
+
+
+def test_an_unknown_length_does_not_hide_a_known_one(store: Store) -> None:
+    store.write(GROUP, make_batch(["abc"]))
+    batch = make_batch(["abc"])
+    store.write(GROUP, TokenBatch(sha256=batch.sha256, layers=batch.layers, prompts=batch.prompts))
+    assert store.dataset().prompt_length.values.tolist() == [4]
 
 
 def test_a_view_is_a_snapshot_and_another_shows_what_came_later(store: Store) -> None:
@@ -434,6 +454,61 @@ def test_batches_that_do_not_fit_the_first_are_refused(store: Store) -> None:
         writer.append(make_batch(["a"]))
     with pytest.raises(InvalidArgumentError, match="without prompts"):
         store.new_part(GROUP).commit()
+
+
+def test_a_part_whose_writing_failed_is_never_committed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmprobe_zarr.writer.CHUNK_BYTES", 32)
+    monkeypatch.setattr("lmprobe_zarr.writer.MIN_CHUNK_BYTES", 32)
+    writer = store.new_part(GROUP)
+    real = store.storage.write
+    monkeypatch.setattr(store.storage, "write", lambda *_, **__: (_ for _ in ()).throw(NoSpaceError("full")))
+    with pytest.raises(NoSpaceError):
+        writer.append(make_batch(["a", "b"]))
+    monkeypatch.setattr(store.storage, "write", real)
+    with pytest.raises(InvalidArgumentError, match="failed half-way"):
+        writer.commit()
+
+
+def test_aborting_after_the_commit_deletes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when Ctrl-C comes after the file has its name, and before the call returns."""
+    real = store.storage.commit
+
+    def interrupted(key: str, data: bytes, *, durable: bool) -> None:
+        real(key, data, durable=durable)
+        if key.count("/") == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.storage, "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(GROUP, make_batch(["a"]))
+    assert np.isfinite(lz.open_store(store.url).dataset().resid_mean.values).all()
+    assert lz.open_store(store.url).dataset().sizes["prompt"] == 1
+
+
+def test_an_annotation_of_another_prompt_with_the_same_hash_is_an_error(store: Store) -> None:
+    store.write(GROUP, make_batch(["a"]))
+    forged = TokenBatch(sha256=[prompt_sha256("a")[:16] + "0" * 48], prompt_columns={"label": np.array([7])})
+    writer = store.new_part(GROUP, kind="annotation")
+    writer.append(forged)
+    writer.commit()
+    with pytest.raises(PromptCollisionError, match="annotation"):
+        store.dataset()
+
+
+def test_long_texts_are_cut_into_chunks_by_size(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmprobe_zarr.writer.TEXT_BYTES", 5000)
+    texts = ["x" * (n * 100) for n in range(1, 30)]
+    store.write(GROUP, make_batch(texts, tokens=False))
+    assert store.dataset().text.values.tolist() == texts
+    with pytest.raises(InvalidArgumentError, match="text of"):
+        store.write(GROUP, make_batch(["y" * 6000], tokens=False))
+
+
+def test_columns_of_one_part_keep_their_kind(store: Store) -> None:
+    writer = store.new_part(GROUP)
+    writer.append(make_batch(["a"], columns={"label": [1]}))
+    with pytest.raises(InvalidArgumentError, match="same variables"):
+        writer.append(make_batch(["b"], columns={"label": ["one"]}))
 
 
 def test_a_part_that_replaces_others_hides_them(store: Store) -> None:
