@@ -40,6 +40,7 @@ FIELDS = {
     "special_tokens",
     "chat_template",
     "truncation",
+    "modules",
 }
 
 
@@ -347,40 +348,40 @@ def test_an_object_gives_what_its_folder_gives(llama: Path) -> None:
 
 
 def test_any_edit_of_any_weight_changes_the_fingerprint() -> None:
-    from lmprobe_zarr.extraction.fingerprint import weights_fingerprint
+    from lmprobe_zarr.extraction.fingerprint import model_fingerprint
 
     model = tiny_model("llama").to(torch.bfloat16)
-    seen = {weights_fingerprint(model)}
-    assert weights_fingerprint(tiny_model("llama").to(torch.bfloat16)) in seen
+    seen = {model_fingerprint(model)}
+    assert model_fingerprint(tiny_model("llama").to(torch.bfloat16)) in seen
     for name, parameter in model.named_parameters():
         flat = parameter.data.view(-1)
         for place in (0, flat.numel() // 2, flat.numel() - 1):
             before = flat[place].clone()
             flat.view(torch.int16)[place] ^= 1
-            edited = weights_fingerprint(model)
+            edited = model_fingerprint(model)
             assert edited not in seen, name
             seen.add(edited)
             flat[place] = before
     assert len(seen) == 1 + 3 * len(list(model.named_parameters()))
-    assert weights_fingerprint(model) == min(seen & {weights_fingerprint(tiny_model("llama").to(torch.bfloat16))})
+    assert model_fingerprint(model) == min(seen & {model_fingerprint(tiny_model("llama").to(torch.bfloat16))})
 
 
 def test_exchanged_rows_negated_weights_and_other_shapes_have_other_fingerprints() -> None:
-    from lmprobe_zarr.extraction.fingerprint import weights_fingerprint
+    from lmprobe_zarr.extraction.fingerprint import model_fingerprint
 
     model = tiny_model("gpt2")
-    first = weights_fingerprint(model)
+    first = model_fingerprint(model)
     table = model.wte.weight.data
     table[[0, 1]] = table[[1, 0]]
-    assert weights_fingerprint(model) != first
+    assert model_fingerprint(model) != first
     table[[0, 1]] = table[[1, 0]]
-    assert weights_fingerprint(model) == first
+    assert model_fingerprint(model) == first
     table.neg_()
-    assert weights_fingerprint(model) != first
+    assert model_fingerprint(model) != first
     flat, tall = torch.nn.Module(), torch.nn.Module()
     flat.weight = torch.nn.Parameter(torch.ones(2, 6))
     tall.weight = torch.nn.Parameter(torch.ones(6, 2))
-    assert weights_fingerprint(flat) != weights_fingerprint(tall)
+    assert model_fingerprint(flat) != model_fingerprint(tall)
 
 
 def test_the_fingerprint_goes_over_every_chunk_every_dtype_and_every_memory_order() -> None:
@@ -393,20 +394,20 @@ def test_the_fingerprint_goes_over_every_chunk_every_dtype_and_every_memory_orde
 
     size = 2 * fingerprint.CHUNK + 5
     long = torch.arange(size, dtype=torch.int32)
-    first = fingerprint.weights_fingerprint(holder(long))
+    first = fingerprint.model_fingerprint(holder(long))
     for place in (0, fingerprint.CHUNK - 1, fingerprint.CHUNK, size - 1):
         long[place] += 1
-        assert fingerprint.weights_fingerprint(holder(long)) != first
+        assert fingerprint.model_fingerprint(holder(long)) != first
         long[place] -= 1
     for dtype in (torch.bool, torch.uint8, torch.int8, torch.float16, torch.float64, torch.int64, torch.float8_e4m3fn, torch.complex64):
         one, other = torch.zeros(7).to(dtype), torch.ones(7).to(dtype)
-        assert fingerprint.weights_fingerprint(holder(one)) != fingerprint.weights_fingerprint(holder(other))
+        assert fingerprint.model_fingerprint(holder(one)) != fingerprint.model_fingerprint(holder(other))
     for odd in (torch.tensor(3.0), torch.zeros(0), torch.zeros(3, dtype=torch.float16)[1:]):
-        assert fingerprint.weights_fingerprint(holder(odd)).startswith("bits:")
+        assert fingerprint.model_fingerprint(holder(odd)).startswith("bits:")
     square = torch.randn(5, 7)
-    assert fingerprint.weights_fingerprint(holder(square)) == fingerprint.weights_fingerprint(holder(square.t().contiguous().t()))
+    assert fingerprint.model_fingerprint(holder(square)) == fingerprint.model_fingerprint(holder(square.t().contiguous().t()))
     with pytest.raises(InvalidArgumentError, match="offloaded"):
-        fingerprint.weights_fingerprint(holder(torch.empty(3, device="meta")))
+        fingerprint.model_fingerprint(holder(torch.empty(3, device="meta")))
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -468,6 +469,331 @@ def test_every_error_of_this_package_is_the_nearest_builtin_too() -> None:
     assert issubclass(ModelNotFoundError, OSError)
     assert issubclass(UnknownArchitectureError, ValueError)
     assert issubclass(InvalidTypeError, LmprobeZarrError)
+
+
+# ---------------------------------------------------------------- what computes differently has another key
+
+
+def fingerprint_of(model: Any) -> str:
+    return str(loaded_from(model).provenance["weights"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"rms_norm_eps": 0.5}),
+        ("gpt2", {"n_head": 2}),
+        ("mistral", {"sliding_window": 2}),
+    ],
+)
+def test_the_same_weights_under_another_configuration_have_another_key(kind: str, options: dict[str, Any]) -> None:
+    one, other = tiny_model(kind), tiny_model(kind, **options)
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert fingerprint_of(one) != fingerprint_of(other)
+
+
+def edit_config(model: Any) -> None:
+    model.config.rms_norm_eps = 0.3
+
+
+def edit_class(model: Any) -> None:
+    class Mine(type(model.layers[1].mlp)):  # type: ignore[misc]
+        pass
+
+    model.layers[1].mlp.__class__ = Mine
+
+
+def edit_scaling(model: Any) -> None:
+    model.layers[0].self_attn.scaling *= 4
+
+
+def edit_activation(model: Any) -> None:
+    model.layers[2].mlp.act_fn = torch.nn.GELU()
+
+
+def edit_tensor(model: Any) -> None:
+    model.layers[2].steer = torch.ones(3)
+
+
+def edit_order(model: Any) -> None:
+    model.layers = torch.nn.ModuleList([model.layers[i] for i in (1, 0, 2, 3)])
+
+
+def edit_repeat(model: Any) -> None:
+    model.layers = torch.nn.ModuleList([model.layers[i] for i in (0, 1, 0, 1)])
+
+
+def edit_repeat_otherwise(model: Any) -> None:
+    model.layers = torch.nn.ModuleList([model.layers[i] for i in (0, 1, 1, 0)])
+
+
+EDITS = [edit_config, edit_class, edit_scaling, edit_activation, edit_tensor, edit_order, edit_repeat, edit_repeat_otherwise]
+
+
+def test_edits_that_are_no_weights_have_keys_of_their_own() -> None:
+    seen = {fingerprint_of(tiny_model("llama"))}
+    for number, edit in enumerate(EDITS, 2):
+        model = tiny_model("llama")
+        edit(model)
+        seen.add(fingerprint_of(model))
+        assert len(seen) == number, edit.__name__
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {}), ("gemma3", {}), ("bert", {}), ("llama", {"rope_parameters": DYNAMIC}), ("llama", {"rope_parameters": LONGROPE})],
+)
+def test_a_key_does_not_change_with_use(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = tiny_model(kind, **options)
+    first = fingerprint_of(model)
+    long = 200 if "rope_parameters" in options else 30
+    with torch.no_grad():
+        model(input_ids=torch.arange(long)[None], output_hidden_states=True)
+    assert fingerprint_of(model) == first
+    vectors(loaded_from(model), keep_tokens=True)
+    assert fingerprint_of(model.train()) == first
+    model.save_pretrained(tmp_path)
+    assert fingerprint_of(model) == first
+    for how in ({}, {"attn_implementation": "eager"}, {"device_map": {"": "cpu"}}):
+        assert fingerprint_of(transformers.AutoModel.from_pretrained(tmp_path, **how)) == first
+
+
+def test_a_key_is_the_same_in_every_process() -> None:
+    code = (
+        "from tiny_models import tiny_model\n"
+        "from lmprobe_zarr.extraction.fingerprint import model_fingerprint\n"
+        "print(model_fingerprint(tiny_model('gemma2')))"
+    )
+    from lmprobe_zarr.extraction.fingerprint import model_fingerprint
+
+    environment = {**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == model_fingerprint(tiny_model("gemma2"))
+
+
+def steer_with_hook(model: Any) -> None:
+    model.layers[1].register_forward_hook(lambda _m, _a, output: output + 1)
+
+
+def steer_with_pre_hook(model: Any) -> None:
+    model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] + 1, *args[1:]))
+
+
+def steer_with_method(model: Any) -> None:
+    before = model.layers[1].mlp.forward
+    model.layers[1].mlp.forward = lambda x: before(x) * 3
+
+
+def steer_with_disguised_method(model: Any) -> None:
+    import functools
+
+    before = model.layers[1].mlp.forward
+    model.layers[1].mlp.forward = functools.wraps(before)(lambda x: before(x) * 3)
+
+
+@pytest.mark.parametrize("steer", [steer_with_hook, steer_with_pre_hook, steer_with_method, steer_with_disguised_method])
+def test_own_code_in_a_model_needs_a_field_that_names_it(steer: Any) -> None:
+    model = tiny_model("llama")
+    plain = vectors(loaded_from(model))
+    steer(model)
+    with pytest.raises(InvalidArgumentError, match=r"on 'layers\.1.*provenance=\{'steering'"):
+        loaded_from(model)
+    with pytest.raises(InvalidArgumentError, match="steering"):
+        loaded_from(model, provenance={})
+    steered = loaded_from(model, provenance={"steering": "plus one", "strength": 3})
+    assert (steered.provenance["steering"], steered.provenance["strength"]) == ("plus one", 3)
+    assert all(not np.allclose(value[-1], plain[digest][-1]) for digest, value in vectors(steered).items())
+
+
+def test_a_hook_on_every_module_needs_a_field_that_names_it(llama: Path) -> None:
+    from torch.nn.modules.module import register_module_forward_hook
+
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(InvalidArgumentError, match="every module"):
+            extraction.load_model(llama, device="cpu")
+        assert extraction.load_model(llama, device="cpu", provenance={"steering": "none"}).provenance["steering"] == "none"
+    finally:
+        handle.remove()
+
+
+def test_own_fields_and_names_of_modules_are_in_the_provenance_either_way(llama: Path) -> None:
+    own: dict[str, Any] = {"steering": "x", "strength": 1.5, "on": True, "none": None}
+    names = {"layers": "layers", "mlp": "input_layernorm"}
+    known = identify(llama, modules=names, provenance=own).provenance
+    loaded = extraction.load_model(llama, device="cpu", modules=names, provenance=own).provenance
+    assert known == loaded
+    assert set(loaded) == FIELDS | set(own) == set(extraction.PROVENANCE_FIELDS) | set(own)
+    turned = dict(reversed(list(names.items())))
+    assert identify(llama, modules=turned).provenance["modules"] == loaded["modules"]
+    assert identify(llama).provenance["modules"] is None
+    assert identify(llama, modules={**names, "mlp": "mlp"}).provenance["modules"] != loaded["modules"]
+    hub = identify("owner/never-seen", modules=names, provenance=own).provenance
+    assert {name: hub[name] for name in ("modules", *own)} == {name: loaded[name] for name in ("modules", *own)}
+    for call in (identify, extraction.load_model):
+        for field in sorted(FIELDS):
+            with pytest.raises(InvalidArgumentError, match=f"'{field}', found out"):
+                call(llama, provenance={field: "x"})
+        with pytest.raises(InvalidArgumentError, match="string, number"):
+            call(llama, provenance={"steering": [1]})
+        with pytest.raises(InvalidTypeError, match="mapping"):
+            call(llama, provenance="steered")  # type: ignore[arg-type]
+        with pytest.raises(InvalidTypeError, match="modules is a str"):
+            call(llama, modules="layers")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_every_state_of_an_adapter_has_a_key_of_its_own() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        settings = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(tiny_model("llama"), settings).eval()
+
+    def layers(model: Any) -> list[Any]:
+        return [part for part in model.modules() if hasattr(part, "merged_adapters")]
+
+    first = fingerprint_of(adapted())
+    assert fingerprint_of(adapted()) == first
+    stronger, partly, merged, ran = adapted(), adapted(), adapted(), adapted()
+    for part in layers(stronger):
+        part.scaling["default"] *= 5
+    for part in layers(partly)[:4]:
+        part.enable_adapters(False)
+    merged.merge_adapter()
+    assert len({first, *map(fingerprint_of, (stronger, partly, merged))}) == 4
+    vectors(loaded_from(ran))
+    assert fingerprint_of(ran) == first
+
+
+def test_the_scales_beside_packed_weights_are_in_the_key_wherever_they_lie() -> None:
+    from types import SimpleNamespace
+
+    from lmprobe_zarr.extraction.fingerprint import model_fingerprint
+
+    def packed(scale: float, *, four_bits: bool, used: bool = False) -> Any:
+        module = torch.nn.Linear(4, 4, bias=False)
+        module.weight = weight = torch.nn.Parameter(torch.arange(16, dtype=torch.uint8), requires_grad=False)
+        scales = torch.full((4,), scale)
+        module.state = SimpleNamespace(SCB=scales if used else None)
+        if four_bits:
+            weight.quant_state = SimpleNamespace(as_dict=lambda packed: {"absmax": scales})
+        elif not used:
+            weight.SCB = scales
+        return module
+
+    for four_bits in (True, False):
+        assert model_fingerprint(packed(1.0, four_bits=four_bits)) != model_fingerprint(packed(2.0, four_bits=four_bits))
+    assert model_fingerprint(packed(1.0, four_bits=False)) == model_fingerprint(packed(1.0, four_bits=False, used=True))
+
+
+@pytest.mark.parametrize("change", [{"truncation_side": "left"}, {"split_special_tokens": True}])
+def test_how_a_tokenizer_object_cuts_is_in_its_digest(change: dict[str, Any]) -> None:
+    from lmprobe_zarr.extraction.identity import tokenizer_object_digest
+
+    one, other = tiny_tokenizer(), tiny_tokenizer()
+    assert tokenizer_object_digest(one) == tokenizer_object_digest(other)
+    for name, value in change.items():
+        setattr(other, name, value)
+    assert tokenizer_object_digest(one) != tokenizer_object_digest(other)
+    before = tokenizer_object_digest(one)
+    tokenize(parse_prompts(PROMPTS), one, max_length=4, truncation=True)
+    one.padding_side = "left"
+    assert tokenizer_object_digest(one) == before
+
+
+def test_an_edited_bin_file_beside_stray_safetensors_is_noticed(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(llama, tmp_path / "bin")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    save_file({"v": torch.zeros(2)}, folder / "value_head.safetensors")
+    before = identify(folder).provenance["weights"]
+    torch.save({name: tensor * 1.5 for name, tensor in weights.items()}, folder / "pytorch_model.bin")
+    after = identify(folder).provenance["weights"]
+    assert after != before
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    assert identify(folder).provenance["weights"] != after
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "both")
+    (folder / "adapter_config.json").write_text("{}")
+    for call in (identify, extraction.load_model):
+        with pytest.raises(ModelNotFoundError, match="load it onto its base model with peft"):
+            call(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_an_adapter_that_transformers_applies_on_its_own_is_refused(llama: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from lmprobe_zarr.extraction import loading
+
+    folder = shutil.copytree(llama, tmp_path / "snapshot")
+    model = peft.get_peft_model(tiny_model("llama", "AutoModelForCausalLM"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(folder)}))
+    # As for a hub id, whose files are not looked at before.
+    with pytest.raises(ModelNotFoundError, match="holds an adapter beside the model"):
+        loading._load_weights(str(folder), None, None, "float32", None, False)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile imports what torch deprecates
+def test_hooks_that_only_place_a_model_are_none_of_the_callers() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    from lmprobe_zarr.extraction.fingerprint import foreign_code
+
+    model = tiny_model("llama")
+    first = fingerprint_of(model)
+    placed = accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert "_hf_hook" in vars(placed)
+    assert fingerprint_of(placed) == first
+    assert foreign_code(torch.compile(tiny_model("llama"))) is None
+    steered = tiny_model("llama")
+    steer_with_method(steered)
+    placed = accelerate.dispatch_model(
+        steered, {"embed_tokens": "cpu", "layers": "cpu", "norm": "cpu", "rotary_emb": "cpu"}, force_hooks=True
+    )
+    assert "layers.1.mlp" in str(foreign_code(placed))
+
+
+def test_a_tokenizer_of_another_model_is_a_clear_error() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["quick"])
+    loaded = loaded_from(tiny_model("llama"), tokenizer=tokenizer)
+    prompts = parse_prompts(["The", "The quick"])
+    words = r"prompts\[1\] becomes the token id 300.*do not belong together"
+    with pytest.raises(InvalidArgumentError, match=words):
+        tokenize(prompts, tokenizer, vocab_size=loaded.vocab_size)
+    with pytest.raises(InvalidArgumentError, match=words):
+        extraction.run(loaded, tokenize(prompts, tokenizer))
+
+
+def test_generators_and_numbers_of_numpy_work_or_say_what_to_do(llama: Path) -> None:
+    assert len(parse_prompts(text for text in PROMPTS)) == len(PROMPTS)
+    with pytest.raises(InvalidTypeError, match="list of it"):
+        extraction.prompts_kind(text for text in PROMPTS)
+    loaded = extraction.load_model(llama, device="cpu")
+    for layers in (np.int64(2), np.array(2), np.array([2])):
+        assert all(value.shape == (1, 32) for value in vectors(loaded, layers=layers).values())
 
 
 # ---------------------------------------------------------------- real weights

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from lmprobe_zarr.errors import MissingDependencyError
-from lmprobe_zarr.extraction.identity import DTYPES, ModelIdentity, Provenance, identify, model_name
+from lmprobe_zarr.extraction.identity import DTYPES, PROVENANCE_FIELDS, ModelIdentity, Provenance, identify, model_name
 from lmprobe_zarr.extraction.prompts import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.extraction.tokenizing import TokenizedPrompts, length_limit, tokenize
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "PROMPT_KINDS",
+    "PROVENANCE_FIELDS",
     "LoadedModel",
     "ModelIdentity",
     "Progress",

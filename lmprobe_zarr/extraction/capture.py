@@ -22,7 +22,7 @@ from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.loading import LoadedModel, quiet_logging
 from lmprobe_zarr.extraction.prompts import shorten
-from lmprobe_zarr.extraction.tokenizing import TokenizedPrompts
+from lmprobe_zarr.extraction.tokenizing import TokenizedPrompts, outside_vocabulary
 from lmprobe_zarr.layers import LayerSpec, resolve_layers
 from lmprobe_zarr.pooling import parse_poolings
 from lmprobe_zarr.ragged import concat_ranges, offsets_of, positions_of
@@ -343,11 +343,15 @@ def _next_batch(lengths: Ints, budget: int, uniform_above: int | None) -> int:
     return max(1, fits)
 
 
-def _check(loaded: LoadedModel, request: _Request, batch_tokens: int | None) -> None:
+def _check(loaded: LoadedModel, tokenized: TokenizedPrompts, request: _Request, batch_tokens: int | None) -> None:
     if not request.keep_tokens and not request.poolings:
         raise InvalidArgumentError("nothing would be kept: give a pooling, or keep_tokens=True")
     if batch_tokens is not None and (isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1):
         raise InvalidArgumentError(f"batch_tokens={batch_tokens!r} is no number of tokens: give a whole number of at least 1, or None")
+    if loaded.vocab_size is not None and len(tokenized) and tokenized.token_ids.max() >= loaded.vocab_size:
+        place = int(tokenized.token_ids.argmax())
+        row = int(np.searchsorted(np.cumsum(tokenized.lengths), place, side="right"))
+        raise outside_vocabulary(int(tokenized.first[row]), int(tokenized.token_ids[place]), loaded.vocab_size)
     for site in ("attn", "mlp"):
         if site in request.sites and getattr(loaded.located, site) is None:
             raise UnknownArchitectureError(
@@ -400,14 +404,15 @@ def run(
     """
     names = parse_sites(sites)
     layered = any(site in LAYERED_SITES for site in names)
-    chosen = resolve_layers(layers, loaded.num_layers)
+    # A number or array of numpy's is a number or a list here.
+    chosen = resolve_layers(layers.tolist() if isinstance(layers, np.ndarray | np.generic) else layers, loaded.num_layers)
     request = _Request(
         layers=chosen if layered else (),
         sites=names,
         poolings=parse_poolings(poolings if isinstance(poolings, str) else tuple(poolings)),
         keep_tokens=keep_tokens,
     )
-    _check(loaded, request, batch_tokens)
+    _check(loaded, tokenized, request, batch_tokens)
     if batch_tokens is None:
         weight = 0
         if keep_tokens and loaded.hidden_size is not None:

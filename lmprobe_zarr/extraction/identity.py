@@ -5,8 +5,8 @@ The fields, the same whether they come from here or from a loaded model:
 ``revision``
     The hub's commit; None for a folder or a model object.
 ``weights``
-    ``sha256:…`` over a local folder's weight files and its configuration; ``bits:…``, a fingerprint of every parameter and buffer, for a
-    model object; None for a hub model, whose commit says it all.
+    ``sha256:…`` over a local folder's weight files and its configuration; ``bits:…``, a fingerprint of every tensor, module and setting,
+    for a model object; None for a hub model, whose commit says it all.
 ``compute_dtype``
     ``float32``, ``float16``, ``bfloat16`` or ``float64``.
 ``quantization``
@@ -21,6 +21,10 @@ The fields, the same whether they come from here or from a loaded model:
     ``sha256:…`` of the template for chats, otherwise None.
 ``truncation``
     The limit in tokens where truncation was allowed, otherwise None.
+``modules``
+    None, or as JSON the names that the caller gave for the parts of the model.
+
+Beside these a caller may give fields of his own, ``provenance={"steering": "…"}``, for what none of them shows.
 """
 
 from __future__ import annotations
@@ -41,12 +45,24 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, ModelNot
 from lmprobe_zarr.extraction.prompts import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.extraction.tokenizing import length_limit
 
-__all__ = ["DTYPES", "ModelIdentity", "Provenance", "identify", "model_name"]
+__all__ = ["DTYPES", "PROVENANCE_FIELDS", "ModelIdentity", "Provenance", "identify", "model_name"]
 
 Provenance = dict[str, str | int | float | bool | None]
 Config = Mapping[str, Any]
 
 DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
+PROVENANCE_FIELDS: Final = (
+    "revision",
+    "weights",
+    "compute_dtype",
+    "quantization",
+    "adapter",
+    "tokenizer",
+    "special_tokens",
+    "chat_template",
+    "truncation",
+    "modules",
+)
 TOKENIZER_FILES: Final = (
     "added_tokens.json",
     "merges.txt",
@@ -69,6 +85,9 @@ HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # A file that was changed so lately may change again within the same tick of the file system's clock.
 SETTLED_SECONDS: Final = 2.0
 READ_BYTES: Final = 1 << 22
+WEIGHT_ENDINGS: Final = (".bin", ".safetensors")
+# How a tokenizer object cuts texts, beside what its backend says.
+TOKENIZER_SETTINGS: Final = ("truncation_side", "split_special_tokens", "add_bos_token", "add_eos_token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,12 +288,12 @@ def _file_digests(files: list[Path], memory: Path | None) -> list[str]:
 def weights_digest(folder: Path, memory: Path | None = None) -> str | None:
     """``sha256:…`` over a model folder's weights, configuration and own code; None where it holds no weights.
 
-    Safetensors files, or where there are none the ``pytorch_model*.bin``. Of the configuration only what changes the computation counts.
+    Every file that transformers might load, whichever it prefers. Of the configuration only what changes the computation counts.
     """
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    weights = sorted(path for ending in WEIGHT_ENDINGS for path in folder.glob(f"*{ending}"))
     if not weights:
         return None
-    files = weights + sorted(folder.glob("*.py"))
+    files = weights + sorted(folder.glob("*.index.json")) + sorted(folder.glob("*.py"))
     digest = hashlib.sha256()
     for path, content in zip(files, _file_digests(files, memory), strict=True):
         digest.update(f"{path.name}\0{content}\n".encode())
@@ -302,6 +321,10 @@ def tokenizer_object_digest(tokenizer: Any) -> str:
         content["padding"] = content["truncation"] = None
     else:
         content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
+        settings = getattr(tokenizer, "init_kwargs", {})
+        # Where its files lie is not what they hold.
+        content["init"] = {str(k): v for k, v in settings.items() if not str(k).endswith(("_file", "name_or_path", "chat_template"))}
+    content["settings"] = {name: getattr(tokenizer, name, None) for name in TOKENIZER_SETTINGS}
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -330,7 +353,7 @@ def local_folder(model: str | os.PathLike[str]) -> Path | None:
     Raises
     ------
     ModelNotFoundError
-        A path where there is nothing, a file, or a folder without ``config.json``.
+        A path where there is nothing, a file, a folder without ``config.json``, or one with an adapter.
     InvalidTypeError
         Neither a text nor a path.
     """
@@ -339,12 +362,14 @@ def local_folder(model: str | os.PathLike[str]) -> Path | None:
     given = os.fspath(model)
     path = Path(given).expanduser()
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            # Beside a whole model too: transformers would apply it without a word.
+            raise ModelNotFoundError(
+                f"model {given!r} holds an adapter (adapter_config.json): load it onto its base model with peft, and pass that object with "
+                "name='…'; or move that file away to use the model without it"
+            )
         if (path / "config.json").is_file():
             return path.resolve()
-        if (path / "adapter_config.json").is_file():
-            raise ModelNotFoundError(
-                f"model {given!r} holds an adapter only: load it onto its base model with peft, and pass that object with name='…'"
-            )
         raise ModelNotFoundError(f"model {given!r} is a folder without config.json: give the folder that save_pretrained wrote")
     if path.exists():
         raise ModelNotFoundError(f"model {given!r} is a file: give the folder that it lies in")
@@ -409,6 +434,40 @@ def tokenizer_field(tokenizer: object, folder: Path | None) -> str | None:
     return tokenizer_digest(path) if path.is_dir() else f"hub:{os.fspath(tokenizer)}"
 
 
+def modules_field(modules: Mapping[str, str] | None) -> str | None:
+    """The provenance field ``modules``: the caller's names as JSON, the same for the same names."""
+    if modules is None:
+        return None
+    if not isinstance(modules, Mapping):
+        raise InvalidTypeError(f"modules is a {type(modules).__name__}: give a mapping, {{'layers': 'model.layers', …}}")
+    return json.dumps({str(key): str(value) for key, value in modules.items()}, sort_keys=True)
+
+
+def own_fields(provenance: Mapping[str, Any] | None) -> Provenance:
+    """The caller's own provenance fields, checked.
+
+    Raises
+    ------
+    InvalidTypeError
+        Not a mapping.
+    InvalidArgumentError
+        The name of a field that is found out here, a name that is no text, or a value that is no single one.
+    """
+    if provenance is None:
+        return {}
+    if not isinstance(provenance, Mapping):
+        raise InvalidTypeError(f"provenance is a {type(provenance).__name__}: give a mapping, {{'steering': '…'}}")
+    clashes = sorted(set(provenance) & set(PROVENANCE_FIELDS))
+    if clashes:
+        raise InvalidArgumentError(
+            f"provenance names {', '.join(map(repr, clashes))}, found out from the model itself: choose another name, such as 'steering'"
+        )
+    for name, value in provenance.items():
+        if not isinstance(name, str) or not (value is None or isinstance(value, str | int | float | bool)):
+            raise InvalidArgumentError(f"provenance field {name!r}={value!r}: use a string name and a string, number, truth value or None")
+    return dict(provenance)
+
+
 def prompt_fields(
     kind: PromptKind, *, template: str | None, truncation: bool, max_length: int | None, context_length: int | None, tokenizer: Any = None
 ) -> Provenance:
@@ -431,6 +490,8 @@ def identify(
     prompts_kind: PromptKind = "text",
     max_length: int | None = None,
     truncation: bool = False,
+    modules: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
     memory: Path | None = None,
 ) -> ModelIdentity:
     """What is known of a model without loading it and without the network.
@@ -455,6 +516,10 @@ def identify(
     max_length : int, optional
         Tokens.
     truncation : bool
+    modules : mapping of str to str, optional
+        As for :func:`~lmprobe_zarr.extraction.load_model`.
+    provenance : mapping, optional
+        The caller's own fields.
     memory : Path, optional
         A JSON file that keeps the digests of weight files by path, size and modification time. Best effort.
 
@@ -463,12 +528,13 @@ def identify(
     ModelNotFoundError
         A path without a model.
     InvalidArgumentError
-        Unknown dtype or kind, or a bad `max_length`.
+        Unknown dtype or kind, a bad `max_length`, or an own field that has the name of another.
     """
+    own = own_fields(provenance)
     if prompts_kind not in PROMPT_KINDS:
         raise InvalidArgumentError(f"prompts_kind={prompts_kind!r} is unknown: use one of {', '.join(map(repr, PROMPT_KINDS))}")
     folder = local_folder(model)
-    known: Provenance = {"adapter": None}
+    known: Provenance = {"adapter": None, "modules": modules_field(modules), **own}
     if folder is not None:
         files: Path | None = folder
         known["revision"] = None

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, ModelNotFoundError
 from lmprobe_zarr.extraction import identity
 from lmprobe_zarr.extraction.architectures import Located, locate
-from lmprobe_zarr.extraction.fingerprint import weights_fingerprint
+from lmprobe_zarr.extraction.fingerprint import foreign_code, global_hooks, model_fingerprint
 from lmprobe_zarr.extraction.identity import Provenance
 from lmprobe_zarr.extraction.prompts import PROMPT_KINDS, PromptKind
 
@@ -200,6 +200,8 @@ def _load_weights(
         module, report = transformers.AutoModel.from_pretrained(
             source, config=config, dtype=getattr(torch, dtype), device_map=device_map, output_loading_info=True, **options
         )
+    if getattr(module, "_hf_peft_config_loaded", False):
+        raise ModelNotFoundError(f"{source!r} holds an adapter beside the model: load both with peft, and pass that object with name='…'")
     # Transformers fills what a checkpoint lacks with random numbers and goes on. A pooler is never run here.
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
     if missing:
@@ -239,6 +241,14 @@ def _adapters(module: nn.Module) -> str | None:
     elsewhere = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
     settings = {name: {k: v for k, v in configs[name].to_dict().items() if k not in elsewhere} for name in active if name in configs}
     return f"{'+'.join(active)}:{identity.settings_digest(settings)}"
+
+
+def _check_code(found: str | None, own: Provenance) -> None:
+    if found is not None and not own:
+        raise InvalidArgumentError(
+            f"there is {found}, and what it does cannot be told from what another does: remove it, or name what it does, "
+            "provenance={'steering': '…'}"
+        )
 
 
 def _object_dtype(module: nn.Module, dtype: object) -> str:
@@ -333,6 +343,7 @@ def load_model(
     prompts_kind: PromptKind = "text",
     max_length: int | None = None,
     truncation: bool = False,
+    provenance: Mapping[str, Any] | None = None,
     memory: Path | None = None,
 ) -> LoadedModel:
     """A model with its tokenizer, its parts located and its provenance complete.
@@ -360,6 +371,9 @@ def load_model(
         For unknown architectures: ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp"}``.
     prompts_kind, max_length, truncation
         What the prompts will be; part of the provenance.
+    provenance : mapping, optional
+        The caller's own fields, beside those in :mod:`lmprobe_zarr.extraction.identity`: a text, number, truth value or None each. Needed
+        where hooks or replaced methods change what an object computes, because they cannot be told from one another.
     memory : Path, optional
         Where digests of weight files are remembered.
 
@@ -370,13 +384,17 @@ def load_model(
     UnknownArchitectureError
         Its blocks were not found by name.
     InvalidArgumentError
-        An object without a name or tokenizer; arguments that do not go together; a device that is not here.
+        An object without a name or tokenizer, or with hooks but no `provenance`; arguments that do not go together; a device that is not
+        here.
     InvalidTypeError
         Neither a model nor the name of one.
     MissingDependencyError
         The model needs a package that is not installed.
     """
     _check_prompts_kind(prompts_kind)
+    own = identity.own_fields(provenance)
+    # Before anything is loaded; those of an object follow.
+    _check_code(global_hooks(), own)
     if device_map is not None and str(device) != "auto":
         raise InvalidArgumentError(f"device={str(device)!r} and device_map={device_map!r} were both given: give one")
     if isinstance(model, nn.Module):
@@ -385,11 +403,13 @@ def load_model(
         if revision is not None or device_map is not None:
             raise InvalidArgumentError("revision= and device_map= are for models that are loaded here: apply them to the object yourself")
         adapter = _adapters(model)
+        # What lies outside of the body, a head for one, is never run here.
+        _check_code(foreign_code(locate(model, modules).body), own)
         computed = _object_dtype(model, dtype)
         held = _tokenizer_for(tokenizer, None, None, trust_remote_code)
         module = model if str(device) == "auto" else model.to(_pick_device(device))
         config = full = _object_config(module)
-        source: Provenance = {"revision": None, "weights": weights_fingerprint(module), "adapter": adapter}
+        source: Provenance = {"revision": None, "weights": model_fingerprint(module), "adapter": adapter}
         source["tokenizer"] = identity.tokenizer_field(held if not isinstance(tokenizer, str | os.PathLike) else tokenizer, None)
     else:
         where, folder, revision = _source(model, revision)
@@ -407,10 +427,11 @@ def load_model(
         source["tokenizer"] = identity.tokenizer_field(tokenizer, folder)
     window = identity.context_length_of(config) or identity.context_length_of(full)
     template = identity.template_digest(getattr(held, "chat_template", None))
-    source |= {"compute_dtype": computed, "quantization": identity.quantization_of(config)}
+    source |= {"compute_dtype": computed, "quantization": identity.quantization_of(config), "modules": identity.modules_field(modules)}
     source |= identity.prompt_fields(
         prompts_kind, template=template, truncation=truncation, max_length=max_length, context_length=window, tokenizer=held
     )
+    source |= own
     return _assemble(
         module, held, full or config, modules, name=identity.model_name("", name), context_length=window, dtype=computed, provenance=source
     )

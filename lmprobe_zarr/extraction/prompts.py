@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -119,13 +119,13 @@ def _kinds(given: list[Any]) -> PromptKind:
 def prompts_kind(prompts: object) -> PromptKind:
     """Which kind of prompt a call holds; needs no tokenizer.
 
-    A generator would be used up by this: make a list of it first.
-
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        As :func:`parse_prompts`.
+        As :func:`parse_prompts`; and a generator, which would be used up by this.
     """
+    if isinstance(prompts, Iterator):
+        raise InvalidTypeError(f"prompts is a {type(prompts).__name__}, which can be read once only: make a list of it, list(prompts)")
     return _kinds(_listed(prompts))
 
 

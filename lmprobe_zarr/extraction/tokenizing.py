@@ -183,6 +183,16 @@ def _tokenize_ids(prompts: Prompts, tokenizer: Any, limit: int | None, truncatio
     return (ids, None), long
 
 
+def outside_vocabulary(number: int, token_id: int, vocab_size: int, *, given: bool = False) -> InvalidArgumentError:
+    """The error for a token id that a model does not have."""
+    which = "holds" if given else "becomes"
+    why = "" if given else "the tokenizer and the model do not belong together; "
+    return InvalidArgumentError(
+        f"prompts[{number}] {which} the token id {token_id}, but the vocabulary ends at {vocab_size - 1}: "
+        f"{why}use this model's own tokenizer"
+    )
+
+
 def tokenize(
     prompts: Prompts,
     tokenizer: Any,
@@ -208,7 +218,7 @@ def tokenize(
     truncation : bool
         Cut prompts that are longer than the limit, on the tokenizer's truncation side, instead of raising.
     vocab_size : int, optional
-        Token ids at or above it are refused; only ids of the caller's can be wrong.
+        Token ids at or above it are refused.
 
     Raises
     ------
@@ -233,11 +243,8 @@ def tokenize(
                 f"prompts[{prompts.first[number]}] {shorten(text[number])} has {len(tokens)} tokens, but the limit is {limit}: "
                 "shorten it, or pass truncation=True"
             )
-        if prompts.kind == "ids" and vocab_size is not None and tokens.max() >= vocab_size:
-            raise InvalidArgumentError(
-                f"prompts[{prompts.first[number]}] holds the token id {tokens.max()}, but the vocabulary ends at {vocab_size - 1}: "
-                "use this model's own tokenizer"
-            )
+        if vocab_size is not None and tokens.max() >= vocab_size:
+            raise outside_vocabulary(int(prompts.first[number]), int(tokens.max()), vocab_size, given=prompts.kind == "ids")
     joined = None if places is None else np.concatenate(places)
     return TokenizedPrompts(
         sha256=prompts.sha256,
