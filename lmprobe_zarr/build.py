@@ -52,6 +52,7 @@ def plan_extract(
     truncation: bool = False,
     refresh: bool = False,
     provenance: Provenance | None = None,
+    modules: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> ExtractPlan:
     """What `extract` would do with the same arguments; loads a tokenizer at most, and writes nothing.
@@ -69,9 +70,9 @@ def plan_extract(
     request = check_request(
         model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
         tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh,
-        provenance=provenance, trust_remote_code=trust_remote_code,
+        provenance=provenance, modules=modules, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    loaded = None if request.by_name else load(request, device="auto", device_map=None, modules=None)
+    loaded = None if request.by_name else load(request, device="auto", device_map=None)
     looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
     return plan_work(request, looked, loaded)[0]
 
@@ -146,7 +147,8 @@ def extract(
     refresh : bool
         Run the model on all prompts, stored or not; the new activations win.
     provenance : mapping, optional
-        Chooses between stored groups of one model where what is known here does not.
+        Fields of your own, such as ``{"steering": "v3"}``, become part of the group: needed for models with hooks, which cannot be
+        told apart otherwise. Fixed fields, such as ``revision``, choose between stored groups where what is known here does not.
     modules : mapping, optional
         For unknown architectures, ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp"}``.
     trust_remote_code : bool
@@ -180,16 +182,16 @@ def extract(
     request = check_request(
         model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
         tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh,
-        provenance=provenance, trust_remote_code=trust_remote_code,
+        provenance=provenance, modules=modules, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     columns = _check_columns(coords, len(request.given))
-    loaded = None if request.by_name else load(request, device=device, device_map=device_map, modules=modules)
+    loaded = None if request.by_name else load(request, device=device, device_map=device_map)
     looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
     per_prompt = _columns_by_prompt(columns, looked.prompts)
     plan, work = plan_work(request, looked, loaded)
     _check_space(plan)
     if len(work.missing) and loaded is None:
-        loaded = load(request, device=device, device_map=device_map, modules=modules)
+        loaded = load(request, device=device, device_map=device_map)
         looked = look_up_loaded(request, loaded, looked)
         # Only now is the whole provenance known; what was found may be another's.
         plan, work = plan_work(request, looked, loaded, work)

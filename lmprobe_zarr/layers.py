@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
+import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidTypeError, LayerOutOfRangeError
 
@@ -14,7 +15,7 @@ __all__ = ["LayerSpec", "describe_layers", "resolve_layers"]
 
 _USE = "use 'all', 'middle', 'last', a number, a list of numbers or a slice"
 
-LayerSpec = int | str | slice | Sequence[int]
+LayerSpec = int | str | slice | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 def resolve_layers(layers: LayerSpec, num_layers: int) -> tuple[int, ...]:
@@ -35,6 +36,8 @@ def resolve_layers(layers: LayerSpec, num_layers: int) -> tuple[int, ...]:
     InvalidTypeError
         Something that names no layers.
     """
+    if isinstance(layers, np.ndarray):
+        layers = layers.tolist()  # an array of one element would pass for a number
     if isinstance(layers, str):
         third = num_layers // 3
         words = {"all": range(num_layers), "middle": range(third, num_layers - third), "last": range(num_layers - 1, num_layers)}

@@ -18,7 +18,7 @@ from lmprobe_zarr.plan import ExtractPlan
 from lmprobe_zarr.pooling import parse_poolings
 from lmprobe_zarr.schema import GroupInfo, Level, Provenance
 from lmprobe_zarr.sites import LAYERED_SITES, parse_sites, row_bytes
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store import Store, ambiguous
 from lmprobe_zarr.view import View
 
 if TYPE_CHECKING:
@@ -49,12 +49,18 @@ class Request:
     truncation: bool
     refresh: bool
     provenance: Provenance
+    modules: Mapping[str, str] | None
     trust_remote_code: bool
 
     @property
     def by_name(self) -> bool:
         """Whether the model is named, so that it need not be loaded to be known."""
         return isinstance(self.model, (str, os.PathLike))
+
+    @property
+    def own_provenance(self) -> dict[str, Any]:
+        """The fields of the caller's own, such as ``steering``: they become part of the group."""
+        return {name: value for name, value in self.provenance.items() if name not in extraction.PROVENANCE_FIELDS}
 
     def wanted(self, layers: tuple[int, ...]) -> list[tuple[Level, str, tuple[int, ...]]]:
         """Every variable asked for: its level, its name and its layers."""
@@ -112,22 +118,32 @@ def check_request(
 def look_up(request: Request) -> Lookup:
     """The stored group of a named model, from what is known of it without loading it."""
     identity = _identify(request)
-    known = {**identity.provenance, **request.provenance}
-    if identity.num_layers is None and not request.store.matching(identity.name, known):
+    group = _find_group(request, identity)
+    if identity.num_layers is None and group is None:
         # A hub model that this machine has never seen: its configuration comes with its tokenizer.
         _tokenizer(request)
         identity = _identify(request)
-        known = {**identity.provenance, **request.provenance}
+        group = _find_group(request, identity)
     tokenizer = _tokenizer(request) if request.kind == "chat" else None
     prompts = extraction.parse_prompts(request.given, tokenizer=tokenizer)
-    group = request.store.find_group(identity.name, provenance=known) if request.store.matching(identity.name, known) else None
     return Lookup(identity=identity, prompts=prompts, group=group, view=None if group is None else request.store.view(group))
+
+
+def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
+    known = {**identity.provenance, **request.provenance}
+    # A group with fields of somebody's own, such as a steering vector, is meant only by who names them.
+    fixed = {*extraction.PROVENANCE_FIELDS, *request.own_provenance}
+    found = [info for info in request.store.matching(identity.name, known) if fixed.issuperset(info.provenance)]
+    if len(found) > 1:
+        raise ambiguous(found, request.store.url)
+    return found[0] if found else None
 
 
 def _identify(request: Request) -> ModelIdentity:
     return extraction.identify(
         request.model, name=request.name, tokenizer=request.tokenizer, revision=request.revision, dtype=request.dtype,
         prompts_kind=request.kind, max_length=request.max_length, truncation=request.truncation, memory=config.weights_memory(),
+        modules=request.modules, provenance=request.own_provenance,
     )  # fmt: skip
 
 
@@ -152,11 +168,12 @@ def _tokenizer(request: Request) -> Any:
     return extraction.load_tokenizer(source, revision=request.revision, trust_remote_code=request.trust_remote_code)
 
 
-def load(request: Request, *, device: Any, device_map: Any, modules: Mapping[str, str] | None) -> LoadedModel:
+def load(request: Request, *, device: Any, device_map: Any) -> LoadedModel:
+    """The model, with all of its provenance."""
     return extraction.load_model(
         request.model, name=request.name, tokenizer=request.tokenizer, revision=request.revision, dtype=request.dtype, device=device,
-        device_map=device_map, trust_remote_code=request.trust_remote_code, modules=modules, prompts_kind=request.kind,
-        max_length=request.max_length, truncation=request.truncation, memory=config.weights_memory(),
+        device_map=device_map, trust_remote_code=request.trust_remote_code, modules=request.modules, prompts_kind=request.kind,
+        max_length=request.max_length, truncation=request.truncation, memory=config.weights_memory(), provenance=request.own_provenance,
     )  # fmt: skip
 
 

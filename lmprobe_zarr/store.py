@@ -212,14 +212,7 @@ class Store:
             there = ", ".join(self.models()) or "nothing yet"
             asked = f"group {group!r}" if group is not None else f"model {model!r}"
             raise ModelNotStoredError(f"{asked} is not in {self.url}, which holds {there}: check the name, or extract it first")
-        if len({info.model for info in found}) > 1:
-            raise AmbiguousProvenanceError(f"{self.url} holds several models ({', '.join(self.models())}): say which with model=")
-        differing = _differing_fields(found)
-        names = ", ".join(info.name for info in found)
-        raise AmbiguousProvenanceError(
-            f"{len(found)} groups of {found[0].model!r} match; they differ in {differing}\n"
-            f"choose with provenance={{…}}, or with group= one of {names}"
-        )
+        raise ambiguous(found, self.url)
 
     def view(self, info: GroupInfo) -> View:
         """All committed parts of a group as they are now."""
@@ -473,6 +466,18 @@ class Store:
 
 def _reopen(storage: Storage, mode: Mode, durable: bool) -> Store:
     return Store(storage, mode=mode, durable=durable)
+
+
+def ambiguous(found: Sequence[GroupInfo], url: str) -> AmbiguousProvenanceError:
+    """The error that names in what several matching groups differ."""
+    models = sorted({info.model for info in found})
+    if len(models) > 1:
+        return AmbiguousProvenanceError(f"{url} holds several models ({', '.join(models)}): say which with model=")
+    names = ", ".join(info.name for info in found)
+    return AmbiguousProvenanceError(
+        f"{len(found)} groups of {models[0]!r} match; they differ in {_differing_fields(found)}\n"
+        f"choose with provenance={{…}}, or with group= one of {names}"
+    )
 
 
 def _differing_fields(found: Sequence[GroupInfo]) -> str:

@@ -216,6 +216,46 @@ def test_a_model_object_is_known_by_a_name_of_ones_own(acts: Store) -> None:
     assert edited.group != first.group
 
 
+def test_a_model_with_hooks_needs_a_word_of_its_own_and_then_has_its_own_group(llama: Path, acts: Store) -> None:
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(llama)
+    tokenizer = tiny_tokenizer()
+    plain = run(model, PROMPTS, acts, name="llama", tokenizer=tokenizer)
+    model.layers[1].register_forward_hook(lambda _m, _a, out: (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out + 1)
+    with pytest.raises(InvalidArgumentError, match="hook"):
+        run(model, PROMPTS, acts, name="llama", tokenizer=tokenizer)
+    steered = run(model, PROMPTS, acts, name="llama", tokenizer=tokenizer, provenance={"steering": "plus one"})
+    assert steered.extracted == len(PROMPTS)
+    assert acts.groups()[steered.group].provenance["steering"] == "plus one"
+    assert steered.group != plain.group
+    assert run(model, PROMPTS, acts, name="llama", tokenizer=tokenizer, provenance={"steering": "plus one"}).found == len(PROMPTS)
+    stored = acts.dataset(group=steered.group, prompts=PROMPTS).resid_last_token.values
+    before = acts.dataset(group=plain.group, prompts=PROMPTS).resid_last_token.values
+    assert np.abs(stored[1] - before[1]).max() > 0.5
+
+
+def test_a_group_with_fields_of_ones_own_is_no_hit_for_who_does_not_name_them(llama: Path, acts: Store) -> None:
+    own = run(llama, PROMPTS, acts, provenance={"experiment": "a"})
+    with no_loading():
+        assert run(llama, PROMPTS, acts, provenance={"experiment": "a"}).found == len(PROMPTS)
+    other = run(llama, PROMPTS, acts)
+    assert other.extracted == len(PROMPTS)
+    assert other.group != own.group
+    with pytest.raises(AmbiguousProvenanceError, match="experiment"):
+        acts.dataset("llama")
+    assert run(llama, PROMPTS, acts).found == len(PROMPTS), "who names nothing means the group without"
+
+
+def test_naming_the_modules_by_hand_is_part_of_the_provenance(llama: Path, acts: Store) -> None:
+    run(llama, PROMPTS, acts, sites="mlp")
+    wrong = run(llama, PROMPTS, acts, sites="mlp", modules={"layers": "layers", "mlp": "input_layernorm"})
+    assert wrong.extracted == len(PROMPTS)
+    with no_loading():
+        assert run(llama, PROMPTS, acts, sites="mlp", modules={"layers": "layers", "mlp": "input_layernorm"}).found == len(PROMPTS)
+        assert run(llama, PROMPTS, acts, sites="mlp").found == len(PROMPTS)
+
+
 def test_chats_are_stored_as_they_are_rendered(saved: Callable[[str], Path], tmp_path: Path, acts: Store) -> None:
     folder = tmp_path / "chatty"
     tiny_model("llama").save_pretrained(folder)
