@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.chunks import fill_value
-from lmprobe_zarr.errors import InvalidArgumentError, LayerOutOfRangeError, MissingDependencyError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, MissingDependencyError
 from lmprobe_zarr.index import TokenIndex, by_appearance
 from lmprobe_zarr.pooling import parse_poolings, pool_ragged
 from lmprobe_zarr.ragged import as_slice, offsets_of
@@ -73,6 +73,8 @@ class _TokenAccessor(Generic[T]):
         LayerOutOfRangeError
             A prompt has fewer tokens (an `IndexError`, as for any sequence).
         """
+        if isinstance(position, bool) or not isinstance(position, int | np.integer):
+            raise InvalidTypeError(f"position={position!r} is no whole number: give one, such as 0 or -1; sel(position=[…]) takes several")
         data, index, counts = self._by_prompt()
         short = counts < (position + 1 if position >= 0 else -position)
         if short.any():

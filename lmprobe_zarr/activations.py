@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.schema import GroupInfo, Provenance, split_variable, validate_column_names
 from lmprobe_zarr.sites import LAYERED_SITES, SITES
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.writer import as_column
 
 __all__ = ["write_activations"]
@@ -21,7 +22,7 @@ Array = npt.NDArray[Any]
 
 
 def write_activations(
-    store: Store,
+    store: Store | str | os.PathLike[str],
     *,
     model: str,
     prompts: Sequence[str | Sequence[int]],
@@ -37,7 +38,7 @@ def write_activations(
 
     Parameters
     ----------
-    store : Store
+    store : Store, path or URL
         Where to.
     model : str
         Name of the model.
@@ -76,6 +77,7 @@ def write_activations(
     Arrays may be numpy arrays or torch tensors. bfloat16 is kept exactly, as float32 with ``stored_dtype="bfloat16"``.
     All variables of one call hold the same layers; write others in a second call.
     """
+    store = store if isinstance(store, Store) else open_store(store)
     store.check_writable()
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of texts")

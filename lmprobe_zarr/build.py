@@ -131,7 +131,7 @@ def extract(
     name : str, optional
         Name in the store; by default the hub id or the folder's own name.
     tokenizer : tokenizer, folder or hub id, optional
-        By default the model's own.
+        By default the model's own. One that is given is known by its content, so even an equal one makes another group.
     revision : str, optional
         Branch, tag or commit of a hub model.
     dtype : "auto", str or torch.dtype
@@ -178,7 +178,6 @@ def extract(
     """
     began = time.perf_counter()
     opened = store if isinstance(store, Store) else open_store(store)
-    opened.check_writable()
     request = check_request(
         model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
         tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh,
@@ -189,6 +188,8 @@ def extract(
     looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
     per_prompt = _columns_by_prompt(columns, looked.prompts)
     plan, work = plan_work(request, looked, loaded)
+    if len(work.missing):
+        opened.check_writable()
     _check_space(plan)
     if len(work.missing) and loaded is None:
         loaded = load(request, device=device, device_map=device_map)

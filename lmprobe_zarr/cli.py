@@ -49,12 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LmprobeZarrError as error:
         print(f"lmprobe-zarr: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("lmprobe-zarr: interrupted; what was committed is kept", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of a pipe has left, as head does; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"lmprobe-zarr: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lmprobe-zarr: interrupted; what was committed is kept", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -136,7 +139,7 @@ def _demo(options: argparse.Namespace) -> None:
 def _add_extract(commands: Any) -> None:
     command = _add_command(commands, "extract", _extract, "run a model over prompts that are not stored yet, and store their activations")
     command.add_argument("model", help="folder or hub id of the model")
-    command.add_argument("prompts", help=".txt (a prompt per line), .jsonl or .csv; - is standard input")
+    command.add_argument("prompts", help=".txt (a prompt per line, blanks around it left out), .jsonl or .csv; - is standard input")
     _add_store(command, positional=False)
     command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
     command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
@@ -299,7 +302,7 @@ def _add_sweep(commands: Any) -> None:
     command = _add_command(commands, "sweep", _sweep, "fit probes on every layer and fold, and print their scores")
     _add_store(command, positional=True)
     _add_choice(command)
-    command.add_argument("--variable", default="resid_last_token", help="what to fit on (default: %(default)s)")
+    command.add_argument("--variable", help="what to fit on (default: resid_last_token, or the only one that is stored)")
     command.add_argument("--labels", default="label", help="column with the labels (default: %(default)s)")
     command.add_argument("--groups", help="column whose equal values stay in one fold")
     command.add_argument("--probes", default="logistic_regression", help="names, separated by commas (default: %(default)s)")
@@ -315,15 +318,18 @@ def _sweep(options: argparse.Namespace) -> None:
 
     store = open_store(options.store, mode="r")
     data = store.dataset(options.model, layers=parse_layers(options.layers), group=options.group)
-    if options.variable not in data:
-        there = ", ".join(map(str, data.data_vars)) or "none"
-        raise InvalidArgumentError(f"--variable {options.variable!r} is not stored: there is {there}")
+    names = list(map(str, data.data_vars))
+    variable = options.variable or (names[0] if len(names) == 1 else "resid_last_token")
+    if variable not in names:
+        raise InvalidArgumentError(
+            f"{variable!r} is not stored per prompt: there is {', '.join(names) or 'nothing'}; choose with --variable"
+        )
+    if options.plot and not Path(options.plot).absolute().parent.is_dir():
+        raise InvalidArgumentError(f"--plot {options.plot!r}: there is no folder {str(Path(options.plot).parent)!r}")
     scores = sweep(
-        data[options.variable], labels=options.labels, probes=_split(options.probes), cv=options.cv, groups=options.groups,
+        data[variable], labels=options.labels, probes=_split(options.probes), cv=options.cv, groups=options.groups,
         random_state=options.random_state, progress=not options.json,
     )  # fmt: skip
-    if options.plot:
-        save_plot(plot_scores(scores), options.plot)
     means, spread = scores[["accuracy", "auroc"]].mean("fold"), scores[["accuracy", "auroc"]].std("fold")
     rows = [
         {"layer": int(layer), "probe": str(probe), **{m: float(means[m].sel(layer=layer, probe=probe)) for m in means},
@@ -331,7 +337,9 @@ def _sweep(options: argparse.Namespace) -> None:
         for layer in scores.layer.values for probe in scores.probe.values
     ]  # fmt: skip
     if options.json:
-        _print_json({"model": str(data.model.values), "variable": options.variable, "labels": options.labels, "scores": rows})
+        _print_json({"model": str(data.model.values), "variable": variable, "labels": options.labels, "scores": rows})
+        if options.plot:
+            save_plot(plot_scores(scores), options.plot)
         return
     width = max(len(row["probe"]) for row in rows) + 2
     print(f"layer  {'probe':<{width}}{'accuracy':<17}auroc")
@@ -339,6 +347,7 @@ def _sweep(options: argparse.Namespace) -> None:
         cells = [f"{row[m]:.3f} ± {row[f'{m}_std']:.3f}" for m in ("accuracy", "auroc")]
         print(f"{row['layer']:>5}  {row['probe']:<{width}}{cells[0]:<17}{cells[1]}")
     if options.plot:
+        save_plot(plot_scores(scores), options.plot)
         print(f"picture: {Path(options.plot)}")
 
 

@@ -105,7 +105,7 @@ def check_request(
     if not given:
         raise InvalidArgumentError("prompts is empty: give at least one prompt")
     names = parse_sites(sites)
-    poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling))
+    poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling or ()))
     if not poolings and not rest["keep_tokens"]:
         raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
     kind = extraction.prompts_kind(given)

@@ -25,14 +25,14 @@ def read_prompts(
     Parameters
     ----------
     source : str
-        Path of a ``.txt`` (a prompt per line, empty lines left out), ``.jsonl`` (an object or a text per line) or ``.csv`` file
-        (with a header); ``-`` is standard input.
+        Path of a ``.txt`` (a prompt per line, without the blanks around; empty lines left out), ``.jsonl`` (an object or a text per
+        line) or ``.csv`` file (with a header); ``-`` is standard input.
     file_format : {"txt", "jsonl", "csv"}, optional
         By default the file's ending says it; standard input is ``txt``.
     text_column : str
         Column, or key of an object, that holds the prompt. In ``.jsonl`` its value may also be a list of chat messages.
     columns : sequence of str
-        Columns to read as well. In ``.csv`` a column of numbers becomes numbers.
+        Columns to read as well. In ``.csv`` a column of numbers, or of true and false, becomes such.
 
     Returns
     -------
@@ -58,10 +58,12 @@ def read_prompts(
     records = _read_jsonl(source, text, text_column) if kind == "jsonl" else _read_csv(source, text)
     table: dict[str, list[Any]] = {}
     for name in dict.fromkeys((text_column, *columns)):
-        missing = [number for number, record in records if record.get(name) is None]
-        if missing:
-            there = ", ".join(map(repr, sorted(records[0][1]))) or "none"
-            raise InvalidArgumentError(f"{source} line {missing[0]} has no {name!r}: the columns there are {there}")
+        for number, record in records:
+            if name not in record:
+                there = ", ".join(map(repr, sorted(record))) or "none"
+                raise InvalidArgumentError(f"{source} line {number} has no {name!r}: the columns there are {there}")
+            if record[name] is None:
+                raise InvalidArgumentError(f"{source} line {number}: {name!r} is null, give a value or leave the line out")
         table[name] = [record[name] for _, record in records]
     prompts = table[text_column]
     return prompts, {name: table[name] if kind == "jsonl" else _numbers(table[name]) for name in columns}
@@ -83,18 +85,36 @@ def _read_jsonl(source: str, text: str, text_column: str) -> list[tuple[int, dic
 
 
 def _read_csv(source: str, text: str) -> list[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        return [(reader.line_num, {key: value for key, value in record.items() if key is not None}) for record in reader]
+        header = next(reader, [])
+        if len(set(header)) != len(header):
+            raise InvalidArgumentError(f"{source} has two columns of one name in its header: {', '.join(header)}")
+        records = []
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                raise InvalidArgumentError(
+                    f"{source} line {reader.line_num} has {len(fields)} fields, the header {len(header)}: quote commas"
+                )
+            records += [(reader.line_num, dict(zip(header, fields, strict=True)))] if fields else []
+        return records
     except csv.Error as error:
         raise InvalidArgumentError(f"{source} line {reader.line_num} is no CSV: {error}") from error
 
 
 def _numbers(values: list[str]) -> list[Any]:
-    """The values as integers or floats where all of them are, otherwise as they are."""
+    """The values as truth values, integers or floats where all of them are, otherwise as they are.
+
+    ``007`` is a name, not a number; in a column of floats an empty cell is NaN.
+    """
+    words = {value.lower() for value in values}
+    if words <= {"true", "false"}:
+        return [value.lower() == "true" for value in values]
+    if any(value.lstrip("+-").startswith("0") and value.lstrip("+-")[1:2].isdigit() for value in values):
+        return values
     for number in (int, float):
         try:
-            return [number(value) for value in values]
+            return [number(value) if value or number is int else float("nan") for value in values]
         except ValueError:
             continue
     return values

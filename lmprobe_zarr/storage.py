@@ -173,7 +173,7 @@ class LocalStorage(Storage):
             if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                 raise NoSpaceError(f"no space left for {path}: what was committed is whole; free some space and run again") from error
             if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-                raise ReadOnlyError(f"{path} cannot be written ({error.strerror}): check permissions, or open with mode='r'") from error
+                raise ReadOnlyError(f"{path} cannot be written ({error.strerror}): check permissions, or give another place") from error
             if isinstance(error, (NotADirectoryError, FileExistsError)):
                 raise NotAStoreError(f"a file stands where {path} needs a folder: give another place for the store") from error
             raise

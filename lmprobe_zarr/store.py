@@ -19,6 +19,7 @@ from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
     CorruptPartError,
     InvalidArgumentError,
+    InvalidTypeError,
     ModelNotStoredError,
     NotAStoreError,
     ReadOnlyError,
@@ -101,7 +102,8 @@ def _check_root(storage: Storage, mode: Mode) -> None:
         parse_root(storage.read("zarr.json"), storage.url)
         return
     if names:
-        raise NotAStoreError(f"{storage.url} is no store of lmprobe-zarr and holds other things ({names[0]!r}): give a new or empty folder")
+        way = "give a new or empty folder" if mode == "a" else "give the folder that the store was made in"
+        raise NotAStoreError(f"{storage.url} is no store of lmprobe-zarr and holds other things ({names[0]!r}): {way}")
     if mode == "r":
         raise StoreNotFoundError(f"there is no store at {storage.url}: check the path, or open it with mode='a' to make one")
 
@@ -209,7 +211,7 @@ class Store:
                 raise ModelNotStoredError(
                     f"{model!r} is in {self.url}, but not with provenance {dict(provenance or {})!r}: there is {known!r}"
                 )
-            there = ", ".join(self.models()) or "nothing yet"
+            there = ", ".join(self.models() if group is None else self.groups()) or "nothing yet"
             asked = f"group {group!r}" if group is not None else f"model {model!r}"
             raise ModelNotStoredError(f"{asked} is not in {self.url}, which holds {there}: check the name, or extract it first")
         raise ambiguous(found, self.url)
@@ -417,6 +419,9 @@ class Store:
             A column's name or values cannot be stored.
         """
         self.check_writable()
+        for name, values in columns.items() if isinstance(columns, Mapping) else [("columns", columns)]:
+            if not isinstance(values, Mapping):
+                raise InvalidTypeError(f"{name!r} is a {type(values).__name__}: give {{column: {{text or hash: value}}}}")
         validate_column_names(columns)
         info = self.find_group(model, provenance=provenance, group=group)
         view = self.view(info)

@@ -15,7 +15,7 @@ from lmprobe_zarr.batch import HASH_DIGITS, prompt_sha256
 from lmprobe_zarr.chunks import StoredArray
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, PromptCollisionError
 from lmprobe_zarr.ragged import offsets_of
-from lmprobe_zarr.schema import SAMPLE_DIM, ArrayInfo, GroupInfo, Level, PartInfo
+from lmprobe_zarr.schema import PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, PartInfo
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.virtual import NOWHERE, VirtualArray
 
@@ -196,6 +196,7 @@ class View:
             source=source[:, rows],
             start=start[:, rows],
             offsets=offsets,
+            absent_as_nan=level == "prompts" and name not in PROMPT_COLUMNS,
         )
 
     def token_counts(self) -> Ints:

@@ -41,6 +41,8 @@ class VirtualArray:
         First row of the prompt in that array.
     offsets : ndarray of int64, shape (prompt + 1,), optional
         Where each prompt's rows begin along the sample axis; None where every prompt has one row.
+    absent_as_nan : bool
+        Whether integers and truth values become float64 where some prompts lack them, as in pandas: −1 is a label to some.
     """
 
     arrays: tuple[StoredArray, ...]
@@ -50,6 +52,7 @@ class VirtualArray:
     source: npt.NDArray[np.int32]
     start: Ints
     offsets: Ints | None
+    absent_as_nan: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -73,8 +76,8 @@ class VirtualArray:
         if np.dtype(object) in dtypes:
             return np.dtype(object)
         common = np.result_type(*dtypes)
-        if common == np.bool_ and self.n_absent:
-            return np.dtype(np.int8)
+        if common.kind in "iub" and self.n_absent and self.absent_as_nan:
+            return np.dtype(np.float64)
         return common
 
     @property

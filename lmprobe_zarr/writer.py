@@ -389,8 +389,8 @@ def as_column(name: str, values: Sequence[Any] | Array) -> Array:
     if kinds <= {bool}:
         return np.array(listed, bool)
     if kinds <= {int, float}:
-        limit = 2**63 if kinds <= {int} else 2**53
-        wide = [item for item in listed if isinstance(item, int) and abs(item) >= limit]
+        # Beyond 2**53 a number is rounded wherever other prompts lack the column, because it is a float64 there.
+        wide = [item for item in listed if isinstance(item, int) and abs(item) > 2**53]
         if wide:
             raise InvalidArgumentError(f"column {name!r} holds {str(wide[0])[:24]}, too large to be stored exactly: use texts")
         return np.array(listed, np.int64 if kinds <= {int} else np.float64)

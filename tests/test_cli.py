@@ -58,6 +58,17 @@ def test_prompts_from_txt_jsonl_and_csv(tmp_path: Path) -> None:
     assert columns == {"y": [1, 0], "w": [0.5, 1.0], "s": ["a", "b"]}
 
 
+def test_columns_of_a_csv_are_read_for_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("text,id,seen,w,n,s\na,007,true,0.5,1,x\nb,008,False,,2,\n")
+    _, columns = read_prompts(str(tmp_path / "p.csv"), columns=["id", "seen", "w", "n", "s"])
+    assert columns["id"] == ["007", "008"]
+    assert columns["seen"] == [True, False]
+    assert columns["w"][0] == 0.5
+    assert np.isnan(columns["w"][1])
+    assert columns["n"] == [1, 2]
+    assert columns["s"] == ["x", ""]
+
+
 def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "one", "y": "a"}\n'))
     assert read_prompts("-", file_format="jsonl", columns=["y"]) == (["one"], {"y": ["a"]})
@@ -71,6 +82,9 @@ def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ("p.jsonl", "[1]\n", [], "line 1 is neither"),
         ("p.csv", "text,y\none,1\n", ["label"], "no 'label': the columns there are 'text', 'y'"),
         ("p.csv", 'text\n"one\n', [], "is no CSV"),
+        ("p.csv", "text,y\nThe cat, it sat,1\n", ["y"], "line 2 has 3 fields, the header 2"),
+        ("p.csv", "text,y,y\none,1,2\n", ["y"], "two columns of one name"),
+        ("p.jsonl", '{"text": "one", "y": null}\n', ["y"], "line 1: 'y' is null"),
         ("p.txt", "one\n", ["label"], "no columns"),
         ("p.parquet", "one\n", [], "--format"),
     ],
@@ -148,7 +162,9 @@ def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixtu
         (["info", "{tmp}/nowhere"], "there is no store at"),
         (["show", "{store}", "--model", "gpt2"], "model 'gpt2' is not in"),
         (["show", "{store}", "--prompt", "unheard of"], "1 of 1 prompts are not in"),
-        (["sweep", "{store}", "--variable", "resid_max"], "'resid_max' is not stored: there is resid_mean"),
+        (["sweep", "{store}", "--variable", "resid_max"], "'resid_max' is not stored per prompt: there is resid_mean"),
+        (["show", "{store}", "--group", "nobody"], "group 'nobody' is not in"),
+        (["info", "{tmp}"], "is no store of lmprobe-zarr"),
         (["sweep", "{store}", "--variable", "resid_mean", "--labels", "sentiment"], "sentiment"),
         (["sweep", "{store}", "--variable", "resid_mean", "--probes", "perceptron"], "perceptron"),
         (["sweep", "{store}", "--variable", "resid_mean", "--layers", "7"], "layer 7 is out of range"),

@@ -247,9 +247,11 @@ def test_absent_column_values_are_marked_and_counted(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b"]))
     store.annotate(None, {"i": {"a": 5}, "s": {"a": "x"}, "t": {"a": True}, "f": {"a": 1.0}})
     data = store.dataset()
-    assert data.i.values.tolist() == [5, -1]
+    np.testing.assert_array_equal(data.i.values, [5, np.nan])
     assert data.s.values.tolist() == ["x", ""]
-    assert data.t.values.tolist() == [1, -1]
+    np.testing.assert_array_equal(data.t.values, [1, np.nan])
+    assert store.dataset(prompts=["a"]).i.dtype == np.int64
+    assert store.dataset(prompts=["a"]).t.dtype == bool
     assert np.isnan(data.f.values[1])
     assert {name: data[name].attrs["missing"] for name in "istf"} == dict.fromkeys("istf", 1)
 
