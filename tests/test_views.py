@@ -88,10 +88,12 @@ class Truth:
     def tokens_of(self, site: str, layer: int, prompt: str) -> Array:
         found = np.full((self.count(prompt), HIDDEN), np.nan)
         for spec, tokens in zip(self.specs, self.tokens, strict=True):
-            if site in spec.sites and layer in spec.layers and prompt in spec.prompts:
-                values = tokens[site][layer][spec.prompts.index(prompt)]
-                if len(values) == self.count(prompt):
-                    found = values
+            if not spec.sites or prompt not in spec.prompts:
+                continue
+            if spec.counts[spec.prompts.index(prompt)] != self.count(prompt):
+                found = np.full_like(found, np.nan)  # seen as other tokens: what came before is out of date
+            elif site in spec.sites and layer in spec.layers:
+                found = tokens[site][layer][spec.prompts.index(prompt)]
         return found
 
     def pooled_of(self, layer: int, prompt: str) -> Array:
@@ -132,7 +134,8 @@ class Truth:
     def _columns(self, dim: str, prompts: list[str]) -> dict[str, Any]:
         columns: dict[str, Any] = {"text": (dim, np.array(prompts, object))}
         if any(self.labels):
-            columns["label"] = (dim, np.array([self.column(p, self.labels, -1) for p in prompts], np.int64))
+            labels = [self.column(p, self.labels, np.nan) for p in prompts]
+            columns["label"] = (dim, np.array(labels, np.float64 if any(v != v for v in labels) else np.int64))
         if any(self.names):
             columns["name"] = (dim, np.array([self.column(p, self.names, "") for p in prompts], object))
         return columns
