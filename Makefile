@@ -63,7 +63,7 @@ docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
 
 stress: setup
-	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k kill_9
+	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k "kill_9 or test_views or test_token_index or test_accessor or test_schema"
 
 clean:
 	rm -rf $(VENV) $(CORE) site build dist demo-output

@@ -375,7 +375,9 @@ def do_stack(data: Any, rng: random.Random) -> Any:
 def do_unstack(data: Any, rng: random.Random) -> Any:
     if "token" not in data.dims:
         return data
-    return data.drop_vars(["text", "name", "label"], errors="ignore").compute().unstack("token")
+    unstacked = data.drop_vars(["text", "name", "label"], errors="ignore").compute().unstack("token")
+    # In which order pandas lists prompts and positions depends on the history of its index; ours are sorted.
+    return unstacked.sortby([dim for dim in ("prompt", "p", "position", "q") if dim in unstacked.dims])
 
 
 def do_rename(data: Any, rng: random.Random) -> Any:
