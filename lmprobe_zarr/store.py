@@ -63,7 +63,8 @@ def open_store(
     Parameters
     ----------
     url : str or path, optional
-        A folder, or any URL that fsspec knows. None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
+        A folder, or a URL that fsspec knows; this version is tested on folders and ``memory://``. None is the default root,
+        ``$LMPROBE_CACHE_DIR/.zarr``.
     mode : {"a", "r"}
         ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything.
     storage_options : mapping, optional
