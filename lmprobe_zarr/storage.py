@@ -68,6 +68,10 @@ class Storage(ABC):
         """Bytes that may still be written; None where the place has no such limit or does not tell."""
         return None
 
+    def may_write(self) -> bool:
+        """False where it is known without trying that nothing can be written."""
+        return True
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
@@ -196,10 +200,17 @@ class LocalStorage(Storage):
         return os.path.isfile(self._path(key))
 
     def free_bytes(self) -> int | None:
+        return shutil.disk_usage(self._existing()).free
+
+    def may_write(self) -> bool:
+        return os.access(self._existing(), os.W_OK)
+
+    def _existing(self) -> Path:
+        """The root, or the nearest folder above it that exists."""
         path = Path(self.root)
         while not path.exists():
             path = path.parent
-        return shutil.disk_usage(path).free
+        return path
 
 
 def _sync_folder(path: str) -> None:

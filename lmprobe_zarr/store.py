@@ -357,6 +357,8 @@ class Store:
         """Raise `ReadOnlyError` where this store may not be written to."""
         if self.mode == "r":
             raise ReadOnlyError(f"{self.url} was opened with mode='r': open it with mode='a' to write")
+        if not self.storage.may_write():
+            raise ReadOnlyError(f"{self.url} cannot be written: check permissions, or give another place")
 
     def new_part(
         self, info: GroupInfo, *, kind: str = "part", compressed: bool = True, recorded: Mapping[str, Any] | None = None

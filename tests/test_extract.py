@@ -416,6 +416,14 @@ def test_a_read_only_store_runs_nothing(llama: Path, acts: Store) -> None:
         run(llama, PROMPTS, lz.open_store(acts.url, mode="r"))
 
 
+def test_a_place_that_cannot_be_written_is_noticed_before_the_model_is_loaded(
+    llama: Path, acts: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, how: False)  # tests may run as root, who may write anywhere
+    with no_loading(), pytest.raises(ReadOnlyError, match="give another place"):
+        run(llama, PROMPTS, acts)
+
+
 def test_the_plan_is_what_then_happens(llama: Path, acts: Store) -> None:
     options: dict[str, Any] = {"keep_tokens": True, "sites": ["resid", "embed"], "layers": [1, 2]}
     with no_loading():
