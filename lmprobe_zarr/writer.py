@@ -42,7 +42,7 @@ __all__ = ["PartWriter", "write_group"]
 
 Array = npt.NDArray[Any]
 
-# A chunk is what one read fetches. 4 MiB lies on the flat part of the curve on local disks (docs/design/format.md).
+# A chunk is what one read fetches. 4 MiB lies on the flat part of the curve on local disks (docs/design/decisions.md).
 CHUNK_BYTES: Final = 4 * 2**20
 MIN_CHUNK_BYTES: Final = 2**18
 # All chunks that are being filled together; with many layers each gets a smaller share.

@@ -152,6 +152,24 @@ def test_a_hit_needs_neither_torch_nor_transformers(llama: Path, acts: Store) ->
     subprocess.run([sys.executable, "-W", "error", "-c", code, llama, acts.url, *PROMPTS], check=True, timeout=120)
 
 
+def test_a_hub_model_that_is_nowhere_on_this_machine_is_still_found_in_the_store(acts: Store) -> None:
+    """A hit needs neither weights nor network; two stored revisions that this machine cannot tell apart are an error that names them."""
+    known = dict.fromkeys(("adapter", "weights", "tokenizer", "chat_template", "truncation", "modules"))
+    for revision in ("one", "two"):
+        lz.write_activations(
+            acts,
+            model="org/model",
+            prompts=["a"],
+            pooled={"resid_last_token": {0: np.zeros((1, 4), "f4")}},
+            provenance={**known, "special_tokens": True, "revision": revision},
+            num_layers=1,
+        )
+    with no_loading(), pytest.raises(AmbiguousProvenanceError, match="revision: 'one' or 'two'"):
+        run("org/model", ["a"], acts)
+    with no_loading():
+        assert run("org/model", ["a"], acts, provenance={"revision": "two"}).found == 1
+
+
 def test_only_what_is_missing_is_extracted(llama: Path, acts: Store) -> None:
     run(llama, PROMPTS[:2], acts, layers=[0, 1])
     assert run(llama, PROMPTS[:4], acts, layers=[0, 1]).extracted == 2
