@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.ragged import offsets_of
+from lmprobe_zarr.sites import SCALARS
 
 __all__ = ["HASH_DIGITS", "TokenBatch", "prompt_hash", "prompt_sha256", "validate_batch"]
 
@@ -118,6 +120,29 @@ class TokenBatch:
         columns = (*self.token_columns.values(), *self.prompt_columns.values())
         return texts + sum(sum(map(len, map(str, c))) if np.asarray(c).dtype == object else np.asarray(c).nbytes for c in columns)
 
+    def take(self, start: int, stop: int) -> TokenBatch:
+        """The prompts from `start` up to and without `stop`; arrays are views of these."""
+        rows = slice(start, stop)
+        bounds = offsets_of(self.n_tokens) if self.n_tokens is not None else np.zeros(len(self.sha256) + 1, np.int64)
+        tokens = slice(int(bounds[start]), int(bounds[stop]))
+
+        def cut(name: str, array: Array, along: slice) -> Array:
+            return array[along] if name in self.unlayered else array[:, along]
+
+        return TokenBatch(
+            sha256=self.sha256[rows],
+            text=None if self.text is None else self.text[rows],
+            prompt_length=None if self.prompt_length is None else self.prompt_length[rows],
+            n_tokens=None if self.n_tokens is None else self.n_tokens[rows],
+            layers=self.layers,
+            tokens={name: cut(name, array, tokens) for name, array in self.tokens.items()},
+            token_columns={name: column[tokens] for name, column in self.token_columns.items()},
+            prompts={name: cut(name, array, rows) for name, array in self.prompts.items()},
+            prompt_columns={name: column[rows] for name, column in self.prompt_columns.items()},
+            unlayered=self.unlayered,
+            stored_dtype=self.stored_dtype,
+        )
+
 
 def validate_batch(batch: TokenBatch) -> list[str]:
     """Every way in which the arrays of a batch do not fit together; empty when they do."""
@@ -149,7 +174,7 @@ def validate_batch(batch: TokenBatch) -> list[str]:
             axis = 0 if name in batch.unlayered else 1
             if axis and (array.ndim < 2 or array.shape[0] != len(batch.layers)):
                 problems.append(f"{name} has shape {array.shape} for {len(batch.layers)} layers")
-            elif array.ndim < axis + 2 or 0 in array.shape[axis + 1 :]:
+            elif array.ndim < axis + (1 if name in SCALARS else 2) or 0 in array.shape[axis + 1 :]:
                 problems.append(f"{name} has shape {array.shape}, in which a row holds no values")
             elif array.shape[axis] != rows:
                 problems.append(f"{name} has shape {array.shape} but {counted}")

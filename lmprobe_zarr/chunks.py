@@ -193,13 +193,14 @@ def _check_blosc(body: memoryview, *, exactly: int | None = None, at_most: int =
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows of one chunk and where they go: ``out[target] = chunk[rows]``."""
+    """Rows of one chunk and where they go: ``out[target] = chunk[rows]``, filled up to `row_shape` where the chunk's are shorter."""
 
     array: StoredArray
     layer: int
     block: int
     rows: Rows
     target: Rows
+    row_shape: tuple[int, ...]
 
 
 def read_pieces(pieces: Sequence[Piece], outs: Sequence[Array], columns: tuple[Any, ...]) -> None:
@@ -228,11 +229,21 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
     if isinstance(piece.rows, slice) and isinstance(piece.target, slice) and not columns:
         target = out[piece.target]
         whole = piece.rows.start == 0 and piece.rows.stop == chunk_rows
-        if whole and target.dtype == piece.array.dtype and target.flags.c_contiguous and target.dtype != object:
+        if (
+            whole
+            and target.shape[1:] == piece.array.info.row_shape
+            and target.dtype == piece.array.dtype
+            and target.flags.c_contiguous
+            and target.dtype != object
+        ):
             piece.array.read_chunk(piece.layer, piece.block, target)
             return
-    chunk = piece.array.read_chunk(piece.layer, piece.block)
-    out[piece.target] = chunk[piece.rows][(slice(None), *columns)]
+    chunk = piece.array.read_chunk(piece.layer, piece.block)[piece.rows]
+    if piece.array.info.row_shape != piece.row_shape:
+        filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
+        filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk
+        chunk = filled
+    out[piece.target] = chunk[(slice(None), *columns)]
 
 
 def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:

@@ -15,6 +15,7 @@ from lmprobe_zarr.index import TakenArray, TokenIndex, lazy_variable
 from lmprobe_zarr.layers import LayerSpec, describe_layers, resolve_layers
 from lmprobe_zarr.ragged import positions_of
 from lmprobe_zarr.schema import SAMPLE_DIM, Level
+from lmprobe_zarr.sites import STATISTICS
 from lmprobe_zarr.view import View
 from lmprobe_zarr.virtual import LazyArray, VirtualArray
 
@@ -109,6 +110,8 @@ def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...
     coords: dict[str, Any] = {"prompt": view.hashes[rows], "n_tokens": ("prompt", counts, {"sample_dimension": "token"})}
     if layers:
         coords["layer"] = np.array(layers, np.int64)
+    if "perplexity" in variables:
+        coords["statistic"] = list(STATISTICS)
     coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
     coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows))
     return xr.Dataset(variables, coords=coords)

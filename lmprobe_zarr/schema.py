@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, NotAStoreError, UnsupportedVersionError
 from lmprobe_zarr.pooling import POOLINGS
-from lmprobe_zarr.sites import SITES
+from lmprobe_zarr.sites import INNER_DIMS, SCALARS, SITES
 
 __all__ = [
     "ANNOTATIONS",
@@ -39,6 +39,7 @@ __all__ = [
     "Provenance",
     "array_dims",
     "is_root_document",
+    "is_variable",
     "new_part_name",
     "parse_group",
     "parse_part",
@@ -88,7 +89,12 @@ def array_dims(variable: str, level: Level, ndim: int, layered: bool) -> tuple[s
     """Dimension names of an activation variable."""
     head = (("layer",) if layered else ()) + (SAMPLE_DIM[level],)
     tail = ndim - len(head)
-    return head + (("hidden",) if tail == 1 else tuple(f"{variable}_dim{i}" for i in range(tail)))
+    return head + ((INNER_DIMS.get(variable, "hidden"),) if tail == 1 else tuple(f"{variable}_dim{i}" for i in range(tail)))
+
+
+def is_variable(name: str, info: ArrayInfo) -> bool:
+    """Whether an array of a part holds activations, or what a model says, and not a column that describes prompts or tokens."""
+    return len(info.dims) > 1 or name in SCALARS
 
 
 def validate_column_names(names: Iterable[str]) -> None:
@@ -96,7 +102,8 @@ def validate_column_names(names: Iterable[str]) -> None:
     for name in names:
         if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
             raise InvalidArgumentError(f"{name!r} is no column name: use letters, digits and _, a letter first, at most 64")
-        if name in (*PROMPT_COLUMNS, *TOKEN_COLUMNS, *DIMENSIONS, "model") or split_variable(name)[0] in SITES:
+        taken = (*PROMPT_COLUMNS, *TOKEN_COLUMNS, *DIMENSIONS, *INNER_DIMS, *INNER_DIMS.values(), *SCALARS, "model")
+        if name in taken or split_variable(name)[0] in SITES:
             raise InvalidArgumentError(f"{name!r} is a name of the format itself: choose another name for that column")
 
 
@@ -513,7 +520,8 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
 def level_document(info: PartInfo, level: Level, *, nested: bool = True) -> Json:
     """The document of a part's ``prompts`` or ``tokens`` group; plain xarray takes the columns as coordinates from it."""
     arrays = info.variables(level)
-    columns = [name for name, array in arrays.items() if array.dims == (SAMPLE_DIM[level],) and name != SAMPLE_DIM[level]]
+    samples = (SAMPLE_DIM[level],)
+    columns = [name for name, array in arrays.items() if array.dims == samples and not is_variable(name, array) and name != samples[0]]
     document: Json = {"zarr_format": 3, "node_type": "group", "attributes": {"coordinates": " ".join(columns)} if columns else {}}
     if nested:
         document["consolidated_metadata"] = _consolidated({name: array.to_document() for name, array in arrays.items()})

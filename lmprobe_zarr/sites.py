@@ -1,18 +1,39 @@
-"""The places in a model where activations are taken, and what a row of them weighs. Names and integers only."""
+"""The places in a model where values are taken, and what a row of them weighs. Names and integers only.
+
+Beside the sites, what a model says of its input: ``logits`` of its head, for every token or, as ``logits_last_token``, for the last one of each
+prompt, whole or only the largest of them (``…_top_k_values``, ``…_top_k_indices``); ``token_log_prob``, the natural logarithm of the probability
+of each token after those before it, and ``token_perplexity``, its exponential with the sign turned, both NaN for the first token of a prompt;
+``perplexity``, per prompt the mean, least and greatest of `STATISTICS`; and ``router``, a mixture of experts' scores of its experts by layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.pooling import parse_poolings
 
-__all__ = ["LAYERED_SITES", "SITES", "RowBytes", "parse_sites", "row_bytes"]
+__all__ = ["INNER_DIMS", "LAYERED_SITES", "SCALARS", "SITES", "STATISTICS", "RowBytes", "is_top_k", "parse_sites", "row_bytes"]
 
 LAYERED_SITES: Final = ("resid", "attn", "mlp")
 SITES: Final = (*LAYERED_SITES, "embed")
+# lmprobe's three, in its order: the exponential of the mean, the least and the greatest negative log-probability of the tokens.
+STATISTICS: Final = ("mean", "min", "max")
+# One number per token: variables without a further axis.
+SCALARS: Final = ("token_perplexity", "token_log_prob")
+# What a row holds, where it is not the hidden units of a site.
+INNER_DIMS: Final[Mapping[str, str]] = {
+    "perplexity": "statistic",
+    "logits": "vocab",
+    "logits_top_k_values": "top_k",
+    "logits_top_k_indices": "top_k",
+    "logits_last_token": "vocab",
+    "logits_last_token_top_k_values": "top_k",
+    "logits_last_token_top_k_indices": "top_k",
+    "router": "expert",
+}
 ITEM_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -31,6 +52,11 @@ def parse_sites(sites: str | Sequence[str]) -> tuple[str, ...]:
     if not names:
         raise InvalidArgumentError(f"sites is empty: choose from {', '.join(SITES)}")
     return tuple(dict.fromkeys(names))
+
+
+def is_top_k(variable: str) -> bool:
+    """Whether a variable's rows may be of another length in every part: the largest few of many."""
+    return INNER_DIMS.get(variable) == "top_k"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

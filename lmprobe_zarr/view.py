@@ -15,7 +15,8 @@ from lmprobe_zarr.batch import HASH_DIGITS, prompt_sha256
 from lmprobe_zarr.chunks import StoredArray
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, PromptCollisionError
 from lmprobe_zarr.ragged import offsets_of
-from lmprobe_zarr.schema import PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, PartInfo
+from lmprobe_zarr.schema import PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, PartInfo, is_variable
+from lmprobe_zarr.sites import is_top_k
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.virtual import NOWHERE, VirtualArray
 
@@ -87,14 +88,15 @@ class View:
         """Activation variables of a level, as the last part has them; columns are not among them."""
         found: dict[str, ArrayInfo] = {}
         for part in self.parts:
-            found |= {name: a for name, a in part.info.variables(level).items() if len(a.dims) > 1}
+            found |= {name: a for name, a in part.info.variables(level).items() if is_variable(name, a)}
         return dict(sorted(found.items()))
 
     def columns(self, level: Level) -> dict[str, ArrayInfo]:
         """Columns of a level, the format's own and the user's."""
         found: dict[str, ArrayInfo] = {}
         for part in (*self.parts, *(self.annotations if level == "prompts" else ())):
-            found |= {name: a for name, a in part.info.variables(level).items() if a.dims == (SAMPLE_DIM[level],)}
+            held = part.info.variables(level).items()
+            found |= {name: a for name, a in held if a.dims == (SAMPLE_DIM[level],) and not is_variable(name, a)}
         return dict(sorted(found.items()))
 
     def find(self, digests: Sequence[str]) -> Ints:
@@ -167,8 +169,8 @@ class View:
         holding.sort(key=lambda i: owners[i].info.name)  # the last by name wins, be it a part or an annotation
         arrays = tuple(owners[i].array(self.storage, level, name) for i in holding)
         layered = arrays[0].info.layered
-        if len({(a.info.layered, a.info.row_shape) for a in arrays}) > 1:
-            shapes = sorted({a.info.row_shape for a in arrays})
+        shapes = sorted({a.info.row_shape for a in arrays})
+        if len({a.info.layered for a in arrays}) > 1 or (len(shapes) > 1 and not is_top_k(name)):
             raise CorruptPartError(f"the parts of {self.where} disagree on the shape of {name!r}: {shapes}")
         places = np.zeros((len(holding), 1), np.int32)
         if layered:
@@ -196,7 +198,7 @@ class View:
             source=source[:, rows],
             start=start[:, rows],
             offsets=offsets,
-            absent_as_nan=level == "prompts" and name not in PROMPT_COLUMNS,
+            absent_as_nan=level == "prompts" and name not in PROMPT_COLUMNS and not is_variable(name, arrays[0].info),
         )
 
     def token_counts(self) -> Ints:

@@ -61,8 +61,8 @@ class VirtualArray:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row."""
-        return self.arrays[0].info.row_shape
+        """Shape of one row: that of the widest, where the parts hold more or fewer of the largest values."""
+        return max(array.info.row_shape for array in self.arrays)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -102,7 +102,8 @@ class VirtualArray:
         ndarray, shape (len(layers), rows, …)
         """
         n = len(range(*rows.indices(self.n_rows))) if isinstance(rows, slice) else len(rows)
-        tail = np.empty((0, *self.row_shape), bool)[(slice(None), *columns)].shape[1:]
+        row_shape = self.row_shape
+        tail = np.empty((0, *row_shape), bool)[(slice(None), *columns)].shape[1:]
         out = np.empty((len(layers), n, *tail), self.dtype)
         pieces: list[Piece] = []
         outs: list[Array] = []
@@ -115,7 +116,7 @@ class VirtualArray:
                 if array == NOWHERE:
                     out[i][target] = fill_value(self.dtype)
                     continue
-                pieces.append(Piece(self.arrays[array], int(self.layer_rows[array, layer]), block, chunk_rows, target))
+                pieces.append(Piece(self.arrays[array], int(self.layer_rows[array, layer]), block, chunk_rows, target, row_shape))
                 outs.append(out[i])
         read_pieces(pieces, outs, columns)
         return out

@@ -197,7 +197,7 @@ class PartWriter:
     def _buffer(self, level: Level, name: str, array: Array, layered: bool, batch: TokenBatch) -> _RowBuffer:
         key = f"{level}/{name}"
         if key not in self._variables:
-            wide = array.dtype if array.dtype.kind in "fb" else np.dtype(np.int64)
+            wide = array.dtype if array.dtype.kind in "fbi" else np.dtype(np.int64)
             row_shape = array.shape[2 if layered else 1 :]
             buffers = sum(a.shape[0] for v in (batch.prompts, batch.tokens) for n, a in v.items() if n not in batch.unlayered) or 1
             chunk_bytes = max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, BUFFER_BYTES // buffers))

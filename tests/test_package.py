@@ -18,7 +18,8 @@ PACKAGE = Path(lz.__file__).parent
 ROOMS = [
     {"errors"},
     {"pooling", "ragged", "layers", "config", "progress"},
-    {"sites", "plan", "batch"},
+    {"sites"},
+    {"plan", "batch"},
     {"schema", "prompt_files"},
     {"storage"},
     {"chunks", "index"},
