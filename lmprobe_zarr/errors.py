@@ -7,7 +7,9 @@ only where a caller would branch on it; everything else is an :class:`InvalidArg
 from __future__ import annotations
 
 __all__ = [
+    "AccessDeniedError",
     "AmbiguousProvenanceError",
+    "CacheWarning",
     "CorruptPartError",
     "DeviceMemoryError",
     "InvalidArgumentError",
@@ -21,12 +23,14 @@ __all__ = [
     "ModelNotStoredError",
     "NoSpaceError",
     "NotAStoreError",
+    "NumberRangeError",
     "PartGoneError",
     "PromptCollisionError",
     "PromptTooLongError",
     "ReadOnlyError",
     "StoreNotFoundError",
     "UnknownArchitectureError",
+    "UnreachableError",
     "UnsupportedVersionError",
 ]
 
@@ -95,8 +99,39 @@ class NoSpaceError(LmprobeZarrError, OSError):
     """The medium is full, or too small for what was planned."""
 
 
+class NumberRangeError(LmprobeZarrError, OverflowError):
+    """A value lies beyond the range of the dtype that it is to be stored with."""
+
+
+class AccessDeniedError(LmprobeZarrError, PermissionError):
+    """A place exists, or may exist, but these credentials, or none, may not read it."""
+
+
+class UnreachableError(LmprobeZarrError, ConnectionError):
+    """A place does not answer."""
+
+
 class CorruptPartError(LmprobeZarrError, OSError):
-    """A committed part misses a file, or a file of it is not what was committed."""
+    """A committed part misses a file, or a file of it is not what was committed.
+
+    Attributes
+    ----------
+    part : str or None
+        Key of the part's folder below the root; None where it is not a part that is damaged.
+    """
+
+    part: str | None = None
+
+    @classmethod
+    def of(cls, part: str, message: str) -> CorruptPartError:
+        """The error for a part, so that a caller can go on without it."""
+        error = cls(message)
+        error.part = part
+        return error
+
+
+class CacheWarning(UserWarning):
+    """Something that the cache was asked for it could not do, and went on without."""
 
 
 class PartGoneError(LmprobeZarrError, FileNotFoundError):
