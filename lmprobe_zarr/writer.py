@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
@@ -106,8 +106,7 @@ class PartWriter:
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
         self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
         self.compressed, self.durable, self.replaces = compressed, durable, replaces
-        written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.recorded = {"written": written, "python": platform.python_version(), **(recorded or {})}
+        self.recorded = {"python": platform.python_version(), **(recorded or {})}
         self.nbytes = self.held_nbytes = 0
         self._files: dict[str, tuple[int, int]] = {}
         self._arrays: dict[str, ArrayInfo] = {}
@@ -246,7 +245,7 @@ class PartWriter:
             layers=self._layers,
             arrays=dict(sorted(self._arrays.items())),
             files={},
-            recorded=self.recorded,
+            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
             replaces=self.replaces,
         )
         texts: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in info.arrays.items()}
@@ -258,6 +257,8 @@ class PartWriter:
         object.__setattr__(info, "files", dict(sorted(self._files.items())))
         document = part_document(info, self.group)
         parse_part(document, self.path)  # what we could not read must not become visible
+        # Somebody may have cleared the group meanwhile, and a part without its group's document is of no use.
+        write_group(self.storage, self.group, durable=self.durable)
         self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable)
         return info
 
