@@ -26,6 +26,7 @@ from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_li
 from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.sweep import sweep
 
@@ -37,7 +38,9 @@ __all__ = [
     "CachedPromptInfo",
     "ExtractPlan",
     "ExtractStats",
+    "LayerSweep",
     "ModelCacheInfo",
+    "Probe",
     "Store",
     "TokenIndex",
     "cache_info",

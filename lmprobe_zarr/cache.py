@@ -342,7 +342,8 @@ def _describe_prompt(view: View, row: int) -> CachedPromptInfo:
             if there.any():
                 held[level][name] = [layer for layer, held_ in zip(layers, there, strict=True) if held_] if array.layered else []
     every = {**held["prompts"], **held["tokens"]}
-    top_k = max((view.row_length(name, row) for name in every if name.endswith("top_k_values")), default=None)
+    widths = [int(view.row_lengths(level, n, rows)[0]) for level in LEVELS for n in held[level] if n.endswith("top_k_values")]
+    top_k = max(widths, default=None)
     return CachedPromptInfo(
         raw_layers=held["tokens"].get("resid", []),
         pooled={pooling: every[f"resid_{pooling}"] for pooling in POOLINGS if f"resid_{pooling}" in every},

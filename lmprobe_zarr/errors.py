@@ -23,6 +23,7 @@ __all__ = [
     "ModelNotStoredError",
     "NoSpaceError",
     "NotAStoreError",
+    "NotFittedError",
     "NumberRangeError",
     "PartGoneError",
     "PromptCollisionError",
@@ -136,6 +137,10 @@ class CacheWarning(UserWarning):
 
 class PartGoneError(LmprobeZarrError, FileNotFoundError):
     """A part that an open view refers to has been deleted since."""
+
+
+class NotFittedError(LmprobeZarrError, ValueError, AttributeError):
+    """A probe was asked for predictions before it has learned anything."""
 
 
 class ModelNotFoundError(LmprobeZarrError, OSError):

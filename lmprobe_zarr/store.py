@@ -197,9 +197,9 @@ class Store:
 
     def models(self) -> list[str]:
         """Names of all models of which anything is stored, sorted."""
-        return sorted({info.model for name, info in self.groups().items() if self._has_parts(name)})
+        return sorted({info.model for name, info in self.groups().items() if self.holds_parts(name)})
 
-    def _has_parts(self, group: str) -> bool:
+    def holds_parts(self, group: str) -> bool:
         """Whether there is anything in a group's folder: one whose parts have all been evicted is as good as none."""
         return any(name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".") for name in self.storage.list(group))
 
@@ -231,7 +231,7 @@ class Store:
         AmbiguousProvenanceError
             Several match; names the fields in which they differ.
         """
-        found = [info for info in self.matching(model, provenance, group) if self._has_parts(info.name)]
+        found = [info for info in self.matching(model, provenance, group) if self.holds_parts(info.name)]
         if len(found) == 1:
             return found[0]
         if not found:
@@ -321,6 +321,11 @@ class Store:
         if not left:
             self.storage.remove([f"{info.name}/zarr.json"])
             self._groups.pop(info.name, None)
+
+    def forget_all(self) -> None:
+        """Forget what is remembered of parts and groups: the next look reads them again."""
+        self._parts.clear()
+        self._groups.clear()
 
     def mark_used(self, parts: Iterable[Part]) -> None:
         """Note that parts are being used, for eviction; never where the store is read-only, and never an error."""

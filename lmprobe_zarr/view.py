@@ -209,11 +209,19 @@ class View:
         except MissingPromptsError:
             return None
 
-    def row_length(self, name: str, row: int) -> int:
-        """How many values a row of a variable really holds for one prompt: parts may hold more or fewer of the largest logits."""
-        level: Level = "prompts" if name in self.variables("prompts") else "tokens"
-        array = self.source(level, name, np.array([row]), ())
-        return int(array.arrays[int(array.source[0, 0])].info.row_shape[-1])
+    def row_lengths(self, level: Level, name: str, rows: Ints) -> Ints:
+        """How many values a row of a variable without layers really holds, of prompts that have it: parts may hold more or fewer of
+        the largest logits.
+        """
+        array = self.source(level, name, rows, ())
+        widths = np.array([one.info.row_shape[-1] for one in array.arrays], np.int64)
+        return widths[array.source[0]]
+
+    @property
+    def holds_whole_prompts(self) -> bool:
+        """Whether every part that keeps tokens keeps all tokens of its prompts, so that they can be pooled."""
+        positions = [part.info.arrays["tokens/position"] for part in self.parts if part.info.n_tokens is not None]
+        return all(info.attributes.get("whole_prompts") for info in positions)
 
     def parts_with(self, rows: Ints) -> list[Part]:
         """Parts and annotations that hold any of these prompts."""
