@@ -22,6 +22,7 @@ __all__ = [
     "ModelNotFoundError",
     "ModelNotStoredError",
     "NoSpaceError",
+    "NotAProbeError",
     "NotAStoreError",
     "NotFittedError",
     "NumberRangeError",
@@ -88,8 +89,12 @@ class NotAStoreError(LmprobeZarrError, ValueError):
     """What lies at that place is something else than a store of this package."""
 
 
+class NotAProbeError(LmprobeZarrError, ValueError):
+    """What was read is no saved probe of this package, or a damaged one."""
+
+
 class UnsupportedVersionError(LmprobeZarrError, ValueError):
-    """The store has a format version that this release does not know."""
+    """A store or a saved probe has a format version that this release does not know."""
 
 
 class ReadOnlyError(LmprobeZarrError, PermissionError):
