@@ -47,7 +47,18 @@ if TYPE_CHECKING:
     from lmprobe_zarr.extraction import LoadedModel
 
 
-__all__ = ["ExtractPlan", "ExtractStats", "Keeping", "ModelMemory", "Outcome", "Running", "carry_out", "extract", "keeping_of", "plan_extract"]
+__all__ = [
+    "ExtractPlan",
+    "ExtractStats",
+    "Keeping",
+    "ModelMemory",
+    "Outcome",
+    "Running",
+    "carry_out",
+    "extract",
+    "keeping_of",
+    "plan_extract",
+]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]

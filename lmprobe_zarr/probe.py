@@ -243,7 +243,7 @@ class Probe:
         self._check()
         return self
 
-    def __sklearn_tags__(self) -> Any:  # noqa: PLW3201 — scikit-learn's own name
+    def __sklearn_tags__(self) -> Any:
         from sklearn.utils import ClassifierTags, RegressorTags, Tags, TargetTags
 
         kind = "classifier" if self.task == "classification" else "regressor"
@@ -320,9 +320,7 @@ class Probe:
             max_length=self.max_length, truncation=self.truncation, refresh=refresh, provenance=self.provenance, modules=self.modules,
             trust_remote_code=self.trust_remote_code, keep_passed=True,
         )  # fmt: skip
-        running = Running(
-            device=self.device, device_map=self.device_map, batch_prompts=batch_size or self.batch_size, progress=False
-        )
+        running = Running(device=self.device, device_map=self.device_map, batch_prompts=batch_size or self.batch_size, progress=False)
         keeping = keeping_of(store, Precision())
         options: dict[str, Any] = {"memory": self._session.memory, "cache_only": self.cache_only}
         if keeping.limit != 0:
@@ -639,7 +637,9 @@ class Probe:
 
     def _score(self, predicted: Array, labels: Array) -> float:
         if len(predicted) != len(labels):
-            raise LabelError(f"there are {len(labels)} labels for {len(predicted)} predictions: give one for each prompt, and pool the tokens")
+            raise LabelError(
+                f"there are {len(labels)} labels for {len(predicted)} predictions: give one for each prompt, and pool the tokens"
+            )
         if self.task == "regression":
             return evaluate_regression(predicted, labels)["r2"]
         return float(np.mean(predicted == labels))
@@ -912,7 +912,9 @@ def _matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...]]:
     if isinstance(given, xr.DataArray):
         sample = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
         if sample is None or "hidden" not in given.dims:
-            raise InvalidArgumentError(f"activations have dims {given.dims}, expected prompt or token, hidden, and perhaps layer: rename or select")
+            raise InvalidArgumentError(
+                f"activations have dims {given.dims}, expected prompt or token, hidden, and perhaps layer: rename or select"
+            )
         if "layer" in given.coords:
             layers = tuple(int(layer) for layer in np.atleast_1d(given.coords["layer"].values))
         n_layers = given.sizes.get("layer", 1)
@@ -925,7 +927,9 @@ def _matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...]]:
     features = values.reshape(len(values), -1)
     features = features.astype(np.float64 if features.dtype.itemsize > 4 else np.float32, copy=False)
     if features.shape[1] % n_layers:
-        raise InvalidArgumentError(f"activations are {features.shape[1]} wide, which is not {n_layers} layers of the same width: check n_layers")
+        raise InvalidArgumentError(
+            f"activations are {features.shape[1]} wide, which is not {n_layers} layers of the same width: check n_layers"
+        )
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
         raise InvalidArgumentError(f"{len(bad)} of {len(features)} rows hold NaN or infinity, first row {bad[0]}: leave them out")
@@ -934,7 +938,9 @@ def _matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...]]:
 
 def _prompts_and_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array]:
     if (second is None) == (labels is None):
-        raise InvalidArgumentError("fit takes (positive, negative) prompts, or (prompts, labels): give exactly one of the two after the first")
+        raise InvalidArgumentError(
+            "fit takes (positive, negative) prompts, or (prompts, labels): give exactly one of the two after the first"
+        )
     prompts = _listed(first)
     if labels is not None:
         return prompts, _as_array(labels)
@@ -950,7 +956,9 @@ def _checked_weights(weights: Any, n: int) -> Array | None:
         return None
     values = np.asarray(weights, float)
     if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any():
-        raise InvalidArgumentError(f"sample_weight has shape {values.shape}, expected {n} finite numbers of at least 0: give one per prompt")
+        raise InvalidArgumentError(
+            f"sample_weight has shape {values.shape}, expected {n} finite numbers of at least 0: give one per prompt"
+        )
     return values
 
 

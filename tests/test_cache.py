@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,22 @@ def age(store: Store, name: str, seconds: float) -> None:
     stamp.parent.mkdir(exist_ok=True)
     stamp.touch()
     os.utime(stamp, (time.time() - seconds, time.time() - seconds))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, kind: type, *names: str) -> list[str]:
+    """The first argument of every call of these methods from now on."""
+    seen: list[str] = []
+
+    def wrapped(real: Any) -> Any:
+        def method(self: Any, key: Any, *rest: Any, **options: Any) -> Any:
+            seen.append(str(key))
+            return real(self, key, *rest, **options)
+
+        return method
+
+    for name in names:
+        monkeypatch.setattr(kind, name, wrapped(getattr(kind, name)))
+    return seen
 
 
 def everything_below(folder: Path) -> dict[str, bytes]:
@@ -110,10 +125,7 @@ def test_it_prints_as_the_page_shows_and_as_a_table(cache: Store, monkeypatch: p
 def test_what_is_stored_of_a_prompt_is_told_without_reading_activations(cache: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write(GROUP, make_batch(["a", "bb"]))
     cache.write(GROUP, make_batch(["c"], tokens=False, layers=(1,)))
-    read: list[str] = []
-    for name in ("read", "read_view"):
-        real = getattr(LocalStorage, name)
-        monkeypatch.setattr(LocalStorage, name, lambda self, key, real=real: (read.append(key), real(self, key))[1])
+    read = counted(monkeypatch, LocalStorage, "read", "read_view")
     info = lz.discover_cached("acme/toy", "bb")
     assert info is not None
     assert info.raw_layers == [0, 1, 3]
@@ -171,11 +183,8 @@ def test_requests_grow_with_parts_and_not_with_prompts(monkeypatch: pytest.Monke
     url = "memory://requests"
     store = lz.open_store(url)
     store.write(GROUP, make_batch([str(i) for i in range(5)]))
-    calls: list[str] = []
     memory = fsspec.filesystem("memory")
-    for name in ("cat_file", "ls", "isfile", "info"):
-        real = getattr(type(memory), name)
-        monkeypatch.setattr(type(memory), name, lambda self, *a, real=real, name=name, **k: (calls.append(name), real(self, *a, **k))[1])
+    calls = counted(monkeypatch, type(memory), "cat_file", "ls", "isfile", "info")
 
     def cost() -> int:
         calls.clear()
@@ -332,7 +341,7 @@ def test_what_was_used_or_committed_a_moment_ago_stays_where_others_may_be(tmp_p
         lz.evict(url)
     for bad in ({"max_gb": -1}, {"max_gb": 1, "min_age": -1}, {"max_gb": float("nan")}):
         with pytest.raises(InvalidArgumentError):
-            lz.evict(url, **bad)  # type: ignore[arg-type]
+            lz.evict(url, **bad)
 
 
 def test_the_clock_of_the_place_protects_a_part_whose_writer_lives_in_the_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

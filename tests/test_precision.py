@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -45,6 +44,7 @@ def test_rounding_keeps_its_promise_for_every_number(data: st.DataObject, dtype:
 
 @given(arrays(np.float32, st.integers(1, 30), elements=st.floats(width=32)))
 def test_bfloat16_is_that_of_everybody_else(values: npt.NDArray[np.float32]) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
     with np.errstate(over="ignore", invalid="ignore"):
         expected = values.astype(ml_dtypes.bfloat16).astype(np.float32)
     stored, name, overflowed = store_as("resid", values, Precision(dtype="bfloat16"), source_dtype="float32")
