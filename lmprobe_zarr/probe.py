@@ -349,7 +349,7 @@ class Probe:
 
     def _open_anew(self) -> Store:
         try:
-            return open_store(self.store)
+            return open_store(self.store if not isinstance(self.store, Store) else None)
         except (NotAStoreError, ReadOnlyError) as error:
             if self.store is not None:
                 raise

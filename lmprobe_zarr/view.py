@@ -214,8 +214,8 @@ class View:
         the largest logits.
         """
         array = self.source(level, name, rows, ())
-        widths = np.array([one.info.row_shape[-1] for one in array.arrays], np.int64)
-        return widths[array.source[0]]
+        widths: Ints = np.array([one.info.row_shape[-1] for one in array.arrays], np.int64)
+        return np.asarray(widths[array.source[0]])
 
     @property
     def holds_whole_prompts(self) -> bool:

@@ -312,7 +312,7 @@ def test_our_estimators_refuse_what_was_not_fitted_or_is_of_another_width() -> N
     for estimator in (MassMeanClassifier(), EnsembleClassifier(), LayerScaler()):
         estimator.fit(x, y)
         with pytest.raises(InvalidArgumentError, match=r"X has 29 features, but .* is expecting 30"):
-            getattr(estimator, "predict", getattr(estimator, "transform", None))(x[:, 1:])
+            getattr(estimator, "predict" if hasattr(estimator, "predict") else "transform")(x[:, 1:])
         with pytest.raises(ValueError, match="NaN"):
             estimator.fit(np.full_like(x, np.nan), y)
     with pytest.raises(InvalidArgumentError, match="3 labels for 200 rows"):
