@@ -346,7 +346,7 @@ def _missing(request: Request, wanted: Sequence[Wanted], view: View | None, prom
     tokens_are_whole = view.holds_whole_prompts
     for one in wanted:
         there: Array = np.asarray(view.covers(one.level, one.name, rows[known], one.layers).all(axis=0))
-        if one.at_least is not None:
+        if one.at_least is not None and there.any():
             there[there] = view.row_lengths(one.level, one.name, rows[known][there]) >= one.at_least
         if one.pooled_from is not None and tokens_are_whole:
             from_tokens = view.covers("tokens", one.pooled_from, rows[known], one.layers).all(axis=0)
