@@ -369,7 +369,7 @@ def test_two_prompts_with_one_hash_are_an_error_never_each_others_data(store: St
     store.write(GROUP, make_batch(["a"]))
 
     def colliding(prompt: object) -> str:
-        return real[:16] + "0" * 48 if prompt == "b" else prompt_sha256(str(prompt))
+        return real[:16] + "1" * 48 if prompt == "b" else prompt_sha256(str(prompt))
 
     monkeypatch.setattr("lmprobe_zarr.view.prompt_sha256", colliding)
     with pytest.raises(PromptCollisionError, match=real[:16]):
@@ -491,7 +491,7 @@ def test_aborting_after_the_commit_deletes_nothing(store: Store, monkeypatch: py
 
 def test_an_annotation_of_another_prompt_with_the_same_hash_is_an_error(store: Store) -> None:
     store.write(GROUP, make_batch(["a"]))
-    forged = TokenBatch(sha256=[prompt_sha256("a")[:16] + "0" * 48], prompt_columns={"label": np.array([7])})
+    forged = TokenBatch(sha256=[prompt_sha256("a")[:16] + "1" * 48], prompt_columns={"label": np.array([7])})
     writer = store.new_part(GROUP, kind="annotation")
     writer.append(forged)
     writer.commit()
