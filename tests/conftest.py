@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import config
+from lmprobe_zarr import config, extraction
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.schema import GroupInfo
 from lmprobe_zarr.store import Store
@@ -36,6 +36,20 @@ def _own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempP
     config._from_environment.clear()
     config._from_calls.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts the model was run on, call by call."""
+    seen: list[int] = []
+    real = extraction.run
+
+    def run(loaded: Any, tokenized: Any, **options: Any) -> Any:
+        seen.append(len(tokenized))
+        return real(loaded, tokenized, **options)
+
+    monkeypatch.setattr(extraction, "run", run)
+    return seen
 
 
 @pytest.fixture(params=["local", "memory"])

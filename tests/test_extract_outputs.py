@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import extraction
 from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.store import Store
 
@@ -35,20 +34,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def acts(tmp_path: Path) -> Store:
     return lz.open_store(tmp_path / "acts")
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts the model was run on, call by call."""
-    seen: list[int] = []
-    real = extraction.run
-
-    def run(loaded: Any, tokenized: Any, **options: Any) -> Any:
-        seen.append(len(tokenized))
-        return real(loaded, tokenized, **options)
-
-    monkeypatch.setattr(extraction, "run", run)
-    return seen
 
 
 def run(model: Path, acts: Store, prompts: list[str] = PROMPTS, **options: Any) -> lz.ExtractStats:

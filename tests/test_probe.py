@@ -48,20 +48,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each forward pass of the model was asked for."""
-    seen: list[int] = []
-    real = extraction.run
-
-    def run(loaded: Any, tokenized: Any, **options: Any) -> Any:
-        seen.append(len(tokenized))
-        return real(loaded, tokenized, **options)
-
-    monkeypatch.setattr(extraction, "run", run)
-    return seen
-
-
-@pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every loading of a model."""
     seen: list[Any] = []
