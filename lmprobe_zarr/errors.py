@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "AmbiguousProvenanceError",
+    "CorruptFileError",
     "CorruptPartError",
     "DeviceMemoryError",
     "InvalidArgumentError",
@@ -97,6 +98,10 @@ class NoSpaceError(LmprobeZarrError, OSError):
 
 class CorruptPartError(LmprobeZarrError, OSError):
     """A committed part misses a file, or a file of it is not what was committed."""
+
+
+class CorruptFileError(LmprobeZarrError, OSError):
+    """A foreign file is damaged, unsafe, or not what its format says."""
 
 
 class PartGoneError(LmprobeZarrError, FileNotFoundError):
