@@ -20,7 +20,7 @@ import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_sha256
-from lmprobe_zarr.bridges import lmprobe_v2, lmprobe_write
+from lmprobe_zarr.bridges import lmprobe_v1, lmprobe_v2, lmprobe_write, neighbours
 from lmprobe_zarr.bridges.entry import UNKNOWN_DIGITS, Entry, Held, Skipped, Source
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.lazy import entries_dataset
@@ -46,7 +46,16 @@ from lmprobe_zarr.summaries import ExportSummary, ImportSummary, Tally
 from lmprobe_zarr.view import View
 from lmprobe_zarr.virtual import NOWHERE, VirtualArray
 
-__all__ = ["export_safetensors", "import_safetensors", "import_source", "open_legacy"]
+__all__ = [
+    "export_safetensors",
+    "import_npy",
+    "import_pt",
+    "import_safetensors",
+    "import_source",
+    "import_tensors",
+    "import_vllm",
+    "open_legacy",
+]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -137,6 +146,158 @@ def import_safetensors(
     sources: list[tuple[str, Source]] = [(name, lmprobe_v2.LmprobeV2(files, name, prompts=wanted)) for name in names]
     return _import(
         sources, store, files.url, tally, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_pt(
+    cache_dir: str | os.PathLike[str],
+    store: Store | str | os.PathLike[str] | None = None,
+    *,
+    model: str,
+    prompts: Sequence[str] | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring the entries of an old lmprobe cache (``.pt`` files, format v1) into a store. The cache is only read.
+
+    Parameters
+    ----------
+    cache_dir : path or URL
+        The cache.
+    model : str
+        Name of the model: the cache does not hold it.
+    prompts : sequence of str, optional
+        Texts: the cache does not hold them either. Folders of lmprobe 0.2 and 0.3 hold a whole list of prompts and are found only
+        by that list, in its order; give one list per call. None is every folder of a single prompt, known by its hash.
+    store, dry_run, strict, provenance, storage_options, progress, part_bytes
+        As for `import_safetensors`.
+
+    Raises
+    ------
+    MissingDependencyError
+        torch is not installed.
+    ModelNotStoredError, CorruptFileError, ReadOnlyError, NoSpaceError
+        As for `import_safetensors`.
+
+    Notes
+    -----
+    A file that holds anything but a tensor, such as a pickle that would run code, is refused, and the rest is imported.
+    """
+    files = open_files(cache_dir, storage_options)
+    wanted = None if prompts is None else _listed(prompts)
+    if not files.list(lmprobe_v2.model_hash(model)):
+        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {lmprobe_v2.model_hash(model)}): check the name")
+    source = lmprobe_v1.LmprobeV1(files, model, prompts=wanted)
+    return import_source(
+        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_vllm(
+    folder: str | os.PathLike[str],
+    store: Store | str | os.PathLike[str] | None = None,
+    *,
+    model: str,
+    layers: Sequence[int],
+    prompts: Mapping[int, str] | Sequence[str] | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring hidden states that vLLM or speculators wrote (``hs_<number>.safetensors``) into a store.
+
+    Parameters
+    ----------
+    folder : path or URL
+        Where the files lie.
+    layers : sequence of int
+        The block whose output each slot holds, counted from 0; vLLM's own layer ids are one more.
+    prompts : mapping of int to str, or sequence of str, optional
+        Texts by number; a prompt without a text is known by its token ids.
+    store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
+        As for `import_safetensors`.
+    """
+    source = neighbours.VllmFiles(open_files(folder, storage_options), layers, prompts=prompts)
+    return import_source(
+        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_npy(
+    folder: str | os.PathLike[str],
+    store: Store | str | os.PathLike[str] | None = None,
+    *,
+    model: str,
+    prompts: Sequence[str | Sequence[int]],
+    variable: str = "resid",
+    name: str = "layer_{layer}.npy",
+    offsets: str = "offsets.npy",
+    dtype: str | None = None,
+    hidden_size: int | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring a folder with one ``.npy`` or memory-mapped array per layer into a store.
+
+    Parameters
+    ----------
+    folder : path or URL
+        Where the files lie.
+    prompts, variable, name, offsets, dtype, hidden_size
+        See `bridges.neighbours.npy_layers`.
+    store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
+        As for `import_safetensors`.
+    """
+    source = neighbours.npy_layers(
+        open_files(folder, storage_options), prompts, variable=variable, name=name, offsets=offsets, dtype=dtype, hidden_size=hidden_size
+    )
+    return import_source(
+        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_tensors(
+    path: str | os.PathLike[str],
+    store: Store | str | os.PathLike[str] | None = None,
+    *,
+    model: str,
+    prompts: Sequence[str | Sequence[int]],
+    mapping: Mapping[str, str | Mapping[int, str]],
+    offsets: str | None = None,
+    mask: str | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring tensors of one safetensors file into a store.
+
+    Parameters
+    ----------
+    path : path or URL
+        The file.
+    prompts, mapping, offsets, mask
+        See `bridges.neighbours.tensor_file`.
+    store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
+        As for `import_safetensors`.
+    """
+    folder, _, key = os.fspath(path).rpartition("/")
+    source = neighbours.tensor_file(open_files(folder or ".", storage_options), key, prompts, mapping, offsets=offsets, mask=mask)
+    return import_source(
+        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
     )
 
 
