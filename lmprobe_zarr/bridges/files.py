@@ -92,6 +92,10 @@ class Files(ABC):
             It ends before a buffer is full; or as for `head`.
         """
 
+    def leads_out(self, folder: str) -> bool:
+        """Whether a folder is a link that leads out of the place."""
+        return False
+
     def read(self, key: str, *, at_most: int) -> bytes:
         """A whole small file.
 
@@ -158,6 +162,9 @@ class LocalFiles(Files):
         if folder not in self._inside:
             self._inside[folder] = self._is_inside(f"{self.root}/{folder}")
         return self._inside[folder]
+
+    def leads_out(self, folder: str) -> bool:
+        return not self._folder_is_inside(folder)
 
     def _open(self, key: str) -> int:
         path = f"{self.root}/{key}"

@@ -216,6 +216,9 @@ class LmprobeV2:
                 else:
                     yield from found
             return
+        if self.files.leads_out(self.folder):
+            yield Skipped(name=self.folder, reason=OUTSIDE)
+            return
         manifest = read_manifest(self.files, self.folder)
         if manifest.bad_lines:
             yield Skipped(name="_manifest.jsonl", reason="lines of the manifest that cannot be read", detail=f"{manifest.bad_lines} lines")
@@ -497,8 +500,9 @@ class _Described:
 
     def _one_width(self, kind: str, width: int, name: str) -> None:
         """All tensors of a kind have rows of one width."""
-        if width < 1 or self._widths.setdefault(kind, width) != width:
-            raise _UnfitError(SHAPES, f"{name} has rows of {width} values, others have {self._widths[kind]}")
+        usual = self._widths.setdefault(kind, width)
+        if width < 1 or usual != width:
+            raise _UnfitError(SHAPES, f"{name} has rows of {width} values" + (f", others of {usual}" if usual != width else ""))
 
     def _layered(self, main: Header) -> None:
         raw: dict[int, Tensor] = {}
