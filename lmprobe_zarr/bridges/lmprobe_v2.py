@@ -249,6 +249,8 @@ class LmprobeV2:
         return list(map_files(partial(self._find, listed), prompts, local=self.files.is_local))
 
     def _find(self, listed: Mapping[str, int | None] | None, prompt: str) -> list[Entry | Skipped] | None:
+        if self.files.leads_out(self.folder):
+            return [Skipped(name=self.folder, reason=OUTSIDE)]
         candidates: list[tuple[str, str | None]] = [(prompt_hash(prompt), prompt)]
         if MODEL_FOLDER.fullmatch(prompt):
             candidates.append((prompt, None))
