@@ -545,7 +545,7 @@ def _pieces(entry: Entry) -> int:
 
 
 def _units(holds: Sequence[Held], pieces: int) -> list[list[Held]]:
-    """What is written together: variables of the same layers, cut into runs of layers; those without layers go with the first."""
+    """What is written together: variables of the same layers, cut into runs of layers, and beside them those without layers."""
     by_layers: dict[tuple[int, ...], list[Held]] = {}
     for held in holds:
         if held.layers is not None:
@@ -554,8 +554,12 @@ def _units(holds: Sequence[Held], pieces: int) -> list[list[Held]]:
     for layers, members in by_layers.items():
         for run in np.array_split(np.array(layers), min(pieces, len(layers))):
             units += _one_dtype([replace(held, layers=tuple(run.tolist())) for held in members])
-    loose = [held for held in holds if held.layers is None]
-    return [[*units[0], *loose], *units[1:]] if units else [loose]
+    apart: list[Held] = []
+    for held in (held for held in holds if held.layers is None):
+        # Only beside others of its level: a part says of each level that it has something in whether it has layers.
+        beside = next((unit for unit in units if any(other.level == held.level for other in unit)), apart)
+        beside.append(held)
+    return [*units, apart] if apart else units
 
 
 def _one_dtype(holds: Sequence[Held]) -> list[list[Held]]:

@@ -13,7 +13,6 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 from foreign_caches import (
     DATA,
     MODEL,
@@ -27,6 +26,7 @@ from foreign_caches import (
     state_of,
     to_bits,
 )
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped
