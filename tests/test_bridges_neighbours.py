@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def check(store: Store, values: Array, layers: Sequence[int] = (0, 1), prompts: 
 def add_hidden_states(folder: Path, values: Array, *, brain: bool = True, ids: bool = True) -> list[list[int]]:
     folder.mkdir(exist_ok=True)
     numbers = []
-    for i, (a, b) in enumerate(zip(BOUNDS[:-1], BOUNDS[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(BOUNDS)):
         states = np.ascontiguousarray(values[:, a:b].transpose(1, 0, 2))
         numbers.append(list(range(100 * i, 100 * i + b - a)))
         tensors: dict[str, Array] = {"hidden_states": to_bits(states) if brain else states}
@@ -81,7 +82,9 @@ def test_bad_files_of_vllm_are_skipped_with_a_reason(tmp_path: Path, store: Stor
     folder = tmp_path / "hs"
     add_hidden_states(folder, values)
     (folder / "hs_3.safetensors").write_bytes(b"")
-    bad = {4: {"hidden_states": np.ones((3, 1, 4), "float32")}, 5: {"other": np.ones(3, "float32")}}
+    bad: dict[int, dict[str, Array]] = {}
+    bad[4] = {"hidden_states": np.ones((3, 1, 4), "float32")}
+    bad[5] = {"other": np.ones(3, "float32")}
     bad[6] = {"hidden_states": np.ones((3, 2, 4), "float32")}
     bad[7] = {"hidden_states": np.ones((3, 2, 9), "float32"), "token_ids": np.array([1, 2, 3])}
     for number, tensors in bad.items():
@@ -198,7 +201,7 @@ def test_tensors_of_one_file_come_over_by_a_mapping(tmp_path: Path, store: Store
 
 def test_padded_tensors_come_over_by_a_mask(tmp_path: Path, store: Store, values: Array) -> None:
     padded, mask = np.full((2, 3, 6, 4), 99, "float32"), np.zeros((3, 6), np.int64)
-    for i, (a, b) in enumerate(zip(BOUNDS[:-1], BOUNDS[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(BOUNDS)):
         places = slice(6 - (b - a), 6) if i % 2 else slice(0, b - a)  # left and right
         padded[:, i, places], mask[i, places] = values[:, a:b], 1
     tensors = {"h0": padded[0], "h1": padded[1], "mask": mask}
