@@ -7,27 +7,57 @@
 """
 
 from lmprobe_zarr import accessor as accessor  # registers ``.lz``
-from lmprobe_zarr import errors
+from lmprobe_zarr import config, errors
 from lmprobe_zarr.activations import write_activations
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.build import extract, plan_extract
+from lmprobe_zarr.cache import (
+    CachedPrompt,
+    CachedPromptInfo,
+    CacheInfo,
+    ModelCacheInfo,
+    cache_info,
+    clear_cache,
+    discover_cached,
+    evict,
+    list_cached_prompts,
+)
+from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_limit
 from lmprobe_zarr.index import TokenIndex
+from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.sweep import sweep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheInfo",
+    "CachedPrompt",
+    "CachedPromptInfo",
     "ExtractPlan",
     "ExtractStats",
+    "LayerSweep",
+    "ModelCacheInfo",
+    "Probe",
     "Store",
     "TokenIndex",
+    "cache_info",
+    "clear_cache",
+    "config",
+    "discover_cached",
+    "enable_cache_logging",
     "errors",
+    "evict",
     "extract",
+    "list_cached_prompts",
     "open_store",
     "plan_extract",
     "prompt_hash",
+    "set_cache_backend",
+    "set_cache_dtype",
+    "set_cache_limit",
     "sweep",
     "write_activations",
 ]

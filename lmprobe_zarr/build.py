@@ -4,35 +4,66 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr import extraction
+from lmprobe_zarr import config, extraction
 from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.errors import InvalidArgumentError, NoSpaceError
-from lmprobe_zarr.extraction import Prompts
+from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError, MissingPromptsError, NoSpaceError, ReadOnlyError
+from lmprobe_zarr.extraction import Prompts, TokenizedPrompts
 from lmprobe_zarr.ingest import PART_BYTES, PART_SECONDS, Ingest
-from lmprobe_zarr.layers import LayerSpec
-from lmprobe_zarr.missing import Lookup, check_request, group_of, load, look_up, look_up_loaded, plan_work
+from lmprobe_zarr.layers import LayerSpec, describe_layers
+from lmprobe_zarr.log import cache_logger
+from lmprobe_zarr.missing import (
+    Lookup,
+    Request,
+    Work,
+    check_request,
+    group_of,
+    load,
+    look_up,
+    look_up_loaded,
+    plan_work,
+    settle_dtype,
+)
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats, format_bytes
+from lmprobe_zarr.pooling import pool_ragged
+from lmprobe_zarr.precision import Precision, round_bits
 from lmprobe_zarr.progress import progress_bar
-from lmprobe_zarr.schema import GroupInfo, Provenance, validate_column_names
+from lmprobe_zarr.reread import blocks_of, read_values
+from lmprobe_zarr.schema import GroupInfo, Provenance, split_variable, validate_column_names
+from lmprobe_zarr.sites import Outputs
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.writer import as_column
 
 if TYPE_CHECKING:
     import torch
 
+    from lmprobe_zarr.extraction import LoadedModel
 
-__all__ = ["ExtractPlan", "ExtractStats", "extract", "plan_extract"]
+
+__all__ = [
+    "ExtractPlan",
+    "ExtractStats",
+    "Keeping",
+    "ModelMemory",
+    "Outcome",
+    "Running",
+    "carry_out",
+    "extract",
+    "keeping_of",
+    "plan_extract",
+]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Columns = Mapping[str, Sequence[Any] | Array]
+LogitsPositions = Literal["last_token", "all"]
 
 
 def plan_extract(
@@ -44,10 +75,17 @@ def plan_extract(
     sites: str | Sequence[str] = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
     keep_tokens: bool = False,
+    perplexity: bool = False,
+    logits: LogitsPositions | None = None,
+    logits_top_k: int | None = None,
+    router: bool = False,
     name: str | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
     dtype: Any = "auto",
+    storage_dtype: str | None = None,
+    keep_bits: int | None = None,
+    overflow: str = "bfloat16",
     max_length: int | None = None,
     truncation: bool = False,
     refresh: bool = False,
@@ -67,14 +105,16 @@ def plan_extract(
     As `extract` does before it loads the model.
     """
     opened = store if isinstance(store, Store) else open_store(store)
+    keeping = keeping_of(opened, Precision(dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow))
     request = check_request(
         model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
-        tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh,
-        provenance=provenance, modules=modules, trust_remote_code=trust_remote_code,
+        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), tokenizer=tokenizer, revision=revision,
+        dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh, provenance=provenance, modules=modules,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     loaded = None if request.by_name else load(request, device="auto", device_map=None)
     looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
-    return plan_work(request, looked, loaded)[0]
+    return plan_work(request, looked, loaded, precision=keeping.precision)[0]
 
 
 def extract(
@@ -86,14 +126,22 @@ def extract(
     sites: str | Sequence[str] = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
     keep_tokens: bool = False,
+    perplexity: bool = False,
+    logits: LogitsPositions | None = None,
+    logits_top_k: int | None = None,
+    router: bool = False,
     coords: Columns | None = None,
     name: str | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
     dtype: Any = "auto",
+    storage_dtype: str | None = None,
+    keep_bits: int | None = None,
+    overflow: str = "bfloat16",
     device: Any = "auto",
     device_map: Any = None,
     batch_tokens: int | None = None,
+    batch_prompts: int | None = None,
     max_length: int | None = None,
     truncation: bool = False,
     refresh: bool = False,
@@ -125,6 +173,15 @@ def extract(
         What is stored per prompt, as ``<site>_<pooling>``; may be empty where tokens are kept.
     keep_tokens : bool
         Whether every token is stored too, as ``<site>``.
+    perplexity : bool
+        Whether the perplexity of every prompt (``perplexity``: mean, least, greatest of its tokens') and of every token
+        (``token_perplexity``, ``token_log_prob``) is stored too, from the same pass.
+    logits : {"last_token", "all"}, optional
+        Which of the head's logits are stored too, as ``logits_last_token`` or, for every token, ``logits``.
+    logits_top_k : int, optional
+        Only so many of them, the largest, with their token ids (``…_top_k_values``, ``…_top_k_indices``). More that are stored serve fewer.
+    router : bool
+        Whether the raw scores of every expert are stored too, as ``router(layer, token, expert)``, for mixtures of experts.
     coords : mapping of str to sequence, optional
         Columns aligned with `prompts`, such as ``{"label": y}``. For prompts that are stored already, new values are added as an
         annotation.
@@ -136,10 +193,18 @@ def extract(
         Branch, tag or commit of a hub model.
     dtype : "auto", str or torch.dtype
         What to compute in, and store; ``"auto"`` is what the model's configuration names.
+    storage_dtype : {"float16", "bfloat16", "float32"}, optional
+        What activations are stored with; None as they are computed. The cache's own setting where the store is the default one.
+    keep_bits : int, optional
+        Rounds what is stored to so many bits of the fraction, which makes it smaller; see `lmprobe_zarr.precision.Precision`.
+    overflow : {"bfloat16", "raise"}
+        What happens to values beyond the range of float16: stored with bfloat16's precision, or an error. Never infinity.
     device, device_map : optional
         ``"auto"`` takes CUDA, then MPS, then the CPU; a device map spreads the model as in transformers.
     batch_tokens : int, optional
         Padded tokens per batch; None chooses by device. Halved by itself when the device runs out of memory.
+    batch_prompts : int, optional
+        Prompts per batch at most.
     max_length : int, optional
         Longest prompt in tokens; None is the model's context window.
     truncation : bool
@@ -174,49 +239,266 @@ def extract(
         Several stored groups fit what is known of the model.
     NoSpaceError
         The missing activations would not fit; or the medium became full, then what was committed is whole.
+    NumberRangeError
+        A value lies beyond the range of float16, and ``overflow="raise"``.
     ReadOnlyError, DeviceMemoryError
+
+    Warns
+    -----
+    CacheWarning
+        The cache's limit is smaller than what is asked for; or a damaged part is left out, and its prompts are run again.
     """
-    began = time.perf_counter()
     opened = store if isinstance(store, Store) else open_store(store)
+    keeping = keeping_of(opened, Precision(dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow), part_bytes)
     request = check_request(
         model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
-        tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh,
-        provenance=provenance, modules=modules, trust_remote_code=trust_remote_code,
+        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), tokenizer=tokenizer, revision=revision,
+        dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh, provenance=provenance, modules=modules,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    columns = _check_columns(coords, len(request.given))
-    loaded = None if request.by_name else load(request, device=device, device_map=device_map)
+    running = Running(
+        device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts, part_seconds=part_seconds,
+        store_text=store_text, progress=progress,
+    )  # fmt: skip
+    return carry_out(request, keeping, running, columns=_check_columns(coords, len(request.given))).stats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeping:
+    """How a store keeps what is extracted.
+
+    Parameters
+    ----------
+    precision : Precision
+    part_bytes : int
+        Bytes of activations in one part, at most.
+    limit : int, optional
+        Bytes that the store is to hold at most; 0 where nothing is to be stored.
+    """
+
+    precision: Precision
+    part_bytes: int = PART_BYTES
+    limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """How an extraction runs; see `extract`."""
+
+    device: Any = "auto"
+    device_map: Any = None
+    batch_tokens: int | None = None
+    batch_prompts: int | None = None
+    part_seconds: float = PART_SECONDS
+    store_text: bool = True
+    progress: bool = True
+
+
+@dataclass(slots=True)
+class ModelMemory:
+    """The model that was loaded last, for whoever asks again: loading takes longer than running it on a few prompts."""
+
+    loaded: LoadedModel | None = None
+    asked: tuple[Any, ...] = ()
+
+    def load(self, request: Request, running: Running, looked: Lookup | None) -> LoadedModel:
+        """The model of a request, loaded only where it is another one, or has changed since."""
+        asked = (
+            request.model if request.by_name else id(request.model), request.name, request.revision, str(request.dtype), request.kind,
+            request.max_length, request.truncation, str(running.device), str(running.device_map), request.outputs.needs_head,
+            id(request.tokenizer) if request.tokenizer is not None else None, repr(request.modules), repr(request.own_provenance),
+        )  # fmt: skip
+        known = looked.identity.provenance if looked is not None and looked.identity is not None else {}
+        same = self.loaded is not None and all(
+            field == "compute_dtype" or self.loaded.provenance.get(field) == value for field, value in known.items()
+        )
+        # An object may have been edited since, which only loading it again, that is, looking at its weights, would show.
+        if self.loaded is None or asked != self.asked or not same or not request.by_name:
+            self.loaded = None  # its memory is free before the next one takes its own
+            self.loaded, self.asked = load(request, device=running.device, device_map=running.device_map), asked
+        return self.loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What an extraction did, and under which names what was asked for can be read.
+
+    Parameters
+    ----------
+    stats : ExtractStats
+    prompts : Prompts
+        The different prompts, and where each given one stands among them.
+    layers : tuple of int
+        Layers asked for.
+    group : GroupInfo
+        The group that holds them.
+    """
+
+    stats: ExtractStats
+    prompts: Prompts
+    layers: tuple[int, ...]
+    group: GroupInfo
+
+
+def keeping_of(store: Store, precision: Precision, part_bytes: int = PART_BYTES) -> Keeping:
+    """How a store keeps things: the call's arguments, and for the default store the cache's settings where they say nothing.
+
+    Where a limit is set, parts are at most a fiftieth of it, so that eviction frees about what it is asked to.
+    """
+    if not store.is_default:
+        return Keeping(precision=precision, part_bytes=part_bytes)
+    limit = config.cache_limit()
+    if precision.changes_nothing:
+        precision = config.cache_precision()
+    return Keeping(precision=precision, part_bytes=min(part_bytes, max(1, limit // 50)) if limit else part_bytes, limit=limit)
+
+
+def carry_out(
+    request: Request,
+    keeping: Keeping,
+    running: Running,
+    *,
+    columns: Mapping[str, Array] | None = None,
+    sink: Store | None = None,
+    memory: ModelMemory | None = None,
+    cache_only: bool = False,
+) -> Outcome:
+    """Look up what is asked for, run the model on what is missing, and store that.
+
+    Parameters
+    ----------
+    request : Request
+    keeping : Keeping
+    running : Running
+    columns : mapping of str to ndarray, optional
+        One value per given prompt.
+    sink : Store, optional
+        Where new values go instead of the store that is looked into.
+    memory : ModelMemory, optional
+        Where the model is kept for the next call.
+    cache_only : bool
+        Whether missing prompts are an error.
+
+    Raises
+    ------
+    MissingPromptsError
+        Prompts are missing, and `cache_only` says not to run the model.
+    others
+        As `extract` does.
+    """
+    began = time.perf_counter()
+    target, memory = sink or request.store, memory or ModelMemory()
+    loaded = None
+    if not request.by_name:
+        request = replace(request, dtype="auto") if request.dtype is None else request
+        loaded = memory.load(request, running, None)
     looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
-    per_prompt = _columns_by_prompt(columns, looked.prompts)
-    plan, work = plan_work(request, looked, loaded)
-    if len(work.missing):
-        opened.check_writable()
-    _check_space(plan)
+    plan, work = plan_work(request, looked, loaded, precision=keeping.precision)
+    if cache_only and len(work.missing):
+        raise _not_cached(request, looked, work)
+    if len(work.missing) or work.derived:
+        _check_may_store(target, keeping)
+        if sink is None:
+            _check_space(plan)
+            _check_limit(plan, keeping)
     if len(work.missing) and loaded is None:
-        loaded = load(request, device=device, device_map=device_map)
+        request = settle_dtype(request, looked)
+        loaded = memory.load(request, running, looked)
         looked = look_up_loaded(request, loaded, looked)
         # Only now is the whole provenance known; what was found may be another's.
-        plan, work = plan_work(request, looked, loaded, work)
-    _annotate_found(request.store, looked, work.missing, per_prompt)
-    if loaded is None or work.tokenized is None:
-        return _stats(plan, looked.group, began, model_loaded=loaded is not None)
-    group = looked.group or group_of(loaded)
-    batches = extraction.run(
+        plan, work = plan_work(request, looked, loaded, work, precision=keeping.precision)
+    per_prompt = _columns_by_prompt(columns or {}, looked.prompts)
+    if looked.view is not None:
+        found = np.setdiff1d(np.arange(len(looked.prompts)), work.missing)
+        request.store.mark_used(looked.view.parts_with(looked.view.find([looked.prompts.sha256[i] for i in found])))
+        if sink is None:
+            _annotate_found(request.store, looked, work.missing, per_prompt)
+    group = looked.group or (None if loaded is None else group_of(loaded))
+    assert group is not None  # noqa: S101 — either all is found, so in a group, or the model is loaded
+    stats = _stats(plan, group, model_loaded=loaded is not None)
+    if work.tokenized is not None or work.derived:
+        ingest = Ingest(
+            target, group, part_bytes=keeping.part_bytes, part_seconds=running.part_seconds, precision=keeping.precision,
+            recorded={} if loaded is None else loaded.recorded,
+        )  # fmt: skip
+        with progress_bar(plan.tokens, description="extract", unit="tok", enabled=running.progress and plan.tokens > 0) as advance, ingest:
+            for batch in _pooled_from_tokens(looked, work, plan.layers):
+                ingest.put(batch)
+            if loaded is not None and work.tokenized is not None:
+                rows = {digest: row for row, digest in enumerate(looked.prompts.sha256)}
+                for batch in _run(request, running, loaded, work.tokenized, plan.layers, advance):
+                    ingest.put(_with_columns(batch, rows, per_prompt, running.store_text))
+        extracted = 0 if work.tokenized is None else len(work.tokenized)
+        stats = replace(stats, extracted=extracted, nbytes=ingest.nbytes, parts=len(ingest.parts), tokens=plan.tokens)
+    done = replace(stats, seconds=time.perf_counter() - began)
+    cache_logger().info(
+        "[cache] %s: %d hits, %d misses, layers %s, %s, %.2f s",
+        done.model, done.found, done.prompts - done.found, describe_layers(plan.layers), ", ".join(plan.variables), done.seconds,
+    )  # fmt: skip
+    return Outcome(stats=done, prompts=looked.prompts, layers=plan.layers, group=group)
+
+
+def _not_cached(request: Request, looked: Lookup, work: Work) -> MissingPromptsError:
+    prompts = looked.prompts
+    texts = prompts.text or tuple(prompts.sha256)
+    shown = ", ".join(f"number {int(prompts.first[i])} ({texts[i][:40]!r})" for i in work.missing[:3])
+    return MissingPromptsError(
+        f"{len(work.missing)} of {len(prompts)} prompts are not in {request.store.url} with all that is asked for: {shown}; "
+        "extract them first, or leave out cache_only=True"
+    )
+
+
+def _run(
+    request: Request,
+    running: Running,
+    loaded: LoadedModel,
+    tokenized: TokenizedPrompts,
+    layers: tuple[int, ...],
+    advance: Callable[[int], None],
+) -> Iterator[TokenBatch]:
+    """What the model gives; where they cost nothing more, with the layers that are passed on the way."""
+    passed = layers and request.keep_passed and not request.keep_tokens and not request.outputs.router
+    return extraction.run(
         loaded,
-        work.tokenized,
-        layers=plan.layers or "all",
+        tokenized,
+        layers=(tuple(range(max(layers) + 1)) if passed else layers) or "all",
         sites=request.sites,
         poolings=request.poolings,
-        keep_tokens=keep_tokens,
-        batch_tokens=batch_tokens,
+        keep_tokens=request.keep_tokens,
+        outputs=request.outputs,
+        batch_tokens=running.batch_tokens,
+        batch_prompts=running.batch_prompts,
+        progress=lambda _prompts, tokens: advance(tokens),
     )
-    ingest = Ingest(opened, group, part_bytes=part_bytes, part_seconds=part_seconds, recorded=loaded.recorded)
-    rows = {digest: row for row, digest in enumerate(looked.prompts.sha256)}
-    with progress_bar(plan.tokens, description="extract", unit="tok", enabled=progress) as advance, ingest:
-        for batch in batches:
-            ingest.put(_with_columns(batch, rows, per_prompt, store_text))
-            advance(int(np.sum(batch.prompt_length)) if batch.prompt_length is not None else 0)
-    done = _stats(plan, group, began, model_loaded=True)
-    return replace(done, extracted=ingest.prompts, nbytes=ingest.nbytes, parts=len(ingest.parts), tokens=plan.tokens)
+
+
+def _pooled_from_tokens(looked: Lookup, work: Work, layers: tuple[int, ...]) -> Iterator[TokenBatch]:
+    """Poolings that were not stored, of prompts whose tokens are."""
+    view = looked.view
+    if view is None:
+        return
+    stored = view.variables("tokens")
+    for names, places in work.derived.items():
+        rows = view.find([looked.prompts.sha256[i] for i in places])
+        counts = view.token_counts()[rows]
+        sites = dict.fromkeys(split_variable(name)[0] for name in names)
+        weight = sum(int(np.prod(stored[site].row_shape)) * 4 * max(1, len(layers)) for site in sites)
+        for block in blocks_of(counts * weight):
+            tokens = {site: read_values(view, "tokens", site, rows[block], layers) for site in sites}
+            arrays, dtypes = {}, {}
+            for name in names:
+                site, pooling = split_variable(name)
+                dtype = str(stored[site].attributes.get("stored_dtype", stored[site].dtype))
+                pooled = pool_ragged(tokens[site], counts[block], str(pooling))
+                # As the model would have given it: a mean of bfloat16 numbers is one again.
+                arrays[name], dtypes[name] = (round_bits(pooled, 7) if dtype == "bfloat16" else pooled), dtype
+            yield TokenBatch(
+                sha256=[looked.prompts.sha256[i] for i in places[block]],
+                layers=layers,
+                prompts=arrays,
+                unlayered=frozenset(name for name in names if not stored[split_variable(name)[0]].layered),
+                stored_dtype=dtypes,
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- checking
@@ -247,6 +529,24 @@ def _columns_by_prompt(columns: Mapping[str, Array], prompts: Prompts) -> dict[s
                 f"coords[{name!r}] gives the same prompt two values: {values[first]!r} at number {first}, {values[i]!r} at number {i}"
             )
     return {name: values[prompts.first] for name, values in columns.items()}
+
+
+def _check_may_store(target: Store, keeping: Keeping) -> None:
+    if keeping.limit == 0:
+        raise ReadOnlyError(
+            f"nothing is stored in {target.url}, because the cache's limit is 0: set_cache_limit(None), or unset LMPROBE_CACHE_MAX_GB"
+        )
+    target.check_writable()
+
+
+def _check_limit(plan: ExtractPlan, keeping: Keeping) -> None:
+    if keeping.limit and plan.needed_bytes > keeping.limit:
+        warnings.warn(
+            f"these {plan.prompts} prompts take {format_bytes(plan.needed_bytes)}, and the cache's limit is {format_bytes(keeping.limit)}: "
+            f"evict() will take some of them again; set_cache_limit({plan.needed_bytes / config.GB:.3g}) or more keeps them",
+            CacheWarning,
+            stacklevel=4,
+        )
 
 
 def _check_space(plan: ExtractPlan) -> None:
@@ -292,16 +592,17 @@ def _annotate_found(store: Store, looked: Lookup, missing: Ints, columns: Mappin
     store.write_columns(view, changes)
 
 
-def _stats(plan: ExtractPlan, group: GroupInfo | None, began: float, *, model_loaded: bool) -> ExtractStats:
+def _stats(plan: ExtractPlan, group: GroupInfo, *, model_loaded: bool) -> ExtractStats:
     return ExtractStats(
         model=plan.model,
-        group="" if group is None else group.name,
+        group=group.name,
         prompts=plan.prompts,
         found=plan.found,
+        derived=plan.derived,
         extracted=0,
         tokens=0,
         nbytes=0,
         parts=0,
         model_loaded=model_loaded,
-        seconds=time.perf_counter() - began,
+        seconds=0.0,
     )

@@ -114,9 +114,10 @@ class StoredArray:
     def _corrupt(self, key: str, what: str) -> CorruptPartError:
         part, _, variable = self.path.rpartition("/")
         part = part.rpartition("/")[0]
-        return CorruptPartError(
+        return CorruptPartError.of(
+            part,
             f"part {part!r} of {self.storage.url} is damaged: chunk {key} of {variable!r} {what}\n"
-            "nothing was read from it; extract its prompts again with refresh=True"
+            "nothing was read from it; extract its prompts again with refresh=True",
         )
 
     def read_chunk(self, layer: int, block: int, out: Array | None = None) -> Array:

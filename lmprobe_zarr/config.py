@@ -1,26 +1,273 @@
-"""The settings of the default store. The only place that reads environment variables."""
+"""The settings of the cache: what was set by a call, else the environment variable, else the default.
+
+The only place that reads environment variables. Each is read when its setting is first asked for, and again after `reload`; nothing is
+read when the package is imported. The settings rule the default store only: a store that a call names is ruled by that call's arguments.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
-__all__ = ["cache_dir", "default_root", "weights_memory"]
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.precision import Precision
+
+__all__ = [
+    "SETTINGS",
+    "Setting",
+    "cache_backend",
+    "cache_dir",
+    "cache_limit",
+    "cache_precision",
+    "debug_level",
+    "default_root",
+    "reload",
+    "set_cache_backend",
+    "set_cache_dtype",
+    "set_cache_limit",
+    "weights_memory",
+]
+
+GB: Final = 1024**3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting and the environment variable that it is read from.
+
+    Parameters
+    ----------
+    variable : str
+        The environment variable.
+    means : str
+        What it sets.
+    values : str
+        Which values it takes.
+    default : str
+        What holds where neither it nor a call says anything.
+    example : str
+    call : str
+        The function that overrides it; empty where none does.
+    parse : callable
+        From the variable's text to the value; raises ValueError for anything else.
+    """
+
+    variable: str
+    means: str
+    values: str
+    default: str
+    example: str
+    call: str
+    parse: Callable[[str], Any]
+
+
+def _parse_limit(text: str) -> int:
+    return _limit_bytes(float(text))
+
+
+def _limit_bytes(gb: float) -> int:
+    if not math.isfinite(gb) or gb < 0:
+        raise ValueError(gb)
+    return int(gb * GB)
+
+
+def _parse_debug(text: str) -> int | None:
+    levels = {"1": logging.INFO, "true": logging.INFO, "info": logging.INFO, "debug": logging.DEBUG}
+    levels |= dict.fromkeys(("0", "false", "off"), logging.NOTSET)
+    if text.lower() not in levels:
+        raise ValueError(text)
+    return levels[text.lower()] or None
+
+
+def _parse_dtype(text: str) -> Precision:
+    return Precision(dtype=text)
+
+
+SETTINGS: Final = {
+    "dir": Setting(
+        variable="LMPROBE_CACHE_DIR",
+        means="folder of the cache; activations go into .zarr inside it, lmprobe's own entries lie beside that",
+        values="a folder",
+        default="~/.cache/lmprobe",
+        example="/mnt/fast-ssd/lmprobe",
+        call="",
+        parse=Path,
+    ),
+    "limit": Setting(
+        variable="LMPROBE_CACHE_MAX_GB",
+        means="size that evict() brings the cache down to, in GB of 1024³ bytes; 0 stores nothing, while reading still works",
+        values="a number of at least 0",
+        default="no limit",
+        example="100",
+        call="set_cache_limit",
+        parse=_parse_limit,
+    ),
+    "dtype": Setting(
+        variable="LMPROBE_CACHE_DTYPE",
+        means="precision that activations are stored with",
+        values="float16, bfloat16 or float32",
+        default="as the model computes",
+        example="float16",
+        call="set_cache_dtype",
+        parse=_parse_dtype,
+    ),
+    "backend": Setting(
+        variable="LMPROBE_CACHE_BACKEND",
+        means="place of the cache instead of its folder: a URL or a path, with .zarr inside it unless a store lies there itself",
+        values="a URL that fsspec knows, or a path",
+        default="the folder of the cache",
+        example="s3://my-bucket/prefix",
+        call="set_cache_backend",
+        parse=str,
+    ),
+    "debug": Setting(
+        variable="LMPROBE_CACHE_DEBUG",
+        means="log each use of the cache: hits, misses, layers, seconds",
+        values="1 (one line per call), debug (more), or 0",
+        default="0",
+        example="1",
+        call="enable_cache_logging",
+        parse=_parse_debug,
+    ),
+}
+
+_from_environment: dict[str, Any] = {}
+_from_calls: dict[str, Any] = {}
+
+
+def _get(name: str, default: Any = None) -> Any:
+    if name in _from_calls:
+        return _from_calls[name]
+    if name not in _from_environment:
+        setting = SETTINGS[name]
+        text = os.environ.get(setting.variable, "").strip()
+        try:
+            _from_environment[name] = setting.parse(text) if text else None
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"the environment variable {setting.variable} is {text!r}: use {setting.values}, or leave it unset ({setting.default})"
+            ) from error
+    value = _from_environment[name]
+    return default if value is None else value
+
+
+def reload() -> None:
+    """Read the environment variables again, each at the next use of its setting. What was set by a call stays."""
+    _from_environment.clear()
+
+
+# --------------------------------------------------------------------------------------------------------------- asking
 
 
 def cache_dir() -> Path:
     """The cache folder of lmprobe: ``$LMPROBE_CACHE_DIR``, by default ``~/.cache/lmprobe``."""
-    return Path(os.environ.get("LMPROBE_CACHE_DIR") or "~/.cache/lmprobe").expanduser()
+    return Path(_get("dir", "~/.cache/lmprobe")).expanduser()
 
 
 def default_root() -> Path:
-    """Where activations go when no store is named: the folder ``.zarr`` in `cache_dir`.
+    """Where activations go when neither a store nor a backend is named: the folder ``.zarr`` in `cache_dir`.
 
     lmprobe takes every other folder there for its own and evicts it, but leaves those alone that begin with a dot.
     """
     return cache_dir() / ".zarr"
 
 
+def cache_backend() -> Any:
+    """What was given to `set_cache_backend`, else ``$LMPROBE_CACHE_BACKEND``, else None."""
+    return _get("backend")
+
+
+def cache_limit() -> int | None:
+    """The limit of the default store in bytes; None where there is none, 0 where nothing is to be stored."""
+    limit: int | None = _get("limit")
+    return limit
+
+
+def cache_precision() -> Precision:
+    """The precision that the default store keeps activations with."""
+    precision: Precision = _get("dtype", Precision())
+    return precision
+
+
+def debug_level() -> int | None:
+    """The level of logging that ``$LMPROBE_CACHE_DEBUG`` asks for; None for none."""
+    level: int | None = _get("debug")
+    return level
+
+
 def weights_memory() -> Path:
     """The file that remembers content hashes of local weights by path, size and time, so that each is hashed once."""
     return cache_dir() / ".lmprobe-zarr" / "weights.json"
+
+
+# -------------------------------------------------------------------------------------------------------------- setting
+
+
+def set_cache_limit(gb: float | None = None) -> None:
+    """Set the size that `evict` brings the default store down to.
+
+    Nothing is evicted by this, nor by writing: call `evict` at natural boundaries.
+
+    Parameters
+    ----------
+    gb : float, optional
+        In GB of 1024³ bytes. None lifts the limit; 0 stores nothing from now on, while what is stored is still read.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A negative number, or none.
+    """
+    try:
+        _from_calls["limit"] = None if gb is None else _limit_bytes(float(gb))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"gb={gb!r} is no size: give a number of GB of at least 0, or None for no limit") from error
+
+
+def set_cache_dtype(dtype: str | None = None, *, keep_bits: int | None = None, overflow: str = "bfloat16") -> None:
+    """Set the precision that activations are stored with in the default store; what is stored already stays as it is.
+
+    Parameters
+    ----------
+    dtype : {"float16", "bfloat16", "float32"}, optional
+        None stores what the model computes.
+    keep_bits : int, optional
+        Round to so many bits after the leading one, which makes the stored values smaller; see `lmprobe_zarr.precision.Precision`.
+    overflow : {"bfloat16", "raise"}
+        What happens to values beyond the range of float16: the part is stored with bfloat16's precision, or an error.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Unknown dtype, or bits that it does not have.
+    """
+    _from_calls["dtype"] = Precision(dtype=dtype, keep_bits=keep_bits, overflow=overflow)
+
+
+def set_cache_backend(backend: Any = None) -> None:
+    """Set the place of the default store.
+
+    Parameters
+    ----------
+    backend : str, path or Store, optional
+        A URL or path: the store that lies there, or else one in ``.zarr`` inside it, beside lmprobe's own entries. A `Store` is taken as
+        it is. None goes back to the environment variable or the cache's folder.
+
+    Raises
+    ------
+    InvalidTypeError
+        Anything else.
+    """
+    if backend is None:
+        _from_calls.pop("backend", None)
+        return
+    if not isinstance(backend, (str, os.PathLike)) and not hasattr(backend, "storage"):
+        raise InvalidTypeError(f"a cache's backend is a URL, a path, a Store or None, not {type(backend).__name__}")
+    if isinstance(backend, str) and not backend.strip():
+        raise InvalidArgumentError("the cache's backend is an empty text: give a URL or a path, or None for the cache's own folder")
+    _from_calls["backend"] = backend

@@ -138,8 +138,7 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
 
 def _positions(view: View, rows: Ints, counts: Ints) -> Ints:
     """Places of tokens in their prompts: 0, 1, 2, … unless a part says that it kept only some."""
-    positions = [part.info.arrays["tokens/position"] for part in view.parts if part.info.n_tokens is not None]
-    if all(info.attributes.get("whole_prompts") for info in positions):
+    if view.holds_whole_prompts:
         return positions_of(counts)
     array = view.source("tokens", "position", rows, (), counts)
     return np.asarray(array.read(np.zeros(1, np.int64), slice(0, array.n_rows))[0], np.int64)

@@ -7,7 +7,9 @@ only where a caller would branch on it; everything else is an :class:`InvalidArg
 from __future__ import annotations
 
 __all__ = [
+    "AccessDeniedError",
     "AmbiguousProvenanceError",
+    "CacheWarning",
     "CorruptFileError",
     "CorruptPartError",
     "DeviceMemoryError",
@@ -21,13 +23,17 @@ __all__ = [
     "ModelNotFoundError",
     "ModelNotStoredError",
     "NoSpaceError",
+    "NotAProbeError",
     "NotAStoreError",
+    "NotFittedError",
+    "NumberRangeError",
     "PartGoneError",
     "PromptCollisionError",
     "PromptTooLongError",
     "ReadOnlyError",
     "StoreNotFoundError",
     "UnknownArchitectureError",
+    "UnreachableError",
     "UnsupportedVersionError",
 ]
 
@@ -84,8 +90,12 @@ class NotAStoreError(LmprobeZarrError, ValueError):
     """What lies at that place is something else than a store of this package."""
 
 
+class NotAProbeError(LmprobeZarrError, ValueError):
+    """What was read is no saved probe of this package, or a damaged one."""
+
+
 class UnsupportedVersionError(LmprobeZarrError, ValueError):
-    """The store has a format version that this release does not know."""
+    """A store or a saved probe has a format version that this release does not know."""
 
 
 class ReadOnlyError(LmprobeZarrError, PermissionError):
@@ -96,8 +106,39 @@ class NoSpaceError(LmprobeZarrError, OSError):
     """The medium is full, or too small for what was planned."""
 
 
+class NumberRangeError(LmprobeZarrError, OverflowError):
+    """A value lies beyond the range of the dtype that it is to be stored with."""
+
+
+class AccessDeniedError(LmprobeZarrError, PermissionError):
+    """A place exists, or may exist, but these credentials, or none, may not read it."""
+
+
+class UnreachableError(LmprobeZarrError, ConnectionError):
+    """A place does not answer."""
+
+
 class CorruptPartError(LmprobeZarrError, OSError):
-    """A committed part misses a file, or a file of it is not what was committed."""
+    """A committed part misses a file, or a file of it is not what was committed.
+
+    Attributes
+    ----------
+    part : str or None
+        Key of the part's folder below the root; None where it is not a part that is damaged.
+    """
+
+    part: str | None = None
+
+    @classmethod
+    def of(cls, part: str, message: str) -> CorruptPartError:
+        """The error for a part, so that a caller can go on without it."""
+        error = cls(message)
+        error.part = part
+        return error
+
+
+class CacheWarning(UserWarning):
+    """Something that the cache was asked for it could not do, and went on without."""
 
 
 class CorruptFileError(LmprobeZarrError, OSError):
@@ -106,6 +147,10 @@ class CorruptFileError(LmprobeZarrError, OSError):
 
 class PartGoneError(LmprobeZarrError, FileNotFoundError):
     """A part that an open view refers to has been deleted since."""
+
+
+class NotFittedError(LmprobeZarrError, ValueError, AttributeError):
+    """A probe was asked for predictions before it has learned anything."""
 
 
 class ModelNotFoundError(LmprobeZarrError, OSError):

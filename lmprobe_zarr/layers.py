@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidTypeError, LayerOutOfRangeError
 
-__all__ = ["LayerSpec", "describe_layers", "resolve_layers"]
+__all__ = ["LayerSpec", "describe_layers", "parse_sweep", "resolve_layers"]
 
 _USE = "use 'all', 'middle', 'last', a number, a list of numbers or a slice"
 
@@ -59,6 +60,32 @@ def resolve_layers(layers: LayerSpec, num_layers: int) -> tuple[int, ...]:
     if not numbers:
         raise LayerOutOfRangeError(f"layers={layers!r} selects none of the {num_layers} layers, 0 to {num_layers - 1}")
     return tuple(sorted({number % num_layers for number in numbers}))
+
+
+def parse_sweep(layers: LayerSpec) -> LayerSpec | None:
+    """The layers of a sweep, or None for what is none.
+
+    Parameters
+    ----------
+    layers : any
+        ``"sweep"`` is all layers, ``"sweep:10"`` every tenth from the first on, ``"sweep:55-65"`` those from 55 to 65, as far as the model
+        has them; as in lmprobe.
+
+    Raises
+    ------
+    InvalidTypeError
+        A sweep with something else behind the colon.
+    """
+    if not isinstance(layers, str) or not layers.startswith("sweep"):
+        return None
+    if layers == "sweep":
+        return "all"
+    if match := re.fullmatch(r"sweep:(\d+)", layers):
+        if int(match[1]):
+            return slice(None, None, int(match[1]))
+    elif (match := re.fullmatch(r"sweep:(\d+)-(\d+)", layers)) and int(match[1]) <= int(match[2]):
+        return slice(int(match[1]), int(match[2]) + 1)
+    raise InvalidTypeError(f"layers={layers!r} is no sweep: use 'sweep', 'sweep:10' (every tenth layer) or 'sweep:55-65'")
 
 
 def describe_layers(numbers: Sequence[int]) -> str:

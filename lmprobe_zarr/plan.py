@@ -22,7 +22,9 @@ class ExtractPlan:
     prompts : int
         Different prompts asked for.
     found : int
-        Of these, how many are stored with everything that is asked for.
+        Of these, how many are stored with everything that is asked for, or with tokens that it can be pooled from.
+    derived : int
+        Of the latter, how many have something pooled from their stored tokens, without the model.
     tokens : int
         Tokens of the missing prompts.
     layers : tuple of int
@@ -33,6 +35,8 @@ class ExtractPlan:
         The dtype computed in, and stored.
     nbytes : int
         Bytes of the missing activations before compression.
+    needed_bytes : int
+        The same of everything that is asked for, stored or not.
     free_bytes : int, optional
         Bytes that the store's place has left; None where it does not tell.
     """
@@ -41,11 +45,13 @@ class ExtractPlan:
     url: str
     prompts: int
     found: int
+    derived: int
     tokens: int
     layers: tuple[int, ...]
     variables: tuple[str, ...]
     dtype: str
     nbytes: int
+    needed_bytes: int
     free_bytes: int | None
 
     @property
@@ -60,12 +66,13 @@ class ExtractPlan:
 
     def __str__(self) -> str:
         free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
+        pooled = f", {self.derived} of them to be pooled from stored tokens" if self.derived else ""
         rows = {
             "model": self.model,
             "store": self.url,
-            "prompts": f"{self.prompts} ({self.found} found, {self.missing} to extract)",
+            "prompts": f"{self.prompts} ({self.found} found{pooled}, {self.missing} to extract)",
             "tokens": f"{self.tokens} to run",
-            "layers": describe_layers(self.layers),
+            "layers": describe_layers(self.layers) if self.layers else "none",
             "variables": ", ".join(self.variables),
             "size": f"{format_bytes(self.nbytes)} of {self.dtype}, before compression",
             "free": f"{free}{'' if self.fits else ', which is too little'}",
@@ -85,8 +92,10 @@ class ExtractStats:
         Different prompts asked for.
     found : int
         Of these, how many were stored already.
+    derived : int
+        Of the latter, how many had something pooled from their stored tokens, without the model.
     extracted : int
-        Of these, how many the model was run on.
+        How many the model was run on.
     tokens : int
         Tokens of the latter.
     nbytes : int
@@ -103,6 +112,7 @@ class ExtractStats:
     group: str
     prompts: int
     found: int
+    derived: int
     extracted: int
     tokens: int
     nbytes: int

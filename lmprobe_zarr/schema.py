@@ -45,6 +45,8 @@ __all__ = [
     "parse_part",
     "parse_root",
     "part_document",
+    "part_milliseconds",
+    "replacement_name",
     "root_document",
     "split_variable",
     "validate_column_names",
@@ -475,11 +477,17 @@ def new_part_name(after: str = "") -> str:
     str
         26 digits as in a ULID: 10 of milliseconds since 1970, 16 (80 bits) at random.
     """
-    milliseconds = max(time.time_ns() // 1_000_000, _milliseconds_of(after) + 1)
+    milliseconds = max(time.time_ns() // 1_000_000, part_milliseconds(after) + 1)
     return _base32(milliseconds, 10) + _base32(secrets.randbits(80), 16)
 
 
-def _milliseconds_of(name: str) -> int:
+def replacement_name(last: str) -> str:
+    """A name for what replaces parts, of which `last` sorts last: right after it, so that it never outranks a part written meanwhile."""
+    return f"{last}.{_base32(secrets.randbits(50), 10)}"
+
+
+def part_milliseconds(name: str) -> int:
+    """When a part was begun by its writer's clock, in milliseconds since 1970, as its name tells; 0 where it does not."""
     head = name[:10]
     if len(head) < 10 or any(c not in _ULID_DIGITS for c in head):
         return 0

@@ -5,6 +5,7 @@ What is promised, and where:
 * ``write`` makes a file whole or raises; readers may see it half written, so it is only used for what no commit names yet.
 * ``commit`` makes a file appear whole, at once and for good: on a local folder by temporary file, fsync and rename, on an
   object store by one put, which object stores make atomic.
+* ``remove`` takes single files away, and folders only where that leaves them empty: what somebody else put there stays.
 * Nothing is written by opening a place.
 """
 
@@ -14,20 +15,40 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, NoSpaceError, NotAStoreError, ReadOnlyError
+from lmprobe_zarr.errors import (
+    AccessDeniedError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NoSpaceError,
+    NotAStoreError,
+    ReadOnlyError,
+    UnreachableError,
+)
 
-__all__ = ["FsspecStorage", "LocalStorage", "Storage", "open_storage"]
+__all__ = ["Entry", "FsspecStorage", "LocalStorage", "Storage", "open_storage"]
 
 Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name of a folder: its size in bytes and when it was last written, in seconds since 1970 (None where the place does not tell)."""
+
+    is_file: bool
+    nbytes: int
+    modified: float | None
 
 
 class Storage(ABC):
@@ -55,6 +76,18 @@ class Storage(ABC):
     @abstractmethod
     def list(self, key: str) -> list[str]:
         """Names directly below a folder, sorted; none where it does not exist."""
+
+    @abstractmethod
+    def scan(self, key: str) -> dict[str, Entry]:
+        """What lies directly below a folder, by name, sorted, in as few requests as the place allows; nothing where it does not exist."""
+
+    @abstractmethod
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove files; those that are gone already do not matter. Folders that this leaves empty go too, up to the root."""
+
+    @abstractmethod
+    def touch(self, key: str) -> None:
+        """Make an empty file, or make an existing one look freshly written; the folders above it too."""
 
     @abstractmethod
     def remove_tree(self, key: str) -> None:
@@ -188,6 +221,38 @@ class LocalStorage(Storage):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def scan(self, key: str) -> dict[str, Entry]:
+        found = {}
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._path(key)) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # gone since it was listed
+                    status = entry.stat()
+                    found[entry.name] = Entry(stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime)
+        return dict(sorted(found.items()))
+
+    def remove(self, keys: Iterable[str]) -> None:
+        folders = set()
+        for key in keys:
+            path = self._path(key)
+            with self._writing(path), suppress(FileNotFoundError, NotADirectoryError):
+                os.unlink(path)
+            folders.add(os.path.dirname(path))
+        # The deepest first; what is not empty stays.
+        while folders:
+            folder = max(folders, key=len)
+            folders.remove(folder)
+            if len(folder) > len(self.root):
+                with suppress(OSError):
+                    os.rmdir(folder)
+                    folders.add(os.path.dirname(folder))
+
+    def touch(self, key: str) -> None:
+        path = self._path(key)
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            self.write(key, b"", durable=False)
+
     def remove_tree(self, key: str) -> None:
         path = Path(self._path(key))
         with self._writing(str(path)):
@@ -255,40 +320,119 @@ class FsspecStorage(Storage):
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}" if key else self.root
 
+    @contextmanager
+    def _talking(self, key: str, *, writing: bool = False) -> Iterator[None]:
+        """Errors of the place as ours; that there is no such file is told as it is."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise
+        except PermissionError as error:
+            if writing:
+                raise ReadOnlyError(f"{self.url}/{key} cannot be written: check permissions, or open with mode='r'") from error
+            raise AccessDeniedError(
+                f"{self.url}/{key} cannot be read: check the credentials, and what they allow (storage_options= gives others)"
+            ) from error
+        except Exception as error:
+            if not _is_network(error):
+                raise
+            raise UnreachableError(
+                f"{self.url} does not answer ({type(error).__name__}): check the URL, the endpoint and the network"
+            ) from error
+
     def read(self, key: str) -> bytes:
-        data: bytes = self.filesystem.cat_file(self._path(key))
-        return data
+        with self._talking(key):
+            data: bytes = self.filesystem.cat_file(self._path(key))
+            return data
 
     def read_view(self, key: str) -> Buffer:
         return self.read(key)
 
     def write(self, key: str, data: Buffer, *, durable: bool) -> None:
-        try:
+        with self._talking(key, writing=True):
             self.filesystem.pipe_file(self._path(key), bytes(data))
-        except PermissionError as error:
-            raise ReadOnlyError(f"{self.url}/{key} cannot be written: check permissions, or open with mode='r'") from error
 
     def commit(self, key: str, data: Buffer, *, durable: bool) -> None:
         self.write(key, data, durable=durable)
 
     def list(self, key: str) -> list[str]:
+        return list(self.scan(key))
+
+    def scan(self, key: str) -> dict[str, Entry]:
         path = self._path(key)
         self.filesystem.invalidate_cache(path)
         try:
-            entries = self.filesystem.ls(path, detail=False)
+            with self._talking(key):
+                entries = self.filesystem.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
-            return []
-        names = {str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries}
-        return sorted(names - {""})
+            return {}
+        found = {}
+        for entry in entries:
+            name = str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
+            if name and str(entry["name"]).rstrip("/") != path.rstrip("/"):
+                found[name] = Entry(entry["type"] == "file", int(entry.get("size") or 0), _modified(entry))
+        return dict(sorted(found.items()))
+
+    def remove(self, keys: Iterable[str]) -> None:
+        paths = [self._path(key) for key in keys]
+        if not paths:
+            return
+        with self._talking("", writing=True):
+            try:
+                self.filesystem.rm(paths)
+            except FileNotFoundError:
+                for path in paths:
+                    with suppress(FileNotFoundError):
+                        self.filesystem.rm_file(path)
+        if "memory" in self.filesystem.protocol:
+            # Object stores have no folders; this one keeps them, and would go on to list them.
+            for folder in sorted({path.rpartition("/")[0] for path in paths}, key=len, reverse=True):
+                self._remove_empty_folders(folder)
+
+    def _remove_empty_folders(self, folder: str) -> None:
+        while len(folder) > len(self.root):
+            try:
+                if self.filesystem.ls(folder):
+                    return
+                self.filesystem.rmdir(folder)
+            except OSError:
+                return
+            folder = folder.rpartition("/")[0]
+
+    def touch(self, key: str) -> None:
+        self.write(key, b"", durable=False)
 
     def remove_tree(self, key: str) -> None:
-        try:
-            self.filesystem.rm(self._path(key), recursive=True)
-        except FileNotFoundError:
-            return
+        with self._talking(key, writing=True):
+            try:
+                self.filesystem.rm(self._path(key), recursive=True)
+            except FileNotFoundError:
+                return
 
     def is_file(self, key: str) -> bool:
-        return bool(self.filesystem.isfile(self._path(key)))
+        with self._talking(key):
+            return bool(self.filesystem.isfile(self._path(key)))
+
+
+def _modified(entry: Mapping[str, Any]) -> float | None:
+    """When a file was last written, however its file system calls that."""
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        value: Any = entry.get(name)
+        if isinstance(value, (int, float)):
+            return float(value)
+        if hasattr(value, "timestamp"):
+            return float(value.timestamp())
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return datetime.fromisoformat(value).timestamp()
+    return None
+
+
+def _is_network(error: BaseException) -> bool:
+    """Whether an error of some client library means that its server cannot be reached."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    told = {"ConnectionError", "TimeoutError", "ClientConnectionError", "EndpointConnectionError", "HTTPClientError", "NoCredentialsError"}
+    return bool(names & told)
 
 
 def _same_process(pid: int, filesystem: Any, root: str, url: str) -> FsspecStorage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from lmprobe_zarr.chunks import run_all
 from lmprobe_zarr.datasets import to_dataset
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
+    CacheWarning,
     CorruptPartError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -26,6 +28,7 @@ from lmprobe_zarr.errors import (
     StoreNotFoundError,
 )
 from lmprobe_zarr.layers import LayerSpec, describe_layers
+from lmprobe_zarr.maintenance import STAMPS, Entry, delete_prompts, describe_entries, stamp_parts
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -63,8 +66,8 @@ def open_store(
     Parameters
     ----------
     url : str or path, optional
-        A folder, or a URL that fsspec knows; this version is tested on folders and ``memory://``. None is the default root,
-        ``$LMPROBE_CACHE_DIR/.zarr``.
+        A folder, or a URL that fsspec knows; this version is tested on folders and ``memory://``. None is the default store: that of
+        `set_cache_backend` or ``$LMPROBE_CACHE_BACKEND``, else ``$LMPROBE_CACHE_DIR/.zarr``. The cache's settings rule it.
     mode : {"a", "r"}
         ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything.
     storage_options : mapping, optional
@@ -83,9 +86,26 @@ def open_store(
     """
     if mode not in ("a", "r"):
         raise InvalidArgumentError(f"mode={mode!r} is unknown: use 'a' to read and add, 'r' to read only")
-    storage = open_storage(config.default_root() if url is None else url, storage_options)
+    if url is None:
+        return _open_default(mode, storage_options, durable)
+    storage = open_storage(url, storage_options)
     _check_root(storage, mode)
     return Store(storage, mode=mode, durable=durable)
+
+
+def _open_default(mode: Mode, storage_options: Mapping[str, Any] | None, durable: bool) -> Store:
+    backend = config.cache_backend()
+    if isinstance(backend, Store):
+        return Store(backend.storage, mode="r" if "r" in (mode, backend.mode) else "a", durable=backend.durable, is_default=True)
+    if backend is None:
+        storage = open_storage(config.default_root(), storage_options)
+    else:
+        storage = open_storage(backend, storage_options)
+        # Where no store lies, the place is a cache as lmprobe means it: its own entries lie there, and ours inside .zarr.
+        if not storage.url.endswith(".zarr") and not storage.is_file("zarr.json"):
+            storage = open_storage(f"{os.fspath(backend).rstrip('/')}/.zarr", storage_options)
+    _check_root(storage, mode)
+    return Store(storage, mode=mode, durable=durable, is_default=True)
 
 
 def _check_root(storage: Storage, mode: Mode) -> None:
@@ -120,16 +140,20 @@ class Store:
         ``"r"`` never writes.
     durable : bool
         Flush before commit.
+    is_default : bool
+        Whether this is the store that is used where none is named, which the cache's settings rule.
     """
 
-    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True) -> None:
-        self.storage, self.mode, self.durable = storage, mode, durable
+    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, is_default: bool = False) -> None:
+        self.storage, self.mode, self.durable, self.is_default = storage, mode, durable, is_default
         # Documents of parts and groups never change once they are there, so each is read once.
         self._parts: dict[str, Part] = {}
         self._groups: dict[str, GroupInfo] = {}
+        self._damaged: dict[str, CorruptPartError] = {}
+        self._stamped: dict[str, float] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.storage, self.mode, self.durable)
+        return _reopen, (self.storage, self.mode, self.durable, self.is_default)
 
     @property
     def url(self) -> str:
@@ -172,8 +196,12 @@ class Store:
             raise CorruptPartError(f"{self.url}/{path}/zarr.json is a folder: delete it") from error
 
     def models(self) -> list[str]:
-        """Names of all models, sorted."""
-        return sorted({info.model for info in self.groups().values()})
+        """Names of all models of which anything is stored, sorted."""
+        return sorted({info.model for name, info in self.groups().items() if self.holds_parts(name)})
+
+    def holds_parts(self, group: str) -> bool:
+        """Whether there is anything in a group's folder: one whose parts have all been evicted is as good as none."""
+        return any(name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".") for name in self.storage.list(group))
 
     def matching(self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None) -> list[GroupInfo]:
         """Groups in which no field that is given differs."""
@@ -203,7 +231,7 @@ class Store:
         AmbiguousProvenanceError
             Several match; names the fields in which they differ.
         """
-        found = self.matching(model, provenance, group)
+        found = [info for info in self.matching(model, provenance, group) if self.holds_parts(info.name)]
         if len(found) == 1:
             return found[0]
         if not found:
@@ -217,27 +245,99 @@ class Store:
             raise ModelNotStoredError(f"{asked} is not in {self.url}, which holds {there}: check the name, or extract it first")
         raise ambiguous(found, self.url)
 
-    def view(self, info: GroupInfo) -> View:
-        """All committed parts of a group as they are now."""
-        parts = self._list_parts(info.name)
-        notes = self._list_parts(f"{info.name}/{ANNOTATIONS}")
+    def view(self, info: GroupInfo, *, whole: bool = True) -> View:
+        """All committed parts of a group as they are now.
+
+        Parameters
+        ----------
+        info : GroupInfo
+        whole : bool
+            Whether a damaged part is an error. Otherwise it is left out and told, once, as a `CacheWarning`: for callers that can do
+            without it, because other parts or the model serve them.
+
+        Raises
+        ------
+        CorruptPartError
+            A part's document is damaged.
+        """
+        parts = self.list_parts(info.name, whole=whole)
+        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole)
         return open_view(self.storage, info, parts, notes)
 
-    def _list_parts(self, folder: str) -> list[Part]:
+    def list_parts(self, folder: str, *, whole: bool = True) -> list[Part]:
+        """Committed parts of a group's folder, or annotations of its folder for them, replaced ones too, in the order of their names."""
         names = [name for name in self.storage.list(folder) if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
         paths = [f"{folder}/{name}" for name in names]
-        run_all([partial(self._read_part, path) for path in paths if path not in self._parts], local=self.storage.is_local)
-        return [self._parts[path] for path in paths if path in self._parts]
+        known = [path for path in paths if path in self._parts]
+        if self.storage.is_local:
+            # Known ones may have been evicted since. Elsewhere that takes a request each, and a read from such a part raises PartGoneError.
+            for path in known:
+                if not self.storage.is_file(f"{path}/zarr.json"):
+                    self.forget(path)
+        run_all(
+            [partial(self._read_part, path, whole) for path in paths if path not in self._parts and path not in self._damaged],
+            local=self.storage.is_local,
+        )
+        if whole and (damaged := next((self._damaged[path] for path in paths if path in self._damaged), None)):
+            raise damaged
+        return [self._parts[path] for path in paths if path in self._parts and path not in self._damaged]
 
-    def _read_part(self, path: str) -> None:
+    def _read_part(self, path: str, whole: bool) -> None:
         data = self._read_document(path)
         if data is None:
             return  # being written, or left behind by a writer that was killed: not committed, so not there
-        info = parse_part(data, f"{self.url}/{path}")
-        folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
-        if path != f"{folder}/{info.name}":
-            raise CorruptPartError(f"{self.url}/{path} is the {info.kind} {info.name!r} of {info.group!r}: it was renamed, moved or copied")
-        self._parts[path] = Part(path, info)
+        try:
+            info = parse_part(data, f"{self.url}/{path}")
+            folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
+            if path != f"{folder}/{info.name}":
+                raise CorruptPartError(
+                    f"{self.url}/{path} is the {info.kind} {info.name!r} of {info.group!r}: it was renamed, moved or copied"
+                )
+        except CorruptPartError as error:
+            if whole:
+                raise
+            error.part = path
+            self.set_aside(error)
+            return
+        self._parts[path] = Part(path, info, len(data))
+
+    def set_aside(self, error: CorruptPartError) -> None:
+        """Leave a damaged part out of views that need not be whole, and say so."""
+        if error.part is None:
+            raise error
+        if error.part not in self._damaged:
+            self._damaged[error.part] = error
+            warnings.warn(f"{error}\ngoing on without that part", CacheWarning, stacklevel=2)
+
+    def forget(self, path: str) -> None:
+        """Forget what is remembered of a part that has gone."""
+        self._parts.pop(path, None)
+        self._stamped.pop(path, None)
+        self._damaged.pop(path, None)
+
+    def drop_empty_group(self, info: GroupInfo) -> None:
+        """Remove a group's own document where nothing else is left of the group."""
+        left = [name for name in self.storage.list(info.name) if name not in ("zarr.json", STAMPS)]
+        if not left:
+            self.storage.remove([f"{info.name}/zarr.json"])
+            self._groups.pop(info.name, None)
+
+    def forget_all(self) -> None:
+        """Forget what is remembered of parts and groups: the next look reads them again."""
+        self._parts.clear()
+        self._groups.clear()
+
+    def mark_used(self, parts: Iterable[Part]) -> None:
+        """Note that parts are being used, for eviction; never where the store is read-only, and never an error."""
+        if self.mode == "a":
+            stamp_parts(self.storage, parts, self._stamped)
+
+    def entries(self, info: GroupInfo) -> list[Entry]:
+        """All parts and annotations of a group with their sizes and last use; metadata only, and requests grow with the parts."""
+        stamps = {name: entry.modified for name, entry in self.storage.scan(f"{info.name}/{STAMPS}").items()}
+        notes = f"{info.name}/{ANNOTATIONS}"
+        parts = [*self.list_parts(info.name, whole=False), *self.list_parts(notes, whole=False)]
+        return describe_entries(parts, group=info.name, stamps=stamps)
 
     def dataset(
         self,
@@ -459,6 +559,52 @@ class Store:
         for batch in batches:
             self.write(view.group, batch, kind="annotation")
 
+    # ----------------------------------------------------------------------------------------------------------- removing
+
+    def delete(
+        self,
+        model: str | None,
+        prompts: Iterable[Any],
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+    ) -> int:
+        """Delete prompts with everything that is stored of them: values, texts, columns. Physically gone when this returns.
+
+        Every part that holds one of them is written again without it, and its old files are removed. Views that are open raise
+        `PartGoneError`. Not covered: parts that another process is writing at the moment, copies elsewhere, and old versions of objects
+        where a bucket keeps them.
+
+        Parameters
+        ----------
+        model : str
+            Name of the model.
+        prompts : iterable of str or sequence of int
+            Texts, hashes or token ids.
+        provenance, group : optional
+            Choose between several groups of one model.
+
+        Returns
+        -------
+        int
+            Parts and annotations that held any of them.
+
+        Raises
+        ------
+        MissingPromptsError
+            A prompt is not stored; nothing is deleted.
+        ModelNotStoredError, AmbiguousProvenanceError, ReadOnlyError, NoSpaceError
+        """
+        self.check_writable()
+        info = self.find_group(model, provenance=provenance, group=group)
+        view = self.view(info)
+        digests = [view.digests[row].tobytes().hex() for row in view.select(prompts)]
+        parts = [*self.list_parts(info.name), *self.list_parts(f"{info.name}/{ANNOTATIONS}")]
+        concerned = delete_prompts(self.storage, info, parts, digests, durable=self.durable)
+        for part in parts:
+            self.forget(part.path)
+        return concerned
+
     # ------------------------------------------------------------------------------------------------------- printing
 
     def __repr__(self) -> str:
@@ -472,8 +618,8 @@ class Store:
         return "\n".join(lines if len(lines) > 1 else [*lines, "  empty"])
 
 
-def _reopen(storage: Storage, mode: Mode, durable: bool) -> Store:
-    return Store(storage, mode=mode, durable=durable)
+def _reopen(storage: Storage, mode: Mode, durable: bool, is_default: bool) -> Store:
+    return Store(storage, mode=mode, durable=durable, is_default=is_default)
 
 
 def ambiguous(found: Sequence[GroupInfo], url: str) -> AmbiguousProvenanceError:

@@ -27,10 +27,11 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A committed part and where it lies: `path` is its key below the store's root."""
+    """A committed part and where it lies: `path` is its key below the store's root; its document has so many bytes."""
 
     path: str
     info: PartInfo
+    document_nbytes: int = 0
 
     def array(self, storage: Storage, level: Level, name: str) -> StoredArray:
         """One of its arrays."""
@@ -201,6 +202,34 @@ class View:
             absent_as_nan=level == "prompts" and name not in PROMPT_COLUMNS and not is_variable(name, arrays[0].info),
         )
 
+    def locate(self, prompt: Any) -> int | None:
+        """Which prompt of the view a text, hash or token ids mean; None for none of them."""
+        try:
+            return int(self.select([prompt])[0])
+        except MissingPromptsError:
+            return None
+
+    def row_lengths(self, level: Level, name: str, rows: Ints) -> Ints:
+        """How many values a row of a variable without layers really holds, of prompts that have it: parts may hold more or fewer of
+        the largest logits.
+        """
+        array = self.source(level, name, rows, ())
+        widths = np.array([one.info.row_shape[-1] for one in array.arrays], np.int64)
+        return widths[array.source[0]]
+
+    @property
+    def holds_whole_prompts(self) -> bool:
+        """Whether every part that keeps tokens keeps all tokens of its prompts, so that they can be pooled."""
+        positions = [part.info.arrays["tokens/position"] for part in self.parts if part.info.n_tokens is not None]
+        return all(info.attributes.get("whole_prompts") for info in positions)
+
+    def parts_with(self, rows: Ints) -> list[Part]:
+        """Parts and annotations that hold any of these prompts."""
+        wanted = np.zeros(len(self) + 1, bool)  # the last place stands for −1, no prompt of the view
+        wanted[rows] = True
+        wanted[-1] = False
+        return [part for part, member in zip((*self.parts, *self.annotations), self.members, strict=True) if wanted[member].any()]
+
     def token_counts(self) -> Ints:
         """Token rows of each prompt, 0 where none are kept: those of the last part that keeps any."""
         counts = np.zeros(len(self), np.int64)
@@ -259,9 +288,9 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
     PromptCollisionError
         Two different prompts of the group share a hash.
     """
-    hidden = {name for part in parts for name in part.info.replaces}
+    hidden = {name for part in (*parts, *annotations) for name in part.info.replaces}
     shown = tuple(part for part in parts if part.info.name not in hidden)
-    noted = tuple(annotations)
+    noted = tuple(part for part in annotations if part.info.name not in hidden)
     # Parts and annotations in the order of their names decide together which column is the last; see `View.source`.
     every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
     codes, first = _first_appearance(_keys_of(every))

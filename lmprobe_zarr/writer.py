@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import platform
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ from lmprobe_zarr.schema import (
 )
 from lmprobe_zarr.storage import Storage
 
-__all__ = ["PartWriter", "write_group"]
+__all__ = ["BUFFER_BYTES", "PartWriter", "as_column", "shape_of", "write_group"]
 
 Array = npt.NDArray[Any]
 
@@ -106,8 +106,7 @@ class PartWriter:
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
         self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
         self.compressed, self.durable, self.replaces = compressed, durable, replaces
-        written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self.recorded = {"written": written, "python": platform.python_version(), **(recorded or {})}
+        self.recorded = {"python": platform.python_version(), **(recorded or {})}
         self.nbytes = self.held_nbytes = 0
         self._files: dict[str, tuple[int, int]] = {}
         self._arrays: dict[str, ArrayInfo] = {}
@@ -124,6 +123,11 @@ class PartWriter:
     def __len__(self) -> int:
         """Prompts so far."""
         return len(self._digests)
+
+    @property
+    def waiting_nbytes(self) -> int:
+        """Bytes of activations that wait in memory for their chunk to be full."""
+        return sum(buffer.waiting_nbytes for buffer in self._variables.values())
 
     def append(self, batch: TokenBatch) -> None:
         """Add the prompts of a batch.
@@ -154,18 +158,13 @@ class PartWriter:
 
     def _check(self, batch: TokenBatch) -> dict[str, Any]:
         """The columns of a batch as they are stored; raises where it does not fit the first one."""
-        shapes = {
-            (level, name): (a.dtype.str, a.shape[0 if name in batch.unlayered else 1 :][1:])
-            for level, values in (("prompts", batch.prompts), ("tokens", batch.tokens))
-            for name, a in values.items()
-        }
         columns = self._batch_columns(batch)
         kinds = {name: "text" if values.dtype == object else "number" for name, values in columns.items()}
-        shape = (batch.layers, shapes, kinds, dict(batch.stored_dtype))
+        shape = (*shape_of(batch), kinds)
         if self._shape is None:
             validate_column_names(batch.prompt_columns)
-            for (_, name), (code, _) in shapes.items():
-                dtype = np.dtype(code)
+            for name, array in (*batch.prompts.items(), *batch.tokens.items()):
+                dtype = array.dtype
                 if dtype.kind not in "fiub" or dtype.itemsize > 8 or dtype == np.uint64:
                     raise InvalidArgumentError(f"{name!r} has dtype {dtype}, which cannot be stored: use float16, 32, 64 or integers")
             self._shape, self._layers = shape, batch.layers
@@ -246,7 +245,7 @@ class PartWriter:
             layers=self._layers,
             arrays=dict(sorted(self._arrays.items())),
             files={},
-            recorded=self.recorded,
+            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
             replaces=self.replaces,
         )
         texts: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in info.arrays.items()}
@@ -258,6 +257,8 @@ class PartWriter:
         object.__setattr__(info, "files", dict(sorted(self._files.items())))
         document = part_document(info, self.group)
         parse_part(document, self.path)  # what we could not read must not become visible
+        # Somebody may have cleared the group meanwhile, and a part without its group's document is of no use.
+        write_group(self.storage, self.group, durable=self.durable)
         self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable)
         return info
 
@@ -321,6 +322,11 @@ class _RowBuffer:
         self.blocks = 0
         self.held: Array | None = None
 
+    @property
+    def waiting_nbytes(self) -> int:
+        """Bytes of the rows that are held."""
+        return 0 if self.held is None else self.held[:, : self.filled].nbytes
+
     def append(self, values: Array) -> None:
         """Take rows; `values` has shape (layer, row, …)."""
         start, total = 0, values.shape[1]
@@ -366,6 +372,17 @@ class _RowBuffer:
             self._flush(self.held[:, : self.filled])
         self.held = None
         return self.info
+
+
+def shape_of(batch: TokenBatch) -> tuple[Hashable, ...]:
+    """What must be the same of all batches of one part: variables with their dtypes and rows, layers, and which columns there are."""
+    variables = frozenset(
+        (level, name, array.dtype.str, array.shape[0 if name in batch.unlayered else 1 :][1:], batch.stored_dtype.get(name))
+        for level, values in (("prompts", batch.prompts), ("tokens", batch.tokens))
+        for name, array in values.items()
+    )
+    optional = (batch.text is None, batch.prompt_length is None, batch.n_tokens is None)
+    return batch.layers, variables, optional, frozenset(batch.token_columns), frozenset(batch.prompt_columns)
 
 
 def as_column(name: str, values: Sequence[Any] | Array) -> Array:

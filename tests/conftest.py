@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 import lmprobe_zarr as lz
+from lmprobe_zarr import config
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.schema import GroupInfo
 from lmprobe_zarr.store import Store
@@ -29,7 +30,11 @@ GROUP = GroupInfo(model="acme/toy", provenance={"revision": "abc"}, num_layers=4
 @pytest.fixture(autouse=True)
 def _own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads or writes the user's cache, and none asks the hub."""
+    for setting in config.SETTINGS.values():
+        monkeypatch.delenv(setting.variable, raising=False)
     monkeypatch.setenv("LMPROBE_CACHE_DIR", str(tmp_path_factory.mktemp("lmprobe-cache")))
+    config._from_environment.clear()
+    config._from_calls.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

@@ -42,6 +42,8 @@ ADDERS = {
     "mixtral": ("self_attn.o_proj", "mlp"),
     "qwen2_moe": ("self_attn.o_proj", "mlp"),
     "qwen3_moe": ("self_attn.o_proj", "mlp"),
+    "deepseek_v2": ("self_attn.o_proj", "mlp"),
+    "deepseek_v3": ("self_attn.o_proj", "mlp"),
     "bert": ("attention.output.dense", "output.dense"),
     "roberta": ("attention.output.dense", "output.dense"),
     "xlm_roberta": ("attention.output.dense", "output.dense"),

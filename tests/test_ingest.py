@@ -80,3 +80,49 @@ def test_nothing_is_taken_outside_of_the_context(store: Store) -> None:
     with pytest.raises(InvalidArgumentError, match="inside of the context"):
         ingest.put(make_batch(["b"]))
     assert store.dataset().text.values.tolist() == ["a"]
+
+
+def test_batches_of_several_kinds_go_into_parts_of_their_own(store: Store) -> None:
+    with Ingest(store, GROUP) as ingest:
+        ingest.put(make_batch(["a", "b"], layers=(0, 1)))
+        ingest.put(make_batch(["c"], layers=(2,), dtype="float16"))
+        ingest.put(make_batch(["d"], layers=(0, 1), seed=2))
+        ingest.put(make_batch(["a"], layers=(3,), tokens=False))
+    assert len(ingest.parts) == 3
+    assert ingest.prompts == 4, "a prompt in two parts counts once"
+    view = store.view(GROUP)
+    assert sorted(len(part.info.digests) for part in view.parts) == [1, 1, 3]
+    assert store.coverage().sel(variable="resid_mean", prompt=lz.prompt_hash("a")).values.tolist() == [True, True, False, True]
+
+
+def test_open_parts_together_hold_no_more_than_one_may(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmprobe_zarr.ingest.BUFFER_BYTES", 20_000)
+    with Ingest(store, GROUP) as ingest:
+        for i in range(12):
+            ingest.put(make_batch([f"{i}-{j}" for j in range(10)], layers=tuple(range(1 + i % 4))))
+            waiting = sum(part.writer.waiting_nbytes for part in ingest._open.values())
+            assert waiting < 60_000
+    assert ingest.prompts == 120
+
+
+def test_no_part_is_larger_than_asked_for(store: Store) -> None:
+    one = make_batch(["x" * 4], tokens=True).nbytes
+    with Ingest(store, GROUP, part_bytes=3 * one) as ingest:
+        ingest.put(make_batch([f"{i:04}" for i in range(20)]))
+        ingest.put(make_batch([f"{i:04}" for i in range(20, 25)]))
+    sizes = [
+        sum(a.shape[0] * a.shape[1] * a.shape[2] * 4 for a in p.info.arrays.values() if len(a.dims) == 3) for p in store.view(GROUP).parts
+    ]
+    assert max(sizes) <= 3 * one
+    assert len(sizes) <= 13, "and they are filled"
+    assert ingest.prompts == 25
+    for i in (0, 7, 24):
+        texts = [f"{j:04}" for j in (range(20) if i < 20 else range(20, 25))]
+        truth = make_batch(texts).prompts["resid_mean"][:, i if i < 20 else i - 20]
+        np.testing.assert_array_equal(store.dataset(prompts=[f"{i:04}"]).resid_mean.values[:, 0], truth)
+
+
+def test_a_prompt_larger_than_a_part_is_a_part_of_its_own(store: Store) -> None:
+    with Ingest(store, GROUP, part_bytes=10) as ingest:
+        ingest.put(make_batch(["aaaa", "bbbb"]))
+    assert len(ingest.parts) == 2

@@ -17,20 +17,23 @@ PACKAGE = Path(lz.__file__).parent
 # A room imports only from rows above its own.
 ROOMS = [
     {"errors"},
-    {"pooling", "ragged", "layers", "config", "progress"},
-    {"sites"},
+    {"pooling", "ragged", "layers", "precision", "progress"},
+    {"config", "sites"},
+    {"log"},
     {"plan", "batch"},
     {"schema", "prompt_files", "summaries"},
     {"storage"},
     {"chunks", "index"},
     {"writer", "virtual", "bridges"},
     {"view"},
-    {"datasets"},
+    {"datasets", "reread"},
+    {"maintenance"},
     {"store"},
-    {"activations", "backend", "ingest"},
+    {"activations", "backend", "cache", "ingest"},
     {"extraction", "probes"},
     {"missing", "sweep"},
     {"build", "plots", "transfer"},
+    {"probe"},
     {"accessor"},
     {"__init__"},
     {"demo"},
@@ -146,15 +149,31 @@ def test_reading_slicing_and_sweeping_need_no_torch() -> None:
 
 def test_the_surface_is_pinned() -> None:
     assert sorted(lz.__all__) == [
+        "CacheInfo",
+        "CachedPrompt",
+        "CachedPromptInfo",
         "ExtractPlan",
         "ExtractStats",
+        "LayerSweep",
+        "ModelCacheInfo",
+        "Probe",
         "Store",
         "TokenIndex",
+        "cache_info",
+        "clear_cache",
+        "config",
+        "discover_cached",
+        "enable_cache_logging",
         "errors",
+        "evict",
         "extract",
+        "list_cached_prompts",
         "open_store",
         "plan_extract",
         "prompt_hash",
+        "set_cache_backend",
+        "set_cache_dtype",
+        "set_cache_limit",
         "sweep",
         "write_activations",
     ]
@@ -162,7 +181,7 @@ def test_the_surface_is_pinned() -> None:
         assert getattr(lz, name).__doc__, name
 
 
-@pytest.mark.parametrize("name", [n for n in errors.__all__ if n != "LmprobeZarrError"])
+@pytest.mark.parametrize("name", [n for n in errors.__all__ if n not in ("LmprobeZarrError", "CacheWarning")])
 def test_every_error_is_ours_and_the_nearest_built_in(name: str) -> None:
     error = getattr(errors, name)
     assert issubclass(error, errors.LmprobeZarrError)

@@ -282,6 +282,7 @@ def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
 
 def test_the_default_root_is_hidden_in_lmprobes_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LMPROBE_CACHE_DIR", str(tmp_path))
+    lz.config.reload()
     assert lz.open_store().url == str(tmp_path / ".zarr")
 
 

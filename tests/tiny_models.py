@@ -51,6 +51,21 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 GROUPED: dict[str, Any] = {**SIZES, "num_key_value_heads": 2}
+LATENT: dict[str, Any] = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
 IDS: dict[str, Any] = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
 TINY = {
     "llama": Tiny("LlamaConfig", GROUPED),
@@ -80,6 +95,8 @@ TINY = {
     "qwen3_moe": Tiny(
         "Qwen3MoeConfig", {**GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     ),
+    "deepseek_v2": Tiny("DeepseekV2Config", {**LATENT, "q_lora_rank": None}),
+    "deepseek_v3": Tiny("DeepseekV3Config", {**LATENT, "q_lora_rank": 16}),
     "xlm_roberta": Tiny("XLMRobertaConfig", {**SIZES, "max_position_embeddings": 130}, encoder=True),
 }
 

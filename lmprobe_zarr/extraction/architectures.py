@@ -15,20 +15,24 @@ What is captured at each site, for every family in the table:
     output of ``attention.output.dense`` and of ``output.dense``, before the sum and its norm. Mixtral and its like: the weighted sum over
     the chosen experts.
 
+``router``
+    The scores that the router of a mixture of experts gives to every expert, before softmax, sigmoid or choice; in the blocks that have
+    one.
+
 In pre-norm decoders, therefore, ``resid[i] == resid[i - 1] + attn[i] + mlp[i]`` up to rounding, with ``embed`` before block 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import nn
 
 from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
 
-__all__ = ["FAMILIES", "Family", "Located", "locate"]
+__all__ = ["FAMILIES", "Family", "Located", "Router", "is_encoder", "locate"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,8 @@ class Family:
         Paths in a block of what adds to the residual stream; the first that exists counts (names changed between releases).
     causal : bool
         Whether a token sees only those before it, so that padding on the right needs no mask.
+    router : tuple of str
+        Paths, in the blocks that have one, of what scores the experts.
     """
 
     types: tuple[str, ...]
@@ -52,6 +58,7 @@ class Family:
     attn: tuple[str, ...]
     mlp: tuple[str, ...]
     causal: bool = True
+    router: tuple[str, ...] = ()
 
 
 FAMILIES: Final = (
@@ -62,10 +69,11 @@ FAMILIES: Final = (
         mlp=("mlp",),
     ),
     Family(
-        types=("mixtral", "qwen2_moe", "qwen3_moe"),
+        types=("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"),
         layers="layers",
         attn=("self_attn",),
         mlp=("mlp", "block_sparse_moe"),
+        router=("mlp.gate", "block_sparse_moe.gate"),
     ),
     Family(
         types=("gemma2", "gemma3", "gemma3_text", "olmo2"),
@@ -86,8 +94,23 @@ FAMILIES: Final = (
     ),
 )
 BY_TYPE: Final[Mapping[str, Family]] = {name: family for family in FAMILIES for name in family.types}
-MODULE_NAMES: Final = ("layers", "attn", "mlp")
+MODULE_NAMES: Final = ("layers", "attn", "mlp", "router")
 SHOWN_LISTS: Final = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """What scores the experts of one block.
+
+    Parameters
+    ----------
+    gate : Module
+    around : Module or None
+        What it lies in, whose input is the gate's own too; None where the gate lies in the block itself.
+    """
+
+    gate: nn.Module
+    around: nn.Module | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +126,10 @@ class Located:
         None where they are not known.
     causal : bool
         Whether padding on the right needs no mask.
+    routers : mapping of int to Router
+        By layer; only those that have one.
+    whole, head : Module or None
+        The part that gives logits, and its projection onto the vocabulary; None where there is none.
     """
 
     body: nn.Module
@@ -110,6 +137,9 @@ class Located:
     attn: tuple[nn.Module, ...] | None
     mlp: tuple[nn.Module, ...] | None
     causal: bool
+    routers: Mapping[int, Router] = field(default_factory=dict)
+    whole: nn.Module | None = None
+    head: nn.Module | None = None
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -120,6 +150,12 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
             return None
         module = children[name]
     return module
+
+
+def is_encoder(model_type: str | None) -> bool:
+    """Whether models of this type are known to see the tokens after each token too."""
+    family = BY_TYPE.get(model_type or "")
+    return family is not None and not family.causal
 
 
 def _is_causal(family: Family, config: Any) -> bool:
@@ -152,22 +188,53 @@ def _located_parts(model: nn.Module, blocks: tuple[nn.Module, ...], paths: tuple
     raise _unknown(model, f"no {site} {' or '.join(map(repr, paths))} in every block of {type(model).__name__}; a block holds {children}")
 
 
+def _located_routers(blocks: tuple[nn.Module, ...], paths: tuple[str, ...]) -> dict[int, Router]:
+    found = {}
+    for layer, block in enumerate(blocks):
+        for path in paths:
+            gate, (around, _, _) = _submodule(block, path), path.rpartition(".")
+            if gate is not None:
+                found[layer] = Router(gate=gate, around=_submodule(block, around) if around else None)
+                break
+    return found
+
+
+def _located_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The part that gives logits, and its projection onto the vocabulary."""
+    for part in model.modules():
+        # Asked of the class: a wrapper passes the name on to what it wraps, but is called in another way.
+        if not hasattr(type(part), "get_output_embeddings"):
+            continue
+        try:
+            head = part.get_output_embeddings()  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(head, nn.Module):
+            return part, head
+    return None, None
+
+
 def _by_hand(model: nn.Module, modules: Mapping[str, str]) -> Located:
     strange = sorted(set(modules) - set(MODULE_NAMES))
     if strange or "layers" not in modules:
-        raise InvalidArgumentError(f"modules={dict(modules)!r}: name 'layers', and 'attn' and 'mlp' if wanted; nothing else")
+        raise InvalidArgumentError(f"modules={dict(modules)!r}: name 'layers', and 'attn', 'mlp' and 'router' if wanted; nothing else")
     path = modules["layers"]
-    # A folder is loaded without its head, whose path is one part shorter than in the whole model.
+    # A folder is loaded with its head or without, where the path is one part shorter; either way of writing it holds for both.
     prefix = getattr(model, "base_model_prefix", "")
-    shorter = path.removeprefix(prefix + ".") if prefix else path
-    found, where = next(((m, p) for p in (path, shorter) if (m := _submodule(model, p)) is not None), (None, path))
+    others = (path.removeprefix(prefix + "."), f"{prefix}.{path}") if prefix else ()
+    found, where = next(((m, p) for p in (path, *others) if (m := _submodule(model, p)) is not None), (None, path))
     if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
         raise _unknown(model, f"modules['layers']={path!r} is no list of modules in {type(model).__name__}")
     blocks = tuple(found)
     attn, mlp = (_located_parts(model, blocks, (modules[site],), site) if site in modules else None for site in ("attn", "mlp"))
     owners = [model, *(model.get_submodule(where[:n]) for n, character in enumerate(where) if character == ".")]
     bodies = [owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "get_input_embeddings")]
-    return Located(body=bodies[-1] if bodies else model, blocks=blocks, attn=attn, mlp=mlp, causal=False)
+    routers = _located_routers(blocks, (modules["router"],)) if "router" in modules else {}
+    if "router" in modules and not routers:
+        raise _unknown(model, f"modules['router']={modules['router']!r} is in no block of {type(model).__name__}")
+    whole, head = _located_head(model)
+    body = bodies[-1] if bodies else model
+    return Located(body=body, blocks=blocks, attn=attn, mlp=mlp, causal=False, routers=routers, whole=whole, head=head)
 
 
 def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Located:
@@ -178,14 +245,15 @@ def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Locate
     model : Module
         A base model, one with a head, or a PEFT model around either.
     modules : mapping, optional
-        ``layers``: path of the list of blocks in `model`; ``attn`` and ``mlp``: paths in a block. For architectures that are not known.
+        ``layers``: path of the list of blocks in `model`; ``attn``, ``mlp`` and ``router``: paths in a block. For architectures that are
+        not known.
 
     Raises
     ------
     UnknownArchitectureError
         The blocks were not found; the message lists the lists of modules that there are.
     InvalidArgumentError
-        `modules` names something else than these three.
+        `modules` names something else than these four.
     """
     if modules is not None:
         return _by_hand(model, modules)
@@ -197,12 +265,16 @@ def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Locate
             continue
         # Some models run only as many blocks as their configuration says.
         blocks = tuple(found)[: getattr(config, "num_hidden_layers", len(found))]
+        whole, head = _located_head(model)
         return Located(
             body=body,
             blocks=blocks,
             attn=_located_parts(body, blocks, family.attn, "attn"),
             mlp=_located_parts(body, blocks, family.mlp, "mlp"),
             causal=_is_causal(family, config),
+            routers=_located_routers(blocks, family.router),
+            whole=whole,
+            head=head,
         )
     kind = getattr(getattr(model, "config", None), "model_type", None)
     raise _unknown(model, f"the architecture of {type(model).__name__} (model_type {kind!r}) is not known")

@@ -102,6 +102,8 @@ class ModelIdentity:
         The known fields only; a field that is missing is unknown.
     num_layers, hidden_size, context_length, vocab_size : int or None
         From ``config.json``; None where unknown.
+    num_experts : int or None
+        Of every layer that has experts, from ``config.json``; None where it names none.
     model_type : str or None
         The architecture's name in ``config.json``.
     """
@@ -112,6 +114,7 @@ class ModelIdentity:
     hidden_size: int | None = None
     context_length: int | None = None
     vocab_size: int | None = None
+    num_experts: int | None = None
     model_type: str | None = None
 
 
@@ -139,6 +142,10 @@ def num_layers_of(config: Config) -> int | None:
 
 def hidden_size_of(config: Config) -> int | None:
     return first_int(text_config(config), ("hidden_size", "n_embd", "d_model", "dim"))
+
+
+def num_experts_of(config: Config) -> int | None:
+    return first_int(text_config(config), ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
 def context_length_of(config: Config) -> int | None:
@@ -562,6 +569,7 @@ def identify(
         hidden_size=None if config is None else hidden_size_of(config),
         context_length=window,
         vocab_size=None if config is None else first_int(text_config(config), ("vocab_size",)),
+        num_experts=None if config is None else num_experts_of(config),
         model_type=None if config is None else text_config(config).get("model_type"),
     )
 

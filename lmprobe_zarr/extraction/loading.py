@@ -14,16 +14,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, ModelNotFoundError
 from lmprobe_zarr.extraction import identity
-from lmprobe_zarr.extraction.architectures import Located, locate
+from lmprobe_zarr.extraction.architectures import Located, is_encoder, locate
 from lmprobe_zarr.extraction.fingerprint import foreign_code, global_hooks, model_fingerprint
-from lmprobe_zarr.extraction.identity import Provenance
+from lmprobe_zarr.extraction.identity import PROVENANCE_FIELDS, Provenance
 from lmprobe_zarr.extraction.prompts import PROMPT_KINDS, PromptKind
 
-__all__ = ["LoadedModel", "load_model", "load_tokenizer", "quiet_logging"]
+__all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "quiet_logging"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class LoadedModel:
     name : str
         Its name in a store.
     located : Located
-        Its body, blocks and sites.
+        Its body, blocks, sites, routers and head.
     num_layers : int
         Blocks.
     hidden_size : int or None
@@ -51,7 +52,11 @@ class LoadedModel:
     device : torch.device
         Where token ids go; that of the whole model unless `device_map` spread it.
     spread : bool
-        Whether its blocks lie on several devices.
+        Whether its blocks and its head lie on several devices.
+    predicts_next : bool
+        Whether its head, if it has one, predicts every next token from those before it.
+    num_experts : int or None
+        What its routers choose from; None where it has none, or the configuration does not say.
     pad_id : int
         What fills the batch where a prompt has ended; never seen by a token that counts.
     provenance : dict
@@ -71,9 +76,16 @@ class LoadedModel:
     dtype: str
     device: torch.device
     spread: bool = False
+    predicts_next: bool = False
+    num_experts: int | None = None
     pad_id: int = 0
     provenance: Provenance = field(default_factory=dict)
     recorded: Provenance = field(default_factory=dict)
+
+    @property
+    def router_layers(self) -> tuple[int, ...]:
+        """The layers that have a router, ascending; none in a dense model."""
+        return tuple(sorted(self.located.routers))
 
 
 @contextmanager
@@ -186,9 +198,9 @@ def _raw_config(source: str, folder: Path | None, revision: str | None) -> dict[
 
 
 def _load_weights(
-    source: str, folder: Path | None, revision: str | None, dtype: str, device_map: Any, trust_remote_code: bool
+    source: str, folder: Path | None, revision: str | None, dtype: str, device_map: Any, trust_remote_code: bool, head: bool = False
 ) -> tuple[nn.Module, str | None]:
-    """The base model without a head in evaluation mode, and its commit."""
+    """The base model, with the head that predicts the next token or without one, in evaluation mode, and its commit."""
     if device_map is not None:
         try:
             importlib.metadata.version("accelerate")
@@ -197,13 +209,21 @@ def _load_weights(
     with _loading("model", source, folder, revision):
         options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        module, report = transformers.AutoModel.from_pretrained(
+        kind: Any = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+        module, report = kind.from_pretrained(
             source, config=config, dtype=getattr(torch, dtype), device_map=device_map, output_loading_info=True, **options
         )
     if getattr(module, "_hf_peft_config_loaded", False):
         raise ModelNotFoundError(f"{source!r} holds an adapter beside the model: load both with peft, and pass that object with name='…'")
     # Transformers fills what a checkpoint lacks with random numbers and goes on. A pooler is never run here.
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
+    projection = module.get_output_embeddings() if head else None
+    owners = {name for name, part in module.named_modules() if part is projection}
+    if missing and {key.rpartition(".")[0] for key in missing} <= owners:
+        raise ModelNotFoundError(
+            f"{source!r} was saved without its head ({missing[0]!r} is missing), and logits and perplexity would be random numbers: "
+            "give the checkpoint of the whole model, or extract activations only"
+        )
     if missing:
         raise ModelNotFoundError(
             f"the weights of {source!r} lack {len(missing)} of the model's tensors, {missing[0]!r} for one: the download is not complete, "
@@ -297,6 +317,57 @@ def _vocab_size(body: nn.Module, config: Mapping[str, Any]) -> int | None:
     return held if isinstance(held, int) else identity.first_int(identity.text_config(config), ("vocab_size",))
 
 
+def _check_predicts(source: str, config: Mapping[str, Any]) -> None:
+    """An error, before anything is loaded, for an architecture without a head that predicts the next token."""
+    kind = config.get("model_type")
+    known = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    if is_encoder(kind) or not known:
+        raise _no_prediction(source, str(kind))
+
+
+def _no_prediction(name: str, kind: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{name!r} ({kind}) does not predict the next token, so it has no logits or perplexity of its prompts: "
+        "ask for activations only, or use a causal language model"
+    )
+
+
+def _predicts_next(located: Located, *, by_hand: bool) -> bool:
+    if not by_hand or located.whole is None:
+        return located.causal
+    # Of parts that were named by hand nothing is known but the class. Encoders have one for causal models too, to be switched on.
+    config: Any = getattr(located.whole, "config", None)
+    kind = getattr(config, "model_type", None)
+    switched_off = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    known = type(located.whole).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return known and not switched_off and not is_encoder(kind)
+
+
+def check_head(loaded: LoadedModel) -> None:
+    """Whether a model can say what it predicts.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It has no head, or does not predict the next token; or the caller's own code runs in the head, and no field of the provenance says
+        what it does.
+    """
+    whole = loaded.located.whole
+    # Where the blocks were named by hand and there is no head, it is not known whether it is an encoder.
+    if is_encoder(getattr(getattr(loaded.located.body, "config", None), "model_type", None)) or (
+        whole is not None and not loaded.predicts_next
+    ):
+        raise _no_prediction(loaded.name, type(loaded.module).__name__)
+    if whole is None:
+        raise InvalidArgumentError(
+            f"{loaded.name!r} ({type(loaded.module).__name__}) has no head, which logits and perplexity come from: "
+            "load it with head=True, or give the whole model, such as AutoModelForCausalLM loads it"
+        )
+    # What lies around the body of an object is looked at only where it runs.
+    if str(loaded.provenance.get("weights")).startswith("bits:"):
+        _check_code(foreign_code(whole), {k: v for k, v in loaded.provenance.items() if k not in PROVENANCE_FIELDS})
+
+
 def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], modules: Mapping[str, str] | None, **rest: Any) -> LoadedModel:
     located = locate(module, modules)
     padding = identity.text_config(config).get("pad_token_id")
@@ -304,6 +375,7 @@ def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], modu
     usable = isinstance(padding, int) and padding >= 0 and (vocabulary is None or padding < vocabulary)
     device = _input_device(located.body)
     own = getattr(located.body, "config", None)
+    everything = located.body if located.whole is None else located.whole
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
@@ -312,7 +384,9 @@ def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], modu
         hidden_size=identity.hidden_size_of(config),
         vocab_size=vocabulary,
         device=device,
-        spread=len({p.device for p in located.body.parameters()}) > 1,
+        spread=len({p.device for p in everything.parameters()}) > 1,
+        predicts_next=_predicts_next(located, by_hand=modules is not None),
+        num_experts=identity.num_experts_of(config) if located.routers else None,
         pad_id=padding if usable and padding is not None else 0,
         recorded={
             "attention": getattr(own, "_attn_implementation", None),
@@ -340,6 +414,7 @@ def load_model(
     device_map: Any = None,
     trust_remote_code: bool = False,
     modules: Mapping[str, str] | None = None,
+    head: bool = False,
     prompts_kind: PromptKind = "text",
     max_length: int | None = None,
     truncation: bool = False,
@@ -351,8 +426,9 @@ def load_model(
     Parameters
     ----------
     model : str, path or torch Module
-        A folder, a hub id, or a loaded model (PEFT, quantised, edited in memory). A folder or hub id is loaded without its head. An object
-        is used as it is: it is moved only where `device` names one, and its mode and configuration are left as they were.
+        A folder, a hub id, or a loaded model (PEFT, quantised, edited in memory). A folder or hub id is loaded without its head
+        unless `head` is True. An object is used as it is: it is moved only where `device` names one, and its mode and configuration are
+        left as they were.
     name : str, optional
         Its name in a store; needed for an object. Otherwise see :func:`~lmprobe_zarr.extraction.model_name`.
     tokenizer : transformers tokenizer, str or path, optional
@@ -368,7 +444,9 @@ def load_model(
     trust_remote_code : bool
         Whether code that comes with the model may run.
     modules : mapping of str to str, optional
-        For unknown architectures: ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp"}``.
+        For unknown architectures: ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp", "router": "mlp.gate"}``.
+    head : bool
+        Whether logits or a perplexity will be asked for. The provenance is the same either way.
     prompts_kind, max_length, truncation
         What the prompts will be; part of the provenance.
     provenance : mapping, optional
@@ -380,12 +458,12 @@ def load_model(
     Raises
     ------
     ModelNotFoundError
-        Nothing can be loaded, or the weights are incomplete.
+        Nothing can be loaded, or the weights are incomplete, those of the head that is asked for included.
     UnknownArchitectureError
         Its blocks were not found by name.
     InvalidArgumentError
         An object without a name or tokenizer, or with hooks but no `provenance`; arguments that do not go together; a device that is not
-        here.
+        here; a `head` asked of a model that has none, or does not predict the next token.
     InvalidTypeError
         Neither a model nor the name of one.
     MissingDependencyError
@@ -403,7 +481,7 @@ def load_model(
         if revision is not None or device_map is not None:
             raise InvalidArgumentError("revision= and device_map= are for models that are loaded here: apply them to the object yourself")
         adapter = _adapters(model)
-        # What lies outside of the body, a head for one, is never run here.
+        # What lies outside of the body, a head for one, is looked at in `check_head`, if it is to run.
         _check_code(foreign_code(locate(model, modules).body), own)
         computed = _object_dtype(model, dtype)
         held = _tokenizer_for(tokenizer, None, None, trust_remote_code)
@@ -417,9 +495,11 @@ def load_model(
         chosen = None if device_map is not None else _pick_device(device)
         with _loading("configuration", where, folder, revision):
             config = _raw_config(where, folder, revision)
+        if head:
+            _check_predicts(where, config)
         computed = identity.resolve_dtype(config, dtype) or "float32"
         held = _tokenizer_for(tokenizer, model, revision, trust_remote_code)
-        module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code)
+        module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code, head)
         module = module if chosen is None else module.to(chosen)
         full = _object_config(module)
         source = {"revision": None if folder is not None else commit or revision, "adapter": None}
@@ -432,6 +512,9 @@ def load_model(
         prompts_kind, template=template, truncation=truncation, max_length=max_length, context_length=window, tokenizer=held
     )
     source |= own
-    return _assemble(
+    loaded = _assemble(
         module, held, full or config, modules, name=identity.model_name("", name), context_length=window, dtype=computed, provenance=source
     )
+    if head:
+        check_head(loaded)
+    return loaded

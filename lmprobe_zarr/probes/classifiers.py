@@ -1,4 +1,4 @@
-"""Classifiers by name, each a fresh scikit-learn estimator. Never folds, layers or files."""
+"""Probes by name, each a fresh scikit-learn estimator. Never folds, layers or files."""
 
 from __future__ import annotations
 
@@ -11,28 +11,45 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["converged", "fit_in_place", "make_probe", "named_probes"]
+__all__ = ["check_task", "converged", "fit_in_place", "make_probe", "named_probes", "standardises"]
 
 Array = npt.NDArray[Any]
 _UNITS_AT_ONCE = 256
+_TASKS = ("classification", "regression")
+
+
+# What each docstring says is what `named_probes` shows. The functions make the estimator alone; the standardisation that a
+# docstring speaks of is put before it where `_NamedProbe` says so.
 
 
 def _logistic_regression(random_state: int) -> Any:
     """Every hidden unit is standardised (mean 0, variance 1 over the training prompts). L2 penalty, C = 1; lbfgs, 1,000 iterations."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, random_state=random_state))
+    return LogisticRegression(max_iter=1000, random_state=random_state)
+
+
+def _logistic_regression_cv(random_state: int) -> Any:
+    """Every hidden unit is standardised. Logistic regression whose C is chosen by accuracy over 5 stratified folds.
+
+    C is one of ten from 1e-4 to 1e4; then all prompts are fitted with it.
+    """
+    from inspect import signature
+
+    from sklearn.linear_model import LogisticRegressionCV
+
+    options: dict[str, Any] = {"cv": 5, "max_iter": 1000, "scoring": "accuracy", "random_state": random_state}
+    # From scikit-learn 1.8 on these warn unless they are given; before, they do not exist or mean the same by default.
+    if "use_legacy_attributes" in signature(LogisticRegressionCV).parameters:
+        options |= {"use_legacy_attributes": False, "l1_ratios": (0.0,)}
+    return LogisticRegressionCV(**options)
 
 
 def _ridge(random_state: int) -> Any:
     """Every hidden unit is standardised. Least squares on ±1 labels (one against the rest for more classes), penalty alpha = 1."""
     from sklearn.linear_model import RidgeClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), RidgeClassifier(random_state=random_state))
+    return RidgeClassifier(random_state=random_state)
 
 
 def _lda(random_state: int) -> Any:  # noqa: ARG001  (nothing random in it)
@@ -48,13 +65,11 @@ def _lda(random_state: int) -> Any:  # noqa: ARG001  (nothing random in it)
 
 def _svm(random_state: int) -> Any:
     """Every hidden unit is standardised. Linear support vector machine, squared hinge loss, C = 1, tol = 0.001; no probabilities."""
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
     from sklearn.svm import LinearSVC
 
     # The default tolerance takes up to twenty times as long on some thousand hidden units.
     # The dual solver draws from one generator that all threads share, so its scores would depend on the scheduler.
-    return make_pipeline(StandardScaler(), LinearSVC(dual=False, tol=1e-3, random_state=random_state))
+    return LinearSVC(dual=False, tol=1e-3, random_state=random_state)
 
 
 def _mass_mean(random_state: int) -> Any:  # noqa: ARG001  (nothing random in it)
@@ -64,6 +79,43 @@ def _mass_mean(random_state: int) -> Any:  # noqa: ARG001  (nothing random in it
     return MassMeanClassifier()
 
 
+def _mass_mean_cov(random_state: int) -> Any:  # noqa: ARG001  (nothing random in it)
+    """Every hidden unit is standardised, so that all are shrunk alike. Difference of the class means, corrected by the covariance.
+
+    The direction is Σ⁻¹(μ₁ − μ₀) (Marks & Tegmark 2023, arXiv:2310.06824), Σ the covariance about the class means, shrunk by
+    Ledoit and Wolf's formula so that it exists with more hidden units than prompts, see `MassMeanClassifier`.
+    """
+    from lmprobe_zarr.probes.mass_mean import MassMeanClassifier
+
+    return MassMeanClassifier(covariance=True)
+
+
+def _sgd(random_state: int) -> Any:
+    """Every hidden unit is standardised. Logistic regression by stochastic gradient descent, L2 penalty alpha = 1e-4, for many prompts."""
+    from sklearn.linear_model import SGDClassifier
+
+    return SGDClassifier(loss="log_loss", random_state=random_state)
+
+
+def _ensemble(random_state: int) -> Any:
+    """Every hidden unit is standardised. Logistic regressions with C = 0.01, 0.1, 0.5, 1 and 5, whose probabilities are averaged."""
+    from lmprobe_zarr.probes.ensemble import EnsembleClassifier
+
+    return EnsembleClassifier(random_state=random_state)
+
+
+def _mlp(random_state: int) -> Any:
+    """Every hidden unit is standardised. Perceptron with one inner layer of 64 rectified units; lbfgs, L2 penalty alpha = 0.1; not linear.
+
+    Source: J. Hewitt and P. Liang, "Designing and Interpreting Probes with Control Tasks" (2019), arXiv:1909.03368, "MLP-1",
+    who also show why to compare it with shuffled labels.
+    """
+    from sklearn.neural_network import MLPClassifier
+
+    # Adam, the default, is made for more prompts than there usually are: on some hundred it takes longer and scores worse.
+    return MLPClassifier(hidden_layer_sizes=(64,), solver="lbfgs", alpha=0.1, max_iter=1000, random_state=random_state)
+
+
 def _majority(random_state: int) -> Any:
     """Looks at nothing: the most frequent training label for every prompt. A control, not a probe."""
     from sklearn.dummy import DummyClassifier
@@ -71,62 +123,174 @@ def _majority(random_state: int) -> Any:
     return DummyClassifier(strategy="prior", random_state=random_state)
 
 
+def _ridge_regression(random_state: int) -> Any:
+    """Every hidden unit is standardised. Least squares, L2 penalty alpha = 1."""
+    from sklearn.linear_model import Ridge
+
+    return Ridge(random_state=random_state)
+
+
+def _lasso(random_state: int) -> Any:
+    """Every hidden unit is standardised, and so is the target. Least squares, L1 penalty alpha = 0.1: few units with a coefficient.
+
+    Source: R. Tibshirani, "Regression Shrinkage and Selection via the Lasso", Journal of the Royal Statistical Society B 58 (1996).
+    """
+    from lmprobe_zarr.probes.regressors import ScaledTargetLasso
+
+    return ScaledTargetLasso(alpha=0.1, max_iter=10_000, random_state=random_state)
+
+
+def _svr(random_state: int) -> Any:
+    """Every hidden unit is standardised, and so is the target. Linear support vector regression, epsilon = 0.1, C = 1, squared loss."""
+    from lmprobe_zarr.probes.regressors import ScaledTargetLinearSVR
+
+    # The primal solver, as for svm: the dual one, which the plain loss needs, would make scores depend on the scheduler.
+    return ScaledTargetLinearSVR(
+        loss="squared_epsilon_insensitive", dual=False, epsilon=0.1, tol=1e-3, max_iter=10_000, random_state=random_state
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _NamedProbe:
     make: Callable[[int], Any]
-    #: Parameters under which a fit may overwrite its training matrix instead of copying it.
+    standardised: bool = True
+    task: str = "classification"
+    #: Parameters of the estimator under which a fit may overwrite its training matrix instead of copying it.
     overwriting: Mapping[str, bool] = field(default_factory=dict)
 
 
-_SCALED: Mapping[str, bool] = {"standardscaler__copy": False}
 _NAMED: Mapping[str, _NamedProbe] = {
-    "logistic_regression": _NamedProbe(_logistic_regression, _SCALED),
-    "ridge": _NamedProbe(_ridge, {**_SCALED, "ridgeclassifier__copy_X": False}),
-    "lda": _NamedProbe(_lda),
-    "svm": _NamedProbe(_svm, _SCALED),
-    "mass_mean": _NamedProbe(_mass_mean),
-    "majority": _NamedProbe(_majority),
+    "logistic_regression": _NamedProbe(_logistic_regression),
+    "logistic_regression_cv": _NamedProbe(_logistic_regression_cv),
+    "ridge": _NamedProbe(_ridge, overwriting={"copy_X": False}),
+    "lda": _NamedProbe(_lda, standardised=False),
+    "svm": _NamedProbe(_svm),
+    "mass_mean": _NamedProbe(_mass_mean, standardised=False),
+    "mass_mean_cov": _NamedProbe(_mass_mean_cov),
+    "sgd": _NamedProbe(_sgd),
+    "ensemble": _NamedProbe(_ensemble),
+    "mlp": _NamedProbe(_mlp),
+    "majority": _NamedProbe(_majority, standardised=False),
+    "ridge_regression": _NamedProbe(_ridge_regression, task="regression", overwriting={"copy_X": False}),
+    "lasso": _NamedProbe(_lasso, task="regression", overwriting={"copy_X": False}),
+    "svr": _NamedProbe(_svr, task="regression"),
 }
 
 
-def named_probes() -> dict[str, str]:
-    """Name to description of every named classifier: what it standardises and what it fits."""
-    return {name: " ".join((probe.make.__doc__ or "").split()) for name, probe in _NAMED.items()}
-
-
-def make_probe(probe: Any, random_state: int = 0) -> Any:
-    """A fresh, unfitted scikit-learn classifier.
-
-    Parameters
-    ----------
-    probe : str or estimator
-        A name, see :func:`named_probes`; or any scikit-learn classifier, which is cloned, never fitted itself.
-    random_state : int
-        The seed of a named classifier. In an estimator every ``random_state`` that is None is set to it; one that the
-        caller has set stays.
+def check_task(task: Any) -> str:
+    """The task, if it is one.
 
     Raises
     ------
     InvalidArgumentError
-        No classifier has that name, or the estimator is a regressor.
+        Neither "classification" nor "regression".
+    """
+    if task not in _TASKS:
+        raise InvalidArgumentError(f"task={task!r} is unknown: use {' or '.join(map(repr, _TASKS))}")
+    return str(task)
+
+
+def named_probes(task: str | None = None) -> dict[str, str]:
+    """Name to description of every named estimator: what it standardises and what it fits.
+
+    Parameters
+    ----------
+    task : {"classification", "regression"}, optional
+        Those for it only.
+    """
+    if task is not None:
+        check_task(task)
+    return {name: " ".join((probe.make.__doc__ or "").split()) for name, probe in _NAMED.items() if task in (None, probe.task)}
+
+
+def standardises(probe: Any) -> bool:
+    """Whether :func:`make_probe` puts a standardisation of every hidden unit before the estimator; False for one of the caller's."""
+    return isinstance(probe, str) and probe in _NAMED and _NAMED[probe].standardised
+
+
+def make_probe(
+    probe: Any,
+    random_state: int = 0,
+    *,
+    task: str = "classification",
+    params: Mapping[str, Any] | None = None,
+    standardise: bool = True,
+) -> Any:
+    """A fresh, unfitted scikit-learn estimator.
+
+    Parameters
+    ----------
+    probe : str or estimator
+        A name, see :func:`named_probes`; or any scikit-learn estimator for the task, which is cloned, never fitted itself.
+    random_state : int
+        The seed of a named estimator. In an estimator every ``random_state`` that is None is set to it; one that the
+        caller has set stays.
+    task : {"classification", "regression"}
+        What the probe must be able to do.
+    params : mapping of str to value, optional
+        Arguments of the named estimator's own constructor that replace its defaults, such as ``{"C": 0.01}``.
+    standardise : bool
+        False leaves out the standardisation that a named estimator has by default.
+
+    Raises
+    ------
+    InvalidArgumentError
+        No estimator has that name or it is for the other task, it has no such parameter or not with such a value, or
+        parameters are given with an estimator.
     InvalidTypeError
         Neither a name nor an estimator that can be cloned, fitted and asked for predictions.
     """
+    names = ", ".join(named_probes(check_task(task)))
     if isinstance(probe, str):
         if probe not in _NAMED:
-            raise InvalidArgumentError(f"there is no probe named {probe!r}: use one of {', '.join(_NAMED)}, or a scikit-learn estimator")
-        return _NAMED[probe].make(random_state)
-    from sklearn.base import clone, is_regressor
+            raise InvalidArgumentError(f"there is no probe named {probe!r}: use one of {names}, or a scikit-learn estimator")
+        named = _NAMED[probe]
+        if named.task != task:
+            raise InvalidArgumentError(f"{probe!r} is for {named.task}, not for {task}: use one of {names}, or a scikit-learn estimator")
+        made = named.make(random_state)
+        _override(probe, made, params)
+        if not (named.standardised and standardise):
+            return made
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        return make_pipeline(StandardScaler(), made)
+    from sklearn.base import clone, is_classifier, is_regressor
 
     if isinstance(probe, type):
         raise InvalidTypeError(f"{probe.__name__} is a class: give an instance, {probe.__name__}()")
     if not all(callable(getattr(probe, method, None)) for method in ("fit", "predict", "get_params", "set_params")):
-        raise InvalidTypeError(f"a probe is one of {', '.join(_NAMED)}, or a scikit-learn classifier, not {type(probe).__name__}")
-    if is_regressor(probe):
+        raise InvalidTypeError(f"a probe is one of {names}, or a scikit-learn estimator, not {type(probe).__name__}")
+    if task == "classification" and is_regressor(probe):
         raise InvalidArgumentError(f"{type(probe).__name__} is a regressor: labels are classes here, give a classifier")
+    if task == "regression" and is_classifier(probe):
+        raise InvalidArgumentError(f"{type(probe).__name__} is a classifier: labels are numbers here, give a regressor")
+    if params:
+        raise InvalidArgumentError(
+            f"parameters {', '.join(map(repr, params))} were given with an estimator of your own: set them on {type(probe).__name__} itself"
+        )
     fresh = clone(probe)
     unset = [name for name, value in fresh.get_params().items() if value is None and name.rpartition("__")[2] == "random_state"]
     return fresh.set_params(**dict.fromkeys(unset, random_state))
+
+
+def _override(name: str, estimator: Any, params: Mapping[str, Any] | None) -> None:
+    if params is None:
+        return
+    if not isinstance(params, Mapping):
+        raise InvalidTypeError(f"parameters are a mapping such as {{'C': 0.01}}, not {type(params).__name__}")
+    valid = estimator.get_params(deep=False)
+    unknown = [repr(given) for given in params if given not in valid]
+    if unknown:
+        listed = f"its parameters are {', '.join(valid)}" if valid else "it has none"
+        raise InvalidArgumentError(f"{name!r} has no parameter {', '.join(unknown)}: {listed}")
+    estimator.set_params(**params)
+    try:
+        # As every fit of scikit-learn's own does first, but before anything is extracted.
+        if hasattr(estimator, "_parameter_constraints"):
+            estimator._validate_params()
+    except ValueError as error:
+        raise InvalidArgumentError(f"{name!r} cannot be made with {dict(params)!r}: {' '.join(str(error).split())}") from error
 
 
 def fit_in_place(probe: Any, estimator: Any, activations: Array, labels: Array) -> Any:
@@ -141,17 +305,19 @@ def fit_in_place(probe: Any, estimator: Any, activations: Array, labels: Array) 
         The caller's own copy: undefined afterwards.
     labels : ndarray, shape (prompt,)
     """
-    overwriting = _NAMED[probe].overwriting if isinstance(probe, str) else {}
-    if not overwriting:
+    if not standardises(probe):
         return estimator.fit(activations, labels)
-    (_, scaler), (_, classifier) = estimator.steps
-    estimator.set_params(**overwriting)
+    (_, scaler), (_, fitted) = estimator.steps
+    overwriting = _NAMED[probe].overwriting
+    scaler.set_params(copy=False)
+    fitted.set_params(**overwriting)
     try:
         _fit_scaler(scaler, activations)
-        classifier.fit(scaler.transform(activations), labels)
+        fitted.fit(scaler.transform(activations), labels)
     finally:
         # Predicting must not overwrite: the same matrix is scored twice.
-        estimator.set_params(**dict.fromkeys(overwriting, True))
+        scaler.set_params(copy=True)
+        fitted.set_params(**dict.fromkeys(overwriting, True))
     return estimator
 
 

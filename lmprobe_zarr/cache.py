@@ -1,0 +1,518 @@
+"""The cache as lmprobe's users know it: what is in it, how large it is, what leaves it. Reads metadata only, never activations.
+
+The cache is the default store (see `lmprobe_zarr.config`) unless a call names another place.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import numpy as np
+
+from lmprobe_zarr import config
+from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, StoreNotFoundError
+from lmprobe_zarr.log import cache_logger
+from lmprobe_zarr.maintenance import Entry, EvictPlan, committed_at, plan_evict, remove_entries
+from lmprobe_zarr.plan import format_bytes
+from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.reread import read_values
+from lmprobe_zarr.schema import LEVELS, GroupInfo, Provenance
+from lmprobe_zarr.storage import open_storage
+from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.view import View
+
+__all__ = [
+    "CacheInfo",
+    "CachedPrompt",
+    "CachedPromptInfo",
+    "ModelCacheInfo",
+    "cache_info",
+    "clear_cache",
+    "discover_cached",
+    "evict",
+    "list_cached_prompts",
+]
+
+Place = str | os.PathLike[str] | Store | None
+
+# Nothing that was committed or used so lately leaves a place that others may be using, in seconds.
+MIN_AGE: Final = 600.0
+
+
+# ---------------------------------------------------------------------------------------------------------------- records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCacheInfo:
+    """What the cache holds of one model and provenance.
+
+    Parameters
+    ----------
+    model_name : str
+    group : str
+        Folder of the group in the store; for lmprobe's own entries the folder's name in its cache.
+    size_bytes, num_prompts, num_layers, num_parts : int
+    variables : tuple of str
+        What is stored per prompt and per token.
+    has_pooled, has_tokens, has_perplexity, has_logits, has_router : bool
+    oldest, newest : datetime, optional
+        First commit, and last commit or use, in UTC.
+    """
+
+    model_name: str
+    group: str
+    size_bytes: int
+    num_prompts: int
+    num_layers: int
+    num_parts: int = 0
+    variables: tuple[str, ...] = ()
+    has_pooled: bool = False
+    has_tokens: bool = False
+    has_perplexity: bool = False
+    has_logits: bool = False
+    has_router: bool = False
+    oldest: datetime | None = None
+    newest: datetime | None = None
+
+    @property
+    def size_gb(self) -> float:
+        """Size in GB of 1024³ bytes."""
+        return self.size_bytes / config.GB
+
+    def __str__(self) -> str:
+        held = {
+            "pooled": self.has_pooled, "tokens": self.has_tokens, "perplexity": self.has_perplexity, "logits": self.has_logits,
+            "router": self.has_router,
+        }  # fmt: skip
+        what = "".join(f", {name}" for name, there in held.items() if there)
+        return f"{self.model_name}  {format_bytes(self.size_bytes)}  ({self.num_prompts} prompts, {self.num_layers} layers{what})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CacheInfo:
+    """What a cache holds. Prints as a table, in notebooks too.
+
+    Parameters
+    ----------
+    url : str
+        Its place.
+    models : tuple of ModelCacheInfo
+        One per model and provenance, the largest first.
+    legacy : tuple of ModelCacheInfo
+        lmprobe's own entries beside it, which are read but do not count towards the limit.
+    limit_bytes : int, optional
+        None where there is no limit; 0 where nothing is to be stored.
+    oldest, newest : datetime, optional
+        First commit, and last commit or use, in UTC.
+    """
+
+    url: str
+    models: tuple[ModelCacheInfo, ...] = ()
+    legacy: tuple[ModelCacheInfo, ...] = ()
+    limit_bytes: int | None = None
+    oldest: datetime | None = None
+    newest: datetime | None = None
+
+    @property
+    def total_size_bytes(self) -> int:
+        """Bytes of everything but lmprobe's own entries."""
+        return sum(model.size_bytes for model in self.models)
+
+    @property
+    def total_size_gb(self) -> float:
+        """The same in GB of 1024³ bytes."""
+        return self.total_size_bytes / config.GB
+
+    @property
+    def limit(self) -> float | None:
+        """The limit in GB of 1024³ bytes, None where there is none."""
+        return None if self.limit_bytes is None else self.limit_bytes / config.GB
+
+    def __repr__(self) -> str:
+        return f"CacheInfo(total_size_gb={self.total_size_gb:.2f}, models={[model.model_name for model in self.models]})"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        limit = "none" if self.limit_bytes is None else format_bytes(self.limit_bytes) if self.limit_bytes else "0, so nothing is stored"
+        rows = [("cache", self.url), ("size", format_bytes(self.total_size_bytes)), ("limit", limit)]
+        rows += [("model" if not i else "", str(model)) for i, model in enumerate(self.models)]
+        if self.oldest is not None and self.newest is not None:
+            rows += [("oldest", f"{self.oldest:%Y-%m-%d %H:%M}"), ("newest", f"{self.newest:%Y-%m-%d %H:%M}")]
+        rows += [("lmprobe's" if not i else "", str(model)) for i, model in enumerate(self.legacy)]
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<11}{value}".rstrip() for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in self._rows()
+        )
+        return f"<table>{cells}</table>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPromptInfo:
+    """What is stored of one prompt.
+
+    Parameters
+    ----------
+    raw_layers : list of int
+        Layers whose output is stored for every token.
+    pooled : dict of str to list of int
+        Layers of each pooling of the blocks' output.
+    has_perplexity, has_token_perplexity, has_logits : bool
+    logits_top_k : int, optional
+        How many of the largest logits, where not all are stored.
+    num_tokens : int, optional
+        Tokens of the prompt; None where unknown.
+    router_layers : list of int
+    variables : dict of str to list of int
+        All of it under the store's names, with the layers of each; empty for those without layers.
+    group : str
+        Which group holds it.
+    """
+
+    raw_layers: list[int]
+    pooled: dict[str, list[int]]
+    has_perplexity: bool = False
+    has_token_perplexity: bool = False
+    has_logits: bool = False
+    logits_top_k: int | None = None
+    num_tokens: int | None = None
+    router_layers: list[int] = field(default_factory=list)
+    variables: dict[str, list[int]] = field(default_factory=dict)
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPrompt:
+    """One prompt of a model in the cache.
+
+    Parameters
+    ----------
+    hash : str
+        Its 16-digit label.
+    prompt : str, optional
+        Its text; None where that was left out or is unknown.
+    num_tokens : int, optional
+    cached_at : str
+        When the part that it first appears in was committed, ISO 8601 in UTC.
+    """
+
+    hash: str
+    prompt: str | None
+    num_tokens: int | None
+    cached_at: str
+
+
+# ------------------------------------------------------------------------------------------------------------ looking in
+
+
+def _open(place: Place, mode: str) -> Store | None:
+    """The store of a place, None where there is none yet."""
+    if isinstance(place, Store):
+        return place
+    try:
+        opened = open_store(place, "r")
+    except StoreNotFoundError:
+        return None
+    if mode == "a":
+        return Store(opened.storage, mode="a", durable=opened.durable, is_default=opened.is_default)
+    return opened
+
+
+def _where(place: Place) -> str:
+    """How a place is named, whether or not a store lies there."""
+    if place is not None:
+        return place.url if isinstance(place, Store) else open_storage(place).url
+    backend = config.cache_backend()
+    return str(config.default_root()) if backend is None else str(getattr(backend, "url", backend))
+
+
+def cache_info(model: str | None = None, *, store: Place = None) -> CacheInfo:
+    """What the cache holds, by model.
+
+    Only metadata are read: one list per group and one small document per part, however many prompts there are.
+
+    Parameters
+    ----------
+    model : str, optional
+        Only this model.
+    store : Store, path or URL, optional
+        Another place than the cache.
+
+    Raises
+    ------
+    AccessDeniedError, UnreachableError
+    """
+    opened = _open(store, "r")
+    limit = config.cache_limit() if opened is None or opened.is_default else None
+    if opened is None:
+        return CacheInfo(url=_where(store), limit_bytes=limit)
+    described = []
+    for info in opened.groups().values():
+        if model in (None, info.model):
+            entries = opened.entries(info)
+            if entries:
+                described.append(_describe_group(opened, info, entries))
+    described.sort(key=lambda one: (-one.size_bytes, one.model_name))
+    return CacheInfo(
+        url=opened.url,
+        models=tuple(described),
+        limit_bytes=limit,
+        oldest=min((one.oldest for one in described if one.oldest), default=None),
+        newest=max((one.newest for one in described if one.newest), default=None),
+    )
+
+
+def _describe_group(store: Store, info: GroupInfo, entries: list[Entry]) -> ModelCacheInfo:
+    view = store.view(info, whole=False)
+    names = {level: tuple(view.variables(level)) for level in LEVELS}
+    pooled = [name for name in names["prompts"] if name.endswith(tuple(f"_{pooling}" for pooling in POOLINGS)) and "logits" not in name]
+    every = (*names["prompts"], *names["tokens"])
+    return ModelCacheInfo(
+        model_name=info.model,
+        group=info.name,
+        size_bytes=sum(entry.nbytes for entry in entries),
+        num_prompts=len(view),
+        num_layers=len({*view.layers("prompts"), *view.layers("tokens")}),
+        num_parts=len(view.parts),
+        variables=every,
+        has_pooled=bool(pooled),
+        has_tokens="resid" in names["tokens"],
+        has_perplexity="perplexity" in every,
+        has_logits=any(name.startswith("logits") for name in every),
+        has_router="router" in every,
+        oldest=_moment(min(entry.committed for entry in entries)),
+        newest=_moment(max(entry.touched for entry in entries)),
+    )
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def discover_cached(
+    model: str, prompt: Any, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None
+) -> CachedPromptInfo | None:
+    """What is stored of a prompt, or None where nothing is.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model in the store.
+    prompt : str or sequence of int
+        Text, hash or token ids.
+    store : Store, path or URL, optional
+        Another place than the cache.
+    provenance, group : optional
+        Choose between several groups of one model.
+
+    Raises
+    ------
+    AmbiguousProvenanceError
+        Several groups of the model match; names the fields in which they differ.
+    """
+    opened = _open(store, "r")
+    if opened is None:
+        return None
+    try:
+        info = opened.find_group(model, provenance=provenance, group=group)
+    except ModelNotStoredError:
+        return None
+    view = opened.view(info, whole=False)
+    row = view.locate(prompt)
+    return None if row is None else _describe_prompt(view, row)
+
+
+def _describe_prompt(view: View, row: int) -> CachedPromptInfo:
+    rows = np.array([row])
+    held: dict[str, dict[str, list[int]]] = {}
+    for level in LEVELS:
+        layers = view.layers(level)
+        held[level] = {}
+        for name, array in view.variables(level).items():
+            there = view.covers(level, name, rows, layers)[:, 0]
+            if there.any():
+                held[level][name] = [layer for layer, held_ in zip(layers, there, strict=True) if held_] if array.layered else []
+    every = {**held["prompts"], **held["tokens"]}
+    widths = [int(view.row_lengths(level, n, rows)[0]) for level in LEVELS for n in held[level] if n.endswith("top_k_values")]
+    top_k = max(widths, default=None)
+    return CachedPromptInfo(
+        raw_layers=held["tokens"].get("resid", []),
+        pooled={pooling: every[f"resid_{pooling}"] for pooling in POOLINGS if f"resid_{pooling}" in every},
+        has_perplexity="perplexity" in every,
+        has_token_perplexity="token_perplexity" in every,
+        has_logits=any(name.startswith("logits") for name in every),
+        logits_top_k=top_k,
+        num_tokens=_count_of(view, row),
+        router_layers=every.get("router", []),
+        variables=every,
+        group=view.group.name,
+    )
+
+
+def _count_of(view: View, row: int) -> int | None:
+    """Tokens of a prompt: as it was run, else as many as are kept."""
+    rows = np.array([row])
+    if "prompt_length" in view.columns("prompts"):
+        length = int(read_values(view, "prompts", "prompt_length", rows, ())[0])
+        if length > 0:
+            return length
+    kept = int(view.token_counts()[row])
+    return kept or None
+
+
+def list_cached_prompts(
+    model: str, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None
+) -> list[CachedPrompt]:
+    """The prompts of a model in the cache, in the order of first appearance; the same arguments as `discover_cached`."""
+    opened = _open(store, "r")
+    if opened is None:
+        return []
+    try:
+        info = opened.find_group(model, provenance=provenance, group=group)
+    except ModelNotStoredError:
+        return []
+    view = opened.view(info, whole=False)
+    rows = np.arange(len(view))
+    columns = view.columns("prompts")
+    texts = read_values(view, "prompts", "text", rows, ()) if "text" in columns else np.full(len(view), "", object)
+    lengths = read_values(view, "prompts", "prompt_length", rows, ()) if "prompt_length" in columns else np.full(len(view), -1)
+    lengths = np.where(lengths > 0, lengths, view.token_counts())
+    since = [""] * len(view)
+    for part, member in zip(reversed(view.parts), reversed(view.members[: len(view.parts)]), strict=True):
+        moment = _moment(committed_at(part.info)).isoformat(timespec="seconds")
+        for row in member.tolist():
+            since[row] = moment
+    return [
+        CachedPrompt(hash=label, prompt=text or None, num_tokens=int(count) or None, cached_at=moment)
+        for label, text, count, moment in zip(view.hashes.tolist(), texts.tolist(), lengths.tolist(), since, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ taking out
+
+
+def _may_remove(place: Place, opened: Store) -> None:
+    """Raise where a remote root would be emptied that the call does not name."""
+    if place is None and not opened.storage.is_local:
+        raise InvalidArgumentError(
+            f"the cache's place {opened.url} is remote, and others may use it: name it in the call to delete anything there"
+        )
+    opened.check_writable()
+
+
+def _check_age(min_age: float | None, opened: Store) -> float:
+    if min_age is None:
+        return 0.0 if opened.url == str(config.default_root()) else MIN_AGE
+    if isinstance(min_age, bool) or not isinstance(min_age, (int, float)) or not min_age >= 0:
+        raise InvalidArgumentError(f"min_age={min_age!r} is no age: give seconds, at least 0")
+    return float(min_age)
+
+
+def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | None = None) -> EvictPlan | None:
+    """Remove the least recently used parts until the cache is within its limit.
+
+    A part becomes invisible before its bytes go; views that are open and still need it raise `PartGoneError`.
+
+    Parameters
+    ----------
+    url : path, URL or Store, optional
+        Another place than the cache. A remote place is evicted only when it is named here.
+    max_gb : float, optional
+        The limit in GB of 1024³ bytes; by default that of `set_cache_limit` or ``$LMPROBE_CACHE_MAX_GB``, for the cache only.
+    min_age : float, optional
+        Seconds for which a part is safe after its commit or last use; by default 0 in the local default root, 600 elsewhere.
+
+    Returns
+    -------
+    EvictPlan or None
+        What went; None where there is no limit, no store, or the cache's place is remote.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A place is named without `max_gb`, or a number is negative.
+    ReadOnlyError
+    """
+    log = cache_logger()
+    limit = config.cache_limit() if url is None else None
+    if max_gb is not None:
+        if isinstance(max_gb, bool) or not isinstance(max_gb, (int, float)) or not max_gb >= 0:
+            raise InvalidArgumentError(f"max_gb={max_gb!r} is no size: give a number of GB of at least 0")
+        limit = int(max_gb * config.GB)
+    elif url is not None:
+        raise InvalidArgumentError(f"how much may stay in {_where(url)} was not said: give max_gb=")
+    elif not limit:
+        # No limit; or 0, which means to store nothing, not to forget everything.
+        log.info("[cache] evict: no limit is set, so nothing goes")
+        return None
+    opened = _open(url, "a")
+    if opened is None:
+        return None
+    if url is None and not opened.storage.is_local:
+        log.warning("[cache] evict: %s is remote, and is evicted only when the call names it", opened.url)
+        return None
+    _may_remove(url, opened)
+    began = time.perf_counter()
+    age = _check_age(min_age, opened)
+    entries = [entry for info in opened.groups().values() for entry in opened.entries(info)]
+    plan = plan_evict(entries, limit or 0, min_age=age)
+    gone = remove_entries(opened.storage, plan.entries, min_age=age)
+    for entry in gone:
+        opened.forget(entry.part.path)
+    if len(gone) < len(plan.entries):
+        stayed = sum(entry.nbytes for entry in plan.entries) - sum(entry.nbytes for entry in gone)
+        plan = EvictPlan(
+            entries=tuple(gone), freed=plan.freed - stayed, kept=plan.kept + stayed, limit=plan.limit, protected=plan.protected + stayed
+        )
+    log.log(30 if not plan.fits else 20, "[cache] evict: %s, %.2f s", plan, time.perf_counter() - began)
+    return plan
+
+
+def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = False) -> int:
+    """Delete all cached activations. This cannot be undone.
+
+    Parameters
+    ----------
+    model : str, optional
+        Only those of this model.
+    url : path, URL or Store, optional
+        Another place than the cache. A remote place is cleared only when it is named here.
+    legacy : bool
+        Whether lmprobe's own entries beside the store go too; otherwise the log says that they remain.
+
+    Returns
+    -------
+    int
+        Entries deleted: parts and annotations, and with `legacy` lmprobe's prompts.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The cache's place is remote and the call does not name it.
+    ReadOnlyError
+    """
+    log = cache_logger()
+    opened = _open(url, "a")
+    count = 0
+    if opened is not None:
+        _may_remove(url, opened)
+        for info in opened.groups().values():
+            if model in (None, info.model):
+                entries = opened.entries(info)
+                # The hidden ones first: they must not show again when what replaced them goes.
+                remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.hidden))
+                for entry in entries:
+                    opened.forget(entry.part.path)
+                opened.drop_empty_group(info)
+                count += len(entries)
+    log.info("[cache] clear: %d entries deleted in %s", count, _where(url))
+    return count

@@ -1,0 +1,142 @@
+"""What a model says of its input, made small: logits to probabilities and top k, routers to raw scores. Never a hook or a prompt."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lmprobe_zarr.errors import UnknownArchitectureError
+
+__all__ = ["gives_raw_scores", "head_width", "largest", "next_token_log_probs", "perplexity_of", "raw_scores"]
+
+Floats = npt.NDArray[np.float32]
+
+# What is computed from logits at a time: their copy in float32, and another of the same size within it.
+SLICE_BYTES: Final = 32 << 20
+PLAIN: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def head_width(head: nn.Module | None, vocab_size: int | None) -> int | None:
+    """How many logits a head gives per token; `vocab_size` where it does not say."""
+    width = getattr(head, "out_features", None)
+    return width if isinstance(width, int) else vocab_size
+
+
+def _slices(rows: int, width: int) -> list[slice]:
+    step = max(1, SLICE_BYTES // (4 * width))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def next_token_log_probs(logits: torch.Tensor, ids: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
+    """The log-probability of every token after those before it, float32: shape (token,), NaN for the first token of a prompt.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (token, vocab)
+        Of the tokens of all prompts, one prompt after the other.
+    ids : Tensor of int64, shape (token,)
+    firsts : Tensor of int64, shape (prompt,)
+        Rows of the prompts' first tokens.
+    """
+    found = torch.full(ids.shape, torch.nan, dtype=torch.float32, device=logits.device)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for rows in _slices(len(ids) - 1, logits.shape[-1]):
+        after = slice(rows.start + 1, rows.stop + 1)
+        found[after] = -functional.cross_entropy(logits[rows].to(wide), ids[after], reduction="none").to(torch.float32)
+    # What the last token of one prompt says of the first of the next means nothing.
+    return found.index_fill_(0, firsts, torch.nan)
+
+
+def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest `k` of each row, descending, and their places as int32: shapes (row, k)."""
+    parts = [logits[rows].topk(k, dim=-1) for rows in _slices(len(logits), logits.shape[-1])]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices.to(torch.int32) for part in parts])
+
+
+def perplexity_of(log_probs: Floats, lengths: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """The perplexity of every prompt and of every token.
+
+    Parameters
+    ----------
+    log_probs : ndarray of float32, shape (token,)
+        Of the tokens of all prompts, one prompt after the other; the first of each does not count.
+    lengths : ndarray of int64, shape (prompt,)
+
+    Returns
+    -------
+    prompts : ndarray of float32, shape (prompt, 3)
+        The exponential of the mean, the least and the greatest cross-entropy; 1 for a prompt of one token, as in lmprobe.
+    tokens : ndarray of float32, shape (token,)
+    """
+    firsts = np.cumsum(lengths) - lengths
+    losses = -log_probs.astype(np.float64)
+    least, greatest = losses.copy(), losses.copy()
+    losses[firsts], least[firsts], greatest[firsts] = 0, np.inf, -np.inf
+    mean = np.add.reduceat(losses, firsts) / np.maximum(lengths - 1, 1)
+    statistics = np.stack([mean, np.minimum.reduceat(least, firsts), np.maximum.reduceat(greatest, firsts)], axis=1)
+    statistics[lengths == 1] = 0
+    # A token that is all but impossible has a perplexity that no float32 holds: infinity is the nearest.
+    with np.errstate(over="ignore"):
+        return np.exp(statistics).astype(np.float32), np.exp(-log_probs.astype(np.float64)).astype(np.float32)
+
+
+def _first_scores(output: Any) -> torch.Tensor | None:
+    first = output[0] if isinstance(output, tuple | list) else output
+    return first if isinstance(first, torch.Tensor) and first.is_floating_point() else None
+
+
+def gives_raw_scores(gate: nn.Module, hidden_size: int | None, dtype: torch.dtype, device: torch.device, name: str) -> bool:
+    """Whether the first thing that a router gives is the score of every expert, before softmax or sigmoid.
+
+    What transformers' routers give changed between its releases: raw scores, probabilities under the same name, or the chosen experts
+    only. So one is asked about a token of zeros, whose raw scores are zero, or the bias, and whose probabilities are not.
+
+    Raises
+    ------
+    UnknownArchitectureError
+        It gives no raw scores, and has no weights to compute them with.
+    """
+    weight = getattr(gate, "weight", None)
+    matrix = weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+    width = hidden_size or (None if matrix is None else matrix.shape[-1])
+    own = next(iter(gate.parameters()), None)
+    if width is not None and own is not None:
+        place = device if own.device.type == "meta" else own.device
+        # Some keep it at a higher precision than the rest; packed weights do not say what they are multiplied with.
+        dtype = own.dtype if own.dtype in PLAIN else dtype
+        with torch.inference_mode():
+            scores = _first_scores(gate(torch.zeros(1, 1, width, dtype=dtype, device=place)))
+        if scores is not None and _is_projection(gate):
+            return True
+        bias = getattr(gate, "bias", None)
+        nothing = bias if isinstance(bias, torch.Tensor) else torch.zeros((), device=place)
+        experts = None if matrix is None else matrix.shape[0]
+        if scores is not None and scores.shape[-1] == experts and bool((scores == nothing.to(scores)).all()):
+            return True
+    if matrix is None or not matrix.is_floating_point() or matrix.shape[-1] != width:
+        raise UnknownArchitectureError(
+            f"the router {type(gate).__name__} of {name!r} gives no scores before their softmax, and has no weights to compute them with: "
+            "leave router out"
+        )
+    return False
+
+
+def _is_projection(gate: nn.Module) -> bool:
+    """Whether it is a linear layer, whatever it is wrapped or packed in."""
+    return isinstance(getattr(gate, "out_features", None), int)
+
+
+def raw_scores(gate: nn.Module, given: tuple[Any, ...], output: Any = None) -> torch.Tensor:
+    """A router's score of every expert: what it gave, or in float32 what its weights make of its input where `output` is None."""
+    scores = _first_scores(output)
+    if scores is not None:
+        return scores
+    hidden: torch.Tensor = given[0]
+    bias = getattr(gate, "bias", None)
+    weight: Any = gate.weight
+    return functional.linear(hidden.float(), weight.float(), bias.float() if isinstance(bias, torch.Tensor) else None)

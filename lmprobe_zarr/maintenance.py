@@ -1,0 +1,306 @@
+"""What lies in a store as entries, and how they go: least recently used first, by prompt, or as garbage.
+
+A part becomes invisible before its bytes go: its commit is removed first. Only files that its commit names are removed, so what somebody
+else put beside them stays. Decisions are made by pure functions over `Entry` records; the rest carries them out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.chunks import run_all
+from lmprobe_zarr.plan import format_bytes
+from lmprobe_zarr.reread import read_batches
+from lmprobe_zarr.schema import GroupInfo, PartInfo, part_milliseconds, replacement_name
+from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.view import Part, open_view
+from lmprobe_zarr.writer import PartWriter
+
+__all__ = [
+    "STAMPS",
+    "Entry",
+    "EvictPlan",
+    "committed_at",
+    "delete_prompts",
+    "describe_entries",
+    "plan_evict",
+    "remove_entries",
+    "stamp_parts",
+]
+
+logger = logging.getLogger("lmprobe_zarr.cache")
+
+Ints = npt.NDArray[np.int64]
+
+STAMPS: Final = ".used"
+# A stamp on a remote place is a request; one that is younger than this is not renewed. Shorter than the shortest age that protects there.
+REMOTE_STAMP_SECONDS: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One committed part, as eviction sees it.
+
+    Parameters
+    ----------
+    part : Part
+        The part, and where it lies.
+    group : str
+        Folder of its group.
+    nbytes : int
+        Bytes of all its files.
+    committed, used : float
+        When it was committed and last used, in seconds since 1970.
+    hidden : bool
+        Whether another part has replaced it.
+    """
+
+    part: Part
+    group: str
+    nbytes: int
+    committed: float
+    used: float
+    hidden: bool = False
+
+    @property
+    def is_annotation(self) -> bool:
+        """Whether it only holds columns."""
+        return self.part.info.kind == "annotation"
+
+    @property
+    def touched(self) -> float:
+        """When it was last committed or used."""
+        return max(self.committed, self.used)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictPlan:
+    """What goes, and what is left then.
+
+    Parameters
+    ----------
+    entries : tuple of Entry
+        What goes, in this order.
+    freed, kept, limit : int
+        Bytes.
+    protected : int
+        Bytes of what is kept only because it was committed or used a moment ago.
+    """
+
+    entries: tuple[Entry, ...]
+    freed: int
+    kept: int
+    limit: int
+    protected: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is left is within the limit."""
+        return self.kept <= self.limit
+
+    def __str__(self) -> str:
+        text = f"{len(self.entries)} entries evicted, {format_bytes(self.freed)} freed; {format_bytes(self.kept)} kept"
+        text += f", limit {format_bytes(self.limit)}"
+        if not self.fits:
+            text += f": {format_bytes(self.protected)} were committed or used a moment ago and stay (min_age)"
+        return text
+
+
+def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, float | None]) -> list[Entry]:
+    """The parts and annotations of one group as entries.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+    group : str
+        Folder of the group.
+    stamps : mapping of str to float
+        Last use by name of the part, where there is a stamp.
+    """
+    hidden = {name for part in parts for name in part.info.replaces}
+    entries = []
+    for part in parts:
+        name = part.info.name
+        size = part.document_nbytes + sum(int(entry[0]) for entry in part.info.files.values())
+        used = stamps.get(name) or 0.0
+        entries.append(Entry(part=part, group=group, nbytes=size, committed=committed_at(part.info), used=used, hidden=name in hidden))
+    return entries
+
+
+def committed_at(info: PartInfo) -> float:
+    """When a part was committed by its writer's clock, in seconds since 1970.
+
+    A part's name says when it was begun, or was made to sort after others; what is recorded says when it was closed.
+    """
+    written = str(info.recorded.get("written", ""))
+    with suppress(ValueError):
+        return datetime.fromisoformat(written).timestamp()
+    return part_milliseconds(info.name) / 1000
+
+
+def plan_evict(entries: Sequence[Entry], limit: int, *, min_age: float = 0.0, now: float | None = None) -> EvictPlan:
+    """Which parts go so that the rest is within a limit; pure.
+
+    First those that others have replaced, then the least recently used, until the rest fits. Nothing that was committed or used less than
+    `min_age` seconds ago goes, nor what would let a part that it replaces show again. Annotations go with the last part of their group.
+
+    Parameters
+    ----------
+    entries : sequence of Entry
+        Everything in the store.
+    limit : int
+        Bytes.
+    min_age : float
+        Seconds.
+    now : float, optional
+        Seconds since 1970; by default the present.
+    """
+    moment = time.time() if now is None else now
+    total = sum(entry.nbytes for entry in entries)
+    left = {entry.part.path: entry for entry in entries}
+    chosen: list[Entry] = []
+
+    def take(entry: Entry) -> None:
+        nonlocal total
+        chosen.append(entry)
+        total -= entry.nbytes
+        del left[entry.part.path]
+
+    order = sorted((entry for entry in entries if not entry.is_annotation), key=lambda e: (not e.hidden, e.touched, e.part.info.name))
+    for entry in order:
+        if total <= limit:
+            break
+        still = {(other.group, other.part.info.name) for other in left.values()}
+        shows_again = any((entry.group, name) in still for name in entry.part.info.replaces)
+        if moment - entry.touched < min_age or shows_again:
+            continue
+        take(entry)
+    holding = {entry.group for entry in left.values() if not entry.is_annotation}
+    emptied = {entry.group for entry in chosen} - holding
+    for entry in [entry for entry in left.values() if entry.is_annotation and entry.group in emptied]:
+        take(entry)
+    protected = sum(entry.nbytes for entry in left.values() if moment - entry.touched < min_age)
+    freed = sum(entry.nbytes for entry in chosen)
+    return EvictPlan(entries=tuple(chosen), freed=freed, kept=total, limit=limit, protected=protected)
+
+
+def remove_entries(storage: Storage, entries: Iterable[Entry], *, min_age: float = 0.0) -> list[Entry]:
+    """Take parts away, each invisible before its bytes go; returns those that went.
+
+    A part whose commit is younger than `min_age` by the clock of the place itself stays, whatever its writer's clock said.
+    """
+    gone = []
+    for entry in entries:
+        if min_age > 0:
+            commit = storage.scan(entry.part.path).get("zarr.json")
+            if commit is not None and commit.modified is not None and time.time() - commit.modified < min_age:
+                continue
+        _remove_part(storage, entry.part)
+        gone.append(entry)
+        logger.debug("removed part %s of %s: %d bytes", entry.part.info.name, entry.group, entry.nbytes)
+    return gone
+
+
+def _remove_part(storage: Storage, part: Part) -> None:
+    storage.remove([f"{part.path}/zarr.json"])
+    files = [f"{part.path}/{name}" for name in part.info.files]
+    stamp = f"{part.info.group}/{STAMPS}/{part.info.name}"
+    storage.remove([*files, stamp])
+
+
+def stamp_parts(storage: Storage, parts: Iterable[Part], known: dict[str, float]) -> None:
+    """Note that parts are being used; best effort, since a stamp that is lost only makes a part look older.
+
+    Parameters
+    ----------
+    storage : Storage
+    parts : iterable of Part
+    known : dict of str to float
+        When this process last stamped each part; brought up to date.
+    """
+    now = time.monotonic()
+    patience = 0.0 if storage.is_local else REMOTE_STAMP_SECONDS
+    due = [part for part in parts if part.path not in known or now - known[part.path] >= patience]
+
+    def stamp(part: Part) -> None:
+        with suppress(OSError):
+            storage.touch(f"{part.info.group}/{STAMPS}/{part.info.name}")
+
+    if storage.is_local:
+        for part in due:
+            stamp(part)
+    else:
+        run_all([partial(stamp, part) for part in due], local=False)
+    known.update({part.path: now for part in due})
+
+
+def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], digests: Iterable[str], *, durable: bool) -> int:
+    """Take prompts out of every part and annotation of a group, physically; returns how many parts held any.
+
+    A part that holds others too is written again without them, under the same rules as ever; the old one is hidden by that commit, and
+    then its bytes go. Stopped half-way, a second call completes it.
+
+    Parameters
+    ----------
+    storage : Storage
+    group : GroupInfo
+    parts : sequence of Part
+        All parts and annotations of the group, hidden ones too.
+    digests : iterable of str
+        Whole digests of the prompts.
+    durable : bool
+        Flush what is written again before it is committed.
+    """
+    unwanted = {bytes.fromhex(digest) for digest in digests}
+    hidden = {name for part in parts for name in part.info.replaces}
+    concerned = 0
+    # What is hidden goes whole, and first: it must not show again when the part that hides it goes.
+    for part in sorted(parts, key=lambda p: p.info.name not in hidden):
+        keep = np.array([row.tobytes() not in unwanted for row in part.info.digests])
+        if keep.all():
+            continue
+        concerned += 1
+        if part.info.name in hidden:
+            _remove_part(storage, part)
+            continue
+        if keep.any():
+            _write_again(storage, group, part, np.flatnonzero(keep), durable=durable)
+        else:
+            for other in (p for p in parts if p.info.name in part.info.replaces):
+                _remove_part(storage, other)
+        _remove_part(storage, part)
+    return concerned
+
+
+def _write_again(storage: Storage, group: GroupInfo, part: Part, rows: Ints, *, durable: bool) -> None:
+    """A part as another one with only some of its prompts, which hides it."""
+    info = part.info
+    compressed = any(array.shuffle is not None for array in info.arrays.values())
+    writer = PartWriter(
+        storage,
+        group,
+        replacement_name(info.name),
+        kind=info.kind,
+        compressed=compressed,
+        durable=durable,
+        replaces=(info.name, *info.replaces),
+        recorded=info.recorded,
+    )
+    try:
+        for batch in read_batches(open_view(storage, group, [part], []), rows):
+            writer.append(batch)
+        writer.commit()
+    except BaseException:
+        with suppress(OSError):
+            writer.abort()
+        raise

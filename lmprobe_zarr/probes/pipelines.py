@@ -1,0 +1,167 @@
+"""One pipeline from raw activations to a prediction: scale the layers, preprocess, fit. Never folds, files or what was fitted before.
+
+The order is lmprobe's: every hidden unit is brought to scale once, and first; then come the steps of `preprocessing`; the
+estimator is last and standardises nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.probes.classifiers import check_task, make_probe, standardises
+
+__all__ = ["PreprocessingStep", "make_pipeline_for", "parse_preprocessing"]
+
+_STANDARD = ("standard", "standard_scaler")
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessingStep:
+    """One step of preprocessing.
+
+    Parameters
+    ----------
+    kind : {"standard", "pca"}
+        Mean 0 and variance 1 for each column; or the principal components.
+    n_components : int, optional
+        Of "pca": how many are kept.
+    """
+
+    kind: str
+    n_components: int | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.n_components is None else f"{self.kind}:{self.n_components}"
+
+
+def parse_preprocessing(spec: str | Iterable[str] | None, pca_components: int | None = None) -> tuple[PreprocessingStep, ...]:
+    """The steps in their order; none for None.
+
+    Parameters
+    ----------
+    spec : str, iterable of str, or None
+        "standard" (also "standard_scaler"), "pca:N" (N components) and "pca" (`pca_components` of them), joined by "+" or
+        as a list: "standard+pca:50".
+    pca_components : int, optional
+        The components of each "pca" that does not say its own.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An unknown step, no or an impossible number of components, or a number without a "pca".
+    InvalidTypeError
+        Neither texts nor None; a number that is not whole.
+    """
+    if pca_components is not None:
+        if isinstance(pca_components, bool) or not isinstance(pca_components, int | np.integer):
+            raise InvalidTypeError(f"pca_components={pca_components!r} is not a whole number")
+        if pca_components < 1:
+            raise InvalidArgumentError(f"pca_components={pca_components!r} keeps nothing: give at least 1")
+    if spec is None:
+        words: list[Any] = []
+    elif isinstance(spec, str):
+        words = spec.split("+")
+    elif isinstance(spec, Iterable) and not isinstance(spec, bytes | Mapping):
+        words = list(spec)
+    else:
+        raise InvalidTypeError(f"preprocessing is a text such as 'standard+pca:50', a list of steps or None, not {type(spec).__name__}")
+    steps = tuple(_step(word, pca_components) for word in words)
+    if pca_components is not None and not any(step.kind == "pca" for step in steps):
+        raise InvalidArgumentError(f"pca_components={pca_components!r} but preprocessing={spec!r} has no 'pca': give preprocessing='pca'")
+    return steps
+
+
+def _step(word: Any, pca_components: int | None) -> PreprocessingStep:
+    if not isinstance(word, str):
+        raise InvalidTypeError(f"a step of preprocessing is a text such as 'standard' or 'pca:50', not {word!r}")
+    kind, colon, number = word.strip().partition(":")
+    if kind in _STANDARD and not colon:
+        return PreprocessingStep("standard")
+    if kind != "pca":
+        raise InvalidArgumentError(f"there is no preprocessing step {word!r}: use 'standard', 'pca:N' (N components) or 'pca'")
+    if not colon:
+        if pca_components is None:
+            raise InvalidArgumentError("preprocessing step 'pca' does not say how many components: give 'pca:50', or pca_components=50")
+        return PreprocessingStep("pca", int(pca_components))
+    if not (number.isascii() and number.isdigit() and 0 < len(number) < 10 and int(number)):
+        raise InvalidArgumentError(f"preprocessing step {word!r} has no number of components: give a positive one, such as 'pca:50'")
+    return PreprocessingStep("pca", int(number))
+
+
+def make_pipeline_for(
+    probe: Any,
+    *,
+    task: str = "classification",
+    n_layers: int = 1,
+    normalize_layers: bool | str = True,
+    preprocessing: str | Iterable[str] | None = None,
+    pca_components: int | None = None,
+    params: Mapping[str, Any] | None = None,
+    random_state: int = 0,
+) -> Any:
+    """A fresh, unfitted scikit-learn pipeline for activations of shape (prompt, layer × hidden).
+
+    Its steps, those that apply, by name:
+
+    1. What brings every hidden unit to scale, unless `preprocessing` has a "standard", which then does it in its place:
+       ``layer_scaler`` (:class:`~lmprobe_zarr.probes.scaling.LayerScaler`) for several layers, unless `normalize_layers` is
+       False; ``standard`` for a single layer, where the named estimator standardises by default.
+    2. ``standard`` and ``pca``, as `preprocessing` says.
+    3. ``probe``, the estimator alone.
+
+    So a named estimator's own standardisation is left out for several layers: it would undo "per_layer" and False.
+
+    Parameters
+    ----------
+    probe : str or estimator
+        As for :func:`~lmprobe_zarr.probes.make_probe`. For an estimator of the caller's, a single layer is not standardised.
+    task : {"classification", "regression"}
+    n_layers : int
+        How many layers a row holds, end to end.
+    normalize_layers : bool, "per_neuron" or "per_layer"
+        How several layers are scaled; True is "per_neuron", False leaves them as they are. Nothing for a single layer.
+    preprocessing, pca_components
+        See :func:`parse_preprocessing`.
+    params : mapping, optional
+        Arguments that replace defaults of the named estimator's constructor.
+    random_state : int
+        Seeds the estimator and the principal components.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        As :func:`~lmprobe_zarr.probes.make_probe` and :func:`parse_preprocessing`; or an unknown way to normalise, or no layer.
+    """
+    check_task(task)
+    if isinstance(n_layers, bool) or not isinstance(n_layers, int | np.integer):
+        raise InvalidTypeError(f"n_layers={n_layers!r} is not a whole number")
+    if n_layers < 1:
+        raise InvalidArgumentError(f"n_layers={n_layers!r} leaves nothing to fit: give at least 1")
+    if not isinstance(normalize_layers, bool | str) or normalize_layers not in (True, False, "per_neuron", "per_layer"):
+        raise InvalidArgumentError(f"normalize_layers={normalize_layers!r} is unknown: use True, False, 'per_neuron' or 'per_layer'")
+    wanted = parse_preprocessing(preprocessing, pca_components)
+    estimator = make_probe(probe, random_state, task=task, params=params, standardise=False)
+
+    from sklearn.decomposition import PCA
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from lmprobe_zarr.probes.scaling import LayerScaler
+
+    steps: list[tuple[str, Any]] = []
+    if not any(step.kind == "standard" for step in wanted):
+        if n_layers > 1 and normalize_layers is not False:
+            mode = normalize_layers if isinstance(normalize_layers, str) else "per_neuron"
+            steps.append(("layer_scaler", LayerScaler(int(n_layers), mode)))
+        elif n_layers == 1 and standardises(probe):
+            steps.append(("standard", StandardScaler()))
+    for step in wanted:
+        made = StandardScaler() if step.kind == "standard" else PCA(step.n_components, random_state=random_state)
+        taken = sum(name.split("_")[0] == step.kind for name, _ in steps)
+        steps.append((step.kind if not taken else f"{step.kind}_{taken + 1}", made))
+    return Pipeline([*steps, ("probe", estimator)])

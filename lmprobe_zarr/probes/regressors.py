@@ -1,0 +1,53 @@
+"""Linear regressors whose penalty and margin count in standard deviations of the target. Never folds or files.
+
+scikit-learn's own count in the units of the target, so that the same default fits nothing but a constant to a target from 0
+to 0.1 and is hardly a penalty for one in the thousands. Both are linear in the target: it is scaled for the fit, and
+coefficients and intercept are scaled back, after which nothing tells them from scikit-learn's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import Lasso
+from sklearn.svm import LinearSVR
+
+from lmprobe_zarr.errors import InvalidArgumentError
+
+__all__ = ["ScaledTargetLasso", "ScaledTargetLinearSVR"]
+
+Array = npt.NDArray[Any]
+
+
+def _fit_scaled(regressor: Any, fit: Callable[[Any, Array], Any], activations: Any, target: Any) -> None:
+    target = np.asarray(target, dtype=np.float64)
+    if target.ndim != 1:
+        raise InvalidArgumentError(f"the target has shape {target.shape}, expected one number per prompt")
+    # Without an intercept the fit goes through zero, which must stay where it is.
+    centre = float(target.mean()) if regressor.fit_intercept and len(target) else 0.0
+    scale = float(target.std()) if len(target) else 1.0
+    fit(activations, (target - centre) / (scale or 1.0))
+    dtype = regressor.coef_.dtype.type
+    regressor.coef_ = regressor.coef_ * dtype(scale or 1.0)
+    regressor.intercept_ = regressor.intercept_ * dtype(scale or 1.0) + dtype(centre)
+
+
+class ScaledTargetLasso(Lasso):  # type: ignore[misc]
+    """:class:`sklearn.linear_model.Lasso` with ``alpha`` in standard deviations of the target; `coef_` in the target's own units."""
+
+    def fit(self, X: Any, y: Any) -> ScaledTargetLasso:  # noqa: N803  (scikit-learn's own name)
+        """Fits the scaled target, shape (prompt,), and scales the result back."""
+        _fit_scaled(self, super().fit, X, y)
+        return self
+
+
+class ScaledTargetLinearSVR(LinearSVR):  # type: ignore[misc]
+    """:class:`sklearn.svm.LinearSVR` with ``epsilon`` in standard deviations of the target; `coef_` in the target's own units."""
+
+    def fit(self, X: Any, y: Any) -> ScaledTargetLinearSVR:  # noqa: N803  (scikit-learn's own name)
+        """Fits the scaled target, shape (prompt,), and scales the result back."""
+        _fit_scaled(self, super().fit, X, y)
+        return self
