@@ -519,15 +519,16 @@ def _carry_out(plan: _Plan, store: Store, skipped: Tally, part_bytes: int, advan
     for entry in plan.entries:
         alike.setdefault((entry.holds, entry.text is None, _pieces(entry)), []).append(entry)
     failed: set[str] = set()
-    recorded = {"imported_from": origin}
-    for (holds, _, pieces), entries in alike.items():
-        for unit in _units(holds, pieces):
-            with Ingest(store, plan.group, part_bytes=part_bytes, recorded=recorded) as ingest:
-                for some in _batches([e for e in entries if e.hash not in failed], unit):
-                    for batch in _read(plan.source, some, unit, skipped, failed):
+    with Ingest(store, plan.group, part_bytes=part_bytes, recorded={"imported_from": origin}) as ingest:
+        # Like by like, and each run of entries with all that it holds, so that an interruption leaves few that are there by halves.
+        for (holds, _, pieces), entries in alike.items():
+            units = _units(holds, pieces)
+            for some in _batches(entries, max(units, key=lambda unit: sum(held.row_nbytes for held in unit))):
+                for unit in units:
+                    for batch in _read(plan.source, [entry for entry in some if entry.hash not in failed], unit, skipped, failed):
                         ingest.put(batch)
                     advance(sum(_rows_nbytes(entry, unit) for entry in some))
-            plan.part_names += ingest.parts
+    plan.part_names += ingest.parts
     return [entry for entry in plan.entries if entry.hash not in failed]
 
 
@@ -590,6 +591,8 @@ def _batches(entries: Sequence[Entry], unit: Sequence[Held]) -> Iterator[list[En
 
 def _read(source: Source, entries: list[Entry], unit: Sequence[Held], skipped: Tally, failed: set[str]) -> Iterator[TokenBatch]:
     """A batch of all entries, or, where a file turns out to be damaged, of each of the others by itself."""
+    if not entries:
+        return
     try:
         yield source.read(entries, unit)
         return

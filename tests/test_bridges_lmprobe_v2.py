@@ -33,6 +33,7 @@ from lmprobe_zarr.bridges.entry import Entry, Held, Skipped
 from lmprobe_zarr.bridges.files import RemoteFiles, open_files
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2, ModelFolder, read_manifest, scan_models
 from lmprobe_zarr.errors import CorruptFileError
+from lmprobe_zarr.storage import FsspecStorage
 
 Array = npt.NDArray[Any]
 
@@ -433,16 +434,16 @@ def remote(tmp_path: Path) -> Iterator[RemoteFiles]:
     memory.put(str(tmp_path) + "/", name, recursive=True)
     memory.asked.clear()
     memory.listed.clear()
-    yield RemoteFiles(memory, name, f"counting:/{name}")
+    yield RemoteFiles(FsspecStorage(memory, name, f"counting:/{name}"))
     memory.rm(name, recursive=True)
 
 
 def test_on_an_object_store_only_the_bytes_of_what_is_asked_for_are_fetched(remote: RemoteFiles) -> None:
-    asked = remote.filesystem.asked
+    asked = remote.storage.filesystem.asked
     source = LmprobeV2(remote, MODEL)
     ((entry,),) = [items or [] for items in source.find(["long"])]
     assert isinstance(entry, Entry)
-    assert not remote.filesystem.listed
+    assert not remote.storage.filesystem.listed
     assert all(b is not None and b <= 2**17 for _, _, b in asked), "headers only"
     asked.clear()
     values = source.read([entry], [Held(level="tokens", variable="resid", layers=(2,), dtype="float32", row_shape=(64,))])
@@ -461,14 +462,14 @@ def test_many_prompts_on_an_object_store_are_looked_up_in_one_listing(remote: Re
     source = LmprobeV2(remote, MODEL)
     found = source.find(["long", *(f"absent {i}" for i in range(150))])
     assert [bool(f) for f in found] == [True] + [False] * 150
-    assert len(remote.filesystem.listed) == 1
-    assert len(remote.filesystem.asked) == 1
+    assert len(remote.storage.filesystem.listed) == 1
+    assert len(remote.storage.filesystem.asked) == 1
     assert {e.text for e in source.entries() if isinstance(e, Entry)} == {"long", "short"}
 
 
 def test_a_file_on_an_object_store_that_is_shorter_than_its_header_says_is_noticed(remote: RemoteFiles) -> None:
-    path = f"{remote.root}/{sha16(MODEL)}/{sha16('long')}.safetensors"
-    remote.filesystem.pipe_file(path, remote.filesystem.cat_file(path)[:-100])
+    path = f"{remote.storage.root}/{sha16(MODEL)}/{sha16('long')}.safetensors"
+    remote.storage.filesystem.pipe_file(path, remote.storage.filesystem.cat_file(path)[:-100])
     source = LmprobeV2(remote, MODEL)
     assert [e.reason for e in source.entries() if isinstance(e, Skipped)] == ["damaged files"], "the listing knows its length"
     ((entry,),) = [items or [] for items in source.find(["long"])]

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError
+from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage, open_storage
 
 __all__ = ["Files", "Listed", "LocalFiles", "RemoteFiles", "Want", "map_files", "open_files"]
@@ -215,48 +215,36 @@ class RemoteFiles(Files):
 
     Parameters
     ----------
-    filesystem : fsspec.AbstractFileSystem
-        The file system.
-    root : str
-        The prefix in it, without protocol.
-    url : str
-        How it was named.
+    storage : FsspecStorage
+        The place.
     """
 
     is_local = False
     head_bytes = 2**16
 
-    def __init__(self, filesystem: Any, root: str, url: str) -> None:
-        self.filesystem, self.root, self.url = filesystem, root, url
+    def __init__(self, storage: FsspecStorage) -> None:
+        self.storage, self.url = storage, storage.url
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteFiles, (self.filesystem, self.root, self.url)
+        return RemoteFiles, (self.storage,)
 
     def _path(self, key: str) -> str:
-        return f"{self.root}/{key}" if key else self.root
+        return f"{self.storage.root}/{key}" if key else self.storage.root
 
     def list(self, key: str) -> list[Listed]:
-        path = self._path(key)
-        self.filesystem.invalidate_cache(path)
-        try:
-            found = self.filesystem.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        listed = {}
-        for entry in found:
-            name = str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
-            folder = entry["type"] == "directory"
-            if name and str(entry["name"]).rstrip("/") != path:
-                listed[name] = Listed(name=name, is_folder=folder, size=None if folder else entry.get("size"))
-        return [listed[name] for name in sorted(listed)]
+        found = self.storage.scan(key)
+        return [
+            Listed(name=name, is_folder=not entry.is_file, size=entry.nbytes if entry.is_file else None) for name, entry in found.items()
+        ]
 
     def head(self, key: str) -> tuple[bytes, int | None]:
         return self._range(key, 0, self.head_bytes), None
 
     def _range(self, key: str, start: int, stop: int) -> bytes:
         try:
-            data: bytes = self.filesystem.cat_file(self._path(key), start=start, end=stop)
-        except FileNotFoundError:
+            with self.storage._talking(key):
+                data: bytes = self.storage.filesystem.cat_file(self._path(key), start=start, end=stop)
+        except (LmprobeZarrError, FileNotFoundError, IsADirectoryError):
             raise
         except OSError as error:
             # An object store answers a range behind the end with an error of its own (416).
@@ -266,7 +254,7 @@ class RemoteFiles(Files):
         return data[: stop - start]
 
     def _length(self, key: str) -> int:
-        return int(self.filesystem.size(self._path(key)) or 0)
+        return int(self.storage.filesystem.size(self._path(key)) or 0)
 
     def read(self, key: str, *, at_most: int) -> bytes:
         data = self._range(key, 0, at_most + 1)
@@ -318,7 +306,7 @@ def open_files(url: str | os.PathLike[str] | Storage, storage_options: Mapping[s
     if isinstance(storage, LocalStorage):
         return LocalFiles(storage.root)
     if isinstance(storage, FsspecStorage):
-        return RemoteFiles(storage.filesystem, storage.root, storage.url)
+        return RemoteFiles(storage)
     raise InvalidArgumentError(f"{storage!r} cannot be read by ranges: give a path or a URL")
 
 
