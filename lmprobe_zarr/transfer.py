@@ -779,6 +779,10 @@ def export_safetensors(
     skipped, notes = Tally(), Tally()
     for variable in export.no_place:
         notes.add("variables that lmprobe's format has no place for", variable)
+    if any(level == "tokens" and name.startswith("logits") for level, name in export.arrays):
+        for level, name in export.arrays:
+            if level == "prompts" and name.startswith("logits"):
+                notes.add("variables that are left out where the logits of every token are there, which hold them", name)
     folder = lmprobe_write.write_model_name(target, info.model) if len(rows) else ""
     known = lmprobe_v2.read_manifest(open_files(target), folder).texts if len(rows) else {}
     listed = _ManifestLines(partial(lmprobe_write.append_manifest, target, folder), known)

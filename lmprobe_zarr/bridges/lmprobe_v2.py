@@ -26,7 +26,19 @@ from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.ragged import offsets_of
 from lmprobe_zarr.schema import Level
 
-__all__ = ["UNPADDED", "LmprobeV2", "Manifest", "ModelFolder", "Piece", "model_hash", "model_name_of", "read_manifest", "scan_models"]
+__all__ = [
+    "OF_EVERY",
+    "OF_LAST",
+    "UNPADDED",
+    "LmprobeV2",
+    "Manifest",
+    "ModelFolder",
+    "Piece",
+    "model_hash",
+    "model_name_of",
+    "read_manifest",
+    "scan_models",
+]
 
 Array = npt.NDArray[Any]
 
@@ -43,6 +55,8 @@ FLOATS: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
 INTEGERS: Final = frozenset({"int32", "int64"})
 # What this package writes into the header of a file without padding. lmprobe drops it when it changes the file.
 UNPADDED: Final[Mapping[str, str]] = {"padding": "none", "writer": "lmprobe-zarr"}
+OF_EVERY: Final = "every token"
+OF_LAST: Final = "last token"
 
 DAMAGED: Final = "damaged files"
 OUTSIDE: Final = "links that lead out of the cache"
@@ -199,6 +213,7 @@ class LmprobeV2:
         self.prompts = None if prompts is None else list(dict.fromkeys(prompts))
         self._headers: dict[bytes, Header] = {}
         self._holds: dict[tuple[Held, ...], tuple[Held, ...]] = {}
+        self._described: dict[tuple[Any, ...], tuple[tuple[Held, ...], list[str], int | None]] = {}
 
     @property
     def url(self) -> str:
@@ -317,8 +332,7 @@ class LmprobeV2:
 
     def _entry(self, key: str, name: str, text: str | None, headers: list[Header | None], head: bytes) -> Entry | Skipped:
         mask = self._mask(key, headers[0], head)
-        described = _Described(headers, mask)
-        holds, notes, n_tokens = described.holds(), described.notes, described.n_tokens
+        holds, notes, n_tokens = self._describe_holds(headers, mask)
         if not holds:
             return Skipped(name=name, reason=NOTHING, detail="; ".join(notes))
         rows = np.zeros(0, np.int64) if mask is None else np.flatnonzero(mask)
@@ -333,6 +347,17 @@ class LmprobeV2:
             notes=tuple(notes),
             place=_Place(key, kept, 0 if mask is None else len(mask), int(rows[0]) if len(rows) else 0, None if together else rows),
         )
+
+    def _describe_holds(self, headers: list[Header | None], mask: Array | None) -> tuple[tuple[Held, ...], list[str], int | None]:
+        """What entries with these headers and that many tokens hold; worked out once for all that are alike."""
+        alike = (*(None if h is None else h.raw for h in headers), None if mask is None else int(mask.sum()))
+        found = self._described.get(alike)
+        if found is None:
+            described = _Described(headers, mask)
+            found = described.holds(), described.notes, described.n_tokens
+            if len(self._described) < REMEMBERED_HEADERS:
+                self._described[alike] = found
+        return found
 
     def _mask(self, key: str, header: Header | None, head: bytes) -> Array | None:
         """The attention mask as truth values, shape (seq,)."""
@@ -598,20 +623,20 @@ class _Described:
             for name in ("logits", "logits_top_k_values", "logits_top_k_indices"):
                 tensor = header.tensors.get(name)
                 if tensor is not None:
-                    self._logit(name, tensor)
+                    self._logit(name, tensor, header.metadata.get("logits"))
             return
 
-    def _logit(self, name: str, tensor: Tensor) -> None:
+    def _logit(self, name: str, tensor: Tensor, of: str | None) -> None:
         if len(tensor.shape) != 3 or tensor.shape[0] != 1 or not tensor.shape[1]:
             raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape}, not (1, positions, …)")
         positions, width = tensor.shape[1:]
         self._one_width("vocab" if name == "logits" else "top_k", width, name)
         allowed = INTEGERS if name.endswith("indices") else FLOATS
         padded = 0 if self.mask is None else len(self.mask)
-        if positions == 1:
+        # The one token of a prompt is its last and all of it, unless this package wrote it and noted which was meant.
+        if positions == 1 and of != OF_EVERY:
             self._add("prompts", name.replace("logits", "logits_last_token"), tensor.dtype, (width,), None, allowed)
-        # The one token of a prompt is its last and all of it.
-        if positions in (self.n_tokens, padded):
+        if positions in (self.n_tokens, padded) and of != OF_LAST:
             self._add("tokens", name, tensor.dtype, (width,), None, allowed)
         elif positions > 1:
             self._note(NO_MASK if self.mask is None else OTHER_TOKENS)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import prompt_hash
-from lmprobe_zarr.bridges.lmprobe_v2 import SUFFIXES, UNPADDED, model_hash
+from lmprobe_zarr.bridges.lmprobe_v2 import OF_EVERY, OF_LAST, SUFFIXES, UNPADDED, model_hash
 from lmprobe_zarr.bridges.safetensors_file import encode
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.pooling import POOLINGS
@@ -57,6 +57,7 @@ def prompt_files(rows: Rows, n_tokens: int | None) -> dict[str, bytes]:
     main: dict[str, tuple[Array, str]] = {}
     perplexity: dict[str, tuple[Array, str]] = {}
     logits: dict[str, tuple[Array, str]] = {}
+    last: dict[str, tuple[Array, str]] = {}
     for (variable, layer), (values, dtype) in rows.items():
         if not has_place(variable):
             raise InvalidArgumentError(f"lmprobe's format has no place for {variable!r}: leave it out")
@@ -71,7 +72,7 @@ def prompt_files(rows: Rows, n_tokens: int | None) -> dict[str, bytes]:
         elif variable == "perplexity":
             perplexity["perplexity"] = values, dtype
         elif variable.startswith("logits_last_token"):
-            logits.setdefault(variable.replace("_last_token", ""), (values[None, None], dtype))
+            last[variable.replace("_last_token", "")] = values[None, None], dtype
         elif variable.startswith("logits"):
             logits[variable] = values[None], dtype
         else:
@@ -82,8 +83,10 @@ def prompt_files(rows: Rows, n_tokens: int | None) -> dict[str, bytes]:
         # lmprobe takes the mere file for a perplexity: without one, ids and values of tokens lie in the main file.
         main |= perplexity
         perplexity = {}
-    files = zip(SUFFIXES, (main, perplexity, logits), strict=True)
-    return {suffix: b"".join(encode(tensors, UNPADDED)) for suffix, tensors in files if tensors}
+    # There is room for the logits of every token or of the last one; the former hold the latter.
+    metadata = (UNPADDED, UNPADDED, {**UNPADDED, "logits": OF_EVERY if logits else OF_LAST})
+    files = zip(SUFFIXES, (main, perplexity, logits or last), metadata, strict=True)
+    return {suffix: b"".join(encode(tensors, marks)) for suffix, tensors, marks in files if tensors}
 
 
 def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> bool:
