@@ -142,7 +142,10 @@ def test_it_is_sliced_as_a_store_is(filled: Path) -> None:
 INDEXER = st.one_of(st.slices(6), st.integers(-6, 5), st.lists(st.integers(-6, 5), max_size=5).map(lambda n: np.array(n, np.int64)))
 
 
-@given(rows=INDEXER, layers=st.one_of(st.slices(3), st.integers(0, 2), st.lists(st.integers(-3, 2), max_size=3).map(np.int64)))
+@given(
+    rows=INDEXER,
+    layers=st.one_of(st.slices(3), st.integers(0, 2), st.lists(st.integers(-3, 2), max_size=3).map(lambda n: np.array(n, np.int64))),
+)
 def test_any_selection_gives_what_numpy_gives(tmp_path_factory: pytest.TempPathFactory, rows: Any, layers: Any) -> None:
     root = tmp_path_factory.getbasetemp() / "legacy-oracle"
     if not root.exists():

@@ -913,10 +913,8 @@ def test_lmprobe_uses_an_export_as_its_own_without_loading_the_model(tmp_path: P
     (model / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_layer": 4, "n_embd": 8, "n_head": 2}))
     store.write(GroupInfo(model=str(model), hidden_size=8), batch)
     quiet_export(store, tmp_path / "cache")
-    np.savez(
-        tmp_path / "truth.npz", texts=texts, bounds=[0, *np.cumsum(counts)], mean=prompts["resid_mean"], perplexity=prompts["perplexity"],
-        ids=ids, **tokens,
-    )  # fmt: skip
+    truth: dict[str, Any] = {"texts": texts, "bounds": [0, *np.cumsum(counts)], "mean": prompts["resid_mean"], "ids": ids, **tokens}
+    np.savez(tmp_path / "truth.npz", allow_pickle=False, perplexity=prompts["perplexity"], **truth)
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", USE_LMPROBE, str(tmp_path / "truth.npz"), str(model)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
