@@ -40,7 +40,7 @@ from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.ragged import offsets_of
 from lmprobe_zarr.schema import LEVELS, GroupInfo, Level, Provenance
 from lmprobe_zarr.sites import is_top_k
-from lmprobe_zarr.storage import open_storage
+from lmprobe_zarr.storage import Storage, open_storage
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.summaries import ExportSummary, ImportSummary, Tally
 from lmprobe_zarr.view import View
@@ -785,6 +785,8 @@ def export_safetensors(
                 notes.add("variables that are left out where the logits of every token are there, which hold them", name)
     folder = lmprobe_write.write_model_name(target, info.model) if len(rows) else ""
     known = lmprobe_v2.read_manifest(open_files(target), folder).texts if len(rows) else {}
+    # On an object store, one listing saves sending what would be refused; a local folder is asked file by file.
+    there = frozenset() if target.is_local or overwrite or not len(rows) else frozenset(target.list(folder))
     listed = _ManifestLines(partial(lmprobe_write.append_manifest, target, folder), known)
     exported = present = files = nbytes = 0
     with progress_bar(len(rows), description=f"exporting to {target.url}", unit="prompt", enabled=progress) as advance:
@@ -796,7 +798,7 @@ def export_safetensors(
                     if problem:
                         skipped.add(problem, export.name(first + i))
                     if prompt_rows:
-                        work.append(partial(_write_prompt, target, folder, export, first + i, prompt_rows, overwrite, written, i))
+                        work.append(partial(_write_prompt, target, folder, export, first + i, prompt_rows, overwrite, there, written, i))
                     elif not problem:
                         skipped.add("prompts that hold nothing of what was asked for", export.name(first + i))
                 run_all(work, local=target.is_local)
@@ -837,11 +839,20 @@ def _export_layers(view: View, layers: LayerSpec | None) -> dict[Level, tuple[in
 
 
 def _write_prompt(
-    target: Any, folder: str, export: _Export, at: int, rows: lmprobe_write.Rows, overwrite: bool, written: list[Any], i: int
+    target: Storage,
+    folder: str,
+    export: _Export,
+    at: int,
+    rows: lmprobe_write.Rows,
+    overwrite: bool,
+    there: frozenset[str],
+    written: list[tuple[int, int] | None],
+    i: int,
 ) -> None:
     files = nbytes = 0
     for suffix, data in lmprobe_write.prompt_files(rows, export.count(at)).items():
-        if lmprobe_write.write_file(target, f"{folder}/{export.name(at)}{suffix}.safetensors", data, overwrite=overwrite):
+        name = f"{export.name(at)}{suffix}.safetensors"
+        if name not in there and lmprobe_write.write_file(target, f"{folder}/{name}", data, overwrite=overwrite):
             files, nbytes = files + 1, nbytes + len(data)
     written[i] = (files, nbytes)
 

@@ -22,7 +22,7 @@ from lmprobe_zarr.bridges.lmprobe_v2 import OF_EVERY, OF_LAST, SUFFIXES, UNPADDE
 from lmprobe_zarr.bridges.safetensors_file import encode
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.pooling import POOLINGS
-from lmprobe_zarr.storage import LocalStorage, Storage
+from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage
 
 __all__ = ["Rows", "append_manifest", "has_place", "prompt_files", "write_file", "write_model_name"]
 
@@ -92,8 +92,8 @@ def prompt_files(rows: Rows, n_tokens: int | None) -> dict[str, bytes]:
 def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> bool:
     """Write a file whole or not at all; False where one is there already and stays as it is.
 
-    On a local folder no other writer's file can be replaced unasked, even if it appears in this very moment; on an object store
-    whoever writes last wins.
+    No other writer's file is ever replaced unasked, not even one that appears in this very moment: a local file is linked into its
+    place, and an object is put on condition that there is none (which file systems without such a condition only check before).
 
     Raises
     ------
@@ -102,6 +102,8 @@ def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> b
     if overwrite:
         storage.commit(key, data, durable=False)
         return True
+    if isinstance(storage, FsspecStorage):
+        return _put_new(storage, key, data)
     if storage.is_file(key):
         return False
     if not isinstance(storage, LocalStorage):
@@ -121,6 +123,26 @@ def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> b
         source.replace(target)  # a file system without hard links
     finally:
         source.unlink(missing_ok=True)
+    return True
+
+
+def _put_new(storage: FsspecStorage, key: str, data: bytes) -> bool:
+    path = f"{storage.root}/{key}"
+    try:
+        with storage._talking(key, writing=True):
+            storage.filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except (NotImplementedError, ValueError, TypeError):  # no such mode there
+        if storage.is_file(key):
+            return False
+        storage.commit(key, data, durable=False)
+    except OSError as error:
+        # What s3fs makes of "412 Precondition Failed" has neither a class nor a number of its own.
+        answer = getattr(error.__cause__, "response", {}) or {}
+        if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
+            raise
+        return False
     return True
 
 
