@@ -1,50 +1,35 @@
-"""Activations from and to other formats: what is missing → read → write → commit. Knows bridges and stores, never models.
+"""Activations from and to other formats: what people call. Knows bridges and stores, never models.
 
-Whatever the format, an import goes the same way: the source says from headers alone what it holds, all of that is checked
-before anything is written, and what is not in the store yet is read in batches of bounded size.
+Whatever the format, an import goes the same way, see `importing`; what an export reads is in `exporting`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pandas as pd
 import xarray as xr
 
-from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_sha256
 from lmprobe_zarr.bridges import lmprobe_v1, lmprobe_v2, lmprobe_write, neighbours
-from lmprobe_zarr.bridges.entry import UNKNOWN_DIGITS, Entry, Held, Skipped, Source
+from lmprobe_zarr.bridges.entry import Entry, Skipped, Source
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.lazy import entries_dataset
-from lmprobe_zarr.bridges.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.chunks import run_all
-from lmprobe_zarr.errors import (
-    CorruptFileError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    LayerOutOfRangeError,
-    MissingPromptsError,
-    ModelNotStoredError,
-)
-from lmprobe_zarr.ingest import PART_BYTES, Ingest
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, MissingPromptsError, ModelNotStoredError
+from lmprobe_zarr.exporting import FLOAT_DTYPES, ExportRows, ManifestLines
+from lmprobe_zarr.importing import of_one_width, run_import
+from lmprobe_zarr.ingest import PART_BYTES
 from lmprobe_zarr.layers import LayerSpec, describe_layers, resolve_layers
 from lmprobe_zarr.progress import progress_bar
-from lmprobe_zarr.ragged import offsets_of
-from lmprobe_zarr.schema import LEVELS, GroupInfo, Level, Provenance
-from lmprobe_zarr.sites import is_top_k
+from lmprobe_zarr.schema import LEVELS, Level, Provenance
 from lmprobe_zarr.storage import Storage, open_storage
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.summaries import ExportSummary, ImportSummary, Tally
 from lmprobe_zarr.view import View
-from lmprobe_zarr.virtual import NOWHERE, VirtualArray
 
 __all__ = [
     "export_safetensors",
@@ -56,17 +41,6 @@ __all__ = [
     "import_vllm",
     "open_legacy",
 ]
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
-
-# A batch is read while two wait and one is being written: together well below a gigabyte with the writer's own buffers.
-BATCH_BYTES: Final = 2**26
-BATCH_PROMPTS: Final = 4096
-EXPORT_BYTES: Final = 2**27
-FLOAT_DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
-MANIFEST_LINES: Final = 2048
-
 
 # ------------------------------------------------------------------------------------------------------------- importing
 
@@ -144,7 +118,7 @@ def import_safetensors(
     if not names and not len(tally):
         raise ModelNotStoredError(f"{files.url} is no lmprobe cache: it holds no folder that is named after a model's hash")
     sources: list[tuple[str, Source]] = [(name, lmprobe_v2.LmprobeV2(files, name, prompts=wanted)) for name in names]
-    return _import(
+    return run_import(
         sources, store, files.url, tally, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
     )
 
@@ -323,286 +297,10 @@ def import_source(
     store, dry_run, strict, provenance, progress, part_bytes
         As for `import_safetensors`.
     """
-    return _import(
+    return run_import(
         [(model, source)], store, source.url, Tally(), dry_run=dry_run, strict=strict, provenance=provenance, progress=progress,
         part_bytes=part_bytes,
     )  # fmt: skip
-
-
-@dataclass
-class _Plan:
-    """What is to be imported of one model."""
-
-    model: str
-    source: Source
-    group: GroupInfo
-    entries: list[Entry]
-    found: int
-    stored: int
-    part_names: list[str] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries)
-
-
-def _import(
-    sources: Sequence[tuple[str, Source]],
-    store: Store | str | os.PathLike[str] | None,
-    origin: str,
-    skipped: Tally,
-    *,
-    dry_run: bool,
-    strict: bool,
-    provenance: Provenance | None,
-    progress: bool,
-    part_bytes: int,
-) -> ImportSummary:
-    began = time.monotonic()
-    target = store if isinstance(store, Store) else open_store(store)
-    if not dry_run:
-        target.check_writable()
-    if part_bytes < 1:
-        raise InvalidArgumentError(f"part_bytes={part_bytes!r} is no number of bytes: give at least 1")
-    notes = Tally()
-    plans = [_plan(name, source, target, provenance or {}, skipped, notes, progress) for name, source in sources]
-    if strict and len(skipped):
-        reasons = "; ".join(f"{r.count} × {r.text} ({', '.join(r.names)})" for r in skipped.reasons())
-        raise CorruptFileError(f"strict=True, and of {origin} this would be skipped: {reasons}\nnothing was written")
-    tokens = nbytes = imported = parts = 0
-    with progress_bar(
-        sum(plan.nbytes for plan in plans), description=f"importing into {target.url}", unit="B", enabled=progress and not dry_run
-    ) as advance:
-        for plan in plans:
-            done = plan.entries if dry_run else _carry_out(plan, target, skipped, part_bytes, advance, origin)
-            imported += len(done)
-            tokens += sum(entry.n_tokens or 0 for entry in done if any(held.level == "tokens" for held in entry.holds))
-            nbytes += sum(entry.nbytes for entry in done)
-            parts += len(plan.part_names)
-    return ImportSummary(
-        source=origin,
-        url=target.url,
-        models=tuple(plan.model for plan in plans),
-        groups=tuple(plan.group.name for plan in plans),
-        found=sum(plan.found for plan in plans),
-        stored=sum(plan.stored for plan in plans),
-        imported=imported,
-        tokens=tokens,
-        nbytes=nbytes,
-        parts=parts,
-        skipped=skipped.reasons(),
-        notes=notes.reasons(),
-        dry_run=dry_run,
-        seconds=time.monotonic() - began,
-    )
-
-
-def _plan(model: str, source: Source, store: Store, provenance: Provenance, skipped: Tally, notes: Tally, progress: bool) -> _Plan:
-    """What a source holds that the store does not; everything that can be wrong is found here, before anything is written."""
-    entries: dict[str, Entry] = {}
-    with progress_bar(0, description=f"looking at {model}", unit="prompt", enabled=progress) as advance:
-        for found in source.entries():
-            advance(1)
-            if isinstance(found, Skipped):
-                skipped.add(found.reason, found.name, found.detail)
-            elif found.hash in entries:
-                skipped.add("prompts that the source holds twice: the first one counts", found.name)
-            else:
-                entries[found.hash] = found
-    group = _group(store, model, provenance, entries.values())
-    view = store.view(group) if group.name in store.groups() else None
-    fitting = _of_one_width(entries.values(), view, skipped)
-    fitting = fitting if view is None else _as_stored(fitting, view, skipped)
-    for entry in fitting:
-        for note in entry.notes:
-            notes.add(note, entry.name)
-        if entry.text is None:
-            notes.add("prompts of unknown text, which are found by their hash", entry.name)
-    _note_layers(fitting, notes)
-    missing = fitting if view is None else _missing(fitting, view)
-    return _Plan(model, source, group, missing, len(entries), len(fitting) - len(missing))
-
-
-def _group(store: Store, model: str, provenance: Provenance, entries: Iterable[Entry]) -> GroupInfo:
-    """The group of a model's imports: the one that is there, also where either side does not know the hidden size."""
-    widths = Counter(held.row_shape[-1] for entry in entries for held in entry.holds if held.variable.startswith("resid"))
-    hidden = widths.most_common(1)[0][0] if widths else None
-    wanted = GroupInfo(model=model, provenance=provenance, num_layers=None, hidden_size=hidden)
-    groups = store.groups()
-    if wanted.name in groups:
-        return wanted
-    for info in groups.values():
-        alike = (info.model, info.provenance, info.num_layers) == (model, wanted.provenance, None)
-        if alike and None in (info.hidden_size, hidden):
-            return info
-    return wanted
-
-
-def _of_one_width(entries: Iterable[Entry], view: View | None, skipped: Tally) -> list[Entry]:
-    """Those entries whose rows are as wide as those of most, or as those that are stored."""
-    listed = list(entries)
-    count: dict[tuple[Level, str], Counter[tuple[int, ...]]] = {}
-    for holds, number in Counter(entry.holds for entry in listed).items():
-        for held in holds:
-            count.setdefault((held.level, held.variable), Counter())[held.row_shape] += number
-    usual = {name: shapes.most_common(1)[0][0] for name, shapes in count.items()}
-    for level in LEVELS if view is not None else ():
-        assert view is not None  # noqa: S101 — see above
-        usual |= {(level, name): info.row_shape for name, info in view.variables(level).items()}
-    fitting = []
-    for entry in listed:
-        odd = [h for h in entry.holds if h.row_shape != usual[h.level, h.variable] and not is_top_k(h.variable)]
-        if odd:
-            detail = f"{odd[0].variable} has rows of {odd[0].row_shape}, others of {usual[odd[0].level, odd[0].variable]}"
-            skipped.add("prompts whose activations are of another width than the others", entry.name, detail)
-        else:
-            fitting.append(entry)
-    return fitting
-
-
-def _as_stored(entries: Sequence[Entry], view: View, skipped: Tally) -> list[Entry]:
-    """The entries with the digests that the store has for their prompts.
-
-    A digest of which only 16 digits are known (see `bridges.entry.digest_of_hash`) is the same prompt as one that is whole.
-    """
-    rows = _rows_of(entries, view)
-    fitting = []
-    for entry, row in zip(entries, rows, strict=True):
-        stored = None if row < 0 else view.digests[row].tobytes().hex()
-        if stored is None or stored == entry.sha256:
-            fitting.append(entry)
-        elif UNKNOWN_DIGITS in (stored[HASH_DIGITS:], entry.sha256[HASH_DIGITS:]):
-            fitting.append(replace(entry, sha256=stored))
-        else:
-            skipped.add("prompts that share their hash with another one in the store", entry.name)
-    return fitting
-
-
-def _rows_of(entries: Sequence[Entry], view: View) -> Ints:
-    return np.asarray(pd.Index(view.hashes).get_indexer(pd.Index([entry.hash for entry in entries])), np.int64)
-
-
-def _missing(entries: Sequence[Entry], view: View) -> list[Entry]:
-    """Those entries of which anything is not in the view."""
-    rows = _rows_of(entries, view)
-    there = rows >= 0
-    alike: dict[tuple[Held, ...], list[int]] = {}
-    for i in np.flatnonzero(there).tolist():
-        alike.setdefault(entries[i].holds, []).append(i)
-    for holds, members in alike.items():
-        for held in holds:
-            covered = view.covers(held.level, held.variable, rows[members], held.layers or ())
-            there[members] &= covered.all(axis=0)
-    return [entry for entry, known in zip(entries, there, strict=True) if not known]
-
-
-def _note_layers(entries: Sequence[Entry], notes: Tally) -> None:
-    """Note prompts that hold fewer layers of a variable than the others."""
-    every: dict[str, set[int]] = {}
-    for holds in {entry.holds for entry in entries}:
-        for held in holds:
-            every.setdefault(held.variable, set()).update(held.layers or ())
-    for entry in entries:
-        held_layers: dict[str, set[int]] = {}
-        for held in entry.holds:
-            held_layers.setdefault(held.variable, set()).update(held.layers or ())
-        if any(every[variable] - layers for variable, layers in held_layers.items()):
-            notes.add("prompts that hold fewer layers than others", entry.name)
-
-
-# ------------------------------------------------------------------------------------------------------ carrying it out
-
-
-def _carry_out(plan: _Plan, store: Store, skipped: Tally, part_bytes: int, advance: Callable[[int], object], origin: str) -> list[Entry]:
-    """Read and write what is missing; returns the entries that came over whole."""
-    alike: dict[tuple[Any, ...], list[Entry]] = {}
-    for entry in plan.entries:
-        alike.setdefault((entry.holds, entry.text is None, _pieces(entry)), []).append(entry)
-    failed: set[str] = set()
-    with Ingest(store, plan.group, part_bytes=part_bytes, recorded={"imported_from": origin}) as ingest:
-        # Like by like, and each run of entries with all that it holds, so that an interruption leaves few that are there by halves.
-        for (holds, _, pieces), entries in alike.items():
-            units = _units(holds, pieces)
-            for some in _batches(entries, max(units, key=lambda unit: sum(held.row_nbytes for held in unit))):
-                for unit in units:
-                    for batch in _read(plan.source, [entry for entry in some if entry.hash not in failed], unit, skipped, failed):
-                        ingest.put(batch)
-                    advance(sum(_rows_nbytes(entry, unit) for entry in some))
-    plan.part_names += ingest.parts
-    return [entry for entry in plan.entries if entry.hash not in failed]
-
-
-def _layered_nbytes(entry: Entry) -> int:
-    return sum(_rows_nbytes(entry, [held]) for held in entry.holds if held.layers is not None)
-
-
-def _rows_nbytes(entry: Entry, holds: Iterable[Held]) -> int:
-    return sum(held.row_nbytes * (1 if held.level == "prompts" else entry.n_tokens or 0) for held in holds)
-
-
-def _pieces(entry: Entry) -> int:
-    """Into how many runs of layers a prompt is cut, so that no run is larger than a batch: a power of two, so that few differ."""
-    return int(2 ** max(0, np.ceil(np.log2(max(1, _layered_nbytes(entry)) / BATCH_BYTES))))
-
-
-def _units(holds: Sequence[Held], pieces: int) -> list[list[Held]]:
-    """What is written together: variables of the same layers, cut into runs of layers, and beside them those without layers."""
-    by_layers: dict[tuple[int, ...], list[Held]] = {}
-    for held in holds:
-        if held.layers is not None:
-            by_layers.setdefault(held.layers, []).append(held)
-    units: list[list[Held]] = []
-    for layers, members in by_layers.items():
-        for run in np.array_split(np.array(layers), min(pieces, len(layers))):
-            units += _one_dtype([replace(held, layers=tuple(run.tolist())) for held in members])
-    apart: list[Held] = []
-    for held in (held for held in holds if held.layers is None):
-        # Only beside others of its level: a part says of each level that it has something in whether it has layers.
-        beside = next((unit for unit in units if any(other.level == held.level for other in unit)), apart)
-        beside.append(held)
-    return [*units, apart] if apart else units
-
-
-def _one_dtype(holds: Sequence[Held]) -> list[list[Held]]:
-    """Apart where one variable occurs twice, in two dtypes."""
-    apart: list[list[Held]] = []
-    for held in holds:
-        free = next((unit for unit in apart if held.variable not in {other.variable for other in unit}), None)
-        if free is None:
-            apart.append([held])
-        else:
-            free.append(held)
-    return apart
-
-
-def _batches(entries: Sequence[Entry], unit: Sequence[Held]) -> Iterator[list[Entry]]:
-    some: list[Entry] = []
-    nbytes = 0
-    for entry in entries:
-        size = _rows_nbytes(entry, unit)
-        if some and (nbytes + size > BATCH_BYTES or len(some) == BATCH_PROMPTS):
-            yield some
-            some, nbytes = [], 0
-        some.append(entry)
-        nbytes += size
-    if some:
-        yield some
-
-
-def _read(source: Source, entries: list[Entry], unit: Sequence[Held], skipped: Tally, failed: set[str]) -> Iterator[TokenBatch]:
-    """A batch of all entries, or, where a file turns out to be damaged, of each of the others by itself."""
-    if not entries:
-        return
-    try:
-        yield source.read(entries, unit)
-        return
-    except CorruptFileError as error:
-        if len(entries) == 1:
-            skipped.add("files that were changed or damaged while they were read", entries[0].name, str(error))
-            failed.add(entries[0].hash)
-            return
-    for entry in entries:
-        yield from _read(source, [entry], unit, skipped, failed)
 
 
 def _listed(prompts: Iterable[str]) -> list[str]:
@@ -677,7 +375,7 @@ def open_legacy(
     chosen = [entry for entry in found if entry is not None and (level == "prompts" or any(h.level == "tokens" for h in entry.holds))]
     if wanted is not None and len(chosen) < len(found):
         raise MissingPromptsError(f"{len(found) - len(chosen)} of {len(found)} prompts are in {source.url} without tokens")
-    fitting = _of_one_width(chosen, None, skipped)
+    fitting = of_one_width(chosen, None, skipped)
     if not fitting:
         raise ModelNotStoredError(f"{source.url} holds no {level} of {model!r} that can be read: check the name and the folder")
     held = sorted({i for entry in fitting for h in entry.holds if h.level == level for i in h.layers or ()})
@@ -774,7 +472,7 @@ def export_safetensors(
     info = source.find_group(model, provenance=provenance, group=group)
     view = source.view(info)
     rows = np.arange(len(view)) if prompts is None else np.array(list(dict.fromkeys(view.select(prompts).tolist())), np.int64)
-    export = _Export(view, rows, _export_layers(view, layers), dtype)
+    export = ExportRows(view, rows, _export_layers(view, layers), dtype)
     target = open_storage(cache_dir, storage_options)
     skipped, notes = Tally(), Tally()
     for variable in export.no_place:
@@ -787,7 +485,7 @@ def export_safetensors(
     known = lmprobe_v2.read_manifest(open_files(target), folder).texts if len(rows) else {}
     # On an object store, one listing saves sending what would be refused; a local folder is asked file by file.
     there = frozenset() if target.is_local or overwrite or not len(rows) else frozenset(target.list(folder))
-    listed = _ManifestLines(partial(lmprobe_write.append_manifest, target, folder), known)
+    listed = ManifestLines(partial(lmprobe_write.append_manifest, target, folder), known)
     exported = present = files = nbytes = 0
     with progress_bar(len(rows), description=f"exporting to {target.url}", unit="prompt", enabled=progress) as advance:
         try:
@@ -841,7 +539,7 @@ def _export_layers(view: View, layers: LayerSpec | None) -> dict[Level, tuple[in
 def _write_prompt(
     target: Storage,
     folder: str,
-    export: _Export,
+    export: ExportRows,
     at: int,
     rows: lmprobe_write.Rows,
     overwrite: bool,
@@ -855,144 +553,3 @@ def _write_prompt(
         if name not in there and lmprobe_write.write_file(target, f"{folder}/{name}", data, overwrite=overwrite):
             files, nbytes = files + 1, nbytes + len(data)
     written[i] = (files, nbytes)
-
-
-class _ManifestLines:
-    """Lines for the manifest, written some at a time, for prompts that it does not list yet."""
-
-    def __init__(self, append: Callable[[list[tuple[str, int | None]]], None], known: Mapping[str, str]) -> None:
-        self.append, self.known = append, set(known.values())
-        self.waiting: list[tuple[str, int | None]] = []
-
-    def add(self, text: str, tokens: int | None) -> None:
-        if text not in self.known:
-            self.known.add(text)
-            self.waiting.append((text, tokens))
-        if len(self.waiting) >= MANIFEST_LINES:
-            self.flush()
-
-    def flush(self) -> None:
-        self.append(self.waiting)
-        self.waiting = []
-
-
-class _Export:
-    """What of a view goes into lmprobe's files, prompt by prompt."""
-
-    def __init__(self, view: View, rows: Ints, layers: Mapping[Level, tuple[int, ...]], dtype: str | None) -> None:
-        self.view, self.rows, self.layers, self.dtype = view, rows, layers, dtype
-        self.counts = view.token_counts()[rows]
-        self.offsets = offsets_of(self.counts)
-        self.lengths = self._column("prompt_length", np.full(len(rows), -1, np.int64))
-        self.texts = self._texts()
-        self.arrays: dict[tuple[Level, str], VirtualArray] = {}
-        self.no_place: list[str] = []
-        for level in LEVELS:
-            for name, info in view.variables(level).items():
-                if not lmprobe_write.has_place(name):
-                    self.no_place.append(name)
-                elif not info.layered or layers[level]:
-                    self.arrays[level, name] = self._source(level, name)
-        if "token_id" in view.columns("tokens"):
-            self.arrays["tokens", "token_id"] = self._source("tokens", "token_id")
-        self.positions = self._source("tokens", "position") if "position" in view.columns("tokens") else None
-
-    def _source(self, level: Level, name: str) -> VirtualArray:
-        return self.view.source(level, name, self.rows, self.layers[level], self.counts if level == "tokens" else None)
-
-    def _column(self, name: str, otherwise: Array) -> Array:
-        if name not in self.view.columns("prompts") or not len(self.rows):
-            return otherwise
-        array = self.view.source("prompts", name, self.rows, ())
-        values: Array = array.read(np.zeros(1, np.int64), slice(0, len(self.rows)))[0]
-        return values
-
-    def _texts(self) -> list[str | None]:
-        """The text of each prompt, None where it is not stored, or not as it was (see `writer`: lone surrogates)."""
-        texts = self._column("text", np.full(len(self.rows), "", object))
-        digests = [self.view.digests[row].tobytes().hex() for row in self.rows]
-        return [t if prompt_sha256(t)[: len(d.removesuffix(UNKNOWN_DIGITS))] == d.removesuffix(UNKNOWN_DIGITS) else None
-                for t, d in zip(texts, digests, strict=True)]  # fmt: skip
-
-    def name(self, at: int) -> str:
-        """Hash of a prompt, which names its files."""
-        return str(self.view.digests[self.rows[at]].tobytes().hex()[:HASH_DIGITS])
-
-    def count(self, at: int) -> int | None:
-        """Token rows of a prompt; None where there are none."""
-        return int(self.counts[at]) or None
-
-    def length(self, at: int) -> int | None:
-        """Tokens of a prompt, as far as they are known."""
-        return self.count(at) or (int(self.lengths[at]) if self.lengths[at] > 0 else None)
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """Runs of prompts that are read together."""
-        per_prompt = per_token = 0
-        for (level, _), array in self.arrays.items():
-            layers = len(array.layers) if array.layers is not None else 1
-            nbytes = layers * int(np.prod(array.row_shape, dtype=np.int64)) * array.dtype.itemsize
-            per_prompt, per_token = (per_prompt + nbytes, per_token) if level == "prompts" else (per_prompt, per_token + nbytes)
-        first, size = 0, 0
-        for i, count in enumerate(self.counts.tolist()):
-            nbytes = per_prompt + count * per_token
-            if i > first and (size + nbytes > EXPORT_BYTES or i - first >= BATCH_PROMPTS):
-                yield first, i
-                first, size = i, 0
-            size += nbytes
-        if len(self.counts):
-            yield first, len(self.counts)
-
-    def read(self, first: int, last: int) -> Iterator[tuple[dict[tuple[str, int | None], tuple[Array, str]], str]]:
-        """For each prompt of a run its rows, as they are written, and what of it is not written."""
-        bounds = {"prompts": (first, last), "tokens": (int(self.offsets[first]), int(self.offsets[last]))}
-        values = {}
-        for (level, name), array in self.arrays.items():
-            places = np.arange(1 if array.layers is None else len(array.layers))
-            values[level, name] = array.read(places, slice(*bounds[level]))
-        positions = None
-        if self.positions is not None:
-            positions = self.positions.read(np.zeros(1, np.int64), slice(*bounds["tokens"]))[0]
-        for at in range(first, last):
-            begin, end = int(self.offsets[at]) - bounds["tokens"][0], int(self.offsets[at + 1]) - bounds["tokens"][0]
-            whole = positions is None or bool((positions[begin:end] == np.arange(end - begin)).all())
-            whole = whole and int(self.lengths[at]) in (-1, end - begin)
-            problem = "" if whole or begin == end else "prompts of which only some tokens are kept, which lmprobe would take for all"
-            rows: dict[tuple[str, int | None], tuple[Array, str] | str] = {}
-            for (level, name), array in self.arrays.items():
-                if level == "prompts":
-                    rows |= self._rows(name, array, values[level, name][:, at - first], at)
-                elif whole and end > begin:
-                    rows |= self._rows(name, array, values[level, name][:, begin:end], at)
-            if any(isinstance(converted, str) for converted in rows.values()):
-                yield {}, f"prompts with values beyond the range of {self.dtype}"
-            else:
-                yield {key: converted for key, converted in rows.items() if not isinstance(converted, str)}, problem
-
-    def _rows(self, name: str, array: VirtualArray, values: Array, at: int) -> dict[tuple[str, int | None], tuple[Array, str] | str]:
-        """What is held of one variable for one prompt, by layer; a text where it does not fit into the wanted dtype."""
-        rows: dict[tuple[str, int | None], tuple[Array, str] | str] = {}
-        for place, layer in enumerate(array.layers or (None,)):
-            source = int(array.source[array.classes[place], at])
-            if source == NOWHERE or (name == "token_id" and (values[place] < 0).any()):
-                continue
-            # What this very part holds: others may hold more of the largest values, or wider numbers.
-            info = array.arrays[source].info
-            held = values[place, ..., : info.row_shape[0]] if is_top_k(name) else values[place]
-            rows[name, layer] = self._convert(name, held, str(info.attributes.get("stored_dtype", info.dtype)))
-        return rows
-
-    def _convert(self, name: str, values: Array, stored: str) -> tuple[Array, str] | str:
-        """Values in the dtype they are written in, and its name; the name alone where they do not fit into it."""
-        fixed = values.dtype.kind != "f" or "perplexity" in name or self.dtype is None
-        target = stored if fixed or self.dtype is None else self.dtype
-        if target == "bfloat16":
-            exact = np.asarray(values, np.float32)
-            if not fixed and (np.isfinite(values) & np.isinf(widen_bfloat16(narrow_bfloat16(exact)))).any():
-                return target
-            return exact, target
-        with np.errstate(over="ignore"):
-            converted = values.astype(target, copy=False)
-        if not fixed and (np.isfinite(values) & np.isinf(converted)).any():
-            return target
-        return converted, target

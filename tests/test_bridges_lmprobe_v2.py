@@ -243,7 +243,20 @@ def test_one_prompt_is_found_without_listing_anything(tmp_path: Path, monkeypatc
     assert entry.text == "p3"
     (by_hash,) = found[2] or []
     assert isinstance(by_hash, Entry)
-    assert by_hash.text is None
+    assert by_hash.text == "p1", "the manifest knows it"
+
+
+def test_an_entry_says_what_to_read_for_some_layers_or_that_not_all_are_there(tmp_path: Path) -> None:
+    tensors = prompt_tensors(0, layers=(0, 1, 2)) | {"layer_1": prompt_tensors(0, layers=(1,), dtype="float16")["layer_1"]}
+    add_prompt(add_model(tmp_path), "a", tensors, perplexity={"perplexity": np.ones(3, "float32")})
+    entry = one(source_of(tmp_path))
+    (held,) = entry.covering("tokens", "resid", (2, 0)) or ()
+    assert held.layers == (0, 2)
+    assert [(h.layers, h.dtype) for h in entry.covering("tokens", "resid", (0, 1)) or ()] == [((1,), "float16"), ((0,), "float32")]
+    assert entry.covering("tokens", "resid", (0, 3)) is None
+    assert entry.covering("prompts", "resid_mean", (0,)) is None
+    assert len(entry.covering("prompts", "perplexity", None) or ()) == 1
+    assert entry.covering("tokens", "token_id", None) is None
 
 
 def test_sizes_are_those_of_all_files_of_a_prompt(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_what_an_interruption_left_is_completed_by_the_next_run(tmp_path: Path, 
             raise KeyboardInterrupt
         return read(self, entries, holds)
 
-    monkeypatch.setattr("lmprobe_zarr.transfer.BATCH_PROMPTS", 2)
+    monkeypatch.setattr("lmprobe_zarr.importing.BATCH_PROMPTS", 2)
     monkeypatch.setattr(LmprobeV2, "read", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         quiet_import(tmp_path / "cache", store)

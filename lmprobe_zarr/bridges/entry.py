@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch
+from lmprobe_zarr.ragged import offsets_of
 from lmprobe_zarr.schema import Level
 
-__all__ = ["UNKNOWN_DIGITS", "Entry", "Held", "Skipped", "Source", "digest_of_hash", "held_dtype"]
+__all__ = ["UNKNOWN_DIGITS", "Entry", "Held", "Skipped", "Source", "batch_of", "digest_of_hash", "held_dtype", "rows_of"]
 
 # lmprobe keeps 16 digits of a prompt's sha256. Where the text is unknown, these stand for the other 48.
 UNKNOWN_DIGITS: Final = "0" * 48
@@ -103,6 +104,19 @@ class Entry:
         """Bytes of its activations in memory."""
         return sum(held.row_nbytes * (1 if held.level == "prompts" else self.n_tokens or 0) for held in self.holds)
 
+    def covering(self, level: Level, variable: str, layers: tuple[int, ...] | None) -> tuple[Held, ...] | None:
+        """What to read for some layers of a variable (None for one without layers); None where not all of it is there.
+
+        More than one where the layers differ in dtype; each is to be read by itself.
+        """
+        found = [held for held in self.holds if (held.level, held.variable) == (level, variable)]
+        if layers is None:
+            return tuple(held for held in found if held.layers is None)[:1] or None
+        parts = [(held, tuple(i for i in layers if i in (held.layers or ()))) for held in found]
+        if set(layers) - {i for _, some in parts for i in some}:
+            return None
+        return tuple(replace(held, layers=tuple(sorted(some))) for held, some in parts if some)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skipped:
@@ -121,6 +135,44 @@ class Skipped:
     name: str
     reason: str
     detail: str = ""
+
+
+def batch_of(entries: Sequence[Entry], arrays: Mapping[Held, npt.NDArray[Any]]) -> TokenBatch:
+    """What was read of some entries as one batch.
+
+    Parameters
+    ----------
+    entries : sequence of Entry
+        Whose.
+    arrays : mapping of Held to ndarray, shape (layer, row, …)
+        As `Held.empty` makes them, the rows of the entries end to end.
+    """
+    named: dict[Level, dict[str, npt.NDArray[Any]]] = {"prompts": {}, "tokens": {}}
+    columns: dict[str, npt.NDArray[Any]] = {}
+    for held, array in arrays.items():
+        values = array[0] if held.layers is None else array
+        if held.variable == "token_id":
+            columns["token_id"] = values
+        else:
+            named[held.level][held.variable] = values
+    by_token = any(held.level == "tokens" for held in arrays)
+    return TokenBatch(
+        sha256=[entry.sha256 for entry in entries],
+        text=None if entries[0].text is None else [entry.text or "" for entry in entries],
+        prompt_length=np.array([-1 if entry.n_tokens is None else entry.n_tokens for entry in entries], np.int64),
+        n_tokens=np.array([entry.n_tokens or 0 for entry in entries], np.int64) if by_token else None,
+        layers=next((held.layers for held in arrays if held.layers is not None), ()),
+        tokens=named["tokens"],
+        token_columns=columns,
+        prompts=named["prompts"],
+        unlayered=frozenset(held.variable for held in arrays if held.layers is None),
+        stored_dtype={held.variable: "bfloat16" for held in arrays if held.dtype == "bfloat16"},
+    )
+
+
+def rows_of(entries: Sequence[Entry]) -> dict[Level, npt.NDArray[np.int64]]:
+    """Where the rows of each entry begin in a batch, and the end of all, by level."""
+    return {"tokens": offsets_of([entry.n_tokens or 0 for entry in entries]), "prompts": np.arange(len(entries) + 1)}
 
 
 class Source(Protocol):

@@ -19,13 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_hash, prompt_sha256
-from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, digest_of_hash
+from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, digest_of_hash, rows_of
 from lmprobe_zarr.bridges.files import Files, LocalFiles
 from lmprobe_zarr.bridges.lmprobe_v2 import DAMAGED, DTYPE, FIRST_TOKEN, FLOATS, NO_MASK, NO_TOKENS, NOTHING, OUTSIDE, SHAPES, model_hash
 from lmprobe_zarr.bridges.safetensors_file import widen_bfloat16
 from lmprobe_zarr.errors import CorruptFileError, MissingDependencyError
 from lmprobe_zarr.pooling import POOLINGS
-from lmprobe_zarr.ragged import offsets_of
 
 __all__ = ["LmprobeV1", "prompts_hash"]
 
@@ -241,9 +240,7 @@ class LmprobeV1:
 
     def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
         """Some of what some entries hold, as one batch; see `entry.Source`."""
-        counts = np.array([entry.n_tokens or 0 for entry in entries], np.int64)
-        offsets = {"tokens": offsets_of(counts), "prompts": np.arange(len(entries) + 1)}
-        by_token = any(held.level == "tokens" for held in holds)
+        offsets = rows_of(entries)
         arrays = {held: held.empty(int(offsets[held.level][-1])) for held in holds}
         by_folder: dict[str, list[int]] = {}
         for i, entry in enumerate(entries):
@@ -252,21 +249,7 @@ class LmprobeV1:
             for held, array in arrays.items():
                 for j, layer in enumerate((None,) if held.layers is None else held.layers):
                     self._read_layer([entries[i] for i in members], held, layer, array[j], offsets[held.level][members])
-        named = {
-            level: {h.variable: a[0] if h.layers is None else a for h, a in arrays.items() if h.level == level}
-            for level in ("prompts", "tokens")
-        }
-        return TokenBatch(
-            sha256=[entry.sha256 for entry in entries],
-            text=None if entries[0].text is None else [entry.text or "" for entry in entries],
-            prompt_length=np.array([-1 if entry.n_tokens is None else entry.n_tokens for entry in entries], np.int64),
-            n_tokens=counts if by_token else None,
-            layers=next((held.layers for held in holds if held.layers is not None), ()),
-            tokens=named["tokens"],
-            prompts=named["prompts"],
-            unlayered=frozenset(held.variable for held in holds if held.layers is None),
-            stored_dtype={held.variable: "bfloat16" for held in holds if held.dtype == "bfloat16"},
-        )
+        return batch_of(entries, arrays)
 
     def _read_layer(self, entries: Sequence[Entry], held: Held, layer: int | None, out: Array, starts: Array) -> None:
         """Rows of one variable and layer for entries of one folder, whose file is loaded once."""

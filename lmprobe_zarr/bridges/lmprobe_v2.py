@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_hash, prompt_sha256
-from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, digest_of_hash
+from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, digest_of_hash, rows_of
 from lmprobe_zarr.bridges.files import Files, Want, map_files
 from lmprobe_zarr.bridges.safetensors_file import Header, Tensor, itemsize_of, read_header, widen_bfloat16
 from lmprobe_zarr.errors import CorruptFileError
 from lmprobe_zarr.pooling import POOLINGS
-from lmprobe_zarr.ragged import offsets_of
 from lmprobe_zarr.schema import Level
 
 __all__ = [
@@ -261,14 +260,16 @@ class LmprobeV2:
         listed: dict[str, int | None] | None = None
         if not self.files.is_local and len(prompts) > LISTED_LOOKUPS:
             listed = {entry.name: entry.size for entry in self.files.list(self.folder)}
-        return list(map_files(partial(self._find, listed), prompts, local=self.files.is_local))
+        hashes = any(MODEL_FOLDER.fullmatch(prompt) for prompt in prompts)
+        texts = read_manifest(self.files, self.folder).texts if hashes else {}
+        return list(map_files(partial(self._find, listed, texts), prompts, local=self.files.is_local))
 
-    def _find(self, listed: Mapping[str, int | None] | None, prompt: str) -> list[Entry | Skipped] | None:
+    def _find(self, listed: Mapping[str, int | None] | None, texts: Mapping[str, str], prompt: str) -> list[Entry | Skipped] | None:
         if self.files.leads_out(self.folder):
             return [Skipped(name=self.folder, reason=OUTSIDE)]
         candidates: list[tuple[str, str | None]] = [(prompt_hash(prompt), prompt)]
         if MODEL_FOLDER.fullmatch(prompt):
-            candidates.append((prompt, None))
+            candidates.append((prompt, texts.get(prompt)))
         for name, text in candidates:
             sizes: dict[str, int | None] = dict.fromkeys(SUFFIXES)
             if listed is not None:
@@ -380,9 +381,7 @@ class LmprobeV2:
 
     def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
         """Some of what some entries hold, as one batch; see `entry.Source`."""
-        by_token = any(held.level == "tokens" for held in holds)
-        counts = np.array([entry.n_tokens or 0 for entry in entries], np.int64)
-        offsets = {"tokens": offsets_of(counts), "prompts": np.arange(len(entries) + 1)}
+        offsets = rows_of(entries)
         arrays = {held: held.empty(int(offsets[held.level][-1])) for held in holds}
         work = []
         for i, entry in enumerate(entries):
@@ -395,27 +394,7 @@ class LmprobeV2:
             work.append((entry, pieces))
         for _ in map_files(lambda item: self.read_pieces(*item), work, local=self.files.is_local):
             pass
-        layers = next((held.layers for held in holds if held.layers is not None), ())
-        named: dict[Level, dict[str, Array]] = {"prompts": {}, "tokens": {}}
-        columns: dict[str, Array] = {}
-        for held, array in arrays.items():
-            values = array[0] if held.layers is None else array
-            if held.variable == "token_id":
-                columns["token_id"] = values
-            else:
-                named[held.level][held.variable] = values
-        return TokenBatch(
-            sha256=[entry.sha256 for entry in entries],
-            text=None if entries[0].text is None else [entry.text or "" for entry in entries],
-            prompt_length=np.array([-1 if entry.n_tokens is None else entry.n_tokens for entry in entries], np.int64),
-            n_tokens=counts if by_token else None,
-            layers=layers,
-            tokens=named["tokens"],
-            token_columns=columns,
-            prompts=named["prompts"],
-            unlayered=frozenset(held.variable for held in holds if held.layers is None),
-            stored_dtype={held.variable: "bfloat16" for held in holds if held.dtype == "bfloat16"},
-        )
+        return batch_of(entries, arrays)
 
     def read_pieces(self, entry: Entry, pieces: Sequence[Piece]) -> None:
         """Read rows of one entry into arrays: each of its files is opened once, and only the bytes of these rows are fetched.

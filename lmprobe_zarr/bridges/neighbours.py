@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, held_dtype
+from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, held_dtype, rows_of
 from lmprobe_zarr.bridges.files import Files, Want
 from lmprobe_zarr.bridges.lmprobe_v2 import DAMAGED, FLOATS, NOTHING, OUTSIDE, SHAPES
 from lmprobe_zarr.bridges.safetensors_file import itemsize_of, read_header, read_tensor, widen_bfloat16
@@ -28,29 +28,6 @@ __all__ = ["Prompt", "RowTables", "VllmFiles", "npy_layers", "tensor_file"]
 Array = npt.NDArray[Any]
 Prompt = str | Sequence[int]
 VLLM_FILE: Final = re.compile(r"hs_(\d{1,12})\.safetensors")
-
-
-def _batch(entries: Sequence[Entry], arrays: Mapping[Held, Array], counts: Array) -> TokenBatch:
-    named: dict[Level, dict[str, Array]] = {"prompts": {}, "tokens": {}}
-    columns: dict[str, Array] = {}
-    for held, array in arrays.items():
-        values = array[0] if held.layers is None else array
-        if held.variable == "token_id":
-            columns["token_id"] = values
-        else:
-            named[held.level][held.variable] = values
-    return TokenBatch(
-        sha256=[entry.sha256 for entry in entries],
-        text=None if entries[0].text is None else [entry.text or "" for entry in entries],
-        prompt_length=np.array([-1 if entry.n_tokens is None else entry.n_tokens for entry in entries], np.int64),
-        n_tokens=counts if any(held.level == "tokens" for held in arrays) else None,
-        layers=next((held.layers for held in arrays if held.layers is not None), ()),
-        tokens=named["tokens"],
-        token_columns=columns,
-        prompts=named["prompts"],
-        unlayered=frozenset(held.variable for held in arrays if held.layers is None),
-        stored_dtype={held.variable: "bfloat16" for held in arrays if held.dtype == "bfloat16"},
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ one file a prompt
@@ -120,8 +97,7 @@ class VllmFiles:
 
     def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
         """Some of what some entries hold, as one batch; see `entry.Source`."""
-        counts = np.array([entry.n_tokens or 0 for entry in entries], np.int64)
-        bounds = offsets_of(counts)
+        bounds = rows_of(entries)["tokens"]
         arrays = {held: held.empty(int(bounds[-1])) for held in holds}
         for entry, a, b in zip(entries, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             header, _ = read_header(self.files, entry.place)
@@ -134,7 +110,7 @@ class VllmFiles:
                 values, _ = read_tensor(self.files, entry.place, tensor)
                 for j, layer in enumerate(held.layers or (None,)):
                     array[j, a:b] = values if layer is None else values[:, self.layers.index(layer)]
-        return _batch(entries, arrays, counts)
+        return batch_of(entries, arrays)
 
 
 # ----------------------------------------------------------------------------------------------- all prompts in each array
@@ -249,13 +225,12 @@ class RowTables:
 
     def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
         """Some of what some entries hold, as one batch; see `entry.Source`."""
-        counts = np.array([entry.n_tokens or 0 for entry in entries], np.int64)
-        bounds: dict[Level, Array] = {"tokens": offsets_of(counts), "prompts": np.arange(len(entries) + 1)}
+        bounds = rows_of(entries)
         arrays = {held: held.empty(int(bounds[held.level][-1])) for held in holds}
         for held, array in arrays.items():
             for j, layer in enumerate(held.layers or (None,)):
                 self._fill(self.tables[held.variable, layer], held.level, entries, array[j])
-        return _batch(entries, arrays, counts)
+        return batch_of(entries, arrays)
 
     def _fill(self, table: Table, level: Level, entries: Sequence[Entry], out: Array) -> None:
         """Rows of entries from one file, neighbouring rows together."""
