@@ -393,6 +393,7 @@ def carry_out(
         request = replace(request, dtype="auto") if request.dtype is None else request
         loaded = memory.load(request, running, None)
     looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
+    per_prompt = _columns_by_prompt(columns or {}, looked.prompts)
     plan, work = plan_work(request, looked, loaded, precision=keeping.precision)
     if cache_only and len(work.missing):
         raise _not_cached(request, looked, work)
@@ -407,7 +408,6 @@ def carry_out(
         looked = look_up_loaded(request, loaded, looked)
         # Only now is the whole provenance known; what was found may be another's.
         plan, work = plan_work(request, looked, loaded, work, precision=keeping.precision)
-    per_prompt = _columns_by_prompt(columns or {}, looked.prompts)
     if looked.view is not None:
         found = np.setdiff1d(np.arange(len(looked.prompts)), work.missing)
         request.store.mark_used(looked.view.parts_with(looked.view.find([looked.prompts.sha256[i] for i in found])))

@@ -10,11 +10,12 @@ import os
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr import config
+from lmprobe_zarr import config, extraction
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, StoreNotFoundError
 from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.maintenance import Entry, EvictPlan, committed_at, plan_evict, remove_entries
@@ -30,6 +31,7 @@ __all__ = [
     "CacheInfo",
     "CachedPrompt",
     "CachedPromptInfo",
+    "EvictPlan",
     "ModelCacheInfo",
     "cache_info",
     "clear_cache",
@@ -227,6 +229,14 @@ def _open(place: Place, mode: str) -> Store | None:
     return opened
 
 
+def _name(model: str) -> str:
+    """The name in a store of what `Probe` and `extract` were given: a folder of this machine goes by its own name."""
+    path = Path(model).expanduser()
+    if (path / "config.json").is_file():
+        return extraction.model_name(model)
+    return path.name if path.is_absolute() else model  # a folder that is gone went by the same name
+
+
 def _where(place: Place) -> str:
     """How a place is named, whether or not a store lies there."""
     if place is not None:
@@ -251,6 +261,7 @@ def cache_info(model: str | None = None, *, store: Place = None) -> CacheInfo:
     ------
     AccessDeniedError, UnreachableError
     """
+    model = None if model is None else _name(model)
     opened = _open(store, "r")
     limit = config.cache_limit() if opened is None or opened.is_default else None
     if opened is None:
@@ -306,7 +317,7 @@ def discover_cached(
     Parameters
     ----------
     model : str
-        Name of the model in the store.
+        Name of the model in the store, or the folder that it was loaded from.
     prompt : str or sequence of int
         Text, hash or token ids.
     store : Store, path or URL, optional
@@ -323,7 +334,7 @@ def discover_cached(
     if opened is None:
         return None
     try:
-        info = opened.find_group(model, provenance=provenance, group=group)
+        info = opened.find_group(_name(model), provenance=provenance, group=group)
     except ModelNotStoredError:
         return None
     view = opened.view(info, whole=False)
@@ -377,7 +388,7 @@ def list_cached_prompts(
     if opened is None:
         return []
     try:
-        info = opened.find_group(model, provenance=provenance, group=group)
+        info = opened.find_group(_name(model), provenance=provenance, group=group)
     except ModelNotStoredError:
         return []
     view = opened.view(info, whole=False)
@@ -417,7 +428,7 @@ def _check_age(min_age: float | None, opened: Store) -> float:
     return float(min_age)
 
 
-def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | None = None) -> EvictPlan | None:
+def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | None = None, dry_run: bool = False) -> EvictPlan | None:
     """Remove the least recently used parts until the cache is within its limit.
 
     A part becomes invisible before its bytes go; views that are open and still need it raise `PartGoneError`.
@@ -430,6 +441,8 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
         The limit in GB of 1024³ bytes; by default that of `set_cache_limit` or ``$LMPROBE_CACHE_MAX_GB``, for the cache only.
     min_age : float, optional
         Seconds for which a part is safe after its commit or last use; by default 0 in the local default root, 600 elsewhere.
+    dry_run : bool
+        Only say what would go.
 
     Returns
     -------
@@ -465,6 +478,8 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     age = _check_age(min_age, opened)
     entries = [entry for info in opened.groups().values() for entry in opened.entries(info)]
     plan = plan_evict(entries, limit or 0, min_age=age)
+    if dry_run:
+        return plan
     gone = remove_entries(opened.storage, plan.entries, min_age=age)
     for entry in gone:
         opened.forget(entry.part.path)
@@ -501,6 +516,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     ReadOnlyError
     """
     log = cache_logger()
+    model = None if model is None else _name(model)
     opened = _open(url, "a")
     count = 0
     if opened is not None:

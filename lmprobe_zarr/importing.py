@@ -46,6 +46,7 @@ class ImportPlan:
     entries: list[Entry]
     found: int
     stored: int
+    named: list[Entry]
     part_names: list[str] = field(default_factory=list)
 
     @property
@@ -129,7 +130,18 @@ def plan_import(
             notes.add("prompts of unknown text, which are found by their hash", entry.name)
     _note_layers(fitting, notes)
     missing = fitting if view is None else _missing(fitting, view)
-    return ImportPlan(model, source, group, missing, len(entries), len(fitting) - len(missing))
+    named = [] if view is None else _named_now(fitting, missing, view)
+    for entry in named:
+        notes.add("prompts that are stored already, and whose text is known only now", entry.name)
+    return ImportPlan(model, source, group, missing, len(entries), len(fitting) - len(missing), named)
+
+
+def _named_now(entries: Sequence[Entry], missing: Sequence[Entry], view: View) -> list[Entry]:
+    """Those entries that are stored with all they hold, but without the text that they have."""
+    again = {entry.hash for entry in missing}
+    listed = [entry for entry in entries if entry.text is not None and entry.hash not in again]
+    rows = _rows_of(listed, view)
+    return [entry for entry, row in zip(listed, rows, strict=True) if not view.digests[row, HASH_DIGITS // 2 :].any()]
 
 
 def _group(store: Store, model: str, provenance: Provenance, entries: Iterable[Entry]) -> GroupInfo:
@@ -170,7 +182,7 @@ def of_one_width(entries: Iterable[Entry], view: View | None, skipped: Tally) ->
 
 
 def _as_stored(entries: Sequence[Entry], view: View, skipped: Tally) -> list[Entry]:
-    """The entries with the digests that the store has for their prompts.
+    """The entries, with the whole digests of prompts that the store knows more of; those of other prompts are skipped.
 
     A digest of which only 16 digits are known (see `bridges.entry.digest_of_hash`) is the same prompt as one that is whole.
     """
@@ -178,9 +190,9 @@ def _as_stored(entries: Sequence[Entry], view: View, skipped: Tally) -> list[Ent
     fitting = []
     for entry, row in zip(entries, rows, strict=True):
         stored = None if row < 0 else view.digests[row].tobytes().hex()
-        if stored is None or stored == entry.sha256:
+        if stored is None or stored == entry.sha256 or stored.endswith(UNKNOWN_DIGITS):
             fitting.append(entry)
-        elif UNKNOWN_DIGITS in (stored[HASH_DIGITS:], entry.sha256[HASH_DIGITS:]):
+        elif entry.sha256.endswith(UNKNOWN_DIGITS):
             fitting.append(replace(entry, sha256=stored))
         else:
             skipped.add("prompts that share their hash with another one in the store", entry.name)
@@ -239,6 +251,9 @@ def _carry_out(
                     for batch in _read(plan.source, [entry for entry in some if entry.hash not in failed], unit, skipped, failed):
                         ingest.put(batch)
                     advance(sum(_rows_nbytes(entry, unit) for entry in some))
+        for start in range(0, len(plan.named), BATCH_PROMPTS):
+            some = plan.named[start : start + BATCH_PROMPTS]
+            ingest.put(TokenBatch(sha256=[entry.sha256 for entry in some], text=[entry.text or "" for entry in some]))
     plan.part_names += ingest.parts
     return [entry for entry in plan.entries if entry.hash not in failed]
 

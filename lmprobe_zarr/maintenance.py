@@ -18,6 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from lmprobe_zarr.batch import HASH_DIGITS
 from lmprobe_zarr.chunks import run_all
 from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.reread import read_batches
@@ -261,12 +262,13 @@ def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], di
     durable : bool
         Flush what is written again before it is committed.
     """
-    unwanted = {bytes.fromhex(digest) for digest in digests}
+    # By their hashes, which no two prompts of a group share: a part may know no more of a prompt than that.
+    unwanted = {bytes.fromhex(digest[:HASH_DIGITS]) for digest in digests}
     hidden = {name for part in parts for name in part.info.replaces}
     concerned = 0
     # What is hidden goes whole, and first: it must not show again when the part that hides it goes.
     for part in sorted(parts, key=lambda p: p.info.name not in hidden):
-        keep = np.array([row.tobytes() not in unwanted for row in part.info.digests])
+        keep = np.array([row[: HASH_DIGITS // 2].tobytes() not in unwanted for row in part.info.digests])
         if keep.all():
             continue
         concerned += 1

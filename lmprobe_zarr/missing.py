@@ -98,7 +98,8 @@ class Request:
             held = layers if site in LAYERED_SITES else ()
             found += [Wanted(level="prompts", name=f"{site}_{pooling}", layers=held, pooled_from=site) for pooling in self.poolings]
             found += [Wanted(level="tokens", name=site, layers=held)] if self.keep_tokens else []
-        for level, name, layered in self.outputs.variables():
+        for place, name, layered in self.outputs.variables():
+            level: Level = "tokens" if place == "tokens" else "prompts"
             held = tuple(layer for layer in layers if routers is None or layer in routers) if layered else ()
             top_k = self.outputs.top_k if is_top_k(name) else None
             found.append(Wanted(level=level, name=name, layers=held, at_least=top_k))
@@ -344,8 +345,8 @@ def _missing(request: Request, wanted: Sequence[Wanted], view: View | None, prom
     to_pool: dict[str, Array] = {}
     tokens_are_whole = view.holds_whole_prompts
     for one in wanted:
-        there = view.covers(one.level, one.name, rows[known], one.layers).all(axis=0)
-        if one.at_least is not None:
+        there: Array = np.asarray(view.covers(one.level, one.name, rows[known], one.layers).all(axis=0))
+        if one.at_least is not None and there.any():
             there[there] = view.row_lengths(one.level, one.name, rows[known][there]) >= one.at_least
         if one.pooled_from is not None and tokens_are_whole:
             from_tokens = view.covers("tokens", one.pooled_from, rows[known], one.layers).all(axis=0)

@@ -125,8 +125,10 @@ def store_as(name: str, values: Array, precision: Precision, *, source_dtype: st
     target = precision.dtype or source_dtype
     overflowed = False
     if target == "float16":
+        # Rounded once only, before it is made narrow: rounding twice errs more than half a step.
+        bits = precision.keep_bits if precision.keep_bits is not None else FRACTION_BITS["float16"]
         with np.errstate(over="ignore"):
-            narrow = values.astype(np.float16)
+            narrow = (round_bits(values, bits) if bits < FRACTION_BITS["float16"] else values).astype(np.float16)
         beyond = np.isinf(narrow)
         # What was infinite before stays so: it is the model's own answer.
         overflowed = bool(beyond.any()) and bool(np.isfinite(values[beyond]).any())
@@ -135,10 +137,9 @@ def store_as(name: str, values: Array, precision: Precision, *, source_dtype: st
             raise NumberRangeError(
                 f"{name!r} holds {largest:g}, and float16 ends at 65504: store it as 'bfloat16' or 'float32', or give overflow='bfloat16'"
             )
-        if overflowed or wide:
-            target = "bfloat16"
-        else:
-            values = narrow
+        if not (overflowed or wide):
+            return narrow, target, False
+        target = "bfloat16"
     if target == "bfloat16":
         return round_bits(values.astype(np.float32), min(precision.keep_bits or 7, 7)), "bfloat16", overflowed
     if target != values.dtype.name:

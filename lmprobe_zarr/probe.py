@@ -8,9 +8,8 @@ from __future__ import annotations
 import inspect
 import os
 import uuid
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -18,35 +17,26 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr import config
-from lmprobe_zarr.build import Keeping, ModelMemory, Outcome, Running, carry_out, keeping_of
-from lmprobe_zarr.errors import (
-    CacheWarning,
-    CorruptPartError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    LabelError,
-    NoSpaceError,
-    NotAStoreError,
-    NotFittedError,
-    PartGoneError,
-    ReadOnlyError,
-)
+from lmprobe_zarr.errors import InvalidArgumentError, LabelError, NotFittedError
 from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.layers import LayerSpec, parse_sweep
-from lmprobe_zarr.missing import check_request
 from lmprobe_zarr.plan import ExtractStats
-from lmprobe_zarr.precision import Precision
-from lmprobe_zarr.probes.files import dump_probe, parse_probe
-from lmprobe_zarr.probes.metrics import evaluate_classification, evaluate_regression
-from lmprobe_zarr.probes.pipelines import make_pipeline_for
+from lmprobe_zarr.probes import dump_probe, evaluate_classification, evaluate_regression, make_pipeline_for, parse_probe
+from lmprobe_zarr.probes.given import (
+    as_array,
+    check_batch_size,
+    check_labels,
+    check_weights,
+    is_matrix,
+    list_given,
+    parse_matrix,
+    split_labels,
+)
 from lmprobe_zarr.probes.stages import Stage, parse_stage, reduce_scores
-from lmprobe_zarr.ragged import concat_ranges, offsets_of
-from lmprobe_zarr.reread import read_values
-from lmprobe_zarr.schema import GroupInfo, Provenance
-from lmprobe_zarr.sites import Outputs
-from lmprobe_zarr.store import Store, open_store
-from lmprobe_zarr.view import hashes_of
+from lmprobe_zarr.ragged import concat_ranges
+from lmprobe_zarr.schema import Provenance
+from lmprobe_zarr.store import Store
+from lmprobe_zarr.supply import Activations, Supply, SupplyMemory
 
 if TYPE_CHECKING:
     import torch
@@ -57,37 +47,6 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 TASKS: Final = ("classification", "regression")
-# A part that is evicted or found damaged under a call is looked for again; more often than this something is wrong.
-ATTEMPTS: Final = 5
-
-
-@dataclass(frozen=True, slots=True)
-class _Activations:
-    """What a probe learns from or scores.
-
-    Parameters
-    ----------
-    features : ndarray of float, shape (row, layer × hidden)
-        A row is a prompt or a token; the layers of a row stand side by side.
-    layers : tuple of int
-    n_tokens : ndarray of int, shape (prompt,), optional
-        Rows of each prompt, where a row is a token.
-    hashes : ndarray of str, shape (prompt,)
-    """
-
-    features: Array
-    layers: tuple[int, ...]
-    n_tokens: Ints | None
-    hashes: npt.NDArray[np.str_]
-
-
-@dataclass(slots=True)
-class _Session:
-    """What probes of one fit share and no file keeps: the loaded model, and what was warned of."""
-
-    memory: ModelMemory = field(default_factory=ModelMemory)
-    store: Store | None = None
-    warned: set[str] = field(default_factory=set)
 
 
 class Probe:
@@ -209,7 +168,7 @@ class Probe:
         self.classes_: Array | None = None
         self.layers_: tuple[int, ...] = ()
         self.sweep_result_: LayerSweep | None = None
-        self._session = _Session()
+        self._memory = SupplyMemory()
         self._check()
 
     def _check(self) -> None:
@@ -219,7 +178,7 @@ class Probe:
         parse_stage(self.train_pooling or self.pooling, training=True)
         parse_stage(self.inference_pooling or self.pooling)
         if self.batch_size is not None:
-            _check_batch_size(self.batch_size)
+            check_batch_size(self.batch_size)
         self._new_pipeline(1)
 
     # ------------------------------------------------------------------------------------------------- as scikit-learn has it
@@ -265,7 +224,7 @@ class Probe:
 
     def __getstate__(self) -> dict[str, Any]:
         # A loaded model stays where it is: the copy loads its own when it needs one.
-        return {**self.__dict__, "_session": _Session()}
+        return {**self.__dict__, "_memory": SupplyMemory()}
 
     # --------------------------------------------------------------------------------------------------------- activations
 
@@ -287,110 +246,17 @@ class Probe:
         ------
         As `lmprobe_zarr.extract` does.
         """
-        given = _listed(prompts)
-        stages = {parse_stage(self.train_pooling or self.pooling), parse_stage(self.inference_pooling or self.pooling)}
-        poolings = tuple(dict.fromkeys(stage.pooling for stage in stages if not stage.needs_tokens))
-        outcome, sink = self._extract(given, poolings, any(s.needs_tokens for s in stages), self._layers_to_extract(), batch_size)
-        _drop(sink)
-        return outcome.stats
-
-    def _layers_to_extract(self) -> LayerSpec:
+        given = list_given(prompts)
+        stages = (parse_stage(self.train_pooling or self.pooling), parse_stage(self.inference_pooling or self.pooling))
         sweep = parse_sweep(self.layers)
-        return self.layers if sweep is None else sweep
+        return self._supply(batch_size).warm_up(given, stages, self.layers if sweep is None else sweep).stats
 
-    def _extract(
-        self,
-        prompts: list[Any],
-        poolings: tuple[str, ...],
-        keep_tokens: bool,
-        layers: LayerSpec,
-        batch_size: int | None,
-        *,
-        refresh: bool = False,
-    ) -> tuple[Outcome, Store | None]:
-        """See that all is there; also returns where new values went, if that was not the store."""
-        if self.model is None:
-            raise InvalidArgumentError("this probe has no model to run prompts through: give Probe(model=…), or activations")
+    def _supply(self, batch_size: int | None = None) -> Supply:
+        """Where activations come from."""
         if batch_size is not None:
-            _check_batch_size(batch_size)
-        store = self._open()
-        request = check_request(
-            model=self.model, prompts=prompts, store=store, layers=layers, sites=("resid",), pooling=poolings, keep_tokens=keep_tokens,
-            name=self.name, outputs=Outputs(), tokenizer=self.tokenizer, revision=self.revision, dtype=self.dtype,
-            max_length=self.max_length, truncation=self.truncation, refresh=refresh, provenance=self.provenance, modules=self.modules,
-            trust_remote_code=self.trust_remote_code, keep_passed=True,
-        )  # fmt: skip
-        running = Running(device=self.device, device_map=self.device_map, batch_prompts=batch_size or self.batch_size, progress=False)
-        keeping = keeping_of(store, Precision())
-        options: dict[str, Any] = {"memory": self._session.memory, "cache_only": self.cache_only}
-        if keeping.limit != 0:
-            try:
-                return carry_out(request, keeping, running, **options), None
-            except (ReadOnlyError, NoSpaceError, NotAStoreError) as error:
-                if not store.is_default:
-                    raise
-                self._warn_unwritable(store, error)
-        # Nothing may be stored, or can be: what is missing goes into memory, for this call only.
-        sink = open_store(f"memory://lmprobe-zarr-{uuid.uuid4().hex}")
-        try:
-            return carry_out(request, Keeping(precision=keeping.precision), running, sink=sink, **options), sink
-        except BaseException:
-            _drop(sink)
-            raise
-
-    def _open(self) -> Store:
-        """The store; while it lies at the same place always the same object, which knows its parts already, and the damaged ones."""
-        if isinstance(self.store, Store):
-            return self.store
-        opened, kept = self._open_anew(), self._session.store
-        if kept is None or (kept.url, kept.mode, kept.is_default) != (opened.url, opened.mode, opened.is_default):
-            self._session.store = kept = opened
-        return kept
-
-    def _open_anew(self) -> Store:
-        try:
-            return open_store(self.store)
-        except (NotAStoreError, ReadOnlyError) as error:
-            if self.store is not None:
-                raise
-            # Computing goes on without a cache.
-            self._warn_unwritable(None, error)
-            empty = open_store("memory://lmprobe-zarr-nothing")
-            return Store(empty.storage, mode="r", is_default=True)
-
-    def _warn_unwritable(self, store: Store | None, error: Exception) -> None:
-        place = str(config.default_root()) if store is None else store.url
-        if place not in self._session.warned:
-            self._session.warned.add(place)
-            backend = config.cache_backend() is not None
-            variable = "LMPROBE_CACHE_BACKEND" if backend else "LMPROBE_CACHE_DIR"
-            warnings.warn(
-                f"nothing is stored in the cache {place} ({error.args[0] if error.args else error}): "
-                f"activations are computed again at every call; make room there, or name another place with {variable}",
-                CacheWarning,
-                stacklevel=2,
-            )
-
-    def _activations(
-        self, prompts: Iterable[Any], stage: Stage, layers: LayerSpec, batch_size: int | None = None, *, refresh: bool = False
-    ) -> _Activations:
-        given = _listed(prompts)
-        poolings = () if stage.needs_tokens else (stage.pooling,)
-        for attempt in range(ATTEMPTS):
-            # Only the first time: what is run again after that was damaged or has gone.
-            outcome, sink = self._extract(given, poolings, stage.needs_tokens, layers, batch_size, refresh=refresh and not attempt)
-            store = self._open()
-            try:
-                return _read(outcome, [place for place in (sink, store) if place is not None], stage)
-            except CorruptPartError as error:
-                # Left out from now on; other parts serve what it held, or the model is run again.
-                store.set_aside(error)
-            except PartGoneError:
-                # Evicted between the two looks: the next one finds what is there now, and the model makes up for the rest.
-                store.forget_all()
-            finally:
-                _drop(sink)
-        raise PartGoneError(f"parts of {store.url} went {ATTEMPTS} times while they were read: is its limit smaller than one call needs?")
+            check_batch_size(batch_size)
+        given = {name: getattr(self, name) for name in Supply.__dataclass_fields__ if name not in ("memory", "batch_size")}
+        return Supply(memory=self._memory, batch_size=batch_size or self.batch_size, **given)
 
     # ------------------------------------------------------------------------------------------------------------- fitting
 
@@ -433,16 +299,16 @@ class Probe:
         others
             As `lmprobe_zarr.extract` does.
         """
-        if _is_matrix(positive_prompts):
+        if is_matrix(positive_prompts):
             return self.fit_from_activations(positive_prompts, negative_prompts if labels is None else labels, sample_weight=sample_weight)
-        prompts, y = _prompts_and_labels(positive_prompts, negative_prompts, labels)
-        y = self._checked_labels(y, len(prompts))
-        weights = _checked_weights(sample_weight, len(prompts))
+        prompts, y = split_labels(positive_prompts, negative_prompts, labels)
+        y = check_labels(y, len(prompts), classes=self.task == "classification")
+        weights = check_weights(sample_weight, len(prompts))
         stage = parse_stage(self.train_pooling or self.pooling, training=True)
         sweep = parse_sweep(self.layers)
         if sweep is not None:
             return self._fit_sweep(prompts, y, weights, sweep, invalidate_cache=invalidate_cache, batch_size=batch_size)
-        read = self._activations(prompts, stage, self.layers, batch_size, refresh=invalidate_cache)
+        read = self._supply(batch_size).activations(prompts, stage, self.layers, refresh=invalidate_cache)
         if read.n_tokens is not None:
             y = np.repeat(y, read.n_tokens)
             weights = None if weights is None else np.repeat(weights, read.n_tokens)
@@ -468,9 +334,9 @@ class Probe:
         InvalidArgumentError
             Not a matrix of finite numbers, or one whose width is no multiple of `n_layers`.
         """
-        features, layers = _matrix(X, n_layers)
-        labels = self._checked_labels(_as_array(y), len(features))
-        self._fit(features, labels, _checked_weights(sample_weight, len(features)), layers)
+        features, layers = parse_matrix(X, n_layers)
+        labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
+        self._fit(features, labels, check_weights(sample_weight, len(features)), layers)
         return self
 
     def _new_pipeline(self, n_layers: int) -> Any:
@@ -500,14 +366,11 @@ class Probe:
         self, prompts: list[Any], y: Array, weights: Array | None, sweep: LayerSpec, *, invalidate_cache: bool, batch_size: int | None
     ) -> Self:
         stage = parse_stage(self.train_pooling or self.pooling, training=True)
-        outcome, sink = self._extract(
-            prompts, () if stage.needs_tokens else (stage.pooling,), stage.needs_tokens, sweep, batch_size, refresh=invalidate_cache
-        )
-        _drop(sink)
+        outcome = self._supply(batch_size).warm_up(prompts, (stage,), sweep, refresh=invalidate_cache)
         probes = {}
         for layer in outcome.layers:
             probe = Probe(**{**self.get_params(), "layers": layer})
-            probe._session = self._session
+            probe._memory = self._memory
             probes[layer] = probe.fit(prompts, labels=y, sample_weight=weights, batch_size=batch_size)
         result = LayerSweep(probes)
         self._take(probes[outcome.layers[0]])
@@ -517,23 +380,6 @@ class Probe:
     def _take(self, other: Probe) -> None:
         """What another probe has learned."""
         self.pipeline_, self.classes_, self.layers_ = other.pipeline_, other.classes_, other.layers_
-
-    def _checked_labels(self, labels: Array, n: int) -> Array:
-        if labels.ndim != 1 or len(labels) != n:
-            raise LabelError(f"there are labels of shape {labels.shape} for {n} prompts: give one for each, in their order")
-        if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-            raise LabelError(f"{int((~np.isfinite(labels)).sum())} of {n} labels are missing or infinite: leave those prompts out")
-        if self.task == "classification":
-            classes = np.unique(labels)
-            if len(classes) < 2:
-                raise LabelError(
-                    f"all {n} labels are {classes[0].item()!r}: a probe needs prompts of at least two classes"
-                    if len(classes)
-                    else "there are no prompts to learn from: give some of at least two classes"
-                )
-            if labels.dtype.kind == "f" and (labels != np.round(labels)).any():
-                raise LabelError("labels are not whole numbers: give classes, or task='regression' for values")
-        return labels
 
     # ------------------------------------------------------------------------------------------------------------- scoring
 
@@ -558,7 +404,7 @@ class Probe:
             As `lmprobe_zarr.extract` does.
         """
         self._check_fitted()
-        if _is_matrix(prompts):
+        if is_matrix(prompts):
             return self.predict_from_activations(prompts)
         stage, read = self._to_score(prompts, batch_size)
         if self.task == "regression":
@@ -589,17 +435,17 @@ class Probe:
         """
         self._check_fitted()
         self._check_probabilities()
-        if _is_matrix(prompts):
+        if is_matrix(prompts):
             return self.predict_proba_from_activations(prompts)
         stage, read = self._to_score(prompts, batch_size)
         return _pooled(np.asarray(self.pipeline_.predict_proba(read.features)), stage, read, self.classes_)
 
-    def _to_score(self, prompts: Any, batch_size: int | None) -> tuple[Stage, _Activations]:
+    def _to_score(self, prompts: Any, batch_size: int | None) -> tuple[Stage, Activations]:
         stage = parse_stage(self.inference_pooling or self.pooling)
         layers = list(self.layers_)
         if not layers:
             raise InvalidArgumentError("this probe learned from activations of unknown layers: predict from activations too")
-        return stage, self._activations(prompts, stage, layers, batch_size)
+        return stage, self._supply(batch_size).activations(list_given(prompts), stage, layers)
 
     def _check_probabilities(self) -> None:
         if self.task == "regression":
@@ -620,10 +466,10 @@ class Probe:
 
     def score_from_activations(self, X: Any, y: Any) -> float:  # noqa: N803
         """Accuracy, or R² for a regression, on rows of activations."""
-        return self._score(self.predict_from_activations(X), _as_array(y))
+        return self._score(self.predict_from_activations(X), as_array(y))
 
     def _same_width(self, X: Any) -> Array:  # noqa: N803
-        features, _ = _matrix(X, max(1, len(self.layers_)))
+        features, _ = parse_matrix(X, max(1, len(self.layers_)))
         if features.shape[1] != self.pipeline_.n_features_in_:
             raise InvalidArgumentError(
                 f"these activations are {features.shape[1]} wide, and the probe learned from {self.pipeline_.n_features_in_}: "
@@ -633,7 +479,7 @@ class Probe:
 
     def score(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> float:
         """The share of prompts whose class is predicted, 0 to 1; R² for a regression."""
-        return self._score(np.asarray(self.predict(prompts, batch_size=batch_size)), _as_array(labels))
+        return self._score(np.asarray(self.predict(prompts, batch_size=batch_size)), as_array(labels))
 
     def _score(self, predicted: Array, labels: Array) -> float:
         if len(predicted) != len(labels):
@@ -657,7 +503,7 @@ class Probe:
         self._check_fitted()
         if self.sweep_result_ is not None:
             return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size)
-        y = _as_array(labels)
+        y = as_array(labels)
         predicted = np.asarray(self.predict(prompts, batch_size=batch_size))
         if len(predicted) != len(y):
             raise LabelError(f"there are {len(y)} labels for {len(predicted)} predictions: give one for each prompt, and pool the tokens")
@@ -669,7 +515,7 @@ class Probe:
         return {**{name: value for name, value in found.items() if not np.isnan(value)}, "n_eval": len(y)}
 
     def _evaluate_sweep(self, sweep: LayerSweep, prompts: Any, labels: Any, batch_size: int | None) -> dict[str, Any]:
-        given = prompts if _is_matrix(prompts) else _listed(prompts)
+        given = prompts if is_matrix(prompts) else list_given(prompts)
         results = {layer: probe.evaluate(given, labels, batch_size=batch_size) for layer, probe in sweep.probes.items()}
         measure = "accuracy" if self.task == "classification" else "r2"
         best = max(results, key=lambda layer: results[layer][measure])
@@ -769,19 +615,19 @@ class LayerSweep:
 
     def score(self, prompts: Iterable[Any], labels: Any) -> dict[int, float]:
         """Accuracy (R² for a regression) of each layer."""
-        given = _listed(prompts)
+        given = list_given(prompts)
         self._together(given)
         return {layer: self.probes[layer].score(given, labels) for layer in self.layers}
 
     def predict(self, prompts: Iterable[Any]) -> dict[int, Any]:
         """What each layer's probe predicts."""
-        given = _listed(prompts)
+        given = list_given(prompts)
         self._together(given)
         return {layer: self.probes[layer].predict(given) for layer in self.layers}
 
     def predict_proba(self, prompts: Iterable[Any]) -> dict[int, Any]:
         """The probabilities that each layer's probe gives."""
-        given = _listed(prompts)
+        given = list_given(prompts)
         self._together(given)
         return {layer: self.probes[layer].predict_proba(given) for layer in self.layers}
 
@@ -794,55 +640,13 @@ class LayerSweep:
         """All layers in one pass, so that the probes find theirs in the cache."""
         first = self.probes[self.layers[0]]
         together = Probe(**{**first.get_params(), "layers": self.layers})
-        together._session = first._session
+        together._memory = first._memory
         together.warmup(prompts)
 
 
 _PARAMETERS: Final = {name: p for name, p in inspect.signature(Probe.__init__).parameters.items() if name != "self"}
 # Of this machine, of this moment, or no JSON.
 _NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_remote_code")
-
-
-# ------------------------------------------------------------------------------------------------------------------ reading
-
-
-def _read(outcome: Outcome, stores: list[Store], stage: Stage) -> _Activations:
-    """What an extraction has made sure of, from the places that hold it, in the order of the given prompts."""
-    prompts, layers = outcome.prompts, outcome.layers
-    level, name = ("tokens", "resid") if stage.needs_tokens else ("prompts", f"resid_{stage.pooling}")
-    pieces: dict[int, Array] = {}
-    for store in stores:
-        info: GroupInfo | None = store.groups().get(outcome.group.name)
-        if info is None:
-            continue
-        view = store.view(info, whole=False)
-        rows = view.find(prompts.sha256)
-        places = np.array([i for i in np.flatnonzero(rows >= 0) if i not in pieces], np.int64)
-        there = view.covers(level, name, rows[places], layers).all(axis=0)  # type: ignore[arg-type]
-        places = places[there]
-        if not len(places):
-            continue
-        values = read_values(view, level, name, rows[places], layers)  # type: ignore[arg-type]
-        counts = view.token_counts()[rows[places]] if stage.needs_tokens else np.ones(len(places), np.int64)
-        bounds = offsets_of(counts)
-        pieces |= {int(i): values[:, a:b] for i, a, b in zip(places, bounds[:-1], bounds[1:], strict=True)}
-    absent = [i for i in range(len(prompts)) if i not in pieces]
-    if absent:
-        raise PartGoneError(f"{len(absent)} of {len(prompts)} prompts went from {stores[-1].url} while they were read: call again")
-    counts = np.array([pieces[i].shape[1] for i in range(len(prompts))], np.int64)
-    joined = np.concatenate([pieces[i] for i in range(len(prompts))], axis=1)
-    chosen = concat_ranges(offsets_of(counts)[prompts.row], counts[prompts.row])
-    ordered = joined[:, chosen]
-    wide = np.float64 if ordered.dtype == np.float64 else np.float32
-    features = np.ascontiguousarray(ordered.transpose(1, 0, 2), wide).reshape(ordered.shape[1], -1)
-    digests = np.frombuffer(bytes.fromhex("".join(prompts.sha256)), np.uint8).reshape(-1, 32)
-    hashes = hashes_of(digests)[prompts.row]
-    return _Activations(features, layers, counts[prompts.row] if stage.needs_tokens else None, hashes)
-
-
-def _drop(sink: Store | None) -> None:
-    if sink is not None:
-        sink.storage.remove_tree("")
 
 
 # ------------------------------------------------------------------------------------------------------------------ scores
@@ -859,12 +663,12 @@ def _classes_of(scores: Array, classes: Array) -> Array:
     return np.asarray(classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)])
 
 
-def _counts(read: _Activations) -> Ints:
+def _counts(read: Activations) -> Ints:
     assert read.n_tokens is not None  # noqa: S101 — the stage says that rows are tokens
     return read.n_tokens
 
 
-def _pooled(scores: Array, stage: Stage, read: _Activations, classes: Array | None = None) -> Any:
+def _pooled(scores: Array, stage: Stage, read: Activations, classes: Array | None = None) -> Any:
     if stage.of == "activation":
         return scores
     if stage.of == "nothing":
@@ -872,7 +676,7 @@ def _pooled(scores: Array, stage: Stage, read: _Activations, classes: Array | No
     return reduce_scores(scores, _counts(read), stage.pooling)
 
 
-def _by_token(values: Array, read: _Activations, classes: Array | None = None) -> xr.DataArray:
+def _by_token(values: Array, read: Activations, classes: Array | None = None) -> xr.DataArray:
     """One row per token, found by prompt and position; a prompt that was given twice is there twice."""
     counts = _counts(read)
     uniques, codes = np.unique(read.hashes, return_inverse=True)
@@ -883,88 +687,7 @@ def _by_token(values: Array, read: _Activations, classes: Array | None = None) -
     return array.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
 
 
-# --------------------------------------------------------------------------------------------------------------- what is given
-
-
-def _listed(prompts: Any) -> list[Any]:
-    if isinstance(prompts, str):
-        raise InvalidTypeError("prompts is one text: give a list of prompts")
-    if not isinstance(prompts, Iterable):
-        raise InvalidTypeError(f"prompts is a {type(prompts).__name__}: give a list of prompts")
-    return list(prompts)
-
-
-def _is_matrix(given: Any) -> bool:
-    """Whether these are activations: numbers with a fraction in rows. Whole numbers are token ids."""
-    dtype = getattr(given, "dtype", None)
-    if dtype is None or getattr(given, "ndim", 0) not in (2, 3):
-        return False
-    return bool(getattr(dtype, "is_floating_point", False)) or getattr(dtype, "kind", "") == "f"
-
-
-def _as_array(values: Any) -> Array:
-    return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
-
-
-def _matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...]]:
-    """Activations as rows, and their layers where these are known."""
-    layers: tuple[int, ...] = ()
-    if isinstance(given, xr.DataArray):
-        sample = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
-        if sample is None or "hidden" not in given.dims:
-            raise InvalidArgumentError(
-                f"activations have dims {given.dims}, expected prompt or token, hidden, and perhaps layer: rename or select"
-            )
-        if "layer" in given.coords:
-            layers = tuple(int(layer) for layer in np.atleast_1d(given.coords["layer"].values))
-        n_layers = given.sizes.get("layer", 1)
-        values = given.transpose(sample, "layer", "hidden", missing_dims="ignore").values
-    else:
-        tensor = given.detach().cpu() if hasattr(given, "detach") else given
-        values = np.asarray(tensor.float().numpy() if hasattr(tensor, "float") and str(tensor.dtype) == "torch.bfloat16" else tensor)
-    if values.ndim < 2 or values.dtype.kind not in "fiu" or not len(values):
-        raise InvalidArgumentError(f"activations have shape {values.shape} and dtype {values.dtype}, expected (row, hidden) numbers")
-    features = values.reshape(len(values), -1)
-    features = features.astype(np.float64 if features.dtype.itemsize > 4 else np.float32, copy=False)
-    if features.shape[1] % n_layers:
-        raise InvalidArgumentError(
-            f"activations are {features.shape[1]} wide, which is not {n_layers} layers of the same width: check n_layers"
-        )
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
-        raise InvalidArgumentError(f"{len(bad)} of {len(features)} rows hold NaN or infinity, first row {bad[0]}: leave them out")
-    return features, layers or (tuple(range(n_layers)) if n_layers > 1 else ())
-
-
-def _prompts_and_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array]:
-    if (second is None) == (labels is None):
-        raise InvalidArgumentError(
-            "fit takes (positive, negative) prompts, or (prompts, labels): give exactly one of the two after the first"
-        )
-    prompts = _listed(first)
-    if labels is not None:
-        return prompts, _as_array(labels)
-    others = _as_array(second) if hasattr(second, "detach") else second
-    listed = _listed(others)
-    if listed and all(isinstance(one, (bool, int, float, np.number, np.bool_)) for one in listed):
-        return prompts, np.asarray(listed)
-    return [*prompts, *listed], np.array([1] * len(prompts) + [0] * len(listed))
-
-
-def _checked_weights(weights: Any, n: int) -> Array | None:
-    if weights is None:
-        return None
-    values = np.asarray(weights, float)
-    if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any():
-        raise InvalidArgumentError(
-            f"sample_weight has shape {values.shape}, expected {n} finite numbers of at least 0: give one per prompt"
-        )
-    return values
-
-
-def _check_batch_size(size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InvalidArgumentError(f"batch_size={size!r} is no number of prompts: give a whole number of at least 1, or None")
+# ----------------------------------------------------------------------------------------------------------------- printing
 
 
 def _as_json(value: Any) -> Any:

@@ -268,7 +268,8 @@ class LocalStorage(Storage):
         return shutil.disk_usage(self._existing()).free
 
     def may_write(self) -> bool:
-        return os.access(self._existing(), os.W_OK)
+        place = self._existing()
+        return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
     def _existing(self) -> Path:
         """The root, or the nearest folder above it that exists."""

@@ -240,6 +240,8 @@ class Store:
                 raise ModelNotStoredError(
                     f"{model!r} is in {self.url}, but not with provenance {dict(provenance or {})!r}: there is {known!r}"
                 )
+            if model is None and group is None and not provenance:
+                raise ModelNotStoredError(f"{self.url} holds nothing yet: extract something into it first")
             there = ", ".join(self.models() if group is None else self.groups()) or "nothing yet"
             asked = f"group {group!r}" if group is not None else f"model {model!r}"
             raise ModelNotStoredError(f"{asked} is not in {self.url}, which holds {there}: check the name, or extract it first")

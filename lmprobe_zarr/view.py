@@ -111,7 +111,7 @@ class View:
         wanted = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
         rows = self._find_keys(_keys_of(wanted))
         found = rows >= 0
-        differ = (self.digests[rows[found]] != wanted[found]).any(axis=1)
+        differ = _differ(self.digests[rows[found]], wanted[found])
         if differ.any():
             one = hashes_of(wanted[found][differ][:1])[0]
             raise PromptCollisionError(f"a stored prompt and a given one share the hash {one} but differ: they cannot be in one group")
@@ -214,8 +214,8 @@ class View:
         the largest logits.
         """
         array = self.source(level, name, rows, ())
-        widths = np.array([one.info.row_shape[-1] for one in array.arrays], np.int64)
-        return widths[array.source[0]]
+        widths: Ints = np.array([one.info.row_shape[-1] for one in array.arrays], np.int64)
+        return np.asarray(widths[array.source[0]])
 
     @property
     def holds_whole_prompts(self) -> bool:
@@ -271,6 +271,12 @@ def hashes_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.str_]:
     return np.frombuffer(text.encode(), f"S{HASH_DIGITS}").astype(f"U{HASH_DIGITS}")
 
 
+def _differ(some: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which digests, all of equal hash, are of different prompts. One that ends in zeros is the hash alone, of a prompt of unknown text."""
+    unknown = ~some[:, HASH_DIGITS // 2 :].any(axis=1) | ~others[:, HASH_DIGITS // 2 :].any(axis=1)
+    return np.asarray((some != others).any(axis=1) & ~unknown, bool)
+
+
 def _keys_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     keys = np.ascontiguousarray(digests[:, : HASH_DIGITS // 2]).view(">u8").reshape(-1)
     return keys.astype(np.uint64)
@@ -295,15 +301,18 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
     every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
     codes, first = _first_appearance(_keys_of(every))
     digests = every[first]
-    if (digests[codes] != every).any():
-        one = hashes_of(every[(digests[codes] != every).any(axis=1)][:1])[0]
+    whole = every[:, HASH_DIGITS // 2 :].any(axis=1)
+    digests[codes[whole]] = every[whole]
+    differ = _differ(digests[codes], every)
+    if differ.any():
+        one = hashes_of(every[differ][:1])[0]
         raise PromptCollisionError(f"two different prompts in {storage.url}/{group.name} share the hash {one}")
     bounds = offsets_of([len(part.info.digests) for part in shown])
     members = [codes[a:b] for a, b in itertools.pairwise(bounds)]
     keys: pd.Index[Any] = pd.Index(_keys_of(digests))
     for note in noted:
         rows = np.asarray(keys.get_indexer(pd.Index(_keys_of(note.info.digests))), np.int64)
-        if (digests[rows[rows >= 0]] != note.info.digests[rows >= 0]).any():
+        if _differ(digests[rows[rows >= 0]], note.info.digests[rows >= 0]).any():
             raise PromptCollisionError(
                 f"the annotation {note.info.name} of {storage.url}/{group.name} is of another prompt with the same hash"
             )

@@ -14,7 +14,8 @@ import pytest
 from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.cli import main, parse_layers
+from lmprobe_zarr.cli import main
+from lmprobe_zarr.cli.arguments import parse_layers
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.prompt_files import read_prompts
 

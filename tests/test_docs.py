@@ -25,7 +25,9 @@ def test_every_python_block_runs(page: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from tiny_models import save_tiny
 
-    save_tiny("gpt2", tmp_path / "gpt2", n_layer=6)  # a tiny random model stands for the one that a reader would download
+    save_tiny(
+        "gpt2", tmp_path / "gpt2", head="AutoModelForCausalLM", n_layer=6
+    )  # a tiny random model stands for the one that a reader would download
     code = "\n".join(blocks(page, "python"))
     script = tmp_path / "page.py"
     script.write_text(code)
@@ -55,3 +57,13 @@ def test_every_command_of_the_command_line_is_documented(capsys: pytest.CaptureF
     text = "\n".join(page.read_text() for page in PAGES)
     for command in commands:
         assert f"lmprobe-zarr {command}" in text or f"make {command}" in text, command
+
+
+def test_the_table_of_environment_variables_is_that_of_the_code() -> None:
+    from lmprobe_zarr.config import SETTINGS
+
+    page = (ROOT / "docs" / "caching.md").read_text()
+    for setting in SETTINGS.values():
+        call = f"`{setting.call}()`" if setting.call else "—"
+        row = f"| `{setting.variable}` | {setting.means} | {setting.values} | {setting.default} | `{setting.example}` | {call} |"
+        assert row in page, row

@@ -245,6 +245,8 @@ def test_without_an_intercept_the_target_is_not_centred() -> None:
     np.testing.assert_allclose(ours.coef_, expected.coef_, rtol=1e-6)
 
 
+# scikit-learn 1.5 says that coordinate descent does not end on a target of zeros, though it is there from the start.
+@pytest.mark.filterwarnings("ignore:Objective did not converge")
 def test_a_target_that_never_changes_is_predicted_and_several_are_refused() -> None:
     x, _ = numbers()
     for name in ("lasso", "svr"):
@@ -312,7 +314,7 @@ def test_our_estimators_refuse_what_was_not_fitted_or_is_of_another_width() -> N
     for estimator in (MassMeanClassifier(), EnsembleClassifier(), LayerScaler()):
         estimator.fit(x, y)
         with pytest.raises(InvalidArgumentError, match=r"X has 29 features, but .* is expecting 30"):
-            getattr(estimator, "predict", getattr(estimator, "transform", None))(x[:, 1:])
+            (estimator.transform if isinstance(estimator, LayerScaler) else estimator.predict)(x[:, 1:])
         with pytest.raises(ValueError, match="NaN"):
             estimator.fit(np.full_like(x, np.nan), y)
     with pytest.raises(InvalidArgumentError, match="3 labels for 200 rows"):

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +369,7 @@ def test_two_prompts_with_one_hash_are_an_error_never_each_others_data(store: St
     store.write(GROUP, make_batch(["a"]))
 
     def colliding(prompt: object) -> str:
-        return real[:16] + "0" * 48 if prompt == "b" else prompt_sha256(str(prompt))
+        return real[:16] + "1" * 48 if prompt == "b" else prompt_sha256(str(prompt))
 
     monkeypatch.setattr("lmprobe_zarr.view.prompt_sha256", colliding)
     with pytest.raises(PromptCollisionError, match=real[:16]):
@@ -490,7 +491,7 @@ def test_aborting_after_the_commit_deletes_nothing(store: Store, monkeypatch: py
 
 def test_an_annotation_of_another_prompt_with_the_same_hash_is_an_error(store: Store) -> None:
     store.write(GROUP, make_batch(["a"]))
-    forged = TokenBatch(sha256=[prompt_sha256("a")[:16] + "0" * 48], prompt_columns={"label": np.array([7])})
+    forged = TokenBatch(sha256=[prompt_sha256("a")[:16] + "1" * 48], prompt_columns={"label": np.array([7])})
     writer = store.new_part(GROUP, kind="annotation")
     writer.append(forged)
     writer.commit()
@@ -590,3 +591,17 @@ def test_a_whole_day_of_small_things_prints_well(store: Store) -> None:
     assert "acme/toy: 5 prompts" in text
     assert "layers 0-1, 3" in text
     assert "resid (tokens)" in text
+
+
+def test_a_prompt_known_by_its_hash_alone_is_the_prompt_of_that_text(store: Store) -> None:
+    hash_only = make_batch(["a", "b"], seed=1)
+    unknown = replace(hash_only, sha256=[prompt_sha256(t)[:16] + "0" * 48 for t in ("a", "b")], text=None)
+    store.write(GROUP, unknown)
+    assert store.dataset(prompts=["b"]).sizes["prompt"] == 1, "found by its text"
+    store.write(GROUP, make_batch(["a", "c"], seed=2, layers=(2,)))
+    ds = store.dataset(prompts=["a", lz.prompt_hash("b"), "c"])
+    assert ds.prompt_sha256.values[0] == prompt_sha256("a"), "the whole digest, once it is known"
+    assert np.isfinite(ds.resid_mean.sel(layer=2).values[[0, 2]]).all()
+    assert np.isfinite(ds.resid_mean.sel(layer=0).values[:2]).all()
+    assert store.delete("acme/toy", ["a"]) == 2
+    assert lz.open_store(store.url).dataset().sizes["prompt"] == 2 if store.storage.is_local else True

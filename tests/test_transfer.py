@@ -238,15 +238,26 @@ def test_prompts_are_chosen_and_named_by_the_caller(tmp_path: Path, store: Store
         quiet_import(tmp_path / "cache", store, prompts=[[1, 2]])
 
 
-def test_a_prompt_whose_text_becomes_known_later_stays_the_same_prompt(tmp_path: Path, store: Store) -> None:
+def test_a_prompt_whose_text_becomes_known_later_stays_the_same_prompt_and_gets_its_text(tmp_path: Path, store: Store) -> None:
     folder = add_model(tmp_path / "cache")
-    add_prompt(folder, "a", prompt_tensors(0), listed=False)
+    for text in "ab":
+        add_prompt(folder, text, prompt_tensors(0), listed=False)
     quiet_import(tmp_path / "cache", store)
-    assert quiet_import(tmp_path / "cache", store, prompts=["a"]).stored == 1
-    add_prompt(folder, "a", prompt_tensors(0, layers=(0, 1, 2)), listed=False)
-    assert quiet_import(tmp_path / "cache", store, prompts=["a"]).imported == 1
-    assert len(store.dataset().prompt) == 1
-    assert store.dataset(prompts=[sha16("a")]).text.values.tolist() == ["a"]
+    held = store.tokens(prompts=["a", "b"]).resid.values
+    summary = quiet_import(tmp_path / "cache", store, prompts=["a"])
+    assert (summary.stored, summary.imported) == (1, 0)
+    assert "known only now" in summary.notes[0].text
+    ds = store.dataset(prompts=[sha16("a"), sha16("b")])
+    assert ds.text.values.tolist() == ["a", ""]
+    assert ds.prompt_sha256.values.tolist() == [prompt_sha256("a"), sha16("b") + "0" * 48]
+    np.testing.assert_array_equal(store.tokens(prompts=["a", "b"]).resid, held)
+    assert ds.prompt_length.values.tolist() == [4, 4]
+    again = quiet_import(tmp_path / "cache", store, prompts=["a"])
+    assert (again.stored, again.parts, again.notes) == (1, 0, ())
+    add_prompt(folder, "b", prompt_tensors(0, layers=(0, 1, 2)), listed=False)
+    assert quiet_import(tmp_path / "cache", store, prompts=["b"]).imported == 1
+    assert store.dataset(prompts=["a", "b"]).text.values.tolist() == ["a", "b"]
+    assert quiet_import(tmp_path / "cache", store).stored == 2, "the cache still does not know the texts, but the store does"
 
 
 def test_a_prompt_that_only_shares_its_hash_is_skipped_and_nothing_is_harmed(tmp_path: Path, store: Store) -> None:

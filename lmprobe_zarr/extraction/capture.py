@@ -486,9 +486,13 @@ def _check_vocabulary(tokenized: TokenizedPrompts, vocab_size: int | None) -> No
         raise outside_vocabulary(int(tokenized.first[row]), int(tokenized.token_ids[place]), vocab_size)
 
 
-def _check(loaded: LoadedModel, tokenized: TokenizedPrompts, request: _Request, batch_tokens: int | None) -> None:
+def _check(
+    loaded: LoadedModel, tokenized: TokenizedPrompts, request: _Request, batch_tokens: int | None, batch_prompts: int | None
+) -> None:
     if not request.keep_tokens and not request.poolings and not request.outputs:
         raise InvalidArgumentError("nothing would be kept: give a pooling, keep_tokens=True or outputs=")
+    if batch_prompts is not None and (isinstance(batch_prompts, bool) or not isinstance(batch_prompts, int) or batch_prompts < 1):
+        raise InvalidArgumentError(f"batch_prompts={batch_prompts!r} is no number of prompts: give a whole number of at least 1, or None")
     if batch_tokens is not None and (isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1):
         raise InvalidArgumentError(f"batch_tokens={batch_tokens!r} is no number of tokens: give a whole number of at least 1, or None")
     _check_vocabulary(tokenized, loaded.vocab_size)
@@ -509,6 +513,7 @@ def run(
     keep_tokens: bool = False,
     outputs: Outputs = NO_OUTPUTS,
     batch_tokens: int | None = None,
+    batch_prompts: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[TokenBatch]:
     """The activations of every prompt, batch by batch, the longest prompts first.
@@ -531,6 +536,8 @@ def run(
         computed them, perplexities and log-probabilities in float32.
     batch_tokens : int, optional
         Padded tokens per batch: prompts × longest. A prompt longer than that is run alone. None: see :func:`default_batch_tokens`.
+    batch_prompts : int, optional
+        Prompts per batch at most.
     progress : callable, optional
         Called with the number of prompts and of tokens of every batch.
 
@@ -565,7 +572,7 @@ def run(
         outputs=outputs,
         routers=tuple(layer for layer in chosen if layer in loaded.located.routers) if outputs.router else (),
     )
-    _check(loaded, tokenized, request, batch_tokens)
+    _check(loaded, tokenized, request, batch_tokens, batch_prompts)
     _check_outputs(loaded, tokenized, request, chosen)
     if request.routers:
         gate, dtype = loaded.located.routers[request.routers[0]].gate, getattr(torch, loaded.dtype)
@@ -582,6 +589,8 @@ def run(
         elif outputs.needs_head:
             most = max(1, BATCH_BYTES // (LOGIT_BYTES * max(1, width)))
         batch_tokens = default_batch_tokens(loaded.device.type, weight)
+    if batch_prompts is not None:
+        most = batch_prompts if most is None else min(most, batch_prompts)
     return _batches(loaded, tokenized, request, batch_tokens, most, progress)
 
 

@@ -113,7 +113,7 @@ def _mlp(random_state: int) -> Any:
     from sklearn.neural_network import MLPClassifier
 
     # Adam, the default, is made for more prompts than there usually are: on some hundred it takes longer and scores worse.
-    return MLPClassifier(hidden_layer_sizes=(64,), solver="lbfgs", alpha=0.1, max_iter=1000, random_state=random_state)
+    return MLPClassifier(hidden_layer_sizes=(64,), solver="lbfgs", alpha=0.1, max_iter=5000, random_state=random_state)
 
 
 def _majority(random_state: int) -> Any:

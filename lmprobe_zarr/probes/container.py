@@ -122,6 +122,9 @@ def _entry(name: str, entry: Any, where: str) -> tuple[np.dtype[Any], tuple[int,
     if isinstance(entry, dict):
         dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
         if isinstance(dtype, str) and dtype in _DTYPES and shape is not None and offsets is not None and len(offsets) == 2:
+            # numpy refuses an empty array whose other axes are too long together.
+            if math.prod(size or 1 for size in shape) >= 2**58:
+                raise NotAProbeError(f"{where} is damaged: tensor {name[:80]!r} has shape {shape}")
             return np.dtype(_DTYPES[dtype]), shape, offsets[0], offsets[1]
     raise NotAProbeError(f"{where} is damaged: its header does not describe tensor {name[:80]!r}")
 

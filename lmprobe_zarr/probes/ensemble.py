@@ -85,7 +85,8 @@ class EnsembleClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, _ = checked_labels(y, len(X))
         options = {"tol": self.tol, "max_iter": self.max_iter, "class_weight": self.class_weight, "random_state": self.random_state}
         members = [LogisticRegression(C=float(value), **options).fit(X, y) for value in strengths]
-        self.coefs_ = np.stack([member.coef_ for member in members])
+        # In C order, as it is saved: matrix products round otherwise where a matrix lies the other way.
+        self.coefs_ = np.ascontiguousarray(np.stack([member.coef_ for member in members]))
         self.intercepts_ = np.stack([member.intercept_ for member in members])
         self.coef_, self.intercept_ = self.coefs_.mean(axis=0), self.intercepts_.mean(axis=0)
         self.n_iter_ = max(int(np.max(member.n_iter_)) for member in members)

@@ -152,6 +152,8 @@ def dump_probe(pipeline: Any, header: Mapping[str, Any]) -> bytes:
         described, arrays = _take_apart(name, step)
         steps.append(described)
         tensors |= {f"{name}.{attribute}": array for attribute, array in arrays.items()}
+    if not _in_order([_KINDS[step["class"]] for step in steps]):
+        raise InvalidArgumentError("only transformers with one estimator at the end can be saved: the pipeline has no estimator there")
     if len({step["name"] for step in steps}) < len(steps):
         raise InvalidArgumentError("two steps of the pipeline have the same name: only pipelines made by name can be saved")
     document = {
@@ -201,6 +203,7 @@ def _take_apart(name: str, step: Any) -> tuple[dict[str, Any], dict[str, Array]]
         )
     if not _is_name(name):
         raise InvalidArgumentError(f"a pipeline with a step called {name!r} cannot be saved: only pipelines made by name can")
+    params = _params(step, kind)
     missing = [attribute for attribute in _needed(kind) if getattr(step, attribute, None) is None]
     if missing:
         raise InvalidArgumentError(f"{called} cannot be saved: it is not fitted, or otherwise than by name ({', '.join(missing)} missing)")
@@ -209,7 +212,13 @@ def _take_apart(name: str, step: Any) -> tuple[dict[str, Any], dict[str, Array]]
     if kind.network:
         for attribute in ("coefs_", "intercepts_"):
             arrays |= {f"{attribute}.{number}": array for number, array in enumerate(getattr(step, attribute))}
-    arrays |= {attribute: np.asarray(getattr(step, attribute)) for attribute in kind.arrays}
+    for attribute in kind.arrays:
+        value = getattr(step, attribute)
+        # A number of Python's own, unlike an array of one, leaves float32 as it is.
+        if type(value) is float:
+            values[attribute] = _plain(value, f"{attribute} of {called}")
+        else:
+            arrays[attribute] = np.asarray(value)
     for attribute in kind.told:
         value = getattr(step, attribute, None)
         if isinstance(value, np.ndarray) and value.ndim:
@@ -233,7 +242,7 @@ def _take_apart(name: str, step: Any) -> tuple[dict[str, Any], dict[str, Array]]
         "name": str(name),
         "class": called,
         "n_features_in": int(step.n_features_in_),
-        "params": _params(step, kind),
+        "params": params,
         "values": values,
     }
     # Matrix products take another path, and round otherwise, where a matrix lies the other way.
@@ -353,7 +362,7 @@ def parse_probe(data: bytes, where: str) -> tuple[Any, dict[str, Any]]:
     kinds = [_KINDS[type(step).__name__] for _, step, _ in made]
     if len(set(names)) < len(names) or set(owned) != set(names):
         raise NotAProbeError(f"{where} is damaged: its tensors are not those of its steps")
-    if not all(kind.transforms for kind in kinds[:-1]) or kinds[-1].transforms:
+    if not _in_order(kinds):
         raise NotAProbeError(f"{where} is damaged: its steps are not transformers with one estimator at the end")
     for (_, before, width), (_, after, _) in pairwise(made):
         if width != after.n_features_in_:
@@ -390,7 +399,7 @@ def _put_together(described: Any, owned: Mapping[str, dict[str, Array]], where: 
     for attribute, array in arrays.items():
         if attribute != "classes_" and "." not in attribute:
             setattr(step, attribute, array if array.ndim else array[()])
-    for attribute in kind.told:
+    for attribute in (*kind.told, *kind.arrays):
         if attribute in values:
             setattr(step, attribute, values[attribute])
     for attribute, value in kind.constants.items():
@@ -486,6 +495,10 @@ def _set_network(step: Any, arrays: Mapping[str, Array]) -> None:
 # -- both ------------------------------------------------------------------------------------------------------------------
 
 
+def _in_order(kinds: Sequence[_Kind]) -> bool:
+    return bool(kinds) and all(kind.transforms for kind in kinds[:-1]) and not kinds[-1].transforms
+
+
 def _check_whole(
     name: str, called: str, kind: _Kind, described: Mapping[str, Any], arrays: Mapping[str, Array], error: type[Exception], prefix: str
 ) -> int:
@@ -508,6 +521,8 @@ def _check_whole(
     if kind.network:
         shapes |= _network_shapes(arrays, what, error)
     for attribute, alternatives in shapes.items():
+        if () in alternatives and attribute in values and attribute not in arrays:
+            continue
         if attribute not in arrays:
             raise error(f"{what} lacks its array {attribute}")
         if not any(_fits(arrays[attribute].shape, shape, sizes) for shape in alternatives):
@@ -518,16 +533,18 @@ def _check_whole(
         raise error(f"{what} has {sizes['l']} layers of {sizes['h']} units, expected {sizes['n']} columns in all")
     if "l" in sizes and sizes["n"] % sizes["l"]:
         raise error(f"{what} has {sizes['l']} layers in {sizes['n']} columns")
+    allowed = {*kind.told, *(["classes_"] if kind.classifies else [])}
     for attribute, array in arrays.items():
-        if attribute not in shapes and attribute not in (*kind.told, "classes_"):
+        if attribute not in shapes and attribute not in allowed:
             raise error(f"{what} has an array {attribute[:80]!r} that does not belong to it")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise error(f"{what} has an array {attribute[:80]} that is NaN or infinite")
     turned = values.get("turned", [])
     if not isinstance(turned, list) or not all(isinstance(each, str) and each in arrays and arrays[each].ndim == 2 for each in turned):
         raise error(f"{what} does not say how its matrices lie")
-    if not set(values) <= {*kind.told, "classes_", "turned"} or not all(
-        isinstance(values[each], int | float) for each in kind.told if each in values
+    numbers = {*kind.told, *(attribute for attribute, alternatives in kind.arrays.items() if () in alternatives)}
+    if not set(values) <= {*numbers, *allowed, "turned"} or not all(
+        isinstance(values[each], int | float) for each in numbers & set(values)
     ):
         raise error(f"{what} has values that do not belong to it")
     return sizes.get("m", sizes["n"])

@@ -1,0 +1,69 @@
+"""The command line ``lmprobe-zarr``: arguments in, calls of the package, text or JSON out. No rules of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import lmprobe_zarr
+from lmprobe_zarr.cli.cache import add_cache, add_clear, add_delete, add_evict
+from lmprobe_zarr.cli.demo import add_demo
+from lmprobe_zarr.cli.extract import add_extract
+from lmprobe_zarr.cli.show import add_info, add_show
+from lmprobe_zarr.cli.sweep import add_sweep
+from lmprobe_zarr.errors import LmprobeZarrError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        By default those of the process.
+
+    Returns
+    -------
+    int
+        0; 1 after an expected error, said in one line on standard error; 130 after Ctrl-C. Wrong arguments exit with 2.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        run: Callable[[argparse.Namespace], None] = options.run
+        run(options)
+        sys.stdout.flush()
+    except LmprobeZarrError as error:
+        print(f"lmprobe-zarr: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of a pipe has left, as head does; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"lmprobe-zarr: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("lmprobe-zarr: interrupted; what was committed is kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lmprobe-zarr", description="Language-model activations in Zarr: extract once, slice, probe every layer."
+    )
+    parser.add_argument("--version", action="version", version=f"lmprobe-zarr {lmprobe_zarr.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_demo(commands)
+    add_extract(commands)
+    add_info(commands)
+    add_show(commands)
+    add_sweep(commands)
+    add_cache(commands)
+    add_evict(commands)
+    add_clear(commands)
+    add_delete(commands)
+    return parser

@@ -1,0 +1,56 @@
+"""Arguments that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from lmprobe_zarr import config
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.layers import LayerSpec
+
+__all__ = ["add_choice", "add_command", "add_store", "parse_layers", "split_names"]
+
+
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
+    command.set_defaults(run=run)
+    command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    return command
+
+
+def add_store(command: argparse.ArgumentParser, *, positional: bool) -> None:
+    default = str(config.default_root())
+    place = f"folder or URL of the store (default: {default})".replace("%", "%%")
+    if positional:
+        command.add_argument("store", nargs="?", default=None, help=place)
+    else:
+        command.add_argument("--store", default=None, help=place)
+
+
+def add_choice(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", help="name of the model, where the store holds several")
+    command.add_argument("--group", help="name of the group, where a model has several")
+
+
+def parse_layers(text: str) -> LayerSpec:
+    """Layers as the command line writes them: a word, numbers with commas, or a slice with colons.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Something else.
+    """
+    if text in {"all", "middle", "last"}:
+        return text
+    try:
+        if ":" in text:
+            return slice(*(int(piece) if piece.strip() else None for piece in text.split(":")))
+        return [int(piece) for piece in text.split(",")]
+    except (ValueError, TypeError) as error:
+        raise InvalidArgumentError(f"--layers {text!r} names no layers: use all, middle, last, 0,4,-1 or 8:24") from error
+
+
+def split_names(text: str) -> list[str]:
+    return [piece.strip() for piece in text.split(",") if piece.strip()]

@@ -1,0 +1,134 @@
+"""The commands ``cache info``, ``evict``, ``clear`` and ``delete``. What deletes asks first."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from lmprobe_zarr.cache import CacheInfo, EvictPlan, ModelCacheInfo, cache_info, clear_cache, evict
+from lmprobe_zarr.cli.arguments import add_choice, add_command
+from lmprobe_zarr.cli.printing import print_json
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.prompt_files import FORMATS, read_prompts
+from lmprobe_zarr.store import open_store
+
+__all__ = ["add_cache", "add_clear", "add_delete", "add_evict"]
+
+
+def _confirm(options: argparse.Namespace, question: str) -> None:
+    """Go on only where the user says so.
+
+    Raises
+    ------
+    InvalidArgumentError
+        He does not, or there is nobody to ask.
+    """
+    if options.yes:
+        return
+    if options.json or not sys.stdin.isatty():
+        raise InvalidArgumentError(f"{question} There is nobody to ask: add --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
+        raise InvalidArgumentError("nothing was deleted")
+
+
+def _add_yes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def add_cache(commands: Any) -> None:
+    summary = "look at the cache"
+    group = commands.add_parser("cache", help=summary, description=summary)
+    inner = group.add_subparsers(required=True, metavar="COMMAND")
+    command = add_command(inner, "info", _info, "say what the cache holds, by model, and how large it is")
+    command.add_argument("store", nargs="?", default=None, help="another folder or URL than the cache")
+    command.add_argument("--model", help="only this model")
+
+
+def _info(options: argparse.Namespace) -> None:
+    info = cache_info(options.model, store=options.store)
+    print_json(_document(info)) if options.json else print(info)
+
+
+def _document(info: CacheInfo) -> dict[str, Any]:
+    return {
+        "url": info.url,
+        "total_size_bytes": info.total_size_bytes,
+        "limit_bytes": info.limit_bytes,
+        "models": [_model(model) for model in info.models],
+        "legacy": [_model(model) for model in info.legacy],
+    }
+
+
+def _model(model: ModelCacheInfo) -> dict[str, Any]:
+    dates = {name: None if (moment := getattr(model, name)) is None else moment.isoformat() for name in ("oldest", "newest")}
+    return {**asdict(model), **dates}
+
+
+def add_evict(commands: Any) -> None:
+    command = add_command(commands, "evict", _evict, "remove the least recently used parts until the rest is within a limit")
+    command.add_argument("store", nargs="?", default=None, help="another folder or URL than the cache; a remote one only when named here")
+    command.add_argument("--max-gb", type=float, help="what may stay, in GB of 1024³ bytes (default: the cache's limit)")
+    command.add_argument("--min-age", type=float, help="keep what was committed or used less than this many seconds ago")
+    _add_yes(command)
+
+
+def _evict(options: argparse.Namespace) -> None:
+    request = {"max_gb": options.max_gb, "min_age": options.min_age}
+    plan = evict(options.store, dry_run=True, **request)
+    if plan is not None and plan.entries:
+        _confirm(options, f"{plan.freed} bytes in {len(plan.entries)} entries would go.")
+        plan = evict(options.store, **request)
+    if options.json:
+        print_json(_plan(plan))
+    else:
+        print("nothing to evict: no limit is set, there is no cache yet, or it is remote and was not named" if plan is None else plan)
+
+
+def _plan(plan: EvictPlan | None) -> dict[str, Any]:
+    if plan is None:
+        return {"entries": [], "freed": 0, "kept": None, "limit": None, "fits": True}
+    entries = [entry.part.path for entry in plan.entries]
+    return {"entries": entries, "freed": plan.freed, "kept": plan.kept, "limit": plan.limit, "fits": plan.fits}
+
+
+def add_clear(commands: Any) -> None:
+    command = add_command(commands, "clear", _clear, "delete all cached activations; this cannot be undone")
+    command.add_argument("store", nargs="?", default=None, help="another folder or URL than the cache; a remote one only when named here")
+    command.add_argument("--model", help="only those of this model")
+    command.add_argument("--legacy", action="store_true", help="delete lmprobe's own entries beside the store too")
+    _add_yes(command)
+
+
+def _clear(options: argparse.Namespace) -> None:
+    info = cache_info(options.model, store=options.store)
+    if not options.json:
+        print(info)
+    if info.models or (options.legacy and info.legacy):
+        _confirm(options, f"All of {options.model or 'it'} would be deleted.")
+    count = clear_cache(options.model, url=options.store, legacy=options.legacy)
+    if options.json:
+        print_json({"deleted": count, "legacy_left": 0 if options.legacy else sum(model.num_prompts for model in info.legacy)})
+        return
+    print(f"{count} entries deleted")
+    if info.legacy and not options.legacy:
+        print(f"{sum(model.num_prompts for model in info.legacy)} entries of lmprobe's own remain; --legacy deletes them too")
+
+
+def add_delete(commands: Any) -> None:
+    command = add_command(commands, "delete", _delete, "delete prompts with everything that is stored of them")
+    command.add_argument("store", help="folder or URL of the store")
+    command.add_argument("prompts", help="prompts or hashes: .txt, .jsonl or .csv; - is standard input")
+    command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
+    command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
+    add_choice(command)
+    _add_yes(command)
+
+
+def _delete(options: argparse.Namespace) -> None:
+    prompts, _ = read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])
+    store = open_store(options.store)
+    _confirm(options, f"{len(prompts)} prompts in {store.url} would be deleted for good.")
+    parts = store.delete(options.model, prompts, group=options.group)
+    print_json({"prompts": len(prompts), "parts": parts}) if options.json else print(f"{len(prompts)} prompts deleted from {parts} parts")

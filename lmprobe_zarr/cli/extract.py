@@ -1,0 +1,88 @@
+"""The command ``extract``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lmprobe_zarr.build import extract, plan_extract
+from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, split_names
+from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.prompt_files import FORMATS, read_prompts
+from lmprobe_zarr.sites import LOGITS_POSITIONS, SITES
+from lmprobe_zarr.store import open_store
+
+__all__ = ["add_extract"]
+
+
+def add_extract(commands: Any) -> None:
+    command = add_command(commands, "extract", _extract, "run a model over prompts that are not stored yet, and store their activations")
+    command.add_argument("model", help="folder or hub id of the model")
+    command.add_argument("prompts", help=".txt (a prompt per line, blanks around it left out), .jsonl or .csv; - is standard input")
+    add_store(command, positional=False)
+    command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
+    command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
+    command.add_argument("--coords", default="", metavar="NAMES", help="columns to store beside the prompts, separated by commas")
+    command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
+    command.add_argument("--sites", default="resid", help=f"any of {','.join(SITES)} (default: %(default)s)")
+    command.add_argument("--pooling", default="last_token", help=f"any of {','.join(POOLINGS)}, or none (default: %(default)s)")
+    command.add_argument("--keep-tokens", action="store_true", help="store every token too")
+    command.add_argument("--perplexity", action="store_true", help="store perplexities, per prompt and per token, too")
+    command.add_argument("--logits", choices=LOGITS_POSITIONS, help="store the logits at these tokens too")
+    command.add_argument("--logits-top-k", type=int, metavar="K", help="only the K largest logits")
+    command.add_argument("--router", action="store_true", help="store the scores of all experts too")
+    command.add_argument("--name", help="name of the model in the store")
+    command.add_argument("--revision", help="branch, tag or commit of a hub model")
+    command.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: %(default)s)")
+    command.add_argument("--storage-dtype", help="store as float16, bfloat16 or float32 (default: as computed)")
+    command.add_argument("--keep-bits", type=int, metavar="N", help="round to N bits of the fraction")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
+    command.add_argument("--batch-tokens", type=int, help="padded tokens per batch")
+    command.add_argument("--max-length", type=int, help="longest prompt in tokens")
+    command.add_argument("--truncation", action="store_true", help="cut longer prompts instead of refusing them")
+    command.add_argument("--refresh", action="store_true", help="run the model on all prompts, stored or not")
+    command.add_argument("--no-text", action="store_true", help="leave the texts out of the store")
+    command.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the model run")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def _extract(options: argparse.Namespace) -> None:
+    names = split_names(options.coords)
+    prompts, columns = read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=names)
+    store = open_store(options.store)
+    request: dict[str, Any] = {
+        "store": store,
+        "layers": parse_layers(options.layers),
+        "sites": split_names(options.sites),
+        "pooling": [] if options.pooling == "none" else split_names(options.pooling),
+        "keep_tokens": options.keep_tokens,
+        "perplexity": options.perplexity,
+        "logits": options.logits,
+        "logits_top_k": options.logits_top_k,
+        "router": options.router,
+        "name": options.name,
+        "revision": options.revision,
+        "dtype": options.dtype,
+        "storage_dtype": options.storage_dtype,
+        "keep_bits": options.keep_bits,
+        "max_length": options.max_length,
+        "truncation": options.truncation,
+        "refresh": options.refresh,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if options.dry_run:
+        plan = plan_extract(options.model, prompts, **request)
+        print_json(as_json(plan) | {"missing": plan.missing, "fits": plan.fits}) if options.json else print(plan)
+        return
+    stats = extract(
+        options.model,
+        prompts,
+        coords=columns,
+        device=options.device,
+        batch_tokens=options.batch_tokens,
+        store_text=not options.no_text,
+        progress=not options.json,
+        **request,
+    )
+    print_json(as_json(stats)) if options.json else print(stats)

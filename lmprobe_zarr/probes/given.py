@@ -1,0 +1,119 @@
+"""What callers give a probe: prompts with labels, or activations as they come. Parses and checks; never extracts or fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+
+__all__ = ["as_array", "check_batch_size", "check_labels", "check_weights", "is_matrix", "list_given", "parse_matrix", "split_labels"]
+
+Array = npt.NDArray[Any]
+
+
+def list_given(prompts: Any) -> list[Any]:
+    """Prompts as a list; one text alone is none."""
+    if isinstance(prompts, str):
+        raise InvalidTypeError("prompts is one text: give a list of prompts")
+    if not isinstance(prompts, Iterable):
+        raise InvalidTypeError(f"prompts is a {type(prompts).__name__}: give a list of prompts")
+    return list(prompts)
+
+
+def is_matrix(given: Any) -> bool:
+    """Whether these are activations: numbers with a fraction in rows. Whole numbers are token ids."""
+    dtype = getattr(given, "dtype", None)
+    if dtype is None or getattr(given, "ndim", 0) not in (2, 3):
+        return False
+    return bool(getattr(dtype, "is_floating_point", False)) or getattr(dtype, "kind", "") == "f"
+
+
+def as_array(values: Any) -> Array:
+    """Anything as an array, torch tensors too."""
+    return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+
+
+def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...]]:
+    """Activations as rows, and their layers where these are known."""
+    layers: tuple[int, ...] = ()
+    if isinstance(given, xr.DataArray):
+        sample = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
+        if sample is None or "hidden" not in given.dims:
+            raise InvalidArgumentError(
+                f"activations have dims {given.dims}, expected prompt (or token), hidden, perhaps layer: rename or select"
+            )
+        if "layer" in given.coords:
+            layers = tuple(int(layer) for layer in np.atleast_1d(given.coords["layer"].values))
+        n_layers = given.sizes.get("layer", 1)
+        values = given.transpose(sample, "layer", "hidden", missing_dims="ignore").values
+    else:
+        tensor = given.detach().cpu() if hasattr(given, "detach") else given
+        values = np.asarray(tensor.float().numpy() if hasattr(tensor, "float") and str(tensor.dtype) == "torch.bfloat16" else tensor)
+    if values.ndim < 2 or values.dtype.kind not in "fiu" or not len(values):
+        raise InvalidArgumentError(f"activations have shape {values.shape} and dtype {values.dtype}, expected (row, hidden) numbers")
+    features = values.reshape(len(values), -1)
+    features = features.astype(np.float64 if features.dtype.itemsize > 4 else np.float32, copy=False)
+    if features.shape[1] % n_layers:
+        raise InvalidArgumentError(f"activations are {features.shape[1]} wide, which is no multiple of {n_layers} layers: check n_layers")
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if len(bad):
+        raise InvalidArgumentError(f"{len(bad)} of {len(features)} rows hold NaN or infinity, first row {bad[0]}: leave them out")
+    return features, layers or (tuple(range(n_layers)) if n_layers > 1 else ())
+
+
+def split_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array]:
+    """All prompts and the label of each, from ``(positive, negative)`` or ``(prompts, labels)``: numbers are labels, all else prompts."""
+    if (second is None) == (labels is None):
+        raise InvalidArgumentError("fit takes (positive, negative) prompts, or (prompts, labels): give one of the two after the first")
+    prompts = list_given(first)
+    if labels is not None:
+        return prompts, as_array(labels)
+    others = as_array(second) if hasattr(second, "detach") else second
+    listed = list_given(others)
+    if listed and all(isinstance(one, (bool, int, float, np.number, np.bool_)) for one in listed):
+        return prompts, np.asarray(listed)
+    return [*prompts, *listed], np.array([1] * len(prompts) + [0] * len(listed))
+
+
+def check_weights(weights: Any, n: int) -> Array | None:
+    """One weight per prompt, or None."""
+    if weights is None:
+        return None
+    values = np.asarray(weights, float)
+    if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any():
+        raise InvalidArgumentError(f"sample_weight has shape {values.shape}, expected {n} finite numbers of at least 0, one per prompt")
+    return values
+
+
+def check_batch_size(size: object) -> None:
+    """Raise for what is no number of prompts."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InvalidArgumentError(f"batch_size={size!r} is no number of prompts: give a whole number of at least 1, or None")
+
+
+def check_labels(labels: Array, n: int, *, classes: bool) -> Array:
+    """Labels of a classification, or values of a regression, as they can be learned from.
+
+    Raises
+    ------
+    LabelError
+        Another number of them, missing ones, or (where they are classes) fewer than two.
+    """
+    if labels.ndim != 1 or len(labels) != n:
+        raise LabelError(f"there are labels of shape {labels.shape} for {n} prompts: give one for each, in their order")
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise LabelError(f"{int((~np.isfinite(labels)).sum())} of {n} labels are missing or infinite: leave those prompts out")
+    if not n:
+        raise LabelError("there are no prompts to learn from: give some of at least two classes")
+    if classes:
+        found = np.unique(labels)
+        if len(found) < 2:
+            raise LabelError(f"all {n} labels are {found[0].item()!r}: a probe needs prompts of at least two classes")
+        if labels.dtype.kind == "f" and (labels != np.round(labels)).any():
+            raise LabelError("labels are not whole numbers: give classes, or task='regression' for values")
+    return labels

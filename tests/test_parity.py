@@ -1,0 +1,170 @@
+"""The same scripts through lmprobe itself and through this package: same layers, same vectors, same predictions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lmprobe_zarr as lz
+
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(importlib.util.find_spec("lmprobe") is None, reason="lmprobe==0.10.3, the peer, is not installed"),
+]
+pytest.importorskip("torch")
+
+from tiny_models import save_tiny, tiny_tokenizer  # noqa: E402 — needs torch
+
+POSITIVE = [f"I love the dog number {i}, what a walk it was" for i in range(6)]
+NEGATIVE = [f"The {i} rainy foxes are sad" for i in range(6)]
+TEST = ["I love a walk", "sad foxes", "the dog in the rain was there for all of us", "rainy", POSITIVE[0]]
+LABELS = [1, 0, 1, 0, 1]
+
+# What stands in front of the colon is the script's own; all else is said in lmprobe's words, and so in ours.
+PROBES: dict[str, dict[str, Any]] = {
+    "one layer": {"layers": 2},
+    "a negative layer": {"layers": -1},
+    "two layers": {"layers": [0, 2]},
+    "the middle": {"layers": "middle"},
+    "the last": {"layers": "last"},
+    "all layers": {"layers": "all"},
+    "one scale per layer": {"layers": [0, 3], "normalize_layers": "per_layer"},
+    "mean": {"layers": 2, "pooling": "mean"},
+    "max of scores": {"layers": 2, "pooling": "mean", "inference_pooling": "max"},
+    "min of scores": {"layers": 2, "pooling": "mean", "inference_pooling": "min"},
+    "mean of scores": {"layers": [1, 2], "pooling": "mean", "inference_pooling": "score:mean"},
+    "last of scores": {"layers": 2, "inference_pooling": "score:last_token"},
+    "max of activations": {"layers": 2, "pooling": "mean", "inference_pooling": "activation:max"},
+    "trained on the mean, asked at the end": {"layers": 1, "train_pooling": "mean", "inference_pooling": "last_token"},
+    "ridge": {"layers": 2, "classifier": "ridge"},
+    "other parameters": {"layers": 2, "classifier_kwargs": {"C": 0.01}},
+    "components": {"layers": 2, "preprocessing": "pca:4"},
+}
+
+SCRIPT = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import {package} as lmprobe
+
+model, job = sys.argv[1], json.loads(sys.argv[2])
+found = {{}}
+for name, options in job["probes"].items():
+    probe = lmprobe.Probe(model=model, random_state=0, batch_size=4, device="cpu", **options)
+    probe.fit(job["positive"], job["negative"])
+    result = {{"predict": probe.predict(job["test"]).tolist(), "score": probe.score(job["test"], job["labels"])}}
+    evaluated = probe.evaluate(job["test"], job["labels"])
+    result["evaluate"] = {{k: evaluated[k] for k in ("accuracy", "f1", "precision", "recall", "auroc") if k in evaluated}}
+    if options.get("classifier") != "ridge":
+        result["proba"] = probe.predict_proba(job["test"]).tolist()
+    found[name] = result
+probe = lmprobe.Probe(model=model, layers=2, task="regression", random_state=0, device="cpu")
+probe.fit(job["positive"] + job["negative"], list(range(12)))
+found["regression"] = {{"predict": probe.predict(job["test"]).tolist()}}
+sweep = lmprobe.Probe(model=model, layers="sweep", random_state=0, device="cpu").fit(job["positive"], job["negative"])
+found["sweep"] = {{str(k): v for k, v in sweep.sweep_result_.score(job["test"], job["labels"]).items()}}
+found["sweep layers"] = sweep.sweep_result_.layers
+stats = probe.warmup(job["test"], batch_size=16)
+lmprobe.Probe(model=model, layers="all", device="cpu", pooling="mean", inference_pooling="max").warmup(job["positive"])
+info = lmprobe.discover_cached(model, job["positive"][0])
+found["discovered"] = {{"raw_layers": info.raw_layers, "num_tokens": info.num_tokens}}
+found["nothing"] = lmprobe.discover_cached(model, "never seen") is None
+listed = lmprobe.list_cached_prompts(model)
+found["listed"] = sorted([one.prompt, one.num_tokens] for one in listed)
+size = lmprobe.cache_info()
+found["cached"] = [size.total_size_gb > 0, len(size.models), size.models[0].num_prompts]
+print("RESULT" + json.dumps(found))
+"""
+
+
+def run(package: str, model: Path, cache: Path) -> dict[str, Any]:
+    job = {"positive": POSITIVE, "negative": NEGATIVE, "test": TEST, "labels": LABELS, "probes": PROBES}
+    environment = {**os.environ, "LMPROBE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT.format(package=package), str(model), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(done.stdout.split("RESULT")[1])
+    return found
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("parity")
+    model = save_tiny("llama", folder / "llama", head="AutoModelForCausalLM")
+    caches = {name: folder / name for name in ("lmprobe", "lmprobe_zarr")}
+    for cache in caches.values():
+        cache.mkdir()
+    return {"folder": folder, "model": model, **{name: run(name, model, cache) for name, cache in caches.items()}}
+
+
+@pytest.mark.parametrize("name", list(PROBES))
+def test_probes_predict_what_lmprobes_predict(both: dict[str, Any], name: str) -> None:
+    theirs, ours = both["lmprobe"][name], both["lmprobe_zarr"][name]
+    assert ours["predict"] == theirs["predict"]
+    assert ours["score"] == theirs["score"]
+    for measure, value in theirs["evaluate"].items():
+        assert ours["evaluate"][measure] == pytest.approx(value, abs=1e-9), measure
+    if "proba" in theirs:
+        np.testing.assert_allclose(ours["proba"], theirs["proba"], atol=1e-4)
+
+
+def test_regressions_and_sweeps_agree(both: dict[str, Any]) -> None:
+    np.testing.assert_allclose(both["lmprobe_zarr"]["regression"]["predict"], both["lmprobe"]["regression"]["predict"], atol=1e-3)
+    assert both["lmprobe_zarr"]["sweep"] == both["lmprobe"]["sweep"]
+    assert both["lmprobe_zarr"]["sweep layers"] == both["lmprobe"]["sweep layers"] == [0, 1, 2, 3]
+
+
+def test_the_caches_tell_the_same(both: dict[str, Any]) -> None:
+    assert both["lmprobe_zarr"]["discovered"] == both["lmprobe"]["discovered"]
+    assert both["lmprobe_zarr"]["nothing"] is both["lmprobe"]["nothing"] is True
+    assert both["lmprobe_zarr"]["listed"] == both["lmprobe"]["listed"]
+    assert both["lmprobe_zarr"]["cached"] == both["lmprobe"]["cached"]
+
+
+def test_layers_and_pooled_vectors_are_lmprobes(both: dict[str, Any]) -> None:
+    """Every layer of every token, and what is pooled from it by hand, against lmprobe's own files, padding taken off."""
+    from safetensors.numpy import load_file
+
+    store = lz.open_store(both["folder"] / "lmprobe_zarr" / ".zarr", mode="r")
+    ds, checked = store.dataset(), 0
+    held = {one.prompt for one in lz.list_cached_prompts("llama", store=store)}
+    for prompt in held:
+        assert prompt is not None
+        (path,) = (both["folder"] / "lmprobe").glob(f"*/{lz.prompt_hash(prompt)}.safetensors")
+        theirs = load_file(path)
+        kept = theirs["attention_mask"][0].astype(bool)
+        assert kept.sum() == len(tiny_tokenizer()(prompt)["input_ids"])
+        for layer in range(4):
+            rows = theirs[f"layer_{layer}"][0][kept]
+            row = ds.sel(layer=layer, prompt=lz.prompt_hash(prompt))
+            for name, pooled in (("resid_last_token", rows[-1]), ("resid_mean", rows.mean(0)), ("resid_max", rows.max(0))):
+                mine = row[name].values
+                if not np.isnan(mine).all():
+                    np.testing.assert_allclose(mine, pooled, atol=1e-5)
+                    checked += 1
+    assert checked > 60
+    tokens = store.tokens(prompts=TEST)
+    (path,) = (both["folder"] / "lmprobe").glob(f"*/{lz.prompt_hash(TEST[0])}.safetensors")
+    raw = load_file(path)
+    rows = raw["layer_2"][0][raw["attention_mask"][0].astype(bool)]
+    np.testing.assert_allclose(tokens.resid.sel(layer=2, prompt=lz.prompt_hash(TEST[0])).values, rows, atol=1e-5)
+
+
+def test_lmprobe_leaves_our_store_alone_when_it_evicts(both: dict[str, Any], tmp_path: Path) -> None:
+    lz.write_activations(tmp_path / ".zarr", model="m", prompts=["a"], pooled={"resid_mean": {0: [[1.0, 2.0]]}})
+    before = sorted((str(p), p.stat().st_size) for p in (tmp_path / ".zarr").rglob("*"))
+    code = (
+        "import lmprobe, lmprobe.cache as c, torch\n"
+        "c.save_prompt_activations('m', 'p', [0], torch.ones(1, 2, 4), torch.ones(1, 2, dtype=torch.long))\n"
+        "lmprobe.set_cache_limit(1e-9); lmprobe.evict(); print(len(lmprobe.cache_info().models))\n"
+    )
+    environment = {**os.environ, "LMPROBE_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, timeout=300)
+    assert sorted((str(p), p.stat().st_size) for p in (tmp_path / ".zarr").rglob("*")) == before
