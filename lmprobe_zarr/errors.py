@@ -10,6 +10,7 @@ __all__ = [
     "AccessDeniedError",
     "AmbiguousProvenanceError",
     "CacheWarning",
+    "CorruptFileError",
     "CorruptPartError",
     "DeviceMemoryError",
     "InvalidArgumentError",
@@ -138,6 +139,10 @@ class CorruptPartError(LmprobeZarrError, OSError):
 
 class CacheWarning(UserWarning):
     """Something that the cache was asked for it could not do, and went on without."""
+
+
+class CorruptFileError(LmprobeZarrError, OSError):
+    """A foreign file is damaged, unsafe, or not what its format says."""
 
 
 class PartGoneError(LmprobeZarrError, FileNotFoundError):

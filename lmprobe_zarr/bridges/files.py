@@ -1,0 +1,337 @@
+"""Foreign files, opened for reading only: by range, several at a time, and never by a link that leads out of their folder.
+
+Nothing here writes. What the bytes mean is up to the module of each format.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import itertools
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, LmprobeZarrError
+from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage, open_storage
+
+__all__ = ["Files", "Listed", "LocalFiles", "RemoteFiles", "Want", "map_files", "open_files"]
+
+# Ranges of one remote file that lie closer than this are fetched as one: a request costs more than these bytes.
+GAP_BYTES: Final = 2**18
+MERGED_BYTES: Final = 2**26
+LOCAL_THREADS: Final = 4
+REMOTE_THREADS: Final = 32
+LOCAL_WINDOW: Final = 64
+REMOTE_WINDOW: Final = 128
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A buffer, and the byte of the file from which on it is to be filled."""
+
+    start: int
+    buffer: memoryview
+
+    @property
+    def stop(self) -> int:
+        """The byte behind the last one."""
+        return self.start + self.buffer.nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A name in a folder. `outside` marks a link that leads out of the place, which is never followed."""
+
+    name: str
+    is_folder: bool = False
+    size: int | None = None
+    outside: bool = False
+
+
+class Files(ABC):
+    """Files below one folder or prefix, by key, ``/`` between folders. Usable from many threads."""
+
+    url: str
+    is_local: bool
+    head_bytes: int
+
+    @abstractmethod
+    def list(self, key: str) -> list[Listed]:
+        """What lies directly below a folder, by name; empty where it does not exist."""
+
+    @abstractmethod
+    def head(self, key: str) -> tuple[bytes, int | None]:
+        """The first `head_bytes` of a file, fewer where it is shorter, and its length where that is known.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        CorruptFileError
+            It is no plain file, or a link that leads out of the place.
+        """
+
+    @abstractmethod
+    def fill(self, key: str, wants: Sequence[Want]) -> None:
+        """Fill buffers from a file, opened once.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        CorruptFileError
+            It ends before a buffer is full; or as for `head`.
+        """
+
+    def leads_out(self, folder: str) -> bool:
+        """Whether a folder is a link that leads out of the place."""
+        return False
+
+    def read(self, key: str, *, at_most: int) -> bytes:
+        """A whole small file.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        CorruptFileError
+            It has more than `at_most` bytes; or as for `head`.
+        """
+        data, size = self.head(key)
+        if (len(data) if size is None else size) > at_most:
+            raise CorruptFileError(f"{self.url}/{key} has more than {at_most} bytes, which is no file of this kind")
+        if size is not None and len(data) < size:
+            rest = bytearray(size - len(data))
+            self.fill(key, [Want(len(data), memoryview(rest))])
+            data += bytes(rest)
+        return data
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+
+class LocalFiles(Files):
+    """A folder of this machine.
+
+    Parameters
+    ----------
+    root : str
+        Absolute path.
+    """
+
+    is_local = True
+    head_bytes = 2**14
+
+    def __init__(self, root: str) -> None:
+        self.root = self.url = root
+        self._real = os.path.realpath(root)
+        self._inside: dict[str, bool] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalFiles, (self.root,)
+
+    def _is_inside(self, path: str) -> bool:
+        real = os.path.realpath(path)
+        return real == self._real or real.startswith(f"{self._real}{os.sep}")
+
+    def list(self, key: str) -> list[Listed]:
+        path = f"{self.root}/{key}" if key else self.root
+        if key and not self._folder_is_inside(key):
+            return []
+        try:
+            with os.scandir(path) as found:
+                listed = [self._listed(entry) for entry in found]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(listed, key=lambda entry: entry.name)
+
+    def _listed(self, entry: os.DirEntry[str]) -> Listed:
+        outside = entry.is_symlink() and not self._is_inside(entry.path)
+        return Listed(name=entry.name, is_folder=not outside and entry.is_dir(), outside=outside)
+
+    def _folder_is_inside(self, folder: str) -> bool:
+        if folder not in self._inside:
+            self._inside[folder] = self._is_inside(f"{self.root}/{folder}")
+        return self._inside[folder]
+
+    def leads_out(self, folder: str) -> bool:
+        return not self._folder_is_inside(folder)
+
+    def _open(self, key: str) -> int:
+        path = f"{self.root}/{key}"
+        # Without O_NONBLOCK, opening a pipe that bears the name of a file would wait for ever.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        if not self._folder_is_inside(key.rpartition("/")[0]):
+            raise CorruptFileError(f"{path} is reached by a link that leads out of {self.root}: it is not followed")
+        try:
+            return os.open(path, flags | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+        if not self._is_inside(path):
+            raise CorruptFileError(f"{path} is a link that leads out of {self.root}: it is not followed")
+        return os.open(path, flags)
+
+    def _size(self, descriptor: int, key: str) -> int:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptFileError(f"{self.root}/{key} is no plain file")
+        return status.st_size
+
+    def head(self, key: str) -> tuple[bytes, int | None]:
+        descriptor = self._open(key)
+        try:
+            size = self._size(descriptor, key)
+            return os.pread(descriptor, min(size, self.head_bytes), 0), size
+        finally:
+            os.close(descriptor)
+
+    def fill(self, key: str, wants: Sequence[Want]) -> None:
+        descriptor = self._open(key)
+        try:
+            self._size(descriptor, key)
+            for want in wants:
+                filled = 0
+                while filled < want.buffer.nbytes:
+                    count = os.preadv(descriptor, [want.buffer[filled:]], want.start + filled)
+                    if not count:
+                        raise CorruptFileError(f"{self.root}/{key} ends before byte {want.stop}: it was cut off")
+                    filled += count
+        finally:
+            os.close(descriptor)
+
+
+class RemoteFiles(Files):
+    """A prefix of any fsspec file system.
+
+    Parameters
+    ----------
+    storage : FsspecStorage
+        The place.
+    """
+
+    is_local = False
+    head_bytes = 2**16
+
+    def __init__(self, storage: FsspecStorage) -> None:
+        self.storage, self.url = storage, storage.url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteFiles, (self.storage,)
+
+    def _path(self, key: str) -> str:
+        return f"{self.storage.root}/{key}" if key else self.storage.root
+
+    def list(self, key: str) -> list[Listed]:
+        found = self.storage.scan(key)
+        return [
+            Listed(name=name, is_folder=not entry.is_file, size=entry.nbytes if entry.is_file else None) for name, entry in found.items()
+        ]
+
+    def head(self, key: str) -> tuple[bytes, int | None]:
+        return self._range(key, 0, self.head_bytes), None
+
+    def _range(self, key: str, start: int, stop: int) -> bytes:
+        try:
+            with self.storage._talking(key):
+                data: bytes = self.storage.filesystem.cat_file(self._path(key), start=start, end=stop)
+        except (LmprobeZarrError, FileNotFoundError, IsADirectoryError):
+            raise
+        except OSError as error:
+            # An object store answers a range behind the end with an error of its own (416).
+            if self._length(key) <= start:
+                return b""
+            raise CorruptFileError(f"{self.url}/{key} cannot be read: {error}") from error
+        return data[: stop - start]
+
+    def _length(self, key: str) -> int:
+        return int(self.storage.filesystem.size(self._path(key)) or 0)
+
+    def read(self, key: str, *, at_most: int) -> bytes:
+        data = self._range(key, 0, at_most + 1)
+        if len(data) > at_most:
+            raise CorruptFileError(f"{self.url}/{key} has more than {at_most} bytes, which is no file of this kind")
+        return data
+
+    def fill(self, key: str, wants: Sequence[Want]) -> None:
+        for start, stop, members in _merged(wants):
+            data = memoryview(self._range(key, start, stop))
+            if len(data) < stop - start:
+                raise CorruptFileError(f"{self.url}/{key} ends before byte {stop}: it was cut off")
+            for want in members:
+                want.buffer[:] = data[want.start - start : want.stop - start]
+
+
+def _merged(wants: Sequence[Want]) -> Iterator[tuple[int, int, list[Want]]]:
+    """Ranges to fetch, each with the buffers that it fills: near ones together, in the order of the file."""
+    group: list[Want] = []
+    start = stop = 0
+    for want in sorted(wants, key=lambda want: want.start):
+        if group and want.start - stop <= GAP_BYTES and want.stop - start <= MERGED_BYTES:
+            group.append(want)
+            stop = max(stop, want.stop)
+            continue
+        if group:
+            yield start, stop, group
+        group, start, stop = [want], want.start, want.stop
+    if group:
+        yield start, stop, group
+
+
+def open_files(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Files:
+    """The files below a path or URL. Sends and writes nothing.
+
+    Parameters
+    ----------
+    url : str, path or Storage
+        A folder, or any URL that fsspec knows.
+    storage_options : mapping, optional
+        Passed to the fsspec file system.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        It cannot be a place.
+    """
+    storage = open_storage(url, storage_options)
+    if isinstance(storage, LocalStorage):
+        return LocalFiles(storage.root)
+    if isinstance(storage, FsspecStorage):
+        return RemoteFiles(storage)
+    raise InvalidArgumentError(f"{storage!r} cannot be read by ranges: give a path or a URL")
+
+
+def map_files(function: Callable[[Item], Result], items: Iterable[Item], *, local: bool) -> Iterator[Result]:
+    """``map`` on threads, in order, with a bounded number of results waiting. `function` must not call this itself."""
+    pool, window = _pool(os.getpid(), local), LOCAL_WINDOW if local else REMOTE_WINDOW
+    waiting: deque[Future[Result]] = deque()
+    source = iter(items)
+    try:
+        first = list(itertools.islice(source, 2))
+        if len(first) == 1:
+            yield function(first[0])
+            return
+        for item in itertools.chain(first, source):
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+
+
+@functools.cache
+def _pool(pid: int, local: bool) -> ThreadPoolExecutor:  # noqa: ARG001 — threads do not survive a fork: one pool per process
+    return ThreadPoolExecutor(LOCAL_THREADS if local else REMOTE_THREADS, thread_name_prefix="lmprobe-zarr-files")

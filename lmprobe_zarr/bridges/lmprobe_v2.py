@@ -1,0 +1,666 @@
+"""lmprobe's safetensors cache, format v2 (lmprobe 0.5.10 to 0.10.3): found by hash, described from headers, read by ranges.
+
+A model's folder and a prompt's files are named after hashes, so one prompt is found without listing anything. Rows hold the
+padding of the batch that they were computed in; it is left out by the attention mask, whichever side it is on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_hash, prompt_sha256
+from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, digest_of_hash, rows_of
+from lmprobe_zarr.bridges.files import Files, Want, map_files
+from lmprobe_zarr.bridges.safetensors_file import Header, Tensor, itemsize_of, read_header, widen_bfloat16
+from lmprobe_zarr.errors import CorruptFileError
+from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.schema import Level
+
+__all__ = [
+    "OF_EVERY",
+    "OF_LAST",
+    "UNPADDED",
+    "LmprobeV2",
+    "Manifest",
+    "ModelFolder",
+    "Piece",
+    "model_hash",
+    "model_name_of",
+    "read_manifest",
+    "scan_models",
+]
+
+Array = npt.NDArray[Any]
+
+SUFFIXES: Final = ("", ".perplexity", ".logits")
+MODEL_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
+ENTRY_FILE: Final = re.compile(r"([0-9a-f]{16})(|\.perplexity|\.logits)\.safetensors")
+LAYERED_TENSOR: Final = re.compile(r"(?:pooled_(?:activation:)?(\w+)_|(router_)|)layer_(\d{1,9})")
+NAME_BYTES: Final = 2**16
+MANIFEST_BYTES: Final = 2**30
+# More prompts than this of a remote folder are looked up in a listing, which has a thousand of them in one answer.
+LISTED_LOOKUPS: Final = 100
+REMEMBERED_HEADERS: Final = 4096
+FLOATS: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
+INTEGERS: Final = frozenset({"int32", "int64"})
+# What this package writes into the header of a file without padding. lmprobe drops it when it changes the file.
+UNPADDED: Final[Mapping[str, str]] = {"padding": "none", "writer": "lmprobe-zarr"}
+OF_EVERY: Final = "every token"
+OF_LAST: Final = "last token"
+
+DAMAGED: Final = "damaged files"
+OUTSIDE: Final = "links that lead out of the cache"
+SHAPES: Final = "tensors of the wrong shape"
+NO_TOKENS: Final = "an attention mask without a single token"
+NOTHING: Final = "nothing in them that can be stored"
+FIRST_TOKEN: Final = "first_token pooled by lmprobe, which may be padding, without the raw layers to pool it from again"  # noqa: S105
+NO_MASK: Final = "rows of tokens without an attention mask, so that padding cannot be told"
+UNKNOWN: Final = "tensors of a name that is not known"
+DTYPE: Final = "tensors of a dtype that cannot be stored"
+OTHER_TOKENS: Final = "per-token values that are not as many as the tokens"
+
+
+def model_hash(model: str) -> str:
+    """The folder of a model: the first 16 digits of the sha256 of its name, so that no name can lead anywhere else."""
+    return hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:HASH_DIGITS]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder of lmprobe's, and the model whose it is."""
+
+    folder: str
+    model: str
+
+
+def scan_models(files: Files) -> list[ModelFolder | Skipped]:
+    """The models of a cache, v1 or v2, from the names that lmprobe noted.
+
+    Folders that are not lmprobe's are left alone. A folder of unknown model is reported as skipped.
+    """
+    found: list[ModelFolder | Skipped] = []
+    for listed in files.list(""):
+        if not MODEL_FOLDER.fullmatch(listed.name):
+            continue
+        if listed.outside:
+            found.append(Skipped(name=listed.name, reason=OUTSIDE))
+        elif listed.is_folder:
+            name = model_name_of(files, listed.name)
+            found.append(ModelFolder(listed.name, name) if isinstance(name, str) else name)
+    return found
+
+
+def model_name_of(files: Files, folder: str) -> str | Skipped:
+    """The name that lmprobe noted for a folder, if it is that folder's."""
+    try:
+        noted = files.read(f"{folder}/_model_name.txt", at_most=NAME_BYTES).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return Skipped(name=folder, reason="folders without _model_name.txt: say which model with model=")
+    except (CorruptFileError, UnicodeDecodeError, PermissionError) as error:
+        return Skipped(name=folder, reason="folders whose _model_name.txt cannot be read", detail=str(error))
+    for name in (noted, noted.strip()):
+        if model_hash(name) == folder and name.strip():
+            return name
+    return Skipped(name=folder, reason="folders whose _model_name.txt is that of another model", detail=repr(noted[:80]))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What ``_manifest.jsonl`` says: texts by hash. `bad_lines` could not be read, or name another prompt than their hash."""
+
+    texts: Mapping[str, str]
+    bad_lines: int = 0
+
+
+def read_manifest(files: Files, folder: str) -> Manifest:
+    """The texts of a model's prompts. The last line for a hash counts; a line that is damaged costs only itself."""
+    try:
+        data = files.read(f"{folder}/_manifest.jsonl", at_most=MANIFEST_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return Manifest({})
+    except (CorruptFileError, PermissionError):
+        return Manifest({}, 1)
+    texts: dict[str, str] = {}
+    bad = 0
+    # Not splitlines(): prompts may hold U+2028 and other characters that it takes for ends of lines.
+    for line in data.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            text = entry["prompt"]
+            if prompt_hash(text) != entry["hash"]:
+                raise ValueError("another prompt")
+            texts[entry["hash"]] = text
+        except (ValueError, TypeError, KeyError, RecursionError):
+            bad += 1
+    return Manifest(texts, bad)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """Where an entry lies: headers of its three files, and which rows of the padded ones are tokens."""
+
+    key: str
+    headers: tuple[Header | None, ...] | None
+    seq: int
+    first: int
+    rows: npt.NDArray[np.int64] | None  # only where the tokens do not lie together
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """Rows of one variable and layer, as they lie in a file."""
+
+    file: int
+    dtype: str
+    start: int
+    row_nbytes: int
+    rows: npt.NDArray[np.int64] | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Rows of one entry, variable and layer, and where they go.
+
+    Parameters
+    ----------
+    entry : Entry
+        Whose.
+    held : Held
+        Of what.
+    layer : int or None
+        Which layer.
+    start, stop : int
+        Which rows: tokens of the prompt, 0 and 1 for a value per prompt.
+    out : ndarray, shape (stop - start, …)
+        Contiguous, of the dtype of `held_dtype`.
+    """
+
+    entry: Entry
+    held: Held
+    layer: int | None
+    start: int
+    stop: int
+    out: Array
+
+
+class LmprobeV2:
+    """The entries of one model in a cache of format v2. Reads nothing when it is made.
+
+    Parameters
+    ----------
+    files : Files
+        The cache.
+    model : str
+        Name of the model.
+    prompts : iterable of str, optional
+        Only these: texts, or hashes where no prompt has that text. None is everything that the folder holds.
+    """
+
+    def __init__(self, files: Files, model: str, *, prompts: Iterable[str] | None = None) -> None:
+        self.files, self.model, self.folder = files, model, model_hash(model)
+        self.prompts = None if prompts is None else list(dict.fromkeys(prompts))
+        self._headers: dict[bytes, Header] = {}
+        self._holds: dict[tuple[Held, ...], tuple[Held, ...]] = {}
+        self._described: dict[tuple[Any, ...], tuple[tuple[Held, ...], list[str], int | None]] = {}
+
+    @property
+    def url(self) -> str:
+        """Where the model's files lie."""
+        return f"{self.files.url}/{self.folder}"
+
+    # -------------------------------------------------------------------------------------------------------- looking
+
+    def entries(self) -> Iterator[Entry | Skipped]:
+        """What the folder holds, or of the wanted prompts what it holds of them, from headers alone."""
+        if self.prompts is not None:
+            for prompt, found in zip(self.prompts, self.find(self.prompts), strict=True):
+                if found is None:
+                    yield Skipped(name=_shown(prompt), reason="prompts that are not in this cache")
+                else:
+                    yield from found
+            return
+        if self.files.leads_out(self.folder):
+            yield Skipped(name=self.folder, reason=OUTSIDE)
+            return
+        manifest = read_manifest(self.files, self.folder)
+        if manifest.bad_lines:
+            yield Skipped(name="_manifest.jsonl", reason="lines of the manifest that cannot be read", detail=f"{manifest.bad_lines} lines")
+        groups: dict[str, dict[str, int | None]] = {}
+        for listed in self.files.list(self.folder):
+            match = ENTRY_FILE.fullmatch(listed.name)
+            if listed.outside:
+                yield Skipped(name=listed.name, reason=OUTSIDE)
+            elif match and not listed.is_folder:
+                groups.setdefault(match[1], {})[match[2]] = listed.size
+            elif match or listed.name.endswith(".safetensors"):
+                yield Skipped(name=listed.name, reason="files that are not named as lmprobe names them")
+        # In the order in which lmprobe first noted them, which is that of the prompts; then the others.
+        order = {name: i for i, name in enumerate(manifest.texts)}
+        names = sorted(groups, key=lambda name: (order.get(name, len(order)), name))
+        work = ((name, manifest.texts.get(name), groups[name]) for name in names)
+        for found in map_files(lambda item: self._describe(*item), work, local=self.files.is_local):
+            yield from found
+
+    def find(self, prompts: Sequence[str]) -> list[list[Entry | Skipped] | None]:
+        """What there is of some prompts, in their order: None where there is nothing.
+
+        An entry comes with what had to be skipped of it, such as a damaged file beside a good one.
+        """
+        listed: dict[str, int | None] | None = None
+        if not self.files.is_local and len(prompts) > LISTED_LOOKUPS:
+            listed = {entry.name: entry.size for entry in self.files.list(self.folder)}
+        hashes = any(MODEL_FOLDER.fullmatch(prompt) for prompt in prompts)
+        texts = read_manifest(self.files, self.folder).texts if hashes else {}
+        return list(map_files(partial(self._find, listed, texts), prompts, local=self.files.is_local))
+
+    def _find(self, listed: Mapping[str, int | None] | None, texts: Mapping[str, str], prompt: str) -> list[Entry | Skipped] | None:
+        if self.files.leads_out(self.folder):
+            return [Skipped(name=self.folder, reason=OUTSIDE)]
+        candidates: list[tuple[str, str | None]] = [(prompt_hash(prompt), prompt)]
+        if MODEL_FOLDER.fullmatch(prompt):
+            candidates.append((prompt, texts.get(prompt)))
+        for name, text in candidates:
+            sizes: dict[str, int | None] = dict.fromkeys(SUFFIXES)
+            if listed is not None:
+                sizes = {s: listed[f"{name}{s}.safetensors"] for s in SUFFIXES if f"{name}{s}.safetensors" in listed}
+            found = self._describe(name, text, sizes)
+            if found:
+                return found
+        return None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files of every prompt, by its hash, from one listing."""
+        total: dict[str, int] = {}
+        for listed in self.files.list(self.folder):
+            match = ENTRY_FILE.fullmatch(listed.name)
+            if match and not listed.outside and not listed.is_folder:
+                size = listed.size
+                if size is None:
+                    try:
+                        size = self.files.head(f"{self.folder}/{listed.name}")[1]
+                    except (FileNotFoundError, CorruptFileError):
+                        continue
+                total[match[1]] = total.get(match[1], 0) + (size or 0)
+        return total
+
+    # ----------------------------------------------------------------------------------------------------- describing
+
+    def _describe(self, name: str, text: str | None, sizes: Mapping[str, int | None]) -> list[Entry | Skipped]:
+        """The entry of a hash, and what had to be skipped of it; empty where there are no files."""
+        key = f"{self.folder}/{name}"
+        found: list[Entry | Skipped] = []
+        headers: list[Header | None] = [None, None, None]
+        head = b""
+        for i, suffix in enumerate(SUFFIXES):
+            if suffix not in sizes:
+                continue
+            file = f"{key}{suffix}.safetensors"
+            try:
+                headers[i], read = read_header(self.files, file, size=sizes[suffix])
+                head = read if i == 0 else head
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except (CorruptFileError, PermissionError) as error:
+                reason = OUTSIDE if "leads out" in str(error) else DAMAGED
+                found.append(Skipped(name=f"{name}{suffix}.safetensors", reason=reason, detail=str(error)))
+        if any(headers):
+            headers = [None if h is None else self._remember(h) for h in headers]
+            try:
+                found.insert(0, self._entry(key, name, text, headers, head))
+            except CorruptFileError as error:
+                found.append(Skipped(name=name, reason=DAMAGED, detail=str(error)))
+            except _UnfitError as error:
+                found.append(Skipped(name=name, reason=error.reason, detail=error.detail))
+        return found
+
+    def _remember(self, header: Header) -> Header:
+        """An equal header that is held already: prompts of one length share theirs."""
+        known = self._headers.get(header.raw)
+        if known is None and len(self._headers) < REMEMBERED_HEADERS:
+            self._headers[header.raw] = known = header
+        return known or header
+
+    def _entry(self, key: str, name: str, text: str | None, headers: list[Header | None], head: bytes) -> Entry | Skipped:
+        mask = self._mask(key, headers[0], head)
+        holds, notes, n_tokens = self._describe_holds(headers, mask)
+        if not holds:
+            return Skipped(name=name, reason=NOTHING, detail="; ".join(notes))
+        rows = np.zeros(0, np.int64) if mask is None else np.flatnonzero(mask)
+        together = not len(rows) or int(rows[-1] - rows[0]) == len(rows) - 1
+        kept = tuple(headers) if all(h is None or h.raw in self._headers for h in headers) else None
+        return Entry(
+            name=name,
+            sha256=prompt_sha256(text) if text is not None else digest_of_hash(name),
+            text=text,
+            n_tokens=n_tokens,
+            holds=self._holds.setdefault(holds, holds),
+            notes=tuple(notes),
+            place=_Place(key, kept, 0 if mask is None else len(mask), int(rows[0]) if len(rows) else 0, None if together else rows),
+        )
+
+    def _describe_holds(self, headers: list[Header | None], mask: Array | None) -> tuple[tuple[Held, ...], list[str], int | None]:
+        """What entries with these headers and that many tokens hold; worked out once for all that are alike."""
+        alike = (*(None if h is None else h.raw for h in headers), None if mask is None else int(mask.sum()))
+        found = self._described.get(alike)
+        if found is None:
+            described = _Described(headers, mask)
+            found = described.holds(), described.notes, described.n_tokens
+            if len(self._described) < REMEMBERED_HEADERS:
+                self._described[alike] = found
+        return found
+
+    def _mask(self, key: str, header: Header | None, head: bytes) -> Array | None:
+        """The attention mask as truth values, shape (seq,)."""
+        tensor = header.tensors.get("attention_mask") if header is not None else None
+        if tensor is None:
+            return None
+        if len(tensor.shape) != 2 or tensor.shape[0] != 1 or itemsize_of(tensor.dtype) is None or tensor.dtype == "bfloat16":
+            raise _UnfitError(SHAPES, f"attention_mask is {tensor.dtype} {tensor.shape}")
+        data = head[tensor.start : tensor.stop]
+        if len(data) < tensor.stop - tensor.start:
+            rest = bytearray(tensor.stop - tensor.start)
+            self.files.fill(f"{key}.safetensors", [Want(tensor.start, memoryview(rest))])
+            data = bytes(rest)
+        mask: Array = np.frombuffer(data, tensor.dtype) != 0
+        if not mask.any():
+            raise _UnfitError(NO_TOKENS, "")
+        return mask
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
+        """Some of what some entries hold, as one batch; see `entry.Source`."""
+        offsets = rows_of(entries)
+        arrays = {held: held.empty(int(offsets[held.level][-1])) for held in holds}
+        work = []
+        for i, entry in enumerate(entries):
+            pieces = [
+                Piece(entry, held, layer, 0, len(array[0, a:b]), array[j, a:b])
+                for held, array in arrays.items()
+                for j, layer in enumerate((None,) if held.layers is None else held.layers)
+                for a, b in [(int(offsets[held.level][i]), int(offsets[held.level][i + 1]))]
+            ]
+            work.append((entry, pieces))
+        for _ in map_files(lambda item: self.read_pieces(*item), work, local=self.files.is_local):
+            pass
+        return batch_of(entries, arrays)
+
+    def read_pieces(self, entry: Entry, pieces: Sequence[Piece]) -> None:
+        """Read rows of one entry into arrays: each of its files is opened once, and only the bytes of these rows are fetched.
+
+        Raises
+        ------
+        CorruptFileError
+            A file is gone, damaged, or another one than when the entry was described.
+        """
+        place: _Place = entry.place
+        headers = place.headers or self._headers_again(place)
+        wants: dict[int, list[Want]] = {}
+        rest: list[tuple[Piece, _Slab, Array]] = []
+        for piece in pieces:
+            slab = _slab(entry, headers, piece.held, piece.layer)
+            out, skip = piece.out, 0
+            if piece.held.variable == "token_perplexity" and piece.start == 0 and piece.stop > 0:
+                out[0], skip = np.nan, 1  # lmprobe has none for the first token
+            shift = 1 if piece.held.variable == "token_perplexity" else 0
+            start, stop = piece.start + skip - shift, piece.stop - shift
+            target = out[skip:]
+            if stop <= start:
+                continue
+            if slab.rows is not None:
+                low, high = int(slab.rows[start]), int(slab.rows[stop - 1]) + 1
+                buffer = np.empty((high - low, *piece.held.row_shape), "uint16" if slab.dtype == "bfloat16" else slab.dtype)
+                rest.append((piece, slab, buffer))
+                begin = slab.start + low * slab.row_nbytes
+            elif slab.dtype == "bfloat16" or target.dtype != np.dtype(slab.dtype):
+                buffer = np.empty(target.shape, "uint16" if slab.dtype == "bfloat16" else slab.dtype)
+                rest.append((piece, slab, buffer))
+                begin = slab.start + start * slab.row_nbytes
+            else:
+                buffer, begin = target, slab.start + start * slab.row_nbytes
+            wants.setdefault(slab.file, []).append(Want(begin, buffer.reshape(-1).view(np.uint8).data))
+        for file, wanted in wants.items():
+            header = headers[file]
+            assert header is not None  # noqa: S101 — a slab lies in a file whose header it came from
+            self._fill(f"{place.key}{SUFFIXES[file]}.safetensors", header, wanted)
+        for piece, slab, buffer in rest:
+            values = widen_bfloat16(buffer) if slab.dtype == "bfloat16" else buffer
+            if slab.rows is not None:
+                taken = slab.rows[piece.start : piece.stop]
+                values = values[taken - taken[0]]
+            piece.out[len(piece.out) - len(values) :] = values
+
+    def _headers_again(self, place: _Place) -> tuple[Header | None, ...]:
+        """Headers that were not kept, because there were too many different ones."""
+        headers: list[Header | None] = []
+        for suffix in SUFFIXES:
+            try:
+                headers.append(read_header(self.files, f"{place.key}{suffix}.safetensors")[0])
+            except FileNotFoundError:
+                headers.append(None)
+        return tuple(headers)
+
+    def _fill(self, key: str, header: Header, wants: list[Want]) -> None:
+        seen = bytearray(len(header.raw))
+        try:
+            self.files.fill(key, [Want(0, memoryview(seen)), *wants])
+        except FileNotFoundError as error:
+            raise CorruptFileError(f"{self.files.url}/{key} is gone since it was looked at") from error
+        if seen != header.raw:
+            raise CorruptFileError(f"{self.files.url}/{key} was changed since it was looked at: look again")
+
+
+class _UnfitError(Exception):
+    """An entry that cannot come over, with the reason by which it is counted."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+class _Described:
+    """What the headers of one entry say that it holds."""
+
+    def __init__(self, headers: Sequence[Header | None], mask: Array | None) -> None:
+        self.headers, self.mask = headers, mask
+        self.notes: list[str] = []
+        self.n_tokens: int | None = None if mask is None else int(mask.sum())
+        self._found: dict[tuple[Level, str, bool, str, tuple[int, ...]], list[int]] = {}
+        self._widths: dict[str, int] = {}
+
+    def holds(self) -> tuple[Held, ...]:
+        self._perplexity()
+        main = self.headers[0]
+        if main is not None:
+            self._layered(main)
+        self._logits()
+        return tuple(
+            Held(level=level, variable=variable, layers=tuple(sorted(layers)) if layered else None, dtype=dtype, row_shape=row)
+            for (level, variable, layered, dtype, row), layers in sorted(self._found.items())
+        )
+
+    def _add(
+        self, level: Level, variable: str, dtype: str, row: tuple[int, ...], layer: int | None, allowed: frozenset[str] = FLOATS
+    ) -> None:
+        if dtype not in allowed:
+            self._note(DTYPE)
+            return
+        layers = self._found.setdefault((level, variable, layer is not None, dtype, row), [])
+        if layer is not None:
+            layers.append(layer)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _one_width(self, kind: str, width: int, name: str) -> None:
+        """All tensors of a kind have rows of one width."""
+        usual = self._widths.setdefault(kind, width)
+        if width < 1 or usual != width:
+            raise _UnfitError(SHAPES, f"{name} has rows of {width} values" + (f", others of {usual}" if usual != width else ""))
+
+    def _layered(self, main: Header) -> None:
+        raw: dict[int, Tensor] = {}
+        first: dict[int, Tensor] = {}
+        seen: set[tuple[str, int]] = set()
+        known = {"attention_mask", "perplexity", "token_perplexity", "token_ids", "logits", "logits_top_k_values", "logits_top_k_indices"}
+        for name, tensor in main.tensors.items():
+            match = LAYERED_TENSOR.fullmatch(name)
+            if match is None or (match[1] is not None and match[1] not in POOLINGS):
+                if name not in known:
+                    self._note(UNKNOWN)
+                continue
+            layer, kind = int(match[3]), match[1] or match[2] or "raw"
+            if (kind, layer) in seen:  # layer_07 beside layer_7, or activation:mean beside mean
+                self._note(UNKNOWN)
+                continue
+            seen.add((kind, layer))
+            if kind == "router_":
+                self._router(name, layer, tensor)
+            elif kind == "raw":
+                raw[layer] = tensor
+                self._raw(name, layer, tensor)
+            else:
+                if len(tensor.shape) != 2 or tensor.shape[0] != 1:
+                    raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape}, not (1, hidden)")
+                self._one_width("hidden", tensor.shape[1], name)
+                if kind == "first_token" and dict(main.metadata) != UNPADDED:
+                    first[layer] = tensor
+                else:
+                    self._add("prompts", f"resid_{kind}", tensor.dtype, tensor.shape[1:], layer)
+        for layer in first:
+            if layer in raw and self.mask is not None:
+                self._add("prompts", "resid_first_token", raw[layer].dtype, raw[layer].shape[2:], layer)
+            else:
+                self._note(FIRST_TOKEN)
+
+    def _raw(self, name: str, layer: int, tensor: Tensor) -> None:
+        if len(tensor.shape) != 3 or tensor.shape[0] != 1:
+            raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape}, not (1, tokens, hidden)")
+        if self.mask is None:
+            self._note(NO_MASK)
+            return
+        if tensor.shape[1] != len(self.mask):
+            raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape} and a mask of {len(self.mask)}")
+        self._one_width("hidden", tensor.shape[2], name)
+        self._add("tokens", "resid", tensor.dtype, tensor.shape[2:], layer)
+
+    def _router(self, name: str, layer: int, tensor: Tensor) -> None:
+        shape = tensor.shape[1:] if len(tensor.shape) == 3 and tensor.shape[0] == 1 else tensor.shape
+        if len(shape) != 2:
+            raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape}, not (tokens, experts)")
+        if self.n_tokens is None:
+            self._note(NO_MASK)
+        elif shape[0] not in (self.n_tokens, 0 if self.mask is None else len(self.mask)):
+            self._note(OTHER_TOKENS)
+        else:
+            self._one_width("expert", shape[1], name)
+            self._add("tokens", "router", tensor.dtype, shape[1:], layer)
+
+    def _perplexity(self) -> None:
+        for header in (self.headers[1], self.headers[0]):
+            if header is None:
+                continue
+            statistics, ids, values = (header.tensors.get(n) for n in ("perplexity", "token_ids", "token_perplexity"))
+            if statistics is None and ids is None and values is None:
+                continue
+            if statistics is not None:
+                if statistics.shape != (3,):
+                    raise _UnfitError(SHAPES, f"perplexity has shape {statistics.shape}, not (3,)")
+                self._add("prompts", "perplexity", statistics.dtype, (3,), None)
+            if ids is not None:
+                # Without a mask the ids say how many tokens there are: they are never padded.
+                count = ids.shape[0] if len(ids.shape) == 1 else 0
+                if self.n_tokens is None and count:
+                    self.n_tokens = count
+                if count and count == self.n_tokens:
+                    self._add("tokens", "token_id", ids.dtype, (), None, INTEGERS)
+                else:
+                    self._note(OTHER_TOKENS)
+            if values is not None:
+                if self.n_tokens is not None and values.shape == (self.n_tokens - 1,):
+                    self._add("tokens", "token_perplexity", values.dtype, (), None)
+                else:
+                    self._note(OTHER_TOKENS)
+            return
+
+    def _logits(self) -> None:
+        for header in (self.headers[2], self.headers[0]):
+            if header is None or not any(name.startswith("logits") for name in header.tensors):
+                continue
+            for name in ("logits", "logits_top_k_values", "logits_top_k_indices"):
+                tensor = header.tensors.get(name)
+                if tensor is not None:
+                    self._logit(name, tensor, header.metadata.get("logits"))
+            return
+
+    def _logit(self, name: str, tensor: Tensor, of: str | None) -> None:
+        if len(tensor.shape) != 3 or tensor.shape[0] != 1 or not tensor.shape[1]:
+            raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape}, not (1, positions, …)")
+        positions, width = tensor.shape[1:]
+        self._one_width("vocab" if name == "logits" else "top_k", width, name)
+        allowed = INTEGERS if name.endswith("indices") else FLOATS
+        padded = 0 if self.mask is None else len(self.mask)
+        # The one token of a prompt is its last and all of it, unless this package wrote it and noted which was meant.
+        if positions == 1 and of != OF_EVERY:
+            self._add("prompts", name.replace("logits", "logits_last_token"), tensor.dtype, (width,), None, allowed)
+        if positions in (self.n_tokens, padded) and of != OF_LAST:
+            self._add("tokens", name, tensor.dtype, (width,), None, allowed)
+        elif positions > 1:
+            self._note(NO_MASK if self.mask is None else OTHER_TOKENS)
+
+
+def _slab(entry: Entry, headers: Sequence[Header | None], held: Held, layer: int | None) -> _Slab:
+    """Where rows of one variable and layer lie; row 0 is the first token, or the value of the prompt."""
+    place: _Place = entry.place
+    file, tensor = _tensor(headers, held.variable, layer)
+    values_per_row = int(np.prod(held.row_shape, dtype=np.int64))
+    row_nbytes = values_per_row * (itemsize_of(tensor.dtype) or 0)
+    rows = (tensor.stop - tensor.start) // row_nbytes
+    start, index = tensor.start, None
+    if held.variable == "resid_first_token" and tensor is _get(headers[0], f"layer_{layer}"):
+        start += place.first * row_nbytes
+    elif held.level == "tokens" and rows == place.seq and rows != entry.n_tokens:
+        start, index = (start + place.first * row_nbytes, None) if place.rows is None else (start, place.rows)
+    return _Slab(file, tensor.dtype, start, row_nbytes, index)
+
+
+def _tensor(headers: Sequence[Header | None], variable: str, layer: int | None) -> tuple[int, Tensor]:
+    main = headers[0]
+    if layer is not None:
+        names = {"resid": [f"layer_{layer}"], "router": [f"router_layer_{layer}"]}.get(variable)
+        if names is None:
+            pooling = variable.removeprefix("resid_")
+            names = [f"pooled_{pooling}_layer_{layer}", f"pooled_activation:{pooling}_layer_{layer}"]
+            if pooling == "first_token" and main is not None and dict(main.metadata) != UNPADDED:
+                names = [f"layer_{layer}"]
+        for name in names:
+            tensor = _get(main, name)
+            if tensor is not None:
+                return 0, tensor
+    sidecar = 2 if variable.startswith("logits") else 1
+    name = {"token_id": "token_ids"}.get(variable, variable).replace("logits_last_token", "logits")
+    for file in (sidecar, 0):
+        tensor = _get(headers[file], name)
+        if tensor is not None:
+            return file, tensor
+    raise CorruptFileError(f"{variable} of layer {layer} is not there any more: look again")
+
+
+def _get(header: Header | None, name: str) -> Tensor | None:
+    return None if header is None else header.tensors.get(name)
+
+
+def _shown(prompt: str) -> str:
+    return f"{prompt_hash(prompt)} ({prompt[:24]!r})"

@@ -1,0 +1,190 @@
+"""lmprobe's safetensors cache, format v2, written: one prompt at a time, each file whole or not at all.
+
+What is there already is never changed unless it is asked for by name, nothing is ever deleted, and the manifest only grows.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.bridges.lmprobe_v2 import OF_EVERY, OF_LAST, SUFFIXES, UNPADDED, model_hash
+from lmprobe_zarr.bridges.safetensors_file import encode
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage
+
+__all__ = ["Rows", "append_manifest", "has_place", "prompt_files", "write_file", "write_model_name"]
+
+Array = npt.NDArray[Any]
+# Variable and layer (None without layers) to the rows of one prompt, and the dtype to write them in.
+Rows = Mapping[tuple[str, int | None], tuple[Array, str]]
+
+PER_TOKEN: Final = ("resid", "router", "logits", "logits_top_k_values", "logits_top_k_indices", "token_perplexity", "token_id")
+PER_PROMPT: Final = ("perplexity", "logits_last_token", "logits_last_token_top_k_values", "logits_last_token_top_k_indices")
+
+
+def has_place(variable: str) -> bool:
+    """Whether lmprobe's format has a place for a variable."""
+    return variable in PER_TOKEN or variable in PER_PROMPT or variable in {f"resid_{pooling}" for pooling in POOLINGS}
+
+
+def prompt_files(rows: Rows, n_tokens: int | None) -> dict[str, bytes]:
+    """The files of one prompt, by their suffix: its activations, and beside them perplexity and logits.
+
+    Parameters
+    ----------
+    rows : mapping of (str, int or None) to (ndarray, str)
+        Per-token values with shape (token, …), per-prompt values without an axis for the one prompt.
+    n_tokens : int, optional
+        Tokens of the prompt, without padding; needed where there are per-token values.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A variable that the format has no place for.
+    """
+    main: dict[str, tuple[Array, str]] = {}
+    perplexity: dict[str, tuple[Array, str]] = {}
+    logits: dict[str, tuple[Array, str]] = {}
+    last: dict[str, tuple[Array, str]] = {}
+    for (variable, layer), (values, dtype) in rows.items():
+        if not has_place(variable):
+            raise InvalidArgumentError(f"lmprobe's format has no place for {variable!r}: leave it out")
+        if variable == "resid":
+            main[f"layer_{layer}"] = values[None], dtype
+        elif variable == "router":
+            main[f"router_layer_{layer}"] = values, dtype
+        elif variable == "token_id":
+            perplexity["token_ids"] = values, dtype
+        elif variable == "token_perplexity":
+            perplexity["token_perplexity"] = values[1:], dtype  # lmprobe has none for the first token
+        elif variable == "perplexity":
+            perplexity["perplexity"] = values, dtype
+        elif variable.startswith("logits_last_token"):
+            last[variable.replace("_last_token", "")] = values[None, None], dtype
+        elif variable.startswith("logits"):
+            logits[variable] = values[None], dtype
+        else:
+            main[f"pooled_{variable.removeprefix('resid_')}_layer_{layer}"] = values[None], dtype
+    if any(name.startswith("layer_") for name in main):
+        main["attention_mask"] = np.ones((1, n_tokens or 0), np.int64), "int64"
+    if "perplexity" not in perplexity:
+        # lmprobe takes the mere file for a perplexity: without one, ids and values of tokens lie in the main file.
+        main |= perplexity
+        perplexity = {}
+    # There is room for the logits of every token or of the last one; the former hold the latter.
+    metadata = (UNPADDED, UNPADDED, {**UNPADDED, "logits": OF_EVERY if logits else OF_LAST})
+    files = zip(SUFFIXES, (main, perplexity, logits or last), metadata, strict=True)
+    return {suffix: b"".join(encode(tensors, marks)) for suffix, tensors, marks in files if tensors}
+
+
+def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> bool:
+    """Write a file whole or not at all; False where one is there already and stays as it is.
+
+    No other writer's file is ever replaced unasked, not even one that appears in this very moment: a local file is linked into its
+    place, and an object is put on condition that there is none (which file systems without such a condition only check before).
+
+    Raises
+    ------
+    NoSpaceError, ReadOnlyError
+    """
+    if overwrite:
+        storage.commit(key, data, durable=False)
+        return True
+    if isinstance(storage, FsspecStorage):
+        return _put_new(storage, key, data)
+    if storage.is_file(key):
+        return False
+    if not isinstance(storage, LocalStorage):
+        storage.commit(key, data, durable=False)
+        return True
+    folder, _, name = key.rpartition("/")
+    staged = f"{folder}/.{name}.{secrets.token_hex(6)}.partial"
+    source, target = Path(storage.root, staged), Path(storage.root, key)
+    try:
+        storage.write(staged, data, durable=False)
+        target.hardlink_to(source)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS} or not source.exists():
+            raise
+        source.replace(target)  # a file system without hard links
+    finally:
+        source.unlink(missing_ok=True)
+    return True
+
+
+def _put_new(storage: FsspecStorage, key: str, data: bytes) -> bool:
+    path = f"{storage.root}/{key}"
+    try:
+        with storage._talking(key, writing=True):
+            storage.filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except (NotImplementedError, ValueError, TypeError):  # no such mode there
+        if storage.is_file(key):
+            return False
+        storage.commit(key, data, durable=False)
+    except OSError as error:
+        # What s3fs makes of "412 Precondition Failed" has neither a class nor a number of its own.
+        answer = getattr(error.__cause__, "response", {}) or {}
+        if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
+            raise
+        return False
+    return True
+
+
+def write_model_name(storage: Storage, model: str) -> str:
+    """Note the name of a model where it is not noted yet; returns its folder."""
+    folder = model_hash(model)
+    write_file(storage, f"{folder}/_model_name.txt", model.encode("utf-8", "surrogatepass"), overwrite=False)
+    return folder
+
+
+def append_manifest(storage: Storage, folder: str, prompts: Sequence[tuple[str, int | None]]) -> None:
+    """Add lines for prompts to a model's manifest.
+
+    On a local folder this is one append, so that what others append stays; on an object store the file is read and put again.
+
+    Parameters
+    ----------
+    storage : Storage
+        The cache.
+    folder : str
+        The model's.
+    prompts : sequence of (str, int or None)
+        Texts and their numbers of tokens.
+    """
+    if not prompts:
+        return
+    now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    # All of it ASCII: lmprobe takes U+2028 and its like, which prompts may hold, for ends of lines.
+    lines = [
+        json.dumps({"hash": prompt_hash(text), "prompt": text, "num_tokens": tokens, "cached_at": now}) + "\n" for text, tokens in prompts
+    ]
+    data, key = "".join(lines).encode(), f"{folder}/_manifest.jsonl"
+    if isinstance(storage, LocalStorage):
+        descriptor = os.open(f"{storage.root}/{key}", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            size = os.fstat(descriptor).st_size
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            view = memoryview(b"\n" + data if torn else data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+        finally:
+            os.close(descriptor)
+        return
+    before = storage.read(key) if storage.is_file(key) else b""
+    storage.commit(key, before + (b"\n" if before and not before.endswith(b"\n") else b"") + data, durable=False)
