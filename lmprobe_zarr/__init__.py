@@ -28,7 +28,18 @@ from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.summaries import ExportSummary, ImportSummary
 from lmprobe_zarr.sweep import sweep
+from lmprobe_zarr.transfer import (
+    export_safetensors,
+    import_npy,
+    import_pt,
+    import_safetensors,
+    import_source,
+    import_tensors,
+    import_vllm,
+    open_legacy,
+)
 
 __version__ = "0.1.0"
 
@@ -36,8 +47,10 @@ __all__ = [
     "CacheInfo",
     "CachedPrompt",
     "CachedPromptInfo",
+    "ExportSummary",
     "ExtractPlan",
     "ExtractStats",
+    "ImportSummary",
     "LayerSweep",
     "ModelCacheInfo",
     "Probe",
@@ -50,8 +63,16 @@ __all__ = [
     "enable_cache_logging",
     "errors",
     "evict",
+    "export_safetensors",
     "extract",
+    "import_npy",
+    "import_pt",
+    "import_safetensors",
+    "import_source",
+    "import_tensors",
+    "import_vllm",
     "list_cached_prompts",
+    "open_legacy",
     "open_store",
     "plan_extract",
     "prompt_hash",

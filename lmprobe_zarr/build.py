@@ -332,12 +332,15 @@ class Outcome:
         Layers asked for.
     group : GroupInfo
         The group that holds them.
+    elsewhere : object, optional
+        What serves the call instead of a store.
     """
 
     stats: ExtractStats
     prompts: Prompts
     layers: tuple[int, ...]
     group: GroupInfo
+    elsewhere: Any = None
 
 
 def keeping_of(store: Store, precision: Precision, part_bytes: int = PART_BYTES) -> Keeping:
@@ -362,6 +365,7 @@ def carry_out(
     sink: Store | None = None,
     memory: ModelMemory | None = None,
     cache_only: bool = False,
+    elsewhere: Callable[[Prompts, tuple[int, ...]], Any] | None = None,
 ) -> Outcome:
     """Look up what is asked for, run the model on what is missing, and store that.
 
@@ -378,6 +382,9 @@ def carry_out(
         Where the model is kept for the next call.
     cache_only : bool
         Whether missing prompts are an error.
+    elsewhere : callable, optional
+        Asked where prompts are missing, with all prompts and the layers, before the model is: what it returns, if anything, serves the
+        whole call.
 
     Raises
     ------
@@ -395,6 +402,11 @@ def carry_out(
     looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
     per_prompt = _columns_by_prompt(columns or {}, looked.prompts)
     plan, work = plan_work(request, looked, loaded, precision=keeping.precision)
+    if len(work.missing) and elsewhere is not None and (served := elsewhere(looked.prompts, plan.layers)) is not None:
+        whole = replace(plan, found=plan.prompts, tokens=0, nbytes=0)
+        nameless = looked.group or GroupInfo(model=plan.model)
+        stats = replace(_stats(whole, nameless, model_loaded=False), seconds=time.perf_counter() - began)
+        return Outcome(stats=stats, prompts=looked.prompts, layers=plan.layers, group=nameless, elsewhere=served)
     if cache_only and len(work.missing):
         raise _not_cached(request, looked, work)
     if len(work.missing) or work.derived:

@@ -16,7 +16,9 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr import config, extraction
+from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, StoreNotFoundError
+from lmprobe_zarr.legacy import LegacyCache, LegacyModel, beside
 from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.maintenance import Entry, EvictPlan, committed_at, plan_evict, remove_entries
 from lmprobe_zarr.plan import format_bytes
@@ -245,7 +247,7 @@ def _where(place: Place) -> str:
     return str(config.default_root()) if backend is None else str(getattr(backend, "url", backend))
 
 
-def cache_info(model: str | None = None, *, store: Place = None) -> CacheInfo:
+def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "auto") -> CacheInfo:
     """What the cache holds, by model.
 
     Only metadata are read: one list per group and one small document per part, however many prompts there are.
@@ -256,16 +258,20 @@ def cache_info(model: str | None = None, *, store: Place = None) -> CacheInfo:
         Only this model.
     store : Store, path or URL, optional
         Another place than the cache.
+    legacy : {"auto", "never"}
+        Whether lmprobe's own entries beside the cache are shown too, apart.
 
     Raises
     ------
     AccessDeniedError, UnreachableError
     """
-    model = None if model is None else _name(model)
+    given, model = model, None if model is None else _name(model)
+    old = _lmprobes(store, legacy)
+    older = () if old is None else tuple(_describe_legacy(one) for one in old.models() if given in (None, one.name))
     opened = _open(store, "r")
     limit = config.cache_limit() if opened is None or opened.is_default else None
     if opened is None:
-        return CacheInfo(url=_where(store), limit_bytes=limit)
+        return CacheInfo(url=_where(store), limit_bytes=limit, legacy=older)
     described = []
     for info in opened.groups().values():
         if model in (None, info.model):
@@ -276,9 +282,34 @@ def cache_info(model: str | None = None, *, store: Place = None) -> CacheInfo:
     return CacheInfo(
         url=opened.url,
         models=tuple(described),
+        legacy=older,
         limit_bytes=limit,
         oldest=min((one.oldest for one in described if one.oldest), default=None),
         newest=max((one.newest for one in described if one.newest), default=None),
+    )
+
+
+def _lmprobes(place: Place, legacy: str) -> LegacyCache | None:
+    """Lmprobe's own entries around the cache; none around a place that a call names."""
+    if legacy not in ("auto", "never"):
+        raise InvalidArgumentError(f"legacy={legacy!r} is unknown: use 'auto' or 'never'")
+    return None if legacy == "never" or place is not None else beside(open_store(None, "a"))
+
+
+def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:
+    names = {held.variable for held in model.holds}
+    return ModelCacheInfo(
+        model_name=model.name,
+        group=model.folder,
+        size_bytes=model.nbytes,
+        num_prompts=model.prompts,
+        num_layers=model.layers,
+        variables=tuple(sorted(names)),
+        has_pooled=any(name in names for name in (f"resid_{pooling}" for pooling in POOLINGS)),
+        has_tokens="resid" in names,
+        has_perplexity="perplexity" in names,
+        has_logits=any(name.startswith("logits") for name in names),
+        has_router="router" in names,
     )
 
 
@@ -310,7 +341,13 @@ def _moment(seconds: float) -> datetime:
 
 
 def discover_cached(
-    model: str, prompt: Any, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None
+    model: str,
+    prompt: Any,
+    *,
+    store: Place = None,
+    provenance: Provenance | None = None,
+    group: str | None = None,
+    legacy: str = "auto",
 ) -> CachedPromptInfo | None:
     """What is stored of a prompt, or None where nothing is.
 
@@ -324,12 +361,27 @@ def discover_cached(
         Another place than the cache.
     provenance, group : optional
         Choose between several groups of one model.
+    legacy : {"auto", "never"}
+        Whether lmprobe's own entries beside the cache are looked at where the store holds nothing of the prompt.
 
     Raises
     ------
     AmbiguousProvenanceError
         Several groups of the model match; names the fields in which they differ.
     """
+    old = _lmprobes(store, legacy)
+    view = _view_of(model, store, provenance, group)
+    row = None if view is None else view.locate(prompt)
+    if view is not None and row is not None:
+        return _describe_prompt(view, row)
+    if old is None or not isinstance(prompt, str) or provenance or group:
+        return None
+    found = old.find(model, [prompt])[0]
+    return None if found is None else _describe_entry(found.entry)
+
+
+def _view_of(model: str, store: Place, provenance: Provenance | None, group: str | None) -> View | None:
+    """The view of the group that is meant, None where there is none."""
     opened = _open(store, "r")
     if opened is None:
         return None
@@ -337,9 +389,32 @@ def discover_cached(
         info = opened.find_group(_name(model), provenance=provenance, group=group)
     except ModelNotStoredError:
         return None
-    view = opened.view(info, whole=False)
-    row = view.locate(prompt)
-    return None if row is None else _describe_prompt(view, row)
+    return opened.view(info, whole=False)
+
+
+def _describe_entry(entry: LegacyEntry) -> CachedPromptInfo:
+    """An entry of lmprobe's in our words."""
+    held: dict[str, set[int]] = {}
+    for one in entry.holds:
+        if one.variable != "token_id":
+            held.setdefault(one.variable, set()).update(one.layers or ())
+    every = {name: sorted(layers) for name, layers in held.items()}
+    widths = [one.row_shape[-1] for one in entry.holds if one.variable.endswith("top_k_values")]
+    return CachedPromptInfo(
+        **_facts(every), raw_layers=every.get("resid", []), logits_top_k=max(widths, default=None), num_tokens=entry.n_tokens
+    )
+
+
+def _facts(every: dict[str, list[int]]) -> dict[str, Any]:
+    """What follows from the names of what is stored of a prompt."""
+    return {
+        "pooled": {pooling: every[f"resid_{pooling}"] for pooling in POOLINGS if f"resid_{pooling}" in every},
+        "has_perplexity": "perplexity" in every,
+        "has_token_perplexity": "token_perplexity" in every,
+        "has_logits": any(name.startswith("logits") for name in every),
+        "router_layers": every.get("router", []),
+        "variables": every,
+    }
 
 
 def _describe_prompt(view: View, row: int) -> CachedPromptInfo:
@@ -356,16 +431,7 @@ def _describe_prompt(view: View, row: int) -> CachedPromptInfo:
     widths = [int(view.row_lengths(level, n, rows)[0]) for level in LEVELS for n in held[level] if n.endswith("top_k_values")]
     top_k = max(widths, default=None)
     return CachedPromptInfo(
-        raw_layers=held["tokens"].get("resid", []),
-        pooled={pooling: every[f"resid_{pooling}"] for pooling in POOLINGS if f"resid_{pooling}" in every},
-        has_perplexity="perplexity" in every,
-        has_token_perplexity="token_perplexity" in every,
-        has_logits=any(name.startswith("logits") for name in every),
-        logits_top_k=top_k,
-        num_tokens=_count_of(view, row),
-        router_layers=every.get("router", []),
-        variables=every,
-        group=view.group.name,
+        **_facts(every), raw_layers=every.get("resid", []), logits_top_k=top_k, num_tokens=_count_of(view, row), group=view.group.name
     )
 
 
@@ -381,17 +447,23 @@ def _count_of(view: View, row: int) -> int | None:
 
 
 def list_cached_prompts(
-    model: str, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None
+    model: str, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None, legacy: str = "auto"
 ) -> list[CachedPrompt]:
-    """The prompts of a model in the cache, in the order of first appearance; the same arguments as `discover_cached`."""
-    opened = _open(store, "r")
-    if opened is None:
-        return []
-    try:
-        info = opened.find_group(_name(model), provenance=provenance, group=group)
-    except ModelNotStoredError:
-        return []
-    view = opened.view(info, whole=False)
+    """The prompts of a model in the cache, in the order of first appearance; the same arguments as `discover_cached`.
+
+    Behind those of the store come those that only lmprobe's own entries beside it hold.
+    """
+    view = _view_of(model, store, provenance, group)
+    listed = [] if view is None else _list_view(view)
+    old = None if provenance or group else _lmprobes(store, legacy)
+    if old is not None:
+        known = {one.hash for one in listed}
+        texts = old.texts(model).items()
+        listed += [CachedPrompt(hash=h, prompt=text, num_tokens=None, cached_at="") for h, text in texts if h not in known]
+    return listed
+
+
+def _list_view(view: View) -> list[CachedPrompt]:
     rows = np.arange(len(view))
     columns = view.columns("prompts")
     texts = read_values(view, "prompts", "text", rows, ()) if "text" in columns else np.full(len(view), "", object)
@@ -516,7 +588,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     ReadOnlyError
     """
     log = cache_logger()
-    model = None if model is None else _name(model)
+    given, model = model, None if model is None else _name(model)
     opened = _open(url, "a")
     count = 0
     if opened is not None:
@@ -530,5 +602,14 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
                     opened.forget(entry.part.path)
                 opened.drop_empty_group(info)
                 count += len(entries)
+    old = _lmprobes(url, "auto")
+    if old is not None and legacy:
+        if not old.storage.is_local:
+            raise InvalidArgumentError(
+                f"lmprobe's own entries in {old.storage.url} are remote, and others may use them: delete them there yourself"
+            )
+        count += old.clear(given)
+    elif old is not None and (left := sum(one.prompts for one in old.models() if given in (None, one.name))):
+        log.info("[cache] clear: %d entries of lmprobe's own remain in %s; legacy=True deletes them too", left, old.storage.url)
     log.info("[cache] clear: %d entries deleted in %s", count, _where(url))
     return count

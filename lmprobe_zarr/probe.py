@@ -47,6 +47,7 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 TASKS: Final = ("classification", "regression")
+LEGACY: Final = ("auto", "never")
 
 
 class Probe:
@@ -89,6 +90,8 @@ class Probe:
         Another place than the cache.
     cache_only : bool
         Whether prompts that are not stored are an error, rather than run.
+    legacy : {"auto", "never"}
+        Whether lmprobe's own entries beside the cache serve a call where they hold all of its prompts and layers.
     name, tokenizer, revision, max_length, truncation, provenance, modules, trust_remote_code, device_map
         As for `lmprobe_zarr.extract`.
 
@@ -128,6 +131,7 @@ class Probe:
         pca_components: int | None = None,
         store: Store | str | os.PathLike[str] | None = None,
         cache_only: bool = False,
+        legacy: str = "auto",
         name: str | None = None,
         tokenizer: Any = None,
         revision: str | None = None,
@@ -155,6 +159,7 @@ class Probe:
         self.pca_components = pca_components
         self.store = store
         self.cache_only = cache_only
+        self.legacy = legacy
         self.name = name
         self.tokenizer = tokenizer
         self.revision = revision
@@ -175,6 +180,8 @@ class Probe:
         """Raise for what could not be fitted, before anything is run."""
         if self.task not in TASKS:
             raise InvalidArgumentError(f"task={self.task!r} is unknown: use {' or '.join(map(repr, TASKS))}")
+        if self.legacy not in LEGACY:
+            raise InvalidArgumentError(f"legacy={self.legacy!r} is unknown: use {' or '.join(map(repr, LEGACY))}")
         parse_stage(self.train_pooling or self.pooling, training=True)
         parse_stage(self.inference_pooling or self.pooling)
         if self.batch_size is not None:
@@ -646,7 +653,7 @@ class LayerSweep:
 
 _PARAMETERS: Final = {name: p for name, p in inspect.signature(Probe.__init__).parameters.items() if name != "self"}
 # Of this machine, of this moment, or no JSON.
-_NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_remote_code")
+_NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_remote_code", "legacy")
 
 
 # ------------------------------------------------------------------------------------------------------------------ scores

@@ -322,7 +322,7 @@ class FsspecStorage(Storage):
         return f"{self.root}/{key}" if key else self.root
 
     @contextmanager
-    def _talking(self, key: str, *, writing: bool = False) -> Iterator[None]:
+    def talking(self, key: str, *, writing: bool = False) -> Iterator[None]:
         """Errors of the place as ours; that there is no such file is told as it is."""
         try:
             yield
@@ -342,7 +342,7 @@ class FsspecStorage(Storage):
             ) from error
 
     def read(self, key: str) -> bytes:
-        with self._talking(key):
+        with self.talking(key):
             data: bytes = self.filesystem.cat_file(self._path(key))
             return data
 
@@ -350,7 +350,7 @@ class FsspecStorage(Storage):
         return self.read(key)
 
     def write(self, key: str, data: Buffer, *, durable: bool) -> None:
-        with self._talking(key, writing=True):
+        with self.talking(key, writing=True):
             self.filesystem.pipe_file(self._path(key), bytes(data))
 
     def commit(self, key: str, data: Buffer, *, durable: bool) -> None:
@@ -363,7 +363,7 @@ class FsspecStorage(Storage):
         path = self._path(key)
         self.filesystem.invalidate_cache(path)
         try:
-            with self._talking(key):
+            with self.talking(key):
                 entries = self.filesystem.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError):
             return {}
@@ -378,7 +378,7 @@ class FsspecStorage(Storage):
         paths = [self._path(key) for key in keys]
         if not paths:
             return
-        with self._talking("", writing=True):
+        with self.talking("", writing=True):
             try:
                 self.filesystem.rm(paths)
             except FileNotFoundError:
@@ -404,14 +404,14 @@ class FsspecStorage(Storage):
         self.write(key, b"", durable=False)
 
     def remove_tree(self, key: str) -> None:
-        with self._talking(key, writing=True):
+        with self.talking(key, writing=True):
             try:
                 self.filesystem.rm(self._path(key), recursive=True)
             except FileNotFoundError:
                 return
 
     def is_file(self, key: str) -> bool:
-        with self._talking(key):
+        with self.talking(key):
             return bool(self.filesystem.isfile(self._path(key)))
 
 

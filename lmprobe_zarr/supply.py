@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +20,7 @@ from lmprobe_zarr import config
 from lmprobe_zarr.build import Keeping, ModelMemory, Outcome, Running, carry_out, keeping_of
 from lmprobe_zarr.errors import (
     CacheWarning,
+    CorruptFileError,
     CorruptPartError,
     InvalidArgumentError,
     NoSpaceError,
@@ -27,7 +28,10 @@ from lmprobe_zarr.errors import (
     PartGoneError,
     ReadOnlyError,
 )
-from lmprobe_zarr.layers import LayerSpec
+from lmprobe_zarr.extraction import Prompts
+from lmprobe_zarr.layers import LayerSpec, describe_layers
+from lmprobe_zarr.legacy import beside
+from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.missing import check_request
 from lmprobe_zarr.precision import Precision
 from lmprobe_zarr.probes.stages import Stage
@@ -100,6 +104,7 @@ class Supply:
     provenance: Provenance | None
     modules: Mapping[str, str] | None
     trust_remote_code: bool
+    legacy: str
     memory: SupplyMemory
 
     def warm_up(self, prompts: list[Any], stages: Sequence[Stage], layers: LayerSpec, *, refresh: bool = False) -> Outcome:
@@ -150,6 +155,8 @@ class Supply:
         running = Running(device=self.device, device_map=self.device_map, batch_prompts=self.batch_size, progress=False)
         keeping = keeping_of(store, Precision())
         options: dict[str, Any] = {"memory": self.memory.model, "cache_only": self.cache_only}
+        if not refresh and request.kind == "text":
+            options["elsewhere"] = self._lmprobes(store, stages)
         outcome = None
         if keeping.limit != 0:
             try:
@@ -167,6 +174,40 @@ class Supply:
             yield carry_out(request, Keeping(precision=keeping.precision), running, sink=sink, **options), [sink, store]
         finally:
             sink.storage.remove_tree("")
+
+    def _lmprobes(self, store: Store, stages: Sequence[Stage]) -> Callable[[Prompts, tuple[int, ...]], list[list[Array]] | None] | None:
+        """What looks into lmprobe's own entries beside the store; None where they cannot be what is meant.
+
+        Nothing is known of how they came about but the model's name and lmprobe's default, float32.
+        """
+        cache = beside(store) if self.legacy == "auto" and isinstance(self.model, (str, os.PathLike)) else None
+        named = (self.name, self.revision, self.tokenizer, self.provenance, self.modules, self.max_length)
+        if cache is None or any(one is not None for one in named) or self.truncation:
+            return None
+        if self.dtype is not None and str(self.dtype).removeprefix("torch.") != "float32":
+            return None
+        model = os.fspath(self.model)  # type: ignore[arg-type]
+
+        def serve(prompts: Prompts, layers: tuple[int, ...]) -> list[list[Array]] | None:
+            texts = list(prompts.text or ())
+            served = []
+            for stage in stages:
+                try:
+                    pieces, held = cache.serve(model, texts, None if stage.needs_tokens else stage.pooling, layers)
+                except CorruptFileError as error:
+                    warnings.warn(f"{error}\nlmprobe's own entries are left out", CacheWarning, stacklevel=2)
+                    return None
+                if pieces is None:
+                    if held:
+                        cache_logger().info(
+                            "[cache] lmprobe's own entries hold %d of %d prompts with all layers, so none is used", held, len(texts)
+                        )
+                    return None
+                served.append(pieces)
+            cache_logger().info("[cache] %s: %d hits among lmprobe's own entries, layers %s", model, len(texts), describe_layers(layers))
+            return served
+
+        return serve
 
     def _open(self) -> Store:
         """The store; while it lies at the same place always the same object, which knows its parts already, and the damaged ones."""
@@ -207,6 +248,8 @@ def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage) ->
         A part has gone since, or is damaged.
     """
     prompts, layers = outcome.prompts, outcome.layers
+    if outcome.elsewhere is not None:
+        return _in_order(outcome, dict(enumerate(outcome.elsewhere[0])), stage)
     level: Level = "tokens" if stage.needs_tokens else "prompts"
     name = "resid" if stage.needs_tokens else f"resid_{stage.pooling}"
     pieces: dict[int, Array] = {}
@@ -227,6 +270,12 @@ def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage) ->
     absent = len(prompts) - len(pieces)
     if absent:
         raise PartGoneError(f"{absent} of {len(prompts)} prompts went from {stores[-1].url} while they were read: call again")
+    return _in_order(outcome, pieces, stage)
+
+
+def _in_order(outcome: Outcome, pieces: Mapping[int, Array], stage: Stage) -> Activations:
+    """What was read of the different prompts, (layer, row, hidden) each, as rows in the order of the given ones."""
+    prompts, layers = outcome.prompts, outcome.layers
     counts = np.array([pieces[i].shape[1] for i in range(len(prompts))], np.int64)
     joined = np.concatenate([pieces[i] for i in range(len(prompts))], axis=1)
     ordered = joined[:, concat_ranges(offsets_of(counts)[prompts.row], counts[prompts.row])]

@@ -242,7 +242,7 @@ class RemoteFiles(Files):
 
     def _range(self, key: str, start: int, stop: int) -> bytes:
         try:
-            with self.storage._talking(key):
+            with self.storage.talking(key):
                 data: bytes = self.storage.filesystem.cat_file(self._path(key), start=start, end=stop)
         except (LmprobeZarrError, FileNotFoundError, IsADirectoryError):
             raise

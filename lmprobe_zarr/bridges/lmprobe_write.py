@@ -129,7 +129,7 @@ def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> b
 def _put_new(storage: FsspecStorage, key: str, data: bytes) -> bool:
     path = f"{storage.root}/{key}"
     try:
-        with storage._talking(key, writing=True):
+        with storage.talking(key, writing=True):
             storage.filesystem.pipe_file(path, data, mode="create")
     except FileExistsError:
         return False

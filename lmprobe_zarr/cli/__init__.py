@@ -13,6 +13,7 @@ from lmprobe_zarr.cli.demo import add_demo
 from lmprobe_zarr.cli.extract import add_extract
 from lmprobe_zarr.cli.show import add_info, add_show
 from lmprobe_zarr.cli.sweep import add_sweep
+from lmprobe_zarr.cli.transfer import add_export, add_import
 from lmprobe_zarr.errors import LmprobeZarrError
 
 __all__ = ["main"]
@@ -66,4 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     add_evict(commands)
     add_clear(commands)
     add_delete(commands)
+    add_import(commands)
+    add_export(commands)
     return parser
