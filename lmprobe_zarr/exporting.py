@@ -11,8 +11,8 @@ import numpy.typing as npt
 from lmprobe_zarr.batch import HASH_DIGITS, prompt_sha256
 from lmprobe_zarr.bridges.entry import UNKNOWN_DIGITS
 from lmprobe_zarr.bridges.lmprobe_write import has_place
-from lmprobe_zarr.bridges.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.ragged import offsets_of
+from lmprobe_zarr.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.schema import LEVELS, Level
 from lmprobe_zarr.sites import is_top_k
 from lmprobe_zarr.view import View

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmprobe_zarr.bridges.files import open_files
-from lmprobe_zarr.bridges.safetensors_file import encode, narrow_bfloat16, parse_header, read_header, read_tensor, widen_bfloat16
+from lmprobe_zarr.bridges.safetensors_file import read_header, read_tensor
 from lmprobe_zarr.errors import CorruptFileError
+from lmprobe_zarr.safetensors_file import encode, narrow_bfloat16, parse_header, widen_bfloat16
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -283,7 +283,7 @@ def test_a_file_cut_off_anywhere_is_refused() -> None:
     for length in range(len(data)):
         with pytest.raises(NotAProbeError, match=r"cut off|not a saved probe"):
             parse_probe(data[:length], "f")
-    with pytest.raises(NotAProbeError, match="do not fill the"):
+    with pytest.raises(NotAProbeError, match="where its header says"):
         parse_probe(data + b"\0", "f")
 
 

@@ -22,9 +22,9 @@ from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_hash, prompt_sha2
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, digest_of_hash, rows_of
 from lmprobe_zarr.bridges.files import Files, LocalFiles
 from lmprobe_zarr.bridges.lmprobe_v2 import DAMAGED, DTYPE, FIRST_TOKEN, FLOATS, NO_MASK, NO_TOKENS, NOTHING, OUTSIDE, SHAPES, model_hash
-from lmprobe_zarr.bridges.safetensors_file import widen_bfloat16
 from lmprobe_zarr.errors import CorruptFileError, MissingDependencyError
 from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.safetensors_file import widen_bfloat16
 
 __all__ = ["LmprobeV1", "prompts_hash"]
 

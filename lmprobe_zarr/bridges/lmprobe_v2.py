@@ -20,9 +20,10 @@ import numpy.typing as npt
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_hash, prompt_sha256
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, digest_of_hash, rows_of
 from lmprobe_zarr.bridges.files import Files, Want, map_files
-from lmprobe_zarr.bridges.safetensors_file import Header, Tensor, itemsize_of, read_header, widen_bfloat16
+from lmprobe_zarr.bridges.safetensors_file import read_header
 from lmprobe_zarr.errors import CorruptFileError
 from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.safetensors_file import Header, Tensor, itemsize_of, widen_bfloat16
 from lmprobe_zarr.schema import Level
 
 __all__ = [

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.bridges.lmprobe_v2 import OF_EVERY, OF_LAST, SUFFIXES, UNPADDED, model_hash
-from lmprobe_zarr.bridges.safetensors_file import encode
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.safetensors_file import encode
 from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage
 
 __all__ = ["Rows", "append_manifest", "has_place", "prompt_files", "write_file", "write_model_name"]

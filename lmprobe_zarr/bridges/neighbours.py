@@ -18,9 +18,10 @@ from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, held_dtype, rows_of
 from lmprobe_zarr.bridges.files import Files, Want
 from lmprobe_zarr.bridges.lmprobe_v2 import DAMAGED, FLOATS, NOTHING, OUTSIDE, SHAPES
-from lmprobe_zarr.bridges.safetensors_file import itemsize_of, read_header, read_tensor, widen_bfloat16
+from lmprobe_zarr.bridges.safetensors_file import read_header, read_tensor
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError
 from lmprobe_zarr.ragged import offsets_of
+from lmprobe_zarr.safetensors_file import itemsize_of, widen_bfloat16
 from lmprobe_zarr.schema import Level, split_variable
 
 __all__ = ["Prompt", "RowTables", "VllmFiles", "npy_layers", "tensor_file"]
