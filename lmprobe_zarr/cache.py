@@ -5,10 +5,8 @@ The cache is the default store (see `lmprobe_zarr.config`) unless a call names a
 
 from __future__ import annotations
 
-import html
 import os
 import time
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +16,10 @@ import numpy as np
 from lmprobe_zarr import config, extraction
 from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, StoreNotFoundError
+from lmprobe_zarr.holdings import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
 from lmprobe_zarr.legacy import LegacyCache, LegacyModel, beside
 from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.maintenance import Entry, EvictPlan, committed_at, plan_evict, remove_entries
-from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.reread import read_values
 from lmprobe_zarr.schema import LEVELS, GroupInfo, Provenance
@@ -46,173 +44,6 @@ Place = str | os.PathLike[str] | Store | None
 
 # Nothing that was committed or used so lately leaves a place that others may be using, in seconds.
 MIN_AGE: Final = 600.0
-
-
-# ---------------------------------------------------------------------------------------------------------------- records
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCacheInfo:
-    """What the cache holds of one model and provenance.
-
-    Parameters
-    ----------
-    model_name : str
-    group : str
-        Folder of the group in the store; for lmprobe's own entries the folder's name in its cache.
-    size_bytes, num_prompts, num_layers, num_parts : int
-    variables : tuple of str
-        What is stored per prompt and per token.
-    has_pooled, has_tokens, has_perplexity, has_logits, has_router : bool
-    oldest, newest : datetime, optional
-        First commit, and last commit or use, in UTC.
-    """
-
-    model_name: str
-    group: str
-    size_bytes: int
-    num_prompts: int
-    num_layers: int
-    num_parts: int = 0
-    variables: tuple[str, ...] = ()
-    has_pooled: bool = False
-    has_tokens: bool = False
-    has_perplexity: bool = False
-    has_logits: bool = False
-    has_router: bool = False
-    oldest: datetime | None = None
-    newest: datetime | None = None
-
-    @property
-    def size_gb(self) -> float:
-        """Size in GB of 1024³ bytes."""
-        return self.size_bytes / config.GB
-
-    def __str__(self) -> str:
-        held = {
-            "pooled": self.has_pooled, "tokens": self.has_tokens, "perplexity": self.has_perplexity, "logits": self.has_logits,
-            "router": self.has_router,
-        }  # fmt: skip
-        what = "".join(f", {name}" for name, there in held.items() if there)
-        return f"{self.model_name}  {format_bytes(self.size_bytes)}  ({self.num_prompts} prompts, {self.num_layers} layers{what})"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
-class CacheInfo:
-    """What a cache holds. Prints as a table, in notebooks too.
-
-    Parameters
-    ----------
-    url : str
-        Its place.
-    models : tuple of ModelCacheInfo
-        One per model and provenance, the largest first.
-    legacy : tuple of ModelCacheInfo
-        lmprobe's own entries beside it, which are read but do not count towards the limit.
-    limit_bytes : int, optional
-        None where there is no limit; 0 where nothing is to be stored.
-    oldest, newest : datetime, optional
-        First commit, and last commit or use, in UTC.
-    """
-
-    url: str
-    models: tuple[ModelCacheInfo, ...] = ()
-    legacy: tuple[ModelCacheInfo, ...] = ()
-    limit_bytes: int | None = None
-    oldest: datetime | None = None
-    newest: datetime | None = None
-
-    @property
-    def total_size_bytes(self) -> int:
-        """Bytes of everything but lmprobe's own entries."""
-        return sum(model.size_bytes for model in self.models)
-
-    @property
-    def total_size_gb(self) -> float:
-        """The same in GB of 1024³ bytes."""
-        return self.total_size_bytes / config.GB
-
-    @property
-    def limit(self) -> float | None:
-        """The limit in GB of 1024³ bytes, None where there is none."""
-        return None if self.limit_bytes is None else self.limit_bytes / config.GB
-
-    def __repr__(self) -> str:
-        return f"CacheInfo(total_size_gb={self.total_size_gb:.2f}, models={[model.model_name for model in self.models]})"
-
-    def _rows(self) -> list[tuple[str, str]]:
-        limit = "none" if self.limit_bytes is None else format_bytes(self.limit_bytes) if self.limit_bytes else "0, so nothing is stored"
-        rows = [("cache", self.url), ("size", format_bytes(self.total_size_bytes)), ("limit", limit)]
-        rows += [("model" if not i else "", str(model)) for i, model in enumerate(self.models)]
-        if self.oldest is not None and self.newest is not None:
-            rows += [("oldest", f"{self.oldest:%Y-%m-%d %H:%M}"), ("newest", f"{self.newest:%Y-%m-%d %H:%M}")]
-        rows += [("lmprobe's" if not i else "", str(model)) for i, model in enumerate(self.legacy)]
-        return rows
-
-    def __str__(self) -> str:
-        return "\n".join(f"{name:<11}{value}".rstrip() for name, value in self._rows())
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for name, value in self._rows()
-        )
-        return f"<table>{cells}</table>"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedPromptInfo:
-    """What is stored of one prompt.
-
-    Parameters
-    ----------
-    raw_layers : list of int
-        Layers whose output is stored for every token.
-    pooled : dict of str to list of int
-        Layers of each pooling of the blocks' output.
-    has_perplexity, has_token_perplexity, has_logits : bool
-    logits_top_k : int, optional
-        How many of the largest logits, where not all are stored.
-    num_tokens : int, optional
-        Tokens of the prompt; None where unknown.
-    router_layers : list of int
-    variables : dict of str to list of int
-        All of it under the store's names, with the layers of each; empty for those without layers.
-    group : str
-        Which group holds it.
-    """
-
-    raw_layers: list[int]
-    pooled: dict[str, list[int]]
-    has_perplexity: bool = False
-    has_token_perplexity: bool = False
-    has_logits: bool = False
-    logits_top_k: int | None = None
-    num_tokens: int | None = None
-    router_layers: list[int] = field(default_factory=list)
-    variables: dict[str, list[int]] = field(default_factory=dict)
-    group: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CachedPrompt:
-    """One prompt of a model in the cache.
-
-    Parameters
-    ----------
-    hash : str
-        Its 16-digit label.
-    prompt : str, optional
-        Its text; None where that was left out or is unknown.
-    num_tokens : int, optional
-    cached_at : str
-        When the part that it first appears in was committed, ISO 8601 in UTC.
-    """
-
-    hash: str
-    prompt: str | None
-    num_tokens: int | None
-    cached_at: str
 
 
 # ------------------------------------------------------------------------------------------------------------ looking in

@@ -21,7 +21,7 @@ ROOMS = [
     {"config", "sites"},
     {"log"},
     {"plan", "batch"},
-    {"schema", "prompt_files", "safetensors_file", "summaries"},
+    {"schema", "holdings", "prompt_files", "safetensors_file", "summaries"},
     {"storage"},
     {"chunks", "index"},
     {"writer", "virtual", "bridges"},
