@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr import config, extraction
 from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError, MissingPromptsError, NoSpaceError, ReadOnlyError
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, NoSpaceError, ReadOnlyError
 from lmprobe_zarr.extraction import Prompts, TokenizedPrompts
 from lmprobe_zarr.ingest import PART_BYTES, PART_SECONDS, Ingest
 from lmprobe_zarr.layers import LayerSpec, describe_layers
-from lmprobe_zarr.log import cache_logger
+from lmprobe_zarr.log import cache_logger, warn
 from lmprobe_zarr.missing import (
     Lookup,
     Request,
@@ -65,6 +64,9 @@ Ints = npt.NDArray[np.int64]
 Columns = Mapping[str, Sequence[Any] | Array]
 LogitsPositions = Literal["last_token", "all"]
 
+# So many are left out one by one; more than that is no accident.
+DAMAGED_PARTS: Final = 100
+
 
 def plan_extract(
     model: str | os.PathLike[str] | torch.nn.Module,
@@ -85,7 +87,7 @@ def plan_extract(
     dtype: Any = "auto",
     storage_dtype: str | None = None,
     keep_bits: int | None = None,
-    overflow: str = "bfloat16",
+    overflow: str | None = None,
     max_length: int | None = None,
     truncation: bool = False,
     refresh: bool = False,
@@ -105,7 +107,7 @@ def plan_extract(
     As `extract` does before it loads the model.
     """
     opened = store if isinstance(store, Store) else open_store(store)
-    keeping = keeping_of(opened, Precision(dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow))
+    keeping = keeping_of(opened, storage_dtype, keep_bits, overflow)
     request = check_request(
         model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
         outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), tokenizer=tokenizer, revision=revision,
@@ -137,7 +139,7 @@ def extract(
     dtype: Any = "auto",
     storage_dtype: str | None = None,
     keep_bits: int | None = None,
-    overflow: str = "bfloat16",
+    overflow: str | None = None,
     device: Any = "auto",
     device_map: Any = None,
     batch_tokens: int | None = None,
@@ -197,8 +199,8 @@ def extract(
         What activations are stored with; None as they are computed. The cache's own setting where the store is the default one.
     keep_bits : int, optional
         Rounds what is stored to so many bits of the fraction, which makes it smaller; see `lmprobe_zarr.precision.Precision`.
-    overflow : {"bfloat16", "raise"}
-        What happens to values beyond the range of float16: stored with bfloat16's precision, or an error. Never infinity.
+    overflow : {"bfloat16", "raise"}, optional
+        What happens to values beyond the range of float16: stored with bfloat16's precision (None too), or an error. Never infinity.
     device, device_map : optional
         ``"auto"`` takes CUDA, then MPS, then the CPU; a device map spreads the model as in transformers.
     batch_tokens : int, optional
@@ -249,7 +251,7 @@ def extract(
         The cache's limit is smaller than what is asked for; or a damaged part is left out, and its prompts are run again.
     """
     opened = store if isinstance(store, Store) else open_store(store)
-    keeping = keeping_of(opened, Precision(dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow), part_bytes)
+    keeping = keeping_of(opened, storage_dtype, keep_bits, overflow, part_bytes)
     request = check_request(
         model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
         outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), tokenizer=tokenizer, revision=revision,
@@ -343,20 +345,41 @@ class Outcome:
     elsewhere: Any = None
 
 
-def keeping_of(store: Store, precision: Precision, part_bytes: int = PART_BYTES) -> Keeping:
+def keeping_of(
+    store: Store,
+    dtype: str | None = None,
+    keep_bits: int | None = None,
+    overflow: str | None = None,
+    part_bytes: int = PART_BYTES,
+) -> Keeping:
     """How a store keeps things: the call's arguments, and for the default store the cache's settings where they say nothing.
 
     Where a limit is set, parts are at most a fiftieth of it, so that eviction frees about what it is asked to.
     """
-    if not store.is_default:
-        return Keeping(precision=precision, part_bytes=part_bytes)
-    limit = config.cache_limit()
-    if precision.changes_nothing:
-        precision = config.cache_precision()
+    setting = config.cache_precision() if store.is_default else Precision()
+    precision = Precision(
+        dtype=dtype or setting.dtype,
+        keep_bits=setting.keep_bits if keep_bits is None else keep_bits,
+        overflow=overflow or setting.overflow,
+    )
+    limit = config.cache_limit() if store.is_default else None
     return Keeping(precision=precision, part_bytes=min(part_bytes, max(1, limit // 50)) if limit else part_bytes, limit=limit)
 
 
-def carry_out(
+def carry_out(request: Request, keeping: Keeping, running: Running, **options: Any) -> Outcome:
+    """Look up what is asked for, run the model on what is missing, and store that; see `_carry_out` for the options.
+
+    A part that turns out to be damaged on the way is left out, with a warning: the model makes up for it.
+    """
+    for _ in range(DAMAGED_PARTS):
+        try:
+            return _carry_out(request, keeping, running, **options)
+        except CorruptPartError as error:
+            request.store.set_aside(error)
+    return _carry_out(request, keeping, running, **options)
+
+
+def _carry_out(
     request: Request,
     keeping: Keeping,
     running: Running,
@@ -469,11 +492,10 @@ def _run(
     advance: Callable[[int], None],
 ) -> Iterator[TokenBatch]:
     """What the model gives; where they cost nothing more, with the layers that are passed on the way."""
-    passed = layers and request.keep_passed and not request.keep_tokens and not request.outputs.router
     return extraction.run(
         loaded,
         tokenized,
-        layers=(tuple(range(max(layers) + 1)) if passed else layers) or "all",
+        layers=request.kept_layers(layers) or "all",
         sites=request.sites,
         poolings=request.poolings,
         keep_tokens=request.keep_tokens,
@@ -553,11 +575,9 @@ def _check_may_store(target: Store, keeping: Keeping) -> None:
 
 def _check_limit(plan: ExtractPlan, keeping: Keeping) -> None:
     if keeping.limit and plan.needed_bytes > keeping.limit:
-        warnings.warn(
+        warn(
             f"these {plan.prompts} prompts take {format_bytes(plan.needed_bytes)}, and the cache's limit is {format_bytes(keeping.limit)}: "
-            f"evict() will take some of them again; set_cache_limit({plan.needed_bytes / config.GB:.3g}) or more keeps them",
-            CacheWarning,
-            stacklevel=4,
+            f"evict() will take some of them again; set_cache_limit({plan.needed_bytes / config.GB:.3g}) or more keeps them"
         )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +17,7 @@ import numpy as np
 
 from lmprobe_zarr import config, extraction
 from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
-from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, StoreNotFoundError
+from lmprobe_zarr.errors import InvalidArgumentError, StoreNotFoundError
 from lmprobe_zarr.holdings import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
 from lmprobe_zarr.legacy import LegacyCache, LegacyModel, beside
 from lmprobe_zarr.log import cache_logger
@@ -24,7 +26,7 @@ from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.reread import read_values
 from lmprobe_zarr.schema import LEVELS, GroupInfo, Provenance
 from lmprobe_zarr.storage import open_storage
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Mode, Store, ambiguous, open_store
 from lmprobe_zarr.view import View
 
 __all__ = [
@@ -49,7 +51,7 @@ MIN_AGE: Final = 600.0
 # ------------------------------------------------------------------------------------------------------------ looking in
 
 
-def _open(place: Place, mode: str) -> Store | None:
+def _open(place: Place, mode: Mode) -> Store | None:
     """The store of a place, None where there is none yet."""
     if isinstance(place, Store):
         return place
@@ -57,17 +59,31 @@ def _open(place: Place, mode: str) -> Store | None:
         opened = open_store(place, "r")
     except StoreNotFoundError:
         return None
-    if mode == "a":
-        return Store(opened.storage, mode="a", durable=opened.durable, is_default=opened.is_default)
-    return opened
+    # A backend that is read-only stays so, whatever is wanted of it.
+    return opened if mode == "r" else open_store(place, mode)
 
 
-def _name(model: str) -> str:
-    """The name in a store of what `Probe` and `extract` were given: a folder of this machine goes by its own name."""
-    path = Path(model).expanduser()
-    if (path / "config.json").is_file():
-        return extraction.model_name(model)
-    return path.name if path.is_absolute() else model  # a folder that is gone went by the same name
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """Which model is meant: its name in a store, and of a folder of this machine its weights too, since many folders share a name."""
+
+    name: str
+    provenance: Provenance
+
+    @staticmethod
+    def of(model: str) -> _Model:
+        path = Path(model).expanduser()
+        with suppress(OSError, ValueError):
+            if (path / "config.json").is_file():
+                known = extraction.identify(model, memory=config.weights_memory()).provenance
+                return _Model(extraction.model_name(model), {k: v for k, v in known.items() if k == "weights"})
+            if path.is_absolute():
+                return _Model(path.name, {})  # a folder that is gone went by the same name
+        return _Model(model, {})
+
+    def groups(self, store: Store) -> list[GroupInfo]:
+        """Its groups in a store."""
+        return store.matching(self.name, self.provenance, whole=False)
 
 
 def _where(place: Place) -> str:
@@ -96,19 +112,17 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     ------
     AccessDeniedError, UnreachableError
     """
-    given, model = model, None if model is None else _name(model)
     old = _lmprobes(store, legacy)
-    older = () if old is None else tuple(_describe_legacy(one) for one in old.models() if given in (None, one.name))
+    older = () if old is None else tuple(_describe_legacy(one) for one in old.models() if model in (None, one.name))
     opened = _open(store, "r")
     limit = config.cache_limit() if opened is None or opened.is_default else None
     if opened is None:
         return CacheInfo(url=_where(store), limit_bytes=limit, legacy=older)
     described = []
-    for info in opened.groups().values():
-        if model in (None, info.model):
-            entries = opened.entries(info)
-            if entries:
-                described.append(_describe_group(opened, info, entries))
+    for info in opened.groups(whole=False).values() if model is None else _Model.of(model).groups(opened):
+        entries = opened.entries(info)
+        if entries:
+            described.append(_describe_group(opened, info, entries))
     described.sort(key=lambda one: (-one.size_bytes, one.model_name))
     return CacheInfo(
         url=opened.url,
@@ -198,29 +212,28 @@ def discover_cached(
     Raises
     ------
     AmbiguousProvenanceError
-        Several groups of the model match; names the fields in which they differ.
+        Several groups of the model hold the prompt; names the fields in which they differ.
     """
     old = _lmprobes(store, legacy)
-    view = _view_of(model, store, provenance, group)
-    row = None if view is None else view.locate(prompt)
-    if view is not None and row is not None:
-        return _describe_prompt(view, row)
+    found = [(view, row) for view in _views_of(model, store, provenance, group) if (row := view.locate(prompt)) is not None]
+    if len(found) > 1:
+        raise ambiguous([view.group for view, _ in found], found[0][0].storage.url)
+    if found:
+        return _describe_prompt(*found[0])
     if old is None or not isinstance(prompt, str) or provenance or group:
         return None
-    found = old.find(model, [prompt])[0]
-    return None if found is None else _describe_entry(found.entry)
+    entry = old.find(model, [prompt])[0]
+    return None if entry is None else _describe_entry(entry.entry)
 
 
-def _view_of(model: str, store: Place, provenance: Provenance | None, group: str | None) -> View | None:
-    """The view of the group that is meant, None where there is none."""
+def _views_of(model: str, store: Place, provenance: Provenance | None, group: str | None) -> list[View]:
+    """The views of all groups that may be meant."""
     opened = _open(store, "r")
     if opened is None:
-        return None
-    try:
-        info = opened.find_group(_name(model), provenance=provenance, group=group)
-    except ModelNotStoredError:
-        return None
-    return opened.view(info, whole=False)
+        return []
+    meant = _Model.of(model)
+    infos = opened.matching(meant.name, {**meant.provenance, **(provenance or {})}, group, whole=False)
+    return [opened.view(info, whole=False) for info in infos]
 
 
 def _describe_entry(entry: LegacyEntry) -> CachedPromptInfo:
@@ -280,18 +293,18 @@ def _count_of(view: View, row: int) -> int | None:
 def list_cached_prompts(
     model: str, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None, legacy: str = "auto"
 ) -> list[CachedPrompt]:
-    """The prompts of a model in the cache, in the order of first appearance; the same arguments as `discover_cached`.
+    """The prompts of a model in the cache, each once, in the order of first appearance; the same arguments as `discover_cached`.
 
-    Behind those of the store come those that only lmprobe's own entries beside it hold.
+    Those of all groups that match; and behind them those that only lmprobe's own entries beside the cache hold.
     """
-    view = _view_of(model, store, provenance, group)
-    listed = [] if view is None else _list_view(view)
+    listed: dict[str, CachedPrompt] = {}
+    for view in _views_of(model, store, provenance, group):
+        for one in _list_view(view):
+            listed.setdefault(one.hash, one)
     old = None if provenance or group else _lmprobes(store, legacy)
-    if old is not None:
-        known = {one.hash for one in listed}
-        texts = old.texts(model).items()
-        listed += [CachedPrompt(hash=h, prompt=text, num_tokens=None, cached_at="") for h, text in texts if h not in known]
-    return listed
+    for label, text in {}.items() if old is None else old.texts(model).items():
+        listed.setdefault(label, CachedPrompt(hash=label, prompt=text, num_tokens=None, cached_at=""))
+    return list(listed.values())
 
 
 def _list_view(view: View) -> list[CachedPrompt]:
@@ -325,8 +338,8 @@ def _may_remove(place: Place, opened: Store) -> None:
 
 def _check_age(min_age: float | None, opened: Store) -> float:
     if min_age is None:
-        return 0.0 if opened.url == str(config.default_root()) else MIN_AGE
-    if isinstance(min_age, bool) or not isinstance(min_age, (int, float)) or not min_age >= 0:
+        return 0.0 if opened.url == open_storage(config.default_root()).url else MIN_AGE
+    if isinstance(min_age, bool) or not isinstance(min_age, (int, float, np.number)) or not 0 <= min_age < float("inf"):
         raise InvalidArgumentError(f"min_age={min_age!r} is no age: give seconds, at least 0")
     return float(min_age)
 
@@ -361,9 +374,7 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     log = cache_logger()
     limit = config.cache_limit() if url is None else None
     if max_gb is not None:
-        if isinstance(max_gb, bool) or not isinstance(max_gb, (int, float)) or not max_gb >= 0:
-            raise InvalidArgumentError(f"max_gb={max_gb!r} is no size: give a number of GB of at least 0")
-        limit = int(max_gb * config.GB)
+        limit = config.bytes_of("max_gb", max_gb)
     elif url is not None:
         raise InvalidArgumentError(f"how much may stay in {_where(url)} was not said: give max_gb=")
     elif not limit:
@@ -379,7 +390,7 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     _may_remove(url, opened)
     began = time.perf_counter()
     age = _check_age(min_age, opened)
-    entries = [entry for info in opened.groups().values() for entry in opened.entries(info)]
+    entries = [entry for info in opened.groups(whole=False).values() for entry in opened.entries(info)]
     plan = plan_evict(entries, limit or 0, min_age=age)
     if dry_run:
         return plan
@@ -419,28 +430,26 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     ReadOnlyError
     """
     log = cache_logger()
-    given, model = model, None if model is None else _name(model)
     opened = _open(url, "a")
     count = 0
     if opened is not None:
         _may_remove(url, opened)
-        for info in opened.groups().values():
-            if model in (None, info.model):
-                entries = opened.entries(info)
-                # The hidden ones first: they must not show again when what replaced them goes.
-                remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.hidden))
-                for entry in entries:
-                    opened.forget(entry.part.path)
-                opened.drop_empty_group(info)
-                count += len(entries)
+        for info in opened.groups(whole=False).values() if model is None else _Model.of(model).groups(opened):
+            entries = opened.entries(info)
+            # The hidden ones first: they must not show again when what replaced them goes.
+            remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.hidden))
+            for entry in entries:
+                opened.forget(entry.part.path)
+            opened.drop_empty_group(info)
+            count += len(entries)
     old = _lmprobes(url, "auto")
     if old is not None and legacy:
         if not old.storage.is_local:
             raise InvalidArgumentError(
                 f"lmprobe's own entries in {old.storage.url} are remote, and others may use them: delete them there yourself"
             )
-        count += old.clear(given)
-    elif old is not None and (left := sum(one.prompts for one in old.models() if given in (None, one.name))):
+        count += old.clear(model)
+    elif old is not None and (left := sum(one.prompts for one in old.models() if model in (None, one.name))):
         log.info("[cache] clear: %d entries of lmprobe's own remain in %s; legacy=True deletes them too", left, old.storage.url)
     log.info("[cache] clear: %d entries deleted in %s", count, _where(url))
     return count

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
-from lmprobe_zarr.errors import CorruptPartError, PartGoneError
+from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.schema import ArrayInfo
 from lmprobe_zarr.storage import Storage
 
@@ -147,6 +147,10 @@ class StoredArray:
                     f"part {part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
                 ) from error
             raise self._corrupt(key, "is missing") from error
+        except OSError as error:
+            if isinstance(error, LmprobeZarrError | PermissionError):
+                raise
+            raise self._corrupt(key, f"cannot be read ({error.strerror or error})") from error
         length, checksum = self.files.get(self._file_key(key), (-1, -1))
         if len(data) != length or length < 4:
             raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from lmprobe_zarr.precision import Precision
 __all__ = [
     "SETTINGS",
     "Setting",
+    "bytes_of",
     "cache_backend",
     "cache_dir",
     "cache_limit",
@@ -71,9 +73,9 @@ def _parse_limit(text: str) -> int:
 
 
 def _limit_bytes(gb: float) -> int:
-    if not math.isfinite(gb) or gb < 0:
+    if not math.isfinite(gb * GB) or gb < 0:
         raise ValueError(gb)
-    return int(gb * GB)
+    return math.ceil(gb * GB)  # only 0 is nothing
 
 
 def _parse_debug(text: str) -> int | None:
@@ -208,6 +210,22 @@ def weights_memory() -> Path:
 # -------------------------------------------------------------------------------------------------------------- setting
 
 
+def bytes_of(name: str, gb: object) -> int:
+    """A size given in GB of 1024³ bytes.
+
+    Raises
+    ------
+    InvalidArgumentError
+        No finite number of at least 0.
+    """
+    try:
+        if isinstance(gb, bool) or not isinstance(gb, Real):
+            raise TypeError(gb)
+        return _limit_bytes(float(gb))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidArgumentError(f"{name}={gb!r:.40} is no size: give a number of GB of at least 0") from error
+
+
 def set_cache_limit(gb: float | None = None) -> None:
     """Set the size that `evict` brings the default store down to.
 
@@ -223,10 +241,7 @@ def set_cache_limit(gb: float | None = None) -> None:
     InvalidArgumentError
         A negative number, or none.
     """
-    try:
-        _from_calls["limit"] = None if gb is None else _limit_bytes(float(gb))
-    except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"gb={gb!r} is no size: give a number of GB of at least 0, or None for no limit") from error
+    _from_calls["limit"] = None if gb is None else bytes_of("gb", gb)
 
 
 def set_cache_dtype(dtype: str | None = None, *, keep_bits: int | None = None, overflow: str = "bfloat16") -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.bridges.entry import Entry, Held, Source
 from lmprobe_zarr.bridges.files import Files, open_files
 from lmprobe_zarr.bridges.lmprobe_v1 import LmprobeV1
@@ -189,6 +190,13 @@ class LegacyCache:
             bounds = offsets_of(counts)
             pieces |= {i: joined[:, a:b] for i, a, b in zip(members, bounds[:-1], bounds[1:], strict=True)}
         return [pieces[i] for i in range(len(prompts))], len(prompts)
+
+    def written_at(self, model: str, prompts: Sequence[str]) -> float:
+        """When the oldest of the prompts' files was written, in seconds since 1970; infinity where the place does not tell."""
+        wanted = {prompt_hash(prompt) for prompt in prompts}
+        listed = self.storage.scan(model_hash(model))
+        times = [entry.modified for name, entry in listed.items() if name[:16] in wanted and entry.modified is not None]
+        return min(times, default=float("inf"))
 
     # ------------------------------------------------------------------------------------------------------- clearing
 

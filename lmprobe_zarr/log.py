@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 from lmprobe_zarr import config
+from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError
 
-__all__ = ["cache_logger", "enable_cache_logging"]
+__all__ = ["cache_logger", "enable_cache_logging", "warn"]
 
 _LOGGER = logging.getLogger("lmprobe_zarr.cache")
 
@@ -32,15 +34,34 @@ def enable_cache_logging(level: int | str = logging.INFO) -> None:
     level : int or str
         ``logging.INFO`` shows one line per call: hits, misses, layers, seconds. ``logging.DEBUG`` adds every part that is committed,
         evicted or skipped. Calling again changes the level.
+
+    Raises
+    ------
+    InvalidArgumentError
+        No level of `logging`.
     """
-    _LOGGER.setLevel(level.upper() if isinstance(level, str) else level)
+    try:
+        _LOGGER.setLevel(level.upper() if isinstance(level, str) else level)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"level={level!r} is none of logging's: use 'info', 'debug' or a number such as logging.INFO") from error
     if not any(isinstance(handler, _StandardError) for handler in _LOGGER.handlers):
         _LOGGER.addHandler(_StandardError())
 
 
 def cache_logger() -> logging.Logger:
-    """The logger ``lmprobe_zarr.cache``, with what ``$LMPROBE_CACHE_DEBUG`` asks for where nothing else was said."""
-    level = config.debug_level()
-    if level is not None and _LOGGER.level == logging.NOTSET:
+    """The logger ``lmprobe_zarr.cache``, as ``$LMPROBE_CACHE_DEBUG`` wants it where nobody else has set it."""
+    level = config.debug_level() or logging.NOTSET
+    of_variable = getattr(_LOGGER, "level_of_variable", logging.NOTSET)
+    if level != of_variable and _LOGGER.level == of_variable:
         enable_cache_logging(level)
+        _LOGGER.level_of_variable = level  # type: ignore[attr-defined]
     return _LOGGER
+
+
+def warn(message: str) -> None:
+    """A `CacheWarning` that points at the first line outside of this package, which is the caller's."""
+    frame, level = sys._getframe(1), 2
+    package = __name__.split(".")[0]
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in (package, "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, CacheWarning, stacklevel=level)

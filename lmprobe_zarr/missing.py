@@ -67,6 +67,7 @@ class Request:
     provenance: Provenance
     modules: Mapping[str, str] | None
     trust_remote_code: bool
+    group: str | None = None
 
     @property
     def by_name(self) -> bool:
@@ -82,6 +83,11 @@ class Request:
     def layered(self) -> bool:
         """Whether anything is asked for that each layer has its own of."""
         return self.outputs.router or bool(set(self.sites) & set(LAYERED_SITES))
+
+    def kept_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """The layers that are stored of what is run: where they cost nothing more, those that are passed on the way too."""
+        passed = layers and self.keep_passed and not self.keep_tokens and not self.outputs.router
+        return tuple(range(max(layers) + 1)) if passed else layers
 
     def wanted(self, layers: tuple[int, ...], routers: tuple[int, ...] | None = None) -> list[Wanted]:
         """Every variable asked for.
@@ -209,9 +215,13 @@ def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
     known = {**identity.provenance, **request.provenance}
     # A group with fields of somebody's own, such as a steering vector, is meant only by who names them.
     fixed = {*extraction.PROVENANCE_FIELDS, *request.own_provenance}
-    found = [info for info in request.store.matching(identity.name, known) if fixed.issuperset(info.provenance)]
+    matching = request.store.matching(identity.name, known, request.group, whole=False)
+    found = [info for info in matching if fixed.issuperset(info.provenance)]
     if len(found) > 1:
         found = [info for info in found if request.store.holds_parts(info.name)]
+    if len(found) > 1 and request.dtype is None:
+        # Any dtype serves: that of lmprobe where there are several.
+        found = [info for info in found if info.provenance.get("compute_dtype") == "float32"] or found
     if len(found) > 1:
         raise ambiguous(found, request.store.url)
     return found[0] if found else None
@@ -239,9 +249,13 @@ def settle_dtype(request: Request, looked: Lookup) -> Request:
 def look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None = None) -> Lookup:
     """The stored group of a loaded model, all of whose provenance is known."""
     group = group_of(loaded)
+    if request.group is not None and request.group != group.name:
+        raise InvalidArgumentError(
+            f"group={request.group!r} was asked for, but this model as it is loaded makes {group.name!r}: leave group out, or read only"
+        )
     prompts = before.prompts if before is not None and request.kind != "ids" else None
     prompts = prompts or extraction.parse_prompts(request.given, tokenizer=loaded.tokenizer)
-    stored = request.store.groups().get(group.name)
+    stored = request.store.groups(whole=False).get(group.name)
     view = None if stored is None else request.store.view(stored, whole=False)
     return Lookup(identity=before.identity if before else None, prompts=prompts, group=stored, view=view)
 
@@ -287,7 +301,7 @@ def plan_work(
         tokenized = _tokenize(request, prompts, missing, loaded, known) if len(missing) else None
     dtype = str(known.provenance.get("compute_dtype") or (looked.group and looked.group.provenance.get("compute_dtype")) or "float32")
     weight = row_bytes(
-        layers=len(layers),
+        layers=len(request.kept_layers(layers)),
         hidden_size=known.hidden_size or (looked.group.hidden_size if looked.group else None) or 0,
         dtype=precision.dtype or dtype,
         sites=request.sites,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -17,16 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError, LabelError, NotFittedError
+from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
 from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.layers import LayerSpec, parse_sweep
 from lmprobe_zarr.plan import ExtractStats
-from lmprobe_zarr.probes import dump_probe, evaluate_classification, evaluate_regression, make_pipeline_for, parse_probe
+from lmprobe_zarr.probes import class_scores, dump_probe, evaluate_classification, evaluate_regression, make_pipeline_for, parse_probe
 from lmprobe_zarr.probes.given import (
     as_array,
     check_batch_size,
     check_labels,
     check_weights,
+    has_weights,
     is_matrix,
     list_given,
     parse_matrix,
@@ -79,7 +81,8 @@ class Probe:
     normalize_layers : bool, "per_neuron" or "per_layer"
         How several layers are brought to one scale; True is ``"per_neuron"``.
     dtype : str, optional
-        What to compute in. None takes what is stored, whatever that was computed in, and else float32, as lmprobe does.
+        What to compute in. None takes what is stored, whatever that was computed in (float32 where there are several), and else float32,
+        as lmprobe does; once fitted, a probe stays with what it learned from.
     classifier_kwargs : mapping, optional
         Parameters of a named classifier.
     preprocessing : str or sequence of str, optional
@@ -92,6 +95,8 @@ class Probe:
         Whether prompts that are not stored are an error, rather than run.
     legacy : {"auto", "never"}
         Whether lmprobe's own entries beside the cache serve a call where they hold all of its prompts and layers.
+    group : str, optional
+        Name of a stored group, where several of the model match.
     name, tokenizer, revision, max_length, truncation, provenance, modules, trust_remote_code, device_map
         As for `lmprobe_zarr.extract`.
 
@@ -102,7 +107,9 @@ class Probe:
     classes_ : ndarray or None
         The labels, sorted; None for regression.
     layers_ : tuple of int
-        The layers that it learned from.
+        The layers that it learned from; empty where it learned from activations of unknown layers.
+    dtype_ : str or None
+        What its activations were computed in, where that is known.
     sweep_result_ : LayerSweep or None
         The probes of a sweep.
 
@@ -132,6 +139,7 @@ class Probe:
         store: Store | str | os.PathLike[str] | None = None,
         cache_only: bool = False,
         legacy: str = "auto",
+        group: str | None = None,
         name: str | None = None,
         tokenizer: Any = None,
         revision: str | None = None,
@@ -160,6 +168,7 @@ class Probe:
         self.store = store
         self.cache_only = cache_only
         self.legacy = legacy
+        self.group = group
         self.name = name
         self.tokenizer = tokenizer
         self.revision = revision
@@ -172,6 +181,8 @@ class Probe:
         self.pipeline_: Any = None
         self.classes_: Array | None = None
         self.layers_: tuple[int, ...] = ()
+        self.n_layers_ = 1
+        self.dtype_: str | None = None
         self.sweep_result_: LayerSweep | None = None
         self._memory = SupplyMemory()
         self._check()
@@ -202,11 +213,16 @@ class Probe:
         InvalidArgumentError
             Nothing of that name.
         """
-        for name, value in params.items():
-            if name not in _PARAMETERS:
-                raise InvalidArgumentError(f"Probe has no parameter {name!r}: there is {', '.join(_PARAMETERS)}")
-            setattr(self, name, value)
-        self._check()
+        strange = sorted(set(params) - set(_PARAMETERS))
+        if strange:
+            raise InvalidArgumentError(f"Probe has no parameter {strange[0]!r}: there is {', '.join(_PARAMETERS)}")
+        before = self.get_params()
+        self.__dict__.update(params)
+        try:
+            self._check()
+        except BaseException:
+            self.__dict__.update(before)
+            raise
         return self
 
     def __sklearn_tags__(self) -> Any:
@@ -256,13 +272,16 @@ class Probe:
         given = list_given(prompts)
         stages = (parse_stage(self.train_pooling or self.pooling), parse_stage(self.inference_pooling or self.pooling))
         sweep = parse_sweep(self.layers)
-        return self._supply(batch_size).warm_up(given, stages, self.layers if sweep is None else sweep).stats
+        with self._supply(batch_size).supplied(given, stages, self.layers if sweep is None else sweep) as supplied:
+            return supplied.outcome.stats
 
-    def _supply(self, batch_size: int | None = None) -> Supply:
-        """Where activations come from."""
+    def _supply(self, batch_size: int | None = None, *, as_fitted: bool = False) -> Supply:
+        """Where activations come from; `as_fitted`: alike to those that it learned from."""
         if batch_size is not None:
             check_batch_size(batch_size)
         given = {name: getattr(self, name) for name in Supply.__dataclass_fields__ if name not in ("memory", "batch_size")}
+        if as_fitted and self.dtype is None:
+            given["dtype"] = self.dtype_
         return Supply(memory=self._memory, batch_size=batch_size or self.batch_size, **given)
 
     # ------------------------------------------------------------------------------------------------------------- fitting
@@ -316,11 +335,16 @@ class Probe:
         if sweep is not None:
             return self._fit_sweep(prompts, y, weights, sweep, invalidate_cache=invalidate_cache, batch_size=batch_size)
         read = self._supply(batch_size).activations(prompts, stage, self.layers, refresh=invalidate_cache)
+        self._fit_read(read, y, weights)
+        return self
+
+    def _fit_read(self, read: Activations, y: Array, weights: Array | None) -> None:
         if read.n_tokens is not None:
             y = np.repeat(y, read.n_tokens)
             weights = None if weights is None else np.repeat(weights, read.n_tokens)
-        self._fit(read.features, y, weights, read.layers)
-        return self
+        _check_finite(read)
+        self._fit(read.features, y, weights, read.layers, len(read.layers))
+        self.dtype_ = read.compute_dtype
 
     def fit_from_activations(self, X: Any, y: Any, *, sample_weight: Any = None, n_layers: int = 1) -> Self:  # noqa: N803
         """Fit on activations that are given.
@@ -341,9 +365,10 @@ class Probe:
         InvalidArgumentError
             Not a matrix of finite numbers, or one whose width is no multiple of `n_layers`.
         """
-        features, layers = parse_matrix(X, n_layers)
+        features, layers, n_layers = parse_matrix(X, n_layers)
         labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
-        self._fit(features, labels, check_weights(sample_weight, len(features)), layers)
+        self._fit(features, labels, check_weights(sample_weight, len(features)), layers, n_layers)
+        self.dtype_ = None
         return self
 
     def _new_pipeline(self, n_layers: int) -> Any:
@@ -361,11 +386,19 @@ class Probe:
             random_state=0 if self.random_state is None else self.random_state,
         )
 
-    def _fit(self, features: Array, labels: Array, weights: Array | None, layers: tuple[int, ...]) -> None:
-        pipeline = self._new_pipeline(max(1, len(layers)))
-        options = {} if weights is None else {f"{pipeline.steps[-1][0]}__sample_weight": weights}
-        pipeline.fit(features, labels, **options)
-        self.pipeline_, self.layers_ = pipeline, layers
+    def _fit(self, features: Array, labels: Array, weights: Array | None, layers: tuple[int, ...], n_layers: int) -> None:
+        pipeline = self._new_pipeline(n_layers)
+        name, estimator = pipeline.steps[-1]
+        if weights is not None and not has_weights(estimator):
+            raise InvalidArgumentError(f"{self.classifier!r} takes no sample_weight: leave it out, or use 'logistic_regression' or 'ridge'")
+        try:
+            pipeline.fit(features, labels, **({} if weights is None else {f"{name}__sample_weight": weights}))
+        except (ValueError, TypeError) as error:
+            if isinstance(error, LmprobeZarrError):
+                raise
+            reason = str(error).strip().split("\n")[0][:200]
+            raise InvalidArgumentError(f"{self.classifier!r} cannot be fitted on these {len(features)} rows: {reason}") from error
+        self.pipeline_, self.layers_, self.n_layers_ = pipeline, layers, n_layers
         self.classes_ = np.asarray(pipeline.classes_) if self.task == "classification" else None
         self.sweep_result_ = None
 
@@ -373,20 +406,21 @@ class Probe:
         self, prompts: list[Any], y: Array, weights: Array | None, sweep: LayerSpec, *, invalidate_cache: bool, batch_size: int | None
     ) -> Self:
         stage = parse_stage(self.train_pooling or self.pooling, training=True)
-        outcome = self._supply(batch_size).warm_up(prompts, (stage,), sweep, refresh=invalidate_cache)
         probes = {}
-        for layer in outcome.layers:
-            probe = Probe(**{**self.get_params(), "layers": layer})
-            probe._memory = self._memory
-            probes[layer] = probe.fit(prompts, labels=y, sample_weight=weights, batch_size=batch_size)
-        result = LayerSweep(probes)
-        self._take(probes[outcome.layers[0]])
-        self.sweep_result_ = result
+        with self._supply(batch_size).supplied(prompts, (stage,), sweep, refresh=invalidate_cache) as supplied:
+            for layer in supplied.outcome.layers:
+                probe = Probe(**{**self.get_params(), "layers": layer})
+                probe._memory = self._memory
+                probe._fit_read(supplied.read(stage, layer), y, weights)
+                probes[layer] = probe
+        self._take(probes[min(probes)])
+        self.sweep_result_ = LayerSweep(probes)
         return self
 
     def _take(self, other: Probe) -> None:
         """What another probe has learned."""
-        self.pipeline_, self.classes_, self.layers_ = other.pipeline_, other.classes_, other.layers_
+        for name in ("pipeline_", "classes_", "layers_", "n_layers_", "dtype_"):
+            setattr(self, name, getattr(other, name))
 
     # ------------------------------------------------------------------------------------------------------------- scoring
 
@@ -413,17 +447,32 @@ class Probe:
         self._check_fitted()
         if is_matrix(prompts):
             return self.predict_from_activations(prompts)
-        stage, read = self._to_score(prompts, batch_size)
+        return self._predict_read(*self._to_score(prompts, batch_size))
+
+    def _predict_read(self, stage: Stage, read: Activations) -> Any:
         if self.task == "regression":
-            values = np.asarray(self.pipeline_.predict(read.features))
-            return _pooled(values, stage, read)
+            return _pooled(np.asarray(self.pipeline_.predict(read.features)), stage, read)
         assert self.classes_ is not None  # noqa: S101 — a classification is fitted
         if not stage.needs_tokens:
             return np.asarray(self.pipeline_.predict(read.features))
-        scores = np.asarray(_scores(self.pipeline_, read.features))
+        scores = self._scores(read.features)
         if stage.of == "nothing":
             return _by_token(_classes_of(scores, self.classes_), read)
         return _classes_of(reduce_scores(scores, _counts(read), stage.pooling), self.classes_)
+
+    def _scores(self, features: Array) -> Array:
+        """Probabilities, or a decision function where there are none: one column per class, or a single one for two."""
+        assert self.classes_ is not None  # noqa: S101 — a classification is fitted
+        if hasattr(self.pipeline_, "predict_proba"):
+            return np.asarray(self.pipeline_.predict_proba(features))
+        scores = None if not hasattr(self.pipeline_, "decision_function") else np.asarray(self.pipeline_.decision_function(features))
+        columns = 0 if scores is None else 2 if scores.ndim == 1 else scores.shape[1]
+        if scores is None or columns != len(self.classes_):
+            raise InvalidArgumentError(
+                f"{self.classifier!r} gives no score per class, which scores of tokens are pooled by: use 'logistic_regression', "
+                "or decision_function_shape='ovr'"
+            )
+        return scores
 
     def predict_proba(self, prompts: Any, *, batch_size: int | None = None) -> Any:
         """The probability of each class.
@@ -444,15 +493,29 @@ class Probe:
         self._check_probabilities()
         if is_matrix(prompts):
             return self.predict_proba_from_activations(prompts)
-        stage, read = self._to_score(prompts, batch_size)
+        return self._proba_read(*self._to_score(prompts, batch_size))
+
+    def _proba_read(self, stage: Stage, read: Activations) -> Any:
         return _pooled(np.asarray(self.pipeline_.predict_proba(read.features)), stage, read, self.classes_)
 
     def _to_score(self, prompts: Any, batch_size: int | None) -> tuple[Stage, Activations]:
         stage = parse_stage(self.inference_pooling or self.pooling)
-        layers = list(self.layers_)
-        if not layers:
+        if not self.layers_:
             raise InvalidArgumentError("this probe learned from activations of unknown layers: predict from activations too")
-        return stage, self._supply(batch_size).activations(list_given(prompts), stage, layers)
+        read = self._supply(batch_size, as_fitted=True).activations(list_given(prompts), stage, list(self.layers_))
+        _check_finite(read)
+        return stage, read
+
+    @property
+    def decision_function(self) -> Any:
+        """What classifies rows of activations, as in scikit-learn; AttributeError where the classifier has none."""
+        if self.pipeline_ is None or not hasattr(self.pipeline_, "decision_function"):
+            raise AttributeError(f"{self.classifier!r} has no decision function, or learned nothing yet")
+
+        def decision_function(X: Any) -> Array:  # noqa: N803
+            return np.asarray(self.pipeline_.decision_function(self._same_width(X)))
+
+        return decision_function
 
     def _check_probabilities(self) -> None:
         if self.task == "regression":
@@ -476,7 +539,9 @@ class Probe:
         return self._score(self.predict_from_activations(X), as_array(y))
 
     def _same_width(self, X: Any) -> Array:  # noqa: N803
-        features, _ = parse_matrix(X, max(1, len(self.layers_)))
+        features, layers, _ = parse_matrix(X, self.n_layers_)
+        if layers and self.layers_ and layers != self.layers_:
+            raise InvalidArgumentError(f"these activations are of layers {list(layers)}, and the probe learned from {list(self.layers_)}")
         if features.shape[1] != self.pipeline_.n_features_in_:
             raise InvalidArgumentError(
                 f"these activations are {features.shape[1]} wide, and the probe learned from {self.pipeline_.n_features_in_}: "
@@ -489,13 +554,21 @@ class Probe:
         return self._score(np.asarray(self.predict(prompts, batch_size=batch_size)), as_array(labels))
 
     def _score(self, predicted: Array, labels: Array) -> float:
+        self._check_true(predicted, labels)
+        if self.task == "regression":
+            return evaluate_regression(predicted, labels)["r2"]
+        return float(np.mean(predicted == labels))
+
+    def _check_true(self, predicted: Array, labels: Array) -> None:
+        """Raise where true labels cannot be those of the predictions."""
         if len(predicted) != len(labels):
             raise LabelError(
                 f"there are {len(labels)} labels for {len(predicted)} predictions: give one for each prompt, and pool the tokens"
             )
-        if self.task == "regression":
-            return evaluate_regression(predicted, labels)["r2"]
-        return float(np.mean(predicted == labels))
+        if self.classes_ is not None and len(labels) and not set(labels.tolist()) & set(self.classes_.tolist()):
+            raise LabelError(
+                f"none of the labels, such as {labels[0]!r:.40}, is a class of this probe: it knows {self.classes_.tolist()!r:.80}"
+            )
 
     def evaluate(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> dict[str, Any]:
         """The usual measures on prompts that it has not seen.
@@ -511,19 +584,34 @@ class Probe:
         if self.sweep_result_ is not None:
             return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size)
         y = as_array(labels)
-        predicted = np.asarray(self.predict(prompts, batch_size=batch_size))
-        if len(predicted) != len(y):
-            raise LabelError(f"there are {len(y)} labels for {len(predicted)} predictions: give one for each prompt, and pool the tokens")
+        if is_matrix(prompts):
+            features = self._same_width(prompts)
+            return self._evaluate(np.asarray(self.pipeline_.predict(features)), class_scores(self.pipeline_, features), y)
+        return self._evaluate_read(*self._to_score(prompts, batch_size), y)
+
+    def _evaluate_read(self, stage: Stage, read: Activations, labels: Array) -> dict[str, Any]:
+        scores = None
+        if self.task == "classification" and stage.needs_tokens:
+            scores = np.asarray(_pooled(self._scores(read.features), stage, read))
+        elif self.task == "classification":
+            scores = class_scores(self.pipeline_, read.features)
+        return self._evaluate(np.asarray(self._predict_read(stage, read)), scores, labels)
+
+    def _evaluate(self, predicted: Array, scores: Array | None, labels: Array) -> dict[str, Any]:
+        self._check_true(predicted, labels)
         if self.task == "regression":
-            return {**evaluate_regression(predicted, y), "n_eval": len(y)}
-        proba = self.predict_proba(prompts, batch_size=batch_size) if hasattr(self.pipeline_, "predict_proba") else None
+            return {**evaluate_regression(predicted, labels), "n_eval": len(labels)}
         assert self.classes_ is not None  # noqa: S101 — a classification is fitted
-        found = evaluate_classification(predicted, None if proba is None else np.asarray(proba), y, self.classes_)
-        return {**{name: value for name, value in found.items() if not np.isnan(value)}, "n_eval": len(y)}
+        if scores is not None and scores.ndim == 2 and scores.shape[1] == len(self.classes_) == 2:
+            scores = scores[:, 1]
+        found = evaluate_classification(predicted, scores, labels, self.classes_)
+        return {**{name: value for name, value in found.items() if not np.isnan(value)}, "n_eval": len(labels)}
 
     def _evaluate_sweep(self, sweep: LayerSweep, prompts: Any, labels: Any, batch_size: int | None) -> dict[str, Any]:
-        given = prompts if is_matrix(prompts) else list_given(prompts)
-        results = {layer: probe.evaluate(given, labels, batch_size=batch_size) for layer, probe in sweep.probes.items()}
+        y = as_array(labels)
+        if is_matrix(prompts):
+            raise InvalidArgumentError("a sweep has a probe per layer: evaluate one of them on activations, probe.sweep_result_[layer]")
+        results = sweep._each(list_given(prompts), lambda probe, stage, read: probe._evaluate_read(stage, read, y), batch_size)
         measure = "accuracy" if self.task == "classification" else "r2"
         best = max(results, key=lambda layer: results[layer][measure])
         self._take(sweep[best])
@@ -555,6 +643,8 @@ class Probe:
         header = {
             "parameters": {name: _as_json(value) for name, value in parameters.items()},
             "layers": list(self.layers_),
+            "n_layers": self.n_layers_,
+            "dtype": self.dtype_,
             "task": self.task,
         }
         if not isinstance(self.classifier, str):
@@ -568,9 +658,12 @@ class Probe:
         try:
             staged.write_bytes(data)
             staged.replace(target)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
+        except OSError as error:
+            with suppress(OSError):
+                staged.unlink(missing_ok=True)
+            raise InvalidArgumentError(
+                f"{str(target)!r} cannot be written ({error.strerror}): give a file in a folder that exists"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, store: Store | str | os.PathLike[str] | None = None) -> Probe:
@@ -590,10 +683,19 @@ class Probe:
             Written by a newer release.
         FileNotFoundError
         """
-        pipeline, header = parse_probe(Path(path).read_bytes(), str(path))
+        try:
+            data = Path(path).read_bytes()
+        except IsADirectoryError as error:
+            raise NotAProbeError(f"{str(path)!r} is a folder: give the file that save wrote") from error
+        pipeline, header = parse_probe(data, str(path))
         parameters = {name: value for name, value in header["parameters"].items() if name in _PARAMETERS and name not in _NOT_SAVED}
         probe = cls(**{**parameters, "store": store})
-        probe.pipeline_, probe.layers_ = pipeline, tuple(header["layers"])
+        probe.pipeline_, probe.layers_, probe.n_layers_, probe.dtype_ = (
+            pipeline,
+            tuple(header["layers"]),
+            header["n_layers"],
+            header["dtype"],
+        )
         probe.classes_ = np.asarray(pipeline.classes_) if probe.task == "classification" else None
         return probe
 
@@ -622,47 +724,54 @@ class LayerSweep:
 
     def score(self, prompts: Iterable[Any], labels: Any) -> dict[int, float]:
         """Accuracy (R² for a regression) of each layer."""
-        given = list_given(prompts)
-        self._together(given)
-        return {layer: self.probes[layer].score(given, labels) for layer in self.layers}
+        y = as_array(labels)
+        return self._each(list_given(prompts), lambda probe, stage, read: probe._score(np.asarray(probe._predict_read(stage, read)), y))
 
     def predict(self, prompts: Iterable[Any]) -> dict[int, Any]:
         """What each layer's probe predicts."""
-        given = list_given(prompts)
-        self._together(given)
-        return {layer: self.probes[layer].predict(given) for layer in self.layers}
+        return self._each(list_given(prompts), lambda probe, stage, read: probe._predict_read(stage, read))
 
     def predict_proba(self, prompts: Iterable[Any]) -> dict[int, Any]:
         """The probabilities that each layer's probe gives."""
-        given = list_given(prompts)
-        self._together(given)
-        return {layer: self.probes[layer].predict_proba(given) for layer in self.layers}
+        self.probes[self.layers[0]]._check_probabilities()
+        return self._each(list_given(prompts), lambda probe, stage, read: probe._proba_read(stage, read))
 
     def best_layer(self, prompts: Iterable[Any], labels: Any) -> int:
         """The layer with the highest score."""
         scores = self.score(prompts, labels)
         return max(scores, key=lambda layer: scores[layer])
 
-    def _together(self, prompts: list[Any]) -> None:
-        """All layers in one pass, so that the probes find theirs in the cache."""
+    def _each(self, prompts: list[Any], ask: Callable[[Probe, Stage, Activations], Any], batch_size: int | None = None) -> dict[int, Any]:
+        """The answer of each layer's probe; all layers come from one pass, and each is read when it is its turn."""
         first = self.probes[self.layers[0]]
-        together = Probe(**{**first.get_params(), "layers": self.layers})
-        together._memory = first._memory
-        together.warmup(prompts)
+        stage = parse_stage(first.inference_pooling or first.pooling)
+        answers = {}
+        with first._supply(batch_size, as_fitted=True).supplied(prompts, (stage,), self.layers) as supplied:
+            for layer in self.layers:
+                read = supplied.read(stage, layer)
+                _check_finite(read)
+                answers[layer] = ask(self.probes[layer], stage, read)
+        return answers
 
 
 _PARAMETERS: Final = {name: p for name, p in inspect.signature(Probe.__init__).parameters.items() if name != "self"}
 # Of this machine, of this moment, or no JSON.
-_NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_remote_code", "legacy")
+_NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_remote_code", "legacy", "group")
 
 
 # ------------------------------------------------------------------------------------------------------------------ scores
 
 
-def _scores(pipeline: Any, features: Array) -> Array:
-    """Probabilities, or a decision function where there are none."""
-    method = "predict_proba" if hasattr(pipeline, "predict_proba") else "decision_function"
-    return np.asarray(getattr(pipeline, method)(features))
+def _check_finite(read: Activations) -> None:
+    """Raise where activations hold NaN or infinity, which no classifier learns from or scores."""
+    bad = np.flatnonzero(~np.isfinite(read.features).all(axis=1))
+    if len(bad):
+        rows = bad if read.n_tokens is None else np.unique(np.repeat(np.arange(len(read.n_tokens)), read.n_tokens)[bad])
+        shown = ", ".join(read.hashes[rows[:3]])
+        raise InvalidArgumentError(
+            f"layers {list(read.layers)} are NaN or infinite for {len(rows)} of {len(read.hashes)} prompts ({shown}): "
+            "leave them out, or compute in another dtype"
+        )
 
 
 def _classes_of(scores: Array, classes: Array) -> Array:

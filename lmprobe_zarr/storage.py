@@ -234,7 +234,8 @@ class LocalStorage(Storage):
         folders = set()
         for key in keys:
             path = self._path(key)
-            with self._writing(path), suppress(FileNotFoundError, NotADirectoryError):
+            # A folder where a file of ours should be is somebody else's.
+            with self._writing(path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 os.unlink(path)
             folders.add(os.path.dirname(path))
         # The deepest first; what is not empty stays.
@@ -474,6 +475,6 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
         return LocalStorage(place)
     try:
         filesystem, root = fsspec.core.url_to_fs(place, **(storage_options or {}))
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError, OSError) as error:
         raise InvalidArgumentError(f"{place.split('://')[0]}:// cannot be opened: {error}") from error
     return FsspecStorage(filesystem, root, place)

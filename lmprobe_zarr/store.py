@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,16 +18,17 @@ from lmprobe_zarr.chunks import run_all
 from lmprobe_zarr.datasets import to_dataset
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
-    CacheWarning,
     CorruptPartError,
     InvalidArgumentError,
     InvalidTypeError,
+    LmprobeZarrError,
     ModelNotStoredError,
     NotAStoreError,
     ReadOnlyError,
     StoreNotFoundError,
 )
 from lmprobe_zarr.layers import LayerSpec, describe_layers
+from lmprobe_zarr.log import warn
 from lmprobe_zarr.maintenance import STAMPS, Entry, delete_prompts, describe_entries, stamp_parts
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
@@ -114,6 +115,8 @@ def _check_root(storage: Storage, mode: Mode) -> None:
         return
     except (FileNotFoundError, NotADirectoryError):
         pass
+    except IsADirectoryError as error:
+        raise NotAStoreError(f"{storage.url}/zarr.json is a folder, so this is no store of lmprobe-zarr: give another folder") from error
     except PermissionError as error:
         raise ReadOnlyError(f"{storage.url} cannot be read: check its permissions") from error
     if storage.is_file(""):
@@ -162,13 +165,29 @@ class Store:
 
     # -------------------------------------------------------------------------------------------------------- looking
 
-    def groups(self) -> dict[str, GroupInfo]:
-        """All groups by name: one per model and provenance."""
+    def groups(self, *, whole: bool = True) -> dict[str, GroupInfo]:
+        """All groups by name: one per model and provenance.
+
+        Parameters
+        ----------
+        whole : bool
+            Whether a damaged group is an error; see `view`.
+        """
         names = [name for name in self.storage.list("") if not name.startswith(".") and name != "zarr.json"]
-        run_all([partial(self._read_group, name) for name in names if name not in self._groups], local=self.storage.is_local)
+        new = [name for name in names if name not in self._groups and (whole or name not in self._damaged)]
+        run_all([partial(self._read_group, name, whole) for name in new], local=self.storage.is_local)
         return {name: self._groups[name] for name in names if name in self._groups}
 
-    def _read_group(self, name: str) -> None:
+    def _read_group(self, name: str, whole: bool) -> None:
+        try:
+            self._parse_group(name)
+        except CorruptPartError as error:
+            if whole:
+                raise
+            error.part = name
+            self.set_aside(error)
+
+    def _parse_group(self, name: str) -> None:
         where = f"{self.url}/{name}"
         ours = GROUP_NAME.fullmatch(name) is not None
         data = self._read_document(name)
@@ -194,19 +213,26 @@ class Store:
             return None
         except IsADirectoryError as error:
             raise CorruptPartError(f"{self.url}/{path}/zarr.json is a folder: delete it") from error
+        except OSError as error:
+            if isinstance(error, LmprobeZarrError):
+                raise
+            raise CorruptPartError(f"{self.url}/{path}/zarr.json cannot be read ({error.strerror}): delete it, or mend the disk") from error
 
     def models(self) -> list[str]:
         """Names of all models of which anything is stored, sorted."""
         return sorted({info.model for name, info in self.groups().items() if self.holds_parts(name)})
 
     def holds_parts(self, group: str) -> bool:
-        """Whether there is anything in a group's folder: one whose parts have all been evicted is as good as none."""
-        return any(name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".") for name in self.storage.list(group))
+        """Whether a group has any committed part: one whose parts have all been evicted is as good as none."""
+        names = [name for name in self.storage.list(group) if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
+        return any(self.storage.is_file(f"{group}/{name}/zarr.json") for name in names)
 
-    def matching(self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None) -> list[GroupInfo]:
+    def matching(
+        self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None, *, whole: bool = True
+    ) -> list[GroupInfo]:
         """Groups in which no field that is given differs."""
         found = []
-        for name, info in self.groups().items():
+        for name, info in self.groups(whole=whole).items():
             same = all(field in info.provenance and info.provenance[field] == value for field, value in (provenance or {}).items())
             if same and model in (None, info.model) and group in (None, name):
                 found.append(info)
@@ -285,10 +311,10 @@ class Store:
         return [self._parts[path] for path in paths if path in self._parts and path not in self._damaged]
 
     def _read_part(self, path: str, whole: bool) -> None:
-        data = self._read_document(path)
-        if data is None:
-            return  # being written, or left behind by a writer that was killed: not committed, so not there
         try:
+            data = self._read_document(path)
+            if data is None:
+                return  # being written, or left behind by a writer that was killed: not committed, so not there
             info = parse_part(data, f"{self.url}/{path}")
             folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
             if path != f"{folder}/{info.name}":
@@ -309,7 +335,7 @@ class Store:
             raise error
         if error.part not in self._damaged:
             self._damaged[error.part] = error
-            warnings.warn(f"{error}\ngoing on without that part", CacheWarning, stacklevel=2)
+            warn(f"{str(error).splitlines()[0]}\ngoing on without it")
 
     def forget(self, path: str) -> None:
         """Forget what is remembered of a part that has gone."""
@@ -489,8 +515,8 @@ class Store:
             Nothing becomes visible.
         """
         self.check_writable()
-        if info.name in self.groups():
-            self.view(info).find(batch.sha256)
+        if info.name in self.groups(whole=False):
+            self.view(info, whole=False).find(batch.sha256)
         writer = self.new_part(info, kind=kind, compressed=compressed)
         try:
             writer.append(batch)
@@ -599,9 +625,10 @@ class Store:
         """
         self.check_writable()
         info = self.find_group(model, provenance=provenance, group=group)
-        view = self.view(info)
-        digests = [view.digests[row].tobytes().hex() for row in view.select(prompts)]
         parts = [*self.list_parts(info.name), *self.list_parts(f"{info.name}/{ANNOTATIONS}")]
+        # Replaced parts too: what a deletion that was interrupted has only hidden so far is still there.
+        held = open_view(self.storage, info, [replace(part, info=replace(part.info, replaces=())) for part in parts], [])
+        digests = [held.digests[row].tobytes().hex() for row in held.select(prompts)]
         concerned = delete_prompts(self.storage, info, parts, digests, durable=self.durable)
         for part in parts:
             self.forget(part.path)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -19,7 +19,6 @@ import numpy.typing as npt
 from lmprobe_zarr import config
 from lmprobe_zarr.build import Keeping, ModelMemory, Outcome, Running, carry_out, keeping_of
 from lmprobe_zarr.errors import (
-    CacheWarning,
     CorruptFileError,
     CorruptPartError,
     InvalidArgumentError,
@@ -31,9 +30,8 @@ from lmprobe_zarr.errors import (
 from lmprobe_zarr.extraction import Prompts
 from lmprobe_zarr.layers import LayerSpec, describe_layers
 from lmprobe_zarr.legacy import beside
-from lmprobe_zarr.log import cache_logger
+from lmprobe_zarr.log import cache_logger, warn
 from lmprobe_zarr.missing import check_request
-from lmprobe_zarr.precision import Precision
 from lmprobe_zarr.probes.stages import Stage
 from lmprobe_zarr.ragged import concat_ranges, offsets_of
 from lmprobe_zarr.reread import read_values
@@ -45,13 +43,15 @@ from lmprobe_zarr.view import hashes_of
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Activations", "Supply", "SupplyMemory", "read_activations"]
+__all__ = ["Activations", "Supplied", "Supply", "SupplyMemory", "read_activations"]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 # A part that is evicted or found damaged under a call is looked for again; more often than this something is wrong.
 ATTEMPTS: Final = 5
+# Of each stage: which layers, and of each prompt (layer, row, hidden).
+Elsewhere = dict[Stage, tuple[tuple[int, ...], list[Array]]]
 # Stands for a cache that cannot even be looked into.
 NOTHING: Final = "memory://lmprobe-zarr-nothing"
 
@@ -68,12 +68,15 @@ class Activations:
     n_tokens : ndarray of int, shape (prompt,), optional
         Rows of each prompt, where a row is a token.
     hashes : ndarray of str, shape (prompt,)
+    compute_dtype : str, optional
+        What they were computed in, where that is known.
     """
 
     features: Array
     layers: tuple[int, ...]
     n_tokens: Ints | None
     hashes: npt.NDArray[np.str_]
+    compute_dtype: str | None
 
 
 @dataclass(slots=True)
@@ -105,12 +108,8 @@ class Supply:
     modules: Mapping[str, str] | None
     trust_remote_code: bool
     legacy: str
+    group: str | None
     memory: SupplyMemory
-
-    def warm_up(self, prompts: list[Any], stages: Sequence[Stage], layers: LayerSpec, *, refresh: bool = False) -> Outcome:
-        """See that everything which these stages need of the prompts is stored, and say what it took."""
-        with self._extracted(prompts, stages, layers, refresh=refresh) as (outcome, _):
-            return outcome
 
     def activations(self, prompts: list[Any], stage: Stage, layers: LayerSpec, *, refresh: bool = False) -> Activations:
         """The activations of prompts, in their order, repeats included.
@@ -126,22 +125,21 @@ class Supply:
         """
         for attempt in range(ATTEMPTS):
             # Anew only the first time: what is looked for after that was damaged, or has gone.
-            with self._extracted(prompts, (stage,), layers, refresh=refresh and not attempt) as (outcome, stores):
+            with self.supplied(prompts, (stage,), layers, refresh=refresh and not attempt) as supplied:
                 try:
-                    return read_activations(outcome, stores, stage)
-                except CorruptPartError as error:
-                    # Left out from now on; other parts serve what it held, or the model is run again.
-                    stores[-1].set_aside(error)
-                except PartGoneError:
-                    # Evicted between the two looks: the next one finds what is there now, and the model makes up for the rest.
-                    stores[-1].forget_all()
+                    return read_activations(supplied.outcome, supplied.stores, stage)
+                except (CorruptPartError, PartGoneError) as error:
+                    supplied.leave_out(error)
         raise PartGoneError(f"parts went {ATTEMPTS} times while they were read: is the cache's limit smaller than one call needs?")
 
     @contextmanager
-    def _extracted(
-        self, prompts: list[Any], stages: Sequence[Stage], layers: LayerSpec, *, refresh: bool
-    ) -> Iterator[tuple[Outcome, list[Store]]]:
-        """What an extraction did, and where all of it can be read for the duration: the store last."""
+    def supplied(self, prompts: list[Any], stages: Sequence[Stage], layers: LayerSpec, *, refresh: bool = False) -> Iterator[Supplied]:
+        """All that these stages need of the prompts, to be read layer by layer for the duration; the model is run at most once.
+
+        Raises
+        ------
+        As `activations` does.
+        """
         if self.model is None:
             raise InvalidArgumentError("this probe has no model to run prompts through: give Probe(model=…), or activations")
         store = self._open()
@@ -151,9 +149,10 @@ class Supply:
             keep_tokens=any(stage.needs_tokens for stage in stages), outputs=NO_OUTPUTS, keep_passed=True, name=self.name,
             tokenizer=self.tokenizer, revision=self.revision, dtype=self.dtype, max_length=self.max_length, truncation=self.truncation,
             refresh=refresh, provenance=self.provenance, modules=self.modules, trust_remote_code=self.trust_remote_code,
+            group=self.group,
         )  # fmt: skip
         running = Running(device=self.device, device_map=self.device_map, batch_prompts=self.batch_size, progress=False)
-        keeping = keeping_of(store, Precision())
+        keeping = keeping_of(store)
         options: dict[str, Any] = {"memory": self.memory.model, "cache_only": self.cache_only}
         if not refresh and request.kind == "text":
             options["elsewhere"] = self._lmprobes(store, stages)
@@ -166,36 +165,41 @@ class Supply:
                     raise
                 self._warn(store.url, error)
         if outcome is not None:
-            yield outcome, [store]
+            yield Supplied(self, prompts, outcome, [store])
             return
         # Nothing may be stored, or can be: what is missing goes into memory, for this call only.
         sink = open_store(f"memory://lmprobe-zarr-{uuid.uuid4().hex}")
         try:
-            yield carry_out(request, Keeping(precision=keeping.precision), running, sink=sink, **options), [sink, store]
+            outcome = carry_out(request, Keeping(precision=keeping.precision), running, sink=sink, **options)
+            yield Supplied(self, prompts, outcome, [sink, store])
         finally:
             sink.storage.remove_tree("")
 
-    def _lmprobes(self, store: Store, stages: Sequence[Stage]) -> Callable[[Prompts, tuple[int, ...]], list[list[Array]] | None] | None:
+    def _lmprobes(self, store: Store, stages: Sequence[Stage]) -> Callable[[Prompts, tuple[int, ...]], Elsewhere | None] | None:
         """What looks into lmprobe's own entries beside the store; None where they cannot be what is meant.
 
         Nothing is known of how they came about but the model's name and lmprobe's default, float32.
         """
         cache = beside(store) if self.legacy == "auto" and isinstance(self.model, (str, os.PathLike)) else None
-        named = (self.name, self.revision, self.tokenizer, self.provenance, self.modules, self.max_length)
+        named = (self.name, self.revision, self.tokenizer, self.provenance, self.modules, self.max_length, self.group)
         if cache is None or any(one is not None for one in named) or self.truncation:
             return None
         if self.dtype is not None and str(self.dtype).removeprefix("torch.") != "float32":
             return None
         model = os.fspath(self.model)  # type: ignore[arg-type]
+        changed = weights_changed_at(model)
 
-        def serve(prompts: Prompts, layers: tuple[int, ...]) -> list[list[Array]] | None:
+        def serve(prompts: Prompts, layers: tuple[int, ...]) -> Elsewhere | None:
             texts = list(prompts.text or ())
-            served = []
+            if changed is not None and changed > cache.written_at(model, texts):
+                cache_logger().info("[cache] lmprobe's own entries are older than the weights in %s, so none is used", model)
+                return None
+            served = {}
             for stage in stages:
                 try:
                     pieces, held = cache.serve(model, texts, None if stage.needs_tokens else stage.pooling, layers)
                 except CorruptFileError as error:
-                    warnings.warn(f"{error}\nlmprobe's own entries are left out", CacheWarning, stacklevel=2)
+                    warn(f"{error}\nlmprobe's own entries are left out")
                     return None
                 if pieces is None:
                     if held:
@@ -203,7 +207,7 @@ class Supply:
                             "[cache] lmprobe's own entries hold %d of %d prompts with all layers, so none is used", held, len(texts)
                         )
                     return None
-                served.append(pieces)
+                served[stage] = layers, pieces
             cache_logger().info("[cache] %s: %d hits among lmprobe's own entries, layers %s", model, len(texts), describe_layers(layers))
             return served
 
@@ -231,12 +235,46 @@ class Supply:
             return
         self.memory.warned.add(place)
         variable = "LMPROBE_CACHE_DIR" if config.cache_backend() is None else "LMPROBE_CACHE_BACKEND"
-        warnings.warn(
+        warn(
             f"nothing is stored in the cache {place} ({str(error).splitlines()[0]})\n"
-            f"activations are computed again at every call: make room there, or name another place with {variable}",
-            CacheWarning,
-            stacklevel=3,
+            f"activations are computed again at every call: make room there, or name another place with {variable}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Supplied:
+    """What was asked for, wherever it lies, while the context of `Supply.supplied` lasts."""
+
+    supply: Supply
+    prompts: list[Any]
+    outcome: Outcome
+    stores: list[Store]
+
+    def read(self, stage: Stage, layer: int) -> Activations:
+        """One layer of all prompts."""
+        try:
+            return read_activations(replace(self.outcome, layers=(layer,)), self.stores, stage)
+        except (CorruptPartError, PartGoneError) as error:
+            self.leave_out(error)
+            return self.supply.activations(self.prompts, stage, [layer])
+
+    def leave_out(self, error: CorruptPartError | PartGoneError) -> None:
+        """Go on without what could not be read: other parts serve what it held, or the model is run again."""
+        store = self.stores[-1]
+        if isinstance(error, CorruptPartError):
+            store.set_aside(error)
+        else:
+            # Evicted between two looks: the next one finds what is there now.
+            store.forget_all()
+
+
+def weights_changed_at(model: str) -> float | None:
+    """When the weights of a local model were last written, in seconds since 1970; None for what is no folder with weights."""
+    folder = Path(model).expanduser()
+    with suppress(OSError, ValueError):
+        times = [path.stat().st_mtime for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending)]
+        return max(times, default=None)
+    return None
 
 
 def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage) -> Activations:
@@ -249,12 +287,14 @@ def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage) ->
     """
     prompts, layers = outcome.prompts, outcome.layers
     if outcome.elsewhere is not None:
-        return _in_order(outcome, dict(enumerate(outcome.elsewhere[0])), stage)
+        held, pieces_there = outcome.elsewhere[stage]
+        at = [held.index(layer) for layer in layers]
+        return _in_order(outcome, {i: piece[at] for i, piece in enumerate(pieces_there)}, stage)
     level: Level = "tokens" if stage.needs_tokens else "prompts"
     name = "resid" if stage.needs_tokens else f"resid_{stage.pooling}"
     pieces: dict[int, Array] = {}
     for store in stores:
-        info = store.groups().get(outcome.group.name)
+        info = store.groups(whole=False).get(outcome.group.name)
         if info is None:
             continue
         view = store.view(info, whole=False)
@@ -282,4 +322,11 @@ def _in_order(outcome: Outcome, pieces: Mapping[int, Array], stage: Stage) -> Ac
     wide = np.float64 if ordered.dtype == np.float64 else np.float32
     features = np.ascontiguousarray(ordered.transpose(1, 0, 2), wide).reshape(ordered.shape[1], -1)
     digests = np.frombuffer(bytes.fromhex("".join(prompts.sha256)), np.uint8).reshape(-1, 32)
-    return Activations(features, layers, counts[prompts.row] if stage.needs_tokens else None, hashes_of(digests)[prompts.row])
+    dtype = outcome.group.provenance.get("compute_dtype")
+    return Activations(
+        features,
+        layers,
+        counts[prompts.row] if stage.needs_tokens else None,
+        hashes_of(digests)[prompts.row],
+        None if dtype is None else str(dtype),
+    )

@@ -192,7 +192,8 @@ def test_entries_serve_a_whole_call_or_none_of_it(
     from tiny_models import save_tiny
 
     model, _ = filled("last_token")
-    save_tiny("llama", model, head="AutoModelForCausalLM")  # the weights are back
+    save_tiny("llama", model, head="AutoModelForCausalLM")  # the weights are back, as old as they were
+    os.utime(model / "model.safetensors", (1, 1))
     with caplog.at_level("INFO", "lmprobe_zarr.cache"):
         lz.Probe(str(model), layers=2).fit([*POSITIVE, "a new one"], NEGATIVE)
     assert "hold 10 of 11 prompts" in caplog.text
@@ -212,11 +213,27 @@ def test_entries_serve_a_whole_call_or_none_of_it(
 
 @pytest.mark.model
 @peer
+def test_entries_older_than_the_weights_are_of_another_model(
+    filled: Callable[[str], tuple[Path, list[list[float]]]], runs: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    from tiny_models import save_tiny
+
+    model, _ = filled("last_token")
+    save_tiny("llama", model, head="AutoModelForCausalLM")
+    with caplog.at_level("INFO", "lmprobe_zarr.cache"):
+        lz.Probe(str(model), layers=2).fit(POSITIVE, NEGATIVE)
+    assert runs == [10]
+    assert "older than the weights" in caplog.text
+
+
+@pytest.mark.model
+@peer
 def test_a_damaged_entry_is_told_and_the_model_runs(filled: Callable[[str], tuple[Path, list[list[float]]]], runs: list[int]) -> None:
     from tiny_models import save_tiny
 
     model, expected = filled("last_token")
     save_tiny("llama", model, head="AutoModelForCausalLM")
+    os.utime(model / "model.safetensors", (1, 1))
     for path in config.cache_dir().glob(f"*/{lz.prompt_hash(POSITIVE[0])}.safetensors"):
         path.write_bytes(path.read_bytes()[:-50])
     probe = lz.Probe(str(model), layers=2, random_state=0).fit(POSITIVE, NEGATIVE)

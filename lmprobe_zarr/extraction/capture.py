@@ -27,6 +27,7 @@ from lmprobe_zarr.extraction.loading import LoadedModel, check_head, quiet_loggi
 from lmprobe_zarr.extraction.outputs import gives_raw_scores, head_width, largest, next_token_log_probs, perplexity_of, raw_scores
 from lmprobe_zarr.extraction.prompts import shorten
 from lmprobe_zarr.extraction.tokenizing import TokenizedPrompts, outside_vocabulary
+from lmprobe_zarr.extraction.turns import running
 from lmprobe_zarr.layers import LayerSpec, describe_layers, resolve_layers
 from lmprobe_zarr.pooling import parse_poolings
 from lmprobe_zarr.ragged import concat_ranges, offsets_of, positions_of
@@ -312,6 +313,7 @@ def _forward(loaded: LoadedModel, calling: _Calling, request: _Request, ids: Seq
     if calling.takes_mask and not loaded.located.causal and lengths.min() < longest:
         options["attention_mask"] = collected.padded.index("mask", loaded.device)[..., 0].to(torch.int64)
     with ExitStack() as stack:
+        stack.enter_context(running(loaded.located.body))
         stack.enter_context(_evaluating(loaded.module))
         stack.enter_context(torch.inference_mode())
         # GPT-2 asks for the mask that a causal model does not need here.
@@ -576,7 +578,7 @@ def run(
     _check_outputs(loaded, tokenized, request, chosen)
     if request.routers:
         gate, dtype = loaded.located.routers[request.routers[0]].gate, getattr(torch, loaded.dtype)
-        with _evaluating(gate):
+        with running(loaded.located.body), _evaluating(gate):
             request = replace(request, routers_raw=gives_raw_scores(gate, loaded.hidden_size, dtype, loaded.device, loaded.name))
     width = head_width(loaded.located.head, loaded.vocab_size) or 0
     most = None

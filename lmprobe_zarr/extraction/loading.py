@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, ModelNotFoundError
-from lmprobe_zarr.extraction import identity
+from lmprobe_zarr.extraction import identity, turns
 from lmprobe_zarr.extraction.architectures import Located, is_encoder, locate
 from lmprobe_zarr.extraction.fingerprint import foreign_code, global_hooks, model_fingerprint
 from lmprobe_zarr.extraction.identity import PROVENANCE_FIELDS, Provenance
@@ -88,16 +89,32 @@ class LoadedModel:
         return tuple(sorted(self.located.routers))
 
 
-@contextmanager
-def quiet_logging() -> Iterator[None]:
-    """No log lines of transformers below errors for the duration."""
-    noise: Any = transformers_logging
-    verbosity = noise.get_verbosity()
-    noise.set_verbosity_error()
-    try:
-        yield
-    finally:
-        noise.set_verbosity(verbosity)
+class _Quiet:
+    """transformers' log at errors only. Its level is that of the process, so the first in sets it and the last out restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._verbosity = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        noise: Any = transformers_logging
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._verbosity = noise.get_verbosity()
+                noise.set_verbosity_error()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    noise.set_verbosity(self._verbosity)
+
+
+quiet_logging = _Quiet()
 
 
 @contextmanager
@@ -122,7 +139,7 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _loading(what: str, source: str, folder: Path | None, revision: str | None) -> Iterator[None]:
     try:
-        with _quiet():
+        with turns.loading(), _quiet():
             yield
     except ImportError as error:
         raise MissingDependencyError(f"the {what} of {source!r} needs a package that is not installed: {_first_line(error)}") from error

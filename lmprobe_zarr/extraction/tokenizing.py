@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, PromptTooLongError
 from lmprobe_zarr.extraction.prompts import Prompts, shorten
+from lmprobe_zarr.extraction.turns import running
 from lmprobe_zarr.ragged import concat_ranges, offsets_of
 
 __all__ = ["TokenizedPrompts", "length_limit", "tokenize"]
@@ -229,7 +230,9 @@ def tokenize(
     """
     limit = length_limit(context_length, max_length, tokenizer)
     turn = _tokenize_ids if prompts.kind == "ids" else _tokenize_texts
-    (ids, places), long = turn(prompts, tokenizer, limit, truncation)
+    # Setting its truncation changes a tokenizer for everybody, and a fast one refuses that while another thread uses it.
+    with running(tokenizer):
+        (ids, places), long = turn(prompts, tokenizer, limit, truncation)
     text = prompts.text
     if text is None:
         assert prompts.token_ids is not None  # noqa: S101 - only ids come without a text

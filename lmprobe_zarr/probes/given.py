@@ -11,7 +11,17 @@ import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 
-__all__ = ["as_array", "check_batch_size", "check_labels", "check_weights", "is_matrix", "list_given", "parse_matrix", "split_labels"]
+__all__ = [
+    "as_array",
+    "check_batch_size",
+    "check_labels",
+    "check_weights",
+    "has_weights",
+    "is_matrix",
+    "list_given",
+    "parse_matrix",
+    "split_labels",
+]
 
 Array = npt.NDArray[Any]
 
@@ -27,6 +37,8 @@ def list_given(prompts: Any) -> list[Any]:
 
 def is_matrix(given: Any) -> bool:
     """Whether these are activations: numbers with a fraction in rows. Whole numbers are token ids."""
+    if hasattr(given, "iloc") and getattr(given, "ndim", 0) == 2:
+        return True  # a table of pandas
     dtype = getattr(given, "dtype", None)
     if dtype is None or getattr(given, "ndim", 0) not in (2, 3):
         return False
@@ -35,11 +47,19 @@ def is_matrix(given: Any) -> bool:
 
 def as_array(values: Any) -> Array:
     """Anything as an array, torch tensors too."""
+    if isinstance(values, list | tuple) and values and all(isinstance(one, str) for one in values):
+        return np.asarray(values, str)
     return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
 
 
-def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...]]:
-    """Activations as rows, and their layers where these are known."""
+def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int]:
+    """Activations as rows, their layers where these are known, and how many layers stand side by side in a row, in ascending order.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Other dimensions, no numbers, NaN or infinity, or a width that is no multiple of the layers.
+    """
     layers: tuple[int, ...] = ()
     if isinstance(given, xr.DataArray):
         sample = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
@@ -48,6 +68,8 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...]]:
                 f"activations have dims {given.dims}, expected prompt (or token), hidden, perhaps layer: rename or select"
             )
         if "layer" in given.coords:
+            # A model's layers are always read in this order.
+            given = given.sortby("layer") if "layer" in given.dims else given
             layers = tuple(int(layer) for layer in np.atleast_1d(given.coords["layer"].values))
         n_layers = given.sizes.get("layer", 1)
         values = given.transpose(sample, "layer", "hidden", missing_dims="ignore").values
@@ -63,7 +85,7 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...]]:
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if len(bad):
         raise InvalidArgumentError(f"{len(bad)} of {len(features)} rows hold NaN or infinity, first row {bad[0]}: leave them out")
-    return features, layers or (tuple(range(n_layers)) if n_layers > 1 else ())
+    return features, layers, n_layers
 
 
 def split_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array]:
@@ -75,7 +97,10 @@ def split_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array
         return prompts, as_array(labels)
     others = as_array(second) if hasattr(second, "detach") else second
     listed = list_given(others)
-    if listed and all(isinstance(one, (bool, int, float, np.number, np.bool_)) for one in listed):
+    if listed and all(one is None or isinstance(one, (bool, int, float, np.number, np.bool_)) for one in listed):
+        return prompts, np.asarray(listed)
+    # As many texts as prompts, of which each occurs at least twice on average, are classes: nobody repeats his prompts so.
+    if len(listed) == len(prompts) > 2 and all(isinstance(one, str) for one in listed) and 2 * len(set(listed)) <= len(listed):
         return prompts, np.asarray(listed)
     return [*prompts, *listed], np.array([1] * len(prompts) + [0] * len(listed))
 
@@ -84,10 +109,20 @@ def check_weights(weights: Any, n: int) -> Array | None:
     """One weight per prompt, or None."""
     if weights is None:
         return None
-    values = np.asarray(weights, float)
-    if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any():
+    try:
+        values = np.asarray(weights, float)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError(f"sample_weight holds what is no number: give {n} numbers of at least 0, one per prompt") from error
+    if values.shape != (n,) or not np.isfinite(values).all() or (values < 0).any() or not values.any():
         raise InvalidArgumentError(f"sample_weight has shape {values.shape}, expected {n} finite numbers of at least 0, one per prompt")
     return values
+
+
+def has_weights(estimator: Any) -> bool:
+    """Whether an estimator takes one weight per row."""
+    from sklearn.utils.validation import has_fit_parameter
+
+    return bool(has_fit_parameter(estimator, "sample_weight"))
 
 
 def check_batch_size(size: object) -> None:
@@ -110,6 +145,9 @@ def check_labels(labels: Array, n: int, *, classes: bool) -> Array:
         raise LabelError(f"{int((~np.isfinite(labels)).sum())} of {n} labels are missing or infinite: leave those prompts out")
     if not n:
         raise LabelError("there are no prompts to learn from: give some of at least two classes")
+    if labels.dtype.kind not in ("biufUT" if classes else "biuf"):
+        kinds = sorted({type(label).__name__ for label in labels.tolist()})
+        raise LabelError(f"labels hold {', '.join(kinds)}: give {'numbers, truth values or texts' if classes else 'numbers'}, none missing")
     if classes:
         found = np.unique(labels)
         if len(found) < 2:
