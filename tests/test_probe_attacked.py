@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,9 @@ def test_a_tiny_limit_is_not_none_at_all() -> None:
 
 
 def test_the_debug_variable_counts_again_after_a_reload(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("lmprobe_zarr.cache")
+    logger.setLevel(logging.NOTSET)  # as nobody has touched it
+    monkeypatch.setattr(logger, "level_of_variable", logging.NOTSET, raising=False)
     for value, shown in (("1", True), ("0", False), ("debug", True), ("0", False)):
         monkeypatch.setenv("LMPROBE_CACHE_DEBUG", value)
         lz.config.reload()
