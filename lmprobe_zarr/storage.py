@@ -224,6 +224,8 @@ class LocalStorage(Storage):
     def _writing(self, path: str) -> Iterator[None]:
         try:
             yield
+        except LmprobeZarrError:
+            raise
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                 raise NoSpaceError(f"no space left for {path}: what was committed is whole; free some space and run again") from error

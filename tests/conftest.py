@@ -25,7 +25,8 @@ settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("exploring", deadline=None, print_blob=True)
 settings.load_profile("exploring" if os.environ.get("LMPROBE_ZARR_STRESS") else "steady")
 
-EVERYWHERE = pytest.mark.parametrize("root", ["local", "memory", "s3"], indirect=True)
+# The contracts, which S3 must keep too; the other tests take a place that needs no server.
+ON_S3_TOO = ("test_storage", "test_store")
 
 GROUP = GroupInfo(model="acme/toy", provenance={"revision": "abc"}, num_layers=4, hidden_size=8)
 
@@ -83,9 +84,16 @@ def s3(s3_session: s3_server.S3, monkeypatch: pytest.MonkeyPatch) -> s3_server.S
     return s3_session
 
 
-@pytest.fixture(params=["local", "memory"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test of a place runs on every kind of place."""
+    if "root" in metafunc.fixturenames:
+        places = ["local", "memory", *(["s3"] if metafunc.module.__name__ in ON_S3_TOO else [])]
+        metafunc.parametrize("root", places, indirect=True)
+
+
+@pytest.fixture
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A place for a store, on every kind of storage that needs no server, and on S3 where a file of tests asks for it."""
+    """A place for a store: a folder, the memory, or a prefix on the S3 server."""
     if request.param == "local":
         yield str(tmp_path / "acts")
         return

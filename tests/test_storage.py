@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EVERYWHERE
 
 from lmprobe_zarr.errors import AlreadyCommittedError, InvalidArgumentError, InvalidTypeError, NoSpaceError, NotAStoreError, ReadOnlyError
 from lmprobe_zarr.storage import LocalStorage, S3Storage, Storage, open_storage
@@ -21,7 +20,6 @@ def storage(root: str) -> Storage:
     return open_storage(root)
 
 
-@EVERYWHERE
 def test_what_was_written_is_read(storage: Storage) -> None:
     storage.write("a/b/file", b"bytes", durable=True)
     storage.commit("a/b/file2", b"more", durable=False)
@@ -33,7 +31,6 @@ def test_what_was_written_is_read(storage: Storage) -> None:
     assert not storage.is_file("a/b")
 
 
-@EVERYWHERE
 def test_what_is_not_there_is_not_there(storage: Storage) -> None:
     assert storage.list("") == []
     assert storage.list("nowhere") == []
@@ -45,7 +42,6 @@ def test_what_is_not_there_is_not_there(storage: Storage) -> None:
     storage.remove_tree("nowhere")
 
 
-@EVERYWHERE
 def test_writing_again_replaces(storage: Storage) -> None:
     storage.write("f", b"a longer text", durable=False)
     storage.write("f", b"short", durable=False)
@@ -54,7 +50,6 @@ def test_writing_again_replaces(storage: Storage) -> None:
     assert storage.read("f") == b"x"
 
 
-@EVERYWHERE
 def test_a_commit_never_takes_the_place_of_another(storage: Storage) -> None:
     storage.commit("g/p/zarr.json", b"one", durable=False, replace=False)
     storage.commit("g/p/zarr.json", b"one", durable=True, replace=False)  # as when the answer to the first was lost
@@ -64,7 +59,6 @@ def test_a_commit_never_takes_the_place_of_another(storage: Storage) -> None:
     assert storage.list("g/p") == ["zarr.json"]
 
 
-@EVERYWHERE
 def test_a_scan_tells_names_sizes_and_times(storage: Storage) -> None:
     storage.write("g/f", b"12345", durable=False)
     storage.write("g/p/zarr.json", b"{}", durable=False)
@@ -77,14 +71,12 @@ def test_a_scan_tells_names_sizes_and_times(storage: Storage) -> None:
     assert not storage.is_file("g/f")
 
 
-@EVERYWHERE
 def test_a_stamp_is_an_empty_file(storage: Storage) -> None:
     storage.touch("g/.used/part")
     storage.touch("g/.used/part")
     assert storage.read("g/.used/part") == b""
 
 
-@EVERYWHERE
 def test_a_removed_folder_is_gone_and_its_neighbour_is_not(storage: Storage) -> None:
     storage.write("a/f", b"1", durable=False)
     storage.write("ab/f", b"2", durable=False)
@@ -95,7 +87,6 @@ def test_a_removed_folder_is_gone_and_its_neighbour_is_not(storage: Storage) -> 
         assert storage.list("") == ["ab"]
 
 
-@EVERYWHERE
 def test_it_survives_pickling(storage: Storage) -> None:
     storage.write("f", b"1", durable=False)
     assert pickle.loads(pickle.dumps(storage)).read("f") == b"1"  # noqa: S301 — our own bytes
