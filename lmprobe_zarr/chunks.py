@@ -22,7 +22,7 @@ from numcodecs.vlen import VLenUTF8
 
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.schema import ArrayInfo
-from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.storage import REMOTE_THREADS, Storage
 
 __all__ = ["TEXT_BYTES", "Piece", "StoredArray", "encode_chunk", "file_entry", "read_pieces", "run_all"]
 
@@ -31,7 +31,6 @@ Rows = slice | npt.NDArray[np.int64]
 
 _SHUFFLES: Final = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _CRC: Final = struct.Struct("<I")
-_REMOTE_THREADS: Final = 32
 _BLOSC_COPIED: Final = 2  # flag: stored as it was, behind a header of 16 bytes
 TEXT_BYTES: Final = 2**28  # of all texts in one chunk
 
@@ -270,7 +269,7 @@ def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
 
 @functools.cache
 def _pool(pid: int, local: bool) -> ThreadPoolExecutor:  # noqa: ARG001 — threads do not survive a fork: one pool per process
-    return ThreadPoolExecutor(max(2, _cores()) if local else _REMOTE_THREADS, thread_name_prefix="lmprobe-zarr")
+    return ThreadPoolExecutor(max(2, _cores()) if local else REMOTE_THREADS, thread_name_prefix="lmprobe-zarr")
 
 
 def _cores() -> int:

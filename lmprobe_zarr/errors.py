@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "AccessDeniedError",
+    "AlreadyCommittedError",
     "AmbiguousProvenanceError",
     "CacheWarning",
     "CorruptFileError",
@@ -112,6 +113,10 @@ class NumberRangeError(LmprobeZarrError, OverflowError):
 
 class AccessDeniedError(LmprobeZarrError, PermissionError):
     """A place exists, or may exist, but these credentials, or none, may not read it."""
+
+
+class AlreadyCommittedError(LmprobeZarrError, FileExistsError):
+    """Another writer has committed something else under that very name."""
 
 
 class UnreachableError(LmprobeZarrError, ConnectionError):

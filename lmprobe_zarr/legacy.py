@@ -76,7 +76,7 @@ def beside(store: Store) -> LegacyCache | None:
     if isinstance(storage, LocalStorage):
         return LegacyCache(LocalStorage(storage.root.removesuffix("/.zarr")))
     if isinstance(storage, FsspecStorage):
-        around = FsspecStorage(storage.filesystem, storage.root.removesuffix("/.zarr"), storage.url.removesuffix("/.zarr"))
+        around = type(storage)(storage.filesystem, storage.root.removesuffix("/.zarr"), storage.url.removesuffix("/.zarr"))
         return LegacyCache(around)
     return None
 

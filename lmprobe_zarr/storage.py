@@ -4,7 +4,9 @@ What is promised, and where:
 
 * ``write`` makes a file whole or raises; readers may see it half written, so it is only used for what no commit names yet.
 * ``commit`` makes a file appear whole, at once and for good: on a local folder by temporary file, fsync and rename, on an
-  object store by one put, which object stores make atomic.
+  object store by one put, which object stores make atomic. With ``replace=False`` it never takes another writer's place: local folders
+  and S3 decide that themselves, in one step; elsewhere a look goes before, and it is the random tail of a part's name that keeps two
+  writers apart.
 * ``remove`` takes single files away, and folders only where that leaves them empty: what somebody else put there stays.
 * Nothing is written by opening a place.
 """
@@ -13,33 +15,40 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import fsspec
 
 from lmprobe_zarr.errors import (
     AccessDeniedError,
+    AlreadyCommittedError,
     InvalidArgumentError,
     InvalidTypeError,
+    LmprobeZarrError,
     NoSpaceError,
     NotAStoreError,
     ReadOnlyError,
+    StoreNotFoundError,
     UnreachableError,
 )
 
-__all__ = ["Entry", "FsspecStorage", "LocalStorage", "Storage", "open_storage"]
+__all__ = ["REMOTE_THREADS", "Entry", "FsspecStorage", "LocalStorage", "S3Storage", "Storage", "open_storage"]
 
 Buffer = bytes | memoryview
+
+REMOTE_THREADS: Final = 32  # that read from and write to a remote place at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +79,12 @@ class Storage(ABC):
         """Write a file and the folders above it; with `durable`, flushed to the medium where the place knows what that is."""
 
     @abstractmethod
-    def commit(self, key: str, data: Buffer, *, durable: bool) -> None:
-        """Make a file appear whole or not at all; with `durable`, it and the names of its folder survive a power cut."""
+    def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
+        """Make a file appear whole or not at all; with `durable`, it and the names of its folder survive a power cut.
+
+        Without `replace`, a file that is there stays: `AlreadyCommittedError`, unless it holds these very bytes, as it does where the
+        answer to a put was lost and the put tried again.
+        """
 
     @abstractmethod
     def list(self, key: str) -> list[str]:
@@ -164,7 +177,7 @@ class LocalStorage(Storage):
         with self._writing(path):
             self._write(path, data, durable)
 
-    def commit(self, key: str, data: Buffer, *, durable: bool) -> None:
+    def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
         path = self._path(key)
         folder, name = os.path.split(path)
         staged = f"{folder}/.{name}.{secrets.token_hex(6)}.partial"
@@ -173,7 +186,12 @@ class LocalStorage(Storage):
                 self._write(staged, data, durable)
                 if durable:
                     _sync_folders(folder)
-                os.replace(staged, path)
+                if replace:
+                    os.replace(staged, path)
+                elif not _link(staged, path):
+                    Path(staged).unlink()
+                    _check_same(self, key, data)
+                    return
             except BaseException:
                 Path(staged).unlink(missing_ok=True)
                 raise
@@ -206,6 +224,8 @@ class LocalStorage(Storage):
     def _writing(self, path: str) -> Iterator[None]:
         try:
             yield
+        except LmprobeZarrError:
+            raise
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                 raise NoSpaceError(f"no space left for {path}: what was committed is whole; free some space and run again") from error
@@ -280,6 +300,30 @@ class LocalStorage(Storage):
         return path
 
 
+def _link(staged: str, path: str) -> bool:
+    """Give a file its name unless there is one of that name; returns whether that was done."""
+    try:
+        os.link(staged, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}:
+            raise
+        # A file system without hard links.
+        if os.path.exists(path):
+            return False
+        os.replace(staged, path)
+        return True
+    os.unlink(staged)
+    return True
+
+
+def _check_same(storage: Storage, key: str, data: Buffer) -> None:
+    """Raise where a file that is there already does not hold what was to be committed."""
+    if storage.read(key) != data:
+        raise AlreadyCommittedError(f"{storage.url}/{key} was committed by another writer: nothing was replaced; write again")
+
+
 def _sync_folder(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -300,11 +344,11 @@ class FsspecStorage(Storage):
     Parameters
     ----------
     filesystem : fsspec.AbstractFileSystem
-        The file system.
+        The file system; it alone knows credentials.
     root : str
         The prefix in it, without protocol.
     url : str
-        How it was named; shown in messages.
+        How it was named; shown in messages, without what may be a secret.
     """
 
     is_local = False
@@ -312,35 +356,28 @@ class FsspecStorage(Storage):
     def __init__(self, filesystem: Any, root: str, url: str) -> None:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
-        self.url = url.rstrip("/")
+        self.url = _without_secrets(url).rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
         if "memory" in self.filesystem.protocol:
             return _same_process, (os.getpid(), self.filesystem, self.root, self.url)
-        return FsspecStorage, (self.filesystem, self.root, self.url)
+        return type(self), (self.filesystem, self.root, self.url)
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}" if key else self.root
 
     @contextmanager
-    def talking(self, key: str, *, writing: bool = False) -> Iterator[None]:
+    def talking(self, key: str, *, writing: bool = False, listing: bool = False) -> Iterator[None]:
         """Errors of the place as ours; that there is no such file is told as it is."""
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        except LmprobeZarrError:
             raise
-        except PermissionError as error:
-            if writing:
-                raise ReadOnlyError(f"{self.url}/{key} cannot be written: check permissions, or open with mode='r'") from error
-            raise AccessDeniedError(
-                f"{self.url}/{key} cannot be read: check the credentials, and what they allow (storage_options= gives others)"
-            ) from error
         except Exception as error:
-            if not _is_network(error):
+            told = _told(error, self.url, key, writing=writing, listing=listing)
+            if told is None:
                 raise
-            raise UnreachableError(
-                f"{self.url} does not answer ({type(error).__name__}): check the URL, the endpoint and the network"
-            ) from error
+            raise told from error
 
     def read(self, key: str) -> bytes:
         with self.talking(key):
@@ -354,8 +391,39 @@ class FsspecStorage(Storage):
         with self.talking(key, writing=True):
             self.filesystem.pipe_file(self._path(key), bytes(data))
 
-    def commit(self, key: str, data: Buffer, *, durable: bool) -> None:
-        self.write(key, data, durable=durable)
+    def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
+        if replace or not self._create(key, data):
+            self.write(key, data, durable=durable)
+
+    def _create(self, key: str, data: Buffer) -> bool:
+        """Make a file on condition that there is none; False where the place knows no such condition and there is none."""
+        for attempt in range(_CONFLICTS):
+            try:
+                with self.talking(key, writing=True):
+                    self.filesystem.pipe_file(self._path(key), bytes(data), mode="create")
+                return True
+            except FileExistsError:
+                break
+            except (NotImplementedError, ValueError, TypeError):  # no such mode there
+                return self._looked(key, data)
+            except OSError as error:
+                code, status = _answer(error)
+                if status == 409:  # another put on condition is under way
+                    time.sleep(0.1 * 2**attempt)
+                    continue
+                if status == 501 or code == "NotImplemented":
+                    return self._looked(key, data)
+                if status != 412:
+                    raise
+                break
+        _check_same(self, key, data)
+        return True
+
+    def _looked(self, key: str, data: Buffer) -> bool:
+        there = self.is_file(key)
+        if there:
+            _check_same(self, key, data)
+        return there
 
     def list(self, key: str) -> list[str]:
         return list(self.scan(key))
@@ -364,8 +432,10 @@ class FsspecStorage(Storage):
         path = self._path(key)
         self.filesystem.invalidate_cache(path)
         try:
-            with self.talking(key):
+            with self.talking(key, listing=True):
                 entries = self.filesystem.ls(path, detail=True)
+        except StoreNotFoundError:
+            raise
         except (FileNotFoundError, NotADirectoryError):
             return {}
         found = {}
@@ -412,8 +482,161 @@ class FsspecStorage(Storage):
                 return
 
     def is_file(self, key: str) -> bool:
-        with self.talking(key):
-            return bool(self.filesystem.isfile(self._path(key)))
+        # Not isfile(), which takes every error for a no.
+        path = self._path(key)
+        self.filesystem.invalidate_cache(path)
+        try:
+            with self.talking(key):
+                return bool(self.filesystem.info(path)["type"] == "file")
+        except StoreNotFoundError:
+            raise
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
+class S3Storage(FsspecStorage):
+    """A prefix of a bucket, in one request where fsspec's own verbs take several.
+
+    Those ask for a file's size before they read it, list a folder to learn that a file is none, list the folder above to learn that one is
+    empty, and do not tell which objects could not be deleted.
+    """
+
+    def _object(self, key: str) -> dict[str, str]:
+        bucket, name, _ = self.filesystem.split_path(self._path(key))
+        return {"Bucket": bucket, "Key": name}
+
+    def is_file(self, key: str) -> bool:
+        where = self._object(key)
+        if not where["Key"]:
+            return False
+        try:
+            with self.talking(key):
+                self.filesystem.call_s3("head_object", **where)
+        except StoreNotFoundError:
+            raise
+        except FileNotFoundError:
+            return False
+        return True
+
+    def scan(self, key: str) -> dict[str, Entry]:
+        bucket, prefix = self._folder(key)
+        found = {}
+        for page in self._pages(key, Bucket=bucket, Prefix=prefix, Delimiter="/"):
+            for folder in page.get("CommonPrefixes", ()):
+                found[folder["Prefix"].rstrip("/").rsplit("/", 1)[-1]] = Entry(False, 0, None)
+            for entry in page.get("Contents", ()):
+                # Some servers, and people who make folders by hand, leave an empty object of the folder's own name.
+                if name := entry["Key"].removeprefix(prefix):
+                    found[name] = Entry(True, int(entry["Size"]), _modified(entry))
+        return dict(sorted(found.items()))
+
+    def _folder(self, key: str) -> tuple[str, str]:
+        where = self._object(key)
+        return where["Bucket"], f"{where['Key']}/" if where["Key"] else ""
+
+    def _pages(self, key: str, **request: str) -> Iterator[dict[str, Any]]:
+        while True:
+            with self.talking(key, listing=True):
+                page = self.filesystem.call_s3("list_objects_v2", **request)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def remove(self, keys: Iterable[str]) -> None:
+        self._delete([self._object(key) for key in keys])
+
+    def remove_tree(self, key: str) -> None:
+        bucket, prefix = self._folder(key)
+        pages = self._pages(key, Bucket=bucket, Prefix=prefix)
+        self._delete([{"Bucket": bucket, "Key": entry["Key"]} for page in pages for entry in page.get("Contents", ())])
+
+    def _delete(self, objects: list[dict[str, str]]) -> None:
+        for start in range(0, len(objects), _DELETED_AT_ONCE):
+            some = objects[start : start + _DELETED_AT_ONCE]
+            request = {"Objects": [{"Key": one["Key"]} for one in some], "Quiet": True}
+            with self.talking("", writing=True):
+                answer = self.filesystem.call_s3("delete_objects", Bucket=some[0]["Bucket"], Delete=request)
+            # The request as a whole succeeds even where none of it was allowed.
+            for failed in answer.get("Errors", ()):
+                if failed.get("Code") not in _NOT_THERE:
+                    what = f"{self.url} cannot be cleared of {failed.get('Key')!r} ({failed.get('Code')})"
+                    raise ReadOnlyError(f"{what}: check that these credentials may delete")
+
+
+_CONFLICTS: Final = 6  # tries of a put on condition while others try the same
+_DELETED_AT_ONCE: Final = 1000  # objects, the most that S3 takes
+_NOT_THERE: Final = {"NoSuchKey", "NoSuchVersion"}
+_EXPIRED: Final = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
+_UNKNOWN_KEY: Final = {"InvalidAccessKeyId", "InvalidClientTokenId", "SignatureDoesNotMatch"}
+_ELSEWHERE: Final = {"301", "307", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+_NO_CREDENTIALS: Final = {
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound", "ConfigNotFound", "TokenRetrievalError",
+    "UnauthorizedSSOTokenError", "SSOTokenLoadError", "InvalidConfigError",
+}  # fmt: skip
+_NETWORK: Final = {"ConnectionError", "TimeoutError", "ClientConnectionError", "HTTPClientError", "FSTimeoutError"}
+_CUT_SHORT: Final = {"ClientPayloadError", "IncompleteRead", "ResponseParserError", "ResponseStreamingError"}
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    """Code and status of the answer that an S3 client's error stems from; nothing and 0 for other errors."""
+    for one in (error, error.__cause__):
+        response = getattr(one, "response", None)
+        if isinstance(response, Mapping):
+            return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return "", 0
+
+
+def _told(error: Exception, url: str, key: str, *, writing: bool, listing: bool) -> Exception | None:
+    """The error of ours that an error of a file system's client comes to; None where it is to be told as it is."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    code, status = _answer(error)
+    where = f"{url}/{key}" if key else url
+    if code == "NoSuchBucket":
+        return StoreNotFoundError(f"{url} names a bucket that is not there: check its name, and the endpoint")
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return None
+    if code in _EXPIRED:
+        return AccessDeniedError(f"{where} was refused ({code}): the token has expired or is not valid; fetch new credentials, open again")
+    if code in _UNKNOWN_KEY:
+        return AccessDeniedError(
+            f"{where} was refused ({code}): check key and secret, in storage_options= or, without it, the AWS_* variables and profile"
+        )
+    if code == "RequestTimeTooSkewed":
+        return AccessDeniedError(f"{where} was refused ({code}): set this machine's clock")
+    if code in _ELSEWHERE:
+        return UnreachableError(f"{where} was refused ({code}): check the bucket's region, storage_options={{'client_kwargs': …}}")
+    if names & _NO_CREDENTIALS:
+        return AccessDeniedError(
+            f"{url} needs credentials ({type(error).__name__}): give storage_options=, or set the AWS_* variables or a profile\n"
+            "a place that is open to everyone is opened with storage_options={'anon': True}"
+        )
+    if isinstance(error, PermissionError):
+        if writing:
+            return ReadOnlyError(f"{where} cannot be written: check permissions, or open with mode='r'")
+        if listing:
+            return AccessDeniedError(
+                f"{where} cannot be listed: ask for the permission to list it, or for a published copy, which needs none"
+            )
+        return AccessDeniedError(
+            f"{where} cannot be read: check the credentials, and what they allow (storage_options= gives others)"
+            + ("\nS3 answers so, too, for what is not there, to those who may not list" if status == 403 else "")
+        )
+    if code == "InvalidBucketName" or "ParamValidationError" in names:
+        return InvalidArgumentError(f"{url} is no possible place: check the name of the bucket")
+    if code == "SlowDown" or (status >= 500 and status != 501):
+        return UnreachableError(f"{where} is overloaded or broken, again and again (status {status}, {code}): wait, and try again")
+    if names & _CUT_SHORT:
+        return UnreachableError(f"{where} came cut short, again and again ({type(error).__name__}): check the network, and try again")
+    if names & _NETWORK:
+        return UnreachableError(f"{url} does not answer ({type(error).__name__}): check the URL, the endpoint and the network")
+    return None
+
+
+def _without_secrets(url: str) -> str:
+    """A URL as it may be shown: without user and password, and without what signs an address of the web."""
+    shown = re.sub(r"(://)[^/@\s]+@", r"\1…@", url)
+    return re.sub(r"(https?://[^?\s]*)\?.*", r"\1?…", shown)
 
 
 def _modified(entry: Mapping[str, Any]) -> float | None:
@@ -428,13 +651,6 @@ def _modified(entry: Mapping[str, Any]) -> float | None:
             with suppress(ValueError):
                 return datetime.fromisoformat(value).timestamp()
     return None
-
-
-def _is_network(error: BaseException) -> bool:
-    """Whether an error of some client library means that its server cannot be reached."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    told = {"ConnectionError", "TimeoutError", "ClientConnectionError", "EndpointConnectionError", "HTTPClientError", "NoCredentialsError"}
-    return bool(names & told)
 
 
 def _same_process(pid: int, filesystem: Any, root: str, url: str) -> FsspecStorage:
@@ -474,7 +690,27 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
             raise InvalidArgumentError(f"storage_options are for URLs, and {place!r} is a local path: leave them out")
         return LocalStorage(place)
     try:
-        filesystem, root = fsspec.core.url_to_fs(place, **(storage_options or {}))
+        filesystem, root = fsspec.core.url_to_fs(place, **_with_defaults(place, storage_options or {}))
     except (ValueError, ImportError, TypeError, OSError) as error:
-        raise InvalidArgumentError(f"{place.split('://')[0]}:// cannot be opened: {error}") from error
-    return FsspecStorage(filesystem, root, place)
+        raise InvalidArgumentError(f"{place.split('://')[0]}:// cannot be opened: {_without_secrets(str(error))}") from error
+    # By its class: file systems that cache others pass on every attribute of theirs.
+    kind = S3Storage if hasattr(type(filesystem), "call_s3") else FsspecStorage
+    return kind(filesystem, root, place)
+
+
+def _with_defaults(place: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller says, and for S3 what it takes to read in few requests, many at a time, where the caller does not say otherwise."""
+    before, _, last = place.rpartition("::")
+    protocol = last.split("://")[0]
+    if protocol not in ("s3", "s3a"):
+        return dict(options)
+    given = dict(options.get(protocol, {})) if before else dict(options)
+    # s3fs asks for the size of a file before it reads it, unless it is to read one range at a time: a chunk is one range.
+    # What it remembers of folders others make untrue; and its own retries multiply with botocore's.
+    filled = {"max_concurrency": 1, "use_listings_cache": False, **given}
+    filled["config_kwargs"] = {
+        "max_pool_connections": REMOTE_THREADS,
+        "retries": {"mode": "standard", "total_max_attempts": 3},
+        **(given.get("config_kwargs") or {}),
+    }
+    return {**options, protocol: filled} if before else filled

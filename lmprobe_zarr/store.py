@@ -17,6 +17,7 @@ from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.chunks import run_all
 from lmprobe_zarr.datasets import to_dataset
 from lmprobe_zarr.errors import (
+    AccessDeniedError,
     AmbiguousProvenanceError,
     CorruptPartError,
     InvalidArgumentError,
@@ -113,6 +114,8 @@ def _check_root(storage: Storage, mode: Mode) -> None:
     try:
         parse_root(storage.read("zarr.json"), storage.url)
         return
+    except (StoreNotFoundError, AccessDeniedError):
+        raise
     except (FileNotFoundError, NotADirectoryError):
         pass
     except IsADirectoryError as error:
@@ -288,13 +291,22 @@ class Store:
         CorruptPartError
             A part's document is damaged.
         """
-        parts = self.list_parts(info.name, whole=whole)
-        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole)
+        parts, notes = self._parts_and_notes(info, whole=whole)
         return open_view(self.storage, info, parts, notes)
 
-    def list_parts(self, folder: str, *, whole: bool = True) -> list[Part]:
-        """Committed parts of a group's folder, or annotations of its folder for them, replaced ones too, in the order of their names."""
-        names = [name for name in self.storage.list(folder) if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
+    def _parts_and_notes(self, info: GroupInfo, *, whole: bool) -> tuple[list[Part], list[Part]]:
+        # One list tells whether there are annotations at all: where a list is a request, most groups need only one.
+        names = self.storage.list(info.name)
+        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole) if ANNOTATIONS in names else []
+        return self.list_parts(info.name, whole=whole, listed=names), notes
+
+    def list_parts(self, folder: str, *, whole: bool = True, listed: Sequence[str] | None = None) -> list[Part]:
+        """Committed parts of a group's folder, or annotations of its folder for them, replaced ones too, in the order of their names.
+
+        What was just `listed` there is not listed again.
+        """
+        found = self.storage.list(folder) if listed is None else listed
+        names = [name for name in found if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
         paths = [f"{folder}/{name}" for name in names]
         known = [path for path in paths if path in self._parts]
         if self.storage.is_local:
@@ -363,9 +375,8 @@ class Store:
     def entries(self, info: GroupInfo) -> list[Entry]:
         """All parts and annotations of a group with their sizes and last use; metadata only, and requests grow with the parts."""
         stamps = {name: entry.modified for name, entry in self.storage.scan(f"{info.name}/{STAMPS}").items()}
-        notes = f"{info.name}/{ANNOTATIONS}"
-        parts = [*self.list_parts(info.name, whole=False), *self.list_parts(notes, whole=False)]
-        return describe_entries(parts, group=info.name, stamps=stamps)
+        parts, notes = self._parts_and_notes(info, whole=False)
+        return describe_entries([*parts, *notes], group=info.name, stamps=stamps)
 
     def dataset(
         self,

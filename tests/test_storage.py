@@ -6,12 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, NoSpaceError, NotAStoreError, ReadOnlyError
-from lmprobe_zarr.storage import LocalStorage, Storage, open_storage
+from lmprobe_zarr.errors import AlreadyCommittedError, InvalidArgumentError, InvalidTypeError, NoSpaceError, NotAStoreError, ReadOnlyError
+from lmprobe_zarr.storage import LocalStorage, S3Storage, Storage, open_storage
 
 
 @pytest.fixture
@@ -49,11 +50,41 @@ def test_writing_again_replaces(storage: Storage) -> None:
     assert storage.read("f") == b"x"
 
 
+def test_a_commit_never_takes_the_place_of_another(storage: Storage) -> None:
+    storage.commit("g/p/zarr.json", b"one", durable=False, replace=False)
+    storage.commit("g/p/zarr.json", b"one", durable=True, replace=False)  # as when the answer to the first was lost
+    with pytest.raises(AlreadyCommittedError, match="by another writer"):
+        storage.commit("g/p/zarr.json", b"two", durable=False, replace=False)
+    assert storage.read("g/p/zarr.json") == b"one"
+    assert storage.list("g/p") == ["zarr.json"]
+
+
+def test_a_scan_tells_names_sizes_and_times(storage: Storage) -> None:
+    storage.write("g/f", b"12345", durable=False)
+    storage.write("g/p/zarr.json", b"{}", durable=False)
+    found = storage.scan("g")
+    assert list(found) == ["f", "p"]
+    assert (found["f"].is_file, found["f"].nbytes, found["p"].is_file) == (True, 5, False)
+    assert abs(time.time() - (found["f"].modified or 0)) < 60
+    storage.remove(["g/f", "g/nowhere"])
+    assert list(storage.scan("g")) == ["p"], "a look after a removal sees it"
+    assert not storage.is_file("g/f")
+
+
+def test_a_stamp_is_an_empty_file(storage: Storage) -> None:
+    storage.touch("g/.used/part")
+    storage.touch("g/.used/part")
+    assert storage.read("g/.used/part") == b""
+
+
 def test_a_removed_folder_is_gone_and_its_neighbour_is_not(storage: Storage) -> None:
     storage.write("a/f", b"1", durable=False)
     storage.write("ab/f", b"2", durable=False)
     storage.remove_tree("a")
-    assert storage.list("") == ["ab"]
+    assert storage.list("a") == []
+    assert storage.list("ab") == ["f"]
+    if not isinstance(storage, S3Storage):  # this server goes on to list an emptied folder for a while
+        assert storage.list("") == ["ab"]
 
 
 def test_it_survives_pickling(storage: Storage) -> None:

@@ -477,8 +477,8 @@ def test_aborting_after_the_commit_deletes_nothing(store: Store, monkeypatch: py
     """As when Ctrl-C comes after the file has its name, and before the call returns."""
     real = store.storage.commit
 
-    def interrupted(key: str, data: bytes, *, durable: bool) -> None:
-        real(key, data, durable=durable)
+    def interrupted(key: str, data: bytes, **options: bool) -> None:
+        real(key, data, **options)
         if key.count("/") == 2:
             raise KeyboardInterrupt
 
