@@ -68,12 +68,12 @@ def open_store(
     Parameters
     ----------
     url : str or path, optional
-        A folder, or a URL that fsspec knows; this version is tested on folders and ``memory://``. None is the default store: that of
+        A folder, or a URL that fsspec knows (``s3://bucket/prefix``, ``memory://…``). None is the default store: that of
         `set_cache_backend` or ``$LMPROBE_CACHE_BACKEND``, else ``$LMPROBE_CACHE_DIR/.zarr``. The cache's settings rule it.
     mode : {"a", "r"}
         ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything.
     storage_options : mapping, optional
-        Passed to the fsspec file system, for example ``{"anon": True}``.
+        Passed to the fsspec file system, for example ``{"anon": True}`` or ``{"key": …, "secret": …, "endpoint_url": …}``.
     durable : bool
         Flush every part to the medium before it becomes visible (local folders).
 
@@ -85,6 +85,8 @@ def open_store(
         A file, another zarr store, or a folder with other things in it.
     UnsupportedVersionError
         A store of a newer format version.
+    AccessDeniedError, UnreachableError
+        A remote place refuses, or does not answer.
     """
     if mode not in ("a", "r"):
         raise InvalidArgumentError(f"mode={mode!r} is unknown: use 'a' to read and add, 'r' to read only")

@@ -137,8 +137,8 @@ def _wait_for_all(listener: socket.socket, endpoint: str, server: subprocess.Pop
 def _start_weed(data: Path) -> tuple[subprocess.Popen[bytes], str]:
     data.mkdir(parents=True)
     (data / "s3.json").write_text(json.dumps(IDENTITIES))
-    names = ("s3.port", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance", "master.port", "master.port.grpc", "volume.port")
-    names += ("volume.port.grpc", "filer.port", "filer.port.grpc")
+    names = [f"{part}.port{kind}" for part in ("s3", "master", "volume", "filer") for kind in ("", ".grpc")]
+    names += ["s3.port.iceberg", "s3.port.lance"]
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     command = [str(find_weed()), "-logtostderr=true", "-v=0", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer"]
     command += ["-s3", f"-s3.config={data / 's3.json'}", "-volume.max=50", "-master.volumeSizeLimitMB=256", "-master.telemetry=false"]
