@@ -38,7 +38,7 @@ from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.reread import blocks_of, read_values
 from lmprobe_zarr.schema import GroupInfo, Provenance, split_variable, validate_column_names
 from lmprobe_zarr.sites import Outputs
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Place, Store, open_store
 from lmprobe_zarr.writer import as_column
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def plan_extract(
     model: str | os.PathLike[str] | torch.nn.Module,
     prompts: Iterable[Any],
     *,
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     layers: LayerSpec = "all",
     sites: str | Sequence[str] = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
@@ -121,7 +121,7 @@ def extract(
     model: str | os.PathLike[str] | torch.nn.Module,
     prompts: Iterable[Any],
     *,
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     layers: LayerSpec = "all",
     sites: str | Sequence[str] = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
@@ -163,7 +163,7 @@ def extract(
     prompts : iterable of str, of chats, or of token ids
         One kind per call. A chat is a list of ``{"role", "content"}``, rendered by the tokenizer's template; its text and hash are
         those of what was rendered. Prompts that occur twice are run once.
-    store : Store, path or URL, optional
+    store : Store, path or URL, or a sequence of these, optional
         Where to; None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
     layers : "all", "middle", "last", int, sequence of int or slice
         Negative numbers count from the end. Nothing behind the deepest layer is computed.
@@ -455,7 +455,7 @@ def _not_cached(request: Request, looked: Lookup, work: Work) -> MissingPromptsE
     texts = prompts.text or tuple(prompts.sha256)
     shown = ", ".join(f"number {int(prompts.first[i])} ({texts[i][:40]!r})" for i in work.missing[:3])
     return MissingPromptsError(
-        f"{len(work.missing)} of {len(prompts)} prompts are not in {request.store.url} with all that is asked for: {shown}; "
+        f"{len(work.missing)} of {len(prompts)} prompts are not in {request.store.where} with all that is asked for: {shown}; "
         "extract them first, or leave out cache_only=True"
     )
 

@@ -6,7 +6,6 @@ The cache is the default store (see `lmprobe_zarr.config`) unless a call names a
 from __future__ import annotations
 
 import html
-import os
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -26,7 +25,7 @@ from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.reread import read_values
 from lmprobe_zarr.schema import LEVELS, GroupInfo, Provenance
 from lmprobe_zarr.storage import open_storage
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Mode, Place, Store, open_store
 from lmprobe_zarr.view import View
 
 __all__ = [
@@ -41,8 +40,6 @@ __all__ = [
     "evict",
     "list_cached_prompts",
 ]
-
-Place = str | os.PathLike[str] | Store | None
 
 # Nothing that was committed or used so lately leaves a place that others may be using, in seconds.
 MIN_AGE: Final = 600.0
@@ -109,6 +106,8 @@ class CacheInfo:
         One per model and provenance, the largest first.
     legacy : tuple of ModelCacheInfo
         lmprobe's own entries beside it, which are read but do not count towards the limit.
+    below : tuple of CacheInfo
+        What is read as well and never written, the first named first; it does not count towards the limit either.
     limit_bytes : int, optional
         None where there is no limit; 0 where nothing is to be stored.
     oldest, newest : datetime, optional
@@ -118,13 +117,14 @@ class CacheInfo:
     url: str
     models: tuple[ModelCacheInfo, ...] = ()
     legacy: tuple[ModelCacheInfo, ...] = ()
+    below: tuple[CacheInfo, ...] = ()
     limit_bytes: int | None = None
     oldest: datetime | None = None
     newest: datetime | None = None
 
     @property
     def total_size_bytes(self) -> int:
-        """Bytes of everything but lmprobe's own entries."""
+        """Bytes of everything that is this cache's own: neither lmprobe's entries nor what lies below."""
         return sum(model.size_bytes for model in self.models)
 
     @property
@@ -147,6 +147,8 @@ class CacheInfo:
         if self.oldest is not None and self.newest is not None:
             rows += [("oldest", f"{self.oldest:%Y-%m-%d %H:%M}"), ("newest", f"{self.newest:%Y-%m-%d %H:%M}")]
         rows += [("lmprobe's" if not i else "", str(model)) for i, model in enumerate(self.legacy)]
+        for one in self.below:
+            rows += [("read only", one.url), *(("", str(model)) for model in one.models)]
         return rows
 
     def __str__(self) -> str:
@@ -218,17 +220,17 @@ class CachedPrompt:
 # ------------------------------------------------------------------------------------------------------------ looking in
 
 
-def _open(place: Place, mode: str) -> Store | None:
+def _open(place: Place, mode: Mode) -> Store | None:
     """The store of a place, None where there is none yet."""
     if isinstance(place, Store):
         return place
     try:
         opened = open_store(place, "r")
     except StoreNotFoundError:
-        return None
-    if mode == "a":
-        return Store(opened.storage, mode="a", durable=opened.durable, is_default=opened.is_default)
-    return opened
+        # Nothing has been written yet; there may still be something below to read.
+        opened = open_store(place)
+        return None if opened.below is None else opened
+    return opened if mode == "r" else open_store(place, mode)
 
 
 def _name(model: str) -> str:
@@ -241,10 +243,13 @@ def _name(model: str) -> str:
 
 def _where(place: Place) -> str:
     """How a place is named, whether or not a store lies there."""
-    if place is not None:
-        return place.url if isinstance(place, Store) else open_storage(place).url
-    backend = config.cache_backend()
-    return str(config.default_root()) if backend is None else str(getattr(backend, "url", backend))
+    given: Any = config.cache_backend() if place is None else place
+    last = given[-1] if isinstance(given, (list, tuple)) else given
+    if last is None:
+        return str(config.default_root())
+    if isinstance(last, Store):
+        return last.url
+    return open_storage(last).url if place is not None else str(last)
 
 
 def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "auto") -> CacheInfo:
@@ -256,7 +261,7 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     ----------
     model : str, optional
         Only this model.
-    store : Store, path or URL, optional
+    store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     legacy : {"auto", "never"}
         Whether lmprobe's own entries beside the cache are shown too, apart.
@@ -272,17 +277,13 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     limit = config.cache_limit() if opened is None or opened.is_default else None
     if opened is None:
         return CacheInfo(url=_where(store), limit_bytes=limit, legacy=older)
-    described = []
-    for info in opened.groups().values():
-        if model in (None, info.model):
-            entries = opened.entries(info)
-            if entries:
-                described.append(_describe_group(opened, info, entries))
-    described.sort(key=lambda one: (-one.size_bytes, one.model_name))
+    described = _describe_groups(opened.own, model)
+    lower = () if opened.below is None else opened.below.stack
     return CacheInfo(
         url=opened.url,
-        models=tuple(described),
+        models=described,
         legacy=older,
+        below=tuple(CacheInfo(url=one.url, models=_describe_groups(one.own, model)) for one in lower),
         limit_bytes=limit,
         oldest=min((one.oldest for one in described if one.oldest), default=None),
         newest=max((one.newest for one in described if one.newest), default=None),
@@ -311,6 +312,13 @@ def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:
         has_logits=any(name.startswith("logits") for name in names),
         has_router="router" in names,
     )
+
+
+def _describe_groups(store: Store, model: str | None) -> tuple[ModelCacheInfo, ...]:
+    """What a store without anything below it holds, of one model or all; the largest first."""
+    groups = [(info, store.entries(info)) for info in store.groups().values() if model in (None, info.model)]
+    described = [_describe_group(store, info, entries) for info, entries in groups if entries]
+    return tuple(sorted(described, key=lambda one: (-one.size_bytes, one.model_name)))
 
 
 def _describe_group(store: Store, info: GroupInfo, entries: list[Entry]) -> ModelCacheInfo:
@@ -357,7 +365,7 @@ def discover_cached(
         Name of the model in the store, or the folder that it was loaded from.
     prompt : str or sequence of int
         Text, hash or token ids.
-    store : Store, path or URL, optional
+    store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     provenance, group : optional
         Choose between several groups of one model.
@@ -507,8 +515,8 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
 
     Parameters
     ----------
-    url : path, URL or Store, optional
-        Another place than the cache. A remote place is evicted only when it is named here.
+    url : path, URL or Store, or a sequence of these, optional
+        Another place than the cache; of several the last, the others are only read. A remote place is evicted only when it is named here.
     max_gb : float, optional
         The limit in GB of 1024³ bytes; by default that of `set_cache_limit` or ``$LMPROBE_CACHE_MAX_GB``, for the cache only.
     min_age : float, optional
@@ -542,6 +550,7 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     opened = _open(url, "a")
     if opened is None:
         return None
+    opened = opened.own
     if url is None and not opened.storage.is_local:
         log.warning("[cache] evict: %s is remote, and is evicted only when the call names it", opened.url)
         return None
@@ -571,8 +580,8 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     ----------
     model : str, optional
         Only those of this model.
-    url : path, URL or Store, optional
-        Another place than the cache. A remote place is cleared only when it is named here.
+    url : path, URL or Store, or a sequence of these, optional
+        Another place than the cache; of several the last, the others are only read. A remote place is cleared only when it is named here.
     legacy : bool
         Whether lmprobe's own entries beside the store go too; otherwise the log says that they remain.
 
@@ -592,6 +601,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     opened = _open(url, "a")
     count = 0
     if opened is not None:
+        opened = opened.own
         _may_remove(url, opened)
         for info in opened.groups().values():
             if model in (None, info.model):

@@ -213,7 +213,7 @@ def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
     if len(found) > 1:
         found = [info for info in found if request.store.holds_parts(info.name)]
     if len(found) > 1:
-        raise ambiguous(found, request.store.url)
+        raise ambiguous(found, request.store.where)
     return found[0] if found else None
 
 
