@@ -135,14 +135,15 @@ def _numbered(prompts: list[int], layers: list[int], value: float) -> TokenBatch
 
 def test_xarray_opens_a_list_too(layered: Store, tmp_path: Path) -> None:
     places = [str(tmp_path / "team"), str(tmp_path / "mine")]
-    for chunks in (None, {}):
-        data = xr.open_dataset(places, engine="lmprobe_zarr", model="acme/toy", chunks=chunks)  # type: ignore[arg-type]
+    options: dict[str, Any]
+    for options in ({}, {"chunks": {}}):
+        data = xr.open_dataset(places, engine="lmprobe_zarr", model="acme/toy", **options)  # type: ignore[arg-type]
         xr.testing.assert_identical(data.load(), layered.dataset().load())
     assert set(xr.open_datatree(places, engine="lmprobe_zarr").groups) >= {f"/{GROUP.name}/prompts"}  # type: ignore[arg-type]
 
 
 def test_a_layered_store_travels_to_other_processes(layered: Store) -> None:
-    again = pickle.loads(pickle.dumps(layered))
+    again = pickle.loads(pickle.dumps(layered))  # noqa: S301 — our own bytes
     assert again.dataset().sizes["prompt"] == 4
     lazy = layered.dataset().resid_mean.isel(layer=1)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -219,8 +220,6 @@ def test_the_first_is_read_only_even_where_it_was_opened_for_writing(team: Path,
     assert layered.below is not None
     with pytest.raises(ReadOnlyError, match="team"):
         layered.below.write(GROUP, make_batch(["x"]))
-    closed = lz.open_store([tmp_path / "nothing-yet", team][1:] + [team.parent / "team2"], "a")
-    assert closed.mode == "a"
     lz.open_store(tmp_path / "mine").write(GROUP, make_batch(["x"]))
     with pytest.raises(ReadOnlyError, match="mine"):
         lz.open_store([team, tmp_path / "mine"], "r").write(GROUP, make_batch(["y"]))
@@ -321,9 +320,9 @@ def test_a_first_place_that_cannot_be_read_is_an_error_that_names_it(team: Path,
         lz.open_store([team, str(team)])
     with pytest.raises(InvalidArgumentError, match="list of places is empty"):
         lz.open_store([])
-    with pytest.raises(InvalidTypeError, match="not int"):
+    with pytest.raises(InvalidTypeError, match="not by int"):
         lz.open_store([team, 3])  # type: ignore[list-item]
-    with pytest.raises(ModelNotStoredError, match="team and .*mine"):
+    with pytest.raises(ModelNotStoredError, match=r"team and .*mine"):
         lz.open_store([team, mine]).dataset("other/model")
     assert not mine.exists()
 
@@ -348,7 +347,8 @@ def test_damage_below_is_told_with_its_place_and_left_out_where_that_is_asked_fo
     team, mine = lz.open_store(tmp_path / "team"), lz.open_store(tmp_path / "mine")
     name = team.write(GROUP, make_batch(TEAM))
     mine.write(GROUP, make_batch(MINE, seed=2))
-    chunk = next((tmp_path / "team" / GROUP.name / name / "prompts" / "resid_mean" / "c").rglob("0"))
+    files = (tmp_path / "team" / GROUP.name / name / "prompts" / "resid_mean").rglob("*")
+    chunk = next(file for file in files if file.is_file() and file.name != "zarr.json")
     chunk.write_bytes(b"\0" * chunk.stat().st_size)
     layered = lz.open_store([team, mine])
     with pytest.raises(CorruptPartError, match=f"{tmp_path}/team") as caught:
