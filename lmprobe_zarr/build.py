@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr import config, extraction
 from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.cluster import check_client, run_on_client, stop_if_cancelled
+from lmprobe_zarr.cluster import check_client, is_in_process, run_on_client, stop_if_cancelled
 from lmprobe_zarr.errors import (
     CacheWarning,
     InvalidArgumentError,
@@ -280,6 +280,9 @@ def extract(
     if client is not None:
         check_client(client)
         request = sendable(request)
+        if not is_in_process(client):
+            for one in opened.stack:
+                one.storage.check_reach()  # here, since a worker that cannot even unpack its task tells nobody
     return carry_out(request, keeping, running, columns=_check_columns(coords, len(request.given)), client=client).stats
 
 

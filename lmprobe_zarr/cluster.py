@@ -9,13 +9,18 @@ from typing import Any
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnreachableError
 
-__all__ = ["check_client", "own_client", "run_on_client", "stop_if_cancelled"]
+__all__ = ["check_client", "is_in_process", "own_client", "run_on_client", "stop_if_cancelled"]
 
 
 def check_client(client: Any) -> None:
     """Raise `InvalidTypeError` where something is no `distributed.Client`."""
     if not (hasattr(client, "submit") and hasattr(client, "nthreads")):
         raise InvalidTypeError(f"client is a distributed.Client, not {type(client).__name__}")
+
+
+def is_in_process(client: Any) -> bool:
+    """Whether all workers of a client are threads of this very process."""
+    return all(str(address).startswith("inproc://") for address in client.nthreads())
 
 
 def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: int, finished: Callable[[int], None]) -> list[Any]:
@@ -109,7 +114,7 @@ def own_client(*, workers: int | None = None, address: str | None = None) -> Ite
     make: Any = distributed.Client
     if address is None:
         local: Any = distributed.LocalCluster
-        with local(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None) as cluster, make(cluster) as client:
+        with local(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster, make(cluster) as client:
             yield client
         return
     try:

@@ -52,7 +52,7 @@ LABELS = [number % 2 for number in range(len(TEXTS))]
 def processes() -> Iterator[Any]:
     """Two workers, processes of their own that were started by spawn; shared, since they take seconds to start."""
     with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as local,
+        distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0") as local,
         distributed.Client(local) as client,
     ):
         yield client
@@ -62,7 +62,7 @@ def processes() -> Iterator[Any]:
 def threads() -> Iterator[Any]:
     """Two workers in this process."""
     with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=False, dashboard_address=None) as local,
+        distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=False, dashboard_address=":0") as local,
         distributed.Client(local, set_as_default=False) as client,
     ):
         yield client
