@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.schema import GroupInfo, Provenance, split_variable, validate_column_names
 from lmprobe_zarr.sites import LAYERED_SITES, SITES
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Place, Store, open_store
 from lmprobe_zarr.writer import as_column
 
 __all__ = ["write_activations"]
@@ -22,7 +21,7 @@ Array = npt.NDArray[Any]
 
 
 def write_activations(
-    store: Store | str | os.PathLike[str],
+    store: Place,
     *,
     model: str,
     prompts: Sequence[str | Sequence[int]],
@@ -38,7 +37,7 @@ def write_activations(
 
     Parameters
     ----------
-    store : Store, path or URL
+    store : Store, path or URL, or a sequence of these
         Where to.
     model : str
         Name of the model.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr import config, extraction
 from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.cluster import check_client, is_in_process, run_on_client, stop_if_cancelled
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, NoSpaceError, ReadOnlyError
 from lmprobe_zarr.extraction import Prompts, TokenizedPrompts
 from lmprobe_zarr.ingest import PART_BYTES, PART_SECONDS, Ingest
@@ -36,8 +39,9 @@ from lmprobe_zarr.precision import Precision, round_bits
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.reread import blocks_of, read_values
 from lmprobe_zarr.schema import GroupInfo, Provenance, split_variable, validate_column_names
+from lmprobe_zarr.shares import Share, cut_shares, sendable
 from lmprobe_zarr.sites import Outputs
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Place, Store, ambiguous, open_store
 from lmprobe_zarr.writer import as_column
 
 if TYPE_CHECKING:
@@ -72,7 +76,7 @@ def plan_extract(
     model: str | os.PathLike[str] | torch.nn.Module,
     prompts: Iterable[Any],
     *,
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     layers: LayerSpec = "all",
     sites: str | Sequence[str] = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
@@ -123,7 +127,7 @@ def extract(
     model: str | os.PathLike[str] | torch.nn.Module,
     prompts: Iterable[Any],
     *,
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     layers: LayerSpec = "all",
     sites: str | Sequence[str] = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
@@ -153,6 +157,7 @@ def extract(
     store_text: bool = True,
     part_bytes: int = PART_BYTES,
     part_seconds: float = PART_SECONDS,
+    client: Any = None,
     progress: bool = True,
 ) -> ExtractStats:
     """Run a model over the prompts that are not stored yet, and store their activations.
@@ -165,7 +170,7 @@ def extract(
     prompts : iterable of str, of chats, or of token ids
         One kind per call. A chat is a list of ``{"role", "content"}``, rendered by the tokenizer's template; its text and hash are
         those of what was rendered. Prompts that occur twice are run once.
-    store : Store, path or URL, optional
+    store : Store, path or URL, or a sequence of these, optional
         Where to; None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
     layers : "all", "middle", "last", int, sequence of int or slice
         Negative numbers count from the end. Nothing behind the deepest layer is computed.
@@ -224,6 +229,10 @@ def extract(
         False leaves the texts out of the store; prompts are still found by text or hash.
     part_bytes, part_seconds : int, float
         When to commit: an interruption loses at most this much.
+    client : distributed.Client, optional
+        Whose workers run the model, each on its share of the missing prompts; they load it once per process and write straight to the
+        store, which they must reach under the same name. The model and a tokenizer are then named, not given as objects. What a worker
+        that dies had committed is kept, and another one runs the rest of its share.
     progress : bool
         A bar on terminals and in notebooks.
 
@@ -243,6 +252,8 @@ def extract(
         The missing activations would not fit; or the medium became full, then what was committed is whole.
     NumberRangeError
         A value lies beyond the range of float16, and ``overflow="raise"``.
+    UnreachableError
+        Workers died again and again over the same prompts.
     ReadOnlyError, DeviceMemoryError
 
     Warns
@@ -262,7 +273,13 @@ def extract(
         device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts, part_seconds=part_seconds,
         store_text=store_text, progress=progress,
     )  # fmt: skip
-    return carry_out(request, keeping, running, columns=_check_columns(coords, len(request.given))).stats
+    if client is not None:
+        check_client(client)
+        request = sendable(request)
+        if not is_in_process(client):
+            for one in opened.stack:
+                one.storage.check_reach()  # here, since a worker that cannot even unpack its task tells nobody
+    return carry_out(request, keeping, running, columns=_check_columns(coords, len(request.given)), client=client).stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,7 +302,7 @@ class Keeping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """How an extraction runs; see `extract`."""
+    """How an extraction runs; see `extract`. `watch` is called after every batch, and may raise."""
 
     device: Any = "auto"
     device_map: Any = None
@@ -294,6 +311,7 @@ class Running:
     part_seconds: float = PART_SECONDS
     store_text: bool = True
     progress: bool = True
+    watch: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)
@@ -389,6 +407,7 @@ def _carry_out(
     memory: ModelMemory | None = None,
     cache_only: bool = False,
     elsewhere: Callable[[Prompts, tuple[int, ...]], Any] | None = None,
+    client: Any = None,
 ) -> Outcome:
     """Look up what is asked for, run the model on what is missing, and store that.
 
@@ -408,6 +427,8 @@ def _carry_out(
     elsewhere : callable, optional
         Asked where prompts are missing, with all prompts and the layers, before the model is: what it returns, if anything, serves the
         whole call.
+    client : distributed.Client, optional
+        Whose workers do what is to be done.
 
     Raises
     ------
@@ -437,7 +458,7 @@ def _carry_out(
         if sink is None:
             _check_space(plan)
             _check_limit(plan, keeping)
-    if len(work.missing) and loaded is None:
+    if len(work.missing) and loaded is None and client is None:
         request = settle_dtype(request, looked)
         loaded = memory.load(request, running, looked)
         looked = look_up_loaded(request, loaded, looked)
@@ -448,10 +469,15 @@ def _carry_out(
         request.store.mark_used(looked.view.parts_with(looked.view.find([looked.prompts.sha256[i] for i in found])))
         if sink is None:
             _annotate_found(request.store, looked, work.missing, per_prompt)
+    spread = client is not None and bool(len(work.missing) or work.derived)
     group = looked.group or (None if loaded is None else group_of(loaded))
-    assert group is not None  # noqa: S101 — either all is found, so in a group, or the model is loaded
-    stats = _stats(plan, group, model_loaded=loaded is not None)
-    if work.tokenized is not None or work.derived:
+    if spread:
+        shares = cut_shares(request, looked, work, per_prompt, workers=max(1, len(client.nthreads())))
+        stats, group = _run_on_workers(client, shares, plan, work, keeping, running)
+    else:
+        assert group is not None  # noqa: S101 — either all is found, so in a group, or the model is loaded
+        stats = _stats(plan, group, model_loaded=loaded is not None)
+    if not spread and (work.tokenized is not None or work.derived):
         ingest = Ingest(
             target, group, part_bytes=keeping.part_bytes, part_seconds=running.part_seconds, precision=keeping.precision,
             recorded={} if loaded is None else loaded.recorded,
@@ -473,12 +499,63 @@ def _carry_out(
     return Outcome(stats=done, prompts=looked.prompts, layers=plan.layers, group=group)
 
 
+# -------------------------------------------------------------------------------------------------------- on many workers
+
+
+@dataclass(slots=True)
+class _Worker:
+    """What a worker's process keeps between its tasks. They take turns: the hooks of two runs on one model would mix."""
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    model: ModelMemory = field(default_factory=ModelMemory)
+    store: Store | None = None
+
+
+@functools.cache
+def _this_worker(pid: int) -> _Worker:  # noqa: ARG001 — what was loaded before a fork stays with whoever loaded it
+    return _Worker()
+
+
+def _run_share(share: Share, keeping: Keeping, running: Running) -> tuple[ExtractStats, GroupInfo]:
+    """A worker's task: as if its prompts were all that was asked for, so what a predecessor has committed is found and left."""
+    worker, store = _this_worker(os.getpid()), share.request.store
+    with worker.turn:
+        kept = worker.store
+        if kept is None or (kept.where, kept.mode, kept.is_default) != (store.where, store.mode, store.is_default):
+            worker.store = kept = store  # one that is kept knows the parts already
+        request = replace(share.request, store=kept)
+        outcome = carry_out(request, keeping, running, columns=share.columns, memory=worker.model)
+    return outcome.stats, outcome.group
+
+
+def _run_on_workers(
+    client: Any, shares: list[Share], plan: ExtractPlan, work: Work, keeping: Keeping, running: Running
+) -> tuple[ExtractStats, GroupInfo]:
+    """The work on the workers of a client: statistics as if it was done here."""
+    # Limits were checked for all together; only the client talks to people.
+    options = replace(keeping, limit=None), replace(running, progress=False, watch=stop_if_cancelled)
+    starts = [functools.partial(client.submit, _run_share, share, *options, pure=False) for share in shares]
+    with progress_bar(plan.tokens, description="extract", unit="tok", enabled=running.progress and plan.tokens > 0) as advance:
+        done = run_on_client(client, starts, 2 * max(1, len(client.nthreads())), lambda number: advance(shares[number].tokens))
+    groups = {group.name: group for _, group in done}
+    if len(groups) > 1:
+        raise ambiguous(list(groups.values()), plan.url)
+    group = next(iter(groups.values()))
+    return replace(
+        _stats(plan, group, model_loaded=any(one.model_loaded for one, _ in done)),
+        extracted=len(work.missing),
+        tokens=plan.tokens,
+        nbytes=sum(one.nbytes for one, _ in done),
+        parts=sum(one.parts for one, _ in done),
+    ), group
+
+
 def _not_cached(request: Request, looked: Lookup, work: Work) -> MissingPromptsError:
     prompts = looked.prompts
     texts = prompts.text or tuple(prompts.sha256)
     shown = ", ".join(f"number {int(prompts.first[i])} ({texts[i][:40]!r})" for i in work.missing[:3])
     return MissingPromptsError(
-        f"{len(work.missing)} of {len(prompts)} prompts are not in {request.store.url} with all that is asked for: {shown}; "
+        f"{len(work.missing)} of {len(prompts)} prompts are not in {request.store.where} with all that is asked for: {shown}; "
         "extract them first, or leave out cache_only=True"
     )
 
@@ -492,6 +569,12 @@ def _run(
     advance: Callable[[int], None],
 ) -> Iterator[TokenBatch]:
     """What the model gives; where they cost nothing more, with the layers that are passed on the way."""
+
+    def ran(_prompts: int, tokens: int) -> None:
+        advance(tokens)
+        if running.watch is not None:
+            running.watch()
+
     return extraction.run(
         loaded,
         tokenized,
@@ -502,7 +585,7 @@ def _run(
         outputs=request.outputs,
         batch_tokens=running.batch_tokens,
         batch_prompts=running.batch_prompts,
-        progress=lambda _prompts, tokens: advance(tokens),
+        progress=ran,
     )
 
 

@@ -5,7 +5,6 @@ The cache is the default store (see `lmprobe_zarr.config`) unless a call names a
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.reread import read_values
 from lmprobe_zarr.schema import LEVELS, GroupInfo, Provenance
 from lmprobe_zarr.storage import open_storage
-from lmprobe_zarr.store import Mode, Store, ambiguous, open_store
+from lmprobe_zarr.store import Mode, Place, Store, ambiguous, open_store
 from lmprobe_zarr.view import View
 
 __all__ = [
@@ -42,8 +41,6 @@ __all__ = [
     "list_cached_prompts",
 ]
 
-Place = str | os.PathLike[str] | Store | None
-
 # Nothing that was committed or used so lately leaves a place that others may be using, in seconds.
 MIN_AGE: Final = 600.0
 
@@ -58,7 +55,9 @@ def _open(place: Place, mode: Mode) -> Store | None:
     try:
         opened = open_store(place, "r")
     except StoreNotFoundError:
-        return None
+        # Nothing has been written yet; there may still be something below to read.
+        opened = open_store(place)
+        return None if opened.below is None else opened
     # A backend that is read-only stays so, whatever is wanted of it.
     return opened if mode == "r" else open_store(place, mode)
 
@@ -88,10 +87,13 @@ class _Model:
 
 def _where(place: Place) -> str:
     """How a place is named, whether or not a store lies there."""
-    if place is not None:
-        return place.url if isinstance(place, Store) else open_storage(place).url
-    backend = config.cache_backend()
-    return str(config.default_root()) if backend is None else str(getattr(backend, "url", backend))
+    given: Any = config.cache_backend() if place is None else place
+    last = given[-1] if isinstance(given, (list, tuple)) else given
+    if last is None:
+        return str(config.default_root())
+    if isinstance(last, Store):
+        return last.url
+    return open_storage(last).url if place is not None else str(last)
 
 
 def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "auto") -> CacheInfo:
@@ -103,7 +105,7 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     ----------
     model : str, optional
         Only this model.
-    store : Store, path or URL, optional
+    store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     legacy : {"auto", "never"}
         Whether lmprobe's own entries beside the cache are shown too, apart.
@@ -118,16 +120,13 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     limit = config.cache_limit() if opened is None or opened.is_default else None
     if opened is None:
         return CacheInfo(url=_where(store), limit_bytes=limit, legacy=older)
-    described = []
-    for info in opened.groups(whole=False).values() if model is None else _Model.of(model).groups(opened):
-        entries = opened.entries(info)
-        if entries:
-            described.append(_describe_group(opened, info, entries))
-    described.sort(key=lambda one: (-one.size_bytes, one.model_name))
+    described = _describe_groups(opened.own, model)
+    lower = () if opened.below is None else opened.below.stack
     return CacheInfo(
         url=opened.url,
-        models=tuple(described),
+        models=described,
         legacy=older,
+        below=tuple(CacheInfo(url=one.url, models=_describe_groups(one.own, model)) for one in lower),
         limit_bytes=limit,
         oldest=min((one.oldest for one in described if one.oldest), default=None),
         newest=max((one.newest for one in described if one.newest), default=None),
@@ -156,6 +155,13 @@ def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:
         has_logits=any(name.startswith("logits") for name in names),
         has_router="router" in names,
     )
+
+
+def _describe_groups(store: Store, model: str | None) -> tuple[ModelCacheInfo, ...]:
+    """What a store without anything below it holds, of one model or all; the largest first."""
+    groups = list(store.groups(whole=False).values()) if model is None else _Model.of(model).groups(store)
+    described = [_describe_group(store, info, entries) for info in groups if (entries := store.entries(info))]
+    return tuple(sorted(described, key=lambda one: (-one.size_bytes, one.model_name)))
 
 
 def _describe_group(store: Store, info: GroupInfo, entries: list[Entry]) -> ModelCacheInfo:
@@ -202,7 +208,7 @@ def discover_cached(
         Name of the model in the store, or the folder that it was loaded from.
     prompt : str or sequence of int
         Text, hash or token ids.
-    store : Store, path or URL, optional
+    store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     provenance, group : optional
         Choose between several groups of one model.
@@ -351,8 +357,8 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
 
     Parameters
     ----------
-    url : path, URL or Store, optional
-        Another place than the cache. A remote place is evicted only when it is named here.
+    url : path, URL or Store, or a sequence of these, optional
+        Another place than the cache; of several the last, the others are only read. A remote place is evicted only when it is named here.
     max_gb : float, optional
         The limit in GB of 1024³ bytes; by default that of `set_cache_limit` or ``$LMPROBE_CACHE_MAX_GB``, for the cache only.
     min_age : float, optional
@@ -384,6 +390,7 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     opened = _open(url, "a")
     if opened is None:
         return None
+    opened = opened.own
     if url is None and not opened.storage.is_local:
         log.warning("[cache] evict: %s is remote, and is evicted only when the call names it", opened.url)
         return None
@@ -413,8 +420,8 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     ----------
     model : str, optional
         Only those of this model.
-    url : path, URL or Store, optional
-        Another place than the cache. A remote place is cleared only when it is named here.
+    url : path, URL or Store, or a sequence of these, optional
+        Another place than the cache; of several the last, the others are only read. A remote place is cleared only when it is named here.
     legacy : bool
         Whether lmprobe's own entries beside the store go too; otherwise the log says that they remain.
 
@@ -433,6 +440,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     opened = _open(url, "a")
     count = 0
     if opened is not None:
+        opened = opened.own
         _may_remove(url, opened)
         for info in opened.groups(whole=False).values() if model is None else _Model.of(model).groups(opened):
             entries = opened.entries(info)

@@ -114,6 +114,7 @@ class StoredArray:
         part, _, variable = self.path.rpartition("/")
         part = part.rpartition("/")[0]
         return CorruptPartError.of(
+            self.storage.url,
             part,
             f"part {part!r} of {self.storage.url} is damaged: chunk {key} of {variable!r} {what}\n"
             "nothing was read from it; extract its prompts again with refresh=True",

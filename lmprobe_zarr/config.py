@@ -269,9 +269,9 @@ def set_cache_backend(backend: Any = None) -> None:
 
     Parameters
     ----------
-    backend : str, path or Store, optional
+    backend : str, path, Store, or a sequence of these, optional
         A URL or path: the store that lies there, or else one in ``.zarr`` inside it, beside lmprobe's own entries. A `Store` is taken as
-        it is. None goes back to the environment variable or the cache's folder.
+        it is. Several are read as one, and only the last is written to. None goes back to the environment variable or the cache's folder.
 
     Raises
     ------
@@ -281,8 +281,10 @@ def set_cache_backend(backend: Any = None) -> None:
     if backend is None:
         _from_calls.pop("backend", None)
         return
-    if not isinstance(backend, (str, os.PathLike)) and not hasattr(backend, "storage"):
-        raise InvalidTypeError(f"a cache's backend is a URL, a path, a Store or None, not {type(backend).__name__}")
-    if isinstance(backend, str) and not backend.strip():
+    places = list(backend) if isinstance(backend, (list, tuple)) else [backend]
+    for place in places:
+        if not isinstance(place, (str, os.PathLike)) and not hasattr(place, "storage"):
+            raise InvalidTypeError(f"a cache's backend is a URL, a path, a Store, a list of these, or None, not {type(place).__name__}")
+    if not places or any(isinstance(place, str) and not place.strip() for place in places):
         raise InvalidArgumentError("the cache's backend is an empty text: give a URL or a path, or None for the cache's own folder")
-    _from_calls["backend"] = backend
+    _from_calls["backend"] = places if len(places) > 1 else places[0]

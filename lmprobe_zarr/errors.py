@@ -130,15 +130,18 @@ class CorruptPartError(LmprobeZarrError, OSError):
     ----------
     part : str or None
         Key of the part's folder below the root; None where it is not a part that is damaged.
+    root : str or None
+        URL of that root.
     """
 
     part: str | None = None
+    root: str | None = None
 
     @classmethod
-    def of(cls, part: str, message: str) -> CorruptPartError:
+    def of(cls, root: str, part: str, message: str) -> CorruptPartError:
         """The error for a part, so that a caller can go on without it."""
         error = cls(message)
-        error.part = part
+        error.root, error.part = root, part
         return error
 
 

@@ -70,6 +70,8 @@ class CacheInfo:
         One per model and provenance, the largest first.
     legacy : tuple of ModelCacheInfo
         lmprobe's own entries beside it, which are read but do not count towards the limit.
+    below : tuple of CacheInfo
+        What is read as well and never written, the first named first; it does not count towards the limit either.
     limit_bytes : int, optional
         None where there is no limit; 0 where nothing is to be stored.
     oldest, newest : datetime, optional
@@ -79,13 +81,14 @@ class CacheInfo:
     url: str
     models: tuple[ModelCacheInfo, ...] = ()
     legacy: tuple[ModelCacheInfo, ...] = ()
+    below: tuple[CacheInfo, ...] = ()
     limit_bytes: int | None = None
     oldest: datetime | None = None
     newest: datetime | None = None
 
     @property
     def total_size_bytes(self) -> int:
-        """Bytes of everything but lmprobe's own entries."""
+        """Bytes of everything that is this cache's own: neither lmprobe's entries nor what lies below."""
         return sum(model.size_bytes for model in self.models)
 
     @property
@@ -108,6 +111,8 @@ class CacheInfo:
         if self.oldest is not None and self.newest is not None:
             rows += [("oldest", f"{self.oldest:%Y-%m-%d %H:%M}"), ("newest", f"{self.newest:%Y-%m-%d %H:%M}")]
         rows += [("lmprobe's" if not i else "", str(model)) for i, model in enumerate(self.legacy)]
+        for one in self.below:
+            rows += [("read only", one.url), *(("", str(model)) for model in one.models)]
         return rows
 
     def __str__(self) -> str:

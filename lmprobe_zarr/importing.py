@@ -5,7 +5,6 @@ Everything that can be wrong is found from headers alone, before anything is wri
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from lmprobe_zarr.ingest import Ingest
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.schema import LEVELS, GroupInfo, Level, Provenance
 from lmprobe_zarr.sites import is_top_k
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Place, Store, open_store
 from lmprobe_zarr.summaries import ImportSummary, Tally
 from lmprobe_zarr.view import View
 
@@ -56,7 +55,7 @@ class ImportPlan:
 
 def run_import(
     sources: Sequence[tuple[str, Source]],
-    store: Store | str | os.PathLike[str] | None,
+    store: Place,
     origin: str,
     skipped: Tally,
     *,

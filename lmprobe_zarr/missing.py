@@ -223,7 +223,7 @@ def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
         # Any dtype serves: that of lmprobe where there are several.
         found = [info for info in found if info.provenance.get("compute_dtype") == "float32"] or found
     if len(found) > 1:
-        raise ambiguous(found, request.store.url)
+        raise ambiguous(found, request.store.where)
     return found[0] if found else None
 
 

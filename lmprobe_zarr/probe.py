@@ -37,7 +37,7 @@ from lmprobe_zarr.probes.given import (
 from lmprobe_zarr.probes.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.ragged import concat_ranges
 from lmprobe_zarr.schema import Provenance
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store import Place
 from lmprobe_zarr.supply import Activations, Supply, SupplyMemory
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Probe:
         ``"standard"``, ``"pca:N"``, ``"standard+pca:N"``.
     pca_components : int, optional
         For ``"pca"`` without a number.
-    store : Store, path or URL, optional
+    store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     cache_only : bool
         Whether prompts that are not stored are an error, rather than run.
@@ -136,7 +136,7 @@ class Probe:
         classifier_kwargs: Mapping[str, Any] | None = None,
         preprocessing: str | Sequence[str] | None = None,
         pca_components: int | None = None,
-        store: Store | str | os.PathLike[str] | None = None,
+        store: Place = None,
         cache_only: bool = False,
         legacy: str = "auto",
         group: str | None = None,
@@ -666,13 +666,13 @@ class Probe:
             ) from error
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, store: Store | str | os.PathLike[str] | None = None) -> Probe:
+    def load(cls, path: str | os.PathLike[str], *, store: Place = None) -> Probe:
         """The probe that `save` wrote; no code in the file is ever run.
 
         Parameters
         ----------
         path : str or path
-        store : Store, path or URL, optional
+        store : Store, path or URL, or a sequence of these, optional
             Where it reads activations, instead of the cache.
 
         Raises

@@ -66,6 +66,10 @@ class Storage(ABC):
     url: str
     is_local: bool
 
+    def check_reach(self) -> None:
+        """Raise `InvalidArgumentError` where no other process can read what lies here."""
+        return
+
     @abstractmethod
     def read(self, key: str) -> bytes:
         """All bytes of a file; FileNotFoundError where there is none."""
@@ -362,6 +366,10 @@ class FsspecStorage(Storage):
         if "memory" in self.filesystem.protocol:
             return _same_process, (os.getpid(), self.filesystem, self.root, self.url)
         return type(self), (self.filesystem, self.root, self.url)
+
+    def check_reach(self) -> None:
+        if "memory" in self.filesystem.protocol:
+            _same_process(0, self.filesystem, self.root, self.url)
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}" if key else self.root

@@ -48,7 +48,7 @@ from lmprobe_zarr.storage import Storage, open_storage
 from lmprobe_zarr.view import Part, View, open_view
 from lmprobe_zarr.writer import PartWriter, as_column, write_group
 
-__all__ = ["Store", "open_store"]
+__all__ = ["Place", "Store", "open_store"]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -57,59 +57,83 @@ Chunks = Literal["auto"] | int | Mapping[str, Any] | None
 
 
 def open_store(
-    url: str | os.PathLike[str] | None = None,
+    url: Place = None,
     mode: Mode = "a",
     *,
-    storage_options: Mapping[str, Any] | None = None,
+    storage_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     durable: bool = True,
 ) -> Store:
     """A store of activations. Nothing is written by opening one.
 
     Parameters
     ----------
-    url : str or path, optional
+    url : str, path, Store, or a sequence of these, optional
         A folder, or a URL that fsspec knows (``s3://bucket/prefix``, ``memory://…``). None is the default store: that of
         `set_cache_backend` or ``$LMPROBE_CACHE_BACKEND``, else ``$LMPROBE_CACHE_DIR/.zarr``. The cache's settings rule it.
+        Several are read as one, where a later one wins over those before it, whenever it was written; only the last is written to.
     mode : {"a", "r"}
-        ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything.
-    storage_options : mapping, optional
-        Passed to the fsspec file system, for example ``{"anon": True}`` or ``{"key": …, "secret": …, "endpoint_url": …}``.
+        ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything. Of several it is that of the last:
+        the others are never written to, whatever is said here.
+    storage_options : mapping or sequence of mappings, optional
+        Passed to the fsspec file system, for example ``{"anon": True}`` or ``{"key": …, "secret": …, "endpoint_url": …}``. Of several
+        places, one mapping is for all that are URLs, and a sequence has one, or None, for each.
     durable : bool
         Flush every part to the medium before it becomes visible (local folders).
 
     Raises
     ------
     StoreNotFoundError
-        ``mode="r"`` and there is no store.
+        There is no store: with ``mode="r"``, or in any place but the last.
     NotAStoreError
         A file, another zarr store, or a folder with other things in it.
     UnsupportedVersionError
         A store of a newer format version.
+    InvalidArgumentError
+        No place, one that is named twice, or another number of options than places.
     AccessDeniedError, UnreachableError
-        A remote place refuses, or does not answer.
+        A place, which the message names, refuses or does not answer.
     """
     if mode not in ("a", "r"):
         raise InvalidArgumentError(f"mode={mode!r} is unknown: use 'a' to read and add, 'r' to read only")
-    if url is None:
-        return _open_default(mode, storage_options, durable)
-    storage = open_storage(url, storage_options)
-    _check_root(storage, mode)
-    return Store(storage, mode=mode, durable=durable)
+    given = config.cache_backend() if url is None else url
+    places = list(given) if isinstance(given, (list, tuple)) else [given]
+    options = _options_for(places, storage_options)
+    roots = [root for place, one in zip(places, options, strict=True) for root in _roots_of(place, one, durable, is_default=url is None)]
+    named = [storage.url for storage, _, _ in roots]
+    if len(set(named)) < len(named):
+        raise InvalidArgumentError(f"a place is named twice among {', '.join(named)}: name each once, the one to write to last")
+    opened: Store | None = None
+    for number, (storage, allowed, flushed) in enumerate(roots, start=1):
+        own: Mode = "r" if number < len(roots) or "r" in (mode, allowed) else "a"
+        _check_root(storage, own)
+        opened = Store(storage, mode=own, durable=flushed, is_default=url is None, below=opened)
+    if opened is None:
+        raise InvalidArgumentError("the list of places is empty: give at least one folder or URL")
+    return opened
 
 
-def _open_default(mode: Mode, storage_options: Mapping[str, Any] | None, durable: bool) -> Store:
-    backend = config.cache_backend()
-    if isinstance(backend, Store):
-        return Store(backend.storage, mode="r" if "r" in (mode, backend.mode) else "a", durable=backend.durable, is_default=True)
-    if backend is None:
-        storage = open_storage(config.default_root(), storage_options)
-    else:
-        storage = open_storage(backend, storage_options)
-        # Where no store lies, the place is a cache as lmprobe means it: its own entries lie there, and ours inside .zarr.
-        if not storage.url.endswith(".zarr") and not storage.is_file("zarr.json"):
-            storage = open_storage(f"{os.fspath(backend).rstrip('/')}/.zarr", storage_options)
-    _check_root(storage, mode)
-    return Store(storage, mode=mode, durable=durable, is_default=True)
+def _options_for(places: Sequence[Any], given: Any) -> list[Mapping[str, Any] | None]:
+    """The storage options of each place."""
+    if isinstance(given, (list, tuple)):
+        if len(given) != len(places):
+            raise InvalidArgumentError(f"storage_options has {len(given)} mappings for {len(places)} places: give one for each, or None")
+        return list(given)
+    if len(places) == 1:
+        return [given]
+    return [given if isinstance(place, str) and ("://" in place or "::" in place) else None for place in places]
+
+
+def _roots_of(place: Any, options: Mapping[str, Any] | None, durable: bool, *, is_default: bool) -> list[tuple[Storage, Mode, bool]]:
+    """What a caller named, as roots from the first to the last: where each lies, what is allowed there, and whether it is flushed."""
+    if isinstance(place, Store):
+        return [(one.storage, one.mode, one.durable) for one in place.stack]
+    if is_default and place is None:
+        return [(open_storage(config.default_root(), options), "a", durable)]
+    storage = open_storage(place, options)
+    # Where no store lies, a cache's place is one as lmprobe means it: its own entries lie there, and ours inside .zarr.
+    if is_default and not storage.url.endswith(".zarr") and not storage.is_file("zarr.json"):
+        storage = open_storage(f"{os.fspath(place).rstrip('/')}/.zarr", options)
+    return [(storage, "a", durable)]
 
 
 def _check_root(storage: Storage, mode: Mode) -> None:
@@ -150,10 +174,18 @@ class Store:
         Flush before commit.
     is_default : bool
         Whether this is the store that is used where none is named, which the cache's settings rule.
+    below : Store, optional
+        What is read as well, and never written: its values show where this store has none.
+
+    Notes
+    -----
+    What looks, sees what lies below too: groups, views, datasets. What writes, weighs or removes knows this store's own root alone.
     """
 
-    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, is_default: bool = False) -> None:
-        self.storage, self.mode, self.durable, self.is_default = storage, mode, durable, is_default
+    def __init__(
+        self, storage: Storage, *, mode: Mode = "a", durable: bool = True, is_default: bool = False, below: Store | None = None
+    ) -> None:
+        self.storage, self.mode, self.durable, self.is_default, self.below = storage, mode, durable, is_default, below
         # Documents of parts and groups never change once they are there, so each is read once.
         self._parts: dict[str, Part] = {}
         self._groups: dict[str, GroupInfo] = {}
@@ -161,12 +193,31 @@ class Store:
         self._stamped: dict[str, float] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.storage, self.mode, self.durable, self.is_default)
+        return _reopen, (self.storage, self.mode, self.durable, self.is_default, self.below)
 
     @property
     def url(self) -> str:
-        """Where the store lies."""
+        """Where the store lies: what is written goes there."""
         return self.storage.url
+
+    @property
+    def stack(self) -> tuple[Store, ...]:
+        """Everything that is read as one, from the lowest store to this one."""
+        return (self,) if self.below is None else (*self.below.stack, self)
+
+    @property
+    def own(self) -> Store:
+        """The store without what lies below it; both know the same parts."""
+        if self.below is None:
+            return self
+        alone = Store(self.storage, mode=self.mode, durable=self.durable, is_default=self.is_default)
+        alone._parts, alone._groups, alone._damaged, alone._stamped = self._parts, self._groups, self._damaged, self._stamped
+        return alone
+
+    @property
+    def where(self) -> str:
+        """Every place that is read, as they are named in messages."""
+        return " and ".join(store.url for store in self.stack)
 
     # -------------------------------------------------------------------------------------------------------- looking
 
@@ -178,6 +229,8 @@ class Store:
         whole : bool
             Whether a damaged group is an error; see `view`.
         """
+        if self.below is not None:
+            return dict(sorted({**self.below.groups(whole=whole), **self.own.groups(whole=whole)}.items()))
         names = [name for name in self.storage.list("") if not name.startswith(".") and name != "zarr.json"]
         new = [name for name in names if name not in self._groups and (whole or name not in self._damaged)]
         run_all([partial(self._read_group, name, whole) for name in new], local=self.storage.is_local)
@@ -230,7 +283,8 @@ class Store:
     def holds_parts(self, group: str) -> bool:
         """Whether a group has any committed part: one whose parts have all been evicted is as good as none."""
         names = [name for name in self.storage.list(group) if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
-        return any(self.storage.is_file(f"{group}/{name}/zarr.json") for name in names)
+        own = any(self.storage.is_file(f"{group}/{name}/zarr.json") for name in names)
+        return own or (self.below is not None and self.below.holds_parts(group))
 
     def matching(
         self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None, *, whole: bool = True
@@ -269,14 +323,14 @@ class Store:
             if model is not None and model in self.models() and group is None:
                 known = [dict(info.provenance) for info in self.matching(model)]
                 raise ModelNotStoredError(
-                    f"{model!r} is in {self.url}, but not with provenance {dict(provenance or {})!r}: there is {known!r}"
+                    f"{model!r} is in {self.where}, but not with provenance {dict(provenance or {})!r}: there is {known!r}"
                 )
             if model is None and group is None and not provenance:
-                raise ModelNotStoredError(f"{self.url} holds nothing yet: extract something into it first")
+                raise ModelNotStoredError(f"{self.where} holds nothing yet: extract something into it first")
             there = ", ".join(self.models() if group is None else self.groups()) or "nothing yet"
             asked = f"group {group!r}" if group is not None else f"model {model!r}"
-            raise ModelNotStoredError(f"{asked} is not in {self.url}, which holds {there}: check the name, or extract it first")
-        raise ambiguous(found, self.url)
+            raise ModelNotStoredError(f"{asked} is not in {self.where}, which holds {there}: check the name, or extract it first")
+        raise ambiguous(found, self.where)
 
     def view(self, info: GroupInfo, *, whole: bool = True) -> View:
         """All committed parts of a group as they are now.
@@ -297,13 +351,26 @@ class Store:
         return open_view(self.storage, info, parts, notes)
 
     def _parts_and_notes(self, info: GroupInfo, *, whole: bool) -> tuple[list[Part], list[Part]]:
+        """What a group has in everything that is read, in its order."""
+        parts, notes = self._own_parts_and_notes(info, whole=whole)
+        if self.below is None:
+            return parts, notes
+        rank = len(self.stack) - 1
+        lower, lower_notes = self.below._parts_and_notes(info, whole=whole)
+        return (
+            [*lower, *(replace(part, rank=rank) for part in parts)],
+            [*lower_notes, *(replace(note, rank=rank) for note in notes)],
+        )
+
+    def _own_parts_and_notes(self, info: GroupInfo, *, whole: bool) -> tuple[list[Part], list[Part]]:
         # One list tells whether there are annotations at all: where a list is a request, most groups need only one.
         names = self.storage.list(info.name)
         notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole) if ANNOTATIONS in names else []
         return self.list_parts(info.name, whole=whole, listed=names), notes
 
     def list_parts(self, folder: str, *, whole: bool = True, listed: Sequence[str] | None = None) -> list[Part]:
-        """Committed parts of a group's folder, or annotations of its folder for them, replaced ones too, in the order of their names.
+        """Committed parts of a group's folder in this store's own root, or annotations of its folder for them, replaced ones too, in the
+        order of their names.
 
         What was just `listed` there is not listed again.
         """
@@ -338,16 +405,18 @@ class Store:
         except CorruptPartError as error:
             if whole:
                 raise
-            error.part = path
+            error.root, error.part = self.url, path
             self.set_aside(error)
             return
-        self._parts[path] = Part(path, info, len(data))
+        self._parts[path] = Part(self.storage, path, info, len(data))
 
     def set_aside(self, error: CorruptPartError) -> None:
         """Leave a damaged part out of views that need not be whole, and say so."""
         if error.part is None:
             raise error
-        if error.part not in self._damaged:
+        if self.below is not None and error.root in [store.url for store in self.below.stack]:
+            self.below.set_aside(error)
+        elif error.part not in self._damaged:
             self._damaged[error.part] = error
             warn(f"{str(error).splitlines()[0]}\ngoing on without it")
 
@@ -368,16 +437,21 @@ class Store:
         """Forget what is remembered of parts and groups: the next look reads them again."""
         self._parts.clear()
         self._groups.clear()
+        if self.below is not None:
+            self.below.forget_all()
 
     def mark_used(self, parts: Iterable[Part]) -> None:
-        """Note that parts are being used, for eviction; never where the store is read-only, and never an error."""
+        """Note that parts of this store's own are being used, for eviction; never where it is read-only, and never an error."""
         if self.mode == "a":
-            stamp_parts(self.storage, parts, self._stamped)
+            stamp_parts(self.storage, (part for part in parts if part.storage is self.storage), self._stamped)
 
     def entries(self, info: GroupInfo) -> list[Entry]:
-        """All parts and annotations of a group with their sizes and last use; metadata only, and requests grow with the parts."""
+        """All parts and annotations of a group in this store's own root, with their sizes and last use.
+
+        Only metadata are read, and requests grow with the parts.
+        """
         stamps = {name: entry.modified for name, entry in self.storage.scan(f"{info.name}/{STAMPS}").items()}
-        parts, notes = self._parts_and_notes(info, whole=False)
+        parts, notes = self._own_parts_and_notes(info, whole=False)
         return describe_entries([*parts, *notes], group=info.name, stamps=stamps)
 
     def dataset(
@@ -634,14 +708,29 @@ class Store:
         ------
         MissingPromptsError
             A prompt is not stored; nothing is deleted.
-        ModelNotStoredError, AmbiguousProvenanceError, ReadOnlyError, NoSpaceError
+        ReadOnlyError
+            This store is read-only; or what lies below it holds a prompt too, which would go on to show. Nothing is deleted.
+        ModelNotStoredError, AmbiguousProvenanceError, NoSpaceError
         """
         self.check_writable()
         info = self.find_group(model, provenance=provenance, group=group)
         parts = [*self.list_parts(info.name), *self.list_parts(f"{info.name}/{ANNOTATIONS}")]
+        lower = [] if self.below is None else self.below._parts_and_notes(info, whole=True)[0]
         # Replaced parts too: what a deletion that was interrupted has only hidden so far is still there.
-        held = open_view(self.storage, info, [replace(part, info=replace(part.info, replaces=())) for part in parts], [])
-        digests = [held.digests[row].tobytes().hex() for row in held.select(prompts)]
+        shown = [replace(part, info=replace(part.info, replaces=())) for part in (*lower, *parts)]
+        held = open_view(self.storage, info, shown, [])
+        rows = held.select(prompts)
+        digests = [held.digests[row].tobytes().hex() for row in rows]
+        for store in () if self.below is None else self.below.stack:
+            alone = store.own
+            if info.name not in alone.groups():
+                continue
+            staying = np.flatnonzero(alone.view(info).find(digests) >= 0)
+            if len(staying):
+                raise ReadOnlyError(
+                    f"{len(staying)} of {len(rows)} prompts lie in {store.url} (first {held.hashes[rows[staying[0]]]}), which is only read "
+                    f"here, so nothing was deleted: delete them there, with open_store({store.url!r})"
+                )
         concerned = delete_prompts(self.storage, info, parts, digests, durable=self.durable)
         for part in parts:
             self.forget(part.path)
@@ -650,7 +739,8 @@ class Store:
     # ------------------------------------------------------------------------------------------------------- printing
 
     def __repr__(self) -> str:
-        lines = [f"<lmprobe_zarr.Store {self.url!r}, mode {self.mode!r}>"]
+        over = "" if self.below is None else f", over {self.below.where}"
+        lines = [f"<lmprobe_zarr.Store {self.url!r}, mode {self.mode!r}{over}>"]
         for name, info in self.groups().items():
             view = self.view(info)
             held = [f"{v} ({level})" for level in LEVELS for v in view.variables(level)]
@@ -660,8 +750,12 @@ class Store:
         return "\n".join(lines if len(lines) > 1 else [*lines, "  empty"])
 
 
-def _reopen(storage: Storage, mode: Mode, durable: bool, is_default: bool) -> Store:
-    return Store(storage, mode=mode, durable=durable, is_default=is_default)
+def _reopen(storage: Storage, mode: Mode, durable: bool, is_default: bool, below: Store | None) -> Store:
+    return Store(storage, mode=mode, durable=durable, is_default=is_default, below=below)
+
+
+Root = str | os.PathLike[str] | Store
+Place = Root | Sequence[Root] | None
 
 
 def ambiguous(found: Sequence[GroupInfo], url: str) -> AmbiguousProvenanceError:

@@ -37,7 +37,7 @@ from lmprobe_zarr.ragged import concat_ranges, offsets_of
 from lmprobe_zarr.reread import read_values
 from lmprobe_zarr.schema import Level, Provenance
 from lmprobe_zarr.sites import NO_OUTPUTS
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Place, Store, open_store
 from lmprobe_zarr.view import hashes_of
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Supply:
     """Which model, which store and how; the fields are those of `lmprobe_zarr.Probe`."""
 
     model: str | os.PathLike[str] | torch.nn.Module | None
-    store: Store | str | os.PathLike[str] | None
+    store: Place
     dtype: Any
     device: Any
     device_map: Any
@@ -226,7 +226,7 @@ class Supply:
             self._warn(str(config.default_root()), error)
             opened = Store(open_store(NOTHING).storage, mode="r", is_default=True)
         kept = self.memory.store
-        if kept is None or (kept.url, kept.mode, kept.is_default) != (opened.url, opened.mode, opened.is_default):
+        if kept is None or (kept.where, kept.mode, kept.is_default) != (opened.where, opened.mode, opened.is_default):
             self.memory.store = kept = opened
         return kept
 
@@ -309,7 +309,7 @@ def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage) ->
         pieces |= {int(i): values[:, a:b] for i, a, b in zip(places, bounds[:-1], bounds[1:], strict=True)}
     absent = len(prompts) - len(pieces)
     if absent:
-        raise PartGoneError(f"{absent} of {len(prompts)} prompts went from {stores[-1].url} while they were read: call again")
+        raise PartGoneError(f"{absent} of {len(prompts)} prompts went from {stores[-1].where} while they were read: call again")
     return _in_order(outcome, pieces, stage)
 
 

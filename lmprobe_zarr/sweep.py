@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
+from lmprobe_zarr.cluster import check_client, run_on_client
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import make_probe
 from lmprobe_zarr.probes.fits import Fit, NotFiniteError, Plan, fit_layer
@@ -211,8 +213,8 @@ def _seed(random_state: Any) -> int:
 def _run_options(client: Any, scheduler: str | None, n_workers: int | None) -> None:
     if client is not None and (scheduler is not None or n_workers is not None):
         raise InvalidArgumentError("client and scheduler or n_workers were given: a client brings its own workers, leave the others out")
-    if client is not None and not (hasattr(client, "submit") and hasattr(client, "nthreads")):
-        raise InvalidTypeError(f"client is a distributed.Client, not {type(client).__name__}")
+    if client is not None:
+        check_client(client)
     if scheduler not in (None, *_SCHEDULERS):
         raise InvalidArgumentError(f"scheduler={scheduler!r} is unknown: use {', '.join(map(repr, _SCHEDULERS))}, or a client")
     if n_workers is not None and n_workers < 1:
@@ -291,7 +293,6 @@ def _run_here(
 def _run_on_client(
     plan: Plan, variable: xr.Variable, jobs: Sequence[_Job], advance: Callable[[int], None], *, client: Any, in_flight: int
 ) -> list[list[Fit]]:
-    import distributed
     from dask.delayed import delayed
 
     shared = client.submit(_itself, plan, pure=False)
@@ -309,29 +310,9 @@ def _run_on_client(
             values = sent[layer]
         return client.submit(fit_layer, shared, layer, values, probes, pure=False)
 
-    as_completed: Any = distributed.as_completed
-    completed = as_completed(loop=client.loop)
-    running: dict[Any, int] = {}
-    results: dict[int, list[Fit]] = {}
-    try:
-        for number, (layer, probes) in enumerate(jobs):
-            future = start(layer, probes)
-            running[future] = number
-            completed.add(future)
-            # Values are sent only as fast as they are fitted, so that few lie in the workers' memory.
-            if len(running) >= in_flight:
-                _collect(completed, running, results, advance)
-        while running:
-            _collect(completed, running, results, advance)
-    finally:
-        client.cancel(list(running))
-    return [results[number] for number in range(len(jobs))]
-
-
-def _collect(completed: Any, running: dict[Any, int], results: dict[int, list[Fit]], advance: Callable[[int], None]) -> None:
-    future = next(completed)
-    results[running.pop(future)] = cast("list[Fit]", future.result())
-    advance(1)
+    # Values are sent only as fast as they are fitted, so that few lie in the workers' memory.
+    starts = [partial(start, layer, probes) for layer, probes in jobs]
+    return cast("list[list[Fit]]", run_on_client(client, starts, in_flight, lambda _: advance(1)))
 
 
 def _itself(plan: Plan) -> Plan:

@@ -27,7 +27,7 @@ from lmprobe_zarr.layers import LayerSpec, describe_layers, resolve_layers
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.schema import LEVELS, Level, Provenance
 from lmprobe_zarr.storage import Storage, open_storage
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Place, Store, open_store
 from lmprobe_zarr.summaries import ExportSummary, ImportSummary, Tally
 from lmprobe_zarr.view import View
 
@@ -47,7 +47,7 @@ __all__ = [
 
 def import_safetensors(
     cache_dir: str | os.PathLike[str],
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     *,
     model: str | None = None,
     prompts: Iterable[str] | None = None,
@@ -64,7 +64,7 @@ def import_safetensors(
     ----------
     cache_dir : path or URL
         The cache: a folder, or any URL that fsspec knows. It is only read.
-    store : Store, path or URL, optional
+    store : Store, path or URL, or a sequence of these, optional
         Where to; None is the default store.
     model : str, optional
         Only this model; it also names a folder whose own name file is gone. None is every model of the cache.
@@ -125,7 +125,7 @@ def import_safetensors(
 
 def import_pt(
     cache_dir: str | os.PathLike[str],
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     *,
     model: str,
     prompts: Sequence[str] | None = None,
@@ -173,7 +173,7 @@ def import_pt(
 
 def import_vllm(
     folder: str | os.PathLike[str],
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     *,
     model: str,
     layers: Sequence[int],
@@ -206,7 +206,7 @@ def import_vllm(
 
 def import_npy(
     folder: str | os.PathLike[str],
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     *,
     model: str,
     prompts: Sequence[str | Sequence[int]],
@@ -243,7 +243,7 @@ def import_npy(
 
 def import_tensors(
     path: str | os.PathLike[str],
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     *,
     model: str,
     prompts: Sequence[str | Sequence[int]],
@@ -277,7 +277,7 @@ def import_tensors(
 
 def import_source(
     source: Source,
-    store: Store | str | os.PathLike[str] | None = None,
+    store: Place = None,
     *,
     model: str,
     dry_run: bool = False,
@@ -410,7 +410,7 @@ def _choose(held: Sequence[int], layers: LayerSpec | None, where: str, num_layer
 
 
 def export_safetensors(
-    store: Store | str | os.PathLike[str] | None,
+    store: Place,
     cache_dir: str | os.PathLike[str],
     *,
     model: str | None = None,
@@ -427,7 +427,7 @@ def export_safetensors(
 
     Parameters
     ----------
-    store : Store, path or URL
+    store : Store, path or URL, or a sequence of these
         Where from; None is the default store.
     cache_dir : path or URL
         Where to: a folder that lmprobe may use already, or a URL.

@@ -27,16 +27,36 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A committed part and where it lies: `path` is its key below the store's root; its document has so many bytes."""
+    """A committed part and where it lies.
 
+    Parameters
+    ----------
+    storage : Storage
+        The place of its root.
+    path : str
+        Its key below that.
+    info : PartInfo
+    document_nbytes : int
+        Bytes of its document.
+    rank : int
+        Which of several roots that are read as one it lies in; what lies in a higher one wins, whenever it was written.
+    """
+
+    storage: Storage
     path: str
     info: PartInfo
     document_nbytes: int = 0
+    rank: int = 0
 
-    def array(self, storage: Storage, level: Level, name: str) -> StoredArray:
+    @property
+    def order(self) -> tuple[int, str]:
+        """Sorts after everything that it wins over."""
+        return self.rank, self.info.name
+
+    def array(self, level: Level, name: str) -> StoredArray:
         """One of its arrays."""
         path = f"{level}/{name}"
-        return StoredArray(storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files)
+        return StoredArray(self.storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +66,11 @@ class View:
     Parameters
     ----------
     storage : Storage
-        The store's place.
+        The place that messages name, with those of the parts.
     group : GroupInfo
         Whose parts these are.
     parts, annotations : tuple of Part
-        In the order of their names, hidden ones left out.
+        In their order, hidden ones left out.
     digests : ndarray of uint8, shape (prompt, 32)
         sha256 of every prompt, in the order of first appearance.
     members : tuple of ndarray of int64
@@ -74,7 +94,8 @@ class View:
     @property
     def where(self) -> str:
         """The group, as it is named in messages."""
-        return f"{self.storage.url}/{self.group.name}"
+        places = dict.fromkeys((*(part.storage.url for part in self.parts), self.storage.url))
+        return " and ".join(f"{place}/{self.group.name}" for place in places)
 
     @property
     def hashes(self) -> npt.NDArray[np.str_]:
@@ -167,8 +188,8 @@ class View:
         key = f"{level}/{name}"
         owners = (*self.parts, *self.annotations)
         holding = [i for i, part in enumerate(owners) if key in part.info.arrays]
-        holding.sort(key=lambda i: owners[i].info.name)  # the last by name wins, be it a part or an annotation
-        arrays = tuple(owners[i].array(self.storage, level, name) for i in holding)
+        holding.sort(key=lambda i: owners[i].order)  # the last one wins, be it a part or an annotation
+        arrays = tuple(owners[i].array(level, name) for i in holding)
         layered = arrays[0].info.layered
         shapes = sorted({a.info.row_shape for a in arrays})
         if len({a.info.layered for a in arrays}) > 1 or (len(shapes) > 1 and not is_top_k(name)):
@@ -287,17 +308,18 @@ def _place(layers: tuple[int, ...], layer: int) -> int:
 
 
 def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotations: Sequence[Part]) -> View:
-    """The union of parts and annotations, given in the order of their names.
+    """The union of parts and annotations, given in their order.
 
     Raises
     ------
     PromptCollisionError
         Two different prompts of the group share a hash.
     """
-    hidden = {name for part in (*parts, *annotations) for name in part.info.replaces}
-    shown = tuple(part for part in parts if part.info.name not in hidden)
-    noted = tuple(part for part in annotations if part.info.name not in hidden)
-    # Parts and annotations in the order of their names decide together which column is the last; see `View.source`.
+    # A root hides only parts of its own: what another one copied from it, and has replaced since, still lies here.
+    hidden = {(part.rank, name) for part in (*parts, *annotations) for name in part.info.replaces}
+    shown = tuple(part for part in parts if part.order not in hidden)
+    noted = tuple(part for part in annotations if part.order not in hidden)
+    # Parts and annotations in their order decide together which column is the last; see `View.source`.
     every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
     codes, first = _first_appearance(_keys_of(every))
     digests = every[first]

@@ -224,7 +224,9 @@ def entries() -> st.SearchStrategy[list[Entry]]:
                 group="g", name=f"{i:03}", kind="annotation" if note else "part", digests=np.zeros((1, 32), np.uint8), arrays={}, files={},
                 replaces=replaces,
             )  # fmt: skip
-            made.append(Entry(part=Part(f"g/{i:03}", info), group="g", nbytes=nbytes, committed=committed, used=used))
+            made.append(
+                Entry(part=Part(LocalStorage("/nowhere"), f"g/{i:03}", info), group="g", nbytes=nbytes, committed=committed, used=used)
+            )
         hidden = {name for entry in made for name in entry.part.info.replaces}
         return [
             Entry(part=e.part, group=e.group, nbytes=e.nbytes, committed=e.committed, used=e.used, hidden=e.part.info.name in hidden)

@@ -17,7 +17,7 @@ PACKAGE = Path(lz.__file__).parent
 # A room imports only from rows above its own.
 ROOMS = [
     {"errors"},
-    {"pooling", "ragged", "layers", "precision", "progress"},
+    {"cluster", "pooling", "ragged", "layers", "precision", "progress"},
     {"config", "sites"},
     {"log"},
     {"plan", "batch"},
@@ -32,6 +32,7 @@ ROOMS = [
     {"activations", "backend", "ingest", "legacy"},
     {"extraction", "probes"},
     {"cache", "missing", "sweep", "importing", "exporting"},
+    {"shares"},
     {"build", "plots", "transfer"},
     {"supply"},
     {"probe"},

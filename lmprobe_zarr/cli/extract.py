@@ -8,6 +8,7 @@ from typing import Any
 from lmprobe_zarr.build import extract, plan_extract
 from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cluster import own_client
 from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.sites import LOGITS_POSITIONS, SITES
@@ -44,6 +45,8 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--refresh", action="store_true", help="run the model on all prompts, stored or not")
     command.add_argument("--no-text", action="store_true", help="leave the texts out of the store")
     command.add_argument("--trust-remote-code", action="store_true", help="let code that comes with the model run")
+    command.add_argument("--workers", type=int, metavar="N", help="run in N processes of this machine, each with a model of its own")
+    command.add_argument("--scheduler", metavar="ADDRESS", help="run on the workers of a Dask scheduler, such as tcp://host:8786")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
 
@@ -75,14 +78,16 @@ def _extract(options: argparse.Namespace) -> None:
         plan = plan_extract(options.model, prompts, **request)
         print_json(as_json(plan) | {"missing": plan.missing, "fits": plan.fits}) if options.json else print(plan)
         return
-    stats = extract(
-        options.model,
-        prompts,
-        coords=columns,
-        device=options.device,
-        batch_tokens=options.batch_tokens,
-        store_text=not options.no_text,
-        progress=not options.json,
-        **request,
-    )
+    with own_client(workers=options.workers, address=options.scheduler) as client:
+        stats = extract(
+            options.model,
+            prompts,
+            coords=columns,
+            device=options.device,
+            batch_tokens=options.batch_tokens,
+            store_text=not options.no_text,
+            client=client,
+            progress=not options.json,
+            **request,
+        )
     print_json(as_json(stats)) if options.json else print(stats)

@@ -1,0 +1,125 @@
+"""Tasks on the workers of a `distributed.Client`, a few at a time, in the order of their jobs. Knows nothing of what they do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnreachableError
+
+__all__ = ["check_client", "is_in_process", "own_client", "run_on_client", "stop_if_cancelled"]
+
+
+def check_client(client: Any) -> None:
+    """Raise `InvalidTypeError` where something is no `distributed.Client`."""
+    if not (hasattr(client, "submit") and hasattr(client, "nthreads")):
+        raise InvalidTypeError(f"client is a distributed.Client, not {type(client).__name__}")
+
+
+def is_in_process(client: Any) -> bool:
+    """Whether all workers of a client are threads of this very process."""
+    return all(str(address).startswith("inproc://") for address in client.nthreads())
+
+
+def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: int, finished: Callable[[int], None]) -> list[Any]:
+    """Results of tasks, in their order. The tasks of a worker that dies are run on another; when this is left early, the rest is cancelled.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    starts : sequence of callable
+        Each submits a task and returns its future.
+    in_flight : int
+        How many are submitted and not finished at a time, so that what is sent along does not pile up.
+    finished : callable
+        Told the number of each task that has ended.
+
+    Raises
+    ------
+    UnreachableError
+        Workers died again and again over one task.
+    others
+        What a task raised.
+    """
+    import distributed
+
+    as_completed: Any = distributed.as_completed
+    completed = as_completed(loop=client.loop)
+    running: dict[Any, int] = {}
+    results: dict[int, Any] = {}
+
+    def collect() -> None:
+        future = next(completed)
+        try:
+            results[running[future]] = future.result()
+        except distributed.KilledWorker as error:
+            raise UnreachableError(
+                f"workers died over the same task again and again, {error.last_worker.address} last: they may have too little memory\n"
+                "what was stored before is whole; see the workers' logs, and call again with fewer or larger workers"
+            ) from error
+        finished(running.pop(future))
+
+    try:
+        for number, start in enumerate(starts):
+            future = start()
+            running[future] = number
+            completed.add(future)
+            if len(running) >= in_flight:
+                collect()
+        while running:
+            collect()
+    finally:
+        client.cancel(list(running))
+    return [results[number] for number in range(len(starts))]
+
+
+def stop_if_cancelled() -> None:
+    """Raise `CancelledError` in a task that nobody waits for any more; does nothing where the worker does not tell."""
+    import distributed
+
+    worker: Any = distributed.get_worker()
+    task = worker.state.tasks.get(worker.get_current_task())
+    if task is None or task.state == "cancelled":
+        raise CancelledError("nobody waits for this task any more")
+
+
+@contextmanager
+def own_client(*, workers: int | None = None, address: str | None = None) -> Iterator[Any]:
+    """A client for the duration: of as many processes of this machine, of the scheduler at an address, or None for neither.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Both are given, or no workers.
+    MissingDependencyError
+        `distributed` is not installed.
+    UnreachableError
+        No scheduler answers.
+    """
+    if workers is None and address is None:
+        yield None
+        return
+    if workers is not None and address is not None:
+        raise InvalidArgumentError("workers and a scheduler were given: a scheduler brings its own workers, leave one of the two out")
+    if workers is not None and workers < 1:
+        raise InvalidArgumentError(f"workers={workers} leaves nobody to work: give at least 1")
+    try:
+        import distributed
+    except ImportError as error:
+        raise MissingDependencyError(
+            "working on several processes needs distributed, which is not installed: pip install 'lmprobe-zarr[distributed]'"
+        ) from error
+    make: Any = distributed.Client
+    if address is None:
+        local: Any = distributed.LocalCluster
+        with local(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster, make(cluster) as client:
+            yield client
+        return
+    try:
+        client = make(address)
+    except (OSError, ValueError) as error:
+        raise UnreachableError(f"no scheduler answers at {address!r} ({error}): check the address, and that it runs") from error
+    with client:
+        yield client
