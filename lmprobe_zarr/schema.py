@@ -35,6 +35,7 @@ __all__ = [
     "ArrayInfo",
     "GroupInfo",
     "Level",
+    "PART_NAME",
     "PartInfo",
     "Provenance",
     "array_dims",
@@ -58,6 +59,8 @@ FORMAT_VERSION: Final = 1
 
 ANNOTATIONS: Final = "annotations"
 GROUP_NAME: Final = re.compile(r"(?:[a-z0-9.-]+-)?[0-9a-f]{12}")
+
+PART_NAME: Final = re.compile(r"[0-9a-hjkmnp-tv-z]{26}(?:\.[0-9a-hjkmnp-tv-z]{10})*")
 
 Level = Literal["prompts", "tokens"]
 LEVELS: Final[tuple[Level, ...]] = ("prompts", "tokens")

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import xarray as xr
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.chunks import run_all
+from lmprobe_zarr.compaction import CompactPlan, Listing, list_names, merge_run, plan_runs
 from lmprobe_zarr.datasets import to_dataset
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
@@ -27,8 +28,10 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     StoreNotFoundError,
 )
+from lmprobe_zarr.garbage import GcSummary, plan_gc, remove_garbage
 from lmprobe_zarr.layers import LayerSpec, describe_layers
 from lmprobe_zarr.maintenance import STAMPS, Entry, delete_prompts, describe_entries, stamp_parts
+from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -52,6 +55,10 @@ Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Mode = Literal["a", "r"]
 Chunks = Literal["auto"] | int | Mapping[str, Any] | None
+
+PART_BYTES: Final = 2**30
+# A part is evicted as a whole: no larger share of a cache's limit than this one.
+LIMIT_SHARE: Final = 50
 
 
 def open_store(
@@ -601,11 +608,133 @@ class Store:
         info = self.find_group(model, provenance=provenance, group=group)
         view = self.view(info)
         digests = [view.digests[row].tobytes().hex() for row in view.select(prompts)]
-        parts = [*self.list_parts(info.name), *self.list_parts(f"{info.name}/{ANNOTATIONS}")]
-        concerned = delete_prompts(self.storage, info, parts, digests, durable=self.durable)
-        for part in parts:
-            self.forget(part.path)
-        return concerned
+        concerned = 0
+        while True:
+            parts = [*self.list_parts(info.name), *self.list_parts(f"{info.name}/{ANNOTATIONS}")]
+            count = delete_prompts(self.storage, info, parts, digests, durable=self.durable)
+            for part in parts if count else ():
+                self.forget(part.path)
+            concerned += count
+            # Somebody may have merged parts that held them meanwhile; a merge that ends after this look takes itself back.
+            if not count:
+                return concerned
+
+    # ------------------------------------------------------------------------------------------------------------ upkeep
+
+    def listing(self, info: GroupInfo, *, whole: bool = True) -> Listing:
+        """What lies in a group's folder now; for `whole` see `view`."""
+        names = list_names(self.storage, info.name)
+        parts = self.list_parts(info.name, whole=whole)
+        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole)
+        return Listing(parts=tuple(parts), annotations=tuple(notes), names=names)
+
+    def _meant(self, model: str | None, provenance: Provenance | None, group: str | None) -> list[GroupInfo]:
+        """All groups that match; where none does, the error that says so."""
+        found = [info for info in self.matching(model, provenance, group) if self.holds_parts(info.name)]
+        if not found and (model is not None or provenance or group is not None):
+            self.find_group(model, provenance=provenance, group=group)
+        return found
+
+    def compact(
+        self,
+        model: str | None = None,
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+        part_bytes: int | None = None,
+        min_parts: int = 2,
+        dry_run: bool = False,
+        progress: bool = True,
+    ) -> CompactPlan:
+        """Merge small parts into larger ones. What the store shows is exactly the same before and after.
+
+        Only neighbours that hold the same variables, layers and dtypes become one, and only where that provably changes nothing; see
+        `compaction.plan_runs`. The old parts are hidden at once and stay for views that are open, until `gc`. Others may read and write
+        meanwhile: what they commit keeps its place. Stopped at any moment, the store shows what it showed, and a second call completes it.
+
+        Parameters
+        ----------
+        model, provenance, group : optional
+            Which groups; all that match.
+        part_bytes : int, optional
+            The most that a merged part holds, uncompressed: 1 GiB, and in a cache with a limit at most a fiftieth of that. Parts of more
+            than half of it stay as they are.
+        min_parts : int
+            Fewer neighbours than this stay as they are.
+        dry_run : bool
+            Only say what would be merged.
+        progress : bool
+            Show a bar on terminals.
+
+        Returns
+        -------
+        CompactPlan
+            What was merged.
+
+        Raises
+        ------
+        ModelNotStoredError, ReadOnlyError, NoSpaceError, CorruptPartError
+        """
+        self.check_writable()
+        most = self._part_bytes(part_bytes)
+        if isinstance(min_parts, bool) or not isinstance(min_parts, int) or min_parts < 2:
+            raise InvalidArgumentError(f"min_parts={min_parts!r} is no number of parts to merge: give at least 2")
+        found = [(info, self.listing(info)) for info in self._meant(model, provenance, group)]
+        planned = [(info, listing, plan_runs(info, listing, part_bytes=most, min_parts=min_parts)) for info, listing in found]
+        shown = sum(part.info.name not in one.hidden for _, one in found for part in (*one.parts, *one.annotations))
+        runs = tuple(run for _, _, runs in planned for run in runs)
+        if dry_run:
+            return CompactPlan(url=self.url, parts=shown, runs=runs)
+        done, left = [], []
+        total = sum(run.nbytes for run in runs)
+        with progress_bar(total, description="compact", unit="B", enabled=progress and bool(runs)) as advance:
+            for info, listing, group_runs in planned:
+                known = set(listing.names)
+                for run in group_runs:
+                    merged, stayed = merge_run(self.storage, info, run, partial(self.listing, info), durable=self.durable, known=known)
+                    done += merged
+                    left += stayed
+                    advance(run.nbytes)
+        return CompactPlan(url=self.url, parts=shown, runs=tuple(done), left=tuple(left))
+
+    def _part_bytes(self, given: int | None, default: int = PART_BYTES) -> int:
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+            raise InvalidArgumentError(f"part_bytes={given!r} is no size of a part: give bytes, at least 1")
+        most = default if given is None else given
+        limit = config.cache_limit() if self.is_default else None
+        return min(most, max(1, limit // LIMIT_SHARE)) if limit else most
+
+    def gc(self, *, max_age: float = 86400.0, dry_run: bool = False) -> GcSummary:
+        """Remove what nobody needs any more: parts that others replaced, and what killed writers left.
+
+        Parameters
+        ----------
+        max_age : float
+            Seconds. A replaced part goes when it was replaced longer ago than this, so that views which were open then can go on; what a
+            writer left without a commit, when nothing was written to it for so long. A writer that pauses for longer loses its part: give
+            no age below that of your longest run.
+        dry_run : bool
+            Only say what would go.
+
+        Returns
+        -------
+        GcSummary
+            What went.
+
+        Raises
+        ------
+        InvalidArgumentError, ReadOnlyError
+        """
+        if isinstance(max_age, bool) or not isinstance(max_age, (int, float)) or not max_age >= 0:
+            raise InvalidArgumentError(f"max_age={max_age!r} is no age: give seconds, at least 0")
+        self.check_writable()
+        groups = [(info, self.listing(info, whole=False)) for info in self.groups().values()]
+        summary = plan_gc(self.storage, groups, max_age=float(max_age))
+        if not dry_run:
+            remove_garbage(self.storage, summary)
+            for part in summary.replaced:
+                self.forget(part.path)
+        return summary
 
     # ------------------------------------------------------------------------------------------------------- printing
 

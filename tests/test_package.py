@@ -28,6 +28,8 @@ ROOMS = [
     {"view"},
     {"datasets", "reread"},
     {"maintenance"},
+    {"compaction"},
+    {"garbage"},
     {"store"},
     {"activations", "backend", "ingest", "legacy"},
     {"extraction", "probes"},
