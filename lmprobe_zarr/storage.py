@@ -37,7 +37,7 @@ from lmprobe_zarr.errors import (
     UnreachableError,
 )
 
-__all__ = ["Entry", "FsspecStorage", "LocalStorage", "Storage", "open_storage"]
+__all__ = ["Buffer", "Entry", "FsspecStorage", "LocalStorage", "Storage", "open_storage"]
 
 Buffer = bytes | memoryview
 

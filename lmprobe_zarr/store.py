@@ -16,7 +16,7 @@ from lmprobe_zarr import config
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.chunks import run_all
 from lmprobe_zarr.compaction import CompactPlan, Listing, list_names, merge_run, plan_runs
-from lmprobe_zarr.datasets import to_dataset
+from lmprobe_zarr.datasets import choose_layers, to_dataset
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
     CacheWarning,
@@ -28,10 +28,12 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     StoreNotFoundError,
 )
+from lmprobe_zarr.frozen import FrozenStorage
 from lmprobe_zarr.garbage import GcSummary, plan_gc, remove_garbage
 from lmprobe_zarr.layers import LayerSpec, describe_layers
 from lmprobe_zarr.maintenance import STAMPS, Entry, delete_prompts, describe_entries, stamp_parts
 from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.publishing import PublishSummary, Selection, publish_groups, total_nbytes
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -39,6 +41,7 @@ from lmprobe_zarr.schema import (
     GroupInfo,
     Level,
     Provenance,
+    Published,
     new_part_name,
     parse_group,
     parse_part,
@@ -46,7 +49,7 @@ from lmprobe_zarr.schema import (
     validate_column_names,
 )
 from lmprobe_zarr.storage import Storage, open_storage
-from lmprobe_zarr.view import Part, View, open_view
+from lmprobe_zarr.view import Part, View, keys_of, open_view
 from lmprobe_zarr.writer import PartWriter, as_column, write_group
 
 __all__ = ["Store", "open_store"]
@@ -57,13 +60,14 @@ Mode = Literal["a", "r"]
 Chunks = Literal["auto"] | int | Mapping[str, Any] | None
 
 PART_BYTES: Final = 2**30
+PUBLISHED_PART_BYTES: Final = 2**33
 # A part is evicted as a whole: no larger share of a cache's limit than this one.
 LIMIT_SHARE: Final = 50
 
 
 def open_store(
     url: str | os.PathLike[str] | None = None,
-    mode: Mode = "a",
+    mode: Mode | None = None,
     *,
     storage_options: Mapping[str, Any] | None = None,
     durable: bool = True,
@@ -73,10 +77,12 @@ def open_store(
     Parameters
     ----------
     url : str or path, optional
-        A folder, or a URL that fsspec knows; this version is tested on folders and ``memory://``. None is the default store: that of
-        `set_cache_backend` or ``$LMPROBE_CACHE_BACKEND``, else ``$LMPROBE_CACHE_DIR/.zarr``. The cache's settings rule it.
-    mode : {"a", "r"}
-        ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything.
+        A folder, or a URL that fsspec knows; this version is tested on folders, ``memory://`` and, for published copies, ``http://``. None
+        is the default store, which the cache's settings rule: that of `set_cache_backend` or ``$LMPROBE_CACHE_BACKEND``, else
+        ``$LMPROBE_CACHE_DIR/.zarr``.
+    mode : {"a", "r"}, optional
+        ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything. By default ``"r"`` for web addresses and
+        published copies, which cannot be written, else ``"a"``.
     storage_options : mapping, optional
         Passed to the fsspec file system, for example ``{"anon": True}``.
     durable : bool
@@ -90,17 +96,19 @@ def open_store(
         A file, another zarr store, or a folder with other things in it.
     UnsupportedVersionError
         A store of a newer format version.
+    ReadOnlyError
+        ``mode="a"`` for a web address or a published copy.
     """
-    if mode not in ("a", "r"):
+    if mode not in ("a", "r", None):
         raise InvalidArgumentError(f"mode={mode!r} is unknown: use 'a' to read and add, 'r' to read only")
     if url is None:
         return _open_default(mode, storage_options, durable)
     storage = open_storage(url, storage_options)
-    _check_root(storage, mode)
+    storage, mode = _open_root(storage, mode)
     return Store(storage, mode=mode, durable=durable)
 
 
-def _open_default(mode: Mode, storage_options: Mapping[str, Any] | None, durable: bool) -> Store:
+def _open_default(mode: Mode | None, storage_options: Mapping[str, Any] | None, durable: bool) -> Store:
     backend = config.cache_backend()
     if isinstance(backend, Store):
         return Store(backend.storage, mode="r" if "r" in (mode, backend.mode) else "a", durable=backend.durable, is_default=True)
@@ -111,14 +119,36 @@ def _open_default(mode: Mode, storage_options: Mapping[str, Any] | None, durable
         # Where no store lies, the place is a cache as lmprobe means it: its own entries lie there, and ours inside .zarr.
         if not storage.url.endswith(".zarr") and not storage.is_file("zarr.json"):
             storage = open_storage(f"{os.fspath(backend).rstrip('/')}/.zarr", storage_options)
-    _check_root(storage, mode)
+    storage, mode = _open_root(storage, mode)
     return Store(storage, mode=mode, durable=durable, is_default=True)
 
 
-def _check_root(storage: Storage, mode: Mode) -> None:
+def _open_root(storage: Storage, mode: Mode | None) -> tuple[Storage, Mode]:
+    """The place as its root describes it, and what may be done there."""
+    if isinstance(storage, FrozenStorage):
+        published: Published | None = storage.published
+    else:
+        on_web = storage.url.startswith(("http://", "https://"))
+        if mode == "a" and on_web:
+            raise ReadOnlyError(f"{storage.url} is a web address, which can only be read: leave mode='a' out")
+        mode = "r" if on_web else mode
+        published = _check_root(storage, mode or "a")
+        if published is not None:
+            storage = FrozenStorage(storage, published)
+        elif on_web and not storage.list(""):
+            raise NotAStoreError(
+                f"{storage.url} holds a store, but its server does not list folders: publish the store, and open the published copy"
+            )
+    if published is not None:
+        if mode == "a":
+            raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: leave mode='a' out to read it")
+        mode = "r"
+    return storage, mode or "a"
+
+
+def _check_root(storage: Storage, mode: Mode) -> Published | None:
     try:
-        parse_root(storage.read("zarr.json"), storage.url)
-        return
+        return parse_root(storage.read("zarr.json"), storage.url)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except PermissionError as error:
@@ -127,13 +157,13 @@ def _check_root(storage: Storage, mode: Mode) -> None:
         raise NotAStoreError(f"{storage.url} is a file, and a store is a folder: give another path")
     names = [name for name in storage.list("") if not name.endswith(".partial")]
     if "zarr.json" in names:  # another writer made it between the two looks
-        parse_root(storage.read("zarr.json"), storage.url)
-        return
+        return parse_root(storage.read("zarr.json"), storage.url)
     if names:
         way = "give a new or empty folder" if mode == "a" else "give the folder that the store was made in"
         raise NotAStoreError(f"{storage.url} is no store of lmprobe-zarr and holds other things ({names[0]!r}): {way}")
     if mode == "r":
         raise StoreNotFoundError(f"there is no store at {storage.url}: check the path, or open it with mode='a' to make one")
+    return None
 
 
 class Store:
@@ -161,6 +191,11 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.storage, self.mode, self.durable, self.is_default)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether this is a published copy, which never changes."""
+        return isinstance(self.storage, FrozenStorage)
 
     @property
     def url(self) -> str:
@@ -735,6 +770,88 @@ class Store:
             for part in summary.replaced:
                 self.forget(part.path)
         return summary
+
+    def publish(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        model: str | None = None,
+        prompts: Iterable[Any] | None = None,
+        layers: LayerSpec | None = None,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+        part_bytes: int = PUBLISHED_PART_BYTES,
+        text: bool = True,
+        storage_options: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        card: str | bool | None = None,
+        progress: bool = True,
+    ) -> PublishSummary:
+        """Write a compacted copy to another place, for others to read: also over plain HTTP, from a server that lists nothing.
+
+        The copy shows what this store shows, in its order, and never changes: it opens for reading only. Its root is written last and
+        names all that is in it, so nothing can be seen before it is whole. One that was interrupted is completed by calling again. Only one
+        may publish to a place at a time.
+
+        Parameters
+        ----------
+        url : str or path
+            A new or empty place.
+        model, provenance, group : optional
+            Which groups; all that match. With `prompts` or `layers` just one.
+        prompts : iterable of str or sequence of int, optional
+            Only these, in the store's order.
+        layers : "all", "middle", "last", int, sequence of int or slice, optional
+            Only these.
+        part_bytes : int
+            The most that a part holds, uncompressed.
+        text : bool
+            Whether the prompts' texts are published. Their sha256 always is, and so are the columns of your own.
+        storage_options : mapping, optional
+            Passed to the fsspec file system.
+        overwrite : bool
+            Replace a copy that was published there before. Who has that one open gets `PartGoneError`.
+        card : str or bool, optional
+            The text of ``README.md``; None makes one, False writes none.
+        progress : bool
+            Show a bar on terminals.
+
+        Returns
+        -------
+        PublishSummary
+
+        Raises
+        ------
+        InvalidArgumentError, NotAStoreError
+            Something else lies there.
+        ModelNotStoredError, AmbiguousProvenanceError, MissingPromptsError, LayerOutOfRangeError, NoSpaceError, CorruptPartError
+        """
+        most = self._part_bytes(part_bytes)
+        if prompts is None and layers is None:
+            chosen = [Selection(group=info, listing=self.listing(info)) for info in self._meant(model, provenance, group)]
+            if not chosen:
+                raise ModelNotStoredError(f"{self.url} holds nothing yet: extract something into it first")
+        else:
+            chosen = [self._selection(self.find_group(model, provenance=provenance, group=group), prompts, layers)]
+        target = open_storage(url, storage_options)
+        with progress_bar(total_nbytes(chosen), description="publish", unit="B", enabled=progress) as advance:
+            return publish_groups(
+                self.storage,
+                target,
+                chosen,
+                part_bytes=most,
+                text=text,
+                card=card,
+                overwrite=overwrite,
+                durable=self.durable,
+                advance=advance,
+            )
+
+    def _selection(self, info: GroupInfo, prompts: Iterable[Any] | None, layers: LayerSpec | None) -> Selection:
+        view = self.view(info)
+        keys = None if prompts is None else keys_of(view.digests[view.select(prompts)])
+        held = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+        return Selection(group=info, listing=self.listing(info), keys=keys, layers=None if layers is None else choose_layers(view, held, layers))
 
     # ------------------------------------------------------------------------------------------------------- printing
 
