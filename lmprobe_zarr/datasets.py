@@ -19,7 +19,7 @@ from lmprobe_zarr.sites import STATISTICS
 from lmprobe_zarr.view import View
 from lmprobe_zarr.virtual import LazyArray, VirtualArray
 
-__all__ = ["to_dataset"]
+__all__ = ["choose_layers", "to_dataset"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -52,7 +52,7 @@ def to_dataset(
         A layer that the group does not hold.
     """
     rows = np.arange(len(view)) if prompts is None else view.select(prompts)
-    chosen = _choose_layers(view, level, layers)
+    chosen = choose_layers(view, view.layers(level), layers)
     counts = view.token_counts()
     if level == "tokens":
         if prompts is None:
@@ -69,8 +69,8 @@ def to_dataset(
     return data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
 
 
-def _choose_layers(view: View, level: Level, layers: LayerSpec | None) -> tuple[int, ...]:
-    held = view.layers(level)
+def choose_layers(view: View, held: tuple[int, ...], layers: LayerSpec | None) -> tuple[int, ...]:
+    """Those of the layers held that are meant; raises `LayerOutOfRangeError` where one that is named is not among them."""
     if layers is None or (isinstance(layers, str) and layers == "all"):
         return held
     wanted = resolve_layers(layers, view.group.num_layers or (max(held, default=-1) + 1))

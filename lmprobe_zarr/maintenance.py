@@ -36,6 +36,7 @@ __all__ = [
     "describe_entries",
     "plan_evict",
     "remove_entries",
+    "remove_part",
     "stamp_parts",
 ]
 
@@ -206,13 +207,14 @@ def remove_entries(storage: Storage, entries: Iterable[Entry], *, min_age: float
             commit = storage.scan(entry.part.path).get("zarr.json")
             if commit is not None and commit.modified is not None and time.time() - commit.modified < min_age:
                 continue
-        _remove_part(storage, entry.part)
+        remove_part(storage, entry.part)
         gone.append(entry)
         logger.debug("removed part %s of %s: %d bytes", entry.part.info.name, entry.group, entry.nbytes)
     return gone
 
 
-def _remove_part(storage: Storage, part: Part) -> None:
+def remove_part(storage: Storage, part: Part) -> None:
+    """Take one part away: its commit first, then the files that its commit names, and its stamp."""
     storage.remove([f"{part.path}/zarr.json"])
     files = [f"{part.path}/{name}" for name in part.info.files]
     stamp = f"{part.info.group}/{STAMPS}/{part.info.name}"
@@ -273,14 +275,14 @@ def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], di
             continue
         concerned += 1
         if part.info.name in hidden:
-            _remove_part(storage, part)
+            remove_part(storage, part)
             continue
         if keep.any():
             _write_again(storage, group, part, np.flatnonzero(keep), durable=durable)
         else:
             for other in (p for p in parts if p.info.name in part.info.replaces):
-                _remove_part(storage, other)
-        _remove_part(storage, part)
+                remove_part(storage, other)
+        remove_part(storage, part)
     return concerned
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Container, Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -41,7 +41,14 @@ def blocks_of(weights: Array, most: int = BLOCK_BYTES) -> Iterator[slice]:
         yield slice(start, len(weights))
 
 
-def read_batches(view: View, rows: Ints, *, most: int = BLOCK_BYTES) -> Iterator[TokenBatch]:
+def read_batches(
+    view: View,
+    rows: Ints,
+    *,
+    most: int = BLOCK_BYTES,
+    layers: Container[int] | None = None,
+    without: Collection[str] = (),
+) -> Iterator[TokenBatch]:
     """Everything that a view holds of some prompts, as batches that a writer takes.
 
     Parameters
@@ -52,12 +59,23 @@ def read_batches(view: View, rows: Ints, *, most: int = BLOCK_BYTES) -> Iterator
         Which of its prompts, in this order.
     most : int
         Bytes of activations in one batch.
+    layers : container of int, optional
+        Only these; variables of which no layer is left are left out.
+    without : collection of str
+        Variables and columns to leave out, as ``"tokens/resid"``.
     """
-    found = {level: view.variables(level) for level in LEVELS}
-    layers = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+    held = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+    kept = held if layers is None else tuple(layer for layer in held if layer in layers)
+    found = {
+        level: {n: i for n, i in view.variables(level).items() if f"{level}/{n}" not in without and (kept or not i.layered)}
+        for level in LEVELS
+    }
+    left_out = layers is not None or bool(without)
+    if left_out and not any(info.layered for variables in found.values() for info in variables.values()):
+        kept = ()
     counts = view.token_counts()[rows]
-    weights = _row_bytes(found["prompts"], len(layers)) + counts * _row_bytes(found["tokens"], len(layers))
-    columns = {level: [n for n in view.columns(level) if n not in _MADE] for level in LEVELS}
+    weights = _row_bytes(found["prompts"], len(kept)) + counts * _row_bytes(found["tokens"], len(kept))
+    columns = {level: [n for n in view.columns(level) if n not in _MADE and f"{level}/{n}" not in without] for level in LEVELS}
     unlayered = frozenset(name for variables in found.values() for name, info in variables.items() if not info.layered)
     dtypes = {n: str(i.attributes["stored_dtype"]) for v in found.values() for n, i in v.items() if "stored_dtype" in i.attributes}
     has_tokens = any(part.info.n_tokens is not None for part in view.parts)
@@ -70,10 +88,10 @@ def read_batches(view: View, rows: Ints, *, most: int = BLOCK_BYTES) -> Iterator
             text=None if text is None else text.tolist(),
             prompt_length=described.pop("prompt_length", None),
             n_tokens=counts[block] if has_tokens else None,
-            layers=layers,
-            tokens={name: read_values(view, "tokens", name, chosen, layers) for name in found["tokens"]},
+            layers=kept,
+            tokens={name: read_values(view, "tokens", name, chosen, kept) for name in found["tokens"]},
             token_columns={name: read_values(view, "tokens", name, chosen, ()) for name in columns["tokens"]},
-            prompts={name: read_values(view, "prompts", name, chosen, layers) for name in found["prompts"]},
+            prompts={name: read_values(view, "prompts", name, chosen, kept) for name in found["prompts"]},
             prompt_columns=described,
             unlayered=unlayered,
             stored_dtype=dtypes,

@@ -32,11 +32,13 @@ __all__ = [
     "FORMAT_VERSION",
     "GROUP_NAME",
     "LEVELS",
+    "PART_NAME",
     "ArrayInfo",
     "GroupInfo",
     "Level",
     "PartInfo",
     "Provenance",
+    "Published",
     "array_dims",
     "is_root_document",
     "is_variable",
@@ -46,6 +48,7 @@ __all__ = [
     "parse_root",
     "part_document",
     "part_milliseconds",
+    "published_document",
     "replacement_name",
     "root_document",
     "split_variable",
@@ -58,6 +61,8 @@ FORMAT_VERSION: Final = 1
 
 ANNOTATIONS: Final = "annotations"
 GROUP_NAME: Final = re.compile(r"(?:[a-z0-9.-]+-)?[0-9a-f]{12}")
+
+PART_NAME: Final = re.compile(r"[0-9a-hjkmnp-tv-z]{26}(?:\.[0-9a-hjkmnp-tv-z]{10})*")
 
 Level = Literal["prompts", "tokens"]
 LEVELS: Final[tuple[Level, ...]] = ("prompts", "tokens")
@@ -141,8 +146,50 @@ def is_root_document(document: object) -> bool:
     return isinstance(attributes, dict) and attributes.get("format") == FORMAT and "kind" not in attributes
 
 
-def parse_root(data: bytes, where: str) -> None:
-    """Check the root document.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What the root of a published copy says: all that is in it, so that a reader needs no listing.
+
+    Parameters
+    ----------
+    groups : mapping of str to tuple of str
+        The parts and annotations of each group, by their keys below the group's folder.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]
+
+
+def published_document(published: Published, groups: Mapping[str, GroupInfo], parts: Mapping[str, PartInfo]) -> bytes:
+    """The document at the root of a published copy: as of any store, with all that is below it.
+
+    Parameters
+    ----------
+    published : Published
+    groups, parts : mapping
+        Records of all groups and parts, by their keys below the root.
+    """
+    metadata: Json = {}
+    for name, group in groups.items():
+        metadata[name] = json.loads(group.to_document())
+    for folder in sorted({key.rpartition("/")[0] for key in parts} - set(groups)):
+        metadata[folder] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    for key, part in parts.items():
+        # The index and the table of files stand in the part's own document only: once is enough, and they are large.
+        few = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": part.kind, "group": part.group, "name": part.name}
+        metadata[key] = {"zarr_format": 3, "node_type": "group", "attributes": few}
+        levels = {f"{key}/{level}": level_document(part, level, nested=False) for level in LEVELS if part.variables(level)}
+        metadata |= levels | {f"{key}/{name}": array.to_document() for name, array in part.arrays.items()}
+    attributes: Json = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "published": {"groups": {name: list(keys) for name, keys in published.groups.items()}},
+    }
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes, "consolidated_metadata": _consolidated(metadata)}
+    return _dump(document, sort=False)
+
+
+def parse_root(data: bytes, where: str) -> Published | None:
+    """Check the root document; returns what it says of a published copy, None of a store that grows.
 
     Raises
     ------
@@ -150,6 +197,8 @@ def parse_root(data: bytes, where: str) -> None:
         It is no document of ours.
     UnsupportedVersionError
         It is of a version that this release does not know.
+    CorruptPartError
+        It claims to be that of a published copy, and is damaged.
     """
     try:
         document = json.loads(data)
@@ -157,7 +206,26 @@ def parse_root(data: bytes, where: str) -> None:
         document = None
     if not is_root_document(document):
         raise NotAStoreError(f"{where} is not an {FORMAT} store (another zarr.json lies there): give another folder or prefix")
-    _check_version(document["attributes"].get("format_version"), where)
+    attributes = document["attributes"]
+    _check_version(attributes.get("format_version"), where)
+    if "published" not in attributes:
+        return None
+    try:
+        return Published(groups={_group_key(name): tuple(map(_part_key, keys)) for name, keys in attributes["published"]["groups"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptPartError(f"{where}/zarr.json, the root of a published copy, is damaged ({_reason(error)}): fetch it again") from error
+
+
+def _group_key(key: object) -> str:
+    if not isinstance(key, str) or not GROUP_NAME.fullmatch(key):
+        raise ValueError(f"{key!r:.80} is no group")
+    return key
+
+
+def _part_key(key: object) -> str:
+    if not isinstance(key, str) or not PART_NAME.fullmatch(key.removeprefix(f"{ANNOTATIONS}/")):
+        raise ValueError(f"{key!r:.80} is no part")
+    return key
 
 
 def _check_version(version: object, where: str) -> None:

@@ -44,7 +44,7 @@ from lmprobe_zarr.errors import (
     UnreachableError,
 )
 
-__all__ = ["REMOTE_THREADS", "Entry", "FsspecStorage", "LocalStorage", "S3Storage", "Storage", "open_storage"]
+__all__ = ["REMOTE_THREADS", "Buffer", "Entry", "FsspecStorage", "LocalStorage", "S3Storage", "Storage", "open_storage"]
 
 Buffer = bytes | memoryview
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ import xarray as xr
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.chunks import run_all
-from lmprobe_zarr.datasets import to_dataset
+from lmprobe_zarr.compaction import CompactPlan, Listing, list_names, merge_run, plan_runs
+from lmprobe_zarr.datasets import choose_layers, to_dataset
 from lmprobe_zarr.errors import (
     AccessDeniedError,
     AmbiguousProvenanceError,
@@ -28,9 +29,13 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     StoreNotFoundError,
 )
+from lmprobe_zarr.frozen import FrozenStorage
+from lmprobe_zarr.garbage import GcSummary, plan_gc, remove_garbage
 from lmprobe_zarr.layers import LayerSpec, describe_layers
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.maintenance import STAMPS, Entry, delete_prompts, describe_entries, stamp_parts
+from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.publishing import PublishSummary, Selection, publish_groups, total_nbytes
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -38,6 +43,7 @@ from lmprobe_zarr.schema import (
     GroupInfo,
     Level,
     Provenance,
+    Published,
     new_part_name,
     parse_group,
     parse_part,
@@ -45,7 +51,7 @@ from lmprobe_zarr.schema import (
     validate_column_names,
 )
 from lmprobe_zarr.storage import Storage, open_storage
-from lmprobe_zarr.view import Part, View, open_view
+from lmprobe_zarr.view import Part, View, keys_of, open_view
 from lmprobe_zarr.writer import PartWriter, as_column, write_group
 
 __all__ = ["Place", "Store", "open_store"]
@@ -55,10 +61,15 @@ Ints = npt.NDArray[np.int64]
 Mode = Literal["a", "r"]
 Chunks = Literal["auto"] | int | Mapping[str, Any] | None
 
+PART_BYTES: Final = 2**30
+PUBLISHED_PART_BYTES: Final = 2**33
+# A part is evicted as a whole: no larger share of a cache's limit than this one.
+LIMIT_SHARE: Final = 50
+
 
 def open_store(
     url: Place = None,
-    mode: Mode = "a",
+    mode: Mode | None = None,
     *,
     storage_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     durable: bool = True,
@@ -68,12 +79,14 @@ def open_store(
     Parameters
     ----------
     url : str, path, Store, or a sequence of these, optional
-        A folder, or a URL that fsspec knows (``s3://bucket/prefix``, ``memory://…``). None is the default store: that of
-        `set_cache_backend` or ``$LMPROBE_CACHE_BACKEND``, else ``$LMPROBE_CACHE_DIR/.zarr``. The cache's settings rule it.
+        A folder, or a URL that fsspec knows (``s3://bucket/prefix``, ``memory://…``; of web addresses, published copies). None is the
+        default store: that of `set_cache_backend` or ``$LMPROBE_CACHE_BACKEND``, else ``$LMPROBE_CACHE_DIR/.zarr``. The cache's settings
+        rule it.
         Several are read as one, where a later one wins over those before it, whenever it was written; only the last is written to.
-    mode : {"a", "r"}
-        ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything. Of several it is that of the last:
-        the others are never written to, whatever is said here.
+    mode : {"a", "r"}, optional
+        ``"a"`` reads and adds, and makes the store at the first write; ``"r"`` never writes anything. By default ``"r"`` for web addresses
+        and published copies, which cannot be written, else ``"a"``. Of several it is that of the last: the others are never written to,
+        whatever is said here.
     storage_options : mapping or sequence of mappings, optional
         Passed to the fsspec file system, for example ``{"anon": True}`` or ``{"key": …, "secret": …, "endpoint_url": …}``. Of several
         places, one mapping is for all that are URLs, and a sequence has one, or None, for each.
@@ -90,10 +103,12 @@ def open_store(
         A store of a newer format version.
     InvalidArgumentError
         No place, one that is named twice, or another number of options than places.
+    ReadOnlyError
+        ``mode="a"`` for a web address or a published copy.
     AccessDeniedError, UnreachableError
         A place, which the message names, refuses or does not answer.
     """
-    if mode not in ("a", "r"):
+    if mode not in ("a", "r", None):
         raise InvalidArgumentError(f"mode={mode!r} is unknown: use 'a' to read and add, 'r' to read only")
     given = config.cache_backend() if url is None else url
     places = list(given) if isinstance(given, (list, tuple)) else [given]
@@ -104,8 +119,9 @@ def open_store(
         raise InvalidArgumentError(f"a place is named twice among {', '.join(named)}: name each once, the one to write to last")
     opened: Store | None = None
     for number, (storage, allowed, flushed) in enumerate(roots, start=1):
-        own: Mode = "r" if number < len(roots) or "r" in (mode, allowed) else "a"
-        _check_root(storage, own)
+        # Only the last is written to, and a store that is read-only stays so, whatever is wanted of it.
+        wanted: Mode | None = "r" if number < len(roots) or allowed == "r" else mode
+        storage, own = _open_root(storage, wanted)
         opened = Store(storage, mode=own, durable=flushed, is_default=url is None, below=opened)
     if opened is None:
         raise InvalidArgumentError("the list of places is empty: give at least one folder or URL")
@@ -136,10 +152,32 @@ def _roots_of(place: Any, options: Mapping[str, Any] | None, durable: bool, *, i
     return [(storage, "a", durable)]
 
 
-def _check_root(storage: Storage, mode: Mode) -> None:
+def _open_root(storage: Storage, mode: Mode | None) -> tuple[Storage, Mode]:
+    """The place as its root describes it, and what may be done there."""
+    if isinstance(storage, FrozenStorage):
+        published: Published | None = storage.published
+    else:
+        on_web = storage.url.startswith(("http://", "https://"))
+        if mode == "a" and on_web:
+            raise ReadOnlyError(f"{storage.url} is a web address, which can only be read: leave mode='a' out")
+        mode = "r" if on_web else mode
+        published = _check_root(storage, mode or "a")
+        if published is not None:
+            storage = FrozenStorage(storage, published)
+        elif on_web and not storage.list(""):
+            raise NotAStoreError(
+                f"{storage.url} holds a store, but its server does not list folders: publish the store, and open the published copy"
+            )
+    if published is not None:
+        if mode == "a":
+            raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: leave mode='a' out to read it")
+        mode = "r"
+    return storage, mode or "a"
+
+
+def _check_root(storage: Storage, mode: Mode) -> Published | None:
     try:
-        parse_root(storage.read("zarr.json"), storage.url)
-        return
+        return parse_root(storage.read("zarr.json"), storage.url)
     except (StoreNotFoundError, AccessDeniedError):
         raise
     except (FileNotFoundError, NotADirectoryError):
@@ -152,13 +190,13 @@ def _check_root(storage: Storage, mode: Mode) -> None:
         raise NotAStoreError(f"{storage.url} is a file, and a store is a folder: give another path")
     names = [name for name in storage.list("") if not name.endswith(".partial")]
     if "zarr.json" in names:  # another writer made it between the two looks
-        parse_root(storage.read("zarr.json"), storage.url)
-        return
+        return parse_root(storage.read("zarr.json"), storage.url)
     if names:
         way = "give a new or empty folder" if mode == "a" else "give the folder that the store was made in"
         raise NotAStoreError(f"{storage.url} is no store of lmprobe-zarr and holds other things ({names[0]!r}): {way}")
     if mode == "r":
         raise StoreNotFoundError(f"there is no store at {storage.url}: check the path, or open it with mode='a' to make one")
+    return None
 
 
 class Store:
@@ -194,6 +232,11 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.storage, self.mode, self.durable, self.is_default, self.below)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether this is a published copy, which never changes."""
+        return isinstance(self.storage, FrozenStorage)
 
     @property
     def url(self) -> str:
@@ -731,10 +774,222 @@ class Store:
                     f"{len(staying)} of {len(rows)} prompts lie in {store.url} (first {held.hashes[rows[staying[0]]]}), which is only read "
                     f"here, so nothing was deleted: delete them there, with open_store({store.url!r})"
                 )
-        concerned = delete_prompts(self.storage, info, parts, digests, durable=self.durable)
-        for part in parts:
-            self.forget(part.path)
-        return concerned
+        concerned = 0
+        while True:
+            parts = [*self.list_parts(info.name), *self.list_parts(f"{info.name}/{ANNOTATIONS}")]
+            count = delete_prompts(self.storage, info, parts, digests, durable=self.durable)
+            for part in parts if count else ():
+                self.forget(part.path)
+            concerned += count
+            # Somebody may have merged parts that held them meanwhile; a merge that ends after this look takes itself back.
+            if not count:
+                return concerned
+
+    # ------------------------------------------------------------------------------------------------------------ upkeep
+
+    def listing(self, info: GroupInfo, *, whole: bool = True) -> Listing:
+        """What lies in a group's folder of this store's own root now; for `whole` see `view`."""
+        names = list_names(self.storage, info.name)
+        parts = self.list_parts(info.name, whole=whole)
+        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole)
+        return Listing(parts=tuple(parts), annotations=tuple(notes), names=names)
+
+    def _meant(self, model: str | None, provenance: Provenance | None, group: str | None) -> list[GroupInfo]:
+        """All groups of this store's own root that match; where none does, the error that says so."""
+        own = self.own
+        found = [info for info in own.matching(model, provenance, group) if own.holds_parts(info.name)]
+        if not found and (model is not None or provenance or group is not None):
+            own.find_group(model, provenance=provenance, group=group)
+        return found
+
+    def compact(
+        self,
+        model: str | None = None,
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+        part_bytes: int | None = None,
+        min_parts: int = 2,
+        dry_run: bool = False,
+        progress: bool = True,
+    ) -> CompactPlan:
+        """Merge small parts into larger ones. What the store shows is exactly the same before and after.
+
+        Only neighbours that hold the same variables, layers and dtypes become one, and only where that provably changes nothing; see
+        `compaction.plan_runs`. The old parts are hidden at once and stay for views that are open, until `gc`. Others may read and write
+        meanwhile: what they commit keeps its place. Stopped at any moment, the store shows what it showed, and a second call completes it.
+
+        Parameters
+        ----------
+        model, provenance, group : optional
+            Which groups; all that match.
+        part_bytes : int, optional
+            The most that a merged part holds, uncompressed: 1 GiB, and in a cache with a limit at most a fiftieth of that. Parts of more
+            than half of it stay as they are.
+        min_parts : int
+            Fewer neighbours than this stay as they are.
+        dry_run : bool
+            Only say what would be merged.
+        progress : bool
+            Show a bar on terminals.
+
+        Returns
+        -------
+        CompactPlan
+            What was merged.
+
+        Raises
+        ------
+        ModelNotStoredError, ReadOnlyError, NoSpaceError, CorruptPartError
+        """
+        self.check_writable()
+        most = self._part_bytes(part_bytes)
+        if isinstance(min_parts, bool) or not isinstance(min_parts, int) or min_parts < 2:
+            raise InvalidArgumentError(f"min_parts={min_parts!r} is no number of parts to merge: give at least 2")
+        found = [(info, self.listing(info)) for info in self._meant(model, provenance, group)]
+        planned = [(info, listing, plan_runs(info, listing, part_bytes=most, min_parts=min_parts)) for info, listing in found]
+        shown = sum(part.info.name not in one.hidden for _, one in found for part in (*one.parts, *one.annotations))
+        runs = tuple(run for _, _, runs in planned for run in runs)
+        if dry_run:
+            return CompactPlan(url=self.url, parts=shown, runs=runs)
+        done, left = [], []
+        total = sum(run.nbytes for run in runs)
+        with progress_bar(total, description="compact", unit="B", enabled=progress and bool(runs)) as advance:
+            for info, listing, group_runs in planned:
+                known = set(listing.names)
+                for run in group_runs:
+                    merged, stayed = merge_run(self.storage, info, run, partial(self.listing, info), durable=self.durable, known=known)
+                    done += merged
+                    left += stayed
+                    advance(run.nbytes)
+        return CompactPlan(url=self.url, parts=shown, runs=tuple(done), left=tuple(left))
+
+    def _part_bytes(self, given: int | None, default: int = PART_BYTES) -> int:
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+            raise InvalidArgumentError(f"part_bytes={given!r} is no size of a part: give bytes, at least 1")
+        most = default if given is None else given
+        limit = config.cache_limit() if self.is_default else None
+        return min(most, max(1, limit // LIMIT_SHARE)) if limit else most
+
+    def gc(self, *, max_age: float = 86400.0, dry_run: bool = False) -> GcSummary:
+        """Remove what nobody needs any more: parts that others replaced, and what killed writers left.
+
+        Parameters
+        ----------
+        max_age : float
+            Seconds. A replaced part goes when it was replaced longer ago than this, so that views which were open then can go on; what a
+            writer left without a commit, when nothing was written to it for so long. A writer that pauses for longer loses its part: give
+            no age below that of your longest run.
+        dry_run : bool
+            Only say what would go.
+
+        Returns
+        -------
+        GcSummary
+            What went.
+
+        Raises
+        ------
+        InvalidArgumentError, ReadOnlyError
+        """
+        if isinstance(max_age, bool) or not isinstance(max_age, (int, float)) or not max_age >= 0:
+            raise InvalidArgumentError(f"max_age={max_age!r} is no age: give seconds, at least 0")
+        self.check_writable()
+        groups = [(info, self.listing(info, whole=False)) for info in self.own.groups(whole=False).values()]
+        summary = plan_gc(self.storage, groups, max_age=float(max_age))
+        if not dry_run:
+            remove_garbage(self.storage, summary)
+            for part in summary.replaced:
+                self.forget(part.path)
+        return summary
+
+    def publish(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        model: str | None = None,
+        prompts: Iterable[Any] | None = None,
+        layers: LayerSpec | None = None,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+        part_bytes: int = PUBLISHED_PART_BYTES,
+        text: bool = True,
+        storage_options: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        card: str | bool | None = None,
+        progress: bool = True,
+    ) -> PublishSummary:
+        """Write a compacted copy to another place, for others to read: also over plain HTTP, from a server that lists nothing.
+
+        The copy shows what this store shows, in its order, and never changes: it opens for reading only. Its root is written last and
+        names all that is in it, so nothing can be seen before it is whole. One that was interrupted is completed by calling again. Only one
+        may publish to a place at a time.
+
+        Parameters
+        ----------
+        url : str or path
+            A new or empty place.
+        model, provenance, group : optional
+            Which groups; all that match. With `prompts` or `layers` just one.
+        prompts : iterable of str or sequence of int, optional
+            Only these, in the store's order.
+        layers : "all", "middle", "last", int, sequence of int or slice, optional
+            Only these.
+        part_bytes : int
+            The most that a part holds, uncompressed.
+        text : bool
+            Whether the prompts' texts are published. Their sha256 always is, and so are the columns of your own.
+        storage_options : mapping, optional
+            Passed to the fsspec file system.
+        overwrite : bool
+            Replace a copy that was published there before. Who has that one open gets `PartGoneError`.
+        card : str or bool, optional
+            The text of ``README.md``; None makes one, False writes none.
+        progress : bool
+            Show a bar on terminals.
+
+        Returns
+        -------
+        PublishSummary
+
+        Raises
+        ------
+        InvalidArgumentError, NotAStoreError
+            Something else lies there; or this is several stores that are read as one.
+        ModelNotStoredError, AmbiguousProvenanceError, MissingPromptsError, LayerOutOfRangeError, NoSpaceError, CorruptPartError
+        """
+        if self.below is not None:
+            raise InvalidArgumentError(
+                f"{self.where} are read as one here, and a copy is made of one store: open and publish each of them alone"
+            )
+        most = self._part_bytes(part_bytes)
+        if prompts is None and layers is None:
+            chosen = [Selection(group=info, listing=self.listing(info)) for info in self._meant(model, provenance, group)]
+            if not chosen:
+                raise ModelNotStoredError(f"{self.url} holds nothing yet: extract something into it first")
+        else:
+            chosen = [self._selection(self.find_group(model, provenance=provenance, group=group), prompts, layers)]
+        target = open_storage(url, storage_options)
+        with progress_bar(total_nbytes(chosen), description="publish", unit="B", enabled=progress) as advance:
+            return publish_groups(
+                self.storage,
+                target,
+                chosen,
+                part_bytes=most,
+                text=text,
+                card=card,
+                overwrite=overwrite,
+                durable=self.durable,
+                advance=advance,
+            )
+
+    def _selection(self, info: GroupInfo, prompts: Iterable[Any] | None, layers: LayerSpec | None) -> Selection:
+        view = self.view(info)
+        keys = None if prompts is None else keys_of(view.digests[view.select(prompts)])
+        held = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+        return Selection(
+            group=info, listing=self.listing(info), keys=keys, layers=None if layers is None else choose_layers(view, held, layers)
+        )
 
     # ------------------------------------------------------------------------------------------------------- printing
 

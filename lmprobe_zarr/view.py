@@ -20,7 +20,7 @@ from lmprobe_zarr.sites import is_top_k
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.virtual import NOWHERE, VirtualArray
 
-__all__ = ["Part", "View", "open_view"]
+__all__ = ["Part", "View", "keys_of", "open_view"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -130,7 +130,7 @@ class View:
             A stored prompt has the same 16 digits but another digest.
         """
         wanted = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
-        rows = self._find_keys(_keys_of(wanted))
+        rows = self._find_keys(keys_of(wanted))
         found = rows >= 0
         differ = _differ(self.digests[rows[found]], wanted[found])
         if differ.any():
@@ -298,7 +298,8 @@ def _differ(some: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> npt.N
     return np.asarray((some != others).any(axis=1) & ~unknown, bool)
 
 
-def _keys_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+def keys_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """The first 16 digits of every digest, as numbers."""
     keys = np.ascontiguousarray(digests[:, : HASH_DIGITS // 2]).view(">u8").reshape(-1)
     return keys.astype(np.uint64)
 
@@ -321,7 +322,7 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
     noted = tuple(part for part in annotations if part.order not in hidden)
     # Parts and annotations in their order decide together which column is the last; see `View.source`.
     every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
-    codes, first = _first_appearance(_keys_of(every))
+    codes, first = _first_appearance(keys_of(every))
     digests = every[first]
     whole = every[:, HASH_DIGITS // 2 :].any(axis=1)
     digests[codes[whole]] = every[whole]
@@ -331,9 +332,9 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
         raise PromptCollisionError(f"two different prompts in {storage.url}/{group.name} share the hash {one}")
     bounds = offsets_of([len(part.info.digests) for part in shown])
     members = [codes[a:b] for a, b in itertools.pairwise(bounds)]
-    keys: pd.Index[Any] = pd.Index(_keys_of(digests))
+    keys: pd.Index[Any] = pd.Index(keys_of(digests))
     for note in noted:
-        rows = np.asarray(keys.get_indexer(pd.Index(_keys_of(note.info.digests))), np.int64)
+        rows = np.asarray(keys.get_indexer(pd.Index(keys_of(note.info.digests))), np.int64)
         if _differ(digests[rows[rows >= 0]], note.info.digests[rows >= 0]).any():
             raise PromptCollisionError(
                 f"the annotation {note.info.name} of {storage.url}/{group.name} is of another prompt with the same hash"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch
 from lmprobe_zarr.chunks import TEXT_BYTES, encode_chunk, file_entry, run_all
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, ReadOnlyError
 from lmprobe_zarr.ragged import offsets_of, positions_of
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
@@ -57,7 +57,8 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
     Two writers may do so at once: both write the same bytes.
     """
     try:
-        parse_root(storage.read("zarr.json"), storage.url)
+        if parse_root(storage.read("zarr.json"), storage.url) is not None:
+            raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: write to the store that it was made from")
     except (FileNotFoundError, NotADirectoryError):
         storage.commit("zarr.json", root_document(), durable=durable, replace=False)
     if not storage.is_file(f"{group.name}/zarr.json"):
@@ -85,6 +86,8 @@ class PartWriter:
         Parts that this one supersedes.
     recorded : mapping, optional
         What is noted in the part and never asked for again: versions, device.
+    alone : bool
+        Leave the documents of root and group to the caller, who makes them appear later.
 
     Notes
     -----
@@ -102,10 +105,11 @@ class PartWriter:
         durable: bool = True,
         replaces: tuple[str, ...] = (),
         recorded: Mapping[str, Any] | None = None,
+        alone: bool = False,
     ) -> None:
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
         self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
-        self.compressed, self.durable, self.replaces = compressed, durable, replaces
+        self.compressed, self.durable, self.replaces, self.alone = compressed, durable, replaces, alone
         self.recorded = {"python": platform.python_version(), **(recorded or {})}
         self.nbytes = self.held_nbytes = 0
         self._files: dict[str, tuple[int, int]] = {}
@@ -257,8 +261,9 @@ class PartWriter:
         object.__setattr__(info, "files", dict(sorted(self._files.items())))
         document = part_document(info, self.group)
         parse_part(document, self.path)  # what we could not read must not become visible
-        # Somebody may have cleared the group meanwhile, and a part without its group's document is of no use.
-        write_group(self.storage, self.group, durable=self.durable)
+        if not self.alone:
+            # Somebody may have cleared the group meanwhile, and a part without its group's document is of no use.
+            write_group(self.storage, self.group, durable=self.durable)
         self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable, replace=False)
         return info
 

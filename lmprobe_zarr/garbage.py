@@ -1,0 +1,232 @@
+"""What nobody needs any more: parts that others replaced long ago, and what killed writers left. Decides on records, then removes.
+
+Only files with names that our writer makes are ever removed, and only below folders with names that it makes. How old something is is told
+by the place that keeps it; what does not tell, stays.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from lmprobe_zarr.compaction import Listing
+from lmprobe_zarr.maintenance import STAMPS, remove_part
+from lmprobe_zarr.plan import format_bytes
+from lmprobe_zarr.schema import ANNOTATIONS, LEVELS, PART_NAME, GroupInfo
+from lmprobe_zarr.storage import Entry, Storage
+from lmprobe_zarr.view import Part
+
+__all__ = ["GcSummary", "Leftover", "plan_gc", "remove_garbage"]
+
+_PARTIAL: Final = re.compile(r"\.zarr\.json\.[0-9a-f]{12}\.partial")
+_CHUNK: Final = re.compile(r"c(?:\.\d+)+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """A folder like a part's without a commit, or single files.
+
+    Parameters
+    ----------
+    folder : str
+        Key of the part's folder; empty where it is none.
+    files : tuple of str
+        Keys of what is ours in it.
+    nbytes : int
+        Their bytes.
+    """
+
+    folder: str
+    files: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcSummary:
+    """What a collection of garbage would remove, or has removed. Prints well.
+
+    Parameters
+    ----------
+    url : str
+        The store.
+    replaced : tuple of Part
+        Parts and annotations that others replaced.
+    unfinished : tuple of Leftover
+        What killed writers left.
+    partials, stamps : tuple of str
+        Keys of staged documents that were never committed, and of marks of use of parts that are gone.
+    freed : int
+        Bytes.
+    young : int
+        Replaced and unfinished parts that stay because they, or what replaced them, are not old enough.
+    """
+
+    url: str
+    replaced: tuple[Part, ...]
+    unfinished: tuple[Leftover, ...]
+    partials: tuple[str, ...]
+    stamps: tuple[str, ...]
+    freed: int
+    young: int
+
+    def __str__(self) -> str:
+        text = f"{self.url}: {len(self.replaced)} replaced parts, {len(self.unfinished)} unfinished ones"
+        text += f" and {len(self.partials) + len(self.stamps)} single files, {format_bytes(self.freed)}"
+        return text + (f"; {self.young} are too young to go" if self.young else "")
+
+
+def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, max_age: float) -> GcSummary:
+    """What would go. Reads names, sizes and times only.
+
+    A replaced part goes when a part that is shown replaces it, is there with all its files, and the first commit that replaced it is older
+    than `max_age`; all that it had replaced in turn must be replaced by such a part too, or it would show again.
+
+    Parameters
+    ----------
+    storage : Storage
+    groups : iterable of (GroupInfo, Listing)
+        All parts that can be read; damaged ones left out.
+    max_age : float
+        Seconds.
+    """
+    found = [_plan_group(storage, group, listing, max_age) for group, listing in groups]
+    root = tuple(_old_partials("", storage.scan(""), time.time() - max_age))
+    return GcSummary(
+        url=storage.url,
+        replaced=tuple(part for one in found for part in one.replaced),
+        unfinished=tuple(left for one in found for left in one.unfinished),
+        partials=(*root, *(key for one in found for key in one.partials)),
+        stamps=tuple(key for one in found for key in one.stamps),
+        freed=sum(one.freed for one in found),
+        young=sum(one.young for one in found),
+    )
+
+
+def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, max_age: float) -> GcSummary:
+    now = time.time()
+    replaced, young = _replaced(storage, listing, now - max_age)
+    committed = {part.info.name for part in (*listing.parts, *listing.annotations)}
+    unfinished: list[Leftover] = []
+    partials: list[str] = []
+    freed = sum(int(entry[0]) for part in replaced for entry in part.info.files.values()) + sum(p.document_nbytes for p in replaced)
+    for folder in (group.name, f"{group.name}/{ANNOTATIONS}"):
+        entries = storage.scan(folder)
+        partials += _old_partials(folder, entries, now - max_age)
+        for name, entry in entries.items():
+            if entry.is_file or name in committed or not PART_NAME.fullmatch(name) or storage.is_file(f"{folder}/{name}/zarr.json"):
+                continue
+            left, newest = _look_into(storage, f"{folder}/{name}", entry)
+            if newest is None or newest > now - max_age:
+                young += 1
+            else:
+                unfinished.append(left)
+                freed += left.nbytes
+    named = {name for folder in (group.name, f"{group.name}/{ANNOTATIONS}") for name in storage.list(folder)}
+    stamps = [
+        f"{group.name}/{STAMPS}/{name}"
+        for name, entry in storage.scan(f"{group.name}/{STAMPS}").items()
+        if PART_NAME.fullmatch(name) and name not in named and entry.modified is not None and entry.modified <= now - max_age
+    ]
+    return GcSummary(
+        url=storage.url,
+        replaced=tuple(replaced),
+        unfinished=tuple(unfinished),
+        partials=tuple(partials),
+        stamps=tuple(stamps),
+        freed=freed,
+        young=young,
+    )
+
+
+def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[Part], int]:
+    """Replaced parts that may go, those first that stand for others last; and how many are too young."""
+    every = {part.info.name: part for part in (*listing.parts, *listing.annotations)}
+    hidden = listing.hidden
+    keepers = {name: part for name, part in every.items() if name not in hidden and part.info.replaces}
+    sound = [part for part in keepers.values() if _all_there(storage, part)]
+    covered = {name for part in sound for name in part.info.replaces}
+    since: dict[str, float] = {}
+    for part in every.values():
+        if part.info.replaces and (moment := _commit_time(storage, part)) is not None:
+            for name in part.info.replaces:
+                since[name] = min(moment, since.get(name, moment))
+    chosen, young = [], 0
+    for name in sorted(hidden & every.keys()):
+        part = every[name]
+        if name not in covered or not {other for other in part.info.replaces if other in every} <= covered:
+            continue
+        if since.get(name, before + 1) <= before:
+            chosen.append(part)
+        else:
+            young += 1
+    return chosen, young
+
+
+def _commit_time(storage: Storage, part: Part) -> float | None:
+    entry = storage.scan(part.path).get("zarr.json")
+    return None if entry is None else entry.modified
+
+
+def _all_there(storage: Storage, part: Part) -> bool:
+    """Whether every file that a part's commit names is there with its length."""
+    sizes: dict[str, dict[str, Entry]] = {}
+    for key, entry in part.info.files.items():
+        folder, _, name = key.rpartition("/")
+        if folder not in sizes:
+            sizes[folder] = storage.scan(f"{part.path}/{folder}")
+        there = sizes[folder].get(name)
+        if there is None or there.nbytes != entry[0]:
+            return False
+    return True
+
+
+def _old_partials(folder: str, entries: dict[str, Entry], before: float) -> Iterator[str]:
+    for name, entry in entries.items():
+        if entry.is_file and _PARTIAL.fullmatch(name) and entry.modified is not None and entry.modified <= before:
+            yield f"{folder}/{name}" if folder else name
+
+
+def _look_into(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, float | None]:
+    """What is ours in a part's folder, and when anything in it was last written; None where something does not tell."""
+    files: list[str] = []
+    times: list[float | None] = [] if entry.modified is None else [entry.modified]
+    nbytes = 0
+
+    def take(key: str, found: dict[str, Entry], pattern: re.Pattern[str]) -> None:
+        nonlocal nbytes
+        for name, one in found.items():
+            # Folders of object stores have no time of their own.
+            times.extend([one.modified] if one.is_file or one.modified is not None else [])
+            if one.is_file and pattern.fullmatch(name):
+                files.append(f"{key}/{name}")
+                nbytes += one.nbytes
+
+    top = storage.scan(folder)
+    take(folder, top, _PARTIAL)
+    for level in (name for name, one in top.items() if not one.is_file and name in LEVELS):
+        arrays = storage.scan(f"{folder}/{level}")
+        take(f"{folder}/{level}", arrays, re.compile(r"zarr\.json"))
+        for name in (name for name, one in arrays.items() if not one.is_file):
+            take(f"{folder}/{level}/{name}", storage.scan(f"{folder}/{level}/{name}"), re.compile(rf"zarr\.json|{_CHUNK.pattern}"))
+    known = [moment for moment in times if moment is not None]
+    newest = max(known, default=0.0) if len(known) == len(times) else None
+    return Leftover(folder=folder, files=tuple(files), nbytes=nbytes), newest
+
+
+def remove_garbage(storage: Storage, summary: GcSummary) -> None:
+    """Remove what a plan names; a folder that has been committed meanwhile stays."""
+    # What stands for others last, so that nothing shows again however far this comes.
+    for part in sorted(summary.replaced, key=lambda part: len(part.info.replaces)):
+        remove_part(storage, part)
+    for left in summary.unfinished:
+        if storage.is_file(f"{left.folder}/zarr.json"):
+            continue
+        storage.remove(left.files)
+        if storage.is_local:
+            # Folders may be all that is left, and go with the last file in them: here with one that is not there.
+            inner = [f"{level}/{name}/c" for level in LEVELS for name in storage.list(f"{left.folder}/{level}")]
+            storage.remove([f"{left.folder}/{key}" for key in (*inner, *(f"{level}/c" for level in LEVELS), "c")])
+    storage.remove([*summary.partials, *summary.stamps])

@@ -1,0 +1,532 @@
+"""Compaction: fewer parts, the same view to the last bit, whoever reads, writes or dies meanwhile."""
+
+from __future__ import annotations
+
+import tracemalloc
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import xarray as xr
+from conftest import GROUP, make_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cache import Stops
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.batch import TokenBatch, prompt_sha256
+from lmprobe_zarr.schema import new_part_name, replacement_name
+from lmprobe_zarr.storage import LocalStorage, Storage
+from lmprobe_zarr.store import Store
+
+Shown = tuple[xr.Dataset, xr.Dataset | None, xr.DataArray]
+
+
+def shown(store: Store) -> Shown:
+    """All that a store shows, in memory."""
+    view = store.view(GROUP)
+    tokens = store.tokens().load() if view.variables("tokens") or view.columns("tokens") else None
+    return store.dataset().load(), tokens, store.coverage()
+
+
+def assert_same(store: Store, before: Shown) -> None:
+    dataset, tokens, coverage = shown(store)
+    xr.testing.assert_identical(dataset, before[0])
+    assert dataset.dtypes == before[0].dtypes
+    if before[1] is not None:
+        assert tokens is not None
+        xr.testing.assert_identical(tokens, before[1])
+        assert tokens.dtypes == before[1].dtypes
+    xr.testing.assert_identical(coverage, before[2])
+
+
+def n_parts(store: Store) -> tuple[int, int]:
+    view = lz.open_store(store.storage).view(GROUP)
+    return len(view.parts), len(view.annotations)
+
+
+PROMPTS = [f"p{i}" for i in range(4)]
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"columns": True},
+    {"layers": (0, 1)},
+    {"tokens": False},
+    {"dtype": "float16", "columns": True},
+]
+parts = st.fixed_dictionaries(
+    {
+        "texts": st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=4, unique=True),
+        "shape": st.sampled_from([0, 0, 0, 0, 1]),
+        "counts": st.lists(st.integers(1, 2), min_size=4, max_size=4),
+    }
+)
+notes = st.fixed_dictionaries(
+    {
+        "texts": st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=3, unique=True),
+        "names": st.sampled_from([("label",), ("split",), ("label", "split")]),
+    }
+)
+
+
+def write_item(store: Store, item: dict[str, Any], seed: int, shapes: list[int]) -> None:
+    texts = item["texts"]
+    if "names" in item:
+        values = {"label": [100 * seed + i for i in range(len(texts))], "split": [f"{seed}.{i}" for i in range(len(texts))]}
+        batch = TokenBatch(sha256=[prompt_sha256(t) for t in texts], prompt_columns={name: values[name] for name in item["names"]})
+        store.write(GROUP, batch, kind="annotation")
+        return
+    shape = dict(SHAPES[shapes[item["shape"]]])
+    columns = {"label": [1000 * seed + i for i in range(len(texts))]} if shape.pop("columns", False) else None
+    store.write(GROUP, make_batch(texts, seed=seed, n_tokens=item["counts"][: len(texts)], columns=columns, **shape))
+
+
+@settings(max_examples=100)
+@given(
+    items=st.lists(st.one_of(parts, parts, parts, notes), min_size=2, max_size=9),
+    later=st.lists(st.one_of(parts, notes), max_size=3),
+    share=st.sampled_from([1, 3, 10**6, 10**6]),
+    shapes=st.permutations(range(len(SHAPES))),
+)
+def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(
+    items: list[dict[str, Any]], later: list[dict[str, Any]], share: int, shapes: list[int]
+) -> None:
+    # Two shapes at a time, one of them often, so that runs and what interrupts them meet.
+    root = f"memory://{uuid.uuid4().hex}"
+    try:
+        plain, compacted = lz.open_store(f"{root}/plain"), lz.open_store(f"{root}/compacted")
+        items = [next((item for item in items if "shape" in item), {"texts": ["p0"], "shape": 0, "counts": [1]}), *items]
+        for seed, item in enumerate(items):
+            for store in (plain, compacted):
+                write_item(store, item, seed, shapes)
+        assert_same(compacted, shown(plain))
+        plan = compacted.compact(part_bytes=2000 * share, progress=False)
+        assert not plan.left
+        assert sum(n_parts(compacted)) == plan.parts_after
+        assert_same(compacted, shown(plain))
+        assert_same(lz.open_store(compacted.storage), shown(plain))
+        compacted.gc(max_age=0)
+        assert_same(lz.open_store(compacted.storage), shown(plain))
+        for seed, item in enumerate(later, 50):
+            for store in (plain, compacted):
+                write_item(store, item, seed, shapes)
+        compacted.compact(progress=False)
+        assert_same(lz.open_store(compacted.storage), shown(plain))
+    finally:
+        # Where all lies in one mapping, a listing takes the longer the more there is.
+        fsspec.filesystem("memory").rm(root, recursive=True)
+
+
+def test_parts_of_one_shape_become_one_and_prompts_that_were_superseded_are_gone(store: Store) -> None:
+    for seed in range(4):
+        store.write(GROUP, make_batch(["a", f"b{seed}"], seed=seed, columns={"label": [seed, seed]}))
+    before = shown(store)
+    planned = store.compact(dry_run=True)
+    assert (planned.parts, planned.parts_after, n_parts(store)) == (4, 1, (4, 0))
+    assert "4 parts become 1" in str(store.compact())
+    assert n_parts(store) == (1, 0)
+    assert_same(store, before)
+    part = store.view(GROUP).parts[0]
+    assert len(part.info.digests) == 5, "the prompt that all four held is there once"
+    assert len(part.info.replaces) == 4
+    assert store.compact().runs == ()
+
+
+def test_a_name_stays_at_its_place_and_names_all_that_it_stands_for(store: Store) -> None:
+    names = [store.write(GROUP, make_batch([t], seed=i)) for i, t in enumerate("abcd")]
+    store.compact(part_bytes=3000)
+    store.compact()
+    merged = store.view(GROUP).parts[-1].info
+    assert merged.name.startswith(f"{names[-1]}.")
+    assert set(names) <= set(merged.replaces)
+    newer = store.write(GROUP, make_batch(["a"], seed=9))
+    assert store.view(GROUP).parts[-1].info.name == newer
+    np.testing.assert_array_equal(store.dataset(prompts=["a"]).resid_mean[:, 0], make_batch(["a"], seed=9).prompts["resid_mean"][:, 0])
+
+
+def test_a_part_of_another_shape_in_between_ends_the_run(store: Store) -> None:
+    # The second layer set overlaps: it wins over the first part and loses to the third.
+    store.write(GROUP, make_batch(["a", "b"], seed=0))
+    store.write(GROUP, make_batch(["a", "b"], seed=1, layers=(0, 1)))
+    store.write(GROUP, make_batch(["b"], seed=2))
+    before = shown(store)
+    assert store.compact().runs == ()
+    assert_same(store, before)
+
+
+def test_an_annotation_in_between_goes_on_to_override_what_it_overrode(store: Store) -> None:
+    store.write(GROUP, make_batch(["a"], seed=0, columns={"label": [1]}))
+    store.annotate("acme/toy", {"label": {"a": 2}})
+    store.write(GROUP, make_batch(["b"], seed=1, columns={"label": [3]}))
+    store.write(GROUP, make_batch(["c"], seed=2, columns={"label": [4]}))
+    before = shown(store)
+    assert before[0].label.values.tolist() == [2, 3, 4]
+    assert store.compact().parts_after == 3, "the last two become one, the first stays before its annotation"
+    assert_same(store, before)
+
+
+def test_an_annotation_of_another_column_or_prompt_is_no_hindrance(store: Store) -> None:
+    store.write(GROUP, make_batch(["a"], seed=0, columns={"label": [1]}))
+    store.annotate("acme/toy", {"split": {"a": "train"}})
+    store.write(GROUP, make_batch(["b"], seed=1, columns={"label": [3]}))
+    store.annotate("acme/toy", {"label": {"b": 5}})
+    store.write(GROUP, make_batch(["c"], seed=2, columns={"label": [3]}))
+    before = shown(store)
+    store.compact()
+    assert n_parts(store) == (2, 2)
+    assert_same(store, before)
+
+
+def test_a_part_in_between_goes_on_to_override_an_annotation(store: Store) -> None:
+    store.write(GROUP, make_batch(["a"], seed=0))
+    store.annotate("acme/toy", {"label": {"a": 1}})
+    store.write(GROUP, make_batch(["a"], seed=1, columns={"label": [2]}))
+    store.write(GROUP, make_batch(["b"], seed=2))
+    store.annotate("acme/toy", {"label": {"b": 3}})
+    before = shown(store)
+    assert before[0].label.values.tolist() == [2, 3]
+    store.compact()
+    assert n_parts(store)[1] == 2
+    assert_same(store, before)
+
+
+def test_tokens_that_a_disagreement_made_invalid_do_not_come_back(store: Store) -> None:
+    attn = make_batch(["a"], seed=0, n_tokens=[3])
+    store.write(GROUP, replace(attn, tokens={"attn": attn.tokens["resid"]}))
+    store.write(GROUP, make_batch(["a"], seed=1, n_tokens=[2]))
+    store.write(GROUP, make_batch(["a"], seed=2, n_tokens=[3]))
+    before = shown(store)
+    assert not bool(before[2].sel(variable="attn").any())
+    store.compact()
+    assert_same(store, before)
+
+
+def test_annotations_become_one_and_the_last_value_stays(store: Store) -> None:
+    store.write(GROUP, make_batch(["a", "b", "c"]))
+    for i in range(4):
+        store.annotate("acme/toy", {"label": {"a": i, "b": 10 * i}})
+        store.annotate("acme/toy", {"split": {"c": f"s{i}"}})
+    before = shown(store)
+    store.compact()
+    assert n_parts(store) == (1, 2)
+    assert_same(store, before)
+    assert before[0].label.values[:2].tolist() == [3, 30]
+
+
+def test_dtypes_widths_and_codecs_are_kept(store: Store) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        texts = [f"{i}{j}" for j in range(3)]
+        bf16 = (rng.standard_normal((2, 3, 4)).astype("f4").view("u4") & 0xFFFF0000).view("f4")
+        batch = TokenBatch(
+            sha256=[prompt_sha256(t) for t in texts],
+            layers=(0, 2),
+            prompts={
+                "resid_mean": bf16,
+                "logits_last_token_top_k_values": rng.standard_normal((3, 5)).astype("f2"),
+                "logits_last_token_top_k_indices": rng.integers(0, 9, (3, 5)).astype("i4"),
+            },
+            unlayered=frozenset({"logits_last_token_top_k_values", "logits_last_token_top_k_indices"}),
+            stored_dtype={"resid_mean": "bfloat16"},
+            prompt_columns={"seen": [True, False, True], "weight": [0.5, float("nan"), 2.0], "n": [1, 2, 3]},
+        )
+        store.write(GROUP, batch, compressed=False)
+    wider = replace(
+        batch,
+        prompts={"logits_last_token_top_k_values": np.zeros((3, 7), "f2"), "logits_last_token_top_k_indices": np.zeros((3, 7), "i4")},
+        prompt_columns={},
+        layers=(),
+        sha256=[prompt_sha256(t) for t in "xyz"],
+        stored_dtype={},
+    )
+    store.write(GROUP, wider)
+    before = shown(store)
+    store.compact()
+    assert n_parts(store) == (2, 0)
+    assert_same(store, before)
+    arrays = store.view(GROUP).parts[0].info.arrays
+    assert {array.shuffle for array in arrays.values()} == {None}
+    assert arrays["prompts/resid_mean"].attributes["stored_dtype"] == "bfloat16"
+    assert arrays["prompts/logits_last_token_top_k_values"].row_shape == (5,)
+
+
+def test_raw_and_compressed_parts_stay_apart(store: Store) -> None:
+    for i, compressed in enumerate([True, False]):
+        store.write(GROUP, make_batch([f"p{i}"], seed=i), compressed=compressed)
+    assert store.compact().runs == ()
+
+
+def test_part_bytes_bounds_a_part_and_large_ones_stay(store: Store) -> None:
+    for i in range(6):
+        store.write(GROUP, make_batch([f"p{i}"], seed=i))
+    one = store.compact(dry_run=True).nbytes // 6
+    assert store.compact(part_bytes=3 * one + one // 2, dry_run=True).parts_after == 2
+    assert store.compact(part_bytes=one, dry_run=True).runs == ()
+    assert store.compact(min_parts=7).runs == ()
+
+
+def test_a_caches_limit_bounds_its_parts() -> None:
+    cache = lz.open_store()
+    for i in range(4):
+        cache.write(GROUP, make_batch([f"p{i}"], seed=i))
+    whole = cache.compact(dry_run=True).nbytes
+    lz.set_cache_limit(50 * (whole / 2 + 100) / 1024**3)
+    assert cache.compact(dry_run=True).parts_after == 2
+    assert lz.open_store(cache.url).compact(dry_run=True).parts_after == 1, "a store that is named is ruled by the call"
+    lz.set_cache_limit(None)
+
+
+def test_a_view_that_is_open_goes_on(store: Store) -> None:
+    for i in range(3):
+        store.write(GROUP, make_batch([f"p{i}"], seed=i))
+    before = shown(store)
+    lazy = lz.open_store(store.storage).dataset()
+    store.compact()
+    store.gc()
+    xr.testing.assert_identical(lazy.load(), before[0])
+
+
+def test_a_store_for_reading_is_not_compacted(store: Store) -> None:
+    store.write(GROUP, make_batch(["a"]))
+    reader = lz.open_store(store.storage, mode="r")
+    for call in (reader.compact, reader.gc):
+        with pytest.raises(lz.errors.ReadOnlyError):
+            call()  # type: ignore[operator]
+    for wrong in ({"part_bytes": 0}, {"part_bytes": True}, {"min_parts": 1}):
+        with pytest.raises(lz.errors.InvalidArgumentError):
+            store.compact(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(lz.errors.ModelNotStoredError):
+        store.compact("nobody")
+    assert lz.open_store("memory://nothing-there").compact().runs == ()
+
+
+# ----------------------------------------------------------------------------------------------------- others, meanwhile
+
+
+class Meanwhile(Storage):
+    """A storage at which somebody else does something right before, or after, the first commit of a part."""
+
+    def __init__(self, inner: Storage, act: Callable[[], None], *, after: bool = False) -> None:
+        self.inner, self.url, self.is_local = inner, inner.url, inner.is_local
+        self.act: Callable[[], None] | None = act
+        self.after = after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def _act(self) -> None:
+        act, self.act = self.act, None
+        if act is not None:
+            act()
+
+    def read(self, key: str) -> bytes:
+        return self.inner.read(key)
+
+    def read_view(self, key: str) -> Any:
+        return self.inner.read_view(key)
+
+    def scan(self, key: str) -> Any:
+        return self.inner.scan(key)
+
+    def list(self, key: str) -> Any:
+        return self.inner.list(key)
+
+    def is_file(self, key: str) -> bool:
+        return self.inner.is_file(key)
+
+    def touch(self, key: str) -> None:
+        self.inner.touch(key)
+
+    def write(self, key: str, data: Any, *, durable: bool) -> None:
+        if not self.after:
+            self._act()
+        self.inner.write(key, data, durable=durable)
+
+    def commit(self, key: str, data: Any, *, durable: bool) -> None:
+        self.inner.commit(key, data, durable=durable)
+        if self.after:
+            self._act()
+
+    def remove(self, keys: Any) -> None:
+        self.inner.remove(keys)
+
+    def remove_tree(self, key: str) -> None:
+        self.inner.remove_tree(key)
+
+
+def three_parts(root: str) -> Store:
+    store = lz.open_store(root)
+    for i in range(3):
+        store.write(GROUP, make_batch(["a", f"p{i}"], seed=i))
+    return store
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_part_committed_meanwhile_wins(root: str, after: bool) -> None:
+    store = three_parts(root)
+
+    def write() -> None:
+        lz.open_store(store.storage).write(GROUP, make_batch(["a"], seed=7))
+
+    plan = Store(Meanwhile(store.storage, write, after=after)).compact(progress=False)
+    assert len(plan.runs) == 1
+    assert n_parts(store) == (2, 0)
+    np.testing.assert_array_equal(
+        lz.open_store(root).dataset(prompts=["a"]).resid_mean[:, 0], make_batch(["a"], seed=7).prompts["resid_mean"][:, 0]
+    )
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_part_that_turns_up_within_the_run_keeps_its_place(root: str, after: bool) -> None:
+    store = three_parts(root)
+    middle = replacement_name(store.view(GROUP).parts[0].info.name)  # as of a writer that was slow to begin
+
+    def write() -> None:
+        writer = store.new_part(GROUP)
+        writer.name, writer.path = middle, f"{GROUP.name}/{middle}"
+        writer.append(make_batch(["p0", "p2"], seed=7))
+        writer.commit()
+
+    plan = Store(Meanwhile(store.storage, write, after=after)).compact(progress=False)
+    assert (len(plan.runs), len(plan.left)) == (0, 1)
+    assert n_parts(store) == (4, 0)
+    data = lz.open_store(root).dataset(prompts=["p0", "p2"])
+    np.testing.assert_array_equal(data.resid_mean[:, 0], make_batch(["p0", "p2"], seed=7).prompts["resid_mean"][:, 0])
+    np.testing.assert_array_equal(data.resid_mean[:, 1], make_batch(["a", "p2"], seed=2).prompts["resid_mean"][:, 1])
+
+
+def test_a_part_that_is_still_being_written_ends_the_run(root: str) -> None:
+    store = lz.open_store(root)
+    store.write(GROUP, make_batch(["a"], seed=0))
+    slow = store.new_part(GROUP)
+    slow.append(make_batch(["a", "b"], seed=1))
+    store.storage.write(f"{slow.path}/prompts/resid_mean/c.0.0.0", b"begun", durable=False)
+    for i in (2, 3):
+        store.write(GROUP, make_batch([f"p{i}"], seed=i))
+    assert store.compact().parts_after == 2
+    slow.commit()
+    np.testing.assert_array_equal(
+        lz.open_store(root).dataset(prompts=["a"]).resid_mean[:, 0], make_batch(["a", "b"], seed=1).prompts["resid_mean"][:, 0]
+    )
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_prompts_deleted_meanwhile_do_not_come_back(root: str, after: bool) -> None:
+    store = three_parts(root)
+
+    def delete() -> None:
+        lz.open_store(store.storage).delete("acme/toy", ["a"])
+
+    Store(Meanwhile(store.storage, delete, after=after)).compact(progress=False)
+    fresh = lz.open_store(root)
+    assert len(fresh.view(GROUP)) == 3
+    assert fresh.view(GROUP).locate("a") is None
+    everywhere = [part for part in fresh.list_parts(GROUP.name)]
+    assert not any(prompt_sha256("a") == row.tobytes().hex() for part in everywhere for row in part.info.digests)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_two_that_compact_at_once_show_the_same(root: str, after: bool) -> None:
+    store = three_parts(root)
+    before = shown(store)
+    rival = lz.open_store(root)
+    Store(Meanwhile(store.storage, lambda: str(rival.compact(progress=False)) and None, after=after)).compact(progress=False)
+    assert_same(lz.open_store(root), before)
+    lz.open_store(root).compact(progress=False)
+    assert n_parts(store) == (1, 0)
+    assert_same(lz.open_store(root), before)
+
+
+def test_a_part_evicted_meanwhile_is_left_out(root: str) -> None:
+    store = three_parts(root)
+
+    def evict() -> None:
+        lz.evict(store, max_gb=0, min_age=0)
+
+    plan = Store(Meanwhile(store.storage, evict)).compact(progress=False)
+    assert len(plan.left) == 1
+    assert lz.open_store(root).models() == []
+
+
+def test_stopped_after_any_call_the_store_shows_what_it_showed_and_a_second_call_completes_it(tmp_path: Path) -> None:
+    for n in range(200):
+        root = tmp_path / str(n)
+        store = lz.open_store(root, durable=False)
+        for i in range(3):
+            store.write(GROUP, make_batch(["a", f"p{i}"], seed=i, columns={"label": [i, i]}))
+            store.annotate("acme/toy", {"split": {"a": f"s{i}"}})
+        before = shown(store)
+        stopped = False
+        try:
+            Store(Stops(LocalStorage(root), n), durable=False).compact(progress=False)
+        except OSError as error:
+            assert "plug" in str(error)  # noqa: PT017
+            stopped = True
+        assert_same(lz.open_store(root), before)
+        if not stopped:
+            break
+        lz.open_store(root).compact(progress=False)
+        again = lz.open_store(root)
+        again.gc(max_age=0)
+        again.compact(progress=False)
+        assert n_parts(again) == (1, 1), n
+        assert_same(again, before)
+    else:
+        pytest.fail("it never came to its end")
+    assert n > 10
+
+
+def test_memory_is_bounded_by_blocks_not_by_the_part(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "s", durable=False)
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((4, 2000, 512)).astype("f4")  # 16 MB
+    for i in range(20):
+        texts = [f"{i}.{j}" for j in range(2000)]
+        store.write(
+            GROUP, TokenBatch(sha256=[prompt_sha256(t) for t in texts], text=texts, layers=(0, 1, 2, 3), prompts={"resid_mean": values})
+        )
+    del values
+    tracemalloc.start()
+    plan = lz.open_store(store.storage, durable=False).compact(progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert plan.nbytes > 320e6
+    assert plan.parts_after == 1
+    assert peak < 200e6, peak
+
+
+def test_texts_that_would_not_fit_into_memory_halve_the_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmprobe_zarr import compaction
+
+    monkeypatch.setattr(compaction, "COLUMN_BYTES", 500)
+    for i in range(8):
+        store.write(GROUP, make_batch([f"{i}" * 100], seed=i, tokens=False))
+    before = shown(store)
+    store.compact()
+    assert n_parts(store) == (2, 0)
+    assert_same(store, before)
+
+
+def test_a_hundred_small_parts_become_one() -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    store = lz.open_store(root)
+    for i in range(100):
+        store.write(GROUP, make_batch([f"p{i}"], seed=i, tokens=False))
+    before = shown(store)
+    store.compact(progress=False)
+    assert n_parts(store) == (1, 0)
+    assert_same(store, before)
+
+
+def test_names_of_parts_are_told_from_others() -> None:
+    from lmprobe_zarr.schema import PART_NAME
+
+    name = new_part_name()
+    assert PART_NAME.fullmatch(name)
+    assert PART_NAME.fullmatch(replacement_name(replacement_name(name)))
+    for other in ("annotations", ".used", "zarr.json", name[:-1], f"{name}.x", "notes"):
+        assert not PART_NAME.fullmatch(other)
