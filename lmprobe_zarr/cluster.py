@@ -80,7 +80,10 @@ def stop_if_cancelled() -> None:
     import distributed
 
     worker: Any = distributed.get_worker()
-    task = worker.state.tasks.get(worker.get_current_task())
+    tasks = getattr(getattr(worker, "state", None), "tasks", None)
+    if tasks is None:
+        return
+    task = tasks.get(worker.get_current_task())
     if task is None or task.state == "cancelled":
         raise CancelledError("nobody waits for this task any more")
 

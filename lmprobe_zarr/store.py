@@ -326,8 +326,19 @@ class Store:
     def holds_parts(self, group: str) -> bool:
         """Whether a group has any committed part: one whose parts have all been evicted is as good as none."""
         names = [name for name in self.storage.list(group) if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
-        own = any(self.storage.is_file(f"{group}/{name}/zarr.json") for name in names)
+        own = any(self._is_committed(f"{group}/{name}") for name in names)
         return own or (self.below is not None and self.below.holds_parts(group))
+
+    def _is_committed(self, path: str) -> bool:
+        if self.storage.is_local:
+            return self.storage.is_file(f"{path}/zarr.json")
+        # Where each look is a request, the document is read at once: whoever asks wants it next.
+        try:
+            if path not in self._parts:
+                self._read_part(path, whole=True)
+        except CorruptPartError:
+            return True  # for a view to name
+        return path in self._parts
 
     def matching(
         self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None, *, whole: bool = True

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import cluster
+from lmprobe_zarr.cli import main
 from lmprobe_zarr.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -53,7 +54,7 @@ def processes() -> Iterator[Any]:
     """Two workers, processes of their own that were started by spawn; shared, since they take seconds to start."""
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0") as local,
-        distributed.Client(local) as client,
+        distributed.Client(local, set_as_default=False) as client,
     ):
         yield client
 
@@ -204,12 +205,12 @@ def test_a_worker_that_is_killed_in_the_middle_loses_and_doubles_nothing(slow: P
     store = lz.open_store(tmp_path / "acts", durable=False)
     plain = lz.open_store(tmp_path / "plain", durable=False)
     options: dict[str, Any] = {"part_bytes": 200_000, "batch_prompts": 1}
-    run(slow, plain)
+    run(slow, plain, batch_prompts=1)
     killed: list[int] = []
 
     def kill() -> None:
         pids = list(processes.run(os.getpid).values())
-        for _ in range(600):
+        for _ in range(6000):
             groups = list(store.groups().values())
             if groups and len(store.list_parts(groups[0].name)) >= 3:
                 os.kill(pids[0], signal.SIGKILL)
@@ -223,17 +224,18 @@ def test_a_worker_that_is_killed_in_the_middle_loses_and_doubles_nothing(slow: P
     killer.join()
     assert killed
     assert stats.extracted == len(TEXTS)
-    processes.wait_for_workers(2, timeout=60)
+    processes.wait_for_workers(2, timeout=180)
     same(lz.open_store(tmp_path / "acts"), plain)
     written = [one for part in store.view(store.find_group()).parts for one in part.info.digests[:, :8].tobytes().hex(" ", 8).split()]
     assert len(written) == len(set(written)) == len(TEXTS), "what was committed before was looked up, and not run again"
 
 
-def test_prompts_that_kill_every_worker_are_an_error_of_ours(processes: Any) -> None:
+def test_prompts_that_kill_every_worker_are_an_error_of_ours(processes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes.cluster.scheduler, "allowed_failures", 0)  # four deaths as a rule, which take their time
     starts = [lambda: processes.submit(_die, pure=False)]
     with pytest.raises(UnreachableError, match=r"(?s)again and again.*too little memory"):
         cluster.run_on_client(processes, starts, 1, lambda _: None)
-    processes.wait_for_workers(2, timeout=60)
+    processes.wait_for_workers(2, timeout=180)
 
 
 def _die() -> None:
@@ -241,12 +243,12 @@ def _die() -> None:
 
 
 def test_a_call_that_is_interrupted_cancels_what_waits_and_stops_what_runs(slow: Path, processes: Any, tmp_path: Path) -> None:
-    processes.wait_for_workers(2, timeout=60)
+    processes.wait_for_workers(2, timeout=180)
     store = lz.open_store(tmp_path / "acts", durable=False)
     many = [f"{text} {number}" for number in range(40) for text in TEXTS]
 
     def interrupt() -> None:
-        for _ in range(1000):
+        for _ in range(6000):
             groups = list(store.groups().values())
             if groups and store.list_parts(groups[0].name):
                 break
@@ -258,7 +260,7 @@ def test_a_call_that_is_interrupted_cancels_what_waits_and_stops_what_runs(slow:
     with pytest.raises(KeyboardInterrupt):
         run(slow, store, many, coords=None, client=processes, part_seconds=0.0, batch_prompts=2)
     killer.join()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and any(processes.run(_busy).values()):
         time.sleep(0.1)
     assert not any(processes.run(_busy).values())
@@ -343,7 +345,7 @@ def test_a_sweep_sends_no_values_of_a_layered_or_remote_store_and_labels_once(
     y = np.arange(40) % 2
     values[:, :, 0] += 4 * y
     # Files that are reached as objects are, through fsspec.
-    far = Store(FsspecStorage(fsspec.filesystem("file"), str(tmp_path / "far"), "far://acts"))
+    far = Store(FsspecStorage(fsspec.filesystem("file", auto_mkdir=True), str(tmp_path / "far"), "far://acts"))
     near = lz.open_store(tmp_path / "near")
     stores = {"layered": [far, near], "remote": [far, far]}[kind]
     for store, rows in zip(stores, (slice(0, 25), slice(25, 40)), strict=True):
@@ -363,7 +365,9 @@ def test_a_sweep_sends_no_values_of_a_layered_or_remote_store_and_labels_once(
     monkeypatch.setattr(processes, "submit", counted)
     monkeypatch.setattr(processes, "scatter", lambda *args, **options: pytest.fail("values were sent"))
     scores = lz.sweep(array, y, ["logistic_regression", "ridge"], cv=2, client=processes)
-    assert len(sent) == 1 + 3, "the plan, which holds the labels, and a number per layer"
+    assert len(sent) == 1 + 3 * 2, (
+        "the plan, which holds the labels, and then numbers: of a layer and a probe, four threads being more than layers"
+    )
     assert sent[0] < 20_000 < array.nbytes / 10
     assert max(sent[1:]) < 200
     assert not array._in_memory
@@ -374,13 +378,21 @@ def test_a_sweep_sends_no_values_of_a_layered_or_remote_store_and_labels_once(
 # -- the command line ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_makes_workers_or_asks_a_scheduler(llama: Path, processes: Any, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS[:10]))
-    command = [sys.executable, "-W", "error", "-m", "lmprobe_zarr", "extract", str(llama), "prompts.txt", "--device", "cpu", "--json"]
-    for options in (["--workers", "1", "--store", "a"], ["--scheduler", processes.scheduler.address, "--store", str(tmp_path / "b")]):
-        done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["extracted"] == 10
+def test_the_command_line_makes_workers_or_asks_a_scheduler(
+    llama: Path, processes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(TEXTS[:10]))
+    command = ["extract", str(llama), str(prompts), "--device", "cpu", "--json"]
+    assert main([*command, "--scheduler", processes.scheduler.address, "--store", str(tmp_path / "b")]) == 0
+    assert json.loads(capsys.readouterr().out)["extracted"] == 10
+    assert main([*command, "--scheduler", "tcp://127.0.0.1:1", "--workers", "1"]) == 1
+    assert "leave one of the two out" in capsys.readouterr().err
+    # Its workers are started by spawn, so import what was started: the module itself.
+    fresh = [sys.executable, "-W", "error", "-m", "lmprobe_zarr", *command, "--workers", "1", "--store", "a"]
+    done = subprocess.run(fresh, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["extracted"] == 10
     a, b = lz.open_store(tmp_path / "a").dataset(prompts=TEXTS[:10]), lz.open_store(tmp_path / "b").dataset(prompts=TEXTS[:10])
     np.testing.assert_allclose(a.resid_last_token.values, b.resid_last_token.values, atol=1e-5)
 
