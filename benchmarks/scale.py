@@ -1,0 +1,231 @@
+"""How a store grows: to ten million prompts of 80 layers × 8192, on paper and with real documents: ``make bench``.
+
+The documents are those of real parts with their whole index and table of files; only the chunks are left out (a store is opened without
+reading any), except for one small store that is written whole, whose files and requests must be what the paper says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lmprobe_zarr as lz
+from lmprobe_zarr import writer
+from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.schema import GroupInfo, PartInfo, new_part_name, parse_part, part_document
+from lmprobe_zarr.storage import Buffer, LocalStorage
+from lmprobe_zarr.store import Store
+
+LAYERS, HIDDEN, ITEMSIZE = 80, 8192, 2
+GROUP = GroupInfo(model="scale", num_layers=LAYERS, hidden_size=1)
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """One variable of all layers in numbers; `per_prompt` rows of each prompt (1 where pooled)."""
+
+    prompts: int
+    per_prompt: int
+    part_bytes: int
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of one chunk: 4 MiB, or less where many layers are filled together."""
+        nbytes = max(writer.MIN_CHUNK_BYTES, min(writer.CHUNK_BYTES, writer.BUFFER_BYTES // LAYERS))
+        return int(nbytes // (HIDDEN * ITEMSIZE))
+
+    @property
+    def prompts_per_part(self) -> int:
+        return int(max(1, min(self.prompts, self.part_bytes // (LAYERS * HIDDEN * ITEMSIZE * self.per_prompt))))
+
+    @property
+    def parts(self) -> int:
+        return -(-self.prompts // self.prompts_per_part)
+
+    @property
+    def chunks_of_a_layer(self) -> int:
+        """In one part."""
+        return -(-self.prompts_per_part * self.per_prompt // self.chunk_rows)
+
+    @property
+    def objects(self) -> int:
+        """Chunks of all layers; a part's other files are fewer than twenty."""
+        return self.parts * LAYERS * self.chunks_of_a_layer
+
+    @property
+    def nbytes(self) -> int:
+        return self.prompts * self.per_prompt * LAYERS * HIDDEN * ITEMSIZE
+
+
+class Counting(LocalStorage):
+    """A folder that counts what is read."""
+
+    def __init__(self, path: Any) -> None:
+        super().__init__(path)
+        self.reads = self.nbytes = 0
+
+    def read(self, key: str) -> bytes:
+        data = super().read(key)
+        self.reads, self.nbytes = self.reads + 1, self.nbytes + len(data)
+        return data
+
+    def read_view(self, key: str) -> Buffer:
+        data = super().read_view(key)
+        self.reads, self.nbytes = self.reads + 1, self.nbytes + len(data)
+        return data
+
+
+@contextmanager
+def narrow(paper: Paper) -> Iterator[None]:
+    """As many chunks at one number per row as there would be at 8192."""
+    before = writer.CHUNK_BYTES, writer.MIN_CHUNK_BYTES
+    writer.CHUNK_BYTES, writer.MIN_CHUNK_BYTES = paper.chunk_rows * ITEMSIZE, 1  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        writer.CHUNK_BYTES, writer.MIN_CHUNK_BYTES = before  # type: ignore[misc]
+
+
+def write_part(store: Store, paper: Paper, rng: np.random.Generator) -> str:
+    """A real part; its path."""
+    n = paper.prompts_per_part
+    rows = n * paper.per_prompt
+    name = "resid_mean" if paper.per_prompt == 1 else "resid"
+    values = {name: rng.standard_normal((LAYERS, rows, 1)).astype(np.float16)}
+    digests = [row.tobytes().hex() for row in rng.integers(0, 256, (n, 32), np.uint8)]
+    counts = None if paper.per_prompt == 1 else np.full(n, paper.per_prompt)
+    held: dict[str, Any] = {"prompts": values} if counts is None else {"tokens": values}
+    with narrow(paper):
+        part = store.write(GROUP, TokenBatch(sha256=digests, layers=tuple(range(LAYERS)), n_tokens=counts, **held))
+    return f"{GROUP.name}/{part}"
+
+
+def check_paper(folder: Path) -> None:
+    """A store that is written whole has the objects that the paper says, and a layer takes the requests that it says."""
+    for per_prompt in (1, 100):
+        paper = Paper(prompts=4 * GIB // (LAYERS * HIDDEN * ITEMSIZE * per_prompt), per_prompt=per_prompt, part_bytes=GIB)
+        store = lz.open_store(folder / f"whole-{per_prompt}", durable=False)
+        rng = np.random.default_rng(0)
+        for _ in range(paper.parts):
+            write_part(store, paper, rng)
+        level = "prompts" if per_prompt == 1 else "tokens"
+        chunks = sum(1 for _ in Path(store.url).rglob(f"{level}/resid*/c.*"))
+        assert chunks == paper.objects, (chunks, paper.objects)
+        storage = Counting(folder / f"whole-{per_prompt}")
+        fresh = Store(storage, mode="r")
+        data = fresh.dataset() if per_prompt == 1 else fresh.tokens()
+        opened = storage.reads
+        values = data["resid_mean" if per_prompt == 1 else "resid"].isel(layer=7).values
+        assert np.isfinite(values).all()
+        assert opened == paper.parts + 1, (opened, paper.parts)  # each part's document and the group's
+        assert storage.reads - opened == paper.parts * paper.chunks_of_a_layer, storage.reads
+
+
+def simulate(paper: Paper, folder: str) -> dict[str, Any]:
+    """Write the documents of all parts, open them, look prompts up."""
+    root = Path(folder)
+    store = lz.open_store(root, durable=False)
+    rng = np.random.default_rng(0)
+    path = write_part(store, paper, rng)
+    model = parse_part((root / path / "zarr.json").read_bytes(), path)
+    name, nbytes = model.name, 0
+    for _ in range(paper.parts - 1):
+        name = new_part_name(name)
+        digests = rng.integers(0, 256, model.digests.shape, np.uint8)
+        info: PartInfo = replace(model, name=name, digests=digests)
+        target = root / GROUP.name / name
+        target.mkdir()
+        (target / "zarr.json").write_bytes(part_document(info, GROUP))
+    return {"folder": folder, "nbytes": nbytes}
+
+
+def measure(paper: Paper, folder: str) -> dict[str, Any]:
+    """What opening costs, in a process of its own so that its peak of memory is this one's."""
+    before = peak()
+    storage = Counting(folder)
+    began = time.perf_counter()
+    store = Store(storage, mode="r")
+    view = store.view(store.find_group("scale"))
+    found = len(view)
+    opened = time.perf_counter() - began
+    digests = view.digests[np.random.default_rng(1).integers(0, found, 10_000)]
+    wanted = [row.tobytes().hex() for row in digests]
+    view.find(wanted[:1])  # builds the table
+    began = time.perf_counter()
+    assert (view.find(wanted) >= 0).all()
+    looked = time.perf_counter() - began
+    return {
+        "prompts": found,
+        "per_prompt": paper.per_prompt,
+        "part_gib": paper.part_bytes / GIB,
+        "parts": paper.parts,
+        "objects": paper.objects,
+        "bytes": paper.nbytes,
+        "requests_to_open": storage.reads,
+        "document_bytes": storage.nbytes,
+        "open_s": opened,
+        "open_gib": (peak() - before) / GIB,
+        "lookup_10000_ms": 1e3 * looked,
+        "requests_of_a_layer": paper.parts * paper.chunks_of_a_layer,
+        "layer_bytes": paper.nbytes // LAYERS,
+    }
+
+
+def peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("this machine does not tell a process's peak of memory")
+
+
+def run(paper: Paper) -> dict[str, Any]:
+    """Simulate and measure, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        with context.Pool(1) as pool:
+            pool.apply(simulate, (paper, folder))
+        with context.Pool(1) as pool:
+            measured: dict[str, Any] = pool.apply(measure, (paper, folder))
+    return measured
+
+
+def main() -> int:
+    """Print the table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="up to a hundred thousand prompts")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        check_paper(Path(folder))
+    pooled = [10**4, 10**5] if options.quick else [10**4, 10**5, 10**6, 10**7]
+    papers = [Paper(prompts=n, per_prompt=1, part_bytes=gib * GIB) for n in pooled for gib in (1, 8)]
+    papers += [Paper(prompts=n, per_prompt=100, part_bytes=8 * GIB) for n in (pooled[:1] if options.quick else pooled[:2])]
+    rows = [run(paper) for paper in papers]
+    if options.json:
+        json.dump(rows, sys.stdout, indent=2)
+        return 0
+    print("   prompts  rows each   parts of     parts     objects        bytes   documents  to open   memory  10,000 lookups  a layer: requests, bytes")
+    for r in rows:
+        print(
+            f"{r['prompts']:>10,} {r['per_prompt']:>10} {r['part_gib']:>6.0f} GiB {r['parts']:>9,} {r['objects']:>11,} {r['bytes'] / 1e12:>9.3f} TB"
+            f" {r['document_bytes'] / 1e6:>8.1f} MB {r['open_s']:>7.2f} s {r['open_gib']:>4.2f} GiB {r['lookup_10000_ms']:>12.1f} ms"
+            f" {r['requests_of_a_layer']:>14,} {r['layer_bytes'] / 1e9:>8.1f} GB"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
