@@ -217,12 +217,13 @@ def main() -> int:
     if options.json:
         json.dump(rows, sys.stdout, indent=2)
         return 0
-    print("   prompts  rows each   parts of     parts     objects        bytes   documents  to open   memory  10,000 lookups  a layer: requests, bytes")
+    print("   prompts rows of    parts       objects      bytes   documents   to open    memory   10,000   a layer:     bytes")
+    print("             each                                                                     lookups   requests")
     for r in rows:
         print(
-            f"{r['prompts']:>10,} {r['per_prompt']:>10} {r['part_gib']:>6.0f} GiB {r['parts']:>9,} {r['objects']:>11,} {r['bytes'] / 1e12:>9.3f} TB"
-            f" {r['document_bytes'] / 1e6:>8.1f} MB {r['open_s']:>7.2f} s {r['open_gib']:>4.2f} GiB {r['lookup_10000_ms']:>12.1f} ms"
-            f" {r['requests_of_a_layer']:>14,} {r['layer_bytes'] / 1e9:>8.1f} GB"
+            f"{r['prompts']:>10,} {r['per_prompt']:>4} {r['part_gib']:>2.0f} GiB {r['parts']:>6,} {r['objects']:>11,}"
+            f" {r['bytes'] / 1e12:>7.3f} TB {r['document_bytes'] / 1e6:>7.1f} MB {r['open_s']:>7.2f} s {r['open_gib']:>5.2f} GiB"
+            f" {r['lookup_10000_ms']:>5.1f} ms {r['requests_of_a_layer']:>10,} {r['layer_bytes'] / 1e9:>7.1f} GB"
         )
     return 0
 

@@ -24,7 +24,7 @@ from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneErro
 from lmprobe_zarr.schema import ArrayInfo
 from lmprobe_zarr.storage import REMOTE_THREADS, Storage
 
-__all__ = ["TEXT_BYTES", "Piece", "StoredArray", "encode_chunk", "file_entry", "read_pieces", "run_all"]
+__all__ = ["TEXT_BYTES", "Piece", "StoredArray", "encode_chunk", "file_entry", "is_intact", "read_pieces", "run_all"]
 
 Array = npt.NDArray[Any]
 Rows = slice | npt.NDArray[np.int64]
@@ -67,6 +67,14 @@ def encode_chunk(values: Array, info: ArrayInfo) -> bytes:
 def file_entry(data: bytes, *, chunk: bool) -> tuple[int, int]:
     """Length and crc32c of a file as a part's table has them; see `schema.PartInfo.files`."""
     return len(data), _CRC.unpack(data[-4:])[0] if chunk else google_crc32c.value(data)
+
+
+def is_intact(name: str, data: bytes, entry: Sequence[int]) -> bool:
+    """Whether a file of a part is what its commit says, by its name and its entry in the part's table."""
+    chunk = name.rpartition("/")[2].startswith("c.")
+    if (len(data), *entry[1:]) != tuple(entry) or (chunk and len(data) < 4):
+        return False
+    return int(google_crc32c.value(data[:-4] if chunk else data)) == entry[1] and (not chunk or file_entry(data, chunk=True)[1] == entry[1])
 
 
 def fill_value(dtype: str | np.dtype[Any]) -> Any:

@@ -159,8 +159,8 @@ def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts:
     * where the name of an unfinished part lies in between: nobody knows what it will hold;
     * at a part that is larger than half of `part_bytes`, and where the sum would be larger than `part_bytes`.
 
-    A run of **annotations** has equal columns. Others, and parts, may lie in between where they have no column, or no prompt, in common with
-    what of the run came before them.
+    A run of **annotations** has equal columns. Others, and parts, may lie in between where they have no column, or no prompt, in common
+    with what of the run came before them.
 
     Parameters
     ----------

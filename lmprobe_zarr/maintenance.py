@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,6 +38,7 @@ __all__ = [
     "remove_entries",
     "remove_part",
     "stamp_parts",
+    "write_again",
 ]
 
 logger = logging.getLogger("lmprobe_zarr.cache")
@@ -278,7 +279,7 @@ def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], di
             remove_part(storage, part)
             continue
         if keep.any():
-            _write_again(storage, group, part, np.flatnonzero(keep), durable=durable)
+            write_again(storage, group, part, np.flatnonzero(keep), durable=durable)
         else:
             for other in (p for p in parts if p.info.name in part.info.replaces):
                 remove_part(storage, other)
@@ -286,24 +287,49 @@ def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], di
     return concerned
 
 
-def _write_again(storage: Storage, group: GroupInfo, part: Part, rows: Ints, *, durable: bool) -> None:
-    """A part as another one with only some of its prompts, which hides it."""
+def write_again(
+    storage: Storage,
+    group: GroupInfo,
+    part: Part,
+    rows: Ints,
+    *,
+    durable: bool,
+    without: Collection[str] = (),
+    layers: Container[int] | None = None,
+    after: str = "",
+    hides: bool = True,
+) -> PartInfo:
+    """A part as another one with only some of what it holds.
+
+    Parameters
+    ----------
+    storage, group, part
+    rows : ndarray of int
+        Which of its prompts.
+    durable : bool
+        Flush it before it is committed.
+    without, layers
+        What is left out, and what is kept; see `reread.read_batches`.
+    after : str
+        Name that the new one sorts right behind; by default that of the part.
+    hides : bool
+        Whether the new one replaces it.
+    """
     info = part.info
-    compressed = any(array.shuffle is not None for array in info.arrays.values())
     writer = PartWriter(
         storage,
         group,
-        replacement_name(info.name),
+        replacement_name(after or info.name),
         kind=info.kind,
-        compressed=compressed,
+        compressed=any(array.shuffle is not None for array in info.arrays.values()),
         durable=durable,
-        replaces=(info.name, *info.replaces),
+        replaces=(info.name, *info.replaces) if hides else (),
         recorded=info.recorded,
     )
     try:
-        for batch in read_batches(open_view(storage, group, [part], []), rows):
+        for batch in read_batches(open_view(storage, group, [part], []), rows, without=without, layers=layers):
             writer.append(batch)
-        writer.commit()
+        return writer.commit()
     except BaseException:
         with suppress(OSError):
             writer.abort()

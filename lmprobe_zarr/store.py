@@ -16,7 +16,9 @@ from lmprobe_zarr import config
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.chunks import run_all
 from lmprobe_zarr.compaction import CompactPlan, Listing, list_names, merge_run, plan_runs
+from lmprobe_zarr.copying import CopySummary, copy_group
 from lmprobe_zarr.datasets import choose_layers, to_dataset
+from lmprobe_zarr.dropping import drop_variables
 from lmprobe_zarr.errors import (
     AccessDeniedError,
     AmbiguousProvenanceError,
@@ -995,12 +997,130 @@ class Store:
             )
 
     def _selection(self, info: GroupInfo, prompts: Iterable[Any] | None, layers: LayerSpec | None) -> Selection:
-        view = self.view(info)
+        view = self.own.view(info)
         keys = None if prompts is None else keys_of(view.digests[view.select(prompts)])
         held = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
         return Selection(
             group=info, listing=self.listing(info), keys=keys, layers=None if layers is None else choose_layers(view, held, layers)
         )
+
+    def copy_to(
+        self,
+        target: Store | str | os.PathLike[str],
+        *,
+        model: str | None = None,
+        prompts: Iterable[Any] | None = None,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> CopySummary:
+        """Push what another store lacks into it, by prompt, variable and layer.
+
+        Parts of which it has nothing go over as they are, under their own names; of others, what is missing is written anew. Columns of
+        prompts that it has already are left as they are there; annotations go over. An interrupted copy is completed by calling again.
+        Of several stores that are read as one the last alone is copied, so its target may be one of those below it.
+
+        Parameters
+        ----------
+        target : Store, path or URL
+            A store that can be written to; made where there is none.
+        model, provenance, group : optional
+            Which groups; all that match. With `prompts` just one.
+        prompts : iterable of str or sequence of int, optional
+            Only these.
+        storage_options : mapping, optional
+            Passed to the fsspec file system.
+        progress : bool
+            Show a bar on terminals.
+
+        Raises
+        ------
+        ReadOnlyError, NoSpaceError, MissingPromptsError, ModelNotStoredError, AmbiguousProvenanceError, CorruptPartError
+        """
+        other = target if isinstance(target, Store) else open_store(target, "a", storage_options=storage_options, durable=self.durable)
+        other.check_writable()
+        if other.url == self.url:
+            raise InvalidArgumentError(f"{self.url} cannot be copied into itself: give another place")
+        if prompts is None:
+            chosen = [Selection(group=info, listing=self.listing(info)) for info in self._meant(model, provenance, group)]
+        else:
+            chosen = [self._selection(self.own.find_group(model, provenance=provenance, group=group), prompts, None)]
+        total = CopySummary(url=other.url)
+        with progress_bar(total_nbytes(chosen), description="copy", unit="B", enabled=progress) as advance:
+            for one in chosen:
+                total += copy_group(
+                    self.storage,
+                    other.storage,
+                    one.group,
+                    one.listing,
+                    other.listing(one.group),
+                    one.keys,
+                    other.new_part,
+                    durable=other.durable,
+                    advance=advance,
+                )
+        return total
+
+    def drop(
+        self,
+        model: str | None,
+        variables: Iterable[str],
+        *,
+        layers: LayerSpec | None = None,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+    ) -> int:
+        """Give variables up and free their space; everything else is shown as before. ``drop(model, ["resid"])`` frees the tokens and keeps
+        the pooled vectors.
+
+        Every part that holds one of them is written again without it, and its old files are removed. Views that are open raise
+        `PartGoneError`. How many tokens prompts have, and their ids, stay. A part that is left without anything goes, and with it prompts
+        that nothing else holds. Of several stores that are read as one the last alone gives them up, and what lies below goes on to show.
+
+        Parameters
+        ----------
+        model : str
+            Name of the model.
+        variables : iterable of str
+            Names, as in `dataset` and `tokens`.
+        layers : "all", "middle", "last", int, sequence of int or slice, optional
+            Only these layers of them; None drops them altogether.
+        provenance, group : optional
+            Choose between several groups of one model.
+
+        Returns
+        -------
+        int
+            Parts that held any of them.
+
+        Raises
+        ------
+        InvalidArgumentError
+            A variable is not stored; nothing is dropped.
+        ModelNotStoredError, AmbiguousProvenanceError, LayerOutOfRangeError, ReadOnlyError, NoSpaceError
+        """
+        self.check_writable()
+        if isinstance(variables, str):
+            raise InvalidTypeError(f"variables is one text: give a list, as [{variables!r}]")
+        names = set(variables)
+        own = self.own
+        info = own.find_group(model, provenance=provenance, group=group)
+        view = own.view(info)
+        held = sorted({name for level in LEVELS for name in view.variables(level)})
+        if absent := sorted(names - set(held)):
+            raise InvalidArgumentError(f"{absent[0]!r} is not stored in {view.where}, which holds {', '.join(held) or 'none'}")
+        every = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+        chosen = None if layers is None else choose_layers(view, every, layers)
+        concerned = 0
+        while True:
+            listing = self.listing(info)
+            count = drop_variables(self.storage, info, listing, names, chosen, durable=self.durable)
+            for part in listing.parts if count else ():
+                self.forget(part.path)
+            concerned += count
+            if not count:  # as in `delete`
+                return concerned
 
     # ------------------------------------------------------------------------------------------------------- printing
 

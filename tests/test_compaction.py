@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import tracemalloc
 import uuid
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def assert_same(store: Store, before: Shown) -> None:
 
 
 def n_parts(store: Store) -> tuple[int, int]:
-    view = lz.open_store(store.storage).view(GROUP)
+    view = lz.open_store(store.url).view(GROUP)
     return len(view.parts), len(view.annotations)
 
 
@@ -58,25 +59,21 @@ SHAPES: list[dict[str, Any]] = [
     {"tokens": False},
     {"dtype": "float16", "columns": True},
 ]
-parts = st.fixed_dictionaries(
-    {
-        "texts": st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=4, unique=True),
-        "shape": st.sampled_from([0, 0, 0, 0, 1]),
-        "counts": st.lists(st.integers(1, 2), min_size=4, max_size=4),
-    }
-)
-notes = st.fixed_dictionaries(
-    {
-        "texts": st.lists(st.sampled_from(PROMPTS), min_size=1, max_size=3, unique=True),
-        "names": st.sampled_from([("label",), ("split",), ("label", "split")]),
-    }
-)
+Item = dict[str, Any]
 
 
-def write_item(store: Store, item: dict[str, Any], seed: int, shapes: list[int]) -> None:
+def drawn(rng: random.Random) -> Item:
+    """A part of one of two shapes, or an annotation. Few prompts, so that they meet."""
+    if rng.random() < 0.3:
+        return {"texts": rng.sample(PROMPTS, rng.randint(1, 2)), "names": rng.choice([("label",), ("split",), ("label", "split")])}
+    counts = [rng.choice([1, 1, 1, 2]) for _ in PROMPTS]
+    return {"texts": rng.sample(PROMPTS, rng.randint(1, 3)), "shape": rng.choice([0, 0, 0, 0, 1]), "counts": counts}
+
+
+def write_item(store: Store, item: Item, seed: int, shapes: list[int]) -> None:
     texts = item["texts"]
     if "names" in item:
-        values = {"label": [100 * seed + i for i in range(len(texts))], "split": [f"{seed}.{i}" for i in range(len(texts))]}
+        values: dict[str, Any] = {"label": [100 * seed + i for i in range(len(texts))], "split": [f"{seed}.{i}" for i in range(len(texts))]}
         batch = TokenBatch(sha256=[prompt_sha256(t) for t in texts], prompt_columns={name: values[name] for name in item["names"]})
         store.write(GROUP, batch, kind="annotation")
         return
@@ -85,37 +82,36 @@ def write_item(store: Store, item: dict[str, Any], seed: int, shapes: list[int])
     store.write(GROUP, make_batch(texts, seed=seed, n_tokens=item["counts"][: len(texts)], columns=columns, **shape))
 
 
-@settings(max_examples=100)
-@given(
-    items=st.lists(st.one_of(parts, parts, parts, notes), min_size=2, max_size=9),
-    later=st.lists(st.one_of(parts, notes), max_size=3),
-    share=st.sampled_from([1, 3, 10**6, 10**6]),
-    shapes=st.permutations(range(len(SHAPES))),
-)
-def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(
-    items: list[dict[str, Any]], later: list[dict[str, Any]], share: int, shapes: list[int]
-) -> None:
-    # Two shapes at a time, one of them often, so that runs and what interrupts them meet.
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(seed: int) -> None:
+    # Drawn by the seed, not by hypothesis item by item: that draws short and equal lists, in which little meets.
+    rng = random.Random(seed)
+    first: Item = {"texts": PROMPTS[:1], "shape": 0, "counts": [1]}
+    items = [first, *(drawn(rng) for _ in range(rng.randint(4, 10)))]
+    later = [drawn(rng) for _ in range(rng.randint(0, 3))]
+    shapes = rng.sample(range(len(SHAPES)), 2)
+    part_bytes = rng.choice([30_000, 60_000, 2**30, 2**30])
     root = f"memory://{uuid.uuid4().hex}"
     try:
         plain, compacted = lz.open_store(f"{root}/plain"), lz.open_store(f"{root}/compacted")
         items = [next((item for item in items if "shape" in item), {"texts": ["p0"], "shape": 0, "counts": [1]}), *items]
-        for seed, item in enumerate(items):
+        for i, item in enumerate(items):
             for store in (plain, compacted):
-                write_item(store, item, seed, shapes)
+                write_item(store, item, i, shapes)
         assert_same(compacted, shown(plain))
-        plan = compacted.compact(part_bytes=2000 * share, progress=False)
+        plan = compacted.compact(part_bytes=part_bytes, progress=False)
         assert not plan.left
         assert sum(n_parts(compacted)) == plan.parts_after
         assert_same(compacted, shown(plain))
-        assert_same(lz.open_store(compacted.storage), shown(plain))
+        assert_same(lz.open_store(compacted.url), shown(plain))
         compacted.gc(max_age=0)
-        assert_same(lz.open_store(compacted.storage), shown(plain))
-        for seed, item in enumerate(later, 50):
+        assert_same(lz.open_store(compacted.url), shown(plain))
+        for i, item in enumerate(later, 50):
             for store in (plain, compacted):
-                write_item(store, item, seed, shapes)
+                write_item(store, item, i, shapes)
         compacted.compact(progress=False)
-        assert_same(lz.open_store(compacted.storage), shown(plain))
+        assert_same(lz.open_store(compacted.url), shown(plain))
     finally:
         # Where all lies in one mapping, a listing takes the longer the more there is.
         fsspec.filesystem("memory").rm(root, recursive=True)
@@ -232,7 +228,7 @@ def test_dtypes_widths_and_codecs_are_kept(store: Store) -> None:
             },
             unlayered=frozenset({"logits_last_token_top_k_values", "logits_last_token_top_k_indices"}),
             stored_dtype={"resid_mean": "bfloat16"},
-            prompt_columns={"seen": [True, False, True], "weight": [0.5, float("nan"), 2.0], "n": [1, 2, 3]},
+            prompt_columns={"seen": np.array([True, False, True]), "weight": np.array([0.5, np.nan, 2.0]), "n": np.array([1, 2, 3])},
         )
         store.write(GROUP, batch, compressed=False)
     wider = replace(
@@ -284,7 +280,7 @@ def test_a_view_that_is_open_goes_on(store: Store) -> None:
     for i in range(3):
         store.write(GROUP, make_batch([f"p{i}"], seed=i))
     before = shown(store)
-    lazy = lz.open_store(store.storage).dataset()
+    lazy = lz.open_store(store.url).dataset()
     store.compact()
     store.gc()
     xr.testing.assert_identical(lazy.load(), before[0])
@@ -292,13 +288,13 @@ def test_a_view_that_is_open_goes_on(store: Store) -> None:
 
 def test_a_store_for_reading_is_not_compacted(store: Store) -> None:
     store.write(GROUP, make_batch(["a"]))
-    reader = lz.open_store(store.storage, mode="r")
+    reader = lz.open_store(store.url, mode="r")
     for call in (reader.compact, reader.gc):
         with pytest.raises(lz.errors.ReadOnlyError):
-            call()  # type: ignore[operator]
+            call()
     for wrong in ({"part_bytes": 0}, {"part_bytes": True}, {"min_parts": 1}):
         with pytest.raises(lz.errors.InvalidArgumentError):
-            store.compact(**wrong)  # type: ignore[arg-type]
+            store.compact(**wrong)
     with pytest.raises(lz.errors.ModelNotStoredError):
         store.compact("nobody")
     assert lz.open_store("memory://nothing-there").compact().runs == ()
@@ -346,8 +342,8 @@ class Meanwhile(Storage):
             self._act()
         self.inner.write(key, data, durable=durable)
 
-    def commit(self, key: str, data: Any, *, durable: bool) -> None:
-        self.inner.commit(key, data, durable=durable)
+    def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
+        self.inner.commit(key, data, durable=durable, replace=replace)
         if self.after:
             self._act()
 
@@ -370,7 +366,7 @@ def test_a_part_committed_meanwhile_wins(root: str, after: bool) -> None:
     store = three_parts(root)
 
     def write() -> None:
-        lz.open_store(store.storage).write(GROUP, make_batch(["a"], seed=7))
+        lz.open_store(store.url).write(GROUP, make_batch(["a"], seed=7))
 
     plan = Store(Meanwhile(store.storage, write, after=after)).compact(progress=False)
     assert len(plan.runs) == 1
@@ -419,14 +415,13 @@ def test_prompts_deleted_meanwhile_do_not_come_back(root: str, after: bool) -> N
     store = three_parts(root)
 
     def delete() -> None:
-        lz.open_store(store.storage).delete("acme/toy", ["a"])
+        lz.open_store(store.url).delete("acme/toy", ["a"])
 
     Store(Meanwhile(store.storage, delete, after=after)).compact(progress=False)
     fresh = lz.open_store(root)
     assert len(fresh.view(GROUP)) == 3
     assert fresh.view(GROUP).locate("a") is None
-    everywhere = [part for part in fresh.list_parts(GROUP.name)]
-    assert not any(prompt_sha256("a") == row.tobytes().hex() for part in everywhere for row in part.info.digests)
+    assert not any(prompt_sha256("a") == row.tobytes().hex() for part in fresh.list_parts(GROUP.name) for row in part.info.digests)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -434,7 +429,11 @@ def test_two_that_compact_at_once_show_the_same(root: str, after: bool) -> None:
     store = three_parts(root)
     before = shown(store)
     rival = lz.open_store(root)
-    Store(Meanwhile(store.storage, lambda: str(rival.compact(progress=False)) and None, after=after)).compact(progress=False)
+
+    def compact() -> None:
+        rival.compact(progress=False)
+
+    Store(Meanwhile(store.storage, compact, after=after)).compact(progress=False)
     assert_same(lz.open_store(root), before)
     lz.open_store(root).compact(progress=False)
     assert n_parts(store) == (1, 0)
@@ -491,7 +490,7 @@ def test_memory_is_bounded_by_blocks_not_by_the_part(tmp_path: Path) -> None:
         )
     del values
     tracemalloc.start()
-    plan = lz.open_store(store.storage, durable=False).compact(progress=False)
+    plan = lz.open_store(store.url, durable=False).compact(progress=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert plan.nbytes > 320e6

@@ -64,7 +64,7 @@ def test_replaced_parts_go_once_they_are_old_and_the_view_stays(store: Store) ->
     gone = store.gc(max_age=0)
     assert "6 replaced parts" in str(gone)
     assert gone.freed == planned.freed > 0
-    fresh = lz.open_store(store.storage)
+    fresh = lz.open_store(store.url)
     assert len(fresh.list_parts(GROUP.name)) == 1
     xr.testing.assert_identical(fresh.dataset().load(), before)
     assert store.gc(max_age=0).freed == 0
@@ -79,7 +79,7 @@ def test_what_a_killed_writer_left_goes_once_it_is_old(store: Store) -> None:
     assert len(store.gc(max_age=0).unfinished) == 1
     assert not store.storage.list(key)
     assert key.rpartition("/")[2] not in store.storage.list(GROUP.name)
-    assert len(lz.open_store(store.storage).view(GROUP)) == 1
+    assert len(lz.open_store(store.url).view(GROUP)) == 1
 
 
 def test_the_newest_file_tells_the_age_of_a_part_that_is_being_written(folder: Store) -> None:

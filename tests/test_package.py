@@ -29,7 +29,7 @@ ROOMS = [
     {"datasets", "reread"},
     {"maintenance"},
     {"card", "compaction"},
-    {"garbage"},
+    {"copying", "dropping", "garbage"},
     {"publishing"},
     {"store"},
     {"activations", "backend", "ingest", "legacy"},

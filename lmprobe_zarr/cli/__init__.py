@@ -14,6 +14,7 @@ from lmprobe_zarr.cli.extract import add_extract
 from lmprobe_zarr.cli.show import add_info, add_show
 from lmprobe_zarr.cli.sweep import add_sweep
 from lmprobe_zarr.cli.transfer import add_export, add_import
+from lmprobe_zarr.cli.upkeep import add_compact, add_gc, add_publish
 from lmprobe_zarr.errors import LmprobeZarrError
 
 __all__ = ["main"]
@@ -67,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     add_evict(commands)
     add_clear(commands)
     add_delete(commands)
+    add_compact(commands)
+    add_gc(commands)
+    add_publish(commands)
     add_import(commands)
     add_export(commands)
     return parser

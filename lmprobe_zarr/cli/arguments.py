@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from lmprobe_zarr import config
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.layers import LayerSpec
 
-__all__ = ["add_choice", "add_command", "add_store", "parse_layers", "split_names"]
+__all__ = ["add_choice", "add_command", "add_store", "add_yes", "confirm", "parse_layers", "split_names"]
 
 
 def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
@@ -32,6 +33,26 @@ def add_store(command: argparse.ArgumentParser, *, positional: bool) -> None:
 def add_choice(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="name of the model, where the store holds several")
     command.add_argument("--group", help="name of the group, where a model has several")
+
+
+def add_yes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def confirm(options: argparse.Namespace, question: str) -> None:
+    """Go on only where the user says so.
+
+    Raises
+    ------
+    InvalidArgumentError
+        He does not, or there is nobody to ask.
+    """
+    if options.yes:
+        return
+    if options.json or not sys.stdin.isatty():
+        raise InvalidArgumentError(f"{question} There is nobody to ask: add --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
+        raise InvalidArgumentError("nothing was deleted")
 
 
 def parse_layers(text: str) -> LayerSpec:

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from typing import Any
 
 from lmprobe_zarr.cache import CacheInfo, EvictPlan, ModelCacheInfo, cache_info, clear_cache, evict
-from lmprobe_zarr.cli.arguments import add_choice, add_command
+from lmprobe_zarr.cli.arguments import add_choice, add_command, add_yes, confirm
 from lmprobe_zarr.cli.printing import print_json
-from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.store import open_store
 
 __all__ = ["add_cache", "add_clear", "add_delete", "add_evict"]
-
-
-def _confirm(options: argparse.Namespace, question: str) -> None:
-    """Go on only where the user says so.
-
-    Raises
-    ------
-    InvalidArgumentError
-        He does not, or there is nobody to ask.
-    """
-    if options.yes:
-        return
-    if options.json or not sys.stdin.isatty():
-        raise InvalidArgumentError(f"{question} There is nobody to ask: add --yes")
-    if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
-        raise InvalidArgumentError("nothing was deleted")
-
-
-def _add_yes(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def add_cache(commands: Any) -> None:
@@ -71,14 +49,14 @@ def add_evict(commands: Any) -> None:
     command.add_argument("store", nargs="?", default=None, help="another folder or URL than the cache; a remote one only when named here")
     command.add_argument("--max-gb", type=float, help="what may stay, in GB of 1024³ bytes (default: the cache's limit)")
     command.add_argument("--min-age", type=float, help="keep what was committed or used less than this many seconds ago")
-    _add_yes(command)
+    add_yes(command)
 
 
 def _evict(options: argparse.Namespace) -> None:
     request = {"max_gb": options.max_gb, "min_age": options.min_age}
     plan = evict(options.store, dry_run=True, **request)
     if plan is not None and plan.entries:
-        _confirm(options, f"{plan.freed} bytes in {len(plan.entries)} entries would go.")
+        confirm(options, f"{plan.freed} bytes in {len(plan.entries)} entries would go.")
         plan = evict(options.store, **request)
     if options.json:
         print_json(_plan(plan))
@@ -98,7 +76,7 @@ def add_clear(commands: Any) -> None:
     command.add_argument("store", nargs="?", default=None, help="another folder or URL than the cache; a remote one only when named here")
     command.add_argument("--model", help="only those of this model")
     command.add_argument("--legacy", action="store_true", help="delete lmprobe's own entries beside the store too")
-    _add_yes(command)
+    add_yes(command)
 
 
 def _clear(options: argparse.Namespace) -> None:
@@ -106,7 +84,7 @@ def _clear(options: argparse.Namespace) -> None:
     if not options.json:
         print(info)
     if info.models or (options.legacy and info.legacy):
-        _confirm(options, f"All of {options.model or 'it'} would be deleted.")
+        confirm(options, f"All of {options.model or 'it'} would be deleted.")
     count = clear_cache(options.model, url=options.store, legacy=options.legacy)
     if options.json:
         print_json({"deleted": count, "legacy_left": 0 if options.legacy else sum(model.num_prompts for model in info.legacy)})
@@ -123,12 +101,12 @@ def add_delete(commands: Any) -> None:
     command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
     command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
     add_choice(command)
-    _add_yes(command)
+    add_yes(command)
 
 
 def _delete(options: argparse.Namespace) -> None:
     prompts, _ = read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])
     store = open_store(options.store)
-    _confirm(options, f"{len(prompts)} prompts in {store.url} would be deleted for good.")
+    confirm(options, f"{len(prompts)} prompts in {store.url} would be deleted for good.")
     parts = store.delete(options.model, prompts, group=options.group)
     print_json({"prompts": len(prompts), "parts": parts}) if options.json else print(f"{len(prompts)} prompts deleted from {parts} parts")

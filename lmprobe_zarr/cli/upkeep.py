@@ -1,0 +1,108 @@
+"""The commands ``compact``, ``gc`` and ``publish``. Only ``gc`` deletes, and asks first."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, add_yes, confirm, parse_layers
+from lmprobe_zarr.cli.printing import print_json
+from lmprobe_zarr.garbage import GcSummary
+from lmprobe_zarr.prompt_files import FORMATS, read_prompts
+from lmprobe_zarr.store import open_store
+
+__all__ = ["add_compact", "add_gc", "add_publish"]
+
+
+def _add_dry_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true", help="only say what would be done")
+
+
+def add_compact(commands: Any) -> None:
+    command = add_command(commands, "compact", _compact, "merge small parts into larger ones; what the store shows stays the same")
+    add_store(command, positional=True)
+    add_choice(command)
+    command.add_argument("--part-bytes", type=int, help="the most that a merged part holds, uncompressed (default: 1 GiB)")
+    command.add_argument("--min-parts", type=int, default=2, help="fewer neighbours than this stay as they are (default: %(default)s)")
+    _add_dry_run(command)
+
+
+def _compact(options: argparse.Namespace) -> None:
+    plan = open_store(options.store).compact(
+        options.model,
+        group=options.group,
+        part_bytes=options.part_bytes,
+        min_parts=options.min_parts,
+        dry_run=options.dry_run,
+        progress=not options.json,
+    )
+    if options.json:
+        runs = [[part.path for part in run.parts] for run in plan.runs]
+        document = {"url": plan.url, "parts": plan.parts, "parts_after": plan.parts_after, "nbytes": plan.nbytes}
+        print_json({**document, "runs": runs, "left": len(plan.left), "dry_run": options.dry_run})
+    else:
+        print(plan)
+
+
+def add_gc(commands: Any) -> None:
+    command = add_command(commands, "gc", _gc, "delete parts that others replaced long ago, and what killed writers left")
+    command.add_argument("store", help="folder or URL of the store")
+    command.add_argument("--max-age", type=float, default=86400.0, help="only what is older than this many seconds (default: %(default)s)")
+    _add_dry_run(command)
+    add_yes(command)
+
+
+def _gc(options: argparse.Namespace) -> None:
+    store = open_store(options.store)
+    summary = store.gc(max_age=options.max_age, dry_run=True)
+    count = len(summary.replaced) + len(summary.unfinished) + len(summary.partials) + len(summary.stamps)
+    if count and not options.dry_run:
+        confirm(options, f"{summary.freed} bytes in {count} entries would be deleted.")
+        summary = store.gc(max_age=options.max_age)
+    print_json(_document(summary, options.dry_run)) if options.json else print(summary)
+
+
+def _document(summary: GcSummary, dry_run: bool) -> dict[str, Any]:
+    return {
+        "url": summary.url,
+        "replaced": [part.path for part in summary.replaced],
+        "unfinished": [left.folder for left in summary.unfinished],
+        "files": [*summary.partials, *summary.stamps],
+        "freed": summary.freed,
+        "young": summary.young,
+        "dry_run": dry_run,
+    }
+
+
+def add_publish(commands: Any) -> None:
+    command = add_command(commands, "publish", _publish, "write a compacted, frozen copy that plain web servers can serve")
+    command.add_argument("store", help="folder or URL of the store")
+    command.add_argument("url", help="a new or empty place")
+    add_choice(command)
+    command.add_argument("--prompts", help="only these prompts or hashes: .txt, .jsonl or .csv; - is standard input")
+    command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
+    command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
+    command.add_argument("--layers", help="only these: all, middle, last, 0,4,-1 or 8:24")
+    command.add_argument("--no-text", action="store_true", help="leave the prompts' texts out")
+    command.add_argument("--overwrite", action="store_true", help="replace a copy that was published there before")
+
+
+def _publish(options: argparse.Namespace) -> None:
+    prompts = None
+    if options.prompts is not None:
+        prompts, _ = read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])
+    summary = open_store(options.store, mode="r").publish(
+        options.url,
+        model=options.model,
+        group=options.group,
+        prompts=prompts,
+        layers=None if options.layers is None else parse_layers(options.layers),
+        text=not options.no_text,
+        overwrite=options.overwrite,
+        progress=not options.json,
+    )
+    if options.json:
+        numbers = {name: getattr(summary, name) for name in ("groups", "parts", "prompts", "nbytes")}
+        print_json({"url": summary.url, **numbers})
+    else:
+        print(summary)
