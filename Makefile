@@ -53,7 +53,7 @@ endif
 $(CORE)/ready: pyproject.toml
 	$(NEWER) -m venv --clear $(CORE)
 	$(CORE)/bin/python -m pip install --quiet --upgrade pip
-	$(CORE)/bin/python -m pip install --quiet --editable ".[distributed,plot]" --group test
+	$(CORE)/bin/python -m pip install --quiet --editable ".[distributed,plot,http]" --group test
 	touch $@
 
 bench: setup
