@@ -107,9 +107,20 @@ def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(
         assert_same(lz.open_store(compacted.url), shown(plain))
         compacted.gc(max_age=0)
         assert_same(lz.open_store(compacted.url), shown(plain))
-        for i, item in enumerate(later, 50):
+        for i, item in enumerate([drawn(rng) for _ in range(3)], 30):
             for store in (plain, compacted):
                 write_item(store, item, i, shapes)
+        writer = lz.open_store(compacted.url)
+
+        def write_later() -> None:
+            for i, item in enumerate(later, 50):
+                for store in (plain, writer):
+                    write_item(store, item, i, shapes)
+
+        meanwhile = Meanwhile(compacted.storage, write_later, after=rng.random() < 0.5)
+        Store(meanwhile).compact(progress=False)
+        meanwhile.act_now()
+        assert_same(lz.open_store(compacted.url), shown(plain))
         compacted.compact(progress=False)
         assert_same(lz.open_store(compacted.url), shown(plain))
     finally:
@@ -134,8 +145,9 @@ def test_parts_of_one_shape_become_one_and_prompts_that_were_superseded_are_gone
 
 def test_a_name_stays_at_its_place_and_names_all_that_it_stands_for(store: Store) -> None:
     names = [store.write(GROUP, make_batch([t], seed=i)) for i, t in enumerate("abcd")]
-    store.compact(part_bytes=3000)
-    store.compact()
+    one = store.compact(dry_run=True).nbytes // 4
+    assert store.compact(part_bytes=2 * one + one // 2).parts_after == 2
+    assert store.compact().parts_after == 1
     merged = store.view(GROUP).parts[-1].info
     assert merged.name.startswith(f"{names[-1]}.")
     assert set(names) <= set(merged.replaces)
@@ -314,7 +326,7 @@ class Meanwhile(Storage):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def _act(self) -> None:
+    def act_now(self) -> None:
         act, self.act = self.act, None
         if act is not None:
             act()
@@ -339,13 +351,13 @@ class Meanwhile(Storage):
 
     def write(self, key: str, data: Any, *, durable: bool) -> None:
         if not self.after:
-            self._act()
+            self.act_now()
         self.inner.write(key, data, durable=durable)
 
     def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
         self.inner.commit(key, data, durable=durable, replace=replace)
         if self.after:
-            self._act()
+            self.act_now()
 
     def remove(self, keys: Any) -> None:
         self.inner.remove(keys)
