@@ -339,6 +339,115 @@ def test_reading_writes_nothing(s3: S3, url: str, identity: dict[str, Any]) -> N
     assert not [request for request in s3.proxy.requests if request.method in WRITES]
 
 
+# ------------------------------------------------------------------------------------------------- sharing and upkeep
+
+
+@pytest.mark.parametrize("identity", [GETTER, ANON], ids=["who may not list", "anonymous"])
+def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity: dict[str, Any]) -> None:
+    store = lz.open_store(filled)
+    summary = store.publish(f"{filled}-published", progress=False)
+    assert summary.parts == 1
+    assert summary.prompts == 1000
+    copy = counted(s3, f"{filled}-published", identity, mode=None)
+    assert copy.mode == "r"
+    values = copy.dataset("acme/toy").resid_mean.sel(layer=1).values
+    np.testing.assert_array_equal(values, np.concatenate([batch.prompts["resid_mean"][1] for batch in PARTS]))
+    kinds = s3.proxy.kinds()
+    assert set(kinds) == {"GET"}
+    assert kinds["GET"] <= 5, "root, group, the one part, its chunk"
+    with pytest.raises(ReadOnlyError, match="published"):
+        counted(s3, f"{filled}-published", ADMIN, mode="a")
+    card = lz.open_store(f"{filled}-published").storage.read("README.md").decode()
+    assert "acme/toy" in card
+    assert not any(secret in card for one in (ADMIN, READER, GETTER) for secret in (one["key"], one["secret"]))
+
+
+def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:
+    store = lz.open_store(filled)
+    before = store.dataset("acme/toy").load()
+    early = lz.open_store(filled, "r").dataset("acme/toy")
+    plan = store.compact(progress=False)
+    assert (plan.parts, plan.parts_after) == (10, 1)
+    np.testing.assert_array_equal(early.resid_mean.values, before.resid_mean.values)
+    assert store.gc(max_age=3600).replaced == (), "younger than that"
+    assert len(store.gc(max_age=0).replaced) == 10
+    fresh = counted(s3, filled)
+    xr.testing.assert_identical(fresh.dataset("acme/toy").load().drop_attrs(), before.drop_attrs())
+    assert s3.proxy.kinds()["GET"] < 30
+    assert len(fresh.view(fresh.find_group("acme/toy")).parts) == 1
+
+
+def test_tokens_are_dropped_and_the_pooled_vectors_stay(s3: S3, filled: str) -> None:
+    store = lz.open_store(filled)
+    before = store.dataset("acme/toy").resid_mean.values
+    assert store.drop("acme/toy", ["resid"]) == 10
+    fresh = lz.open_store(filled, "r")
+    np.testing.assert_array_equal(fresh.dataset("acme/toy").resid_mean.values, before)
+    assert "resid" not in fresh.tokens("acme/toy")
+    assert not any("/tokens/resid/" in key for key in fresh.storage.filesystem.find(fresh.storage.root))  # type: ignore[attr-defined]
+
+
+def test_a_student_adds_to_what_the_team_has_and_pushes_it_up(s3: S3, url: str, tmp_path: Path) -> None:
+    team = lz.open_store(url)
+    team.write(GROUP, PARTS[0])
+    both = lz.open_store([counted(s3, url, READER), tmp_path / "mine"])
+    both.write(GROUP, PARTS[1])
+    assert both.dataset("acme/toy").sizes["prompt"] == 200
+    assert both.dataset("acme/toy").resid_mean.notnull().all()
+    assert not [request for request in s3.proxy.requests if request.method in WRITES], "the team's bucket was only read"
+    with pytest.raises(ReadOnlyError, match="only read"):
+        both.delete("acme/toy", ["prompt 3"])
+    summary = both.copy_to(url, progress=False)
+    assert summary.copied == 1
+    assert both.copy_to(url, progress=False).copied == 0, "once is enough"
+    data = lz.open_store(url, "r").dataset("acme/toy")
+    wanted = np.concatenate([batch.prompts["resid_mean"] for batch in PARTS[:2]], axis=1)
+    np.testing.assert_array_equal(data.resid_mean.values, wanted)
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_is_somebody_elses_in_the_prefix_is_left_alone(s3: S3, url: str) -> None:
+    store = lz.open_store(url)
+    batch = make_batch(["a", "b"])
+    store.write(GROUP, batch)
+    foreign = [f"{GROUP.name}/notes.txt", "paper/draft.md", f"{GROUP.name}/0notapart/c.0", "readme.txt"]
+    for key in foreign:
+        store.storage.write(key, b"not ours", durable=False)
+    fresh = lz.open_store(url)
+    assert fresh.models() == ["acme/toy"]
+    np.testing.assert_array_equal(fresh.dataset().resid_mean.values, batch.prompts["resid_mean"])
+    fresh.compact(progress=False)
+    fresh.gc(max_age=0)
+    lz.clear_cache(url=fresh)
+    assert all(fresh.storage.is_file(key) for key in foreign)
+
+
+def test_a_commit_whose_chunks_are_gone_is_an_error_and_never_a_zero(s3: S3, url: str) -> None:
+    store = lz.open_store(url)
+    part = store.write(GROUP, make_batch(["a", "b"]))
+    store.storage.remove([f"{GROUP.name}/{part}/prompts/resid_mean/c.1.0.0"])
+    data = lz.open_store(url, "r").dataset()
+    assert np.isfinite(data.resid_mean.isel(layer=0).values).all(), "what is there can be read"
+    with pytest.raises((errors.CorruptPartError, errors.PartGoneError), match=r"c\.1\.0\.0|chunk"):
+        _ = data.resid_mean.isel(layer=1).values
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_writer_whose_clock_is_wrong_does_not_win_over_a_later_one(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    real = time.time_ns
+    first, second = (make_batch(["a"], seed=seed) for seed in (1, 2))
+    with monkeypatch.context() as clock:
+        clock.setattr("lmprobe_zarr.schema.time.time_ns", lambda: real() + hours * 3600 * 10**9)
+        lz.open_store(url).write(GROUP, first)
+    with monkeypatch.context() as clock:
+        clock.setattr("lmprobe_zarr.schema.time.time_ns", lambda: real() - hours * 3600 * 10**9)
+        lz.open_store(url).write(GROUP, second)
+    data = lz.open_store(url, "r").dataset()
+    np.testing.assert_array_equal(data.resid_mean.values, second.prompts["resid_mean"])
+
+
 # ------------------------------------------------------------------------------------------------- processes and threads
 
 
