@@ -272,6 +272,42 @@ def test_eviction_and_clearing_take_from_the_last_only(layered: Store, tmp_path:
 # ----------------------------------------------------------------------------------------------------------- as the cache
 
 
+def test_upkeep_knows_the_last_place_only(layered: Store, tmp_path: Path) -> None:
+    for i, text in enumerate(["five", "six"]):
+        layered.write(GROUP, make_batch([text], seed=3 + i))
+    before = layered.dataset().load()
+    plan = layered.compact(progress=False)
+    assert (plan.parts, plan.parts_after) == (3, 1)
+    xr.testing.assert_identical(layered.dataset().load().drop_attrs(), before.drop_attrs())
+    assert len(layered.gc(max_age=0).replaced) == 3
+    xr.testing.assert_identical(lz.open_store([tmp_path / "team", tmp_path / "mine"]).dataset().load().drop_attrs(), before.drop_attrs())
+    summary = layered.copy_to(tmp_path / "copied", progress=False)
+    assert summary.copied == 1
+    assert _texts(lz.open_store(tmp_path / "copied")) == ["three", "four", "five", "six"], "what is mine"
+    assert layered.drop(None, ["resid"]) == 1
+    tokens = layered.tokens()
+    there = tokens.resid.notnull().all(("layer", "hidden")).values
+    held = set(map(prompt_hash, TEAM))
+    assert there.tolist() == [prompt in held for prompt in tokens.prompt.values], "below they go on to show"
+    with pytest.raises(InvalidArgumentError, match="publish each of them alone"):
+        layered.publish(tmp_path / "public")
+    assert not (tmp_path / "public").exists()
+
+
+def test_a_published_copy_may_lie_below_and_not_last(team: Path, tmp_path: Path) -> None:
+    lz.open_store(team, "r").publish(tmp_path / "public", progress=False)
+    store = lz.open_store([tmp_path / "public", tmp_path / "own"])
+    store.write(GROUP, make_batch(MINE, seed=2))
+    assert _texts(store) == [*TEAM, "four"]
+    assert _texts(pickle.loads(pickle.dumps(store))) == [*TEAM, "four"]  # noqa: S301
+    turned = lz.open_store([tmp_path / "own", tmp_path / "public"])
+    assert turned.mode == "r"
+    with pytest.raises(ReadOnlyError):
+        turned.write(GROUP, make_batch(["seven"]))
+    with pytest.raises(ReadOnlyError, match="published copy"):
+        lz.open_store([tmp_path / "own", tmp_path / "public"], "a")
+
+
 def test_what_is_cached_is_looked_up_in_all_and_weighed_apart(layered: Store, tmp_path: Path) -> None:
     places = [str(tmp_path / "team"), str(tmp_path / "mine")]
     for place in (places, layered):
