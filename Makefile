@@ -58,6 +58,7 @@ $(CORE)/ready: pyproject.toml
 
 bench: setup
 	$(VENV)/bin/python -m benchmarks.reading
+	$(VENV)/bin/python -m benchmarks.scale
 
 docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site

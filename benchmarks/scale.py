@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,23 @@ def write_part(store: Store, paper: Paper, rng: np.random.Generator) -> str:
     return f"{GROUP.name}/{part}"
 
 
+def print_paper() -> None:
+    """What needs no measurement: objects, bytes, and requests of one layer and of a sweep over all."""
+    print("on paper, float16")
+    print("   prompts rows of    parts       objects         bytes   a layer:     bytes")
+    print("             each                                         requests")
+    for per_prompt in (1, 100):
+        for prompts in (10**4, 10**5, 10**6, 10**7):
+            for gib in (1, 8):
+                p = Paper(prompts=prompts, per_prompt=per_prompt, part_bytes=gib * GIB)
+                requests = p.parts * p.chunks_of_a_layer
+                print(
+                    f"{prompts:>10,} {per_prompt:>4} {gib:>2} GiB {p.parts:>9,} {p.objects:>11,} {p.nbytes / 1e12:>10.3f} TB"
+                    f" {requests:>10,} {p.nbytes / LAYERS / 1e9:>9.1f} GB"
+                )
+    print()
+
+
 def check_paper(folder: Path) -> None:
     """A store that is written whole has the objects that the paper says, and a layer takes the requests that it says."""
     for per_prompt in (1, 100):
@@ -133,14 +151,14 @@ def check_paper(folder: Path) -> None:
         assert storage.reads - opened == paper.parts * paper.chunks_of_a_layer, storage.reads
 
 
-def simulate(paper: Paper, folder: str) -> dict[str, Any]:
-    """Write the documents of all parts, open them, look prompts up."""
+def simulate(paper: Paper, folder: str) -> None:
+    """Write the documents of all parts."""
     root = Path(folder)
     store = lz.open_store(root, durable=False)
     rng = np.random.default_rng(0)
     path = write_part(store, paper, rng)
     model = parse_part((root / path / "zarr.json").read_bytes(), path)
-    name, nbytes = model.name, 0
+    name = model.name
     for _ in range(paper.parts - 1):
         name = new_part_name(name)
         digests = rng.integers(0, 256, model.digests.shape, np.uint8)
@@ -148,7 +166,6 @@ def simulate(paper: Paper, folder: str) -> dict[str, Any]:
         target = root / GROUP.name / name
         target.mkdir()
         (target / "zarr.json").write_bytes(part_document(info, GROUP))
-    return {"folder": folder, "nbytes": nbytes}
 
 
 def measure(paper: Paper, folder: str) -> dict[str, Any]:
@@ -193,12 +210,12 @@ def peak() -> int:
 
 def run(paper: Paper) -> dict[str, Any]:
     """Simulate and measure, each in a process of its own."""
-    context = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        with context.Pool(1) as pool:
-            pool.apply(simulate, (paper, folder))
-        with context.Pool(1) as pool:
-            measured: dict[str, Any] = pool.apply(measure, (paper, folder))
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            pool.submit(simulate, paper, folder).result()
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            measured = pool.submit(measure, paper, folder).result()
     return measured
 
 
@@ -213,6 +230,8 @@ def main() -> int:
     pooled = [10**4, 10**5] if options.quick else [10**4, 10**5, 10**6, 10**7]
     papers = [Paper(prompts=n, per_prompt=1, part_bytes=gib * GIB) for n in pooled for gib in (1, 8)]
     papers += [Paper(prompts=n, per_prompt=100, part_bytes=8 * GIB) for n in (pooled[:1] if options.quick else pooled[:2])]
+    if not options.json:
+        print_paper()
     rows = [run(paper) for paper in papers]
     if options.json:
         json.dump(rows, sys.stdout, indent=2)

@@ -170,7 +170,7 @@ def test_a_deletion_that_was_interrupted_is_completed_by_the_next(tmp_path: Path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(maintenance, "_remove_part", interrupted)
+        patch.setattr(maintenance, "remove_part", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.delete("m", ["the very private"])
     assert len(lz.open_store(store.url).dataset().prompt) == 1, "hidden already"
