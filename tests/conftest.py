@@ -18,6 +18,7 @@ import lmprobe_zarr as lz
 from lmprobe_zarr import config, extraction
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store import Store
 
 # The same examples every time, so that a red run means a change; `make stress` looks for new ones.
@@ -114,6 +115,83 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def store(root: str) -> Store:
     """An empty store."""
     return lz.open_store(root)
+
+
+class Wrapped(Storage):
+    """Another storage, for tests that change some of its verbs."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner, self.url, self.is_local = inner, inner.url, inner.is_local
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def read(self, key: str) -> bytes:
+        return self.inner.read(key)
+
+    def read_view(self, key: str) -> Any:
+        return self.inner.read_view(key)
+
+    def scan(self, key: str) -> Any:
+        return self.inner.scan(key)
+
+    def list(self, key: str) -> Any:
+        return self.inner.list(key)
+
+    def is_file(self, key: str) -> bool:
+        return self.inner.is_file(key)
+
+    def may_write(self) -> bool:
+        return self.inner.may_write()
+
+    def touch(self, key: str) -> None:
+        self.inner.touch(key)
+
+    def write(self, key: str, data: Any, *, durable: bool) -> None:
+        self.inner.write(key, data, durable=durable)
+
+    def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
+        self.inner.commit(key, data, durable=durable, replace=replace)
+
+    def remove(self, keys: Any) -> None:
+        self.inner.remove(keys)
+
+    def remove_tree(self, key: str) -> None:
+        self.inner.remove_tree(key)
+
+
+class Stops(Wrapped):
+    """A storage that stops working at the n-th call that changes anything."""
+
+    def __init__(self, inner: Storage, after: int) -> None:
+        super().__init__(inner)
+        self.after = after
+
+    def _count(self) -> None:
+        self.after -= 1
+        if self.after < 0:
+            raise OSError("pulled the plug")
+
+    def touch(self, key: str) -> None:
+        self._count()
+        super().touch(key)
+
+    def write(self, key: str, data: Any, *, durable: bool) -> None:
+        self._count()
+        super().write(key, data, durable=durable)
+
+    def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
+        self._count()
+        super().commit(key, data, durable=durable, replace=replace)
+
+    def remove(self, keys: Any) -> None:
+        for key in keys:  # each file of its own is a place to stop
+            self._count()
+            super().remove([key])
+
+    def remove_tree(self, key: str) -> None:
+        self._count()
+        super().remove_tree(key)
 
 
 def make_batch(

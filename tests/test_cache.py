@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from conftest import GROUP, make_batch
+from conftest import GROUP, Stops, make_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ from lmprobe_zarr.errors import (
 )
 from lmprobe_zarr.maintenance import STAMPS, Entry, plan_evict
 from lmprobe_zarr.schema import GroupInfo, PartInfo
-from lmprobe_zarr.storage import LocalStorage, Storage
+from lmprobe_zarr.storage import LocalStorage
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.view import Part
 
@@ -425,62 +425,6 @@ def test_evicting_at_the_same_time_from_many_threads_disturbs_nobody(cache: Stor
     fresh = lz.open_store(mode="r")
     assert np.isfinite(fresh.dataset().resid_mean.values).all()
     assert 0 < lz.cache_info().total_size_bytes <= size / 2
-
-
-class Stops(Storage):
-    """A storage that stops working at the n-th call that changes anything."""
-
-    is_local = True
-
-    def __init__(self, inner: Storage, after: int) -> None:
-        self.inner, self.after, self.url = inner, after, inner.url
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def _count(self) -> None:
-        self.after -= 1
-        if self.after < 0:
-            raise OSError("pulled the plug")
-
-    def read(self, key: str) -> bytes:
-        return self.inner.read(key)
-
-    def read_view(self, key: str) -> Any:
-        return self.inner.read_view(key)
-
-    def scan(self, key: str) -> Any:
-        return self.inner.scan(key)
-
-    def list(self, key: str) -> Any:
-        return self.inner.list(key)
-
-    def is_file(self, key: str) -> bool:
-        return self.inner.is_file(key)
-
-    def may_write(self) -> bool:
-        return True
-
-    def touch(self, key: str) -> None:
-        self._count()
-        self.inner.touch(key)
-
-    def write(self, key: str, data: Any, *, durable: bool) -> None:
-        self._count()
-        self.inner.write(key, data, durable=durable)
-
-    def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
-        self._count()
-        self.inner.commit(key, data, durable=durable, replace=replace)
-
-    def remove(self, keys: Any) -> None:
-        for key in keys:  # each file of its own is a place to stop
-            self._count()
-            self.inner.remove([key])
-
-    def remove_tree(self, key: str) -> None:
-        self._count()
-        self.inner.remove_tree(key)
 
 
 @pytest.mark.parametrize("what", ["evict", "delete", "clear"])

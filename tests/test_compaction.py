@@ -14,10 +14,9 @@ import fsspec
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import GROUP, make_batch
+from conftest import GROUP, Stops, Wrapped, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cache import Stops
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
@@ -315,55 +314,28 @@ def test_a_store_for_reading_is_not_compacted(store: Store) -> None:
 # ----------------------------------------------------------------------------------------------------- others, meanwhile
 
 
-class Meanwhile(Storage):
+class Meanwhile(Wrapped):
     """A storage at which somebody else does something right before, or after, the first commit of a part."""
 
     def __init__(self, inner: Storage, act: Callable[[], None], *, after: bool = False) -> None:
-        self.inner, self.url, self.is_local = inner, inner.url, inner.is_local
+        super().__init__(inner)
         self.act: Callable[[], None] | None = act
         self.after = after
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
     def act_now(self) -> None:
         act, self.act = self.act, None
         if act is not None:
             act()
 
-    def read(self, key: str) -> bytes:
-        return self.inner.read(key)
-
-    def read_view(self, key: str) -> Any:
-        return self.inner.read_view(key)
-
-    def scan(self, key: str) -> Any:
-        return self.inner.scan(key)
-
-    def list(self, key: str) -> Any:
-        return self.inner.list(key)
-
-    def is_file(self, key: str) -> bool:
-        return self.inner.is_file(key)
-
-    def touch(self, key: str) -> None:
-        self.inner.touch(key)
-
     def write(self, key: str, data: Any, *, durable: bool) -> None:
         if not self.after:
             self.act_now()
-        self.inner.write(key, data, durable=durable)
+        super().write(key, data, durable=durable)
 
     def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
-        self.inner.commit(key, data, durable=durable, replace=replace)
+        super().commit(key, data, durable=durable, replace=replace)
         if self.after:
             self.act_now()
-
-    def remove(self, keys: Any) -> None:
-        self.inner.remove(keys)
-
-    def remove_tree(self, key: str) -> None:
-        self.inner.remove_tree(key)
 
 
 def three_parts(root: str) -> Store:

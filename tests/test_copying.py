@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import GROUP, make_batch
-from test_cache import Stops
+from conftest import GROUP, Stops, make_batch
 from test_compaction import shown
 
 import lmprobe_zarr as lz

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import xarray as xr
-from conftest import GROUP, make_batch
-from test_cache import Stops
+from conftest import GROUP, Stops, make_batch
 from test_compaction import assert_same, shown
 
 import lmprobe_zarr as lz

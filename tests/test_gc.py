@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import GROUP, make_batch
-from test_cache import Stops
+from conftest import GROUP, Stops, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.schema import new_part_name

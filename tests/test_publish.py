@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from conftest import GROUP, make_batch
-from test_cache import Stops
+from conftest import GROUP, Stops, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.schema import GroupInfo
