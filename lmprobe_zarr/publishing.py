@@ -93,7 +93,8 @@ class PublishSummary:
     nbytes: int
 
     def __str__(self) -> str:
-        return f"{self.url}: {self.prompts} prompts in {self.parts} parts, {format_bytes(self.nbytes)}, published"
+        parts = "1 part" if self.parts == 1 else f"{self.parts} parts"
+        return f"{self.url}: {self.prompts} prompts in {parts}, {format_bytes(self.nbytes)}, published"
 
 
 @dataclass

@@ -626,6 +626,8 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise `ReadOnlyError` where this store may not be written to."""
+        if self.is_published:
+            raise ReadOnlyError(f"{self.url} is a published copy, which never changes: write to the store that it was made from")
         if self.mode == "r":
             raise ReadOnlyError(f"{self.url} was opened with mode='r': open it with mode='a' to write")
         if not self.storage.may_write():

@@ -50,6 +50,6 @@ def test_publish_writes_a_copy_that_opens(place: str, tmp_path: Path, capsys: py
     assert data.layer.values.tolist() == [0, 3]
     assert "text" not in data.coords
     code, out, _ = call(capsys, "publish", place, str(tmp_path / "all"))
-    assert (code, "3 prompts in 1 parts" in out) == (0, True)
+    assert (code, "3 prompts in 1 part," in out) == (0, True)
     assert call(capsys, "publish", place, str(tmp_path / "all"))[0] == 1
     assert call(capsys, "publish", place, str(tmp_path / "all"), "--overwrite")[0] == 0
