@@ -69,6 +69,9 @@ class FrozenStorage(Storage):
     def remove(self, keys: Iterable[str]) -> None:
         self._refuse()
 
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        self._refuse()
+
     def touch(self, key: str) -> None:
         self._refuse()
 

@@ -35,12 +35,15 @@ class Leftover:
         Key of the part's folder; empty where it is none.
     files : tuple of str
         Keys of what is ours in it.
+    folders : tuple of str
+        Keys of the folders in it, and its own.
     nbytes : int
         Their bytes.
     """
 
     folder: str
     files: tuple[str, ...]
+    folders: tuple[str, ...]
     nbytes: int
 
 
@@ -192,6 +195,7 @@ def _old_partials(folder: str, entries: dict[str, Entry], before: float) -> Iter
 def _look_into(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, float | None]:
     """What is ours in a part's folder, and when anything in it was last written; None where something does not tell."""
     files: list[str] = []
+    folders = [folder]
     times: list[float | None] = [] if entry.modified is None else [entry.modified]
     nbytes = 0
 
@@ -206,14 +210,16 @@ def _look_into(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, f
 
     top = storage.scan(folder)
     take(folder, top, _PARTIAL)
-    for level in (name for name, one in top.items() if not one.is_file and name in LEVELS):
-        arrays = storage.scan(f"{folder}/{level}")
-        take(f"{folder}/{level}", arrays, re.compile(r"zarr\.json"))
-        for name in (name for name, one in arrays.items() if not one.is_file):
-            take(f"{folder}/{level}/{name}", storage.scan(f"{folder}/{level}/{name}"), re.compile(rf"zarr\.json|{_CHUNK.pattern}"))
+    for level in (f"{folder}/{name}" for name, one in top.items() if not one.is_file and name in LEVELS):
+        arrays = storage.scan(level)
+        take(level, arrays, re.compile(r"zarr\.json"))
+        inner = [f"{level}/{name}" for name, one in arrays.items() if not one.is_file]
+        for array in inner:
+            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}"))
+        folders += [level, *inner]
     known = [moment for moment in times if moment is not None]
     newest = max(known, default=0.0) if len(known) == len(times) else None
-    return Leftover(folder=folder, files=tuple(files), nbytes=nbytes), newest
+    return Leftover(folder=folder, files=tuple(files), folders=tuple(folders), nbytes=nbytes), newest
 
 
 def remove_garbage(storage: Storage, summary: GcSummary) -> None:
@@ -221,12 +227,12 @@ def remove_garbage(storage: Storage, summary: GcSummary) -> None:
     # What stands for others last, so that nothing shows again however far this comes.
     for part in sorted(summary.replaced, key=lambda part: len(part.info.replaces)):
         remove_part(storage, part)
+    empty = {f"{part.path}/{name}".rpartition("/")[0] for part in summary.replaced for name in part.info.files}
+    empty |= {folder for part in summary.replaced for folder in (part.path, *(f"{part.path}/{level}" for level in LEVELS))}
     for left in summary.unfinished:
         if storage.is_file(f"{left.folder}/zarr.json"):
             continue
         storage.remove(left.files)
-        if storage.is_local:
-            # Folders may be all that is left, and go with the last file in them: here with one that is not there.
-            inner = [f"{level}/{name}/c" for level in LEVELS for name in storage.list(f"{left.folder}/{level}")]
-            storage.remove([f"{left.folder}/{key}" for key in (*inner, *(f"{level}/c" for level in LEVELS), "c")])
+        empty |= set(left.folders)
+    storage.remove_folders(empty)
     storage.remove([*summary.partials, *summary.stamps])

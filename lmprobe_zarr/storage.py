@@ -103,6 +103,10 @@ class Storage(ABC):
         """Remove files; those that are gone already do not matter. Folders that this leaves empty go too, up to the root."""
 
     @abstractmethod
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        """Remove folders in which nothing is left; any other stays, and one that is not there is no error."""
+
+    @abstractmethod
     def touch(self, key: str) -> None:
         """Make an empty file, or make an existing one look freshly written; the folders above it too."""
 
@@ -262,7 +266,13 @@ class LocalStorage(Storage):
             with self._writing(path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 os.unlink(path)
             folders.add(os.path.dirname(path))
-        # The deepest first; what is not empty stays.
+        self._remove_empty(folders)
+
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        self._remove_empty({self._path(key) for key in keys})
+
+    def _remove_empty(self, folders: set[str]) -> None:
+        # The deepest first, and then those above; what is not empty stays.
         while folders:
             folder = max(folders, key=len)
             folders.remove(folder)
@@ -467,9 +477,13 @@ class FsspecStorage(Storage):
         if "memory" in self.filesystem.protocol:
             # Object stores have no folders; this one keeps them, and would go on to list them.
             for folder in sorted({path.rpartition("/")[0] for path in paths}, key=len, reverse=True):
-                self._remove_empty_folders(folder)
+                self._remove_empty(folder)
 
-    def _remove_empty_folders(self, folder: str) -> None:
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        for key in sorted(keys, key=len, reverse=True):
+            self._remove_empty(self._path(key))
+
+    def _remove_empty(self, folder: str) -> None:
         while len(folder) > len(self.root):
             try:
                 if self.filesystem.ls(folder):
@@ -553,6 +567,12 @@ class S3Storage(FsspecStorage):
 
     def remove(self, keys: Iterable[str]) -> None:
         self._delete([self._object(key) for key in keys])
+
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        # Some servers keep folders and go on to list the empty ones, but remove them at a deletion of their name. It is a slash at the
+        # end that makes it one: where there are no folders, it is the name of nothing.
+        folders = [self._folder(key) for key in sorted(keys, key=len, reverse=True)]
+        self._delete([{"Bucket": bucket, "Key": name} for bucket, name in folders if name])
 
     def remove_tree(self, key: str) -> None:
         bucket, prefix = self._folder(key)

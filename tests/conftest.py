@@ -156,6 +156,9 @@ class Wrapped(Storage):
     def remove(self, keys: Any) -> None:
         self.inner.remove(keys)
 
+    def remove_folders(self, keys: Any) -> None:
+        self.inner.remove_folders(keys)
+
     def remove_tree(self, key: str) -> None:
         self.inner.remove_tree(key)
 
@@ -188,6 +191,10 @@ class Stops(Wrapped):
         for key in keys:  # each file of its own is a place to stop
             self._count()
             super().remove([key])
+
+    def remove_folders(self, keys: Any) -> None:
+        self._count()
+        super().remove_folders(keys)
 
     def remove_tree(self, key: str) -> None:
         self._count()

@@ -382,6 +382,7 @@ def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:
     np.testing.assert_array_equal(early.resid_mean.values, before.resid_mean.values)
     assert store.gc(max_age=3600).replaced == (), "younger than that"
     assert len(store.gc(max_age=0).replaced) == 10
+    assert len([name for name in store.storage.list(GROUP.name) if "." not in name]) == 0, "nor the folders that this server keeps"
     fresh = counted(s3, filled)
     xr.testing.assert_identical(fresh.dataset("acme/toy").load().drop_attrs(), before.drop_attrs())
     assert s3.proxy.kinds()["GET"] < 30
