@@ -7,12 +7,15 @@ a general reader, and a chunk that is missing is simply a file that is missing: 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import struct
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -22,21 +25,23 @@ from numcodecs.vlen import VLenUTF8
 
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.schema import ArrayInfo
-from lmprobe_zarr.storage import REMOTE_THREADS, Storage
+from lmprobe_zarr.storage import REMOTE_THREADS, Buffer, Storage
 
 __all__ = ["TEXT_BYTES", "Piece", "StoredArray", "encode_chunk", "file_entry", "is_intact", "read_pieces", "run_all"]
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 Rows = slice | npt.NDArray[np.int64]
 
 _SHUFFLES: Final = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _CRC: Final = struct.Struct("<I")
 _BLOSC_COPIED: Final = 2  # flag: stored as it was, behind a header of 16 bytes
 TEXT_BYTES: Final = 2**28  # of all texts in one chunk
+_room = threading.local()
 
 
-def encode_chunk(values: Array, info: ArrayInfo) -> bytes:
-    """The bytes of one chunk file.
+def encode_chunk(values: Array, info: ArrayInfo) -> tuple[Buffer, bytes]:
+    """The bytes of one chunk file, in two pieces: the body, which may be the values themselves, and its crc32c.
 
     Parameters
     ----------
@@ -52,16 +57,15 @@ def encode_chunk(values: Array, info: ArrayInfo) -> bytes:
         values = np.concatenate([values, np.full(shape, fill_value(info.dtype), values.dtype)], axis=info.sample_axis)
     body: Any
     if info.dtype == "string":
-        body = VLenUTF8().encode(values.astype(object))
+        body = bytes(VLenUTF8().encode(values.astype(object)))
         cname = b"zstd"
     else:
-        body = np.ascontiguousarray(values, np.dtype(info.dtype).newbyteorder("<"))
+        body = np.ascontiguousarray(values, np.dtype(info.dtype).newbyteorder("<")).reshape(-1).view(np.uint8)
         cname = b"lz4"
     if info.shuffle is not None:
-        typesize = 1 if info.dtype == "string" else body.itemsize
-        body = blosc.compress(body, cname, 5, _SHUFFLES[info.shuffle], 0, typesize)
-    data = body.tobytes() if isinstance(body, np.ndarray) else bytes(body)
-    return data + _CRC.pack(google_crc32c.value(data))
+        body = blosc.compress(body, cname, 5, _SHUFFLES[info.shuffle], 0, 1 if info.dtype == "string" else np.dtype(info.dtype).itemsize)
+    checksum = _CRC.pack(google_crc32c.value(body))
+    return body if isinstance(body, bytes) else body.data, checksum
 
 
 def file_entry(data: bytes, *, chunk: bool) -> tuple[int, int]:
@@ -118,6 +122,16 @@ class StoredArray:
         """The dtype in memory; strings are objects."""
         return np.dtype(object if self.info.dtype == "string" else self.info.dtype)
 
+    def scratch(self) -> Array | None:
+        """Room for one chunk, valid until this thread asks for the next: it saves the page faults of a fresh allocation for each."""
+        if self.info.dtype == "string":
+            return None
+        nbytes = math.prod(self._chunk_shape) * self.dtype.itemsize
+        room: Array = getattr(_room, "bytes", np.empty(0, np.uint8))
+        if len(room) < nbytes:
+            room = _room.bytes = np.empty(nbytes, np.uint8)
+        return room[:nbytes].view(self.dtype).reshape(self._chunk_shape)
+
     def _corrupt(self, key: str, what: str) -> CorruptPartError:
         part, _, variable = self.path.rpartition("/")
         part = part.rpartition("/")[0]
@@ -146,8 +160,34 @@ class StoredArray:
             The whole part has been deleted since it was opened.
         """
         key = self.info.chunk_key(layer, block)
+        length, checksum = self.files.get(self._file_key(key), (-1, -1))
+        if self.info.shuffle is None and self.info.dtype != "string" and np.little_endian:
+            return self._read_raw(key, length, checksum, np.empty(self._chunk_shape, self.dtype) if out is None else out)
+        data = memoryview(self._fetch(key, self.storage.read_view))
+        if len(data) != length or length < 4:
+            raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
+        body = data[:-4]
+        if google_crc32c.value(np.frombuffer(body, np.uint8)) != checksum or _CRC.unpack(data[-4:])[0] != checksum:
+            raise self._corrupt(key, "does not hold its checksum")
         try:
-            data = memoryview(self.storage.read_view(f"{self.path}/{key}"))
+            return self._decode(body, out)
+        except (ValueError, RuntimeError, UnicodeDecodeError) as error:
+            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+
+    def _read_raw(self, key: str, length: int, checksum: int, out: Array) -> Array:
+        """A chunk that is stored as it is, straight from the file into the array: no copy in between."""
+        body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
+        found = self._fetch(key, lambda path: self.storage.read_into(path, body.data, memoryview(tail)))
+        if found != length or length != len(body) + 4:
+            raise self._corrupt(key, f"has {found} bytes instead of {length}")
+        if google_crc32c.value(body) != checksum or _CRC.unpack(tail)[0] != checksum:
+            raise self._corrupt(key, "does not hold its checksum")
+        return out
+
+    def _fetch(self, key: str, call: Callable[[str], T]) -> T:
+        """What a call says of a chunk's file; what goes wrong in terms of the part."""
+        try:
+            return call(f"{self.path}/{key}")
         except FileNotFoundError as error:
             part = self.path.rsplit("/", 2)[0]
             if not self.storage.is_file(f"{part}/zarr.json"):
@@ -159,19 +199,13 @@ class StoredArray:
             if isinstance(error, LmprobeZarrError | PermissionError):
                 raise
             raise self._corrupt(key, f"cannot be read ({error.strerror or error})") from error
-        length, checksum = self.files.get(self._file_key(key), (-1, -1))
-        if len(data) != length or length < 4:
-            raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
-        body = data[:-4]
-        if google_crc32c.value(np.frombuffer(body, np.uint8)) != checksum or _CRC.unpack(data[-4:])[0] != checksum:
-            raise self._corrupt(key, "does not hold its checksum")
-        try:
-            return self._decode(body, out)
-        except (ValueError, RuntimeError, UnicodeDecodeError) as error:
-            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+
+    @property
+    def _chunk_shape(self) -> tuple[int, ...]:
+        return (self.info.rows_per_chunk, *self.info.row_shape)
 
     def _decode(self, body: memoryview, out: Array | None) -> Array:
-        shape = (self.info.rows_per_chunk, *self.info.row_shape)
+        shape = self._chunk_shape
         if self.info.dtype == "string":
             if self.info.shuffle:
                 _check_blosc(body, at_most=TEXT_BYTES + 4 * shape[0] + 4)
@@ -183,7 +217,7 @@ class StoredArray:
                 raise ValueError(f"{texts.shape} texts instead of {shape}")
             return np.asarray(texts, object)
         target = np.empty(shape, self.dtype) if out is None else out
-        if self.info.shuffle is None:
+        if self.info.shuffle is None:  # only on machines whose byte order is another
             if len(body) != target.nbytes:
                 raise ValueError(f"{len(body)} bytes instead of {target.nbytes}")
             target.reshape(-1).view(np.uint8)[:] = np.frombuffer(body, np.uint8)
@@ -251,7 +285,7 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
         ):
             piece.array.read_chunk(piece.layer, piece.block, target)
             return
-    chunk = piece.array.read_chunk(piece.layer, piece.block)[piece.rows]
+    chunk = piece.array.read_chunk(piece.layer, piece.block, piece.array.scratch())[piece.rows]
     if piece.array.info.row_shape != piece.row_shape:
         filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
         filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk
@@ -260,26 +294,40 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
 
 
 def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
-    """Run jobs on the package's threads and wait for all; the first error is raised after the rest have ended."""
-    todo = list(jobs)
-    if len(todo) == 1:
-        todo[0]()
-        return
-    pool = _pool(os.getpid(), local)
-    futures: list[Future[None]] = [pool.submit(job) for job in todo]
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
+    """Run jobs on this thread and the package's own, and wait for all; after an error no more are begun, and the first is raised."""
+    todo = deque(jobs)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        # One task per thread, not per job: thousands of small chunks would pay for each.
+        while not errors:
+            try:
+                job = todo.popleft()
+            except IndexError:
+                return
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001 — raised below, on the caller's thread
+                errors.append(error)
+
+    others = min(len(todo), _threads(local)) - 1
+    futures = [_pool(os.getpid(), local).submit(work) for _ in range(others)]
+    work()
+    # Those that found no free thread have nothing left to do.
+    wait([future for future in futures if not future.cancel()])
+    if errors:
+        raise errors[0]
 
 
 @functools.cache
 def _pool(pid: int, local: bool) -> ThreadPoolExecutor:  # noqa: ARG001 — threads do not survive a fork: one pool per process
-    return ThreadPoolExecutor(max(2, _cores()) if local else REMOTE_THREADS, thread_name_prefix="lmprobe-zarr")
+    return ThreadPoolExecutor(_threads(local), thread_name_prefix="lmprobe-zarr")
 
 
+def _threads(local: bool) -> int:
+    return max(2, _cores()) if local else REMOTE_THREADS
+
+
+@functools.cache
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

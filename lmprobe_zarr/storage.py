@@ -78,9 +78,19 @@ class Storage(ABC):
     def read_view(self, key: str) -> Buffer:
         """All bytes of a file, valid until this thread's next call of ``read_view``."""
 
+    def read_into(self, key: str, target: memoryview, tail: memoryview) -> int:
+        """Fill `target` and then `tail` with a file from its beginning; returns the file's length, whether it fits or not."""
+        data = memoryview(self.read_view(key))
+        if len(data) == len(target) + len(tail):
+            target[:], tail[:] = data[: len(target)], data[len(target) :]
+        return len(data)
+
     @abstractmethod
-    def write(self, key: str, data: Buffer, *, durable: bool) -> None:
-        """Write a file and the folders above it; with `durable`, flushed to the medium where the place knows what that is."""
+    def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
+        """Write a file, given whole or in pieces, and the folders above it.
+
+        With `durable`, it is flushed to the medium where the place knows what that is.
+        """
 
     @abstractmethod
     def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
@@ -159,8 +169,15 @@ class LocalStorage(Storage):
         return f"{self.root}/{key}" if key else self.root
 
     def read(self, key: str) -> bytes:
-        with Path(self._path(key)).open("rb") as file:
-            return file.read()
+        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pieces = []
+            # As many bytes as there should be, until there are none: a file may be written to meanwhile.
+            while piece := os.read(descriptor, max(os.fstat(descriptor).st_size, 1)):
+                pieces.append(piece)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        finally:
+            os.close(descriptor)
 
     def read_view(self, key: str) -> Buffer:
         descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
@@ -180,7 +197,20 @@ class LocalStorage(Storage):
         finally:
             os.close(descriptor)
 
-    def write(self, key: str, data: Buffer, *, durable: bool) -> None:
+    def read_into(self, key: str, target: memoryview, tail: memoryview) -> int:
+        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            expected = len(target) + len(tail)
+            # One byte more is asked for than there should be: no other call is needed to learn the length.
+            if os.preadv(descriptor, [target, tail, bytearray(1)], 0) == expected:
+                return expected
+            if os.fstat(descriptor).st_size != expected:
+                return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+        return super().read_into(key, target, tail)  # the system may give less than it was asked for
+
+    def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         path = self._path(key)
         with self._writing(path):
             self._write(path, data, durable)
@@ -212,7 +242,7 @@ class LocalStorage(Storage):
                 os.utime(self.root)
 
     @staticmethod
-    def _write(path: str, data: Buffer, durable: bool) -> None:
+    def _write(path: str, data: Buffer | tuple[Buffer, ...], durable: bool) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
             descriptor = os.open(path, flags, 0o666)
@@ -220,9 +250,10 @@ class LocalStorage(Storage):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, flags, 0o666)
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
+            for piece in data if isinstance(data, tuple) else (data,):
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(descriptor, view) :]
             if durable:
                 os.fsync(descriptor)
         finally:
@@ -405,9 +436,9 @@ class FsspecStorage(Storage):
     def read_view(self, key: str) -> Buffer:
         return self.read(key)
 
-    def write(self, key: str, data: Buffer, *, durable: bool) -> None:
+    def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         with self.talking(key, writing=True):
-            self.filesystem.pipe_file(self._path(key), bytes(data))
+            self.filesystem.pipe_file(self._path(key), b"".join(data) if isinstance(data, tuple) else bytes(data))
 
     def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
         if replace or not self._create(key, data):

@@ -439,10 +439,13 @@ class Store:
             for path in known:
                 if not self.storage.is_file(f"{path}/zarr.json"):
                     self.forget(path)
-        run_all(
-            [partial(self._read_part, path, whole) for path in paths if path not in self._parts and path not in self._damaged],
-            local=self.storage.is_local,
-        )
+        new = [path for path in paths if path not in self._parts and path not in self._damaged]
+        if self.storage.is_local:
+            # Parsing holds the interpreter's lock: threads would only get into each other's way (measured: 256 against 178 ms for 1,000).
+            for path in new:
+                self._read_part(path, whole)
+        else:
+            run_all([partial(self._read_part, path, whole) for path in new], local=False)
         if whole and (damaged := next((self._damaged[path] for path in paths if path in self._damaged), None)):
             raise damaged
         return [self._parts[path] for path in paths if path in self._parts and path not in self._damaged]

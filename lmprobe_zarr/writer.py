@@ -42,8 +42,10 @@ __all__ = ["BUFFER_BYTES", "PartWriter", "as_column", "shape_of", "write_group"]
 
 Array = npt.NDArray[Any]
 
-# A chunk is what one read fetches. 4 MiB lies on the flat part of the curve on local disks (docs/design/decisions.md).
-CHUNK_BYTES: Final = 4 * 2**20
+# A chunk is what one read fetches, and what one prompt's tokens cost to read (docs/design/performance.md). Elsewhere than on a local disk
+# each costs a request.
+CHUNK_BYTES: Final = 2 * 2**20
+REMOTE_CHUNK_BYTES: Final = 4 * 2**20
 MIN_CHUNK_BYTES: Final = 2**18
 # All chunks that are being filled together; with many layers each gets a smaller share.
 BUFFER_BYTES: Final = 256 * 2**20
@@ -203,7 +205,8 @@ class PartWriter:
             wide = array.dtype if array.dtype.kind in "fbi" else np.dtype(np.int64)
             row_shape = array.shape[2 if layered else 1 :]
             buffers = sum(a.shape[0] for v in (batch.prompts, batch.tokens) for n, a in v.items() if n not in batch.unlayered) or 1
-            chunk_bytes = max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, BUFFER_BYTES // buffers))
+            most = CHUNK_BYTES if self.storage.is_local else REMOTE_CHUNK_BYTES
+            chunk_bytes = max(MIN_CHUNK_BYTES, min(most, BUFFER_BYTES // buffers))
             rows = max(1, chunk_bytes // max(1, int(np.prod(row_shape)) * wide.itemsize))
             info = ArrayInfo(
                 dims=array_dims(name, level, array.ndim, layered),
@@ -220,9 +223,9 @@ class PartWriter:
     def write_chunk(self, key: str, info: ArrayInfo, layer: int, block: int, values: Array) -> None:
         """Encode and write one chunk."""
         name = f"{key}/{info.chunk_key(layer, block)}"
-        data = encode_chunk(values, info)
-        self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
-        self._files[name] = file_entry(data, chunk=True)
+        body, checksum = encode_chunk(values, info)
+        self.storage.write(f"{self.path}/{name}", (body, checksum), durable=self.durable)
+        self._files[name] = memoryview(body).nbytes + len(checksum), int.from_bytes(checksum, "little")
 
     def commit(self) -> PartInfo:
         """Make the part visible; afterwards the writer is used up.

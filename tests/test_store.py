@@ -142,6 +142,7 @@ def test_pooled_parts_and_token_parts_live_side_by_side(store: Store) -> None:
 
 def test_many_chunks_and_parts_read_the_same_as_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmprobe_zarr.writer.CHUNK_BYTES", 8 * 4 * 3)
+    monkeypatch.setattr("lmprobe_zarr.writer.REMOTE_CHUNK_BYTES", 8 * 4 * 3)
     monkeypatch.setattr("lmprobe_zarr.writer.MIN_CHUNK_BYTES", 8)
     monkeypatch.setattr("lmprobe_zarr.writer.TEXT_ROWS", 4)
     monkeypatch.setattr("lmprobe_zarr.writer.COLUMN_ROWS", 5)
@@ -461,8 +462,8 @@ def test_batches_that_do_not_fit_the_first_are_refused(store: Store) -> None:
 
 
 def test_a_part_whose_writing_failed_is_never_committed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmprobe_zarr.writer.CHUNK_BYTES", 32)
-    monkeypatch.setattr("lmprobe_zarr.writer.MIN_CHUNK_BYTES", 32)
+    for name in ("CHUNK_BYTES", "REMOTE_CHUNK_BYTES", "MIN_CHUNK_BYTES"):
+        monkeypatch.setattr(f"lmprobe_zarr.writer.{name}", 32)
     writer = store.new_part(GROUP)
     real = store.storage.write
     monkeypatch.setattr(store.storage, "write", lambda *_, **__: (_ for _ in ()).throw(NoSpaceError("full")))

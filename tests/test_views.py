@@ -619,6 +619,7 @@ def test_opening_selecting_and_printing_read_nothing(views: Views, reads: list[t
 
 def test_a_selection_reads_only_its_chunks(tmp_path: Path, reads: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmprobe_zarr.writer.CHUNK_BYTES", 4 * HIDDEN * 4)
+    monkeypatch.setattr("lmprobe_zarr.writer.REMOTE_CHUNK_BYTES", 4 * HIDDEN * 4)
     monkeypatch.setattr("lmprobe_zarr.writer.MIN_CHUNK_BYTES", 4 * HIDDEN * 4)
     store = lz.open_store(tmp_path / "acts", durable=False)
     values = {i: [np.full((n, HIDDEN), 10 * i + n, np.float32) for n in (4, 6, 2)] for i in (0, 1)}

@@ -153,8 +153,12 @@ class _Collected:
         hidden = hidden.reshape(batch, longest, hidden.shape[-1])
         self.seen.add((site, layer))
         if self.request.keep_tokens or site == "router":
-            rows = hidden.flatten(0, 1).index_select(0, self.padded.index("tokens", hidden.device))
-            self._put(self.tokens, site, layer, rows)
+            flat, wanted = hidden.flatten(0, 1), self.padded.index("tokens", hidden.device)
+            room = self._room(self.tokens, site, layer, (len(wanted), flat.shape[1]), flat)
+            if room is None:
+                self._put(self.tokens, site, layer, flat.index_select(0, wanted))
+            else:
+                torch.index_select(flat, 0, wanted, out=room)
         for pooling in self.request.poolings if site != "router" else ():
             self._put(self.prompts, f"{site}_{pooling}", layer, self.padded.pool(hidden, pooling))
 
@@ -193,14 +197,30 @@ class _Collected:
         if layer is None:
             buffers[variable] = rows.cpu() if self.on_host else rows
             return
-        buffer, layers = buffers.get(variable), self.request.routers if variable == "router" else self.request.layers
-        if buffer is None:
-            home = torch.device("cpu") if self.on_host else rows.device
-            buffer = buffers[variable] = torch.empty((len(layers), *rows.shape), dtype=rows.dtype, device=home)
-        elif buffer.dtype != rows.dtype:
+        buffer = self._buffer(buffers, variable, tuple(rows.shape), rows)
+        if buffer.dtype != rows.dtype:
             # Layers may be kept at a higher precision than the rest.
             buffer = buffers[variable] = buffer.to(torch.promote_types(buffer.dtype, rows.dtype))
-        buffer[layers.index(layer)].copy_(rows)
+        buffer[self._layers(variable).index(layer)].copy_(rows)
+
+    def _layers(self, variable: str) -> tuple[int, ...]:
+        return self.request.routers if variable == "router" else self.request.layers
+
+    def _buffer(self, buffers: dict[str, torch.Tensor], variable: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        if variable not in buffers:
+            home = torch.device("cpu") if self.on_host else like.device
+            buffers[variable] = torch.empty((len(self._layers(variable)), *shape), dtype=like.dtype, device=home)
+        return buffers[variable]
+
+    def _room(
+        self, buffers: dict[str, torch.Tensor], variable: str, layer: int | None, shape: tuple[int, ...], like: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Where rows of a layer go, if they can be gathered right there, which saves a copy: same device and dtype."""
+        if layer is None:
+            return None
+        buffer = self._buffer(buffers, variable, shape, like)
+        alike = buffer.dtype == like.dtype and buffer.device == like.device
+        return buffer[self._layers(variable).index(layer)] if alike else None
 
 
 @contextmanager
