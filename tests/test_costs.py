@@ -22,7 +22,7 @@ from lmprobe_zarr import store as store_room
 from lmprobe_zarr import writer
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.storage import Storage, open_storage
 from lmprobe_zarr.store import Store
 
 LAYERS = (0, 1, 2, 3, 4, 5)
@@ -128,7 +128,7 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tupl
 
     def anew() -> tuple[Store, Counting]:
         counting: list[Counting] = []
-        real = store_room.open_storage
+        real = open_storage
 
         def open_counted(*args: Any, **options: Any) -> Storage:
             counting.append(Counting(real(*args, **options)))
@@ -297,7 +297,7 @@ def test_extracting_what_is_stored_loads_no_model_and_reads_few_documents(tmp_pa
     folder = save_tiny("llama", tmp_path / "llama")
     url = tmp_path / "acts"
     lz.extract(folder, TEXTS, store=url, device="cpu", progress=False)
-    counting = Counting(store_room.open_storage(url))
+    counting = Counting(open_storage(url))
     monkeypatch.setattr(store_room, "open_storage", lambda *_, **__: counting)
     monkeypatch.setattr("lmprobe_zarr.extraction.loading.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     stats = lz.extract(folder, TEXTS, store=lz.open_store(url), device="cpu", progress=False)
