@@ -58,6 +58,7 @@ $(CORE)/ready: pyproject.toml
 
 bench: setup
 	$(VENV)/bin/python -m benchmarks.reading
+	$(VENV)/bin/python -m benchmarks.streaming
 	$(VENV)/bin/python -m benchmarks.scale
 
 docs: setup

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import os
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import numpy as np
@@ -14,6 +15,8 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOut
 from lmprobe_zarr.index import TokenIndex, by_appearance
 from lmprobe_zarr.pooling import parse_poolings, pool_ragged
 from lmprobe_zarr.ragged import as_slice, offsets_of
+from lmprobe_zarr.streaming import Batches
+from lmprobe_zarr.training import norms_of, open_batches, statistics_of
 
 if TYPE_CHECKING:
     import torch
@@ -173,6 +176,185 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
             dtype = torch.bfloat16
         return torch.from_numpy(values).to(device=device, dtype=dtype)
 
+    def batches(
+        self,
+        *,
+        layer: int | Iterable[int] | None = None,
+        batch_tokens: int = 4096,
+        shuffle: bool = True,
+        seed: int = 0,
+        epochs: int | None = 1,
+        drop_last: bool = False,
+        buffer_tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        skip_positions: int | Iterable[int] = (),
+        max_norm: float | None = None,
+        where: Any = None,
+        missing: str = "raise",
+        labels: str | Iterable[str] | None = None,
+        mean: Any = None,
+        scale: Any = None,
+        dtype: Any = None,
+        framework: str = "numpy",
+        prefetch: bool = True,
+    ) -> Batches:
+        """Shuffled batches of rows, for training sparse autoencoders or probes of single tokens.
+
+        Whole chunks are read in random order, as many at a time as the buffer holds, and the rows of one buffer are mixed. So each chunk
+        is read once per epoch, and each row comes once. Nothing but the buffers is held in memory, and what is said of it below.
+
+        Parameters
+        ----------
+        layer : int or sequence of int, optional
+            One layer, for batches of shape (batch, hidden), or several, for (layer, batch, hidden). None for all that are here.
+        batch_tokens : int
+            Rows of a batch: tokens, or prompts where this is one value per prompt.
+        shuffle : bool
+            False gives rows in their order.
+        seed : int
+            The order depends on it, on the options, and on which parts hold the rows; on nothing else.
+        epochs : int, optional
+            How often all rows come, in another order each time; None for ever.
+        drop_last : bool
+            Whether the rows that fill no batch at the end of an epoch are left out; otherwise it is shorter.
+        buffer_tokens : int, optional
+            About how many rows are mixed together; None for 256 MiB of them. Another buffer is read while one is used. Where all rows fit
+            into one buffer, they are shuffled entirely.
+        rank, world_size : int
+            Which of how many trainers this is. They get disjoint rows, together all, in equally many batches.
+        start_step : int
+            How many batches to leave out, over all epochs: those that follow are the same as without it. Costs at most one buffer.
+        skip_positions : int or iterable of int
+            Places of tokens in their prompts that are left out; 0 is the first token, which usually is an outlier.
+        max_norm : float, optional
+            Leaves out rows whose norm is more than so many times the median of its layer, in any of the layers, and those that are not
+            finite. Reads all rows once before the first batch; see `norms` for doing that once and for all.
+        where : DataArray of bool over token, or array of bool, shape (token,), optional
+            Only rows where it is true.
+        missing : {"raise", "drop"}
+            What happens where rows are not stored in all of the layers.
+        labels : str or iterable of str, optional
+            Coordinates along token to give beside each batch, as a dict of arrays of shape (batch,): ``prompt``, ``position``,
+            ``token_id``, columns of yours, or ``row``, the number of the row here. They are held in memory.
+        mean, scale : DataArray over layer and hidden, float or array, optional
+            Rows become (row − mean) / scale, computed in float32 at least. See `statistics`.
+        dtype : dtype, optional
+            float16, float32 or float64, and for torch bfloat16 too. None for that of the values, float32 where they are normalised.
+        framework : {"numpy", "torch"}
+            What batches are. Those of torch are an ``IterableDataset``: iterate them, or give them to ``DataLoader(…, batch_size=None)``.
+        prefetch : bool
+            Whether the next buffer is read, on a thread, while one is used.
+
+        Returns
+        -------
+        Batches
+            To be iterated, each time from `start_step`; ``len``, ``steps_per_epoch``, ``state_dict`` and ``load_state_dict``.
+
+        Raises
+        ------
+        LayerOutOfRangeError
+            A layer that is not here.
+        MissingPromptsError
+            Rows are not stored in a layer.
+        NumberRangeError
+            While iterating: a value is too large for float16.
+        MissingDependencyError
+            torch is asked for and not installed.
+        InvalidArgumentError, InvalidTypeError
+            An option that cannot be used, or filters that leave too little.
+        """
+        return open_batches(
+            self._data,
+            layer=layer,
+            batch_tokens=batch_tokens,
+            shuffle=shuffle,
+            seed=seed,
+            epochs=epochs,
+            drop_last=drop_last,
+            buffer_tokens=buffer_tokens,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+            skip_positions=skip_positions,
+            max_norm=max_norm,
+            where=where,
+            missing=missing,
+            labels=labels,
+            mean=mean,
+            scale=scale,
+            dtype=dtype,
+            framework=framework,
+            prefetch=prefetch,
+        )
+
+    def norms(self, layer: int | Iterable[int] | None = None) -> xr.DataArray:
+        """The Euclidean norm of every row, float32, over ``layer`` and ``token`` (or ``prompt``), in memory; each layer is read once.
+
+        Parameters
+        ----------
+        layer : int or sequence of int, optional
+            As in `batches`. Rows that are not stored in all of them have NaN.
+
+        Examples
+        --------
+        >>> norms = toks.resid.lz.norms(layer=6)  # doctest: +SKIP
+        >>> toks.resid.lz.batches(layer=6, where=norms < 10 * norms.median())  # doctest: +SKIP
+        """
+        return norms_of(self._data, layer)
+
+    def statistics(
+        self,
+        *,
+        layer: int | Iterable[int] | None = None,
+        skip_positions: int | Iterable[int] = (),
+        where: Any = None,
+        missing: str = "raise",
+        outlier_factor: float = 10.0,
+        keep: str | os.PathLike[str] | None = None,
+    ) -> xr.Dataset:
+        """Mean and standard deviation of every layer, and how long its rows are, in one pass over them.
+
+        Parameters
+        ----------
+        layer, skip_positions, where, missing
+            Which rows, as in `batches`. Those that are not finite are counted and left out.
+        outlier_factor : float
+            In medians of the norms.
+        keep : str or path, optional
+            A file, or a URL of one, to keep the result in, made by one step in which nobody sees it unfinished. Where it holds the
+            statistics of the very same rows, they are returned and nothing is read; when parts or options have changed since, it is
+            made again. Give each selection a file of its own.
+
+        Returns
+        -------
+        Dataset
+            ``mean_value`` and ``std_value`` (layer, hidden), float64, the latter divided by the number of rows. Over layer alone
+            ``mean_norm``, ``median_norm``, ``largest_norm``; ``outlier_share``, the share of rows whose norm is above `outlier_factor`
+            times the median; ``n_rows``, ``n_not_finite``; and ``norm_scale``, the mean norm divided by √hidden: rows divided by it have
+            a norm of √hidden on average.
+
+        Raises
+        ------
+        InvalidArgumentError
+            As in `batches`; `keep` names something else, or these values are not read from a store.
+
+        Notes
+        -----
+        Sums of blocks are merged in float64 (Chan, Golub and LeVeque 1979), so that nothing is lost to a mean far from zero. The norms
+        of one layer are held in memory: 8 bytes per row.
+        """
+        return statistics_of(
+            self._data,
+            layer=layer,
+            skip_positions=skip_positions,
+            where=where,
+            missing=missing,
+            outlier_factor=outlier_factor,
+            keep=keep,
+        )
+
 
 @xr.register_dataset_accessor("lz")  # type: ignore[no-untyped-call]
 class DatasetAccessor(_TokenAccessor[xr.Dataset]):
@@ -197,6 +379,26 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:
         """`ArrayAccessor.to_torch` of every variable, by name."""
         return {str(name): ArrayAccessor(v).to_torch(dtype=dtype, device=device) for name, v in self._data.data_vars.items()}
+
+    def batches(self, variable: str | None = None, **options: Any) -> Batches:
+        """`ArrayAccessor.batches` of one variable: of ``resid``, or of the only one, if none is named."""
+        return open_batches(self._array(variable), **options)
+
+    def norms(self, variable: str | None = None, layer: int | Iterable[int] | None = None) -> xr.DataArray:
+        """`ArrayAccessor.norms` of one variable: of ``resid``, or of the only one, if none is named."""
+        return norms_of(self._array(variable), layer)
+
+    def statistics(self, variable: str | None = None, **options: Any) -> xr.Dataset:
+        """`ArrayAccessor.statistics` of one variable: of ``resid``, or of the only one, if none is named."""
+        return statistics_of(self._array(variable), **options)
+
+    def _array(self, variable: str | None) -> xr.DataArray:
+        there = [str(name) for name, v in self._data.data_vars.items() if {"token", "prompt"} & set(v.dims)]
+        if variable is None:
+            variable = "resid" if "resid" in there else there[0] if len(there) == 1 else None
+        if variable not in there:
+            raise InvalidArgumentError(f"variable={variable!r}: name one of {there}")
+        return self._data[variable]
 
     def plot(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
         """Scores of a sweep by layer; see `lmprobe_zarr.plots.plot_scores`."""

@@ -121,6 +121,10 @@ class VirtualArray:
         read_pieces(pieces, outs, columns)
         return out
 
+    def blocks(self, layer: int, rows: slice | Ints) -> list[slice | Ints]:
+        """Which of the rows lie in one chunk, by their places among them, chunk by chunk; those that no part holds are left out."""
+        return [target for array, _, _, target in self._locate(int(self.classes[layer]), rows) if array != NOWHERE]
+
     def _locate(self, group: int, rows: slice | Ints) -> list[tuple[int, int, slice | Ints, slice | Ints]]:
         """Where rows lie: (array, chunk, rows in the chunk, rows of the output), each chunk once."""
         source, start, target, length = self._runs(group, rows)
@@ -139,7 +143,7 @@ class VirtualArray:
             low = np.maximum(at[run], block * size)
             high = np.minimum((at + count)[run], (block + 1) * size)
             shift = to[run] - at[run]
-            order = np.argsort(block, kind="stable")
+            order = np.lexsort((low, block))  # rows in the chunk's own order, so that a whole chunk is one even where its rows go many ways
             cuts = np.flatnonzero(np.diff(block[order])) + 1
             for members in np.split(order, cuts):
                 begins, counts, base = low[members], (high - low)[members], int(block[members[0]]) * size

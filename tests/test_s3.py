@@ -74,6 +74,28 @@ def test_a_model_is_opened_and_a_layer_read_in_one_get_per_part_and_chunk_and_fi
     np.testing.assert_array_equal(values, np.concatenate([batch.prompts["resid_mean"][1] for batch in PARTS]))
 
 
+def test_an_epoch_of_batches_costs_one_get_per_chunk_of_the_layer(s3: S3, filled: str) -> None:
+    tokens = counted(s3, filled).tokens("acme/toy")
+    s3.proxy.reset()
+    found = np.concatenate(list(tokens.lz.batches(layer=1, batch_tokens=64, buffer_tokens=300)))
+    assert dict(s3.proxy.kinds()) == {"GET": 10}, "one chunk of each part"
+    expected = np.concatenate([batch.tokens["resid"][1] for batch in PARTS])
+    np.testing.assert_array_equal(found[np.lexsort(found.T)], expected[np.lexsort(expected.T)])
+    s3.proxy.reset()
+    tokens.lz.statistics(layer=1)
+    assert dict(s3.proxy.kinds()) == {"GET": 10}
+
+
+def test_one_prompt_over_all_layers_and_two_layers_cost_one_get_per_chunk(s3: S3, filled: str) -> None:
+    tokens = counted(s3, filled).tokens("acme/toy")
+    s3.proxy.reset()
+    tokens.resid.sel(prompt=lz.prompt_hash("prompt 512")).values  # noqa: B018
+    assert dict(s3.proxy.kinds()) == {"GET": 3}, "three layers of one part"
+    s3.proxy.reset()
+    tokens.resid.sel(layer=[0, 3]).values  # noqa: B018
+    assert dict(s3.proxy.kinds()) == {"GET": 20}
+
+
 def test_what_a_cache_holds_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -> None:
     store = counted(s3, filled)
     info = lz.cache_info(store=store)

@@ -1,0 +1,51 @@
+"""Batches as torch tensors, of a kind that ``torch.utils.data.DataLoader`` takes. Imported only where torch is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import IterableDataset
+
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.streaming import Batches
+
+__all__ = ["TorchBatches", "parse_torch_dtype"]
+
+Array = npt.NDArray[Any]
+
+
+class TorchBatches(Batches, IterableDataset[Any]):
+    """`Batches` of tensors: to be iterated as it is, or by ``DataLoader(batches, batch_size=None, num_workers=…)``.
+
+    Workers take turns: each reads blocks of its own, and all together give as many batches as one would.
+    """
+
+    def _convert(self, batch: Array) -> torch.Tensor:
+        batch = self._normalize(batch)
+        if self.dtype == torch.float16:  # numpy's way notices what is too large
+            batch = self._cast(batch, np.dtype(np.float16))
+        wanted: Any = self.dtype
+        values: torch.Tensor = torch.from_numpy(batch).to(wanted)
+        return values
+
+    def _label(self, values: Array) -> Any:
+        return torch.from_numpy(values) if values.dtype.kind in "biuf" else values
+
+
+def parse_torch_dtype(dtype: Any, values: np.dtype[Any]) -> torch.dtype:
+    """The dtype that tensors have; None keeps that of the values.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is no floating-point dtype of torch.
+    """
+    if dtype is None:
+        return torch.from_numpy(np.empty(0, values)).dtype
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype if isinstance(dtype, str) else np.dtype(dtype).name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InvalidArgumentError(f"dtype={dtype!r}: give float16, float32, float64 or bfloat16, by name or as a torch.dtype")
+    return found
