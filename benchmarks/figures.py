@@ -444,7 +444,8 @@ def save_model(folder: Path) -> str:
     LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(31_997)} | {"<unk>": 31_997, "<s>": 31_998, "<pad>": 31_999}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", pad_token="<pad>").save_pretrained(folder)
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     return str(folder)
 
 
@@ -524,8 +525,8 @@ def sizes(folder: Path, _peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     for dtype, reach, stretch in (("float32", 26, 25), ("float16", 14, 13.1), ("bfloat16", 11.5, 10.7)):
         store = lz.open_store(folder / dtype, durable=False)
         lz.extract(
-            bundled_model(), sentences[: len(sentences) // (10 if quick else 1)], store=store, pooling=(), keep_tokens=True, dtype="float32",
-            storage_dtype=dtype, progress=False,
+            bundled_model(), sentences[: len(sentences) // (10 if quick else 1)], store=store, pooling=(), keep_tokens=True,
+            dtype="float32", storage_dtype=dtype, progress=False,
         )  # fmt: skip
         count = store.tokens().resid.size
         size = sum(f.stat().st_size for f in Path(store.url).glob("*/*/tokens/resid/c.*"))
@@ -564,12 +565,12 @@ def on_s3(folder: Path, _peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
         }
         peer = Peer(folder / "s3-peer")
         try:
-            return _on_s3(folder, peer, s3, quick=quick, runs=runs)
+            return _on_s3(folder, peer, quick=quick, runs=runs)
         finally:
             peer.close()
 
 
-def _on_s3(folder: Path, peer: Peer, s3: Any, *, quick: bool, runs: int) -> list[Figure]:
+def _on_s3(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     n, layers = (100 if quick else 1000), 8
     values = activations((layers, n, HIDDEN))
     np.save(folder / "s3.npy", values)
@@ -590,8 +591,8 @@ def _on_s3(folder: Path, peer: Peer, s3: Any, *, quick: bool, runs: int) -> list
     took = alternate({"ours": ours, "lmprobe": peer.seconds("read_pooled", place=place, count=n, layers=[5])}, min(runs, 5))
     return [
         Figure(
-            work=f"S3, one layer of {n:,} prompts in 10 parts, opening included", what="lmprobe / ours", value=took["lmprobe"] / took["ours"],
-            reach=20, stretch=50, ours=ms(took["ours"]), lmprobe=ms(took["lmprobe"]),
+            work=f"S3, one layer of {n:,} prompts in 10 parts, opening included", what="lmprobe / ours",
+            value=took["lmprobe"] / took["ours"], reach=20, stretch=50, ours=ms(took["ours"]), lmprobe=ms(took["lmprobe"]),
         )
     ]  # fmt: skip
 

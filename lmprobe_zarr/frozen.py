@@ -60,7 +60,7 @@ class FrozenStorage(Storage):
     def _refuse(self) -> NoReturn:
         raise ReadOnlyError(f"{self.url} is a published copy, which never changes: write to the store that it was made from")
 
-    def write(self, key: str, data: Buffer, *, durable: bool) -> None:
+    def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         self._refuse()
 
     def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
