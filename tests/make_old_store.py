@@ -52,7 +52,12 @@ def pooled_batch() -> TokenBatch:
         prompt_length=np.array([1, 2, 3]),
         layers=(0, 1),
         prompts={**{name: values(2, 3, 4) for name in layered}, **unlayered},
-        prompt_columns={"label": [1, 0, 1], "weight": [0.5, 1.5, 2.5], "seen": [True, False, True], "split": ["train", "tést", "train"]},
+        prompt_columns={
+            "label": np.array([1, 0, 1]),
+            "weight": np.array([0.5, 1.5, 2.5]),
+            "seen": np.array([True, False, True]),
+            "split": np.array(["train", "tést", "train"], object),
+        },
         unlayered=frozenset(unlayered),
     )
 
@@ -104,7 +109,7 @@ def ids_batch(*, hash_only: bool) -> TokenBatch:
 
 
 def shown(batches: Sequence[TokenBatch]) -> dict[str, npt.NDArray[Any]]:
-    """What a store that was written batch by batch must show: for each variable and prompt the last one that holds it, NaN or −1 elsewhere."""
+    """What a store that was written batch by batch must show: for each variable and prompt the last that holds it, else NaN or −1."""
     digests = list(dict.fromkeys(digest for batch in batches for digest in batch.sha256))
     found: dict[str, npt.NDArray[Any]] = {"prompt_sha256": np.array(digests)}
     counts = dict.fromkeys(digests, 0)
