@@ -490,7 +490,15 @@ def _carry_out(
                 for batch in _run(request, running, loaded, work.tokenized, plan.layers, advance):
                     ingest.put(_with_columns(batch, rows, per_prompt, running.store_text))
         extracted = 0 if work.tokenized is None else len(work.tokenized)
-        stats = replace(stats, extracted=extracted, nbytes=ingest.nbytes, parts=len(ingest.parts), tokens=plan.tokens)
+        stats = replace(
+            stats,
+            extracted=extracted,
+            nbytes=ingest.nbytes,
+            parts=len(ingest.parts),
+            tokens=plan.tokens,
+            not_finite=ingest.not_finite,
+            blank=ingest.blank,
+        )
     done = replace(stats, seconds=time.perf_counter() - began)
     cache_logger().info(
         "[cache] %s: %d hits, %d misses, layers %s, %s, %.2f s",
@@ -547,6 +555,8 @@ def _run_on_workers(
         tokens=plan.tokens,
         nbytes=sum(one.nbytes for one, _ in done),
         parts=sum(one.parts for one, _ in done),
+        not_finite=sum(one.not_finite for one, _ in done),
+        blank=sum(one.blank for one, _ in done),
     ), group
 
 

@@ -73,12 +73,14 @@ def file_entry(data: bytes, *, chunk: bool) -> tuple[int, int]:
     return len(data), _CRC.unpack(data[-4:])[0] if chunk else google_crc32c.value(data)
 
 
-def is_intact(name: str, data: bytes, entry: Sequence[int]) -> bool:
+def is_intact(name: str, data: Buffer, entry: Sequence[int]) -> bool:
     """Whether a file of a part is what its commit says, by its name and its entry in the part's table."""
     chunk = name.rpartition("/")[2].startswith("c.")
-    if (len(data), *entry[1:]) != tuple(entry) or (chunk and len(data) < 4):
+    if len(data) != entry[0] or (chunk and len(data) < 4):
         return False
-    return int(google_crc32c.value(data[:-4] if chunk else data)) == entry[1] and (not chunk or file_entry(data, chunk=True)[1] == entry[1])
+    body = memoryview(data)[:-4] if chunk else memoryview(data)
+    checksum = int(google_crc32c.value(np.frombuffer(body, np.uint8))) if len(body) else 0
+    return checksum == entry[1] and (not chunk or _CRC.unpack(bytes(data[-4:]))[0] == entry[1])
 
 
 def fill_value(dtype: str | np.dtype[Any]) -> Any:

@@ -51,6 +51,9 @@ class FrozenStorage(Storage):
     def scan(self, key: str) -> dict[str, Entry]:
         return {name: Entry(name == "zarr.json", 0, None) for name in self.list(key)}
 
+    def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
+        return self.inner.sizes(key, names)
+
     def is_file(self, key: str) -> bool:
         return self.inner.is_file(key)
 

@@ -19,7 +19,7 @@ from lmprobe_zarr.schema import ANNOTATIONS, LEVELS, PART_NAME, GroupInfo
 from lmprobe_zarr.storage import Entry, Storage
 from lmprobe_zarr.view import Part
 
-__all__ = ["GcSummary", "Leftover", "plan_gc", "remove_garbage"]
+__all__ = ["GcSummary", "Leftover", "find_leftover", "plan_gc", "remove_garbage"]
 
 _PARTIAL: Final = re.compile(r"\.zarr\.json\.[0-9a-f]{12}\.partial")
 _CHUNK: Final = re.compile(r"c(?:\.\d+)+")
@@ -121,7 +121,7 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, max_age: f
         for name, entry in entries.items():
             if entry.is_file or name in committed or not PART_NAME.fullmatch(name) or storage.is_file(f"{folder}/{name}/zarr.json"):
                 continue
-            left, newest = _look_into(storage, f"{folder}/{name}", entry)
+            left, newest = find_leftover(storage, f"{folder}/{name}", entry)
             if newest is None or newest > now - max_age:
                 young += 1
             else:
@@ -175,15 +175,7 @@ def _commit_time(storage: Storage, part: Part) -> float | None:
 
 def _all_there(storage: Storage, part: Part) -> bool:
     """Whether every file that a part's commit names is there with its length."""
-    sizes: dict[str, dict[str, Entry]] = {}
-    for key, entry in part.info.files.items():
-        folder, _, name = key.rpartition("/")
-        if folder not in sizes:
-            sizes[folder] = storage.scan(f"{part.path}/{folder}")
-        there = sizes[folder].get(name)
-        if there is None or there.nbytes != entry[0]:
-            return False
-    return True
+    return storage.sizes(part.path, part.info.files) == {name: entry[0] for name, entry in part.info.files.items()}
 
 
 def _old_partials(folder: str, entries: dict[str, Entry], before: float) -> Iterator[str]:
@@ -192,7 +184,7 @@ def _old_partials(folder: str, entries: dict[str, Entry], before: float) -> Iter
             yield f"{folder}/{name}" if folder else name
 
 
-def _look_into(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, float | None]:
+def find_leftover(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, float | None]:
     """What is ours in a part's folder, and when anything in it was last written; None where something does not tell."""
     files: list[str] = []
     folders = [folder]

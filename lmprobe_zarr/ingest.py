@@ -71,6 +71,8 @@ class Ingest:
         Names of the parts committed so far.
     prompts, nbytes : int
         Different prompts in them, and bytes of activations before compression.
+    not_finite, blank : int
+        Values in them that are infinite or no number, and rows, one for each layer, that hold nothing but zeros.
     """
 
     store: Store
@@ -82,6 +84,8 @@ class Ingest:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     parts: list[str] = field(default_factory=list, init=False)
     nbytes: int = field(default=0, init=False)
+    not_finite: int = field(default=0, init=False)
+    blank: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._queue: queue.Queue[TokenBatch] = queue.Queue(QUEUED_BATCHES)
@@ -173,6 +177,8 @@ class Ingest:
         del self._open[key]
         self.parts.append(info.name)
         self.nbytes += writer.nbytes
+        for odd in (info.odd or {}).values():
+            self.not_finite, self.blank = self.not_finite + odd[0], self.blank + odd[1]
         self._committed.update(np.ascontiguousarray(info.digests[:, :8]).view(np.uint64).reshape(-1).tolist())
         logger.debug("committed part %s of %s: %d prompts, %d bytes", info.name, self.group.model, len(writer), writer.nbytes)
 

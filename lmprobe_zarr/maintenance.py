@@ -297,6 +297,7 @@ def write_again(
     without: Collection[str] = (),
     layers: Container[int] | None = None,
     after: str = "",
+    name: str = "",
     hides: bool = True,
 ) -> PartInfo:
     """A part as another one with only some of what it holds.
@@ -312,6 +313,8 @@ def write_again(
         What is left out, and what is kept; see `reread.read_batches`.
     after : str
         Name that the new one sorts right behind; by default that of the part.
+    name : str
+        The new one's own, where it is known already.
     hides : bool
         Whether the new one replaces it.
     """
@@ -319,7 +322,7 @@ def write_again(
     writer = PartWriter(
         storage,
         group,
-        replacement_name(after or info.name),
+        name or replacement_name(after or info.name),
         kind=info.kind,
         compressed=any(array.shuffle is not None for array in info.arrays.values()),
         durable=durable,

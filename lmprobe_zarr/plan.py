@@ -106,6 +106,10 @@ class ExtractStats:
         Whether the model's weights were needed at all.
     seconds : float
         From call to return.
+    not_finite : int
+        Values that were stored and are infinite or no number: the model's own answer, and nothing to learn from.
+    blank : int
+        Rows, one for each layer of a prompt or token, that were stored and hold nothing but zeros.
     """
 
     model: str
@@ -119,6 +123,8 @@ class ExtractStats:
     parts: int
     model_loaded: bool
     seconds: float
+    not_finite: int = 0
+    blank: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -127,9 +133,11 @@ class ExtractStats:
 
     def __str__(self) -> str:
         loaded = "" if self.model_loaded else "; the model was not loaded"
+        odd = f"; {self.not_finite} values are not finite" if self.not_finite else ""
+        odd += f"; {self.blank} rows are all zeros" if self.blank else ""
         return (
             f"{self.model}: {self.prompts} prompts, {self.found} found in the store, {self.extracted} extracted "
-            f"({self.tokens} tokens, {format_bytes(self.nbytes)}) in {self.seconds:.1f} s{loaded}"
+            f"({self.tokens} tokens, {format_bytes(self.nbytes)}) in {self.seconds:.1f} s{loaded}{odd}"
         )
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, NumberRangeError
 
-__all__ = ["Precision", "round_bits", "store_as"]
+__all__ = ["Precision", "count_odd", "round_bits", "store_as"]
 
 Array = npt.NDArray[Any]
 
@@ -147,3 +147,22 @@ def store_as(name: str, values: Array, precision: Precision, *, source_dtype: st
     if precision.keep_bits is not None:
         values = round_bits(values, precision.keep_bits)
     return values, target, overflowed
+
+
+def count_odd(values: Array, row_shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many values are not finite, and how many rows hold nothing but zeros.
+
+    Parameters
+    ----------
+    values : ndarray of float16, float32 or float64, shape (…, *row_shape)
+    row_shape : tuple of int
+        Of what counts as one row.
+    """
+    # On the bits, in one pass: a number's size orders as its bits without the sign do, infinity and NaN above all others.
+    width = values.dtype.itemsize
+    bits = np.ascontiguousarray(values).reshape(-1, int(np.prod(row_shape))).view(f"u{width}")
+    largest = (bits & bits.dtype.type(2 ** (8 * width - 1) - 1)).max(axis=1, initial=0)
+    infinite = np.array(np.inf, values.dtype).view(bits.dtype)
+    suspects = largest >= infinite
+    odd = int(np.count_nonzero(~np.isfinite(bits[suspects].view(values.dtype)))) if suspects.any() else 0
+    return odd, int(np.count_nonzero(largest == 0))

@@ -37,12 +37,12 @@ from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.view import Part, keys_of, open_view
 from lmprobe_zarr.writer import PartWriter
 
-__all__ = ["PublishSummary", "Selection", "publish_groups", "total_nbytes"]
+__all__ = ["PUBLISHED_MARK", "PublishSummary", "Selection", "publish_groups", "total_nbytes"]
 
 Ints = npt.NDArray[np.int64]
 
 CARD = "README.md"
-_MARK = "published_copy"
+PUBLISHED_MARK = "published_copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,7 +212,7 @@ def _write(
                     kind=infos[0].kind,
                     compressed=any(array.shuffle is not None for array in infos[0].arrays.values()),
                     durable=durable,
-                    recorded={**agreed(infos), _MARK: True},
+                    recorded={**agreed(infos), PUBLISHED_MARK: True},
                     alone=True,
                 )
             writer.append(batch)
@@ -251,7 +251,7 @@ def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
         groups = [name for name in target.list("") if GROUP_NAME.fullmatch(name)]
     kept = {f"{group}/{key}" for group, keys in (old.groups if old else {}).items() for key in keys}
     left = [part for group in groups for part in _committed(target, group) if part.path not in kept]
-    foreign = next((part for part in left if _MARK not in part.info.recorded), None)
+    foreign = next((part for part in left if PUBLISHED_MARK not in part.info.recorded), None)
     if foreign is not None:
         raise NotAStoreError(f"{target.url} holds parts of a store ({foreign.path!r}): give a new or empty place to publish to")
     for part in left:

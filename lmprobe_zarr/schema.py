@@ -45,6 +45,7 @@ __all__ = [
     "new_part_name",
     "parse_group",
     "parse_part",
+    "parse_part_group",
     "parse_root",
     "part_document",
     "part_milliseconds",
@@ -207,7 +208,10 @@ def parse_root(data: bytes, where: str) -> Published | None:
     if not is_root_document(document):
         raise NotAStoreError(f"{where} is not an {FORMAT} store (another zarr.json lies there): give another folder or prefix")
     attributes = document["attributes"]
-    _check_version(attributes.get("format_version"), where)
+    try:
+        _check_version(attributes.get("format_version"), where)
+    except TypeError as error:
+        raise NotAStoreError(f"{where}/zarr.json is no document of a store of {FORMAT}: {error}") from error
     if "published" not in attributes:
         return None
     try:
@@ -229,6 +233,8 @@ def _part_key(key: object) -> str:
 
 
 def _check_version(version: object, where: str) -> None:
+    if type(version) is not int:
+        raise TypeError(f"format version {version!r:.40} is no number")
     if version != FORMAT_VERSION:
         raise UnsupportedVersionError(
             f"{where} has format version {version!r}, this release reads version {FORMAT_VERSION}: upgrade lmprobe-zarr to open it"
@@ -514,6 +520,8 @@ class PartInfo:
         What was only noted: versions, device, time.
     replaces : tuple of str
         Parts that this one supersedes.
+    odd : mapping of str to (int, int), optional
+        Of each variable that has any: values that are not finite, and rows that hold nothing but zeros. None where nobody counted.
     """
 
     group: str
@@ -526,6 +534,7 @@ class PartInfo:
     files: Mapping[str, Sequence[int]]
     recorded: Mapping[str, Any] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
+    odd: Mapping[str, Sequence[int]] | None = None
 
     def variables(self, level: Level) -> dict[str, ArrayInfo]:
         """Arrays of one level, by their names in it."""
@@ -575,13 +584,18 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "kind": info.kind,
+        # All that the group's own document says: where that is lost, any part brings it back.
         "model": group.model,
+        "num_layers": group.num_layers,
+        "hidden_size": group.hidden_size,
+        "provenance": dict(group.provenance),
         "group": info.group,
         "name": info.name,
         "layers": list(info.layers),
         "prompt_sha256": info.digests.tobytes().hex(),
         "n_tokens": None if info.n_tokens is None else info.n_tokens.tolist(),
         "replaces": list(info.replaces),
+        "odd": None if info.odd is None else {key: list(counts) for key, counts in info.odd.items()},
         "recorded": dict(info.recorded),
         "files": {key: list(value) for key, value in info.files.items()},
     }
@@ -642,6 +656,7 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             files={_text(key): _lengths(entry) for key, entry in attributes["files"].items()},
             recorded=dict(attributes["recorded"]),
             replaces=tuple(_text(name) for name in attributes["replaces"]),
+            odd=None if (odd := attributes.get("odd")) is None else {key: _lengths(counts) for key, counts in odd.items()},
         )
         _check_part(info)
     except UnsupportedVersionError:
@@ -652,6 +667,22 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             "delete that folder, and extract its prompts again"
         ) from error
     return info
+
+
+def parse_part_group(data: bytes) -> GroupInfo | None:
+    """What a part's document says of its group; None where it does not: the first writers of version 1 left it out.
+
+    The document is one that `parse_part` takes.
+    """
+    attributes = json.loads(data)["attributes"]
+    if "provenance" not in attributes:
+        return None
+    return GroupInfo(
+        model=attributes["model"],
+        provenance=attributes["provenance"],
+        num_layers=attributes["num_layers"],
+        hidden_size=attributes["hidden_size"],
+    )
 
 
 def _text(value: object) -> str:
@@ -669,7 +700,7 @@ def _check_part(info: PartInfo) -> None:
         raise ValueError("a prompt occurs twice, or there is none")
     if list(info.layers) != sorted(set(info.layers)) or (info.layers and info.layers[-1] >= 2**31):
         raise ValueError("layers are not ascending")
-    if info.name in info.replaces or any(len(entry) != 2 for entry in info.files.values()):
+    if info.name in info.replaces or any(len(entry) != 2 for entry in (*info.files.values(), *(info.odd or {}).values())):
         raise ValueError("it replaces itself, or its table of files is none")
     counts = info.n_tokens
     if counts is not None and (counts.shape != (n,) or (counts < 1).any() or "tokens/position" not in info.arrays):

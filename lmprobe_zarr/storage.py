@@ -23,9 +23,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,6 +109,16 @@ class Storage(ABC):
     @abstractmethod
     def scan(self, key: str) -> dict[str, Entry]:
         """What lies directly below a folder, by name, sorted, in as few requests as the place allows; nothing where it does not exist."""
+
+    def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of those of some files, by their names below a folder, that are there; in as few requests as the place allows."""
+        wanted = set(names)
+        found: dict[str, int] = {}
+        for folder in {name.rpartition("/")[0] for name in wanted}:
+            prefix = f"{folder}/" if folder else ""
+            entries = self.scan(f"{key}/{folder}" if folder else key)
+            found |= {f"{prefix}{name}": entry.nbytes for name, entry in entries.items() if entry.is_file and f"{prefix}{name}" in wanted}
+        return found
 
     @abstractmethod
     def remove(self, keys: Iterable[str]) -> None:
@@ -494,6 +506,23 @@ class FsspecStorage(Storage):
                 found[name] = Entry(entry["type"] == "file", int(entry.get("size") or 0), _modified(entry))
         return dict(sorted(found.items()))
 
+    def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
+        if not self.url.startswith(("http://", "https://")):
+            return super().sizes(key, names)
+        # Web servers list nothing: each is asked for its size.
+        listed = list(names)
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+            return {name: size for name, size in zip(listed, pool.map(partial(self._size, key), listed), strict=True) if size is not None}
+
+    def _size(self, key: str, name: str) -> int | None:
+        try:
+            with self.talking(f"{key}/{name}"):
+                size = self.filesystem.info(self._path(f"{key}/{name}")).get("size")
+                # A server need not tell it ahead; then the file itself does.
+                return len(self.filesystem.cat_file(self._path(f"{key}/{name}"))) if size is None else int(size)
+        except FileNotFoundError:
+            return None
+
     def remove(self, keys: Iterable[str]) -> None:
         paths = [self._path(key) for key in keys]
         if not paths:
@@ -582,6 +611,13 @@ class S3Storage(FsspecStorage):
                 if name := entry["Key"].removeprefix(prefix):
                     found[name] = Entry(True, int(entry["Size"]), _modified(entry))
         return dict(sorted(found.items()))
+
+    def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
+        wanted = set(names)
+        bucket, prefix = self._folder(key)
+        pages = self._pages(key, Bucket=bucket, Prefix=prefix)  # all that lies below, whatever folders it is in
+        found = {entry["Key"].removeprefix(prefix): int(entry["Size"]) for page in pages for entry in page.get("Contents", ())}
+        return {name: size for name, size in found.items() if name in wanted}
 
     def _folder(self, key: str) -> tuple[str, str]:
         where = self._object(key)

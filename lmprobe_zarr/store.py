@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal
@@ -37,11 +38,13 @@ from lmprobe_zarr.layers import LayerSpec, describe_layers
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.maintenance import STAMPS, Entry, delete_prompts, describe_entries, stamp_parts
 from lmprobe_zarr.progress import progress_bar
-from lmprobe_zarr.publishing import PublishSummary, Selection, publish_groups, total_nbytes
+from lmprobe_zarr.publishing import PUBLISHED_MARK, PublishSummary, Selection, publish_groups, total_nbytes
+from lmprobe_zarr.repairing import repair_store
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
     GROUP_NAME,
     LEVELS,
+    PART_NAME,
     GroupInfo,
     Level,
     Provenance,
@@ -53,6 +56,8 @@ from lmprobe_zarr.schema import (
     validate_column_names,
 )
 from lmprobe_zarr.storage import Storage, open_storage
+from lmprobe_zarr.summaries import RepairSummary, VerifySummary
+from lmprobe_zarr.verifying import check_files, scan_store, verify_stores
 from lmprobe_zarr.view import Part, View, keys_of, open_view
 from lmprobe_zarr.writer import PartWriter, as_column, write_group
 
@@ -101,6 +106,8 @@ def open_store(
         There is no store: with ``mode="r"``, or in any place but the last.
     NotAStoreError
         A file, another zarr store, or a folder with other things in it.
+    CorruptPartError
+        The parts of a store lie there, and the document of its root is missing or damaged.
     UnsupportedVersionError
         A store of a newer format version.
     InvalidArgumentError
@@ -182,6 +189,9 @@ def _check_root(storage: Storage, mode: Mode) -> Published | None:
         return parse_root(storage.read("zarr.json"), storage.url)
     except (StoreNotFoundError, AccessDeniedError):
         raise
+    except NotAStoreError:
+        _check_rootless(storage, "is damaged")
+        raise
     except (FileNotFoundError, NotADirectoryError):
         pass
     except IsADirectoryError as error:
@@ -194,11 +204,30 @@ def _check_root(storage: Storage, mode: Mode) -> Published | None:
     if "zarr.json" in names:  # another writer made it between the two looks
         return parse_root(storage.read("zarr.json"), storage.url)
     if names:
+        _check_rootless(storage, "is missing")
         way = "give a new or empty folder" if mode == "a" else "give the folder that the store was made in"
         raise NotAStoreError(f"{storage.url} is no store of lmprobe-zarr and holds other things ({names[0]!r}): {way}")
     if mode == "r":
         raise StoreNotFoundError(f"there is no store at {storage.url}: check the path, or open it with mode='a' to make one")
     return None
+
+
+def _check_rootless(storage: Storage, what: str) -> None:
+    """Raise `CorruptPartError` where the parts of a store lie below a root without its document."""
+    for group in storage.list(""):
+        for name in storage.list(group) if GROUP_NAME.fullmatch(group) else ():
+            if not PART_NAME.fullmatch(name):
+                continue
+            try:
+                info = parse_part(storage.read(f"{group}/{name}/zarr.json"), name)
+            except (FileNotFoundError, CorruptPartError):
+                continue
+            where = f"{storage.url}/zarr.json, the document of the root, {what}"
+            if PUBLISHED_MARK not in info.recorded:
+                raise CorruptPartError.of(storage.url, "", f"{where}: lmprobe-zarr repair {storage.url} writes it again")
+            if what == "is damaged":
+                raise CorruptPartError(f"{where}: fetch or publish this copy again")
+            return  # a copy that was not published to its end
 
 
 class Store:
@@ -346,12 +375,7 @@ class Store:
         self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None, *, whole: bool = True
     ) -> list[GroupInfo]:
         """Groups in which no field that is given differs."""
-        found = []
-        for name, info in self.groups(whole=whole).items():
-            same = all(field in info.provenance and info.provenance[field] == value for field, value in (provenance or {}).items())
-            if same and model in (None, info.model) and group in (None, name):
-                found.append(info)
-        return found
+        return list(filter(_choice(model, provenance, group), self.groups(whole=whole).values()))
 
     def find_group(self, model: str | None = None, *, provenance: Provenance | None = None, group: str | None = None) -> GroupInfo:
         """The one group that is meant.
@@ -921,6 +945,104 @@ class Store:
                 self.forget(part.path)
         return summary
 
+    def verify(
+        self,
+        model: str | None = None,
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+        full: bool = True,
+        progress: bool = True,
+    ) -> VerifySummary:
+        """Compare what lies in the store with what was committed. Writes nothing.
+
+        Of every part and annotation, replaced ones too: its document with the digest in it, and all other files with the table that the
+        part was committed with; the documents of groups and root; of a published copy whether its root agrees with what is below it. What
+        lies below this store is verified too. lmprobe's own entries beside a store are not ours.
+
+        Parameters
+        ----------
+        model, provenance, group : optional
+            Which groups; all that match. One whose document is damaged is looked at in any case.
+        full : bool
+            Read every file and compare its checksum: that also finds files of equal length that were exchanged with one another. Otherwise
+            only documents are read, and the sizes of all other files asked for, with one list per part.
+        progress : bool
+            Show a bar on terminals.
+
+        Returns
+        -------
+        VerifySummary
+            True where nothing is wrong. Also says which values are not finite and which rows are blank; that is no damage.
+
+        Raises
+        ------
+        ModelNotStoredError
+        AccessDeniedError, UnreachableError
+            The place refuses or does not answer, which says nothing of what lies there.
+        """
+        began = time.perf_counter()
+        scans = [scan_store(store.storage, _choice(model, provenance, group)) for store in self.stack]
+        if not any(scan.groups for scan in scans) and (model is not None or provenance or group is not None):
+            self.find_group(model, provenance=provenance, group=group)
+        total = sum(scan.nbytes for scan in scans)
+        with progress_bar(total, description="verify", unit="B", enabled=progress) as advance:
+            return verify_stores(self.where, scans, full=full, began=began, advance=advance)
+
+    def repair(
+        self,
+        model: str | None = None,
+        *,
+        provenance: Provenance | None = None,
+        group: str | None = None,
+        dry_run: bool = False,
+        progress: bool = True,
+    ) -> RepairSummary:
+        """Take out what a full `verify` finds broken, keep what is whole, and list the prompts to extract again.
+
+        Values go to the prompt and the layer: a part is written again without the prompts that lie in a broken chunk, in that variable and
+        layer only; all its other values, its texts and columns stay, and so does the order of the prompts. A broken column of yours goes
+        for all prompts of its part. Documents that are known from elsewhere (root, group, arrays) are written again as they were. A part
+        whose own document is damaged goes altogether, since nothing says any more what its files should be. Where a part goes that was
+        merged from others, and these are still there, they show again.
+
+        What goes is invisible before its bytes go. Stopped at any moment, the store shows nothing wrong; call again. Files that are there
+        and cannot be read are left, and so is what is not ours. Of several stores that are read as one the last alone is repaired.
+
+        Parameters
+        ----------
+        model, provenance, group : optional
+            Which groups; all that match.
+        dry_run : bool
+            Only say what would be done.
+        progress : bool
+            Show a bar on terminals.
+
+        Returns
+        -------
+        RepairSummary
+            Its `lost` say what to extract again: ``for one in summary.lost: lz.extract(model, one.prompts, store=store, **one.arguments)``.
+
+        Raises
+        ------
+        ReadOnlyError
+            Also of published copies, which never change.
+        ModelNotStoredError, AccessDeniedError, UnreachableError, NoSpaceError
+        """
+        self.check_writable()
+        own = self.own
+        scan = scan_store(own.storage, _choice(model, provenance, group))
+        if not scan.groups and (model is not None or provenance or group is not None):
+            own.find_group(model, provenance=provenance, group=group)
+        with progress_bar(scan.nbytes, description="verify", unit="B", enabled=progress) as advance:
+            scan = check_files(scan, full=True, advance=advance)
+        summary = repair_store(scan, durable=self.durable, dry_run=dry_run)
+        if not dry_run:
+            self._parts.clear()
+            self._groups.clear()
+            self._damaged.clear()
+        return summary
+
     def publish(
         self,
         url: str | os.PathLike[str],
@@ -1143,6 +1265,16 @@ class Store:
 
 def _reopen(storage: Storage, mode: Mode, durable: bool, is_default: bool, below: Store | None) -> Store:
     return Store(storage, mode=mode, durable=durable, is_default=is_default, below=below)
+
+
+def _choice(model: str | None, provenance: Provenance | None, group: str | None) -> Callable[[GroupInfo], bool]:
+    """Whether a group is one of those that are meant: no field that is given differs."""
+
+    def meant(info: GroupInfo) -> bool:
+        same = all(field in info.provenance and info.provenance[field] == value for field, value in (provenance or {}).items())
+        return same and model in (None, info.model) and group in (None, info.name)
+
+    return meant
 
 
 Root = str | os.PathLike[str] | Store

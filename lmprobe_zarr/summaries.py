@@ -1,15 +1,32 @@
-"""What an import or an export would do or did, as values that print well. Never a file or a store."""
+"""What an import, an export, a verification or a repair would do or did, as values that print well. Never a file or a store."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
+from lmprobe_zarr.layers import describe_layers
 from lmprobe_zarr.plan import format_bytes
+from lmprobe_zarr.pooling import POOLINGS
+from lmprobe_zarr.sites import SCALARS, SITES, is_top_k
 
-__all__ = ["ExportSummary", "ImportSummary", "Reason", "Tally"]
+__all__ = [
+    "ExportSummary",
+    "ImportSummary",
+    "LostColumn",
+    "LostValues",
+    "OddValues",
+    "Problem",
+    "ProblemKind",
+    "Reason",
+    "RepairSummary",
+    "Tally",
+    "VerifySummary",
+]
 
 SHOWN_NAMES = 3
+SHOWN_LINES = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,3 +189,286 @@ def _table(rows: dict[str, str], skipped: Iterable[Reason], notes: Iterable[Reas
     for title, reasons in (("skipped", skipped), ("notes", notes)):
         lines += [f"{title if i == 0 else '':<10}{reason}" for i, reason in enumerate(reasons)]
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- verification
+
+ProblemKind = Literal["missing", "size", "content", "document", "version", "unreadable"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One file that is not what was committed.
+
+    Parameters
+    ----------
+    url : str
+        The store's root.
+    part : str
+        Key of the part's folder below it; that of the group for a group's own document, empty for that of the root.
+    variable : str
+        The array that the file belongs to, as ``"tokens/resid"``; empty where it belongs to none.
+    file : str
+        Key of the file below the root.
+    kind : {"missing", "size", "content", "document", "version", "unreadable"}
+        ``content``: the length is right and the checksum is not. ``document``: a ``zarr.json`` that says something else than it should.
+        ``version``: one of a format version that this release does not know. ``unreadable``: the file is there and the place refuses it.
+    what : str
+        The same in words.
+    advice : str
+        What to do.
+    """
+
+    url: str
+    part: str
+    variable: str
+    file: str
+    kind: ProblemKind
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.url}/{self.file} {self.what}: {self.advice}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OddValues:
+    """What a part holds of a variable that is stored as it came, and is nothing to learn from.
+
+    Parameters
+    ----------
+    part, variable : str
+        As in `Problem`.
+    not_finite : int
+        Values that are infinite or no number.
+    blank : int
+        Rows (what one prompt or token has in one layer) that hold nothing but zeros.
+    """
+
+    part: str
+    variable: str
+    not_finite: int
+    blank: int
+
+    def __str__(self) -> str:
+        return f"{self.variable} of {self.part}: {self.not_finite} values are not finite, {self.blank} rows are all zeros"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifySummary:
+    """What a verification found; true where nothing is wrong. Prints well.
+
+    Parameters
+    ----------
+    url : str
+        The store.
+    full : bool
+        Whether every file was read and its checksum compared, or only documents and sizes.
+    groups, parts, annotations : int
+        What was looked at, replaced parts too.
+    files, nbytes : int
+        Files of these, and their bytes by the commits' own tables.
+    problems : tuple of Problem
+        Everything that is wrong.
+    odd : tuple of OddValues
+        Values that are not finite and blank rows of what the store shows. They were written so: no damage, and worth knowing.
+    uncounted : int
+        Parts of which nobody knows that: written before it was counted, and not read now.
+    unfinished : int
+        Folders like a part's without a commit: being written, or left by a writer that was killed; or their commit itself was lost.
+    seconds : float
+        From call to return.
+    """
+
+    url: str
+    full: bool
+    groups: int
+    parts: int
+    annotations: int
+    files: int
+    nbytes: int
+    problems: tuple[Problem, ...]
+    odd: tuple[OddValues, ...]
+    uncounted: int
+    unfinished: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    @property
+    def not_finite(self) -> int:
+        """Values that are infinite or no number, in all."""
+        return sum(one.not_finite for one in self.odd)
+
+    @property
+    def blank(self) -> int:
+        """Rows that hold nothing but zeros, in all."""
+        return sum(one.blank for one in self.odd)
+
+    def __str__(self) -> str:
+        how = "every checksum" if self.full else "documents and sizes only"
+        lines = [
+            f"store     {self.url}",
+            f"checked   {how}: {self.parts} parts and {self.annotations} annotations in {self.groups} groups, {self.files} files, "
+            f"{format_bytes(self.nbytes)}, in {self.seconds:.1f} s",
+            f"problems  {len(self.problems) or 'none'}",
+            *_shortened(self.problems),
+        ]
+        if self.odd:
+            lines += [
+                f"values    {self.not_finite} are not finite, {self.blank} rows are all zeros; they were written so",
+                *_shortened(self.odd),
+            ]
+        if self.uncounted:
+            lines.append(f"          {self.uncounted} parts are older than the counting of such values, and were not read")
+        if self.unfinished:
+            lines.append(f"unfinished {self.unfinished} folders without a commit: being written, or garbage for gc()")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostValues:
+    """Prompts that lack the same values now, and how to get these back.
+
+    Parameters
+    ----------
+    model, group : str
+        Name of the model, and the group.
+    variables : tuple of str
+        What is lost, as in `Store.dataset` and `Store.tokens`.
+    layers : tuple of int
+        Of these layers; empty for variables without layers.
+    hashes : tuple of str
+        The prompts, by their labels of 16 digits.
+    texts : tuple of str or None
+        Their texts, where these are known.
+    """
+
+    model: str
+    group: str
+    variables: tuple[str, ...]
+    layers: tuple[int, ...]
+    hashes: tuple[str, ...]
+    texts: tuple[str | None, ...]
+
+    @property
+    def prompts(self) -> list[str]:
+        """The texts that are known: what to give to `extract`."""
+        return [text for text in self.texts if text is not None]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `extract` is told beside model and prompts: ``extract(model, lost.prompts, store=store, **lost.arguments)``."""
+        found: dict[str, Any] = {"sites": [], "pooling": [], "keep_tokens": False}
+        for name in self.variables:
+            pooling = next((p for p in POOLINGS if name.endswith(f"_{p}") and name.removesuffix(f"_{p}") in SITES), None)
+            if pooling is not None:
+                found["sites"].append(name.removesuffix(f"_{pooling}"))
+                found["pooling"].append(pooling)
+            elif name in SITES:
+                found["sites"].append(name)
+                found["keep_tokens"] = True
+            elif name in ("perplexity", *SCALARS):
+                found["perplexity"] = True
+            elif name == "router":
+                found["router"] = True
+            elif name.startswith("logits"):
+                found["logits"] = "last_token" if name.startswith("logits_last_token") else "all"
+                found["logits_top_k"] = found.get("logits_top_k") or (1 if is_top_k(name) else None)
+        found |= {key: list(dict.fromkeys(found[key])) for key in ("sites", "pooling")}
+        return found | ({"layers": list(self.layers)} if self.layers else {})
+
+    def __str__(self) -> str:
+        unknown = sum(text is None for text in self.texts)
+        where = f", layers {describe_layers(self.layers)}" if self.layers else ""
+        more = f" ({unknown} of them without a known text)" if unknown else ""
+        return f"{', '.join(self.variables)}{where} of {len(self.hashes)} prompts of {self.model}{more}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostColumn:
+    """A column that a part held and that is lost.
+
+    Parameters
+    ----------
+    part : str
+        Key of the part's folder.
+    column : str
+        Its name.
+    hashes : tuple of str
+        The prompts that it was of.
+    """
+
+    part: str
+    column: str
+    hashes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"column {self.column!r} of {len(self.hashes)} prompts, of {self.part}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairSummary:
+    """What a repair did, or would do, and what is to be extracted again. Prints well.
+
+    Parameters
+    ----------
+    url : str
+        The store.
+    restored : tuple of str
+        Keys of documents that were written again as they had been: nothing of them is lost.
+    rewritten : tuple of str
+        Keys of parts that were written again without what was broken.
+    dropped : tuple of str
+        Keys of parts that went altogether.
+    lost : tuple of LostValues
+        What nothing in the store holds any more: what to extract again.
+    columns : tuple of LostColumn
+        Columns that are lost.
+    unknown : tuple of str
+        Keys of dropped parts of which nobody can tell what they held. `extract` over all of your prompts finds out what is missing.
+    left : tuple of Problem
+        What a repair does not touch.
+    dry_run : bool
+        Whether this is only the plan.
+    """
+
+    url: str
+    restored: tuple[str, ...] = ()
+    rewritten: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    lost: tuple[LostValues, ...] = ()
+    columns: tuple[LostColumn, ...] = ()
+    unknown: tuple[str, ...] = ()
+    left: tuple[Problem, ...] = ()
+    dry_run: bool = False
+
+    @property
+    def changes(self) -> int:
+        """Documents and parts that are concerned."""
+        return len(self.restored) + len(self.rewritten) + len(self.dropped)
+
+    def __str__(self) -> str:
+        verb = "to be " if self.dry_run else ""
+        lines = [
+            f"{self.url}: {len(self.restored)} documents {verb}restored, {len(self.rewritten)} parts {verb}written again, "
+            f"{len(self.dropped)} {verb}dropped"
+        ]
+        for title, rows in (
+            ("extract again", self.lost), ("lost columns", self.columns), ("nobody knows what these held", self.unknown),
+            ("left as they are", self.left),
+        ):  # fmt: skip
+            lines += [f"{title}:", *_shortened(rows)] if rows else []
+        return "\n".join(lines)
+
+
+def _shortened(rows: Iterable[object]) -> list[str]:
+    lines = [f"          {row}" for row in rows]
+    more = len(lines) - SHOWN_LINES
+    return lines if more <= 0 else [*lines[:SHOWN_LINES], f"          … and {more} more"]

@@ -20,7 +20,7 @@ from lmprobe_zarr.sites import is_top_k
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.virtual import NOWHERE, VirtualArray
 
-__all__ = ["Part", "View", "keys_of", "open_view"]
+__all__ = ["Part", "View", "hashes_of", "keys_of", "open_view"]
 
 Ints = npt.NDArray[np.int64]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
@@ -18,7 +19,8 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch
 from lmprobe_zarr.chunks import TEXT_BYTES, encode_chunk, file_entry, run_all
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, ReadOnlyError
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, InvalidTypeError, ReadOnlyError
+from lmprobe_zarr.precision import count_odd
 from lmprobe_zarr.ragged import offsets_of, positions_of
 from lmprobe_zarr.schema import (
     ANNOTATIONS,
@@ -30,12 +32,14 @@ from lmprobe_zarr.schema import (
     PartInfo,
     array_dims,
     level_document,
+    parse_group,
     parse_part,
     parse_root,
     part_document,
     root_document,
     validate_column_names,
 )
+from lmprobe_zarr.sites import SCALARS
 from lmprobe_zarr.storage import Storage
 
 __all__ = ["BUFFER_BYTES", "PartWriter", "as_column", "shape_of", "write_group"]
@@ -54,7 +58,7 @@ TEXT_ROWS: Final = 2**16
 
 
 def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
-    """Write the documents of the root and of a group where they are not there yet.
+    """Write the documents of the root and of a group where they are not there yet; a group's also where it is damaged.
 
     Two writers may do so at once: both write the same bytes.
     """
@@ -63,8 +67,17 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
             raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: write to the store that it was made from")
     except (FileNotFoundError, NotADirectoryError):
         storage.commit("zarr.json", root_document(), durable=durable, replace=False)
-    if not storage.is_file(f"{group.name}/zarr.json"):
-        storage.commit(f"{group.name}/zarr.json", group.to_document(), durable=durable, replace=False)
+    key, document = f"{group.name}/zarr.json", group.to_document()
+    try:
+        there = storage.read(key)
+    except (FileNotFoundError, NotADirectoryError):
+        storage.commit(key, document, durable=durable, replace=False)
+        return
+    if there != document:
+        # All that the document says is in the folder's name as a hash, so it can say nothing else: it was damaged.
+        with suppress(CorruptPartError):
+            parse_group(there, f"{storage.url}/{group.name}")  # raises where it is of another version
+        storage.commit(key, document, durable=durable)
 
 
 class PartWriter:
@@ -254,6 +267,7 @@ class PartWriter:
             files={},
             recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
             replaces=self.replaces,
+            odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
         )
         texts: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in info.arrays.items()}
         texts |= {f"{level}/zarr.json": level_document(info, level) for level in LEVELS if info.variables(level)}
@@ -329,6 +343,9 @@ class _RowBuffer:
         self.filled = 0
         self.blocks = 0
         self.held: Array | None = None
+        self.odd = (0, 0)
+        # NaN is what the first token's probability is, and no vector is there to be all zeros.
+        self.counted = np.dtype(info.dtype).kind == "f" and key.partition("/")[2] not in SCALARS
 
     @property
     def waiting_nbytes(self) -> int:
@@ -353,15 +370,16 @@ class _RowBuffer:
                 self.filled = 0
 
     def _flush(self, values: Array) -> None:
-        info, layered = self.info, self.info.layered
-        run_all(
-            [
-                partial(self.writer.write_chunk, self.key, info, layer, self.blocks, values[layer : layer + 1] if layered else values[0])
-                for layer in range(self.layers)
-            ],
-            local=self.writer.storage.is_local,
-        )
+        odd = [(0, 0)] * self.layers
+        run_all([partial(self._write, layer, values, odd) for layer in range(self.layers)], local=self.writer.storage.is_local)
+        self.odd = self.odd[0] + sum(one[0] for one in odd), self.odd[1] + sum(one[1] for one in odd)
         self.blocks += 1
+
+    def _write(self, layer: int, values: Array, odd: list[tuple[int, int]]) -> None:
+        rows = values[layer : layer + 1] if self.info.layered else values[0]
+        self.writer.write_chunk(self.key, self.info, layer, self.blocks, rows)
+        if self.counted:
+            odd[layer] = count_odd(rows, self.info.row_shape)
 
     def finish(self) -> ArrayInfo:
         """Write what is left and say what the array became."""

@@ -138,6 +138,9 @@ class Wrapped(Storage):
     def list(self, key: str) -> Any:
         return self.inner.list(key)
 
+    def sizes(self, key: str, names: Any) -> Any:
+        return self.inner.sizes(key, names)
+
     def is_file(self, key: str) -> bool:
         return self.inner.is_file(key)
 

@@ -67,3 +67,10 @@ def test_the_table_of_environment_variables_is_that_of_the_code() -> None:
         call = f"`{setting.call}()`" if setting.call else "—"
         row = f"| `{setting.variable}` | {setting.means} | {setting.values} | {setting.default} | `{setting.example}` | {call} |"
         assert row in page, row
+
+
+def test_every_test_that_the_page_of_promises_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text()))
+    there = {name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    assert len(named) > 60
+    assert named <= there, sorted(named - there)

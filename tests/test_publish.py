@@ -132,6 +132,23 @@ def test_over_http_from_a_server_that_lists_nothing(served: tuple[Path, str, lis
         lz.open_store(f"{url}/nothing")
 
 
+def test_over_http_sizes_are_asked_for_without_downloading_and_checksums_by_reading(
+    served: tuple[Path, str, list[str]], tmp_path: Path
+) -> None:
+    folder, url, asked = served
+    filled(lz.open_store(tmp_path / "s")).publish(folder / "acts")
+    copy = lz.open_store(f"{url}/acts")
+    asked.clear()
+    assert copy.verify(full=False, progress=False).ok
+    assert all(one.endswith("/zarr.json") for one in asked if one.startswith("GET")), "documents only"
+    assert copy.verify(progress=False).ok
+    one, two = sorted((folder / "acts").glob("*/*/prompts/resid_mean/c.[01].0.0"))[:2]
+    one.write_bytes(one.read_bytes() + b"0")
+    two.unlink()
+    for full in (False, True):
+        assert {problem.kind for problem in copy.verify(full=full, progress=False).problems} == {"size", "missing"}
+
+
 def test_a_store_that_is_not_published_says_so_over_http(served: tuple[Path, str, list[str]]) -> None:
     folder, url, _ = served
     filled(lz.open_store(folder / "live"))

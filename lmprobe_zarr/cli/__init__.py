@@ -14,7 +14,7 @@ from lmprobe_zarr.cli.extract import add_extract
 from lmprobe_zarr.cli.show import add_info, add_show
 from lmprobe_zarr.cli.sweep import add_sweep
 from lmprobe_zarr.cli.transfer import add_export, add_import
-from lmprobe_zarr.cli.upkeep import add_compact, add_gc, add_publish
+from lmprobe_zarr.cli.upkeep import add_compact, add_gc, add_publish, add_repair, add_verify
 from lmprobe_zarr.errors import LmprobeZarrError
 
 __all__ = ["main"]
@@ -31,12 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 after an expected error, said in one line on standard error; 130 after Ctrl-C. Wrong arguments exit with 2.
+        0; 1 after an expected error, said in one line on standard error, and where a verification found anything wrong; 130 after Ctrl-C.
+        Wrong arguments exit with 2.
     """
     options = _parser().parse_args(arguments)
     try:
-        run: Callable[[argparse.Namespace], None] = options.run
-        run(options)
+        run: Callable[[argparse.Namespace], int | None] = options.run
+        code = run(options) or 0
         sys.stdout.flush()
     except LmprobeZarrError as error:
         print(f"lmprobe-zarr: {error}", file=sys.stderr)
@@ -44,13 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of a pipe has left, as head does; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"lmprobe-zarr: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lmprobe-zarr: interrupted; what was committed is kept", file=sys.stderr)
         return 130
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add_clear(commands)
     add_delete(commands)
     add_compact(commands)
+    add_verify(commands)
+    add_repair(commands)
     add_gc(commands)
     add_publish(commands)
     add_import(commands)

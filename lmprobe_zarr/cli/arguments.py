@@ -14,7 +14,7 @@ from lmprobe_zarr.layers import LayerSpec
 __all__ = ["add_choice", "add_command", "add_store", "add_yes", "confirm", "parse_layers", "split_names"]
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
     command.set_defaults(run=run)
     command.add_argument("--json", action="store_true", help="print one JSON document instead of text")

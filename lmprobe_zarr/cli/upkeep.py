@@ -1,4 +1,4 @@
-"""The commands ``compact``, ``gc`` and ``publish``. Only ``gc`` deletes, and asks first."""
+"""The commands ``compact``, ``verify``, ``repair``, ``gc`` and ``publish``. Only ``gc`` and ``repair`` delete, and ask first."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 from typing import Any
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, add_yes, confirm, parse_layers
-from lmprobe_zarr.cli.printing import print_json
+from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.garbage import GcSummary
 from lmprobe_zarr.prompt_files import FORMATS, read_prompts
-from lmprobe_zarr.store import open_store
+from lmprobe_zarr.storage import open_storage
+from lmprobe_zarr.store import Mode, Store, open_store
+from lmprobe_zarr.summaries import RepairSummary
 
-__all__ = ["add_compact", "add_gc", "add_publish"]
+__all__ = ["add_compact", "add_gc", "add_publish", "add_repair", "add_verify"]
 
 
 def _add_dry_run(command: argparse.ArgumentParser) -> None:
@@ -42,6 +45,50 @@ def _compact(options: argparse.Namespace) -> None:
         print_json({**document, "runs": runs, "left": len(plan.left), "dry_run": options.dry_run})
     else:
         print(plan)
+
+
+def add_verify(commands: Any) -> None:
+    command = add_command(commands, "verify", _verify, "compare every file with what was committed; exit code 1 where anything is wrong")
+    add_store(command, positional=True)
+    add_choice(command)
+    command.add_argument("--fast", action="store_true", help="read documents and compare sizes only")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    store = _open_any_root(options.store, "r")
+    summary = store.verify(options.model, group=options.group, full=not options.fast, progress=not options.json)
+    print_json({"ok": summary.ok, **as_json(summary)}) if options.json else print(summary)
+    return 0 if summary.ok else 1
+
+
+def add_repair(commands: Any) -> None:
+    command = add_command(commands, "repair", _repair, "take out what a verification finds broken, and list what to extract again")
+    command.add_argument("store", help="folder or URL of the store")
+    add_choice(command)
+    _add_dry_run(command)
+    add_yes(command)
+
+
+def _repair(options: argparse.Namespace) -> None:
+    store = _open_any_root(options.store, "a")
+    progress = not options.json
+    summary: RepairSummary = store.repair(options.model, group=options.group, dry_run=True, progress=progress)
+    if summary.changes and not options.dry_run:
+        if not options.json:
+            print(summary)
+        confirm(options, f"{len(summary.rewritten)} parts would be written again, {len(summary.dropped)} dropped for good.")
+        summary = store.repair(options.model, group=options.group, progress=progress)
+    print_json(as_json(summary)) if options.json else print(summary)
+
+
+def _open_any_root(place: str | None, mode: Mode) -> Store:
+    """A store, also one whose root has lost its own document."""
+    try:
+        return open_store(place, mode)
+    except CorruptPartError as error:
+        if place is None or error.part != "":
+            raise
+        return Store(open_storage(place), mode=mode)
 
 
 def add_gc(commands: Any) -> None:
