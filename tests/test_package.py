@@ -17,7 +17,7 @@ PACKAGE = Path(lz.__file__).parent
 # A room imports only from rows above its own.
 ROOMS = [
     {"errors"},
-    {"cluster", "pooling", "ragged", "layers", "precision", "progress"},
+    {"cluster", "pooling", "ragged", "layers", "precision", "progress", "display"},
     {"config", "sites"},
     {"log"},
     {"plan", "batch"},
@@ -28,7 +28,7 @@ ROOMS = [
     {"view"},
     {"datasets", "reread"},
     {"maintenance"},
-    {"card", "compaction"},
+    {"card", "compaction", "contents"},
     {"copying", "dropping", "garbage"},
     {"publishing"},
     {"store"},

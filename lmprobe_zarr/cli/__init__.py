@@ -15,6 +15,7 @@ from lmprobe_zarr.cli.show import add_info, add_show
 from lmprobe_zarr.cli.sweep import add_sweep
 from lmprobe_zarr.cli.transfer import add_export, add_import
 from lmprobe_zarr.cli.upkeep import add_compact, add_gc, add_publish
+from lmprobe_zarr.display import visible
 from lmprobe_zarr.errors import LmprobeZarrError
 
 __all__ = ["main"]
@@ -39,13 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(options)
         sys.stdout.flush()
     except LmprobeZarrError as error:
-        print(f"lmprobe-zarr: {error}", file=sys.stderr)
+        print(f"lmprobe-zarr: {visible(error, lines=True)}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of a pipe has left, as head does; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"lmprobe-zarr: {error}", file=sys.stderr)
+        print(f"lmprobe-zarr: {visible(error, lines=True)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lmprobe-zarr: interrupted; what was committed is kept", file=sys.stderr)
