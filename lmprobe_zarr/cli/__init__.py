@@ -11,6 +11,7 @@ import lmprobe_zarr
 from lmprobe_zarr.cli.cache import add_cache, add_clear, add_delete, add_evict
 from lmprobe_zarr.cli.demo import add_demo
 from lmprobe_zarr.cli.extract import add_extract
+from lmprobe_zarr.cli.report import add_report
 from lmprobe_zarr.cli.show import add_info, add_show
 from lmprobe_zarr.cli.sweep import add_sweep
 from lmprobe_zarr.cli.transfer import add_export, add_import
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add_info(commands)
     add_show(commands)
     add_sweep(commands)
+    add_report(commands)
     add_cache(commands)
     add_evict(commands)
     add_clear(commands)
