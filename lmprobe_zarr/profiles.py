@@ -12,14 +12,25 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.pooling import POOLINGS
-from lmprobe_zarr.probes import fit_in_place, make_probe
+from lmprobe_zarr.probes import class_scores, fit_in_place, make_probe
 from lmprobe_zarr.reread import read_values
 from lmprobe_zarr.schema import LEVELS, Level
 from lmprobe_zarr.sites import LAYERED_SITES
 from lmprobe_zarr.view import View
 
-__all__ = ["Coverage", "LayerProfile", "TokenMap", "bin_coverage", "choose_profiled", "fit_by_layer", "map_tokens", "profile_layers"]
+__all__ = [
+    "Coverage",
+    "LayerProfile",
+    "TokenMap",
+    "bin_coverage",
+    "choose_profiled",
+    "fit_by_layer",
+    "map_tokens",
+    "profile_layers",
+    "score_of",
+]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -265,7 +276,7 @@ def map_tokens(
 
 
 def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: Sequence[int]) -> dict[int, Score]:
-    """For every layer a logistic regression of two classes on what is stored per prompt; it gives the probability of the second class.
+    """For every layer a logistic regression of two classes on what is stored per prompt; it gives the log-odds of the second class.
 
     Parameters
     ----------
@@ -290,9 +301,26 @@ def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: S
             finite = np.isfinite(values).all(axis=1)
             if len(np.unique(labels[finite])) == 2:
                 estimator = fit_in_place("logistic_regression", make_probe("logistic_regression"), values[finite], labels[finite])
-                fitted[layer] = _second_class(estimator)
+                fitted[layer] = score_of(estimator)
     return fitted
 
 
-def _second_class(estimator: Any) -> Score:
-    return lambda values: np.asarray(estimator.predict_proba(values)[:, 1])
+def score_of(estimator: Any) -> Score:
+    """What a fitted classifier of two classes says of rows: above 0 for the second class. Of a logistic regression its log-odds.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It gives neither scores nor probabilities.
+    """
+    if not hasattr(estimator, "decision_function") and not hasattr(estimator, "predict_proba"):
+        raise InvalidArgumentError(f"a {type(estimator).__name__} gives no scores: give a probe with a decision function or probabilities")
+
+    def score(values: Array) -> Array:
+        found = class_scores(estimator, values)
+        if found is None or hasattr(estimator, "decision_function"):
+            return np.full(len(values), np.nan) if found is None else np.asarray(found, float)
+        chance = np.clip(np.asarray(found, float), 1e-9, 1 - 1e-9)
+        return np.asarray(np.log(chance / (1 - chance)))
+
+    return score

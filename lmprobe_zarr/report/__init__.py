@@ -19,7 +19,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.probe import Probe
 from lmprobe_zarr.probes.labels import parse_labels
-from lmprobe_zarr.profiles import Score, bin_coverage, choose_profiled, fit_by_layer, map_tokens, profile_layers
+from lmprobe_zarr.profiles import Score, bin_coverage, choose_profiled, fit_by_layer, map_tokens, profile_layers, score_of
 from lmprobe_zarr.report.page import GroupPage, ShownPrompt, ShownTokens, write_page
 from lmprobe_zarr.report.pictures import Chart, Series
 from lmprobe_zarr.reread import read_values
@@ -125,8 +125,8 @@ def report(
         From :func:`lmprobe_zarr.sweep`: drawn by layer, with controls where they are in it.
     labels : str or mapping, optional
         A column, or ``{text or hash: label}``. Without `scores` a logistic regression is swept over the layers of `variable`. With two
-        classes and without `probe`, tokens show the probability of the second by such a regression of each layer, fitted on all labelled
-        prompts but those shown (2,000 at most, evenly spaced).
+        classes and without `probe`, tokens show the log-odds of the second by such a regression of each layer, fitted on all prompts but
+        those shown (2,000 at most, evenly spaced).
     probe : Probe, optional
         Fitted on one layer, or swept over layers: tokens show its scores.
     variable : str, optional
@@ -178,10 +178,15 @@ def report(
     made = f"Made by lmprobe-zarr {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. This page fetches nothing."
     if len(meant) > len(shown):
         made += f" {len(shown)} of {len(meant)} groups are shown in full: those with most prompts."
-    page = Report(write_page(opened.where, opened.mode, contents, pages, made=made))
+    page = Report(write_page(" and ".join(_place(one) for one in opened.stack), contents, pages, made=made))
     if path is not None:
         page.save(path)
     return page
+
+
+def _place(store: Store) -> str:
+    """A store as the page names it. Of a folder of this machine only its own name: the page may be given to others."""
+    return store.url.rstrip("/").rpartition("/")[2] if store.storage.is_local else store.url
 
 
 def _scored_group(scores: Any, names: Sequence[str], models: Sequence[str]) -> str:
@@ -406,8 +411,8 @@ def _tokens(
     two = False
     if probe is not None:
         scores, positive = _scores_of(probe)
-        what, two = f"P({positive})", True
-        note = f"Probability of {positive} for each token, by the probe that was given."
+        what, two = f"score of {positive}", True
+        note = f"Score of each token by the probe that was given: above 0 for {positive}, below for the other class."
     elif y is not None and pooled is not None:
         others = np.setdiff1d(np.arange(len(view)), rows)
         if len(np.unique(y)) == len(np.unique(y[others])) == 2:
@@ -416,10 +421,10 @@ def _tokens(
             variable = site if site in view.variables("tokens") else variable
             scores = fit_by_layer(view, pooled, others, y[others], held)
             positive = str(np.unique(y)[1])
-            what, two = f"P({named} = {positive})", True
+            what, two = f"log-odds of {named} = {positive}", True
             note = (
-                f"Probability of {named} = {positive} for each token of {variable}, by a logistic regression of each layer on {pooled} of "
-                "the other prompts. It learned from whole prompts and is asked about tokens: a direction rather than a calibrated chance."
+                f"Log-odds of {named} = {positive} for each token of {variable}, by a logistic regression of each layer on {pooled} of the "
+                "other prompts. It learned from whole prompts and is asked about tokens: a direction, not a calibrated chance."
             )
     if scores is not None:
         held = tuple(layer for layer in held if layer in scores)
@@ -447,10 +452,7 @@ def _scores_of(probe: Any) -> tuple[dict[int, Score], str]:
             f"the probe has {'no classes' if classes is None else f'{len(classes)} classes'}: give one of two classes"
         )
 
-    def score(one: Probe) -> Score:
-        return lambda values: np.asarray(one.predict_proba_from_activations(values)[:, 1])
-
-    return {layer: score(one) for layer, one in each.items()}, str(classes[1])
+    return {layer: score_of(one.pipeline_) for layer, one in each.items()}, str(classes[1])
 
 
 def _prompt(view: View, row: int, count: int, named: str, y: Array | None, *, text: bool) -> ShownPrompt:

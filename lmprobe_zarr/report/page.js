@@ -68,7 +68,7 @@
       output.textContent = `layer ${layer}`;
       slider.setAttribute("aria-valuetext", `layer ${layer}`);
       now.textContent = charts.filter(({ svg, of }) => shown(svg) && of.layers.includes(layer))
-        .map(({ of }) => `${of.title}: ${told(of, of.layers.indexOf(layer)).replaceAll("\n", ", ")}`).join(" · ");
+        .map(({ of }) => told(of, of.layers.indexOf(layer)).replaceAll("\n", ", ")).join(" · ");
     };
     const choose = (wanted) => {
       const i = Math.max(0, Math.min(data.layers.length - 1, wanted));

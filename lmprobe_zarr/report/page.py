@@ -64,7 +64,7 @@ class ShownTokens:
     what : str
         What a value is, in a few words.
     two : bool
-        Whether values are probabilities, with a middle at one half; else norms.
+        Whether values are scores on both sides of 0; else norms.
     note : str
         How they came about.
     """
@@ -129,12 +129,12 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def write_page(url: str, mode: str, contents: Sequence[GroupContents], groups: Sequence[GroupPage], *, made: str) -> str:
+def write_page(place: str, contents: Sequence[GroupContents], groups: Sequence[GroupPage], *, made: str) -> str:
     """The whole page.
 
     Parameters
     ----------
-    url, mode : str
+    place : str
         The store.
     contents : sequence of GroupContents
         Every group.
@@ -149,7 +149,7 @@ def write_page(url: str, mode: str, contents: Sequence[GroupContents], groups: S
     # Nothing is fetched, and no script runs but the one below: also where something were to slip through.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     models = ", ".join(dict.fromkeys(one.group.model for one in contents)) or "nothing yet"
-    body = [_head(url, mode, contents), *(_group(number, one) for number, one in enumerate(groups))]
+    body = [_head(place, contents), *(_group(number, one) for number, one in enumerate(groups))]
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
@@ -161,7 +161,7 @@ def write_page(url: str, mode: str, contents: Sequence[GroupContents], groups: S
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _head(url: str, mode: str, contents: Sequence[GroupContents]) -> Html:
+def _head(place: str, contents: Sequence[GroupContents]) -> Html:
     total = sum(one.nbytes for one in contents)
     raw = sum(one.raw_nbytes for one in contents)
     prompts = sum(one.prompts for one in contents)
@@ -185,7 +185,7 @@ def _head(url: str, mode: str, contents: Sequence[GroupContents]) -> Html:
     listed = table(head, rows, caption="Groups: one for each model and provenance") if rows else Html('<p class="none">It is empty.</p>')
     more = f"<p>and {len(contents) - LISTED_GROUPS} more.</p>" if len(contents) > LISTED_GROUPS else ""
     return Html(
-        f'<header><h1>Activations in {escape(url)}</h1><p class="dim">{escape(what)}, opened with mode {escape(repr(mode))}</p></header>'
+        f'<header><h1>Activations in {escape(place)}</h1><p class="dim">{escape(what)}</p></header>'
         f'<div class="scroll" role="region" tabindex="0" aria-label="Groups">{listed}</div>{more}'
     )
 
@@ -281,20 +281,26 @@ def _profile(profile: LayerProfile, data: dict[str, Any]) -> list[str]:
             low=profile.norms[0],
             high=profile.norms[2],
         ),
-        Series(name="largest", values=profile.largest_norm),
+        Series(name="largest norm", values=profile.largest_norm),
     ]
     if profile.first_norm is not None:
-        series.append(Series(name="median of first tokens", values=profile.first_norm))
+        series.append(Series(name="median norm of first tokens", values=profile.first_norm))
     norms = Chart(
-        title=f"Norm of {profile.variable}", unit="Euclidean norm", layers=profile.layers, series=tuple(series), log=_spans(series, 20)
+        title=f"Norm of {profile.variable}",
+        unit="Euclidean norm",
+        layers=profile.layers,
+        series=tuple(series),
+        log=_spans(series, 20),
+        note="band: 5th to 95th percentile",
     )
     outliers = (
-        Series(name="largest unit over the median unit, by root mean square", values=profile.ratio),
-        Series(name="units more than 6 times the median unit", values=profile.n_outliers.astype(float)),
+        Series(name="largest unit ÷ median unit", values=profile.ratio),
+        Series(name="units above 6 × the median unit", values=profile.n_outliers.astype(float)),
     )
     ratio = Chart(
         title=f"Outlier units of {profile.variable}",
-        unit="times; units",
+        unit="times; number",
+        note="by root mean square",
         layers=profile.layers,
         series=outliers[:1] if not profile.n_outliers.any() else outliers,
         log=bool(np.nanmax(profile.ratio, initial=1) > 50) and not profile.n_outliers.any(),
@@ -345,12 +351,12 @@ def _named(layers: Sequence[int], height: float) -> list[tuple[int, str]]:
 
 
 def _shares(shown: ShownTokens) -> Array:
-    """Values as shares of the colour scale: probabilities as they are, norms by where their logarithms lie between least and greatest."""
+    """Values as shares of the colour scale: scores with 0 in the middle and ends at twice the layer's root mean square; norms by log."""
     values = shown.values.values
     if shown.two:
-        return values
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(np.where(values > 0, values, np.nan))
+        scale = np.sqrt(np.nanmean(values**2, axis=1, keepdims=True)) if values.size else np.ones((len(values), 1))
+        return np.asarray(np.clip(0.5 + values / (4 * np.where(scale > 0, scale, 1.0)), 0, 1))
+    logs = np.log(np.where(values > 0, values, np.nan))
     if not np.isfinite(logs).any():
         return np.full(values.shape, np.nan)
     low, high = np.nanmin(logs), np.nanmax(logs)
@@ -362,19 +368,12 @@ def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
     layers = shown.values.layers
     paint = two_hues if shown.two else one_hue
     finite = every[np.isfinite(every)]
-    ends = (
-        ("0", "0.5", "1")
-        if shown.two
-        else (_digits(float(finite.min())), "", _digits(float(finite.max())))
-        if len(finite)
-        else ("", "", "")
-    )
+    low, high = (_digits(float(finite.min())), _digits(float(finite.max()))) if len(finite) else ("", "")
     colours = paint(np.linspace(0, 1, 9))
     stops = ", ".join(_css(colour) for colour in colours)
-    scale = (
-        f'<span class="scale">{escape(shown.what)}: {ends[0]} <i style="background:linear-gradient(90deg, {stops})"></i> {ends[2]}'
-        f"{' (from vermilion to blue; clear at 0.5)' if shown.two else ' (logarithmic)'}</span>"
-    )
+    bar = f'<i style="background:linear-gradient(90deg, {stops})"></i>'
+    ends = f"below 0 {bar} above 0 (full colour: twice the layer's root mean square)" if shown.two else f"{low} {bar} {high} (logarithmic)"
+    scale = f'<span class="scale">{escape(shown.what)}: {ends}</span>'
     row = layers.index(start) if start in layers else len(layers) - 1
     out = [scale]
     end = 0

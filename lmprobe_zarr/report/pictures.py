@@ -122,16 +122,19 @@ def draw_chart(chart: Chart) -> Html:
     marks.append(
         f'<text class="axis" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(chart.unit)}</text>'
     )
-    for name, level in chart.lines:
+    for _, level in chart.lines:
         y = height(level)
         marks.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        marks.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{y - 4}" text-anchor="end">{escape(name)}</text>')
     curves = [_curve(series, number, points) for number, series in enumerate(chart.series)]
+    names = [
+        f'<text class="tick named" x="{WIDTH - RIGHT}" y="{height(level) - 5}" text-anchor="end">{escape(name)}</text>'
+        for name, level in chart.lines
+    ]
     label = f"{chart.title}: {_in_words(chart)}"
     cursor = f'<line class="cursor" x1="{places[0]}" x2="{places[0]}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
     return Html(
         f'<svg class="chart" role="img" aria-label="{escape(label)}" viewBox="0 0 {WIDTH} {HEIGHT}">'
-        f"{''.join(marks)}{cursor}{''.join(curves)}</svg>"
+        f"{''.join(marks)}{cursor}{''.join(curves)}{''.join(names)}</svg>"
     )
 
 
