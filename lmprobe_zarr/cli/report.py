@@ -54,7 +54,9 @@ def _open_scores(place: str) -> Any:
     import xarray as xr
 
     try:
-        with xr.open_dataset(place, engine="zarr" if place.rstrip("/").endswith(".zarr") else None) as opened:
+        # Looking for consolidated metadata first, as xarray does by default, warns where there are none.
+        stored: dict[str, Any] = {"engine": "zarr", "consolidated": False} if place.rstrip("/").endswith(".zarr") else {}
+        with xr.open_dataset(place, **stored) as opened:
             return opened.load()
     except (OSError, ValueError, KeyError) as error:
         why = str(error).splitlines()[0][:120]

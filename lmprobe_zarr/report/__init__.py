@@ -17,7 +17,7 @@ from lmprobe_zarr.contents import describe_view
 from lmprobe_zarr.datasets import to_dataset
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.pooling import POOLINGS
-from lmprobe_zarr.probe import Probe
+from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.probes.labels import parse_labels
 from lmprobe_zarr.profiles import Score, bin_coverage, choose_profiled, fit_by_layer, map_tokens, profile_layers, score_of
 from lmprobe_zarr.report.page import GroupPage, ShownPrompt, ShownTokens, write_page
@@ -105,7 +105,7 @@ def report(
     group: str | None = None,
     scores: xr.Dataset | None = None,
     labels: str | Mapping[Any, Any] | None = None,
-    probe: Probe | None = None,
+    probe: Probe | LayerSweep | None = None,
     variable: str | None = None,
     prompts: int | Iterable[Any] = SHOWN_PROMPTS,
     text: bool = True,
@@ -127,7 +127,7 @@ def report(
         A column, or ``{text or hash: label}``. Without `scores` a logistic regression is swept over the layers of `variable`. With two
         classes and without `probe`, tokens show the log-odds of the second by such a regression of each layer, fitted on all prompts but
         those shown (2,000 at most, evenly spaced).
-    probe : Probe, optional
+    probe : Probe or LayerSweep, optional
         Fitted on one layer, or swept over layers: tokens show its scores.
     variable : str, optional
         What is fitted on for `labels`: pooled, with layers. By default the pooled residual stream.
@@ -210,7 +210,7 @@ def _look(
     layers: tuple[int, ...],
     scores: xr.Dataset | None,
     labels: Any,
-    probe: Probe | None,
+    probe: Probe | LayerSweep | None,
     variable: str | None,
     prompts: int | Iterable[Any],
     *,
@@ -396,7 +396,7 @@ def _tokens(
     variable: str,
     rows: Ints,
     layers: tuple[int, ...],
-    probe: Probe | None,
+    probe: Probe | LayerSweep | None,
     pooled: str | None,
     named: str,
     y: Array | None,
@@ -438,13 +438,19 @@ def _tokens(
 
 def _scores_of(probe: Any) -> tuple[dict[int, Score], str]:
     """For each layer of a fitted probe what it says of rows of activations, and the class that this is the probability of."""
-    if not isinstance(probe, Probe):
-        raise InvalidTypeError(f"probe is a {type(probe).__name__}: give a fitted lmprobe_zarr.Probe")
-    each = {probe.layers_[0]: probe} if len(probe.layers_) == 1 else {}
-    if probe.sweep_result_ is not None:
-        each = dict(probe.sweep_result_.probes)
-    if not each:
-        why = "learned from several layers side by side" if probe.pipeline_ is not None and probe.layers_ else "is not fitted on any layer"
+    if isinstance(probe, LayerSweep):
+        each = dict(probe.probes)
+    elif isinstance(probe, Probe):
+        each = {probe.layers_[0]: probe} if len(probe.layers_) == 1 else {}
+        each = each if probe.sweep_result_ is None else dict(probe.sweep_result_.probes)
+    else:
+        raise InvalidTypeError(f"probe is a {type(probe).__name__}: give a fitted lmprobe_zarr.Probe, or a LayerSweep")
+    if not each or any(one.pipeline_ is None for one in each.values()):
+        why = (
+            "learned from several layers side by side"
+            if isinstance(probe, Probe) and len(probe.layers_) > 1
+            else "is not fitted on any layer"
+        )
         raise InvalidArgumentError(f"the probe {why}: give one that was fitted on one layer, or with layers='sweep'")
     classes = next(iter(each.values())).classes_
     if classes is None or len(classes) != 2:

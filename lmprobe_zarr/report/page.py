@@ -276,7 +276,7 @@ def _profile(profile: LayerProfile, data: dict[str, Any]) -> list[str]:
     how += f" In some layers up to {left:,} are left out: not stored, NaN or infinite." if left else ""
     series = [
         Series(
-            name="median, with a band from the 5th to the 95th percentile",
+            name="median norm",
             values=profile.norms[1],
             low=profile.norms[0],
             high=profile.norms[2],
