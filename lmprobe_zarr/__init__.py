@@ -27,6 +27,7 @@ from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.probe import LayerSweep, Probe
+from lmprobe_zarr.report import Report, report
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.summaries import ExportSummary, ImportSummary
 from lmprobe_zarr.sweep import sweep
@@ -54,6 +55,7 @@ __all__ = [
     "LayerSweep",
     "ModelCacheInfo",
     "Probe",
+    "Report",
     "Store",
     "TokenIndex",
     "cache_info",
@@ -76,6 +78,7 @@ __all__ = [
     "open_store",
     "plan_extract",
     "prompt_hash",
+    "report",
     "set_cache_backend",
     "set_cache_dtype",
     "set_cache_limit",

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.chunks import fill_value
+from lmprobe_zarr.display import Html, card, definitions, sparkline, table
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, MissingDependencyError
 from lmprobe_zarr.index import TokenIndex, by_appearance
 from lmprobe_zarr.pooling import parse_poolings, pool_ragged
@@ -405,6 +406,47 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         from lmprobe_zarr.plots import plot_scores
 
         return plot_scores(self._data, metric, **kwargs)
+
+    def _best(self) -> list[tuple[str, str, npt.NDArray[Any], npt.NDArray[Any]]]:
+        """For each probe and each of the usual scores: name, metric, layers, and the mean over everything but the layer."""
+        data = self._data
+        if not {"layer", "probe"} <= set(data.dims):
+            return []
+        metrics = [name for name in ("accuracy", "auroc", "r2") if name in data and {"layer", "probe"} <= set(data[name].dims)]
+        found = []
+        for metric in metrics:
+            scores = data[metric]
+            means = scores.mean([dim for dim in scores.dims if dim not in ("layer", "probe")]).sortby("layer").transpose("probe", "layer")
+            found += [(str(probe), metric, means.layer.values, row.values) for probe, row in zip(means.probe.values, means, strict=True)]
+        return sorted(found, key=lambda one: one[0])
+
+    def __repr__(self) -> str:
+        kind = "scores of a sweep" if self._best() else ", ".join(f"{dim}: {size}" for dim, size in self._data.sizes.items())
+        lines = [f"<lz accessor, {kind}>"]
+        for probe, metric, layers, values in self._best():
+            if np.isfinite(values).any():
+                best = int(np.nanargmax(values))
+                lines.append(f"  {probe}: best {metric} {values[best]:.3f} at layer {layers[best]}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = self._best()
+        attrs = self._data.attrs
+        if not rows:
+            sizes = {str(dim): f"{size:,}" for dim, size in self._data.sizes.items()}
+            return str(card(".lz", "pool, at, padded, to_torch, plot", definitions(sizes)))
+        body: list[tuple[object, ...]] = []
+        for probe, metric, layers, values in rows:
+            if not np.isfinite(values).any():
+                body.append((probe, metric, "undefined", "", ""))
+                continue
+            low, high, best = float(np.nanmin(values)), float(np.nanmax(values)), int(np.nanargmax(values))
+            label = f"{metric} of {probe} by layer, from {low:.3f} to {high:.3f}, highest at layer {layers[best]}"
+            curve = sparkline(values.tolist(), low, high, label=label) if len(layers) > 1 else Html("")
+            body.append((probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
+        told = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
+        note = " · ".join(part for part in (str(attrs.get("model", "")), told) if part)
+        return str(card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body)))
 
 
 def _one_per_prompt(data: T, dim: Hashable) -> T:

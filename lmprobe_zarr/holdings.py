@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from lmprobe_zarr.config import GB
+from lmprobe_zarr.display import Html, card, definitions, section, table
 from lmprobe_zarr.plan import format_bytes
 
 __all__ = ["CacheInfo", "CachedPrompt", "CachedPromptInfo", "ModelCacheInfo"]
@@ -119,11 +120,30 @@ class CacheInfo:
         return "\n".join(f"{name:<11}{value}".rstrip() for name, value in self._rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for name, value in self._rows()
+        rows = dict(self._rows()[1:3])
+        if self.oldest is not None and self.newest is not None:
+            rows |= {"oldest": f"{self.oldest:%Y-%m-%d %H:%M} UTC", "newest": f"{self.newest:%Y-%m-%d %H:%M} UTC"}
+        sections = [section("Models", _model_table(self.models), opened=True, note=f"({len(self.models)})")]
+        if self.legacy:
+            sections.append(section("lmprobe's own entries", _model_table(self.legacy), note=f"({len(self.legacy)})"))
+        sections += [section("Read only", _model_table(one.models), note=one.url) for one in self.below]
+        return str(card("lmprobe_zarr.CacheInfo", self.url, definitions(rows), *sections))
+
+
+def _model_table(models: Sequence[ModelCacheInfo]) -> Html:
+    rows = [
+        (
+            one.model_name,
+            Html(f'<span style="white-space:nowrap">{format_bytes(one.size_bytes)}</span>'),
+            one.num_prompts,
+            one.num_layers,
+            one.num_parts or "",
+            ", ".join(one.variables),
+            "" if one.newest is None else f"{one.newest:%Y-%m-%d %H:%M}",
         )
-        return f"<table>{cells}</table>"
+        for one in models
+    ]
+    return table(("model", "size", "prompts", "layers", "parts", "variables", "last used"), rows) if rows else Html("none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
+from lmprobe_zarr.display import card, definitions, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
 from lmprobe_zarr.index import TokenIndex
-from lmprobe_zarr.layers import LayerSpec, parse_sweep
+from lmprobe_zarr.layers import LayerSpec, describe_layers, parse_sweep
 from lmprobe_zarr.plan import ExtractStats
 from lmprobe_zarr.probes import class_scores, dump_probe, evaluate_classification, evaluate_regression, make_pipeline_for, parse_probe
 from lmprobe_zarr.probes.given import (
@@ -244,6 +245,27 @@ class Probe:
         given = {name: getattr(self, name) for name, p in _PARAMETERS.items() if not _same(getattr(self, name), p.default)}
         fitted = "" if self.pipeline_ is None else f" fitted on layers {list(self.layers_)}"
         return f"Probe({', '.join(f'{name}={_short(value)}' for name, value in given.items())}){fitted}"
+
+    def _repr_html_(self) -> str:
+        given = {name: getattr(self, name) for name, p in _PARAMETERS.items() if not _same(getattr(self, name), p.default)}
+        model = given.pop("model", None)
+        learned: dict[str, object] = {}
+        if self.pipeline_ is not None:
+            learned = {
+                "layers": ", ".join(map(str, self.layers_)) or "unknown",
+                "classes": "none: a regression"
+                if self.classes_ is None
+                else ", ".join(f"{one!r:.40}" for one in self.classes_.tolist()[:20]),
+                "computed in": self.dtype_ or "unknown",
+                "steps": " → ".join(type(step).__name__ for _, step in self.pipeline_.steps),
+            }
+        elif self.sweep_result_ is not None:
+            learned = {"one probe for each of layers": describe_layers(self.sweep_result_.layers)}
+        fitted = section("Fitted", definitions(learned), opened=True) if learned else definitions({"fitted": "not yet"})
+        shown = {name: _short(value) for name, value in given.items()}
+        parameters = section("Parameters", definitions(shown or {"": "all by default"}), opened=bool(shown), note=f"({len(shown)} given)")
+        named = "activations only" if model is None else model if isinstance(model, str) else _short(model)
+        return str(card("lmprobe_zarr.Probe", named, fitted, parameters))
 
     def __getstate__(self) -> dict[str, Any]:
         # A loaded model stays where it is: the copy loads its own when it needs one.
@@ -721,6 +743,14 @@ class LayerSweep:
 
     def __getitem__(self, layer: int) -> Probe:
         return self.probes[layer]
+
+    def __repr__(self) -> str:
+        return f"<lmprobe_zarr.LayerSweep, {len(self)} probes on layers {describe_layers(self.layers)}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(layer, repr(self.probes[layer])) for layer in self.layers]
+        each = section("Probes", table(("layer", "probe"), rows), note=f"({len(rows)})")
+        return str(card("lmprobe_zarr.LayerSweep", f"one probe for each of layers {describe_layers(self.layers)}", each))
 
     def score(self, prompts: Iterable[Any], labels: Any) -> dict[int, float]:
         """Accuracy (R² for a regression) of each layer."""

@@ -674,8 +674,10 @@ _CUT_SHORT: Final = {"ClientPayloadError", "IncompleteRead", "ResponseParserErro
 
 
 def _answer(error: BaseException) -> tuple[str, int]:
-    """Code and status of the answer that an S3 client's error stems from; nothing and 0 for other errors."""
+    """Code and status of the answer that the error of a client of S3 or of the web stems from; nothing and 0 for other errors."""
     for one in (error, error.__cause__):
+        if one is not None and "ClientResponseError" in {kind.__name__ for kind in type(one).__mro__}:
+            return "", int(getattr(one, "status", 0))
         response = getattr(one, "response", None)
         if isinstance(response, Mapping):
             return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
@@ -717,10 +719,17 @@ def _told(error: Exception, url: str, key: str, *, writing: bool, listing: bool)
             f"{where} cannot be read: check the credentials, and what they allow (storage_options= gives others)"
             + ("\nS3 answers so, too, for what is not there, to those who may not list" if status == 403 else "")
         )
+    if status in (401, 403) and "ClientResponseError" in names:
+        return AccessDeniedError(
+            f"{where} cannot be read (status {status}): check the address, or give credentials, as in "
+            "storage_options={'client_kwargs': {'headers': {'Authorization': …}}}"
+        )
     if code == "InvalidBucketName" or "ParamValidationError" in names:
         return InvalidArgumentError(f"{url} is no possible place: check the name of the bucket")
     if code == "SlowDown" or (status >= 500 and status != 501):
-        return UnreachableError(f"{where} is overloaded or broken, again and again (status {status}, {code}): wait, and try again")
+        return UnreachableError(
+            f"{where} is overloaded or broken, again and again (status {status}{code and f', {code}'}): wait, and try again"
+        )
     if names & _CUT_SHORT:
         return UnreachableError(f"{where} came cut short, again and again ({type(error).__name__}): check the network, and try again")
     if names & _NETWORK:

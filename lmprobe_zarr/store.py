@@ -17,8 +17,10 @@ from lmprobe_zarr import config
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.chunks import run_all
 from lmprobe_zarr.compaction import CompactPlan, Listing, list_names, merge_run, plan_runs
+from lmprobe_zarr.contents import GroupContents, describe_view
 from lmprobe_zarr.copying import CopySummary, copy_group
 from lmprobe_zarr.datasets import choose_layers, to_dataset
+from lmprobe_zarr.display import Html, card, escape, section, table, visible
 from lmprobe_zarr.dropping import drop_variables
 from lmprobe_zarr.errors import (
     AccessDeniedError,
@@ -34,7 +36,7 @@ from lmprobe_zarr.errors import (
 )
 from lmprobe_zarr.frozen import FrozenStorage
 from lmprobe_zarr.garbage import GcSummary, plan_gc, remove_garbage
-from lmprobe_zarr.layers import LayerSpec, describe_layers
+from lmprobe_zarr.layers import LayerSpec
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.maintenance import STAMPS, Entry, delete_prompts, describe_entries, stamp_parts
 from lmprobe_zarr.progress import progress_bar
@@ -72,6 +74,8 @@ PART_BYTES: Final = 2**30
 PUBLISHED_PART_BYTES: Final = 2**33
 # A part is evicted as a whole: no larger share of a cache's limit than this one.
 LIMIT_SHARE: Final = 50
+# How many groups a notebook shows with all that they hold.
+SHOWN_GROUPS: Final = 20
 
 
 def open_store(
@@ -1251,16 +1255,33 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------- printing
 
+    def _contents(self) -> tuple[list[GroupContents], list[str]]:
+        """What every group holds, and what is to be said of those that cannot be read; no error, since whoever debugs one prints this."""
+        try:
+            found = [describe_view(self.view(info, whole=False)) for info in self.groups(whole=False).values()]
+            return found, [str(error).splitlines()[0] for store in self.stack for error in store._damaged.values()]
+        except LmprobeZarrError as error:
+            return [], [str(error)]
+
     def __repr__(self) -> str:
         over = "" if self.below is None else f", over {self.below.where}"
         lines = [f"<lmprobe_zarr.Store {self.url!r}, mode {self.mode!r}{over}>"]
-        for name, info in self.groups().items():
-            view = self.view(info)
-            held = [f"{v} ({level})" for level in LEVELS for v in view.variables(level)]
-            layers = describe_layers(sorted({*view.layers("prompts"), *view.layers("tokens")}))
-            lines.append(f"  {info.model}: {len(view)} prompts, {int(view.token_counts().sum())} tokens, layers {layers}")
-            lines.append(f"    {', '.join(held) or 'nothing yet'}  [{name}]")
+        contents, damage = self._contents()
+        for one in contents:
+            lines.append(f"  {visible(one.group.model)}: {one.summary}")
+            held = [f"{variable.name} ({variable.level})" for variable in one.variables]
+            lines.append(f"    {', '.join(held) or 'nothing yet'}  [{one.group.name}]")
+        lines += [f"  damaged: {visible(one)}" for one in damage]
         return "\n".join(lines if len(lines) > 1 else [*lines, "  empty"])
+
+    def _repr_html_(self) -> str:
+        contents, damage = self._contents()
+        over = "" if self.below is None else f", over {self.below.where}"
+        shown = [one.to_html(opened=len(contents) == 1) for one in contents[:SHOWN_GROUPS]]
+        if rest := contents[SHOWN_GROUPS:]:
+            shown.append(section(f"{len(rest)} more groups", table(("model", "holds"), [(one.group.model, one.summary) for one in rest])))
+        told = [section("Damaged", Html("<br>".join(map(escape, damage))), opened=True, note=f"({len(damage)})")] if damage else []
+        return str(card("lmprobe_zarr.Store", f"{self.url}, mode {self.mode!r}{over}", *(shown or [Html("empty")]), *told))
 
 
 def _reopen(storage: Storage, mode: Mode, durable: bool, is_default: bool, below: Store | None) -> Store:

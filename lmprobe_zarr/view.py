@@ -135,7 +135,10 @@ class View:
         differ = _differ(self.digests[rows[found]], wanted[found])
         if differ.any():
             one = hashes_of(wanted[found][differ][:1])[0]
-            raise PromptCollisionError(f"a stored prompt and a given one share the hash {one} but differ: they cannot be in one group")
+            raise PromptCollisionError(
+                f"a stored prompt and a given one share the hash {one} but differ, so they cannot be in one group: "
+                "change one of them by a blank, or write it with another provenance"
+            )
         return rows
 
     def _find_keys(self, keys: npt.NDArray[np.uint64]) -> Ints:
@@ -329,7 +332,9 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
     differ = _differ(digests[codes], every)
     if differ.any():
         one = hashes_of(every[differ][:1])[0]
-        raise PromptCollisionError(f"two different prompts in {storage.url}/{group.name} share the hash {one}")
+        raise PromptCollisionError(
+            f"two different prompts in {storage.url}/{group.name} share the hash {one}: delete it there, and write one of them again"
+        )
     bounds = offsets_of([len(part.info.digests) for part in shown])
     members = [codes[a:b] for a, b in itertools.pairwise(bounds)]
     keys: pd.Index[Any] = pd.Index(keys_of(digests))

@@ -133,8 +133,9 @@ def test_show_prints_the_view_or_its_prompts(stored: str, capsys: pytest.Capture
     assert "<xarray.Dataset>" in out
     assert "resid_mean" in out
     _, out, _ = call(capsys, "show", stored, "--list", "2")
-    assert len(out.splitlines()) == 2
-    assert "text='prompt 0'" in out
+    head, first, _ = out.splitlines()
+    assert head.split() == ["prompt", "label", "n_tokens", "pair", "prompt_length", "text"]
+    assert first.endswith("prompt 0")
     document = call_json(capsys, "show", stored, "--level", "tokens", "--prompt", "prompt 3", "--list", "3")
     assert document["variables"]["resid"]["dims"] == ["layer", "token", "hidden"]
     assert {row["text"] for row in document["rows"]} == {"prompt 3"}
@@ -194,7 +195,7 @@ def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_it_runs_as_a_program_and_stops_quietly_when_a_pipe_closes(stored: str) -> None:
-    command = f"{sys.executable} -W error -m lmprobe_zarr show {stored} --list 40 | head -1"
+    command = f"{sys.executable} -W error -m lmprobe_zarr show {stored} --list 40 | head -2"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True)  # noqa: S602 — a pipe is the point
     assert "prompt 0" in done.stdout
     assert done.stderr == ""

@@ -11,10 +11,12 @@ import lmprobe_zarr
 from lmprobe_zarr.cli.cache import add_cache, add_clear, add_delete, add_evict
 from lmprobe_zarr.cli.demo import add_demo
 from lmprobe_zarr.cli.extract import add_extract
+from lmprobe_zarr.cli.report import add_report
 from lmprobe_zarr.cli.show import add_info, add_show
 from lmprobe_zarr.cli.sweep import add_sweep
 from lmprobe_zarr.cli.transfer import add_export, add_import
 from lmprobe_zarr.cli.upkeep import add_compact, add_gc, add_publish, add_repair, add_verify
+from lmprobe_zarr.display import visible
 from lmprobe_zarr.errors import LmprobeZarrError
 
 __all__ = ["main"]
@@ -40,14 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run(options) or 0
         sys.stdout.flush()
     except LmprobeZarrError as error:
-        print(f"lmprobe-zarr: {error}", file=sys.stderr)
+        print(f"lmprobe-zarr: {visible(error, lines=True)}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of a pipe has left, as head does; nothing more can be said to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"lmprobe-zarr: {error}", file=sys.stderr)
+        print(f"lmprobe-zarr: {visible(error, lines=True)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lmprobe-zarr: interrupted; what was committed is kept", file=sys.stderr)
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add_info(commands)
     add_show(commands)
     add_sweep(commands)
+    add_report(commands)
     add_cache(commands)
     add_evict(commands)
     add_clear(commands)

@@ -7,12 +7,17 @@ from typing import Any
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store
 from lmprobe_zarr.cli.printing import plain, print_json
-from lmprobe_zarr.layers import describe_layers
+from lmprobe_zarr.contents import GroupContents, HeldArray, describe_view
+from lmprobe_zarr.display import format_table, shorten, terminal_width, visible
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.schema import LEVELS
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import open_store
 
 __all__ = ["add_info", "add_show"]
+
+# Hashes and digests say nothing to a reader of a table, and take half of its width.
+_NOT_LISTED = ("prompt_sha256",)
 
 
 def add_info(commands: Any) -> None:
@@ -22,44 +27,69 @@ def add_info(commands: Any) -> None:
 
 def _info(options: argparse.Namespace) -> None:
     store = open_store(options.store, mode="r")
-    groups = [_describe_group(store, name) for name in store.groups()]
+    groups = [describe_view(store.view(info)) for info in store.groups().values()]
     if options.json:
-        print_json({"store": store.url, "groups": groups})
+        print_json({"store": store.url, "groups": [_document(one) for one in groups]})
         return
-    print(f"{store.url}: {len(groups)} group{'' if len(groups) == 1 else 's'}")
-    for group in groups:
-        print(f"\n{group['model']}  [{group['group']}]")
-        rows = {
-            "prompts": f"{group['prompts']} in {group['parts']} part{'' if group['parts'] == 1 else 's'}",
-            "tokens": str(group["tokens"]),
-            "layers": describe_layers(group["layers"]) + (f" of {group['num_layers']}" if group["num_layers"] else ""),
-            "hidden": str(group["hidden_size"] or "unknown"),
-            "variables": ", ".join(f"{name} ({dtype})" for name, dtype in group["variables"].items()) or "none",
-            "columns": ", ".join(group["columns"]) or "none",
-            "size": format_bytes(group["nbytes"]),
-            "provenance": ", ".join(f"{k}={v}" for k, v in group["provenance"].items() if v is not None) or "unknown",
-        }
-        for name, value in rows.items():
-            print(f"  {name:<11}{value}")
+    print(f"{visible(store.url)}: {len(groups)} group{'' if len(groups) == 1 else 's'}")
+    width = terminal_width()
+    for one in groups:
+        print(f"\n{visible(one.group.model)}  [{one.group.name}]")
+        for name, value in one.facts().items():
+            if name == "variables" and one.variables:
+                rows = [_row(variable) for variable in one.variables]
+                lines = format_table(rows, width=max(67, width - 13)).splitlines()
+                print("\n".join(f"  {name if not i else '':<11}{line}" for i, line in enumerate(lines)))
+                continue
+            # Long values go on in the lines below, under their own beginning.
+            for i, line in enumerate(_wrapped(visible(value), width - 13)):
+                print(f"  {name if not i else '':<11}{line}")
 
 
-def _describe_group(store: Store, name: str) -> dict[str, Any]:
-    info = store.groups()[name]
-    view = store.view(info)
-    variables = {key: array.attributes.get("stored_dtype", array.dtype) for level in LEVELS for key, array in view.variables(level).items()}
+def _row(variable: HeldArray) -> dict[str, object]:
     return {
-        "model": info.model,
-        "group": name,
-        "prompts": len(view),
-        "tokens": int(view.token_counts().sum()),
-        "parts": len(view.parts),
-        "layers": sorted({*view.layers("prompts"), *view.layers("tokens")}),
-        "num_layers": info.num_layers,
-        "hidden_size": info.hidden_size,
-        "variables": variables,
-        "columns": [column for column in view.columns("prompts") if column not in ("prompt", "prompt_sha256")],
-        "nbytes": sum(int(entry[0]) for part in (*view.parts, *view.annotations) for entry in part.info.files.values()),
-        "provenance": dict(info.provenance),
+        "name": variable.name,
+        "per": variable.level.removesuffix("s"),
+        "dtype": variable.dtype,
+        "values": "—" if variable.raw_nbytes is None else format_bytes(variable.raw_nbytes),
+        "stored": format_bytes(variable.nbytes),
+        "smaller": variable.described_ratio,
+        "codecs": variable.codecs,
+    }
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """A list of things with commas, in lines that fit."""
+    lines = [""]
+    for piece in text.split(", "):
+        longer = f"{lines[-1]}, {piece}" if lines[-1] else piece
+        if lines[-1] and len(longer) > width - 1:
+            lines[-1] += ","
+            longer = piece
+            lines.append("")
+        lines[-1] = longer
+    return lines
+
+
+def _document(one: GroupContents) -> dict[str, Any]:
+    return {
+        "model": one.group.model,
+        "group": one.group.name,
+        "prompts": one.prompts,
+        "tokens": one.tokens,
+        "parts": one.parts,
+        "annotations": one.annotations,
+        "layers": list(one.layers),
+        "num_layers": one.group.num_layers,
+        "hidden_size": one.group.hidden_size,
+        "variables": {variable.name: variable.dtype for variable in one.variables},
+        "columns": [column.name for column in one.columns if column.level == "prompts" and column.name not in ("prompt", "prompt_sha256")],
+        "stored": {
+            variable.name: {"level": variable.level, "codecs": variable.codecs, "values": variable.raw_nbytes, "nbytes": variable.nbytes}
+            for variable in one.variables
+        },
+        "nbytes": one.nbytes,
+        "provenance": dict(one.group.provenance),
     }
 
 
@@ -69,25 +99,32 @@ def add_show(commands: Any) -> None:
     add_choice(command)
     command.add_argument("--level", choices=LEVELS, default="prompts", help="one row per prompt, or per token (default: %(default)s)")
     command.add_argument("--prompt", action="append", help="only this prompt, by text or hash; may be repeated")
-    command.add_argument("--list", type=int, metavar="N", help="list the first N prompts with their columns instead")
+    command.add_argument("--list", type=int, metavar="N", help="list the first N prompts (or tokens) with their columns instead")
 
 
 def _show(options: argparse.Namespace) -> None:
+    import xarray as xr
+
+    if options.list is not None and options.list < 1:
+        raise InvalidArgumentError(f"--list {options.list} shows nothing: give how many rows, at least 1")
     store = open_store(options.store, mode="r")
     opened = store.tokens if options.level == "tokens" else store.dataset
     data = opened(options.model, options.prompt, group=options.group)
-    if options.list is not None or options.json:
-        dim = "token" if options.level == "tokens" else "prompt"
-        table = data.drop_vars(list(data.data_vars)).reset_coords(drop=False).isel({dim: slice(0, options.list)})
-        kept = [name for name, v in table.variables.items() if v.dims == (dim,) and name != "prompt_sha256"]
-        rows = [{name: plain(table[name].values[i]) for name in kept} for i in range(table.sizes[dim])]
-        if options.json:
-            variables = {
-                str(name): {"dims": list(v.dims), "shape": list(v.shape), "dtype": str(v.dtype)} for name, v in data.data_vars.items()
-            }
-            print_json({"model": str(data.model.values), "variables": variables, "rows": rows})
-            return
-        for row in rows:
-            print("  ".join(f"{name}={value!r}" for name, value in row.items()))
+    width = terminal_width()
+    if options.list is None and not options.json:
+        with xr.set_options(display_width=width):  # type: ignore[no-untyped-call]
+            # Line breaks are xarray's own: values and names stand there with theirs escaped.
+            print("\n".join(shorten(line, width) for line in visible(data, lines=True).splitlines()))
         return
-    print(data)
+    dim = "token" if options.level == "tokens" else "prompt"
+    columns = data.drop_vars(list(data.data_vars)).reset_coords(drop=False).isel({dim: slice(0, options.list)})
+    kept = [str(name) for name, v in columns.variables.items() if v.dims == (dim,) and name not in _NOT_LISTED]
+    values = {name: columns[name].values for name in kept}
+    rows = [{name: plain(values[name][i]) for name in kept} for i in range(columns.sizes[dim])]
+    if options.json:
+        variables = {str(name): {"dims": list(v.dims), "shape": list(v.shape), "dtype": str(v.dtype)} for name, v in data.data_vars.items()}
+        print_json({"model": str(data.model.values), "variables": variables, "rows": rows})
+        return
+    # What tells rows apart for people comes first; the text, which is longest, last.
+    order = sorted(kept, key=lambda name: (name == "text", name not in ("prompt", "position"), name))
+    print(format_table([{name: row[name] for name in order} for row in rows], width=width) or f"no {dim}s")

@@ -1,0 +1,65 @@
+"""The command ``report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store
+from lmprobe_zarr.cli.printing import print_json
+from lmprobe_zarr.display import visible
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.plan import format_bytes
+
+__all__ = ["add_report"]
+
+
+def add_report(commands: Any) -> None:
+    command = add_command(commands, "report", _report, "write one self-contained HTML page about a store")
+    add_store(command, positional=True)
+    command.add_argument("-o", "--output", default="report.html", metavar="FILE", help="where to write it (default: %(default)s)")
+    add_choice(command)
+    command.add_argument("--scores", metavar="PLACE", help="draw these scores of a sweep: a .zarr folder or URL, or a .nc file")
+    command.add_argument("--labels", help="column with labels: sweep the layers for it, and show what each token says of it")
+    command.add_argument("--variable", help="what to fit on (default: resid_last_token, or what is stored of the kind)")
+    command.add_argument("--prompt", action="append", help="show the tokens of this prompt, by text or hash; may be repeated")
+    command.add_argument(
+        "--prompts", type=int, default=4, metavar="N", help="how many prompts to show by themselves (default: %(default)s)"
+    )
+    command.add_argument("--no-text", action="store_true", help="put no text of any prompt into the page, only hashes")
+    command.add_argument("--sample-mb", type=float, default=256.0, metavar="MB", help="how much to read for norms (default: %(default)g)")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lmprobe_zarr.report import report
+
+    if not Path(options.output).absolute().parent.is_dir():
+        raise InvalidArgumentError(f"--output {options.output!r}: there is no folder {str(Path(options.output).parent)!r}, make it first")
+    if not options.sample_mb > 0:
+        raise InvalidArgumentError(f"--sample-mb {options.sample_mb:g} reads nothing: give megabytes above 0")
+    page = report(
+        options.store, options.output, model=options.model, group=options.group,
+        scores=None if options.scores is None else _open_scores(options.scores), labels=options.labels, variable=options.variable,
+        prompts=options.prompt or options.prompts, text=not options.no_text, sample_bytes=max(1, int(options.sample_mb * 2**20)),
+    )  # fmt: skip
+    nbytes = len(page.html.encode())
+    if options.json:
+        print_json({"output": options.output, "nbytes": nbytes})
+        return
+    print(f"report: {visible(options.output)} ({format_bytes(nbytes)})")
+
+
+def _open_scores(place: str) -> Any:
+    import xarray as xr
+
+    try:
+        # Looking for consolidated metadata first, as xarray does by default, warns where there are none.
+        stored: dict[str, Any] = {"engine": "zarr", "consolidated": False} if place.rstrip("/").endswith(".zarr") else {}
+        with xr.open_dataset(place, **stored) as opened:
+            return opened.load()
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).splitlines()[0][:120]
+        raise InvalidArgumentError(
+            f"--scores {place!r} cannot be opened ({why}): give what scores.to_zarr(…) or to_netcdf(…) wrote"
+        ) from error
