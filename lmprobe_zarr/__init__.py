@@ -30,6 +30,8 @@ from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.summaries import ExportSummary, ImportSummary
 from lmprobe_zarr.sweep import sweep
+from lmprobe_zarr.token_masks import mask_tokens
+from lmprobe_zarr.token_probes import fit_tokens, score_tokens, sweep_tokens
 from lmprobe_zarr.transfer import (
     export_safetensors,
     import_npy,
@@ -65,6 +67,7 @@ __all__ = [
     "evict",
     "export_safetensors",
     "extract",
+    "fit_tokens",
     "import_npy",
     "import_pt",
     "import_safetensors",
@@ -72,13 +75,16 @@ __all__ = [
     "import_tensors",
     "import_vllm",
     "list_cached_prompts",
+    "mask_tokens",
     "open_legacy",
     "open_store",
     "plan_extract",
     "prompt_hash",
+    "score_tokens",
     "set_cache_backend",
     "set_cache_dtype",
     "set_cache_limit",
     "sweep",
+    "sweep_tokens",
     "write_activations",
 ]
