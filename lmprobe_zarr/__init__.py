@@ -42,6 +42,7 @@ from lmprobe_zarr.transfer import (
     import_vllm,
     open_legacy,
 )
+from lmprobe_zarr.transferring import cosine_similarity, sweep_transfer
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "cache_info",
     "clear_cache",
     "config",
+    "cosine_similarity",
     "discover_cached",
     "enable_cache_logging",
     "errors",
@@ -86,5 +88,6 @@ __all__ = [
     "set_cache_limit",
     "sweep",
     "sweep_tokens",
+    "sweep_transfer",
     "write_activations",
 ]

@@ -34,7 +34,7 @@ ROOMS = [
     {"store"},
     {"activations", "backend", "ingest", "legacy"},
     {"extraction", "probes"},
-    {"cache", "missing", "streaming", "sweep", "token_masks", "importing", "exporting"},
+    {"cache", "missing", "streaming", "sweep", "token_masks", "transferring", "importing", "exporting"},
     {"shares"},
     {"build", "plots", "transfer"},
     {"supply"},
@@ -172,6 +172,7 @@ def test_the_surface_is_pinned() -> None:
         "cache_info",
         "clear_cache",
         "config",
+        "cosine_similarity",
         "discover_cached",
         "enable_cache_logging",
         "errors",
@@ -197,6 +198,7 @@ def test_the_surface_is_pinned() -> None:
         "set_cache_limit",
         "sweep",
         "sweep_tokens",
+        "sweep_transfer",
         "write_activations",
     ]
     for name in lz.__all__:
