@@ -64,7 +64,7 @@ docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
 
 stress: setup
-	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or test_compaction or one_prefix"
+	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or test_compaction or one_prefix or many_token_rows"
 
 clean:
 	rm -rf $(VENV) $(CORE) site build dist demo-output

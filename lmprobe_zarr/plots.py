@@ -28,7 +28,19 @@ _LINES = ("-", (0, (6, 1.5)), (0, (4, 1.2, 1, 1.2)), (0, (2.5, 1)), (0, (8, 1.5,
 _DASHES = ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 #: Of controls, which are grey, with open markers.
 _GREYS = ("0.25", "0.5", "0.4", "0.6")
-_LABELS = {"accuracy": "accuracy", "auroc": "AUROC", "fit_seconds": "fit time (s)"}
+_LABELS = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "balanced_accuracy": "balanced accuracy",
+    "brier": "Brier score",
+    "ece": "expected calibration error",
+    "f1": "F1",
+    "fit_seconds": "fit time (s)",
+    "log_loss": "log loss (nats)",
+    "mae": "mean absolute error (units of the target)",
+    "r2": "R²",
+    "spearman": "Spearman's ρ",
+}
 #: Dims over which a score is repeated: their spread is the band.
 _REPEATED = ("fold", "seed", "repeat")
 #: Its lightness rises all the way, so that it reads in grey, and blue and yellow are told apart by nearly everybody.
@@ -37,7 +49,12 @@ _TEXTS_SHOWN, _TEXT_LENGTH = 64, 16
 
 
 def plot_scores(
-    scores: xr.Dataset, metric: str = "accuracy", ax: Axes | None = None, baseline: float | Mapping[str, float] | None = None
+    scores: xr.Dataset,
+    metric: str = "accuracy",
+    ax: Axes | None = None,
+    baseline: float | Mapping[str, float] | None = None,
+    *,
+    intervals: xr.Dataset | None = None,
 ) -> Axes:
     """Axes with one line per probe: the mean of a score over the folds by layer, and a band around it.
 
@@ -53,12 +70,15 @@ def plot_scores(
         it is shown; else a bare figure, which needs no display and can be saved with :func:`save_plot`.
     baseline : float or {label: float}, optional
         Scores to draw as horizontal lines, such as ``{"bag of words": 0.71}``.
+    intervals : Dataset, optional
+        The metric over layer, probe and ``bound``, which holds "lower" and "upper", to draw as bands; its attribute ``level`` (0 to 1) is
+        named where it has one.
 
     Returns
     -------
     Axes
-        The band reaches from the lowest to the highest fold, or is the interval ``<metric>_low`` to ``<metric>_high`` where the scores have
-        one. Chance is drawn too: the share of the largest class for accuracy, 0.5 for AUROC. No matplotlib setting is changed.
+        Without `intervals` a band reaches from the lowest to the highest fold. Chance is drawn too: the share of the largest class for
+        accuracy, 0.5 for AUROC. No matplotlib setting is changed.
 
     Raises
     ------
@@ -70,7 +90,7 @@ def plot_scores(
         There is no such metric over layer, probe and fold, or it has further dims.
     """
     values = _metric(scores, metric)
-    interval = _interval(scores, metric)
+    interval = None if intervals is None else _bounds(intervals, metric, values)
     lines = dict(baseline) if isinstance(baseline, Mapping) else {} if baseline is None else {"baseline": float(baseline)}
     axes: Any = _axes() if ax is None else ax
 
@@ -92,7 +112,7 @@ def plot_scores(
             height, color=colour, linestyle=_DASHES[number % len(_DASHES)], linewidth=1.2, zorder=1.5, label=f"{label} ({height:.2f})"
         )
 
-    _dress(axes, scores, metric, x[order], layers[order] if not numeric else None, values.sizes["fold"], interval is not None)
+    _dress(axes, scores, metric, x[order], layers[order] if not numeric else None, values.sizes["fold"], intervals)
     if ax is None:
         # Below the picture no curve can run behind it; the caller's own axes may have no room there.
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize="small", handlelength=3.2)
@@ -336,11 +356,7 @@ def _metric(scores: Any, metric: str) -> xr.DataArray:
     if not isinstance(scores, xr.Dataset):
         raise InvalidTypeError(f"scores are the xarray.Dataset that sweep gives, not {type(scores).__name__}")
     dims = {"layer", "probe", "fold"}
-    fitting = [
-        str(name)
-        for name, variable in scores.data_vars.items()
-        if dims <= set(variable.dims) and variable.dtype.kind == "f" and not str(name).endswith(("_low", "_high"))
-    ]
+    fitting = [str(name) for name, variable in scores.data_vars.items() if dims <= set(variable.dims) and variable.dtype.kind == "f"]
     if metric not in fitting:
         raise InvalidArgumentError(
             f"there is no score {metric!r} over layer, probe and fold: use one of {', '.join(fitting) or 'none (not a sweep)'}"
@@ -360,17 +376,13 @@ def _metric(scores: Any, metric: str) -> xr.DataArray:
     return values.transpose("layer", "probe", "fold")
 
 
-def _interval(scores: xr.Dataset, metric: str) -> tuple[xr.DataArray, xr.DataArray] | None:
-    """The bounds of a score by layer and probe, where there are any."""
-    names = f"{metric}_low", f"{metric}_high"
-    if not all(name in scores for name in names):
-        return None
-    low, high = (
-        scores[name].squeeze([d for d in scores[name].dims if scores[name].sizes[d] == 1 and d not in ("layer", "probe")]) for name in names
-    )
-    if set(low.dims) != {"layer", "probe"} or set(high.dims) != {"layer", "probe"}:
-        return None
-    return low.transpose("layer", "probe"), high.transpose("layer", "probe")
+def _bounds(intervals: Any, metric: str, values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """Lower and upper bound of a score by layer and probe, in the order of the scores."""
+    if not isinstance(intervals, xr.Dataset) or metric not in intervals or not {"layer", "probe", "bound"} <= set(intervals[metric].dims):
+        raise InvalidArgumentError(f"intervals have no {metric!r} over layer, probe and bound: give those of the same scores")
+    found = intervals[metric].squeeze([d for d in intervals[metric].dims if d not in ("layer", "probe", "bound")], drop=True)
+    found = found.reindex(layer=values["layer"], probe=values["probe"]).transpose("layer", "probe", "bound")
+    return found.sel(bound="lower"), found.sel(bound="upper")
 
 
 def _axes(size: tuple[float, float] = (7.2, 4.2)) -> Any:
@@ -465,7 +477,7 @@ def _chance(scores: xr.Dataset, metric: str) -> dict[str, float]:
     return {}
 
 
-def _dress(axes: Any, scores: xr.Dataset, metric: str, x: Any, names: Any, n_folds: int, interval: bool) -> None:
+def _dress(axes: Any, scores: xr.Dataset, metric: str, x: Any, names: Any, n_folds: int, intervals: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     if names is not None or len(x) <= 16:
@@ -480,9 +492,12 @@ def _dress(axes: Any, scores: xr.Dataset, metric: str, x: Any, names: Any, n_fol
         axes.set_xlim(x[0] - margin, x[-1] + margin)
     axes.set_xlabel("layer")
     band = "bar" if len(x) == 1 else "band"
-    spread = f"mean of {n_folds} folds, {band}: {'interval' if interval else 'lowest to highest'}" if n_folds > 1 else "one fold"
-    if n_folds == 1 and interval:
-        spread += f", {band}: interval"
+    spread = f"mean of {n_folds} folds" if n_folds > 1 else "one fold"
+    if intervals is not None:
+        level = intervals.attrs.get("level")
+        spread += f", {band}: {'' if level is None else f'{100 * level:g} % '}interval"
+    elif n_folds > 1:
+        spread += f", {band}: lowest to highest"
     axes.set_ylabel(f"{_LABELS.get(metric, metric)}\n({spread})", linespacing=1.5)
     variable, labels = scores.attrs.get("variable", ""), scores.attrs.get("labels", "")
     of = " from ".join(part for part in (labels, variable) if part)

@@ -176,16 +176,19 @@ def test_controls_are_grey_with_open_markers_and_told_apart_without_colour() -> 
         assert red == green == blue
 
 
-def test_an_interval_is_the_band_where_the_scores_have_one() -> None:
+def test_intervals_are_the_bands_where_they_are_given() -> None:
     given = scores()
     mean = given.accuracy.mean("fold")
-    given["accuracy_low"], given["accuracy_high"] = mean - 0.2, mean + 0.1
-    axes: Any = plot_scores(given)
+    bounds = xr.concat([mean - 0.2, mean, mean + 0.1], "bound").assign_coords(bound=["lower", "estimate", "upper"])
+    intervals = bounds.to_dataset(name="accuracy").isel(layer=slice(None, None, -1)).assign_attrs(level=0.95)
+    axes: Any = plot_scores(given, intervals=intervals)
     edges = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert edges.min() == pytest.approx(float(mean.sel(probe="ridge").min()) - 0.2)
     assert edges.max() == pytest.approx(float(mean.sel(probe="ridge").max()) + 0.1)
-    assert axes.get_ylabel() == "accuracy\n(mean of 3 folds, band: interval)"
-    assert "bar: interval" in plot_scores(given.isel(layer=[0])).get_ylabel()
+    assert axes.get_ylabel() == "accuracy\n(mean of 3 folds, band: 95 % interval)"
+    assert "bar: 95 % interval" in plot_scores(given.isel(layer=[0]), intervals=intervals).get_ylabel()
+    with pytest.raises(InvalidArgumentError, match="no 'auroc' over layer, probe and bound"):
+        plot_scores(given, "auroc", intervals=intervals)
 
 
 def test_seeds_are_more_folds_and_other_dims_are_drawn_one_at_a_time() -> None:
