@@ -31,6 +31,7 @@ Array = npt.NDArray[Any]
 Labels = str | xr.DataArray | Mapping[Any, Any] | Iterable[Any]
 
 _SCHEDULERS = ("threads", "processes", "synchronous")
+_MOST_CELLS = 64
 
 
 def fit_tokens(
@@ -388,6 +389,11 @@ def _plan(
 ) -> tuple[Stream, StreamPlan]:
     stream = Stream(_bare(array.variable), dim, examples.rows)
     cell, trains = cells_of(folds, len(examples.prompts))
+    if trains.shape[1] > _MOST_CELLS:
+        raise InvalidArgumentError(
+            f"these {len(trains)} folds cut the prompts into {trains.shape[1]} sets, and sums are kept for each of them: "
+            f"use at most {_MOST_CELLS} folds without overlap, as cv=5 makes"
+        )
     plan = StreamPlan(
         stream=None,
         n_rows=len(examples.rows),

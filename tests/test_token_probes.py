@@ -18,7 +18,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import streaming
+from lmprobe_zarr import streaming, token_probes
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, MissingPromptsError
 from lmprobe_zarr.probes import coefficients, make_probe
 from lmprobe_zarr.probes.sufficient import EXACT
@@ -253,6 +253,12 @@ def test_folds_that_overlap_are_sums_of_cells_too() -> None:
         learned, held = np.isin(OF, train), np.isin(OF, test)
         probe = make_probe("lda").fit(data[1][learned], Y[OF][learned])
         assert scores.accuracy[1, 0, k] == pytest.approx(probe.score(data[1][held], Y[OF][held]))
+
+
+def test_folds_that_need_too_many_sums_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_probes, "_MOST_CELLS", 4)
+    with pytest.raises(InvalidArgumentError, match=r"5 folds cut the prompts into 5 sets.*at most 4 folds"):
+        lz.sweep_tokens(tokens(), "label", "ridge", 5)
 
 
 def test_groups_stay_together_and_pooled_scores_are_of_prompts() -> None:
