@@ -1,6 +1,6 @@
 """Probes on tokens: fitted on every token, scored token by token, cross-validated over prompts; in memory for a few blocks, however many.
 
-Holds the calls that users make and what comes back to them. How rows are streamed is up to ``streaming``, which tokens are learned from up
+Holds the calls that users make and what comes back to them. How rows are streamed is up to ``token_blocks``, which tokens are learned from up
 to ``probes.token_labels``. Never a store, a model or a plot.
 """
 
@@ -23,7 +23,7 @@ from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.probes.sufficient import Solution
 from lmprobe_zarr.probes.token_labels import Examples, TokenFolds, cells_of, plan_token_folds, prompts_of, select_examples, show_rows
-from lmprobe_zarr.streaming import STREAMED, Fitted, Runner, Stream, StreamPlan, Tested, fit_stream, judge_stream, score_stream
+from lmprobe_zarr.token_blocks import STREAMED, Fitted, Runner, Stream, StreamPlan, Tested, fit_stream, judge_stream, score_stream
 
 __all__ = ["fit_tokens", "score_tokens", "sweep_tokens", "token_texts"]
 

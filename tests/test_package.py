@@ -34,7 +34,7 @@ ROOMS = [
     {"store"},
     {"activations", "backend", "ingest", "legacy"},
     {"extraction", "probes"},
-    {"cache", "missing", "streaming", "sweep", "token_masks", "transferring", "importing", "exporting"},
+    {"cache", "missing", "sweep", "token_blocks", "token_masks", "transferring", "importing", "exporting"},
     {"shares"},
     {"build", "plots", "transfer"},
     {"supply"},

@@ -18,7 +18,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import streaming, token_probes
+from lmprobe_zarr import token_blocks, token_probes
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, MissingPromptsError
 from lmprobe_zarr.probes import coefficients, make_probe
 from lmprobe_zarr.probes.sufficient import EXACT
