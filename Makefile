@@ -65,7 +65,7 @@ docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
 
 stress: setup
-	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or test_compaction or one_prefix or test_repair or test_numeric_limits"
+	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or test_compaction or one_prefix or test_repair or test_numeric_limits or many_token_rows"
 
 clean:
 	rm -rf $(VENV) $(CORE) site build dist demo-output

@@ -31,6 +31,8 @@ from lmprobe_zarr.report import Report, report
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.summaries import ExportSummary, ImportSummary
 from lmprobe_zarr.sweep import sweep
+from lmprobe_zarr.token_masks import mask_tokens
+from lmprobe_zarr.token_probes import fit_tokens, score_tokens, sweep_tokens
 from lmprobe_zarr.transfer import (
     export_safetensors,
     import_npy,
@@ -41,6 +43,7 @@ from lmprobe_zarr.transfer import (
     import_vllm,
     open_legacy,
 )
+from lmprobe_zarr.transferring import cosine_similarity, sweep_transfer
 
 __version__ = "0.1.0"
 
@@ -61,12 +64,14 @@ __all__ = [
     "cache_info",
     "clear_cache",
     "config",
+    "cosine_similarity",
     "discover_cached",
     "enable_cache_logging",
     "errors",
     "evict",
     "export_safetensors",
     "extract",
+    "fit_tokens",
     "import_npy",
     "import_pt",
     "import_safetensors",
@@ -74,14 +79,18 @@ __all__ = [
     "import_tensors",
     "import_vllm",
     "list_cached_prompts",
+    "mask_tokens",
     "open_legacy",
     "open_store",
     "plan_extract",
     "prompt_hash",
     "report",
+    "score_tokens",
     "set_cache_backend",
     "set_cache_dtype",
     "set_cache_limit",
     "sweep",
+    "sweep_tokens",
+    "sweep_transfer",
     "write_activations",
 ]

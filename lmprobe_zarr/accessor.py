@@ -150,6 +150,18 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         """
         return self._pad_array(self._data)
 
+    def plot_tokens(self, prompt: str | None = None, **kwargs: Any) -> Axes:
+        """Scores of one prompt's tokens by layer; see `lmprobe_zarr.plots.plot_tokens`."""
+        from lmprobe_zarr.plots import plot_tokens
+
+        return plot_tokens(self._data, prompt, **kwargs)
+
+    def plot_cosine(self, **kwargs: Any) -> Axes:
+        """A matrix of `lmprobe_zarr.cosine_similarity`; see `lmprobe_zarr.plots.plot_cosine`."""
+        from lmprobe_zarr.plots import plot_cosine
+
+        return plot_cosine(self._data, **kwargs)
+
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
         """The values as a torch tensor.
 
@@ -447,6 +459,24 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         told = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
         note = " · ".join(part for part in (str(attrs.get("model", "")), told) if part)
         return str(card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body)))
+
+    def plot_transfer(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
+        """Scores of `lmprobe_zarr.sweep_transfer`; see `lmprobe_zarr.plots.plot_transfer`."""
+        from lmprobe_zarr.plots import plot_transfer
+
+        return plot_transfer(self._data, metric, **kwargs)
+
+    def plot_roc(self, **kwargs: Any) -> Axes:
+        """Curves of `lmprobe_zarr.probes.roc_curves`; see `lmprobe_zarr.plots.plot_roc`."""
+        from lmprobe_zarr.plots import plot_roc
+
+        return plot_roc(self._data, **kwargs)
+
+    def plot_calibration(self, **kwargs: Any) -> Axes:
+        """Curves of `lmprobe_zarr.probes.calibration_curves`; see `lmprobe_zarr.plots.plot_calibration`."""
+        from lmprobe_zarr.plots import plot_calibration
+
+        return plot_calibration(self._data, **kwargs)
 
 
 def _one_per_prompt(data: T, dim: Hashable) -> T:

@@ -7,6 +7,7 @@ schedulers or plots. scikit-learn is imported when a probe is made, not before.
 
 from lmprobe_zarr.probes.classifiers import converged, fit_in_place, make_probe, named_probes
 from lmprobe_zarr.probes.coefficients import coefficients
+from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_classification, evaluate_regression
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
@@ -15,6 +16,7 @@ __all__ = [
     "PreprocessingStep",
     "accuracy",
     "auroc",
+    "calibration_curves",
     "class_scores",
     "coefficients",
     "converged",
@@ -27,4 +29,5 @@ __all__ = [
     "named_probes",
     "parse_preprocessing",
     "parse_probe",
+    "roc_curves",
 ]

@@ -1,0 +1,148 @@
+"""Curves of scores against true labels, as labelled arrays that can be drawn: ROC and calibration. Never fits or draws anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+
+__all__ = ["calibration_curves", "roc_curves"]
+
+Array = npt.NDArray[Any]
+
+
+def roc_curves(scores: xr.DataArray | Mapping[str, Any], labels: str | Iterable[Any]) -> xr.Dataset:
+    """ROC curves of scores for two classes.
+
+    Parameters
+    ----------
+    scores : DataArray over prompt or token, perhaps with one more dim such as layer; or {name: scores}
+        Larger means the second of the sorted classes. With one more dim a curve for each along it.
+    labels : str or array
+        A coordinate's name, or one label per prompt or token. Scores that are NaN are left out.
+
+    Returns
+    -------
+    Dataset
+        ``false_positive_rate``, ``true_positive_rate`` and ``threshold`` (curve, point), NaN behind a curve's end; ``auroc`` (curve).
+
+    Raises
+    ------
+    LabelError
+        Another number of labels than of scores, or another number of classes than two.
+    InvalidArgumentError
+        Scores of other dims, or none.
+
+    Notes
+    -----
+    Source: T. Fawcett, "An introduction to ROC analysis", Pattern Recognition Letters 27 (2006), as scikit-learn's ``roc_curve``.
+    """
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    found = []
+    for name, values, true in _each(scores, labels):
+        found.append((name, *roc_curve(true, values), float(roc_auc_score(true, values))))
+    longest = max(len(one[1]) for one in found)
+    padded = [np.stack([np.pad(one[k], (0, longest - len(one[k])), constant_values=np.nan) for one in found]) for k in (1, 2, 3)]
+    names = ("false_positive_rate", "true_positive_rate", "threshold")
+    arrays = {name: (("curve", "point"), values) for name, values in zip(names, padded, strict=True)}
+    return xr.Dataset({**arrays, "auroc": ("curve", [one[4] for one in found])}, coords={"curve": [one[0] for one in found]})
+
+
+def calibration_curves(probabilities: xr.DataArray | Mapping[str, Any], labels: str | Iterable[Any], bins: int = 10) -> xr.Dataset:
+    """How often the second class is true, by the probability that was given to it.
+
+    Parameters
+    ----------
+    probabilities : DataArray or mapping
+        Of the second class, 0 to 1; otherwise as for :func:`roc_curves`.
+    labels : str or array
+    bins : int
+        Of equal width.
+
+    Returns
+    -------
+    Dataset
+        ``predicted`` (the mean probability), ``observed`` (the share of the second class) and ``n`` (curve, bin); NaN where a bin is empty.
+        ``ece`` (curve): the expected calibration error, the mean of |observed − predicted| weighted by n.
+
+    Raises
+    ------
+    LabelError, InvalidArgumentError
+        As :func:`roc_curves`; values outside 0 to 1, or no bin.
+
+    Notes
+    -----
+    Source: C. Guo et al., "On Calibration of Modern Neural Networks" (2017), arXiv:1706.04599.
+    """
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 1:
+        raise InvalidArgumentError(f"bins={bins!r} is no number of bins: give a whole number of at least 1")
+    names, predicted, observed, counts, errors = [], [], [], [], []
+    for name, values, true in _each(probabilities, labels):
+        if values.min() < 0 or values.max() > 1:
+            raise InvalidArgumentError(f"{name!r} holds {values.min():.3g} to {values.max():.3g}, which are no probabilities: give 0 to 1")
+        places = np.minimum((values * bins).astype(int), bins - 1)
+        n = np.bincount(places, minlength=bins)
+        with np.errstate(invalid="ignore"):
+            said, was = (np.bincount(places, each, minlength=bins) / n for each in (values, true))
+        names.append(name)
+        predicted.append(said)
+        observed.append(was)
+        counts.append(n)
+        errors.append(float(np.nansum(np.abs(was - said) * n) / n.sum()))
+    dims = ("curve", "bin")
+    return xr.Dataset(
+        {
+            "predicted": (dims, np.stack(predicted)),
+            "observed": (dims, np.stack(observed)),
+            "n": (dims, np.stack(counts)),
+            "ece": ("curve", errors),
+        },
+        coords={"curve": names, "bin": (np.arange(bins) + 0.5) / bins},
+    )
+
+
+def _each(scores: Any, labels: Any) -> list[tuple[str, Array, Array]]:
+    """Name, scores and whether it is the second class, of every curve."""
+    listed: list[tuple[str, Any, Any]] = []
+    for name, one in scores.items() if isinstance(scores, Mapping) else [("", scores)]:
+        if isinstance(one, xr.DataArray):
+            sample = next((dim for dim in ("prompt", "token") if dim in one.dims), None)
+            rest = [dim for dim in one.dims if dim != sample]
+            if sample is None or len(rest) > 1:
+                raise InvalidArgumentError(f"scores have dims {tuple(one.dims)}, expected prompt or token and at most one more: select")
+            truth = one.coords[labels].values if isinstance(labels, str) and labels in one.coords else labels
+            turned = one.transpose(*rest, sample)
+            if not rest:
+                listed.append((str(name) or str(one.name or "scores"), turned.values, truth))
+            for place in range(turned.sizes[rest[0]] if rest else 0):
+                at = turned.coords[rest[0]].values[place] if rest[0] in turned.coords else place
+                listed.append(
+                    (f"{name} {rest[0]} {at}".strip() if rest[0] == "layer" else f"{name} {at}".strip(), turned.values[place], truth)
+                )
+        else:
+            listed.append((str(name) or "scores", np.asarray(one), labels))
+    if not listed:
+        raise InvalidArgumentError("scores is empty: give at least one")
+    return [(name, *_checked(name, np.asarray(values, np.float64), truth)) for name, values, truth in listed]
+
+
+def _checked(name: str, values: Array, labels: Any) -> tuple[Array, Array]:
+    if isinstance(labels, str):
+        raise LabelError(f"{name!r} has no coordinate {labels!r}: give the labels themselves")
+    truth = np.asarray(list(labels))
+    if values.ndim != 1 or truth.shape != values.shape:
+        raise LabelError(f"there are {len(truth)} labels for scores of shape {values.shape} in {name!r}: give one label per score")
+    kept = np.isfinite(values)
+    values, truth = values[kept], truth[kept]
+    classes = np.unique(truth)
+    if len(classes) != 2:
+        raise LabelError(
+            f"there are {len(classes)} classes among the labels of {name!r}: a curve is of two, compare with one, as in labels == 'a'"
+        )
+    return values, truth == classes[1]
