@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.compaction import Listing
-from lmprobe_zarr.maintenance import STAMPS, remove_part
+from lmprobe_zarr.maintenance import STAMPS, lies_within, remove_part
 from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.schema import ANNOTATIONS, LEVELS, PART_NAME, GroupInfo
 from lmprobe_zarr.storage import Entry, Storage
@@ -21,8 +21,8 @@ from lmprobe_zarr.view import Part
 
 __all__ = ["GcSummary", "Leftover", "plan_gc", "remove_garbage"]
 
-_PARTIAL: Final = re.compile(r"\.zarr\.json\.[0-9a-f]{12}\.partial")
 _CHUNK: Final = re.compile(r"c(?:\.\d+)+")
+_PARTIAL: Final = re.compile(rf"\.(?:zarr\.json|{_CHUNK.pattern})\.[0-9a-f]{{12}}\.partial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +121,8 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, max_age: f
         for name, entry in entries.items():
             if entry.is_file or name in committed or not PART_NAME.fullmatch(name) or storage.is_file(f"{folder}/{name}/zarr.json"):
                 continue
+            if storage.leads_out(f"{folder}/{name}"):
+                continue
             left, newest = _look_into(storage, f"{folder}/{name}", entry)
             if newest is None or newest > now - max_age:
                 young += 1
@@ -161,7 +163,7 @@ def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[P
         part = every[name]
         if name not in covered or not {other for other in part.info.replaces if other in every} <= covered:
             continue
-        if since.get(name, before + 1) <= before:
+        if since.get(name, before + 1) <= before and lies_within(storage, part):
             chosen.append(part)
         else:
             young += 1
@@ -211,11 +213,13 @@ def _look_into(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, f
     top = storage.scan(folder)
     take(folder, top, _PARTIAL)
     for level in (f"{folder}/{name}" for name, one in top.items() if not one.is_file and name in LEVELS):
+        if storage.leads_out(level):
+            continue
         arrays = storage.scan(level)
-        take(level, arrays, re.compile(r"zarr\.json"))
-        inner = [f"{level}/{name}" for name, one in arrays.items() if not one.is_file]
+        take(level, arrays, re.compile(rf"zarr\.json|{_PARTIAL.pattern}"))
+        inner = [f"{level}/{name}" for name, one in arrays.items() if not one.is_file and not storage.leads_out(f"{level}/{name}")]
         for array in inner:
-            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}"))
+            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}|{_PARTIAL.pattern}"))
         folders += [level, *inner]
     known = [moment for moment in times if moment is not None]
     newest = max(known, default=0.0) if len(known) == len(times) else None

@@ -79,6 +79,8 @@ ProvenanceValue: TypeAlias = str | int | float | bool | None
 Provenance: TypeAlias = Mapping[str, ProvenanceValue]
 Json: TypeAlias = dict[str, Any]
 
+# Nothing else is ever written, copied or removed by the word of a part's document: a key that climbs would lead out of the store.
+_FILE_KEY: Final = re.compile(r"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
 _BLOSC_LIMIT: Final = 2**31 - 17
 _ULID_DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -202,7 +204,7 @@ def parse_root(data: bytes, where: str) -> Published | None:
     """
     try:
         document = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not is_root_document(document):
         raise NotAStoreError(f"{where} is not an {FORMAT} store (another zarr.json lies there): give another folder or prefix")
@@ -465,6 +467,8 @@ def parse_array(document: object) -> ArrayInfo:
         shuffle=blosc[0] if blosc else None,
         attributes=dict(document["attributes"]),
     )
+    if not isinstance(info.attributes.get("stored_dtype", ""), str):
+        raise ValueError("stored_dtype is no text")
     if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.codecs:
         raise ValueError(f"codecs {[c.get('name') for c in codecs]}")
     if document["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
@@ -669,6 +673,9 @@ def _check_part(info: PartInfo) -> None:
         raise ValueError("layers are not ascending")
     if info.name in info.replaces or any(len(entry) != 2 for entry in info.files.values()):
         raise ValueError("it replaces itself, or its table of files is none")
+    strange = next((key for key in info.files if not _FILE_KEY.fullmatch(key)), None)
+    if strange is not None:
+        raise ValueError(f"{strange[:80]!r} is no file of a part")
     counts = info.n_tokens
     if counts is not None and (counts.shape != (n,) or (counts < 1).any() or "tokens/position" not in info.arrays):
         raise ValueError("n_tokens does not fit the prompts")

@@ -139,7 +139,7 @@ def read_manifest(files: Files, folder: str) -> Manifest:
         try:
             entry = json.loads(line)
             text = entry["prompt"]
-            if prompt_hash(text) != entry["hash"]:
+            if not isinstance(text, str) or prompt_hash(text) != entry["hash"]:
                 raise ValueError("another prompt")
             texts[entry["hash"]] = text
         except (ValueError, TypeError, KeyError, RecursionError):
