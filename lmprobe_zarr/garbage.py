@@ -6,6 +6,7 @@ by the place that keeps it; what does not tell, stays.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -95,8 +96,10 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
     max_age : float
         Seconds.
     """
-    found = [_plan_group(storage, group, listing, max_age) for group, listing in groups]
-    root = tuple(_old_partials("", storage.scan(""), time.time() - max_age))
+    # With an age of 0 everything goes, also what looks as if it came from the future: a clock may have been set back.
+    before = time.time() - max_age if max_age else math.inf
+    found = [_plan_group(storage, group, listing, before) for group, listing in groups]
+    root = tuple(_old_partials("", storage.scan(""), before))
     return GcSummary(
         url=storage.url,
         replaced=tuple(part for one in found for part in one.replaced),
@@ -108,23 +111,22 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
     )
 
 
-def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, max_age: float) -> GcSummary:
-    now = time.time()
-    replaced, young = _replaced(storage, listing, now - max_age)
+def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: float) -> GcSummary:
+    replaced, young = _replaced(storage, listing, before)
     committed = {part.info.name for part in (*listing.parts, *listing.annotations)}
     unfinished: list[Leftover] = []
     partials: list[str] = []
     freed = sum(int(entry[0]) for part in replaced for entry in part.info.files.values()) + sum(p.document_nbytes for p in replaced)
     for folder in (group.name, f"{group.name}/{ANNOTATIONS}"):
         entries = storage.scan(folder)
-        partials += _old_partials(folder, entries, now - max_age)
+        partials += _old_partials(folder, entries, before)
         for name, entry in entries.items():
             if entry.is_file or name in committed or not PART_NAME.fullmatch(name) or storage.is_file(f"{folder}/{name}/zarr.json"):
                 continue
             if storage.leads_out(f"{folder}/{name}"):
                 continue
             left, newest = _look_into(storage, f"{folder}/{name}", entry)
-            if newest is None or newest > now - max_age:
+            if newest is None or newest > before:
                 young += 1
             else:
                 unfinished.append(left)
@@ -133,7 +135,7 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, max_age: f
     stamps = [
         f"{group.name}/{STAMPS}/{name}"
         for name, entry in storage.scan(f"{group.name}/{STAMPS}").items()
-        if PART_NAME.fullmatch(name) and name not in named and entry.modified is not None and entry.modified <= now - max_age
+        if PART_NAME.fullmatch(name) and name not in named and entry.modified is not None and entry.modified <= before
     ]
     return GcSummary(
         url=storage.url,
@@ -163,7 +165,7 @@ def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[P
         part = every[name]
         if name not in covered or not {other for other in part.info.replaces if other in every} <= covered:
             continue
-        if since.get(name, before + 1) <= before and lies_within(storage, part):
+        if name in since and since[name] <= before and lies_within(storage, part):
             chosen.append(part)
         else:
             young += 1

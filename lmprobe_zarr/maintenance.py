@@ -188,7 +188,12 @@ def plan_evict(entries: Sequence[Entry], limit: int, *, min_age: float = 0.0, no
         total -= entry.nbytes
         del left[entry.part.path]
 
-    order = sorted((entry for entry in entries if not entry.is_annotation), key=lambda e: (not e.hidden, e.touched, e.part.info.name))
+    def rank(entry: Entry) -> tuple[bool, int, float, str]:
+        # Of what is hidden, that first which has itself replaced the least: the rest waits for it, however lately it was used.
+        name, replaced = entry.part.info.name, len(entry.part.info.replaces) if entry.hidden else 0
+        return not entry.hidden, replaced, entry.touched, name
+
+    order = sorted((entry for entry in entries if not entry.is_annotation), key=rank)
     for entry in order:
         if total <= limit:
             break

@@ -280,7 +280,7 @@ class Store:
         names = [name for name in self.storage.list("") if not name.startswith(".") and name != "zarr.json"]
         new = [name for name in names if name not in self._groups and (whole or name not in self._damaged)]
         run_all([partial(self._read_group, name, whole) for name in new], local=self.storage.is_local)
-        return {name: self._groups[name] for name in names if name in self._groups}
+        return {name: info for name in names if (info := self._groups.get(name)) is not None}
 
     def _read_group(self, name: str, whole: bool) -> None:
         try:
@@ -346,11 +346,9 @@ class Store:
             return self.storage.is_file(f"{path}/zarr.json")
         # Where each look is a request, the document is read at once: whoever asks wants it next.
         try:
-            if path not in self._parts:
-                self._read_part(path, whole=True)
+            return path in self._parts or self._read_part(path, whole=True) is not None
         except CorruptPartError:
             return True  # for a view to name
-        return path in self._parts
 
     def matching(
         self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None, *, whole: bool = True
@@ -441,16 +439,23 @@ class Store:
         What was just `listed` there is not listed again.
         """
         paths = [f"{folder}/{name}" for name in self._part_names(folder, listed)]
-        known = [path for path in paths if path in self._parts]
+        # Apart from what the store remembers, which other threads forget as they remove things.
+        held = {path: part for path in paths if (part := self._parts.get(path)) is not None}
         if self.storage.is_local:
             # Known ones may have been evicted since. Elsewhere that takes a request each, and a read from such a part raises PartGoneError.
-            for path in known:
+            for path in list(held):
                 if not self.storage.is_file(f"{path}/zarr.json"):
                     self.forget(path)
+                    del held[path]
+
+        def read(path: str) -> None:
+            if (part := self._read_part(path, whole)) is not None:
+                held[path] = part
+
         while True:
-            absent = [path for path in paths if path not in self._parts and path not in self._damaged]
-            run_all([partial(self._read_part, path, whole) for path in absent], local=self.storage.is_local)
-            if all(path in self._parts or path in self._damaged for path in absent):
+            absent = [path for path in paths if path not in held and path not in self._damaged]
+            run_all([partial(read, path) for path in absent], local=self.storage.is_local)
+            if all(path in held or path in self._damaged for path in absent):
                 break
             # Some have no commit. They may be unfinished; or they have been replaced and removed since they were listed, and what replaced
             # them was committed before that, but was not in the list.
@@ -458,19 +463,23 @@ class Store:
             if set(again) <= set(paths):
                 break
             paths = sorted({*paths, *again})
+        there = set(paths)
+        for path in [*self._parts]:  # parts come and go, and a process that stays would remember them all
+            if path not in there and path.rpartition("/")[0] == folder:
+                self.forget(path)
         if whole and (damaged := next((self._damaged[path] for path in paths if path in self._damaged), None)):
             raise damaged
-        return [self._parts[path] for path in paths if path in self._parts and path not in self._damaged]
+        return [held[path] for path in paths if path in held and path not in self._damaged]
 
     def _part_names(self, folder: str, listed: Sequence[str] | None = None) -> list[str]:
         found = self.storage.list(folder) if listed is None else listed
         return [name for name in found if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
 
-    def _read_part(self, path: str, whole: bool) -> None:
+    def _read_part(self, path: str, whole: bool) -> Part | None:
         try:
             data = self._read_document(path, PART_NAME.fullmatch(path.rpartition("/")[2]) is not None)
             if data is None:
-                return  # being written, or left behind by a writer that was killed: not committed, so not there
+                return None  # being written, or left behind by a writer that was killed: not committed, so not there
             info = parse_part(data, f"{self.url}/{path}")
             folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
             if path != f"{folder}/{info.name}":
@@ -482,8 +491,9 @@ class Store:
                 raise
             error.root, error.part = self.url, path
             self.set_aside(error)
-            return
-        self._parts[path] = Part(self.storage, path, info, len(data))
+            return None
+        part = self._parts[path] = Part(self.storage, path, info, len(data))
+        return part
 
     def set_aside(self, error: CorruptPartError) -> None:
         """Leave a damaged part out of views that need not be whole, and say so."""

@@ -84,7 +84,7 @@ def shown(root: Path | str) -> Truth:
         assert text not in truth, "a prompt is shown twice"
         one = data.isel(prompt=i)
         assert str(one.prompt.values) == lz.prompt_hash(text), "another prompt's label"
-        truth[text] = {name: one[name].values for name in one.data_vars if not np.isnan(one[name].values).all()}
+        truth[text] = {str(name): one[name].values for name in one.data_vars if not np.isnan(one[name].values).all()}
         for column in ("label", "split"):
             if column in one.coords and one[column].values not in ("", None) and one[column].values == one[column].values:
                 truth[text][column] = one[column].values.item()
@@ -514,6 +514,8 @@ def kill_at_random(base: Path, rounds: int, seed: int) -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
+    # Python 3.12 warns of any fork beside threads, as those of BLAS are; the parent has none of its own.
+    warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
     with tempfile.TemporaryDirectory() as folder:
         if sys.argv[1] == "everywhere":
             names = sys.argv[4].split(",") if len(sys.argv) > 4 else list(OPERATIONS)

@@ -45,7 +45,7 @@ def truth_of(store: Store, data: xr.Dataset | None = None, tokens: xr.Dataset | 
     found: Truth = {}
     for i, text in enumerate(data.text.values.tolist()):
         one = data.isel(prompt=i)
-        found[text] = {name: one[name].values for name in one.data_vars if not np.isnan(one[name].values).all()}
+        found[text] = {str(name): one[name].values for name in one.data_vars if not np.isnan(one[name].values).all()}
         found[text] |= {c: one[c].values.item() for c in ("label", "split") if c in one.coords and one[c].values == one[c].values != ""}
         for name in tokens.data_vars:
             mine = tokens[name].values[:, tokens.prompt.values == lz.prompt_hash(text)]
@@ -283,6 +283,34 @@ def test_prompts_are_never_missed_while_their_parts_are_written_again(what: str,
     else:
         pytest.fail("it never came to its end")
     assert n > 5
+
+
+def test_what_one_thread_forgets_is_not_missed_by_another(root: str) -> None:
+    """A store that threads share remembers documents; whoever removes something makes it forget what others are about to look at."""
+    store = lz.open_store(root, durable=False)
+    store.write(GROUP, make_batch(["a", "b"], seed=1))
+    store.write(GROUP, make_batch(["c"], seed=2))
+
+    class Forgets(Wrapped):
+        def read(self, key: str) -> bytes:
+            data = super().read(key)
+            for path in [*shared._parts]:
+                shared.forget(path)
+            return data
+
+    shared = Store(Forgets(store.storage), mode="r")
+    assert len(shared.dataset().prompt) == 3
+
+
+def test_a_store_that_stays_open_does_not_remember_what_has_gone(root: str) -> None:
+    stays, other = lz.open_store(root, durable=False), lz.open_store(root, durable=False)
+    for seed in range(6):
+        other.write(GROUP, make_batch(["a"], seed=seed))
+        stays.dataset()
+        other.compact(progress=False)
+        other.gc(max_age=0)
+        stays.dataset()
+        assert len(stays._parts) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- who writes slowly

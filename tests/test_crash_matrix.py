@@ -50,9 +50,8 @@ def test_stopped_at_any_call_only_whole_parts_show_and_the_same_call_completes_i
 def test_a_process_that_ends_at_any_call_leaves_only_whole_parts() -> None:
     """As above, but nothing is cleaned up behind it: no `except`, no `finally`, no thread comes to its end."""
     step, moments = ("5", "before,half,after") if STRESS else ("40", "half")
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "everywhere", step, moments], capture_output=True, text=True, timeout=3600 if STRESS else 300, check=False
-    )
+    command = [sys.executable, str(SCRIPT), "everywhere", step, moments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600 if STRESS else 300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == len(OPERATIONS)
     assert all(int(line.rpartition(": ")[2]) > 0 for line in done.stdout.splitlines()), done.stdout
@@ -61,7 +60,7 @@ def test_a_process_that_ends_at_any_call_leaves_only_whole_parts() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children, so that each round need not import everything again")
 def test_kill_9_at_random_moments_of_random_operations_loses_nothing() -> None:
     rounds = 400 if STRESS else 12
-    command = [sys.executable, SCRIPT, "random", str(rounds), str(os.getpid() if STRESS else 1)]
+    command = [sys.executable, str(SCRIPT), "random", str(rounds), str(os.getpid() if STRESS else 1)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 10 * rounds, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = int(done.stdout.split()[-1])
