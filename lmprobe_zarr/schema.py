@@ -266,6 +266,9 @@ class GroupInfo:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model.strip():
             raise InvalidArgumentError(f"model={self.model!r} is no name of a model: give a text that is not empty")
+        if not self.model.isprintable():
+            # It is shown wherever the store is, on terminals too, and comes with stores of others.
+            raise InvalidArgumentError(f"model={self.model[:80]!r} holds characters that cannot be shown: give a name without them")
         object.__setattr__(self, "provenance", validate_provenance(self.provenance))
         for name in ("num_layers", "hidden_size"):
             object.__setattr__(self, name, _validate_count(name, getattr(self, name)))

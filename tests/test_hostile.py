@@ -112,29 +112,72 @@ NAMES = [
 ]
 
 
+UNSHOWN = [name for name in NAMES if not name.isprintable()]
+SHOWN = [name for name in NAMES if name.isprintable()]
+
+
+@pytest.mark.parametrize("name", UNSHOWN)
+def test_model_names_that_would_act_on_a_terminal_are_refused_wherever_they_come_from(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="cannot be shown"):
+        lz.write_activations(tmp_path / "s", model=name, prompts=["p"], pooled={"resid_mean": {0: np.zeros((1, 4), "f4")}})
+    assert list(tmp_path.iterdir()) == []
+    one_part(tmp_path / "s")
+    group = tmp_path / "s" / GROUP.name / "zarr.json"
+    document = json.loads(group.read_bytes())
+    document["attributes"]["model"] = name
+    group.write_text(json.dumps(document))
+    with pytest.raises(CorruptPartError) as error:
+        lz.open_store(tmp_path / "s").models()
+    assert str(error.value).replace("\n", "").isprintable()
+    add_prompt(add_model(tmp_path / "cache", "good"), "a", prompt_tensors(0))
+    folder = tmp_path / "cache" / lmprobe_v2.model_hash(name)
+    folder.mkdir()
+    (folder / "_model_name.txt").write_bytes(name.encode("utf-8", "surrogatepass"))
+    summary = lz.import_safetensors(tmp_path / "cache", tmp_path / "t", progress=False)
+    assert summary.imported == 1
+    assert str(summary).replace("\n", "").isprintable()
+
+
+def test_provenance_that_would_act_on_a_terminal_is_shown_as_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lmprobe_zarr.cli import main
+
+    store = lz.open_store(tmp_path / "s", durable=False)
+    provenance = {"template": "\x1b[2J\x07", "half": "\ud800"}
+    lz.write_activations(
+        store, model="m", prompts=["\x1b[2J", "\ud800"], pooled={"resid_mean": {0: np.zeros((2, 4), "f4")}}, provenance=provenance
+    )
+    for command in (["info"], ["show", "--list", "5"], ["info", "--json"], ["show", "--json"]):
+        assert main([command[0], str(tmp_path / "s"), *command[1:]]) in (0, None)
+        printed = capsys.readouterr().out
+        assert "\x1b" not in printed
+        printed.encode()
+    store.publish(tmp_path / "pub", progress=False)
+    assert "\x1b" not in (tmp_path / "pub" / "README.md").read_text()
+
+
 def test_model_names_made_to_climb_each_get_a_folder_of_their_own_in_the_root(tmp_path: Path) -> None:
     root = tmp_path / "deep" / "er" / "s"
     store = lz.open_store(root, durable=False)
-    for i, name in enumerate(NAMES):
+    for i, name in enumerate(SHOWN):
         lz.write_activations(store, model=name, prompts=["p"], pooled={"resid_mean": {0: np.full((1, 4), i, "f4")}})
     fresh = lz.open_store(root)
-    assert fresh.models() == sorted(NAMES)
-    for i, name in enumerate(NAMES):
+    assert fresh.models() == sorted(SHOWN)
+    for i, name in enumerate(SHOWN):
         assert fresh.dataset(name).resid_mean.values.ravel().tolist() == [i] * 4
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
     assert [p.name for p in (tmp_path / "deep" / "er").iterdir()] == ["s"]
     groups = [p.name for p in root.iterdir() if p.is_dir()]
-    assert len({name.casefold() for name in groups}) == len(NAMES), "none meets another where case is folded"
+    assert len({name.casefold() for name in groups}) == len(SHOWN), "none meets another where case is folded"
     assert all(len(name) < 100 and name.isascii() for name in groups)
     with pytest.raises(lz.errors.AmbiguousProvenanceError) as error:
         fresh.dataset()
     assert len(str(error.value)) < 3000
     assert len(str(error.value).splitlines()) <= 2
-    for name in NAMES:
+    for name in SHOWN:
         lz.export_safetensors(fresh, tmp_path / "out" / "cache", model=name, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "out"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["cache"]
-    assert {p.name for p in (tmp_path / "out" / "cache").iterdir()} == {lmprobe_v2.model_hash(name) for name in NAMES}
+    assert {p.name for p in (tmp_path / "out" / "cache").iterdir()} == {lmprobe_v2.model_hash(name) for name in SHOWN}
 
 
 def test_prompts_made_to_climb_are_only_ever_hashed_and_come_back_as_they_were(tmp_path: Path) -> None:

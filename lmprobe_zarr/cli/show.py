@@ -37,10 +37,16 @@ def _info(options: argparse.Namespace) -> None:
             "variables": ", ".join(f"{name} ({dtype})" for name, dtype in group["variables"].items()) or "none",
             "columns": ", ".join(group["columns"]) or "none",
             "size": format_bytes(group["nbytes"]),
-            "provenance": ", ".join(f"{k}={v}" for k, v in group["provenance"].items() if v is not None) or "unknown",
+            "provenance": ", ".join(f"{k}={_shown(v)}" for k, v in group["provenance"].items() if v is not None) or "unknown",
         }
         for name, value in rows.items():
             print(f"  {name:<11}{value}")
+
+
+def _shown(value: Any) -> str:
+    """A value of somebody's as a terminal may get it."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def _describe_group(store: Store, name: str) -> dict[str, Any]:
