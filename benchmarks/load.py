@@ -37,7 +37,7 @@ GC_AGE = 30.0  # seconds; no view stays open for longer
 HELD = 3.0  # seconds for which a view is kept open
 SAMPLE = 5.0  # seconds between two looks at memory and files
 GROWTH = 1.15, 16.0  # the most that memory may grow: a factor, or megabytes
-FILES = 8  # and open files
+FILES = 8, 48  # and open files, beyond what a pool of connections takes, which fills up to 32 and stays
 
 
 def value(prompt: int, version: int) -> int:
@@ -169,7 +169,8 @@ def growth(samples: list[list[dict[str, Any]]], roles: list[str]) -> dict[str, A
             fifth = len(taken) // 5
             early, late = taken[fifth : 2 * fifth], taken[-fifth:]
             rows.append([statistics.median(s[what] for s in some) for what in ("memory", "files") for some in (early, late)])
-            grew |= rows[-1][1] > max(rows[-1][0] * GROWTH[0], rows[-1][0] + GROWTH[1]) or rows[-1][3] > rows[-1][2] + FILES
+            memory, later, files, files_later = rows[-1]
+            grew |= later > max(memory * GROWTH[0], memory + GROWTH[1]) or files_later > max(files + FILES[0], FILES[1])
         if rows:
             table[role] = [round(statistics.median(column), 1) for column in zip(*rows, strict=True)]
     return {"usage": table, "grew": grew}
