@@ -20,10 +20,10 @@ from lmprobe_zarr.schema import ANNOTATIONS, LEVELS, PART_NAME, GroupInfo
 from lmprobe_zarr.storage import Entry, Storage
 from lmprobe_zarr.view import Part
 
-__all__ = ["GcSummary", "Leftover", "plan_gc", "remove_garbage"]
+__all__ = ["PARTIAL", "GcSummary", "Leftover", "plan_gc", "remove_garbage"]
 
 _CHUNK: Final = re.compile(r"c(?:\.\d+)+")
-_PARTIAL: Final = re.compile(rf"\.(?:zarr\.json|{_CHUNK.pattern})\.[0-9a-f]{{12}}\.partial")
+PARTIAL: Final = re.compile(rf"\.(?:zarr\.json|{_CHUNK.pattern})\.[0-9a-f]{{12}}\.partial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +192,7 @@ def _all_there(storage: Storage, part: Part) -> bool:
 
 def _old_partials(folder: str, entries: dict[str, Entry], before: float) -> Iterator[str]:
     for name, entry in entries.items():
-        if entry.is_file and _PARTIAL.fullmatch(name) and entry.modified is not None and entry.modified <= before:
+        if entry.is_file and PARTIAL.fullmatch(name) and entry.modified is not None and entry.modified <= before:
             yield f"{folder}/{name}" if folder else name
 
 
@@ -213,15 +213,15 @@ def _look_into(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, f
                 nbytes += one.nbytes
 
     top = storage.scan(folder)
-    take(folder, top, _PARTIAL)
+    take(folder, top, PARTIAL)
     for level in (f"{folder}/{name}" for name, one in top.items() if not one.is_file and name in LEVELS):
         if storage.leads_out(level):
             continue
         arrays = storage.scan(level)
-        take(level, arrays, re.compile(rf"zarr\.json|{_PARTIAL.pattern}"))
+        take(level, arrays, re.compile(rf"zarr\.json|{PARTIAL.pattern}"))
         inner = [f"{level}/{name}" for name, one in arrays.items() if not one.is_file and not storage.leads_out(f"{level}/{name}")]
         for array in inner:
-            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}|{_PARTIAL.pattern}"))
+            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}|{PARTIAL.pattern}"))
         folders += [level, *inner]
     known = [moment for moment in times if moment is not None]
     newest = max(known, default=0.0) if len(known) == len(times) else None

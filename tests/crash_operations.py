@@ -94,7 +94,7 @@ def shown(root: Path | str) -> Truth:
         for text in truth:
             mine = values[:, labels == lz.prompt_hash(text)]
             if mine.size and not np.isnan(mine).all():
-                truth[text][str(name)] = mine
+                truth[text][str(name)] = mine[~np.isnan(mine).all(axis=(1, 2))]  # layers that it has
     return truth
 
 
@@ -303,7 +303,7 @@ COPIED = {**BEFORE, "ccc": {**BEFORE["ccc"], **written({}, make_batch(["ccc"], s
 # A column of a prompt that is there already is left as it is: and there it has none.
 COPIED["ccc"] = {name: value for name, value in COPIED["ccc"].items() if name != "label"}
 
-NO_LAYER_1 = {text: {**held, "resid": np.where(np.arange(3)[:, None, None] == 1, np.nan, held["resid"])} for text, held in BEFORE.items()}
+NO_LAYER_1 = {text: {**held, "resid": held["resid"][[0, 2]]} for text, held in BEFORE.items()}
 
 OPERATIONS: dict[str, Operation] = {
     "the first part": Operation(lambda base, s: s.write(GROUP, FIRST), written({}, FIRST), {}, lambda base: None),
