@@ -66,6 +66,8 @@ docs: setup
 
 stress: setup
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or test_compaction or one_prefix or test_repair or test_numeric_limits or many_token_rows"
+	LMPROBE_ZARR_STRESS=1 $(PYTEST) tests/test_crash_matrix.py tests/test_concurrency.py tests/test_medium.py tests/test_fuzz.py
+	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/test_load.py
 
 clean:
 	rm -rf $(VENV) $(CORE) site build dist demo-output

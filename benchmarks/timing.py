@@ -87,7 +87,7 @@ class Peer:
         if not python.is_file():
             sys.exit(f"lmprobe's own environment is missing ({python}): run make bench, which makes it")
         environment = {**os.environ, "LMPROBE_CACHE_DIR": str(folder), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(  # noqa: S603 — our own script
+        self.process = subprocess.Popen(
             [str(python), str(Path(__file__).with_name("peer.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

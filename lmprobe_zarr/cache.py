@@ -398,6 +398,8 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     began = time.perf_counter()
     age = _check_age(min_age, opened)
     entries = [entry for info in opened.groups(whole=False).values() for entry in opened.entries(info)]
+    # What lies behind a link takes its space elsewhere, and is not ours to remove.
+    entries = [entry for entry in entries if not opened.storage.leads_out(entry.part.path)]
     plan = plan_evict(entries, limit or 0, min_age=age)
     if dry_run:
         return plan
@@ -445,11 +447,11 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
         for info in opened.groups(whole=False).values() if model is None else _Model.of(model).groups(opened):
             entries = opened.entries(info)
             # The hidden ones first: they must not show again when what replaced them goes.
-            remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.hidden))
-            for entry in entries:
+            gone = remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.hidden))
+            for entry in gone:
                 opened.forget(entry.part.path)
             opened.drop_empty_group(info)
-            count += len(entries)
+            count += len(gone)
     old = _lmprobes(url, "auto")
     if old is not None and legacy:
         if not old.storage.is_local:

@@ -128,4 +128,5 @@ def _group_lines(one: CardGroup) -> list[str]:
 
 
 def _cell(value: str) -> str:
+    value = value if value.isprintable() else repr(value)
     return value.replace("|", "\\|").replace("\n", " ")

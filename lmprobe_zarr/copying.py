@@ -234,14 +234,19 @@ def _rewrite(
 
 
 def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *, durable: bool) -> None:
-    """All files of a part, checked against its table on the way; its commit last."""
+    """All files of a part, checked against its table on the way; its commit last.
+
+    Another process may be copying the same part, and may have committed it before this one is through: so each file takes its place whole.
+    """
     write_group(target, group, durable=durable)
+    if target.is_file(f"{part.path}/zarr.json"):
+        return
 
     def copy(name: str) -> None:
         data = source.read(f"{part.path}/{name}")
         if not is_intact(name, data, part.info.files[name]):
             raise CorruptPartError.of(source.url, part.path, f"{name} of part {part.path!r} of {source.url} is damaged: it was not copied")
-        target.write(f"{part.path}/{name}", data, durable=durable)
+        target.commit(f"{part.path}/{name}", data, durable=durable)
 
     run_all([partial(copy, name) for name in part.info.files], local=source.is_local and target.is_local)
     target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmprobe_zarr.compaction import Listing
-from lmprobe_zarr.maintenance import remove_part, write_again
+from lmprobe_zarr.maintenance import check_removable, remove_part, write_again
 from lmprobe_zarr.schema import LEVELS, PROMPT_COLUMNS, GroupInfo, PartInfo, is_variable
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.view import Part
@@ -70,6 +70,7 @@ def drop_variables(
     """
     hidden = listing.hidden
     changes = [change for part in listing.parts if (change := _change(part, names, layers)) is not None]
+    check_removable(storage, [change.part for change in changes])
     # What is hidden goes whole, and first: it must not show again when the part that hides it goes.
     for change in changes:
         if change.part.info.name in hidden:

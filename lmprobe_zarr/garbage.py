@@ -6,6 +6,7 @@ by the place that keeps it; what does not tell, stays.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -13,16 +14,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.compaction import Listing
-from lmprobe_zarr.maintenance import STAMPS, remove_part
+from lmprobe_zarr.maintenance import STAMPS, lies_within, remove_part
 from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.schema import ANNOTATIONS, LEVELS, PART_NAME, GroupInfo
 from lmprobe_zarr.storage import Entry, Storage
 from lmprobe_zarr.view import Part
 
-__all__ = ["GcSummary", "Leftover", "find_leftover", "plan_gc", "remove_garbage"]
+__all__ = ["PARTIAL", "GcSummary", "Leftover", "find_leftover", "plan_gc", "remove_garbage"]
 
-_PARTIAL: Final = re.compile(r"\.zarr\.json\.[0-9a-f]{12}\.partial")
 _CHUNK: Final = re.compile(r"c(?:\.\d+)+")
+PARTIAL: Final = re.compile(rf"\.(?:zarr\.json|{_CHUNK.pattern})\.[0-9a-f]{{12}}\.partial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +96,10 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
     max_age : float
         Seconds.
     """
-    found = [_plan_group(storage, group, listing, max_age) for group, listing in groups]
-    root = tuple(_old_partials("", storage.scan(""), time.time() - max_age))
+    # With an age of 0 everything goes, also what looks as if it came from the future: a clock may have been set back.
+    before = time.time() - max_age if max_age else math.inf
+    found = [_plan_group(storage, group, listing, before) for group, listing in groups]
+    root = tuple(_old_partials("", storage.scan(""), before))
     return GcSummary(
         url=storage.url,
         replaced=tuple(part for one in found for part in one.replaced),
@@ -108,21 +111,22 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
     )
 
 
-def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, max_age: float) -> GcSummary:
-    now = time.time()
-    replaced, young = _replaced(storage, listing, now - max_age)
+def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: float) -> GcSummary:
+    replaced, young = _replaced(storage, listing, before)
     committed = {part.info.name for part in (*listing.parts, *listing.annotations)}
     unfinished: list[Leftover] = []
     partials: list[str] = []
     freed = sum(int(entry[0]) for part in replaced for entry in part.info.files.values()) + sum(p.document_nbytes for p in replaced)
     for folder in (group.name, f"{group.name}/{ANNOTATIONS}"):
         entries = storage.scan(folder)
-        partials += _old_partials(folder, entries, now - max_age)
+        partials += _old_partials(folder, entries, before)
         for name, entry in entries.items():
             if entry.is_file or name in committed or not PART_NAME.fullmatch(name) or storage.is_file(f"{folder}/{name}/zarr.json"):
                 continue
+            if storage.leads_out(f"{folder}/{name}"):
+                continue
             left, newest = find_leftover(storage, f"{folder}/{name}", entry)
-            if newest is None or newest > now - max_age:
+            if newest is None or newest > before:
                 young += 1
             else:
                 unfinished.append(left)
@@ -131,7 +135,7 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, max_age: f
     stamps = [
         f"{group.name}/{STAMPS}/{name}"
         for name, entry in storage.scan(f"{group.name}/{STAMPS}").items()
-        if PART_NAME.fullmatch(name) and name not in named and entry.modified is not None and entry.modified <= now - max_age
+        if PART_NAME.fullmatch(name) and name not in named and entry.modified is not None and entry.modified <= before
     ]
     return GcSummary(
         url=storage.url,
@@ -161,7 +165,7 @@ def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[P
         part = every[name]
         if name not in covered or not {other for other in part.info.replaces if other in every} <= covered:
             continue
-        if since.get(name, before + 1) <= before:
+        if name in since and since[name] <= before and lies_within(storage, part):
             chosen.append(part)
         else:
             young += 1
@@ -180,7 +184,7 @@ def _all_there(storage: Storage, part: Part) -> bool:
 
 def _old_partials(folder: str, entries: dict[str, Entry], before: float) -> Iterator[str]:
     for name, entry in entries.items():
-        if entry.is_file and _PARTIAL.fullmatch(name) and entry.modified is not None and entry.modified <= before:
+        if entry.is_file and PARTIAL.fullmatch(name) and entry.modified is not None and entry.modified <= before:
             yield f"{folder}/{name}" if folder else name
 
 
@@ -201,13 +205,15 @@ def find_leftover(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover
                 nbytes += one.nbytes
 
     top = storage.scan(folder)
-    take(folder, top, _PARTIAL)
+    take(folder, top, PARTIAL)
     for level in (f"{folder}/{name}" for name, one in top.items() if not one.is_file and name in LEVELS):
+        if storage.leads_out(level):
+            continue
         arrays = storage.scan(level)
-        take(level, arrays, re.compile(r"zarr\.json"))
-        inner = [f"{level}/{name}" for name, one in arrays.items() if not one.is_file]
+        take(level, arrays, re.compile(rf"zarr\.json|{PARTIAL.pattern}"))
+        inner = [f"{level}/{name}" for name, one in arrays.items() if not one.is_file and not storage.leads_out(f"{level}/{name}")]
         for array in inner:
-            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}"))
+            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}|{PARTIAL.pattern}"))
         folders += [level, *inner]
     known = [moment for moment in times if moment is not None]
     newest = max(known, default=0.0) if len(known) == len(times) else None

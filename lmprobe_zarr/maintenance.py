@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS
 from lmprobe_zarr.chunks import run_all
+from lmprobe_zarr.errors import ReadOnlyError
 from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.reread import read_batches
 from lmprobe_zarr.schema import GroupInfo, PartInfo, part_milliseconds, replacement_name
@@ -31,9 +32,11 @@ __all__ = [
     "STAMPS",
     "Entry",
     "EvictPlan",
+    "check_removable",
     "committed_at",
     "delete_prompts",
     "describe_entries",
+    "lies_within",
     "plan_evict",
     "remove_entries",
     "remove_part",
@@ -46,6 +49,7 @@ logger = logging.getLogger("lmprobe_zarr.cache")
 Ints = npt.NDArray[np.int64]
 
 STAMPS: Final = ".used"
+END_OF_TIME: Final = 253370764800.0  # the year 9999, the last that a date can have
 # A stamp on a remote place is a request; one that is younger than this is not renewed. Shorter than the shortest age that protects there.
 REMOTE_STAMP_SECONDS: Final = 300.0
 
@@ -146,9 +150,10 @@ def committed_at(info: PartInfo) -> float:
     A part's name says when it was begun, or was made to sort after others; what is recorded says when it was closed.
     """
     written = str(info.recorded.get("written", ""))
-    with suppress(ValueError):
-        return datetime.fromisoformat(written).timestamp()
-    return part_milliseconds(info.name) / 1000
+    moment = part_milliseconds(info.name) / 1000
+    with suppress(ValueError, OverflowError):
+        moment = datetime.fromisoformat(written).timestamp()
+    return min(max(moment, 0.0), END_OF_TIME)
 
 
 def plan_evict(entries: Sequence[Entry], limit: int, *, min_age: float = 0.0, now: float | None = None) -> EvictPlan:
@@ -173,26 +178,37 @@ def plan_evict(entries: Sequence[Entry], limit: int, *, min_age: float = 0.0, no
     left = {entry.part.path: entry for entry in entries}
     chosen: list[Entry] = []
 
+    def age(entry: Entry) -> float:
+        # What was touched in the future, because a clock has been set back, was touched now.
+        return max(0.0, moment - entry.touched)
+
     def take(entry: Entry) -> None:
         nonlocal total
         chosen.append(entry)
         total -= entry.nbytes
         del left[entry.part.path]
 
-    order = sorted((entry for entry in entries if not entry.is_annotation), key=lambda e: (not e.hidden, e.touched, e.part.info.name))
+    def rank(entry: Entry) -> tuple[bool, int, float, str]:
+        # Of what is hidden, that first which has itself replaced the least: the rest waits for it, however lately it was used.
+        name, replaced = entry.part.info.name, len(entry.part.info.replaces) if entry.hidden else 0
+        return not entry.hidden, replaced, entry.touched, name
+
+    order = sorted((entry for entry in entries if not entry.is_annotation), key=rank)
     for entry in order:
         if total <= limit:
             break
         still = {(other.group, other.part.info.name) for other in left.values()}
         shows_again = any((entry.group, name) in still for name in entry.part.info.replaces)
-        if moment - entry.touched < min_age or shows_again:
+        if age(entry) < min_age or shows_again:
             continue
         take(entry)
     holding = {entry.group for entry in left.values() if not entry.is_annotation}
-    emptied = {entry.group for entry in chosen} - holding
-    for entry in [entry for entry in left.values() if entry.is_annotation and entry.group in emptied]:
-        take(entry)
-    protected = sum(entry.nbytes for entry in left.values() if moment - entry.touched < min_age)
+    emptied = {entry.group for entry in chosen}
+    for entry in [entry for entry in left.values() if entry.is_annotation and entry.group not in holding]:
+        # An eviction that was interrupted leaves annotations without a part, which would show again with the next one.
+        if entry.group in emptied or (total > limit and age(entry) >= min_age):
+            take(entry)
+    protected = sum(entry.nbytes for entry in left.values() if age(entry) < min_age)
     freed = sum(entry.nbytes for entry in chosen)
     return EvictPlan(entries=tuple(chosen), freed=freed, kept=total, limit=limit, protected=protected)
 
@@ -204,6 +220,9 @@ def remove_entries(storage: Storage, entries: Iterable[Entry], *, min_age: float
     """
     gone = []
     for entry in entries:
+        if not lies_within(storage, entry.part):
+            logger.warning("%s/%s lies behind a link that leads out of the store, and stays", storage.url, entry.part.path)
+            continue
         if min_age > 0:
             commit = storage.scan(entry.part.path).get("zarr.json")
             if commit is not None and commit.modified is not None and time.time() - commit.modified < min_age:
@@ -214,8 +233,24 @@ def remove_entries(storage: Storage, entries: Iterable[Entry], *, min_age: float
     return gone
 
 
+def lies_within(storage: Storage, part: Part) -> bool:
+    """Whether all of a part lies in its place, none of it behind a link that leads out."""
+    folders = {f"{part.path}/{name}".rpartition("/")[0] for name in part.info.files}
+    return not any(storage.leads_out(folder) for folder in (part.path, *folders))
+
+
+def check_removable(storage: Storage, parts: Iterable[Part]) -> None:
+    """Raise `ReadOnlyError` where something of the parts lies behind a link that leads out of the place."""
+    for part in parts:
+        if not lies_within(storage, part):
+            raise ReadOnlyError(
+                f"{storage.url}/{part.path} lies behind a link that leads out of the store, where nothing is removed: remove the link"
+            )
+
+
 def remove_part(storage: Storage, part: Part) -> None:
     """Take one part away: its commit first, then the files that its commit names, and its stamp."""
+    check_removable(storage, [part])
     storage.remove([f"{part.path}/zarr.json"])
     files = [f"{part.path}/{name}" for name in part.info.files]
     stamp = f"{part.info.group}/{STAMPS}/{part.info.name}"
@@ -269,6 +304,7 @@ def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], di
     unwanted = {bytes.fromhex(digest[:HASH_DIGITS]) for digest in digests}
     hidden = {name for part in parts for name in part.info.replaces}
     concerned = 0
+    check_removable(storage, [p for p in parts if any(row[: HASH_DIGITS // 2].tobytes() in unwanted for row in p.info.digests)])
     # What is hidden goes whole, and first: it must not show again when the part that hides it goes.
     for part in sorted(parts, key=lambda p: p.info.name not in hidden):
         keep = np.array([row[: HASH_DIGITS // 2].tobytes() not in unwanted for row in part.info.digests])

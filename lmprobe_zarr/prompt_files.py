@@ -54,7 +54,7 @@ def read_prompts(
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(f"{source!r} cannot be read: {error}") from error
     if kind == "txt":
-        return [line.strip() for line in text.splitlines() if line.strip()], {}
+        return [line.strip() for line in text.split("\n") if line.strip()], {}
     records = _read_jsonl(source, text, text_column) if kind == "jsonl" else _read_csv(source, text)
     table: dict[str, list[Any]] = {}
     for name in dict.fromkeys((text_column, *columns)):
@@ -71,12 +71,13 @@ def read_prompts(
 
 def _read_jsonl(source: str, text: str, text_column: str) -> list[tuple[int, dict[str, Any]]]:
     records = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): prompts may hold U+2028 and other characters that it takes for ends of lines.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidArgumentError(f"{source} line {number} is no JSON: {error}") from error
         if not isinstance(value, (dict, str)):
             raise InvalidArgumentError(f"{source} line {number} is neither an object nor a text")

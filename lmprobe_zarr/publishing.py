@@ -16,7 +16,7 @@ import numpy.typing as npt
 from lmprobe_zarr.card import CardGroup, write_card
 from lmprobe_zarr.compaction import COLUMN_BYTES, Listing, MergeRun, agreed, part_nbytes, plan_runs
 from lmprobe_zarr.errors import InvalidArgumentError, NotAStoreError
-from lmprobe_zarr.garbage import plan_gc, remove_garbage
+from lmprobe_zarr.garbage import PARTIAL, plan_gc, remove_garbage
 from lmprobe_zarr.maintenance import remove_part
 from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.reread import read_batches
@@ -257,6 +257,8 @@ def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
     for part in left:
         remove_part(target, part)
     for group in groups:
+        # Where not even the group's document came to stand, its draft may have been left.
+        target.remove([f"{group}/{name}" for name in target.list(group) if PARTIAL.fullmatch(name)])
         with suppress(FileNotFoundError):
             info = parse_group(target.read(f"{group}/zarr.json"), f"{target.url}/{group}")
             remove_garbage(target, plan_gc(target, [(info, Listing(parts=(), annotations=(), names=frozenset()))], max_age=0.0))

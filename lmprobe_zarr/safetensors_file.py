@@ -139,9 +139,12 @@ def parse_header(raw: bytes) -> Header:
 
 def _parse(raw: bytes) -> Header:
     try:
-        document = json.loads(raw[_LENGTH.size :], object_pairs_hook=_object, parse_constant=_no_constant)
-    except (RecursionError, UnicodeDecodeError) as error:
+        return _read(raw, json.loads(raw[_LENGTH.size :], object_pairs_hook=_object, parse_constant=_no_constant))
+    except (RecursionError, UnicodeDecodeError) as error:  # the former from printing what was read, too
         raise ValueError(f"its header is no JSON ({type(error).__name__})") from error
+
+
+def _read(raw: bytes, document: object) -> Header:
     if not isinstance(document, dict):
         raise ValueError(f"its header is a JSON {type(document).__name__}, not an object")
     metadata = document.pop("__metadata__", {})
@@ -160,10 +163,11 @@ _parse_remembered = functools.lru_cache(maxsize=256)(_parse)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)[:80]!r} occurs twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:80]!r} occurs twice")
+        found[name] = value
     return found
 
 

@@ -80,6 +80,8 @@ ProvenanceValue: TypeAlias = str | int | float | bool | None
 Provenance: TypeAlias = Mapping[str, ProvenanceValue]
 Json: TypeAlias = dict[str, Any]
 
+# Nothing else is ever written, copied or removed by the word of a part's document: a key that climbs would lead out of the store.
+_FILE_KEY: Final = re.compile(r"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
 _BLOSC_LIMIT: Final = 2**31 - 17
 _ULID_DIGITS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
@@ -203,7 +205,7 @@ def parse_root(data: bytes, where: str) -> Published | None:
     """
     try:
         document = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not is_root_document(document):
         raise NotAStoreError(f"{where} is not an {FORMAT} store (another zarr.json lies there): give another folder or prefix")
@@ -270,6 +272,9 @@ class GroupInfo:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model.strip():
             raise InvalidArgumentError(f"model={self.model!r} is no name of a model: give a text that is not empty")
+        if not self.model.isprintable():
+            # It is shown wherever the store is, on terminals too, and comes with stores of others.
+            raise InvalidArgumentError(f"model={self.model[:80]!r} holds characters that cannot be shown: give a name without them")
         object.__setattr__(self, "provenance", validate_provenance(self.provenance))
         for name in ("num_layers", "hidden_size"):
             object.__setattr__(self, name, _validate_count(name, getattr(self, name)))
@@ -471,6 +476,8 @@ def parse_array(document: object) -> ArrayInfo:
         shuffle=blosc[0] if blosc else None,
         attributes=dict(document["attributes"]),
     )
+    if not isinstance(info.attributes.get("stored_dtype", ""), str):
+        raise ValueError("stored_dtype is no text")
     if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.codecs:
         raise ValueError(f"codecs {[c.get('name') for c in codecs]}")
     if document["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
@@ -702,6 +709,9 @@ def _check_part(info: PartInfo) -> None:
         raise ValueError("layers are not ascending")
     if info.name in info.replaces or any(len(entry) != 2 for entry in (*info.files.values(), *(info.odd or {}).values())):
         raise ValueError("it replaces itself, or its table of files is none")
+    strange = next((key for key in info.files if not _FILE_KEY.fullmatch(key)), None)
+    if strange is not None:
+        raise ValueError(f"{strange[:80]!r} is no file of a part")
     counts = info.n_tokens
     if counts is not None and (counts.shape != (n,) or (counts < 1).any() or "tokens/position" not in info.arrays):
         raise ValueError("n_tokens does not fit the prompts")

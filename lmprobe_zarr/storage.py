@@ -7,7 +7,8 @@ What is promised, and where:
   object store by one put, which object stores make atomic. With ``replace=False`` it never takes another writer's place: local folders
   and S3 decide that themselves, in one step; elsewhere a look goes before, and it is the random tail of a part's name that keeps two
   writers apart.
-* ``remove`` takes single files away, and folders only where that leaves them empty: what somebody else put there stays.
+* ``remove`` takes single files away, and folders only where that leaves them empty: what somebody else put there stays. What is reached by
+  a link that leads out of the place is read like anything else, and never removed.
 * Nothing is written by opening a place.
 """
 
@@ -50,6 +51,7 @@ __all__ = ["REMOTE_THREADS", "Buffer", "Entry", "FsspecStorage", "LocalStorage",
 
 Buffer = bytes | memoryview
 
+_TRIES: Final = 100  # of making a file in a folder that others remove while it is empty
 REMOTE_THREADS: Final = 32  # that read from and write to a remote place at the same time
 
 
@@ -140,6 +142,10 @@ class Storage(ABC):
     def is_file(self, key: str) -> bool:
         """Whether a file of that key exists."""
 
+    def leads_out(self, key: str) -> bool:
+        """Whether a folder is reached by a link that leads out of the place: what lies there is another's, and is not removed."""
+        return False
+
     def free_bytes(self) -> int | None:
         """Bytes that may still be written; None where the place has no such limit or does not tell."""
         return None
@@ -180,8 +186,12 @@ class LocalStorage(Storage):
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}" if key else self.root
 
+    def leads_out(self, key: str) -> bool:
+        real, root = os.path.realpath(self._path(key)), os.path.realpath(self.root)
+        return real != root and not real.startswith(f"{root.rstrip(os.sep)}{os.sep}")
+
     def read(self, key: str) -> bytes:
-        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = self._open(key)
         try:
             pieces = []
             # As many bytes as there should be, until there are none: a file may be written to meanwhile.
@@ -191,8 +201,19 @@ class LocalStorage(Storage):
         finally:
             os.close(descriptor)
 
+    def _open(self, key: str) -> int:
+        path = self._path(key)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:
+            raise AccessDeniedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        except OSError as error:
+            if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:  # which says nothing of the file
+                raise UnreachableError(f"{path} cannot be opened now ({error.strerror}): close files, or raise `ulimit -n`") from error
+            raise
+
     def read_view(self, key: str) -> Buffer:
-        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = self._open(key)
         try:
             size = os.fstat(descriptor).st_size
             buffer: bytearray = getattr(self._buffers, "buffer", bytearray())
@@ -210,7 +231,7 @@ class LocalStorage(Storage):
             os.close(descriptor)
 
     def read_into(self, key: str, target: memoryview, tail: memoryview) -> int:
-        descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = self._open(key)
         try:
             expected = len(target) + len(tail)
             # One byte more is asked for than there should be: no other call is needed to learn the length.
@@ -256,11 +277,16 @@ class LocalStorage(Storage):
     @staticmethod
     def _write(path: str, data: Buffer | tuple[Buffer, ...], durable: bool) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        try:
-            descriptor = os.open(path, flags, 0o666)
-        except FileNotFoundError:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, flags, 0o666)
+        for attempt in range(_TRIES):
+            try:
+                descriptor = os.open(path, flags, 0o666)
+                break
+            except FileNotFoundError:
+                # Somebody who removes things may take the folder again, as long as it is empty.
+                if attempt == _TRIES - 1:
+                    raise
+                with suppress(FileNotFoundError):
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             for piece in data if isinstance(data, tuple) else (data,):
                 view = memoryview(piece)
@@ -291,28 +317,39 @@ class LocalStorage(Storage):
             return sorted(os.listdir(self._path(key)))
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except PermissionError as error:
+            raise AccessDeniedError(f"{self._path(key)} cannot be listed ({error.strerror}): check its permissions") from error
 
     def scan(self, key: str) -> dict[str, Entry]:
         found = {}
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._path(key)) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):  # gone since it was listed
-                    status = entry.stat()
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._path(key)) as entries:
+                for entry in entries:
+                    try:
+                        status = entry.stat()
+                    except OSError as error:
+                        if error.errno in {errno.ENOENT, errno.ELOOP}:  # gone since it was listed, or a link to nowhere
+                            continue
+                        raise
                     found[entry.name] = Entry(stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime)
+        except PermissionError as error:
+            raise AccessDeniedError(f"{self._path(key)} cannot be listed ({error.strerror}): check its permissions") from error
         return dict(sorted(found.items()))
 
     def remove(self, keys: Iterable[str]) -> None:
-        folders = set()
+        folders: set[str] = set()
         for key in keys:
             path = self._path(key)
+            if (folder := os.path.dirname(path)) not in folders and self.leads_out(key.rpartition("/")[0]):
+                raise ReadOnlyError(f"{folder} is reached by a link that leads out of {self.root}: nothing is removed there")
             # A folder where a file of ours should be is somebody else's.
             with self._writing(path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 os.unlink(path)
-            folders.add(os.path.dirname(path))
+            folders.add(folder)
         self._remove_empty(folders)
 
     def remove_folders(self, keys: Iterable[str]) -> None:
-        self._remove_empty({self._path(key) for key in keys})
+        self._remove_empty({self._path(key) for key in keys if not self.leads_out(key)})
 
     def _remove_empty(self, folders: set[str]) -> None:
         # The deepest first, and then those above; what is not empty stays.
@@ -336,7 +373,7 @@ class LocalStorage(Storage):
         with self._writing(str(path)):
             if path.is_symlink():
                 path.unlink()
-            elif path.exists():
+            elif path.exists() and not self.leads_out(key):
                 shutil.rmtree(path)
 
     def is_file(self, key: str) -> bool:

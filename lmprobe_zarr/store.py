@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Literal
@@ -33,6 +34,7 @@ from lmprobe_zarr.errors import (
     NotAStoreError,
     ReadOnlyError,
     StoreNotFoundError,
+    UnreachableError,
 )
 from lmprobe_zarr.frozen import FrozenStorage
 from lmprobe_zarr.garbage import GcSummary, plan_gc, remove_garbage
@@ -200,8 +202,6 @@ def _check_root(storage: Storage, mode: Mode) -> Published | None:
         pass
     except IsADirectoryError as error:
         raise NotAStoreError(f"{storage.url}/zarr.json is a folder, so this is no store of lmprobe-zarr: give another folder") from error
-    except PermissionError as error:
-        raise ReadOnlyError(f"{storage.url} cannot be read: check its permissions") from error
     if storage.is_file(""):
         raise NotAStoreError(f"{storage.url} is a file, and a store is a folder: give another path")
     names = [name for name in storage.list("") if not name.endswith(".partial")]
@@ -312,7 +312,7 @@ class Store:
         names = [name for name in self.storage.list("") if not name.startswith(".") and name != "zarr.json"]
         new = [name for name in names if name not in self._groups and (whole or name not in self._damaged)]
         run_all([partial(self._read_group, name, whole) for name in new], local=self.storage.is_local)
-        return {name: self._groups[name] for name in names if name in self._groups}
+        return {name: info for name in names if (info := self._groups.get(name)) is not None}
 
     def _read_group(self, name: str, whole: bool) -> None:
         try:
@@ -326,7 +326,7 @@ class Store:
     def _parse_group(self, name: str) -> None:
         where = f"{self.url}/{name}"
         ours = GROUP_NAME.fullmatch(name) is not None
-        data = self._read_document(name)
+        data = self._read_document(name, ours)
         if data is None:
             if ours and any(self.storage.is_file(f"{name}/{part}/zarr.json") for part in self.storage.list(name)):
                 raise CorruptPartError(f"{where} holds parts, but its own zarr.json is gone: restore it, or delete the folder")
@@ -341,18 +341,23 @@ class Store:
             raise CorruptPartError(f"{where}/zarr.json is that of {info.name}: it was changed, or the folder renamed or copied")
         self._groups[name] = info
 
-    def _read_document(self, path: str) -> bytes | None:
-        """The ``zarr.json`` of a folder, None where there is none."""
+    def _read_document(self, path: str, ours: bool) -> bytes | None:
+        """The ``zarr.json`` of a folder, None where there is none; that of a folder without a name of `ours` need not be readable."""
         try:
             return self.storage.read(f"{path}/zarr.json")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except IsADirectoryError as error:
-            raise CorruptPartError(f"{self.url}/{path}/zarr.json is a folder: delete it") from error
         except OSError as error:
+            if isinstance(error, UnreachableError):
+                raise
+            if not ours:
+                return None  # somebody else's, such as the lost+found of a disk
             if isinstance(error, LmprobeZarrError):
                 raise
-            raise CorruptPartError(f"{self.url}/{path}/zarr.json cannot be read ({error.strerror}): delete it, or mend the disk") from error
+            what = "is a folder: delete it"
+            if not isinstance(error, IsADirectoryError):
+                what = f"cannot be read ({error.strerror}): delete it, or mend the disk"
+            raise CorruptPartError(f"{self.url}/{path}/zarr.json {what}") from error
 
     def models(self) -> list[str]:
         """Names of all models of which anything is stored, sorted."""
@@ -360,20 +365,22 @@ class Store:
 
     def holds_parts(self, group: str) -> bool:
         """Whether a group has any committed part: one whose parts have all been evicted is as good as none."""
-        names = [name for name in self.storage.list(group) if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
-        own = any(self._is_committed(f"{group}/{name}") for name in names)
-        return own or (self.below is not None and self.below.holds_parts(group))
+        names: list[str] = []
+        # Looked at again where there are new ones: what replaced a part that has just gone was committed before that.
+        while new := [name for name in self._part_names(group) if name not in names]:
+            if any(self._is_committed(f"{group}/{name}") for name in new):
+                return True
+            names += new
+        return self.below is not None and self.below.holds_parts(group)
 
     def _is_committed(self, path: str) -> bool:
         if self.storage.is_local:
             return self.storage.is_file(f"{path}/zarr.json")
         # Where each look is a request, the document is read at once: whoever asks wants it next.
         try:
-            if path not in self._parts:
-                self._read_part(path, whole=True)
+            return path in self._parts or self._read_part(path, whole=True) is not None
         except CorruptPartError:
             return True  # for a view to name
-        return path in self._parts
 
     def matching(
         self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None, *, whole: bool = True
@@ -411,7 +418,7 @@ class Store:
                 )
             if model is None and group is None and not provenance:
                 raise ModelNotStoredError(f"{self.where} holds nothing yet: extract something into it first")
-            there = ", ".join(self.models() if group is None else self.groups()) or "nothing yet"
+            there = _named(self.models() if group is None else self.groups()) or "nothing yet"
             asked = f"group {group!r}" if group is not None else f"model {model!r}"
             raise ModelNotStoredError(f"{asked} is not in {self.where}, which holds {there}: check the name, or extract it first")
         raise ambiguous(found, self.where)
@@ -458,31 +465,53 @@ class Store:
 
         What was just `listed` there is not listed again.
         """
-        found = self.storage.list(folder) if listed is None else listed
-        names = [name for name in found if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
-        paths = [f"{folder}/{name}" for name in names]
-        known = [path for path in paths if path in self._parts]
+        paths = [f"{folder}/{name}" for name in self._part_names(folder, listed)]
+        # Apart from what the store remembers, which other threads forget as they remove things.
+        held = {path: part for path in paths if (part := self._parts.get(path)) is not None}
         if self.storage.is_local:
             # Known ones may have been evicted since. Elsewhere that takes a request each, and a read from such a part raises PartGoneError.
-            for path in known:
+            for path in list(held):
                 if not self.storage.is_file(f"{path}/zarr.json"):
                     self.forget(path)
-        new = [path for path in paths if path not in self._parts and path not in self._damaged]
-        if self.storage.is_local:
-            # Parsing holds the interpreter's lock: threads would only get into each other's way (measured: 256 against 178 ms for 1,000).
-            for path in new:
-                self._read_part(path, whole)
-        else:
-            run_all([partial(self._read_part, path, whole) for path in new], local=False)
+                    del held[path]
+
+        def read(path: str) -> None:
+            if (part := self._read_part(path, whole)) is not None:
+                held[path] = part
+
+        while True:
+            absent = [path for path in paths if path not in held and path not in self._damaged]
+            if self.storage.is_local:
+                # Parsing holds the interpreter's lock: threads would only get into each other's way.
+                for path in absent:
+                    read(path)
+            else:
+                run_all([partial(read, path) for path in absent], local=False)
+            if all(path in held or path in self._damaged for path in absent):
+                break
+            # Some have no commit. They may be unfinished; or they have been replaced and removed since they were listed, and what replaced
+            # them was committed before that, but was not in the list.
+            again = [f"{folder}/{name}" for name in self._part_names(folder)]
+            if set(again) <= set(paths):
+                break
+            paths = sorted({*paths, *again})
+        there = set(paths)
+        for path in [*self._parts]:  # parts come and go, and a process that stays would remember them all
+            if path not in there and path.rpartition("/")[0] == folder:
+                self.forget(path)
         if whole and (damaged := next((self._damaged[path] for path in paths if path in self._damaged), None)):
             raise damaged
-        return [self._parts[path] for path in paths if path in self._parts and path not in self._damaged]
+        return [held[path] for path in paths if path in held and path not in self._damaged]
 
-    def _read_part(self, path: str, whole: bool) -> None:
+    def _part_names(self, folder: str, listed: Sequence[str] | None = None) -> list[str]:
+        found = self.storage.list(folder) if listed is None else listed
+        return [name for name in found if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
+
+    def _read_part(self, path: str, whole: bool) -> Part | None:
         try:
-            data = self._read_document(path)
+            data = self._read_document(path, PART_NAME.fullmatch(path.rpartition("/")[2]) is not None)
             if data is None:
-                return  # being written, or left behind by a writer that was killed: not committed, so not there
+                return None  # being written, or left behind by a writer that was killed: not committed, so not there
             info = parse_part(data, f"{self.url}/{path}")
             folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
             if path != f"{folder}/{info.name}":
@@ -494,8 +523,9 @@ class Store:
                 raise
             error.root, error.part = self.url, path
             self.set_aside(error)
-            return
-        self._parts[path] = Part(self.storage, path, info, len(data))
+            return None
+        part = self._parts[path] = Part(self.storage, path, info, len(data))
+        return part
 
     def set_aside(self, error: CorruptPartError) -> None:
         """Leave a damaged part out of views that need not be whole, and say so."""
@@ -677,7 +707,8 @@ class Store:
         write_group(self.storage, info, durable=self.durable)
         self._groups[info.name] = info
         older = [name for folder in (info.name, f"{info.name}/{ANNOTATIONS}") for name in self.storage.list(folder)]
-        name = new_part_name(max((n for n in older if n not in ("zarr.json", ANNOTATIONS)), default=""))
+        # Only names of parts: anything else that lies there would hide how far the clock of others had come.
+        name = new_part_name(max((n for n in older if PART_NAME.fullmatch(n)), default=""))
         return PartWriter(self.storage, info, name, kind=kind, compressed=compressed, durable=self.durable, recorded=recorded)
 
     def write(self, info: GroupInfo, batch: TokenBatch, *, kind: str = "part", compressed: bool = True) -> str:
@@ -698,7 +729,8 @@ class Store:
             writer.append(batch)
             return writer.commit().name
         except BaseException:
-            writer.abort()
+            with suppress(OSError):  # what cannot be removed is garbage, and the first failure is the one to tell
+                writer.abort()
             raise
 
     def annotate(
@@ -1306,12 +1338,19 @@ def ambiguous(found: Sequence[GroupInfo], url: str) -> AmbiguousProvenanceError:
     """The error that names in what several matching groups differ."""
     models = sorted({info.model for info in found})
     if len(models) > 1:
-        return AmbiguousProvenanceError(f"{url} holds several models ({', '.join(models)}): say which with model=")
+        return AmbiguousProvenanceError(f"{url} holds several models ({_named(models)}): say which with model=")
     names = ", ".join(info.name for info in found)
     return AmbiguousProvenanceError(
         f"{len(found)} groups of {models[0]!r} match; they differ in {_differing_fields(found)}\n"
         f"choose with provenance={{…}}, or with group= one of {names}"
     )
+
+
+def _named(names: Iterable[str]) -> str:
+    """Names for a message: a few, on one line, and none of them without end."""
+    listed = list(names)
+    shown = [name if name.isprintable() and len(name) <= 100 else f"{name[:100]!r}" for name in listed[:20]]
+    return ", ".join([*shown, *([f"{len(listed) - 20} more"] if len(listed) > 20 else [])])
 
 
 def _differing_fields(found: Sequence[GroupInfo]) -> str:

@@ -1,7 +1,7 @@
 """Probes on tokens: fitted on every token, scored token by token, cross-validated over prompts; in memory for a few blocks, however many.
 
-Holds the calls that users make and what comes back to them. How rows are streamed is up to ``token_blocks``, which tokens are learned from up
-to ``probes.token_labels``. Never a store, a model or a plot.
+Holds the calls that users make and what comes back to them. How rows are streamed is up to ``token_blocks``, which tokens are
+learned from up to ``probes.token_labels``. Never a store, a model or a plot.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch
 from lmprobe_zarr.chunks import TEXT_BYTES, encode_chunk, file_entry, run_all
-from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, InvalidTypeError, ReadOnlyError
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, InvalidTypeError, PartGoneError, ReadOnlyError
 from lmprobe_zarr.precision import count_odd
 from lmprobe_zarr.ragged import offsets_of, positions_of
 from lmprobe_zarr.schema import (
@@ -249,6 +249,8 @@ class PartWriter:
             No batch was appended.
         NoSpaceError, ReadOnlyError
             The place cannot take it; nothing becomes visible.
+        PartGoneError
+            `gc` took it for what a killed writer left, because nothing was written to it for so long.
         """
         if not self._digests or self._unfinished:
             what = "whose writing failed half-way" if self._unfinished else "without prompts"
@@ -281,6 +283,12 @@ class PartWriter:
         if not self.alone:
             # Somebody may have cleared the group meanwhile, and a part without its group's document is of no use.
             write_group(self.storage, self.group, durable=self.durable)
+        # What lay untouched for longer than the age of `gc` has been removed, all at once: the oldest file tells.
+        if not self.storage.is_file(f"{self.path}/{next(iter(self._files))}"):
+            raise PartGoneError(
+                f"part {self.path!r} of {self.storage.url} was removed while it was being written: collect garbage with a greater max_age\n"
+                "than the longest pause of a writer, and write it again"
+            )
         self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable, replace=False)
         return info
 

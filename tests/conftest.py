@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,9 @@ class Wrapped(Storage):
     def may_write(self) -> bool:
         return self.inner.may_write()
 
+    def leads_out(self, key: str) -> bool:
+        return self.inner.leads_out(key)
+
     def touch(self, key: str) -> None:
         self.inner.touch(key)
 
@@ -166,42 +171,61 @@ class Wrapped(Storage):
         self.inner.remove_tree(key)
 
 
+def pull_the_plug() -> None:
+    raise OSError("pulled the plug")
+
+
 class Stops(Wrapped):
-    """A storage that stops working at the n-th call that changes anything."""
+    """A storage that stops working at the n-th call that changes anything, counted from 0.
 
-    def __init__(self, inner: Storage, after: int) -> None:
+    Parameters
+    ----------
+    inner : Storage
+    after : int
+        How many calls it still does.
+    moment : {"before", "half", "after"}
+        Whether the call at which it stops has had no effect, or its whole effect; or has written half of the bytes, as a machine that dies
+        leaves them: of a file that is committed, beside its place.
+    stop : callable
+        What happens then, and at every later call.
+    """
+
+    def __init__(self, inner: Storage, after: int, *, moment: str = "before", stop: Callable[[], object] = pull_the_plug) -> None:
         super().__init__(inner)
-        self.after = after
+        self.after, self.moment, self.stop = after, moment, stop
+        self._lock = threading.Lock()
 
-    def _count(self) -> None:
-        self.after -= 1
-        if self.after < 0:
-            raise OSError("pulled the plug")
+    def _do(self, whole: Callable[[], object], half: Callable[[], object] = lambda: None) -> None:
+        with self._lock:  # several threads write at once
+            self.after -= 1
+            if self.after < 0:
+                if self.after == -1:
+                    {"before": lambda: None, "half": half, "after": whole}[self.moment]()
+                self.stop()
+            whole()
 
     def touch(self, key: str) -> None:
-        self._count()
-        super().touch(key)
+        self._do(partial(super().touch, key))
 
     def write(self, key: str, data: Any, *, durable: bool) -> None:
-        self._count()
-        super().write(key, data, durable=durable)
+        half = partial(self.inner.write, key, data[: len(data) // 2], durable=False)
+        self._do(partial(super().write, key, data, durable=durable), half)
 
     def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
-        self._count()
-        super().commit(key, data, durable=durable, replace=replace)
+        folder, _, name = key.rpartition("/")
+        staged = f"{folder}/.{name}.{'0' * 12}.partial".lstrip("/")
+        half = partial(self.inner.write, staged, data[: len(data) // 2], durable=False)
+        self._do(partial(super().commit, key, data, durable=durable, replace=replace), half)
 
     def remove(self, keys: Any) -> None:
         for key in keys:  # each file of its own is a place to stop
-            self._count()
-            super().remove([key])
+            self._do(partial(super().remove, [key]))
 
     def remove_folders(self, keys: Any) -> None:
-        self._count()
-        super().remove_folders(keys)
+        self._do(partial(super().remove_folders, keys))
 
     def remove_tree(self, key: str) -> None:
-        self._count()
-        super().remove_tree(key)
+        self._do(partial(super().remove_tree, key))
 
 
 def make_batch(

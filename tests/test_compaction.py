@@ -14,14 +14,14 @@ import fsspec
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import GROUP, Stops, Wrapped, make_batch
+from conftest import GROUP, Wrapped, make_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.schema import new_part_name, replacement_name
-from lmprobe_zarr.storage import LocalStorage, Storage
+from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store import Store
 
 Shown = tuple[xr.Dataset, xr.Dataset | None, xr.DataArray]
@@ -433,34 +433,6 @@ def test_a_part_evicted_meanwhile_is_left_out(root: str) -> None:
     plan = Store(Meanwhile(store.storage, evict)).compact(progress=False)
     assert len(plan.left) == 1
     assert lz.open_store(root).models() == []
-
-
-def test_stopped_after_any_call_the_store_shows_what_it_showed_and_a_second_call_completes_it(tmp_path: Path) -> None:
-    for n in range(200):
-        root = tmp_path / str(n)
-        store = lz.open_store(root, durable=False)
-        for i in range(3):
-            store.write(GROUP, make_batch(["a", f"p{i}"], seed=i, columns={"label": [i, i]}))
-            store.annotate("acme/toy", {"split": {"a": f"s{i}"}})
-        before = shown(store)
-        stopped = False
-        try:
-            Store(Stops(LocalStorage(root), n), durable=False).compact(progress=False)
-        except OSError as error:
-            assert "plug" in str(error)  # noqa: PT017
-            stopped = True
-        assert_same(lz.open_store(root), before)
-        if not stopped:
-            break
-        lz.open_store(root).compact(progress=False)
-        again = lz.open_store(root)
-        again.gc(max_age=0)
-        again.compact(progress=False)
-        assert n_parts(again) == (1, 1), n
-        assert_same(again, before)
-    else:
-        pytest.fail("it never came to its end")
-    assert n > 10
 
 
 def test_memory_is_bounded_by_blocks_not_by_the_part(tmp_path: Path) -> None:

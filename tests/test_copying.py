@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import GROUP, Stops, make_batch
+from conftest import GROUP, make_batch
 from test_compaction import shown
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.storage import LocalStorage
 from lmprobe_zarr.store import Store
 
 
@@ -102,30 +101,3 @@ def test_a_damaged_file_is_not_passed_on(tmp_path: Path) -> None:
     with pytest.raises(lz.errors.CorruptPartError, match="not copied"):
         store.copy_to(tmp_path / "t")
     assert len(lz.open_store(tmp_path / "t").view(GROUP)) == 0
-
-
-def test_stopped_after_any_call_a_second_one_completes_it(tmp_path: Path) -> None:
-    store = filled(lz.open_store(tmp_path / "s", durable=False))
-    for n in range(300):
-        root = tmp_path / str(n)
-        mine = make_batch(["c"], seed=9, layers=(0, 1))
-        lz.open_store(root, durable=False).write(GROUP, mine)
-        stopped = False
-        try:
-            store.copy_to(Store(Stops(LocalStorage(root), n), durable=False), progress=False)
-        except OSError as error:
-            assert "plug" in str(error)  # noqa: PT017
-            stopped = True
-        lz.open_store(root).dataset().load()
-        if stopped:
-            store.copy_to(root, progress=False)
-        data = lz.open_store(root).dataset(prompts=["a", "b", "d", "c"]).load()
-        expected = store.dataset(prompts=["a", "b", "d", "c"]).load()
-        np.testing.assert_array_equal(data.resid_mean[:, :3], expected.resid_mean[:, :3])
-        np.testing.assert_array_equal(data.resid_mean.sel(layer=3)[3], expected.resid_mean.sel(layer=3)[3])
-        np.testing.assert_array_equal(data.resid_mean.sel(layer=[0, 1])[:, 3], mine.prompts["resid_mean"][:, 0])
-        if not stopped:
-            break
-    else:
-        pytest.fail("it never came to its end")
-    assert n > 10

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import xarray as xr
-from conftest import GROUP, Stops, make_batch
+from conftest import GROUP, make_batch
 from test_compaction import assert_same, shown
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.storage import LocalStorage
 from lmprobe_zarr.store import Store
 
 
@@ -83,32 +81,3 @@ def test_hidden_parts_are_freed_too_and_a_wrong_name_drops_nothing(store: Store)
     assert_same(store, before)
     store.drop("acme/toy", ["resid_mean"])
     assert all("prompts/resid_mean" not in part.info.arrays for part in lz.open_store(store.url).list_parts(GROUP.name))
-
-
-@pytest.mark.parametrize("layers", [None, [0]])
-def test_stopped_after_any_call_the_rest_is_whole_and_a_second_call_completes_it(layers: list[int] | None, tmp_path: Path) -> None:
-    for n in range(300):
-        root = tmp_path / str(n)
-        store = two_kinds(lz.open_store(root, durable=False))
-        before = shown(store)
-        stopped = False
-        try:
-            Store(Stops(LocalStorage(root), n), durable=False).drop("acme/toy", ["resid"], layers=layers)
-        except OSError as error:
-            assert "plug" in str(error)  # noqa: PT017
-            stopped = True
-        fresh = lz.open_store(root)
-        xr.testing.assert_identical(fresh.dataset().load(), before[0])
-        if not stopped:
-            break
-        if "resid" in fresh.tokens() and (layers is None or bool(fresh.coverage().sel(variable="resid", layer=0).any())):
-            fresh.drop("acme/toy", ["resid"], layers=layers)
-        after = shown(lz.open_store(root))
-        xr.testing.assert_identical(after[0], before[0])
-        assert after[1] is not None
-        assert before[1] is not None
-        xr.testing.assert_equal(after[1].attn, before[1].attn)
-        assert "resid" not in after[1] or not bool(after[2].sel(variable="resid", layer=0).any())
-    else:
-        pytest.fail("it never came to its end")
-    assert n > 10

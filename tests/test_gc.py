@@ -6,14 +6,12 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import xarray as xr
-from conftest import GROUP, Stops, make_batch
+from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.schema import new_part_name
-from lmprobe_zarr.storage import LocalStorage
 from lmprobe_zarr.store import Store
 
 
@@ -177,30 +175,3 @@ def test_a_wrong_age_is_refused(store: Store) -> None:
     for wrong in (-1, float("nan"), "1 day", True):
         with pytest.raises(lz.errors.InvalidArgumentError):
             store.gc(max_age=wrong)  # type: ignore[arg-type]
-
-
-def test_stopped_after_any_call_the_view_stays_and_a_second_call_completes_it(tmp_path: Path) -> None:
-    for n in range(300):
-        root = tmp_path / str(n)
-        store = lz.open_store(root, durable=False)
-        for i in range(2):
-            store.write(GROUP, make_batch(["a", f"p{i}"], seed=i, tokens=False))
-        store.compact(progress=False)
-        begun(store)
-        before = store.dataset().load()
-        stopped = False
-        try:
-            Store(Stops(LocalStorage(root), n), durable=False).gc(max_age=0)
-        except OSError as error:
-            assert "plug" in str(error)  # noqa: PT017
-            stopped = True
-        fresh = lz.open_store(root)
-        xr.testing.assert_identical(fresh.dataset().load(), before)
-        if not stopped:
-            break
-        fresh.gc(max_age=0)
-        assert len(fresh.storage.list(GROUP.name)) == 2, "the part, and the group's document"
-        np.testing.assert_array_equal(lz.open_store(root).dataset().resid_mean.values, before.resid_mean.values)
-    else:
-        pytest.fail("it never came to its end")
-    assert n > 10

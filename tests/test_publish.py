@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from conftest import GROUP, Stops, make_batch
+from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.schema import GroupInfo
@@ -272,41 +272,3 @@ def test_a_damaged_published_root_is_told(store: Store, tmp_path: Path) -> None:
         root.write_text(json.dumps(document))
         with pytest.raises(lz.errors.CorruptPartError):
             lz.open_store(tmp_path / "copy")
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_stopped_after_any_call_nothing_half_is_shown_and_a_second_call_completes_it(again: bool, tmp_path: Path) -> None:
-    store = lz.open_store(tmp_path / "s", durable=False)
-    for i in range(2):
-        store.write(GROUP, make_batch([f"a{i}"], seed=i, columns={"label": [i]}))
-    store.annotate("acme/toy", {"split": {"a0": "x"}})
-    old = store.dataset().load()
-    for n in range(300):
-        root = tmp_path / str(n)
-        if again:
-            store.publish(root, progress=False)
-            if n == 0:
-                store.write(GROUP, make_batch(["new"], seed=8))
-        stopped = False
-        try:
-            store.publish(Stops(LocalStorage(root), n), overwrite=again, progress=False)
-        except OSError as error:
-            assert "plug" in str(error)  # noqa: PT017
-            stopped = True
-        try:
-            copy = lz.open_store(root, mode="r")
-        except (lz.errors.StoreNotFoundError, lz.errors.NotAStoreError):
-            assert not again
-            assert stopped
-        else:
-            shown = copy.dataset().load()
-            assert shown.identical(store.dataset().load()) or (again and shown.identical(old))
-        if not stopped:
-            break
-        store.publish(root, overwrite=again or (root / "zarr.json").exists(), progress=False)
-        assert_same(lz.open_store(root), store)
-        listed = lz.open_store(root).storage.list(GROUP.name)
-        assert sorted(p.name for p in (root / GROUP.name).iterdir()) == listed, "what the first call left is gone"
-    else:
-        pytest.fail("it never came to its end")
-    assert n > 10

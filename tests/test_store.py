@@ -408,46 +408,6 @@ def test_an_aborted_part_leaves_nothing(store: Store) -> None:
     assert len(part_names(store)) == 1
 
 
-@pytest.mark.parametrize("n", range(40))
-def test_a_writer_that_stops_at_any_storage_call_shows_nothing_or_everything(tmp_path: Path, n: int) -> None:
-    """The n-th write raises; whatever it was, only whole parts are seen, and writing again completes."""
-    store = lz.open_store(tmp_path / "s", durable=False)
-    store.write(GROUP, make_batch(["a"]))
-    storage, calls = store.storage, 0
-
-    class StoppedError(Exception):
-        pass
-
-    def counting(name: str) -> None:
-        original = getattr(storage, name)
-
-        def call(*args: object, **kwargs: object) -> object:
-            nonlocal calls
-            calls += 1
-            if calls == n + 1:
-                raise StoppedError(name)
-            return original(*args, **kwargs)
-
-        setattr(storage, name, call)
-
-    counting("write")
-    counting("commit")
-    batch = make_batch(["b", "c"], seed=3)
-    writer = store.new_part(GROUP)
-    stopped = False
-    try:
-        writer.append(batch)
-        writer.commit()
-    except StoppedError:
-        stopped = True
-    fresh = lz.open_store(tmp_path / "s")
-    seen = fresh.dataset().text.values.tolist()
-    assert seen == (["a"] if stopped else ["a", "b", "c"])
-    assert n > 30 or stopped, "this part takes more than thirty storage calls"
-    fresh.write(GROUP, batch)
-    np.testing.assert_array_equal(fresh.dataset(prompts=["b", "c"]).resid_mean.values, batch.prompts["resid_mean"])
-
-
 def test_batches_that_do_not_fit_the_first_are_refused(store: Store) -> None:
     writer = store.new_part(GROUP)
     writer.append(make_batch(["a"]))

@@ -11,6 +11,7 @@ import io
 import json
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -335,9 +336,11 @@ class LmprobeV1:
                 if isinstance(self.files, LocalFiles):
                     # Mapped, so that nothing is read that is not taken; files of before torch 1.6 are no archives and cannot be.
                     path, mapped = f"{self.files.root}/{key}", head.startswith(b"PK")
+                    _check_archive(path if mapped else None)
                     tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
                 else:
                     data = io.BytesIO(self.files.read(key, at_most=PT_BYTES))
+                    _check_archive(data if head.startswith(b"PK") else None)
                     tensor = torch.load(data, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever an untrusted file makes torch raise, it is not loaded
             reason = UNSAFE if type(error).__name__ == "UnpicklingError" else DAMAGED
@@ -346,7 +349,21 @@ class LmprobeV1:
             raise _SkippedError(reason, f"{name}: {detail}") from error
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise _SkippedError(SHAPES, f"{name} holds a {type(tensor).__name__}, not a plain tensor")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            # A stride of 0 makes terabytes of four bytes, which reading would have to fill memory with.
+            raise _SkippedError(SHAPES, f"{name} has shape {tuple(tensor.shape)}, and fewer bytes than that")
         return tensor
+
+
+def _check_archive(file: str | io.BytesIO | None) -> None:
+    """Raise ValueError where an archive holds compressed records, which torch never writes: mapped they are garbage, read they burst."""
+    if file is None:
+        return
+    with zipfile.ZipFile(file) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise ValueError("its records are compressed, which torch does not do")
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
 
 
 def _beside(folder: str) -> str:

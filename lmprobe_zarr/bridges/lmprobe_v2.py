@@ -109,7 +109,7 @@ def model_name_of(files: Files, folder: str) -> str | Skipped:
     except (CorruptFileError, UnicodeDecodeError, PermissionError) as error:
         return Skipped(name=folder, reason="folders whose _model_name.txt cannot be read", detail=str(error))
     for name in (noted, noted.strip()):
-        if model_hash(name) == folder and name.strip():
+        if model_hash(name) == folder and name.strip() and name.isprintable():
             return name
     return Skipped(name=folder, reason="folders whose _model_name.txt is that of another model", detail=repr(noted[:80]))
 
@@ -139,7 +139,7 @@ def read_manifest(files: Files, folder: str) -> Manifest:
         try:
             entry = json.loads(line)
             text = entry["prompt"]
-            if prompt_hash(text) != entry["hash"]:
+            if not isinstance(text, str) or prompt_hash(text) != entry["hash"]:
                 raise ValueError("another prompt")
             texts[entry["hash"]] = text
         except (ValueError, TypeError, KeyError, RecursionError):

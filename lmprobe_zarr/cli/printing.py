@@ -21,7 +21,9 @@ def plain(value: Any) -> Any:
 
 def print_json(document: Any) -> None:
     # NaN is no JSON; a score that is undefined is null.
-    print(json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False)
+    # Half of a surrogate pair, which JSON can say and no terminal or file can take.
+    print(text.encode("utf-8", "backslashreplace").decode())
 
 
 def _without_nan(value: Any) -> Any:
