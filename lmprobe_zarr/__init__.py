@@ -22,10 +22,12 @@ from lmprobe_zarr.cache import (
     evict,
     list_cached_prompts,
 )
+from lmprobe_zarr.comparing import compare, confidence_intervals, selectivity
 from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_limit
 from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.planning import SweepPlan, plan_sweep
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.summaries import ExportSummary, ImportSummary
@@ -55,9 +57,12 @@ __all__ = [
     "ModelCacheInfo",
     "Probe",
     "Store",
+    "SweepPlan",
     "TokenIndex",
     "cache_info",
     "clear_cache",
+    "compare",
+    "confidence_intervals",
     "config",
     "discover_cached",
     "enable_cache_logging",
@@ -75,7 +80,9 @@ __all__ = [
     "open_legacy",
     "open_store",
     "plan_extract",
+    "plan_sweep",
     "prompt_hash",
+    "selectivity",
     "set_cache_backend",
     "set_cache_dtype",
     "set_cache_limit",

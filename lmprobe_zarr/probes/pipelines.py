@@ -103,6 +103,7 @@ def make_pipeline_for(
     pca_components: int | None = None,
     params: Mapping[str, Any] | None = None,
     random_state: int = 0,
+    strength: float | None = None,
 ) -> Any:
     """A fresh, unfitted scikit-learn pipeline for activations of shape (prompt, layer × hidden).
 
@@ -131,6 +132,8 @@ def make_pipeline_for(
         Arguments that replace defaults of the named estimator's constructor.
     random_state : int
         Seeds the estimator and the principal components.
+    strength : float, optional
+        As for :func:`~lmprobe_zarr.probes.make_probe`.
 
     Raises
     ------
@@ -145,7 +148,7 @@ def make_pipeline_for(
     if not isinstance(normalize_layers, bool | str) or normalize_layers not in (True, False, "per_neuron", "per_layer"):
         raise InvalidArgumentError(f"normalize_layers={normalize_layers!r} is unknown: use True, False, 'per_neuron' or 'per_layer'")
     wanted = parse_preprocessing(preprocessing, pca_components)
-    estimator = make_probe(probe, random_state, task=task, params=params, standardise=False)
+    estimator = make_probe(probe, random_state, task=task, params=params, standardise=False, strength=strength)
 
     from sklearn.decomposition import PCA
     from sklearn.pipeline import Pipeline
