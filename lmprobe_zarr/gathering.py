@@ -55,10 +55,13 @@ class Scores:
         }  # fmt: skip
         self._columns = dict(self._make_columns())
         self._entered = np.zeros((len(fits.sources), len(fits.layers), len(fits.entries)), dtype=bool)
+        # What a variable does not have is done: its scores stay NaN.
         for place, source in enumerate(fits.sources):
             if source.layers != (-1,):
-                # A layer that a variable does not have is done: its scores stay NaN.
                 self._entered[place, [layer for layer in range(len(fits.layers)) if layer not in source.layers]] = True
+            if "0" not in [fits.layers[layer] for layer in source.layers if layer >= 0]:
+                self._entered[place, :, [number for number, entry in enumerate(fits.entries) if not (entry.by_layer or entry.constant)]] = True
+        self._columns["converged"].values[self._entered] = True
 
     def _make_columns(self) -> Iterator[tuple[str, _Column]]:
         fits = self._plan._fits
@@ -181,8 +184,8 @@ class Scores:
         axes = tuple(axis for axis, dim in enumerate(column.dims) if not self._asked(dim))
         return column.values.squeeze(axes)
 
-    def dataset(self) -> xr.Dataset:
-        """Everything entered so far; NaN where a fit is missing."""
+    def columns(self) -> xr.Dataset:
+        """Every column as it stands, also those that say why others are NaN."""
         plan = self._plan._fits
         held: dict[str, Any] = {}
         for name, column in self._columns.items():
@@ -192,12 +195,13 @@ class Scores:
         if plan.predictions:
             held["test_fold"] = self._test_folds()
         data = xr.Dataset(held, coords=dict(self._plan._coords), attrs={**self._plan._attrs})
-        data = self._explained(data)
-        for name in ("score", "probability"):
-            if name in data and bool(data[name].isnull().all()):
-                data = data.drop_vars(name)
-        if "class" in data.dims and "classes" in data.attrs:
-            data = data.assign_coords({"class": data.attrs["classes"]})
+        return data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
+
+    def dataset(self) -> xr.Dataset:
+        """Everything entered so far, as callers see it; NaN where a fit is missing."""
+        data = self._explained(self.columns())
+        unknown = [name for name in ("score", "probability") if name in data and bool(data[name].isnull().all())]
+        data = data.drop_vars(unknown)
         data.attrs["n_unconverged"] = int((~data["converged"]).sum())
         return data
 

@@ -18,7 +18,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.plan import format_bytes
 from lmprobe_zarr.probes import make_probe
-from lmprobe_zarr.probes.controls import Entry, list_entries, make_entry, read_features, shuffle_labels
+from lmprobe_zarr.probes.controls import Entry, list_entries, make_entry, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.probes.fits import Plan, Source, Task
 from lmprobe_zarr.probes.folds import group_codes, number_repeats, plan_folds
 from lmprobe_zarr.probes.labels import Groups, Labels, list_prompts, parse_groups, parse_labels, parse_sides
@@ -179,6 +179,7 @@ def plan_sweep(
     ------
     As :func:`lmprobe_zarr.sweep`, for everything that can be known before activations are read.
     """
+    controls = parse_controls(controls)
     given, arrays = _checked(activations, controls)
     array = arrays[0]
     seed = _seed(random_state)
@@ -274,12 +275,11 @@ def called(activations: xr.DataArray) -> str:
     return repr(str(activations.name)) if activations.name is not None else "the activations"
 
 
-def _checked(activations: Any, controls: Any) -> tuple[xr.Dataset | None, tuple[xr.DataArray, ...]]:
+def _checked(activations: Any, controls: Mapping[str, Any]) -> tuple[xr.Dataset | None, tuple[xr.DataArray, ...]]:
     """The dataset, if it is one, and its variables of activations; nothing is read."""
     if isinstance(activations, xr.Dataset):
         held = {str(name): array for name, array in activations.data_vars.items() if {"prompt", "hidden"} <= set(array.dims)}
-        wanted = controls if isinstance(controls, (list, tuple, str, Mapping)) else ()
-        if "embed" in ([wanted] if isinstance(wanted, str) else wanted):
+        if controls.get("embed", ()) is None:
             held = {name: array for name, array in held.items() if name.partition("_")[0] != "embed"}
         if not held:
             listed = ", ".join(f"{name} {array.dims}" for name, array in activations.data_vars.items())

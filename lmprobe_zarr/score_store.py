@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -60,17 +60,15 @@ class ScoreStore:
 
     # -------------------------------------------------------------------------------------------------------------- making
 
-    def create(self, scores: xr.Dataset, piece: Mapping[str, Array], dims: Iterable[str]) -> None:
+    def create(self, scores: xr.Dataset, piece: Mapping[str, Array]) -> None:
         """Make the place, or find it made by this very sweep.
 
         Parameters
         ----------
         scores : Dataset
-            With nothing entered yet.
+            Every column, with nothing entered yet.
         piece : mapping of name to ndarray
-            One layer of every array.
-        dims : iterable of str
-            What was asked for; with ``variable``, a piece is one layer of one variable.
+            One layer (of one variable) of every column that is cut by layer.
 
         Raises
         ------
@@ -79,12 +77,14 @@ class ScoreStore:
         NotAStoreError
             It holds something else.
         """
-        self._named = "variable" in dims
+        self._named = "variable" in scores["fit_seconds"].dims
         self._dtypes = {name: values.dtype for name, values in piece.items()}
         self._cut = {name: values.shape for name, values in piece.items()}
         if self._found():
             return
-        scores = self._template(scores, piece)
+        lead = [dim for dim in _CUT if dim in scores["fit_seconds"].dims]
+        done = np.zeros([scores.sizes[dim] for dim in lead], bool)
+        scores = scores.assign({_DONE: (lead, done, {"long_name": "all scores of this layer are there"})})
         documents = {name: self._array_document(scores, name) for name in (*scores.data_vars, *scores.coords)}
         for name, document in documents.items():
             self._storage.commit(f"{name}/zarr.json", _dump(document), durable=True)
@@ -96,21 +96,6 @@ class ScoreStore:
         except AlreadyCommittedError:
             # Another process was faster by a moment.
             self._found()
-
-    def _template(self, scores: xr.Dataset, piece: Mapping[str, Array]) -> xr.Dataset:
-        """With every array that pieces have, and `done`."""
-        lead = [dim for dim in _CUT if dim != "variable" or self._named]
-        sizes = [scores.sizes[dim] for dim in lead]
-        pieces = {}
-        for name, values in piece.items():
-            if name not in scores:
-                dims = scores["fit_seconds"].dims if values.ndim == scores["fit_seconds"].ndim else None
-                if dims is None:
-                    continue
-                pieces[name] = (dims, np.full([*sizes, *values.shape[len(lead) :]], _fill(values.dtype), values.dtype))
-        done = {_DONE: (lead, np.zeros(sizes, bool), {"long_name": "all scores of this layer are there"})}
-        self._cut = {name: shape for name, shape in self._cut.items() if name in scores or name in pieces}
-        return scores.assign(pieces).assign(done)
 
     def _found(self) -> bool:
         """Whether this sweep's place is there already."""

@@ -175,7 +175,7 @@ def sweep(
     place = None if out is None else ScoreStore(out, plan.fingerprint(), storage_options)
     if place is not None:
         # First, so that a place that cannot be written, or is another sweep's, is known before anything is fitted.
-        place.create(scores.dataset(), scores.piece(0, 0), plan.dims)
+        place.create(scores.columns(), scores.piece(0, 0))
         place.load(scores)
     try:
         _run(plan, scores, place, client=client, scheduler=scheduler or "threads", n_workers=n_workers, progress=progress)
@@ -271,7 +271,9 @@ def _run_here(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, schedu
     compute: Any = dask.base.compute
     shared = delayed(plan._fits, traverse=False, pure=False)
     fit = delayed(fit_task, pure=False)
-    jobs = [fit(shared, task, _layer_values(plan, task)) for task in tasks]
+    # Of tasks that are alike Dask takes the one with the first name: what knows no layer comes first, without which no layer is whole.
+    names = [f"sweep-{shared.key}-{number:09d}" for number in range(len(tasks))]
+    jobs = [fit(shared, task, _layer_values(plan, task), dask_key_name=name) for task, name in zip(tasks, names, strict=True)]
     numbers: dict[Hashable, int] = {job.key: number for number, job in enumerate(jobs)}
 
     def posttask(key: Hashable, fits: list[Fit], *_: object) -> None:

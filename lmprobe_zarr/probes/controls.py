@@ -25,7 +25,7 @@ from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.labels import Labels, list_prompts, show_prompts
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
 
-__all__ = ["CONTROLS", "Entry", "list_entries", "make_entry", "read_features", "shuffle_labels"]
+__all__ = ["CONTROLS", "Entry", "list_entries", "make_entry", "parse_controls", "read_features", "shuffle_labels"]
 
 Array = npt.NDArray[Any]
 
@@ -98,24 +98,24 @@ class Entry:
         return self.features in (ACTIVATIONS, LAYER_0) and has_strength(self.probe)
 
 
-def list_entries(probes: Mapping[str, Any], controls: Any, task: str) -> tuple[Entry, ...]:
+def list_entries(probes: Mapping[str, Any], controls: Mapping[str, Any], task: str) -> tuple[Entry, ...]:
     """Probes and controls, in this order.
 
     Parameters
     ----------
     probes : mapping of name to probe
-    controls : str, iterable of str, mapping of name to features, or None
-        Names, see `CONTROLS`; a mapping's values are features of the caller's, or None for what its name means.
+    controls : mapping
+        From :func:`parse_controls`.
     task : {"classification", "regression"}
 
     Raises
     ------
-    InvalidTypeError, InvalidArgumentError
-        Nothing of that, an unknown name, or a name that a probe has.
+    InvalidArgumentError
+        A control has the name of a probe.
     """
     entries = [Entry(name, probe) for name, probe in probes.items()]
     first = next(iter(probes.values()))
-    for name, given in _parse_controls(controls).items():
+    for name, given in controls.items():
         if given is not None:
             entries.append(Entry(name, _SIMPLE[task], name, name))
         elif name == "shuffled_labels":
@@ -133,7 +133,18 @@ def list_entries(probes: Mapping[str, Any], controls: Any, task: str) -> tuple[E
     return tuple(entries)
 
 
-def _parse_controls(controls: Any) -> dict[str, Any]:
+def parse_controls(controls: Any) -> dict[str, Any]:
+    """Name to features of the caller's, or to None for what the name means by itself.
+
+    Parameters
+    ----------
+    controls : str, iterable of str, mapping of name to features, or None
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        Nothing of that, or an unknown name.
+    """
     if controls is None:
         return {}
     if isinstance(controls, Mapping):
@@ -198,13 +209,14 @@ def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_st
 # -- what controls are fitted on -------------------------------------------------------------------------------------------
 
 
-def read_features(entries: Sequence[Entry], controls: Any, array: xr.DataArray, given: xr.Dataset | None, rows: Array) -> dict[str, Any]:
+def read_features(entries: Sequence[Entry], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array) -> dict[str, Any]:
     """What the entries that know no layer are fitted on, by name: texts, small matrices of float64, or a lazy variable.
 
     Parameters
     ----------
     entries : sequence of Entry
-    controls : as given to :func:`list_entries`
+    controls : mapping
+        From :func:`parse_controls`.
     array : DataArray over prompt
         Whose coordinates are looked at.
     given : Dataset, optional
@@ -217,7 +229,7 @@ def read_features(entries: Sequence[Entry], controls: Any, array: xr.DataArray, 
     InvalidArgumentError
         They are not there, or missing for some prompts.
     """
-    own = {name: features for name, features in _parse_controls(controls).items() if features is not None}
+    own = {name: features for name, features in controls.items() if features is not None}
     found: dict[str, Any] = {}
     for entry in entries:
         key = entry.features

@@ -25,7 +25,7 @@ from lmprobe_zarr.probes.controls import DIRECTION, Entry, make_entry
 from lmprobe_zarr.probes.folds import Fold, inner_folds
 from lmprobe_zarr.probes.gram import FoldGrams, gram_worthwhile
 from lmprobe_zarr.probes.labels import Labels
-from lmprobe_zarr.probes.metrics import Metric, Outcome, outcome_of, score_outcome
+from lmprobe_zarr.probes.metrics import NOT_STORED, Metric, Outcome, outcome_of, score_outcome
 
 __all__ = ["Fit", "NotFiniteError", "Plan", "Source", "Task", "fit_task", "fits_running"]
 
@@ -177,10 +177,19 @@ def fit_task(plan: Plan, task: Task, values: Any) -> list[Fit]:
     else:
         matrix = _computable(_read_layer(plan, task) if values is None else values)
         del values
+        if plan.sources[task.source].name and np.isnan(matrix).all():
+            # Of several variables each has its own layers, and a dataset has NaN in those of the others.
+            return [_not_stored(plan, task, entry) for entry in task.entries]
         _check_finite(plan, task, task.entries[0], matrix)
         found = [(entry, matrix) for entry in task.entries]
     with fits_running():
         return [fit for entry, features in found for fit in _fit_entry(plan, task, entry, features)]
+
+
+def _not_stored(plan: Plan, task: Task, entry: int) -> Fit:
+    layer = plan.sources[task.source].layers[task.layer] if plan.entries[entry].by_layer else -1
+    nothing = (np.nan,) * len(plan.metrics)
+    return Fit((task.source, layer, entry, -1, -1, -1, -1), nothing, NOT_STORED, np.nan, True, np.nan, None)
 
 
 def _read_layer(plan: Plan, task: Task) -> Any:

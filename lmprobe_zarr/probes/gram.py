@@ -49,7 +49,7 @@ def gram_worthwhile(plan: Plan, entry: Entry, matrix: Array, n_strengths: int) -
         return False
     n = len(plan.labels[0].rows)
     fewest = min(len(train) for train, _ in plan.folds)
-    if matrix.shape[1] < 2 or fewest < matrix.shape[1] * (1 if n_strengths == 1 else 0.5) or len(plan.folds) < 2:
+    if matrix.ndim != 2 or matrix.shape[1] < 2 or fewest < matrix.shape[1] * (1 if n_strengths == 1 else 0.5) or len(plan.folds) < 2:
         return False
     return all(len(train) + len(test) == n for train, test in plan.folds)
 

@@ -19,6 +19,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelErr
 
 __all__ = [
     "DEFAULT_METRICS",
+    "NOT_STORED",
     "Metric",
     "Outcome",
     "accuracy",
@@ -38,7 +39,9 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 #: Why a score may be NaN; a fit's reasons are the sum of these bits.
-_NO_SCORES, _NOT_FINITE, _ONE_CLASS, _NEW_CLASS, _CONSTANT_TRUE, _CONSTANT_SAID, _NO_PROBABILITIES = (1 << bit for bit in range(7))
+_NO_SCORES, _NOT_FINITE, _ONE_CLASS, _NEW_CLASS, _CONSTANT_TRUE, _CONSTANT_SAID, _NO_PROBABILITIES, NOT_STORED = (
+    1 << bit for bit in range(8)
+)
 REASONS: Final[Mapping[int, str]] = {
     _NO_SCORES: "the estimator gives no score per class",
     _NOT_FINITE: "the estimator's scores are not finite",
@@ -47,6 +50,7 @@ REASONS: Final[Mapping[int, str]] = {
     _CONSTANT_TRUE: "all targets of the test fold are equal",
     _CONSTANT_SAID: "all predictions of the test fold are equal",
     _NO_PROBABILITIES: "the estimator gives no probabilities",
+    NOT_STORED: "the variable holds nothing in some layers",
 }
 DEFAULT_METRICS: Final[Mapping[str, tuple[str, ...]]] = {"classification": ("accuracy", "auroc"), "regression": ("r2", "mae")}
 _ECE_BINS: Final = 15
@@ -456,7 +460,7 @@ def undefined_reasons(bits: int, metric: Metric) -> list[str]:
         "probabilities": _NO_PROBABILITIES | _NOT_FINITE,
         "values": _CONSTANT_TRUE | _CONSTANT_SAID,
     }
-    return [text for bit, text in REASONS.items() if bits & bit & needed.get(metric.needs, 0)]
+    return [text for bit, text in REASONS.items() if bits & bit & (needed.get(metric.needs, 0) | NOT_STORED)]
 
 
 # -- for single probes -----------------------------------------------------------------------------------------------------
