@@ -59,6 +59,7 @@ $(CORE)/ready: pyproject.toml
 bench: setup
 	$(VENV)/bin/python -m benchmarks.reading
 	$(VENV)/bin/python -m benchmarks.scale
+	$(VENV)/bin/python -m benchmarks.sweeps
 
 docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site

@@ -85,7 +85,12 @@ def confidence_intervals(
             found[metric.name][place] = _interval(metric, outcomes, weights, tail)
     coords = {name: held for name, held in scores.coords.items() if set(held.dims) <= set(dims)}
     data = xr.Dataset({name: ((*dims, "bound"), values) for name, values in found.items()}, coords={**coords, "bound": list(_BOUNDS)})
-    data.attrs = {**scores.attrs, "level": level, "n_resamples": int(n_resamples), "resampled": "group" if "group" in scores.coords else "prompt"}
+    data.attrs = {
+        **scores.attrs,
+        "level": level,
+        "n_resamples": int(n_resamples),
+        "resampled": "group" if "group" in scores.coords else "prompt",
+    }
     for metric in chosen:
         data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units}
     return data
@@ -102,7 +107,10 @@ def _is_metric(name: str, scores: xr.Dataset) -> bool:
 def _tested(scores: xr.Dataset) -> list[tuple[int, Array]]:
     """The repetition of each fold, and the places of the prompts that it tests."""
     tests = np.atleast_2d(scores["test_fold"].values)
-    return [(int(np.flatnonzero((tests == fold).any(axis=1))[0]), np.flatnonzero((tests == fold).any(axis=0))) for fold in range(scores.sizes["fold"])]
+    return [
+        (int(np.flatnonzero((tests == fold).any(axis=1))[0]), np.flatnonzero((tests == fold).any(axis=0)))
+        for fold in range(scores.sizes["fold"])
+    ]
 
 
 def _draw(folds: list[tuple[int, Array]], groups: Array | None, n_resamples: int, random_state: int) -> list[Floats]:
@@ -121,8 +129,8 @@ def _outcome(one: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> O
     def of(name: str) -> Array | None:
         if name not in one:
             return None
-        values = one[name] if "repetition" not in one[name].dims else one[name].isel(repetition=repetition)
-        values = values.isel(prompt=rows).values
+        held = one[name] if "repetition" not in one[name].dims else one[name].isel(repetition=repetition)
+        values: Array = held.isel(prompt=rows).values
         return None if values.dtype.kind == "f" and np.isnan(values).all() else values
 
     predicted, true, score, told = of("predicted"), one["true"].values[rows], of("score"), of("probability")
@@ -197,17 +205,16 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     n_folds = scores.sizes["fold"]
     if n_folds < 2:
         raise InvalidArgumentError("a single fold cannot be tested: sweep with more folds, such as cv=5, repeats=10")
-    difference = held - held.sel({along: reference}, drop=True)
-    at = held.dims.index(along), labels.index(reference)
+    difference: xr.DataArray = held - held.sel({along: reference}, drop=True)
     ratio = float((scores["n_test"] / scores["n_train"]).mean())
     mean = difference.mean("fold", skipna=False)
-    error = np.sqrt(difference.var("fold", ddof=1, skipna=False) * (1 / n_folds + ratio))
+    error = np.sqrt(difference.var("fold", ddof=1, skipna=False).values * (1 / n_folds + ratio))
     # Equal differences have a variance of a rounding or two.
-    error = error.where(error > 1e-14, 0)
+    error[error < 1e-14] = 0
     with np.errstate(divide="ignore", invalid="ignore"):
-        t = xr.where((error == 0) & (abs(mean) < 1e-14), 0.0, mean / error)
-    itself = xr.DataArray(np.arange(len(labels)) == at[1], dims=along)
-    t = t.transpose(*mean.dims).where(~itself)
+        values = np.where((error == 0) & (np.abs(mean.values) < 1e-14), 0.0, mean.values / error)
+    itself = xr.DataArray(np.arange(len(labels)) == labels.index(reference), dims=along)
+    t = mean.copy(data=values).where(~itself)
     p = t.copy(data=_two_sided(t.values, n_folds - 1))
     holm = p.copy(data=_holm(p.values))
     data = xr.Dataset({"difference": mean, "t": t, "p_value": p, "p_holm": holm})
@@ -268,6 +275,10 @@ def _check_scores(scores: Any) -> None:
 
 def _metric(scores: xr.Dataset, metric: str) -> xr.DataArray:
     if metric not in scores or "fold" not in scores[metric].dims or scores[metric].dtype.kind != "f":
-        listed = [str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and "probe" in held.dims and held.dtype.kind == "f"]
-        raise InvalidArgumentError(f"there is no score {metric!r} by fold: use one of {', '.join(listed)}, or sweep with metrics={metric!r}")
+        listed = [
+            str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and "probe" in held.dims and held.dtype.kind == "f"
+        ]
+        raise InvalidArgumentError(
+            f"there is no score {metric!r} by fold: use one of {', '.join(listed)}, or sweep with metrics={metric!r}"
+        )
     return scores[metric]

@@ -60,7 +60,9 @@ class Scores:
             if source.layers != (-1,):
                 self._entered[place, [layer for layer in range(len(fits.layers)) if layer not in source.layers]] = True
             if "0" not in [fits.layers[layer] for layer in source.layers if layer >= 0]:
-                self._entered[place, :, [number for number, entry in enumerate(fits.entries) if not (entry.by_layer or entry.constant)]] = True
+                self._entered[place, :, [number for number, entry in enumerate(fits.entries) if not (entry.by_layer or entry.constant)]] = (
+                    True
+                )
         self._columns["converged"].values[self._entered] = True
 
     def _make_columns(self) -> Iterator[tuple[str, _Column]]:
@@ -74,14 +76,16 @@ class Scores:
             yield "chosen_strength", self._column(_AXES, np.nan, {"long_name": "regularisation strength chosen by inner folds"})
         if not fits.predictions:
             return
-        regression = fits.task == "regression"
-        yield "predicted", self._column(_PER_PROMPT, np.nan if regression else np.int16(-1),
-                                        {"long_name": "prediction by the fold that tests the prompt" + " (number of the class)" * (not regression)})  # fmt: skip
-        if not regression:
-            by_class = self._sizes["class"] > 2
-            yield "score", self._column((*_PER_PROMPT, *(["class"] if by_class else [])), np.nan, {"long_name": "what prompts are ranked by"})
-            yield "probability", self._column((*_PER_PROMPT, *(["class"] if by_class else [])), np.nan,
-                                              {"long_name": "probability of " + ("each class" if by_class else "the second class")})  # fmt: skip
+        what = "prediction by the fold that tests the prompt"
+        if fits.task == "regression":
+            yield "predicted", self._column(_PER_PROMPT, np.nan, {"long_name": what})
+            return
+        yield "predicted", self._column(_PER_PROMPT, np.int16(-1), {"long_name": f"{what}, as the number of its class"})
+        by_class = self._sizes["class"] > 2
+        dims = (*_PER_PROMPT, "class") if by_class else _PER_PROMPT
+        yield "score", self._column(dims, np.nan, {"long_name": "what prompts are ranked by"})
+        whose = "each class" if by_class else "the second class"
+        yield "probability", self._column(dims, np.nan, {"long_name": f"probability of {whose}"})
 
     def _column(self, dims: tuple[str, ...], fill: Any, attrs: Mapping[str, Any]) -> _Column:
         return _Column(dims, np.full([self._sizes[dim] for dim in dims], fill), attrs)
@@ -122,7 +126,9 @@ class Scores:
             return
         several = self._sizes["class"] > 2
         if said.scores is not None:
-            self._put("score", per_prompt, said.scores if said.scores.ndim == 2 or not several else np.stack([-said.scores, said.scores], axis=1))
+            self._put(
+                "score", per_prompt, said.scores if said.scores.ndim == 2 or not several else np.stack([-said.scores, said.scores], axis=1)
+            )
         if said.probabilities is not None:
             self._put("probability", per_prompt, said.probabilities if several else said.probabilities[:, 1])
 
@@ -152,7 +158,9 @@ class Scores:
     def piece(self, source: int, layer: int) -> dict[str, Array]:
         """Every column of one layer of one variable, of the shape that the dataset has it in, with axes of one for both."""
         return {
-            name: self._squeezed(name)[(slice(source, source + 1), slice(layer, layer + 1)) if self._asked("variable") else slice(layer, layer + 1)]
+            name: self._squeezed(name)[
+                (slice(source, source + 1), slice(layer, layer + 1)) if self._asked("variable") else slice(layer, layer + 1)
+            ]
             for name in self._columns
         }
 

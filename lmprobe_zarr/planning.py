@@ -90,7 +90,7 @@ class SweepPlan:
         return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
 
     def tasks(self, workers: int) -> list[Task]:
-        """Everything to fit: first what knows no layer, then layer by layer, each read once where there are as many as workers."""
+        """Everything to fit: first what other layers wait for, then layer by layer, each read once where there are as many as workers."""
         plan = self._fits
         entries = range(len(plan.entries))
         by_layer = tuple(number for number in entries if plan.entries[number].by_layer)
@@ -101,7 +101,11 @@ class SweepPlan:
             place = plan.sources[source].layers[layer]
             here = by_layer + (at_zero if place >= 0 and plan.layers[place] == "0" else ())
             found += [Task(source, layer, here)] if len(layers) >= workers else [Task(source, layer, (number,)) for number in here]
-        return found
+        return sorted(found, key=lambda task: not self.spreads(task))
+
+    def spreads(self, task: Task) -> bool:
+        """Whether something of a task is the score of other layers too, so that none of them is whole without it."""
+        return any(not self._fits.entries[entry].by_layer for entry in task.entries)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed sweep must have in common with the one that was interrupted, by name; JSON."""
@@ -209,7 +213,7 @@ def plan_sweep(
     layers, sources = _sources(arrays, named=given is not None)
     if any(entry.features == "layer_0" for entry in entries) and "0" not in [str(layer) for layer in layers]:
         raise InvalidArgumentError(
-            f"control 'layer_0' needs layer 0, and there are layers {layers[0]} to {layers[-1]}: give activations that hold it, or leave it out"
+            f"control 'layer_0' needs layer 0, and there are layers {layers[0]} to {layers[-1]}: give all layers, or leave it out"
         )
     codes = np.full(len(prompts), -1)
     codes[rows] = group_codes([prompts[row] for row in rows], None)
@@ -283,7 +287,9 @@ def _checked(activations: Any, controls: Mapping[str, Any]) -> tuple[xr.Dataset 
             held = {name: array for name, array in held.items() if name.partition("_")[0] != "embed"}
         if not held:
             listed = ", ".join(f"{name} {array.dims}" for name, array in activations.data_vars.items())
-            raise InvalidArgumentError(f"the dataset holds no activations over prompt and hidden, only {listed or 'nothing'}: pool tokens first")
+            raise InvalidArgumentError(
+                f"the dataset holds no activations over prompt and hidden, only {listed or 'nothing'}: pool tokens first"
+            )
         return activations, tuple(_checked_array(array) for array in held.values())
     if not isinstance(activations, xr.DataArray):
         raise InvalidTypeError(
@@ -363,7 +369,9 @@ def _seed(random_state: Any) -> int:
 def _seeds(seeds: Any, random_state: int) -> tuple[int, ...]:
     if seeds is None:
         return (random_state,)
-    listed = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds) if isinstance(seeds, Iterable) else []
+    listed = (
+        list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds) if isinstance(seeds, Iterable) else []
+    )
     if not listed or len(set(listed)) < len(listed):
         raise InvalidArgumentError(f"seeds={seeds!r} are no seeds: give a number of them, or different whole numbers such as [0, 1, 2]")
     return tuple(_seed(one) for one in listed)
@@ -378,7 +386,7 @@ def _strengths(strengths: Any, entries: tuple[Entry, ...]) -> tuple[float, ...]:
         raise InvalidArgumentError(f"strengths={strengths!r} are no strengths: give different positive numbers, larger being stronger")
     if not any(entry.penalised for entry in entries):
         raise InvalidArgumentError(
-            f"strengths were given, and none of {', '.join(repr(entry.name) for entry in entries)} has one: use named probes such as 'ridge'"
+            f"strengths were given, and none of {', '.join(repr(e.name) for e in entries)} has one: use named probes such as 'ridge'"
         )
     return tuple(float(one) for one in listed)
 
@@ -388,7 +396,9 @@ def _inner(
 ) -> tuple[int, Metric | None]:
     if inner_cv is None:
         if choose_by is not None:
-            raise InvalidArgumentError(f"choose_by={choose_by!r} chooses nothing without inner folds: give inner_cv, such as 5, and strengths")
+            raise InvalidArgumentError(
+                f"choose_by={choose_by!r} chooses nothing without inner folds: give inner_cv, such as 5, and strengths"
+            )
         return 0, None
     if isinstance(inner_cv, bool) or not isinstance(inner_cv, int | np.integer) or inner_cv < 2:
         raise InvalidArgumentError(f"inner_cv={inner_cv!r} is no number of folds: give a whole number of at least 2")

@@ -115,7 +115,7 @@ class ScoreStore:
         changed = [name for name in self._fingerprint if before.get(name) != self._fingerprint[name]]
         if changed:
             raise InvalidArgumentError(
-                f"{self._storage.url} holds the scores of another sweep: {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not the same;\n"
+                f"{self._storage.url} holds the scores of another sweep, with other {', '.join(changed)}:\n"
                 "sweep with the same arguments to go on with it, or give a new place as out"
             )
         return True

@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
@@ -242,8 +241,8 @@ def _run(
 
         def finish(number: int, fits: list[Fit]) -> None:
             scores.enter(tasks[number], fits)
-            for source, layer in scores.whole() if place is not None else ():
-                if (source, layer) not in written:
+            if place is not None:
+                for source, layer in sorted(set(scores.whole()) - written):
                     written.add((source, layer))
                     place.write(source, layer, scores.piece(source, layer))
             advance(1)
@@ -251,7 +250,7 @@ def _run(
         if client is not None:
             _run_on_client(plan, tasks, finish, client=client, in_flight=2 * max(1, workers))
         else:
-            _run_here(plan, tasks, finish, scheduler=scheduler, workers=workers)
+            _run_here(plan, tasks, finish, scheduler=scheduler, workers=workers, in_order=place is not None)
 
 
 def _layer_values(plan: SweepPlan, task: Task) -> Any:
@@ -262,7 +261,7 @@ def _layer_values(plan: SweepPlan, task: Task) -> Any:
     return variable.isel(layer=task.layer, missing_dims="ignore").transpose("prompt", "hidden").data
 
 
-def _run_here(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, scheduler: str, workers: int) -> None:
+def _run_here(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, scheduler: str, workers: int, in_order: bool) -> None:
     import dask.base
     from dask.callbacks import Callback
     from dask.delayed import delayed
@@ -271,7 +270,7 @@ def _run_here(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, schedu
     compute: Any = dask.base.compute
     shared = delayed(plan._fits, traverse=False, pure=False)
     fit = delayed(fit_task, pure=False)
-    # Of tasks that are alike Dask takes the one with the first name: what knows no layer comes first, without which no layer is whole.
+    # Named by their place, so that Dask takes them in the same order every time.
     names = [f"sweep-{shared.key}-{number:09d}" for number in range(len(tasks))]
     jobs = [fit(shared, task, _layer_values(plan, task), dask_key_name=name) for task, name in zip(tasks, names, strict=True)]
     numbers: dict[Hashable, int] = {job.key: number for number, job in enumerate(jobs)}
@@ -280,8 +279,11 @@ def _run_here(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, schedu
         if key in numbers:
             finish(numbers[key], fits)
 
+    # Where scores are written, what other layers wait for comes first; Dask's own order is another.
+    first = sum(map(plan.spreads, tasks)) if in_order else 0
     with callback(posttask=posttask):
-        compute(*jobs, scheduler=scheduler, num_workers=workers)
+        for some in (jobs[:first], jobs[first:]):
+            compute(*some, scheduler=scheduler, num_workers=workers)
 
 
 def _run_on_client(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, client: Any, in_flight: int) -> None:
@@ -315,5 +317,3 @@ def _run_on_client(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, c
 
 def _itself(plan: Plan) -> Plan:
     return plan
-
-

@@ -62,7 +62,7 @@ def expected(name: str, o: Outcome, w: Any = None) -> float:
     average = "binary" if o.n_classes == 2 else "macro"
     options: dict[str, Any] = {"average": average, "zero_division": 0, "sample_weight": w}
     labels = np.arange(o.n_classes)
-    ranks: Any = o.scores if o.n_classes == 2 else o.scores
+    ranks: Any = o.scores
     one_hot = o.true[:, None] == labels
     simple: dict[str, Any] = {
         "accuracy": lambda: oracle.accuracy_score(o.true, o.predicted, sample_weight=w),

@@ -99,7 +99,9 @@ def one_feature(values: Any) -> Any:
 def test_length_and_perplexity_are_logarithms_of_one_number() -> None:
     ds = dataset()
     scores = sweep(ds, "label", "mass_mean", controls=["length", "perplexity"]).isel(variable=0, layer=1)
-    np.testing.assert_array_equal(scores.accuracy.sel(probe="length"), one_feature(np.float32(np.log([len(text.split()) for text in TEXTS]))))
+    np.testing.assert_array_equal(
+        scores.accuracy.sel(probe="length"), one_feature(np.float32(np.log([len(text.split()) for text in TEXTS])))
+    )
     np.testing.assert_array_equal(scores.accuracy.sel(probe="perplexity"), one_feature(np.log(ds.perplexity.sel(statistic="mean").values)))
     characters = sweep(activations().drop_vars("n_tokens"), "label", "mass_mean", controls="length").isel(layer=0)
     np.testing.assert_array_equal(characters.accuracy.sel(probe="length"), one_feature(np.log([len(text) for text in TEXTS])))
@@ -125,7 +127,9 @@ def test_a_random_direction_is_the_same_in_every_layer_and_fold_and_another_by_s
 def test_features_of_ones_own_are_a_control_and_matched_by_prompt() -> None:
     hint = Y + RNG.normal(size=N)
     ds = dataset()
-    scores = sweep(activations(), "label", "mass_mean", controls={"hint": hint, "pair": np.stack([hint, hint**2], axis=1), "majority": None})
+    scores = sweep(
+        activations(), "label", "mass_mean", controls={"hint": hint, "pair": np.stack([hint, hint**2], axis=1), "majority": None}
+    )
     assert scores.probe.values.tolist() == ["mass_mean", "hint", "pair", "majority"]
     np.testing.assert_array_equal(scores.accuracy.sel(probe="hint", layer=3), one_feature(hint))
     labelled = sweep(activations(), "label", "mass_mean", controls={"embeddings": ds.embed_mean})
@@ -164,7 +168,11 @@ def test_controls_of_a_regression_know_the_mean() -> None:
         (3, InvalidTypeError, "no names"),
         ({"mine": np.ones(3)}, InvalidArgumentError, r"control 'mine' has shape \(3,\), expected one row per prompt: \(120"),
         ({"mine": ["a"] * N}, InvalidTypeError, "expected numbers"),
-        ({"mine": np.r_[np.nan, np.ones(N - 1)]}, InvalidArgumentError, f"no finite value for 1 of 120 prompts .{lz.prompt_hash(TEXTS[0])}"),
+        (
+            {"mine": np.r_[np.nan, np.ones(N - 1)]},
+            InvalidArgumentError,
+            f"no finite value for 1 of 120 prompts .{lz.prompt_hash(TEXTS[0])}",
+        ),
         ({"majority": np.ones(N)}, InvalidArgumentError, "takes no features"),
         ("embed", InvalidArgumentError, "needs the embeddings, which are not there"),
         ("perplexity", InvalidArgumentError, "needs the model's perplexities"),

@@ -99,7 +99,9 @@ def test_prompts_without_a_label_are_named_and_left_out_only_when_asked() -> Non
 
 def test_a_test_fold_of_one_class_has_no_auroc_and_a_training_fold_of_one_is_refused() -> None:
     positive = np.flatnonzero(Y)
-    scores = sweep(activations(), "label", "ridge", cv=[(np.arange(100), positive[positive >= 100])], metrics=["accuracy", "auroc", "auprc"])
+    scores = sweep(
+        activations(), "label", "ridge", cv=[(np.arange(100), positive[positive >= 100])], metrics=["accuracy", "auroc", "auprc"]
+    )
     assert scores.auroc.isnull().all()
     assert scores.auroc.attrs["nan_reasons"] == ["ridge: the test fold holds a single class"]
     assert np.isfinite(scores.accuracy).all()
@@ -173,14 +175,19 @@ def test_strengths_are_alpha_or_one_over_c_and_others_stay_the_same() -> None:
     assert scores.accuracy.dims == ("layer", "probe", "fold", "strength")
     for s, strength in enumerate(strengths):
         for k, (train, test) in enumerate(FOLDS):
-            for estimator, name in ((RidgeClassifier(alpha=strength), "ridge"), (LogisticRegression(C=1 / strength), "logistic_regression")):
+            for estimator, name in (
+                (RidgeClassifier(alpha=strength), "ridge"),
+                (LogisticRegression(C=1 / strength), "logistic_regression"),
+            ):
                 fitted = make_pipeline(StandardScaler(), estimator).fit(X[1][train], Y[train])
                 at = scores.isel(layer=1, fold=k, strength=s).sel(probe=name)
                 assert at.auroc.item() == pytest.approx(roc_auc_score(Y[test], fitted.decision_function(X[1][test])), abs=1e-6)
     flat = scores.accuracy.sel(probe="mass_mean")
     assert (flat == flat.isel(strength=0)).all()
     # One strength alone gives the scores of the default where it is the default.
-    np.testing.assert_allclose(scores.auroc.sel(strength=1, probe="ridge"), sweep(activations(), "label", "ridge").auroc.isel(probe=0), atol=1e-12)
+    np.testing.assert_allclose(
+        scores.auroc.sel(strength=1, probe="ridge"), sweep(activations(), "label", "ridge").auroc.isel(probe=0), atol=1e-12
+    )
 
 
 def test_a_strength_chosen_within_each_training_fold_is_grid_searchs() -> None:
@@ -194,7 +201,9 @@ def test_a_strength_chosen_within_each_training_fold_is_grid_searchs() -> None:
         at = scores.isel(layer=1, probe=0, fold=k)
         # The inner folds depend on the fit's seed; any of scikit-learn's of that kind gives the same means here within noise, so the
         # chosen strength is checked by refitting with it.
-        fitted = make_pipeline(StandardScaler(), LogisticRegression(C=1 / at.chosen_strength.item(), max_iter=1000)).fit(X[1][train], fits[1])
+        fitted = make_pipeline(StandardScaler(), LogisticRegression(C=1 / at.chosen_strength.item(), max_iter=1000)).fit(
+            X[1][train], fits[1]
+        )
         assert at.accuracy.item() == accuracy_score(Y[test], fitted.predict(X[1][test]))
         chosen.add(at.chosen_strength.item())
     assert chosen <= set(strengths)
@@ -261,7 +270,12 @@ def test_preprocessing_stands_in_front_of_every_probe() -> None:
 def test_variables_of_a_dataset_are_a_dim_with_site_and_pooling() -> None:
     one = activations()
     ds = xr.Dataset(
-        {"resid_mean": one, "mlp_last_token": one.isel(layer=[1]) * 2, "embed_mean": one.isel(layer=0, drop=True) + 1, "other": ("prompt", Y)}
+        {
+            "resid_mean": one,
+            "mlp_last_token": one.isel(layer=[1]) * 2,
+            "embed_mean": one.isel(layer=0, drop=True) + 1,
+            "other": ("prompt", Y),
+        }
     )
     scores = sweep(ds, "label", ["ridge", "mass_mean"])
     assert scores.accuracy.dims == ("variable", "layer", "probe", "fold")
@@ -340,8 +354,8 @@ def test_whole_groups_are_drawn_where_there_are_some() -> None:
     alike = activations()[:, ::5].isel(prompt=np.repeat(np.arange(N // 5), 5)).assign_coords(prompt=np.arange(N), family=("prompt", GROUPS))
     y = np.repeat(Y[::5], 5)
     grouped = lz.confidence_intervals(sweep(alike, y, "mass_mean", groups="family", predictions=True), "accuracy")
-    alone = lz.confidence_intervals(sweep(alike, y, "mass_mean", cv=StratifiedGroupKFold(5, shuffle=True, random_state=0).split(X[0], y, GROUPS),
-                                          predictions=True), "accuracy")  # fmt: skip
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(X[0], y, GROUPS)
+    alone = lz.confidence_intervals(sweep(alike, y, "mass_mean", cv=folds, predictions=True), "accuracy")
 
     def width(intervals: xr.Dataset) -> Any:
         return (intervals.accuracy.sel(bound="upper") - intervals.accuracy.sel(bound="lower")).values

@@ -74,7 +74,7 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """ "probe" or "control"."""
+        """Which of the two it is: "probe" or "control"."""
         return "control" if self.control else "probe"
 
     @property
@@ -129,7 +129,9 @@ def list_entries(probes: Mapping[str, Any], controls: Mapping[str, Any], task: s
     names = [entry.name for entry in entries]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InvalidArgumentError(f"a probe and a control are both called {twice!r}: give the probe as {{'another name': …}}, or leave one out")
+        raise InvalidArgumentError(
+            f"a probe and a control are both called {twice!r}: give the probe as {{'another name': …}}, or leave one out"
+        )
     return tuple(entries)
 
 
@@ -156,7 +158,9 @@ def parse_controls(controls: Any) -> dict[str, Any]:
         if not isinstance(name, str):
             raise InvalidTypeError(f"controls={controls!r:.60} are no names: give some of {', '.join(CONTROLS)}, or {{name: features}}")
         if features is None and name not in CONTROLS:
-            raise InvalidArgumentError(f"there is no control {name!r}: use some of {', '.join(CONTROLS)}, or give its features as {{name: …}}")
+            raise InvalidArgumentError(
+                f"there is no control {name!r}: use some of {', '.join(CONTROLS)}, or give its features as {{name: …}}"
+            )
         if features is not None and name in ("shuffled_labels", "layer_0", "majority", "random_direction", "text", "activations"):
             raise InvalidArgumentError(f"control {name!r} takes no features: give None for it, or call yours otherwise")
     return found
@@ -209,7 +213,9 @@ def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_st
 # -- what controls are fitted on -------------------------------------------------------------------------------------------
 
 
-def read_features(entries: Sequence[Entry], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array) -> dict[str, Any]:
+def read_features(
+    entries: Sequence[Entry], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array
+) -> dict[str, Any]:
     """What the entries that know no layer are fitted on, by name: texts, small matrices of float64, or a lazy variable.
 
     Parameters
@@ -259,13 +265,15 @@ def read_features(entries: Sequence[Entry], controls: Mapping[str, Any], array: 
 
 def _texts(name: str, array: xr.DataArray, rows: Array) -> list[str]:
     if "text" not in array.coords:
-        raise InvalidArgumentError(f"control {name!r} needs the prompts' texts, and there is no coordinate 'text': add one, or leave it out")
+        raise InvalidArgumentError(
+            f"control {name!r} needs the prompts' texts, and there is no coordinate 'text': add one, or leave it out"
+        )
     texts = [str(text) for text in array.coords["text"].values.tolist()]
     without = [int(row) for row in rows if not texts[row].strip()]
     if without:
         raise InvalidArgumentError(
-            f"control {name!r} needs the prompts' texts, which {len(without)} of {len(rows)} prompts lack ({show_prompts(array, without)}): "
-            "leave it out"
+            f"control {name!r} needs the prompts' texts, which {len(without)} of {len(rows)} prompts lack "
+            f"({show_prompts(array, without)}): leave it out"
         )
     return texts
 
@@ -284,8 +292,8 @@ def _perplexity(array: xr.DataArray, given: xr.Dataset | None) -> Array:
     held = given if given is not None and "perplexity" in given else array.coords
     if "perplexity" not in held or "prompt" not in held["perplexity"].dims:
         raise InvalidArgumentError(
-            "control 'perplexity' needs the model's perplexities, which are not there: extract with perplexity=True and give the whole dataset,\n"
-            "or give them as {'perplexity': values}"
+            "control 'perplexity' needs the model's perplexities, which are not there:\n"
+            "extract with perplexity=True and give the whole dataset, or give them as {'perplexity': values}"
         )
     values = held["perplexity"]
     values = values.sel(statistic="mean") if "statistic" in values.dims else values
@@ -293,7 +301,7 @@ def _perplexity(array: xr.DataArray, given: xr.Dataset | None) -> Array:
         return np.asarray(np.log(np.asarray(values.values, np.float64)).reshape(len(values), -1))
 
 
-def _embeddings(array: xr.DataArray, given: xr.Dataset | None) -> xr.Variable:
+def _embeddings(array: xr.DataArray, given: xr.Dataset | None) -> Any:
     name = str(array.name)
     pooled = name.partition("_")[2]
     candidates = [str(key) for key in (() if given is None else given.data_vars) if str(key).partition("_")[0] == "embed"]
@@ -323,7 +331,7 @@ def _bare_matrix(name: str, features: xr.DataArray, array: xr.DataArray) -> Any:
     if "prompt" not in features.dims or features.ndim > 2:
         raise InvalidArgumentError(f"control {name!r} has dims {features.dims}, expected prompt and at most one more")
     if "prompt" in features.coords and "prompt" in array.coords and list_prompts(features) != list_prompts(array):
-        raise InvalidArgumentError(f"control {name!r} has other prompts, or another order, than the activations: select the same from both")
+        raise InvalidArgumentError(f"control {name!r} has other prompts, or another order, than the activations: give both the same")
     if features.sizes["prompt"] != array.sizes["prompt"]:
         raise InvalidArgumentError(f"control {name!r} has {features.sizes['prompt']} prompts, expected {array.sizes['prompt']}")
     matrix = features if features.ndim == 2 else features.expand_dims("feature", axis=-1)

@@ -245,10 +245,7 @@ def _fit_entry(plan: Plan, task: Task, number: int, matrix: Array) -> Iterator[F
             rows = _project(plan, entry, seed, matrix) if entry.features == DIRECTION else matrix
             for which in range(len(plan.labels)):
                 at = (task.source, layer, number, fold, seed if random or len(plan.seeds) == 1 else -1)
-                if grams is not None and not entry.shuffled:
-                    solved = grams.solve(fold, plan.labels[which], strengths)
-                else:
-                    solved = None
+                solved = None if grams is None else grams.solve(fold, plan.labels[which], strengths)
                 for place, strength in enumerate(strengths):
                     where = (*at, place if grid else -1, which)
                     if solved is not None:
@@ -338,7 +335,7 @@ def _choose_strength(plan: Plan, entry: Entry, rows: Array, train: Array, values
         means.append(np.mean(scores) if plan.choose_by.larger_is_better else -np.mean(scores))
     if np.isnan(means).all():
         raise InvalidArgumentError(
-            f"no strength can be chosen by {plan.choose_by.name!r}, which is undefined for {entry.name!r}: choose_by='accuracy', or fewer inner folds"
+            f"no strength can be chosen by {plan.choose_by.name!r}, which is undefined for {entry.name!r}: use another, or fewer folds"
         )
     best = np.flatnonzero(np.asarray(means) == np.nanmax(means))
     return max(plan.strengths[place] for place in best)
@@ -353,4 +350,6 @@ def _named(plan: Plan, task: Task, entry: Entry) -> Iterator[None]:
         if isinstance(error, LmprobeZarrError):
             raise
         layer = _layer_name(plan, task)
-        raise InvalidArgumentError(f"{entry.name!r} cannot be fitted{f' on layer {layer}' * bool(layer)}: {' '.join(str(error).split())[:200]}") from error
+        raise InvalidArgumentError(
+            f"{entry.name!r} cannot be fitted{f' on layer {layer}' * bool(layer)}: {' '.join(str(error).split())[:200]}"
+        ) from error

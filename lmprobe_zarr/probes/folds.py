@@ -57,13 +57,13 @@ def plan_folds(
     # No prompt is in two groups, so groups keep repeated prompts together as well.
     kept = codes if groups is None else group_codes([], groups.codes[rows])
     strata = _strata(labels)
-    number = isinstance(cv, int | np.integer) and not isinstance(cv, bool)
+    counted = isinstance(cv, int | np.integer) and not isinstance(cv, bool)
     if isinstance(repeats, bool) or not isinstance(repeats, int | np.integer) or repeats < 1:
         raise InvalidArgumentError(f"repeats={repeats!r} is no number of repetitions: give a whole number of at least 1")
-    if repeats > 1 and not number:
+    if repeats > 1 and not counted:
         raise InvalidArgumentError(f"repeats={repeats!r} draws a number of folds anew: give cv as a number, such as 5")
     pairs: Iterable[Any]
-    if number:
+    if counted:
         _check_counts(labels, codes, groups, int(cv))
         grouped = groups is not None or int(codes.max()) + 1 < len(rows)
         splitters = [_splitter(int(cv), (random_state + repeat) % 2**32, strata=strata, grouped=grouped) for repeat in range(repeats)]
@@ -161,7 +161,8 @@ def _check_counts(labels: Sequence[Labels], codes: Array, groups: Groups | None,
         if counts.min() < n_splits:
             listed = ", ".join(f"{label!r}: {count}" for label, count in zip(classes.tolist(), counts.tolist(), strict=True))
             raise LabelError(
-                f"{n_splits} folds need {n_splits} different prompts of each class, but there are {{{listed}}}: use fewer folds or label more"
+                f"{n_splits} folds need {n_splits} different prompts of each class, but there are {{{listed}}}: "
+                "use fewer folds or label more"
             )
 
 

@@ -85,7 +85,7 @@ class FoldGrams:
         self.seconds = time.perf_counter() - started
 
     def solve(self, fold: int, labels: Labels, strengths: Sequence[float | None]) -> list[Solved] | None:
-        """One fit per strength; None where this fold needs scikit-learn's own, because a unit or a class is missing from its training rows."""
+        """One fit per strength; None where a class, or a unit's spread, is missing from the training rows: scikit-learn sees to that."""
         started = time.perf_counter()
         train, test = self._folds[fold]
         classes = labels.classes

@@ -133,8 +133,8 @@ def parse_labels(array: xr.DataArray, labels: Any, *, task: str = "classificatio
     columns = [_align(array, each, "label") for each in _sets(array, labels)]
     without = [_missing_rows(column) for column in columns]
     if missing == "raise":
-        for column, rows in zip(columns, without, strict=True):
-            _check_whole(array, column, "label", rows)
+        for column, lacking in zip(columns, without, strict=True):
+            _check_whole(array, column, "label", lacking)
     dropped = set().union(*without)
     rows = np.array([row for row in range(array.sizes["prompt"]) if row not in dropped], dtype=np.intp)
     if not len(rows):
@@ -180,7 +180,9 @@ def parse_sides(array: xr.DataArray, split: Any) -> Sides:
     sides = [np.array([row for row, value in enumerate(column.values) if value == side], dtype=np.intp) for side in ("train", "test")]
     if not all(map(len, sides)):
         others = sorted({str(value) for value in column.values if not _is_missing(value)})
-        raise LabelError(f"split {column.name!r} needs prompts of 'train' and of 'test', but holds {reprlib.repr(others)}: rename its values")
+        raise LabelError(
+            f"split {column.name!r} needs prompts of 'train' and of 'test', but holds {reprlib.repr(others)}: rename its values"
+        )
     return Sides(column.name, sides[0], sides[1])
 
 
@@ -330,7 +332,8 @@ def _check_whole(array: xr.DataArray, column: _Column, one: str, rows: list[int]
     if rows:
         drop = "leave them out with missing='drop'" if one == "label" else "drop them first with activations.isel(prompt=…)"
         raise LabelError(
-            f"{one}s {column.name!r} miss {len(rows)} of {len(column.values)} prompts ({show_prompts(array, rows)}): give each a {one}, or {drop}"
+            f"{one}s {column.name!r} miss {len(rows)} of {len(column.values)} prompts ({show_prompts(array, rows)}): "
+            f"give each a {one}, or {drop}"
         )
 
 
