@@ -24,6 +24,7 @@ from lmprobe_zarr.cache import (
 )
 from lmprobe_zarr.comparing import compare, confidence_intervals, selectivity
 from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_limit
+from lmprobe_zarr.directions import fit_directions
 from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats
@@ -70,6 +71,7 @@ __all__ = [
     "evict",
     "export_safetensors",
     "extract",
+    "fit_directions",
     "import_npy",
     "import_pt",
     "import_safetensors",

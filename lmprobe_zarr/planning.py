@@ -21,12 +21,12 @@ from lmprobe_zarr.probes import make_probe
 from lmprobe_zarr.probes.controls import Entry, list_entries, make_entry, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.probes.fits import Plan, Source, Task
 from lmprobe_zarr.probes.folds import group_codes, number_repeats, plan_folds
-from lmprobe_zarr.probes.labels import Groups, Labels, list_prompts, parse_groups, parse_labels, parse_sides
+from lmprobe_zarr.probes.labels import Groups, Labels, list_prompts, parse_groups, parse_label_sets, parse_sides
 from lmprobe_zarr.probes.metrics import Metric, parse_metrics
 from lmprobe_zarr.probes.pipelines import parse_preprocessing
 from lmprobe_zarr.schema import split_variable
 
-__all__ = ["SweepPlan", "plan_sweep"]
+__all__ = ["SweepPlan", "called", "check_activations", "check_seed", "layers_of", "plan_sweep"]
 
 Array = npt.NDArray[Any]
 
@@ -120,7 +120,7 @@ class SweepPlan:
                 for source, array in zip(plan.sources, self._arrays, strict=True)
             ],
             "model": self._attrs.get("model", ""),
-            "probes": [[entry.name, entry.control, entry.features, describe(entry.probe)] for entry in plan.entries],
+            "probes": [[entry.name, entry.control, entry.features, _describe(entry.probe)] for entry in plan.entries],
             "features of the controls": {
                 name: _digest(np.array(held) if isinstance(held, list) else held) if not isinstance(held, xr.Variable) else list(held.shape)
                 for name, held in plan.features.items()
@@ -136,7 +136,7 @@ class SweepPlan:
         return dict(json.loads(json.dumps(words)))
 
 
-def describe(probe: Any) -> str:
+def _describe(probe: Any) -> str:
     """A probe in words that are the same in every process."""
     if isinstance(probe, str):
         return probe
@@ -186,13 +186,13 @@ def plan_sweep(
     controls = parse_controls(controls)
     given, arrays = _checked(activations, controls)
     array = arrays[0]
-    seed = _seed(random_state)
+    seed = check_seed(random_state)
     if task not in ("classification", "regression"):
         raise InvalidArgumentError(f"task={task!r} is unknown: use 'classification' or 'regression'")
     if missing not in ("raise", "drop"):
         raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise' or 'drop'")
     several = _several_sets(array, labels)
-    learned = parse_labels(array, labels, task=task, missing=missing)
+    learned = parse_label_sets(array, labels, task=task, missing=missing)
     rows = learned[0].rows
     together = None if groups is None else parse_groups(array, groups, rows)
     chosen = _probes(probes, task)
@@ -290,15 +290,16 @@ def _checked(activations: Any, controls: Mapping[str, Any]) -> tuple[xr.Dataset 
             raise InvalidArgumentError(
                 f"the dataset holds no activations over prompt and hidden, only {listed or 'nothing'}: pool tokens first"
             )
-        return activations, tuple(_checked_array(array) for array in held.values())
+        return activations, tuple(check_activations(array) for array in held.values())
     if not isinstance(activations, xr.DataArray):
         raise InvalidTypeError(
             f"activations are an xarray.DataArray with dims {_DIMS}, or a Dataset of such, not {type(activations).__name__}"
         )
-    return None, (_checked_array(activations),)
+    return None, (check_activations(activations),)
 
 
-def _checked_array(activations: xr.DataArray) -> xr.DataArray:
+def check_activations(activations: xr.DataArray) -> xr.DataArray:
+    """The array itself, where it is one of activations; nothing is read."""
     dims = tuple(str(dim) for dim in activations.dims)
     if set(dims) not in (set(_DIMS), {"prompt", "hidden"}):
         remedy = "pool the tokens first, as in toks.lz.pool('mean')" if "token" in dims else "select or rename"
@@ -322,7 +323,7 @@ def _bare(variable: xr.Variable) -> xr.Variable:
 
 def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[Source, ...]]:
     """All layers, and each variable with its own among them."""
-    held = [_layers_of(array) for array in arrays]
+    held = [layers_of(array) for array in arrays]
     layers = np.array(list(dict.fromkeys(layer for each in held for layer in (each if each is not None else ())))) if any(
         each is not None for each in held
     ) else np.arange(1)  # fmt: skip
@@ -346,7 +347,8 @@ def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, t
     return layers, tuple(sources)
 
 
-def _layers_of(array: xr.DataArray) -> list[Any] | None:
+def layers_of(array: xr.DataArray) -> list[Any] | None:
+    """Its layers, or None where it has none."""
     if "layer" in array.coords:
         return list(np.atleast_1d(array.coords["layer"].values).tolist())
     return list(range(array.sizes["layer"])) if "layer" in array.dims else None
@@ -358,7 +360,8 @@ def _several_sets(array: xr.DataArray, labels: Any) -> bool:
     return isinstance(labels, list | tuple) and bool(labels) and all(isinstance(name, str) and name in array.coords for name in labels)
 
 
-def _seed(random_state: Any) -> int:
+def check_seed(random_state: Any) -> int:
+    """The seed, if it is one."""
     if isinstance(random_state, bool) or not isinstance(random_state, int | np.integer):
         raise InvalidTypeError(f"random_state={random_state!r} is not a whole number: sweeps are reproducible, give a seed such as 0")
     if not 0 <= random_state < 2**32:
@@ -374,7 +377,7 @@ def _seeds(seeds: Any, random_state: int) -> tuple[int, ...]:
     )
     if not listed or len(set(listed)) < len(listed):
         raise InvalidArgumentError(f"seeds={seeds!r} are no seeds: give a number of them, or different whole numbers such as [0, 1, 2]")
-    return tuple(_seed(one) for one in listed)
+    return tuple(check_seed(one) for one in listed)
 
 
 def _strengths(strengths: Any, entries: tuple[Entry, ...]) -> tuple[float, ...]:

@@ -140,11 +140,11 @@ def test_features_of_ones_own_are_a_control_and_matched_by_prompt() -> None:
 
 def test_shuffled_labels_are_dealt_to_prompts_whose_repeats_get_the_same() -> None:
     from lmprobe_zarr.probes.controls import shuffle_labels
-    from lmprobe_zarr.probes.labels import parse_labels
+    from lmprobe_zarr.probes.labels import parse_label_sets
 
     rows = np.r_[np.arange(N), np.arange(0, N, 3)]
     array = activations().isel(prompt=rows)
-    (labels,) = parse_labels(array, "label")
+    (labels,) = parse_label_sets(array, "label")
     folds = [(np.arange(80), np.arange(80, 120))]
     dealt = shuffle_labels(labels, rows, folds, 0)
     np.testing.assert_array_equal(dealt[N:], dealt[np.arange(0, N, 3)])

@@ -27,7 +27,7 @@ from lmprobe_zarr.probes.gram import FoldGrams, gram_worthwhile
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.metrics import NOT_STORED, Metric, Outcome, outcome_of, score_outcome
 
-__all__ = ["Fit", "NotFiniteError", "Plan", "Source", "Task", "fit_task", "fits_running"]
+__all__ = ["Fit", "NotFiniteError", "Plan", "Source", "Task", "bad_rows", "computable", "fit_task", "fits_running", "read_layer"]
 
 Array = npt.NDArray[Any]
 
@@ -175,7 +175,8 @@ def fit_task(plan: Plan, task: Task, values: Any) -> list[Fit]:
     if task.source < 0:
         found = [(entry, _constant_features(plan, task, entry)) for entry in task.entries]
     else:
-        matrix = _computable(_read_layer(plan, task) if values is None else values)
+        whole = plan.sources[task.source].activations
+        matrix = computable(values if whole is None else read_layer(whole, task.layer))
         del values
         if plan.sources[task.source].name and np.isnan(matrix).all():
             # Of several variables each has its own layers, and a dataset has NaN in those of the others.
@@ -192,11 +193,10 @@ def _not_stored(plan: Plan, task: Task, entry: int) -> Fit:
     return Fit((task.source, layer, entry, -1, -1, -1, -1), nothing, NOT_STORED, np.nan, True, np.nan, None)
 
 
-def _read_layer(plan: Plan, task: Task) -> Any:
-    whole = plan.sources[task.source].activations
-    assert whole is not None  # noqa: S101  (for mypy: the plan holds what no task is handed)
+def read_layer(whole: xr.Variable, layer: int) -> Any:
+    """One layer of a lazy variable, shape (prompt, hidden), dtype as it is stored."""
     # Sliced here, not by the caller: xarray caches what a lazy slice has read in the slice, and the graph would keep it.
-    sliced = whole.isel(layer=task.layer, missing_dims="ignore")
+    sliced = whole.isel(layer=layer, missing_dims="ignore")
     # Read before it is turned: a lazy transpose reads point by point.
     return sliced.values if sliced.dims[0] == "prompt" else sliced.values.T
 
@@ -207,12 +207,12 @@ def _constant_features(plan: Plan, task: Task, entry: int) -> Any:
         return np.array(features, dtype=object)
     if isinstance(features, xr.Variable):
         features = features.values if features.dims[0] == "prompt" else features.values.T
-    matrix = _computable(features)
+    matrix = computable(features)
     _check_finite(plan, task, entry, matrix)
     return matrix
 
 
-def _computable(values: Any) -> Array:
+def computable(values: Any) -> Array:
     """The layer in the float type that is fitted, rows contiguous: float64 as it is, all others that fit in float32."""
     values = np.asarray(values)
     wide = values.dtype.itemsize > {"f": 4, "i": 2, "u": 2}.get(values.dtype.kind, values.dtype.itemsize)
@@ -220,13 +220,17 @@ def _computable(values: Any) -> Array:
 
 
 def _check_finite(plan: Plan, task: Task, entry: int, matrix: Array) -> None:
+    bad = bad_rows(matrix, plan.labels[0].rows)
+    if bad:
+        raise NotFiniteError(task.layer, bad, task.source, entry)
+
+
+def bad_rows(matrix: Array, rows: Array) -> list[int]:
+    """Those of `rows` that hold NaN or infinity."""
     # Row sums in float64 show any NaN or infinity without a second matrix of truth values; float64 may overflow, so each is looked at.
     with np.errstate(over="ignore", invalid="ignore"):
         suspicious = np.flatnonzero(~np.isfinite(matrix.sum(axis=1, dtype=np.float64)))
-    rows = plan.labels[0].rows
-    bad = [int(row) for row in suspicious if row in rows and not np.isfinite(matrix[row]).all()]
-    if bad:
-        raise NotFiniteError(task.layer, bad, task.source, entry)
+    return [int(row) for row in np.intersect1d(suspicious, rows) if not np.isfinite(matrix[row]).all()]
 
 
 def _fit_entry(plan: Plan, task: Task, number: int, matrix: Array) -> Iterator[Fit]:

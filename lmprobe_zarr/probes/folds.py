@@ -24,14 +24,14 @@ Fold = tuple[Array, Array]
 
 
 def plan_folds(
-    labels: Sequence[Labels], prompts: Sequence[str], groups: Groups | None, cv: Any, random_state: int, *, repeats: int = 1
+    labels: Sequence[Labels] | Array, prompts: Sequence[str], groups: Groups | None, cv: Any, random_state: int, *, repeats: int = 1
 ) -> tuple[tuple[Fold, ...], str]:
     """Every fold, and what made them.
 
     Parameters
     ----------
-    labels : sequence of Labels
-        From :func:`~lmprobe_zarr.probes.labels.parse_labels`; only rows that have one are in a fold.
+    labels : sequence of Labels, or ndarray, shape (prompt,)
+        From :func:`~lmprobe_zarr.probes.labels.parse_label_sets`; only rows that have one are in a fold. An array is one set of classes.
     prompts : sequence of str, shape (prompt,)
         Rows of an equal prompt stay on one side.
     groups : Groups, optional
@@ -52,6 +52,8 @@ def plan_folds(
     LabelError
         Fewer groups, or fewer prompts of one class, than folds; or a fold trains on one class only.
     """
+    if isinstance(labels, np.ndarray):
+        labels = [Labels("labels", labels, np.unique(labels), np.arange(len(labels)))]
     rows, n = labels[0].rows, len(prompts)
     codes = group_codes([prompts[row] for row in rows], None)
     # No prompt is in two groups, so groups keep repeated prompts together as well.

@@ -19,7 +19,7 @@ import xarray as xr
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidTypeError, LabelError
 
-__all__ = ["Groups", "Labels", "Sides", "list_prompts", "parse_groups", "parse_labels", "parse_sides", "show_prompts"]
+__all__ = ["Groups", "Labels", "Sides", "list_prompts", "parse_groups", "parse_label_sets", "parse_labels", "parse_sides", "show_prompts"]
 
 Array = npt.NDArray[Any]
 
@@ -106,7 +106,7 @@ def show_prompts(array: xr.DataArray, rows: Iterable[int]) -> str:
     return shown + (", …" if len(rows) > _SHOWN else "")
 
 
-def parse_labels(array: xr.DataArray, labels: Any, *, task: str = "classification", missing: str = "raise") -> tuple[Labels, ...]:
+def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classification", missing: str = "raise") -> tuple[Labels, ...]:
     """The labels of each row: one set, or several of the same rows.
 
     Parameters
@@ -142,6 +142,13 @@ def parse_labels(array: xr.DataArray, labels: Any, *, task: str = "classificatio
     return tuple(_labels(column, rows, task) for column in columns)
 
 
+def parse_labels(array: xr.DataArray, labels: Any) -> tuple[str, Array]:
+    """The name of one set of classes that no row lacks, and its values, shape (prompt,); otherwise as :func:`parse_label_sets`."""
+    column = _align(array, labels, "label")
+    _check_whole(array, column, "label", _missing_rows(column))
+    return column.name, _classes(column)
+
+
 def _sets(array: xr.DataArray, labels: Any) -> list[Any]:
     if isinstance(labels, list | tuple) and labels and all(isinstance(name, str) and name in array.coords for name in labels):
         if len(set(labels)) < len(labels):
@@ -165,7 +172,7 @@ def _labels(column: _Column, rows: Array, task: str) -> Labels:
 
 
 def parse_sides(array: xr.DataArray, split: Any) -> Sides:
-    """The rows to learn from and those to test on, from values "train" and "test", read as :func:`parse_labels` reads labels.
+    """The rows to learn from and those to test on, from values "train" and "test", read as :func:`parse_label_sets` reads labels.
 
     Rows of any other value, such as "validation", and rows without one are on neither side.
 
@@ -187,7 +194,7 @@ def parse_sides(array: xr.DataArray, split: Any) -> Sides:
 
 
 def parse_groups(array: xr.DataArray, groups: Any, rows: Array | None = None) -> Groups:
-    """The group of each row, read as :func:`parse_labels` reads labels, but of any hashable values.
+    """The group of each row, read as :func:`parse_label_sets` reads labels, but of any hashable values.
 
     With `rows`, a group is needed for these rows only, and others stand in none of the values.
 
