@@ -82,9 +82,10 @@ def fit_directions(
     make = partial(_make, name, seed, task, preprocessing, strength)
     make()
     layers = layers_of(array) or [0]
-    from dask.base import compute
+    import dask.base
     from dask.delayed import delayed
 
+    compute: Any = dask.base.compute
     fit: Any = delayed(_fit_layer, pure=False)
     variable = array.variable
     lazy = variable.chunks is None and not variable._in_memory
