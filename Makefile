@@ -60,6 +60,7 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.reading
 	$(VENV)/bin/python -m benchmarks.streaming
 	$(VENV)/bin/python -m benchmarks.scale
+	$(VENV)/bin/python -m benchmarks.sweeps
 
 docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site

@@ -22,10 +22,13 @@ from lmprobe_zarr.cache import (
     evict,
     list_cached_prompts,
 )
+from lmprobe_zarr.comparing import compare, confidence_intervals, selectivity
 from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_limit
+from lmprobe_zarr.directions import fit_directions
 from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.planning import SweepPlan, plan_sweep
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.report import Report, report
 from lmprobe_zarr.store import Store, open_store
@@ -60,9 +63,12 @@ __all__ = [
     "Probe",
     "Report",
     "Store",
+    "SweepPlan",
     "TokenIndex",
     "cache_info",
     "clear_cache",
+    "compare",
+    "confidence_intervals",
     "config",
     "cosine_similarity",
     "discover_cached",
@@ -71,6 +77,7 @@ __all__ = [
     "evict",
     "export_safetensors",
     "extract",
+    "fit_directions",
     "fit_tokens",
     "import_npy",
     "import_pt",
@@ -83,9 +90,11 @@ __all__ = [
     "open_legacy",
     "open_store",
     "plan_extract",
+    "plan_sweep",
     "prompt_hash",
     "report",
     "score_tokens",
+    "selectivity",
     "set_cache_backend",
     "set_cache_dtype",
     "set_cache_limit",

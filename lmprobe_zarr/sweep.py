@@ -1,7 +1,7 @@
-"""Scores of probes over layers: labels and folds are settled once, then every layer is fitted on Dask.
+"""Scores of probes over layers: everything is settled first, then every layer is fitted on Dask, then scores are put together.
 
-Holds the call that users make, and how fits are spread over threads, processes or a cluster and gathered again. Never a
-store, a model or a plot; labels, folds and fits have rooms of their own in ``probes``.
+Holds the call that users make, and how fits are spread over threads, processes or a cluster. Planning, fits, the table of scores and
+its place on disk have rooms of their own. Never activations of its own, or a plot.
 """
 
 from __future__ import annotations
@@ -9,63 +9,117 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.cluster import check_client, run_on_client
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.probes import make_probe
-from lmprobe_zarr.probes.fits import Fit, NotFiniteError, Plan, fit_layer
-from lmprobe_zarr.probes.folds import plan_folds
-from lmprobe_zarr.probes.labels import list_prompts, parse_groups, parse_labels, show_prompts
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.gathering import Scores
+from lmprobe_zarr.planning import SweepPlan, called, plan_sweep
+from lmprobe_zarr.probes.fits import Fit, NotFiniteError, Plan, Task, fit_task
+from lmprobe_zarr.probes.labels import show_prompts
 from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.score_store import ScoreStore
 
 __all__ = ["sweep"]
 
 Array = npt.NDArray[Any]
-#: A layer's number and the numbers of the probes to fit on it.
-_Job = tuple[int, tuple[int, ...]]
+#: What to do with what a task found, by the task's number.
+_Finish = Callable[[int, list[Fit]], None]
 
-_DIMS = ("layer", "prompt", "hidden")
 _SCHEDULERS = ("threads", "processes", "synchronous")
 
 
 def sweep(
-    activations: xr.DataArray,
+    activations: xr.DataArray | xr.Dataset,
     labels: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any],
     probes: str | Iterable[Any] | Mapping[str, Any] = ("logistic_regression",),
-    cv: Any = 5,
+    cv: Any = None,
     *,
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
+    split: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
+    task: str = "classification",
+    metrics: str | Iterable[str] | None = None,
+    controls: str | Iterable[str] | Mapping[str, Any] | None = None,
+    preprocessing: str | None = None,
+    strengths: Iterable[float] | None = None,
+    inner_cv: int | None = None,
+    choose_by: str | None = None,
+    repeats: int = 1,
+    seeds: int | Iterable[int] | None = None,
+    missing: str = "raise",
+    predictions: bool = False,
+    out: Any = None,
+    storage_options: Mapping[str, Any] | None = None,
     random_state: int = 0,
     client: Any = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
-    """Scores of every probe on every layer and fold, as a dataset over ``layer, probe, fold``.
+    """Scores of every probe and control on every layer and fold, as a dataset over ``layer, probe, fold``.
 
     Parameters
     ----------
-    activations : DataArray of float, dims (layer, prompt, hidden) in any order
+    activations : DataArray of float, dims (layer, prompt, hidden) in any order; or Dataset of such
         What is fitted, exactly as given. Without ``layer`` it is one layer. A lazy array stays lazy: each task reads its own
         layer, one copy of which it holds at a time (float16 is computed in float32). Coordinates used where present:
-        ``layer``, ``prompt``, ``text``, ``model`` and the labels.
+        ``layer``, ``prompt``, ``text``, ``model`` and the labels. Of a dataset every variable over ``prompt`` and ``hidden`` is
+        fitted, and the result has the dim ``variable``.
     labels : str, DataArray, mapping or array
         The name of a coordinate over ``prompt``; a DataArray over ``prompt``, matched by prompt, whatever its order; a
-        mapping from text or prompt hash to label; or values in the order of ``activations.prompt``.
+        mapping from text or prompt hash to label; or values in the order of ``activations.prompt``. Several sets, each
+        learned by itself on the same folds, are a list of coordinates' names or a DataArray over ``prompt`` and one more
+        dimension; the result then has the dim ``label``.
     probes : names, {name: estimator}, or a list of names and estimators
         See :func:`lmprobe_zarr.probes.named_probes`. An estimator in a list is called by its class's name.
     cv : int, scikit-learn splitter, or iterable of (train, test)
-        The same folds for every layer and probe. A number means stratified shuffled folds; where prompts repeat, all rows of
-        one prompt lie in one fold. Pairs hold row numbers or truth values over the prompts.
+        The same folds for every layer and probe; 5 without `cv` and `split`. A number means shuffled folds, stratified by the label
+        of a classification (by none of several); where prompts repeat, all rows of one prompt lie in one fold. Pairs hold row
+        numbers or truth values over the prompts.
     groups : str, DataArray, mapping or array, optional
         Prompts of an equal group, such as a pair of sentences or a source, never lie on both sides of a fold. Given as
         `labels` are, but of any values that have a hash. With a number as `cv`, as many groups at least; splitters of
         scikit-learn that know no groups, and pairs, are checked.
+    split : str, DataArray, mapping or array, optional
+        One held-out split instead of folds: prompts whose value is "train" are learned from, those of "test" scored, others left out.
+    task : {"classification", "regression"}
+        Labels are classes, or numbers. The default probe of a regression is ``ridge_regression``.
+    metrics : names, optional
+        Of a classification "accuracy" and "auroc" (the default), "balanced_accuracy", "f1", "precision", "recall", "auprc", "log_loss",
+        "brier", "ece" and "recall_at_fpr_0.01" with any rate; of a regression "r2" and "mae" (the default), "spearman". See
+        :mod:`lmprobe_zarr.probes.metrics` for what each means.
+    controls : names, or {name: features}, optional
+        Entries beside the probes that a good score has to beat: "shuffled_labels", "bag_of_words", "tfidf", "length", "perplexity",
+        "layer_0", "embed", "random_direction", "majority"; see :data:`lmprobe_zarr.probes.controls.CONTROLS`. Features of one's own
+        are numbers, one row per prompt. The coordinate ``kind`` tells controls from probes.
+    preprocessing : str, optional
+        In front of every probe, instead of its own standardisation: "standard", "per_layer", "pca:50", or several with "+".
+    strengths : sequence of float, optional
+        Regularisation strengths, larger being stronger (``alpha``, or 1 / ``C``), each fitted: the result has the dim ``strength``, along
+        which probes without one are constant. With `inner_cv` the best is chosen.
+    inner_cv : int, optional
+        Folds within each training fold by which one of the strengths is chosen; the chosen one is fitted on the whole training fold, and
+        ``chosen_strength`` tells it. Groups stay together in them too.
+    choose_by : str, optional
+        The metric by which; the first of `metrics` if not given.
+    repeats : int
+        How often a number of folds is drawn anew; the dim ``fold`` holds all, ``repeat`` says which.
+    seeds : int or sequence of int, optional
+        Seeds of fits and shuffled labels, each fitted on the same folds: the result has the dim ``seed``. What draws nothing is
+        fitted once.
+    missing : {"raise", "drop"}
+        What happens to prompts without a label.
+    predictions : bool
+        Whether ``predicted``, ``score`` and ``probability`` of every prompt are kept, each from the fold that tests it, as
+        :func:`lmprobe_zarr.confidence_intervals` needs them.
+    out : path or URL, optional
+        A Zarr store to which the scores of each layer are written as soon as it is done, and from which the same call takes what is
+        there already, in whatever process: an interrupted sweep goes on. ``xarray.open_zarr`` opens it at any time.
+    storage_options : mapping, optional
+        For `out`, as fsspec takes them.
     random_state : int
         Seeds folds and fits. Each fit's seed depends only on it and on the names of layer, probe and fold, so scores are the
         same bit for bit on every scheduler and for any selection of layers. (Exception: estimators of the caller's that draw
@@ -82,9 +136,10 @@ def sweep(
     Returns
     -------
     Dataset
-        ``accuracy``, ``auroc`` (0 to 1; NaN where undefined, with the reasons in its attribute ``nan_reasons``),
-        ``fit_seconds`` (wall time of the fit alone), ``converged`` (False: stopped at its iteration limit), each (layer, probe,
-        fold); ``n_train`` and ``n_test`` (fold). Attributes name labels, groups, classes, class counts, the share of the largest class
+        A variable for each metric (NaN where undefined, with the reasons in its attribute ``nan_reasons``),
+        ``fit_seconds`` (wall time of the fit alone), ``converged`` (False: stopped at its iteration limit), each over layer, probe,
+        fold and what further dims were asked for; ``n_train`` and ``n_test`` (fold). Coordinates ``kind`` and ``control`` over
+        ``probe``. Attributes name labels, groups, classes, class counts, the share of the largest class
         (``majority_share``), folds, estimators and versions.
 
     Raises
@@ -92,8 +147,9 @@ def sweep(
     InvalidTypeError
         An argument of another type than named above.
     InvalidArgumentError
-        Other dimensions, no prompts or layers, activations that are NaN or infinite, an unknown probe, folds that do not fit
-        or that would put one prompt or group on both sides.
+        Other dimensions, no prompts or layers, activations that are NaN or infinite, an unknown probe, metric or control, a metric that
+        needs probabilities of an estimator without, folds that do not fit or that would put one prompt or group on both sides, or
+        an `out` that holds the scores of another sweep.
     LabelError
         Labels are missing, of another length, contradictory, continuous, all the same, or too few of one class. Groups are
         missing, of another length, fewer than the folds, or one prompt is in two.
@@ -108,109 +164,38 @@ def sweep(
     While fits run in a process, BLAS is limited to one thread there: one fit per core beats many cores per fit
     (measured 2 to 5 times).
     """
-    array = _checked(activations)
-    seed = _seed(random_state)
-    name, y = parse_labels(array, labels)
-    together = None if groups is None else parse_groups(array, groups)
-    chosen = _probes(probes)
-    estimators = [make_probe(probe, seed) for probe in chosen.values()]
-    folds, described = plan_folds(y, list_prompts(array), together, cv, seed)
-    layers = np.atleast_1d(array.coords["layer"].values) if "layer" in array.coords else np.arange(array.sizes.get("layer", 1))
-    _run_options(client, scheduler, n_workers)
-
-    variable = _bare(array.variable)
-    in_memory = variable.chunks is None and variable._in_memory
-    plan = Plan(
-        activations=variable if variable.chunks is None and not in_memory else None,
-        labels=y,
-        folds=folds,
-        layers=tuple(str(layer) for layer in layers),
-        probes=tuple(chosen.items()),
-        random_state=seed,
-    )
+    plan = plan_sweep(
+        activations, labels, probes, cv, groups=groups, split=split, task=task, metrics=metrics, controls=controls,
+        preprocessing=preprocessing, strengths=strengths, inner_cv=inner_cv, choose_by=choose_by, repeats=repeats, seeds=seeds,
+        missing=missing, predictions=predictions, random_state=random_state,
+    )  # fmt: skip
+    _check_run(client, scheduler, n_workers)
+    scores = Scores(plan)
+    place = None if out is None else ScoreStore(out, plan.fingerprint(), storage_options)
+    if place is not None:
+        # First, so that a place that cannot be written, or is another sweep's, is known before anything is fitted.
+        place.create(scores.columns(), scores.piece(0, 0))
+        place.load(scores)
     try:
-        fits = _run(plan, variable, client=client, scheduler=scheduler or "threads", n_workers=n_workers, progress=progress)
+        _run(plan, scores, place, client=client, scheduler=scheduler or "threads", n_workers=n_workers, progress=progress)
     except NotFiniteError as problem:
-        raise InvalidArgumentError(
-            f"layer {layers[problem.layer]} of {_called(array)} is NaN or infinite for {len(problem.rows)} of {len(y)} prompts "
-            f"({show_prompts(array, problem.rows)}): "
-            "drop them with .dropna('prompt'), or extract them again (float16 overflows at 65504)"
-        ) from None
-
-    scores = _dataset(plan, fits, layers)
-    classes, counts = np.unique(y, return_counts=True)
-    scores.attrs = {
-        "labels": name,
-        "classes": classes.tolist(),
-        "class_counts": counts.tolist(),
-        "majority_share": float(counts.max() / counts.sum()),
-        "groups": together.name if together is not None else "",
-        "cv": described,
-        "random_state": seed,
-        "variable": str(activations.name) if activations.name is not None else "",
-        "estimators": [" ".join(repr(estimator).split()) for estimator in estimators],
-        "versions": _versions(),
-        "n_unconverged": int((~scores["converged"]).sum()),
-    }
-    if "model" in activations.coords and activations.coords["model"].ndim == 0:
-        scores = scores.assign_coords(model=str(activations.coords["model"].item()))
-        scores.attrs["model"] = str(activations.coords["model"].item())
-    if scores.attrs["n_unconverged"]:
+        raise _not_finite(plan, problem) from None
+    found = scores.dataset()
+    if place is not None:
+        place.finish(found)
+    if found.attrs["n_unconverged"]:
         from sklearn.exceptions import ConvergenceWarning
 
         warnings.warn(
-            f"{scores.attrs['n_unconverged']} of {scores['converged'].size} fits stopped at their iteration limit: "
+            f"{found.attrs['n_unconverged']} of {found['converged'].size} fits stopped at their iteration limit: "
             "scores.converged says which; give an estimator with a larger max_iter, or standardise",
             ConvergenceWarning,
             stacklevel=2,
         )
-    return scores
+    return found
 
 
-# -- what is given ---------------------------------------------------------------------------------------------------------
-
-
-def _called(activations: xr.DataArray) -> str:
-    return repr(str(activations.name)) if activations.name is not None else "the activations"
-
-
-def _checked(activations: Any) -> xr.DataArray:
-    """The array itself; nothing is read."""
-    if isinstance(activations, xr.Dataset):
-        variables = ", ".join(str(name) for name in activations.data_vars)
-        raise InvalidTypeError(f"sweep takes one variable, not a whole dataset: give ds[name], with one of {variables or 'no variables'}")
-    if not isinstance(activations, xr.DataArray):
-        raise InvalidTypeError(f"activations are an xarray.DataArray with dims {_DIMS}, not {type(activations).__name__}")
-    dims = tuple(str(dim) for dim in activations.dims)
-    if set(dims) not in (set(_DIMS), {"prompt", "hidden"}):
-        remedy = "pool the tokens first, as in toks.lz.pool('mean')" if "token" in dims else "select or rename"
-        raise InvalidArgumentError(f"{_called(activations)} has dims {dims}, expected layer (or none), prompt and hidden: {remedy}")
-    empty = [dim for dim in dims if not activations.sizes[dim]]
-    if empty:
-        raise InvalidArgumentError(f"{_called(activations)} has no {' and no '.join(empty)}: there is nothing to fit")
-    # ml_dtypes' bfloat16 has kind "V", as structured types have, but no fields.
-    if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
-        raise InvalidTypeError(f"{_called(activations)} has dtype {activations.dtype}, expected real numbers")
-    return activations
-
-
-def _bare(variable: xr.Variable) -> xr.Variable:
-    """The variable without attributes, which need not travel to the workers; a lazy one stays lazy."""
-    bare = variable.copy(deep=False)
-    bare.attrs = {}
-    bare.encoding = {}
-    return bare
-
-
-def _seed(random_state: Any) -> int:
-    if isinstance(random_state, bool) or not isinstance(random_state, int | np.integer):
-        raise InvalidTypeError(f"random_state={random_state!r} is not a whole number: sweeps are reproducible, give a seed such as 0")
-    if not 0 <= random_state < 2**32:
-        raise InvalidArgumentError(f"random_state={random_state!r} is out of range: give a seed from 0 to 2**32 - 1")
-    return int(random_state)
-
-
-def _run_options(client: Any, scheduler: str | None, n_workers: int | None) -> None:
+def _check_run(client: Any, scheduler: str | None, n_workers: int | None) -> None:
     if client is not None and (scheduler is not None or n_workers is not None):
         raise InvalidArgumentError("client and scheduler or n_workers were given: a client brings its own workers, leave the others out")
     if client is not None:
@@ -221,140 +206,114 @@ def _run_options(client: Any, scheduler: str | None, n_workers: int | None) -> N
         raise InvalidArgumentError(f"n_workers={n_workers!r} leaves nobody to work: give at least 1")
 
 
-def _probes(probes: Any) -> dict[str, Any]:
-    """Name to probe, in the caller's order."""
-    if isinstance(probes, Mapping):
-        pairs = list(probes.items())
+def _not_finite(plan: SweepPlan, problem: NotFiniteError) -> InvalidArgumentError:
+    array = plan._arrays[max(problem.source, 0)]
+    if problem.source < 0:
+        where = f"control {plan._fits.entries[problem.entry].name!r}"
     else:
-        listed = [probes] if isinstance(probes, str) or hasattr(probes, "fit") or not isinstance(probes, Iterable) else list(probes)
-        pairs = [(probe if isinstance(probe, str) else type(probe).__name__, probe) for probe in listed]
-    if not pairs:
-        raise InvalidArgumentError("probes is empty: name at least one, such as 'logistic_regression'")
-    chosen: dict[str, Any] = {}
-    for name, probe in pairs:
-        if not isinstance(name, str):
-            raise InvalidTypeError(f"a probe is named by a text, not {name!r}")
-        if name in chosen:
-            raise InvalidArgumentError(f"two probes are called {name!r}: tell them apart with a mapping, {{'name': estimator, …}}")
-        make_probe(probe)
-        chosen[name] = probe
-    return chosen
+        place = plan._fits.sources[problem.source].layers[problem.layer]
+        where = f"layer {plan.layers[place]} of {called(array)}" if place >= 0 else called(array)
+    n = plan.n_prompts
+    return InvalidArgumentError(
+        f"{where} is NaN or infinite for {len(problem.rows)} of {n} prompts ({show_prompts(array, problem.rows)}): "
+        "drop them with .dropna('prompt'), or extract them again (float16 overflows at 65504)"
+    )
 
 
 # -- execution -------------------------------------------------------------------------------------------------------------
 
 
-def _run(plan: Plan, variable: xr.Variable, *, client: Any, scheduler: str, n_workers: int | None, progress: bool) -> list[Fit]:
+def _run(
+    plan: SweepPlan, scores: Scores, place: ScoreStore | None, *, client: Any, scheduler: str, n_workers: int | None, progress: bool
+) -> None:
+    """Fit what is missing, and enter and write it as it comes."""
     if client is not None:
         workers = sum(client.nthreads().values())
     else:
         from dask.system import CPU_COUNT
 
         workers = n_workers or CPU_COUNT
-    # With enough layers each is read once for all of its probes.
-    every = tuple(range(len(plan.probes)))
-    batches = [every] if len(plan.layers) >= workers else [(probe,) for probe in every]
-    jobs = [(layer, batch) for layer in range(len(plan.layers)) for batch in batches]
-    with progress_bar(len(jobs), description="sweep", unit="task", enabled=progress) as advance:
+    every = plan.tasks(workers)
+    tasks = [task for task in every if scores.missing(task)]
+    written = set(scores.whole())
+    with progress_bar(len(every), description="sweep", unit="task", enabled=progress) as advance:
+        advance(len(every) - len(tasks))
+
+        def finish(number: int, fits: list[Fit]) -> None:
+            scores.enter(tasks[number], fits)
+            if place is not None:
+                for source, layer in sorted(set(scores.whole()) - written):
+                    written.add((source, layer))
+                    place.write(source, layer, scores.piece(source, layer))
+            advance(1)
+
         if client is not None:
-            done = _run_on_client(plan, variable, jobs, advance, client=client, in_flight=2 * max(1, workers))
+            _run_on_client(plan, tasks, finish, client=client, in_flight=2 * max(1, workers))
         else:
-            done = _run_here(plan, variable, jobs, advance, scheduler=scheduler, workers=workers)
-    return [fit for fits in done for fit in fits]
+            _run_here(plan, tasks, finish, scheduler=scheduler, workers=workers, in_order=place is not None)
 
 
-def _layer_values(plan: Plan, variable: xr.Variable, layer: int) -> Any:
+def _layer_values(plan: SweepPlan, task: Task) -> Any:
     """What a task is handed: nothing (it reads), the values in memory, or a dask array."""
-    return None if plan.activations is not None else variable.isel(layer=layer, missing_dims="ignore").transpose("prompt", "hidden").data
+    if task.source < 0 or plan._fits.sources[task.source].activations is not None:
+        return None
+    variable = plan._arrays[task.source].variable
+    return variable.isel(layer=task.layer, missing_dims="ignore").transpose("prompt", "hidden").data
 
 
-def _run_here(
-    plan: Plan, variable: xr.Variable, jobs: Sequence[_Job], advance: Callable[[int], None], *, scheduler: str, workers: int
-) -> list[list[Fit]]:
+def _run_here(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, scheduler: str, workers: int, in_order: bool) -> None:
     import dask.base
     from dask.callbacks import Callback
     from dask.delayed import delayed
 
     callback: Any = Callback
     compute: Any = dask.base.compute
-    shared = delayed(plan, traverse=False, pure=False)
-    fit = delayed(fit_layer, pure=False)
-    tasks = [fit(shared, layer, _layer_values(plan, variable, layer), probes) for layer, probes in jobs]
-    keys: set[Hashable] = {task.key for task in tasks}
+    shared = delayed(plan._fits, traverse=False, pure=False)
+    fit = delayed(fit_task, pure=False)
+    # Named by their place, so that Dask takes them in the same order every time.
+    names = [f"sweep-{shared.key}-{number:09d}" for number in range(len(tasks))]
+    jobs = [fit(shared, task, _layer_values(plan, task), dask_key_name=name) for task, name in zip(tasks, names, strict=True)]
+    numbers: dict[Hashable, int] = {job.key: number for number, job in enumerate(jobs)}
 
-    def posttask(key: Hashable, *_: object) -> None:
-        if key in keys:
-            advance(1)
+    def posttask(key: Hashable, fits: list[Fit], *_: object) -> None:
+        if key in numbers:
+            finish(numbers[key], fits)
 
+    # Where scores are written, what other layers wait for comes first; Dask's own order is another.
+    first = sum(map(plan.spreads, tasks)) if in_order else 0
     with callback(posttask=posttask):
-        return list(compute(*tasks, scheduler=scheduler, num_workers=workers))
+        for some in (jobs[:first], jobs[first:]):
+            compute(*some, scheduler=scheduler, num_workers=workers)
 
 
-def _run_on_client(
-    plan: Plan, variable: xr.Variable, jobs: Sequence[_Job], advance: Callable[[int], None], *, client: Any, in_flight: int
-) -> list[list[Fit]]:
+def _run_on_client(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, client: Any, in_flight: int) -> None:
     from dask.delayed import delayed
 
-    shared = client.submit(_itself, plan, pure=False)
-    sent: dict[int, Any] = {}
+    shared = client.submit(_itself, plan._fits, pure=False)
+    sent: dict[tuple[int, int], Any] = {}
+    futures: dict[int, Any] = {}
 
-    def start(layer: int, probes: tuple[int, ...]) -> Any:
-        values = _layer_values(plan, variable, layer)
+    def start(number: int) -> Any:
+        task = tasks[number]
+        values = _layer_values(plan, task)
         if hasattr(values, "__dask_graph__"):
-            return client.compute(delayed(fit_layer, pure=False)(shared, layer, values, probes))
-        if values is not None:
-            # As arguments they would be copied through the scheduler, which warns of it.
-            if layer not in sent:
-                sent.clear()
-                sent[layer] = client.scatter(values, hash=False)
-            values = sent[layer]
-        return client.submit(fit_layer, shared, layer, values, probes, pure=False)
+            future = client.compute(delayed(fit_task, pure=False)(shared, task, values))
+        else:
+            at = (task.source, task.layer)
+            if values is not None:
+                # As arguments they would be copied through the scheduler, which warns of it.
+                if at not in sent:
+                    sent.clear()
+                    sent[at] = client.scatter(values, hash=False)
+                values = sent[at]
+            future = client.submit(fit_task, shared, task, values, pure=False)
+        futures[number] = future
+        return future
 
     # Values are sent only as fast as they are fitted, so that few lie in the workers' memory.
-    starts = [partial(start, layer, probes) for layer, probes in jobs]
-    return cast("list[list[Fit]]", run_on_client(client, starts, in_flight, lambda _: advance(1)))
+    starts = [partial(start, number) for number in range(len(tasks))]
+    run_on_client(client, starts, in_flight, lambda number: finish(number, futures.pop(number).result()))
 
 
 def _itself(plan: Plan) -> Plan:
     return plan
-
-
-# -- what comes back -------------------------------------------------------------------------------------------------------
-
-
-def _dataset(plan: Plan, fits: Iterable[Fit], layers: Array) -> xr.Dataset:
-    shape = (len(plan.layers), len(plan.probes), len(plan.folds))
-    found = {name: np.full(shape, np.nan) for name in ("accuracy", "auroc", "fit_seconds")}
-    ended = np.zeros(shape, dtype=bool)
-    reasons: dict[str, set[str]] = {}
-    for fit in fits:
-        at = (fit.layer, fit.probe, fit.fold)
-        found["accuracy"][at], found["auroc"][at], found["fit_seconds"][at], ended[at] = fit.accuracy, fit.auroc, fit.seconds, fit.converged
-        if fit.nan_reason:
-            reasons.setdefault(fit.nan_reason, set()).add(plan.probes[fit.probe][0])
-    nan_reasons = [f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items())]
-    dims = ("layer", "probe", "fold")
-    described = {
-        "accuracy": {"long_name": "accuracy", "units": "1"},
-        "auroc": {
-            "long_name": "area under the ROC curve",
-            "units": "1",
-            **({"nan_reasons": nan_reasons} if nan_reasons else {}),
-        },
-        "fit_seconds": {"long_name": "wall time of the fit", "units": "s"},
-    }
-    return xr.Dataset(
-        {
-            **{name: (dims, values, described[name]) for name, values in found.items()},
-            "converged": (dims, ended, {"long_name": "fit ended before its iteration limit"}),
-            "n_train": ("fold", np.array([len(train) for train, _ in plan.folds])),
-            "n_test": ("fold", np.array([len(test) for _, test in plan.folds])),
-        },
-        coords={"layer": layers, "probe": [name for name, _ in plan.probes], "fold": np.arange(len(plan.folds))},
-    )
-
-
-def _versions() -> list[str]:
-    from importlib.metadata import version
-
-    return [f"{package} {version(package)}" for package in ("lmprobe-zarr", "scikit-learn", "numpy", "xarray", "dask")]

@@ -158,6 +158,31 @@ def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixtu
     np.testing.assert_allclose([row["accuracy"] for row in document["scores"]], ours.accuracy.mean("fold").values[:, 0])
 
 
+def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = [
+        "sweep",
+        stored,
+        "--variable",
+        "resid_mean",
+        "--cv",
+        "2",
+        "--controls",
+        "majority,shuffled_labels",
+        "--metrics",
+        "f1,log_loss",
+    ]
+    code, out, _ = call(capsys, *options, "--dry-run")
+    assert code == 0
+    assert "controls   majority, shuffled_labels:logistic_regression" in out
+    document = call_json(capsys, *options, "--out", str(tmp_path / "scores"))
+    assert {row["kind"] for row in document["scores"]} == {"probe", "control"}
+    assert {"f1", "log_loss", "f1_std", "log_loss_std"} < set(document["scores"][0])
+    assert call_json(capsys, *options, "--out", str(tmp_path / "scores")) == document
+    assert call_json(capsys, *options, "--dry-run")["fits"] > 0
+    code, out, _ = call(capsys, *options)
+    assert out.splitlines()[0].split() == ["layer", "probe", "f1", "log_loss"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -372,7 +372,7 @@ def test_preprocessing_is_read_as_lmprobe_reads_it(spec: Any, components: int | 
 @pytest.mark.parametrize(
     ("spec", "components", "error", "message"),
     [
-        ("whiten", None, InvalidArgumentError, "no preprocessing step 'whiten': use 'standard', 'pca:N'"),
+        ("whiten", None, InvalidArgumentError, "no preprocessing step 'whiten': use 'standard', 'per_layer', 'pca:N'"),
         ("", None, InvalidArgumentError, "no preprocessing step ''"),
         ("standard:3", None, InvalidArgumentError, "no preprocessing step 'standard:3'"),
         ("pca", None, InvalidArgumentError, "does not say how many components: give 'pca:50', or pca_components=50"),

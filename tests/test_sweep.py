@@ -187,7 +187,7 @@ def test_a_text_is_matched_before_its_hash_since_token_ids_have_another() -> Non
         (np.stack([Y, Y]), r"shape \(2, 60\)"),
         ([0] * PROMPTS, "all 60 labels 'labels' are 0: .*two classes"),
         ([0] * 57 + [1] * 3, r"5 folds need 5 different prompts of each class, but there are \{0: 57, 1: 3\}"),
-        ([*Y[:-2].tolist(), None, np.nan], f"miss 2 of 60 prompts .{prompt_hash(TEXTS[58])}, {prompt_hash(TEXTS[59])}.: .*isel"),
+        ([*Y[:-2].tolist(), None, np.nan], f"miss 2 of 60 prompts .{prompt_hash(TEXTS[58])}, {prompt_hash(TEXTS[59])}.: .*missing='drop'"),
         (Y + 0.25, "continuous"),
         ([*Y[:-1].tolist(), "yes"], "hold int, str"),
         ([[0], [1]] * 30, "hold sequences"),
@@ -393,7 +393,7 @@ def test_large_finite_values_are_not_taken_for_infinite() -> None:
 @pytest.mark.parametrize(
     ("array", "error", "message"),
     [
-        (activations().to_dataset(), InvalidTypeError, "one variable, not a whole dataset.*resid_mean"),
+        (activations().rename(hidden="vocab").to_dataset(), InvalidArgumentError, "holds no activations.*resid_mean"),
         (values(), InvalidTypeError, "not ndarray"),
         (activations().rename(prompt="token"), InvalidArgumentError, r"dims \('layer', 'token', 'hidden'\).*pool the tokens first"),
         (activations()[:, :0], InvalidArgumentError, "no prompt"),

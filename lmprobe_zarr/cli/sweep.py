@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import xarray as xr
+
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.errors import InvalidArgumentError
@@ -20,18 +22,62 @@ def add_sweep(commands: Any) -> None:
     add_choice(command)
     command.add_argument("--variable", help="what to fit on (default: resid_last_token, or the only one that is stored)")
     command.add_argument("--labels", default="label", help="column with the labels (default: %(default)s)")
+    command.add_argument("--task", default="classification", choices=("classification", "regression"), help="(default: %(default)s)")
     command.add_argument("--groups", help="column whose equal values stay in one fold")
+    command.add_argument("--split", help="column that says train or test, instead of folds")
     command.add_argument("--probes", default="logistic_regression", help="names, separated by commas (default: %(default)s)")
+    command.add_argument("--controls", default="", help="names of controls, separated by commas, such as shuffled_labels,bag_of_words")
+    command.add_argument("--metrics", help="names, separated by commas (default: accuracy,auroc; of a regression r2,mae)")
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
-    command.add_argument("--cv", type=int, default=5, help="number of folds (default: %(default)s)")
+    command.add_argument("--cv", type=int, help="number of folds (default: 5)")
+    command.add_argument("--repeats", type=int, default=1, help="how often the folds are drawn anew (default: %(default)s)")
+    command.add_argument("--missing", default="raise", choices=("raise", "drop"), help="what to do with prompts without a label")
     command.add_argument("--random-state", type=int, default=0, help="seed of folds and fits (default: %(default)s)")
-    command.add_argument("--plot", metavar="FILE", help="draw accuracy by layer into this file (.png, .pdf, .svg)")
+    command.add_argument(
+        "--out", metavar="PLACE", help="write the scores of each layer there when it is done, and go on with what is there"
+    )
+    command.add_argument("--dry-run", action="store_true", help="print what would be fitted and read, and stop")
+    command.add_argument("--plot", metavar="FILE", help="draw the first metric by layer into this file (.png, .pdf, .svg)")
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    from lmprobe_zarr.planning import plan_sweep
     from lmprobe_zarr.plots import plot_scores, save_plot
     from lmprobe_zarr.sweep import sweep
 
+    data, variable = _chosen(options)
+    if options.plot and not Path(options.plot).absolute().parent.is_dir():
+        raise InvalidArgumentError(f"--plot {options.plot!r}: there is no folder {str(Path(options.plot).parent)!r}")
+    arguments: dict[str, Any] = {
+        "labels": options.labels, "probes": split_names(options.probes), "cv": options.cv, "groups": options.groups,
+        "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
+        "controls": split_names(options.controls) or None, "repeats": options.repeats, "missing": options.missing,
+        "random_state": options.random_state,
+    }  # fmt: skip
+    if options.dry_run:
+        plan = plan_sweep(data[variable], **arguments)
+        if options.json:
+            print_json({"fits": plan.n_fits, "tasks": plan.n_tasks, "nbytes": plan.nbytes, "layers": list(plan.layers)})
+        else:
+            print(plan)
+        return
+    scores = sweep(data[variable], **arguments, out=options.out, progress=not options.json)
+    metrics = [
+        str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and "probe" in held.dims and "units" in held.attrs
+    ]
+    metrics.remove("fit_seconds")
+    rows = _rows(scores, metrics)
+    if options.json:
+        print_json({"model": str(data.model.values), "variable": variable, "labels": options.labels, "scores": rows})
+    else:
+        _print_table(rows, metrics)
+    if options.plot:
+        save_plot(plot_scores(scores, metrics[0]), options.plot)
+        if not options.json:
+            print(f"picture: {Path(options.plot)}")
+
+
+def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
     store = open_store(options.store, mode="r")
     data = store.dataset(options.model, layers=parse_layers(options.layers), group=options.group)
     names = list(map(str, data.data_vars))
@@ -40,28 +86,29 @@ def _sweep(options: argparse.Namespace) -> None:
         raise InvalidArgumentError(
             f"{variable!r} is not stored per prompt: there is {', '.join(names) or 'nothing'}; choose with --variable"
         )
-    if options.plot and not Path(options.plot).absolute().parent.is_dir():
-        raise InvalidArgumentError(f"--plot {options.plot!r}: there is no folder {str(Path(options.plot).parent)!r}")
-    scores = sweep(
-        data[variable], labels=options.labels, probes=split_names(options.probes), cv=options.cv, groups=options.groups,
-        random_state=options.random_state, progress=not options.json,
-    )  # fmt: skip
-    means, spread = scores[["accuracy", "auroc"]].mean("fold"), scores[["accuracy", "auroc"]].std("fold")
-    rows = [
-        {"layer": int(layer), "probe": str(probe), **{m: float(means[m].sel(layer=layer, probe=probe)) for m in means},
-         **{f"{m}_std": float(spread[m].sel(layer=layer, probe=probe)) for m in spread}}
-        for layer in scores.layer.values for probe in scores.probe.values
-    ]  # fmt: skip
-    if options.json:
-        print_json({"model": str(data.model.values), "variable": variable, "labels": options.labels, "scores": rows})
-        if options.plot:
-            save_plot(plot_scores(scores), options.plot)
-        return
+    # A control needs the perplexity beside the activations, as a coordinate of them.
+    if "perplexity" in split_names(options.controls) and "perplexity" in data:
+        data = data.assign_coords(perplexity=data.perplexity.sel(statistic="mean", drop=True))
+    return data, str(variable)
+
+
+def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
+    means, spread = scores[metrics].mean("fold"), scores[metrics].std("fold")
+    rows = []
+    for layer in scores.layer.values:
+        for probe, kind in zip(scores.probe.values, scores.kind.values, strict=True):
+            at = {"layer": layer, "probe": probe}
+            row: dict[str, Any] = {"layer": int(layer), "probe": str(probe), "kind": str(kind)}
+            row |= {metric: float(means[metric].sel(at)) for metric in metrics}
+            row |= {f"{metric}_std": float(spread[metric].sel(at)) for metric in metrics}
+            rows.append(row)
+    return rows
+
+
+def _print_table(rows: list[dict[str, Any]], metrics: list[str]) -> None:
     width = max(len(row["probe"]) for row in rows) + 2
-    print(f"layer  {'probe':<{width}}{'accuracy':<17}auroc")
+    columns = [max(17, len(metric) + 2) for metric in metrics]
+    print(f"layer  {'probe':<{width}}" + "".join(f"{metric:<{column}}" for metric, column in zip(metrics, columns, strict=True)).rstrip())
     for row in rows:
-        cells = [f"{row[m]:.3f} ± {row[f'{m}_std']:.3f}" for m in ("accuracy", "auroc")]
-        print(f"{row['layer']:>5}  {row['probe']:<{width}}{cells[0]:<17}{cells[1]}")
-    if options.plot:
-        save_plot(plot_scores(scores), options.plot)
-        print(f"picture: {Path(options.plot)}")
+        cells = [f"{row[metric]:.3f} ± {row[f'{metric}_std']:.3f}" for metric in metrics]
+        print(f"{row['layer']:>5}  {row['probe']:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True)).rstrip())

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["check_task", "converged", "fit_in_place", "make_probe", "named_probes", "standardises"]
+__all__ = ["check_task", "converged", "draws_at_random", "fit_in_place", "has_strength", "make_probe", "named_probes", "standardises"]
 
 Array = npt.NDArray[Any]
 _UNITS_AT_ONCE = 256
@@ -157,23 +157,27 @@ class _NamedProbe:
     task: str = "classification"
     #: Parameters of the estimator under which a fit may overwrite its training matrix instead of copying it.
     overwriting: Mapping[str, bool] = field(default_factory=dict)
+    #: The parameter that says how strongly is regularised; empty where there is none.
+    penalty: str = ""
+    #: Whether another seed gives another fit.
+    random: bool = False
 
 
 _NAMED: Mapping[str, _NamedProbe] = {
-    "logistic_regression": _NamedProbe(_logistic_regression),
+    "logistic_regression": _NamedProbe(_logistic_regression, penalty="C"),
     "logistic_regression_cv": _NamedProbe(_logistic_regression_cv),
-    "ridge": _NamedProbe(_ridge, overwriting={"copy_X": False}),
+    "ridge": _NamedProbe(_ridge, overwriting={"copy_X": False}, penalty="alpha"),
     "lda": _NamedProbe(_lda, standardised=False),
-    "svm": _NamedProbe(_svm),
+    "svm": _NamedProbe(_svm, penalty="C"),
     "mass_mean": _NamedProbe(_mass_mean, standardised=False),
     "mass_mean_cov": _NamedProbe(_mass_mean_cov),
-    "sgd": _NamedProbe(_sgd),
+    "sgd": _NamedProbe(_sgd, penalty="alpha", random=True),
     "ensemble": _NamedProbe(_ensemble),
-    "mlp": _NamedProbe(_mlp),
+    "mlp": _NamedProbe(_mlp, penalty="alpha", random=True),
     "majority": _NamedProbe(_majority, standardised=False),
-    "ridge_regression": _NamedProbe(_ridge_regression, task="regression", overwriting={"copy_X": False}),
-    "lasso": _NamedProbe(_lasso, task="regression", overwriting={"copy_X": False}),
-    "svr": _NamedProbe(_svr, task="regression"),
+    "ridge_regression": _NamedProbe(_ridge_regression, task="regression", overwriting={"copy_X": False}, penalty="alpha"),
+    "lasso": _NamedProbe(_lasso, task="regression", overwriting={"copy_X": False}, penalty="alpha"),
+    "svr": _NamedProbe(_svr, task="regression", penalty="C"),
 }
 
 
@@ -208,6 +212,16 @@ def standardises(probe: Any) -> bool:
     return isinstance(probe, str) and probe in _NAMED and _NAMED[probe].standardised
 
 
+def draws_at_random(probe: Any) -> bool:
+    """Whether another seed may give another fit: False for named probes that draw nothing, True for any estimator of the caller's."""
+    return not isinstance(probe, str) or (probe in _NAMED and _NAMED[probe].random)
+
+
+def has_strength(probe: Any) -> bool:
+    """Whether the probe has one regularisation strength, so that `make_probe` takes it: named ones with ``C`` or ``alpha`` do."""
+    return isinstance(probe, str) and probe in _NAMED and bool(_NAMED[probe].penalty)
+
+
 def make_probe(
     probe: Any,
     random_state: int = 0,
@@ -215,6 +229,7 @@ def make_probe(
     task: str = "classification",
     params: Mapping[str, Any] | None = None,
     standardise: bool = True,
+    strength: float | None = None,
 ) -> Any:
     """A fresh, unfitted scikit-learn estimator.
 
@@ -231,6 +246,8 @@ def make_probe(
         Arguments of the named estimator's own constructor that replace its defaults, such as ``{"C": 0.01}``.
     standardise : bool
         False leaves out the standardisation that a named estimator has by default.
+    strength : float, optional
+        How strongly is regularised, larger being stronger: ``alpha`` of the estimator, or 1 / ``C``. Nothing to estimators without.
 
     Raises
     ------
@@ -248,6 +265,8 @@ def make_probe(
         if named.task != task:
             raise InvalidArgumentError(f"{probe!r} is for {named.task}, not for {task}: use one of {names}, or a scikit-learn estimator")
         made = named.make(random_state)
+        if strength is not None and named.penalty:
+            made.set_params(**{named.penalty: 1 / strength if named.penalty == "C" else strength})
         _override(probe, made, params)
         if not (named.standardised and standardise):
             return made

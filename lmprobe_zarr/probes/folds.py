@@ -14,30 +14,34 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
-from lmprobe_zarr.probes.labels import Groups
+from lmprobe_zarr.probes.labels import Groups, Labels, Sides
 
-__all__ = ["Fold", "plan_folds"]
+__all__ = ["Fold", "group_codes", "inner_folds", "number_repeats", "plan_folds"]
 
 Array = npt.NDArray[Any]
 #: Row numbers (train, test).
 Fold = tuple[Array, Array]
 
 
-def plan_folds(labels: Array, prompts: Sequence[str], groups: Groups | None, cv: Any, random_state: int) -> tuple[tuple[Fold, ...], str]:
+def plan_folds(
+    labels: Sequence[Labels] | Array, prompts: Sequence[str], groups: Groups | None, cv: Any, random_state: int, *, repeats: int = 1
+) -> tuple[tuple[Fold, ...], str]:
     """Every fold, and what made them.
 
     Parameters
     ----------
-    labels : ndarray, shape (prompt,)
-        From :func:`~lmprobe_zarr.probes.labels.parse_labels`.
+    labels : sequence of Labels, or ndarray, shape (prompt,)
+        From :func:`~lmprobe_zarr.probes.labels.parse_label_sets`; only rows that have one are in a fold. An array is one set of classes.
     prompts : sequence of str, shape (prompt,)
         Rows of an equal prompt stay on one side.
     groups : Groups, optional
         So do rows of an equal group.
-    cv : int, scikit-learn splitter, or iterable of (train, test)
-        A number means stratified shuffled folds.
+    cv : int, scikit-learn splitter, iterable of (train, test), or Sides
+        A number means shuffled folds, stratified where there is one set of classes.
     random_state : int
-        The seed where `cv` is a number.
+        The seed where `cv` is a number; each repeat has its own.
+    repeats : int
+        How often a number of folds is drawn anew.
 
     Raises
     ------
@@ -48,70 +52,144 @@ def plan_folds(labels: Array, prompts: Sequence[str], groups: Groups | None, cv:
     LabelError
         Fewer groups, or fewer prompts of one class, than folds; or a fold trains on one class only.
     """
-    n = len(labels)
-    codes = np.unique(np.array(prompts), return_inverse=True)[1]
+    if isinstance(labels, np.ndarray):
+        labels = [Labels("labels", labels, np.unique(labels), np.arange(len(labels)))]
+    rows, n = labels[0].rows, len(prompts)
+    codes = group_codes([prompts[row] for row in rows], None)
     # No prompt is in two groups, so groups keep repeated prompts together as well.
-    kept = groups.codes if groups is not None else codes
+    kept = codes if groups is None else group_codes([], groups.codes[rows])
+    strata = _strata(labels)
+    counted = isinstance(cv, int | np.integer) and not isinstance(cv, bool)
+    if isinstance(repeats, bool) or not isinstance(repeats, int | np.integer) or repeats < 1:
+        raise InvalidArgumentError(f"repeats={repeats!r} is no number of repetitions: give a whole number of at least 1")
+    if repeats > 1 and not counted:
+        raise InvalidArgumentError(f"repeats={repeats!r} draws a number of folds anew: give cv as a number, such as 5")
     pairs: Iterable[Any]
-    if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
+    if counted:
         _check_counts(labels, codes, groups, int(cv))
-        grouped = groups is not None or int(codes.max()) + 1 < n
-        splitter = _stratified(int(cv), random_state, grouped=grouped)
-        pairs = _split(splitter, labels, kept, given=False)
-        described = repr(splitter) + ("" if not grouped else f" grouped by {'prompt' if groups is None else groups.name}")
+        grouped = groups is not None or int(codes.max()) + 1 < len(rows)
+        splitters = [_splitter(int(cv), (random_state + repeat) % 2**32, strata=strata, grouped=grouped) for repeat in range(repeats)]
+        pairs = [pair for splitter in splitters for pair in _split(splitter, strata, kept, rows, given=False)]
+        described = f"{repeats} times " * (repeats > 1) + repr(splitters[0])
+        described += "" if not grouped else f" grouped by {'prompt' if groups is None else groups.name}"
+    elif isinstance(cv, Sides):
+        pairs = [(cv.train, cv.test)]
+        described = f"split {cv.name!r}"
     elif hasattr(cv, "split") and not isinstance(cv, str):
         described = " ".join(repr(cv).split())
         try:
-            pairs = _split(cv, labels, kept, given=groups is not None)
+            pairs = _split(cv, labels[0].values[rows], kept, rows, given=groups is not None)
         except ValueError as error:
-            raise InvalidArgumentError(f"cv={described} cannot split these {n} prompts: {error}") from error
+            raise InvalidArgumentError(f"cv={described} cannot split these {len(rows)} prompts: {error}") from error
     elif isinstance(cv, Iterable) and not isinstance(cv, str | bytes | Mapping):
         pairs, described = cv, ""
     else:
         raise InvalidTypeError(f"cv={cv!r} is neither a number of folds, a scikit-learn splitter nor an iterable of (train, test)")
-    folds = tuple(_parse_fold(number, pair, n) for number, pair in enumerate(pairs))
+    folds = tuple(_parse_fold(number, pair, n, rows) for number, pair in enumerate(pairs))
     if not folds:
         raise InvalidArgumentError("cv gives no folds: give at least one (train, test)")
+    everywhere = np.full(n, -1)
+    everywhere[rows] = kept
     for number, fold in enumerate(folds):
-        _check_apart(number, fold, kept, groups)
-        _check_classes(number, labels[fold[0]], groups)
+        _check_apart(number, fold, everywhere, groups)
+        for each in labels:
+            if each.classes is not None:
+                _check_classes(number, each.values[fold[0]], groups)
     return folds, described or f"{len(folds)} (train, test) pairs"
 
 
-def _check_counts(labels: Array, codes: Array, groups: Groups | None, n_splits: int) -> None:
+def group_codes(prompts: Sequence[str], groups: Array | None) -> Array:
+    """Numbers from 0 of what must stay on one side: of groups, or of prompts where there are none."""
+    return np.asarray(np.unique(np.array(prompts) if groups is None else groups, return_inverse=True)[1])
+
+
+def number_repeats(folds: Sequence[Fold]) -> Array:
+    """The repeat that each fold belongs to, from 0: folds of one repeat test no row twice, and repeats come one after the other."""
+    numbers, tested = [0] * len(folds), set[int]()
+    for number, (_, test) in enumerate(folds):
+        rows = set(test.tolist())
+        again = bool(tested & rows)
+        tested = rows if again else tested | rows
+        numbers[number] = (numbers[number - 1] if number else 0) + again
+    return np.array(numbers)
+
+
+def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: int) -> list[Fold]:
+    """Folds within the training rows of another fold, by their place among these.
+
+    Parameters
+    ----------
+    codes : ndarray of int, shape (row,), or None
+        Classes to stratify by; None for a regression.
+    kept : ndarray of int, shape (row,)
+        Rows of an equal number stay on one side.
+    n_splits : int
+        So many where there are as many prompts of each class, or groups, and else as many as there are, but two at least.
+
+    Raises
+    ------
+    LabelError
+        A class has a single prompt (or group).
+    """
+    first = np.unique(kept, return_index=True)[1]
+    strata = np.zeros(len(kept), int) if codes is None else codes
+    fewest = len(first) if codes is None else int(np.unique(codes[first], return_counts=True)[1].min())
+    if fewest < 2:
+        raise LabelError("a class has a single prompt among those of a training fold: strengths cannot be chosen; use fewer folds")
+    splitter = _splitter(min(n_splits, fewest), random_state, strata=strata if codes is not None else None, grouped=len(first) < len(kept))
+    return [(train, test) for train, test in _split(splitter, strata, kept, np.arange(len(kept)), given=False)]
+
+
+def _strata(labels: Sequence[Labels]) -> Array | None:
+    """What folds of a number are stratified by: the classes where there is one set of them."""
+    only = labels[0]
+    return only.values[only.rows] if len(labels) == 1 and only.classes is not None else None
+
+
+def _check_counts(labels: Sequence[Labels], codes: Array, groups: Groups | None, n_splits: int) -> None:
     if n_splits < 2:
         raise InvalidArgumentError(f"cv={n_splits!r} leaves nothing to test on: give at least 2 folds")
     if groups is not None and len(groups.values) < n_splits:
         raise LabelError(
             f"{n_splits} folds need {n_splits} different groups, but there are {len(groups.values)} of {groups.name!r}: use fewer folds"
         )
-    classes, counts = np.unique(labels[np.unique(codes, return_index=True)[1]], return_counts=True)
-    if counts.min() < n_splits:
-        listed = ", ".join(f"{label!r}: {count}" for label, count in zip(classes.tolist(), counts.tolist(), strict=True))
-        raise LabelError(
-            f"{n_splits} folds need {n_splits} different prompts of each class, but there are {{{listed}}}: use fewer folds or label more"
-        )
+    first = np.unique(codes, return_index=True)[1]
+    if len(first) < n_splits:
+        raise LabelError(f"{n_splits} folds need {n_splits} different prompts, but there are {len(first)}: use fewer folds or label more")
+    for each in labels:
+        if each.classes is None:
+            continue
+        classes, counts = np.unique(each.values[each.rows][first], return_counts=True)
+        if counts.min() < n_splits:
+            listed = ", ".join(f"{label!r}: {count}" for label, count in zip(classes.tolist(), counts.tolist(), strict=True))
+            raise LabelError(
+                f"{n_splits} folds need {n_splits} different prompts of each class, but there are {{{listed}}}: "
+                "use fewer folds or label more"
+            )
 
 
-def _stratified(n_splits: int, seed: int, *, grouped: bool) -> Any:
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+def _splitter(n_splits: int, seed: int, *, strata: Array | None, grouped: bool) -> Any:
+    from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
 
-    kind = StratifiedGroupKFold if grouped else StratifiedKFold
+    # Groups without classes too: with one class for all, its folds are of like size.
+    kind = StratifiedGroupKFold if grouped else KFold if strata is None else StratifiedKFold
     return kind(n_splits=n_splits, shuffle=True, random_state=seed)
 
 
-def _split(cv: Any, labels: Array, kept: Array, *, given: bool) -> list[Any]:
-    """What the splitter makes of these rows; `given` says whether the caller gave groups."""
+def _split(cv: Any, labels: Array | None, kept: Array, rows: Array, *, given: bool) -> list[Any]:
+    """What the splitter makes of these rows, as row numbers; `given` says whether the caller gave groups."""
     from sklearn.model_selection import GroupKFold, GroupShuffleSplit, LeaveOneGroupOut, LeavePGroupsOut, StratifiedGroupKFold
 
-    rows = np.zeros((len(labels), 1))
+    table = np.zeros((len(rows), 1))
+    labels = np.zeros(len(rows), int) if labels is None else labels
     # The others of scikit-learn would warn that they ignore the groups.
     by_group = isinstance(cv, GroupKFold | GroupShuffleSplit | LeaveOneGroupOut | LeavePGroupsOut | StratifiedGroupKFold)
     foreign = given and not type(cv).__module__.startswith("sklearn.") and "groups" in inspect.signature(cv.split).parameters
-    return list(cv.split(rows, labels, groups=kept) if by_group or foreign else cv.split(rows, labels))
+    found = cv.split(table, labels, groups=kept) if by_group or foreign else cv.split(table, labels)
+    return [(rows[train], rows[test]) for train, test in found]
 
 
-def _parse_fold(number: int, pair: Any, n: int) -> Fold:
+def _parse_fold(number: int, pair: Any, n: int, rows: Array) -> Fold:
     try:
         train, test = (np.asarray(side) for side in pair)
     except (TypeError, ValueError) as error:
@@ -128,7 +206,12 @@ def _parse_fold(number: int, pair: Any, n: int) -> Fold:
             raise InvalidArgumentError(
                 f"fold {number}: {which} holds rows {side.min()} to {side.max()}, but there are {n} prompts, 0 to {n - 1}"
             )
-        sides.append(side.astype(np.intp))
+        side = side.astype(np.intp)
+        # Rows without a label are in no fold, whoever made it.
+        labelled = side if len(rows) == n else side[np.isin(side, rows)]
+        if not len(labelled):
+            raise LabelError(f"fold {number}: none of the {len(side)} prompts of {which} has a label: label some, or leave the fold out")
+        sides.append(labelled)
     return sides[0], sides[1]
 
 

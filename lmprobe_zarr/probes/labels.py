@@ -19,7 +19,7 @@ import xarray as xr
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidTypeError, LabelError
 
-__all__ = ["Groups", "list_prompts", "parse_groups", "parse_labels", "show_prompts"]
+__all__ = ["Groups", "Labels", "Sides", "list_prompts", "parse_groups", "parse_label_sets", "parse_labels", "parse_sides", "show_prompts"]
 
 Array = npt.NDArray[Any]
 
@@ -43,6 +43,42 @@ class Groups:
     name: str
     codes: Array
     values: tuple[Hashable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What is to be learned of each row.
+
+    Parameters
+    ----------
+    name : str
+        What the labels are called.
+    values : ndarray, shape (prompt,)
+        Truth values, whole numbers or texts; of a regression float64. Rows that are not in `rows` hold any of them.
+    classes : ndarray, shape (class,), or None
+        All different labels, sorted; None for a regression.
+    rows : ndarray of int
+        The rows that have a label, ascending.
+    """
+
+    name: str
+    values: Array
+    classes: Array | None
+    rows: Array
+
+    @property
+    def codes(self) -> Array:
+        """The number of each row's class; of a regression its value."""
+        return self.values if self.classes is None else np.searchsorted(self.classes, self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """A split that was decided before: which rows are learned from and which are tested on."""
+
+    name: str
+    train: Array
+    test: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +106,8 @@ def show_prompts(array: xr.DataArray, rows: Iterable[int]) -> str:
     return shown + (", …" if len(rows) > _SHOWN else "")
 
 
-def parse_labels(array: xr.DataArray, labels: Any) -> tuple[str, Array]:
-    """The name of the labels and their values, shape (prompt,): truth values, whole numbers or texts, of at least two classes.
+def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classification", missing: str = "raise") -> tuple[Labels, ...]:
+    """The labels of each row: one set, or several of the same rows.
 
     Parameters
     ----------
@@ -79,22 +115,88 @@ def parse_labels(array: xr.DataArray, labels: Any) -> tuple[str, Array]:
         Whose rows the labels are for; only its coordinates are looked at.
     labels : str, DataArray, mapping or array
         A coordinate's name; a DataArray over ``prompt``; a mapping (or a pandas Series with an index of texts) from text or
-        prompt hash; or values in the order of the rows.
+        prompt hash; or values in the order of the rows. Several sets: a list of coordinates' names, or a DataArray over ``prompt``
+        and one other dimension, whose coordinate names them.
+    task : {"classification", "regression"}
+        Classes, or numbers.
+    missing : {"raise", "drop"}
+        What happens to prompts that lack a label, or one of several.
 
     Raises
     ------
     InvalidTypeError
         Nothing of that.
     LabelError
-        Labels are missing, of another length, contradictory, continuous, of several kinds, or all the same.
+        Labels are missing, of another length, contradictory, of several kinds, or all the same; classes that are continuous;
+        values that are no numbers.
     """
+    columns = [_align(array, each, "label") for each in _sets(array, labels)]
+    without = [_missing_rows(column) for column in columns]
+    if missing == "raise":
+        for column, lacking in zip(columns, without, strict=True):
+            _check_whole(array, column, "label", lacking)
+    dropped = set().union(*without)
+    rows = np.array([row for row in range(array.sizes["prompt"]) if row not in dropped], dtype=np.intp)
+    if not len(rows):
+        raise LabelError(f"labels {columns[0].name!r} are missing for all {array.sizes['prompt']} prompts: nothing is left to learn from")
+    return tuple(_labels(column, rows, task) for column in columns)
+
+
+def parse_labels(array: xr.DataArray, labels: Any) -> tuple[str, Array]:
+    """The name of one set of classes that no row lacks, and its values, shape (prompt,); otherwise as :func:`parse_label_sets`."""
     column = _align(array, labels, "label")
-    _check_whole(array, column, "label")
+    _check_whole(array, column, "label", _missing_rows(column))
     return column.name, _classes(column)
 
 
-def parse_groups(array: xr.DataArray, groups: Any) -> Groups:
-    """The group of each row, read as :func:`parse_labels` reads labels, but of any hashable values.
+def _sets(array: xr.DataArray, labels: Any) -> list[Any]:
+    if isinstance(labels, list | tuple) and labels and all(isinstance(name, str) and name in array.coords for name in labels):
+        if len(set(labels)) < len(labels):
+            raise LabelError(f"labels={labels!r} name one coordinate twice: name each once")
+        return list(labels)
+    if isinstance(labels, xr.DataArray) and labels.ndim == 2 and "prompt" in labels.dims:
+        (dim,) = (dim for dim in labels.dims if dim != "prompt")
+        if not labels.sizes[dim]:
+            raise LabelError(f"labels have no {dim}: give at least one set")
+        names = labels.coords[dim].values.tolist() if dim in labels.coords else list(range(labels.sizes[dim]))
+        return [labels.isel({dim: place}, drop=True).rename(str(name)) for place, name in enumerate(names)]
+    return [labels]
+
+
+def _labels(column: _Column, rows: Array, task: str) -> Labels:
+    kept = _Column(column.name, [column.values[row] for row in rows])
+    found = _classes(kept) if task == "classification" else _numbers(kept)
+    values = np.full(len(column.values), found[0], dtype=found.dtype)
+    values[rows] = found
+    return Labels(column.name, values, np.unique(found) if task == "classification" else None, rows)
+
+
+def parse_sides(array: xr.DataArray, split: Any) -> Sides:
+    """The rows to learn from and those to test on, from values "train" and "test", read as :func:`parse_label_sets` reads labels.
+
+    Rows of any other value, such as "validation", and rows without one are on neither side.
+
+    Raises
+    ------
+    InvalidTypeError
+        As for labels.
+    LabelError
+        As for labels, or one side has no rows.
+    """
+    column = _align(array, split, "side")
+    sides = [np.array([row for row, value in enumerate(column.values) if value == side], dtype=np.intp) for side in ("train", "test")]
+    if not all(map(len, sides)):
+        others = sorted({str(value) for value in column.values if not _is_missing(value)})
+        raise LabelError(
+            f"split {column.name!r} needs prompts of 'train' and of 'test', but holds {reprlib.repr(others)}: rename its values"
+        )
+    return Sides(column.name, sides[0], sides[1])
+
+
+def parse_groups(array: xr.DataArray, groups: Any, rows: Array | None = None) -> Groups:
+    """The group of each row, read as :func:`parse_label_sets` reads labels, but of any hashable values.
+
+    With `rows`, a group is needed for these rows only, and others stand in none of the values.
 
     Raises
     ------
@@ -112,14 +214,16 @@ def parse_groups(array: xr.DataArray, groups: Any) -> Groups:
                 f"groups {column.name!r} hold {type(value).__name__} ({show_prompts(array, [row])}), which has no hash: "
                 "give numbers, texts or tuples"
             ) from error
-    _check_whole(array, column, "group")
-    _once(zip(list_prompts(array), column.values, strict=True), "group")
-    values = list(dict.fromkeys(column.values))
+    kept = range(len(column.values)) if rows is None else rows.tolist()
+    _check_whole(array, column, "group", sorted(set(_missing_rows(column)) & set(kept)))
+    prompts = list_prompts(array)
+    _once(((prompts[row], column.values[row]) for row in kept), "group")
+    values = list(dict.fromkeys(column.values[row] for row in kept))
     with suppress(TypeError):
         # As scikit-learn numbers them, so that its splitters give the same folds for these codes.
         values = sorted(values)
     numbers = {value: number for number, value in enumerate(values)}
-    return Groups(column.name, np.array([numbers[value] for value in column.values]), tuple(values))
+    return Groups(column.name, np.array([numbers.get(value, -1) for value in column.values]), tuple(values))
 
 
 def _align(array: xr.DataArray, given: Any, one: str) -> _Column:
@@ -223,16 +327,20 @@ def _is_missing(value: Any) -> bool:
     return bool(pd.isna(value)) if pd.api.types.is_scalar(value) else False
 
 
-def _check_whole(array: xr.DataArray, column: _Column, one: str) -> None:
-    rows = [
+def _missing_rows(column: _Column) -> list[int]:
+    return [
         row
         for row, value in enumerate(column.values)
         if _is_missing(value) or (column.filled and (value == "" or (type(value) is int and value == -1)))
     ]
+
+
+def _check_whole(array: xr.DataArray, column: _Column, one: str, rows: list[int]) -> None:
     if rows:
+        drop = "leave them out with missing='drop'" if one == "label" else "drop them first with activations.isel(prompt=…)"
         raise LabelError(
             f"{one}s {column.name!r} miss {len(rows)} of {len(column.values)} prompts ({show_prompts(array, rows)}): "
-            f"give each a {one}, or drop them first with activations.isel(prompt=…)"
+            f"give each a {one}, or {drop}"
         )
 
 
@@ -244,7 +352,7 @@ def _classes(column: _Column) -> Array:
     kinds = {type(value) for value in values}
     if kinds <= {int, float} and any(value != int(value) for value in values if np.isfinite(value)):
         raise LabelError(
-            f"labels {name!r} are continuous numbers: a probe learns classes, give whole numbers or texts (np.digitize makes bins)"
+            f"labels {name!r} are continuous numbers: give whole numbers or texts (np.digitize makes bins), or task='regression'"
         )
     if not (kinds <= {int, float} or kinds in ({bool}, {str})) or not all(np.isfinite(v) for v in values if isinstance(v, float)):
         listed = ", ".join(sorted(kind.__name__ for kind in kinds))
@@ -253,3 +361,14 @@ def _classes(column: _Column) -> Array:
     if len(set(values)) < 2:
         raise LabelError(f"all {len(values)} labels {name!r} are {values[0]!r}: a probe needs prompts of at least two classes")
     return y
+
+
+def _numbers(column: _Column) -> Array:
+    """The values of a regression as float64."""
+    kinds = {type(value) for value in column.values}
+    if not kinds <= {int, float} or not all(np.isfinite(value) for value in column.values):
+        listed = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise LabelError(f"labels {column.name!r} hold {listed}: a regression needs finite numbers; or give task='classification'")
+    if len(set(column.values)) < 2:
+        raise LabelError(f"all {len(column.values)} labels {column.name!r} are {column.values[0]!r}: a regression needs values that differ")
+    return np.array(column.values, dtype=np.float64)

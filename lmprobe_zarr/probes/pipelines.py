@@ -26,8 +26,8 @@ class PreprocessingStep:
 
     Parameters
     ----------
-    kind : {"standard", "pca"}
-        Mean 0 and variance 1 for each column; or the principal components.
+    kind : {"standard", "per_layer", "pca"}
+        Mean 0 and variance 1 for each column; one mean and variance for all columns of a layer; or the principal components.
     n_components : int, optional
         Of "pca": how many are kept.
     """
@@ -45,7 +45,7 @@ def parse_preprocessing(spec: str | Iterable[str] | None, pca_components: int | 
     Parameters
     ----------
     spec : str, iterable of str, or None
-        "standard" (also "standard_scaler"), "pca:N" (N components) and "pca" (`pca_components` of them), joined by "+" or
+        "standard" (also "standard_scaler"), "per_layer", "pca:N" (N components) and "pca" (`pca_components` of them), joined by "+" or
         as a list: "standard+pca:50".
     pca_components : int, optional
         The components of each "pca" that does not say its own.
@@ -82,8 +82,10 @@ def _step(word: Any, pca_components: int | None) -> PreprocessingStep:
     kind, colon, number = word.strip().partition(":")
     if kind in _STANDARD and not colon:
         return PreprocessingStep("standard")
+    if kind == "per_layer" and not colon:
+        return PreprocessingStep("per_layer")
     if kind != "pca":
-        raise InvalidArgumentError(f"there is no preprocessing step {word!r}: use 'standard', 'pca:N' (N components) or 'pca'")
+        raise InvalidArgumentError(f"there is no preprocessing step {word!r}: use 'standard', 'per_layer', 'pca:N' (N components) or 'pca'")
     if not colon:
         if pca_components is None:
             raise InvalidArgumentError("preprocessing step 'pca' does not say how many components: give 'pca:50', or pca_components=50")
@@ -103,15 +105,16 @@ def make_pipeline_for(
     pca_components: int | None = None,
     params: Mapping[str, Any] | None = None,
     random_state: int = 0,
+    strength: float | None = None,
 ) -> Any:
     """A fresh, unfitted scikit-learn pipeline for activations of shape (prompt, layer × hidden).
 
     Its steps, those that apply, by name:
 
-    1. What brings every hidden unit to scale, unless `preprocessing` has a "standard", which then does it in its place:
+    1. What brings every hidden unit to scale, unless `preprocessing` has a "standard" or "per_layer", which then does it in its place:
        ``layer_scaler`` (:class:`~lmprobe_zarr.probes.scaling.LayerScaler`) for several layers, unless `normalize_layers` is
        False; ``standard`` for a single layer, where the named estimator standardises by default.
-    2. ``standard`` and ``pca``, as `preprocessing` says.
+    2. ``standard``, ``per_layer`` and ``pca``, as `preprocessing` says.
     3. ``probe``, the estimator alone.
 
     So a named estimator's own standardisation is left out for several layers: it would undo "per_layer" and False.
@@ -131,6 +134,8 @@ def make_pipeline_for(
         Arguments that replace defaults of the named estimator's constructor.
     random_state : int
         Seeds the estimator and the principal components.
+    strength : float, optional
+        As for :func:`~lmprobe_zarr.probes.make_probe`.
 
     Raises
     ------
@@ -145,7 +150,7 @@ def make_pipeline_for(
     if not isinstance(normalize_layers, bool | str) or normalize_layers not in (True, False, "per_neuron", "per_layer"):
         raise InvalidArgumentError(f"normalize_layers={normalize_layers!r} is unknown: use True, False, 'per_neuron' or 'per_layer'")
     wanted = parse_preprocessing(preprocessing, pca_components)
-    estimator = make_probe(probe, random_state, task=task, params=params, standardise=False)
+    estimator = make_probe(probe, random_state, task=task, params=params, standardise=False, strength=strength)
 
     from sklearn.decomposition import PCA
     from sklearn.pipeline import Pipeline
@@ -154,14 +159,19 @@ def make_pipeline_for(
     from lmprobe_zarr.probes.scaling import LayerScaler
 
     steps: list[tuple[str, Any]] = []
-    if not any(step.kind == "standard" for step in wanted):
+    if not any(step.kind in ("standard", "per_layer") for step in wanted):
         if n_layers > 1 and normalize_layers is not False:
             mode = normalize_layers if isinstance(normalize_layers, str) else "per_neuron"
             steps.append(("layer_scaler", LayerScaler(int(n_layers), mode)))
         elif n_layers == 1 and standardises(probe):
             steps.append(("standard", StandardScaler()))
     for step in wanted:
-        made = StandardScaler() if step.kind == "standard" else PCA(step.n_components, random_state=random_state)
-        taken = sum(name.split("_")[0] == step.kind for name, _ in steps)
+        made: Any = PCA(step.n_components, random_state=random_state)
+        if step.kind == "standard":
+            made = StandardScaler()
+        elif step.kind == "per_layer":
+            # Behind components there are no layers any more.
+            made = LayerScaler(1 if any(name.startswith("pca") for name, _ in steps) else int(n_layers), "per_layer")
+        taken = sum(name == step.kind or name.startswith(f"{step.kind}_") for name, _ in steps)
         steps.append((step.kind if not taken else f"{step.kind}_{taken + 1}", made))
     return Pipeline([*steps, ("probe", estimator)])

@@ -1,0 +1,340 @@
+"""What is fitted beside the probes so that a good score means something: rows of a table that has probes and controls alike.
+
+Holds the names of the controls, what each is fitted on, and shuffled labels. Never activations themselves, fits or scores.
+
+A probe's score on held-out prompts says that a label can be read from the activations. It does not say that the model worked it out:
+the words alone, the length of the prompt or the embedding may tell as much; nor how much of the score the probe itself has learned
+(J. Hewitt and P. Liang, "Designing and Interpreting Probes with Control Tasks", 2019, arXiv:1909.03368; Y. Belinkov, "Probing
+Classifiers: Promises, Shortcomings, and Advances", Computational Linguistics 48, 2022).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_probe
+from lmprobe_zarr.probes.folds import Fold
+from lmprobe_zarr.probes.labels import Labels, list_prompts, show_prompts
+from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
+
+__all__ = ["CONTROLS", "Entry", "list_entries", "make_entry", "parse_controls", "read_features", "shuffle_labels"]
+
+Array = npt.NDArray[Any]
+
+#: Every control by name, and what it says.
+CONTROLS: Final[Mapping[str, str]] = {
+    "shuffled_labels": "each probe on labels dealt anew to the prompts: what it scores without anything to learn",
+    "bag_of_words": "logistic regression on word counts of the text",
+    "tfidf": "logistic regression on word counts by how rare each word is (TF-IDF)",
+    "length": "logistic regression on the logarithm of the number of tokens (of characters where tokens are not known)",
+    "perplexity": "logistic regression on the logarithm of the model's own perplexity of the prompt",
+    "layer_0": "the first probe on layer 0: what is there before the model has worked on it",
+    "embed": "the first probe on the embeddings",
+    "random_direction": "logistic regression on the activations' projection on one random direction",
+    "majority": "the most frequent label (of a regression: the mean) for every prompt",
+}
+#: What an entry is fitted on where that is no stored layer.
+ACTIVATIONS: Final = "activations"
+DIRECTION: Final = "random_direction"
+LAYER_0: Final = "layer_0"
+_SIMPLE: Final[Mapping[str, str]] = {"classification": "logistic_regression", "regression": "ridge_regression"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One place along ``probe``.
+
+    Parameters
+    ----------
+    name : str
+    probe : str or estimator
+        What is fitted, as for :func:`~lmprobe_zarr.probes.make_probe`.
+    control : str
+        Which control it is; empty for a probe.
+    features : str
+        What it is fitted on: ``"activations"`` of each layer, their projection ``"random_direction"``, those of ``"layer_0"``, or a key of
+        :func:`read_features`, which know no layer.
+    shuffled : bool
+        Whether its labels are shuffled.
+    """
+
+    name: str
+    probe: Any
+    control: str = ""
+    features: str = ACTIVATIONS
+    shuffled: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Which of the two it is: "probe" or "control"."""
+        return "control" if self.control else "probe"
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether it has a score of its own in every layer."""
+        return self.features in (ACTIVATIONS, DIRECTION)
+
+    @property
+    def constant(self) -> bool:
+        """Whether it looks at no stored layer at all."""
+        return not self.by_layer and self.features != LAYER_0
+
+    def random(self, preprocessing: str | None) -> bool:
+        """Whether another seed may give another score."""
+        pca = any(step.kind == "pca" for step in parse_preprocessing(preprocessing))
+        return self.shuffled or self.features == DIRECTION or draws_at_random(self.probe) or (pca and self.features != "text")
+
+    @property
+    def penalised(self) -> bool:
+        """Whether it has a regularisation strength."""
+        return self.features in (ACTIVATIONS, LAYER_0) and has_strength(self.probe)
+
+
+def list_entries(probes: Mapping[str, Any], controls: Mapping[str, Any], task: str) -> tuple[Entry, ...]:
+    """Probes and controls, in this order.
+
+    Parameters
+    ----------
+    probes : mapping of name to probe
+    controls : mapping
+        From :func:`parse_controls`.
+    task : {"classification", "regression"}
+
+    Raises
+    ------
+    InvalidArgumentError
+        A control has the name of a probe.
+    """
+    entries = [Entry(name, probe) for name, probe in probes.items()]
+    first = next(iter(probes.values()))
+    for name, given in controls.items():
+        if given is not None:
+            entries.append(Entry(name, _SIMPLE[task], name, name))
+        elif name == "shuffled_labels":
+            entries += [Entry(f"{name}:{probe}", estimator, name, shuffled=True) for probe, estimator in probes.items()]
+        elif name in ("bag_of_words", "tfidf"):
+            entries.append(Entry(name, _SIMPLE[task], name, "text"))
+        elif name in ("layer_0", "embed"):
+            entries.append(Entry(name, first, name, name))
+        else:
+            entries.append(Entry(name, name if name == "majority" else _SIMPLE[task], name, name))
+    names = [entry.name for entry in entries]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidArgumentError(
+            f"a probe and a control are both called {twice!r}: give the probe as {{'another name': …}}, or leave one out"
+        )
+    return tuple(entries)
+
+
+def parse_controls(controls: Any) -> dict[str, Any]:
+    """Name to features of the caller's, or to None for what the name means by itself.
+
+    Parameters
+    ----------
+    controls : str, iterable of str, mapping of name to features, or None
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        Nothing of that, or an unknown name.
+    """
+    if controls is None:
+        return {}
+    if isinstance(controls, Mapping):
+        found = dict(controls)
+    else:
+        listed = [controls] if isinstance(controls, str) else list(controls) if isinstance(controls, Iterable) else [controls]
+        found = dict.fromkeys(listed) if all(isinstance(name, str) for name in listed) else {None: None}
+    for name, features in found.items():
+        if not isinstance(name, str):
+            raise InvalidTypeError(f"controls={controls!r:.60} are no names: give some of {', '.join(CONTROLS)}, or {{name: features}}")
+        if features is None and name not in CONTROLS:
+            raise InvalidArgumentError(
+                f"there is no control {name!r}: use some of {', '.join(CONTROLS)}, or give its features as {{name: …}}"
+            )
+        if features is not None and name in ("shuffled_labels", "layer_0", "majority", "random_direction", "text", "activations"):
+            raise InvalidArgumentError(f"control {name!r} takes no features: give None for it, or call yours otherwise")
+    return found
+
+
+def make_entry(entry: Entry, random_state: int, task: str, *, preprocessing: str | None = None, strength: float | None = None) -> Any:
+    """A fresh, unfitted estimator for one entry."""
+    if entry.features == "text":
+        from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
+        from sklearn.pipeline import make_pipeline
+
+        words = TfidfVectorizer() if entry.control == "tfidf" else CountVectorizer()
+        return make_pipeline(words, make_probe(entry.probe, random_state, task=task, standardise=False))
+    if entry.control == "majority" and task == "regression":
+        from sklearn.dummy import DummyRegressor
+
+        return DummyRegressor()
+    if preprocessing is None or entry.features not in (ACTIVATIONS, LAYER_0, "embed"):
+        return make_probe(entry.probe, random_state, task=task, strength=strength)
+    return make_pipeline_for(entry.probe, task=task, preprocessing=preprocessing, random_state=random_state, strength=strength)
+
+
+def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_state: int) -> Array:
+    """Labels dealt anew, shape (prompt,): every prompt gets that of another, and all rows of one prompt the same.
+
+    The classes keep their sizes (where prompts do not repeat). Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368, whose control
+    task gives each type of word a random label. A prompt occurs on one side of a fold only, so nothing that was learned by heart
+    helps, and the score is that of chance; what it is above chance has leaked. :func:`lmprobe_zarr.selectivity` subtracts it.
+
+    Parameters
+    ----------
+    labels : Labels
+    kept : ndarray of int, shape (prompt,)
+        Equal numbers for rows of one prompt.
+    folds : sequence of (train, test)
+        Labels are dealt again until each fold trains on two classes.
+    random_state : int
+    """
+    words = f"{random_state}\0shuffled labels\0{labels.name}"
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
+    _, first, number = np.unique(kept[labels.rows], return_index=True, return_inverse=True)
+    shuffled = labels.values.copy()
+    for _ in range(100):
+        shuffled[labels.rows] = rng.permutation(labels.values[labels.rows][first])[number]
+        if all(len(np.unique(shuffled[train])) > 1 for train, _ in folds):
+            return shuffled
+    raise InvalidArgumentError("control 'shuffled_labels' found no labels of two classes for every fold: use fewer folds, or leave it out")
+
+
+# -- what controls are fitted on -------------------------------------------------------------------------------------------
+
+
+def read_features(
+    entries: Sequence[Entry], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array
+) -> dict[str, Any]:
+    """What the entries that know no layer are fitted on, by name: texts, small matrices of float64, or a lazy variable.
+
+    Parameters
+    ----------
+    entries : sequence of Entry
+    controls : mapping
+        From :func:`parse_controls`.
+    array : DataArray over prompt
+        Whose coordinates are looked at.
+    given : Dataset, optional
+        Where the embeddings and the perplexity are looked for.
+    rows : ndarray of int
+        The prompts that must have a value.
+
+    Raises
+    ------
+    InvalidArgumentError
+        They are not there, or missing for some prompts.
+    """
+    own = {name: features for name, features in controls.items() if features is not None}
+    found: dict[str, Any] = {}
+    for entry in entries:
+        key = entry.features
+        if not entry.constant or key in found:
+            continue
+        if key in own:
+            found[key] = _own_features(key, own[key], array)
+        elif key == "text":
+            found[key] = _texts(entry.name, array, rows)
+        elif key == "length":
+            found[key] = _lengths(array, rows)
+        elif key == "perplexity":
+            found[key] = _perplexity(array, given)
+        elif key == "embed":
+            found[key] = _embeddings(array, given)
+        else:
+            found[key] = np.zeros((array.sizes["prompt"], 1))
+        if isinstance(found[key], np.ndarray):
+            bad = [int(row) for row in rows if not np.isfinite(found[key][row]).all()]
+            if bad:
+                raise InvalidArgumentError(
+                    f"control {entry.name!r} has no finite value for {len(bad)} of {len(rows)} prompts ({show_prompts(array, bad)}): "
+                    "leave these prompts out, or the control"
+                )
+    return found
+
+
+def _texts(name: str, array: xr.DataArray, rows: Array) -> list[str]:
+    if "text" not in array.coords:
+        raise InvalidArgumentError(
+            f"control {name!r} needs the prompts' texts, and there is no coordinate 'text': add one, or leave it out"
+        )
+    texts = [str(text) for text in array.coords["text"].values.tolist()]
+    without = [int(row) for row in rows if not texts[row].strip()]
+    if without:
+        raise InvalidArgumentError(
+            f"control {name!r} needs the prompts' texts, which {len(without)} of {len(rows)} prompts lack "
+            f"({show_prompts(array, without)}): leave it out"
+        )
+    return texts
+
+
+def _lengths(array: xr.DataArray, rows: Array) -> Array:
+    for name in ("prompt_length", "n_tokens"):
+        if name in array.coords and array.coords[name].dims == ("prompt",):
+            lengths = np.asarray(array.coords[name].values, np.float64)
+            if (lengths[rows] > 0).all():
+                return np.asarray(np.log(np.maximum(lengths, 1))[:, None])
+    texts = _texts("length", array, rows)
+    return np.log([[max(len(text), 1)] for text in texts])
+
+
+def _perplexity(array: xr.DataArray, given: xr.Dataset | None) -> Array:
+    held = given if given is not None and "perplexity" in given else array.coords
+    if "perplexity" not in held or "prompt" not in held["perplexity"].dims:
+        raise InvalidArgumentError(
+            "control 'perplexity' needs the model's perplexities, which are not there:\n"
+            "extract with perplexity=True and give the whole dataset, or give them as {'perplexity': values}"
+        )
+    values = held["perplexity"]
+    values = values.sel(statistic="mean") if "statistic" in values.dims else values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.log(np.asarray(values.values, np.float64)).reshape(len(values), -1))
+
+
+def _embeddings(array: xr.DataArray, given: xr.Dataset | None) -> Any:
+    name = str(array.name)
+    pooled = name.partition("_")[2]
+    candidates = [str(key) for key in (() if given is None else given.data_vars) if str(key).partition("_")[0] == "embed"]
+    wanted = f"embed_{pooled}"
+    if given is None or not candidates:
+        raise InvalidArgumentError(
+            "control 'embed' needs the embeddings, which are not there: give the dataset that holds them, or {'embed': embeddings}"
+        )
+    chosen = wanted if wanted in candidates else candidates[0]
+    return _bare_matrix(chosen, given[chosen], array)
+
+
+def _own_features(name: str, features: Any, array: xr.DataArray) -> Any:
+    if isinstance(features, xr.DataArray):
+        return _bare_matrix(name, features, array)
+    try:
+        values = np.asarray(features, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidTypeError(f"control {name!r} holds {type(features).__name__}, expected numbers, one row per prompt") from error
+    if values.ndim not in (1, 2) or len(values) != array.sizes["prompt"] or not values.size:
+        raise InvalidArgumentError(f"control {name!r} has shape {values.shape}, expected one row per prompt: ({array.sizes['prompt']}, …)")
+    return values.reshape(len(values), -1)
+
+
+def _bare_matrix(name: str, features: xr.DataArray, array: xr.DataArray) -> Any:
+    """A lazy variable over prompt and one more dimension, in the order of the array's prompts."""
+    if "prompt" not in features.dims or features.ndim > 2:
+        raise InvalidArgumentError(f"control {name!r} has dims {features.dims}, expected prompt and at most one more")
+    if "prompt" in features.coords and "prompt" in array.coords and list_prompts(features) != list_prompts(array):
+        raise InvalidArgumentError(f"control {name!r} has other prompts, or another order, than the activations: give both the same")
+    if features.sizes["prompt"] != array.sizes["prompt"]:
+        raise InvalidArgumentError(f"control {name!r} has {features.sizes['prompt']} prompts, expected {array.sizes['prompt']}")
+    matrix = features if features.ndim == 2 else features.expand_dims("feature", axis=-1)
+    bare = matrix.variable.copy(deep=False)
+    bare.attrs, bare.encoding = {}, {}
+    return bare
