@@ -78,6 +78,12 @@ def write_tokens(store: Store, values: Array, lengths: Array, *, compressed: boo
     return part.commit().name
 
 
+def clear(place: Path) -> None:
+    """Remove what one side has written, so that it is not flushed to the medium while the next one is timed."""
+    shutil.rmtree(place)
+    os.sync()
+
+
 def pooled(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     """Write and read what is one value per prompt."""
     n = 500 if quick else 5000
@@ -88,13 +94,23 @@ def pooled(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     number = iter(range(1000))
     batch = pooled_batch(values)
 
-    def fresh(*, compressed: bool = True, durable: bool = False) -> Store:
+    def stored(*, compressed: bool = True, durable: bool = False) -> Store:
         store = lz.open_store(folder / f"p{next(number)}", durable=durable)
         store.write(GROUP, batch, compressed=compressed)
         return store
 
+    def fresh(*, compressed: bool = True, durable: bool = False) -> float:
+        began = time.perf_counter()
+        store = stored(compressed=compressed, durable=durable)
+        took = time.perf_counter() - began
+        clear(Path(store.url))
+        return took
+
     def theirs() -> float:
-        return float(peer("save_pooled", place=str(folder / f"peer{next(number)}"), values=str(folder / "pooled.npy"), layers=layers))
+        place = folder / f"peer{next(number)}"
+        took = float(peer("save_pooled", place=str(place), values=str(folder / "pooled.npy"), layers=layers))
+        clear(place)
+        return took
 
     wrote = alternate(
         {"ours": fresh, "raw": lambda: fresh(compressed=False), "synced": lambda: fresh(durable=True), "lmprobe": theirs}, min(runs, 3)
@@ -112,7 +128,7 @@ def pooled(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
             lmprobe=f"{size / wrote['lmprobe']:.3f} GB/s",
         )
     ]
-    stores = {"default": fresh(), "raw": fresh(compressed=False)}
+    stores = {"default": stored(), "raw": stored(compressed=False)}
     place = str(folder / "peer-read")
     peer("save_pooled", place=place, values=str(folder / "pooled.npy"), layers=layers)
     data = {name: store.dataset().resid_mean.sel(layer=layer) for name, store in stores.items()}
@@ -176,7 +192,7 @@ def tokens(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
         took = time.perf_counter() - began
         if keep:
             return store
-        shutil.rmtree(place)
+        clear(place)
         return took
 
     given = {"values": str(folder / "tokens.npy"), "layers": layers, "lengths": lengths.tolist()}
@@ -184,7 +200,7 @@ def tokens(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     def theirs(batch: int) -> float:
         place = folder / f"peer{next(number)}"
         took = float(peer("save_tokens", place=str(place), batch=batch, **given))
-        shutil.rmtree(place)
+        clear(place)
         return took
 
     wrote = alternate(
