@@ -69,16 +69,19 @@ class FoldGrams:
         started = time.perf_counter()
         self._folds, self._matrix = folds, matrix
         dtype = matrix.dtype.type
-        used = matrix if len(rows) == len(matrix) else matrix[rows]
+        every = np.array_equal(rows, np.arange(len(matrix)))  # as almost always: then nothing is copied
+        used = matrix if every else matrix[rows]
         # Centred and scaled by all rows first: sums of raw squares would lose the digits that matter where a unit is far off zero.
         mean = used.mean(axis=0, dtype=np.float64)
         self._centred = matrix - mean.astype(dtype)
-        scale = np.sqrt(np.einsum("nd,nd->d", self._centred[rows], self._centred[rows], dtype=np.float64) / len(rows))
         self._flat = np.ptp(used, axis=0) == 0
+        used = self._centred if every else self._centred[rows]
+        scale = np.sqrt(np.einsum("nd,nd->d", used, used, dtype=np.float64) / len(rows))
+        del used
         scale[self._flat] = 1
         self._centred /= scale.astype(dtype)
         self._centred[:, self._flat] = 0
-        used = self._centred if len(rows) == len(matrix) else self._centred[rows]
+        used = self._centred if every else self._centred[rows]
         self._total = used.T @ used
         self._sum = used.sum(axis=0, dtype=np.float64)
         self._rows = rows
