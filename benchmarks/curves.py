@@ -148,6 +148,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             if not column:
                 axes.set_ylabel(unit)
     grid[0][0].legend(fontsize=8, frameon=False)
+    figure.align_xlabels()
     figure.savefig(path, dpi=130)
 
 
