@@ -18,10 +18,11 @@ from numcodecs import blosc
 
 Document = dict[str, Any]
 HEAD = b'{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
+OWN = ("prompts.prompt_length", "tokens.token_id", "tokens.position", "tokens.char_start", "tokens.char_end")
 LEVELS = {"prompts": "prompt", "tokens": "token"}
 
 
-class Damaged(Exception):
+class Damaged(Exception):  # noqa: N818 — what it says of a store
     pass
 
 
@@ -44,7 +45,7 @@ def crc32c(data: bytes) -> int:
 def parse_part(data: bytes) -> Document:
     """A part's document, its digest checked."""
     digits = data[len(HEAD) : len(HEAD) + 8]
-    if not data.startswith(HEAD) or crc32c(HEAD + b"0" * 8 + data[len(HEAD) + 8 :]) != int(digits, 16):
+    if not data.startswith(HEAD) or b"%08x" % crc32c(HEAD + b"0" * 8 + data[len(HEAD) + 8 :]) != digits:
         raise Damaged("digest")
     document = json.loads(data)["attributes"]
     if (document["format"], document["format_version"]) != ("lmprobe-zarr", 1):
@@ -118,38 +119,65 @@ def read_group(group: Path) -> dict[str, Any]:
     hashes = {f: [found[f]["prompt_sha256"][i : i + 64] for i in range(0, len(found[f]["prompt_sha256"]), 64)] for f in order}
     parts = [folder for folder in order if found[folder]["kind"] == "part"]
     prompts = list(dict.fromkeys(digest for folder in parts for digest in hashes[folder]))
-    layers = sorted({layer for folder in parts for layer in found[folder]["layers"]})
-    # The last part that keeps tokens of a prompt says how many rows it has.
-    n_tokens = {d: n for f in parts if found[f]["n_tokens"] is not None for d, n in zip(hashes[f], found[f]["n_tokens"], strict=True)}
+    layers = {
+        level: sorted({layer for f in parts if f"{level}/layer/zarr.json" in found[f]["files"] for layer in found[f]["layers"]})
+        for level in LEVELS
+    }
+    n_tokens, since = token_rows(order, found, hashes)
     starts = dict(zip(prompts, np.cumsum([0, *(n_tokens.get(d, 0) for d in prompts)]).tolist(), strict=False))
     n_rows = {"prompts": len(prompts), "tokens": sum(n_tokens.get(d, 0) for d in prompts)}
 
-    out: dict[str, Any] = {"prompts.prompt_sha256": np.array(prompts), "layer": np.array(layers)}
-    for folder in order:
+    out: dict[str, Any] = {
+        "prompts.prompt_sha256": np.array(prompts),
+        **{f"{level}.layer": np.array(layers[level]) for level in LEVELS if layers[level]},
+    }
+    seen: dict[str, Any] = {}
+    for rank, folder in enumerate(order):
         document = found[folder]
-        keys = sorted({key.rpartition("/")[0] for key in document["files"] if key.count("/") == 2})
-        for key in keys:
+        for key in sorted({key.rpartition("/")[0] for key in document["files"] if key.count("/") == 2}):
             level, name = key.split("/")
-            if name in ("layer", "prompt_row", "prompt_sha256"):
+            if name in ("layer", "n_tokens", "prompt_row", "prompt_sha256"):
                 continue
             values, dims = read_array(folder, key, document["files"])
-            axis = dims.index(LEVELS[level])
-            values = np.moveaxis(values, axis, 0)  # (row, layer, …) or (row, …)
+            values = np.moveaxis(values, dims.index(LEVELS[level]), 0)  # (row, layer, …) or (row, …)
             by_layer = "layer" in dims
-            row_shape = (len(layers), *values.shape[2:]) if by_layer else values.shape[1:]
+            row_shape = (len(layers[level]), *values.shape[2:]) if by_layer else values.shape[1:]
             absent: Any = {"f": np.nan, "O": "", "b": False}.get(values.dtype.kind, -1)
-            place = out.setdefault(f"{level}.{name}", np.full((n_rows[level], *row_shape), absent, values.dtype))
+            before = out.get(f"{level}.{name}", np.empty((0, *row_shape), values.dtype))
+            shape = (n_rows[level], *np.maximum(before.shape[1:], row_shape))  # parts may hold more or fewer of the largest logits
+            place = out[f"{level}.{name}"] = np.full(shape, absent, np.promote_types(before.dtype, values.dtype))
+            place[tuple(map(slice, before.shape))] = before
+            filled = seen.setdefault(f"{level}.{name}", np.zeros(n_rows[level], bool))
             row = 0
             for i, digest in enumerate(hashes[folder]):
                 n = 1 if level == "prompts" else document["n_tokens"][i]
-                if digest in starts and (level == "prompts" or n == n_tokens[digest]):
+                if digest in starts and (level == "prompts" or rank >= since[digest]):
                     first = prompts.index(digest) if level == "prompts" else starts[digest]
+                    chosen = place[first : first + n]
                     if by_layer:
-                        place[first : first + n, [layers.index(layer) for layer in document["layers"]]] = values[row : row + n]
+                        chosen[:, [layers[level].index(layer) for layer in document["layers"]]] = values[row : row + n]
                     else:
-                        place[first : first + n] = values[row : row + n]
+                        chosen[:] = absent
+                        chosen[tuple(map(slice, values[row : row + n].shape))] = values[row : row + n]
+                    filled[first : first + n] = True
                 row += n
+    for key, filled in seen.items():
+        # A column of the user's that some prompts lack.
+        if out[key].ndim == 1 and out[key].dtype.kind in "ib" and not filled.all() and key not in OWN:
+            out[key] = np.where(filled, out[key].astype(float), np.nan)
     return out
+
+
+def token_rows(order: list[Path], found: dict[Path, Document], hashes: dict[Path, list[str]]) -> tuple[dict[str, int], dict[str, int]]:
+    """How many token rows each prompt has, and from which part on they count."""
+    n_tokens: dict[str, int] = {}
+    since: dict[str, int] = {}
+    for rank, folder in enumerate(order):
+        counts = found[folder]["n_tokens"]
+        for digest, n in zip(hashes[folder], counts or [], strict=counts is not None):
+            if n_tokens.get(digest) != n:
+                n_tokens[digest], since[digest] = n, rank
+    return n_tokens, since
 
 
 if __name__ == "__main__":
