@@ -1,4 +1,4 @@
-"""What is published: a wheel and a source archive that build, install and work; and what stands beside the code for those who cite or report."""
+"""What is published: a wheel and a source archive that build, install and work; and what stands beside the code for its readers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"lmprobe_zarr-{lz.__version__}.dist-info/METADATA").decode()
         licences = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
-    there = {path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    there = {
+        path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
     assert names == there
     assert {"lmprobe_zarr/py.typed", "lmprobe_zarr/report/page.js", "lmprobe_zarr/demo/sentences.csv"} <= names
     assert licences
@@ -105,7 +107,9 @@ def test_the_wheel_installs_and_works_away_from_the_clone(built: Path, tmp_path:
     assert "'xarray.backends': 'lmprobe_zarr.backend:LmprobeZarrBackend'" in printed
     # The command that pip made.
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    said = subprocess.run([site / "bin" / "lmprobe-zarr", "--version"], capture_output=True, text=True, env=environment, check=True, timeout=60)
+    said = subprocess.run(
+        [site / "bin" / "lmprobe-zarr", "--version"], capture_output=True, text=True, env=environment, check=True, timeout=60
+    )
     assert said.stdout.strip() == f"lmprobe-zarr {lz.__version__}"
 
 
