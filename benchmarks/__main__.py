@@ -64,7 +64,7 @@ def main() -> int:
     unknown = set(options.only) - set(ALL)
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(ALL)}")
-    figures: list[Figure] = []
+    figures = _kept(options.json) if options.only else {}
     for name in options.only or ALL:
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -74,18 +74,28 @@ def main() -> int:
                 found = ALL[name](Path(folder) / "work", peer, quick=options.quick, runs=3 if options.quick else options.runs)
             finally:
                 peer.close()
-        figures += found
+        figures[name] = found
         print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
         for f in found:
             print(f"  {f.work}: {f.what} {show_value(f, f.value)} ({f.verdict.strip('*')})", file=sys.stderr)
-    print(table(figures))
+    in_order = [figure for name in ALL for figure in figures.get(name, [])]
+    print(table(in_order))
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "figures": [f.as_json() for f in figures]}, indent=1, ensure_ascii=False))
+        document = {"machine": machine(), "figures": {name: [f.as_json() for f in figures[name]] for name in ALL if name in figures}}
+        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     if options.page:
         begin, end = "<!-- figures -->\n", "<!-- end of figures -->"
         head, rest = options.page.read_text().split(begin)
-        options.page.write_text(f"{head}{begin}\n{table(figures)}\n\n{end}{rest.split(end)[1]}")
+        options.page.write_text(f"{head}{begin}\n{table(in_order)}\n\n{end}{rest.split(end)[1]}")
     return 0
+
+
+def _kept(path: Path | None) -> dict[str, list[Figure]]:
+    """Figures of an earlier run, which one of some kinds of work leaves as they are; every ratio is of one run."""
+    if path is None or not path.is_file():
+        return {}
+    kept = json.loads(path.read_text())["figures"]
+    return {name: [Figure(**{k: v for k, v in row.items() if k != "verdict"}) for row in rows] for name, rows in kept.items()}
 
 
 if __name__ == "__main__":

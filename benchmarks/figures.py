@@ -6,12 +6,14 @@ all-MiniLM-L6-v2 where size is.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,12 @@ def write_tokens(store: Store, values: Array, lengths: Array, *, compressed: boo
     return part.commit().name
 
 
+def clear(place: Path) -> None:
+    """Remove what one side has written, so that it is not flushed to the medium while the next one is timed."""
+    shutil.rmtree(place)
+    os.sync()
+
+
 def pooled(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     """Write and read what is one value per prompt."""
     n = 500 if quick else 5000
@@ -86,13 +94,23 @@ def pooled(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     number = iter(range(1000))
     batch = pooled_batch(values)
 
-    def fresh(*, compressed: bool = True, durable: bool = False) -> Store:
+    def stored(*, compressed: bool = True, durable: bool = False) -> Store:
         store = lz.open_store(folder / f"p{next(number)}", durable=durable)
         store.write(GROUP, batch, compressed=compressed)
         return store
 
+    def fresh(*, compressed: bool = True, durable: bool = False) -> float:
+        began = time.perf_counter()
+        store = stored(compressed=compressed, durable=durable)
+        took = time.perf_counter() - began
+        clear(Path(store.url))
+        return took
+
     def theirs() -> float:
-        return float(peer("save_pooled", place=str(folder / f"peer{next(number)}"), values=str(folder / "pooled.npy"), layers=layers))
+        place = folder / f"peer{next(number)}"
+        took = float(peer("save_pooled", place=str(place), values=str(folder / "pooled.npy"), layers=layers))
+        clear(place)
+        return took
 
     wrote = alternate(
         {"ours": fresh, "raw": lambda: fresh(compressed=False), "synced": lambda: fresh(durable=True), "lmprobe": theirs}, min(runs, 3)
@@ -110,7 +128,7 @@ def pooled(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
             lmprobe=f"{size / wrote['lmprobe']:.3f} GB/s",
         )
     ]
-    stores = {"default": fresh(), "raw": fresh(compressed=False)}
+    stores = {"default": stored(), "raw": stored(compressed=False)}
     place = str(folder / "peer-read")
     peer("save_pooled", place=place, values=str(folder / "pooled.npy"), layers=layers)
     data = {name: store.dataset().resid_mean.sel(layer=layer) for name, store in stores.items()}
@@ -174,7 +192,7 @@ def tokens(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
         took = time.perf_counter() - began
         if keep:
             return store
-        shutil.rmtree(place)
+        clear(place)
         return took
 
     given = {"values": str(folder / "tokens.npy"), "layers": layers, "lengths": lengths.tolist()}
@@ -182,7 +200,7 @@ def tokens(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     def theirs(batch: int) -> float:
         place = folder / f"peer{next(number)}"
         took = float(peer("save_tokens", place=str(place), batch=batch, **given))
-        shutil.rmtree(place)
+        clear(place)
         return took
 
     wrote = alternate(
@@ -494,7 +512,7 @@ def extracting(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figu
     order = np.argsort(lengths)
     took = alternate(
         {"ours": ours, "sorted": lambda: forward(order, 8), "given": lambda: forward(np.arange(n), 8), "lmprobe": theirs},
-        1 if quick else min(runs, 3),
+        1 if quick else min(runs, 2),
     )
     values = total * 8 * 512 * 4
     work = f"extract, {n} prompts of 6 to 128 words, 8-layer 512-wide Llama, tokens of every layer"
@@ -597,6 +615,89 @@ def _on_s3(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     ]  # fmt: skip
 
 
+def _in_a_process_of_its_own(call: Any, *given: Any) -> int:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return int(pool.submit(_peak_of, call, *given).result())
+
+
+def _peak_of(call: Any, *given: Any) -> int:
+    """Bytes of memory that the second of two calls takes beyond what the process holds before it."""
+    from benchmarks.curves import forget_peak, peak
+
+    call(*given, warm=True)
+    before = forget_peak()
+    call(*given, warm=False)
+    return peak() - before
+
+
+def _sweep_once(url: str, *, warm: bool) -> None:
+    data = lz.open_store(url, "r").dataset().resid_mean
+    n = 64 if warm else data.sizes["prompt"]
+    lz.sweep(data.isel(prompt=slice(0, n)), labels=np.arange(n) % 2, probes="ridge", cv=2, n_workers=1)
+
+
+def _compact_once(url: str, *, warm: bool) -> None:
+    if not warm:
+        lz.open_store(url, durable=False).compact(progress=False)
+
+
+def _import_once(place: str, url: str, *, warm: bool) -> None:
+    if not warm:
+        lz.import_safetensors(place, lz.open_store(url, durable=False), progress=False)
+
+
+def _extract_once(model: str, url: str, *, warm: bool) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [" ".join(f"w{i}" for i in rng.integers(0, 31_997, 64)) for _ in range(1 if warm else 512)]
+    # The model's own memory is that of the first call, which loads it.
+    store = lz.open_store(url, durable=False)
+    lz.extract(model, prompts, store=store, pooling=("mean",), keep_tokens=True, device="cpu", progress=False)
+
+
+def memory(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:  # noqa: ARG001 — nothing is timed
+    """Peak memory of what handles much, each in a process of its own."""
+    n, layers, hidden = (2000 if quick else 20_000), 8, 1024
+    values = activations((layers, n, hidden))
+    store = lz.open_store(folder / "pooled", durable=False)
+    info = GroupInfo(model="memory", num_layers=layers, hidden_size=hidden)
+    sha = digests(n)
+    for i in range(0, n, n // 20):
+        rows = values[:, i : i + n // 20]
+        store.write(info, TokenBatch(sha256=sha[i : i + n // 20], layers=tuple(range(layers)), prompts={"resid_mean": rows}))
+    layer, fold = n * hidden * 4, n * hidden * 2
+    swept = _in_a_process_of_its_own(_sweep_once, store.url)
+    out = [
+        Figure(
+            work="peak memory", what=f"sweep of {layers} × {n:,} × {hidden}, ridge, 2 folds: of two layers and a training fold in float32",
+            value=swept / (2 * layer + fold), reach=1, stretch=0.5, at_least=False, ours=f"{swept / 2**20:.0f} MiB",
+            limit=f"{(2 * layer + fold) / 2**20:.0f} MiB",
+        )
+    ]  # fmt: skip
+    lengths = lengths_of(40 if quick else 400)
+    acts = activations((LAYERS, int(lengths.sum()), HIDDEN))
+    np.save(folder / "tokens.npy", acts)
+    given = {"values": str(folder / "tokens.npy"), "layers": list(range(LAYERS)), "lengths": lengths.tolist()}
+    peer("save_tokens", place=str(folder / "peer"), batch=BATCH, **given)
+    tokens_store = lz.open_store(folder / "tokens", durable=False)
+    for batch in token_batches(acts, lengths, 4):
+        tokens_store.write(GROUP, batch)
+    size = acts.nbytes / 1e9
+    del acts, values
+    model = save_model(folder / "model")
+    for what, took in (
+        (f"compact {size:.1f} GB in {-(-len(lengths) // 4)} parts", _in_a_process_of_its_own(_compact_once, tokens_store.url)),
+        (f"import {size:.1f} GB of lmprobe's", _in_a_process_of_its_own(_import_once, str(folder / "peer"), str(folder / "imported"))),
+        ("extract 512 prompts, over the model", _in_a_process_of_its_own(_extract_once, model, str(folder / "extracted"))),
+    ):
+        out.append(
+            Figure(
+                work="peak memory", what=what, value=took / 2**30, reach=1, stretch=0.5, at_least=False, unit="GiB",
+                ours=f"{took / 2**20:.0f} MiB",
+            )
+        )  # fmt: skip
+    return out
+
+
 #: Every kind of work, in the order of the table.
 ALL = {
     "pooled": pooled,
@@ -607,4 +708,5 @@ ALL = {
     "s3": on_s3,
     "open": opening,
     "info": looking,
+    "memory": memory,
 }

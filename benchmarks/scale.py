@@ -43,8 +43,8 @@ class Paper:
 
     @property
     def chunk_rows(self) -> int:
-        """Rows of one chunk: 4 MiB, or less where many layers are filled together."""
-        nbytes = max(writer.MIN_CHUNK_BYTES, min(writer.CHUNK_BYTES, writer.BUFFER_BYTES // LAYERS))
+        """Rows of one chunk: 4 MiB on an object store, or less where many layers are filled together."""
+        nbytes = max(writer.MIN_CHUNK_BYTES, min(writer.REMOTE_CHUNK_BYTES, writer.BUFFER_BYTES // LAYERS))
         return int(nbytes // (HIDDEN * ITEMSIZE))
 
     @property

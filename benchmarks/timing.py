@@ -21,6 +21,7 @@ def alternate(sides: Mapping[str, Callable[[], Any]], runs: int, *, warm_up: int
 
     A side that returns a float says itself how long it took: one that runs in another process, or that must prepare first.
     """
+    os.sync()  # what was written before would be flushed meanwhile, at everybody's cost
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(runs + warm_up):
         for name, call in sides.items():
@@ -87,6 +88,7 @@ class Peer:
         if not python.is_file():
             sys.exit(f"lmprobe's own environment is missing ({python}): run make bench, which makes it")
         environment = {**os.environ, "LMPROBE_CACHE_DIR": str(folder), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"OMP_WAIT_POLICY": "passive"}  # its threads would otherwise go on spinning while it is our turn
         self.process = subprocess.Popen(
             [str(python), str(Path(__file__).with_name("peer.py"))],
             stdin=subprocess.PIPE,

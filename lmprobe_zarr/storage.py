@@ -475,6 +475,9 @@ class FsspecStorage(Storage):
             told = _told(error, self.url, key, writing=writing, listing=listing)
             if told is None:
                 raise
+            if isinstance(told, AccessDeniedError):
+                # fsspec would hand out this very client again, which has looked for credentials already and does not look again.
+                self.filesystem.clear_instance_cache()
             raise told from error
 
     def read(self, key: str) -> bytes:
@@ -565,11 +568,12 @@ class FsspecStorage(Storage):
         if not paths:
             return
         with self.talking("", writing=True):
+            # KeyError is the memory file system's word for what another thread has just removed.
             try:
                 self.filesystem.rm(paths)
-            except FileNotFoundError:
+            except (FileNotFoundError, KeyError):
                 for path in paths:
-                    with suppress(FileNotFoundError):
+                    with suppress(FileNotFoundError, KeyError):
                         self.filesystem.rm_file(path)
         if "memory" in self.filesystem.protocol:
             # Object stores have no folders; this one keeps them, and would go on to list them.

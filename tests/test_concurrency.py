@@ -317,7 +317,7 @@ def test_a_store_that_stays_open_does_not_remember_what_has_gone(root: str) -> N
 
 
 def test_gc_spares_a_writer_in_the_middle_and_one_that_lost_its_part_says_so(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CHUNK_BYTES", "MIN_CHUNK_BYTES"):
+    for name in ("CHUNK_BYTES", "REMOTE_CHUNK_BYTES", "MIN_CHUNK_BYTES"):
         monkeypatch.setattr(writer_module, name, 32)
     store = lz.open_store(root, durable=False)
     store.write(GROUP, make_batch(["a"]))

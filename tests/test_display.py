@@ -19,7 +19,8 @@ from lmprobe_zarr.display import columns_of, escape, format_table, shorten, spar
 from lmprobe_zarr.schema import GroupInfo
 from lmprobe_zarr.store import Store
 
-EVIL = "<script>alert(1)</script>\x1b[31m\u202e"
+NAME = "<script>alert(1)</script>"  # of a model, which may not hold what cannot be shown
+EVIL = f"{NAME}\x1b[31m\u202e"
 
 
 class Tags(HTMLParser):
@@ -117,7 +118,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
 @pytest.fixture
 def evil(tmp_path: Path) -> Store:
     store = lz.open_store(tmp_path / "s")
-    info = GroupInfo(model=f"acme/{EVIL}", provenance={"note": EVIL}, num_layers=4, hidden_size=8)
+    info = GroupInfo(model=f"acme/{NAME}", provenance={"note": EVIL}, num_layers=4, hidden_size=8)
     store.write(info, make_batch([f"{EVIL} {i}" for i in range(8)], columns={"label": [0, 1] * 4}))
     return store
 
@@ -182,7 +183,7 @@ def test_the_cache_shows_its_models_limit_and_what_lies_below(evil: Store, tmp_p
 
 def test_a_probe_shows_what_it_learned_and_from_what() -> None:
     x, y = np.random.default_rng(0).standard_normal((20, 8)), np.arange(20) % 2
-    probe = lz.Probe(f"acme/{EVIL}", layers=3, classifier="ridge")
+    probe = lz.Probe(f"acme/{NAME}", layers=3, classifier="ridge")
     assert "not yet" in check(probe._repr_html_())
     probe.fit_from_activations(x, [f"{EVIL}{i}" for i in y])
     page = check(probe._repr_html_())
@@ -214,7 +215,7 @@ def test_the_terminal_never_gets_a_control_character(
         code, out, _ = call(capsys, *arguments[:1], evil.url, *arguments[1:])
         assert code == 0
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", out), arguments
-        assert "\\x1b" in out, arguments
+        assert re.search(r"\\x1b|\\u001b", out), arguments
     code, _, err = call(capsys, "show", evil.url, "--model", EVIL)
     assert code == 1
     assert "\x1b" not in err
@@ -238,4 +239,4 @@ def test_show_refuses_to_list_nothing(evil: Store, capsys: pytest.CaptureFixture
 def test_info_as_json_says_how_each_variable_is_stored(evil: Store, capsys: pytest.CaptureFixture[str]) -> None:
     (group,) = call_json(capsys, "info", evil.url)["groups"]
     assert group["stored"]["resid"]["codecs"] == "bitshuffle, lz4, crc32c"
-    assert group["model"] == f"acme/{EVIL}"
+    assert group["model"] == f"acme/{NAME}"

@@ -21,7 +21,8 @@ from lmprobe_zarr.report.page import embed_json
 from lmprobe_zarr.schema import GroupInfo
 from lmprobe_zarr.store import Store
 
-EVIL = "</script><script>alert(1)</script>\u2028\u202e"
+NAME = "</script><script>alert(1)</script>"  # of a model, which may not hold what cannot be shown
+EVIL = f"{NAME}\u2028\u202e"
 
 
 def data_of(page: lz.Report) -> list[dict[str, Any]]:
@@ -158,7 +159,7 @@ def test_curves_are_the_scores_with_their_controls_and_further_dims(stored: Stor
 def test_everything_that_others_named_is_escaped(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s")
     texts = [f"{EVIL} {i}" for i in range(12)]
-    info = GroupInfo(model=EVIL, provenance={EVIL: EVIL}, num_layers=4, hidden_size=8)
+    info = GroupInfo(model=NAME, provenance={EVIL: EVIL}, num_layers=4, hidden_size=8)
     store.write(info, make_batch(texts, columns={"label": [EVIL, "b"] * 6}))
     page = lz.report(store, labels="label", prompts=texts[:2])
     assert "<script>alert" not in page.html

@@ -19,7 +19,8 @@ from lmprobe_zarr.store import Store
 CHROMIUM = find_browser()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
-EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028"
+NAME = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"  # of a model, which may not hold what cannot be shown
+EVIL = f"{NAME}\u2028"
 
 
 def make_store(folder: Path) -> Store:
@@ -35,7 +36,7 @@ def make_store(folder: Path) -> Store:
     pooled = {layer: np.stack([one.mean(axis=0) for one in each]) for layer, each in values.items()}
     store = lz.open_store(folder)
     lz.write_activations(
-        store, model=f"acme/{EVIL}", prompts=texts, activations={"resid": values}, pooled={"resid_mean": pooled},
+        store, model=f"acme/{NAME}", prompts=texts, activations={"resid": values}, pooled={"resid_mean": pooled},
         coords={"label": labels}, provenance={"note": EVIL},
     )  # fmt: skip
     return store
