@@ -151,13 +151,35 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         return self._pad_array(self._data)
 
     def plot_tokens(self, prompt: str | None = None, **kwargs: Any) -> Axes:
-        """Scores of one prompt's tokens by layer; see `lmprobe_zarr.plots.plot_tokens`."""
+        """Scores of one prompt's tokens by layer; see `lmprobe_zarr.plots.plot_tokens`.
+
+        Parameters
+        ----------
+        prompt : str, optional
+            Text or hash; may be left out where there is one.
+        **kwargs
+            As for `lmprobe_zarr.plots.plot_tokens`.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
         from lmprobe_zarr.plots import plot_tokens
 
         return plot_tokens(self._data, prompt, **kwargs)
 
     def plot_cosine(self, **kwargs: Any) -> Axes:
-        """A matrix of `lmprobe_zarr.cosine_similarity`; see `lmprobe_zarr.plots.plot_cosine`."""
+        """A matrix of `lmprobe_zarr.cosine_similarity`; see `lmprobe_zarr.plots.plot_cosine`.
+
+        Parameters
+        ----------
+        **kwargs
+            As for `lmprobe_zarr.plots.plot_cosine`.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
         from lmprobe_zarr.plots import plot_cosine
 
         return plot_cosine(self._data, **kwargs)
@@ -172,6 +194,11 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
             no longer fit into it.
         device : torch device, optional
             None stays on the CPU, where no value is copied beyond the read itself.
+
+        Returns
+        -------
+        torch.Tensor
+            Of the array's shape.
 
         Raises
         ------
@@ -310,6 +337,10 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         layer : int or sequence of int, optional
             As in `batches`. Rows that are not stored in all of them have NaN.
 
+        Returns
+        -------
+        DataArray of float32
+
         Examples
         --------
         >>> norms = toks.resid.lz.norms(layer=6)  # doctest: +SKIP
@@ -374,7 +405,18 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
     """``ds.lz``: the same for every variable of a dataset, and plots of scores."""
 
     def pool(self, pooling: str) -> xr.Dataset:
-        """`ArrayAccessor.pool` of every variable along ``token``, as ``<name>_<pooling>``."""
+        """`ArrayAccessor.pool` of every variable along ``token``, as ``<name>_<pooling>``.
+
+        Parameters
+        ----------
+        pooling : {"last_token", "first_token", "mean", "max", "min"}
+            As for `ArrayAccessor.pool`.
+
+        Returns
+        -------
+        Dataset
+            One row per prompt, in memory.
+        """
         parse_poolings(pooling)
         _, index, _ = self._by_prompt()
         pooled = [self._pool_array(v, pooling) for v in self._data.data_vars.values() if index.dim in v.dims]
@@ -390,19 +432,65 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return xr.Dataset(out, attrs=self._data.attrs).assign(mask=(("prompt", "position"), there))
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:
-        """`ArrayAccessor.to_torch` of every variable, by name."""
+        """`ArrayAccessor.to_torch` of every variable, by name.
+
+        Parameters
+        ----------
+        dtype, device
+            As for `ArrayAccessor.to_torch`.
+
+        Returns
+        -------
+        dict of str to torch.Tensor
+        """
         return {str(name): ArrayAccessor(v).to_torch(dtype=dtype, device=device) for name, v in self._data.data_vars.items()}
 
     def batches(self, variable: str | None = None, **options: Any) -> Batches:
-        """`ArrayAccessor.batches` of one variable: of ``resid``, or of the only one, if none is named."""
+        """`ArrayAccessor.batches` of one variable: of ``resid``, or of the only one, if none is named.
+
+        Parameters
+        ----------
+        variable : str, optional
+            Its name.
+        **options
+            As for `ArrayAccessor.batches`.
+
+        Returns
+        -------
+        Batches
+        """
         return open_batches(self._array(variable), **options)
 
     def norms(self, variable: str | None = None, layer: int | Iterable[int] | None = None) -> xr.DataArray:
-        """`ArrayAccessor.norms` of one variable: of ``resid``, or of the only one, if none is named."""
+        """`ArrayAccessor.norms` of one variable: of ``resid``, or of the only one, if none is named.
+
+        Parameters
+        ----------
+        variable : str, optional
+            Its name.
+        layer
+            As for `ArrayAccessor.norms`.
+
+        Returns
+        -------
+        DataArray of float32
+        """
         return norms_of(self._array(variable), layer)
 
     def statistics(self, variable: str | None = None, **options: Any) -> xr.Dataset:
-        """`ArrayAccessor.statistics` of one variable: of ``resid``, or of the only one, if none is named."""
+        """`ArrayAccessor.statistics` of one variable: of ``resid``, or of the only one, if none is named.
+
+        Parameters
+        ----------
+        variable : str, optional
+            Its name.
+        **options
+            As for `ArrayAccessor.statistics`.
+
+        Returns
+        -------
+        Dataset
+        """
         return statistics_of(self._array(variable), **options)
 
     def _array(self, variable: str | None) -> xr.DataArray:
@@ -414,7 +502,19 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return self._data[variable]
 
     def plot(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
-        """Scores of a sweep by layer; see `lmprobe_zarr.plots.plot_scores`."""
+        """Scores of a sweep by layer; see `lmprobe_zarr.plots.plot_scores`.
+
+        Parameters
+        ----------
+        metric : str
+            Name of the score.
+        **kwargs
+            As for `lmprobe_zarr.plots.plot_scores`.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
         from lmprobe_zarr.plots import plot_scores
 
         return plot_scores(self._data, metric, **kwargs)
@@ -461,19 +561,51 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return str(card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body)))
 
     def plot_transfer(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
-        """Scores of `lmprobe_zarr.sweep_transfer`; see `lmprobe_zarr.plots.plot_transfer`."""
+        """Scores of `lmprobe_zarr.sweep_transfer`; see `lmprobe_zarr.plots.plot_transfer`.
+
+        Parameters
+        ----------
+        metric : str
+            Name of the score.
+        **kwargs
+            As for `lmprobe_zarr.plots.plot_transfer`.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
         from lmprobe_zarr.plots import plot_transfer
 
         return plot_transfer(self._data, metric, **kwargs)
 
     def plot_roc(self, **kwargs: Any) -> Axes:
-        """Curves of `lmprobe_zarr.probes.roc_curves`; see `lmprobe_zarr.plots.plot_roc`."""
+        """Curves of `lmprobe_zarr.probes.roc_curves`; see `lmprobe_zarr.plots.plot_roc`.
+
+        Parameters
+        ----------
+        **kwargs
+            As for `lmprobe_zarr.plots.plot_roc`.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
         from lmprobe_zarr.plots import plot_roc
 
         return plot_roc(self._data, **kwargs)
 
     def plot_calibration(self, **kwargs: Any) -> Axes:
-        """Curves of `lmprobe_zarr.probes.calibration_curves`; see `lmprobe_zarr.plots.plot_calibration`."""
+        """Curves of `lmprobe_zarr.probes.calibration_curves`; see `lmprobe_zarr.plots.plot_calibration`.
+
+        Parameters
+        ----------
+        **kwargs
+            As for `lmprobe_zarr.plots.plot_calibration`.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
         from lmprobe_zarr.plots import plot_calibration
 
         return plot_calibration(self._data, **kwargs)

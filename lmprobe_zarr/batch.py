@@ -52,6 +52,16 @@ def prompt_hash(prompt: str | Sequence[int] | Array) -> str:
     """The label of a prompt: the first 16 hex digits of :func:`prompt_sha256`.
 
     For a text this is lmprobe's own prompt hash (lmprobe 0.5 to 0.10).
+
+    Parameters
+    ----------
+    prompt : str, or sequence of int
+        A text, or token ids.
+
+    Returns
+    -------
+    str
+        What ``sel(prompt=…)`` takes.
     """
     return prompt_sha256(prompt)[:HASH_DIGITS]
 

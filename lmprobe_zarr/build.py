@@ -101,6 +101,15 @@ def plan_extract(
 ) -> ExtractPlan:
     """What `extract` would do with the same arguments; loads a tokenizer at most, and writes nothing.
 
+    Parameters
+    ----------
+    model, prompts, store, layers, sites, pooling, keep_tokens, perplexity, logits, logits_top_k
+        As for `extract`.
+    router, name, tokenizer, revision, dtype, storage_dtype, keep_bits, overflow, max_length
+        As for `extract`.
+    truncation, refresh, provenance, modules, trust_remote_code
+        As for `extract`.
+
     Returns
     -------
     ExtractPlan

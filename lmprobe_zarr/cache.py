@@ -110,6 +110,11 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     legacy : {"auto", "never"}
         Whether lmprobe's own entries beside the cache are shown too, apart.
 
+    Returns
+    -------
+    CacheInfo
+        Prints as a table.
+
     Raises
     ------
     AccessDeniedError, UnreachableError
@@ -215,6 +220,11 @@ def discover_cached(
     legacy : {"auto", "never"}
         Whether lmprobe's own entries beside the cache are looked at where the store holds nothing of the prompt.
 
+    Returns
+    -------
+    CachedPromptInfo, optional
+        Layers, poolings, perplexity, logits; None where nothing is stored.
+
     Raises
     ------
     AmbiguousProvenanceError
@@ -302,6 +312,15 @@ def list_cached_prompts(
     """The prompts of a model in the cache, each once, in the order of first appearance; the same arguments as `discover_cached`.
 
     Those of all groups that match; and behind them those that only lmprobe's own entries beside the cache hold.
+
+    Parameters
+    ----------
+    model, store, provenance, group, legacy
+        As for `discover_cached`.
+
+    Returns
+    -------
+    list of CachedPrompt
     """
     listed: dict[str, CachedPrompt] = {}
     for view in _views_of(model, store, provenance, group):

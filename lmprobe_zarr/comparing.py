@@ -250,6 +250,11 @@ def selectivity(scores: xr.Dataset, metric: str = "accuracy") -> xr.DataArray:
         From :func:`lmprobe_zarr.sweep` with ``controls="shuffled_labels"``.
     metric : str
 
+    Returns
+    -------
+    DataArray
+        Score on the labels minus score on shuffled ones.
+
     Raises
     ------
     InvalidTypeError, InvalidArgumentError

@@ -213,6 +213,18 @@ def weights_memory() -> Path:
 def bytes_of(name: str, gb: object) -> int:
     """A size given in GB of 1024³ bytes.
 
+    Parameters
+    ----------
+    name : str
+        What the argument is called, for the message.
+    gb : float
+        In GB of 1024³ bytes.
+
+    Returns
+    -------
+    int
+        Bytes, rounded up.
+
     Raises
     ------
     InvalidArgumentError

@@ -90,7 +90,17 @@ class SweepPlan:
         return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
 
     def tasks(self, workers: int) -> list[Task]:
-        """Everything to fit: first what other layers wait for, then layer by layer, each read once where there are as many as workers."""
+        """Everything to fit: first what other layers wait for, then layer by layer, each read once where there are as many as workers.
+
+        Parameters
+        ----------
+        workers : int
+            How many run at a time.
+
+        Returns
+        -------
+        list of Task
+        """
         plan = self._fits
         entries = range(len(plan.entries))
         by_layer = tuple(number for number in entries if plan.entries[number].by_layer)
@@ -104,7 +114,17 @@ class SweepPlan:
         return sorted(found, key=lambda task: not self.spreads(task))
 
     def spreads(self, task: Task) -> bool:
-        """Whether something of a task is the score of other layers too, so that none of them is whole without it."""
+        """Whether something of a task is the score of other layers too, so that none of them is whole without it.
+
+        Parameters
+        ----------
+        task : Task
+            One of `tasks`.
+
+        Returns
+        -------
+        bool
+        """
         return any(not self._fits.entries[entry].by_layer for entry in task.entries)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -173,6 +193,13 @@ def plan_sweep(
     random_state: int = 0,
 ) -> SweepPlan:
     """What :func:`lmprobe_zarr.sweep` would do with the same arguments; nothing is read but coordinates.
+
+    Parameters
+    ----------
+    activations, labels, probes, cv, groups, split, task, metrics, controls, preprocessing
+        As for :func:`lmprobe_zarr.sweep`.
+    strengths, inner_cv, choose_by, repeats, seeds, missing, predictions, random_state
+        As for :func:`lmprobe_zarr.sweep`.
 
     Returns
     -------

@@ -191,6 +191,10 @@ def plot_roc(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
     ax : matplotlib Axes, optional
         As for :func:`plot_scores`.
 
+    Returns
+    -------
+    matplotlib Axes
+
     Raises
     ------
     MissingDependencyError
@@ -264,6 +268,10 @@ def plot_transfer(scores: xr.Dataset, metric: str = "accuracy", ax: Axes | None 
     ax : matplotlib Axes, optional
         As for :func:`plot_scores`.
 
+    Returns
+    -------
+    matplotlib Axes
+
     Raises
     ------
     MissingDependencyError
@@ -302,6 +310,10 @@ def plot_cosine(matrix: xr.DataArray, ax: Axes | None = None) -> Axes:
         From :func:`lmprobe_zarr.cosine_similarity`.
     ax : matplotlib Axes, optional
         As for :func:`plot_scores`.
+
+    Returns
+    -------
+    matplotlib Axes
 
     Raises
     ------

@@ -380,6 +380,11 @@ class Probe:
         n_layers : int
             Layers side by side in a row; a DataArray tells it itself.
 
+        Returns
+        -------
+        Probe
+            This one.
+
         Raises
         ------
         LabelError
@@ -499,6 +504,12 @@ class Probe:
     def predict_proba(self, prompts: Any, *, batch_size: int | None = None) -> Any:
         """The probability of each class.
 
+        Parameters
+        ----------
+        prompts : iterable of prompts, or array of activations
+        batch_size : int, optional
+            For this call.
+
         Returns
         -------
         ndarray of float, shape (prompt, class)
@@ -546,18 +557,48 @@ class Probe:
             raise InvalidArgumentError(f"{self.classifier!r} gives no probabilities: use predict, or 'logistic_regression'")
 
     def predict_from_activations(self, X: Any) -> Array:  # noqa: N803
-        """The class or value of each row of activations, shape (row,)."""
+        """The class or value of each row of activations, shape (row,).
+
+        Parameters
+        ----------
+        X : array of float, shape (row, hidden) or (row, layer × hidden); or DataArray over prompt, hidden and perhaps layer
+
+        Returns
+        -------
+        ndarray, shape (row,)
+        """
         self._check_fitted()
         return np.asarray(self.pipeline_.predict(self._same_width(X)))
 
     def predict_proba_from_activations(self, X: Any) -> Array:  # noqa: N803
-        """The probability of each class for each row of activations, shape (row, class)."""
+        """The probability of each class for each row of activations, shape (row, class).
+
+        Parameters
+        ----------
+        X : array of float, shape (row, hidden) or (row, layer × hidden); or DataArray over prompt, hidden and perhaps layer
+
+        Returns
+        -------
+        ndarray of float, shape (row, class)
+            In the order of ``classes_``.
+        """
         self._check_fitted()
         self._check_probabilities()
         return np.asarray(self.pipeline_.predict_proba(self._same_width(X)))
 
     def score_from_activations(self, X: Any, y: Any) -> float:  # noqa: N803
-        """Accuracy, or R² for a regression, on rows of activations."""
+        """Accuracy, or R² for a regression, on rows of activations.
+
+        Parameters
+        ----------
+        X : array of float, shape (row, hidden) or (row, layer × hidden); or DataArray over prompt, hidden and perhaps layer
+        y : sequence
+            A label or value per row.
+
+        Returns
+        -------
+        float
+        """
         return self._score(self.predict_from_activations(X), as_array(y))
 
     def _same_width(self, X: Any) -> Array:  # noqa: N803
@@ -572,7 +613,20 @@ class Probe:
         return features
 
     def score(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> float:
-        """The share of prompts whose class is predicted, 0 to 1; R² for a regression."""
+        """The share of prompts whose class is predicted, 0 to 1; R² for a regression.
+
+        Parameters
+        ----------
+        prompts : iterable of prompts, or array of activations
+        labels : sequence
+            A label or value per prompt, in their order.
+        batch_size : int, optional
+            For this call.
+
+        Returns
+        -------
+        float
+        """
         return self._score(np.asarray(self.predict(prompts, batch_size=batch_size)), as_array(labels))
 
     def _score(self, predicted: Array, labels: Array) -> float:
@@ -594,6 +648,14 @@ class Probe:
 
     def evaluate(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> dict[str, Any]:
         """The usual measures on prompts that it has not seen.
+
+        Parameters
+        ----------
+        prompts : iterable of prompts, or array of activations
+        labels : sequence
+            A label or value per prompt, in their order.
+        batch_size : int, optional
+            For this call.
 
         Returns
         -------
@@ -650,6 +712,11 @@ class Probe:
 
         The model is kept by name only, the cache's place not at all.
 
+        Parameters
+        ----------
+        path : str or path
+            The file; one that is there is replaced.
+
         Raises
         ------
         NotFittedError
@@ -696,6 +763,11 @@ class Probe:
         path : str or path
         store : Store, path or URL, or a sequence of these, optional
             Where it reads activations, instead of the cache.
+
+        Returns
+        -------
+        Probe
+            Fitted, its model not loaded.
 
         Raises
         ------
@@ -753,21 +825,64 @@ class LayerSweep:
         return str(card("lmprobe_zarr.LayerSweep", f"one probe for each of layers {describe_layers(self.layers)}", each))
 
     def score(self, prompts: Iterable[Any], labels: Any) -> dict[int, float]:
-        """Accuracy (R² for a regression) of each layer."""
+        """Accuracy (R² for a regression) of each layer.
+
+        Parameters
+        ----------
+        prompts : iterable of prompts, or array of activations
+        labels : sequence
+            A label or value per prompt, in their order.
+
+        Returns
+        -------
+        dict of int to float
+            By layer.
+        """
         y = as_array(labels)
         return self._each(list_given(prompts), lambda probe, stage, read: probe._score(np.asarray(probe._predict_read(stage, read)), y))
 
     def predict(self, prompts: Iterable[Any]) -> dict[int, Any]:
-        """What each layer's probe predicts."""
+        """What each layer's probe predicts.
+
+        Parameters
+        ----------
+        prompts : iterable of prompts, or array of activations
+
+        Returns
+        -------
+        dict of int to ndarray, shape (prompt,)
+            By layer.
+        """
         return self._each(list_given(prompts), lambda probe, stage, read: probe._predict_read(stage, read))
 
     def predict_proba(self, prompts: Iterable[Any]) -> dict[int, Any]:
-        """The probabilities that each layer's probe gives."""
+        """The probabilities that each layer's probe gives.
+
+        Parameters
+        ----------
+        prompts : iterable of prompts, or array of activations
+
+        Returns
+        -------
+        dict of int to ndarray of float, shape (prompt, class)
+            By layer.
+        """
         self.probes[self.layers[0]]._check_probabilities()
         return self._each(list_given(prompts), lambda probe, stage, read: probe._proba_read(stage, read))
 
     def best_layer(self, prompts: Iterable[Any], labels: Any) -> int:
-        """The layer with the highest score."""
+        """The layer with the highest score.
+
+        Parameters
+        ----------
+        prompts : iterable of prompts, or array of activations
+        labels : sequence
+            A label or value per prompt, in their order.
+
+        Returns
+        -------
+        int
+        """
         scores = self.score(prompts, labels)
         return max(scores, key=lambda layer: scores[layer])
 

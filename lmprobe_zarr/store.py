@@ -106,6 +106,10 @@ def open_store(
     durable : bool
         Flush every part to the medium before it becomes visible (local folders).
 
+    Returns
+    -------
+    Store
+
     Raises
     ------
     StoreNotFoundError
@@ -306,6 +310,11 @@ class Store:
         ----------
         whole : bool
             Whether a damaged group is an error; see `view`.
+
+        Returns
+        -------
+        dict of str to GroupInfo
+            By name.
         """
         if self.below is not None:
             return dict(sorted({**self.below.groups(whole=whole), **self.own.groups(whole=whole)}.items()))
@@ -364,7 +373,17 @@ class Store:
         return sorted({info.model for name, info in self.groups().items() if self.holds_parts(name)})
 
     def holds_parts(self, group: str) -> bool:
-        """Whether a group has any committed part: one whose parts have all been evicted is as good as none."""
+        """Whether a group has any committed part: one whose parts have all been evicted is as good as none.
+
+        Parameters
+        ----------
+        group : str
+            Its name.
+
+        Returns
+        -------
+        bool
+        """
         names: list[str] = []
         # Looked at again where there are new ones: what replaced a part that has just gone was committed before that.
         while new := [name for name in self._part_names(group) if name not in names]:
@@ -385,7 +404,24 @@ class Store:
     def matching(
         self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None, *, whole: bool = True
     ) -> list[GroupInfo]:
-        """Groups in which no field that is given differs."""
+        """Groups in which no field that is given differs.
+
+        Parameters
+        ----------
+        model : str, optional
+            Name of the model.
+        provenance : mapping, optional
+            Fields that must be equal.
+        group : str, optional
+            Name of the group itself.
+        whole : bool
+            Whether what is damaged is an error; see `view`.
+
+        Returns
+        -------
+        list of GroupInfo
+            Empty where none matches.
+        """
         return list(filter(_choice(model, provenance, group), self.groups(whole=whole).values()))
 
     def find_group(self, model: str | None = None, *, provenance: Provenance | None = None, group: str | None = None) -> GroupInfo:
@@ -399,6 +435,10 @@ class Store:
             Fields that must be equal, for example ``{"revision": "…"}``.
         group : str, optional
             Name of the group itself.
+
+        Returns
+        -------
+        GroupInfo
 
         Raises
         ------
@@ -433,6 +473,11 @@ class Store:
             Whether a damaged part is an error. Otherwise it is left out and told, once, as a `CacheWarning`: for callers that can do
             without it, because other parts or the model serve them.
 
+        Returns
+        -------
+        View
+            A snapshot: what is committed later is not in it.
+
         Raises
         ------
         CorruptPartError
@@ -464,6 +509,19 @@ class Store:
         order of their names.
 
         What was just `listed` there is not listed again.
+
+        Parameters
+        ----------
+        folder : str
+            Key of the folder.
+        whole : bool
+            Whether what is damaged is an error; see `view`.
+        listed : sequence of str, optional
+            Names that were just listed there, which are not listed again.
+
+        Returns
+        -------
+        list of Part
         """
         paths = [f"{folder}/{name}" for name in self._part_names(folder, listed)]
         # Apart from what the store remembers, which other threads forget as they remove things.
@@ -528,7 +586,13 @@ class Store:
         return part
 
     def set_aside(self, error: CorruptPartError) -> None:
-        """Leave a damaged part out of views that need not be whole, and say so."""
+        """Leave a damaged part out of views that need not be whole, and say so.
+
+        Parameters
+        ----------
+        error : CorruptPartError
+            Names the part.
+        """
         if error.part is None:
             raise error
         if self.below is not None and error.root in [store.url for store in self.below.stack]:
@@ -538,13 +602,25 @@ class Store:
             warn(f"{str(error).splitlines()[0]}\ngoing on without it")
 
     def forget(self, path: str) -> None:
-        """Forget what is remembered of a part that has gone."""
+        """Forget what is remembered of a part that has gone.
+
+        Parameters
+        ----------
+        path : str
+            Key of the part.
+        """
         self._parts.pop(path, None)
         self._stamped.pop(path, None)
         self._damaged.pop(path, None)
 
     def drop_empty_group(self, info: GroupInfo) -> None:
-        """Remove a group's own document where nothing else is left of the group."""
+        """Remove a group's own document where nothing else is left of the group.
+
+        Parameters
+        ----------
+        info : GroupInfo
+            The group.
+        """
         left = [name for name in self.storage.list(info.name) if name not in ("zarr.json", STAMPS)]
         if not left:
             self.storage.remove([f"{info.name}/zarr.json"])
@@ -558,7 +634,13 @@ class Store:
             self.below.forget_all()
 
     def mark_used(self, parts: Iterable[Part]) -> None:
-        """Note that parts of this store's own are being used, for eviction; never where it is read-only, and never an error."""
+        """Note that parts of this store's own are being used, for eviction; never where it is read-only, and never an error.
+
+        Parameters
+        ----------
+        parts : iterable of Part
+            Those of other roots are left out.
+        """
         if self.mode == "a":
             stamp_parts(self.storage, (part for part in parts if part.storage is self.storage), self._stamped)
 
@@ -566,6 +648,15 @@ class Store:
         """All parts and annotations of a group in this store's own root, with their sizes and last use.
 
         Only metadata are read, and requests grow with the parts.
+
+        Parameters
+        ----------
+        info : GroupInfo
+            The group.
+
+        Returns
+        -------
+        list of Entry
         """
         stamps = {name: entry.modified for name, entry in self.storage.scan(f"{info.name}/{STAMPS}").items()}
         parts, notes = self._own_parts_and_notes(info, whole=False)
@@ -620,6 +711,11 @@ class Store:
     ) -> xr.Dataset:
         """What is stored per token, lazily; the same arguments as `dataset`.
 
+        Parameters
+        ----------
+        model, prompts, layers, chunks, provenance, group
+            As for `dataset`.
+
         Returns
         -------
         xarray.Dataset
@@ -666,6 +762,11 @@ class Store:
     ) -> xr.DataArray:
         """What is stored: True for every variable, prompt and layer that some part holds.
 
+        Parameters
+        ----------
+        model, prompts, provenance, group
+            As for `dataset`.
+
         Returns
         -------
         xarray.DataArray of bool, dims (variable, prompt, layer)
@@ -699,6 +800,21 @@ class Store:
     ) -> PartWriter:
         """A writer for one part of a group. The group is made where it is new; the part shows after its commit.
 
+        Parameters
+        ----------
+        info : GroupInfo
+            The group.
+        kind : {"part", "annotation"}
+            An annotation holds columns alone.
+        compressed : bool
+            False stores raw values, which still end in a checksum.
+        recorded : mapping, optional
+            Versions, device: told, never asked for.
+
+        Returns
+        -------
+        PartWriter
+
         Raises
         ------
         ReadOnlyError, NoSpaceError
@@ -713,6 +829,22 @@ class Store:
 
     def write(self, info: GroupInfo, batch: TokenBatch, *, kind: str = "part", compressed: bool = True) -> str:
         """Write one batch as one part; returns its name.
+
+        Parameters
+        ----------
+        info : GroupInfo
+            The group.
+        batch : TokenBatch
+            Prompts that differ.
+        kind : {"part", "annotation"}
+            An annotation holds columns alone.
+        compressed : bool
+            False stores raw values, which still end in a checksum.
+
+        Returns
+        -------
+        str
+            Name of the part.
 
         Raises
         ------
@@ -749,6 +881,8 @@ class Store:
             Name of the model.
         columns : mapping of str to mapping
             Column to ``{text or hash: value}``; a column may leave prompts out.
+        provenance, group : optional
+            Choose between several groups of one model.
 
         Raises
         ------
@@ -866,7 +1000,19 @@ class Store:
     # ------------------------------------------------------------------------------------------------------------ upkeep
 
     def listing(self, info: GroupInfo, *, whole: bool = True) -> Listing:
-        """What lies in a group's folder of this store's own root now; for `whole` see `view`."""
+        """What lies in a group's folder of this store's own root now; for `whole` see `view`.
+
+        Parameters
+        ----------
+        info : GroupInfo
+            The group.
+        whole : bool
+            Whether what is damaged is an error; see `view`.
+
+        Returns
+        -------
+        Listing
+        """
         names = list_names(self.storage, info.name)
         parts = self.list_parts(info.name, whole=whole)
         notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole)
@@ -1196,6 +1342,11 @@ class Store:
             Passed to the fsspec file system.
         progress : bool
             Show a bar on terminals.
+
+        Returns
+        -------
+        CopySummary
+            What went over.
 
         Raises
         ------

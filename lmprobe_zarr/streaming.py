@@ -81,6 +81,11 @@ class Batches:
         step : int, optional
             Batches that were given so far, over all epochs, those before `start_step` included. None for those that the last iteration
             of this very object has given; a DataLoader with workers iterates copies of it, so count there.
+
+        Returns
+        -------
+        dict
+            For `json.dump` or `torch.save`.
         """
         decides = (self.blocks.total, self.order, self.epochs, self.source.fingerprint())
         kept = b"" if self.blocks.kept is None else np.packbits(self.blocks.kept).tobytes()
@@ -89,6 +94,11 @@ class Batches:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another `state_dict` was taken: iterating gives the batches that would have followed.
+
+        Parameters
+        ----------
+        state : dict
+            From `state_dict`.
 
         Raises
         ------

@@ -150,6 +150,11 @@ def import_pt(
     store, dry_run, strict, provenance, storage_options, progress, part_bytes
         As for `import_safetensors`.
 
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
+
     Raises
     ------
     MissingDependencyError
@@ -197,6 +202,11 @@ def import_vllm(
         Texts by number; a prompt without a text is known by its token ids.
     store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
         As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
     """
     source = neighbours.VllmFiles(open_files(folder, storage_options), layers, prompts=prompts)
     return import_source(
@@ -232,6 +242,11 @@ def import_npy(
         See `bridges.neighbours.npy_layers`.
     store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
         As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
     """
     source = neighbours.npy_layers(
         open_files(folder, storage_options), prompts, variable=variable, name=name, offsets=offsets, dtype=dtype, hidden_size=hidden_size
@@ -267,6 +282,11 @@ def import_tensors(
         See `bridges.neighbours.tensor_file`.
     store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
         As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
     """
     folder, _, key = os.fspath(path).rpartition("/")
     source = neighbours.tensor_file(open_files(folder or ".", storage_options), key, prompts, mapping, offsets=offsets, mask=mask)
@@ -296,6 +316,11 @@ def import_source(
         Name of the model.
     store, dry_run, strict, provenance, progress, part_bytes
         As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
     """
     return run_import(
         [(model, source)], store, source.url, Tally(), dry_run=dry_run, strict=strict, provenance=provenance, progress=progress,

@@ -67,6 +67,16 @@ class Report:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the page to a file; one that is there is replaced, once the page is whole.
 
+        Parameters
+        ----------
+        path : str or path
+            The file.
+
+        Returns
+        -------
+        Path
+            Where it lies.
+
         Raises
         ------
         InvalidArgumentError
