@@ -240,7 +240,9 @@ def _look(
         data = to_dataset(view, "prompts")
         named, y = parse_labels(data[pooled], labels)
         if scores is None:
-            scores = sweep(data[pooled].sel(layer=list(layers)), labels=labels)
+            # What the words say without the model, where they are stored: a curve alone shows nothing.
+            controls = ["shuffled_labels", *(["bag_of_words"] if "text" in data.coords and (data.text.values != "").all() else [])]
+            scores = sweep(data[pooled].sel(layer=list(layers)), labels=labels, controls=controls)
     charts = () if scores is None else _charts_of(scores)
     note = "" if scores is None else _scores_note(scores)
     if scores is None:
