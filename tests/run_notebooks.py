@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # A warning is an error in the cells, as in all tests; set when the kernel is up, because its own machinery is not ours.
 _STRICT = "--IPKernelApp.exec_lines=import warnings; warnings.simplefilter('error')"
-_BAR = "application/vnd.jupyter.widget-view+json"
+BAR = "application/vnd.jupyter.widget-view+json"
 
 
 def run_notebook(path: Path, folder: Path) -> Any:
@@ -44,7 +44,7 @@ def write_notebook(path: Path) -> None:
     )
     notebook = nbformat.reads(text, as_version=4)
     for cell in notebook.cells:  # bars are for those who wait
-        cell["outputs"] = [output for output in cell.get("outputs", []) if _BAR not in output.get("data", {})]
+        cell["outputs"] = [output for output in cell.get("outputs", []) if BAR not in output.get("data", {})]
         if cell.cell_type != "code":
             del cell["outputs"]
     notebook.metadata.pop("widgets", None)
