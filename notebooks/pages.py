@@ -69,6 +69,13 @@ def on_files(files, config):
     return files
 
 
+def on_page_markdown(markdown, **_):
+    """Links from pages to notebooks lead to their pages."""
+    return re.sub(
+        r"\]\((?:\.\./)?notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", markdown
+    )
+
+
 def on_page_content(content, **_):
     """Puts the outputs in their places."""
     place = re.compile(r'(<div class="notebook-output" id="([\w-]+)"[^>]*>)')

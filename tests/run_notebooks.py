@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -19,18 +20,19 @@ BAR = "application/vnd.jupyter.widget-view+json"
 def run_notebook(path: Path, folder: Path) -> Any:
     """A notebook with its outputs, run in a folder."""
     import nbclient
-    import nbformat
+
+    nbformat: Any = importlib.import_module("nbformat")  # it has no types
 
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources, record_timing=False)
-    client.extra_arguments = [_STRICT]  # type: ignore[attr-defined]
+    client.extra_arguments = [_STRICT]
     return client.execute()
 
 
 def write_notebook(path: Path) -> None:
     """Run a notebook in an empty folder, and write it as it is committed: nothing of this machine in it, and nothing that is random."""
-    import nbformat
+    nbformat: Any = importlib.import_module("nbformat")
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"LMPROBE_CACHE_DIR": str(Path(folder) / "cache"), "HF_HUB_OFFLINE": "1"}
