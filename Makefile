@@ -2,6 +2,7 @@
 #   make demo        set up, then run the main job on real input
 #   make test        set up, then lint and docs, then all tests, then the core suite on a newer Python if there is one
 #   make test-core   the tests that need no model, on Python 3.12+ with the newest zarr and without torch
+#   make notebooks   run the notebooks and write their outputs again
 #   make lint | bench | docs | stress | clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,7 +13,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core lint bench docs stress clean setup
+.PHONY: demo test test-core lint bench docs notebooks stress clean setup
 
 setup: $(VENV)/ready
 
@@ -76,6 +77,9 @@ bench: setup $(PEER)/ready
 
 docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
+
+notebooks: setup
+	$(VENV)/bin/python tests/run_notebooks.py
 
 stress: setup
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or test_compaction or one_prefix or test_repair or test_numeric_limits or many_token_rows"

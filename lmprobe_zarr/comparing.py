@@ -133,7 +133,8 @@ def _outcome(one: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> O
         values: Array = held.isel(prompt=rows).values
         return None if values.dtype.kind == "f" and np.isnan(values).all() else values
 
-    predicted, true, score, told = of("predicted"), one["true"].values[rows], of("score"), of("probability")
+    asked = "dealt" if str(one["control"].item()) == "shuffled_labels" else "true"
+    predicted, true, score, told = of("predicted"), one[asked].values[rows], of("score"), of("probability")
     assert predicted is not None  # noqa: S101  (every fold has predicted its prompts)
     if told is not None and told.ndim == 1:
         told = np.stack([1 - told, told], axis=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -294,7 +294,7 @@ def plan_sweep(
         _fits=plan,
         _arrays=arrays,
         _attrs=attrs,
-        _coords=_coordinates(dims, entries, folds, arrays, array, learned, together, predictions=plan.predictions),
+        _coords=_coordinates(dims, entries, folds, arrays, array, learned, together, shuffled, predictions=plan.predictions),
     )
 
 
@@ -536,6 +536,7 @@ def _coordinates(
     array: xr.DataArray,
     labels: tuple[Labels, ...],
     groups: Groups | None,
+    shuffled: tuple[tuple[Array, ...], ...],
     *,
     predictions: bool,
 ) -> dict[str, Any]:
@@ -557,6 +558,13 @@ def _coordinates(
         coords["prompt"] = ("prompt", np.array([prompts[row] for row in rows]))
         true = [each.codes[rows] for each in labels]
         coords["true"] = ("prompt", true[0]) if "label" not in coords else (("label", "prompt"), np.array(true))
+        if shuffled:
+            # What the controls with shuffled labels were asked: their predictions mean nothing beside the true ones.
+            dealt = np.array(
+                [[replace(each, values=values).codes[rows] for values in drawn] for each, drawn in zip(labels, shuffled, strict=True)]
+            )
+            asked = [dim for dim in ("label", "seed") if dim in coords]
+            coords["dealt"] = ((*asked, "prompt"), dealt.reshape([len(coords[dim][1]) for dim in asked] + [len(rows)]))
         if groups is not None:
             coords["group"] = ("prompt", groups.codes[rows])
     return coords

@@ -135,12 +135,14 @@ def test_hovering_shows_the_values_of_a_layer(page: Page) -> None:
     left, top, width, height = page.box("svg.chart")
     page.point(left + width * 0.5, top + height * 0.4)
     shown = tip(page)
-    assert re.fullmatch(r"layer [23]\nlogistic_regression: [\d.]+", shown), shown
+    assert re.fullmatch(
+        r"layer [23]\nlogistic_regression: [\d.]+(\n(shuffled_labels:logistic_regression|bag_of_words): [\d.]+){2}", shown
+    ), shown
     table = page.ask(
         "[...document.querySelectorAll('figure[data-of] table tbody tr')].slice(0, 6).map(r => [...r.cells].map(c => c.textContent))"
     )
-    layer, value = re.findall(r"[\d.]+", shown)
-    assert float(dict(table)[layer]) == pytest.approx(float(value), abs=1e-3)
+    layer, value, *_ = re.findall(r"[\d.]+", shown)
+    assert float({row[0]: row[1] for row in table}[layer]) == pytest.approx(float(value), abs=1e-3)
     page.point(left + width * 0.5, top + height * 0.4, click=True)
     assert layer_of(page) == int(layer)
     page.point(2, 2)

@@ -339,6 +339,15 @@ def test_the_estimate_of_an_interval_is_the_score_itself() -> None:
     assert np.isfinite(more.balanced_accuracy).all()
 
 
+def test_the_estimate_for_shuffled_labels_is_their_score_too() -> None:
+    options: dict[str, Any]
+    for options in ({}, {"seeds": [3, 4]}):
+        scores = sweep(activations(), Y, "mass_mean", controls="shuffled_labels", predictions=True, **options)
+        intervals = lz.confidence_intervals(scores, "accuracy", n_resamples=10)
+        np.testing.assert_allclose(intervals.accuracy.sel(bound="estimate"), scores.accuracy.mean("fold"), atol=1e-12)
+        assert (scores.dealt != scores.true).any()
+
+
 def test_intervals_of_an_accuracy_are_about_those_of_the_binomial() -> None:
     scores = sweep(activations(), "label", "mass_mean", predictions=True)
     found = lz.confidence_intervals(scores, "accuracy", n_resamples=4000).accuracy.isel(layer=0, probe=0)

@@ -18,7 +18,7 @@ from lmprobe_zarr.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.sweep import sweep
 
-__all__ = ["DemoResult", "load_sentences", "run_demo"]
+__all__ = ["DemoResult", "bundled_model", "load_sentences", "run_demo"]
 
 BUNDLED_MODEL: Final = "all-MiniLM-L6-v2"
 POOLINGS: Final = ("mean", "last_token")
