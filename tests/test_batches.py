@@ -53,6 +53,7 @@ def fill(store: Store, parts: int = 3, prompts: int = 40, hidden: int = 16, laye
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 32 rows, so that a small store has many of them."""
     monkeypatch.setattr(writer, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(writer, "REMOTE_CHUNK_BYTES", 1024)
     monkeypatch.setattr(writer, "MIN_CHUNK_BYTES", 1024)
 
 

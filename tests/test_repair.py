@@ -74,6 +74,7 @@ def build(place: str | Path) -> Store:
     store = lz.open_store(place, durable=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "CHUNK_BYTES", 64)
+        patch.setattr(writer, "REMOTE_CHUNK_BYTES", 64)
         patch.setattr(writer, "MIN_CHUNK_BYTES", 64)
         for batch in (FIRST, SECOND):
             store.write(GROUP, batch)
@@ -368,6 +369,7 @@ def small(path: Path) -> Store:
     store = lz.open_store(path, durable=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "CHUNK_BYTES", 64)
+        patch.setattr(writer, "REMOTE_CHUNK_BYTES", 64)
         patch.setattr(writer, "MIN_CHUNK_BYTES", 64)
         store.write(GROUP, replace(FIRST, n_tokens=None, tokens={}, token_columns={}))
     store.annotate("acme/toy", {"note": {"a": "one"}})

@@ -340,8 +340,8 @@ def test_the_estimate_of_an_interval_is_the_score_itself() -> None:
 
 
 def test_the_estimate_for_shuffled_labels_is_their_score_too() -> None:
-    options: dict[str, Any]
-    for options in ({}, {"seeds": [3, 4]}):
+    several: tuple[dict[str, Any], ...] = ({}, {"seeds": [3, 4]})
+    for options in several:
         scores = sweep(activations(), Y, "mass_mean", controls="shuffled_labels", predictions=True, **options)
         intervals = lz.confidence_intervals(scores, "accuracy", n_resamples=10)
         np.testing.assert_allclose(intervals.accuracy.sel(bound="estimate"), scores.accuracy.mean("fold"), atol=1e-12)
