@@ -78,6 +78,10 @@ def s3_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S
 def s3(s3_session: s3_server.S3, monkeypatch: pytest.MonkeyPatch) -> s3_server.S3:
     """The S3 server, without faults and nothing counted yet; whoever names no credentials may do everything."""
     s3_session.proxy.reset()
+    # fsspec hands out a client again, and one that was made without credentials does not look for them a second time.
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     values = {"AWS_ACCESS_KEY_ID": s3_server.ADMIN["key"], "AWS_SECRET_ACCESS_KEY": s3_server.ADMIN["secret"]}
