@@ -5,13 +5,10 @@ What is there already is never changed unless it is asked for by name, nothing i
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -19,10 +16,10 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.bridges.lmprobe_v2 import OF_EVERY, OF_LAST, SUFFIXES, UNPADDED, model_hash
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.errors import AlreadyCommittedError, InvalidArgumentError
 from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.safetensors_file import encode
-from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage
+from lmprobe_zarr.storage import LocalStorage, Storage
 
 __all__ = ["Rows", "append_manifest", "has_place", "prompt_files", "write_file", "write_model_name"]
 
@@ -99,49 +96,12 @@ def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> b
     ------
     NoSpaceError, ReadOnlyError
     """
-    if overwrite:
-        storage.commit(key, data, durable=False)
-        return True
-    if isinstance(storage, FsspecStorage):
-        return _put_new(storage, key, data)
-    if storage.is_file(key):
+    # Asked first, so that what lies there with the very same bytes counts as what was there, too.
+    if not overwrite and storage.is_file(key):
         return False
-    if not isinstance(storage, LocalStorage):
-        storage.commit(key, data, durable=False)
-        return True
-    folder, _, name = key.rpartition("/")
-    staged = f"{folder}/.{name}.{secrets.token_hex(6)}.partial"
-    source, target = Path(storage.root, staged), Path(storage.root, key)
     try:
-        storage.write(staged, data, durable=False)
-        target.hardlink_to(source)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS} or not source.exists():
-            raise
-        source.replace(target)  # a file system without hard links
-    finally:
-        source.unlink(missing_ok=True)
-    return True
-
-
-def _put_new(storage: FsspecStorage, key: str, data: bytes) -> bool:
-    path = f"{storage.root}/{key}"
-    try:
-        with storage.talking(key, writing=True):
-            storage.filesystem.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
-    except (NotImplementedError, ValueError, TypeError):  # no such mode there
-        if storage.is_file(key):
-            return False
-        storage.commit(key, data, durable=False)
-    except OSError as error:
-        # What s3fs makes of "412 Precondition Failed" has neither a class nor a number of its own.
-        answer = getattr(error.__cause__, "response", {}) or {}
-        if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
-            raise
+        storage.commit(key, data, durable=False, replace=overwrite)
+    except AlreadyCommittedError:
         return False
     return True
 
