@@ -13,9 +13,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import ALL
+from benchmarks.computed import extracting, sizes, sweeping
+from benchmarks.memory import memory
+from benchmarks.on_s3 import on_s3
+from benchmarks.stored import looking, opening, pooled, tokens
 from benchmarks.timing import Figure, Peer
 
+#: Every kind of work, in the order of the table.
+ALL = {
+    "pooled": pooled,
+    "tokens": tokens,
+    "sweep": sweeping,
+    "extract": extracting,
+    "bits": sizes,
+    "s3": on_s3,
+    "open": opening,
+    "info": looking,
+    "memory": memory,
+}
 PACKAGES = ("lmprobe-zarr", "numpy", "zarr", "xarray", "dask", "numcodecs", "scikit-learn", "torch", "transformers", "s3fs")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import lmprobe_zarr as lz
-from benchmarks.figures import activations
+from benchmarks.data import activations
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
 from lmprobe_zarr.schema import GroupInfo
 

@@ -40,14 +40,9 @@ def fastest(call: Any, runs: int) -> float:
     return min(times)
 
 
-def main() -> int:
-    """Print seconds, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("url")
-    parser.add_argument("--parts", type=int, default=1000)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    url = f"{options.url.rstrip('/')}/{uuid.uuid4().hex}"
+def measure(place: str, parts: int, runs: int = 5) -> dict[str, float]:
+    """Seconds of opening many parts, of lookups, and of opening what they are merged into, below a new prefix."""
+    url = f"{place.rstrip('/')}/{uuid.uuid4().hex}"
     store = lz.open_store(url)
 
     def write(number: int) -> None:
@@ -58,22 +53,34 @@ def main() -> int:
     try:
         write(0)
         with ThreadPoolExecutor(16) as pool:
-            list(pool.map(write, range(1, options.parts)))
-        seconds = {f"open {options.parts} parts": fastest(lambda: open_view(url), 5)}
+            list(pool.map(write, range(1, parts)))
+        seconds = {"many": fastest(lambda: open_view(url), runs)}
         view = open_view(url)
-        wanted = [f"{i % options.parts} {i % PER_PART}" for i in range(10_000)]
-        seconds["10,000 lookups"] = fastest(lambda: view.select(wanted), 5)
+        wanted = [f"{i % parts} {i % PER_PART}" for i in range(10_000)]
+        seconds["lookups"] = fastest(lambda: view.select(wanted), runs)
         store.compact(progress=False)
         store.gc(max_age=0)
         assert len(open_view(url).parts) == 1
-        seconds["open compacted"] = fastest(lambda: open_view(url), 5)
+        seconds["one"] = fastest(lambda: open_view(url), runs)
     finally:
         lz.clear_cache(url=store)
         store.storage.remove_tree("")
+    return seconds
+
+
+def main() -> int:
+    """Print seconds, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("url")
+    parser.add_argument("--parts", type=int, default=1000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    seconds = measure(options.url, options.parts)
     if options.json:
         json.dump(seconds, sys.stdout, indent=2)
-    else:
-        print("\n".join(f"{what:<16} {value:8.3f} s" for what, value in seconds.items()))
+        return 0
+    names = {"many": f"open {options.parts} parts", "lookups": "10,000 lookups", "one": "open compacted"}
+    print("\n".join(f"{names[what]:<16} {value:8.3f} s" for what, value in seconds.items()))
     return 0
 
 
