@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
 
 from lmprobe_zarr.errors import (
     AccessDeniedError,
@@ -47,7 +48,7 @@ from lmprobe_zarr.errors import (
     UnreachableError,
 )
 
-__all__ = ["REMOTE_THREADS", "Buffer", "Entry", "FsspecStorage", "LocalStorage", "S3Storage", "Storage", "open_storage"]
+__all__ = ["REMOTE_THREADS", "Buffer", "Entry", "FsspecStorage", "LocalStorage", "MemoryStorage", "S3Storage", "Storage", "open_storage"]
 
 Buffer = bytes | memoryview
 
@@ -282,10 +283,11 @@ class LocalStorage(Storage):
                 descriptor = os.open(path, flags, 0o666)
                 break
             except FileNotFoundError:
-                # Somebody who removes things may take the folder again, as long as it is empty.
+                # Somebody who removes things may take the folder again, as long as it is empty; mkdir says FileExistsError where that
+                # happens between its own two steps (a file in the way has open() say NotADirectoryError).
                 if attempt == _TRIES - 1:
                     raise
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError, FileExistsError):
                     Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             for piece in data if isinstance(data, tuple) else (data,):
@@ -453,13 +455,7 @@ class FsspecStorage(Storage):
         self.url = _without_secrets(url).rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if "memory" in self.filesystem.protocol:
-            return _same_process, (os.getpid(), self.filesystem, self.root, self.url)
         return type(self), (self.filesystem, self.root, self.url)
-
-    def check_reach(self) -> None:
-        if "memory" in self.filesystem.protocol:
-            _same_process(0, self.filesystem, self.root, self.url)
 
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}" if key else self.root
@@ -568,17 +564,12 @@ class FsspecStorage(Storage):
         if not paths:
             return
         with self.talking("", writing=True):
-            # KeyError is the memory file system's word for what another thread has just removed.
             try:
                 self.filesystem.rm(paths)
-            except (FileNotFoundError, KeyError):
+            except FileNotFoundError:
                 for path in paths:
-                    with suppress(FileNotFoundError, KeyError):
+                    with suppress(FileNotFoundError):
                         self.filesystem.rm_file(path)
-        if "memory" in self.filesystem.protocol:
-            # Object stores have no folders; this one keeps them, and would go on to list them.
-            for folder in sorted({path.rpartition("/")[0] for path in paths}, key=len, reverse=True):
-                self._remove_empty(folder)
 
     def remove_folders(self, keys: Iterable[str]) -> None:
         for key in sorted(keys, key=len, reverse=True):
@@ -615,6 +606,38 @@ class FsspecStorage(Storage):
             raise
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+
+_memory_lock: Final = threading.RLock()
+
+
+class MemoryStorage(FsspecStorage):
+    """A prefix of the memory of this process, which its threads share.
+
+    fsspec's file system of that name is one dictionary for all, made for one thread: what lists it stumbles over what another one
+    removes meanwhile. So all that is said to it is said under one lock.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same_process, (os.getpid(), self.filesystem, self.root, self.url)
+
+    def check_reach(self) -> None:
+        _same_process(0, self.filesystem, self.root, self.url)
+
+    @contextmanager
+    def talking(self, key: str, *, writing: bool = False, listing: bool = False) -> Iterator[None]:
+        with _memory_lock, super().talking(key, writing=writing, listing=listing):
+            yield
+
+    def remove(self, keys: Iterable[str]) -> None:
+        listed = list(keys)
+        super().remove(listed)
+        # Object stores have no folders; this one keeps them, and would go on to list them.
+        self.remove_folders({key.rpartition("/")[0] for key in listed})
+
+    def _remove_empty(self, folder: str) -> None:
+        with _memory_lock:
+            super()._remove_empty(folder)
 
 
 class S3Storage(FsspecStorage):
@@ -801,7 +824,7 @@ def _modified(entry: Mapping[str, Any]) -> float | None:
 def _same_process(pid: int, filesystem: Any, root: str, url: str) -> FsspecStorage:
     if pid != os.getpid():
         raise InvalidArgumentError(f"{url} lies in the memory of one process and cannot be read by another: use threads, or a folder")
-    return FsspecStorage(filesystem, root, url)
+    return MemoryStorage(filesystem, root, url)
 
 
 def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Storage:
@@ -839,8 +862,10 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
     except (ValueError, ImportError, TypeError, OSError) as error:
         raise InvalidArgumentError(f"{place.split('://')[0]}:// cannot be opened: {_without_secrets(str(error))}") from error
     # By its class: file systems that cache others pass on every attribute of theirs.
-    kind = S3Storage if hasattr(type(filesystem), "call_s3") else FsspecStorage
-    return kind(filesystem, root, place)
+    kind = type(filesystem)
+    if hasattr(kind, "call_s3"):
+        return S3Storage(filesystem, root, place)
+    return (MemoryStorage if issubclass(kind, MemoryFileSystem) else FsspecStorage)(filesystem, root, place)
 
 
 def _with_defaults(place: str, options: Mapping[str, Any]) -> dict[str, Any]:

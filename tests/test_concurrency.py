@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import lmprobe_zarr as lz
 from lmprobe_zarr import writer as writer_module
 from lmprobe_zarr.copying import copy_group
 from lmprobe_zarr.errors import MissingPromptsError, ModelNotStoredError, PartGoneError
-from lmprobe_zarr.storage import LocalStorage
+from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.store import Store
 
 STRESS = bool(os.environ.get("LMPROBE_ZARR_STRESS"))
@@ -377,8 +378,17 @@ def test_who_copies_what_another_has_just_copied_never_breaks_it(tmp_path: Path)
 # --------------------------------------------------------------------------------------------------------------- threads
 
 
-def test_files_are_made_while_others_remove_the_folders_around_them(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path / "s")
+@pytest.fixture
+def often_switching() -> Iterator[None]:
+    """Threads take turns after every few steps."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_files_are_made_and_listed_while_others_remove_the_folders_around_them(root: str, often_switching: None) -> None:
+    storage = open_storage(root)
     until = time.monotonic() + (20 if STRESS else 1.5)
     failures: list[BaseException] = []
 
@@ -387,10 +397,12 @@ def test_files_are_made_while_others_remove_the_folders_around_them(tmp_path: Pa
         try:
             while time.monotonic() < until:
                 n += 1
-                key = f"g/annotations/{who}/prompts/x/c.{n}"
+                key = f"g/annotations/{who % 2}/prompts/x/c.{who}.{n}"
                 storage.write(key, b"x", durable=False)
                 assert storage.read(key) == b"x"
+                assert f"c.{who}.{n}" in storage.scan(key.rpartition("/")[0])
                 storage.remove([key])
+                storage.scan("g/annotations")
         except BaseException as error:  # noqa: BLE001 — told by the test's own thread
             failures.append(error)
 
