@@ -23,6 +23,7 @@ import numpy.typing as npt
 from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
+from lmprobe_zarr.blosc_frame import check_frame, decode_range
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.schema import ArrayInfo
 from lmprobe_zarr.storage import REMOTE_THREADS, Buffer, Storage
@@ -35,7 +36,6 @@ Rows = slice | npt.NDArray[np.int64]
 
 _SHUFFLES: Final = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 _CRC: Final = struct.Struct("<I")
-_BLOSC_COPIED: Final = 2  # flag: stored as it was, behind a header of 16 bytes
 TEXT_BYTES: Final = 2**28  # of all texts in one chunk
 _room = threading.local()
 
@@ -124,15 +124,13 @@ class StoredArray:
         """The dtype in memory; strings are objects."""
         return np.dtype(object if self.info.dtype == "string" else self.info.dtype)
 
-    def scratch(self) -> Array | None:
-        """Room for one chunk, valid until this thread asks for the next: it saves the page faults of a fresh allocation for each."""
-        if self.info.dtype == "string":
-            return None
+    def _scratch(self) -> Array:
+        """Room for one chunk, valid until this thread asks for the next: it saves the page faults of a fresh allocation."""
         nbytes = math.prod(self._chunk_shape) * self.dtype.itemsize
         room: Array = getattr(_room, "bytes", np.empty(0, np.uint8))
         if len(room) < nbytes:
             room = _room.bytes = np.empty(nbytes, np.uint8)
-        return room[:nbytes].view(self.dtype).reshape(self._chunk_shape)
+        return room[:nbytes]
 
     def _corrupt(self, key: str, what: str) -> CorruptPartError:
         part, _, variable = self.path.rpartition("/")
@@ -162,22 +160,48 @@ class StoredArray:
             The whole part has been deleted since it was opened.
         """
         key = self.info.chunk_key(layer, block)
-        length, checksum = self.files.get(self._file_key(key), (-1, -1))
         if self.info.shuffle is None and self.info.dtype != "string" and np.little_endian:
-            return self._read_raw(key, length, checksum, np.empty(self._chunk_shape, self.dtype) if out is None else out)
+            return self._read_raw(key, np.empty(self._chunk_shape, self.dtype) if out is None else out)
+        body = self._read_body(key)
+        try:
+            return self._decode(body, out)
+        except (ValueError, RuntimeError, UnicodeDecodeError) as error:
+            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+
+    def read_rows(self, layer: int, block: int, rows: slice) -> Array:
+        """Some rows of one chunk, shape (row, …), valid until this thread reads another: all of it is checked, little else decoded.
+
+        Errors are those of `read_chunk`.
+        """
+        if self.info.dtype == "string":
+            return self.read_chunk(layer, block)[rows]
+        room = self._scratch()
+        if self.info.shuffle is None or not np.little_endian:
+            return self.read_chunk(layer, block, room.view(self.dtype).reshape(self._chunk_shape))[rows]
+        key = self.info.chunk_key(layer, block)
+        body = self._read_body(key)
+        nbytes = math.prod(self.info.row_shape) * self.dtype.itemsize
+        try:
+            check_frame(body, exactly=len(room))
+            values = decode_range(body, rows.start * nbytes, rows.stop * nbytes, room.data)
+        except (ValueError, RuntimeError) as error:
+            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+        return np.frombuffer(values, self.dtype).reshape(-1, *self.info.row_shape)
+
+    def _read_body(self, key: str) -> memoryview:
+        """A chunk's bytes as they were encoded, whose checksum holds; valid until this thread reads another."""
+        length, checksum = self.files.get(self._file_key(key), (-1, -1))
         data = memoryview(self._fetch(key, self.storage.read_view))
         if len(data) != length or length < 4:
             raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
         body = data[:-4]
         if google_crc32c.value(np.frombuffer(body, np.uint8)) != checksum or _CRC.unpack(data[-4:])[0] != checksum:
             raise self._corrupt(key, "does not hold its checksum")
-        try:
-            return self._decode(body, out)
-        except (ValueError, RuntimeError, UnicodeDecodeError) as error:
-            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+        return body
 
-    def _read_raw(self, key: str, length: int, checksum: int, out: Array) -> Array:
+    def _read_raw(self, key: str, out: Array) -> Array:
         """A chunk that is stored as it is, straight from the file into the array: no copy in between."""
+        length, checksum = self.files.get(self._file_key(key), (-1, -1))
         body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
         found = self._fetch(key, lambda path: self.storage.read_into(path, body.data, memoryview(tail)))
         if found != length or length != len(body) + 4:
@@ -210,7 +234,7 @@ class StoredArray:
         shape = self._chunk_shape
         if self.info.dtype == "string":
             if self.info.shuffle:
-                _check_blosc(body, at_most=TEXT_BYTES + 4 * shape[0] + 4)
+                check_frame(body, at_most=TEXT_BYTES + 4 * shape[0] + 4)
                 body = memoryview(blosc.decompress(body))
             if int.from_bytes(body[:4], "little") != shape[0]:
                 raise ValueError("another number of texts")
@@ -224,20 +248,9 @@ class StoredArray:
                 raise ValueError(f"{len(body)} bytes instead of {target.nbytes}")
             target.reshape(-1).view(np.uint8)[:] = np.frombuffer(body, np.uint8)
         else:
-            _check_blosc(body, exactly=target.nbytes)
+            check_frame(body, exactly=target.nbytes)
             blosc.decompress(body, target)
         return target if np.little_endian else target.byteswap(inplace=True)
-
-
-def _check_blosc(body: memoryview, *, exactly: int | None = None, at_most: int = 0) -> None:
-    """Raise ValueError where blosc would be led to write or read beyond what is there: it believes its header."""
-    if len(body) < 16:
-        raise ValueError("no header")
-    flags, decoded, encoded = body[2], int.from_bytes(body[4:8], "little"), int.from_bytes(body[12:16], "little")
-    if encoded != len(body) or (flags & _BLOSC_COPIED and encoded != decoded + 16):
-        raise ValueError("another length in the header")
-    if (decoded > at_most) if exactly is None else (decoded != exactly):
-        raise ValueError("another size in the header")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -287,12 +300,20 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
         ):
             piece.array.read_chunk(piece.layer, piece.block, target)
             return
-    chunk = piece.array.read_chunk(piece.layer, piece.block, piece.array.scratch())[piece.rows]
+    chunk = _rows_of(piece)
     if piece.array.info.row_shape != piece.row_shape:
         filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
         filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk
         chunk = filled
     out[piece.target] = chunk[(slice(None), *columns)]
+
+
+def _rows_of(piece: Piece) -> Array:
+    rows = piece.rows
+    if isinstance(rows, slice):
+        return piece.array.read_rows(piece.layer, piece.block, rows)
+    start, stop = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+    return piece.array.read_rows(piece.layer, piece.block, slice(start, stop))[rows - start]
 
 
 def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:

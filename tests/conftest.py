@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,9 +20,14 @@ from hypothesis import settings
 import lmprobe_zarr as lz
 from lmprobe_zarr import config, extraction
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
+from lmprobe_zarr.chunks import StoredArray
 from lmprobe_zarr.schema import GroupInfo
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store import Store
+
+# A shell that runs a command in the background has it ignore Ctrl-C, which tests send to themselves and to their children.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, so that a red run means a change; `make stress` looks for new ones.
 settings.register_profile("steady", derandomize=True, deadline=None)
@@ -259,3 +265,19 @@ def make_batch(
         prompts={"resid_mean": pooled},
         prompt_columns=columns or {},
     )
+
+
+@pytest.fixture
+def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """Every chunk of activations with layers that is read from now on: (array, layer, block)."""
+    found: list[tuple[str, int, int]] = []
+    fetch = StoredArray._fetch
+
+    def counted(self: StoredArray, key: str, call: Callable[[str], Any]) -> Any:
+        if self.info.layered:
+            layer, block = key.split(".")[1:3]
+            found.append((self.path, int(layer), int(block)))
+        return fetch(self, key, call)
+
+    monkeypatch.setattr(StoredArray, "_fetch", counted)
+    return found

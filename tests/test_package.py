@@ -23,7 +23,7 @@ ROOMS = [
     {"log"},
     {"plan", "batch"},
     {"schema", "holdings", "prompt_files", "safetensors_file", "summaries"},
-    {"storage"},
+    {"storage", "blosc_frame"},
     {"chunks", "frozen", "index"},
     {"writer", "virtual", "bridges"},
     {"view"},

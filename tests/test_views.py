@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.chunks import StoredArray
 from lmprobe_zarr.index import TokenIndex
 from lmprobe_zarr.store import Store
 
@@ -590,21 +589,7 @@ def test_tokens_minus_their_prompts_mean_needs_a_selection_along_tokens(views: V
 # -------------------------------------------------------------------------------------------------- what is not read
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """Every chunk that is read from now on: (array, layer, block)."""
-    found: list[tuple[str, int, int]] = []
-    read_chunk = StoredArray.read_chunk
-
-    def counted(self: StoredArray, layer: int, block: int, out: Array | None = None) -> Array:
-        found.append((self.path, layer, block))
-        return read_chunk(self, layer, block, out)
-
-    monkeypatch.setattr(StoredArray, "read_chunk", counted)
-    return found
-
-
-def test_opening_selecting_and_printing_read_nothing(views: Views, reads: list[tuple[str, int, int]]) -> None:
+def test_opening_selecting_and_printing_read_nothing(views: Views, chunk_reads: list[tuple[str, int, int]]) -> None:
     for data in (views.store.dataset(), views.store.tokens(), xr.open_dataset(views.store.url, engine="lmprobe_zarr", level="tokens")):
         for shown in (data, *data.data_vars.values(), data.text):
             assert repr(shown)
@@ -614,10 +599,12 @@ def test_opening_selecting_and_printing_read_nothing(views: Views, reads: list[t
     tokens = views.store.tokens()
     tokens.sel(prompt=hashes("mango", "zebra"), layer=0).sel(position=[1, 0])
     xr.align(tokens.resid, tokens.resid)
-    assert reads == []
+    assert chunk_reads == []
 
 
-def test_a_selection_reads_only_its_chunks(tmp_path: Path, reads: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_selection_reads_only_its_chunks(
+    tmp_path: Path, chunk_reads: list[tuple[str, int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lmprobe_zarr.writer.CHUNK_BYTES", 4 * HIDDEN * 4)
     monkeypatch.setattr("lmprobe_zarr.writer.REMOTE_CHUNK_BYTES", 4 * HIDDEN * 4)
     monkeypatch.setattr("lmprobe_zarr.writer.MIN_CHUNK_BYTES", 4 * HIDDEN * 4)
@@ -630,9 +617,9 @@ def test_a_selection_reads_only_its_chunks(tmp_path: Path, reads: list[tuple[str
         pytest.fail(f"chunks of {rows} tokens: this test no longer controls their size")
 
     def blocks(data: xr.DataArray) -> list[tuple[int, int]]:
-        reads.clear()
+        chunk_reads.clear()
         data.load()
-        return sorted((layer, block) for path, layer, block in reads if path.endswith("/resid"))
+        return sorted((layer, block) for path, layer, block in chunk_reads if path.endswith("/resid"))
 
     assert blocks(tokens.resid.sel(layer=1, prompt=lz.prompt_hash("zebra"))) == [(1, 0)]
     assert blocks(tokens.resid.sel(layer=0, prompt=lz.prompt_hash("apple"))) == [(0, 1), (0, 2)]

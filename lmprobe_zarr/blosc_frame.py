@@ -1,0 +1,81 @@
+"""What blosc (version 1) compressed: checked before blosc believes it, and cut so that a few rows do not cost a whole chunk.
+
+A frame is a header of 16 bytes, the place of each block as int32, and the blocks, each decoded by itself. Some of them in a row, behind a
+header of their own, are a frame again, which is how part of a chunk is decoded: numcodecs has no call for that. The layout is that of
+``README_CHUNK_FORMAT.rst`` in c-blosc.
+"""
+
+from __future__ import annotations
+
+import struct
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+from numcodecs import blosc
+
+__all__ = ["check_frame", "decode_range"]
+
+_HEADER: Final = struct.Struct("<4B3I")  # version, that of the codec, flags, typesize; bytes decoded, of a block, of the frame
+_COPIED: Final = 2  # flag: stored as it was, right behind the header
+
+
+def check_frame(frame: memoryview, *, exactly: int | None = None, at_most: int = 0) -> None:
+    """Raise ValueError where blosc would be led to write or read beyond what is there: it believes its header.
+
+    Parameters
+    ----------
+    frame : memoryview
+        What is to be decoded.
+    exactly, at_most : int
+        How many bytes it may say that it decodes to.
+    """
+    if len(frame) < _HEADER.size:
+        raise ValueError("no header")
+    *_, flags, _, decoded, _, encoded = _HEADER.unpack_from(frame)
+    if encoded != len(frame) or (flags & _COPIED and encoded != decoded + _HEADER.size):
+        raise ValueError("another length in the header")
+    if (decoded > at_most) if exactly is None else (decoded != exactly):
+        raise ValueError("another size in the header")
+
+
+def decode_range(frame: memoryview, start: int, stop: int, room: memoryview) -> memoryview:
+    """Bytes `start` to `stop` of what a frame that `check_frame` let through decodes to; only their blocks are decoded.
+
+    Parameters
+    ----------
+    frame : memoryview
+    start, stop : int
+        Not beyond what it decodes to.
+    room : memoryview of bytes
+        As much as all of it decodes to; what is returned lies there, or in the frame.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        The frame is none.
+    """
+    version, codec, flags, typesize, decoded, block, _ = _HEADER.unpack_from(frame)
+    if flags & _COPIED:
+        return frame[_HEADER.size + start : _HEADER.size + stop]
+    if not block:
+        raise ValueError("blocks of no bytes")
+    places = np.frombuffer(frame, "<i4", -(-decoded // block), _HEADER.size)
+    # Several threads may have compressed it, whose blocks lie in the order in which they were ready.
+    bounds = sorted([*places.tolist(), len(frame)])
+    if bounds[0] < _HEADER.size + places.nbytes or bounds[-1] > len(frame):
+        raise ValueError("blocks that lie elsewhere")
+    ends = dict(pairwise(bounds))
+    # A shorter last block is coded otherwise than whole ones, and blosc knows it by what is left over after these: it never goes alone.
+    first = min(start // block, max(decoded // block - 1, 0))
+    last = -(-stop // block)
+    if 2 * (last - first) > len(places):  # copying so many of them would cost what the others do
+        blosc.decompress(frame, room)
+        return room[start:stop]
+    held = min(last * block, decoded) - first * block
+    blocks = [frame[place : ends[place]] for place in places[first:last].tolist()]
+    length = _HEADER.size + 4 * len(blocks)
+    new = [length, *(length + np.cumsum([len(each) for each in blocks])).tolist()]
+    header = _HEADER.pack(version, codec, flags, typesize, held, block, new[-1])
+    blosc.decompress(b"".join([header, np.array(new[:-1], "<i4").tobytes(), *blocks]), room[:held])
+    return room[start - first * block : stop - first * block]
