@@ -136,8 +136,8 @@ class SweepPlan:
             "folds": [self._attrs["cv"], _digest(*(side for fold in plan.folds for side in fold))],
             "layers": [str(layer) for layer in self.layers],
             "variables": [
-                [source.name, [plan.layers[place] for place in source.layers if place >= 0], list(array.shape), str(array.dtype)]
-                for source, array in zip(plan.sources, self._arrays, strict=True)
+                [name, [plan.layers[place] for place in source.layers if place >= 0], list(array.shape), str(array.dtype)]
+                for name, source, array in zip(self.variables, plan.sources, self._arrays, strict=True)
             ],
             "model": self._attrs.get("model", ""),
             "probes": [[entry.name, entry.control, entry.features, _describe(entry.probe)] for entry in plan.entries],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +37,7 @@ _CRC: Final = struct.Struct("<I")
 #: Dims along which an array is cut; everything else of a layer lies in one chunk.
 _CUT: Final = ("variable", "layer")
 _AT_ONCE: Final = 16
+_SAMPLE: Final = "activations"
 
 
 class ScoreStore:
@@ -47,13 +48,17 @@ class ScoreStore:
     place : path or URL
     fingerprint : mapping
         What the sweep is; a place holds the scores of one only.
+    sample : sequence of ndarray
+        Numbers about what is fitted, which may differ in their last digits from one machine to another.
     storage_options : mapping, optional
         As fsspec takes them.
     """
 
-    def __init__(self, place: Any, fingerprint: Mapping[str, Any], storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, place: Any, fingerprint: Mapping[str, Any], sample: Sequence[Array], storage_options: Mapping[str, Any] | None = None
+    ) -> None:
         self._storage = open_storage(place, storage_options)
-        self._fingerprint = fingerprint
+        self._fingerprint = {**fingerprint, _SAMPLE: [values.tolist() for values in sample]}
         self._cut: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._named = True
@@ -112,7 +117,9 @@ class ScoreStore:
         if attributes.get("format") != _FORMAT or attributes.get("format_version") != _VERSION:
             raise NotAStoreError(f"{self._storage.url} holds something else than scores of this release: give a new place as out")
         before = json.loads(attributes["sweep"])
-        changed = [name for name in self._fingerprint if before.get(name) != self._fingerprint[name]]
+        changed = [name for name, now in self._fingerprint.items() if name != _SAMPLE and before.get(name) != now]
+        if not changed and not _agree(before.get(_SAMPLE, ()), self._fingerprint[_SAMPLE]):
+            changed = [_SAMPLE]
         if changed:
             raise InvalidArgumentError(
                 f"{self._storage.url} holds the scores of another sweep, with other {', '.join(changed)}:\n"
@@ -214,6 +221,19 @@ class ScoreStore:
             if name in self._cut and "nan_reasons" in scores[name].attrs:
                 self._storage.commit(f"{name}/zarr.json", _dump(documents[name]), durable=True)
         self._storage.commit("zarr.json", _dump(root), durable=True)
+
+
+def _agree(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether two samples are of the same values, computed on two machines perhaps."""
+    if len(before) != len(now):
+        return False
+    for one, other in zip(map(np.array, before), map(np.array, now), strict=True):
+        if one.shape != other.shape:
+            return False
+        scale = np.nan_to_num(np.abs(one[:1]), posinf=0)
+        if not np.isclose(one, other, rtol=0, atol=1e-3 * np.broadcast_to(scale, one.shape), equal_nan=True).all():
+            return False
+    return True
 
 
 _FILLS: Final[Mapping[str, Callable[[], Any]]] = {"f": lambda: np.nan, "b": lambda: False, "i": lambda: -1, "u": lambda: 0}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
@@ -117,7 +118,8 @@ def sweep(
         :func:`lmprobe_zarr.confidence_intervals` needs them.
     out : path or URL, optional
         A Zarr store to which the scores of each layer are written as soon as it is done, and from which the same call takes what is
-        there already, in whatever process: an interrupted sweep goes on. ``xarray.open_zarr`` opens it at any time.
+        there already, in whatever process: an interrupted sweep goes on. ``xarray.open_zarr`` opens it at any time. That the activations
+        are those of before is asked of eight prompts in every layer, which are read for it.
     storage_options : mapping, optional
         For `out`, as fsspec takes them.
     random_state : int
@@ -171,7 +173,7 @@ def sweep(
     )  # fmt: skip
     _check_run(client, scheduler, n_workers)
     scores = Scores(plan)
-    place = None if out is None else ScoreStore(out, plan.fingerprint(), storage_options)
+    place = None if out is None else ScoreStore(out, plan.fingerprint(), _sampled(plan), storage_options)
     if place is not None:
         # First, so that a place that cannot be written, or is another sweep's, is known before anything is fitted.
         place.create(scores.columns(), scores.piece(0, 0))
@@ -218,6 +220,20 @@ def _not_finite(plan: SweepPlan, problem: NotFiniteError) -> InvalidArgumentErro
         f"{where} is NaN or infinite for {len(problem.rows)} of {n} prompts ({show_prompts(array, problem.rows)}): "
         "drop them with .dropna('prompt'), or extract them again (float16 overflows at 65504)"
     )
+
+
+def _sampled(plan: SweepPlan) -> list[Array]:
+    """Some numbers about the activations that others would not have: of eight prompts, in every layer of every variable."""
+    rows = plan._fits.labels[0].rows
+    some = np.unique(rows[np.linspace(0, len(rows) - 1, 8).astype(int)])
+    features = [held for held in plan._fits.features.values() if isinstance(held, xr.Variable)]
+    found = []
+    for held in (*(array.variable for array in plan._arrays), *features):
+        values = held.isel(prompt=some).transpose(..., "prompt", "hidden").values.astype(np.float64)
+        # Signs by turns, so that what is only moved or turned round has other numbers too.
+        signs = np.where(np.arange(values.shape[-1]) % 3 == 0, -1.0, 1.0)
+        found.append(np.stack([np.sqrt((values**2).mean(-1)), (values * signs).mean(-1)]))
+    return found
 
 
 # -- execution -------------------------------------------------------------------------------------------------------------

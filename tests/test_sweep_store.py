@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ def test_a_damaged_or_missing_chunk_is_fitted_again(tmp_path: Path, fitted: list
         ({"metrics": ["accuracy"]}, "metrics"),
         ({"labels": {text: int(y) for text, y in zip(TEXTS, 1 - Y, strict=True)}}, "labels"),
         ({"activations": activations().isel(layer=slice(1, None)), "controls": None}, "layers, variables, probes"),
+        ({"activations": activations().rename("resid_last_token")}, "variables"),
+        ({"activations": activations() - activations().mean("prompt")}, "activations"),
+        ({"activations": -activations()}, "activations"),
+        ({"activations": activations()[::-1].assign_coords(layer=np.arange(LAYERS))}, "activations"),
+        ({"activations": activations().where(activations().layer != 3, 0)}, "activations"),
     ],
 )
 def test_another_sweep_is_refused_and_what_is_not_the_same_is_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
@@ -144,6 +150,26 @@ def test_another_sweep_is_refused_and_what_is_not_the_same_is_named(tmp_path: Pa
     for name in named.split(", "):
         assert name in str(caught.value)
     assert str(caught.value).count("\n") <= 1
+
+
+def test_the_last_digits_of_activations_may_differ_as_they_do_between_machines(tmp_path: Path, fitted: list[tuple[int, int]]) -> None:
+    found = sweep(activations(), **OPTIONS, out=tmp_path / "scores")
+    fitted.clear()
+    near = activations().copy(data=np.nextafter(activations().values, np.float32(np.inf)))
+    same(sweep(near, **OPTIONS, out=tmp_path / "scores"), found)
+    assert fitted == []
+
+
+def test_what_is_asked_of_activations_reads_eight_prompts_of_each_layer(tmp_path: Path, chunk_reads: list[tuple[str, int, int]]) -> None:
+    store = lz.open_store(tmp_path / "acts", durable=False)
+    for half in (slice(0, 40), slice(40, 80)):
+        pooled = {"resid_mean": {layer: activations().values[layer, half] for layer in range(LAYERS)}}
+        lz.write_activations(store, model="m", prompts=TEXTS[half], pooled=pooled, coords={"label": Y[half]})
+    stored = store.dataset().resid_mean
+    sweep(stored, "label", "ridge", out=tmp_path / "scores")
+    chunk_reads.clear()
+    sweep(stored, "label", "ridge", out=tmp_path / "scores")
+    assert len(chunk_reads) == 2 * LAYERS, "once for each chunk that holds some of the eight"
 
 
 def test_estimators_of_ones_own_are_known_by_their_parameters(tmp_path: Path, fitted: list[tuple[int, int]]) -> None:
@@ -187,16 +213,32 @@ def test_variables_and_strengths_are_stored_by_layer_too(tmp_path: Path, fitted:
     assert fitted == [(1, 2)]
 
 
-def test_remote_places_and_worker_processes_write_the_same(tmp_path: Path) -> None:
-    import fsspec
-
+def test_remote_places_and_worker_processes_write_the_same(root: str) -> None:
     expected = sweep(activations(), **OPTIONS)
-    place = f"memory://scores-{os.getpid()}"
-    try:
-        same(sweep(activations(), **OPTIONS, out=place, scheduler="processes", n_workers=2), expected)
-        same(sweep(activations(), **OPTIONS, out=place), expected)
-    finally:
-        fsspec.filesystem("memory").rm(place, recursive=True)
+    same(sweep(activations(), **OPTIONS, out=root, scheduler="processes", n_workers=2), expected)
+    same(sweep(activations(), **OPTIONS, out=root), expected)
+
+
+def test_a_sweep_on_s3_goes_on_where_it_was_interrupted(s3: Any, fitted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    place = f"s3://team/{uuid.uuid4().hex}/scores"
+    run = sys.modules["lmprobe_zarr.sweep"].fit_task
+
+    def fails_at_four(plan: Any, task: Any, values: Any) -> Any:
+        if task.layer == 4:
+            raise KeyboardInterrupt
+        return run(plan, task, values)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sys.modules["lmprobe_zarr.sweep"], "fit_task", fails_at_four)
+        sweep(activations(), **OPTIONS, out=place, scheduler="synchronous")
+    half = xr.open_zarr(place).load()
+    assert 0 < half.done.sum() < LAYERS
+    assert half.accuracy.isel(layer=4).isnull().all()
+    fitted.clear()
+    scores = sweep(activations(), **OPTIONS, out=place)
+    assert sorted(layer for _, layer in fitted) == np.flatnonzero(~half.done).tolist()
+    same(scores, sweep(activations(), **OPTIONS))
+    np.testing.assert_array_equal(xr.open_zarr(place).accuracy, scores.accuracy)
 
 
 SCRIPT = """
