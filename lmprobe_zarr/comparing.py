@@ -239,8 +239,8 @@ def _holm(p: Floats) -> Floats:
     return corrected
 
 
-def selectivity(scores: xr.Dataset, metric: str = "accuracy") -> xr.DataArray:
-    """By how much each probe scores better than on shuffled labels; the dims of the score, its ``probe`` those that have such a control.
+def selectivity(scores: xr.Dataset, metric: str = "accuracy", *, control: str = "shuffled_labels") -> xr.DataArray:
+    """By how much each probe scores better than on other labels; the dims of the score, its ``probe`` those that have such a control.
 
     A probe that is selective scores high on the labels and at chance on labels dealt at random. Source: J. Hewitt and P. Liang,
     "Designing and Interpreting Probes with Control Tasks" (2019), arXiv:1909.03368.
@@ -248,28 +248,32 @@ def selectivity(scores: xr.Dataset, metric: str = "accuracy") -> xr.DataArray:
     Parameters
     ----------
     scores : Dataset
-        From :func:`lmprobe_zarr.sweep` with ``controls="shuffled_labels"``.
+        From :func:`lmprobe_zarr.sweep` or :func:`lmprobe_zarr.sweep_tokens` with that control.
     metric : str
+    control : {"shuffled_labels", "control_task"}
+        The second, which only tokens have, is the one of the source.
 
     Returns
     -------
     DataArray
-        Score on the labels minus score on shuffled ones.
+        Score on the labels minus score on the control's.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        No such scores or metric, or without that control.
+        No such scores, metric or control.
     """
+    if control not in ("shuffled_labels", "control_task"):
+        raise InvalidArgumentError(f"control={control!r} has no labels of its own: use 'shuffled_labels' or 'control_task'")
     _check_scores(scores)
     held = _metric(scores, metric)
-    prefix = "shuffled_labels:"
+    prefix = f"{control}:"
     names = [str(name).removeprefix(prefix) for name in scores["probe"].values.tolist() if str(name).startswith(prefix)]
     if not names:
-        raise InvalidArgumentError("these scores have no shuffled labels to compare with: sweep with controls='shuffled_labels'")
-    control = held.sel(probe=[prefix + name for name in names]).assign_coords(probe=names).drop_vars(("kind", "control"))
-    found = held.sel(probe=names).drop_vars(("kind", "control")) - control
-    return found.rename("selectivity").assign_attrs(long_name=f"{metric} less that on shuffled labels", units="1")
+        raise InvalidArgumentError(f"these scores have no {control.replace('_', ' ')} to compare with: sweep with controls={control!r}")
+    theirs = held.sel(probe=[prefix + name for name in names]).assign_coords(probe=names).drop_vars(("kind", "control"))
+    found = held.sel(probe=names).drop_vars(("kind", "control")) - theirs
+    return found.rename("selectivity").assign_attrs(long_name=f"{metric} less that on {control.replace('_', ' ')}", units="1")
 
 
 def _check_scores(scores: Any) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from lmprobe_zarr.probes.fits import NotFiniteError
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.probes.sufficient import Solution
+from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
 from lmprobe_zarr.probes.token_labels import Examples, TokenFolds, cells_of, plan_token_folds, prompts_of, select_examples, show_rows
 from lmprobe_zarr.token_blocks import STREAMED, Fitted, Runner, Stream, StreamPlan, Tested, fit_stream, judge_stream, score_stream
 
@@ -32,6 +34,7 @@ Labels = str | xr.DataArray | Mapping[Any, Any] | Iterable[Any]
 
 _SCHEDULERS = ("threads", "processes", "synchronous")
 _MOST_CELLS = 64
+_LAYER_0 = "layer_0"
 
 
 def fit_tokens(
@@ -222,6 +225,7 @@ def sweep_tokens(
     missing: str = "raise",
     pooling: str = "all",
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
+    controls: str | Iterable[str] | None = None,
     random_state: int = 0,
     client: Any = None,
     scheduler: str | None = None,
@@ -247,6 +251,10 @@ def sweep_tokens(
         prompt must have one label.
     groups : str, DataArray, mapping or array, optional
         Prompts of an equal group never lie on both sides of a fold.
+    controls : str or iterable of str, optional
+        Entries beside the probes that a good score has to beat: "shuffled_labels", "control_task", "token_identity", "position", "layer_0",
+        "majority"; see :data:`lmprobe_zarr.probes.token_controls.TOKEN_CONTROLS`. The first two fit every probe on other labels, which
+        takes two more passes each. The coordinates ``kind`` and ``control`` tell controls from probes.
 
     Returns
     -------
@@ -258,26 +266,48 @@ def sweep_tokens(
     Raises
     ------
     InvalidTypeError, InvalidArgumentError, LabelError
-        As :func:`fit_tokens`; folds that do not fit, that train on one class, or that put a prompt or group on both sides.
+        As :func:`fit_tokens`; folds that do not fit, that train on one class, or that put a prompt or group on both sides; an unknown
+        control, or one whose token ids, positions or layer 0 are not there.
 
     Notes
     -----
     Memory as for :func:`fit_tokens`, the sums once per fold; a test score is 8 bytes per token and probe of the layers that are at work.
+
+    A control task gives every token id one random label, which a probe may learn by heart: what it scores there is its capacity, and
+    :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
     """
     array, dim = _checked(activations)
     runner = _runner(client, scheduler, n_workers, progress=progress)
     names = _streamed([probes] if isinstance(probes, str) else list(probes))
     seed = _seed(random_state)
     stage = _score_stage(pooling)
+    asked = parse_token_controls(controls)
     examples = select_examples(array, dim, labels, where=where, missing=missing)
     if stage.of == "score":
-        _check_alike(examples)
+        _check_by_prompt(examples, asked)
     folds = plan_token_folds(array, dim, examples, groups, cv, seed)
     stream, plan = _plan(array, dim, examples, folds, names, seed)
-    fits, seconds = _fitted(array, examples, stream, plan, runner)
-    judge = partial(_judge, examples.codes, examples.prompt, stage)
-    judged = judge_stream(stream, plan, runner, fits, judge)
-    scores = _scores(array, examples, folds, plan, stage, fits, judged, seconds)
+    # Before anything is read, so that what is not there is known at once.
+    tables = {name: score_by_counts(name, array, examples, folds) for name in asked if name not in (*DEALT, _LAYER_0)}
+    dealt = {name: deal_labels(name, array, examples, folds, seed) for name in asked if name in DEALT}
+    layers = [str(layer) for layer in _layers(array)]
+    if _LAYER_0 in asked and "0" not in layers:
+        raise InvalidArgumentError(
+            f"control {_LAYER_0!r} needs layer 0, and there are layers {', '.join(layers)}: give it too, or leave it out"
+        )
+    rows, seconds = _swept(array, examples, stream, plan, runner, stage)
+    found = {_Entry(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
+    for name in asked:
+        if name in dealt:
+            others, more = _swept(array, examples, stream, replace(plan, codes=dealt[name]), runner, stage)
+            seconds += more
+            found |= {_Entry(f"{name}:{probe}", name): of_probe for probe, of_probe in zip(names, others, strict=True)}
+        elif name == _LAYER_0:
+            found[_Entry(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
+        else:
+            told = [_told(examples.codes, examples.prompt, stage, *of_fold) for of_fold in tables[name]]
+            found[_Entry(name, name)] = np.broadcast_to(_listed([_row(each) for each in told]), rows[0].shape)
+    scores = _scores(array, examples, folds, plan, stage, found, seconds)
     _warn_of_early_ends(scores)
     return _with_model(scores, array)
 
@@ -425,10 +455,13 @@ def _fitted(
         ) from None
 
 
-def _check_alike(examples: Examples) -> None:
-    first = np.zeros(len(examples.prompts), np.int64)
-    first[examples.prompt] = examples.codes
-    if (first[examples.prompt] != examples.codes).any():
+def _check_by_prompt(examples: Examples, controls: tuple[str, ...]) -> None:
+    if "control_task" in controls:
+        raise InvalidArgumentError(
+            "control 'control_task' gives the tokens of a prompt different labels, so scores that are pooled by prompt have nothing to be "
+            "compared with: use pooling='all', or 'shuffled_labels'"
+        )
+    if not examples.by_prompt:
         raise InvalidArgumentError(
             f"labels {examples.name!r} differ within a prompt, so scores that are pooled by prompt have nothing to be compared with: "
             "use pooling='all'"
@@ -461,21 +494,68 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
 # -- what comes back -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One place along ``probe``: a probe, or which control it is."""
+
+    name: str
+    control: str = ""
+
+
+class _Row(NamedTuple):
+    """What is known of one layer, probe and fold."""
+
+    accuracy: float
+    auroc: float
+    reason: str
+    seconds: float
+    converged: bool
+
+
+def _row(told: tuple[float, float, str], seconds: float = 0.0, converged: bool = True) -> _Row:
+    return _Row(*told, seconds, converged)
+
+
+def _listed(rows: list[_Row]) -> Array:
+    """Rows as an array of objects, which numpy would otherwise take apart."""
+    held = np.empty(len(rows), object)
+    held[:] = rows
+    return held
+
+
+def _swept(
+    array: xr.DataArray, examples: Examples, stream: Stream, plan: StreamPlan, runner: Runner, stage: Stage
+) -> tuple[list[Array], Array]:
+    """Of each probe its rows, shape (layer, fold), and the seconds that each layer's pass took."""
+    fits, seconds = _fitted(array, examples, stream, plan, runner)
+    judged = judge_stream(stream, plan, runner, fits, partial(_judge, plan.codes, examples.prompt, stage))
+    found = []
+    for probe in range(len(plan.probes)):
+        rows = [
+            _row(told[probe, fold], fit[probe, fold].seconds, fit[probe, fold].converged)
+            for fit, told in zip(fits, judged, strict=True)
+            for fold in range(len(plan.trains))
+        ]
+        found.append(_listed(rows).reshape(len(plan.layers), -1))
+    return found, np.array(seconds)
+
+
 def _judge(
     codes: Array, prompt: Array, stage: Stage, solutions: Mapping[tuple[int, int], Solution], tested: Tested
-) -> dict[tuple[int, int], tuple[float, float, str, int]]:
-    """Accuracy, AUROC, why that is NaN, and what was tested, of every probe and fold of a layer."""
-    found = {}
-    for key, (places, scores) in tested.items():
-        true = codes[places]
-        if stage.of == "score":
-            order = np.argsort(prompt[places], kind="stable")
-            counts = np.unique(prompt[places], return_counts=True)[1].astype(np.int64)
-            scores, true = reduce_scores(scores[order], counts, stage.pooling), true[order][np.cumsum(counts) - 1]
-        classes = solutions[key].classes
-        predicted = classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
-        found[key] = (accuracy(predicted, true), *auroc(scores, true, classes), len(true))
-    return found
+) -> dict[tuple[int, int], tuple[float, float, str]]:
+    """Of every probe and fold of a layer, what `_told` says."""
+    return {key: _told(codes, prompt, stage, places, scores, solutions[key].classes) for key, (places, scores) in tested.items()}
+
+
+def _told(codes: Array, prompt: Array, stage: Stage, places: Array, scores: Array, classes: Array) -> tuple[float, float, str]:
+    """Accuracy, AUROC, and why that is NaN, of some scores."""
+    true = codes[places]
+    if stage.of == "score":
+        order = np.argsort(prompt[places], kind="stable")
+        counts = np.unique(prompt[places], return_counts=True)[1].astype(np.int64)
+        scores, true = reduce_scores(scores[order], counts, stage.pooling), true[order][np.cumsum(counts) - 1]
+    predicted = classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
+    return accuracy(predicted, true), *auroc(scores, true, classes)
 
 
 def _warn_of_early_ends(found: xr.Dataset) -> None:
@@ -517,50 +597,52 @@ def _scores(
     folds: TokenFolds,
     plan: StreamPlan,
     stage: Stage,
-    fits: list[dict[tuple[int, int], Fitted]],
-    judged: list[dict[tuple[int, int], tuple[float, float, str, int]]],
-    seconds: list[float],
+    found: Mapping[_Entry, Array],
+    seconds: Array,
 ) -> xr.Dataset:
-    shape = (len(plan.layers), len(plan.probes), len(folds.train))
-    share, area, spent = (np.full(shape, np.nan) for _ in range(3))
-    ended = np.zeros(shape, bool)
+    rows = np.stack(list(found.values()), axis=1)  # layer, probe, fold
     reasons: dict[str, set[str]] = {}
-    for layer, (fit, found) in enumerate(zip(fits, judged, strict=True)):
-        for (probe, fold), (right, curve, reason, _) in found.items():
-            at = layer, probe, fold
-            share[at], area[at] = right, curve
-            spent[at], ended[at] = fit[probe, fold].seconds, fit[probe, fold].converged
-            if reason:
-                reasons.setdefault(reason, set()).add(plan.probes[probe])
+    for (_, place, _), row in np.ndenumerate(rows):
+        if row.reason:
+            reasons.setdefault(row.reason, set()).add(list(found)[place].name)
     nan_reasons = [f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items())]
     count: Callable[[Any], int] = (
         (lambda kept: int(kept[examples.prompt].sum()))
         if stage.of == "nothing"
         else (lambda kept: len(np.unique(examples.prompt[kept[examples.prompt]])))
     )
-    dims = ("layer", "probe", "fold")
+
+    def column(name: str, dtype: type, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Array, dict[str, Any]]:
+        values = [getattr(row, name) for row in rows.ravel()]
+        return ("layer", "probe", "fold"), np.array(values, dtype).reshape(rows.shape), attrs
+
+    why = {"nan_reasons": nan_reasons} if nan_reasons else {}
+    converged = column("converged", bool, {"long_name": "fit ended before its iteration limit"})
     scores = xr.Dataset(
         {
-            "accuracy": (dims, share, {"long_name": "accuracy", "units": "1"}),
-            "auroc": (
-                dims,
-                area,
-                {"long_name": "area under the ROC curve", "units": "1", **({"nan_reasons": nan_reasons} if nan_reasons else {})},
-            ),
-            "fit_seconds": (dims, spent, {"long_name": "wall time of the fit", "units": "s"}),
-            "converged": (dims, ended, {"long_name": "fit ended before its iteration limit"}),
+            "accuracy": column("accuracy", float, {"long_name": "accuracy", "units": "1"}),
+            "auroc": column("auroc", float, {"long_name": "area under the ROC curve", "units": "1", **why}),
+            "fit_seconds": column("seconds", float, {"long_name": "wall time of the fit", "units": "s"}),
+            "converged": converged,
             "n_train": ("fold", np.array([count(kept) for kept in folds.train])),
             "n_test": ("fold", np.array([count(kept) for kept in folds.test])),
-            "pass_seconds": ("layer", np.array(seconds), {"long_name": "time of the pass that sums, over all tasks", "units": "s"}),
+            "pass_seconds": ("layer", seconds, {"long_name": "time of the passes that sum, over all tasks", "units": "s"}),
         },
-        coords={"layer": _layers(array), "probe": list(plan.probes), "fold": np.arange(len(folds.train))},
+        coords={
+            "layer": _layers(array),
+            "probe": [entry.name for entry in found],
+            "kind": ("probe", ["control" if entry.control else "probe" for entry in found]),
+            "control": ("probe", [entry.control for entry in found]),
+            "fold": np.arange(len(folds.train)),
+        },
     )
     scores.attrs = {
         **_described(array, examples),
+        "task": "classification",
         "groups": folds.group,
         "cv": folds.described,
         "pooling": "all" if stage.of == "nothing" else f"score:{stage.pooling}",
         "random_state": plan.random_state,
-        "n_unconverged": int((~ended).sum()),
+        "n_unconverged": int((~converged[1]).sum()),
     }
     return scores

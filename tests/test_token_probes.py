@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
@@ -22,6 +22,8 @@ from lmprobe_zarr import token_blocks, token_probes
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, MissingPromptsError
 from lmprobe_zarr.probes import coefficients, make_probe
 from lmprobe_zarr.probes.sufficient import EXACT
+from lmprobe_zarr.probes.token_controls import deal_labels
+from lmprobe_zarr.probes.token_labels import plan_token_folds, select_examples
 
 LAYERS, PROMPTS, HIDDEN = (2, 5), 40, 12
 TEXTS = [f"prompt number {i}" for i in range(PROMPTS)]
@@ -289,6 +291,140 @@ def test_labels_may_differ_within_a_prompt() -> None:
 
 
 # -- labels, masks, and what is wrong with them ----------------------------------------------------------------------------
+
+
+# -- controls --------------------------------------------------------------------------------------------------------------
+
+#: Of each token, among 30; the class of a token type is what its number says, so that identity alone tells it.
+IDS = np.random.default_rng(3).integers(0, 30, N)
+
+
+def identified(data: Any = None) -> xr.DataArray:
+    """Layers 0 and 1: noise; and every token id as an axis of its own."""
+    if data is None:
+        noise = np.random.default_rng(1).normal(size=(2, N, 30)).astype("float32")
+        noise[1] = np.eye(30, dtype="float32")[IDS] + noise[1] / 100
+        data = noise
+    coords: dict[str, Any] = {name: value for name, value in tokens().coords.items() if name in ("text", "label", "model")}
+    array = xr.DataArray(data, dims=("layer", "token", "hidden"), coords={**coords, "layer": [0, 1]}, name="resid")
+    array = array.assign_coords(
+        prompt=("token", tokens().prompt.values), position=("token", POSITION), token_id=("token", IDS), kind_of_token=("token", IDS % 2)
+    )
+    return array.set_xindex(["prompt", "position"], lz.TokenIndex)
+
+
+def test_controls_stand_beside_the_probes_and_say_what_a_score_is_worth() -> None:
+    asked = ["shuffled_labels", "control_task", "token_identity", "position", "layer_0", "majority"]
+    scores = lz.sweep_tokens(identified(), "kind_of_token", ["ridge", "mass_mean"], controls=asked)
+    names = ["ridge", "mass_mean", *(f"{dealt}:{probe}" for dealt in asked[:2] for probe in ("ridge", "mass_mean")), *asked[2:]]
+    assert scores.probe.values.tolist() == names
+    assert scores.kind.values.tolist() == ["probe"] * 2 + ["control"] * 8
+    assert scores.control.values.tolist() == ["", "", "shuffled_labels", "shuffled_labels", "control_task", "control_task", *asked[2:]]
+    mean = scores.accuracy.mean("fold").to_pandas()
+    assert mean.loc[1, "ridge"] > 0.98
+    assert mean.loc[1, "token_identity"] > 0.98, "nothing but the token tells the label, and the table says so"
+    assert mean.loc[1, "control_task:ridge"] > 0.95, "and a probe with such activations learns any labels of tokens by heart"
+    for chance in ("shuffled_labels:ridge", "shuffled_labels:mass_mean", "position", "layer_0", "majority"):
+        assert 0.35 < mean.loc[1, chance] < 0.65, chance
+    assert mean.loc[0, "control_task:ridge"] < 0.65, "noise does not even learn these"
+    for same in ("token_identity", "position", "majority", "layer_0"):
+        assert mean.loc[0, same] == mean.loc[1, same], "no layer knows more of it"
+    np.testing.assert_array_equal(scores.auroc.sel(probe="layer_0", layer=1), scores.auroc.sel(probe="ridge", layer=0))
+    assert lz.selectivity(scores, control="control_task").sel(layer=1, probe="ridge").mean() < 0.05, "Hewitt and Liang's point"
+    assert lz.selectivity(scores).sel(layer=1, probe="ridge").mean() > 0.35
+    plain = lz.sweep_tokens(identified(), "kind_of_token", ["ridge", "mass_mean"])
+    xr.testing.assert_identical(plain.accuracy, scores.accuracy.isel(probe=slice(0, 2)))
+
+
+@pytest.mark.parametrize("labels", ["kind_of_token", "label", "three"])
+def test_tables_of_counts_equal_a_plain_loop(labels: str) -> None:
+    array = identified().assign_coords(three=("token", (IDS + POSITION) % 3))
+    array = array.isel(token=np.flatnonzero(IDS != 29))  # in the array's own order, with some left out
+    folds = list(KFold(4, shuffle=True, random_state=0).split(np.zeros(PROMPTS)))
+    scores = lz.sweep_tokens(array, labels, "ridge", cv=folds, controls=["token_identity", "position", "majority"])
+    prompts = array.prompt.values
+    order = list(dict.fromkeys(prompts.tolist()))
+    for control, key in (
+        ("token_identity", array.token_id.values),
+        ("position", array.position.values),
+        ("majority", np.zeros(len(prompts))),
+    ):
+        for fold, (train, test) in enumerate(folds):
+            learned, tested = (np.isin(prompts, [order[i] for i in side]) for side in (train, test))
+            y = array[labels].values
+            classes, sizes = np.unique(y[learned], return_counts=True)
+            said = []
+            for one in key[tested]:
+                seen = np.array([((key == one) & (y == c) & learned).sum() for c in classes])
+                said.append((seen + sizes / sizes.sum()) / (seen.sum() + 1))
+            probabilities = np.array(said)
+            right = (classes[probabilities.argmax(axis=1)] == y[tested]).mean()
+            assert scores.accuracy.sel(probe=control, fold=fold)[0] == pytest.approx(right), (control, fold)
+            if len(classes) == 2 and control != "majority":
+                expected = roc_auc_score(y[tested], probabilities[:, 1])
+                assert scores.auroc.sel(probe=control, fold=fold)[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_labels_are_dealt_to_prompts_where_these_have_one_and_are_the_seeds() -> None:
+    array = identified()
+    examples = select_examples(array, "token", "label")
+    folds = plan_token_folds(array, "token", examples, None, 5, 0)
+    dealt = deal_labels("shuffled_labels", array, examples, folds, 0)
+    assert (dealt != examples.codes).any()
+    assert all(len(set(dealt[examples.prompt == prompt])) == 1 for prompt in range(PROMPTS))
+    first = np.unique(examples.prompt, return_index=True)[1]
+    assert sorted(dealt[first]) == sorted(examples.codes[first]), "as many prompts of each class"
+    np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, examples, folds, 0))
+    assert (dealt != deal_labels("shuffled_labels", array, examples, folds, 1)).any()
+    types = deal_labels("control_task", array, examples, folds, 0)
+    assert all(len(set(types[one == IDS])) == 1 for one in range(30))
+    mixed = select_examples(array, "token", "kind_of_token")
+    dealt = deal_labels("shuffled_labels", array, mixed, folds, 0)
+    assert sorted(dealt) == sorted(mixed.codes)
+    assert any(len(set(dealt[mixed.prompt == prompt])) > 1 for prompt in range(PROMPTS))
+
+
+def test_controls_are_the_same_from_a_store_on_every_scheduler_and_where_prompts_count(stored: Any, small_blocks: None) -> None:
+    array = stored.tokens().resid
+    options: dict[str, Any] = {
+        "pooling": "score:mean",
+        "controls": ["shuffled_labels", "position", "majority"],
+        "where": array.position < 6,
+    }
+    expected = lz.sweep_tokens(array, "label", "lda", **options, scheduler="synchronous")
+    assert expected.n_test.sum() == PROMPTS
+    assert expected.accuracy.sel(probe="majority").values.tolist() == [[0.5] * 5] * 2
+    assert abs(float(expected.accuracy.sel(probe="shuffled_labels:lda").mean()) - 0.5) < 0.2
+    found = lz.sweep_tokens(array.load(), "label", "lda", **options, n_workers=3)
+    np.testing.assert_allclose(found.accuracy, expected.accuracy, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"controls": "bag_of_words"}, InvalidArgumentError, "no control 'bag_of_words' of tokens: use some of shuffled_labels"),
+        ({"controls": {"mine": [1]}}, InvalidTypeError, "are no names"),
+        ({"controls": 3}, InvalidTypeError, "are no names"),
+        ({"controls": "layer_0"}, InvalidArgumentError, "needs layer 0, and there are layers 2, 5"),
+        ({"controls": "token_identity"}, InvalidArgumentError, "needs a coordinate 'token_id' along 'token', and there is none"),
+        ({"controls": "control_task", "pooling": "score:max"}, InvalidArgumentError, "use pooling='all', or 'shuffled_labels'"),
+    ],
+)
+def test_controls_that_cannot_be_had_say_why(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        lz.sweep_tokens(tokens(), "label", **change)
+
+
+def test_token_ids_that_are_not_known_are_no_control() -> None:
+    array = identified()
+    array = array.assign_coords(token_id=("token", np.where(IDS == 3, -1, IDS)))
+    with pytest.raises(InvalidArgumentError, match=f"not known of {(IDS == 3).sum()} of {N} tokens"):
+        lz.sweep_tokens(array, "label", controls="control_task")
+    lz.sweep_tokens(array, "label", controls="control_task", where=array.token_id >= 0)
+    with pytest.raises(InvalidArgumentError, match="no labels of its own"):
+        lz.selectivity(lz.sweep_tokens(array, "label"), control="layer_0")
+    with pytest.raises(InvalidArgumentError, match="no control task to compare with"):
+        lz.selectivity(lz.sweep_tokens(array, "label"), control="control_task")
 
 
 def test_labels_are_matched_whatever_they_are_given_as() -> None:

@@ -57,6 +57,13 @@ class Examples:
     prompts: Array
     n_missing: int
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether all tokens of a prompt have one label."""
+        one = np.zeros(len(self.prompts), np.int64)
+        one[self.prompt] = self.codes
+        return bool((one[self.prompt] == self.codes).all())
+
 
 @dataclass(frozen=True, slots=True)
 class TokenFolds:

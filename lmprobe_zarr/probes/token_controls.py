@@ -1,0 +1,153 @@
+"""What a good score on tokens has to beat: labels dealt anew, and what is known of a token without its activation.
+
+Holds names, dealt labels and scores from tables of counts. Never an activation, a fit of one or a store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.probes.token_labels import Examples, TokenFolds
+
+__all__ = ["DEALT", "TOKEN_CONTROLS", "deal_labels", "parse_token_controls", "score_by_counts"]
+
+Array = npt.NDArray[Any]
+Ints = npt.NDArray[np.int64]
+
+#: Every control of `lmprobe_zarr.sweep_tokens` by name, and what it says.
+TOKEN_CONTROLS: Final[Mapping[str, str]] = {
+    "shuffled_labels": "each probe on labels dealt anew, to prompts where all tokens of a prompt share theirs, else to tokens",
+    "control_task": "each probe on a random label for every token id, drawn as often as in the labels: what it learns by heart",
+    "token_identity": "how often each class had this very token id among the training tokens",
+    "position": "how often each class had this position in its prompt among the training tokens",
+    "layer_0": "the first probe on layer 0: what is there before the model has worked on it",
+    "majority": "the most frequent class of the training tokens, for every token",
+}
+#: Those whose labels are others, so that every probe is fitted once more.
+DEALT: Final = ("shuffled_labels", "control_task")
+
+
+def parse_token_controls(controls: Any) -> tuple[str, ...]:
+    """The names, checked.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        No names, or unknown ones.
+    """
+    if controls is None:
+        return ()
+    listed = [controls] if isinstance(controls, str) else list(controls) if isinstance(controls, Iterable) else [None]
+    if isinstance(controls, Mapping) or not all(isinstance(name, str) for name in listed):
+        raise InvalidTypeError(f"controls={controls!r:.60} are no names: give some of {', '.join(TOKEN_CONTROLS)}")
+    strange = next((name for name in listed if name not in TOKEN_CONTROLS), None)
+    if strange is not None:
+        raise InvalidArgumentError(f"there is no control {strange!r} of tokens: use some of {', '.join(TOKEN_CONTROLS)}")
+    return tuple(dict.fromkeys(listed))
+
+
+def deal_labels(control: str, array: xr.DataArray, examples: Examples, folds: TokenFolds, random_state: int) -> Array:
+    """Labels dealt anew, shape (example,), of the dtype of ``examples.codes``.
+
+    For "shuffled_labels" every prompt gets the label of another; where the tokens of a prompt differ, every token that of another. Folds
+    are of whole prompts, so nothing that was learned by heart helps. For "control_task" every token id gets one label at random, as
+    frequent as among the tokens: a probe may learn by heart which token has which, and what it scores then is its capacity to do so.
+
+    Parameters
+    ----------
+    control : {"shuffled_labels", "control_task"}
+    array : DataArray with a token dimension
+        Whose ``token_id`` is looked at.
+    examples : Examples
+    folds : TokenFolds
+        Labels are dealt again until each trains on two classes.
+    random_state : int
+
+    Raises
+    ------
+    InvalidArgumentError
+        Token ids are not known, or no such labels were found.
+
+    Notes
+    -----
+    Source: J. Hewitt and P. Liang, "Designing and Interpreting Probes with Control Tasks" (2019), arXiv:1909.03368: the control task gives
+    each type of word a random output.
+    """
+    words = f"{random_state}\0{control}\0{examples.name}"
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
+    by_type = control == "control_task"
+    number = np.arange(len(examples.codes))
+    if by_type:
+        number = np.unique(_known(control, array, "token_id", examples), return_inverse=True)[1]
+    elif examples.by_prompt:
+        number = np.unique(examples.prompt, return_inverse=True)[1]
+    first = np.unique(number, return_index=True)[1]
+    for _ in range(100):
+        drawn = rng.choice(examples.codes, len(first)) if by_type else rng.permutation(examples.codes[first])
+        dealt = drawn[number]
+        if all(len(np.unique(dealt[trained[examples.prompt]])) > 1 for trained in folds.train):
+            return np.asarray(dealt, examples.codes.dtype)
+    raise InvalidArgumentError(f"control {control!r} found no labels of two classes for every fold: use fewer folds, or leave it out")
+
+
+def score_by_counts(
+    control: str, array: xr.DataArray, examples: Examples, folds: TokenFolds
+) -> list[tuple[Ints, Array, npt.NDArray[np.int64]]]:
+    """Scores of each fold's test tokens from how often each class was seen with the same token id or position, or at all.
+
+    The logarithm of (count + share) / (all counts + 1), the share being that of the class in the training tokens, which is what a token
+    that was never seen has. Of two classes it is the difference, as a decision function has it.
+
+    Parameters
+    ----------
+    control : {"token_identity", "position", "majority"}
+    array, examples, folds
+        As for `deal_labels`.
+
+    Returns
+    -------
+    list of (places, scores, classes), one per fold
+        Places of the test tokens among the examples; scores, shape (token,) or (token, class); the numbers of the classes trained on.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Token ids or positions are not known.
+    """
+    if control == "majority":
+        number = np.zeros(len(examples.codes), np.int64)
+    else:
+        values = _known(control, array, "token_id" if control == "token_identity" else "position", examples)
+        number = np.unique(values, return_inverse=True)[1]
+    found = []
+    for trained, tested in zip(folds.train, folds.test, strict=True):
+        learned, places = trained[examples.prompt], np.flatnonzero(tested[examples.prompt])
+        classes, codes = np.unique(examples.codes[learned], return_inverse=True)
+        counts = np.bincount(number[learned] * len(classes) + codes, minlength=(int(number.max()) + 1) * len(classes))
+        counts = counts.reshape(-1, len(classes))
+        share = counts.sum(axis=0) / counts.sum()
+        scores = np.log((counts + share) / (counts.sum(axis=1, keepdims=True) + 1))[number[places]]
+        found.append((places, scores[:, 1] - scores[:, 0] if len(classes) == 2 else scores, classes.astype(np.int64)))
+    return found
+
+
+def _known(control: str, array: xr.DataArray, name: str, examples: Examples) -> Array:
+    """A whole number for each example, from a coordinate that knows it for all of them."""
+    if name not in array.coords or array.coords[name].dims != ("token",):
+        raise InvalidArgumentError(
+            f"control {control!r} needs a coordinate {name!r} along 'token', and there is none: leave the control out"
+        )
+    values = np.asarray(array.coords[name].values)[examples.rows]
+    unknown = int((values < 0).sum())
+    if unknown:
+        raise InvalidArgumentError(
+            f"control {control!r} needs {name!r}, which is not known of {unknown} of {len(values)} tokens: leave it out"
+        )
+    return values
