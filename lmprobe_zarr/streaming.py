@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from lmprobe_zarr.epochs import Blocks, Order, Stream, count_steps, plan_stream
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, NumberRangeError
+from lmprobe_zarr.reused import Reused, copy_cast
 from lmprobe_zarr.rows import Ahead, Column, Source
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "cast_batch"]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
@@ -130,17 +131,18 @@ class Batches:
         # Whoever reads step t of this run, reads t + workers next: so that they come back in order.
         reader = (worker + step) % workers
         epoch = step // self.steps_per_epoch
+        reused = Reused()
         while self.epochs is None or epoch < self.epochs:
             before = epoch * self.steps_per_epoch
             part = (reader - before) % workers
             done = max(0, -(-(step - before - part) // workers))  # batches of this reader before the first that is asked for
             stream = plan_stream(self.blocks, self.order, epoch, part, workers)
-            for number, batch in enumerate(self._batches(stream, done), done):
+            for number, batch in enumerate(self._batches(stream, done, reused), done):
                 self._given = before + part + number * workers + 1
                 yield batch
             epoch += 1
 
-    def _batches(self, stream: Stream, first: int) -> Iterator[Any]:
+    def _batches(self, stream: Stream, first: int, reused: Reused) -> Iterator[Any]:
         steps = len(stream.bounds) - 1
         if first >= steps:
             return
@@ -159,45 +161,54 @@ class Batches:
                     if place > len(rows):
                         break
                     # What the consumer still holds of the window before goes with this batch; only then the next one is read.
-                    yield self._finish(*_joined(held))
+                    yield self._finish(*_joined(held), reused)
                     held, step = [], step + 1
                     if self.prefetch:
                         ahead.start()
                 held = [(some, part.copy()) for some, part in held]  # so that this window goes
                 del rows, values
 
-    def _finish(self, rows: Ints, batch: Array) -> Any:
-        values = self._convert(batch)
+    def _finish(self, rows: Ints, batch: Array, reused: Reused) -> Any:
+        values = self._convert(self._normalize(batch, reused), reused)
         values = values[0] if self.source.single else values
         if self.labels is None:
             return values
         return values, {name: self._label(column.take(rows)) for name, column in self.labels.items()}
 
-    def _convert(self, batch: Array) -> Any:
-        return self._cast(self._normalize(batch), self.dtype)
+    def _convert(self, batch: Array, reused: Reused) -> Any:
+        return cast_batch(batch, self.dtype, reused)
 
     def _label(self, values: Array) -> Any:
         return values
 
-    def _normalize(self, batch: Array) -> Array:
+    def _normalize(self, batch: Array, reused: Reused) -> Array:
         """(x − mean) / scale, in float32 at least; untouched where neither is asked for."""
         if self.mean is None and self.scale is None:
             return batch
-        batch = batch.astype(np.result_type(batch.dtype, np.float32))
+        wide = reused.empty(batch.shape, np.result_type(batch.dtype, np.float32))
+        copy_cast(wide, batch)
         if self.mean is not None:
-            batch -= self.mean
+            wide -= self.mean
         if self.scale is not None:
-            batch /= self.scale
-        return batch
+            wide /= self.scale
+        return wide
 
-    def _cast(self, batch: Array, dtype: np.dtype[Any]) -> Array:
-        if batch.dtype == dtype:
-            return batch
-        with np.errstate(over="ignore"):
-            cast = batch.astype(dtype)
-        if dtype == np.float16 and np.isinf(cast).any() and np.isinf(cast).sum() > np.isinf(batch).sum():
-            raise NumberRangeError("a value is too large for float16, which ends at 65504: give dtype='float32', or a scale")
-        return cast
+
+def cast_batch(batch: Array, dtype: np.dtype[Any], reused: Reused) -> Array:
+    """A batch in another dtype, in memory that is used again; itself where it has it.
+
+    Raises
+    ------
+    NumberRangeError
+        A value is too large for float16.
+    """
+    if batch.dtype == dtype:
+        return batch
+    cast = reused.empty(batch.shape, dtype)
+    copy_cast(cast, batch)
+    if dtype == np.float16 and np.isinf(cast).any() and np.isinf(cast).sum() > np.isinf(batch).sum():
+        raise NumberRangeError("a value is too large for float16, which ends at 65504: give dtype='float32', or a scale")
+    return cast
 
 
 def _joined(pieces: list[tuple[Ints, Array]]) -> tuple[Ints, Array]:

@@ -10,11 +10,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.streaming import Batches
+from lmprobe_zarr.reused import Reused
+from lmprobe_zarr.streaming import Batches, cast_batch
 
 __all__ = ["TorchBatches", "parse_torch_dtype"]
 
 Array = npt.NDArray[Any]
+_PLAIN = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
 
 class TorchBatches(Batches, IterableDataset[Any]):
@@ -23,13 +25,14 @@ class TorchBatches(Batches, IterableDataset[Any]):
     Workers take turns: each reads blocks of its own, and all together give as many batches as one would.
     """
 
-    def _convert(self, batch: Array) -> torch.Tensor:
-        batch = self._normalize(batch)
-        if self.dtype == torch.float16:  # numpy's way notices what is too large
-            batch = self._cast(batch, np.dtype(np.float16))
+    def _convert(self, batch: Array, reused: Reused) -> torch.Tensor:
         wanted: Any = self.dtype
-        values: torch.Tensor = torch.from_numpy(batch).to(wanted)
-        return values
+        if wanted in _PLAIN:
+            return torch.from_numpy(cast_batch(batch, np.dtype(_PLAIN[wanted]), reused))
+        given = torch.from_numpy(batch)
+        if wanted != torch.bfloat16:
+            return given.to(wanted)
+        return torch.from_numpy(reused.empty(batch.shape, np.int16)).view(torch.bfloat16).copy_(given)
 
     def _label(self, values: Array) -> Any:
         return torch.from_numpy(values) if values.dtype.kind in "biuf" else values

@@ -212,6 +212,22 @@ def test_the_same_options_give_the_same_batches_every_time_and_other_seeds_other
     assert any((one != other).any() for one, other in zip(first, tokens.lz.batches(**options, seed=1), strict=True))
 
 
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"mean": 0.5}, {"dtype": "float16", "scale": 2.0}, {"dtype": "float64"}])
+def test_batches_that_are_kept_stay_as_they_are(tokens: xr.Dataset, options: dict[str, Any]) -> None:
+    """Though those that are not are made where earlier ones were."""
+    half = tokens.astype("float16")
+    batches = half.lz.batches(layer=[0, 2], batch_tokens=40, buffer_tokens=120, **options)
+    copies = [batch.copy() for batch in batches]
+    assert_same(list(batches), copies)
+    kept = [batch[1, 3:5].T for batch in batches]
+    for row, batch in zip(kept, copies, strict=True):
+        np.testing.assert_array_equal(row, batch[1, 3:5].T)
+    places = set()
+    for batch in batches:
+        places.add(batch.__array_interface__["data"][0])
+    assert len(places) < len(copies)
+
+
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_it_goes_on_at_any_step_of_any_epoch(tokens: xr.Dataset, drop_last: bool, chunk_reads: list[tuple[str, int, int]]) -> None:
     options: dict[str, Any] = {"layer": 0, "batch_tokens": 70, "buffer_tokens": 150, "epochs": 3, "labels": "row", "drop_last": drop_last}

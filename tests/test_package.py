@@ -18,7 +18,7 @@ PACKAGE = Path(lz.__file__).parent
 ROOMS = [
     {"errors"},
     {"cluster", "pooling", "ragged", "layers", "precision", "progress", "display"},
-    {"epochs"},
+    {"epochs", "reused"},
     {"config", "sites"},
     {"log"},
     {"plan", "batch"},
