@@ -5,17 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnreachableError
 
-__all__ = ["check_client", "is_in_process", "own_client", "run_on_client", "stop_if_cancelled"]
+__all__ = ["check_client", "check_run", "is_in_process", "own_client", "run_on_client", "stop_if_cancelled"]
+
+
+_SCHEDULERS: Final = ("threads", "processes", "synchronous")
 
 
 def check_client(client: Any) -> None:
     """Raise `InvalidTypeError` where something is no `distributed.Client`."""
     if not (hasattr(client, "submit") and hasattr(client, "nthreads")):
         raise InvalidTypeError(f"client is a distributed.Client, not {type(client).__name__}")
+
+
+def check_run(client: Any, scheduler: Any, n_workers: Any) -> None:
+    """Raise where no work can be done as it is asked for: on a client, or without one by some scheduler of Dask's and with some workers.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        No client, an unknown scheduler, no workers, or a client beside the other two.
+    """
+    if client is not None and (scheduler is not None or n_workers is not None):
+        raise InvalidArgumentError("client and scheduler or n_workers were given: a client brings its own workers, leave the others out")
+    if client is not None:
+        check_client(client)
+    if scheduler not in (None, *_SCHEDULERS):
+        raise InvalidArgumentError(f"scheduler={scheduler!r} is unknown: use {', '.join(map(repr, _SCHEDULERS))}, or a client")
+    if n_workers is not None and n_workers < 1:
+        raise InvalidArgumentError(f"n_workers={n_workers!r} leaves nobody to work: give at least 1")
 
 
 def is_in_process(client: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.cluster import check_client, run_on_client
+from lmprobe_zarr.cluster import check_run, run_on_client
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.gathering import Scores
 from lmprobe_zarr.planning import SweepPlan, called, plan_sweep
@@ -29,8 +29,6 @@ __all__ = ["sweep"]
 Array = npt.NDArray[Any]
 #: What to do with what a task found, by the task's number.
 _Finish = Callable[[int, list[Fit]], None]
-
-_SCHEDULERS = ("threads", "processes", "synchronous")
 
 
 def sweep(
@@ -171,7 +169,7 @@ def sweep(
         preprocessing=preprocessing, strengths=strengths, inner_cv=inner_cv, choose_by=choose_by, repeats=repeats, seeds=seeds,
         missing=missing, predictions=predictions, random_state=random_state,
     )  # fmt: skip
-    _check_run(client, scheduler, n_workers)
+    check_run(client, scheduler, n_workers)
     scores = Scores(plan)
     place = None if out is None else ScoreStore(out, plan.fingerprint(), _sampled(plan), storage_options)
     if place is not None:
@@ -195,17 +193,6 @@ def sweep(
             stacklevel=2,
         )
     return found
-
-
-def _check_run(client: Any, scheduler: str | None, n_workers: int | None) -> None:
-    if client is not None and (scheduler is not None or n_workers is not None):
-        raise InvalidArgumentError("client and scheduler or n_workers were given: a client brings its own workers, leave the others out")
-    if client is not None:
-        check_client(client)
-    if scheduler not in (None, *_SCHEDULERS):
-        raise InvalidArgumentError(f"scheduler={scheduler!r} is unknown: use {', '.join(map(repr, _SCHEDULERS))}, or a client")
-    if n_workers is not None and n_workers < 1:
-        raise InvalidArgumentError(f"n_workers={n_workers!r} leaves nobody to work: give at least 1")
 
 
 def _not_finite(plan: SweepPlan, problem: NotFiniteError) -> InvalidArgumentError:

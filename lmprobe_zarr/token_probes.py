@@ -17,8 +17,9 @@ import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.accessor import ArrayAccessor
-from lmprobe_zarr.cluster import check_client
+from lmprobe_zarr.cluster import check_run
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.planning import check_seed
 from lmprobe_zarr.probes.fits import NotFiniteError
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.stages import Stage, parse_stage, reduce_scores
@@ -32,7 +33,6 @@ __all__ = ["fit_tokens", "score_tokens", "sweep_tokens", "token_texts"]
 Array = npt.NDArray[Any]
 Labels = str | xr.DataArray | Mapping[Any, Any] | Iterable[Any]
 
-_SCHEDULERS = ("threads", "processes", "synchronous")
 _MOST_CELLS = 64
 _LAYER_0 = "layer_0"
 
@@ -115,7 +115,7 @@ def fit_tokens(
     array, dim = _checked(activations)
     runner = _runner(client, scheduler, n_workers, progress=progress)
     (probe,) = _streamed([probe])
-    seed = _seed(random_state)
+    seed = check_seed(random_state)
     examples = select_examples(array, dim, labels, where=where, missing=missing)
     stream, plan = _plan(array, dim, examples, None, (probe,), seed)
     fits, seconds = _fitted(array, examples, stream, plan, runner)
@@ -279,7 +279,7 @@ def sweep_tokens(
     array, dim = _checked(activations)
     runner = _runner(client, scheduler, n_workers, progress=progress)
     names = _streamed([probes] if isinstance(probes, str) else list(probes))
-    seed = _seed(random_state)
+    seed = check_seed(random_state)
     stage = _score_stage(pooling)
     asked = parse_token_controls(controls)
     examples = select_examples(array, dim, labels, where=where, missing=missing)
@@ -371,23 +371,8 @@ def _bare(variable: xr.Variable) -> xr.Variable:
     return bare
 
 
-def _seed(random_state: Any) -> int:
-    if isinstance(random_state, bool) or not isinstance(random_state, int | np.integer):
-        raise InvalidTypeError(f"random_state={random_state!r} is not a whole number: give a seed such as 0")
-    if not 0 <= random_state < 2**32:
-        raise InvalidArgumentError(f"random_state={random_state!r} is out of range: give a seed from 0 to 2**32 - 1")
-    return int(random_state)
-
-
 def _runner(client: Any, scheduler: str | None, n_workers: int | None, *, progress: bool) -> Runner:
-    if client is not None and (scheduler is not None or n_workers is not None):
-        raise InvalidArgumentError("client and scheduler or n_workers were given: a client brings its own workers, leave the others out")
-    if client is not None:
-        check_client(client)
-    if scheduler not in (None, *_SCHEDULERS):
-        raise InvalidArgumentError(f"scheduler={scheduler!r} is unknown: use {', '.join(map(repr, _SCHEDULERS))}, or a client")
-    if n_workers is not None and n_workers < 1:
-        raise InvalidArgumentError(f"n_workers={n_workers!r} leaves nobody to work: give at least 1")
+    check_run(client, scheduler, n_workers)
     return Runner(client, scheduler or "threads", n_workers, progress)
 
 
