@@ -11,11 +11,11 @@ import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.planning import called, check_activations, check_seed, layers_of
+from lmprobe_zarr.planning import check_activations, check_seed, layers_of
 from lmprobe_zarr.probes import coefficients, converged, make_pipeline_for, make_probe
 from lmprobe_zarr.probes.classifiers import check_task, has_strength
 from lmprobe_zarr.probes.fits import bad_rows, computable, fits_running, read_layer
-from lmprobe_zarr.probes.labels import Labels, parse_label_sets, show_prompts
+from lmprobe_zarr.probes.labels import Labels, called, parse_label_sets, show_prompts
 
 __all__ = ["fit_directions"]
 

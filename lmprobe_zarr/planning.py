@@ -21,12 +21,12 @@ from lmprobe_zarr.probes import make_probe
 from lmprobe_zarr.probes.controls import Entry, list_entries, make_entry, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.probes.fits import Plan, Source, Task
 from lmprobe_zarr.probes.folds import group_codes, number_repeats, plan_folds
-from lmprobe_zarr.probes.labels import Groups, Labels, list_prompts, parse_groups, parse_label_sets, parse_sides
+from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable, called, list_prompts, parse_groups, parse_label_sets, parse_sides
 from lmprobe_zarr.probes.metrics import Metric, parse_metrics
 from lmprobe_zarr.probes.pipelines import parse_preprocessing
 from lmprobe_zarr.schema import split_variable
 
-__all__ = ["SweepPlan", "called", "check_activations", "check_seed", "layers_of", "plan_sweep"]
+__all__ = ["SweepPlan", "check_activations", "check_seed", "layers_of", "plan_sweep"]
 
 Array = npt.NDArray[Any]
 
@@ -301,11 +301,6 @@ def plan_sweep(
 # -- what is given ---------------------------------------------------------------------------------------------------------
 
 
-def called(activations: xr.DataArray) -> str:
-    """The variable's name, for messages."""
-    return repr(str(activations.name)) if activations.name is not None else "the activations"
-
-
 def _checked(activations: Any, controls: Mapping[str, Any]) -> tuple[xr.Dataset | None, tuple[xr.DataArray, ...]]:
     """The dataset, if it is one, and its variables of activations; nothing is read."""
     if isinstance(activations, xr.Dataset):
@@ -340,14 +335,6 @@ def check_activations(activations: xr.DataArray) -> xr.DataArray:
     return activations
 
 
-def _bare(variable: xr.Variable) -> xr.Variable:
-    """The variable without attributes, which need not travel to the workers; a lazy one stays lazy."""
-    bare = variable.copy(deep=False)
-    bare.attrs = {}
-    bare.encoding = {}
-    return bare
-
-
 def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[Source, ...]]:
     """All layers, and each variable with its own among them."""
     held = [layers_of(array) for array in arrays]
@@ -359,7 +346,7 @@ def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, t
     places = {layer: place for place, layer in enumerate(layers.tolist())}
     sources = []
     for array, own in zip(arrays, held, strict=True):
-        variable = _bare(array.variable)
+        variable = bare_variable(array.variable)
         in_memory = variable.chunks is None and variable._in_memory
         if own is not None and len(set(own)) < len(own):
             raise InvalidArgumentError(f"{called(array)} holds a layer twice: drop one with .drop_duplicates('layer')")

@@ -18,9 +18,9 @@ import xarray as xr
 from lmprobe_zarr.cluster import check_run, run_on_client
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.gathering import Scores
-from lmprobe_zarr.planning import SweepPlan, called, plan_sweep
+from lmprobe_zarr.planning import SweepPlan, plan_sweep
 from lmprobe_zarr.probes.fits import Fit, NotFiniteError, Plan, Task, fit_task
-from lmprobe_zarr.probes.labels import show_prompts
+from lmprobe_zarr.probes.labels import called, show_prompts
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.score_store import ScoreStore
 

@@ -21,6 +21,7 @@ from lmprobe_zarr.cluster import check_run
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.planning import check_seed
 from lmprobe_zarr.probes.fits import NotFiniteError
+from lmprobe_zarr.probes.labels import bare_variable, called
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.probes.sufficient import Solution
@@ -178,7 +179,7 @@ def score_tokens(
     solutions, chosen = _solutions(probes, array)
     prompts_of(array, dim)
     n = array.sizes[dim]
-    stream = Stream(_bare(array.variable), dim, np.arange(n, dtype=np.int64))
+    stream = Stream(bare_variable(array.variable), dim, np.arange(n, dtype=np.int64))
     none = np.zeros(0, np.int8)
     plan = StreamPlan(
         stream=None,
@@ -347,28 +348,18 @@ def _checked(activations: Any) -> tuple[xr.DataArray, str]:
             break
     else:
         raise InvalidArgumentError(
-            f"{_called(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and hidden: select or rename"
+            f"{called(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and hidden: select or rename"
         )
     empty = [str(dim) for dim in activations.dims if not activations.sizes[dim]]
     if empty:
-        raise InvalidArgumentError(f"{_called(activations)} has no {' and no '.join(empty)}: there is nothing to fit or score")
+        raise InvalidArgumentError(f"{called(activations)} has no {' and no '.join(empty)}: there is nothing to fit or score")
     if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
-        raise InvalidTypeError(f"{_called(activations)} has dtype {activations.dtype}, expected real numbers")
+        raise InvalidTypeError(f"{called(activations)} has dtype {activations.dtype}, expected real numbers")
     return activations, dim
-
-
-def _called(array: xr.DataArray) -> str:
-    return repr(str(array.name)) if array.name is not None else "the activations"
 
 
 def _layers(array: xr.DataArray) -> Array:
     return np.atleast_1d(array.coords["layer"].values) if "layer" in array.coords else np.arange(array.sizes.get("layer", 1))
-
-
-def _bare(variable: xr.Variable) -> xr.Variable:
-    bare = variable.copy(deep=False)
-    bare.attrs, bare.encoding = {}, {}
-    return bare
 
 
 def _runner(client: Any, scheduler: str | None, n_workers: int | None, *, progress: bool) -> Runner:
@@ -402,7 +393,7 @@ def _score_stage(pooling: Any) -> Stage:
 def _plan(
     array: xr.DataArray, dim: str, examples: Examples, folds: TokenFolds | None, probes: tuple[str, ...], seed: int
 ) -> tuple[Stream, StreamPlan]:
-    stream = Stream(_bare(array.variable), dim, examples.rows)
+    stream = Stream(bare_variable(array.variable), dim, examples.rows)
     cell, trains = cells_of(folds, len(examples.prompts))
     if trains.shape[1] > _MOST_CELLS:
         raise InvalidArgumentError(
@@ -434,7 +425,7 @@ def _fitted(
         return fit_stream(stream, plan, runner)
     except NotFiniteError as problem:
         raise InvalidArgumentError(
-            f"layer {_layers(array)[problem.layer]} of {_called(array)} is NaN or infinite for {len(problem.rows)} of {plan.n_rows} "
+            f"layer {_layers(array)[problem.layer]} of {called(array)} is NaN or infinite for {len(problem.rows)} of {plan.n_rows} "
             f"{stream.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
             "leave them out with where=, or extract them again (float16 overflows at 65504)"
         ) from None

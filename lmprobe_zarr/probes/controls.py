@@ -22,7 +22,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_probe
 from lmprobe_zarr.probes.folds import Fold
-from lmprobe_zarr.probes.labels import Labels, list_prompts, show_prompts
+from lmprobe_zarr.probes.labels import Labels, bare_variable, list_prompts, show_prompts
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
 
 __all__ = ["CONTROLS", "Entry", "list_entries", "make_entry", "parse_controls", "read_features", "shuffle_labels"]
@@ -335,6 +335,4 @@ def _bare_matrix(name: str, features: xr.DataArray, array: xr.DataArray) -> Any:
     if features.sizes["prompt"] != array.sizes["prompt"]:
         raise InvalidArgumentError(f"control {name!r} has {features.sizes['prompt']} prompts, expected {array.sizes['prompt']}")
     matrix = features if features.ndim == 2 else features.expand_dims("feature", axis=-1)
-    bare = matrix.variable.copy(deep=False)
-    bare.attrs, bare.encoding = {}, {}
-    return bare
+    return bare_variable(matrix.variable)

@@ -19,7 +19,10 @@ import xarray as xr
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidTypeError, LabelError
 
-__all__ = ["Groups", "Labels", "Sides", "list_prompts", "parse_groups", "parse_label_sets", "parse_labels", "parse_sides", "show_prompts"]
+__all__ = [
+    "Groups", "Labels", "Sides", "bare_variable", "called", "list_prompts", "parse_groups", "parse_label_sets", "parse_labels",
+    "parse_sides", "show_prompts",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]
 
@@ -89,6 +92,18 @@ class _Column:
     values: list[Any]
     #: Whether -1 and "" mean that there is none.
     filled: bool = False
+
+
+def called(activations: xr.DataArray) -> str:
+    """The variable's name, for messages."""
+    return repr(str(activations.name)) if activations.name is not None else "the activations"
+
+
+def bare_variable(variable: xr.Variable) -> xr.Variable:
+    """A variable without attributes, which need not travel to the workers; a lazy one stays lazy."""
+    bare = variable.copy(deep=False)
+    bare.attrs, bare.encoding = {}, {}
+    return bare
 
 
 def list_prompts(array: xr.DataArray) -> list[str]:

@@ -17,7 +17,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 from lmprobe_zarr.index import TokenIndex, by_appearance
 from lmprobe_zarr.probes.folds import plan_folds
-from lmprobe_zarr.probes.labels import _align, parse_groups
+from lmprobe_zarr.probes.labels import _align, called, parse_groups
 
 __all__ = ["Examples", "TokenFolds", "cells_of", "plan_token_folds", "prompts_of", "select_examples", "show_rows"]
 
@@ -99,7 +99,7 @@ def prompts_of(array: xr.DataArray, dim: str) -> tuple[Array, Array]:
         return numbers, index.labels[index.codes[first]]
     if "prompt" not in array.coords or array.coords["prompt"].dims != (dim,):
         raise InvalidArgumentError(
-            f"{_called(array)} has no prompt coordinate along {dim!r}, which says which tokens belong together: open it with store.tokens()"
+            f"{called(array)} has no prompt coordinate along {dim!r}, which says which tokens belong together: open it with store.tokens()"
         )
     numbers, names = pd.factorize(np.asarray(array.coords["prompt"].values, object))
     return numbers, np.asarray(names).astype(str)
@@ -156,10 +156,6 @@ def _shown_prompts(prompts: Array, numbers: Array) -> str:
     different = pd.unique(numbers)
     shown = ", ".join(str(prompts[number]) for number in different[:_SHOWN])
     return f"{len(different)} prompt{'s' if len(different) > 1 else ''} ({shown}{', …' if len(different) > _SHOWN else ''})"
-
-
-def _called(array: xr.DataArray) -> str:
-    return repr(str(array.name)) if array.name is not None else "the activations"
 
 
 # -- which tokens ----------------------------------------------------------------------------------------------------------
