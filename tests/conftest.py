@@ -29,6 +29,9 @@ from lmprobe_zarr.store import Store
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# On a machine that others use too, a worker may take more than half a minute to be there.
+os.environ.setdefault("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "180s")
+
 # The same examples every time, so that a red run means a change; `make stress` looks for new ones.
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("exploring", deadline=None, print_blob=True)
