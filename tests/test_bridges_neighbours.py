@@ -169,6 +169,12 @@ def test_arrays_that_do_not_fit_stop_the_run_before_anything_is_written(tmp_path
     assert store.models() == []
 
 
+def test_a_file_where_a_folder_is_asked_for_says_so(tmp_path: Path, store: Store, values: Array) -> None:
+    np.save(tmp_path / "layer_0.npy", values[0])
+    with pytest.raises(InvalidArgumentError, match=r"layer_0\.npy is a file: give the folder that holds it"):
+        import_npy(tmp_path / "layer_0.npy", store, model="m", prompts=PROMPTS, progress=False)
+
+
 def test_a_prompt_without_tokens_is_skipped(tmp_path: Path, store: Store, values: Array) -> None:
     np.save(tmp_path / "layer_0.npy", values[0])
     np.save(tmp_path / "offsets.npy", np.array([0, 3, 3, 10]))

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, LmprobeZarrError
@@ -300,10 +301,12 @@ def open_files(url: str | os.PathLike[str] | Storage, storage_options: Mapping[s
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        It cannot be a place.
+        It cannot be a place, or is a file.
     """
     storage = open_storage(url, storage_options)
     if isinstance(storage, LocalStorage):
+        if storage is not url and Path(storage.root).is_file():
+            raise InvalidArgumentError(f"{storage.root} is a file: give the folder that holds it")
         return LocalFiles(storage.root)
     if isinstance(storage, FsspecStorage):
         return RemoteFiles(storage)
