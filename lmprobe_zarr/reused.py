@@ -16,8 +16,6 @@ __all__ = ["Reused", "copy_cast"]
 
 Array = npt.NDArray[Any]
 
-#: Of the list, of the loop's name and of the call that counts them: who else refers to a piece of memory holds an array in it.
-_NOBODY: Final = 3
 _MOST: Final = 3  # the one that is being made, the one that is looked at, and one that waits
 
 
@@ -25,19 +23,27 @@ class Reused:
     """Arrays in memory of earlier ones of which nothing is held any more, no view and no tensor either. For one thread."""
 
     def __init__(self) -> None:
-        self._held: list[Array] = []
+        self._held: list[bytearray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """An array whose values are not set, as of `numpy.empty`."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        # By numpy's own rule the base of a view, and of a view of a view, is what owns the memory.
-        free = next((held for held in self._held if sys.getrefcount(held) == _NOBODY and len(held) >= nbytes), None)
+        free = next((memory for memory in self._held if len(memory) >= nbytes and _is_free(memory)), None)
         if free is None:
-            free = np.empty(nbytes, np.uint8)
+            free = bytearray(max(nbytes, 1))
             if len(self._held) == _MOST:
                 del self._held[0]  # whoever holds it keeps it
             self._held.append(free)
-        return free[:nbytes].view(dtype).reshape(shape)
+        return np.frombuffer(free, dtype, math.prod(shape)).reshape(shape)
+
+
+def _is_free(memory: bytearray) -> bool:
+    """Whether no array lies in it: Python refuses to change the length of bytes that anybody has a buffer of, as every array has."""
+    try:
+        memory.append(memory.pop())
+    except BufferError:
+        return False
+    return True
 
 
 def copy_cast(target: Array, values: Array) -> None:
