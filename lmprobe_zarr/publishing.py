@@ -6,9 +6,11 @@ the next one; nothing else at that place ever is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,8 @@ __all__ = ["PUBLISHED_MARK", "PublishSummary", "Selection", "publish_groups", "t
 Ints = npt.NDArray[np.int64]
 
 CARD = "README.md"
+#: What is left at the root of a file that is written whole or not at all, where its writer was killed over it.
+_DRAFT: Final = re.compile(rf"\.(?:zarr\.json|{re.escape(CARD)})\.[0-9a-f]{{12}}\.partial")
 PUBLISHED_MARK = "published_copy"
 
 
@@ -237,7 +241,7 @@ def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
         old = parse_root(target.read("zarr.json"), target.url)
     except (FileNotFoundError, NotADirectoryError):
         old = None
-        names = [name for name in target.list("") if not (name.startswith(".zarr.json.") and name.endswith(".partial"))]
+        names = [name for name in target.list("") if not _DRAFT.fullmatch(name)]
         groups = [name for name in names if GROUP_NAME.fullmatch(name)]
         strange = [name for name in names if name not in groups and not (name == CARD and (groups or overwrite))]
         if strange or target.is_file(""):
@@ -256,6 +260,7 @@ def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
         raise NotAStoreError(f"{target.url} holds parts of a store ({foreign.path!r}): give a new or empty place to publish to")
     for part in left:
         remove_part(target, part)
+    target.remove([name for name in target.list("") if _DRAFT.fullmatch(name)])
     for group in groups:
         # Where not even the group's document came to stand, its draft may have been left.
         target.remove([f"{group}/{name}" for name in target.list(group) if PARTIAL.fullmatch(name)])

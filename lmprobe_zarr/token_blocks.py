@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -318,30 +318,42 @@ def _log_loss(estimator: Any, x: Array, y: Array) -> float:
     return float(np.logaddexp(0, -signs * scores).sum()) / scores.shape[1]
 
 
-#: What is tested: (probe, fold) to (places among the rows, scores of shape (row,) or (row, class)).
-Tested = dict[tuple[int, int], tuple[Ints, Array]]
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """Scores of test rows.
+
+    Parameters
+    ----------
+    places : mapping of fold to ndarray of int64, shape (row,)
+        Places among the rows, which all probes of a fold share.
+    scores : mapping of (probe, fold) to ndarray, shape (row,) or (row, class)
+    """
+
+    places: Mapping[int, Ints]
+    scores: Mapping[tuple[int, int], Array]
 
 
 def _test_span(plan: StreamPlan, layer: int, solutions: dict[tuple[int, int], Solution], start: int, stop: int, values: Any) -> Tested:
     """Scores of the test rows of a span; the body of a task."""
-    found: dict[tuple[int, int], tuple[list[Ints], list[Array]]] = {key: ([], []) for key in solutions}
+    places: dict[int, list[Ints]] = {fold: [] for _, fold in solutions}
+    scores: dict[tuple[int, int], list[Array]] = {key: [] for key in solutions}
     with fits_running():
         for place, rows in _blocks(plan, layer, start, stop, values):
             wide = rows.astype(np.float64)
-            for fold in sorted({fold for _, fold in solutions}):
+            for fold, found in places.items():
                 assert plan.tests is not None  # noqa: S101  (only folds are tested)
                 mine = np.flatnonzero(plan.tests[fold][plan.prompt[place]])
                 if not len(mine):
                     continue
+                found.append(mine + place.start)
                 x = wide if len(mine) == len(wide) else wide[mine]
                 for (probe, of), solution in solutions.items():
                     if of == fold:
-                        found[probe, fold][0].append(mine + place.start)
-                        found[probe, fold][1].append(_scored(x, solution))
-    return {
-        key: (np.concatenate([np.zeros(0, np.int64), *places]), np.concatenate(scores) if scores else np.zeros(0))
-        for key, (places, scores) in found.items()
-    }
+                        scores[probe, fold].append(_scored(x, solution))
+    return Tested(
+        {fold: np.concatenate([np.zeros(0, np.int64), *some]) for fold, some in places.items()},
+        {key: np.concatenate(some) if some else np.zeros(0) for key, some in scores.items()},
+    )
 
 
 def _scored(x: Array, solution: Solution) -> Array:
@@ -556,11 +568,12 @@ def judge_stream(
 
 
 def _judge(judge: Callable[..., Any], solutions: dict[tuple[int, int], Solution], spans: Sequence[Tested]) -> Any:
-    whole = {}
-    for key in solutions:
-        parts = [span[key] for span in spans if len(span[key][0])]
-        whole[key] = tuple(np.concatenate(each) for each in zip(*parts, strict=True))
-    return judge(solutions, whole)
+    places = {fold: np.concatenate([span.places[fold] for span in spans]) for _, fold in solutions}
+    scores = {}
+    for probe, fold in solutions:
+        # What holds nothing of a fold has no classes either.
+        scores[probe, fold] = np.concatenate([span.scores[probe, fold] for span in spans if len(span.places[fold])])
+    return judge(solutions, Tested(places, scores))
 
 
 def score_stream(stream: Stream, plan: StreamPlan, runner: Runner, solutions: Sequence[Solution]) -> Iterator[Array]:

@@ -520,7 +520,9 @@ def _judge(
     codes: Array, prompt: Array, stage: Stage, solutions: Mapping[tuple[int, int], Solution], tested: Tested
 ) -> dict[tuple[int, int], tuple[float, float, str]]:
     """Of every probe and fold of a layer, what `_told` says."""
-    return {key: _told(codes, prompt, stage, places, scores, solutions[key].classes) for key, (places, scores) in tested.items()}
+    return {
+        key: _told(codes, prompt, stage, tested.places[key[1]], scores, solutions[key].classes) for key, scores in tested.scores.items()
+    }
 
 
 def _told(codes: Array, prompt: Array, stage: Stage, places: Array, scores: Array, classes: Array) -> tuple[float, float, str]:

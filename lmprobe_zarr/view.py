@@ -197,6 +197,8 @@ class View:
         shapes = sorted({a.info.row_shape for a in arrays})
         if len({a.info.layered for a in arrays}) > 1 or (len(shapes) > 1 and not is_top_k(name)):
             raise CorruptPartError(f"the parts of {self.where} disagree on the shape of {name!r}: {shapes}")
+        if layered and not layers:
+            raise CorruptPartError(f"the parts of {self.where} hold {name!r} by layer, which it never is")
         places = np.zeros((len(holding), 1), np.int32)
         if layered:
             places = np.array([[_place(owners[i].info.layers, layer) for layer in layers] for i in holding], np.int32).reshape(

@@ -262,6 +262,24 @@ def test_what_lies_there_already_is_never_touched_unless_it_is_an_older_copy(sto
     assert not any(path.exists() for path in before)
 
 
+def test_drafts_of_whoever_was_killed_are_cleared_and_nothing_else(store: Store, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    filled(store).publish(target)
+    (target / "zarr.json").unlink()
+    drafts = [target / ".README.md.0123456789ab.partial", target / ".zarr.json.0123456789ab.partial"]
+    for draft in drafts:
+        draft.write_bytes(b"{")
+    mine = target / ".README.md.mine.partial"
+    mine.write_bytes(b"notes")
+    with pytest.raises(lz.errors.NotAStoreError, match="holds other things"):
+        store.publish(target)
+    assert all(draft.exists() for draft in drafts)
+    mine.unlink()
+    store.publish(target)
+    assert not any(draft.exists() for draft in drafts)
+    assert_same(lz.open_store(target), store)
+
+
 def test_a_damaged_published_root_is_told(store: Store, tmp_path: Path) -> None:
     filled(store).publish(tmp_path / "copy")
     root = tmp_path / "copy" / "zarr.json"
