@@ -15,8 +15,8 @@ from benchmarks.data import (
     digests,
 )
 from benchmarks.timing import Figure, Peer, alternate, ms
-from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
 
 
 def save_config(folder: Path, layers: int, hidden: int) -> str:

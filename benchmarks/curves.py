@@ -23,8 +23,9 @@ import numpy as np
 
 import lmprobe_zarr as lz
 from benchmarks.data import activations
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
 
 #: What is not varied.
 USUAL = {"prompts": 2048, "parts": 8, "layers": 8, "hidden": 512}

@@ -22,8 +22,8 @@ from benchmarks.data import (
     token_batches,
 )
 from benchmarks.timing import Figure, Peer
-from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
 
 
 def _in_a_process_of_its_own(call: Any, *given: Any) -> int:

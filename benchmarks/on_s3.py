@@ -21,8 +21,8 @@ from benchmarks.data import (
 )
 from benchmarks.remote import measure
 from benchmarks.timing import Figure, Peer, alternate, ms
-from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
 
 
 @contextmanager

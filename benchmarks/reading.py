@@ -19,9 +19,10 @@ import numpy as np
 import zarr
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import writer
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.parts import writer
 
 GROUP = GroupInfo(model="bench", num_layers=4, hidden_size=2048)
 

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.view import View
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.parts.view import View
 
 GROUP = GroupInfo(model="remote", num_layers=1, hidden_size=4)
 PER_PART = 100

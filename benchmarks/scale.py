@@ -22,11 +22,14 @@ from typing import Any
 import numpy as np
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import writer
-from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.schema import GroupInfo, PartInfo, new_part_name, parse_part, part_document
-from lmprobe_zarr.storage import Buffer, LocalStorage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.storage.base import Buffer
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.format.part import PartInfo, parse_part, part_document
+from lmprobe_zarr.store.format.part_names import new_part_name
+from lmprobe_zarr.store.parts import writer
+from lmprobe_zarr.store.store import Store
 
 LAYERS, HIDDEN, ITEMSIZE = 80, 8192, 2
 GROUP = GroupInfo(model="scale", num_layers=LAYERS, hidden_size=1)

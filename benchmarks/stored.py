@@ -24,9 +24,10 @@ from benchmarks.data import (
     write_tokens,
 )
 from benchmarks.timing import Figure, Peer, alternate, ms
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.store import Store
 
 
 def pooled(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:

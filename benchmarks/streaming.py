@@ -18,7 +18,8 @@ import xarray as xr
 
 import lmprobe_zarr as lz
 from benchmarks.reading import GROUP, activations, medians
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
 
 PER_PROMPT = 66
 BATCH = 4096
@@ -57,7 +58,7 @@ def sides_of(tokens: xr.Dataset) -> dict[str, Callable[[], Any]]:
 
 def mixing(prompts: int, chunk: int, batch: int, buffer: int) -> dict[str, Any]:
     """Mean number of distinct prompts in a batch, beside that of a full shuffle: a matter of the plan alone, nothing is read."""
-    from lmprobe_zarr.epochs import Blocks, Order, plan_stream
+    from lmprobe_zarr.streaming.order import Blocks, Order, plan_stream
 
     n = prompts * PER_PROMPT
     of = np.arange(n) // PER_PROMPT

@@ -6,11 +6,21 @@
 >>> store.dataset("gpt2").resid_last_token.sel(layer=6)  # doctest: +SKIP
 """
 
-from lmprobe_zarr import accessor as accessor  # registers ``.lz``
-from lmprobe_zarr import config, errors
-from lmprobe_zarr.activations import write_activations
+from __future__ import annotations
+
 from lmprobe_zarr.batch import prompt_hash
-from lmprobe_zarr.build import extract, plan_extract
+from lmprobe_zarr.bridges import (
+    ExportSummary,
+    ImportSummary,
+    export_safetensors,
+    import_npy,
+    import_pt,
+    import_safetensors,
+    import_source,
+    import_tensors,
+    import_vllm,
+)
+from lmprobe_zarr.bridges.lmprobe_lazy import open_legacy
 from lmprobe_zarr.cache import (
     CachedPrompt,
     CachedPromptInfo,
@@ -22,33 +32,28 @@ from lmprobe_zarr.cache import (
     evict,
     list_cached_prompts,
 )
-from lmprobe_zarr.comparing import compare, confidence_intervals, selectivity
 from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_limit
-from lmprobe_zarr.directions import fit_directions
-from lmprobe_zarr.index import TokenIndex
+from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, extract, plan_extract
 from lmprobe_zarr.log import enable_cache_logging
-from lmprobe_zarr.plan import ExtractPlan, ExtractStats
-from lmprobe_zarr.planning import SweepPlan, plan_sweep
 from lmprobe_zarr.probe import LayerSweep, Probe
-from lmprobe_zarr.report import Report, report
-from lmprobe_zarr.store import Store, open_store
-from lmprobe_zarr.summaries import ExportSummary, ImportSummary
-from lmprobe_zarr.sweep import sweep
-from lmprobe_zarr.token_masks import mask_tokens
-from lmprobe_zarr.token_probes import fit_tokens, score_tokens, sweep_tokens
-from lmprobe_zarr.transfer import (
-    export_safetensors,
-    import_npy,
-    import_pt,
-    import_safetensors,
-    import_source,
-    import_tensors,
-    import_vllm,
-    open_legacy,
+from lmprobe_zarr.reports import Report, report
+from lmprobe_zarr.store import Store, open_store, write_activations
+from lmprobe_zarr.sweeps import (
+    SweepPlan,
+    compare,
+    confidence_intervals,
+    cosine_similarity,
+    fit_directions,
+    fit_tokens,
+    plan_sweep,
+    score_tokens,
+    selectivity,
+    sweep,
+    sweep_tokens,
+    sweep_transfer,
 )
-from lmprobe_zarr.transferring import cosine_similarity, sweep_transfer
-
-__version__ = "0.1.0"
+from lmprobe_zarr.tokens import TokenIndex, mask_tokens
+from lmprobe_zarr.version import __version__ as __version__
 
 __all__ = [
     "CacheInfo",

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.chunks import fill_value
+from lmprobe_zarr.batch import as_slice, fill_value, offsets_of, parse_poolings
 from lmprobe_zarr.display import Html, card, definitions, sparkline, table
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, MissingDependencyError
-from lmprobe_zarr.index import TokenIndex, by_appearance
-from lmprobe_zarr.pooling import parse_poolings, pool_ragged
-from lmprobe_zarr.ragged import as_slice, offsets_of
-from lmprobe_zarr.streaming import Batches
-from lmprobe_zarr.training import norms_of, open_batches, statistics_of
+from lmprobe_zarr.streaming import Batches, norms_of, open_batches, statistics_of
+from lmprobe_zarr.tokens import OF_TOKENS, T, TokenIndex, by_appearance, one_per_prompt, pool_values, renamed
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
 __all__ = ["ArrayAccessor", "DatasetAccessor"]
-
-T = TypeVar("T", xr.Dataset, xr.DataArray)
-
-# Coordinates of single tokens, which mean nothing to a whole prompt.
-_OF_TOKENS: Final = ("position", "token_id", "char_start", "char_end")
 
 
 class _TokenAccessor(Generic[T]):
@@ -88,22 +80,22 @@ class _TokenAccessor(Generic[T]):
             )
         offsets = offsets_of(counts)
         rows = (offsets[:-1] if position >= 0 else offsets[1:]) + position
-        return _one_per_prompt(data.isel({index.dim: as_slice(rows)}), index.dim)
+        return one_per_prompt(data.isel({index.dim: as_slice(rows)}), index.dim)
 
     def _pool_array(self, array: xr.DataArray, pooling: str) -> xr.DataArray:
         data, index, counts = ArrayAccessor(array)._by_prompt()
-        head = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(_OF_TOKENS, errors="ignore")
+        head = one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(OF_TOKENS, errors="ignore")
         rest = [dim for dim in data.dims if dim not in ("layer", index.dim)]
         ordered: xr.DataArray = data.transpose("layer", index.dim, *rest, missing_dims="ignore")
         if ordered.sizes.get("layer"):  # one layer at a time: memory for one layer of tokens, whatever the number of layers
-            values = np.stack([_pool(layer.values, counts, pooling) for layer in ordered])
+            values = np.stack([pool_values(layer.values, counts, pooling) for layer in ordered])
         elif "layer" in ordered.dims:
             values = np.empty((0, len(counts), *ordered.shape[2:]), ordered.dtype)
         else:
-            values = _pool(ordered.values, counts, pooling)
-        dims = _renamed(ordered.dims, index.dim)
+            values = pool_values(ordered.values, counts, pooling)
+        dims = renamed(ordered.dims, index.dim)
         name = f"{array.name}_{pooling}" if array.name else None
-        return xr.DataArray(values, head.coords, dims, name, array.attrs).transpose(*_renamed(array.dims, index.dim))
+        return xr.DataArray(values, head.coords, dims, name, array.attrs).transpose(*renamed(array.dims, index.dim))
 
     def _pad_array(self, array: xr.DataArray) -> xr.DataArray:
         data, index, counts = ArrayAccessor(array)._by_prompt()
@@ -117,8 +109,8 @@ class _TokenAccessor(Generic[T]):
         out = np.full((*values.shape[:axis], len(counts), len(places), *values.shape[axis + 1 :]), filler, dtype)
         lead: tuple[Any, ...] = (slice(None),) * axis
         out[(*lead, np.repeat(np.arange(len(counts)), counts), columns)] = values
-        head = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim)
-        kept = {name: c for name, c in head.coords.items() if name not in _OF_TOKENS}
+        head = one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim)
+        kept = {name: c for name, c in head.coords.items() if name not in OF_TOKENS}
         dims = [d for dim in data.dims for d in (("prompt", "position") if dim == index.dim else (dim,))]
         return xr.DataArray(out, coords={**kept, "position": places}, dims=dims, name=array.name, attrs=array.attrs)
 
@@ -611,25 +603,6 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return plot_calibration(self._data, **kwargs)
 
 
-def _one_per_prompt(data: T, dim: Hashable) -> T:
-    """One token per prompt, now along ``prompt`` with its ordinary index."""
-    plain = data.drop_indexes(["prompt", "position"]) if isinstance(data.xindexes.get("prompt"), TokenIndex) else data
-    swapped: T = plain.swap_dims({dim: "prompt"})
-    return swapped
-
-
-def _pool(values: npt.NDArray[Any], counts: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[Any]:
-    """Pooled rows of values of shape (token, …)."""
-    if pooling == "mean" and values.dtype.kind in "biu":
-        values = values.astype(np.float64)
-    flat = values.reshape(len(values), int(np.prod(values.shape[1:])))
-    return pool_ragged(flat, counts, pooling).reshape(len(counts), *values.shape[1:])
-
-
 def _fits_bfloat16(values: npt.NDArray[Any]) -> bool:
     # Arithmetic keeps the attribute, and its results seldom are bfloat16 numbers: those have 16 zeros at the end.
     return values.dtype == np.float32 and not int(np.bitwise_or.reduce(values.reshape(-1).view(np.uint32))) & 0xFFFF
-
-
-def _renamed(dims: tuple[Any, ...], dim: Hashable) -> list[Any]:
-    return ["prompt" if d == dim else d for d in dims]

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import xarray as xr
 from xarray.backends import BackendEntrypoint
 
+from lmprobe_zarr.batch import LayerSpec
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.layers import LayerSpec
-from lmprobe_zarr.schema import LEVELS, Level, Provenance, is_root_document
 from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store.format import LEVELS, Level, Provenance, is_root_document
 
 __all__ = ["LmprobeZarrBackend"]
 

@@ -15,8 +15,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Final
 
+from lmprobe_zarr.batch import Precision
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.precision import Precision
 
 __all__ = [
     "SETTINGS",

@@ -14,7 +14,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["Html", "card", "definitions", "escape", "format_table", "section", "shorten", "sparkline", "table", "terminal_width", "visible"]
+import xarray as xr
+
+__all__ = [
+    "Html",
+    "called",
+    "card",
+    "definitions",
+    "escape",
+    "format_bytes",
+    "format_table",
+    "section",
+    "shorten",
+    "sparkline",
+    "table",
+    "terminal_width",
+    "visible",
+]
 
 # Formats (direction marks among them), surrogates, controls, and what breaks lines: none of them can be seen, and some act on a terminal.
 _UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
@@ -202,3 +218,27 @@ _STYLE: Final = (
     ".lz-card td.lz-n{text-align:right;font-variant-numeric:tabular-nums}"
     ".lz-card svg{max-width:100%;height:auto}"
 )
+
+
+def format_bytes(nbytes: int) -> str:
+    """A number of bytes as people read it, in powers of 1024."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def called(activations: xr.DataArray) -> str:
+    """The variable's name, for messages."""
+    return repr(str(activations.name)) if activations.name is not None else "the activations"
+
+
+SHOWN_LINES = 50
+
+
+def shortened(rows: Iterable[object]) -> list[str]:
+    lines = [f"          {row}" for row in rows]
+    more = len(lines) - SHOWN_LINES
+    return lines if more <= 0 else [*lines[:SHOWN_LINES], f"          … and {more} more"]

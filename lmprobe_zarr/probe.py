@@ -15,39 +15,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
+from lmprobe_zarr.batch import LayerSpec, Stage, concat_ranges, describe_layers, parse_stage, parse_sweep, reduce_scores
 from lmprobe_zarr.display import card, definitions, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
-from lmprobe_zarr.index import TokenIndex
-from lmprobe_zarr.layers import LayerSpec, describe_layers, parse_sweep
-from lmprobe_zarr.plan import ExtractStats
-from lmprobe_zarr.probes import class_scores, dump_probe, evaluate_classification, evaluate_regression, make_pipeline_for, parse_probe
-from lmprobe_zarr.probes.given import (
+from lmprobe_zarr.extraction import Activations, ExtractStats, Supply, SupplyMemory
+from lmprobe_zarr.probes import (
     as_array,
     check_batch_size,
     check_labels,
     check_weights,
+    class_scores,
+    dump_probe,
+    evaluate_classification,
+    evaluate_regression,
     has_weights,
     is_matrix,
     list_given,
+    make_pipeline_for,
     parse_matrix,
+    parse_probe,
     split_labels,
 )
-from lmprobe_zarr.probes.stages import Stage, parse_stage, reduce_scores
-from lmprobe_zarr.ragged import concat_ranges
-from lmprobe_zarr.schema import Provenance
 from lmprobe_zarr.store import Place
-from lmprobe_zarr.supply import Activations, Supply, SupplyMemory
+from lmprobe_zarr.store.format import Provenance
+from lmprobe_zarr.tokens import TokenIndex
+from lmprobe_zarr.typing import Array, Ints
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["LayerSweep", "Probe"]
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
 
 TASKS: Final = ("classification", "regression")
 LEGACY: Final = ("auto", "never")

@@ -19,18 +19,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "Header",
-    "Tensor",
-    "encode",
-    "header_length",
-    "itemsize_of",
-    "narrow_bfloat16",
-    "parse_header",
-    "widen_bfloat16",
-]
+from lmprobe_zarr.typing import Array
 
-Array = npt.NDArray[Any]
+__all__ = ["Header", "Tensor", "encode", "header_length", "itemsize_of", "narrow_bfloat16", "parse_header", "widen_bfloat16"]
 # The format allows 100 MB, which would take a gigabyte to parse. This is enough for 100,000 tensors.
 HEADER_BYTES: Final = 16 * 2**20
 # Equal headers are parsed once: all prompts of one length have the same. Long ones are not kept.

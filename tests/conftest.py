@@ -18,12 +18,14 @@ import s3_server
 from hypothesis import settings
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import config, extraction
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.chunks import StoredArray
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr import config
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.storage.base import Storage
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.parts.stored_array import StoredArray
+from lmprobe_zarr.store.store import Store
 
 # A shell that runs a command in the background has it ignore Ctrl-C, which tests send to themselves and to their children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -26,11 +26,11 @@ from conftest import GROUP, Stops, make_batch
 from foreign_caches import add_model, add_prompt, prompt_tensors
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import NotAStoreError, StoreNotFoundError
-from lmprobe_zarr.ingest import Ingest
-from lmprobe_zarr.storage import LocalStorage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.store.ingest import Ingest
+from lmprobe_zarr.store.store import Store
 
 Array = npt.NDArray[Any]
 Truth = dict[str, dict[str, Any]]  # text to name to values: (layer, hidden), (layer, token, hidden), or a column's value

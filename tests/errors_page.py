@@ -21,12 +21,12 @@ from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import errors
-from lmprobe_zarr.batch import prompt_sha256
-from lmprobe_zarr.ingest import Ingest
-from lmprobe_zarr.precision import Precision
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.storage import LocalStorage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.precision import Precision
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.ingest import Ingest
+from lmprobe_zarr.store.store import Store
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 
@@ -125,8 +125,8 @@ def device_memory(_: Path) -> None:
     from test_extraction_capture import Scarce, loaded_from
     from tiny_models import tiny_model
 
-    from lmprobe_zarr import extraction
-    from lmprobe_zarr.extraction import parse_prompts, tokenize
+    from lmprobe_zarr.extraction import models as extraction
+    from lmprobe_zarr.extraction.models import parse_prompts, tokenize
 
     loaded = loaded_from(model := tiny_model("llama"))
     Scarce(model, 15, lambda: torch.OutOfMemoryError("CUDA out of memory"))
@@ -215,7 +215,7 @@ def prompt_collision(folder: Path) -> None:
 def prompt_too_long(_: Path) -> None:
     from tiny_models import tiny_tokenizer
 
-    from lmprobe_zarr.extraction import parse_prompts, tokenize
+    from lmprobe_zarr.extraction.models import parse_prompts, tokenize
 
     tokenize(parse_prompts(["Who?", "The quick brown fox jumps over the lazy dog."]), tiny_tokenizer(encoder=True), context_length=10)
 

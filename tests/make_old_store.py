@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.schema import GroupInfo
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
 
 KNOWN = GroupInfo(
     model="acme/toy",

@@ -21,8 +21,8 @@ from crash_operations import OPERATIONS, Operation, check_between, check_equal, 
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import AccessDeniedError, LmprobeZarrError, NoSpaceError, ReadOnlyError, UnreachableError
-from lmprobe_zarr.storage import LocalStorage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.store.store import Store
 
 WRITES = ("the first part", "a part", "an extraction", "annotate", "compact", "delete", "drop", "publish", "copy", "import")
 

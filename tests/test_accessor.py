@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, LayerOutOfRangeError
-from lmprobe_zarr.index import TokenIndex
+from lmprobe_zarr.tokens.index import TokenIndex
 
 Array = npt.NDArray[Any]
 REDUCE = {

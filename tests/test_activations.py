@@ -9,7 +9,7 @@ import pytest
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 PROMPTS = ["a", "b", "c"]
 COUNTS = [2, 1, 4]

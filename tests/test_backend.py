@@ -9,8 +9,8 @@ from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidArgumentError, StoreNotFoundError
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.store import Store
 
 TEXTS = ["a", "bb", "ccc", "dddd"]
 

@@ -16,8 +16,6 @@ import pytest
 import xarray as xr
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import writer
-from lmprobe_zarr.epochs import plan_stream
 from lmprobe_zarr.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -26,8 +24,10 @@ from lmprobe_zarr.errors import (
     MissingPromptsError,
     NumberRangeError,
 )
-from lmprobe_zarr.store import Store
-from lmprobe_zarr.streaming import Batches
+from lmprobe_zarr.store.parts import writer
+from lmprobe_zarr.store.store import Store
+from lmprobe_zarr.streaming.batches import Batches
+from lmprobe_zarr.streaming.order import plan_stream
 
 Array = npt.NDArray[Any]
 LAYERS = (0, 2, 5)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs import blosc
 
-from lmprobe_zarr.blosc_frame import check_frame, decode_range
+from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
 
 HEADER = struct.Struct("<4B3I")
 

@@ -17,9 +17,9 @@ from foreign_caches import DATA, MODEL, add_model, add_prompt, prompt_tensors, s
 import lmprobe_zarr as lz
 from lmprobe_zarr.bridges.entry import Entry, Skipped
 from lmprobe_zarr.bridges.files import open_files
+from lmprobe_zarr.bridges.imports import import_pt, import_safetensors
 from lmprobe_zarr.bridges.lmprobe_v1 import LmprobeV1, prompts_hash
 from lmprobe_zarr.errors import CorruptFileError, ModelNotStoredError
-from lmprobe_zarr.transfer import import_pt, import_safetensors
 
 pytestmark = pytest.mark.model
 torch: Any = pytest.importorskip("torch")

@@ -13,9 +13,9 @@ import pytest
 from foreign_caches import of_bits, safetensors_bytes, to_bits
 
 import lmprobe_zarr as lz
+from lmprobe_zarr.bridges.imports import import_npy, import_tensors, import_vllm
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError
-from lmprobe_zarr.store import Store
-from lmprobe_zarr.transfer import import_npy, import_tensors, import_vllm
+from lmprobe_zarr.store.store import Store
 
 Array = npt.NDArray[Any]
 PROMPTS = ["one", "two and more", "three"]

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmprobe_zarr.bridges.files import open_files
-from lmprobe_zarr.bridges.safetensors_file import read_header, read_tensor
+from lmprobe_zarr.bridges.tensors import read_header, read_tensor
 from lmprobe_zarr.errors import CorruptFileError
 from lmprobe_zarr.safetensors_file import encode, narrow_bfloat16, parse_header, widen_bfloat16
 

@@ -19,20 +19,16 @@ from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.errors import (
-    CacheWarning,
-    CorruptPartError,
-    InvalidArgumentError,
-    MissingPromptsError,
-    PartGoneError,
-    ReadOnlyError,
-)
-from lmprobe_zarr.maintenance import STAMPS, Entry, plan_evict
-from lmprobe_zarr.schema import GroupInfo, PartInfo
-from lmprobe_zarr.storage import LocalStorage
-from lmprobe_zarr.store import Store
-from lmprobe_zarr.view import Part
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.errors import CacheWarning, CorruptPartError, InvalidArgumentError, MissingPromptsError, PartGoneError, ReadOnlyError
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.format.names import STAMPS
+from lmprobe_zarr.store.format.part import PartInfo
+from lmprobe_zarr.store.parts.part import Part
+from lmprobe_zarr.store.store import Store
+from lmprobe_zarr.store.upkeep.evict import Entry, plan_evict
 
 OTHER = GroupInfo(model="acme/other", num_layers=4, hidden_size=8)
 

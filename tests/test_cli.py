@@ -16,8 +16,8 @@ from conftest import GROUP, make_batch
 import lmprobe_zarr as lz
 from lmprobe_zarr.cli import main
 from lmprobe_zarr.cli.arguments import parse_layers
+from lmprobe_zarr.cli.prompt_files import read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.prompt_files import read_prompts
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

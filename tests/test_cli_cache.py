@@ -13,7 +13,7 @@ from conftest import GROUP, make_batch
 from test_cli import call, call_json
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 
 @pytest.fixture

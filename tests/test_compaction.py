@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.schema import new_part_name, replacement_name
-from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.storage.base import Storage
+from lmprobe_zarr.store.format.part_names import new_part_name, replacement_name
+from lmprobe_zarr.store.store import Store
 
 Shown = tuple[xr.Dataset, xr.Dataset | None, xr.DataArray]
 
@@ -455,7 +456,7 @@ def test_memory_is_bounded_by_blocks_not_by_the_part(tmp_path: Path) -> None:
 
 
 def test_texts_that_would_not_fit_into_memory_halve_the_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr import compaction
+    from lmprobe_zarr.store.upkeep import compact as compaction
 
     monkeypatch.setattr(compaction, "COLUMN_BYTES", 500)
     for i in range(8):
@@ -478,7 +479,7 @@ def test_a_hundred_small_parts_become_one() -> None:
 
 
 def test_names_of_parts_are_told_from_others() -> None:
-    from lmprobe_zarr.schema import PART_NAME
+    from lmprobe_zarr.store.format.part_names import PART_NAME
 
     name = new_part_name()
     assert PART_NAME.fullmatch(name)

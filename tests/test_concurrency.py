@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import writer as writer_module
-from lmprobe_zarr.copying import copy_group
 from lmprobe_zarr.errors import MissingPromptsError, ModelNotStoredError, PartGoneError
-from lmprobe_zarr.storage import open_storage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.storage.open import open_storage
+from lmprobe_zarr.store.parts import writer as writer_module
+from lmprobe_zarr.store.store import Store
+from lmprobe_zarr.store.upkeep.copy import copy_group
 
 STRESS = bool(os.environ.get("LMPROBE_ZARR_STRESS"))
 TEXTS = ("a", "bb", "ccc", "dddd")

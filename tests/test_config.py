@@ -11,8 +11,8 @@ import pytest
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
+from lmprobe_zarr.batch.precision import Precision
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.precision import Precision
 
 
 def test_nothing_is_read_at_import_and_each_variable_at_its_first_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

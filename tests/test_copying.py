@@ -12,7 +12,7 @@ from conftest import GROUP, make_batch
 from test_compaction import shown
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 
 @pytest.fixture

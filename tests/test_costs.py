@@ -18,12 +18,14 @@ import pytest
 from conftest import Wrapped
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import store as store_room
-from lmprobe_zarr import writer
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.storage import Storage, open_storage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.storage.base import Storage
+from lmprobe_zarr.storage.open import open_storage
+from lmprobe_zarr.store import store as store_room
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.parts import writer
+from lmprobe_zarr.store.store import Store
 
 LAYERS = (0, 1, 2, 3, 4, 5)
 HIDDEN = 64

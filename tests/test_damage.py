@@ -13,7 +13,7 @@ from numcodecs import blosc
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import CorruptPartError, PartGoneError
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from conftest import GROUP, Wrapped, make_batch
 from test_cli import call, call_json
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.chunks import StoredArray
-from lmprobe_zarr.contents import describe_view
 from lmprobe_zarr.display import columns_of, escape, format_table, shorten, sparkline, visible
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.contents import describe_view
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.parts.stored_array import StoredArray
+from lmprobe_zarr.store.store import Store
 
 NAME = "<script>alert(1)</script>"  # of a model, which may not hold what cannot be shown
 EVIL = f"{NAME}\x1b[31m\u202e"

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import cluster
+from lmprobe_zarr import tasks as cluster
 from lmprobe_zarr.cli import main
 from lmprobe_zarr.errors import (
     InvalidArgumentError,
@@ -33,9 +33,9 @@ from lmprobe_zarr.errors import (
     PromptTooLongError,
     UnreachableError,
 )
-from lmprobe_zarr.shares import cut
-from lmprobe_zarr.storage import FsspecStorage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.extraction.shares import cut
+from lmprobe_zarr.storage.remote import FsspecStorage
+from lmprobe_zarr.store.store import Store
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -163,7 +163,7 @@ def test_the_model_is_loaded_once_per_process_and_activations_never_pass_the_sch
 
 
 def _count_loads() -> None:
-    from lmprobe_zarr import build
+    from lmprobe_zarr.extraction import run as build
 
     build.loads = []  # type: ignore[attr-defined]
     real: Any = vars(build)["load"]
@@ -176,7 +176,7 @@ def _count_loads() -> None:
 
 
 def _loads() -> int:
-    from lmprobe_zarr import build
+    from lmprobe_zarr.extraction import run as build
 
     return len(build.loads)  # type: ignore[attr-defined]
 

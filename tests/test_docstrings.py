@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import accessor, plots, streaming
+from lmprobe_zarr import accessor, plots
+from lmprobe_zarr.streaming import batches as streaming
 
 REFERENCE = (Path(__file__).parent.parent / "docs" / "reference.md").read_text(encoding="utf-8")
 # What xarray and scikit-learn prescribe, and say themselves what it takes: one line of ours says what is special.

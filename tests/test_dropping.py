@@ -10,7 +10,7 @@ from conftest import GROUP, make_batch
 from test_compaction import assert_same, shown
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 
 def two_kinds(store: Store) -> Store:

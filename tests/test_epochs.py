@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmprobe_zarr.epochs import Blocks, Order, Stream, count_steps, join_blocks, plan_stream
+from lmprobe_zarr.batch.ragged import offsets_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.ragged import offsets_of
+from lmprobe_zarr.streaming.order import Blocks, Order, Stream, count_steps, join_blocks, plan_stream
 
 Ints = npt.NDArray[np.int64]
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import extraction
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
     CorruptPartError,
@@ -28,7 +27,8 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     UnknownArchitectureError,
 )
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.store.store import Store
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ import pytest
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError, UnknownArchitectureError
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 pytestmark = pytest.mark.model
 torch = pytest.importorskip("torch")

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import pytest
 from tiny_models import PROMPTS, TINY, save_tiny, tiny_model, tiny_tokenizer
 
-from lmprobe_zarr import extraction
-from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.batch.pooling import POOLINGS, pool_ragged
+from lmprobe_zarr.batch.sites import SITES, row_bytes
+from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, LayerOutOfRangeError, UnknownArchitectureError
-from lmprobe_zarr.extraction import parse_prompts, tokenize
-from lmprobe_zarr.pooling import POOLINGS, pool_ragged
-from lmprobe_zarr.sites import SITES, row_bytes
+from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.extraction.models import parse_prompts, tokenize
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

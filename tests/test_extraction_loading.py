@@ -15,15 +15,9 @@ import numpy as np
 import pytest
 from tiny_models import CHAT_TEMPLATE, PROMPTS, TINY, save_tiny, tiny_model, tiny_tokenizer
 
-from lmprobe_zarr import extraction
-from lmprobe_zarr.errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    LmprobeZarrError,
-    ModelNotFoundError,
-    UnknownArchitectureError,
-)
-from lmprobe_zarr.extraction import identify, model_name, parse_prompts, tokenize
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LmprobeZarrError, ModelNotFoundError, UnknownArchitectureError
+from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.extraction.models import identify, model_name, parse_prompts, tokenize
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -149,7 +143,7 @@ def test_the_digest_follows_the_content_and_not_the_place(llama: Path, tmp_path:
 
 
 def test_weights_are_hashed_once_and_again_when_they_change(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction import identity
+    from lmprobe_zarr.extraction.models import identity
 
     folder = shutil.copytree(llama, tmp_path / "hashed")
     weights = folder / "model.safetensors"
@@ -348,7 +342,7 @@ def test_an_object_gives_what_its_folder_gives(llama: Path) -> None:
 
 
 def test_any_edit_of_any_weight_changes_the_fingerprint() -> None:
-    from lmprobe_zarr.extraction.fingerprint import model_fingerprint
+    from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint
 
     model = tiny_model("llama").to(torch.bfloat16)
     seen = {model_fingerprint(model)}
@@ -367,7 +361,7 @@ def test_any_edit_of_any_weight_changes_the_fingerprint() -> None:
 
 
 def test_exchanged_rows_negated_weights_and_other_shapes_have_other_fingerprints() -> None:
-    from lmprobe_zarr.extraction.fingerprint import model_fingerprint
+    from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint
 
     model = tiny_model("gpt2")
     first = model_fingerprint(model)
@@ -385,7 +379,7 @@ def test_exchanged_rows_negated_weights_and_other_shapes_have_other_fingerprints
 
 
 def test_the_fingerprint_goes_over_every_chunk_every_dtype_and_every_memory_order() -> None:
-    from lmprobe_zarr.extraction import fingerprint
+    from lmprobe_zarr.extraction.models import fingerprint
 
     def holder(tensor: Any) -> Any:
         module = torch.nn.Module()
@@ -578,7 +572,7 @@ def test_a_key_is_the_same_in_every_process() -> None:
         "from lmprobe_zarr.extraction.fingerprint import model_fingerprint\n"
         "print(model_fingerprint(tiny_model('gemma2')))"
     )
-    from lmprobe_zarr.extraction.fingerprint import model_fingerprint
+    from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint
 
     environment = {**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -684,7 +678,7 @@ def test_every_state_of_an_adapter_has_a_key_of_its_own() -> None:
 def test_the_scales_beside_packed_weights_are_in_the_key_wherever_they_lie() -> None:
     from types import SimpleNamespace
 
-    from lmprobe_zarr.extraction.fingerprint import model_fingerprint
+    from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint
 
     def packed(scale: float, *, four_bits: bool, used: bool = False) -> Any:
         module = torch.nn.Linear(4, 4, bias=False)
@@ -704,7 +698,7 @@ def test_the_scales_beside_packed_weights_are_in_the_key_wherever_they_lie() -> 
 
 @pytest.mark.parametrize("change", [{"truncation_side": "left"}, {"split_special_tokens": True}])
 def test_how_a_tokenizer_object_cuts_is_in_its_digest(change: dict[str, Any]) -> None:
-    from lmprobe_zarr.extraction.identity import tokenizer_object_digest
+    from lmprobe_zarr.extraction.models.identity import tokenizer_object_digest
 
     one, other = tiny_tokenizer(), tiny_tokenizer()
     assert tokenizer_object_digest(one) == tokenizer_object_digest(other)
@@ -744,7 +738,7 @@ def test_an_adapter_beside_a_whole_model_is_refused(llama: Path, tmp_path: Path)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 def test_an_adapter_that_transformers_applies_on_its_own_is_refused(llama: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from lmprobe_zarr.extraction import loading
+    from lmprobe_zarr.extraction.models import loading
 
     folder = shutil.copytree(llama, tmp_path / "snapshot")
     model = peft.get_peft_model(tiny_model("llama", "AutoModelForCausalLM"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
@@ -759,7 +753,7 @@ def test_an_adapter_that_transformers_applies_on_its_own_is_refused(llama: Path,
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile imports what torch deprecates
 def test_hooks_that_only_place_a_model_are_none_of_the_callers() -> None:
     accelerate = pytest.importorskip("accelerate")
-    from lmprobe_zarr.extraction.fingerprint import foreign_code
+    from lmprobe_zarr.extraction.models.fingerprint import foreign_code
 
     model = tiny_model("llama")
     first = fingerprint_of(model)

@@ -14,11 +14,11 @@ import pytest
 from test_extraction_capture import Scarce, by_prompt, loaded_from
 from tiny_models import PROMPTS, TINY, save_tiny, tiny_model, tiny_tokenizer
 
-from lmprobe_zarr import extraction
-from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.batch.sites import INNER_DIMS, SCALARS, Outputs, parse_sites, row_bytes
+from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotFoundError, UnknownArchitectureError
-from lmprobe_zarr.extraction import TokenizedPrompts, parse_prompts, tokenize
-from lmprobe_zarr.sites import INNER_DIMS, SCALARS, Outputs, parse_sites, row_bytes
+from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.extraction.models import TokenizedPrompts, parse_prompts, tokenize
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -242,7 +242,7 @@ def test_the_perplexity_of_a_head_that_knows_nothing_is_the_size_of_the_vocabula
 
 
 def test_perplexities_follow_the_formula_by_hand() -> None:
-    from lmprobe_zarr.extraction.outputs import perplexity_of
+    from lmprobe_zarr.extraction.models.outputs import perplexity_of
 
     nothing = np.nan
     log_probs = np.log(np.array([nothing, 0.5, 0.125, nothing, nothing, 0.25], np.float32))
@@ -255,7 +255,7 @@ def test_perplexities_follow_the_formula_by_hand() -> None:
 
 
 def test_logits_are_worked_through_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction import outputs as made
+    from lmprobe_zarr.extraction.models import outputs as made
 
     loaded = loaded_from(tiny_model("llama", CAUSAL))
     tokenized = tokenize(parse_prompts(PROMPTS), loaded.tokenizer)
@@ -518,7 +518,7 @@ def test_what_a_row_weighs_counts_the_outputs() -> None:
 
 
 def test_batches_are_bounded_by_what_the_logits_weigh(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction import capture
+    from lmprobe_zarr.extraction.models import capture
 
     model = tiny_model("gpt2", CAUSAL)
     loaded = loaded_from(model, provenance={"watched": True})

@@ -12,7 +12,7 @@ import pytest
 from tiny_models import CHAT_TEMPLATE, SENTENCES, tiny_tokenizer
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, PromptTooLongError
-from lmprobe_zarr.extraction import length_limit, parse_prompts, prompts_kind, tokenize
+from lmprobe_zarr.extraction.models import length_limit, parse_prompts, prompts_kind, tokenize
 
 
 def test_the_package_and_its_light_rooms_import_neither_torch_nor_transformers() -> None:

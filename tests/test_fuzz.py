@@ -36,13 +36,18 @@ from hypothesis import strategies as st
 import lmprobe_zarr as lz
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.lmprobe_v2 import read_manifest
-from lmprobe_zarr.compaction import Listing, part_nbytes, plan_runs
-from lmprobe_zarr.datasets import to_dataset
 from lmprobe_zarr.errors import LmprobeZarrError, MissingPromptsError
-from lmprobe_zarr.maintenance import describe_entries, plan_evict
 from lmprobe_zarr.safetensors_file import header_length, parse_header
-from lmprobe_zarr.schema import LEVELS, parse_group, parse_part, parse_root
-from lmprobe_zarr.view import Part, open_view
+from lmprobe_zarr.store.datasets import to_dataset
+from lmprobe_zarr.store.format.group import parse_group
+from lmprobe_zarr.store.format.names import LEVELS
+from lmprobe_zarr.store.format.part import parse_part
+from lmprobe_zarr.store.format.root import parse_root
+from lmprobe_zarr.store.parts.listing import Listing, part_nbytes
+from lmprobe_zarr.store.parts.part import Part
+from lmprobe_zarr.store.parts.view import open_view
+from lmprobe_zarr.store.upkeep.compact import plan_runs
+from lmprobe_zarr.store.upkeep.evict import describe_entries, plan_evict
 
 STRESS = bool(os.environ.get("LMPROBE_ZARR_STRESS"))
 INPUTS = 200_000 if STRESS else 500

@@ -11,8 +11,8 @@ import xarray as xr
 from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.schema import new_part_name
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.format.part_names import new_part_name
+from lmprobe_zarr.store.store import Store
 
 
 def below(folder: Path | str) -> set[str]:

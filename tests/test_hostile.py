@@ -19,9 +19,9 @@ from foreign_caches import MODEL, add_model, add_prompt, prompt_tensors, sha16
 import lmprobe_zarr as lz
 from lmprobe_zarr.bridges import lmprobe_v2
 from lmprobe_zarr.bridges.files import open_files
+from lmprobe_zarr.cli.prompt_files import read_prompts
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, LmprobeZarrError, NotAStoreError, ReadOnlyError
-from lmprobe_zarr.prompt_files import read_prompts
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 
 def reseal(document: Path, change: Callable[[Any], object]) -> None:
@@ -502,7 +502,7 @@ def test_code_in_a_models_folder_does_not_run_unless_it_is_asked_for(tmp_path: P
     pytest.importorskip("torch")
     from tiny_models import save_tiny
 
-    from lmprobe_zarr.extraction import load_model
+    from lmprobe_zarr.extraction.models import load_model
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, trap = save_tiny("llama", tmp_path / "tiny"), tmp_path / "was-run"

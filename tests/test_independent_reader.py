@@ -17,9 +17,9 @@ import pytest
 from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.store import Store
 
 SCRIPT = Path(independent_reader.__file__)
 OLD = Path(__file__).parent / "old_stores"

@@ -9,8 +9,8 @@ from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, NoSpaceError
-from lmprobe_zarr.ingest import Ingest
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.ingest import Ingest
+from lmprobe_zarr.store.store import Store
 
 
 def alive() -> list[str]:

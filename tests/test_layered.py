@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch, prompt_hash, prompt_sha256
+from lmprobe_zarr.batch.hashes import prompt_hash, prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import (
     CacheWarning,
     CorruptPartError,
@@ -31,8 +32,9 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     StoreNotFoundError,
 )
-from lmprobe_zarr.storage import FsspecStorage, LocalStorage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.storage.remote import FsspecStorage
+from lmprobe_zarr.store.store import Store
 
 TEAM = ["one", "two", "three"]
 MINE = ["three", "four"]

@@ -25,7 +25,7 @@ from test_concurrency import truth_of
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import UnreachableError
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 STRESS = bool(os.environ.get("LMPROBE_ZARR_STRESS"))
 CHILD = Path(__file__).parent / "medium_child.py"

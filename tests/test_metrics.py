@@ -10,15 +10,7 @@ from scipy.stats import spearmanr
 from sklearn import metrics as oracle
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.probes.metrics import (
-    Outcome,
-    measure_outcome,
-    named_metrics,
-    outcome_of,
-    parse_metrics,
-    score_outcome,
-    undefined_reasons,
-)
+from lmprobe_zarr.probes.metrics import Outcome, measure_outcome, named_metrics, outcome_of, parse_metrics, score_outcome, undefined_reasons
 
 N = 200
 

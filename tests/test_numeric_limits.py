@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.precision import Precision
+from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
-from lmprobe_zarr.ingest import Ingest
-from lmprobe_zarr.precision import Precision
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.ingest import Ingest
+from lmprobe_zarr.store.store import Store
 
 NUMBER = itertools.count()
 

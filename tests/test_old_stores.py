@@ -17,7 +17,7 @@ import xarray as xr
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import ReadOnlyError, UnsupportedVersionError
-from lmprobe_zarr.schema import FORMAT_VERSION
+from lmprobe_zarr.store.format.names import FORMAT_VERSION
 
 OLD = Path(__file__).parent / "old_stores"
 VERSIONS = [f"version-{number}" for number in range(1, FORMAT_VERSION + 1)]

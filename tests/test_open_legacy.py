@@ -21,14 +21,9 @@ from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.bridges.files import LocalFiles, Want
-from lmprobe_zarr.errors import (
-    CorruptFileError,
-    InvalidArgumentError,
-    LayerOutOfRangeError,
-    MissingPromptsError,
-    ModelNotStoredError,
-)
-from lmprobe_zarr.transfer import import_safetensors, open_legacy
+from lmprobe_zarr.bridges.imports import import_safetensors
+from lmprobe_zarr.bridges.lmprobe_lazy import open_legacy
+from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, LayerOutOfRangeError, MissingPromptsError, ModelNotStoredError
 
 Array = npt.NDArray[Any]
 TEXTS = ["first", "the second", "third", "fourth", "fifth"]

@@ -12,7 +12,7 @@ import zarr
 from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 
 def written(path: Path) -> tuple[Store, str]:

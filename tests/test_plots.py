@@ -253,7 +253,7 @@ def test_names_of_tokens_do_not_overlap(n: int) -> None:
 
 
 def test_one_prompt_of_several_is_chosen_by_hash_or_text() -> None:
-    from lmprobe_zarr.batch import prompt_hash
+    from lmprobe_zarr.batch.hashes import prompt_hash
 
     both = xr.concat([token_scores(3), token_scores(2).assign_coords(prompt=("token", [prompt_hash("a text")] * 2))], "token")
     with pytest.raises(InvalidArgumentError, match="tokens of 2 prompts"):
@@ -328,7 +328,7 @@ def test_a_transfer_matrix_has_training_sets_as_rows_and_a_number_in_each_cell()
 
 
 def test_cosines_are_drawn_from_minus_one_to_one() -> None:
-    from lmprobe_zarr.transferring import cosine_similarity
+    from lmprobe_zarr.sweeps.directions import cosine_similarity
 
     rng = np.random.default_rng(0)
     coef = xr.DataArray(rng.normal(size=(3, 5)), dims=("layer", "hidden"), coords={"layer": [1, 2, 3]})

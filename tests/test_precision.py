@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.batch.precision import Precision, round_bits, store_as
+from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import InvalidArgumentError, NumberRangeError
-from lmprobe_zarr.ingest import Ingest
-from lmprobe_zarr.precision import Precision, round_bits, store_as
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.ingest import Ingest
+from lmprobe_zarr.store.store import Store
 
 FLOATS = st.sampled_from([np.float16, np.float32, np.float64])
 

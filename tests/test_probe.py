@@ -17,7 +17,9 @@ import pytest
 import xarray as xr
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import config, extraction
+from lmprobe_zarr import config
+from lmprobe_zarr.batch.layers import parse_sweep
+from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.errors import (
     CacheWarning,
     InvalidArgumentError,
@@ -29,8 +31,7 @@ from lmprobe_zarr.errors import (
     NotFittedError,
     ReadOnlyError,
 )
-from lmprobe_zarr.layers import parse_sweep
-from lmprobe_zarr.probes.stages import Stage, parse_stage, reduce_scores
+from lmprobe_zarr.extraction import models as extraction
 
 pytestmark = pytest.mark.model
 pytest.importorskip("torch")
@@ -119,7 +120,7 @@ def test_warmup_extracts_once_and_says_how_much_was_there(llama: Path, runs: lis
 
 
 def test_batch_size_is_the_most_that_a_pass_takes(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction import capture
+    from lmprobe_zarr.extraction.models import capture
 
     sizes: list[int] = []
     real = capture._forward
@@ -509,7 +510,7 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_computing_goes_on(
 
 def test_a_read_only_folder_warns_and_a_full_one_too(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmprobe_zarr.errors import NoSpaceError
-    from lmprobe_zarr.storage import LocalStorage
+    from lmprobe_zarr.storage.local import LocalStorage
 
     monkeypatch.setattr(LocalStorage, "may_write", lambda self: False)
     with pytest.warns(CacheWarning, match="cannot be written"):

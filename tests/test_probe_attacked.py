@@ -12,8 +12,9 @@ import pytest
 import xarray as xr
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import config, maintenance
+from lmprobe_zarr import config
 from lmprobe_zarr.errors import AmbiguousProvenanceError, CacheWarning, InvalidArgumentError, LabelError, NumberRangeError, ReadOnlyError
+from lmprobe_zarr.store.upkeep import evict as maintenance
 
 pytestmark = pytest.mark.model
 torch = pytest.importorskip("torch")

@@ -18,9 +18,9 @@ import zarr
 from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.storage import LocalStorage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.store import Store
 
 OTHER = GroupInfo(model="acme/other", provenance={"revision": "1"}, num_layers=4, hidden_size=8)
 

@@ -26,14 +26,18 @@ from s3_server import S3, Fault
 from test_compaction import assert_same, shown
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import writer
-from lmprobe_zarr.batch import TokenBatch, prompt_hash
+from lmprobe_zarr.batch.hashes import prompt_hash
+from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import CorruptPartError, ReadOnlyError, UnreachableError
-from lmprobe_zarr.schema import GroupInfo, replacement_name
-from lmprobe_zarr.storage import LocalStorage, Storage, open_storage
-from lmprobe_zarr.store import Store
-from lmprobe_zarr.summaries import RepairSummary
-from lmprobe_zarr.writer import PartWriter
+from lmprobe_zarr.storage.base import Storage
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.storage.open import open_storage
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.format.part_names import replacement_name
+from lmprobe_zarr.store.parts import writer
+from lmprobe_zarr.store.parts.writer import PartWriter
+from lmprobe_zarr.store.store import Store
+from lmprobe_zarr.store.upkeep.losses import RepairSummary
 
 OTHER = GroupInfo(model="acme/other", num_layers=4, hidden_size=8)
 LAYERS = (0, 1, 3)

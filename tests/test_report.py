@@ -16,10 +16,10 @@ from test_display import Tags
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, ModelNotStoredError
-from lmprobe_zarr.profiles import bin_coverage, map_tokens, profile_layers
-from lmprobe_zarr.report.page import embed_json
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.reports.page import embed_json
+from lmprobe_zarr.reports.profiles import bin_coverage, map_tokens, profile_layers
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.store import Store
 
 NAME = "</script><script>alert(1)</script>"  # of a model, which may not hold what cannot be shown
 EVIL = f"{NAME}\u2028\u202e"

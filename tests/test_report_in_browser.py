@@ -14,7 +14,7 @@ import pytest
 from browser import Page, browser, find_browser
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
 
 CHROMIUM = find_browser()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmprobe_zarr.reused import Reused, copy_cast
+from lmprobe_zarr.streaming.memory import Reused, copy_cast
 
 
 def address(array: Any) -> int:

@@ -29,8 +29,9 @@ from s3_server import ADMIN, ANON, GETTER, READER, S3, Fault, Request
 import lmprobe_zarr as lz
 from lmprobe_zarr import errors
 from lmprobe_zarr.errors import AccessDeniedError, AlreadyCommittedError, ReadOnlyError, StoreNotFoundError, UnreachableError
-from lmprobe_zarr.storage import S3Storage, open_storage
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.storage.open import open_storage
+from lmprobe_zarr.storage.s3 import S3Storage
+from lmprobe_zarr.store.store import Store
 
 # Two tries, and not fifteen: what is tested is what comes after them.
 QUICK: dict[str, Any] = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}

@@ -11,21 +11,14 @@ from conftest import GROUP
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmprobe_zarr.batch.sites import split_variable
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, NotAStoreError, UnsupportedVersionError
-from lmprobe_zarr.schema import (
-    ArrayInfo,
-    GroupInfo,
-    PartInfo,
-    new_part_name,
-    parse_array,
-    parse_group,
-    parse_part,
-    parse_root,
-    part_document,
-    root_document,
-    split_variable,
-    validate_column_names,
-)
+from lmprobe_zarr.store.format.array import ArrayInfo, parse_array
+from lmprobe_zarr.store.format.group import GroupInfo, parse_group
+from lmprobe_zarr.store.format.names import validate_column_names
+from lmprobe_zarr.store.format.part import PartInfo, parse_part, part_document
+from lmprobe_zarr.store.format.part_names import new_part_name
+from lmprobe_zarr.store.format.root import parse_root, root_document
 
 ARRAY = ArrayInfo(dims=("layer", "prompt", "hidden"), shape=(2, 3, 8), chunks=(1, 3, 8), dtype="float16", shuffle="shuffle")
 LAYER = ArrayInfo(dims=("layer",), shape=(2,), chunks=(2,), dtype="int64", shuffle="shuffle")

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from lmprobe_zarr.errors import AlreadyCommittedError, InvalidArgumentError, InvalidTypeError, NoSpaceError, NotAStoreError, ReadOnlyError
-from lmprobe_zarr.storage import LocalStorage, S3Storage, Storage, open_storage
+from lmprobe_zarr.storage.base import Storage
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.storage.open import open_storage
+from lmprobe_zarr.storage.s3 import S3Storage
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import xarray as xr
 from conftest import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import TokenBatch, prompt_hash, prompt_sha256
+from lmprobe_zarr.batch.hashes import prompt_hash, prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,
     CorruptPartError,
@@ -31,9 +32,10 @@ from lmprobe_zarr.errors import (
     StoreNotFoundError,
     UnsupportedVersionError,
 )
-from lmprobe_zarr.schema import GroupInfo, parse_part
-from lmprobe_zarr.store import Store
-from lmprobe_zarr.writer import PartWriter
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.format.part import parse_part
+from lmprobe_zarr.store.parts.writer import PartWriter
+from lmprobe_zarr.store.store import Store
 
 TEXTS = ["one", "two", "three", "a rather longer prompt", "five"]
 

@@ -23,12 +23,13 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.batch.hashes import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes import make_probe
-from lmprobe_zarr.probes.fits import NotFiniteError, fits_running
-from lmprobe_zarr.store import Store
-from lmprobe_zarr.sweep import sweep
+from lmprobe_zarr.probes.layer import fits_running
+from lmprobe_zarr.probes.task import NotFiniteError
+from lmprobe_zarr.store.store import Store
+from lmprobe_zarr.sweeps.sweep import sweep
 
 LAYERS, PROMPTS, HIDDEN = 3, 60, 12
 TEXTS = [f"prompt number {i}" for i in range(PROMPTS)]

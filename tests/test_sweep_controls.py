@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes.controls import CONTROLS
-from lmprobe_zarr.sweep import sweep
+from lmprobe_zarr.sweeps.sweep import sweep
 
 N, HIDDEN = 120, 10
 RNG = np.random.default_rng(0)

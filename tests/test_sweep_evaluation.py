@@ -17,7 +17,7 @@ from sklearn.svm import LinearSVC
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
-from lmprobe_zarr.sweep import sweep
+from lmprobe_zarr.sweeps.sweep import sweep
 
 N, HIDDEN = 150, 6
 Y = (np.arange(N) % 3 == 0).astype(int)
@@ -418,7 +418,7 @@ def test_a_comparison_is_nadeau_and_bengios_test() -> None:
 
 
 def test_holms_correction_is_that_of_the_book() -> None:
-    from lmprobe_zarr.comparing import _holm
+    from lmprobe_zarr.sweeps.compare import _holm
 
     # Holm (1979): the smallest times n, the next times n − 1, …, never falling, never above 1.
     np.testing.assert_allclose(_holm(np.array([[0.01, 0.04], [0.03, np.nan]])), [[0.03, 0.06], [0.06, np.nan]])

@@ -18,8 +18,8 @@ import xarray as xr
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, NotAStoreError
-from lmprobe_zarr.probes import fits
-from lmprobe_zarr.sweep import sweep
+from lmprobe_zarr.probes import fit
+from lmprobe_zarr.sweeps.sweep import sweep
 
 LAYERS, N, HIDDEN = 6, 80, 8
 Y = np.arange(N) % 2
@@ -49,7 +49,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def same(one: xr.Dataset, other: xr.Dataset) -> None:
-    """Bit for bit, but for the times that fits took."""
+    """Bit for bit, but for the times that fit took."""
     assert set(one.data_vars) == set(other.data_vars)
     for name in set(one.data_vars) - {"fit_seconds"}:
         xr.testing.assert_identical(one[name], other[name])
@@ -60,7 +60,7 @@ def same(one: xr.Dataset, other: xr.Dataset) -> None:
 def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Variable and layer of every task that is run, in order."""
     seen: list[tuple[int, int]] = []
-    run = fits.fit_task
+    run = fit.fit_task
 
     def noted(plan: Any, task: Any, values: Any) -> Any:
         seen.append((task.source, task.layer))
@@ -248,8 +248,8 @@ sys.path.insert(0, sys.argv[2])
 from test_sweep_store import OPTIONS, activations
 from lmprobe_zarr import sweep as package
 import lmprobe_zarr.sweep
-from lmprobe_zarr.probes import fits
-run = fits.fit_task
+from lmprobe_zarr.probes import fit
+run = fit.fit_task
 def slow(plan, task, values):
     time.sleep(0.05)
     return run(plan, task, values)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
-from lmprobe_zarr.index import TokenIndex
+from lmprobe_zarr.tokens.index import TokenIndex
 
 Array = npt.NDArray[Any]
 LABELS = ["cc", "aa", "dd", "bb"]

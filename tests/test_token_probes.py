@@ -18,12 +18,13 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 import lmprobe_zarr as lz
-from lmprobe_zarr import token_blocks, token_probes
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, MissingPromptsError
 from lmprobe_zarr.probes import coefficients, make_probe
 from lmprobe_zarr.probes.sufficient import EXACT
 from lmprobe_zarr.probes.token_controls import deal_labels
 from lmprobe_zarr.probes.token_labels import plan_token_folds, select_examples
+from lmprobe_zarr.sweeps import token_stream as token_blocks
+from lmprobe_zarr.sweeps import tokens as token_probes
 
 LAYERS, PROMPTS, HIDDEN = (2, 5), 40, 12
 TEXTS = [f"prompt number {i}" for i in range(PROMPTS)]

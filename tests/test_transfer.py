@@ -34,7 +34,10 @@ from foreign_caches import (
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256
+from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.bridges.exports import export_safetensors
+from lmprobe_zarr.bridges.imports import import_safetensors
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2
 from lmprobe_zarr.errors import (
     CorruptFileError,
@@ -45,9 +48,8 @@ from lmprobe_zarr.errors import (
     ModelNotStoredError,
     ReadOnlyError,
 )
-from lmprobe_zarr.schema import GroupInfo
-from lmprobe_zarr.store import Store
-from lmprobe_zarr.transfer import export_safetensors, import_safetensors
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.store import Store
 
 Array = npt.NDArray[Any]
 DTYPES = ("float32", "float16", "bfloat16")
@@ -651,7 +653,7 @@ def test_a_killed_export_leaves_whole_files_only_and_is_completed_by_the_next(
 
 
 def test_a_file_that_appears_in_this_very_moment_is_not_replaced(filled: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.storage import LocalStorage
+    from lmprobe_zarr.storage.local import LocalStorage
 
     folder = add_model(tmp_path / "out", "acme/toy")
     seen = LocalStorage.is_file

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.index import TokenIndex
-from lmprobe_zarr.store import Store
+from lmprobe_zarr.store.store import Store
+from lmprobe_zarr.tokens.index import TokenIndex
 
 TEXTS = ["zebra", "apple", "mango", "kiwi", "fig", "date"]
 HIDDEN = 3

@@ -1,4 +1,25 @@
-"""Foreign formats: each file of them to `TokenBatch`, and activations to lmprobe's files. Never hooks, zarr or a store.
+"""Other people's files: read into `TokenBatch`, imported into a store, exported from one.
 
-One module per format; what they have in common stands in `entry`, and `files` opens what they read.
+The modules of one format each (``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_write``, ``arrays``) know no store; ``imports`` and ``exports`` do.
+Others import from here, from ``entry`` or from ``files``. Never models, never probes.
 """
+
+from lmprobe_zarr.bridges.exports import export_safetensors
+from lmprobe_zarr.bridges.imports import import_npy, import_pt, import_safetensors, import_source, import_tensors, import_vllm
+from lmprobe_zarr.bridges.lmprobe_cache import LegacyCache, LegacyModel, beside
+from lmprobe_zarr.bridges.summaries import ExportSummary, ImportSummary
+
+__all__ = [
+    "ExportSummary",
+    "ImportSummary",
+    "LegacyCache",
+    "LegacyModel",
+    "beside",
+    "export_safetensors",
+    "import_npy",
+    "import_pt",
+    "import_safetensors",
+    "import_source",
+    "import_tensors",
+    "import_vllm",
+]

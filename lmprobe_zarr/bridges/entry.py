@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch
-from lmprobe_zarr.ragged import offsets_of
-from lmprobe_zarr.schema import Level
+from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, offsets_of
+from lmprobe_zarr.store.format import Level
 
-__all__ = ["UNKNOWN_DIGITS", "Entry", "Held", "Skipped", "Source", "batch_of", "digest_of_hash", "held_dtype", "rows_of"]
-
-# lmprobe keeps 16 digits of a prompt's sha256. Where the text is unknown, these stand for the other 48.
-UNKNOWN_DIGITS: Final = "0" * 48
-
-
-def digest_of_hash(prompt_hash: str) -> str:
-    """What stands for the whole digest of a prompt of which only the hash is known: the hash and 48 zeros."""
-    return prompt_hash + UNKNOWN_DIGITS
+__all__ = ["Entry", "Held", "Skipped", "Source", "batch_of", "held_dtype", "rows_of"]
 
 
 def held_dtype(dtype: str) -> np.dtype[Any]:

@@ -19,17 +19,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_hash, prompt_sha256
-from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, digest_of_hash, rows_of
+from lmprobe_zarr.batch import HASH_DIGITS, POOLINGS, TokenBatch, digest_of_hash, prompt_hash, prompt_sha256
+from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, rows_of
 from lmprobe_zarr.bridges.files import Files, LocalFiles
 from lmprobe_zarr.bridges.lmprobe_v2 import DAMAGED, DTYPE, FIRST_TOKEN, FLOATS, NO_MASK, NO_TOKENS, NOTHING, OUTSIDE, SHAPES, model_hash
 from lmprobe_zarr.errors import CorruptFileError, MissingDependencyError
-from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.safetensors_file import widen_bfloat16
+from lmprobe_zarr.typing import Array
 
 __all__ = ["LmprobeV1", "prompts_hash"]
-
-Array = npt.NDArray[Any]
 
 FOLDER: Final = re.compile(r"[0-9a-f]{16}")
 LAYER_FILE: Final = re.compile(r"layer_(\d{1,9})\.pt")

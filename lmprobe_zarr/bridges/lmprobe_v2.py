@@ -17,14 +17,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, prompt_hash, prompt_sha256
-from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, digest_of_hash, rows_of
+from lmprobe_zarr.batch import HASH_DIGITS, POOLINGS, TokenBatch, digest_of_hash, prompt_hash, prompt_sha256
+from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, rows_of
 from lmprobe_zarr.bridges.files import Files, Want, map_files
-from lmprobe_zarr.bridges.safetensors_file import read_header
+from lmprobe_zarr.bridges.tensors import read_header
 from lmprobe_zarr.errors import CorruptFileError
-from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.safetensors_file import Header, Tensor, itemsize_of, widen_bfloat16
-from lmprobe_zarr.schema import Level
+from lmprobe_zarr.store.format import Level
+from lmprobe_zarr.typing import Array
 
 __all__ = [
     "OF_EVERY",
@@ -39,8 +39,6 @@ __all__ = [
     "read_manifest",
     "scan_models",
 ]
-
-Array = npt.NDArray[Any]
 
 SUFFIXES: Final = ("", ".perplexity", ".logits")
 MODEL_FOLDER: Final = re.compile(r"[0-9a-f]{16}")

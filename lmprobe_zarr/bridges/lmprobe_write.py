@@ -9,21 +9,18 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.batch import POOLINGS, prompt_hash
 from lmprobe_zarr.bridges.lmprobe_v2 import OF_EVERY, OF_LAST, SUFFIXES, UNPADDED, model_hash
 from lmprobe_zarr.errors import AlreadyCommittedError, InvalidArgumentError
-from lmprobe_zarr.pooling import POOLINGS
 from lmprobe_zarr.safetensors_file import encode
 from lmprobe_zarr.storage import LocalStorage, Storage
+from lmprobe_zarr.typing import Array
 
 __all__ = ["Rows", "append_manifest", "has_place", "prompt_files", "write_file", "write_model_name"]
-
-Array = npt.NDArray[Any]
 # Variable and layer (None without layers) to the rows of one prompt, and the dtype to write them in.
 Rows = Mapping[tuple[str, int | None], tuple[Array, str]]
 

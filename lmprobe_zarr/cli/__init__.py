@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import lmprobe_zarr
 from lmprobe_zarr.cli.cache import add_cache, add_clear, add_delete, add_evict
 from lmprobe_zarr.cli.demo import add_demo
+from lmprobe_zarr.cli.exchange import add_export, add_import
 from lmprobe_zarr.cli.extract import add_extract
 from lmprobe_zarr.cli.report import add_report
 from lmprobe_zarr.cli.show import add_info, add_show
 from lmprobe_zarr.cli.sweep import add_sweep
-from lmprobe_zarr.cli.transfer import add_export, add_import
 from lmprobe_zarr.cli.upkeep import add_compact, add_gc, add_publish, add_repair, add_verify
 from lmprobe_zarr.display import visible
 from lmprobe_zarr.errors import LmprobeZarrError

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lmprobe_zarr import config
+from lmprobe_zarr.batch import LayerSpec
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.layers import LayerSpec
 
 __all__ = ["add_choice", "add_command", "add_store", "add_yes", "confirm", "parse_layers", "split_names"]
 

@@ -6,11 +6,12 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from lmprobe_zarr.cache import CacheInfo, EvictPlan, ModelCacheInfo, cache_info, clear_cache, evict
+from lmprobe_zarr.cache import CacheInfo, ModelCacheInfo, cache_info, clear_cache, evict
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_yes, confirm
 from lmprobe_zarr.cli.printing import print_json
-from lmprobe_zarr.prompt_files import FORMATS, read_prompts
+from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.store import open_store
+from lmprobe_zarr.store.upkeep import EvictPlan
 
 __all__ = ["add_cache", "add_clear", "add_delete", "add_evict"]
 

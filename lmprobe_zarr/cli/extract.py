@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lmprobe_zarr.build import extract, plan_extract
+from lmprobe_zarr.batch import LOGITS_POSITIONS, POOLINGS, SITES
 from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
-from lmprobe_zarr.cluster import own_client
-from lmprobe_zarr.pooling import POOLINGS
-from lmprobe_zarr.prompt_files import FORMATS, read_prompts
-from lmprobe_zarr.sites import LOGITS_POSITIONS, SITES
+from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
+from lmprobe_zarr.extraction import extract, plan_extract
 from lmprobe_zarr.store import open_store
+from lmprobe_zarr.tasks import own_client
 
 __all__ = ["add_extract"]
 

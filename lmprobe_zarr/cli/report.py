@@ -8,9 +8,8 @@ from typing import Any
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store
 from lmprobe_zarr.cli.printing import print_json
-from lmprobe_zarr.display import visible
+from lmprobe_zarr.display import format_bytes, visible
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.plan import format_bytes
 
 __all__ = ["add_report"]
 
@@ -32,7 +31,7 @@ def add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lmprobe_zarr.report import report
+    from lmprobe_zarr.reports import report
 
     if not Path(options.output).absolute().parent.is_dir():
         raise InvalidArgumentError(f"--output {options.output!r}: there is no folder {str(Path(options.output).parent)!r}, make it first")

@@ -7,12 +7,10 @@ from typing import Any
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store
 from lmprobe_zarr.cli.printing import plain, print_json
-from lmprobe_zarr.contents import GroupContents, HeldArray, describe_view
-from lmprobe_zarr.display import format_table, shorten, terminal_width, visible
+from lmprobe_zarr.display import format_bytes, format_table, shorten, terminal_width, visible
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.plan import format_bytes
-from lmprobe_zarr.schema import LEVELS
-from lmprobe_zarr.store import open_store
+from lmprobe_zarr.store import GroupContents, HeldArray, describe_view, open_store
+from lmprobe_zarr.store.format import LEVELS
 
 __all__ = ["add_info", "add_show"]
 

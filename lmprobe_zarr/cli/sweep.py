@@ -41,9 +41,8 @@ def add_sweep(commands: Any) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from lmprobe_zarr.planning import plan_sweep
     from lmprobe_zarr.plots import plot_scores, save_plot
-    from lmprobe_zarr.sweep import sweep
+    from lmprobe_zarr.sweeps import plan_sweep, sweep
 
     data, variable = _chosen(options)
     if options.plot and not Path(options.plot).absolute().parent.is_dir():

@@ -7,12 +7,11 @@ from typing import Any
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, add_yes, confirm, parse_layers
 from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import CorruptPartError
-from lmprobe_zarr.garbage import GcSummary
-from lmprobe_zarr.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.store import Mode, Store, open_store
-from lmprobe_zarr.summaries import RepairSummary
+from lmprobe_zarr.store.upkeep import GcSummary, RepairSummary
 
 __all__ = ["add_compact", "add_gc", "add_publish", "add_repair", "add_verify"]
 

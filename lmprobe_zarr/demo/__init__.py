@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.build import extract, plan_extract
 from lmprobe_zarr.errors import MissingDependencyError
-from lmprobe_zarr.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, extract, plan_extract
 from lmprobe_zarr.store import Store, open_store
-from lmprobe_zarr.sweep import sweep
+from lmprobe_zarr.sweeps import sweep
 
 __all__ = ["DemoResult", "bundled_model", "load_sentences", "run_demo"]
 

@@ -1,61 +1,10 @@
-"""Model, tokenizer and hooks: prompts to an iterator of `TokenBatch`. Never a path to a store.
+"""From prompts to stored activations: the request, what the store has already, the plan, and the run.
 
-What needs torch and transformers is imported when it is first used; prompts, identities and sizes need neither.
+``models`` is the model side. Never chunks, never probes.
 """
 
-from __future__ import annotations
+from lmprobe_zarr.extraction.extract import extract, plan_extract
+from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.extraction.supply import Activations, Supply, SupplyMemory
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
-
-from lmprobe_zarr.errors import MissingDependencyError
-from lmprobe_zarr.extraction.identity import DTYPES, PROVENANCE_FIELDS, ModelIdentity, Provenance, identify, model_name
-from lmprobe_zarr.extraction.prompts import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind
-from lmprobe_zarr.extraction.tokenizing import TokenizedPrompts, length_limit, tokenize
-
-if TYPE_CHECKING:
-    from lmprobe_zarr.extraction.capture import Progress, default_batch_tokens, run
-    from lmprobe_zarr.extraction.loading import LoadedModel, load_model, load_tokenizer
-
-__all__ = [
-    "DTYPES",
-    "PROMPT_KINDS",
-    "PROVENANCE_FIELDS",
-    "LoadedModel",
-    "ModelIdentity",
-    "Progress",
-    "PromptKind",
-    "Prompts",
-    "Provenance",
-    "TokenizedPrompts",
-    "default_batch_tokens",
-    "identify",
-    "length_limit",
-    "load_model",
-    "load_tokenizer",
-    "model_name",
-    "parse_prompts",
-    "prompts_kind",
-    "run",
-    "tokenize",
-]
-
-_NEEDS_TORCH: Final = {
-    "LoadedModel": "loading",
-    "Progress": "capture",
-    "default_batch_tokens": "capture",
-    "load_model": "loading",
-    "load_tokenizer": "loading",
-    "run": "capture",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _NEEDS_TORCH:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(f"{__name__}.{_NEEDS_TORCH[name]}"), name)
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"running a model needs {error.name}, which is not installed: pip install 'lmprobe-zarr[models]'"
-        ) from error
+__all__ = ["Activations", "ExtractPlan", "ExtractStats", "Supply", "SupplyMemory", "extract", "plan_extract"]

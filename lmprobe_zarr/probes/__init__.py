@@ -5,29 +5,119 @@
 schedulers or plots. scikit-learn is imported when a probe is made, not before.
 """
 
-from lmprobe_zarr.probes.classifiers import converged, fit_in_place, make_probe, named_probes
+from __future__ import annotations
+
+from lmprobe_zarr.probes.classifiers import check_task, converged, fit_in_place, has_strength, make_probe, named_probes
 from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
+from lmprobe_zarr.probes.fit import fit_task
+from lmprobe_zarr.probes.folds import group_codes, number_repeats, plan_folds
+from lmprobe_zarr.probes.given import (
+    as_array,
+    check_batch_size,
+    check_labels,
+    check_weights,
+    has_weights,
+    is_matrix,
+    list_given,
+    parse_matrix,
+    split_labels,
+)
+from lmprobe_zarr.probes.labels import (
+    Groups,
+    Labels,
+    bare_variable,
+    list_prompts,
+    parse_groups,
+    parse_label_sets,
+    parse_labels,
+    parse_sides,
+    show_prompts,
+)
+from lmprobe_zarr.probes.layer import bad_rows, computable, fits_running, read_layer
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_classification, evaluate_regression
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
+from lmprobe_zarr.probes.sufficient import (
+    EXACT,
+    Moments,
+    Solution,
+    Unit,
+    empty_moments,
+    merge_moments,
+    order_of,
+    scaling_of,
+    solve,
+    unit_of,
+)
+from lmprobe_zarr.probes.task import Fit, NotFiniteError, Plan, Source, Task
+from lmprobe_zarr.probes.token_labels import Examples, TokenFolds, cells_of, plan_token_folds, select_examples, show_rows
 
 __all__ = [
+    "EXACT",
+    "Examples",
+    "Fit",
+    "Groups",
+    "Labels",
+    "Moments",
+    "NotFiniteError",
+    "Plan",
     "PreprocessingStep",
+    "Solution",
+    "Source",
+    "Task",
+    "TokenFolds",
+    "Unit",
     "accuracy",
+    "as_array",
     "auroc",
+    "bad_rows",
+    "bare_variable",
     "calibration_curves",
+    "cells_of",
+    "check_batch_size",
+    "check_labels",
+    "check_task",
+    "check_weights",
     "class_scores",
     "coefficients",
+    "computable",
     "converged",
     "dump_probe",
+    "empty_moments",
     "evaluate_classification",
     "evaluate_regression",
     "fit_in_place",
+    "fit_task",
+    "fits_running",
+    "group_codes",
+    "has_strength",
+    "has_weights",
+    "is_matrix",
+    "list_given",
+    "list_prompts",
     "make_pipeline_for",
     "make_probe",
+    "merge_moments",
     "named_probes",
+    "number_repeats",
+    "order_of",
+    "parse_groups",
+    "parse_label_sets",
+    "parse_labels",
+    "parse_matrix",
     "parse_preprocessing",
     "parse_probe",
+    "parse_sides",
+    "plan_folds",
+    "plan_token_folds",
+    "read_layer",
     "roc_curves",
+    "scaling_of",
+    "select_examples",
+    "show_prompts",
+    "show_rows",
+    "solve",
+    "split_labels",
+    "unit_of",
 ]

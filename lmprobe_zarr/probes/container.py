@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lmprobe_zarr.errors import NotAProbeError
 from lmprobe_zarr.safetensors_file import Tensor, encode, header_length, itemsize_of, parse_header
+from lmprobe_zarr.typing import Array
 
 __all__ = ["LARGEST_HEADER", "pack_tensors", "parse_json", "unpack_tensors"]
-
-Array = npt.NDArray[Any]
 
 #: Bytes. A header holds names and shapes, so that even a large one is small; parsed, it may take some 30 times as much.
 LARGEST_HEADER = 4 << 20

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
@@ -24,10 +23,9 @@ from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.labels import Labels, bare_variable, list_prompts, show_prompts
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
+from lmprobe_zarr.typing import Array
 
 __all__ = ["CONTROLS", "Entry", "list_entries", "make_entry", "parse_controls", "read_features", "shuffle_labels"]
-
-Array = npt.NDArray[Any]
 
 #: Every control by name, and what it says.
 CONTROLS: Final[Mapping[str, str]] = {

@@ -6,14 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.typing import Array
 
 __all__ = ["calibration_curves", "roc_curves"]
-
-Array = npt.NDArray[Any]
 
 
 def roc_curves(scores: xr.DataArray | Mapping[str, Any], labels: str | Iterable[Any]) -> xr.Dataset:

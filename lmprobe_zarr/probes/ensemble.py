@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin
 
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes.matrices import checked_labels, checked_matrix
+from lmprobe_zarr.typing import Array
 
 __all__ = ["EnsembleClassifier"]
-
-Array = npt.NDArray[Any]
 
 
 class EnsembleClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]

@@ -22,14 +22,12 @@ from itertools import pairwise
 from typing import Any, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, NotAProbeError, UnsupportedVersionError
 from lmprobe_zarr.probes.container import LARGEST_HEADER, pack_tensors, parse_json, unpack_tensors
+from lmprobe_zarr.typing import Array
 
 __all__ = ["FORMAT", "VERSION", "dump_probe", "parse_probe"]
-
-Array = npt.NDArray[Any]
 
 FORMAT = "lmprobe-zarr-probe"
 VERSION = 1

@@ -11,14 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.labels import Groups, Labels, Sides
+from lmprobe_zarr.typing import Array
 
 __all__ = ["Fold", "group_codes", "inner_folds", "number_repeats", "plan_folds"]
-
-Array = npt.NDArray[Any]
 #: Row numbers (train, test).
 Fold = tuple[Array, Array]
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.typing import Array
 
 __all__ = [
     "as_array",
@@ -22,8 +22,6 @@ __all__ = [
     "parse_matrix",
     "split_labels",
 ]
-
-Array = npt.NDArray[Any]
 
 
 def list_given(prompts: Any) -> list[Any]:

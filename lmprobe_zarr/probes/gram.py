@@ -10,22 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.metrics import Outcome
+from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
     from lmprobe_zarr.probes.controls import Entry
-    from lmprobe_zarr.probes.fits import Plan
+    from lmprobe_zarr.probes.task import Plan
 
 __all__ = ["FoldGrams", "Solved", "gram_worthwhile"]
-
-Array = npt.NDArray[Any]
 
 #: Below this variance over the training rows, as a part of that over all, a unit counts as constant there.
 _CONSTANT: Final = 1e-5

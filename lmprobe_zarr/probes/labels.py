@@ -12,19 +12,25 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidTypeError, LabelError
+from lmprobe_zarr.typing import Array
 
 __all__ = [
-    "Groups", "Labels", "Sides", "bare_variable", "called", "list_prompts", "parse_groups", "parse_label_sets", "parse_labels",
-    "parse_sides", "show_prompts",
-]  # fmt: skip
-
-Array = npt.NDArray[Any]
+    "Groups",
+    "Labels",
+    "Sides",
+    "bare_variable",
+    "list_prompts",
+    "parse_groups",
+    "parse_label_sets",
+    "parse_labels",
+    "parse_sides",
+    "show_prompts",
+]
 
 _SHOWN = 3
 
@@ -92,11 +98,6 @@ class _Column:
     values: list[Any]
     #: Whether -1 and "" mean that there is none.
     filled: bool = False
-
-
-def called(activations: xr.DataArray) -> str:
-    """The variable's name, for messages."""
-    return repr(str(activations.name)) if activations.name is not None else "the activations"
 
 
 def bare_variable(variable: xr.Variable) -> xr.Variable:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from lmprobe_zarr.errors import LabelError
 from lmprobe_zarr.probes.matrices import checked_labels, checked_matrix
+from lmprobe_zarr.typing import Array
 
 __all__ = ["MassMeanClassifier"]
-
-Array = npt.NDArray[Any]
 
 #: The covariance is shrunk by at least this much: it must be invertible whatever its rank.
 _LEAST_SHRINKAGE = 1e-6

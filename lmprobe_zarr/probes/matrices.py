@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.typing import Array
 
 __all__ = ["checked_labels", "checked_matrix"]
-
-Array = npt.NDArray[Any]
 
 
 def checked_matrix(estimator: Any, activations: Any, *, fitting: bool = False) -> Array:

@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.typing import Array, Floats
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -34,9 +34,6 @@ __all__ = [
     "score_outcome",
     "undefined_reasons",
 ]
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 #: Why a score may be NaN; a fit's reasons are the sum of these bits.
 _NO_SCORES, _NOT_FINITE, _ONE_CLASS, _NEW_CLASS, _CONSTANT_TRUE, _CONSTANT_SAID, _NO_PROBABILITIES, NOT_STORED = (

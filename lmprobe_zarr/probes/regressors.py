@@ -11,15 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.linear_model import Lasso
 from sklearn.svm import LinearSVR
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.typing import Array
 
 __all__ = ["ScaledTargetLasso", "ScaledTargetLinearSVR"]
-
-Array = npt.NDArray[Any]
 
 
 def _fit_scaled(regressor: Any, fit: Callable[[Any, Array], Any], activations: Any, target: Any) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes.matrices import checked_matrix
+from lmprobe_zarr.typing import Array
 
 __all__ = ["LayerScaler"]
-
-Array = npt.NDArray[Any]
 _MODES = ("per_neuron", "per_layer")
 
 

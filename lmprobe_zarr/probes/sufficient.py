@@ -15,6 +15,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmprobe_zarr.typing import Array, Floats
+
 __all__ = [
     "EXACT",
     "Moments",
@@ -28,9 +30,6 @@ __all__ = [
     "solve",
     "unit_of",
 ]
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float64]
 
 #: The covariance is shrunk by at least this much, as by `MassMeanClassifier`.
 _LEAST_SHRINKAGE: Final = 1e-6

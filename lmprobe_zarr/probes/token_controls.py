@@ -15,11 +15,9 @@ import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes.token_labels import Examples, TokenFolds
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["DEALT", "TOKEN_CONTROLS", "deal_labels", "parse_token_controls", "score_by_counts"]
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
 
 #: Every control of `lmprobe_zarr.sweep_tokens` by name, and what it says.
 TOKEN_CONTROLS: Final[Mapping[str, str]] = {

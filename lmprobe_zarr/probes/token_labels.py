@@ -10,20 +10,16 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
-from lmprobe_zarr.index import TokenIndex, by_appearance
 from lmprobe_zarr.probes.folds import plan_folds
-from lmprobe_zarr.probes.labels import _align, called, parse_groups
+from lmprobe_zarr.probes.labels import _align, parse_groups
+from lmprobe_zarr.tokens import TokenIndex, prompts_of
+from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["Examples", "TokenFolds", "cells_of", "plan_token_folds", "prompts_of", "select_examples", "show_rows"]
-
-Array = npt.NDArray[Any]
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
+__all__ = ["Examples", "TokenFolds", "cells_of", "plan_token_folds", "select_examples", "show_rows"]
 _SHOWN = 3
 
 
@@ -82,27 +78,6 @@ class TokenFolds:
     test: Mask
     described: str
     group: str
-
-
-def prompts_of(array: xr.DataArray, dim: str) -> tuple[Array, Array]:
-    """The number of each row's prompt, by first appearance, and the prompts.
-
-    Raises
-    ------
-    InvalidArgumentError
-        There is no ``prompt`` coordinate along the dimension.
-    """
-    index = array.xindexes.get("prompt")
-    if isinstance(index, TokenIndex) and index.dim == dim:
-        numbers = by_appearance(index.codes)
-        first = np.unique(numbers, return_index=True)[1]
-        return numbers, index.labels[index.codes[first]]
-    if "prompt" not in array.coords or array.coords["prompt"].dims != (dim,):
-        raise InvalidArgumentError(
-            f"{called(array)} has no prompt coordinate along {dim!r}, which says which tokens belong together: open it with store.tokens()"
-        )
-    numbers, names = pd.factorize(np.asarray(array.coords["prompt"].values, object))
-    return numbers, np.asarray(names).astype(str)
 
 
 def select_examples(array: xr.DataArray, dim: str, labels: Any, *, where: Any = None, missing: str = "raise") -> Examples:

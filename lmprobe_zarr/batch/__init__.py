@@ -1,0 +1,87 @@
+"""The batch of tokens that goes to a writer, and the words it is described in: prompts, layers, sites, poolings, dtypes.
+
+Never files, xarray, torch or zarr.
+"""
+
+from lmprobe_zarr.batch.hashes import (
+    HASH_DIGITS,
+    UNKNOWN_DIGITS,
+    digest_of_hash,
+    hashes_of,
+    is_hash,
+    keys_of,
+    prompt_hash,
+    prompt_sha256,
+    rows_differ,
+)
+from lmprobe_zarr.batch.layers import LayerSpec, describe_layers, parse_sweep, resolve_layers
+from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
+from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
+from lmprobe_zarr.batch.prompts import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind, shorten
+from lmprobe_zarr.batch.ragged import as_slice, concat_ranges, offsets_of, positions_of
+from lmprobe_zarr.batch.sites import (
+    INNER_DIMS,
+    LAYERED_SITES,
+    LOGITS_POSITIONS,
+    NO_OUTPUTS,
+    SCALARS,
+    SITES,
+    STATISTICS,
+    Outputs,
+    is_top_k,
+    parse_sites,
+    row_bytes,
+    split_variable,
+)
+from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
+from lmprobe_zarr.batch.token_batch import TokenBatch
+
+__all__ = [
+    "HASH_DIGITS",
+    "INNER_DIMS",
+    "LAYERED_SITES",
+    "LOGITS_POSITIONS",
+    "NO_OUTPUTS",
+    "POOLINGS",
+    "PROMPT_KINDS",
+    "SCALARS",
+    "SITES",
+    "STATISTICS",
+    "UNKNOWN_DIGITS",
+    "LayerSpec",
+    "Outputs",
+    "Precision",
+    "PromptKind",
+    "Prompts",
+    "Stage",
+    "TokenBatch",
+    "as_slice",
+    "concat_ranges",
+    "count_odd",
+    "describe_layers",
+    "digest_of_hash",
+    "fill_value",
+    "hashes_of",
+    "is_hash",
+    "is_top_k",
+    "keys_of",
+    "offsets_of",
+    "parse_poolings",
+    "parse_prompts",
+    "parse_sites",
+    "parse_stage",
+    "parse_sweep",
+    "pool_ragged",
+    "positions_of",
+    "prompt_hash",
+    "prompt_sha256",
+    "prompts_kind",
+    "reduce_scores",
+    "resolve_layers",
+    "round_bits",
+    "row_bytes",
+    "rows_differ",
+    "shorten",
+    "split_variable",
+    "store_as",
+]

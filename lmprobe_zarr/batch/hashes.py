@@ -1,0 +1,92 @@
+"""A prompt as digest, hash and number; hex to rows and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.errors import InvalidTypeError
+from lmprobe_zarr.typing import Array
+
+__all__ = ["HASH_DIGITS", "UNKNOWN_DIGITS", "digest_of_hash", "hashes_of", "keys_of", "prompt_hash", "prompt_sha256"]
+
+HASH_DIGITS = 16
+
+
+def prompt_sha256(prompt: str | Sequence[int] | Array) -> str:
+    r"""The whole sha256 of a prompt, 64 hex digits.
+
+    Parameters
+    ----------
+    prompt : str or sequence of int
+        A text, hashed as UTF-8; or ready token ids, hashed as ``b"\0ids\0"`` and the ids as little-endian int64.
+
+    Raises
+    ------
+    InvalidTypeError
+        Anything else than a text or a flat sequence of integers.
+    """
+    if isinstance(prompt, str):
+        # Lone surrogates are legal in a Python string (JSON brings them) but have no UTF-8: they are hashed as they stand.
+        return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    try:
+        ids = np.asarray(prompt)
+    except ValueError as error:
+        raise InvalidTypeError(f"a prompt is a text or a flat list of token ids, not {type(prompt).__name__}") from error
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InvalidTypeError(f"a prompt is a text or a flat list of token ids, not {type(prompt).__name__}")
+    return hashlib.sha256(b"\0ids\0" + ids.astype("<i8").tobytes()).hexdigest()
+
+
+def prompt_hash(prompt: str | Sequence[int] | Array) -> str:
+    """The label of a prompt: the first 16 hex digits of :func:`prompt_sha256`.
+
+    For a text this is lmprobe's own prompt hash (lmprobe 0.5 to 0.10).
+
+    Parameters
+    ----------
+    prompt : str, or sequence of int
+        A text, or token ids.
+
+    Returns
+    -------
+    str
+        What ``sel(prompt=…)`` takes.
+    """
+    return prompt_sha256(prompt)[:HASH_DIGITS]
+
+
+# lmprobe keeps 16 digits of a prompt's sha256. Where the text is unknown, these stand for the other 48.
+UNKNOWN_DIGITS: Final = "0" * 48
+
+
+def digest_of_hash(prompt_hash: str) -> str:
+    """What stands for the whole digest of a prompt of which only the hash is known: the hash and 48 zeros."""
+    return prompt_hash + UNKNOWN_DIGITS
+
+
+def is_hash(label: object) -> bool:
+    """Whether a label looks like a prompt hash."""
+    return isinstance(label, str) and len(label) == HASH_DIGITS and all(c in "0123456789abcdef" for c in label)
+
+
+def hashes_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.str_]:
+    """16-digit labels of whole digests."""
+    text = np.ascontiguousarray(digests[:, : HASH_DIGITS // 2]).tobytes().hex()
+    return np.frombuffer(text.encode(), f"S{HASH_DIGITS}").astype(f"U{HASH_DIGITS}")
+
+
+def rows_differ(some: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """Which digests, all of equal hash, are of different prompts. One that ends in zeros is the hash alone, of a prompt of unknown text."""
+    unknown = ~some[:, HASH_DIGITS // 2 :].any(axis=1) | ~others[:, HASH_DIGITS // 2 :].any(axis=1)
+    return np.asarray((some != others).any(axis=1) & ~unknown, bool)
+
+
+def keys_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """The first 16 digits of every digest, as numbers."""
+    keys = np.ascontiguousarray(digests[:, : HASH_DIGITS // 2]).view(">u8").reshape(-1)
+    return keys.astype(np.uint64)

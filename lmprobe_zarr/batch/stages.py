@@ -1,0 +1,88 @@
+"""At which stage the tokens of a prompt become one: their activations before classification, or their scores after it.
+
+Names mean what they mean in lmprobe: bare ``max`` and ``min`` pool scores, the other bare names pool activations; ``activation:`` and
+``score:`` in front say it outright; ``all`` pools nothing. Pure names and numpy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.batch.pooling import POOLINGS, pool_ragged
+from lmprobe_zarr.errors import InvalidArgumentError
+
+__all__ = ["TRAINING", "Stage", "parse_stage", "reduce_scores"]
+
+TRAINING: Final = ("last_token", "first_token", "mean", "all")
+_POOLS_SCORES: Final = ("max", "min")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is pooled and how.
+
+    Parameters
+    ----------
+    of : {"activation", "score", "nothing"}
+    pooling : str
+        One of ``last_token, first_token, mean, max, min``; empty for nothing.
+    """
+
+    of: str
+    pooling: str = ""
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether every token has to be classified."""
+        return self.of != "activation"
+
+
+def parse_stage(name: object, *, training: bool = False) -> Stage:
+    """What a pooling's name means.
+
+    Parameters
+    ----------
+    name : str
+        ``last_token``, ``first_token``, ``mean``, ``max``, ``min``, ``all``, or one of the first five behind ``activation:`` or ``score:``.
+    training : bool
+        Whether it is for training, which takes ``last_token``, ``first_token``, ``mean`` and ``all`` (every token is an example).
+
+    Raises
+    ------
+    InvalidArgumentError
+        Another name.
+    """
+    if training and name not in TRAINING:
+        raise InvalidArgumentError(
+            f"pooling {name!r} cannot be trained on: train_pooling takes {', '.join(TRAINING)}; give {name!r} as inference_pooling"
+        )
+    if name == "all":
+        return Stage("nothing")
+    of, _, pooling = str(name).rpartition(":")
+    if pooling not in POOLINGS or of not in ("", "activation", "score") or (not of and ":" in str(name)):
+        raise InvalidArgumentError(
+            f"unknown pooling {name!r}: use {', '.join(POOLINGS)} or all, with 'activation:' or 'score:' in front to say what is pooled"
+        )
+    return Stage(of or ("score" if pooling in _POOLS_SCORES else "activation"), pooling)
+
+
+def reduce_scores(scores: npt.NDArray[Any], n_tokens: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[Any]:
+    """One score per prompt, or one per prompt and class, from those of its tokens.
+
+    Parameters
+    ----------
+    scores : ndarray of float, shape (token,) or (token, class)
+    n_tokens : ndarray of int, shape (prompt,)
+    pooling : str
+        Each class by itself: after ``max`` the classes of a prompt need not sum to one.
+
+    Returns
+    -------
+    ndarray, shape (prompt,) or (prompt, class)
+    """
+    flat = scores.reshape(len(scores), -1)
+    return pool_ragged(flat, n_tokens, pooling).reshape(len(n_tokens), *scores.shape[1:])

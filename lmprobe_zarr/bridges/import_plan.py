@@ -1,0 +1,340 @@
+"""From any foreign source into a store: say what is missing, read it in batches of bounded size, write it. Knows no format.
+
+Everything that can be wrong is found from headers alone, before anything is written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, TokenBatch, is_top_k
+from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, Source
+from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
+from lmprobe_zarr.errors import (
+    CorruptFileError,
+    InvalidArgumentError,
+    InvalidTypeError,
+)
+from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.store import Ingest, Place, Store, open_store
+from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, Provenance
+from lmprobe_zarr.store.parts import View
+from lmprobe_zarr.typing import Ints
+
+__all__ = ["BATCH_PROMPTS", "ImportPlan", "of_one_width", "plan_import", "run_import"]
+
+# A batch is read while two wait and one is being written: together well below a gigabyte with the writer's own buffers.
+BATCH_BYTES: Final = 2**26
+BATCH_PROMPTS: Final = 4096
+
+
+@dataclass
+class ImportPlan:
+    """What is to be imported of one model."""
+
+    model: str
+    source: Source
+    group: GroupInfo
+    entries: list[Entry]
+    found: int
+    stored: int
+    named: list[Entry]
+    part_names: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+
+def run_import(
+    sources: Sequence[tuple[str, Source]],
+    store: Place,
+    origin: str,
+    skipped: Tally,
+    *,
+    dry_run: bool,
+    strict: bool,
+    provenance: Provenance | None,
+    progress: bool,
+    part_bytes: int,
+) -> ImportSummary:
+    began = time.monotonic()
+    target = store if isinstance(store, Store) else open_store(store)
+    if not dry_run:
+        target.check_writable()
+    if part_bytes < 1:
+        raise InvalidArgumentError(f"part_bytes={part_bytes!r} is no number of bytes: give at least 1")
+    notes = Tally()
+    plans = [plan_import(name, source, target, provenance or {}, skipped, notes, progress) for name, source in sources]
+    if strict and len(skipped):
+        reasons = "; ".join(f"{r.count} × {r.text} ({', '.join(r.names)})" for r in skipped.reasons())
+        raise CorruptFileError(f"strict=True, and of {origin} this would be skipped: {reasons}\nnothing was written")
+    tokens = nbytes = imported = parts = 0
+    with progress_bar(
+        sum(plan.nbytes for plan in plans), description=f"importing into {target.url}", unit="B", enabled=progress and not dry_run
+    ) as advance:
+        for plan in plans:
+            done = plan.entries if dry_run else _carry_out(plan, target, skipped, part_bytes, advance, origin)
+            imported += len(done)
+            tokens += sum(entry.n_tokens or 0 for entry in done if any(held.level == "tokens" for held in entry.holds))
+            nbytes += sum(entry.nbytes for entry in done)
+            parts += len(plan.part_names)
+    return ImportSummary(
+        source=origin,
+        url=target.url,
+        models=tuple(plan.model for plan in plans),
+        groups=tuple(plan.group.name for plan in plans),
+        found=sum(plan.found for plan in plans),
+        stored=sum(plan.stored for plan in plans),
+        imported=imported,
+        tokens=tokens,
+        nbytes=nbytes,
+        parts=parts,
+        skipped=skipped.reasons(),
+        notes=notes.reasons(),
+        dry_run=dry_run,
+        seconds=time.monotonic() - began,
+    )
+
+
+def plan_import(
+    model: str, source: Source, store: Store, provenance: Provenance, skipped: Tally, notes: Tally, progress: bool
+) -> ImportPlan:
+    """What a source holds that the store does not; everything that can be wrong is found here, before anything is written."""
+    entries: dict[str, Entry] = {}
+    with progress_bar(0, description=f"looking at {model}", unit="prompt", enabled=progress) as advance:
+        for found in source.entries():
+            advance(1)
+            if isinstance(found, Skipped):
+                skipped.add(found.reason, found.name, found.detail)
+            elif found.hash in entries:
+                skipped.add("prompts that the source holds twice: the first one counts", found.name)
+            else:
+                entries[found.hash] = found
+    group = _group(store, model, provenance, entries.values())
+    view = store.view(group) if group.name in store.groups() else None
+    fitting = of_one_width(entries.values(), view, skipped)
+    fitting = fitting if view is None else _as_stored(fitting, view, skipped)
+    for entry in fitting:
+        for note in entry.notes:
+            notes.add(note, entry.name)
+        if entry.text is None:
+            notes.add("prompts of unknown text, which are found by their hash", entry.name)
+    _note_layers(fitting, notes)
+    missing = fitting if view is None else _missing(fitting, view)
+    named = [] if view is None else _named_now(fitting, missing, view)
+    for entry in named:
+        notes.add("prompts that are stored already, and whose text is known only now", entry.name)
+    return ImportPlan(model, source, group, missing, len(entries), len(fitting) - len(missing), named)
+
+
+def _named_now(entries: Sequence[Entry], missing: Sequence[Entry], view: View) -> list[Entry]:
+    """Those entries that are stored with all they hold, but without the text that they have."""
+    again = {entry.hash for entry in missing}
+    listed = [entry for entry in entries if entry.text is not None and entry.hash not in again]
+    rows = _rows_of(listed, view)
+    return [entry for entry, row in zip(listed, rows, strict=True) if not view.digests[row, HASH_DIGITS // 2 :].any()]
+
+
+def _group(store: Store, model: str, provenance: Provenance, entries: Iterable[Entry]) -> GroupInfo:
+    """The group of a model's imports: the one that is there, also where either side does not know the hidden size."""
+    widths = Counter(held.row_shape[-1] for entry in entries for held in entry.holds if held.variable.startswith("resid"))
+    hidden = widths.most_common(1)[0][0] if widths else None
+    wanted = GroupInfo(model=model, provenance=provenance, num_layers=None, hidden_size=hidden)
+    groups = store.groups()
+    if wanted.name in groups:
+        return wanted
+    for info in groups.values():
+        alike = (info.model, info.provenance, info.num_layers) == (model, wanted.provenance, None)
+        if alike and None in (info.hidden_size, hidden):
+            return info
+    return wanted
+
+
+def of_one_width(entries: Iterable[Entry], view: View | None, skipped: Tally) -> list[Entry]:
+    """Those entries whose rows are as wide as those of most, or as those that are stored."""
+    listed = list(entries)
+    count: dict[tuple[Level, str], Counter[tuple[int, ...]]] = {}
+    for holds, number in Counter(entry.holds for entry in listed).items():
+        for held in holds:
+            count.setdefault((held.level, held.variable), Counter())[held.row_shape] += number
+    usual = {name: shapes.most_common(1)[0][0] for name, shapes in count.items()}
+    for level in LEVELS if view is not None else ():
+        assert view is not None  # noqa: S101 — see above
+        usual |= {(level, name): info.row_shape for name, info in view.variables(level).items()}
+    fitting = []
+    for entry in listed:
+        odd = [h for h in entry.holds if h.row_shape != usual[h.level, h.variable] and not is_top_k(h.variable)]
+        if odd:
+            detail = f"{odd[0].variable} has rows of {odd[0].row_shape}, others of {usual[odd[0].level, odd[0].variable]}"
+            skipped.add("prompts whose activations are of another width than the others", entry.name, detail)
+        else:
+            fitting.append(entry)
+    return fitting
+
+
+def _as_stored(entries: Sequence[Entry], view: View, skipped: Tally) -> list[Entry]:
+    """The entries, with the whole digests of prompts that the store knows more of; those of other prompts are skipped.
+
+    A digest of which only 16 digits are known (see `bridges.entry.digest_of_hash`) is the same prompt as one that is whole.
+    """
+    rows = _rows_of(entries, view)
+    fitting = []
+    for entry, row in zip(entries, rows, strict=True):
+        stored = None if row < 0 else view.digests[row].tobytes().hex()
+        if stored is None or stored == entry.sha256 or stored.endswith(UNKNOWN_DIGITS):
+            fitting.append(entry)
+        elif entry.sha256.endswith(UNKNOWN_DIGITS):
+            fitting.append(replace(entry, sha256=stored))
+        else:
+            skipped.add("prompts that share their hash with another one in the store", entry.name)
+    return fitting
+
+
+def _rows_of(entries: Sequence[Entry], view: View) -> Ints:
+    return np.asarray(pd.Index(view.hashes).get_indexer(pd.Index([entry.hash for entry in entries])), np.int64)
+
+
+def _missing(entries: Sequence[Entry], view: View) -> list[Entry]:
+    """Those entries of which anything is not in the view."""
+    rows = _rows_of(entries, view)
+    there = rows >= 0
+    alike: dict[tuple[Held, ...], list[int]] = {}
+    for i in np.flatnonzero(there).tolist():
+        alike.setdefault(entries[i].holds, []).append(i)
+    for holds, members in alike.items():
+        for held in holds:
+            covered = view.covers(held.level, held.variable, rows[members], held.layers or ())
+            there[members] &= covered.all(axis=0)
+    return [entry for entry, known in zip(entries, there, strict=True) if not known]
+
+
+def _note_layers(entries: Sequence[Entry], notes: Tally) -> None:
+    """Note prompts that hold fewer layers of a variable than the others."""
+    every: dict[str, set[int]] = {}
+    for holds in {entry.holds for entry in entries}:
+        for held in holds:
+            every.setdefault(held.variable, set()).update(held.layers or ())
+    for entry in entries:
+        held_layers: dict[str, set[int]] = {}
+        for held in entry.holds:
+            held_layers.setdefault(held.variable, set()).update(held.layers or ())
+        if any(every[variable] - layers for variable, layers in held_layers.items()):
+            notes.add("prompts that hold fewer layers than others", entry.name)
+
+
+# ------------------------------------------------------------------------------------------------------ carrying it out
+
+
+def _carry_out(
+    plan: ImportPlan, store: Store, skipped: Tally, part_bytes: int, advance: Callable[[int], object], origin: str
+) -> list[Entry]:
+    """Read and write what is missing; returns the entries that came over whole."""
+    alike: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in plan.entries:
+        alike.setdefault((entry.holds, entry.text is None, _pieces(entry)), []).append(entry)
+    failed: set[str] = set()
+    with Ingest(store, plan.group, part_bytes=part_bytes, recorded={"imported_from": origin}) as ingest:
+        # Like by like, and each run of entries with all that it holds, so that an interruption leaves few that are there by halves.
+        for (holds, _, pieces), entries in alike.items():
+            units = _units(holds, pieces)
+            for some in _batches(entries, max(units, key=lambda unit: sum(held.row_nbytes for held in unit))):
+                for unit in units:
+                    for batch in _read(plan.source, [entry for entry in some if entry.hash not in failed], unit, skipped, failed):
+                        ingest.put(batch)
+                    advance(sum(_rows_nbytes(entry, unit) for entry in some))
+        for start in range(0, len(plan.named), BATCH_PROMPTS):
+            some = plan.named[start : start + BATCH_PROMPTS]
+            ingest.put(TokenBatch(sha256=[entry.sha256 for entry in some], text=[entry.text or "" for entry in some]))
+    plan.part_names += ingest.parts
+    return [entry for entry in plan.entries if entry.hash not in failed]
+
+
+def _layered_nbytes(entry: Entry) -> int:
+    return sum(_rows_nbytes(entry, [held]) for held in entry.holds if held.layers is not None)
+
+
+def _rows_nbytes(entry: Entry, holds: Iterable[Held]) -> int:
+    return sum(held.row_nbytes * (1 if held.level == "prompts" else entry.n_tokens or 0) for held in holds)
+
+
+def _pieces(entry: Entry) -> int:
+    """Into how many runs of layers a prompt is cut, so that no run is larger than a batch: a power of two, so that few differ."""
+    return int(2 ** max(0, np.ceil(np.log2(max(1, _layered_nbytes(entry)) / BATCH_BYTES))))
+
+
+def _units(holds: Sequence[Held], pieces: int) -> list[list[Held]]:
+    """What is written together: variables of the same layers, cut into runs of layers, and beside them those without layers."""
+    by_layers: dict[tuple[int, ...], list[Held]] = {}
+    for held in holds:
+        if held.layers is not None:
+            by_layers.setdefault(held.layers, []).append(held)
+    units: list[list[Held]] = []
+    for layers, members in by_layers.items():
+        for run in np.array_split(np.array(layers), min(pieces, len(layers))):
+            units += _one_dtype([replace(held, layers=tuple(run.tolist())) for held in members])
+    apart: list[Held] = []
+    for held in (held for held in holds if held.layers is None):
+        # Only beside others of its level: a part says of each level that it has something in whether it has layers.
+        beside = next((unit for unit in units if any(other.level == held.level for other in unit)), apart)
+        beside.append(held)
+    return [*units, apart] if apart else units
+
+
+def _one_dtype(holds: Sequence[Held]) -> list[list[Held]]:
+    """Apart where one variable occurs twice, in two dtypes."""
+    apart: list[list[Held]] = []
+    for held in holds:
+        free = next((unit for unit in apart if held.variable not in {other.variable for other in unit}), None)
+        if free is None:
+            apart.append([held])
+        else:
+            free.append(held)
+    return apart
+
+
+def _batches(entries: Sequence[Entry], unit: Sequence[Held]) -> Iterator[list[Entry]]:
+    some: list[Entry] = []
+    nbytes = 0
+    for entry in entries:
+        size = _rows_nbytes(entry, unit)
+        if some and (nbytes + size > BATCH_BYTES or len(some) == BATCH_PROMPTS):
+            yield some
+            some, nbytes = [], 0
+        some.append(entry)
+        nbytes += size
+    if some:
+        yield some
+
+
+def _read(source: Source, entries: list[Entry], unit: Sequence[Held], skipped: Tally, failed: set[str]) -> Iterator[TokenBatch]:
+    """A batch of all entries, or, where a file turns out to be damaged, of each of the others by itself."""
+    if not entries:
+        return
+    try:
+        yield source.read(entries, unit)
+        return
+    except CorruptFileError as error:
+        if len(entries) == 1:
+            skipped.add("files that were changed or damaged while they were read", entries[0].name, str(error))
+            failed.add(entries[0].hash)
+            return
+    for entry in entries:
+        yield from _read(source, [entry], unit, skipped, failed)
+
+
+def prompt_list(prompts: Iterable[str]) -> list[str]:
+    if isinstance(prompts, str):
+        raise InvalidTypeError("prompts is one text: give a list of texts or hashes")
+    listed = list(prompts)
+    for prompt in listed:
+        if not isinstance(prompt, str):
+            raise InvalidTypeError(f"lmprobe knows prompts by their text, not by {type(prompt).__name__}: give texts or hashes")
+    return listed

@@ -1,0 +1,306 @@
+"""Activations from and to other formats: what people call. Knows bridges and stores, never models.
+
+Whatever the format, an import goes the same way, see `importing`; what an export reads is in `exporting`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lmprobe_zarr.bridges import arrays, lmprobe_v1, lmprobe_v2
+from lmprobe_zarr.bridges.entry import Skipped, Source
+from lmprobe_zarr.bridges.files import open_files
+from lmprobe_zarr.bridges.import_plan import prompt_list, run_import
+from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
+from lmprobe_zarr.errors import ModelNotStoredError
+from lmprobe_zarr.store import PART_BYTES, Place
+from lmprobe_zarr.store.format import Provenance
+
+__all__ = ["import_npy", "import_pt", "import_safetensors", "import_source", "import_tensors", "import_vllm"]
+
+# ------------------------------------------------------------------------------------------------------------- importing
+
+
+def import_safetensors(
+    cache_dir: str | os.PathLike[str],
+    store: Place = None,
+    *,
+    model: str | None = None,
+    prompts: Iterable[str] | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring the entries of an lmprobe cache (safetensors, format v2) into a store.
+
+    Parameters
+    ----------
+    cache_dir : path or URL
+        The cache: a folder, or any URL that fsspec knows. It is only read.
+    store : Store, path or URL, or a sequence of these, optional
+        Where to; None is the default store.
+    model : str, optional
+        Only this model; it also names a folder whose own name file is gone. None is every model of the cache.
+    prompts : iterable of str, optional
+        Only these, by text or by hash. Texts are also the names of prompts that the cache's manifest does not know.
+    dry_run : bool
+        Only say what would be done: headers are read, nothing is written.
+    strict : bool
+        Refuse to begin if anything of what is asked for would be skipped.
+    provenance : mapping, optional
+        What is known of how the activations came about. Other provenance is another group.
+    storage_options : mapping, optional
+        For the file system of `cache_dir`.
+    progress : bool
+        Show a progress bar on terminals and in notebooks.
+    part_bytes : int
+        Bytes of activations after which a part is committed.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, and what did not and why.
+
+    Raises
+    ------
+    CorruptFileError
+        ``strict=True`` and something would be skipped; nothing was written.
+    ModelNotStoredError
+        The cache holds nothing of `model`, or no model at all.
+    ReadOnlyError, NoSpaceError
+        What was committed until then stays.
+
+    Notes
+    -----
+    Padding is left out by the attention mask. A prompt that is in the store with all that the cache holds of it is not read
+    again, so an interrupted import is resumed by running it again. What lmprobe pooled as ``first_token`` may be padding: it is
+    pooled again from the raw layers, or left out where they are missing. A prompt of unknown text has no text in the store and
+    is found by its hash; its digest is the hash and 48 zeros.
+    """
+    files = open_files(cache_dir, storage_options)
+    wanted = None if prompts is None else prompt_list(prompts)
+    tally = Tally()
+    names = [model] if model is not None else []
+    for found in [] if model is not None else lmprobe_v2.scan_models(files):
+        if isinstance(found, Skipped):
+            tally.add(found.reason, found.name, found.detail)
+        else:
+            names.append(found.model)
+    if model is not None and not files.list(lmprobe_v2.model_hash(model)):
+        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {lmprobe_v2.model_hash(model)}): check the name")
+    if not names and not len(tally):
+        raise ModelNotStoredError(f"{files.url} is no lmprobe cache: it holds no folder that is named after a model's hash")
+    sources: list[tuple[str, Source]] = [(name, lmprobe_v2.LmprobeV2(files, name, prompts=wanted)) for name in names]
+    return run_import(
+        sources, store, files.url, tally, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_pt(
+    cache_dir: str | os.PathLike[str],
+    store: Place = None,
+    *,
+    model: str,
+    prompts: Sequence[str] | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring the entries of an old lmprobe cache (``.pt`` files, format v1) into a store. The cache is only read.
+
+    Parameters
+    ----------
+    cache_dir : path or URL
+        The cache.
+    model : str
+        Name of the model: the cache does not hold it.
+    prompts : sequence of str, optional
+        Texts: the cache does not hold them either. Folders of lmprobe 0.2 and 0.3 hold a whole list of prompts and are found only
+        by that list, in its order; give one list per call. None is every folder of a single prompt, known by its hash.
+    store, dry_run, strict, provenance, storage_options, progress, part_bytes
+        As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
+
+    Raises
+    ------
+    MissingDependencyError
+        torch is not installed.
+    ModelNotStoredError, CorruptFileError, ReadOnlyError, NoSpaceError
+        As for `import_safetensors`.
+
+    Notes
+    -----
+    A file that holds anything but a tensor, such as a pickle that would run code, is refused, and the rest is imported.
+    """
+    files = open_files(cache_dir, storage_options)
+    wanted = None if prompts is None else prompt_list(prompts)
+    if not files.list(lmprobe_v2.model_hash(model)):
+        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {lmprobe_v2.model_hash(model)}): check the name")
+    source = lmprobe_v1.LmprobeV1(files, model, prompts=wanted)
+    return import_source(
+        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_vllm(
+    folder: str | os.PathLike[str],
+    store: Place = None,
+    *,
+    model: str,
+    layers: Sequence[int],
+    prompts: Mapping[int, str] | Sequence[str] | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring hidden states that vLLM or speculators wrote (``hs_<number>.safetensors``) into a store.
+
+    Parameters
+    ----------
+    folder : path or URL
+        Where the files lie.
+    layers : sequence of int
+        The block whose output each slot holds, counted from 0; vLLM's own layer ids are one more.
+    prompts : mapping of int to str, or sequence of str, optional
+        Texts by number; a prompt without a text is known by its token ids.
+    store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
+        As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
+    """
+    source = arrays.VllmFiles(open_files(folder, storage_options), layers, prompts=prompts)
+    return import_source(
+        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_npy(
+    folder: str | os.PathLike[str],
+    store: Place = None,
+    *,
+    model: str,
+    prompts: Sequence[str | Sequence[int]],
+    variable: str = "resid",
+    name: str = "layer_{layer}.npy",
+    offsets: str = "offsets.npy",
+    dtype: str | None = None,
+    hidden_size: int | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring a folder with one ``.npy`` or memory-mapped array per layer into a store.
+
+    Parameters
+    ----------
+    folder : path or URL
+        Where the files lie.
+    prompts, variable, name, offsets, dtype, hidden_size
+        See `bridges.arrays.npy_layers`.
+    store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
+        As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
+    """
+    source = arrays.npy_layers(
+        open_files(folder, storage_options), prompts, variable=variable, name=name, offsets=offsets, dtype=dtype, hidden_size=hidden_size
+    )
+    return import_source(
+        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_tensors(
+    path: str | os.PathLike[str],
+    store: Place = None,
+    *,
+    model: str,
+    prompts: Sequence[str | Sequence[int]],
+    mapping: Mapping[str, str | Mapping[int, str]],
+    offsets: str | None = None,
+    mask: str | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring tensors of one safetensors file into a store.
+
+    Parameters
+    ----------
+    path : path or URL
+        The file.
+    prompts, mapping, offsets, mask
+        See `bridges.arrays.tensor_file`.
+    store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
+        As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
+    """
+    folder, _, key = os.fspath(path).rpartition("/")
+    source = arrays.tensor_file(open_files(folder or ".", storage_options), key, prompts, mapping, offsets=offsets, mask=mask)
+    return import_source(
+        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
+    )
+
+
+def import_source(
+    source: Source,
+    store: Place = None,
+    *,
+    model: str,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Bring anything into a store that can be asked what a `bridges.entry.Source` can be asked.
+
+    Parameters
+    ----------
+    source : Source
+        The foreign format in its place.
+    model : str
+        Name of the model.
+    store, dry_run, strict, provenance, progress, part_bytes
+        As for `import_safetensors`.
+
+    Returns
+    -------
+    ImportSummary
+        What came over, what was there, and what was skipped, with the reasons.
+    """
+    return run_import(
+        [(model, source)], store, source.url, Tally(), dry_run=dry_run, strict=strict, provenance=provenance, progress=progress,
+        part_bytes=part_bytes,
+    )  # fmt: skip

@@ -1,0 +1,247 @@
+"""lmprobe's own entries beside a store, read through: looked up, described, read, and cleared where that is asked for.
+
+Their provenance is unknown, so they are matched by the model's name alone, and serve a call only as a whole. Nothing is written beside
+them, and nothing that is not an entry of lmprobe's is ever removed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from lmprobe_zarr.batch import offsets_of, pool_ragged, prompt_hash
+from lmprobe_zarr.bridges.entry import Entry, Held, Source
+from lmprobe_zarr.bridges.files import Files, open_files
+from lmprobe_zarr.bridges.lmprobe_v1 import LmprobeV1
+from lmprobe_zarr.bridges.lmprobe_v2 import ENTRY_FILE, MODEL_FOLDER, LmprobeV2, ModelFolder, model_hash, read_manifest, scan_models
+from lmprobe_zarr.errors import MissingDependencyError
+from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage
+from lmprobe_zarr.store import Store
+from lmprobe_zarr.typing import Array
+
+__all__ = ["FoundEntry", "LegacyCache", "LegacyModel", "beside"]
+
+_V1_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
+_V1_FILE: Final = re.compile(r"(?:attention_mask|perplexity|layer_\d+)\.pt")
+_V1_POOLED: Final = re.compile(r"pooled_[a-z_:]+")
+_NOTED: Final = ("_model_name.txt", "_manifest.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundEntry:
+    """An entry, and what can read it."""
+
+    source: Source
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LegacyModel:
+    """What lmprobe's cache holds of one model.
+
+    Parameters
+    ----------
+    name : str
+        As lmprobe noted it, else its folder.
+    folder : str
+    prompts : int
+    nbytes : int
+    layers : int
+        Of its first entry: reading them all would take a request each.
+    holds : tuple of Held
+        What the first entry holds.
+    """
+
+    name: str
+    folder: str
+    prompts: int
+    nbytes: int
+    layers: int
+    holds: tuple[Held, ...]
+
+
+def beside(store: Store) -> LegacyCache | None:
+    """Lmprobe's cache around a store, where that is the default one and lies in ``.zarr`` inside it; None elsewhere."""
+    storage = store.storage
+    if not store.is_default or not storage.url.endswith("/.zarr"):
+        return None
+    if isinstance(storage, LocalStorage):
+        return LegacyCache(LocalStorage(storage.root.removesuffix("/.zarr")))
+    if isinstance(storage, FsspecStorage):
+        around = type(storage)(storage.filesystem, storage.root.removesuffix("/.zarr"), storage.url.removesuffix("/.zarr"))
+        return LegacyCache(around)
+    return None
+
+
+class LegacyCache:
+    """A folder that lmprobe keeps its entries in. Making one reads nothing.
+
+    Parameters
+    ----------
+    storage : Storage
+        The folder.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.files: Files = open_files(storage)
+
+    # -------------------------------------------------------------------------------------------------------- looking
+
+    def find(self, model: str, prompts: Sequence[str]) -> list[FoundEntry | None]:
+        """The entry of each prompt, in format v2 or else in v1; None where there is none that can be read."""
+        folder = model_hash(model)
+        listed = self.files.list(folder)
+        found: list[FoundEntry | None] = [None] * len(prompts)
+        if any(ENTRY_FILE.fullmatch(item.name) for item in listed):
+            source = LmprobeV2(self.files, model)
+            found = [_first(source, items) for items in source.find(prompts)]
+        absent = [i for i, one in enumerate(found) if one is None]
+        if absent and any(item.is_folder and not item.outside for item in listed):
+            older = LmprobeV1(self.files, model)
+            try:
+                for i, items in zip(absent, older.find([prompts[i] for i in absent]), strict=True):
+                    found[i] = _first(older, items)
+            except MissingDependencyError:
+                pass  # old entries are torch's own files: without it they are as good as not there
+        return found
+
+    def models(self) -> list[LegacyModel]:
+        """Every model of the cache, from listings and the header of one entry each."""
+        named = {found.folder: found.model for found in scan_models(self.files) if isinstance(found, ModelFolder)}
+        models = []
+        for item in self.files.list(""):
+            if MODEL_FOLDER.fullmatch(item.name) and item.is_folder and not item.outside:
+                described = self._describe(item.name, named.get(item.name))
+                if described.prompts:
+                    models.append(described)
+        return models
+
+    def _describe(self, folder: str, name: str | None) -> LegacyModel:
+        sizes: dict[str, int] = {}
+        for key, nbytes in self._entry_files(folder):
+            prompt = key.split("/")[1][:16]
+            sizes[prompt] = sizes.get(prompt, 0) + nbytes
+        holds: tuple[Held, ...] = ()
+        if name is not None and sizes:
+            first = self.find(name, [next(iter(sizes))])[0]
+            holds = () if first is None else first.entry.holds
+        layers = {layer for held in holds for layer in held.layers or ()}
+        shown = name or f"(folder {folder})"
+        return LegacyModel(name=shown, folder=folder, prompts=len(sizes), nbytes=sum(sizes.values()), layers=len(layers), holds=holds)
+
+    def texts(self, model: str) -> dict[str, str | None]:
+        """The prompts of a model in format v2 by hash, with the text where lmprobe noted it."""
+        folder = model_hash(model)
+        noted = read_manifest(self.files, folder).texts
+        hashes = dict.fromkeys(match[1] for item in self.files.list(folder) if (match := ENTRY_FILE.fullmatch(item.name)))
+        return {label: noted.get(label) for label in hashes}
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def serve(self, model: str, prompts: Sequence[str], pooling: str | None, layers: tuple[int, ...]) -> tuple[list[Array] | None, int]:
+        """The blocks' output of every prompt, if all of them are here with all layers.
+
+        Parameters
+        ----------
+        model : str
+            As it was given to lmprobe.
+        prompts : sequence of str
+            Texts.
+        pooling : str, optional
+            None gives every token.
+        layers : tuple of int
+
+        Returns
+        -------
+        pieces : list of ndarray, shape (layer, row, hidden), or None
+            One per prompt, a row per token or a single pooled one; None where a prompt or a layer is missing.
+        held : int
+            How many of the prompts are here with all layers.
+        """
+        looked = [(one, _way(one.entry, pooling, layers)) for one in self.find(model, prompts) if one is not None]
+        ways = [(one, way) for one, way in looked if way is not None]
+        if len(ways) < len(prompts):
+            return None, len(ways)
+        found = [one for one, _ in ways]
+        together: dict[tuple[int, tuple[Held, ...], bool], list[int]] = {}
+        for i, (one, way) in enumerate(ways):
+            together.setdefault((id(one.source), *way), []).append(i)
+        pieces: dict[int, Array] = {}
+        for (_, holds, pool), members in together.items():
+            entries = [found[i].entry for i in members]
+            by_layer: dict[int, Array] = {}
+            for part in holds:
+                batch = found[members[0]].source.read(entries, (part,))
+                values = (batch.prompts if part.level == "prompts" else batch.tokens)[part.variable]
+                by_layer |= dict(zip(part.layers or (), values, strict=True))
+            joined = np.stack([by_layer[layer] for layer in layers])
+            counts = np.array([1 if holds[0].level == "prompts" else entry.n_tokens for entry in entries], np.int64)
+            if pool and pooling is not None:
+                joined, counts = pool_ragged(joined, counts, pooling), np.ones(len(entries), np.int64)
+            bounds = offsets_of(counts)
+            pieces |= {i: joined[:, a:b] for i, a, b in zip(members, bounds[:-1], bounds[1:], strict=True)}
+        return [pieces[i] for i in range(len(prompts))], len(prompts)
+
+    def written_at(self, model: str, prompts: Sequence[str]) -> float:
+        """When the oldest of the prompts' files was written, in seconds since 1970; infinity where the place does not tell."""
+        wanted = {prompt_hash(prompt) for prompt in prompts}
+        listed = self.storage.scan(model_hash(model))
+        times = [entry.modified for name, entry in listed.items() if name[:16] in wanted and entry.modified is not None]
+        return min(times, default=float("inf"))
+
+    # ------------------------------------------------------------------------------------------------------- clearing
+
+    def clear(self, model: str | None = None) -> int:
+        """Remove lmprobe's entries, all or those of one model; returns how many prompts they were of."""
+        count = 0
+        for item in self.files.list(""):
+            mine = model is None or item.name == model_hash(model)
+            if not (mine and MODEL_FOLDER.fullmatch(item.name) and item.is_folder and not item.outside):
+                continue
+            entries = [key for key, _ in self._entry_files(item.name)]
+            if not entries:
+                continue
+            self.storage.remove(entries)
+            self.storage.remove([f"{item.name}/{name}" for name in _NOTED])
+            count += len({key.split("/")[1][:16] for key in entries})
+        return count
+
+    def _entry_files(self, folder: str) -> list[tuple[str, int]]:
+        """Keys and sizes of all files of a model that are lmprobe's entries, and of nothing else."""
+        found, scanned = [], self.storage.scan(folder)
+        for item in self.files.list(folder):
+            if item.outside or item.name not in scanned:
+                continue
+            if ENTRY_FILE.fullmatch(item.name) and not item.is_folder:
+                found.append((f"{folder}/{item.name}", scanned[item.name].nbytes))
+            elif item.is_folder and _V1_FOLDER.fullmatch(item.name):
+                found += self._v1_files(f"{folder}/{item.name}", pooled=True)
+        return found
+
+    def _v1_files(self, folder: str, *, pooled: bool) -> list[tuple[str, int]]:
+        found, scanned = [], self.storage.scan(folder)
+        for item in self.files.list(folder):
+            if item.outside or item.name not in scanned:
+                continue
+            if _V1_FILE.fullmatch(item.name) and not item.is_folder:
+                found.append((f"{folder}/{item.name}", scanned[item.name].nbytes))
+            elif pooled and item.is_folder and _V1_POOLED.fullmatch(item.name):
+                found += self._v1_files(f"{folder}/{item.name}", pooled=False)
+        return found
+
+
+def _first(source: Source, items: Sequence[Any] | None) -> FoundEntry | None:
+    return next((FoundEntry(source, item) for item in items or () if isinstance(item, Entry)), None)
+
+
+def _way(entry: Entry, pooling: str | None, layers: tuple[int, ...]) -> tuple[tuple[Held, ...], bool] | None:
+    """What of an entry to read, and whether its tokens are pooled then; None where something is missing."""
+    if pooling is not None and (holds := entry.covering("prompts", f"resid_{pooling}", layers)):
+        return holds, False
+    holds = entry.covering("tokens", "resid", layers)
+    return None if not holds else (holds, pooling is not None)

@@ -1,0 +1,200 @@
+"""What a cache holds, as values that print well, in notebooks too. Never a store or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from lmprobe_zarr.config import GB
+from lmprobe_zarr.display import Html, card, definitions, format_bytes, section, table
+
+__all__ = ["CacheInfo", "CachedPrompt", "CachedPromptInfo", "ModelCacheInfo"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCacheInfo:
+    """What the cache holds of one model and provenance.
+
+    Parameters
+    ----------
+    model_name : str
+    group : str
+        Folder of the group in the store; for lmprobe's own entries the folder's name in its cache.
+    size_bytes, num_prompts, num_layers, num_parts : int
+    variables : tuple of str
+        What is stored per prompt and per token.
+    has_pooled, has_tokens, has_perplexity, has_logits, has_router : bool
+    oldest, newest : datetime, optional
+        First commit, and last commit or use, in UTC.
+    """
+
+    model_name: str
+    group: str
+    size_bytes: int
+    num_prompts: int
+    num_layers: int
+    num_parts: int = 0
+    variables: tuple[str, ...] = ()
+    has_pooled: bool = False
+    has_tokens: bool = False
+    has_perplexity: bool = False
+    has_logits: bool = False
+    has_router: bool = False
+    oldest: datetime | None = None
+    newest: datetime | None = None
+
+    @property
+    def size_gb(self) -> float:
+        """Size in GB of 1024³ bytes."""
+        return self.size_bytes / GB
+
+    def __str__(self) -> str:
+        held = {
+            "pooled": self.has_pooled, "tokens": self.has_tokens, "perplexity": self.has_perplexity, "logits": self.has_logits,
+            "router": self.has_router,
+        }  # fmt: skip
+        what = "".join(f", {name}" for name, there in held.items() if there)
+        return f"{self.model_name}  {format_bytes(self.size_bytes)}  ({self.num_prompts} prompts, {self.num_layers} layers{what})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CacheInfo:
+    """What a cache holds. Prints as a table, in notebooks too.
+
+    Parameters
+    ----------
+    url : str
+        Its place.
+    models : tuple of ModelCacheInfo
+        One per model and provenance, the largest first.
+    legacy : tuple of ModelCacheInfo
+        lmprobe's own entries beside it, which are read but do not count towards the limit.
+    below : tuple of CacheInfo
+        What is read as well and never written, the first named first; it does not count towards the limit either.
+    limit_bytes : int, optional
+        None where there is no limit; 0 where nothing is to be stored.
+    oldest, newest : datetime, optional
+        First commit, and last commit or use, in UTC.
+    """
+
+    url: str
+    models: tuple[ModelCacheInfo, ...] = ()
+    legacy: tuple[ModelCacheInfo, ...] = ()
+    below: tuple[CacheInfo, ...] = ()
+    limit_bytes: int | None = None
+    oldest: datetime | None = None
+    newest: datetime | None = None
+
+    @property
+    def total_size_bytes(self) -> int:
+        """Bytes of everything that is this cache's own: neither lmprobe's entries nor what lies below."""
+        return sum(model.size_bytes for model in self.models)
+
+    @property
+    def total_size_gb(self) -> float:
+        """The same in GB of 1024³ bytes."""
+        return self.total_size_bytes / GB
+
+    @property
+    def limit(self) -> float | None:
+        """The limit in GB of 1024³ bytes, None where there is none."""
+        return None if self.limit_bytes is None else self.limit_bytes / GB
+
+    def __repr__(self) -> str:
+        return f"CacheInfo(total_size_gb={self.total_size_gb:.2f}, models={[model.model_name for model in self.models]})"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        limit = "none" if self.limit_bytes is None else format_bytes(self.limit_bytes) if self.limit_bytes else "0, so nothing is stored"
+        rows = [("cache", self.url), ("size", format_bytes(self.total_size_bytes)), ("limit", limit)]
+        rows += [("model" if not i else "", str(model)) for i, model in enumerate(self.models)]
+        if self.oldest is not None and self.newest is not None:
+            rows += [("oldest", f"{self.oldest:%Y-%m-%d %H:%M}"), ("newest", f"{self.newest:%Y-%m-%d %H:%M}")]
+        rows += [("lmprobe's" if not i else "", str(model)) for i, model in enumerate(self.legacy)]
+        for one in self.below:
+            rows += [("read only", one.url), *(("", str(model)) for model in one.models)]
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<11}{value}".rstrip() for name, value in self._rows())
+
+    def _repr_html_(self) -> str:
+        rows = dict(self._rows()[1:3])
+        if self.oldest is not None and self.newest is not None:
+            rows |= {"oldest": f"{self.oldest:%Y-%m-%d %H:%M} UTC", "newest": f"{self.newest:%Y-%m-%d %H:%M} UTC"}
+        sections = [section("Models", _model_table(self.models), opened=True, note=f"({len(self.models)})")]
+        if self.legacy:
+            sections.append(section("lmprobe's own entries", _model_table(self.legacy), note=f"({len(self.legacy)})"))
+        sections += [section("Read only", _model_table(one.models), note=one.url) for one in self.below]
+        return str(card("lmprobe_zarr.CacheInfo", self.url, definitions(rows), *sections))
+
+
+def _model_table(models: Sequence[ModelCacheInfo]) -> Html:
+    rows = [
+        (
+            one.model_name,
+            Html(f'<span style="white-space:nowrap">{format_bytes(one.size_bytes)}</span>'),
+            one.num_prompts,
+            one.num_layers,
+            one.num_parts or "",
+            ", ".join(one.variables),
+            "" if one.newest is None else f"{one.newest:%Y-%m-%d %H:%M}",
+        )
+        for one in models
+    ]
+    return table(("model", "size", "prompts", "layers", "parts", "variables", "last used"), rows) if rows else Html("none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPromptInfo:
+    """What is stored of one prompt.
+
+    Parameters
+    ----------
+    raw_layers : list of int
+        Layers whose output is stored for every token.
+    pooled : dict of str to list of int
+        Layers of each pooling of the blocks' output.
+    has_perplexity, has_token_perplexity, has_logits : bool
+    logits_top_k : int, optional
+        How many of the largest logits, where not all are stored.
+    num_tokens : int, optional
+        Tokens of the prompt; None where unknown.
+    router_layers : list of int
+    variables : dict of str to list of int
+        All of it under the store's names, with the layers of each; empty for those without layers.
+    group : str
+        Which group holds it.
+    """
+
+    raw_layers: list[int]
+    pooled: dict[str, list[int]]
+    has_perplexity: bool = False
+    has_token_perplexity: bool = False
+    has_logits: bool = False
+    logits_top_k: int | None = None
+    num_tokens: int | None = None
+    router_layers: list[int] = field(default_factory=list)
+    variables: dict[str, list[int]] = field(default_factory=dict)
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPrompt:
+    """One prompt of a model in the cache.
+
+    Parameters
+    ----------
+    hash : str
+        Its 16-digit label.
+    prompt : str, optional
+        Its text; None where that was left out or is unknown.
+    num_tokens : int, optional
+    cached_at : str
+        When the part that it first appears in was committed, ISO 8601 in UTC.
+    """
+
+    hash: str
+    prompt: str | None
+    num_tokens: int | None
+    cached_at: str

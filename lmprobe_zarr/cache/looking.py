@@ -1,0 +1,333 @@
+"""The cache as lmprobe's users know it: what is in it, how large it is, what leaves it. Reads metadata only, never activations.
+
+The cache is the default store (see `lmprobe_zarr.config`) unless a call names another place.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmprobe_zarr import config
+from lmprobe_zarr.batch import POOLINGS
+from lmprobe_zarr.bridges import LegacyCache, LegacyModel, beside
+from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
+from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
+from lmprobe_zarr.errors import InvalidArgumentError, StoreNotFoundError
+from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.storage import open_storage
+from lmprobe_zarr.store import Mode, Place, Store, ambiguous, open_store
+from lmprobe_zarr.store.format import LEVELS, GroupInfo, Provenance
+from lmprobe_zarr.store.parts import View, committed_at, read_values
+from lmprobe_zarr.store.upkeep import Entry
+
+__all__ = ["cache_info", "discover_cached", "list_cached_prompts"]
+
+
+# ------------------------------------------------------------------------------------------------------------ looking in
+
+
+def open_cache(place: Place, mode: Mode) -> Store | None:
+    """The store of a place, None where there is none yet."""
+    if isinstance(place, Store):
+        return place
+    try:
+        opened = open_store(place, "r")
+    except StoreNotFoundError:
+        # Nothing has been written yet; there may still be something below to read.
+        opened = open_store(place)
+        return None if opened.below is None else opened
+    # A backend that is read-only stays so, whatever is wanted of it.
+    return opened if mode == "r" else open_store(place, mode)
+
+
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """Which model is meant: its name in a store, and of a folder of this machine its weights too, since many folders share a name."""
+
+    name: str
+    provenance: Provenance
+
+    @staticmethod
+    def of(model: str) -> CachedModel:
+        path = Path(model).expanduser()
+        with suppress(OSError, ValueError):
+            if (path / "config.json").is_file():
+                known = extraction.identify(model, memory=config.weights_memory()).provenance
+                return CachedModel(extraction.model_name(model), {k: v for k, v in known.items() if k == "weights"})
+            if path.is_absolute():
+                return CachedModel(path.name, {})  # a folder that is gone went by the same name
+        return CachedModel(model, {})
+
+    def groups(self, store: Store) -> list[GroupInfo]:
+        """Its groups in a store."""
+        return store.matching(self.name, self.provenance, whole=False)
+
+
+def place_name(place: Place) -> str:
+    """How a place is named, whether or not a store lies there."""
+    given: Any = config.cache_backend() if place is None else place
+    last = given[-1] if isinstance(given, (list, tuple)) else given
+    if last is None:
+        return str(config.default_root())
+    if isinstance(last, Store):
+        return last.url
+    return open_storage(last).url if place is not None else str(last)
+
+
+def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "auto") -> CacheInfo:
+    """What the cache holds, by model.
+
+    Only metadata are read: one list per group and one small document per part, however many prompts there are.
+
+    Parameters
+    ----------
+    model : str, optional
+        Only this model.
+    store : Store, path or URL, or a sequence of these, optional
+        Another place than the cache.
+    legacy : {"auto", "never"}
+        Whether lmprobe's own entries beside the cache are shown too, apart.
+
+    Returns
+    -------
+    CacheInfo
+        Prints as a table.
+
+    Raises
+    ------
+    AccessDeniedError, UnreachableError
+    """
+    old = lmprobe_entries(store, legacy)
+    older = () if old is None else tuple(_describe_legacy(one) for one in old.models() if model in (None, one.name))
+    opened = open_cache(store, "r")
+    limit = config.cache_limit() if opened is None or opened.is_default else None
+    if opened is None:
+        return CacheInfo(url=place_name(store), limit_bytes=limit, legacy=older)
+    described = _describe_groups(opened.own, model)
+    lower = () if opened.below is None else opened.below.stack
+    return CacheInfo(
+        url=opened.url,
+        models=described,
+        legacy=older,
+        below=tuple(CacheInfo(url=one.url, models=_describe_groups(one.own, model)) for one in lower),
+        limit_bytes=limit,
+        oldest=min((one.oldest for one in described if one.oldest), default=None),
+        newest=max((one.newest for one in described if one.newest), default=None),
+    )
+
+
+def lmprobe_entries(place: Place, legacy: str) -> LegacyCache | None:
+    """Lmprobe's own entries around the cache; none around a place that a call names."""
+    if legacy not in ("auto", "never"):
+        raise InvalidArgumentError(f"legacy={legacy!r} is unknown: use 'auto' or 'never'")
+    return None if legacy == "never" or place is not None else beside(open_store(None, "a"))
+
+
+def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:
+    names = {held.variable for held in model.holds}
+    return ModelCacheInfo(
+        model_name=model.name,
+        group=model.folder,
+        size_bytes=model.nbytes,
+        num_prompts=model.prompts,
+        num_layers=model.layers,
+        variables=tuple(sorted(names)),
+        has_pooled=any(name in names for name in (f"resid_{pooling}" for pooling in POOLINGS)),
+        has_tokens="resid" in names,
+        has_perplexity="perplexity" in names,
+        has_logits=any(name.startswith("logits") for name in names),
+        has_router="router" in names,
+    )
+
+
+def _describe_groups(store: Store, model: str | None) -> tuple[ModelCacheInfo, ...]:
+    """What a store without anything below it holds, of one model or all; the largest first."""
+    groups = list(store.groups(whole=False).values()) if model is None else CachedModel.of(model).groups(store)
+    described = [_describe_group(store, info, entries) for info in groups if (entries := store.entries(info))]
+    return tuple(sorted(described, key=lambda one: (-one.size_bytes, one.model_name)))
+
+
+def _describe_group(store: Store, info: GroupInfo, entries: list[Entry]) -> ModelCacheInfo:
+    view = store.view(info, whole=False)
+    names = {level: tuple(view.variables(level)) for level in LEVELS}
+    pooled = [name for name in names["prompts"] if name.endswith(tuple(f"_{pooling}" for pooling in POOLINGS)) and "logits" not in name]
+    every = (*names["prompts"], *names["tokens"])
+    return ModelCacheInfo(
+        model_name=info.model,
+        group=info.name,
+        size_bytes=sum(entry.nbytes for entry in entries),
+        num_prompts=len(view),
+        num_layers=len({*view.layers("prompts"), *view.layers("tokens")}),
+        num_parts=len(view.parts),
+        variables=every,
+        has_pooled=bool(pooled),
+        has_tokens="resid" in names["tokens"],
+        has_perplexity="perplexity" in every,
+        has_logits=any(name.startswith("logits") for name in every),
+        has_router="router" in every,
+        oldest=_moment(min(entry.committed for entry in entries)),
+        newest=_moment(max(entry.touched for entry in entries)),
+    )
+
+
+def _moment(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def discover_cached(
+    model: str,
+    prompt: Any,
+    *,
+    store: Place = None,
+    provenance: Provenance | None = None,
+    group: str | None = None,
+    legacy: str = "auto",
+) -> CachedPromptInfo | None:
+    """What is stored of a prompt, or None where nothing is.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model in the store, or the folder that it was loaded from.
+    prompt : str or sequence of int
+        Text, hash or token ids.
+    store : Store, path or URL, or a sequence of these, optional
+        Another place than the cache.
+    provenance, group : optional
+        Choose between several groups of one model.
+    legacy : {"auto", "never"}
+        Whether lmprobe's own entries beside the cache are looked at where the store holds nothing of the prompt.
+
+    Returns
+    -------
+    CachedPromptInfo, optional
+        Layers, poolings, perplexity, logits; None where nothing is stored.
+
+    Raises
+    ------
+    AmbiguousProvenanceError
+        Several groups of the model hold the prompt; names the fields in which they differ.
+    """
+    old = lmprobe_entries(store, legacy)
+    found = [(view, row) for view in _views_of(model, store, provenance, group) if (row := view.locate(prompt)) is not None]
+    if len(found) > 1:
+        raise ambiguous([view.group for view, _ in found], found[0][0].storage.url)
+    if found:
+        return _describe_prompt(*found[0])
+    if old is None or not isinstance(prompt, str) or provenance or group:
+        return None
+    entry = old.find(model, [prompt])[0]
+    return None if entry is None else _describe_entry(entry.entry)
+
+
+def _views_of(model: str, store: Place, provenance: Provenance | None, group: str | None) -> list[View]:
+    """The views of all groups that may be meant."""
+    opened = open_cache(store, "r")
+    if opened is None:
+        return []
+    meant = CachedModel.of(model)
+    infos = opened.matching(meant.name, {**meant.provenance, **(provenance or {})}, group, whole=False)
+    return [opened.view(info, whole=False) for info in infos]
+
+
+def _describe_entry(entry: LegacyEntry) -> CachedPromptInfo:
+    """An entry of lmprobe's in our words."""
+    held: dict[str, set[int]] = {}
+    for one in entry.holds:
+        if one.variable != "token_id":
+            held.setdefault(one.variable, set()).update(one.layers or ())
+    every = {name: sorted(layers) for name, layers in held.items()}
+    widths = [one.row_shape[-1] for one in entry.holds if one.variable.endswith("top_k_values")]
+    return CachedPromptInfo(
+        **_facts(every), raw_layers=every.get("resid", []), logits_top_k=max(widths, default=None), num_tokens=entry.n_tokens
+    )
+
+
+def _facts(every: dict[str, list[int]]) -> dict[str, Any]:
+    """What follows from the names of what is stored of a prompt."""
+    return {
+        "pooled": {pooling: every[f"resid_{pooling}"] for pooling in POOLINGS if f"resid_{pooling}" in every},
+        "has_perplexity": "perplexity" in every,
+        "has_token_perplexity": "token_perplexity" in every,
+        "has_logits": any(name.startswith("logits") for name in every),
+        "router_layers": every.get("router", []),
+        "variables": every,
+    }
+
+
+def _describe_prompt(view: View, row: int) -> CachedPromptInfo:
+    rows = np.array([row])
+    held: dict[str, dict[str, list[int]]] = {}
+    for level in LEVELS:
+        layers = view.layers(level)
+        held[level] = {}
+        for name, array in view.variables(level).items():
+            there = view.covers(level, name, rows, layers)[:, 0]
+            if there.any():
+                held[level][name] = [layer for layer, held_ in zip(layers, there, strict=True) if held_] if array.layered else []
+    every = {**held["prompts"], **held["tokens"]}
+    widths = [int(view.row_lengths(level, n, rows)[0]) for level in LEVELS for n in held[level] if n.endswith("top_k_values")]
+    top_k = max(widths, default=None)
+    return CachedPromptInfo(
+        **_facts(every), raw_layers=every.get("resid", []), logits_top_k=top_k, num_tokens=_count_of(view, row), group=view.group.name
+    )
+
+
+def _count_of(view: View, row: int) -> int | None:
+    """Tokens of a prompt: as it was run, else as many as are kept."""
+    rows = np.array([row])
+    if "prompt_length" in view.columns("prompts"):
+        length = int(read_values(view, "prompts", "prompt_length", rows, ())[0])
+        if length > 0:
+            return length
+    kept = int(view.token_counts()[row])
+    return kept or None
+
+
+def list_cached_prompts(
+    model: str, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None, legacy: str = "auto"
+) -> list[CachedPrompt]:
+    """The prompts of a model in the cache, each once, in the order of first appearance; the same arguments as `discover_cached`.
+
+    Those of all groups that match; and behind them those that only lmprobe's own entries beside the cache hold.
+
+    Parameters
+    ----------
+    model, store, provenance, group, legacy
+        As for `discover_cached`.
+
+    Returns
+    -------
+    list of CachedPrompt
+    """
+    listed: dict[str, CachedPrompt] = {}
+    for view in _views_of(model, store, provenance, group):
+        for one in _list_view(view):
+            listed.setdefault(one.hash, one)
+    old = None if provenance or group else lmprobe_entries(store, legacy)
+    for label, text in {}.items() if old is None else old.texts(model).items():
+        listed.setdefault(label, CachedPrompt(hash=label, prompt=text, num_tokens=None, cached_at=""))
+    return list(listed.values())
+
+
+def _list_view(view: View) -> list[CachedPrompt]:
+    rows = np.arange(len(view))
+    columns = view.columns("prompts")
+    texts = read_values(view, "prompts", "text", rows, ()) if "text" in columns else np.full(len(view), "", object)
+    lengths = read_values(view, "prompts", "prompt_length", rows, ()) if "prompt_length" in columns else np.full(len(view), -1)
+    lengths = np.where(lengths > 0, lengths, view.token_counts())
+    since = [""] * len(view)
+    for part, member in zip(reversed(view.parts), reversed(view.members[: len(view.parts)]), strict=True):
+        moment = _moment(committed_at(part.info)).isoformat(timespec="seconds")
+        for row in member.tolist():
+            since[row] = moment
+    return [
+        CachedPrompt(hash=label, prompt=text or None, num_tokens=int(count) or None, cached_at=moment)
+        for label, text, count, moment in zip(view.hashes.tolist(), texts.tolist(), lengths.tolist(), since, strict=True)
+    ]

@@ -1,0 +1,156 @@
+"""TODO: lmprobe_zarr/cache/removing.py."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import numpy as np
+
+from lmprobe_zarr import config
+from lmprobe_zarr.cache.looking import CachedModel, lmprobe_entries, open_cache, place_name
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.log import cache_logger
+from lmprobe_zarr.storage import open_storage
+from lmprobe_zarr.store import Place, Store
+from lmprobe_zarr.store.upkeep import EvictPlan, plan_evict, remove_entries
+
+__all__ = ["clear_cache", "evict"]
+
+# Nothing that was committed or used so lately leaves a place that others may be using, in seconds.
+MIN_AGE: Final = 600.0
+
+
+# ------------------------------------------------------------------------------------------------------------ taking out
+
+
+def _may_remove(place: Place, opened: Store) -> None:
+    """Raise where a remote root would be emptied that the call does not name."""
+    if place is None and not opened.storage.is_local:
+        raise InvalidArgumentError(
+            f"the cache's place {opened.url} is remote, and others may use it: name it in the call to delete anything there"
+        )
+    opened.check_writable()
+
+
+def _check_age(min_age: float | None, opened: Store) -> float:
+    if min_age is None:
+        return 0.0 if opened.url == open_storage(config.default_root()).url else MIN_AGE
+    if isinstance(min_age, bool) or not isinstance(min_age, (int, float, np.number)) or not 0 <= min_age < float("inf"):
+        raise InvalidArgumentError(f"min_age={min_age!r} is no age: give seconds, at least 0")
+    return float(min_age)
+
+
+def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | None = None, dry_run: bool = False) -> EvictPlan | None:
+    """Remove the least recently used parts until the cache is within its limit.
+
+    A part becomes invisible before its bytes go; views that are open and still need it raise `PartGoneError`.
+
+    Parameters
+    ----------
+    url : path, URL or Store, or a sequence of these, optional
+        Another place than the cache; of several the last, the others are only read. A remote place is evicted only when it is named here.
+    max_gb : float, optional
+        The limit in GB of 1024³ bytes; by default that of `set_cache_limit` or ``$LMPROBE_CACHE_MAX_GB``, for the cache only.
+    min_age : float, optional
+        Seconds for which a part is safe after its commit or last use; by default 0 in the local default root, 600 elsewhere.
+    dry_run : bool
+        Only say what would go.
+
+    Returns
+    -------
+    EvictPlan or None
+        What went; None where there is no limit, no store, or the cache's place is remote.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A place is named without `max_gb`, or a number is negative.
+    ReadOnlyError
+    """
+    log = cache_logger()
+    limit = config.cache_limit() if url is None else None
+    if max_gb is not None:
+        limit = config.bytes_of("max_gb", max_gb)
+    elif url is not None:
+        raise InvalidArgumentError(f"how much may stay in {place_name(url)} was not said: give max_gb=")
+    elif not limit:
+        # No limit; or 0, which means to store nothing, not to forget everything.
+        log.info("[cache] evict: no limit is set, so nothing goes")
+        return None
+    opened = open_cache(url, "a")
+    if opened is None:
+        return None
+    opened = opened.own
+    if url is None and not opened.storage.is_local:
+        log.warning("[cache] evict: %s is remote, and is evicted only when the call names it", opened.url)
+        return None
+    _may_remove(url, opened)
+    began = time.perf_counter()
+    age = _check_age(min_age, opened)
+    entries = [entry for info in opened.groups(whole=False).values() for entry in opened.entries(info)]
+    # What lies behind a link takes its space elsewhere, and is not ours to remove.
+    entries = [entry for entry in entries if not opened.storage.leads_out(entry.part.path)]
+    plan = plan_evict(entries, limit or 0, min_age=age)
+    if dry_run:
+        return plan
+    gone = remove_entries(opened.storage, plan.entries, min_age=age)
+    for entry in gone:
+        opened.forget(entry.part.path)
+    if len(gone) < len(plan.entries):
+        stayed = sum(entry.nbytes for entry in plan.entries) - sum(entry.nbytes for entry in gone)
+        plan = EvictPlan(
+            entries=tuple(gone), freed=plan.freed - stayed, kept=plan.kept + stayed, limit=plan.limit, protected=plan.protected + stayed
+        )
+    log.log(30 if not plan.fits else 20, "[cache] evict: %s, %.2f s", plan, time.perf_counter() - began)
+    return plan
+
+
+def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = False) -> int:
+    """Delete all cached activations. This cannot be undone.
+
+    Parameters
+    ----------
+    model : str, optional
+        Only those of this model.
+    url : path, URL or Store, or a sequence of these, optional
+        Another place than the cache; of several the last, the others are only read. A remote place is cleared only when it is named here.
+    legacy : bool
+        Whether lmprobe's own entries beside the store go too; otherwise the log says that they remain.
+
+    Returns
+    -------
+    int
+        Entries deleted: parts and annotations, and with `legacy` lmprobe's prompts.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The cache's place is remote and the call does not name it.
+    ReadOnlyError
+    """
+    log = cache_logger()
+    opened = open_cache(url, "a")
+    count = 0
+    if opened is not None:
+        opened = opened.own
+        _may_remove(url, opened)
+        for info in opened.groups(whole=False).values() if model is None else CachedModel.of(model).groups(opened):
+            entries = opened.entries(info)
+            # The hidden ones first: they must not show again when what replaced them goes.
+            gone = remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.hidden))
+            for entry in gone:
+                opened.forget(entry.part.path)
+            opened.drop_empty_group(info)
+            count += len(gone)
+    old = lmprobe_entries(url, "auto")
+    if old is not None and legacy:
+        if not old.storage.is_local:
+            raise InvalidArgumentError(
+                f"lmprobe's own entries in {old.storage.url} are remote, and others may use them: delete them there yourself"
+            )
+        count += old.clear(model)
+    elif old is not None and (left := sum(one.prompts for one in old.models() if model in (None, one.name))):
+        log.info("[cache] clear: %d entries of lmprobe's own remain in %s; legacy=True deletes them too", left, old.storage.url)
+    log.info("[cache] clear: %d entries deleted in %s", count, place_name(url))
+    return count

@@ -1,0 +1,78 @@
+"""The commands ``import`` and ``export``: lmprobe's caches in and out."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lmprobe_zarr import config
+from lmprobe_zarr.bridges import ImportSummary, export_safetensors, import_pt, import_safetensors
+from lmprobe_zarr.cli.arguments import add_choice, add_command, parse_layers
+from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
+from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
+from lmprobe_zarr.store import open_store
+
+__all__ = ["add_export", "add_import"]
+
+
+def _add_prompts(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--prompts", metavar="FILE", help=what + ": .txt, .jsonl or .csv; - is standard input")
+    command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
+    command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
+
+
+def _prompts(options: argparse.Namespace) -> list[Any] | None:
+    if options.prompts is None:
+        return None
+    return read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])[0]
+
+
+def add_import(commands: Any) -> None:
+    command = add_command(commands, "import", _import, "bring lmprobe's own cache into a store; the cache is only read")
+    cache = str(config.cache_dir()).replace("%", "%%")
+    command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache (default: {cache})")
+    command.add_argument("--to", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="only this model, as it was given to lmprobe")
+    which.add_argument("--all", action="store_true", help="every model of the cache")
+    command.add_argument("--v1", action="store_true", help="old .pt files instead of safetensors; wants --model")
+    _add_prompts(command, "only these prompts; also the texts of prompts that the cache knows by hash only")
+    command.add_argument("--strict", action="store_true", help="stop before anything is written if anything would be left out")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+
+
+def _import(options: argparse.Namespace) -> None:
+    source = options.source if options.source is not None else str(config.cache_dir())
+    rest = {"prompts": _prompts(options), "dry_run": options.dry_run, "strict": options.strict, "progress": not options.json}
+    if options.v1 and options.model is None:
+        raise InvalidArgumentError("old .pt caches do not hold the model's name: say which with --model")
+    if options.v1:
+        summary: ImportSummary = import_pt(source, options.store, model=options.model, **rest)
+    else:
+        summary = import_safetensors(source, options.store, model=options.model, **rest)
+    print_json(as_json(summary)) if options.json else print(summary)
+
+
+def add_export(commands: Any) -> None:
+    command = add_command(commands, "export", _export, "write a store's activations as a cache that lmprobe uses as its own")
+    command.add_argument("--from", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
+    command.add_argument("--to", dest="target", metavar="CACHE", required=True, help="folder or URL of the cache to write into")
+    add_choice(command)
+    command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
+    command.add_argument("--dtype", help="float16, bfloat16 or float32 (default: as stored)")
+    command.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    _add_prompts(command, "only these prompts")
+
+
+def _export(options: argparse.Namespace) -> None:
+    store = open_store(options.store, mode="r")
+    models = store.models()
+    model = options.model or (models[0] if len(models) == 1 else None)
+    if model is None:
+        raise ModelNotStoredError(f"{store.url} holds {', '.join(models) or 'nothing yet'}: say which with --model")
+    summary = export_safetensors(
+        store, options.target, model=model, prompts=_prompts(options), group=options.group, dtype=options.dtype,
+        layers=None if options.layers == "all" else parse_layers(options.layers), overwrite=options.overwrite, progress=not options.json,
+    )  # fmt: skip
+    print_json(as_json(summary)) if options.json else print(summary)

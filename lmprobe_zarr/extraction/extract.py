@@ -1,0 +1,264 @@
+"""Extract and plan_extract: the calls."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from lmprobe_zarr.batch import LayerSpec, Outputs
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.extraction.lookup import load, look_up, look_up_loaded
+from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.extraction.request import check_request
+from lmprobe_zarr.extraction.run import Running, carry_out, keeping_of
+from lmprobe_zarr.extraction.shares import sendable
+from lmprobe_zarr.extraction.work import plan_work
+from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Place, Store, open_store
+from lmprobe_zarr.store.format import Provenance, validate_column_names
+from lmprobe_zarr.store.parts import as_column
+from lmprobe_zarr.tasks import check_client, is_in_process
+from lmprobe_zarr.typing import Array
+
+if TYPE_CHECKING:
+    import torch
+
+
+__all__ = ["extract", "plan_extract"]
+Columns = Mapping[str, Sequence[Any] | Array]
+LogitsPositions = Literal["last_token", "all"]
+
+
+def plan_extract(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    prompts: Iterable[Any],
+    *,
+    store: Place = None,
+    layers: LayerSpec = "all",
+    sites: str | Sequence[str] = ("resid",),
+    pooling: str | Sequence[str] = ("last_token",),
+    keep_tokens: bool = False,
+    perplexity: bool = False,
+    logits: LogitsPositions | None = None,
+    logits_top_k: int | None = None,
+    router: bool = False,
+    name: str | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    dtype: Any = "auto",
+    storage_dtype: str | None = None,
+    keep_bits: int | None = None,
+    overflow: str | None = None,
+    max_length: int | None = None,
+    truncation: bool = False,
+    refresh: bool = False,
+    provenance: Provenance | None = None,
+    modules: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> ExtractPlan:
+    """What `extract` would do with the same arguments; loads a tokenizer at most, and writes nothing.
+
+    Parameters
+    ----------
+    model, prompts, store, layers, sites, pooling, keep_tokens, perplexity, logits, logits_top_k
+        As for `extract`.
+    router, name, tokenizer, revision, dtype, storage_dtype, keep_bits, overflow, max_length
+        As for `extract`.
+    truncation, refresh, provenance, modules, trust_remote_code
+        As for `extract`.
+
+    Returns
+    -------
+    ExtractPlan
+        Prompts found and missing, tokens, bytes, free space; prints as a table.
+
+    Raises
+    ------
+    As `extract` does before it loads the model.
+    """
+    opened = store if isinstance(store, Store) else open_store(store)
+    keeping = keeping_of(opened, storage_dtype, keep_bits, overflow)
+    request = check_request(
+        model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
+        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), tokenizer=tokenizer, revision=revision,
+        dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh, provenance=provenance, modules=modules,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    loaded = None if request.by_name else load(request, device="auto", device_map=None)
+    looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
+    return plan_work(request, looked, loaded, precision=keeping.precision)[0]
+
+
+def extract(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    prompts: Iterable[Any],
+    *,
+    store: Place = None,
+    layers: LayerSpec = "all",
+    sites: str | Sequence[str] = ("resid",),
+    pooling: str | Sequence[str] = ("last_token",),
+    keep_tokens: bool = False,
+    perplexity: bool = False,
+    logits: LogitsPositions | None = None,
+    logits_top_k: int | None = None,
+    router: bool = False,
+    coords: Columns | None = None,
+    name: str | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    dtype: Any = "auto",
+    storage_dtype: str | None = None,
+    keep_bits: int | None = None,
+    overflow: str | None = None,
+    device: Any = "auto",
+    device_map: Any = None,
+    batch_tokens: int | None = None,
+    batch_prompts: int | None = None,
+    max_length: int | None = None,
+    truncation: bool = False,
+    refresh: bool = False,
+    provenance: Provenance | None = None,
+    modules: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    store_text: bool = True,
+    part_bytes: int = PART_BYTES,
+    part_seconds: float = PART_SECONDS,
+    client: Any = None,
+    progress: bool = True,
+) -> ExtractStats:
+    """Run a model over the prompts that are not stored yet, and store their activations.
+
+    Parameters
+    ----------
+    model : str, path or torch Module
+        A hub id, a folder that ``save_pretrained`` wrote, or a loaded model (PEFT, quantised, edited in memory; then `name` and
+        `tokenizer` too).
+    prompts : iterable of str, of chats, or of token ids
+        One kind per call. A chat is a list of ``{"role", "content"}``, rendered by the tokenizer's template; its text and hash are
+        those of what was rendered. Prompts that occur twice are run once.
+    store : Store, path or URL, or a sequence of these, optional
+        Where to; None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
+    layers : "all", "middle", "last", int, sequence of int or slice
+        Negative numbers count from the end. Nothing behind the deepest layer is computed.
+    sites : str or sequence of {"resid", "attn", "mlp", "embed"}
+        Where in each block: its output, its attention's or its MLP's contribution, or (once) its embeddings.
+    pooling : str or sequence of {"last_token", "first_token", "mean", "max", "min"}
+        What is stored per prompt, as ``<site>_<pooling>``; may be empty where tokens are kept.
+    keep_tokens : bool
+        Whether every token is stored too, as ``<site>``.
+    perplexity : bool
+        Whether the perplexity of every prompt (``perplexity``: mean, least, greatest of its tokens') and of every token
+        (``token_perplexity``, ``token_log_prob``) is stored too, from the same pass.
+    logits : {"last_token", "all"}, optional
+        Which of the head's logits are stored too, as ``logits_last_token`` or, for every token, ``logits``.
+    logits_top_k : int, optional
+        Only so many of them, the largest, with their token ids (``…_top_k_values``, ``…_top_k_indices``). More that are stored serve fewer.
+    router : bool
+        Whether the raw scores of every expert are stored too, as ``router(layer, token, expert)``, for mixtures of experts.
+    coords : mapping of str to sequence, optional
+        Columns aligned with `prompts`, such as ``{"label": y}``. For prompts that are stored already, new values are added as an
+        annotation.
+    name : str, optional
+        Name in the store; by default the hub id or the folder's own name.
+    tokenizer : tokenizer, folder or hub id, optional
+        By default the model's own. One that is given is known by its content, so even an equal one makes another group.
+    revision : str, optional
+        Branch, tag or commit of a hub model.
+    dtype : "auto", str or torch.dtype
+        What to compute in, and store; ``"auto"`` is what the model's configuration names.
+    storage_dtype : {"float16", "bfloat16", "float32"}, optional
+        What activations are stored with; None as they are computed. The cache's own setting where the store is the default one.
+    keep_bits : int, optional
+        Rounds what is stored to so many bits of the fraction, which makes it smaller; see `lmprobe_zarr.precision.Precision`.
+    overflow : {"bfloat16", "raise"}, optional
+        What happens to values beyond the range of float16: stored with bfloat16's precision (None too), or an error. Never infinity.
+    device, device_map : optional
+        ``"auto"`` takes CUDA, then MPS, then the CPU; a device map spreads the model as in transformers.
+    batch_tokens : int, optional
+        Padded tokens per batch; None chooses by device. Halved by itself when the device runs out of memory.
+    batch_prompts : int, optional
+        Prompts per batch at most.
+    max_length : int, optional
+        Longest prompt in tokens; None is the model's context window.
+    truncation : bool
+        Whether longer prompts are cut; otherwise they are an error. Part of the provenance.
+    refresh : bool
+        Run the model on all prompts, stored or not; the new activations win.
+    provenance : mapping, optional
+        Fields of your own, such as ``{"steering": "v3"}``, become part of the group: needed for models with hooks, which cannot be
+        told apart otherwise. Fixed fields, such as ``revision``, choose between stored groups where what is known here does not.
+    modules : mapping, optional
+        For unknown architectures, ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp"}``.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
+    store_text : bool
+        False leaves the texts out of the store; prompts are still found by text or hash.
+    part_bytes, part_seconds : int, float
+        When to commit: an interruption loses at most this much.
+    client : distributed.Client, optional
+        Whose workers run the model, each on its share of the missing prompts; they load it once per process and write straight to the
+        store, which they must reach under the same name. The model and a tokenizer are then named, not given as objects. What a worker
+        that dies had committed is kept, and another one runs the rest of its share.
+    progress : bool
+        A bar on terminals and in notebooks.
+
+    Returns
+    -------
+    ExtractStats
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, PromptTooLongError
+        Something does not fit; raised before anything is run or written.
+    ModelNotFoundError, UnknownArchitectureError, MissingDependencyError
+        The model cannot be loaded, or its blocks are not found.
+    AmbiguousProvenanceError
+        Several stored groups fit what is known of the model.
+    NoSpaceError
+        The missing activations would not fit; or the medium became full, then what was committed is whole.
+    NumberRangeError
+        A value lies beyond the range of float16, and ``overflow="raise"``.
+    UnreachableError
+        Workers died again and again over the same prompts.
+    ReadOnlyError, DeviceMemoryError
+
+    Warns
+    -----
+    CacheWarning
+        The cache's limit is smaller than what is asked for; or a damaged part is left out, and its prompts are run again.
+    """
+    opened = store if isinstance(store, Store) else open_store(store)
+    keeping = keeping_of(opened, storage_dtype, keep_bits, overflow, part_bytes)
+    request = check_request(
+        model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
+        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), tokenizer=tokenizer, revision=revision,
+        dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh, provenance=provenance, modules=modules,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    running = Running(
+        device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts, part_seconds=part_seconds,
+        store_text=store_text, progress=progress,
+    )  # fmt: skip
+    if client is not None:
+        check_client(client)
+        request = sendable(request)
+        if not is_in_process(client):
+            for one in opened.stack:
+                one.storage.check_reach()  # here, since a worker that cannot even unpack its task tells nobody
+    return carry_out(request, keeping, running, columns=_check_columns(coords, len(request.given)), client=client).stats
+
+
+# -------------------------------------------------------------------------------------------------------------- checking
+
+
+def _check_columns(coords: Columns | None, n_prompts: int) -> dict[str, Array]:
+    validate_column_names(coords or {})
+    columns = {}
+    for name, values in (coords or {}).items():
+        column = as_column(name, values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+        if len(column) != n_prompts:
+            raise InvalidArgumentError(
+                f"coords[{name!r}] has {len(column)} values for {n_prompts} prompts: give one per prompt, in their order"
+            )
+        columns[name] = column
+    return columns

@@ -1,0 +1,325 @@
+"""A fingerprint of what a model in memory computes: its weights, its configuration and its modules' settings. Never a file.
+
+What cannot be put into a number, code of the caller's own that runs inside the model, is only found here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.extraction.models.identity import CONFIG_NOISE
+
+__all__ = ["foreign_code", "global_hooks", "model_fingerprint"]
+
+# Elements at a time: 8 MiB of int64, and as much again for the product.
+CHUNK: Final = 1 << 20
+# splitmix64's constants, as signed 64-bit numbers.
+SPREAD: Final = 0x9E3779B97F4A7C15 - (1 << 64)
+MIX: Final = 0xBF58476D1CE4E5B9 - (1 << 64)
+
+# Settings of a configuration that are recorded elsewhere, or say how a model is called, saved or placed, not what its blocks compute.
+CONFIG_VOLATILE: Final = frozenset(
+    {
+        *CONFIG_NOISE,
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+        "architectures",
+        "attn_implementation",
+        "experts_implementation",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "use_cache",
+    }
+)
+# Attributes of modules that change with use, place or library, and not what is computed.
+ATTRIBUTES_VOLATILE: Final = frozenset(
+    {
+        "_attn_implementation",
+        "_hf_hook",
+        "_is_full_backward_hook",
+        "_is_hf_initialized",
+        "_old_forward",
+        "_output_capturing_hooks_installed",
+        "_require_grads_hook",
+        "_use_kernels",
+        "_weight_conversions",
+        "base_model_torch_dtype",
+        "compute_dtype",
+        "compute_type_is_set",
+        "device_map",
+        "generation_config",
+        "gradient_checkpointing",
+        "hf_device_map",
+        "hf_quantizer",
+        "is_parallelizable",
+        "model_parallel",
+        "name_or_path",
+        "peft_config",
+        "training",
+        "warnings_issued",
+    }
+)
+# State of the rotary embeddings that follow the length of the last batch: what they start from is in the configuration.
+FOLLOWS_LENGTH: Final = ("long_inv_freq", "max_seq_len_cached")
+LENGTH_ROPES: Final = ("dynamic", "longrope")
+# Hooks and methods of these change where and how a model runs, or read from it; they are part of a plain loaded model.
+TRUSTED: Final = ("accelerate", "peft", "torch", "transformers")
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _multipliers(device: torch.device) -> torch.Tensor:
+    """Odd numbers that look random, one per place in a chunk: shape (CHUNK,), int64.
+
+    An odd number has an inverse modulo 2⁶⁴, so no change of a single value leaves the sum of the products as it was.
+    """
+    places = torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device) * SPREAD
+    return ((places ^ ((places >> 30) & ((1 << 34) - 1))) * MIX) | 1
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The raw bits of a tensor as a flat tensor of integers."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0:
+        return flat.view(torch.int32)
+    return flat
+
+
+def _chunk_sums(tensor: torch.Tensor, multipliers: torch.Tensor) -> Iterator[torch.Tensor]:
+    words = _words(tensor)
+    for start in range(0, words.numel(), CHUNK):
+        part = words[start : start + CHUNK].to(torch.int64)
+        # Integer products and sums wrap around in the same way everywhere, in whatever order they are added.
+        yield part.mul_(multipliers[: part.numel()]).sum()
+
+
+# ---------------------------------------------------------------- code
+
+
+def _bare(code: Any) -> Any:
+    """What a bound method or a partial calls in the end."""
+    while isinstance(code, functools.partial) or hasattr(code, "__func__"):
+        code = code.func if isinstance(code, functools.partial) else code.__func__
+    return code
+
+
+def _origin(code: Any) -> str:
+    """The module in which a callable was written, whatever ``functools.wraps`` has made it say."""
+    code = _bare(code)
+    if hasattr(code, "__globals__"):
+        return str(code.__globals__.get("__name__"))
+    return str(getattr(code, "__module__", None) or type(code).__module__)
+
+
+def _code_name(code: Any) -> str:
+    code = _bare(code)
+    return f"{_origin(code)}:{getattr(code, '__qualname__', type(code).__qualname__)}"
+
+
+def _is_trusted(code: Any) -> bool:
+    return _origin(code).partition(".")[0] in TRUSTED
+
+
+def _is_placing(value: Any) -> bool:
+    """Whether it is one of the methods that accelerate puts before a module's own."""
+    return callable(value) and _origin(value).partition(".")[0] == "accelerate"
+
+
+def _own_methods(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Methods that were replaced in this one module."""
+    for name, value in vars(part).items():
+        inherited = getattr(type(part), name, None)
+        if not callable(value) or isinstance(value, nn.Module) or not hasattr(inherited, "__globals__"):
+            continue
+        if getattr(value, "__func__", None) is not inherited and not _is_trusted(value):
+            yield name, value
+    before = vars(part).get("_old_forward")  # what accelerate's own forward goes on to call
+    if before is not None and getattr(before, "__func__", None) is not type(part).forward and not _is_trusted(before):
+        yield "forward", before
+    hook = vars(part).get("_hf_hook")
+    for each in (hook, *getattr(hook, "hooks", ())):
+        if each is not None and type(each).__module__.partition(".")[0] not in TRUSTED:
+            yield "forward", each
+
+
+def foreign_code(module: nn.Module) -> str | None:
+    """The first hook, or method replaced in one module, that is the caller's own, in words; None where there is none.
+
+    What accelerate, PEFT, torch and transformers install themselves is not meant.
+    """
+    for name, part in module.named_modules():
+        where = f"on {name!r}" if name else "on the model"
+        for kind, hooks in (("forward hook", part._forward_hooks), ("forward pre-hook", part._forward_pre_hooks)):
+            for hook in hooks.values():
+                if not _is_trusted(hook):
+                    return f"a {kind} {where} ({_code_name(hook)})"
+        for method, code in _own_methods(part):
+            return f"a replaced {method!r} {where} ({_code_name(code)})"
+    return None
+
+
+def global_hooks() -> str | None:
+    """The first forward hook that torch runs for every module, in words; None where there is none."""
+    hooks: tuple[Mapping[int, Callable[..., Any]], ...] = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    for hook in (hook for each in hooks for hook in each.values()):
+        if not _is_trusted(hook):
+            return f"a forward hook on every module ({_code_name(hook)})"
+    return None
+
+
+# ---------------------------------------------------------------- everything
+
+
+def _config_settings(config: Any) -> Any:
+    """What of a configuration changes the computation, the parts of it included."""
+    if isinstance(config, Mapping):
+        return {str(key): _config_settings(value) for key, value in config.items() if str(key) not in CONFIG_VOLATILE}
+    return [_config_settings(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "to_dict") and hasattr(value, "model_type")
+
+
+class _Digest:
+    """A model's digest as it grows."""
+
+    def __init__(self) -> None:
+        self.sha256 = hashlib.sha256()
+        self.multipliers: dict[torch.device, torch.Tensor] = {}
+        # By identity; the objects are kept, so that no number is given out twice.
+        self.seen: dict[int, tuple[Any, str]] = {}
+
+    def add(self, *words: object) -> None:
+        self.sha256.update(json.dumps(words, sort_keys=True).encode() + b"\n")
+
+    def alias(self, value: Any, name: str) -> str | None:
+        """The name under which the same object came before."""
+        if id(value) in self.seen:
+            return self.seen[id(value)][1]
+        self.seen[id(value)] = (value, name)
+        return None
+
+    def tensor(self, name: str, tensor: torch.Tensor) -> list[Any]:
+        """Raw bits, shape and dtype; for one that came before only its name."""
+        before = self.alias(tensor, name)
+        if before is not None:
+            return ["same", before]
+        if tensor.device.type == "meta":
+            raise InvalidArgumentError(
+                f"the weight {name!r} is offloaded, so the model cannot be told from an edited one: "
+                "load it without offloading, or give its folder"
+            )
+        if tensor.device not in self.multipliers:
+            self.multipliers[tensor.device] = _multipliers(tensor.device)
+        sums = list(_chunk_sums(tensor, self.multipliers[tensor.device]))
+        bits = torch.stack(sums).cpu().numpy().astype("<i8").tobytes() if sums else b""
+        return [list(tensor.shape), str(tensor.dtype), hashlib.sha256(bits).hexdigest()]
+
+    def plain(self, name: str, value: Any) -> Any:
+        """A value as JSON holds it; of an object that is no plain value only its class, never an address."""
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, bytes | complex):
+            return repr(value)
+        if isinstance(value, torch.Tensor):
+            return self.tensor(name, value)
+        if isinstance(value, np.ndarray | np.generic):
+            return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+        if isinstance(value, torch.dtype):
+            return str(value)
+        if _is_config(value):
+            before = self.alias(value, name)
+            return ["same", before] if before is not None else self.plain(name, _config_settings(value.to_dict()))
+        if isinstance(value, Mapping):
+            return {str(key): self.plain(f"{name}.{key}", held) for key, held in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.plain(f"{name}.{number}", held) for number, held in enumerate(value)]
+        if isinstance(value, set | frozenset):
+            return sorted(json.dumps(self.plain(name, held), sort_keys=True) for held in value)
+        return self.held(name, value)
+
+    def held(self, name: str, value: Any) -> Any:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        if isinstance(value, nn.Module):
+            return kind
+        if isinstance(value, functools.partial):
+            return ["partial", _code_name(value), self.plain(name, value.args), self.plain(name, value.keywords)]
+        if dataclasses.is_dataclass(value) and not kind.startswith("bitsandbytes"):
+            before = self.alias(value, name)
+            fields = () if before is not None else dataclasses.fields(value)
+            return [kind, before, {each.name: self.plain(f"{name}.{each.name}", getattr(value, each.name, None)) for each in fields}]
+        return _code_name(value) if callable(value) else kind
+
+    def module(self, name: str, part: nn.Module) -> None:
+        before = self.alias(part, name)
+        self.add("module", name, before, f"{type(part).__module__}.{type(part).__qualname__}", _code_name(type(part).forward))
+        if before is not None:
+            return
+        rope = str(vars(part).get("rope_type"))
+        follows = any(kind in rope for kind in LENGTH_ROPES)
+        for tensor_name, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is None or (follows and tensor_name.endswith("inv_freq") and not tensor_name.endswith("original_inv_freq")):
+                continue
+            path = f"{name}.{tensor_name}"
+            self.add("tensor", path, self.tensor(path, tensor))
+            self.quantised(path, part, tensor)
+        for attribute, value in sorted(vars(part).items()):
+            private = attribute.startswith("_") and isinstance(value, Mapping | set | frozenset)
+            if private or attribute in ATTRIBUTES_VOLATILE or attribute.endswith(FOLLOWS_LENGTH) or _is_placing(value):
+                continue
+            self.add("attribute", name, attribute, self.plain(f"{name}.{attribute}", value))
+
+        before_hook = vars(part).get("_old_forward")
+        if before_hook is not None and getattr(before_hook, "__func__", None) is not type(part).forward:
+            self.add("forward", name, _code_name(before_hook))
+
+    def quantised(self, path: str, part: nn.Module, tensor: torch.Tensor) -> None:
+        """What bitsandbytes keeps beside the packed bits: their scales, on the parameter or, after its first use, in the layer's state."""
+        state: Any = getattr(tensor, "quant_state", None)
+        if hasattr(state, "as_dict"):
+            self.add("scales", path, self.plain(path, state.as_dict(packed=True)))
+        scales = getattr(tensor, "SCB", None)
+        scales = getattr(vars(part).get("state"), "SCB", None) if scales is None else scales
+        if isinstance(scales, torch.Tensor):
+            self.add("scales", path, self.tensor(f"{path}.SCB", scales))
+
+
+def model_fingerprint(module: nn.Module) -> str:
+    """``bits:…`` over all that a model in memory computes with.
+
+    The raw bits, name, shape and dtype of every parameter, buffer and other tensor; the class of every module and its plain attributes
+    (scales, flags, names of activation functions, an adapter's state); the configuration without what is recorded elsewhere. Any edit of
+    any of these changes it; where the weights lie, whether the model has run, and its mode do not. Memory beside the model: two chunks of
+    8 MiB, and one tensor where it is not contiguous.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Weights that are not in memory (offloaded to disk or CPU by accelerate).
+    """
+    digest = _Digest()
+    with torch.no_grad():
+        for name, part in module.named_modules(remove_duplicate=False):
+            digest.module(name, part)
+    return "bits:" + digest.sha256.hexdigest()

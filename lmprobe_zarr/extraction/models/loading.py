@@ -1,0 +1,537 @@
+"""A model and its tokenizer, ready to run, with everything that tells its activations from another's. Never a store."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging as transformers_logging
+
+from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, ModelNotFoundError
+from lmprobe_zarr.extraction.models import identity, turns
+from lmprobe_zarr.extraction.models.architectures import Located, is_encoder, locate
+from lmprobe_zarr.extraction.models.fingerprint import foreign_code, global_hooks, model_fingerprint
+from lmprobe_zarr.extraction.models.identity import PROVENANCE_FIELDS, Provenance
+
+__all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "quiet_logging"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that :func:`~lmprobe_zarr.extraction.run` can run.
+
+    Parameters
+    ----------
+    module : torch Module
+        The model as loaded or as given.
+    tokenizer : transformers tokenizer
+    name : str
+        Its name in a store.
+    located : Located
+        Its body, blocks, sites, routers and head.
+    num_layers : int
+        Blocks.
+    hidden_size : int or None
+        Width of the residual stream; None where the configuration does not say.
+    context_length : int or None
+        Tokens; None where nothing says.
+    vocab_size : int or None
+    dtype : str
+        What it computes in.
+    device : torch.device
+        Where token ids go; that of the whole model unless `device_map` spread it.
+    spread : bool
+        Whether its blocks and its head lie on several devices.
+    predicts_next : bool
+        Whether its head, if it has one, predicts every next token from those before it.
+    num_experts : int or None
+        What its routers choose from; None where it has none, or the configuration does not say.
+    pad_id : int
+        What fills the batch where a prompt has ended; never seen by a token that counts.
+    provenance : dict
+        Every field; see :mod:`lmprobe_zarr.extraction.identity`.
+    recorded : dict
+        What is only recorded: attention implementation, device, library versions.
+    """
+
+    module: nn.Module
+    tokenizer: Any
+    name: str
+    located: Located
+    num_layers: int
+    hidden_size: int | None
+    context_length: int | None
+    vocab_size: int | None
+    dtype: str
+    device: torch.device
+    spread: bool = False
+    predicts_next: bool = False
+    num_experts: int | None = None
+    pad_id: int = 0
+    provenance: Provenance = field(default_factory=dict)
+    recorded: Provenance = field(default_factory=dict)
+
+    @property
+    def router_layers(self) -> tuple[int, ...]:
+        """The layers that have a router, ascending; none in a dense model."""
+        return tuple(sorted(self.located.routers))
+
+
+class _Quiet:
+    """transformers' log at errors only. Its level is that of the process, so the first in sets it and the last out restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._verbosity = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        noise: Any = transformers_logging
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._verbosity = noise.get_verbosity()
+                noise.set_verbosity_error()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    noise.set_verbosity(self._verbosity)
+
+
+quiet_logging = _Quiet()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, reports or bars of transformers for the duration; what it would warn of is checked here instead."""
+    noise: Any = transformers_logging
+    bars = noise.is_progress_bar_enabled()
+    noise.disable_progress_bar()
+    try:
+        with quiet_logging(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if bars:
+            noise.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+
+
+@contextmanager
+def _loading(what: str, source: str, folder: Path | None, revision: str | None) -> Iterator[None]:
+    try:
+        with turns.loading(), _quiet():
+            yield
+    except ImportError as error:
+        raise MissingDependencyError(f"the {what} of {source!r} needs a package that is not installed: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        tried = (
+            f"the folder {str(folder)!r}"
+            if folder is not None
+            else f"no folder of that name here; the hub id at revision {revision or 'main'!r}"
+        )
+        raise ModelNotFoundError(f"cannot load the {what} of {source!r} (tried {tried}): {_first_line(error)}") from error
+
+
+def _source(model: str | os.PathLike[str], revision: str | None) -> tuple[str, Path | None, str | None]:
+    """What to hand to ``from_pretrained``, the folder if it is one, and the revision: the commit where the local cache knows it.
+
+    The cache's commit is taken as it stands, without asking the hub, so that what is extracted is what was looked up in the store.
+    """
+    folder = identity.local_folder(model)
+    if folder is not None:
+        if revision is not None:
+            raise InvalidArgumentError(f"revision={revision!r} was given for the folder {str(folder)!r}: only hub ids have revisions")
+        return str(folder), folder, None
+    name = os.fspath(model)
+    commit, _ = identity.cached_snapshot(name, revision)
+    return name, None, commit or revision
+
+
+def load_tokenizer(model: str | os.PathLike[str], *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, without the model; a fast one where there is one.
+
+    Raises
+    ------
+    ModelNotFoundError
+        There is none.
+    """
+    source, folder, revision = _source(model, revision)
+    with _loading("tokenizer", source, folder, revision):
+        return transformers.AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
+
+
+def _tokenizer_for(tokenizer: object, model: str | os.PathLike[str] | None, revision: str | None, trust_remote_code: bool) -> Any:
+    if isinstance(tokenizer, str | os.PathLike):
+        return load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    if tokenizer is not None:
+        if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+            raise InvalidTypeError(f"tokenizer is a {type(tokenizer).__name__}: give a transformers tokenizer, a folder or a hub id")
+        return tokenizer
+    if model is None:
+        raise InvalidArgumentError("a model object brings no tokenizer: pass tokenizer= (a tokenizer, a folder or a hub id)")
+    return load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _pick_device(device: str | torch.device) -> torch.device:
+    if str(device) == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidArgumentError(
+            f"device={str(device)!r} cannot be used here ({_first_line(error)}): use 'auto', 'cpu', 'cuda' or 'mps'"
+        ) from error
+    return chosen
+
+
+def _raw_config(source: str, folder: Path | None, revision: str | None) -> dict[str, Any]:
+    if folder is not None:
+        return identity.read_json(folder / "config.json")
+    content, _ = transformers.PretrainedConfig.get_config_dict(source, revision=revision or "main")
+    return dict(content)
+
+
+def _load_weights(
+    source: str, folder: Path | None, revision: str | None, dtype: str, device_map: Any, trust_remote_code: bool, head: bool = False
+) -> tuple[nn.Module, str | None]:
+    """The base model, with the head that predicts the next token or without one, in evaluation mode, and its commit."""
+    if device_map is not None:
+        try:
+            importlib.metadata.version("accelerate")
+        except importlib.metadata.PackageNotFoundError as error:
+            raise MissingDependencyError("device_map= needs accelerate: pip install 'lmprobe-zarr[models]'") from error
+    with _loading("model", source, folder, revision):
+        options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        kind: Any = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+        module, report = kind.from_pretrained(
+            source, config=config, dtype=getattr(torch, dtype), device_map=device_map, output_loading_info=True, **options
+        )
+    if getattr(module, "_hf_peft_config_loaded", False):
+        raise ModelNotFoundError(f"{source!r} holds an adapter beside the model: load both with peft, and pass that object with name='…'")
+    # Transformers fills what a checkpoint lacks with random numbers and goes on. A pooler is never run here.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
+    projection = module.get_output_embeddings() if head else None
+    owners = {name for name, part in module.named_modules() if part is projection}
+    if missing and {key.rpartition(".")[0] for key in missing} <= owners:
+        raise ModelNotFoundError(
+            f"{source!r} was saved without its head ({missing[0]!r} is missing), and logits and perplexity would be random numbers: "
+            "give the checkpoint of the whole model, or extract activations only"
+        )
+    if missing:
+        raise ModelNotFoundError(
+            f"the weights of {source!r} lack {len(missing)} of the model's tensors, {missing[0]!r} for one: the download is not complete, "
+            "or config.json belongs to another model"
+        )
+    return module.eval(), getattr(module.config, "_commit_hash", None)
+
+
+# ---------------------------------------------------------------- model objects
+
+
+def _adapters(module: nn.Module) -> str | None:
+    """The provenance field ``adapter`` of a PEFT model.
+
+    Raises
+    ------
+    InvalidArgumentError
+        An adapter that acts outside of the blocks, so that the blocks alone would not show it.
+    """
+    configs = getattr(module, "peft_config", None)
+    if not isinstance(configs, Mapping) or not configs:
+        return None
+    active = getattr(module, "active_adapters", list(configs))
+    active = [str(name) for name in (active() if callable(active) else active)]
+    for name in active:
+        config = configs.get(name)
+        if getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None):
+            raise InvalidArgumentError(
+                f"the adapter {name!r} ({type(config).__name__}) puts its own tokens before the prompt, or acts by what the prompt holds, "
+                "which cannot be extracted: use one that changes weights, such as LoRA"
+            )
+    layers = [part for part in module.modules() if hasattr(part, "disable_adapters") and hasattr(part, "merged_adapters")]
+    if layers and all(part.disable_adapters for part in layers):
+        return None
+    elsewhere = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type")
+    settings = {name: {k: v for k, v in configs[name].to_dict().items() if k not in elsewhere} for name in active if name in configs}
+    return f"{'+'.join(active)}:{identity.settings_digest(settings)}"
+
+
+def _check_code(found: str | None, own: Provenance) -> None:
+    if found is not None and not own:
+        raise InvalidArgumentError(
+            f"there is {found}, and what it does cannot be told from what another does: remove it, or name what it does, "
+            "provenance={'steering': '…'}"
+        )
+
+
+def _object_dtype(module: nn.Module, dtype: object) -> str:
+    own = next(
+        (p.dtype for p in module.parameters() if p.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)), torch.float32
+    )
+    name = str(own).removeprefix("torch.")
+    if str(dtype).removeprefix("torch.") not in ("auto", name):
+        raise InvalidArgumentError(
+            f"dtype={dtype!r} was given for a model object that computes in {name!r}: convert it yourself, model.to(…)"
+        )
+    return name
+
+
+def _object_config(module: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(module, "config", None)
+    return dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+
+
+# ---------------------------------------------------------------- putting together
+
+
+def _input_embeddings(body: nn.Module) -> nn.Module | None:
+    try:
+        found = body.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _input_device(body: nn.Module) -> torch.device:
+    """Where token ids have to be: where the embeddings are, or where accelerate brings them when it keeps them elsewhere."""
+    embeddings = _input_embeddings(body)
+    weight = next(iter((embeddings or body).parameters()), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    if device.type == "meta":
+        hook = getattr(embeddings or body, "_hf_hook", None)
+        device = torch.device(getattr(hook, "execution_device", "cpu"))
+    return device
+
+
+def _vocab_size(body: nn.Module, config: Mapping[str, Any]) -> int | None:
+    embeddings = _input_embeddings(body)
+    # Where the table is larger than the vocabulary it was padded for speed; what it holds can be looked up either way.
+    held = getattr(embeddings, "num_embeddings", None)
+    return held if isinstance(held, int) else identity.first_int(identity.text_config(config), ("vocab_size",))
+
+
+def _check_predicts(source: str, config: Mapping[str, Any]) -> None:
+    """An error, before anything is loaded, for an architecture without a head that predicts the next token."""
+    kind = config.get("model_type")
+    known = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    if is_encoder(kind) or not known:
+        raise _no_prediction(source, str(kind))
+
+
+def _no_prediction(name: str, kind: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{name!r} ({kind}) does not predict the next token, so it has no logits or perplexity of its prompts: "
+        "ask for activations only, or use a causal language model"
+    )
+
+
+def _predicts_next(located: Located, *, by_hand: bool) -> bool:
+    if not by_hand or located.whole is None:
+        return located.causal
+    # Of parts that were named by hand nothing is known but the class. Encoders have one for causal models too, to be switched on.
+    config: Any = getattr(located.whole, "config", None)
+    kind = getattr(config, "model_type", None)
+    switched_off = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    known = type(located.whole).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return known and not switched_off and not is_encoder(kind)
+
+
+def check_head(loaded: LoadedModel) -> None:
+    """Whether a model can say what it predicts.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It has no head, or does not predict the next token; or the caller's own code runs in the head, and no field of the provenance says
+        what it does.
+    """
+    whole = loaded.located.whole
+    # Where the blocks were named by hand and there is no head, it is not known whether it is an encoder.
+    if is_encoder(getattr(getattr(loaded.located.body, "config", None), "model_type", None)) or (
+        whole is not None and not loaded.predicts_next
+    ):
+        raise _no_prediction(loaded.name, type(loaded.module).__name__)
+    if whole is None:
+        raise InvalidArgumentError(
+            f"{loaded.name!r} ({type(loaded.module).__name__}) has no head, which logits and perplexity come from: "
+            "load it with head=True, or give the whole model, such as AutoModelForCausalLM loads it"
+        )
+    # What lies around the body of an object is looked at only where it runs.
+    if str(loaded.provenance.get("weights")).startswith("bits:"):
+        _check_code(foreign_code(whole), {k: v for k, v in loaded.provenance.items() if k not in PROVENANCE_FIELDS})
+
+
+def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], modules: Mapping[str, str] | None, **rest: Any) -> LoadedModel:
+    located = locate(module, modules)
+    padding = identity.text_config(config).get("pad_token_id")
+    vocabulary = _vocab_size(located.body, config)
+    usable = isinstance(padding, int) and padding >= 0 and (vocabulary is None or padding < vocabulary)
+    device = _input_device(located.body)
+    own = getattr(located.body, "config", None)
+    everything = located.body if located.whole is None else located.whole
+    return LoadedModel(
+        module=module,
+        tokenizer=tokenizer,
+        located=located,
+        num_layers=len(located.blocks),
+        hidden_size=identity.hidden_size_of(config),
+        vocab_size=vocabulary,
+        device=device,
+        spread=len({p.device for p in everything.parameters()}) > 1,
+        predicts_next=_predicts_next(located, by_hand=modules is not None),
+        num_experts=identity.num_experts_of(config) if located.routers else None,
+        pad_id=padding if usable and padding is not None else 0,
+        recorded={
+            "attention": getattr(own, "_attn_implementation", None),
+            "device": str(device),
+            "torch": str(torch.__version__),
+            "transformers": str(transformers.__version__),
+        },
+        **rest,
+    )
+
+
+def _check_prompts_kind(kind: str) -> None:
+    if kind not in PROMPT_KINDS:
+        raise InvalidArgumentError(f"prompts_kind={kind!r} is unknown: use one of {', '.join(map(repr, PROMPT_KINDS))}")
+
+
+def load_model(
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    name: str | None = None,
+    tokenizer: object = None,
+    revision: str | None = None,
+    dtype: object = "auto",
+    device: str | torch.device = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    modules: Mapping[str, str] | None = None,
+    head: bool = False,
+    prompts_kind: PromptKind = "text",
+    max_length: int | None = None,
+    truncation: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    memory: Path | None = None,
+) -> LoadedModel:
+    """A model with its tokenizer, its parts located and its provenance complete.
+
+    Parameters
+    ----------
+    model : str, path or torch Module
+        A folder, a hub id, or a loaded model (PEFT, quantised, edited in memory). A folder or hub id is loaded without its head
+        unless `head` is True. An object is used as it is: it is moved only where `device` names one, and its mode and configuration are
+        left as they were.
+    name : str, optional
+        Its name in a store; needed for an object. Otherwise see :func:`~lmprobe_zarr.extraction.model_name`.
+    tokenizer : transformers tokenizer, str or path, optional
+        Needed for an object.
+    revision : str, optional
+        Branch, tag or commit of a hub id; a branch is what the local cache says it is, where it knows.
+    dtype : str or torch.dtype
+        ``"auto"``: what ``config.json`` names, float32 where it names none; an object's own.
+    device : str or torch.device
+        ``"auto"``: CUDA, then MPS, then the CPU; an object stays where it is.
+    device_map : optional
+        As for transformers, instead of `device`: spreads the model over several devices.
+    trust_remote_code : bool
+        Whether code that comes with the model may run.
+    modules : mapping of str to str, optional
+        For unknown architectures: ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp", "router": "mlp.gate"}``.
+    head : bool
+        Whether logits or a perplexity will be asked for. The provenance is the same either way.
+    prompts_kind, max_length, truncation
+        What the prompts will be; part of the provenance.
+    provenance : mapping, optional
+        The caller's own fields, beside those in :mod:`lmprobe_zarr.extraction.identity`: a text, number, truth value or None each. Needed
+        where hooks or replaced methods change what an object computes, because they cannot be told from one another.
+    memory : Path, optional
+        Where digests of weight files are remembered.
+
+    Raises
+    ------
+    ModelNotFoundError
+        Nothing can be loaded, or the weights are incomplete, those of the head that is asked for included.
+    UnknownArchitectureError
+        Its blocks were not found by name.
+    InvalidArgumentError
+        An object without a name or tokenizer, or with hooks but no `provenance`; arguments that do not go together; a device that is not
+        here; a `head` asked of a model that has none, or does not predict the next token.
+    InvalidTypeError
+        Neither a model nor the name of one.
+    MissingDependencyError
+        The model needs a package that is not installed.
+    """
+    _check_prompts_kind(prompts_kind)
+    own = identity.own_fields(provenance)
+    # Before anything is loaded; those of an object follow.
+    _check_code(global_hooks(), own)
+    if device_map is not None and str(device) != "auto":
+        raise InvalidArgumentError(f"device={str(device)!r} and device_map={device_map!r} were both given: give one")
+    if isinstance(model, nn.Module):
+        if name is None:
+            raise InvalidArgumentError(f"a model object ({type(model).__name__}) needs a name of your choosing: name='…'")
+        if revision is not None or device_map is not None:
+            raise InvalidArgumentError("revision= and device_map= are for models that are loaded here: apply them to the object yourself")
+        adapter = _adapters(model)
+        # What lies outside of the body, a head for one, is looked at in `check_head`, if it is to run.
+        _check_code(foreign_code(locate(model, modules).body), own)
+        computed = _object_dtype(model, dtype)
+        held = _tokenizer_for(tokenizer, None, None, trust_remote_code)
+        module = model if str(device) == "auto" else model.to(_pick_device(device))
+        config = full = _object_config(module)
+        source: Provenance = {"revision": None, "weights": model_fingerprint(module), "adapter": adapter}
+        source["tokenizer"] = identity.tokenizer_field(held if not isinstance(tokenizer, str | os.PathLike) else tokenizer, None)
+    else:
+        where, folder, revision = _source(model, revision)
+        name = identity.model_name(model, name)
+        chosen = None if device_map is not None else _pick_device(device)
+        with _loading("configuration", where, folder, revision):
+            config = _raw_config(where, folder, revision)
+        if head:
+            _check_predicts(where, config)
+        computed = identity.resolve_dtype(config, dtype) or "float32"
+        held = _tokenizer_for(tokenizer, model, revision, trust_remote_code)
+        module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code, head)
+        module = module if chosen is None else module.to(chosen)
+        full = _object_config(module)
+        source = {"revision": None if folder is not None else commit or revision, "adapter": None}
+        source["weights"] = None if folder is None else identity.weights_digest(folder, memory)
+        source["tokenizer"] = identity.tokenizer_field(tokenizer, folder)
+    window = identity.context_length_of(config) or identity.context_length_of(full)
+    template = identity.template_digest(getattr(held, "chat_template", None))
+    source |= {"compute_dtype": computed, "quantization": identity.quantization_of(config), "modules": identity.modules_field(modules)}
+    source |= identity.prompt_fields(
+        prompts_kind, template=template, truncation=truncation, max_length=max_length, context_length=window, tokenizer=held
+    )
+    source |= own
+    loaded = _assemble(
+        module, held, full or config, modules, name=identity.model_name("", name), context_length=window, dtype=computed, provenance=source
+    )
+    if head:
+        check_head(loaded)
+    return loaded

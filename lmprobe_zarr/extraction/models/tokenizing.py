@@ -1,0 +1,259 @@
+"""Prompts to token ids, with the place of every token in its text. Needs a tokenizer, never a model or torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.batch import Prompts, concat_ranges, offsets_of, shorten
+from lmprobe_zarr.errors import InvalidArgumentError, PromptTooLongError
+from lmprobe_zarr.extraction.models.turns import running
+from lmprobe_zarr.typing import Ints
+
+__all__ = ["TokenizedPrompts", "length_limit", "tokenize"]
+
+CHUNK_PROMPTS: Final = 512
+# Tokenizers without a limit of their own say 1e30 or the like.
+ABSURD_LENGTH: Final = 10**9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedPrompts:
+    """The tokens of some prompts, end to end, without padding.
+
+    Parameters
+    ----------
+    sha256 : tuple of str
+        Digest of every prompt.
+    text : tuple of str
+        Text of every prompt.
+    lengths : ndarray of int64, shape (prompt,)
+        Tokens of every prompt; all at least 1.
+    token_ids : ndarray of int64, shape (token,)
+    char_start, char_end : ndarray of int64, shape (token,), or None
+        ``text[char_start:char_end]`` is what the token stands for; −1 for tokens that the tokenizer added. None where unknown.
+    truncated : ndarray of bool, shape (prompt,)
+        Which prompts lost tokens.
+    first : ndarray of int64, shape (prompt,)
+        Place of each prompt in the caller's list, for messages.
+    """
+
+    sha256: tuple[str, ...]
+    text: tuple[str, ...]
+    lengths: Ints
+    token_ids: Ints
+    char_start: Ints | None = None
+    char_end: Ints | None = None
+    truncated: npt.NDArray[np.bool_]
+    first: Ints
+
+    def __len__(self) -> int:
+        return len(self.sha256)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts together."""
+        return int(self.lengths.sum())
+
+    def take(self, rows: Sequence[int] | Ints) -> TokenizedPrompts:
+        """Some of the prompts, in the order of `rows`."""
+        chosen = np.asarray(rows, np.int64)
+        tokens = concat_ranges(offsets_of(self.lengths)[chosen], self.lengths[chosen])
+        return TokenizedPrompts(
+            sha256=tuple(self.sha256[i] for i in chosen),
+            text=tuple(self.text[i] for i in chosen),
+            lengths=self.lengths[chosen],
+            token_ids=self.token_ids[tokens],
+            char_start=None if self.char_start is None else self.char_start[tokens],
+            char_end=None if self.char_end is None else self.char_end[tokens],
+            truncated=self.truncated[chosen],
+            first=self.first[chosen],
+        )
+
+
+def length_limit(context_length: int | None, max_length: int | None, tokenizer: Any = None) -> int | None:
+    """The most tokens that a prompt may have, or None where nothing says.
+
+    The smaller of the model's window and `max_length`; the tokenizer's own ``model_max_length`` only where the model says nothing, because
+    it is often left over from training.
+
+    Raises
+    ------
+    InvalidArgumentError
+        `max_length` is not a whole number of at least 1.
+    """
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise InvalidArgumentError(f"max_length={max_length!r} is no number of tokens: give a whole number of at least 1, or None")
+    window = context_length
+    if window is None:
+        own = getattr(tokenizer, "model_max_length", None)
+        window = int(own) if own is not None and 0 < own < ABSURD_LENGTH else None
+    limits = [limit for limit in (window, max_length) if limit is not None]
+    return min(limits, default=None)
+
+
+@contextmanager
+def _unchanged(tokenizer: Any) -> Iterator[None]:
+    """The tokenizer's truncation and padding as they were, afterwards: calling it resets them."""
+    backend = getattr(tokenizer, "_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
+    if backend is None:
+        yield
+        return
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        if backend.truncation != truncation:
+            backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        if backend.padding != padding:
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)
+
+
+Pieces = tuple[list[Ints], list[npt.NDArray[np.int64]] | None]
+
+
+def _encode(texts: Sequence[str], tokenizer: Any, *, special: bool, limit: int | None) -> Pieces:
+    """Token ids of every text, and for fast tokenizers their (start, end) in characters: shape (token, 2)."""
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    ids: list[Ints] = []
+    places: list[Ints] = []
+    options: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
+    for start in range(0, len(texts), CHUNK_PROMPTS):
+        encoded = tokenizer(
+            list(texts[start : start + CHUNK_PROMPTS]),
+            add_special_tokens=special,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=fast,
+            return_special_tokens_mask=fast,
+            verbose=False,
+            **options,
+        )
+        ids += [np.asarray(i, np.int64) for i in encoded["input_ids"]]
+        if fast:
+            for offsets, added in zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True):
+                place = np.asarray(offsets, np.int64).reshape(-1, 2)
+                place[np.asarray(added, np.bool_)] = -1
+                places.append(place)
+    return ids, places if fast else None
+
+
+def _tokenize_texts(prompts: Prompts, tokenizer: Any, limit: int | None, truncation: bool) -> tuple[Pieces, npt.NDArray[np.bool_]]:
+    assert prompts.text is not None  # noqa: S101 - only ids come without a text
+    for number, text in enumerate(prompts.text):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(
+                f"prompts[{prompts.first[number]}] {text[:20]!a} holds a lone surrogate at character {error.start}: remove it"
+            ) from error
+    special = prompts.kind == "text"
+    with _unchanged(tokenizer):
+        ids, places = _encode(prompts.text, tokenizer, special=special, limit=None)
+        long = np.array([limit is not None and len(i) > limit for i in ids], np.bool_)
+        if truncation and long.any():
+            added = tokenizer.num_special_tokens_to_add(pair=False) if special else 0
+            if limit is not None and limit <= added:
+                raise InvalidArgumentError(
+                    f"max_length={limit} leaves no room beside the {added} special tokens of this tokenizer: give more than {added}"
+                )
+            rows = np.flatnonzero(long)
+            cut, cut_places = _encode([prompts.text[i] for i in rows], tokenizer, special=special, limit=limit)
+            for n, i in enumerate(rows):
+                ids[i] = cut[n]
+                if places is not None and cut_places is not None:
+                    places[i] = cut_places[n]
+    return (ids, places), long
+
+
+def _tokenize_ids(prompts: Prompts, tokenizer: Any, limit: int | None, truncation: bool) -> tuple[Pieces, npt.NDArray[np.bool_]]:
+    assert prompts.token_ids is not None  # noqa: S101 - that is what the kind says
+    ids = list(prompts.token_ids)
+    long = np.array([limit is not None and len(i) > limit for i in ids], np.bool_)
+    if truncation and limit is not None:
+        left = getattr(tokenizer, "truncation_side", "right") == "left"
+        ids = [i[-limit:] if left else i[:limit] for i in ids]
+    return (ids, None), long
+
+
+def outside_vocabulary(number: int, token_id: int, vocab_size: int, *, given: bool = False) -> InvalidArgumentError:
+    """The error for a token id that a model does not have."""
+    which = "holds" if given else "becomes"
+    why = "" if given else "the tokenizer and the model do not belong together; "
+    return InvalidArgumentError(
+        f"prompts[{number}] {which} the token id {token_id}, but the vocabulary ends at {vocab_size - 1}: "
+        f"{why}use this model's own tokenizer"
+    )
+
+
+def tokenize(
+    prompts: Prompts,
+    tokenizer: Any,
+    *,
+    context_length: int | None = None,
+    max_length: int | None = None,
+    truncation: bool = False,
+    vocab_size: int | None = None,
+) -> TokenizedPrompts:
+    """The tokens of every prompt, as the model will see them.
+
+    Texts get the tokenizer's special tokens; rendered chats hold them already; token ids are taken as they are. The tokenizer is left as it
+    was, whatever its own padding and truncation settings.
+
+    Parameters
+    ----------
+    prompts : Prompts
+    tokenizer : transformers tokenizer
+    context_length : int, optional
+        The model's window, tokens.
+    max_length : int, optional
+        A smaller limit, tokens.
+    truncation : bool
+        Cut prompts that are longer than the limit, on the tokenizer's truncation side, instead of raising.
+    vocab_size : int, optional
+        Token ids at or above it are refused.
+
+    Raises
+    ------
+    PromptTooLongError
+        A prompt is longer than the limit and `truncation` is False.
+    InvalidArgumentError
+        A prompt without any token, a token id outside the vocabulary, text that is not Unicode, or a `max_length` without room.
+    """
+    limit = length_limit(context_length, max_length, tokenizer)
+    turn = _tokenize_ids if prompts.kind == "ids" else _tokenize_texts
+    # Setting its truncation changes a tokenizer for everybody, and a fast one refuses that while another thread uses it.
+    with running(tokenizer):
+        (ids, places), long = turn(prompts, tokenizer, limit, truncation)
+    text = prompts.text
+    if text is None:
+        assert prompts.token_ids is not None  # noqa: S101 - only ids come without a text
+        decode = tokenizer.decode
+        text = tuple(decode(i.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in prompts.token_ids)
+    for number, tokens in enumerate(ids):
+        if not len(tokens):
+            raise InvalidArgumentError(f"prompts[{prompts.first[number]}] {shorten(text[number])} has no tokens: leave it out")
+        if long[number] and not truncation:
+            raise PromptTooLongError(
+                f"prompts[{prompts.first[number]}] {shorten(text[number])} has {len(tokens)} tokens, but the limit is {limit}: "
+                "shorten it, or pass truncation=True"
+            )
+        if vocab_size is not None and tokens.max() >= vocab_size:
+            raise outside_vocabulary(int(prompts.first[number]), int(tokens.max()), vocab_size, given=prompts.kind == "ids")
+    joined = None if places is None else np.concatenate(places)
+    return TokenizedPrompts(
+        sha256=prompts.sha256,
+        text=text,
+        lengths=np.array([len(i) for i in ids], np.int64),
+        token_ids=np.concatenate(ids),
+        char_start=None if joined is None else joined[:, 0].copy(),
+        char_end=None if joined is None else joined[:, 1].copy(),
+        truncated=long & truncation,
+        first=prompts.first,
+    )

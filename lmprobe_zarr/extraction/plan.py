@@ -1,0 +1,142 @@
+"""What an extraction would do, and what one did, as values that print well. Never a model or a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmprobe_zarr.batch import describe_layers
+from lmprobe_zarr.display import format_bytes
+
+__all__ = ["ExtractPlan", "ExtractStats"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractPlan:
+    """What an extraction would do. Printing it shows it as a table.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model in the store.
+    url : str
+        The store.
+    prompts : int
+        Different prompts asked for.
+    found : int
+        Of these, how many are stored with everything that is asked for, or with tokens that it can be pooled from.
+    derived : int
+        Of the latter, how many have something pooled from their stored tokens, without the model.
+    tokens : int
+        Tokens of the missing prompts.
+    layers : tuple of int
+        Layers asked for.
+    variables : tuple of str
+        What would be stored per prompt and per token.
+    dtype : str
+        The dtype computed in, and stored.
+    nbytes : int
+        Bytes of the missing activations before compression.
+    needed_bytes : int
+        The same of everything that is asked for, stored or not.
+    free_bytes : int, optional
+        Bytes that the store's place has left; None where it does not tell.
+    """
+
+    model: str
+    url: str
+    prompts: int
+    found: int
+    derived: int
+    tokens: int
+    layers: tuple[int, ...]
+    variables: tuple[str, ...]
+    dtype: str
+    nbytes: int
+    needed_bytes: int
+    free_bytes: int | None
+
+    @property
+    def missing(self) -> int:
+        """Prompts that the model has to be run on."""
+        return self.prompts - self.found
+
+    @property
+    def fits(self) -> bool:
+        """Whether the missing activations fit on the store's place, uncompressed."""
+        return self.free_bytes is None or self.nbytes <= self.free_bytes
+
+    def __str__(self) -> str:
+        free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
+        pooled = f", {self.derived} of them to be pooled from stored tokens" if self.derived else ""
+        rows = {
+            "model": self.model,
+            "store": self.url,
+            "prompts": f"{self.prompts} ({self.found} found{pooled}, {self.missing} to extract)",
+            "tokens": f"{self.tokens} to run",
+            "layers": describe_layers(self.layers) if self.layers else "none",
+            "variables": ", ".join(self.variables),
+            "size": f"{format_bytes(self.nbytes)} of {self.dtype}, before compression",
+            "free": f"{free}{'' if self.fits else ', which is too little'}",
+        }
+        return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractStats:
+    """What an extraction did.
+
+    Parameters
+    ----------
+    model, group : str
+        Name of the model, and the group of the store that holds it.
+    prompts : int
+        Different prompts asked for.
+    found : int
+        Of these, how many were stored already.
+    derived : int
+        Of the latter, how many had something pooled from their stored tokens, without the model.
+    extracted : int
+        How many the model was run on.
+    tokens : int
+        Tokens of the latter.
+    nbytes : int
+        Bytes of activations written, before compression.
+    parts : int
+        Parts committed.
+    model_loaded : bool
+        Whether the model's weights were needed at all.
+    seconds : float
+        From call to return.
+    not_finite : int
+        Values that were stored and are infinite or no number: the model's own answer, and nothing to learn from.
+    blank : int
+        Rows, one for each layer of a prompt or token, that were stored and hold nothing but zeros.
+    """
+
+    model: str
+    group: str
+    prompts: int
+    found: int
+    derived: int
+    extracted: int
+    tokens: int
+    nbytes: int
+    parts: int
+    model_loaded: bool
+    seconds: float
+    not_finite: int = 0
+    blank: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompts that were stored already."""
+        return self.found / self.prompts
+
+    def __str__(self) -> str:
+        loaded = "" if self.model_loaded else "; the model was not loaded"
+        odd = f"; {self.not_finite} values are not finite" if self.not_finite else ""
+        odd += f"; {self.blank} rows are all zeros" if self.blank else ""
+        return (
+            f"{self.model}: {self.prompts} prompts, {self.found} found in the store, {self.extracted} extracted "
+            f"({self.tokens} tokens, {format_bytes(self.nbytes)}) in {self.seconds:.1f} s{loaded}{odd}"
+        )

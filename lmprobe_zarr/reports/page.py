@@ -1,0 +1,424 @@
+"""One page about a store, from what was found out about it. Markup and the data for its script; reads no store and computes no score."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Final
+
+import numpy as np
+
+from lmprobe_zarr.display import Html, escape, format_bytes, shorten, table, visible
+from lmprobe_zarr.reports.pictures import Chart, Series, draw_chart, draw_grid, layer_places, mark, one_hue, style_of, two_hues
+from lmprobe_zarr.reports.profiles import Coverage, LayerProfile, TokenMap
+from lmprobe_zarr.store import GroupContents
+from lmprobe_zarr.typing import Array
+
+__all__ = ["GroupPage", "ShownPrompt", "ShownTokens", "embed_json", "write_page"]
+
+LISTED_GROUPS: Final = 200
+GRID_HEIGHT: Final = 150
+TEXT_COLUMNS: Final = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownPrompt:
+    """One prompt of a token map.
+
+    Parameters
+    ----------
+    hash : str
+    label : str
+        Its label, where there is one.
+    text : str
+        The whole of it, where it is known but not where its tokens lie in it; else empty.
+    pieces : tuple of (str, str)
+        For each token shown: what stands between it and the token before, and its own text; the latter empty where that is not known.
+    names : tuple of str
+        What each token is called: its text, id or position.
+    """
+
+    hash: str
+    label: str
+    text: str
+    pieces: tuple[tuple[str, str], ...]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownTokens:
+    """A token map with what is needed to show it.
+
+    Parameters
+    ----------
+    values : TokenMap
+    prompts : tuple of ShownPrompt
+    what : str
+        What a value is, in a few words.
+    two : bool
+        Whether values are scores on both sides of 0; else norms.
+    note : str
+        How they came about.
+    """
+
+    values: TokenMap
+    prompts: tuple[ShownPrompt, ...]
+    what: str
+    two: bool
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupPage:
+    """All that the page says of one group.
+
+    Parameters
+    ----------
+    contents : GroupContents
+    layers : tuple of int
+        Those shown: of more than so many, every n-th.
+    coverage : tuple of Coverage
+    profile : LayerProfile or None
+    scores : tuple of Chart
+        One for each metric.
+    scores_note : str
+        From what, and how.
+    tokens : ShownTokens or None
+    missing : tuple of str
+        What is not shown, and why.
+    start : int
+        The layer that is chosen at first.
+    """
+
+    contents: GroupContents
+    layers: tuple[int, ...]
+    coverage: tuple[Coverage, ...]
+    profile: LayerProfile | None
+    scores: tuple[Chart, ...]
+    scores_note: str
+    tokens: ShownTokens | None
+    missing: tuple[str, ...]
+    start: int
+
+
+def embed_json(document: object) -> Html:
+    """JSON that nothing in it can end or turn into markup, inside a ``<script type="application/json">``."""
+    text = json.dumps(_without_nan(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for letter in ("<", ">", "&", "\u2028", "\u2029"):
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    # A lone surrogate, as a text may hold that was cut in the wrong place, is no UTF-8.
+    return Html(text.encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    if isinstance(value, float):
+        # Four digits are what is shown.
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
+
+
+def write_page(place: str, contents: Sequence[GroupContents], groups: Sequence[GroupPage], *, made: str) -> str:
+    """The whole page.
+
+    Parameters
+    ----------
+    place : str
+        The store.
+    contents : sequence of GroupContents
+        Every group.
+    groups : sequence of GroupPage
+        Those that are shown in full.
+    made : str
+        By what and when.
+    """
+    files = resources.files(__package__)
+    style, script = ((files / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # Nothing is fetched, and no script runs but the one below: also where something were to slip through.
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    models = ", ".join(dict.fromkeys(one.group.model for one in contents)) or "nothing yet"
+    body = [_head(place, contents), *(_group(number, one) for number, one in enumerate(groups))]
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<title>{escape(models)} · lmprobe-zarr report</title><style>{style}</style>"
+    )
+    main = f"<main>{''.join(map(str, body))}</main>\n<footer><p>{escape(made)}</p></footer>"
+    rest = f'<div id="tip" role="tooltip" hidden></div>\n<script>{script}</script>'
+    page = f'<!doctype html>\n<html lang="en">\n<head>{head}</head>\n<body>\n{main}\n{rest}\n</body>\n</html>\n'
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _head(place: str, contents: Sequence[GroupContents]) -> Html:
+    total = sum(one.nbytes for one in contents)
+    raw = sum(one.raw_nbytes for one in contents)
+    prompts = sum(one.prompts for one in contents)
+    before = f" for {format_bytes(raw)} of activations" if raw else ""
+    what = f"{len(contents)} group{'' if len(contents) == 1 else 's'}, {prompts:,} prompts, {format_bytes(total)} stored{before}"
+    rows = [
+        (
+            one.group.model,
+            one.prompts,
+            one.tokens,
+            one.described_layers,
+            one.group.hidden_size or "unknown",
+            one.described_parts,
+            format_bytes(one.raw_nbytes),
+            format_bytes(one.nbytes),
+            one.group.name,
+        )
+        for one in contents[:LISTED_GROUPS]
+    ]
+    head = ("model", "prompts", "tokens", "layers", "hidden", "in", "values", "stored", "group")
+    listed = table(head, rows, caption="Groups: one for each model and provenance") if rows else Html('<p class="none">It is empty.</p>')
+    more = f"<p>and {len(contents) - LISTED_GROUPS} more.</p>" if len(contents) > LISTED_GROUPS else ""
+    return Html(
+        f'<header><h1>Activations in {escape(place)}</h1><p class="dim">{escape(what)}</p></header>'
+        f'<div class="scroll" role="region" tabindex="0" aria-label="Groups">{listed}</div>{more}'
+    )
+
+
+def _group(number: int, one: GroupPage) -> Html:
+    name = one.contents.group.model
+    pieces = [f'<section class="group" aria-labelledby="group-{number}"><h2 id="group-{number}">{escape(name)}</h2>']
+    pieces.append(f'<p class="dim">{escape(one.contents.summary)}, {escape(format_bytes(one.contents.nbytes))}</p>')
+    data: dict[str, Any] = {"layers": list(one.layers), "layer": one.start, "charts": [], "coverage": [], "maps": []}
+    if one.layers:
+        pieces.append(_bar(number, one))
+    if one.scores:
+        pieces += [_title("Scores by layer", one.scores_note), _charts(one.scores, data, f"scores-{number}")]
+    if one.tokens is not None:
+        pieces += [_title("Tokens", one.tokens.note), _maps(one.tokens, data, one.start)]
+    if one.profile is not None:
+        pieces += _profile(one.profile, data)
+    if one.coverage:
+        pieces.append(
+            _title("What is stored", "Prompts from left to right in the store's order, layers from below. Full colour: every prompt.")
+        )
+        pieces.append(_coverage(one.coverage, data, f"coverage-{number}"))
+    pieces.append("<h3>Contents</h3>")
+    pieces += map(str, one.contents.sections())
+    pieces += [f'<p class="none">{escape(text)}</p>' for text in one.missing]
+    pieces.append(f'<script type="application/json" class="lz-data">{embed_json(data)}</script></section>')
+    return Html("".join(map(str, pieces)))
+
+
+def _title(title: str, note: str) -> str:
+    return f'<h3>{escape(title)}</h3><p class="dim">{escape(note)}</p>'
+
+
+def _bar(number: int, one: GroupPage) -> str:
+    at = one.layers.index(one.start)
+    return (
+        f'<div class="bar"><label for="layer-{number}">Layer</label>'
+        f'<input id="layer-{number}" type="range" min="0" max="{len(one.layers) - 1}" step="1" value="{at}" '
+        f'title="Arrow keys change the layer">'
+        f'<output for="layer-{number}">layer {one.start}</output><span class="now" aria-live="polite"></span></div>'
+    )
+
+
+def _charts(charts: Sequence[Chart], data: dict[str, Any], name: str) -> str:
+    """Charts of which one is seen at a time, where a script runs; else all."""
+    out = []
+    if len(charts) > 1:
+        options = "".join(f"<option>{escape(chart.title)}</option>" for chart in charts)
+        out.append(f'<select class="pick" data-of="{name}" aria-label="Which score">{options}</select>')
+    return "".join((*out, *(_chart(chart, data, name) for chart in charts)))
+
+
+def _chart(chart: Chart, data: dict[str, Any], name: str) -> str:
+    number = len(data["charts"])
+    series = [(one.name, np.asarray(one.values, float).tolist()) for one in chart.series]
+    data["charts"].append({"title": chart.title, "layers": list(chart.layers), "x": layer_places(chart.layers), "series": series})
+    legend = "".join(
+        f'<li><svg class="{style_of(i, one.kind)}" viewBox="0 0 30 12" aria-hidden="true">'
+        f'<path class="line" d="M0 6H30"/>{mark(15, 6, i)}</svg>{escape(one.name)}</li>'
+        for i, one in enumerate(chart.series)
+    )
+    rows = [
+        (layer, *("—" if not math.isfinite(float(one.values[i])) else Html(_digits(float(one.values[i]))) for one in chart.series))
+        for i, layer in enumerate(chart.layers)
+    ]
+    values = table(("layer", *(one.name for one in chart.series)), rows, caption=chart.title)
+    note = f" <span>{escape(chart.note)}</span>" if chart.note else ""
+    return (
+        f'<figure data-n="{number}" data-of="{name}"><figcaption><strong>{escape(chart.title)}</strong>{note}</figcaption>'
+        f'<ul class="legend">{legend}</ul><div class="scroll">{draw_chart(chart)}</div>'
+        f"<details><summary>Values as a table</summary><div>{values}</div></details></figure>"
+    )
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _profile(profile: LayerProfile, data: dict[str, Any]) -> list[str]:
+    unit = "tokens" if profile.level == "tokens" else "prompts"
+    seen = f"{profile.rows:,} of {profile.of_rows:,} {unit}"
+    how = (
+        f"A sample: {seen}, of {profile.prompts:,} of {profile.of_prompts:,} prompts, in eight runs of neighbours, evenly spaced."
+        if profile.is_sample
+        else f"All {profile.rows:,} {unit}."
+    )
+    left = int(profile.not_finite.max(initial=0))
+    how += f" In some layers up to {left:,} are left out: not stored, NaN or infinite." if left else ""
+    series = [
+        Series(
+            name="median norm",
+            values=profile.norms[1],
+            low=profile.norms[0],
+            high=profile.norms[2],
+        ),
+        Series(name="largest norm", values=profile.largest_norm),
+    ]
+    if profile.first_norm is not None:
+        series.append(Series(name="median norm of first tokens", values=profile.first_norm))
+    norms = Chart(
+        title=f"Norm of {profile.variable}",
+        unit="Euclidean norm",
+        layers=profile.layers,
+        series=tuple(series),
+        log=_spans(series, 20),
+        note="band: 5th to 95th percentile",
+    )
+    outliers = (
+        Series(name="largest unit ÷ median unit", values=profile.ratio),
+        Series(name="units above 6 × the median unit", values=profile.n_outliers.astype(float)),
+    )
+    ratio = Chart(
+        title=f"Outlier units of {profile.variable}",
+        unit="times; number",
+        note="by root mean square",
+        layers=profile.layers,
+        series=outliers[:1] if not profile.n_outliers.any() else outliers,
+        log=bool(np.nanmax(profile.ratio, initial=1) > 50) and not profile.n_outliers.any(),
+    )
+    rows = [
+        (layer, Html(_digits(float(p))) if math.isfinite(p) else "—", int(u), Html(_digits(float(r))) if math.isfinite(r) else "—", int(n))
+        for layer, p, u, r, n in zip(profile.layers, profile.peak, profile.unit, profile.ratio, profile.n_outliers, strict=True)
+    ]
+    head = ("layer", "largest |value|", "largest unit", "times the median unit", "units over 6 times")
+    listed = f"<details><summary>Outlier units by layer</summary><div>{table(head, rows)}</div></details>"
+    return [_title("Norms and outliers", how), _chart(norms, data, "norms"), _chart(ratio, data, "outliers"), listed]
+
+
+def _spans(series: Sequence[Series], factor: float) -> bool:
+    values = np.concatenate([np.asarray(one.values, float) for one in series])
+    values = values[np.isfinite(values) & (values > 0)]
+    return bool(len(values)) and bool(values.max() > factor * values.min())
+
+
+def _coverage(coverage: Sequence[Coverage], data: dict[str, Any], name: str) -> str:
+    out = []
+    if len(coverage) > 1:
+        options = "".join(f"<option>{escape(one.variable)}</option>" for one in coverage)
+        out.append(f'<select class="pick" data-of="{name}" aria-label="Which variable">{options}</select>')
+    for one in coverage:
+        number = len(data["coverage"])
+        shares = one.shares
+        data["coverage"].append({"layers": list(one.layers), "edges": list(one.edges), "shares": shares.tolist()})
+        whole = float((shares * np.diff(one.edges)).sum() / max(1, one.edges[-1] * len(shares)))
+        said = f"{100 * whole:.3g} % of prompts × layers stored" if one.layers else f"{100 * whole:.3g} % of prompts stored"
+        label = f"{one.variable}: {said}"
+        columns = shares.shape[1]
+        height = max(3.0, min(16.0, GRID_HEIGHT / len(shares)))
+        picture = draw_grid(one_hue(shares), label=label, describe_rows=_named(one.layers, height), cell=(680 / columns, height))
+        bins = one.edges[-1] / max(1, len(one.edges) - 1)
+        note = f"{said}; {'one column for each prompt' if bins == 1 else f'each column stands for about {bins:.0f} prompts'}."
+        rows = [(layer, Html(f"{100 * float(row.mean()):.3g} %")) for layer, row in zip(one.layers or ("all",), shares, strict=True)]
+        caption = f"<figcaption><strong>{escape(one.variable)}</strong> {escape(note)}</figcaption>"
+        listed = f"<details><summary>Values as a table</summary><div>{table(('layer', 'stored'), rows)}</div></details>"
+        out.append(f'<figure class="coverage" data-n="{number}" data-of="{name}">{caption}{picture}{listed}</figure>')
+    return "".join(out)
+
+
+def _named(layers: Sequence[int], height: float) -> list[tuple[int, str]]:
+    """Which rows of a grid are named: as many as there is room for."""
+    step = max(1, math.ceil(13 / height))
+    return [(i, str(layer)) for i, layer in enumerate(layers)][::step]
+
+
+def _shares(shown: ShownTokens) -> Array:
+    """Values as shares of the colour scale: scores with 0 in the middle and ends at twice the layer's root mean square; norms by log."""
+    values = shown.values.values
+    if shown.two:
+        scale = np.sqrt(np.nanmean(values**2, axis=1, keepdims=True)) if values.size else np.ones((len(values), 1))
+        return np.asarray(np.clip(0.5 + values / (4 * np.where(scale > 0, scale, 1.0)), 0, 1))
+    logs = np.log(np.where(values > 0, values, np.nan))
+    if not np.isfinite(logs).any():
+        return np.full(values.shape, np.nan)
+    low, high = np.nanmin(logs), np.nanmax(logs)
+    return np.asarray((logs - low) / ((high - low) or 1.0))
+
+
+def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
+    every, shares = shown.values.values, _shares(shown)
+    layers = shown.values.layers
+    paint = two_hues if shown.two else one_hue
+    finite = every[np.isfinite(every)]
+    low, high = (_digits(float(finite.min())), _digits(float(finite.max()))) if len(finite) else ("", "")
+    colours = paint(np.linspace(0, 1, 9))
+    stops = ", ".join(_css(colour) for colour in colours)
+    bar = f'<i style="background:linear-gradient(90deg, {stops})"></i>'
+    ends = f"below 0 {bar} above 0 (full colour: twice the layer's root mean square)" if shown.two else f"{low} {bar} {high} (logarithmic)"
+    scale = f'<span class="scale">{escape(shown.what)}: {ends}</span>'
+    row = layers.index(start) if start in layers else len(layers) - 1
+    out = [scale]
+    end = 0
+    for number, (prompt, count, of) in enumerate(zip(shown.prompts, shown.values.counts, shown.values.of_counts, strict=True)):
+        begin, end = end, end + int(count)
+        values, part = every[:, begin:end], shares[:, begin:end]
+        data["maps"].append(
+            {
+                "layers": list(layers), "what": shown.what, "two": shown.two, "tokens": [visible(name) for name in prompt.names],
+                "values": values.tolist(), "shares": np.round(part, 3).tolist(),
+            }
+        )  # fmt: skip
+        words = "".join(
+            _word(piece, name, colour) for piece, name, colour in zip(prompt.pieces, prompt.names, paint(part[row]), strict=True)
+        )
+        width = max(4.0, min(18.0, 680 / max(1, count)))
+        height = max(3.0, min(14.0, GRID_HEIGHT / len(layers)))
+        label = f"{shown.what} of each token by layer, prompt {prompt.hash}; the table below has the values of layer {layers[row]}"
+        picture = draw_grid(paint(part), label=label, describe_rows=_named(layers, height), cell=(width, height))
+        rows = [
+            (i, visible(name), Html(_digits(float(v))) if math.isfinite(v) else "—")
+            for i, (name, v) in enumerate(zip(prompt.names, values[row], strict=True))
+        ]
+        cut = f" · the first {count} of {of} tokens" if count < of else ""
+        labelled = f" · {escape(prompt.label)}" if prompt.label else ""
+        whole = f'<p class="text">{_plain(shorten(prompt.text, TEXT_COLUMNS))}</p>' if prompt.text else ""
+        out.append(
+            f'<figure class="tokens" data-n="{number}"><figcaption>prompt <code>{escape(prompt.hash)}</code>{labelled}{cut}</figcaption>'
+            f'{whole}<p class="words">{words}</p>'
+            f'<div class="walk" tabindex="0" role="application" aria-label="Tokens by layer: arrow keys, left and right for the token, '
+            f'up and down for the layer">{picture}</div><details><summary>Layer {layers[row]} as a table</summary>'
+            f"<div>{table(('position', 'token', shown.what), rows)}</div></details></figure>"
+        )
+    return "".join(out)
+
+
+def _css(colour: Array) -> str:
+    red, green, blue, alpha = (int(v) for v in colour)
+    return f"rgba({red},{green},{blue},{alpha / 255:.3f})"
+
+
+def _word(piece: tuple[str, str], name: str, colour: Array) -> str:
+    between, text = piece
+    shown = visible(text, lines=True) if text else visible(name)
+    kind = "" if text else ' class="id"'
+    return f'{_plain(between)}<b{kind} style="background:{_css(colour)}">{_plain(shown)}</b>'
+
+
+def _plain(text: str) -> str:
+    """Escaped, with line breaks kept."""
+    return "\n".join(escape(line) for line in text.split("\n"))

@@ -1,0 +1,321 @@
+"""What a look at activations needs: norms and outliers by layer, coverage in bins, a number for every token and layer. Never draws.
+
+Values are read one layer at a time, and no more of them than is asked for, whatever the store's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from lmprobe_zarr.batch import LAYERED_SITES, POOLINGS
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.probes import class_scores, fit_in_place, make_probe
+from lmprobe_zarr.store.format import LEVELS, Level
+from lmprobe_zarr.store.parts import View, read_values
+from lmprobe_zarr.typing import Array, Ints
+
+__all__ = [
+    "Coverage",
+    "LayerProfile",
+    "TokenMap",
+    "bin_coverage",
+    "choose_profiled",
+    "fit_by_layer",
+    "map_tokens",
+    "profile_layers",
+    "score_of",
+]
+#: Rows of activations, shape (row, hidden), to one number each.
+Score = Callable[[Array], Array]
+
+RUNS: Final = 8
+# A unit is an outlier where its root mean square is so many times that of the median unit of its layer.
+OUTLIER_RATIO: Final = 6.0
+QUANTILES: Final = (0.05, 0.5, 0.95)
+FITTED_PROMPTS: Final = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProfile:
+    """Norms and outliers of one variable by layer.
+
+    Parameters
+    ----------
+    variable : str
+    level : {"prompts", "tokens"}
+    layers : tuple of int
+    rows, of_rows : int
+        Rows (tokens, or prompts) that were looked at, and that there are.
+    prompts, of_prompts : int
+        The same in prompts.
+    norms : ndarray of float, shape (3, layer)
+        5th, 50th and 95th percentile of the rows' Euclidean norms.
+    largest_norm : ndarray of float, shape (layer,)
+    first_norm : ndarray of float, shape (layer,), optional
+        Median norm of the first tokens of the prompts; None where rows are prompts.
+    peak : ndarray of float, shape (layer,)
+        The largest absolute value.
+    ratio : ndarray of float, shape (layer,)
+        Root mean square of the largest unit over that of the median unit.
+    unit : ndarray of int, shape (layer,)
+        Which unit that is.
+    n_outliers : ndarray of int, shape (layer,)
+        Units whose root mean square is more than six times the median unit's.
+    not_finite : ndarray of int, shape (layer,)
+        Rows left out because a value is NaN or infinite; those that are not stored among them.
+    """
+
+    variable: str
+    level: Level
+    layers: tuple[int, ...]
+    rows: int
+    of_rows: int
+    prompts: int
+    of_prompts: int
+    norms: Array
+    largest_norm: Array
+    first_norm: Array | None
+    peak: Array
+    ratio: Array
+    unit: Ints
+    n_outliers: Ints
+    not_finite: Ints
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether not everything was looked at."""
+        return self.prompts < self.of_prompts
+
+
+def choose_profiled(view: View) -> tuple[Level, str] | None:
+    """The variable that tells most of a group: its residual stream by token, else another site by token, else something pooled of it."""
+    wanted: list[tuple[Level, str]] = [("tokens", site) for site in LAYERED_SITES]
+    wanted += [("prompts", f"{site}_{pooling}") for site in LAYERED_SITES for pooling in POOLINGS]
+    held = {(level, name) for level in LEVELS for name in view.variables(level)}
+    return next((one for one in wanted if one in held), None)
+
+
+def _sample(weights: Ints, most: int) -> Ints:
+    """All prompts where they weigh at most so many rows; else eight runs of neighbours, evenly spaced, which weigh that much together."""
+    n = len(weights)
+    if int(weights.sum()) <= most or n <= RUNS:
+        return np.arange(n)
+    length = max(1, int(most / RUNS / max(1.0, float(weights.mean()))))
+    starts = np.linspace(0, n - length, RUNS).astype(np.int64)
+    return np.unique(np.concatenate([np.arange(start, start + length) for start in starts]))
+
+
+def profile_layers(view: View, level: Level, variable: str, layers: Sequence[int], *, sample_bytes: int) -> LayerProfile:
+    """Norms and outliers by layer.
+
+    Parameters
+    ----------
+    view : View
+    level, variable
+        What is looked at: one of its variables with layers.
+    layers : sequence of int
+    sample_bytes : int
+        Bytes of values of all layers together that are read; where there are more, eight runs of neighbouring prompts, evenly spaced.
+    """
+    info = view.variables(level)[variable]
+    width = int(np.prod(info.row_shape)) * np.dtype(info.dtype).itemsize
+    counts = view.token_counts()
+    held = np.flatnonzero(counts) if level == "tokens" else np.arange(len(view))
+    weights = counts[held] if level == "tokens" else np.ones(len(held), np.int64)
+    rows = held[_sample(weights, max(1, sample_bytes // max(1, width * len(layers))))]
+    lengths = counts[rows] if level == "tokens" else np.ones(len(rows), np.int64)
+    first = np.zeros(int(lengths.sum()), bool)
+    first[np.cumsum(lengths) - lengths] = True
+    n = len(layers)
+    norms, largest, firsts, peak, ratio = (np.full(shape, np.nan) for shape in ((len(QUANTILES), n), n, n, n, n))
+    unit, outliers, missing = (np.zeros(n, np.int64) for _ in range(3))
+    for i, layer in enumerate(layers):
+        values = read_values(view, level, variable, rows, (layer,))[0].reshape(len(first), -1)
+        kept = np.isfinite(values).all(axis=1)
+        missing[i] = int((~kept).sum())
+        values = np.asarray(values[kept], np.float32)
+        if not values.size:
+            continue
+        lengths_of = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
+        norms[:, i], largest[i] = np.quantile(lengths_of, QUANTILES), lengths_of.max()
+        if first[kept].any():
+            firsts[i] = np.median(lengths_of[first[kept]])
+        peak[i] = np.abs(values).max()
+        rms = np.sqrt(np.einsum("ij,ij->j", values, values, dtype=np.float64) / len(values))
+        middle = float(np.median(rms))
+        unit[i] = int(rms.argmax())
+        if middle > 0:
+            ratio[i], outliers[i] = rms.max() / middle, int((rms > OUTLIER_RATIO * middle).sum())
+    return LayerProfile(
+        variable=variable,
+        level=level,
+        layers=tuple(layers),
+        rows=len(first),
+        of_rows=int(weights.sum()),
+        prompts=len(rows),
+        of_prompts=len(held),
+        norms=norms,
+        largest_norm=largest,
+        first_norm=firsts if level == "tokens" else None,
+        peak=peak,
+        ratio=ratio,
+        unit=unit,
+        n_outliers=outliers,
+        not_finite=missing,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- coverage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """Which share of neighbouring prompts a variable is stored for, by layer.
+
+    Parameters
+    ----------
+    variable : str
+    level : {"prompts", "tokens"}
+    layers : tuple of int
+        Empty for a variable without layers, which has one row.
+    edges : tuple of int
+        Places in the store's order where bins begin, and the number of prompts.
+    shares : ndarray of float, shape (layer, bin)
+        0 to 1.
+    """
+
+    variable: str
+    level: Level
+    layers: tuple[int, ...]
+    edges: tuple[int, ...]
+    shares: Array
+
+
+def bin_coverage(view: View, level: Level, variable: str, layers: Sequence[int], *, bins: int) -> Coverage:
+    """The coverage of one variable, in at most so many bins of neighbouring prompts. No values are read."""
+    n = len(view)
+    layered = view.variables(level)[variable].layered
+    there = view.covers(level, variable, np.arange(n), tuple(layers) if layered else ())
+    edges = np.unique(np.linspace(0, n, min(bins, n) + 1).astype(np.int64))
+    counted = np.add.reduceat(there, edges[:-1], axis=1, dtype=np.int64)
+    return Coverage(
+        variable=variable,
+        level=level,
+        layers=tuple(layers) if layered else (),
+        edges=tuple(edges.tolist()),
+        shares=counted / np.diff(edges),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenMap:
+    """A number for every token of some prompts, by layer.
+
+    Parameters
+    ----------
+    layers : tuple of int
+    rows : ndarray of int
+        The prompts, by their places in the view.
+    counts : ndarray of int, shape (len(rows),)
+        Their tokens that are shown.
+    of_counts : ndarray of int
+        Their tokens.
+    values : ndarray of float, shape (layer, token)
+        Of all prompts end to end.
+    """
+
+    layers: tuple[int, ...]
+    rows: Ints
+    counts: Ints
+    of_counts: Ints
+    values: Array
+
+
+def map_tokens(
+    view: View, variable: str, rows: Ints, layers: Sequence[int], scores: Mapping[int, Score] | None = None, *, most: int
+) -> TokenMap:
+    """A number for every token of some prompts: its score by the layer's probe, or its norm where there are no probes.
+
+    Parameters
+    ----------
+    view : View
+    variable : str
+        With tokens and layers.
+    rows : ndarray of int
+        Prompts.
+    layers : sequence of int
+        Those of `scores`, where these are given.
+    scores : mapping of int to callable, optional
+    most : int
+        Tokens of each prompt that are kept, from its first on.
+    """
+    whole = view.token_counts()[rows]
+    counts = np.minimum(whole, most)
+    starts = np.cumsum(whole) - whole
+    taken = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]).astype(np.int64)
+    values = np.full((len(layers), len(taken)), np.nan)
+    for i, layer in enumerate(layers):
+        read = np.asarray(read_values(view, "tokens", variable, rows, (layer,))[0][taken], np.float32)
+        kept = np.isfinite(read).all(axis=1)
+        if kept.any():
+            found = np.linalg.norm(read[kept], axis=1) if scores is None else scores[layer](read[kept])
+            values[i, kept] = found
+    return TokenMap(layers=tuple(layers), rows=rows, counts=counts, of_counts=whole, values=values)
+
+
+def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: Sequence[int]) -> dict[int, Score]:
+    """For every layer a logistic regression of two classes on what is stored per prompt; it gives the log-odds of the second class.
+
+    Parameters
+    ----------
+    view : View
+    variable : str
+        Per prompt, with layers.
+    rows : ndarray of int
+        Prompts to learn from; of more than 2,000 evenly spaced ones.
+    labels : ndarray, shape (len(rows),)
+        Of two classes.
+    layers : sequence of int
+    """
+    from threadpoolctl import threadpool_limits
+
+    if len(rows) > FITTED_PROMPTS:
+        kept = np.linspace(0, len(rows) - 1, FITTED_PROMPTS).astype(np.int64)
+        rows, labels = rows[kept], labels[kept]
+    fitted: dict[int, Score] = {}
+    with threadpool_limits(1):
+        for layer in layers:
+            values = np.asarray(read_values(view, "prompts", variable, rows, (layer,))[0], np.float32)
+            finite = np.isfinite(values).all(axis=1)
+            if len(np.unique(labels[finite])) == 2:
+                estimator = fit_in_place("logistic_regression", make_probe("logistic_regression"), values[finite], labels[finite])
+                fitted[layer] = score_of(estimator)
+    return fitted
+
+
+def score_of(estimator: Any) -> Score:
+    """What a fitted classifier of two classes says of rows: above 0 for the second class. Of a logistic regression its log-odds.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It gives neither scores nor probabilities.
+    """
+    if not hasattr(estimator, "decision_function") and not hasattr(estimator, "predict_proba"):
+        raise InvalidArgumentError(f"a {type(estimator).__name__} gives no scores: give a probe with a decision function or probabilities")
+
+    def score(values: Array) -> Array:
+        found = class_scores(estimator, values)
+        if found is None or hasattr(estimator, "decision_function"):
+            return np.full(len(values), np.nan) if found is None else np.asarray(found, float)
+        chance = np.clip(np.asarray(found, float), 1e-9, 1 - 1e-9)
+        return np.asarray(np.log(chance / (1 - chance)))
+
+    return score

@@ -1,0 +1,95 @@
+"""What a client of S3 or the web raises, as errors of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from lmprobe_zarr.errors import (
+    AccessDeniedError,
+    InvalidArgumentError,
+    ReadOnlyError,
+    StoreNotFoundError,
+    UnreachableError,
+)
+
+_EXPIRED: Final = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
+_UNKNOWN_KEY: Final = {"InvalidAccessKeyId", "InvalidClientTokenId", "SignatureDoesNotMatch"}
+_ELSEWHERE: Final = {"301", "307", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+_NO_CREDENTIALS: Final = {
+    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound", "ConfigNotFound", "TokenRetrievalError",
+    "UnauthorizedSSOTokenError", "SSOTokenLoadError", "InvalidConfigError",
+}  # fmt: skip
+_NETWORK: Final = {"ConnectionError", "TimeoutError", "ClientConnectionError", "HTTPClientError", "FSTimeoutError"}
+_CUT_SHORT: Final = {"ClientPayloadError", "IncompleteRead", "ResponseParserError", "ResponseStreamingError"}
+
+
+def response_code(error: BaseException) -> tuple[str, int]:
+    """Code and status of the answer that the error of a client of S3 or of the web stems from; nothing and 0 for other errors."""
+    for one in (error, error.__cause__):
+        if one is not None and "ClientResponseError" in {kind.__name__ for kind in type(one).__mro__}:
+            return "", int(getattr(one, "status", 0))
+        response = getattr(one, "response", None)
+        if isinstance(response, Mapping):
+            return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return "", 0
+
+
+def as_our_error(error: Exception, url: str, key: str, *, writing: bool, listing: bool) -> Exception | None:
+    """The error of ours that an error of a file system's client comes to; None where it is to be told as it is."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    code, status = response_code(error)
+    where = f"{url}/{key}" if key else url
+    if code == "NoSuchBucket":
+        return StoreNotFoundError(f"{url} names a bucket that is not there: check its name, and the endpoint")
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return None
+    if code in _EXPIRED:
+        return AccessDeniedError(f"{where} was refused ({code}): the token has expired or is not valid; fetch new credentials, open again")
+    if code in _UNKNOWN_KEY:
+        return AccessDeniedError(
+            f"{where} was refused ({code}): check key and secret, in storage_options= or, without it, the AWS_* variables and profile"
+        )
+    if code == "RequestTimeTooSkewed":
+        return AccessDeniedError(f"{where} was refused ({code}): set this machine's clock")
+    if code in _ELSEWHERE:
+        return UnreachableError(f"{where} was refused ({code}): check the bucket's region, storage_options={{'client_kwargs': …}}")
+    if names & _NO_CREDENTIALS:
+        return AccessDeniedError(
+            f"{url} needs credentials ({type(error).__name__}): give storage_options=, or set the AWS_* variables or a profile\n"
+            "a place that is open to everyone is opened with storage_options={'anon': True}"
+        )
+    if isinstance(error, PermissionError):
+        if writing:
+            return ReadOnlyError(f"{where} cannot be written: check permissions, or open with mode='r'")
+        if listing:
+            return AccessDeniedError(
+                f"{where} cannot be listed: ask for the permission to list it, or for a published copy, which needs none"
+            )
+        return AccessDeniedError(
+            f"{where} cannot be read: check the credentials, and what they allow (storage_options= gives others)"
+            + ("\nS3 answers so, too, for what is not there, to those who may not list" if status == 403 else "")
+        )
+    if status in (401, 403) and "ClientResponseError" in names:
+        return AccessDeniedError(
+            f"{where} cannot be read (status {status}): check the address, or give credentials, as in "
+            "storage_options={'client_kwargs': {'headers': {'Authorization': …}}}"
+        )
+    if code == "InvalidBucketName" or "ParamValidationError" in names:
+        return InvalidArgumentError(f"{url} is no possible place: check the name of the bucket")
+    if code == "SlowDown" or (status >= 500 and status != 501):
+        return UnreachableError(
+            f"{where} is overloaded or broken, again and again (status {status}{code and f', {code}'}): wait, and try again"
+        )
+    if names & _CUT_SHORT:
+        return UnreachableError(f"{where} came cut short, again and again ({type(error).__name__}): check the network, and try again")
+    if names & _NETWORK:
+        return UnreachableError(f"{url} does not answer ({type(error).__name__}): check the URL, the endpoint and the network")
+    return None
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be shown: without user and password, and without what signs an address of the web."""
+    shown = re.sub(r"(://)[^/@\s]+@", r"\1…@", url)
+    return re.sub(r"(https?://[^?\s]*)\?.*", r"\1?…", shown)

@@ -1,0 +1,298 @@
+"""TODO: lmprobe_zarr/storage/local.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from lmprobe_zarr.errors import (
+    AccessDeniedError,
+    InvalidArgumentError,
+    LmprobeZarrError,
+    NoSpaceError,
+    NotAStoreError,
+    ReadOnlyError,
+    UnreachableError,
+)
+from lmprobe_zarr.storage.base import Buffer, Entry, Storage, check_same
+
+__all__ = ["LocalStorage"]
+
+_TRIES: Final = 100  # of making a file in a folder that others remove while it is empty
+
+
+class LocalStorage(Storage):
+    """A folder of this machine.
+
+    Parameters
+    ----------
+    path : path
+        The folder; it need not exist.
+    """
+
+    is_local = True
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            # Not resolved: a link to a moved disk stays a link. Only made absolute, so that chdir does not move a store.
+            self.root = os.path.abspath(os.path.expanduser(os.fspath(path)))
+        except ValueError as error:
+            raise InvalidArgumentError(f"{path!r} cannot be a path: {error}") from error
+        if "\0" in self.root:
+            raise InvalidArgumentError(f"{path!r} cannot be a path: it holds a NUL")
+        self.url = self.root
+        self._buffers = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalStorage, (self.root,)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}" if key else self.root
+
+    def leads_out(self, key: str) -> bool:
+        real, root = os.path.realpath(self._path(key)), os.path.realpath(self.root)
+        return real != root and not real.startswith(f"{root.rstrip(os.sep)}{os.sep}")
+
+    def read(self, key: str) -> bytes:
+        descriptor = self._open(key)
+        try:
+            pieces = []
+            # As many bytes as there should be, until there are none: a file may be written to meanwhile.
+            while piece := os.read(descriptor, max(os.fstat(descriptor).st_size, 1)):
+                pieces.append(piece)
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, key: str) -> int:
+        path = self._path(key)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:
+            raise AccessDeniedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        except OSError as error:
+            if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:  # which says nothing of the file
+                raise UnreachableError(f"{path} cannot be opened now ({error.strerror}): close files, or raise `ulimit -n`") from error
+            raise
+
+    def read_view(self, key: str) -> Buffer:
+        descriptor = self._open(key)
+        try:
+            size = os.fstat(descriptor).st_size
+            buffer: bytearray = getattr(self._buffers, "buffer", bytearray())
+            if len(buffer) < size:
+                # A buffer kept per thread saves the page faults of a fresh allocation for every chunk.
+                buffer = self._buffers.buffer = bytearray(size + 4096)
+            view, filled = memoryview(buffer)[:size], 0
+            while filled < size:
+                count = os.preadv(descriptor, [view[filled:]], filled)
+                if not count:
+                    break
+                filled += count
+            return view[:filled]
+        finally:
+            os.close(descriptor)
+
+    def read_into(self, key: str, target: memoryview, tail: memoryview) -> int:
+        descriptor = self._open(key)
+        try:
+            expected = len(target) + len(tail)
+            # One byte more is asked for than there should be: no other call is needed to learn the length.
+            if os.preadv(descriptor, [target, tail, bytearray(1)], 0) == expected:
+                return expected
+            if os.fstat(descriptor).st_size != expected:
+                return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+        return super().read_into(key, target, tail)  # the system may give less than it was asked for
+
+    def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
+        path = self._path(key)
+        with self._writing(path):
+            self._write(path, data, durable)
+
+    def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
+        path = self._path(key)
+        folder, name = os.path.split(path)
+        staged = f"{folder}/.{name}.{secrets.token_hex(6)}.partial"
+        with self._writing(path):
+            try:
+                self._write(staged, data, durable)
+                if durable:
+                    _sync_folders(folder)
+                if replace:
+                    os.replace(staged, path)
+                elif not _link(staged, path):
+                    Path(staged).unlink()
+                    check_same(self, key, data)
+                    return
+            except BaseException:
+                Path(staged).unlink(missing_ok=True)
+                raise
+            if durable:
+                _sync_folder(folder)
+                _sync_folder(os.path.dirname(folder))
+            # xarray names the Dask arrays of xr.open_dataset by path and this time: without it, those of two moments would mix.
+            # Best effort: what stands here is committed, whatever becomes of this.
+            with suppress(OSError):
+                os.utime(self.root)
+
+    @staticmethod
+    def _write(path: str, data: Buffer | tuple[Buffer, ...], durable: bool) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        for attempt in range(_TRIES):
+            try:
+                descriptor = os.open(path, flags, 0o666)
+                break
+            except FileNotFoundError:
+                # Somebody who removes things may take the folder again, as long as it is empty; mkdir says FileExistsError where that
+                # happens between its own two steps (a file in the way has open() say NotADirectoryError).
+                if attempt == _TRIES - 1:
+                    raise
+                with suppress(FileNotFoundError, FileExistsError):
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            for piece in data if isinstance(data, tuple) else (data,):
+                view = memoryview(piece)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def _writing(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except LmprobeZarrError:
+            raise
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+                raise NoSpaceError(f"no space left for {path}: what was committed is whole; free some space and run again") from error
+            if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+                raise ReadOnlyError(f"{path} cannot be written ({error.strerror}): check permissions, or give another place") from error
+            if isinstance(error, (NotADirectoryError, FileExistsError)):
+                raise NotAStoreError(f"a file stands where {path} needs a folder: give another place for the store") from error
+            raise
+
+    def list(self, key: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self._path(key)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except PermissionError as error:
+            raise AccessDeniedError(f"{self._path(key)} cannot be listed ({error.strerror}): check its permissions") from error
+
+    def scan(self, key: str) -> dict[str, Entry]:
+        found = {}
+        try:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._path(key)) as entries:
+                for entry in entries:
+                    try:
+                        status = entry.stat()
+                    except OSError as error:
+                        if error.errno in {errno.ENOENT, errno.ELOOP}:  # gone since it was listed, or a link to nowhere
+                            continue
+                        raise
+                    found[entry.name] = Entry(stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime)
+        except PermissionError as error:
+            raise AccessDeniedError(f"{self._path(key)} cannot be listed ({error.strerror}): check its permissions") from error
+        return dict(sorted(found.items()))
+
+    def remove(self, keys: Iterable[str]) -> None:
+        folders: set[str] = set()
+        for key in keys:
+            path = self._path(key)
+            if (folder := os.path.dirname(path)) not in folders and self.leads_out(key.rpartition("/")[0]):
+                raise ReadOnlyError(f"{folder} is reached by a link that leads out of {self.root}: nothing is removed there")
+            # A folder where a file of ours should be is somebody else's.
+            with self._writing(path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                os.unlink(path)
+            folders.add(folder)
+        self._remove_empty(folders)
+
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        self._remove_empty({self._path(key) for key in keys if not self.leads_out(key)})
+
+    def _remove_empty(self, folders: set[str]) -> None:
+        # The deepest first, and then those above; what is not empty stays.
+        while folders:
+            folder = max(folders, key=len)
+            folders.remove(folder)
+            if len(folder) > len(self.root):
+                with suppress(OSError):
+                    os.rmdir(folder)
+                    folders.add(os.path.dirname(folder))
+
+    def touch(self, key: str) -> None:
+        path = self._path(key)
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            self.write(key, b"", durable=False)
+
+    def remove_tree(self, key: str) -> None:
+        path = Path(self._path(key))
+        with self._writing(str(path)):
+            if path.is_symlink():
+                path.unlink()
+            elif path.exists() and not self.leads_out(key):
+                shutil.rmtree(path)
+
+    def is_file(self, key: str) -> bool:
+        return os.path.isfile(self._path(key))
+
+    def free_bytes(self) -> int | None:
+        return shutil.disk_usage(self._existing()).free
+
+    def may_write(self) -> bool:
+        place = self._existing()
+        return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+    def _existing(self) -> Path:
+        """The root, or the nearest folder above it that exists."""
+        path = Path(self.root)
+        while not path.exists():
+            path = path.parent
+        return path
+
+
+def _link(staged: str, path: str) -> bool:
+    """Give a file its name unless there is one of that name; returns whether that was done."""
+    try:
+        os.link(staged, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}:
+            raise
+        # A file system without hard links.
+        if os.path.exists(path):
+            return False
+        os.replace(staged, path)
+        return True
+    os.unlink(staged)
+    return True
+
+
+def _sync_folder(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folders(path: str) -> None:
+    """Flush the names in a folder and in all below it."""
+    for folder, _, _ in os.walk(path):
+        _sync_folder(folder)

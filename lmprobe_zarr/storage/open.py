@@ -1,0 +1,82 @@
+"""TODO: lmprobe_zarr/storage/open.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+from lmprobe_zarr.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+)
+from lmprobe_zarr.storage.base import REMOTE_THREADS, Storage
+from lmprobe_zarr.storage.client_errors import without_secrets
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.storage.memory import MemoryStorage
+from lmprobe_zarr.storage.remote import FsspecStorage
+from lmprobe_zarr.storage.s3 import S3Storage
+
+__all__ = ["open_storage"]
+
+
+def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Storage:
+    """The place behind a path or URL. Writes nothing and sends nothing.
+
+    Parameters
+    ----------
+    url : str or path
+        A folder, or any URL that fsspec knows (``memory://…``, ``s3://…``, ``https://…``, chained ones too).
+    storage_options : mapping, optional
+        Passed to the fsspec file system.
+
+    Raises
+    ------
+    InvalidTypeError
+        `url` is neither text nor path.
+    InvalidArgumentError
+        fsspec does not know the protocol, or a path is not possible.
+    """
+    if isinstance(url, Storage):
+        return url
+    if not isinstance(url, (str, os.PathLike)):
+        raise InvalidTypeError(f"a store is opened by a path or a URL, not by {type(url).__name__}")
+    place = os.fspath(url)
+    if not place:
+        raise InvalidArgumentError("the path of the store is empty: give a folder or a URL")
+    for protocol in ("file://", "local://"):
+        place = place.removeprefix(protocol)
+    if "://" not in place and "::" not in place:
+        if storage_options:
+            raise InvalidArgumentError(f"storage_options are for URLs, and {place!r} is a local path: leave them out")
+        return LocalStorage(place)
+    try:
+        filesystem, root = fsspec.core.url_to_fs(place, **_with_defaults(place, storage_options or {}))
+    except (ValueError, ImportError, TypeError, OSError) as error:
+        raise InvalidArgumentError(f"{place.split('://')[0]}:// cannot be opened: {without_secrets(str(error))}") from error
+    # By its class: file systems that cache others pass on every attribute of theirs.
+    kind = type(filesystem)
+    if hasattr(kind, "call_s3"):
+        return S3Storage(filesystem, root, place)
+    return (MemoryStorage if issubclass(kind, MemoryFileSystem) else FsspecStorage)(filesystem, root, place)
+
+
+def _with_defaults(place: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller says, and for S3 what it takes to read in few requests, many at a time, where the caller does not say otherwise."""
+    before, _, last = place.rpartition("::")
+    protocol = last.split("://")[0]
+    if protocol not in ("s3", "s3a"):
+        return dict(options)
+    given = dict(options.get(protocol, {})) if before else dict(options)
+    # s3fs asks for the size of a file before it reads it, unless it is to read one range at a time: a chunk is one range.
+    # What it remembers of folders others make untrue; and its own retries multiply with botocore's.
+    filled = {"max_concurrency": 1, "use_listings_cache": False, **given}
+    filled["config_kwargs"] = {
+        "max_pool_connections": REMOTE_THREADS,
+        "retries": {"mode": "standard", "total_max_attempts": 3},
+        **(given.get("config_kwargs") or {}),
+    }
+    return {**options, protocol: filled} if before else filled

@@ -1,0 +1,212 @@
+"""TODO: lmprobe_zarr/storage/remote.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import partial
+from typing import Any, Final
+
+from lmprobe_zarr.errors import (
+    AccessDeniedError,
+    LmprobeZarrError,
+    StoreNotFoundError,
+)
+from lmprobe_zarr.storage.base import REMOTE_THREADS, Buffer, Entry, Storage, check_same
+from lmprobe_zarr.storage.client_errors import as_our_error, response_code, without_secrets
+
+__all__ = ["FsspecStorage"]
+
+
+class FsspecStorage(Storage):
+    """A prefix of any fsspec file system.
+
+    Parameters
+    ----------
+    filesystem : fsspec.AbstractFileSystem
+        The file system; it alone knows credentials.
+    root : str
+        The prefix in it, without protocol.
+    url : str
+        How it was named; shown in messages, without what may be a secret.
+    """
+
+    is_local = False
+
+    def __init__(self, filesystem: Any, root: str, url: str) -> None:
+        self.filesystem = filesystem
+        self.root = root.rstrip("/")
+        self.url = without_secrets(url).rstrip("/")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.filesystem, self.root, self.url)
+
+    def _path(self, key: str) -> str:
+        return f"{self.root}/{key}" if key else self.root
+
+    @contextmanager
+    def talking(self, key: str, *, writing: bool = False, listing: bool = False) -> Iterator[None]:
+        """Errors of the place as ours; that there is no such file is told as it is."""
+        try:
+            yield
+        except LmprobeZarrError:
+            raise
+        except Exception as error:
+            told = as_our_error(error, self.url, key, writing=writing, listing=listing)
+            if told is None:
+                raise
+            if isinstance(told, AccessDeniedError):
+                # fsspec would hand out this very client again, which has looked for credentials already and does not look again.
+                self.filesystem.clear_instance_cache()
+            raise told from error
+
+    def read(self, key: str) -> bytes:
+        with self.talking(key):
+            data: bytes = self.filesystem.cat_file(self._path(key))
+            return data
+
+    def read_view(self, key: str) -> Buffer:
+        return self.read(key)
+
+    def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
+        with self.talking(key, writing=True):
+            self.filesystem.pipe_file(self._path(key), b"".join(data) if isinstance(data, tuple) else bytes(data))
+
+    def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
+        if replace or not self._create(key, data):
+            self.write(key, data, durable=durable)
+
+    def _create(self, key: str, data: Buffer) -> bool:
+        """Make a file on condition that there is none; False where the place knows no such condition and there is none."""
+        for attempt in range(_CONFLICTS):
+            try:
+                with self.talking(key, writing=True):
+                    self.filesystem.pipe_file(self._path(key), bytes(data), mode="create")
+                return True
+            except FileExistsError:
+                break
+            except (NotImplementedError, ValueError, TypeError):  # no such mode there
+                return self._looked(key, data)
+            except OSError as error:
+                code, status = response_code(error)
+                if status == 409:  # another put on condition is under way
+                    time.sleep(0.1 * 2**attempt)
+                    continue
+                if status == 501 or code == "NotImplemented":
+                    return self._looked(key, data)
+                if status != 412:
+                    raise
+                break
+        check_same(self, key, data)
+        return True
+
+    def _looked(self, key: str, data: Buffer) -> bool:
+        there = self.is_file(key)
+        if there:
+            check_same(self, key, data)
+        return there
+
+    def list(self, key: str) -> list[str]:
+        return list(self.scan(key))
+
+    def scan(self, key: str) -> dict[str, Entry]:
+        path = self._path(key)
+        self.filesystem.invalidate_cache(path)
+        try:
+            with self.talking(key, listing=True):
+                entries = self.filesystem.ls(path, detail=True)
+        except StoreNotFoundError:
+            raise
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        found = {}
+        for entry in entries:
+            name = str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
+            if name and str(entry["name"]).rstrip("/") != path.rstrip("/"):
+                found[name] = Entry(entry["type"] == "file", int(entry.get("size") or 0), modified_at(entry))
+        return dict(sorted(found.items()))
+
+    def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
+        if not self.url.startswith(("http://", "https://")):
+            return super().sizes(key, names)
+        # Web servers list nothing: each is asked for its size.
+        listed = list(names)
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool:
+            return {name: size for name, size in zip(listed, pool.map(partial(self._size, key), listed), strict=True) if size is not None}
+
+    def _size(self, key: str, name: str) -> int | None:
+        try:
+            with self.talking(f"{key}/{name}"):
+                size = self.filesystem.info(self._path(f"{key}/{name}")).get("size")
+                # A server need not tell it ahead; then the file itself does.
+                return len(self.filesystem.cat_file(self._path(f"{key}/{name}"))) if size is None else int(size)
+        except FileNotFoundError:
+            return None
+
+    def remove(self, keys: Iterable[str]) -> None:
+        paths = [self._path(key) for key in keys]
+        if not paths:
+            return
+        with self.talking("", writing=True):
+            try:
+                self.filesystem.rm(paths)
+            except FileNotFoundError:
+                for path in paths:
+                    with suppress(FileNotFoundError):
+                        self.filesystem.rm_file(path)
+
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        for key in sorted(keys, key=len, reverse=True):
+            self._remove_empty(self._path(key))
+
+    def _remove_empty(self, folder: str) -> None:
+        while len(folder) > len(self.root):
+            try:
+                if self.filesystem.ls(folder):
+                    return
+                self.filesystem.rmdir(folder)
+            except OSError:
+                return
+            folder = folder.rpartition("/")[0]
+
+    def touch(self, key: str) -> None:
+        self.write(key, b"", durable=False)
+
+    def remove_tree(self, key: str) -> None:
+        with self.talking(key, writing=True):
+            try:
+                self.filesystem.rm(self._path(key), recursive=True)
+            except FileNotFoundError:
+                return
+
+    def is_file(self, key: str) -> bool:
+        # Not isfile(), which takes every error for a no.
+        path = self._path(key)
+        self.filesystem.invalidate_cache(path)
+        try:
+            with self.talking(key):
+                return bool(self.filesystem.info(path)["type"] == "file")
+        except StoreNotFoundError:
+            raise
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
+_CONFLICTS: Final = 6  # tries of a put on condition while others try the same
+
+
+def modified_at(entry: Mapping[str, Any]) -> float | None:
+    """When a file was last written, however its file system calls that."""
+    for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        value: Any = entry.get(name)
+        if isinstance(value, (int, float)):
+            return float(value)
+        if hasattr(value, "timestamp"):
+            return float(value.timestamp())
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return datetime.fromisoformat(value).timestamp()
+    return None

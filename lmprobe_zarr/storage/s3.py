@@ -1,0 +1,102 @@
+"""TODO: lmprobe_zarr/storage/s3.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from lmprobe_zarr.errors import (
+    ReadOnlyError,
+    StoreNotFoundError,
+)
+from lmprobe_zarr.storage.base import Entry
+from lmprobe_zarr.storage.remote import FsspecStorage, modified_at
+
+__all__ = ["S3Storage"]
+
+
+class S3Storage(FsspecStorage):
+    """A prefix of a bucket, in one request where fsspec's own verbs take several.
+
+    Those ask for a file's size before they read it, list a folder to learn that a file is none, list the folder above to learn that one is
+    empty, and do not tell which objects could not be deleted.
+    """
+
+    def _object(self, key: str) -> dict[str, str]:
+        bucket, name, _ = self.filesystem.split_path(self._path(key))
+        return {"Bucket": bucket, "Key": name}
+
+    def is_file(self, key: str) -> bool:
+        where = self._object(key)
+        if not where["Key"]:
+            return False
+        try:
+            with self.talking(key):
+                self.filesystem.call_s3("head_object", **where)
+        except StoreNotFoundError:
+            raise
+        except FileNotFoundError:
+            return False
+        return True
+
+    def scan(self, key: str) -> dict[str, Entry]:
+        bucket, prefix = self._folder(key)
+        found = {}
+        for page in self._pages(key, Bucket=bucket, Prefix=prefix, Delimiter="/"):
+            for folder in page.get("CommonPrefixes", ()):
+                found[folder["Prefix"].rstrip("/").rsplit("/", 1)[-1]] = Entry(False, 0, None)
+            for entry in page.get("Contents", ()):
+                # Some servers, and people who make folders by hand, leave an empty object of the folder's own name.
+                if name := entry["Key"].removeprefix(prefix):
+                    found[name] = Entry(True, int(entry["Size"]), modified_at(entry))
+        return dict(sorted(found.items()))
+
+    def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
+        wanted = set(names)
+        bucket, prefix = self._folder(key)
+        pages = self._pages(key, Bucket=bucket, Prefix=prefix)  # all that lies below, whatever folders it is in
+        found = {entry["Key"].removeprefix(prefix): int(entry["Size"]) for page in pages for entry in page.get("Contents", ())}
+        return {name: size for name, size in found.items() if name in wanted}
+
+    def _folder(self, key: str) -> tuple[str, str]:
+        where = self._object(key)
+        return where["Bucket"], f"{where['Key']}/" if where["Key"] else ""
+
+    def _pages(self, key: str, **request: str) -> Iterator[dict[str, Any]]:
+        while True:
+            with self.talking(key, listing=True):
+                page = self.filesystem.call_s3("list_objects_v2", **request)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            request["ContinuationToken"] = page["NextContinuationToken"]
+
+    def remove(self, keys: Iterable[str]) -> None:
+        self._delete([self._object(key) for key in keys])
+
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        # Some servers keep folders and go on to list the empty ones, but remove them at a deletion of their name. It is a slash at the
+        # end that makes it one: where there are no folders, it is the name of nothing.
+        folders = [self._folder(key) for key in sorted(keys, key=len, reverse=True)]
+        self._delete([{"Bucket": bucket, "Key": name} for bucket, name in folders if name])
+
+    def remove_tree(self, key: str) -> None:
+        bucket, prefix = self._folder(key)
+        pages = self._pages(key, Bucket=bucket, Prefix=prefix)
+        self._delete([{"Bucket": bucket, "Key": entry["Key"]} for page in pages for entry in page.get("Contents", ())])
+
+    def _delete(self, objects: list[dict[str, str]]) -> None:
+        for start in range(0, len(objects), _DELETED_AT_ONCE):
+            some = objects[start : start + _DELETED_AT_ONCE]
+            request = {"Objects": [{"Key": one["Key"]} for one in some], "Quiet": True}
+            with self.talking("", writing=True):
+                answer = self.filesystem.call_s3("delete_objects", Bucket=some[0]["Bucket"], Delete=request)
+            # The request as a whole succeeds even where none of it was allowed.
+            for failed in answer.get("Errors", ()):
+                if failed.get("Code") not in _NOT_THERE:
+                    what = f"{self.url} cannot be cleared of {failed.get('Key')!r} ({failed.get('Code')})"
+                    raise ReadOnlyError(f"{what}: check that these credentials may delete")
+
+
+_DELETED_AT_ONCE: Final = 1000  # objects, the most that S3 takes
+_NOT_THERE: Final = {"NoSuchKey", "NoSuchVersion"}

@@ -1,0 +1,53 @@
+"""Many reads or writes at a time, one pool per process."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+
+from lmprobe_zarr.storage.base import REMOTE_THREADS
+
+__all__ = ["run_all"]
+
+
+def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
+    """Run jobs on this thread and the package's own, and wait for all; after an error no more are begun, and the first is raised."""
+    todo = deque(jobs)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        # One task per thread, not per job: thousands of small chunks would pay for each.
+        while not errors:
+            try:
+                job = todo.popleft()
+            except IndexError:
+                return
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001 — raised below, on the caller's thread
+                errors.append(error)
+
+    others = min(len(todo), _threads(local)) - 1
+    futures = [_pool(os.getpid(), local).submit(work) for _ in range(others)]
+    work()
+    # Those that found no free thread have nothing left to do.
+    wait([future for future in futures if not future.cancel()])
+    if errors:
+        raise errors[0]
+
+
+@functools.cache
+def _pool(pid: int, local: bool) -> ThreadPoolExecutor:  # noqa: ARG001 — threads do not survive a fork: one pool per process
+    return ThreadPoolExecutor(_threads(local), thread_name_prefix="lmprobe-zarr")
+
+
+def _threads(local: bool) -> int:
+    return max(2, _cores()) if local else REMOTE_THREADS
+
+
+@functools.cache
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

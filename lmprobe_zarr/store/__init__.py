@@ -1,0 +1,30 @@
+"""The store: opening one, reading it as xarray datasets, writing activations into it.
+
+Inner rooms, from the bottom up: ``format`` (names and bytes), ``parts`` (one part and the union of many), ``upkeep`` (what leaves a store,
+is merged, repaired or copied). Never models, probes or plots.
+"""
+
+from lmprobe_zarr.store.activations import write_activations
+from lmprobe_zarr.store.choice import ambiguous
+from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view
+from lmprobe_zarr.store.datasets import choose_held_layers, to_dataset
+from lmprobe_zarr.store.ingest import PART_BYTES, PART_SECONDS, Ingest
+from lmprobe_zarr.store.roots import Mode
+from lmprobe_zarr.store.store import Place, Store, open_store
+
+__all__ = [
+    "PART_BYTES",
+    "PART_SECONDS",
+    "GroupContents",
+    "HeldArray",
+    "Ingest",
+    "Mode",
+    "Place",
+    "Store",
+    "ambiguous",
+    "choose_held_layers",
+    "describe_view",
+    "open_store",
+    "to_dataset",
+    "write_activations",
+]

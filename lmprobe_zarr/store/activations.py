@@ -1,0 +1,217 @@
+"""The caller's own activations to a `TokenBatch`, written as one part. Knows neither models nor files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lmprobe_zarr.batch import LAYERED_SITES, SITES, TokenBatch, prompt_sha256, split_variable
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.store.format import GroupInfo, Provenance, validate_column_names
+from lmprobe_zarr.store.parts import as_column
+from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.typing import Array
+
+__all__ = ["write_activations"]
+
+
+def write_activations(
+    store: Place,
+    *,
+    model: str,
+    prompts: Sequence[str | Sequence[int]],
+    activations: Mapping[str, Any] | None = None,
+    pooled: Mapping[str, Any] | None = None,
+    token_ids: Sequence[Sequence[int]] | None = None,
+    coords: Mapping[str, Sequence[Any] | Array] | None = None,
+    provenance: Provenance | None = None,
+    num_layers: int | None = None,
+    store_text: bool = True,
+) -> str:
+    """Store activations that you already have, as one part, visible as a whole or not at all.
+
+    Parameters
+    ----------
+    store : Store, path or URL, or a sequence of these
+        Where to.
+    model : str
+        Name of the model.
+    prompts : sequence of str or of token ids, no prompt twice
+        What the activations belong to, in the order of every array below.
+    activations : mapping of str to mapping of int to list of array, optional
+        Site (``resid``, ``attn``, ``mlp``) to ``{layer: [array(token, hidden), …]}``, one array per prompt, without padding;
+        ``embed`` to the list itself, as it has no layers.
+    pooled : mapping of str to mapping of int to array, optional
+        ``<site>_<pooling>`` to ``{layer: array(prompt, hidden)}``; ``embed_<pooling>`` to the array itself.
+    token_ids : sequence of sequence of int, optional
+        Token ids of each prompt.
+    coords : mapping of str to sequence, optional
+        Columns of one value per prompt: numbers, truth values or texts.
+    provenance : mapping, optional
+        How they came about. Other provenance is another group; nothing given is a group of its own.
+    num_layers : int, optional
+        Blocks of the model, where known.
+    store_text : bool
+        False leaves the texts out; prompts are then found by text or hash, but no longer read back.
+
+    Returns
+    -------
+    str
+        Name of the group, for ``group=``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Shapes, layers or columns that do not fit together; nothing is written.
+    PromptCollisionError, ReadOnlyError, NoSpaceError
+        Nothing becomes visible.
+
+    Notes
+    -----
+    Arrays may be numpy arrays or torch tensors. bfloat16 is kept exactly, as float32 with ``stored_dtype="bfloat16"``.
+    All variables of one call hold the same layers; write others in a second call.
+    """
+    store = store if isinstance(store, Store) else open_store(store)
+    store.check_writable()
+    if isinstance(prompts, str):
+        raise InvalidTypeError("prompts is one text: give a list of texts")
+    prompts = list(prompts)
+    for what, given in (("activations", activations), ("pooled", pooled)):
+        if given is not None and not isinstance(given, Mapping):
+            raise InvalidTypeError(f"{what} is a {type(given).__name__}: give {{variable: …}}")
+    if not activations and not pooled:
+        raise InvalidArgumentError("there is nothing to store: give activations=, pooled=, or both")
+    tokens, counts, layers_of, dtypes = _read_tokens(activations or {}, len(prompts))
+    per_prompt: dict[str, Array] = {}
+    for name, values in (pooled or {}).items():
+        _check_name(name, pooling=True)
+        per_prompt[name], layers_of[name], dtypes[name] = _read_pooled(name, values)
+    layered = {name: layers for name, layers in layers_of.items() if layers is not None}
+    if len(set(layered.values())) > 1:
+        raise InvalidArgumentError(f"the variables hold different layers ({layered}): write each set of layers in a call of its own")
+    hidden = {a.shape[-1] for a in (*tokens.values(), *per_prompt.values())}
+    if len(hidden) > 1:
+        raise InvalidArgumentError(f"the variables differ in hidden size ({sorted(hidden)}): one model has one")
+    layers = next(iter(layered.values()), ())
+    lengths = _lengths(token_ids, counts, len(prompts))
+    if num_layers is not None and layers and layers[-1] >= num_layers:
+        raise InvalidArgumentError(f"layer {layers[-1]} was given for a model of num_layers={num_layers}")
+    validate_column_names(coords or {})
+    columns = {name: as_column(name, values) for name, values in (coords or {}).items()}
+    texts = [p if isinstance(p, str) else "" for p in prompts] if store_text and any(isinstance(p, str) for p in prompts) else None
+    batch = TokenBatch(
+        sha256=[prompt_sha256(p) for p in prompts],
+        text=texts,
+        n_tokens=counts,
+        prompt_length=counts if counts is not None else lengths,
+        layers=layers,
+        tokens=tokens,
+        token_columns={}
+        if token_ids is None or counts is None
+        else {"token_id": np.concatenate([np.asarray(i, np.int64) for i in token_ids])},
+        prompts=per_prompt,
+        prompt_columns=columns,
+        unlayered=frozenset(name for name, held in layers_of.items() if held is None),
+        stored_dtype={name: dtype for name, dtype in dtypes.items() if dtype == "bfloat16"},
+    )
+    info = GroupInfo(model=model, provenance=provenance or {}, num_layers=num_layers, hidden_size=int(hidden.pop()))
+    store.write(info, batch)
+    return info.name
+
+
+def _check_name(name: str, *, pooling: bool) -> None:
+    site, how = split_variable(name)
+    if site not in SITES or (how is not None) != pooling:
+        wanted = "<site>_<pooling>, such as resid_last_token" if pooling else f"one of {', '.join(SITES)}"
+        raise InvalidArgumentError(f"{name!r} is no {'pooled variable' if pooling else 'site'}: use {wanted}")
+
+
+def _lengths(token_ids: Sequence[Sequence[int]] | None, counts: Array | None, n_prompts: int) -> Array | None:
+    """Token ids per prompt, checked against the tokens that were given."""
+    if token_ids is None:
+        return None
+    lengths = np.array([len(ids) for ids in token_ids], np.int64)
+    if len(lengths) != n_prompts:
+        raise InvalidArgumentError(f"token_ids has {len(lengths)} lists for {n_prompts} prompts: give one per prompt")
+    if counts is not None and (lengths != counts).any():
+        i = int(np.argmax(lengths != counts))
+        raise InvalidArgumentError(f"token_ids has {lengths[i]} ids for prompt number {i}, which has {counts[i]} tokens")
+    return lengths
+
+
+def _read_tokens(
+    activations: Mapping[str, Any], n_prompts: int
+) -> tuple[dict[str, Array], Array | None, dict[str, tuple[int, ...] | None], dict[str, str]]:
+    tokens: dict[str, Array] = {}
+    layers_of: dict[str, tuple[int, ...] | None] = {}
+    dtypes: dict[str, str] = {}
+    counts: Array | None = None
+    for name, values in activations.items():
+        _check_name(name, pooling=False)
+        unlayered = name not in LAYERED_SITES
+        by_layer = {0: values} if unlayered else _by_layer(name, values)
+        stacked = []
+        for layer, arrays in by_layer.items():
+            read = [as_array(a) for a in arrays]
+            if len(read) != n_prompts:
+                raise InvalidArgumentError(f"{name!r} layer {layer} has {len(read)} arrays for {n_prompts} prompts: give one per prompt")
+            bad = [i for i, (a, _) in enumerate(read) if a.ndim != 2]
+            if bad:
+                raise InvalidArgumentError(
+                    f"{name!r} layer {layer}, prompt number {bad[0]} has shape {read[bad[0]][0].shape}: give (token, hidden)"
+                )
+            rows = np.array([len(a) for a, _ in read], np.int64)
+            if counts is None:
+                counts = rows
+            elif (rows != counts).any():
+                i = int(np.argmax(rows != counts))
+                raise InvalidArgumentError(f"{name!r} layer {layer} has {rows[i]} tokens for prompt number {i}, {counts[i]} elsewhere")
+            if len({a.shape[1] for a, _ in read}) > 1:
+                raise InvalidArgumentError(f"{name!r} layer {layer} has several hidden sizes: {sorted({a.shape[1] for a, _ in read})}")
+            stacked.append(np.concatenate([a for a, _ in read]))
+            dtypes[name] = read[0][1]
+        _check_alike(name, stacked)
+        tokens[name] = stacked[0] if unlayered else np.stack(stacked)
+        layers_of[name] = None if unlayered else tuple(by_layer)
+    return tokens, counts, layers_of, dtypes
+
+
+def _read_pooled(name: str, values: Any) -> tuple[Array, tuple[int, ...] | None, str]:
+    if split_variable(name)[0] not in LAYERED_SITES:
+        array, dtype = as_array(values)
+        _check_alike(name, [array])
+        return array, None, dtype
+    by_layer = {layer: as_array(v) for layer, v in _by_layer(name, values).items()}
+    arrays = [array for array, _ in by_layer.values()]
+    _check_alike(name, arrays)
+    return np.stack(arrays), tuple(by_layer), next(iter(by_layer.values()))[1]
+
+
+def _by_layer(name: str, values: Any) -> dict[int, Any]:
+    if not isinstance(values, Mapping) or not values or not all(isinstance(k, (int, np.integer)) and 0 <= k < 2**31 for k in values):
+        raise InvalidArgumentError(f"{name!r} has layers: give {{layer: …}} with layer numbers from 0")
+    return {int(layer): values[layer] for layer in sorted(values)}
+
+
+def _check_alike(name: str, arrays: Sequence[Array]) -> None:
+    kinds = {(a.shape, a.dtype.name) for a in arrays}
+    if len(kinds) > 1:
+        raise InvalidArgumentError(f"the layers of {name!r} differ in shape (rows, hidden size) or dtype: {sorted(kinds)}")
+    if arrays[0].ndim != 2:
+        raise InvalidArgumentError(f"{name!r} has shape {arrays[0].shape}: give (rows, hidden)")
+
+
+def as_array(values: Any) -> tuple[Array, str]:
+    """An array or tensor as numpy, and the dtype it had; bfloat16 widened to float32, which holds it exactly."""
+    if hasattr(values, "detach"):  # a torch tensor, without importing torch
+        values = values.detach().cpu()
+        name = str(values.dtype).removeprefix("torch.")
+        return np.asarray((values.float() if name == "bfloat16" else values).numpy()), name
+    array = np.asarray(values)
+    if array.dtype.name == "bfloat16":
+        return array.astype(np.float32), "bfloat16"
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise InvalidArgumentError(f"activations have dtype {array.dtype}: use float16, bfloat16, float32 or float64")
+    return array, array.dtype.name

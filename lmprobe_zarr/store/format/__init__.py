@@ -1,0 +1,67 @@
+"""Every name and byte of the on-disk format: documents, part names, chunks.
+
+Pure functions and records. Never reads or writes a file.
+"""
+
+from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
+from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
+from lmprobe_zarr.store.format.chunk import CRC, TEXT_BYTES, encode_chunk, file_entry, is_intact
+from lmprobe_zarr.store.format.group import GroupInfo, Provenance, parse_group
+from lmprobe_zarr.store.format.names import (
+    ANNOTATIONS,
+    FORMAT,
+    GROUP_NAME,
+    LEVELS,
+    PROMPT_COLUMNS,
+    SAMPLE_DIM,
+    STAMPS,
+    TOKEN_COLUMNS,
+    Level,
+    validate_column_names,
+)
+from lmprobe_zarr.store.format.part import PartInfo, level_document, parse_part, parse_part_group, part_document
+from lmprobe_zarr.store.format.part_names import PART_NAME, new_part_name, part_milliseconds, replacement_name
+from lmprobe_zarr.store.format.published import PUBLISHED_MARK, published_document
+from lmprobe_zarr.store.format.root import Published, is_root_document, parse_root, root_document
+
+__all__ = [
+    "ANNOTATIONS",
+    "CRC",
+    "FORMAT",
+    "GROUP_NAME",
+    "LEVELS",
+    "PART_NAME",
+    "PROMPT_COLUMNS",
+    "PUBLISHED_MARK",
+    "SAMPLE_DIM",
+    "STAMPS",
+    "TEXT_BYTES",
+    "TOKEN_COLUMNS",
+    "ArrayInfo",
+    "GroupInfo",
+    "Level",
+    "PartInfo",
+    "Provenance",
+    "Published",
+    "array_dims",
+    "check_frame",
+    "decode_range",
+    "encode_chunk",
+    "file_entry",
+    "is_intact",
+    "is_root_document",
+    "is_variable",
+    "level_document",
+    "new_part_name",
+    "parse_array",
+    "parse_group",
+    "parse_part",
+    "parse_part_group",
+    "parse_root",
+    "part_document",
+    "part_milliseconds",
+    "published_document",
+    "replacement_name",
+    "root_document",
+    "validate_column_names",
+]

@@ -1,0 +1,185 @@
+"""TODO: lmprobe_zarr/store/format/array.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from lmprobe_zarr.batch import INNER_DIMS, SCALARS
+from lmprobe_zarr.store.format.names import SAMPLE_DIM, Json, Level
+
+__all__ = ["ArrayInfo", "array_dims", "is_variable"]
+_DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
+_BLOSC_LIMIT: Final = 2**31 - 17
+
+
+def array_dims(variable: str, level: Level, ndim: int, layered: bool) -> tuple[str, ...]:
+    """Dimension names of an activation variable."""
+    head = (("layer",) if layered else ()) + (SAMPLE_DIM[level],)
+    tail = ndim - len(head)
+    return head + ((INNER_DIMS.get(variable, "hidden"),) if tail == 1 else tuple(f"{variable}_dim{i}" for i in range(tail)))
+
+
+def is_variable(name: str, info: ArrayInfo) -> bool:
+    """Whether an array of a part holds activations, or what a model says, and not a column that describes prompts or tokens."""
+    return len(info.dims) > 1 or name in SCALARS
+
+
+# --------------------------------------------------------------------------------------------------------------- array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayInfo:
+    """One zarr array of a part: shape, chunks, dtype, and which of our codec chains its chunks went through.
+
+    Parameters
+    ----------
+    dims : tuple of str
+        Dimension names.
+    shape, chunks : tuple of int
+        Only the sample dimension is ever cut into chunks of more than one; along ``layer`` a chunk holds one.
+    dtype : str
+        ``float16 float32 float64 int8 int16 int32 int64 bool string``.
+    shuffle : {None, "noshuffle", "shuffle", "bitshuffle"}
+        Blosc's filter before lz4 (zstd for strings); None for chunks that are not compressed.
+    attributes : mapping
+        ``stored_dtype`` and the CF ragged-array attributes.
+    """
+
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    shuffle: str | None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layered(self) -> bool:
+        """Whether the first dimension is ``layer``."""
+        return len(self.dims) > 1 and self.dims[0] == "layer"
+
+    @property
+    def sample_axis(self) -> int:
+        """Axis of the sample dimension."""
+        return int(self.layered)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row: of what one prompt or token holds in one layer."""
+        return self.shape[self.sample_axis + 1 :]
+
+    @property
+    def rows_per_chunk(self) -> int:
+        """Rows of the sample dimension in one chunk."""
+        return self.chunks[self.sample_axis]
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one decoded chunk; 0 for strings, whose length is not fixed."""
+        return 0 if self.dtype == "string" else math.prod(self.chunks) * np.dtype(self.dtype).itemsize
+
+    def chunk_key(self, layer: int, block: int) -> str:
+        """Key of a chunk, relative to the array: `layer` and `block` count stored layers and chunks of rows."""
+        head = (layer, block) if self.layered else (block,)
+        return ".".join(["c", *map(str, head), *("0" for _ in self.row_shape)])
+
+    @property
+    def n_blocks(self) -> int:
+        """Chunks along the sample dimension."""
+        return -(-self.shape[self.sample_axis] // self.rows_per_chunk)
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks in all."""
+        return self.n_blocks * (self.shape[0] if self.layered else 1)
+
+    def chunk_keys(self) -> list[str]:
+        """Keys of all chunks."""
+        layers, blocks = self.shape[0] if self.layered else 1, self.n_blocks
+        return [self.chunk_key(layer, block) for layer in range(layers) for block in range(blocks)]
+
+    @property
+    def codecs(self) -> list[Json]:
+        """The codec chain, as the array's document names it."""
+        text = self.dtype == "string"
+        itemsize = 1 if text else np.dtype(self.dtype).itemsize
+        codecs: list[Json]
+        if text:
+            codecs = [{"name": "vlen-utf8"}]
+        elif itemsize == 1:
+            codecs = [{"name": "bytes"}]
+        else:
+            codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        if self.shuffle is not None:
+            blosc = {"typesize": itemsize, "cname": "zstd" if text else "lz4", "clevel": 5, "shuffle": self.shuffle, "blocksize": 0}
+            codecs.append({"name": "blosc", "configuration": blosc})
+        codecs.append({"name": "crc32c"})
+        return codecs
+
+    def to_document(self) -> Json:
+        """The array's ``zarr.json``, as the Zarr v3 core specification has it."""
+        kind = "string" if self.dtype == "string" else np.dtype(self.dtype).kind
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunks)}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": {"string": "", "f": "NaN", "b": False}.get(kind, -1),
+            "codecs": self.codecs,
+            "attributes": dict(self.attributes),
+            "dimension_names": list(self.dims),
+            "storage_transformers": [],
+        }
+
+
+def parse_array(document: object) -> ArrayInfo:
+    """The record of an array's document.
+
+    Only what `ArrayInfo.to_document` writes is accepted, so nothing that a document says can make a reader run an
+    unknown codec or allocate more than a chunk of at most 2 GiB.
+
+    Raises
+    ------
+    ValueError
+        Anything else; the caller adds which part and variable it was.
+    """
+    if not isinstance(document, dict):
+        raise ValueError(f"an array document is an object, not {type(document).__name__}")
+    shape, chunks = (lengths_of(document["shape"]), lengths_of(document["chunk_grid"]["configuration"]["chunk_shape"]))
+    dtype, dims, codecs = document["data_type"], document["dimension_names"], document["codecs"]
+    if dtype not in _DTYPES:
+        raise ValueError(f"data type {dtype!r}")
+    if not (len(dims) == len(shape) == len(chunks)) or not shape or not all(isinstance(d, str) for d in dims):
+        raise ValueError("dimensions, shape and chunks differ in number")
+    blosc = [c["configuration"]["shuffle"] for c in codecs if c["name"] == "blosc"]
+    info = ArrayInfo(
+        dims=tuple(dims),
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        shuffle=blosc[0] if blosc else None,
+        attributes=dict(document["attributes"]),
+    )
+    if not isinstance(info.attributes.get("stored_dtype", ""), str):
+        raise ValueError("stored_dtype is no text")
+    if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.codecs:
+        raise ValueError(f"codecs {[c.get('name') for c in codecs]}")
+    if document["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
+        raise ValueError("chunk key encoding")
+    if info.layered and chunks[0] != 1:
+        raise ValueError("a chunk over several layers")
+    if info.row_shape != chunks[info.sample_axis + 1 :] or min(chunks) < 1 or info.chunk_nbytes > _BLOSC_LIMIT:
+        raise ValueError(f"chunks {chunks} of shape {shape}")
+    return info
+
+
+def lengths_of(values: object) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**53 for v in values):
+        raise ValueError(f"lengths {values!r}")
+    return tuple(values)

@@ -1,0 +1,68 @@
+"""Every name of the format, and its documents as frozen records: root, group, part and array.
+
+A record is made from a document by ``parse_…`` (which raises) and turned into one by ``to_…``. No I/O and no arrays of
+activations here; what the bytes of a chunk mean is in `chunks`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, Literal, TypeAlias
+
+from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, split_variable
+from lmprobe_zarr.errors import InvalidArgumentError, UnsupportedVersionError
+
+__all__ = ["ANNOTATIONS", "COLUMN_NAME", "FORMAT", "FORMAT_VERSION", "GROUP_NAME", "LEVELS", "STAMPS", "Level", "validate_column_names"]
+
+STAMPS: Final = ".used"
+
+FORMAT: Final = "lmprobe-zarr"
+FORMAT_VERSION: Final = 1
+
+ANNOTATIONS: Final = "annotations"
+GROUP_NAME: Final = re.compile(r"(?:[a-z0-9.-]+-)?[0-9a-f]{12}")
+
+Level = Literal["prompts", "tokens"]
+LEVELS: Final[tuple[Level, ...]] = ("prompts", "tokens")
+SAMPLE_DIM: Final[Mapping[Level, str]] = {"prompts": "prompt", "tokens": "token"}
+
+
+# Columns that the format itself uses; a user's column may not bear these names, nor that of a dimension or variable.
+PROMPT_COLUMNS: Final = ("prompt", "prompt_sha256", "text", "n_tokens", "prompt_length")
+TOKEN_COLUMNS: Final = ("prompt_row", "position", "token_id", "char_start", "char_end")
+DIMENSIONS: Final = ("prompt", "token", "layer", "hidden")
+COLUMN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+Json: TypeAlias = dict[str, Any]
+
+
+def validate_column_names(names: Iterable[str]) -> None:
+    """Raise `InvalidArgumentError` for a user's column that could not be stored under its name."""
+    for name in names:
+        if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
+            raise InvalidArgumentError(f"{name!r} is no column name: use letters, digits and _, a letter first, at most 64")
+        taken = (*PROMPT_COLUMNS, *TOKEN_COLUMNS, *DIMENSIONS, *INNER_DIMS, *INNER_DIMS.values(), *SCALARS, "model")
+        if name in taken or split_variable(name)[0] in SITES:
+            raise InvalidArgumentError(f"{name!r} is a name of the format itself: choose another name for that column")
+
+
+def check_version(version: object, where: str) -> None:
+    if type(version) is not int:
+        raise TypeError(f"format version {version!r:.40} is no number")
+    if version != FORMAT_VERSION:
+        raise UnsupportedVersionError(
+            f"{where} has format version {version!r}, this release reads version {FORMAT_VERSION}: upgrade lmprobe-zarr to open it"
+        )
+
+
+def consolidated(metadata: Json) -> Json:
+    return {"kind": "inline", "must_understand": False, "metadata": metadata}
+
+
+def dump(document: object, *, sort: bool = True) -> bytes:
+    return json.dumps(document, allow_nan=False, separators=(",", ":"), sort_keys=sort).encode()
+
+
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:160]

@@ -1,0 +1,232 @@
+"""TODO: lmprobe_zarr/store/format/part.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.errors import CorruptPartError, UnsupportedVersionError
+from lmprobe_zarr.store.format.array import ArrayInfo, is_variable, lengths_of, parse_array
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.format.names import (
+    FORMAT,
+    FORMAT_VERSION,
+    LEVELS,
+    SAMPLE_DIM,
+    Json,
+    Level,
+    check_version,
+    consolidated,
+    dump,
+    reason_of,
+)
+
+__all__ = ["PartInfo", "parse_part", "parse_part_group", "part_document"]
+
+# Nothing else is ever written, copied or removed by the word of a part's document: a key that climbs would lead out of the store.
+_FILE_KEY: Final = re.compile(r"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
+
+
+# ---------------------------------------------------------------------------------------------------------------- part
+
+# The digest stands at a fixed place, so that it can be checked on the bytes as they are, without writing the document again.
+_PREFIX: Final = b'{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
+_DIGEST: Final = slice(len(_PREFIX), len(_PREFIX) + 8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartInfo:
+    """One immutable part, as its own ``zarr.json`` describes it. Reading that one document opens the part.
+
+    Parameters
+    ----------
+    group, name : str
+        Folder of the group, and of the part below it.
+    kind : {"part", "annotation"}
+        An annotation holds per-prompt columns only and never adds prompts to a view.
+    digests : ndarray of uint8, shape (prompt, 32)
+        sha256 of each prompt, in the part's order; no prompt twice.
+    n_tokens : ndarray of int64, shape (prompt,), optional
+        Token rows of each prompt; None where no tokens are kept.
+    layers : tuple of int
+        Layers along the layer axis.
+    arrays : mapping of str to ArrayInfo
+        ``"prompts/<name>"`` and ``"tokens/<name>"``.
+    files : mapping of str to (int, int)
+        Every other file of the part: length in bytes and crc32c. For a chunk it is the crc32c that the chunk ends with,
+        that is, of all but the last four bytes (over the whole, the crc32c of anything with its own crc32c appended is one constant).
+    recorded : mapping
+        What was only noted: versions, device, time.
+    replaces : tuple of str
+        Parts that this one supersedes.
+    odd : mapping of str to (int, int), optional
+        Of each variable that has any: values that are not finite, and rows that hold nothing but zeros. None where nobody counted.
+    """
+
+    group: str
+    name: str
+    kind: str = "part"
+    digests: npt.NDArray[np.uint8]
+    n_tokens: npt.NDArray[np.int64] | None = None
+    layers: tuple[int, ...] = ()
+    arrays: Mapping[str, ArrayInfo]
+    files: Mapping[str, Sequence[int]]
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+    odd: Mapping[str, Sequence[int]] | None = None
+
+    def variables(self, level: Level) -> dict[str, ArrayInfo]:
+        """Arrays of one level, by their names in it."""
+        return {key.removeprefix(f"{level}/"): info for key, info in self.arrays.items() if key.startswith(f"{level}/")}
+
+
+def part_document(info: PartInfo, group: GroupInfo) -> bytes:
+    """The ``zarr.json`` that commits a part: a Zarr v3 group with consolidated metadata and the part's index."""
+    attributes: Json = {
+        "digest": "crc32c:00000000",
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": info.kind,
+        # All that the group's own document says: where that is lost, any part brings it back.
+        "model": group.model,
+        "num_layers": group.num_layers,
+        "hidden_size": group.hidden_size,
+        "provenance": dict(group.provenance),
+        "group": info.group,
+        "name": info.name,
+        "layers": list(info.layers),
+        "prompt_sha256": info.digests.tobytes().hex(),
+        "n_tokens": None if info.n_tokens is None else info.n_tokens.tolist(),
+        "replaces": list(info.replaces),
+        "odd": None if info.odd is None else {key: list(counts) for key, counts in info.odd.items()},
+        "recorded": dict(info.recorded),
+        "files": {key: list(value) for key, value in info.files.items()},
+    }
+    metadata: Json = {level: level_document(info, level, nested=False) for level in LEVELS if info.variables(level)}
+    metadata |= {key: array.to_document() for key, array in info.arrays.items()}
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes, "consolidated_metadata": consolidated(metadata)}
+    data = bytearray(dump(document, sort=False))
+    data[_DIGEST] = b"%08x" % google_crc32c.value(bytes(data))
+    return bytes(data)
+
+
+def level_document(info: PartInfo, level: Level, *, nested: bool = True) -> Json:
+    """The document of a part's ``prompts`` or ``tokens`` group; plain xarray takes the columns as coordinates from it."""
+    arrays = info.variables(level)
+    samples = (SAMPLE_DIM[level],)
+    columns = [name for name, array in arrays.items() if array.dims == samples and not is_variable(name, array) and name != samples[0]]
+    document: Json = {"zarr_format": 3, "node_type": "group", "attributes": {"coordinates": " ".join(columns)} if columns else {}}
+    if nested:
+        document["consolidated_metadata"] = consolidated({name: array.to_document() for name, array in arrays.items()})
+    return document
+
+
+def parse_part(data: bytes, where: str) -> PartInfo:
+    """The record of a part's document.
+
+    Raises
+    ------
+    CorruptPartError
+        The document is damaged, or is not one of a part.
+    UnsupportedVersionError
+        It is of a version that this release does not know.
+    """
+    try:
+        zeroed = bytearray(data)
+        zeroed[_DIGEST] = b"00000000"
+        intact = data.startswith(_PREFIX) and data[_DIGEST] == b"%08x" % google_crc32c.value(bytes(zeroed))
+        attributes = (document := json.loads(data))["attributes"]
+        if attributes["format"] == FORMAT:
+            check_version(attributes["format_version"], where)
+        if not intact:
+            raise ValueError("its digest does not hold")
+        if attributes["format"] != FORMAT or attributes["kind"] not in {"part", "annotation"}:
+            raise ValueError(f"it is a {attributes['kind']!r} of {attributes['format']!r}")
+        metadata = document["consolidated_metadata"]["metadata"]
+        counts = attributes["n_tokens"]
+        info = PartInfo(
+            group=_text(attributes["group"]),
+            name=_text(attributes["name"]),
+            kind=attributes["kind"],
+            digests=np.frombuffer(bytes.fromhex(attributes["prompt_sha256"]), np.uint8).reshape(-1, 32),
+            n_tokens=None if counts is None else np.array(lengths_of(counts), np.int64),
+            layers=lengths_of(attributes["layers"]),
+            arrays={key: parse_array(doc) for key, doc in metadata.items() if "/" in key},
+            files={_text(key): lengths_of(entry) for key, entry in attributes["files"].items()},
+            recorded=dict(attributes["recorded"]),
+            replaces=tuple(_text(name) for name in attributes["replaces"]),
+            odd=None if (odd := attributes.get("odd")) is None else {key: lengths_of(counts) for key, counts in odd.items()},
+        )
+        _check_part(info)
+    except UnsupportedVersionError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+        raise CorruptPartError(
+            f"{where}/zarr.json is damaged ({reason_of(error)}): none of this part can be trusted\n"
+            "delete that folder, and extract its prompts again"
+        ) from error
+    return info
+
+
+def parse_part_group(data: bytes) -> GroupInfo | None:
+    """What a part's document says of its group; None where it does not: the first writers of version 1 left it out.
+
+    The document is one that `parse_part` takes.
+    """
+    attributes = json.loads(data)["attributes"]
+    if "provenance" not in attributes:
+        return None
+    return GroupInfo(
+        model=attributes["model"],
+        provenance=attributes["provenance"],
+        num_layers=attributes["num_layers"],
+        hidden_size=attributes["hidden_size"],
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is no text")
+    return value
+
+
+def _check_part(info: PartInfo) -> None:
+    """Raise ValueError where parts of a document contradict one another."""
+    n = len(info.digests)
+    # Numbers sort much faster than rows of bytes, and than np.unique finds them; whole digests are only compared where two begin alike.
+    begins = np.sort(np.ascontiguousarray(info.digests[:, :8]).view(np.uint64), axis=None)
+    if not n or (bool((begins[1:] == begins[:-1]).any()) and len(np.unique(info.digests, axis=0)) != n):
+        raise ValueError("a prompt occurs twice, or there is none")
+    if list(info.layers) != sorted(set(info.layers)) or (info.layers and info.layers[-1] >= 2**31):
+        raise ValueError("layers are not ascending")
+    if info.name in info.replaces or any(len(entry) != 2 for entry in (*info.files.values(), *(info.odd or {}).values())):
+        raise ValueError("it replaces itself, or its table of files is none")
+    strange = next((key for key in info.files if not _FILE_KEY.fullmatch(key)), None)
+    if strange is not None:
+        raise ValueError(f"{strange[:80]!r} is no file of a part")
+    counts = info.n_tokens
+    if counts is not None and (counts.shape != (n,) or (counts < 1).any() or "tokens/position" not in info.arrays):
+        raise ValueError("n_tokens does not fit the prompts")
+    sizes = {"prompt": n, "layer": len(info.layers), "token": 0 if counts is None else int(counts.sum())}
+    for key, array in info.arrays.items():
+        match = re.fullmatch(r"(prompts|tokens)/([A-Za-z][A-Za-z0-9_]*)", key)
+        if match is None:
+            raise ValueError(f"array name {key!r}")
+        sample = "token" if match[1] == "tokens" else "prompt"
+        layered = array.dims[0] == "layer"
+        if array.dims != ("layer",) if match[2] == "layer" else array.dims[layered : layered + 1] != (sample,):
+            raise ValueError(f"{key} has dimensions {array.dims}")
+        if layered and f"{match[1]}/layer" not in info.arrays:
+            raise ValueError(f"{key} has layers without numbers")
+        for dim, length in zip(array.dims, array.shape, strict=True):
+            if sizes.get(dim, length) != length or not length:
+                raise ValueError(f"{dim} has {length} rows in {key} but {sizes.get(dim, length)} in the index")
+        if array.n_chunks > len(info.files):
+            raise ValueError(f"{key} has more chunks than there are files")

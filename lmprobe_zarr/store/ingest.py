@@ -1,0 +1,230 @@
+"""Batches from any source to committed parts, on a thread of its own. Knows no model and no file format.
+
+The source goes on computing while parts are encoded and written; the queue between them is bounded, so memory is too.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, Final, Self
+
+import numpy as np
+
+from lmprobe_zarr.batch import SCALARS, Precision, TokenBatch, store_as
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.store.format import GroupInfo
+from lmprobe_zarr.store.parts import BUFFER_BYTES, PartWriter, shape_of
+from lmprobe_zarr.store.store import Store
+
+__all__ = ["PART_BYTES", "PART_SECONDS", "Ingest"]
+
+logger = logging.getLogger("lmprobe_zarr.cache")
+
+PART_BYTES: Final = 2**30
+PART_SECONDS: Final = 60.0
+QUEUED_BATCHES: Final = 2
+POLL_SECONDS: Final = 0.1
+# Columns and texts are kept in memory until the commit, activations are not.
+COLUMN_BYTES: Final = 2**28
+OPEN_PARTS: Final = 64
+# A few numbers per prompt or token, which are no activations: always stored as they are.
+EXACT: Final = (*SCALARS, "perplexity")
+
+
+@dataclass
+class Ingest:
+    """Writes the batches that are put into it as parts of one group.
+
+    Batches may differ in their variables, layers, dtypes and columns: each kind goes into a part of its own. Use it as a context: leaving
+    it commits what is whole, also when the source was interrupted or failed; only a failure of the writing itself discards the parts that
+    were open.
+
+    Parameters
+    ----------
+    store : Store
+        Where to.
+    group : GroupInfo
+        Which group.
+    part_bytes : int
+        A part holds at most this many bytes of activations, uncompressed (one prompt's, where these alone are more) …
+    part_seconds : float
+        … and is committed once it is this many seconds old: what an interruption can cost at most.
+    precision : Precision
+        What activations are stored with; what is no activation stays as it is.
+    compressed : bool
+        See `writer.PartWriter`.
+    recorded : mapping
+        Noted in every part.
+
+    Attributes
+    ----------
+    parts : list of str
+        Names of the parts committed so far.
+    prompts, nbytes : int
+        Different prompts in them, and bytes of activations before compression.
+    not_finite, blank : int
+        Values in them that are infinite or no number, and rows, one for each layer, that hold nothing but zeros.
+    """
+
+    store: Store
+    group: GroupInfo
+    part_bytes: int = PART_BYTES
+    part_seconds: float = PART_SECONDS
+    precision: Precision = field(default_factory=Precision)
+    compressed: bool = True
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    parts: list[str] = field(default_factory=list, init=False)
+    nbytes: int = field(default=0, init=False)
+    not_finite: int = field(default=0, init=False)
+    blank: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._queue: queue.Queue[TokenBatch] = queue.Queue(QUEUED_BATCHES)
+        self._closing = threading.Event()
+        self._error: BaseException | None = None
+        self._open: dict[Hashable, _OpenPart] = {}
+        self._committed: set[int] = set()
+        self._overflowed: set[str] = set()
+        self._thread = threading.Thread(target=self._work, name="lmprobe-zarr-ingest", daemon=True)
+
+    @property
+    def prompts(self) -> int:
+        """Different prompts committed so far."""
+        return len(self._committed)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def put(self, batch: TokenBatch) -> None:
+        """Hand over a batch; waits while the writing is behind.
+
+        Raises
+        ------
+        NoSpaceError, ReadOnlyError, InvalidArgumentError
+            What the writing has failed with; nothing more is taken. Or: this is used outside of its context.
+        """
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._closing.is_set() or not self._thread.is_alive():
+                raise InvalidArgumentError("batches are taken inside of the context only: with Ingest(…) as ingest: ingest.put(batch)")
+            try:
+                self._queue.put(batch, timeout=POLL_SECONDS)
+                return
+            except queue.Full:
+                continue
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        # An event, not a last word in the queue: it never waits, so a second Ctrl-C cannot come in between.
+        self._closing.set()
+        self._thread.join()
+        if self._error is not None and self._error is not error:
+            raise self._error from error
+
+    def _work(self) -> None:
+        try:
+            while True:
+                closing = self._closing.is_set()
+                try:
+                    self._take(self._queue.get(timeout=0.001 if closing else POLL_SECONDS))
+                except queue.Empty:
+                    if closing:
+                        break
+                now = time.monotonic()
+                for key in [key for key, part in self._open.items() if now - part.opened >= self.part_seconds]:
+                    self._commit(key)
+            for key in list(self._open):
+                self._commit(key)
+        except BaseException as failure:  # noqa: BLE001 — raised again by the thread that puts, or leaves
+            self._error = failure
+            # They were never visible: what cannot be removed is garbage, and the first failure is the one to tell.
+            for part in self._open.values():
+                with suppress(Exception):
+                    part.writer.abort()
+
+    def _take(self, batch: TokenBatch) -> None:
+        for piece in _pieces(batch, self.part_bytes):
+            stored = self._rounded(piece)
+            key = shape_of(stored)
+            if key in self._open and self._open[key].writer.nbytes + stored.nbytes > self.part_bytes:
+                self._commit(key)
+            if key not in self._open:
+                if len(self._open) == OPEN_PARTS:
+                    self._commit(min(self._open, key=lambda k: self._open[k].opened))
+                writer = self.store.new_part(self.group, compressed=self.compressed, recorded=self.recorded)
+                self._open[key] = _OpenPart(writer, time.monotonic())
+            writer = self._open[key].writer
+            writer.append(stored)
+            if writer.nbytes >= self.part_bytes or writer.held_nbytes >= COLUMN_BYTES:
+                self._commit(key)
+        # Each open part fills chunks of its own; together they stay within what one may hold.
+        while len(self._open) > 1 and sum(part.writer.waiting_nbytes for part in self._open.values()) > BUFFER_BYTES:
+            self._commit(max(self._open, key=lambda k: self._open[k].writer.waiting_nbytes))
+
+    def _commit(self, key: Hashable) -> None:
+        writer = self._open[key].writer
+        info = writer.commit()
+        del self._open[key]
+        self.parts.append(info.name)
+        self.nbytes += writer.nbytes
+        for odd in (info.odd or {}).values():
+            self.not_finite, self.blank = self.not_finite + odd[0], self.blank + odd[1]
+        self._committed.update(np.ascontiguousarray(info.digests[:, :8]).view(np.uint64).reshape(-1).tolist())
+        logger.debug("committed part %s of %s: %d prompts, %d bytes", info.name, self.group.model, len(writer), writer.nbytes)
+
+    def _rounded(self, batch: TokenBatch) -> TokenBatch:
+        """The batch as it is stored."""
+        if self.precision.changes_nothing:
+            return batch
+        stored_dtype = dict(batch.stored_dtype)
+        levels = []
+        for values in (batch.tokens, batch.prompts):
+            arrays = {}
+            for name, array in values.items():
+                if name in EXACT or array.dtype.kind != "f":
+                    arrays[name] = array
+                    continue
+                source = batch.stored_dtype.get(name, array.dtype.name)
+                wide = name in self._overflowed
+                arrays[name], stored_dtype[name], overflowed = store_as(name, array, self.precision, source_dtype=source, wide=wide)
+                if overflowed and not wide:
+                    self._overflowed.add(name)
+                    logger.warning(
+                        "%s of %s goes beyond 65504, where float16 ends: its parts are stored with bfloat16's precision from here on",
+                        name, self.group.model,
+                    )  # fmt: skip
+            levels.append(arrays)
+        return replace(batch, tokens=levels[0], prompts=levels[1], stored_dtype=stored_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenPart:
+    writer: PartWriter
+    opened: float
+
+
+def _pieces(batch: TokenBatch, most: int) -> Iterator[TokenBatch]:
+    """A batch as some of at most so many bytes, or of one prompt each."""
+    if batch.nbytes <= most:
+        yield batch
+        return
+    n = len(batch.sha256)
+    tokens = sum(array.nbytes for array in batch.tokens.values())
+    weights = np.full(n, (batch.nbytes - tokens) / n)
+    if batch.n_tokens is not None and tokens:
+        weights += np.asarray(batch.n_tokens) * (tokens / np.sum(batch.n_tokens))
+    start, held = 0, 0.0
+    for row, weight in enumerate(weights.tolist()):
+        if row > start and held + weight > most:
+            yield batch.take(start, row)
+            start, held = row, 0.0
+        held += weight
+    yield batch.take(start, n)

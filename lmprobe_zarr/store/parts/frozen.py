@@ -1,0 +1,82 @@
+"""The place of a published copy: it holds what its root says, for ever. Lists without asking anybody, and refuses every write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from lmprobe_zarr.errors import ReadOnlyError
+from lmprobe_zarr.storage import Buffer, Entry, Storage
+from lmprobe_zarr.store.format import Published
+
+__all__ = ["FrozenStorage"]
+
+
+class FrozenStorage(Storage):
+    """Another storage as its published root describes it.
+
+    Parameters
+    ----------
+    inner : Storage
+        Where it lies.
+    published : Published
+        What its root says.
+    """
+
+    def __init__(self, inner: Storage, published: Published) -> None:
+        self.inner, self.published = inner, published
+        self.url, self.is_local = inner.url, inner.is_local
+        self._folders: dict[str, set[str]] = {"": {"zarr.json"}}
+        for group, keys in published.groups.items():
+            for key in ("zarr.json", *keys):
+                pieces = f"{group}/{key}".split("/")
+                for i, piece in enumerate(pieces):
+                    self._folders.setdefault("/".join(pieces[:i]), set()).add(piece)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenStorage, (self.inner, self.published)
+
+    def check_reach(self) -> None:
+        self.inner.check_reach()
+
+    def read(self, key: str) -> bytes:
+        return self.inner.read(key)
+
+    def read_view(self, key: str) -> Buffer:
+        return self.inner.read_view(key)
+
+    def list(self, key: str) -> list[str]:
+        return sorted(self._folders.get(key, ()))
+
+    def scan(self, key: str) -> dict[str, Entry]:
+        return {name: Entry(name == "zarr.json", 0, None) for name in self.list(key)}
+
+    def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
+        return self.inner.sizes(key, names)
+
+    def is_file(self, key: str) -> bool:
+        return self.inner.is_file(key)
+
+    def may_write(self) -> bool:
+        return False
+
+    def _refuse(self) -> NoReturn:
+        raise ReadOnlyError(f"{self.url} is a published copy, which never changes: write to the store that it was made from")
+
+    def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
+        self._refuse()
+
+    def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
+        self._refuse()
+
+    def remove(self, keys: Iterable[str]) -> None:
+        self._refuse()
+
+    def remove_folders(self, keys: Iterable[str]) -> None:
+        self._refuse()
+
+    def touch(self, key: str) -> None:
+        self._refuse()
+
+    def remove_tree(self, key: str) -> None:
+        self._refuse()

@@ -1,0 +1,80 @@
+"""TODO: lmprobe_zarr/store/parts/lazy.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from lmprobe_zarr.batch import as_slice
+from lmprobe_zarr.store.parts.variable import VirtualArray
+from lmprobe_zarr.tokens import tidy_key
+from lmprobe_zarr.typing import Ints
+
+__all__ = ["LazyArray"]
+
+
+class LazyArray(BackendArray):
+    """A `VirtualArray` as xarray's lazy indexing wants it: read at ``[…]``, by outer indexing."""
+
+    def __init__(self, array: VirtualArray) -> None:
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        layered = self.array.layers is not None
+        lengths = self.shape if layered else (1, *self.shape)
+        # An integer drops its axis, as in numpy; it is read as an axis of one.
+        drop = tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)
+        layers, rows, *inner = (_checked(k, n) for k, n in zip(key if layered else (0, *key), lengths, strict=True))
+        at, flip = _ascending(rows, self.array.n_rows)
+        # Chunks are cut by at most one list; the other inner axes are cut afterwards.
+        listed = [i for i, k in enumerate(inner) if not isinstance(k, slice)][1:]
+        columns = tuple(slice(None) if i in listed else k for i, k in enumerate(inner))
+        if all(isinstance(c, slice) and c == slice(None) for c in columns):
+            columns = ()
+        values = self.array.read(_as_rows(layers, lengths[0]), at, columns)
+        for i in listed:
+            values = np.take(values, inner[i], axis=i + 2)
+        if flip:
+            values = values[:, ::-1]
+        return np.asarray((values if layered else values[0])[drop], self.dtype)
+
+
+def _checked(key: Any, length: int) -> Any:
+    """An indexer that does not point beyond its axis, an integer as a list of one.
+
+    Raises
+    ------
+    IndexError
+        It points beyond the axis.
+    """
+    if isinstance(key, slice):
+        return key
+    rows = np.atleast_1d(np.asarray(key, np.int64))
+    # Negative ones have become positive before, see tidy_key: what is negative still is beyond the beginning.
+    if len(rows) and (rows.min() < 0 or rows.max() >= length):
+        raise IndexError(f"an index is out of bounds for an axis of length {length}")
+    return rows
+
+
+def _as_rows(key: Any, length: int) -> Ints:
+    if isinstance(key, slice):
+        return np.arange(*key.indices(length))
+    return np.atleast_1d(np.asarray(key, np.int64))
+
+
+def _ascending(key: Any, length: int) -> tuple[slice | Ints, bool]:
+    """Rows as a slice of step 1 where they are one, and whether the result must be reversed."""
+    if isinstance(key, slice):
+        begin, end, step = key.indices(length)
+        if step == 1:
+            return slice(begin, max(begin, end)), False
+        rows = np.arange(begin, end, step)
+        return (as_slice(rows[::-1]), True) if step < 0 else (rows, False)
+    return as_slice(_as_rows(key, length)), False

@@ -1,0 +1,71 @@
+"""TODO: lmprobe_zarr/store/parts/listing.py."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+import numpy as np
+
+from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.store.format import ANNOTATIONS, PART_NAME, PartInfo, is_variable, part_milliseconds
+from lmprobe_zarr.store.parts.part import Part
+
+__all__ = ["Listing", "committed_at", "list_names", "part_nbytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """What lies in a group's folder at one moment.
+
+    Parameters
+    ----------
+    parts, annotations : tuple of Part
+        Committed ones in the order of their names, replaced ones too.
+    names : frozenset of str
+        Names of all folders like a part's, committed or not.
+    """
+
+    parts: tuple[Part, ...]
+    annotations: tuple[Part, ...]
+    names: frozenset[str]
+
+    @property
+    def hidden(self) -> frozenset[str]:
+        """Names that some committed part replaces."""
+        return frozenset(name for part in (*self.parts, *self.annotations) for name in part.info.replaces)
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """Names of those without a commit, sorted: they are being written, or were left by a writer that was killed."""
+        return tuple(sorted(self.names - {part.info.name for part in (*self.parts, *self.annotations)}))
+
+
+def part_nbytes(part: Part) -> int:
+    """About how many bytes a part holds: activations uncompressed, columns as stored."""
+    info = part.info
+    inside = {key for key, array in info.arrays.items() if is_variable(key.split("/")[1], array)}
+    held = sum(int(np.prod(info.arrays[key].shape)) * np.dtype(info.arrays[key].dtype).itemsize for key in inside)
+    return held + sum(int(entry[0]) for key, entry in info.files.items() if key.rpartition("/")[0] not in inside)
+
+
+def list_names(storage: Storage, group: str) -> frozenset[str]:
+    """Names of all folders of a group that are like a part's."""
+    return frozenset(n for folder in (group, f"{group}/{ANNOTATIONS}") for n in storage.list(folder) if PART_NAME.fullmatch(n))
+
+
+END_OF_TIME: Final = 253370764800.0  # the year 9999, the last that a date can have
+
+
+def committed_at(info: PartInfo) -> float:
+    """When a part was committed by its writer's clock, in seconds since 1970.
+
+    A part's name says when it was begun, or was made to sort after others; what is recorded says when it was closed.
+    """
+    written = str(info.recorded.get("written", ""))
+    moment = part_milliseconds(info.name) / 1000
+    with suppress(ValueError, OverflowError):
+        moment = datetime.fromisoformat(written).timestamp()
+    return min(max(moment, 0.0), END_OF_TIME)

@@ -1,0 +1,105 @@
+"""What is stored, back as batches for a writer: some prompts at a time, with nothing lost. Never writes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterator
+from typing import Any, Final
+
+import numpy as np
+
+from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.store.format import LEVELS, ArrayInfo, Level
+from lmprobe_zarr.store.parts.view import View
+from lmprobe_zarr.typing import Array, Ints
+
+__all__ = ["BLOCK_BYTES", "blocks_of", "read_batches", "read_values"]
+
+BLOCK_BYTES: Final = 64 * 2**20
+
+
+def read_values(view: View, level: Level, name: str, rows: Ints, layers: tuple[int, ...]) -> Array:
+    """One variable of some prompts in memory: (layer, row, …), or (row, …) where it has no layers; a row is a prompt or a token."""
+    lengths = view.token_counts()[rows] if level == "tokens" else None
+    array = view.source(level, name, rows, layers, lengths)
+    at = np.arange(1 if array.layers is None else len(layers))
+    values = array.read(at, slice(0, array.n_rows))
+    return values[0] if array.layers is None else values
+
+
+def blocks_of(weights: Array, most: int = BLOCK_BYTES) -> Iterator[slice]:
+    """Neighbours that together weigh at most so much, or one that alone weighs more."""
+    start, held = 0, 0.0
+    for i, weight in enumerate(np.asarray(weights, float).tolist()):
+        if i > start and held + weight > most:
+            yield slice(start, i)
+            start, held = i, 0.0
+        held += weight
+    if len(weights) > start:
+        yield slice(start, len(weights))
+
+
+def read_batches(
+    view: View,
+    rows: Ints,
+    *,
+    most: int = BLOCK_BYTES,
+    layers: Container[int] | None = None,
+    without: Collection[str] = (),
+) -> Iterator[TokenBatch]:
+    """Everything that a view holds of some prompts, as batches that a writer takes.
+
+    Parameters
+    ----------
+    view : View
+        Of parts that all hold the same variables, layers and columns: usually of a single one.
+    rows : ndarray of int
+        Which of its prompts, in this order.
+    most : int
+        Bytes of activations in one batch.
+    layers : container of int, optional
+        Only these; variables of which no layer is left are left out.
+    without : collection of str
+        Variables and columns to leave out, as ``"tokens/resid"``.
+    """
+    held = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+    kept = held if layers is None else tuple(layer for layer in held if layer in layers)
+    found = {
+        level: {n: i for n, i in view.variables(level).items() if f"{level}/{n}" not in without and (kept or not i.layered)}
+        for level in LEVELS
+    }
+    left_out = layers is not None or bool(without)
+    if left_out and not any(info.layered for variables in found.values() for info in variables.values()):
+        kept = ()
+    counts = view.token_counts()[rows]
+    weights = _row_bytes(found["prompts"], len(kept)) + counts * _row_bytes(found["tokens"], len(kept))
+    columns = {level: [n for n in view.columns(level) if n not in _MADE and f"{level}/{n}" not in without] for level in LEVELS}
+    unlayered = frozenset(name for variables in found.values() for name, info in variables.items() if not info.layered)
+    dtypes = {n: str(i.attributes["stored_dtype"]) for v in found.values() for n, i in v.items() if "stored_dtype" in i.attributes}
+    has_tokens = any(part.info.n_tokens is not None for part in view.parts)
+    for block in blocks_of(weights, most):
+        chosen = rows[block]
+        described: dict[str, Any] = {name: read_values(view, "prompts", name, chosen, ()) for name in columns["prompts"]}
+        text = described.pop("text", None)
+        yield TokenBatch(
+            sha256=[view.digests[row].tobytes().hex() for row in chosen],
+            text=None if text is None else text.tolist(),
+            prompt_length=described.pop("prompt_length", None),
+            n_tokens=counts[block] if has_tokens else None,
+            layers=kept,
+            tokens={name: read_values(view, "tokens", name, chosen, kept) for name in found["tokens"]},
+            token_columns={name: read_values(view, "tokens", name, chosen, ()) for name in columns["tokens"]},
+            prompts={name: read_values(view, "prompts", name, chosen, kept) for name in found["prompts"]},
+            prompt_columns=described,
+            unlayered=unlayered,
+            stored_dtype=dtypes,
+        )
+
+
+# The writer makes these itself.
+_MADE: Final = ("prompt", "prompt_sha256", "n_tokens", "prompt_row", "layer")
+
+
+def _row_bytes(variables: dict[str, ArrayInfo], layers: int) -> int:
+    return sum(
+        int(np.prod(info.row_shape)) * np.dtype(info.dtype).itemsize * (layers if info.layered else 1) for info in variables.values()
+    )

@@ -1,0 +1,258 @@
+"""Chunks of our own codec chains to and from arrays: bytes or vlen-utf8, then blosc, then crc32c. Knows no prompt.
+
+Chunks are opened by key and decoded straight into the output array, several at a time. That is faster than going through
+a general reader, and a chunk that is missing is simply a file that is missing: never a silent fill value.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+from numcodecs import blosc
+from numcodecs.vlen import VLenUTF8
+
+from lmprobe_zarr.batch import fill_value
+from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
+from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.store.format import CRC, TEXT_BYTES, ArrayInfo, check_frame, decode_range
+from lmprobe_zarr.typing import Array
+
+__all__ = ["Piece", "StoredArray", "read_pieces"]
+T = TypeVar("T")
+Rows = slice | npt.NDArray[np.int64]
+_room = threading.local()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredArray:
+    """One array of one part, where it lies.
+
+    Parameters
+    ----------
+    storage : Storage
+        The store's place.
+    path : str
+        Key of the array's folder.
+    info : ArrayInfo
+        Its metadata.
+    files : mapping of str to (int, int)
+        The part's table of files, by their keys below the part; this array's are those that are looked at.
+    """
+
+    storage: Storage
+    path: str
+    info: ArrayInfo
+    files: Mapping[str, Sequence[int]]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Only this array's entries travel to another process.
+        files = {key: self.files[key] for key in map(self._file_key, self.info.chunk_keys()) if key in self.files}
+        return StoredArray, (self.storage, self.path, self.info, files)
+
+    def _file_key(self, chunk: str) -> str:
+        level, name = self.path.rsplit("/", 2)[1:]
+        return f"{level}/{name}/{chunk}"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype in memory; strings are objects."""
+        return np.dtype(object if self.info.dtype == "string" else self.info.dtype)
+
+    def _scratch(self) -> Array:
+        """Room for one chunk, valid until this thread asks for the next: it saves the page faults of a fresh allocation."""
+        nbytes = math.prod(self._chunk_shape) * self.dtype.itemsize
+        room: Array = getattr(_room, "bytes", np.empty(0, np.uint8))
+        if len(room) < nbytes:
+            room = _room.bytes = np.empty(nbytes, np.uint8)
+        return room[:nbytes]
+
+    def _corrupt(self, key: str, what: str) -> CorruptPartError:
+        part, _, variable = self.path.rpartition("/")
+        part = part.rpartition("/")[0]
+        return CorruptPartError.of(
+            self.storage.url,
+            part,
+            f"part {part!r} of {self.storage.url} is damaged: chunk {key} of {variable!r} {what}\n"
+            "nothing was read from it; extract its prompts again with refresh=True",
+        )
+
+    def read_chunk(self, layer: int, block: int, out: Array | None = None) -> Array:
+        """One decoded chunk, shape (rows_per_chunk, …) without the layer axis.
+
+        Parameters
+        ----------
+        layer, block : int
+            Which stored layer, which chunk of rows.
+        out : ndarray, optional
+            Contiguous, of the array's dtype and the chunk's size: decoded into directly, and returned.
+
+        Raises
+        ------
+        CorruptPartError
+            The chunk is missing, truncated or changed.
+        PartGoneError
+            The whole part has been deleted since it was opened.
+        """
+        key = self.info.chunk_key(layer, block)
+        if self.info.shuffle is None and self.info.dtype != "string" and np.little_endian:
+            return self._read_raw(key, np.empty(self._chunk_shape, self.dtype) if out is None else out)
+        body = self._read_body(key)
+        try:
+            return self._decode(body, out)
+        except (ValueError, RuntimeError, UnicodeDecodeError) as error:
+            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+
+    def read_rows(self, layer: int, block: int, rows: slice) -> Array:
+        """Some rows of one chunk, shape (row, …), valid until this thread reads another: all of it is checked, little else decoded.
+
+        Errors are those of `read_chunk`.
+        """
+        if self.info.dtype == "string":
+            return self.read_chunk(layer, block)[rows]
+        room = self._scratch()
+        if self.info.shuffle is None or not np.little_endian:
+            return self.read_chunk(layer, block, room.view(self.dtype).reshape(self._chunk_shape))[rows]
+        key = self.info.chunk_key(layer, block)
+        body = self._read_body(key)
+        nbytes = math.prod(self.info.row_shape) * self.dtype.itemsize
+        try:
+            check_frame(body, exactly=len(room))
+            values = decode_range(body, rows.start * nbytes, rows.stop * nbytes, room.data)
+        except (ValueError, RuntimeError) as error:
+            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+        return np.frombuffer(values, self.dtype).reshape(-1, *self.info.row_shape)
+
+    def _read_body(self, key: str) -> memoryview:
+        """A chunk's bytes as they were encoded, whose checksum holds; valid until this thread reads another."""
+        length, checksum = self.files.get(self._file_key(key), (-1, -1))
+        data = memoryview(self._fetch(key, self.storage.read_view))
+        if len(data) != length or length < 4:
+            raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
+        body = data[:-4]
+        if google_crc32c.value(np.frombuffer(body, np.uint8)) != checksum or CRC.unpack(data[-4:])[0] != checksum:
+            raise self._corrupt(key, "does not hold its checksum")
+        return body
+
+    def _read_raw(self, key: str, out: Array) -> Array:
+        """A chunk that is stored as it is, straight from the file into the array: no copy in between."""
+        length, checksum = self.files.get(self._file_key(key), (-1, -1))
+        body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
+        found = self._fetch(key, lambda path: self.storage.read_into(path, body.data, memoryview(tail)))
+        if found != length or length != len(body) + 4:
+            raise self._corrupt(key, f"has {found} bytes instead of {length}")
+        if google_crc32c.value(body) != checksum or CRC.unpack(tail)[0] != checksum:
+            raise self._corrupt(key, "does not hold its checksum")
+        return out
+
+    def _fetch(self, key: str, call: Callable[[str], T]) -> T:
+        """What a call says of a chunk's file; what goes wrong in terms of the part."""
+        try:
+            return call(f"{self.path}/{key}")
+        except FileNotFoundError as error:
+            part = self.path.rsplit("/", 2)[0]
+            if not self.storage.is_file(f"{part}/zarr.json"):
+                raise PartGoneError(
+                    f"part {part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
+                ) from error
+            raise self._corrupt(key, "is missing") from error
+        except OSError as error:
+            if isinstance(error, LmprobeZarrError | PermissionError):
+                raise
+            raise self._corrupt(key, f"cannot be read ({error.strerror or error})") from error
+
+    @property
+    def _chunk_shape(self) -> tuple[int, ...]:
+        return (self.info.rows_per_chunk, *self.info.row_shape)
+
+    def _decode(self, body: memoryview, out: Array | None) -> Array:
+        shape = self._chunk_shape
+        if self.info.dtype == "string":
+            if self.info.shuffle:
+                check_frame(body, at_most=TEXT_BYTES + 4 * shape[0] + 4)
+                body = memoryview(blosc.decompress(body))
+            if int.from_bytes(body[:4], "little") != shape[0]:
+                raise ValueError("another number of texts")
+            texts = VLenUTF8().decode(body)
+            if texts.shape != shape:
+                raise ValueError(f"{texts.shape} texts instead of {shape}")
+            return np.asarray(texts, object)
+        target = np.empty(shape, self.dtype) if out is None else out
+        if self.info.shuffle is None:  # only on machines whose byte order is another
+            if len(body) != target.nbytes:
+                raise ValueError(f"{len(body)} bytes instead of {target.nbytes}")
+            target.reshape(-1).view(np.uint8)[:] = np.frombuffer(body, np.uint8)
+        else:
+            check_frame(body, exactly=target.nbytes)
+            blosc.decompress(body, target)
+        return target if np.little_endian else target.byteswap(inplace=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Rows of one chunk and where they go: ``out[target] = chunk[rows]``, filled up to `row_shape` where the chunk's are shorter."""
+
+    array: StoredArray
+    layer: int
+    block: int
+    rows: Rows
+    target: Rows
+    row_shape: tuple[int, ...]
+
+
+def read_pieces(pieces: Sequence[Piece], outs: Sequence[Array], columns: tuple[Any, ...]) -> None:
+    """Read chunks into arrays, several at a time.
+
+    Parameters
+    ----------
+    pieces : sequence of Piece
+        What to read; no two write the same rows.
+    outs : sequence of ndarray, shape (row, …)
+        The output of each piece.
+    columns : tuple
+        What to take of the axes after the first, as for indexing; empty for everything.
+
+    Raises
+    ------
+    CorruptPartError, PartGoneError
+        See `StoredArray.read_chunk`; the first one found.
+    """
+    jobs = [functools.partial(_read_piece, piece, out, columns) for piece, out in zip(pieces, outs, strict=True)]
+    run_all(jobs, local=all(piece.array.storage.is_local for piece in pieces))
+
+
+def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
+    chunk_rows = piece.array.info.rows_per_chunk
+    if isinstance(piece.rows, slice) and isinstance(piece.target, slice) and not columns:
+        target = out[piece.target]
+        whole = piece.rows.start == 0 and piece.rows.stop == chunk_rows
+        if (
+            whole
+            and target.shape[1:] == piece.array.info.row_shape
+            and target.dtype == piece.array.dtype
+            and target.flags.c_contiguous
+            and target.dtype != object
+        ):
+            piece.array.read_chunk(piece.layer, piece.block, target)
+            return
+    chunk = _rows_of(piece)
+    if piece.array.info.row_shape != piece.row_shape:
+        filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
+        filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk
+        chunk = filled
+    out[piece.target] = chunk[(slice(None), *columns)]
+
+
+def _rows_of(piece: Piece) -> Array:
+    rows = piece.rows
+    if isinstance(rows, slice):
+        return piece.array.read_rows(piece.layer, piece.block, rows)
+    start, stop = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+    return piece.array.read_rows(piece.layer, piece.block, slice(start, stop))[rows - start]

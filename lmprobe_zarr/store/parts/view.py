@@ -1,0 +1,297 @@
+"""`View`: the union of a group's committed parts at one moment. Says which part holds what; reads no activations."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lmprobe_zarr.batch import HASH_DIGITS, hashes_of, is_hash, is_top_k, keys_of, offsets_of, prompt_sha256, rows_differ
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, PromptCollisionError
+from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.store.format import PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
+from lmprobe_zarr.store.parts.part import Part
+from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
+from lmprobe_zarr.typing import Ints
+
+__all__ = ["View", "open_view"]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The union of a group's parts at one moment. Opening another shows what was committed since.
+
+    Parameters
+    ----------
+    storage : Storage
+        The place that messages name, with those of the parts.
+    group : GroupInfo
+        Whose parts these are.
+    parts, annotations : tuple of Part
+        In their order, hidden ones left out.
+    digests : ndarray of uint8, shape (prompt, 32)
+        sha256 of every prompt, in the order of first appearance.
+    members : tuple of ndarray of int64
+        For each part and then each annotation: which prompt of the view each of its prompts is, −1 for none.
+    keys : pandas.Index of uint64
+        The first 16 digits of every digest, as a number, for looking prompts up.
+    """
+
+    storage: Storage
+    group: GroupInfo
+    parts: tuple[Part, ...]
+    annotations: tuple[Part, ...]
+    digests: npt.NDArray[np.uint8]
+    members: tuple[Ints, ...]
+    keys: pd.Index[Any]
+
+    def __len__(self) -> int:
+        """Prompts in the view."""
+        return len(self.digests)
+
+    @property
+    def where(self) -> str:
+        """The group, as it is named in messages."""
+        places = dict.fromkeys((*(part.storage.url for part in self.parts), self.storage.url))
+        return " and ".join(f"{place}/{self.group.name}" for place in places)
+
+    @property
+    def hashes(self) -> npt.NDArray[np.str_]:
+        """The 16-digit label of every prompt."""
+        return hashes_of(self.digests)
+
+    def layers(self, level: Level) -> tuple[int, ...]:
+        """All layers that any part holds at a level."""
+        return tuple(sorted({i for part in self.parts if f"{level}/layer" in part.info.arrays for i in part.info.layers}))
+
+    def variables(self, level: Level) -> dict[str, ArrayInfo]:
+        """Activation variables of a level, as the last part has them; columns are not among them."""
+        found: dict[str, ArrayInfo] = {}
+        for part in self.parts:
+            found |= {name: a for name, a in part.info.variables(level).items() if is_variable(name, a)}
+        return dict(sorted(found.items()))
+
+    def columns(self, level: Level) -> dict[str, ArrayInfo]:
+        """Columns of a level, the format's own and the user's."""
+        found: dict[str, ArrayInfo] = {}
+        for part in (*self.parts, *(self.annotations if level == "prompts" else ())):
+            held = part.info.variables(level).items()
+            found |= {name: a for name, a in held if a.dims == (SAMPLE_DIM[level],) and not is_variable(name, a)}
+        return dict(sorted(found.items()))
+
+    def find(self, digests: Sequence[str]) -> Ints:
+        """Which prompt of the view each whole digest is; −1 for none.
+
+        Raises
+        ------
+        PromptCollisionError
+            A stored prompt has the same 16 digits but another digest.
+        """
+        wanted = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 32)
+        rows = self._find_keys(keys_of(wanted))
+        found = rows >= 0
+        differ = rows_differ(self.digests[rows[found]], wanted[found])
+        if differ.any():
+            one = hashes_of(wanted[found][differ][:1])[0]
+            raise PromptCollisionError(
+                f"a stored prompt and a given one share the hash {one} but differ, so they cannot be in one group: "
+                "change one of them by a blank, or write it with another provenance"
+            )
+        return rows
+
+    def _find_keys(self, keys: npt.NDArray[np.uint64]) -> Ints:
+        return np.asarray(self.keys.get_indexer(pd.Index(keys)), np.int64)
+
+    def select(self, prompts: Iterable[Any]) -> Ints:
+        """Which prompts of the view are meant, in the given order, repeats included.
+
+        Parameters
+        ----------
+        prompts : iterable of str or sequence of int
+            Texts, hashes of 16 digits, or token ids. A hash is only taken for one where no prompt has that very text.
+
+        Raises
+        ------
+        MissingPromptsError
+            Some are not in the view; the first few are named.
+        """
+        if isinstance(prompts, str):
+            raise InvalidArgumentError("prompts is one text: give a list of texts, hashes or token ids")
+        listed = list(prompts)
+        rows = self.find([prompt_sha256(p) for p in listed]) if listed else np.zeros(0, np.int64)
+        absent = np.flatnonzero(rows < 0)
+        labels = [str(listed[i]) for i in absent]
+        as_hash = [j for j, label in enumerate(labels) if is_hash(label)]
+        if as_hash:
+            rows[absent[as_hash]] = self._find_keys(np.array([int(labels[j], 16) for j in as_hash], np.uint64))
+        missing = np.flatnonzero(rows < 0)
+        if len(missing):
+            shown = ", ".join(f"number {i} ({str(listed[i])[:40]!r})" for i in missing[:3])
+            raise MissingPromptsError(f"{len(missing)} of {len(listed)} prompts are not in {self.where}: {shown}; extract them first")
+        return rows
+
+    def source(self, level: Level, name: str, rows: Ints, layers: tuple[int, ...], lengths: Ints | None = None) -> VirtualArray:
+        """One variable or column of the view, over some of its prompts.
+
+        Parameters
+        ----------
+        level : {"prompts", "tokens"}
+            Where it lives.
+        name : str
+            Its name.
+        rows : ndarray of int
+            Prompts of the view, in the wanted order.
+        layers : tuple of int
+            Wanted layers.
+        lengths : ndarray of int, shape (len(rows),), optional
+            For tokens: rows of each prompt. What came before a part with another number of them is out of date for that prompt.
+        """
+        key = f"{level}/{name}"
+        owners = (*self.parts, *self.annotations)
+        holding = [i for i, part in enumerate(owners) if key in part.info.arrays]
+        holding.sort(key=lambda i: owners[i].order)  # the last one wins, be it a part or an annotation
+        arrays = tuple(owners[i].array(level, name) for i in holding)
+        layered = arrays[0].info.layered
+        shapes = sorted({a.info.row_shape for a in arrays})
+        if len({a.info.layered for a in arrays}) > 1 or (len(shapes) > 1 and not is_top_k(name)):
+            raise CorruptPartError(f"the parts of {self.where} disagree on the shape of {name!r}: {shapes}")
+        if layered and not layers:
+            raise CorruptPartError(f"the parts of {self.where} hold {name!r} by layer, which it never is")
+        places = np.zeros((len(holding), 1), np.int32)
+        if layered:
+            places = np.array([[_place(owners[i].info.layers, layer) for layer in layers] for i in holding], np.int32).reshape(
+                -1, len(layers)
+            )
+        held, classes = np.unique(places >= 0, axis=1, return_inverse=True)
+        source = np.full((held.shape[1], len(self)), NOWHERE, np.int32)
+        start = np.zeros((held.shape[1], len(self)), np.int64)
+        since = self._tokens_since() if level == "tokens" else None
+        for c in range(held.shape[1]):
+            for j in np.flatnonzero(held[:, c]):
+                counts, member = owners[holding[j]].info.n_tokens, self.members[holding[j]]
+                valid, first = member >= 0, np.arange(len(member))
+                if since is not None and counts is not None:
+                    valid, first = valid & (holding[j] >= since[member]), offsets_of(counts)[:-1]
+                source[c, member[valid]] = j
+                start[c, member[valid]] = first[valid]
+        offsets = None if lengths is None else offsets_of(lengths)
+        return VirtualArray(
+            arrays=arrays,
+            layers=layers if layered else None,
+            layer_rows=places,
+            classes=np.asarray(classes, np.int64).reshape(-1),
+            source=source[:, rows],
+            start=start[:, rows],
+            offsets=offsets,
+            absent_as_nan=level == "prompts" and name not in PROMPT_COLUMNS and not is_variable(name, arrays[0].info),
+        )
+
+    def locate(self, prompt: Any) -> int | None:
+        """Which prompt of the view a text, hash or token ids mean; None for none of them."""
+        try:
+            return int(self.select([prompt])[0])
+        except MissingPromptsError:
+            return None
+
+    def row_lengths(self, level: Level, name: str, rows: Ints) -> Ints:
+        """How many values a row of a variable without layers really holds, of prompts that have it: parts may hold more or fewer of
+        the largest logits.
+        """
+        array = self.source(level, name, rows, ())
+        widths: Ints = np.array([one.info.row_shape[-1] for one in array.arrays], np.int64)
+        return np.asarray(widths[array.source[0]])
+
+    @property
+    def holds_whole_prompts(self) -> bool:
+        """Whether every part that keeps tokens keeps all tokens of its prompts, so that they can be pooled."""
+        positions = [part.info.arrays["tokens/position"] for part in self.parts if part.info.n_tokens is not None]
+        return all(info.attributes.get("whole_prompts") for info in positions)
+
+    def parts_with(self, rows: Ints) -> list[Part]:
+        """Parts and annotations that hold any of these prompts."""
+        wanted = np.zeros(len(self) + 1, bool)  # the last place stands for −1, no prompt of the view
+        wanted[rows] = True
+        wanted[-1] = False
+        return [part for part, member in zip((*self.parts, *self.annotations), self.members, strict=True) if wanted[member].any()]
+
+    def token_counts(self) -> Ints:
+        """Token rows of each prompt, 0 where none are kept: those of the last part that keeps any."""
+        counts = np.zeros(len(self), np.int64)
+        for part, member in zip(self.parts, self.members, strict=False):
+            if part.info.n_tokens is not None:
+                counts[member] = part.info.n_tokens
+        return counts
+
+    def _tokens_since(self) -> Ints:
+        """For each prompt the first part from which on all parts agree on its number of tokens.
+
+        What earlier parts hold of it was seen as other tokens, and is out of date.
+        """
+        counts, since = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
+        for place, (part, member) in enumerate(zip(self.parts, self.members, strict=False)):
+            if part.info.n_tokens is not None:
+                changed = counts[member] != part.info.n_tokens
+                since[member[changed]] = place
+                counts[member] = part.info.n_tokens
+        return since
+
+    def covers(self, level: Level, name: str, rows: Ints, layers: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+        """Whether a variable is there, shape (layer, prompt); one row for a variable without layers."""
+        if name not in (*self.variables(level), *self.columns(level)):
+            return np.zeros((max(1, len(layers)), len(rows)), bool)
+        array = self.source(level, name, rows, layers)
+        there: npt.NDArray[np.bool_] = (array.source != NOWHERE)[array.classes]
+        return there if array.layers is not None else there[:1]
+
+
+def _place(layers: tuple[int, ...], layer: int) -> int:
+    return layers.index(layer) if layer in layers else NOWHERE
+
+
+def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotations: Sequence[Part]) -> View:
+    """The union of parts and annotations, given in their order.
+
+    Raises
+    ------
+    PromptCollisionError
+        Two different prompts of the group share a hash.
+    """
+    # A root hides only parts of its own: what another one copied from it, and has replaced since, still lies here.
+    hidden = {(part.rank, name) for part in (*parts, *annotations) for name in part.info.replaces}
+    shown = tuple(part for part in parts if part.order not in hidden)
+    noted = tuple(part for part in annotations if part.order not in hidden)
+    # Parts and annotations in their order decide together which column is the last; see `View.source`.
+    every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
+    codes, first = _first_appearance(keys_of(every))
+    digests = every[first]
+    whole = every[:, HASH_DIGITS // 2 :].any(axis=1)
+    digests[codes[whole]] = every[whole]
+    differ = rows_differ(digests[codes], every)
+    if differ.any():
+        one = hashes_of(every[differ][:1])[0]
+        raise PromptCollisionError(
+            f"two different prompts in {storage.url}/{group.name} share the hash {one}: delete it there, and write one of them again"
+        )
+    bounds = offsets_of([len(part.info.digests) for part in shown])
+    members = [codes[a:b] for a, b in itertools.pairwise(bounds)]
+    keys: pd.Index[Any] = pd.Index(keys_of(digests))
+    for note in noted:
+        rows = np.asarray(keys.get_indexer(pd.Index(keys_of(note.info.digests))), np.int64)
+        if rows_differ(digests[rows[rows >= 0]], note.info.digests[rows >= 0]).any():
+            raise PromptCollisionError(
+                f"the annotation {note.info.name} of {storage.url}/{group.name} is of another prompt with the same hash"
+            )
+        members.append(rows)
+    return View(storage, group, shown, noted, digests, tuple(members), keys)
+
+
+def _first_appearance(keys: npt.NDArray[np.uint64]) -> tuple[Ints, Ints]:
+    codes, uniques = pd.factorize(keys)
+    first = np.full(len(uniques), len(keys), np.int64)
+    np.minimum.at(first, codes, np.arange(len(keys)))
+    return codes.astype(np.int64), first

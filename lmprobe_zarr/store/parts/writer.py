@@ -1,0 +1,402 @@
+"""One part from batches to its commit: lay out, write chunks as they fill, commit last. Never reads back.
+
+Nothing of a part is visible before `PartWriter.commit` returns: the part's own ``zarr.json`` is written last, after
+everything that it names has been written and flushed.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.batch import HASH_DIGITS, SCALARS, TokenBatch, count_odd, positions_of
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
+from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.store.format import (
+    ANNOTATIONS,
+    LEVELS,
+    SAMPLE_DIM,
+    ArrayInfo,
+    GroupInfo,
+    Level,
+    PartInfo,
+    array_dims,
+    encode_chunk,
+    file_entry,
+    level_document,
+    parse_group,
+    parse_part,
+    parse_root,
+    part_document,
+    root_document,
+    validate_column_names,
+)
+from lmprobe_zarr.store.parts.columns import as_column, storable, text_rows
+from lmprobe_zarr.typing import Array
+
+__all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
+
+# A chunk is what one read fetches, and what one prompt's tokens cost to read (docs/design/performance.md). Elsewhere than on a local disk
+# each costs a request.
+CHUNK_BYTES: Final = 2 * 2**20
+REMOTE_CHUNK_BYTES: Final = 4 * 2**20
+MIN_CHUNK_BYTES: Final = 2**18
+# All chunks that are being filled together; with many layers each gets a smaller share.
+BUFFER_BYTES: Final = 256 * 2**20
+COLUMN_ROWS: Final = 2**20
+
+
+def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
+    """Write the documents of the root and of a group where they are not there yet; a group's also where it is damaged.
+
+    Two writers may do so at once: both write the same bytes.
+    """
+    try:
+        if parse_root(storage.read("zarr.json"), storage.url) is not None:
+            raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: write to the store that it was made from")
+    except (FileNotFoundError, NotADirectoryError):
+        storage.commit("zarr.json", root_document(), durable=durable, replace=False)
+    key, document = f"{group.name}/zarr.json", group.to_document()
+    try:
+        there = storage.read(key)
+    except (FileNotFoundError, NotADirectoryError):
+        storage.commit(key, document, durable=durable, replace=False)
+        return
+    if there != document:
+        # All that the document says is in the folder's name as a hash, so it can say nothing else: it was damaged.
+        with suppress(CorruptPartError):
+            parse_group(there, f"{storage.url}/{group.name}")  # raises where it is of another version
+        storage.commit(key, document, durable=durable)
+
+
+class PartWriter:
+    """Writes one part.
+
+    Parameters
+    ----------
+    storage : Storage
+        The store's place.
+    group : GroupInfo
+        The group; its documents must be there (`write_group`).
+    name : str
+        Name of the part, unique (`schema.new_part_name`).
+    kind : {"part", "annotation"}
+        Annotations lie in a folder of their own.
+    compressed : bool
+        Lossless lz4 with checksums, or checksums alone.
+    durable : bool
+        Flush every file to the medium before the commit.
+    replaces : tuple of str
+        Parts that this one supersedes.
+    recorded : mapping, optional
+        What is noted in the part and never asked for again: versions, device.
+    alone : bool
+        Leave the documents of root and group to the caller, who makes them appear later.
+
+    Notes
+    -----
+    Every batch must hold the same variables, layers and columns as the first.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        group: GroupInfo,
+        name: str,
+        *,
+        kind: str = "part",
+        compressed: bool = True,
+        durable: bool = True,
+        replaces: tuple[str, ...] = (),
+        recorded: Mapping[str, Any] | None = None,
+        alone: bool = False,
+    ) -> None:
+        self.storage, self.group, self.name, self.kind = storage, group, name, kind
+        self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
+        self.compressed, self.durable, self.replaces, self.alone = compressed, durable, replaces, alone
+        self.recorded = {"python": platform.python_version(), **(recorded or {})}
+        self.nbytes = self.held_nbytes = 0
+        self._files: dict[str, tuple[int, int]] = {}
+        self._arrays: dict[str, ArrayInfo] = {}
+        self._variables: dict[str, _RowBuffer] = {}
+        self._columns: dict[str, list[Any]] = {}
+        self._digests: list[str] = []
+        self._seen: set[str] = set()
+        self._n_tokens: list[npt.NDArray[np.int64]] = []
+        self._shape: tuple[Any, ...] | None = None
+        self._layers: tuple[int, ...] = ()
+        self._whole_prompts = True
+        self._unfinished = False
+
+    def __len__(self) -> int:
+        """Prompts so far."""
+        return len(self._digests)
+
+    @property
+    def waiting_nbytes(self) -> int:
+        """Bytes of activations that wait in memory for their chunk to be full."""
+        return sum(buffer.waiting_nbytes for buffer in self._variables.values())
+
+    def append(self, batch: TokenBatch) -> None:
+        """Add the prompts of a batch.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The batch holds other variables, layers, row shapes or columns than the first, or a prompt again.
+        NoSpaceError, ReadOnlyError
+            The place cannot take it; nothing becomes visible.
+        """
+        columns = self._check(batch)
+        # If anything below fails, some of the batch is in and some is not, and what was begun must never be committed.
+        self._unfinished = True
+        self._digests += batch.sha256
+        self._seen.update(batch.sha256)
+        if batch.n_tokens is not None:
+            self._n_tokens.append(np.asarray(batch.n_tokens, np.int64))
+        for name, column in columns.items():
+            self._columns.setdefault(name, []).append(column)
+        for level in LEVELS:
+            for name, array in (batch.prompts if level == "prompts" else batch.tokens).items():
+                layered = name not in batch.unlayered
+                self._buffer(level, name, array, layered, batch).append(array if layered else array[None])
+        self.nbytes += batch.nbytes
+        self.held_nbytes += batch.held_nbytes
+        self._unfinished = False
+
+    def _check(self, batch: TokenBatch) -> dict[str, Any]:
+        """The columns of a batch as they are stored; raises where it does not fit the first one."""
+        columns = self._batch_columns(batch)
+        kinds = {name: "text" if values.dtype == object else "number" for name, values in columns.items()}
+        shape = (*shape_of(batch), kinds)
+        if self._shape is None:
+            validate_column_names(batch.prompt_columns)
+            for name, array in (*batch.prompts.items(), *batch.tokens.items()):
+                dtype = array.dtype
+                if dtype.kind not in "fiub" or dtype.itemsize > 8 or dtype == np.uint64:
+                    raise InvalidArgumentError(f"{name!r} has dtype {dtype}, which cannot be stored: use float16, 32, 64 or integers")
+            self._shape, self._layers = shape, batch.layers
+        elif shape != self._shape:
+            raise InvalidArgumentError(f"one part holds the same variables, layers and columns throughout: {shape} after {self._shape}")
+        again = self._seen.intersection(batch.sha256)
+        if again:
+            raise InvalidArgumentError(f"prompt {min(again)[:HASH_DIGITS]} was already given for this part")
+        return columns
+
+    def _batch_columns(self, batch: TokenBatch) -> dict[str, Any]:
+        n = len(batch.sha256)
+        columns: dict[str, Any] = {}
+        if batch.prompt_length is not None:
+            columns["prompts/prompt_length"] = np.asarray(batch.prompt_length, np.int64)
+        if batch.text is not None:
+            columns["prompts/text"] = np.array([storable(t) for t in batch.text], object)
+        columns |= {f"prompts/{name}": as_column(name, values) for name, values in batch.prompt_columns.items()}
+        if batch.n_tokens is not None:
+            counts = np.asarray(batch.n_tokens, np.int64)
+            columns["prompts/n_tokens"] = counts
+            columns["tokens/prompt_row"] = np.repeat(np.arange(len(self), len(self) + n), counts)
+            whole = positions_of(counts)
+            token_columns = {"position": whole, **batch.token_columns}
+            self._whole_prompts &= bool(np.array_equal(token_columns["position"], whole))
+            columns |= {f"tokens/{name}": np.asarray(values, np.int64) for name, values in token_columns.items()}
+        return columns
+
+    def _buffer(self, level: Level, name: str, array: Array, layered: bool, batch: TokenBatch) -> _RowBuffer:
+        key = f"{level}/{name}"
+        if key not in self._variables:
+            wide = array.dtype if array.dtype.kind in "fbi" else np.dtype(np.int64)
+            row_shape = array.shape[2 if layered else 1 :]
+            buffers = sum(a.shape[0] for v in (batch.prompts, batch.tokens) for n, a in v.items() if n not in batch.unlayered) or 1
+            most = CHUNK_BYTES if self.storage.is_local else REMOTE_CHUNK_BYTES
+            chunk_bytes = max(MIN_CHUNK_BYTES, min(most, BUFFER_BYTES // buffers))
+            rows = max(1, chunk_bytes // max(1, int(np.prod(row_shape)) * wide.itemsize))
+            info = ArrayInfo(
+                dims=array_dims(name, level, array.ndim, layered),
+                shape=((len(self._layers),) if layered else ()) + (0, *row_shape),
+                chunks=((1,) if layered else ()) + (rows, *row_shape),
+                dtype=wide.name,
+                # Byte shuffle decodes twice as fast and costs a tenth in size: the better trade for small pooled arrays.
+                shuffle=("shuffle" if level == "prompts" else "bitshuffle") if self.compressed else None,
+                attributes={"stored_dtype": batch.stored_dtype.get(name, wide.name)},
+            )
+            self._variables[key] = _RowBuffer(self, key, info)
+        return self._variables[key]
+
+    def write_chunk(self, key: str, info: ArrayInfo, layer: int, block: int, values: Array) -> None:
+        """Encode and write one chunk."""
+        name = f"{key}/{info.chunk_key(layer, block)}"
+        body, checksum = encode_chunk(values, info)
+        self.storage.write(f"{self.path}/{name}", (body, checksum), durable=self.durable)
+        self._files[name] = memoryview(body).nbytes + len(checksum), int.from_bytes(checksum, "little")
+
+    def commit(self) -> PartInfo:
+        """Make the part visible; afterwards the writer is used up.
+
+        Raises
+        ------
+        InvalidArgumentError
+            No batch was appended.
+        NoSpaceError, ReadOnlyError
+            The place cannot take it; nothing becomes visible.
+        PartGoneError
+            `gc` took it for what a killed writer left, because nothing was written to it for so long.
+        """
+        if not self._digests or self._unfinished:
+            what = "whose writing failed half-way" if self._unfinished else "without prompts"
+            raise InvalidArgumentError(f"a part {what} cannot be committed: abort it, and start another")
+        for key, buffer in self._variables.items():
+            self._arrays[key] = buffer.finish()
+        self._write_columns()
+        info = PartInfo(
+            group=self.group.name,
+            name=self.name,
+            kind=self.kind,
+            digests=np.frombuffer(bytes.fromhex("".join(self._digests)), np.uint8).reshape(-1, 32),
+            n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else None,
+            layers=self._layers,
+            arrays=dict(sorted(self._arrays.items())),
+            files={},
+            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
+            replaces=self.replaces,
+            odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
+        )
+        texts: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in info.arrays.items()}
+        texts |= {f"{level}/zarr.json": level_document(info, level) for level in LEVELS if info.variables(level)}
+        for name, text in texts.items():
+            data = json.dumps(text, allow_nan=False, separators=(",", ":")).encode()
+            self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
+            self._files[name] = file_entry(data, chunk=False)
+        object.__setattr__(info, "files", dict(sorted(self._files.items())))
+        document = part_document(info, self.group)
+        parse_part(document, self.path)  # what we could not read must not become visible
+        if not self.alone:
+            # Somebody may have cleared the group meanwhile, and a part without its group's document is of no use.
+            write_group(self.storage, self.group, durable=self.durable)
+        # What lay untouched for longer than the age of `gc` has been removed, all at once: the oldest file tells.
+        if not self.storage.is_file(f"{self.path}/{next(iter(self._files))}"):
+            raise PartGoneError(
+                f"part {self.path!r} of {self.storage.url} was removed while it was being written: collect garbage with a greater max_age\n"
+                "than the longest pause of a writer, and write it again"
+            )
+        self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable, replace=False)
+        return info
+
+    def abort(self) -> None:
+        """Remove what was written, unless it is visible: an interruption may come between the commit and its return."""
+        if not self.storage.is_file(f"{self.path}/zarr.json"):
+            self.storage.remove_tree(self.path)
+
+    def _write_columns(self) -> None:
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        columns["prompts/prompt"] = np.array([d[:HASH_DIGITS] for d in self._digests], object)
+        columns["prompts/prompt_sha256"] = np.array(self._digests, object)
+        if self._layers:
+            for level in {key.split("/")[0] for key in self._variables}:
+                columns[f"{level}/layer"] = np.array(self._layers, np.int64)
+        attributes: dict[str, dict[str, Any]] = {
+            "n_tokens": {"sample_dimension": "token"},
+            "prompt_row": {"instance_dimension": "prompt"},
+            "position": {"whole_prompts": self._whole_prompts},  # then a reader knows them without reading them
+        }
+        for key, values in columns.items():
+            level, name = key.split("/")
+            text = values.dtype == object
+            rows = min(len(values), text_rows(key, values) if text else COLUMN_ROWS)
+            shuffle = ("noshuffle" if text or values.dtype.itemsize == 1 else "shuffle") if self.compressed else None
+            info = ArrayInfo(
+                dims=("layer",) if name == "layer" else (SAMPLE_DIM["tokens" if level == "tokens" else "prompts"],),
+                shape=(len(values),),
+                chunks=(rows,),
+                dtype="string" if text else values.dtype.name,
+                shuffle=shuffle,
+                attributes=attributes.get(name, {}),
+            )
+            for block in range(-(-len(values) // rows)):
+                self.write_chunk(key, info, 0, block, values[block * rows : (block + 1) * rows])
+            self._arrays[key] = info
+
+
+class _RowBuffer:
+    """Rows of one variable until a chunk is full; then one chunk per layer is written."""
+
+    def __init__(self, writer: PartWriter, key: str, info: ArrayInfo) -> None:
+        self.writer, self.key, self.info = writer, key, info
+        self.capacity = info.rows_per_chunk
+        self.layers = info.shape[0] if info.layered else 1
+        self.filled = 0
+        self.blocks = 0
+        self.held: Array | None = None
+        self.odd = (0, 0)
+        # NaN is what the first token's probability is, and no vector is there to be all zeros.
+        self.counted = np.dtype(info.dtype).kind == "f" and key.partition("/")[2] not in SCALARS
+
+    @property
+    def waiting_nbytes(self) -> int:
+        """Bytes of the rows that are held."""
+        return 0 if self.held is None else self.held[:, : self.filled].nbytes
+
+    def append(self, values: Array) -> None:
+        """Take rows; `values` has shape (layer, row, …)."""
+        start, total = 0, values.shape[1]
+        while start < total:
+            if not self.filled and total - start >= self.capacity:
+                self._flush(values[:, start : start + self.capacity])  # a whole chunk: no copy
+                start += self.capacity
+                continue
+            if self.held is None:
+                self.held = np.empty((self.layers, self.capacity, *self.info.row_shape), self.info.dtype)
+            count = min(total - start, self.capacity - self.filled)
+            self.held[:, self.filled : self.filled + count] = values[:, start : start + count]
+            self.filled, start = self.filled + count, start + count
+            if self.filled == self.capacity:
+                self._flush(self.held)
+                self.filled = 0
+
+    def _flush(self, values: Array) -> None:
+        odd = [(0, 0)] * self.layers
+        run_all([partial(self._write, layer, values, odd) for layer in range(self.layers)], local=self.writer.storage.is_local)
+        self.odd = self.odd[0] + sum(one[0] for one in odd), self.odd[1] + sum(one[1] for one in odd)
+        self.blocks += 1
+
+    def _write(self, layer: int, values: Array, odd: list[tuple[int, int]]) -> None:
+        rows = values[layer : layer + 1] if self.info.layered else values[0]
+        self.writer.write_chunk(self.key, self.info, layer, self.blocks, rows)
+        if self.counted:
+            odd[layer] = count_odd(rows, self.info.row_shape)
+
+    def finish(self) -> ArrayInfo:
+        """Write what is left and say what the array became."""
+        rows = self.blocks * self.capacity + self.filled
+        axis = self.info.sample_axis
+        chunk_rows = self.capacity if self.blocks else self.filled
+        self.info = ArrayInfo(
+            dims=self.info.dims,
+            shape=(*self.info.shape[:axis], rows, *self.info.shape[axis + 1 :]),
+            chunks=(*self.info.chunks[:axis], chunk_rows, *self.info.chunks[axis + 1 :]),
+            dtype=self.info.dtype,
+            shuffle=self.info.shuffle,
+            attributes=self.info.attributes,
+        )
+        if self.filled and self.held is not None:
+            self._flush(self.held[:, : self.filled])
+        self.held = None
+        return self.info
+
+
+def shape_of(batch: TokenBatch) -> tuple[Hashable, ...]:
+    """What must be the same of all batches of one part: variables with their dtypes and rows, layers, and which columns there are."""
+    variables = frozenset(
+        (level, name, array.dtype.str, array.shape[0 if name in batch.unlayered else 1 :][1:], batch.stored_dtype.get(name))
+        for level, values in (("prompts", batch.prompts), ("tokens", batch.tokens))
+        for name, array in values.items()
+    )
+    optional = (batch.text is None, batch.prompt_length is None, batch.n_tokens is None)
+    return batch.layers, variables, optional, frozenset(batch.token_columns), frozenset(batch.prompt_columns)

@@ -1,0 +1,132 @@
+"""The card of a published dataset: what it holds and how to open it, as Markdown. Never values, and no texts of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lmprobe_zarr.batch import describe_layers
+from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, GroupInfo
+from lmprobe_zarr.store.parts import View
+
+__all__ = ["CardGroup", "write_card"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardGroup:
+    """One group as the card shows it.
+
+    Parameters
+    ----------
+    group : GroupInfo
+    prompts, tokens, nbytes : int
+        Prompts, token rows, and bytes as stored.
+    layers : tuple of int
+    variables : tuple of (str, str, str)
+        Name, level and stored dtype.
+    columns : tuple of str
+        The user's own.
+    part : str
+        Key of one of its parts, for an example.
+    """
+
+    group: GroupInfo
+    prompts: int
+    tokens: int
+    nbytes: int
+    layers: tuple[int, ...]
+    variables: tuple[tuple[str, str, str], ...]
+    columns: tuple[str, ...]
+    part: str
+
+    @classmethod
+    def of(cls, view: View, nbytes: int) -> CardGroup:
+        """What a view shows."""
+        held = [(n, level, str(a.attributes.get("stored_dtype", a.dtype))) for level in LEVELS for n, a in view.variables(level).items()]
+        return cls(
+            group=view.group,
+            prompts=len(view),
+            tokens=int(view.token_counts().sum()),
+            nbytes=nbytes,
+            layers=tuple(sorted({*view.layers("prompts"), *view.layers("tokens")})),
+            variables=tuple(held),
+            columns=tuple(name for name in view.columns("prompts") if name not in PROMPT_COLUMNS),
+            part=view.parts[0].path,
+        )
+
+
+def write_card(groups: Sequence[CardGroup], url: str, *, text: bool) -> str:
+    """The card, as Markdown.
+
+    Parameters
+    ----------
+    groups : sequence of CardGroup
+    url : str
+        Where the copy lies.
+    text : bool
+        Whether the prompts' texts are in it.
+    """
+    models = list(dict.fromkeys(one.group.model for one in groups))
+    lines = [
+        f"# Activations of {', '.join(models)}",
+        "",
+        "License: (say here under which terms others may use this dataset)",
+        "",
+        "Hidden states of language models, stored with lmprobe-zarr in Zarr v3. "
+        + ("Prompts are there with their texts." if text else "Prompts are there by the sha256 of their texts only."),
+        "",
+    ]
+    for one in groups:
+        lines += _group_lines(one)
+    first = groups[0]
+    level = first.variables[0][1] if first.variables else "prompts"
+    lines += [
+        "## Opening it",
+        "",
+        "```python",
+        "import lmprobe_zarr as lz",
+        "",
+        f"store = lz.open_store({url!r})",
+        f"ds = store.dataset({first.group.model!r})",
+        "```",
+        "",
+        "A part at a time, with xarray and zarr alone:",
+        "",
+        "```python",
+        "import xarray as xr",
+        "",
+        f"ds = xr.open_zarr({f'{url}/{first.part}'!r}, group={level!r})",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _group_lines(one: CardGroup) -> list[str]:
+    rows = [
+        ("prompts", str(one.prompts)),
+        ("tokens", str(one.tokens)),
+        ("layers", describe_layers(one.layers) if one.layers else "none"),
+        ("size", format_bytes(one.nbytes)),
+        ("columns", ", ".join(one.columns) or "none"),
+        ("hidden size", str(one.group.hidden_size or "unknown")),
+        *((f"provenance: {name}", str(value)) for name, value in one.group.provenance.items()),
+    ]
+    return [
+        f"## {one.group.model}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_cell(value)} |" for name, value in rows),
+        "",
+        "| variable | one row per | dtype |",
+        "|---|---|---|",
+        *(f"| `{name}` | {level.removesuffix('s')} | {dtype} |" for name, level, dtype in one.variables),
+        "",
+    ]
+
+
+def _cell(value: str) -> str:
+    value = value if value.isprintable() else repr(value)
+    return value.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,309 @@
+"""Many small parts as few large ones, with exactly the same view. Decides on records first, then writes; deletes nothing.
+
+A view is decided by the order of its parts and annotations. A merged part stands at the place of the last of those that it replaces, so
+merging moves the others behind whatever lies in between. That is done only where it provably changes nothing; see `plan_runs`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from lmprobe_zarr.batch import keys_of
+from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.errors import PartGoneError
+from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo, replacement_name
+from lmprobe_zarr.store.parts import Listing, Part, PartWriter, committed_at, open_view, part_nbytes, read_batches
+from lmprobe_zarr.store.upkeep.removal import remove_part
+from lmprobe_zarr.typing import Mask
+
+__all__ = ["CompactPlan", "MergeRun", "agreed", "merge_run", "plan_runs", "shape_key"]
+
+logger = logging.getLogger("lmprobe_zarr.cache")
+
+# Texts and columns wait in memory for their part's commit. A run that would hold more is halved.
+COLUMN_BYTES: Final = 2**28
+MADE: Final = frozenset({"prompts/prompt", "prompts/prompt_sha256", "prompts/n_tokens", "prompts/layer"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRun:
+    """Parts, or annotations, that become one.
+
+    Parameters
+    ----------
+    group : str
+        Folder of their group.
+    parts : tuple of Part
+        In the order of their names.
+    nbytes : int
+        About how many bytes the new part holds uncompressed.
+    """
+
+    group: str
+    parts: tuple[Part, ...]
+    nbytes: int
+
+    def halves(self) -> list[MergeRun]:
+        """The same as two runs, those of one part left out."""
+        middle = len(self.parts) // 2
+        pieces = [self.parts[:middle], self.parts[middle:]]
+        return [MergeRun(group=self.group, parts=p, nbytes=sum(map(part_nbytes, p))) for p in pieces if len(p) > 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactPlan:
+    """What a compaction would merge, or has merged. Prints well.
+
+    Parameters
+    ----------
+    url : str
+        The store.
+    parts : int
+        Parts and annotations that are shown before.
+    runs : tuple of MergeRun
+        What becomes one each.
+    left : tuple of MergeRun
+        Runs that were planned and left as they are, because somebody else changed them meanwhile.
+    """
+
+    url: str
+    parts: int
+    runs: tuple[MergeRun, ...]
+    left: tuple[MergeRun, ...] = field(default=())
+
+    @property
+    def parts_after(self) -> int:
+        """Parts and annotations that are shown afterwards."""
+        return self.parts - sum(len(run.parts) - 1 for run in self.runs)
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes are written again, uncompressed."""
+        return sum(run.nbytes for run in self.runs)
+
+    def __str__(self) -> str:
+        text = f"{self.url}: {self.parts} parts become {self.parts_after}, {format_bytes(self.nbytes)} written again"
+        if self.left:
+            text += f"; {len(self.left)} runs were changed by somebody else meanwhile and stay as they are"
+        return text
+
+
+def shape_key(info: PartInfo) -> tuple[Any, ...]:
+    """What must be equal of parts that may become one: kind, layers, and of every array its name, dimensions, dtypes and row shape."""
+    arrays = frozenset((key, a.dims, a.dtype, a.row_shape, a.attributes.get("stored_dtype")) for key, a in info.arrays.items())
+    compressed = frozenset(a.shuffle is not None for a in info.arrays.values())
+    return info.kind, info.layers, info.n_tokens is None, arrays, compressed
+
+
+def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts: int = 2) -> list[MergeRun]:
+    """Which parts and annotations of a group become one; pure.
+
+    A run of **parts** consists of neighbours of equal shape (`shape_key`). Each holds every variable and layer of its prompts, so the last
+    one that holds a prompt wins for all of them, within the run and seen from outside; and the union in the order of first appearance
+    stands where the run stood. It ends
+
+    * before a part of another shape: one in between could win over the first and lose to the second, and its prompts would come to stand
+      before those of the first;
+    * before an annotation that has a column and a prompt in common with the run so far: it would lose to what it overrides;
+    * where parts of the run disagree on a prompt's number of tokens and the last agrees with what came before the run: tokens that the
+      disagreement made invalid would be valid again;
+    * where the name of an unfinished part lies in between: nobody knows what it will hold;
+    * at a part that is larger than half of `part_bytes`, and where the sum would be larger than `part_bytes`.
+
+    A run of **annotations** has equal columns. Others, and parts, may lie in between where they have no column, or no prompt, in common
+    with what of the run came before them.
+
+    Parameters
+    ----------
+    group : GroupInfo
+    listing : Listing
+    part_bytes : int
+        The most that a merged part may hold.
+    min_parts : int
+        Shorter runs stay as they are.
+    """
+    hidden = listing.hidden
+    parts = [part for part in listing.parts if part.info.name not in hidden]
+    notes = [part for part in listing.annotations if part.info.name not in hidden]
+    timeline = _Timeline(parts, notes)
+    found = [*_part_runs(timeline, parts, notes, listing.unfinished, part_bytes), *_note_runs(timeline, parts, notes, listing.unfinished)]
+    runs = [MergeRun(group=group.name, parts=tuple(run), nbytes=sum(map(part_nbytes, run))) for run in found]
+    return [run for run in runs if len(run.parts) >= max(2, min_parts)]
+
+
+class _Timeline:
+    """Which prompts and columns each part and annotation holds, prompts numbered over all of them."""
+
+    def __init__(self, parts: Sequence[Part], notes: Sequence[Part]) -> None:
+        every = [*parts, *notes]
+        keys = np.concatenate([np.zeros(0, np.uint64), *(keys_of(part.info.digests) for part in every)])
+        codes, uniques = pd.factorize(keys)
+        self.n = len(uniques)
+        bounds = np.cumsum([0, *(len(part.info.digests) for part in every)])
+        self.rows = {part.path: codes[a:b] for part, a, b in zip(every, bounds[:-1], bounds[1:], strict=True)}
+
+    def clash(self, held: Mask, columns: frozenset[str], part: Part) -> bool:
+        """Whether a part shares a column, and a prompt that is marked."""
+        return bool(columns & _columns(part)) and bool(held[self.rows[part.path]].any())
+
+
+def _columns(part: Part) -> frozenset[str]:
+    return frozenset(key for key, a in part.info.arrays.items() if len(a.dims) == 1 and key.startswith("prompts/")) - MADE
+
+
+def _part_runs(
+    timeline: _Timeline, parts: Sequence[Part], notes: Sequence[Part], unfinished: Sequence[str], part_bytes: int
+) -> Iterator[list[Part]]:
+    counts = np.zeros(timeline.n, np.int64)  # tokens of each prompt by the parts so far
+    before, changed, held = counts.copy(), np.zeros(timeline.n, bool), np.zeros(timeline.n, bool)
+    run: list[Part] = []
+    size = 0
+    for part in parts:
+        nbytes, rows, info = part_nbytes(part), timeline.rows[part.path], part.info
+        if run:
+            low, high = run[-1].info.name, info.name
+            between = [note for note in notes if low < note.info.name < high] if notes else []
+            columns = _columns(run[0])
+            fits = shape_key(info) == shape_key(run[0].info) and size + nbytes <= part_bytes
+            fits = fits and not any(low < name < high for name in unfinished)
+            fits = fits and not any(timeline.clash(held, columns, note) for note in between)
+            if fits and info.n_tokens is not None:
+                differ = held[rows] & (counts[rows] != info.n_tokens)
+                fits = not ((differ | changed[rows]) & (info.n_tokens == before[rows])).any()
+                changed[rows] |= differ
+            if not fits:
+                yield run
+                run, size = [], 0
+        if not run:
+            before = counts.copy()
+            changed[:] = held[:] = False
+        if info.n_tokens is not None:
+            counts[rows] = info.n_tokens
+        if nbytes > part_bytes // 2:
+            if run:
+                yield run
+            run, size = [], 0
+            continue
+        run.append(part)
+        held[rows] = True
+        size += nbytes
+    if run:
+        yield run
+
+
+def _note_runs(timeline: _Timeline, parts: Sequence[Part], notes: Sequence[Part], unfinished: Sequence[str]) -> Iterator[list[Part]]:
+    open_runs: dict[tuple[Any, ...], tuple[list[Part], Mask]] = {}
+    every: list[tuple[str, Part | None]] = [(part.info.name, part) for part in (*parts, *notes)]
+    for _, part in sorted([*every, *((name, None) for name in unfinished)], key=lambda item: item[0]) if notes else ():
+        mine = None if part is None or part.info.kind != "annotation" else shape_key(part.info)
+        for key, (run, held) in list(open_runs.items()):
+            if key != mine and (part is None or timeline.clash(held, _columns(run[0]), part)):
+                del open_runs[key]
+                yield run
+        if part is not None and mine is not None:
+            run, held = open_runs.setdefault(mine, ([], np.zeros(timeline.n, bool)))
+            run.append(part)
+            held[timeline.rows[part.path]] = True
+    for run, _ in open_runs.values():
+        yield run
+
+
+def agreed(infos: Sequence[PartInfo]) -> dict[str, Any]:
+    """What was noted alike in all of some parts, and when the last of them was written."""
+    first = infos[0].recorded
+    same = {name: value for name, value in first.items() if all(info.recorded.get(name) == value for info in infos)}
+    last = max(infos, key=committed_at).recorded
+    return {**same, **({"written": last["written"]} if "written" in last else {})}
+
+
+def merge_run(
+    storage: Storage, group: GroupInfo, run: MergeRun, look: Callable[[], Listing], *, durable: bool, known: set[str]
+) -> tuple[list[MergeRun], list[MergeRun]]:
+    """Write a run as one part and hide what it stands for; returns what was merged, and what was left.
+
+    It is left where somebody else has replaced or removed one of its parts meanwhile, or has begun one whose name lies within it. That is
+    looked for right before the commit and right after it; the second time the commit is taken back.
+
+    Parameters
+    ----------
+    storage, group, run
+    look : callable
+        Gives what lies in the group's folder now.
+    durable : bool
+        Flush what is written before it is committed.
+    known : set of str
+        All names that lay in the group's folder when the run was planned; that of the new part is added.
+    """
+    infos = [part.info for part in run.parts]
+    there = look().names
+    replaced = (name for info in infos for name in info.replaces if name in there)
+    writer = PartWriter(
+        storage,
+        group,
+        replacement_name(infos[-1].name),
+        kind=infos[0].kind,
+        compressed=any(array.shuffle is not None for array in infos[0].arrays.values()),
+        durable=durable,
+        replaces=tuple(dict.fromkeys([*(info.name for info in infos), *replaced])),
+        recorded=agreed(infos),
+    )
+    known.add(writer.name)
+    try:
+        view = open_view(storage, group, run.parts, [])
+        for batch in read_batches(view, np.arange(len(view))):
+            writer.append(batch)
+            if writer.held_nbytes > COLUMN_BYTES:
+                writer.abort()
+                results = [merge_run(storage, group, half, look, durable=durable, known=known) for half in run.halves()]
+                return [one for done, _ in results for one in done], [one for _, left in results for one in left]
+        if not _unchanged(storage, run, look(), known):
+            writer.abort()
+            return [], [run]
+        info = writer.commit()
+    except PartGoneError:
+        writer.abort()
+        return [], [run]
+    except BaseException:
+        with suppress(OSError):
+            writer.abort()
+        raise
+    if not _unchanged(storage, run, look(), known | {info.name}, besides=info.name):
+        remove_part(storage, Part(storage, writer.path, info))
+        return [], [run]
+    _carry_stamp(storage, run, info)
+    logger.debug("merged %d parts of %s into %s", len(run.parts), group.model, info.name)
+    return [run], []
+
+
+def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str], besides: str = "") -> bool:
+    """Whether all of a run is still there and shown, and nothing new has a name within it."""
+    mine = {part.info.name for part in run.parts}
+    low, high = run.parts[0].info.name, run.parts[-1].info.name
+    if any(low < name < high for name in listing.names - known):
+        return False
+    others = [part for part in (*listing.parts, *listing.annotations) if part.info.name != besides]
+    if not mine <= {part.info.name for part in others} or any(mine & set(part.info.replaces) for part in others):
+        return False
+    there = [False] * len(run.parts)
+
+    def ask(i: int, part: Part) -> None:
+        there[i] = storage.is_file(f"{part.path}/zarr.json")
+
+    run_all([partial(ask, i, part) for i, part in enumerate(run.parts)], local=storage.is_local)
+    return all(there)
+
+
+def _carry_stamp(storage: Storage, run: MergeRun, info: PartInfo) -> None:
+    """What was in use stays so for eviction; best effort."""
+    with suppress(OSError):
+        if {part.info.name for part in run.parts} & set(storage.list(f"{run.group}/{STAMPS}")):
+            storage.touch(f"{run.group}/{STAMPS}/{info.name}")

@@ -1,0 +1,247 @@
+"""Parts pushed into another store as they are: only what it lacks. Reads both, writes the target, deletes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.batch import keys_of
+from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.errors import CorruptPartError
+from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, is_intact, is_variable
+from lmprobe_zarr.store.parts import Listing, Part, PartWriter, View, open_view, part_nbytes, read_batches, write_group
+from lmprobe_zarr.typing import Ints, Mask
+
+__all__ = ["CopySummary", "copy_group"]
+Keys = npt.NDArray[np.uint64]
+
+_MARK = "copied_from"
+
+
+class Begin(Protocol):
+    """Begins a part of a group at the target."""
+
+    def __call__(self, info: GroupInfo, /, *, kind: str, compressed: bool, recorded: dict[str, Any]) -> PartWriter: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopySummary:
+    """What was copied. Prints well.
+
+    Parameters
+    ----------
+    url : str
+        Where to.
+    copied : int
+        Parts and annotations that were copied whole.
+    rewritten : int
+        Parts and annotations that were written for what was missing of others.
+    there : int
+        Parts and annotations of which nothing was missing.
+    nbytes : int
+        About how many bytes were copied, uncompressed.
+    """
+
+    url: str
+    copied: int = 0
+    rewritten: int = 0
+    there: int = 0
+    nbytes: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.url}: {self.copied} parts copied, {self.rewritten} written for what was missing, {format_bytes(self.nbytes)}"
+        return f"{text}; {self.there} were there"
+
+    def __add__(self, other: CopySummary) -> CopySummary:
+        return CopySummary(
+            url=self.url,
+            copied=self.copied + other.copied,
+            rewritten=self.rewritten + other.rewritten,
+            there=self.there + other.there,
+            nbytes=self.nbytes + other.nbytes,
+        )
+
+
+def copy_group(
+    source: Storage,
+    target: Storage,
+    group: GroupInfo,
+    here: Listing,
+    there: Listing,
+    keys: Keys | None,
+    begin: Begin,
+    *,
+    durable: bool,
+    advance: Callable[[int], None],
+) -> CopySummary:
+    """Copy what the target lacks of a group.
+
+    A part of which the target has nothing goes over byte by byte under its own name, so it keeps its rank. Of others, what is missing is
+    written anew: whole prompts with their columns, or of prompts that are there only the variables and layers that are not. What this
+    source copied before is known by name, so a copy that was interrupted goes on.
+
+    Parameters
+    ----------
+    source, target : Storage
+    group : GroupInfo
+    here, there : Listing
+        What lies in the group's folder in both.
+    keys : ndarray of uint64, optional
+        Only these prompts.
+    begin : callable
+        Begins a part at the target.
+    durable : bool
+        Flush every file.
+    advance : callable
+        Told how many bytes have been dealt with, uncompressed.
+    """
+    view = open_view(source, group, here.parts, here.annotations)
+    mine = {part.info.name for part in view.parts}
+    held = {part.info.name for part in (*there.parts, *there.annotations)}
+    others = open_view(target, group, [part for part in there.parts if part.info.name not in mine - there.hidden], [])
+    known = np.concatenate([keys_of(others.digests), *(keys_of(part.info.digests) for part in view.parts if part.info.name in held)])
+    total = CopySummary(url=target.url)
+    later: list[Part] = []
+    for part in view.parts:
+        if part.info.name in held:
+            total += CopySummary(url=target.url, there=1)
+        elif keys is None and not (held & set(part.info.replaces)) and all(m.all() for m in _lacking(others, part).values()):
+            _copy_part(source, target, group, part, durable=durable)
+            known = np.concatenate([known, keys_of(part.info.digests)])
+            total += CopySummary(url=target.url, copied=1, nbytes=part_nbytes(part))
+        else:
+            later.append(part)
+            continue
+        advance(part_nbytes(part))
+    for part in later:
+        total += _write_missing(source, target, group, view, others, part, keys, known, begin)
+        advance(part_nbytes(part))
+    copied_notes = {note.info.recorded.get(_MARK) for note in there.annotations}
+    for note in view.annotations:
+        rows = np.arange(len(note.info.digests)) if keys is None else np.flatnonzero(np.isin(keys_of(note.info.digests), keys))
+        if note.info.name in held | copied_notes or not len(rows):
+            total += CopySummary(url=target.url, there=1)
+        elif keys is None:
+            _copy_part(source, target, group, note, durable=durable)
+            total += CopySummary(url=target.url, copied=1, nbytes=part_nbytes(note))
+        else:
+            _rewrite(source, group, note, rows, (), None, begin)
+            total += CopySummary(url=target.url, rewritten=1)
+        advance(part_nbytes(note))
+    return total
+
+
+def _variables(part: Part) -> Iterator[tuple[Level, str, tuple[int, ...]]]:
+    """Level, name and layers of every variable of a part; no layers where it has none."""
+    for level in LEVELS:
+        for name, array in part.info.variables(level).items():
+            if is_variable(name, array):
+                yield level, name, part.info.layers if array.layered else ()
+
+
+def _lacking(others: View, part: Part) -> dict[str, Mask]:
+    """What of a part a view does not hold: for each variable (layer, prompt), one layer where it has none."""
+    rows = others.find([row.tobytes().hex() for row in part.info.digests])
+    found: dict[str, Mask] = {"": (rows < 0)[None]}
+    for level, name, layers in _variables(part):
+        lacks = np.ones((max(1, len(layers)), len(rows)), bool)
+        lacks[:, rows >= 0] = ~others.covers(level, name, rows[rows >= 0], layers)
+        found[f"{level}/{name}"] = lacks
+    return found
+
+
+def _wins(view: View, part: Part, level: Level, name: str, layers: tuple[int, ...]) -> Mask:
+    """Where a part is the one whose values a view shows, shape as in `_lacking`."""
+    member = view.members[[one.path for one in view.parts].index(part.path)]
+    array = view.source(level, name, member, layers)
+    place = [one.path.removesuffix(f"/{level}/{name}") for one in array.arrays].index(part.path)
+    return np.asarray((array.source == place)[array.classes] if layers else array.source[:1] == place, bool)
+
+
+def _write_missing(
+    source: Storage, target: Storage, group: GroupInfo, view: View, others: View, part: Part, keys: Keys | None, known: Keys, begin: Begin
+) -> CopySummary:
+    """Write what is missing of a part, together what lacks the same."""
+    own = keys_of(part.info.digests)
+    wanted = np.ones(len(own), bool) if keys is None else np.isin(own, keys)
+    lacking = _lacking(others, part)
+    is_new = lacking.pop("")[0] & ~np.isin(own, known)
+    names = list(lacking)
+    for level, name, layers in _variables(part):
+        lacking[f"{level}/{name}"] &= _wins(view, part, level, name, layers)
+    depth = max([len(part.info.layers), 1])
+    pattern = np.zeros((len(own), len(names), depth), bool)
+    for i, name in enumerate(names):
+        pattern[:, i, : len(lacking[name])] = lacking[name].T
+    written = 0
+    columns = {f"prompts/{n}" for n, a in part.info.variables("prompts").items() if not is_variable(n, a)}
+    flat = np.concatenate([is_new[:, None], pattern.reshape(len(own), -1)], axis=1)
+    kinds, codes = np.unique(flat, axis=0, return_inverse=True)
+    for k, kind in enumerate(kinds):
+        rows = np.flatnonzero((codes.reshape(-1) == k) & wanted)
+        cube = kind[1:].reshape(len(names), depth)
+        new = bool(kind[0])
+        if not len(rows) or not kind.any():
+            continue
+        # Variables that lack the same layers go together.
+        sets: dict[tuple[int, ...] | None, list[str]] = {}
+        for name, missing in zip(names, cube, strict=True):
+            layered = part.info.arrays[name].layered
+            if missing.any():
+                sets.setdefault(tuple(part.info.layers[i] for i in np.flatnonzero(missing)) if layered else None, []).append(name)
+        if None in sets and len(sets) > 1:
+            sets[next(key for key in sets if key is not None)] += sets.pop(None)
+        for some, keep in sets.items() or ([(None, [])] if new else []):
+            without = set(names) - set(keep) | (set() if new else columns)
+            _rewrite(source, group, part, rows, without, some, begin)
+            written += 1
+    if not written:
+        return CopySummary(url=target.url, there=1)
+    return CopySummary(url=target.url, rewritten=written, nbytes=part_nbytes(part) * int(wanted.sum()) // len(own))
+
+
+def _rewrite(
+    source: Storage,
+    group: GroupInfo,
+    part: Part,
+    rows: Ints,
+    without: Sequence[str] | set[str],
+    layers: tuple[int, ...] | None,
+    begin: Begin,
+) -> None:
+    compressed = any(array.shuffle is not None for array in part.info.arrays.values())
+    writer = begin(group, kind=part.info.kind, compressed=compressed, recorded={**part.info.recorded, _MARK: part.info.name})
+    try:
+        for batch in read_batches(open_view(source, group, [part], []), rows, without=without, layers=layers):
+            writer.append(batch)
+        writer.commit()
+    except BaseException:
+        with suppress(OSError):
+            writer.abort()
+        raise
+
+
+def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *, durable: bool) -> None:
+    """All files of a part, checked against its table on the way; its commit last.
+
+    Another process may be copying the same part, and may have committed it before this one is through: so each file takes its place whole.
+    """
+    write_group(target, group, durable=durable)
+    if target.is_file(f"{part.path}/zarr.json"):
+        return
+
+    def copy(name: str) -> None:
+        data = source.read(f"{part.path}/{name}")
+        if not is_intact(name, data, part.info.files[name]):
+            raise CorruptPartError.of(source.url, part.path, f"{name} of part {part.path!r} of {source.url} is damaged: it was not copied")
+        target.commit(f"{part.path}/{name}", data, durable=durable)
+
+    run_all([partial(copy, name) for name in part.info.files], local=source.is_local and target.is_local)
+    target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)

@@ -1,0 +1,116 @@
+"""Variables that are given up: every part that holds them is written again without them. Everything else stays as it is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, GroupInfo, PartInfo, is_variable
+from lmprobe_zarr.store.parts import Listing, Part
+from lmprobe_zarr.store.upkeep.removal import check_removable, remove_part
+from lmprobe_zarr.store.upkeep.rewrite import write_again
+
+__all__ = ["drop_variables"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What becomes of a part: `dropped` are variables that go from it, of all its layers but `kept`."""
+
+    part: Part
+    dropped: frozenset[str]
+    kept: frozenset[int]
+
+    @property
+    def others(self) -> frozenset[str]:
+        return frozenset(_variables(self.part.info)) - self.dropped
+
+
+def _variables(info: PartInfo) -> list[str]:
+    return [f"{level}/{name}" for level in LEVELS for name, array in info.variables(level).items() if is_variable(name, array)]
+
+
+def _columns(info: PartInfo) -> list[str]:
+    """The user's own."""
+    own = (name for name, array in info.variables("prompts").items() if not is_variable(name, array))
+    return [f"prompts/{name}" for name in own if name not in (*PROMPT_COLUMNS, "layer")]
+
+
+def _change(part: Part, names: Collection[str], layers: Collection[int] | None) -> _Change | None:
+    info = part.info
+    held = [key for key in _variables(info) if key.partition("/")[2] in names]
+    if layers is not None:
+        held = [key for key in held if info.arrays[key].layered] if set(layers) & set(info.layers) else []
+    if not held:
+        return None
+    return _Change(part, frozenset(held), frozenset(info.layers).difference(layers) if layers is not None else frozenset())
+
+
+def drop_variables(
+    storage: Storage, group: GroupInfo, listing: Listing, names: Collection[str], layers: Collection[int] | None, *, durable: bool
+) -> int:
+    """Take variables out of every part of a group, physically; returns how many parts held any.
+
+    A part that is left without activations and without a column of the user's goes altogether where all of its prompts are in no part that
+    stays; elsewhere it goes on to hold its columns, so that order and texts of the others stay. Stopped half-way, a second call completes
+    it.
+
+    Parameters
+    ----------
+    storage, group, listing
+    names : collection of str
+        Variables, of whatever level.
+    layers : collection of int, optional
+        Only these layers of them.
+    durable : bool
+        Flush what is written again before it is committed.
+    """
+    hidden = listing.hidden
+    changes = [change for part in listing.parts if (change := _change(part, names, layers)) is not None]
+    check_removable(storage, [change.part for change in changes])
+    # What is hidden goes whole, and first: it must not show again when the part that hides it goes.
+    for change in changes:
+        if change.part.info.name in hidden:
+            remove_part(storage, change.part)
+    todo = [change for change in changes if change.part.info.name not in hidden]
+    emptied = _emptied(todo, [part for part in listing.parts if part.info.name not in hidden])
+    for change in todo:
+        if change.part.path in emptied:
+            for other in listing.parts:
+                if other.info.name in change.part.info.replaces:
+                    remove_part(storage, other)
+        else:
+            _write(storage, group, change, durable=durable)
+        remove_part(storage, change.part)
+    return len(changes)
+
+
+def _emptied(changes: list[_Change], shown: list[Part]) -> set[str]:
+    """Parts that go altogether."""
+    candidates = {c.part.path: c.part for c in changes if not c.others and not c.kept and not _columns(c.part.info)}
+    staying = {row.tobytes() for part in shown if part.path not in candidates for row in part.info.digests}
+    while True:
+        kept = [path for path, part in candidates.items() if any(row.tobytes() in staying for row in part.info.digests)]
+        if not kept:
+            return set(candidates)
+        for path in kept:
+            staying.update(row.tobytes() for row in candidates.pop(path).info.digests)
+
+
+def _write(storage: Storage, group: GroupInfo, change: _Change, *, durable: bool) -> None:
+    """One part, or two where some variables keep fewer layers than others."""
+    part, info = change.part, change.part.info
+    rows = np.arange(len(info.digests))
+    if not change.kept:
+        write_again(storage, group, part, rows, durable=durable, without=change.dropped)
+        return
+    if not any(info.arrays[key].layered for key in change.others):
+        write_again(storage, group, part, rows, durable=durable, layers=change.kept)
+        return
+    # The first says again what the part says, right behind it; the second hides the part, and comes behind both.
+    columns = {"prompts/text", "prompts/prompt_length", *_columns(info)}
+    first = write_again(storage, group, part, rows, durable=durable, without=change.others | columns, layers=change.kept, hides=False)
+    write_again(storage, group, part, rows, durable=durable, without=change.dropped, after=first.name)

@@ -1,0 +1,235 @@
+"""What nobody needs any more: parts that others replaced long ago, and what killed writers left. Decides on records, then removes.
+
+Only files with names that our writer makes are ever removed, and only below folders with names that it makes. How old something is is told
+by the place that keeps it; what does not tell, stays.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.storage import Entry, Storage
+from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, PART_NAME, STAMPS, GroupInfo
+from lmprobe_zarr.store.parts import Listing, Part
+from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
+
+__all__ = ["PARTIAL", "GcSummary", "Leftover", "find_leftover", "plan_gc", "remove_garbage"]
+
+_CHUNK: Final = re.compile(r"c(?:\.\d+)+")
+PARTIAL: Final = re.compile(rf"\.(?:zarr\.json|{_CHUNK.pattern})\.[0-9a-f]{{12}}\.partial")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """A folder like a part's without a commit, or single files.
+
+    Parameters
+    ----------
+    folder : str
+        Key of the part's folder; empty where it is none.
+    files : tuple of str
+        Keys of what is ours in it.
+    folders : tuple of str
+        Keys of the folders in it, and its own.
+    nbytes : int
+        Their bytes.
+    """
+
+    folder: str
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GcSummary:
+    """What a collection of garbage would remove, or has removed. Prints well.
+
+    Parameters
+    ----------
+    url : str
+        The store.
+    replaced : tuple of Part
+        Parts and annotations that others replaced.
+    unfinished : tuple of Leftover
+        What killed writers left.
+    partials, stamps : tuple of str
+        Keys of staged documents that were never committed, and of marks of use of parts that are gone.
+    freed : int
+        Bytes.
+    young : int
+        Replaced and unfinished parts that stay because they, or what replaced them, are not old enough.
+    """
+
+    url: str
+    replaced: tuple[Part, ...]
+    unfinished: tuple[Leftover, ...]
+    partials: tuple[str, ...]
+    stamps: tuple[str, ...]
+    freed: int
+    young: int
+
+    def __str__(self) -> str:
+        text = f"{self.url}: {len(self.replaced)} replaced parts, {len(self.unfinished)} unfinished ones"
+        text += f" and {len(self.partials) + len(self.stamps)} single files, {format_bytes(self.freed)}"
+        return text + (f"; {self.young} are too young to go" if self.young else "")
+
+
+def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, max_age: float) -> GcSummary:
+    """What would go. Reads names, sizes and times only.
+
+    A replaced part goes when a part that is shown replaces it, is there with all its files, and the first commit that replaced it is older
+    than `max_age`; all that it had replaced in turn must be replaced by such a part too, or it would show again.
+
+    Parameters
+    ----------
+    storage : Storage
+    groups : iterable of (GroupInfo, Listing)
+        All parts that can be read; damaged ones left out.
+    max_age : float
+        Seconds.
+    """
+    # With an age of 0 everything goes, also what looks as if it came from the future: a clock may have been set back.
+    before = time.time() - max_age if max_age else math.inf
+    found = [_plan_group(storage, group, listing, before) for group, listing in groups]
+    root = tuple(_old_partials("", storage.scan(""), before))
+    return GcSummary(
+        url=storage.url,
+        replaced=tuple(part for one in found for part in one.replaced),
+        unfinished=tuple(left for one in found for left in one.unfinished),
+        partials=(*root, *(key for one in found for key in one.partials)),
+        stamps=tuple(key for one in found for key in one.stamps),
+        freed=sum(one.freed for one in found),
+        young=sum(one.young for one in found),
+    )
+
+
+def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: float) -> GcSummary:
+    replaced, young = _replaced(storage, listing, before)
+    committed = {part.info.name for part in (*listing.parts, *listing.annotations)}
+    unfinished: list[Leftover] = []
+    partials: list[str] = []
+    freed = sum(int(entry[0]) for part in replaced for entry in part.info.files.values()) + sum(p.document_nbytes for p in replaced)
+    for folder in (group.name, f"{group.name}/{ANNOTATIONS}"):
+        entries = storage.scan(folder)
+        partials += _old_partials(folder, entries, before)
+        for name, entry in entries.items():
+            if entry.is_file or name in committed or not PART_NAME.fullmatch(name) or storage.is_file(f"{folder}/{name}/zarr.json"):
+                continue
+            if storage.leads_out(f"{folder}/{name}"):
+                continue
+            left, newest = find_leftover(storage, f"{folder}/{name}", entry)
+            if newest is None or newest > before:
+                young += 1
+            else:
+                unfinished.append(left)
+                freed += left.nbytes
+    named = {name for folder in (group.name, f"{group.name}/{ANNOTATIONS}") for name in storage.list(folder)}
+    stamps = [
+        f"{group.name}/{STAMPS}/{name}"
+        for name, entry in storage.scan(f"{group.name}/{STAMPS}").items()
+        if PART_NAME.fullmatch(name) and name not in named and entry.modified is not None and entry.modified <= before
+    ]
+    return GcSummary(
+        url=storage.url,
+        replaced=tuple(replaced),
+        unfinished=tuple(unfinished),
+        partials=tuple(partials),
+        stamps=tuple(stamps),
+        freed=freed,
+        young=young,
+    )
+
+
+def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[Part], int]:
+    """Replaced parts that may go, those first that stand for others last; and how many are too young."""
+    every = {part.info.name: part for part in (*listing.parts, *listing.annotations)}
+    hidden = listing.hidden
+    keepers = {name: part for name, part in every.items() if name not in hidden and part.info.replaces}
+    sound = [part for part in keepers.values() if _all_there(storage, part)]
+    covered = {name for part in sound for name in part.info.replaces}
+    since: dict[str, float] = {}
+    for part in every.values():
+        if part.info.replaces and (moment := _commit_time(storage, part)) is not None:
+            for name in part.info.replaces:
+                since[name] = min(moment, since.get(name, moment))
+    chosen, young = [], 0
+    for name in sorted(hidden & every.keys()):
+        part = every[name]
+        if name not in covered or not {other for other in part.info.replaces if other in every} <= covered:
+            continue
+        if name in since and since[name] <= before and lies_within(storage, part):
+            chosen.append(part)
+        else:
+            young += 1
+    return chosen, young
+
+
+def _commit_time(storage: Storage, part: Part) -> float | None:
+    entry = storage.scan(part.path).get("zarr.json")
+    return None if entry is None else entry.modified
+
+
+def _all_there(storage: Storage, part: Part) -> bool:
+    """Whether every file that a part's commit names is there with its length."""
+    return storage.sizes(part.path, part.info.files) == {name: entry[0] for name, entry in part.info.files.items()}
+
+
+def _old_partials(folder: str, entries: dict[str, Entry], before: float) -> Iterator[str]:
+    for name, entry in entries.items():
+        if entry.is_file and PARTIAL.fullmatch(name) and entry.modified is not None and entry.modified <= before:
+            yield f"{folder}/{name}" if folder else name
+
+
+def find_leftover(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, float | None]:
+    """What is ours in a part's folder, and when anything in it was last written; None where something does not tell."""
+    files: list[str] = []
+    folders = [folder]
+    times: list[float | None] = [] if entry.modified is None else [entry.modified]
+    nbytes = 0
+
+    def take(key: str, found: dict[str, Entry], pattern: re.Pattern[str]) -> None:
+        nonlocal nbytes
+        for name, one in found.items():
+            # Folders of object stores have no time of their own.
+            times.extend([one.modified] if one.is_file or one.modified is not None else [])
+            if one.is_file and pattern.fullmatch(name):
+                files.append(f"{key}/{name}")
+                nbytes += one.nbytes
+
+    top = storage.scan(folder)
+    take(folder, top, PARTIAL)
+    for level in (f"{folder}/{name}" for name, one in top.items() if not one.is_file and name in LEVELS):
+        if storage.leads_out(level):
+            continue
+        arrays = storage.scan(level)
+        take(level, arrays, re.compile(rf"zarr\.json|{PARTIAL.pattern}"))
+        inner = [f"{level}/{name}" for name, one in arrays.items() if not one.is_file and not storage.leads_out(f"{level}/{name}")]
+        for array in inner:
+            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}|{PARTIAL.pattern}"))
+        folders += [level, *inner]
+    known = [moment for moment in times if moment is not None]
+    newest = max(known, default=0.0) if len(known) == len(times) else None
+    return Leftover(folder=folder, files=tuple(files), folders=tuple(folders), nbytes=nbytes), newest
+
+
+def remove_garbage(storage: Storage, summary: GcSummary) -> None:
+    """Remove what a plan names; a folder that has been committed meanwhile stays."""
+    # What stands for others last, so that nothing shows again however far this comes.
+    for part in sorted(summary.replaced, key=lambda part: len(part.info.replaces)):
+        remove_part(storage, part)
+    empty = {f"{part.path}/{name}".rpartition("/")[0] for part in summary.replaced for name in part.info.files}
+    empty |= {folder for part in summary.replaced for folder in (part.path, *(f"{part.path}/{level}" for level in LEVELS))}
+    for left in summary.unfinished:
+        if storage.is_file(f"{left.folder}/zarr.json"):
+            continue
+        storage.remove(left.files)
+        empty |= set(left.folders)
+    storage.remove_folders(empty)
+    storage.remove([*summary.partials, *summary.stamps])

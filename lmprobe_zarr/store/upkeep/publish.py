@@ -1,0 +1,295 @@
+"""A compacted copy of what a store shows at another place, frozen: its root names all that is in it and is written last.
+
+Nothing of the copy can be seen before its root stands. What an interrupted publication left is told by a mark in its parts, and removed by
+the next one; nothing else at that place ever is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lmprobe_zarr.batch import keys_of
+from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.errors import InvalidArgumentError, NotAStoreError
+from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.store.format import (
+    ANNOTATIONS,
+    GROUP_NAME,
+    PART_NAME,
+    PUBLISHED_MARK,
+    GroupInfo,
+    PartInfo,
+    Published,
+    parse_group,
+    parse_part,
+    parse_root,
+    published_document,
+    replacement_name,
+)
+from lmprobe_zarr.store.parts import Listing, Part, PartWriter, open_view, part_nbytes, read_batches
+from lmprobe_zarr.store.upkeep.card import CardGroup, write_card
+from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, agreed, plan_runs
+from lmprobe_zarr.store.upkeep.gc import PARTIAL, plan_gc, remove_garbage
+from lmprobe_zarr.store.upkeep.removal import remove_part
+from lmprobe_zarr.typing import Ints
+
+__all__ = ["PublishSummary", "Selection", "publish_groups", "total_nbytes"]
+
+CARD = "README.md"
+#: What is left at the root of a file that is written whole or not at all, where its writer was killed over it.
+_DRAFT: Final = re.compile(rf"\.(?:zarr\.json|{re.escape(CARD)})\.[0-9a-f]{{12}}\.partial")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What of a group is published.
+
+    Parameters
+    ----------
+    group : GroupInfo
+    listing : Listing
+        All that lies in its folder.
+    keys : ndarray of uint64, optional
+        The first 16 digits of the prompts, as numbers; None for all.
+    layers : container of int, optional
+        None for all.
+    """
+
+    group: GroupInfo
+    listing: Listing
+    keys: npt.NDArray[np.uint64] | None = None
+    layers: Container[int] | None = None
+
+    def rows(self, digests: npt.NDArray[np.uint8]) -> Ints:
+        """Which of some prompts are meant."""
+        return np.arange(len(digests)) if self.keys is None else np.flatnonzero(np.isin(keys_of(digests), self.keys))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishSummary:
+    """What was published. Prints well.
+
+    Parameters
+    ----------
+    url : str
+        Where.
+    groups, parts : int
+        Groups, and parts and annotations in them.
+    prompts : int
+        Prompts of all groups.
+    nbytes : int
+        Bytes as stored.
+    """
+
+    url: str
+    groups: int
+    parts: int
+    prompts: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        parts = "1 part" if self.parts == 1 else f"{self.parts} parts"
+        return f"{self.url}: {self.prompts} prompts in {parts}, {format_bytes(self.nbytes)}, published"
+
+
+@dataclass
+class _Copy:
+    """What stands at the target so far."""
+
+    groups: dict[str, GroupInfo] = field(default_factory=dict)
+    parts: dict[str, PartInfo] = field(default_factory=dict)
+
+    @property
+    def published(self) -> Published:
+        names = {name: [key.removeprefix(f"{name}/") for key in self.parts if key.startswith(f"{name}/")] for name in self.groups}
+        return Published(groups={name: tuple(keys) for name, keys in names.items()})
+
+
+def publish_groups(
+    source: Storage,
+    target: Storage,
+    selections: Sequence[Selection],
+    *,
+    part_bytes: int,
+    text: bool,
+    card: str | bool | None,
+    overwrite: bool,
+    durable: bool,
+    advance: Callable[[int], None],
+) -> PublishSummary:
+    """Write the copy, then its card, then its root.
+
+    Parameters
+    ----------
+    source, target : Storage
+    selections : sequence of Selection
+        One for each group.
+    part_bytes : int
+        Bytes of activations in one part, uncompressed.
+    text : bool
+        Whether the prompts' texts are published too.
+    card : str or bool, optional
+        The text of the card; None makes one, False leaves it out.
+    overwrite : bool
+        Whether a copy that is already published there is replaced.
+    durable : bool
+        Flush every file.
+    advance : callable
+        Told how many bytes have been copied, uncompressed.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Something is published there already, or a store that grows lies there.
+    NotAStoreError
+        Other things lie there.
+    """
+    for one in selections:
+        if not one.listing.parts or (one.keys is not None and not len(one.keys)):
+            raise InvalidArgumentError(f"there is nothing of {one.group.model!r} to publish: choose prompts that are stored")
+    old = _prepare(target, overwrite=overwrite)
+    copy = _Copy()
+    for one in selections:
+        copy.groups[one.group.name] = one.group
+        target.commit(f"{one.group.name}/zarr.json", one.group.to_document(), durable=durable)
+        for run in _runs(one, part_bytes):
+            for key, info in _write(source, target, one, run, part_bytes=part_bytes, text=text, durable=durable):
+                copy.parts[key] = info
+            advance(run.nbytes)
+    described = [_described(target, one.group, copy) for one in selections]
+    if card is None or isinstance(card, str):
+        target.commit(CARD, (card or write_card(described, target.url, text=text)).encode(), durable=durable)
+    target.commit("zarr.json", published_document(copy.published, copy.groups, copy.parts), durable=durable)
+    if old is not None:
+        _remove_old(target, old, copy)
+    nbytes = sum(int(entry[0]) for info in copy.parts.values() for entry in info.files.values())
+    prompts = sum(one.prompts for one in described)
+    return PublishSummary(url=target.url, groups=len(copy.groups), parts=len(copy.parts), prompts=prompts, nbytes=nbytes)
+
+
+def _runs(selection: Selection, part_bytes: int) -> Iterator[MergeRun]:
+    """All that a group shows, as runs that become one part each, parts and annotations in the order of their names."""
+    listing, hidden = selection.listing, selection.listing.hidden
+    still = Listing(parts=listing.parts, annotations=listing.annotations, names=frozenset())  # what is unfinished will not be published
+    runs = {run.parts[-1].path: run for run in plan_runs(selection.group, still, part_bytes=part_bytes)}
+    inside = {part.path for run in runs.values() for part in run.parts}
+    for part in sorted((*listing.parts, *listing.annotations), key=lambda part: part.info.name):
+        if part.path in runs:
+            yield runs[part.path]
+        elif part.path not in inside and part.info.name not in hidden:
+            yield MergeRun(group=selection.group.name, parts=(part,), nbytes=part_nbytes(part))
+
+
+def _write(
+    source: Storage, target: Storage, selection: Selection, run: MergeRun, *, part_bytes: int, text: bool, durable: bool
+) -> Iterator[tuple[str, PartInfo]]:
+    """Write a run, as one part or, where it is too large for one, as several; gives their keys and records."""
+    infos = [part.info for part in run.parts]
+    view = open_view(source, selection.group, run.parts, [])
+    rows = selection.rows(view.digests)
+    if not len(rows):
+        return
+    name = infos[-1].name
+    writer: PartWriter | None = None
+    try:
+        without = () if text else ("prompts/text",)
+        for batch in read_batches(view, rows, layers=selection.layers, without=without):
+            if writer is not None and (writer.nbytes + batch.nbytes > part_bytes or writer.held_nbytes > COLUMN_BYTES):
+                yield writer.path, writer.commit()
+                writer = None
+            if writer is None:
+                # Each after the one before, and all of them at the place of the run.
+                name = replacement_name(name)
+                writer = PartWriter(
+                    target,
+                    selection.group,
+                    name,
+                    kind=infos[0].kind,
+                    compressed=any(array.shuffle is not None for array in infos[0].arrays.values()),
+                    durable=durable,
+                    recorded={**agreed(infos), PUBLISHED_MARK: True},
+                    alone=True,
+                )
+            writer.append(batch)
+        if writer is not None:
+            yield writer.path, writer.commit()
+    except BaseException:
+        if writer is not None:
+            with suppress(OSError):
+                writer.abort()
+        raise
+
+
+def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
+    mine = [Part(target, key, info) for key, info in copy.parts.items() if info.group == group.name]
+    view = open_view(target, group, [p for p in mine if p.info.kind == "part"], [p for p in mine if p.info.kind == "annotation"])
+    return CardGroup.of(view, sum(int(entry[0]) for part in mine for entry in part.info.files.values()))
+
+
+def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
+    """Check that a copy may stand there, and clear what an interrupted publication left; gives what is published there now."""
+    try:
+        old = parse_root(target.read("zarr.json"), target.url)
+    except (FileNotFoundError, NotADirectoryError):
+        old = None
+        names = [name for name in target.list("") if not _DRAFT.fullmatch(name)]
+        groups = [name for name in names if GROUP_NAME.fullmatch(name)]
+        strange = [name for name in names if name not in groups and not (name == CARD and (groups or overwrite))]
+        if strange or target.is_file(""):
+            what = repr(strange[0]) if strange else "a file"
+            raise NotAStoreError(f"{target.url} holds other things ({what}): give a new or empty place to publish to") from None
+    else:
+        if old is None:
+            raise InvalidArgumentError(f"{target.url} is a store that grows, not a published copy: give another place to publish to")
+        if not overwrite:
+            raise InvalidArgumentError(f"{target.url} is published already: give another place, or overwrite=True")
+        groups = [name for name in target.list("") if GROUP_NAME.fullmatch(name)]
+    kept = {f"{group}/{key}" for group, keys in (old.groups if old else {}).items() for key in keys}
+    left = [part for group in groups for part in _committed(target, group) if part.path not in kept]
+    foreign = next((part for part in left if PUBLISHED_MARK not in part.info.recorded), None)
+    if foreign is not None:
+        raise NotAStoreError(f"{target.url} holds parts of a store ({foreign.path!r}): give a new or empty place to publish to")
+    for part in left:
+        remove_part(target, part)
+    target.remove([name for name in target.list("") if _DRAFT.fullmatch(name)])
+    for group in groups:
+        # Where not even the group's document came to stand, its draft may have been left.
+        target.remove([f"{group}/{name}" for name in target.list(group) if PARTIAL.fullmatch(name)])
+        with suppress(FileNotFoundError):
+            info = parse_group(target.read(f"{group}/zarr.json"), f"{target.url}/{group}")
+            remove_garbage(target, plan_gc(target, [(info, Listing(parts=(), annotations=(), names=frozenset()))], max_age=0.0))
+    return old
+
+
+def _committed(target: Storage, group: str) -> Iterator[Part]:
+    for folder in (group, f"{group}/{ANNOTATIONS}"):
+        for name in target.list(folder):
+            if PART_NAME.fullmatch(name):
+                with suppress(FileNotFoundError):
+                    path = f"{folder}/{name}"
+                    yield Part(target, path, parse_part(target.read(f"{path}/zarr.json"), f"{target.url}/{path}"))
+
+
+def _remove_old(target: Storage, old: Published, copy: _Copy) -> None:
+    """Remove what an earlier copy held: its root has gone, so nobody opens it any more."""
+    for group, keys in old.groups.items():
+        for key in keys:
+            path = f"{group}/{key}"
+            with suppress(FileNotFoundError):
+                if path not in copy.parts:
+                    remove_part(target, Part(target, path, parse_part(target.read(f"{path}/zarr.json"), f"{target.url}/{path}")))
+        if group not in copy.groups:
+            target.remove([f"{group}/zarr.json"])
+
+
+def total_nbytes(selections: Sequence[Selection]) -> int:
+    """Bytes that will be copied, uncompressed."""
+    listings = [one.listing for one in selections]
+    return sum(part_nbytes(part) for one in listings for part in (*one.parts, *one.annotations) if part.info.name not in one.hidden)

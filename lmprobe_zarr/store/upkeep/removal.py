@@ -1,0 +1,36 @@
+"""TODO: lmprobe_zarr/store/upkeep/removal.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lmprobe_zarr.errors import ReadOnlyError
+from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.store.format import STAMPS
+from lmprobe_zarr.store.parts import Part
+
+__all__ = ["check_removable", "lies_within", "remove_part"]
+
+
+def lies_within(storage: Storage, part: Part) -> bool:
+    """Whether all of a part lies in its place, none of it behind a link that leads out."""
+    folders = {f"{part.path}/{name}".rpartition("/")[0] for name in part.info.files}
+    return not any(storage.leads_out(folder) for folder in (part.path, *folders))
+
+
+def check_removable(storage: Storage, parts: Iterable[Part]) -> None:
+    """Raise `ReadOnlyError` where something of the parts lies behind a link that leads out of the place."""
+    for part in parts:
+        if not lies_within(storage, part):
+            raise ReadOnlyError(
+                f"{storage.url}/{part.path} lies behind a link that leads out of the store, where nothing is removed: remove the link"
+            )
+
+
+def remove_part(storage: Storage, part: Part) -> None:
+    """Take one part away: its commit first, then the files that its commit names, and its stamp."""
+    check_removable(storage, [part])
+    storage.remove([f"{part.path}/zarr.json"])
+    files = [f"{part.path}/{name}" for name in part.info.files]
+    stamp = f"{part.info.group}/{STAMPS}/{part.info.name}"
+    storage.remove([*files, stamp])

@@ -1,0 +1,469 @@
+"""What is broken goes, what is whole stays, and what to extract again is told. Decides on what a verification found, then acts.
+
+By the commit rule: what takes a part's place is whole and visible before the part is hidden, and hidden before its bytes go. Stopped at any
+moment the store shows nothing wrong, and a second call completes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from lmprobe_zarr.batch import HASH_DIGITS, hashes_of, offsets_of, prompt_sha256
+from lmprobe_zarr.errors import AccessDeniedError, CorruptPartError, PartGoneError, UnreachableError
+from lmprobe_zarr.storage import Entry, Storage
+from lmprobe_zarr.store.format import (
+    ANNOTATIONS,
+    FORMAT,
+    LEVELS,
+    PROMPT_COLUMNS,
+    GroupInfo,
+    PartInfo,
+    file_entry,
+    is_variable,
+    level_document,
+    parse_array,
+    replacement_name,
+    root_document,
+)
+from lmprobe_zarr.store.parts import Part, StoredArray
+from lmprobe_zarr.store.upkeep.compact import shape_key
+from lmprobe_zarr.store.upkeep.gc import find_leftover
+from lmprobe_zarr.store.upkeep.losses import LostColumn, LostValues, RepairSummary
+from lmprobe_zarr.store.upkeep.removal import remove_part
+from lmprobe_zarr.store.upkeep.rewrite import write_again
+from lmprobe_zarr.store.upkeep.verify import MADE, FoundGroup, FoundPart, StoreScan, problems_of
+from lmprobe_zarr.typing import Ints
+
+__all__ = ["repair_store"]
+# A value that is lost: variable with its level, and layer; −1 where the variable has none.
+Cell = tuple[str, int]
+
+NO_LAYER: Final = -1
+# What a repair may act on; a file that cannot be read now may be whole.
+BROKEN: Final = frozenset({"missing", "size", "content", "document"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """What is written of a part into one new part: some of its prompts, without some arrays, of some layers (None: of all)."""
+
+    rows: Ints
+    without: frozenset[str]
+    layers: frozenset[int] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """What is done with one part.
+
+    Parameters
+    ----------
+    found : FoundPart
+    documents : mapping of str to bytes
+        Files that are written again as they were.
+    rest : _Piece, optional
+        What stands for the part instead; where there is neither this nor documents, it goes altogether.
+    pieces : tuple of _Piece
+        What else is kept of it.
+    lost : mapping of Cell to ndarray of int
+        Prompts of the part whose values go.
+    columns : tuple of str
+        Columns that go, with their level.
+    """
+
+    found: FoundPart
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    rest: _Piece | None = None
+    pieces: tuple[_Piece, ...] = ()
+    lost: Mapping[Cell, Ints] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+
+    @property
+    def stays(self) -> bool:
+        return bool(self.documents) or self.rest is not None
+
+
+def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSummary:
+    """Take what is broken out of a store.
+
+    Parameters
+    ----------
+    scan : StoreScan
+        With the faults of its files, as `verifying.check_files` finds them.
+    durable : bool
+        Flush what is written again before it is committed.
+    dry_run : bool
+        Only say what would be done.
+    """
+    storage = scan.storage
+    documents: dict[str, bytes] = {}
+    if scan.fault is not None and scan.fault.kind in BROKEN and _is_own_root(storage):
+        documents["zarr.json"] = root_document()
+    lost: list[LostValues] = []
+    columns: list[LostColumn] = []
+    unknown: list[str] = []
+    planned: list[tuple[GroupInfo, list[_Step]]] = []
+    for group in scan.groups:
+        if group.info is None:
+            continue
+        if group.fault is not None and group.fault.kind in BROKEN:
+            documents[f"{group.name}/zarr.json"] = group.info.to_document()
+        steps = _plan_group(group)
+        values, forgotten = _plan_lost(storage, group, group.info, steps)
+        lost += values
+        unknown += forgotten
+        columns += [one for step in steps for one in _lost_columns(step)]
+        planned.append((group.info, steps))
+    every = [step for _, steps in planned for step in steps]
+    parts = {step.found.path for step in every}
+    summary = RepairSummary(
+        url=storage.url,
+        restored=(*documents, *(f"{step.found.path}/{name}" for step in every for name in step.documents)),
+        rewritten=tuple(step.found.path for step in every if step.rest is not None),
+        dropped=tuple(step.found.path for step in every if not step.stays),
+        lost=tuple(lost),
+        columns=tuple(columns),
+        unknown=tuple(unknown),
+        left=tuple(one for one in problems_of(scan) if one.file not in documents and one.part not in parts),
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        for key, data in documents.items():
+            storage.commit(key, data, durable=durable)
+        for info, steps in planned:
+            _carry_out(storage, info, steps, durable=durable)
+    return summary
+
+
+def _is_own_root(storage: Storage) -> bool:
+    """Whether what stands at the root is a damaged document of ours, or nothing: somebody else's is never written over."""
+    try:
+        data = storage.read("zarr.json")
+        document = json.loads(data)
+    except (FileNotFoundError, ValueError):
+        return True
+    except OSError:
+        return False
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    ours = isinstance(attributes, dict) and attributes.get("format") == FORMAT
+    return ours or len(data) == len(root_document())
+
+
+def _lost_columns(step: _Step) -> Iterator[LostColumn]:
+    if step.found.part is not None:
+        hashes = tuple(hashes_of(step.found.part.info.digests).tolist())
+        for column in step.columns:
+            yield LostColumn(part=step.found.path, column=column.partition("/")[2], hashes=hashes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- deciding
+
+
+def _plan_group(group: FoundGroup) -> list[_Step]:
+    """What becomes of every part that has a fault."""
+    steps = []
+    kept = {found.path: found.part for found in group.parts if found.part is not None}
+    # The last first: what replaces a part sorts behind it, and decides whether it shows again.
+    for found in reversed(group.parts):
+        kinds = {fault.kind for fault in (*found.faults.values(), *([] if found.fault is None else [found.fault]))}
+        if not kinds or not kinds <= BROKEN or (found.part is None and not found.is_ours):
+            continue
+        if found.part is None:
+            steps.append(_Step(found=found))
+            continue
+        replaced = {name for path, part in kept.items() if path != found.path for name in part.info.replaces}
+        hidden = found.part.info.name in replaced
+        steps.append(_Step(found=found) if hidden or _shows_again(found.part.info, group) else _plan_part(found, found.part.info))
+        if not steps[-1].stays:
+            del kept[found.path]
+    return steps
+
+
+def _shows_again(info: PartInfo, group: FoundGroup) -> bool:
+    """Whether the parts that a broken one was merged from are still there, whole, and hold exactly what it holds.
+
+    One that was written to leave something out, by `delete` or `drop`, holds less than they do: it must stay in their place.
+    """
+    old = [found for found in group.parts if found.path.rpartition("/")[2] in info.replaces]
+    infos = [found.part.info for found in old if found.part is not None]
+    if not old or len(infos) < len(old) or any(found.faults for found in old) or any(shape_key(one) != shape_key(info) for one in infos):
+        return False
+    return {row.tobytes() for one in infos for row in one.digests} == {row.tobytes() for row in info.digests}
+
+
+def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
+    """What is kept of a part: everything but the broken chunks, to the prompt and the layer."""
+    broken = [name for name in found.faults if not name.endswith("zarr.json")]
+    if not broken:
+        documents = {name: _document(info, name) for name in found.faults}
+        if all(file_entry(data, chunk=False) == tuple(info.files[name]) for name, data in documents.items()):
+            return _Step(found=found, documents=documents)
+    arrays = {name.rpartition("/")[0] for name in broken}
+    variables = {f"{level}/{name}" for level in LEVELS for name, array in info.variables(level).items() if is_variable(name, array)}
+    columns = arrays - variables - MADE
+    own = _own_columns(info)
+    made: set[str] = set()
+    if "tokens/position" in columns:
+        if not info.arrays["tokens/position"].attributes.get("whole_prompts"):
+            # Nobody can tell which of its prompts' tokens a part holds.
+            return _Step(found=found, lost=_all_cells(info), columns=tuple(sorted(own)))
+        made = {"tokens/position"}
+    columns -= made
+    lost: dict[Cell, Ints] = {}
+    every = np.arange(len(info.digests))
+    # Layers that keep the same prompts of the same variables go together into one part.
+    kept: dict[tuple[str, bytes], set[int]] = {}
+    for key in sorted(arrays & variables):
+        for (_, layer), gone in _broken_rows(info, key, broken).items():
+            if len(gone):
+                lost[key, layer] = gone
+            if len(gone) < len(every):
+                kept.setdefault((key, np.setdiff1d(every, gone).tobytes()), set()).add(layer)
+    together: dict[tuple[bytes, frozenset[int]], set[str]] = {}
+    for (key, rows), layers in kept.items():
+        together.setdefault((rows, frozenset(layers)), set()).add(key)
+    described = {"prompts/text", "prompts/prompt_length"} | own
+    pieces = tuple(
+        _Piece(
+            rows=np.frombuffer(rows, np.int64),
+            without=frozenset((variables - keys) | described | columns | made),
+            layers=None if NO_LAYER in layers else layers,
+        )
+        for (rows, layers), keys in together.items()
+    )
+    if variables - arrays or pieces or (({"prompts/text"} | own) & set(info.arrays)) - columns:
+        rest = _Piece(rows=every, without=frozenset((arrays & variables) | columns | made), layers=None)
+        return _Step(found=found, rest=rest, pieces=pieces, lost=lost, columns=tuple(sorted(columns)))
+    return _Step(found=found, lost=lost, columns=tuple(sorted(columns)))
+
+
+def _broken_rows(info: PartInfo, key: str, broken: Iterable[str]) -> dict[Cell, Ints]:
+    """For every layer of a variable the prompts of which a value is lost."""
+    array = info.arrays[key]
+    chunks = {name.rpartition("/")[2] for name in broken if name.rpartition("/")[0] == key}
+    bounds = np.arange(len(info.digests) + 1) if info.n_tokens is None or key.startswith("prompts/") else offsets_of(info.n_tokens)
+    found: dict[Cell, Ints] = {}
+    for place, layer in enumerate(info.layers if array.layered else [NO_LAYER]):
+        gone = np.zeros(len(info.digests), bool)
+        for block in range(array.n_blocks):
+            if array.chunk_key(place, block) in chunks:
+                start, stop = block * array.rows_per_chunk, (block + 1) * array.rows_per_chunk
+                gone |= (bounds[:-1] < stop) & (bounds[1:] > start)
+        found[key, layer] = np.flatnonzero(gone)
+    return found
+
+
+def _all_cells(info: PartInfo) -> dict[Cell, Ints]:
+    """All values of a part, as those that are lost are described."""
+    every = np.arange(len(info.digests))
+    return {
+        (f"{level}/{name}", layer): every
+        for level in LEVELS
+        for name, array in info.variables(level).items()
+        if is_variable(name, array)
+        for layer in (info.layers if array.layered else (NO_LAYER,))
+    }
+
+
+def _own_columns(info: PartInfo) -> set[str]:
+    """The user's."""
+    named = (name for name, array in info.variables("prompts").items() if not is_variable(name, array))
+    return {f"prompts/{name}" for name in named if name not in (*PROMPT_COLUMNS, "layer")}
+
+
+def _document(info: PartInfo, name: str) -> bytes:
+    """A ``zarr.json`` below a part, as the writer makes it."""
+    folder = name.rpartition("/")[0]
+    document = info.arrays[folder].to_document() if "/" in folder else level_document(info, "tokens" if folder == "tokens" else "prompts")
+    return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+
+
+# ------------------------------------------------------------------------------------------------------------ what is lost
+
+
+def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequence[_Step]) -> tuple[list[LostValues], list[str]]:
+    """What nothing in the group will show any more, and the parts of which nobody can tell what they held."""
+    by_path = {step.found.path: step for step in steps}
+    staying = [one for one in group.parts if one.part is not None and (one.path not in by_path or by_path[one.path].stays)]
+    replaced = {name for one in staying if one.part is not None for name in one.part.info.replaces}
+    digests: dict[bytes, bytes] = {}  # of each prompt by its hash, in the order of first appearance
+    lost: list[tuple[list[bytes], Mapping[Cell, Ints], Ints | None]] = []
+    texts: dict[bytes, str] = {}
+    unknown: list[str] = []
+    for step in reversed(steps):
+        part = step.found.part
+        if part is None:
+            if f"/{ANNOTATIONS}/" in step.found.path:
+                unknown.append(step.found.path)
+                continue
+            salvaged = _salvage(storage, step.found.path)
+            if salvaged is None:
+                unknown.append(step.found.path)
+                continue
+            mine, names, told = salvaged
+            cells: Mapping[Cell, Ints] = dict.fromkeys(names, np.arange(len(mine)))
+            texts |= told
+            counts = None
+        elif part.info.name in replaced:
+            continue
+        else:
+            mine = [row.tobytes() for row in part.info.digests]
+            cells, counts = (step.lost if step.stays or step.lost else _all_cells(part.info)), part.info.n_tokens
+        for digest in mine:
+            digests.setdefault(digest[:_HASH_BYTES], digest)
+        lost.append((mine, cells, counts))
+    columns = sorted({cell for _, cells, _ in lost for cell in cells})
+    if not columns:
+        return [], unknown
+    place = {cell: j for j, cell in enumerate(columns)}
+    row_of = {key: i for i, key in enumerate(digests)}
+    missing = np.zeros((len(digests), len(columns)), bool)
+    tokens = np.full(len(digests), -1, np.int64)
+    for mine, cells, counts in lost:
+        at = np.array([row_of[digest[:_HASH_BYTES]] for digest in mine], np.int64)
+        tokens[at] = -1 if counts is None else counts
+        for cell, rows in cells.items():
+            missing[at[rows], place[cell]] = True
+    for one in staying:
+        if one.part is None or one.part.info.name in replaced or one.part.info.kind == "annotation":
+            continue
+        held = one.part.info
+        at = np.array([row_of.get(row.tobytes()[:_HASH_BYTES], -1) for row in held.digests], np.int64)
+        gone = by_path[one.path].lost if one.path in by_path else {}
+        for cell in set(_all_cells(held)) & set(place):
+            there = at >= 0
+            there[gone.get(cell, np.zeros(0, np.int64))] = False
+            if cell[0].startswith("tokens/") and held.n_tokens is not None:
+                # Tokens that are more or fewer are those of another tokenisation, and out of date.
+                there &= (tokens[at] < 0) | (tokens[at] == held.n_tokens)
+            missing[at[there], place[cell]] = False
+    keys, whole = list(digests), list(digests.values())
+    texts |= _read_texts(group, {keys[i] for i in np.flatnonzero(missing.any(axis=1))})
+    found: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
+    kinds, codes = np.unique(missing, axis=0, return_inverse=True)
+    for k, kind in enumerate(kinds):
+        layers: dict[str, list[int]] = {}
+        for j in np.flatnonzero(kind):
+            name, layer = columns[j]
+            layers.setdefault(name.partition("/")[2], []).extend([layer] if layer != NO_LAYER else [])
+        alike = np.flatnonzero(codes.reshape(-1) == k).tolist()
+        for some in sorted(set(map(tuple, layers.values()))):
+            variables = tuple(sorted(name for name, numbers in layers.items() if tuple(numbers) == some))
+            found.setdefault((variables, some), []).extend(alike)
+    return [
+        LostValues(
+            model=info.model,
+            group=group.name,
+            variables=variables,
+            layers=numbers,
+            hashes=tuple(keys[i].hex() for i in sorted(which)),
+            texts=tuple(_checked(texts.get(keys[i]), whole[i]) for i in sorted(which)),
+        )
+        for (variables, numbers), which in found.items()
+    ], unknown
+
+
+_HASH_BYTES: Final = HASH_DIGITS // 2
+
+
+def _salvage(storage: Storage, path: str) -> tuple[list[bytes], list[Cell], dict[bytes, str]] | None:
+    """Prompts, values and texts of a part whose document is damaged, from its arrays; None where these do not tell."""
+    try:
+        digests = [bytes.fromhex(text) for text in _read_loose(storage, path, "prompts/prompt_sha256")]
+        cells: list[Cell] = []
+        for level in LEVELS:
+            names = [name for name in storage.list(f"{path}/{level}") if name != "zarr.json"]
+            layers = [int(layer) for layer in _read_loose(storage, path, f"{level}/layer")] if "layer" in names else []
+            for name in names:
+                array = parse_array(json.loads(storage.read(f"{path}/{level}/{name}/zarr.json")))
+                if is_variable(name, array):
+                    cells += [(f"{level}/{name}", layer) for layer in (layers if array.layered else [NO_LAYER])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, (AccessDeniedError, UnreachableError)):
+            raise
+        return None
+    texts: dict[bytes, str] = {}
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, CorruptPartError):
+        told = _read_loose(storage, path, "prompts/text")
+        texts = {digest[:_HASH_BYTES]: text for digest, text in zip(digests, told, strict=True)}
+    return digests, cells, texts
+
+
+def _read_loose(storage: Storage, path: str, key: str) -> list[Any]:
+    """A column without the part's table: its chunks still end in their own checksums."""
+    array = parse_array(json.loads(storage.read(f"{path}/{key}/zarr.json")))
+    files = {f"{key}/{chunk}": file_entry(storage.read(f"{path}/{key}/{chunk}"), chunk=True) for chunk in array.chunk_keys()}
+    stored = StoredArray(storage, f"{path}/{key}", array, files)
+    return [value for block in range(array.n_blocks) for value in stored.read_chunk(0, block).tolist()][: array.shape[0]]
+
+
+def _read_texts(group: FoundGroup, wanted: set[bytes]) -> dict[bytes, str]:
+    """Texts of prompts by their hashes, from whatever part holds them, broken and replaced ones too."""
+    found: dict[bytes, str] = {}
+    for one in group.parts:
+        if one.part is None or "prompts/text" not in one.part.info.arrays:
+            continue
+        array = one.part.array("prompts", "text")
+        mine = [row.tobytes()[:_HASH_BYTES] for row in one.part.info.digests]
+        for block in range(array.info.n_blocks):
+            start = block * array.info.rows_per_chunk
+            some = [
+                (row, key) for row, key in enumerate(mine[start : start + array.info.rows_per_chunk]) if key in wanted and key not in found
+            ]
+            if some:
+                with suppress(CorruptPartError, PartGoneError):
+                    texts = array.read_chunk(0, block)
+                    found |= {key: texts[row] for row, key in some if texts[row]}
+    return found
+
+
+def _checked(text: str | None, digest: bytes) -> str | None:
+    """A text if it is that of the prompt: what is stored of one without UTF-8 is not."""
+    if text is None:
+        return None
+    whole = bytes.fromhex(prompt_sha256(text))
+    unknown = not any(digest[_HASH_BYTES:])
+    return text if whole == digest or (unknown and whole[:_HASH_BYTES] == digest[:_HASH_BYTES]) else None
+
+
+# -------------------------------------------------------------------------------------------------------------- carrying out
+
+
+def _carry_out(storage: Storage, group: GroupInfo, steps: Sequence[_Step], *, durable: bool) -> None:
+    # What is hidden goes first: it must not show when what hides it goes.
+    for step in sorted(steps, key=lambda step: not step.found.hidden):
+        part = step.found.part
+        if part is None:
+            _remove_loose(storage, step.found.path)
+            continue
+        for name, data in step.documents.items():
+            storage.commit(f"{part.path}/{name}", data, durable=durable)
+        if step.rest is not None:
+            _rewrite(storage, group, part, step.rest, step.pieces, durable=durable)
+        if not step.documents:
+            remove_part(storage, part)
+
+
+def _rewrite(storage: Storage, group: GroupInfo, part: Part, rest: _Piece, pieces: Sequence[_Piece], *, durable: bool) -> None:
+    """A part as several. That which hides it is committed last, and has the first name: it holds all prompts, so their order stays."""
+    name = replacement_name(part.info.name)
+    for piece in pieces:
+        write_again(
+            storage, group, part, piece.rows, durable=durable, without=piece.without, layers=piece.layers,
+            name=replacement_name(name), hides=False,
+        )  # fmt: skip
+    write_again(storage, group, part, rest.rows, durable=durable, without=rest.without, name=name)
+
+
+def _remove_loose(storage: Storage, path: str) -> None:
+    """Remove a part whose document cannot be believed: the document, and then all files with names that our writer gives."""
+    storage.remove([f"{path}/zarr.json"])
+    left, _ = find_leftover(storage, path, Entry(is_file=False, nbytes=0, modified=None))
+    storage.remove(left.files)
+    storage.remove_folders(left.folders)

@@ -1,0 +1,192 @@
+"""TODO: lmprobe_zarr/streaming/statistics.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import google_crc32c
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.safetensors_file import encode, header_length, parse_header
+from lmprobe_zarr.storage import open_storage
+from lmprobe_zarr.streaming.order import Blocks
+from lmprobe_zarr.streaming.rows import Source, open_source, pieces_of, read_all, read_norms, wanted_rows
+from lmprobe_zarr.typing import Array, Floats
+
+__all__ = ["Moments", "norms_of", "statistics_of"]
+_ABOUT: Final = "lmprobe_zarr.statistics"
+
+
+def finite_median(norms: Floats) -> float:
+    finite = norms[np.isfinite(norms)]
+    return float(np.median(finite)) if len(finite) else float("nan")
+
+
+# ----------------------------------------------------------------------------------------------------------------- norms
+
+
+def norms_of(array: xr.DataArray, layer: Any = None) -> xr.DataArray:
+    """The norm of every row; see `lmprobe_zarr.accessor.ArrayAccessor.norms`."""
+    source = open_source(array, layer)
+    blocks = source.blocks()
+    values = np.stack([read_norms(source.only(place), blocks) for place in range(len(source.places))]).astype(np.float32)
+    rest = [dim for dim in array.dims if dim not in ("layer", source.dim)]
+    head = array.isel(dict.fromkeys(rest, 0), drop=True)
+    if "layer" in head.dims:
+        head = head.isel(layer=source.places[0] if source.single else list(source.places))
+    head = head.transpose("layer", source.dim, missing_dims="ignore")
+    name = f"{array.name}_norm" if array.name else "norm"
+    return xr.DataArray(values[0] if "layer" not in head.dims else values, head.coords, head.dims, name)
+
+
+# ------------------------------------------------------------------------------------------------------------- statistics
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Number, mean and sum of squared deviations of some rows, in float64.
+
+    Parameters
+    ----------
+    count : int
+    mean, squares : ndarray of float64, shape (hidden,)
+    """
+
+    count: int
+    mean: Floats
+    squares: Floats
+
+    @classmethod
+    def of(cls, rows: Floats) -> Moments:
+        """Those of rows, shape (row, hidden), at least one."""
+        mean = rows.mean(axis=0)
+        apart = rows - mean
+        return cls(len(rows), mean, np.einsum("ij,ij->j", apart, apart))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Those of both together (Chan, Golub and LeVeque 1979, equation 2.1)."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        mean = self.mean + apart * (other.count / count)
+        return Moments(count, mean, self.squares + other.squares + apart**2 * (self.count * (other.count / count)))
+
+
+def statistics_of(
+    array: xr.DataArray,
+    *,
+    layer: Any = None,
+    skip_positions: int | Iterable[int] = (),
+    where: Any = None,
+    missing: str = "raise",
+    outlier_factor: float = 10.0,
+    keep: str | os.PathLike[str] | None = None,
+) -> xr.Dataset:
+    """Mean, standard deviation and norms of every layer; see `lmprobe_zarr.accessor.ArrayAccessor.statistics`."""
+    source = open_source(array, layer)
+    if isinstance(outlier_factor, bool) or not isinstance(outlier_factor, int | float | np.number) or not outlier_factor > 0:
+        raise InvalidArgumentError(f"outlier_factor={outlier_factor!r}: give a number above 0, in medians of the norms")
+    blocks = wanted_rows(array, source, skip_positions=skip_positions, where=where, missing=missing)
+    inner = [str(dim) for dim in source.variable.dims if dim not in ("layer", source.dim)]
+    key = ""
+    if keep is not None:
+        if source.stored() is None:
+            raise InvalidArgumentError("keep needs activations that are read from a store, for nothing else says when they change")
+        wanted = b"" if blocks.kept is None else np.packbits(blocks.kept).tobytes()
+        key = hashlib.sha256(f"1 {source.fingerprint()} {float(outlier_factor)!r} ".encode() + wanted).hexdigest()
+        kept = _read_kept(keep, key)
+        if kept is not None:
+            return _as_dataset(kept, source, inner, array.name, outlier_factor)
+    found = [_statistics_of_layer(source.only(place), blocks, float(outlier_factor)) for place in range(len(source.places))]
+    values = {name: np.stack([np.asarray(one[name]) for one in found]) for name in found[0]}
+    if keep is not None:
+        _write_kept(keep, key, values)
+    return _as_dataset(values, source, inner, array.name, outlier_factor)
+
+
+def _statistics_of_layer(source: Source, blocks: Blocks, factor: float) -> dict[str, Any]:
+    width = int(np.prod(source.row_shape))
+    moments = Moments(0, np.zeros(width), np.zeros(width))
+    norms = np.empty(blocks.total)
+    at = 0
+    for rows, values in read_all(source, blocks):
+        flat = values[0].reshape(len(rows), -1)
+        for some in pieces_of(flat):
+            wide = flat[some].astype(np.float64)
+            length = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+            norms[at : at + len(wide)] = length
+            at += len(wide)
+            finite = np.isfinite(length)
+            wide = wide if finite.all() else wide[finite]
+            if len(wide):
+                moments += Moments.of(wide)
+    norms = norms[np.isfinite(norms)]
+    nothing = not moments.count
+    median = float("nan") if nothing else float(np.median(norms))
+    mean_norm = float("nan") if nothing else float(norms.mean())
+    with np.errstate(invalid="ignore"):
+        spread = np.sqrt(moments.squares / (moments.count or np.nan))
+    return {
+        "mean_value": (moments.mean if moments.count else spread).reshape(source.row_shape),
+        "std_value": spread.reshape(source.row_shape),
+        "mean_norm": mean_norm,
+        "median_norm": median,
+        "largest_norm": float("nan") if nothing else float(norms.max()),
+        "norm_scale": mean_norm / np.sqrt(width),
+        "outlier_share": float("nan") if nothing else float((norms > factor * median).mean()),
+        "n_rows": np.int64(moments.count),
+        "n_not_finite": np.int64(blocks.total - moments.count),
+    }
+
+
+def _as_dataset(values: Mapping[str, Array], source: Source, inner: list[str], name: Any, factor: float) -> xr.Dataset:
+    layered = source.labels != (None,)
+    data = {n: (("layer", *inner)[: v.ndim], v) for n, v in values.items()}
+    found = xr.Dataset(data, attrs={"of": str(name or ""), "outlier_factor": float(factor)})
+    found = found.assign_coords(layer=list(source.labels)) if layered else found
+    return found.isel(layer=0) if source.single else found
+
+
+def _place(keep: str | os.PathLike[str]) -> tuple[Any, str]:
+    folder, name = os.path.split(os.fspath(keep))
+    if not name:
+        raise InvalidArgumentError(f"keep={keep!r} is a folder: give the name of a file, such as 'statistics.safetensors'")
+    return open_storage(folder or "."), name
+
+
+def _read_kept(keep: str | os.PathLike[str], key: str) -> dict[str, Array] | None:
+    """What a file keeps, where it is whole and of the very same rows; None where it must be made again."""
+    storage, name = _place(keep)
+    try:
+        data = storage.read(name)
+    except FileNotFoundError:
+        return None
+    try:
+        header = parse_header(data[: header_length(data)])
+        about = json.loads(header.metadata[_ABOUT])
+    except (ValueError, KeyError) as error:
+        what = f"keep={os.fspath(keep)!r} is something else than kept statistics"
+        raise InvalidArgumentError(f"{what}, and stays as it is: give another name") from error
+    if about != {"key": key, "crc32c": google_crc32c.value(data[len(header.raw) :])}:
+        return None
+    arrays = {
+        n: np.frombuffer(data[t.start : t.stop], np.dtype(t.dtype).newbyteorder("<")).reshape(t.shape).astype(t.dtype)
+        for n, t in header.tensors.items()
+    }
+    return dict(sorted(arrays.items()))
+
+
+def _write_kept(keep: str | os.PathLike[str], key: str, values: Mapping[str, Array]) -> None:
+    storage, name = _place(keep)
+    tensors = {n: (v, v.dtype.name) for n, v in values.items()}
+    body = b"".join(encode(tensors)[1:])
+    about = {"key": key, "crc32c": google_crc32c.value(body)}
+    storage.commit(name, b"".join(encode(tensors, {_ABOUT: json.dumps(about)})), durable=True)

@@ -1,0 +1,26 @@
+"""Probes over layers, variables and labels: what is given, the plan, the tasks, the scores and where they are kept.
+
+Never a store, never a plot.
+"""
+
+from lmprobe_zarr.sweeps.compare import compare, confidence_intervals, selectivity
+from lmprobe_zarr.sweeps.directions import cosine_similarity, fit_directions
+from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
+from lmprobe_zarr.sweeps.sweep import sweep
+from lmprobe_zarr.sweeps.tokens import fit_tokens, score_tokens, sweep_tokens
+from lmprobe_zarr.sweeps.transfer import sweep_transfer
+
+__all__ = [
+    "SweepPlan",
+    "compare",
+    "confidence_intervals",
+    "cosine_similarity",
+    "fit_directions",
+    "fit_tokens",
+    "plan_sweep",
+    "score_tokens",
+    "selectivity",
+    "sweep",
+    "sweep_tokens",
+    "sweep_transfer",
+]

@@ -1,0 +1,226 @@
+"""The direction that a linear probe learns in each layer, in the units of the activations: for steering, and to hold against others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.display import called
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.probes import (
+    Labels,
+    bad_rows,
+    check_task,
+    coefficients,
+    computable,
+    converged,
+    fits_running,
+    has_strength,
+    make_pipeline_for,
+    make_probe,
+    parse_label_sets,
+    read_layer,
+    show_prompts,
+)
+from lmprobe_zarr.sweeps.given import check_activations, check_seed, layers_of
+from lmprobe_zarr.typing import Array
+
+__all__ = ["cosine_similarity", "fit_directions"]
+
+
+def fit_directions(
+    activations: xr.DataArray,
+    labels: Any,
+    probe: Any = "logistic_regression",
+    *,
+    task: str = "classification",
+    preprocessing: str | None = None,
+    strength: float | None = None,
+    missing: str = "raise",
+    random_state: int = 0,
+    n_workers: int | None = None,
+) -> xr.Dataset:
+    """Coefficients of one linear probe per layer, fitted on all prompts that have a label.
+
+    Scaling and projections are undone: ``(activations * coef).sum("hidden") + intercept`` is the decision function on raw activations (of
+    a regression: the prediction). So ``coef`` is where the score rises fastest, and what is added to a layer's output to steer; its
+    length is in units of the score per unit of activation.
+
+    Parameters
+    ----------
+    activations : DataArray of float, dims (layer, prompt, hidden) in any order, or without layer
+    labels : str, DataArray, mapping or array
+        One set, as for :func:`lmprobe_zarr.sweep`.
+    probe : str or scikit-learn estimator
+        A linear one.
+    task, preprocessing, missing, random_state
+        As for :func:`lmprobe_zarr.sweep`.
+    strength : float, optional
+        Regularisation strength of a named probe, larger being stronger.
+    n_workers : int, optional
+        Threads; by default one per core.
+
+    Returns
+    -------
+    Dataset of float64
+        ``coef`` with dims (layer, hidden) for two classes, pointing to the second, and for a regression; with more classes (layer, class,
+        hidden). ``intercept`` the same without hidden; ``converged`` (layer).
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError, LabelError
+        As for :func:`lmprobe_zarr.sweep`, or the probe is not linear.
+    """
+    if not isinstance(activations, xr.DataArray):
+        raise InvalidTypeError(f"activations are one xarray.DataArray, not {type(activations).__name__}: give ds[name]")
+    array = check_activations(activations)
+    seed = check_seed(random_state)
+    if missing not in ("raise", "drop"):
+        raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise' or 'drop'")
+    sets = parse_label_sets(array, labels, task=check_task(task), missing=missing)
+    if len(sets) > 1:
+        raise InvalidArgumentError("several sets of labels were given: give one, and call once for each")
+    name = "ridge_regression" if task == "regression" and isinstance(probe, str) and probe == "logistic_regression" else probe
+    if strength is not None and not (has_strength(name) and strength > 0):
+        raise InvalidArgumentError(
+            f"strength={strength!r} of {name!r}: give a positive number, and a named probe that has one, such as 'ridge'"
+        )
+    make = partial(_make, name, seed, task, preprocessing, strength)
+    make()
+    layers = layers_of(array) or [0]
+    import dask.base
+    from dask.delayed import delayed
+
+    compute: Any = dask.base.compute
+    fit: Any = delayed(_fit_layer, pure=False)
+    variable = array.variable
+    lazy = variable.chunks is None and not variable._in_memory
+    found: Any = compute(
+        *(
+            fit(make, sets[0], variable if lazy else None, place,
+                None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", "hidden").data)
+            for place in range(len(layers))
+        ),
+        scheduler="threads",
+        num_workers=n_workers,
+    )  # fmt: skip
+    for layer, fitted in zip(layers, found, strict=True):
+        if isinstance(fitted, list):
+            raise InvalidArgumentError(
+                f"layer {layer} of {called(array)} is NaN or infinite for {len(fitted)} of {len(sets[0].rows)} prompts "
+                f"({show_prompts(array, fitted)}): drop them with .dropna('prompt'), or extract them again"
+            )
+    return _dataset(array, sets[0], task, repr(make()), layers, found)
+
+
+def _make(probe: Any, seed: int, task: str, preprocessing: str | None, strength: float | None) -> Any:
+    if preprocessing is None:
+        return make_probe(probe, seed, task=task, strength=strength)
+    return make_pipeline_for(probe, task=task, preprocessing=preprocessing, random_state=seed, strength=strength)
+
+
+def _fit_layer(make: Callable[[], Any], labels: Labels, whole: xr.Variable | None, layer: int, values: Any) -> Any:
+    """Coefficients, intercept and whether the fit ended; or the rows that cannot be fitted."""
+    import sklearn
+
+    matrix = computable(values if whole is None else read_layer(whole, layer))
+    bad = bad_rows(matrix, labels.rows)
+    if bad:
+        return bad
+    with fits_running(), sklearn.config_context(assume_finite=True):
+        estimator = make().fit(matrix[labels.rows], labels.values[labels.rows])
+    coef, intercept = coefficients(estimator)
+    return coef[:, 0], intercept, converged(estimator)
+
+
+def _dataset(array: xr.DataArray, labels: Labels, task: str, estimator: str, layers: list[Any], found: Any) -> xr.Dataset:
+    coef, intercept = (np.stack([fitted[place] for fitted in found]) for place in (0, 1))
+    two = coef.shape[1] == 1
+    dims = ("layer", "hidden") if two else ("layer", "class", "hidden")
+    data = xr.Dataset(
+        {
+            "coef": (dims, coef[:, 0] if two else coef, {"long_name": "coefficients, in the units of the activations"}),
+            "intercept": (dims[:-1], intercept[:, 0] if two else intercept),
+            "converged": ("layer", np.array([fitted[2] for fitted in found])),
+        },
+        coords={"layer": layers, **({} if two or labels.classes is None else {"class": labels.classes})},
+    )
+    data.attrs = {
+        "labels": labels.name,
+        "task": task,
+        "estimator": " ".join(estimator.split()),
+        "n_prompts": len(labels.rows),
+        "variable": "" if array.name is None else str(array.name),
+        **({} if labels.classes is None else {"classes": labels.classes.tolist()}),
+    }
+    if "model" in array.coords and array.coords["model"].ndim == 0:
+        data = data.assign_coords(model=str(array.coords["model"].item()))
+    return data
+
+
+def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.DataArray | xr.Dataset) -> xr.DataArray:
+    """The cosine of the angle between every two directions, −1 to 1, as a labelled matrix.
+
+    Parameters
+    ----------
+    directions : {name: DataArray or Dataset}, DataArray or Dataset
+        Coefficients with dims (layer, hidden), or (hidden) for a single one, or a dataset with them as ``coef``, as from
+        :func:`lmprobe_zarr.fit_tokens`; further dims, such as ``class``, make one direction each. The names say which dataset or model.
+
+    Returns
+    -------
+    DataArray of float64
+        Dims (direction, other), both with the same labels in the same order; along ``direction`` the coordinates ``name`` and ``layer``,
+        where there are layers, and along ``other`` the same with ``other_`` in front. NaN where hidden sizes differ or a direction has no
+        length.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        Something without coefficients, or nothing.
+    """
+    given = {"": directions} if isinstance(directions, xr.DataArray | xr.Dataset) else directions
+    if not isinstance(given, Mapping):
+        raise InvalidTypeError(f"directions are a mapping from name to coefficients, not {type(directions).__name__}")
+    rows: list[tuple[str, Any, str, Array]] = []
+    for name, one in given.items():
+        coef = one["coef"] if isinstance(one, xr.Dataset) and "coef" in one else one
+        if not isinstance(coef, xr.DataArray) or "hidden" not in coef.dims:
+            raise InvalidTypeError(f"directions[{name!r}] has no coefficients over hidden: give fit_tokens(…).coef")
+        rest = [str(dim) for dim in coef.dims if dim != "hidden"]
+        layered = "layer" in coef.coords
+        many = coef.sizes.get("layer", 1) > 1
+        for place in np.ndindex(*(coef.sizes[dim] for dim in rest)):
+            single = coef.isel(dict(zip(rest, place, strict=True)))
+            layer = single.coords["layer"].item() if layered else None
+            words = [str(name)] if str(name) else []
+            words += [f"layer {layer}"] if layered and (many or not words) else []
+            words += [
+                str(single.coords[dim].item() if dim in single.coords else at)
+                for dim, at in zip(rest, place, strict=True)
+                if dim != "layer"
+            ]
+            rows.append((str(name), layer, " ".join(words) or "direction", np.asarray(single.values, np.float64)))
+    if not rows:
+        raise InvalidArgumentError("directions is empty: give at least one")
+    found = np.full((len(rows), len(rows)), np.nan)
+    for size in {len(vector) for *_, vector in rows}:
+        members = [number for number, (*_, vector) in enumerate(rows) if len(vector) == size]
+        vectors = np.stack([rows[number][3] for number in members])
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            units = vectors / np.where(lengths > 0, lengths, np.nan)
+        found[np.ix_(members, members)] = np.clip(units @ units.T, -1, 1)
+    labels = [label for _, _, label, _ in rows]
+    coords: dict[str, Any] = {"direction": labels, "other": labels}
+    for prefix, dim in (("", "direction"), ("other_", "other")):
+        coords[f"{prefix}name"] = (dim, [name for name, *_ in rows])
+        if all(layer is not None for _, layer, *_ in rows):
+            coords[f"{prefix}layer"] = (dim, [layer for _, layer, *_ in rows])
+    return xr.DataArray(
+        found, dims=("direction", "other"), coords=coords, name="cosine", attrs={"long_name": "cosine similarity", "units": "1"}
+    )

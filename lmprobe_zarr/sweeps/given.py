@@ -1,0 +1,69 @@
+"""What callers give a sweep of any kind, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.display import called
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = ["check_activations", "check_seed", "layers_of"]
+
+_DIMS = ("layer", "prompt", "hidden")
+
+
+# -- what is given ---------------------------------------------------------------------------------------------------------
+
+
+def parse_activations(activations: Any, controls: Mapping[str, Any]) -> tuple[xr.Dataset | None, tuple[xr.DataArray, ...]]:
+    """The dataset, if it is one, and its variables of activations; nothing is read."""
+    if isinstance(activations, xr.Dataset):
+        held = {str(name): array for name, array in activations.data_vars.items() if {"prompt", "hidden"} <= set(array.dims)}
+        if controls.get("embed", ()) is None:
+            held = {name: array for name, array in held.items() if name.partition("_")[0] != "embed"}
+        if not held:
+            listed = ", ".join(f"{name} {array.dims}" for name, array in activations.data_vars.items())
+            raise InvalidArgumentError(
+                f"the dataset holds no activations over prompt and hidden, only {listed or 'nothing'}: pool tokens first"
+            )
+        return activations, tuple(check_activations(array) for array in held.values())
+    if not isinstance(activations, xr.DataArray):
+        raise InvalidTypeError(
+            f"activations are an xarray.DataArray with dims {_DIMS}, or a Dataset of such, not {type(activations).__name__}"
+        )
+    return None, (check_activations(activations),)
+
+
+def check_activations(activations: xr.DataArray) -> xr.DataArray:
+    """The array itself, where it is one of activations; nothing is read."""
+    dims = tuple(str(dim) for dim in activations.dims)
+    if set(dims) not in (set(_DIMS), {"prompt", "hidden"}):
+        remedy = "pool the tokens first, as in toks.lz.pool('mean')" if "token" in dims else "select or rename"
+        raise InvalidArgumentError(f"{called(activations)} has dims {dims}, expected layer (or none), prompt and hidden: {remedy}")
+    empty = [dim for dim in dims if not activations.sizes[dim]]
+    if empty:
+        raise InvalidArgumentError(f"{called(activations)} has no {' and no '.join(empty)}: there is nothing to fit")
+    # ml_dtypes' bfloat16 has kind "V", as structured types have, but no fields.
+    if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
+        raise InvalidTypeError(f"{called(activations)} has dtype {activations.dtype}, expected real numbers")
+    return activations
+
+
+def layers_of(array: xr.DataArray) -> list[Any] | None:
+    """Its layers, or None where it has none."""
+    if "layer" in array.coords:
+        return list(np.atleast_1d(array.coords["layer"].values).tolist())
+    return list(range(array.sizes["layer"])) if "layer" in array.dims else None
+
+
+def check_seed(random_state: Any) -> int:
+    """The seed, if it is one."""
+    if isinstance(random_state, bool) or not isinstance(random_state, int | np.integer):
+        raise InvalidTypeError(f"random_state={random_state!r} is not a whole number: sweeps are reproducible, give a seed such as 0")
+    if not 0 <= random_state < 2**32:
+        raise InvalidArgumentError(f"random_state={random_state!r} is out of range: give a seed from 0 to 2**32 - 1")
+    return int(random_state)

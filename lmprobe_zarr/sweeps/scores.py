@@ -1,0 +1,234 @@
+"""Fits to one labelled dataset, whatever order they come in. Never fits, schedulers or a place to write to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.probes import Fit, Task, number_repeats
+from lmprobe_zarr.probes.metrics import undefined_reasons
+from lmprobe_zarr.sweeps.plan import SweepPlan
+from lmprobe_zarr.typing import Array
+
+__all__ = ["Scores"]
+
+#: Of every fit, in this order; what was not asked for is left out of the dataset.
+_AXES: Final = ("variable", "layer", "probe", "fold", "seed", "strength", "label")
+#: Without the fold: a prompt's prediction comes from the fold that tests it.
+_PER_PROMPT: Final = ("variable", "layer", "probe", "repetition", "seed", "strength", "label", "prompt")
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    dims: tuple[str, ...]
+    values: Array
+    attrs: Mapping[str, Any]
+
+
+class Scores:
+    """The table that fits are entered into.
+
+    Parameters
+    ----------
+    plan : SweepPlan
+    """
+
+    def __init__(self, plan: SweepPlan) -> None:
+        self._plan = plan
+        fits = plan._fits
+        self._repeats = number_repeats(fits.folds)
+        rows = fits.labels[0].rows
+        self._place = np.full(int(rows.max()) + 1, -1)
+        self._place[rows] = np.arange(len(rows))
+        self._sizes = {
+            "variable": len(fits.sources), "layer": len(fits.layers), "probe": len(fits.entries), "fold": len(fits.folds),
+            "seed": len(fits.seeds), "strength": max(1, len(fits.strengths) if not fits.inner else 1), "label": len(fits.labels),
+            "repetition": int(self._repeats[-1]) + 1, "prompt": len(rows),
+            "class": max((len(each.classes) for each in fits.labels if each.classes is not None), default=0),
+        }  # fmt: skip
+        self._columns = dict(self._make_columns())
+        self._entered = np.zeros((len(fits.sources), len(fits.layers), len(fits.entries)), dtype=bool)
+        # What a variable does not have is done: its scores stay NaN.
+        for place, source in enumerate(fits.sources):
+            if source.layers != (-1,):
+                self._entered[place, [layer for layer in range(len(fits.layers)) if layer not in source.layers]] = True
+            if "0" not in [fits.layers[layer] for layer in source.layers if layer >= 0]:
+                self._entered[place, :, [number for number, entry in enumerate(fits.entries) if not (entry.by_layer or entry.constant)]] = (
+                    True
+                )
+        self._columns["converged"].values[self._entered] = True
+
+    def _make_columns(self) -> Iterator[tuple[str, _Column]]:
+        fits = self._plan._fits
+        for metric in fits.metrics:
+            yield metric.name, self._column(_AXES, np.nan, {"long_name": metric.long_name, "units": metric.units})
+        yield "fit_seconds", self._column(_AXES, np.nan, {"long_name": "wall time of the fit", "units": "s"})
+        yield "converged", self._column(_AXES, False, {"long_name": "fit ended before its iteration limit"})
+        yield "undefined", self._column(_AXES, np.uint8(0), {"long_name": "reasons why measures are NaN, as bits"})
+        if fits.inner:
+            yield "chosen_strength", self._column(_AXES, np.nan, {"long_name": "regularisation strength chosen by inner folds"})
+        if not fits.predictions:
+            return
+        what = "prediction by the fold that tests the prompt"
+        if fits.task == "regression":
+            yield "predicted", self._column(_PER_PROMPT, np.nan, {"long_name": what})
+            return
+        yield "predicted", self._column(_PER_PROMPT, np.int16(-1), {"long_name": f"{what}, as the number of its class"})
+        by_class = self._sizes["class"] > 2
+        dims = (*_PER_PROMPT, "class") if by_class else _PER_PROMPT
+        yield "score", self._column(dims, np.nan, {"long_name": "what prompts are ranked by"})
+        whose = "each class" if by_class else "the second class"
+        yield "probability", self._column(dims, np.nan, {"long_name": f"probability of {whose}"})
+
+    def _column(self, dims: tuple[str, ...], fill: Any, attrs: Mapping[str, Any]) -> _Column:
+        return _Column(dims, np.full([self._sizes[dim] for dim in dims], fill), attrs)
+
+    # ------------------------------------------------------------------------------------------------------------ entering
+
+    def enter(self, task: Task, fits: Iterable[Fit]) -> None:
+        """Everything that a task found."""
+        for fit in fits:
+            self._enter_fit(fit)
+        for entry in task.entries:
+            self._entered[self._where(task, entry)] = True
+
+    def _where(self, task: Task, entry: int) -> tuple[Any, ...]:
+        plan = self._plan._fits
+        source = slice(None) if task.source < 0 else task.source
+        place = -1 if task.source < 0 or not plan.entries[entry].by_layer else plan.sources[task.source].layers[task.layer]
+        return source, slice(None) if place < 0 else place, entry
+
+    def _enter_fit(self, fit: Fit) -> None:
+        at = tuple(slice(None) if place < 0 else place for place in fit.at)
+        plan = self._plan._fits
+        for metric, value in zip(plan.metrics, fit.values, strict=True):
+            self._put(metric.name, at, value)
+        self._put("fit_seconds", at, fit.seconds)
+        self._put("converged", at, fit.converged)
+        self._put("undefined", at, fit.reasons)
+        if plan.inner:
+            self._put("chosen_strength", at, fit.strength)
+        if fit.outcome is None:
+            return
+        source, layer, entry, fold, *others = at
+        per_prompt = (source, layer, entry, int(self._repeats[fit.at[3]]), *others, self._place[plan.folds[fit.at[3]][1]])
+        del fold
+        said = fit.outcome
+        self._put("predicted", per_prompt, said.predicted)
+        if plan.task == "regression":
+            return
+        several = self._sizes["class"] > 2
+        if said.scores is not None:
+            self._put(
+                "score", per_prompt, said.scores if said.scores.ndim == 2 or not several else np.stack([-said.scores, said.scores], axis=1)
+            )
+        if said.probabilities is not None:
+            self._put("probability", per_prompt, said.probabilities if several else said.probabilities[:, 1])
+
+    def _put(self, name: str, at: tuple[Any, ...], value: Any) -> None:
+        column = self._columns[name].values
+        if isinstance(value, np.ndarray):
+            # Assigned to a view without the slices, so that the rows' numbers stay an axis of their own at the end.
+            column = column[at[:-1]]
+            if value.ndim == 2:
+                value = value[:, : column.shape[-1]]
+                column[..., at[-1], : value.shape[1]] = value
+            else:
+                column[..., at[-1]] = value
+            return
+        column[at] = value
+
+    # ------------------------------------------------------------------------------------------------------------- layer by layer
+
+    def whole(self) -> list[tuple[int, int]]:
+        """Variable and layer of everything that nothing is missing of, by place."""
+        return [(int(source), int(layer)) for source, layer in np.argwhere(self._entered.all(axis=2))]
+
+    def missing(self, task: Task) -> bool:
+        """Whether something of a task has not been entered."""
+        return not all(self._entered[self._where(task, entry)].all() for entry in task.entries)
+
+    def piece(self, source: int, layer: int) -> dict[str, Array]:
+        """Every column of one layer of one variable, of the shape that the dataset has it in, with axes of one for both."""
+        return {
+            name: self._squeezed(name)[
+                (slice(source, source + 1), slice(layer, layer + 1)) if self._asked("variable") else slice(layer, layer + 1)
+            ]
+            for name in self._columns
+        }
+
+    def take_piece(self, source: int, layer: int, piece: Mapping[str, Array]) -> None:
+        """Enter what `piece` gave before; what knows no layer, and so is in every piece, is entered everywhere."""
+        plan = self._plan._fits
+        for name, column in self._columns.items():
+            values = piece[name].reshape(column.values[source : source + 1, layer : layer + 1].shape)[0, 0]
+            column.values[source, layer] = values
+            for number, entry in enumerate(plan.entries):
+                if entry.constant:
+                    column.values[:, :, number] = values[number]
+                elif not entry.by_layer or plan.sources[source].layers == (-1,):
+                    column.values[source, :, number] = values[number]
+        self._entered[source, layer] = True
+        for number, entry in enumerate(plan.entries):
+            if entry.constant:
+                self._entered[:, :, number] = True
+            elif not entry.by_layer or plan.sources[source].layers == (-1,):
+                self._entered[source, :, number] = True
+
+    # ------------------------------------------------------------------------------------------------------------- the dataset
+
+    def _asked(self, dim: str) -> bool:
+        return dim in self._plan.dims or dim in ("prompt", "class") or (dim == "repetition" and self._sizes["repetition"] > 1)
+
+    def _squeezed(self, name: str) -> Array:
+        column = self._columns[name]
+        axes = tuple(axis for axis, dim in enumerate(column.dims) if not self._asked(dim))
+        return column.values.squeeze(axes)
+
+    def columns(self) -> xr.Dataset:
+        """Every column as it stands, also those that say why others are NaN."""
+        plan = self._plan._fits
+        held: dict[str, Any] = {}
+        for name, column in self._columns.items():
+            held[name] = (tuple(dim for dim in column.dims if self._asked(dim)), self._squeezed(name), dict(column.attrs))
+        held["n_train"] = ("fold", np.array([len(train) for train, _ in plan.folds]))
+        held["n_test"] = ("fold", np.array([len(test) for _, test in plan.folds]))
+        if plan.predictions:
+            held["test_fold"] = self._test_folds()
+        data = xr.Dataset(held, coords=dict(self._plan._coords), attrs={**self._plan._attrs})
+        return data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
+
+    def dataset(self) -> xr.Dataset:
+        """Everything entered so far, as callers see it; NaN where a fit is missing."""
+        data = self._explained(self.columns())
+        unknown = [name for name in ("score", "probability") if name in data and bool(data[name].isnull().all())]
+        data = data.drop_vars(unknown)
+        data.attrs["n_unconverged"] = int((~data["converged"]).sum())
+        return data
+
+    def _test_folds(self) -> tuple[tuple[str, ...], Array, dict[str, str]]:
+        plan = self._plan._fits
+        values = np.full((self._sizes["repetition"], self._sizes["prompt"]), -1, np.int32)
+        for fold, (_, test) in enumerate(plan.folds):
+            values[self._repeats[fold], self._place[test]] = fold
+        several = self._asked("repetition")
+        dims = ("repetition", "prompt") if several else ("prompt",)
+        return dims, values if several else values[0], {"long_name": "fold that tests the prompt, -1 for none"}
+
+    def _explained(self, data: xr.Dataset) -> xr.Dataset:
+        """Why measures are NaN, in words, instead of bits."""
+        bits = data["undefined"].transpose("probe", ...).values
+        for metric in self._plan._fits.metrics:
+            reasons: dict[str, list[str]] = {}
+            nan = np.isnan(data[metric.name].transpose("probe", ...).values)
+            for name, undefined, where in zip(self._plan._coords["probe"][1], bits, nan, strict=True):
+                together = int(np.bitwise_or.reduce(undefined[where], axis=None)) if where.any() else 0
+                for reason in undefined_reasons(together, metric):
+                    reasons.setdefault(reason, []).append(str(name))
+            if reasons:
+                data[metric.name].attrs["nan_reasons"] = [f"{', '.join(sorted(names))}: {why}" for why, names in sorted(reasons.items())]
+        return data.drop_vars("undefined")

@@ -1,0 +1,516 @@
+"""Linear probes on more rows than fit into memory: blocks of rows are read one after the other, by several tasks on Dask, and summed up.
+
+Holds how a token axis is cut into spans and blocks, what one task does with its span, and how tasks are spread and gathered. What is
+summed and solved is up to ``probes.sufficient``; labels, folds and what comes back are up to ``token_probes``. Never a store or a plot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.batch import as_slice
+from lmprobe_zarr.probes import (
+    EXACT,
+    Moments,
+    NotFiniteError,
+    Solution,
+    Unit,
+    empty_moments,
+    fits_running,
+    merge_moments,
+    order_of,
+    scaling_of,
+    solve,
+    unit_of,
+)
+from lmprobe_zarr.tasks import Runner
+from lmprobe_zarr.typing import Array, Ints, Mask
+
+__all__ = ["BLOCK_BYTES", "STREAMED", "Fitted", "Stream", "StreamPlan", "fit_stream", "judge_stream", "score_stream"]
+
+#: Rows that are looked at together, as float64; a task holds about four times as much beside its sums.
+BLOCK_BYTES: Final = 16 * 2**20
+#: Rows that the units of the sums are taken from, in as many places.
+_PILOT_ROWS, _PILOT_PLACES = 1024, 16
+#: Passes at most: as many as see a million rows, which scikit-learn calls enough, within these; and when a fit counts as ended.
+_EPOCHS, _ROWS_SEEN, _PATIENCE, _TOLERANCE = (20, 1000), 10**6, 3, 1e-3
+#: Runs of rows that lie together in a minibatch's buffer, from anywhere: stores may be sorted by label.
+_RUNS: Final = 16
+
+#: The named probes that can be fitted block by block.
+STREAMED: Final = (*EXACT, "sgd")
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows of a matrix per layer, to be read in portions.
+
+    Parameters
+    ----------
+    variable : xarray.Variable, dims (layer, row, hidden) in any order, perhaps without layer
+        In memory, lazy, or of Dask arrays.
+    dim : str
+        The name of the row dimension.
+    rows : ndarray of int64
+        Which rows, ascending.
+    """
+
+    variable: xr.Variable
+    dim: str
+    rows: Ints
+
+    @property
+    def hidden(self) -> int:
+        """Width of a row."""
+        return int(self.variable.sizes["hidden"])
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block: `BLOCK_BYTES` in float64."""
+        return max(16, BLOCK_BYTES // (8 * self.hidden))
+
+    @property
+    def is_dask(self) -> bool:
+        return self.variable.chunks is not None
+
+    @property
+    def is_in_memory(self) -> bool:
+        return not self.is_dask and bool(self.variable._in_memory)
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Begin and end of every block from one place among the rows to another."""
+        for begin in range(start, stop, self.block_rows):
+            yield begin, min(begin + self.block_rows, stop)
+
+    def lazily(self, layer: int, places: slice | Ints) -> Any:
+        """Some rows of a layer, shape (row, hidden): values, or a Dask array."""
+        rows = as_slice(self.rows[places])
+        # Sliced anew every time: xarray caches what a lazy slice has read in the slice.
+        taken = self.variable.isel({"layer": layer, self.dim: rows}, missing_dims="ignore")
+        turned = taken.dims[0] != self.dim
+        data = taken.data if self.is_dask else taken.values
+        # Read before it is turned: a lazy transpose reads point by point.
+        return data.T if turned else data
+
+    def read(self, layer: int, places: slice | Ints) -> Array:
+        """The same as values."""
+        data = self.lazily(layer, places)
+        return np.asarray(data.compute() if self.is_dask else data)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """What all tasks of a fit share.
+
+    Parameters
+    ----------
+    stream : Stream or None
+        None where tasks are handed their values.
+    n_rows, hidden, block_rows : int
+    layers, probes : tuple of str
+    codes, cell, prompt : ndarray of int, shape (row,)
+        Class, cell and prompt of each row.
+    n_classes : int
+    trains : ndarray of bool, shape (fold, cell)
+    tests : ndarray of bool, shape (fold, prompt), or None
+    random_state : int
+    """
+
+    stream: Stream | None
+    n_rows: int
+    hidden: int
+    block_rows: int
+    layers: tuple[str, ...]
+    probes: tuple[str, ...]
+    codes: Array
+    cell: Array
+    prompt: Array
+    n_classes: int
+    trains: Mask
+    tests: Mask | None
+    random_state: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """One probe on one layer and fold."""
+
+    solution: Solution
+    seconds: float
+    converged: bool
+
+
+# -- what tasks do ---------------------------------------------------------------------------------------------------------
+
+
+def _blocks(plan: StreamPlan, layer: int, start: int, stop: int, values: Any) -> Iterator[tuple[slice, Array]]:
+    """The rows of a span, block by block, from what was handed over or from the stream."""
+    for begin in range(start, stop, plan.block_rows):
+        place = slice(begin, min(begin + plan.block_rows, stop))
+        if values is None:
+            assert plan.stream is not None  # noqa: S101  (the plan holds what no task is handed)
+            yield place, plan.stream.read(layer, place)
+        else:
+            yield place, np.asarray(values[begin - start : place.stop - start])
+
+
+def _pilot(values: Any, plan: StreamPlan | None = None, layer: int = 0, places: Any = None) -> Unit:
+    rows = np.asarray(values) if values is not None else plan.stream.read(layer, places)  # type: ignore[union-attr]
+    finite = np.isfinite(rows.astype(np.float64).sum(axis=1))
+    return unit_of(rows[finite] if finite.any() else np.zeros((1, rows.shape[1])))
+
+
+def _infinite(rows: Array) -> Ints:
+    # Sums show any NaN or infinity without a second matrix; they may overflow themselves, so each is looked at.
+    with np.errstate(over="ignore", invalid="ignore"):
+        suspicious = np.flatnonzero(~np.isfinite(rows.sum(axis=1, dtype=np.float64)))
+    return np.array([row for row in suspicious if not np.isfinite(rows[row].astype(np.float64)).all()], np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    moments: Moments
+    #: Places among the rows that hold NaN or infinity, and were not counted.
+    bad: tuple[Ints, ...]
+    seconds: float
+
+
+def _sum_span(plan: StreamPlan, layer: int, unit: Unit, before: _Sums | None, start: int, stop: int, values: Any) -> _Sums:
+    """The sums over a span, or those of what was summed before it as well; the body of a task."""
+    began = time.perf_counter()
+    if before is None:
+        order = order_of(probe for probe in plan.probes if probe in EXACT) if set(plan.probes) & set(EXACT) else 1
+        moments, bad = empty_moments(unit, plan.trains.shape[1], plan.n_classes, order), []
+    else:
+        # Not in place: a task may be run again with what it was handed before.
+        moments, bad = before.moments.copy(), list(before.bad)
+    with fits_running():
+        for place, rows in _blocks(plan, layer, start, stop, values):
+            cells, codes = plan.cell[place], plan.codes[place]
+            wrong = _infinite(rows)
+            if len(wrong):
+                bad.append(wrong + place.start)
+                rows, cells, codes = (np.delete(each, wrong, axis=0) for each in (rows, cells, codes))
+            if len(rows):
+                moments.add(rows, cells, codes)
+    return _Sums(moments, tuple(bad), time.perf_counter() - began + (0 if before is None else before.seconds))
+
+
+def _merge(sums: Sequence[_Sums]) -> _Sums:
+    first, *others = sums
+    if not others:
+        return first
+    moments = first.moments.copy()
+    for other in others:
+        moments = merge_moments(moments, other.moments)
+    return _Sums(moments, tuple(bad for each in sums for bad in each.bad), sum(each.seconds for each in sums))
+
+
+def _solve_layer(plan: StreamPlan, layer: int, sums: Sequence[_Sums]) -> tuple[dict[tuple[int, int], Fitted], list[Any], float]:
+    """Every exact probe on every training set of a layer, each training set's scaling for the others, and the seconds of the pass."""
+    whole = _merge(sums)
+    if whole.bad:
+        raise NotFiniteError(layer, np.concatenate(whole.bad).tolist())
+    found: dict[tuple[int, int], Fitted] = {}
+    scaling: list[Any] = []
+    inexact = not set(plan.probes) <= set(EXACT)
+    with fits_running():
+        for fold, trained in enumerate(plan.trains):
+            # Without a copy where there is one cell only.
+            moments = whole.moments if len(trained) == 1 else whole.moments.union(np.flatnonzero(trained))
+            # Rounded: its last digits depend on how many tasks have summed, and what a descent makes of them would too.
+            scaling.append(tuple(each.astype(np.float32).astype(np.float64) for each in scaling_of(moments)) if inexact else None)
+            for number, probe in enumerate(plan.probes):
+                if probe in EXACT:
+                    began = time.perf_counter()
+                    solution = solve(probe, moments)
+                    found[number, fold] = Fitted(solution, time.perf_counter() - began, True)
+    return found, scaling, whole.seconds
+
+
+def _seed_of(plan: StreamPlan, layer: int, probe: str, fold: int) -> int:
+    words = f"{plan.random_state}\0{plan.layers[layer]}\0{probe}\0{fold}"
+    return int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:4], "little")
+
+
+def _minibatches(n: int, size: int, seed: int) -> Iterator[Ints]:
+    """All numbers below n in random order, `size` at a time, each lot from `_RUNS` runs so that it is read in few pieces."""
+    rng = np.random.default_rng(seed)
+    run = max(1, size // _RUNS)
+    starts = rng.permutation(np.arange(0, n, run))
+    for lot in range(0, len(starts), _RUNS):
+        yield np.concatenate([np.arange(start, min(start + run, n)) for start in np.sort(starts[lot : lot + _RUNS])])
+
+
+def _fit_sgd(plan: StreamPlan, layer: int, scaling: Sequence[Any], values: Any) -> dict[int, Fitted]:
+    """Logistic regression by stochastic gradient descent on every training set of a layer at once; by fold."""
+    from lmprobe_zarr.probes import make_probe
+
+    began = time.perf_counter()
+    read: Callable[[Ints], Array]
+    if callable(values):
+        read = values
+    elif values is not None:
+        read = lambda places: np.asarray(values[places])  # noqa: E731
+    else:
+        assert plan.stream is not None  # noqa: S101  (the plan holds what no task is handed)
+        read = partial(plan.stream.read, layer)
+    n_folds = len(plan.trains)
+    estimators = []
+    classes = []
+    for fold, trained in enumerate(plan.trains):
+        estimator = make_probe("sgd", _seed_of(plan, layer, "sgd", fold), standardise=False)
+        estimators.append(estimator.set_params(shuffle=False))
+        classes.append(np.unique(plan.codes[trained[plan.cell]]))
+    best, waited = np.full(n_folds, np.inf), np.zeros(n_folds, int)
+    running = set(range(n_folds))
+    with fits_running():
+        for epoch in range(int(np.clip(-(-_ROWS_SEEN // plan.n_rows), *_EPOCHS))):
+            loss, seen = np.zeros(n_folds), np.zeros(n_folds)
+            rng = np.random.default_rng([_seed_of(plan, layer, "order", 0), epoch])
+            for places in _minibatches(plan.n_rows, plan.block_rows, _seed_of(plan, layer, f"epoch {epoch}", 0)):
+                rows, cells, codes = read(places), plan.cell[places], plan.codes[places]
+                order = rng.permutation(len(places))
+                for fold in running:
+                    mine = order[plan.trains[fold][cells[order]]]
+                    if not len(mine):
+                        continue
+                    mean, scale = scaling[fold]
+                    x, y = (rows[mine] - mean) / scale, codes[mine]
+                    if epoch or seen[fold]:
+                        loss[fold] += _log_loss(estimators[fold], x, y)
+                    seen[fold] += len(mine)
+                    estimators[fold].partial_fit(x, y, classes=classes[fold])
+            for fold in tuple(running):
+                mean_loss = loss[fold] / max(seen[fold], 1)
+                waited[fold] = waited[fold] + 1 if epoch and mean_loss > best[fold] - _TOLERANCE else 0
+                best[fold] = min(best[fold], mean_loss) if epoch else np.inf
+                if waited[fold] >= _PATIENCE:
+                    running.discard(fold)
+            if not running:
+                break
+    seconds = (time.perf_counter() - began) / n_folds
+    found = {}
+    for fold, estimator in enumerate(estimators):
+        mean, scale = scaling[fold]
+        coef = np.asarray(estimator.coef_, np.float64) / scale
+        solution = Solution(coef, np.asarray(estimator.intercept_, np.float64) - coef @ mean, classes[fold])
+        found[fold] = Fitted(solution, seconds, fold not in running)
+    return found
+
+
+def _log_loss(estimator: Any, x: Array, y: Array) -> float:
+    """Sum over rows before they are learned from; of one against the rest for more classes, as the estimator minimises it."""
+    scores = np.asarray(estimator.decision_function(x)).reshape(len(x), -1)
+    signs = np.where((y[:, None] == estimator.classes_) if scores.shape[1] > 1 else (y == estimator.classes_[1])[:, None], 1, -1)
+    return float(np.logaddexp(0, -signs * scores).sum()) / scores.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """Scores of test rows.
+
+    Parameters
+    ----------
+    places : mapping of fold to ndarray of int64, shape (row,)
+        Places among the rows, which all probes of a fold share.
+    scores : mapping of (probe, fold) to ndarray, shape (row,) or (row, class)
+    """
+
+    places: Mapping[int, Ints]
+    scores: Mapping[tuple[int, int], Array]
+
+
+def _test_span(plan: StreamPlan, layer: int, solutions: dict[tuple[int, int], Solution], start: int, stop: int, values: Any) -> Tested:
+    """Scores of the test rows of a span; the body of a task."""
+    places: dict[int, list[Ints]] = {fold: [] for _, fold in solutions}
+    scores: dict[tuple[int, int], list[Array]] = {key: [] for key in solutions}
+    with fits_running():
+        for place, rows in _blocks(plan, layer, start, stop, values):
+            wide = rows.astype(np.float64)
+            for fold, found in places.items():
+                assert plan.tests is not None  # noqa: S101  (only folds are tested)
+                mine = np.flatnonzero(plan.tests[fold][plan.prompt[place]])
+                if not len(mine):
+                    continue
+                found.append(mine + place.start)
+                x = wide if len(mine) == len(wide) else wide[mine]
+                for (probe, of), solution in solutions.items():
+                    if of == fold:
+                        scores[probe, fold].append(_scored(x, solution))
+    return Tested(
+        {fold: np.concatenate([np.zeros(0, np.int64), *some]) for fold, some in places.items()},
+        {key: np.concatenate(some) if some else np.zeros(0) for key, some in scores.items()},
+    )
+
+
+def _scored(x: Array, solution: Solution) -> Array:
+    scores = x @ solution.coef.T + solution.intercept
+    return np.asarray(scores[:, 0] if scores.shape[1] == 1 else scores)
+
+
+def _score_span(plan: StreamPlan, layer: int, solution: Solution, start: int, stop: int, values: Any) -> Array:
+    """Scores of all rows of a span, float32, shape (row,) or (row, class); NaN where a row holds NaN."""
+    blocks = [_scored(rows.astype(np.float64), solution).astype(np.float32) for _, rows in _blocks(plan, layer, start, stop, values)]
+    return np.concatenate(blocks)
+
+
+def _collect(*parts: Any) -> list[Any]:
+    return list(parts)
+
+
+class _Spread:
+    """A stream cut into spans for some runner: what each task is handed."""
+
+    def __init__(self, stream: Stream, plan: StreamPlan, runner: Runner) -> None:
+        self.stream, self.runner = stream, runner
+        self.hands_values = stream.is_dask or (stream.is_in_memory and not runner.reads_here)
+        self.plan = replace(plan, stream=None if self.hands_values else stream)
+        blocks = -(-plan.n_rows // plan.block_rows)
+        spans = min(blocks, -(-runner.workers // max(1, len(plan.layers))))
+        size = -(-blocks // spans) * plan.block_rows
+        self.spans = [(start, min(start + size, plan.n_rows)) for start in range(0, plan.n_rows, size)]
+        self.shared = runner.hand_over(self.plan)
+        self.in_flight = max(1, -(-2 * runner.workers // len(self.spans)))
+
+    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """A span as it is handed over: whole, or block by block where Dask loads it."""
+        return list(self.stream.blocks(start, stop)) if self.stream.is_dask else [(start, stop)]
+
+    def values(self, layer: int, places: slice | Ints) -> Any:
+        """What a task is handed beside the plan: nothing where it reads, else values or a Dask array."""
+        if not self.hands_values:
+            return None
+        data = self.stream.lazily(layer, places)
+        return data if self.stream.is_dask else self.runner.hand_over_values(np.ascontiguousarray(data))
+
+
+def fit_stream(stream: Stream, plan: StreamPlan, runner: Runner) -> tuple[list[dict[tuple[int, int], Fitted]], list[float]]:
+    """For every layer its fits by probe and fold, and the seconds that its pass took, all tasks together.
+
+    Raises
+    ------
+    NotFiniteError
+        A layer holds NaN or infinity; its rows are places among those of the stream.
+    """
+    from dask.delayed import delayed
+
+    spread = _Spread(stream, plan, runner)
+    pilot, sum_span, solve_layer, collect, sgd = (
+        delayed(call, pure=False) for call in (_pilot, _sum_span, _solve_layer, _collect, _fit_sgd)
+    )
+    where = _pilot_places(plan.n_rows)
+
+    def start_pilot(layer: int) -> Any:
+        values = spread.values(layer, where)
+        return pilot(values) if values is not None else pilot(None, spread.shared, layer, where)
+
+    layers = range(len(plan.layers))
+    # First and by themselves: with the sums in one graph, Dask would keep the chunks that both need.
+    units = Runner(runner.client, runner.scheduler, runner.n_workers).run([partial(start_pilot, n) for n in layers], "", spread.in_flight)
+
+    def start_sums(layer: int) -> Any:
+        sums = []
+        for start, stop in spread.spans:
+            state = None
+            for begin, end in spread.pieces(start, stop):
+                state = sum_span(spread.shared, layer, units[layer], state, begin, end, spread.values(layer, slice(begin, end)))
+            sums.append(state)
+        return solve_layer(spread.shared, layer, collect(*sums))
+
+    solved = runner.run([partial(start_sums, layer) for layer in layers], "fit", spread.in_flight)
+    fits = [found for found, _, _ in solved]
+    if "sgd" in plan.probes:
+        number = plan.probes.index("sgd")
+        if stream.is_dask:
+            # Its blocks depend on chance and on one another: they are asked for from here.
+            compute: dict[str, Any] = {"scheduler": runner.scheduler} if runner.client is None else {"scheduler": runner.client}
+            descents = [
+                _fit_sgd(spread.plan, n, solved[n][1], lambda places, n=n: np.asarray(stream.lazily(n, places).compute(**compute)))
+                for n in layers
+            ]
+        else:
+            every = slice(0, plan.n_rows)
+            starts = [lambda n=n: sgd(spread.shared, n, solved[n][1], spread.values(n, every)) for n in layers]
+            descents = runner.run(starts, "sgd", 2 * runner.workers)
+        for layer, descent in enumerate(descents):
+            fits[layer] |= {(number, fold): fitted for fold, fitted in descent.items()}
+    return fits, [seconds for _, _, seconds in solved]
+
+
+def _pilot_places(n: int) -> slice | Ints:
+    if n <= _PILOT_ROWS:
+        return slice(0, n)
+    run = _PILOT_ROWS // _PILOT_PLACES
+    starts = np.linspace(0, n - run, _PILOT_PLACES).astype(np.int64)
+    return np.unique((starts[:, None] + np.arange(run)).ravel())
+
+
+def judge_stream(
+    stream: Stream,
+    plan: StreamPlan,
+    runner: Runner,
+    fits: Sequence[dict[tuple[int, int], Fitted]],
+    judge: Callable[[dict[tuple[int, int], Solution], Tested], Any],
+) -> list[Any]:
+    """What is thought of the test rows' scores, layer by layer, after a second pass.
+
+    Parameters
+    ----------
+    stream, plan, runner, fits
+        As for and from `fit_stream`.
+    judge : callable
+        Of a layer's solutions and of its test rows' scores; runs beside the data, so it must be picklable.
+    """
+    from dask.delayed import delayed
+
+    spread = _Spread(stream, plan, runner)
+    test_span, judged = delayed(_test_span, pure=False), delayed(_judge, pure=False)
+
+    def start(layer: int) -> Any:
+        solutions = {key: fitted.solution for key, fitted in fits[layer].items()}
+        pieces = [
+            test_span(spread.shared, layer, solutions, begin, end, spread.values(layer, slice(begin, end)))
+            for span in spread.spans
+            for begin, end in spread.pieces(*span)
+        ]
+        return judged(judge, solutions, pieces)
+
+    return runner.run([partial(start, layer) for layer in range(len(plan.layers))], "score", spread.in_flight)
+
+
+def _judge(judge: Callable[..., Any], solutions: dict[tuple[int, int], Solution], spans: Sequence[Tested]) -> Any:
+    places = {fold: np.concatenate([span.places[fold] for span in spans]) for _, fold in solutions}
+    scores = {}
+    for probe, fold in solutions:
+        # What holds nothing of a fold has no classes either.
+        scores[probe, fold] = np.concatenate([span.scores[probe, fold] for span in spans if len(span.places[fold])])
+    return judge(solutions, Tested(places, scores))
+
+
+def score_stream(stream: Stream, plan: StreamPlan, runner: Runner, solutions: Sequence[Solution]) -> Iterator[Array]:
+    """The scores of all rows of each layer in turn, float32, shape (row,) or (row, class)."""
+    from dask.delayed import delayed
+
+    spread = _Spread(stream, plan, runner)
+    score_span, collect = delayed(_score_span, pure=False), delayed(_collect, pure=False)
+
+    def start(layer: int) -> Any:
+        return collect(
+            *(
+                score_span(spread.shared, layer, solutions[layer], begin, end, spread.values(layer, slice(begin, end)))
+                for span in spread.spans
+                for begin, end in spread.pieces(*span)
+            )
+        )
+
+    for parts in runner.run([partial(start, layer) for layer in range(len(plan.layers))], "score", spread.in_flight):
+        yield np.concatenate(parts)

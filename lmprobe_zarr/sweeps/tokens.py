@@ -1,0 +1,614 @@
+"""Probes on tokens: fitted on every token, scored token by token, cross-validated over prompts; in memory for a few blocks, however many.
+
+Holds the calls that users make and what comes back to them. How rows are streamed is up to ``token_blocks``, which tokens are
+learned from up to ``probes.token_labels``. Never a store, a model or a plot.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.accessor import ArrayAccessor
+from lmprobe_zarr.batch import Stage, parse_stage, reduce_scores
+from lmprobe_zarr.display import called
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.probes import (
+    Examples,
+    NotFiniteError,
+    Solution,
+    TokenFolds,
+    bare_variable,
+    cells_of,
+    plan_token_folds,
+    select_examples,
+    show_rows,
+)
+from lmprobe_zarr.probes.metrics import accuracy, auroc
+from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
+from lmprobe_zarr.sweeps.given import check_seed
+from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, Stream, StreamPlan, Tested, fit_stream, judge_stream, score_stream
+from lmprobe_zarr.tasks import Runner, check_run
+from lmprobe_zarr.tokens import prompts_of, token_texts
+from lmprobe_zarr.typing import Array
+
+__all__ = ["fit_tokens", "score_tokens", "sweep_tokens"]
+Labels = str | xr.DataArray | Mapping[Any, Any] | Iterable[Any]
+
+_MOST_CELLS = 64
+_LAYER_0 = "layer_0"
+
+
+def fit_tokens(
+    activations: xr.DataArray,
+    labels: Labels,
+    probe: str = "ridge",
+    *,
+    where: str | xr.DataArray | Iterable[Any] | None = None,
+    missing: str = "raise",
+    random_state: int = 0,
+    client: Any = None,
+    scheduler: str | None = None,
+    n_workers: int | None = None,
+    progress: bool = False,
+) -> xr.Dataset:
+    """A linear probe per layer, fitted on every token, block by block: the tokens need not fit into memory.
+
+    Parameters
+    ----------
+    activations : DataArray of real numbers, dims (layer, token, hidden) in any order
+        As ``store.tokens()`` has them, lazy, of Dask arrays, or in memory. Without ``layer`` it is one layer; with ``prompt`` for ``token``
+        every prompt is one row.
+    labels : str, DataArray, mapping or array
+        The name of a coordinate along ``token`` (such as a per-prompt column); a DataArray over ``token`` or ``prompt``, matched by its
+        index; a mapping from text or prompt hash to a label or to a list of one label per token; or one value per token, or per prompt.
+    probe : {"ridge", "lda", "mass_mean", "mass_mean_cov", "sgd"}
+        See :func:`lmprobe_zarr.probes.named_probes`. All but "sgd" are exact: they are solved from sums that one pass over the tokens
+        gives, and equal the fit in memory of that name, standardisation and shrinkage included. "sgd" takes minibatches in random order:
+        one pass for the standardisation, then at most 20 (more where there are few tokens, until a million have been seen), fewer when the
+        loss of three did not fall by 0.001.
+    where : str, DataArray or array of bool, optional
+        Which tokens to learn from, as from :func:`lmprobe_zarr.mask_tokens`; others need no label.
+    missing : {"raise", "drop"}
+        What to do about tokens without a label (None, NaN): an error that names their prompts, or leave them out.
+    random_state : int
+        The seed of "sgd".
+    client : distributed.Client, optional
+        Where to run. Lazy arrays are read by the workers, which must reach the store.
+    scheduler : "threads" (default), "processes" or "synchronous"
+        Where to run without a client.
+    n_workers : int, optional
+        Threads or processes without a client; by default one per core.
+    progress : bool
+        Shows a progress bar on stderr.
+
+    Returns
+    -------
+    Dataset
+        ``coef`` (layer, hidden) and ``intercept`` (layer) for two classes, pointing to the second; with ``class`` behind ``layer`` for
+        more. Both in the units of the activations: ``(activations * coef).sum("hidden") + intercept`` is the decision function.
+        ``converged`` (layer). Attributes name the probe, the labels, the classes with their counts, and how many tokens and prompts.
+
+    Raises
+    ------
+    InvalidTypeError
+        An argument of another type than named above.
+    InvalidArgumentError
+        Other dimensions, no prompt coordinate, activations that are NaN or infinite (with layer and prompts), a probe that cannot be
+        streamed, or a mask that leaves nothing.
+    LabelError
+        Labels are missing, of another length, contradictory, continuous, or all the same.
+
+    Warns
+    -----
+    ConvergenceWarning
+        scikit-learn's own, once, where "sgd" was still improving.
+
+    Notes
+    -----
+    A task holds its sums, about four blocks of 16 MiB, and, while it solves, about three matrices of hidden²; as many tasks as there are
+    workers run at a time. The sums are float64: hidden² numbers for "ridge", 3 × hidden² × classes for "lda" and "mass_mean_cov", whose
+    shrinkage needs fourth moments, 4 × hidden × classes for the others.
+
+    Source: sums of products are the sufficient statistics of least squares and of Gaussian classes; the fourth moments are those of
+    O. Ledoit and M. Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of Multivariate Analysis 88
+    (2004).
+    """
+    array, dim = _checked(activations)
+    runner = _runner(client, scheduler, n_workers, progress=progress)
+    (probe,) = _streamed([probe])
+    seed = check_seed(random_state)
+    examples = select_examples(array, dim, labels, where=where, missing=missing)
+    stream, plan = _plan(array, dim, examples, None, (probe,), seed)
+    fits, seconds = _fitted(array, examples, stream, plan, runner)
+    solutions = [fit[0, 0].solution for fit in fits]
+    two = len(examples.classes) == 2
+    dims = ("layer", "hidden") if two else ("layer", "class", "hidden")
+    coef, intercept = np.stack([each.coef for each in solutions]), np.stack([each.intercept for each in solutions])
+    found = xr.Dataset(
+        {
+            "coef": (dims, coef[:, 0] if two else coef, {"long_name": "coefficients, in the units of the activations"}),
+            "intercept": (dims[:-1], intercept[:, 0] if two else intercept),
+            "converged": ("layer", [fit[0, 0].converged for fit in fits]),
+        },
+        coords={"layer": _layers(array), **({} if two else {"class": examples.classes})},
+        attrs={"probe": probe, **_described(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
+    )
+    _warn_of_early_ends(found)
+    return _with_model(found, array)
+
+
+def score_tokens(
+    probes: xr.Dataset,
+    activations: xr.DataArray,
+    pooling: str = "all",
+    *,
+    client: Any = None,
+    scheduler: str | None = None,
+    n_workers: int | None = None,
+    progress: bool = False,
+) -> xr.DataArray:
+    """The decision function of :func:`fit_tokens` for every token, or of every prompt by its tokens.
+
+    Parameters
+    ----------
+    probes : Dataset
+        From :func:`fit_tokens`.
+    activations : DataArray, dims (layer, token, hidden) in any order
+        Of the layers that the probes were fitted on, or some of them; read block by block. Tokens without activations score NaN.
+    pooling : str
+        "all": one score per token. ``score:max``, ``score:mean``, ``score:min``, ``score:last_token``, ``score:first_token``, and bare
+        ``max`` and ``min``, as in `Probe`: the scores of a prompt's tokens become one, each class by itself.
+    client, scheduler, n_workers, progress
+        As for :func:`fit_tokens`.
+
+    Returns
+    -------
+    DataArray of float32
+        Dims (layer, token) or (layer, prompt), with ``class`` behind for more than two classes. Above 0 means the second class. Tokens
+        keep their index over prompt and position and all columns, and get ``token_text``, what a token stands for, where the texts and
+        the places of tokens in them are stored.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Something that `fit_tokens` did not make, layers that it was not fitted on, another hidden size, or a pooling of activations.
+    """
+    stage = _score_stage(pooling)
+    array, dim = _checked(activations)
+    runner = _runner(client, scheduler, n_workers, progress=progress)
+    solutions, chosen = _solutions(probes, array)
+    prompts_of(array, dim)
+    n = array.sizes[dim]
+    stream = Stream(bare_variable(array.variable), dim, np.arange(n, dtype=np.int64))
+    none = np.zeros(0, np.int8)
+    plan = StreamPlan(
+        stream=None,
+        n_rows=n,
+        hidden=stream.hidden,
+        block_rows=stream.block_rows,
+        layers=tuple(str(layer) for layer in _layers(array)),
+        probes=(),
+        codes=none,
+        cell=none,
+        prompt=none,
+        n_classes=len(probes.attrs["classes"]),
+        trains=np.ones((1, 1), bool),
+        tests=None,
+        random_state=0,
+    )
+    scores = np.stack(list(score_stream(stream, plan, runner, solutions)))
+    dims = ("layer", dim) if scores.ndim == 2 else ("layer", dim, "class")
+    coords = {"layer": _layers(array), **({} if scores.ndim == 2 else {"class": chosen["class"].values})}
+    columns = array.coords.to_dataset().drop_vars(["layer", "hidden"], errors="ignore")
+    scored = xr.DataArray(scores, dims=dims, coords=coords, name="score").assign_coords(columns.coords)
+    scored.attrs = {
+        "long_name": "score",
+        "probe": probes.attrs["probe"],
+        "labels": probes.attrs["labels"],
+        "classes": probes.attrs["classes"],
+    }
+    if dim == "token":
+        texts = token_texts(array)
+        scored = scored if texts is None else scored.assign_coords(token_text=("token", texts))
+    if stage.of == "nothing" or dim != "token":
+        return scored
+    # By the stage's own names; classes, like layers, are apart.
+    return ArrayAccessor(scored.drop_vars("token_text", errors="ignore")).pool(stage.pooling)
+
+
+def sweep_tokens(
+    activations: xr.DataArray,
+    labels: Labels,
+    probes: str | Iterable[str] = ("ridge",),
+    cv: Any = 5,
+    *,
+    where: str | xr.DataArray | Iterable[Any] | None = None,
+    missing: str = "raise",
+    pooling: str = "all",
+    groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
+    controls: str | Iterable[str] | None = None,
+    random_state: int = 0,
+    client: Any = None,
+    scheduler: str | None = None,
+    n_workers: int | None = None,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Scores of probes that learn from every token, by layer, probe and fold; the tokens need not fit into memory.
+
+    One pass over the tokens fits all exact probes on all folds: sums are taken apart for the prompts of each fold, and a training set is
+    a sum of them. A second pass scores what each fold left out.
+
+    Parameters
+    ----------
+    activations, labels, where, missing, random_state, client, scheduler, n_workers, progress
+        As for :func:`fit_tokens`.
+    probes : str or iterable of str
+        As there.
+    cv : int, scikit-learn splitter, or iterable of (train, test)
+        Folds of whole prompts, in the order in which these first appear among the tokens that are learned from. Where all tokens of a
+        prompt have one label, a number means the folds of :func:`lmprobe_zarr.sweep` over those prompts; else shuffled ones.
+    pooling : str
+        What is scored: "all": every token counts. Or prompts, by their tokens' scores, as for :func:`score_tokens`; then all tokens of a
+        prompt must have one label.
+    groups : str, DataArray, mapping or array, optional
+        Prompts of an equal group never lie on both sides of a fold.
+    controls : str or iterable of str, optional
+        Entries beside the probes that a good score has to beat: "shuffled_labels", "control_task", "token_identity", "position", "layer_0",
+        "majority"; see :data:`lmprobe_zarr.probes.token_controls.TOKEN_CONTROLS`. The first two fit every probe on other labels, which
+        takes two more passes each. The coordinates ``kind`` and ``control`` tell controls from probes.
+
+    Returns
+    -------
+    Dataset
+        As :func:`lmprobe_zarr.sweep` gives it: ``accuracy`` and ``auroc`` (layer, probe, fold), ``converged``, ``fit_seconds`` (of
+        solving alone), ``n_train`` and ``n_test`` (fold; tokens or, where scores are pooled, prompts), and ``pass_seconds`` (layer; of
+        the pass that all exact fits share, over all tasks). Attributes as there.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError, LabelError
+        As :func:`fit_tokens`; folds that do not fit, that train on one class, or that put a prompt or group on both sides; an unknown
+        control, or one whose token ids, positions or layer 0 are not there.
+
+    Notes
+    -----
+    Memory as for :func:`fit_tokens`, the sums once per fold; a test score is 8 bytes per token and probe of the layers that are at work.
+
+    A control task gives every token id one random label, which a probe may learn by heart: what it scores there is its capacity, and
+    :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
+    """
+    array, dim = _checked(activations)
+    runner = _runner(client, scheduler, n_workers, progress=progress)
+    names = _streamed([probes] if isinstance(probes, str) else list(probes))
+    seed = check_seed(random_state)
+    stage = _score_stage(pooling)
+    asked = parse_token_controls(controls)
+    examples = select_examples(array, dim, labels, where=where, missing=missing)
+    if stage.of == "score":
+        _check_by_prompt(examples, asked)
+    folds = plan_token_folds(array, dim, examples, groups, cv, seed)
+    stream, plan = _plan(array, dim, examples, folds, names, seed)
+    # Before anything is read, so that what is not there is known at once.
+    tables = {name: score_by_counts(name, array, examples, folds) for name in asked if name not in (*DEALT, _LAYER_0)}
+    dealt = {name: deal_labels(name, array, examples, folds, seed) for name in asked if name in DEALT}
+    layers = [str(layer) for layer in _layers(array)]
+    if _LAYER_0 in asked and "0" not in layers:
+        raise InvalidArgumentError(
+            f"control {_LAYER_0!r} needs layer 0, and there are layers {', '.join(layers)}: give it too, or leave it out"
+        )
+    rows, seconds = _swept(array, examples, stream, plan, runner, stage)
+    found = {_Entry(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
+    for name in asked:
+        if name in dealt:
+            others, more = _swept(array, examples, stream, replace(plan, codes=dealt[name]), runner, stage)
+            seconds += more
+            found |= {_Entry(f"{name}:{probe}", name): of_probe for probe, of_probe in zip(names, others, strict=True)}
+        elif name == _LAYER_0:
+            found[_Entry(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
+        else:
+            told = [_told(examples.codes, examples.prompt, stage, *of_fold) for of_fold in tables[name]]
+            found[_Entry(name, name)] = np.broadcast_to(_listed([_row(each) for each in told]), rows[0].shape)
+    scores = _scores(array, examples, folds, plan, stage, found, seconds)
+    _warn_of_early_ends(scores)
+    return _with_model(scores, array)
+
+
+# -- what is given ---------------------------------------------------------------------------------------------------------
+
+
+def _checked(activations: Any) -> tuple[xr.DataArray, str]:
+    """The array, and the name of its row dimension; nothing is read."""
+    if isinstance(activations, xr.Dataset):
+        variables = ", ".join(str(name) for name in activations.data_vars)
+        raise InvalidTypeError(f"activations are one variable, not a whole dataset: give toks[name], with one of {variables or 'none'}")
+    if not isinstance(activations, xr.DataArray):
+        raise InvalidTypeError(f"activations are an xarray.DataArray with dims (layer, token, hidden), not {type(activations).__name__}")
+    dims = {str(dim) for dim in activations.dims}
+    for dim in ("token", "prompt"):
+        if dims in ({"layer", dim, "hidden"}, {dim, "hidden"}):
+            break
+    else:
+        raise InvalidArgumentError(
+            f"{called(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and hidden: select or rename"
+        )
+    empty = [str(dim) for dim in activations.dims if not activations.sizes[dim]]
+    if empty:
+        raise InvalidArgumentError(f"{called(activations)} has no {' and no '.join(empty)}: there is nothing to fit or score")
+    if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
+        raise InvalidTypeError(f"{called(activations)} has dtype {activations.dtype}, expected real numbers")
+    return activations, dim
+
+
+def _layers(array: xr.DataArray) -> Array:
+    return np.atleast_1d(array.coords["layer"].values) if "layer" in array.coords else np.arange(array.sizes.get("layer", 1))
+
+
+def _runner(client: Any, scheduler: str | None, n_workers: int | None, *, progress: bool) -> Runner:
+    check_run(client, scheduler, n_workers)
+    return Runner(client, scheduler or "threads", n_workers, progress)
+
+
+def _streamed(names: list[Any]) -> tuple[str, ...]:
+    if not names:
+        raise InvalidArgumentError("probes is empty: name at least one, such as 'ridge'")
+    for name in names:
+        if name not in STREAMED:
+            raise InvalidArgumentError(
+                f"{name!r} cannot be fitted block by block: use one of {', '.join(STREAMED)}; "
+                "or lz.Probe(train_pooling='all') where the tokens fit into memory"
+            )
+    if len(set(names)) < len(names):
+        raise InvalidArgumentError(f"a probe is named twice in {names!r}: name each once")
+    return tuple(names)
+
+
+def _score_stage(pooling: Any) -> Stage:
+    stage = parse_stage(pooling)
+    if stage.of == "activation":
+        raise InvalidArgumentError(
+            f"pooling={pooling!r} pools activations, and here scores of tokens are pooled: use 'all', or 'score:{stage.pooling}'"
+        )
+    return stage
+
+
+def _plan(
+    array: xr.DataArray, dim: str, examples: Examples, folds: TokenFolds | None, probes: tuple[str, ...], seed: int
+) -> tuple[Stream, StreamPlan]:
+    stream = Stream(bare_variable(array.variable), dim, examples.rows)
+    cell, trains = cells_of(folds, len(examples.prompts))
+    if trains.shape[1] > _MOST_CELLS:
+        raise InvalidArgumentError(
+            f"these {len(trains)} folds cut the prompts into {trains.shape[1]} sets, and sums are kept for each of them: "
+            f"use at most {_MOST_CELLS} folds without overlap, as cv=5 makes"
+        )
+    plan = StreamPlan(
+        stream=None,
+        n_rows=len(examples.rows),
+        hidden=stream.hidden,
+        block_rows=stream.block_rows,
+        layers=tuple(str(layer) for layer in _layers(array)),
+        probes=probes,
+        codes=examples.codes,
+        cell=cell[examples.prompt].astype(np.min_scalar_type(trains.shape[1])),
+        prompt=examples.prompt,
+        n_classes=len(examples.classes),
+        trains=trains,
+        tests=None if folds is None else folds.test,
+        random_state=seed,
+    )
+    return stream, plan
+
+
+def _fitted(
+    array: xr.DataArray, examples: Examples, stream: Stream, plan: StreamPlan, runner: Runner
+) -> tuple[list[dict[tuple[int, int], Fitted]], list[float]]:
+    try:
+        return fit_stream(stream, plan, runner)
+    except NotFiniteError as problem:
+        raise InvalidArgumentError(
+            f"layer {_layers(array)[problem.layer]} of {called(array)} is NaN or infinite for {len(problem.rows)} of {plan.n_rows} "
+            f"{stream.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
+            "leave them out with where=, or extract them again (float16 overflows at 65504)"
+        ) from None
+
+
+def _check_by_prompt(examples: Examples, controls: tuple[str, ...]) -> None:
+    if "control_task" in controls:
+        raise InvalidArgumentError(
+            "control 'control_task' gives the tokens of a prompt different labels, so scores that are pooled by prompt have nothing to be "
+            "compared with: use pooling='all', or 'shuffled_labels'"
+        )
+    if not examples.by_prompt:
+        raise InvalidArgumentError(
+            f"labels {examples.name!r} differ within a prompt, so scores that are pooled by prompt have nothing to be compared with: "
+            "use pooling='all'"
+        )
+
+
+def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dataset]:
+    if not isinstance(probes, xr.Dataset) or "coef" not in probes or "intercept" not in probes or "classes" not in probes.attrs:
+        raise InvalidTypeError(f"probes are the xarray.Dataset that fit_tokens gives, not {type(probes).__name__}")
+    fitted = np.atleast_1d(probes["layer"].values).tolist()
+    wanted = _layers(array).tolist()
+    strange = [layer for layer in wanted if layer not in fitted]
+    if strange:
+        raise InvalidArgumentError(f"layers {strange} have no probe: there are probes of layers {fitted}, select these of the activations")
+    if probes.sizes["hidden"] != array.sizes["hidden"]:
+        raise InvalidArgumentError(
+            f"the probes were fitted on {probes.sizes['hidden']} hidden units, and these activations have {array.sizes['hidden']}: "
+            "give the same site of the same model"
+        )
+    chosen = probes.sel(layer=wanted) if "layer" in probes.dims else probes.expand_dims("layer")
+    classes = np.arange(len(probes.attrs["classes"]))
+    found = []
+    for n in range(len(wanted)):
+        one = chosen.isel(layer=n)
+        coef = np.atleast_2d(one["coef"].transpose(..., "hidden").values)
+        found.append(Solution(coef, np.atleast_1d(one["intercept"].values), classes))
+    return found, chosen
+
+
+# -- what comes back -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One place along ``probe``: a probe, or which control it is."""
+
+    name: str
+    control: str = ""
+
+
+class _Row(NamedTuple):
+    """What is known of one layer, probe and fold."""
+
+    accuracy: float
+    auroc: float
+    reason: str
+    seconds: float
+    converged: bool
+
+
+def _row(told: tuple[float, float, str], seconds: float = 0.0, converged: bool = True) -> _Row:
+    return _Row(*told, seconds, converged)
+
+
+def _listed(rows: list[_Row]) -> Array:
+    """Rows as an array of objects, which numpy would otherwise take apart."""
+    held = np.empty(len(rows), object)
+    held[:] = rows
+    return held
+
+
+def _swept(
+    array: xr.DataArray, examples: Examples, stream: Stream, plan: StreamPlan, runner: Runner, stage: Stage
+) -> tuple[list[Array], Array]:
+    """Of each probe its rows, shape (layer, fold), and the seconds that each layer's pass took."""
+    fits, seconds = _fitted(array, examples, stream, plan, runner)
+    judged = judge_stream(stream, plan, runner, fits, partial(_judge, plan.codes, examples.prompt, stage))
+    found = []
+    for probe in range(len(plan.probes)):
+        rows = [
+            _row(told[probe, fold], fit[probe, fold].seconds, fit[probe, fold].converged)
+            for fit, told in zip(fits, judged, strict=True)
+            for fold in range(len(plan.trains))
+        ]
+        found.append(_listed(rows).reshape(len(plan.layers), -1))
+    return found, np.array(seconds)
+
+
+def _judge(
+    codes: Array, prompt: Array, stage: Stage, solutions: Mapping[tuple[int, int], Solution], tested: Tested
+) -> dict[tuple[int, int], tuple[float, float, str]]:
+    """Of every probe and fold of a layer, what `_told` says."""
+    return {
+        key: _told(codes, prompt, stage, tested.places[key[1]], scores, solutions[key].classes) for key, scores in tested.scores.items()
+    }
+
+
+def _told(codes: Array, prompt: Array, stage: Stage, places: Array, scores: Array, classes: Array) -> tuple[float, float, str]:
+    """Accuracy, AUROC, and why that is NaN, of some scores."""
+    true = codes[places]
+    if stage.of == "score":
+        order = np.argsort(prompt[places], kind="stable")
+        counts = np.unique(prompt[places], return_counts=True)[1].astype(np.int64)
+        scores, true = reduce_scores(scores[order], counts, stage.pooling), true[order][np.cumsum(counts) - 1]
+    predicted = classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
+    return accuracy(predicted, true), *auroc(scores, true, classes)
+
+
+def _warn_of_early_ends(found: xr.Dataset) -> None:
+    early = int((~found["converged"]).sum())
+    if early:
+        from sklearn.exceptions import ConvergenceWarning
+
+        warnings.warn(
+            f"{early} of {found['converged'].size} fits stopped at their iteration limit, as converged says: 'ridge' and 'lda' have none",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+
+
+def _described(array: xr.DataArray, examples: Examples) -> dict[str, Any]:
+    counts = np.bincount(examples.codes, minlength=len(examples.classes))
+    return {
+        "labels": examples.name,
+        "classes": examples.classes.tolist(),
+        "class_counts": counts.tolist(),
+        "majority_share": float(counts.max() / counts.sum()),
+        "n_tokens": len(examples.rows),
+        "n_prompts": len(np.unique(examples.prompt)),
+        "n_missing": examples.n_missing,
+        "variable": str(array.name) if array.name is not None else "",
+    }
+
+
+def _with_model(found: xr.Dataset, array: xr.DataArray) -> xr.Dataset:
+    if "model" in array.coords and array.coords["model"].ndim == 0:
+        found.attrs["model"] = str(array.coords["model"].item())
+        return found.assign_coords(model=found.attrs["model"])
+    return found
+
+
+def _scores(
+    array: xr.DataArray,
+    examples: Examples,
+    folds: TokenFolds,
+    plan: StreamPlan,
+    stage: Stage,
+    found: Mapping[_Entry, Array],
+    seconds: Array,
+) -> xr.Dataset:
+    rows = np.stack(list(found.values()), axis=1)  # layer, probe, fold
+    reasons: dict[str, set[str]] = {}
+    for (_, place, _), row in np.ndenumerate(rows):
+        if row.reason:
+            reasons.setdefault(row.reason, set()).add(list(found)[place].name)
+    nan_reasons = [f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items())]
+    count: Callable[[Any], int] = (
+        (lambda kept: int(kept[examples.prompt].sum()))
+        if stage.of == "nothing"
+        else (lambda kept: len(np.unique(examples.prompt[kept[examples.prompt]])))
+    )
+
+    def column(name: str, dtype: type, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Array, dict[str, Any]]:
+        values = [getattr(row, name) for row in rows.ravel()]
+        return ("layer", "probe", "fold"), np.array(values, dtype).reshape(rows.shape), attrs
+
+    why = {"nan_reasons": nan_reasons} if nan_reasons else {}
+    converged = column("converged", bool, {"long_name": "fit ended before its iteration limit"})
+    scores = xr.Dataset(
+        {
+            "accuracy": column("accuracy", float, {"long_name": "accuracy", "units": "1"}),
+            "auroc": column("auroc", float, {"long_name": "area under the ROC curve", "units": "1", **why}),
+            "fit_seconds": column("seconds", float, {"long_name": "wall time of the fit", "units": "s"}),
+            "converged": converged,
+            "n_train": ("fold", np.array([count(kept) for kept in folds.train])),
+            "n_test": ("fold", np.array([count(kept) for kept in folds.test])),
+            "pass_seconds": ("layer", seconds, {"long_name": "time of the passes that sum, over all tasks", "units": "s"}),
+        },
+        coords={
+            "layer": _layers(array),
+            "probe": [entry.name for entry in found],
+            "kind": ("probe", ["control" if entry.control else "probe" for entry in found]),
+            "control": ("probe", [entry.control for entry in found]),
+            "fold": np.arange(len(folds.train)),
+        },
+    )
+    scores.attrs = {
+        **_described(array, examples),
+        "task": "classification",
+        "groups": folds.group,
+        "cv": folds.described,
+        "pooling": "all" if stage.of == "nothing" else f"score:{stage.pooling}",
+        "random_state": plan.random_state,
+        "n_unconverged": int((~converged[1]).sum()),
+    }
+    return scores

@@ -1,0 +1,315 @@
+"""An xarray index over ``prompt(token)`` and ``position(token)``, so that tokens are selected by prompt and by place.
+
+It behaves as a pandas MultiIndex over the two does, but keeps one int32 per token instead of one label, selects lists of
+prompts in the given order, and is dropped rather than left stale by whatever it cannot follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from xarray import DataArray, Index, Variable, align, broadcast
+from xarray.core.indexing import IndexSelResult
+from xarray.indexes import PandasIndex
+
+from lmprobe_zarr.batch import as_slice, concat_ranges, offsets_of
+from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
+from lmprobe_zarr.tokens.lazy import TakenArray, lazy_variable
+from lmprobe_zarr.typing import Array
+
+__all__ = ["TokenIndex", "by_appearance"]
+
+
+class TokenIndex(Index):
+    """Index over the coordinates ``prompt`` and ``position`` of one token dimension.
+
+    Parameters
+    ----------
+    labels : ndarray of str, shape (prompt,)
+        The prompt hashes, no hash twice.
+    codes : ndarray of int32, shape (token,)
+        For each token the number of its prompt in `labels`.
+    positions : ndarray of int64, shape (token,)
+        For each token its place in its prompt.
+    dim : str
+        Name of the token dimension.
+    names : (str, str)
+        Names of the two coordinates.
+
+    Examples
+    --------
+    >>> tokens = tokens.set_xindex(["prompt", "position"], TokenIndex)  # doctest: +SKIP
+    >>> tokens.sel(prompt="cdb0653ff12f87fd")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        labels: Array,
+        codes: Array,
+        positions: Array,
+        dim: Hashable = "token",
+        names: tuple[Hashable, Hashable] = ("prompt", "position"),
+    ) -> None:
+        self.labels, self.codes, self.dim, self.names = labels, codes, dim, names
+        # The coordinate shows this very array, and selections share its memory: written to, it would change them all.
+        self.positions = positions.view()
+        self.positions.flags.writeable = False
+        self._rows_by_code: tuple[Array, Array] | None = None
+        self._lookup: pd.Index[Any] | None = None
+
+    def _like(self, codes: Array, positions: Array) -> TokenIndex:
+        return TokenIndex(self.labels, codes, positions, self.dim, self.names)
+
+    @classmethod
+    def from_variables(cls, variables: Mapping[Any, Variable], *, options: Mapping[str, Any]) -> TokenIndex:
+        """The index of two coordinates named ``prompt`` and ``position`` on one dimension."""
+        if set(variables) != {"prompt", "position"} or options:
+            raise InvalidArgumentError(f"a TokenIndex takes the coordinates prompt and position, not {sorted(map(str, variables))}")
+        prompt, position = variables["prompt"], variables["position"]
+        if prompt.dims != position.dims or prompt.ndim != 1:
+            raise InvalidArgumentError(f"prompt{prompt.dims} and position{position.dims} must lie on one dimension")
+        labels, places = np.asarray(prompt.values), np.asarray(position.values)
+        codes, uniques = pd.factorize(labels.astype(object))
+        if (codes < 0).any() or places.dtype.kind not in "iu":
+            raise InvalidArgumentError(
+                f"some tokens have no prompt, or no whole number as position (dtype {places.dtype}), as after pad: leave them out first"
+            )
+        return cls(np.asarray(uniques).astype(labels.dtype), codes.astype(np.int32), places.astype(np.int64), prompt.dims[0])
+
+    def create_variables(self, variables: Mapping[Any, Variable] | None = None) -> dict[Hashable, Variable]:
+        """The two coordinates; ``prompt`` is spelled out only where it is looked at."""
+        old = variables or {}
+        if any(name in old and old[name].dims == (name,) != (self.dim,) for name in self.names):
+            raise InvalidArgumentError(
+                f"swap_dims has put {self.dim!r} on {' or '.join(map(repr, self.names))}, and no index of tokens can follow: "
+                f"call drop_indexes({list(self.names)}) before it"
+            )
+        prompt, position = self.names
+        attrs = {name: old[name].attrs if name in old else None for name in self.names}
+        return {
+            prompt: lazy_variable((self.dim,), TakenArray(self.labels, self.codes), attrs[prompt]),
+            position: Variable((self.dim,), self.positions, attrs[position]),
+        }
+
+    def to_pandas_index(self) -> pd.Index[Any]:
+        """The pandas MultiIndex over the same prompts and positions."""
+        places, codes = np.unique(self.positions, return_inverse=True)
+        return pd.MultiIndex(
+            levels=[pd.Index(self.labels.astype(object)), pd.Index(places)],
+            codes=cast(Any, [self.codes, codes]),
+            names=list(self.names),
+            verify_integrity=False,
+        )
+
+    def _rows_of(self, prompts: Iterable[Any]) -> list[Array]:
+        if self._lookup is None or self._rows_by_code is None:
+            self._lookup = pd.Index(self.labels.astype(object))
+            ordered = len(self.codes) < 2 or bool((np.diff(self.codes) >= 0).all())
+            order = np.arange(len(self.codes)) if ordered else np.argsort(self.codes, kind="stable")
+            self._rows_by_code = order, np.searchsorted(self.codes[order], np.arange(len(self.labels) + 1))
+        order, bounds = self._rows_by_code
+        wanted = np.asarray(list(prompts), object)
+        codes = self._lookup.get_indexer(pd.Index(wanted, dtype=object))
+        rows = [order[bounds[c] : bounds[c + 1]] if c >= 0 else order[:0] for c in codes]
+        missing = [str(label) for label, found in zip(wanted, rows, strict=True) if not len(found)]
+        if missing:
+            raise MissingPromptsError(
+                f"{len(missing)} of {len(wanted)} prompts have no tokens here, first {missing[0][:40]!r}: select by prompt hash, "
+                "see lmprobe_zarr.prompt_hash"
+            )
+        return rows
+
+    def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
+        """Rows of the given prompts, in the given order, and of the given positions in them.
+
+        A list of positions gives, prompt by prompt, its tokens in the order of that list; a slice or a single one leaves
+        rows in their order. A prompt that ends before a position has no token there, and gives none. Two DataArrays are
+        taken pair by pair, as everywhere in xarray.
+
+        Raises
+        ------
+        MissingPromptsError
+            A prompt has no tokens here, or no token stands at a position.
+        InvalidArgumentError
+            Something that selects no prompts or positions: a slice of prompts, a mask, `method` or `tolerance`.
+        """
+        if method is not None or tolerance is not None:
+            raise InvalidArgumentError("prompt and position are selected exactly: leave out method and tolerance")
+        prompt, position = self.names
+        if len(labels) == 2 and all(isinstance(value, (DataArray, Variable)) and value.ndim for value in labels.values()):
+            return IndexSelResult({self.dim: self._pairs(labels[prompt], labels[position])})
+        plain = {name: _plain(name, value, numbers=name == position) for name, value in labels.items()}
+        rows = np.arange(len(self.codes))
+        groups: Array | None = None
+        if prompt in plain:
+            if isinstance(plain[prompt], slice):
+                raise InvalidArgumentError("prompts have no order to slice by: give one hash, or a list of hashes")
+            found = self._rows_of(np.atleast_1d(plain[prompt]))
+            groups = np.repeat(np.arange(len(found)), [len(some) for some in found])
+            rows = np.concatenate([rows[:0], *found])
+        if position in plain:
+            rows = rows[self._at(plain[position], rows, groups)]
+        scalars = all(np.ndim(value) == 0 and not isinstance(value, slice) for value in plain.values())
+        if len(plain) == 2 and scalars and len(rows) == 1:
+            # Both scalars: one token, and the dimension goes, as with a MultiIndex.
+            return IndexSelResult({self.dim: int(rows[0])})
+        return IndexSelResult({self.dim: as_slice(rows)})
+
+    def _at(self, wanted: Any, rows: Array, groups: Array | None) -> Array:
+        """Which of `rows` stand at the wanted positions; `groups` numbers the prompts that were asked for."""
+        places = self.positions[rows]
+        if isinstance(wanted, slice):
+            if wanted.step not in {None, 1}:
+                raise InvalidArgumentError("positions are sliced without a step: use isel afterwards")
+            if not all(end is None or np.asarray(end).dtype.kind in "iuf" for end in (wanted.start, wanted.stop)):
+                raise InvalidArgumentError(f"positions are sliced by numbers, not {wanted!r}")
+            # Labels, so both ends are included, as everywhere in xarray's sel.
+            low = -np.inf if wanted.start is None else wanted.start
+            high = np.inf if wanted.stop is None else wanted.stop
+            return np.flatnonzero((places >= low) & (places <= high))
+        listed = np.atleast_1d(wanted)
+        absent = listed[~np.isin(listed, places)]
+        if len(absent):
+            raise MissingPromptsError(f"no token stands at position {absent[0]}: positions go from 0 to {places.max(initial=-1)}")
+        kept = np.flatnonzero(np.isin(places, listed))
+        if np.ndim(wanted) == 0:
+            return kept
+        kept = kept[np.argsort(places[kept], kind="stable")]
+        first, last = np.searchsorted(places[kept], listed, "left"), np.searchsorted(places[kept], listed, "right")
+        found = kept[concat_ranges(first, last - first)]
+        if groups is None:
+            groups = by_appearance(self.codes[rows])
+        return found[np.lexsort((np.repeat(np.arange(len(listed)), last - first), groups[found]))]
+
+    def _pairs(self, prompt: Any, position: Any) -> DataArray:
+        """The one token of every pair of a prompt and a position."""
+        arrays = [value if isinstance(value, DataArray) else DataArray(value) for value in (prompt, position)]
+        # The coordinates of this index would meet those that are selected.
+        arrays = [array.drop_vars([name for name in self.names if name in array.coords]) for array in arrays]
+        prompts, places = broadcast(*align(*arrays, join="exact"))
+        wanted = [
+            _plain(name, array.values.reshape(-1), numbers=i == 1)
+            for i, (name, array) in enumerate(zip(self.names, (prompts, places), strict=True))
+        ]
+        mine = self.to_pandas_index()
+        if not mine.is_unique:
+            raise InvalidArgumentError("a prompt occurs several times along token, so pairs are ambiguous: select each prompt once")
+        rows = mine.get_indexer(pd.MultiIndex.from_arrays(wanted)) if len(wanted[0]) else np.zeros(0, np.int64)
+        if (rows < 0).any():
+            i = int(np.argmax(rows < 0))
+            raise MissingPromptsError(
+                f"{int((rows < 0).sum())} of {len(rows)} pairs have no token here, first prompt {wanted[0][i]!r}, position {wanted[1][i]}"
+            )
+        return prompts.copy(data=np.reshape(rows, prompts.shape))
+
+    def isel(self, indexers: Mapping[Any, Any]) -> TokenIndex | None:
+        """The index of the selected tokens; None (no index) where they no longer lie along one token dimension."""
+        indexer = indexers.get(self.dim)
+        if isinstance(indexer, Variable):
+            if indexer.dims != (self.dim,):
+                return None
+            indexer = indexer.values
+        if indexer is None or (not isinstance(indexer, slice) and np.ndim(indexer) != 1):
+            return None  # one token; or swap_dims has put the coordinates on a dimension of another name
+        return self._like(self.codes[indexer], self.positions[indexer])
+
+    def equals(self, other: Index, *, exclude: frozenset[Hashable] | None = None) -> bool:
+        """Whether the other index has the same prompts and positions in the same order."""
+        if not isinstance(other, TokenIndex) or len(self.codes) != len(other.codes):
+            return False
+        if self.labels is not other.labels and not np.array_equal(self.labels, other.labels):
+            if not np.array_equal(self.labels[self.codes], other.labels[other.codes]):
+                return False
+        elif not np.array_equal(self.codes, other.codes):
+            return False
+        return bool(np.array_equal(self.positions, other.positions))
+
+    def join(self, other: TokenIndex, how: Any = "inner") -> TokenIndex:
+        """The index of the tokens that both have (inner) or that either has (outer)."""
+        mine, theirs = self.to_pandas_index(), other.to_pandas_index()
+        joined = cast(pd.MultiIndex, mine.intersection(theirs, sort=False) if how == "inner" else mine.union(theirs))
+        labels = np.asarray(joined.levels[0], object).astype(np.result_type(self.labels, other.labels))
+        places = np.asarray(joined.get_level_values(1), np.int64)
+        return TokenIndex(labels, np.asarray(joined.codes[0], np.int32), places, self.dim, self.names)
+
+    def reindex_like(self, other: TokenIndex) -> dict[Hashable, Any]:
+        """Where each token of the other index stands in this one, −1 where it does not."""
+        mine = self.to_pandas_index()
+        if not mine.is_unique:
+            raise InvalidArgumentError("a prompt occurs several times along token, so tokens cannot be aligned: select each prompt once")
+        return {self.dim: mine.get_indexer(other.to_pandas_index())}
+
+    def roll(self, shifts: Mapping[Any, int]) -> TokenIndex | None:
+        """The index after ``roll(token=…, roll_coords=True)``; xarray takes None for no index, as from `isel`."""
+        if self.dim not in shifts:
+            return None  # see isel
+        return self._like(np.roll(self.codes, shifts[self.dim]), np.roll(self.positions, shifts[self.dim]))
+
+    def rename(self, name_dict: Mapping[Any, Hashable], dims_dict: Mapping[Any, Hashable]) -> TokenIndex:
+        """The index after the token dimension or the coordinates were renamed."""
+        prompt, position = (name_dict.get(name, name) for name in self.names)
+        return TokenIndex(self.labels, self.codes, self.positions, dims_dict.get(self.dim, self.dim), (prompt, position))
+
+    def unstack(self) -> tuple[dict[Hashable, Index], pd.MultiIndex]:
+        """Indexes of prompts and of positions, both sorted, and what says where each token goes."""
+        clean = cast(pd.MultiIndex, self.to_pandas_index()).remove_unused_levels()
+        if not clean.is_unique:
+            raise InvalidArgumentError("a prompt occurs several times along token, so it cannot be unstacked: select each prompt once")
+        order = np.argsort(np.asarray(clean.levels[0], object), kind="stable")
+        clean = pd.MultiIndex(
+            levels=cast(Any, [clean.levels[0][order], clean.levels[1]]),
+            codes=cast(Any, [np.argsort(order)[np.asarray(clean.codes[0])], clean.codes[1]]),
+            names=clean.names,
+            verify_integrity=False,
+        )
+        dtypes = self.labels.dtype, self.positions.dtype
+        return {n: PandasIndex(v, n, coord_dtype=t) for n, v, t in zip(self.names, clean.levels, dtypes, strict=True)}, clean
+
+    @classmethod
+    def concat(cls, indexes: Sequence[TokenIndex], dim: Hashable, positions: Iterable[Iterable[int]] | None = None) -> TokenIndex:
+        """The index of several, one after the other, or interleaved as `positions` says."""
+        spelled = np.concatenate([index.labels for index in indexes])
+        numbers, labels = pd.factorize(spelled.astype(object))
+        starts = offsets_of([len(index.labels) for index in indexes])
+        codes = np.concatenate([numbers[start + index.codes] for start, index in zip(starts[:-1], indexes, strict=True)])
+        places = np.concatenate([index.positions for index in indexes])
+        if positions is not None:
+            order = np.argsort(np.concatenate([np.asarray(list(p)) for p in positions]), kind="stable")
+            codes, places = codes[order], places[order]
+        return cls(np.asarray(labels).astype(spelled.dtype), codes.astype(np.int32), places, dim, indexes[0].names)
+
+    def should_add_coord_to_array(self, name: Hashable, var: Variable, dims: set[Hashable]) -> bool:
+        """Both coordinates stay on every array along the token dimension."""
+        return self.dim in dims
+
+    def __repr__(self) -> str:
+        return f"TokenIndex({len(self.codes)} tokens of {len(self.labels)} prompts, dim={self.dim!r})"
+
+
+def _plain(name: Hashable, value: Any, *, numbers: bool) -> Any:
+    """What is selected, as a slice, a scalar or a one-dimensional array."""
+    values = getattr(value, "values", value)
+    if isinstance(values, slice):
+        return values
+    array: Array = np.asarray(values, object)
+    if array.ndim > 1 or (array.ndim == 0 and isinstance(array.item(), (set, frozenset, dict))):
+        raise InvalidArgumentError(f"{name!r} is selected by one value or a flat list of them, not by {type(value).__name__} {array.shape}")
+    if any(isinstance(item, (bool, np.bool_)) for item in array.reshape(-1).tolist()):
+        raise InvalidArgumentError(f"{name!r} was given truth values: use isel(token=mask), or where(mask, drop=True)")
+    if numbers:
+        array = np.asarray(values)
+        if array.size and array.dtype.kind not in "iuf":
+            raise InvalidArgumentError(f"{name!r} is selected by whole numbers, not {values!r}")
+    return array
+
+
+def by_appearance(codes: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Codes renumbered by the order in which they first appear."""
+    uniques, first, inverse = np.unique(codes, return_index=True, return_inverse=True)
+    rank = np.empty(len(uniques), np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(len(uniques))
+    return rank[inverse]

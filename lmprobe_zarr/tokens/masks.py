@@ -1,0 +1,253 @@
+"""Which tokens are meant: by position, by a span of characters, by the turns of a chat. Truth values over tokens; never activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingPromptsError
+from lmprobe_zarr.tokens.prompts import prompts_of
+from lmprobe_zarr.typing import Array, Mask
+
+__all__ = ["mask_tokens"]
+Span = tuple[int, int]
+
+
+def mask_tokens(
+    tokens: xr.Dataset | xr.DataArray,
+    *,
+    position: int | slice | Iterable[int] | None = None,
+    span: str | Mapping[Any, Any] | None = None,
+    role: str | Iterable[str] | None = None,
+    chats: Iterable[Any] | Mapping[Any, Any] | None = None,
+    tokenizer: Any = None,
+) -> xr.DataArray:
+    """True for the tokens that are meant by all that is given, over ``token``; for ``where=`` and for ``isel(token=…)``.
+
+    Parameters
+    ----------
+    tokens : Dataset or DataArray
+        From ``store.tokens()``; only its coordinates are read.
+    position : int, slice or iterable of int, optional
+        Places in the prompt. Negative ones count from the prompt's last token that is here, -1 being that; in a slice too.
+    span : str or mapping, optional
+        Characters of the text: a text means all places where it occurs; a mapping from text or prompt hash says for each prompt
+        (start, end) or a list of these, and a prompt that it lacks has none. Tokens are meant that share a character with a span.
+    role : str or iterable of str, optional
+        Whose messages, such as "assistant"; needs `chats`. The messages' contents are meant, not what the template puts around them.
+    chats : list of chats, or {text or hash: chat}, optional
+        The messages of each prompt, ``{"role": …, "content": …}``. A list is matched through `tokenizer`, or else must have the order of
+        the prompts.
+    tokenizer : transformers tokenizer, optional
+        The one whose template rendered the chats.
+
+    Returns
+    -------
+    DataArray of bool, dims (token)
+        With the index over prompt and position.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Nothing is given, coordinates are missing that it takes (``text``, ``char_start``, ``char_end``), a role without chats, a role that
+        no message has, or messages whose contents are not in the prompt's text in their order.
+    MissingPromptsError
+        A span or a chat is of a prompt that is not here.
+    InvalidTypeError
+        Positions that are no whole numbers, or spans that are no pairs of them.
+
+    Notes
+    -----
+    Contents are looked for one after the other in the rendered text, without the white space around them, which templates may cut off.
+    """
+    if position is None and span is None and role is None:
+        raise InvalidArgumentError("nothing says which tokens are meant: give position=, span= or role=")
+    if not isinstance(tokens, xr.Dataset | xr.DataArray):
+        raise InvalidTypeError(f"tokens are a Dataset or DataArray from store.tokens(), not {type(tokens).__name__}")
+    bare = _coordinates(tokens)
+    numbers, prompts = prompts_of(bare, "token")
+    mask = np.ones(len(numbers), bool)
+    if position is not None:
+        mask &= _at(np.asarray(bare.coords["position"].values), numbers, position)
+    if span is not None:
+        texts = _texts(bare, numbers) if isinstance(span, str) else _known_texts(bare, numbers)
+        spans = _occurrences(texts, span) if isinstance(span, str) else _given_spans(span, prompts, texts)
+        mask &= _inside(bare, numbers, spans)
+    if role is not None:
+        roles = {role} if isinstance(role, str) else set(role)
+        mask &= _inside(bare, numbers, _turns(chats, roles, prompts, _texts(bare, numbers), tokenizer))
+    return bare.copy(data=mask).rename("mask")
+
+
+def _coordinates(tokens: xr.Dataset | xr.DataArray) -> xr.DataArray:
+    """The token axis with its index and the places of tokens in the text; no activations."""
+    if "token" not in tokens.dims:
+        raise InvalidArgumentError(f"this has dims {tuple(tokens.sizes)}, expected token: open it with store.tokens()")
+    columns = tokens.coords.to_dataset() if isinstance(tokens, xr.DataArray) else tokens.drop_vars(list(tokens.data_vars))
+    kept = [name for name, c in columns.coords.items() if c.dims == ("token",) and name in ("prompt", "position", *_OF_TEXT)]
+    columns = columns.drop_vars([name for name in columns.coords if name not in kept])
+    return xr.DataArray(np.zeros(tokens.sizes["token"], bool), dims="token").assign_coords(columns.coords)
+
+
+_OF_TEXT = ("text", "char_start", "char_end")
+
+
+def _at(places: Array, numbers: Array, position: Any) -> Mask:
+    last = np.full(int(numbers.max()) + 1, -1)
+    np.maximum.at(last, numbers, places)
+    from_end = places - last[numbers] - 1
+    if isinstance(position, slice):
+        if position.step not in (None, 1):
+            raise InvalidArgumentError(f"position={position!r} has a step: give a list of positions")
+        mask = np.ones(len(places), bool)
+        for bound, is_start in ((position.start, True), (position.stop, False)):
+            if bound is not None:
+                _whole_number(bound)
+                counted = places if bound >= 0 else from_end
+                mask &= counted >= bound if is_start else counted < bound
+        return mask
+    wanted = list(position) if isinstance(position, Iterable) else [position]
+    for one in wanted:
+        _whole_number(one)
+    return np.isin(places, [one for one in wanted if one >= 0]) | np.isin(from_end, [one for one in wanted if one < 0])
+
+
+def _whole_number(value: Any) -> None:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise InvalidTypeError(f"position {value!r} is no whole number: give numbers, a list of them or a slice")
+
+
+def _texts(bare: xr.DataArray, numbers: Array) -> list[str]:
+    texts = _known_texts(bare, numbers)
+    if not any(texts):
+        raise InvalidArgumentError("the texts are not stored, so nothing can be found in them: give span= as {hash: [(start, end)]}")
+    return texts
+
+
+def _known_texts(bare: xr.DataArray, numbers: Array) -> list[str]:
+    first = np.unique(numbers, return_index=True)[1]
+    if "text" not in bare.coords:
+        return [""] * len(first)
+    return [str(text) for text in bare.coords["text"].variable.isel(token=first).values.tolist()]
+
+
+def _inside(bare: xr.DataArray, numbers: Array, spans: Sequence[Sequence[Span]]) -> Mask:
+    if "char_start" not in bare.coords or "char_end" not in bare.coords:
+        raise InvalidArgumentError(
+            "where tokens stand in their text is not stored (char_start, char_end), as from tokenizers that do not tell: use position="
+        )
+    starts, ends = np.asarray(bare.coords["char_start"].values), np.asarray(bare.coords["char_end"].values)
+    mask = np.zeros(len(numbers), bool)
+    order = np.argsort(numbers, kind="stable")
+    bounds = np.cumsum([0, *np.bincount(numbers, minlength=len(spans))])
+    for number, wanted in enumerate(spans):
+        rows = order[bounds[number] : bounds[number + 1]]
+        for start, end in wanted:
+            # Tokens that the tokenizer added stand at -1, and share nothing.
+            mask[rows] |= (starts[rows] < end) & (ends[rows] > start) & (starts[rows] >= 0)
+    return mask
+
+
+def _occurrences(texts: Sequence[str], wanted: str) -> list[list[Span]]:
+    if not wanted:
+        raise InvalidArgumentError("span is an empty text, which is everywhere: give some characters")
+
+    def places(text: str) -> Iterator[Span]:
+        start = text.find(wanted)
+        while start >= 0:
+            yield start, start + len(wanted)
+            start = text.find(wanted, start + 1)
+
+    return [list(places(text)) for text in texts]
+
+
+def _number_of(key: Any, by_hash: Mapping[str, int], by_text: Mapping[str, int], what: str) -> int:
+    number = by_text.get(key) if isinstance(key, str) and key in by_text else by_hash.get(key) if isinstance(key, str) else None
+    if number is None:
+        number = by_hash.get(prompt_hash(key))
+    if number is None:
+        raise MissingPromptsError(f"{what} names a prompt that is not among these {len(by_hash)}: select the same prompts for both")
+    return number
+
+
+def _given_spans(given: Any, prompts: Array, texts: Sequence[str]) -> list[list[Span]]:
+    if not isinstance(given, Mapping):
+        raise InvalidTypeError(f"span is a text or a mapping from prompt to (start, end), not {type(given).__name__}")
+    by_hash, by_text = {str(p): n for n, p in enumerate(prompts)}, {t: n for n, t in enumerate(texts) if t}
+    spans: list[list[Span]] = [[] for _ in prompts]
+    for key, value in given.items():
+        pairs = [value] if isinstance(value, tuple) and len(value) == 2 and not isinstance(value[0], Sequence) else list(value)
+        for pair in pairs:
+            try:
+                start, end = (int(bound) for bound in pair)
+            except (TypeError, ValueError) as error:
+                raise InvalidTypeError(f"span holds {pair!r}, expected (start, end) in characters") from error
+            if not 0 <= start < end:
+                raise InvalidArgumentError(f"span holds ({start}, {end}), which has no characters: give 0 <= start < end")
+            spans[_number_of(key, by_hash, by_text, "span")].append((start, end))
+    return spans
+
+
+def _turns(chats: Any, roles: set[str], prompts: Array, texts: Sequence[str], tokenizer: Any) -> list[list[Span]]:
+    """The places of the messages of some roles in every prompt's text."""
+    if chats is None:
+        raise InvalidArgumentError(
+            "roles are not stored with tokens: give chats=, the messages of each prompt, or a mapping from prompt to its messages"
+        )
+    by_hash, by_text = {str(p): n for n, p in enumerate(prompts)}, {t: n for n, t in enumerate(texts) if t}
+    found: dict[int, Any] = {}
+    if isinstance(chats, Mapping):
+        found = {_number_of(key, by_hash, by_text, "chats"): chat for key, chat in chats.items()}
+    else:
+        listed = list(chats)
+        if tokenizer is not None:
+            from lmprobe_zarr.batch import parse_prompts
+
+            rendered = parse_prompts(listed, tokenizer=tokenizer)
+            # Chats of prompts that are not selected here are of no interest.
+            for place, number in enumerate(rendered.row):
+                at = by_hash.get(rendered.sha256[number][:16])
+                if at is not None:
+                    found[at] = listed[place]
+        elif len(listed) != len(prompts):
+            raise InvalidArgumentError(
+                f"there are {len(listed)} chats for {len(prompts)} prompts: give one each in their order, or tokenizer= to match them by"
+            )
+        else:
+            found = dict(enumerate(listed))
+    without = [str(prompts[number]) for number in range(len(prompts)) if number not in found]
+    if without:
+        raise MissingPromptsError(f"chats lacks {len(without)} of {len(prompts)} prompts, first {without[0]}: give the messages of each")
+    spans: list[list[Span]] = []
+    seen: set[str] = set()
+    for number, text in enumerate(texts):
+        spans.append(_contents(found[number], roles, text, str(prompts[number])))
+        seen |= {str(message["role"]) for message in found[number]}
+    if not roles <= seen:
+        raise InvalidArgumentError(
+            f"no message has the role {', '.join(map(repr, sorted(roles - seen)))}: there are {', '.join(sorted(seen))}"
+        )
+    return spans
+
+
+def _contents(chat: Any, roles: set[str], text: str, prompt: str) -> list[Span]:
+    spans = []
+    place = 0
+    for message in chat:
+        if not isinstance(message, Mapping) or "role" not in message or not isinstance(message.get("content"), str):
+            raise InvalidTypeError(f"the chat of prompt {prompt} holds something else than {{'role': …, 'content': text}}")
+        content = message["content"].strip()
+        start = text.find(content, place)
+        if start < 0:
+            raise InvalidArgumentError(
+                f"a message of {message['role']!r} is not in the text of prompt {prompt} where it should be: "
+                "give chats in the prompts' order, a mapping from prompt to chat, or tokenizer="
+            )
+        place = start + len(content)
+        if content and str(message["role"]) in roles:
+            spans.append((start, place))
+    return spans
