@@ -118,7 +118,7 @@ def place(options: argparse.Namespace) -> Iterator[str]:
     """Where the store lies: at a new prefix of what was named, in a new folder, or on the tests' S3 server."""
     with contextlib.ExitStack() as stack:
         if options.s3:
-            sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+            sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
             import s3_server
 
             folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -28,7 +28,7 @@ from lmprobe_zarr.store.format.group import GroupInfo
 @contextmanager
 def s3_server() -> Iterator[Any]:
     """A SeaweedFS of its own with a proxy that counts and can wait, as in the tests."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
     import s3_server as server
 
     with tempfile.TemporaryDirectory() as folder:

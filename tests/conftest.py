@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import s3_server
 from hypothesis import settings
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
-from lmprobe_zarr.batch.hashes import prompt_sha256
-from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.extraction import models as extraction
-from lmprobe_zarr.storage.base import Storage
-from lmprobe_zarr.store.format.group import GroupInfo
 from lmprobe_zarr.store.parts.stored_array import StoredArray
 from lmprobe_zarr.store.store import Store
 
@@ -40,9 +32,7 @@ settings.register_profile("exploring", deadline=None, print_blob=True)
 settings.load_profile("exploring" if os.environ.get("LMPROBE_ZARR_STRESS") else "steady")
 
 # The contracts, which S3 must keep too; the other tests take a place that needs no server.
-ON_S3_TOO = ("test_storage", "test_store")
-
-GROUP = GroupInfo(model="acme/toy", provenance={"revision": "abc"}, num_layers=4, hidden_size=8)
+ON_S3_TOO = ("storage/test_storage.py", "store/test_store.py")
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +95,7 @@ def s3(s3_session: s3_server.S3, monkeypatch: pytest.MonkeyPatch) -> s3_server.S
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test of a place runs on every kind of place."""
     if "root" in metafunc.fixturenames:
-        places = ["local", "memory", *(["s3"] if metafunc.module.__name__ in ON_S3_TOO else [])]
+        places = ["local", "memory", *(["s3"] if str(metafunc.definition.path).endswith(ON_S3_TOO) else [])]
         metafunc.parametrize("root", places, indirect=True)
 
 
@@ -132,144 +122,6 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def store(root: str) -> Store:
     """An empty store."""
     return lz.open_store(root)
-
-
-class Wrapped(Storage):
-    """Another storage, for tests that change some of its verbs."""
-
-    def __init__(self, inner: Storage) -> None:
-        self.inner, self.url, self.is_local = inner, inner.url, inner.is_local
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def read(self, key: str) -> bytes:
-        return self.inner.read(key)
-
-    def read_view(self, key: str) -> Any:
-        return self.inner.read_view(key)
-
-    def scan(self, key: str) -> Any:
-        return self.inner.scan(key)
-
-    def list(self, key: str) -> Any:
-        return self.inner.list(key)
-
-    def sizes(self, key: str, names: Any) -> Any:
-        return self.inner.sizes(key, names)
-
-    def is_file(self, key: str) -> bool:
-        return self.inner.is_file(key)
-
-    def may_write(self) -> bool:
-        return self.inner.may_write()
-
-    def leads_out(self, key: str) -> bool:
-        return self.inner.leads_out(key)
-
-    def touch(self, key: str) -> None:
-        self.inner.touch(key)
-
-    def write(self, key: str, data: Any, *, durable: bool) -> None:
-        self.inner.write(key, data, durable=durable)
-
-    def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
-        self.inner.commit(key, data, durable=durable, replace=replace)
-
-    def remove(self, keys: Any) -> None:
-        self.inner.remove(keys)
-
-    def remove_folders(self, keys: Any) -> None:
-        self.inner.remove_folders(keys)
-
-    def remove_tree(self, key: str) -> None:
-        self.inner.remove_tree(key)
-
-
-def pull_the_plug() -> None:
-    raise OSError("pulled the plug")
-
-
-class Stops(Wrapped):
-    """A storage that stops working at the n-th call that changes anything, counted from 0.
-
-    Parameters
-    ----------
-    inner : Storage
-    after : int
-        How many calls it still does.
-    moment : {"before", "half", "after"}
-        Whether the call at which it stops has had no effect, or its whole effect; or has written half of the bytes, as a machine that dies
-        leaves them: of a file that is committed, beside its place.
-    stop : callable
-        What happens then, and at every later call.
-    """
-
-    def __init__(self, inner: Storage, after: int, *, moment: str = "before", stop: Callable[[], object] = pull_the_plug) -> None:
-        super().__init__(inner)
-        self.after, self.moment, self.stop = after, moment, stop
-        self._lock = threading.Lock()
-
-    def _do(self, whole: Callable[[], object], half: Callable[[], object] = lambda: None) -> None:
-        with self._lock:  # several threads write at once
-            self.after -= 1
-            if self.after < 0:
-                if self.after == -1:
-                    {"before": lambda: None, "half": half, "after": whole}[self.moment]()
-                self.stop()
-            whole()
-
-    def touch(self, key: str) -> None:
-        self._do(partial(super().touch, key))
-
-    def write(self, key: str, data: Any, *, durable: bool) -> None:
-        half = partial(self.inner.write, key, data[: len(data) // 2], durable=False)
-        self._do(partial(super().write, key, data, durable=durable), half)
-
-    def commit(self, key: str, data: Any, *, durable: bool, replace: bool = True) -> None:
-        folder, _, name = key.rpartition("/")
-        staged = f"{folder}/.{name}.{'0' * 12}.partial".lstrip("/")
-        half = partial(self.inner.write, staged, data[: len(data) // 2], durable=False)
-        self._do(partial(super().commit, key, data, durable=durable, replace=replace), half)
-
-    def remove(self, keys: Any) -> None:
-        for key in keys:  # each file of its own is a place to stop
-            self._do(partial(super().remove, [key]))
-
-    def remove_folders(self, keys: Any) -> None:
-        self._do(partial(super().remove_folders, keys))
-
-    def remove_tree(self, key: str) -> None:
-        self._do(partial(super().remove_tree, key))
-
-
-def make_batch(
-    texts: list[str],
-    *,
-    layers: tuple[int, ...] = (0, 1, 3),
-    hidden: int = 8,
-    seed: int = 0,
-    dtype: str = "float32",
-    tokens: bool = True,
-    columns: dict[str, Any] | None = None,
-    n_tokens: list[int] | None = None,
-) -> TokenBatch:
-    """Random activations of some prompts; the arrays in it are the truth to compare with."""
-    rng = np.random.default_rng(seed)
-    counts = np.array(n_tokens or [1 + len(t) % 5 for t in texts])
-    values: npt.NDArray[Any] = rng.standard_normal((len(layers), int(counts.sum()), hidden)).astype(dtype)
-    pooled: npt.NDArray[Any] = rng.standard_normal((len(layers), len(texts), hidden)).astype(dtype)
-    return TokenBatch(
-        sha256=[prompt_sha256(t) for t in texts],
-        text=texts,
-        prompt_length=counts,
-        n_tokens=counts if tokens else None,
-        layers=layers,
-        tokens={"resid": values} if tokens else {},
-        token_columns={"token_id": rng.integers(0, 100, counts.sum())} if tokens else {},
-        prompts={"resid_mean": pooled},
-        prompt_columns=columns or {},
-    )
 
 
 @pytest.fixture

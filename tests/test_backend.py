@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
-from conftest import GROUP, make_batch
+from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidArgumentError, StoreNotFoundError

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import GROUP, Wrapped, make_batch
-from test_cli import call, call_json
+from command_line import call, call_json
+from html_tags import Tags
+from stores import GROUP, Wrapped, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.display import columns_of, escape, format_table, shorten, sparkline, visible
@@ -21,34 +21,6 @@ from lmprobe_zarr.store.store import Store
 
 NAME = "<script>alert(1)</script>"  # of a model, which may not hold what cannot be shown
 EVIL = f"{NAME}\x1b[31m\u202e"
-
-
-class Tags(HTMLParser):
-    """The tags of a page, checked to be closed in their order, and all that it would fetch or run."""
-
-    VOID = ("meta", "link", "br", "circle", "path", "line", "rect", "image", "input", "use", "hr")
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.opened: list[str] = []
-        self.seen: list[str] = []
-        self.active: list[str] = []
-        self.feed(page)
-        self.close()
-        assert not self.opened, self.opened
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.seen.append(tag)
-        self.active += [f"{tag} {name}={value}" for name, value in attrs if name.startswith("on") or name in ("src", "href")]
-        if tag not in self.VOID:
-            self.opened.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: Any) -> None:
-        self.seen.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in self.VOID:
-            assert self.opened.pop() == tag
 
 
 def check(page: str) -> str:
@@ -128,7 +100,7 @@ def test_a_store_shows_what_it_holds_without_reading_activations(evil: Store, mo
         raise AssertionError("values are read")
 
     monkeypatch.setattr(StoredArray, "__getitem__", read, raising=False)
-    monkeypatch.setattr("lmprobe_zarr.virtual.read_pieces", read)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.variable.read_pieces", read)
     page = check(evil._repr_html_())
     for said in ("8 prompts", "resid_mean", "bitshuffle, lz4, crc32c", "&lt;script&gt;", "label", "layers 0-1, 3", "\\x1b[31m"):
         assert said in page, said

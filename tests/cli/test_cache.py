@@ -1,0 +1,135 @@
+"""The cache on the command line: what deletes asks first, and says what it did."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import call, call_json
+from stores import GROUP, make_batch
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.store.store import Store
+
+
+@pytest.fixture
+def cache() -> Store:
+    store = lz.open_store()
+    for i in range(3):
+        store.write(GROUP, make_batch([f"prompt {i}", f"secret {i}"]))
+    return store
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, word: str) -> list[str]:
+    """Somebody sits at the terminal and types this; what was asked is returned."""
+    asked: list[str] = []
+
+    def reply(question: str = "") -> str:
+        asked.append(question)
+        return word
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(builtins, "input", reply)
+    return asked
+
+
+def test_cache_info_prints_and_is_json(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "cache", "info")
+    assert code == 0
+    assert "acme/toy" in out
+    assert "6 prompts" in out
+    document = call_json(capsys, "cache", "info")
+    assert document["total_size_bytes"] == lz.cache_info().total_size_bytes
+    assert document["models"][0]["num_prompts"] == 6
+    assert document["limit_bytes"] is None
+    assert call_json(capsys, "cache", "info", "--model", "nobody")["models"] == []
+    empty = call_json(capsys, "cache", "info", str(Path(cache.url).parent / "other"))
+    assert empty["models"] == []
+
+
+def test_evict_asks_shows_and_obeys(cache: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = call(capsys, "evict", "--max-gb", "0")
+    assert (code, out) == (1, "")
+    assert "--yes" in err
+    asked = answer(monkeypatch, "n")
+    assert call(capsys, "evict", "--max-gb", "0")[0] == 1
+    assert "3 entries" in asked[0]
+    assert lz.cache_info().models, "a no is a no"
+    answer(monkeypatch, "y")
+    code, out, _ = call(capsys, "evict", "--max-gb", "0")
+    assert code == 0
+    assert "3 entries evicted" in out
+    assert not lz.cache_info().models
+    assert call(capsys, "evict")[1].startswith("nothing to evict")
+
+
+def test_evict_as_json(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    document = call_json(capsys, "evict", "--max-gb", "0", "--yes")
+    assert len(document["entries"]) == 3
+    assert document["kept"] == 0
+    assert document["fits"]
+    assert call_json(capsys, "evict")["entries"] == []
+    assert call(capsys, "evict", cache.url, "--yes")[0] == 1, "a named place wants a limit"
+    assert call(capsys, "evict", "--max-gb", "-1", "--yes")[0] == 1
+
+
+def test_clear_asks_and_says_how_many(cache: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(capsys, "clear")[0] == 1
+    answer(monkeypatch, "")
+    assert call(capsys, "clear")[0] == 1
+    assert lz.cache_info().models
+    answer(monkeypatch, "yes")
+    code, out, _ = call(capsys, "clear")
+    assert code == 0
+    assert out.strip().endswith("3 entries deleted")
+    assert call_json(capsys, "clear") == {"deleted": 0, "legacy_left": 0}, "nothing to delete asks nobody"
+
+
+def test_clear_of_one_model(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_json(capsys, "clear", "--model", "nobody", "--yes")["deleted"] == 0
+    assert call_json(capsys, "clear", "--model", "acme/toy", "--yes")["deleted"] == 3
+
+
+def test_delete_takes_prompts_from_a_file(cache: Store, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(f"secret 0\n{lz.prompt_hash('secret 2')}\n")
+    assert call(capsys, "delete", cache.url, str(tmp_path / "p.txt"))[0] == 1
+    assert call_json(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--yes") == {"prompts": 2, "parts": 2}
+    assert sorted(str(one.prompt) for one in lz.list_cached_prompts("acme/toy")) == ["prompt 0", "prompt 1", "prompt 2", "secret 1"]
+    code, _, err = call(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--yes")
+    assert code == 1
+    assert "not in" in err
+
+
+@pytest.mark.parametrize("command", [["cache", "info"], ["evict"], ["clear"]])
+def test_a_bad_variable_is_one_line_that_names_it(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LMPROBE_CACHE_MAX_GB", "much")
+    lz.config.reload()
+    code, _, err = call(capsys, *command)
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "LMPROBE_CACHE_MAX_GB" in err
+
+
+@pytest.mark.model
+def test_extract_takes_precision_and_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    from tiny_models import save_tiny
+
+    model = save_tiny("llama", tmp_path / "llama", head="AutoModelForCausalLM")
+    (tmp_path / "p.txt").write_text("one prompt\nanother\n")
+    arguments = ["extract", str(model), str(tmp_path / "p.txt"), "--store", str(tmp_path / "s"), "--perplexity"]
+    arguments += ["--logits", "last_token", "--logits-top-k", "5", "--storage-dtype", "float16", "--keep-bits", "6", "--device", "cpu"]
+    document: Any = call_json(capsys, *arguments)
+    assert document["extracted"] == 2
+    data = lz.open_store(tmp_path / "s").dataset()
+    assert data.resid_last_token.dtype == "float16"
+    assert data.sizes["top_k"] == 5
+    assert "perplexity" in data
+    assert call(capsys, *arguments, "--keep-bits", "40")[0] == 1
+    assert json.dumps(document)

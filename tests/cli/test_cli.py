@@ -1,0 +1,243 @@
+"""The command line as its users meet it: output, JSON, exit codes, one plain line for an expected error."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import call, call_json
+from stores import GROUP, make_batch
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.cli import main
+from lmprobe_zarr.cli.arguments import parse_layers
+from lmprobe_zarr.cli.prompt_files import read_prompts
+from lmprobe_zarr.errors import InvalidArgumentError
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> str:
+    store = lz.open_store(tmp_path / "s")
+    texts = [f"prompt {i}" for i in range(40)]
+    labels = [i % 2 for i in range(40)]
+    store.write(GROUP, make_batch(texts, columns={"label": labels, "pair": [i // 2 for i in range(40)]}))
+    return store.url
+
+
+# ------------------------------------------------------------------------------------------------------------ prompt files
+
+
+def test_prompts_from_txt_jsonl_and_csv(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\ufeffone\n\n  two  \nthree", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "p.txt")) == (["one", "two", "three"], {})
+    (tmp_path / "p.jsonl").write_text('{"text": "one", "y": 1}\n\n{"text": "tw\\u00f6", "y": 2}\n')
+    assert read_prompts(str(tmp_path / "p.jsonl"), columns=["y"]) == (["one", "twö"], {"y": [1, 2]})
+    (tmp_path / "q.jsonl").write_text('"one"\n"two"\n')
+    assert read_prompts(str(tmp_path / "q.jsonl")) == (["one", "two"], {})
+    (tmp_path / "c.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    assert read_prompts(str(tmp_path / "c.jsonl"), text_column="messages") == ([[{"role": "user", "content": "hi"}]], {})
+    (tmp_path / "p.csv").write_text('q,y,w,s\n"one, and",1,0.5,a\n"two\nlines",0,1,b\n')
+    prompts, columns = read_prompts(str(tmp_path / "p.csv"), text_column="q", columns=["y", "w", "s"])
+    assert prompts == ["one, and", "two\nlines"]
+    assert columns == {"y": [1, 0], "w": [0.5, 1.0], "s": ["a", "b"]}
+
+
+def test_columns_of_a_csv_are_read_for_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("text,id,seen,w,n,s\na,007,true,0.5,1,x\nb,008,False,,2,\n")
+    _, columns = read_prompts(str(tmp_path / "p.csv"), columns=["id", "seen", "w", "n", "s"])
+    assert columns["id"] == ["007", "008"]
+    assert columns["seen"] == [True, False]
+    assert columns["w"][0] == 0.5
+    assert np.isnan(columns["w"][1])
+    assert columns["n"] == [1, 2]
+    assert columns["s"] == ["x", ""]
+
+
+def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"text": "one", "y": "a"}\n'))
+    assert read_prompts("-", file_format="jsonl", columns=["y"]) == (["one"], {"y": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "message"),
+    [
+        ("p.jsonl", '{"text": "one"}\n{"txt": "two"}\n', [], "line 2 has no 'text'"),
+        ("p.jsonl", '{"text": "one"}\n{"text": \n', [], "line 2 is no JSON"),
+        ("p.jsonl", "[1]\n", [], "line 1 is neither"),
+        ("p.csv", "text,y\none,1\n", ["label"], "no 'label': the columns there are 'text', 'y'"),
+        ("p.csv", 'text\n"one\n', [], "is no CSV"),
+        ("p.csv", "text,y\nThe cat, it sat,1\n", ["y"], "line 2 has 3 fields, the header 2"),
+        ("p.csv", "text,y,y\none,1,2\n", ["y"], "two columns of one name"),
+        ("p.jsonl", '{"text": "one", "y": null}\n', ["y"], "line 1: 'y' is null"),
+        ("p.txt", "one\n", ["label"], "no columns"),
+        ("p.parquet", "one\n", [], "--format"),
+    ],
+)
+def test_prompt_files_that_cannot_be_read_say_where(tmp_path: Path, name: str, content: str, columns: list[str], message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidArgumentError, match=message):
+        read_prompts(str(tmp_path / name), columns=columns)
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        read_prompts(str(tmp_path / "nowhere.txt"))
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        read_prompts(str(tmp_path / "binary.txt"))
+
+
+def test_layers_as_they_are_typed() -> None:
+    assert parse_layers("middle") == "middle"
+    assert parse_layers("0,4,-1") == [0, 4, -1]
+    assert parse_layers("8:24") == slice(8, 24)
+    assert parse_layers("::2") == slice(None, None, 2)
+    for bad in ("most", "1;2", "1:2:3:4", ""):
+        with pytest.raises(InvalidArgumentError, match="--layers"):
+            parse_layers(bad)
+
+
+# --------------------------------------------------------------------------------------------------------- info, show, sweep
+
+
+def test_info_says_what_is_there(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
+    document = call_json(capsys, "info", stored)
+    (group,) = document["groups"]
+    assert (group["model"], group["prompts"], group["layers"], group["parts"]) == ("acme/toy", 40, [0, 1, 3], 1)
+    assert group["variables"] == {"resid_mean": "float32", "resid": "float32"}
+    on_disk = sum(f.stat().st_size for f in Path(stored).glob("*/*/**/*") if f.is_file() and f.parent.parent.name != GROUP.name[:0])
+    documents = sum(f.stat().st_size for f in Path(stored).glob("*/*/zarr.json"))
+    assert group["nbytes"] == on_disk - documents
+    _, out, _ = call(capsys, "info", stored)
+    assert "acme/toy" in out
+    assert "layers     0-1, 3 of 4" in out
+    assert "revision=abc" in out
+
+
+def test_show_prints_the_view_or_its_prompts(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "show", stored)
+    assert "<xarray.Dataset>" in out
+    assert "resid_mean" in out
+    _, out, _ = call(capsys, "show", stored, "--list", "2")
+    head, first, _ = out.splitlines()
+    assert head.split() == ["prompt", "label", "n_tokens", "pair", "prompt_length", "text"]
+    assert first.endswith("prompt 0")
+    document = call_json(capsys, "show", stored, "--level", "tokens", "--prompt", "prompt 3", "--list", "3")
+    assert document["variables"]["resid"]["dims"] == ["layer", "token", "hidden"]
+    assert {row["text"] for row in document["rows"]} == {"prompt 3"}
+    assert [row["position"] for row in document["rows"]] == [0, 1, 2]
+
+
+def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "scores.png"
+    code, out, err = call(
+        capsys, "sweep", stored, "--variable", "resid_mean", "--probes", "ridge,mass_mean", "--cv", "2", "--plot", str(picture)
+    )
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["layer", "probe", "accuracy", "auroc"]
+    assert len(out.splitlines()) == 1 + 6 + 1
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "\r" not in err, "no progress bar where there is no terminal"
+    document = call_json(capsys, "sweep", stored, "--variable", "resid_mean", "--cv", "2", "--layers", "1:", "--groups", "pair")
+    assert [row["layer"] for row in document["scores"]] == [1, 3]
+    ours = lz.sweep(lz.open_store(stored).dataset(layers=[1, 3]).resid_mean, labels="label", cv=2, groups="pair")
+    np.testing.assert_allclose([row["accuracy"] for row in document["scores"]], ours.accuracy.mean("fold").values[:, 0])
+
+
+def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = [
+        "sweep",
+        stored,
+        "--variable",
+        "resid_mean",
+        "--cv",
+        "2",
+        "--controls",
+        "majority,shuffled_labels",
+        "--metrics",
+        "f1,log_loss",
+    ]
+    code, out, _ = call(capsys, *options, "--dry-run")
+    assert code == 0
+    assert "controls   majority, shuffled_labels:logistic_regression" in out
+    document = call_json(capsys, *options, "--out", str(tmp_path / "scores"))
+    assert {row["kind"] for row in document["scores"]} == {"probe", "control"}
+    assert {"f1", "log_loss", "f1_std", "log_loss_std"} < set(document["scores"][0])
+    assert call_json(capsys, *options, "--out", str(tmp_path / "scores")) == document
+    assert call_json(capsys, *options, "--dry-run")["fits"] > 0
+    code, out, _ = call(capsys, *options)
+    assert out.splitlines()[0].split() == ["layer", "probe", "f1", "log_loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "{tmp}/nowhere"], "there is no store at"),
+        (["show", "{store}", "--model", "gpt2"], "model 'gpt2' is not in"),
+        (["show", "{store}", "--prompt", "unheard of"], "1 of 1 prompts are not in"),
+        (["sweep", "{store}", "--variable", "resid_max"], "'resid_max' is not stored per prompt: there is resid_mean"),
+        (["show", "{store}", "--group", "nobody"], "group 'nobody' is not in"),
+        (["info", "{tmp}"], "is no store of lmprobe-zarr"),
+        (["sweep", "{store}", "--variable", "resid_mean", "--labels", "sentiment"], "sentiment"),
+        (["sweep", "{store}", "--variable", "resid_mean", "--probes", "perceptron"], "perceptron"),
+        (["sweep", "{store}", "--variable", "resid_mean", "--layers", "7"], "layer 7 is out of range"),
+        (["sweep", "{store}", "--variable", "resid_mean", "--cv", "2", "--plot", "{tmp}/no/such/folder/x.png"], "x.png"),
+        (["extract", "no/model", "{tmp}/nowhere.txt", "--store", "{tmp}/new"], "cannot be read"),
+    ],
+)
+def test_expected_errors_are_one_plain_line_and_exit_code_1(
+    stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    code, out, err = call(capsys, *(a.format(store=stored, tmp=tmp_path) for a in arguments))
+    assert code == 1
+    assert err.startswith("lmprobe-zarr: ")
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "new").exists()
+
+
+def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["extract"], ["sweep", "s", "--cv", "five"], ["nonsense"], []):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        capsys.readouterr()
+
+
+def test_it_runs_as_a_program_and_stops_quietly_when_a_pipe_closes(stored: str) -> None:
+    command = f"{sys.executable} -W error -m lmprobe_zarr show {stored} --list 40 | head -2"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True)  # noqa: S602 — a pipe is the point
+    assert "prompt 0" in done.stdout
+    assert done.stderr == ""
+    version = subprocess.run([sys.executable, "-m", "lmprobe_zarr", "--version"], capture_output=True, text=True, timeout=120, check=True)
+    assert version.stdout.strip() == f"lmprobe-zarr {lz.__version__}"
+
+
+@pytest.mark.model
+def test_extract_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    from tiny_models import save_tiny
+
+    model = str(save_tiny("gpt2", tmp_path / "gpt2"))
+    lines = [{"text": f"the dog {i}", "label": i % 2} for i in range(6)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    capsys.readouterr()
+    base = ["extract", model, str(tmp_path / "p.jsonl"), "--store", str(tmp_path / "acts"), "--coords", "label"]
+    options = ["--layers", "0,-1", "--pooling", "mean,last_token", "--keep-tokens", "--device", "cpu"]
+    plan = call_json(capsys, *base, *options, "--dry-run")
+    assert (plan["missing"], plan["layers"], plan["fits"]) == (6, [0, 3], True)
+    assert not (tmp_path / "acts").exists()
+    code, out, err = call(capsys, *base, *options)
+    assert code == 0, err
+    assert "6 extracted" in out
+    assert err == "", "no bar, no warning, nothing of transformers"
+    assert call_json(capsys, *base, *options)["found"] == 6
+    data = lz.open_store(tmp_path / "acts").dataset()
+    assert data.label.values.tolist() == [0, 1] * 3
+    assert sorted(map(str, data.data_vars)) == ["resid_last_token", "resid_mean"]
+    code, _, err = call(capsys, "extract", str(tmp_path / "nowhere"), str(tmp_path / "p.jsonl"), "--store", str(tmp_path / "acts"))
+    assert code == 1
+    assert "does not exist" in err

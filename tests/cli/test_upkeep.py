@@ -1,0 +1,55 @@
+"""Compaction, garbage and publishing on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_line import call, call_json
+from stores import GROUP, make_batch
+
+import lmprobe_zarr as lz
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    store = lz.open_store(tmp_path / "s")
+    for i in range(3):
+        store.write(GROUP, make_batch([f"p{i}"], seed=i))
+    return store.url
+
+
+def test_compact_says_what_it_does(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = call_json(capsys, "compact", place, "--dry-run")
+    assert (planned["parts"], planned["parts_after"], planned["dry_run"]) == (3, 1, True)
+    assert len(lz.open_store(place).view(GROUP).parts) == 3
+    code, out, _ = call(capsys, "compact", place, "--model", "acme/toy")
+    assert (code, "3 parts become 1" in out) == (0, True)
+    assert call_json(capsys, "compact", place)["runs"] == []
+    assert call(capsys, "compact", place, "--part-bytes", "0")[0] == 1
+
+
+def test_gc_asks_before_it_deletes(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call(capsys, "compact", place)
+    code, out, err = call(capsys, "gc", place, "--max-age", "0")
+    assert (code, out, "--yes" in err) == (1, "", True)
+    assert len(call_json(capsys, "gc", place, "--max-age", "0", "--dry-run")["replaced"]) == 3
+    assert call_json(capsys, "gc", place)["young"] == 3
+    code, out, _ = call(capsys, "gc", place, "--max-age", "0", "--yes")
+    assert (code, "3 replaced parts" in out) == (0, True)
+    assert len(lz.open_store(place).list_parts(GROUP.name)) == 1
+
+
+def test_publish_writes_a_copy_that_opens(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "some.txt").write_text("p0\np2\n")
+    document = call_json(
+        capsys, "publish", place, str(tmp_path / "some"), "--prompts", str(tmp_path / "some.txt"), "--layers", "0,3", "--no-text"
+    )
+    assert document["prompts"] == 2
+    data = lz.open_store(tmp_path / "some").dataset()
+    assert data.layer.values.tolist() == [0, 3]
+    assert "text" not in data.coords
+    code, out, _ = call(capsys, "publish", place, str(tmp_path / "all"))
+    assert (code, "3 prompts in 1 part," in out) == (0, True)
+    assert call(capsys, "publish", place, str(tmp_path / "all"))[0] == 1
+    assert call(capsys, "publish", place, str(tmp_path / "all"), "--overwrite")[0] == 0

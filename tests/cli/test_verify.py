@@ -1,0 +1,65 @@
+"""Verification and repair on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import call, call_json
+from stores import GROUP, make_batch
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.cli import main
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    store = lz.open_store(tmp_path / "s")
+    store.write(GROUP, make_batch(["a", "b"], columns={"label": [0, 1]}))
+    return tmp_path / "s"
+
+
+def chunk(place: Path) -> Path:
+    (path,) = place.glob("*/*/prompts/resid_mean/c.1.0.0")
+    return path
+
+
+def test_verify_says_what_is_wrong_and_the_exit_code_says_that_anything_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "verify", str(place))
+    assert (code, "every checksum" in out, "none" in out) == (0, True, True)
+    data = bytearray(chunk(place).read_bytes())
+    data[20] ^= 1
+    chunk(place).write_bytes(data)
+    assert call(capsys, "verify", str(place), "--fast")[0] == 0
+    code, out, _ = call(capsys, "verify", str(place))
+    assert (code, str(chunk(place)) in out, "repair() drops it" in out) == (1, True, True)
+    assert main(["verify", str(place), "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] is False
+    assert [problem["kind"] for problem in document["problems"]] == ["content"]
+    assert call(capsys, "verify", str(place), "--model", "acme/other")[0] == 1
+
+
+def test_repair_plans_asks_and_tells_what_to_extract_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "repair", str(place))[0] == 0, "nothing is wrong, and nothing asked"
+    path = chunk(place)
+    path.write_bytes(b"")
+    code, out, _ = call(capsys, "repair", str(place), "--dry-run")
+    assert (code, "1 parts to be written again" in out, "resid_mean, layers 1 of 2 prompts" in out) == (0, True, True)
+    code, _, err = call(capsys, "repair", str(place))
+    assert (code, "--yes" in err) == (1, True)
+    assert path.exists()
+    document = call_json(capsys, "repair", str(place), "--yes")
+    assert [(lost["variables"], lost["layers"], lost["texts"]) for lost in document["lost"]] == [(["resid_mean"], [1], ["a", "b"])]
+    assert call(capsys, "verify", str(place))[0] == 0
+
+
+def test_a_root_without_its_document_is_verified_and_repaired(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "zarr.json").unlink()
+    code, _, err = call(capsys, "info", str(place))
+    assert (code, f"lmprobe-zarr repair {place}" in err) == (1, True)
+    assert call(capsys, "verify", str(place), "--fast")[0] == 1
+    assert call(capsys, "repair", str(place), "--yes")[0] == 0
+    assert call(capsys, "verify", str(place))[0] == 0
+    assert lz.open_store(place, mode="r").dataset().text.values.tolist() == ["a", "b"]

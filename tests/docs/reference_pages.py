@@ -1,0 +1,106 @@
+"""``docs/command-line.md`` and ``docs/environment.md``, from the code. ``python tests/docs/reference_pages.py`` writes both again.
+
+What the first says of an argument is what ``--help`` says of it, taken from the same parser. Its printed form is left to argparse, which
+lays it out by the width of the terminal and otherwise in each Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from paths import ROOT
+
+from lmprobe_zarr import cli, config
+
+DOCS = ROOT / "docs"
+COMMAND_LINE = DOCS / "command-line.md"
+ENVIRONMENT = DOCS / "environment.md"
+
+COMMAND_LINE_HEAD = """# Command line
+
+`lmprobe-zarr COMMAND`, or `python -m lmprobe_zarr COMMAND`. This page is written from what `--help` says, by
+`python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py` fails where the two differ.
+
+Every command takes `--json` and then prints one JSON document and nothing else. It exits with 0; with 1 after an expected error, which
+it says in at most two lines on standard error, and where `verify` finds anything wrong; with 2 after wrong arguments; with 130 after
+Ctrl-C. Whatever deletes asks first, or wants `--yes`. Where no store is named, it is the [cache](caching.md).
+"""
+
+# One example of each, which `tests/docs/test_docs.py` holds against the parser like every other command on a page.
+EXAMPLES = {
+    "demo": "lmprobe-zarr demo --output demo-output",
+    "extract": "lmprobe-zarr extract gpt2 prompts.jsonl --coords label --pooling mean,last_token --store acts",
+    "info": "lmprobe-zarr info acts",
+    "show": "lmprobe-zarr show acts --list 5",
+    "sweep": "lmprobe-zarr sweep acts --variable resid_mean --labels label --plot scores.png",
+    "report": "lmprobe-zarr report acts --labels label -o report.html",
+    "cache info": "lmprobe-zarr cache info --json",
+    "evict": "lmprobe-zarr evict --max-gb 50",
+    "clear": "lmprobe-zarr clear --model gpt2 --yes",
+    "delete": "lmprobe-zarr delete acts prompts.txt --model gpt2",
+    "compact": "lmprobe-zarr compact acts --dry-run",
+    "verify": "lmprobe-zarr verify acts",
+    "repair": "lmprobe-zarr repair acts --dry-run",
+    "gc": "lmprobe-zarr gc acts",
+    "publish": "lmprobe-zarr publish acts s3://bucket/acts",
+    "import": "lmprobe-zarr import --from ~/.cache/lmprobe --to acts --all",
+    "export": "lmprobe-zarr export --from acts --to cache --model gpt2",
+}
+
+ENVIRONMENT_HEAD = """# Environment variables
+
+Each is read when its setting is first needed, and again after `lz.config.reload()`; nothing is read when the package is imported. What a
+function sets overrides it, and neither rules a store that a call names. A value that cannot be used is an error that names the variable.
+
+This page is written from `lmprobe_zarr.config.SETTINGS`, by `python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py` fails where
+the two differ. What the settings are for is told on the page about [the cache](caching.md).
+"""
+
+
+def commands(parser: argparse.ArgumentParser | None = None, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command that does something, by its name on the command line."""
+    parser = cli._parser() if parser is None else parser
+    nested = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not nested:
+        yield name, parser
+    for action in nested:
+        for piece, below in action.choices.items():
+            yield from commands(below, f"{name} {piece}".strip())
+
+
+def arguments(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
+    """What a command takes, and what its ``--help`` says of it."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        taken = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
+        if action.option_strings:
+            shown = ", ".join(action.option_strings) + ("" if action.nargs == 0 else f" {taken}")
+        else:
+            shown = f"[{action.dest}]" if action.nargs == "?" else str(action.metavar or action.dest)
+        yield shown, formatter._expand_help(action).replace(str(config.cache_dir()), "~/.cache/lmprobe")
+
+
+def command_line() -> str:
+    pieces = [COMMAND_LINE_HEAD]
+    for name, parser in commands():
+        rows = "\n".join(f"| `{shown}` | {meaning} |" for shown, meaning in arguments(parser))
+        does = f"{parser.description}"
+        summary = f"{does[0].upper()}{does[1:]}."
+        pieces.append(f"## {name}\n\n{summary}\n\n```bash\n{EXAMPLES[name]}\n```\n\n| argument | |\n|---|---|\n{rows}\n")
+    return "\n".join(pieces)
+
+
+def environment() -> str:
+    rows = ["| variable | sets | values | default | example | overridden by |", "|---|---|---|---|---|---|"]
+    for setting in config.SETTINGS.values():
+        call = f"`{setting.call}()`" if setting.call else "—"
+        rows.append(f"| `{setting.variable}` | {setting.means} | {setting.values} | {setting.default} | `{setting.example}` | {call} |")
+    return ENVIRONMENT_HEAD + "\n" + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    COMMAND_LINE.write_text(command_line(), encoding="utf-8")
+    ENVIRONMENT.write_text(environment(), encoding="utf-8")

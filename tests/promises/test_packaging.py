@@ -1,0 +1,134 @@
+"""What is published: a wheel and a source archive that build, install and work; and what stands beside the code for its readers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+import lmprobe_zarr as lz
+
+PACKAGE = Path(lz.__file__).parent
+
+# Run with the installed wheel in front of the libraries that it needs, and nothing of the clone.
+SMOKE = """
+import sys
+site, place, *libraries = sys.argv[1:]
+sys.path[:0] = [site]
+import lmprobe_zarr as lz
+assert lz.__file__.startswith(site), lz.__file__
+heavy = [name for name in ("torch", "transformers", "distributed", "matplotlib", "sklearn", "scipy") if name in sys.modules]
+assert not heavy, heavy
+import numpy as np
+values = np.arange(12, dtype="float32").reshape(3, 4)
+lz.write_activations(place, model="acme/toy", prompts=["a", "b", "c"], pooled={"resid_mean": {2: values}})
+data = lz.open_store(place, mode="r").dataset("acme/toy")
+assert (data.resid_mean.sel(layer=2, prompt=lz.prompt_hash("b")).values == values[1]).all()
+from lmprobe_zarr.cli import main
+assert main(["info", place]) == 0
+from importlib.metadata import distribution
+found = distribution("lmprobe-zarr")
+assert found.version == lz.__version__, found.version
+print({entry.group: entry.value for entry in found.entry_points})
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git knows of this folder, so that what builds is what others get."""
+    if find_spec("hatchling") is None:
+        pytest.skip("hatchling, which builds the package, is not installed: pip install hatchling")
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no clone of git's")
+    copy = tmp_path_factory.mktemp("clone")
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
+    for name in listed:
+        if name and (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(clone: Path) -> Path:
+    """A folder with the wheel and the source archive."""
+    run(sys.executable, "-m", "hatchling", "build", "--directory", clone / "dist", cwd=clone)
+    return clone / "dist"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    assert wheel.name == f"lmprobe_zarr-{lz.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = archive.read(f"lmprobe_zarr-{lz.__version__}.dist-info/METADATA").decode()
+        licences = [name for name in archive.namelist() if name.endswith("licenses/LICENSE")]
+    there = {
+        path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == there
+    assert {"lmprobe_zarr/py.typed", "lmprobe_zarr/reports/page.js", "lmprobe_zarr/demo/sentences.csv"} <= names
+    assert licences
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "torch" not in re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE), "reading needs no torch"
+
+
+def test_the_source_archive_holds_what_builds_tests_and_explains_it(built: Path) -> None:
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "mkdocs.yml"}
+    assert wanted <= names, sorted(wanted - names)
+    assert {"tests/conftest.py", "docs/index.md", "lmprobe_zarr/py.typed", "tests/old_stores/version-1/store/zarr.json"} <= names
+
+
+def test_the_wheel_installs_and_works_away_from_the_clone(built: Path, tmp_path: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    site = tmp_path / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
+    printed = run(sys.executable, "-I", "-W", "error", "-c", SMOKE, site, tmp_path / "acts", cwd=tmp_path)
+    assert "acme/toy" in printed
+    assert "'console_scripts': 'lmprobe_zarr.cli:main'" in printed
+    assert "'xarray.backends': 'lmprobe_zarr.backend:LmprobeZarrBackend'" in printed
+    # The command that pip made.
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    said = subprocess.run(
+        [site / "bin" / "lmprobe-zarr", "--version"], capture_output=True, text=True, env=environment, check=True, timeout=60
+    )
+    assert said.stdout.strip() == f"lmprobe-zarr {lz.__version__}"
+
+
+def test_the_citation_and_the_changelog_name_this_version() -> None:
+    yaml = pytest.importorskip("yaml")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == lz.__version__
+    assert {"cff-version", "message", "title", "authors", "license"} <= set(cited)
+    assert re.search(rf"^## {re.escape(lz.__version__)}\b", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_forms_for_issues_are_what_the_forge_takes() -> None:
+    yaml = pytest.importorskip("yaml")
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) >= 3
+    for form in forms:
+        document = yaml.safe_load(form.read_text(encoding="utf-8"))
+        assert {"name", "description", "body"} <= set(document), form.name
+        asked = [field for field in document["body"] if field["type"] != "markdown"]
+        assert all(field["type"] in {"textarea", "input", "dropdown", "checkboxes"} for field in asked), form.name
+        assert all(field["attributes"]["label"] for field in asked), form.name
+        assert len({field["id"] for field in asked}) == len(asked), form.name

@@ -1,0 +1,631 @@
+"""Stores on a real S3 server: what they cost in requests, what they say when it fails, and many processes on one of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+import xarray as xr
+from paths import SUPPORT
+from s3_server import ADMIN, ANON, GETTER, READER, S3, Fault, Request
+from stores import GROUP, make_batch
+
+import lmprobe_zarr as lz
+from lmprobe_zarr import errors
+from lmprobe_zarr.errors import AccessDeniedError, AlreadyCommittedError, ReadOnlyError, StoreNotFoundError, UnreachableError
+from lmprobe_zarr.storage.open import open_storage
+from lmprobe_zarr.storage.s3 import S3Storage
+from lmprobe_zarr.store.store import Store
+
+# Two tries, and not fifteen: what is tested is what comes after them.
+QUICK: dict[str, Any] = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
+WRITES = ("PUT", "POST", "DELETE")
+
+
+@pytest.fixture
+def url(s3: S3) -> str:
+    return f"s3://pub/{uuid.uuid4().hex}/acts"
+
+
+PARTS = [make_batch([f"prompt {i}" for i in range(100 * part, 100 * (part + 1))], seed=part) for part in range(10)]
+
+
+@pytest.fixture
+def filled(url: str) -> str:
+    """Ten parts of a hundred prompts each, one chunk per layer and part."""
+    store = lz.open_store(url)
+    for batch in PARTS:
+        store.write(GROUP, batch)
+    return url
+
+
+def counted(s3: S3, url: str, identity: dict[str, Any] | None = None, mode: Any = "r", **more: Any) -> Store:
+    return lz.open_store(url, mode, storage_options=s3.options(identity, counted=True, **more))
+
+
+# --------------------------------------------------------------------------------------------------------------- requests
+
+
+def test_a_model_is_opened_and_a_layer_read_in_one_get_per_part_and_chunk_and_five_more(s3: S3, filled: str) -> None:
+    s3.proxy.fault = lambda request: Fault(delay=0.05)
+    data = counted(s3, filled).dataset("acme/toy")
+    values = data.resid_mean.sel(layer=1).values
+    kinds = s3.proxy.kinds()
+    assert kinds["HEAD"] == 0
+    assert kinds["GET"] == 10 + 10 + 2, "the root's document and the group's"
+    assert kinds["LIST"] == 3
+    assert kinds.total() <= 10 + 10 + 5
+    assert s3.proxy.most_at_once >= 8, "in parallel"
+    np.testing.assert_array_equal(values, np.concatenate([batch.prompts["resid_mean"][1] for batch in PARTS]))
+
+
+def test_an_epoch_of_batches_costs_one_get_per_chunk_of_the_layer(s3: S3, filled: str) -> None:
+    tokens = counted(s3, filled).tokens("acme/toy")
+    s3.proxy.reset()
+    found = np.concatenate(list(tokens.lz.batches(layer=1, batch_tokens=64, buffer_tokens=300)))
+    assert dict(s3.proxy.kinds()) == {"GET": 10}, "one chunk of each part"
+    expected = np.concatenate([batch.tokens["resid"][1] for batch in PARTS])
+    np.testing.assert_array_equal(found[np.lexsort(found.T)], expected[np.lexsort(expected.T)])
+    s3.proxy.reset()
+    tokens.lz.statistics(layer=1)
+    assert dict(s3.proxy.kinds()) == {"GET": 10}
+
+
+def test_one_prompt_over_all_layers_and_two_layers_cost_one_get_per_chunk(s3: S3, filled: str) -> None:
+    tokens = counted(s3, filled).tokens("acme/toy")
+    s3.proxy.reset()
+    tokens.resid.sel(prompt=lz.prompt_hash("prompt 512")).values  # noqa: B018
+    assert dict(s3.proxy.kinds()) == {"GET": 3}, "three layers of one part"
+    s3.proxy.reset()
+    tokens.resid.sel(layer=[0, 3]).values  # noqa: B018
+    assert dict(s3.proxy.kinds()) == {"GET": 20}
+
+
+def test_what_a_cache_holds_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -> None:
+    store = counted(s3, filled)
+    info = lz.cache_info(store=store)
+    assert info.models[0].num_prompts == 1000
+    kinds = s3.proxy.kinds()
+    assert (kinds["GET"], kinds["HEAD"]) == (10 + 2, 0)
+    assert kinds.total() <= 10 + 7
+
+
+def test_ten_thousand_lookups_cost_nothing(s3: S3, filled: str) -> None:
+    store = counted(s3, filled)
+    view = store.view(store.find_group("acme/toy"))
+    s3.proxy.reset()
+    began = time.perf_counter()
+    rows = view.select([f"prompt {i % 1000}" for i in range(10_000)])
+    assert rows.tolist() == list(np.arange(10_000) % 1000)
+    assert time.perf_counter() - began < 5
+    assert s3.proxy.kinds().total() == 0
+
+
+def test_every_verb_costs_one_request(s3: S3, url: str) -> None:
+    storage = open_storage(url, s3.options(counted=True))
+    assert isinstance(storage, S3Storage)
+
+    def costs(**expected: int) -> None:
+        assert dict(s3.proxy.kinds()) == expected
+        s3.proxy.reset()
+
+    storage.write("g/a", b"1", durable=True)
+    costs(PUT=1)
+    storage.commit("g/p/zarr.json", b"2", durable=True, replace=False)
+    costs(PUT=1)
+    assert storage.read("g/a") == b"1"
+    costs(GET=1)
+    assert storage.is_file("g/a")
+    costs(HEAD=1)
+    assert not storage.is_file("g")
+    costs(HEAD=1)
+    assert list(storage.scan("g")) == ["a", "p"]
+    costs(LIST=1)
+    assert storage.scan("nowhere") == {}
+    costs(LIST=1)
+    storage.remove([f"g/{i}" for i in range(1200)])
+    costs(POST=2)
+    storage.remove_tree("g")
+    costs(LIST=1, POST=1)
+    with pytest.raises(FileNotFoundError):
+        storage.read("g/a")
+
+
+def test_long_folders_are_listed_page_by_page(s3: S3, url: str) -> None:
+    storage = open_storage(url, s3.options(counted=True))
+    names = [f"{i:04}" for i in range(1100)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: storage.touch(f"g/{name}"), names))
+    s3.proxy.reset()
+    assert storage.list("g") == names
+    assert s3.proxy.kinds()["LIST"] == 2
+    storage.remove_tree("g")
+    assert storage.list("g") == []
+
+
+def test_a_file_system_that_caches_is_chained_before(s3: S3, filled: str, tmp_path: Path) -> None:
+    options = {"simplecache": {"cache_storage": str(tmp_path / "cache")}, "s3": s3.options(counted=True)}
+    totals = []
+    for _ in range(2):
+        s3.proxy.reset()
+        store = lz.open_store(f"simplecache::{filled}", "r", storage_options=options)
+        assert np.isfinite(store.dataset().resid_mean.sel(layer=1).values).all()
+        totals.append(s3.proxy.kinds())
+    assert totals[0]["GET"] == 22
+    assert totals[1]["GET"] == 0, "all of it comes from the local copies"
+    assert totals[1]["LIST"] <= 3
+
+
+# ----------------------------------------------------------------------------------------------------------- credentials
+
+
+OPENS = "import sys, lmprobe_zarr as lz; print(lz.open_store(sys.argv[1], 'r').dataset().sizes['prompt'])"
+
+
+def opened_elsewhere(url: str, **environment: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    command = [sys.executable, "-W", "error", "-c", OPENS, url]
+    done = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120, check=False)
+    return done.stdout + done.stderr
+
+
+def test_credentials_come_from_the_environment_and_from_a_profile(s3: S3, url: str, tmp_path: Path) -> None:
+    lz.open_store(url).write(GROUP, make_batch(["a", "b"]))
+    place = {"AWS_ENDPOINT_URL": s3.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
+    keys = {"AWS_ACCESS_KEY_ID": READER["key"], "AWS_SECRET_ACCESS_KEY": READER["secret"]}
+    assert opened_elsewhere(url, **place, **keys) == "2\n"
+    profile = tmp_path / "credentials"
+    profile.write_text(f"[lab]\naws_access_key_id = {READER['key']}\naws_secret_access_key = {READER['secret']}\n")
+    told = {"AWS_SHARED_CREDENTIALS_FILE": str(profile), "AWS_PROFILE": "lab"}
+    assert opened_elsewhere(url, **place, **told) == "2\n"
+
+
+FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] = {
+    "wrong bucket": (StoreNotFoundError, {}, None, "bucket that is not there"),
+    "impossible bucket": (errors.InvalidArgumentError, {}, None, "no possible place"),
+    "unknown key": (AccessDeniedError, {"key": "nobodys-key"}, None, "check key and secret"),
+    "wrong secret": (AccessDeniedError, {"key": ADMIN["key"]}, None, "check key and secret"),
+    "expired token": (AccessDeniedError, {"token": "SESAME-token"}, Fault(status=400, code="ExpiredToken"), "expired"),
+    "invalid token": (AccessDeniedError, {"token": "SESAME-token"}, Fault(status=400, code="InvalidToken"), "new credentials"),
+    "wrong clock": (AccessDeniedError, {}, Fault(status=403, code="RequestTimeTooSkewed"), "clock"),
+    "another region": (UnreachableError, {}, Fault(status=400, code="AuthorizationHeaderMalformed"), "region"),
+    "no permission": (AccessDeniedError, {}, Fault(status=403, code="AccessDenied"), "cannot be read"),
+    "no such profile": (AccessDeniedError, {"profile": "nobody"}, None, "needs credentials"),
+    "overloaded": (UnreachableError, {}, Fault(status=503, code="SlowDown"), "overloaded"),
+    "broken": (UnreachableError, {}, Fault(status=500, code="InternalError"), "status 500"),
+    "unreachable": (UnreachableError, {"endpoint_url": "http://127.0.0.1:9"}, None, "does not answer"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_what_fails_is_one_error_of_ours_without_a_secret(
+    s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind, given, fault, says = FAILURES[name]
+    caplog.set_level(logging.DEBUG, "lmprobe_zarr")
+    place = {"wrong bucket": "s3://no-such-bucket/acts", "impossible bucket": "s3://no bucket/acts"}.get(name, "s3://pub/acts")
+    identity = ADMIN if fault is not None or "bucket" in name else {"key": "nobodys-key", "secret": "SESAME-secret"}
+    if "profile" in given:
+        identity = {}
+    options = {**s3.options(identity, counted=True), **QUICK, **given}
+    if fault is not None:
+        s3.proxy.fault = lambda request: fault
+    with pytest.raises(kind, match=says) as caught:
+        lz.open_store(place, mode, storage_options=options).models()
+    message = str(caught.value)
+    assert place in message
+    assert len(message.splitlines()) <= 2
+    seen = "".join(traceback.format_exception(caught.value)) + repr(caught.value) + caplog.text + "".join(capfd.readouterr())
+    store = Store(open_storage(place, options))
+    seen += repr(store.storage) + str(store.storage) + object.__repr__(store) + store.url
+    for secret in ("SESAME", ADMIN["secret"]):
+        assert secret not in seen
+
+
+def test_a_wrong_bucket_is_no_empty_cache(s3: S3) -> None:
+    for look in (
+        lambda: lz.cache_info(store="s3://no-such-bucket/acts"),
+        lambda: lz.discover_cached("m", "a", store="s3://no-such-bucket/acts"),
+        lambda: lz.clear_cache(url="s3://no-such-bucket/acts"),
+    ):
+        with pytest.raises(StoreNotFoundError, match="bucket that is not there"):
+            look()
+    assert lz.cache_info(store="s3://pub/nothing/here").models == ()
+
+
+def test_no_credentials_at_all_are_said_to_be_missing(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(AccessDeniedError, match="'anon': True"):
+        lz.open_store("s3://pub/acts", "r", storage_options={"endpoint_url": s3.proxy.endpoint})
+
+
+def test_user_and_password_in_a_url_are_not_shown() -> None:
+    storage = open_storage("https://user:SESAME@example.org/acts?X-Amz-Signature=SESAME")
+    assert "SESAME" not in repr(storage) + storage.url
+
+
+def test_without_the_permission_to_list_the_error_says_so(s3: S3, url: str) -> None:
+    lz.open_store(url).write(GROUP, make_batch(["a"]))
+    store = lz.open_store(url, "r", storage_options=s3.options(GETTER))
+    with pytest.raises(AccessDeniedError, match="cannot be listed"):
+        store.models()
+
+
+def test_what_may_not_be_deleted_is_said(s3: S3, url: str) -> None:
+    lz.open_store(url).write(GROUP, make_batch(["a"]))
+    with pytest.raises(ReadOnlyError, match="may delete"):
+        open_storage(url, s3.options(READER)).remove(["zarr.json"])
+    with pytest.raises(ReadOnlyError, match="cannot be written"):
+        lz.open_store(url, storage_options=s3.options(READER)).write(GROUP, make_batch(["b"]))
+    assert lz.open_store(url).dataset().sizes["prompt"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- faults
+
+
+def first_times(times: int, fault: Fault, method: str = "GET") -> Any:
+    seen: dict[Request, int] = {}
+
+    def decide(request: Request) -> Fault | None:
+        if request.method != method:
+            return None
+        seen[request] = seen.get(request, 0) + 1
+        return fault if seen[request] <= times else None
+
+    return decide
+
+
+@pytest.mark.parametrize("fault", [Fault(status=503, code="SlowDown"), Fault(cut=20), Fault(lose_answer=True)], ids=repr)
+def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, fault: Fault) -> None:
+    batch = make_batch(["a", "b"])
+    lz.open_store(url).write(GROUP, batch)
+    s3.proxy.fault = first_times(2, fault)
+    data = counted(s3, url).dataset()
+    np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"])
+
+
+def test_answers_that_are_always_cut_short_are_an_error(s3: S3, url: str) -> None:
+    lz.open_store(url).write(GROUP, make_batch(["a", "b"]))
+    data = counted(s3, url, **QUICK).dataset()
+    s3.proxy.fault = lambda request: Fault(cut=20)
+    with pytest.raises(UnreachableError, match="cut short"):
+        _ = data.resid_mean.values
+    assert s3.proxy.kinds()["GET"] > 3, "tried again before that"
+
+
+def test_a_commit_whose_answer_was_lost_is_a_success(s3: S3, url: str) -> None:
+    storage = open_storage(url, s3.options(counted=True))
+    s3.proxy.fault = first_times(1, Fault(lose_answer=True), "PUT")
+    storage.commit("g/p/zarr.json", b"{}", durable=True, replace=False)
+    assert s3.proxy.kinds()["PUT"] >= 2
+    s3.proxy.fault = first_times(1, Fault(status=503, code="SlowDown"), "PUT")
+    storage.commit("g/q/zarr.json", b"{}", durable=True, replace=False)
+    s3.proxy.fault = first_times(1, Fault(status=409, code="ConditionalRequestConflict"), "PUT")
+    storage.commit("g/r/zarr.json", b"{}", durable=True, replace=False)
+    assert [storage.read(f"g/{part}/zarr.json") for part in "pqr"] == [b"{}"] * 3
+
+
+def test_a_server_without_conditions_is_asked_first(s3: S3, url: str) -> None:
+    storage = open_storage(url, s3.options(counted=True))
+    decide = first_times(1, Fault(status=501, code="NotImplemented"), "PUT")
+    s3.proxy.fault = decide
+    storage.commit("g/p/zarr.json", b"1", durable=True, replace=False)
+    assert storage.read("g/p/zarr.json") == b"1"
+    s3.proxy.fault = lambda request: Fault(status=501, code="NotImplemented") if request.method == "PUT" else None
+    with pytest.raises(AlreadyCommittedError):
+        storage.commit("g/p/zarr.json", b"2", durable=True, replace=False)
+    assert storage.read("g/p/zarr.json") == b"1"
+
+
+# ------------------------------------------------------------------------------------------------------------- read only
+
+
+@pytest.mark.parametrize("identity", [READER, ANON], ids=["reader", "anonymous"])
+def test_reading_writes_nothing(s3: S3, url: str, identity: dict[str, Any]) -> None:
+    writer = lz.open_store(url)
+    batch = make_batch(["a", "b"])
+    writer.write(GROUP, batch)
+    writer.annotate("acme/toy", {"label": {"a": 1, "b": 0}})
+    store = counted(s3, url, identity)
+    assert store.models() == ["acme/toy"]
+    np.testing.assert_array_equal(store.dataset().resid_mean.values, batch.prompts["resid_mean"])
+    np.testing.assert_array_equal(store.tokens().resid.values, batch.tokens["resid"])
+    assert store.dataset().label.values.tolist() == [1, 0]
+    assert store.coverage().any()
+    assert "acme/toy" in repr(store)
+    assert lz.cache_info(store=store).models[0].num_prompts == 2
+    found = lz.discover_cached("acme/toy", "a", store=store)
+    assert found is not None
+    assert found.pooled["mean"] == [0, 1, 3]
+    assert len(lz.list_cached_prompts("acme/toy", store=store)) == 2
+    options = s3.options(identity, counted=True)
+    data = xr.open_dataset(url, engine="lmprobe_zarr", model="acme/toy", storage_options=options)
+    np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"])
+    assert len(xr.open_datatree(url, engine="lmprobe_zarr", storage_options=options).leaves) == 2
+    for write in (
+        lambda: store.write(GROUP, batch),
+        lambda: store.annotate("acme/toy", {"label": {"a": 3}}),
+        lambda: store.delete("acme/toy", ["a"]),
+        lambda: lz.evict(store, max_gb=0),
+        lambda: lz.clear_cache(url=store),
+    ):
+        with pytest.raises(ReadOnlyError):
+            write()
+    store.mark_used(store.view(store.find_group()).parts)
+    assert not [request for request in s3.proxy.requests if request.method in WRITES]
+
+
+# ------------------------------------------------------------------------------------------------- sharing and upkeep
+
+
+@pytest.mark.parametrize("identity", [GETTER, ANON], ids=["who may not list", "anonymous"])
+def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity: dict[str, Any]) -> None:
+    store = lz.open_store(filled)
+    summary = store.publish(f"{filled}-published", progress=False)
+    assert summary.parts == 1
+    assert summary.prompts == 1000
+    copy = counted(s3, f"{filled}-published", identity, mode=None)
+    assert copy.mode == "r"
+    values = copy.dataset("acme/toy").resid_mean.sel(layer=1).values
+    np.testing.assert_array_equal(values, np.concatenate([batch.prompts["resid_mean"][1] for batch in PARTS]))
+    kinds = s3.proxy.kinds()
+    assert set(kinds) == {"GET"}
+    assert kinds["GET"] <= 5, "root, group, the one part, its chunk"
+    with pytest.raises(ReadOnlyError, match="published"):
+        counted(s3, f"{filled}-published", ADMIN, mode="a")
+    card = lz.open_store(f"{filled}-published").storage.read("README.md").decode()
+    assert "acme/toy" in card
+    assert not any(secret in card for one in (ADMIN, READER, GETTER) for secret in (one["key"], one["secret"]))
+
+
+def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:
+    store = lz.open_store(filled)
+    before = store.dataset("acme/toy").load()
+    early = lz.open_store(filled, "r").dataset("acme/toy")
+    plan = store.compact(progress=False)
+    assert (plan.parts, plan.parts_after) == (10, 1)
+    np.testing.assert_array_equal(early.resid_mean.values, before.resid_mean.values)
+    assert store.gc(max_age=3600).replaced == (), "younger than that"
+    assert len(store.gc(max_age=0).replaced) == 10
+    assert len([name for name in store.storage.list(GROUP.name) if "." not in name]) == 0, "nor the folders that this server keeps"
+    fresh = counted(s3, filled)
+    xr.testing.assert_identical(fresh.dataset("acme/toy").load().drop_attrs(), before.drop_attrs())
+    assert s3.proxy.kinds()["GET"] < 30
+    assert len(fresh.view(fresh.find_group("acme/toy")).parts) == 1
+
+
+def test_tokens_are_dropped_and_the_pooled_vectors_stay(s3: S3, filled: str) -> None:
+    store = lz.open_store(filled)
+    before = store.dataset("acme/toy").resid_mean.values
+    assert store.drop("acme/toy", ["resid"]) == 10
+    fresh = lz.open_store(filled, "r")
+    np.testing.assert_array_equal(fresh.dataset("acme/toy").resid_mean.values, before)
+    assert "resid" not in fresh.tokens("acme/toy")
+    assert not any("/tokens/resid/" in key for key in fresh.storage.filesystem.find(fresh.storage.root))  # type: ignore[attr-defined]
+
+
+def test_a_student_adds_to_what_the_team_has_and_pushes_it_up(s3: S3, url: str, tmp_path: Path) -> None:
+    team = lz.open_store(url)
+    team.write(GROUP, PARTS[0])
+    both = lz.open_store([counted(s3, url, READER), tmp_path / "mine"])
+    both.write(GROUP, PARTS[1])
+    assert both.dataset("acme/toy").sizes["prompt"] == 200
+    assert both.dataset("acme/toy").resid_mean.notnull().all()
+    assert not [request for request in s3.proxy.requests if request.method in WRITES], "the team's bucket was only read"
+    with pytest.raises(ReadOnlyError, match="only read"):
+        both.delete("acme/toy", ["prompt 3"])
+    summary = both.copy_to(url, progress=False)
+    assert summary.copied == 1
+    assert both.copy_to(url, progress=False).copied == 0, "once is enough"
+    data = lz.open_store(url, "r").dataset("acme/toy")
+    wanted = np.concatenate([batch.prompts["resid_mean"] for batch in PARTS[:2]], axis=1)
+    np.testing.assert_array_equal(data.resid_mean.values, wanted)
+
+
+# -------------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_is_somebody_elses_in_the_prefix_is_left_alone(s3: S3, url: str) -> None:
+    store = lz.open_store(url)
+    batch = make_batch(["a", "b"])
+    store.write(GROUP, batch)
+    foreign = [f"{GROUP.name}/notes.txt", "paper/draft.md", f"{GROUP.name}/0notapart/c.0", "readme.txt"]
+    for key in foreign:
+        store.storage.write(key, b"not ours", durable=False)
+    fresh = lz.open_store(url)
+    assert fresh.models() == ["acme/toy"]
+    np.testing.assert_array_equal(fresh.dataset().resid_mean.values, batch.prompts["resid_mean"])
+    fresh.compact(progress=False)
+    fresh.gc(max_age=0)
+    lz.clear_cache(url=fresh)
+    assert all(fresh.storage.is_file(key) for key in foreign)
+
+
+def test_a_commit_whose_chunks_are_gone_is_an_error_and_never_a_zero(s3: S3, url: str) -> None:
+    store = lz.open_store(url)
+    part = store.write(GROUP, make_batch(["a", "b"]))
+    store.storage.remove([f"{GROUP.name}/{part}/prompts/resid_mean/c.1.0.0"])
+    data = lz.open_store(url, "r").dataset()
+    assert np.isfinite(data.resid_mean.isel(layer=0).values).all(), "what is there can be read"
+    with pytest.raises((errors.CorruptPartError, errors.PartGoneError), match=r"c\.1\.0\.0|chunk"):
+        _ = data.resid_mean.isel(layer=1).values
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+def test_a_writer_whose_clock_is_wrong_does_not_win_over_a_later_one(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
+    real = time.time_ns
+    first, second = (make_batch(["a"], seed=seed) for seed in (1, 2))
+    with monkeypatch.context() as clock:
+        clock.setattr("lmprobe_zarr.store.format.part_names.time.time_ns", lambda: real() + hours * 3600 * 10**9)
+        lz.open_store(url).write(GROUP, first)
+    with monkeypatch.context() as clock:
+        clock.setattr("lmprobe_zarr.store.format.part_names.time.time_ns", lambda: real() - hours * 3600 * 10**9)
+        lz.open_store(url).write(GROUP, second)
+    data = lz.open_store(url, "r").dataset()
+    np.testing.assert_array_equal(data.resid_mean.values, second.prompts["resid_mean"])
+
+
+# ------------------------------------------------------------------------------------------------- processes and threads
+
+
+def sum_of(store: Store, layer: int) -> float:
+    return float(store.dataset().resid_mean.sel(layer=layer).values.sum())
+
+
+def test_a_store_is_used_from_spawned_processes_and_from_threads(s3: S3, filled: str) -> None:
+    store = counted(s3, filled)
+    truth = [sum_of(store, layer) for layer in (0, 1, 3)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(sum_of, [store] * 9, [0, 1, 3] * 3)) == truth * 3
+    with get_context("spawn").Pool(2) as processes:
+        assert processes.starmap(sum_of, [(store, layer) for layer in (0, 1, 3)]) == truth
+    array = pickle.loads(pickle.dumps(store.dataset().resid_mean))  # noqa: S301 — our own bytes
+    assert float(array.sel(layer=1).values.sum()) == truth[1]
+
+
+def test_of_many_who_commit_one_name_one_succeeds(s3: S3, url: str) -> None:
+    barrier = threading.Barrier(16)
+
+    def commit(who: int) -> bool:
+        storage = open_storage(url, s3.options(counted=who % 2 == 1))
+        barrier.wait()
+        try:
+            storage.commit("g/p/zarr.json", f"by {who}".encode(), durable=True, replace=False)
+        except AlreadyCommittedError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        won = [who for who, done in enumerate(pool.map(commit, range(16))) if done]
+    assert len(won) == 1
+    assert open_storage(url).read("g/p/zarr.json") == f"by {won[0]}".encode()
+
+
+WRITES_SOME = """
+import sys, numpy as np, lmprobe_zarr as lz
+who = int(sys.argv[2])
+store = lz.open_store(sys.argv[1])
+for turn in range(6):
+    numbers = [(10 * (who + turn) + k) % 80 for k in range(25)]
+    values = np.repeat(np.array(numbers, 'f4')[:, None], 64, 1)
+    pooled = {'resid_mean': {layer: values + layer / 4 for layer in range(4)}}
+    lz.write_activations(store, model='m', prompts=[f'prompt {n}' for n in numbers], pooled=pooled)
+    print(turn, flush=True)
+"""
+
+
+def check_whole(url: str) -> int:
+    """Every prompt that is seen is seen once, and whole."""
+    data = lz.open_store(url, "r").dataset("m")
+    texts = data.text.values.tolist()
+    assert len(set(texts)) == len(texts)
+    numbers = np.array([int(text.split()[1]) for text in texts], "f4")
+    truth = numbers[None, :, None] + np.arange(4, dtype="f4")[:, None, None] / 4
+    np.testing.assert_array_equal(data.resid_mean.values, np.broadcast_to(truth, data.resid_mean.shape))
+    return len(texts)
+
+
+def test_many_processes_write_overlapping_prompts_and_some_are_killed(s3: S3, url: str) -> None:
+    command = [sys.executable, "-W", "error", "-c", WRITES_SOME, url]
+    writers = [subprocess.Popen([*command, str(who)], stdout=subprocess.PIPE, text=True) for who in range(8)]
+    killed, looks = writers[::3], 0
+    try:
+        for writer in killed:
+            assert writer.stdout is not None
+            writer.stdout.readline()
+            time.sleep(0.03)
+            writer.send_signal(signal.SIGKILL)
+        while any(writer.poll() is None for writer in writers):
+            check_whole(url)
+            looks += 1
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert [writer.returncode for writer in writers if writer not in killed] == [0] * 5
+    assert looks > 1, "readers looked on meanwhile"
+    assert check_whole(url) == 80
+
+
+EXTRACTS = """
+import sys, lmprobe_zarr as lz
+first = 5 * int(sys.argv[3])
+prompts = [f'{n} dogs jump over {n + 1} foxes' for n in range(first, first + 20)]
+print('begins', flush=True)
+lz.extract(sys.argv[2], prompts, store=sys.argv[1], pooling=('mean',), keep_tokens=True, part_bytes=20_000, batch_prompts=2, progress=False)
+"""
+
+
+@pytest.mark.model
+def test_processes_extract_overlapping_prompts_into_one_prefix_and_some_are_killed(s3: S3, url: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tiny_models import save_tiny
+
+    folder = save_tiny("gpt2", tmp_path / "tiny")
+    command = [sys.executable, "-c", EXTRACTS, url, str(folder)]
+    number = 8 if os.environ.get("LMPROBE_ZARR_STRESS") else 3
+    everybody = [subprocess.Popen([*command, str(who)], stdout=subprocess.PIPE, text=True) for who in range(number)]
+    killed = everybody[1::3]
+    for process in killed:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(2)
+        process.kill()
+    for process in everybody:
+        process.communicate(timeout=240)
+    assert [process.returncode for process in everybody if process not in killed] == [0] * (number - len(killed))
+    again = [subprocess.run([*command, str(everybody.index(process))], stdout=subprocess.PIPE, check=False) for process in killed]
+    assert not any(process.returncode for process in again)
+    store = lz.open_store(url, "r")
+    data, tokens = store.dataset(), store.tokens()
+    texts = [f"{n} dogs jump over {n + 1} foxes" for n in range(5 * number + 15)]
+    assert sorted(data.text.values.tolist()) == sorted(texts), "each once"
+    assert store.coverage().all()
+    mean = tokens.resid.lz.pool("mean").sel(prompt=data.prompt.values)
+    np.testing.assert_allclose(mean.values, data.resid_mean.values, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- the test server itself
+
+
+STARTS = """
+import pathlib, sys, time
+sys.path.insert(0, sys.argv[2])
+import s3_server
+endpoint, connection = s3_server.server_of(pathlib.Path(sys.argv[1]))
+print(endpoint, flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_server_ends_with_a_test_run_that_is_killed(s3: S3, tmp_path: Path) -> None:
+    run = subprocess.Popen([sys.executable, "-c", STARTS, str(tmp_path), str(SUPPORT)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline().startswith("http://")
+    keeper = psutil.Process(json.loads((tmp_path / "keeper.json").read_text())["pid"])
+    started = [keeper, *keeper.children(recursive=True)]
+    assert len(started) > 1
+    run.kill()
+    run.communicate()
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive
+    assert not list(itertools.chain(tmp_path.glob("data-*"), tmp_path.glob("keeper.json")))

@@ -1,0 +1,292 @@
+"""What the report says: numbers as computed another way, everything escaped, nothing of a text that is not wanted, and a bounded size."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from command_line import call, call_json
+from html_tags import Tags
+from stores import GROUP, make_batch
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, ModelNotStoredError
+from lmprobe_zarr.reports.page import embed_json
+from lmprobe_zarr.reports.profiles import bin_coverage, map_tokens, profile_layers
+from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.store import Store
+
+NAME = "</script><script>alert(1)</script>"  # of a model, which may not hold what cannot be shown
+EVIL = f"{NAME}\u2028\u202e"
+
+
+def data_of(page: lz.Report) -> list[dict[str, Any]]:
+    """What the page's script is given."""
+    return [
+        json.loads(text) for text in re.findall(r'<script type="application/json" class="lz-data">(.*?)</script>', page.html, re.DOTALL)
+    ]
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Store:
+    store = lz.open_store(tmp_path / "s")
+    texts = [f"prompt {i}{'!' * (i % 5)}" for i in range(40)]
+    batch = make_batch(texts, columns={"label": [i % 2 for i in range(40)]})
+    batch.prompts["resid_mean"][:, 1::2] += 1.5
+    store.write(GROUP, batch)
+    return store
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_norms_and_outliers_are_those_of_plain_numpy(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    counts = [3, 1, 4, 2, 5]
+    values = {layer: [rng.standard_normal((n, 8)).astype("float32") for n in counts] for layer in (0, 2)}
+    for one in values[2]:
+        one[:, 5] *= 100
+    values[2][1][0, 0] = np.inf
+    store = lz.open_store(tmp_path / "s")
+    lz.write_activations(store, model="m", prompts=list("abcde"), activations={"resid": values})
+    profile = profile_layers(store.view(store.find_group("m")), "tokens", "resid", (0, 2), sample_bytes=2**20)
+    assert not profile.is_sample
+    assert (profile.rows, profile.of_rows, profile.prompts) == (15, 15, 5)
+    assert profile.not_finite.tolist() == [0, 1]
+    for i, layer in enumerate((0, 2)):
+        rows = np.concatenate(values[layer]).astype(float)
+        firsts = np.cumsum([0, *counts[:-1]])
+        kept = np.isfinite(rows).all(axis=1)
+        norms = np.sqrt((rows[kept] ** 2).sum(axis=1))
+        assert profile.norms[:, i] == pytest.approx(np.percentile(norms, [5, 50, 95]), rel=1e-5)
+        assert profile.largest_norm[i] == pytest.approx(norms.max(), rel=1e-5)
+        assert profile.first_norm is not None
+        first = np.sqrt((rows[[f for f in firsts if kept[f]]] ** 2).sum(axis=1))
+        assert profile.first_norm[i] == pytest.approx(np.median(first), rel=1e-5)
+        rms = np.sqrt((rows[kept] ** 2).mean(axis=0))
+        assert profile.ratio[i] == pytest.approx(rms.max() / np.median(rms), rel=1e-5)
+        assert profile.peak[i] == pytest.approx(np.abs(rows[kept]).max(), rel=1e-5)
+    assert (profile.unit[1], profile.n_outliers.tolist()) == (5, [0, 1])
+
+
+def test_of_a_large_store_a_sample_is_read_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = lz.open_store(tmp_path / "s")
+    texts = [f"p{i}" for i in range(400)]
+    store.write(GROUP, make_batch(texts, n_tokens=[5] * 400, hidden=8))
+    # A fifth of 3 layers × 2,000 tokens × 32 bytes, in eight runs of ten prompts.
+    profile = profile_layers(store.view(GROUP), "tokens", "resid", (0, 1, 3), sample_bytes=3 * 2000 * 32 // 5)
+    assert profile.is_sample
+    assert (profile.prompts, profile.rows, profile.of_rows) == (80, 400, 2000)
+    page = lz.report(store, sample_bytes=3 * 2000 * 32 // 5)
+    assert "A sample: 400 of 2,000 tokens, of 80 of 400 prompts" in page.html
+
+
+def test_coverage_in_bins_is_that_of_the_store(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "s")
+    store.write(GROUP, make_batch([f"a{i}" for i in range(30)], layers=(0, 1)))
+    store.write(GROUP, make_batch([f"a{i}" for i in range(20, 33)], layers=(3,)))
+    view = store.view(GROUP)
+    truth = store.coverage().sel(variable="resid").transpose("layer", "prompt").values
+    for bins in (1, 7, 33, 100):
+        found = bin_coverage(view, "tokens", "resid", (0, 1, 3), bins=bins)
+        assert found.edges[-1] == 33
+        assert len(found.edges) - 1 == min(bins, 33)
+        for b, (low, high) in enumerate(zip(found.edges, found.edges[1:], strict=False)):
+            assert found.shares[:, b] == pytest.approx(truth[:, low:high].mean(axis=1))
+
+
+def test_tokens_show_their_norms_where_there_is_nothing_else(stored: Store) -> None:
+    (data,) = data_of(lz.report(stored, prompts=["prompt 3!!!", "prompt 0"]))
+    toks = stored.tokens(prompts=["prompt 3!!!"])
+    norms = np.linalg.norm(toks.resid.values.astype(float), axis=2)
+    assert np.array(data["maps"][0]["values"]) == pytest.approx(norms, rel=1e-3)
+    assert len(data["maps"]) == 2
+    assert data["maps"][0]["what"] == "norm of resid"
+
+
+def test_tokens_show_the_log_odds_of_a_regression_on_the_other_prompts(stored: Store) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    shown = ["prompt 3!!!", "prompt 6!"]
+    (data,) = data_of(lz.report(stored, labels="label", prompts=shown))
+    ds = stored.dataset()
+    others = ~np.isin(ds.text.values.astype(str), shown)
+    for i, layer in enumerate((0, 1, 3)):
+        x = ds.resid_mean.sel(layer=layer).values[others]
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)).fit(x, ds.label.values[others])
+        tokens = stored.tokens(prompts=shown[:1]).resid.sel(layer=layer).values
+        assert np.array(data["maps"][0]["values"][i]) == pytest.approx(probe.decision_function(tokens), rel=0.02, abs=0.02)
+
+
+def test_tokens_show_the_scores_of_a_probe_that_is_given(stored: Store) -> None:
+    ds = stored.dataset()
+    probe = lz.Probe(classifier="ridge").fit_from_activations(ds.resid_mean.sel(layer=1).values, ds.label.values)
+    (data,) = data_of(lz.report(stored, probe=lz.LayerSweep({1: probe}), prompts=["prompt 3!!!"]))
+    tokens = stored.tokens(prompts=["prompt 3!!!"]).resid.sel(layer=1).values
+    assert data["maps"][0]["layers"] == [1]
+    assert data["maps"][0]["values"][0] == pytest.approx(probe.pipeline_.decision_function(tokens), rel=1e-3, abs=1e-3)
+
+
+def test_curves_are_the_scores_with_their_controls_and_further_dims(stored: Store) -> None:
+    ds = stored.dataset()
+    scores = lz.sweep(ds.resid_mean, labels="label", probes=["ridge", "mass_mean"], cv=3)
+    (data,) = data_of(lz.report(stored, scores=scores))
+    chart = data["charts"][0]
+    assert chart["title"] == "Accuracy"
+    assert [name for name, _ in chart["series"]] == ["ridge", "mass_mean"]
+    assert chart["series"][1][1] == pytest.approx(scores.accuracy.sel(probe="mass_mean").mean("fold").values.tolist(), rel=1e-3)
+    marked = scores.assign_coords(kind=("probe", ["control", "probe"]))
+    page = lz.report(stored, scores=marked)
+    assert [name for name, _ in data_of(page)[0]["charts"][0]["series"]] == ["mass_mean", "ridge"]
+    assert 'class="s1 control"' in page.html
+    assert "Dashed and grey: controls" in page.html
+    sites = xr.concat([scores, scores], xr.Variable("site", ["resid", "mlp"]), data_vars="all").assign_attrs(scores.attrs)
+    (data,) = data_of(lz.report(stored, scores=sites))
+    assert len(data["charts"][0]["series"]) == 4
+    assert any("mlp" in name and "ridge" in name for name, _ in data["charts"][0]["series"])
+
+
+# ------------------------------------------------------------------------------------------------------------- markup
+
+
+def test_everything_that_others_named_is_escaped(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "s")
+    texts = [f"{EVIL} {i}" for i in range(12)]
+    info = GroupInfo(model=NAME, provenance={EVIL: EVIL}, num_layers=4, hidden_size=8)
+    store.write(info, make_batch(texts, columns={"label": [EVIL, "b"] * 6}))
+    page = lz.report(store, labels="label", prompts=texts[:2])
+    assert "<script>alert" not in page.html
+    assert not set("\u2028\u2029\u202e") & set(page.html)
+    tags = Tags(page.html)
+    assert tags.seen.count("script") == 2
+    assert all(one.startswith("image href=data:image/png") for one in tags.active), tags.active
+    assert "default-src 'none'" in page.html
+    assert not re.search(r"https?://", page.html)
+    assert data_of(page)[0]["maps"][0]["what"] == f"log-odds of label = {sorted(['b', EVIL])[1]}"
+
+
+def test_json_cannot_end_its_script() -> None:
+    text = str(embed_json({"a": ["</script><!--\u2028\u2029&", float("nan"), float("inf"), 1 / 3, "\ud800"]}))
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text.replace("\\ud800", "?"))["a"][:4] == ["</script><!--\u2028\u2029&", None, None, 0.3333]
+    text.encode("utf-8")
+
+
+def test_texts_stay_out_where_they_are_not_wanted_or_not_there(stored: Store, tmp_path: Path) -> None:
+    kept = lz.report(stored, prompts=["prompt 3!!!"], text=False)
+    assert "prompt 3!" not in kept.html
+    assert lz.prompt_hash("prompt 3!!!") in kept.html
+    assert "#" not in "".join(data_of(kept)[0]["maps"][0]["tokens"]), "token ids are texts too, for who has the tokenizer"
+    stored.publish(tmp_path / "pub", text=False)
+    published = lz.report(tmp_path / "pub", prompts=[lz.prompt_hash("prompt 3!!!")])
+    assert "prompt 3!" not in published.html
+    assert "prompt 3!!!" in lz.report(stored, prompts=["prompt 3!!!"]).html
+
+
+def test_a_page_does_not_say_where_on_this_machine_the_store_lies(stored: Store, tmp_path: Path) -> None:
+    assert str(tmp_path) not in lz.report(stored).html
+
+
+def test_the_page_is_bounded_whatever_the_store_holds(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "s")
+    layers = tuple(range(170))
+    for m in range(6):
+        info = GroupInfo(model=f"m{m}", num_layers=170, hidden_size=2)
+        store.write(info, make_batch([f"{i} " * 50 for i in range(250)], layers=layers, hidden=2, n_tokens=[30] * 250))
+    page = lz.report(store, prompts=12)
+    assert len(page.html.encode()) < 3 * 2**20
+    assert len(data_of(page)) == 4
+    assert "4 of 6 groups are shown in full" in page.html
+    assert all(len(one["layers"]) <= 160 for one in data_of(page))
+
+
+def test_tokens_are_cut_where_they_are_many(stored: Store) -> None:
+    view = stored.view(GROUP)
+    rows = view.select(["prompt 4!!!!", "prompt 3!!!"])
+    found = map_tokens(view, "resid", rows, (0,), most=2)
+    assert found.counts.tolist() == [2, 2]
+    whole = [stored.tokens(prompts=[p]).resid.sel(layer=0).values[:2] for p in ("prompt 4!!!!", "prompt 3!!!")]
+    assert found.values[0] == pytest.approx(np.linalg.norm(np.concatenate(whole), axis=1), rel=1e-5)
+
+
+def test_stores_with_little_in_them_have_a_page_too(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "s")
+    assert "It is empty" in lz.report(store).html
+    store.write(GROUP, make_batch(["a"], tokens=False))
+    page = lz.report(store)
+    Tags(page.html)
+    assert "No tokens are stored" in page.html
+    assert "All 1 prompts." in page.html or "All 1 prompt" in page.html
+
+
+# ---------------------------------------------------------------------------------------------------- calls and errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompts": 99}, InvalidArgumentError, "0 to 12"),
+        ({"prompts": ["prompt 0"] * 13}, InvalidArgumentError, "at most 12"),
+        ({"sample_bytes": 0}, InvalidArgumentError, "at least 1"),
+        ({"model": "nobody"}, ModelNotStoredError, "nobody"),
+        ({"labels": "nothing"}, LabelError, "nothing"),
+        ({"labels": "label", "variable": "mlp_mean"}, InvalidArgumentError, "there is resid_mean"),
+        ({"scores": 3}, InvalidTypeError, "not int"),
+        ({"scores": xr.Dataset()}, InvalidArgumentError, "give what sweep gives"),
+        ({"probe": 3}, InvalidTypeError, "fitted"),
+        ({"probe": lz.Probe()}, InvalidArgumentError, "not fitted"),
+        ({"path": "/nowhere/at/all/r.html"}, InvalidArgumentError, "cannot be written"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(stored: Store, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        lz.report(stored, **arguments)
+
+
+def test_scores_of_another_model_are_refused(stored: Store) -> None:
+    scores = lz.sweep(stored.dataset().resid_mean, labels="label", probes=["ridge"], cv=2)
+    scores.attrs["model"] = "other"
+    with pytest.raises(InvalidArgumentError, match="'other', and shown is acme/toy"):
+        lz.report(stored, scores=scores)
+
+
+def test_a_report_shows_itself_in_a_notebook_in_a_frame_of_its_own(stored: Store) -> None:
+    page = lz.report(stored)
+    frame = page._repr_html_()
+    assert frame.startswith("<iframe")
+    assert 'sandbox="allow-scripts"' in frame
+    assert frame.count('"') == frame.split("srcdoc=")[0].count('"') + 2
+    assert repr(page).startswith("<lmprobe_zarr report, ")
+
+
+def test_the_command_writes_the_page(stored: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "r.html"
+    code, out, err = call(capsys, "report", stored.url, "-o", str(target), "--labels", "label", "--prompts", "2")
+    assert code == 0, err
+    assert str(target) in out
+    assert len(data_of(lz.Report(target.read_text(encoding="utf-8")))[0]["maps"]) == 2
+    document = call_json(capsys, "report", stored.url, "-o", str(target), "--prompt", "prompt 3!!!", "--no-text")
+    assert document["nbytes"] == target.stat().st_size
+    assert "prompt 3!" not in target.read_text(encoding="utf-8")
+    for arguments in (["--scores", str(tmp_path / "none.zarr")], ["-o", str(tmp_path / "no" / "r.html")], ["--sample-mb", "0"]):
+        code, _, err = call(capsys, "report", stored.url, *arguments)
+        assert code == 1
+        assert len(err.splitlines()) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "s"]
+
+
+@pytest.mark.filterwarnings("ignore::zarr.errors.UnstableSpecificationWarning")
+def test_the_command_draws_scores_that_were_saved(stored: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = lz.sweep(stored.dataset().resid_mean, labels="label", probes=["ridge"], cv=2)
+    scores.to_zarr(tmp_path / "scores.zarr", zarr_format=3, consolidated=False)
+    code, _, err = call(capsys, "report", stored.url, "-o", str(tmp_path / "r.html"), "--scores", str(tmp_path / "scores.zarr"))
+    assert code == 0, err
+    (data,) = data_of(lz.Report((tmp_path / "r.html").read_text(encoding="utf-8")))
+    assert data["charts"][0]["series"][0][1] == pytest.approx(scores.accuracy.mean("fold").values[:, 0].tolist(), rel=1e-3)

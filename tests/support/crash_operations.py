@@ -1,0 +1,526 @@
+"""Every operation that writes, with what it must have done when it is through, for the tests that stop it anywhere.
+
+What a store must show is kept as plain dicts of arrays, made by hand from the batches: never read from the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
+from foreign_caches import add_model, add_prompt, prompt_tensors
+from stores import GROUP, Stops, make_batch
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.errors import NotAStoreError, StoreNotFoundError
+from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.store.ingest import Ingest
+from lmprobe_zarr.store.store import Store
+
+Array = npt.NDArray[Any]
+Truth = dict[str, dict[str, Any]]  # text to name to values: (layer, hidden), (layer, token, hidden), or a column's value
+
+MODEL = GROUP.model
+LAYERS = (0, 1, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------- the oracle
+
+
+def written(truth: Truth, batch: TokenBatch) -> Truth:
+    """What a store shows once a batch has been written to it."""
+    after = {text: dict(held) for text, held in truth.items()}
+    ends = np.cumsum(np.asarray(batch.n_tokens)) if batch.n_tokens is not None else None
+    for i, text in enumerate(batch.text or ()):
+        held = after.setdefault(text, {})
+        for name, values in batch.prompts.items():
+            held[name] = values[:, i]
+        for name, values in batch.tokens.items():
+            assert ends is not None
+            assert batch.n_tokens is not None
+            held[name] = values[:, ends[i] - batch.n_tokens[i] : ends[i]]
+        for name, column in batch.prompt_columns.items():
+            held[name] = column[i]
+    return after
+
+
+def annotated(truth: Truth, column: str, values: Mapping[str, Any]) -> Truth:
+    return {text: {**held, **({column: values[text]} if text in values else {})} for text, held in truth.items()}
+
+
+def without(truth: Truth, texts: tuple[str, ...] = (), variable: str = "") -> Truth:
+    return {text: {name: v for name, v in held.items() if name != variable} for text, held in truth.items() if text not in texts}
+
+
+def shown(root: Path | str) -> Truth:
+    """What a store shows, opened anew."""
+    try:
+        store = lz.open_store(root, "r")
+    except StoreNotFoundError:
+        return {}
+    except NotAStoreError:
+        assert not (Path(root) / "zarr.json").exists()
+        return {}
+    if not store.models():
+        return {}
+    data = store.dataset().load()
+    truth: Truth = {}
+    for i, text in enumerate(data.text.values.tolist()):
+        assert text not in truth, "a prompt is shown twice"
+        one = data.isel(prompt=i)
+        assert str(one.prompt.values) == lz.prompt_hash(text), "another prompt's label"
+        truth[text] = {str(name): one[name].values for name in one.data_vars if not np.isnan(one[name].values).all()}
+        for column in ("label", "split"):
+            if column in one.coords and one[column].values not in ("", None) and one[column].values == one[column].values:
+                truth[text][column] = one[column].values.item()
+    tokens = store.tokens()
+    for name in tokens.data_vars:
+        values, labels = tokens[name].values, tokens.prompt.values
+        for text in truth:
+            mine = values[:, labels == lz.prompt_hash(text)]
+            if mine.size and not np.isnan(mine).all():
+                truth[text][str(name)] = mine[~np.isnan(mine).all(axis=(1, 2))]  # layers that it has
+    return truth
+
+
+def same(a: Any, b: Any) -> bool:
+    one, other = np.asarray(a), np.asarray(b)
+    return bool(np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f"))
+
+
+def check_between(found: Truth, before: Truth, after: Truth) -> None:
+    """Each value is the one before or the one after; nothing is missing that was there before and is to be there after."""
+    for text, held in found.items():
+        assert text in before or text in after, f"{text!r} was never written"
+        for name, value in held.items():
+            wanted = [state[text][name] for state in (before, after) if name in state.get(text, {})]
+            assert any(same(value, one) for one in wanted), f"{name} of {text!r} is neither what it was nor what it is to be"
+    for text in before.keys() & after.keys():
+        assert text in found, f"{text!r} was committed, and is missing"
+        for name in before[text].keys() & after[text].keys():
+            assert name in found[text], f"{name} of {text!r} was committed, and is missing"
+
+
+def check_equal(found: Truth, truth: Truth) -> None:
+    assert found.keys() == truth.keys()
+    for text, held in truth.items():
+        assert found[text].keys() == held.keys(), text
+        for name, value in held.items():
+            assert same(found[text][name], value), f"{name} of {text!r}"
+
+
+# --------------------------------------------------------------------------------------------------------- the operations
+
+
+FIRST = make_batch(["a", "bb", "ccc"], seed=1, columns={"label": [1, 2, 3]})
+SECOND = make_batch(["bb", "dddd"], seed=2, columns={"label": [4, 5]})
+NEW = make_batch(["bb", "new"], seed=3, columns={"label": [6, 7]})
+THIRD = make_batch(["ccc", "e"], seed=4, columns={"label": [8, 9]})
+SPLIT = {"a": "train", "dddd": "test"}
+BEFORE = annotated(written(written({}, FIRST), SECOND), "split", SPLIT)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Something that writes.
+
+    Parameters
+    ----------
+    run : callable
+        Does it: given the folder of everything, and the store that may stop.
+    after : dict
+        What the store shows then.
+    before : dict
+        What it shows before.
+    prepare : callable
+        Makes the place, given the folder of everything.
+    place : str
+        Folder of the store that may stop.
+    again : callable, optional
+        What completes it, where that is not the same call.
+    kept : tuple of str
+        Folders that are not to change whatever happens.
+    between, done : callable, optional
+        What else must hold after a stop, and when it is through, given the folder of everything.
+    """
+
+    run: Callable[[Path, Store], object]
+    after: Truth
+    before: Truth
+    prepare: Callable[[Path], object]
+    place: str = "s"
+    again: Callable[[Path, Store], object] | None = None
+    kept: tuple[str, ...] = ()
+    between: Callable[[Path], object] = lambda base: None
+    done: Callable[[Path], object] = lambda base: None
+
+
+def fill(base: Path) -> Store:
+    store = lz.open_store(base / "s", durable=False)
+    store.write(GROUP, FIRST)
+    store.write(GROUP, SECOND)
+    store.annotate(MODEL, {"split": SPLIT})
+    shutil.copytree(base / "s", base / "was")
+    return store
+
+
+def check_identical(base: Path) -> None:
+    """The store shows to the last attribute, and in the same order, what it was made to show."""
+    xr.testing.assert_identical(lz.open_store(base / "s").dataset().load(), lz.open_store(base / "was").dataset().load())
+    xr.testing.assert_identical(lz.open_store(base / "s").tokens().load(), lz.open_store(base / "was").tokens().load())
+
+
+def check_merged(base: Path) -> None:
+    check_identical(base)
+    store = lz.open_store(base / "s")
+    store.gc(max_age=0)
+    store.compact(progress=False)
+    left = store.listing(GROUP)
+    assert [len([p for p in parts if p.info.name not in left.hidden]) for parts in (left.parts, left.annotations)] == [1, 1]
+    check_identical(base)
+
+
+def check_collected(base: Path) -> None:
+    check_identical(base)
+    store = lz.open_store(base / "s")
+    listing = store.listing(GROUP)
+    assert (len(listing.parts), len(listing.annotations), listing.unfinished) == (1, 1, ())
+    assert {path.name for path in (base / "s").rglob("*") if path.name.endswith(".partial")} == set()
+
+
+def check_empty(base: Path) -> None:
+    """Nothing is left that would show again with the next part."""
+    store = lz.open_store(base / "s")
+    assert not store.listing(GROUP).parts
+    assert not store.listing(GROUP).annotations
+
+
+def check_published(base: Path) -> None:
+    """The copy is what the store shows, and nothing else lies there."""
+    xr.testing.assert_identical(lz.open_store(base / "t").dataset().load(), lz.open_store(base / "s").dataset().load())
+    group = base / "t" / GROUP.name
+    assert sorted(path.name for path in group.iterdir()) == lz.open_store(base / "t").storage.list(GROUP.name)
+
+
+def fill_for_gc(base: Path) -> None:
+    """Replaced parts, and what writers leave that are killed before their commit and within it."""
+    store = fill(base)
+    store.compact(progress=False)
+    for n, moment in ((3, "half"), (10**9, "before")):
+        writer = Store(Stops(store.storage, n, moment=moment), durable=False).new_part(GROUP)
+        with contextlib.suppress(OSError):
+            writer.append(NEW)
+            writer.storage.stop = lambda: None  # type: ignore[attr-defined]
+            writer._write_columns()
+    (base / "s" / GROUP.name / f".zarr.json.{'0' * 12}.partial").write_bytes(b"{")
+
+
+def fill_two(base: Path) -> None:
+    """A store, and another one that already has a part of it."""
+    fill(base)
+    lz.open_store(base / "t", durable=False).write(GROUP, make_batch(["ccc"], seed=9))
+
+
+def fill_published(base: Path) -> None:
+    store = fill(base)
+    store.publish(base / "t", progress=False)
+    store.write(GROUP, THIRD)
+
+
+def fill_cache(base: Path) -> None:
+    folder = add_model(base / "cache", MODEL)
+    for i, text in enumerate(("a", "bb", "ccc")):
+        add_prompt(folder, text, prompt_tensors(i, pad=(1, 2), pooled=("mean",)))
+
+
+def of_cache() -> Truth:
+    tensors = {text: prompt_tensors(i, pad=(1, 2), pooled=("mean",)) for i, text in enumerate(("a", "bb", "ccc"))}
+    layers = (0, 1)
+    return {
+        text: {
+            "resid": np.stack([held[f"layer_{i}"][0, 1:-2] for i in layers]),
+            "resid_mean": np.stack([held[f"pooled_mean_layer_{i}"][0] for i in layers]),
+        }
+        for text, held in tensors.items()
+    }
+
+
+def ingest(base: Path, store: Store) -> None:
+    """As an extraction writes: many parts of a few prompts, on a thread of their own."""
+    with Ingest(store, GROUP, part_bytes=1500, part_seconds=0) as writing:
+        for batch in (NEW, THIRD):
+            for i in range(len(batch.sha256)):
+                writing.put(batch.take(i, i + 1))
+
+
+def own(base: Path, store: Store) -> None:
+    pooled = {"resid_mean": dict(zip(LAYERS, NEW.prompts["resid_mean"], strict=True))}
+    lz.write_activations(
+        store, model=MODEL, prompts=list(NEW.text or ()), pooled=pooled, provenance=GROUP.provenance, num_layers=GROUP.num_layers,
+        coords={"label": NEW.prompt_columns["label"]},
+    )  # fmt: skip
+
+
+def delete(base: Path, store: Store) -> None:
+    with contextlib.suppress(lz.errors.MissingPromptsError):  # where the first call had come that far
+        store.delete(MODEL, ["bb"])
+
+
+def drop(base: Path, store: Store) -> None:
+    with contextlib.suppress(lz.errors.InvalidArgumentError):  # likewise
+        store.drop(MODEL, ["resid"])
+
+
+def drop_layer(base: Path, store: Store) -> None:
+    store.drop(MODEL, ["resid"], layers=[1])
+
+
+def publish(base: Path, store: Store, *, overwrite: bool = False) -> None:
+    lz.open_store(base / "s", durable=False).publish(store.storage, progress=False, overwrite=overwrite)  # type: ignore[arg-type]
+
+
+def publish_again(base: Path, store: Store) -> None:
+    publish(base, store, overwrite=(base / "t" / "zarr.json").exists())
+
+
+POOLED = TokenBatch(sha256=NEW.sha256, text=NEW.text, layers=NEW.layers, prompts=NEW.prompts, prompt_columns=NEW.prompt_columns)
+COPIED = {**BEFORE, "ccc": {**BEFORE["ccc"], **written({}, make_batch(["ccc"], seed=9))["ccc"]}}
+# A column of a prompt that is there already is left as it is: and there it has none.
+COPIED["ccc"] = {name: value for name, value in COPIED["ccc"].items() if name != "label"}
+
+NO_LAYER_1 = {text: {**held, "resid": held["resid"][[0, 2]]} for text, held in BEFORE.items()}
+
+OPERATIONS: dict[str, Operation] = {
+    "the first part": Operation(lambda base, s: s.write(GROUP, FIRST), written({}, FIRST), {}, lambda base: None),
+    "a part": Operation(lambda base, s: s.write(GROUP, NEW), written(BEFORE, NEW), BEFORE, fill),
+    "own activations": Operation(own, written(BEFORE, POOLED), BEFORE, fill),
+    "an extraction": Operation(ingest, written(written(BEFORE, NEW), THIRD), BEFORE, fill),
+    "annotate": Operation(
+        lambda base, s: s.annotate(MODEL, {"split": {"bb": "dev", "a": "test"}}),
+        annotated(BEFORE, "split", {"bb": "dev", "a": "test"}), BEFORE, fill,
+    ),
+    "compact": Operation(lambda base, s: s.compact(progress=False), BEFORE, BEFORE, fill, between=check_identical, done=check_merged),
+    "gc": Operation(lambda base, s: s.gc(max_age=0), BEFORE, BEFORE, fill_for_gc, between=check_identical, done=check_collected),
+    "evict": Operation(lambda base, s: lz.evict(s, max_gb=0, min_age=0), {}, BEFORE, fill_for_gc, done=check_empty),
+    "clear": Operation(lambda base, s: lz.clear_cache(url=s), {}, BEFORE, fill_for_gc, done=check_empty),
+    "delete": Operation(delete, without(BEFORE, ("bb",)), BEFORE, fill),
+    "delete what was merged": Operation(delete, without(BEFORE, ("bb",)), BEFORE, fill_for_gc),
+    "drop": Operation(drop, without(BEFORE, variable="resid"), BEFORE, fill),
+    "drop a layer": Operation(drop_layer, NO_LAYER_1, BEFORE, fill),
+    "publish": Operation(publish, BEFORE, {}, fill, place="t", again=publish_again, kept=("s",), done=check_published),
+    "publish over a copy": Operation(
+        lambda base, s: publish(base, s, overwrite=True), written(BEFORE, THIRD), BEFORE, fill_published, place="t", kept=("s",),
+        done=check_published,
+    ),
+    "copy": Operation(
+        lambda base, s: lz.open_store(base / "s", durable=False).copy_to(s, progress=False),
+        COPIED, written({}, make_batch(["ccc"], seed=9)), fill_two, place="t", kept=("s",),
+    ),
+    "import": Operation(
+        lambda base, s: lz.import_safetensors(base / "cache", s, progress=False, part_bytes=200),
+        of_cache(), {}, fill_cache, kept=("cache",),
+    ),
+}  # fmt: skip
+
+
+def state_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stop_at(operation: Operation, base: Path, n: int, moment: str, stop: Callable[[], object]) -> bool:
+    """Do an operation with a storage that stops at its n-th call; returns whether it came to its end."""
+    storage = Stops(LocalStorage(base / operation.place), n, moment=moment, stop=stop)
+    try:
+        operation.run(base, Store(storage, durable=False))
+    except OSError as error:
+        if "plug" not in str(error):
+            raise
+        return False
+    return storage.after >= 0  # some take an error for no matter: a mark of use that cannot be made
+
+
+def check_stopped(operation: Operation, base: Path) -> None:
+    """What must hold after a stop, and that the same call once more completes it."""
+    root = base / operation.place
+    check_between(shown(root), operation.before, operation.after)
+    operation.between(base)
+    (operation.again or operation.run)(base, lz.open_store(root, durable=False) if operation.place == "s" else _as_it_is(root))
+    check_equal(shown(root), operation.after)
+    operation.done(base)
+
+
+def _as_it_is(root: Path) -> Store:
+    """A store of a place that may be a published copy, which cannot be opened for writing."""
+    return Store(LocalStorage(root), durable=False)
+
+
+# ---------------------------------------------------------------------------------------- children that die, and who checks
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Do something in a child of this process, and give its exit status."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:  # noqa: BLE001 — it must not come to the parent's code
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+DEAD = 77
+
+
+def kill_everywhere(name: str, base: Path, *, step: int, moments: tuple[str, ...]) -> int:
+    """Let a child end at every `step`-th storage call of an operation, and another one check; returns how many died."""
+    operation, dead = OPERATIONS[name], 0
+    template = base / "template"
+    template.mkdir(parents=True)
+    assert in_child(lambda: operation.prepare(template)) == 0
+    for moment in moments:
+        for n in range(0, 10_000, step):
+            work = base / f"{moment}-{n}"
+            shutil.copytree(template, work)
+
+            status = in_child(partial(stop_at, operation, work, n, moment, partial(os._exit, DEAD)))
+            assert status in (0, DEAD), f"{name}, call {n}, {moment}: {status}"
+            assert in_child(partial(check_stopped, operation, work)) == 0, f"{name}, stopped {moment} call {n}"
+            shutil.rmtree(work)
+            if status == 0:
+                break
+            dead += 1
+        else:
+            raise AssertionError(f"{name} never came to its end")
+    return dead
+
+
+# ------------------------------------------------------------------------------------------------------ at random moments
+
+
+TEXTS = ("a", "bb", "ccc", "dddd", "eeeee", "f")
+
+
+def random_step(rng: random.Random, truth: Truth) -> tuple[str, Truth, Callable[[Store], object]]:
+    """Something to do, what the store shows then, and how it is done."""
+    kinds = ["write", "write", "pooled", "compact", "gc", *(["annotate", "delete", "drop", "evict"] if truth else [])]
+    kind = rng.choice(kinds)
+    texts = rng.sample(TEXTS, rng.randint(1, 4))
+    seed = rng.randrange(10**6)
+    if kind in ("write", "pooled"):
+        batch = make_batch(texts, seed=seed, tokens=kind == "write", columns={"label": [seed] * len(texts)})
+        return kind, written(truth, batch), lambda s: s.write(GROUP, batch)
+    if kind == "annotate":
+        values = {text: str(seed) for text in rng.sample(sorted(truth), rng.randint(1, len(truth)))}
+        return kind, annotated(truth, "split", values), lambda s: s.annotate(MODEL, {"split": values})
+    if kind == "delete":
+        gone = tuple(rng.sample(sorted(truth), 1))
+        return kind, without(truth, gone), lambda s: s.delete(MODEL, gone)
+    if kind == "drop":
+        return kind, without(truth, variable="resid"), drop_if_there
+    if kind == "evict" and rng.random() < 0.3:
+        return kind, {}, lambda s: lz.evict(s, max_gb=0, min_age=0)
+    if kind == "gc":
+        return kind, truth, lambda s: s.gc(max_age=0)
+    return "compact", truth, lambda s: s.compact(progress=False)
+
+
+def drop_if_there(store: Store) -> None:
+    with contextlib.suppress(lz.errors.InvalidArgumentError, lz.errors.ModelNotStoredError):
+        store.drop(MODEL, ["resid"])
+
+
+def repeated(do: Callable[[Store], object], store: Store) -> None:
+    """Do again what was interrupted, where there is anything left to do."""
+    with contextlib.suppress(lz.errors.MissingPromptsError, lz.errors.ModelNotStoredError):
+        do(store)
+
+
+def check_killed(root: Path, before: Truth, after: Truth, do: Callable[[Store], object]) -> None:
+    check_between(shown(root), before, after)
+    repeated(do, lz.open_store(root, durable=False))
+    check_equal(shown(root), after)
+
+
+def kill_at_random(base: Path, rounds: int, seed: int) -> int:
+    """Kill children at random moments in the middle of random operations; returns how many were in the middle of one."""
+    root, truth, rng, kills = base / "s", Truth(), random.Random(seed), 0
+    for number in range(rounds):
+        todo: list[tuple[str, Truth, Callable[[Store], object]]] = []
+        state = truth
+        for _ in range(30):
+            step = random_step(rng, state)
+            todo.append(step)
+            state = step[1]
+        receive, send = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                store = lz.open_store(root, durable=number % 4 == 0)
+                os.write(send, b"r")
+                for _, _, do in todo:
+                    repeated(do, store)
+                    os.write(send, b"d")
+            except BaseException:  # noqa: BLE001 — it must not come to the parent's code
+                import traceback
+
+                traceback.print_exc()
+                os.write(send, b"!")
+            finally:
+                os._exit(0)
+        os.close(send)
+        assert os.read(receive, 1) == b"r"
+        time.sleep(rng.uniform(0, 0.15))
+        os.kill(child, 9)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+        told = b""
+        while some := os.read(receive, 1000):
+            told += some
+        os.close(receive)
+        assert b"!" not in told, f"round {number}: {[kind for kind, _, _ in todo][: len(told)]}"
+        done = len(told)
+        before = todo[done - 1][1] if done else truth
+        kills += killed and done < len(todo)
+        kind, truth, do = todo[done] if done < len(todo) else ("nothing", before, lambda store: None)
+        checked = in_child(partial(check_killed, root, before, truth, do))
+        assert checked == 0, f"round {number} of seed {seed}: killed in {kind}, number {done} of {[one for one, _, _ in todo][:done]}"
+        if number % 20 == 19:
+            assert in_child(lambda: lz.open_store(root).gc(max_age=0)) == 0
+            left = [p for p in root.rglob("*") if p.name.endswith(".partial")]
+            assert not left, f"gc left {left}"
+    return kills
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error")
+    # Python 3.12 warns of any fork beside threads, as those of BLAS are; the parent has none of its own.
+    warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+    with tempfile.TemporaryDirectory() as folder:
+        if sys.argv[1] == "everywhere":
+            names = sys.argv[4].split(",") if len(sys.argv) > 4 else list(OPERATIONS)
+            for place, each in enumerate(names):
+                count = kill_everywhere(each, Path(folder, str(place)), step=int(sys.argv[2]), moments=tuple(sys.argv[3].split(",")))
+                sys.stdout.write(f"{each}: {count}\n")
+        else:
+            sys.stdout.write(f"kills {kill_at_random(Path(folder), int(sys.argv[2]), int(sys.argv[3]))}\n")
