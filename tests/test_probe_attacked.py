@@ -14,7 +14,7 @@ import xarray as xr
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
 from lmprobe_zarr.errors import AmbiguousProvenanceError, CacheWarning, InvalidArgumentError, LabelError, NumberRangeError, ReadOnlyError
-from lmprobe_zarr.store.upkeep import evict as maintenance
+from lmprobe_zarr.store.upkeep import delete as delete_module
 
 pytestmark = pytest.mark.model
 torch = pytest.importorskip("torch")
@@ -171,7 +171,7 @@ def test_a_deletion_that_was_interrupted_is_completed_by_the_next(tmp_path: Path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(maintenance, "remove_part", interrupted)
+        patch.setattr(delete_module, "remove_part", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.delete("m", ["the very private"])
     assert len(lz.open_store(store.url).dataset().prompt) == 1, "hidden already"

@@ -1,8 +1,10 @@
 """Probes: what they learn from, how they are fitted, scored, saved and looked into.
 
 ``classifiers``, ``pipelines``, ``coefficients``, ``files`` and ``metrics`` know one matrix ``(prompt, hidden)`` with its labels,
-``labels`` and ``folds`` prompts without activations; ``fits`` puts them together for one layer. Never stores, files on disk,
-schedulers or plots. scikit-learn is imported when a probe is made, not before.
+``labels`` and ``folds`` prompts without activations; ``fit`` puts them together for one layer. Others import from here, or from
+``metrics``, ``controls``, ``token_controls`` and ``curves``.
+
+Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before.
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from typing import Final
 from lmprobe_zarr.errors import (
     AlreadyCommittedError,
 )
+from lmprobe_zarr.typing import Buffer
 
-__all__ = ["REMOTE_THREADS", "Buffer", "Entry", "Storage"]
+__all__ = ["REMOTE_THREADS", "Entry", "Storage"]
 
-Buffer = bytes | memoryview
 REMOTE_THREADS: Final = 32  # that read from and write to a remote place at the same time
 
 

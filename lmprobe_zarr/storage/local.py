@@ -22,7 +22,8 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     UnreachableError,
 )
-from lmprobe_zarr.storage.base import Buffer, Entry, Storage, check_same
+from lmprobe_zarr.storage.base import Entry, Storage, check_same
+from lmprobe_zarr.typing import Buffer
 
 __all__ = ["LocalStorage"]
 

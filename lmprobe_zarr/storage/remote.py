@@ -15,8 +15,9 @@ from lmprobe_zarr.errors import (
     LmprobeZarrError,
     StoreNotFoundError,
 )
-from lmprobe_zarr.storage.base import REMOTE_THREADS, Buffer, Entry, Storage, check_same
+from lmprobe_zarr.storage.base import REMOTE_THREADS, Entry, Storage, check_same
 from lmprobe_zarr.storage.client_errors import as_our_error, response_code, without_secrets
+from lmprobe_zarr.typing import Buffer
 
 __all__ = ["FsspecStorage"]
 

@@ -1,4 +1,7 @@
-"""``docs/errors.md``: every error class with its message as it prints, each provoked. ``python tests/docs/errors_page.py`` writes it again."""
+"""``docs/errors.md``: every error class with its message as it prints, each provoked.
+
+``python tests/docs/errors_page.py`` writes the page again.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ Whatever the package raises on purpose is a `LmprobeZarrError` from `lmprobe_zar
 nearest, so that `except ValueError` and friends go on working. A message says what was given, what was expected, and what to do, in at
 most two lines; the command line prints it after `lmprobe-zarr: ` and exits with 1.
 
-Each message below was provoked by `tests/docs/errors_page.py`, which writes this page; `tests/docs/test_errors_page.py` fails where it would
-write another one. Your data lies in `/data` here.
+`tests/docs/errors_page.py` provokes each message below and writes this page; `tests/docs/test_errors_page.py` fails where it would write
+another one. Your data lies in `/data` here.
 """
 
 

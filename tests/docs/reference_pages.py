@@ -53,8 +53,8 @@ ENVIRONMENT_HEAD = """# Environment variables
 Each is read when its setting is first needed, and again after `lz.config.reload()`; nothing is read when the package is imported. What a
 function sets overrides it, and neither rules a store that a call names. A value that cannot be used is an error that names the variable.
 
-This page is written from `lmprobe_zarr.config.SETTINGS`, by `python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py` fails where
-the two differ. What the settings are for is told on the page about [the cache](caching.md).
+This page is written from `lmprobe_zarr.config.SETTINGS`, by `python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py`
+fails where the two differ. The page about [the cache](caching.md) says what the settings are for.
 """
 
 

@@ -64,8 +64,8 @@ def test_the_files_and_names_of_the_page_are_there() -> None:
         assert (ROOT / name).exists(), name
     for target in re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", PAGE, re.MULTILINE):
         assert re.search(rf"^{''.join(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", PAGE):
         assert f"def {name}(" in tests, name
-    assert "NAMES" in (ROOT / "tests" / "test_probes.py").read_text()
+    assert "NAMES" in (ROOT / "tests" / "probes" / "test_classifiers.py").read_text()
     assert "_KINDS" in (ROOT / "lmprobe_zarr" / "probes" / "files.py").read_text()

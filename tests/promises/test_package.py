@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,108 +16,141 @@ from lmprobe_zarr import errors
 
 PACKAGE = Path(lz.__file__).parent
 
-# A room imports only from rows above its own.
-ROOMS = [
-    {"errors"},
-    {"cluster", "pooling", "ragged", "layers", "precision", "progress", "display"},
-    {"epochs", "reused"},
-    {"config", "sites"},
-    {"log"},
-    {"plan", "batch"},
-    {"schema", "holdings", "prompt_files", "safetensors_file", "summaries"},
-    {"storage", "blosc_frame"},
-    {"chunks", "frozen", "index"},
-    {"writer", "virtual", "bridges"},
-    {"view"},
-    {"datasets", "reread", "rows"},
-    {"streaming"},
-    {"torch_streaming"},
-    {"maintenance", "verifying"},
-    {"card", "compaction", "contents"},
-    {"copying", "dropping", "garbage"},
-    {"publishing", "repairing"},
-    {"store"},
-    {"activations", "backend", "ingest", "legacy"},
-    {"extraction", "probes"},
-    {"planning"},
-    {"gathering"},
-    {"score_store", "comparing", "directions"},
-    {"cache", "missing", "sweep", "token_blocks", "token_masks", "transferring", "importing", "exporting", "profiles"},
-    {"shares"},
-    {"build", "plots", "transfer"},
-    {"supply"},
-    {"probe"},
-    {"training"},
-    {"accessor", "report"},
-    {"token_probes"},
-    {"__init__"},
-    {"demo"},
-    {"cli"},
-    {"__main__"},
+# A room imports only from lines above its own. A folder is a room, and so is a file of the root.
+ORDER = [
+    "errors typing display progress safetensors_file version",
+    "batch storage tasks",
+    "tokens config plots",
+    "probes log",
+    "store.format store.parts store.upkeep store sweeps",
+    "bridges streaming backend",
+    "extraction.models extraction accessor",
+    "cache probe demo",
+    "reports",
+    "__init__",
+    "cli",
+    "__main__",
 ]
-# What a room must never know, whatever the row.
-NEVER = {
-    "extraction": {"store", "storage", "writer", "view", "chunks", "schema"},
-    "bridges": {"store", "writer", "view", "virtual", "chunks", "ingest", "extraction"},
-    "importing": {"extraction", "missing", "build", "writer"},
-    "exporting": {"extraction", "writer", "ingest", "storage"},
-    "transfer": {"extraction", "missing", "build", "writer"},
-    "probes": {"store", "storage", "view"},
-    "sweep": {"store", "storage", "plots"},
-    "missing": {"writer", "ingest"},
-    "view": {"writer"},
-    "writer": {"view", "virtual"},
+# Inside a room, from the bottom up: inner rooms, or groups of modules.
+INNER = {
+    "store": ["store.format", "store.parts", "store.upkeep", "store"],
+    "extraction": ["extraction.models", "extraction"],
+    "root": ["errors typing version", "display progress safetensors_file"],
 }
+# What a module must never know, whatever the line.
+NEVER = [
+    ("storage", "store.format"),
+    ("store.format", "storage"),
+    ("bridges.(entry|files|tensors|arrays|lmprobe_v1|lmprobe_v2|lmprobe_write)", "store(?!.format)"),
+    ("extraction.models", "store"),
+]
 
 
-def imports_of(path: Path) -> set[str]:
-    found: set[str] = set()
+class Face(NamedTuple):
+    """What a room's ``__init__`` says: its docstring, and the names that others may use."""
+
+    doc: str
+    names: frozenset[str]
+
+
+def face_of(path: Path) -> Face:
+    tree = ast.parse(path.read_text())
+    lists = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    return Face(ast.get_docstring(tree) or "", frozenset(ast.literal_eval(lists[0])) if lists else frozenset())
+
+
+LINE = {room: number for number, rooms in enumerate(ORDER) for room in rooms.split()}
+RANK = {room: number for inner in INNER.values() for number, rooms in enumerate(inner) for room in rooms.split()}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name below it; a face by the name of its folder."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def room_of(module: str) -> str:
+    """The room that a module lies in: the innermost folder that the order names."""
+    parts = module.split(".")
+    return next(room for n in (2, 1) if (room := ".".join(parts[:n])) in LINE)
+
+
+def imports_of(path: Path) -> set[tuple[str, str]]:
+    """What a file imports of the package, also inside functions and for types alone: modules, and the name of each."""
+    known = modules()
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "lmprobe_zarr" else [node.module]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("lmprobe_zarr.") and len(name.split(".")) > 1}
-        found |= {"__init__"} if "lmprobe_zarr" in names else set()
+        if isinstance(node, ast.Import):
+            found |= {
+                (alias.name.partition(".")[2] or "__init__", "") for alias in node.names if alias.name.split(".")[0] == "lmprobe_zarr"
+            }
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lmprobe_zarr":
+            module = node.module.partition(".")[2]
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".removeprefix(".")
+                is_module = inner in known and alias.name not in (FACES[module].names if module in FACES else ())
+                found.add((inner, "") if is_module else (module or "__init__", alias.name))
     return found
 
 
-def rooms() -> dict[str, list[Path]]:
-    found = {path.stem: [path] for path in PACKAGE.glob("*.py")}
-    return found | {folder.name: sorted(folder.glob("*.py")) for folder in PACKAGE.iterdir() if (folder / "__init__.py").exists()}
+FACES = {module: face_of(path) for module, path in modules().items() if path.name == "__init__.py" and module != "__init__"}
 
 
-def test_every_room_has_its_row() -> None:
-    assert set(rooms()) == set().union(*ROOMS)
+def test_every_room_has_its_line() -> None:
+    assert {room_of(module) for module in modules()} == set(LINE)
 
 
 def test_imports_only_go_down() -> None:
-    row = {name: i for i, names in enumerate(ROOMS) for name in names}
-    for room, paths in rooms().items():
-        for path in paths:
-            for other in imports_of(path) - {room, "__version__"}:
-                assert other in row, f"{path.name} imports {other}"
-                assert row[other] < row[room], f"{path.name} in row {row[room]} imports {other} in row {row[other]}"
-                assert other not in NEVER.get(room, set()), f"{room} must not know {other}"
+    for module, path in modules().items():
+        room = room_of(module)
+        for other, name in imports_of(path):
+            there = room_of(other)
+            if there == room:
+                continue
+            below = LINE[there] < LINE[room] or (LINE[there] == LINE[room] and RANK.get(there, 99) < RANK.get(room, -1))
+            assert below, f"{module} imports {other}, which is not below {room}"
+            assert not name.startswith("_") or name == "__version__", f"{module} imports {name}, which is private to {other}"
+
+
+def test_what_must_not_be_known_is_not_known() -> None:
+    for module, path in modules().items():
+        for other, _ in imports_of(path):
+            for room, unknown in NEVER:
+                if re.match(rf"{room}(\.|$)", module):
+                    assert not re.match(rf"{unknown}(\.|$)", other), f"{module} must not know {other}"
+
+
+def test_another_room_is_entered_by_its_face() -> None:
+    for module, path in modules().items():
+        for other, name in imports_of(path):
+            room = room_of(other)
+            if room == room_of(module) or room not in FACES:
+                continue
+            if other == room and not name:
+                continue  # the face itself
+            if other == room:
+                assert name in FACES[room].names, f"{module} imports {name}, which {room} does not name in __all__"
+            else:
+                assert f"``{other.removeprefix(room + '.')}``" in FACES[room].doc, (
+                    f"{module} imports {other}, which the face of {room} does not name"
+                )
 
 
 def test_only_config_reads_the_environment() -> None:
-    for room, paths in rooms().items():
-        for path in paths:
-            if room != "config":
-                assert "environ" not in path.read_text(), path.name
+    for module, path in modules().items():
+        if module != "config":
+            assert "environ" not in path.read_text(), path.name
 
 
 def test_nothing_pickles_or_evaluates() -> None:
-    for paths in rooms().values():
-        for path in paths:
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
-                    assert not names & {"pickle", "cloudpickle", "joblib", "marshal", "shelve"}, path.name
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                    assert node.func.id not in {"eval", "exec"}, path.name
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "cloudpickle", "joblib", "marshal", "shelve"}, path.name
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec"}, path.name
 
 
 def run_python(code: str) -> str:

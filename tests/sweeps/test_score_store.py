@@ -242,13 +242,14 @@ def test_a_sweep_on_s3_goes_on_where_it_was_interrupted(s3: Any, fitted: list[tu
     np.testing.assert_array_equal(xr.open_zarr(place).accuracy, scores.accuracy)
 
 
+HERE = Path(__file__).parent
 SCRIPT = """
 import sys, time
 import numpy as np
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_score_store import OPTIONS, activations
 from lmprobe_zarr import sweep as package
-import lmprobe_zarr.sweep
+import lmprobe_zarr.sweeps.sweep
 from lmprobe_zarr.probes import fit
 run = fit.fit_task
 def slow(plan, task, values):
@@ -265,7 +266,10 @@ def test_kill_9_in_the_middle_and_another_process_goes_on_to_the_same_scores(tmp
     # What it says is kept in a file: a full pipe would stop it.
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(place), str(SUPPORT)], stdout=said, stderr=said, cwd=Path(__file__).parent
+            [sys.executable, "-c", SCRIPT, str(place), str(Path(__file__).parent), str(SUPPORT)],
+            stdout=said,
+            stderr=said,
+            cwd=Path(__file__).parent,
         )
         deadline = time.monotonic() + 60
         while len(list((place / "done").glob("c.*"))) < layers_before:

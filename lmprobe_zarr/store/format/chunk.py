@@ -12,9 +12,8 @@ from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
 from lmprobe_zarr.batch import fill_value
-from lmprobe_zarr.storage import Buffer
 from lmprobe_zarr.store.format.array import ArrayInfo
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, Buffer
 
 __all__ = ["TEXT_BYTES", "encode_chunk", "file_entry", "is_intact"]
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from lmprobe_zarr.errors import ReadOnlyError
-from lmprobe_zarr.storage import Buffer, Entry, Storage
+from lmprobe_zarr.storage import Entry, Storage
 from lmprobe_zarr.store.format import Published
+from lmprobe_zarr.typing import Buffer
 
 __all__ = ["FrozenStorage"]
 

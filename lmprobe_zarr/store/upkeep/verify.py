@@ -17,7 +17,7 @@ import numpy as np
 
 from lmprobe_zarr.batch import SCALARS, count_odd
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, UnsupportedVersionError
-from lmprobe_zarr.storage import Buffer, Storage, run_all
+from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -37,6 +37,7 @@ from lmprobe_zarr.store.format import (
 )
 from lmprobe_zarr.store.parts import FrozenStorage, Part
 from lmprobe_zarr.store.upkeep.problems import OddValues, Problem, ProblemKind, VerifySummary
+from lmprobe_zarr.typing import Buffer
 
 __all__ = ["MADE", "Fault", "FoundGroup", "FoundPart", "StoreScan", "check_files", "problems_of", "scan_store", "verify_stores"]
 
