@@ -411,6 +411,34 @@ def test_an_aborted_part_leaves_nothing(store: Store) -> None:
     assert len(part_names(store)) == 1
 
 
+def test_a_context_that_ends_without_a_commit_leaves_nothing(store: Store) -> None:
+    store.write(GROUP, make_batch(["a"]))
+    with pytest.raises(KeyError, match="stopped"), store.new_part(GROUP) as writer:
+        writer.append(make_batch(["b"]))
+        raise KeyError("stopped")
+    with store.new_part(GROUP) as writer:
+        writer.append(make_batch(["c"]))
+    assert len(part_names(store)) == 1
+
+
+def test_a_context_leaves_what_it_has_committed(store: Store) -> None:
+    with pytest.raises(KeyError, match="after the commit"), store.new_part(GROUP) as writer:
+        writer.append(make_batch(["a"]))
+        writer.commit()
+        raise KeyError("after the commit")
+    assert store.dataset().text.values.tolist() == ["a"]
+
+
+def test_cleaning_up_after_an_error_never_hides_the_error(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(key: str) -> None:
+        raise PermissionError(key)
+
+    with pytest.raises(KeyError, match="first"), store.new_part(GROUP) as writer:
+        writer.append(make_batch(["a"]))
+        monkeypatch.setattr(writer.storage, "remove_tree", fail)
+        raise KeyError("first")
+
+
 def test_batches_that_do_not_fit_the_first_are_refused(store: Store) -> None:
     writer = store.new_part(GROUP)
     writer.append(make_batch(["a"]))

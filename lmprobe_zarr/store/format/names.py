@@ -14,7 +14,27 @@ from typing import Any, Final, Literal, TypeAlias
 from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, UnsupportedVersionError
 
-__all__ = ["ANNOTATIONS", "COLUMN_NAME", "FORMAT", "FORMAT_VERSION", "GROUP_NAME", "LEVELS", "STAMPS", "Level", "validate_column_names"]
+__all__ = [
+    "ANNOTATIONS",
+    "COLUMN_NAME",
+    "FORMAT",
+    "FORMAT_COLUMNS",
+    "FORMAT_VERSION",
+    "GROUP_NAME",
+    "LEVELS",
+    "MADE_BY_WRITER",
+    "PROMPT_COLUMNS",
+    "SAMPLE_DIM",
+    "STAMPS",
+    "TOKEN_COLUMNS",
+    "Json",
+    "Level",
+    "check_version",
+    "consolidated",
+    "dump",
+    "reason_of",
+    "validate_column_names",
+]
 
 STAMPS: Final = ".used"
 
@@ -33,6 +53,11 @@ SAMPLE_DIM: Final[Mapping[Level, str]] = {"prompts": "prompt", "tokens": "token"
 PROMPT_COLUMNS: Final = ("prompt", "prompt_sha256", "text", "n_tokens", "prompt_length")
 TOKEN_COLUMNS: Final = ("prompt_row", "position", "token_id", "char_start", "char_end")
 DIMENSIONS: Final = ("prompt", "token", "layer", "hidden")
+FORMAT_COLUMNS: Final = frozenset({*PROMPT_COLUMNS, *TOKEN_COLUMNS, "layer"})
+# Columns that the writer makes itself, from the part's index: no batch holds them, and what is lost of them can be written again.
+MADE_BY_WRITER: Final = frozenset(
+    {"prompts/prompt", "prompts/prompt_sha256", "prompts/n_tokens", "prompts/layer", "tokens/layer", "tokens/prompt_row"}
+)
 COLUMN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 Json: TypeAlias = dict[str, Any]
 

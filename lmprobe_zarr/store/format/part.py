@@ -17,6 +17,7 @@ from lmprobe_zarr.store.format.array import ArrayInfo, is_variable, lengths_of, 
 from lmprobe_zarr.store.format.group import GroupInfo
 from lmprobe_zarr.store.format.names import (
     FORMAT,
+    FORMAT_COLUMNS,
     FORMAT_VERSION,
     LEVELS,
     SAMPLE_DIM,
@@ -28,7 +29,7 @@ from lmprobe_zarr.store.format.names import (
     reason_of,
 )
 
-__all__ = ["PartInfo", "parse_part", "parse_part_group", "part_document"]
+__all__ = ["PartInfo", "level_document", "parse_part", "parse_part_group", "part_document"]
 
 # Nothing else is ever written, copied or removed by the word of a part's document: a key that climbs would lead out of the store.
 _FILE_KEY: Final = re.compile(r"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
@@ -86,6 +87,22 @@ class PartInfo:
         """Arrays of one level, by their names in it."""
         return {key.removeprefix(f"{level}/"): info for key, info in self.arrays.items() if key.startswith(f"{level}/")}
 
+    @property
+    def activations(self) -> dict[str, ArrayInfo]:
+        """Arrays that hold activations, or numbers that a model computes; by their keys, as ``"tokens/resid"``."""
+        return {key: array for key, array in self.arrays.items() if is_variable(key.partition("/")[2], array)}
+
+    @property
+    def own_columns(self) -> dict[str, ArrayInfo]:
+        """The user's own columns, one value per prompt; by their keys, as ``"prompts/label"``."""
+        columns = {name: array for name, array in self.variables("prompts").items() if not is_variable(name, array)}
+        return {f"prompts/{name}": array for name, array in columns.items() if name not in FORMAT_COLUMNS}
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the part was written with compression."""
+        return any(array.shuffle is not None for array in self.arrays.values())
+
 
 def part_document(info: PartInfo, group: GroupInfo) -> bytes:
     """The ``zarr.json`` that commits a part: a Zarr v3 group with consolidated metadata and the part's index."""
@@ -109,7 +126,7 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
         "recorded": dict(info.recorded),
         "files": {key: list(value) for key, value in info.files.items()},
     }
-    metadata: Json = {level: level_document(info, level, nested=False) for level in LEVELS if info.variables(level)}
+    metadata: Json = {level: level_document(arrays, level, nested=False) for level in LEVELS if (arrays := info.variables(level))}
     metadata |= {key: array.to_document() for key, array in info.arrays.items()}
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes, "consolidated_metadata": consolidated(metadata)}
     data = bytearray(dump(document, sort=False))
@@ -117,9 +134,11 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
     return bytes(data)
 
 
-def level_document(info: PartInfo, level: Level, *, nested: bool = True) -> Json:
-    """The document of a part's ``prompts`` or ``tokens`` group; plain xarray takes the columns as coordinates from it."""
-    arrays = info.variables(level)
+def level_document(arrays: Mapping[str, ArrayInfo], level: Level, *, nested: bool = True) -> Json:
+    """The document of a part's ``prompts`` or ``tokens`` group; `arrays` are those of the level, by their names in it.
+
+    Plain xarray makes coordinates of the columns that it names.
+    """
     samples = (SAMPLE_DIM[level],)
     columns = [name for name, array in arrays.items() if array.dims == samples and not is_variable(name, array) and name != samples[0]]
     document: Json = {"zarr_format": 3, "node_type": "group", "attributes": {"coordinates": " ".join(columns)} if columns else {}}

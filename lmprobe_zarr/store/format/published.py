@@ -32,7 +32,7 @@ def published_document(published: Published, groups: Mapping[str, GroupInfo], pa
         # The index and the table of files stand in the part's own document only: once is enough, and they are large.
         few = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": part.kind, "group": part.group, "name": part.name}
         metadata[key] = {"zarr_format": 3, "node_type": "group", "attributes": few}
-        levels = {f"{key}/{level}": level_document(part, level, nested=False) for level in LEVELS if part.variables(level)}
+        levels = {f"{key}/{level}": level_document(arrays, level, nested=False) for level in LEVELS if (arrays := part.variables(level))}
         metadata |= levels | {f"{key}/{name}": array.to_document() for name, array in part.arrays.items()}
     attributes: Json = {
         "format": FORMAT,

@@ -12,7 +12,8 @@ from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +81,8 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
 class PartWriter:
     """Writes one part.
 
+    Use it as a context: what was not committed when the context ends, for whatever reason, is removed.
+
     Parameters
     ----------
     storage : Storage
@@ -135,6 +138,7 @@ class PartWriter:
         self._layers: tuple[int, ...] = ()
         self._whole_prompts = True
         self._unfinished = False
+        self._ended = False  # committed or aborted
 
     def __len__(self) -> int:
         """Prompts so far."""
@@ -255,6 +259,7 @@ class PartWriter:
         for key, buffer in self._variables.items():
             self._arrays[key] = buffer.finish()
         self._write_columns()
+        self._write_documents()
         info = PartInfo(
             group=self.group.name,
             name=self.name,
@@ -263,18 +268,11 @@ class PartWriter:
             n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else None,
             layers=self._layers,
             arrays=dict(sorted(self._arrays.items())),
-            files={},
+            files=dict(sorted(self._files.items())),
             recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
             replaces=self.replaces,
             odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
         )
-        texts: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in info.arrays.items()}
-        texts |= {f"{level}/zarr.json": level_document(info, level) for level in LEVELS if info.variables(level)}
-        for name, text in texts.items():
-            data = json.dumps(text, allow_nan=False, separators=(",", ":")).encode()
-            self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
-            self._files[name] = file_entry(data, chunk=False)
-        object.__setattr__(info, "files", dict(sorted(self._files.items())))
         document = part_document(info, self.group)
         parse_part(document, self.path)  # what we could not read must not become visible
         if not self.alone:
@@ -287,12 +285,36 @@ class PartWriter:
                 "than the longest pause of a writer, and write it again"
             )
         self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable, replace=False)
+        self._ended = True
         return info
 
     def abort(self) -> None:
         """Remove what was written, unless it is visible: an interruption may come between the commit and its return."""
+        self._ended = True
         if not self.storage.is_file(f"{self.path}/zarr.json"):
             self.storage.remove_tree(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._ended:
+            return
+        with suppress(OSError):  # what cannot be removed is garbage, and the error that ended the context is the one to raise
+            self.abort()
+
+    def _write_documents(self) -> None:
+        """Write the ``zarr.json`` of every array and of both levels."""
+        arrays = dict(sorted(self._arrays.items()))
+        documents: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in arrays.items()}
+        for level in LEVELS:
+            mine = {key.removeprefix(f"{level}/"): array for key, array in arrays.items() if key.startswith(f"{level}/")}
+            if mine:
+                documents[f"{level}/zarr.json"] = level_document(mine, level)
+        for name, document in documents.items():
+            data = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+            self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
+            self._files[name] = file_entry(data, chunk=False)
 
     def _write_columns(self) -> None:
         columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}

@@ -23,6 +23,7 @@ from lmprobe_zarr.store.format import (
     LEVELS,
     PROMPT_COLUMNS,
     GroupInfo,
+    Level,
     PartInfo,
     file_entry,
     is_variable,
@@ -280,7 +281,8 @@ def _own_columns(info: PartInfo) -> set[str]:
 def _document(info: PartInfo, name: str) -> bytes:
     """A ``zarr.json`` below a part, as the writer makes it."""
     folder = name.rpartition("/")[0]
-    document = info.arrays[folder].to_document() if "/" in folder else level_document(info, "tokens" if folder == "tokens" else "prompts")
+    level: Level = "tokens" if folder == "tokens" else "prompts"
+    document = info.arrays[folder].to_document() if "/" in folder else level_document(info.variables(level), level)
     return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
 
 

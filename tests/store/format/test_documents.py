@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import google_crc32c
@@ -15,7 +16,7 @@ from lmprobe_zarr.batch.sites import split_variable
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, NotAStoreError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo, parse_array
 from lmprobe_zarr.store.format.group import GroupInfo, parse_group
-from lmprobe_zarr.store.format.names import validate_column_names
+from lmprobe_zarr.store.format.names import PROMPT_COLUMNS, validate_column_names
 from lmprobe_zarr.store.format.part import PartInfo, parse_part, part_document
 from lmprobe_zarr.store.format.part_names import new_part_name
 from lmprobe_zarr.store.format.root import parse_root, root_document
@@ -43,6 +44,18 @@ def test_a_part_document_reads_back_as_what_was_written() -> None:
     assert read.layers == (0, 5)
     assert read.arrays == PART.arrays
     assert {k: tuple(v) for k, v in read.files.items()} == PART.files
+
+
+def test_a_part_knows_its_activations_and_the_users_own_columns() -> None:
+    column = ArrayInfo(dims=("prompt",), shape=(3,), chunks=(3,), dtype="int64", shuffle=None)
+    spread = ArrayInfo(dims=("token",), shape=(6,), chunks=(6,), dtype="float32", shuffle=None)
+    columns = {f"prompts/{name}": column for name in (*PROMPT_COLUMNS, "label")}
+    arrays = {"prompts/resid_mean": ARRAY, "prompts/layer": LAYER, "tokens/position": POSITION, "tokens/surprisal": spread, **columns}
+    part = replace(PART, arrays=arrays)
+    assert set(part.activations) == {"prompts/resid_mean", "tokens/surprisal"}
+    assert set(part.own_columns) == {"prompts/label"}
+    assert part.compressed
+    assert not replace(PART, arrays=columns).compressed
 
 
 def test_any_changed_byte_of_a_part_document_is_noticed() -> None:
