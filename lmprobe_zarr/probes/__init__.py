@@ -37,12 +37,12 @@ from lmprobe_zarr.probes.labels import (
     parse_sides,
     show_prompts,
 )
-from lmprobe_zarr.probes.layer import bad_rows, computable, fits_running, read_layer
+from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_classification, evaluate_regression
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.probes.sufficient import (
     EXACT,
-    Moments,
+    ClassMoments,
     Solution,
     Unit,
     empty_moments,
@@ -52,28 +52,28 @@ from lmprobe_zarr.probes.sufficient import (
     solve,
     unit_of,
 )
-from lmprobe_zarr.probes.task import Fit, NotFiniteError, Plan, Source, Task
-from lmprobe_zarr.probes.token_labels import Examples, TokenFolds, cells_of, plan_token_folds, select_examples, show_rows
+from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, FitVariable, NotFiniteError
+from lmprobe_zarr.probes.token_labels import LabelledTokens, TokenFolds, cells_of, plan_token_folds, select_labelled_tokens, show_rows
 
 __all__ = [
     "EXACT",
-    "Examples",
+    "ClassMoments",
     "Fit",
+    "FitPlan",
+    "FitTask",
+    "FitVariable",
     "Groups",
+    "LabelledTokens",
     "Labels",
-    "Moments",
     "NotFiniteError",
-    "Plan",
     "PreprocessingStep",
     "Solution",
-    "Source",
-    "Task",
     "TokenFolds",
     "Unit",
     "accuracy",
     "as_array",
+    "as_fit_dtype",
     "auroc",
-    "bad_rows",
     "bare_variable",
     "calibration_curves",
     "cells_of",
@@ -83,7 +83,6 @@ __all__ = [
     "check_weights",
     "class_scores",
     "coefficients",
-    "computable",
     "converged",
     "dump_probe",
     "empty_moments",
@@ -102,6 +101,7 @@ __all__ = [
     "make_probe",
     "merge_moments",
     "named_probes",
+    "not_finite_rows",
     "number_repeats",
     "order_of",
     "parse_groups",
@@ -116,7 +116,7 @@ __all__ = [
     "read_layer",
     "roc_curves",
     "scaling_of",
-    "select_examples",
+    "select_labelled_tokens",
     "show_prompts",
     "show_rows",
     "solve",

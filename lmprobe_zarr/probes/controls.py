@@ -25,7 +25,7 @@ from lmprobe_zarr.probes.labels import Labels, bare_variable, list_prompts, show
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.typing import Array
 
-__all__ = ["CONTROLS", "Entry", "list_entries", "make_entry", "parse_controls", "read_features", "shuffle_labels"]
+__all__ = ["CONTROLS", "Trial", "list_trials", "make_estimator", "parse_controls", "read_features", "shuffle_labels"]
 
 #: Every control by name, and what it says.
 CONTROLS: Final[Mapping[str, str]] = {
@@ -39,7 +39,7 @@ CONTROLS: Final[Mapping[str, str]] = {
     "random_direction": "logistic regression on the activations' projection on one random direction",
     "majority": "the most frequent label (of a regression: the mean) for every prompt",
 }
-#: What an entry is fitted on where that is no stored layer.
+#: What a trial is fitted on where that is no stored layer.
 ACTIVATIONS: Final = "activations"
 DIRECTION: Final = "random_direction"
 LAYER_0: Final = "layer_0"
@@ -47,7 +47,7 @@ _SIMPLE: Final[Mapping[str, str]] = {"classification": "logistic_regression", "r
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Trial:
     """One place along ``probe``.
 
     Parameters
@@ -96,7 +96,7 @@ class Entry:
         return self.features in (ACTIVATIONS, LAYER_0) and has_strength(self.probe)
 
 
-def list_entries(probes: Mapping[str, Any], controls: Mapping[str, Any], task: str) -> tuple[Entry, ...]:
+def list_trials(probes: Mapping[str, Any], controls: Mapping[str, Any], task: str) -> tuple[Trial, ...]:
     """Probes and controls, in this order.
 
     Parameters
@@ -111,26 +111,26 @@ def list_entries(probes: Mapping[str, Any], controls: Mapping[str, Any], task: s
     InvalidArgumentError
         A control has the name of a probe.
     """
-    entries = [Entry(name, probe) for name, probe in probes.items()]
+    trials = [Trial(name, probe) for name, probe in probes.items()]
     first = next(iter(probes.values()))
     for name, given in controls.items():
         if given is not None:
-            entries.append(Entry(name, _SIMPLE[task], name, name))
+            trials.append(Trial(name, _SIMPLE[task], name, name))
         elif name == "shuffled_labels":
-            entries += [Entry(f"{name}:{probe}", estimator, name, shuffled=True) for probe, estimator in probes.items()]
+            trials += [Trial(f"{name}:{probe}", estimator, name, shuffled=True) for probe, estimator in probes.items()]
         elif name in ("bag_of_words", "tfidf"):
-            entries.append(Entry(name, _SIMPLE[task], name, "text"))
+            trials.append(Trial(name, _SIMPLE[task], name, "text"))
         elif name in ("layer_0", "embed"):
-            entries.append(Entry(name, first, name, name))
+            trials.append(Trial(name, first, name, name))
         else:
-            entries.append(Entry(name, name if name == "majority" else _SIMPLE[task], name, name))
-    names = [entry.name for entry in entries]
+            trials.append(Trial(name, name if name == "majority" else _SIMPLE[task], name, name))
+    names = [trial.name for trial in trials]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InvalidArgumentError(
             f"a probe and a control are both called {twice!r}: give the probe as {{'another name': …}}, or leave one out"
         )
-    return tuple(entries)
+    return tuple(trials)
 
 
 def parse_controls(controls: Any) -> dict[str, Any]:
@@ -164,21 +164,21 @@ def parse_controls(controls: Any) -> dict[str, Any]:
     return found
 
 
-def make_entry(entry: Entry, random_state: int, task: str, *, preprocessing: str | None = None, strength: float | None = None) -> Any:
-    """A fresh, unfitted estimator for one entry."""
-    if entry.features == "text":
+def make_estimator(trial: Trial, random_state: int, task: str, *, preprocessing: str | None = None, strength: float | None = None) -> Any:
+    """A fresh, unfitted estimator for one trial."""
+    if trial.features == "text":
         from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
         from sklearn.pipeline import make_pipeline
 
-        words = TfidfVectorizer() if entry.control == "tfidf" else CountVectorizer()
-        return make_pipeline(words, make_probe(entry.probe, random_state, task=task, standardise=False))
-    if entry.control == "majority" and task == "regression":
+        words = TfidfVectorizer() if trial.control == "tfidf" else CountVectorizer()
+        return make_pipeline(words, make_probe(trial.probe, random_state, task=task, standardise=False))
+    if trial.control == "majority" and task == "regression":
         from sklearn.dummy import DummyRegressor
 
         return DummyRegressor()
-    if preprocessing is None or entry.features not in (ACTIVATIONS, LAYER_0, "embed"):
-        return make_probe(entry.probe, random_state, task=task, strength=strength)
-    return make_pipeline_for(entry.probe, task=task, preprocessing=preprocessing, random_state=random_state, strength=strength)
+    if preprocessing is None or trial.features not in (ACTIVATIONS, LAYER_0, "embed"):
+        return make_probe(trial.probe, random_state, task=task, strength=strength)
+    return make_pipeline_for(trial.probe, task=task, preprocessing=preprocessing, random_state=random_state, strength=strength)
 
 
 def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_state: int) -> Array:
@@ -212,13 +212,13 @@ def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_st
 
 
 def read_features(
-    entries: Sequence[Entry], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array
+    trials: Sequence[Trial], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array
 ) -> dict[str, Any]:
-    """What the entries that know no layer are fitted on, by name: texts, small matrices of float64, or a lazy variable.
+    """What the trials that know no layer are fitted on, by name: texts, small matrices of float64, or a lazy variable.
 
     Parameters
     ----------
-    entries : sequence of Entry
+    trials : sequence of Trial
     controls : mapping
         From :func:`parse_controls`.
     array : DataArray over prompt
@@ -235,14 +235,14 @@ def read_features(
     """
     own = {name: features for name, features in controls.items() if features is not None}
     found: dict[str, Any] = {}
-    for entry in entries:
-        key = entry.features
-        if not entry.constant or key in found:
+    for trial in trials:
+        key = trial.features
+        if not trial.constant or key in found:
             continue
         if key in own:
             found[key] = _own_features(key, own[key], array)
         elif key == "text":
-            found[key] = _texts(entry.name, array, rows)
+            found[key] = _texts(trial.name, array, rows)
         elif key == "length":
             found[key] = _lengths(array, rows)
         elif key == "perplexity":
@@ -255,7 +255,7 @@ def read_features(
             bad = [int(row) for row in rows if not np.isfinite(found[key][row]).all()]
             if bad:
                 raise InvalidArgumentError(
-                    f"control {entry.name!r} has no finite value for {len(bad)} of {len(rows)} prompts ({show_prompts(array, bad)}): "
+                    f"control {trial.name!r} has no finite value for {len(bad)} of {len(rows)} prompts ({show_prompts(array, bad)}): "
                     "leave these prompts out, or the control"
                 )
     return found

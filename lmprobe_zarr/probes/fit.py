@@ -17,87 +17,87 @@ import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.probes.classifiers import converged, fit_in_place
-from lmprobe_zarr.probes.controls import DIRECTION, Entry, make_entry
+from lmprobe_zarr.probes.controls import DIRECTION, Trial, make_estimator
 from lmprobe_zarr.probes.folds import inner_folds
 from lmprobe_zarr.probes.gram import FoldGrams, gram_worthwhile
 from lmprobe_zarr.probes.labels import Labels
-from lmprobe_zarr.probes.layer import bad_rows, computable, fits_running, read_layer
+from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import NOT_STORED, Outcome, outcome_of, score_outcome
-from lmprobe_zarr.probes.task import Fit, NotFiniteError, Plan, Task
+from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, NotFiniteError
 from lmprobe_zarr.typing import Array
 
 __all__ = ["fit_task"]
 
 
-def fit_task(plan: Plan, task: Task, values: Any) -> list[Fit]:
-    """All folds of some entries on one layer; the body of every task.
+def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
+    """All folds of some trials on one layer; the body of every task.
 
     Parameters
     ----------
-    plan : Plan
-    task : Task
+    plan : FitPlan
+    task : FitTask
     values : array of real numbers, shape (prompt, hidden), or None
-        None where the task reads its layer itself, from its source.
+        None where the task reads its layer itself, from its variable.
 
     Raises
     ------
     NotFiniteError
         The layer holds NaN or infinity in a row that is fitted or scored.
     """
-    if task.source < 0:
-        found = [(entry, _constant_features(plan, task, entry)) for entry in task.entries]
+    if task.variable < 0:
+        found = [(trial, _constant_features(plan, task, trial)) for trial in task.trials]
     else:
-        whole = plan.sources[task.source].activations
-        matrix = computable(values if whole is None else read_layer(whole, task.layer))
+        whole = plan.variables[task.variable].activations
+        matrix = as_fit_dtype(values if whole is None else read_layer(whole, task.layer))
         del values
-        if plan.sources[task.source].name and np.isnan(matrix).all():
+        if plan.variables[task.variable].name and np.isnan(matrix).all():
             # Of several variables each has its own layers, and a dataset has NaN in those of the others.
-            return [_not_stored(plan, task, entry) for entry in task.entries]
-        _check_finite(plan, task, task.entries[0], matrix)
-        found = [(entry, matrix) for entry in task.entries]
+            return [_not_stored(plan, task, trial) for trial in task.trials]
+        _check_finite(plan, task, task.trials[0], matrix)
+        found = [(trial, matrix) for trial in task.trials]
     with fits_running():
-        return [fit for entry, features in found for fit in _fit_entry(plan, task, entry, features)]
+        return [fit for trial, features in found for fit in _fit_trial(plan, task, trial, features)]
 
 
-def _not_stored(plan: Plan, task: Task, entry: int) -> Fit:
-    layer = plan.sources[task.source].layers[task.layer] if plan.entries[entry].by_layer else -1
+def _not_stored(plan: FitPlan, task: FitTask, trial: int) -> Fit:
+    layer = plan.variables[task.variable].layers[task.layer] if plan.trials[trial].by_layer else -1
     nothing = (np.nan,) * len(plan.metrics)
-    return Fit((task.source, layer, entry, -1, -1, -1, -1), nothing, NOT_STORED, np.nan, True, np.nan, None)
+    return Fit((task.variable, layer, trial, -1, -1, -1, -1), nothing, NOT_STORED, np.nan, True, np.nan, None)
 
 
-def _constant_features(plan: Plan, task: Task, entry: int) -> Any:
-    features = plan.features[plan.entries[entry].features]
+def _constant_features(plan: FitPlan, task: FitTask, trial: int) -> Any:
+    features = plan.features[plan.trials[trial].features]
     if isinstance(features, list):
         return np.array(features, dtype=object)
     if isinstance(features, xr.Variable):
         features = features.values if features.dims[0] == "prompt" else features.values.T
-    matrix = computable(features)
-    _check_finite(plan, task, entry, matrix)
+    matrix = as_fit_dtype(features)
+    _check_finite(plan, task, trial, matrix)
     return matrix
 
 
-def _check_finite(plan: Plan, task: Task, entry: int, matrix: Array) -> None:
-    bad = bad_rows(matrix, plan.labels[0].rows)
+def _check_finite(plan: FitPlan, task: FitTask, trial: int, matrix: Array) -> None:
+    bad = not_finite_rows(matrix, plan.labels[0].rows)
     if bad:
-        raise NotFiniteError(task.layer, bad, task.source, entry)
+        raise NotFiniteError(task.layer, bad, task.variable, trial)
 
 
-def _fit_entry(plan: Plan, task: Task, number: int, matrix: Array) -> Iterator[Fit]:
-    entry = plan.entries[number]
-    random = entry.random(plan.preprocessing)
-    grid = entry.penalised and bool(plan.strengths) and not plan.inner
+def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iterator[Fit]:
+    trial = plan.trials[number]
+    random = trial.random(plan.preprocessing)
+    grid = trial.penalised and bool(plan.strengths) and not plan.inner
     strengths: tuple[float | None, ...] = plan.strengths if grid else (None,)
-    layer = -1 if task.source < 0 or not entry.by_layer else plan.sources[task.source].layers[task.layer]
-    # Of one seed all entries have their place; of several, what draws nothing is fitted once.
+    layer = -1 if task.variable < 0 or not trial.by_layer else plan.variables[task.variable].layers[task.layer]
+    # Of one seed all trials have their place; of several, what draws nothing is fitted once.
     seeds = range(len(plan.seeds)) if random or len(plan.seeds) == 1 else range(1)
     grams: FoldGrams | None = None
-    if gram_worthwhile(plan, entry, matrix, len(strengths)):
+    if gram_worthwhile(plan, trial, matrix, len(strengths)):
         grams = FoldGrams(matrix, plan.folds, plan.labels[0].rows)
     for fold in range(len(plan.folds)):
         for seed in seeds:
-            rows = _project(plan, entry, seed, matrix) if entry.features == DIRECTION else matrix
+            rows = _project(plan, trial, seed, matrix) if trial.features == DIRECTION else matrix
             for which in range(len(plan.labels)):
-                at = (task.source, layer, number, fold, seed if random or len(plan.seeds) == 1 else -1)
+                at = (task.variable, layer, number, fold, seed if random or len(plan.seeds) == 1 else -1)
                 solved = None if grams is None else grams.solve(fold, plan.labels[which], strengths)
                 for place, strength in enumerate(strengths):
                     where = (*at, place if grid else -1, which)
@@ -107,9 +107,9 @@ def _fit_entry(plan: Plan, task: Task, number: int, matrix: Array) -> Iterator[F
                         yield _fit_fold(plan, task, where, rows, strength)
 
 
-def _project(plan: Plan, entry: Entry, seed: int, matrix: Array) -> Array:
+def _project(plan: FitPlan, trial: Trial, seed: int, matrix: Array) -> Array:
     """The activations along one random direction, the same for every layer and fold; shape (prompt, 1)."""
-    rng = np.random.default_rng(_seed_of(f"{plan.seeds[seed]}\0{entry.name}\0direction"))
+    rng = np.random.default_rng(_seed_of(f"{plan.seeds[seed]}\0{trial.name}\0direction"))
     direction = rng.standard_normal(matrix.shape[1])
     return np.asarray(matrix.astype(np.float64) @ (direction / np.linalg.norm(direction)))[:, None]
 
@@ -118,46 +118,46 @@ def _seed_of(words: str) -> int:
     return int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:4], "little")
 
 
-def _fit_seed(plan: Plan, task: Task, entry: Entry, fold: int, seed: int) -> int:
-    return _seed_of(f"{plan.seeds[seed]}\0{_layer_name(plan, task)}\0{entry.name}\0{fold}")
+def _fit_seed(plan: FitPlan, task: FitTask, trial: Trial, fold: int, seed: int) -> int:
+    return _seed_of(f"{plan.seeds[seed]}\0{_layer_name(plan, task)}\0{trial.name}\0{fold}")
 
 
-def _layer_name(plan: Plan, task: Task) -> str:
+def _layer_name(plan: FitPlan, task: FitTask) -> str:
     """Empty for what knows no layer."""
-    place = plan.sources[task.source].layers[task.layer] if task.source >= 0 else -1
+    place = plan.variables[task.variable].layers[task.layer] if task.variable >= 0 else -1
     return plan.layers[place] if place >= 0 else ""
 
 
-def _fit_fold(plan: Plan, task: Task, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None) -> Fit:
+def _fit_fold(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None) -> Fit:
     import sklearn
 
     _, _, number, fold, seed, _, which = at
-    entry, labels = plan.entries[number], plan.labels[which]
-    values = plan.shuffled[which][max(seed, 0)] if entry.shuffled else labels.values
+    trial, labels = plan.trials[number], plan.labels[which]
+    values = plan.shuffled[which][max(seed, 0)] if trial.shuffled else labels.values
     train, test = plan.folds[fold]
-    drawn = _fit_seed(plan, task, entry, fold, max(seed, 0))
+    drawn = _fit_seed(plan, task, trial, fold, max(seed, 0))
     chosen = np.nan
     # The layer was checked once; each estimator would check each fold several times more.
-    with sklearn.config_context(assume_finite=True), _named(plan, task, entry):
-        if plan.inner and entry.penalised:
-            chosen = strength = _choose_strength(plan, entry, matrix[train], train, values, drawn, labels)
-        estimator = make_entry(entry, drawn, plan.task, preprocessing=plan.preprocessing, strength=strength)
+    with sklearn.config_context(assume_finite=True), _named(plan, task, trial):
+        if plan.inner and trial.penalised:
+            chosen = strength = _choose_strength(plan, trial, matrix[train], train, values, drawn, labels)
+        estimator = make_estimator(trial, drawn, plan.task, preprocessing=plan.preprocessing, strength=strength)
         rows = matrix[train]
         started = time.perf_counter()
-        estimator = _fitted(plan, entry, estimator, rows, values[train])
+        estimator = _fitted(plan, trial, estimator, rows, values[train])
         seconds = time.perf_counter() - started
         del rows
         outcome = _outcome(plan, labels, estimator, matrix[test], values[test], values[train])
     return _scored(plan, at, outcome, seconds, ended=converged(estimator), strength=chosen)
 
 
-def _fitted(plan: Plan, entry: Entry, estimator: Any, rows: Array, values: Array) -> Any:
-    if plan.preprocessing is None and entry.features != "text":
-        return fit_in_place(entry.probe, estimator, rows, values)
+def _fitted(plan: FitPlan, trial: Trial, estimator: Any, rows: Array, values: Array) -> Any:
+    if plan.preprocessing is None and trial.features != "text":
+        return fit_in_place(trial.probe, estimator, rows, values)
     return estimator.fit(rows, values)
 
 
-def _outcome(plan: Plan, labels: Labels, estimator: Any, rows: Array, true: Array, known: Array) -> Outcome:
+def _outcome(plan: FitPlan, labels: Labels, estimator: Any, rows: Array, true: Array, known: Array) -> Outcome:
     needs = {metric.needs for metric in (*plan.metrics, *([plan.choose_by] if plan.choose_by else []))}
     if plan.predictions:
         needs |= {"scores", "probabilities"}
@@ -166,13 +166,13 @@ def _outcome(plan: Plan, labels: Labels, estimator: Any, rows: Array, true: Arra
 
 
 def _scored(
-    plan: Plan, at: tuple[int, int, int, int, int, int, int], outcome: Outcome, seconds: float, *, ended: bool, strength: float = np.nan
+    plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome: Outcome, seconds: float, *, ended: bool, strength: float = np.nan
 ) -> Fit:
     values, reasons = score_outcome(outcome, plan.metrics)
     return Fit(at, tuple(values), reasons, seconds, ended, strength, outcome if plan.predictions else None)
 
 
-def _choose_strength(plan: Plan, entry: Entry, rows: Array, train: Array, values: Array, seed: int, labels: Labels) -> float:
+def _choose_strength(plan: FitPlan, trial: Trial, rows: Array, train: Array, values: Array, seed: int, labels: Labels) -> float:
     """The strength with the best mean score over folds within the training rows; of equals the strongest."""
     assert plan.choose_by is not None  # noqa: S101  (for mypy: strengths are chosen by something)
     codes = None if labels.classes is None else np.searchsorted(labels.classes, values[train])
@@ -181,21 +181,21 @@ def _choose_strength(plan: Plan, entry: Entry, rows: Array, train: Array, values
     for strength in plan.strengths:
         scores = []
         for learn, look in within:
-            estimator = make_entry(entry, seed, plan.task, preprocessing=plan.preprocessing, strength=strength)
-            estimator = _fitted(plan, entry, estimator, rows[learn], values[train][learn])
+            estimator = make_estimator(trial, seed, plan.task, preprocessing=plan.preprocessing, strength=strength)
+            estimator = _fitted(plan, trial, estimator, rows[learn], values[train][learn])
             outcome = _outcome(plan, labels, estimator, rows[look], values[train][look], values[train][learn])
             scores.append(score_outcome(outcome, [plan.choose_by])[0][0])
         means.append(np.mean(scores) if plan.choose_by.larger_is_better else -np.mean(scores))
     if np.isnan(means).all():
         raise InvalidArgumentError(
-            f"no strength can be chosen by {plan.choose_by.name!r}, which is undefined for {entry.name!r}: use another, or fewer folds"
+            f"no strength can be chosen by {plan.choose_by.name!r}, which is undefined for {trial.name!r}: use another, or fewer folds"
         )
     best = np.flatnonzero(np.asarray(means) == np.nanmax(means))
     return max(plan.strengths[place] for place in best)
 
 
 @contextmanager
-def _named(plan: Plan, task: Task, entry: Entry) -> Iterator[None]:
+def _named(plan: FitPlan, task: FitTask, trial: Trial) -> Iterator[None]:
     """An estimator's own complaint, with the names of what was fitted."""
     try:
         yield
@@ -204,5 +204,5 @@ def _named(plan: Plan, task: Task, entry: Entry) -> Iterator[None]:
             raise
         layer = _layer_name(plan, task)
         raise InvalidArgumentError(
-            f"{entry.name!r} cannot be fitted{f' on layer {layer}' * bool(layer)}: {' '.join(str(error).split())[:200]}"
+            f"{trial.name!r} cannot be fitted{f' on layer {layer}' * bool(layer)}: {' '.join(str(error).split())[:200]}"
         ) from error

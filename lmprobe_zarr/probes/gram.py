@@ -10,18 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 
+from lmprobe_zarr.probes.controls import Trial
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.metrics import Outcome
+from lmprobe_zarr.probes.task import FitPlan
 from lmprobe_zarr.typing import Array
-
-if TYPE_CHECKING:
-    from lmprobe_zarr.probes.controls import Entry
-    from lmprobe_zarr.probes.task import Plan
 
 __all__ = ["FoldGrams", "Solved", "gram_worthwhile"]
 
@@ -38,12 +36,12 @@ class Solved:
     seconds: float
 
 
-def gram_worthwhile(plan: Plan, entry: Entry, matrix: Array, n_strengths: int) -> bool:
-    """Whether an entry is an ordinary ridge, on folds whose training rows are all rows but the test rows, with rows enough.
+def gram_worthwhile(plan: FitPlan, trial: Trial, matrix: Array, n_strengths: int) -> bool:
+    """Whether a trial is an ordinary ridge, on folds whose training rows are all rows but the test rows, with rows enough.
 
     With fewer training rows than hidden units scikit-learn solves for one coefficient per row, which is faster then.
     """
-    if entry.probe not in ("ridge", "ridge_regression") or plan.preprocessing is not None or plan.inner or entry.shuffled:
+    if trial.probe not in ("ridge", "ridge_regression") or plan.preprocessing is not None or plan.inner or trial.shuffled:
         return False
     n = len(plan.labels[0].rows)
     fewest = min(len(train) for train, _ in plan.folds)

@@ -13,7 +13,7 @@ import xarray as xr
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["bad_rows", "computable", "fits_running", "read_layer"]
+__all__ = ["as_fit_dtype", "fits_running", "not_finite_rows", "read_layer"]
 
 
 class _FitsRunning:
@@ -62,14 +62,14 @@ def read_layer(whole: xr.Variable, layer: int) -> Any:
     return sliced.values if sliced.dims[0] == "prompt" else sliced.values.T
 
 
-def computable(values: Any) -> Array:
+def as_fit_dtype(values: Any) -> Array:
     """The layer in the float type that is fitted, rows contiguous: float64 as it is, all others that fit in float32."""
     values = np.asarray(values)
     wide = values.dtype.itemsize > {"f": 4, "i": 2, "u": 2}.get(values.dtype.kind, values.dtype.itemsize)
     return np.ascontiguousarray(values, dtype=np.float64 if wide else np.float32)
 
 
-def bad_rows(matrix: Array, rows: Array) -> list[int]:
+def not_finite_rows(matrix: Array, rows: Array) -> list[int]:
     """Those of `rows` that hold NaN or infinity."""
     # Row sums in float64 show any NaN or infinity without a second matrix of truth values; float64 may overflow, so each is looked at.
     with np.errstate(over="ignore", invalid="ignore"):

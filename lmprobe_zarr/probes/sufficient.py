@@ -19,12 +19,11 @@ from lmprobe_zarr.typing import Array, Floats
 
 __all__ = [
     "EXACT",
-    "Moments",
+    "ClassMoments",
     "Solution",
     "Unit",
     "empty_moments",
     "merge_moments",
-    "moments_bytes",
     "order_of",
     "scaling_of",
     "solve",
@@ -67,7 +66,7 @@ def unit_of(rows: Array) -> Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Moments:
+class ClassMoments:
     """Sums over rows, apart for every cell (a set of rows that are trained on together) and class.
 
     Parameters
@@ -93,7 +92,7 @@ class Moments:
     mixed: Floats | None = None
     fourth: Floats | None = None
 
-    def copy(self) -> Moments:
+    def copy(self) -> ClassMoments:
         """The same numbers in memory of their own."""
         arrays = {name: getattr(self, name) for name in (*_SUMMED, *_LEAST)}
         copies: dict[str, Any] = {name: None if array is None else array.copy() for name, array in arrays.items()}
@@ -127,14 +126,14 @@ class Moments:
                 _add_product(self.fourth[cell, label], squared)
                 _add_product(self.mixed[cell, label], squared, x)
 
-    def union(self, cells: Iterable[int]) -> Moments:
+    def union(self, cells: Iterable[int]) -> ClassMoments:
         """The sums over some cells, as those of a single cell."""
         chosen = list(cells)
         added = {name: getattr(self, name) for name in _SUMMED}
         summed: dict[str, Any] = {name: None if array is None else _sum_of(array, chosen) for name, array in added.items()}
         return replace(self, **summed, low=self.low[chosen].min(axis=0, keepdims=True), high=self.high[chosen].max(axis=0, keepdims=True))
 
-    def of_classes(self, classes: Array) -> Moments:
+    def of_classes(self, classes: Array) -> ClassMoments:
         """The sums over the rows of some classes only; of products that are not apart for them, those of all."""
         arrays = {name: getattr(self, name) for name in (*_SUMMED, *_LEAST)}
         n_classes = self.counts.shape[1]
@@ -171,7 +170,7 @@ def order_of(probes: Iterable[str]) -> int:
     return max(EXACT[name].order for name in probes)
 
 
-def empty_moments(unit: Unit, n_cells: int, n_classes: int, order: int) -> Moments:
+def empty_moments(unit: Unit, n_cells: int, n_classes: int, order: int) -> ClassMoments:
     """Sums over no rows.
 
     Parameters
@@ -184,7 +183,7 @@ def empty_moments(unit: Unit, n_cells: int, n_classes: int, order: int) -> Momen
     hidden = len(unit.origin)
     shape = (n_cells, n_classes, hidden)
     apart = n_classes if order > 2 else 1
-    return Moments(
+    return ClassMoments(
         unit=unit,
         counts=np.zeros((n_cells, n_classes), np.int64),
         sums=np.zeros(shape),
@@ -197,13 +196,7 @@ def empty_moments(unit: Unit, n_cells: int, n_classes: int, order: int) -> Momen
     )
 
 
-def moments_bytes(hidden: int, n_cells: int, n_classes: int, order: int) -> int:
-    """Memory of `empty_moments` with these arguments, bytes."""
-    squares = {1: 0, 2: n_cells, 4: 3 * n_cells * n_classes}[order]
-    return 8 * (squares * hidden**2 + n_cells * n_classes * (4 * hidden + 1))
-
-
-def merge_moments(first: Moments, second: Moments) -> Moments:
+def merge_moments(first: ClassMoments, second: ClassMoments) -> ClassMoments:
     """The sums over the rows of both, in the memory of the first; both are in one unit."""
     for name in _SUMMED:
         mine, theirs = getattr(first, name), getattr(second, name)
@@ -238,10 +231,10 @@ class Solution:
 @dataclass(frozen=True, slots=True)
 class _Exact:
     order: int
-    solve: Callable[[Moments], tuple[Floats, Floats]]
+    solve: Callable[[ClassMoments], tuple[Floats, Floats]]
 
 
-def scaling_of(moments: Moments) -> tuple[Floats, Floats]:
+def scaling_of(moments: ClassMoments) -> tuple[Floats, Floats]:
     """Mean and standard deviation of each hidden unit over the rows of one cell, as activations count; 1 where it does not vary."""
     rows = _Rows(moments)
     variance = moments.squares[0].sum(axis=0) / rows.n - rows.mean**2
@@ -249,14 +242,14 @@ def scaling_of(moments: Moments) -> tuple[Floats, Floats]:
     return rows.raw_mean(rows.mean), scale
 
 
-def solve(probe: str, moments: Moments) -> Solution:
+def solve(probe: str, moments: ClassMoments) -> Solution:
     """The probe that :func:`~lmprobe_zarr.probes.make_probe` makes under that name, fitted on the rows that were counted.
 
     Parameters
     ----------
     probe : str
         One of `EXACT`.
-    moments : Moments
+    moments : ClassMoments
         Of a single cell, with rows of at least two classes; classes without rows are not learned.
     """
     classes = np.flatnonzero(moments.counts[0])
@@ -269,7 +262,7 @@ def solve(probe: str, moments: Moments) -> Solution:
 class _Rows:
     """Means, deviations and covariances of the rows of one cell, in their unit."""
 
-    def __init__(self, moments: Moments) -> None:
+    def __init__(self, moments: ClassMoments) -> None:
         self._moments = moments
         self.unit = moments.unit
         self.counts = moments.counts[0]
@@ -350,7 +343,7 @@ def _solve_positive(matrix: Floats, right: Floats) -> Floats:
         return np.asarray(lstsq(matrix, right)[0])
 
 
-def _ridge(moments: Moments) -> tuple[Floats, Floats]:
+def _ridge(moments: ClassMoments) -> tuple[Floats, Floats]:
     rows = _Rows(moments)
     scatter = rows.scatter()
     scale = rows.deviation(scatter)
@@ -368,7 +361,7 @@ def _ridge(moments: Moments) -> tuple[Floats, Floats]:
     return coef, offsets - coef @ rows.raw_mean(rows.mean)
 
 
-def _lda(moments: Moments) -> tuple[Floats, Floats]:
+def _lda(moments: ClassMoments) -> tuple[Floats, Floats]:
     rows = _Rows(moments)
     hidden = len(rows.mean)
     priors = rows.counts / rows.n
@@ -418,7 +411,7 @@ def _shrinkage(covariance: Floats, fourth: float, n: int) -> tuple[float, float]
     return (0.0 if noise == 0 else noise / spread), mu
 
 
-def _mass_mean(moments: Moments) -> tuple[Floats, Floats]:
+def _mass_mean(moments: ClassMoments) -> tuple[Floats, Floats]:
     rows = _Rows(moments)
     means = rows.raw_mean(rows.means)
     if len(means) > 2:
@@ -427,7 +420,7 @@ def _mass_mean(moments: Moments) -> tuple[Floats, Floats]:
     return coef, -0.5 * coef @ (means[0] + means[1])
 
 
-def _mass_mean_cov(moments: Moments) -> tuple[Floats, Floats]:
+def _mass_mean_cov(moments: ClassMoments) -> tuple[Floats, Floats]:
     rows = _Rows(moments)
     hidden = len(rows.mean)
     total = rows.scatter()

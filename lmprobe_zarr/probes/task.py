@@ -8,17 +8,17 @@ from typing import Any
 
 import xarray as xr
 
-from lmprobe_zarr.probes.controls import Entry
+from lmprobe_zarr.probes.controls import Trial
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.metrics import Metric, Outcome
 from lmprobe_zarr.typing import Array
 
-__all__ = ["Fit", "NotFiniteError", "Plan", "Source", "Task"]
+__all__ = ["Fit", "FitPlan", "FitTask", "FitVariable", "NotFiniteError"]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class FitVariable:
     """One variable of activations.
 
     Parameters
@@ -37,20 +37,20 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FitPlan:
     """What all tasks share; shipped once to each worker."""
 
-    sources: tuple[Source, ...]
-    #: What entries that know no layer are fitted on.
+    variables: tuple[FitVariable, ...]
+    #: What trials that know no layer are fitted on.
     features: Mapping[str, Any]
     labels: tuple[Labels, ...]
-    #: The shuffled values of each set of labels, by seed; empty where no entry shuffles.
+    #: The shuffled values of each set of labels, by seed; empty where no trial shuffles.
     shuffled: tuple[tuple[Array, ...], ...]
     folds: tuple[Fold, ...]
     #: Rows of an equal number stay on one side, of inner folds too.
     kept: Array
     layers: tuple[str, ...]
-    entries: tuple[Entry, ...]
+    trials: tuple[Trial, ...]
     metrics: tuple[Metric, ...]
     seeds: tuple[int, ...]
     strengths: tuple[float, ...]
@@ -63,21 +63,21 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """Entries to fit on one layer of one source.
+class FitTask:
+    """Trials to fit on one layer of one variable.
 
     Parameters
     ----------
-    source : int
+    variable : int
         −1 for what knows no layer.
     layer : int
-        Its place among the layers of its source.
-    entries : tuple of int
+        Its place among the layers of its variable.
+    trials : tuple of int
     """
 
-    source: int
+    variable: int
     layer: int
-    entries: tuple[int, ...]
+    trials: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Fit:
     ``reasons`` are bits of :mod:`~lmprobe_zarr.probes.metrics`; ``strength`` is the chosen one, NaN where none was chosen.
     """
 
-    at: tuple[int, int, int, int, int, int, int]  # source, layer, entry, fold, seed, strength, labels
+    at: tuple[int, int, int, int, int, int, int]  # variable, layer, trial, fold, seed, strength, labels
     values: tuple[float, ...]
     reasons: int
     seconds: float
@@ -99,6 +99,6 @@ class Fit:
 class NotFiniteError(Exception):
     """NaN or infinity in some rows of a layer. Never reaches the caller: it becomes an error that names layer and prompts."""
 
-    def __init__(self, layer: int, rows: list[int], source: int = 0, entry: int = 0) -> None:
-        super().__init__(layer, rows, source, entry)
-        self.layer, self.rows, self.source, self.entry = layer, rows, source, entry
+    def __init__(self, layer: int, rows: list[int], variable: int = 0, trial: int = 0) -> None:
+        super().__init__(layer, rows, variable, trial)
+        self.layer, self.rows, self.variable, self.trial = layer, rows, variable, trial

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.probes.token_labels import Examples, TokenFolds
+from lmprobe_zarr.probes.token_labels import LabelledTokens, TokenFolds
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["DEALT", "TOKEN_CONTROLS", "deal_labels", "parse_token_controls", "score_by_counts"]
@@ -51,8 +51,8 @@ def parse_token_controls(controls: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(listed))
 
 
-def deal_labels(control: str, array: xr.DataArray, examples: Examples, folds: TokenFolds, random_state: int) -> Array:
-    """Labels dealt anew, shape (example,), of the dtype of ``examples.codes``.
+def deal_labels(control: str, array: xr.DataArray, labelled: LabelledTokens, folds: TokenFolds, random_state: int) -> Array:
+    """Labels dealt anew, shape (token,), of the dtype of ``labelled.codes``.
 
     For "shuffled_labels" every prompt gets the label of another; where the tokens of a prompt differ, every token that of another. Folds
     are of whole prompts, so nothing that was learned by heart helps. For "control_task" every token id gets one label at random, as
@@ -63,7 +63,7 @@ def deal_labels(control: str, array: xr.DataArray, examples: Examples, folds: To
     control : {"shuffled_labels", "control_task"}
     array : DataArray with a token dimension
         Whose ``token_id`` is looked at.
-    examples : Examples
+    labelled : LabelledTokens
     folds : TokenFolds
         Labels are dealt again until each trains on two classes.
     random_state : int
@@ -78,25 +78,25 @@ def deal_labels(control: str, array: xr.DataArray, examples: Examples, folds: To
     Source: J. Hewitt and P. Liang, "Designing and Interpreting Probes with Control Tasks" (2019), arXiv:1909.03368: the control task gives
     each type of word a random output.
     """
-    words = f"{random_state}\0{control}\0{examples.name}"
+    words = f"{random_state}\0{control}\0{labelled.name}"
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
     by_type = control == "control_task"
-    number = np.arange(len(examples.codes))
+    number = np.arange(len(labelled.codes))
     if by_type:
-        number = np.unique(_known(control, array, "token_id", examples), return_inverse=True)[1]
-    elif examples.by_prompt:
-        number = np.unique(examples.prompt, return_inverse=True)[1]
+        number = np.unique(_known(control, array, "token_id", labelled), return_inverse=True)[1]
+    elif labelled.by_prompt:
+        number = np.unique(labelled.prompt, return_inverse=True)[1]
     first = np.unique(number, return_index=True)[1]
     for _ in range(100):
-        drawn = rng.choice(examples.codes, len(first)) if by_type else rng.permutation(examples.codes[first])
+        drawn = rng.choice(labelled.codes, len(first)) if by_type else rng.permutation(labelled.codes[first])
         dealt = drawn[number]
-        if all(len(np.unique(dealt[trained[examples.prompt]])) > 1 for trained in folds.train):
-            return np.asarray(dealt, examples.codes.dtype)
+        if all(len(np.unique(dealt[trained[labelled.prompt]])) > 1 for trained in folds.train):
+            return np.asarray(dealt, labelled.codes.dtype)
     raise InvalidArgumentError(f"control {control!r} found no labels of two classes for every fold: use fewer folds, or leave it out")
 
 
 def score_by_counts(
-    control: str, array: xr.DataArray, examples: Examples, folds: TokenFolds
+    control: str, array: xr.DataArray, labelled: LabelledTokens, folds: TokenFolds
 ) -> list[tuple[Ints, Array, npt.NDArray[np.int64]]]:
     """Scores of each fold's test tokens from how often each class was seen with the same token id or position, or at all.
 
@@ -106,13 +106,13 @@ def score_by_counts(
     Parameters
     ----------
     control : {"token_identity", "position", "majority"}
-    array, examples, folds
+    array, labelled, folds
         As for `deal_labels`.
 
     Returns
     -------
     list of (places, scores, classes), one per fold
-        Places of the test tokens among the examples; scores, shape (token,) or (token, class); the numbers of the classes trained on.
+        Places of the test tokens among the labelled ones; scores, shape (token,) or (token, class); the numbers of the classes trained on.
 
     Raises
     ------
@@ -120,14 +120,14 @@ def score_by_counts(
         Token ids or positions are not known.
     """
     if control == "majority":
-        number = np.zeros(len(examples.codes), np.int64)
+        number = np.zeros(len(labelled.codes), np.int64)
     else:
-        values = _known(control, array, "token_id" if control == "token_identity" else "position", examples)
+        values = _known(control, array, "token_id" if control == "token_identity" else "position", labelled)
         number = np.unique(values, return_inverse=True)[1]
     found = []
     for trained, tested in zip(folds.train, folds.test, strict=True):
-        learned, places = trained[examples.prompt], np.flatnonzero(tested[examples.prompt])
-        classes, codes = np.unique(examples.codes[learned], return_inverse=True)
+        learned, places = trained[labelled.prompt], np.flatnonzero(tested[labelled.prompt])
+        classes, codes = np.unique(labelled.codes[learned], return_inverse=True)
         counts = np.bincount(number[learned] * len(classes) + codes, minlength=(int(number.max()) + 1) * len(classes))
         counts = counts.reshape(-1, len(classes))
         share = counts.sum(axis=0) / counts.sum()
@@ -136,13 +136,13 @@ def score_by_counts(
     return found
 
 
-def _known(control: str, array: xr.DataArray, name: str, examples: Examples) -> Array:
+def _known(control: str, array: xr.DataArray, name: str, labelled: LabelledTokens) -> Array:
     """A whole number for each example, from a coordinate that knows it for all of them."""
     if name not in array.coords or array.coords[name].dims != ("token",):
         raise InvalidArgumentError(
             f"control {control!r} needs a coordinate {name!r} along 'token', and there is none: leave the control out"
         )
-    values = np.asarray(array.coords[name].values)[examples.rows]
+    values = np.asarray(array.coords[name].values)[labelled.rows]
     unknown = int((values < 0).sum())
     if unknown:
         raise InvalidArgumentError(

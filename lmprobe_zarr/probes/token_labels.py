@@ -19,25 +19,25 @@ from lmprobe_zarr.probes.labels import _align, parse_groups
 from lmprobe_zarr.tokens import TokenIndex, prompts_of
 from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["Examples", "TokenFolds", "cells_of", "plan_token_folds", "select_examples", "show_rows"]
+__all__ = ["LabelledTokens", "TokenFolds", "cells_of", "plan_token_folds", "select_labelled_tokens", "show_rows"]
 _SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
+class LabelledTokens:
     """The tokens that are learned from, and what they are.
 
     Parameters
     ----------
     name : str
         What the labels are called.
-    rows : ndarray of int64, shape (example,)
+    rows : ndarray of int64, shape (token,)
         Their places along the token axis, ascending.
-    codes : ndarray of int, shape (example,)
+    codes : ndarray of int, shape (token,)
         The number of each one's class.
     classes : ndarray, shape (class,)
         The labels, sorted: truth values, whole numbers or texts.
-    prompt : ndarray of int, shape (example,)
+    prompt : ndarray of int, shape (token,)
         The number of each one's prompt.
     prompts : ndarray of str, shape (prompt,)
         The prompts, by first appearance, also those that no example is of.
@@ -80,7 +80,7 @@ class TokenFolds:
     group: str
 
 
-def select_examples(array: xr.DataArray, dim: str, labels: Any, *, where: Any = None, missing: str = "raise") -> Examples:
+def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where: Any = None, missing: str = "raise") -> LabelledTokens:
     """The tokens to learn from with their labels; no activation is read.
 
     Parameters
@@ -119,12 +119,12 @@ def select_examples(array: xr.DataArray, dim: str, labels: Any, *, where: Any = 
         )
     renumbered = np.searchsorted(found, codes[rows])
     small = np.min_scalar_type(len(found))
-    return Examples(name, rows, renumbered.astype(small), classes[found], numbers[rows].astype(np.int32), prompts, int(without.sum()))
+    return LabelledTokens(name, rows, renumbered.astype(small), classes[found], numbers[rows].astype(np.int32), prompts, int(without.sum()))
 
 
-def show_rows(examples: Examples, places: Array) -> str:
-    """The prompts of some examples, the first few by their hash, with how many there are."""
-    return _shown_prompts(examples.prompts, examples.prompt[places])
+def show_rows(labelled: LabelledTokens, places: Array) -> str:
+    """The prompts of some labelled tokens, the first few by their hash, with how many there are."""
+    return _shown_prompts(labelled.prompts, labelled.prompt[places])
 
 
 def _shown_prompts(prompts: Array, numbers: Array) -> str:
@@ -296,14 +296,14 @@ def _classes(name: str, values: Any, *, filled: bool = False) -> tuple[Array, Ar
 # -- folds -----------------------------------------------------------------------------------------------------------------
 
 
-def plan_token_folds(array: xr.DataArray, dim: str, examples: Examples, groups: Any, cv: Any, random_state: int) -> TokenFolds:
-    """Folds of whole prompts over some examples.
+def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, groups: Any, cv: Any, random_state: int) -> TokenFolds:
+    """Folds of whole prompts over some labelled tokens.
 
     Parameters
     ----------
     array : DataArray with a token dimension
     dim : str
-    examples : Examples
+    labelled : LabelledTokens
     groups, cv, random_state
         As for `lmprobe_zarr.sweep_tokens`.
 
@@ -313,15 +313,15 @@ def plan_token_folds(array: xr.DataArray, dim: str, examples: Examples, groups: 
         As `lmprobe_zarr.probes.folds.plan_folds`; or a fold whose training tokens are of one class.
     """
     numbers, prompts = prompts_of(array, dim)
-    used = np.unique(examples.prompt)
+    used = np.unique(labelled.prompt)
     head = _head(array, dim, numbers, prompts).isel(prompt=used)
     together = None if groups is None else parse_groups(head, groups)
     names = [str(prompt) for prompt in prompts[used]]
-    n_classes = len(examples.classes)
-    counts = np.bincount(np.searchsorted(used, examples.prompt) * n_classes + examples.codes, minlength=len(used) * n_classes)
+    n_classes = len(labelled.classes)
+    counts = np.bincount(np.searchsorted(used, labelled.prompt) * n_classes + labelled.codes, minlength=len(used) * n_classes)
     counts = counts.reshape(len(used), n_classes)
     if ((counts > 0).sum(axis=1) == 1).all():
-        pairs, described = plan_folds(examples.classes[counts.argmax(axis=1)], names, together, cv, random_state)
+        pairs, described = plan_folds(labelled.classes[counts.argmax(axis=1)], names, together, cv, random_state)
     else:
         pairs, described = _deal(names, together, cv, random_state)
     train, test = (np.zeros((len(pairs), len(prompts)), bool) for _ in range(2))
@@ -330,7 +330,7 @@ def plan_token_folds(array: xr.DataArray, dim: str, examples: Examples, groups: 
         test[fold, used[held]] = True
         classes = np.flatnonzero(counts[learned].sum(axis=0))
         if len(classes) < 2:
-            raise LabelError(f"fold {fold} trains on {dim}s that all are {examples.classes[classes[0]].item()!r}: use fewer folds")
+            raise LabelError(f"fold {fold} trains on {dim}s that all are {labelled.classes[classes[0]].item()!r}: use fewer folds")
     return TokenFolds(train, test, described, "" if together is None else together.name)
 
 

@@ -1,6 +1,8 @@
-"""A page about a store and its scores, in one HTML file.
+"""One HTML page about a store: what it holds, norms and outliers, scores by layer, tokens.
 
-Never computes what other rooms need.
+``report`` chooses what is shown, ``profiles`` reads and summarises activations, ``scores`` and ``tokens`` prepare curves and token maps,
+``pictures`` draws SVG and ``page`` writes the markup. Never computes what another room needs: nothing but the command line and the
+package itself imports from here. Everything that a page shows is bounded, whatever the size of the store.
 """
 
 from lmprobe_zarr.reports.report import Report, report

@@ -13,15 +13,15 @@ from lmprobe_zarr.display import called
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import (
     Labels,
-    bad_rows,
+    as_fit_dtype,
     check_task,
     coefficients,
-    computable,
     converged,
     fits_running,
     has_strength,
     make_pipeline_for,
     make_probe,
+    not_finite_rows,
     parse_label_sets,
     read_layer,
     show_prompts,
@@ -127,8 +127,8 @@ def _fit_layer(make: Callable[[], Any], labels: Labels, whole: xr.Variable | Non
     """Coefficients, intercept and whether the fit ended; or the rows that cannot be fitted."""
     import sklearn
 
-    matrix = computable(values if whole is None else read_layer(whole, layer))
-    bad = bad_rows(matrix, labels.rows)
+    matrix = as_fit_dtype(values if whole is None else read_layer(whole, layer))
+    bad = not_finite_rows(matrix, labels.rows)
     if bad:
         return bad
     with fits_running(), sklearn.config_context(assume_finite=True):

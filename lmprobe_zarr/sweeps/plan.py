@@ -18,11 +18,11 @@ from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.display import called, format_bytes
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import (
+    FitPlan,
+    FitTask,
+    FitVariable,
     Groups,
     Labels,
-    Plan,
-    Source,
-    Task,
     bare_variable,
     group_codes,
     list_prompts,
@@ -34,7 +34,7 @@ from lmprobe_zarr.probes import (
     parse_sides,
     plan_folds,
 )
-from lmprobe_zarr.probes.controls import Entry, list_entries, make_entry, parse_controls, read_features, shuffle_labels
+from lmprobe_zarr.probes.controls import Trial, list_trials, make_estimator, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.probes.metrics import Metric, parse_metrics
 from lmprobe_zarr.sweeps.given import check_seed, layers_of, parse_activations
 from lmprobe_zarr.typing import Array
@@ -77,7 +77,7 @@ class SweepPlan:
     n_fits: int
     n_tasks: int
     nbytes: int
-    _fits: Plan = field(repr=False)
+    _fits: FitPlan = field(repr=False)
     _arrays: tuple[xr.DataArray, ...] = field(repr=False)
     _attrs: Mapping[str, Any] = field(repr=False)
     _coords: Mapping[str, Any] = field(repr=False)
@@ -98,7 +98,7 @@ class SweepPlan:
         }
         return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
 
-    def tasks(self, workers: int) -> list[Task]:
+    def tasks(self, workers: int) -> list[FitTask]:
         """Everything to fit: first what other layers wait for, then layer by layer, each read once where there are as many as workers.
 
         Parameters
@@ -108,33 +108,34 @@ class SweepPlan:
 
         Returns
         -------
-        list of Task
+        list of FitTask
         """
         plan = self._fits
-        entries = range(len(plan.entries))
-        by_layer = tuple(number for number in entries if plan.entries[number].by_layer)
-        at_zero = tuple(number for number in entries if not plan.entries[number].by_layer and not plan.entries[number].constant)
-        layers = [(source, layer) for source, held in enumerate(plan.sources) for layer in range(len(held.layers))]
-        found = [Task(-1, -1, (number,)) for number in entries if plan.entries[number].constant]
-        for source, layer in layers:
-            place = plan.sources[source].layers[layer]
+        trials = range(len(plan.trials))
+        by_layer = tuple(number for number in trials if plan.trials[number].by_layer)
+        at_zero = tuple(number for number in trials if not plan.trials[number].by_layer and not plan.trials[number].constant)
+        layers = [(variable, layer) for variable, held in enumerate(plan.variables) for layer in range(len(held.layers))]
+        found = [FitTask(-1, -1, (number,)) for number in trials if plan.trials[number].constant]
+        for variable, layer in layers:
+            place = plan.variables[variable].layers[layer]
             here = by_layer + (at_zero if place >= 0 and plan.layers[place] == "0" else ())
-            found += [Task(source, layer, here)] if len(layers) >= workers else [Task(source, layer, (number,)) for number in here]
+            split = [here] if len(layers) >= workers else [(number,) for number in here]
+            found += [FitTask(variable, layer, numbers) for numbers in split]
         return sorted(found, key=lambda task: not self.spreads(task))
 
-    def spreads(self, task: Task) -> bool:
+    def spreads(self, task: FitTask) -> bool:
         """Whether something of a task is the score of other layers too, so that none of them is whole without it.
 
         Parameters
         ----------
-        task : Task
+        task : FitTask
             One of `tasks`.
 
         Returns
         -------
         bool
         """
-        return any(not self._fits.entries[entry].by_layer for entry in task.entries)
+        return any(not self._fits.trials[trial].by_layer for trial in task.trials)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed sweep must have in common with the one that was interrupted, by name; JSON."""
@@ -145,11 +146,11 @@ class SweepPlan:
             "folds": [self._attrs["cv"], _digest(*(side for fold in plan.folds for side in fold))],
             "layers": [str(layer) for layer in self.layers],
             "variables": [
-                [name, [plan.layers[place] for place in source.layers if place >= 0], list(array.shape), str(array.dtype)]
-                for name, source, array in zip(self.variables, plan.sources, self._arrays, strict=True)
+                [name, [plan.layers[place] for place in variable.layers if place >= 0], list(array.shape), str(array.dtype)]
+                for name, variable, array in zip(self.variables, plan.variables, self._arrays, strict=True)
             ],
             "model": self._attrs.get("model", ""),
-            "probes": [[entry.name, entry.control, entry.features, _describe(entry.probe)] for entry in plan.entries],
+            "probes": [[trial.name, trial.control, trial.features, _describe(trial.probe)] for trial in plan.trials],
             "features of the controls": {
                 name: _digest(np.array(held) if isinstance(held, list) else held) if not isinstance(held, xr.Variable) else list(held.shape)
                 for name, held in plan.features.items()
@@ -232,11 +233,11 @@ def plan_sweep(
     rows = learned[0].rows
     together = None if groups is None else parse_groups(array, groups, rows)
     chosen = _probes(probes, task)
-    entries = list_entries(chosen, controls, task)
+    trials = list_trials(chosen, controls, task)
     n_classes = max((len(each.classes) for each in learned if each.classes is not None), default=0)
     measured = parse_metrics(metrics, task, n_classes)
     spec = _preprocessing(preprocessing)
-    _check_probabilities(entries, measured, task, spec)
+    _check_probabilities(trials, measured, task, spec)
     if split is not None and cv is not None:
         raise InvalidArgumentError("cv and split were given: a split is the one fold there is, leave one of the two out")
     prompts = list_prompts(array)
@@ -244,10 +245,10 @@ def plan_sweep(
         learned, prompts, together, parse_sides(array, split) if split is not None else 5 if cv is None else cv, seed, repeats=repeats
     )
     drawn = _seeds(seeds, seed)
-    strong = _strengths(strengths, entries)
+    strong = _strengths(strengths, trials)
     inner, by = _inner(inner_cv, choose_by, strong, measured, task, n_classes)
-    layers, sources = _sources(arrays, named=given is not None)
-    if any(entry.features == "layer_0" for entry in entries) and "0" not in [str(layer) for layer in layers]:
+    layers, variables = _variables(arrays, named=given is not None)
+    if any(trial.features == "layer_0" for trial in trials) and "0" not in [str(layer) for layer in layers]:
         raise InvalidArgumentError(
             f"control 'layer_0' needs layer 0, and there are layers {layers[0]} to {layers[-1]}: give all layers, or leave it out"
         )
@@ -255,17 +256,17 @@ def plan_sweep(
     codes[rows] = group_codes([prompts[row] for row in rows], None)
     kept = codes if together is None else together.codes
     shuffled: tuple[tuple[Array, ...], ...] = ()
-    if any(entry.shuffled for entry in entries):
+    if any(trial.shuffled for trial in trials):
         shuffled = tuple(tuple(shuffle_labels(each, codes, folds, one) for one in drawn) for each in learned)
-    plan = Plan(
-        sources=sources,
-        features=read_features(entries, controls, array, given, rows),
+    plan = FitPlan(
+        variables=variables,
+        features=read_features(trials, controls, array, given, rows),
         labels=learned,
         shuffled=shuffled,
         folds=folds,
         kept=kept,
         layers=tuple(str(layer) for layer in layers),
-        entries=entries,
+        trials=trials,
         metrics=measured,
         seeds=drawn,
         strengths=strong,
@@ -276,21 +277,21 @@ def plan_sweep(
         predictions=bool(predictions),
     )
     dims = {
-        "variable": [source.name for source in sources] if given is not None else None,
+        "variable": [variable.name for variable in variables] if given is not None else None,
         "layer": layers,
-        "probe": [entry.name for entry in entries],
+        "probe": [trial.name for trial in trials],
         "fold": np.arange(len(folds)),
         "seed": list(drawn) if seeds is not None else None,
         "strength": list(strong) if strong and not inner else None,
         "label": [each.name for each in learned] if several else None,
     }
-    attrs = _attributes(array, given, learned, together, described, seed, entries, task, spec, len(prompts), strong if inner else ())
+    attrs = _attributes(array, given, learned, together, described, seed, trials, task, spec, len(prompts), strong if inner else ())
     n_tasks, n_fits = _count(plan)
     return SweepPlan(
         variables=tuple(str(each.name) if each.name is not None else "activations" for each in arrays),
         layers=tuple(layers.tolist()),
-        probes=tuple(entry.name for entry in entries if not entry.control),
-        controls=tuple(entry.name for entry in entries if entry.control),
+        probes=tuple(trial.name for trial in trials if not trial.control),
+        controls=tuple(trial.name for trial in trials if trial.control),
         metrics=tuple(metric.name for metric in measured),
         dims=tuple(name for name, values in dims.items() if values is not None),
         n_prompts=len(rows),
@@ -303,11 +304,11 @@ def plan_sweep(
         _fits=plan,
         _arrays=arrays,
         _attrs=attrs,
-        _coords=_coordinates(dims, entries, folds, arrays, array, learned, together, shuffled, predictions=plan.predictions),
+        _coords=_coordinates(dims, trials, folds, arrays, array, learned, together, shuffled, predictions=plan.predictions),
     )
 
 
-def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[Source, ...]]:
+def _variables(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[FitVariable, ...]]:
     """All layers, and each variable with its own among them."""
     held = [layers_of(array) for array in arrays]
     layers = np.array(list(dict.fromkeys(layer for each in held for layer in (each if each is not None else ())))) if any(
@@ -316,21 +317,21 @@ def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, t
     if len(arrays) > 1 and layers.dtype.kind in "iuf":
         layers = np.sort(layers)
     places = {layer: place for place, layer in enumerate(layers.tolist())}
-    sources = []
+    variables = []
     for array, own in zip(arrays, held, strict=True):
         variable = bare_variable(array.variable)
         in_memory = variable.chunks is None and variable._in_memory
         if own is not None and len(set(own)) < len(own):
             raise InvalidArgumentError(f"{called(array)} holds a layer twice: drop one with .drop_duplicates('layer')")
-        sources.append(
-            Source(
+        variables.append(
+            FitVariable(
                 name=str(array.name) if named else "",
                 # What has no layers has the same scores in all of them; alone, it is a layer of its own.
                 layers=(-1,) if own is None and named else (0,) if own is None else tuple(places[layer] for layer in own),
                 activations=variable if variable.chunks is None and not in_memory else None,
             )
         )
-    return layers, tuple(sources)
+    return layers, tuple(variables)
 
 
 def _several_sets(array: xr.DataArray, labels: Any) -> bool:
@@ -350,16 +351,16 @@ def _seeds(seeds: Any, random_state: int) -> tuple[int, ...]:
     return tuple(check_seed(one) for one in listed)
 
 
-def _strengths(strengths: Any, entries: tuple[Entry, ...]) -> tuple[float, ...]:
+def _strengths(strengths: Any, trials: tuple[Trial, ...]) -> tuple[float, ...]:
     if strengths is None:
         return ()
     listed = list(strengths) if isinstance(strengths, Iterable) and not isinstance(strengths, str) else [strengths]
     good = all(isinstance(one, int | float | np.number) and not isinstance(one, bool) and np.isfinite(one) and one > 0 for one in listed)
     if not listed or not good or len(set(listed)) < len(listed):
         raise InvalidArgumentError(f"strengths={strengths!r} are no strengths: give different positive numbers, larger being stronger")
-    if not any(entry.penalised for entry in entries):
+    if not any(trial.penalised for trial in trials):
         raise InvalidArgumentError(
-            f"strengths were given, and none of {', '.join(repr(e.name) for e in entries)} has one: use named probes such as 'ridge'"
+            f"strengths were given, and none of {', '.join(repr(e.name) for e in trials)} has one: use named probes such as 'ridge'"
         )
     return tuple(float(one) for one in listed)
 
@@ -408,9 +409,9 @@ def _probes(probes: Any, task: str) -> dict[str, Any]:
     return chosen
 
 
-def _check_probabilities(entries: tuple[Entry, ...], metrics: tuple[Metric, ...], task: str, preprocessing: str | None) -> None:
+def _check_probabilities(trials: tuple[Trial, ...], metrics: tuple[Metric, ...], task: str, preprocessing: str | None) -> None:
     needing = [metric.name for metric in metrics if metric.needs == "probabilities"]
-    without = [entry.name for entry in entries if not hasattr(make_entry(entry, 0, task, preprocessing=preprocessing), "predict_proba")]
+    without = [trial.name for trial in trials if not hasattr(make_estimator(trial, 0, task, preprocessing=preprocessing), "predict_proba")]
     if needing and without:
         raise InvalidArgumentError(
             f"metric {needing[0]!r} needs probabilities, and probe {without[0]!r} has no predict_proba: leave one of the two out, "
@@ -421,18 +422,18 @@ def _check_probabilities(entries: tuple[Entry, ...], metrics: tuple[Metric, ...]
 # -- what the result says of itself ----------------------------------------------------------------------------------------
 
 
-def _count(plan: Plan) -> tuple[int, int]:
+def _count(plan: FitPlan) -> tuple[int, int]:
     """Tasks, where each fits everything on one layer, and fits."""
-    layers = sum(len(source.layers) for source in plan.sources)
-    per_entry = {"layer": layers, "zero": len(plan.sources), "constant": 1}
+    layers = sum(len(variable.layers) for variable in plan.variables)
+    per_trial = {"layer": layers, "zero": len(plan.variables), "constant": 1}
     fits = 0
-    for entry in plan.entries:
-        times = per_entry["layer" if entry.by_layer else "constant" if entry.constant else "zero"]
-        times *= len(plan.folds) * len(plan.labels) * (len(plan.seeds) if entry.random(plan.preprocessing) else 1)
-        if entry.penalised and plan.strengths:
+    for trial in plan.trials:
+        times = per_trial["layer" if trial.by_layer else "constant" if trial.constant else "zero"]
+        times *= len(plan.folds) * len(plan.labels) * (len(plan.seeds) if trial.random(plan.preprocessing) else 1)
+        if trial.penalised and plan.strengths:
             times *= len(plan.strengths) * plan.inner + 1 if plan.inner else len(plan.strengths)
         fits += times
-    return layers + sum(entry.constant for entry in plan.entries), fits
+    return layers + sum(trial.constant for trial in plan.trials), fits
 
 
 def _attributes(
@@ -442,7 +443,7 @@ def _attributes(
     groups: Groups | None,
     cv: str,
     seed: int,
-    entries: tuple[Entry, ...],
+    trials: tuple[Trial, ...],
     task: str,
     preprocessing: str | None,
     n_rows: int,
@@ -461,7 +462,7 @@ def _attributes(
         "random_state": seed,
         "preprocessing": preprocessing or "",
         "variable": "" if given is not None or array.name is None else str(array.name),
-        "estimators": [" ".join(repr(make_entry(entry, seed, task, preprocessing=preprocessing)).split()) for entry in entries],
+        "estimators": [" ".join(repr(make_estimator(trial, seed, task, preprocessing=preprocessing)).split()) for trial in trials],
         "versions": _versions(),
     }
     if chosen_from:
@@ -473,7 +474,7 @@ def _attributes(
 
 def _coordinates(
     dims: Mapping[str, Any],
-    entries: tuple[Entry, ...],
+    trials: tuple[Trial, ...],
     folds: tuple[Any, ...],
     arrays: tuple[xr.DataArray, ...],
     array: xr.DataArray,
@@ -484,8 +485,8 @@ def _coordinates(
     predictions: bool,
 ) -> dict[str, Any]:
     coords: dict[str, Any] = {name: (name, np.asarray(values)) for name, values in dims.items() if values is not None}
-    coords["kind"] = ("probe", np.array([entry.kind for entry in entries]))
-    coords["control"] = ("probe", np.array([entry.control for entry in entries]))
+    coords["kind"] = ("probe", np.array([trial.kind for trial in trials]))
+    coords["control"] = ("probe", np.array([trial.control for trial in trials]))
     repeats = number_repeats(folds)
     if repeats[-1]:
         coords["repeat"] = ("fold", repeats)

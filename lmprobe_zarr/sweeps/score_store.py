@@ -169,32 +169,32 @@ class ScoreStore:
 
     # ------------------------------------------------------------------------------------------------------- layer by layer
 
-    def _key(self, name: str, source: int, layer: int) -> str:
-        lead = [source, layer] if self._named else [layer]
+    def _key(self, name: str, variable: int, layer: int) -> str:
+        lead = [variable, layer] if self._named else [layer]
         rest = [] if name == _DONE else [0] * (len(self._cut[name]) - len(lead))
         return f"{name}/" + ".".join(["c", *map(str, [*lead, *rest])])
 
-    def write(self, source: int, layer: int, piece: Mapping[str, Array]) -> None:
+    def write(self, variable: int, layer: int, piece: Mapping[str, Array]) -> None:
         """Commit one layer of one variable: its chunks, then the word that they are there."""
         for name in self._cut:
-            self._storage.commit(self._key(name, source, layer), _encode(piece[name]), durable=True)
-        self._storage.commit(self._key(_DONE, source, layer), _encode(np.array(True)), durable=True)
+            self._storage.commit(self._key(name, variable, layer), _encode(piece[name]), durable=True)
+        self._storage.commit(self._key(_DONE, variable, layer), _encode(np.array(True)), durable=True)
 
     def load(self, scores: Scores) -> None:
         """Enter every layer that is done and intact; the others are fitted again."""
         places = [tuple(map(int, key.split(".")[1:])) for key in self._storage.list(_DONE) if key.startswith("c.")]
         places = [place if self._named else (0, *place) for place in places]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for (source, layer), piece in zip(places, pool.map(lambda place: self._read(*place), places), strict=True):
+            for (variable, layer), piece in zip(places, pool.map(lambda place: self._read(*place), places), strict=True):
                 if piece is not None:
-                    scores.take_piece(source, layer, piece)
+                    scores.take_piece(variable, layer, piece)
 
-    def _read(self, source: int, layer: int) -> dict[str, Array] | None:
+    def _read(self, variable: int, layer: int) -> dict[str, Array] | None:
         """One layer, or None where a chunk is missing or damaged."""
         found = {}
         for name, shape in self._cut.items():
             try:
-                data = self._storage.read(self._key(name, source, layer))
+                data = self._storage.read(self._key(name, variable, layer))
             except FileNotFoundError:
                 return None
             dtype = self._dtypes[name]

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.probes import Fit, Task, number_repeats
+from lmprobe_zarr.probes import Fit, FitTask, number_repeats
 from lmprobe_zarr.probes.metrics import undefined_reasons
 from lmprobe_zarr.sweeps.plan import SweepPlan
 from lmprobe_zarr.typing import Array
@@ -45,19 +45,19 @@ class Scores:
         self._place = np.full(int(rows.max()) + 1, -1)
         self._place[rows] = np.arange(len(rows))
         self._sizes = {
-            "variable": len(fits.sources), "layer": len(fits.layers), "probe": len(fits.entries), "fold": len(fits.folds),
+            "variable": len(fits.variables), "layer": len(fits.layers), "probe": len(fits.trials), "fold": len(fits.folds),
             "seed": len(fits.seeds), "strength": max(1, len(fits.strengths) if not fits.inner else 1), "label": len(fits.labels),
             "repetition": int(self._repeats[-1]) + 1, "prompt": len(rows),
             "class": max((len(each.classes) for each in fits.labels if each.classes is not None), default=0),
         }  # fmt: skip
         self._columns = dict(self._make_columns())
-        self._entered = np.zeros((len(fits.sources), len(fits.layers), len(fits.entries)), dtype=bool)
+        self._entered = np.zeros((len(fits.variables), len(fits.layers), len(fits.trials)), dtype=bool)
         # What a variable does not have is done: its scores stay NaN.
-        for place, source in enumerate(fits.sources):
-            if source.layers != (-1,):
-                self._entered[place, [layer for layer in range(len(fits.layers)) if layer not in source.layers]] = True
-            if "0" not in [fits.layers[layer] for layer in source.layers if layer >= 0]:
-                self._entered[place, :, [number for number, entry in enumerate(fits.entries) if not (entry.by_layer or entry.constant)]] = (
+        for place, variable in enumerate(fits.variables):
+            if variable.layers != (-1,):
+                self._entered[place, [layer for layer in range(len(fits.layers)) if layer not in variable.layers]] = True
+            if "0" not in [fits.layers[layer] for layer in variable.layers if layer >= 0]:
+                self._entered[place, :, [number for number, trial in enumerate(fits.trials) if not (trial.by_layer or trial.constant)]] = (
                     True
                 )
         self._columns["converged"].values[self._entered] = True
@@ -89,18 +89,18 @@ class Scores:
 
     # ------------------------------------------------------------------------------------------------------------ entering
 
-    def enter(self, task: Task, fits: Iterable[Fit]) -> None:
+    def enter(self, task: FitTask, fits: Iterable[Fit]) -> None:
         """Everything that a task found."""
         for fit in fits:
             self._enter_fit(fit)
-        for entry in task.entries:
-            self._entered[self._where(task, entry)] = True
+        for trial in task.trials:
+            self._entered[self._where(task, trial)] = True
 
-    def _where(self, task: Task, entry: int) -> tuple[Any, ...]:
+    def _where(self, task: FitTask, trial: int) -> tuple[Any, ...]:
         plan = self._plan._fits
-        source = slice(None) if task.source < 0 else task.source
-        place = -1 if task.source < 0 or not plan.entries[entry].by_layer else plan.sources[task.source].layers[task.layer]
-        return source, slice(None) if place < 0 else place, entry
+        variable = slice(None) if task.variable < 0 else task.variable
+        place = -1 if task.variable < 0 or not plan.trials[trial].by_layer else plan.variables[task.variable].layers[task.layer]
+        return variable, slice(None) if place < 0 else place, trial
 
     def _enter_fit(self, fit: Fit) -> None:
         at = tuple(slice(None) if place < 0 else place for place in fit.at)
@@ -114,8 +114,8 @@ class Scores:
             self._put("chosen_strength", at, fit.strength)
         if fit.outcome is None:
             return
-        source, layer, entry, fold, *others = at
-        per_prompt = (source, layer, entry, int(self._repeats[fit.at[3]]), *others, self._place[plan.folds[fit.at[3]][1]])
+        variable, layer, trial, fold, *others = at
+        per_prompt = (variable, layer, trial, int(self._repeats[fit.at[3]]), *others, self._place[plan.folds[fit.at[3]][1]])
         del fold
         said = fit.outcome
         self._put("predicted", per_prompt, said.predicted)
@@ -146,38 +146,38 @@ class Scores:
 
     def whole(self) -> list[tuple[int, int]]:
         """Variable and layer of everything that nothing is missing of, by place."""
-        return [(int(source), int(layer)) for source, layer in np.argwhere(self._entered.all(axis=2))]
+        return [(int(variable), int(layer)) for variable, layer in np.argwhere(self._entered.all(axis=2))]
 
-    def missing(self, task: Task) -> bool:
+    def missing(self, task: FitTask) -> bool:
         """Whether something of a task has not been entered."""
-        return not all(self._entered[self._where(task, entry)].all() for entry in task.entries)
+        return not all(self._entered[self._where(task, trial)].all() for trial in task.trials)
 
-    def piece(self, source: int, layer: int) -> dict[str, Array]:
+    def piece(self, variable: int, layer: int) -> dict[str, Array]:
         """Every column of one layer of one variable, of the shape that the dataset has it in, with axes of one for both."""
         return {
             name: self._squeezed(name)[
-                (slice(source, source + 1), slice(layer, layer + 1)) if self._asked("variable") else slice(layer, layer + 1)
+                (slice(variable, variable + 1), slice(layer, layer + 1)) if self._asked("variable") else slice(layer, layer + 1)
             ]
             for name in self._columns
         }
 
-    def take_piece(self, source: int, layer: int, piece: Mapping[str, Array]) -> None:
+    def take_piece(self, variable: int, layer: int, piece: Mapping[str, Array]) -> None:
         """Enter what `piece` gave before; what knows no layer, and so is in every piece, is entered everywhere."""
         plan = self._plan._fits
         for name, column in self._columns.items():
-            values = piece[name].reshape(column.values[source : source + 1, layer : layer + 1].shape)[0, 0]
-            column.values[source, layer] = values
-            for number, entry in enumerate(plan.entries):
-                if entry.constant:
+            values = piece[name].reshape(column.values[variable : variable + 1, layer : layer + 1].shape)[0, 0]
+            column.values[variable, layer] = values
+            for number, trial in enumerate(plan.trials):
+                if trial.constant:
                     column.values[:, :, number] = values[number]
-                elif not entry.by_layer or plan.sources[source].layers == (-1,):
-                    column.values[source, :, number] = values[number]
-        self._entered[source, layer] = True
-        for number, entry in enumerate(plan.entries):
-            if entry.constant:
+                elif not trial.by_layer or plan.variables[variable].layers == (-1,):
+                    column.values[variable, :, number] = values[number]
+        self._entered[variable, layer] = True
+        for number, trial in enumerate(plan.trials):
+            if trial.constant:
                 self._entered[:, :, number] = True
-            elif not entry.by_layer or plan.sources[source].layers == (-1,):
-                self._entered[source, :, number] = True
+            elif not trial.by_layer or plan.variables[variable].layers == (-1,):
+                self._entered[variable, :, number] = True
 
     # ------------------------------------------------------------------------------------------------------------- the dataset
 

@@ -16,7 +16,7 @@ import xarray as xr
 
 from lmprobe_zarr.display import called
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.probes import Fit, NotFiniteError, Plan, Task, fit_task, show_prompts
+from lmprobe_zarr.probes import Fit, FitPlan, FitTask, NotFiniteError, fit_task, show_prompts
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
 from lmprobe_zarr.sweeps.score_store import ScoreStore
@@ -194,11 +194,11 @@ def sweep(
 
 
 def _not_finite(plan: SweepPlan, problem: NotFiniteError) -> InvalidArgumentError:
-    array = plan._arrays[max(problem.source, 0)]
-    if problem.source < 0:
-        where = f"control {plan._fits.entries[problem.entry].name!r}"
+    array = plan._arrays[max(problem.variable, 0)]
+    if problem.variable < 0:
+        where = f"control {plan._fits.trials[problem.trial].name!r}"
     else:
-        place = plan._fits.sources[problem.source].layers[problem.layer]
+        place = plan._fits.variables[problem.variable].layers[problem.layer]
         where = f"layer {plan.layers[place]} of {called(array)}" if place >= 0 else called(array)
     n = plan.n_prompts
     return InvalidArgumentError(
@@ -243,9 +243,9 @@ def _run(
         def finish(number: int, fits: list[Fit]) -> None:
             scores.enter(tasks[number], fits)
             if place is not None:
-                for source, layer in sorted(set(scores.whole()) - written):
-                    written.add((source, layer))
-                    place.write(source, layer, scores.piece(source, layer))
+                for variable, layer in sorted(set(scores.whole()) - written):
+                    written.add((variable, layer))
+                    place.write(variable, layer, scores.piece(variable, layer))
             advance(1)
 
         if client is not None:
@@ -254,15 +254,15 @@ def _run(
             _run_here(plan, tasks, finish, scheduler=scheduler, workers=workers, in_order=place is not None)
 
 
-def _layer_values(plan: SweepPlan, task: Task) -> Any:
+def _layer_values(plan: SweepPlan, task: FitTask) -> Any:
     """What a task is handed: nothing (it reads), the values in memory, or a dask array."""
-    if task.source < 0 or plan._fits.sources[task.source].activations is not None:
+    if task.variable < 0 or plan._fits.variables[task.variable].activations is not None:
         return None
-    variable = plan._arrays[task.source].variable
+    variable = plan._arrays[task.variable].variable
     return variable.isel(layer=task.layer, missing_dims="ignore").transpose("prompt", "hidden").data
 
 
-def _run_here(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, scheduler: str, workers: int, in_order: bool) -> None:
+def _run_here(plan: SweepPlan, tasks: Sequence[FitTask], finish: _Finish, *, scheduler: str, workers: int, in_order: bool) -> None:
     import dask.base
     from dask.callbacks import Callback
     from dask.delayed import delayed
@@ -287,7 +287,7 @@ def _run_here(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, schedu
             compute(*some, scheduler=scheduler, num_workers=workers)
 
 
-def _run_on_client(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, client: Any, in_flight: int) -> None:
+def _run_on_client(plan: SweepPlan, tasks: Sequence[FitTask], finish: _Finish, *, client: Any, in_flight: int) -> None:
     from dask.delayed import delayed
 
     shared = client.submit(_itself, plan._fits, pure=False)
@@ -300,7 +300,7 @@ def _run_on_client(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, c
         if hasattr(values, "__dask_graph__"):
             future = client.compute(delayed(fit_task, pure=False)(shared, task, values))
         else:
-            at = (task.source, task.layer)
+            at = (task.variable, task.layer)
             if values is not None:
                 # As arguments they would be copied through the scheduler, which warns of it.
                 if at not in sent:
@@ -316,5 +316,5 @@ def _run_on_client(plan: SweepPlan, tasks: Sequence[Task], finish: _Finish, *, c
     run_on_client(client, starts, in_flight, lambda number: finish(number, futures.pop(number).result()))
 
 
-def _itself(plan: Plan) -> Plan:
+def _itself(plan: FitPlan) -> FitPlan:
     return plan

@@ -19,7 +19,7 @@ import xarray as xr
 from lmprobe_zarr.batch import as_slice
 from lmprobe_zarr.probes import (
     EXACT,
-    Moments,
+    ClassMoments,
     NotFiniteError,
     Solution,
     Unit,
@@ -177,7 +177,7 @@ def _infinite(rows: Array) -> Ints:
 
 @dataclass(frozen=True, slots=True)
 class _Sums:
-    moments: Moments
+    moments: ClassMoments
     #: Places among the rows that hold NaN or infinity, and were not counted.
     bad: tuple[Ints, ...]
     seconds: float

@@ -19,14 +19,14 @@ from lmprobe_zarr.batch import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.display import called
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import (
-    Examples,
+    LabelledTokens,
     NotFiniteError,
     Solution,
     TokenFolds,
     bare_variable,
     cells_of,
     plan_token_folds,
-    select_examples,
+    select_labelled_tokens,
     show_rows,
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc
@@ -123,11 +123,11 @@ def fit_tokens(
     runner = _runner(client, scheduler, n_workers, progress=progress)
     (probe,) = _streamed([probe])
     seed = check_seed(random_state)
-    examples = select_examples(array, dim, labels, where=where, missing=missing)
-    stream, plan = _plan(array, dim, examples, None, (probe,), seed)
-    fits, seconds = _fitted(array, examples, stream, plan, runner)
+    labelled = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
+    stream, plan = _plan(array, dim, labelled, None, (probe,), seed)
+    fits, seconds = _fitted(array, labelled, stream, plan, runner)
     solutions = [fit[0, 0].solution for fit in fits]
-    two = len(examples.classes) == 2
+    two = len(labelled.classes) == 2
     dims = ("layer", "hidden") if two else ("layer", "class", "hidden")
     coef, intercept = np.stack([each.coef for each in solutions]), np.stack([each.intercept for each in solutions])
     found = xr.Dataset(
@@ -136,8 +136,8 @@ def fit_tokens(
             "intercept": (dims[:-1], intercept[:, 0] if two else intercept),
             "converged": ("layer", [fit[0, 0].converged for fit in fits]),
         },
-        coords={"layer": _layers(array), **({} if two else {"class": examples.classes})},
-        attrs={"probe": probe, **_described(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
+        coords={"layer": _layers(array), **({} if two else {"class": labelled.classes})},
+        attrs={"probe": probe, **_described(array, labelled), "random_state": seed, "pass_seconds": float(sum(seconds))},
     )
     _warn_of_early_ends(found)
     return _with_model(found, array)
@@ -289,32 +289,32 @@ def sweep_tokens(
     seed = check_seed(random_state)
     stage = _score_stage(pooling)
     asked = parse_token_controls(controls)
-    examples = select_examples(array, dim, labels, where=where, missing=missing)
+    labelled = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
     if stage.of == "score":
-        _check_by_prompt(examples, asked)
-    folds = plan_token_folds(array, dim, examples, groups, cv, seed)
-    stream, plan = _plan(array, dim, examples, folds, names, seed)
+        _check_by_prompt(labelled, asked)
+    folds = plan_token_folds(array, dim, labelled, groups, cv, seed)
+    stream, plan = _plan(array, dim, labelled, folds, names, seed)
     # Before anything is read, so that what is not there is known at once.
-    tables = {name: score_by_counts(name, array, examples, folds) for name in asked if name not in (*DEALT, _LAYER_0)}
-    dealt = {name: deal_labels(name, array, examples, folds, seed) for name in asked if name in DEALT}
+    tables = {name: score_by_counts(name, array, labelled, folds) for name in asked if name not in (*DEALT, _LAYER_0)}
+    dealt = {name: deal_labels(name, array, labelled, folds, seed) for name in asked if name in DEALT}
     layers = [str(layer) for layer in _layers(array)]
     if _LAYER_0 in asked and "0" not in layers:
         raise InvalidArgumentError(
             f"control {_LAYER_0!r} needs layer 0, and there are layers {', '.join(layers)}: give it too, or leave it out"
         )
-    rows, seconds = _swept(array, examples, stream, plan, runner, stage)
+    rows, seconds = _swept(array, labelled, stream, plan, runner, stage)
     found = {_Entry(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
     for name in asked:
         if name in dealt:
-            others, more = _swept(array, examples, stream, replace(plan, codes=dealt[name]), runner, stage)
+            others, more = _swept(array, labelled, stream, replace(plan, codes=dealt[name]), runner, stage)
             seconds += more
             found |= {_Entry(f"{name}:{probe}", name): of_probe for probe, of_probe in zip(names, others, strict=True)}
         elif name == _LAYER_0:
             found[_Entry(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
         else:
-            told = [_told(examples.codes, examples.prompt, stage, *of_fold) for of_fold in tables[name]]
+            told = [_told(labelled.codes, labelled.prompt, stage, *of_fold) for of_fold in tables[name]]
             found[_Entry(name, name)] = np.broadcast_to(_listed([_row(each) for each in told]), rows[0].shape)
-    scores = _scores(array, examples, folds, plan, stage, found, seconds)
+    scores = _scores(array, labelled, folds, plan, stage, found, seconds)
     _warn_of_early_ends(scores)
     return _with_model(scores, array)
 
@@ -378,10 +378,10 @@ def _score_stage(pooling: Any) -> Stage:
 
 
 def _plan(
-    array: xr.DataArray, dim: str, examples: Examples, folds: TokenFolds | None, probes: tuple[str, ...], seed: int
+    array: xr.DataArray, dim: str, labelled: LabelledTokens, folds: TokenFolds | None, probes: tuple[str, ...], seed: int
 ) -> tuple[Stream, StreamPlan]:
-    stream = Stream(bare_variable(array.variable), dim, examples.rows)
-    cell, trains = cells_of(folds, len(examples.prompts))
+    stream = Stream(bare_variable(array.variable), dim, labelled.rows)
+    cell, trains = cells_of(folds, len(labelled.prompts))
     if trains.shape[1] > _MOST_CELLS:
         raise InvalidArgumentError(
             f"these {len(trains)} folds cut the prompts into {trains.shape[1]} sets, and sums are kept for each of them: "
@@ -389,15 +389,15 @@ def _plan(
         )
     plan = StreamPlan(
         stream=None,
-        n_rows=len(examples.rows),
+        n_rows=len(labelled.rows),
         hidden=stream.hidden,
         block_rows=stream.block_rows,
         layers=tuple(str(layer) for layer in _layers(array)),
         probes=probes,
-        codes=examples.codes,
-        cell=cell[examples.prompt].astype(np.min_scalar_type(trains.shape[1])),
-        prompt=examples.prompt,
-        n_classes=len(examples.classes),
+        codes=labelled.codes,
+        cell=cell[labelled.prompt].astype(np.min_scalar_type(trains.shape[1])),
+        prompt=labelled.prompt,
+        n_classes=len(labelled.classes),
         trains=trains,
         tests=None if folds is None else folds.test,
         random_state=seed,
@@ -406,27 +406,27 @@ def _plan(
 
 
 def _fitted(
-    array: xr.DataArray, examples: Examples, stream: Stream, plan: StreamPlan, runner: Runner
+    array: xr.DataArray, labelled: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner
 ) -> tuple[list[dict[tuple[int, int], Fitted]], list[float]]:
     try:
         return fit_stream(stream, plan, runner)
     except NotFiniteError as problem:
         raise InvalidArgumentError(
             f"layer {_layers(array)[problem.layer]} of {called(array)} is NaN or infinite for {len(problem.rows)} of {plan.n_rows} "
-            f"{stream.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
+            f"{stream.dim}s, in {show_rows(labelled, np.array(problem.rows))}:\n"
             "leave them out with where=, or extract them again (float16 overflows at 65504)"
         ) from None
 
 
-def _check_by_prompt(examples: Examples, controls: tuple[str, ...]) -> None:
+def _check_by_prompt(labelled: LabelledTokens, controls: tuple[str, ...]) -> None:
     if "control_task" in controls:
         raise InvalidArgumentError(
             "control 'control_task' gives the tokens of a prompt different labels, so scores that are pooled by prompt have nothing to be "
             "compared with: use pooling='all', or 'shuffled_labels'"
         )
-    if not examples.by_prompt:
+    if not labelled.by_prompt:
         raise InvalidArgumentError(
-            f"labels {examples.name!r} differ within a prompt, so scores that are pooled by prompt have nothing to be compared with: "
+            f"labels {labelled.name!r} differ within a prompt, so scores that are pooled by prompt have nothing to be compared with: "
             "use pooling='all'"
         )
 
@@ -487,11 +487,11 @@ def _listed(rows: list[_Row]) -> Array:
 
 
 def _swept(
-    array: xr.DataArray, examples: Examples, stream: Stream, plan: StreamPlan, runner: Runner, stage: Stage
+    array: xr.DataArray, labelled: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner, stage: Stage
 ) -> tuple[list[Array], Array]:
     """Of each probe its rows, shape (layer, fold), and the seconds that each layer's pass took."""
-    fits, seconds = _fitted(array, examples, stream, plan, runner)
-    judged = judge_stream(stream, plan, runner, fits, partial(_judge, plan.codes, examples.prompt, stage))
+    fits, seconds = _fitted(array, labelled, stream, plan, runner)
+    judged = judge_stream(stream, plan, runner, fits, partial(_judge, plan.codes, labelled.prompt, stage))
     found = []
     for probe in range(len(plan.probes)):
         rows = [
@@ -535,16 +535,16 @@ def _warn_of_early_ends(found: xr.Dataset) -> None:
         )
 
 
-def _described(array: xr.DataArray, examples: Examples) -> dict[str, Any]:
-    counts = np.bincount(examples.codes, minlength=len(examples.classes))
+def _described(array: xr.DataArray, labelled: LabelledTokens) -> dict[str, Any]:
+    counts = np.bincount(labelled.codes, minlength=len(labelled.classes))
     return {
-        "labels": examples.name,
-        "classes": examples.classes.tolist(),
+        "labels": labelled.name,
+        "classes": labelled.classes.tolist(),
         "class_counts": counts.tolist(),
         "majority_share": float(counts.max() / counts.sum()),
-        "n_tokens": len(examples.rows),
-        "n_prompts": len(np.unique(examples.prompt)),
-        "n_missing": examples.n_missing,
+        "n_tokens": len(labelled.rows),
+        "n_prompts": len(np.unique(labelled.prompt)),
+        "n_missing": labelled.n_missing,
         "variable": str(array.name) if array.name is not None else "",
     }
 
@@ -558,7 +558,7 @@ def _with_model(found: xr.Dataset, array: xr.DataArray) -> xr.Dataset:
 
 def _scores(
     array: xr.DataArray,
-    examples: Examples,
+    labelled: LabelledTokens,
     folds: TokenFolds,
     plan: StreamPlan,
     stage: Stage,
@@ -572,9 +572,9 @@ def _scores(
             reasons.setdefault(row.reason, set()).add(list(found)[place].name)
     nan_reasons = [f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items())]
     count: Callable[[Any], int] = (
-        (lambda kept: int(kept[examples.prompt].sum()))
+        (lambda kept: int(kept[labelled.prompt].sum()))
         if stage.of == "nothing"
-        else (lambda kept: len(np.unique(examples.prompt[kept[examples.prompt]])))
+        else (lambda kept: len(np.unique(labelled.prompt[kept[labelled.prompt]])))
     )
 
     def column(name: str, dtype: type, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Array, dict[str, Any]]:
@@ -602,7 +602,7 @@ def _scores(
         },
     )
     scores.attrs = {
-        **_described(array, examples),
+        **_described(array, labelled),
         "task": "classification",
         "groups": folds.group,
         "cv": folds.described,

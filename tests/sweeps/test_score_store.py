@@ -64,7 +64,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     run = fit.fit_task
 
     def noted(plan: Any, task: Any, values: Any) -> Any:
-        seen.append((task.source, task.layer))
+        seen.append((task.variable, task.layer))
         return run(plan, task, values)
 
     monkeypatch.setattr(sys.modules["lmprobe_zarr.sweeps.sweep"], "fit_task", noted)

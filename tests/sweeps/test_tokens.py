@@ -22,7 +22,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelErr
 from lmprobe_zarr.probes import coefficients, make_probe
 from lmprobe_zarr.probes.sufficient import EXACT
 from lmprobe_zarr.probes.token_controls import deal_labels
-from lmprobe_zarr.probes.token_labels import plan_token_folds, select_examples
+from lmprobe_zarr.probes.token_labels import plan_token_folds, select_labelled_tokens
 from lmprobe_zarr.sweeps import token_stream as token_blocks
 from lmprobe_zarr.sweeps import tokens as token_probes
 
@@ -368,18 +368,18 @@ def test_tables_of_counts_equal_a_plain_loop(labels: str) -> None:
 
 def test_labels_are_dealt_to_prompts_where_these_have_one_and_are_the_seeds() -> None:
     array = identified()
-    examples = select_examples(array, "token", "label")
-    folds = plan_token_folds(array, "token", examples, None, 5, 0)
-    dealt = deal_labels("shuffled_labels", array, examples, folds, 0)
-    assert (dealt != examples.codes).any()
-    assert all(len(set(dealt[examples.prompt == prompt])) == 1 for prompt in range(PROMPTS))
-    first = np.unique(examples.prompt, return_index=True)[1]
-    assert sorted(dealt[first]) == sorted(examples.codes[first]), "as many prompts of each class"
-    np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, examples, folds, 0))
-    assert (dealt != deal_labels("shuffled_labels", array, examples, folds, 1)).any()
-    types = deal_labels("control_task", array, examples, folds, 0)
+    labelled = select_labelled_tokens(array, "token", "label")
+    folds = plan_token_folds(array, "token", labelled, None, 5, 0)
+    dealt = deal_labels("shuffled_labels", array, labelled, folds, 0)
+    assert (dealt != labelled.codes).any()
+    assert all(len(set(dealt[labelled.prompt == prompt])) == 1 for prompt in range(PROMPTS))
+    first = np.unique(labelled.prompt, return_index=True)[1]
+    assert sorted(dealt[first]) == sorted(labelled.codes[first]), "as many prompts of each class"
+    np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, labelled, folds, 0))
+    assert (dealt != deal_labels("shuffled_labels", array, labelled, folds, 1)).any()
+    types = deal_labels("control_task", array, labelled, folds, 0)
     assert all(len(set(types[one == IDS])) == 1 for one in range(30))
-    mixed = select_examples(array, "token", "kind_of_token")
+    mixed = select_labelled_tokens(array, "token", "kind_of_token")
     dealt = deal_labels("shuffled_labels", array, mixed, folds, 0)
     assert sorted(dealt) == sorted(mixed.codes)
     assert any(len(set(dealt[mixed.prompt == prompt])) > 1 for prompt in range(PROMPTS))

@@ -1,0 +1,245 @@
+"""Scores by layer: one line per probe with a band around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.plots.style import COLOURS, LINES, MARKERS, SCORE_LABELS, new_axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_scores"]
+
+#: Line styles of chance and of the caller's baselines.
+_DASHES = ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+#: Colours of controls, which have open markers.
+_GREYS = ("0.25", "0.5", "0.4", "0.6")
+#: Dims over which a score is repeated: their spread is the band.
+_REPEATED = ("fold", "seed", "repeat")
+
+
+def plot_scores(
+    scores: xr.Dataset,
+    metric: str = "accuracy",
+    ax: Axes | None = None,
+    baseline: float | Mapping[str, float] | None = None,
+    *,
+    intervals: xr.Dataset | None = None,
+) -> Axes:
+    """Axes with one line per probe: the mean of a score over the folds by layer, and a band around it.
+
+    Parameters
+    ----------
+    scores : Dataset
+        From :func:`lmprobe_zarr.sweep` or :func:`lmprobe_zarr.sweep_tokens`. Probes whose coordinate ``kind`` is "control" are drawn
+        grey, with open markers.
+    metric : str
+        A variable with dims (layer, probe, fold), perhaps seed: "accuracy", "auroc" or "fit_seconds".
+    ax : matplotlib Axes, optional
+        Where to draw. Without it a new figure is made. In a notebook, or if the caller has imported pyplot, pyplot makes it, so that it
+        is displayed; otherwise it is a bare figure, which needs no display and can be saved with :func:`save_plot`.
+    baseline : float or {label: float}, optional
+        Scores to draw as horizontal lines, such as ``{"bag of words": 0.71}``.
+    intervals : Dataset, optional
+        The metric over layer, probe and ``bound``, which holds "lower" and "upper", to draw as bands. If it has an attribute ``level``
+        (0 to 1), the plot names it.
+
+    Returns
+    -------
+    Axes
+        Without `intervals` a band reaches from the lowest to the highest fold. Chance is drawn too: the share of the largest class for
+        accuracy, 0.5 for AUROC. No matplotlib setting is changed.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    InvalidTypeError
+        `scores` is no dataset.
+    InvalidArgumentError
+        There is no such metric over layer, probe and fold, or it has further dims.
+    """
+    values = _select_metric(scores, metric)
+    interval = None if intervals is None else _interval_bounds(intervals, metric, values)
+    lines = dict(baseline) if isinstance(baseline, Mapping) else {} if baseline is None else {"baseline": float(baseline)}
+    axes: Any = new_axes() if ax is None else ax
+
+    layers = values["layer"].values
+    numeric = layers.dtype.kind in "iuf"
+    x = layers if numeric else np.arange(len(layers))
+    order = np.argsort(x)
+    probes = values["probe"].values
+    controls = [str(kind) == "control" for kind in scores["kind"].values] if "kind" in scores.coords else [False] * len(probes)
+    for number, probe in enumerate(probes):
+        label = str(probe) + _convergence_note(scores, probe)
+        drawn = _ProbeStyle(label, sum(controls[n] == controls[number] for n in range(number)), controls[number], number, len(probes))
+        bounds = None if interval is None else [bound.sel(probe=probe).values[order] for bound in interval]
+        _draw_probe(axes, x[order], values.sel(probe=probe).values[order], drawn, bounds)
+    for number, (label, height) in enumerate({**_chance_levels(scores, metric), **lines}.items()):
+        # Chance comes first and is black; the caller's baselines are grey and differ by their dashes.
+        colour = "black" if number == 0 and label not in lines else "0.35"
+        axes.axhline(
+            height, color=colour, linestyle=_DASHES[number % len(_DASHES)], linewidth=1.2, zorder=1.5, label=f"{label} ({height:.2f})"
+        )
+
+    _label_axes(axes, scores, metric, x[order], layers[order] if not numeric else None, values.sizes["fold"], intervals)
+    if ax is None:
+        # Below the plot, so that no curve runs behind it; the caller's own axes may have no room there.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize="small", handlelength=3.2)
+    else:
+        axes.legend(frameon=True, framealpha=0.9, edgecolor="0.85", fontsize="small", handlelength=3.2)
+    return axes  # type: ignore[no-any-return]
+
+
+def _select_metric(scores: Any, metric: str) -> xr.DataArray:
+    """The score over layer, probe and fold; folds, seeds and repeats are stacked into one ``fold``."""
+    if not isinstance(scores, xr.Dataset):
+        raise InvalidTypeError(f"scores are the xarray.Dataset that sweep gives, not {type(scores).__name__}")
+    dims = {"layer", "probe", "fold"}
+    fitting = [str(name) for name, variable in scores.data_vars.items() if dims <= set(variable.dims) and variable.dtype.kind == "f"]
+    if metric not in fitting:
+        raise InvalidArgumentError(
+            f"there is no score {metric!r} over layer, probe and fold: use one of {', '.join(fitting) or 'none (not a sweep)'}"
+        )
+    values = scores[metric]
+    for dim in [str(dim) for dim in values.dims if dim not in ("layer", "probe", *_REPEATED)]:
+        if values.sizes[dim] > 1:
+            shown = values[dim].values[0].item() if dim in values.coords else 0
+            raise InvalidArgumentError(
+                f"there are {values.sizes[dim]} along {dim!r}: draw one at a time, as in scores.sel({dim}={shown!r})"
+            )
+        values = values.isel({dim: 0}, drop=True)
+    repeated = [dim for dim in _REPEATED if dim in values.dims]
+    if len(repeated) > 1:
+        plain = values.drop_vars([name for name in values.coords if set(values.coords[name].dims) & set(repeated)])
+        values = plain.stack(one_fold=repeated, create_index=False).rename(one_fold="fold")
+    return values.transpose("layer", "probe", "fold")
+
+
+def _interval_bounds(intervals: Any, metric: str, values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
+    """Lower and upper bound of a score by layer and probe, in the order of the scores."""
+    if not isinstance(intervals, xr.Dataset) or metric not in intervals or not {"layer", "probe", "bound"} <= set(intervals[metric].dims):
+        raise InvalidArgumentError(f"intervals have no {metric!r} over layer, probe and bound: give those of the same scores")
+    found = intervals[metric].squeeze([d for d in intervals[metric].dims if d not in ("layer", "probe", "bound")], drop=True)
+    found = found.reindex(layer=values["layer"], probe=values["probe"]).transpose("layer", "probe", "bound")
+    return found.sel(bound="lower"), found.sel(bound="upper")
+
+
+@dataclass(frozen=True, slots=True)
+class _ProbeStyle:
+    """How one probe is drawn.
+
+    Its `number` among the probes (or among the controls) gives colour, marker and line; its `place` among all `of` entries shifts its
+    markers, so that they do not cover one another.
+    """
+
+    label: str
+    number: int
+    control: bool
+    place: int
+    of: int
+
+    @property
+    def colour(self) -> str:
+        return _GREYS[self.number % len(_GREYS)] if self.control else COLOURS[self.number % len(COLOURS)]
+
+    @property
+    def marker(self) -> str:
+        # From the other end, so that the first control does not get the marker of the first probe.
+        return MARKERS[-1 - self.number % len(MARKERS)] if self.control else MARKERS[self.number % len(MARKERS)]
+
+    @property
+    def line(self) -> Any:
+        return (0, (1, 1.2)) if self.control else LINES[self.number % len(LINES)]
+
+
+def _draw_probe(axes: Any, x: Any, values: Any, drawn: _ProbeStyle, bounds: list[Any] | None) -> None:
+    """One line with its band; `values` has shape (layer, fold)."""
+    defined = ~np.isnan(values).all(axis=1)
+    if not defined.any():
+        axes.plot([], [], color=drawn.colour, label=f"{drawn.label} (undefined)")
+        return
+    x, values = x[defined], values[defined]
+    mean = np.nanmean(values, axis=1)
+    low, high = (np.nanmin(values, axis=1), np.nanmax(values, axis=1)) if bounds is None else (bound[defined] for bound in bounds)
+    if len(x) == 1:
+        # Side by side, or the bars would cover one another.
+        x = x + (drawn.place - (drawn.of - 1) / 2) * 0.8 / drawn.of
+    # About twenty markers are distinguishable on one line; probes start at different layers so that markers do not overlap.
+    step = max(1, len(x) // 20)
+    axes.plot(
+        x,
+        mean,
+        color=drawn.colour,
+        linestyle=drawn.line,
+        marker=drawn.marker,
+        markevery=(drawn.place % step, step),
+        markersize=5 if drawn.control else 5.5,
+        markerfacecolor="white" if drawn.control else drawn.colour,
+        markeredgecolor=drawn.colour if drawn.control else "white",
+        markeredgewidth=1 if drawn.control else 0.6,
+        linewidth=1.2 if drawn.control else 1.8,
+        label=drawn.label + (" (control)" if drawn.control and "control" not in drawn.label else ""),
+        zorder=2.5 if drawn.control else 3,
+    )
+    if len(x) == 1:
+        # An interval need not contain the mean over the folds.
+        lengths = np.maximum(np.stack([mean - low, high - mean]), 0)
+        axes.errorbar(x, mean, yerr=lengths, color=drawn.colour, capsize=4, linewidth=1.2, zorder=2)
+    else:
+        axes.fill_between(x, low, high, color=drawn.colour, alpha=0.1 if drawn.control else 0.15, linewidth=0, zorder=2)
+
+
+def _convergence_note(scores: xr.Dataset, probe: Any) -> str:
+    if "converged" not in scores:
+        return ""
+    ended = scores["converged"].sel(probe=probe)
+    stopped = int((~ended).sum())
+    return f" ({stopped} of {ended.size} fits not converged)" if stopped else ""
+
+
+def _chance_levels(scores: xr.Dataset, metric: str) -> dict[str, float]:
+    if metric == "auroc":
+        return {"chance": 0.5}
+    if metric == "accuracy" and "majority_share" in scores.attrs:
+        return {"majority class": float(scores.attrs["majority_share"])}
+    return {}
+
+
+def _label_axes(axes: Any, scores: xr.Dataset, metric: str, x: Any, names: Any, n_folds: int, intervals: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if names is not None or len(x) <= 16:
+        every = max(1, -(-len(x) // 16))
+        axes.set_xticks(x[::every], [str(name) for name in (x if names is None else names)[::every]])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    if len(x) == 1:
+        axes.set_xlim(x[0] - 1, x[0] + 1)
+    else:
+        margin = 0.02 * (x[-1] - x[0])
+        axes.set_xlim(x[0] - margin, x[-1] + margin)
+    axes.set_xlabel("layer")
+    band = "bar" if len(x) == 1 else "band"
+    spread = f"mean of {n_folds} folds" if n_folds > 1 else "one fold"
+    if intervals is not None:
+        level = intervals.attrs.get("level")
+        spread += f", {band}: {'' if level is None else f'{100 * level:g} % '}interval"
+    elif n_folds > 1:
+        spread += f", {band}: lowest to highest"
+    axes.set_ylabel(f"{SCORE_LABELS.get(metric, metric)}\n({spread})", linespacing=1.5)
+    variable, labels = scores.attrs.get("variable", ""), scores.attrs.get("labels", "")
+    of = " from ".join(part for part in (labels, variable) if part)
+    model = scores.attrs.get("model", "")
+    axes.set_title(" · ".join(part for part in (model, of) if part), fontsize="medium")
+    axes.grid(visible=True, color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,203 @@
+"""The tokens of a few prompts, each with its score by a probe or its norm, as the page shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from lmprobe_zarr.batch import LAYERED_SITES
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.probe import LayerSweep, Probe
+from lmprobe_zarr.reports.page import ShownPrompt, ShownTokens
+from lmprobe_zarr.reports.profiles import Score, fit_by_layer, map_tokens, score_of
+from lmprobe_zarr.store.parts import View, read_values
+from lmprobe_zarr.typing import Array, Ints
+
+__all__ = ["SHOWN_PROMPTS", "PromptLabels", "choose_prompts", "show_tokens"]
+
+#: What bounds the maps, whatever the size of the store.
+SHOWN_PROMPTS: Final = 4
+MOST_PROMPTS: Final = 12
+MOST_TOKENS: Final = 160
+TOKEN_CELLS: Final = 48_000
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLabels:
+    """One label for every prompt of a view.
+
+    Parameters
+    ----------
+    name : str
+        What the labels are called.
+    values : ndarray, shape (prompt,)
+    variable : str
+        What a probe of them is fitted on: pooled, with layers.
+    """
+
+    name: str
+    values: Array
+    variable: str
+
+
+def choose_prompts(view: View, prompts: int | Iterable[Any], labels: PromptLabels | None) -> Ints:
+    """The places of the prompts whose tokens are shown: those given, or so many of the first that have tokens.
+
+    Raises
+    ------
+    InvalidArgumentError
+        More than fit on the page, or prompts that are stored without tokens.
+    """
+    counts = view.token_counts()
+    if not isinstance(prompts, (int, np.integer)):
+        rows = view.select(prompts)
+        if len(rows) > MOST_PROMPTS:
+            raise InvalidArgumentError(f"{len(rows)} prompts are more than a page shows: choose at most {MOST_PROMPTS}")
+        if len(bare := rows[counts[rows] == 0]):
+            raise InvalidArgumentError(f"prompt {view.hashes[bare[0]]} is stored without tokens: extract it with keep_tokens=True")
+        return rows
+    if isinstance(prompts, bool) or not 0 <= prompts <= MOST_PROMPTS:
+        raise InvalidArgumentError(f"prompts={prompts!r}: a page shows 0 to {MOST_PROMPTS}")
+    stored = np.flatnonzero(counts)
+    if labels is None:
+        return stored[:prompts]
+    # The classes take turns, so that as many prompts of each are shown as possible.
+    of_class = [stored[labels.values[stored] == label] for label in np.unique(labels.values)]
+    turns = [rows[i] for i in range(int(prompts)) for rows in of_class if i < len(rows)]
+    return np.sort(np.array(turns[: int(prompts)], np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokenScores:
+    """What each token is shown with: a score by the probe of each layer, or its norm where `by_layer` is None."""
+
+    variable: str
+    what: str
+    note: str
+    by_layer: Mapping[int, Score] | None = None
+
+
+def show_tokens(
+    view: View,
+    variable: str,
+    rows: Ints,
+    layers: Sequence[int],
+    *,
+    probe: Probe | LayerSweep | None,
+    labels: PromptLabels | None,
+    text: bool,
+) -> ShownTokens | None:
+    """The tokens of some prompts with their scores, or norms without a probe and labels of two classes; None without prompts.
+
+    Parameters
+    ----------
+    view : View
+    variable : str
+        With tokens and layers.
+    rows : ndarray of int
+        The prompts, by their places in the view.
+    layers : sequence of int
+    probe : Probe or LayerSweep, optional
+        What tokens are scored by; else a regression of each layer on `labels`.
+    labels : PromptLabels, optional
+    text : bool
+        Whether texts of prompts and tokens may be shown.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        A probe that scores no single layer, or none that is stored.
+    """
+    if not len(rows):
+        return None
+    stored = tuple(layer for layer in layers if layer in view.layers("tokens"))
+    scores = _choose_scores(view, variable, rows, stored, probe, labels)
+    if scores.by_layer is not None:
+        stored = tuple(layer for layer in stored if layer in scores.by_layer)
+        if not stored:
+            raise InvalidArgumentError(
+                f"the probe's layers {sorted(scores.by_layer)} are not among those stored with tokens in {view.where}"
+            )
+    most = max(8, min(MOST_TOKENS, TOKEN_CELLS // (len(rows) * len(stored))))
+    values = map_tokens(view, scores.variable, rows, stored, scores.by_layer, most=most)
+    prompts = tuple(_show_prompt(view, int(row), int(count), labels, text=text) for row, count in zip(rows, values.counts, strict=True))
+    return ShownTokens(values=values, prompts=prompts, what=scores.what, two=scores.by_layer is not None, note=scores.note)
+
+
+def _choose_scores(
+    view: View, variable: str, rows: Ints, layers: Sequence[int], probe: Probe | LayerSweep | None, labels: PromptLabels | None
+) -> _TokenScores:
+    """By the given probe; else by regressions on the labels of the prompts that are not shown; else norms."""
+    if probe is not None:
+        by_layer, positive = _score_by_layer(probe)
+        note = f"Score of each token by the probe that was given: above 0 for {positive}, below for the other class."
+        return _TokenScores(variable=variable, what=f"score of {positive}", note=note, by_layer=by_layer)
+    if labels is not None:
+        y = labels.values
+        others = np.setdiff1d(np.arange(len(view)), rows)
+        if len(np.unique(y)) == len(np.unique(y[others])) == 2:
+            # The probe learns from one site, so it scores tokens of the same site.
+            site = next((site for site in LAYERED_SITES if labels.variable.startswith(f"{site}_")), None)
+            scored = site if site in view.variables("tokens") else variable
+            said = f"{labels.name} = {np.unique(y)[1]}"
+            note = (
+                f"Log-odds of {said} for each token of {scored}, by a logistic regression of each layer on {labels.variable} of the "
+                "other prompts. It learned from whole prompts and is asked about tokens: a direction, not a calibrated chance."
+            )
+            by_layer = fit_by_layer(view, labels.variable, others, y[others], layers)
+            return _TokenScores(variable=scored, what=f"log-odds of {said}", note=note, by_layer=by_layer)
+    return _TokenScores(variable=variable, what=f"norm of {variable}", note=f"Euclidean norm of {variable} for each token.")
+
+
+def _score_by_layer(probe: Any) -> tuple[dict[int, Score], str]:
+    """A scoring function for each layer of a fitted probe, and the class that scores above 0 stand for."""
+    if isinstance(probe, LayerSweep):
+        each = dict(probe.probes)
+    elif isinstance(probe, Probe):
+        each = {probe.layers_[0]: probe} if len(probe.layers_) == 1 else {}
+        each = each if probe.sweep_result_ is None else dict(probe.sweep_result_.probes)
+    else:
+        raise InvalidTypeError(f"probe is a {type(probe).__name__}: give a fitted lmprobe_zarr.Probe, or a LayerSweep")
+    if not each or any(fitted.pipeline_ is None for fitted in each.values()):
+        why = (
+            "learned from several layers side by side"
+            if isinstance(probe, Probe) and len(probe.layers_) > 1
+            else "is not fitted on any layer"
+        )
+        raise InvalidArgumentError(f"the probe {why}: give one that was fitted on one layer, or with layers='sweep'")
+    classes = next(iter(each.values())).classes_
+    if classes is None or len(classes) != 2:
+        raise InvalidArgumentError(
+            f"the probe has {'no classes' if classes is None else f'{len(classes)} classes'}: give one of two classes"
+        )
+
+    return {layer: score_of(fitted.pipeline_) for layer, fitted in each.items()}, str(classes[1])
+
+
+def _show_prompt(view: View, row: int, count: int, labels: PromptLabels | None, *, text: bool) -> ShownPrompt:
+    """A prompt with its first tokens, named by their texts where these are stored, else by their ids or positions."""
+    rows = np.array([row])
+    columns = view.columns("tokens")
+
+    def column(name: str) -> list[Any]:
+        return list(read_values(view, "tokens", name, rows, ())[:count].tolist()) if name in columns else [-1] * count
+
+    whole = str(read_values(view, "prompts", "text", rows, ())[0]) if text and "text" in view.columns("prompts") else ""
+    starts, ends = column("char_start"), column("char_end")
+    ids = column("token_id") if text else [-1] * count
+    pieces: list[tuple[str, str]] = []
+    names: list[str] = []
+    at = 0
+    for position in range(count):
+        start, end = int(starts[position]), int(ends[position])
+        own = whole[start:end] if 0 <= start < end <= len(whole) else ""
+        between = whole[at:start] if own and start > at else ""
+        at = max(at, end) if own else at
+        pieces.append((between if own else "", own))
+        names.append(own or (f"#{ids[position]}" if ids[position] >= 0 else str(position)))
+    label = "" if labels is None else f"{labels.name} {labels.values[row]}"
+    unplaced = whole if not any(own for _, own in pieces) else ""
+    return ShownPrompt(hash=str(view.hashes[row]), label=label, text=unplaced, pieces=tuple(pieces), names=tuple(names))
