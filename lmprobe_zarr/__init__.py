@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+# Imported for what it does: it registers ``.lz`` with xarray.
+import lmprobe_zarr.accessor  # noqa: F401
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.bridges import (
     ExportSummary,

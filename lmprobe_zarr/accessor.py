@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.batch import as_slice, fill_value, offsets_of, parse_poolings
 from lmprobe_zarr.display import Html, card, definitions, sparkline, table
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, MissingDependencyError
+from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
 from lmprobe_zarr.streaming import Batches, norms_of, open_batches, statistics_of
-from lmprobe_zarr.tokens import OF_TOKENS, T, TokenIndex, by_appearance, one_per_prompt, pool_values, renamed
+from lmprobe_zarr.tokens import pad_tokens, pool_tokens, tokens_at
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
 __all__ = ["ArrayAccessor", "DatasetAccessor"]
+
+T = TypeVar("T", xr.Dataset, xr.DataArray)
 
 
 class _TokenAccessor(Generic[T]):
@@ -30,26 +31,6 @@ class _TokenAccessor(Generic[T]):
 
     def __init__(self, data: T) -> None:
         self._data = data
-
-    def _by_prompt(self) -> tuple[T, TokenIndex, npt.NDArray[np.int64]]:
-        """The data with the tokens of each prompt together and in order, its index, and the rows of each prompt."""
-        index = self._data.xindexes.get("prompt")
-        if not isinstance(index, TokenIndex) or index.dim not in self._data.dims:
-            raise InvalidArgumentError(
-                f"this has no index over prompt and position (dims {tuple(self._data.sizes)}): open it with store.tokens(), "
-                'or set_xindex(["prompt", "position"], lmprobe_zarr.TokenIndex)'
-            )
-        data, codes = self._data, index.codes
-        appearance = by_appearance(codes)
-        order = np.lexsort((index.positions, appearance))
-        if (np.diff(order) != 1).any():
-            data = data.isel({index.dim: order})
-            taken = index.isel({index.dim: order})
-            assert taken is not None  # noqa: S101 — an order along one dimension keeps the index
-            index, appearance = taken, appearance[order]
-        if (np.diff(index.positions)[np.diff(appearance) == 0] == 0).any():
-            raise InvalidArgumentError("a prompt occurs several times along token: select each prompt once")
-        return data, index, np.bincount(appearance).astype(np.int64)
 
     def at(self, position: int) -> T:
         """The values at one place of every prompt, back to one row per prompt.
@@ -69,50 +50,7 @@ class _TokenAccessor(Generic[T]):
         LayerOutOfRangeError
             A prompt has fewer tokens (an `IndexError`, as for any sequence).
         """
-        if isinstance(position, bool) or not isinstance(position, int | np.integer):
-            raise InvalidTypeError(f"position={position!r} is no whole number: give one, such as 0 or -1; sel(position=[…]) takes several")
-        data, index, counts = self._by_prompt()
-        short = counts < (position + 1 if position >= 0 else -position)
-        if short.any():
-            raise LayerOutOfRangeError(
-                f"{int(short.sum())} of {len(counts)} prompts have fewer tokens than position {position} needs, the shortest "
-                f"{int(counts.min())}: use sel(position=…) for those that have it"
-            )
-        offsets = offsets_of(counts)
-        rows = (offsets[:-1] if position >= 0 else offsets[1:]) + position
-        return one_per_prompt(data.isel({index.dim: as_slice(rows)}), index.dim)
-
-    def _pool_array(self, array: xr.DataArray, pooling: str) -> xr.DataArray:
-        data, index, counts = ArrayAccessor(array)._by_prompt()
-        head = one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(OF_TOKENS, errors="ignore")
-        rest = [dim for dim in data.dims if dim not in ("layer", index.dim)]
-        ordered: xr.DataArray = data.transpose("layer", index.dim, *rest, missing_dims="ignore")
-        if ordered.sizes.get("layer"):  # one layer at a time: memory for one layer of tokens, whatever the number of layers
-            values = np.stack([pool_values(layer.values, counts, pooling) for layer in ordered])
-        elif "layer" in ordered.dims:
-            values = np.empty((0, len(counts), *ordered.shape[2:]), ordered.dtype)
-        else:
-            values = pool_values(ordered.values, counts, pooling)
-        dims = renamed(ordered.dims, index.dim)
-        name = f"{array.name}_{pooling}" if array.name else None
-        return xr.DataArray(values, head.coords, dims, name, array.attrs).transpose(*renamed(array.dims, index.dim))
-
-    def _pad_array(self, array: xr.DataArray) -> xr.DataArray:
-        data, index, counts = ArrayAccessor(array)._by_prompt()
-        axis: int = data.dims.index(index.dim)
-        values: npt.NDArray[Any] = data.values
-        places, columns = np.unique(index.positions, return_inverse=True)
-        dtype = np.dtype(np.int8) if values.dtype == bool else values.dtype
-        filler = "" if dtype.kind == "U" else fill_value(dtype)
-        if dtype.kind == "u":
-            dtype = np.result_type(dtype, np.int8)
-        out = np.full((*values.shape[:axis], len(counts), len(places), *values.shape[axis + 1 :]), filler, dtype)
-        lead: tuple[Any, ...] = (slice(None),) * axis
-        out[(*lead, np.repeat(np.arange(len(counts)), counts), columns)] = values
-        head = one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim)
-        kept = {name: c for name, c in head.coords.items() if name not in OF_TOKENS}
-        dims = [d for dim in data.dims for d in (("prompt", "position") if dim == index.dim else (dim,))]
-        return xr.DataArray(out, coords={**kept, "position": places}, dims=dims, name=array.name, attrs=array.attrs)
+        return tokens_at(self._data, position)
 
 
 @xr.register_dataarray_accessor("lz")  # type: ignore[no-untyped-call]
@@ -132,15 +70,14 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         xarray.DataArray
             ``token`` replaced by ``prompt``, named ``<name>_<pooling>``; in memory, computed layer by layer.
         """
-        parse_poolings(pooling)
-        return self._pool_array(self._data, pooling)
+        return pool_tokens(self._data, pooling)
 
     def padded(self) -> xr.DataArray:
         """``token`` replaced by ``prompt`` and ``position``, in memory; NaN (−1 for integers) where a prompt has no token.
 
         ``position`` holds the positions that occur, so after a selection each token still stands at its own.
         """
-        return self._pad_array(self._data)
+        return pad_tokens(self._data)
 
     def plot_tokens(self, prompt: str | None = None, **kwargs: Any) -> Axes:
         """Scores of one prompt's tokens by layer; see `lmprobe_zarr.plots.plot_tokens`.
@@ -409,19 +346,11 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         Dataset
             One row per prompt, in memory.
         """
-        parse_poolings(pooling)
-        _, index, _ = self._by_prompt()
-        pooled = [self._pool_array(v, pooling) for v in self._data.data_vars.values() if index.dim in v.dims]
-        return xr.Dataset({v.name: v for v in pooled}, attrs=self._data.attrs)
+        return pool_tokens(self._data, pooling)
 
     def padded(self) -> xr.Dataset:
         """`ArrayAccessor.padded` of every variable along ``token``, and ``mask(prompt, position)``: True where there is a token."""
-        data, index, counts = self._by_prompt()
-        out = {v.name: self._pad_array(v) for v in data.data_vars.values() if index.dim in v.dims}
-        places, columns = np.unique(index.positions, return_inverse=True)
-        there = np.zeros((len(counts), len(places)), bool)
-        there[np.repeat(np.arange(len(counts)), counts), columns] = True
-        return xr.Dataset(out, attrs=self._data.attrs).assign(mask=(("prompt", "position"), there))
+        return pad_tokens(self._data)
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:
         """`ArrayAccessor.to_torch` of every variable, by name.

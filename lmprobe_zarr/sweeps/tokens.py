@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.accessor import ArrayAccessor
 from lmprobe_zarr.batch import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.display import called
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
@@ -35,7 +34,7 @@ from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_c
 from lmprobe_zarr.sweeps.given import check_seed
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, Stream, StreamPlan, Tested, fit_stream, judge_stream, score_stream
 from lmprobe_zarr.tasks import Runner, check_run
-from lmprobe_zarr.tokens import prompts_of, token_texts
+from lmprobe_zarr.tokens import pool_tokens, prompts_of, token_texts
 from lmprobe_zarr.typing import Array
 
 __all__ = ["fit_tokens", "score_tokens", "sweep_tokens"]
@@ -220,7 +219,7 @@ def score_tokens(
     if stage.of == "nothing" or dim != "token":
         return scored
     # By the stage's own names; classes, like layers, are apart.
-    return ArrayAccessor(scored.drop_vars("token_text", errors="ignore")).pool(stage.pooling)
+    return pool_tokens(scored.drop_vars("token_text", errors="ignore"), stage.pooling)
 
 
 def sweep_tokens(

@@ -6,20 +6,18 @@ Never a store, never a fit.
 from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
 from lmprobe_zarr.tokens.lazy import TakenArray, lazy_variable, tidy_key
 from lmprobe_zarr.tokens.masks import mask_tokens
-from lmprobe_zarr.tokens.prompts import OF_TOKENS, T, one_per_prompt, pool_values, prompts_of, renamed, token_texts
+from lmprobe_zarr.tokens.prompts import pad_tokens, pool_tokens, prompts_of, token_texts, tokens_at
 
 __all__ = [
-    "OF_TOKENS",
-    "T",
     "TakenArray",
     "TokenIndex",
     "by_appearance",
     "lazy_variable",
     "mask_tokens",
-    "one_per_prompt",
-    "pool_values",
+    "pad_tokens",
+    "pool_tokens",
     "prompts_of",
-    "renamed",
     "tidy_key",
     "token_texts",
+    "tokens_at",
 ]

@@ -1,45 +1,146 @@
-"""Tokens of labelled arrays back to prompts: at, pool, pad."""
+"""Tokens of labelled arrays back to prompts: at one position, pooled, or padded; and which prompts, and which texts, tokens belong to.
+
+Never a store, never a fit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import xarray as xr
 
-from lmprobe_zarr.batch import pool_ragged
-from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
-from lmprobe_zarr.typing import Array
-
-if TYPE_CHECKING:
-    pass
-
-
-from typing import cast
-
-import pandas as pd
-
+from lmprobe_zarr.batch import as_slice, fill_value, offsets_of, parse_poolings, pool_ragged
 from lmprobe_zarr.display import called
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError
+from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
+from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["prompts_of", "token_texts"]
+__all__ = ["pad_tokens", "pool_tokens", "prompts_of", "token_texts", "tokens_at"]
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 
-# Coordinates of single tokens, which mean nothing to a whole prompt.
-OF_TOKENS: Final = ("position", "token_id", "char_start", "char_end")
+# Coordinates of single tokens, which mean nothing for a whole prompt.
+_OF_TOKENS: Final = ("position", "token_id", "char_start", "char_end")
 
 
-def one_per_prompt(data: T, dim: Hashable) -> T:
+# -- one row per prompt ----------------------------------------------------------------------------------------------------
+
+
+def tokens_at(data: T, position: int) -> T:
+    """The values at one position of every prompt, one row per prompt; lazy where the data are.
+
+    Parameters
+    ----------
+    data : Dataset or DataArray
+        With a `TokenIndex`.
+    position : int
+        Counted from the prompt's first token in the data, or, if negative, from its last.
+
+    Raises
+    ------
+    LayerOutOfRangeError
+        A prompt has fewer tokens.
+    """
+    if isinstance(position, bool) or not isinstance(position, int | np.integer):
+        raise InvalidTypeError(f"position={position!r} is no whole number: give one, such as 0 or -1; sel(position=[…]) takes several")
+    ordered, index, counts = _by_prompt(data)
+    short = counts < (position + 1 if position >= 0 else -position)
+    if short.any():
+        raise LayerOutOfRangeError(
+            f"{int(short.sum())} of {len(counts)} prompts have fewer tokens than position {position} needs, the shortest "
+            f"{int(counts.min())}: use sel(position=…) for those that have it"
+        )
+    offsets = offsets_of(counts)
+    rows = (offsets[:-1] if position >= 0 else offsets[1:]) + position
+    return _one_per_prompt(ordered.isel({index.dim: as_slice(rows)}), index.dim)
+
+
+def pool_tokens(data: T, pooling: str) -> T:
+    """One vector per prompt, ``token`` replaced by ``prompt``, named ``<name>_<pooling>``; in memory.
+
+    Parameters
+    ----------
+    data : Dataset or DataArray
+        With a `TokenIndex`. Of a dataset, every variable along its dimension is pooled, and the others are left out.
+    pooling : str
+        One of `lmprobe_zarr.batch.POOLINGS`.
+    """
+    parse_poolings(pooling)
+    if isinstance(data, xr.Dataset):
+        _, index, _ = _by_prompt(data)
+        pooled = [_pool_array(array, pooling) for array in data.data_vars.values() if index.dim in array.dims]
+        return xr.Dataset({array.name: array for array in pooled}, attrs=data.attrs)
+    return _pool_array(data, pooling)
+
+
+def pad_tokens(data: T) -> T:
+    """``token`` replaced by ``prompt`` and ``position``, in memory; NaN (−1 for integers) where a prompt has no token.
+
+    Parameters
+    ----------
+    data : Dataset or DataArray
+        With a `TokenIndex`. Of a dataset, every variable along its dimension is padded; ``mask`` is True where there is a token.
+    """
+    if isinstance(data, xr.Dataset):
+        ordered, index, counts = _by_prompt(data)
+        padded = {array.name: _pad_array(array) for array in ordered.data_vars.values() if index.dim in array.dims}
+        positions, columns = np.unique(index.positions, return_inverse=True)
+        mask = np.zeros((len(counts), len(positions)), bool)
+        mask[np.repeat(np.arange(len(counts)), counts), columns] = True
+        return xr.Dataset(padded, attrs=data.attrs).assign(mask=(("prompt", "position"), mask))
+    return _pad_array(data)
+
+
+def _by_prompt(data: T) -> tuple[T, TokenIndex, Ints]:
+    """The data with the tokens of each prompt together and in order, their index, and the number of tokens of each prompt."""
+    index = data.xindexes.get("prompt")
+    if not isinstance(index, TokenIndex) or index.dim not in data.dims:
+        raise InvalidArgumentError(
+            f"this has no index over prompt and position (dims {tuple(data.sizes)}): open it with store.tokens(), "
+            'or set_xindex(["prompt", "position"], lmprobe_zarr.TokenIndex)'
+        )
+    codes = index.codes
+    appearance = by_appearance(codes)
+    order = np.lexsort((index.positions, appearance))
+    if (np.diff(order) != 1).any():
+        data = data.isel({index.dim: order})
+        taken = index.isel({index.dim: order})
+        assert taken is not None  # noqa: S101 — an order along one dimension keeps the index
+        index, appearance = taken, appearance[order]
+    if (np.diff(index.positions)[np.diff(appearance) == 0] == 0).any():
+        raise InvalidArgumentError("a prompt occurs several times along token: select each prompt once")
+    return data, index, np.bincount(appearance).astype(np.int64)
+
+
+def _one_per_prompt(data: T, dim: Hashable) -> T:
     """One token per prompt, now along ``prompt`` with its ordinary index."""
     plain = data.drop_indexes(["prompt", "position"]) if isinstance(data.xindexes.get("prompt"), TokenIndex) else data
     swapped: T = plain.swap_dims({dim: "prompt"})
     return swapped
 
 
-def pool_values(values: npt.NDArray[Any], counts: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[Any]:
+def _pool_array(array: xr.DataArray, pooling: str) -> xr.DataArray:
+    data, index, counts = _by_prompt(array)
+    first = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(_OF_TOKENS, errors="ignore")
+    rest = [dim for dim in data.dims if dim not in ("layer", index.dim)]
+    ordered: xr.DataArray = data.transpose("layer", index.dim, *rest, missing_dims="ignore")
+    # One layer at a time, so that the tokens of one layer are in memory, whatever the number of layers.
+    if ordered.sizes.get("layer"):
+        values = np.stack([_pool_values(layer.values, counts, pooling) for layer in ordered])
+    elif "layer" in ordered.dims:
+        values = np.empty((0, len(counts), *ordered.shape[2:]), ordered.dtype)
+    else:
+        values = _pool_values(ordered.values, counts, pooling)
+    dims = _with_prompt(ordered.dims, index.dim)
+    name = f"{array.name}_{pooling}" if array.name else None
+    return xr.DataArray(values, first.coords, dims, name, array.attrs).transpose(*_with_prompt(array.dims, index.dim))
+
+
+def _pool_values(values: Array, counts: Ints, pooling: str) -> Array:
     """Pooled rows of values of shape (token, …)."""
     if pooling == "mean" and values.dtype.kind in "biu":
         values = values.astype(np.float64)
@@ -47,8 +148,30 @@ def pool_values(values: npt.NDArray[Any], counts: npt.NDArray[np.int64], pooling
     return pool_ragged(flat, counts, pooling).reshape(len(counts), *values.shape[1:])
 
 
-def renamed(dims: tuple[Any, ...], dim: Hashable) -> list[Any]:
+def _with_prompt(dims: tuple[Any, ...], dim: Hashable) -> list[Any]:
+    """The dimensions, with ``prompt`` in place of that of the tokens."""
     return ["prompt" if d == dim else d for d in dims]
+
+
+def _pad_array(array: xr.DataArray) -> xr.DataArray:
+    data, index, counts = _by_prompt(array)
+    axis: int = data.dims.index(index.dim)
+    values: Array = data.values
+    positions, columns = np.unique(index.positions, return_inverse=True)
+    dtype = np.dtype(np.int8) if values.dtype == bool else values.dtype
+    filler = "" if dtype.kind == "U" else fill_value(dtype)
+    if dtype.kind == "u":
+        dtype = np.result_type(dtype, np.int8)
+    out = np.full((*values.shape[:axis], len(counts), len(positions), *values.shape[axis + 1 :]), filler, dtype)
+    lead: tuple[Any, ...] = (slice(None),) * axis
+    out[(*lead, np.repeat(np.arange(len(counts)), counts), columns)] = values
+    first = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim)
+    kept = {name: coord for name, coord in first.coords.items() if name not in _OF_TOKENS}
+    dims = [d for dim in data.dims for d in (("prompt", "position") if dim == index.dim else (dim,))]
+    return xr.DataArray(out, coords={**kept, "position": positions}, dims=dims, name=array.name, attrs=array.attrs)
+
+
+# -- prompts and texts -----------------------------------------------------------------------------------------------------
 
 
 def prompts_of(array: xr.DataArray, dim: str) -> tuple[Array, Array]:
