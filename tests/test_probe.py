@@ -121,15 +121,16 @@ def test_warmup_extracts_once_and_says_how_much_was_there(llama: Path, runs: lis
 
 def test_batch_size_is_the_most_that_a_pass_takes(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmprobe_zarr.extraction.models import capture
+    from lmprobe_zarr.extraction.models.forward import run_forward_pass
 
     sizes: list[int] = []
-    real = capture._forward
+    real = run_forward_pass
 
     def forward(loaded: Any, calling: Any, request: Any, ids: Any, *rest: Any) -> Any:
         sizes.append(len(ids))
         return real(loaded, calling, request, ids, *rest)
 
-    monkeypatch.setattr(capture, "_forward", forward)
+    monkeypatch.setattr(capture, "run_forward_pass", forward)
     lz.Probe(str(llama), layers=0, batch_size=3).warmup(POSITIVE)
     assert sizes == [3, 3, 2]
 

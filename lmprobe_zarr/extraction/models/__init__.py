@@ -14,7 +14,8 @@ from lmprobe_zarr.extraction.models.identity import DTYPES, PROVENANCE_FIELDS, M
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, tokenize
 
 if TYPE_CHECKING:
-    from lmprobe_zarr.extraction.models.capture import Progress, default_batch_tokens, run
+    from lmprobe_zarr.extraction.models.batching import default_batch_tokens
+    from lmprobe_zarr.extraction.models.capture import Progress, run
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
 _NEEDS_TORCH: Final = {
     "LoadedModel": "loading",
     "Progress": "capture",
-    "default_batch_tokens": "capture",
+    "default_batch_tokens": "batching",
     "load_model": "loading",
     "load_tokenizer": "loading",
     "run": "capture",

@@ -204,7 +204,7 @@ def test_a_hub_model_is_known_by_the_commit_in_the_local_cache(llama: Path, tmp_
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     code = f"""
-import json, lmprobe_zarr.extraction as ex
+import json, lmprobe_zarr.extraction.models as ex
 known = ex.identify("owner/some-model")
 loaded = ex.load_model("owner/some-model", device="cpu")
 exact = ex.identify("owner/some-model", revision={commit!r})

@@ -518,14 +518,14 @@ def test_what_a_row_weighs_counts_the_outputs() -> None:
 
 
 def test_batches_are_bounded_by_what_the_logits_weigh(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction.models import capture
+    from lmprobe_zarr.extraction.models import batching
 
     model = tiny_model("gpt2", CAUSAL)
     loaded = loaded_from(model, provenance={"watched": True})
     scarce = Scarce(model, 10**9, RuntimeError)
     tokenized = tokenize(parse_prompts([[n] * (1 + n % 9) for n in range(4, 200)]), loaded.tokenizer)
-    monkeypatch.setattr(capture, "LEAST_TOKENS", 1)
-    monkeypatch.setattr(capture, "BATCH_BYTES", 50 * 300 * 4)
+    monkeypatch.setattr(batching, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(batching, "BATCH_BYTES", 50 * 300 * 4)
     for outputs, padded, prompts in (
         (Outputs(perplexity=True), 50, 50),
         (Outputs(logits="all"), 25, 25),  # computed, and kept

@@ -1,0 +1,75 @@
+"""How many prompts share a batch: by padded tokens, by the bytes that are kept of them, and by the memory of the device."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+
+from lmprobe_zarr.typing import Ints
+
+__all__ = ["LOGIT_BYTES", "default_batch_tokens", "free_memory", "is_out_of_memory", "most_prompts_with_logits", "next_batch"]
+
+DEVICE_TOKENS: Final = {"cuda": 16384, "mps": 4096, "cpu": 1024}  # on two cores, 1,024 to 1,536 tokens stay in the caches
+# Bounds the activations that are kept of one batch. They exist on the device, and on the host while they are written.
+BATCH_BYTES: Final = 256 << 20
+LEAST_TOKENS: Final = 256
+# Bytes of a logit while it is computed, whatever its dtype.
+LOGIT_BYTES: Final = 4
+
+
+def default_batch_tokens(device: str, bytes_per_token: int = 0) -> int:
+    """Padded tokens per batch where the caller names no number.
+
+    Parameters
+    ----------
+    device : {"cuda", "mps", "cpu"}
+    bytes_per_token : int
+        Bytes that are kept per token, and those of its logits where they are computed. A batch holds at most 256 MiB of them.
+    """
+    most = DEVICE_TOKENS.get(device, DEVICE_TOKENS["cpu"])
+    return most if not bytes_per_token else max(LEAST_TOKENS, min(most, BATCH_BYTES // bytes_per_token))
+
+
+def most_prompts_with_logits(vocab_size: int) -> int:
+    """The most prompts in a batch where the logits of one token per prompt are computed: 256 MiB of logits."""
+    return max(1, BATCH_BYTES // (LOGIT_BYTES * max(1, vocab_size)))
+
+
+def next_batch(lengths: Ints, budget: int, uniform_above: int | None, most: int | None = None) -> int:
+    """How many of the remaining prompts the next batch takes.
+
+    Parameters
+    ----------
+    lengths : ndarray of int64
+        Tokens of the remaining prompts, sorted.
+    budget : int
+        Padded tokens at most: prompts × longest. At least one prompt is taken.
+    uniform_above : int or None
+        Prompts longer than this share a batch only with prompts of the same length.
+    most : int, optional
+        Prompts at most.
+    """
+    longest = np.maximum.accumulate(lengths)
+    fits = int(np.searchsorted(longest * np.arange(1, len(lengths) + 1), budget, side="right"))
+    if uniform_above is not None:
+        short = lengths <= uniform_above
+        alike = short if short[0] else lengths == lengths[0]
+        fits = min(fits, int(np.argmin(alike)) if not alike.all() else len(lengths))
+    return max(1, fits if most is None else min(fits, most))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has too little memory."""
+    kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+    words = str(error)
+    return isinstance(error, kind | MemoryError) or "out of memory" in words or "can't allocate memory" in words
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached memory back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

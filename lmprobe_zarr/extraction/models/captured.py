@@ -1,0 +1,194 @@
+"""What a forward pass keeps: the request, the padded batch, and the activations as the hooks hand them over.
+
+Pooling and the removal of padding happen here, on the device. Never runs a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmprobe_zarr.batch import NO_OUTPUTS, Outputs, concat_ranges, offsets_of
+from lmprobe_zarr.errors import UnknownArchitectureError
+from lmprobe_zarr.extraction.models.outputs import largest, next_token_log_probs
+from lmprobe_zarr.typing import Array, Ints
+
+__all__ = ["CaptureRequest", "Collected", "PaddedBatch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureRequest:
+    """What is kept of a forward pass: layers, sites, poolings and outputs."""
+
+    layers: tuple[int, ...]
+    sites: tuple[str, ...]
+    poolings: tuple[str, ...]
+    keep_tokens: bool
+    outputs: Outputs = NO_OUTPUTS
+    # Layers whose router is kept, and whether the output of the gate module already is the raw scores.
+    routers: tuple[int, ...] = ()
+    routers_raw: bool = True
+
+    @property
+    def head_rows(self) -> str:
+        """The tokens that the head must see, as a name for `PaddedBatch.index`."""
+        return "tokens" if self.outputs.perplexity or self.outputs.logits == "all" else "last_token"
+
+    @property
+    def token_level(self) -> bool:
+        """Whether anything is kept per token."""
+        return self.keep_tokens or self.outputs.token_level
+
+    @property
+    def router_apart(self) -> bool:
+        """Whether the router needs a batch of its own, because other variables have other layers."""
+        return bool(self.layers) and bool(self.routers) and self.layers != self.routers
+
+    @property
+    def deepest(self) -> int | None:
+        """The last block that is needed; None if no block is."""
+        return max((*self.layers, *self.routers), default=None)
+
+
+@dataclass(slots=True)
+class PaddedBatch:
+    """One batch as the model sees it, and where its tokens are among its (batch × longest) rows."""
+
+    lengths: Ints
+    longest: int
+    token_ids: Ints
+    copies: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def index(self, what: str, device: torch.device) -> torch.Tensor:
+        """An index of this batch on a device, made once.
+
+        Among the padded rows: ``tokens``, and the ``last_token`` or ``first_token`` of every prompt. The ``mask`` has the shape (batch,
+        longest, 1). Among the tokens without padding, end to end: the rows of the ``firsts`` and ``lasts``. ``ids`` are the token ids.
+        """
+        if (what, device) not in self.copies:
+            starts = np.arange(len(self.lengths), dtype=np.int64) * self.longest
+            if what == "mask":
+                values: Array = (np.arange(self.longest) < self.lengths[:, None])[..., None]
+            elif what == "tokens":
+                values = concat_ranges(starts, self.lengths)
+            elif what == "ids":
+                values = self.token_ids
+            elif what in ("firsts", "lasts"):
+                values = offsets_of(self.lengths)[:-1] + (self.lengths - 1 if what == "lasts" else 0)
+            else:
+                values = starts + (self.lengths - 1 if what == "last_token" else 0)
+            self.copies[what, device] = torch.from_numpy(values).to(device)
+        return self.copies[what, device]
+
+    def pool(self, hidden: torch.Tensor, pooling: str) -> torch.Tensor:
+        """(batch, longest, width) to (batch, width), as `lmprobe_zarr.batch.pool_ragged` does it."""
+        if pooling in ("last_token", "first_token"):
+            return hidden.flatten(0, 1).index_select(0, self.index(pooling, hidden.device))
+        mask = self.index("mask", hidden.device)
+        if pooling == "mean":
+            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            counts = mask.sum(dim=1).to(wide)
+            return (hidden.masked_fill(~mask, 0).sum(dim=1, dtype=wide) / counts).to(hidden.dtype)
+        if pooling == "max":
+            return hidden.masked_fill(~mask, -torch.inf).amax(dim=1)
+        return hidden.masked_fill(~mask, torch.inf).amin(dim=1)
+
+
+@dataclass(slots=True)
+class Collected:
+    """The activations of one batch as the hooks hand them over, layer by layer, in one buffer per variable.
+
+    Everything is copied at once, because some models (Falcon) later write into the tensors that their modules returned.
+    """
+
+    request: CaptureRequest
+    padded: PaddedBatch
+    on_host: bool
+    tokens: dict[str, torch.Tensor] = field(default_factory=dict)
+    prompts: dict[str, torch.Tensor] = field(default_factory=dict)
+    seen: set[tuple[str, int | None]] = field(default_factory=set)
+
+    def take(self, site: str, layer: int | None, output: Any) -> None:
+        """Keep the output of a module: its tokens, its poolings, or both."""
+        hidden = output[0] if isinstance(output, tuple | list) else output
+        batch, longest = len(self.padded.lengths), self.padded.longest
+        # Older OPT runs its MLP on (batch × longest, width).
+        if not isinstance(hidden, torch.Tensor) or hidden.ndim not in {2, 3} or hidden.shape[:-1].numel() != batch * longest:
+            got = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            raise UnknownArchitectureError(
+                f"the module at site {site!r} gives {got}, not (batch {batch}, token {longest}, hidden): name the right one with modules="
+            )
+        hidden = hidden.reshape(batch, longest, hidden.shape[-1])
+        self.seen.add((site, layer))
+        if self.request.keep_tokens or site == "router":
+            flat, wanted = hidden.flatten(0, 1), self.padded.index("tokens", hidden.device)
+            room = self._room(self.tokens, site, layer, (len(wanted), flat.shape[1]), flat)
+            if room is None:
+                self._put(self.tokens, site, layer, flat.index_select(0, wanted))
+            else:
+                torch.index_select(flat, 0, wanted, out=room)
+        for pooling in self.request.poolings if site != "router" else ():
+            self._put(self.prompts, f"{site}_{pooling}", layer, self.padded.pool(hidden, pooling))
+
+    def take_logits(self, output: Any) -> None:
+        """Keep the requested parts of the whole model's output."""
+        outputs, padded = self.request.outputs, self.padded
+        logits = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else None)
+        every = self.request.head_rows == "tokens"
+        wanted, cells = len(padded.token_ids) if every else len(padded.lengths), len(padded.lengths) * padded.longest
+        if not isinstance(logits, torch.Tensor) or logits.ndim < 2 or logits.shape[:-1].numel() not in {wanted, cells}:
+            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(output).__name__
+            raise UnknownArchitectureError(
+                f"the model gives {got} where logits of (batch {len(padded.lengths)}, token {padded.longest}, vocab) were expected: "
+                "leave logits and perplexity out"
+            )
+        rows = logits.reshape(-1, logits.shape[-1])
+        if len(rows) != wanted:
+            # The hook on the head was not called, so the head computed the padding too.
+            rows = rows.index_select(0, padded.index(self.request.head_rows, rows.device))
+        if outputs.perplexity:
+            ids, firsts = padded.index("ids", rows.device), padded.index("firsts", rows.device)
+            self._put(self.tokens, "token_log_prob", None, next_token_log_probs(rows, ids, firsts))
+        if outputs.logits is None:
+            return
+        if every and outputs.logits == "last_token":
+            rows = rows.index_select(0, padded.index("lasts", rows.device))
+        buffers, name = (self.tokens, "logits") if outputs.logits == "all" else (self.prompts, "logits_last_token")
+        if outputs.top_k is None:
+            self._put(buffers, name, None, rows)
+        else:
+            values, indices = largest(rows, outputs.top_k)
+            self._put(buffers, f"{name}_top_k_values", None, values)
+            self._put(buffers, f"{name}_top_k_indices", None, indices)
+
+    def _put(self, buffers: dict[str, torch.Tensor], variable: str, layer: int | None, rows: torch.Tensor) -> None:
+        if layer is None:
+            buffers[variable] = rows.cpu() if self.on_host else rows
+            return
+        buffer = self._buffer(buffers, variable, tuple(rows.shape), rows)
+        if buffer.dtype != rows.dtype:
+            # A model may compute some layers in a higher precision than the others.
+            buffer = buffers[variable] = buffer.to(torch.promote_types(buffer.dtype, rows.dtype))
+        buffer[self._layers(variable).index(layer)].copy_(rows)
+
+    def _layers(self, variable: str) -> tuple[int, ...]:
+        return self.request.routers if variable == "router" else self.request.layers
+
+    def _buffer(self, buffers: dict[str, torch.Tensor], variable: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        if variable not in buffers:
+            home = torch.device("cpu") if self.on_host else like.device
+            buffers[variable] = torch.empty((len(self._layers(variable)), *shape), dtype=like.dtype, device=home)
+        return buffers[variable]
+
+    def _room(
+        self, buffers: dict[str, torch.Tensor], variable: str, layer: int | None, shape: tuple[int, ...], like: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The place of a layer in its buffer, where rows can be gathered without a further copy: same device and dtype. Otherwise None."""
+        if layer is None:
+            return None
+        buffer = self._buffer(buffers, variable, shape, like)
+        alike = buffer.dtype == like.dtype and buffer.device == like.device
+        return buffer[self._layers(variable).index(layer)] if alike else None
