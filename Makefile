@@ -2,6 +2,8 @@
 #   make demo        set up, then run the main job on real input
 #   make test        set up, then lint and docs, then all tests, then the core suite on a newer Python if there is one
 #   make test-core   the tests that need no model, on Python 3.12+ with the newest zarr and without torch
+#   make check       the inner loop: lint, and the tests of the rooms that changed since the last commit
+#   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
 #   make notebooks   run the notebooks and write their outputs again
 #   make lint | bench | docs | stress | clean
 
@@ -13,7 +15,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core lint bench docs notebooks stress clean setup
+.PHONY: demo test test-core check pages lint bench docs notebooks stress clean setup
 
 setup: $(VENV)/ready
 
@@ -33,6 +35,17 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The tests of a room lie in the folder of its name; a file that is no room's runs the tests of the package's promises.
+CHANGED = $(shell { git diff --name-only HEAD; git ls-files --others --exclude-standard; } | $(VENV)/bin/python tests/changed.py)
+
+check: lint
+	$(if $(CHANGED),$(PYTEST) -m "not slow" $(CHANGED),@echo "check: no file of the package or its tests has changed since the last commit")
+
+pages: setup
+	$(VENV)/bin/python tests/docs/architecture_page.py
+	$(VENV)/bin/python tests/docs/reference_pages.py
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(VENV)/bin/python tests/docs/errors_page.py
 
 test: lint docs
 	$(PYTEST)

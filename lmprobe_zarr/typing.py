@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Buffer", "Floats", "Ints", "Mask"]
+__all__ = ["Array", "Buffer", "Client", "Estimator", "Floats", "Ints", "Mask"]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Buffer = bytes | memoryview
+
+
+class Estimator(Protocol):
+    """Whatever fits and predicts as an estimator of scikit-learn does."""
+
+    def fit(self, activations: Any, labels: Any, /) -> Any:
+        """The estimator itself, fitted on one row and one label per prompt."""
+        ...
+
+    def predict(self, activations: Any, /) -> Any:
+        """One label or value per row."""
+        ...
+
+
+class Client(Protocol):
+    """What this package uses of a `distributed.Client`, which need not be installed."""
+
+    @property
+    def loop(self) -> Any:
+        """The event loop that the client runs on."""
+        ...
+
+    def nthreads(self) -> Mapping[str, int]:
+        """Number of threads of each worker, by its address."""
+        ...
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, pure: bool) -> Any:
+        """A future of a function's result."""
+        ...
+
+    def compute(self, collection: Any, /) -> Any:
+        """A future of a delayed value."""
+        ...
+
+    def scatter(self, data: Any, /, *, hash: bool) -> Any:  # noqa: A002 — as distributed names it
+        """A future of data that is sent to the workers."""
+        ...
+
+    def cancel(self, futures: list[Any], /) -> Any:
+        """Stop futures that have not run yet."""
+        ...

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-
-from paths import ROOT
+from pathlib import Path
 
 from lmprobe_zarr import cli, config
 
-DOCS = ROOT / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 COMMAND_LINE = DOCS / "command-line.md"
 ENVIRONMENT = DOCS / "environment.md"
 

@@ -6,37 +6,13 @@ import ast
 import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from architecture_page import LINE, faces, imports_of, is_below, modules, room_of
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import errors
 
-PACKAGE = Path(lz.__file__).parent
-
-# A room imports only from lines above its own. A folder is a room, and so is a file of the root.
-ORDER = [
-    "errors typing display progress safetensors_file version",
-    "batch storage tasks",
-    "tokens config plots",
-    "probes log",
-    "store.format store.parts store.upkeep store sweeps",
-    "bridges streaming backend",
-    "extraction.models extraction accessor",
-    "cache probe demo",
-    "reports",
-    "__init__",
-    "cli",
-    "__main__",
-]
-# Inside a room, from the bottom up: inner rooms, or groups of modules.
-INNER = {
-    "store": ["store.format", "store.parts", "store.upkeep", "store"],
-    "extraction": ["extraction.models", "extraction"],
-    "root": ["errors typing version", "display progress safetensors_file"],
-}
 # What a module must never know, whatever the line.
 NEVER = [
     ("storage", "store.format"),
@@ -44,57 +20,7 @@ NEVER = [
     ("bridges.(entry|files|tensors|arrays|lmprobe_v1|lmprobe_v2|lmprobe_write)", "store(?!.format)"),
     ("extraction.models", "store"),
 ]
-
-
-class Face(NamedTuple):
-    """What a room's ``__init__`` says: its docstring, and the names that others may use."""
-
-    doc: str
-    names: frozenset[str]
-
-
-def face_of(path: Path) -> Face:
-    tree = ast.parse(path.read_text())
-    lists = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
-    return Face(ast.get_docstring(tree) or "", frozenset(ast.literal_eval(lists[0])) if lists else frozenset())
-
-
-LINE = {room: number for number, rooms in enumerate(ORDER) for room in rooms.split()}
-RANK = {room: number for inner in INNER.values() for number, rooms in enumerate(inner) for room in rooms.split()}
-
-
-def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name below it; a face by the name of its folder."""
-    return {
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(PACKAGE.rglob("*.py"))
-    }
-
-
-def room_of(module: str) -> str:
-    """The room that a module lies in: the innermost folder that the order names."""
-    parts = module.split(".")
-    return next(room for n in (2, 1) if (room := ".".join(parts[:n])) in LINE)
-
-
-def imports_of(path: Path) -> set[tuple[str, str]]:
-    """What a file imports of the package, also inside functions and for types alone: modules, and the name of each."""
-    known = modules()
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {
-                (alias.name.partition(".")[2] or "__init__", "") for alias in node.names if alias.name.split(".")[0] == "lmprobe_zarr"
-            }
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lmprobe_zarr":
-            module = node.module.partition(".")[2]
-            for alias in node.names:
-                inner = f"{module}.{alias.name}".removeprefix(".")
-                is_module = inner in known and alias.name not in (FACES[module].names if module in FACES else ())
-                found.add((inner, "") if is_module else (module or "__init__", alias.name))
-    return found
-
-
-FACES = {module: face_of(path) for module, path in modules().items() if path.name == "__init__.py" and module != "__init__"}
+FACES = faces()
 
 
 def test_every_room_has_its_line() -> None:
@@ -108,8 +34,7 @@ def test_imports_only_go_down() -> None:
             there = room_of(other)
             if there == room:
                 continue
-            below = LINE[there] < LINE[room] or (LINE[there] == LINE[room] and RANK.get(there, 99) < RANK.get(room, -1))
-            assert below, f"{module} imports {other}, which is not below {room}"
+            assert is_below(room, there), f"{module} imports {other}, which is not below {room}"
             assert not name.startswith("_") or name == "__version__", f"{module} imports {name}, which is private to {other}"
 
 
