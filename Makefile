@@ -37,7 +37,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 # The tests of a room lie in the folder of its name; a file that is no room's runs the tests of the package's promises.
-CHANGED = $(shell { git diff --name-only HEAD; git ls-files --others --exclude-standard; } | $(VENV)/bin/python tests/changed.py)
+CHANGED = $(shell { git diff --name-only HEAD; git ls-files --others --exclude-standard; } | $(VENV)/bin/python tests/support/changed.py)
 
 check: lint
 	$(if $(CHANGED),$(PYTEST) -m "not slow" $(CHANGED),@echo "check: no file of the package or its tests has changed since the last commit")

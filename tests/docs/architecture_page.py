@@ -152,15 +152,12 @@ def picture() -> str:
     for room, others in arrows().items():
         for other in others:
             (x, y), (there, above) = at[room], at[other]
-            if y == above:  # rooms of one line: an arc above them
-                middle = (x + there) / 2
-                out.append(
-                    f'<path d="M{x:.0f} {y:.0f} Q{middle:.0f} {y - 26:.0f} {there:.0f} {above:.0f}" fill="none" stroke="#5470a8" stroke-opacity=".55" marker-end="url(#head)"/>'
-                )
-            else:
-                out.append(
-                    f'<path d="M{x:.0f} {y:.0f} L{there:.0f} {above + 36:.0f}" fill="none" stroke="#5470a8" stroke-opacity=".3" marker-end="url(#head)"/>'
-                )
+            # Rooms of one line: an arc above them.
+            way = f"Q{(x + there) / 2:.0f} {y - 26:.0f} {there:.0f} {above:.0f}" if y == above else f"L{there:.0f} {above + 36:.0f}"
+            opacity = 0.55 if y == above else 0.3
+            out.append(
+                f'<path d="M{x:.0f} {y:.0f} {way}" fill="none" stroke="#5470a8" stroke-opacity="{opacity}" marker-end="url(#head)"/>'
+            )
     for room, (x, y) in at.items():
         folder = modules()[room].name == "__init__.py"
         fill = "#fbf3dc" if folder else "#f1f1f1"

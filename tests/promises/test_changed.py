@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+from changed import select_tests
 from paths import TESTS
 
 sys.path.insert(0, str(TESTS))
-
-from changed import tests_of
 
 
 @pytest.mark.parametrize(
@@ -28,7 +26,7 @@ from changed import tests_of
     ],
 )
 def test_a_changed_file_runs_its_tests(changed: list[str], expected: list[str]) -> None:
-    assert tests_of(changed) == expected
+    assert select_tests(changed) == expected
 
 
 def test_every_room_that_is_a_folder_has_a_folder_of_tests() -> None:
