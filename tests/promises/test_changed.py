@@ -8,8 +8,6 @@ import pytest
 from changed import select_tests
 from paths import TESTS
 
-sys.path.insert(0, str(TESTS))
-
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
