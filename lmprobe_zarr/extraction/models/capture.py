@@ -40,6 +40,7 @@ from lmprobe_zarr.batch import (
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, quiet_logging
 from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width, largest, next_token_log_probs, perplexity_of, raw_scores
+from lmprobe_zarr.extraction.models.padded_pooling import POOL_PADDED
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.typing import Ints
@@ -125,16 +126,7 @@ class _Padded:
 
     def pool(self, hidden: torch.Tensor, pooling: str) -> torch.Tensor:
         """(batch, longest, width) to (batch, width), as :func:`~lmprobe_zarr.pooling.pool_ragged` does it."""
-        if pooling in ("last_token", "first_token"):
-            return hidden.flatten(0, 1).index_select(0, self.index(pooling, hidden.device))
-        mask = self.index("mask", hidden.device)
-        if pooling == "mean":
-            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-            counts = mask.sum(dim=1).to(wide)
-            return (hidden.masked_fill(~mask, 0).sum(dim=1, dtype=wide) / counts).to(hidden.dtype)
-        if pooling == "max":
-            return hidden.masked_fill(~mask, -torch.inf).amax(dim=1)
-        return hidden.masked_fill(~mask, torch.inf).amin(dim=1)
+        return POOL_PADDED[pooling](hidden, self.index)
 
 
 @dataclass(slots=True)
