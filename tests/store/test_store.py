@@ -375,7 +375,7 @@ def test_two_prompts_with_one_hash_are_an_error_never_each_others_data(store: St
     def colliding(prompt: object) -> str:
         return real[:16] + "1" * 48 if prompt == "b" else prompt_sha256(str(prompt))
 
-    monkeypatch.setattr("lmprobe_zarr.batch.hashes.prompt_sha256", colliding)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.view.prompt_sha256", colliding)
     with pytest.raises(PromptCollisionError, match=real[:16]):
         store.dataset(prompts=["b"])
     batch = make_batch(["b"])
