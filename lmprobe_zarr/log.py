@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from typing import Final
 
 from lmprobe_zarr import config
 from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError
 
-__all__ = ["cache_logger", "enable_cache_logging", "warn"]
+__all__ = ["LOGGER_NAME", "cache_logger", "enable_cache_logging", "warn"]
 
-_LOGGER = logging.getLogger("lmprobe_zarr.cache")
+LOGGER_NAME: Final = "lmprobe_zarr.cache"
+_LOGGER = logging.getLogger(LOGGER_NAME)
 
 
 class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]

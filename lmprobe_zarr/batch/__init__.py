@@ -1,18 +1,20 @@
-"""The batch of tokens that goes to a writer, and the words it is described in: prompts, layers, sites, poolings, dtypes.
+"""`TokenBatch`, which every source of activations gives to a writer, and its vocabulary: prompts, layers, sites, poolings, precision.
 
-Never files, xarray, torch or zarr.
+Never files, xarray, torch or zarr. Other rooms import from this face.
 """
 
 from lmprobe_zarr.batch.hashes import (
     HASH_DIGITS,
     UNKNOWN_DIGITS,
     digest_of_hash,
+    digests_of,
     hashes_of,
     is_hash,
     keys_of,
     prompt_hash,
     prompt_sha256,
     rows_differ,
+    sha256_of,
 )
 from lmprobe_zarr.batch.layers import LayerSpec, describe_layers, parse_sweep, resolve_layers
 from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
@@ -60,6 +62,7 @@ __all__ = [
     "count_odd",
     "describe_layers",
     "digest_of_hash",
+    "digests_of",
     "fill_value",
     "hashes_of",
     "is_hash",
@@ -81,6 +84,7 @@ __all__ = [
     "round_bits",
     "row_bytes",
     "rows_differ",
+    "sha256_of",
     "shorten",
     "split_variable",
     "store_as",

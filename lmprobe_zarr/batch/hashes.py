@@ -1,4 +1,4 @@
-"""A prompt as digest, hash and number; hex to rows and back."""
+"""A prompt as digest, hash and number, and digests as hex digits and back: the one place that converts them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,22 @@ import numpy.typing as npt
 from lmprobe_zarr.errors import InvalidTypeError
 from lmprobe_zarr.typing import Array
 
-__all__ = ["HASH_DIGITS", "UNKNOWN_DIGITS", "digest_of_hash", "hashes_of", "keys_of", "prompt_hash", "prompt_sha256"]
+__all__ = [
+    "HASH_DIGITS",
+    "UNKNOWN_DIGITS",
+    "digest_of_hash",
+    "digests_of",
+    "hashes_of",
+    "is_hash",
+    "keys_of",
+    "prompt_hash",
+    "prompt_sha256",
+    "rows_differ",
+    "sha256_of",
+]
 
-HASH_DIGITS = 16
+HASH_DIGITS: Final = 16
+_DIGEST_BYTES: Final = 32
 
 
 def prompt_sha256(prompt: str | Sequence[int] | Array) -> str:
@@ -31,7 +44,7 @@ def prompt_sha256(prompt: str | Sequence[int] | Array) -> str:
         Anything else than a text or a flat sequence of integers.
     """
     if isinstance(prompt, str):
-        # Lone surrogates are legal in a Python string (JSON brings them) but have no UTF-8: they are hashed as they stand.
+        # Lone surrogates are legal in a Python string (JSON may contain them) but have no UTF-8: they are hashed unchanged.
         return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
     try:
         ids = np.asarray(prompt)
@@ -60,12 +73,12 @@ def prompt_hash(prompt: str | Sequence[int] | Array) -> str:
     return prompt_sha256(prompt)[:HASH_DIGITS]
 
 
-# lmprobe keeps 16 digits of a prompt's sha256. Where the text is unknown, these stand for the other 48.
+# lmprobe keeps 16 digits of a prompt's sha256. Where the text is unknown, zeros take the place of the other 48.
 UNKNOWN_DIGITS: Final = "0" * 48
 
 
 def digest_of_hash(prompt_hash: str) -> str:
-    """What stands for the whole digest of a prompt of which only the hash is known: the hash and 48 zeros."""
+    """The digest of a prompt of which only the hash is known: the hash and 48 zeros."""
     return prompt_hash + UNKNOWN_DIGITS
 
 
@@ -74,19 +87,33 @@ def is_hash(label: object) -> bool:
     return isinstance(label, str) and len(label) == HASH_DIGITS and all(c in "0123456789abcdef" for c in label)
 
 
+def digests_of(sha256: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """Digests as bytes, shape (prompt, 32), from their hex digits."""
+    return np.frombuffer(bytes.fromhex("".join(sha256)), np.uint8).reshape(-1, _DIGEST_BYTES)
+
+
+def sha256_of(digests: npt.NDArray[np.uint8]) -> list[str]:
+    """The 64 hex digits of each digest, from an array of shape (prompt, 32)."""
+    text = np.ascontiguousarray(digests).tobytes().hex()
+    return [text[start : start + 2 * _DIGEST_BYTES] for start in range(0, len(text), 2 * _DIGEST_BYTES)]
+
+
 def hashes_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.str_]:
-    """16-digit labels of whole digests."""
+    """The hash, 16 hex digits, of each digest."""
     text = np.ascontiguousarray(digests[:, : HASH_DIGITS // 2]).tobytes().hex()
     return np.frombuffer(text.encode(), f"S{HASH_DIGITS}").astype(f"U{HASH_DIGITS}")
 
 
 def rows_differ(some: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Which digests, all of equal hash, are of different prompts. One that ends in zeros is the hash alone, of a prompt of unknown text."""
+    """Which pairs of digests with equal hashes belong to different prompts.
+
+    A digest that ends in zeros is that of a prompt of unknown text (`digest_of_hash`), and differs from none.
+    """
     unknown = ~some[:, HASH_DIGITS // 2 :].any(axis=1) | ~others[:, HASH_DIGITS // 2 :].any(axis=1)
     return np.asarray((some != others).any(axis=1) & ~unknown, bool)
 
 
 def keys_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """The first 16 digits of every digest, as numbers."""
+    """The hash of each digest as a number, by which prompts are looked up."""
     keys = np.ascontiguousarray(digests[:, : HASH_DIGITS // 2]).view(">u8").reshape(-1)
     return keys.astype(np.uint64)

@@ -1,17 +1,54 @@
-"""What each pooling means, on ragged numpy arrays. Never torch, files or zarr."""
+"""What each pooling computes, on ragged numpy arrays. Never torch, files or zarr.
+
+A new pooling is a function in `_POOL_RAGGED`, and its twin for padded tensors in ``extraction.models.capture``.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["POOLINGS", "parse_poolings", "pool_ragged"]
 
-POOLINGS: Final = ("last_token", "first_token", "mean", "max", "min")
+
+def _last_token(values: Array, starts: Ints, counts: Ints) -> Array:
+    return values[..., starts + counts - 1, :]
+
+
+def _first_token(values: Array, starts: Ints, _counts: Ints) -> Array:
+    return values[..., starts, :]
+
+
+def _mean(values: Array, starts: Ints, counts: Ints) -> Array:
+    wide = np.float64 if values.dtype == np.float64 else np.float32
+    total = np.add.reduceat(values, starts, axis=-2, dtype=wide)
+    mean: Array = (total / counts[:, None].astype(wide)).astype(values.dtype)
+    return mean
+
+
+def _max(values: Array, starts: Ints, _counts: Ints) -> Array:
+    return np.asarray(np.maximum.reduceat(values, starts, axis=-2))
+
+
+def _min(values: Array, starts: Ints, _counts: Ints) -> Array:
+    return np.asarray(np.minimum.reduceat(values, starts, axis=-2))
+
+
+# Each takes the values, the first row of each prompt and its number of rows.
+_POOL_RAGGED: Final[Mapping[str, Callable[[Array, Ints, Ints], Array]]] = {
+    "last_token": _last_token,
+    "first_token": _first_token,
+    "mean": _mean,
+    "max": _max,
+    "min": _min,
+}
+POOLINGS: Final = tuple(_POOL_RAGGED)
 
 
 def parse_poolings(poolings: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
@@ -29,7 +66,7 @@ def parse_poolings(poolings: str | tuple[str, ...] | list[str]) -> tuple[str, ..
     return tuple(dict.fromkeys(names))
 
 
-def pool_ragged(values: npt.NDArray[Any], n_tokens: npt.ArrayLike, pooling: str) -> npt.NDArray[Any]:
+def pool_ragged(values: Array, n_tokens: npt.ArrayLike, pooling: str) -> Array:
     """One vector per prompt from the tokens of all prompts laid end to end.
 
     Parameters
@@ -56,19 +93,6 @@ def pool_ragged(values: npt.NDArray[Any], n_tokens: npt.ArrayLike, pooling: str)
         raise InvalidArgumentError(f"the token axis has {values.shape[-2]} rows but n_tokens sums to {counts.sum()}")
     if (counts < 1).any():
         raise InvalidArgumentError(f"prompt number {int(np.argmin(counts))} has no tokens, so nothing can be pooled")
-    ends = np.cumsum(counts)
-    starts = ends - counts
-    if pooling == "last_token":
-        return values[..., ends - 1, :]
-    if pooling == "first_token":
-        return values[..., starts, :]
     if not len(counts):
         return values[..., :0, :]
-    if pooling == "mean":
-        wide = np.float64 if values.dtype == np.float64 else np.float32
-        total = np.add.reduceat(values, starts, axis=-2, dtype=wide)
-        mean: npt.NDArray[Any] = (total / counts[:, None].astype(wide)).astype(values.dtype)
-        return mean
-    reduce = np.maximum if pooling == "max" else np.minimum
-    extreme: npt.NDArray[Any] = reduce.reduceat(values, starts, axis=-2)
-    return extreme
+    return _POOL_RAGGED[pooling](values, np.cumsum(counts) - counts, counts)

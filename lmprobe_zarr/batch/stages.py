@@ -1,7 +1,7 @@
-"""At which stage the tokens of a prompt become one: their activations before classification, or their scores after it.
+"""What of a prompt's tokens is pooled: their activations before classification, or their scores after it.
 
-Names mean what they mean in lmprobe: bare ``max`` and ``min`` pool scores, the other bare names pool activations; ``activation:`` and
-``score:`` in front say it outright; ``all`` pools nothing. Pure names and numpy.
+Names mean what they mean in lmprobe: bare ``max`` and ``min`` pool scores, the other bare names pool activations. A prefix ``activation:``
+or ``score:`` decides it, and ``all`` pools nothing. Names and numpy only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lmprobe_zarr.errors import InvalidArgumentError
 
 __all__ = ["TRAINING", "Stage", "parse_stage", "reduce_scores"]
 
-TRAINING: Final = ("last_token", "first_token", "mean", "all")
-_POOLS_SCORES: Final = ("max", "min")
+_POOLS_SCORES: Final = ("max", "min")  # by their bare names, as in lmprobe
+TRAINING: Final = (*(name for name in POOLINGS if name not in _POOLS_SCORES), "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def parse_stage(name: object, *, training: bool = False) -> Stage:
     name : str
         ``last_token``, ``first_token``, ``mean``, ``max``, ``min``, ``all``, or one of the first five behind ``activation:`` or ``score:``.
     training : bool
-        Whether it is for training, which takes ``last_token``, ``first_token``, ``mean`` and ``all`` (every token is an example).
+        Whether it is for training, which takes ``last_token``, ``first_token``, ``mean`` and ``all`` (train on every token).
 
     Raises
     ------

@@ -243,7 +243,7 @@ class RemoteFiles(Files):
 
     def _range(self, key: str, start: int, stop: int) -> bytes:
         try:
-            with self.storage.talking(key):
+            with self.storage.translating_errors(key):
                 data: bytes = self.storage.filesystem.cat_file(self._path(key), start=start, end=stop)
         except (LmprobeZarrError, FileNotFoundError, IsADirectoryError):
             raise

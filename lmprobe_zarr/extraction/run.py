@@ -26,7 +26,7 @@ from lmprobe_zarr.extraction.shares import Share, cut_shares
 from lmprobe_zarr.extraction.work import Work, plan_work
 from lmprobe_zarr.log import cache_logger, warn
 from lmprobe_zarr.progress import progress_bar
-from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Ingest, Store, ambiguous
+from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Ingest, Store, ambiguous, part_bytes_within
 from lmprobe_zarr.store.format import GroupInfo
 from lmprobe_zarr.store.parts import blocks_of, read_values
 from lmprobe_zarr.tasks import run_on_client, stop_if_cancelled
@@ -140,7 +140,7 @@ def keeping_of(
         overflow=overflow or setting.overflow,
     )
     limit = config.cache_limit() if store.is_default else None
-    return Keeping(precision=precision, part_bytes=min(part_bytes, max(1, limit // 50)) if limit else part_bytes, limit=limit)
+    return Keeping(precision=precision, part_bytes=part_bytes_within(limit, part_bytes), limit=limit)
 
 
 def carry_out(request: Request, keeping: Keeping, running: Running, **options: Any) -> Outcome:

@@ -1,12 +1,12 @@
-"""Places that hold files by key: a folder, S3, memory, and whatever else fsspec opens.
+"""Places that hold files by key: a folder, S3, memory, and whatever else fsspec opens; and `run_all`, which reads or writes many at once.
 
-Never what the bytes mean.
+Never what the bytes mean: no format, no chunk, no prompt. What every place promises stands in ``base``. Other rooms import from this face.
 """
 
-from lmprobe_zarr.storage.base import Entry, Storage
+from lmprobe_zarr.storage.base import FileInfo, Storage
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.storage.threads import run_all
 
-__all__ = ["Entry", "FsspecStorage", "LocalStorage", "Storage", "open_storage", "run_all"]
+__all__ = ["FileInfo", "FsspecStorage", "LocalStorage", "Storage", "open_storage", "run_all"]

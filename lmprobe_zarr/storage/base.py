@@ -1,15 +1,14 @@
-"""A place that holds files by key: a local folder, or anything that fsspec opens. What the bytes mean is not known here.
+"""`Storage`, what every place promises, and `FileInfo`, a file's entry in a listing.
 
-What is promised, and where:
+A storage holds files by key. It does not know what their bytes mean. What is promised, and where:
 
-* ``write`` makes a file whole or raises; readers may see it half written, so it is only used for what no commit names yet.
+* ``write`` makes a file whole or raises. Readers may see it half written, so it is only used for files that no commit names yet.
 * ``commit`` makes a file appear whole, at once and for good: on a local folder by temporary file, fsync and rename, on an
-  object store by one put, which object stores make atomic. With ``replace=False`` it never takes another writer's place: local folders
-  and S3 decide that themselves, in one step; elsewhere a look goes before, and it is the random tail of a part's name that keeps two
-  writers apart.
-* ``remove`` takes single files away, and folders only where that leaves them empty: what somebody else put there stays. What is reached by
-  a link that leads out of the place is read like anything else, and never removed.
-* Nothing is written by opening a place.
+  object store by one put, which object stores make atomic. With ``replace=False`` it never replaces another writer's file. Local folders
+  and S3 decide that in one step. Elsewhere the file is looked for first, and the random digits in a part's name keep two writers apart.
+* ``remove`` removes single files, and folders only where that leaves them empty: files of others stay. A file behind a link that points
+  outside the place is read like any other, and never removed.
+* Opening a place writes nothing.
 """
 
 from __future__ import annotations
@@ -19,19 +18,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from lmprobe_zarr.errors import (
-    AlreadyCommittedError,
-)
+from lmprobe_zarr.errors import AlreadyCommittedError
 from lmprobe_zarr.typing import Buffer
 
-__all__ = ["REMOTE_THREADS", "Entry", "Storage"]
+__all__ = ["REMOTE_THREADS", "FileInfo", "Storage", "check_same"]
 
-REMOTE_THREADS: Final = 32  # that read from and write to a remote place at the same time
+REMOTE_THREADS: Final = 32  # that read from or write to a remote place at the same time
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One name of a folder: its size in bytes and when it was last written, in seconds since 1970 (None where the place does not tell)."""
+class FileInfo:
+    """A file's or folder's entry in a listing.
+
+    Parameters
+    ----------
+    is_file : bool
+        False for a folder.
+    nbytes : int
+        Size in bytes; without meaning for a folder.
+    modified : float, optional
+        When it was last written, in seconds since 1970; None where the place does not say.
+    """
 
     is_file: bool
     nbytes: int
@@ -45,7 +52,7 @@ class Storage(ABC):
     is_local: bool
 
     def check_reach(self) -> None:
-        """Raise `InvalidArgumentError` where no other process can read what lies here."""
+        """Raise `InvalidArgumentError` where no other process can read these files."""
         return
 
     @abstractmethod
@@ -74,8 +81,8 @@ class Storage(ABC):
     def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
         """Make a file appear whole or not at all; with `durable`, it and the names of its folder survive a power cut.
 
-        Without `replace`, a file that is there stays: `AlreadyCommittedError`, unless it holds these very bytes, as it does where the
-        answer to a put was lost and the put tried again.
+        Without `replace`, an existing file stays and `AlreadyCommittedError` is raised, unless it holds the same bytes: the answer to a
+        put may be lost and the put repeated.
         """
 
     @abstractmethod
@@ -83,11 +90,11 @@ class Storage(ABC):
         """Names directly below a folder, sorted; none where it does not exist."""
 
     @abstractmethod
-    def scan(self, key: str) -> dict[str, Entry]:
-        """What lies directly below a folder, by name, sorted, in as few requests as the place allows; nothing where it does not exist."""
+    def scan(self, key: str) -> dict[str, FileInfo]:
+        """Files and folders directly below a folder, sorted by name, in as few requests as possible; none where it does not exist."""
 
     def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of those of some files, by their names below a folder, that are there; in as few requests as the place allows."""
+        """Size in bytes of each of the named files below a folder that exists, in as few requests as the place allows."""
         wanted = set(names)
         found: dict[str, int] = {}
         for folder in {name.rpartition("/")[0] for name in wanted}:
@@ -98,30 +105,30 @@ class Storage(ABC):
 
     @abstractmethod
     def remove(self, keys: Iterable[str]) -> None:
-        """Remove files; those that are gone already do not matter. Folders that this leaves empty go too, up to the root."""
+        """Remove files; a missing file is no error. Folders that become empty are removed too, up to the root."""
 
     @abstractmethod
     def remove_folders(self, keys: Iterable[str]) -> None:
-        """Remove folders in which nothing is left; any other stays, and one that is not there is no error."""
+        """Remove empty folders; others stay, and a missing folder is no error."""
 
     @abstractmethod
     def touch(self, key: str) -> None:
-        """Make an empty file, or make an existing one look freshly written; the folders above it too."""
+        """Make an empty file and the folders above it, or set the modification time of an existing file to now."""
 
     @abstractmethod
     def remove_tree(self, key: str) -> None:
-        """Remove a folder and all below it; nothing where it does not exist."""
+        """Remove a folder and everything below it; a missing folder is no error."""
 
     @abstractmethod
     def is_file(self, key: str) -> bool:
         """Whether a file of that key exists."""
 
     def leads_out(self, key: str) -> bool:
-        """Whether a folder is reached by a link that leads out of the place: what lies there is another's, and is not removed."""
+        """Whether a folder is reached by a link that points outside the place: such files are never removed."""
         return False
 
     def free_bytes(self) -> int | None:
-        """Bytes that may still be written; None where the place has no such limit or does not tell."""
+        """Bytes that may still be written; None where the place has no limit or does not say."""
         return None
 
     def may_write(self) -> bool:
@@ -133,6 +140,6 @@ class Storage(ABC):
 
 
 def check_same(storage: Storage, key: str, data: Buffer) -> None:
-    """Raise where a file that is there already does not hold what was to be committed."""
+    """Raise `AlreadyCommittedError` where an existing file does not hold the bytes that were to be committed."""
     if storage.read(key) != data:
         raise AlreadyCommittedError(f"{storage.url}/{key} was committed by another writer: nothing was replaced; write again")

@@ -1,4 +1,4 @@
-"""What a client of S3 or the web raises, as errors of ours."""
+"""Errors of S3 and web clients as errors of this package, and URLs without their secrets. Never sends a request."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from lmprobe_zarr.errors import (
     UnreachableError,
 )
 
+__all__ = ["as_our_error", "response_code", "without_secrets"]
+
 _EXPIRED: Final = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
 _UNKNOWN_KEY: Final = {"InvalidAccessKeyId", "InvalidClientTokenId", "SignatureDoesNotMatch"}
 _ELSEWHERE: Final = {"301", "307", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
@@ -26,18 +28,18 @@ _CUT_SHORT: Final = {"ClientPayloadError", "IncompleteRead", "ResponseParserErro
 
 
 def response_code(error: BaseException) -> tuple[str, int]:
-    """Code and status of the answer that the error of a client of S3 or of the web stems from; nothing and 0 for other errors."""
-    for one in (error, error.__cause__):
-        if one is not None and "ClientResponseError" in {kind.__name__ for kind in type(one).__mro__}:
-            return "", int(getattr(one, "status", 0))
-        response = getattr(one, "response", None)
+    """Error code and HTTP status of the response behind a client's error; ``("", 0)`` where there is none."""
+    for cause in (error, error.__cause__):
+        if cause is not None and "ClientResponseError" in {kind.__name__ for kind in type(cause).__mro__}:
+            return "", int(getattr(cause, "status", 0))
+        response = getattr(cause, "response", None)
         if isinstance(response, Mapping):
             return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     return "", 0
 
 
 def as_our_error(error: Exception, url: str, key: str, *, writing: bool, listing: bool) -> Exception | None:
-    """The error of ours that an error of a file system's client comes to; None where it is to be told as it is."""
+    """The package's own error for an error of a file system's client; None where the client's own error should be raised."""
     names = {kind.__name__ for kind in type(error).__mro__}
     code, status = response_code(error)
     where = f"{url}/{key}" if key else url
@@ -90,6 +92,6 @@ def as_our_error(error: Exception, url: str, key: str, *, writing: bool, listing
 
 
 def without_secrets(url: str) -> str:
-    """A URL as it may be shown: without user and password, and without what signs an address of the web."""
+    """A URL without user and password, and a web address without its query, which may hold a signature."""
     shown = re.sub(r"(://)[^/@\s]+@", r"\1…@", url)
     return re.sub(r"(https?://[^?\s]*)\?.*", r"\1?…", shown)

@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/storage/local.py."""
+"""`LocalStorage`, a folder of this machine: files appear by rename, and errors of the system become errors of this package."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     UnreachableError,
 )
-from lmprobe_zarr.storage.base import Entry, Storage, check_same
+from lmprobe_zarr.storage.base import FileInfo, Storage, check_same
 from lmprobe_zarr.typing import Buffer
 
 __all__ = ["LocalStorage"]
 
-_TRIES: Final = 100  # of making a file in a folder that others remove while it is empty
+_CREATE_ATTEMPTS: Final = 100  # at a file whose folder others may remove while it is empty
 
 
 class LocalStorage(Storage):
@@ -66,7 +66,7 @@ class LocalStorage(Storage):
         descriptor = self._open(key)
         try:
             pieces = []
-            # As many bytes as there should be, until there are none: a file may be written to meanwhile.
+            # Read until the end, not only the length asked for: the file may grow meanwhile.
             while piece := os.read(descriptor, max(os.fstat(descriptor).st_size, 1)):
                 pieces.append(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -80,7 +80,7 @@ class LocalStorage(Storage):
         except PermissionError as error:
             raise AccessDeniedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
         except OSError as error:
-            if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:  # which says nothing of the file
+            if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:  # not the file's fault
                 raise UnreachableError(f"{path} cannot be opened now ({error.strerror}): close files, or raise `ulimit -n`") from error
             raise
 
@@ -106,14 +106,14 @@ class LocalStorage(Storage):
         descriptor = self._open(key)
         try:
             expected = len(target) + len(tail)
-            # One byte more is asked for than there should be: no other call is needed to learn the length.
+            # Ask for one byte more than expected: no second call is needed to know that the file ends there.
             if os.preadv(descriptor, [target, tail, bytearray(1)], 0) == expected:
                 return expected
             if os.fstat(descriptor).st_size != expected:
                 return os.fstat(descriptor).st_size
         finally:
             os.close(descriptor)
-        return super().read_into(key, target, tail)  # the system may give less than it was asked for
+        return super().read_into(key, target, tail)  # the system may return fewer bytes than it was asked for
 
     def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         path = self._path(key)
@@ -141,22 +141,22 @@ class LocalStorage(Storage):
             if durable:
                 _sync_folder(folder)
                 _sync_folder(os.path.dirname(folder))
-            # xarray names the Dask arrays of xr.open_dataset by path and this time: without it, those of two moments would mix.
-            # Best effort: what stands here is committed, whatever becomes of this.
+            # xarray names the Dask arrays of xr.open_dataset by path and modification time: without this, arrays opened before and after
+            # a commit would share a name. Best effort: the file is committed whether it succeeds or not.
             with suppress(OSError):
                 os.utime(self.root)
 
     @staticmethod
     def _write(path: str, data: Buffer | tuple[Buffer, ...], durable: bool) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        for attempt in range(_TRIES):
+        for attempt in range(_CREATE_ATTEMPTS):
             try:
                 descriptor = os.open(path, flags, 0o666)
                 break
             except FileNotFoundError:
-                # Somebody who removes things may take the folder again, as long as it is empty; mkdir says FileExistsError where that
-                # happens between its own two steps (a file in the way has open() say NotADirectoryError).
-                if attempt == _TRIES - 1:
+                # Another process may remove the folder again while it is empty. mkdir raises FileExistsError where that happens between
+                # its own two steps (where a file is in the way, open() raises NotADirectoryError).
+                if attempt == _CREATE_ATTEMPTS - 1:
                     raise
                 with suppress(FileNotFoundError, FileExistsError):
                     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ class LocalStorage(Storage):
         except PermissionError as error:
             raise AccessDeniedError(f"{self._path(key)} cannot be listed ({error.strerror}): check its permissions") from error
 
-    def scan(self, key: str) -> dict[str, Entry]:
+    def scan(self, key: str) -> dict[str, FileInfo]:
         found = {}
         try:
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._path(key)) as entries:
@@ -204,7 +204,7 @@ class LocalStorage(Storage):
                         if error.errno in {errno.ENOENT, errno.ELOOP}:  # gone since it was listed, or a link to nowhere
                             continue
                         raise
-                    found[entry.name] = Entry(stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime)
+                    found[entry.name] = FileInfo(stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime)
         except PermissionError as error:
             raise AccessDeniedError(f"{self._path(key)} cannot be listed ({error.strerror}): check its permissions") from error
         return dict(sorted(found.items()))
@@ -215,7 +215,7 @@ class LocalStorage(Storage):
             path = self._path(key)
             if (folder := os.path.dirname(path)) not in folders and self.leads_out(key.rpartition("/")[0]):
                 raise ReadOnlyError(f"{folder} is reached by a link that leads out of {self.root}: nothing is removed there")
-            # A folder where a file of ours should be is somebody else's.
+            # A folder in place of a file was not made by this package, and stays.
             with self._writing(path), suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 os.unlink(path)
             folders.add(folder)
@@ -225,7 +225,7 @@ class LocalStorage(Storage):
         self._remove_empty({self._path(key) for key in keys if not self.leads_out(key)})
 
     def _remove_empty(self, folders: set[str]) -> None:
-        # The deepest first, and then those above; what is not empty stays.
+        # The deepest first, then those above; rmdir fails for a folder that is not empty, which then stays.
         while folders:
             folder = max(folders, key=len)
             folders.remove(folder)
@@ -268,7 +268,7 @@ class LocalStorage(Storage):
 
 
 def _link(staged: str, path: str) -> bool:
-    """Give a file its name unless there is one of that name; returns whether that was done."""
+    """Rename a file unless one of the new name exists; returns whether it was renamed."""
     try:
         os.link(staged, path)
     except FileExistsError:
@@ -294,6 +294,6 @@ def _sync_folder(path: str) -> None:
 
 
 def _sync_folders(path: str) -> None:
-    """Flush the names in a folder and in all below it."""
+    """Flush the names in a folder and in all folders below it."""
     for folder, _, _ in os.walk(path):
         _sync_folder(folder)

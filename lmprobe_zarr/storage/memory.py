@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/storage/memory.py."""
+"""`MemoryStorage`, files in the memory of this process: one lock for all its threads, and no other process can read them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from lmprobe_zarr.errors import (
-    InvalidArgumentError,
-)
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage.remote import FsspecStorage
 
 __all__ = ["MemoryStorage"]
-
 
 _memory_lock: Final = threading.RLock()
 
@@ -22,25 +19,25 @@ _memory_lock: Final = threading.RLock()
 class MemoryStorage(FsspecStorage):
     """A prefix of the memory of this process, which its threads share.
 
-    fsspec's file system of that name is one dictionary for all, made for one thread: what lists it stumbles over what another one
-    removes meanwhile. So all that is said to it is said under one lock.
+    fsspec's memory file system is one dictionary, and not safe for threads: a listing fails where another thread removes a file meanwhile.
+    So every call holds one lock.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _same_process, (os.getpid(), self.filesystem, self.root, self.url)
+        return _in_same_process, (os.getpid(), self.filesystem, self.root, self.url)
 
     def check_reach(self) -> None:
-        _same_process(0, self.filesystem, self.root, self.url)
+        raise _unreachable(self.url)
 
     @contextmanager
-    def talking(self, key: str, *, writing: bool = False, listing: bool = False) -> Iterator[None]:
-        with _memory_lock, super().talking(key, writing=writing, listing=listing):
+    def translating_errors(self, key: str, *, writing: bool = False, listing: bool = False) -> Iterator[None]:
+        with _memory_lock, super().translating_errors(key, writing=writing, listing=listing):
             yield
 
     def remove(self, keys: Iterable[str]) -> None:
         listed = list(keys)
         super().remove(listed)
-        # Object stores have no folders; this one keeps them, and would go on to list them.
+        # Unlike object stores, fsspec's memory keeps empty folders and lists them.
         self.remove_folders({key.rpartition("/")[0] for key in listed})
 
     def _remove_empty(self, folder: str) -> None:
@@ -48,7 +45,12 @@ class MemoryStorage(FsspecStorage):
             super()._remove_empty(folder)
 
 
-def _same_process(pid: int, filesystem: Any, root: str, url: str) -> FsspecStorage:
+def _unreachable(url: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{url} lies in the memory of one process and cannot be read by another: use threads, or a folder")
+
+
+def _in_same_process(pid: int, filesystem: Any, root: str, url: str) -> FsspecStorage:
+    """Unpickle a storage, in the process that pickled it only."""
     if pid != os.getpid():
-        raise InvalidArgumentError(f"{url} lies in the memory of one process and cannot be read by another: use threads, or a folder")
+        raise _unreachable(url)
     return MemoryStorage(filesystem, root, url)

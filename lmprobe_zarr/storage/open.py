@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/storage/open.py."""
+"""Which storage a path or URL names, and how its client is set up. Writes nothing and sends nothing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-from lmprobe_zarr.errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-)
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.storage.base import REMOTE_THREADS, Storage
 from lmprobe_zarr.storage.client_errors import without_secrets
 from lmprobe_zarr.storage.local import LocalStorage
@@ -57,7 +54,7 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
         filesystem, root = fsspec.core.url_to_fs(place, **_with_defaults(place, storage_options or {}))
     except (ValueError, ImportError, TypeError, OSError) as error:
         raise InvalidArgumentError(f"{place.split('://')[0]}:// cannot be opened: {without_secrets(str(error))}") from error
-    # By its class: file systems that cache others pass on every attribute of theirs.
+    # Look at the class: a caching file system passes on every attribute of the one that it wraps.
     kind = type(filesystem)
     if hasattr(kind, "call_s3"):
         return S3Storage(filesystem, root, place)
@@ -65,14 +62,14 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
 
 
 def _with_defaults(place: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the caller says, and for S3 what it takes to read in few requests, many at a time, where the caller does not say otherwise."""
+    """The caller's options and, for S3, defaults with which reading takes few requests, many at a time."""
     before, _, last = place.rpartition("::")
     protocol = last.split("://")[0]
     if protocol not in ("s3", "s3a"):
         return dict(options)
     given = dict(options.get(protocol, {})) if before else dict(options)
-    # s3fs asks for the size of a file before it reads it, unless it is to read one range at a time: a chunk is one range.
-    # What it remembers of folders others make untrue; and its own retries multiply with botocore's.
+    # s3fs requests the size of a file before it reads it, unless max_concurrency is 1. Other writers make its cached listings untrue.
+    # Its own retries multiply with botocore's.
     filled = {"max_concurrency": 1, "use_listings_cache": False, **given}
     filled["config_kwargs"] = {
         "max_pool_connections": REMOTE_THREADS,

@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/storage/remote.py."""
+"""`FsspecStorage`, a prefix of any file system that fsspec opens, with errors of its client as errors of this package."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from lmprobe_zarr.errors import (
-    AccessDeniedError,
-    LmprobeZarrError,
-    StoreNotFoundError,
-)
-from lmprobe_zarr.storage.base import REMOTE_THREADS, Entry, Storage, check_same
+from lmprobe_zarr.errors import AccessDeniedError, LmprobeZarrError, StoreNotFoundError
+from lmprobe_zarr.storage.base import REMOTE_THREADS, FileInfo, Storage, check_same
 from lmprobe_zarr.storage.client_errors import as_our_error, response_code, without_secrets
 from lmprobe_zarr.typing import Buffer
 
-__all__ = ["FsspecStorage"]
+__all__ = ["FsspecStorage", "modified_at"]
+
+_PUT_ATTEMPTS: Final = 6  # at a conditional put while other writers try the same
 
 
 class FsspecStorage(Storage):
@@ -49,23 +47,23 @@ class FsspecStorage(Storage):
         return f"{self.root}/{key}" if key else self.root
 
     @contextmanager
-    def talking(self, key: str, *, writing: bool = False, listing: bool = False) -> Iterator[None]:
-        """Errors of the place as ours; that there is no such file is told as it is."""
+    def translating_errors(self, key: str, *, writing: bool = False, listing: bool = False) -> Iterator[None]:
+        """Raise errors of the client as errors of this package; a missing file stays FileNotFoundError."""
         try:
             yield
         except LmprobeZarrError:
             raise
         except Exception as error:
-            told = as_our_error(error, self.url, key, writing=writing, listing=listing)
-            if told is None:
+            translated = as_our_error(error, self.url, key, writing=writing, listing=listing)
+            if translated is None:
                 raise
-            if isinstance(told, AccessDeniedError):
-                # fsspec would hand out this very client again, which has looked for credentials already and does not look again.
+            if isinstance(translated, AccessDeniedError):
+                # fsspec would return this same client again, which looks for credentials only once.
                 self.filesystem.clear_instance_cache()
-            raise told from error
+            raise translated from error
 
     def read(self, key: str) -> bytes:
-        with self.talking(key):
+        with self.translating_errors(key):
             data: bytes = self.filesystem.cat_file(self._path(key))
             return data
 
@@ -73,51 +71,52 @@ class FsspecStorage(Storage):
         return self.read(key)
 
     def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
-        with self.talking(key, writing=True):
+        with self.translating_errors(key, writing=True):
             self.filesystem.pipe_file(self._path(key), b"".join(data) if isinstance(data, tuple) else bytes(data))
 
     def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
-        if replace or not self._create(key, data):
+        if replace or not self._put_if_absent(key, data):
             self.write(key, data, durable=durable)
 
-    def _create(self, key: str, data: Buffer) -> bool:
-        """Make a file on condition that there is none; False where the place knows no such condition and there is none."""
-        for attempt in range(_CONFLICTS):
+    def _put_if_absent(self, key: str, data: Buffer) -> bool:
+        """Make a file unless it exists; False where the place has no conditional put and the file does not exist: nothing was written."""
+        for attempt in range(_PUT_ATTEMPTS):
             try:
-                with self.talking(key, writing=True):
+                with self.translating_errors(key, writing=True):
                     self.filesystem.pipe_file(self._path(key), bytes(data), mode="create")
                 return True
             except FileExistsError:
                 break
-            except (NotImplementedError, ValueError, TypeError):  # no such mode there
-                return self._looked(key, data)
+            except (NotImplementedError, ValueError, TypeError):  # this file system has no such mode
+                return self._exists_with(key, data)
             except OSError as error:
                 code, status = response_code(error)
-                if status == 409:  # another put on condition is under way
+                if status == 409:  # another conditional put is under way
                     time.sleep(0.1 * 2**attempt)
                     continue
                 if status == 501 or code == "NotImplemented":
-                    return self._looked(key, data)
+                    return self._exists_with(key, data)
                 if status != 412:
                     raise
                 break
         check_same(self, key, data)
         return True
 
-    def _looked(self, key: str, data: Buffer) -> bool:
-        there = self.is_file(key)
-        if there:
+    def _exists_with(self, key: str, data: Buffer) -> bool:
+        """Whether a file exists; raises where it does with other bytes."""
+        exists = self.is_file(key)
+        if exists:
             check_same(self, key, data)
-        return there
+        return exists
 
     def list(self, key: str) -> list[str]:
         return list(self.scan(key))
 
-    def scan(self, key: str) -> dict[str, Entry]:
+    def scan(self, key: str) -> dict[str, FileInfo]:
         path = self._path(key)
         self.filesystem.invalidate_cache(path)
         try:
-            with self.talking(key, listing=True):
+            with self.translating_errors(key, listing=True):
                 entries = self.filesystem.ls(path, detail=True)
         except StoreNotFoundError:
             raise
@@ -127,22 +126,22 @@ class FsspecStorage(Storage):
         for entry in entries:
             name = str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
             if name and str(entry["name"]).rstrip("/") != path.rstrip("/"):
-                found[name] = Entry(entry["type"] == "file", int(entry.get("size") or 0), modified_at(entry))
+                found[name] = FileInfo(entry["type"] == "file", int(entry.get("size") or 0), modified_at(entry))
         return dict(sorted(found.items()))
 
     def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
         if not self.url.startswith(("http://", "https://")):
             return super().sizes(key, names)
-        # Web servers list nothing: each is asked for its size.
+        # Web servers list nothing: the size of each file is a request of its own.
         listed = list(names)
         with ThreadPoolExecutor(REMOTE_THREADS) as pool:
             return {name: size for name, size in zip(listed, pool.map(partial(self._size, key), listed), strict=True) if size is not None}
 
     def _size(self, key: str, name: str) -> int | None:
         try:
-            with self.talking(f"{key}/{name}"):
+            with self.translating_errors(f"{key}/{name}"):
                 size = self.filesystem.info(self._path(f"{key}/{name}")).get("size")
-                # A server need not tell it ahead; then the file itself does.
+                # A server need not send the size; then the whole file is read.
                 return len(self.filesystem.cat_file(self._path(f"{key}/{name}"))) if size is None else int(size)
         except FileNotFoundError:
             return None
@@ -151,7 +150,7 @@ class FsspecStorage(Storage):
         paths = [self._path(key) for key in keys]
         if not paths:
             return
-        with self.talking("", writing=True):
+        with self.translating_errors("", writing=True):
             try:
                 self.filesystem.rm(paths)
             except FileNotFoundError:
@@ -177,18 +176,18 @@ class FsspecStorage(Storage):
         self.write(key, b"", durable=False)
 
     def remove_tree(self, key: str) -> None:
-        with self.talking(key, writing=True):
+        with self.translating_errors(key, writing=True):
             try:
                 self.filesystem.rm(self._path(key), recursive=True)
             except FileNotFoundError:
                 return
 
     def is_file(self, key: str) -> bool:
-        # Not isfile(), which takes every error for a no.
+        # Not isfile(), which returns False on every error.
         path = self._path(key)
         self.filesystem.invalidate_cache(path)
         try:
-            with self.talking(key):
+            with self.translating_errors(key):
                 return bool(self.filesystem.info(path)["type"] == "file")
         except StoreNotFoundError:
             raise
@@ -196,11 +195,8 @@ class FsspecStorage(Storage):
             return False
 
 
-_CONFLICTS: Final = 6  # tries of a put on condition while others try the same
-
-
 def modified_at(entry: Mapping[str, Any]) -> float | None:
-    """When a file was last written, however its file system calls that."""
+    """When a file was last written, in seconds since 1970, under whichever name its file system gives that; None where it does not."""
     for name in ("LastModified", "last_modified", "mtime", "updated", "created"):
         value: Any = entry.get(name)
         if isinstance(value, (int, float)):

@@ -1,25 +1,25 @@
-"""TODO: lmprobe_zarr/storage/s3.py."""
+"""`S3Storage`, a prefix of a bucket: single requests where s3fs sends several."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from lmprobe_zarr.errors import (
-    ReadOnlyError,
-    StoreNotFoundError,
-)
-from lmprobe_zarr.storage.base import Entry
+from lmprobe_zarr.errors import ReadOnlyError, StoreNotFoundError
+from lmprobe_zarr.storage.base import FileInfo
 from lmprobe_zarr.storage.remote import FsspecStorage, modified_at
 
 __all__ = ["S3Storage"]
 
+_DELETED_AT_ONCE: Final = 1000  # objects in one request, the most that S3 takes
+_NOT_THERE: Final = {"NoSuchKey", "NoSuchVersion"}
+
 
 class S3Storage(FsspecStorage):
-    """A prefix of a bucket, in one request where fsspec's own verbs take several.
+    """A prefix of a bucket, with one request where fsspec's own methods send several.
 
-    Those ask for a file's size before they read it, list a folder to learn that a file is none, list the folder above to learn that one is
-    empty, and do not tell which objects could not be deleted.
+    Those request a file's size before they read it, list a folder to find that a file is missing, list the folder above to find that one
+    is empty, and do not report which objects could not be deleted.
     """
 
     def _object(self, key: str) -> dict[str, str]:
@@ -31,7 +31,7 @@ class S3Storage(FsspecStorage):
         if not where["Key"]:
             return False
         try:
-            with self.talking(key):
+            with self.translating_errors(key):
                 self.filesystem.call_s3("head_object", **where)
         except StoreNotFoundError:
             raise
@@ -39,22 +39,22 @@ class S3Storage(FsspecStorage):
             return False
         return True
 
-    def scan(self, key: str) -> dict[str, Entry]:
+    def scan(self, key: str) -> dict[str, FileInfo]:
         bucket, prefix = self._folder(key)
         found = {}
         for page in self._pages(key, Bucket=bucket, Prefix=prefix, Delimiter="/"):
             for folder in page.get("CommonPrefixes", ()):
-                found[folder["Prefix"].rstrip("/").rsplit("/", 1)[-1]] = Entry(False, 0, None)
+                found[folder["Prefix"].rstrip("/").rsplit("/", 1)[-1]] = FileInfo(False, 0, None)
             for entry in page.get("Contents", ()):
-                # Some servers, and people who make folders by hand, leave an empty object of the folder's own name.
+                # Some servers, and consoles in which one makes folders, store an empty object under the folder's own name.
                 if name := entry["Key"].removeprefix(prefix):
-                    found[name] = Entry(True, int(entry["Size"]), modified_at(entry))
+                    found[name] = FileInfo(True, int(entry["Size"]), modified_at(entry))
         return dict(sorted(found.items()))
 
     def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
         wanted = set(names)
         bucket, prefix = self._folder(key)
-        pages = self._pages(key, Bucket=bucket, Prefix=prefix)  # all that lies below, whatever folders it is in
+        pages = self._pages(key, Bucket=bucket, Prefix=prefix)  # everything below, in all folders
         found = {entry["Key"].removeprefix(prefix): int(entry["Size"]) for page in pages for entry in page.get("Contents", ())}
         return {name: size for name, size in found.items() if name in wanted}
 
@@ -64,7 +64,7 @@ class S3Storage(FsspecStorage):
 
     def _pages(self, key: str, **request: str) -> Iterator[dict[str, Any]]:
         while True:
-            with self.talking(key, listing=True):
+            with self.translating_errors(key, listing=True):
                 page = self.filesystem.call_s3("list_objects_v2", **request)
             yield page
             if not page.get("IsTruncated"):
@@ -75,8 +75,8 @@ class S3Storage(FsspecStorage):
         self._delete([self._object(key) for key in keys])
 
     def remove_folders(self, keys: Iterable[str]) -> None:
-        # Some servers keep folders and go on to list the empty ones, but remove them at a deletion of their name. It is a slash at the
-        # end that makes it one: where there are no folders, it is the name of nothing.
+        # Some servers keep folders and list empty ones; they remove a folder when its name, with a slash at the end, is deleted. On other
+        # servers no object has that name, and nothing happens.
         folders = [self._folder(key) for key in sorted(keys, key=len, reverse=True)]
         self._delete([{"Bucket": bucket, "Key": name} for bucket, name in folders if name])
 
@@ -88,15 +88,11 @@ class S3Storage(FsspecStorage):
     def _delete(self, objects: list[dict[str, str]]) -> None:
         for start in range(0, len(objects), _DELETED_AT_ONCE):
             some = objects[start : start + _DELETED_AT_ONCE]
-            request = {"Objects": [{"Key": one["Key"]} for one in some], "Quiet": True}
-            with self.talking("", writing=True):
+            request = {"Objects": [{"Key": item["Key"]} for item in some], "Quiet": True}
+            with self.translating_errors("", writing=True):
                 answer = self.filesystem.call_s3("delete_objects", Bucket=some[0]["Bucket"], Delete=request)
-            # The request as a whole succeeds even where none of it was allowed.
+            # The request succeeds even where no deletion was allowed.
             for failed in answer.get("Errors", ()):
                 if failed.get("Code") not in _NOT_THERE:
                     what = f"{self.url} cannot be cleared of {failed.get('Key')!r} ({failed.get('Code')})"
                     raise ReadOnlyError(f"{what}: check that these credentials may delete")
-
-
-_DELETED_AT_ONCE: Final = 1000  # objects, the most that S3 takes
-_NOT_THERE: Final = {"NoSuchKey", "NoSuchVersion"}

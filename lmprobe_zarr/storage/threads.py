@@ -1,4 +1,4 @@
-"""Many reads or writes at a time, one pool per process."""
+"""`run_all`: many reads or writes at a time, on one pool of threads per process and kind of place. Knows no storage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["run_all"]
 
 
 def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
-    """Run jobs on this thread and the package's own, and wait for all; after an error no more are begun, and the first is raised."""
+    """Run jobs on this thread and the package's pool, and wait for all. After an error no more jobs start, and it is raised."""
     todo = deque(jobs)
     errors: list[BaseException] = []
 
@@ -33,7 +33,7 @@ def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
     others = min(len(todo), _threads(local)) - 1
     futures = [_pool(os.getpid(), local).submit(work) for _ in range(others)]
     work()
-    # Those that found no free thread have nothing left to do.
+    # A future that no thread has taken yet has nothing left to do.
     wait([future for future in futures if not future.cancel()])
     if errors:
         raise errors[0]

@@ -8,7 +8,8 @@ from lmprobe_zarr.store.activations import write_activations
 from lmprobe_zarr.store.choice import ambiguous
 from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view
 from lmprobe_zarr.store.datasets import choose_held_layers, to_dataset
-from lmprobe_zarr.store.ingest import PART_BYTES, PART_SECONDS, Ingest
+from lmprobe_zarr.store.ingest import PART_SECONDS, Ingest
+from lmprobe_zarr.store.parts import PART_BYTES, part_bytes_within
 from lmprobe_zarr.store.roots import Mode
 from lmprobe_zarr.store.store import Place, Store, open_store
 
@@ -25,6 +26,7 @@ __all__ = [
     "choose_held_layers",
     "describe_view",
     "open_store",
+    "part_bytes_within",
     "to_dataset",
     "write_activations",
 ]

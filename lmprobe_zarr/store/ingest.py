@@ -19,15 +19,15 @@ import numpy as np
 
 from lmprobe_zarr.batch import SCALARS, Precision, TokenBatch, store_as
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.store.format import GroupInfo
-from lmprobe_zarr.store.parts import BUFFER_BYTES, PartWriter, shape_of
+from lmprobe_zarr.store.parts import BUFFER_BYTES, PART_BYTES, PartWriter, shape_of
 from lmprobe_zarr.store.store import Store
 
-__all__ = ["PART_BYTES", "PART_SECONDS", "Ingest"]
+__all__ = ["PART_SECONDS", "Ingest"]
 
-logger = logging.getLogger("lmprobe_zarr.cache")
+logger = logging.getLogger(LOGGER_NAME)
 
-PART_BYTES: Final = 2**30
 PART_SECONDS: Final = 60.0
 QUEUED_BATCHES: Final = 2
 POLL_SECONDS: Final = 0.1

@@ -45,7 +45,19 @@ from lmprobe_zarr.store.format import (
     parse_part,
     validate_column_names,
 )
-from lmprobe_zarr.store.parts import FrozenStorage, Listing, Part, PartWriter, View, as_column, list_names, open_view, write_group
+from lmprobe_zarr.store.parts import (
+    PART_BYTES,
+    FrozenStorage,
+    Listing,
+    Part,
+    PartWriter,
+    View,
+    as_column,
+    list_names,
+    open_view,
+    part_bytes_within,
+    write_group,
+)
 from lmprobe_zarr.store.roots import Mode, open_root, options_for
 from lmprobe_zarr.store.upkeep import (
     CompactPlan,
@@ -77,10 +89,7 @@ from lmprobe_zarr.typing import Array, Ints
 __all__ = ["Place", "Store", "open_store"]
 Chunks = Literal["auto"] | int | Mapping[str, Any] | None
 
-PART_BYTES: Final = 2**30
 PUBLISHED_PART_BYTES: Final = 2**33
-# A part is evicted as a whole: no larger share of a cache's limit than this one.
-LIMIT_SHARE: Final = 50
 # How many groups a notebook shows with all that they hold.
 SHOWN_GROUPS: Final = 20
 
@@ -1020,7 +1029,7 @@ class Store:
             raise InvalidArgumentError(f"part_bytes={given!r} is no size of a part: give bytes, at least 1")
         most = default if given is None else given
         limit = config.cache_limit() if self.is_default else None
-        return min(most, max(1, limit // LIMIT_SHARE)) if limit else most
+        return part_bytes_within(limit, most)
 
     def gc(self, *, max_age: float = 86400.0, dry_run: bool = False) -> GcSummary:
         """Remove what nobody needs any more: parts that others replaced, and what killed writers left.

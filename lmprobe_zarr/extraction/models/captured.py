@@ -14,6 +14,7 @@ import torch
 from lmprobe_zarr.batch import NO_OUTPUTS, Outputs, concat_ranges, offsets_of
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.outputs import largest, next_token_log_probs
+from lmprobe_zarr.extraction.models.padded_pooling import POOL_PADDED
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["CaptureRequest", "Collected", "PaddedBatch"]
@@ -85,16 +86,7 @@ class PaddedBatch:
 
     def pool(self, hidden: torch.Tensor, pooling: str) -> torch.Tensor:
         """(batch, longest, width) to (batch, width), as `lmprobe_zarr.batch.pool_ragged` does it."""
-        if pooling in ("last_token", "first_token"):
-            return hidden.flatten(0, 1).index_select(0, self.index(pooling, hidden.device))
-        mask = self.index("mask", hidden.device)
-        if pooling == "mean":
-            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-            counts = mask.sum(dim=1).to(wide)
-            return (hidden.masked_fill(~mask, 0).sum(dim=1, dtype=wide) / counts).to(hidden.dtype)
-        if pooling == "max":
-            return hidden.masked_fill(~mask, -torch.inf).amax(dim=1)
-        return hidden.masked_fill(~mask, torch.inf).amin(dim=1)
+        return POOL_PADDED[pooling](hidden, self.index)
 
 
 @dataclass(slots=True)

@@ -1,11 +1,12 @@
-"""Every name and byte of the on-disk format: documents, part names, chunks.
+"""Every name and byte of the on-disk format: the documents of root, group, part and array, the names of parts, the bytes of chunks.
 
-Pure functions and records. Never reads or writes a file.
+A document becomes a frozen record by ``parse_…``, which raises where it is damaged, and a record becomes a document by ``to_document`` or
+``…_document``. Pure functions and records: never reads or writes a file. Other rooms import from this face.
 """
 
 from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
 from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
-from lmprobe_zarr.store.format.chunk import CRC, TEXT_BYTES, encode_chunk, file_entry, is_intact
+from lmprobe_zarr.store.format.chunk import TEXT_BYTES, encode_chunk, file_entry, holds_checksum, is_intact
 from lmprobe_zarr.store.format.group import GroupInfo, Provenance, parse_group
 from lmprobe_zarr.store.format.names import (
     ANNOTATIONS,
@@ -28,7 +29,6 @@ from lmprobe_zarr.store.format.root import Published, is_root_document, parse_ro
 
 __all__ = [
     "ANNOTATIONS",
-    "CRC",
     "FORMAT",
     "FORMAT_COLUMNS",
     "GROUP_NAME",
@@ -52,6 +52,7 @@ __all__ = [
     "decode_range",
     "encode_chunk",
     "file_entry",
+    "holds_checksum",
     "is_intact",
     "is_root_document",
     "is_variable",

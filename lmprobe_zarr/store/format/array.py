@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/format/array.py."""
+"""`ArrayInfo`, one Zarr array of a part: shape, chunks, dtype and codecs, as its ``zarr.json`` says them. No I/O."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 from lmprobe_zarr.batch import INNER_DIMS, SCALARS
 from lmprobe_zarr.store.format.names import SAMPLE_DIM, Json, Level
 
-__all__ = ["ArrayInfo", "array_dims", "is_variable"]
+__all__ = ["ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
+
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
-_BLOSC_LIMIT: Final = 2**31 - 17
+_BLOSC_LIMIT: Final = 2**31 - 17  # bytes, the most that blosc compresses at once
 
 
 def array_dims(variable: str, level: Level, ndim: int, layered: bool) -> tuple[str, ...]:
@@ -27,9 +28,6 @@ def array_dims(variable: str, level: Level, ndim: int, layered: bool) -> tuple[s
 def is_variable(name: str, info: ArrayInfo) -> bool:
     """Whether an array of a part holds activations, or what a model says, and not a column that describes prompts or tokens."""
     return len(info.dims) > 1 or name in SCALARS
-
-
-# --------------------------------------------------------------------------------------------------------------- array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

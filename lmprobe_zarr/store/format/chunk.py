@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/format/chunk.py."""
+"""The bytes of one chunk file and their checksum: bytes or vlen-utf8, then blosc, then crc32c. Never reads or writes a file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lmprobe_zarr.batch import fill_value
 from lmprobe_zarr.store.format.array import ArrayInfo
 from lmprobe_zarr.typing import Array, Buffer
 
-__all__ = ["TEXT_BYTES", "encode_chunk", "file_entry", "is_intact"]
+__all__ = ["CRC", "TEXT_BYTES", "encode_chunk", "file_entry", "holds_checksum", "is_intact"]
 
 _SHUFFLES: Final = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 CRC: Final = struct.Struct("<I")
-TEXT_BYTES: Final = 2**28  # of all texts in one chunk
+TEXT_BYTES: Final = 2**28  # the most that the texts of one chunk may have
 
 
 def encode_chunk(values: Array, info: ArrayInfo) -> tuple[Buffer, bytes]:
@@ -28,9 +28,9 @@ def encode_chunk(values: Array, info: ArrayInfo) -> tuple[Buffer, bytes]:
     Parameters
     ----------
     values : ndarray, shape `info.chunks` or shorter along the sample axis
-        A last, shorter chunk is filled up with the fill value, as Zarr stores chunks at full size.
+        A shorter last chunk is filled up with the fill value, as Zarr stores chunks at full size.
     info : ArrayInfo
-        Says the dtype and the codecs.
+        Gives the dtype and the codecs.
     """
     missing = info.rows_per_chunk - values.shape[info.sample_axis]
     if missing:
@@ -51,15 +51,25 @@ def encode_chunk(values: Array, info: ArrayInfo) -> tuple[Buffer, bytes]:
 
 
 def file_entry(data: bytes, *, chunk: bool) -> tuple[int, int]:
-    """Length and crc32c of a file as a part's table has them; see `schema.PartInfo.files`."""
+    """Length and crc32c of a file, as they stand in a part's table; see `PartInfo.files`."""
     return len(data), CRC.unpack(data[-4:])[0] if chunk else google_crc32c.value(data)
 
 
+def holds_checksum(body: Buffer, tail: Buffer, checksum: int) -> bool:
+    """Whether a chunk's body has the checksum that the part's table gives for it, and its last four bytes give the same."""
+    return _crc32c(body) == checksum and CRC.unpack(tail)[0] == checksum
+
+
 def is_intact(name: str, data: Buffer, entry: Sequence[int]) -> bool:
-    """Whether a file of a part is what its commit says, by its name and its entry in the part's table."""
-    chunk = name.rpartition("/")[2].startswith("c.")
-    if len(data) != entry[0] or (chunk and len(data) < 4):
+    """Whether a file of a part has the length and the checksum that stand in the part's table."""
+    length, checksum = entry
+    if len(data) != length:
         return False
-    body = memoryview(data)[:-4] if chunk else memoryview(data)
-    checksum = int(google_crc32c.value(np.frombuffer(body, np.uint8))) if len(body) else 0
-    return checksum == entry[1] and (not chunk or CRC.unpack(bytes(data[-4:]))[0] == entry[1])
+    if not name.rpartition("/")[2].startswith("c."):
+        return _crc32c(data) == checksum
+    whole = memoryview(data)
+    return length >= CRC.size and holds_checksum(whole[: -CRC.size], whole[-CRC.size :], checksum)
+
+
+def _crc32c(data: Buffer) -> int:
+    return int(google_crc32c.value(np.frombuffer(data, np.uint8))) if len(data) else 0

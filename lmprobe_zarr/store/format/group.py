@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/format/group.py."""
+"""`GroupInfo`, one model and provenance, and the document of its folder, written and parsed. No I/O."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Every name of the format, and its documents as frozen records: root, group, part and array.
-
-A record is made from a document by ``parse_…`` (which raises) and turned into one by ``to_…``. No I/O and no arrays of
-activations here; what the bytes of a chunk mean is in `chunks`.
-"""
+"""Every name of the format: levels, dimensions, columns, and what each document needs (version, digest of JSON). No I/O."""
 
 from __future__ import annotations
 

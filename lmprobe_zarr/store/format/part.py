@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/format/part.py."""
+"""`PartInfo`, one part as its own ``zarr.json`` describes it: the document that commits a part, written and parsed. No I/O."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from lmprobe_zarr.batch import digests_of, sha256_of
 from lmprobe_zarr.errors import CorruptPartError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo, is_variable, lengths_of, parse_array
 from lmprobe_zarr.store.format.group import GroupInfo
@@ -31,11 +32,8 @@ from lmprobe_zarr.store.format.names import (
 
 __all__ = ["PartInfo", "level_document", "parse_part", "parse_part_group", "part_document"]
 
-# Nothing else is ever written, copied or removed by the word of a part's document: a key that climbs would lead out of the store.
+# A part's document decides which files are copied and removed. Only such keys are accepted: one with ".." would lead out of the store.
 _FILE_KEY: Final = re.compile(r"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
-
-
-# ---------------------------------------------------------------------------------------------------------------- part
 
 # The digest stands at a fixed place, so that it can be checked on the bytes as they are, without writing the document again.
 _PREFIX: Final = b'{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
@@ -111,7 +109,7 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "kind": info.kind,
-        # All that the group's own document says: where that is lost, any part brings it back.
+        # Everything in the group's own document: where that is lost, any part restores it.
         "model": group.model,
         "num_layers": group.num_layers,
         "hidden_size": group.hidden_size,
@@ -119,7 +117,7 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
         "group": info.group,
         "name": info.name,
         "layers": list(info.layers),
-        "prompt_sha256": info.digests.tobytes().hex(),
+        "prompt_sha256": "".join(sha256_of(info.digests)),
         "n_tokens": None if info.n_tokens is None else info.n_tokens.tolist(),
         "replaces": list(info.replaces),
         "odd": None if info.odd is None else {key: list(counts) for key, counts in info.odd.items()},
@@ -174,7 +172,7 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             group=_text(attributes["group"]),
             name=_text(attributes["name"]),
             kind=attributes["kind"],
-            digests=np.frombuffer(bytes.fromhex(attributes["prompt_sha256"]), np.uint8).reshape(-1, 32),
+            digests=digests_of([attributes["prompt_sha256"]]),
             n_tokens=None if counts is None else np.array(lengths_of(counts), np.int64),
             layers=lengths_of(attributes["layers"]),
             arrays={key: parse_array(doc) for key, doc in metadata.items() if "/" in key},
@@ -195,9 +193,9 @@ def parse_part(data: bytes, where: str) -> PartInfo:
 
 
 def parse_part_group(data: bytes) -> GroupInfo | None:
-    """What a part's document says of its group; None where it does not: the first writers of version 1 left it out.
+    """The group that a part's document describes; None where it does not: the first writers of version 1 left it out.
 
-    The document is one that `parse_part` takes.
+    `parse_part` must accept the document.
     """
     attributes = json.loads(data)["attributes"]
     if "provenance" not in attributes:

@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/format/part_names.py."""
+"""Names of parts: unique, and in the order in which parts take precedence."""
 
 from __future__ import annotations
 

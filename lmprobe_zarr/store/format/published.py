@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/format/published.py."""
+"""The mark and the consolidated document of a published copy, which every Zarr reader takes. No I/O."""
 
 from __future__ import annotations
 

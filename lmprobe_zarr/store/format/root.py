@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/format/root.py."""
+"""The document of a store's root, of a store that grows or of a published copy, written and parsed. No I/O."""
 
 from __future__ import annotations
 

@@ -12,11 +12,12 @@ from lmprobe_zarr.store.parts.reading import blocks_of, read_batches, read_value
 from lmprobe_zarr.store.parts.stored_array import StoredArray
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
 from lmprobe_zarr.store.parts.view import View, open_view
-from lmprobe_zarr.store.parts.writer import BUFFER_BYTES, PartWriter, shape_of, write_group
+from lmprobe_zarr.store.parts.writer import BUFFER_BYTES, PART_BYTES, PartWriter, part_bytes_within, shape_of, write_group
 
 __all__ = [
     "BUFFER_BYTES",
     "NOWHERE",
+    "PART_BYTES",
     "FrozenStorage",
     "LazyArray",
     "Listing",
@@ -30,6 +31,7 @@ __all__ = [
     "committed_at",
     "list_names",
     "open_view",
+    "part_bytes_within",
     "part_nbytes",
     "read_batches",
     "read_values",

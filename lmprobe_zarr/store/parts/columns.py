@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/parts/columns.py."""
+"""Columns as they are stored: a user's values checked, and how many texts fit into a chunk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store.format import TEXT_BYTES
 from lmprobe_zarr.typing import Array
 
-__all__ = ["as_column"]
+__all__ = ["as_column", "storable", "text_rows"]
+
 TEXT_ROWS: Final = 2**16
 
 
@@ -63,5 +64,5 @@ def as_column(name: str, values: Sequence[Any] | Array) -> Array:
 
 
 def storable(text: str) -> str:
-    # Lone surrogates have no UTF-8. The digest keeps telling such texts apart; the stored text shows a replacement mark.
+    """A text as UTF-8 can hold it: lone surrogates become replacement marks. The digest still tells such texts apart."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from lmprobe_zarr.errors import ReadOnlyError
-from lmprobe_zarr.storage import Entry, Storage
+from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import Published
 from lmprobe_zarr.typing import Buffer
 
@@ -49,8 +49,8 @@ class FrozenStorage(Storage):
     def list(self, key: str) -> list[str]:
         return sorted(self._folders.get(key, ()))
 
-    def scan(self, key: str) -> dict[str, Entry]:
-        return {name: Entry(name == "zarr.json", 0, None) for name in self.list(key)}
+    def scan(self, key: str) -> dict[str, FileInfo]:
+        return {name: FileInfo(name == "zarr.json", 0, None) for name in self.list(key)}
 
     def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
         return self.inner.sizes(key, names)

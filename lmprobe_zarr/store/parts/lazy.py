@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/parts/lazy.py."""
+"""`LazyArray`, a `VirtualArray` behind xarray's lazy indexing."""
 
 from __future__ import annotations
 

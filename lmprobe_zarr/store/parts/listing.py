@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/parts/listing.py."""
+"""`Listing`, the parts of a group at one moment, with their sizes and times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/parts/part.py."""
+"""`Part`, one committed part in its storage."""
 
 from __future__ import annotations
 

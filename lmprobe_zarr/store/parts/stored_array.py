@@ -1,7 +1,7 @@
-"""Chunks of our own codec chains to and from arrays: bytes or vlen-utf8, then blosc, then crc32c. Knows no prompt.
+"""`StoredArray`, one array of one part: its chunks checked and decoded into arrays, several at a time. Knows no prompt.
 
-Chunks are opened by key and decoded straight into the output array, several at a time. That is faster than going through
-a general reader, and a chunk that is missing is simply a file that is missing: never a silent fill value.
+Chunks are read by key and decoded straight into the output array. That is faster than a general reader, and a missing chunk is an error,
+never fill values.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from numcodecs import blosc
@@ -22,7 +21,7 @@ from numcodecs.vlen import VLenUTF8
 from lmprobe_zarr.batch import fill_value
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import CRC, TEXT_BYTES, ArrayInfo, check_frame, decode_range
+from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Piece", "StoredArray", "read_pieces"]
@@ -33,7 +32,7 @@ _room = threading.local()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredArray:
-    """One array of one part, where it lies.
+    """One array of one part in a storage.
 
     Parameters
     ----------
@@ -44,7 +43,7 @@ class StoredArray:
     info : ArrayInfo
         Its metadata.
     files : mapping of str to (int, int)
-        The part's table of files, by their keys below the part; this array's are those that are looked at.
+        The part's table of files, by their keys below the part; only this array's are used.
     """
 
     storage: Storage
@@ -67,7 +66,7 @@ class StoredArray:
         return np.dtype(object if self.info.dtype == "string" else self.info.dtype)
 
     def _scratch(self) -> Array:
-        """Room for one chunk, valid until this thread asks for the next: it saves the page faults of a fresh allocation."""
+        """A buffer for one chunk, valid until this thread's next call: reusing it saves the page faults of a new allocation."""
         nbytes = math.prod(self._chunk_shape) * self.dtype.itemsize
         room: Array = getattr(_room, "bytes", np.empty(0, np.uint8))
         if len(room) < nbytes:
@@ -111,9 +110,9 @@ class StoredArray:
             raise self._corrupt(key, f"cannot be decoded ({error})") from error
 
     def read_rows(self, layer: int, block: int, rows: slice) -> Array:
-        """Some rows of one chunk, shape (row, …), valid until this thread reads another: all of it is checked, little else decoded.
+        """Some rows of one chunk, shape (row, …), valid until this thread reads another.
 
-        Errors are those of `read_chunk`.
+        The whole chunk is checked, but only the blocks of these rows are decoded. Errors are those of `read_chunk`.
         """
         if self.info.dtype == "string":
             return self.read_chunk(layer, block)[rows]
@@ -131,29 +130,29 @@ class StoredArray:
         return np.frombuffer(values, self.dtype).reshape(-1, *self.info.row_shape)
 
     def _read_body(self, key: str) -> memoryview:
-        """A chunk's bytes as they were encoded, whose checksum holds; valid until this thread reads another."""
+        """The encoded bytes of a chunk, with their checksum verified; valid until this thread reads another."""
         length, checksum = self.files.get(self._file_key(key), (-1, -1))
         data = memoryview(self._fetch(key, self.storage.read_view))
         if len(data) != length or length < 4:
             raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
         body = data[:-4]
-        if google_crc32c.value(np.frombuffer(body, np.uint8)) != checksum or CRC.unpack(data[-4:])[0] != checksum:
+        if not holds_checksum(body, data[-4:], checksum):
             raise self._corrupt(key, "does not hold its checksum")
         return body
 
     def _read_raw(self, key: str, out: Array) -> Array:
-        """A chunk that is stored as it is, straight from the file into the array: no copy in between."""
+        """A chunk that is not encoded, read from the file into the array without a copy in between."""
         length, checksum = self.files.get(self._file_key(key), (-1, -1))
         body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
         found = self._fetch(key, lambda path: self.storage.read_into(path, body.data, memoryview(tail)))
         if found != length or length != len(body) + 4:
             raise self._corrupt(key, f"has {found} bytes instead of {length}")
-        if google_crc32c.value(body) != checksum or CRC.unpack(tail)[0] != checksum:
+        if not holds_checksum(body.data, memoryview(tail), checksum):
             raise self._corrupt(key, "does not hold its checksum")
         return out
 
     def _fetch(self, key: str, call: Callable[[str], T]) -> T:
-        """What a call says of a chunk's file; what goes wrong in terms of the part."""
+        """The result of a call for a chunk's file; its errors name the part."""
         try:
             return call(f"{self.path}/{key}")
         except FileNotFoundError as error:
@@ -185,7 +184,7 @@ class StoredArray:
                 raise ValueError(f"{texts.shape} texts instead of {shape}")
             return np.asarray(texts, object)
         target = np.empty(shape, self.dtype) if out is None else out
-        if self.info.shuffle is None:  # only on machines whose byte order is another
+        if self.info.shuffle is None:  # only on big-endian machines
             if len(body) != target.nbytes:
                 raise ValueError(f"{len(body)} bytes instead of {target.nbytes}")
             target.reshape(-1).view(np.uint8)[:] = np.frombuffer(body, np.uint8)
@@ -217,7 +216,7 @@ def read_pieces(pieces: Sequence[Piece], outs: Sequence[Array], columns: tuple[A
     outs : sequence of ndarray, shape (row, …)
         The output of each piece.
     columns : tuple
-        What to take of the axes after the first, as for indexing; empty for everything.
+        Index of the axes after the first; empty for everything.
 
     Raises
     ------
@@ -242,7 +241,7 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
         ):
             piece.array.read_chunk(piece.layer, piece.block, target)
             return
-    chunk = _rows_of(piece)
+    chunk = _chunk_rows(piece)
     if piece.array.info.row_shape != piece.row_shape:
         filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
         filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk
@@ -250,7 +249,7 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
     out[piece.target] = chunk[(slice(None), *columns)]
 
 
-def _rows_of(piece: Piece) -> Array:
+def _chunk_rows(piece: Piece) -> Array:
     rows = piece.rows
     if isinstance(rows, slice):
         return piece.array.read_rows(piece.layer, piece.block, rows)

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import HASH_DIGITS, SCALARS, TokenBatch, count_odd, positions_of
+from lmprobe_zarr.batch import HASH_DIGITS, SCALARS, TokenBatch, count_odd, digests_of, positions_of
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
@@ -43,7 +43,10 @@ from lmprobe_zarr.store.format import (
 from lmprobe_zarr.store.parts.columns import as_column, storable, text_rows
 from lmprobe_zarr.typing import Array
 
-__all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
+__all__ = ["BUFFER_BYTES", "PART_BYTES", "PartWriter", "part_bytes_within", "shape_of", "write_group"]
+
+PART_BYTES: Final = 2**30  # of activations in one part, uncompressed, unless the caller gives another number
+_LIMIT_SHARE: Final = 50
 
 # A chunk is what one read fetches, and what one prompt's tokens cost to read (docs/design/performance.md). Elsewhere than on a local disk
 # each costs a request.
@@ -53,6 +56,14 @@ MIN_CHUNK_BYTES: Final = 2**18
 # All chunks that are being filled together; with many layers each gets a smaller share.
 BUFFER_BYTES: Final = 256 * 2**20
 COLUMN_ROWS: Final = 2**20
+
+
+def part_bytes_within(limit: int | None, part_bytes: int) -> int:
+    """The most bytes of one part of a cache: `part_bytes`, or less where that is more than a fiftieth of the cache's limit.
+
+    A part is evicted as a whole, so large parts would evict much more than is needed.
+    """
+    return min(part_bytes, max(1, limit // _LIMIT_SHARE)) if limit else part_bytes
 
 
 def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
@@ -264,7 +275,7 @@ class PartWriter:
             group=self.group.name,
             name=self.name,
             kind=self.kind,
-            digests=np.frombuffer(bytes.fromhex("".join(self._digests)), np.uint8).reshape(-1, 32),
+            digests=digests_of(self._digests),
             n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else None,
             layers=self._layers,
             arrays=dict(sorted(self._arrays.items())),

@@ -19,6 +19,7 @@ import pandas as pd
 from lmprobe_zarr.batch import keys_of
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import PartGoneError
+from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Listing, Part, PartWriter, committed_at, open_view, part_nbytes, read_batches
@@ -27,7 +28,7 @@ from lmprobe_zarr.typing import Mask
 
 __all__ = ["CompactPlan", "MergeRun", "agreed", "merge_run", "plan_runs", "shape_key"]
 
-logger = logging.getLogger("lmprobe_zarr.cache")
+logger = logging.getLogger(LOGGER_NAME)
 
 # Texts and columns wait in memory for their part's commit. A run that would hold more is halved.
 COLUMN_BYTES: Final = 2**28

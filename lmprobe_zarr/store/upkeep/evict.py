@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.parts import Part, committed_at
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 
 __all__ = ["Entry", "EvictPlan", "describe_entries", "plan_evict", "remove_entries"]
 
-logger = logging.getLogger("lmprobe_zarr.cache")
+logger = logging.getLogger(LOGGER_NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.display import format_bytes
-from lmprobe_zarr.storage import Entry, Storage
+from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, PART_NAME, STAMPS, GroupInfo
 from lmprobe_zarr.store.parts import Listing, Part
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
@@ -181,20 +181,20 @@ def _all_there(storage: Storage, part: Part) -> bool:
     return storage.sizes(part.path, part.info.files) == {name: entry[0] for name, entry in part.info.files.items()}
 
 
-def _old_partials(folder: str, entries: dict[str, Entry], before: float) -> Iterator[str]:
+def _old_partials(folder: str, entries: dict[str, FileInfo], before: float) -> Iterator[str]:
     for name, entry in entries.items():
         if entry.is_file and PARTIAL.fullmatch(name) and entry.modified is not None and entry.modified <= before:
             yield f"{folder}/{name}" if folder else name
 
 
-def find_leftover(storage: Storage, folder: str, entry: Entry) -> tuple[Leftover, float | None]:
+def find_leftover(storage: Storage, folder: str, entry: FileInfo) -> tuple[Leftover, float | None]:
     """What is ours in a part's folder, and when anything in it was last written; None where something does not tell."""
     files: list[str] = []
     folders = [folder]
     times: list[float | None] = [] if entry.modified is None else [entry.modified]
     nbytes = 0
 
-    def take(key: str, found: dict[str, Entry], pattern: re.Pattern[str]) -> None:
+    def take(key: str, found: dict[str, FileInfo], pattern: re.Pattern[str]) -> None:
         nonlocal nbytes
         for name, one in found.items():
             # Folders of object stores have no time of their own.

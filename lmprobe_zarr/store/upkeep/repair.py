@@ -16,7 +16,7 @@ import numpy as np
 
 from lmprobe_zarr.batch import HASH_DIGITS, hashes_of, offsets_of, prompt_sha256
 from lmprobe_zarr.errors import AccessDeniedError, CorruptPartError, PartGoneError, UnreachableError
-from lmprobe_zarr.storage import Entry, Storage
+from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     FORMAT,
@@ -466,6 +466,6 @@ def _rewrite(storage: Storage, group: GroupInfo, part: Part, rest: _Piece, piece
 def _remove_loose(storage: Storage, path: str) -> None:
     """Remove a part whose document cannot be believed: the document, and then all files with names that our writer gives."""
     storage.remove([f"{path}/zarr.json"])
-    left, _ = find_leftover(storage, path, Entry(is_file=False, nbytes=0, modified=None))
+    left, _ = find_leftover(storage, path, FileInfo(is_file=False, nbytes=0, modified=None))
     storage.remove(left.files)
     storage.remove_folders(left.folders)

@@ -50,9 +50,9 @@ def test_a_part_knows_its_activations_and_the_users_own_columns() -> None:
     column = ArrayInfo(dims=("prompt",), shape=(3,), chunks=(3,), dtype="int64", shuffle=None)
     spread = ArrayInfo(dims=("token",), shape=(6,), chunks=(6,), dtype="float32", shuffle=None)
     columns = {f"prompts/{name}": column for name in (*PROMPT_COLUMNS, "label")}
-    arrays = {"prompts/resid_mean": ARRAY, "prompts/layer": LAYER, "tokens/position": POSITION, "tokens/surprisal": spread, **columns}
+    arrays = {"prompts/resid_mean": ARRAY, "prompts/layer": LAYER, "tokens/position": POSITION, "tokens/token_log_prob": spread, **columns}
     part = replace(PART, arrays=arrays)
-    assert set(part.activations) == {"prompts/resid_mean", "tokens/surprisal"}
+    assert set(part.activations) == {"prompts/resid_mean", "tokens/token_log_prob"}
     assert set(part.own_columns) == {"prompts/label"}
     assert part.compressed
     assert not replace(PART, arrays=columns).compressed
