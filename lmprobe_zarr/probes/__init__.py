@@ -7,7 +7,7 @@ layer is read, in which dtype it is computed and which rows are finite is decide
 ``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes and back.
 
 Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before. Other rooms import from here
-or from ``classifiers``, ``controls``, ``curves``, ``folds``, ``labels``, ``metrics``, ``token_controls`` and ``token_labels``.
+or from ``controls``, ``curves``, ``metrics`` and ``token_controls``.
 """
 
 from __future__ import annotations
