@@ -1,10 +1,13 @@
-"""Probes: what they learn from, how they are fitted, scored, saved and looked into.
+"""Probes on one matrix of activations with its labels: how they are made, fitted, scored and saved.
 
-``classifiers``, ``pipelines``, ``coefficients``, ``files`` and ``metrics`` know one matrix ``(prompt, hidden)`` with its labels,
-``labels`` and ``folds`` prompts without activations; ``fit`` puts them together for one layer. Others import from here, or from
-``metrics``, ``controls``, ``token_controls`` and ``curves``.
+What is learned from: ``given``, ``labels`` and ``token_labels`` parse what callers give, ``folds`` splits prompts. Estimators:
+``classifiers`` makes them by name, ``mass_mean``, ``ensemble`` and ``regressors`` hold our own, ``scaling`` and ``pipelines`` what comes
+before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``gram`` and ``sufficient`` solve linear probes from sums. How a
+layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``, ``curves`` and
+``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes and back.
 
-Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before.
+Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before. Other rooms import from here
+or from ``controls``, ``curves``, ``metrics`` and ``token_controls``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What is fitted beside the probes so that a good score means something: rows of a table that has probes and controls alike.
+"""Controls: what is fitted beside the probes, so that a good score means something. A trial is one probe or one control.
 
 Holds the names of the controls, what each is fitted on, and shuffled labels. Never activations themselves, fits or scores.
 
-A probe's score on held-out prompts says that a label can be read from the activations. It does not say that the model worked it out:
-the words alone, the length of the prompt or the embedding may tell as much; nor how much of the score the probe itself has learned
-(J. Hewitt and P. Liang, "Designing and Interpreting Probes with Control Tasks", 2019, arXiv:1909.03368; Y. Belinkov, "Probing
-Classifiers: Promises, Shortcomings, and Advances", Computational Linguistics 48, 2022).
+A probe's score on held-out prompts says that a label can be read from the activations. It does not say that the model computed it: the
+words alone, the length of the prompt or the embedding may predict it as well. Nor does it say how much of the score comes from what the
+probe itself has memorised (J. Hewitt and P. Liang, "Designing and Interpreting Probes with Control Tasks", 2019, arXiv:1909.03368;
+Y. Belinkov, "Probing Classifiers: Promises, Shortcomings, and Advances", Computational Linguistics 48, 2022).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONTROLS: Final[Mapping[str, str]] = {
     "random_direction": "logistic regression on the activations' projection on one random direction",
     "majority": "the most frequent label (of a regression: the mean) for every prompt",
 }
-#: What a trial is fitted on where that is no stored layer.
+#: Values of `Trial.features` that have a meaning of their own.
 ACTIVATIONS: Final = "activations"
 DIRECTION: Final = "random_direction"
 LAYER_0: Final = "layer_0"
@@ -48,7 +48,7 @@ _SIMPLE: Final[Mapping[str, str]] = {"classification": "logistic_regression", "r
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One place along ``probe``.
+    """A probe or a control that a sweep fits: one entry of the dim ``probe``.
 
     Parameters
     ----------
@@ -58,8 +58,8 @@ class Trial:
     control : str
         Which control it is; empty for a probe.
     features : str
-        What it is fitted on: ``"activations"`` of each layer, their projection ``"random_direction"``, those of ``"layer_0"``, or a key of
-        :func:`read_features`, which know no layer.
+        What it is fitted on: ``"activations"`` of each layer, their projection on one ``"random_direction"``, the activations of
+        ``"layer_0"``, or a key of :func:`read_features`, whose features do not depend on a layer.
     shuffled : bool
         Whether its labels are shuffled.
     """
@@ -72,7 +72,7 @@ class Trial:
 
     @property
     def kind(self) -> str:
-        """Which of the two it is: "probe" or "control"."""
+        """Either "probe" or "control"."""
         return "control" if self.control else "probe"
 
     @property
@@ -82,7 +82,7 @@ class Trial:
 
     @property
     def constant(self) -> bool:
-        """Whether it looks at no stored layer at all."""
+        """Whether it is fitted on no stored layer at all."""
         return not self.by_layer and self.features != LAYER_0
 
     def random(self, preprocessing: str | None) -> bool:
@@ -134,7 +134,7 @@ def list_trials(probes: Mapping[str, Any], controls: Mapping[str, Any], task: st
 
 
 def parse_controls(controls: Any) -> dict[str, Any]:
-    """Name to features of the caller's, or to None for what the name means by itself.
+    """Name to the caller's own features, or to None for a control that needs none from the caller.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def parse_controls(controls: Any) -> dict[str, Any]:
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        Nothing of that, or an unknown name.
+        `controls` has none of these forms, or a name is unknown.
     """
     if controls is None:
         return {}
@@ -182,11 +182,11 @@ def make_estimator(trial: Trial, random_state: int, task: str, *, preprocessing:
 
 
 def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_state: int) -> Array:
-    """Labels dealt anew, shape (prompt,): every prompt gets that of another, and all rows of one prompt the same.
+    """Shuffled labels, shape (prompt,): a permutation over the prompts, so that all rows of one prompt have the same label.
 
     The classes keep their sizes (where prompts do not repeat). Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368, whose control
-    task gives each type of word a random label. A prompt occurs on one side of a fold only, so nothing that was learned by heart
-    helps, and the score is that of chance; what it is above chance has leaked. :func:`lmprobe_zarr.selectivity` subtracts it.
+    task gives each type of word a random label. A prompt is on one side of a fold only, so memorised labels do not help and the expected
+    score is chance; a higher score shows a leak. :func:`lmprobe_zarr.selectivity` subtracts it.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_st
     kept : ndarray of int, shape (prompt,)
         Equal numbers for rows of one prompt.
     folds : sequence of (train, test)
-        Labels are dealt again until each fold trains on two classes.
+        Labels are shuffled again until each fold trains on two classes.
     random_state : int
     """
     words = f"{random_state}\0shuffled labels\0{labels.name}"
@@ -214,7 +214,7 @@ def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_st
 def read_features(
     trials: Sequence[Trial], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array
 ) -> dict[str, Any]:
-    """What the trials that know no layer are fitted on, by name: texts, small matrices of float64, or a lazy variable.
+    """By name, what trials without a layer are fitted on: texts, small matrices of float64, or a lazy variable.
 
     Parameters
     ----------
@@ -222,16 +222,16 @@ def read_features(
     controls : mapping
         From :func:`parse_controls`.
     array : DataArray over prompt
-        Whose coordinates are looked at.
+        Whose coordinates are read.
     given : Dataset, optional
-        Where the embeddings and the perplexity are looked for.
+        Where embeddings and perplexities are looked up.
     rows : ndarray of int
         The prompts that must have a value.
 
     Raises
     ------
     InvalidArgumentError
-        They are not there, or missing for some prompts.
+        The features of a control are not stored, or some prompts lack them.
     """
     own = {name: features for name, features in controls.items() if features is not None}
     found: dict[str, Any] = {}

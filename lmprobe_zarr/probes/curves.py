@@ -1,4 +1,4 @@
-"""Curves of scores against true labels, as labelled arrays that can be drawn: ROC and calibration. Never fits or draws anything."""
+"""ROC and calibration curves of scores and true labels, as datasets. Never fits or draws anything."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def roc_curves(scores: xr.DataArray | Mapping[str, Any], labels: str | Iterable[
     found = []
     for name, values, true in _each(scores, labels):
         found.append((name, *roc_curve(true, values), float(roc_auc_score(true, values))))
-    longest = max(len(one[1]) for one in found)
-    padded = [np.stack([np.pad(one[k], (0, longest - len(one[k])), constant_values=np.nan) for one in found]) for k in (1, 2, 3)]
+    longest = max(len(curve[1]) for curve in found)
+    padded = [np.stack([np.pad(curve[k], (0, longest - len(curve[k])), constant_values=np.nan) for curve in found]) for k in (1, 2, 3)]
     names = ("false_positive_rate", "true_positive_rate", "threshold")
     arrays = {name: (("curve", "point"), values) for name, values in zip(names, padded, strict=True)}
-    return xr.Dataset({**arrays, "auroc": ("curve", [one[4] for one in found])}, coords={"curve": [one[0] for one in found]})
+    return xr.Dataset({**arrays, "auroc": ("curve", [curve[4] for curve in found])}, coords={"curve": [curve[0] for curve in found]})
 
 
 def calibration_curves(probabilities: xr.DataArray | Mapping[str, Any], labels: str | Iterable[Any], bins: int = 10) -> xr.Dataset:
-    """How often the second class is true, by the probability that was given to it.
+    """Calibration curves: how often the second class is true, by the probability that a probe gives it.
 
     Parameters
     ----------
@@ -87,12 +87,12 @@ def calibration_curves(probabilities: xr.DataArray | Mapping[str, Any], labels: 
         places = np.minimum((values * bins).astype(int), bins - 1)
         n = np.bincount(places, minlength=bins)
         with np.errstate(invalid="ignore"):
-            said, was = (np.bincount(places, each, minlength=bins) / n for each in (values, true))
+            mean, share = (np.bincount(places, each, minlength=bins) / n for each in (values, true))
         names.append(name)
-        predicted.append(said)
-        observed.append(was)
+        predicted.append(mean)
+        observed.append(share)
         counts.append(n)
-        errors.append(float(np.nansum(np.abs(was - said) * n) / n.sum()))
+        errors.append(float(np.nansum(np.abs(share - mean) * n) / n.sum()))
     dims = ("curve", "bin")
     return xr.Dataset(
         {
@@ -106,31 +106,31 @@ def calibration_curves(probabilities: xr.DataArray | Mapping[str, Any], labels: 
 
 
 def _each(scores: Any, labels: Any) -> list[tuple[str, Array, Array]]:
-    """Name, scores and whether it is the second class, of every curve."""
+    """For every curve its name, the scores, and whether each label is the second class."""
     listed: list[tuple[str, Any, Any]] = []
-    for name, one in scores.items() if isinstance(scores, Mapping) else [("", scores)]:
-        if isinstance(one, xr.DataArray):
-            sample = next((dim for dim in ("prompt", "token") if dim in one.dims), None)
-            rest = [dim for dim in one.dims if dim != sample]
-            if sample is None or len(rest) > 1:
-                raise InvalidArgumentError(f"scores have dims {tuple(one.dims)}, expected prompt or token and at most one more: select")
-            truth = one.coords[labels].values if isinstance(labels, str) and labels in one.coords else labels
-            turned = one.transpose(*rest, sample)
+    for name, given in scores.items() if isinstance(scores, Mapping) else [("", scores)]:
+        if isinstance(given, xr.DataArray):
+            rows = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
+            rest = [dim for dim in given.dims if dim != rows]
+            if rows is None or len(rest) > 1:
+                raise InvalidArgumentError(f"scores have dims {tuple(given.dims)}, expected prompt or token and at most one more: select")
+            truth = given.coords[labels].values if isinstance(labels, str) and labels in given.coords else labels
+            turned = given.transpose(*rest, rows)
             if not rest:
-                listed.append((str(name) or str(one.name or "scores"), turned.values, truth))
+                listed.append((str(name) or str(given.name or "scores"), turned.values, truth))
             for place in range(turned.sizes[rest[0]] if rest else 0):
                 at = turned.coords[rest[0]].values[place] if rest[0] in turned.coords else place
                 listed.append(
                     (f"{name} {rest[0]} {at}".strip() if rest[0] == "layer" else f"{name} {at}".strip(), turned.values[place], truth)
                 )
         else:
-            listed.append((str(name) or "scores", np.asarray(one), labels))
+            listed.append((str(name) or "scores", np.asarray(given), labels))
     if not listed:
         raise InvalidArgumentError("scores is empty: give at least one")
-    return [(name, *_checked(name, np.asarray(values, np.float64), truth)) for name, values, truth in listed]
+    return [(name, *_check_curve(name, np.asarray(values, np.float64), truth)) for name, values, truth in listed]
 
 
-def _checked(name: str, values: Array, labels: Any) -> tuple[Array, Array]:
+def _check_curve(name: str, values: Array, labels: Any) -> tuple[Array, Array]:
     if isinstance(labels, str):
         raise LabelError(f"{name!r} has no coordinate {labels!r}: give the labels themselves")
     truth = np.asarray(list(labels))

@@ -37,7 +37,7 @@ _SHAPES = Mapping[str, tuple[tuple[str, ...], ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """How one class is taken apart and put together again.
+    """How the estimators of one class are saved and made again.
 
     Shapes are given by letters that must mean the same number wherever they occur in a step: n columns go in and m come out,
     k classes, r scores (1 for two classes), l layers, h hidden units, c members; digits stand for themselves. Several shapes
@@ -47,17 +47,17 @@ class _Kind:
     module: str
     #: Fitted arrays that predictions need.
     arrays: _SHAPES
-    #: Fitted arrays and numbers that only tell of the fit.
-    told: tuple[str, ...] = ()
-    #: Attributes that are the same for all that can be saved.
+    #: Fitted arrays and numbers that predictions do not need, such as the number of iterations.
+    diagnostics: tuple[str, ...] = ()
+    #: Attributes with the same value in every estimator that can be saved.
     constants: Mapping[str, Any] = field(default_factory=dict)
     classifies: bool = False
     transforms: bool = False
-    #: What stands for the other classes in the label binarizer, where there is one.
+    #: The label binarizer's value for the other classes; None without a binarizer.
     negative: int | None = None
     #: Attributes that are lists of arrays, one per layer of a network.
     network: bool = False
-    #: Values of parameters without which predictions would need more than is saved.
+    #: The parameters' values that can be saved; with others, predictions would need more than is saved.
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
@@ -116,7 +116,7 @@ _KINDS: Mapping[str, _Kind] = {
     "ScaledTargetLasso": _Kind("lmprobe_zarr.probes.regressors", _REGRESSION, ("n_iter_",)),
     "ScaledTargetLinearSVR": _Kind("lmprobe_zarr.probes.regressors", _REGRESSION, ("n_iter_",)),
 }
-#: Parameters that only a fit looks at and that some versions of scikit-learn lack.
+#: Parameters that only fits use and that some versions of scikit-learn lack.
 _FIT_ONLY = frozenset({"l1_ratios", "use_legacy_attributes", "n_jobs", "power_iteration_normalizer", "n_oversamples"})
 
 
@@ -147,7 +147,7 @@ def dump_probe(pipeline: Any, header: Mapping[str, Any]) -> bytes:
     tensors: dict[str, Array] = {}
     steps = []
     for name, step in _flat(pipeline):
-        described, arrays = _take_apart(name, step)
+        described, arrays = _describe_step(name, step)
         steps.append(described)
         tensors |= {f"{name}.{attribute}": array for attribute, array in arrays.items()}
     if not _in_order([_KINDS[step["class"]] for step in steps]):
@@ -162,7 +162,7 @@ def dump_probe(pipeline: Any, header: Mapping[str, Any]) -> bytes:
         "steps": steps,
     }
     text = json.dumps(document, allow_nan=False, separators=(",", ":"))
-    # Twice over, since the text is escaped once more.
+    # Doubled, because the text is escaped once more.
     if 2 * len(text) + 1000 * len(tensors) > LARGEST_HEADER:
         raise InvalidArgumentError(f"header and classes take {len(text)} bytes as JSON: a saved probe holds {LARGEST_HEADER // 2} at most")
     return pack_tensors(tensors, {"probe": text, "sha256": _digest(text, tensors)})
@@ -181,7 +181,7 @@ def _flat(pipeline: Any) -> list[tuple[str, Any]]:
 
 
 def _digest(text: str, tensors: Mapping[str, Array]) -> str:
-    """Of everything that is read again: any change of it is found."""
+    """SHA-256 of everything that is read back, so that any change is detected."""
     found = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     for name in sorted(tensors):
         array = tensors[name]
@@ -191,7 +191,7 @@ def _digest(text: str, tensors: Mapping[str, Array]) -> str:
     return found.hexdigest()
 
 
-def _take_apart(name: str, step: Any) -> tuple[dict[str, Any], dict[str, Array]]:
+def _describe_step(name: str, step: Any) -> tuple[dict[str, Any], dict[str, Array]]:
     kind = _KINDS.get(type(step).__name__)
     called = type(step).__name__
     if kind is None or type(step).__module__.split(".")[0] != kind.module.split(".")[0] or type(step) is not _class(called, kind):
@@ -212,12 +212,12 @@ def _take_apart(name: str, step: Any) -> tuple[dict[str, Any], dict[str, Array]]
             arrays |= {f"{attribute}.{number}": array for number, array in enumerate(getattr(step, attribute))}
     for attribute in kind.arrays:
         value = getattr(step, attribute)
-        # A number of Python's own, unlike an array of one, leaves float32 as it is.
+        # A Python float must stay one: unlike an array, it does not turn float32 into float64.
         if type(value) is float:
             values[attribute] = _plain(value, f"{attribute} of {called}")
         else:
             arrays[attribute] = np.asarray(value)
-    for attribute in kind.told:
+    for attribute in kind.diagnostics:
         value = getattr(step, attribute, None)
         if isinstance(value, np.ndarray) and value.ndim:
             arrays[attribute] = value
@@ -243,15 +243,15 @@ def _take_apart(name: str, step: Any) -> tuple[dict[str, Any], dict[str, Array]]
         "params": params,
         "values": values,
     }
-    # Matrix products take another path, and round otherwise, where a matrix lies the other way.
-    turned = sorted(attribute for attribute, array in arrays.items() if array.ndim == 2 and _is_turned(array))
+    # The memory order is kept: products with a Fortran-ordered matrix take another path and round differently.
+    turned = sorted(attribute for attribute, array in arrays.items() if array.ndim == 2 and _is_fortran_ordered(array))
     if turned:
         values["turned"] = turned
-    _check_whole(name, called, kind, described, arrays, InvalidArgumentError, f"{called} cannot be saved")
+    _check_step(name, called, kind, described, arrays, InvalidArgumentError, f"{called} cannot be saved")
     return described, arrays
 
 
-def _is_turned(array: Array) -> bool:
+def _is_fortran_ordered(array: Array) -> bool:
     return min(array.shape, default=0) > 1 and abs(array.strides[0]) < abs(array.strides[1])
 
 
@@ -277,7 +277,7 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _encoded(value: Any, what: str) -> Any:
-    """A parameter as JSON; a mapping, whose keys may be numbers, as pairs."""
+    """A parameter as a JSON value; a mapping becomes pairs, because its keys may be numbers."""
     pairs = isinstance(value, Mapping)
     encoded = {"pairs": [[_plain(key, what), _plain(each, what)] for key, each in value.items()]} if pairs else _plain(value, what)
     if not _is_parameter(encoded):
@@ -292,7 +292,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _plain(value: Any, what: str) -> Any:
-    """The value as JSON gives it back."""
+    """The value in the types that JSON keeps."""
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if value is None or isinstance(value, bool | str) or (isinstance(value, int | float) and math.isfinite(value)):
@@ -313,7 +313,7 @@ def parse_probe(data: bytes, where: str) -> tuple[Any, dict[str, Any]]:
     """The fitted pipeline and the caller's header that :func:`dump_probe` was given.
 
     Its predictions, probabilities and decisions are those of the original bit for bit, on the same versions of scikit-learn and
-    numpy. Inner pipelines come back as steps of one. Never runs anything that the file says; memory is bounded by its size.
+    numpy. Inner pipelines come back flattened into one. Never runs code that a file names; memory is bounded by the size of `data`.
 
     Parameters
     ----------
@@ -324,7 +324,7 @@ def parse_probe(data: bytes, where: str) -> tuple[Any, dict[str, Any]]:
     Raises
     ------
     InvalidTypeError
-        `data` is something else than bytes.
+        `data` is not bytes.
     NotAProbeError
         No saved probe, or a damaged one.
     UnsupportedVersionError
@@ -355,7 +355,7 @@ def parse_probe(data: bytes, where: str) -> tuple[Any, dict[str, Any]]:
         owned.setdefault(owner, {})[attribute] = array
     from sklearn.pipeline import Pipeline
 
-    made = [_put_together(step, owned, where) for step in steps]
+    made = [_assemble_step(step, owned, where) for step in steps]
     names = [name for name, _, _ in made]
     kinds = [_KINDS[type(step).__name__] for _, step, _ in made]
     if len(set(names)) < len(names) or set(owned) != set(names):
@@ -372,8 +372,8 @@ def _class(called: str, kind: _Kind) -> Any:
     return getattr(importlib.import_module(kind.module), called)
 
 
-def _put_together(described: Any, owned: Mapping[str, dict[str, Array]], where: str) -> tuple[str, Any, int]:
-    """The name of a step, the step, and how many columns come out of it."""
+def _assemble_step(described: Any, owned: Mapping[str, dict[str, Array]], where: str) -> tuple[str, Any, int]:
+    """The name of a step, the step, and the number of columns that it gives."""
     damaged = f"{where} is damaged"
     if not isinstance(described, dict):
         raise NotAProbeError(f"{damaged}: a step is described by {type(described).__name__}")
@@ -387,9 +387,9 @@ def _put_together(described: Any, owned: Mapping[str, dict[str, Array]], where: 
         raise NotAProbeError(f"{damaged}: step {name[:80]!r} lacks its width, parameters or values")
     kind = _KINDS[called]
     arrays = dict(owned.get(name, {}))
-    width = _check_whole(name, called, kind, described, arrays, NotAProbeError, damaged)
+    width = _check_step(name, called, kind, described, arrays, NotAProbeError, damaged)
 
-    step = _made(called, kind, params, where)
+    step = _make_step(called, kind, params, where)
     for attribute in values.get("turned", ()):
         arrays[attribute] = np.asfortranarray(arrays[attribute])
     if kind.network:
@@ -397,13 +397,13 @@ def _put_together(described: Any, owned: Mapping[str, dict[str, Array]], where: 
     for attribute, array in arrays.items():
         if attribute != "classes_" and "." not in attribute:
             setattr(step, attribute, array if array.ndim else array[()])
-    for attribute in (*kind.told, *kind.arrays):
+    for attribute in (*kind.diagnostics, *kind.arrays):
         if attribute in values:
             setattr(step, attribute, values[attribute])
     for attribute, value in kind.constants.items():
         setattr(step, attribute, value)
     if kind.classifies:
-        _set_classes(step, kind, _labels(values, arrays), damaged)
+        _set_classes(step, kind, _class_labels(values, arrays), damaged)
     if called == "DummyClassifier":
         step._strategy, step.n_classes_ = step.strategy, len(step.classes_)
     if called == "LayerScaler" and (type(step.n_layers) is not int or step.n_layers != len(step.mean_)):
@@ -415,7 +415,7 @@ def _put_together(described: Any, owned: Mapping[str, dict[str, Array]], where: 
 
 
 def _is_name(name: Any) -> TypeGuard[str]:
-    """What a pipeline takes for a step's name, and tensors can be called by."""
+    """Whether a pipeline takes this as a step's name and tensor names can begin with it."""
     reserved = ("memory", "steps", "transform_input", "verbose")
     return isinstance(name, str) and bool(name) and "__" not in name and "." not in name and name not in reserved
 
@@ -424,7 +424,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _made(called: str, kind: _Kind, params: Mapping[str, Any], where: str) -> Any:
+def _make_step(called: str, kind: _Kind, params: Mapping[str, Any], where: str) -> Any:
     made = _class(called, kind)
     known = signature(made.__init__).parameters
     unknown = [name for name in params if name not in known and name not in _FIT_ONLY]
@@ -449,7 +449,7 @@ def _made(called: str, kind: _Kind, params: Mapping[str, Any], where: str) -> An
 
 
 def _is_parameter(value: Any) -> bool:
-    """What `_encoded` makes: a plain value, a flat list, or pairs of plain values."""
+    """Whether `_encoded` can have made it: a plain value, a flat list, or pairs of plain values."""
     if isinstance(value, dict):
         pairs = value.get("pairs")
         return len(value) == 1 and isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 and _are_scalars(p) for p in pairs)
@@ -460,7 +460,7 @@ def _are_scalars(values: list[Any]) -> bool:
     return all(value is None or isinstance(value, bool | int | float | str) for value in values)
 
 
-def _labels(values: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
+def _class_labels(values: Mapping[str, Any], arrays: Mapping[str, Array]) -> Array:
     if "classes_" in arrays:
         return arrays["classes_"]
     kind, labels = values["classes_"]
@@ -472,11 +472,11 @@ def _set_classes(step: Any, kind: _Kind, labels: Array, damaged: str) -> None:
         from sklearn.preprocessing import LabelBinarizer
 
         try:
-            # Each several times: labels that are all different look like numbers to predict, of which scikit-learn warns.
+            # Each label several times: if all were different, scikit-learn would warn that they look like a regression's.
             step._label_binarizer = LabelBinarizer(pos_label=1, neg_label=kind.negative).fit(np.repeat(labels, 4))
         except ValueError as error:
             raise NotAProbeError(f"{damaged}: {type(step).__name__} cannot have its classes") from error
-    # RidgeClassifier has them from its label binarizer before scikit-learn 1.9.
+    # Before scikit-learn 1.9 RidgeClassifier takes classes_ from its label binarizer.
     if not isinstance(getattr(type(step), "classes_", None), property):
         step.classes_ = labels
 
@@ -497,10 +497,10 @@ def _in_order(kinds: Sequence[_Kind]) -> bool:
     return bool(kinds) and all(kind.transforms for kind in kinds[:-1]) and not kinds[-1].transforms
 
 
-def _check_whole(
+def _check_step(
     name: str, called: str, kind: _Kind, described: Mapping[str, Any], arrays: Mapping[str, Array], error: type[Exception], prefix: str
 ) -> int:
-    """How many columns come out of a step whose arrays are all there, finite, and of shapes that fit one another."""
+    """The number of columns that a step gives, once its arrays are checked: all present, finite, and of matching shapes."""
     values = described["values"]
     what = f"{prefix}: step {name[:80]!r} ({called})"
     sizes: dict[str, int] = {"n": described["n_features_in"], "1": 1}
@@ -523,7 +523,7 @@ def _check_whole(
             continue
         if attribute not in arrays:
             raise error(f"{what} lacks its array {attribute}")
-        if not any(_fits(arrays[attribute].shape, shape, sizes) for shape in alternatives):
+        if not any(_matches(arrays[attribute].shape, shape, sizes) for shape in alternatives):
             raise error(f"{what} has an array {attribute} of shape {arrays[attribute].shape}, which does not fit its others")
         if arrays[attribute].dtype.kind != "f" or arrays[attribute].dtype.itemsize < 4:
             raise error(f"{what} has an array {attribute} of {arrays[attribute].dtype}, expected float32 or float64")
@@ -531,7 +531,7 @@ def _check_whole(
         raise error(f"{what} has {sizes['l']} layers of {sizes['h']} units, expected {sizes['n']} columns in all")
     if "l" in sizes and sizes["n"] % sizes["l"]:
         raise error(f"{what} has {sizes['l']} layers in {sizes['n']} columns")
-    allowed = {*kind.told, *(["classes_"] if kind.classifies else [])}
+    allowed = {*kind.diagnostics, *(["classes_"] if kind.classifies else [])}
     for attribute, array in arrays.items():
         if attribute not in shapes and attribute not in allowed:
             raise error(f"{what} has an array {attribute[:80]!r} that does not belong to it")
@@ -540,7 +540,7 @@ def _check_whole(
     turned = values.get("turned", [])
     if not isinstance(turned, list) or not all(isinstance(each, str) and each in arrays and arrays[each].ndim == 2 for each in turned):
         raise error(f"{what} does not say how its matrices lie")
-    numbers = {*kind.told, *(attribute for attribute, alternatives in kind.arrays.items() if () in alternatives)}
+    numbers = {*kind.diagnostics, *(attribute for attribute, alternatives in kind.arrays.items() if () in alternatives)}
     if not set(values) <= {*numbers, *allowed, "turned"} or not all(
         isinstance(values[each], int | float) for each in numbers & set(values)
     ):
@@ -549,7 +549,7 @@ def _check_whole(
 
 
 def _network_shapes(arrays: Mapping[str, Array], what: str, error: type[Exception]) -> dict[str, Any]:
-    """One pair of shapes per layer of a network, each as wide as the one before gives."""
+    """The shapes of a network's weights and intercepts; each layer takes as many columns as the one before gives."""
     depth = sum(name.startswith("coefs_.") for name in arrays)
     if not 0 < depth < 100:
         raise error(f"{what} is a network of {depth} layers")
@@ -560,15 +560,15 @@ def _network_shapes(arrays: Mapping[str, Array], what: str, error: type[Exceptio
     return shapes
 
 
-def _fits(shape: tuple[int, ...], letters: tuple[str, ...], sizes: dict[str, int]) -> bool:
-    """Whether a shape is the one that letters say; a letter's first number is noted."""
+def _matches(shape: tuple[int, ...], letters: tuple[str, ...], sizes: dict[str, int]) -> bool:
+    """Whether a shape matches its letters; the size of a letter that occurs for the first time is recorded in `sizes`."""
     if (
         len(shape) != len(letters)
         or 0 in shape
         or any(sizes.get(letter, size) != size for letter, size in zip(letters, shape, strict=True))
     ):
         return False
-    # A single row may be without its first axis, several may not.
+    # The first axis may only be missing where it has length 1.
     if letters == ("n",) and sizes.get("r", 1) != 1:
         return False
     sizes.update(zip(letters, shape, strict=True))

@@ -1,7 +1,6 @@
-"""Fits: one layer at a time, all folds of some probes, and their scores.
+"""The body of every task: all folds of some trials on one layer, and their scores.
 
-Holds the plan that all tasks share, the body of every task, and what a process is set to while it fits. Never how tasks are
-spread, a store or a plot: what is fitted is the array that is given.
+Never how tasks are distributed, a store or a plot. The records are in ``task``, how a layer is read and checked in ``layer``.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ __all__ = ["fit_task"]
 
 
 def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
-    """All folds of some trials on one layer; the body of every task.
+    """All fits of a task: its trials on one layer, for every fold, seed, strength and set of labels.
 
     Parameters
     ----------
     plan : FitPlan
     task : FitTask
     values : array of real numbers, shape (prompt, hidden), or None
-        None where the task reads its layer itself, from its variable.
+        None where the task reads its layer from the plan's variable.
 
     Raises
     ------
     NotFiniteError
-        The layer holds NaN or infinity in a row that is fitted or scored.
+        The layer holds NaN or infinity in a row that has a label.
     """
     if task.variable < 0:
         found = [(trial, _constant_features(plan, task, trial)) for trial in task.trials]
@@ -51,7 +50,7 @@ def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
         matrix = as_fit_dtype(values if whole is None else read_layer(whole, task.layer))
         del values
         if plan.variables[task.variable].name and np.isnan(matrix).all():
-            # Of several variables each has its own layers, and a dataset has NaN in those of the others.
+            # Several variables may have different layers; a dataset holds NaN in the layers that a variable lacks.
             return [_not_stored(plan, task, trial) for trial in task.trials]
         _check_finite(plan, task, task.trials[0], matrix)
         found = [(trial, matrix) for trial in task.trials]
@@ -88,7 +87,7 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
     grid = trial.penalised and bool(plan.strengths) and not plan.inner
     strengths: tuple[float | None, ...] = plan.strengths if grid else (None,)
     layer = -1 if task.variable < 0 or not trial.by_layer else plan.variables[task.variable].layers[task.layer]
-    # Of one seed all trials have their place; of several, what draws nothing is fitted once.
+    # With several seeds, a trial that draws nothing at random is fitted once and its scores apply to every seed.
     seeds = range(len(plan.seeds)) if random or len(plan.seeds) == 1 else range(1)
     grams: FoldGrams | None = None
     if gram_worthwhile(plan, trial, matrix, len(strengths)):
@@ -102,7 +101,7 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
                 for place, strength in enumerate(strengths):
                     where = (*at, place if grid else -1, which)
                     if solved is not None:
-                        yield _scored(plan, where, solved[place].outcome, solved[place].seconds, ended=True)
+                        yield _score(plan, where, solved[place].outcome, solved[place].seconds, ended=True)
                     else:
                         yield _fit_fold(plan, task, where, rows, strength)
 
@@ -123,7 +122,7 @@ def _fit_seed(plan: FitPlan, task: FitTask, trial: Trial, fold: int, seed: int) 
 
 
 def _layer_name(plan: FitPlan, task: FitTask) -> str:
-    """Empty for what knows no layer."""
+    """The layer of a task; empty where it has none."""
     place = plan.variables[task.variable].layers[task.layer] if task.variable >= 0 else -1
     return plan.layers[place] if place >= 0 else ""
 
@@ -137,27 +136,27 @@ def _fit_fold(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, i
     train, test = plan.folds[fold]
     drawn = _fit_seed(plan, task, trial, fold, max(seed, 0))
     chosen = np.nan
-    # The layer was checked once; each estimator would check each fold several times more.
-    with sklearn.config_context(assume_finite=True), _named(plan, task, trial):
+    # The layer has been checked; without this, each estimator would check each fold several times again.
+    with sklearn.config_context(assume_finite=True), _name_errors(plan, task, trial):
         if plan.inner and trial.penalised:
             chosen = strength = _choose_strength(plan, trial, matrix[train], train, values, drawn, labels)
         estimator = make_estimator(trial, drawn, plan.task, preprocessing=plan.preprocessing, strength=strength)
         rows = matrix[train]
         started = time.perf_counter()
-        estimator = _fitted(plan, trial, estimator, rows, values[train])
+        estimator = _fit(plan, trial, estimator, rows, values[train])
         seconds = time.perf_counter() - started
         del rows
-        outcome = _outcome(plan, labels, estimator, matrix[test], values[test], values[train])
-    return _scored(plan, at, outcome, seconds, ended=converged(estimator), strength=chosen)
+        outcome = _predict(plan, labels, estimator, matrix[test], values[test], values[train])
+    return _score(plan, at, outcome, seconds, ended=converged(estimator), strength=chosen)
 
 
-def _fitted(plan: FitPlan, trial: Trial, estimator: Any, rows: Array, values: Array) -> Any:
+def _fit(plan: FitPlan, trial: Trial, estimator: Any, rows: Array, values: Array) -> Any:
     if plan.preprocessing is None and trial.features != "text":
         return fit_in_place(trial.probe, estimator, rows, values)
     return estimator.fit(rows, values)
 
 
-def _outcome(plan: FitPlan, labels: Labels, estimator: Any, rows: Array, true: Array, known: Array) -> Outcome:
+def _predict(plan: FitPlan, labels: Labels, estimator: Any, rows: Array, true: Array, known: Array) -> Outcome:
     needs = {metric.needs for metric in (*plan.metrics, *([plan.choose_by] if plan.choose_by else []))}
     if plan.predictions:
         needs |= {"scores", "probabilities"}
@@ -165,7 +164,7 @@ def _outcome(plan: FitPlan, labels: Labels, estimator: Any, rows: Array, true: A
     return outcome_of(estimator, rows, codes, labels.classes, needs=needs, known=np.unique(known))
 
 
-def _scored(
+def _score(
     plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome: Outcome, seconds: float, *, ended: bool, strength: float = np.nan
 ) -> Fit:
     values, reasons = score_outcome(outcome, plan.metrics)
@@ -173,7 +172,7 @@ def _scored(
 
 
 def _choose_strength(plan: FitPlan, trial: Trial, rows: Array, train: Array, values: Array, seed: int, labels: Labels) -> float:
-    """The strength with the best mean score over folds within the training rows; of equals the strongest."""
+    """The strength with the best mean score over inner folds of the training rows; the strongest of equally good ones."""
     assert plan.choose_by is not None  # noqa: S101  (for mypy: strengths are chosen by something)
     codes = None if labels.classes is None else np.searchsorted(labels.classes, values[train])
     within = inner_folds(codes, plan.kept[train], plan.inner, seed)
@@ -182,8 +181,8 @@ def _choose_strength(plan: FitPlan, trial: Trial, rows: Array, train: Array, val
         scores = []
         for learn, look in within:
             estimator = make_estimator(trial, seed, plan.task, preprocessing=plan.preprocessing, strength=strength)
-            estimator = _fitted(plan, trial, estimator, rows[learn], values[train][learn])
-            outcome = _outcome(plan, labels, estimator, rows[look], values[train][look], values[train][learn])
+            estimator = _fit(plan, trial, estimator, rows[learn], values[train][learn])
+            outcome = _predict(plan, labels, estimator, rows[look], values[train][look], values[train][learn])
             scores.append(score_outcome(outcome, [plan.choose_by])[0][0])
         means.append(np.mean(scores) if plan.choose_by.larger_is_better else -np.mean(scores))
     if np.isnan(means).all():
@@ -195,8 +194,8 @@ def _choose_strength(plan: FitPlan, trial: Trial, rows: Array, train: Array, val
 
 
 @contextmanager
-def _named(plan: FitPlan, task: FitTask, trial: Trial) -> Iterator[None]:
-    """An estimator's own complaint, with the names of what was fitted."""
+def _name_errors(plan: FitPlan, task: FitTask, trial: Trial) -> Iterator[None]:
+    """Turn an estimator's error into one that names the trial and the layer."""
     try:
         yield
     except (ValueError, TypeError) as error:

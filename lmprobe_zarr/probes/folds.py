@@ -1,6 +1,6 @@
-"""Folds: which prompts train and which test, with everything that must stay together on one side.
+"""Folds: which prompts a probe trains on and which it is tested on. Repeated prompts, and groups, stay on one side.
 
-Holds row numbers and the rules for them. Never labels as they are given, activations, fits or files.
+Holds row numbers and the rules for them. Never parses labels; knows no activations, fits or files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Fold = tuple[Array, Array]
 def plan_folds(
     labels: Sequence[Labels] | Array, prompts: Sequence[str], groups: Groups | None, cv: Any, random_state: int, *, repeats: int = 1
 ) -> tuple[tuple[Fold, ...], str]:
-    """Every fold, and what made them.
+    """All folds, and a description of how they were made.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def plan_folds(
     groups : Groups, optional
         So do rows of an equal group.
     cv : int, scikit-learn splitter, iterable of (train, test), or Sides
-        A number means shuffled folds, stratified where there is one set of classes.
+        A number makes shuffled folds, which are stratified if there is a single set of classes.
     random_state : int
         The seed where `cv` is a number; each repeat has its own.
     repeats : int
@@ -97,12 +97,12 @@ def plan_folds(
 
 
 def group_codes(prompts: Sequence[str], groups: Array | None) -> Array:
-    """Numbers from 0 of what must stay on one side: of groups, or of prompts where there are none."""
+    """For each row the number, from 0, of the group that must stay on one side; without groups, of its prompt."""
     return np.asarray(np.unique(np.array(prompts) if groups is None else groups, return_inverse=True)[1])
 
 
 def number_repeats(folds: Sequence[Fold]) -> Array:
-    """The repeat that each fold belongs to, from 0: folds of one repeat test no row twice, and repeats come one after the other."""
+    """The repeat that each fold belongs to, from 0. Repeats follow one another, and within one no row is tested twice."""
     numbers, tested = [0] * len(folds), set[int]()
     for number, (_, test) in enumerate(folds):
         rows = set(test.tolist())
@@ -113,7 +113,7 @@ def number_repeats(folds: Sequence[Fold]) -> Array:
 
 
 def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: int) -> list[Fold]:
-    """Folds within the training rows of another fold, by their place among these.
+    """Folds within the training rows of another fold, as places among these rows.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: i
     kept : ndarray of int, shape (row,)
         Rows of an equal number stay on one side.
     n_splits : int
-        So many where there are as many prompts of each class, or groups, and else as many as there are, but two at least.
+        The number of folds; fewer, but at least two, if a class has fewer prompts (or groups).
 
     Raises
     ------
@@ -139,7 +139,7 @@ def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: i
 
 
 def _strata(labels: Sequence[Labels]) -> Array | None:
-    """What folds of a number are stratified by: the classes where there is one set of them."""
+    """What shuffled folds are stratified by: the classes, if there is a single set of them."""
     only = labels[0]
     return only.values[only.rows] if len(labels) == 1 and only.classes is not None else None
 
@@ -169,18 +169,18 @@ def _check_counts(labels: Sequence[Labels], codes: Array, groups: Groups | None,
 def _splitter(n_splits: int, seed: int, *, strata: Array | None, grouped: bool) -> Any:
     from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
 
-    # Groups without classes too: with one class for all, its folds are of like size.
+    # Also for groups without classes: with a single class for all rows it makes folds of similar size.
     kind = StratifiedGroupKFold if grouped else KFold if strata is None else StratifiedKFold
     return kind(n_splits=n_splits, shuffle=True, random_state=seed)
 
 
 def _split(cv: Any, labels: Array | None, kept: Array, rows: Array, *, given: bool) -> list[Any]:
-    """What the splitter makes of these rows, as row numbers; `given` says whether the caller gave groups."""
+    """The splitter's folds of these rows, as row numbers; `given` says whether the caller gave groups."""
     from sklearn.model_selection import GroupKFold, GroupShuffleSplit, LeaveOneGroupOut, LeavePGroupsOut, StratifiedGroupKFold
 
     table = np.zeros((len(rows), 1))
     labels = np.zeros(len(rows), int) if labels is None else labels
-    # The others of scikit-learn would warn that they ignore the groups.
+    # scikit-learn's other splitters would warn that they ignore groups.
     by_group = isinstance(cv, GroupKFold | GroupShuffleSplit | LeaveOneGroupOut | LeavePGroupsOut | StratifiedGroupKFold)
     foreign = given and not type(cv).__module__.startswith("sklearn.") and "groups" in inspect.signature(cv.split).parameters
     found = cv.split(table, labels, groups=kept) if by_group or foreign else cv.split(table, labels)
@@ -205,7 +205,7 @@ def _parse_fold(number: int, pair: Any, n: int, rows: Array) -> Fold:
                 f"fold {number}: {which} holds rows {side.min()} to {side.max()}, but there are {n} prompts, 0 to {n - 1}"
             )
         side = side.astype(np.intp)
-        # Rows without a label are in no fold, whoever made it.
+        # Rows without a label are left out of every fold, also of the caller's.
         labelled = side if len(rows) == n else side[np.isin(side, rows)]
         if not len(labelled):
             raise LabelError(f"fold {number}: none of the {len(side)} prompts of {which} has a label: label some, or leave the fold out")

@@ -1,4 +1,4 @@
-"""What callers give a probe: prompts with labels, or activations as they come. Parses and checks; never extracts or fits."""
+"""Parses and checks what callers give a `Probe`: prompts, labels, weights, or activations. Never extracts or fits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def list_given(prompts: Any) -> list[Any]:
-    """Prompts as a list; one text alone is none."""
+    """Prompts as a list; a single text is an error."""
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of prompts")
     if not isinstance(prompts, Iterable):
@@ -34,7 +34,7 @@ def list_given(prompts: Any) -> list[Any]:
 
 
 def is_matrix(given: Any) -> bool:
-    """Whether these are activations: numbers with a fraction in rows. Whole numbers are token ids."""
+    """Whether these are activations: an array or table of floats. Integers are token ids."""
     if hasattr(given, "iloc") and getattr(given, "ndim", 0) == 2:
         return True  # a table of pandas
     dtype = getattr(given, "dtype", None)
@@ -44,14 +44,14 @@ def is_matrix(given: Any) -> bool:
 
 
 def as_array(values: Any) -> Array:
-    """Anything as an array, torch tensors too."""
-    if isinstance(values, list | tuple) and values and all(isinstance(one, str) for one in values):
+    """Values of any kind as an array; a torch tensor is copied to the CPU."""
+    if isinstance(values, list | tuple) and values and all(isinstance(value, str) for value in values):
         return np.asarray(values, str)
     return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
 
 
 def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int]:
-    """Activations as rows, their layers where these are known, and how many layers stand side by side in a row, in ascending order.
+    """Activations as a matrix, their layers (ascending; empty if not known), and the number of layers side by side in a row.
 
     Raises
     ------
@@ -60,17 +60,17 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int
     """
     layers: tuple[int, ...] = ()
     if isinstance(given, xr.DataArray):
-        sample = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
-        if sample is None or "hidden" not in given.dims:
+        rows = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
+        if rows is None or "hidden" not in given.dims:
             raise InvalidArgumentError(
                 f"activations have dims {given.dims}, expected prompt (or token), hidden, perhaps layer: rename or select"
             )
         if "layer" in given.coords:
-            # A model's layers are always read in this order.
+            # Stored layers are always read in ascending order.
             given = given.sortby("layer") if "layer" in given.dims else given
             layers = tuple(int(layer) for layer in np.atleast_1d(given.coords["layer"].values))
         n_layers = given.sizes.get("layer", 1)
-        values = given.transpose(sample, "layer", "hidden", missing_dims="ignore").values
+        values = given.transpose(rows, "layer", "hidden", missing_dims="ignore").values
     else:
         tensor = given.detach().cpu() if hasattr(given, "detach") else given
         values = np.asarray(tensor.float().numpy() if hasattr(tensor, "float") and str(tensor.dtype) == "torch.bfloat16" else tensor)
@@ -87,7 +87,7 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int
 
 
 def split_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array]:
-    """All prompts and the label of each, from ``(positive, negative)`` or ``(prompts, labels)``: numbers are labels, all else prompts."""
+    """All prompts with their labels, from ``(positive, negative)`` or ``(prompts, labels)``. A second list of numbers is one of labels."""
     if (second is None) == (labels is None):
         raise InvalidArgumentError("fit takes (positive, negative) prompts, or (prompts, labels): give one of the two after the first")
     prompts = list_given(first)
@@ -95,10 +95,10 @@ def split_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array
         return prompts, as_array(labels)
     others = as_array(second) if hasattr(second, "detach") else second
     listed = list_given(others)
-    if listed and all(one is None or isinstance(one, (bool, int, float, np.number, np.bool_)) for one in listed):
+    if listed and all(item is None or isinstance(item, (bool, int, float, np.number, np.bool_)) for item in listed):
         return prompts, np.asarray(listed)
-    # As many texts as prompts, of which each occurs at least twice on average, are classes: nobody repeats his prompts so.
-    if len(listed) == len(prompts) > 2 and all(isinstance(one, str) for one in listed) and 2 * len(set(listed)) <= len(listed):
+    # As many texts as prompts, each of which occurs twice on average, are class names: prompts are hardly ever repeated like that.
+    if len(listed) == len(prompts) > 2 and all(isinstance(item, str) for item in listed) and 2 * len(set(listed)) <= len(listed):
         return prompts, np.asarray(listed)
     return [*prompts, *listed], np.array([1] * len(prompts) + [0] * len(listed))
 
@@ -124,18 +124,18 @@ def has_weights(estimator: Any) -> bool:
 
 
 def check_batch_size(size: object) -> None:
-    """Raise for what is no number of prompts."""
+    """Raise unless `size` is a positive number of prompts."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise InvalidArgumentError(f"batch_size={size!r} is no number of prompts: give a whole number of at least 1, or None")
 
 
 def check_labels(labels: Array, n: int, *, classes: bool) -> Array:
-    """Labels of a classification, or values of a regression, as they can be learned from.
+    """The labels of a classification, or the values of a regression, once checked.
 
     Raises
     ------
     LabelError
-        Another number of them, missing ones, or (where they are classes) fewer than two.
+        The number of labels differs from `n`, labels are missing, or there are fewer than two classes.
     """
     if labels.ndim != 1 or len(labels) != n:
         raise LabelError(f"there are labels of shape {labels.shape} for {n} prompts: give one for each, in their order")

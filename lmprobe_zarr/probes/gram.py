@@ -1,8 +1,8 @@
-"""Ridge on all folds of one layer from shared products, equal to scikit-learn's fits one by one. Never how labels or folds come about.
+"""Ridge on all folds of one layer from shared Gram matrices; equal to scikit-learn's separate fits. Never where labels or folds come from.
 
-What a ridge fit needs of its training rows are sums: of rows, of their outer products, and of their products with the labels. The sums
-of a training fold are those of all rows less those of the test fold, so that all folds together read every row once or twice, where
-fits one by one read it once per fold; every strength after the first costs a factorisation alone.
+A ridge fit needs only sums over its training rows: of the rows, of their outer products, and of their products with the labels. The sums
+of a training fold are those of all rows less those of the test fold. So all folds together read every row once or twice, where separate
+fits read it once per fold, and every further strength costs only a factorisation.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from lmprobe_zarr.typing import Array
 
 __all__ = ["FoldGrams", "Solved", "gram_worthwhile"]
 
-#: Below this variance over the training rows, as a part of that over all, a unit counts as constant there.
+#: A unit whose variance over the training rows is below this share of its variance over all rows counts as constant there.
 _CONSTANT: Final = 1e-5
 _DEFAULT_ALPHA: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """What one fit says of its test rows, and the seconds that it took, products included."""
+    """The predictions of one fit for its test rows, and its seconds, including its share of the sums."""
 
     outcome: Outcome
     seconds: float
 
 
 def gram_worthwhile(plan: FitPlan, trial: Trial, matrix: Array, n_strengths: int) -> bool:
-    """Whether a trial is an ordinary ridge, on folds whose training rows are all rows but the test rows, with rows enough.
+    """Whether `FoldGrams` gives the fits of a trial, and faster than scikit-learn.
 
-    With fewer training rows than hidden units scikit-learn solves for one coefficient per row, which is faster then.
+    The trial must be an ordinary ridge on folds that train on all rows but the test rows. With fewer training rows than hidden units
+    scikit-learn is faster, because it solves for one coefficient per row.
     """
     if trial.probe not in ("ridge", "ridge_regression") or plan.preprocessing is not None or plan.inner or trial.shuffled:
         return False
@@ -65,9 +66,9 @@ class FoldGrams:
         started = time.perf_counter()
         self._folds, self._matrix = folds, matrix
         dtype = matrix.dtype.type
-        every = np.array_equal(rows, np.arange(len(matrix)))  # as almost always: then nothing is copied
+        every = np.array_equal(rows, np.arange(len(matrix)))  # the usual case, in which nothing is copied
         used = matrix if every else matrix[rows]
-        # Centred and scaled by all rows first: sums of raw squares would lose the digits that matter where a unit is far off zero.
+        # Centred and scaled by all rows first: for a unit far from zero, sums of raw squares would lose the significant digits.
         mean = used.mean(axis=0, dtype=np.float64)
         self._centred = matrix - mean.astype(dtype)
         self._flat = np.ptp(used, axis=0) == 0
@@ -84,7 +85,7 @@ class FoldGrams:
         self.seconds = time.perf_counter() - started
 
     def solve(self, fold: int, labels: Labels, strengths: Sequence[float | None]) -> list[Solved] | None:
-        """One fit per strength; None where a class, or a unit's spread, is missing from the training rows: scikit-learn sees to that."""
+        """One fit per strength. None where the training rows lack a class, or a unit is constant in them: scikit-learn handles these."""
         started = time.perf_counter()
         train, test = self._folds[fold]
         classes = labels.classes
@@ -110,9 +111,9 @@ class FoldGrams:
         gram *= inverse[:, None]
         gram *= inverse
         shared = (time.perf_counter() - started + self.seconds / len(self._folds)) / len(strengths)
-        return [self._solve_one(labels, test, rows, gram, product, mean, deviation, centre, strength, shared) for strength in strengths]
+        return [self._solve_at(labels, test, rows, gram, product, mean, deviation, centre, strength, shared) for strength in strengths]
 
-    def _solve_one(
+    def _solve_at(
         self,
         labels: Labels,
         test: Array,
@@ -133,18 +134,18 @@ class FoldGrams:
         coef = cho_solve(cho_factor(penalised, overwrite_a=True, check_finite=False), product.astype(gram.dtype), check_finite=False)
         coef = coef.astype(np.float64) / deviation[:, None]
         seconds = time.perf_counter() - started + shared
-        said = np.asarray(rows @ coef.astype(rows.dtype), np.float64) + (centre - mean @ coef)
+        predicted = np.asarray(rows @ coef.astype(rows.dtype), np.float64) + (centre - mean @ coef)
         true = labels.values[test]
         if labels.classes is None:
-            return Solved(Outcome(true, said[:, 0]), seconds)
+            return Solved(Outcome(true, predicted[:, 0]), seconds)
         codes = np.searchsorted(labels.classes, true)
         if len(labels.classes) == 2:
-            return Solved(Outcome(codes, (said[:, 0] > 0).astype(int), 2, said[:, 0]), seconds)
-        return Solved(Outcome(codes, said.argmax(axis=1), len(labels.classes), said), seconds)
+            return Solved(Outcome(codes, (predicted[:, 0] > 0).astype(int), 2, predicted[:, 0]), seconds)
+        return Solved(Outcome(codes, predicted.argmax(axis=1), len(labels.classes), predicted), seconds)
 
 
 def _targets(labels: Labels, train: Array) -> Array:
-    """What is fitted, float64, shape (row, column): the values; or ±1 of the second of two classes, or of each of more."""
+    """The targets of the regression, float64, shape (row, column): the values, or ±1 for the second of two classes or for each of more."""
     values = labels.values[train]
     if labels.classes is None:
         return np.asarray(values, np.float64)[:, None]

@@ -21,8 +21,10 @@ from lmprobe_zarr.typing import Array
 
 __all__ = [
     "Groups",
+    "LabelColumn",
     "Labels",
     "Sides",
+    "align_column",
     "bare_variable",
     "list_prompts",
     "parse_groups",
@@ -56,14 +58,14 @@ class Groups:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What is to be learned of each row.
+    """The label of each row: a class, or a number.
 
     Parameters
     ----------
     name : str
         What the labels are called.
     values : ndarray, shape (prompt,)
-        Truth values, whole numbers or texts; of a regression float64. Rows that are not in `rows` hold any of them.
+        Truth values, whole numbers or texts; for a regression float64. Rows that are not in `rows` hold an arbitrary one.
     classes : ndarray, shape (class,), or None
         All different labels, sorted; None for a regression.
     rows : ndarray of int
@@ -77,13 +79,13 @@ class Labels:
 
     @property
     def codes(self) -> Array:
-        """The number of each row's class; of a regression its value."""
+        """The number of each row's class; for a regression its value."""
         return self.values if self.classes is None else np.searchsorted(self.classes, self.values)
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """A split that was decided before: which rows are learned from and which are tested on."""
+    """A split given by the caller: the rows to learn from and the rows to test on."""
 
     name: str
     train: Array
@@ -91,17 +93,17 @@ class Sides:
 
 
 @dataclass(frozen=True, slots=True)
-class _Column:
-    """Values as they were given, in the order of the activations' rows; None where there is none."""
+class LabelColumn:
+    """Values as they were given, in the order of the activations' rows; None for rows without one."""
 
     name: str
     values: list[Any]
-    #: Whether -1 and "" mean that there is none.
+    #: Whether -1 and "" stand for a missing value.
     filled: bool = False
 
 
 def bare_variable(variable: xr.Variable) -> xr.Variable:
-    """A variable without attributes, which need not travel to the workers; a lazy one stays lazy."""
+    """The variable without attributes and encoding, which workers do not need; a lazy one stays lazy."""
     bare = variable.copy(deep=False)
     bare.attrs, bare.encoding = {}, {}
     return bare
@@ -109,13 +111,13 @@ def bare_variable(variable: xr.Variable) -> xr.Variable:
 
 def list_prompts(array: xr.DataArray) -> list[str]:
     """The prompt of each row, or its number where there are none."""
-    # tolist: numpy's StringDType, as which zarr gives texts, can neither be cast to str nor sorted with others.
+    # tolist, because zarr gives texts as numpy's StringDType, which can neither be cast to str nor sorted with others.
     values = array.coords["prompt"].values.tolist() if "prompt" in array.coords else range(array.sizes["prompt"])
     return [str(value) for value in values]
 
 
 def show_prompts(array: xr.DataArray, rows: Iterable[int]) -> str:
-    """The first few prompts by their hash. Never their text."""
+    """The hashes of the first few of these prompts, for messages; never their texts."""
     rows = list(rows)
     prompts = list_prompts(array)
     shown = ", ".join(prompts[row] if "prompt" in array.coords else f"row {row}" for row in rows[:_SHOWN])
@@ -128,7 +130,7 @@ def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classific
     Parameters
     ----------
     array : DataArray over prompt
-        Whose rows the labels are for; only its coordinates are looked at.
+        Whose rows the labels are for; only its coordinates are read.
     labels : str, DataArray, mapping or array
         A coordinate's name; a DataArray over ``prompt``; a mapping (or a pandas Series with an index of texts) from text or
         prompt hash; or values in the order of the rows. Several sets: a list of coordinates' names, or a DataArray over ``prompt``
@@ -141,12 +143,12 @@ def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classific
     Raises
     ------
     InvalidTypeError
-        Nothing of that.
+        `labels` has none of these forms.
     LabelError
-        Labels are missing, of another length, contradictory, of several kinds, or all the same; classes that are continuous;
-        values that are no numbers.
+        Labels are missing, of another length, contradictory, of several kinds, or all the same; classes are continuous; values of a
+        regression are no numbers.
     """
-    columns = [_align(array, each, "label") for each in _sets(array, labels)]
+    columns = [align_column(array, each, "label") for each in _sets(array, labels)]
     without = [_missing_rows(column) for column in columns]
     if missing == "raise":
         for column, lacking in zip(columns, without, strict=True):
@@ -159,8 +161,8 @@ def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classific
 
 
 def parse_labels(array: xr.DataArray, labels: Any) -> tuple[str, Array]:
-    """The name of one set of classes that no row lacks, and its values, shape (prompt,); otherwise as :func:`parse_label_sets`."""
-    column = _align(array, labels, "label")
+    """The name and the values, shape (prompt,), of one set of classes; every row must have one. Otherwise as :func:`parse_label_sets`."""
+    column = align_column(array, labels, "label")
     _check_whole(array, column, "label", _missing_rows(column))
     return column.name, _classes(column)
 
@@ -179,8 +181,8 @@ def _sets(array: xr.DataArray, labels: Any) -> list[Any]:
     return [labels]
 
 
-def _labels(column: _Column, rows: Array, task: str) -> Labels:
-    kept = _Column(column.name, [column.values[row] for row in rows])
+def _labels(column: LabelColumn, rows: Array, task: str) -> Labels:
+    kept = LabelColumn(column.name, [column.values[row] for row in rows])
     found = _classes(kept) if task == "classification" else _numbers(kept)
     values = np.full(len(column.values), found[0], dtype=found.dtype)
     values[rows] = found
@@ -199,7 +201,7 @@ def parse_sides(array: xr.DataArray, split: Any) -> Sides:
     LabelError
         As for labels, or one side has no rows.
     """
-    column = _align(array, split, "side")
+    column = align_column(array, split, "side")
     sides = [np.array([row for row, value in enumerate(column.values) if value == side], dtype=np.intp) for side in ("train", "test")]
     if not all(map(len, sides)):
         others = sorted({str(value) for value in column.values if not _is_missing(value)})
@@ -212,7 +214,7 @@ def parse_sides(array: xr.DataArray, split: Any) -> Sides:
 def parse_groups(array: xr.DataArray, groups: Any, rows: Array | None = None) -> Groups:
     """The group of each row, read as :func:`parse_label_sets` reads labels, but of any hashable values.
 
-    With `rows`, a group is needed for these rows only, and others stand in none of the values.
+    With `rows`, only these rows need a group; the groups of other rows are not among the values.
 
     Raises
     ------
@@ -221,7 +223,7 @@ def parse_groups(array: xr.DataArray, groups: Any, rows: Array | None = None) ->
     LabelError
         Groups are missing, of another length or not hashable, or one prompt is in two of them.
     """
-    column = _align(array, groups, "group")
+    column = align_column(array, groups, "group")
     for row, value in enumerate(column.values):
         try:
             hash(value)
@@ -242,73 +244,90 @@ def parse_groups(array: xr.DataArray, groups: Any, rows: Array | None = None) ->
     return Groups(column.name, np.array([numbers.get(value, -1) for value in column.values]), tuple(values))
 
 
-def _align(array: xr.DataArray, given: Any, one: str) -> _Column:
-    """One value per row, whatever it was given as; `one` is what a value is called."""
+def align_column(array: xr.DataArray, given: Any, noun: str) -> LabelColumn:
+    """One value per row of the activations, from any of the forms that callers give.
+
+    Parameters
+    ----------
+    array : DataArray over prompt
+        Whose rows the values are for; only its coordinates are read.
+    given : str, DataArray, mapping, Series or array
+        See :func:`parse_label_sets`.
+    noun : str
+        What a value is called in messages, such as "label".
+
+    Raises
+    ------
+    InvalidTypeError
+        Something else.
+    LabelError
+        Values of another length or shape, two values for one prompt, or nothing to match them by.
+    """
     n = array.sizes["prompt"]
     if isinstance(given, str):
-        coordinate = _coordinate(array, given, one)
+        coordinate = _coordinate(array, given, noun)
         # The reader fills a column that some prompts lack with -1 or "", and counts them in this attribute.
-        return _Column(given, _plain(coordinate.values), bool(coordinate.attrs.get("missing", 0)))
-    name = str(given.name) if isinstance(given, xr.DataArray | pd.Series) and given.name is not None else f"{one}s"
+        return LabelColumn(given, _plain(coordinate.values), bool(coordinate.attrs.get("missing", 0)))
+    name = str(given.name) if isinstance(given, xr.DataArray | pd.Series) and given.name is not None else f"{noun}s"
     if isinstance(given, xr.DataArray):
-        return _Column(name, _from_dataarray(array, given, one), bool(given.attrs.get("missing", 0)))
+        return LabelColumn(name, _from_dataarray(array, given, noun), bool(given.attrs.get("missing", 0)))
     if isinstance(given, Mapping):
-        return _Column(name, _from_pairs(array, given.items(), one))
+        return LabelColumn(name, _from_pairs(array, given.items(), noun))
     if isinstance(given, pd.Series) and not isinstance(given.index, pd.RangeIndex):
         # A column that was filtered or sorted carries its own index: by position it would be another prompt's value.
         if not all(isinstance(key, str) for key in given.index):
             raise LabelError(
-                f"{one}s are a pandas Series without prompts as its index: give {one}s.to_numpy() if its order is that of the prompts"
+                f"{noun}s are a pandas Series without prompts as its index: give {noun}s.to_numpy() if its order is that of the prompts"
             )
-        return _Column(name, _from_pairs(array, given.items(), one))
+        return LabelColumn(name, _from_pairs(array, given.items(), noun))
     if isinstance(given, xr.Dataset | bytes) or not isinstance(given, Iterable):
         raise InvalidTypeError(
-            f"{one}s are a coordinate's name, a DataArray over prompt, a mapping or one value per prompt, not {type(given).__name__}"
+            f"{noun}s are a coordinate's name, a DataArray over prompt, a mapping or one value per prompt, not {type(given).__name__}"
         )
     if hasattr(given, "__array__"):
         given = np.asarray(given)
         if given.ndim != 1:
-            raise LabelError(f"{one}s have shape {given.shape}, expected one {one} per prompt: ({n},)")
+            raise LabelError(f"{noun}s have shape {given.shape}, expected one {noun} per prompt: ({n},)")
     values = _plain(given)
     if len(values) != n:
-        raise LabelError(f"there are {len(values)} {one}s for {n} prompts: give one per prompt, in the order of activations.prompt")
-    return _Column(name, values)
+        raise LabelError(f"there are {len(values)} {noun}s for {n} prompts: give one per prompt, in the order of activations.prompt")
+    return LabelColumn(name, values)
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:
-    """Python's own values; times stay numpy's, which would become bare nanoseconds."""
+    """Values as Python's own types. Times stay numpy's, because they would become bare nanoseconds."""
     return [value.item() if isinstance(value, np.generic) and value.dtype.kind not in "mM" else value for value in values]
 
 
-def _coordinate(array: xr.DataArray, name: str, one: str) -> xr.DataArray:
+def _coordinate(array: xr.DataArray, name: str, noun: str) -> xr.DataArray:
     columns = sorted(
         str(key) for key, value in array.coords.items() if value.dims == ("prompt",) and key not in ("prompt", "prompt_sha256", "text")
     )
     listed = f"those per prompt are {', '.join(columns) or 'none'}"
     if name not in array.coords:
-        raise LabelError(f"there is no coordinate {name!r}: {listed}; or give the {one}s themselves")
+        raise LabelError(f"there is no coordinate {name!r}: {listed}; or give the {noun}s themselves")
     column = cast("xr.DataArray", array.coords[name])
     if column.dims != ("prompt",):
         raise LabelError(f"coordinate {name!r} has dims {column.dims}, expected ('prompt',): {listed}")
     return column
 
 
-def _from_dataarray(array: xr.DataArray, given: xr.DataArray, one: str) -> list[Any]:
+def _from_dataarray(array: xr.DataArray, given: xr.DataArray, noun: str) -> list[Any]:
     if given.dims != ("prompt",):
-        raise LabelError(f"{one}s have dims {given.dims}, expected ('prompt',)")
-    for what, of in ((given, f"the {one}s"), (array, "the activations")):
+        raise LabelError(f"{noun}s have dims {given.dims}, expected ('prompt',)")
+    for what, of in ((given, f"the {noun}s"), (array, "the activations")):
         if "prompt" not in what.coords:
-            raise LabelError(f"{of} have no prompt coordinate to match by: give {one}s.values if their order is that of the prompts")
-    found = _once(zip(list_prompts(given), _plain(given.values), strict=True), one)
+            raise LabelError(f"{of} have no prompt coordinate to match by: give {noun}s.values if their order is that of the prompts")
+    found = _once(zip(list_prompts(given), _plain(given.values), strict=True), noun)
     return [found.get(prompt) for prompt in list_prompts(array)]
 
 
-def _from_pairs(array: xr.DataArray, pairs: Iterable[tuple[Any, Any]], one: str) -> list[Any]:
+def _from_pairs(array: xr.DataArray, pairs: Iterable[tuple[Any, Any]], noun: str) -> list[Any]:
     """One value per prompt from (text or hash, value); None where there is none."""
     prompts = list_prompts(array)
     if "prompt" not in array.coords and "text" not in array.coords:
         raise LabelError(
-            f"the activations have neither a prompt nor a text coordinate to match a mapping by: give one {one} per prompt, in order"
+            f"the activations have neither a prompt nor a text coordinate to match a mapping by: give one {noun} per prompt, in order"
         )
     texts = array.coords["text"].values.tolist() if "text" in array.coords else []
     by_text = {text: prompt for prompt, text in zip(prompts, texts, strict=False) if text}
@@ -323,17 +342,17 @@ def _from_pairs(array: xr.DataArray, pairs: Iterable[tuple[Any, Any]], one: str)
         return prompt_hash(key)
 
     listed = list(pairs)
-    found = _once(zip([prompt_of(key) for key, _ in listed], _plain(value for _, value in listed), strict=True), one)
+    found = _once(zip([prompt_of(key) for key, _ in listed], _plain(value for _, value in listed), strict=True), noun)
     return [found.get(prompt) for prompt in prompts]
 
 
-def _once(pairs: Iterable[tuple[str, Any]], one: str) -> dict[str, Any]:
-    """Prompt to value; a prompt may come twice only with the same one."""
+def _once(pairs: Iterable[tuple[str, Any]], noun: str) -> dict[str, Any]:
+    """Prompt to value; a repeated prompt must have the same value each time."""
     found: dict[str, Any] = {}
     for prompt, value in pairs:
         if prompt in found and not (_is_missing(value) and _is_missing(found[prompt])) and found[prompt] != value:
             raise LabelError(
-                f"prompt {prompt} has two {one}s, {reprlib.repr(found[prompt])} and {reprlib.repr(value)}: give each prompt one"
+                f"prompt {prompt} has two {noun}s, {reprlib.repr(found[prompt])} and {reprlib.repr(value)}: give each prompt one"
             )
         found[prompt] = value
     return found
@@ -343,7 +362,7 @@ def _is_missing(value: Any) -> bool:
     return bool(pd.isna(value)) if pd.api.types.is_scalar(value) else False
 
 
-def _missing_rows(column: _Column) -> list[int]:
+def _missing_rows(column: LabelColumn) -> list[int]:
     return [
         row
         for row, value in enumerate(column.values)
@@ -351,16 +370,16 @@ def _missing_rows(column: _Column) -> list[int]:
     ]
 
 
-def _check_whole(array: xr.DataArray, column: _Column, one: str, rows: list[int]) -> None:
+def _check_whole(array: xr.DataArray, column: LabelColumn, noun: str, rows: list[int]) -> None:
     if rows:
-        drop = "leave them out with missing='drop'" if one == "label" else "drop them first with activations.isel(prompt=…)"
+        drop = "leave them out with missing='drop'" if noun == "label" else "drop them first with activations.isel(prompt=…)"
         raise LabelError(
-            f"{one}s {column.name!r} miss {len(rows)} of {len(column.values)} prompts ({show_prompts(array, rows)}): "
-            f"give each a {one}, or {drop}"
+            f"{noun}s {column.name!r} miss {len(rows)} of {len(column.values)} prompts ({show_prompts(array, rows)}): "
+            f"give each a {noun}, or {drop}"
         )
 
 
-def _classes(column: _Column) -> Array:
+def _classes(column: LabelColumn) -> Array:
     """The labels as a plain array of truth values, whole numbers or texts."""
     name, values = column.name, column.values
     if not all(pd.api.types.is_scalar(value) for value in values):
@@ -379,7 +398,7 @@ def _classes(column: _Column) -> Array:
     return y
 
 
-def _numbers(column: _Column) -> Array:
+def _numbers(column: LabelColumn) -> Array:
     """The values of a regression as float64."""
     kinds = {type(value) for value in column.values}
     if not kinds <= {int, float} or not all(np.isfinite(value) for value in column.values):

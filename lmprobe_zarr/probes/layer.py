@@ -1,4 +1,8 @@
-"""One layer as a matrix that can be fitted; what a process is set to while it fits."""
+"""One layer as a matrix to fit: how it is read, in which dtype it is computed, which rows are finite.
+
+The one place that decides these for sweeps, transfer and token streams. Also holds the settings of a process while it fits. Never a
+probe, a label or a scheduler.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ __all__ = ["as_fit_dtype", "fits_running", "not_finite_rows", "read_layer"]
 class _FitsRunning:
     """Settings of the whole process while any fit runs in it: one BLAS thread, no ConvergenceWarning.
 
-    Both are process-wide, so tasks in several threads that each set and restored them would restore one another's: the last
-    one out could leave BLAS at one thread for good. The first in sets, the last out restores.
+    Both are process-wide. If each thread set and restored them by itself, one could restore the setting of another and leave BLAS at
+    one thread for good. So the first thread that enters sets them and the last that leaves restores them.
     """
 
     def __init__(self) -> None:
@@ -38,7 +42,7 @@ class _FitsRunning:
             if self._inside == 1:
                 self._restore.enter_context(threadpool_limits(1, user_api="blas"))
                 self._restore.enter_context(warnings.catch_warnings())
-                # Counted by `converged` and said once by the caller.
+                # Callers count fits that did not converge and warn once.
                 warnings.simplefilter("ignore", ConvergenceWarning)
         try:
             # OpenMP's limit belongs to the thread that sets it.
@@ -56,22 +60,31 @@ fits_running = _FitsRunning()
 
 def read_layer(whole: xr.Variable, layer: int) -> Any:
     """One layer of a lazy variable, shape (prompt, hidden), dtype as it is stored."""
-    # Sliced here, not by the caller: xarray caches what a lazy slice has read in the slice, and the graph would keep it.
+    # Sliced here, not by the caller: xarray caches the values in the slice, and a task graph would keep them in memory.
     sliced = whole.isel(layer=layer, missing_dims="ignore")
-    # Read before it is turned: a lazy transpose reads point by point.
+    # Read before the transpose: a lazy transpose reads point by point.
     return sliced.values if sliced.dims[0] == "prompt" else sliced.values.T
 
 
 def as_fit_dtype(values: Any) -> Array:
-    """The layer in the float type that is fitted, rows contiguous: float64 as it is, all others that fit in float32."""
+    """The layer in the dtype that it is fitted in, rows contiguous.
+
+    float32 where it holds every value exactly (floats of at most 32 bits, integers of at most 16); else float64.
+    """
     values = np.asarray(values)
     wide = values.dtype.itemsize > {"f": 4, "i": 2, "u": 2}.get(values.dtype.kind, values.dtype.itemsize)
     return np.ascontiguousarray(values, dtype=np.float64 if wide else np.float32)
 
 
 def not_finite_rows(matrix: Array, rows: Array) -> list[int]:
-    """Those of `rows` that hold NaN or infinity."""
-    # Row sums in float64 show any NaN or infinity without a second matrix of truth values; float64 may overflow, so each is looked at.
+    """Those of `rows` whose values are not all finite.
+
+    Parameters
+    ----------
+    matrix : ndarray of float, shape (row, hidden)
+    rows : ndarray of int
+    """
+    # Row sums in float64 find any NaN or infinity without a matrix of booleans. A sum may overflow, so suspicious rows are checked again.
     with np.errstate(over="ignore", invalid="ignore"):
         suspicious = np.flatnonzero(~np.isfinite(matrix.sum(axis=1, dtype=np.float64)))
     return [int(row) for row in np.intersect1d(suspicious, rows) if not np.isfinite(matrix[row]).all()]

@@ -64,7 +64,7 @@ class MassMeanClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.covariance = covariance
 
     def fit(self, X: Any, y: Any) -> MassMeanClassifier:  # noqa: N803  (scikit-learn's own name)
-        """Takes the mean of each class, and the covariance about them where it is asked for.
+        """Compute the mean of each class and, with `covariance`, the covariance about the means.
 
         Parameters
         ----------

@@ -1,7 +1,7 @@
 """Scores of a fitted classifier or regressor on prompts that it has not seen. Never fits anything.
 
-Every measure is one function of what a probe said and of weights, one per prompt and resample, so that a score (all weights 1)
-and its bootstrap distribution (weights as often as each prompt was drawn) come from the same lines.
+Every measure is a function of the predictions and of one weight per prompt and resample. So a score (all weights 1) and its bootstrap
+distribution (each weight counts how often its prompt was drawn) come from the same code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 #: Why a score may be NaN; a fit's reasons are the sum of these bits.
-_NO_SCORES, _NOT_FINITE, _ONE_CLASS, _NEW_CLASS, _CONSTANT_TRUE, _CONSTANT_SAID, _NO_PROBABILITIES, NOT_STORED = (
+_NO_SCORES, _NOT_FINITE, _ONE_CLASS, _NEW_CLASS, _CONSTANT_TRUE, _CONSTANT_PREDICTED, _NO_PROBABILITIES, NOT_STORED = (
     1 << bit for bit in range(8)
 )
 REASONS: Final[Mapping[int, str]] = {
@@ -45,7 +45,7 @@ REASONS: Final[Mapping[int, str]] = {
     _ONE_CLASS: "the test fold holds a single class",
     _NEW_CLASS: "the test fold holds a class that the training fold lacks",
     _CONSTANT_TRUE: "all targets of the test fold are equal",
-    _CONSTANT_SAID: "all predictions of the test fold are equal",
+    _CONSTANT_PREDICTED: "all predictions of the test fold are equal",
     _NO_PROBABILITIES: "the estimator gives no probabilities",
     NOT_STORED: "the variable holds nothing in some layers",
 }
@@ -56,20 +56,20 @@ _AT_FPR: Final = re.compile(r"recall_at_fpr_(0?\.\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a fitted probe said of some prompts, and what is true.
+    """The predictions of a fitted probe for some prompts, with the true labels or values.
 
     Parameters
     ----------
     true : ndarray, shape (prompt,)
         The number of each prompt's class, or its value for a regression.
     predicted : ndarray, shape (prompt,)
-        The same, as the probe says.
+        The same, as the probe predicts it.
     n_classes : int
         Of all labels, whether or not they occur here; 0 for a regression.
     scores : ndarray of float64, shape (prompt,) or (prompt, class), optional
-        What prompts are ranked by: a single column for two classes. NaN for classes that the probe does not know.
+        What prompts are ranked by: a single column for two classes. NaN for classes that the probe was not trained on.
     probabilities : ndarray of float64, shape (prompt, class), optional
-        0 for classes that the probe does not know.
+        0 for classes that the probe was not trained on.
     """
 
     true: Array
@@ -88,7 +88,7 @@ class Metric:
     name : str
     task : {"classification", "regression"}
     needs : {"labels", "scores", "probabilities", "values"}
-        What of a probe's outcome it looks at.
+        Which part of a probe's outcome it uses.
     long_name, units : str
         As CF attributes.
     measure : callable
@@ -119,15 +119,15 @@ def _accuracy(outcome: Outcome, weights: Floats) -> Floats:
 
 
 def _counts(outcome: Outcome, weights: Floats) -> tuple[Floats, Floats, Floats]:
-    """Of each class the weight of its hits, of what was said to be of it, and of what is; each (resample, class)."""
+    """Weights of true positives, of predicted and of true members of each class; each (resample, class)."""
     classes = np.arange(outcome.n_classes)
-    said, are = (values[:, None] == classes for values in (outcome.predicted, outcome.true))
-    hits, claimed, present = (weights @ table.astype(np.float64) for table in (said & are, said, are))
+    predicted, true = (values[:, None] == classes for values in (outcome.predicted, outcome.true))
+    hits, claimed, present = (weights @ table.astype(np.float64) for table in (predicted & true, predicted, true))
     return hits, claimed, present
 
 
 def _ratio(over: Floats, under: Floats) -> Floats:
-    """0 where nothing is there to divide by, as scikit-learn's ``zero_division=0``."""
+    """The quotient; 0 where the divisor is 0, as with scikit-learn's ``zero_division=0``."""
     return np.divide(over, under, out=np.zeros(np.broadcast(over, under).shape), where=under > 0)
 
 
@@ -138,7 +138,7 @@ def _balanced_accuracy(outcome: Outcome, weights: Floats) -> Floats:
 
 
 def _of_classes(outcome: Outcome, weights: Floats, which: str) -> Floats:
-    """Precision, recall or F1: of the second of two classes; of more, the mean over those that occur among labels or predictions."""
+    """Precision, recall or F1 of the second of two classes; of more, the mean over those that occur among labels or predictions."""
     hits, claimed, present = _counts(outcome, weights)
     over, under = {"precision": (hits, claimed), "recall": (hits, present), "f1": (2 * hits, claimed + present)}[which]
     each = _ratio(over, under)
@@ -178,7 +178,7 @@ def _recall_at_fpr_of(scores: Floats, positive: Array, weights: Floats, rate: fl
     positives, negatives = (counts[:, ::-1] for counts in _levels(scores, positive, weights))
     found, alarms = np.cumsum(positives, axis=1), np.cumsum(negatives, axis=1)
     with np.errstate(invalid="ignore"):
-        # A hair of room: a rate such as 0.1 of 30 prompts is 3, which the product may miss by a rounding.
+        # A small tolerance: a rate of 0.1 of 30 prompts allows 3, and the product may be slightly less.
         allowed = alarms <= rate * alarms[:, -1:] * (1 + 1e-12)
         reached = np.where(allowed, found, 0).max(axis=1) / found[:, -1]
     return np.asarray(np.where(alarms[:, -1] > 0, reached, np.nan))
@@ -202,8 +202,8 @@ def _probabilities(outcome: Outcome) -> Floats:
 
 def _log_loss(outcome: Outcome, weights: Floats) -> Floats:
     """The mean of −ln of the probability of the true class, which counts as 2.2e-16 at least, as in scikit-learn's ``log_loss``."""
-    told = _probabilities(outcome)[np.arange(len(outcome.true)), outcome.true]
-    return _share(weights, -np.log(np.clip(told, np.finfo(np.float64).eps, 1)))
+    probabilities = _probabilities(outcome)[np.arange(len(outcome.true)), outcome.true]
+    return _share(weights, -np.log(np.clip(probabilities, np.finfo(np.float64).eps, 1)))
 
 
 def _brier(outcome: Outcome, weights: Floats) -> Floats:
@@ -212,8 +212,8 @@ def _brier(outcome: Outcome, weights: Floats) -> Floats:
     Source: G. W. Brier, "Verification of forecasts expressed in terms of probability", Monthly Weather Review 78 (1950); halved for
     two classes as everywhere since, and as scikit-learn's ``brier_score_loss``.
     """
-    told = _probabilities(outcome)
-    off = ((told - (outcome.true[:, None] == np.arange(outcome.n_classes))) ** 2).sum(axis=1)
+    probabilities = _probabilities(outcome)
+    off = ((probabilities - (outcome.true[:, None] == np.arange(outcome.n_classes))) ** 2).sum(axis=1)
     return _share(weights, off / 2 if outcome.n_classes == 2 else off)
 
 
@@ -223,9 +223,9 @@ def _ece(outcome: Outcome, weights: Floats) -> Floats:
     Source: C. Guo et al., "On calibration of modern neural networks" (2017), arXiv:1706.04599, equation 3: the confidence is the
     largest probability, the prediction its class.
     """
-    told = _probabilities(outcome)
-    confidence = told.max(axis=1)
-    gap = (told.argmax(axis=1) == outcome.true) - confidence
+    probabilities = _probabilities(outcome)
+    confidence = probabilities.max(axis=1)
+    gap = (probabilities.argmax(axis=1) == outcome.true) - confidence
     bins = np.clip(np.ceil(confidence * _ECE_BINS).astype(int) - 1, 0, _ECE_BINS - 1)
     table = np.where(bins[:, None] == np.arange(_ECE_BINS), gap[:, None], 0.0)
     return np.asarray(np.abs(weights @ table).sum(axis=1) / weights.sum(axis=1))
@@ -253,10 +253,10 @@ def _spearman(outcome: Outcome, weights: Floats) -> Floats:
     """Spearman's rank correlation, −1 to 1; equal values share the mean of their ranks."""
     ranks = [_ranks(np.asarray(values, np.float64), weights) for values in (outcome.predicted, outcome.true)]
     total = weights.sum(axis=1, keepdims=True)
-    said, true = (r - (weights * r).sum(axis=1, keepdims=True) / total for r in ranks)
+    predicted, true = (r - (weights * r).sum(axis=1, keepdims=True) / total for r in ranks)
     with np.errstate(invalid="ignore", divide="ignore"):
-        norm = np.sqrt((weights * said**2).sum(axis=1) * (weights * true**2).sum(axis=1))
-        return np.asarray(np.where(norm > 0, (weights * said * true).sum(axis=1) / norm, np.nan))
+        norm = np.sqrt((weights * predicted**2).sum(axis=1) * (weights * true**2).sum(axis=1))
+        return np.asarray(np.where(norm > 0, (weights * predicted * true).sum(axis=1) / norm, np.nan))
 
 
 def _ranks(values: Floats, weights: Floats) -> Floats:
@@ -301,7 +301,7 @@ def named_metrics(task: str | None = None) -> list[str]:
 
 
 def parse_metrics(metrics: str | Iterable[str] | None, task: str, n_classes: int = 0) -> tuple[Metric, ...]:
-    """Measures by name, in the order given.
+    """The metrics of these names, in the given order.
 
     Parameters
     ----------
@@ -314,7 +314,7 @@ def parse_metrics(metrics: str | Iterable[str] | None, task: str, n_classes: int
     Raises
     ------
     InvalidTypeError
-        Nothing of that.
+        `metrics` are no names.
     InvalidArgumentError
         An unknown name, one for the other task, one twice, or none.
     """
@@ -346,7 +346,7 @@ def _parse_metric(name: str, task: str, n_classes: int) -> Metric:
     return _METRICS[name]
 
 
-# -- what a probe says -----------------------------------------------------------------------------------------------------
+# -- what a probe predicts -----------------------------------------------------------------------------------------------------
 
 
 def class_scores(estimator: Any, activations: Array) -> Array | None:
@@ -376,7 +376,7 @@ def class_scores(estimator: Any, activations: Array) -> Array | None:
 
 
 def outcome_of(estimator: Any, activations: Any, true: Array, classes: Array | None, *, needs: Iterable[str], known: Array) -> Outcome:
-    """What a fitted estimator says of some prompts.
+    """The predictions of a fitted estimator for some prompts.
 
     Parameters
     ----------
@@ -387,13 +387,13 @@ def outcome_of(estimator: Any, activations: Any, true: Array, classes: Array | N
     classes : ndarray, shape (class,), or None
         All labels, sorted; None for a regression.
     needs : iterable of str
-        What has to be known of it: "scores", "probabilities".
+        Which parts of the outcome are needed: "scores", "probabilities".
     known : ndarray, shape (class,)
         Labels of the training prompts, which are the estimator's classes where it has no ``classes_``.
     """
-    said = np.asarray(estimator.predict(activations))
+    predicted = np.asarray(estimator.predict(activations))
     if classes is None:
-        return Outcome(true, said.astype(np.float64).reshape(len(true)))
+        return Outcome(true, predicted.astype(np.float64).reshape(len(true)))
     places = np.searchsorted(classes, np.asarray(getattr(estimator, "classes_", known)))
     scores = class_scores(estimator, activations) if "scores" in needs else None
     probabilities = None
@@ -403,11 +403,11 @@ def outcome_of(estimator: Any, activations: Any, true: Array, classes: Array | N
     if scores is not None:
         scores = np.asarray(scores, np.float64)
         if len(places) < len(classes):
-            # Two of more classes were trained on: the columns of the others stay unknown.
+            # The training fold lacks a class: its column of scores stays NaN.
             columns = np.stack([-scores, scores], axis=1) if scores.ndim == 1 else scores
             scores = np.full((len(true), len(classes)), np.nan)
             scores[:, places] = columns
-    return Outcome(true, np.searchsorted(classes, said), len(classes), scores, probabilities)
+    return Outcome(true, np.searchsorted(classes, predicted), len(classes), scores, probabilities)
 
 
 def measure_outcome(metric: Metric, outcome: Outcome, weights: Floats) -> Floats:
@@ -435,7 +435,7 @@ def _why_undefined(metric: Metric, outcome: Outcome) -> int:
         return 0 if np.isfinite(outcome.probabilities).all() else _NOT_FINITE
     if metric.name in ("r2", "spearman") and not np.ptp(outcome.true):
         return _CONSTANT_TRUE
-    return _CONSTANT_SAID if metric.name == "spearman" and not np.ptp(outcome.predicted) else 0
+    return _CONSTANT_PREDICTED if metric.name == "spearman" and not np.ptp(outcome.predicted) else 0
 
 
 def _why_unranked(outcome: Outcome) -> int:
@@ -455,7 +455,7 @@ def undefined_reasons(bits: int, metric: Metric) -> list[str]:
     needed = {
         "scores": _NO_SCORES | _NOT_FINITE | _ONE_CLASS | _NEW_CLASS,
         "probabilities": _NO_PROBABILITIES | _NOT_FINITE,
-        "values": _CONSTANT_TRUE | _CONSTANT_SAID,
+        "values": _CONSTANT_TRUE | _CONSTANT_PREDICTED,
     }
     return [text for bit, text in REASONS.items() if bits & bit & (needed.get(metric.needs, 0) | NOT_STORED)]
 
@@ -582,6 +582,10 @@ def _present(labels: Array, predicted: Array) -> list[Any]:
 
 
 def _precision_recall_f1(predicted: Array, true: Array) -> tuple[float, float, float]:
-    """Of one class, from truth values; 0 where nothing is there to divide by."""
-    hits, said, are = (int(np.sum(values)) for values in (predicted & true, predicted, true))
-    return hits / said if said else 0.0, hits / are if are else 0.0, 2 * hits / (said + are) if said + are else 0.0
+    """Those of one class, from booleans; 0 where a divisor is 0."""
+    hits, claimed, present = (int(np.sum(values)) for values in (predicted & true, predicted, true))
+    return (
+        hits / claimed if claimed else 0.0,
+        hits / present if present else 0.0,
+        2 * hits / (claimed + present) if claimed + present else 0.0,
+    )

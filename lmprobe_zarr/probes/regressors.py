@@ -1,8 +1,8 @@
-"""Linear regressors whose penalty and margin count in standard deviations of the target. Never folds or files.
+"""Linear regressors whose penalty and margin are in standard deviations of the target. Never folds or files.
 
-scikit-learn's own count in the units of the target, so that the same default fits nothing but a constant to a target from 0
-to 0.1 and is hardly a penalty for one in the thousands. Both are linear in the target: it is scaled for the fit, and
-coefficients and intercept are scaled back, after which nothing tells them from scikit-learn's own.
+scikit-learn's are in the units of the target: the same default fits only a constant to a target between 0 and 0.1, and hardly
+penalises a target in the thousands. Here the target is scaled for the fit, and coefficients and intercept are scaled back. The
+fitted regressor then is an ordinary one of scikit-learn's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _fit_scaled(regressor: Any, fit: Callable[[Any, Array], Any], activations: A
     target = np.asarray(target, dtype=np.float64)
     if target.ndim != 1:
         raise InvalidArgumentError(f"the target has shape {target.shape}, expected one number per prompt")
-    # Without an intercept the fit goes through zero, which must stay where it is.
+    # Without an intercept the fit goes through zero, so the target must not be shifted.
     centre = float(target.mean()) if regressor.fit_intercept and len(target) else 0.0
     scale = float(target.std()) if len(target) else 1.0
     fit(activations, (target - centre) / (scale or 1.0))

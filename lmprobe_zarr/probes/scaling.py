@@ -1,4 +1,4 @@
-"""One scale for layers that lie side by side, as a scikit-learn transformer. Never labels, folds or files."""
+"""The scaler for layers that are concatenated, as a scikit-learn transformer. Never labels, folds or files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # typ
         How many layers a row holds, end to end: the first ``hidden`` columns are the first layer.
     mode : {"per_neuron", "per_layer"}
         "per_neuron": each hidden unit of each layer has its own mean and standard deviation. "per_layer": all units of a layer
-        share one mean and one deviation, so that their sizes relative to one another stay; fewer numbers to estimate.
+        share one mean and one deviation, which keeps their relative sizes and leaves fewer numbers to estimate.
 
     Attributes
     ----------
@@ -67,25 +67,25 @@ class LayerScaler(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):  # typ
             raise InvalidArgumentError(f"rows of {X.shape[1]} values cannot be cut into n_layers={self.n_layers!r} layers of one size")
         axis = 0 if self.mode == "per_neuron" else None
         means, scales = [], []
-        # One layer at a time: the deviations are a float64 copy of what they are taken of.
+        # Layer by layer, because the standard deviation makes a float64 copy of its argument.
         for layer in np.split(X, self.n_layers, axis=1):
             means.append(np.atleast_1d(layer.mean(axis=axis, dtype=np.float64)))
             scale = np.atleast_1d(layer.std(axis=axis, dtype=np.float64))
-            # By comparison: the deviation of equal values is not quite zero, but what their mean is rounded by.
+            # By comparison: the computed deviation of equal values is a rounding error rather than zero.
             scale[np.atleast_1d(layer.max(axis=axis) == layer.min(axis=axis)) | (scale == 0)] = 1
             scales.append(scale)
         self.mean_, self.scale_ = np.stack(means), np.stack(scales)
         return self
 
     def transform(self, X: Any) -> Array:  # noqa: N803
-        """The activations less the mean, by the deviation; float of the given dtype, shape (prompt, layer × hidden)."""
+        """The activations less the mean, divided by the deviation; in the given float dtype, shape (prompt, layer × hidden)."""
         X = checked_matrix(self, X)  # noqa: N806
         layers = X.reshape(len(X), self.n_layers, -1) - self.mean_.astype(X.dtype)
         layers /= self.scale_.astype(X.dtype)
         return np.asarray(layers.reshape(X.shape))
 
     def inverse_transform(self, X: Any) -> Array:  # noqa: N803
-        """What :meth:`transform` came from."""
+        """The activations that :meth:`transform` scaled."""
         X = checked_matrix(self, X)  # noqa: N806
         layers = X.reshape(len(X), self.n_layers, -1) * self.scale_.astype(X.dtype)
         layers += self.mean_.astype(X.dtype)

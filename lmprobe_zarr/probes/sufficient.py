@@ -1,9 +1,9 @@
-"""Linear probes from sums over rows: what has to be counted in one pass over any number of rows, and what is solved from it.
+"""Linear probes from sufficient statistics: sums that one pass over the rows collects, and the probes that are solved from them.
 
 Ridge, linear discriminant analysis and mass-mean depend on their rows only through sums: counts, sums and products of hidden units by
-class, and for Ledoit and Wolf's shrinkage sums of fourth powers. Sums of disjoint sets of rows add up, so rows may come in any order and
-any portions, from any number of workers, and every training set of a cross-validation is a sum of a few of them. Pure numpy and scipy;
-never reads, never knows a prompt, a fold or a scheduler.
+class, and for Ledoit and Wolf's shrinkage sums of fourth powers. Sums of disjoint sets of rows can be added. So rows may come in any
+order and in blocks of any size, from any number of workers, and the sums of every training set of a cross-validation are those of a few
+cells. Pure numpy and scipy; never reads, and knows no prompt, fold or scheduler.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _LEAST_SHRINKAGE: Final = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """In which units sums are taken: ``(activation − origin) / scale`` is about 0 ± 1, so that powers of it lose no digits.
+    """The units of all sums: ``(activation − origin) / scale`` is about 0 ± 1, so that sums of its powers lose no digits.
 
     Parameters
     ----------
     origin, scale : ndarray of float64, shape (hidden,)
-        About the mean and the standard deviation; any values give the same solutions, near ones the exactest.
+        About the mean and the standard deviation. Any values give the same solutions; the closer they are, the smaller the rounding error.
     """
 
     origin: Floats
@@ -56,7 +56,7 @@ class Unit:
 
 
 def unit_of(rows: Array) -> Unit:
-    """The mean and the standard deviation of some rows, shape (row, hidden), as a unit; those that do not vary have a scale of 1."""
+    """Mean and standard deviation of some rows, shape (row, hidden), as a unit; hidden units that do not vary get a scale of 1."""
     wide = rows.astype(np.float64)
     scale = wide.std(axis=0)
     scale[(scale == 0) | ~np.isfinite(scale)] = 1
@@ -67,7 +67,7 @@ def unit_of(rows: Array) -> Unit:
 
 @dataclass(frozen=True, slots=True)
 class ClassMoments:
-    """Sums over rows, apart for every cell (a set of rows that are trained on together) and class.
+    """Sums over rows for every cell (a set of rows that are always trained on together) and class.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class ClassMoments:
     sums, squares, low, high : ndarray of float64, shape (cell, class, hidden)
         Sum, sum of squares, least and largest value of each hidden unit.
     products : ndarray of float64, shape (cell, class or 1, hidden, hidden), or None
-        Σ x xᵀ, the upper triangle only; one for all classes together where no probe needs them apart.
+        Σ x xᵀ, the upper triangle only; one matrix for all classes together where no probe needs one for each.
     mixed, fourth : ndarray of float64, shape (cell, class, hidden, hidden), or None
         Σ x² xᵀ, and Σ x² (x²)ᵀ with the upper triangle only, for Ledoit and Wolf's formula.
     """
@@ -105,7 +105,7 @@ class ClassMoments:
         ----------
         rows : ndarray of real numbers, shape (row, hidden)
         cells, classes : ndarray of int, shape (row,)
-            To which sums each row goes.
+            The cell and the class of each row.
         """
         n_classes = self.counts.shape[1]
         keys = cells.astype(np.int64) * n_classes + classes
@@ -134,7 +134,7 @@ class ClassMoments:
         return replace(self, **summed, low=self.low[chosen].min(axis=0, keepdims=True), high=self.high[chosen].max(axis=0, keepdims=True))
 
     def of_classes(self, classes: Array) -> ClassMoments:
-        """The sums over the rows of some classes only; of products that are not apart for them, those of all."""
+        """The sums over the rows of some classes only; products that are kept for all classes together stay as they are."""
         arrays = {name: getattr(self, name) for name in (*_SUMMED, *_LEAST)}
         n_classes = self.counts.shape[1]
         return replace(self, **{name: a[:, classes] for name, a in arrays.items() if a is not None and a.shape[1] == n_classes})
@@ -145,7 +145,7 @@ _LEAST: Final = ("low", "high")
 
 
 def _sum_of(array: Array, cells: list[int]) -> Array:
-    # One after the other: array[cells].sum(axis=0) would copy them all first.
+    # Cell by cell: array[cells].sum(axis=0) would first copy all of them.
     total: Array = array[cells[0]][None].copy()
     for cell in cells[1:]:
         total += array[cell]
@@ -153,10 +153,10 @@ def _sum_of(array: Array, cells: list[int]) -> Array:
 
 
 def _add_product(total: Array, rows: Array, others: Array | None = None) -> None:
-    """``total += rowsᵀ others`` in place; without others ``rowsᵀ rows``, of which only the upper triangle is right."""
+    """``total += rowsᵀ others`` in place; without others ``rowsᵀ rows``, of which only the upper triangle is computed."""
     from scipy.linalg.blas import dgemm, dsyrk
 
-    # BLAS counts columns first, so it is handed transposes, which are the same memory. Its upper triangle is then our lower one.
+    # BLAS is column-major, so it gets transposes, which share the memory; its lower triangle is our upper one.
     if others is None:
         out = dsyrk(1.0, rows.T, beta=1.0, c=total.T, overwrite_c=1, lower=1)
     else:
@@ -166,7 +166,7 @@ def _add_product(total: Array, rows: Array, others: Array | None = None) -> None
 
 
 def order_of(probes: Iterable[str]) -> int:
-    """How much has to be summed for some of `EXACT`: 1 sums, 2 products too, 4 fourth powers too."""
+    """Which sums some probes of `EXACT` need: 1 for sums, 2 also for products, 4 also for fourth powers."""
     return max(EXACT[name].order for name in probes)
 
 
@@ -235,7 +235,7 @@ class _Exact:
 
 
 def scaling_of(moments: ClassMoments) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of each hidden unit over the rows of one cell, as activations count; 1 where it does not vary."""
+    """Mean and standard deviation of each hidden unit over the rows of one cell, in the units of the activations; 1 if it does not vary."""
     rows = _Rows(moments)
     variance = moments.squares[0].sum(axis=0) / rows.n - rows.mean**2
     scale = np.where(rows.constant() | (variance <= 0), 1.0, np.sqrt(np.maximum(variance, 0)) * rows.unit.scale)
@@ -250,7 +250,7 @@ def solve(probe: str, moments: ClassMoments) -> Solution:
     probe : str
         One of `EXACT`.
     moments : ClassMoments
-        Of a single cell, with rows of at least two classes; classes without rows are not learned.
+        Of a single cell, with rows of at least two classes; classes without rows are left out of the solution.
     """
     classes = np.flatnonzero(moments.counts[0])
     if len(classes) < moments.counts.shape[1]:
@@ -291,12 +291,12 @@ class _Rows:
         return scatter
 
     def constant(self, label: int | None = None) -> npt.NDArray[np.bool_]:
-        """Which hidden units have one value throughout; by comparison, since their variance is rounded."""
+        """Which hidden units have the same value in every row; by comparison, because their variance has rounding errors."""
         low, high = (self.low.min(axis=0), self.high.max(axis=0)) if label is None else (self.low[label], self.high[label])
         return np.asarray(low == high)
 
     def deviation(self, scatter: Floats, label: int | None = None) -> Floats:
-        """Standard deviation of each hidden unit, as `StandardScaler` has it: 1, as activations count, where it does not vary."""
+        """Standard deviation of each hidden unit, as in `StandardScaler`: 1, in the units of the activations, where it does not vary."""
         variance = np.diag(scatter) / (self.n if label is None else self.counts[label])
         return np.asarray(np.where(variance > 0, np.sqrt(np.maximum(variance, 0)), 1 / self.unit.scale))
 
@@ -334,7 +334,7 @@ def _quadratic(triangle: Floats, vector: Floats) -> float:
 
 
 def _solve_positive(matrix: Floats, right: Floats) -> Floats:
-    """``matrix⁻¹ right`` of a symmetric matrix that overwrites; the least of all solutions where there are several."""
+    """``matrix⁻¹ right`` for a symmetric matrix, which may be overwritten; the solution of least norm where there are several."""
     from scipy.linalg import LinAlgError, cho_factor, cho_solve, lstsq
 
     try:
@@ -348,7 +348,7 @@ def _ridge(moments: ClassMoments) -> tuple[Floats, Floats]:
     scatter = rows.scatter()
     scale = rows.deviation(scatter)
     n, counts = rows.n, rows.counts
-    # Of labels that are 1 for the class and −1 for the others; deviations from the mean, in standard deviations.
+    # Products with labels that are 1 for the class and −1 for the others, of deviations from the mean in standard deviations.
     wanted = [1] if len(counts) == 2 else range(len(counts))
     right = np.stack([2 * rows.sums[k] - n * rows.mean - (2 * counts[k] - n) * rows.mean for k in wanted], axis=1)
     right[rows.constant()] = 0
@@ -384,7 +384,7 @@ def _lda(moments: ClassMoments) -> tuple[Floats, Floats]:
         coef = rows.raw(_solve_positive(covariance, rows.means[1] - rows.means[0]))[None]
         middle = rows.raw_mean(rows.means.mean(axis=0))
         return coef, -(coef @ middle) + np.log(priors[1] / priors[0])
-    # The origin counts here: with a score per class, what is common to all of them would differ from scikit-learn's.
+    # With one score per class the origin matters: without it, all scores would differ from scikit-learn's by a common term.
     absolute = rows.means + rows.unit.origin / rows.unit.scale
     coef = rows.raw(_solve_positive(covariance, absolute.T).T)
     return coef, -0.5 * np.einsum("kd,kd->k", coef, rows.raw_mean(rows.means)) + np.log(priors)
@@ -459,7 +459,7 @@ def _shrunk_inverse_times(covariance: Floats, fourth: float, n: int, directions:
     return _solve_positive(covariance, directions.T).T
 
 
-#: The named probes that sums are enough for.
+#: The named probes that can be solved exactly from sums.
 EXACT: Final[dict[str, _Exact]] = {
     "ridge": _Exact(2, _ridge),
     "lda": _Exact(4, _lda),

@@ -1,4 +1,7 @@
-"""Records that a fit is told and gives back."""
+"""Records of fits: the plan that all tasks share, one task, and the scores of one fit. Nothing here computes.
+
+A plan is shipped once to every worker; tasks and fits name its variables, layers, trials, folds, seeds, strengths and labels by number.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,17 @@ __all__ = ["Fit", "FitPlan", "FitTask", "FitVariable", "NotFiniteError"]
 
 @dataclass(frozen=True, slots=True)
 class FitVariable:
-    """One variable of activations.
+    """One variable of activations that is fitted on.
 
     Parameters
     ----------
     name : str
-        Empty where there is no other.
+        Empty where the plan has a single variable.
     layers : tuple of int
-        Places of its layers among those of the plan; −1 where it has none, and so stands for all.
+        Places of its layers among those of the plan; ``(-1,)`` for a variable without layers, whose scores apply to every layer.
     activations : Variable, optional
-        The whole lazy variable, dims (layer, prompt, hidden) in any order, perhaps without layer; None where tasks are handed values.
+        The whole lazy variable, dims (layer, prompt, hidden) in any order, perhaps without layer; None where the caller passes each task
+        its values.
     """
 
     name: str
@@ -38,24 +42,25 @@ class FitVariable:
 
 @dataclass(frozen=True, slots=True)
 class FitPlan:
-    """What all tasks share; shipped once to each worker."""
+    """What all tasks share."""
 
     variables: tuple[FitVariable, ...]
-    #: What trials that know no layer are fitted on.
+    #: By name, what trials are fitted on that do not depend on a layer; see `Trial.features`.
     features: Mapping[str, Any]
     labels: tuple[Labels, ...]
-    #: The shuffled values of each set of labels, by seed; empty where no trial shuffles.
+    #: For each set of labels its shuffled values, by seed; empty where no trial shuffles labels.
     shuffled: tuple[tuple[Array, ...], ...]
     folds: tuple[Fold, ...]
-    #: Rows of an equal number stay on one side, of inner folds too.
+    #: Shape (prompt,). Rows with the same number stay on one side of every fold, inner folds included.
     kept: Array
     layers: tuple[str, ...]
     trials: tuple[Trial, ...]
     metrics: tuple[Metric, ...]
     seeds: tuple[int, ...]
     strengths: tuple[float, ...]
-    #: Folds within a training fold by which a strength is chosen, and by what; 0 where none is chosen.
+    #: The number of inner folds that a strength is chosen with; 0 where none is chosen.
     inner: int
+    #: The metric that a strength is chosen by.
     choose_by: Metric | None
     preprocessing: str | None
     task: str
@@ -69,10 +74,11 @@ class FitTask:
     Parameters
     ----------
     variable : int
-        −1 for what knows no layer.
+        Its place in the plan; −1 for trials that are fitted on no activations.
     layer : int
         Its place among the layers of its variable.
     trials : tuple of int
+        Their places in the plan.
     """
 
     variable: int
@@ -82,12 +88,27 @@ class FitTask:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The scores of one fit, given by its place in the plan; −1 stands for every place of that axis.
+    """The scores of one fit.
 
-    ``reasons`` are bits of :mod:`~lmprobe_zarr.probes.metrics`; ``strength`` is the chosen one, NaN where none was chosen.
+    Parameters
+    ----------
+    at : tuple of int
+        Its places in the plan: variable, layer, trial, fold, seed, strength and labels. −1 where the score applies to every place of
+        that axis.
+    values : tuple of float
+        One score per metric; NaN where it is undefined.
+    reasons : int
+        Why scores are NaN, as bits; see :func:`~lmprobe_zarr.probes.metrics.undefined_reasons`.
+    seconds : float
+        Duration of the fit.
+    converged : bool
+    strength : float
+        The chosen regularisation strength; NaN where none was chosen.
+    outcome : Outcome, optional
+        Predictions of the test prompts, where the plan asks for them.
     """
 
-    at: tuple[int, int, int, int, int, int, int]  # variable, layer, trial, fold, seed, strength, labels
+    at: tuple[int, int, int, int, int, int, int]
     values: tuple[float, ...]
     reasons: int
     seconds: float
@@ -97,7 +118,7 @@ class Fit:
 
 
 class NotFiniteError(Exception):
-    """NaN or infinity in some rows of a layer. Never reaches the caller: it becomes an error that names layer and prompts."""
+    """NaN or infinity in some rows of a layer. Internal: the sweep turns it into an error that names the layer and the prompts."""
 
     def __init__(self, layer: int, rows: list[int], variable: int = 0, trial: int = 0) -> None:
         super().__init__(layer, rows, variable, trial)

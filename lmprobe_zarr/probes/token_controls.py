@@ -1,6 +1,6 @@
-"""What a good score on tokens has to beat: labels dealt anew, and what is known of a token without its activation.
+"""Controls for probes on tokens: probes on shuffled labels, and predictions from what is known of a token without its activation.
 
-Holds names, dealt labels and scores from tables of counts. Never an activation, a fit of one or a store.
+Holds the names, the shuffled labels, and scores from counts. Never an activation, a fit or a store.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOKEN_CONTROLS: Final[Mapping[str, str]] = {
     "layer_0": "the first probe on layer 0: what is there before the model has worked on it",
     "majority": "the most frequent class of the training tokens, for every token",
 }
-#: Those whose labels are others, so that every probe is fitted once more.
+#: Controls with other labels, on which every probe is fitted again.
 DEALT: Final = ("shuffled_labels", "control_task")
 
 
@@ -62,7 +62,7 @@ def deal_labels(control: str, array: xr.DataArray, labelled: LabelledTokens, fol
     ----------
     control : {"shuffled_labels", "control_task"}
     array : DataArray with a token dimension
-        Whose ``token_id`` is looked at.
+        Whose ``token_id`` is read.
     labelled : LabelledTokens
     folds : TokenFolds
         Labels are dealt again until each trains on two classes.
@@ -137,7 +137,7 @@ def score_by_counts(
 
 
 def _known(control: str, array: xr.DataArray, name: str, labelled: LabelledTokens) -> Array:
-    """A whole number for each example, from a coordinate that knows it for all of them."""
+    """A whole number for each labelled token, from a coordinate that must have it for all of them."""
     if name not in array.coords or array.coords[name].dims != ("token",):
         raise InvalidArgumentError(
             f"control {control!r} needs a coordinate {name!r} along 'token', and there is none: leave the control out"

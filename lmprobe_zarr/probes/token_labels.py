@@ -1,6 +1,6 @@
-"""One label per token: as they are given, matched to the tokens of some activations, and the folds that keep prompts whole.
+"""Labels of tokens, matched to the tokens of some activations, and folds that keep prompts whole.
 
-Holds which tokens are learned from. Never an activation's value, a fit or a store; what is per prompt is read by ``labels``.
+Holds which tokens a probe learns from. Never an activation's value, a fit or a store. Labels per prompt are read by ``labels``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 from lmprobe_zarr.probes.folds import plan_folds
-from lmprobe_zarr.probes.labels import _align, parse_groups
+from lmprobe_zarr.probes.labels import align_column, parse_groups
 from lmprobe_zarr.tokens import TokenIndex, prompts_of
 from lmprobe_zarr.typing import Array, Ints, Mask
 
@@ -25,7 +25,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class LabelledTokens:
-    """The tokens that are learned from, and what they are.
+    """The tokens that a probe learns from, with their labels.
 
     Parameters
     ----------
@@ -34,15 +34,15 @@ class LabelledTokens:
     rows : ndarray of int64, shape (token,)
         Their places along the token axis, ascending.
     codes : ndarray of int, shape (token,)
-        The number of each one's class.
+        The number of each token's class.
     classes : ndarray, shape (class,)
         The labels, sorted: truth values, whole numbers or texts.
     prompt : ndarray of int, shape (token,)
-        The number of each one's prompt.
+        The number of each token's prompt.
     prompts : ndarray of str, shape (prompt,)
-        The prompts, by first appearance, also those that no example is of.
+        The prompts by first appearance, including those without a labelled token.
     n_missing : int
-        Tokens that were left out because they have no label.
+        Tokens that are left out because they have no label.
     """
 
     name: str
@@ -56,9 +56,9 @@ class LabelledTokens:
     @property
     def by_prompt(self) -> bool:
         """Whether all tokens of a prompt have one label."""
-        one = np.zeros(len(self.prompts), np.int64)
-        one[self.prompt] = self.codes
-        return bool((one[self.prompt] == self.codes).all())
+        last = np.zeros(len(self.prompts), np.int64)
+        last[self.prompt] = self.codes
+        return bool((last[self.prompt] == self.codes).all())
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,9 @@ class TokenFolds:
     ----------
     train, test : ndarray of bool, shape (fold, prompt)
     described : str
-        What made them.
+        How they were made, for the attributes of scores.
     group : str
-        What the groups are called that were kept together; empty without.
+        The name of the groups that are kept together; empty without groups.
     """
 
     train: Mask
@@ -81,7 +81,7 @@ class TokenFolds:
 
 
 def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where: Any = None, missing: str = "raise") -> LabelledTokens:
-    """The tokens to learn from with their labels; no activation is read.
+    """The tokens to learn from, with their labels; reads no activation.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where:
 
 
 def show_rows(labelled: LabelledTokens, places: Array) -> str:
-    """The prompts of some labelled tokens, the first few by their hash, with how many there are."""
+    """How many prompts some labelled tokens belong to, with the hashes of the first few, for messages."""
     return _shown_prompts(labelled.prompts, labelled.prompt[places])
 
 
@@ -166,7 +166,7 @@ def _mask(array: xr.DataArray, dim: str, where: Any) -> Mask:
 
 
 def _matched(array: xr.DataArray, given: xr.DataArray, dim: str) -> Ints | None:
-    """Where each row stands in something else along the same dimension, −1 where it does not; None where both are in one order."""
+    """The place of each row in `given`, −1 where it has none; None where both have the same order."""
     mine, theirs = array.xindexes.get("prompt"), given.xindexes.get("prompt")
     if isinstance(mine, TokenIndex) and isinstance(theirs, TokenIndex):
         return None if mine.equals(theirs) else np.asarray(theirs.reindex_like(mine)[theirs.dim], np.int64)
@@ -181,7 +181,7 @@ def _matched(array: xr.DataArray, given: xr.DataArray, dim: str) -> Ints | None:
 
 
 def _labels(array: xr.DataArray, dim: str, given: Any, numbers: Array, prompts: Array) -> tuple[str, Array, Array]:
-    """The name of the labels, the class's number of each row (−1 for none), and the classes."""
+    """The name of the labels, the number of each row's class (−1 without a label), and the classes."""
     n = array.sizes[dim]
     if isinstance(given, str):
         if given not in array.coords or array.coords[given].dims != (dim,):
@@ -210,7 +210,7 @@ def _labels(array: xr.DataArray, dim: str, given: Any, numbers: Array, prompts: 
                 f"there are {len(values)} labels for {counts}: give one per {dim}" + (" or one per prompt" if dim != "prompt" else "")
             )
         given = values
-    column = _align(_head(array, dim, numbers, prompts), given, "label")
+    column = align_column(_head(array, dim, numbers, prompts), given, "label")
     codes, classes = _classes(column.name, column.values, filled=column.filled)
     return column.name, codes[numbers], classes
 
@@ -223,12 +223,12 @@ def _is_listed(value: Any) -> bool:
 
 
 def _spread(array: xr.DataArray, dim: str, given: Mapping[Any, Any], numbers: Array, prompts: Array) -> Array:
-    """One value per row from lists that have one for every token of a prompt, found by the token's position."""
+    """One value per row, from lists with one value for every token of a prompt; each row takes the value at its position."""
     if "position" not in array.coords:
         raise LabelError("labels are lists, one value per token, but the activations have no position coordinate to match them by")
     head = _head(array, dim, numbers, prompts)
     places = {prompt: number for number, prompt in enumerate(given)}
-    column = _align(head, places, "label")
+    column = align_column(head, places, "label")
     listed = list(given.values())
     position = np.asarray(array.coords["position"].values)
     values = np.full(len(numbers), None, object)
@@ -251,7 +251,7 @@ def _spread(array: xr.DataArray, dim: str, given: Mapping[Any, Any], numbers: Ar
 
 
 def _head(array: xr.DataArray, dim: str, numbers: Array, prompts: Array) -> xr.DataArray:
-    """One row per prompt with the columns of its first token, as ``labels`` and ``folds`` take it; no activations."""
+    """One row per prompt with the columns of its first token and no activations, in the form that ``labels`` and ``folds`` take."""
     first = np.unique(numbers, return_index=True)[1]
     columns = {
         str(name): ("prompt", value.variable.isel({dim: first}).values, value.attrs)
@@ -262,8 +262,8 @@ def _head(array: xr.DataArray, dim: str, numbers: Array, prompts: Array) -> xr.D
 
 
 def _classes(name: str, values: Any, *, filled: bool = False) -> tuple[Array, Array]:
-    """The class's number of each value, −1 where it is missing, and the classes, sorted."""
-    # A list of numbers and texts must not become one of texts.
+    """The number of each value's class, −1 where the value is missing, and the sorted classes."""
+    # numpy would turn a list of numbers and texts into texts.
     plain = values if isinstance(values, np.ndarray) else np.array(list(values), object)
     if plain.dtype.kind not in "biuf":
         plain = np.asarray([value.item() if isinstance(value, np.generic) else value for value in plain.tolist()], object)
@@ -335,7 +335,7 @@ def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, gr
 
 
 def _deal(names: list[str], together: Any, cv: Any, random_state: int) -> tuple[Any, str]:
-    """Folds where tokens of a prompt differ, so that there is no label of a prompt to stratify by."""
+    """Folds for labels that differ within a prompt, so that prompts have no label to stratify by."""
     described = ""
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
         from sklearn.model_selection import StratifiedGroupKFold
@@ -350,20 +350,21 @@ def _deal(names: list[str], together: Any, cv: Any, random_state: int) -> tuple[
         splitter = StratifiedGroupKFold(n_splits=int(cv), shuffle=True, random_state=random_state)
         cv = list(splitter.split(np.zeros((len(names), 1)), np.zeros(len(names)), kept))
         described = f"{len(cv)} folds of whole {'prompts' if together is None else together.name}, random_state={random_state}"
-    # It asks for one label per prompt and for two of them in each training fold; what its training tokens are is looked at by the caller.
+    # plan_folds requires one label per prompt and two classes in each training fold, so it gets alternating ones. The caller checks the
+    # classes of the training tokens.
     stand_in = np.arange(len(names)) % 2 if len(names) > 2 else np.arange(len(names))
     pairs, made = plan_folds(stand_in, names, together, cv, random_state)
     return pairs, described or made
 
 
 def cells_of(folds: TokenFolds | None, n_prompts: int) -> tuple[Array, Mask]:
-    """Sets of prompts that are in the same training folds, so that every training fold is a sum of some of them.
+    """Cells: sets of prompts that are in the same training folds, so that every training fold is a union of cells.
 
     Returns
     -------
     cell : ndarray of int, shape (prompt,)
     trains : ndarray of bool, shape (fold, cell)
-        Which cells each fold trains on. Without folds a single one, on everything.
+        Which cells each fold trains on. Without folds there is one fold with one cell, all prompts.
     """
     if folds is None:
         return np.zeros(n_prompts, np.int64), np.ones((1, 1), bool)

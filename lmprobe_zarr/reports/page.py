@@ -1,4 +1,4 @@
-"""One page about a store, from what was found out about it. Markup and the data for its script; reads no store and computes no score."""
+"""The markup of the page and the data for its script, from records. Reads no store and computes no score."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class ShownPrompt:
     label : str
         Its label, where there is one.
     text : str
-        The whole of it, where it is known but not where its tokens lie in it; else empty.
+        The whole text, where it is known but the places of its tokens are not; else empty.
     pieces : tuple of (str, str)
-        For each token shown: what stands between it and the token before, and its own text; the latter empty where that is not known.
+        For each token shown: the text between it and the token before, and its own text, which is empty where it is not known.
     names : tuple of str
         What each token is called: its text, id or position.
     """
@@ -81,7 +81,7 @@ class GroupPage:
     ----------
     contents : GroupContents
     layers : tuple of int
-        Those shown: of more than so many, every n-th.
+        Those shown; of too many, every n-th.
     coverage : tuple of Coverage
     profile : LayerProfile or None
     scores : tuple of Chart
@@ -107,11 +107,11 @@ class GroupPage:
 
 
 def embed_json(document: object) -> Html:
-    """JSON that nothing in it can end or turn into markup, inside a ``<script type="application/json">``."""
+    """JSON that cannot end its element or become markup, inside a ``<script type="application/json">``."""
     text = json.dumps(_without_nan(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for letter in ("<", ">", "&", "\u2028", "\u2029"):
         text = text.replace(letter, f"\\u{ord(letter):04x}")
-    # A lone surrogate, as a text may hold that was cut in the wrong place, is no UTF-8.
+    # A lone surrogate, as in a text that was cut in the wrong place, cannot be encoded as UTF-8.
     return Html(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
@@ -121,7 +121,7 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_nan(item) for item in value]
     if isinstance(value, float):
-        # Four digits are what is shown.
+        # The page shows four digits.
         return float(f"{value:.4g}") if math.isfinite(value) else None
     return value
 
@@ -143,10 +143,10 @@ def write_page(place: str, contents: Sequence[GroupContents], groups: Sequence[G
     files = resources.files(__package__)
     style, script = ((files / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Nothing is fetched, and no script runs but the one below: also where something were to slip through.
+    # A second line of defence: even if markup were injected, the browser would fetch nothing and run no other script.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    models = ", ".join(dict.fromkeys(one.group.model for one in contents)) or "nothing yet"
-    body = [_head(place, contents), *(_group(number, one) for number, one in enumerate(groups))]
+    models = ", ".join(dict.fromkeys(group.group.model for group in contents)) or "nothing yet"
+    body = [_head(place, contents), *(_group(number, group) for number, group in enumerate(groups))]
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
@@ -159,24 +159,24 @@ def write_page(place: str, contents: Sequence[GroupContents], groups: Sequence[G
 
 
 def _head(place: str, contents: Sequence[GroupContents]) -> Html:
-    total = sum(one.nbytes for one in contents)
-    raw = sum(one.raw_nbytes for one in contents)
-    prompts = sum(one.prompts for one in contents)
+    total = sum(group.nbytes for group in contents)
+    raw = sum(group.raw_nbytes for group in contents)
+    prompts = sum(group.prompts for group in contents)
     before = f" for {format_bytes(raw)} of activations" if raw else ""
     what = f"{len(contents)} group{'' if len(contents) == 1 else 's'}, {prompts:,} prompts, {format_bytes(total)} stored{before}"
     rows = [
         (
-            one.group.model,
-            one.prompts,
-            one.tokens,
-            one.described_layers,
-            one.group.hidden_size or "unknown",
-            one.described_parts,
-            format_bytes(one.raw_nbytes),
-            format_bytes(one.nbytes),
-            one.group.name,
+            group.group.model,
+            group.prompts,
+            group.tokens,
+            group.described_layers,
+            group.group.hidden_size or "unknown",
+            group.described_parts,
+            format_bytes(group.raw_nbytes),
+            format_bytes(group.nbytes),
+            group.group.name,
         )
-        for one in contents[:LISTED_GROUPS]
+        for group in contents[:LISTED_GROUPS]
     ]
     head = ("model", "prompts", "tokens", "layers", "hidden", "in", "values", "stored", "group")
     listed = table(head, rows, caption="Groups: one for each model and provenance") if rows else Html('<p class="none">It is empty.</p>')
@@ -187,27 +187,27 @@ def _head(place: str, contents: Sequence[GroupContents]) -> Html:
     )
 
 
-def _group(number: int, one: GroupPage) -> Html:
-    name = one.contents.group.model
+def _group(number: int, group: GroupPage) -> Html:
+    name = group.contents.group.model
     pieces = [f'<section class="group" aria-labelledby="group-{number}"><h2 id="group-{number}">{escape(name)}</h2>']
-    pieces.append(f'<p class="dim">{escape(one.contents.summary)}, {escape(format_bytes(one.contents.nbytes))}</p>')
-    data: dict[str, Any] = {"layers": list(one.layers), "layer": one.start, "charts": [], "coverage": [], "maps": []}
-    if one.layers:
-        pieces.append(_bar(number, one))
-    if one.scores:
-        pieces += [_title("Scores by layer", one.scores_note), _charts(one.scores, data, f"scores-{number}")]
-    if one.tokens is not None:
-        pieces += [_title("Tokens", one.tokens.note), _maps(one.tokens, data, one.start)]
-    if one.profile is not None:
-        pieces += _profile(one.profile, data)
-    if one.coverage:
+    pieces.append(f'<p class="dim">{escape(group.contents.summary)}, {escape(format_bytes(group.contents.nbytes))}</p>')
+    data: dict[str, Any] = {"layers": list(group.layers), "layer": group.start, "charts": [], "coverage": [], "maps": []}
+    if group.layers:
+        pieces.append(_bar(number, group))
+    if group.scores:
+        pieces += [_title("Scores by layer", group.scores_note), _charts(group.scores, data, f"scores-{number}")]
+    if group.tokens is not None:
+        pieces += [_title("Tokens", group.tokens.note), _maps(group.tokens, data, group.start)]
+    if group.profile is not None:
+        pieces += _profile(group.profile, data)
+    if group.coverage:
         pieces.append(
             _title("What is stored", "Prompts from left to right in the store's order, layers from below. Full colour: every prompt.")
         )
-        pieces.append(_coverage(one.coverage, data, f"coverage-{number}"))
+        pieces.append(_coverage(group.coverage, data, f"coverage-{number}"))
     pieces.append("<h3>Contents</h3>")
-    pieces += map(str, one.contents.sections())
-    pieces += [f'<p class="none">{escape(text)}</p>' for text in one.missing]
+    pieces += map(str, group.contents.sections())
+    pieces += [f'<p class="none">{escape(text)}</p>' for text in group.missing]
     pieces.append(f'<script type="application/json" class="lz-data">{embed_json(data)}</script></section>')
     return Html("".join(map(str, pieces)))
 
@@ -216,18 +216,18 @@ def _title(title: str, note: str) -> str:
     return f'<h3>{escape(title)}</h3><p class="dim">{escape(note)}</p>'
 
 
-def _bar(number: int, one: GroupPage) -> str:
-    at = one.layers.index(one.start)
+def _bar(number: int, group: GroupPage) -> str:
+    at = group.layers.index(group.start)
     return (
         f'<div class="bar"><label for="layer-{number}">Layer</label>'
-        f'<input id="layer-{number}" type="range" min="0" max="{len(one.layers) - 1}" step="1" value="{at}" '
+        f'<input id="layer-{number}" type="range" min="0" max="{len(group.layers) - 1}" step="1" value="{at}" '
         f'title="Arrow keys change the layer">'
-        f'<output for="layer-{number}">layer {one.start}</output><span class="now" aria-live="polite"></span></div>'
+        f'<output for="layer-{number}">layer {group.start}</output><span class="now" aria-live="polite"></span></div>'
     )
 
 
 def _charts(charts: Sequence[Chart], data: dict[str, Any], name: str) -> str:
-    """Charts of which one is seen at a time, where a script runs; else all."""
+    """Charts with a menu to choose one; without scripts, all are visible."""
     out = []
     if len(charts) > 1:
         options = "".join(f"<option>{escape(chart.title)}</option>" for chart in charts)
@@ -237,18 +237,18 @@ def _charts(charts: Sequence[Chart], data: dict[str, Any], name: str) -> str:
 
 def _chart(chart: Chart, data: dict[str, Any], name: str) -> str:
     number = len(data["charts"])
-    series = [(one.name, np.asarray(one.values, float).tolist()) for one in chart.series]
+    series = [(series.name, np.asarray(series.values, float).tolist()) for series in chart.series]
     data["charts"].append({"title": chart.title, "layers": list(chart.layers), "x": layer_places(chart.layers), "series": series})
     legend = "".join(
-        f'<li><svg class="{style_of(i, one.kind)}" viewBox="0 0 30 12" aria-hidden="true">'
-        f'<path class="line" d="M0 6H30"/>{mark(15, 6, i)}</svg>{escape(one.name)}</li>'
-        for i, one in enumerate(chart.series)
+        f'<li><svg class="{style_of(i, series.kind)}" viewBox="0 0 30 12" aria-hidden="true">'
+        f'<path class="line" d="M0 6H30"/>{mark(15, 6, i)}</svg>{escape(series.name)}</li>'
+        for i, series in enumerate(chart.series)
     )
     rows = [
-        (layer, *("—" if not math.isfinite(float(one.values[i])) else Html(_digits(float(one.values[i]))) for one in chart.series))
+        (layer, *("—" if not math.isfinite(float(series.values[i])) else Html(_digits(float(series.values[i]))) for series in chart.series))
         for i, layer in enumerate(chart.layers)
     ]
-    values = table(("layer", *(one.name for one in chart.series)), rows, caption=chart.title)
+    values = table(("layer", *(series.name for series in chart.series)), rows, caption=chart.title)
     note = f" <span>{escape(chart.note)}</span>" if chart.note else ""
     return (
         f'<figure data-n="{number}" data-of="{name}"><figcaption><strong>{escape(chart.title)}</strong>{note}</figcaption>'
@@ -312,7 +312,7 @@ def _profile(profile: LayerProfile, data: dict[str, Any]) -> list[str]:
 
 
 def _spans(series: Sequence[Series], factor: float) -> bool:
-    values = np.concatenate([np.asarray(one.values, float) for one in series])
+    values = np.concatenate([np.asarray(curve.values, float) for curve in series])
     values = values[np.isfinite(values) & (values > 0)]
     return bool(len(values)) and bool(values.max() > factor * values.min())
 
@@ -320,29 +320,29 @@ def _spans(series: Sequence[Series], factor: float) -> bool:
 def _coverage(coverage: Sequence[Coverage], data: dict[str, Any], name: str) -> str:
     out = []
     if len(coverage) > 1:
-        options = "".join(f"<option>{escape(one.variable)}</option>" for one in coverage)
+        options = "".join(f"<option>{escape(variable.variable)}</option>" for variable in coverage)
         out.append(f'<select class="pick" data-of="{name}" aria-label="Which variable">{options}</select>')
-    for one in coverage:
+    for variable in coverage:
         number = len(data["coverage"])
-        shares = one.shares
-        data["coverage"].append({"layers": list(one.layers), "edges": list(one.edges), "shares": shares.tolist()})
-        whole = float((shares * np.diff(one.edges)).sum() / max(1, one.edges[-1] * len(shares)))
-        said = f"{100 * whole:.3g} % of prompts × layers stored" if one.layers else f"{100 * whole:.3g} % of prompts stored"
-        label = f"{one.variable}: {said}"
+        shares = variable.shares
+        data["coverage"].append({"layers": list(variable.layers), "edges": list(variable.edges), "shares": shares.tolist()})
+        whole = float((shares * np.diff(variable.edges)).sum() / max(1, variable.edges[-1] * len(shares)))
+        said = f"{100 * whole:.3g} % of prompts × layers stored" if variable.layers else f"{100 * whole:.3g} % of prompts stored"
+        label = f"{variable.variable}: {said}"
         columns = shares.shape[1]
         height = max(3.0, min(16.0, GRID_HEIGHT / len(shares)))
-        picture = draw_grid(one_hue(shares), label=label, describe_rows=_named(one.layers, height), cell=(680 / columns, height))
-        bins = one.edges[-1] / max(1, len(one.edges) - 1)
+        picture = draw_grid(one_hue(shares), label=label, describe_rows=_named(variable.layers, height), cell=(680 / columns, height))
+        bins = variable.edges[-1] / max(1, len(variable.edges) - 1)
         note = f"{said}; {'one column for each prompt' if bins == 1 else f'each column stands for about {bins:.0f} prompts'}."
-        rows = [(layer, Html(f"{100 * float(row.mean()):.3g} %")) for layer, row in zip(one.layers or ("all",), shares, strict=True)]
-        caption = f"<figcaption><strong>{escape(one.variable)}</strong> {escape(note)}</figcaption>"
+        rows = [(layer, Html(f"{100 * float(row.mean()):.3g} %")) for layer, row in zip(variable.layers or ("all",), shares, strict=True)]
+        caption = f"<figcaption><strong>{escape(variable.variable)}</strong> {escape(note)}</figcaption>"
         listed = f"<details><summary>Values as a table</summary><div>{table(('layer', 'stored'), rows)}</div></details>"
         out.append(f'<figure class="coverage" data-n="{number}" data-of="{name}">{caption}{picture}{listed}</figure>')
     return "".join(out)
 
 
 def _named(layers: Sequence[int], height: float) -> list[tuple[int, str]]:
-    """Which rows of a grid are named: as many as there is room for."""
+    """The rows of a grid that are labelled: as many as there is room for."""
     step = max(1, math.ceil(13 / height))
     return [(i, str(layer)) for i, layer in enumerate(layers)][::step]
 

@@ -80,7 +80,7 @@ class Chart:
 
 
 def layer_places(layers: Sequence[int]) -> list[float]:
-    """Where each layer stands from left to right, in the picture's own units."""
+    """The horizontal place of each layer, in the units of the picture."""
     low, high = layers[0], layers[-1]
     span = WIDTH - LEFT - RIGHT - 20
     if low == high:
@@ -90,7 +90,7 @@ def layer_places(layers: Sequence[int]) -> list[float]:
 
 def draw_chart(chart: Chart) -> Html:
     """The picture of a chart. Layers are marked by a line of class ``cursor``, which a script may move."""
-    values = [one for series in chart.series for one in (series.values, series.low, series.high) if one is not None]
+    values = [array for series in chart.series for array in (series.values, series.low, series.high) if array is not None]
     every = np.concatenate([*values, np.array([height for _, height in chart.lines])])
     every = every[np.isfinite(every) & ((every > 0) | (not chart.log))]
     if not len(every):
@@ -137,7 +137,7 @@ def draw_chart(chart: Chart) -> Html:
 
 
 def style_of(number: int, kind: str) -> str:
-    """The classes of a curve; more curves than colours begin anew, with other marks."""
+    """The CSS classes of a curve; after the last colour the first is used again."""
     return f"s{number % 6} {escape(kind)}"
 
 
@@ -167,7 +167,7 @@ def _curve(series: Series, number: int, points: Any) -> str:
 
 
 def mark(x: float, y: float, number: int) -> str:
-    """One of six shapes, so that curves are told apart without colours."""
+    """One of six shapes, so that curves can be distinguished without colour."""
     if number % 6 == 0:
         return f'<circle class="mark" cx="{x}" cy="{y}" r="3.5"/>'
     shapes = {
@@ -249,7 +249,7 @@ def draw_grid(colours: Array, *, label: str, describe_rows: Sequence[tuple[int, 
 
 
 def one_hue(shares: Array) -> Array:
-    """Colours for shares from 0 to 1: more or less of one blue; what is NaN is clear. Shape (…,) to (…, 4)."""
+    """Colours for shares from 0 to 1: a blue of that opacity; NaN is transparent. Shape (…,) to (…, 4)."""
     out = np.zeros((*shares.shape, 4), np.uint8)
     out[..., :3] = BLUE
     out[..., 3] = np.round(np.nan_to_num(np.clip(shares, 0, 1)) * 255 * STRONGEST)
@@ -257,7 +257,7 @@ def one_hue(shares: Array) -> Array:
 
 
 def two_hues(shares: Array) -> Array:
-    """Colours for shares from 0 to 1 with a middle: vermilion below a half, blue above, clear at it."""
+    """Diverging colours for shares from 0 to 1: vermilion below a half, blue above, transparent at it."""
     out = np.zeros((*shares.shape, 4), np.uint8)
     filled = np.nan_to_num(shares, nan=0.5)
     out[..., :3] = np.where((filled >= 0.5)[..., None], np.array(BLUE, np.uint8), np.array(VERMILION, np.uint8))

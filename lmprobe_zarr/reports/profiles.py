@@ -1,6 +1,6 @@
-"""What a look at activations needs: norms and outliers by layer, coverage in bins, a number for every token and layer. Never draws.
+"""Summaries of stored activations: norms and outliers by layer, coverage in bins, a number for every token and layer. Never draws.
 
-Values are read one layer at a time, and no more of them than is asked for, whatever the store's size.
+Values are read layer by layer, and only as many as the caller allows, whatever the size of the store.
 """
 
 from __future__ import annotations
@@ -87,20 +87,20 @@ class LayerProfile:
 
     @property
     def is_sample(self) -> bool:
-        """Whether not everything was looked at."""
+        """Whether only some of the prompts were read."""
         return self.prompts < self.of_prompts
 
 
 def choose_profiled(view: View) -> tuple[Level, str] | None:
-    """The variable that tells most of a group: its residual stream by token, else another site by token, else something pooled of it."""
+    """The most informative variable of a group: its residual stream by token, else another site by token, else a pooled variable."""
     wanted: list[tuple[Level, str]] = [("tokens", site) for site in LAYERED_SITES]
     wanted += [("prompts", f"{site}_{pooling}") for site in LAYERED_SITES for pooling in POOLINGS]
     held = {(level, name) for level in LEVELS for name in view.variables(level)}
-    return next((one for one in wanted if one in held), None)
+    return next((variable for variable in wanted if variable in held), None)
 
 
 def _sample(weights: Ints, most: int) -> Ints:
-    """All prompts where they weigh at most so many rows; else eight runs of neighbours, evenly spaced, which weigh that much together."""
+    """All prompts if they have at most `most` rows; else eight evenly spaced runs of neighbours that have about as many together."""
     n = len(weights)
     if int(weights.sum()) <= most or n <= RUNS:
         return np.arange(n)
@@ -301,7 +301,7 @@ def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: S
 
 
 def score_of(estimator: Any) -> Score:
-    """What a fitted classifier of two classes says of rows: above 0 for the second class. Of a logistic regression its log-odds.
+    """The score of a fitted classifier of two classes: above 0 for the second class. For a logistic regression the log-odds.
 
     Raises
     ------
