@@ -27,7 +27,7 @@ from lmprobe_zarr.errors import (
 from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
 from lmprobe_zarr.streaming.batches import Batches
-from lmprobe_zarr.streaming.order import plan_stream
+from lmprobe_zarr.streaming.order import plan_reading
 
 Array = npt.NDArray[Any]
 LAYERS = (0, 2, 5)
@@ -262,7 +262,7 @@ def test_a_state_says_where_to_go_on_and_only_for_the_very_same_batches(tokens: 
     assert_same(rest, again)
     assert again.state_dict(step=3) == {"step": 3, "plan": state["plan"]}
     for other in ({"seed": 1}, {"batch_tokens": 71}, {"layer": 2}, {"skip_positions": 1}, {"epochs": 3}):
-        with pytest.raises(InvalidArgumentError, match="of other batches"):
+        with pytest.raises(InvalidArgumentError, match="belongs to other batches"):
             tokens.lz.batches(**{**options, **other}).load_state_dict(state)
     with pytest.raises(InvalidArgumentError, match="no state of batches"):
         batches.load_state_dict({"step": 1})
@@ -430,7 +430,7 @@ def test_kept_statistics_are_read_back_until_what_they_sum_up_changes(
     )
     assert len(chunk_reads) > 0, "a flipped bit is noticed"
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidArgumentError, match="something else"):
+    with pytest.raises(InvalidArgumentError, match="holds no kept statistics"):
         tokens.lz.statistics(layer=0, keep=tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(InvalidArgumentError, match="read from a store"):
@@ -500,7 +500,7 @@ def test_spawned_workers_of_a_dataloader_give_every_row_once_resumably(tokens: x
     assert steps % 2, "an odd number, so that the second epoch begins with the other worker"
     every: list[list[int]] = []
     for epoch in range(2):
-        streams = [plan_stream(whole.blocks, whole.order, epoch, worker, 2) for worker in range(2)]
+        streams = [plan_reading(whole.blocks, whole.order, epoch, worker, 2) for worker in range(2)]
         rows = [np.concatenate([stream.window(i) for i in range(len(stream.cuts) - 1)]).tolist() for stream in streams]
         bounds = [stream.bounds.tolist() for stream in streams]
         # By turns, as long as there are batches.

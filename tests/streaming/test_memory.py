@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmprobe_zarr.streaming.memory import Reused, copy_cast
+from lmprobe_zarr.streaming.memory import ReusedMemory, copy_cast
 
 
 def address(array: Any) -> int:
@@ -16,7 +16,7 @@ def address(array: Any) -> int:
 
 
 def test_what_is_dropped_is_used_again() -> None:
-    reused = Reused()
+    reused = ReusedMemory()
     first = reused.empty((4, 1000), np.float32)
     assert first.shape == (4, 1000)
     assert first.dtype == np.float32
@@ -40,7 +40,7 @@ def test_what_anybody_holds_is_left_alone(kept: str) -> None:
         "memory": lambda a: memoryview(a)[1:],
         "a base of a base": lambda a: np.asarray(memoryview(a[1:])).reshape(-1)[:7],
     }
-    reused = Reused()
+    reused = ReusedMemory()
     made = reused.empty((4, 100), np.float32)
     made[:] = 7
     holding = ways[kept](made)
@@ -56,7 +56,7 @@ def test_what_anybody_holds_is_left_alone(kept: str) -> None:
 
 
 def test_what_is_held_for_ever_does_not_pile_up() -> None:
-    reused = Reused()
+    reused = ReusedMemory()
     held = [reused.empty((100,), np.float32) for _ in range(50)]
     for number, array in enumerate(held):
         array[:] = number
@@ -68,7 +68,7 @@ def test_what_is_held_for_ever_does_not_pile_up() -> None:
 @pytest.mark.model
 def test_tensors_hold_their_memory_too() -> None:
     torch = pytest.importorskip("torch")
-    reused = Reused()
+    reused = ReusedMemory()
     made = torch.from_numpy(reused.empty((4, 100), np.float32)).fill_(7)
     row = made.reshape(2, 200)[1]
     at = made.data_ptr()
