@@ -15,7 +15,7 @@ def address(array: Any) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def test_what_is_dropped_is_used_again() -> None:
+def test_memory_without_references_is_used_again() -> None:
     reused = ReusedMemory()
     first = reused.empty((4, 1000), np.float32)
     assert first.shape == (4, 1000)
@@ -30,7 +30,7 @@ def test_what_is_dropped_is_used_again() -> None:
 
 
 @pytest.mark.parametrize("kept", ["itself", "a row", "a view of a view", "another dtype", "its transpose", "memory", "a base of a base"])
-def test_what_anybody_holds_is_left_alone(kept: str) -> None:
+def test_memory_that_is_referenced_is_not_used_again(kept: str) -> None:
     ways: dict[str, Any] = {
         "itself": lambda a: a,
         "a row": lambda a: a[2],
@@ -55,7 +55,7 @@ def test_what_anybody_holds_is_left_alone(kept: str) -> None:
     assert bytes(np.ascontiguousarray(holding)) == before
 
 
-def test_what_is_held_for_ever_does_not_pile_up() -> None:
+def test_arrays_that_are_never_freed_do_not_accumulate_buffers() -> None:
     reused = ReusedMemory()
     held = [reused.empty((100,), np.float32) for _ in range(50)]
     for number, array in enumerate(held):

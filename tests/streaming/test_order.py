@@ -80,8 +80,8 @@ def test_every_wanted_row_comes_once_per_epoch_to_one_trainer(
         assert count_steps(len(wanted), order) == steps
         batches = epoch_of(blocks, order, 3, readers)
         assert len(batches) == steps, "all trainers have equally many batches"
-        assert all(len(one) == batch if drop_last else 1 <= len(one) <= batch for one in batches)
-        given_rows += [row for one in batches for row in one]
+        assert all(len(rows) == batch if drop_last else 1 <= len(rows) <= batch for rows in batches)
+        given_rows += [row for rows in batches for row in rows]
     assert len(set(given_rows)) == len(given_rows), "no row twice"
     assert set(given_rows) <= set(wanted)
     assert len(given_rows) == (steps * batch * world if drop_last else len(wanted))
@@ -168,6 +168,6 @@ def test_blocks_are_joined_in_the_order_of_their_first_rows() -> None:
         ({"world_size": 0}, InvalidArgumentError, "world_size=0"),
     ],
 )
-def test_numbers_that_make_no_order_are_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_numbers_that_define_no_order_are_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         Order(**{"batch_tokens": 4, "buffer_tokens": 8, **options})
