@@ -58,12 +58,12 @@ def sides_of(tokens: xr.Dataset) -> dict[str, Callable[[], Any]]:
 
 def mixing(prompts: int, chunk: int, batch: int, buffer: int) -> dict[str, Any]:
     """Mean number of distinct prompts in a batch, beside that of a full shuffle: a matter of the plan alone, nothing is read."""
-    from lmprobe_zarr.streaming.order import Blocks, Order, plan_stream
+    from lmprobe_zarr.streaming.order import Blocks, Order, plan_reading
 
     n = prompts * PER_PROMPT
     of = np.arange(n) // PER_PROMPT
     blocks = Blocks(np.append(np.arange(0, n, chunk), n))
-    stream = plan_stream(blocks, Order(batch, buffer, drop_last=True), 0)
+    stream = plan_reading(blocks, Order(batch, buffer, drop_last=True), 0)
     rows = np.concatenate([stream.window(i) for i in range(len(stream.cuts) - 1)])
     full = np.random.default_rng(0).permutation(n)
     ours, best = (np.mean([len(np.unique(of[some[i : i + batch]])) for i in range(0, n - batch + 1, batch)]) for some in (rows, full))

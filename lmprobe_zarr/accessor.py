@@ -1,4 +1,7 @@
-"""``ds.lz``: what xarray does not know about activations. Works on any dataset or array with our dimension names."""
+"""The xarray accessor ``.lz``: tokens to prompts, tensors, batches, statistics and plots, each handed on to the room that computes it.
+
+Works on any dataset or array with the dimension names of this package.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.display import Html, card, definitions, sparkline, table
 from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
-from lmprobe_zarr.streaming import Batches, norms_of, open_batches, statistics_of
+from lmprobe_zarr.streaming import Batches, BatchOptions, norms_of, open_batches, statistics_of
 from lmprobe_zarr.tokens import pad_tokens, pool_tokens, tokens_at
+from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +28,7 @@ T = TypeVar("T", xr.Dataset, xr.DataArray)
 
 
 class _TokenAccessor(Generic[T]):
-    """What datasets and arrays have in common."""
+    """Methods that datasets and arrays share."""
 
     _data: T
 
@@ -33,12 +36,12 @@ class _TokenAccessor(Generic[T]):
         self._data = data
 
     def at(self, position: int) -> T:
-        """The values at one place of every prompt, back to one row per prompt.
+        """The values at one position of every prompt, one row per prompt.
 
         Parameters
         ----------
         position : int
-            Counted from the prompt's first token that is here, or, if negative, from its last: ``-1`` is the last token.
+            Counted from the prompt's first token in the data, or, if negative, from its last: ``-1`` is the last token.
 
         Returns
         -------
@@ -63,7 +66,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Parameters
         ----------
         pooling : {"last_token", "first_token", "mean", "max", "min"}
-            See `lmprobe_zarr.pooling.pool_ragged`. Over the tokens that are here: after a selection, over those selected.
+            See `lmprobe_zarr.batch.pool_ragged`. After a selection, only the selected tokens are pooled.
 
         Returns
         -------
@@ -75,7 +78,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
     def padded(self) -> xr.DataArray:
         """``token`` replaced by ``prompt`` and ``position``, in memory; NaN (−1 for integers) where a prompt has no token.
 
-        ``position`` holds the positions that occur, so after a selection each token still stands at its own.
+        ``position`` has the positions that occur, so after a selection each token keeps its own position.
         """
         return pad_tokens(self._data)
 
@@ -85,7 +88,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Parameters
         ----------
         prompt : str, optional
-            Text or hash; may be left out where there is one.
+            Text or hash; may be left out if there is only one prompt.
         **kwargs
             As for `lmprobe_zarr.plots.plot_tokens`.
 
@@ -119,10 +122,10 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Parameters
         ----------
         dtype : torch.dtype, optional
-            None keeps the dtype that was stored: bfloat16 comes back as bfloat16, unless the values have changed since and
-            no longer fit into it.
+            None keeps the stored dtype: bfloat16 comes back as bfloat16, unless the values have changed since and no longer fit into
+            bfloat16.
         device : torch device, optional
-            None stays on the CPU, where no value is copied beyond the read itself.
+            None for the CPU, where no value is copied after it was read.
 
         Returns
         -------
@@ -135,15 +138,10 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
             torch is not installed.
         """
         try:
-            import torch
+            from lmprobe_zarr.streaming.torch import as_tensor
         except ImportError as error:
             raise MissingDependencyError('to_torch needs torch: pip install "lmprobe-zarr[models]"') from error
-        values: npt.NDArray[Any] = np.asarray(self._data.values, order="C")
-        if not values.flags.writeable:
-            values = values.copy()  # torch has no read-only tensors
-        if dtype is None and self._data.attrs.get("stored_dtype") == "bfloat16" and _fits_bfloat16(values):
-            dtype = torch.bfloat16
-        return torch.from_numpy(values).to(device=device, dtype=dtype)
+        return as_tensor(self._data, dtype=dtype, device=device)
 
     def batches(
         self,
@@ -172,70 +170,69 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         """Shuffled batches of rows, for training sparse autoencoders or probes of single tokens.
 
         Whole chunks are read in random order, as many at a time as the buffer holds, and the rows of one buffer are mixed. So each chunk
-        is read once per epoch, and each row comes once. Nothing but the buffers is held in memory, and what is said of it below.
+        is read once per epoch, and each row occurs once. Only the buffers are held in memory, and the labels.
 
         Parameters
         ----------
         layer : int or sequence of int, optional
-            One layer, for batches of shape (batch, hidden), or several, for (layer, batch, hidden). None for all that are here.
+            One layer, for batches of shape (batch, hidden), or several, for (layer, batch, hidden). None for all layers.
         batch_tokens : int
-            Rows of a batch: tokens, or prompts where this is one value per prompt.
+            Rows of a batch: tokens, or prompts where the array has one value per prompt.
         shuffle : bool
-            False gives rows in their order.
+            False keeps the order of the rows.
         seed : int
             The order depends on it, on the options, and on which parts hold the rows; on nothing else.
         epochs : int, optional
-            How often all rows come, in another order each time; None for ever.
+            How often all rows are given, each time in another order; None for no end.
         drop_last : bool
-            Whether the rows that fill no batch at the end of an epoch are left out; otherwise it is shorter.
+            Whether the rows that fill no batch at the end of an epoch are left out; otherwise the last batch is shorter.
         buffer_tokens : int, optional
-            About how many rows are mixed together; None for 256 MiB of them. Another buffer is read while one is used. Where all rows fit
-            into one buffer, they are shuffled entirely.
+            About how many rows are mixed together; None for 256 MiB of them. The next buffer is read while one is used. If all rows fit
+            into one buffer, they are shuffled completely.
         rank, world_size : int
-            Which of how many trainers this is. They get disjoint rows, together all, in equally many batches.
+            The number of this trainer, and how many there are. Each row belongs to one trainer, and all have the same number of batches.
         start_step : int
-            How many batches to leave out, over all epochs: those that follow are the same as without it. Costs at most one buffer.
+            How many batches to leave out, over all epochs. The remaining batches do not change. Reads at most one buffer for nothing.
         skip_positions : int or iterable of int
-            Places of tokens in their prompts that are left out; 0 is the first token, which usually is an outlier.
+            Positions of tokens that are left out; 0 is the first token of each prompt, which usually is an outlier.
         max_norm : float, optional
-            Leaves out rows whose norm is more than so many times the median of its layer, in any of the layers, and those that are not
-            finite. Reads all rows once before the first batch; see `norms` for doing that once and for all.
+            Leaves out rows whose norm exceeds this many times the median of its layer, in any of the layers, and rows that are not
+            finite. Reads all rows once before the first batch; with `norms` you can do that once for several calls.
         where : DataArray of bool over token, or array of bool, shape (token,), optional
             Only rows where it is true.
         missing : {"raise", "drop"}
-            What happens where rows are not stored in all of the layers.
+            What happens to rows that are not stored in all of the layers.
         labels : str or iterable of str, optional
             Coordinates along token to give beside each batch, as a dict of arrays of shape (batch,): ``prompt``, ``position``,
-            ``token_id``, columns of yours, or ``row``, the number of the row here. They are held in memory.
+            ``token_id``, your own columns, or ``row``, the number of the row in this array. They are held in memory.
         mean, scale : DataArray over layer and hidden, float or array, optional
             Rows become (row − mean) / scale, computed in float32 at least. See `statistics`.
         dtype : dtype, optional
-            float16, float32 or float64, and for torch bfloat16 too. None for that of the values, float32 where they are normalised.
+            float16, float32 or float64, and for torch bfloat16 too. None for that of the values; for normalised values at least float32.
         framework : {"numpy", "torch"}
-            What batches are. Those of torch are an ``IterableDataset``: iterate them, or give them to ``DataLoader(…, batch_size=None)``.
+            Arrays or tensors. Batches of tensors are an ``IterableDataset``: iterate it, or give it to ``DataLoader(…, batch_size=None)``.
         prefetch : bool
-            Whether the next buffer is read, on a thread, while one is used.
+            Whether the next buffer is read on a thread while one is used.
 
         Returns
         -------
         Batches
-            To be iterated, each time from `start_step`; ``len``, ``steps_per_epoch``, ``state_dict`` and ``load_state_dict``.
+            Each iteration begins at `start_step`; also ``len``, ``steps_per_epoch``, ``state_dict`` and ``load_state_dict``.
 
         Raises
         ------
         LayerOutOfRangeError
-            A layer that is not here.
+            The array lacks a layer.
         MissingPromptsError
             Rows are not stored in a layer.
         NumberRangeError
             While iterating: a value is too large for float16.
         MissingDependencyError
-            torch is asked for and not installed.
+            ``framework="torch"``, and torch is not installed.
         InvalidArgumentError, InvalidTypeError
             An option that cannot be used, or filters that leave too little.
         """
-        return open_batches(
-            self._data,
+        options = BatchOptions(
             layer=layer,
             batch_tokens=batch_tokens,
             shuffle=shuffle,
@@ -257,6 +254,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
             framework=framework,
             prefetch=prefetch,
         )
+        return open_batches(self._data, options)
 
     def norms(self, layer: int | Iterable[int] | None = None) -> xr.DataArray:
         """The Euclidean norm of every row, float32, over ``layer`` and ``token`` (or ``prompt``), in memory; each layer is read once.
@@ -264,7 +262,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Parameters
         ----------
         layer : int or sequence of int, optional
-            As in `batches`. Rows that are not stored in all of them have NaN.
+            As in `batches`. Rows that one of the layers lacks are NaN.
 
         Returns
         -------
@@ -287,18 +285,17 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         outlier_factor: float = 10.0,
         keep: str | os.PathLike[str] | None = None,
     ) -> xr.Dataset:
-        """Mean and standard deviation of every layer, and how long its rows are, in one pass over them.
+        """Mean, standard deviation and norms of every layer, in one pass over its rows.
 
         Parameters
         ----------
         layer, skip_positions, where, missing
-            Which rows, as in `batches`. Those that are not finite are counted and left out.
+            Which rows, as in `batches`. Rows that are not finite are counted and left out.
         outlier_factor : float
-            In medians of the norms.
+            Rows whose norm exceeds this many medians are outliers.
         keep : str or path, optional
-            A file, or a URL of one, to keep the result in, made by one step in which nobody sees it unfinished. Where it holds the
-            statistics of the very same rows, they are returned and nothing is read; when parts or options have changed since, it is
-            made again. Give each selection a file of its own.
+            A file, or the URL of one, to keep the result in; it is written atomically. If it holds the statistics of the same rows, it is
+            returned and no row is read. If parts or options have changed since, it is written again. Use one file per selection.
 
         Returns
         -------
@@ -311,12 +308,12 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Raises
         ------
         InvalidArgumentError
-            As in `batches`; `keep` names something else, or these values are not read from a store.
+            As in `batches`; `keep` names a file that holds something else, or the values are not read from a store.
 
         Notes
         -----
-        Sums of blocks are merged in float64 (Chan, Golub and LeVeque 1979), so that nothing is lost to a mean far from zero. The norms
-        of one layer are held in memory: 8 bytes per row.
+        Sums of blocks are merged in float64 (Chan, Golub and LeVeque 1979), so a mean far from zero costs no precision. The norms of one
+        layer are held in memory: 8 bytes per row.
         """
         return statistics_of(
             self._data,
@@ -380,7 +377,7 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         -------
         Batches
         """
-        return open_batches(self._array(variable), **options)
+        return ArrayAccessor(self._array(variable)).batches(**options)
 
     def norms(self, variable: str | None = None, layer: int | Iterable[int] | None = None) -> xr.DataArray:
         """`ArrayAccessor.norms` of one variable: of ``resid``, or of the only one, if none is named.
@@ -415,11 +412,11 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return statistics_of(self._array(variable), **options)
 
     def _array(self, variable: str | None) -> xr.DataArray:
-        there = [str(name) for name, v in self._data.data_vars.items() if {"token", "prompt"} & set(v.dims)]
+        names = [str(name) for name, v in self._data.data_vars.items() if {"token", "prompt"} & set(v.dims)]
         if variable is None:
-            variable = "resid" if "resid" in there else there[0] if len(there) == 1 else None
-        if variable not in there:
-            raise InvalidArgumentError(f"variable={variable!r}: name one of {there}")
+            variable = "resid" if "resid" in names else names[0] if len(names) == 1 else None
+        if variable not in names:
+            raise InvalidArgumentError(f"variable={variable!r}: name one of {names}")
         return self._data[variable]
 
     def plot(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
@@ -440,46 +437,11 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
 
         return plot_scores(self._data, metric, **kwargs)
 
-    def _best(self) -> list[tuple[str, str, npt.NDArray[Any], npt.NDArray[Any]]]:
-        """For each probe and each of the usual scores: name, metric, layers, and the mean over everything but the layer."""
-        data = self._data
-        if not {"layer", "probe"} <= set(data.dims):
-            return []
-        metrics = [name for name in ("accuracy", "auroc", "r2") if name in data and {"layer", "probe"} <= set(data[name].dims)]
-        found = []
-        for metric in metrics:
-            scores = data[metric]
-            means = scores.mean([dim for dim in scores.dims if dim not in ("layer", "probe")]).sortby("layer").transpose("probe", "layer")
-            found += [(str(probe), metric, means.layer.values, row.values) for probe, row in zip(means.probe.values, means, strict=True)]
-        return sorted(found, key=lambda one: one[0])
-
     def __repr__(self) -> str:
-        kind = "scores of a sweep" if self._best() else ", ".join(f"{dim}: {size}" for dim, size in self._data.sizes.items())
-        lines = [f"<lz accessor, {kind}>"]
-        for probe, metric, layers, values in self._best():
-            if np.isfinite(values).any():
-                best = int(np.nanargmax(values))
-                lines.append(f"  {probe}: best {metric} {values[best]:.3f} at layer {layers[best]}")
-        return "\n".join(lines)
+        return _as_text(self._data)
 
     def _repr_html_(self) -> str:
-        rows = self._best()
-        attrs = self._data.attrs
-        if not rows:
-            sizes = {str(dim): f"{size:,}" for dim, size in self._data.sizes.items()}
-            return str(card(".lz", "pool, at, padded, to_torch, plot", definitions(sizes)))
-        body: list[tuple[object, ...]] = []
-        for probe, metric, layers, values in rows:
-            if not np.isfinite(values).any():
-                body.append((probe, metric, "undefined", "", ""))
-                continue
-            low, high, best = float(np.nanmin(values)), float(np.nanmax(values)), int(np.nanargmax(values))
-            label = f"{metric} of {probe} by layer, from {low:.3f} to {high:.3f}, highest at layer {layers[best]}"
-            curve = sparkline(values.tolist(), low, high, label=label) if len(layers) > 1 else Html("")
-            body.append((probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
-        told = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
-        note = " · ".join(part for part in (str(attrs.get("model", "")), told) if part)
-        return str(card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body)))
+        return _as_html(self._data)
 
     def plot_transfer(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
         """Scores of `lmprobe_zarr.sweep_transfer`; see `lmprobe_zarr.plots.plot_transfer`.
@@ -532,6 +494,49 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return plot_calibration(self._data, **kwargs)
 
 
-def _fits_bfloat16(values: npt.NDArray[Any]) -> bool:
-    # Arithmetic keeps the attribute, and its results seldom are bfloat16 numbers: those have 16 zeros at the end.
-    return values.dtype == np.float32 and not int(np.bitwise_or.reduce(values.reshape(-1).view(np.uint32))) & 0xFFFF
+# -- what the accessor of a dataset shows of itself -------------------------------------------------------------------------
+
+
+def _scores_by_probe(data: xr.Dataset) -> list[tuple[str, str, Array, Array]]:
+    """For each probe and usual metric: both names, the layers, and the mean score of each layer. Empty where there are no scores."""
+    if not {"layer", "probe"} <= set(data.dims):
+        return []
+    metrics = [name for name in ("accuracy", "auroc", "r2") if name in data and {"layer", "probe"} <= set(data[name].dims)]
+    found = []
+    for metric in metrics:
+        scores = data[metric]
+        means = scores.mean([dim for dim in scores.dims if dim not in ("layer", "probe")]).sortby("layer").transpose("probe", "layer")
+        found += [(str(probe), metric, means.layer.values, row.values) for probe, row in zip(means.probe.values, means, strict=True)]
+    return sorted(found, key=lambda scores_of_probe: scores_of_probe[0])
+
+
+def _as_text(data: xr.Dataset) -> str:
+    """The dimensions of a dataset; for scores of a sweep, the best layer of each probe."""
+    kind = "scores of a sweep" if _scores_by_probe(data) else ", ".join(f"{dim}: {size}" for dim, size in data.sizes.items())
+    lines = [f"<lz accessor, {kind}>"]
+    for probe, metric, layers, values in _scores_by_probe(data):
+        if np.isfinite(values).any():
+            best = int(np.nanargmax(values))
+            lines.append(f"  {probe}: best {metric} {values[best]:.3f} at layer {layers[best]}")
+    return "\n".join(lines)
+
+
+def _as_html(data: xr.Dataset) -> str:
+    """The same as a card, with a curve over the layers for each probe."""
+    rows = _scores_by_probe(data)
+    attrs = data.attrs
+    if not rows:
+        sizes = {str(dim): f"{size:,}" for dim, size in data.sizes.items()}
+        return str(card(".lz", "pool, at, padded, to_torch, plot", definitions(sizes)))
+    body: list[tuple[object, ...]] = []
+    for probe, metric, layers, values in rows:
+        if not np.isfinite(values).any():
+            body.append((probe, metric, "undefined", "", ""))
+            continue
+        low, high, best = float(np.nanmin(values)), float(np.nanmax(values)), int(np.nanargmax(values))
+        label = f"{metric} of {probe} by layer, from {low:.3f} to {high:.3f}, highest at layer {layers[best]}"
+        curve = sparkline(values.tolist(), low, high, label=label) if len(layers) > 1 else Html("")
+        body.append((probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
+    origin = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
+    note = " · ".join(part for part in (str(attrs.get("model", "")), origin) if part)
+    return str(card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body)))

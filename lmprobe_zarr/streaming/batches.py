@@ -1,4 +1,4 @@
-"""Activations in shuffled batches, for training: what is to be iterated, resumed and shared out. Never writes, never imports torch."""
+"""`Batches`: the iterable of shuffled batches, which can be resumed and split between DataLoader workers. Never imports torch."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from typing import Any
 import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, NumberRangeError
-from lmprobe_zarr.streaming.memory import Reused, copy_cast
-from lmprobe_zarr.streaming.order import Blocks, Order, Stream, count_steps, plan_stream
-from lmprobe_zarr.streaming.rows import Ahead, Column, Source
+from lmprobe_zarr.streaming.memory import ReusedMemory, copy_cast
+from lmprobe_zarr.streaming.order import Blocks, Order, ReadingPlan, count_steps, plan_reading
+from lmprobe_zarr.streaming.read_ahead import ReadAhead
+from lmprobe_zarr.streaming.rows import LabelColumn
+from lmprobe_zarr.streaming.source import RowSource
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Batches", "cast_batch"]
 
 
 class Batches:
-    """Batches of activations for training: to be iterated, as often as wanted, each time the same.
+    """Batches of activations for training. Every iteration gives the same batches.
 
-    Made by ``toks.lz.batches``, which says what the options mean. Iterating gives arrays of shape (batch, hidden), or (layer, batch,
+    Made by ``toks.lz.batches``, which documents the options. Iterating gives arrays of shape (batch, hidden), or (layer, batch,
     hidden) for several layers; with labels, pairs of that and a dict of arrays of shape (batch,). All epochs come one after the other.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: RowSource,
         blocks: Blocks,
         order: Order,
         *,
         epochs: int | None,
-        labels: Mapping[str, Column] | None,
+        labels: Mapping[str, LabelColumn] | None,
         dtype: np.dtype[Any],
         mean: Array | None,
         scale: Array | None,
@@ -72,26 +74,27 @@ class Batches:
     # ---------------------------------------------------------------------------------------------------------- resuming
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on: plain numbers and texts.
+        """The state that `load_state_dict` takes: plain numbers and texts.
 
         Parameters
         ----------
         step : int, optional
-            Batches that were given so far, over all epochs, those before `start_step` included. None for those that the last iteration
-            of this very object has given; a DataLoader with workers iterates copies of it, so count there.
+            Batches given so far, over all epochs, including those before `start_step`. None for the batches that the last iteration of
+            this object gave. A DataLoader with workers iterates copies of this object, so count the batches yourself there.
 
         Returns
         -------
         dict
             For `json.dump` or `torch.save`.
         """
+        # The repr of `Order` is part of kept states: its name and fields must not change.
         decides = (self.blocks.total, self.order, self.epochs, self.source.fingerprint())
         kept = b"" if self.blocks.kept is None else np.packbits(self.blocks.kept).tobytes()
         plan = hashlib.sha256(repr(decides).encode() + kept).hexdigest()[:32]
         return {"step": self._given if step is None else step, "plan": plan}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another `state_dict` was taken: iterating gives the batches that would have followed.
+        """Continue where a `state_dict` was taken: iterating gives the batches that would have followed.
 
         Parameters
         ----------
@@ -101,20 +104,20 @@ class Batches:
         Raises
         ------
         InvalidArgumentError
-            The state is of other options, or of other data: parts were added, merged or removed since.
+            The state belongs to other options or other data: parts were added, merged or removed since.
         """
         if not isinstance(state, Mapping) or set(state) != {"step", "plan"}:
-            raise InvalidArgumentError("this is no state of batches: give what state_dict() returned")
+            raise InvalidArgumentError("this is no state of batches: give the value that state_dict() returned")
         if state["plan"] != self.state_dict()["plan"]:
             raise InvalidArgumentError(
-                "this state is of other batches: give the options that it was made with, over the same parts (adding or merging parts "
+                "this state belongs to other batches: use the options that it was made with, over the same parts (adding or merging parts "
                 "changes the order)"
             )
         self._start_at(state["step"])
 
     def _start_at(self, step: Any) -> None:
         if isinstance(step, bool) or not isinstance(step, int | np.integer):
-            raise InvalidTypeError(f"start_step={step!r} is no whole number: give how many batches were given before")
+            raise InvalidTypeError(f"start_step={step!r} is no whole number: give the number of batches to leave out")
         if step < 0 or (self.epochs is not None and step > self.epochs * self.steps_per_epoch):
             end = "" if self.epochs is None else f", and at most {self.epochs * self.steps_per_epoch}, all of its batches"
             raise InvalidArgumentError(f"start_step={step!r} is out of range: give at least 0{end}")
@@ -125,61 +128,61 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         worker, workers = _worker()
         step = self._given = self._start
-        # Whoever reads step t of this run, reads t + workers next: so that they come back in order.
-        reader = (worker + step) % workers
+        # Workers take turns from `step` on, so that a DataLoader returns the batches in order.
+        turn = (worker + step) % workers
         epoch = step // self.steps_per_epoch
-        reused = Reused()
+        reused = ReusedMemory()
         while self.epochs is None or epoch < self.epochs:
             before = epoch * self.steps_per_epoch
-            part = (reader - before) % workers
-            done = max(0, -(-(step - before - part) // workers))  # batches of this reader before the first that is asked for
-            stream = plan_stream(self.blocks, self.order, epoch, part, workers)
-            for number, batch in enumerate(self._batches(stream, done, reused), done):
-                self._given = before + part + number * workers + 1
+            reader = (turn - before) % workers
+            done = max(0, -(-(step - before - reader) // workers))  # this reader's batches before the first one to give
+            plan = plan_reading(self.blocks, self.order, epoch, reader, workers)
+            for number, batch in enumerate(self._batches(plan, done, reused), done):
+                self._given = before + reader + number * workers + 1
                 yield batch
             epoch += 1
 
-    def _batches(self, stream: Stream, first: int, reused: Reused) -> Iterator[Any]:
-        steps = len(stream.bounds) - 1
+    def _batches(self, plan: ReadingPlan, first: int, reused: ReusedMemory) -> Iterator[Any]:
+        steps = len(plan.bounds) - 1
         if first >= steps:
             return
-        begin = stream.window_at(first)
-        skip, step = int(stream.bounds[first] - stream.starts[begin]), first
+        begin = plan.window_at(first)
+        skip, step = int(plan.bounds[first] - plan.starts[begin]), first
         held: list[tuple[Ints, Array]] = []  # the rows of a batch that begins in one window and ends in another
-        with Ahead(self.source, stream, begin) as ahead:
+        with ReadAhead(self.source, plan, begin) as ahead:
             while step < steps and (window := ahead.next()) is not None:
                 rows, values = window
                 del window
                 place, skip = skip, 0
                 while step < steps and place < len(rows):
-                    size = int(stream.bounds[step + 1] - stream.bounds[step]) - sum(len(some) for some, _ in held)
+                    size = int(plan.bounds[step + 1] - plan.bounds[step]) - sum(len(some) for some, _ in held)
                     held.append((rows[place : place + size], values[:, place : place + size]))
                     place += size
                     if place > len(rows):
                         break
-                    # What the consumer still holds of the window before goes with this batch; only then the next one is read.
+                    # With this batch the consumer gives up the last array of the previous window. Only then is the next window read.
                     yield self._finish(*_joined(held), reused)
                     held, step = [], step + 1
                     if self.prefetch:
                         ahead.start()
-                held = [(some, part.copy()) for some, part in held]  # so that this window goes
+                held = [(some, part.copy()) for some, part in held]  # copies, so that this window can be freed
                 del rows, values
 
-    def _finish(self, rows: Ints, batch: Array, reused: Reused) -> Any:
+    def _finish(self, rows: Ints, batch: Array, reused: ReusedMemory) -> Any:
         values = self._convert(self._normalize(batch, reused), reused)
         values = values[0] if self.source.single else values
         if self.labels is None:
             return values
         return values, {name: self._label(column.take(rows)) for name, column in self.labels.items()}
 
-    def _convert(self, batch: Array, reused: Reused) -> Any:
+    def _convert(self, batch: Array, reused: ReusedMemory) -> Any:
         return cast_batch(batch, self.dtype, reused)
 
     def _label(self, values: Array) -> Any:
         return values
 
-    def _normalize(self, batch: Array, reused: Reused) -> Array:
-        """(x − mean) / scale, in float32 at least; untouched where neither is asked for."""
+    def _normalize(self, batch: Array, reused: ReusedMemory) -> Array:
+        """(x − mean) / scale, in float32 at least; the batch itself without mean and scale."""
         if self.mean is None and self.scale is None:
             return batch
         wide = reused.empty(batch.shape, np.result_type(batch.dtype, np.float32))
@@ -191,8 +194,8 @@ class Batches:
         return wide
 
 
-def cast_batch(batch: Array, dtype: np.dtype[Any], reused: Reused) -> Array:
-    """A batch in another dtype, in memory that is used again; itself where it has it.
+def cast_batch(batch: Array, dtype: np.dtype[Any], reused: ReusedMemory) -> Array:
+    """A batch in another dtype, in reused memory; the batch itself if it has that dtype.
 
     Raises
     ------
@@ -215,7 +218,7 @@ def _joined(pieces: list[tuple[Ints, Array]]) -> tuple[Ints, Array]:
 
 
 def _worker() -> tuple[int, int]:
-    """Which worker of a DataLoader this process is, of how many."""
-    data = sys.modules.get("torch.utils.data")  # not imported: nobody is a worker
+    """The number of this DataLoader worker, and how many there are; (0, 1) outside a DataLoader."""
+    data = sys.modules.get("torch.utils.data")  # where it is not imported, there are no workers
     info = None if data is None else data.get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

@@ -1,6 +1,6 @@
-"""Memory that is used again once nobody holds an array in it. Knows no rows and no store.
+"""Memory that is used again once no array in it exists any more. Knows no rows and no store.
 
-Fresh memory of many megabytes costs more than what is written to it: the system hands it over page by page, each filled with zeros.
+Allocating many megabytes takes longer than writing to them, because the system hands memory over page by page, each filled with zeros.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ import numpy.typing as npt
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["Reused", "copy_cast"]
+__all__ = ["ReusedMemory", "copy_cast"]
 
-_MOST: Final = 3  # the one that is being made, the one that is looked at, and one that waits
+# The batch that is made, the batch that the consumer uses, and a spare.
+_MOST_BUFFERS: Final = 3
 
 
-class Reused:
-    """Arrays in memory of earlier ones of which nothing is held any more, no view and no tensor either. For one thread."""
+class ReusedMemory:
+    """Arrays in the memory of earlier ones, once neither a view nor a tensor of those exists any more. For use by one thread."""
 
     def __init__(self) -> None:
         self._held: list[bytearray] = []
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """An array whose values are not set, as of `numpy.empty`."""
+        """An array whose values are not set, as from `numpy.empty`."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         free = next((memory for memory in self._held if len(memory) >= nbytes and _is_free(memory)), None)
         if free is None:
             free = bytearray(max(nbytes, 1))
-            if len(self._held) == _MOST:
-                del self._held[0]  # whoever holds it keeps it
+            if len(self._held) == _MOST_BUFFERS:
+                del self._held[0]  # arrays in it keep it alive
             self._held.append(free)
         return np.frombuffer(free, dtype, math.prod(shape)).reshape(shape)
 
 
 def _is_free(memory: bytearray) -> bool:
-    """Whether no array lies in it: Python refuses to change the length of bytes that anybody has a buffer of, as every array has."""
+    """Whether no array uses it. Python refuses to resize a bytearray while anything exports its buffer, and every array in it does."""
     try:
         memory.append(memory.pop())
     except BufferError:
@@ -47,12 +48,12 @@ def _is_free(memory: bytearray) -> bool:
 
 
 def copy_cast(target: Array, values: Array) -> None:
-    """Copy values into an array of another dtype: with torch where it has been imported, which is several times as fast for float16.
+    """Copy values into an array of another dtype. Uses torch if it is imported, which is several times as fast for float16.
 
     Parameters
     ----------
     target, values : ndarray of one shape
-        What is too large for `target` becomes infinite.
+        Values too large for the dtype of `target` become infinite.
     """
     torch: Any = sys.modules.get("torch")
     if torch is not None and values.dtype == np.float16 and target.dtype == np.float32 and values.flags.writeable:

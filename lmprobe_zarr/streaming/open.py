@@ -1,9 +1,9 @@
-"""What training needs of activations: batches, norms, and the mean and standard deviation of every layer."""
+"""The options of ``.lz.batches``, checked, and the `Batches` that they make. Reads rows only where ``max_norm`` needs their norms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -12,81 +12,101 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError
 from lmprobe_zarr.streaming.batches import Batches
 from lmprobe_zarr.streaming.order import Blocks, Order
-from lmprobe_zarr.streaming.rows import BLOCK_BYTES, Source, open_column, open_source, read_norms, wanted_rows
-from lmprobe_zarr.streaming.statistics import finite_median
+from lmprobe_zarr.streaming.rows import open_label_column, wanted_rows
+from lmprobe_zarr.streaming.source import UNCHUNKED_BLOCK_BYTES, RowSource, open_source
+from lmprobe_zarr.streaming.statistics import finite_median, read_norms
 from lmprobe_zarr.typing import Array
 
-__all__ = ["BUFFER_BYTES", "open_batches"]
+__all__ = ["BUFFER_BYTES", "BatchOptions", "open_batches"]
 
-#: Of the rows that are mixed together; while one buffer is used, the next is read.
+#: Bytes of the rows that are mixed together. The next buffer is read while one is used.
 BUFFER_BYTES: Final = 256 * 2**20
 
 
-def open_batches(
-    array: xr.DataArray,
-    *,
-    layer: Any = None,
-    batch_tokens: int = 4096,
-    shuffle: bool = True,
-    seed: int = 0,
-    epochs: int | None = 1,
-    drop_last: bool = False,
-    buffer_tokens: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    start_step: int = 0,
-    skip_positions: int | Iterable[int] = (),
-    max_norm: float | None = None,
-    where: Any = None,
-    missing: str = "raise",
-    labels: str | Iterable[str] | None = None,
-    mean: Any = None,
-    scale: Any = None,
-    dtype: Any = None,
-    framework: str = "numpy",
-    prefetch: bool = True,
-) -> Batches:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOptions:
+    """The options of `lmprobe_zarr.accessor.ArrayAccessor.batches`, which documents them and has their defaults.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        `framework` or `epochs` cannot be used. The others are checked where they are used.
+    """
+
+    layer: int | Iterable[int] | None
+    batch_tokens: int
+    shuffle: bool
+    seed: int
+    epochs: int | None
+    drop_last: bool
+    buffer_tokens: int | None
+    rank: int
+    world_size: int
+    start_step: int
+    skip_positions: int | Iterable[int]
+    max_norm: float | None
+    where: Any
+    missing: str
+    labels: str | Iterable[str] | None
+    mean: Any
+    scale: Any
+    dtype: Any
+    framework: str
+    prefetch: bool
+
+    def __post_init__(self) -> None:
+        if self.framework not in {"numpy", "torch"}:
+            raise InvalidArgumentError(f'framework={self.framework!r}: give "numpy" or "torch"')
+        if self.epochs is not None and (isinstance(self.epochs, bool) or not isinstance(self.epochs, int | np.integer)):
+            raise InvalidTypeError(f"epochs={self.epochs!r} is no whole number: give one, or None to go on for ever")
+        if self.epochs is not None and self.epochs < 1:
+            raise InvalidArgumentError(f"epochs={self.epochs!r} is out of range: give at least 1, or None to go on for ever")
+
+    def order(self, row_nbytes: int) -> Order:
+        """The order of rows of so many bytes."""
+        size = max(1, BUFFER_BYTES // row_nbytes) if self.buffer_tokens is None else self.buffer_tokens
+        return Order(self.batch_tokens, size, bool(self.shuffle), self.seed, bool(self.drop_last), self.rank, self.world_size)
+
+
+def open_batches(array: xr.DataArray, options: BatchOptions) -> Batches:
     """Batches of an array's rows; see `lmprobe_zarr.accessor.ArrayAccessor.batches`."""
-    if framework not in {"numpy", "torch"}:
-        raise InvalidArgumentError(f'framework={framework!r}: give "numpy" or "torch"')
-    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int | np.integer)):
-        raise InvalidTypeError(f"epochs={epochs!r} is no whole number: give one, or None to go on for ever")
-    if epochs is not None and epochs < 1:
-        raise InvalidArgumentError(f"epochs={epochs!r} is out of range: give at least 1, or None to go on for ever")
-    source = open_source(array, layer)
-    if buffer_tokens is None:
-        buffer_tokens = max(1, BUFFER_BYTES // source.row_nbytes)
-    order = Order(batch_tokens, buffer_tokens, bool(shuffle), seed, bool(drop_last), rank, world_size)
-    blocks = wanted_rows(array, source, skip_positions=skip_positions, where=where, missing=missing)
-    if max_norm is not None:
-        blocks = _below_norm(source, blocks, max_norm)
-    if not shuffle and blocks.rows is not None and (np.diff(blocks.rows) < 0).any():
-        # In the order of the data, even where their chunks lie otherwise.
-        size = max(1, BLOCK_BYTES * len(source.places) // source.row_nbytes)
-        rows = np.sort(blocks.rows)
-        blocks = Blocks(np.append(np.arange(0, len(rows), size), len(rows)), rows, blocks.kept)
-    names = [labels] if isinstance(labels, str) else labels
-    columns = None if names is None else {name: open_column(array, source, name) for name in names}
+    source = open_source(array, options.layer)
+    order = options.order(source.row_nbytes)
+    blocks = wanted_rows(array, source, skip_positions=options.skip_positions, where=options.where, missing=options.missing)
+    if options.max_norm is not None:
+        blocks = _below_norm(source, blocks, options.max_norm)
+    if not options.shuffle and blocks.rows is not None and (np.diff(blocks.rows) < 0).any():
+        blocks = _in_order(source, blocks)
+    names = [options.labels] if isinstance(options.labels, str) else options.labels
+    labels = None if names is None else {name: open_label_column(array, source, name) for name in names}
     values = np.dtype(source.variable.dtype)
-    if mean is not None or scale is not None:
+    if options.mean is not None or options.scale is not None:
         values = np.result_type(values, np.float32)
     kind: type[Batches] = Batches
-    if framework == "torch":
-        kind, dtype = _torch(dtype, values)
+    dtype: Any = None
+    if options.framework == "torch":
+        kind, dtype = _torch(options.dtype, values)
     else:
-        dtype = _parse_dtype(dtype, values)
+        dtype = _parse_dtype(options.dtype, values)
     return kind(
         source,
         blocks,
         order,
-        epochs=epochs,
-        labels=columns,
+        epochs=options.epochs,
+        labels=labels,
         dtype=dtype,
-        mean=_parse_shift("mean", mean, source),
-        scale=_parse_shift("scale", scale, source),
-        prefetch=prefetch,
-        start_step=start_step,
+        mean=_parse_shift("mean", options.mean, source),
+        scale=_parse_shift("scale", options.scale, source),
+        prefetch=options.prefetch,
+        start_step=options.start_step,
     )
+
+
+def _in_order(source: RowSource, blocks: Blocks) -> Blocks:
+    """The same rows in the order of the data, where their chunks have another."""
+    size = max(1, UNCHUNKED_BLOCK_BYTES * len(source.places) // source.row_nbytes)
+    rows = np.sort(blocks.rows if blocks.rows is not None else np.arange(blocks.offsets[-1]))
+    return Blocks(np.append(np.arange(0, len(rows), size), len(rows)), rows, blocks.kept)
 
 
 def _torch(dtype: Any, values: np.dtype[Any]) -> tuple[type[Batches], Any]:
@@ -111,8 +131,8 @@ def _parse_dtype(dtype: Any, values: np.dtype[Any]) -> np.dtype[Any]:
     return parsed
 
 
-def _parse_shift(name: str, given: Any, source: Source) -> Array | None:
-    """What is subtracted or divided by, in float32, shape (layer, 1, …) or (1, …) to broadcast with (layer, row, …)."""
+def _parse_shift(name: str, given: Any, source: RowSource) -> Array | None:
+    """The mean or scale in float32 at least, shape (layer, 1, …) or (1, 1, …), to broadcast with (layer, row, …)."""
     if given is None:
         return None
     if isinstance(given, xr.DataArray):
@@ -142,14 +162,14 @@ def _parse_shift(name: str, given: Any, source: Source) -> Array | None:
     return np.expand_dims(values.astype(np.result_type(source.variable.dtype, np.float32)), 1)
 
 
-def _below_norm(source: Source, blocks: Blocks, factor: float) -> Blocks:
-    """The rows whose norm is at most so many times the median, in every layer."""
+def _below_norm(source: RowSource, blocks: Blocks, factor: float) -> Blocks:
+    """The rows whose norm is at most `factor` times the median in every layer."""
     if isinstance(factor, bool) or not isinstance(factor, int | float | np.number) or not factor > 0:
         raise InvalidArgumentError(f"max_norm={factor!r}: give a number above 0, in medians of the layer's norms, such as 10")
     kept = np.ones(source.n_rows, bool)
     for place in range(len(source.places)):
         norms = read_norms(source.only(place), blocks)
-        kept &= norms <= factor * finite_median(norms)  # NaN, for what is not wanted or not a number, is not
+        kept &= norms <= factor * finite_median(norms)  # False for NaN: rows that are not wanted or not finite
     blocks = replace(blocks, kept=kept)
     if not blocks.total:
         raise InvalidArgumentError(f"no row has a norm of at most {factor} medians: give a larger max_norm")

@@ -1,7 +1,7 @@
-"""The order in which rows are streamed for training, as values: which block is read when, and which row stands in which batch.
+"""The order in which rows are streamed for training, as values: when each block is read, and which rows each batch has.
 
-Blocks of rows that lie together come in random order; some of them at a time are mixed row by row in a buffer. Every row comes once per
-epoch. Pure functions of their arguments: never reads, never draws from a generator that is shared.
+Blocks of adjacent rows are read in random order, a few at a time, and their rows are mixed in a buffer. Every row occurs once per
+epoch. All functions are pure: they read nothing and share no random generator.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lmprobe_zarr.batch import concat_ranges, offsets_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Ints, Mask
 
-__all__ = ["Blocks", "Order", "Stream", "count_steps", "join_blocks", "plan_stream"]
+__all__ = ["Blocks", "Order", "ReadingPlan", "count_steps", "join_blocks", "plan_reading"]
 
-# What a generator is for, so that no two draw the same numbers.
+# Each use has a random generator of its own, so that no two draw the same numbers.
 _OF_BLOCKS, _OF_SHARED, _OF_WINDOWS = range(3)
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Rows by what is read together.
+    """Rows, grouped by what is read together.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class Blocks:
     rows : ndarray of int64, optional
         Row numbers, block by block; None for 0, 1, 2, …
     kept : ndarray of bool, optional
-        For each row number whether it is wanted; None for all. Rows that are not are read with their block, and left out.
+        For each row number whether it is wanted; None for all. Unwanted rows are read with their block and left out.
     """
 
     offsets: Ints
@@ -65,7 +65,7 @@ class Blocks:
 
 
 def join_blocks(pieces: Sequence[slice | Ints], kept: Mask | None = None) -> Blocks:
-    """Blocks from the rows of each, put in the order of their first rows; empty ones are left out."""
+    """Blocks, given the rows of each, in the order of their first rows; empty blocks are left out."""
     held = sorted((p for p in pieces if (p.stop > p.start if isinstance(p, slice) else len(p))), key=_first_row)
     offsets = offsets_of([p.stop - p.start if isinstance(p, slice) else len(p) for p in held])
     if all(isinstance(p, slice) and p.start == begin for p, begin in zip(held, offsets, strict=False)):
@@ -79,7 +79,7 @@ def _first_row(piece: slice | Ints) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What, with the blocks, decides the order.
+    """The options that decide the order of given blocks.
 
     Parameters
     ----------
@@ -90,16 +90,16 @@ class Order:
     shuffle : bool
         False keeps blocks and rows in their order.
     seed : int
-        At least 0. Another seed, or another epoch, is another order.
+        At least 0. Each seed and each epoch has another order.
     drop_last : bool
-        Whether rows that do not fill a batch are left out. Otherwise the last batches of an epoch are shorter.
+        Whether the rows that do not fill a batch are left out. Otherwise the last batches of an epoch are shorter.
     rank, world_size : int
-        Which of how many trainers. Their rows are disjoint and together all; all have the same number of batches.
+        The number of this trainer, and how many there are. Each row belongs to one trainer, and all have the same number of batches.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        A number that is none, or is out of range.
+        A value that is no whole number, or is out of range.
     """
 
     batch_tokens: int
@@ -122,27 +122,28 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stream:
-    """What one reader reads in one epoch.
+class ReadingPlan:
+    """What one reader reads in one epoch, window by window, and where its batches begin.
 
     Parameters
     ----------
     blocks : Blocks
-        All of them.
+        All blocks.
     order : Order
     epoch : int
     sequence : ndarray of int64
-        Numbers of the blocks that this reader reads, in this order.
+        Numbers of the blocks that this reader reads, in order.
     first, last : int
-        Wanted rows that the first block of the sequence leaves to the reader before, and those of the last block up to which it goes.
+        How many wanted rows of the first block belong to the previous reader, and how many of the last block belong to this reader or
+        an earlier one.
     cuts : ndarray of int64, shape (window + 1,)
         Where in the sequence each window begins.
     starts : ndarray of int64, shape (window + 1,)
         How many rows come before each window.
     bounds : ndarray of int64, shape (batch + 1,)
         How many rows come before each batch.
-    number : int
-        Which reader of the epoch this is.
+    reader : int
+        The number of this reader in the epoch.
     """
 
     blocks: Blocks
@@ -154,14 +155,14 @@ class Stream:
     cuts: Ints
     starts: Ints
     bounds: Ints
-    number: int = 0
+    reader: int = 0
 
     def window_at(self, batch: int) -> int:
-        """In which window a batch begins."""
+        """The number of the window in which a batch begins."""
         return int(np.searchsorted(self.starts, self.bounds[batch], "right")) - 1
 
     def window(self, number: int) -> Ints:
-        """The rows of a window, in the order in which they go into batches."""
+        """The rows of a window, in the order in which batches take them."""
         blocks = self.sequence[self.cuts[number] : self.cuts[number + 1]]
         rows = self.blocks.take(blocks)
         wanted = np.ones(len(rows), bool) if self.blocks.kept is None else self.blocks.kept[rows]
@@ -179,7 +180,7 @@ class Stream:
             wanted[mine[end:]] = False
         rows = rows if wanted.all() else rows[wanted]
         if self.order.shuffle:
-            rows = _generator(self.order, self.epoch, _OF_WINDOWS, self.order.rank, self.number, number).permutation(rows)
+            rows = _generator(self.order, self.epoch, _OF_WINDOWS, self.order.rank, self.reader, number).permutation(rows)
         return rows
 
 
@@ -188,23 +189,23 @@ def _generator(order: Order, *path: int) -> np.random.Generator:
 
 
 def count_steps(total: int, order: Order) -> int:
-    """Batches of every trainer in one epoch.
+    """How many batches every trainer has in one epoch.
 
     Raises
     ------
     InvalidArgumentError
-        There are too few rows for one batch of each.
+        There are too few rows for one batch per trainer.
     """
     world, size = order.world_size, order.batch_tokens
     steps = total // world // size if order.drop_last else -(-total // (world * size))
-    # With batches of one row, a rest cannot be dealt so that all have equally many.
+    # With batches of one row, the remaining rows cannot be dealt out evenly.
     if not steps or total // world < steps:
         what = f"{total} rows are left, which {world} trainers cannot share in equally many batches of {size}"
         raise InvalidArgumentError(f"{what}: give {'a smaller batch_tokens' if size > 1 else 'drop_last=True'}, or fewer trainers")
     return steps
 
 
-def plan_stream(blocks: Blocks, order: Order, epoch: int, part: int = 0, parts: int = 1) -> Stream:
+def plan_reading(blocks: Blocks, order: Order, epoch: int, reader: int = 0, readers: int = 1) -> ReadingPlan:
     """What one reader reads in one epoch.
 
     Parameters
@@ -212,17 +213,17 @@ def plan_stream(blocks: Blocks, order: Order, epoch: int, part: int = 0, parts: 
     blocks : Blocks
         All rows.
     order : Order
-        Names the trainer.
+        Includes the trainer's rank.
     epoch : int
-        Each has an order of its own.
-    part, parts : int
-        Which of how many readers that take turns for this trainer: reader 0 gives its batches 0, `parts`, 2 `parts`, … of the epoch.
-        Each reads blocks of its own, so that with another number of readers the batches are others.
+        Each epoch has its own order.
+    reader, readers : int
+        The number of this reader, and how many take turns for this trainer: reader 0 gives batches 0, `readers`, 2 `readers`, … of the
+        epoch. Each reads its own blocks, so the batches depend on the number of readers.
 
     Returns
     -------
-    Stream
-        Blocks that two readers share are read by both; each wanted row is one reader's.
+    ReadingPlan
+        A block that two readers share is read by both, but each wanted row belongs to one reader.
     """
     present = np.flatnonzero(blocks.counts)
     if order.shuffle:
@@ -232,26 +233,26 @@ def plan_stream(blocks: Blocks, order: Order, epoch: int, part: int = 0, parts: 
     low, high = (blocks.total * rank // order.world_size for rank in (order.rank, order.rank + 1))
     bounds = np.arange(steps + 1) * order.batch_tokens
     if not order.drop_last:
-        # Each batch leaves at least one row for each that comes after it, as all trainers have equally many batches.
+        # Each batch leaves at least one row for every later one, because all trainers have the same number of batches.
         bounds = np.minimum(bounds, high - low - np.arange(steps, -1, -1))
-    shares = [len(range(reader, steps, parts)) for reader in range(parts)]
-    begin = sum(shares[:part])
-    mine = bounds[begin : begin + shares[part] + 1]
+    shares = [len(range(number, steps, readers)) for number in range(readers)]
+    begin = sum(shares[:reader])
+    mine = bounds[begin : begin + shares[reader] + 1]
     low, high = low + int(mine[0]), low + int(mine[-1])
     if low == high:
         nothing = np.zeros(0, np.int64)
-        return Stream(blocks, order, epoch, nothing, 0, 0, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64), part)
+        return ReadingPlan(blocks, order, epoch, nothing, 0, 0, np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64), reader)
     start = int(np.searchsorted(reached, low, "right")) - 1
     stop = int(np.searchsorted(reached, high, "left"))
     sequence = present[start:stop]
-    # Windows of about equal size, for a short last one would mix badly.
+    # The windows have about equal sizes, because a short last one would mix few rows.
     read = offsets_of(blocks.sizes[sequence])
     windows = -(-int(read[-1]) // order.buffer_tokens)
     inner = np.searchsorted(read, np.arange(1, windows) * (read[-1] / windows), "left")
     cuts = np.unique(np.concatenate([[0], inner, [len(sequence)]])).astype(np.int64)
     starts = np.minimum(reached[start + cuts], high) - low
     starts[0] = 0
-    return Stream(
+    return ReadingPlan(
         blocks=blocks,
         order=order,
         epoch=epoch,
@@ -261,5 +262,5 @@ def plan_stream(blocks: Blocks, order: Order, epoch: int, part: int = 0, parts: 
         cuts=cuts,
         starts=starts,
         bounds=mine - mine[0],
-        number=part,
+        reader=reader,
     )

@@ -1,11 +1,11 @@
-"""TODO: lmprobe_zarr/streaming/statistics.py."""
+"""Norms of rows, and the mean and standard deviation of every layer. Writes nothing but the file that ``keep=`` names."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,23 +17,20 @@ from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.safetensors_file import encode, header_length, parse_header
 from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.streaming.order import Blocks
-from lmprobe_zarr.streaming.rows import Source, open_source, pieces_of, read_all, read_norms, wanted_rows
+from lmprobe_zarr.streaming.read_ahead import read_all
+from lmprobe_zarr.streaming.rows import wanted_rows
+from lmprobe_zarr.streaming.source import RowSource, open_source
 from lmprobe_zarr.typing import Array, Floats
 
-__all__ = ["Moments", "norms_of", "statistics_of"]
+__all__ = ["RowMoments", "finite_median", "norms_of", "read_norms", "statistics_of"]
 _ABOUT: Final = "lmprobe_zarr.statistics"
-
-
-def finite_median(norms: Floats) -> float:
-    finite = norms[np.isfinite(norms)]
-    return float(np.median(finite)) if len(finite) else float("nan")
 
 
 # ----------------------------------------------------------------------------------------------------------------- norms
 
 
 def norms_of(array: xr.DataArray, layer: Any = None) -> xr.DataArray:
-    """The norm of every row; see `lmprobe_zarr.accessor.ArrayAccessor.norms`."""
+    """The norms of all rows; see `lmprobe_zarr.accessor.ArrayAccessor.norms`."""
     source = open_source(array, layer)
     blocks = source.blocks()
     values = np.stack([read_norms(source.only(place), blocks) for place in range(len(source.places))]).astype(np.float32)
@@ -46,11 +43,34 @@ def norms_of(array: xr.DataArray, layer: Any = None) -> xr.DataArray:
     return xr.DataArray(values[0] if "layer" not in head.dims else values, head.coords, head.dims, name)
 
 
+def read_norms(source: RowSource, blocks: Blocks) -> Floats:
+    """The Euclidean norm of every wanted row of one layer, shape (row,); NaN for rows that are not wanted."""
+    norms = np.full(source.n_rows, np.nan)
+    for rows, values in read_all(source, blocks):
+        flat = values[0].reshape(len(rows), -1)
+        for some in _cache_sized_slices(flat):
+            wide = flat[some].astype(np.float64)
+            norms[rows[some]] = np.sqrt(np.einsum("ij,ij->i", wide, wide))
+    return norms
+
+
+def _cache_sized_slices(values: Array) -> Iterator[slice]:
+    """Slices of a few rows each, small enough as float64 for the processor's cache: 1 MiB."""
+    size = max(1, 2**20 // max(1, values.shape[1] * 8))
+    return (slice(i, min(i + size, len(values))) for i in range(0, len(values), size))
+
+
+def finite_median(norms: Floats) -> float:
+    """The median of the norms that are finite; NaN without any."""
+    finite = norms[np.isfinite(norms)]
+    return float(np.median(finite)) if len(finite) else float("nan")
+
+
 # ------------------------------------------------------------------------------------------------------------- statistics
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Moments:
+class RowMoments:
     """Number, mean and sum of squared deviations of some rows, in float64.
 
     Parameters
@@ -64,20 +84,20 @@ class Moments:
     squares: Floats
 
     @classmethod
-    def of(cls, rows: Floats) -> Moments:
-        """Those of rows, shape (row, hidden), at least one."""
+    def of(cls, rows: Floats) -> RowMoments:
+        """The moments of at least one row, shape (row, hidden)."""
         mean = rows.mean(axis=0)
         apart = rows - mean
         return cls(len(rows), mean, np.einsum("ij,ij->j", apart, apart))
 
-    def __add__(self, other: Moments) -> Moments:
-        """Those of both together (Chan, Golub and LeVeque 1979, equation 2.1)."""
+    def __add__(self, other: RowMoments) -> RowMoments:
+        """The moments of both together (Chan, Golub and LeVeque 1979, equation 2.1)."""
         if not self.count or not other.count:
             return self if self.count else other
         count = self.count + other.count
         apart = other.mean - self.mean
         mean = self.mean + apart * (other.count / count)
-        return Moments(count, mean, self.squares + other.squares + apart**2 * (self.count * (other.count / count)))
+        return RowMoments(count, mean, self.squares + other.squares + apart**2 * (self.count * (other.count / count)))
 
 
 def statistics_of(
@@ -99,27 +119,27 @@ def statistics_of(
     key = ""
     if keep is not None:
         if source.stored() is None:
-            raise InvalidArgumentError("keep needs activations that are read from a store, for nothing else says when they change")
+            raise InvalidArgumentError("keep needs activations that are read from a store, because only a store tells when they change")
         wanted = b"" if blocks.kept is None else np.packbits(blocks.kept).tobytes()
         key = hashlib.sha256(f"1 {source.fingerprint()} {float(outlier_factor)!r} ".encode() + wanted).hexdigest()
         kept = _read_kept(keep, key)
         if kept is not None:
             return _as_dataset(kept, source, inner, array.name, outlier_factor)
-    found = [_statistics_of_layer(source.only(place), blocks, float(outlier_factor)) for place in range(len(source.places))]
-    values = {name: np.stack([np.asarray(one[name]) for one in found]) for name in found[0]}
+    by_layer = [_statistics_of_layer(source.only(place), blocks, float(outlier_factor)) for place in range(len(source.places))]
+    values = {name: np.stack([np.asarray(layer_values[name]) for layer_values in by_layer]) for name in by_layer[0]}
     if keep is not None:
         _write_kept(keep, key, values)
     return _as_dataset(values, source, inner, array.name, outlier_factor)
 
 
-def _statistics_of_layer(source: Source, blocks: Blocks, factor: float) -> dict[str, Any]:
+def _statistics_of_layer(source: RowSource, blocks: Blocks, factor: float) -> dict[str, Any]:
     width = int(np.prod(source.row_shape))
-    moments = Moments(0, np.zeros(width), np.zeros(width))
+    moments = RowMoments(0, np.zeros(width), np.zeros(width))
     norms = np.empty(blocks.total)
     at = 0
     for rows, values in read_all(source, blocks):
         flat = values[0].reshape(len(rows), -1)
-        for some in pieces_of(flat):
+        for some in _cache_sized_slices(flat):
             wide = flat[some].astype(np.float64)
             length = np.sqrt(np.einsum("ij,ij->i", wide, wide))
             norms[at : at + len(wide)] = length
@@ -127,7 +147,7 @@ def _statistics_of_layer(source: Source, blocks: Blocks, factor: float) -> dict[
             finite = np.isfinite(length)
             wide = wide if finite.all() else wide[finite]
             if len(wide):
-                moments += Moments.of(wide)
+                moments += RowMoments.of(wide)
     norms = norms[np.isfinite(norms)]
     nothing = not moments.count
     median = float("nan") if nothing else float(np.median(norms))
@@ -147,7 +167,7 @@ def _statistics_of_layer(source: Source, blocks: Blocks, factor: float) -> dict[
     }
 
 
-def _as_dataset(values: Mapping[str, Array], source: Source, inner: list[str], name: Any, factor: float) -> xr.Dataset:
+def _as_dataset(values: Mapping[str, Array], source: RowSource, inner: list[str], name: Any, factor: float) -> xr.Dataset:
     layered = source.labels != (None,)
     data = {n: (("layer", *inner)[: v.ndim], v) for n, v in values.items()}
     found = xr.Dataset(data, attrs={"of": str(name or ""), "outlier_factor": float(factor)})
@@ -163,7 +183,7 @@ def _place(keep: str | os.PathLike[str]) -> tuple[Any, str]:
 
 
 def _read_kept(keep: str | os.PathLike[str], key: str) -> dict[str, Array] | None:
-    """What a file keeps, where it is whole and of the very same rows; None where it must be made again."""
+    """The statistics in a file, if it is whole and describes the same rows; None if they must be computed again."""
     storage, name = _place(keep)
     try:
         data = storage.read(name)
@@ -173,8 +193,8 @@ def _read_kept(keep: str | os.PathLike[str], key: str) -> dict[str, Array] | Non
         header = parse_header(data[: header_length(data)])
         about = json.loads(header.metadata[_ABOUT])
     except (ValueError, KeyError) as error:
-        what = f"keep={os.fspath(keep)!r} is something else than kept statistics"
-        raise InvalidArgumentError(f"{what}, and stays as it is: give another name") from error
+        what = f"keep={os.fspath(keep)!r} holds no kept statistics"
+        raise InvalidArgumentError(f"{what} and is left as it is: give another name") from error
     if about != {"key": key, "crc32c": google_crc32c.value(data[len(header.raw) :])}:
         return None
     arrays = {

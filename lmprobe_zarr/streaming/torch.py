@@ -1,4 +1,7 @@
-"""Batches as torch tensors, of a kind that ``torch.utils.data.DataLoader`` takes. Imported only where torch is asked for."""
+"""Activations as torch tensors: arrays, and batches that ``torch.utils.data.DataLoader`` takes.
+
+Imports torch, so it is imported only where a caller chooses torch.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from torch.utils.data import IterableDataset
 
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.streaming.batches import Batches, cast_batch
-from lmprobe_zarr.streaming.memory import Reused
+from lmprobe_zarr.streaming.memory import ReusedMemory
 from lmprobe_zarr.typing import Array
 
-__all__ = ["TorchBatches", "parse_torch_dtype"]
+__all__ = ["TorchBatches", "as_tensor", "parse_torch_dtype"]
 _PLAIN = {torch.float16: np.float16, torch.float32: np.float32, torch.float64: np.float64}
 
 
 class TorchBatches(Batches, IterableDataset[Any]):
-    """`Batches` of tensors: to be iterated as it is, or by ``DataLoader(batches, batch_size=None, num_workers=…)``.
+    """`Batches` of tensors. Iterate it directly, or with ``DataLoader(batches, batch_size=None, num_workers=…)``.
 
-    Workers take turns: each reads blocks of its own, and all together give as many batches as one would.
+    Workers take turns: each reads its own blocks, and together they give as many batches as one would.
     """
 
-    def _convert(self, batch: Array, reused: Reused) -> torch.Tensor:
+    def _convert(self, batch: Array, reused: ReusedMemory) -> torch.Tensor:
         wanted: Any = self.dtype
         if wanted in _PLAIN:
             return torch.from_numpy(cast_batch(batch, np.dtype(_PLAIN[wanted]), reused))
@@ -37,12 +41,12 @@ class TorchBatches(Batches, IterableDataset[Any]):
 
 
 def parse_torch_dtype(dtype: Any, values: np.dtype[Any]) -> torch.dtype:
-    """The dtype that tensors have; None keeps that of the values.
+    """The dtype of the tensors; for None that of the values.
 
     Raises
     ------
     InvalidArgumentError
-        It is no floating-point dtype of torch.
+        `dtype` is no floating-point dtype of torch.
     """
     if dtype is None:
         return torch.from_numpy(np.empty(0, values)).dtype
@@ -50,3 +54,18 @@ def parse_torch_dtype(dtype: Any, values: np.dtype[Any]) -> torch.dtype:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InvalidArgumentError(f"dtype={dtype!r}: give float16, float32, float64 or bfloat16, by name or as a torch.dtype")
     return found
+
+
+def as_tensor(array: xr.DataArray, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
+    """The values of an array as a tensor; see `lmprobe_zarr.accessor.ArrayAccessor.to_torch`."""
+    values: Array = np.asarray(array.values, order="C")
+    if not values.flags.writeable:
+        values = values.copy()  # torch has no read-only tensors
+    if dtype is None and array.attrs.get("stored_dtype") == "bfloat16" and _fits_bfloat16(values):
+        dtype = torch.bfloat16
+    return torch.from_numpy(values).to(device=device, dtype=dtype)
+
+
+def _fits_bfloat16(values: Array) -> bool:
+    # Arithmetic keeps the attribute, but its results seldom are bfloat16 numbers: those end in 16 zero bits as float32.
+    return values.dtype == np.float32 and not int(np.bitwise_or.reduce(values.reshape(-1).view(np.uint32))) & 0xFFFF

@@ -1,6 +1,6 @@
-"""Ragged token axes in xarray: the index over prompt and position, tokens pooled and padded back to prompts, masks of tokens.
+"""Ragged token axes in xarray: the index over prompt and position, lazy labels, tokens back to prompts, masks of tokens.
 
-Never a store, never a fit.
+Never a store, never a fit. Everything that others use is in this face.
 """
 
 from lmprobe_zarr.tokens.index import TokenIndex, by_appearance

@@ -1,7 +1,7 @@
-"""An xarray index over ``prompt(token)`` and ``position(token)``, so that tokens are selected by prompt and by place.
+"""An xarray index over ``prompt(token)`` and ``position(token)``, so that tokens are selected by prompt and by position.
 
-It behaves as a pandas MultiIndex over the two does, but keeps one int32 per token instead of one label, selects lists of
-prompts in the given order, and is dropped rather than left stale by whatever it cannot follow.
+It behaves as a pandas MultiIndex over both coordinates, with three differences. It keeps one int32 per token instead of one label, it
+selects lists of prompts in the given order, and an operation that it cannot follow drops it instead of leaving it stale.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class TokenIndex(Index):
     Parameters
     ----------
     labels : ndarray of str, shape (prompt,)
-        The prompt hashes, no hash twice.
+        The prompt hashes, each once.
     codes : ndarray of int32, shape (token,)
         For each token the number of its prompt in `labels`.
     positions : ndarray of int64, shape (token,)
-        For each token its place in its prompt.
+        For each token its position in its prompt.
     dim : str
         Name of the token dimension.
     names : (str, str)
@@ -55,7 +55,7 @@ class TokenIndex(Index):
         names: tuple[Hashable, Hashable] = ("prompt", "position"),
     ) -> None:
         self.labels, self.codes, self.dim, self.names = labels, codes, dim, names
-        # The coordinate shows this very array, and selections share its memory: written to, it would change them all.
+        # The coordinate and all selections share this array's memory, so a write to one would change them all.
         self.positions = positions.view()
         self.positions.flags.writeable = False
         self._rows_by_code: tuple[Array, Array] | None = None
@@ -81,7 +81,7 @@ class TokenIndex(Index):
         return cls(np.asarray(uniques).astype(labels.dtype), codes.astype(np.int32), places.astype(np.int64), prompt.dims[0])
 
     def create_variables(self, variables: Mapping[Any, Variable] | None = None) -> dict[Hashable, Variable]:
-        """The two coordinates; ``prompt`` is spelled out only where it is looked at."""
+        """The two coordinates; the labels of ``prompt`` are made only when they are read."""
         old = variables or {}
         if any(name in old and old[name].dims == (name,) != (self.dim,) for name in self.names):
             raise InvalidArgumentError(
@@ -126,9 +126,9 @@ class TokenIndex(Index):
     def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
         """Rows of the given prompts, in the given order, and of the given positions in them.
 
-        A list of positions gives, prompt by prompt, its tokens in the order of that list; a slice or a single one leaves
-        rows in their order. A prompt that ends before a position has no token there, and gives none. Two DataArrays are
-        taken pair by pair, as everywhere in xarray.
+        A list of positions gives the tokens of each prompt in the order of that list; a slice or a single position keeps the order
+        of the rows. A prompt that ends before a position gives no token for it. Two DataArrays are taken pair by pair, as
+        everywhere in xarray.
 
         Raises
         ------
@@ -155,12 +155,12 @@ class TokenIndex(Index):
             rows = rows[self._at(plain[position], rows, groups)]
         scalars = all(np.ndim(value) == 0 and not isinstance(value, slice) for value in plain.values())
         if len(plain) == 2 and scalars and len(rows) == 1:
-            # Both scalars: one token, and the dimension goes, as with a MultiIndex.
+            # Two scalars select one token and drop the dimension, as with a MultiIndex.
             return IndexSelResult({self.dim: int(rows[0])})
         return IndexSelResult({self.dim: as_slice(rows)})
 
     def _at(self, wanted: Any, rows: Array, groups: Array | None) -> Array:
-        """Which of `rows` stand at the wanted positions; `groups` numbers the prompts that were asked for."""
+        """Which of `rows` have the wanted positions; `groups` is the number of each row's prompt in the selection."""
         places = self.positions[rows]
         if isinstance(wanted, slice):
             if wanted.step not in {None, 1}:
@@ -188,7 +188,7 @@ class TokenIndex(Index):
     def _pairs(self, prompt: Any, position: Any) -> DataArray:
         """The one token of every pair of a prompt and a position."""
         arrays = [value if isinstance(value, DataArray) else DataArray(value) for value in (prompt, position)]
-        # The coordinates of this index would meet those that are selected.
+        # Coordinates of these names would conflict with the selected ones.
         arrays = [array.drop_vars([name for name in self.names if name in array.coords]) for array in arrays]
         prompts, places = broadcast(*align(*arrays, join="exact"))
         wanted = [
@@ -214,7 +214,7 @@ class TokenIndex(Index):
                 return None
             indexer = indexer.values
         if indexer is None or (not isinstance(indexer, slice) and np.ndim(indexer) != 1):
-            return None  # one token; or swap_dims has put the coordinates on a dimension of another name
+            return None  # one token, or swap_dims has moved the coordinates to another dimension
         return self._like(self.codes[indexer], self.positions[indexer])
 
     def equals(self, other: Index, *, exclude: frozenset[Hashable] | None = None) -> bool:
@@ -237,7 +237,7 @@ class TokenIndex(Index):
         return TokenIndex(labels, np.asarray(joined.codes[0], np.int32), places, self.dim, self.names)
 
     def reindex_like(self, other: TokenIndex) -> dict[Hashable, Any]:
-        """Where each token of the other index stands in this one, −1 where it does not."""
+        """The row in this index of each token of the other one; −1 where this index lacks it."""
         mine = self.to_pandas_index()
         if not mine.is_unique:
             raise InvalidArgumentError("a prompt occurs several times along token, so tokens cannot be aligned: select each prompt once")
@@ -255,7 +255,7 @@ class TokenIndex(Index):
         return TokenIndex(self.labels, self.codes, self.positions, dims_dict.get(self.dim, self.dim), (prompt, position))
 
     def unstack(self) -> tuple[dict[Hashable, Index], pd.MultiIndex]:
-        """Indexes of prompts and of positions, both sorted, and what says where each token goes."""
+        """Sorted indexes of prompts and of positions, and the MultiIndex that places each token between them."""
         clean = cast(pd.MultiIndex, self.to_pandas_index()).remove_unused_levels()
         if not clean.is_unique:
             raise InvalidArgumentError("a prompt occurs several times along token, so it cannot be unstacked: select each prompt once")
@@ -271,7 +271,7 @@ class TokenIndex(Index):
 
     @classmethod
     def concat(cls, indexes: Sequence[TokenIndex], dim: Hashable, positions: Iterable[Iterable[int]] | None = None) -> TokenIndex:
-        """The index of several, one after the other, or interleaved as `positions` says."""
+        """The indexes one after the other, or interleaved by `positions`."""
         spelled = np.concatenate([index.labels for index in indexes])
         numbers, labels = pd.factorize(spelled.astype(object))
         starts = offsets_of([len(index.labels) for index in indexes])
@@ -291,7 +291,7 @@ class TokenIndex(Index):
 
 
 def _plain(name: Hashable, value: Any, *, numbers: bool) -> Any:
-    """What is selected, as a slice, a scalar or a one-dimensional array."""
+    """The selected labels as a slice, a scalar or a one-dimensional array."""
     values = getattr(value, "values", value)
     if isinstance(values, slice):
         return values

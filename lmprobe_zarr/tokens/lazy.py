@@ -1,4 +1,4 @@
-"""Lazy adapters of xarray: what xarray gets wrong is mended here alone."""
+"""Lazy adapters of xarray. Work-arounds for errors of xarray stand only here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["TakenArray", "lazy_variable", "tidy_key"]
 
 
 class TakenArray(BackendArray):
-    """``labels[codes]``, one-dimensional, made only where it is looked at.
+    """``labels[codes]``, one-dimensional, computed only when it is read.
 
     Parameters
     ----------
@@ -44,15 +44,15 @@ class TakenArray(BackendArray):
 
 
 def tidy_key(key: indexing.ExplicitIndexer, shape: tuple[int, ...]) -> indexing.ExplicitIndexer:
-    """The same key without two things that xarray 2026.9 gets wrong on its way to a lazy array.
+    """The same key, without two kinds of index that xarray 2026.9 passes wrongly to a lazy array.
 
-    An empty slice with a negative step cannot be taken apart; and the length has been added to a negative number once, so
-    that one from beyond the beginning is still negative, and would be counted from the end a second time.
+    It cannot decompose an empty slice with a negative step. And it has already added the length to negative numbers, so a number that is
+    still negative lies before the beginning; it must not be counted from the end a second time.
 
     Raises
     ------
     IndexError
-        A number from beyond the beginning of an axis.
+        A number before the beginning of an axis.
     """
     tidy: list[Any] = []
     for k, n in zip(key.tuple, shape, strict=True):

@@ -1,4 +1,4 @@
-"""Which tokens are meant: by position, by a span of characters, by the turns of a chat. Truth values over tokens; never activations."""
+"""Masks that select tokens: by position, by a span of characters, by the turns of a chat. Never activations."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def mask_tokens(
     chats: Iterable[Any] | Mapping[Any, Any] | None = None,
     tokenizer: Any = None,
 ) -> xr.DataArray:
-    """True for the tokens that are meant by all that is given, over ``token``; for ``where=`` and for ``isel(token=…)``.
+    """True for the tokens that all given criteria select, over ``token``; for ``where=`` and for ``isel(token=…)``.
 
     Parameters
     ----------
     tokens : Dataset or DataArray
         From ``store.tokens()``; only its coordinates are read.
     position : int, slice or iterable of int, optional
-        Places in the prompt. Negative ones count from the prompt's last token that is here, -1 being that; in a slice too.
+        Positions in the prompt. Negative ones count from the prompt's last token in the data, which is -1; in a slice too.
     span : str or mapping, optional
-        Characters of the text: a text means all places where it occurs; a mapping from text or prompt hash says for each prompt
-        (start, end) or a list of these, and a prompt that it lacks has none. Tokens are meant that share a character with a span.
+        Characters of the text. A text selects every place where it occurs. A mapping has (start, end), or a list of such pairs, for each
+        prompt text or hash; prompts that it lacks have no span. A token is selected if it shares a character with a span.
     role : str or iterable of str, optional
-        Whose messages, such as "assistant"; needs `chats`. The messages' contents are meant, not what the template puts around them.
+        Whose messages, such as "assistant"; needs `chats`. Selects the contents of the messages, not what the template adds around them.
     chats : list of chats, or {text or hash: chat}, optional
-        The messages of each prompt, ``{"role": …, "content": …}``. A list is matched through `tokenizer`, or else must have the order of
-        the prompts.
+        The messages of each prompt, ``{"role": …, "content": …}``. A list is matched through `tokenizer`; without it, it must have the
+        order of the prompts.
     tokenizer : transformers tokenizer, optional
-        The one whose template rendered the chats.
+        The tokenizer whose template rendered the chats.
 
     Returns
     -------
@@ -53,19 +53,19 @@ def mask_tokens(
     Raises
     ------
     InvalidArgumentError
-        Nothing is given, coordinates are missing that it takes (``text``, ``char_start``, ``char_end``), a role without chats, a role that
-        no message has, or messages whose contents are not in the prompt's text in their order.
+        No criterion is given, a coordinate that it needs is missing (``text``, ``char_start``, ``char_end``), a role is given without
+        chats, no message has the role, or the contents of messages do not occur in the prompt's text in their order.
     MissingPromptsError
-        A span or a chat is of a prompt that is not here.
+        A span or a chat belongs to a prompt that the data lack.
     InvalidTypeError
         Positions that are no whole numbers, or spans that are no pairs of them.
 
     Notes
     -----
-    Contents are looked for one after the other in the rendered text, without the white space around them, which templates may cut off.
+    Contents are searched for in order in the rendered text, without surrounding white space, which templates may strip.
     """
     if position is None and span is None and role is None:
-        raise InvalidArgumentError("nothing says which tokens are meant: give position=, span= or role=")
+        raise InvalidArgumentError("nothing says which tokens to select: give position=, span= or role=")
     if not isinstance(tokens, xr.Dataset | xr.DataArray):
         raise InvalidTypeError(f"tokens are a Dataset or DataArray from store.tokens(), not {type(tokens).__name__}")
     bare = _coordinates(tokens)
@@ -84,7 +84,7 @@ def mask_tokens(
 
 
 def _coordinates(tokens: xr.Dataset | xr.DataArray) -> xr.DataArray:
-    """The token axis with its index and the places of tokens in the text; no activations."""
+    """The token axis with its index and the coordinates of the text; no activations."""
     if "token" not in tokens.dims:
         raise InvalidArgumentError(f"this has dims {tuple(tokens.sizes)}, expected token: open it with store.tokens()")
     columns = tokens.coords.to_dataset() if isinstance(tokens, xr.DataArray) else tokens.drop_vars(list(tokens.data_vars))
@@ -111,9 +111,9 @@ def _at(places: Array, numbers: Array, position: Any) -> Mask:
                 mask &= counted >= bound if is_start else counted < bound
         return mask
     wanted = list(position) if isinstance(position, Iterable) else [position]
-    for one in wanted:
-        _whole_number(one)
-    return np.isin(places, [one for one in wanted if one >= 0]) | np.isin(from_end, [one for one in wanted if one < 0])
+    for number in wanted:
+        _whole_number(number)
+    return np.isin(places, [number for number in wanted if number >= 0]) | np.isin(from_end, [number for number in wanted if number < 0])
 
 
 def _whole_number(value: Any) -> None:
@@ -138,7 +138,7 @@ def _known_texts(bare: xr.DataArray, numbers: Array) -> list[str]:
 def _inside(bare: xr.DataArray, numbers: Array, spans: Sequence[Sequence[Span]]) -> Mask:
     if "char_start" not in bare.coords or "char_end" not in bare.coords:
         raise InvalidArgumentError(
-            "where tokens stand in their text is not stored (char_start, char_end), as from tokenizers that do not tell: use position="
+            "the place of tokens in their text (char_start, char_end) is not stored, as some tokenizers do not give it: use position="
         )
     starts, ends = np.asarray(bare.coords["char_start"].values), np.asarray(bare.coords["char_end"].values)
     mask = np.zeros(len(numbers), bool)
@@ -147,7 +147,7 @@ def _inside(bare: xr.DataArray, numbers: Array, spans: Sequence[Sequence[Span]])
     for number, wanted in enumerate(spans):
         rows = order[bounds[number] : bounds[number + 1]]
         for start, end in wanted:
-            # Tokens that the tokenizer added stand at -1, and share nothing.
+            # Tokens that the tokenizer added have -1 and share no character.
             mask[rows] |= (starts[rows] < end) & (ends[rows] > start) & (starts[rows] >= 0)
     return mask
 
@@ -208,7 +208,7 @@ def _turns(chats: Any, roles: set[str], prompts: Array, texts: Sequence[str], to
             from lmprobe_zarr.batch import parse_prompts
 
             rendered = parse_prompts(listed, tokenizer=tokenizer)
-            # Chats of prompts that are not selected here are of no interest.
+            # Chats of prompts that are not selected are ignored.
             for place, number in enumerate(rendered.row):
                 at = by_hash.get(rendered.sha256[number][:16])
                 if at is not None:

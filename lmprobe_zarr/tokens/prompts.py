@@ -196,7 +196,7 @@ def prompts_of(array: xr.DataArray, dim: str) -> tuple[Array, Array]:
 
 
 def token_texts(tokens: xr.DataArray | xr.Dataset) -> npt.NDArray[np.str_] | None:
-    """What each token stands for in its prompt's text, shape (token,); "" for tokens that the tokenizer added, None where it is not known.
+    """The text of each token in its prompt, shape (token,); "" for tokens that the tokenizer added. None where it is not known.
 
     Parameters
     ----------

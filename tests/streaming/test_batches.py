@@ -27,7 +27,7 @@ from lmprobe_zarr.errors import (
 from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
 from lmprobe_zarr.streaming.batches import Batches
-from lmprobe_zarr.streaming.order import plan_stream
+from lmprobe_zarr.streaming.order import plan_reading
 
 Array = npt.NDArray[Any]
 LAYERS = (0, 2, 5)
@@ -101,7 +101,7 @@ def test_every_row_comes_once_with_its_values_and_labels_and_each_chunk_is_read_
     assert len(set(chunk_reads)) == sum(-(-int((part == number).sum()) // 32) for number in "012"), "every chunk of 32 rows"
 
 
-def test_several_layers_come_together_and_in_the_order_asked_for(tokens: xr.Dataset, chunk_reads: list[tuple[str, int, int]]) -> None:
+def test_several_layers_come_together_in_the_requested_order(tokens: xr.Dataset, chunk_reads: list[tuple[str, int, int]]) -> None:
     truth = tokens.resid.compute().values
     chunk_reads.clear()
     for values, labels in tokens.lz.batches(layer=[5, 0], batch_tokens=64, labels="row"):
@@ -165,7 +165,7 @@ def test_a_selection_of_prompts_reads_each_of_their_chunks_once(tokens: xr.Datas
 
 def tokens_part(tokens: xr.Dataset, number: int) -> str:
     array = tokens.resid.variable._data.array.array
-    return str(sorted({one.path.split("/")[1] for one in array.arrays})[number])
+    return str(sorted({member.path.split("/")[1] for member in array.arrays})[number])
 
 
 def test_prompts_are_batched_as_tokens_are(small_chunks: None, tmp_path: Path, chunk_reads: list[tuple[str, int, int]]) -> None:
@@ -229,10 +229,10 @@ def test_batches_that_are_kept_stay_as_they_are(tokens: xr.Dataset, options: dic
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_it_goes_on_at_any_step_of_any_epoch(tokens: xr.Dataset, drop_last: bool, chunk_reads: list[tuple[str, int, int]]) -> None:
+def test_iteration_resumes_at_any_step_of_any_epoch(tokens: xr.Dataset, drop_last: bool, chunk_reads: list[tuple[str, int, int]]) -> None:
     options: dict[str, Any] = {"layer": 0, "batch_tokens": 70, "buffer_tokens": 150, "epochs": 3, "labels": "row", "drop_last": drop_last}
     batches = tokens.lz.batches(**options)
-    every = [rows_of([one]) for one in batches]
+    every = [rows_of([batch]) for batch in batches]
     steps = batches.steps_per_epoch
     assert len(every) == 3 * steps == len(batches)
     epochs = [flat(every[i * steps : (i + 1) * steps]) for i in range(3)]
@@ -242,13 +242,13 @@ def test_it_goes_on_at_any_step_of_any_epoch(tokens: xr.Dataset, drop_last: bool
     for start in range(3 * steps + 1):
         later = tokens.lz.batches(**options, start_step=start)
         assert len(later) == 3 * steps - start
-        assert [rows_of([one]) for one in later] == every[start:]
+        assert [rows_of([batch]) for batch in later] == every[start:]
     chunk_reads.clear()
     next(iter(tokens.lz.batches(**options, start_step=2 * steps - 1, prefetch=False)))
     assert len(chunk_reads) <= 2 * (150 // 32 + 2), "only the buffers that it needs"
 
 
-def test_a_state_says_where_to_go_on_and_only_for_the_very_same_batches(tokens: xr.Dataset, tmp_path: Path) -> None:
+def test_a_state_resumes_iteration_and_only_of_the_same_batches(tokens: xr.Dataset, tmp_path: Path) -> None:
     options: dict[str, Any] = {"layer": 0, "batch_tokens": 70, "buffer_tokens": 150, "epochs": 2, "skip_positions": 0}
     batches = tokens.lz.batches(**options)
     running = iter(batches)
@@ -262,7 +262,7 @@ def test_a_state_says_where_to_go_on_and_only_for_the_very_same_batches(tokens: 
     assert_same(rest, again)
     assert again.state_dict(step=3) == {"step": 3, "plan": state["plan"]}
     for other in ({"seed": 1}, {"batch_tokens": 71}, {"layer": 2}, {"skip_positions": 1}, {"epochs": 3}):
-        with pytest.raises(InvalidArgumentError, match="of other batches"):
+        with pytest.raises(InvalidArgumentError, match="belongs to other batches"):
             tokens.lz.batches(**{**options, **other}).load_state_dict(state)
     with pytest.raises(InvalidArgumentError, match="no state of batches"):
         batches.load_state_dict({"step": 1})
@@ -272,7 +272,7 @@ def test_a_state_says_where_to_go_on_and_only_for_the_very_same_batches(tokens: 
         store.tokens().lz.batches(**options).load_state_dict(state)
 
 
-def test_epochs_without_end_go_on(tokens: xr.Dataset) -> None:
+def test_endless_epochs_continue(tokens: xr.Dataset) -> None:
     batches = tokens.lz.batches(layer=0, batch_tokens=300, epochs=None)
     assert len(list(itertools.islice(batches, 12))) == 12
     with pytest.raises(TypeError, match="steps_per_epoch"):
@@ -304,7 +304,7 @@ def test_positions_and_norms_and_masks_leave_rows_out(tokens: xr.Dataset) -> Non
     array[:, 10] *= 50
     array[1, 20] = np.inf
     norms = np.linalg.norm(array.values.astype("f8"), axis=-1)
-    medians = np.array([np.median(one[np.isfinite(one)]) for one in norms])
+    medians = np.array([np.median(of_layer[np.isfinite(of_layer)]) for of_layer in norms])
     position = array.position.values
 
     def kept(**options: Any) -> set[int]:
@@ -400,7 +400,7 @@ def test_rows_that_are_not_finite_are_counted_and_left_out() -> None:
     assert np.isnan(nothing.mean_norm)
 
 
-def test_kept_statistics_are_read_back_until_what_they_sum_up_changes(
+def test_kept_statistics_are_read_back_until_their_rows_change(
     tokens: xr.Dataset, tmp_path: Path, chunk_reads: list[tuple[str, int, int]]
 ) -> None:
     keep = tmp_path / "acts" / "statistics.safetensors"  # beside the data
@@ -430,7 +430,7 @@ def test_kept_statistics_are_read_back_until_what_they_sum_up_changes(
     )
     assert len(chunk_reads) > 0, "a flipped bit is noticed"
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidArgumentError, match="something else"):
+    with pytest.raises(InvalidArgumentError, match="holds no kept statistics"):
         tokens.lz.statistics(layer=0, keep=tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
     with pytest.raises(InvalidArgumentError, match="read from a store"):
@@ -454,7 +454,7 @@ def test_rows_are_centred_and_scaled_to_a_norm_of_the_root_of_hidden(tokens: xr.
     np.testing.assert_allclose(plain, (truth[2] - 1.5) / 2, rtol=1e-6)
 
 
-def test_dtypes_are_as_stored_or_as_asked_for_and_overflow_is_no_infinity(tokens: xr.Dataset) -> None:
+def test_dtypes_are_the_stored_or_the_requested_ones_and_overflow_is_an_error(tokens: xr.Dataset) -> None:
     assert next(iter(tokens.lz.batches(layer=0))).dtype == np.float16
     for dtype in ("float32", np.float64, np.dtype("float16")):
         assert next(iter(tokens.lz.batches(layer=0, dtype=dtype))).dtype == np.dtype(dtype)
@@ -500,7 +500,7 @@ def test_spawned_workers_of_a_dataloader_give_every_row_once_resumably(tokens: x
     assert steps % 2, "an odd number, so that the second epoch begins with the other worker"
     every: list[list[int]] = []
     for epoch in range(2):
-        streams = [plan_stream(whole.blocks, whole.order, epoch, worker, 2) for worker in range(2)]
+        streams = [plan_reading(whole.blocks, whole.order, epoch, worker, 2) for worker in range(2)]
         rows = [np.concatenate([stream.window(i) for i in range(len(stream.cuts) - 1)]).tolist() for stream in streams]
         bounds = [stream.bounds.tolist() for stream in streams]
         # By turns, as long as there are batches.
@@ -512,7 +512,7 @@ def test_spawned_workers_of_a_dataloader_give_every_row_once_resumably(tokens: x
     assert [labels["row"].tolist() for _, labels in loader] == every[1:]
 
 
-def test_it_pickles_small(small_chunks: None, tmp_path: Path) -> None:
+def test_batches_pickle_to_few_bytes(small_chunks: None, tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "acts", durable=False)
     lengths = np.full(500, 200)
     values = np.zeros((100_000, 2), "f2")
@@ -618,7 +618,7 @@ def test_damage_is_an_error_and_no_batch(tokens: xr.Dataset, tmp_path: Path) -> 
     list(tokens.lz.batches(layer=5))
 
 
-def test_a_loop_that_is_left_leaves_no_thread(tokens: xr.Dataset) -> None:
+def test_a_loop_that_stops_early_leaves_no_thread(tokens: xr.Dataset) -> None:
     import threading
 
     batches: Batches = tokens.lz.batches(layer=0, batch_tokens=10, buffer_tokens=40)

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmprobe_zarr.streaming.memory import Reused, copy_cast
+from lmprobe_zarr.streaming.memory import ReusedMemory, copy_cast
 
 
 def address(array: Any) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def test_what_is_dropped_is_used_again() -> None:
-    reused = Reused()
+def test_memory_without_references_is_used_again() -> None:
+    reused = ReusedMemory()
     first = reused.empty((4, 1000), np.float32)
     assert first.shape == (4, 1000)
     assert first.dtype == np.float32
@@ -30,7 +30,7 @@ def test_what_is_dropped_is_used_again() -> None:
 
 
 @pytest.mark.parametrize("kept", ["itself", "a row", "a view of a view", "another dtype", "its transpose", "memory", "a base of a base"])
-def test_what_anybody_holds_is_left_alone(kept: str) -> None:
+def test_memory_that_is_referenced_is_not_used_again(kept: str) -> None:
     ways: dict[str, Any] = {
         "itself": lambda a: a,
         "a row": lambda a: a[2],
@@ -40,7 +40,7 @@ def test_what_anybody_holds_is_left_alone(kept: str) -> None:
         "memory": lambda a: memoryview(a)[1:],
         "a base of a base": lambda a: np.asarray(memoryview(a[1:])).reshape(-1)[:7],
     }
-    reused = Reused()
+    reused = ReusedMemory()
     made = reused.empty((4, 100), np.float32)
     made[:] = 7
     holding = ways[kept](made)
@@ -55,8 +55,8 @@ def test_what_anybody_holds_is_left_alone(kept: str) -> None:
     assert bytes(np.ascontiguousarray(holding)) == before
 
 
-def test_what_is_held_for_ever_does_not_pile_up() -> None:
-    reused = Reused()
+def test_arrays_that_are_never_freed_do_not_accumulate_buffers() -> None:
+    reused = ReusedMemory()
     held = [reused.empty((100,), np.float32) for _ in range(50)]
     for number, array in enumerate(held):
         array[:] = number
@@ -68,7 +68,7 @@ def test_what_is_held_for_ever_does_not_pile_up() -> None:
 @pytest.mark.model
 def test_tensors_hold_their_memory_too() -> None:
     torch = pytest.importorskip("torch")
-    reused = Reused()
+    reused = ReusedMemory()
     made = torch.from_numpy(reused.empty((4, 100), np.float32)).fill_(7)
     row = made.reshape(2, 200)[1]
     at = made.data_ptr()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lmprobe_zarr.batch.ragged import offsets_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.streaming.order import Blocks, Order, Stream, count_steps, join_blocks, plan_stream
+from lmprobe_zarr.streaming.order import Blocks, Order, ReadingPlan, count_steps, join_blocks, plan_reading
 
 Ints = npt.NDArray[np.int64]
 
@@ -22,16 +22,16 @@ def blocks_of(sizes: list[int], **known: Any) -> Blocks:
     return Blocks(offsets_of(sizes), **known)
 
 
-def batches_of(stream: Stream) -> list[list[int]]:
+def batches_of(plan: ReadingPlan) -> list[list[int]]:
     """What the plan says, spelled out: all rows window by window, cut where batches begin."""
-    rows = [int(row) for number in range(len(stream.cuts) - 1) for row in stream.window(number)]
-    return [rows[a:b] for a, b in itertools.pairwise(stream.bounds.tolist())]
+    rows = [int(row) for number in range(len(plan.cuts) - 1) for row in plan.window(number)]
+    return [rows[a:b] for a, b in itertools.pairwise(plan.bounds.tolist())]
 
 
-def epoch_of(blocks: Blocks, order: Order, epoch: int = 0, parts: int = 1) -> list[list[int]]:
+def epoch_of(blocks: Blocks, order: Order, epoch: int = 0, readers: int = 1) -> list[list[int]]:
     """The batches of one trainer, its readers in turn."""
-    readers = [batches_of(plan_stream(blocks, order, epoch, part, parts)) for part in range(parts)]
-    return [batch for turn in itertools.zip_longest(*readers) for batch in turn if batch is not None]
+    in_turns = [batches_of(plan_reading(blocks, order, epoch, reader, readers)) for reader in range(readers)]
+    return [batch for turn in itertools.zip_longest(*in_turns) for batch in turn if batch is not None]
 
 
 @given(
@@ -39,7 +39,7 @@ def epoch_of(blocks: Blocks, order: Order, epoch: int = 0, parts: int = 1) -> li
     batch=st.integers(1, 12),
     buffer=st.integers(1, 40),
     world=st.integers(1, 4),
-    parts=st.integers(1, 3),
+    readers=st.integers(1, 3),
     shuffle=st.booleans(),
     drop_last=st.booleans(),
     seed=st.integers(0, 2**40),
@@ -51,7 +51,7 @@ def test_every_wanted_row_comes_once_per_epoch_to_one_trainer(
     batch: int,
     buffer: int,
     world: int,
-    parts: int,
+    readers: int,
     shuffle: bool,
     drop_last: bool,
     seed: int,
@@ -73,26 +73,26 @@ def test_every_wanted_row_comes_once_per_epoch_to_one_trainer(
             steps = 0
     if not steps:
         with pytest.raises(InvalidArgumentError, match="rows are left"):
-            plan_stream(blocks, orders[0], 0)
+            plan_reading(blocks, orders[0], 0)
         return
     given_rows: list[int] = []
     for order in orders:
         assert count_steps(len(wanted), order) == steps
-        batches = epoch_of(blocks, order, 3, parts)
+        batches = epoch_of(blocks, order, 3, readers)
         assert len(batches) == steps, "all trainers have equally many batches"
-        assert all(len(one) == batch if drop_last else 1 <= len(one) <= batch for one in batches)
-        given_rows += [row for one in batches for row in one]
+        assert all(len(rows) == batch if drop_last else 1 <= len(rows) <= batch for rows in batches)
+        given_rows += [row for rows in batches for row in rows]
     assert len(set(given_rows)) == len(given_rows), "no row twice"
     assert set(given_rows) <= set(wanted)
     assert len(given_rows) == (steps * batch * world if drop_last else len(wanted))
-    if not shuffle and parts == 1 and not drop_last and not scattered:
+    if not shuffle and readers == 1 and not drop_last and not scattered:
         assert given_rows == wanted, "in their order"
 
 
 def test_a_window_holds_whole_blocks_and_no_more_than_the_buffer_and_one_block() -> None:
     blocks = blocks_of([10] * 95)
-    stream = plan_stream(blocks, Order(7, 100, seed=1), 0)
-    windows = [stream.window(number) for number in range(len(stream.cuts) - 1)]
+    plan = plan_reading(blocks, Order(7, 100, seed=1), 0)
+    windows = [plan.window(number) for number in range(len(plan.cuts) - 1)]
     assert len(windows) == 10, "950 rows by 100, about equally many in each"
     assert {len(rows) for rows in windows} == {90, 100}
     for rows in windows:
@@ -115,7 +115,7 @@ def test_what_fits_into_the_buffer_is_shuffled_entirely() -> None:
     blocks = blocks_of([4, 4, 4])
     counts = np.zeros((12, 12))
     for seed in range(2000):
-        rows = plan_stream(blocks, Order(4, 12, seed=seed), 0).window(0)
+        rows = plan_reading(blocks, Order(4, 12, seed=seed), 0).window(0)
         counts[np.arange(12), rows] += 1
     expected = 2000 / 12
     chi = ((counts - expected) ** 2 / expected).sum()
@@ -168,6 +168,6 @@ def test_blocks_are_joined_in_the_order_of_their_first_rows() -> None:
         ({"world_size": 0}, InvalidArgumentError, "world_size=0"),
     ],
 )
-def test_numbers_that_make_no_order_are_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_numbers_that_define_no_order_are_refused(options: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         Order(**{"batch_tokens": 4, "buffer_tokens": 8, **options})

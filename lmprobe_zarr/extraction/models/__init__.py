@@ -1,6 +1,7 @@
-"""Model, tokenizer and hooks: prompts to an iterator of `TokenBatch`. Never a path to a store.
+"""The model side of an extraction: prompts to an iterator of `TokenBatch`. Never a store.
 
-What needs torch and transformers is imported when it is first used; prompts, identities and sizes need neither.
+``identity`` and ``tokenizing`` need no torch. ``loading`` and ``capture`` need torch and transformers, so their names are imported when
+they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``, ``batching`` and ``outputs``.
 """
 
 from __future__ import annotations

@@ -37,20 +37,20 @@ __all__ = ["FAMILIES", "Family", "Located", "Router", "is_encoder", "locate"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Names of the parts of some model types.
+    """Where the modules of some model types are, by name.
 
     Parameters
     ----------
     types : tuple of str
-        ``config.model_type`` of those that it holds for.
+        The values of ``config.model_type`` that the names hold for.
     layers : str
         Path of the list of blocks in the module that owns it.
     attn, mlp : tuple of str
-        Paths in a block of what adds to the residual stream; the first that exists counts (names changed between releases).
+        Paths in a block of the modules that add to the residual stream; the first that exists counts (names changed between releases).
     causal : bool
         Whether a token sees only those before it, so that padding on the right needs no mask.
     router : tuple of str
-        Paths, in the blocks that have one, of what scores the experts.
+        Paths, in the blocks that have one, of the module that scores the experts.
     """
 
     types: tuple[str, ...]
@@ -100,13 +100,13 @@ SHOWN_LISTS: Final = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """What scores the experts of one block.
+    """The module that scores the experts of one block.
 
     Parameters
     ----------
     gate : Module
     around : Module or None
-        What it lies in, whose input is the gate's own too; None where the gate lies in the block itself.
+        The module that contains the gate and has the same input; None where the block itself contains the gate.
     """
 
     gate: nn.Module
@@ -115,7 +115,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """The parts of one model.
+    """The modules of one model that are captured or run.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def _candidates(model: nn.Module) -> str:
     lists = [
         (name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module)
     ]
-    # Lists inside of blocks (experts, for example) hide the one that matters.
+    # Lists inside of blocks (experts, for example) distract from the one that matters.
     outer = [(name, length) for name, length in lists if not any(part.isdigit() for part in name.split("."))]
     shown = ", ".join(f"{name!r} ({length} modules)" for name, length in outer[:SHOWN_LISTS])
     return shown + (", …" if len(outer) > SHOWN_LISTS else "") if outer else "none"
@@ -202,7 +202,7 @@ def _located_routers(blocks: tuple[nn.Module, ...], paths: tuple[str, ...]) -> d
 def _located_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """The part that gives logits, and its projection onto the vocabulary."""
     for part in model.modules():
-        # Asked of the class: a wrapper passes the name on to what it wraps, but is called in another way.
+        # Looked up on the class, because a wrapper passes the name on to the wrapped model but is called differently.
         if not hasattr(type(part), "get_output_embeddings"):
             continue
         try:
@@ -219,7 +219,7 @@ def _by_hand(model: nn.Module, modules: Mapping[str, str]) -> Located:
     if strange or "layers" not in modules:
         raise InvalidArgumentError(f"modules={dict(modules)!r}: name 'layers', and 'attn', 'mlp' and 'router' if wanted; nothing else")
     path = modules["layers"]
-    # A folder is loaded with its head or without, where the path is one part shorter; either way of writing it holds for both.
+    # A model loaded without its head has paths that are shorter by the base model's prefix. Both forms are accepted.
     prefix = getattr(model, "base_model_prefix", "")
     others = (path.removeprefix(prefix + "."), f"{prefix}.{path}") if prefix else ()
     found, where = next(((m, p) for p in (path, *others) if (m := _submodule(model, p)) is not None), (None, path))
@@ -238,7 +238,7 @@ def _by_hand(model: nn.Module, modules: Mapping[str, str]) -> Located:
 
 
 def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Located:
-    """The blocks of a model, however it is wrapped.
+    """The modules of a model, also inside a wrapper.
 
     Parameters
     ----------
@@ -251,9 +251,9 @@ def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Locate
     Raises
     ------
     UnknownArchitectureError
-        The blocks were not found; the message lists the lists of modules that there are.
+        The blocks were not found; the message names the lists of modules in the model.
     InvalidArgumentError
-        `modules` names something else than these four.
+        `modules` has other keys than these four, or lacks ``layers``.
     """
     if modules is not None:
         return _by_hand(model, modules)

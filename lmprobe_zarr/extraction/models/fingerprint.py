@@ -1,6 +1,6 @@
-"""A fingerprint of what a model in memory computes: its weights, its configuration and its modules' settings. Never a file.
+"""A fingerprint of a model in memory: its weights, its configuration and the settings of its modules. Never a file.
 
-What cannot be put into a number, code of the caller's own that runs inside the model, is only found here.
+The caller's own code that runs inside a model cannot be put into a fingerprint. This module only finds it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHUNK: Final = 1 << 20
 SPREAD: Final = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX: Final = 0xBF58476D1CE4E5B9 - (1 << 64)
 
-# Settings of a configuration that are recorded elsewhere, or say how a model is called, saved or placed, not what its blocks compute.
+# Settings of a configuration that are recorded elsewhere, or concern how a model is called, saved or placed, not what its blocks compute.
 CONFIG_VOLATILE: Final = frozenset(
     {
         *CONFIG_NOISE,
@@ -50,7 +50,7 @@ CONFIG_VOLATILE: Final = frozenset(
         "use_cache",
     }
 )
-# Attributes of modules that change with use, place or library, and not what is computed.
+# Attributes of modules that change with use, device or library version, but do not change what is computed.
 ATTRIBUTES_VOLATILE: Final = frozenset(
     {
         "_attn_implementation",
@@ -78,10 +78,10 @@ ATTRIBUTES_VOLATILE: Final = frozenset(
         "warnings_issued",
     }
 )
-# State of the rotary embeddings that follow the length of the last batch: what they start from is in the configuration.
+# State of rotary embeddings that depends on the length of the last batch. Its start values are in the configuration.
 FOLLOWS_LENGTH: Final = ("long_inv_freq", "max_seq_len_cached")
 LENGTH_ROPES: Final = ("dynamic", "longrope")
-# Hooks and methods of these change where and how a model runs, or read from it; they are part of a plain loaded model.
+# Hooks and methods of these packages belong to a plainly loaded model: they place it, run it or read from it.
 TRUSTED: Final = ("accelerate", "peft", "torch", "transformers")
 
 
@@ -89,9 +89,9 @@ TRUSTED: Final = ("accelerate", "peft", "torch", "transformers")
 
 
 def _multipliers(device: torch.device) -> torch.Tensor:
-    """Odd numbers that look random, one per place in a chunk: shape (CHUNK,), int64.
+    """Pseudo-random odd numbers, one per place in a chunk: shape (CHUNK,), int64.
 
-    An odd number has an inverse modulo 2⁶⁴, so no change of a single value leaves the sum of the products as it was.
+    An odd number has an inverse modulo 2⁶⁴, so a change of a single value always changes the sum of the products.
     """
     places = torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device) * SPREAD
     return ((places ^ ((places >> 30) & ((1 << 34) - 1))) * MIX) | 1
@@ -109,7 +109,7 @@ def _chunk_sums(tensor: torch.Tensor, multipliers: torch.Tensor) -> Iterator[tor
     words = _words(tensor)
     for start in range(0, words.numel(), CHUNK):
         part = words[start : start + CHUNK].to(torch.int64)
-        # Integer products and sums wrap around in the same way everywhere, in whatever order they are added.
+        # Integer products and sums wrap around, so the result is the same on every device and in every order.
         yield part.mul_(multipliers[: part.numel()]).sum()
 
 
@@ -117,14 +117,14 @@ def _chunk_sums(tensor: torch.Tensor, multipliers: torch.Tensor) -> Iterator[tor
 
 
 def _bare(code: Any) -> Any:
-    """What a bound method or a partial calls in the end."""
+    """The function that a bound method or a partial calls in the end."""
     while isinstance(code, functools.partial) or hasattr(code, "__func__"):
         code = code.func if isinstance(code, functools.partial) else code.__func__
     return code
 
 
 def _origin(code: Any) -> str:
-    """The module in which a callable was written, whatever ``functools.wraps`` has made it say."""
+    """The module in which a callable was written, even if ``functools.wraps`` gave it the name of another."""
     code = _bare(code)
     if hasattr(code, "__globals__"):
         return str(code.__globals__.get("__name__"))
@@ -141,31 +141,31 @@ def _is_trusted(code: Any) -> bool:
 
 
 def _is_placing(value: Any) -> bool:
-    """Whether it is one of the methods that accelerate puts before a module's own."""
+    """Whether it is a method of accelerate that replaces one of the module."""
     return callable(value) and _origin(value).partition(".")[0] == "accelerate"
 
 
 def _own_methods(part: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Methods that were replaced in this one module."""
+    """Methods that were replaced on this module object, by name."""
     for name, value in vars(part).items():
         inherited = getattr(type(part), name, None)
         if not callable(value) or isinstance(value, nn.Module) or not hasattr(inherited, "__globals__"):
             continue
         if getattr(value, "__func__", None) is not inherited and not _is_trusted(value):
             yield name, value
-    before = vars(part).get("_old_forward")  # what accelerate's own forward goes on to call
+    before = vars(part).get("_old_forward")  # accelerate's own forward calls this one
     if before is not None and getattr(before, "__func__", None) is not type(part).forward and not _is_trusted(before):
         yield "forward", before
     hook = vars(part).get("_hf_hook")
-    for each in (hook, *getattr(hook, "hooks", ())):
-        if each is not None and type(each).__module__.partition(".")[0] not in TRUSTED:
-            yield "forward", each
+    for single in (hook, *getattr(hook, "hooks", ())):
+        if single is not None and type(single).__module__.partition(".")[0] not in TRUSTED:
+            yield "forward", single
 
 
 def foreign_code(module: nn.Module) -> str | None:
-    """The first hook, or method replaced in one module, that is the caller's own, in words; None where there is none.
+    """A description of the first hook or replaced method that is the caller's own; None if there is none.
 
-    What accelerate, PEFT, torch and transformers install themselves is not meant.
+    Hooks and methods that accelerate, PEFT, torch and transformers install are not counted.
     """
     for name, part in module.named_modules():
         where = f"on {name!r}" if name else "on the model"
@@ -179,7 +179,7 @@ def foreign_code(module: nn.Module) -> str | None:
 
 
 def global_hooks() -> str | None:
-    """The first forward hook that torch runs for every module, in words; None where there is none."""
+    """A description of the caller's first forward hook that torch runs for every module; None if there is none."""
     hooks: tuple[Mapping[int, Callable[..., Any]], ...] = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     for hook in (hook for each in hooks for hook in each.values()):
         if not _is_trusted(hook):
@@ -191,7 +191,7 @@ def global_hooks() -> str | None:
 
 
 def _config_settings(config: Any) -> Any:
-    """What of a configuration changes the computation, the parts of it included."""
+    """The settings of a configuration, and of its nested ones, that change the computation."""
     if isinstance(config, Mapping):
         return {str(key): _config_settings(value) for key, value in config.items() if str(key) not in CONFIG_VOLATILE}
     return [_config_settings(value) for value in config] if isinstance(config, list | tuple) else config
@@ -202,26 +202,26 @@ def _is_config(value: Any) -> bool:
 
 
 class _Digest:
-    """A model's digest as it grows."""
+    """The digest of a model, updated module by module."""
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
         self.multipliers: dict[torch.device, torch.Tensor] = {}
-        # By identity; the objects are kept, so that no number is given out twice.
+        # By `id`. The objects are kept, so that no id is used twice.
         self.seen: dict[int, tuple[Any, str]] = {}
 
     def add(self, *words: object) -> None:
         self.sha256.update(json.dumps(words, sort_keys=True).encode() + b"\n")
 
     def alias(self, value: Any, name: str) -> str | None:
-        """The name under which the same object came before."""
+        """The name under which the same object was seen before; None the first time."""
         if id(value) in self.seen:
             return self.seen[id(value)][1]
         self.seen[id(value)] = (value, name)
         return None
 
     def tensor(self, name: str, tensor: torch.Tensor) -> list[Any]:
-        """Raw bits, shape and dtype; for one that came before only its name."""
+        """Shape, dtype and a digest of the raw bits; for a tensor seen before only its name."""
         before = self.alias(tensor, name)
         if before is not None:
             return ["same", before]
@@ -237,7 +237,7 @@ class _Digest:
         return [list(tensor.shape), str(tensor.dtype), hashlib.sha256(bits).hexdigest()]
 
     def plain(self, name: str, value: Any) -> Any:
-        """A value as JSON holds it; of an object that is no plain value only its class, never an address."""
+        """A value as JSON; for an object that is no plain value its class, never an address."""
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if isinstance(value, bytes | complex):
@@ -295,7 +295,7 @@ class _Digest:
             self.add("forward", name, _code_name(before_hook))
 
     def quantised(self, path: str, part: nn.Module, tensor: torch.Tensor) -> None:
-        """What bitsandbytes keeps beside the packed bits: their scales, on the parameter or, after its first use, in the layer's state."""
+        """Add the scales that bitsandbytes keeps beside packed bits: on the parameter, or after its first use in the state of the layer."""
         state: Any = getattr(tensor, "quant_state", None)
         if hasattr(state, "as_dict"):
             self.add("scales", path, self.plain(path, state.as_dict(packed=True)))
@@ -306,12 +306,12 @@ class _Digest:
 
 
 def model_fingerprint(module: nn.Module) -> str:
-    """``bits:…`` over all that a model in memory computes with.
+    """``bits:…`` over everything that a model in memory computes with.
 
     The raw bits, name, shape and dtype of every parameter, buffer and other tensor; the class of every module and its plain attributes
     (scales, flags, names of activation functions, an adapter's state); the configuration without what is recorded elsewhere. Any edit of
-    any of these changes it; where the weights lie, whether the model has run, and its mode do not. Memory beside the model: two chunks of
-    8 MiB, and one tensor where it is not contiguous.
+    these changes it. The device of the weights, the mode, and whether the model has run do not. Needs memory for two chunks of 8 MiB, and
+    for a copy of a tensor that is not contiguous.
 
     Raises
     ------

@@ -1,12 +1,12 @@
-"""What is known of a model from its files alone: the provenance fields and its size. Never torch, weights in memory, or the network.
+"""What is known of a model from its files alone: its provenance fields and its size. Never torch, weights in memory, or the network.
 
 The fields, the same whether they come from here or from a loaded model:
 
 ``revision``
     The hub's commit; None for a folder or a model object.
 ``weights``
-    ``sha256:…`` over a local folder's weight files and its configuration; ``bits:…``, a fingerprint of every tensor, module and setting,
-    for a model object; None for a hub model, whose commit says it all.
+    ``sha256:…`` over a local folder's weight files and its configuration. For a model object ``bits:…``, a fingerprint of every tensor,
+    module and setting. None for a hub model, which its commit identifies.
 ``compute_dtype``
     ``float32``, ``float16``, ``bfloat16`` or ``float64``.
 ``quantization``
@@ -16,15 +16,15 @@ The fields, the same whether they come from here or from a loaded model:
 ``tokenizer``
     ``sha256:…`` over the tokenizer's files, or over a tokenizer object's content; None for the one that a hub model's commit holds.
 ``special_tokens``
-    True for texts, False for rendered chats (they hold theirs already), None for token ids.
+    True for texts, False for rendered chats (which have them already), None for token ids.
 ``chat_template``
     ``sha256:…`` of the template for chats, otherwise None.
 ``truncation``
     The limit in tokens where truncation was allowed, otherwise None.
 ``modules``
-    None, or as JSON the names that the caller gave for the parts of the model.
+    None, or as JSON the names that the caller gave for the modules of the model.
 
-Beside these a caller may give fields of his own, ``provenance={"steering": "…"}``, for what none of them shows.
+A caller may add fields, such as ``provenance={"steering": "…"}``, for what these do not show.
 """
 
 from __future__ import annotations
@@ -76,17 +76,17 @@ TOKENIZER_FILES: Final = (
     "vocab.json",
     "vocab.txt",
 )
-# They say who wrote the configuration, not what the model computes; the dtype is a field of its own.
+# They tell who wrote the configuration, not what the model computes. The dtype is a field of its own.
 CONFIG_NOISE: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-# Their position numbers begin after the padding token's, which takes that many from the window.
+# Their position ids begin after the id of the padding token, which shortens the window.
 OFFSET_POSITIONS: Final = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm")
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-# A file that was changed so lately may change again within the same tick of the file system's clock.
+# A file changed more recently may change again within the same tick of the file system's clock.
 SETTLED_SECONDS: Final = 2.0
 READ_BYTES: Final = 1 << 22
 WEIGHT_ENDINGS: Final = (".bin", ".safetensors")
-# How a tokenizer object cuts texts, beside what its backend says.
+# Settings of a tokenizer object that change its tokens and are not in its backend.
 TOKENIZER_SETTINGS: Final = ("truncation_side", "split_special_tokens", "add_bos_token", "add_eos_token")
 
 
@@ -99,7 +99,7 @@ class ModelIdentity:
     name : str
         Its name in a store.
     provenance : dict
-        The known fields only; a field that is missing is unknown.
+        Only the known fields.
     num_layers, hidden_size, context_length, vocab_size : int or None
         From ``config.json``; None where unknown.
     num_experts : int or None
@@ -248,10 +248,10 @@ def _read_memory(memory: Path | None) -> dict[str, Any]:
 
 
 def _write_memory(memory: Path, learned: Mapping[str, Any]) -> None:
-    """Best effort: what cannot be remembered is computed again."""
+    """Remember digests, if the file can be written; otherwise they are computed again."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        # Read again: another process may have learned something meanwhile.
+        # Read again, because another process may have added digests.
         content = {**_read_memory(memory), **learned}
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=memory.parent, prefix=memory.name, suffix=".tmp", delete=False) as file:
             json.dump(content, file)
@@ -264,7 +264,7 @@ def _write_memory(memory: Path, learned: Mapping[str, Any]) -> None:
 
 
 def _file_digests(files: list[Path], memory: Path | None) -> list[str]:
-    """sha256 of every file; of those that have not changed since, the remembered one."""
+    """The sha256 of every file; for files that have not changed since, the remembered one."""
     known = _read_memory(memory)
     stats = [os.stat(path.resolve()) for path in files]  # noqa: PTH116 - one call for size and time, links followed
     keys = [str(path.resolve()) for path in files]
@@ -295,7 +295,7 @@ def _file_digests(files: list[Path], memory: Path | None) -> list[str]:
 def weights_digest(folder: Path, memory: Path | None = None) -> str | None:
     """``sha256:…`` over a model folder's weights, configuration and own code; None where it holds no weights.
 
-    Every file that transformers might load, whichever it prefers. Of the configuration only what changes the computation counts.
+    Covers every file that transformers might load, and those settings of the configuration that change the computation.
     """
     weights = sorted(path for ending in WEIGHT_ENDINGS for path in folder.glob(f"*{ending}"))
     if not weights:
@@ -321,7 +321,7 @@ def tokenizer_digest(folder: Path) -> str | None:
 
 
 def tokenizer_object_digest(tokenizer: Any) -> str:
-    """``sha256:…`` over the content of a loaded tokenizer, whatever its padding and truncation are set to at the moment."""
+    """``sha256:…`` over the content of a loaded tokenizer, without its current padding and truncation."""
     backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
     if backend is not None:
         content = json.loads(backend.to_str())
@@ -329,14 +329,14 @@ def tokenizer_object_digest(tokenizer: Any) -> str:
     else:
         content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
         settings = getattr(tokenizer, "init_kwargs", {})
-        # Where its files lie is not what they hold.
+        # The paths of its files do not matter.
         content["init"] = {str(k): v for k, v in settings.items() if not str(k).endswith(("_file", "name_or_path", "chat_template"))}
     content["settings"] = {name: getattr(tokenizer, name, None) for name in TOKENIZER_SETTINGS}
     return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def template_digest(template: object) -> str | None:
-    """``sha256:…`` of a chat template; of several named ones, of that called ``default``."""
+    """``sha256:…`` of a chat template; for several named templates, of the one called ``default``."""
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, Mapping):
@@ -370,7 +370,7 @@ def local_folder(model: str | os.PathLike[str]) -> Path | None:
     path = Path(given).expanduser()
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
-            # Beside a whole model too: transformers would apply it without a word.
+            # Also an error beside a whole model, because transformers would apply the adapter silently.
             raise ModelNotFoundError(
                 f"model {given!r} holds an adapter (adapter_config.json): load it onto its base model with peft, and pass that object with "
                 "name='…'; or move that file away to use the model without it"
@@ -379,7 +379,7 @@ def local_folder(model: str | os.PathLike[str]) -> Path | None:
             return path.resolve()
         raise ModelNotFoundError(f"model {given!r} is a folder without config.json: give the folder that save_pretrained wrote")
     if path.exists():
-        raise ModelNotFoundError(f"model {given!r} is a file: give the folder that it lies in")
+        raise ModelNotFoundError(f"model {given!r} is a file: give the folder that contains it")
     if isinstance(model, os.PathLike) or not HUB_ID.fullmatch(given):
         raise ModelNotFoundError(
             f"model {given!r} does not exist: tried the folder {str(path.absolute())!r}, and it is no hub id (owner/name)"
@@ -390,8 +390,8 @@ def local_folder(model: str | os.PathLike[str]) -> Path | None:
 def model_name(model: str | os.PathLike[str], name: str | None = None) -> str:
     """The name under which a model is stored: `name`, a hub id as it is, or the last part of a folder's path.
 
-    Only the last part, so that a dataset can be shared between machines that keep the model in different places; what tells two models of
-    the same name apart is their content (``weights``). A snapshot in the hub's local cache is named by its hub id.
+    Only the last part, so that a dataset can be shared between machines that keep the model in different places. Two models of the same
+    name differ in their content (``weights``). A snapshot in the hub's local cache is named by its hub id.
     """
     if name is not None:
         if not isinstance(name, str) or not name:
@@ -407,7 +407,7 @@ def model_name(model: str | os.PathLike[str], name: str | None = None) -> str:
 
 
 def cached_snapshot(model: str, revision: str | None) -> tuple[str | None, Path | None]:
-    """The commit of a hub model, and its folder in the hub's local cache; None for what is not known there."""
+    """The commit of a hub model, and its folder in the hub's local cache; None for either that the cache lacks."""
     commit = revision if revision is not None and COMMIT.fullmatch(revision) else None
     try:
         from huggingface_hub import constants, try_to_load_from_cache
@@ -429,7 +429,7 @@ def tokenizer_field(tokenizer: object, folder: Path | None) -> str | None:
     Parameters
     ----------
     tokenizer : None, str, path or object
-        What the caller gave: None is the model's own.
+        As the caller gave it; None for the model's own.
     folder : Path or None
         The model's folder; None for a hub model.
     """
@@ -458,7 +458,7 @@ def own_fields(provenance: Mapping[str, Any] | None) -> Provenance:
     InvalidTypeError
         Not a mapping.
     InvalidArgumentError
-        The name of a field that is found out here, a name that is no text, or a value that is no single one.
+        The name of one of `PROVENANCE_FIELDS`, a name that is no text, or a value that is no text, number, truth value or None.
     """
     if provenance is None:
         return {}
@@ -467,7 +467,7 @@ def own_fields(provenance: Mapping[str, Any] | None) -> Provenance:
     clashes = sorted(set(provenance) & set(PROVENANCE_FIELDS))
     if clashes:
         raise InvalidArgumentError(
-            f"provenance names {', '.join(map(repr, clashes))}, found out from the model itself: choose another name, such as 'steering'"
+            f"provenance names {', '.join(map(repr, clashes))}, which come from the model itself: choose another name, such as 'steering'"
         )
     for name, value in provenance.items():
         if not isinstance(name, str) or not (value is None or isinstance(value, str | int | float | bool)):
@@ -503,8 +503,8 @@ def identify(
 ) -> ModelIdentity:
     """What is known of a model without loading it and without the network.
 
-    A field that this and the loaded model both know has the same value. For a hub id the commit is the one that the local cache names for
-    `revision`; where the cache has none, the commit and all that follows from the configuration are unknown, not an error, because what was
+    Every field has the value that the loaded model gives it. For a hub id the commit is the one that the local cache names for `revision`.
+    If the cache lacks it, the commit and everything from the configuration are unknown. That is no error, because activations that were
     extracted elsewhere can be read without the model.
 
     Parameters
@@ -514,7 +514,7 @@ def identify(
     name : str, optional
         Its name in the store, see :func:`model_name`.
     tokenizer : str, path or transformers tokenizer, optional
-        Where it is not the model's own.
+        If it is not the model's own.
     revision : str, optional
         Branch, tag or commit of a hub model.
     dtype : str or torch.dtype
@@ -535,7 +535,7 @@ def identify(
     ModelNotFoundError
         A path without a model.
     InvalidArgumentError
-        Unknown dtype or kind, a bad `max_length`, or an own field that has the name of another.
+        Unknown dtype or kind, a bad `max_length`, or a caller's field with the name of one of `PROVENANCE_FIELDS`.
     """
     own = own_fields(provenance)
     if prompts_kind not in PROMPT_KINDS:
@@ -588,7 +588,7 @@ def _prompt_fields_known(
     fields = prompt_fields(kind, template=template, truncation=truncation, max_length=max_length, context_length=window)
     if kind == "chat" and template is None:
         del fields["chat_template"]
-    # Without the window the limit is a guess: it may be smaller than max_length.
+    # Without the window the limit is unknown: it may be smaller than max_length.
     if truncation and window is None:
         del fields["truncation"]
     return fields

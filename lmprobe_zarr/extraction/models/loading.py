@@ -1,4 +1,4 @@
-"""A model and its tokenizer, ready to run, with everything that tells its activations from another's. Never a store."""
+"""A model and its tokenizer, ready to run, with the provenance that distinguishes its activations. Never a store."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ class LoadedModel:
     hidden_size : int or None
         Width of the residual stream; None where the configuration does not say.
     context_length : int or None
-        Tokens; None where nothing says.
+        Tokens; None where unknown.
     vocab_size : int or None
     dtype : str
-        What it computes in.
+        The dtype that it computes in.
     device : torch.device
-        Where token ids go; that of the whole model unless `device_map` spread it.
+        The device of the token ids; that of the whole model unless `device_map` spread it.
     spread : bool
         Whether its blocks and its head lie on several devices.
     predicts_next : bool
         Whether its head, if it has one, predicts every next token from those before it.
     num_experts : int or None
-        What its routers choose from; None where it has none, or the configuration does not say.
+        How many experts its routers choose from; None where it has none, or the configuration does not say.
     pad_id : int
-        What fills the batch where a prompt has ended; never seen by a token that counts.
+        The token id that pads shorter prompts of a batch; no token of a prompt sees it.
     provenance : dict
-        Every field; see :mod:`lmprobe_zarr.extraction.identity`.
+        Every field; see :mod:`lmprobe_zarr.extraction.models.identity`.
     recorded : dict
-        What is only recorded: attention implementation, device, library versions.
+        Recorded only, not part of the identity: attention implementation, device, library versions.
     """
 
     module: nn.Module
@@ -90,7 +90,7 @@ class LoadedModel:
 
 
 class _Quiet:
-    """transformers' log at errors only. Its level is that of the process, so the first in sets it and the last out restores it."""
+    """transformers logs errors only. The level belongs to the process, so the first to enter sets it and the last to leave restores it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -119,7 +119,7 @@ quiet_logging = _Quiet()
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, reports or bars of transformers for the duration; what it would warn of is checked here instead."""
+    """No warnings, reports or progress bars of transformers inside. This module checks what it would warn about."""
     noise: Any = transformers_logging
     bars = noise.is_progress_bar_enabled()
     noise.disable_progress_bar()
@@ -153,9 +153,9 @@ def _loading(what: str, source: str, folder: Path | None, revision: str | None) 
 
 
 def _source(model: str | os.PathLike[str], revision: str | None) -> tuple[str, Path | None, str | None]:
-    """What to hand to ``from_pretrained``, the folder if it is one, and the revision: the commit where the local cache knows it.
+    """The argument of ``from_pretrained``, the folder if it is one, and the revision: the commit where the local cache knows it.
 
-    The cache's commit is taken as it stands, without asking the hub, so that what is extracted is what was looked up in the store.
+    The commit of the cache is used without asking the hub, so that the model that runs is the one that was looked up in the store.
     """
     folder = identity.local_folder(model)
     if folder is not None:
@@ -232,7 +232,7 @@ def _load_weights(
         )
     if getattr(module, "_hf_peft_config_loaded", False):
         raise ModelNotFoundError(f"{source!r} holds an adapter beside the model: load both with peft, and pass that object with name='…'")
-    # Transformers fills what a checkpoint lacks with random numbers and goes on. A pooler is never run here.
+    # transformers fills tensors that a checkpoint lacks with random numbers. A pooler may be missing, because it never runs here.
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
     projection = module.get_output_embeddings() if head else None
     owners = {name for name, part in module.named_modules() if part is projection}
@@ -258,7 +258,7 @@ def _adapters(module: nn.Module) -> str | None:
     Raises
     ------
     InvalidArgumentError
-        An adapter that acts outside of the blocks, so that the blocks alone would not show it.
+        An adapter that changes more than the weights: it adds tokens, or depends on the content of the prompt.
     """
     configs = getattr(module, "peft_config", None)
     if not isinstance(configs, Mapping) or not configs:
@@ -317,7 +317,7 @@ def _input_embeddings(body: nn.Module) -> nn.Module | None:
 
 
 def _input_device(body: nn.Module) -> torch.device:
-    """Where token ids have to be: where the embeddings are, or where accelerate brings them when it keeps them elsewhere."""
+    """The device for token ids: that of the embeddings, or the one to which accelerate moves them."""
     embeddings = _input_embeddings(body)
     weight = next(iter((embeddings or body).parameters()), None)
     device = torch.device("cpu") if weight is None else weight.device
@@ -329,7 +329,7 @@ def _input_device(body: nn.Module) -> torch.device:
 
 def _vocab_size(body: nn.Module, config: Mapping[str, Any]) -> int | None:
     embeddings = _input_embeddings(body)
-    # Where the table is larger than the vocabulary it was padded for speed; what it holds can be looked up either way.
+    # A table larger than the vocabulary was padded for speed; all of its rows can be looked up.
     held = getattr(embeddings, "num_embeddings", None)
     return held if isinstance(held, int) else identity.first_int(identity.text_config(config), ("vocab_size",))
 
@@ -352,7 +352,7 @@ def _no_prediction(name: str, kind: str) -> InvalidArgumentError:
 def _predicts_next(located: Located, *, by_hand: bool) -> bool:
     if not by_hand or located.whole is None:
         return located.causal
-    # Of parts that were named by hand nothing is known but the class. Encoders have one for causal models too, to be switched on.
+    # Of modules named by hand only the class is known. Encoders have a class for causal models too, which is_decoder switches on.
     config: Any = getattr(located.whole, "config", None)
     kind = getattr(config, "model_type", None)
     switched_off = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
@@ -361,26 +361,26 @@ def _predicts_next(located: Located, *, by_hand: bool) -> bool:
 
 
 def check_head(loaded: LoadedModel) -> None:
-    """Whether a model can say what it predicts.
+    """Check that a model can predict the next token.
 
     Raises
     ------
     InvalidArgumentError
-        It has no head, or does not predict the next token; or the caller's own code runs in the head, and no field of the provenance says
-        what it does.
+        It has no head, or does not predict the next token; or the caller's own code runs in the head, and no provenance field of the
+        caller describes it.
     """
     whole = loaded.located.whole
-    # Where the blocks were named by hand and there is no head, it is not known whether it is an encoder.
+    # Without a head, a model whose blocks were named by hand may or may not be an encoder.
     if is_encoder(getattr(getattr(loaded.located.body, "config", None), "model_type", None)) or (
         whole is not None and not loaded.predicts_next
     ):
         raise _no_prediction(loaded.name, type(loaded.module).__name__)
     if whole is None:
         raise InvalidArgumentError(
-            f"{loaded.name!r} ({type(loaded.module).__name__}) has no head, which logits and perplexity come from: "
+            f"{loaded.name!r} ({type(loaded.module).__name__}) has no head, which logits and perplexity need: "
             "load it with head=True, or give the whole model, such as AutoModelForCausalLM loads it"
         )
-    # What lies around the body of an object is looked at only where it runs.
+    # Code outside the body of a model object is checked only where it runs.
     if str(loaded.provenance.get("weights")).startswith("bits:"):
         _check_code(foreign_code(whole), {k: v for k, v in loaded.provenance.items() if k not in PROVENANCE_FIELDS})
 
@@ -451,7 +451,7 @@ def load_model(
     tokenizer : transformers tokenizer, str or path, optional
         Needed for an object.
     revision : str, optional
-        Branch, tag or commit of a hub id; a branch is what the local cache says it is, where it knows.
+        Branch, tag or commit of a hub id. For a branch the commit in the local cache is used, if there is one.
     dtype : str or torch.dtype
         ``"auto"``: what ``config.json`` names, float32 where it names none; an object's own.
     device : str or torch.device
@@ -463,24 +463,24 @@ def load_model(
     modules : mapping of str to str, optional
         For unknown architectures: ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp", "router": "mlp.gate"}``.
     head : bool
-        Whether logits or a perplexity will be asked for. The provenance is the same either way.
+        Whether logits or perplexities will be needed. The provenance is the same either way.
     prompts_kind, max_length, truncation
-        What the prompts will be; part of the provenance.
+        How the prompts will be tokenized; part of the provenance.
     provenance : mapping, optional
-        The caller's own fields, beside those in :mod:`lmprobe_zarr.extraction.identity`: a text, number, truth value or None each. Needed
-        where hooks or replaced methods change what an object computes, because they cannot be told from one another.
+        The caller's own fields, beside those in :mod:`lmprobe_zarr.extraction.models.identity`: each a text, number, truth value or None.
+        Needed where hooks or replaced methods change what an object computes, because their code is not part of the fingerprint.
     memory : Path, optional
-        Where digests of weight files are remembered.
+        A JSON file that remembers the digests of weight files.
 
     Raises
     ------
     ModelNotFoundError
-        Nothing can be loaded, or the weights are incomplete, those of the head that is asked for included.
+        Nothing can be loaded, or the weights, with those of a requested head, are incomplete.
     UnknownArchitectureError
         Its blocks were not found by name.
     InvalidArgumentError
-        An object without a name or tokenizer, or with hooks but no `provenance`; arguments that do not go together; a device that is not
-        here; a `head` asked of a model that has none, or does not predict the next token.
+        An object without a name or tokenizer, or with hooks but no `provenance`; arguments that do not go together; a device that
+        this machine lacks; a `head` requested of a model that has none or does not predict the next token.
     InvalidTypeError
         Neither a model nor the name of one.
     MissingDependencyError
@@ -488,7 +488,7 @@ def load_model(
     """
     _check_prompts_kind(prompts_kind)
     own = identity.own_fields(provenance)
-    # Before anything is loaded; those of an object follow.
+    # Checked before anything is loaded. Hooks of a model object are checked below.
     _check_code(global_hooks(), own)
     if device_map is not None and str(device) != "auto":
         raise InvalidArgumentError(f"device={str(device)!r} and device_map={device_map!r} were both given: give one")
@@ -498,7 +498,7 @@ def load_model(
         if revision is not None or device_map is not None:
             raise InvalidArgumentError("revision= and device_map= are for models that are loaded here: apply them to the object yourself")
         adapter = _adapters(model)
-        # What lies outside of the body, a head for one, is looked at in `check_head`, if it is to run.
+        # Modules outside the body, such as a head, are checked in `check_head`, if they run.
         _check_code(foreign_code(locate(model, modules).body), own)
         computed = _object_dtype(model, dtype)
         held = _tokenizer_for(tokenizer, None, None, trust_remote_code)

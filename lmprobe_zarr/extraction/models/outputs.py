@@ -1,4 +1,4 @@
-"""What a model says of its input, made small: logits to probabilities and top k, routers to raw scores. Never a hook or a prompt."""
+"""Logits reduced to probabilities, perplexities and top k, and raw scores of routers. Never a hook or a prompt."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["gives_raw_scores", "head_width", "largest", "next_token_log_probs", 
 
 Floats = npt.NDArray[np.float32]
 
-# What is computed from logits at a time: their copy in float32, and another of the same size within it.
+# Bounds the float32 copy of the logits that are processed at a time. The computation needs as much again.
 SLICE_BYTES: Final = 32 << 20
 PLAIN: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def head_width(head: nn.Module | None, vocab_size: int | None) -> int | None:
-    """How many logits a head gives per token; `vocab_size` where it does not say."""
+    """How many logits a head gives per token; `vocab_size` where the module does not say."""
     width = getattr(head, "out_features", None)
     return width if isinstance(width, int) else vocab_size
 
@@ -48,14 +48,14 @@ def next_token_log_probs(logits: torch.Tensor, ids: torch.Tensor, firsts: torch.
     for rows in _slices(len(ids) - 1, logits.shape[-1]):
         after = slice(rows.start + 1, rows.stop + 1)
         found[after] = -functional.cross_entropy(logits[rows].to(wide), ids[after], reduction="none").to(torch.float32)
-    # What the last token of one prompt says of the first of the next means nothing.
+    # The last token of a prompt does not predict the first of the next prompt.
     return found.index_fill_(0, firsts, torch.nan)
 
 
 def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest `k` of each row, descending, and their places as int32: shapes (row, k)."""
-    parts = [logits[rows].topk(k, dim=-1) for rows in _slices(len(logits), logits.shape[-1])]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices.to(torch.int32) for part in parts])
+    """The `k` largest of each row, descending, and their columns as int32: shapes (row, k)."""
+    slices = [logits[rows].topk(k, dim=-1) for rows in _slices(len(logits), logits.shape[-1])]
+    return torch.cat([top.values for top in slices]), torch.cat([top.indices.to(torch.int32) for top in slices])
 
 
 def perplexity_of(log_probs: Floats, lengths: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:
@@ -80,7 +80,7 @@ def perplexity_of(log_probs: Floats, lengths: npt.NDArray[np.int64]) -> tuple[Fl
     mean = np.add.reduceat(losses, firsts) / np.maximum(lengths - 1, 1)
     statistics = np.stack([mean, np.minimum.reduceat(least, firsts), np.maximum.reduceat(greatest, firsts)], axis=1)
     statistics[lengths == 1] = 0
-    # A token that is all but impossible has a perplexity that no float32 holds: infinity is the nearest.
+    # The perplexity of an almost impossible token exceeds float32 and becomes infinite.
     with np.errstate(over="ignore"):
         return np.exp(statistics).astype(np.float32), np.exp(-log_probs.astype(np.float64)).astype(np.float32)
 
@@ -91,15 +91,15 @@ def _first_scores(output: Any) -> torch.Tensor | None:
 
 
 def gives_raw_scores(gate: nn.Module, hidden_size: int | None, dtype: torch.dtype, device: torch.device, name: str) -> bool:
-    """Whether the first thing that a router gives is the score of every expert, before softmax or sigmoid.
+    """Whether the first output of a router is the score of every expert, before softmax or sigmoid.
 
-    What transformers' routers give changed between its releases: raw scores, probabilities under the same name, or the chosen experts
-    only. So one is asked about a token of zeros, whose raw scores are zero, or the bias, and whose probabilities are not.
+    The output of transformers' routers changed between its releases: raw scores, probabilities under the same name, or the chosen experts
+    only. So the router is called with a token of zeros: its raw scores are zero or the bias, its probabilities are not.
 
     Raises
     ------
     UnknownArchitectureError
-        It gives no raw scores, and has no weights to compute them with.
+        The router gives no raw scores and has no weights to compute them with.
     """
     weight = getattr(gate, "weight", None)
     matrix = weight if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
@@ -107,7 +107,7 @@ def gives_raw_scores(gate: nn.Module, hidden_size: int | None, dtype: torch.dtyp
     own = next(iter(gate.parameters()), None)
     if width is not None and own is not None:
         place = device if own.device.type == "meta" else own.device
-        # Some keep it at a higher precision than the rest; packed weights do not say what they are multiplied with.
+        # Some models keep the router in a higher precision; packed weights do not show the dtype of their input.
         dtype = own.dtype if own.dtype in PLAIN else dtype
         with torch.inference_mode():
             scores = _first_scores(gate(torch.zeros(1, 1, width, dtype=dtype, device=place)))
@@ -127,12 +127,12 @@ def gives_raw_scores(gate: nn.Module, hidden_size: int | None, dtype: torch.dtyp
 
 
 def _is_projection(gate: nn.Module) -> bool:
-    """Whether it is a linear layer, whatever it is wrapped or packed in."""
+    """Whether it is a linear layer, wrapped or packed or not."""
     return isinstance(getattr(gate, "out_features", None), int)
 
 
 def raw_scores(gate: nn.Module, given: tuple[Any, ...], output: Any = None) -> torch.Tensor:
-    """A router's score of every expert: what it gave, or in float32 what its weights make of its input where `output` is None."""
+    """A router's score of every expert: its output, or, where `output` is None, computed from its input and weights in float32."""
     scores = _first_scores(output)
     if scores is not None:
         return scores

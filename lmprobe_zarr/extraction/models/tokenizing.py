@@ -1,4 +1,4 @@
-"""Prompts to token ids, with the place of every token in its text. Needs a tokenizer, never a model or torch."""
+"""Prompts to token ids, with the characters of every token in its text. Needs a tokenizer, never a model or torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmprobe_zarr.typing import Ints
 __all__ = ["TokenizedPrompts", "length_limit", "tokenize"]
 
 CHUNK_PROMPTS: Final = 512
-# Tokenizers without a limit of their own say 1e30 or the like.
+# Tokenizers without a limit have a number such as 1e30.
 ABSURD_LENGTH: Final = 10**9
 
 
@@ -36,7 +36,7 @@ class TokenizedPrompts:
         Tokens of every prompt; all at least 1.
     token_ids : ndarray of int64, shape (token,)
     char_start, char_end : ndarray of int64, shape (token,), or None
-        ``text[char_start:char_end]`` is what the token stands for; −1 for tokens that the tokenizer added. None where unknown.
+        ``text[char_start:char_end]`` is the text of the token; −1 for tokens that the tokenizer added. None where unknown.
     truncated : ndarray of bool, shape (prompt,)
         Which prompts lost tokens.
     first : ndarray of int64, shape (prompt,)
@@ -77,10 +77,10 @@ class TokenizedPrompts:
 
 
 def length_limit(context_length: int | None, max_length: int | None, tokenizer: Any = None) -> int | None:
-    """The most tokens that a prompt may have, or None where nothing says.
+    """The most tokens that a prompt may have; None where no limit is known.
 
-    The smaller of the model's window and `max_length`; the tokenizer's own ``model_max_length`` only where the model says nothing, because
-    it is often left over from training.
+    The smaller of the model's window and `max_length`. The tokenizer's own ``model_max_length`` counts only where the window is unknown,
+    because it is often left over from training.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def length_limit(context_length: int | None, max_length: int | None, tokenizer: 
 
 @contextmanager
 def _unchanged(tokenizer: Any) -> Iterator[None]:
-    """The tokenizer's truncation and padding as they were, afterwards: calling it resets them."""
+    """Restore the tokenizer's truncation and padding afterwards, which a call resets."""
     backend = getattr(tokenizer, "_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
     if backend is None:
         yield
@@ -203,8 +203,8 @@ def tokenize(
 ) -> TokenizedPrompts:
     """The tokens of every prompt, as the model will see them.
 
-    Texts get the tokenizer's special tokens; rendered chats hold them already; token ids are taken as they are. The tokenizer is left as it
-    was, whatever its own padding and truncation settings.
+    Texts get the tokenizer's special tokens; rendered chats have them already; token ids are taken as they are. The tokenizer's padding and
+    truncation settings are ignored and left as they were.
 
     Parameters
     ----------
@@ -217,20 +217,21 @@ def tokenize(
     truncation : bool
         Cut prompts that are longer than the limit, on the tokenizer's truncation side, instead of raising.
     vocab_size : int, optional
-        Token ids at or above it are refused.
+        Token ids at or above it are an error.
 
     Raises
     ------
     PromptTooLongError
         A prompt is longer than the limit and `truncation` is False.
     InvalidArgumentError
-        A prompt without any token, a token id outside the vocabulary, text that is not Unicode, or a `max_length` without room.
+        A prompt without tokens, a token id outside the vocabulary, text that is not Unicode, or a `max_length` that leaves room only for
+        special tokens.
     """
     limit = length_limit(context_length, max_length, tokenizer)
-    turn = _tokenize_ids if prompts.kind == "ids" else _tokenize_texts
-    # Setting its truncation changes a tokenizer for everybody, and a fast one refuses that while another thread uses it.
+    tokenize_kind = _tokenize_ids if prompts.kind == "ids" else _tokenize_texts
+    # Setting the truncation changes the tokenizer for all threads, and a fast one raises if another thread is using it.
     with running(tokenizer):
-        (ids, places), long = turn(prompts, tokenizer, limit, truncation)
+        (ids, places), long = tokenize_kind(prompts, tokenizer, limit, truncation)
     text = prompts.text
     if text is None:
         assert prompts.token_ids is not None  # noqa: S101 - only ids come without a text

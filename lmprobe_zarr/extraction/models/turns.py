@@ -1,7 +1,7 @@
-"""Whose turn it is: torch has settings of the whole process, and hooks belong to a module, not to the thread that sets them.
+"""Locks between loading and running models: no model runs while one loads, and a module runs for one caller at a time.
 
-While transformers loads a model it sets the default dtype for every thread, which a forward pass elsewhere would pick up; so nothing runs
-while something loads. And one module runs for one caller at a time.
+While transformers loads a model it sets torch's default dtype for the whole process, which a forward pass in another thread would use.
+Hooks belong to a module, not to the thread that registers them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["loading", "running"]
 
 
 class _Turns:
-    """Many may run, or one may load."""
+    """Many models may run at a time, or one may load."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -45,11 +45,11 @@ class _Turns:
         with self._changed:
             try:
                 lock = self._modules.setdefault(module, threading.RLock())
-            except TypeError:  # something that cannot be told apart from its like: all of these wait for one another
+            except TypeError:  # not hashable or weakly referenced: all such objects share one lock
                 lock = self._others
         with lock:
             with self._changed:
-                # Whoever wants to load goes first: those that run come back after every batch.
+                # A waiting load goes first, because runs ask again after every batch.
                 self._changed.wait_for(lambda: not self._loading and not self._waiting)
                 self._running += 1
             try:
