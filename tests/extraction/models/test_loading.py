@@ -641,7 +641,7 @@ def test_own_fields_and_names_of_modules_are_in_the_provenance_either_way(llama:
     assert {name: hub[name] for name in ("modules", *own)} == {name: loaded[name] for name in ("modules", *own)}
     for call in (identify, extraction.load_model):
         for field in sorted(FIELDS):
-            with pytest.raises(InvalidArgumentError, match=f"'{field}', found out"):
+            with pytest.raises(InvalidArgumentError, match=f"'{field}', which come from the model itself"):
                 call(llama, provenance={field: "x"})
         with pytest.raises(InvalidArgumentError, match="string, number"):
             call(llama, provenance={"steering": [1]})
