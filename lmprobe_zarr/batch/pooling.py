@@ -1,6 +1,6 @@
 """What each pooling computes, on ragged numpy arrays. Never torch, files or zarr.
 
-A new pooling is a function in `_POOL_RAGGED`, and its twin for padded tensors in ``extraction.models.capture``.
+A new pooling is a function in `_POOL_RAGGED`, and its twin for padded tensors in ``extraction.models.padded_pooling``.
 """
 
 from __future__ import annotations
