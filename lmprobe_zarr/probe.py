@@ -41,7 +41,7 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.store import Place
 from lmprobe_zarr.store.format import Provenance
 from lmprobe_zarr.tokens import TokenIndex
-from lmprobe_zarr.typing import Array, Estimator, Ints
+from lmprobe_zarr.typing import Array, Ints
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ class Probe:
         pooling: str = "last_token",
         train_pooling: str | None = None,
         inference_pooling: str | None = None,
-        classifier: str | Estimator = "logistic_regression",
+        classifier: Any = "logistic_regression",
         task: str = "classification",
         device: Any = "auto",
         random_state: int | None = None,

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnreachableError
 from lmprobe_zarr.progress import progress_bar
-from lmprobe_zarr.typing import Array, Client
+from lmprobe_zarr.typing import Array
 
 __all__ = ["Runner", "check_client", "check_run", "is_in_process", "own_client", "run_on_client", "stop_if_cancelled"]
 
@@ -25,7 +25,7 @@ def check_client(client: Any) -> None:
         raise InvalidTypeError(f"client is a distributed.Client, not {type(client).__name__}")
 
 
-def check_run(client: Client | None, scheduler: str | None, n_workers: int | None) -> None:
+def check_run(client: Any, scheduler: Any, n_workers: Any) -> None:
     """Raise where no work can be done as it is asked for: on a client, or without one by some scheduler of Dask's and with some workers.
 
     Raises
@@ -43,12 +43,12 @@ def check_run(client: Client | None, scheduler: str | None, n_workers: int | Non
         raise InvalidArgumentError(f"n_workers={n_workers!r} leaves nobody to work: give at least 1")
 
 
-def is_in_process(client: Client) -> bool:
+def is_in_process(client: Any) -> bool:
     """Whether all workers of a client are threads of this very process."""
     return all(str(address).startswith("inproc://") for address in client.nthreads())
 
 
-def run_on_client(client: Client, starts: Sequence[Callable[[], Any]], in_flight: int, finished: Callable[[int], None]) -> list[Any]:
+def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: int, finished: Callable[[int], None]) -> list[Any]:
     """Results of tasks, in their order. The tasks of a worker that dies are run on another; when this is left early, the rest is cancelled.
 
     Parameters
@@ -114,7 +114,7 @@ def stop_if_cancelled() -> None:
 
 
 @contextmanager
-def own_client(*, workers: int | None = None, address: str | None = None) -> Iterator[Client | None]:
+def own_client(*, workers: int | None = None, address: str | None = None) -> Iterator[Any]:
     """A client for the duration: of as many processes of this machine, of the scheduler at an address, or None for neither.
 
     Raises
@@ -168,7 +168,7 @@ class Runner:
     progress : bool
     """
 
-    client: Client | None = None
+    client: Any = None
     scheduler: str = "threads"
     n_workers: int | None = None
     progress: bool = False
@@ -221,7 +221,7 @@ class Runner:
         return values if self.client is None else self.client.scatter(values, hash=False)
 
 
-def _submit(client: Client, start: Callable[[], Any]) -> Any:
+def _submit(client: Any, start: Callable[[], Any]) -> Any:
     return client.compute(start())
 
 

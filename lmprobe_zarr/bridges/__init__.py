@@ -1,7 +1,8 @@
 """Other people's files: read into `TokenBatch`, imported into a store, exported from one.
 
-The modules of one format each know no store: ``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_write`` and ``arrays``. The calls do: ``imports``,
-``exports`` and ``lmprobe_lazy``. Others import from here, from ``entry`` or from ``files``. Never models, never probes.
+A module of one format (``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_write``, ``arrays``) knows its files and no store; ``imports`` and
+``exports`` hold the calls and know both. Other rooms import from here, from ``entry``, ``files`` or ``lmprobe_lazy``.
+Never models, never probes.
 """
 
 from lmprobe_zarr.bridges.exports import export_safetensors

@@ -16,7 +16,7 @@ import numpy as np
 from lmprobe_zarr.batch import TokenBatch, offsets_of, prompt_sha256, split_variable
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, held_dtype, rows_of
 from lmprobe_zarr.bridges.files import Files, Want
-from lmprobe_zarr.bridges.lmprobe_v2 import DAMAGED, FLOATS, NOTHING, OUTSIDE, SHAPES
+from lmprobe_zarr.bridges.lmprobe_folders import DAMAGED, FLOATS, NOTHING, OUTSIDE, SHAPES
 from lmprobe_zarr.bridges.tensors import read_header, read_tensor
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError
 from lmprobe_zarr.safetensors_file import itemsize_of, widen_bfloat16

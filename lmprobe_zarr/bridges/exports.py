@@ -1,4 +1,7 @@
-"""What of a store goes into lmprobe's files, read prompt by prompt and converted. Writes nothing itself."""
+"""Activations from a store to other formats: the calls, and the rows that each prompt's files get.
+
+What lmprobe's files look like is in ``lmprobe_write``.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, LayerSpec, is_top_k, offsets_of, prompt_sha256
-from lmprobe_zarr.bridges import lmprobe_v2, lmprobe_write
+from lmprobe_zarr.bridges import lmprobe_write
 from lmprobe_zarr.bridges.files import open_files
+from lmprobe_zarr.bridges.lmprobe_folders import read_manifest
 from lmprobe_zarr.bridges.lmprobe_write import has_place
 from lmprobe_zarr.bridges.summaries import ExportSummary, Tally
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
@@ -249,7 +253,7 @@ def export_safetensors(
             if level == "prompts" and name.startswith("logits"):
                 notes.add("variables that are left out where the logits of every token are there, which hold them", name)
     folder = lmprobe_write.write_model_name(target, info.model) if len(rows) else ""
-    known = lmprobe_v2.read_manifest(open_files(target), folder).texts if len(rows) else {}
+    known = read_manifest(open_files(target), folder).texts if len(rows) else {}
     # On an object store, one listing saves sending what would be refused; a local folder is asked file by file.
     there = frozenset() if target.is_local or overwrite or not len(rows) else frozenset(target.list(folder))
     listed = ManifestLines(partial(lmprobe_write.append_manifest, target, folder), known)

@@ -1,6 +1,6 @@
-"""From any foreign source into a store: say what is missing, read it in batches of bounded size, write it. Knows no format.
+"""How an import is done, whatever the format: find what the store does not hold, read it in batches of bounded size, write it.
 
-Everything that can be wrong is found from headers alone, before anything is written.
+Everything that can be wrong is found from headers alone, before anything is written. Knows no format.
 """
 
 from __future__ import annotations
@@ -28,11 +28,36 @@ from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, Provenance
 from lmprobe_zarr.store.parts import View
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["BATCH_PROMPTS", "ImportPlan", "of_one_width", "plan_import", "run_import"]
+__all__ = ["BATCH_PROMPTS", "ImportOptions", "ImportPlan", "of_one_width", "plan_import", "prompt_list", "run_import"]
 
 # A batch is read while two wait and one is being written: together well below a gigabyte with the writer's own buffers.
 BATCH_BYTES: Final = 2**26
 BATCH_PROMPTS: Final = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOptions:
+    """What all imports have in common, see `import_safetensors`.
+
+    Parameters
+    ----------
+    dry_run : bool
+        Only say what would be done.
+    strict : bool
+        Refuse to begin if anything would be skipped.
+    provenance : mapping
+        What is known of how the activations came about.
+    progress : bool
+        Show a progress bar.
+    part_bytes : int
+        Bytes of activations after which a part is committed.
+    """
+
+    dry_run: bool
+    strict: bool
+    provenance: Provenance
+    progress: bool
+    part_bytes: int
 
 
 @dataclass
@@ -58,30 +83,29 @@ def run_import(
     store: Place,
     origin: str,
     skipped: Tally,
-    *,
-    dry_run: bool,
-    strict: bool,
-    provenance: Provenance | None,
-    progress: bool,
-    part_bytes: int,
+    options: ImportOptions,
 ) -> ImportSummary:
+    """What was brought into a store from some sources, each with the name of its model; see `import_safetensors` for the errors."""
     began = time.monotonic()
     target = store if isinstance(store, Store) else open_store(store)
-    if not dry_run:
+    if not options.dry_run:
         target.check_writable()
-    if part_bytes < 1:
-        raise InvalidArgumentError(f"part_bytes={part_bytes!r} is no number of bytes: give at least 1")
+    if options.part_bytes < 1:
+        raise InvalidArgumentError(f"part_bytes={options.part_bytes!r} is no number of bytes: give at least 1")
     notes = Tally()
-    plans = [plan_import(name, source, target, provenance or {}, skipped, notes, progress) for name, source in sources]
-    if strict and len(skipped):
+    plans = [plan_import(name, source, target, options.provenance, skipped, notes, options.progress) for name, source in sources]
+    if options.strict and len(skipped):
         reasons = "; ".join(f"{r.count} × {r.text} ({', '.join(r.names)})" for r in skipped.reasons())
         raise CorruptFileError(f"strict=True, and of {origin} this would be skipped: {reasons}\nnothing was written")
     tokens = nbytes = imported = parts = 0
     with progress_bar(
-        sum(plan.nbytes for plan in plans), description=f"importing into {target.url}", unit="B", enabled=progress and not dry_run
+        sum(plan.nbytes for plan in plans),
+        description=f"importing into {target.url}",
+        unit="B",
+        enabled=options.progress and not options.dry_run,
     ) as advance:
         for plan in plans:
-            done = plan.entries if dry_run else _carry_out(plan, target, skipped, part_bytes, advance, origin)
+            done = plan.entries if options.dry_run else _carry_out(plan, target, skipped, options.part_bytes, advance, origin)
             imported += len(done)
             tokens += sum(entry.n_tokens or 0 for entry in done if any(held.level == "tokens" for held in entry.holds))
             nbytes += sum(entry.nbytes for entry in done)
@@ -99,7 +123,7 @@ def run_import(
         parts=parts,
         skipped=skipped.reasons(),
         notes=notes.reasons(),
-        dry_run=dry_run,
+        dry_run=options.dry_run,
         seconds=time.monotonic() - began,
     )
 
@@ -331,6 +355,13 @@ def _read(source: Source, entries: list[Entry], unit: Sequence[Held], skipped: T
 
 
 def prompt_list(prompts: Iterable[str]) -> list[str]:
+    """Texts or hashes as a list.
+
+    Raises
+    ------
+    InvalidTypeError
+        One text, or anything that is no text.
+    """
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of texts or hashes")
     listed = list(prompts)

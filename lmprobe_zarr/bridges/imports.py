@@ -1,6 +1,6 @@
-"""Activations from and to other formats: what people call. Knows bridges and stores, never models.
+"""Activations from other formats into a store: one call per format.
 
-Whatever the format, an import goes the same way, see `importing`; what an export reads is in `exporting`.
+Each call makes a source of its format; ``import_plan`` does the rest.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from typing import Any
 from lmprobe_zarr.bridges import arrays, lmprobe_v1, lmprobe_v2
 from lmprobe_zarr.bridges.entry import Skipped, Source
 from lmprobe_zarr.bridges.files import open_files
-from lmprobe_zarr.bridges.import_plan import prompt_list, run_import
+from lmprobe_zarr.bridges.import_plan import ImportOptions, prompt_list, run_import
+from lmprobe_zarr.bridges.lmprobe_folders import model_hash, scan_models
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
 from lmprobe_zarr.errors import ModelNotStoredError
 from lmprobe_zarr.store import PART_BYTES, Place
 from lmprobe_zarr.store.format import Provenance
 
 __all__ = ["import_npy", "import_pt", "import_safetensors", "import_source", "import_tensors", "import_vllm"]
-
-# ------------------------------------------------------------------------------------------------------------- importing
 
 
 def import_safetensors(
@@ -86,19 +85,18 @@ def import_safetensors(
     wanted = None if prompts is None else prompt_list(prompts)
     tally = Tally()
     names = [model] if model is not None else []
-    for found in [] if model is not None else lmprobe_v2.scan_models(files):
+    for found in [] if model is not None else scan_models(files):
         if isinstance(found, Skipped):
             tally.add(found.reason, found.name, found.detail)
         else:
             names.append(found.model)
-    if model is not None and not files.list(lmprobe_v2.model_hash(model)):
-        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {lmprobe_v2.model_hash(model)}): check the name")
+    if model is not None and not files.list(model_hash(model)):
+        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {model_hash(model)}): check the name")
     if not names and not len(tally):
         raise ModelNotStoredError(f"{files.url} is no lmprobe cache: it holds no folder that is named after a model's hash")
     sources: list[tuple[str, Source]] = [(name, lmprobe_v2.LmprobeV2(files, name, prompts=wanted)) for name in names]
-    return run_import(
-        sources, store, files.url, tally, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
-    )
+    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
+    return run_import(sources, store, files.url, tally, options)
 
 
 def import_pt(
@@ -146,12 +144,11 @@ def import_pt(
     """
     files = open_files(cache_dir, storage_options)
     wanted = None if prompts is None else prompt_list(prompts)
-    if not files.list(lmprobe_v2.model_hash(model)):
-        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {lmprobe_v2.model_hash(model)}): check the name")
+    if not files.list(model_hash(model)):
+        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {model_hash(model)}): check the name")
     source = lmprobe_v1.LmprobeV1(files, model, prompts=wanted)
-    return import_source(
-        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
-    )
+    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
+    return run_import([(model, source)], store, source.url, Tally(), options)
 
 
 def import_vllm(
@@ -187,9 +184,8 @@ def import_vllm(
         What came over, what was there, and what was skipped, with the reasons.
     """
     source = arrays.VllmFiles(open_files(folder, storage_options), layers, prompts=prompts)
-    return import_source(
-        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
-    )
+    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
+    return run_import([(model, source)], store, source.url, Tally(), options)
 
 
 def import_npy(
@@ -229,9 +225,8 @@ def import_npy(
     source = arrays.npy_layers(
         open_files(folder, storage_options), prompts, variable=variable, name=name, offsets=offsets, dtype=dtype, hidden_size=hidden_size
     )
-    return import_source(
-        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
-    )
+    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
+    return run_import([(model, source)], store, source.url, Tally(), options)
 
 
 def import_tensors(
@@ -268,9 +263,8 @@ def import_tensors(
     """
     folder, _, key = os.fspath(path).rpartition("/")
     source = arrays.tensor_file(open_files(folder or ".", storage_options), key, prompts, mapping, offsets=offsets, mask=mask)
-    return import_source(
-        source, store, model=model, dry_run=dry_run, strict=strict, provenance=provenance, progress=progress, part_bytes=part_bytes
-    )
+    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
+    return run_import([(model, source)], store, source.url, Tally(), options)
 
 
 def import_source(
@@ -300,7 +294,5 @@ def import_source(
     ImportSummary
         What came over, what was there, and what was skipped, with the reasons.
     """
-    return run_import(
-        [(model, source)], store, source.url, Tally(), dry_run=dry_run, strict=strict, provenance=provenance, progress=progress,
-        part_bytes=part_bytes,
-    )  # fmt: skip
+    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
+    return run_import([(model, source)], store, source.url, Tally(), options)

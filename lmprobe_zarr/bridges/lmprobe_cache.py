@@ -1,7 +1,7 @@
-"""lmprobe's own entries beside a store, read through: looked up, described, read, and cleared where that is asked for.
+"""lmprobe's own cache around the default store: its entries are found, described, read, and removed on request.
 
-Their provenance is unknown, so they are matched by the model's name alone, and serve a call only as a whole. Nothing is written beside
-them, and nothing that is not an entry of lmprobe's is ever removed.
+Their provenance is unknown, so they are matched by the model's name alone. They serve a call only if they hold all that it needs.
+Nothing is written into this cache, and only lmprobe's entries are ever removed.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from lmprobe_zarr.batch import offsets_of, pool_ragged, prompt_hash
 from lmprobe_zarr.bridges.entry import Entry, Held, Source
 from lmprobe_zarr.bridges.files import Files, open_files
+from lmprobe_zarr.bridges.lmprobe_folders import ENTRY_FILE, MODEL_FOLDER, ModelFolder, model_hash, read_manifest, scan_models
 from lmprobe_zarr.bridges.lmprobe_v1 import LmprobeV1
-from lmprobe_zarr.bridges.lmprobe_v2 import ENTRY_FILE, MODEL_FOLDER, LmprobeV2, ModelFolder, model_hash, read_manifest, scan_models
+from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2
 from lmprobe_zarr.errors import MissingDependencyError
 from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage
-from lmprobe_zarr.store import Store
 from lmprobe_zarr.typing import Array
 
 __all__ = ["FoundEntry", "LegacyCache", "LegacyModel", "beside"]
@@ -64,8 +64,22 @@ class LegacyModel:
     holds: tuple[Held, ...]
 
 
-def beside(store: Store) -> LegacyCache | None:
-    """Lmprobe's cache around a store, where that is the default one and lies in ``.zarr`` inside it; None elsewhere."""
+class StoreRoot(Protocol):
+    """What is needed of a store to find the cache around it."""
+
+    @property
+    def storage(self) -> Storage:
+        """Where the store keeps its files."""
+        ...
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is the default store."""
+        ...
+
+
+def beside(store: StoreRoot) -> LegacyCache | None:
+    """Lmprobe's cache around the default store, where that store is the folder ``.zarr`` inside it; None for any other store."""
     storage = store.storage
     if not store.is_default or not storage.url.endswith("/.zarr"):
         return None

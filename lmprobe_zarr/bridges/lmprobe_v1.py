@@ -22,7 +22,18 @@ import numpy.typing as npt
 from lmprobe_zarr.batch import HASH_DIGITS, POOLINGS, TokenBatch, digest_of_hash, prompt_hash, prompt_sha256
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, rows_of
 from lmprobe_zarr.bridges.files import Files, LocalFiles
-from lmprobe_zarr.bridges.lmprobe_v2 import DAMAGED, DTYPE, FIRST_TOKEN, FLOATS, NO_MASK, NO_TOKENS, NOTHING, OUTSIDE, SHAPES, model_hash
+from lmprobe_zarr.bridges.lmprobe_folders import (
+    DAMAGED,
+    DTYPE,
+    FIRST_TOKEN,
+    FLOATS,
+    NO_MASK,
+    NO_TOKENS,
+    NOTHING,
+    OUTSIDE,
+    SHAPES,
+    model_hash,
+)
 from lmprobe_zarr.errors import CorruptFileError, MissingDependencyError
 from lmprobe_zarr.safetensors_file import widen_bfloat16
 from lmprobe_zarr.typing import Array

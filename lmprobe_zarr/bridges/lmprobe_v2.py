@@ -6,8 +6,6 @@ padding of the batch that they were computed in; it is left out by the attention
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +15,28 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import HASH_DIGITS, POOLINGS, TokenBatch, digest_of_hash, prompt_hash, prompt_sha256
+from lmprobe_zarr.batch import POOLINGS, TokenBatch, digest_of_hash, prompt_hash, prompt_sha256
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, rows_of
 from lmprobe_zarr.bridges.files import Files, Want, map_files
+from lmprobe_zarr.bridges.lmprobe_folders import (
+    DAMAGED,
+    DTYPE,
+    ENTRY_FILE,
+    FIRST_TOKEN,
+    FLOATS,
+    INTEGERS,
+    MODEL_FOLDER,
+    NO_MASK,
+    NO_TOKENS,
+    NOTHING,
+    OTHER_TOKENS,
+    OUTSIDE,
+    SHAPES,
+    SUFFIXES,
+    UNKNOWN,
+    model_hash,
+    read_manifest,
+)
 from lmprobe_zarr.bridges.tensors import read_header
 from lmprobe_zarr.errors import CorruptFileError
 from lmprobe_zarr.safetensors_file import Header, Tensor, itemsize_of, widen_bfloat16
@@ -31,118 +48,17 @@ __all__ = [
     "OF_LAST",
     "UNPADDED",
     "LmprobeV2",
-    "Manifest",
-    "ModelFolder",
     "Piece",
-    "model_hash",
-    "model_name_of",
-    "read_manifest",
-    "scan_models",
 ]
 
-SUFFIXES: Final = ("", ".perplexity", ".logits")
-MODEL_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
-ENTRY_FILE: Final = re.compile(r"([0-9a-f]{16})(|\.perplexity|\.logits)\.safetensors")
 LAYERED_TENSOR: Final = re.compile(r"(?:pooled_(?:activation:)?(\w+)_|(router_)|)layer_(\d{1,9})")
-NAME_BYTES: Final = 2**16
-MANIFEST_BYTES: Final = 2**30
 # More prompts than this of a remote folder are looked up in a listing, which has a thousand of them in one answer.
 LISTED_LOOKUPS: Final = 100
 REMEMBERED_HEADERS: Final = 4096
-FLOATS: Final = frozenset({"float16", "bfloat16", "float32", "float64"})
-INTEGERS: Final = frozenset({"int32", "int64"})
-# What this package writes into the header of a file without padding. lmprobe drops it when it changes the file.
-UNPADDED: Final[Mapping[str, str]] = {"padding": "none", "writer": "lmprobe-zarr"}
 OF_EVERY: Final = "every token"
 OF_LAST: Final = "last token"
-
-DAMAGED: Final = "damaged files"
-OUTSIDE: Final = "links that lead out of the cache"
-SHAPES: Final = "tensors of the wrong shape"
-NO_TOKENS: Final = "an attention mask without a single token"
-NOTHING: Final = "nothing in them that can be stored"
-FIRST_TOKEN: Final = "first_token pooled by lmprobe, which may be padding, without the raw layers to pool it from again"  # noqa: S105
-NO_MASK: Final = "rows of tokens without an attention mask, so that padding cannot be told"
-UNKNOWN: Final = "tensors of a name that is not known"
-DTYPE: Final = "tensors of a dtype that cannot be stored"
-OTHER_TOKENS: Final = "per-token values that are not as many as the tokens"
-
-
-def model_hash(model: str) -> str:
-    """The folder of a model: the first 16 digits of the sha256 of its name, so that no name can lead anywhere else."""
-    return hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:HASH_DIGITS]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFolder:
-    """A folder of lmprobe's, and the model whose it is."""
-
-    folder: str
-    model: str
-
-
-def scan_models(files: Files) -> list[ModelFolder | Skipped]:
-    """The models of a cache, v1 or v2, from the names that lmprobe noted.
-
-    Folders that are not lmprobe's are left alone. A folder of unknown model is reported as skipped.
-    """
-    found: list[ModelFolder | Skipped] = []
-    for listed in files.list(""):
-        if not MODEL_FOLDER.fullmatch(listed.name):
-            continue
-        if listed.outside:
-            found.append(Skipped(name=listed.name, reason=OUTSIDE))
-        elif listed.is_folder:
-            name = model_name_of(files, listed.name)
-            found.append(ModelFolder(listed.name, name) if isinstance(name, str) else name)
-    return found
-
-
-def model_name_of(files: Files, folder: str) -> str | Skipped:
-    """The name that lmprobe noted for a folder, if it is that folder's."""
-    try:
-        noted = files.read(f"{folder}/_model_name.txt", at_most=NAME_BYTES).decode()
-    except (FileNotFoundError, NotADirectoryError):
-        return Skipped(name=folder, reason="folders without _model_name.txt: say which model with model=")
-    except (CorruptFileError, UnicodeDecodeError, PermissionError) as error:
-        return Skipped(name=folder, reason="folders whose _model_name.txt cannot be read", detail=str(error))
-    for name in (noted, noted.strip()):
-        if model_hash(name) == folder and name.strip() and name.isprintable():
-            return name
-    return Skipped(name=folder, reason="folders whose _model_name.txt is that of another model", detail=repr(noted[:80]))
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What ``_manifest.jsonl`` says: texts by hash. `bad_lines` could not be read, or name another prompt than their hash."""
-
-    texts: Mapping[str, str]
-    bad_lines: int = 0
-
-
-def read_manifest(files: Files, folder: str) -> Manifest:
-    """The texts of a model's prompts. The last line for a hash counts; a line that is damaged costs only itself."""
-    try:
-        data = files.read(f"{folder}/_manifest.jsonl", at_most=MANIFEST_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        return Manifest({})
-    except (CorruptFileError, PermissionError):
-        return Manifest({}, 1)
-    texts: dict[str, str] = {}
-    bad = 0
-    # Not splitlines(): prompts may hold U+2028 and other characters that it takes for ends of lines.
-    for line in data.split(b"\n"):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            text = entry["prompt"]
-            if not isinstance(text, str) or prompt_hash(text) != entry["hash"]:
-                raise ValueError("another prompt")
-            texts[entry["hash"]] = text
-        except (ValueError, TypeError, KeyError, RecursionError):
-            bad += 1
-    return Manifest(texts, bad)
+# What this package writes into the header of a file without padding. lmprobe drops it when it changes the file.
+UNPADDED: Final[Mapping[str, str]] = {"padding": "none", "writer": "lmprobe-zarr"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,8 @@ from typing import Final
 import numpy as np
 
 from lmprobe_zarr.batch import POOLINGS, prompt_hash
-from lmprobe_zarr.bridges.lmprobe_v2 import OF_EVERY, OF_LAST, SUFFIXES, UNPADDED, model_hash
+from lmprobe_zarr.bridges.lmprobe_folders import SUFFIXES, model_hash
+from lmprobe_zarr.bridges.lmprobe_v2 import OF_EVERY, OF_LAST, UNPADDED
 from lmprobe_zarr.errors import AlreadyCommittedError, InvalidArgumentError
 from lmprobe_zarr.safetensors_file import encode
 from lmprobe_zarr.storage import LocalStorage, Storage

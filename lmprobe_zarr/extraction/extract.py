@@ -18,7 +18,7 @@ from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Place, Store, open_stor
 from lmprobe_zarr.store.format import Provenance, validate_column_names
 from lmprobe_zarr.store.parts import as_column
 from lmprobe_zarr.tasks import check_client, is_in_process
-from lmprobe_zarr.typing import Array, Client
+from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
     import torch
@@ -123,7 +123,7 @@ def extract(
     store_text: bool = True,
     part_bytes: int = PART_BYTES,
     part_seconds: float = PART_SECONDS,
-    client: Client | None = None,
+    client: Any = None,
     progress: bool = True,
 ) -> ExtractStats:
     """Run a model over the prompts that are not stored yet, and store their activations.

@@ -30,7 +30,7 @@ from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Ingest, Store, ambiguou
 from lmprobe_zarr.store.format import GroupInfo
 from lmprobe_zarr.store.parts import blocks_of, read_values
 from lmprobe_zarr.tasks import run_on_client, stop_if_cancelled
-from lmprobe_zarr.typing import Array, Client
+from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models import LoadedModel
@@ -166,7 +166,7 @@ def _carry_out(
     memory: ModelMemory | None = None,
     cache_only: bool = False,
     elsewhere: Callable[[Prompts, tuple[int, ...]], Any] | None = None,
-    client: Client | None = None,
+    client: Any = None,
 ) -> Outcome:
     """Look up what is asked for, run the model on what is missing, and store that.
 
@@ -228,15 +228,15 @@ def _carry_out(
         request.store.mark_used(looked.view.parts_with(looked.view.find([looked.prompts.sha256[i] for i in found])))
         if sink is None:
             annotate_found(request.store, looked, work.missing, per_prompt)
-    workers = client if len(work.missing) or work.derived else None
+    spread = client is not None and bool(len(work.missing) or work.derived)
     group = looked.group or (None if loaded is None else group_of(loaded))
-    if workers is not None:
-        shares = cut_shares(request, looked, work, per_prompt, workers=max(1, len(workers.nthreads())))
-        stats, group = _run_on_workers(workers, shares, plan, work, keeping, running)
+    if spread:
+        shares = cut_shares(request, looked, work, per_prompt, workers=max(1, len(client.nthreads())))
+        stats, group = _run_on_workers(client, shares, plan, work, keeping, running)
     else:
         assert group is not None  # noqa: S101 — either all is found, so in a group, or the model is loaded
         stats = _stats(plan, group, model_loaded=loaded is not None)
-    if workers is None and (work.tokenized is not None or work.derived):
+    if not spread and (work.tokenized is not None or work.derived):
         ingest = Ingest(
             target, group, part_bytes=keeping.part_bytes, part_seconds=running.part_seconds, precision=keeping.precision,
             recorded={} if loaded is None else loaded.recorded,
@@ -296,7 +296,7 @@ def _run_share(share: Share, keeping: Keeping, running: Running) -> tuple[Extrac
 
 
 def _run_on_workers(
-    client: Client, shares: list[Share], plan: ExtractPlan, work: Work, keeping: Keeping, running: Running
+    client: Any, shares: list[Share], plan: ExtractPlan, work: Work, keeping: Keeping, running: Running
 ) -> tuple[ExtractStats, GroupInfo]:
     """The work on the workers of a client: statistics as if it was done here."""
     # Limits were checked for all together; only the client talks to people.

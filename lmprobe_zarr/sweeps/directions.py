@@ -27,7 +27,7 @@ from lmprobe_zarr.probes import (
     show_prompts,
 )
 from lmprobe_zarr.sweeps.given import check_activations, check_seed, layers_of
-from lmprobe_zarr.typing import Array, Estimator
+from lmprobe_zarr.typing import Array
 
 __all__ = ["cosine_similarity", "fit_directions"]
 
@@ -35,7 +35,7 @@ __all__ = ["cosine_similarity", "fit_directions"]
 def fit_directions(
     activations: xr.DataArray,
     labels: Any,
-    probe: str | Estimator = "logistic_regression",
+    probe: Any = "logistic_regression",
     *,
     task: str = "classification",
     preprocessing: str | None = None,

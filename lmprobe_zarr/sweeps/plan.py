@@ -37,7 +37,7 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.probes.controls import Trial, list_trials, make_estimator, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.probes.metrics import Metric, parse_metrics
 from lmprobe_zarr.sweeps.given import check_seed, layers_of, parse_activations
-from lmprobe_zarr.typing import Array, Estimator
+from lmprobe_zarr.typing import Array
 
 __all__ = ["SweepPlan", "plan_sweep"]
 
@@ -184,7 +184,7 @@ def _digest(*arrays: Any) -> str:
 def plan_sweep(
     activations: xr.DataArray | xr.Dataset,
     labels: Any,
-    probes: str | Iterable[str | Estimator] | Mapping[str, str | Estimator] = ("logistic_regression",),
+    probes: str | Iterable[Any] | Mapping[str, Any] = ("logistic_regression",),
     cv: Any = None,
     *,
     groups: Any = None,

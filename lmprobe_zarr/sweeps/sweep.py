@@ -22,7 +22,7 @@ from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
 from lmprobe_zarr.sweeps.score_store import ScoreStore
 from lmprobe_zarr.sweeps.scores import Scores
 from lmprobe_zarr.tasks import check_run, run_on_client
-from lmprobe_zarr.typing import Array, Client, Estimator
+from lmprobe_zarr.typing import Array
 
 __all__ = ["sweep"]
 #: What to do with what a task found, by the task's number.
@@ -32,7 +32,7 @@ _Finish = Callable[[int, list[Fit]], None]
 def sweep(
     activations: xr.DataArray | xr.Dataset,
     labels: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any],
-    probes: str | Iterable[str | Estimator] | Mapping[str, str | Estimator] = ("logistic_regression",),
+    probes: str | Iterable[Any] | Mapping[str, Any] = ("logistic_regression",),
     cv: Any = None,
     *,
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
@@ -51,7 +51,7 @@ def sweep(
     out: Any = None,
     storage_options: Mapping[str, Any] | None = None,
     random_state: int = 0,
-    client: Client | None = None,
+    client: Any = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,
@@ -225,14 +225,7 @@ def _sampled(plan: SweepPlan) -> list[Array]:
 
 
 def _run(
-    plan: SweepPlan,
-    scores: Scores,
-    place: ScoreStore | None,
-    *,
-    client: Client | None,
-    scheduler: str,
-    n_workers: int | None,
-    progress: bool,
+    plan: SweepPlan, scores: Scores, place: ScoreStore | None, *, client: Any, scheduler: str, n_workers: int | None, progress: bool
 ) -> None:
     """Fit what is missing, and enter and write it as it comes."""
     if client is not None:

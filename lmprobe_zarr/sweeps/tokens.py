@@ -35,7 +35,7 @@ from lmprobe_zarr.sweeps.given import check_seed
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, Stream, StreamPlan, Tested, fit_stream, judge_stream, score_stream
 from lmprobe_zarr.tasks import Runner, check_run
 from lmprobe_zarr.tokens import pool_tokens, prompts_of, token_texts
-from lmprobe_zarr.typing import Array, Client
+from lmprobe_zarr.typing import Array
 
 __all__ = ["fit_tokens", "score_tokens", "sweep_tokens"]
 Labels = str | xr.DataArray | Mapping[Any, Any] | Iterable[Any]
@@ -52,7 +52,7 @@ def fit_tokens(
     where: str | xr.DataArray | Iterable[Any] | None = None,
     missing: str = "raise",
     random_state: int = 0,
-    client: Client | None = None,
+    client: Any = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,
@@ -148,7 +148,7 @@ def score_tokens(
     activations: xr.DataArray,
     pooling: str = "all",
     *,
-    client: Client | None = None,
+    client: Any = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,
@@ -234,7 +234,7 @@ def sweep_tokens(
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
     controls: str | Iterable[str] | None = None,
     random_state: int = 0,
-    client: Client | None = None,
+    client: Any = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,
@@ -349,7 +349,7 @@ def _layers(array: xr.DataArray) -> Array:
     return np.atleast_1d(array.coords["layer"].values) if "layer" in array.coords else np.arange(array.sizes.get("layer", 1))
 
 
-def _runner(client: Client | None, scheduler: str | None, n_workers: int | None, *, progress: bool) -> Runner:
+def _runner(client: Any, scheduler: str | None, n_workers: int | None, *, progress: bool) -> Runner:
     check_run(client, scheduler, n_workers)
     return Runner(client, scheduler or "threads", n_workers, progress)
 

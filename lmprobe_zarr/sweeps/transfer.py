@@ -14,7 +14,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes import converged, fits_running, list_prompts, make_probe, parse_labels, plan_folds, show_prompts
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
-from lmprobe_zarr.typing import Array, Estimator
+from lmprobe_zarr.typing import Array
 
 __all__ = ["sweep_transfer"]
 
@@ -22,7 +22,7 @@ __all__ = ["sweep_transfer"]
 def sweep_transfer(
     datasets: Mapping[str, xr.DataArray],
     labels: Any,
-    probes: str | Iterable[str] | Mapping[str, str | Estimator] = ("mass_mean",),
+    probes: str | Iterable[str] | Mapping[str, Any] = ("mass_mean",),
     cv: int = 5,
     *,
     random_state: int = 0,

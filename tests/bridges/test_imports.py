@@ -463,7 +463,7 @@ def test_thousands_of_tiny_files_take_little_memory_and_time(tmp_path: Path) -> 
             manifest.write(json.dumps({"hash": name, "prompt": f"prompt {i}", "num_tokens": 1 + i % 10}) + "\n")
     code = f"""
 import resource, time, lmprobe_zarr
-from lmprobe_zarr.transfer import import_safetensors
+from lmprobe_zarr.bridges import import_safetensors
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 began = time.monotonic()
 summary = import_safetensors({str(tmp_path / "cache")!r}, {str(tmp_path / "store")!r}, progress=False)
@@ -493,7 +493,7 @@ def test_prompts_larger_than_memory_allows_are_read_in_pieces(tmp_path: Path) ->
     code = f"""
 import lmprobe_zarr
 from pathlib import Path
-from lmprobe_zarr.transfer import import_safetensors
+from lmprobe_zarr.bridges import import_safetensors
 summary = import_safetensors({str(tmp_path / "cache")!r}, {str(tmp_path / "store")!r}, progress=False)
 assert summary.imported == 3 and not summary.skipped, summary
 assert summary.nbytes == {3 * layers * n * hidden * 4}
@@ -514,7 +514,7 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in ('torch', 'safetensors', 'transformers', 's3fs'): raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Refuse())
-from lmprobe_zarr.transfer import export_safetensors, import_safetensors, open_legacy
+from lmprobe_zarr.bridges import export_safetensors, import_safetensors, open_legacy
 a, b = {str(tmp_path / "a")!r}, {str(tmp_path / "b")!r}
 assert import_safetensors({str(toy)!r}, a, progress=False).imported == 4
 assert export_safetensors(a, b, dtype='bfloat16', progress=False).exported == 4

@@ -216,7 +216,7 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] == 'torch': raise ModuleNotFoundError('No module named ' + name, name=name)
 sys.meta_path.insert(0, Refuse())
-from lmprobe_zarr.transfer import import_pt
+from lmprobe_zarr.bridges import import_pt
 from lmprobe_zarr.errors import MissingDependencyError
 try: import_pt({str(OLD)!r}, {str(tmp_path / "s")!r}, model={TOY!r}, progress=False)
 except MissingDependencyError as error: print(error)

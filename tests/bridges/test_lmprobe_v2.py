@@ -32,7 +32,8 @@ from lmprobe_zarr.batch.hashes import prompt_sha256
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped
 from lmprobe_zarr.bridges.files import RemoteFiles, open_files
-from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2, ModelFolder, read_manifest, scan_models
+from lmprobe_zarr.bridges.lmprobe_folders import ModelFolder, read_manifest, scan_models
+from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2
 from lmprobe_zarr.errors import CorruptFileError
 from lmprobe_zarr.storage.remote import FsspecStorage
 

@@ -35,7 +35,7 @@ from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.bridges.files import open_files
-from lmprobe_zarr.bridges.lmprobe_v2 import read_manifest
+from lmprobe_zarr.bridges.lmprobe_folders import read_manifest
 from lmprobe_zarr.errors import LmprobeZarrError, MissingPromptsError
 from lmprobe_zarr.safetensors_file import header_length, parse_header
 from lmprobe_zarr.store.datasets import to_dataset

@@ -17,7 +17,7 @@ from foreign_caches import MODEL, add_model, add_prompt, prompt_tensors, sha16
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.bridges import lmprobe_v2
+from lmprobe_zarr.bridges import lmprobe_folders
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.cli.prompt_files import read_prompts
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, LmprobeZarrError, NotAStoreError, ReadOnlyError
@@ -130,7 +130,7 @@ def test_model_names_that_would_act_on_a_terminal_are_refused_wherever_they_come
         lz.open_store(tmp_path / "s").models()
     assert str(error.value).replace("\n", "").isprintable()
     add_prompt(add_model(tmp_path / "cache", "good"), "a", prompt_tensors(0))
-    folder = tmp_path / "cache" / lmprobe_v2.model_hash(name)
+    folder = tmp_path / "cache" / lmprobe_folders.model_hash(name)
     folder.mkdir()
     (folder / "_model_name.txt").write_bytes(name.encode("utf-8", "surrogatepass"))
     summary = lz.import_safetensors(tmp_path / "cache", tmp_path / "t", progress=False)
@@ -177,7 +177,7 @@ def test_model_names_made_to_climb_each_get_a_folder_of_their_own_in_the_root(tm
         lz.export_safetensors(fresh, tmp_path / "out" / "cache", model=name, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "out"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["cache"]
-    assert {p.name for p in (tmp_path / "out" / "cache").iterdir()} == {lmprobe_v2.model_hash(name) for name in SHOWN}
+    assert {p.name for p in (tmp_path / "out" / "cache").iterdir()} == {lmprobe_folders.model_hash(name) for name in SHOWN}
 
 
 def test_prompts_made_to_climb_are_only_ever_hashed_and_come_back_as_they_were(tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_documents_without_end_are_refused_in_one_line(tmp_path: Path, content: 
         read_prompts(str(tmp_path / "p.jsonl"))
     folder = add_model(tmp_path / "cache", MODEL)
     (folder / "_manifest.jsonl").write_bytes(content)
-    assert lmprobe_v2.read_manifest(open_files(tmp_path / "cache"), folder.name).texts == {}
+    assert lmprobe_folders.read_manifest(open_files(tmp_path / "cache"), folder.name).texts == {}
 
 
 def test_a_manifest_that_names_anything_but_texts_costs_only_those_lines(tmp_path: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_manifest_that_names_anything_but_texts_costs_only_those_lines(tmp_pat
         7,
     ]
     (folder / "_manifest.jsonl").write_text("\n".join(json.dumps(line) for line in [*strange, good]))
-    manifest = lmprobe_v2.read_manifest(open_files(tmp_path), folder.name)
+    manifest = lmprobe_folders.read_manifest(open_files(tmp_path), folder.name)
     assert (dict(manifest.texts), manifest.bad_lines) == ({lz.prompt_hash("good"): "good"}, len(strange))
 
 
