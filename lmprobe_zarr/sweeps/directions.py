@@ -27,6 +27,7 @@ from lmprobe_zarr.probes import (
     show_prompts,
 )
 from lmprobe_zarr.sweeps.given import check_activations, check_seed, layers_of
+from lmprobe_zarr.tasks import parse_runner
 from lmprobe_zarr.typing import Array
 
 __all__ = ["cosine_similarity", "fit_directions"]
@@ -78,6 +79,7 @@ def fit_directions(
     if not isinstance(activations, xr.DataArray):
         raise InvalidTypeError(f"activations are one xarray.DataArray, not {type(activations).__name__}: give ds[name]")
     array = check_activations(activations)
+    runner = parse_runner(n_workers=n_workers)
     seed = check_seed(random_state)
     if missing not in ("raise", "drop"):
         raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise' or 'drop'")
@@ -92,22 +94,14 @@ def fit_directions(
     make = partial(_make, name, seed, task, preprocessing, strength)
     make()
     layers = layers_of(array) or [0]
-    import dask.base
-    from dask.delayed import delayed
-
-    compute: Any = dask.base.compute
-    fit: Any = delayed(_fit_layer, pure=False)
     variable = array.variable
     lazy = variable.chunks is None and not variable._in_memory
-    found: Any = compute(
-        *(
-            fit(make, sets[0], variable if lazy else None, place,
-                None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", "hidden").data)
-            for place in range(len(layers))
-        ),
-        scheduler="threads",
-        num_workers=n_workers,
-    )  # fmt: skip
+
+    def start(place: int) -> Any:
+        values = None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", "hidden").data
+        return runner.call(_fit_layer, make, sets[0], variable if lazy else None, place, values)
+
+    found = runner.run([partial(start, place) for place in range(len(layers))], "fit")
     for layer, fitted in zip(layers, found, strict=True):
         if isinstance(fitted, list):
             raise InvalidArgumentError(

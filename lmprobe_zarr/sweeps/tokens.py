@@ -33,7 +33,7 @@ from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
 from lmprobe_zarr.sweeps.given import check_seed
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, Stream, StreamPlan, Tested, fit_stream, judge_stream, score_stream
-from lmprobe_zarr.tasks import Runner, check_run
+from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import pool_tokens, prompts_of, token_texts
 from lmprobe_zarr.typing import Array
 
@@ -120,7 +120,7 @@ def fit_tokens(
     (2004).
     """
     array, dim = _checked(activations)
-    runner = _runner(client, scheduler, n_workers, progress=progress)
+    runner = parse_runner(client, scheduler, n_workers, progress=progress)
     (probe,) = _streamed([probe])
     seed = check_seed(random_state)
     examples = select_examples(array, dim, labels, where=where, missing=missing)
@@ -181,7 +181,7 @@ def score_tokens(
     """
     stage = _score_stage(pooling)
     array, dim = _checked(activations)
-    runner = _runner(client, scheduler, n_workers, progress=progress)
+    runner = parse_runner(client, scheduler, n_workers, progress=progress)
     solutions, chosen = _solutions(probes, array)
     prompts_of(array, dim)
     n = array.sizes[dim]
@@ -284,7 +284,7 @@ def sweep_tokens(
     :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
     """
     array, dim = _checked(activations)
-    runner = _runner(client, scheduler, n_workers, progress=progress)
+    runner = parse_runner(client, scheduler, n_workers, progress=progress)
     names = _streamed([probes] if isinstance(probes, str) else list(probes))
     seed = check_seed(random_state)
     stage = _score_stage(pooling)
@@ -347,11 +347,6 @@ def _checked(activations: Any) -> tuple[xr.DataArray, str]:
 
 def _layers(array: xr.DataArray) -> Array:
     return np.atleast_1d(array.coords["layer"].values) if "layer" in array.coords else np.arange(array.sizes.get("layer", 1))
-
-
-def _runner(client: Any, scheduler: str | None, n_workers: int | None, *, progress: bool) -> Runner:
-    check_run(client, scheduler, n_workers)
-    return Runner(client, scheduler or "threads", n_workers, progress)
 
 
 def _streamed(names: list[Any]) -> tuple[str, ...]:

@@ -248,7 +248,7 @@ import numpy as np
 sys.path.insert(0, sys.argv[2])
 from test_score_store import OPTIONS, activations
 from lmprobe_zarr import sweep as package
-import lmprobe_zarr.sweep
+import lmprobe_zarr.sweeps.sweep
 from lmprobe_zarr.probes import fit
 run = fit.fit_task
 def slow(plan, task, values):
