@@ -1,4 +1,4 @@
-"""The direction that a linear probe learns in each layer, in the units of the activations: for steering, and to hold against others."""
+"""The direction that a linear probe learns in each layer, in the units of the activations: for steering, and to compare with others."""
 
 from __future__ import annotations
 
@@ -181,8 +181,8 @@ def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.D
     if not isinstance(given, Mapping):
         raise InvalidTypeError(f"directions are a mapping from name to coefficients, not {type(directions).__name__}")
     rows: list[tuple[str, Any, str, Array]] = []
-    for name, one in given.items():
-        coef = one["coef"] if isinstance(one, xr.Dataset) and "coef" in one else one
+    for name, held in given.items():
+        coef = held["coef"] if isinstance(held, xr.Dataset) and "coef" in held else held
         if not isinstance(coef, xr.DataArray) or "hidden" not in coef.dims:
             raise InvalidTypeError(f"directions[{name!r}] has no coefficients over hidden: give fit_tokens(…).coef")
         rest = [str(dim) for dim in coef.dims if dim != "hidden"]
