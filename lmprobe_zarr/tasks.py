@@ -1,20 +1,24 @@
-"""Tasks on the workers of a `distributed.Client`, a few at a time, in the order of their jobs. Knows nothing of what they do."""
+"""Where tasks run: threads, processes, this thread, or the workers of a `distributed.Client`. Knows nothing of what they do.
+
+`parse_runner` checks what a caller gave and gives a `Runner`, which every sweep uses. Extraction, whose tasks make stores, calls
+`run_on_client` itself.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnreachableError
 from lmprobe_zarr.progress import progress_bar
-from lmprobe_zarr.typing import Array
 
-__all__ = ["Runner", "check_client", "check_run", "is_in_process", "own_client", "run_on_client", "stop_if_cancelled"]
+__all__ = ["Runner", "check_client", "is_in_process", "own_client", "parse_runner", "run_on_client", "stop_if_cancelled"]
 
+T = TypeVar("T")
 
 _SCHEDULERS: Final = ("threads", "processes", "synchronous")
 
@@ -23,24 +27,6 @@ def check_client(client: Any) -> None:
     """Raise `InvalidTypeError` where something is no `distributed.Client`."""
     if not (hasattr(client, "submit") and hasattr(client, "nthreads")):
         raise InvalidTypeError(f"client is a distributed.Client, not {type(client).__name__}")
-
-
-def check_run(client: Any, scheduler: Any, n_workers: Any) -> None:
-    """Raise where no work can be done as it is asked for: on a client, or without one by some scheduler of Dask's and with some workers.
-
-    Raises
-    ------
-    InvalidTypeError, InvalidArgumentError
-        No client, an unknown scheduler, no workers, or a client beside the other two.
-    """
-    if client is not None and (scheduler is not None or n_workers is not None):
-        raise InvalidArgumentError("client and scheduler or n_workers were given: a client brings its own workers, leave the others out")
-    if client is not None:
-        check_client(client)
-    if scheduler not in (None, *_SCHEDULERS):
-        raise InvalidArgumentError(f"scheduler={scheduler!r} is unknown: use {', '.join(map(repr, _SCHEDULERS))}, or a client")
-    if n_workers is not None and n_workers < 1:
-        raise InvalidArgumentError(f"n_workers={n_workers!r} leaves nobody to work: give at least 1")
 
 
 def is_in_process(client: Any) -> bool:
@@ -59,7 +45,7 @@ def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: i
     in_flight : int
         How many are submitted and not finished at a time, so that what is sent along does not pile up.
     finished : callable
-        Told the number of each task that has ended.
+        Called with the number of each task that has ended.
 
     Raises
     ------
@@ -68,23 +54,32 @@ def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: i
     others
         What a task raised.
     """
+    results: dict[int, Any] = {}
+    with closing(_as_finished(client, starts, in_flight)) as ended:
+        for number, result in ended:
+            results[number] = result
+            finished(number)
+    return [results[number] for number in range(len(starts))]
+
+
+def _as_finished(client: Any, starts: Sequence[Callable[[], Any]], in_flight: int) -> Generator[tuple[int, Any]]:
+    """The number and the result of each task when it has ended; what still runs when this is closed is cancelled."""
     import distributed
 
     as_completed: Any = distributed.as_completed
     completed = as_completed(loop=client.loop)
     running: dict[Any, int] = {}
-    results: dict[int, Any] = {}
 
-    def collect() -> None:
+    def collect() -> tuple[int, Any]:
         future = next(completed)
         try:
-            results[running[future]] = future.result()
+            result = future.result()
         except distributed.KilledWorker as error:
             raise UnreachableError(
                 f"workers died over the same task again and again, {error.last_worker.address} last: they may have too little memory\n"
                 "what was stored before is whole; see the workers' logs, and call again with fewer or larger workers"
             ) from error
-        finished(running.pop(future))
+        return running.pop(future), result
 
     try:
         for number, start in enumerate(starts):
@@ -92,16 +87,15 @@ def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: i
             running[future] = number
             completed.add(future)
             if len(running) >= in_flight:
-                collect()
+                yield collect()
         while running:
-            collect()
+            yield collect()
     finally:
         client.cancel(list(running))
-    return [results[number] for number in range(len(starts))]
 
 
 def stop_if_cancelled() -> None:
-    """Raise `CancelledError` in a task that nobody waits for any more; does nothing where the worker does not tell."""
+    """Raise `CancelledError` in a task that nobody waits for any more; do nothing where the worker does not say so."""
     import distributed
 
     worker: Any = distributed.get_worker()
@@ -153,12 +147,41 @@ def own_client(*, workers: int | None = None, address: str | None = None) -> Ite
         yield client
 
 
-# -- how tasks are spread --------------------------------------------------------------------------------------------------
+# -- one runner for all ----------------------------------------------------------------------------------------------------
+
+
+def parse_runner(client: Any = None, scheduler: Any = None, n_workers: Any = None, *, progress: bool = False) -> Runner:
+    """Where a caller wants tasks to run.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+    scheduler : "threads", "processes" or "synchronous", optional
+        Without a client; threads if not given.
+    n_workers : int, optional
+        Without a client; one per core if not given.
+    progress : bool
+        Whether a progress bar is shown.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        Something that is no client, an unknown scheduler, no workers, or a client beside the other two.
+    """
+    if client is not None and (scheduler is not None or n_workers is not None):
+        raise InvalidArgumentError("client and scheduler or n_workers were given: a client brings its own workers, leave the others out")
+    if client is not None:
+        check_client(client)
+    if scheduler not in (None, *_SCHEDULERS):
+        raise InvalidArgumentError(f"scheduler={scheduler!r} is unknown: use {', '.join(map(repr, _SCHEDULERS))}, or a client")
+    if n_workers is not None and n_workers < 1:
+        raise InvalidArgumentError(f"n_workers={n_workers!r} leaves nobody to work: give at least 1")
+    return Runner(client, scheduler or "threads", n_workers, progress)
 
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Where tasks run.
+    """Where tasks run; made by `parse_runner`.
 
     Parameters
     ----------
@@ -189,41 +212,108 @@ class Runner:
         """Whether tasks see this process's memory."""
         return self.client is None and self.scheduler != "processes"
 
-    def run(self, starts: Sequence[Callable[[], Any]], description: str, in_flight: int) -> list[Any]:
-        """Results of delayed tasks, in their order; each is made when it is its turn, where a client runs them."""
+    @property
+    def keeps_order(self) -> bool:
+        """Whether tasks start in the order in which they are given; without a client, Dask orders them itself."""
+        return self.client is not None
+
+    def run(
+        self,
+        starts: Sequence[Callable[[], Any]],
+        description: str,
+        in_flight: int | None = None,
+        finished: Callable[[int, Any], None] | None = None,
+    ) -> list[Any]:
+        """Results of tasks, in their order.
+
+        Parameters
+        ----------
+        starts : sequence of callable
+            Each makes a task: a Dask delayed, or what `call` gives. A client calls each when it is its turn.
+        description : str
+            Of the progress bar.
+        in_flight : int, optional
+            How many tasks a client holds at a time; two per worker if not given.
+        finished : callable, optional
+            Called with the number and the result of each task that has ended.
+        """
         with progress_bar(len(starts), description=description, unit="layer", enabled=self.progress) as advance:
+
+            def end(number: int, result: Any) -> None:
+                if finished is not None:
+                    finished(number, result)
+                advance(1)
+
             if self.client is not None:
-                made = [partial(_submit, self.client, start) for start in starts]
-                return run_on_client(self.client, made, in_flight, lambda _: advance(1))
-            import dask.base
-            from dask.callbacks import Callback
+                return self._run_on_client(starts, 2 * self.workers if in_flight is None else in_flight, end)
+            return self._run_here(starts, end)
 
-            tasks = [start() for start in starts]
-            keys: set[Hashable] = {task.key for task in tasks}
-            callback: Any = Callback
-            compute: Any = dask.base.compute
+    def _run_on_client(self, starts: Sequence[Callable[[], Any]], in_flight: int, end: Callable[[int, Any], None]) -> list[Any]:
+        results: dict[int, Any] = {}
+        made = [partial(_submit, self.client, start) for start in starts]
+        with closing(_as_finished(self.client, made, in_flight)) as ended:
+            for number, result in ended:
+                results[number] = result
+                end(number, result)
+        return [results[number] for number in range(len(starts))]
 
-            def posttask(key: Hashable, *_: object) -> None:
-                if key in keys:
-                    advance(1)
+    def _run_here(self, starts: Sequence[Callable[[], Any]], end: Callable[[int, Any], None]) -> list[Any]:
+        import dask.base
+        from dask.callbacks import Callback
 
-            with callback(posttask=posttask):
-                return list(compute(*tasks, scheduler=self.scheduler, num_workers=self.workers))
+        callback: Any = Callback
+        compute: Any = dask.base.compute
+        tasks = [start() for start in starts]
+        numbers: dict[Hashable, int] = {task.key: number for number, task in enumerate(tasks)}
 
-    def hand_over(self, plan: Any) -> Any:
-        """The plan as tasks take it, sent once."""
+        def posttask(key: Hashable, result: Any, *_: object) -> None:
+            if key in numbers:
+                end(numbers[key], result)
+
+        with callback(posttask=posttask):
+            return list(compute(*tasks, scheduler=self.scheduler, num_workers=self.workers))
+
+    def call(self, function: Callable[..., Any], *arguments: Any, name: str | None = None) -> Any:
+        """A task that calls a function.
+
+        Parameters
+        ----------
+        function : callable
+        *arguments
+            Values, Dask collections, or what `hand_over` and `hand_over_values` gave.
+        name : str, optional
+            Different for every task. Without a client, Dask starts tasks of one shape in the order of their names.
+        """
         from dask.delayed import delayed
 
-        return delayed(plan, traverse=False, pure=False) if self.client is None else self.client.submit(_itself, plan, pure=False)
+        if self.client is None:
+            return delayed(function, pure=False)(*arguments, dask_key_name=name)
+        if any(_is_dask(argument) for argument in arguments):
+            return delayed(function, pure=False)(*arguments)
+        # Submitted as it is: a graph of one task takes more bytes through the scheduler.
+        return self.client.submit(function, *arguments, pure=False)
 
-    def hand_over_values(self, values: Array) -> Any:
+    def hand_over(self, plan: Any) -> Any:
+        """What all tasks share, as tasks take it; sent once."""
+        from dask.delayed import delayed
+
+        return delayed(plan, traverse=False, pure=False) if self.client is None else self.client.submit(_unchanged, plan, pure=False)
+
+    def hand_over_values(self, values: Any) -> Any:
         """Values as tasks take them: as arguments they would be copied through the scheduler, which warns of it."""
-        return values if self.client is None else self.client.scatter(values, hash=False)
+        if self.client is None or values is None or _is_dask(values):
+            return values
+        return self.client.scatter(values, hash=False)
+
+
+def _is_dask(value: Any) -> bool:
+    return hasattr(value, "__dask_graph__")
 
 
 def _submit(client: Any, start: Callable[[], Any]) -> Any:
-    return client.compute(start())
+    task = start()
+    return client.compute(task) if _is_dask(task) else task
 
 
-def _itself(plan: Any) -> Any:
-    return plan
+def _unchanged(value: T) -> T:
+    return value

@@ -1,6 +1,8 @@
-"""Probes over layers, variables and labels: what is given, the plan, the tasks, the scores and where they are kept.
+"""Probes over layers, variables and labels: what a sweep would do (`plan_sweep`), its scores, and what they allow to conclude.
 
-Never a store, never a plot.
+``sweep`` fits prompts, ``tokens`` every token block by block, ``transfer`` one dataset and tests on another, ``directions`` one probe per
+layer for its coefficients; ``compare`` reads scores alone. All run their tasks through `lmprobe_zarr.tasks.Runner`.
+Never a store of activations, a model or a plot.
 """
 
 from lmprobe_zarr.sweeps.compare import compare, confidence_intervals, selectivity

@@ -1,4 +1,4 @@
-"""What scores of a sweep allow to say: intervals, differences, and what a probe owes to itself. Never fits; reads nothing but scores."""
+"""Statistics of a sweep's scores: confidence intervals, paired tests, and selectivity. Never fits; reads nothing but scores."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def confidence_intervals(
 
     Notes
     -----
-    Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13, the percentile interval; of groups,
+    FitVariable: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13, the percentile interval; of groups,
     A. C. Davison and D. V. Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8.
     """
     _check_scores(scores)
@@ -76,8 +76,8 @@ def confidence_intervals(
     folds = _tested(scores)
     weights = _draw(folds, scores["group"].values if "group" in scores.coords else None, int(n_resamples), random_state)
     for place in product(*(range(size) for size in shape)):
-        one = scores.isel(dict(zip(dims, place, strict=True)))
-        outcomes = [_outcome(one, repetition, rows, n_classes) for repetition, rows in folds]
+        cell = scores.isel(dict(zip(dims, place, strict=True)))
+        outcomes = [_outcome(cell, repetition, rows, n_classes) for repetition, rows in folds]
         for metric in chosen:
             found[metric.name][place] = _interval(metric, outcomes, weights, tail)
     coords = {name: held for name, held in scores.coords.items() if set(held.dims) <= set(dims)}
@@ -122,20 +122,20 @@ def _draw(folds: list[tuple[int, Array]], groups: Array | None, n_resamples: int
     return drawn
 
 
-def _outcome(one: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> Outcome:
+def _outcome(cell: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> Outcome:
     def of(name: str) -> Array | None:
-        if name not in one:
+        if name not in cell:
             return None
-        held = one[name] if "repetition" not in one[name].dims else one[name].isel(repetition=repetition)
+        held = cell[name] if "repetition" not in cell[name].dims else cell[name].isel(repetition=repetition)
         values: Array = held.isel(prompt=rows).values
         return None if values.dtype.kind == "f" and np.isnan(values).all() else values
 
-    asked = "dealt" if str(one["control"].item()) == "shuffled_labels" else "true"
-    predicted, true, score, told = of("predicted"), one[asked].values[rows], of("score"), of("probability")
+    labels = "dealt" if str(cell["control"].item()) == "shuffled_labels" else "true"
+    predicted, true, score, probability = of("predicted"), cell[labels].values[rows], of("score"), of("probability")
     assert predicted is not None  # noqa: S101  (every fold has predicted its prompts)
-    if told is not None and told.ndim == 1:
-        told = np.stack([1 - told, told], axis=1)
-    return Outcome(true, predicted, n_classes, score, told)
+    if probability is not None and probability.ndim == 1:
+        probability = np.stack([1 - probability, probability], axis=1)
+    return Outcome(true, predicted, n_classes, score, probability)
 
 
 def _interval(metric: Metric, outcomes: list[Outcome], weights: list[Floats], tail: float) -> tuple[float, float, float]:
@@ -169,25 +169,25 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     metric : str
         A variable over ``fold``.
     along : str
-        The dim whose entries are compared: "probe", "layer", or another of the scores.
+        The dim whose trials are compared: "probe", "layer", or another of the scores.
     reference : optional
-        The entry that all others are compared with, by its label; the first if not given.
+        The trial that all others are compared with, by its label; the first if not given.
 
     Returns
     -------
     Dataset
-        Over the dims of the score without ``fold``: ``difference`` (mean over the folds, entry less reference), ``t``, ``p_value``
+        Over the dims of the score without ``fold``: ``difference`` (mean over the folds, trial less reference), ``t``, ``p_value``
         (two-sided) and ``p_holm``. NaN for the reference itself, and where a score is. Where all folds differ by the same, but not by
         zero, t is infinite; where none differs, it is 0 and p 1.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        No such scores, metric, dim or entry, or a single fold.
+        No such scores, metric, dim or trial, or a single fold.
 
     Notes
     -----
-    Source: C. Nadeau and Y. Bengio, "Inference for the Generalization Error", Machine Learning 52 (2003); for repeated folds R. R.
+    FitVariable: C. Nadeau and Y. Bengio, "Inference for the Generalization Error", Machine Learning 52 (2003); for repeated folds R. R.
     Bouckaert and E. Frank (2004). S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
     Statistics 6 (1979).
     """
@@ -239,7 +239,7 @@ def _holm(p: Floats) -> Floats:
 def selectivity(scores: xr.Dataset, metric: str = "accuracy", *, control: str = "shuffled_labels") -> xr.DataArray:
     """By how much each probe scores better than on other labels; the dims of the score, its ``probe`` those that have such a control.
 
-    A probe that is selective scores high on the labels and at chance on labels dealt at random. Source: J. Hewitt and P. Liang,
+    A probe that is selective scores high on the labels and at chance on labels dealt at random. FitVariable: J. Hewitt and P. Liang,
     "Designing and Interpreting Probes with Control Tasks" (2019), arXiv:1909.03368.
 
     Parameters

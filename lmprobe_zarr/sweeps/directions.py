@@ -1,4 +1,4 @@
-"""The direction that a linear probe learns in each layer, in the units of the activations: for steering, and to hold against others."""
+"""The direction that a linear probe learns in each layer, in the units of the activations: for steering, and to compare with others."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lmprobe_zarr.probes import (
     show_prompts,
 )
 from lmprobe_zarr.sweeps.given import check_activations, check_seed, layers_of
+from lmprobe_zarr.tasks import parse_runner
 from lmprobe_zarr.typing import Array
 
 __all__ = ["cosine_similarity", "fit_directions"]
@@ -78,6 +79,7 @@ def fit_directions(
     if not isinstance(activations, xr.DataArray):
         raise InvalidTypeError(f"activations are one xarray.DataArray, not {type(activations).__name__}: give ds[name]")
     array = check_activations(activations)
+    runner = parse_runner(n_workers=n_workers)
     seed = check_seed(random_state)
     if missing not in ("raise", "drop"):
         raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise' or 'drop'")
@@ -92,22 +94,14 @@ def fit_directions(
     make = partial(_make, name, seed, task, preprocessing, strength)
     make()
     layers = layers_of(array) or [0]
-    import dask.base
-    from dask.delayed import delayed
-
-    compute: Any = dask.base.compute
-    fit: Any = delayed(_fit_layer, pure=False)
     variable = array.variable
     lazy = variable.chunks is None and not variable._in_memory
-    found: Any = compute(
-        *(
-            fit(make, sets[0], variable if lazy else None, place,
-                None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", "hidden").data)
-            for place in range(len(layers))
-        ),
-        scheduler="threads",
-        num_workers=n_workers,
-    )  # fmt: skip
+
+    def start(place: int) -> Any:
+        values = None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", "hidden").data
+        return runner.call(_fit_layer, make, sets[0], variable if lazy else None, place, values)
+
+    found = runner.run([partial(start, place) for place in range(len(layers))], "fit")
     for layer, fitted in zip(layers, found, strict=True):
         if isinstance(fitted, list):
             raise InvalidArgumentError(
@@ -187,8 +181,8 @@ def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.D
     if not isinstance(given, Mapping):
         raise InvalidTypeError(f"directions are a mapping from name to coefficients, not {type(directions).__name__}")
     rows: list[tuple[str, Any, str, Array]] = []
-    for name, one in given.items():
-        coef = one["coef"] if isinstance(one, xr.Dataset) and "coef" in one else one
+    for name, held in given.items():
+        coef = held["coef"] if isinstance(held, xr.Dataset) and "coef" in held else held
         if not isinstance(coef, xr.DataArray) or "hidden" not in coef.dims:
             raise InvalidTypeError(f"directions[{name!r}] has no coefficients over hidden: give fit_tokens(…).coef")
         rest = [str(dim) for dim in coef.dims if dim != "hidden"]

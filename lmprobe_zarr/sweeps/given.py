@@ -10,13 +10,11 @@ import xarray as xr
 
 from lmprobe_zarr.display import called
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.typing import Array
 
-__all__ = ["check_activations", "check_seed", "layers_of"]
+__all__ = ["check_activations", "check_seed", "layer_labels", "layers_of", "parse_activations", "parse_token_activations"]
 
 _DIMS = ("layer", "prompt", "hidden")
-
-
-# -- what is given ---------------------------------------------------------------------------------------------------------
 
 
 def parse_activations(activations: Any, controls: Mapping[str, Any]) -> tuple[xr.Dataset | None, tuple[xr.DataArray, ...]]:
@@ -39,18 +37,42 @@ def parse_activations(activations: Any, controls: Mapping[str, Any]) -> tuple[xr
 
 
 def check_activations(activations: xr.DataArray) -> xr.DataArray:
-    """The array itself, where it is one of activations; nothing is read."""
+    """The array unchanged, if it holds activations of prompts; nothing is read."""
     dims = tuple(str(dim) for dim in activations.dims)
     if set(dims) not in (set(_DIMS), {"prompt", "hidden"}):
         remedy = "pool the tokens first, as in toks.lz.pool('mean')" if "token" in dims else "select or rename"
         raise InvalidArgumentError(f"{called(activations)} has dims {dims}, expected layer (or none), prompt and hidden: {remedy}")
-    empty = [dim for dim in dims if not activations.sizes[dim]]
+    _check_values(activations, "to fit")
+    return activations
+
+
+def parse_token_activations(activations: Any) -> tuple[xr.DataArray, str]:
+    """The array, and the name of its row dimension, ``token`` or ``prompt``; nothing is read."""
+    if isinstance(activations, xr.Dataset):
+        variables = ", ".join(str(name) for name in activations.data_vars)
+        raise InvalidTypeError(f"activations are one variable, not a whole dataset: give toks[name], with one of {variables or 'none'}")
+    if not isinstance(activations, xr.DataArray):
+        raise InvalidTypeError(f"activations are an xarray.DataArray with dims (layer, token, hidden), not {type(activations).__name__}")
+    dims = {str(dim) for dim in activations.dims}
+    for dim in ("token", "prompt"):
+        if dims in ({"layer", dim, "hidden"}, {dim, "hidden"}):
+            break
+    else:
+        raise InvalidArgumentError(
+            f"{called(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and hidden: select or rename"
+        )
+    _check_values(activations, "to fit or score")
+    return activations, dim
+
+
+def _check_values(activations: xr.DataArray, purpose: str) -> None:
+    """Raise where there are no values, or none that are real numbers."""
+    empty = [str(dim) for dim in activations.dims if not activations.sizes[dim]]
     if empty:
-        raise InvalidArgumentError(f"{called(activations)} has no {' and no '.join(empty)}: there is nothing to fit")
+        raise InvalidArgumentError(f"{called(activations)} has no {' and no '.join(empty)}: there is nothing {purpose}")
     # ml_dtypes' bfloat16 has kind "V", as structured types have, but no fields.
     if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
         raise InvalidTypeError(f"{called(activations)} has dtype {activations.dtype}, expected real numbers")
-    return activations
 
 
 def layers_of(array: xr.DataArray) -> list[Any] | None:
@@ -58,6 +80,11 @@ def layers_of(array: xr.DataArray) -> list[Any] | None:
     if "layer" in array.coords:
         return list(np.atleast_1d(array.coords["layer"].values).tolist())
     return list(range(array.sizes["layer"])) if "layer" in array.dims else None
+
+
+def layer_labels(array: xr.DataArray) -> Array:
+    """The labels of its layers; 0 where it has none."""
+    return np.atleast_1d(array.coords["layer"].values) if "layer" in array.coords else np.arange(array.sizes.get("layer", 1))
 
 
 def check_seed(random_state: Any) -> int:

@@ -1,6 +1,6 @@
 """What a sweep would do, as a value: which labels, folds, probes and controls, how many fits, how many bytes to read.
 
-Everything that callers give is parsed here, and refused here, before anything is read. Never a fit, a score or a place to write to.
+Every argument is parsed, and every mistake in one raised, before any activation is read. Never a fit, a score or a place to write to.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,30 +16,24 @@ import xarray as xr
 
 from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.display import called, format_bytes
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.probes import (
-    FitPlan,
-    FitTask,
-    FitVariable,
-    Groups,
-    Labels,
-    bare_variable,
-    group_codes,
-    list_prompts,
-    make_probe,
-    number_repeats,
-    parse_groups,
-    parse_label_sets,
-    parse_preprocessing,
-    parse_sides,
-    plan_folds,
-)
-from lmprobe_zarr.probes.controls import Trial, list_trials, make_estimator, parse_controls, read_features, shuffle_labels
-from lmprobe_zarr.probes.metrics import Metric, parse_metrics
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, bare_variable, group_codes, list_prompts, number_repeats
+from lmprobe_zarr.probes.controls import make_estimator, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.sweeps.given import check_seed, layers_of, parse_activations
+from lmprobe_zarr.sweeps.options import (
+    Data,
+    SweepOptions,
+    check_layer_0,
+    parse_data,
+    parse_design,
+    parse_folds,
+    parse_inner,
+    parse_seeds,
+    parse_strengths,
+)
 from lmprobe_zarr.typing import Array
 
-__all__ = ["SweepPlan", "plan_sweep"]
+__all__ = ["Sweep", "SweepPlan", "make_sweep", "plan_sweep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,6 +57,8 @@ class SweepPlan:
         A task fits everything on one layer of one variable.
     nbytes : int
         Bytes of activations to read, as they are stored and before compression.
+    cv : str
+        How the folds come about.
     """
 
     variables: tuple[str, ...]
@@ -77,10 +73,7 @@ class SweepPlan:
     n_fits: int
     n_tasks: int
     nbytes: int
-    _fits: FitPlan = field(repr=False)
-    _arrays: tuple[xr.DataArray, ...] = field(repr=False)
-    _attrs: Mapping[str, Any] = field(repr=False)
-    _coords: Mapping[str, Any] = field(repr=False)
+    cv: str
 
     def __str__(self) -> str:
         asked = [dim for dim in self.dims if dim not in ("layer", "probe", "fold")]
@@ -91,12 +84,34 @@ class SweepPlan:
             "controls": ", ".join(self.controls) or "none",
             "metrics": ", ".join(self.metrics),
             "prompts": f"{self.n_prompts}{f' ({self.n_dropped} without a label left out)' * bool(self.n_dropped)}",
-            "folds": f"{self.n_folds}, {self._attrs['cv']}",
+            "folds": f"{self.n_folds}, {self.cv}",
             **({"also by": ", ".join(asked)} if asked else {}),
             "fits": f"{self.n_fits} in {self.n_tasks} tasks",
             "to read": f"{format_bytes(self.nbytes)}, each layer once",
         }
         return "\n".join(f"{name:<11}{value}" for name, value in rows.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sweep:
+    """A sweep that can be run: what callers see of it, and what its tasks and its result are made of.
+
+    Parameters
+    ----------
+    plan : SweepPlan
+    fits : FitPlan
+        What all tasks share.
+    arrays : tuple of DataArray
+        The variables that are fitted.
+    attrs, coords : mapping
+        Of the result.
+    """
+
+    plan: SweepPlan
+    fits: FitPlan
+    arrays: tuple[xr.DataArray, ...]
+    attrs: Mapping[str, Any]
+    coords: Mapping[str, Any]
 
     def tasks(self, workers: int) -> list[FitTask]:
         """Everything to fit: first what other layers wait for, then layer by layer, each read once where there are as many as workers.
@@ -110,17 +125,16 @@ class SweepPlan:
         -------
         list of FitTask
         """
-        plan = self._fits
+        plan = self.fits
         trials = range(len(plan.trials))
         by_layer = tuple(number for number in trials if plan.trials[number].by_layer)
         at_zero = tuple(number for number in trials if not plan.trials[number].by_layer and not plan.trials[number].constant)
-        layers = [(variable, layer) for variable, held in enumerate(plan.variables) for layer in range(len(held.layers))]
+        layers = [(source, layer) for source, held in enumerate(plan.variables) for layer in range(len(held.layers))]
         found = [FitTask(-1, -1, (number,)) for number in trials if plan.trials[number].constant]
-        for variable, layer in layers:
-            place = plan.variables[variable].layers[layer]
+        for source, layer in layers:
+            place = plan.variables[source].layers[layer]
             here = by_layer + (at_zero if place >= 0 and plan.layers[place] == "0" else ())
-            split = [here] if len(layers) >= workers else [(number,) for number in here]
-            found += [FitTask(variable, layer, numbers) for numbers in split]
+            found += [FitTask(source, layer, here)] if len(layers) >= workers else [FitTask(source, layer, (number,)) for number in here]
         return sorted(found, key=lambda task: not self.spreads(task))
 
     def spreads(self, task: FitTask) -> bool:
@@ -135,33 +149,33 @@ class SweepPlan:
         -------
         bool
         """
-        return any(not self._fits.trials[trial].by_layer for trial in task.trials)
+        return any(not self.fits.trials[trial].by_layer for trial in task.trials)
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed sweep must have in common with the one that was interrupted, by name; JSON."""
-        plan = self._fits
+        plan = self.fits
         words = {
             "labels": [[each.name, _digest(each.values[each.rows]), _digest(each.rows)] for each in plan.labels],
-            "prompts": _digest(np.array(list_prompts(self._arrays[0]))),
-            "folds": [self._attrs["cv"], _digest(*(side for fold in plan.folds for side in fold))],
-            "layers": [str(layer) for layer in self.layers],
+            "prompts": _digest(np.array(list_prompts(self.arrays[0]))),
+            "folds": [self.attrs["cv"], _digest(*(side for fold in plan.folds for side in fold))],
+            "layers": [str(layer) for layer in self.plan.layers],
             "variables": [
-                [name, [plan.layers[place] for place in variable.layers if place >= 0], list(array.shape), str(array.dtype)]
-                for name, variable, array in zip(self.variables, plan.variables, self._arrays, strict=True)
+                [name, [plan.layers[place] for place in source.layers if place >= 0], list(array.shape), str(array.dtype)]
+                for name, source, array in zip(self.plan.variables, plan.variables, self.arrays, strict=True)
             ],
-            "model": self._attrs.get("model", ""),
+            "model": self.attrs.get("model", ""),
             "probes": [[trial.name, trial.control, trial.features, _describe(trial.probe)] for trial in plan.trials],
             "features of the controls": {
                 name: _digest(np.array(held) if isinstance(held, list) else held) if not isinstance(held, xr.Variable) else list(held.shape)
                 for name, held in plan.features.items()
             },
-            "metrics": list(self.metrics),
-            "seeds": [self._attrs["random_state"], *plan.seeds],
+            "metrics": list(self.plan.metrics),
+            "seeds": [self.attrs["random_state"], *plan.seeds],
             "strengths": [list(plan.strengths), plan.inner, "" if plan.choose_by is None else plan.choose_by.name],
             "preprocessing": plan.preprocessing or "",
             "task": plan.task,
             "predictions": plan.predictions,
-            "version of scikit-learn": next(v for v in self._attrs["versions"] if v.startswith("scikit-learn")),
+            "version of scikit-learn": next(v for v in self.attrs["versions"] if v.startswith("scikit-learn")),
         }
         return dict(json.loads(json.dumps(words)))
 
@@ -220,95 +234,81 @@ def plan_sweep(
     ------
     As :func:`lmprobe_zarr.sweep`, for everything that can be known before activations are read.
     """
-    controls = parse_controls(controls)
-    given, arrays = parse_activations(activations, controls)
-    array = arrays[0]
-    seed = check_seed(random_state)
-    if task not in ("classification", "regression"):
-        raise InvalidArgumentError(f"task={task!r} is unknown: use 'classification' or 'regression'")
-    if missing not in ("raise", "drop"):
-        raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise' or 'drop'")
-    several = _several_sets(array, labels)
-    learned = parse_label_sets(array, labels, task=task, missing=missing)
-    rows = learned[0].rows
-    together = None if groups is None else parse_groups(array, groups, rows)
-    chosen = _probes(probes, task)
-    trials = list_trials(chosen, controls, task)
-    n_classes = max((len(each.classes) for each in learned if each.classes is not None), default=0)
-    measured = parse_metrics(metrics, task, n_classes)
-    spec = _preprocessing(preprocessing)
-    _check_probabilities(trials, measured, task, spec)
-    if split is not None and cv is not None:
-        raise InvalidArgumentError("cv and split were given: a split is the one fold there is, leave one of the two out")
-    prompts = list_prompts(array)
-    folds, described = plan_folds(
-        learned, prompts, together, parse_sides(array, split) if split is not None else 5 if cv is None else cv, seed, repeats=repeats
-    )
-    drawn = _seeds(seeds, seed)
-    strong = _strengths(strengths, trials)
-    inner, by = _inner(inner_cv, choose_by, strong, measured, task, n_classes)
-    layers, variables = _variables(arrays, named=given is not None)
-    if any(trial.features == "layer_0" for trial in trials) and "0" not in [str(layer) for layer in layers]:
-        raise InvalidArgumentError(
-            f"control 'layer_0' needs layer 0, and there are layers {layers[0]} to {layers[-1]}: give all layers, or leave it out"
-        )
-    codes = np.full(len(prompts), -1)
-    codes[rows] = group_codes([prompts[row] for row in rows], None)
-    kept = codes if together is None else together.codes
+    options = SweepOptions(
+        activations=activations, labels=labels, probes=probes, cv=cv, groups=groups, split=split, task=task, metrics=metrics,
+        controls=controls, preprocessing=preprocessing, strengths=strengths, inner_cv=inner_cv, choose_by=choose_by, repeats=repeats,
+        seeds=seeds, missing=missing, predictions=predictions, random_state=random_state,
+    )  # fmt: skip
+    return make_sweep(options).plan
+
+
+def make_sweep(options: SweepOptions) -> Sweep:
+    """A sweep as its caller wants it; nothing is read but coordinates.
+
+    Raises
+    ------
+    As :func:`lmprobe_zarr.sweep`, for everything that can be known before activations are read.
+    """
+    controls = parse_controls(options.controls)
+    dataset, arrays = parse_activations(options.activations, controls)
+    seed = check_seed(options.random_state)
+    data = parse_data(options, dataset, arrays)
+    design = parse_design(options, controls, data.n_classes)
+    folds, cv = parse_folds(options, data, seed)
+    seeds = parse_seeds(options.seeds, seed)
+    strengths = parse_strengths(options.strengths, design.trials)
+    inner, choose_by = parse_inner(options.inner_cv, options.choose_by, strengths, design.metrics, options.task, data.n_classes)
+    layers, variables = _sources(arrays, named=dataset is not None)
+    check_layer_0(design.trials, layers)
+    codes = np.zeros(len(data.prompts), dtype=int)
+    codes[data.rows] = group_codes([data.prompts[row] for row in data.rows], None)
     shuffled: tuple[tuple[Array, ...], ...] = ()
-    if any(trial.shuffled for trial in trials):
-        shuffled = tuple(tuple(shuffle_labels(each, codes, folds, one) for one in drawn) for each in learned)
-    plan = FitPlan(
+    if any(trial.shuffled for trial in design.trials):
+        shuffled = tuple(tuple(shuffle_labels(each, codes, folds, drawn) for drawn in seeds) for each in data.labels)
+    fits = FitPlan(
         variables=variables,
-        features=read_features(trials, controls, array, given, rows),
-        labels=learned,
+        features=read_features(design.trials, controls, arrays[0], dataset, data.rows),
+        labels=data.labels,
         shuffled=shuffled,
         folds=folds,
-        kept=kept,
+        kept=codes if data.groups is None else data.groups.codes,
         layers=tuple(str(layer) for layer in layers),
-        trials=trials,
-        metrics=measured,
-        seeds=drawn,
-        strengths=strong,
+        trials=design.trials,
+        metrics=design.metrics,
+        seeds=seeds,
+        strengths=strengths,
         inner=inner,
-        choose_by=by,
-        preprocessing=spec,
-        task=task,
-        predictions=bool(predictions),
+        choose_by=choose_by,
+        preprocessing=design.preprocessing,
+        task=options.task,
+        predictions=bool(options.predictions),
     )
-    dims = {
-        "variable": [variable.name for variable in variables] if given is not None else None,
-        "layer": layers,
-        "probe": [trial.name for trial in trials],
-        "fold": np.arange(len(folds)),
-        "seed": list(drawn) if seeds is not None else None,
-        "strength": list(strong) if strong and not inner else None,
-        "label": [each.name for each in learned] if several else None,
-    }
-    attrs = _attributes(array, given, learned, together, described, seed, trials, task, spec, len(prompts), strong if inner else ())
-    n_tasks, n_fits = _count(plan)
+    dims = _dims(fits, data, layers, seeded=options.seeds is not None)
+    plan = _summarise(fits, data, layers, tuple(dims), cv)
+    return Sweep(plan=plan, fits=fits, arrays=arrays, attrs=_attributes(fits, data, cv, seed), coords=_coordinates(fits, data, dims))
+
+
+def _summarise(fits: FitPlan, data: Data, layers: Array, dims: tuple[str, ...], cv: str) -> SweepPlan:
+    n_tasks, n_fits = _count(fits)
+    features = [values for values in fits.features.values() if isinstance(values, xr.Variable)]
     return SweepPlan(
-        variables=tuple(str(each.name) if each.name is not None else "activations" for each in arrays),
+        variables=tuple(str(array.name) if array.name is not None else "activations" for array in data.arrays),
         layers=tuple(layers.tolist()),
-        probes=tuple(trial.name for trial in trials if not trial.control),
-        controls=tuple(trial.name for trial in trials if trial.control),
-        metrics=tuple(metric.name for metric in measured),
-        dims=tuple(name for name, values in dims.items() if values is not None),
-        n_prompts=len(rows),
-        n_dropped=len(prompts) - len(rows),
-        n_folds=len(folds),
+        probes=tuple(trial.name for trial in fits.trials if not trial.control),
+        controls=tuple(trial.name for trial in fits.trials if trial.control),
+        metrics=tuple(metric.name for metric in fits.metrics),
+        dims=dims,
+        n_prompts=len(data.rows),
+        n_dropped=len(data.prompts) - len(data.rows),
+        n_folds=len(fits.folds),
         n_fits=n_fits,
         n_tasks=n_tasks,
-        nbytes=sum(each.nbytes for each in arrays)
-        + sum(held.size * held.dtype.itemsize for held in plan.features.values() if isinstance(held, xr.Variable)),
-        _fits=plan,
-        _arrays=arrays,
-        _attrs=attrs,
-        _coords=_coordinates(dims, trials, folds, arrays, array, learned, together, shuffled, predictions=plan.predictions),
+        nbytes=sum(array.nbytes for array in data.arrays) + sum(values.size * values.dtype.itemsize for values in features),
+        cv=cv,
     )
 
 
-def _variables(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[FitVariable, ...]]:
+def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[FitVariable, ...]]:
     """All layers, and each variable with its own among them."""
     held = [layers_of(array) for array in arrays]
     layers = np.array(list(dict.fromkeys(layer for each in held for layer in (each if each is not None else ())))) if any(
@@ -334,101 +334,16 @@ def _variables(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array,
     return layers, tuple(variables)
 
 
-def _several_sets(array: xr.DataArray, labels: Any) -> bool:
-    if isinstance(labels, xr.DataArray):
-        return labels.ndim == 2
-    return isinstance(labels, list | tuple) and bool(labels) and all(isinstance(name, str) and name in array.coords for name in labels)
-
-
-def _seeds(seeds: Any, random_state: int) -> tuple[int, ...]:
-    if seeds is None:
-        return (random_state,)
-    listed = (
-        list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds) if isinstance(seeds, Iterable) else []
-    )
-    if not listed or len(set(listed)) < len(listed):
-        raise InvalidArgumentError(f"seeds={seeds!r} are no seeds: give a number of them, or different whole numbers such as [0, 1, 2]")
-    return tuple(check_seed(one) for one in listed)
-
-
-def _strengths(strengths: Any, trials: tuple[Trial, ...]) -> tuple[float, ...]:
-    if strengths is None:
-        return ()
-    listed = list(strengths) if isinstance(strengths, Iterable) and not isinstance(strengths, str) else [strengths]
-    good = all(isinstance(one, int | float | np.number) and not isinstance(one, bool) and np.isfinite(one) and one > 0 for one in listed)
-    if not listed or not good or len(set(listed)) < len(listed):
-        raise InvalidArgumentError(f"strengths={strengths!r} are no strengths: give different positive numbers, larger being stronger")
-    if not any(trial.penalised for trial in trials):
-        raise InvalidArgumentError(
-            f"strengths were given, and none of {', '.join(repr(e.name) for e in trials)} has one: use named probes such as 'ridge'"
-        )
-    return tuple(float(one) for one in listed)
-
-
-def _inner(
-    inner_cv: Any, choose_by: str | None, strengths: tuple[float, ...], metrics: tuple[Metric, ...], task: str, n_classes: int
-) -> tuple[int, Metric | None]:
-    if inner_cv is None:
-        if choose_by is not None:
-            raise InvalidArgumentError(
-                f"choose_by={choose_by!r} chooses nothing without inner folds: give inner_cv, such as 5, and strengths"
-            )
-        return 0, None
-    if isinstance(inner_cv, bool) or not isinstance(inner_cv, int | np.integer) or inner_cv < 2:
-        raise InvalidArgumentError(f"inner_cv={inner_cv!r} is no number of folds: give a whole number of at least 2")
-    if len(strengths) < 2:
-        raise InvalidArgumentError("inner_cv chooses among strengths: give several, such as strengths=(0.01, 1, 100)")
-    return int(inner_cv), metrics[0] if choose_by is None else parse_metrics(choose_by, task, n_classes)[0]
-
-
-def _preprocessing(spec: Any) -> str | None:
-    steps = parse_preprocessing(spec)
-    return "+".join(map(str, steps)) or None
-
-
-def _probes(probes: Any, task: str) -> dict[str, Any]:
-    """Name to probe, in the caller's order."""
-    if isinstance(probes, Mapping):
-        pairs = list(probes.items())
-    else:
-        listed = [probes] if isinstance(probes, str) or hasattr(probes, "fit") or not isinstance(probes, Iterable) else list(probes)
-        if task == "regression":
-            # The default of `sweep` is a classifier.
-            listed = ["ridge_regression" if isinstance(probe, str) and probe == "logistic_regression" else probe for probe in listed]
-        pairs = [(probe if isinstance(probe, str) else type(probe).__name__, probe) for probe in listed]
-    if not pairs:
-        raise InvalidArgumentError("probes is empty: name at least one, such as 'logistic_regression'")
-    chosen: dict[str, Any] = {}
-    for name, probe in pairs:
-        if not isinstance(name, str):
-            raise InvalidTypeError(f"a probe is named by a text, not {name!r}")
-        if name in chosen:
-            raise InvalidArgumentError(f"two probes are called {name!r}: tell them apart with a mapping, {{'name': estimator, …}}")
-        make_probe(probe, task=task)
-        chosen[name] = probe
-    return chosen
-
-
-def _check_probabilities(trials: tuple[Trial, ...], metrics: tuple[Metric, ...], task: str, preprocessing: str | None) -> None:
-    needing = [metric.name for metric in metrics if metric.needs == "probabilities"]
-    without = [trial.name for trial in trials if not hasattr(make_estimator(trial, 0, task, preprocessing=preprocessing), "predict_proba")]
-    if needing and without:
-        raise InvalidArgumentError(
-            f"metric {needing[0]!r} needs probabilities, and probe {without[0]!r} has no predict_proba: leave one of the two out, "
-            "or use 'logistic_regression'"
-        )
-
-
 # -- what the result says of itself ----------------------------------------------------------------------------------------
 
 
 def _count(plan: FitPlan) -> tuple[int, int]:
     """Tasks, where each fits everything on one layer, and fits."""
-    layers = sum(len(variable.layers) for variable in plan.variables)
-    per_trial = {"layer": layers, "zero": len(plan.variables), "constant": 1}
+    layers = sum(len(source.layers) for source in plan.variables)
+    per_entry = {"layer": layers, "zero": len(plan.variables), "constant": 1}
     fits = 0
     for trial in plan.trials:
-        times = per_trial["layer" if trial.by_layer else "constant" if trial.constant else "zero"]
+        times = per_entry["layer" if trial.by_layer else "constant" if trial.constant else "zero"]
         times *= len(plan.folds) * len(plan.labels) * (len(plan.seeds) if trial.random(plan.preprocessing) else 1)
         if trial.penalised and plan.strengths:
             times *= len(plan.strengths) * plan.inner + 1 if plan.inner else len(plan.strengths)
@@ -436,81 +351,79 @@ def _count(plan: FitPlan) -> tuple[int, int]:
     return layers + sum(trial.constant for trial in plan.trials), fits
 
 
-def _attributes(
-    array: xr.DataArray,
-    given: xr.Dataset | None,
-    labels: tuple[Labels, ...],
-    groups: Groups | None,
-    cv: str,
-    seed: int,
-    trials: tuple[Trial, ...],
-    task: str,
-    preprocessing: str | None,
-    n_rows: int,
-    chosen_from: tuple[float, ...],
-) -> dict[str, Any]:
-    only = labels[0]
-    attrs: dict[str, Any] = {"labels": ", ".join(each.name for each in labels), "task": task}
-    if only.classes is not None and len(labels) == 1:
+def _dims(fits: FitPlan, data: Data, layers: Array, *, seeded: bool) -> dict[str, Array]:
+    """The dims of every measure and their labels; which of them there are depends on what was given."""
+    labels = {
+        "variable": [source.name for source in fits.variables] if data.dataset is not None else None,
+        "layer": layers,
+        "probe": [trial.name for trial in fits.trials],
+        "fold": np.arange(len(fits.folds)),
+        "seed": list(fits.seeds) if seeded else None,
+        "strength": list(fits.strengths) if fits.strengths and not fits.inner else None,
+        "label": [each.name for each in data.labels] if data.several else None,
+    }
+    return {dim: np.asarray(values) for dim, values in labels.items() if values is not None}
+
+
+def _attributes(fits: FitPlan, data: Data, cv: str, seed: int) -> dict[str, Any]:
+    array, only = data.arrays[0], data.labels[0]
+    attrs: dict[str, Any] = {"labels": ", ".join(each.name for each in data.labels), "task": fits.task}
+    if only.classes is not None and len(data.labels) == 1:
         classes, counts = np.unique(only.values[only.rows], return_counts=True)
         attrs |= {"classes": classes.tolist(), "class_counts": counts.tolist(), "majority_share": float(counts.max() / counts.sum())}
+    estimators = [make_estimator(trial, seed, fits.task, preprocessing=fits.preprocessing) for trial in fits.trials]
     attrs |= {
         "n_prompts": len(only.rows),
-        "n_dropped": n_rows - len(only.rows),
-        "groups": groups.name if groups is not None else "",
+        "n_dropped": len(data.prompts) - len(only.rows),
+        "groups": data.groups.name if data.groups is not None else "",
         "cv": cv,
         "random_state": seed,
-        "preprocessing": preprocessing or "",
-        "variable": "" if given is not None or array.name is None else str(array.name),
-        "estimators": [" ".join(repr(make_estimator(trial, seed, task, preprocessing=preprocessing)).split()) for trial in trials],
+        "preprocessing": fits.preprocessing or "",
+        "variable": "" if data.dataset is not None or array.name is None else str(array.name),
+        "estimators": [" ".join(repr(estimator).split()) for estimator in estimators],
         "versions": _versions(),
     }
-    if chosen_from:
-        attrs["strengths_chosen_from"] = list(chosen_from)
+    if fits.inner:
+        attrs["strengths_chosen_from"] = list(fits.strengths)
     if "model" in array.coords and array.coords["model"].ndim == 0:
         attrs["model"] = str(array.coords["model"].item())
     return attrs
 
 
-def _coordinates(
-    dims: Mapping[str, Any],
-    trials: tuple[Trial, ...],
-    folds: tuple[Any, ...],
-    arrays: tuple[xr.DataArray, ...],
-    array: xr.DataArray,
-    labels: tuple[Labels, ...],
-    groups: Groups | None,
-    shuffled: tuple[tuple[Array, ...], ...],
-    *,
-    predictions: bool,
-) -> dict[str, Any]:
-    coords: dict[str, Any] = {name: (name, np.asarray(values)) for name, values in dims.items() if values is not None}
-    coords["kind"] = ("probe", np.array([trial.kind for trial in trials]))
-    coords["control"] = ("probe", np.array([trial.control for trial in trials]))
-    repeats = number_repeats(folds)
+def _coordinates(fits: FitPlan, data: Data, dims: Mapping[str, Array]) -> dict[str, Any]:
+    array = data.arrays[0]
+    coords: dict[str, Any] = {dim: (dim, labels) for dim, labels in dims.items()}
+    coords["kind"] = ("probe", np.array([trial.kind for trial in fits.trials]))
+    coords["control"] = ("probe", np.array([trial.control for trial in fits.trials]))
+    repeats = number_repeats(fits.folds)
     if repeats[-1]:
         coords["repeat"] = ("fold", repeats)
-    if "variable" in coords:
-        parts = [split_variable(str(each.name)) for each in arrays]
+    if "variable" in dims:
+        parts = [split_variable(str(each.name)) for each in data.arrays]
         coords["site"] = ("variable", np.array([site for site, _ in parts]))
         coords["pooling"] = ("variable", np.array([pooling or "" for _, pooling in parts]))
     if "model" in array.coords and array.coords["model"].ndim == 0:
         coords["model"] = str(array.coords["model"].item())
-    if predictions:
-        rows = labels[0].rows
-        prompts = list_prompts(array)
-        coords["prompt"] = ("prompt", np.array([prompts[row] for row in rows]))
-        true = [each.codes[rows] for each in labels]
-        coords["true"] = ("prompt", true[0]) if "label" not in coords else (("label", "prompt"), np.array(true))
-        if shuffled:
-            # What the controls with shuffled labels were asked: their predictions mean nothing beside the true ones.
-            dealt = np.array(
-                [[replace(each, values=values).codes[rows] for values in drawn] for each, drawn in zip(labels, shuffled, strict=True)]
-            )
-            asked = [dim for dim in ("label", "seed") if dim in coords]
-            coords["dealt"] = ((*asked, "prompt"), dealt.reshape([len(coords[dim][1]) for dim in asked] + [len(rows)]))
-        if groups is not None:
-            coords["group"] = ("prompt", groups.codes[rows])
+    return coords | _prompt_coordinates(fits, data, dims) if fits.predictions else coords
+
+
+def _prompt_coordinates(fits: FitPlan, data: Data, dims: Mapping[str, Array]) -> dict[str, Any]:
+    """What the predictions of each prompt are compared with."""
+    rows = data.rows
+    true = [each.codes[rows] for each in data.labels]
+    coords: dict[str, Any] = {
+        "prompt": ("prompt", np.array([data.prompts[row] for row in rows])),
+        "true": (("label", "prompt"), np.array(true)) if "label" in dims else ("prompt", true[0]),
+    }
+    if fits.shuffled:
+        # The labels of the controls with shuffled labels: their predictions mean nothing beside the true ones.
+        dealt = np.array(
+            [[replace(each, values=values).codes[rows] for values in drawn] for each, drawn in zip(data.labels, fits.shuffled, strict=True)]
+        )
+        by = [dim for dim in ("label", "seed") if dim in dims]
+        coords["dealt"] = ((*by, "prompt"), dealt.reshape([len(dims[dim]) for dim in by] + [len(rows)]))
+    if data.groups is not None:
+        coords["group"] = ("prompt", data.groups.codes[rows])
     return coords
 
 

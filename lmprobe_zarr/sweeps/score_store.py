@@ -1,4 +1,4 @@
-"""Scores on their way: a plain Zarr v3 group that is whole for every layer that it says is done. Never fits or what scores mean.
+"""Scores of a running sweep, as a plain Zarr v3 group that is complete for every layer marked as done. Never fits or what scores mean.
 
 Every measure is one array over all layers, cut into chunks of one layer (of one variable). A layer's chunks are written first, its chunk
 of the array ``done`` last, each whole or not at all; who resumes believes ``done`` only where every chunk behind it is intact. So any
@@ -101,7 +101,7 @@ class ScoreStore:
             self._found()
 
     def _found(self) -> bool:
-        """Whether this sweep's place is there already."""
+        """Whether the place holds this sweep already."""
         try:
             document = json.loads(self._storage.read("zarr.json"))
         except FileNotFoundError:
@@ -169,32 +169,32 @@ class ScoreStore:
 
     # ------------------------------------------------------------------------------------------------------- layer by layer
 
-    def _key(self, name: str, variable: int, layer: int) -> str:
-        lead = [variable, layer] if self._named else [layer]
+    def _key(self, name: str, source: int, layer: int) -> str:
+        lead = [source, layer] if self._named else [layer]
         rest = [] if name == _DONE else [0] * (len(self._cut[name]) - len(lead))
         return f"{name}/" + ".".join(["c", *map(str, [*lead, *rest])])
 
-    def write(self, variable: int, layer: int, piece: Mapping[str, Array]) -> None:
-        """Commit one layer of one variable: its chunks, then the word that they are there."""
+    def write(self, source: int, layer: int, piece: Mapping[str, Array]) -> None:
+        """Commit one layer of one variable: its chunks first, then the mark that it is done."""
         for name in self._cut:
-            self._storage.commit(self._key(name, variable, layer), _encode(piece[name]), durable=True)
-        self._storage.commit(self._key(_DONE, variable, layer), _encode(np.array(True)), durable=True)
+            self._storage.commit(self._key(name, source, layer), _encode(piece[name]), durable=True)
+        self._storage.commit(self._key(_DONE, source, layer), _encode(np.array(True)), durable=True)
 
     def load(self, scores: Scores) -> None:
         """Enter every layer that is done and intact; the others are fitted again."""
         places = [tuple(map(int, key.split(".")[1:])) for key in self._storage.list(_DONE) if key.startswith("c.")]
         places = [place if self._named else (0, *place) for place in places]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for (variable, layer), piece in zip(places, pool.map(lambda place: self._read(*place), places), strict=True):
+            for (source, layer), piece in zip(places, pool.map(lambda place: self._read(*place), places), strict=True):
                 if piece is not None:
-                    scores.take_piece(variable, layer, piece)
+                    scores.take_piece(source, layer, piece)
 
-    def _read(self, variable: int, layer: int) -> dict[str, Array] | None:
+    def _read(self, source: int, layer: int) -> dict[str, Array] | None:
         """One layer, or None where a chunk is missing or damaged."""
         found = {}
         for name, shape in self._cut.items():
             try:
-                data = self._storage.read(self._key(name, variable, layer))
+                data = self._storage.read(self._key(name, source, layer))
             except FileNotFoundError:
                 return None
             dtype = self._dtypes[name]
@@ -225,11 +225,11 @@ def _agree(before: Sequence[Any], now: Sequence[Any]) -> bool:
     """Whether two samples are of the same values, computed on two machines perhaps."""
     if len(before) != len(now):
         return False
-    for one, other in zip(map(np.array, before), map(np.array, now), strict=True):
-        if one.shape != other.shape:
+    for old, new in zip(map(np.array, before), map(np.array, now), strict=True):
+        if old.shape != new.shape:
             return False
-        scale = np.nan_to_num(np.abs(one[:1]), posinf=0)
-        if not np.isclose(one, other, rtol=0, atol=1e-3 * np.broadcast_to(scale, one.shape), equal_nan=True).all():
+        scale = np.nan_to_num(np.abs(old[:1]), posinf=0)
+        if not np.isclose(old, new, rtol=0, atol=1e-3 * np.broadcast_to(scale, old.shape), equal_nan=True).all():
             return False
     return True
 

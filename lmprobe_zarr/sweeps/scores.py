@@ -11,7 +11,7 @@ import xarray as xr
 
 from lmprobe_zarr.probes import Fit, FitTask, number_repeats
 from lmprobe_zarr.probes.metrics import undefined_reasons
-from lmprobe_zarr.sweeps.plan import SweepPlan
+from lmprobe_zarr.sweeps.plan import Sweep
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Scores"]
@@ -34,12 +34,12 @@ class Scores:
 
     Parameters
     ----------
-    plan : SweepPlan
+    sweep : Sweep
     """
 
-    def __init__(self, plan: SweepPlan) -> None:
-        self._plan = plan
-        fits = plan._fits
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep = sweep
+        fits = sweep.fits
         self._repeats = number_repeats(fits.folds)
         rows = fits.labels[0].rows
         self._place = np.full(int(rows.max()) + 1, -1)
@@ -53,17 +53,17 @@ class Scores:
         self._columns = dict(self._make_columns())
         self._entered = np.zeros((len(fits.variables), len(fits.layers), len(fits.trials)), dtype=bool)
         # What a variable does not have is done: its scores stay NaN.
-        for place, variable in enumerate(fits.variables):
-            if variable.layers != (-1,):
-                self._entered[place, [layer for layer in range(len(fits.layers)) if layer not in variable.layers]] = True
-            if "0" not in [fits.layers[layer] for layer in variable.layers if layer >= 0]:
+        for place, source in enumerate(fits.variables):
+            if source.layers != (-1,):
+                self._entered[place, [layer for layer in range(len(fits.layers)) if layer not in source.layers]] = True
+            if "0" not in [fits.layers[layer] for layer in source.layers if layer >= 0]:
                 self._entered[place, :, [number for number, trial in enumerate(fits.trials) if not (trial.by_layer or trial.constant)]] = (
                     True
                 )
         self._columns["converged"].values[self._entered] = True
 
     def _make_columns(self) -> Iterator[tuple[str, _Column]]:
-        fits = self._plan._fits
+        fits = self._sweep.fits
         for metric in fits.metrics:
             yield metric.name, self._column(_AXES, np.nan, {"long_name": metric.long_name, "units": metric.units})
         yield "fit_seconds", self._column(_AXES, np.nan, {"long_name": "wall time of the fit", "units": "s"})
@@ -97,14 +97,14 @@ class Scores:
             self._entered[self._where(task, trial)] = True
 
     def _where(self, task: FitTask, trial: int) -> tuple[Any, ...]:
-        plan = self._plan._fits
-        variable = slice(None) if task.variable < 0 else task.variable
+        plan = self._sweep.fits
+        source = slice(None) if task.variable < 0 else task.variable
         place = -1 if task.variable < 0 or not plan.trials[trial].by_layer else plan.variables[task.variable].layers[task.layer]
-        return variable, slice(None) if place < 0 else place, trial
+        return source, slice(None) if place < 0 else place, trial
 
     def _enter_fit(self, fit: Fit) -> None:
         at = tuple(slice(None) if place < 0 else place for place in fit.at)
-        plan = self._plan._fits
+        plan = self._sweep.fits
         for metric, value in zip(plan.metrics, fit.values, strict=True):
             self._put(metric.name, at, value)
         self._put("fit_seconds", at, fit.seconds)
@@ -114,20 +114,19 @@ class Scores:
             self._put("chosen_strength", at, fit.strength)
         if fit.outcome is None:
             return
-        variable, layer, trial, fold, *others = at
-        per_prompt = (variable, layer, trial, int(self._repeats[fit.at[3]]), *others, self._place[plan.folds[fit.at[3]][1]])
-        del fold
-        said = fit.outcome
-        self._put("predicted", per_prompt, said.predicted)
+        fold = fit.at[_AXES.index("fold")]
+        place = dict(zip(_AXES, at, strict=True)) | {"repetition": int(self._repeats[fold]), "prompt": self._place[plan.folds[fold][1]]}
+        per_prompt = tuple(place[dim] for dim in _PER_PROMPT)
+        outcome = fit.outcome
+        self._put("predicted", per_prompt, outcome.predicted)
         if plan.task == "regression":
             return
         several = self._sizes["class"] > 2
-        if said.scores is not None:
-            self._put(
-                "score", per_prompt, said.scores if said.scores.ndim == 2 or not several else np.stack([-said.scores, said.scores], axis=1)
-            )
-        if said.probabilities is not None:
-            self._put("probability", per_prompt, said.probabilities if several else said.probabilities[:, 1])
+        if outcome.scores is not None:
+            by_class = outcome.scores.ndim == 2 or not several
+            self._put("score", per_prompt, outcome.scores if by_class else np.stack([-outcome.scores, outcome.scores], axis=1))
+        if outcome.probabilities is not None:
+            self._put("probability", per_prompt, outcome.probabilities if several else outcome.probabilities[:, 1])
 
     def _put(self, name: str, at: tuple[Any, ...], value: Any) -> None:
         column = self._columns[name].values
@@ -146,43 +145,43 @@ class Scores:
 
     def whole(self) -> list[tuple[int, int]]:
         """Variable and layer of everything that nothing is missing of, by place."""
-        return [(int(variable), int(layer)) for variable, layer in np.argwhere(self._entered.all(axis=2))]
+        return [(int(source), int(layer)) for source, layer in np.argwhere(self._entered.all(axis=2))]
 
     def missing(self, task: FitTask) -> bool:
         """Whether something of a task has not been entered."""
         return not all(self._entered[self._where(task, trial)].all() for trial in task.trials)
 
-    def piece(self, variable: int, layer: int) -> dict[str, Array]:
+    def piece(self, source: int, layer: int) -> dict[str, Array]:
         """Every column of one layer of one variable, of the shape that the dataset has it in, with axes of one for both."""
         return {
             name: self._squeezed(name)[
-                (slice(variable, variable + 1), slice(layer, layer + 1)) if self._asked("variable") else slice(layer, layer + 1)
+                (slice(source, source + 1), slice(layer, layer + 1)) if self._asked("variable") else slice(layer, layer + 1)
             ]
             for name in self._columns
         }
 
-    def take_piece(self, variable: int, layer: int, piece: Mapping[str, Array]) -> None:
+    def take_piece(self, source: int, layer: int, piece: Mapping[str, Array]) -> None:
         """Enter what `piece` gave before; what knows no layer, and so is in every piece, is entered everywhere."""
-        plan = self._plan._fits
+        plan = self._sweep.fits
         for name, column in self._columns.items():
-            values = piece[name].reshape(column.values[variable : variable + 1, layer : layer + 1].shape)[0, 0]
-            column.values[variable, layer] = values
+            values = piece[name].reshape(column.values[source : source + 1, layer : layer + 1].shape)[0, 0]
+            column.values[source, layer] = values
             for number, trial in enumerate(plan.trials):
                 if trial.constant:
                     column.values[:, :, number] = values[number]
-                elif not trial.by_layer or plan.variables[variable].layers == (-1,):
-                    column.values[variable, :, number] = values[number]
-        self._entered[variable, layer] = True
+                elif not trial.by_layer or plan.variables[source].layers == (-1,):
+                    column.values[source, :, number] = values[number]
+        self._entered[source, layer] = True
         for number, trial in enumerate(plan.trials):
             if trial.constant:
                 self._entered[:, :, number] = True
-            elif not trial.by_layer or plan.variables[variable].layers == (-1,):
-                self._entered[variable, :, number] = True
+            elif not trial.by_layer or plan.variables[source].layers == (-1,):
+                self._entered[source, :, number] = True
 
     # ------------------------------------------------------------------------------------------------------------- the dataset
 
     def _asked(self, dim: str) -> bool:
-        return dim in self._plan.dims or dim in ("prompt", "class") or (dim == "repetition" and self._sizes["repetition"] > 1)
+        return dim in self._sweep.plan.dims or dim in ("prompt", "class") or (dim == "repetition" and self._sizes["repetition"] > 1)
 
     def _squeezed(self, name: str) -> Array:
         column = self._columns[name]
@@ -191,7 +190,7 @@ class Scores:
 
     def columns(self) -> xr.Dataset:
         """Every column as it stands, also those that say why others are NaN."""
-        plan = self._plan._fits
+        plan = self._sweep.fits
         held: dict[str, Any] = {}
         for name, column in self._columns.items():
             held[name] = (tuple(dim for dim in column.dims if self._asked(dim)), self._squeezed(name), dict(column.attrs))
@@ -199,7 +198,7 @@ class Scores:
         held["n_test"] = ("fold", np.array([len(test) for _, test in plan.folds]))
         if plan.predictions:
             held["test_fold"] = self._test_folds()
-        data = xr.Dataset(held, coords=dict(self._plan._coords), attrs={**self._plan._attrs})
+        data = xr.Dataset(held, coords=dict(self._sweep.coords), attrs={**self._sweep.attrs})
         return data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
 
     def dataset(self) -> xr.Dataset:
@@ -211,7 +210,7 @@ class Scores:
         return data
 
     def _test_folds(self) -> tuple[tuple[str, ...], Array, dict[str, str]]:
-        plan = self._plan._fits
+        plan = self._sweep.fits
         values = np.full((self._sizes["repetition"], self._sizes["prompt"]), -1, np.int32)
         for fold, (_, test) in enumerate(plan.folds):
             values[self._repeats[fold], self._place[test]] = fold
@@ -222,10 +221,10 @@ class Scores:
     def _explained(self, data: xr.Dataset) -> xr.Dataset:
         """Why measures are NaN, in words, instead of bits."""
         bits = data["undefined"].transpose("probe", ...).values
-        for metric in self._plan._fits.metrics:
+        for metric in self._sweep.fits.metrics:
             reasons: dict[str, list[str]] = {}
             nan = np.isnan(data[metric.name].transpose("probe", ...).values)
-            for name, undefined, where in zip(self._plan._coords["probe"][1], bits, nan, strict=True):
+            for name, undefined, where in zip(self._sweep.coords["probe"][1], bits, nan, strict=True):
                 together = int(np.bitwise_or.reduce(undefined[where], axis=None)) if where.any() else 0
                 for reason in undefined_reasons(together, metric):
                     reasons.setdefault(reason, []).append(str(name))

@@ -1,13 +1,13 @@
-"""Scores of probes over layers: everything is settled first, then every layer is fitted on Dask, then scores are put together.
+"""Scores of probes over layers: everything is planned first, then every layer is fitted, then the scores become one dataset.
 
-Holds the call that users make, and how fits are spread over threads, processes or a cluster. Planning, fits, the table of scores and
-its place on disk have rooms of their own. Never activations of its own, or a plot.
+Holds the call that users make, and the tasks that are made of its plan. The plan, the fits, the table of scores and its place on disk
+have modules of their own. Never activations of its own, or a plot.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,16 @@ import xarray as xr
 
 from lmprobe_zarr.display import called
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.probes import Fit, FitPlan, FitTask, NotFiniteError, fit_task, show_prompts
+from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, fit_task, show_prompts
 from lmprobe_zarr.progress import progress_bar
-from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
+from lmprobe_zarr.sweeps.options import SweepOptions
+from lmprobe_zarr.sweeps.plan import Sweep, make_sweep
 from lmprobe_zarr.sweeps.score_store import ScoreStore
 from lmprobe_zarr.sweeps.scores import Scores
-from lmprobe_zarr.tasks import check_run, run_on_client
+from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.typing import Array
 
 __all__ = ["sweep"]
-#: What to do with what a task found, by the task's number.
-_Finish = Callable[[int, list[Fit]], None]
 
 
 def sweep(
@@ -162,22 +161,23 @@ def sweep(
     While fits run in a process, BLAS is limited to one thread there: one fit per core beats many cores per fit
     (measured 2 to 5 times).
     """
-    plan = plan_sweep(
-        activations, labels, probes, cv, groups=groups, split=split, task=task, metrics=metrics, controls=controls,
-        preprocessing=preprocessing, strengths=strengths, inner_cv=inner_cv, choose_by=choose_by, repeats=repeats, seeds=seeds,
-        missing=missing, predictions=predictions, random_state=random_state,
+    options = SweepOptions(
+        activations=activations, labels=labels, probes=probes, cv=cv, groups=groups, split=split, task=task, metrics=metrics,
+        controls=controls, preprocessing=preprocessing, strengths=strengths, inner_cv=inner_cv, choose_by=choose_by, repeats=repeats,
+        seeds=seeds, missing=missing, predictions=predictions, random_state=random_state,
     )  # fmt: skip
-    check_run(client, scheduler, n_workers)
-    scores = Scores(plan)
-    place = None if out is None else ScoreStore(out, plan.fingerprint(), _sampled(plan), storage_options)
+    planned = make_sweep(options)
+    runner = parse_runner(client, scheduler, n_workers)
+    scores = Scores(planned)
+    place = None if out is None else ScoreStore(out, planned.fingerprint(), _sample(planned), storage_options)
     if place is not None:
         # First, so that a place that cannot be written, or is another sweep's, is known before anything is fitted.
         place.create(scores.columns(), scores.piece(0, 0))
         place.load(scores)
     try:
-        _run(plan, scores, place, client=client, scheduler=scheduler or "threads", n_workers=n_workers, progress=progress)
+        _run(planned, scores, place, runner, progress=progress)
     except NotFiniteError as problem:
-        raise _not_finite(plan, problem) from None
+        raise _not_finite(planned, problem) from None
     found = scores.dataset()
     if place is not None:
         place.finish(found)
@@ -193,48 +193,40 @@ def sweep(
     return found
 
 
-def _not_finite(plan: SweepPlan, problem: NotFiniteError) -> InvalidArgumentError:
-    array = plan._arrays[max(problem.variable, 0)]
+def _not_finite(sweep: Sweep, problem: NotFiniteError) -> InvalidArgumentError:
+    array = sweep.arrays[max(problem.variable, 0)]
     if problem.variable < 0:
-        where = f"control {plan._fits.trials[problem.trial].name!r}"
+        where = f"control {sweep.fits.trials[problem.trial].name!r}"
     else:
-        place = plan._fits.variables[problem.variable].layers[problem.layer]
-        where = f"layer {plan.layers[place]} of {called(array)}" if place >= 0 else called(array)
-    n = plan.n_prompts
+        place = sweep.fits.variables[problem.variable].layers[problem.layer]
+        where = f"layer {sweep.plan.layers[place]} of {called(array)}" if place >= 0 else called(array)
+    n = sweep.plan.n_prompts
     return InvalidArgumentError(
         f"{where} is NaN or infinite for {len(problem.rows)} of {n} prompts ({show_prompts(array, problem.rows)}): "
         "drop them with .dropna('prompt'), or extract them again (float16 overflows at 65504)"
     )
 
 
-def _sampled(plan: SweepPlan) -> list[Array]:
-    """Some numbers about the activations that others would not have: of eight prompts, in every layer of every variable."""
-    rows = plan._fits.labels[0].rows
+def _sample(sweep: Sweep) -> list[Array]:
+    """Numbers that tell these activations from others: of eight prompts, in every layer of every variable."""
+    rows = sweep.fits.labels[0].rows
     some = np.unique(rows[np.linspace(0, len(rows) - 1, 8).astype(int)])
-    features = [held for held in plan._fits.features.values() if isinstance(held, xr.Variable)]
+    features = [values for values in sweep.fits.features.values() if isinstance(values, xr.Variable)]
     found = []
-    for held in (*(array.variable for array in plan._arrays), *features):
-        values = held.isel(prompt=some).transpose(..., "prompt", "hidden").values.astype(np.float64)
-        # Signs by turns, so that what is only moved or turned round has other numbers too.
+    for variable in (*(array.variable for array in sweep.arrays), *features):
+        values = variable.isel(prompt=some).transpose(..., "prompt", "hidden").values.astype(np.float64)
+        # With alternating signs, so that shifted or reversed values give other numbers too.
         signs = np.where(np.arange(values.shape[-1]) % 3 == 0, -1.0, 1.0)
         found.append(np.stack([np.sqrt((values**2).mean(-1)), (values * signs).mean(-1)]))
     return found
 
 
-# -- execution -------------------------------------------------------------------------------------------------------------
+# -- running it ------------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    plan: SweepPlan, scores: Scores, place: ScoreStore | None, *, client: Any, scheduler: str, n_workers: int | None, progress: bool
-) -> None:
+def _run(sweep: Sweep, scores: Scores, place: ScoreStore | None, runner: Runner, *, progress: bool) -> None:
     """Fit what is missing, and enter and write it as it comes."""
-    if client is not None:
-        workers = sum(client.nthreads().values())
-    else:
-        from dask.system import CPU_COUNT
-
-        workers = n_workers or CPU_COUNT
-    every = plan.tasks(workers)
+    every = sweep.tasks(runner.workers)
     tasks = [task for task in every if scores.missing(task)]
     written = set(scores.whole())
     with progress_bar(len(every), description="sweep", unit="task", enabled=progress) as advance:
@@ -243,78 +235,38 @@ def _run(
         def finish(number: int, fits: list[Fit]) -> None:
             scores.enter(tasks[number], fits)
             if place is not None:
-                for variable, layer in sorted(set(scores.whole()) - written):
-                    written.add((variable, layer))
-                    place.write(variable, layer, scores.piece(variable, layer))
+                for source, layer in sorted(set(scores.whole()) - written):
+                    written.add((source, layer))
+                    place.write(source, layer, scores.piece(source, layer))
             advance(1)
 
-        if client is not None:
-            _run_on_client(plan, tasks, finish, client=client, in_flight=2 * max(1, workers))
-        else:
-            _run_here(plan, tasks, finish, scheduler=scheduler, workers=workers, in_order=place is not None)
+        starts = _starts(sweep, tasks, runner)
+        # Where scores are written, what other layers wait for comes first.
+        first = 0 if place is None or runner.keeps_order else sum(map(sweep.spreads, tasks))
+        runner.run(starts[:first], "", finished=finish)
+        runner.run(starts[first:], "", finished=lambda number, fits: finish(first + number, fits))
 
 
-def _layer_values(plan: SweepPlan, task: FitTask) -> Any:
-    """What a task is handed: nothing (it reads), the values in memory, or a dask array."""
-    if task.variable < 0 or plan._fits.variables[task.variable].activations is not None:
-        return None
-    variable = plan._arrays[task.variable].variable
-    return variable.isel(layer=task.layer, missing_dims="ignore").transpose("prompt", "hidden").data
-
-
-def _run_here(plan: SweepPlan, tasks: Sequence[FitTask], finish: _Finish, *, scheduler: str, workers: int, in_order: bool) -> None:
-    import dask.base
-    from dask.callbacks import Callback
-    from dask.delayed import delayed
-
-    callback: Any = Callback
-    compute: Any = dask.base.compute
-    shared = delayed(plan._fits, traverse=False, pure=False)
-    fit = delayed(fit_task, pure=False)
-    # Named by their place, so that Dask takes them in the same order every time.
-    names = [f"sweep-{shared.key}-{number:09d}" for number in range(len(tasks))]
-    jobs = [fit(shared, task, _layer_values(plan, task), dask_key_name=name) for task, name in zip(tasks, names, strict=True)]
-    numbers: dict[Hashable, int] = {job.key: number for number, job in enumerate(jobs)}
-
-    def posttask(key: Hashable, fits: list[Fit], *_: object) -> None:
-        if key in numbers:
-            finish(numbers[key], fits)
-
-    # Where scores are written, what other layers wait for comes first; Dask's own order is another.
-    first = sum(map(plan.spreads, tasks)) if in_order else 0
-    with callback(posttask=posttask):
-        for some in (jobs[:first], jobs[first:]):
-            compute(*some, scheduler=scheduler, num_workers=workers)
-
-
-def _run_on_client(plan: SweepPlan, tasks: Sequence[FitTask], finish: _Finish, *, client: Client, in_flight: int) -> None:
-    from dask.delayed import delayed
-
-    shared = client.submit(_itself, plan._fits, pure=False)
-    sent: dict[tuple[int, int], Any] = {}
-    futures: dict[int, Any] = {}
+def _starts(sweep: Sweep, tasks: Sequence[FitTask], runner: Runner) -> list[Callable[[], Any]]:
+    """For each task what makes it a task of the runner."""
+    shared = runner.hand_over(sweep.fits)
+    handed: dict[tuple[int, int], Any] = {}
 
     def start(number: int) -> Any:
         task = tasks[number]
-        values = _layer_values(plan, task)
-        if hasattr(values, "__dask_graph__"):
-            future = client.compute(delayed(fit_task, pure=False)(shared, task, values))
-        else:
-            at = (task.variable, task.layer)
-            if values is not None:
-                # As arguments they would be copied through the scheduler, which warns of it.
-                if at not in sent:
-                    sent.clear()
-                    sent[at] = client.scatter(values, hash=False)
-                values = sent[at]
-            future = client.submit(fit_task, shared, task, values, pure=False)
-        futures[number] = future
-        return future
+        at = (task.variable, task.layer)
+        if at not in handed:
+            # Tasks of one layer share its values; those of the layer before are let go, so that few lie in the workers' memory.
+            handed.clear()
+            handed[at] = runner.hand_over_values(_layer_values(sweep, task))
+        return runner.call(fit_task, shared, task, handed[at], name=f"sweep-{shared.key}-{number:09d}")
 
-    # Values are sent only as fast as they are fitted, so that few lie in the workers' memory.
-    starts = [partial(start, number) for number in range(len(tasks))]
-    run_on_client(client, starts, in_flight, lambda number: finish(number, futures.pop(number).result()))
+    return [partial(start, number) for number in range(len(tasks))]
 
 
-def _itself(plan: FitPlan) -> FitPlan:
-    return plan
+def _layer_values(sweep: Sweep, task: FitTask) -> Any:
+    """What a task is handed: nothing (it reads), the values in memory, or a dask array."""
+    if task.variable < 0 or sweep.fits.variables[task.variable].activations is not None:
+        return None
+    variable = sweep.arrays[task.variable].variable
+    return variable.isel(layer=task.layer, missing_dims="ignore").transpose("prompt", "hidden").data

@@ -1,7 +1,7 @@
 """Linear probes on more rows than fit into memory: blocks of rows are read one after the other, by several tasks on Dask, and summed up.
 
-Holds how a token axis is cut into spans and blocks, what one task does with its span, and how tasks are spread and gathered. What is
-summed and solved is up to ``probes.sufficient``; labels, folds and what comes back are up to ``token_probes``. Never a store or a plot.
+Holds how a token axis is cut into spans and blocks, what one task does with its span, and how the tasks' results are merged. The sums and
+their solutions are those of ``probes.sufficient``; ``tokens`` decides labels, folds and what comes back. Never a store or a plot.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.tasks import Runner
 from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["BLOCK_BYTES", "STREAMED", "Fitted", "Stream", "StreamPlan", "fit_stream", "judge_stream", "score_stream"]
+__all__ = ["BLOCK_BYTES", "STREAMED", "Fitted", "Stream", "StreamPlan", "fit_stream", "measure_stream", "score_stream"]
 
 #: Rows that are looked at together, as float64; a task holds about four times as much beside its sums.
 BLOCK_BYTES: Final = 16 * 2**20
@@ -454,26 +454,26 @@ def _pilot_places(n: int) -> slice | Ints:
     return np.unique((starts[:, None] + np.arange(run)).ravel())
 
 
-def judge_stream(
+def measure_stream(
     stream: Stream,
     plan: StreamPlan,
     runner: Runner,
     fits: Sequence[dict[tuple[int, int], Fitted]],
-    judge: Callable[[dict[tuple[int, int], Solution], Tested], Any],
+    measure: Callable[[dict[tuple[int, int], Solution], Tested], Any],
 ) -> list[Any]:
-    """What is thought of the test rows' scores, layer by layer, after a second pass.
+    """What a function makes of the test rows' scores of each layer, after a second pass.
 
     Parameters
     ----------
     stream, plan, runner, fits
         As for and from `fit_stream`.
-    judge : callable
+    measure : callable
         Of a layer's solutions and of its test rows' scores; runs beside the data, so it must be picklable.
     """
     from dask.delayed import delayed
 
     spread = _Spread(stream, plan, runner)
-    test_span, judged = delayed(_test_span, pure=False), delayed(_judge, pure=False)
+    test_span, measured = delayed(_test_span, pure=False), delayed(_measure, pure=False)
 
     def start(layer: int) -> Any:
         solutions = {key: fitted.solution for key, fitted in fits[layer].items()}
@@ -482,18 +482,18 @@ def judge_stream(
             for span in spread.spans
             for begin, end in spread.pieces(*span)
         ]
-        return judged(judge, solutions, pieces)
+        return measured(measure, solutions, pieces)
 
     return runner.run([partial(start, layer) for layer in range(len(plan.layers))], "score", spread.in_flight)
 
 
-def _judge(judge: Callable[..., Any], solutions: dict[tuple[int, int], Solution], spans: Sequence[Tested]) -> Any:
+def _measure(measure: Callable[..., Any], solutions: dict[tuple[int, int], Solution], spans: Sequence[Tested]) -> Any:
     places = {fold: np.concatenate([span.places[fold] for span in spans]) for _, fold in solutions}
     scores = {}
     for probe, fold in solutions:
         # What holds nothing of a fold has no classes either.
         scores[probe, fold] = np.concatenate([span.scores[probe, fold] for span in spans if len(span.places[fold])])
-    return judge(solutions, Tested(places, scores))
+    return measure(solutions, Tested(places, scores))
 
 
 def score_stream(stream: Stream, plan: StreamPlan, runner: Runner, solutions: Sequence[Solution]) -> Iterator[Array]:

@@ -1,7 +1,7 @@
 """Probes on tokens: fitted on every token, scored token by token, cross-validated over prompts; in memory for a few blocks, however many.
 
-Holds the calls that users make and what comes back to them. How rows are streamed is up to ``token_blocks``, which tokens are
-learned from up to ``probes.token_labels``. Never a store, a model or a plot.
+Holds the calls that users make and what comes back to them. ``token_stream`` reads the rows, and ``probes.token_labels`` decides which
+tokens are learned from. Never a store, a model or a plot.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from lmprobe_zarr.probes import (
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
-from lmprobe_zarr.sweeps.given import check_seed
-from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, Stream, StreamPlan, Tested, fit_stream, judge_stream, score_stream
-from lmprobe_zarr.tasks import Runner, check_run
+from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations
+from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, Stream, StreamPlan, Tested, fit_stream, measure_stream, score_stream
+from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import pool_tokens, prompts_of, token_texts
 from lmprobe_zarr.typing import Array
 
@@ -115,19 +115,19 @@ def fit_tokens(
     workers run at a time. The sums are float64: hidden² numbers for "ridge", 3 × hidden² × classes for "lda" and "mass_mean_cov", whose
     shrinkage needs fourth moments, 4 × hidden × classes for the others.
 
-    Source: sums of products are the sufficient statistics of least squares and of Gaussian classes; the fourth moments are those of
+    FitVariable: sums of products are the sufficient statistics of least squares and of Gaussian classes; the fourth moments are those of
     O. Ledoit and M. Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of Multivariate Analysis 88
     (2004).
     """
-    array, dim = _checked(activations)
-    runner = _runner(client, scheduler, n_workers, progress=progress)
-    (probe,) = _streamed([probe])
+    array, dim = parse_token_activations(activations)
+    runner = parse_runner(client, scheduler, n_workers, progress=progress)
+    (probe,) = _parse_probes([probe])
     seed = check_seed(random_state)
-    labelled = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
-    stream, plan = _plan(array, dim, labelled, None, (probe,), seed)
-    fits, seconds = _fitted(array, labelled, stream, plan, runner)
+    examples = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
+    stream, plan = _plan_stream(array, dim, examples, None, (probe,), seed)
+    fits, seconds = _fit(array, examples, stream, plan, runner)
     solutions = [fit[0, 0].solution for fit in fits]
-    two = len(labelled.classes) == 2
+    two = len(examples.classes) == 2
     dims = ("layer", "hidden") if two else ("layer", "class", "hidden")
     coef, intercept = np.stack([each.coef for each in solutions]), np.stack([each.intercept for each in solutions])
     found = xr.Dataset(
@@ -136,11 +136,11 @@ def fit_tokens(
             "intercept": (dims[:-1], intercept[:, 0] if two else intercept),
             "converged": ("layer", [fit[0, 0].converged for fit in fits]),
         },
-        coords={"layer": _layers(array), **({} if two else {"class": labelled.classes})},
-        attrs={"probe": probe, **_described(array, labelled), "random_state": seed, "pass_seconds": float(sum(seconds))},
+        coords={"layer": layer_labels(array), **({} if two else {"class": examples.classes})},
+        attrs={"probe": probe, **_attributes(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
     )
-    _warn_of_early_ends(found)
-    return _with_model(found, array)
+    _warn_unconverged(found)
+    return _name_model(found, array)
 
 
 def score_tokens(
@@ -180,8 +180,8 @@ def score_tokens(
         Something that `fit_tokens` did not make, layers that it was not fitted on, another hidden size, or a pooling of activations.
     """
     stage = _score_stage(pooling)
-    array, dim = _checked(activations)
-    runner = _runner(client, scheduler, n_workers, progress=progress)
+    array, dim = parse_token_activations(activations)
+    runner = parse_runner(client, scheduler, n_workers, progress=progress)
     solutions, chosen = _solutions(probes, array)
     prompts_of(array, dim)
     n = array.sizes[dim]
@@ -192,7 +192,7 @@ def score_tokens(
         n_rows=n,
         hidden=stream.hidden,
         block_rows=stream.block_rows,
-        layers=tuple(str(layer) for layer in _layers(array)),
+        layers=tuple(str(layer) for layer in layer_labels(array)),
         probes=(),
         codes=none,
         cell=none,
@@ -204,7 +204,7 @@ def score_tokens(
     )
     scores = np.stack(list(score_stream(stream, plan, runner, solutions)))
     dims = ("layer", dim) if scores.ndim == 2 else ("layer", dim, "class")
-    coords = {"layer": _layers(array), **({} if scores.ndim == 2 else {"class": chosen["class"].values})}
+    coords = {"layer": layer_labels(array), **({} if scores.ndim == 2 else {"class": chosen["class"].values})}
     columns = array.coords.to_dataset().drop_vars(["layer", "hidden"], errors="ignore")
     scored = xr.DataArray(scores, dims=dims, coords=coords, name="score").assign_coords(columns.coords)
     scored.attrs = {
@@ -281,80 +281,48 @@ def sweep_tokens(
     Memory as for :func:`fit_tokens`, the sums once per fold; a test score is 8 bytes per token and probe of the layers that are at work.
 
     A control task gives every token id one random label, which a probe may learn by heart: what it scores there is its capacity, and
-    :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
+    :func:`lmprobe_zarr.selectivity` subtracts it. FitVariable: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
     """
-    array, dim = _checked(activations)
-    runner = _runner(client, scheduler, n_workers, progress=progress)
-    names = _streamed([probes] if isinstance(probes, str) else list(probes))
+    array, dim = parse_token_activations(activations)
+    runner = parse_runner(client, scheduler, n_workers, progress=progress)
+    names = _parse_probes([probes] if isinstance(probes, str) else list(probes))
     seed = check_seed(random_state)
     stage = _score_stage(pooling)
-    asked = parse_token_controls(controls)
-    labelled = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
+    chosen = parse_token_controls(controls)
+    examples = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
     if stage.of == "score":
-        _check_by_prompt(labelled, asked)
-    folds = plan_token_folds(array, dim, labelled, groups, cv, seed)
-    stream, plan = _plan(array, dim, labelled, folds, names, seed)
+        _check_by_prompt(examples, chosen)
+    folds = plan_token_folds(array, dim, examples, groups, cv, seed)
+    stream, plan = _plan_stream(array, dim, examples, folds, names, seed)
     # Before anything is read, so that what is not there is known at once.
-    tables = {name: score_by_counts(name, array, labelled, folds) for name in asked if name not in (*DEALT, _LAYER_0)}
-    dealt = {name: deal_labels(name, array, labelled, folds, seed) for name in asked if name in DEALT}
-    layers = [str(layer) for layer in _layers(array)]
-    if _LAYER_0 in asked and "0" not in layers:
+    tables = {name: score_by_counts(name, array, examples, folds) for name in chosen if name not in (*DEALT, _LAYER_0)}
+    dealt = {name: deal_labels(name, array, examples, folds, seed) for name in chosen if name in DEALT}
+    layers = [str(layer) for layer in layer_labels(array)]
+    if _LAYER_0 in chosen and "0" not in layers:
         raise InvalidArgumentError(
             f"control {_LAYER_0!r} needs layer 0, and there are layers {', '.join(layers)}: give it too, or leave it out"
         )
-    rows, seconds = _swept(array, labelled, stream, plan, runner, stage)
-    found = {_Entry(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
-    for name in asked:
+    rows, seconds = _run_trials(array, examples, stream, plan, runner, stage)
+    found = {_Trial(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
+    for name in chosen:
         if name in dealt:
-            others, more = _swept(array, labelled, stream, replace(plan, codes=dealt[name]), runner, stage)
+            others, more = _run_trials(array, examples, stream, replace(plan, codes=dealt[name]), runner, stage)
             seconds += more
-            found |= {_Entry(f"{name}:{probe}", name): of_probe for probe, of_probe in zip(names, others, strict=True)}
+            found |= {_Trial(f"{name}:{probe}", name): of_probe for probe, of_probe in zip(names, others, strict=True)}
         elif name == _LAYER_0:
-            found[_Entry(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
+            found[_Trial(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
         else:
-            told = [_told(labelled.codes, labelled.prompt, stage, *of_fold) for of_fold in tables[name]]
-            found[_Entry(name, name)] = np.broadcast_to(_listed([_row(each) for each in told]), rows[0].shape)
-    scores = _scores(array, labelled, folds, plan, stage, found, seconds)
-    _warn_of_early_ends(scores)
-    return _with_model(scores, array)
+            measures = [_measure(examples.codes, examples.prompt, stage, *of_fold) for of_fold in tables[name]]
+            found[_Trial(name, name)] = np.broadcast_to(_as_objects([_result(measured) for measured in measures]), rows[0].shape)
+    scores = _scores(array, examples, folds, plan, stage, found, seconds)
+    _warn_unconverged(scores)
+    return _name_model(scores, array)
 
 
 # -- what is given ---------------------------------------------------------------------------------------------------------
 
 
-def _checked(activations: Any) -> tuple[xr.DataArray, str]:
-    """The array, and the name of its row dimension; nothing is read."""
-    if isinstance(activations, xr.Dataset):
-        variables = ", ".join(str(name) for name in activations.data_vars)
-        raise InvalidTypeError(f"activations are one variable, not a whole dataset: give toks[name], with one of {variables or 'none'}")
-    if not isinstance(activations, xr.DataArray):
-        raise InvalidTypeError(f"activations are an xarray.DataArray with dims (layer, token, hidden), not {type(activations).__name__}")
-    dims = {str(dim) for dim in activations.dims}
-    for dim in ("token", "prompt"):
-        if dims in ({"layer", dim, "hidden"}, {dim, "hidden"}):
-            break
-    else:
-        raise InvalidArgumentError(
-            f"{called(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and hidden: select or rename"
-        )
-    empty = [str(dim) for dim in activations.dims if not activations.sizes[dim]]
-    if empty:
-        raise InvalidArgumentError(f"{called(activations)} has no {' and no '.join(empty)}: there is nothing to fit or score")
-    if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
-        raise InvalidTypeError(f"{called(activations)} has dtype {activations.dtype}, expected real numbers")
-    return activations, dim
-
-
-def _layers(array: xr.DataArray) -> Array:
-    return np.atleast_1d(array.coords["layer"].values) if "layer" in array.coords else np.arange(array.sizes.get("layer", 1))
-
-
-def _runner(client: Any, scheduler: str | None, n_workers: int | None, *, progress: bool) -> Runner:
-    check_run(client, scheduler, n_workers)
-    return Runner(client, scheduler or "threads", n_workers, progress)
-
-
-def _streamed(names: list[Any]) -> tuple[str, ...]:
+def _parse_probes(names: list[Any]) -> tuple[str, ...]:
     if not names:
         raise InvalidArgumentError("probes is empty: name at least one, such as 'ridge'")
     for name in names:
@@ -377,11 +345,11 @@ def _score_stage(pooling: Any) -> Stage:
     return stage
 
 
-def _plan(
-    array: xr.DataArray, dim: str, labelled: LabelledTokens, folds: TokenFolds | None, probes: tuple[str, ...], seed: int
+def _plan_stream(
+    array: xr.DataArray, dim: str, examples: LabelledTokens, folds: TokenFolds | None, probes: tuple[str, ...], seed: int
 ) -> tuple[Stream, StreamPlan]:
-    stream = Stream(bare_variable(array.variable), dim, labelled.rows)
-    cell, trains = cells_of(folds, len(labelled.prompts))
+    stream = Stream(bare_variable(array.variable), dim, examples.rows)
+    cell, trains = cells_of(folds, len(examples.prompts))
     if trains.shape[1] > _MOST_CELLS:
         raise InvalidArgumentError(
             f"these {len(trains)} folds cut the prompts into {trains.shape[1]} sets, and sums are kept for each of them: "
@@ -389,15 +357,15 @@ def _plan(
         )
     plan = StreamPlan(
         stream=None,
-        n_rows=len(labelled.rows),
+        n_rows=len(examples.rows),
         hidden=stream.hidden,
         block_rows=stream.block_rows,
-        layers=tuple(str(layer) for layer in _layers(array)),
+        layers=tuple(str(layer) for layer in layer_labels(array)),
         probes=probes,
-        codes=labelled.codes,
-        cell=cell[labelled.prompt].astype(np.min_scalar_type(trains.shape[1])),
-        prompt=labelled.prompt,
-        n_classes=len(labelled.classes),
+        codes=examples.codes,
+        cell=cell[examples.prompt].astype(np.min_scalar_type(trains.shape[1])),
+        prompt=examples.prompt,
+        n_classes=len(examples.classes),
         trains=trains,
         tests=None if folds is None else folds.test,
         random_state=seed,
@@ -405,28 +373,28 @@ def _plan(
     return stream, plan
 
 
-def _fitted(
-    array: xr.DataArray, labelled: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner
+def _fit(
+    array: xr.DataArray, examples: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner
 ) -> tuple[list[dict[tuple[int, int], Fitted]], list[float]]:
     try:
         return fit_stream(stream, plan, runner)
     except NotFiniteError as problem:
         raise InvalidArgumentError(
-            f"layer {_layers(array)[problem.layer]} of {called(array)} is NaN or infinite for {len(problem.rows)} of {plan.n_rows} "
-            f"{stream.dim}s, in {show_rows(labelled, np.array(problem.rows))}:\n"
+            f"layer {layer_labels(array)[problem.layer]} of {called(array)} is NaN or infinite for {len(problem.rows)} of {plan.n_rows} "
+            f"{stream.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
             "leave them out with where=, or extract them again (float16 overflows at 65504)"
         ) from None
 
 
-def _check_by_prompt(labelled: LabelledTokens, controls: tuple[str, ...]) -> None:
+def _check_by_prompt(examples: LabelledTokens, controls: tuple[str, ...]) -> None:
     if "control_task" in controls:
         raise InvalidArgumentError(
             "control 'control_task' gives the tokens of a prompt different labels, so scores that are pooled by prompt have nothing to be "
             "compared with: use pooling='all', or 'shuffled_labels'"
         )
-    if not labelled.by_prompt:
+    if not examples.by_prompt:
         raise InvalidArgumentError(
-            f"labels {labelled.name!r} differ within a prompt, so scores that are pooled by prompt have nothing to be compared with: "
+            f"labels {examples.name!r} differ within a prompt, so scores that are pooled by prompt have nothing to be compared with: "
             "use pooling='all'"
         )
 
@@ -435,7 +403,7 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
     if not isinstance(probes, xr.Dataset) or "coef" not in probes or "intercept" not in probes or "classes" not in probes.attrs:
         raise InvalidTypeError(f"probes are the xarray.Dataset that fit_tokens gives, not {type(probes).__name__}")
     fitted = np.atleast_1d(probes["layer"].values).tolist()
-    wanted = _layers(array).tolist()
+    wanted = layer_labels(array).tolist()
     strange = [layer for layer in wanted if layer not in fitted]
     if strange:
         raise InvalidArgumentError(f"layers {strange} have no probe: there are probes of layers {fitted}, select these of the activations")
@@ -458,15 +426,15 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """One place along ``probe``: a probe, or which control it is."""
+class _Trial:
+    """One place along ``probe``: its name, and which control it is, if any."""
 
     name: str
     control: str = ""
 
 
-class _Row(NamedTuple):
-    """What is known of one layer, probe and fold."""
+class _Result(NamedTuple):
+    """What one probe scored on one layer and fold."""
 
     accuracy: float
     auroc: float
@@ -475,45 +443,45 @@ class _Row(NamedTuple):
     converged: bool
 
 
-def _row(told: tuple[float, float, str], seconds: float = 0.0, converged: bool = True) -> _Row:
-    return _Row(*told, seconds, converged)
+def _result(measured: tuple[float, float, str], seconds: float = 0.0, converged: bool = True) -> _Result:
+    return _Result(*measured, seconds, converged)
 
 
-def _listed(rows: list[_Row]) -> Array:
-    """Rows as an array of objects, which numpy would otherwise take apart."""
+def _as_objects(rows: list[_Result]) -> Array:
+    """Results as an array of objects; numpy would make an axis of their fields."""
     held = np.empty(len(rows), object)
     held[:] = rows
     return held
 
 
-def _swept(
-    array: xr.DataArray, labelled: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner, stage: Stage
+def _run_trials(
+    array: xr.DataArray, examples: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner, stage: Stage
 ) -> tuple[list[Array], Array]:
     """Of each probe its rows, shape (layer, fold), and the seconds that each layer's pass took."""
-    fits, seconds = _fitted(array, labelled, stream, plan, runner)
-    judged = judge_stream(stream, plan, runner, fits, partial(_judge, plan.codes, labelled.prompt, stage))
+    fits, seconds = _fit(array, examples, stream, plan, runner)
+    measured = measure_stream(stream, plan, runner, fits, partial(_score_layer, plan.codes, examples.prompt, stage))
     found = []
     for probe in range(len(plan.probes)):
         rows = [
-            _row(told[probe, fold], fit[probe, fold].seconds, fit[probe, fold].converged)
-            for fit, told in zip(fits, judged, strict=True)
+            _result(of_layer[probe, fold], fit[probe, fold].seconds, fit[probe, fold].converged)
+            for fit, of_layer in zip(fits, measured, strict=True)
             for fold in range(len(plan.trains))
         ]
-        found.append(_listed(rows).reshape(len(plan.layers), -1))
+        found.append(_as_objects(rows).reshape(len(plan.layers), -1))
     return found, np.array(seconds)
 
 
-def _judge(
+def _score_layer(
     codes: Array, prompt: Array, stage: Stage, solutions: Mapping[tuple[int, int], Solution], tested: Tested
 ) -> dict[tuple[int, int], tuple[float, float, str]]:
-    """Of every probe and fold of a layer, what `_told` says."""
+    """What `_measure` gives, for every probe and fold of a layer."""
     return {
-        key: _told(codes, prompt, stage, tested.places[key[1]], scores, solutions[key].classes) for key, scores in tested.scores.items()
+        key: _measure(codes, prompt, stage, tested.places[key[1]], scores, solutions[key].classes) for key, scores in tested.scores.items()
     }
 
 
-def _told(codes: Array, prompt: Array, stage: Stage, places: Array, scores: Array, classes: Array) -> tuple[float, float, str]:
-    """Accuracy, AUROC, and why that is NaN, of some scores."""
+def _measure(codes: Array, prompt: Array, stage: Stage, places: Array, scores: Array, classes: Array) -> tuple[float, float, str]:
+    """Accuracy, AUROC, and the reason why the AUROC is NaN, of some scores."""
     true = codes[places]
     if stage.of == "score":
         order = np.argsort(prompt[places], kind="stable")
@@ -523,7 +491,7 @@ def _told(codes: Array, prompt: Array, stage: Stage, places: Array, scores: Arra
     return accuracy(predicted, true), *auroc(scores, true, classes)
 
 
-def _warn_of_early_ends(found: xr.Dataset) -> None:
+def _warn_unconverged(found: xr.Dataset) -> None:
     early = int((~found["converged"]).sum())
     if early:
         from sklearn.exceptions import ConvergenceWarning
@@ -535,21 +503,21 @@ def _warn_of_early_ends(found: xr.Dataset) -> None:
         )
 
 
-def _described(array: xr.DataArray, labelled: LabelledTokens) -> dict[str, Any]:
-    counts = np.bincount(labelled.codes, minlength=len(labelled.classes))
+def _attributes(array: xr.DataArray, examples: LabelledTokens) -> dict[str, Any]:
+    counts = np.bincount(examples.codes, minlength=len(examples.classes))
     return {
-        "labels": labelled.name,
-        "classes": labelled.classes.tolist(),
+        "labels": examples.name,
+        "classes": examples.classes.tolist(),
         "class_counts": counts.tolist(),
         "majority_share": float(counts.max() / counts.sum()),
-        "n_tokens": len(labelled.rows),
-        "n_prompts": len(np.unique(labelled.prompt)),
-        "n_missing": labelled.n_missing,
+        "n_tokens": len(examples.rows),
+        "n_prompts": len(np.unique(examples.prompt)),
+        "n_missing": examples.n_missing,
         "variable": str(array.name) if array.name is not None else "",
     }
 
 
-def _with_model(found: xr.Dataset, array: xr.DataArray) -> xr.Dataset:
+def _name_model(found: xr.Dataset, array: xr.DataArray) -> xr.Dataset:
     if "model" in array.coords and array.coords["model"].ndim == 0:
         found.attrs["model"] = str(array.coords["model"].item())
         return found.assign_coords(model=found.attrs["model"])
@@ -558,11 +526,11 @@ def _with_model(found: xr.Dataset, array: xr.DataArray) -> xr.Dataset:
 
 def _scores(
     array: xr.DataArray,
-    labelled: LabelledTokens,
+    examples: LabelledTokens,
     folds: TokenFolds,
     plan: StreamPlan,
     stage: Stage,
-    found: Mapping[_Entry, Array],
+    found: Mapping[_Trial, Array],
     seconds: Array,
 ) -> xr.Dataset:
     rows = np.stack(list(found.values()), axis=1)  # layer, probe, fold
@@ -572,9 +540,9 @@ def _scores(
             reasons.setdefault(row.reason, set()).add(list(found)[place].name)
     nan_reasons = [f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items())]
     count: Callable[[Any], int] = (
-        (lambda kept: int(kept[labelled.prompt].sum()))
+        (lambda kept: int(kept[examples.prompt].sum()))
         if stage.of == "nothing"
-        else (lambda kept: len(np.unique(labelled.prompt[kept[labelled.prompt]])))
+        else (lambda kept: len(np.unique(examples.prompt[kept[examples.prompt]])))
     )
 
     def column(name: str, dtype: type, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Array, dict[str, Any]]:
@@ -594,15 +562,15 @@ def _scores(
             "pass_seconds": ("layer", seconds, {"long_name": "time of the passes that sum, over all tasks", "units": "s"}),
         },
         coords={
-            "layer": _layers(array),
-            "probe": [entry.name for entry in found],
-            "kind": ("probe", ["control" if entry.control else "probe" for entry in found]),
-            "control": ("probe", [entry.control for entry in found]),
+            "layer": layer_labels(array),
+            "probe": [trial.name for trial in found],
+            "kind": ("probe", ["control" if trial.control else "probe" for trial in found]),
+            "control": ("probe", [trial.control for trial in found]),
             "fold": np.arange(len(folds.train)),
         },
     )
     scores.attrs = {
-        **_described(array, labelled),
+        **_attributes(array, examples),
         "task": "classification",
         "groups": folds.group,
         "cv": folds.described,

@@ -1,19 +1,33 @@
-"""Whether what a probe learned holds elsewhere: fitted on one dataset and tested on another, and directions held against one another.
+"""Whether what a probe learned holds elsewhere: fitted on one dataset and tested on another.
 
-Holds the two calls and what comes back as labelled arrays. Never a store, a model or a plot; fits and scores are those of ``probes``.
+Never a store, a model or a plot; fits and scores are those of ``probes``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
-from lmprobe_zarr.probes import converged, fits_running, list_prompts, make_probe, parse_labels, plan_folds, show_prompts
+from lmprobe_zarr.probes import (
+    as_fit_dtype,
+    converged,
+    fits_running,
+    list_prompts,
+    make_probe,
+    not_finite_rows,
+    parse_labels,
+    plan_folds,
+    read_layer,
+    show_prompts,
+)
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
+from lmprobe_zarr.tasks import parse_runner
 from lmprobe_zarr.typing import Array
 
 __all__ = ["sweep_transfer"]
@@ -59,12 +73,69 @@ def sweep_transfer(
 
     Notes
     -----
-    Each task reads one layer of every dataset. Source of the question: S. Marks and M. Tegmark, "The Geometry of Truth" (2023),
+    Each task reads one layer of every dataset. FitVariable of the question: S. Marks and M. Tegmark, "The Geometry of Truth" (2023),
     arXiv:2310.06824, section 5.
     """
-    import dask.base
-    from dask.delayed import delayed
+    runner = parse_runner(scheduler=scheduler, n_workers=n_workers)
+    transfer = _plan(datasets, labels, probes, cv, random_state)
+    shared = runner.hand_over(transfer.fits)
 
+    def start(layer: Any) -> Any:
+        from dask.delayed import delayed
+
+        # Lazy arrays are handed over as they are, so that a layer is read when it is its turn.
+        variables = [delayed(array.sel(layer=layer).variable, traverse=False, pure=False) for array in transfer.arrays]
+        return runner.call(_transfer_layer, shared, *variables)
+
+    found = runner.run([partial(start, layer) for layer in transfer.layers], "transfer")
+    for layer, result in zip(transfer.layers, found, strict=True):
+        if isinstance(result, _NotFinite):
+            raise InvalidArgumentError(
+                f"layer {layer} of {transfer.names[result.number]!r} is NaN or infinite for {len(result.rows)} of "
+                f"{len(transfer.prompts[result.number])} prompts ({show_prompts(transfer.arrays[result.number], result.rows)}): "
+                "drop them with .dropna('prompt'), or extract them again"
+            )
+    return _scores(transfer, found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fits:
+    """What the tasks of all layers share; one trial per dataset in each of the first three."""
+
+    labels: list[Array]
+    folds: list[Any]
+    #: By training set and test set, the rows of the test set whose prompts the training set does not have.
+    unseen: list[list[Array]]
+    probes: dict[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Transfer:
+    """What is fitted and tested: datasets, the layers that all of them have, and what the result says of them."""
+
+    names: list[str]
+    arrays: list[xr.DataArray]
+    prompts: list[list[str]]
+    layers: list[Any]
+    label: str
+    classes: Array
+    cv: int
+    fits: _Fits
+
+
+@dataclass(frozen=True, slots=True)
+class _NotFinite:
+    """The dataset, by number, and its rows that hold NaN or infinity."""
+
+    number: int
+    rows: list[int]
+
+
+# -- what is given ---------------------------------------------------------------------------------------------------------
+
+
+def _plan(datasets: Any, labels: Any, probes: Any, cv: int, seed: int) -> _Transfer:
     if not isinstance(datasets, Mapping) or not all(isinstance(array, xr.DataArray) for array in datasets.values()):
         raise InvalidTypeError("datasets are a mapping from name to DataArray over layer, prompt and hidden, as {'cities': ds.resid_mean}")
     if len(datasets) < 2:
@@ -76,7 +147,7 @@ def sweep_transfer(
         listed = "; ".join(f"{name}: {array['layer'].values.tolist()}" for name, array in zip(names, arrays, strict=True))
         raise InvalidArgumentError(f"the datasets have no layer in common: {listed}")
     given = [labels[name] if isinstance(labels, Mapping) and set(labels) == set(datasets) else labels for name in datasets]
-    parsed = [parse_labels(array, one) for array, one in zip(arrays, given, strict=True)]
+    parsed = [parse_labels(array, of_array) for array, of_array in zip(arrays, given, strict=True)]
     classes = np.unique(parsed[0][1])
     for name, (_, y) in zip(names, parsed, strict=True):
         if np.unique(y).tolist() != classes.tolist():
@@ -85,53 +156,16 @@ def sweep_transfer(
             )
     chosen = _probes(probes)
     prompts = [list_prompts(array) for array in arrays]
-    folds = [plan_folds(y, have, None, cv, random_state)[0] for (_, y), have in zip(parsed, prompts, strict=True)]
-    unseen = [[np.flatnonzero(~np.isin(test, train)) for test in prompts] for train in prompts]
-    fit = delayed(_transfer_layer, pure=False)
-    tasks = []
-    for layer in layers:
-        # Taken apart by task, so that a layer is read when it is its turn; lazy arrays go as they are.
-        parts = [delayed(array.sel(layer=layer).variable, traverse=False, pure=False) for array in arrays]
-        tasks.append(fit(parts, [y for _, y in parsed], folds, unseen, chosen, random_state))
-    compute: Any = dask.base.compute
-    found = compute(*tasks, scheduler=scheduler, **({} if n_workers is None else {"num_workers": n_workers}))
-    for layer, result in zip(layers, found, strict=True):
-        if result["bad"]:
-            number, rows = result["bad"]
-            raise InvalidArgumentError(
-                f"layer {layer} of {names[number]!r} is NaN or infinite for {len(rows)} of {len(prompts[number])} prompts "
-                f"({show_prompts(arrays[number], rows)}): drop them with .dropna('prompt'), or extract them again"
-            )
-    dims = ("layer", "probe", "train", "test")
-    described = {"accuracy": {"long_name": "accuracy", "units": "1"}, "auroc": {"long_name": "area under the ROC curve", "units": "1"}}
-    # On the diagonal all prompts are tested, in folds.
-    n_test = np.array([[len(have) if i == j else len(unseen[i][j]) for j, have in enumerate(prompts)] for i in range(len(names))])
-    n_train = np.array(
-        [[round(len(have) * (1 - 1 / cv)) if i == j else len(have) for j in range(len(names))] for i, have in enumerate(prompts)]
+    fits = _Fits(
+        labels=[y for _, y in parsed],
+        folds=[plan_folds(y, of_array, None, cv, seed)[0] for (_, y), of_array in zip(parsed, prompts, strict=True)],
+        unseen=[[np.flatnonzero(~np.isin(test, train)) for test in prompts] for train in prompts],
+        probes=chosen,
+        seed=seed,
     )
-    scores = xr.Dataset(
-        {
-            **{name: (dims, np.stack([result[name] for result in found]), attrs) for name, attrs in described.items()},
-            "converged": (dims, np.stack([result["converged"] for result in found])),
-            "n_train": (("train", "test"), n_train),
-            "n_test": (("train", "test"), n_test),
-        },
-        coords={"layer": layers, "probe": list(chosen), "train": names, "test": names},
-    )
-    scores.attrs = {
-        "labels": parsed[0][0],
-        "classes": classes.tolist(),
-        "cv": cv,
-        "random_state": random_state,
-        "variable": str(arrays[0].name) if arrays[0].name is not None else "",
-    }
-    models = {str(array.coords["model"].item()) for array in arrays if "model" in array.coords and array.coords["model"].ndim == 0}
-    if len(models) == 1:
-        scores.attrs["model"] = models.pop()
-    return scores
-
-
-# -- inside ----------------------------------------------------------------------------------------------------------------
+    return _Transfer(
+        names=names, arrays=arrays, prompts=prompts, layers=layers, label=parsed[0][0], classes=classes, cv=cv, fits=fits
+    )  # fmt: skip
 
 
 def _by_layer(name: str, array: xr.DataArray) -> xr.DataArray:
@@ -156,43 +190,84 @@ def _probes(probes: Any) -> dict[str, Any]:
     return listed
 
 
-def _transfer_layer(
-    variables: list[xr.Variable],
-    labels: list[Array],
-    folds: list[Any],
-    unseen: list[list[Array]],
-    probes: dict[str, Any],
-    seed: int,
-) -> dict[str, Any]:
+# -- one layer -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerScores:
+    """Scores of one layer, each of shape (probe, train, test)."""
+
+    accuracy: Array
+    auroc: Array
+    converged: Array
+
+
+def _transfer_layer(fits: _Fits, *variables: xr.Variable) -> _LayerScores | _NotFinite:
     """Every probe of one layer fitted on every dataset and tested on every one; the body of a task."""
-    # Read before it is turned: a lazy transpose reads point by point.
-    matrices = [np.asarray(v.values if v.dims[0] == "prompt" else v.values.T) for v in variables]
-    matrices = [matrix.astype(np.float64 if matrix.dtype.itemsize > 4 else np.float32) for matrix in matrices]
-    shape = (len(probes), len(matrices), len(matrices))
-    share, area, ended = np.full(shape, np.nan), np.full(shape, np.nan), np.ones(shape, bool)
+    matrices = [as_fit_dtype(read_layer(variable, 0)) for variable in variables]
     for number, matrix in enumerate(matrices):
-        bad = np.flatnonzero(~np.isfinite(matrix).all(axis=1))
-        if len(bad):
-            return {"bad": (number, bad.tolist())}
+        bad = not_finite_rows(matrix, np.arange(len(matrix)))
+        if bad:
+            return _NotFinite(number, bad)
+    shape = (len(fits.probes), len(matrices), len(matrices))
+    scores = _LayerScores(np.full(shape, np.nan), np.full(shape, np.nan), np.ones(shape, bool))
     with fits_running():
-        for p, probe in enumerate(probes.values()):
-            for i, (x, y) in enumerate(zip(matrices, labels, strict=True)):
-                ones = []
-                for train, test in folds[i]:
-                    fitted = make_probe(probe, seed).fit(x[train], y[train])
-                    ones.append((*_tested(fitted, x[test], y[test]), converged(fitted)))
+        for p, probe in enumerate(fits.probes.values()):
+            for i, (x, y) in enumerate(zip(matrices, fits.labels, strict=True)):
+                within = [_fit_fold(probe, fits.seed, x, y, *fold) for fold in fits.folds[i]]
                 # Each fold weighs the same, as in a sweep; without one of the classes in a fold its AUROC does not count.
-                areas = [one[1] for one in ones if not np.isnan(one[1])]
-                share[p, i, i], area[p, i, i] = np.mean([one[0] for one in ones]), np.mean(areas) if areas else np.nan
-                ended[p, i, i] = all(one[2] for one in ones)
-                fitted = make_probe(probe, seed).fit(x, y)
+                areas = [area for _, area, _ in within if not np.isnan(area)]
+                scores.accuracy[p, i, i] = np.mean([share for share, _, _ in within])
+                scores.auroc[p, i, i] = np.mean(areas) if areas else np.nan
+                scores.converged[p, i, i] = all(ended for _, _, ended in within)
+                fitted = make_probe(probe, fits.seed).fit(x, y)
                 for j, other in enumerate(matrices):
-                    rows = unseen[i][j]
+                    rows = fits.unseen[i][j]
                     if j != i and len(rows) and other.shape[1] == x.shape[1]:
-                        share[p, i, j], area[p, i, j] = _tested(fitted, other[rows], labels[j][rows])
-                        ended[p, i, j] = converged(fitted)
-    return {"bad": None, "accuracy": share, "auroc": area, "converged": ended}
+                        scores.accuracy[p, i, j], scores.auroc[p, i, j] = _tested(fitted, other[rows], fits.labels[j][rows])
+                        scores.converged[p, i, j] = converged(fitted)
+    return scores
+
+
+def _fit_fold(probe: Any, seed: int, x: Array, y: Array, train: Array, test: Array) -> tuple[float, float, bool]:
+    fitted = make_probe(probe, seed).fit(x[train], y[train])
+    return (*_tested(fitted, x[test], y[test]), converged(fitted))
 
 
 def _tested(fitted: Any, x: Array, y: Array) -> tuple[float, float]:
     return accuracy(fitted.predict(x), y), auroc(class_scores(fitted, x), y, fitted.classes_)[0]
+
+
+# -- what comes back -------------------------------------------------------------------------------------------------------
+
+
+def _scores(transfer: _Transfer, found: list[_LayerScores]) -> xr.Dataset:
+    names, prompts, unseen, cv = transfer.names, transfer.prompts, transfer.fits.unseen, transfer.cv
+    dims = ("layer", "probe", "train", "test")
+    described = {"accuracy": {"long_name": "accuracy", "units": "1"}, "auroc": {"long_name": "area under the ROC curve", "units": "1"}}
+    # On the diagonal all prompts are tested, in folds.
+    n_test = np.array([[len(have) if i == j else len(unseen[i][j]) for j, have in enumerate(prompts)] for i in range(len(names))])
+    n_train = np.array(
+        [[round(len(have) * (1 - 1 / cv)) if i == j else len(have) for j in range(len(names))] for i, have in enumerate(prompts)]
+    )
+    scores = xr.Dataset(
+        {
+            **{name: (dims, np.stack([getattr(layer, name) for layer in found]), attrs) for name, attrs in described.items()},
+            "converged": (dims, np.stack([layer.converged for layer in found])),
+            "n_train": (("train", "test"), n_train),
+            "n_test": (("train", "test"), n_test),
+        },
+        coords={"layer": transfer.layers, "probe": list(transfer.fits.probes), "train": names, "test": names},
+    )
+    first = transfer.arrays[0]
+    scores.attrs = {
+        "labels": transfer.label,
+        "classes": transfer.classes.tolist(),
+        "cv": cv,
+        "random_state": transfer.fits.seed,
+        "variable": str(first.name) if first.name is not None else "",
+    }
+    models = {str(a.coords["model"].item()) for a in transfer.arrays if "model" in a.coords and a.coords["model"].ndim == 0}
+    if len(models) == 1:
+        scores.attrs["model"] = models.pop()
+    return scores

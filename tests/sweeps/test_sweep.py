@@ -277,7 +277,7 @@ def test_folds_that_do_not_fit_are_refused(cv: Any, error: type[Exception], mess
 
 # -- groups ----------------------------------------------------------------------------------------------------------------
 
-#: Six sources of ten prompts each, every one of both classes.
+#: Six variables of ten prompts each, every one of both classes.
 SOURCES = [f"source {i % 6}" for i in np.random.default_rng(2).permutation(PROMPTS)]
 
 
@@ -353,12 +353,12 @@ def test_groups_that_do_not_fit_are_refused(groups: Any, error: type[Exception],
 
 def test_repeated_prompts_stay_together_in_their_group_and_may_not_be_in_two() -> None:
     rows = np.r_[np.arange(PROMPTS), np.arange(0, PROMPTS, 2)]
-    repeated, sources = activations().isel(prompt=rows), [SOURCES[row] for row in rows]
-    scores = sweep(repeated, "label", "mass_mean", 3, groups=sources)
-    folds = StratifiedGroupKFold(3, shuffle=True, random_state=0).split(np.zeros((len(rows), 1)), Y[rows], sources)
+    repeated, variables = activations().isel(prompt=rows), [SOURCES[row] for row in rows]
+    scores = sweep(repeated, "label", "mass_mean", 3, groups=variables)
+    folds = StratifiedGroupKFold(3, shuffle=True, random_state=0).split(np.zeros((len(rows), 1)), Y[rows], variables)
     same(sweep(repeated, "label", "mass_mean", folds), scores)
     with pytest.raises(LabelError, match=f"prompt {prompt_hash(TEXTS[58])} has two groups, '{SOURCES[58]}' and 'another'"):
-        sweep(repeated, "label", groups=[*sources[:-1], "another"])
+        sweep(repeated, "label", groups=[*variables[:-1], "another"])
     with pytest.raises(LabelError, match=r"5 different prompts of each class, but there are \{0: 20, 1: 1\}"):
         sweep(activations().isel(prompt=[*range(20), *[20] * 10]), [0] * 20 + [1] * 10, groups=[*range(20), *[20] * 10])
 

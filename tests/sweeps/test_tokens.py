@@ -23,8 +23,8 @@ from lmprobe_zarr.probes import coefficients, make_probe
 from lmprobe_zarr.probes.sufficient import EXACT
 from lmprobe_zarr.probes.token_controls import deal_labels
 from lmprobe_zarr.probes.token_labels import plan_token_folds, select_labelled_tokens
-from lmprobe_zarr.sweeps import token_stream as token_blocks
-from lmprobe_zarr.sweeps import tokens as token_probes
+from lmprobe_zarr.sweeps import token_stream
+from lmprobe_zarr.sweeps import tokens as token_sweeps
 
 LAYERS, PROMPTS, HIDDEN = (2, 5), 40, 12
 TEXTS = [f"prompt number {i}" for i in range(PROMPTS)]
@@ -73,7 +73,7 @@ def stored(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_blocks, "BLOCK_BYTES", 8 * HIDDEN * 16)
+    monkeypatch.setattr(token_stream, "BLOCK_BYTES", 8 * HIDDEN * 16)
 
 
 def in_memory(name: str, x: Any, y: Any) -> Any:
@@ -118,7 +118,7 @@ def many(seed: int = 0, n: int = 20_000) -> tuple[xr.DataArray, Any]:
 
 
 def test_minibatches_find_the_direction_of_the_log_odds_and_their_order_is_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_blocks, "BLOCK_BYTES", 8 * HIDDEN * 2000)
+    monkeypatch.setattr(token_stream, "BLOCK_BYTES", 8 * HIDDEN * 2000)
     array, y = many()
     fitted = lz.fit_tokens(array, y, "sgd")
     coef = fitted.coef.values[0] * np.linspace(1, 100, HIDDEN)
@@ -134,7 +134,7 @@ def test_minibatches_find_the_direction_of_the_log_odds_and_their_order_is_the_s
 def test_a_descent_that_was_still_getting_better_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.exceptions import ConvergenceWarning
 
-    monkeypatch.setattr(token_blocks, "_EPOCHS", (2, 2))
+    monkeypatch.setattr(token_stream, "_EPOCHS", (2, 2))
     with pytest.warns(ConvergenceWarning, match="2 of 2 fits stopped"):
         fitted = lz.fit_tokens(tokens(), "label", "sgd")
     assert not fitted.converged.any()
@@ -145,7 +145,7 @@ def test_a_descent_that_was_still_getting_better_is_told(monkeypatch: pytest.Mon
 def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
     stored: Any, name: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_blocks, "_EPOCHS", (2, 2))
+    monkeypatch.setattr(token_stream, "_EPOCHS", (2, 2))
     memory = stored.tokens().resid.load()
     expected = lz.fit_tokens(memory, "label", name, scheduler="synchronous")
     lazy, dask = stored.tokens().resid, stored.tokens(chunks={"token": 23}).resid
@@ -157,7 +157,7 @@ def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_processes_and_a_client_give_the_same(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_blocks, "_EPOCHS", (4, 4))
+    monkeypatch.setattr(token_stream, "_EPOCHS", (4, 4))
     distributed: Any = pytest.importorskip("distributed")
     memory = stored.tokens().resid.load()
     names = ["ridge", "lda", "sgd"]
@@ -259,7 +259,7 @@ def test_folds_that_overlap_are_sums_of_cells_too() -> None:
 
 
 def test_folds_that_need_too_many_sums_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_probes, "_MOST_CELLS", 4)
+    monkeypatch.setattr(token_sweeps, "_MOST_CELLS", 4)
     with pytest.raises(InvalidArgumentError, match=r"5 folds cut the prompts into 5 sets.*at most 4 folds"):
         lz.sweep_tokens(tokens(), "label", "ridge", 5)
 
@@ -368,16 +368,16 @@ def test_tables_of_counts_equal_a_plain_loop(labels: str) -> None:
 
 def test_labels_are_dealt_to_prompts_where_these_have_one_and_are_the_seeds() -> None:
     array = identified()
-    labelled = select_labelled_tokens(array, "token", "label")
-    folds = plan_token_folds(array, "token", labelled, None, 5, 0)
-    dealt = deal_labels("shuffled_labels", array, labelled, folds, 0)
-    assert (dealt != labelled.codes).any()
-    assert all(len(set(dealt[labelled.prompt == prompt])) == 1 for prompt in range(PROMPTS))
-    first = np.unique(labelled.prompt, return_index=True)[1]
-    assert sorted(dealt[first]) == sorted(labelled.codes[first]), "as many prompts of each class"
-    np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, labelled, folds, 0))
-    assert (dealt != deal_labels("shuffled_labels", array, labelled, folds, 1)).any()
-    types = deal_labels("control_task", array, labelled, folds, 0)
+    examples = select_labelled_tokens(array, "token", "label")
+    folds = plan_token_folds(array, "token", examples, None, 5, 0)
+    dealt = deal_labels("shuffled_labels", array, examples, folds, 0)
+    assert (dealt != examples.codes).any()
+    assert all(len(set(dealt[examples.prompt == prompt])) == 1 for prompt in range(PROMPTS))
+    first = np.unique(examples.prompt, return_index=True)[1]
+    assert sorted(dealt[first]) == sorted(examples.codes[first]), "as many prompts of each class"
+    np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, examples, folds, 0))
+    assert (dealt != deal_labels("shuffled_labels", array, examples, folds, 1)).any()
+    types = deal_labels("control_task", array, examples, folds, 0)
     assert all(len(set(types[one == IDS])) == 1 for one in range(30))
     mixed = select_labelled_tokens(array, "token", "kind_of_token")
     dealt = deal_labels("shuffled_labels", array, mixed, folds, 0)

@@ -119,6 +119,32 @@ def test_what_cannot_be_compared_is_refused() -> None:
         lz.sweep_transfer({"a": a, "b": holed}, "label")
 
 
+def test_where_it_runs_is_checked_as_in_a_sweep() -> None:
+    for given, message in (
+        ({"scheduler": "bogus"}, "scheduler='bogus' is unknown"),
+        ({"n_workers": 0}, "n_workers=0 leaves nobody to work"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=message):
+            lz.sweep_transfer(DATA, "label", **given)
+        with pytest.raises(InvalidArgumentError, match=message):
+            lz.sweep(DATA["same"], "label", **given)
+    with pytest.raises(InvalidArgumentError, match="n_workers=0 leaves nobody to work"):
+        lz.fit_directions(DATA["same"], "label", n_workers=0)
+
+
+def test_integers_of_four_bytes_are_computed_in_float64() -> None:
+    # Two classes that differ by 1 at 2**24, where float32 has no odd numbers.
+    rng = np.random.default_rng(0)
+    data = {}
+    for name in ("a", "b"):
+        y = np.arange(40) % 2
+        values = np.column_stack([2**24 + y, rng.integers(0, 2, 40)]).astype(np.int32)
+        data[name] = xr.DataArray(
+            values, dims=("prompt", "hidden"), coords={"prompt": [f"{name}{i}" for i in range(40)], "label": ("prompt", y)}
+        )
+    assert (lz.sweep_transfer(data, "label").accuracy == 1).all()
+
+
 def test_cosines_are_labelled_by_name_and_layer() -> None:
     coef = {name: lz.fit_tokens(array, "label", "mass_mean") for name, array in DATA.items()}
     matrix = lz.cosine_similarity(coef)

@@ -1,0 +1,213 @@
+"""What callers give a sweep of prompts, as a record, and how each of it is parsed; nothing is read but coordinates.
+
+What sweeps of every kind are given is checked in ``given``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.probes import (
+    Groups,
+    Labels,
+    list_prompts,
+    make_probe,
+    parse_groups,
+    parse_label_sets,
+    parse_preprocessing,
+    parse_sides,
+    plan_folds,
+)
+from lmprobe_zarr.probes.controls import Trial, list_trials, make_estimator
+from lmprobe_zarr.probes.folds import Fold
+from lmprobe_zarr.probes.metrics import Metric, parse_metrics
+from lmprobe_zarr.sweeps.given import check_seed
+from lmprobe_zarr.typing import Array
+
+__all__ = [
+    "Data", "Design", "SweepOptions", "check_layer_0", "parse_data", "parse_design", "parse_folds", "parse_inner", "parse_seeds",
+    "parse_strengths",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SweepOptions:
+    """What a caller of :func:`lmprobe_zarr.sweep` gave, as it was given; its parameters mean the same."""
+
+    activations: Any
+    labels: Any
+    probes: Any
+    cv: Any
+    groups: Any
+    split: Any
+    task: str
+    metrics: Any
+    controls: Any
+    preprocessing: str | None
+    strengths: Any
+    inner_cv: Any
+    choose_by: str | None
+    repeats: int
+    seeds: Any
+    missing: str
+    predictions: bool
+    random_state: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Data:
+    """Activations and labels, parsed."""
+
+    #: None where an array was given.
+    dataset: xr.Dataset | None
+    arrays: tuple[xr.DataArray, ...]
+    labels: tuple[Labels, ...]
+    #: Whether several sets of labels were given, so that the result has the dim ``label``.
+    several: bool
+    groups: Groups | None
+    prompts: list[str]
+
+    @property
+    def rows(self) -> Array:
+        """The numbers of the prompts that have a label."""
+        return self.labels[0].rows
+
+    @property
+    def n_classes(self) -> int:
+        return max((len(each.classes) for each in self.labels if each.classes is not None), default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Design:
+    """What is fitted and measured, parsed."""
+
+    trials: tuple[Trial, ...]
+    metrics: tuple[Metric, ...]
+    preprocessing: str | None
+
+
+def parse_data(options: SweepOptions, dataset: xr.Dataset | None, arrays: tuple[xr.DataArray, ...]) -> Data:
+    if options.task not in ("classification", "regression"):
+        raise InvalidArgumentError(f"task={options.task!r} is unknown: use 'classification' or 'regression'")
+    if options.missing not in ("raise", "drop"):
+        raise InvalidArgumentError(f"missing={options.missing!r} is unknown: use 'raise' or 'drop'")
+    array = arrays[0]
+    several = _several_sets(array, options.labels)
+    labels = parse_label_sets(array, options.labels, task=options.task, missing=options.missing)
+    groups = None if options.groups is None else parse_groups(array, options.groups, labels[0].rows)
+    return Data(dataset=dataset, arrays=arrays, labels=labels, several=several, groups=groups, prompts=list_prompts(array))
+
+
+def parse_design(options: SweepOptions, controls: Mapping[str, Any], n_classes: int) -> Design:
+    trials = list_trials(_probes(options.probes, options.task), controls, options.task)
+    metrics = parse_metrics(options.metrics, options.task, n_classes)
+    preprocessing = _preprocessing(options.preprocessing)
+    _check_probabilities(trials, metrics, options.task, preprocessing)
+    return Design(trials=trials, metrics=metrics, preprocessing=preprocessing)
+
+
+def parse_folds(options: SweepOptions, data: Data, seed: int) -> tuple[tuple[Fold, ...], str]:
+    """The folds, and in words how they come about."""
+    if options.split is not None and options.cv is not None:
+        raise InvalidArgumentError("cv and split were given: a split is the one fold there is, leave one of the two out")
+    default = 5 if options.cv is None else options.cv
+    cv = default if options.split is None else parse_sides(data.arrays[0], options.split)
+    return plan_folds(data.labels, data.prompts, data.groups, cv, seed, repeats=options.repeats)
+
+
+def check_layer_0(trials: tuple[Trial, ...], layers: Array) -> None:
+    if any(trial.features == "layer_0" for trial in trials) and "0" not in [str(layer) for layer in layers]:
+        raise InvalidArgumentError(
+            f"control 'layer_0' needs layer 0, and there are layers {layers[0]} to {layers[-1]}: give all layers, or leave it out"
+        )
+
+
+def _several_sets(array: xr.DataArray, labels: Any) -> bool:
+    if isinstance(labels, xr.DataArray):
+        return labels.ndim == 2
+    return isinstance(labels, list | tuple) and bool(labels) and all(isinstance(name, str) and name in array.coords for name in labels)
+
+
+def parse_seeds(seeds: Any, random_state: int) -> tuple[int, ...]:
+    if seeds is None:
+        return (random_state,)
+    listed = (
+        list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds) if isinstance(seeds, Iterable) else []
+    )
+    if not listed or len(set(listed)) < len(listed):
+        raise InvalidArgumentError(f"seeds={seeds!r} are no seeds: give a number of them, or different whole numbers such as [0, 1, 2]")
+    return tuple(check_seed(seed) for seed in listed)
+
+
+def parse_strengths(strengths: Any, trials: tuple[Trial, ...]) -> tuple[float, ...]:
+    if strengths is None:
+        return ()
+    listed = list(strengths) if isinstance(strengths, Iterable) and not isinstance(strengths, str) else [strengths]
+    good = all(isinstance(x, int | float | np.number) and not isinstance(x, bool) and np.isfinite(x) and x > 0 for x in listed)
+    if not listed or not good or len(set(listed)) < len(listed):
+        raise InvalidArgumentError(f"strengths={strengths!r} are no strengths: give different positive numbers, larger being stronger")
+    if not any(trial.penalised for trial in trials):
+        raise InvalidArgumentError(
+            f"strengths were given, and none of {', '.join(repr(e.name) for e in trials)} has one: use named probes such as 'ridge'"
+        )
+    return tuple(float(strength) for strength in listed)
+
+
+def parse_inner(
+    inner_cv: Any, choose_by: str | None, strengths: tuple[float, ...], metrics: tuple[Metric, ...], task: str, n_classes: int
+) -> tuple[int, Metric | None]:
+    if inner_cv is None:
+        if choose_by is not None:
+            raise InvalidArgumentError(
+                f"choose_by={choose_by!r} chooses nothing without inner folds: give inner_cv, such as 5, and strengths"
+            )
+        return 0, None
+    if isinstance(inner_cv, bool) or not isinstance(inner_cv, int | np.integer) or inner_cv < 2:
+        raise InvalidArgumentError(f"inner_cv={inner_cv!r} is no number of folds: give a whole number of at least 2")
+    if len(strengths) < 2:
+        raise InvalidArgumentError("inner_cv chooses among strengths: give several, such as strengths=(0.01, 1, 100)")
+    return int(inner_cv), metrics[0] if choose_by is None else parse_metrics(choose_by, task, n_classes)[0]
+
+
+def _preprocessing(spec: Any) -> str | None:
+    steps = parse_preprocessing(spec)
+    return "+".join(map(str, steps)) or None
+
+
+def _probes(probes: Any, task: str) -> dict[str, Any]:
+    """Name to probe, in the caller's order."""
+    if isinstance(probes, Mapping):
+        pairs = list(probes.items())
+    else:
+        listed = [probes] if isinstance(probes, str) or hasattr(probes, "fit") or not isinstance(probes, Iterable) else list(probes)
+        if task == "regression":
+            # The default of `sweep` is a classifier.
+            listed = ["ridge_regression" if isinstance(probe, str) and probe == "logistic_regression" else probe for probe in listed]
+        pairs = [(probe if isinstance(probe, str) else type(probe).__name__, probe) for probe in listed]
+    if not pairs:
+        raise InvalidArgumentError("probes is empty: name at least one, such as 'logistic_regression'")
+    chosen: dict[str, Any] = {}
+    for name, probe in pairs:
+        if not isinstance(name, str):
+            raise InvalidTypeError(f"a probe is named by a text, not {name!r}")
+        if name in chosen:
+            raise InvalidArgumentError(f"two probes are called {name!r}: tell them apart with a mapping, {{'name': estimator, …}}")
+        make_probe(probe, task=task)
+        chosen[name] = probe
+    return chosen
+
+
+def _check_probabilities(trials: tuple[Trial, ...], metrics: tuple[Metric, ...], task: str, preprocessing: str | None) -> None:
+    needing = [metric.name for metric in metrics if metric.needs == "probabilities"]
+    without = [trial.name for trial in trials if not hasattr(make_estimator(trial, 0, task, preprocessing=preprocessing), "predict_proba")]
+    if needing and without:
+        raise InvalidArgumentError(
+            f"metric {needing[0]!r} needs probabilities, and probe {without[0]!r} has no predict_proba: leave one of the two out, "
+            "or use 'logistic_regression'"
+        )
