@@ -20,7 +20,7 @@ import xarray as xr
 from lmprobe_zarr.batch import LayerSpec, Stage, concat_ranges, describe_layers, parse_stage, parse_sweep, reduce_scores
 from lmprobe_zarr.display import card, definitions, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
-from lmprobe_zarr.extraction import Activations, ExtractStats, Supply, SupplyMemory
+from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supply, SupplyMemory
 from lmprobe_zarr.probes import (
     as_array,
     check_batch_size,
@@ -300,10 +300,15 @@ class Probe:
         """Where activations come from; `as_fitted`: alike to those that it learned from."""
         if batch_size is not None:
             check_batch_size(batch_size)
-        given = {name: getattr(self, name) for name in Supply.__dataclass_fields__ if name not in ("memory", "batch_size")}
-        if as_fitted and self.dtype is None:
-            given["dtype"] = self.dtype_
-        return Supply(memory=self._memory, batch_size=batch_size or self.batch_size, **given)
+        choice = ModelChoice(
+            model=self.model, name=self.name, tokenizer=self.tokenizer, revision=self.revision, max_length=self.max_length,
+            dtype=self.dtype_ if as_fitted and self.dtype is None else self.dtype, truncation=self.truncation, modules=self.modules,
+            provenance=dict(self.provenance or {}), trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+        return Supply(
+            choice=choice, store=self.store, device=self.device, device_map=self.device_map, batch_size=batch_size or self.batch_size,
+            cache_only=self.cache_only, legacy=self.legacy, group=self.group, memory=self._memory,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------- fitting
 

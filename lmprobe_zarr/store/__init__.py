@@ -10,9 +10,10 @@ from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view
 from lmprobe_zarr.store.datasets import choose_held_layers, to_dataset
 from lmprobe_zarr.store.ingest import PART_BYTES, PART_SECONDS, Ingest
 from lmprobe_zarr.store.roots import Mode
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.store import LIMIT_SHARE, Place, Store, open_store
 
 __all__ = [
+    "LIMIT_SHARE",
     "PART_BYTES",
     "PART_SECONDS",
     "GroupContents",

@@ -74,7 +74,7 @@ from lmprobe_zarr.store.upkeep import (
 )
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["Place", "Store", "open_store"]
+__all__ = ["LIMIT_SHARE", "Place", "Store", "open_store"]
 Chunks = Literal["auto"] | int | Mapping[str, Any] | None
 
 PART_BYTES: Final = 2**30
