@@ -559,7 +559,7 @@ def test_a_damaged_part_is_told_and_made_up_for_by_the_model(llama: Path, runs: 
 def test_parts_evicted_under_a_probe_are_made_up_for(llama: Path, runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     probe = lz.Probe(str(llama), layers=1).fit(POSITIVE, NEGATIVE)
     expected = probe.predict_proba(POSITIVE)
-    import lmprobe_zarr.supply as supply
+    from lmprobe_zarr.extraction import supply
 
     real, done = supply.read_activations, list[Any]()
 
