@@ -1,6 +1,6 @@
 """`Probe`: a classifier on a model's activations, which come from the cache, and into it where the model has to be run.
 
-Puts together what `build` extracts, what a store holds, and the estimators of `probes`. Arithmetic is theirs.
+`extraction` supplies the activations, and `probes` has the estimators and the arithmetic.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import LayerSpec, Stage, concat_ranges, describe_layers, parse_stage, parse_sweep, reduce_scores
+from lmprobe_zarr.batch import LayerSpec, concat_ranges, describe_layers, parse_stage, parse_sweep, reduce_scores
 from lmprobe_zarr.display import card, definitions, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
-from lmprobe_zarr.extraction import Activations, ExtractStats, Supply, SupplyMemory
+from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supply, SupplyMemory
 from lmprobe_zarr.probes import (
     as_array,
     check_batch_size,
@@ -213,9 +213,9 @@ class Probe:
         InvalidArgumentError
             Nothing of that name.
         """
-        strange = sorted(set(params) - set(_PARAMETERS))
-        if strange:
-            raise InvalidArgumentError(f"Probe has no parameter {strange[0]!r}: there is {', '.join(_PARAMETERS)}")
+        unknown = sorted(set(params) - set(_PARAMETERS))
+        if unknown:
+            raise InvalidArgumentError(f"Probe has no parameter {unknown[0]!r}: there is {', '.join(_PARAMETERS)}")
         before = self.get_params()
         self.__dict__.update(params)
         try:
@@ -254,7 +254,7 @@ class Probe:
                 "layers": ", ".join(map(str, self.layers_)) or "unknown",
                 "classes": "none: a regression"
                 if self.classes_ is None
-                else ", ".join(f"{one!r:.40}" for one in self.classes_.tolist()[:20]),
+                else ", ".join(f"{label!r:.40}" for label in self.classes_.tolist()[:20]),
                 "computed in": self.dtype_ or "unknown",
                 "steps": " → ".join(type(step).__name__ for _, step in self.pipeline_.steps),
             }
@@ -297,13 +297,18 @@ class Probe:
             return supplied.outcome.stats
 
     def _supply(self, batch_size: int | None = None, *, as_fitted: bool = False) -> Supply:
-        """Where activations come from; `as_fitted`: alike to those that it learned from."""
+        """Where activations come from; with `as_fitted`, computed in the same dtype as those that were learned from."""
         if batch_size is not None:
             check_batch_size(batch_size)
-        given = {name: getattr(self, name) for name in Supply.__dataclass_fields__ if name not in ("memory", "batch_size")}
-        if as_fitted and self.dtype is None:
-            given["dtype"] = self.dtype_
-        return Supply(memory=self._memory, batch_size=batch_size or self.batch_size, **given)
+        choice = ModelChoice(
+            model=self.model, name=self.name, tokenizer=self.tokenizer, revision=self.revision, max_length=self.max_length,
+            dtype=self.dtype_ if as_fitted and self.dtype is None else self.dtype, truncation=self.truncation, modules=self.modules,
+            provenance=dict(self.provenance or {}), trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+        return Supply(
+            choice=choice, store=self.store, device=self.device, device_map=self.device_map, batch_size=batch_size or self.batch_size,
+            cache_only=self.cache_only, legacy=self.legacy, group=self.group, memory=self._memory,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------- fitting
 
@@ -439,12 +444,12 @@ class Probe:
                 probe._memory = self._memory
                 probe._fit_read(supplied.read(stage, layer), y, weights)
                 probes[layer] = probe
-        self._take(probes[min(probes)])
+        self._adopt(probes[min(probes)])
         self.sweep_result_ = LayerSweep(probes)
         return self
 
-    def _take(self, other: Probe) -> None:
-        """What another probe has learned."""
+    def _adopt(self, other: Probe) -> None:
+        """Take over what another probe has learned."""
         for name in ("pipeline_", "classes_", "layers_", "n_layers_", "dtype_"):
             setattr(self, name, getattr(other, name))
 
@@ -470,35 +475,8 @@ class Probe:
         others
             As `lmprobe_zarr.extract` does.
         """
-        self._check_fitted()
-        if is_matrix(prompts):
-            return self.predict_from_activations(prompts)
-        return self._predict_read(*self._to_score(prompts, batch_size))
-
-    def _predict_read(self, stage: Stage, read: Activations) -> Any:
-        if self.task == "regression":
-            return _pooled(np.asarray(self.pipeline_.predict(read.features)), stage, read)
-        assert self.classes_ is not None  # noqa: S101 — a classification is fitted
-        if not stage.needs_tokens:
-            return np.asarray(self.pipeline_.predict(read.features))
-        scores = self._scores(read.features)
-        if stage.of == "nothing":
-            return _by_token(_classes_of(scores, self.classes_), read)
-        return _classes_of(reduce_scores(scores, _counts(read), stage.pooling), self.classes_)
-
-    def _scores(self, features: Array) -> Array:
-        """Probabilities, or a decision function where there are none: one column per class, or a single one for two."""
-        assert self.classes_ is not None  # noqa: S101 — a classification is fitted
-        if hasattr(self.pipeline_, "predict_proba"):
-            return np.asarray(self.pipeline_.predict_proba(features))
-        scores = None if not hasattr(self.pipeline_, "decision_function") else np.asarray(self.pipeline_.decision_function(features))
-        columns = 0 if scores is None else 2 if scores.ndim == 1 else scores.shape[1]
-        if scores is None or columns != len(self.classes_):
-            raise InvalidArgumentError(
-                f"{self.classifier!r} gives no score per class, which scores of tokens are pooled by: use 'logistic_regression', "
-                "or decision_function_shape='ovr'"
-            )
-        return scores
+        fitted = self._fitted
+        return self.predict_from_activations(prompts) if is_matrix(prompts) else fitted.predict(self._read(prompts, batch_size))
 
     def predict_proba(self, prompts: Any, *, batch_size: int | None = None) -> Any:
         """The probability of each class.
@@ -521,22 +499,20 @@ class Probe:
             A regression, or a classifier without probabilities.
         NotFittedError
         """
-        self._check_fitted()
-        self._check_probabilities()
+        fitted = self._fitted
+        fitted.check_probabilities()
         if is_matrix(prompts):
             return self.predict_proba_from_activations(prompts)
-        return self._proba_read(*self._to_score(prompts, batch_size))
+        return fitted.probabilities(self._read(prompts, batch_size))
 
-    def _proba_read(self, stage: Stage, read: Activations) -> Any:
-        return _pooled(np.asarray(self.pipeline_.predict_proba(read.features)), stage, read, self.classes_)
-
-    def _to_score(self, prompts: Any, batch_size: int | None) -> tuple[Stage, Activations]:
+    def _read(self, prompts: Any, batch_size: int | None) -> Activations:
+        """Activations of prompts like those that were learned from."""
         stage = parse_stage(self.inference_pooling or self.pooling)
         if not self.layers_:
             raise InvalidArgumentError("this probe learned from activations of unknown layers: predict from activations too")
         read = self._supply(batch_size, as_fitted=True).activations(list_given(prompts), stage, list(self.layers_))
         _check_finite(read)
-        return stage, read
+        return read
 
     @property
     def decision_function(self) -> Any:
@@ -549,12 +525,6 @@ class Probe:
 
         return decision_function
 
-    def _check_probabilities(self) -> None:
-        if self.task == "regression":
-            raise InvalidArgumentError("a regression has no probabilities: use predict")
-        if not hasattr(self.pipeline_, "predict_proba"):
-            raise InvalidArgumentError(f"{self.classifier!r} gives no probabilities: use predict, or 'logistic_regression'")
-
     def predict_from_activations(self, X: Any) -> Array:  # noqa: N803
         """The class or value of each row of activations, shape (row,).
 
@@ -566,8 +536,7 @@ class Probe:
         -------
         ndarray, shape (row,)
         """
-        self._check_fitted()
-        return np.asarray(self.pipeline_.predict(self._same_width(X)))
+        return np.asarray(self._fitted.pipeline.predict(self._same_width(X)))
 
     def predict_proba_from_activations(self, X: Any) -> Array:  # noqa: N803
         """The probability of each class for each row of activations, shape (row, class).
@@ -581,8 +550,7 @@ class Probe:
         ndarray of float, shape (row, class)
             In the order of ``classes_``.
         """
-        self._check_fitted()
-        self._check_probabilities()
+        self._fitted.check_probabilities()
         return np.asarray(self.pipeline_.predict_proba(self._same_width(X)))
 
     def score_from_activations(self, X: Any, y: Any) -> float:  # noqa: N803
@@ -598,7 +566,7 @@ class Probe:
         -------
         float
         """
-        return self._score(self.predict_from_activations(X), as_array(y))
+        return self._fitted.score(self.predict_from_activations(X), as_array(y))
 
     def _same_width(self, X: Any) -> Array:  # noqa: N803
         features, layers, _ = parse_matrix(X, self.n_layers_)
@@ -626,24 +594,7 @@ class Probe:
         -------
         float
         """
-        return self._score(np.asarray(self.predict(prompts, batch_size=batch_size)), as_array(labels))
-
-    def _score(self, predicted: Array, labels: Array) -> float:
-        self._check_true(predicted, labels)
-        if self.task == "regression":
-            return evaluate_regression(predicted, labels)["r2"]
-        return float(np.mean(predicted == labels))
-
-    def _check_true(self, predicted: Array, labels: Array) -> None:
-        """Raise where true labels cannot be those of the predictions."""
-        if len(predicted) != len(labels):
-            raise LabelError(
-                f"there are {len(labels)} labels for {len(predicted)} predictions: give one for each prompt, and pool the tokens"
-            )
-        if self.classes_ is not None and len(labels) and not set(labels.tolist()) & set(self.classes_.tolist()):
-            raise LabelError(
-                f"none of the labels, such as {labels[0]!r:.40}, is a class of this probe: it knows {self.classes_.tolist()!r:.80}"
-            )
+        return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), as_array(labels))
 
     def evaluate(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> dict[str, Any]:
         """The usual measures on prompts that it has not seen.
@@ -663,46 +614,31 @@ class Probe:
             ``mae`` for a regression. Of a sweep: those of the best layer, ``best_layer``, ``best_accuracy``, and ``layer_results`` by
             layer; the probe of the best layer is in use afterwards.
         """
-        self._check_fitted()
+        fitted = self._fitted
         if self.sweep_result_ is not None:
             return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size)
         y = as_array(labels)
         if is_matrix(prompts):
             features = self._same_width(prompts)
-            return self._evaluate(np.asarray(self.pipeline_.predict(features)), class_scores(self.pipeline_, features), y)
-        return self._evaluate_read(*self._to_score(prompts, batch_size), y)
-
-    def _evaluate_read(self, stage: Stage, read: Activations, labels: Array) -> dict[str, Any]:
-        scores = None
-        if self.task == "classification" and stage.needs_tokens:
-            scores = np.asarray(_pooled(self._scores(read.features), stage, read))
-        elif self.task == "classification":
-            scores = class_scores(self.pipeline_, read.features)
-        return self._evaluate(np.asarray(self._predict_read(stage, read)), scores, labels)
-
-    def _evaluate(self, predicted: Array, scores: Array | None, labels: Array) -> dict[str, Any]:
-        self._check_true(predicted, labels)
-        if self.task == "regression":
-            return {**evaluate_regression(predicted, labels), "n_eval": len(labels)}
-        assert self.classes_ is not None  # noqa: S101 — a classification is fitted
-        if scores is not None and scores.ndim == 2 and scores.shape[1] == len(self.classes_) == 2:
-            scores = scores[:, 1]
-        found = evaluate_classification(predicted, scores, labels, self.classes_)
-        return {**{name: value for name, value in found.items() if not np.isnan(value)}, "n_eval": len(labels)}
+            return fitted.measure(np.asarray(self.pipeline_.predict(features)), class_scores(self.pipeline_, features), y)
+        return fitted.evaluate(self._read(prompts, batch_size), y)
 
     def _evaluate_sweep(self, sweep: LayerSweep, prompts: Any, labels: Any, batch_size: int | None) -> dict[str, Any]:
         y = as_array(labels)
         if is_matrix(prompts):
             raise InvalidArgumentError("a sweep has a probe per layer: evaluate one of them on activations, probe.sweep_result_[layer]")
-        results = sweep._each(list_given(prompts), lambda probe, stage, read: probe._evaluate_read(stage, read, y), batch_size)
+        results = {layer: fitted.evaluate(read, y) for layer, fitted, read in sweep._read(prompts, batch_size)}
         measure = "accuracy" if self.task == "classification" else "r2"
         best = max(results, key=lambda layer: results[layer][measure])
-        self._take(sweep[best])
+        self._adopt(sweep[best])
         return {**results[best], "layer_results": results, "best_layer": best, f"best_{measure}": results[best][measure]}
 
-    def _check_fitted(self) -> None:
+    @property
+    def _fitted(self) -> _Fitted:
+        """What was learned, to be asked about activations."""
         if self.pipeline_ is None:
             raise NotFittedError("this probe has learned nothing yet: call fit first")
+        return _Fitted(self.pipeline_, self.classes_, self.classifier)
 
     # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -722,7 +658,7 @@ class Probe:
         InvalidArgumentError
             The classifier is an estimator of one's own, the model is an object, or this is a sweep.
         """
-        self._check_fitted()
+        pipeline = self._fitted.pipeline
         if self.sweep_result_ is not None:
             raise InvalidArgumentError("a sweep is many probes: save one of them, probe.sweep_result_[layer].save(…)")
         parameters = {name: value for name, value in self.get_params().items() if name not in _NOT_SAVED}
@@ -740,7 +676,7 @@ class Probe:
                 f"only named classifiers can be saved, since no pickle is written, and {type(self.classifier).__name__} is none: "
                 "keep its coefficients yourself"
             )
-        data = dump_probe(self.pipeline_, header)
+        data = dump_probe(pipeline, header)
         target = Path(path)
         staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
         try:
@@ -838,7 +774,7 @@ class LayerSweep:
             By layer.
         """
         y = as_array(labels)
-        return self._each(list_given(prompts), lambda probe, stage, read: probe._score(np.asarray(probe._predict_read(stage, read)), y))
+        return {layer: fitted.score(np.asarray(fitted.predict(read)), y) for layer, fitted, read in self._read(prompts)}
 
     def predict(self, prompts: Iterable[Any]) -> dict[int, Any]:
         """What each layer's probe predicts.
@@ -852,7 +788,7 @@ class LayerSweep:
         dict of int to ndarray, shape (prompt,)
             By layer.
         """
-        return self._each(list_given(prompts), lambda probe, stage, read: probe._predict_read(stage, read))
+        return {layer: fitted.predict(read) for layer, fitted, read in self._read(prompts)}
 
     def predict_proba(self, prompts: Iterable[Any]) -> dict[int, Any]:
         """The probabilities that each layer's probe gives.
@@ -866,8 +802,8 @@ class LayerSweep:
         dict of int to ndarray of float, shape (prompt, class)
             By layer.
         """
-        self.probes[self.layers[0]]._check_probabilities()
-        return self._each(list_given(prompts), lambda probe, stage, read: probe._proba_read(stage, read))
+        self.probes[self.layers[0]]._fitted.check_probabilities()
+        return {layer: fitted.probabilities(read) for layer, fitted, read in self._read(prompts)}
 
     def best_layer(self, prompts: Iterable[Any], labels: Any) -> int:
         """The layer with the highest score.
@@ -885,17 +821,105 @@ class LayerSweep:
         scores = self.score(prompts, labels)
         return max(scores, key=lambda layer: scores[layer])
 
-    def _each(self, prompts: list[Any], ask: Callable[[Probe, Stage, Activations], Any], batch_size: int | None = None) -> dict[int, Any]:
-        """The answer of each layer's probe; all layers come from one pass, and each is read when it is its turn."""
+    def _read(self, prompts: Any, batch_size: int | None = None) -> Iterator[tuple[int, _Fitted, Activations]]:
+        """Each layer with what was learned of it and its activations; all come from one pass, and each is read when it is its turn."""
         first = self.probes[self.layers[0]]
         stage = parse_stage(first.inference_pooling or first.pooling)
-        answers = {}
-        with first._supply(batch_size, as_fitted=True).supplied(prompts, (stage,), self.layers) as supplied:
+        with first._supply(batch_size, as_fitted=True).supplied(list_given(prompts), (stage,), self.layers) as supplied:
             for layer in self.layers:
                 read = supplied.read(stage, layer)
                 _check_finite(read)
-                answers[layer] = ask(self.probes[layer], stage, read)
-        return answers
+                yield layer, self.probes[layer]._fitted, read
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    """What a probe has learned, and its answers for activations.
+
+    Parameters
+    ----------
+    pipeline : scikit-learn Pipeline
+    classes : ndarray, optional
+        The labels, sorted; None for a regression.
+    classifier : str or estimator
+        As the probe was given it, for messages.
+    """
+
+    pipeline: Any
+    classes: Array | None
+    classifier: Any
+
+    def predict(self, read: Activations) -> Any:
+        """The class or value of each prompt, or of each token where nothing is pooled."""
+        if self.classes is None:
+            return _pooled(np.asarray(self.pipeline.predict(read.features)), read)
+        if not read.stage.needs_tokens:
+            return np.asarray(self.pipeline.predict(read.features))
+        scores = self._scores(read.features, self.classes)
+        if read.stage.of == "nothing":
+            return _by_token(_classes_of(scores, self.classes), read)
+        return _classes_of(reduce_scores(scores, _counts(read), read.stage.pooling), self.classes)
+
+    def probabilities(self, read: Activations) -> Any:
+        """The probability of each class."""
+        return _pooled(np.asarray(self.pipeline.predict_proba(read.features)), read, self.classes)
+
+    def check_probabilities(self) -> None:
+        """Raise where there are no probabilities."""
+        if self.classes is None:
+            raise InvalidArgumentError("a regression has no probabilities: use predict")
+        if not hasattr(self.pipeline, "predict_proba"):
+            raise InvalidArgumentError(f"{self.classifier!r} gives no probabilities: use predict, or 'logistic_regression'")
+
+    def score(self, predicted: Array, labels: Array) -> float:
+        """Accuracy, or R² for a regression."""
+        self._check_labels(predicted, labels)
+        if self.classes is None:
+            return evaluate_regression(predicted, labels)["r2"]
+        return float(np.mean(predicted == labels))
+
+    def evaluate(self, read: Activations, labels: Array) -> dict[str, Any]:
+        """The usual measures."""
+        scores = None
+        if self.classes is not None and read.stage.needs_tokens:
+            scores = np.asarray(_pooled(self._scores(read.features, self.classes), read))
+        elif self.classes is not None:
+            scores = class_scores(self.pipeline, read.features)
+        return self.measure(np.asarray(self.predict(read)), scores, labels)
+
+    def measure(self, predicted: Array, scores: Array | None, labels: Array) -> dict[str, Any]:
+        """The usual measures of predictions, and of scores where there are any."""
+        self._check_labels(predicted, labels)
+        if self.classes is None:
+            return {**evaluate_regression(predicted, labels), "n_eval": len(labels)}
+        if scores is not None and scores.ndim == 2 and scores.shape[1] == len(self.classes) == 2:
+            scores = scores[:, 1]
+        found = evaluate_classification(predicted, scores, labels, self.classes)
+        return {**{name: value for name, value in found.items() if not np.isnan(value)}, "n_eval": len(labels)}
+
+    def _scores(self, features: Array, classes: Array) -> Array:
+        """Probabilities, or a decision function where there are none: one column per class, or a single one for two."""
+        if hasattr(self.pipeline, "predict_proba"):
+            return np.asarray(self.pipeline.predict_proba(features))
+        scores = None if not hasattr(self.pipeline, "decision_function") else np.asarray(self.pipeline.decision_function(features))
+        columns = 0 if scores is None else 2 if scores.ndim == 1 else scores.shape[1]
+        if scores is None or columns != len(classes):
+            raise InvalidArgumentError(
+                f"{self.classifier!r} gives no score per class, which scores of tokens are pooled by: use 'logistic_regression', "
+                "or decision_function_shape='ovr'"
+            )
+        return scores
+
+    def _check_labels(self, predicted: Array, labels: Array) -> None:
+        """Raise where true labels cannot be those of the predictions."""
+        if len(predicted) != len(labels):
+            raise LabelError(
+                f"there are {len(labels)} labels for {len(predicted)} predictions: give one for each prompt, and pool the tokens"
+            )
+        if self.classes is not None and len(labels) and not set(labels.tolist()) & set(self.classes.tolist()):
+            raise LabelError(
+                f"none of the labels, such as {labels[0]!r:.40}, is a class of this probe: it knows {self.classes.tolist()!r:.80}"
+            )
 
 
 _PARAMETERS: Final = {name: p for name, p in inspect.signature(Probe.__init__).parameters.items() if name != "self"}
@@ -928,12 +952,13 @@ def _counts(read: Activations) -> Ints:
     return read.n_tokens
 
 
-def _pooled(scores: Array, stage: Stage, read: Activations, classes: Array | None = None) -> Any:
-    if stage.of == "activation":
+def _pooled(scores: Array, read: Activations, classes: Array | None = None) -> Any:
+    """Scores of tokens as those of prompts, as the stage says."""
+    if read.stage.of == "activation":
         return scores
-    if stage.of == "nothing":
+    if read.stage.of == "nothing":
         return _by_token(scores, read, classes)
-    return reduce_scores(scores, _counts(read), stage.pooling)
+    return reduce_scores(scores, _counts(read), read.stage.pooling)
 
 
 def _by_token(values: Array, read: Activations, classes: Array | None = None) -> xr.DataArray:

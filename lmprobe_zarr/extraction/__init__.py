@@ -1,10 +1,14 @@
-"""From prompts to stored activations: the request, what the store has already, the plan, and the run.
+"""From prompts to stored activations: a request is looked up in the store, what is missing is decided, run and written.
 
-``models`` is the model side. Never chunks, never probes.
+One module each: ``model_choice`` (which model), ``request`` (what is asked for), ``options`` (how it is carried out), ``lookup`` (what the
+store has), ``work`` (what is to be done), ``fill`` (doing it here), ``shares`` (cutting it for workers), ``run`` (the steps in order),
+``extract`` (the public calls), ``supply`` (activations for a probe). The inner room ``models`` is the model side, which knows no store;
+others may import from it. Never chunks, never probes.
 """
 
 from lmprobe_zarr.extraction.extract import extract, plan_extract
+from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.supply import Activations, Supply, SupplyMemory
 
-__all__ = ["Activations", "ExtractPlan", "ExtractStats", "Supply", "SupplyMemory", "extract", "plan_extract"]
+__all__ = ["Activations", "ExtractPlan", "ExtractStats", "ModelChoice", "Supply", "SupplyMemory", "extract", "plan_extract"]

@@ -1,31 +1,57 @@
-"""TODO: lmprobe_zarr/extraction/columns.py."""
+"""The caller's own columns, such as labels: checked, aligned with the different prompts, and written beside what is stored already."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import TokenBatch
+from lmprobe_zarr.batch import Prompts, TokenBatch
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction.lookup import Lookup
-from lmprobe_zarr.extraction.models import Prompts
 from lmprobe_zarr.store import Store
-from lmprobe_zarr.typing import Array, Ints
+from lmprobe_zarr.store.format import validate_column_names
+from lmprobe_zarr.store.parts import View, as_column
+from lmprobe_zarr.typing import Array, Ints, Mask
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["Columns", "annotate", "check_columns", "columns_by_prompt", "with_columns"]
+
+Columns = Mapping[str, Sequence[Any] | Array]
+
+
+def check_columns(columns: Columns | None, n_prompts: int) -> dict[str, Array]:
+    """Columns as arrays that can be stored, one value per given prompt.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A name that cannot be stored, or another number of values than prompts.
+    """
+    validate_column_names(columns or {})
+    checked = {}
+    for name, values in (columns or {}).items():
+        column = as_column(name, values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+        if len(column) != n_prompts:
+            raise InvalidArgumentError(
+                f"coords[{name!r}] has {len(column)} values for {n_prompts} prompts: give one per prompt, in their order"
+            )
+        checked[name] = column
+    return checked
 
 
 def columns_by_prompt(columns: Mapping[str, Array], prompts: Prompts) -> dict[str, Array]:
-    """One value per different prompt; a prompt that occurs twice must have the same value twice."""
+    """Columns with one value per different prompt.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A prompt that occurs twice has two values.
+    """
     for name, values in columns.items():
-        expected = values[prompts.first][prompts.row]
-        same = (values == expected) | ((values != values) & (expected != expected))  # NaN equals NaN here
-        if not np.all(same):
-            i = int(np.argmin(same))
+        differs = ~_equal(values, values[prompts.first][prompts.row])
+        if differs.any():
+            i = int(np.argmax(differs))
             first = int(prompts.first[prompts.row[i]])
             raise InvalidArgumentError(
                 f"coords[{name!r}] gives the same prompt two values: {values[first]!r} at number {first}, {values[i]!r} at number {i}"
@@ -33,10 +59,17 @@ def columns_by_prompt(columns: Mapping[str, Array], prompts: Prompts) -> dict[st
     return {name: values[prompts.first] for name, values in columns.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
+def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[str, Array], *, store_text: bool) -> TokenBatch:
+    """A batch with its prompts' values of the columns, and without texts unless they are stored.
 
-
-def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[str, Array], store_text: bool) -> TokenBatch:
+    Parameters
+    ----------
+    batch : TokenBatch
+    rows : mapping of str to int
+        Where each digest stands in the columns.
+    columns : mapping of str to ndarray
+    store_text : bool
+    """
     chosen = np.array([rows[digest] for digest in batch.sha256])
     return replace(
         batch,
@@ -45,24 +78,32 @@ def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[st
     )
 
 
-def annotate_found(store: Store, looked: Lookup, missing: Ints, columns: Mapping[str, Array]) -> None:
-    """Write the columns of prompts that are stored already, where they are new or differ."""
-    if not columns or looked.view is None:
+def annotate(store: Store, view: View, rows: Ints, columns: Mapping[str, Array]) -> None:
+    """Write columns of stored prompts, where they are new or differ from what is stored.
+
+    Parameters
+    ----------
+    store : Store
+    view : View
+    rows : ndarray of int, shape (prompt,)
+        Where the prompts stand in the view.
+    columns : mapping of str to ndarray, shape (prompt,)
+    """
+    if not columns:
         return
-    view = looked.view
-    found = np.setdiff1d(np.arange(len(looked.prompts)), missing)
-    rows = view.find([looked.prompts.sha256[i] for i in found])
     known = view.columns("prompts")
     changes: dict[str, tuple[Ints, list[Any]]] = {}
     for name, values in columns.items():
-        wanted = values[found]
-        changed = np.ones(len(found), bool)
+        changed = np.ones(len(rows), bool)
         if name in known:
             array = view.source("prompts", name, rows, ())
             stored = array.read(np.zeros(1, np.int64), slice(0, len(rows)))[0]
-            there = view.covers("prompts", name, rows, ())[0]
-            alike = (stored == wanted) | ((stored != stored) & (wanted != wanted))  # NaN equals NaN here too
-            changed = ~(there & np.asarray(alike, bool))
+            changed = ~(view.covers("prompts", name, rows, ())[0] & _equal(stored, values))
         if changed.any():
-            changes[name] = rows[changed], wanted[changed].tolist()
+            changes[name] = rows[changed], values[changed].tolist()
     store.write_columns(view, changes)
+
+
+def _equal(values: Array, others: Array) -> Mask:
+    """Where two columns have equal values; NaN equals NaN."""
+    return np.asarray((values == others) | ((values != values) & (others != others)), bool)

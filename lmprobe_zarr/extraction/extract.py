@@ -1,4 +1,4 @@
-"""Extract and plan_extract: the calls."""
+"""`extract` and `plan_extract`: the calls, whose arguments become a request and options."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmprobe_zarr.batch import LayerSpec, Outputs
-from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction.lookup import load, look_up, look_up_loaded
+from lmprobe_zarr.extraction.columns import Columns
+from lmprobe_zarr.extraction.model_choice import ModelChoice
+from lmprobe_zarr.extraction.options import Options, keeping_of
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.request import check_request
-from lmprobe_zarr.extraction.run import Running, carry_out, keeping_of
+from lmprobe_zarr.extraction.run import carry_out, prepare
 from lmprobe_zarr.extraction.shares import sendable
-from lmprobe_zarr.extraction.work import plan_work
 from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Place, Store, open_store
-from lmprobe_zarr.store.format import Provenance, validate_column_names
-from lmprobe_zarr.store.parts import as_column
+from lmprobe_zarr.store.format import Provenance
 from lmprobe_zarr.tasks import check_client, is_in_process
-from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
     import torch
 
-
 __all__ = ["extract", "plan_extract"]
-Columns = Mapping[str, Sequence[Any] | Array]
+
 LogitsPositions = Literal["last_token", "all"]
 
 
@@ -77,16 +74,16 @@ def plan_extract(
     As `extract` does before it loads the model.
     """
     opened = store if isinstance(store, Store) else open_store(store)
-    keeping = keeping_of(opened, storage_dtype, keep_bits, overflow)
-    request = check_request(
-        model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
-        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), tokenizer=tokenizer, revision=revision,
-        dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh, provenance=provenance, modules=modules,
-        trust_remote_code=trust_remote_code,
+    keeping = keeping_of(is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow)
+    choice = ModelChoice(
+        model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
+        provenance=dict(provenance or {}), modules=modules, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    loaded = None if request.by_name else load(request, device="auto", device_map=None)
-    looked = look_up(request) if loaded is None else look_up_loaded(request, loaded)
-    return plan_work(request, looked, loaded, precision=keeping.precision)[0]
+    request = check_request(
+        choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
+        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router),
+    )  # fmt: skip
+    return prepare(request, Options(keeping=keeping)).plan
 
 
 def extract(
@@ -228,37 +225,25 @@ def extract(
         The cache's limit is smaller than what is asked for; or a damaged part is left out, and its prompts are run again.
     """
     opened = store if isinstance(store, Store) else open_store(store)
-    keeping = keeping_of(opened, storage_dtype, keep_bits, overflow, part_bytes)
-    request = check_request(
-        model=model, prompts=prompts, store=opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, name=name,
-        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), tokenizer=tokenizer, revision=revision,
-        dtype=dtype, max_length=max_length, truncation=truncation, refresh=refresh, provenance=provenance, modules=modules,
-        trust_remote_code=trust_remote_code,
+    keeping = keeping_of(
+        is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow, part_bytes=part_bytes
     )  # fmt: skip
-    running = Running(
-        device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts, part_seconds=part_seconds,
-        store_text=store_text, progress=progress,
+    choice = ModelChoice(
+        model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
+        provenance=dict(provenance or {}), modules=modules, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    request = check_request(
+        choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
+        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), columns=coords,
+    )  # fmt: skip
+    options = Options(
+        keeping=keeping, device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts,
+        part_seconds=part_seconds, store_text=store_text, client=client, progress=progress,
     )  # fmt: skip
     if client is not None:
         check_client(client)
         request = sendable(request)
         if not is_in_process(client):
-            for one in opened.stack:
-                one.storage.check_reach()  # here, since a worker that cannot even unpack its task tells nobody
-    return carry_out(request, keeping, running, columns=_check_columns(coords, len(request.given)), client=client).stats
-
-
-# -------------------------------------------------------------------------------------------------------------- checking
-
-
-def _check_columns(coords: Columns | None, n_prompts: int) -> dict[str, Array]:
-    validate_column_names(coords or {})
-    columns = {}
-    for name, values in (coords or {}).items():
-        column = as_column(name, values.detach().cpu().numpy() if hasattr(values, "detach") else values)
-        if len(column) != n_prompts:
-            raise InvalidArgumentError(
-                f"coords[{name!r}] has {len(column)} values for {n_prompts} prompts: give one per prompt, in their order"
-            )
-        columns[name] = column
-    return columns
+            for root in opened.stack:
+                root.storage.check_reach()  # here, since a worker that cannot even unpack its task reports nothing
+    return carry_out(request, options).stats

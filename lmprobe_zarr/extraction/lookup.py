@@ -1,120 +1,252 @@
-"""What is asked for, what is stored, and so what is missing. Knows models and stores; runs and writes nothing."""
+"""What the store has of a request: the model's group, and which prompts lack something. Runs and writes nothing."""
 
 from __future__ import annotations
 
-import os
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lmprobe_zarr import config
+import numpy as np
+
+from lmprobe_zarr.batch import Prompts, parse_prompts, resolve_layers
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction import models as extraction
-from lmprobe_zarr.extraction.models import ModelIdentity, Prompts
-from lmprobe_zarr.extraction.request import Request
+from lmprobe_zarr.extraction import models
+from lmprobe_zarr.extraction.model_choice import LoadingOptions, ModelMemory
+from lmprobe_zarr.extraction.models import ModelIdentity
+from lmprobe_zarr.extraction.request import Request, Wanted
 from lmprobe_zarr.store import ambiguous
 from lmprobe_zarr.store.format import GroupInfo
 from lmprobe_zarr.store.parts import View
+from lmprobe_zarr.typing import Ints, Mask
 
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models import LoadedModel
 
-__all__ = ["Lookup", "group_of", "load", "look_up", "look_up_loaded", "settle_dtype"]
+__all__ = ["Lookup", "load_and_look_up", "look_up"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lookup:
-    """What is asked for, and the stored group that may hold it already."""
+    """What the store has of a request, and what it lacks.
 
+    Parameters
+    ----------
+    request : Request
+    identity : ModelIdentity, optional
+        What is known of a named model without loading it.
+    loaded : LoadedModel, optional
+        The model, where it had to be loaded.
+    tokenizer : tokenizer, optional
+        Where prompts are missing, or chats had to be rendered.
+    prompts : Prompts
+        The different prompts, and where each given one stands among them.
+    group : GroupInfo, optional
+        The stored group; None where there is none yet.
+    view : View, optional
+        Its parts, without damaged ones.
+    layers : tuple of int
+        Layers asked for.
+    wanted : list of Wanted
+    missing : ndarray of int
+        Places among the different prompts of those that the model has to be run on.
+    derived : mapping of tuple of str to ndarray of int
+        What can be pooled from stored tokens: by names of variables, the places of the prompts that lack exactly these.
+    began : float
+        When looking up began, in seconds of `time.perf_counter`.
+    """
+
+    request: Request
     identity: ModelIdentity | None
+    loaded: LoadedModel | None
+    tokenizer: Any
     prompts: Prompts
     group: GroupInfo | None
     view: View | None
+    layers: tuple[int, ...]
+    wanted: list[Wanted]
+    missing: Ints
+    derived: Mapping[tuple[str, ...], Ints]
+    began: float
+
+    @property
+    def model(self) -> LoadedModel | ModelIdentity:
+        """The model, or what is known of it."""
+        known = self.loaded or self.identity
+        assert known is not None  # noqa: S101 — a model is named or loaded
+        return known
+
+    @property
+    def found(self) -> Ints:
+        """Places among the different prompts of those that the model need not be run on."""
+        return np.setdiff1d(np.arange(len(self.prompts)), self.missing)
+
+    @property
+    def found_rows(self) -> Ints:
+        """Where these stand in the view."""
+        return np.zeros(0, np.int64) if self.view is None else self.view.find([self.prompts.sha256[i] for i in self.found])
+
+    @property
+    def compute_dtype(self) -> str:
+        """What the model computes in, or the stored group was computed in."""
+        stored = None if self.group is None else self.group.provenance.get("compute_dtype")
+        return str(self.model.provenance.get("compute_dtype") or stored or "float32")
+
+    @property
+    def makes_group(self) -> GroupInfo:
+        """The group that holds, or will hold, what is asked for."""
+        if self.group is not None:
+            return self.group
+        assert self.loaded is not None  # noqa: S101 — either all is found, so in a group, or the model is loaded
+        return _group_of(self.loaded)
 
 
-# ------------------------------------------------------------------------------------------------------------ looking up
+# --------------------------------------------------------------------------------------------------------------- looking up
 
 
-def look_up(request: Request) -> Lookup:
-    """The stored group of a named model, from what is known of it without loading it."""
-    identity = _identify(request)
+def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_map: Any = None) -> Lookup:
+    """What the store has, as far as that is known of the model: a named one is not loaded, an object is examined.
+
+    Raises
+    ------
+    AmbiguousProvenanceError
+        Several stored groups fit what is known of the model.
+    InvalidArgumentError, others
+        As `lmprobe_zarr.extract` does before it runs the model.
+    """
+    began = time.perf_counter()
+    if not request.choice.by_name:
+        dtype = "auto" if request.choice.dtype is None else request.choice.dtype
+        return _look_up_loaded(request, memory.load(request.choice, _options(request, dtype, device, device_map), None), None, began)
+    tokenizer = None
+    identity = request.choice.identify(request.kind)
     group = _find_group(request, identity)
     if identity.num_layers is None and group is None:
         # A hub model that this machine has never seen: its configuration comes with its tokenizer.
-        tokenizer_of(request)
-        identity = _identify(request)
+        tokenizer = request.choice.load_tokenizer()
+        identity = request.choice.identify(request.kind)
         group = _find_group(request, identity)
-    tokenizer = tokenizer_of(request) if request.kind == "chat" else None
-    prompts = extraction.parse_prompts(request.given, tokenizer=tokenizer)
-    # A damaged part is as good as missing here: what only it holds is run again.
-    view = None if group is None else request.store.view(group, whole=False)
-    return Lookup(identity=identity, prompts=prompts, group=group, view=view)
+    if request.kind == "chat" and tokenizer is None:
+        tokenizer = request.choice.load_tokenizer()
+    prompts = parse_prompts(request.given, tokenizer=tokenizer if request.kind == "chat" else None)
+    lookup = _compare(request, identity=identity, loaded=None, tokenizer=tokenizer, prompts=prompts, group=group, began=began)
+    if len(lookup.missing) and tokenizer is None:
+        return replace(lookup, tokenizer=request.choice.load_tokenizer())
+    return lookup
+
+
+def load_and_look_up(before: Lookup, memory: ModelMemory, device: Any, device_map: Any) -> Lookup:
+    """What the store has of a named model, now that the model is loaded.
+
+    Only the loaded model tells its whole provenance and which layers have routers: another group may be the right one.
+    """
+    request, stored = before.request, None if before.group is None else before.group.provenance.get("compute_dtype")
+    dtype = str(stored or "float32") if request.choice.dtype is None else request.choice.dtype
+    loaded = memory.load(request.choice, _options(request, dtype, device, device_map), before.identity)
+    return _look_up_loaded(request, loaded, before, before.began)
+
+
+def _look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None, began: float) -> Lookup:
+    group = _group_of(loaded)
+    if request.group is not None and request.group != group.name:
+        raise InvalidArgumentError(
+            f"group={request.group!r} was asked for, but this model as it is loaded makes {group.name!r}: leave group out, or read only"
+        )
+    known = before is not None and request.kind != "ids"  # texts of token ids need the model's own tokenizer
+    prompts = before.prompts if before is not None and known else parse_prompts(request.given, tokenizer=loaded.tokenizer)
+    return _compare(
+        request, identity=None if before is None else before.identity, loaded=loaded, tokenizer=loaded.tokenizer, prompts=prompts,
+        group=request.store.groups(whole=False).get(group.name), began=began,
+    )  # fmt: skip
+
+
+def _options(request: Request, dtype: Any, device: Any, device_map: Any) -> LoadingOptions:
+    return LoadingOptions(kind=request.kind, dtype=dtype, device=device, device_map=device_map, head=request.outputs.needs_head)
+
+
+def _group_of(loaded: LoadedModel) -> GroupInfo:
+    return GroupInfo(model=loaded.name, provenance=loaded.provenance, num_layers=loaded.num_layers, hidden_size=loaded.hidden_size)
 
 
 def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
-    known = {**identity.provenance, **request.provenance}
-    # A group with fields of somebody's own, such as a steering vector, is meant only by who names them.
-    fixed = {*extraction.PROVENANCE_FIELDS, *request.own_provenance}
+    """The stored group that fits what is known of a named model."""
+    known = {**identity.provenance, **request.choice.provenance}
+    # A group with somebody's own fields, such as a steering vector, is chosen only by naming them.
+    fixed = {*models.PROVENANCE_FIELDS, *request.choice.own_provenance}
     matching = request.store.matching(identity.name, known, request.group, whole=False)
     found = [info for info in matching if fixed.issuperset(info.provenance)]
     if len(found) > 1:
         found = [info for info in found if request.store.holds_parts(info.name)]
-    if len(found) > 1 and request.dtype is None:
-        # Any dtype serves: that of lmprobe where there are several.
+    if len(found) > 1 and request.choice.dtype is None:
+        # Any dtype will do: lmprobe's own, where there are several.
         found = [info for info in found if info.provenance.get("compute_dtype") == "float32"] or found
     if len(found) > 1:
         raise ambiguous(found, request.store.where)
     return found[0] if found else None
 
 
-def _identify(request: Request) -> ModelIdentity:
-    identity = extraction.identify(
-        request.model, name=request.name, tokenizer=request.tokenizer, revision=request.revision,
-        dtype="auto" if request.dtype is None else request.dtype, prompts_kind=request.kind, max_length=request.max_length,
-        truncation=request.truncation, memory=config.weights_memory(), modules=request.modules, provenance=request.own_provenance,
-    )  # fmt: skip
-    if request.dtype is None:  # whatever was computed in serves
-        return replace(identity, provenance={k: v for k, v in identity.provenance.items() if k != "compute_dtype"})
-    return identity
+# ------------------------------------------------------------------------------------------------------ what is missing
 
 
-def settle_dtype(request: Request, looked: Lookup) -> Request:
-    """The request with the dtype to compute in, where any served: that of the stored group, else float32, as in lmprobe."""
-    if request.dtype is not None:
-        return request
-    stored = None if looked.group is None else looked.group.provenance.get("compute_dtype")
-    return replace(request, dtype=str(stored or "float32"))
-
-
-def look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None = None) -> Lookup:
-    """The stored group of a loaded model, all of whose provenance is known."""
-    group = group_of(loaded)
-    if request.group is not None and request.group != group.name:
+def _compare(
+    request: Request,
+    *,
+    identity: ModelIdentity | None,
+    loaded: LoadedModel | None,
+    tokenizer: Any,
+    prompts: Prompts,
+    group: GroupInfo | None,
+    began: float,
+) -> Lookup:
+    """What is asked for, compared with what a group holds."""
+    # A damaged part counts as missing here: the model is run again on what it alone holds.
+    view = None if group is None else request.store.view(group, whole=False)
+    known = loaded or identity
+    assert known is not None  # noqa: S101 — a model is named or loaded
+    depth = known.num_layers or (None if group is None else group.num_layers)
+    if depth is None:
         raise InvalidArgumentError(
-            f"group={request.group!r} was asked for, but this model as it is loaded makes {group.name!r}: leave group out, or read only"
+            f"how many layers {known.name!r} has is not known without its configuration: check the name, or go online"
         )
-    prompts = before.prompts if before is not None and request.kind != "ids" else None
-    prompts = prompts or extraction.parse_prompts(request.given, tokenizer=loaded.tokenizer)
-    stored = request.store.groups(whole=False).get(group.name)
-    view = None if stored is None else request.store.view(stored, whole=False)
-    return Lookup(identity=before.identity if before else None, prompts=prompts, group=stored, view=view)
-
-
-def group_of(loaded: LoadedModel) -> GroupInfo:
-    return GroupInfo(model=loaded.name, provenance=loaded.provenance, num_layers=loaded.num_layers, hidden_size=loaded.hidden_size)
-
-
-def tokenizer_of(request: Request) -> Any:
-    if request.tokenizer is not None and not isinstance(request.tokenizer, (str, os.PathLike)):
-        return request.tokenizer
-    source = request.model if request.tokenizer is None else request.tokenizer
-    return extraction.load_tokenizer(source, revision=request.revision, trust_remote_code=request.trust_remote_code)
-
-
-def load(request: Request, *, device: Any, device_map: Any) -> LoadedModel:
-    """The model, with all of its provenance."""
-    return extraction.load_model(
-        request.model, name=request.name, tokenizer=request.tokenizer, revision=request.revision, dtype=request.dtype, device=device,
-        device_map=device_map, trust_remote_code=request.trust_remote_code, modules=request.modules, prompts_kind=request.kind,
-        max_length=request.max_length, truncation=request.truncation, memory=config.weights_memory(), provenance=request.own_provenance,
-        head=request.outputs.needs_head,
+    layers = resolve_layers(request.layers, depth) if request.layered else ()
+    wanted = request.wanted(layers, None if loaded is None else loaded.router_layers)
+    missing, derived = _missing(request, wanted, view, prompts)
+    return Lookup(
+        request=request, identity=identity, loaded=loaded, tokenizer=tokenizer, prompts=prompts, group=group, view=view, layers=layers,
+        wanted=wanted, missing=missing, derived=derived, began=began,
     )  # fmt: skip
+
+
+def _missing(request: Request, wanted: Sequence[Wanted], view: View | None, prompts: Prompts) -> tuple[Ints, dict[tuple[str, ...], Ints]]:
+    """Places of the prompts that the model has to be run on, and by variables the places of those that stored tokens make up for."""
+    everything = np.arange(len(prompts))
+    if view is None:
+        return everything, {}
+    rows = view.find(prompts.sha256)  # also where all are run again: a collision must be noticed before anything is run
+    if request.refresh:
+        return everything, {}
+    places = np.flatnonzero(rows >= 0)
+    known = rows[places]
+    lacking = np.zeros(len(known), bool)  # what only the model can make up for
+    to_pool: dict[str, Mask] = {}
+    for variable in wanted:
+        stored = _stored(view, variable, known)
+        if variable.pooled_from is not None and view.holds_whole_prompts:
+            from_tokens = view.covers("tokens", variable.pooled_from, known, variable.layers).all(axis=0)
+            to_pool[variable.name] = from_tokens & ~stored
+            stored = stored | from_tokens
+        lacking |= ~stored
+    derived: dict[tuple[str, ...], list[int]] = {}
+    for i in np.flatnonzero(~lacking):
+        names = tuple(name for name, chosen in to_pool.items() if chosen[i])
+        if names:
+            derived.setdefault(names, []).append(int(places[i]))
+    return np.setdiff1d(everything, places[~lacking]), {names: np.array(chosen) for names, chosen in derived.items()}
+
+
+def _stored(view: View, variable: Wanted, rows: Ints) -> Mask:
+    """Which rows have all of a variable."""
+    stored = np.asarray(view.covers(variable.level, variable.name, rows, variable.layers).all(axis=0))
+    if variable.at_least is not None and stored.any():
+        stored[stored] = view.row_lengths(variable.level, variable.name, rows[stored]) >= variable.at_least
+    return stored

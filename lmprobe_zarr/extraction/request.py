@@ -1,67 +1,70 @@
-"""TODO: lmprobe_zarr/extraction/request.py."""
+"""What is asked for, checked: the prompts, the variables, and where they are stored. Looks into no store and loads nothing."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
-from lmprobe_zarr.batch import LAYERED_SITES, LayerSpec, Outputs, is_top_k, parse_poolings, parse_sites
+from lmprobe_zarr.batch import LAYERED_SITES, LayerSpec, Outputs, is_top_k, parse_poolings, parse_sites, prompts_kind
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.extraction.columns import Columns, check_columns
+from lmprobe_zarr.extraction.model_choice import ModelChoice
+from lmprobe_zarr.extraction.models import PromptKind
 from lmprobe_zarr.store import Store
-from lmprobe_zarr.store.format import Level, Provenance
-
-if TYPE_CHECKING:
-    pass
+from lmprobe_zarr.store.format import Level
+from lmprobe_zarr.typing import Array
 
 __all__ = ["Request", "Wanted", "check_request"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked for, checked, with the model and the prompts as the caller gave them."""
+    """What is asked for; `check_request` makes one.
 
-    model: Any
+    Parameters
+    ----------
+    choice : ModelChoice
+    given : list
+        The prompts as the caller gave them, repeats included.
+    kind : {"text", "chat", "ids"}
+    columns : mapping of str to ndarray
+        One value per given prompt.
+    store : Store
+        Where activations are looked up, and stored unless a sink is named.
+    layers : "all", "middle", "last", int, sequence of int or slice
+    sites, poolings : tuple of str
+    keep_tokens : bool
+    outputs : Outputs
+    keep_passed : bool
+        Whether layers below the deepest one asked for are stored too, where that costs no more time.
+    refresh : bool
+        Whether the model is run on stored prompts too.
+    group : str, optional
+        Name of the stored group.
+    """
+
+    choice: ModelChoice
     given: list[Any]
-    kind: extraction.PromptKind
+    kind: PromptKind
     store: Store
     layers: LayerSpec
     sites: tuple[str, ...]
     poolings: tuple[str, ...]
     keep_tokens: bool
     outputs: Outputs
-    keep_passed: bool
-    name: str | None
-    tokenizer: Any
-    revision: str | None
-    dtype: Any
-    max_length: int | None
-    truncation: bool
-    refresh: bool
-    provenance: Provenance
-    modules: Mapping[str, str] | None
-    trust_remote_code: bool
+    columns: Mapping[str, Array] = field(default_factory=dict)
+    keep_passed: bool = False
+    refresh: bool = False
     group: str | None = None
 
     @property
-    def by_name(self) -> bool:
-        """Whether the model is named, so that it need not be loaded to be known."""
-        return isinstance(self.model, (str, os.PathLike))
-
-    @property
-    def own_provenance(self) -> dict[str, Any]:
-        """The fields of the caller's own, such as ``steering``: they become part of the group."""
-        return {name: value for name, value in self.provenance.items() if name not in extraction.PROVENANCE_FIELDS}
-
-    @property
     def layered(self) -> bool:
-        """Whether anything is asked for that each layer has its own of."""
+        """Whether any variable asked for has layers."""
         return self.outputs.router or bool(set(self.sites) & set(LAYERED_SITES))
 
     def kept_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """The layers that are stored of what is run: where they cost nothing more, those that are passed on the way too."""
+        """The layers that are stored when `layers` are asked for: those passed on the way too, where they cost no more time."""
         passed = layers and self.keep_passed and not self.keep_tokens and not self.outputs.router
         return tuple(range(max(layers) + 1)) if passed else layers
 
@@ -73,7 +76,7 @@ class Request:
         layers : tuple of int
             Layers asked for.
         routers : tuple of int, optional
-            Layers that have a router, where that is known; otherwise all are taken to have one.
+            Layers that have a router; None where that is not known, then all are taken to have one.
         """
         found = []
         for site in self.sites:
@@ -98,9 +101,9 @@ class Wanted:
     layers : tuple of int
         Empty for variables without layers.
     pooled_from : str, optional
-        The site whose stored tokens it can be computed from, as well.
+        The site whose stored tokens it can be pooled from instead.
     at_least : int, optional
-        How many values a row must hold, for the largest few of many.
+        For the k largest values: how many a stored row must hold.
     """
 
     level: Level
@@ -111,16 +114,27 @@ class Wanted:
 
 
 def check_request(
-    *,
-    model: Any,
+    choice: ModelChoice,
     prompts: Iterable[Any],
+    store: Store,
+    *,
+    layers: LayerSpec,
     sites: str | Sequence[str],
     pooling: str | Sequence[str],
-    provenance: Provenance | None,
+    keep_tokens: bool,
     outputs: Outputs,
+    columns: Columns | None = None,
     keep_passed: bool = False,
-    **rest: Any,
+    refresh: bool = False,
+    group: str | None = None,
 ) -> Request:
+    """The request, with what its arguments name.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        No prompts, nothing to store, an unknown site or pooling, or columns of another length.
+    """
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of prompts")
     given = list(prompts)
@@ -128,12 +142,11 @@ def check_request(
         raise InvalidArgumentError("prompts is empty: give at least one prompt")
     names = parse_sites(sites, outputs)
     poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling or ()))
-    if not poolings and not rest["keep_tokens"]:
+    if not poolings and not keep_tokens:
         if not outputs:
             raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
         names = ()
-    kind = extraction.prompts_kind(given)
     return Request(
-        model=model, given=given, kind=kind, sites=names, poolings=poolings, provenance=dict(provenance or {}), outputs=outputs,
-        keep_passed=keep_passed, **rest,
+        choice=choice, given=given, kind=prompts_kind(given), columns=check_columns(columns, len(given)), store=store, layers=layers,
+        sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
     )  # fmt: skip

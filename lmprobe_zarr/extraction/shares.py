@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -11,10 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.errors import InvalidTypeError
-from lmprobe_zarr.extraction.lookup import Lookup
 from lmprobe_zarr.extraction.request import Request
 from lmprobe_zarr.extraction.work import Work
-from lmprobe_zarr.typing import Array, Ints
+from lmprobe_zarr.typing import Ints
 
 __all__ = ["Share", "cut", "cut_shares", "sendable"]
 
@@ -34,67 +32,57 @@ class Share:
     ----------
     request : Request
         The same request for these prompts alone.
-    columns : mapping of str to ndarray
-        One value per prompt of the share.
     tokens : int
         Tokens to run the model on.
     """
 
     request: Request
-    columns: Mapping[str, Array]
     tokens: int
 
 
 def sendable(request: Request) -> Request:
-    """The request as it means the same on other machines.
+    """The request in a form that means the same on other machines.
 
     Raises
     ------
     InvalidTypeError
         The model or the tokenizer is an object.
     """
-    if not request.by_name:
+    choice = request.choice
+    if not choice.by_name:
         raise InvalidTypeError("a loaded model cannot be sent to workers: give its folder or hub id, or leave client= out")
-    if request.tokenizer is None:
-        return replace(request, model=_absolute(request.model))
-    if not isinstance(request.tokenizer, (str, os.PathLike)):
+    if choice.tokenizer is not None and not isinstance(choice.tokenizer, (str, os.PathLike)):
         raise InvalidTypeError("a tokenizer object cannot be sent to workers: give its folder or hub id, or leave client= out")
-    return replace(request, model=_absolute(request.model), tokenizer=_absolute(request.tokenizer))
+    tokenizer = None if choice.tokenizer is None else _absolute(choice.tokenizer)
+    return replace(request, choice=replace(choice, model=_absolute(choice.model), tokenizer=tokenizer))
 
 
 def _absolute(source: str | os.PathLike[str]) -> str:
-    """A folder by its whole path, since workers stand elsewhere; a hub id as it is."""
+    """A folder by its whole path, since workers have another working directory; a hub id as it is."""
     folder = Path(source).expanduser()
     return str(folder.absolute()) if folder.is_dir() else os.fspath(source)
 
 
-def cut_shares(request: Request, looked: Lookup, work: Work, columns: Mapping[str, Array], *, workers: int) -> list[Share]:
-    """What is to be done, in shares that take about equally long.
-
-    Parameters
-    ----------
-    request : Request
-    looked : Lookup
-    work : Work
-    columns : mapping of str to ndarray
-        One value per different prompt.
-    workers : int
-        How many there are.
-    """
-    prompts = looked.prompts
+def cut_shares(work: Work, *, workers: int) -> list[Share]:
+    """What is to be done, in shares that take about equally long, for so many workers."""
+    lookup, request, prompts = work.lookup, work.lookup.request, work.lookup.prompts
     lengths = np.zeros(len(prompts), np.int64)
     if work.tokenized is not None:
-        lengths[work.missing] = work.tokenized.lengths
-    todo = np.unique(np.concatenate([work.missing, *work.derived.values()]))
-    # All workers run the very commit that was looked up here, whatever its branch has come to point at.
-    commit = None if looked.identity is None else looked.identity.provenance.get("revision")
-    pinned = replace(request, revision=str(commit) if commit else request.revision)
+        lengths[lookup.missing] = work.tokenized.lengths
+    todo = np.unique(np.concatenate([lookup.missing, *lookup.derived.values()]))
+    # All workers run the commit that was found here, even if its branch moves on meanwhile.
+    commit = None if lookup.identity is None else lookup.identity.provenance.get("revision")
+    choice = replace(request.choice, revision=str(commit) if commit else request.choice.revision)
     given: list[Any] = list(prompts.token_ids) if prompts.token_ids is not None else [request.given[i] for i in prompts.first]
     weights = np.array([_bytes_of(given[i]) for i in todo], np.int64)
     return [
         Share(
-            request=replace(pinned, given=[given[i] for i in places]),
-            columns={name: values[places] for name, values in columns.items()},
+            request=replace(
+                request,
+                choice=choice,
+                given=[given[i] for i in places],
+                columns={name: values[places] for name, values in work.columns.items()},
+            ),
             tokens=int(lengths[places].sum()),
         )
         for places in (todo[share] for share in cut(lengths[todo], weights, count=workers * PER_WORKER, most=SHARE_BYTES))

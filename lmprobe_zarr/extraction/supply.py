@@ -1,17 +1,18 @@
-"""Activations of prompts as an array, whatever it takes: from the store, from its tokens, or by running the model and keeping what it says.
+"""Activations of prompts as an array for a probe: from the store, from lmprobe's own entries, or by running the model.
 
-Stands between who wants values (`probe`) and who fills stores (`build`). Where nothing can be kept it says so once and goes on.
+Where nothing can be stored, a warning says so once, and the activations are computed for this call only.
 """
 
 from __future__ import annotations
 
 import os
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -28,26 +29,24 @@ from lmprobe_zarr.errors import (
     PartGoneError,
     ReadOnlyError,
 )
-from lmprobe_zarr.extraction.models import Prompts
-from lmprobe_zarr.extraction.request import check_request
-from lmprobe_zarr.extraction.run import Keeping, ModelMemory, Outcome, Running, carry_out, keeping_of
+from lmprobe_zarr.extraction.model_choice import ModelChoice, ModelMemory
+from lmprobe_zarr.extraction.options import Keeping, Options, keeping_of
+from lmprobe_zarr.extraction.plan import ExtractStats
+from lmprobe_zarr.extraction.request import Request, check_request
+from lmprobe_zarr.extraction.run import Outcome, complete, prepare, without_damaged_parts
+from lmprobe_zarr.extraction.work import Work
 from lmprobe_zarr.log import cache_logger, warn
 from lmprobe_zarr.store import Place, Store, open_store
-from lmprobe_zarr.store.format import Level, Provenance
+from lmprobe_zarr.store.format import GroupInfo, Level
 from lmprobe_zarr.store.parts import read_values
 from lmprobe_zarr.typing import Array, Ints
 
-if TYPE_CHECKING:
-    import torch
-
 __all__ = ["Activations", "Supplied", "Supply", "SupplyMemory", "read_activations"]
 
-# A part that is evicted or found damaged under a call is looked for again; more often than this something is wrong.
+# How often a call reads again after parts were evicted or found damaged while it read; more often is an error.
 ATTEMPTS: Final = 5
-# Of each stage: which layers, and of each prompt (layer, row, hidden).
-Elsewhere = dict[Stage, tuple[tuple[int, ...], list[Array]]]
-# Stands for a cache that cannot even be looked into.
-NOTHING: Final = "memory://lmprobe-zarr-nothing"
+# Of each stage, for each different prompt: its rows in lmprobe's own entries, shape (layer, row, hidden).
+Entries = dict[Stage, list[Array]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,8 @@ class Activations:
 
     Parameters
     ----------
+    stage : Stage
+        Whether a row is a prompt or a token, and how tokens are pooled.
     features : ndarray of float, shape (row, layer × hidden)
         A row is a prompt or a token; the layers of a row stand side by side.
     layers : tuple of int
@@ -66,6 +67,7 @@ class Activations:
         What they were computed in, where that is known.
     """
 
+    stage: Stage
     features: Array
     layers: tuple[int, ...]
     n_tokens: Ints | None
@@ -84,23 +86,14 @@ class SupplyMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Supply:
-    """Which model, which store and how; the fields are those of `lmprobe_zarr.Probe`."""
+    """Where a probe's activations come from: which model, which store and how; the fields are those of `lmprobe_zarr.Probe`."""
 
-    model: str | os.PathLike[str] | torch.nn.Module | None
+    choice: ModelChoice
     store: Place
-    dtype: Any
     device: Any
     device_map: Any
     batch_size: int | None
     cache_only: bool
-    name: str | None
-    tokenizer: Any
-    revision: str | None
-    max_length: int | None
-    truncation: bool
-    provenance: Provenance | None
-    modules: Mapping[str, str] | None
-    trust_remote_code: bool
     legacy: str
     group: str | None
     memory: SupplyMemory
@@ -121,7 +114,7 @@ class Supply:
             # Anew only the first time: what is looked for after that was damaged, or has gone.
             with self.supplied(prompts, (stage,), layers, refresh=refresh and not attempt) as supplied:
                 try:
-                    return read_activations(supplied.outcome, supplied.stores, stage)
+                    return supplied.read_all(stage)
                 except (CorruptPartError, PartGoneError) as error:
                     supplied.leave_out(error)
         raise PartGoneError(f"parts went {ATTEMPTS} times while they were read: is the cache's limit smaller than one call needs?")
@@ -134,81 +127,92 @@ class Supply:
         ------
         As `activations` does.
         """
-        if self.model is None:
+        if self.choice.model is None:
             raise InvalidArgumentError("this probe has no model to run prompts through: give Probe(model=…), or activations")
         store = self._open()
-        request = check_request(
-            model=self.model, prompts=prompts, store=store, layers=layers, sites=("resid",),
-            pooling=tuple(dict.fromkeys(stage.pooling for stage in stages if not stage.needs_tokens)),
-            keep_tokens=any(stage.needs_tokens for stage in stages), outputs=NO_OUTPUTS, keep_passed=True, name=self.name,
-            tokenizer=self.tokenizer, revision=self.revision, dtype=self.dtype, max_length=self.max_length, truncation=self.truncation,
-            refresh=refresh, provenance=self.provenance, modules=self.modules, trust_remote_code=self.trust_remote_code,
-            group=self.group,
+        keeping = keeping_of(is_default=store is None or store.is_default)
+        options = Options(
+            keeping=keeping, device=self.device, device_map=self.device_map, batch_prompts=self.batch_size, cache_only=self.cache_only,
+            progress=False, memory=self.memory.model,
         )  # fmt: skip
-        running = Running(device=self.device, device_map=self.device_map, batch_prompts=self.batch_size, progress=False)
-        keeping = keeping_of(store)
-        options: dict[str, Any] = {"memory": self.memory.model, "cache_only": self.cache_only}
-        if not refresh and request.kind == "text":
-            options["elsewhere"] = self._lmprobes(store, stages)
-        outcome = None
-        if keeping.limit != 0:
+        if store is not None and keeping.limit != 0:
             try:
-                outcome = carry_out(request, keeping, running, **options)
+                held = self._obtain(self._request(prompts, stages, layers, store, refresh=refresh), options, stages)
             except (ReadOnlyError, NoSpaceError, NotAStoreError) as error:
                 if not store.is_default:
                     raise
                 self._warn(store.url, error)
-        if outcome is not None:
-            yield Supplied(self, prompts, outcome, [store])
-            return
-        # Nothing may be stored, or can be: what is missing goes into memory, for this call only.
-        sink = open_store(f"memory://lmprobe-zarr-{uuid.uuid4().hex}")
-        try:
-            outcome = carry_out(request, Keeping(precision=keeping.precision), running, sink=sink, **options)
-            yield Supplied(self, prompts, outcome, [sink, store])
-        finally:
-            sink.storage.remove_tree("")
+            else:
+                yield Supplied(self, prompts, *held, [store])
+                return
+        # Nothing may be stored, or can be: what is missing is written into memory, for this call only.
+        with _store_in_memory() as sink:
+            stores = [sink] if store is None else [sink, store]
+            options = replace(options, keeping=Keeping(precision=keeping.precision), sink=sink)
+            held = self._obtain(self._request(prompts, stages, layers, stores[-1], refresh=refresh), options, stages)
+            yield Supplied(self, prompts, *held, stores)
 
-    def _lmprobes(self, store: Store, stages: Sequence[Stage]) -> Callable[[Prompts, tuple[int, ...]], Elsewhere | None] | None:
-        """What looks into lmprobe's own entries beside the store; None where they cannot be what is meant.
+    def _request(self, prompts: list[Any], stages: Sequence[Stage], layers: LayerSpec, store: Store, *, refresh: bool) -> Request:
+        pooling = tuple(dict.fromkeys(stage.pooling for stage in stages if not stage.needs_tokens))
+        return check_request(
+            self.choice, prompts, store, layers=layers, sites=("resid",), pooling=pooling, outputs=NO_OUTPUTS, keep_passed=True,
+            keep_tokens=any(stage.needs_tokens for stage in stages), refresh=refresh, group=self.group,
+        )  # fmt: skip
 
-        Nothing is known of how they came about but the model's name and lmprobe's default, float32.
+    def _obtain(self, request: Request, options: Options, stages: Sequence[Stage]) -> tuple[Outcome, Entries | None]:
+        """Make sure that all is stored, or find all in lmprobe's own entries, which are looked into only where prompts are missing."""
+
+        def attempt() -> tuple[Outcome, Entries | None]:
+            work = prepare(request, options)
+            entries = self._find_entries(work, stages) if len(work.lookup.missing) else None
+            return (complete(work, options), None) if entries is None else (_all_found(work), entries)
+
+        return without_damaged_parts(request.store, attempt)
+
+    def _may_use_entries(self, request: Request) -> bool:
+        """Whether lmprobe's own entries may be what is asked for.
+
+        Nothing is known of how they were made but the model's name and lmprobe's default, float32.
         """
-        cache = beside(store) if self.legacy == "auto" and isinstance(self.model, (str, os.PathLike)) else None
-        named = (self.name, self.revision, self.tokenizer, self.provenance, self.modules, self.max_length, self.group)
-        if cache is None or any(one is not None for one in named) or self.truncation:
+        choice = self.choice
+        if self.legacy != "auto" or request.refresh or request.kind != "text" or not choice.by_name or choice.truncation:
+            return False
+        given = (choice.name, choice.revision, choice.tokenizer, choice.provenance or None, choice.modules, choice.max_length, self.group)
+        return all(value is None for value in given) and str(choice.dtype or "float32").removeprefix("torch.") == "float32"
+
+    def _find_entries(self, work: Work, stages: Sequence[Stage]) -> Entries | None:
+        """What lmprobe's own entries beside the store hold, if they hold all prompts and layers for all stages."""
+        request, prompts, layers = work.lookup.request, work.lookup.prompts, work.lookup.layers
+        cache = beside(request.store) if self._may_use_entries(request) else None
+        if cache is None:
             return None
-        if self.dtype is not None and str(self.dtype).removeprefix("torch.") != "float32":
-            return None
-        model = os.fspath(self.model)  # type: ignore[arg-type]
+        model, texts = os.fspath(self.choice.model), list(prompts.text or ())
         changed = weights_changed_at(model)
-
-        def serve(prompts: Prompts, layers: tuple[int, ...]) -> Elsewhere | None:
-            texts = list(prompts.text or ())
-            if changed is not None and changed > cache.written_at(model, texts):
-                cache_logger().info("[cache] lmprobe's own entries are older than the weights in %s, so none is used", model)
+        if changed is not None and changed > cache.written_at(model, texts):
+            cache_logger().info("[cache] lmprobe's own entries are older than the weights in %s, so none is used", model)
+            return None
+        entries: Entries = {}
+        for stage in stages:
+            try:
+                pieces, held = cache.serve(model, texts, None if stage.needs_tokens else stage.pooling, layers)
+            except CorruptFileError as error:
+                warn(f"{error}\nlmprobe's own entries are left out")
                 return None
-            served = {}
-            for stage in stages:
-                try:
-                    pieces, held = cache.serve(model, texts, None if stage.needs_tokens else stage.pooling, layers)
-                except CorruptFileError as error:
-                    warn(f"{error}\nlmprobe's own entries are left out")
-                    return None
-                if pieces is None:
-                    if held:
-                        cache_logger().info(
-                            "[cache] lmprobe's own entries hold %d of %d prompts with all layers, so none is used", held, len(texts)
-                        )
-                    return None
-                served[stage] = layers, pieces
-            cache_logger().info("[cache] %s: %d hits among lmprobe's own entries, layers %s", model, len(texts), describe_layers(layers))
-            return served
+            if pieces is None:
+                if held:
+                    cache_logger().info(
+                        "[cache] lmprobe's own entries hold %d of %d prompts with all layers, so none is used", held, len(texts)
+                    )
+                return None
+            entries[stage] = pieces
+        cache_logger().info("[cache] %s: %d hits among lmprobe's own entries, layers %s", model, len(texts), describe_layers(layers))
+        return entries
 
-        return serve
+    def _open(self) -> Store | None:
+        """The store, None where the cache cannot be opened.
 
-    def _open(self) -> Store:
-        """The store; while it lies at the same place always the same object, which knows its parts already, and the damaged ones."""
+        While it is the same place it is always the same object, which knows its parts already, and the damaged ones.
+        """
         if isinstance(self.store, Store):
             return self.store
         try:
@@ -218,14 +222,15 @@ class Supply:
                 raise
             # Computing goes on without a cache.
             self._warn(str(config.default_root()), error)
-            opened = Store(open_store(NOTHING).storage, mode="r", is_default=True)
+            return None
         kept = self.memory.store
         if kept is None or (kept.where, kept.mode, kept.is_default) != (opened.where, opened.mode, opened.is_default):
             self.memory.store = kept = opened
         return kept
 
     def _warn(self, place: str, error: Exception) -> None:
-        if place == NOTHING or place in self.memory.warned:
+        """Warn that nothing is stored, once for each place."""
+        if place in self.memory.warned:
             return
         self.memory.warned.add(place)
         variable = "LMPROBE_CACHE_DIR" if config.cache_backend() is None else "LMPROBE_CACHE_BACKEND"
@@ -235,22 +240,70 @@ class Supply:
         )
 
 
+@contextmanager
+def _store_in_memory() -> Iterator[Store]:
+    """An empty store in memory for the duration."""
+    sink = open_store(f"memory://lmprobe-zarr-{uuid.uuid4().hex}")
+    try:
+        yield sink
+    finally:
+        sink.storage.remove_tree("")
+
+
+def _all_found(work: Work) -> Outcome:
+    """The outcome where nothing had to be done, although the store lacks prompts."""
+    plan, lookup = work.plan, work.lookup
+    group = lookup.group or GroupInfo(model=plan.model)
+    stats = ExtractStats(
+        model=plan.model, group=group.name, prompts=plan.prompts, found=plan.prompts, derived=plan.derived, extracted=0, tokens=0, nbytes=0,
+        parts=0, model_loaded=False, seconds=time.perf_counter() - lookup.began,
+    )  # fmt: skip
+    return Outcome(stats=stats, prompts=lookup.prompts, layers=lookup.layers, group=group)
+
+
 @dataclass(frozen=True, slots=True)
 class Supplied:
-    """What was asked for, wherever it lies, while the context of `Supply.supplied` lasts."""
+    """What was asked for, wherever it is stored, while the context of `Supply.supplied` lasts.
+
+    Parameters
+    ----------
+    supply : Supply
+    prompts : list
+        As the caller gave them.
+    outcome : Outcome
+    entries : dict, optional
+        What lmprobe's own entries hold, where they serve the call instead of a store.
+    stores : list of Store
+        Where to read, in this order; the last one is the store that was looked into.
+    """
 
     supply: Supply
     prompts: list[Any]
     outcome: Outcome
+    entries: Entries | None
     stores: list[Store]
 
     def read(self, stage: Stage, layer: int) -> Activations:
         """One layer of all prompts."""
         try:
-            return read_activations(replace(self.outcome, layers=(layer,)), self.stores, stage)
+            if self.entries is not None:
+                return _from_entries(self.outcome, self.entries[stage], stage, (layer,))
+            return read_activations(self.outcome, self.stores, stage, (layer,))
         except (CorruptPartError, PartGoneError) as error:
             self.leave_out(error)
             return self.supply.activations(self.prompts, stage, [layer])
+
+    def read_all(self, stage: Stage) -> Activations:
+        """All layers of all prompts, side by side.
+
+        Raises
+        ------
+        PartGoneError, CorruptPartError
+            A part has gone since, or is damaged.
+        """
+        if self.entries is not None:
+            return _from_entries(self.outcome, self.entries[stage], stage, self.outcome.layers)
+        return read_activations(self.outcome, self.stores, stage, self.outcome.layers)
 
     def leave_out(self, error: CorruptPartError | PartGoneError) -> None:
         """Go on without what could not be read: other parts serve what it held, or the model is run again."""
@@ -271,19 +324,20 @@ def weights_changed_at(model: str) -> float | None:
     return None
 
 
-def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage) -> Activations:
-    """What an extraction has made sure of, from the places that hold it, in the order of the given prompts.
+def _from_entries(outcome: Outcome, entries: list[Array], stage: Stage, layers: tuple[int, ...]) -> Activations:
+    at = [outcome.layers.index(layer) for layer in layers]
+    return _in_order(outcome, {i: entry[at] for i, entry in enumerate(entries)}, stage, layers)
+
+
+def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage, layers: tuple[int, ...]) -> Activations:
+    """Layers that an extraction has made sure of, from the stores that hold them, in the order of the given prompts.
 
     Raises
     ------
     PartGoneError, CorruptPartError
         A part has gone since, or is damaged.
     """
-    prompts, layers = outcome.prompts, outcome.layers
-    if outcome.elsewhere is not None:
-        held, pieces_there = outcome.elsewhere[stage]
-        at = [held.index(layer) for layer in layers]
-        return _in_order(outcome, {i: piece[at] for i, piece in enumerate(pieces_there)}, stage)
+    prompts = outcome.prompts
     level: Level = "tokens" if stage.needs_tokens else "prompts"
     name = "resid" if stage.needs_tokens else f"resid_{stage.pooling}"
     pieces: dict[int, Array] = {}
@@ -304,12 +358,12 @@ def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage) ->
     absent = len(prompts) - len(pieces)
     if absent:
         raise PartGoneError(f"{absent} of {len(prompts)} prompts went from {stores[-1].where} while they were read: call again")
-    return _in_order(outcome, pieces, stage)
+    return _in_order(outcome, pieces, stage, layers)
 
 
-def _in_order(outcome: Outcome, pieces: Mapping[int, Array], stage: Stage) -> Activations:
+def _in_order(outcome: Outcome, pieces: Mapping[int, Array], stage: Stage, layers: tuple[int, ...]) -> Activations:
     """What was read of the different prompts, (layer, row, hidden) each, as rows in the order of the given ones."""
-    prompts, layers = outcome.prompts, outcome.layers
+    prompts = outcome.prompts
     counts = np.array([pieces[i].shape[1] for i in range(len(prompts))], np.int64)
     joined = np.concatenate([pieces[i] for i in range(len(prompts))], axis=1)
     ordered = joined[:, concat_ranges(offsets_of(counts)[prompts.row], counts[prompts.row])]
@@ -318,6 +372,7 @@ def _in_order(outcome: Outcome, pieces: Mapping[int, Array], stage: Stage) -> Ac
     digests = np.frombuffer(bytes.fromhex("".join(prompts.sha256)), np.uint8).reshape(-1, 32)
     dtype = outcome.group.provenance.get("compute_dtype")
     return Activations(
+        stage,
         features,
         layers,
         counts[prompts.row] if stage.needs_tokens else None,

@@ -1,27 +1,21 @@
-"""TODO: lmprobe_zarr/extraction/work.py."""
+"""What is to be done for a request, decided from what the store has. Runs and writes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmprobe_zarr.batch import Precision, resolve_layers, row_bytes
-from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction import models as extraction
-from lmprobe_zarr.extraction.lookup import Lookup, tokenizer_of
-from lmprobe_zarr.extraction.models import ModelIdentity, Prompts, TokenizedPrompts
+from lmprobe_zarr.batch import Precision, parse_prompts, row_bytes
+from lmprobe_zarr.extraction import models
+from lmprobe_zarr.extraction.columns import columns_by_prompt
+from lmprobe_zarr.extraction.lookup import Lookup
+from lmprobe_zarr.extraction.models import TokenizedPrompts
 from lmprobe_zarr.extraction.plan import ExtractPlan
-from lmprobe_zarr.extraction.request import Request, Wanted
-from lmprobe_zarr.store.parts import View
-from lmprobe_zarr.typing import Array, Ints
+from lmprobe_zarr.typing import Array
 
-if TYPE_CHECKING:
-    from lmprobe_zarr.extraction.models import LoadedModel
-
-__all__ = ["Work", "plan_work"]
+__all__ = ["Work", "decide"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,109 +24,89 @@ class Work:
 
     Parameters
     ----------
-    missing : ndarray of int
-        Places among the different prompts of those that the model has to be run on.
+    lookup : Lookup
+        With the prompts to run the model on, and those to pool from stored tokens.
+    plan : ExtractPlan
+        The same in numbers.
     tokenized : TokenizedPrompts, optional
-        Their tokens; None where none is missing.
-    derived : mapping of tuple of str to ndarray of int
-        What can be pooled from stored tokens: places of the prompts that lack exactly these variables, by the variables' names.
+        Tokens of the missing prompts; None where none is missing.
+    columns : mapping of str to ndarray
+        The caller's columns, one value per different prompt.
     """
 
-    missing: Ints
+    lookup: Lookup
+    plan: ExtractPlan
     tokenized: TokenizedPrompts | None
-    derived: Mapping[tuple[str, ...], Ints]
+    columns: Mapping[str, Array]
+
+    @property
+    def changes_store(self) -> bool:
+        """Whether activations are to be stored."""
+        return bool(len(self.lookup.missing) or self.lookup.derived)
 
 
-def plan_work(
-    request: Request, looked: Lookup, loaded: LoadedModel | None, before: Work | None = None, *, precision: Precision
-) -> tuple[ExtractPlan, Work]:
-    """The plan, and the work that it means; stored with a precision."""
-    prompts, known = looked.prompts, loaded or looked.identity
-    assert known is not None  # noqa: S101 — a model is named or loaded
-    depth = known.num_layers or (looked.group.num_layers if looked.group else None)
-    if depth is None:
-        raise InvalidArgumentError(
-            f"how many layers {known.name!r} has is not known without its configuration: check the name, or go online"
-        )
-    layers = resolve_layers(request.layers, depth) if request.layered else ()
-    wanted = request.wanted(layers, None if loaded is None else loaded.router_layers)
-    missing, derived = _missing(request, wanted, looked.view, prompts)
-    if before is not None and np.array_equal(before.missing, missing):
+def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> Work:
+    """What is to be done, and what it takes when it is stored with a precision.
+
+    Parameters
+    ----------
+    lookup : Lookup
+    precision : Precision
+    before : Work, optional
+        What was decided before the model was loaded: its tokens are taken where the same prompts are missing.
+    """
+    columns = columns_by_prompt(lookup.request.columns, lookup.prompts)
+    if before is not None and np.array_equal(before.lookup.missing, lookup.missing):
         tokenized = before.tokenized
     else:
-        tokenized = _tokenize(request, prompts, missing, loaded, known) if len(missing) else None
-    dtype = str(known.provenance.get("compute_dtype") or (looked.group and looked.group.provenance.get("compute_dtype")) or "float32")
-    weight = row_bytes(
-        layers=len(request.kept_layers(layers)),
-        hidden_size=known.hidden_size or (looked.group.hidden_size if looked.group else None) or 0,
-        dtype=precision.dtype or dtype,
+        tokenized = _tokenize(lookup) if len(lookup.missing) else None
+    tokens = 0 if tokenized is None else tokenized.num_tokens
+    nbytes, needed_bytes = _sizes(lookup, precision, tokens)
+    plan = ExtractPlan(
+        model=lookup.model.name,
+        url=lookup.request.store.url,
+        prompts=len(lookup.prompts),
+        found=len(lookup.found),
+        derived=sum(map(len, lookup.derived.values())),
+        tokens=tokens,
+        layers=lookup.layers,
+        variables=tuple(variable.name for variable in lookup.wanted),
+        dtype=precision.dtype or lookup.compute_dtype,
+        nbytes=nbytes,
+        needed_bytes=needed_bytes,
+        free_bytes=lookup.request.store.storage.free_bytes(),
+    )
+    return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
+
+
+def _sizes(lookup: Lookup, precision: Precision, tokens: int) -> tuple[int, int]:
+    """Bytes of the missing activations, which have so many tokens, and of all that is asked for."""
+    request, model, group = lookup.request, lookup.model, lookup.group
+    size = row_bytes(
+        layers=len(request.kept_layers(lookup.layers)),
+        hidden_size=model.hidden_size or (group.hidden_size if group else None) or 0,
+        dtype=precision.dtype or lookup.compute_dtype,
         sites=request.sites,
         pooling=request.poolings,
         keep_tokens=request.keep_tokens,
         outputs=request.outputs,
-        vocab_size=known.vocab_size,
-        experts=known.num_experts,
+        vocab_size=model.vocab_size,
+        experts=model.num_experts,
     )
-    tokens = 0 if tokenized is None else tokenized.num_tokens
-    held = np.setdiff1d(np.arange(len(prompts)), missing)
-    kept = 0 if looked.view is None else int(looked.view.token_counts()[looked.view.find([prompts.sha256[i] for i in held])].sum())
-    plan = ExtractPlan(
-        model=known.name,
-        url=request.store.url,
-        prompts=len(prompts),
-        found=len(prompts) - len(missing),
-        derived=sum(map(len, derived.values())),
-        tokens=tokens,
-        layers=layers,
-        variables=tuple(one.name for one in wanted),
-        dtype=precision.dtype or dtype,
-        nbytes=weight.total(len(missing), tokens),
-        needed_bytes=weight.total(len(prompts), tokens + kept),
-        free_bytes=request.store.storage.free_bytes(),
-    )
-    return plan, Work(missing=missing, tokenized=tokenized, derived=derived)
+    stored_tokens = 0 if lookup.view is None else int(lookup.view.token_counts()[lookup.found_rows].sum())
+    return size.total(len(lookup.missing), tokens), size.total(len(lookup.prompts), tokens + stored_tokens)
 
 
-def _tokenize(
-    request: Request, prompts: Prompts, missing: Ints, loaded: LoadedModel | None, known: LoadedModel | ModelIdentity
-) -> TokenizedPrompts:
-    tokenizer = loaded.tokenizer if loaded is not None else tokenizer_of(request)
+def _tokenize(lookup: Lookup) -> TokenizedPrompts:
+    """Tokens of the missing prompts."""
+    request, prompts = lookup.request, lookup.prompts
     if prompts.text is None:
-        prompts = extraction.parse_prompts(request.given, tokenizer=tokenizer)
-    return extraction.tokenize(
-        prompts.take(missing),
-        tokenizer,
-        context_length=known.context_length,
-        max_length=request.max_length,
-        truncation=request.truncation,
-        vocab_size=known.vocab_size,
+        prompts = parse_prompts(request.given, tokenizer=lookup.tokenizer)
+    return models.tokenize(
+        prompts.take(lookup.missing),
+        lookup.tokenizer,
+        context_length=lookup.model.context_length,
+        max_length=request.choice.max_length,
+        truncation=request.choice.truncation,
+        vocab_size=lookup.model.vocab_size,
     )
-
-
-def _missing(request: Request, wanted: Sequence[Wanted], view: View | None, prompts: Prompts) -> tuple[Ints, dict[tuple[str, ...], Ints]]:
-    """Places among the different prompts of those that lack anything asked for; and of those that stored tokens make up for."""
-    if view is None:
-        return np.arange(len(prompts)), {}
-    rows = view.find(prompts.sha256)  # also where all are run again: a collision must be noticed before anything is run
-    if request.refresh:
-        return np.arange(len(prompts)), {}
-    known = np.flatnonzero(rows >= 0)
-    lacking = np.zeros(len(known), bool)  # what only the model can make up for
-    to_pool: dict[str, Array] = {}
-    tokens_are_whole = view.holds_whole_prompts
-    for one in wanted:
-        there: Array = np.asarray(view.covers(one.level, one.name, rows[known], one.layers).all(axis=0))
-        if one.at_least is not None and there.any():
-            there[there] = view.row_lengths(one.level, one.name, rows[known][there]) >= one.at_least
-        if one.pooled_from is not None and tokens_are_whole:
-            from_tokens = view.covers("tokens", one.pooled_from, rows[known], one.layers).all(axis=0)
-            to_pool[one.name] = from_tokens & ~there
-            there = there | from_tokens
-        lacking |= ~there
-    missing = np.setdiff1d(np.arange(len(prompts)), known[~lacking])
-    derived: dict[tuple[str, ...], list[int]] = {}
-    for i in np.flatnonzero(~lacking):
-        names = tuple(name for name, chosen in to_pool.items() if chosen[i])
-        if names:
-            derived.setdefault(names, []).append(int(known[i]))
-    return missing, {names: np.array(places) for names, places in derived.items()}

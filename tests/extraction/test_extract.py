@@ -534,8 +534,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np, torch, transformers
 torch.set_num_threads(1)
 import lmprobe_zarr as lz
-from lmprobe_zarr import extraction
-extraction.load_model  # imports what it needs before the first fork
+from lmprobe_zarr.extraction import models
+models.load_model  # imports what it needs before the first fork
 model, url, rounds, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 rng = random.Random(seed)
 prompts = [f"{'the dog walks ' * (i % 7 + 1)}{i}" for i in range(60)]

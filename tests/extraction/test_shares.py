@@ -163,22 +163,22 @@ def test_the_model_is_loaded_once_per_process_and_activations_never_pass_the_sch
 
 
 def _count_loads() -> None:
-    from lmprobe_zarr.extraction import run as build
+    from lmprobe_zarr.extraction import model_choice
 
-    build.loads = []  # type: ignore[attr-defined]
-    real: Any = vars(build)["load"]
+    model_choice.loads = []  # type: ignore[attr-defined]
+    real: Any = vars(model_choice)["_load"]
 
     def load(*args: Any, **options: Any) -> Any:
-        build.loads.append(1)  # type: ignore[attr-defined]
+        model_choice.loads.append(1)  # type: ignore[attr-defined]
         return real(*args, **options)
 
-    vars(build)["load"] = load
+    vars(model_choice)["_load"] = load
 
 
 def _loads() -> int:
-    from lmprobe_zarr.extraction import run as build
+    from lmprobe_zarr.extraction import model_choice
 
-    return len(build.loads)  # type: ignore[attr-defined]
+    return len(model_choice.loads)  # type: ignore[attr-defined]
 
 
 def test_chats_ids_and_repeated_prompts_go_to_workers_too(llama: Path, threads: Any, tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Work done in this process: the model is run, stored tokens are pooled, and both are written through `Ingest`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmprobe_zarr.batch import TokenBatch, pool_ragged, round_bits, split_variable
+from lmprobe_zarr.extraction import models
+from lmprobe_zarr.extraction.columns import with_columns
+from lmprobe_zarr.extraction.lookup import Lookup
+from lmprobe_zarr.extraction.options import Options
+from lmprobe_zarr.extraction.work import Work
+from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.store import Ingest
+from lmprobe_zarr.store.parts import blocks_of, read_values
+
+__all__ = ["Written", "fill_here"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written; the fields are those of `ExtractStats`."""
+
+    nbytes: int = 0
+    parts: int = 0
+    not_finite: int = 0
+    blank: int = 0
+
+
+def fill_here(work: Work, options: Options) -> Written:
+    """Run the loaded model on what is missing, pool what stored tokens make up for, and store both."""
+    lookup, tokens = work.lookup, work.plan.tokens
+    ingest = Ingest(
+        options.sink or lookup.request.store, lookup.makes_group, part_bytes=options.keeping.part_bytes,
+        part_seconds=options.part_seconds, precision=options.keeping.precision,
+        recorded={} if lookup.loaded is None else lookup.loaded.recorded,
+    )  # fmt: skip
+    with progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0) as advance, ingest:
+        for batch in _pooled_from_tokens(lookup):
+            ingest.put(batch)
+        rows = {digest: row for row, digest in enumerate(lookup.prompts.sha256)}
+        for batch in _run_model(work, options, advance):
+            ingest.put(with_columns(batch, rows, work.columns, store_text=options.store_text))
+    return Written(nbytes=ingest.nbytes, parts=len(ingest.parts), not_finite=ingest.not_finite, blank=ingest.blank)
+
+
+def _run_model(work: Work, options: Options, advance: Callable[[int], None]) -> Iterator[TokenBatch]:
+    """What the model gives for the missing prompts, if there are any."""
+    lookup, request = work.lookup, work.lookup.request
+    if lookup.loaded is None or work.tokenized is None:
+        return iter(())
+
+    def after_batch(_prompts: int, tokens: int) -> None:
+        advance(tokens)
+        if options.watch is not None:
+            options.watch()
+
+    return models.run(
+        lookup.loaded,
+        work.tokenized,
+        layers=request.kept_layers(lookup.layers) or "all",
+        sites=request.sites,
+        poolings=request.poolings,
+        keep_tokens=request.keep_tokens,
+        outputs=request.outputs,
+        batch_tokens=options.batch_tokens,
+        batch_prompts=options.batch_prompts,
+        progress=after_batch,
+    )
+
+
+def _pooled_from_tokens(lookup: Lookup) -> Iterator[TokenBatch]:
+    """Poolings that were not stored, of prompts whose tokens are."""
+    view, layers = lookup.view, lookup.layers
+    if view is None:
+        return
+    stored = view.variables("tokens")
+    for names, places in lookup.derived.items():
+        rows = view.find([lookup.prompts.sha256[i] for i in places])
+        counts = view.token_counts()[rows]
+        sites = dict.fromkeys(split_variable(name)[0] for name in names)
+        weight = sum(int(np.prod(stored[site].row_shape)) * 4 * max(1, len(layers)) for site in sites)
+        for block in blocks_of(counts * weight):
+            tokens = {site: read_values(view, "tokens", site, rows[block], layers) for site in sites}
+            arrays, dtypes = {}, {}
+            for name in names:
+                site, pooling = split_variable(name)
+                dtype = str(stored[site].attributes.get("stored_dtype", stored[site].dtype))
+                pooled = pool_ragged(tokens[site], counts[block], str(pooling))
+                # As the model would have given it: a mean of bfloat16 numbers is one again.
+                arrays[name], dtypes[name] = (round_bits(pooled, 7) if dtype == "bfloat16" else pooled), dtype
+            yield TokenBatch(
+                sha256=[lookup.prompts.sha256[i] for i in places[block]],
+                layers=layers,
+                prompts=arrays,
+                unlayered=frozenset(name for name in names if not stored[split_variable(name)[0]].layered),
+                stored_dtype=dtypes,
+            )

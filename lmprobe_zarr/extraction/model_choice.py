@@ -1,0 +1,143 @@
+"""The model that a caller chose: how it is identified and loaded, and the one that was loaded last. Never a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from lmprobe_zarr import config
+from lmprobe_zarr.extraction import models
+from lmprobe_zarr.extraction.models import ModelIdentity, PromptKind, Provenance
+
+if TYPE_CHECKING:
+    from lmprobe_zarr.extraction.models import LoadedModel
+
+__all__ = ["LoadingOptions", "ModelChoice", "ModelMemory"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChoice:
+    """Which model, with which tokenizer, and how it reads and computes; the fields are those of `lmprobe_zarr.extract`.
+
+    Parameters
+    ----------
+    model : str, path or torch Module
+    name, tokenizer, revision, max_length, truncation, modules, trust_remote_code
+        As for `lmprobe_zarr.extract`.
+    dtype : "auto", str, torch.dtype or None
+        None accepts activations of any dtype that are stored; where the model has to be run, it computes in theirs.
+    provenance : mapping
+        Fields that the caller named: own ones, such as ``steering``, and fixed ones, such as ``revision``.
+    """
+
+    model: Any
+    name: str | None = None
+    tokenizer: Any = None
+    revision: str | None = None
+    dtype: Any = "auto"
+    max_length: int | None = None
+    truncation: bool = False
+    provenance: Provenance = field(default_factory=dict)
+    modules: Mapping[str, str] | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the model is named, so that it can be identified without being loaded."""
+        return isinstance(self.model, (str, os.PathLike))
+
+    @property
+    def own_provenance(self) -> dict[str, Any]:
+        """The caller's own fields, such as ``steering``: they become part of the group."""
+        return {name: value for name, value in self.provenance.items() if name not in models.PROVENANCE_FIELDS}
+
+    def identify(self, kind: PromptKind) -> ModelIdentity:
+        """What is known of a named model without loading it, for prompts of one kind."""
+        identity = models.identify(
+            self.model, name=self.name, tokenizer=self.tokenizer, revision=self.revision, prompts_kind=kind, max_length=self.max_length,
+            dtype="auto" if self.dtype is None else self.dtype, truncation=self.truncation, memory=config.weights_memory(),
+            modules=self.modules, provenance=self.own_provenance,
+        )  # fmt: skip
+        if self.dtype is None:  # stored activations of any dtype will do
+            return replace(identity, provenance={k: v for k, v in identity.provenance.items() if k != "compute_dtype"})
+        return identity
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer: the caller's own object, or the one that is named, or the model's."""
+        if self.tokenizer is not None and not isinstance(self.tokenizer, (str, os.PathLike)):
+            return self.tokenizer
+        source = self.model if self.tokenizer is None else self.tokenizer
+        return models.load_tokenizer(source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadingOptions:
+    """How a model is loaded for one extraction.
+
+    Parameters
+    ----------
+    kind : {"text", "chat", "ids"}
+        The kind of its prompts.
+    dtype : "auto", str or torch.dtype
+        What it computes in.
+    device, device_map
+        As for `lmprobe_zarr.extract`.
+    head : bool
+        Whether its head is needed.
+    """
+
+    kind: PromptKind
+    dtype: Any
+    device: Any
+    device_map: Any
+    head: bool
+
+
+@dataclass(slots=True)
+class ModelMemory:
+    """The model that was loaded last, for the next call: loading takes longer than a run over a few prompts."""
+
+    loaded: LoadedModel | None = None
+    key: tuple[Any, ...] = ()
+
+    def load(self, choice: ModelChoice, options: LoadingOptions, identity: ModelIdentity | None) -> LoadedModel:
+        """The chosen model, loaded only if it is another one than last time, or has changed since.
+
+        Parameters
+        ----------
+        choice : ModelChoice
+        options : LoadingOptions
+        identity : ModelIdentity, optional
+            What is known of a named model now.
+        """
+        key = _key_of(choice, options)
+        # An object may have been edited since, which only loading it again, that is, looking at its weights, would reveal.
+        if not choice.by_name or self.loaded is None or key != self.key or _has_changed(self.loaded, identity):
+            self.loaded = None  # its memory is free before the next one takes its own
+            self.loaded, self.key = _load(choice, options), key
+        return self.loaded
+
+
+def _key_of(choice: ModelChoice, options: LoadingOptions) -> tuple[Any, ...]:
+    """Values that are equal only where the same model would be loaded."""
+    return (
+        choice.model if choice.by_name else id(choice.model), choice.name, choice.revision, str(options.dtype), options.kind,
+        choice.max_length, choice.truncation, str(options.device), str(options.device_map), options.head,
+        id(choice.tokenizer) if choice.tokenizer is not None else None, repr(choice.modules), repr(choice.own_provenance),
+    )  # fmt: skip
+
+
+def _has_changed(loaded: LoadedModel, identity: ModelIdentity | None) -> bool:
+    known = {} if identity is None else identity.provenance
+    return any(name != "compute_dtype" and loaded.provenance.get(name) != value for name, value in known.items())
+
+
+def _load(choice: ModelChoice, options: LoadingOptions) -> LoadedModel:
+    return models.load_model(
+        choice.model, name=choice.name, tokenizer=choice.tokenizer, revision=choice.revision, dtype=options.dtype, device=options.device,
+        device_map=options.device_map, trust_remote_code=choice.trust_remote_code, modules=choice.modules, prompts_kind=options.kind,
+        max_length=choice.max_length, truncation=choice.truncation, memory=config.weights_memory(), provenance=choice.own_provenance,
+        head=options.head,
+    )  # fmt: skip
