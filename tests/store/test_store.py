@@ -147,7 +147,7 @@ def test_many_chunks_and_parts_read_the_same_as_one(store: Store, monkeypatch: p
     monkeypatch.setattr("lmprobe_zarr.store.parts.writer.CHUNK_BYTES", 8 * 4 * 3)
     monkeypatch.setattr("lmprobe_zarr.store.parts.writer.REMOTE_CHUNK_BYTES", 8 * 4 * 3)
     monkeypatch.setattr("lmprobe_zarr.store.parts.writer.MIN_CHUNK_BYTES", 8)
-    monkeypatch.setattr("lmprobe_zarr.store.parts.writer.TEXT_ROWS", 4)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.columns.TEXT_ROWS", 4)
     monkeypatch.setattr("lmprobe_zarr.store.parts.writer.COLUMN_ROWS", 5)
     texts = [f"prompt {i}" * (i % 4 + 1) for i in range(23)]
     whole = make_batch(texts)
@@ -464,7 +464,7 @@ def test_an_annotation_of_another_prompt_with_the_same_hash_is_an_error(store: S
 
 
 def test_long_texts_are_cut_into_chunks_by_size(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmprobe_zarr.store.parts.writer.TEXT_BYTES", 5000)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.columns.TEXT_BYTES", 5000)
     texts = ["x" * (n * 100) for n in range(1, 30)]
     store.write(GROUP, make_batch(texts, tokens=False))
     assert store.dataset().text.values.tolist() == texts
@@ -543,7 +543,7 @@ def test_each_part_document_is_read_once(store: Store, monkeypatch: pytest.Monke
         parsed.append(where)
         return parse_part(data, where)
 
-    monkeypatch.setattr("lmprobe_zarr.store.store.parse_part", counting)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.catalog.parse_part", counting)
     reading.dataset()
     reading.tokens()
     assert len(parsed) == 3
