@@ -16,7 +16,7 @@ from lmprobe_zarr.batch.hashes import (
     rows_differ,
     sha256_of,
 )
-from lmprobe_zarr.batch.layers import LayerSpec, describe_layers, parse_sweep, resolve_layers
+from lmprobe_zarr.batch.layers import LayerSpec, choose_layers, describe_layers, parse_sweep, resolve_layers
 from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
 from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
 from lmprobe_zarr.batch.prompts import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind, shorten
@@ -58,6 +58,7 @@ __all__ = [
     "Stage",
     "TokenBatch",
     "as_slice",
+    "choose_layers",
     "concat_ranges",
     "count_odd",
     "describe_layers",

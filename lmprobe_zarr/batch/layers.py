@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidTypeError, LayerOutOfRangeError
 
-__all__ = ["LayerSpec", "describe_layers", "parse_sweep", "resolve_layers"]
+__all__ = ["LayerSpec", "choose_layers", "describe_layers", "parse_sweep", "resolve_layers"]
 
 _USE = "use 'all', 'middle', 'last', a number, a list of numbers or a slice"
 
@@ -60,6 +60,36 @@ def resolve_layers(layers: LayerSpec, num_layers: int) -> tuple[int, ...]:
     if not numbers:
         raise LayerOutOfRangeError(f"layers={layers!r} selects none of the {num_layers} layers, 0 to {num_layers - 1}")
     return tuple(sorted({number % num_layers for number in numbers}))
+
+
+def choose_layers(held: Sequence[int], layers: LayerSpec | None, *, where: str, num_layers: int | None = None) -> tuple[int, ...]:
+    """Which of the stored layers a caller wants, ascending.
+
+    Parameters
+    ----------
+    held : sequence of int
+        The layers that are stored, ascending.
+    layers : int, sequence of int, slice or str, optional
+        As for `resolve_layers`. None and ``"all"`` take all that are stored. Each number must be stored; a slice or a word takes those of
+        its layers that are, and at least one must be.
+    where : str
+        The place that holds them, for the message.
+    num_layers : int, optional
+        How many layers the model has; by default up to the last one stored.
+
+    Raises
+    ------
+    LayerOutOfRangeError
+        A wanted layer is not stored.
+    """
+    if layers is None or (isinstance(layers, str) and layers == "all"):
+        return tuple(held)
+    wanted = resolve_layers(layers, num_layers or (max(held, default=-1) + 1))
+    chosen = tuple(layer for layer in wanted if layer in held)
+    if len(chosen) < len(wanted) and (not chosen or not isinstance(layers, slice | str)):
+        absent = next(layer for layer in wanted if layer not in held)
+        raise LayerOutOfRangeError(f"layer {absent} is not stored in {where}, which holds layers {describe_layers(held)}: extract it first")
+    return chosen
 
 
 def parse_sweep(layers: LayerSpec) -> LayerSpec | None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, LayerSpec, is_top_k, offsets_of, prompt_sha256
+from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, LayerSpec, choose_layers, is_top_k, offsets_of, prompt_sha256
 from lmprobe_zarr.bridges import lmprobe_write
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.lmprobe_folders import read_manifest
@@ -23,7 +23,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.storage import Storage, open_storage, run_all
-from lmprobe_zarr.store import Place, Store, choose_held_layers, open_store
+from lmprobe_zarr.store import Place, Store, open_store
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance
 from lmprobe_zarr.store.parts import NOWHERE, View, VirtualArray
 from lmprobe_zarr.typing import Array, Ints
@@ -302,8 +302,7 @@ def export_safetensors(
 
 def _export_layers(view: View, layers: LayerSpec | None) -> dict[Level, tuple[int, ...]]:
     held: dict[Level, tuple[int, ...]] = {level: view.layers(level) for level in LEVELS}
-    every = sorted({i for numbers in held.values() for i in numbers})
-    wanted = choose_held_layers(every, layers, view.where, view.group.num_layers)
+    wanted = choose_layers(view.all_layers(), layers, where=view.where, num_layers=view.group.num_layers)
     return {level: tuple(i for i in numbers if i in wanted) for level, numbers in held.items()}
 
 

@@ -15,7 +15,7 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from lmprobe_zarr.batch import STATISTICS, LayerSpec, offsets_of, positions_of
+from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, offsets_of, positions_of
 from lmprobe_zarr.bridges import lmprobe_v2
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, held_dtype
 from lmprobe_zarr.bridges.files import map_files, open_files
@@ -23,7 +23,6 @@ from lmprobe_zarr.bridges.import_plan import of_one_width, prompt_list
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2, Piece
 from lmprobe_zarr.bridges.summaries import Tally
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError, ModelNotStoredError
-from lmprobe_zarr.store import choose_held_layers
 from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level, array_dims
 from lmprobe_zarr.tokens import TakenArray, TokenIndex, lazy_variable, tidy_key
 from lmprobe_zarr.typing import Array, Ints
@@ -272,7 +271,7 @@ def open_legacy(
     if not fitting:
         raise ModelNotStoredError(f"{source.url} holds no {level} of {model!r} that can be read: check the name and the folder")
     held = sorted({i for entry in fitting for h in entry.holds if h.level == level for i in h.layers or ()})
-    data = entries_dataset(source, fitting, level, choose_held_layers(held, layers, source.url))
+    data = entries_dataset(source, fitting, level, choose_layers(held, layers, where=source.url))
     return data.assign_attrs(skipped="; ".join(map(str, skipped.reasons()))) if len(skipped) else data
 
 

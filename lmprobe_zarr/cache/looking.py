@@ -163,7 +163,7 @@ def _describe_group(store: Store, info: GroupInfo, entries: list[Entry]) -> Mode
         group=info.name,
         size_bytes=sum(entry.nbytes for entry in entries),
         num_prompts=len(view),
-        num_layers=len({*view.layers("prompts"), *view.layers("tokens")}),
+        num_layers=len(view.all_layers()),
         num_parts=len(view.parts),
         variables=every,
         has_pooled=bool(pooled),

@@ -87,4 +87,4 @@ def keeping_of(
         overflow=overflow or setting.overflow,
     )
     limit = config.cache_limit() if is_default else None
-    return Keeping(precision=precision, part_bytes=part_bytes_within(limit, part_bytes), limit=limit)
+    return Keeping(precision=precision, part_bytes=part_bytes_within(part_bytes, limit), limit=limit)

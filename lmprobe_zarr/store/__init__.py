@@ -7,7 +7,7 @@ is merged, repaired or copied). Never models, probes or plots.
 from lmprobe_zarr.store.activations import write_activations
 from lmprobe_zarr.store.choice import ambiguous
 from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view
-from lmprobe_zarr.store.datasets import choose_held_layers, to_dataset
+from lmprobe_zarr.store.datasets import to_dataset
 from lmprobe_zarr.store.ingest import PART_SECONDS, Ingest
 from lmprobe_zarr.store.parts import PART_BYTES, part_bytes_within
 from lmprobe_zarr.store.roots import Mode
@@ -23,7 +23,6 @@ __all__ = [
     "Place",
     "Store",
     "ambiguous",
-    "choose_held_layers",
     "describe_view",
     "open_store",
     "part_bytes_within",

@@ -1,20 +1,29 @@
-"""What a group holds, as values that can be shown: prompts, layers, variables with codecs and sizes. Reads documents, never values."""
+"""What a store holds, as values that print: of each group the prompts, layers, and variables with codecs and sizes.
+
+For people who look at a store, with all of its roots together. How large the cache is, root by root, and when it was used last is in
+`lmprobe_zarr.cache.info`. Reads documents, never activations.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+import xarray as xr
 
 from lmprobe_zarr.batch import describe_layers
-from lmprobe_zarr.display import Html, definitions, format_bytes, section, table
+from lmprobe_zarr.display import Html, card, definitions, escape, format_bytes, section, table, visible
+from lmprobe_zarr.errors import LmprobeZarrError
 from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, TOKEN_COLUMNS, ArrayInfo, GroupInfo, Level
-from lmprobe_zarr.store.parts import View
+from lmprobe_zarr.store.parts import Catalog, View, groups_of, open_union, urls_of
 
-__all__ = ["GroupContents", "HeldArray", "describe_view"]
+__all__ = ["GroupContents", "HeldArray", "StoreContents", "coverage_of", "describe_catalogs", "describe_view"]
+
+# A notebook shows this many groups with all that they hold, the others as one line each.
+SHOWN_GROUPS: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +36,9 @@ class HeldArray:
     level : {"prompts", "tokens"}
     dims : tuple of str
     dtype : str
-        What the values were computed in, as far as that is stored; of several dtypes all.
+        What the values were computed in, where that is stored; all of them where parts differ.
     codecs : str
-        What its chunks went through, as ``bitshuffle, lz4, crc32c``.
+        The codecs of its chunks, as ``bitshuffle, lz4, crc32c``.
     raw_nbytes : int, optional
         Bytes of the values; None for texts, whose length is not fixed.
     nbytes : int
@@ -46,18 +55,18 @@ class HeldArray:
 
     @property
     def ratio(self) -> float | None:
-        """How many times smaller the files are than the values."""
+        """Bytes of the values per byte of their files."""
         return self.raw_nbytes / self.nbytes if self.raw_nbytes and self.nbytes else None
 
     @property
     def described_ratio(self) -> str:
-        """The same as people read it."""
+        """The ratio as text."""
         return "—" if self.ratio is None else f"{self.ratio:.2f} ×"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupContents:
-    """What a view shows of a group, and what that weighs.
+    """What a view of a group holds, and its size.
 
     Parameters
     ----------
@@ -65,9 +74,9 @@ class GroupContents:
     prompts, tokens, parts, annotations : int
     layers : tuple of int
     variables, columns : tuple of HeldArray
-        Activations and what a model says; and what describes prompts and tokens.
+        Activations and other outputs of the model; and what describes prompts and tokens.
     nbytes : int
-        Bytes of all files of the parts that show, their documents left out.
+        Bytes of all files of the view's parts, their documents left out.
     """
 
     group: GroupInfo
@@ -83,21 +92,21 @@ class GroupContents:
     @property
     def raw_nbytes(self) -> int:
         """Bytes of all activations before compression."""
-        return sum(one.raw_nbytes or 0 for one in self.variables)
+        return sum(variable.raw_nbytes or 0 for variable in self.variables)
 
     @property
     def own_columns(self) -> tuple[str, ...]:
         """Names of the user's own columns."""
-        return tuple(one.name for one in self.columns if one.name not in (*PROMPT_COLUMNS, *TOKEN_COLUMNS))
+        return tuple(column.name for column in self.columns if column.name not in (*PROMPT_COLUMNS, *TOKEN_COLUMNS))
 
     @property
     def described_layers(self) -> str:
-        """Layers as people write them, and of how many."""
+        """Layers as text, and of how many."""
         return describe_layers(self.layers) + (f" of {self.group.num_layers}" if self.group.num_layers else "")
 
     @property
     def described_parts(self) -> str:
-        """Parts and annotations in words."""
+        """How many parts and annotations, as text."""
         noted = f", {_counted(self.annotations, 'annotation')}" if self.annotations else ""
         return _counted(self.parts, "part") + noted
 
@@ -107,30 +116,30 @@ class GroupContents:
         return f"{_counted(self.prompts, 'prompt')}, {_counted(self.tokens, 'token')}, layers {describe_layers(self.layers)}"
 
     def facts(self) -> dict[str, str]:
-        """What there is to say of it, by name."""
+        """Facts about the group as text, by name."""
         known = {name: value for name, value in self.group.provenance.items() if value is not None}
         return {
             "prompts": f"{self.prompts:,} in {self.described_parts}",
             "tokens": f"{self.tokens:,}" if self.tokens else "none kept",
             "layers": self.described_layers,
             "hidden": str(self.group.hidden_size or "unknown"),
-            "variables": ", ".join(f"{one.name} ({one.dtype})" for one in self.variables) or "none",
-            "columns": ", ".join(one.name for one in self.columns if one.name not in ("prompt", "prompt_sha256")) or "none",
+            "variables": ", ".join(f"{variable.name} ({variable.dtype})" for variable in self.variables) or "none",
+            "columns": ", ".join(column.name for column in self.columns if column.name not in ("prompt", "prompt_sha256")) or "none",
             "size": format_bytes(self.nbytes),
             "provenance": ", ".join(f"{name}={value}" for name, value in known.items()) or "unknown",
         }
 
     def to_html(self, *, opened: bool) -> Html:
-        """The group as something that opens: its variables, columns and provenance."""
+        """A section that opens and closes, with variables, columns and provenance."""
         content = Html("".join(map(str, self.sections())))
         return section(self.group.model, content, opened=opened, note=f"{self.summary}, {format_bytes(self.nbytes)}")
 
     def sections(self) -> list[Html]:
-        """Its parts of speech, each to open and close."""
+        """What `to_html` shows, each table in a section of its own."""
         facts = {name: value for name, value in self.facts().items() if name in ("layers", "hidden", "size")}
         facts = {"prompts": f"{self.prompts:,}", "tokens": f"{self.tokens:,}", "stored in": self.described_parts} | facts
-        own = [one for one in self.columns if one.name in self.own_columns]
-        rest = [one for one in self.columns if one.name not in self.own_columns]
+        own = [column for column in self.columns if column.name in self.own_columns]
+        rest = [column for column in self.columns if column.name not in self.own_columns]
         provenance: Mapping[str, Any] = self.group.provenance
         known = {name: str(value) for name, value in provenance.items() if value is not None}
         return [
@@ -146,26 +155,26 @@ def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _array_table(arrays: tuple[HeldArray, ...] | list[HeldArray]) -> Html:
+def _array_table(arrays: Sequence[HeldArray]) -> Html:
     rows = [
         (
-            one.name,
-            f"({', '.join(one.dims)})",
-            one.dtype,
-            one.codecs,
-            "—" if one.raw_nbytes is None else format_bytes(one.raw_nbytes),
-            format_bytes(one.nbytes),
-            one.described_ratio,
+            array.name,
+            f"({', '.join(array.dims)})",
+            array.dtype,
+            array.codecs,
+            "—" if array.raw_nbytes is None else format_bytes(array.raw_nbytes),
+            format_bytes(array.nbytes),
+            array.described_ratio,
         )
-        for one in arrays
+        for array in arrays
     ]
     return table(("name", "dimensions", "dtype", "codecs", "values", "stored", "smaller"), rows) if rows else Html("none")
 
 
 def describe_view(view: View) -> GroupContents:
-    """What a view shows, from the documents of its parts."""
+    """What a view holds, from the documents of its parts."""
     owners = (*view.parts, *view.annotations)
-    # One pass over the tables of files, which are the longest thing that a part says of itself.
+    # One pass over the tables of files, by far the longest thing in a part's document.
     weights: dict[str, int] = {}
     for part in owners:
         for path, entry in part.info.files.items():
@@ -179,9 +188,9 @@ def describe_view(view: View) -> GroupContents:
             name=name,
             level=level,
             dims=arrays[-1].dims,
-            dtype=", ".join(sorted({str(one.attributes.get("stored_dtype", one.dtype)) for one in arrays})),
-            codecs="; ".join(sorted({_codecs(one) for one in arrays})),
-            raw_nbytes=None if any(one.dtype == "string" for one in arrays) else sum(_raw(one) for one in arrays),
+            dtype=", ".join(sorted({str(array.attributes.get("stored_dtype", array.dtype)) for array in arrays})),
+            codecs="; ".join(sorted({_codecs(array) for array in arrays})),
+            raw_nbytes=None if any(array.dtype == "string" for array in arrays) else sum(_raw_nbytes(array) for array in arrays),
             nbytes=weights.get(key, 0),
         )
 
@@ -191,20 +200,91 @@ def describe_view(view: View) -> GroupContents:
         tokens=int(view.token_counts().sum()),
         parts=len(view.parts),
         annotations=len(view.annotations),
-        layers=tuple(sorted({*view.layers("prompts"), *view.layers("tokens")})),
+        layers=view.all_layers(),
         variables=tuple(held(level, name) for level in LEVELS for name in view.variables(level)),
         columns=tuple(held(level, name) for level in LEVELS for name in view.columns(level)),
         nbytes=sum(weights.values()),
     )
 
 
-def _raw(info: ArrayInfo) -> int:
+def _raw_nbytes(info: ArrayInfo) -> int:
     return math.prod(info.shape) * np.dtype(info.dtype).itemsize
 
 
 def _codecs(info: ArrayInfo) -> str:
-    """The chain in words, outermost last; that numbers become bytes goes without saying."""
+    """The codecs as text, outermost last, without the one that turns numbers into bytes."""
     if info.shuffle is None:
         return "crc32c"
     packed = "zstd" if info.dtype == "string" else "lz4"
     return f"{packed}, crc32c" if info.shuffle == "noshuffle" else f"{info.shuffle}, {packed}, crc32c"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreContents:
+    """What a store holds, and what is damaged in it. Prints well, in notebooks too.
+
+    Parameters
+    ----------
+    url, mode : str
+        The store's own root, and whether it may be written to.
+    below : str
+        The roots below it, empty where there are none.
+    groups : tuple of GroupContents
+    damage : tuple of str
+        One line for each part or group that cannot be read; or why nothing can be.
+    """
+
+    url: str
+    mode: str
+    below: str
+    groups: tuple[GroupContents, ...]
+    damage: tuple[str, ...]
+
+    @property
+    def _over(self) -> str:
+        return f", over {self.below}" if self.below else ""
+
+    def __str__(self) -> str:
+        lines = []
+        for group in self.groups:
+            lines.append(f"  {visible(group.group.model)}: {group.summary}")
+            held = [f"{variable.name} ({variable.level})" for variable in group.variables]
+            lines.append(f"    {', '.join(held) or 'nothing yet'}  [{group.group.name}]")
+        lines += [f"  damaged: {visible(line)}" for line in self.damage]
+        return "\n".join([f"<lmprobe_zarr.Store {self.url!r}, mode {self.mode!r}{self._over}>", *(lines or ["  empty"])])
+
+    def to_html(self) -> Html:
+        """The store for a notebook, each group in a section of its own."""
+        shown = [group.to_html(opened=len(self.groups) == 1) for group in self.groups[:SHOWN_GROUPS]]
+        if rest := self.groups[SHOWN_GROUPS:]:
+            rows = [(group.group.model, group.summary) for group in rest]
+            shown.append(section(f"{len(rest)} more groups", table(("model", "holds"), rows)))
+        damage = Html("<br>".join(map(escape, self.damage)))
+        damaged = [section("Damaged", damage, opened=True, note=f"({len(self.damage)})")] if self.damage else []
+        return card("lmprobe_zarr.Store", f"{self.url}, mode {self.mode!r}{self._over}", *(shown or [Html("empty")]), *damaged)
+
+
+def describe_catalogs(catalogs: Sequence[Catalog]) -> StoreContents:
+    """What several roots, the lowest first, hold together. Raises no error of ours, since a store is printed most where it is damaged."""
+    try:
+        found = groups_of(catalogs, whole=False)
+        groups = [describe_view(open_union(catalogs, info, whole=False)) for info in found.values()]
+        damage = [str(error).splitlines()[0] for catalog in catalogs for error in catalog.damage]
+    except LmprobeZarrError as error:
+        groups, damage = [], [str(error)]
+    own = catalogs[-1]
+    return StoreContents(url=own.url, mode=own.mode, below=urls_of(catalogs[:-1]), groups=tuple(groups), damage=tuple(damage))
+
+
+def coverage_of(view: View, prompts: Iterable[Any] | None) -> xr.DataArray:
+    """What a view holds: True for every variable, prompt and layer that some part has. No values are read."""
+    rows = np.arange(len(view)) if prompts is None else view.select(prompts)
+    layers = view.all_layers()
+    names = [(level, name) for level in LEVELS for name in view.variables(level)]
+    held = [np.broadcast_to(view.covers(level, name, rows, layers).T, (len(rows), len(layers))) for level, name in names]
+    return xr.DataArray(
+        np.array(held, bool).reshape(len(names), len(rows), len(layers)),
+        dims=("variable", "prompt", "layer"),
+        coords={"variable": [name for _, name in names], "prompt": view.hashes[rows], "layer": list(layers)},
+        name="coverage",
+    )

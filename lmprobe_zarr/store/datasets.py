@@ -1,23 +1,28 @@
-"""A view as lazy xarray datasets, one row per prompt or one per token. Lays out; what is read is up to `virtual`."""
+"""A view as lazy xarray datasets, one row per prompt or one per token.
+
+Builds dimensions and coordinates; `VirtualArray` decides what is read, and when.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.batch import STATISTICS, LayerSpec, describe_layers, positions_of, resolve_layers
-from lmprobe_zarr.errors import LayerOutOfRangeError, MissingPromptsError
-from lmprobe_zarr.store.format import SAMPLE_DIM, Level
+from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_of
+from lmprobe_zarr.errors import MissingPromptsError
+from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
 from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
 from lmprobe_zarr.tokens import TakenArray, TokenIndex, lazy_variable
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["choose_layers", "to_dataset"]
+__all__ = ["Chunks", "to_dataset", "to_datatree"]
+
+Chunks = Literal["auto"] | int | Mapping[str, Any] | None
 
 
 def to_dataset(
@@ -26,29 +31,31 @@ def to_dataset(
     *,
     prompts: Iterable[Any] | None = None,
     layers: LayerSpec | None = None,
+    chunks: Chunks = None,
 ) -> xr.Dataset:
     """A lazy dataset of one level of a view: dims (layer, prompt, hidden) or (layer, token, hidden).
 
     Parameters
     ----------
     view : View
-        What to show.
     level : {"prompts", "tokens"}
         One row per prompt, or one per token.
     prompts : iterable of texts, hashes or token ids, optional
-        Exactly these, in this order, repeats included; None shows all, in the store's order.
-    layers : int, sequence of int, slice or "all", optional
-        Which layers; None shows all.
+        Exactly these, in this order, repeats included; None takes all, in the store's order.
+    layers : int, sequence of int, slice or str, optional
+        Which layers, as for `choose_layers`.
+    chunks : mapping, int or "auto", optional
+        None is lazy without Dask, ``{}`` is Dask with one layer and one stored chunk at a time.
 
     Raises
     ------
     MissingPromptsError
         A prompt is not in the view, or (tokens) is stored without tokens.
     LayerOutOfRangeError
-        A layer that the group does not hold.
+        A wanted layer is not stored.
     """
     rows = np.arange(len(view)) if prompts is None else view.select(prompts)
-    chosen = choose_layers(view, view.layers(level), layers)
+    chosen = choose_layers(view.layers(level), layers, where=view.where, num_layers=view.group.num_layers)
     counts = view.token_counts()
     if level == "tokens":
         if prompts is None:
@@ -62,22 +69,24 @@ def to_dataset(
     data = _token_dataset(view, rows, counts[rows], chosen) if level == "tokens" else _prompt_dataset(view, rows, counts[rows], chosen)
     attrs = {"group": view.group.name, "provenance": json.dumps(dict(view.group.provenance))}
     known = {"num_layers": view.group.num_layers, "hidden_size": view.group.hidden_size}
-    return data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
+    data = data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
+    return data if chunks is None else data.chunk(_stored_chunks(data) if chunks == {} else chunks)
 
 
-def choose_layers(view: View, held: tuple[int, ...], layers: LayerSpec | None) -> tuple[int, ...]:
-    """Those of the layers held that are meant; raises `LayerOutOfRangeError` where one that is named is not among them."""
-    if layers is None or (isinstance(layers, str) and layers == "all"):
-        return held
-    wanted = resolve_layers(layers, view.group.num_layers or (max(held, default=-1) + 1))
-    there = tuple(layer for layer in wanted if layer in held)
-    # Numbers are meant one by one; a slice or a word means those of its layers that are stored.
-    if len(there) < len(wanted) and (not there or not isinstance(layers, slice | str)):
-        absent = next(layer for layer in wanted if layer not in held)
-        raise LayerOutOfRangeError(
-            f"layer {absent} is not stored in {view.where}, which holds layers {describe_layers(held)}: extract it first"
-        )
-    return there
+def _stored_chunks(data: xr.Dataset) -> dict[str, int]:
+    """One layer, and as many rows as a stored chunk has."""
+    hints = [variable.encoding.get("preferred_chunks", {}) for variable in data.data_vars.values()]
+    return {dim: size for hint in hints for dim, size in hint.items() if dim in data.sizes}
+
+
+def to_datatree(views: Iterable[View]) -> xr.DataTree:
+    """Lazy datasets of several groups: ``/<group>/prompts`` of each, and ``/<group>/tokens`` where it keeps any."""
+    nodes: dict[str, xr.Dataset] = {}
+    for view in views:
+        for level in LEVELS:
+            if view.variables(level) or level == "prompts":
+                nodes[f"/{view.group.name}/{level}"] = to_dataset(view, level)
+    return xr.DataTree.from_dict(nodes)
 
 
 def _activation_variables(view: View, level: Level, rows: Ints, layers: tuple[int, ...], lengths: Ints | None) -> dict[str, xr.Variable]:
@@ -143,14 +152,3 @@ def _positions(view: View, rows: Ints, counts: Ints) -> Ints:
 def _digest_texts(view: View) -> npt.NDArray[np.str_]:
     text = np.ascontiguousarray(view.digests).tobytes().hex()
     return np.frombuffer(text.encode(), "S64").astype("U64")
-
-
-def choose_held_layers(held: Sequence[int], layers: LayerSpec | None, where: str, num_layers: int | None = None) -> tuple[int, ...]:
-    """Those of the layers that are there which are meant: numbers one by one, a slice or a word those of its layers."""
-    if layers is None:
-        return tuple(held)
-    wanted = resolve_layers(layers, num_layers or max(held, default=-1) + 1)
-    absent = [i for i in wanted if i not in held]
-    if absent and (len(absent) == len(wanted) or not isinstance(layers, slice | str)):
-        raise LayerOutOfRangeError(f"layer {absent[0]} is not in {where}, which holds layers {describe_layers(held)}")
-    return tuple(i for i in wanted if i in held)

@@ -276,7 +276,7 @@ def test_what_one_thread_forgets_is_not_missed_by_another(root: str) -> None:
     class Forgets(Wrapped):
         def read(self, key: str) -> bytes:
             data = super().read(key)
-            for path in [*shared._parts]:
+            for path in [*shared.catalog._parts]:
                 shared.forget(path)
             return data
 
@@ -292,7 +292,7 @@ def test_a_store_that_stays_open_does_not_remember_what_has_gone(root: str) -> N
         other.compact(progress=False)
         other.gc(max_age=0)
         stays.dataset()
-        assert len(stays._parts) == 1
+        assert len(stays.catalog._parts) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- who writes slowly

@@ -571,7 +571,7 @@ def test_each_part_document_is_read_once(store: Store, monkeypatch: pytest.Monke
         parsed.append(where)
         return parse_part(data, where)
 
-    monkeypatch.setattr("lmprobe_zarr.store.store.parse_part", counting)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.catalog.parse_part", counting)
     reading.dataset()
     reading.tokens()
     assert len(parsed) == 3

@@ -1,4 +1,4 @@
-"""`Listing`, the parts of a group at one moment, with their sizes and times."""
+"""`Listing`: every part of a group at one moment, with its size and time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Listing", "committed_at", "list_names", "part_nbytes"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """What lies in a group's folder at one moment.
+    """Everything in a group's folder at one moment.
 
     Parameters
     ----------
     parts, annotations : tuple of Part
         Committed ones in the order of their names, replaced ones too.
     names : frozenset of str
-        Names of all folders like a part's, committed or not.
+        Names of all folders that are named like a part, committed or not.
     """
 
     parts: tuple[Part, ...]
@@ -39,7 +39,7 @@ class Listing:
 
     @property
     def unfinished(self) -> tuple[str, ...]:
-        """Names of those without a commit, sorted: they are being written, or were left by a writer that was killed."""
+        """Names without a commit, sorted: these parts are being written, or were left by a writer that was killed."""
         return tuple(sorted(self.names - {part.info.name for part in (*self.parts, *self.annotations)}))
 
 
@@ -52,7 +52,7 @@ def part_nbytes(part: Part) -> int:
 
 
 def list_names(storage: Storage, group: str) -> frozenset[str]:
-    """Names of all folders of a group that are like a part's."""
+    """Names of all folders of a group that are named like a part, committed or not."""
     return frozenset(n for folder in (group, f"{group}/{ANNOTATIONS}") for n in storage.list(folder) if PART_NAME.fullmatch(n))
 
 
@@ -62,7 +62,8 @@ END_OF_TIME: Final = 253370764800.0  # the year 9999, the last that a date can h
 def committed_at(info: PartInfo) -> float:
     """When a part was committed by its writer's clock, in seconds since 1970.
 
-    A part's name says when it was begun, or was made to sort after others; what is recorded says when it was closed.
+    What the part records says so. Its name, which is used where that is missing, only says when the part was begun, and may have been made
+    later than that so as to sort after others.
     """
     written = str(info.recorded.get("written", ""))
     moment = part_milliseconds(info.name) / 1000

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import Level, PartInfo
 from lmprobe_zarr.store.parts.stored_array import StoredArray
 
-__all__ = ["Part"]
+__all__ = ["PART_BYTES", "Part", "part_bytes_within"]
+
+# What a part holds at most unless the caller says otherwise, in bytes of activations before compression.
+PART_BYTES: Final = 2**30
+# A part is evicted as a whole, so a cache with a limit makes no part larger than this fraction of the limit.
+PARTS_IN_LIMIT: Final = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A committed part and where it lies.
+    """A committed part.
 
     Parameters
     ----------
@@ -25,7 +32,7 @@ class Part:
     document_nbytes : int
         Bytes of its document.
     rank : int
-        Which of several roots that are read as one it lies in; what lies in a higher one wins, whenever it was written.
+        Which of several roots that are read as one it is in. A part in a higher root wins, whenever it was written.
     """
 
     storage: Storage
@@ -36,10 +43,23 @@ class Part:
 
     @property
     def order(self) -> tuple[int, str]:
-        """Sorts after everything that it wins over."""
+        """A key that sorts after those of all parts over which this one wins."""
         return self.rank, self.info.name
 
     def array(self, level: Level, name: str) -> StoredArray:
         """One of its arrays."""
         path = f"{level}/{name}"
         return StoredArray(self.storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files)
+
+
+def part_bytes_within(part_bytes: int, limit: int | None) -> int:
+    """How many bytes a part may hold: as many as given, and of a cache with a limit at most a fiftieth of that.
+
+    Raises
+    ------
+    InvalidArgumentError
+        `part_bytes` is no positive integer.
+    """
+    if isinstance(part_bytes, bool) or not isinstance(part_bytes, int) or part_bytes < 1:
+        raise InvalidArgumentError(f"part_bytes={part_bytes!r} is no size of a part: give bytes, at least 1")
+    return min(part_bytes, max(1, limit // PARTS_IN_LIMIT)) if limit else part_bytes

@@ -61,7 +61,7 @@ def read_batches(
     without : collection of str
         Variables and columns to leave out, as ``"tokens/resid"``.
     """
-    held = tuple(sorted({*view.layers("prompts"), *view.layers("tokens")}))
+    held = view.all_layers()
     kept = held if layers is None else tuple(layer for layer in held if layer in layers)
     found = {
         level: {n: i for n, i in view.variables(level).items() if f"{level}/{n}" not in without and (kept or not i.layered)}

@@ -14,7 +14,7 @@ import pandas as pd
 from lmprobe_zarr.batch import HASH_DIGITS, hashes_of, is_hash, is_top_k, keys_of, offsets_of, prompt_sha256, rows_differ
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, PromptCollisionError
 from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store.format import PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
+from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
 from lmprobe_zarr.store.parts.part import Part
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
 from lmprobe_zarr.typing import Ints
@@ -68,6 +68,10 @@ class View:
     def layers(self, level: Level) -> tuple[int, ...]:
         """All layers that any part holds at a level."""
         return tuple(sorted({i for part in self.parts if f"{level}/layer" in part.info.arrays for i in part.info.layers}))
+
+    def all_layers(self) -> tuple[int, ...]:
+        """All layers that any part holds at any level."""
+        return tuple(sorted({layer for level in LEVELS for layer in self.layers(level)}))
 
     def variables(self, level: Level) -> dict[str, ArrayInfo]:
         """Activation variables of a level, as the last part has them; columns are not among them."""

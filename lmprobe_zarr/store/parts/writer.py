@@ -43,10 +43,8 @@ from lmprobe_zarr.store.format import (
 from lmprobe_zarr.store.parts.columns import as_column, storable, text_rows
 from lmprobe_zarr.typing import Array
 
-__all__ = ["BUFFER_BYTES", "PART_BYTES", "PartWriter", "part_bytes_within", "shape_of", "write_group"]
+__all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
 
-PART_BYTES: Final = 2**30  # of activations in one part, uncompressed, unless the caller gives another number
-_LIMIT_SHARE: Final = 50
 
 # A chunk is what one read fetches, and what one prompt's tokens cost to read (docs/design/performance.md). Elsewhere than on a local disk
 # each costs a request.
@@ -56,14 +54,6 @@ MIN_CHUNK_BYTES: Final = 2**18
 # All chunks that are being filled together; with many layers each gets a smaller share.
 BUFFER_BYTES: Final = 256 * 2**20
 COLUMN_ROWS: Final = 2**20
-
-
-def part_bytes_within(limit: int | None, part_bytes: int) -> int:
-    """The most bytes of one part of a cache: `part_bytes`, or less where that is more than a fiftieth of the cache's limit.
-
-    A part is evicted as a whole, so large parts would evict much more than is needed.
-    """
-    return min(part_bytes, max(1, limit // _LIMIT_SHARE)) if limit else part_bytes
 
 
 def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:

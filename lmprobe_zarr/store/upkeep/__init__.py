@@ -3,18 +3,18 @@
 Never arithmetic on activations.
 """
 
-from lmprobe_zarr.store.upkeep.compact import CompactPlan, merge_run, plan_runs
-from lmprobe_zarr.store.upkeep.copy import CopySummary, copy_group
-from lmprobe_zarr.store.upkeep.delete import delete_prompts
-from lmprobe_zarr.store.upkeep.drop import drop_variables
-from lmprobe_zarr.store.upkeep.evict import Entry, EvictPlan, describe_entries, plan_evict, remove_entries
-from lmprobe_zarr.store.upkeep.gc import GcSummary, plan_gc, remove_garbage
-from lmprobe_zarr.store.upkeep.last_use import stamp_parts
+from lmprobe_zarr.store.upkeep.compact import CompactPlan, check_min_parts, compact_groups
+from lmprobe_zarr.store.upkeep.copy import CopySummary, check_copy, copy_selections
+from lmprobe_zarr.store.upkeep.delete import delete_from
+from lmprobe_zarr.store.upkeep.drop import drop_from
+from lmprobe_zarr.store.upkeep.evict import Entry, EvictPlan, list_entries, plan_evict, remove_entries
+from lmprobe_zarr.store.upkeep.gc import GcSummary, collect_garbage
+from lmprobe_zarr.store.upkeep.last_use import mark_used
 from lmprobe_zarr.store.upkeep.losses import RepairSummary
 from lmprobe_zarr.store.upkeep.problems import VerifySummary
-from lmprobe_zarr.store.upkeep.publish import PublishSummary, Selection, publish_groups, total_nbytes
-from lmprobe_zarr.store.upkeep.repair import repair_store
-from lmprobe_zarr.store.upkeep.verify import check_files, scan_store, verify_stores
+from lmprobe_zarr.store.upkeep.publish import PublishSummary, Selection, publish_to, select_from
+from lmprobe_zarr.store.upkeep.repair import repair_root
+from lmprobe_zarr.store.upkeep.verify import StoreScan, scan_store, verify_scans
 
 __all__ = [
     "CompactPlan",
@@ -25,22 +25,22 @@ __all__ = [
     "PublishSummary",
     "RepairSummary",
     "Selection",
+    "StoreScan",
     "VerifySummary",
-    "check_files",
-    "copy_group",
-    "delete_prompts",
-    "describe_entries",
-    "drop_variables",
-    "merge_run",
+    "check_copy",
+    "check_min_parts",
+    "collect_garbage",
+    "compact_groups",
+    "copy_selections",
+    "delete_from",
+    "drop_from",
+    "list_entries",
+    "mark_used",
     "plan_evict",
-    "plan_gc",
-    "plan_runs",
-    "publish_groups",
+    "publish_to",
     "remove_entries",
-    "remove_garbage",
-    "repair_store",
+    "repair_root",
     "scan_store",
-    "stamp_parts",
-    "total_nbytes",
-    "verify_stores",
+    "select_from",
+    "verify_scans",
 ]

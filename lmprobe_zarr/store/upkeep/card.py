@@ -49,7 +49,7 @@ class CardGroup:
             prompts=len(view),
             tokens=int(view.token_counts().sum()),
             nbytes=nbytes,
-            layers=tuple(sorted({*view.layers("prompts"), *view.layers("tokens")})),
+            layers=view.all_layers(),
             variables=tuple(held),
             columns=tuple(name for name in view.columns("prompts") if name not in PROMPT_COLUMNS),
             part=view.parts[0].path,

@@ -18,15 +18,16 @@ import pandas as pd
 
 from lmprobe_zarr.batch import keys_of
 from lmprobe_zarr.display import format_bytes
-from lmprobe_zarr.errors import PartGoneError
+from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
+from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import Listing, Part, PartWriter, committed_at, open_view, part_nbytes, read_batches
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, committed_at, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.typing import Mask
 
-__all__ = ["CompactPlan", "MergeRun", "agreed", "merge_run", "plan_runs", "shape_key"]
+__all__ = ["CompactPlan", "MergeRun", "agreed", "check_min_parts", "compact_groups", "merge_run", "plan_runs", "shape_key"]
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -308,3 +309,44 @@ def _carry_stamp(storage: Storage, run: MergeRun, info: PartInfo) -> None:
     with suppress(OSError):
         if {part.info.name for part in run.parts} & set(storage.list(f"{run.group}/{STAMPS}")):
             storage.touch(f"{run.group}/{STAMPS}/{info.name}")
+
+
+def check_min_parts(min_parts: int) -> None:
+    """Raise where `min_parts` is no number of parts that can be merged."""
+    if isinstance(min_parts, bool) or not isinstance(min_parts, int) or min_parts < 2:
+        raise InvalidArgumentError(f"min_parts={min_parts!r} is no number of parts to merge: give at least 2")
+
+
+def compact_groups(
+    catalog: Catalog, groups: Sequence[GroupInfo], *, part_bytes: int, min_parts: int, dry_run: bool, progress: bool
+) -> CompactPlan:
+    """Merge the small parts of some groups of one root; with `dry_run` only plan it.
+
+    Parameters
+    ----------
+    catalog, groups
+    part_bytes, min_parts : int
+        See `plan_runs`.
+    dry_run : bool
+        Only say what would be merged.
+    progress : bool
+        Show a bar on terminals.
+    """
+    found = [(info, catalog.listing(info)) for info in groups]
+    planned = [(info, listing, plan_runs(info, listing, part_bytes=part_bytes, min_parts=min_parts)) for info, listing in found]
+    visible = sum(part.info.name not in listing.hidden for _, listing in found for part in (*listing.parts, *listing.annotations))
+    runs = tuple(run for _, _, runs in planned for run in runs)
+    if dry_run:
+        return CompactPlan(url=catalog.url, parts=visible, runs=runs)
+    done, left = [], []
+    total = sum(run.nbytes for run in runs)
+    with progress_bar(total, description="compact", unit="B", enabled=progress and bool(runs)) as advance:
+        for info, listing, group_runs in planned:
+            known = set(listing.names)
+            for run in group_runs:
+                look = partial(catalog.listing, info)
+                merged, stayed = merge_run(catalog.storage, info, run, look, durable=catalog.durable, known=known)
+                done += merged
+                left += stayed
+                advance(run.nbytes)
+    return CompactPlan(url=catalog.url, parts=visible, runs=tuple(done), left=tuple(left))

@@ -13,13 +13,15 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import keys_of
 from lmprobe_zarr.display import format_bytes
-from lmprobe_zarr.errors import CorruptPartError
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
+from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, is_intact, is_variable
-from lmprobe_zarr.store.parts import Listing, Part, PartWriter, View, open_view, part_nbytes, read_batches, write_group
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, open_view, part_nbytes, read_batches, write_group
+from lmprobe_zarr.store.upkeep.publish import Selection, total_nbytes
 from lmprobe_zarr.typing import Ints, Mask
 
-__all__ = ["CopySummary", "copy_group"]
+__all__ = ["CopySummary", "check_copy", "copy_group", "copy_selections"]
 Keys = npt.NDArray[np.uint64]
 
 _MARK = "copied_from"
@@ -245,3 +247,29 @@ def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *
 
     run_all([partial(copy, name) for name in part.info.files], local=source.is_local and target.is_local)
     target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)
+
+
+def check_copy(source: Catalog, target: Catalog) -> None:
+    """Raise where the target cannot be written to, or is the source itself."""
+    target.check_writable()
+    if target.url == source.url:
+        raise InvalidArgumentError(f"{source.url} cannot be copied into itself: give another place")
+
+
+def copy_selections(source: Catalog, target: Catalog, selections: Sequence[Selection], *, progress: bool) -> CopySummary:
+    """Copy what the target lacks of what was selected from one root; see `copy_group`."""
+    total = CopySummary(url=target.url)
+    with progress_bar(total_nbytes(selections), description="copy", unit="B", enabled=progress) as advance:
+        for chosen in selections:
+            total += copy_group(
+                source.storage,
+                target.storage,
+                chosen.group,
+                chosen.listing,
+                target.listing(chosen.group),
+                chosen.keys,
+                target.new_part,
+                durable=target.durable,
+                advance=advance,
+            )
+    return total

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from lmprobe_zarr.batch import LayerSpec, choose_layers
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, GroupInfo, PartInfo, is_variable
-from lmprobe_zarr.store.parts import Listing, Part
+from lmprobe_zarr.store.parts import Catalog, Listing, Part
 from lmprobe_zarr.store.upkeep.removal import check_removable, remove_part
 from lmprobe_zarr.store.upkeep.rewrite import write_again
 
-__all__ = ["drop_variables"]
+__all__ = ["drop_from", "drop_variables"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +116,32 @@ def _write(storage: Storage, group: GroupInfo, change: _Change, *, durable: bool
     columns = {"prompts/text", "prompts/prompt_length", *_columns(info)}
     first = write_again(storage, group, part, rows, durable=durable, without=change.others | columns, layers=change.kept, hides=False)
     write_again(storage, group, part, rows, durable=durable, without=change.dropped, after=first.name)
+
+
+def drop_from(catalog: Catalog, group: GroupInfo, variables: Iterable[str], layers: LayerSpec | None) -> int:
+    """Take variables, or some layers of them, out of every part of a group in one root; returns how many parts held any.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A variable is not stored; nothing is dropped.
+    LayerOutOfRangeError
+    """
+    names = set(variables)
+    view = catalog.view(group)
+    held = sorted({name for level in LEVELS for name in view.variables(level)})
+    if absent := sorted(names - set(held)):
+        raise InvalidArgumentError(f"{absent[0]!r} is not stored in {view.where}, which holds {', '.join(held) or 'none'}")
+    chosen = None
+    if layers is not None:
+        chosen = choose_layers(view.all_layers(), layers, where=view.where, num_layers=group.num_layers)
+    concerned = 0
+    while True:
+        listing = catalog.listing(group)
+        count = drop_variables(catalog.storage, group, listing, names, chosen, durable=catalog.durable)
+        for part in listing.parts if count else ():
+            catalog.forget(part.path)
+        concerned += count
+        # Another process may have merged parts that held them meanwhile, so look again; a merge that ends after this look undoes itself.
+        if not count:
+            return concerned

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store.parts import Part, committed_at
+from lmprobe_zarr.store.format import STAMPS, GroupInfo
+from lmprobe_zarr.store.parts import Catalog, Part, committed_at
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 
-__all__ = ["Entry", "EvictPlan", "describe_entries", "plan_evict", "remove_entries"]
+__all__ = ["Entry", "EvictPlan", "describe_entries", "list_entries", "plan_evict", "remove_entries"]
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -187,3 +188,10 @@ def remove_entries(storage: Storage, entries: Iterable[Entry], *, min_age: float
         gone.append(entry)
         logger.debug("removed part %s of %s: %d bytes", entry.part.info.name, entry.group, entry.nbytes)
     return gone
+
+
+def list_entries(catalog: Catalog, group: GroupInfo) -> list[Entry]:
+    """All parts and annotations of a group in one root, with their sizes and last use. Damaged ones are left out, with a warning."""
+    stamps = {name: entry.modified for name, entry in catalog.storage.scan(f"{group.name}/{STAMPS}").items()}
+    parts, notes = catalog.parts_and_annotations(group, whole=False)
+    return describe_entries([*parts, *notes], group=group.name, stamps=stamps)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, PART_NAME, STAMPS, GroupInfo
-from lmprobe_zarr.store.parts import Listing, Part
+from lmprobe_zarr.store.parts import Catalog, Listing, Part
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 
-__all__ = ["PARTIAL", "GcSummary", "Leftover", "find_leftover", "plan_gc", "remove_garbage"]
+__all__ = ["PARTIAL", "GcSummary", "Leftover", "collect_garbage", "find_leftover", "plan_gc", "remove_garbage"]
 
 _CHUNK: Final = re.compile(r"c(?:\.\d+)+")
 PARTIAL: Final = re.compile(rf"\.(?:zarr\.json|{_CHUNK.pattern})\.[0-9a-f]{{12}}\.partial")
@@ -233,3 +234,24 @@ def remove_garbage(storage: Storage, summary: GcSummary) -> None:
         empty |= set(left.folders)
     storage.remove_folders(empty)
     storage.remove([*summary.partials, *summary.stamps])
+
+
+def collect_garbage(catalog: Catalog, *, max_age: float, dry_run: bool) -> GcSummary:
+    """Remove what nobody needs any more from one root; with `dry_run` only plan it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        `max_age` is no number of seconds.
+    ReadOnlyError
+    """
+    if isinstance(max_age, bool) or not isinstance(max_age, (int, float)) or not max_age >= 0:
+        raise InvalidArgumentError(f"max_age={max_age!r} is no age: give seconds, at least 0")
+    catalog.check_writable()
+    groups = [(info, catalog.listing(info, whole=False)) for info in catalog.groups(whole=False).values()]
+    summary = plan_gc(catalog.storage, groups, max_age=float(max_age))
+    if not dry_run:
+        remove_garbage(catalog.storage, summary)
+        for part in summary.replaced:
+            catalog.forget(part.path)
+    return summary

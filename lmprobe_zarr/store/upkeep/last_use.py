@@ -10,9 +10,9 @@ from typing import Final
 
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import STAMPS
-from lmprobe_zarr.store.parts import Part
+from lmprobe_zarr.store.parts import Catalog, Part
 
-__all__ = ["stamp_parts"]
+__all__ = ["mark_used", "stamp_parts"]
 # A stamp on a remote place is a request; one that is younger than this is not renewed. Shorter than the shortest age that protects there.
 REMOTE_STAMP_SECONDS: Final = 300.0
 
@@ -41,3 +41,9 @@ def stamp_parts(storage: Storage, parts: Iterable[Part], known: dict[str, float]
     else:
         run_all([partial(stamp, part) for part in due], local=False)
     known.update({part.path: now for part in due})
+
+
+def mark_used(catalog: Catalog, parts: Iterable[Part]) -> None:
+    """Note that parts of one root are being used; those of other roots are left out, and nothing is noted where the root is read-only."""
+    if catalog.mode == "a":
+        stamp_parts(catalog.storage, (part for part in parts if part.storage is catalog.storage), catalog.last_used)

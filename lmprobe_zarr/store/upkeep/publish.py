@@ -6,19 +6,21 @@ the next one; nothing else at that place ever is.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import keys_of
+from lmprobe_zarr.batch import LayerSpec, choose_layers, keys_of
 from lmprobe_zarr.display import format_bytes
-from lmprobe_zarr.errors import InvalidArgumentError, NotAStoreError
-from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, NotAStoreError
+from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.storage import Storage, open_storage
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -33,14 +35,14 @@ from lmprobe_zarr.store.format import (
     published_document,
     replacement_name,
 )
-from lmprobe_zarr.store.parts import Listing, Part, PartWriter, open_view, part_nbytes, read_batches
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.card import CardGroup, write_card
 from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, agreed, plan_runs
 from lmprobe_zarr.store.upkeep.gc import PARTIAL, plan_gc, remove_garbage
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["PublishSummary", "Selection", "publish_groups", "total_nbytes"]
+__all__ = ["PublishSummary", "Selection", "publish_groups", "publish_to", "select_from", "total_nbytes"]
 
 CARD = "README.md"
 #: What is left at the root of a file that is written whole or not at all, where its writer was killed over it.
@@ -293,3 +295,60 @@ def total_nbytes(selections: Sequence[Selection]) -> int:
     """Bytes that will be copied, uncompressed."""
     listings = [one.listing for one in selections]
     return sum(part_nbytes(part) for one in listings for part in (*one.parts, *one.annotations) if part.info.name not in one.hidden)
+
+
+def select_from(
+    catalog: Catalog, groups: Sequence[GroupInfo], prompts: Iterable[Any] | None = None, layers: LayerSpec | None = None
+) -> list[Selection]:
+    """What a copy takes of some groups of one root: of each all, or only some prompts and layers.
+
+    Raises
+    ------
+    MissingPromptsError, LayerOutOfRangeError
+    """
+    chosen = []
+    for info in groups:
+        keys, wanted = None, None
+        if prompts is not None or layers is not None:
+            view = catalog.view(info)
+            keys = None if prompts is None else keys_of(view.digests[view.select(prompts)])
+            if layers is not None:
+                wanted = choose_layers(view.all_layers(), layers, where=view.where, num_layers=info.num_layers)
+        chosen.append(Selection(group=info, listing=catalog.listing(info), keys=keys, layers=wanted))
+    return chosen
+
+
+def publish_to(
+    catalog: Catalog,
+    url: str | os.PathLike[str],
+    selections: Sequence[Selection],
+    *,
+    part_bytes: int,
+    text: bool,
+    card: str | bool | None,
+    overwrite: bool,
+    storage_options: Mapping[str, Any] | None,
+    progress: bool,
+) -> PublishSummary:
+    """Open the target, and write a copy of what was selected from one root; for the arguments see `publish_groups`.
+
+    Raises
+    ------
+    ModelNotStoredError
+        Nothing was selected.
+    """
+    if not selections:
+        raise ModelNotStoredError(f"{catalog.url} holds nothing yet: extract something into it first")
+    target = open_storage(url, storage_options)
+    with progress_bar(total_nbytes(selections), description="publish", unit="B", enabled=progress) as advance:
+        return publish_groups(
+            catalog.storage,
+            target,
+            selections,
+            part_bytes=part_bytes,
+            text=text,
+            card=card,
+            overwrite=overwrite,
+            durable=catalog.durable,
+            advance=advance,
+        )

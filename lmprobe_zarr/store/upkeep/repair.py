@@ -16,6 +16,7 @@ import numpy as np
 
 from lmprobe_zarr.batch import HASH_DIGITS, hashes_of, offsets_of, prompt_sha256
 from lmprobe_zarr.errors import AccessDeniedError, CorruptPartError, PartGoneError, UnreachableError
+from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
@@ -32,16 +33,16 @@ from lmprobe_zarr.store.format import (
     replacement_name,
     root_document,
 )
-from lmprobe_zarr.store.parts import Part, StoredArray
+from lmprobe_zarr.store.parts import Catalog, Part, StoredArray
 from lmprobe_zarr.store.upkeep.compact import shape_key
 from lmprobe_zarr.store.upkeep.gc import find_leftover
 from lmprobe_zarr.store.upkeep.losses import LostColumn, LostValues, RepairSummary
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import write_again
-from lmprobe_zarr.store.upkeep.verify import MADE, FoundGroup, FoundPart, StoreScan, problems_of
+from lmprobe_zarr.store.upkeep.verify import MADE, FoundGroup, FoundPart, StoreScan, check_files, problems_of
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["repair_store"]
+__all__ = ["repair_root", "repair_store"]
 # A value that is lost: variable with its level, and layer; −1 where the variable has none.
 Cell = tuple[str, int]
 
@@ -469,3 +470,24 @@ def _remove_loose(storage: Storage, path: str) -> None:
     left, _ = find_leftover(storage, path, FileInfo(is_file=False, nbytes=0, modified=None))
     storage.remove(left.files)
     storage.remove_folders(left.folders)
+
+
+def repair_root(catalog: Catalog, scan: StoreScan, *, dry_run: bool, progress: bool) -> RepairSummary:
+    """Check all files of one root, and take out what is broken; with `dry_run` only plan it.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    scan : StoreScan
+        Of this root, as `scan_store` gives it.
+    dry_run : bool
+        Only say what would be done.
+    progress : bool
+        Show a bar on terminals.
+    """
+    with progress_bar(scan.nbytes, description="verify", unit="B", enabled=progress) as advance:
+        scan = check_files(scan, full=True, advance=advance)
+    summary = repair_store(scan, durable=catalog.durable, dry_run=dry_run)
+    if not dry_run:
+        catalog.forget_all(damaged=True)
+    return summary

@@ -17,6 +17,7 @@ import numpy as np
 
 from lmprobe_zarr.batch import SCALARS, count_odd
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, UnsupportedVersionError
+from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
@@ -39,7 +40,18 @@ from lmprobe_zarr.store.parts import FrozenStorage, Part
 from lmprobe_zarr.store.upkeep.problems import OddValues, Problem, ProblemKind, VerifySummary
 from lmprobe_zarr.typing import Buffer
 
-__all__ = ["MADE", "Fault", "FoundGroup", "FoundPart", "StoreScan", "check_files", "problems_of", "scan_store", "verify_stores"]
+__all__ = [
+    "MADE",
+    "Fault",
+    "FoundGroup",
+    "FoundPart",
+    "StoreScan",
+    "check_files",
+    "problems_of",
+    "scan_store",
+    "verify_scans",
+    "verify_stores",
+]
 
 # Columns that the writer makes from the part's own document, and makes again.
 MADE: Final = frozenset(
@@ -504,3 +516,10 @@ def verify_stores(
         unfinished=sum(len(group.unfinished) for scan in checked for group in scan.groups),
         seconds=time.perf_counter() - began,
     )
+
+
+def verify_scans(url: str, scans: Sequence[StoreScan], *, full: bool, began: float, progress: bool) -> VerifySummary:
+    """`verify_stores` with a progress bar on terminals."""
+    total = sum(scan.nbytes for scan in scans)
+    with progress_bar(total, description="verify", unit="B", enabled=progress) as advance:
+        return verify_stores(url, scans, full=full, began=began, advance=advance)

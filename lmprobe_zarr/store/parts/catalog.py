@@ -1,0 +1,339 @@
+"""`Catalog`: the groups and parts of one root, each document read once; and the union of several roots.
+
+Decides nothing about upkeep and reads no activations. Whoever needs only one root takes a `Catalog`, not a `Store`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, ReadOnlyError, UnreachableError
+from lmprobe_zarr.log import warn
+from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.store.format import ANNOTATIONS, GROUP_NAME, PART_NAME, STAMPS, GroupInfo, new_part_name, parse_group, parse_part
+from lmprobe_zarr.store.parts.frozen import FrozenStorage
+from lmprobe_zarr.store.parts.listing import Listing, list_names
+from lmprobe_zarr.store.parts.part import Part
+from lmprobe_zarr.store.parts.view import View, open_view
+from lmprobe_zarr.store.parts.writer import PartWriter, write_group
+
+__all__ = ["Catalog", "Mode", "any_holds_parts", "groups_of", "open_union", "urls_of"]
+
+Mode = Literal["a", "r"]
+
+
+class Catalog:
+    """The groups and parts of one root. Picklable, and usable from many threads.
+
+    Parameters
+    ----------
+    storage : Storage
+        The place of the root.
+    mode : {"a", "r"}
+        ``"r"`` never writes.
+    durable : bool
+        Flush every part to the medium before its commit.
+    rank : int
+        Which of several roots that are read as one this is; a higher one wins, see `Part`.
+
+    Attributes
+    ----------
+    last_used : dict of str to float
+        When this process last noted the use of each part, by its key, in seconds of `time.monotonic`.
+    """
+
+    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0) -> None:
+        self.storage, self.mode, self.durable, self.rank = storage, mode, durable, rank
+        self.last_used: dict[str, float] = {}
+        # Documents of parts and groups never change once they are there, so each is read once.
+        self._parts: dict[str, Part] = {}
+        self._groups: dict[str, GroupInfo] = {}
+        self._damaged: dict[str, CorruptPartError] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.storage, self.mode, self.durable, self.rank)
+
+    @property
+    def url(self) -> str:
+        """Where the root lies."""
+        return self.storage.url
+
+    @property
+    def is_published(self) -> bool:
+        """Whether this is a published copy, which never changes."""
+        return isinstance(self.storage, FrozenStorage)
+
+    @property
+    def damage(self) -> tuple[CorruptPartError, ...]:
+        """What is known to be damaged and is left out, see `set_aside`."""
+        return tuple(self._damaged.values())
+
+    # --------------------------------------------------------------------------------------------------------- groups
+
+    def groups(self, *, whole: bool = True) -> dict[str, GroupInfo]:
+        """All groups by name, sorted.
+
+        Parameters
+        ----------
+        whole : bool
+            Whether a damaged group is an error. Otherwise it is left out, with a warning.
+        """
+        names = [name for name in self.storage.list("") if not name.startswith(".") and name != "zarr.json"]
+        new = [name for name in names if name not in self._groups and (whole or name not in self._damaged)]
+        run_all([partial(self._read_group, name, whole) for name in new], local=self.storage.is_local)
+        return {name: info for name in names if (info := self._groups.get(name)) is not None}
+
+    def _read_group(self, name: str, whole: bool) -> None:
+        try:
+            self._parse_group(name)
+        except CorruptPartError as error:
+            if whole:
+                raise
+            error.part = name
+            self.set_aside(error)
+
+    def _parse_group(self, name: str) -> None:
+        where = f"{self.url}/{name}"
+        ours = GROUP_NAME.fullmatch(name) is not None
+        data = self._read_document(name, ours)
+        if data is None:
+            if ours and any(self.storage.is_file(f"{name}/{part}/zarr.json") for part in self.storage.list(name)):
+                raise CorruptPartError(f"{where} holds parts, but its own zarr.json is gone: restore it, or delete the folder")
+            return
+        try:
+            info = parse_group(data, where)
+        except CorruptPartError:
+            if ours:
+                raise
+            return  # a zarr group of somebody else beside ours
+        if info.name != name:
+            raise CorruptPartError(f"{where}/zarr.json is that of {info.name}: it was changed, or the folder renamed or copied")
+        self._groups[name] = info
+
+    def _read_document(self, path: str, ours: bool) -> bytes | None:
+        """The ``zarr.json`` of a folder, None where there is none.
+
+        `ours` is whether the folder has a name that only this package gives; the document of any other folder need not be readable.
+        """
+        try:
+            return self.storage.read(f"{path}/zarr.json")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            if isinstance(error, UnreachableError):
+                raise
+            if not ours:
+                return None  # somebody else's, such as the lost+found of a disk
+            if isinstance(error, LmprobeZarrError):
+                raise
+            what = "is a folder: delete it"
+            if not isinstance(error, IsADirectoryError):
+                what = f"cannot be read ({error.strerror}): delete it, or mend the disk"
+            raise CorruptPartError(f"{self.url}/{path}/zarr.json {what}") from error
+
+    def holds_parts(self, group: str) -> bool:
+        """Whether a group, given by its name, has any committed part. One whose parts have all been evicted counts as absent."""
+        names: list[str] = []
+        # List again until nothing new is found: what replaced a part that has just gone was committed before the part went.
+        while new := [name for name in self._part_names(group) if name not in names]:
+            if any(self._is_committed(f"{group}/{name}") for name in new):
+                return True
+            names += new
+        return False
+
+    def _is_committed(self, path: str) -> bool:
+        if self.storage.is_local:
+            return self.storage.is_file(f"{path}/zarr.json")
+        # Elsewhere every question is a request, so the document is read at once: the caller needs it next.
+        try:
+            return path in self._parts or self._read_part(path, whole=True) is not None
+        except CorruptPartError:
+            return True  # the view that is opened next names the damage
+
+    def drop_empty_group(self, info: GroupInfo) -> None:
+        """Remove a group's own document where nothing else is left of the group."""
+        left = [name for name in self.storage.list(info.name) if name not in ("zarr.json", STAMPS)]
+        if not left:
+            self.storage.remove([f"{info.name}/zarr.json"])
+            self._groups.pop(info.name, None)
+
+    # ---------------------------------------------------------------------------------------------------------- parts
+
+    def list_parts(self, folder: str, *, whole: bool = True, listed: Sequence[str] | None = None) -> list[Part]:
+        """Committed parts of a group's folder, or annotations of its folder for them, replaced ones too, in the order of their names.
+
+        Parameters
+        ----------
+        folder : str
+            Key of the folder.
+        whole : bool
+            Whether what is damaged is an error. Otherwise it is left out, with a warning.
+        listed : sequence of str, optional
+            Names that were just listed there, which are not listed again.
+        """
+        paths = [f"{folder}/{name}" for name in self._part_names(folder, listed)]
+        # A copy of what the catalog remembers: other threads make it forget parts as they remove them.
+        held = {path: part for path in paths if (part := self._parts.get(path)) is not None}
+        if self.storage.is_local:
+            # Known parts may have been evicted since. Elsewhere that takes a request each; there a read from such a part raises
+            # PartGoneError.
+            for path in list(held):
+                if not self.storage.is_file(f"{path}/zarr.json"):
+                    self.forget(path)
+                    del held[path]
+
+        def read(path: str) -> None:
+            if (part := self._read_part(path, whole)) is not None:
+                held[path] = part
+
+        while True:
+            absent = [path for path in paths if path not in held and path not in self._damaged]
+            if self.storage.is_local:
+                # Parsing holds the interpreter's lock: threads would only get into each other's way.
+                for path in absent:
+                    read(path)
+            else:
+                run_all([partial(read, path) for path in absent], local=False)
+            if all(path in held or path in self._damaged for path in absent):
+                break
+            # Some have no commit. They may be unfinished; or they have been replaced and removed since they were listed, and what replaced
+            # them was committed before that, but was not in the list.
+            again = [f"{folder}/{name}" for name in self._part_names(folder)]
+            if set(again) <= set(paths):
+                break
+            paths = sorted({*paths, *again})
+        there = set(paths)
+        for path in [*self._parts]:  # parts come and go, and a process that stays would remember them all
+            if path not in there and path.rpartition("/")[0] == folder:
+                self.forget(path)
+        if whole and (damaged := next((self._damaged[path] for path in paths if path in self._damaged), None)):
+            raise damaged
+        return [held[path] for path in paths if path in held and path not in self._damaged]
+
+    def _part_names(self, folder: str, listed: Sequence[str] | None = None) -> list[str]:
+        found = self.storage.list(folder) if listed is None else listed
+        return [name for name in found if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
+
+    def _read_part(self, path: str, whole: bool) -> Part | None:
+        try:
+            data = self._read_document(path, PART_NAME.fullmatch(path.rpartition("/")[2]) is not None)
+            if data is None:
+                return None  # being written, or left behind by a writer that was killed: not committed, so not there
+            info = parse_part(data, f"{self.url}/{path}")
+            folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
+            if path != f"{folder}/{info.name}":
+                raise CorruptPartError(
+                    f"{self.url}/{path} is the {info.kind} {info.name!r} of {info.group!r}: it was renamed, moved or copied"
+                )
+        except CorruptPartError as error:
+            if whole:
+                raise
+            error.root, error.part = self.url, path
+            self.set_aside(error)
+            return None
+        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank)
+        return part
+
+    def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True) -> tuple[list[Part], list[Part]]:
+        """Committed parts and annotations of a group, replaced ones too; `whole` as in `list_parts`."""
+        # The list of the group says whether there are annotations at all: where a list is a request, most groups need only this one.
+        names = self.storage.list(info.name)
+        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole) if ANNOTATIONS in names else []
+        return self.list_parts(info.name, whole=whole, listed=names), notes
+
+    def listing(self, info: GroupInfo, *, whole: bool = True) -> Listing:
+        """Everything in a group's folder now, unfinished parts too; `whole` as in `list_parts`."""
+        names = list_names(self.storage, info.name)
+        parts = self.list_parts(info.name, whole=whole)
+        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole)
+        return Listing(parts=tuple(parts), annotations=tuple(notes), names=names)
+
+    def view(self, info: GroupInfo, *, whole: bool = True) -> View:
+        """The union of a group's parts in this root; `whole` as in `list_parts`."""
+        return open_union([self], info, whole=whole)
+
+    # ------------------------------------------------------------------------------------------- damaged and gone parts
+
+    def set_aside(self, error: CorruptPartError) -> None:
+        """Leave a damaged part or group out of whatever need not be whole, and warn about it once.
+
+        Parameters
+        ----------
+        error : CorruptPartError
+            Names the part; where it names none, it is raised.
+        """
+        if error.part is None:
+            raise error
+        if error.part not in self._damaged:
+            self._damaged[error.part] = error
+            warn(f"{str(error).splitlines()[0]}\ngoing on without it")
+
+    def forget(self, path: str) -> None:
+        """Forget what is remembered of a part that has gone, given by its key."""
+        self._parts.pop(path, None)
+        self.last_used.pop(path, None)
+        self._damaged.pop(path, None)
+
+    def forget_all(self, *, damaged: bool = False) -> None:
+        """Forget all parts and groups, so that they are read again; with `damaged` also what was found damaged."""
+        self._parts.clear()
+        self._groups.clear()
+        if damaged:
+            self._damaged.clear()
+
+    # -------------------------------------------------------------------------------------------------------- writing
+
+    def check_writable(self) -> None:
+        """Raise `ReadOnlyError` where this root may not be written to."""
+        if self.is_published:
+            raise ReadOnlyError(f"{self.url} is a published copy, which never changes: write to the store that it was made from")
+        if self.mode == "r":
+            raise ReadOnlyError(f"{self.url} was opened with mode='r': open it with mode='a' to write")
+        if not self.storage.may_write():
+            raise ReadOnlyError(f"{self.url} cannot be written: check permissions, or give another place")
+
+    def new_part(
+        self, info: GroupInfo, *, kind: str = "part", compressed: bool = True, recorded: Mapping[str, Any] | None = None
+    ) -> PartWriter:
+        """A writer for one part of a group, which is made where it is new; see `Store.new_part`."""
+        self.check_writable()
+        write_group(self.storage, info, durable=self.durable)
+        self._groups[info.name] = info
+        older = [name for folder in (info.name, f"{info.name}/{ANNOTATIONS}") for name in self.storage.list(folder)]
+        # The new name sorts after all others. Only names of parts count: any other could sort so late that the names no longer say how far
+        # the clocks of other writers have come.
+        name = new_part_name(max((n for n in older if PART_NAME.fullmatch(n)), default=""))
+        return PartWriter(self.storage, info, name, kind=kind, compressed=compressed, durable=self.durable, recorded=recorded)
+
+
+def _reopen(storage: Storage, mode: Mode, durable: bool, rank: int) -> Catalog:
+    return Catalog(storage, mode=mode, durable=durable, rank=rank)
+
+
+# ------------------------------------------------------------------------------------------- several roots, lowest rank first
+
+
+def urls_of(catalogs: Sequence[Catalog]) -> str:
+    """Where all of several roots lie, for messages."""
+    return " and ".join(catalog.url for catalog in catalogs)
+
+
+def groups_of(catalogs: Sequence[Catalog], *, whole: bool = True) -> dict[str, GroupInfo]:
+    """The groups of all of several roots by name, sorted; `whole` as in `Catalog.groups`."""
+    found = {name: info for catalog in catalogs for name, info in catalog.groups(whole=whole).items()}
+    return dict(sorted(found.items()))
+
+
+def any_holds_parts(catalogs: Sequence[Catalog], group: str) -> bool:
+    """Whether any of several roots holds a committed part of a group, given by its name."""
+    return any(catalog.holds_parts(group) for catalog in reversed(catalogs))
+
+
+def open_union(catalogs: Sequence[Catalog], info: GroupInfo, *, whole: bool = True) -> View:
+    """The union of a group's parts in all of several roots; `whole` as in `Catalog.list_parts`."""
+    found = [catalog.parts_and_annotations(info, whole=whole) for catalog in reversed(catalogs)][::-1]
+    parts = [part for parts, _ in found for part in parts]
+    notes = [note for _, notes in found for note in notes]
+    return open_view(catalogs[-1].storage, info, parts, notes)
