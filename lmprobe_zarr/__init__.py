@@ -19,8 +19,8 @@ from lmprobe_zarr.bridges import (
     import_source,
     import_tensors,
     import_vllm,
+    open_legacy,
 )
-from lmprobe_zarr.bridges.lmprobe_lazy import open_legacy
 from lmprobe_zarr.cache import (
     CachedPrompt,
     CachedPromptInfo,
