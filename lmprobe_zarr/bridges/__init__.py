@@ -1,7 +1,7 @@
 """Other people's files: read into `TokenBatch`, imported into a store, exported from one.
 
 A module of one format (``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_write``, ``arrays``) knows its files and no store; ``imports`` and
-``exports`` hold the calls and know both. Other rooms import from here, from ``entry``, ``files`` or ``lmprobe_lazy``.
+``exports`` hold the calls and know both. Other rooms import from here, from ``entry`` or ``files``.
 Never models, never probes.
 """
 
