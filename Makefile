@@ -1,7 +1,7 @@
 # The only verbs; CI calls these and nothing else of weight.
 #   make demo        set up, then run the main job on real input
 #   make test        set up, then lint and docs, then all tests, then the core suite on a newer Python if there is one
-#   make test-core   the tests that need no model, on Python 3.12+ with the newest zarr and without torch
+#   make test-core   what depends on the interpreter, numpy, zarr and xarray, on Python 3.12+ with the newest zarr and without torch
 #   make check       the inner loop: lint, and the tests of the rooms that changed since the last commit
 #   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
 #   make notebooks   run the notebooks and write their outputs again
@@ -55,13 +55,18 @@ test: lint docs
 NEWER := $(shell for python in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -rV); do \
 	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
 
+# Not again on the second interpreter: what runs other processes, servers, documents and foreign files, which the first one has tested.
+CORE_TESTS := tests/batch tests/cli tests/probes tests/storage tests/store tests/streaming tests/tokens tests/sweeps/test_sweep.py \
+	tests/sweeps/test_score_store.py tests/test_accessor.py tests/test_backend.py tests/test_config.py tests/test_display.py \
+	$(addprefix tests/promises/test_,$(addsuffix .py,damage hostile independent_reader numeric_limits old_stores package packaging plain_readers))
+
 test-core:
 ifeq ($(NEWER),)
 	@echo "test-core: skipped, no Python 3.12 or newer on this machine"
 else
 	@$(MAKE) --no-print-directory $(CORE)/ready
 	$(CORE)/bin/python -c 'import zarr; print("test-core: zarr", zarr.__version__)'
-	$(CORE)/bin/python -m pytest -n 2 -m "not model" -p no:cacheprovider
+	$(CORE)/bin/python -m pytest -n 2 -m "not model" -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
 endif
 
 $(CORE)/ready: pyproject.toml

@@ -23,6 +23,9 @@ from lmprobe_zarr.store.store import Store
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Read once by huggingface_hub, at its import: without it, a model that is nowhere costs half a minute of tries to reach the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # On a machine that others use too, a worker may take more than half a minute to be there.
 os.environ.setdefault("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "180s")
 
