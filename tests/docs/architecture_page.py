@@ -110,6 +110,17 @@ def arrows() -> dict[str, list[str]]:
     return {room: sorted(others, key=lambda other: (LINE[other], other)) for room, others in found.items()}
 
 
+def drawn() -> list[tuple[str, str]]:
+    """The arrows of the picture: not those to the first line, nor those that follow from others."""
+    found = arrows()
+
+    def reached(room: str) -> set[str]:
+        return set(found[room]).union(*(reached(other) for other in found[room]))
+
+    pairs = [(room, other) for room, others in found.items() for other in others if LINE[other]]
+    return [(room, other) for room, other in pairs if not any(other in reached(between) for between in found[room] if between != other)]
+
+
 def lines_of(room: str) -> int:
     return sum(len(path.read_text().splitlines()) for module, path in modules().items() if room_of(module) == room)
 
@@ -149,15 +160,11 @@ def picture() -> str:
         '<path d="M0 0 L8 4 L0 8 z" fill="#5470a8"/></marker></defs>',
         f'<rect width="1200" height="{height}" fill="white"/>',
     ]
-    for room, others in arrows().items():
-        for other in others:
-            (x, y), (there, above) = at[room], at[other]
-            # Rooms of one line: an arc above them.
-            way = f"Q{(x + there) / 2:.0f} {y - 26:.0f} {there:.0f} {above:.0f}" if y == above else f"L{there:.0f} {above + 36:.0f}"
-            opacity = 0.55 if y == above else 0.3
-            out.append(
-                f'<path d="M{x:.0f} {y:.0f} {way}" fill="none" stroke="#5470a8" stroke-opacity="{opacity}" marker-end="url(#head)"/>'
-            )
+    for room, other in drawn():
+        (x, y), (there, above) = at[room], at[other]
+        # Rooms of one line: an arc above them.
+        way = f"Q{(x + there) / 2:.0f} {y - 26:.0f} {there:.0f} {above:.0f}" if y == above else f"L{there:.0f} {above + 36:.0f}"
+        out.append(f'<path d="M{x:.0f} {y:.0f} {way}" fill="none" stroke="#5470a8" opacity="0.7" marker-end="url(#head)"/>')
     for room, (x, y) in at.items():
         folder = modules()[room].name == "__init__.py"
         fill = "#fbf3dc" if folder else "#f1f1f1"
