@@ -166,7 +166,7 @@ def picture() -> str:
         way = f"Q{(x + there) / 2:.0f} {y - 26:.0f} {there:.0f} {above:.0f}" if y == above else f"L{there:.0f} {above + 36:.0f}"
         out.append(f'<path d="M{x:.0f} {y:.0f} {way}" fill="none" stroke="#5470a8" opacity="0.7" marker-end="url(#head)"/>')
     for room, (x, y) in at.items():
-        folder = modules()[room].name == "__init__.py"
+        folder = room in faces()
         fill = "#fbf3dc" if folder else "#f1f1f1"
         out.append(f'<rect x="{x - 80:.0f}" y="{y:.0f}" width="160" height="36" rx="6" fill="{fill}" stroke="#555"/>')
         out.append(f'<text x="{x:.0f}" y="{y + 23:.0f}" text-anchor="middle">{escape(room)}</text>')
