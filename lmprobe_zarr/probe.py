@@ -1,4 +1,4 @@
-"""`Probe`: a classifier on a model's activations, which come from the cache, and into it where the model has to be run.
+"""`Probe`: a classifier on a model's activations. They are read from the cache; missing ones are computed and added to it.
 
 `extraction` supplies the activations, and `probes` has the estimators and the arithmetic.
 """
@@ -55,21 +55,21 @@ LEGACY: Final = ("auto", "never")
 class Probe:
     """A classifier or regressor on the activations of a language model.
 
-    Activations come from the cache; the model is loaded only where some are missing, run once, and what it gave is kept: the pooled vectors
-    of every layer up to the deepest asked for, tokens only where every token has to be classified.
+    Activations come from the cache. The model is loaded only if some are missing. It is run once, and its results are kept: the pooled
+    vectors of every layer up to the deepest requested one, and tokens only if every token has to be classified.
 
     Parameters
     ----------
     model : str, path or torch Module, optional
-        A hub id, a folder, or a loaded model (then `name` and `tokenizer` too). None where only activations are given.
+        A hub id, a folder, or a loaded model (then give `name` and `tokenizer` too). None if only activations are given.
     layers : "middle", "all", "last", int, sequence of int, slice, "sweep", "sweep:N" or "sweep:A-B"
-        Several layers are put side by side. A sweep fits one probe per layer (every N-th, or A up to and with B); see `sweep_result_`.
+        Several layers are put side by side. A sweep fits one probe per layer (every N-th, or A to B inclusive); see `sweep_result_`.
     pooling : str
-        ``last_token``, ``first_token``, ``mean``: activations are pooled, then classified. ``max``, ``min``, or any name behind ``score:``:
+        ``last_token``, ``first_token``, ``mean``: activations are pooled, then classified. ``max``, ``min``, or any name after ``score:``:
         every token is classified, then the scores are pooled. ``activation:max`` and ``activation:min`` pool activations. ``all``: one
         score per token.
     train_pooling, inference_pooling : str, optional
-        Where the two differ. Training takes ``last_token``, ``first_token``, ``mean`` and ``all`` (every token is an example).
+        If the two differ. Training takes ``last_token``, ``first_token``, ``mean`` and ``all`` (every token is a row of its own).
     classifier : str or scikit-learn estimator
         See `lmprobe_zarr.probes.named_probes`; for regression the default is ``ridge_regression``.
     task : {"classification", "regression"}
@@ -77,12 +77,12 @@ class Probe:
         ``"auto"`` takes CUDA, then MPS, then the CPU.
     random_state : int, optional
     batch_size : int, optional
-        Prompts per forward pass at most; None goes by what the device holds.
+        At most this many prompts per forward pass; None chooses by the device's memory.
     normalize_layers : bool, "per_neuron" or "per_layer"
-        How several layers are brought to one scale; True is ``"per_neuron"``.
+        How several layers are scaled; True is ``"per_neuron"``.
     dtype : str, optional
-        What to compute in. None takes what is stored, whatever that was computed in (float32 where there are several), and else float32,
-        as lmprobe does; once fitted, a probe stays with what it learned from.
+        The dtype to compute in. None takes stored activations of any dtype (of several, float32), and otherwise computes in float32, as
+        lmprobe does. A fitted probe keeps the dtype that it learned from.
     classifier_kwargs : mapping, optional
         Parameters of a named classifier.
     preprocessing : str or sequence of str, optional
@@ -90,13 +90,13 @@ class Probe:
     pca_components : int, optional
         For ``"pca"`` without a number.
     store : Store, path or URL, or a sequence of these, optional
-        Another place than the cache.
+        A store to use instead of the cache.
     cache_only : bool
-        Whether prompts that are not stored are an error, rather than run.
+        Whether prompts that are not stored are an error; otherwise the model is run on them.
     legacy : {"auto", "never"}
-        Whether lmprobe's own entries beside the cache serve a call where they hold all of its prompts and layers.
+        Whether lmprobe's own entries beside the cache serve a call if they hold all of its prompts and layers.
     group : str, optional
-        Name of a stored group, where several of the model match.
+        Name of a stored group, if several of the model match.
     name, tokenizer, revision, max_length, truncation, provenance, modules, trust_remote_code, device_map
         As for `lmprobe_zarr.extract`.
 
@@ -109,7 +109,7 @@ class Probe:
     layers_ : tuple of int
         The layers that it learned from; empty where it learned from activations of unknown layers.
     dtype_ : str or None
-        What its activations were computed in, where that is known.
+        The dtype that its activations were computed in, if known.
     sweep_result_ : LayerSweep or None
         The probes of a sweep.
 
@@ -188,7 +188,7 @@ class Probe:
         self._check()
 
     def _check(self) -> None:
-        """Raise for what could not be fitted, before anything is run."""
+        """Raise for arguments that cannot be fitted with, before anything is run."""
         if self.task not in TASKS:
             raise InvalidArgumentError(f"task={self.task!r} is unknown: use {' or '.join(map(repr, TASKS))}")
         if self.legacy not in LEGACY:
@@ -199,19 +199,19 @@ class Probe:
             check_batch_size(self.batch_size)
         self._new_pipeline(1)
 
-    # ------------------------------------------------------------------------------------------------- as scikit-learn has it
+    # ------------------------------------------------------------------------------------------------ scikit-learn's interface
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments that this was made with."""
+        """The arguments of this probe."""
         return {name: getattr(self, name) for name in _PARAMETERS}
 
     def set_params(self, **params: Any) -> Self:
-        """Change arguments; what was fitted stays as it is.
+        """Change arguments; what was fitted does not change.
 
         Raises
         ------
         InvalidArgumentError
-            Nothing of that name.
+            There is no parameter of that name.
         """
         unknown = sorted(set(params) - set(_PARAMETERS))
         if unknown:
@@ -267,7 +267,7 @@ class Probe:
         return str(card("lmprobe_zarr.Probe", named, fitted, parameters))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loaded model stays where it is: the copy loads its own when it needs one.
+        # A loaded model is not copied: the copy loads its own when it needs it.
         return {**self.__dict__, "_memory": SupplyMemory()}
 
     # --------------------------------------------------------------------------------------------------------- activations
@@ -297,7 +297,7 @@ class Probe:
             return supplied.outcome.stats
 
     def _supply(self, batch_size: int | None = None, *, as_fitted: bool = False) -> Supply:
-        """Where activations come from; with `as_fitted`, computed in the same dtype as those that were learned from."""
+        """The supply of activations; with `as_fitted`, of those computed in the dtype that the probe learned from."""
         if batch_size is not None:
             check_batch_size(batch_size)
         choice = ModelChoice(
@@ -327,11 +327,11 @@ class Probe:
         Parameters
         ----------
         positive_prompts : iterable of prompts, or array of float, shape (row, hidden)
-            Prompts of class 1; or all of them. An array is taken for activations, as by `fit_from_activations`.
+            Prompts of class 1; or all of them. An array is treated as activations, as by `fit_from_activations`.
         negative_prompts : iterable of prompts, or of numbers or truth values
             Prompts of class 0; or the label of each prompt, or its value for a regression.
         labels : sequence, optional
-            The same, where labels are texts, which `negative_prompts` would take for prompts.
+            The labels or values, if they are texts, which as `negative_prompts` would be taken for prompts.
         sample_weight : sequence of float, optional
             One per prompt.
         invalidate_cache : bool
@@ -342,12 +342,12 @@ class Probe:
         Returns
         -------
         Probe
-            This one.
+            This probe.
 
         Raises
         ------
         LabelError
-            Fewer than two classes, another number of labels than prompts, or labels that are missing.
+            Fewer than two classes, not one label per prompt, or missing labels.
         others
             As `lmprobe_zarr.extract` does.
         """
@@ -373,7 +373,7 @@ class Probe:
         self.dtype_ = read.compute_dtype
 
     def fit_from_activations(self, X: Any, y: Any, *, sample_weight: Any = None, n_layers: int = 1) -> Self:  # noqa: N803
-        """Fit on activations that are given.
+        """Fit on given activations.
 
         Parameters
         ----------
@@ -382,19 +382,19 @@ class Probe:
             A label or value per row.
         sample_weight : sequence of float, optional
         n_layers : int
-            Layers side by side in a row; a DataArray tells it itself.
+            Number of layers side by side in a row; a DataArray knows it itself.
 
         Returns
         -------
         Probe
-            This one.
+            This probe.
 
         Raises
         ------
         LabelError
             As for `fit`.
         InvalidArgumentError
-            Not a matrix of finite numbers, or one whose width is no multiple of `n_layers`.
+            Not a matrix of finite numbers, or its width is no multiple of `n_layers`.
         """
         features, layers, n_layers = parse_matrix(X, n_layers)
         labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
@@ -490,8 +490,8 @@ class Probe:
         Returns
         -------
         ndarray of float, shape (prompt, class)
-            In the order of ``classes_``. Pooled scores of ``max`` and ``min`` are those of each class by itself. With
-            ``inference_pooling="all"`` a DataArray over ``token`` and ``class``, indexed by prompt and position.
+            In the order of ``classes_``. ``max`` and ``min`` pool each class separately. With ``inference_pooling="all"`` a
+            DataArray over ``token`` and ``class``, indexed by prompt and position.
 
         Raises
         ------
@@ -506,7 +506,7 @@ class Probe:
         return fitted.probabilities(self._read(prompts, batch_size))
 
     def _read(self, prompts: Any, batch_size: int | None) -> Activations:
-        """Activations of prompts like those that were learned from."""
+        """Activations of prompts, of the layers and the dtype that the probe learned from."""
         stage = parse_stage(self.inference_pooling or self.pooling)
         if not self.layers_:
             raise InvalidArgumentError("this probe learned from activations of unknown layers: predict from activations too")
@@ -516,7 +516,7 @@ class Probe:
 
     @property
     def decision_function(self) -> Any:
-        """What classifies rows of activations, as in scikit-learn; AttributeError where the classifier has none."""
+        """The decision function of rows of activations, as in scikit-learn; AttributeError if the classifier has none."""
         if self.pipeline_ is None or not hasattr(self.pipeline_, "decision_function"):
             raise AttributeError(f"{self.classifier!r} has no decision function, or learned nothing yet")
 
@@ -597,7 +597,7 @@ class Probe:
         return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), as_array(labels))
 
     def evaluate(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> dict[str, Any]:
-        """The usual measures on prompts that it has not seen.
+        """The usual measures on prompts that the probe has not seen.
 
         Parameters
         ----------
@@ -635,7 +635,7 @@ class Probe:
 
     @property
     def _fitted(self) -> _Fitted:
-        """What was learned, to be asked about activations."""
+        """What was learned, in a form that scores activations."""
         if self.pipeline_ is None:
             raise NotFittedError("this probe has learned nothing yet: call fit first")
         return _Fitted(self.pipeline_, self.classes_, self.classifier)
@@ -645,18 +645,18 @@ class Probe:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted probe into one file, safetensors with JSON inside; never a pickle.
 
-        The model is kept by name only, the cache's place not at all.
+        A model is saved by its name only, and a loaded one not at all. The place of the cache is not saved.
 
         Parameters
         ----------
         path : str or path
-            The file; one that is there is replaced.
+            The file; an existing one is replaced.
 
         Raises
         ------
         NotFittedError
         InvalidArgumentError
-            The classifier is an estimator of one's own, the model is an object, or this is a sweep.
+            The classifier is the caller's own estimator, `layers` is a slice, this is a sweep, or the file cannot be written.
         """
         pipeline = self._fitted.pipeline
         if self.sweep_result_ is not None:
@@ -702,14 +702,14 @@ class Probe:
         Returns
         -------
         Probe
-            Fitted, its model not loaded.
+            The fitted probe; its model is not loaded.
 
         Raises
         ------
         NotAProbeError
-            Something else, or a damaged file.
+            The file is no saved probe, or is damaged.
         UnsupportedVersionError
-            Written by a newer release.
+            The file was written by a newer release.
         FileNotFoundError
         """
         try:
@@ -822,7 +822,7 @@ class LayerSweep:
         return max(scores, key=lambda layer: scores[layer])
 
     def _read(self, prompts: Any, batch_size: int | None = None) -> Iterator[tuple[int, _Fitted, Activations]]:
-        """Each layer with what was learned of it and its activations; all come from one pass, and each is read when it is its turn."""
+        """Each layer with what was learned of it and its activations. The model is run at most once; a layer is read when it is needed."""
         first = self.probes[self.layers[0]]
         stage = parse_stage(first.inference_pooling or first.pooling)
         with first._supply(batch_size, as_fitted=True).supplied(list_given(prompts), (stage,), self.layers) as supplied:
@@ -850,7 +850,7 @@ class _Fitted:
     classifier: Any
 
     def predict(self, read: Activations) -> Any:
-        """The class or value of each prompt, or of each token where nothing is pooled."""
+        """The class or value of each prompt, or of each token if nothing is pooled."""
         if self.classes is None:
             return _pooled(np.asarray(self.pipeline.predict(read.features)), read)
         if not read.stage.needs_tokens:
@@ -865,7 +865,7 @@ class _Fitted:
         return _pooled(np.asarray(self.pipeline.predict_proba(read.features)), read, self.classes)
 
     def check_probabilities(self) -> None:
-        """Raise where there are no probabilities."""
+        """Raise if there are no probabilities."""
         if self.classes is None:
             raise InvalidArgumentError("a regression has no probabilities: use predict")
         if not hasattr(self.pipeline, "predict_proba"):
@@ -888,7 +888,7 @@ class _Fitted:
         return self.measure(np.asarray(self.predict(read)), scores, labels)
 
     def measure(self, predicted: Array, scores: Array | None, labels: Array) -> dict[str, Any]:
-        """The usual measures of predictions, and of scores where there are any."""
+        """The usual measures of predictions, and of scores if there are any."""
         self._check_labels(predicted, labels)
         if self.classes is None:
             return {**evaluate_regression(predicted, labels), "n_eval": len(labels)}
@@ -898,7 +898,7 @@ class _Fitted:
         return {**{name: value for name, value in found.items() if not np.isnan(value)}, "n_eval": len(labels)}
 
     def _scores(self, features: Array, classes: Array) -> Array:
-        """Probabilities, or a decision function where there are none: one column per class, or a single one for two."""
+        """Probabilities, or decision values if there are none: one column per class, or one value per row for two classes."""
         if hasattr(self.pipeline, "predict_proba"):
             return np.asarray(self.pipeline.predict_proba(features))
         scores = None if not hasattr(self.pipeline, "decision_function") else np.asarray(self.pipeline.decision_function(features))
@@ -911,7 +911,7 @@ class _Fitted:
         return scores
 
     def _check_labels(self, predicted: Array, labels: Array) -> None:
-        """Raise where true labels cannot be those of the predictions."""
+        """Raise if the true labels cannot belong to the predictions."""
         if len(predicted) != len(labels):
             raise LabelError(
                 f"there are {len(labels)} labels for {len(predicted)} predictions: give one for each prompt, and pool the tokens"
@@ -923,7 +923,7 @@ class _Fitted:
 
 
 _PARAMETERS: Final = {name: p for name, p in inspect.signature(Probe.__init__).parameters.items() if name != "self"}
-# Of this machine, of this moment, or no JSON.
+# Parameters that belong to this machine or this moment, or that JSON cannot hold.
 _NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_remote_code", "legacy", "group")
 
 
@@ -931,7 +931,7 @@ _NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_re
 
 
 def _check_finite(read: Activations) -> None:
-    """Raise where activations hold NaN or infinity, which no classifier learns from or scores."""
+    """Raise if activations hold NaN or infinity, which no classifier learns from or scores."""
     bad = np.flatnonzero(~np.isfinite(read.features).all(axis=1))
     if len(bad):
         rows = bad if read.n_tokens is None else np.unique(np.repeat(np.arange(len(read.n_tokens)), read.n_tokens)[bad])
@@ -943,7 +943,7 @@ def _check_finite(read: Activations) -> None:
 
 
 def _classes_of(scores: Array, classes: Array) -> Array:
-    """The class with the largest score; the second where a single one is above 0."""
+    """The class with the largest score. With one score per row, the second class if it is above 0, else the first."""
     return np.asarray(classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)])
 
 
@@ -953,7 +953,7 @@ def _counts(read: Activations) -> Ints:
 
 
 def _pooled(scores: Array, read: Activations, classes: Array | None = None) -> Any:
-    """Scores of tokens as those of prompts, as the stage says."""
+    """Scores of tokens, pooled to scores of prompts as the stage says."""
     if read.stage.of == "activation":
         return scores
     if read.stage.of == "nothing":
@@ -962,7 +962,7 @@ def _pooled(scores: Array, read: Activations, classes: Array | None = None) -> A
 
 
 def _by_token(values: Array, read: Activations, classes: Array | None = None) -> xr.DataArray:
-    """One row per token, found by prompt and position; a prompt that was given twice is there twice."""
+    """One row per token, indexed by prompt and position. The tokens of a prompt that was given twice occur twice."""
     counts = _counts(read)
     uniques, codes = np.unique(read.hashes, return_inverse=True)
     positions = concat_ranges(np.zeros(len(counts), np.int64), counts)

@@ -1,6 +1,6 @@
 """`TokenBatch`, which every source of activations gives to a writer, and its vocabulary: prompts, layers, sites, poolings, precision.
 
-Never files, xarray, torch or zarr. Other rooms import from this face.
+Numpy and names only: never files, xarray, torch or zarr. Other rooms import from this face.
 """
 
 from lmprobe_zarr.batch.hashes import (

@@ -1,4 +1,4 @@
-"""A prompt as digest, hash and number, and digests as hex digits and back: the one place that converts them."""
+"""The digest, hash and number of a prompt, and digests as bytes or hex digits. No other module converts between them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidTypeError
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, Mask
 
 __all__ = [
     "HASH_DIGITS",
@@ -41,7 +41,7 @@ def prompt_sha256(prompt: str | Sequence[int] | Array) -> str:
     Raises
     ------
     InvalidTypeError
-        Anything else than a text or a flat sequence of integers.
+        Neither a text nor a flat sequence of integers.
     """
     if isinstance(prompt, str):
         # Lone surrogates are legal in a Python string (JSON may contain them) but have no UTF-8: they are hashed unchanged.
@@ -104,10 +104,10 @@ def hashes_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.str_]:
     return np.frombuffer(text.encode(), f"S{HASH_DIGITS}").astype(f"U{HASH_DIGITS}")
 
 
-def rows_differ(some: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+def rows_differ(some: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> Mask:
     """Which pairs of digests with equal hashes belong to different prompts.
 
-    A digest that ends in zeros is that of a prompt of unknown text (`digest_of_hash`), and differs from none.
+    A digest that ends in zeros belongs to a prompt whose text is unknown (`digest_of_hash`): it never counts as different.
     """
     unknown = ~some[:, HASH_DIGITS // 2 :].any(axis=1) | ~others[:, HASH_DIGITS // 2 :].any(axis=1)
     return np.asarray((some != others).any(axis=1) & ~unknown, bool)

@@ -1,4 +1,4 @@
-"""Which layers a caller means. Pure integers; never a model or a store."""
+"""Layer numbers from what a caller gives as ``layers``. Pure integers; never a model or a store."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def resolve_layers(layers: LayerSpec, num_layers: int) -> tuple[int, ...]:
         Something that names no layers.
     """
     if isinstance(layers, np.ndarray):
-        layers = layers.tolist()  # an array of one element would pass for a number
+        layers = layers.tolist()  # operator.index would accept an array of one element
     if isinstance(layers, str):
         third = num_layers // 3
         words = {"all": range(num_layers), "middle": range(third, num_layers - third), "last": range(num_layers - 1, num_layers)}
@@ -70,10 +70,10 @@ def choose_layers(held: Sequence[int], layers: LayerSpec | None, *, where: str, 
     held : sequence of int
         The layers that are stored, ascending.
     layers : int, sequence of int, slice or str, optional
-        As for `resolve_layers`. None and ``"all"`` take all that are stored. Each number must be stored; a slice or a word takes those of
-        its layers that are, and at least one must be.
+        As for `resolve_layers`. None and ``"all"`` take every stored layer. Each number must be stored. A slice or a word takes those of
+        its layers that are stored, and needs at least one.
     where : str
-        The place that holds them, for the message.
+        Where they are stored, for the message.
     num_layers : int, optional
         How many layers the model has; by default up to the last one stored.
 
@@ -93,18 +93,18 @@ def choose_layers(held: Sequence[int], layers: LayerSpec | None, *, where: str, 
 
 
 def parse_sweep(layers: LayerSpec) -> LayerSpec | None:
-    """The layers of a sweep, or None for what is none.
+    """The layers of a sweep, or None if `layers` describes no sweep.
 
     Parameters
     ----------
     layers : any
-        ``"sweep"`` is all layers, ``"sweep:10"`` every tenth from the first on, ``"sweep:55-65"`` those from 55 to 65, as far as the model
-        has them; as in lmprobe.
+        As in lmprobe: ``"sweep"`` is all layers, ``"sweep:10"`` every tenth from the first on, and ``"sweep:55-65"`` those from 55 to 65
+        that the model has.
 
     Raises
     ------
     InvalidTypeError
-        A sweep with something else behind the colon.
+        A sweep with something else after the colon.
     """
     if not isinstance(layers, str) or not layers.startswith("sweep"):
         return None

@@ -1,4 +1,4 @@
-"""What each pooling computes, on ragged numpy arrays. Never torch, files or zarr.
+"""Poolings: one vector per prompt from its tokens, on ragged numpy arrays. Never torch, files or zarr.
 
 A new pooling is a function in `_POOL_RAGGED`, and its twin for padded tensors in ``extraction.models.padded_pooling``.
 """
@@ -40,7 +40,7 @@ def _min(values: Array, starts: Ints, _counts: Ints) -> Array:
     return np.asarray(np.minimum.reduceat(values, starts, axis=-2))
 
 
-# Each takes the values, the first row of each prompt and its number of rows.
+# Each function takes the values, and the first row and the number of rows of every prompt.
 _POOL_RAGGED: Final[Mapping[str, Callable[[Array, Ints, Ints], Array]]] = {
     "last_token": _last_token,
     "first_token": _first_token,
@@ -72,9 +72,9 @@ def pool_ragged(values: Array, n_tokens: npt.ArrayLike, pooling: str) -> Array:
     Parameters
     ----------
     values : ndarray, shape (..., token, hidden), floating
-        Tokens of the prompts, one prompt after the other.
+        Tokens of the prompts, one prompt after another.
     n_tokens : array_like of int, shape (prompt,)
-        Tokens of each prompt; all at least 1, and together the length of the token axis.
+        Tokens of each prompt, each at least 1; their sum is the length of the token axis.
     pooling : {"last_token", "first_token", "mean", "max", "min"}
         ``mean`` is accumulated in float32 (float64 for float64 input) and returned in the dtype of `values`.
 

@@ -1,4 +1,4 @@
-"""What storing with less precision means: the rounding, its dtypes and its limits. Pure numpy; never files."""
+"""Rounding of activations to fewer bits or another dtype, as they are stored. Pure numpy; never files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Precision", "count_odd", "round_bits", "store_as"]
 
 
 def fill_value(dtype: str | np.dtype[Any]) -> Any:
-    """What stands for a missing value: NaN, −1, an empty text; False only ever fills up a last chunk."""
+    """The value that marks a missing one: NaN, −1 or an empty text. Truth values have none: False only pads the last chunk."""
     kind = "O" if dtype in ("string", object) else np.dtype(dtype).kind
     return {"f": np.nan, "O": "", "b": False}.get(kind, -1)
 
@@ -27,22 +27,22 @@ OVERFLOWS: Final = ("bfloat16", "raise")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """What activations are stored with.
+    """The precision that activations are stored with.
 
     Parameters
     ----------
     dtype : {"float16", "bfloat16", "float32"}, optional
-        None keeps what the model computes. ``bfloat16`` is stored in float32 arrays, whose last 16 bits are zero and compress away, so that
-        every reader of Zarr understands it.
+        None keeps the dtype that the model computes in. ``bfloat16`` is stored in float32 arrays, which every reader of Zarr understands;
+        their last 16 bits are zero and compress away.
     keep_bits : int, optional
-        Rounds to so many bits of the fraction: the relative error is at most 2 to the power of −(keep_bits + 1). None keeps all.
+        How many bits of the fraction rounding keeps: the relative error is at most 2 to the power of −(keep_bits + 1). None keeps all.
     overflow : {"bfloat16", "raise"}
         What to do with a value beyond 65504, the largest of float16: keep the variable with bfloat16's precision, or raise.
 
     Raises
     ------
     InvalidArgumentError
-        An unknown dtype or way, or more bits than the dtype has.
+        An unknown dtype or `overflow`, or more bits than the dtype has.
     """
 
     dtype: str | None = None
@@ -68,7 +68,7 @@ class Precision:
 
 
 def round_bits(values: Array, keep_bits: int) -> Array:
-    """The nearest numbers with so many bits of the fraction, ties to even; a new array of the same dtype.
+    """The nearest numbers with `keep_bits` bits of the fraction, ties to even, as a new array of the same dtype.
 
     Parameters
     ----------
@@ -77,8 +77,8 @@ def round_bits(values: Array, keep_bits: int) -> Array:
 
     Notes
     -----
-    The rounding is that of numcodecs' BitRound (M. Klöwer et al., Nature Computational Science 1, 2021), which turns some NaN into zero and
-    the largest finite numbers into infinity: here NaN stays NaN, and what is finite stays finite.
+    The rounding is that of numcodecs' BitRound (M. Klöwer et al., Nature Computational Science 1, 2021). BitRound turns some NaN into zero
+    and the largest finite numbers into infinity; here NaN stays NaN, and finite numbers stay finite.
     """
     from numcodecs.bitround import BitRound
 
@@ -105,37 +105,37 @@ def store_as(name: str, values: Array, precision: Precision, *, source_dtype: st
     Parameters
     ----------
     name : str
-        The variable, for messages.
+        Name of the variable, for messages.
     values : ndarray of float16, float32 or float64
     precision : Precision
     source_dtype : str
-        What the values were computed in: ``bfloat16`` comes in float32 arrays.
+        The dtype that the values were computed in; ``bfloat16`` values come in float32 arrays.
     wide : bool
-        Whether this variable has overflowed float16 before, and so is kept with bfloat16's precision.
+        Whether this variable overflowed float16 before, and is therefore stored with bfloat16's precision.
 
     Returns
     -------
     values : ndarray
         Of the dtype of the stored array.
     stored_dtype : str
-        What that means: ``bfloat16`` for float32 arrays that hold its numbers.
+        The dtype whose numbers they are: ``bfloat16`` for float32 arrays that hold bfloat16 numbers.
     overflowed : bool
-        Whether a finite value lies beyond the range of float16, so that bfloat16's precision was taken instead.
+        Whether a finite value is beyond the range of float16, so that bfloat16's precision was used instead.
 
     Raises
     ------
     NumberRangeError
-        That is so, and `precision` says to raise.
+        A finite value is beyond the range of float16, and ``precision.overflow`` is "raise".
     """
     target = precision.dtype or source_dtype
     overflowed = False
     if target == "float16":
-        # Rounded once only, before it is made narrow: rounding twice errs more than half a step.
+        # Values are rounded once, before they become float16: rounding twice can err by more than half a step.
         bits = precision.keep_bits if precision.keep_bits is not None else FRACTION_BITS["float16"]
         with np.errstate(over="ignore"):
             narrow = (round_bits(values, bits) if bits < FRACTION_BITS["float16"] else values).astype(np.float16)
         beyond = np.isinf(narrow)
-        # What was infinite before stays so: it is the model's own answer.
+        # A value that the model itself computed as infinite is no overflow, and stays infinite.
         overflowed = bool(beyond.any()) and bool(np.isfinite(values[beyond]).any())
         if overflowed and precision.overflow == "raise":
             largest = float(np.abs(values[beyond & np.isfinite(values)]).max())
@@ -161,9 +161,9 @@ def count_odd(values: Array, row_shape: tuple[int, ...]) -> tuple[int, int]:
     ----------
     values : ndarray of float16, float32 or float64, shape (…, *row_shape)
     row_shape : tuple of int
-        Of what counts as one row.
+        Shape of what counts as one row.
     """
-    # On the bits, in one pass: a number's size orders as its bits without the sign do, infinity and NaN above all others.
+    # One pass over the bits: without the sign, they order as absolute values do, with infinity and NaN above all finite numbers.
     width = values.dtype.itemsize
     bits = np.ascontiguousarray(values).reshape(-1, int(np.prod(row_shape))).view(f"u{width}")
     largest = (bits & bits.dtype.type(2 ** (8 * width - 1) - 1)).max(axis=1, initial=0)

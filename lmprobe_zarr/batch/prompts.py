@@ -1,4 +1,4 @@
-"""What the caller wants run: texts, chats or token ids as one frozen record. Never a model; a tokenizer only to render or decode."""
+"""The prompts of a call, texts, chats or token ids, as one frozen record. Never a model; a tokenizer only renders chats and decodes ids."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ WAYS: Final = "a prompt is a text, a list of chat messages, or a flat list of to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompts:
-    """The different prompts of one call, in the order of their first appearance.
+    """The distinct prompts of one call, in the order of their first appearance.
 
     Parameters
     ----------
     kind : {"text", "chat", "ids"}
-        What the caller gave; one call holds one kind.
+        What the caller gave; all prompts of a call are of the same kind.
     sha256 : tuple of str
-        Whole digest of every prompt; none twice.
+        Whole digest of every prompt, without repeats.
     text : tuple of str, or None
-        The texts; rendered ones for chats. None for token ids that no tokenizer has decoded yet.
+        The texts; for chats, the rendered texts. None for token ids that no tokenizer has decoded yet.
     token_ids : tuple of ndarray of int64, or None
         The ids, for ``kind="ids"`` only.
     row : ndarray of int64, shape (given,)
-        For each prompt that the caller gave, its place among the different ones.
+        For each prompt that the caller gave, its index among the distinct ones.
     first : ndarray of int64, shape (prompt,)
-        For each different prompt, its first place among those that the caller gave.
+        For each distinct prompt, its first index among those that the caller gave.
     """
 
     kind: PromptKind
@@ -51,7 +51,7 @@ class Prompts:
         return len(self.sha256)
 
     def take(self, rows: Sequence[int] | Ints) -> Prompts:
-        """Some of the different prompts, in the order of `rows`; ``first`` goes on to count as the caller did."""
+        """Some of the distinct prompts, in the order of `rows`; ``first`` still refers to the prompts that the caller gave."""
         chosen = np.asarray(rows, np.int64)
         return Prompts(
             kind=self.kind,
@@ -92,7 +92,7 @@ def _kind_of(prompt: object, number: int) -> PromptKind:
     raise InvalidTypeError(f"prompts[{number}] is a {type(prompt).__name__}: {WAYS}")
 
 
-def _listed(prompts: object) -> list[Any]:
+def _list_prompts(prompts: object) -> list[Any]:
     if isinstance(prompts, str):
         raise InvalidTypeError(f"prompts is the text {shorten(prompts)}, not a list of prompts: wrap it, prompts=[…]")
     if isinstance(prompts, bytes | bytearray | memoryview | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
@@ -103,7 +103,7 @@ def _listed(prompts: object) -> list[Any]:
     return given
 
 
-def _kinds(given: list[Any]) -> PromptKind:
+def _common_kind(given: list[Any]) -> PromptKind:
     kinds = [_kind_of(prompt, number) for number, prompt in enumerate(given)]
     for number, kind in enumerate(kinds):
         if kind != kinds[0]:
@@ -115,16 +115,16 @@ def _kinds(given: list[Any]) -> PromptKind:
 
 
 def prompts_kind(prompts: object) -> PromptKind:
-    """Which kind of prompt a call holds; needs no tokenizer.
+    """The kind of the prompts of a call; needs no tokenizer.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        As :func:`parse_prompts`; and a generator, which would be used up by this.
+        As :func:`parse_prompts`; and a generator, which this would exhaust.
     """
     if isinstance(prompts, Iterator):
         raise InvalidTypeError(f"prompts is a {type(prompts).__name__}, which can be read once only: make a list of it, list(prompts)")
-    return _kinds(_listed(prompts))
+    return _common_kind(_list_prompts(prompts))
 
 
 def _parse_ids(prompt: Any, number: int) -> Ints:
@@ -139,7 +139,7 @@ def _parse_ids(prompt: Any, number: int) -> Ints:
         raise InvalidTypeError(f"prompts[{number}] is a {type(prompt).__name__} of shape {ids.shape} and dtype {ids.dtype}: {WAYS}")
     if ids.min() < 0:
         raise InvalidArgumentError(f"prompts[{number}] holds the token id {int(ids.min())}: token ids are at least 0; leave padding out")
-    # A copy, read-only: the caller may go on to change its own array.
+    # A read-only copy, since the caller may change its own array later.
     parsed = ids.astype(np.int64)
     parsed.flags.writeable = False
     return parsed
@@ -153,7 +153,7 @@ def _render(messages: Any, number: int, tokenizer: Any, add_generation_prompt: b
     try:
         text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=opens)
     except Exception as error:
-        # A template is a program of the model's author and raises what it likes.
+        # A template is code by the model's author and can raise anything.
         reason = str(error).strip().split("\n")[0][:200]
         raise InvalidArgumentError(f"prompts[{number}] does not go through the tokenizer's chat template: {reason}") from error
     if not isinstance(text, str) or not text:
@@ -161,7 +161,7 @@ def _render(messages: Any, number: int, tokenizer: Any, add_generation_prompt: b
     return text
 
 
-def _template_check(tokenizer: Any) -> None:
+def _check_template(tokenizer: Any) -> None:
     if tokenizer is None:
         raise InvalidArgumentError("chat messages are hashed as their rendered text: pass tokenizer= whose chat template renders them")
     if not getattr(tokenizer, "chat_template", None):
@@ -174,35 +174,35 @@ def _decode(ids: tuple[Ints, ...], tokenizer: Any) -> tuple[str, ...]:
 
 
 def parse_prompts(prompts: object, *, tokenizer: Any = None, add_generation_prompt: bool | None = None) -> Prompts:
-    """The different prompts of a call, with the caller's order beside them.
+    """The distinct prompts of a call, with the order in which the caller gave them.
 
     Parameters
     ----------
     prompts : iterable of str, of lists of chat messages, or of flat arrays of token ids
         A chat message is a dict with ``role`` and ``content``; token ids may be lists, 1-d integer arrays or torch tensors.
     tokenizer : transformers tokenizer, optional
-        Needed for chats, which are rendered by its template. Token ids are decoded with it where it is given; texts never need it.
+        Needed for chats, which its template renders. Token ids are decoded with it if it is given; texts never need it.
     add_generation_prompt : bool, optional
-        Whether a chat ends in the opening of an answer. None: it does unless its last message is the assistant's.
+        Whether the template ends a chat with the beginning of an answer. None: yes, unless the last message is the assistant's.
 
     Raises
     ------
     InvalidArgumentError
-        No prompt, an empty prompt, a negative token id, a chat without a tokenizer or a template, or one that its template refuses.
+        No prompt, an empty prompt, a negative token id, a chat without a tokenizer or a template, or a chat that the template refuses.
     InvalidTypeError
         A bare text instead of a list, something that is no prompt, or several kinds in one call.
     """
-    given = _listed(prompts)
-    kind = _kinds(given)
+    given = _list_prompts(prompts)
+    kind = _common_kind(given)
     ids: list[Ints] | None = None
     if kind == "ids":
         ids = [_parse_ids(prompt, number) for number, prompt in enumerate(given)]
         digests = [prompt_sha256(i) for i in ids]
     else:
         if kind == "chat":
-            _template_check(tokenizer)
+            _check_template(tokenizer)
             given = [_render(messages, number, tokenizer, add_generation_prompt) for number, messages in enumerate(given)]
-        # str(): a numpy string is a str too, but would keep its array alive.
+        # A numpy string is a str too, but would keep its array alive.
         given = [str(text) for text in given]
         digests = [prompt_sha256(text) for text in given]
     place: dict[str, int] = {}

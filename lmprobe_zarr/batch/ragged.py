@@ -11,7 +11,7 @@ __all__ = ["as_slice", "concat_ranges", "offsets_of", "positions_of"]
 
 
 def offsets_of(lengths: npt.ArrayLike) -> Ints:
-    """Start of every row and, last, the end of all: shape (len(lengths) + 1,)."""
+    """Start of every row, followed by the end of the last one: shape (len(lengths) + 1,)."""
     counts = np.asarray(lengths, dtype=np.int64)
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])

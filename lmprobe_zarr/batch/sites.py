@@ -1,10 +1,13 @@
-"""The places in a model where values are taken, and what a row of them weighs. Names and integers only.
+"""Sites and outputs of a model, the variables that they give, and how many bytes a row takes. Names and integers only.
 
-Beside the sites, what a model says of its input: ``logits`` of its head, for every token or, as ``logits_last_token``, for the last one of
-each prompt, whole or only the largest of them (``…_top_k_values``, ``…_top_k_indices``); ``token_log_prob``, the natural logarithm of the
-probability of each token after those before it, and ``token_perplexity``, its exponential with the sign turned, both NaN for the first
-token of a prompt; ``perplexity``, per prompt the mean, least and greatest of `STATISTICS`; and ``router``, a mixture of experts' scores of
-its experts by layer.
+A site is a place in a model where activations are taken. Outputs are what the model computes besides:
+
+* ``logits`` of its head for every token, or ``logits_last_token`` for the last token of each prompt: all of them, or only the largest
+  (``…_top_k_values``, ``…_top_k_indices``).
+* ``token_log_prob``, the natural logarithm of the probability of each token given those before it, and ``token_perplexity``, the
+  exponential of its negative. Both are NaN for the first token of a prompt.
+* ``perplexity`` of each prompt, one value for each of `STATISTICS`.
+* ``router``, the scores of all experts in a mixture of experts, by layer and token.
 """
 
 from __future__ import annotations
@@ -44,9 +47,9 @@ LAYERED_SITES: Final = ("resid", "attn", "mlp")
 SITES: Final = (*LAYERED_SITES, "embed")
 # lmprobe's three, in its order: the exponential of the mean, the least and the greatest negative log-probability of the tokens.
 STATISTICS: Final = ("mean", "min", "max")
-# One number per token: variables without a further axis.
+# Variables with one number per token, and so without a further axis.
 SCALARS: Final = ("token_perplexity", "token_log_prob")
-# What a row holds, where it is not the hidden units of a site.
+# Inner dimension of the variables whose rows do not hold the hidden units of a site.
 INNER_DIMS: Final[Mapping[str, str]] = {
     "perplexity": "statistic",
     "logits": "vocab",
@@ -65,7 +68,7 @@ ITEM_BYTES: Final = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outputs:
-    """What to keep of what a model says, beside its activations. False where nothing is.
+    """Which outputs of a model to keep besides its activations. False if none.
 
     Parameters
     ----------
@@ -74,14 +77,14 @@ class Outputs:
     logits : {None, "last_token", "all"}
         The head's logits: none, those at the last token of every prompt, or those at every token.
     top_k : int, optional
-        Only so many of the logits, the largest, with their token ids; None: all of them.
+        How many of the largest logits to keep, with their token ids; None keeps all logits.
     router : bool
-        Every expert's raw score in a mixture of experts, by layer and token.
+        The raw scores of all experts in a mixture of experts, by layer and token.
 
     Raises
     ------
     InvalidArgumentError
-        Unknown position, a `top_k` below 1, or one without `logits`.
+        Unknown position, a `top_k` below 1, or a `top_k` without `logits`.
     """
 
     perplexity: bool = False
@@ -109,11 +112,11 @@ class Outputs:
 
     @property
     def token_level(self) -> bool:
-        """Whether anything is kept of every token."""
+        """Whether an output is kept for every token."""
         return self.perplexity or self.logits == "all" or self.router
 
     def variables(self) -> list[tuple[str, str, bool]]:
-        """What is stored: level (``prompts`` or ``tokens``), name, and whether it has a layer axis."""
+        """The variables to store: level (``prompts`` or ``tokens``), name, and whether it has a layer axis."""
         found = []
         if self.perplexity:
             found += [("prompts", "perplexity", False), ("tokens", "token_perplexity", False), ("tokens", "token_log_prob", False)]
@@ -130,12 +133,12 @@ NO_OUTPUTS: Final = Outputs()
 
 
 def parse_sites(sites: str | Sequence[str], outputs: Outputs = NO_OUTPUTS) -> tuple[str, ...]:
-    """Site names as a tuple without repeats, in the given order; empty only where `outputs` are asked for instead.
+    """Site names as a tuple without repeats, in the given order. May be empty only if `outputs` are kept.
 
     Raises
     ------
     InvalidArgumentError
-        A name is none of ``resid, attn, mlp, embed``, or there is none.
+        A name is none of ``resid, attn, mlp, embed``, or there is no name.
     """
     names = (sites,) if isinstance(sites, str) else tuple(sites)
     for name in names:
@@ -147,22 +150,22 @@ def parse_sites(sites: str | Sequence[str], outputs: Outputs = NO_OUTPUTS) -> tu
 
 
 def is_top_k(variable: str) -> bool:
-    """Whether a variable's rows may be of another length in every part: the largest few of many."""
+    """Whether a variable keeps only the k largest values, so that its rows may differ in length from part to part."""
     return INNER_DIMS.get(variable) == "top_k"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowBytes:
-    """What extracted activations weigh, before compression.
+    """Bytes of extracted activations, before compression.
 
     Parameters
     ----------
     token : int
-        Bytes per token; 0 where tokens are not kept.
+        Bytes per token; 0 if tokens are not kept.
     prompt : int
-        Bytes per prompt, beside its tokens.
+        Bytes per prompt, besides its tokens.
     dtype : str
-        Dtype of the arrays: bfloat16 is held, exactly, in float32.
+        Dtype of the arrays; bfloat16 numbers are stored exactly, in float32.
     source_dtype : str
         Dtype that the model computes in.
     """
@@ -173,7 +176,7 @@ class RowBytes:
     source_dtype: str
 
     def total(self, prompts: int, tokens: int) -> int:
-        """Bytes of so many prompts with so many tokens together."""
+        """Bytes of this number of prompts, which have this number of tokens together."""
         return self.token * tokens + self.prompt * prompts
 
 
@@ -189,21 +192,21 @@ def row_bytes(
     vocab_size: int | None = None,
     experts: int | None = None,
 ) -> RowBytes:
-    """What one token and one prompt weigh, from a model's size alone.
+    """Bytes of one token and of one prompt, from a model's size alone.
 
     Parameters
     ----------
     layers : int
-        How many layers are asked for.
+        Number of layers that are stored.
     hidden_size : int
     dtype : {"float32", "float16", "bfloat16", "float64"}
-        What the model computes in.
+        Dtype that the model computes in.
     sites, pooling, keep_tokens, outputs
         As for :func:`~lmprobe_zarr.extraction.run`.
     vocab_size : int, optional
-        Logits per row. Without it, whole logits weigh nothing here.
+        Logits per row. Without it, logits without `top_k` count as 0 bytes.
     experts : int, optional
-        Scores per router, taken to be in every layer. Without it, they weigh nothing here.
+        Scores per router; every layer is assumed to have a router. Without it, they count as 0 bytes.
 
     Raises
     ------
@@ -214,8 +217,8 @@ def row_bytes(
         raise InvalidArgumentError(f"dtype={dtype!r} is unknown: use one of {', '.join(map(repr, ITEM_BYTES))}")
     names = parse_sites(sites, outputs)
     poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling))
-    held = "float32" if dtype == "bfloat16" else dtype
-    item = ITEM_BYTES[held]
+    stored_dtype = "float32" if dtype == "bfloat16" else dtype
+    item = ITEM_BYTES[stored_dtype]
     row = sum(layers if name in LAYERED_SITES else 1 for name in names) * hidden_size * item
     logits = (vocab_size or 0) * item if outputs.top_k is None else outputs.top_k * (item + INDEX_BYTES)
     token, prompt = row if keep_tokens else 0, row * len(poolings)
@@ -228,4 +231,4 @@ def row_bytes(
         prompt += logits
     if outputs.router:
         token += layers * (experts or 0) * item
-    return RowBytes(token=token, prompt=prompt, dtype=held, source_dtype=dtype)
+    return RowBytes(token=token, prompt=prompt, dtype=stored_dtype, source_dtype=dtype)

@@ -1,23 +1,21 @@
-"""What of a prompt's tokens is pooled: their activations before classification, or their scores after it.
+"""What a pooling applies to: the activations of a prompt's tokens, before classification, or their scores, after it.
 
-Names mean what they mean in lmprobe: bare ``max`` and ``min`` pool scores, the other bare names pool activations. A prefix ``activation:``
-or ``score:`` decides it, and ``all`` pools nothing. Names and numpy only.
+Names mean the same as in lmprobe: ``max`` and ``min`` alone pool scores, and the other names alone pool activations. A prefix
+``activation:`` or ``score:`` chooses explicitly, and ``all`` pools nothing. Names and numpy only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+from typing import Final
 
 from lmprobe_zarr.batch.pooling import POOLINGS, pool_ragged
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["TRAINING", "Stage", "parse_stage", "reduce_scores"]
 
-_POOLS_SCORES: Final = ("max", "min")  # by their bare names, as in lmprobe
+_POOLS_SCORES: Final = ("max", "min")  # without a prefix, as in lmprobe
 TRAINING: Final = (*(name for name in POOLINGS if name not in _POOLS_SCORES), "all")
 
 
@@ -47,9 +45,9 @@ def parse_stage(name: object, *, training: bool = False) -> Stage:
     Parameters
     ----------
     name : str
-        ``last_token``, ``first_token``, ``mean``, ``max``, ``min``, ``all``, or one of the first five behind ``activation:`` or ``score:``.
+        ``last_token``, ``first_token``, ``mean``, ``max``, ``min``, ``all``, or one of the first five after ``activation:`` or ``score:``.
     training : bool
-        Whether it is for training, which takes ``last_token``, ``first_token``, ``mean`` and ``all`` (train on every token).
+        Whether the pooling is for training, which takes ``last_token``, ``first_token``, ``mean`` and ``all`` (train on every token).
 
     Raises
     ------
@@ -70,15 +68,15 @@ def parse_stage(name: object, *, training: bool = False) -> Stage:
     return Stage(of or ("score" if pooling in _POOLS_SCORES else "activation"), pooling)
 
 
-def reduce_scores(scores: npt.NDArray[Any], n_tokens: npt.NDArray[np.int64], pooling: str) -> npt.NDArray[Any]:
-    """One score per prompt, or one per prompt and class, from those of its tokens.
+def reduce_scores(scores: Array, n_tokens: Ints, pooling: str) -> Array:
+    """One score per prompt, or one per prompt and class, from the scores of its tokens.
 
     Parameters
     ----------
     scores : ndarray of float, shape (token,) or (token, class)
     n_tokens : ndarray of int, shape (prompt,)
     pooling : str
-        Each class by itself: after ``max`` the classes of a prompt need not sum to one.
+        Each class is pooled separately, so after ``max`` the classes of a prompt need not sum to one.
 
     Returns
     -------

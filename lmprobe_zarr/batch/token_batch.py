@@ -1,6 +1,6 @@
-"""`TokenBatch`, the one value that goes from a source of activations (model, old file, caller) to the writer.
+"""`TokenBatch`, the value that every source of activations (model, old file, caller) gives to the writer.
 
-Holds arrays and says whether they fit together. Never files, zarr or torch.
+Holds arrays and checks that they fit together. Never files, zarr or torch.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["TokenBatch", "validate_batch"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
-    """Activations of some prompts, ragged, without any padding.
+    """Activations of some prompts, ragged, without padding.
 
     Parameters
     ----------
     sha256 : sequence of str, shape (prompt,)
-        Whole digests, see :func:`prompt_sha256`; no prompt twice.
+        Whole digests, see :func:`prompt_sha256`, without repeats.
     text : sequence of str, shape (prompt,), optional
-        The texts; None leaves them out (privacy, or unknown).
+        The texts; None if they are unknown or must not be stored.
     prompt_length : ndarray of int, shape (prompt,), optional
         Tokens of each prompt, −1 where unknown.
     n_tokens : ndarray of int, shape (prompt,), optional
-        Token rows that this batch holds of each prompt; None where it holds per-prompt values only.
+        Token rows that this batch holds of each prompt; None if it holds values per prompt only.
     layers : tuple of int
         The layers along the layer axis of every layered array, ascending.
     tokens : mapping of str to ndarray
@@ -45,12 +45,12 @@ class TokenBatch:
     unlayered : frozenset of str
         Variables without a layer axis.
     stored_dtype : mapping of str to str
-        The dtype a variable had at its source where numpy cannot say it: float32 arrays that hold ``bfloat16``.
+        The dtype of a variable at its source where numpy has no such dtype: ``bfloat16`` for float32 arrays that hold its numbers.
 
     Raises
     ------
     InvalidArgumentError
-        The arrays do not fit together; all problems are named at once.
+        The arrays do not fit together; the message names all problems.
     """
 
     sha256: Sequence[str]
@@ -77,13 +77,13 @@ class TokenBatch:
 
     @property
     def held_nbytes(self) -> int:
-        """About how many bytes of memory the columns hold: texts may outweigh pooled activations."""
+        """Approximate bytes of memory that the columns take: texts may take more than pooled activations."""
         texts = sum(map(len, self.text or ()))
         columns = (*self.token_columns.values(), *self.prompt_columns.values())
         return texts + sum(sum(map(len, map(str, c))) if np.asarray(c).dtype == object else np.asarray(c).nbytes for c in columns)
 
     def take(self, start: int, stop: int) -> TokenBatch:
-        """The prompts from `start` up to and without `stop`; arrays are views of these."""
+        """The prompts from `start` up to, but without, `stop`; the arrays are views of those of this batch."""
         rows = slice(start, stop)
         bounds = offsets_of(self.n_tokens) if self.n_tokens is not None else np.zeros(len(self.sha256) + 1, np.int64)
         tokens = slice(int(bounds[start]), int(bounds[stop]))
@@ -107,7 +107,7 @@ class TokenBatch:
 
 
 def validate_batch(batch: TokenBatch) -> list[str]:
-    """Every way in which the arrays of a batch do not fit together; empty when they do."""
+    """All problems of a batch whose arrays do not fit together; empty if they fit."""
     problems: list[str] = []
     n = len(batch.sha256)
     if not n:

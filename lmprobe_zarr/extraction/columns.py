@@ -1,4 +1,4 @@
-"""The caller's own columns, such as labels: checked, aligned with the different prompts, and written beside what is stored already."""
+"""The caller's own columns, such as labels: checked, aligned with the distinct prompts, and written as annotations of stored prompts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_columns(columns: Columns | None, n_prompts: int) -> dict[str, Array]:
     Raises
     ------
     InvalidArgumentError
-        A name that cannot be stored, or another number of values than prompts.
+        A name that cannot be stored, or not one value per prompt.
     """
     validate_column_names(columns or {})
     checked = {}
@@ -41,12 +41,12 @@ def check_columns(columns: Columns | None, n_prompts: int) -> dict[str, Array]:
 
 
 def columns_by_prompt(columns: Mapping[str, Array], prompts: Prompts) -> dict[str, Array]:
-    """Columns with one value per different prompt.
+    """Columns with one value per distinct prompt.
 
     Raises
     ------
     InvalidArgumentError
-        A prompt that occurs twice has two values.
+        A prompt that occurs twice has two different values.
     """
     for name, values in columns.items():
         differs = ~_equal(values, values[prompts.first][prompts.row])
@@ -60,13 +60,13 @@ def columns_by_prompt(columns: Mapping[str, Array], prompts: Prompts) -> dict[st
 
 
 def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[str, Array], *, store_text: bool) -> TokenBatch:
-    """A batch with its prompts' values of the columns, and without texts unless they are stored.
+    """A copy of a batch to which the columns of its prompts are added; its texts are left out unless they are stored.
 
     Parameters
     ----------
     batch : TokenBatch
     rows : mapping of str to int
-        Where each digest stands in the columns.
+        Row of each digest in the columns.
     columns : mapping of str to ndarray
     store_text : bool
     """
@@ -79,14 +79,14 @@ def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[st
 
 
 def annotate(store: Store, view: View, rows: Ints, columns: Mapping[str, Array]) -> None:
-    """Write columns of stored prompts, where they are new or differ from what is stored.
+    """Write columns of stored prompts: the values that are new or differ from the stored ones.
 
     Parameters
     ----------
     store : Store
     view : View
     rows : ndarray of int, shape (prompt,)
-        Where the prompts stand in the view.
+        Rows of the prompts in the view.
     columns : mapping of str to ndarray, shape (prompt,)
     """
     if not columns:

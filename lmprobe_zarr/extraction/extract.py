@@ -1,4 +1,4 @@
-"""`extract` and `plan_extract`: the calls, whose arguments become a request and options."""
+"""`extract` and `plan_extract`: the public calls, which make a request and options from their arguments."""
 
 from __future__ import annotations
 
@@ -128,19 +128,19 @@ def extract(
     Parameters
     ----------
     model : str, path or torch Module
-        A hub id, a folder that ``save_pretrained`` wrote, or a loaded model (PEFT, quantised, edited in memory; then `name` and
-        `tokenizer` too).
+        A hub id, a folder that ``save_pretrained`` wrote, or a loaded model (PEFT, quantised, edited in memory; then give
+        `name` and `tokenizer` too).
     prompts : iterable of str, of chats, or of token ids
         One kind per call. A chat is a list of ``{"role", "content"}``, rendered by the tokenizer's template; its text and hash are
-        those of what was rendered. Prompts that occur twice are run once.
+        those of the rendered text. Prompts that occur twice are run once.
     store : Store, path or URL, or a sequence of these, optional
-        Where to; None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
+        Where activations are stored; None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
     layers : "all", "middle", "last", int, sequence of int or slice
-        Negative numbers count from the end. Nothing behind the deepest layer is computed.
+        Negative numbers count from the end. Nothing after the deepest layer is computed.
     sites : str or sequence of {"resid", "attn", "mlp", "embed"}
-        Where in each block: its output, its attention's or its MLP's contribution, or (once) its embeddings.
+        What is taken of each block: its output, or the contribution of its attention or MLP; ``embed`` is taken once per model.
     pooling : str or sequence of {"last_token", "first_token", "mean", "max", "min"}
-        What is stored per prompt, as ``<site>_<pooling>``; may be empty where tokens are kept.
+        What is stored per prompt, as ``<site>_<pooling>``; may be empty if tokens are kept.
     keep_tokens : bool
         Whether every token is stored too, as ``<site>``.
     perplexity : bool
@@ -149,32 +149,34 @@ def extract(
     logits : {"last_token", "all"}, optional
         Which of the head's logits are stored too, as ``logits_last_token`` or, for every token, ``logits``.
     logits_top_k : int, optional
-        Only so many of them, the largest, with their token ids (``…_top_k_values``, ``…_top_k_indices``). More that are stored serve fewer.
+        How many of the largest logits are stored, with their token ids (``…_top_k_values``, ``…_top_k_indices``). A larger number that is
+        stored serves a smaller one.
     router : bool
-        Whether the raw scores of every expert are stored too, as ``router(layer, token, expert)``, for mixtures of experts.
+        Whether the raw scores of all experts are stored too, as ``router(layer, token, expert)``, for mixtures of experts.
     coords : mapping of str to sequence, optional
         Columns aligned with `prompts`, such as ``{"label": y}``. For prompts that are stored already, new values are added as an
         annotation.
     name : str, optional
         Name in the store; by default the hub id or the folder's own name.
     tokenizer : tokenizer, folder or hub id, optional
-        By default the model's own. One that is given is known by its content, so even an equal one makes another group.
+        By default the model's own. A given tokenizer is identified by its content, so even one equal to the model's makes another group.
     revision : str, optional
         Branch, tag or commit of a hub model.
     dtype : "auto", str or torch.dtype
-        What to compute in, and store; ``"auto"`` is what the model's configuration names.
+        The dtype that the model computes in, which is also stored; ``"auto"`` is the one that its configuration names.
     storage_dtype : {"float16", "bfloat16", "float32"}, optional
-        What activations are stored with; None as they are computed. The cache's own setting where the store is the default one.
+        The dtype that activations are stored with. None stores them as computed or, in the default store, by the cache's setting.
     keep_bits : int, optional
-        Rounds what is stored to so many bits of the fraction, which makes it smaller; see `lmprobe_zarr.precision.Precision`.
+        How many bits of the fraction stored values keep; fewer take less space. See `lmprobe_zarr.batch.Precision`.
     overflow : {"bfloat16", "raise"}, optional
-        What happens to values beyond the range of float16: stored with bfloat16's precision (None too), or an error. Never infinity.
+        What happens to values beyond the range of float16: they are stored with bfloat16's precision (also by default), or raise an
+        error. They are never stored as infinity.
     device, device_map : optional
         ``"auto"`` takes CUDA, then MPS, then the CPU; a device map spreads the model as in transformers.
     batch_tokens : int, optional
-        Padded tokens per batch; None chooses by device. Halved by itself when the device runs out of memory.
+        Padded tokens per batch; None chooses by device. Halved automatically when the device runs out of memory.
     batch_prompts : int, optional
-        Prompts per batch at most.
+        At most this many prompts per batch.
     max_length : int, optional
         Longest prompt in tokens; None is the model's context window.
     truncation : bool
@@ -183,7 +185,7 @@ def extract(
         Run the model on all prompts, stored or not; the new activations win.
     provenance : mapping, optional
         Fields of your own, such as ``{"steering": "v3"}``, become part of the group: needed for models with hooks, which cannot be
-        told apart otherwise. Fixed fields, such as ``revision``, choose between stored groups where what is known here does not.
+        distinguished otherwise. Fixed fields, such as ``revision``, choose among stored groups that otherwise match equally well.
     modules : mapping, optional
         For unknown architectures, ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp"}``.
     trust_remote_code : bool
@@ -191,11 +193,11 @@ def extract(
     store_text : bool
         False leaves the texts out of the store; prompts are still found by text or hash.
     part_bytes, part_seconds : int, float
-        When to commit: an interruption loses at most this much.
+        When to commit; an interruption loses at most this much.
     client : distributed.Client, optional
-        Whose workers run the model, each on its share of the missing prompts; they load it once per process and write straight to the
-        store, which they must reach under the same name. The model and a tokenizer are then named, not given as objects. What a worker
-        that dies had committed is kept, and another one runs the rest of its share.
+        Its workers run the model, each on a share of the missing prompts. They load the model once per process and write directly to the
+        store, which they must reach under the same name. The model and a tokenizer must be given by name, not as objects. If a worker
+        dies, what it committed is kept, and another worker runs the rest of its share.
     progress : bool
         A bar on terminals and in notebooks.
 
@@ -206,23 +208,23 @@ def extract(
     Raises
     ------
     InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, PromptTooLongError
-        Something does not fit; raised before anything is run or written.
+        The arguments or the prompts are invalid; raised before anything is run or written.
     ModelNotFoundError, UnknownArchitectureError, MissingDependencyError
         The model cannot be loaded, or its blocks are not found.
     AmbiguousProvenanceError
-        Several stored groups fit what is known of the model.
+        Several stored groups match what is known of the model.
     NoSpaceError
-        The missing activations would not fit; or the medium became full, then what was committed is whole.
+        The missing activations would not fit; or the storage became full, and then what was committed stays valid.
     NumberRangeError
-        A value lies beyond the range of float16, and ``overflow="raise"``.
+        A value is beyond the range of float16, and ``overflow="raise"``.
     UnreachableError
-        Workers died again and again over the same prompts.
+        Workers died repeatedly on the same prompts.
     ReadOnlyError, DeviceMemoryError
 
     Warns
     -----
     CacheWarning
-        The cache's limit is smaller than what is asked for; or a damaged part is left out, and its prompts are run again.
+        The cache's limit is smaller than what is requested; or a damaged part is skipped, and its prompts are run again.
     """
     opened = store if isinstance(store, Store) else open_store(store)
     keeping = keeping_of(
@@ -245,5 +247,5 @@ def extract(
         request = sendable(request)
         if not is_in_process(client):
             for root in opened.stack:
-                root.storage.check_reach()  # here, since a worker that cannot even unpack its task reports nothing
+                root.storage.check_reach()  # here, since a worker that cannot unpickle its task reports nothing
     return carry_out(request, options).stats

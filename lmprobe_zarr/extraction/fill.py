@@ -31,7 +31,7 @@ class Written:
 
 
 def fill_here(work: Work, options: Options) -> Written:
-    """Run the loaded model on what is missing, pool what stored tokens make up for, and store both."""
+    """Run the loaded model on the missing prompts, pool what stored tokens suffice for, and store both."""
     lookup, tokens = work.lookup, work.plan.tokens
     ingest = Ingest(
         options.sink or lookup.request.store, lookup.makes_group, part_bytes=options.keeping.part_bytes,
@@ -48,7 +48,7 @@ def fill_here(work: Work, options: Options) -> Written:
 
 
 def _run_model(work: Work, options: Options, advance: Callable[[int], None]) -> Iterator[TokenBatch]:
-    """What the model gives for the missing prompts, if there are any."""
+    """The model's batches for the missing prompts, if there are any."""
     lookup, request = work.lookup, work.lookup.request
     if lookup.loaded is None or work.tokenized is None:
         return iter(())
@@ -73,7 +73,7 @@ def _run_model(work: Work, options: Options, advance: Callable[[int], None]) -> 
 
 
 def _pooled_from_tokens(lookup: Lookup) -> Iterator[TokenBatch]:
-    """Poolings that were not stored, of prompts whose tokens are."""
+    """Batches of missing poolings, computed from the stored tokens of their prompts."""
     view, layers = lookup.view, lookup.layers
     if view is None:
         return
@@ -82,15 +82,15 @@ def _pooled_from_tokens(lookup: Lookup) -> Iterator[TokenBatch]:
         rows = view.find([lookup.prompts.sha256[i] for i in places])
         counts = view.token_counts()[rows]
         sites = dict.fromkeys(split_variable(name)[0] for name in names)
-        weight = sum(int(np.prod(stored[site].row_shape)) * 4 * max(1, len(layers)) for site in sites)
-        for block in blocks_of(counts * weight):
+        token_bytes = sum(int(np.prod(stored[site].row_shape)) * 4 * max(1, len(layers)) for site in sites)
+        for block in blocks_of(counts * token_bytes):
             tokens = {site: read_values(view, "tokens", site, rows[block], layers) for site in sites}
             arrays, dtypes = {}, {}
             for name in names:
                 site, pooling = split_variable(name)
                 dtype = str(stored[site].attributes.get("stored_dtype", stored[site].dtype))
                 pooled = pool_ragged(tokens[site], counts[block], str(pooling))
-                # As the model would have given it: a mean of bfloat16 numbers is one again.
+                # Rounded as the model's own result would be: the mean of bfloat16 numbers is a bfloat16 number again.
                 arrays[name], dtypes[name] = (round_bits(pooled, 7) if dtype == "bfloat16" else pooled), dtype
             yield TokenBatch(
                 sha256=[lookup.prompts.sha256[i] for i in places[block]],

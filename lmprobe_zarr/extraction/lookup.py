@@ -1,4 +1,4 @@
-"""What the store has of a request: the model's group, and which prompts lack something. Runs and writes nothing."""
+"""What the store has of a request: the model's group, and which prompts lack something. Runs no model and writes nothing."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ class Lookup:
     identity : ModelIdentity, optional
         What is known of a named model without loading it.
     loaded : LoadedModel, optional
-        The model, where it had to be loaded.
+        The model, if it had to be loaded.
     tokenizer : tokenizer, optional
-        Where prompts are missing, or chats had to be rendered.
+        Loaded if prompts are missing or chats had to be rendered.
     prompts : Prompts
-        The different prompts, and where each given one stands among them.
+        The distinct prompts, and the index of each given prompt among them.
     group : GroupInfo, optional
-        The stored group; None where there is none yet.
+        The stored group; None if there is none yet.
     view : View, optional
         Its parts, without damaged ones.
     layers : tuple of int
-        Layers asked for.
+        Requested layers.
     wanted : list of Wanted
     missing : ndarray of int
-        Places among the different prompts of those that the model has to be run on.
+        Indices, among the distinct prompts, of those that the model has to be run on.
     derived : mapping of tuple of str to ndarray of int
-        What can be pooled from stored tokens: by names of variables, the places of the prompts that lack exactly these.
+        What can be pooled from stored tokens: by names of variables, the indices of the prompts that lack exactly these variables.
     began : float
-        When looking up began, in seconds of `time.perf_counter`.
+        When the lookup began, in seconds of `time.perf_counter`.
     """
 
     request: Request
@@ -78,26 +78,26 @@ class Lookup:
 
     @property
     def found(self) -> Ints:
-        """Places among the different prompts of those that the model need not be run on."""
+        """Indices, among the distinct prompts, of those that the model need not be run on."""
         return np.setdiff1d(np.arange(len(self.prompts)), self.missing)
 
     @property
     def found_rows(self) -> Ints:
-        """Where these stand in the view."""
+        """Rows in the view of the prompts that were found."""
         return np.zeros(0, np.int64) if self.view is None else self.view.find([self.prompts.sha256[i] for i in self.found])
 
     @property
     def compute_dtype(self) -> str:
-        """What the model computes in, or the stored group was computed in."""
+        """The dtype that the model computes in, or that the stored group was computed in."""
         stored = None if self.group is None else self.group.provenance.get("compute_dtype")
         return str(self.model.provenance.get("compute_dtype") or stored or "float32")
 
     @property
     def makes_group(self) -> GroupInfo:
-        """The group that holds, or will hold, what is asked for."""
+        """The group that holds, or will hold, the requested activations."""
         if self.group is not None:
             return self.group
-        assert self.loaded is not None  # noqa: S101 — either all is found, so in a group, or the model is loaded
+        assert self.loaded is not None  # noqa: S101 — without a group prompts are missing, and the model is loaded
         return _group_of(self.loaded)
 
 
@@ -105,12 +105,12 @@ class Lookup:
 
 
 def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_map: Any = None) -> Lookup:
-    """What the store has, as far as that is known of the model: a named one is not loaded, an object is examined.
+    """What the store has of a request, as far as can be known without loading a named model; a model object is examined.
 
     Raises
     ------
     AmbiguousProvenanceError
-        Several stored groups fit what is known of the model.
+        Several stored groups match what is known of the model.
     InvalidArgumentError, others
         As `lmprobe_zarr.extract` does before it runs the model.
     """
@@ -122,7 +122,7 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
     identity = request.choice.identify(request.kind)
     group = _find_group(request, identity)
     if identity.num_layers is None and group is None:
-        # A hub model that this machine has never seen: its configuration comes with its tokenizer.
+        # No file of this hub model is on this machine yet: loading its tokenizer fetches its configuration too.
         tokenizer = request.choice.load_tokenizer()
         identity = request.choice.identify(request.kind)
         group = _find_group(request, identity)
@@ -138,7 +138,7 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
 def load_and_look_up(before: Lookup, memory: ModelMemory, device: Any, device_map: Any) -> Lookup:
     """What the store has of a named model, now that the model is loaded.
 
-    Only the loaded model tells its whole provenance and which layers have routers: another group may be the right one.
+    Only the loaded model has its whole provenance and knows which layers have routers, so another group may match now.
     """
     request, stored = before.request, None if before.group is None else before.group.provenance.get("compute_dtype")
     dtype = str(stored or "float32") if request.choice.dtype is None else request.choice.dtype
@@ -171,14 +171,14 @@ def _group_of(loaded: LoadedModel) -> GroupInfo:
 def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
     """The stored group that fits what is known of a named model."""
     known = {**identity.provenance, **request.choice.provenance}
-    # A group with somebody's own fields, such as a steering vector, is chosen only by naming them.
+    # A group with a user's own fields, such as ``steering``, is found only if these are given.
     fixed = {*models.PROVENANCE_FIELDS, *request.choice.own_provenance}
     matching = request.store.matching(identity.name, known, request.group, whole=False)
     found = [info for info in matching if fixed.issuperset(info.provenance)]
     if len(found) > 1:
         found = [info for info in found if request.store.holds_parts(info.name)]
     if len(found) > 1 and request.choice.dtype is None:
-        # Any dtype will do: lmprobe's own, where there are several.
+        # Any dtype is accepted; of several, float32, which is lmprobe's default.
         found = [info for info in found if info.provenance.get("compute_dtype") == "float32"] or found
     if len(found) > 1:
         raise ambiguous(found, request.store.where)
@@ -198,8 +198,8 @@ def _compare(
     group: GroupInfo | None,
     began: float,
 ) -> Lookup:
-    """What is asked for, compared with what a group holds."""
-    # A damaged part counts as missing here: the model is run again on what it alone holds.
+    """The request, compared with what a group holds."""
+    # A damaged part counts as missing here: the model is run again on prompts that no other part holds.
     view = None if group is None else request.store.view(group, whole=False)
     known = loaded or identity
     assert known is not None  # noqa: S101 — a model is named or loaded
@@ -210,27 +210,27 @@ def _compare(
         )
     layers = resolve_layers(request.layers, depth) if request.layered else ()
     wanted = request.wanted(layers, None if loaded is None else loaded.router_layers)
-    missing, derived = _missing(request, wanted, view, prompts)
+    missing, derived = _find_gaps(request, wanted, view, prompts)
     return Lookup(
         request=request, identity=identity, loaded=loaded, tokenizer=tokenizer, prompts=prompts, group=group, view=view, layers=layers,
         wanted=wanted, missing=missing, derived=derived, began=began,
     )  # fmt: skip
 
 
-def _missing(request: Request, wanted: Sequence[Wanted], view: View | None, prompts: Prompts) -> tuple[Ints, dict[tuple[str, ...], Ints]]:
-    """Places of the prompts that the model has to be run on, and by variables the places of those that stored tokens make up for."""
+def _find_gaps(request: Request, wanted: Sequence[Wanted], view: View | None, prompts: Prompts) -> tuple[Ints, dict[tuple[str, ...], Ints]]:
+    """Indices of the prompts to run the model on, and, by the variables to pool, of those whose stored tokens suffice."""
     everything = np.arange(len(prompts))
     if view is None:
         return everything, {}
-    rows = view.find(prompts.sha256)  # also where all are run again: a collision must be noticed before anything is run
+    rows = view.find(prompts.sha256)  # also for a refresh: a hash collision must be noticed before anything is run
     if request.refresh:
         return everything, {}
     places = np.flatnonzero(rows >= 0)
     known = rows[places]
-    lacking = np.zeros(len(known), bool)  # what only the model can make up for
+    lacking = np.zeros(len(known), bool)  # prompts that the model has to be run on
     to_pool: dict[str, Mask] = {}
     for variable in wanted:
-        stored = _stored(view, variable, known)
+        stored = _has_all(view, variable, known)
         if variable.pooled_from is not None and view.holds_whole_prompts:
             from_tokens = view.covers("tokens", variable.pooled_from, known, variable.layers).all(axis=0)
             to_pool[variable.name] = from_tokens & ~stored
@@ -244,7 +244,7 @@ def _missing(request: Request, wanted: Sequence[Wanted], view: View | None, prom
     return np.setdiff1d(everything, places[~lacking]), {names: np.array(chosen) for names, chosen in derived.items()}
 
 
-def _stored(view: View, variable: Wanted, rows: Ints) -> Mask:
+def _has_all(view: View, variable: Wanted, rows: Ints) -> Mask:
     """Which rows have all of a variable."""
     stored = np.asarray(view.covers(variable.level, variable.name, rows, variable.layers).all(axis=0))
     if variable.at_least is not None and stored.any():

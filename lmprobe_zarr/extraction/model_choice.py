@@ -19,7 +19,7 @@ __all__ = ["LoadingOptions", "ModelChoice", "ModelMemory"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChoice:
-    """Which model, with which tokenizer, and how it reads and computes; the fields are those of `lmprobe_zarr.extract`.
+    """Which model, with which tokenizer, and how it tokenizes and computes; the fields are those of `lmprobe_zarr.extract`.
 
     Parameters
     ----------
@@ -27,9 +27,9 @@ class ModelChoice:
     name, tokenizer, revision, max_length, truncation, modules, trust_remote_code
         As for `lmprobe_zarr.extract`.
     dtype : "auto", str, torch.dtype or None
-        None accepts activations of any dtype that are stored; where the model has to be run, it computes in theirs.
+        None accepts stored activations of any dtype. If the model has to be run, it computes in the same dtype.
     provenance : mapping
-        Fields that the caller named: own ones, such as ``steering``, and fixed ones, such as ``revision``.
+        Fields that the caller gave: own ones, such as ``steering``, and fixed ones, such as ``revision``.
     """
 
     model: Any
@@ -60,12 +60,12 @@ class ModelChoice:
             dtype="auto" if self.dtype is None else self.dtype, truncation=self.truncation, memory=config.weights_memory(),
             modules=self.modules, provenance=self.own_provenance,
         )  # fmt: skip
-        if self.dtype is None:  # stored activations of any dtype will do
+        if self.dtype is None:  # stored activations of any dtype are accepted
             return replace(identity, provenance={k: v for k, v in identity.provenance.items() if k != "compute_dtype"})
         return identity
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer: the caller's own object, or the one that is named, or the model's."""
+        """The tokenizer: the caller's object, or the named one, or the model's own."""
         if self.tokenizer is not None and not isinstance(self.tokenizer, (str, os.PathLike)):
             return self.tokenizer
         source = self.model if self.tokenizer is None else self.tokenizer
@@ -81,7 +81,7 @@ class LoadingOptions:
     kind : {"text", "chat", "ids"}
         The kind of its prompts.
     dtype : "auto", str or torch.dtype
-        What it computes in.
+        The dtype that it computes in.
     device, device_map
         As for `lmprobe_zarr.extract`.
     head : bool
@@ -97,13 +97,13 @@ class LoadingOptions:
 
 @dataclass(slots=True)
 class ModelMemory:
-    """The model that was loaded last, for the next call: loading takes longer than a run over a few prompts."""
+    """Keeps the model that was loaded last for the next call, since loading takes longer than running a few prompts."""
 
     loaded: LoadedModel | None = None
     key: tuple[Any, ...] = ()
 
     def load(self, choice: ModelChoice, options: LoadingOptions, identity: ModelIdentity | None) -> LoadedModel:
-        """The chosen model, loaded only if it is another one than last time, or has changed since.
+        """The chosen model, loaded only if it is not the last one or has changed since.
 
         Parameters
         ----------
@@ -113,9 +113,9 @@ class ModelMemory:
             What is known of a named model now.
         """
         key = _key_of(choice, options)
-        # An object may have been edited since, which only loading it again, that is, looking at its weights, would reveal.
+        # A model object may have been edited since. Only loading it again, which examines its weights, would reveal that.
         if not choice.by_name or self.loaded is None or key != self.key or _has_changed(self.loaded, identity):
-            self.loaded = None  # its memory is free before the next one takes its own
+            self.loaded = None  # frees its memory before the next model is loaded
             self.loaded, self.key = _load(choice, options), key
         return self.loaded
 

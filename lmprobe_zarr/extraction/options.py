@@ -24,7 +24,7 @@ class Keeping:
     part_bytes : int
         Bytes of activations in one part, at most.
     limit : int, optional
-        Bytes that the store is to hold at most; 0 where nothing is to be stored.
+        At most this many bytes in the store; 0 if nothing may be stored.
     """
 
     precision: Precision
@@ -40,13 +40,13 @@ class Options:
     ----------
     keeping : Keeping
     sink : Store, optional
-        Where new values are written, instead of the store that is looked into.
+        Where new values are written, instead of the store that is searched.
     device, device_map, batch_tokens, batch_prompts, part_seconds, store_text, progress
         As for `lmprobe_zarr.extract`.
     cache_only : bool
         Whether missing prompts are an error.
     client : distributed.Client, optional
-        Whose workers run the model.
+        Its workers run the model.
     watch : callable, optional
         Called after every batch; may raise.
     memory : ModelMemory
@@ -76,9 +76,9 @@ def keeping_of(
     overflow: str | None = None,
     part_bytes: int = PART_BYTES,
 ) -> Keeping:
-    """How a store keeps things: as the arguments say, and for the default store otherwise as the cache's settings do.
+    """How a store keeps what is extracted: by these arguments; for the default store, the cache's settings replace those not given.
 
-    Where the cache has a limit, a part takes at most a fiftieth of it, so that eviction frees about what it has to.
+    If the cache has a limit, a part takes at most a fiftieth of it, so that eviction frees little more than it has to.
     """
     setting = config.cache_precision() if is_default else Precision()
     precision = Precision(

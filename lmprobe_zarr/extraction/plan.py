@@ -1,4 +1,4 @@
-"""What an extraction would do, and what one did, as values that print well. Never a model or a store."""
+"""What an extraction would do (`ExtractPlan`) and what it did (`ExtractStats`), as records that print well. Never a model or a store."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ class ExtractPlan:
     url : str
         The store.
     prompts : int
-        Different prompts asked for.
+        Distinct prompts that are requested.
     found : int
-        Of these, how many are stored with everything that is asked for, or with tokens that it can be pooled from.
+        Of these, how many are stored with everything that is requested, or with tokens that it can be pooled from.
     derived : int
         Of the latter, how many have something pooled from their stored tokens, without the model.
     tokens : int
         Tokens of the missing prompts.
     layers : tuple of int
-        Layers asked for.
+        Requested layers.
     variables : tuple of str
         What would be stored per prompt and per token.
     dtype : str
-        The dtype computed in, and stored.
+        The dtype that activations are stored with.
     nbytes : int
         Bytes of the missing activations before compression.
     needed_bytes : int
-        The same of everything that is asked for, stored or not.
+        The same for everything that is requested, stored or not.
     free_bytes : int, optional
-        Bytes that the store's place has left; None where it does not tell.
+        Bytes that are free where the store is; None if that is unknown.
     """
 
     model: str
@@ -62,7 +62,7 @@ class ExtractPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the missing activations fit on the store's place, uncompressed."""
+        """Whether the missing activations, uncompressed, fit where the store is."""
         return self.free_bytes is None or self.nbytes <= self.free_bytes
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class ExtractStats:
     model, group : str
         Name of the model, and the group of the store that holds it.
     prompts : int
-        Different prompts asked for.
+        Distinct prompts that are requested.
     found : int
         Of these, how many were stored already.
     derived : int
@@ -106,11 +106,11 @@ class ExtractStats:
     model_loaded : bool
         Whether the model's weights were needed at all.
     seconds : float
-        From call to return.
+        Time from call to return.
     not_finite : int
-        Values that were stored and are infinite or no number: the model's own answer, and nothing to learn from.
+        Stored values that are infinite or NaN: the model computed them so, and no probe can learn from them.
     blank : int
-        Rows, one for each layer of a prompt or token, that were stored and hold nothing but zeros.
+        Stored rows, one for each layer of a prompt or token, that hold only zeros.
     """
 
     model: str

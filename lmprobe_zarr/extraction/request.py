@@ -1,4 +1,4 @@
-"""What is asked for, checked: the prompts, the variables, and where they are stored. Looks into no store and loads nothing."""
+"""`Request`: what is requested, checked: prompts, variables, and where they are stored. Reads no store and loads nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Request", "Wanted", "check_request"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked for; `check_request` makes one.
+    """What an extraction has to provide; made by `check_request`.
 
     Parameters
     ----------
@@ -31,13 +31,13 @@ class Request:
     columns : mapping of str to ndarray
         One value per given prompt.
     store : Store
-        Where activations are looked up, and stored unless a sink is named.
+        Where activations are looked up, and stored unless `Options` has a sink.
     layers : "all", "middle", "last", int, sequence of int or slice
     sites, poolings : tuple of str
     keep_tokens : bool
     outputs : Outputs
     keep_passed : bool
-        Whether layers below the deepest one asked for are stored too, where that costs no more time.
+        Whether layers below the deepest requested one are stored too, where that costs no more time.
     refresh : bool
         Whether the model is run on stored prompts too.
     group : str, optional
@@ -60,40 +60,40 @@ class Request:
 
     @property
     def layered(self) -> bool:
-        """Whether any variable asked for has layers."""
+        """Whether any requested variable has layers."""
         return self.outputs.router or bool(set(self.sites) & set(LAYERED_SITES))
 
     def kept_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """The layers that are stored when `layers` are asked for: those passed on the way too, where they cost no more time."""
+        """The layers to store when `layers` are requested: with `keep_passed` also those below, where they cost no more time."""
         passed = layers and self.keep_passed and not self.keep_tokens and not self.outputs.router
         return tuple(range(max(layers) + 1)) if passed else layers
 
     def wanted(self, layers: tuple[int, ...], routers: tuple[int, ...] | None = None) -> list[Wanted]:
-        """Every variable asked for.
+        """Every requested variable.
 
         Parameters
         ----------
         layers : tuple of int
-            Layers asked for.
+            Requested layers.
         routers : tuple of int, optional
-            Layers that have a router; None where that is not known, then all are taken to have one.
+            Layers that have a router; None if that is unknown, and then all are assumed to have one.
         """
         found = []
         for site in self.sites:
-            held = layers if site in LAYERED_SITES else ()
-            found += [Wanted(level="prompts", name=f"{site}_{pooling}", layers=held, pooled_from=site) for pooling in self.poolings]
-            found += [Wanted(level="tokens", name=site, layers=held)] if self.keep_tokens else []
+            own_layers = layers if site in LAYERED_SITES else ()
+            found += [Wanted(level="prompts", name=f"{site}_{pooling}", layers=own_layers, pooled_from=site) for pooling in self.poolings]
+            found += [Wanted(level="tokens", name=site, layers=own_layers)] if self.keep_tokens else []
         for place, name, layered in self.outputs.variables():
             level: Level = "tokens" if place == "tokens" else "prompts"
-            held = tuple(layer for layer in layers if routers is None or layer in routers) if layered else ()
+            own_layers = tuple(layer for layer in layers if routers is None or layer in routers) if layered else ()
             top_k = self.outputs.top_k if is_top_k(name) else None
-            found.append(Wanted(level=level, name=name, layers=held, at_least=top_k))
+            found.append(Wanted(level=level, name=name, layers=own_layers, at_least=top_k))
         return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """One variable that is asked for.
+    """One requested variable.
 
     Parameters
     ----------
@@ -128,12 +128,12 @@ def check_request(
     refresh: bool = False,
     group: str | None = None,
 ) -> Request:
-    """The request, with what its arguments name.
+    """The request that these arguments describe.
 
     Raises
     ------
     InvalidArgumentError, InvalidTypeError
-        No prompts, nothing to store, an unknown site or pooling, or columns of another length.
+        No prompts, nothing to store, an unknown site or pooling, or columns without one value per prompt.
     """
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of prompts")

@@ -1,6 +1,6 @@
-"""An extraction from its request to its outcome: look up, decide, fill; here, or on the workers of a client.
+"""The steps of an extraction from request to outcome: look up, decide, fill; in this process, or on the workers of a client.
 
-Everything that changes the store or runs the model starts in `complete`; `prepare` changes nothing.
+`prepare` changes nothing. Only `complete` runs the model and changes the store.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ DAMAGED_PARTS: Final = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What an extraction did, and under which names what was asked for can be read.
+    """What an extraction did, and the names by which the requested activations can be read.
 
     Parameters
     ----------
     stats : ExtractStats
     prompts : Prompts
-        The different prompts, and where each given one stands among them.
+        The distinct prompts, and the index of each given prompt among them.
     layers : tuple of int
-        Layers asked for.
+        Requested layers.
     group : GroupInfo
         The group that holds them.
     """
@@ -62,7 +62,7 @@ class Outcome:
 
 
 def carry_out(request: Request, options: Options) -> Outcome:
-    """Look up what is asked for, run the model on what is missing, and store that.
+    """Look the request up, run the model on what is missing, and store the result.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def carry_out(request: Request, options: Options) -> Outcome:
 
 
 def without_damaged_parts(store: Store, attempt: Callable[[], T]) -> T:
-    """What a call returns once no part that it reads is damaged: each damaged one is skipped, with a warning, and the call repeated."""
+    """What `attempt` returns. When it meets a damaged part, the part is skipped with a warning, and `attempt` is called again."""
     for _ in range(DAMAGED_PARTS):
         try:
             return attempt()
@@ -85,13 +85,13 @@ def without_damaged_parts(store: Store, attempt: Callable[[], T]) -> T:
 
 
 def prepare(request: Request, options: Options) -> Work:
-    """What is to be done for a request: look up, then decide. Loads a tokenizer at most, unless the model is an object."""
+    """The work that a request needs: look up, then decide. Loads a tokenizer at most, unless the model is an object."""
     lookup = look_up(request, options.memory, options.device, options.device_map)
     return decide(lookup, options.keeping.precision)
 
 
 def complete(work: Work, options: Options) -> Outcome:
-    """Do what is to be done, if it may be done: load the model, run it, store what it gives.
+    """Do the work, if it is allowed: load the model, run it, store the result.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def complete(work: Work, options: Options) -> Outcome:
     if len(work.lookup.missing) and work.lookup.loaded is None and options.client is None:
         lookup = load_and_look_up(work.lookup, options.memory, options.device, options.device_map)
         work = decide(lookup, options.keeping.precision, before=work)
-    _keep_found(work, options)
+    _update_found(work, options)
     if not work.changes_store:
         stats, group = _stats(work, work.lookup.makes_group), work.lookup.makes_group
     elif options.client is not None:
@@ -116,7 +116,7 @@ def complete(work: Work, options: Options) -> Outcome:
 
 
 def _check(work: Work, options: Options) -> None:
-    """Raise where the work may not be done; warn where its result will not last."""
+    """Raise if the work is not allowed; warn if eviction will remove some of its result."""
     if options.cache_only and len(work.lookup.missing):
         raise _not_cached(work, options)
     if not work.changes_store:
@@ -165,8 +165,8 @@ def _check_limit(plan: ExtractPlan, keeping: Keeping) -> None:
 # --------------------------------------------------------------------------------------------- what is stored, and the result
 
 
-def _keep_found(work: Work, options: Options) -> None:
-    """Note that stored prompts were used, and write the caller's columns of them."""
+def _update_found(work: Work, options: Options) -> None:
+    """Record the use of stored prompts, and write the caller's columns of them."""
     lookup = work.lookup
     if lookup.view is None:
         return
@@ -177,7 +177,7 @@ def _keep_found(work: Work, options: Options) -> None:
 
 
 def _stats(work: Work, group: GroupInfo, written: Written | None = None) -> ExtractStats:
-    """Statistics of work that was done; nothing is written where all was found."""
+    """Statistics of finished work; `written` is None if all was found."""
     plan = work.plan
     return ExtractStats(
         model=plan.model,
@@ -207,7 +207,7 @@ def _outcome(work: Work, stats: ExtractStats, group: GroupInfo) -> Outcome:
 
 @dataclass(slots=True)
 class _Worker:
-    """What a worker's process keeps between its tasks. They take turns: the hooks of two runs on one model would mix."""
+    """What a worker's process keeps between tasks. Tasks run one at a time, since the hooks of two runs on one model would interfere."""
 
     turn: threading.Lock = field(default_factory=threading.Lock)
     memory: ModelMemory = field(default_factory=ModelMemory)
@@ -215,30 +215,30 @@ class _Worker:
 
 
 @functools.cache
-def _this_worker(pid: int) -> _Worker:  # noqa: ARG001 — a forked process has a worker of its own
+def _this_worker(pid: int) -> _Worker:  # noqa: ARG001 — each process, forked ones too, has its own
     return _Worker()
 
 
 def _run_share(share: Share, options: Options) -> tuple[ExtractStats, GroupInfo]:
-    """A worker's task: its prompts are looked up again, so what a worker that died had committed is not run again."""
+    """A worker's task. It looks its prompts up again, so that what a dead worker committed is not run a second time."""
     worker, store = _this_worker(os.getpid()), share.request.store
     with worker.turn:
         kept = worker.store
         if kept is None or (kept.where, kept.mode, kept.is_default) != (store.where, store.mode, store.is_default):
-            worker.store = kept = store  # one that is kept knows the parts already
+            worker.store = kept = store  # a store that is kept has read its parts already
         outcome = carry_out(replace(share.request, store=kept), replace(options, memory=worker.memory))
     return outcome.stats, outcome.group
 
 
 def _fill_on_workers(work: Work, options: Options) -> tuple[ExtractStats, GroupInfo]:
-    """Do the work on the workers of a client; returns statistics as if it was done here."""
+    """Do the work on the workers of a client; the statistics are those of the whole extraction."""
     client, tokens = options.client, work.plan.tokens
     shares = cut_shares(work, workers=max(1, len(client.nthreads())))
     # The limit was checked for all shares together, and only this process shows progress.
-    theirs = replace(
+    worker_options = replace(
         options, client=None, memory=ModelMemory(), progress=False, watch=stop_if_cancelled, keeping=replace(options.keeping, limit=None)
     )
-    starts = [functools.partial(client.submit, _run_share, share, theirs, pure=False) for share in shares]
+    starts = [functools.partial(client.submit, _run_share, share, worker_options, pure=False) for share in shares]
     with progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0) as advance:
         done = run_on_client(client, starts, 2 * max(1, len(client.nthreads())), lambda number: advance(shares[number].tokens))
     groups = {group.name: group for _, group in done}

@@ -16,11 +16,11 @@ from lmprobe_zarr.typing import Ints
 
 __all__ = ["Share", "cut", "cut_shares", "sendable"]
 
-# A worker that dies loses at most one share, and of that what it had not committed.
+# A worker that dies loses at most what it has not committed of one share.
 PER_WORKER: Final = 4
-# More than this in one task clogs the scheduler, which warns of it.
+# A larger task slows the scheduler down, which warns about it.
 SHARE_BYTES: Final = 2**20
-# What a prompt takes to send beside its text: columns and framing.
+# Bytes to send with each prompt besides its text: columns and framing.
 PROMPT_BYTES: Final = 100
 
 
@@ -31,7 +31,7 @@ class Share:
     Parameters
     ----------
     request : Request
-        The same request for these prompts alone.
+        The same request for these prompts only.
     tokens : int
         Tokens to run the model on.
     """
@@ -58,19 +58,19 @@ def sendable(request: Request) -> Request:
 
 
 def _absolute(source: str | os.PathLike[str]) -> str:
-    """A folder by its whole path, since workers have another working directory; a hub id as it is."""
+    """The whole path of a folder, since workers have another working directory; a hub id unchanged."""
     folder = Path(source).expanduser()
     return str(folder.absolute()) if folder.is_dir() else os.fspath(source)
 
 
 def cut_shares(work: Work, *, workers: int) -> list[Share]:
-    """What is to be done, in shares that take about equally long, for so many workers."""
+    """The work, cut for this number of workers into shares that take about equally long."""
     lookup, request, prompts = work.lookup, work.lookup.request, work.lookup.prompts
     lengths = np.zeros(len(prompts), np.int64)
     if work.tokenized is not None:
         lengths[lookup.missing] = work.tokenized.lengths
     todo = np.unique(np.concatenate([lookup.missing, *lookup.derived.values()]))
-    # All workers run the commit that was found here, even if its branch moves on meanwhile.
+    # All workers run the commit that was found here, even if its branch moves meanwhile.
     commit = None if lookup.identity is None else lookup.identity.provenance.get("revision")
     choice = replace(request.choice, revision=str(commit) if commit else request.choice.revision)
     given: list[Any] = list(prompts.token_ids) if prompts.token_ids is not None else [request.given[i] for i in prompts.first]
@@ -90,43 +90,43 @@ def cut_shares(work: Work, *, workers: int) -> list[Share]:
 
 
 def _bytes_of(prompt: Any) -> int:
-    """About what a prompt takes to send: characters are about a byte each, and it need not be exact."""
+    """Approximate bytes to send for a prompt, with one byte for each character."""
     return PROMPT_BYTES + (
         prompt.nbytes if isinstance(prompt, np.ndarray) else len(prompt) if isinstance(prompt, str) else len(repr(prompt))
     )
 
 
 def cut(lengths: Ints, weights: Ints, *, count: int, most: int) -> list[Ints]:
-    """Items dealt into shares that take about equally long; pure.
+    """Items divided into shares that take about equally long.
 
     Parameters
     ----------
     lengths : ndarray of int, shape (item,)
-        What each takes to work on.
+        The work of each item, such as its number of tokens.
     weights : ndarray of int, shape (item,)
-        What each takes to send, in bytes.
+        Bytes to send for each item.
     count : int
-        How many shares there are to be, at least, where there are as many items.
+        At least this many shares, if there are as many items.
     most : int
-        Bytes of one share, at most; an item that alone is more is a share of its own.
+        At most this many bytes in one share; a larger item is a share of its own.
 
     Returns
     -------
     list of ndarray of int
-        The places of the items of each share, the longest item first; every item once.
+        Indices of the items of each share, the longest item first; every item is in one share.
     """
     order = np.argsort(-lengths, kind="stable")
     count = min(len(order), max(count, -(-2 * int(weights.sum()) // most)))
     shares: list[Ints] = []
-    # From the longest to the shortest, as cards are dealt: each share gets some of all kinds.
+    # Items are dealt like cards, from the longest to the shortest, so that each share gets long and short ones.
     for start in range(count):
-        held: list[int] = []
+        share: list[int] = []
         size = 0
         for item in order[start::count].tolist():
-            if held and size + int(weights[item]) > most:
-                shares.append(np.array(held, np.int64))
-                held, size = [], 0
-            held.append(item)
+            if share and size + int(weights[item]) > most:
+                shares.append(np.array(share, np.int64))
+                share, size = [], 0
+            share.append(item)
             size += int(weights[item])
-        shares.append(np.array(held, np.int64))
+        shares.append(np.array(share, np.int64))
     return shares

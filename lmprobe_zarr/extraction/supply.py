@@ -1,6 +1,6 @@
 """Activations of prompts as an array for a probe: from the store, from lmprobe's own entries, or by running the model.
 
-Where nothing can be stored, a warning says so once, and the activations are computed for this call only.
+If nothing can be stored, one warning says so, and the activations are computed for this call only.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Activations", "Supplied", "Supply", "SupplyMemory", "read_activations"]
 
-# How often a call reads again after parts were evicted or found damaged while it read; more often is an error.
+# How many times a call reads when parts are evicted or found damaged meanwhile, before it raises an error.
 ATTEMPTS: Final = 5
-# Of each stage, for each different prompt: its rows in lmprobe's own entries, shape (layer, row, hidden).
+# For each stage, the rows of each distinct prompt in lmprobe's own entries, shape (layer, row, hidden).
 Entries = dict[Stage, list[Array]]
 
 
@@ -58,13 +58,13 @@ class Activations:
     stage : Stage
         Whether a row is a prompt or a token, and how tokens are pooled.
     features : ndarray of float, shape (row, layer × hidden)
-        A row is a prompt or a token; the layers of a row stand side by side.
+        A row is a prompt or a token; its layers are side by side.
     layers : tuple of int
     n_tokens : ndarray of int, shape (prompt,), optional
-        Rows of each prompt, where a row is a token.
+        Rows of each prompt, if a row is a token.
     hashes : ndarray of str, shape (prompt,)
     compute_dtype : str, optional
-        What they were computed in, where that is known.
+        The dtype that they were computed in, if known.
     """
 
     stage: Stage
@@ -77,7 +77,7 @@ class Activations:
 
 @dataclass(slots=True)
 class SupplyMemory:
-    """What is remembered from call to call and never saved: the loaded model, the opened store, and what was warned of."""
+    """What is remembered from call to call and never saved: the loaded model, the opened store, and places that were warned of."""
 
     model: ModelMemory = field(default_factory=ModelMemory)
     store: Store | None = None
@@ -104,14 +104,14 @@ class Supply:
         Raises
         ------
         MissingPromptsError
-            Some are not stored, and ``cache_only`` says not to run the model.
+            Some are not stored, and ``cache_only`` forbids running the model.
         PartGoneError
-            Parts go faster than they can be read.
+            Parts are removed faster than they can be read.
         others
             As `lmprobe_zarr.extract` does.
         """
         for attempt in range(ATTEMPTS):
-            # Anew only the first time: what is looked for after that was damaged, or has gone.
+            # The first attempt alone refreshes; later ones replace only what was damaged or removed.
             with self.supplied(prompts, (stage,), layers, refresh=refresh and not attempt) as supplied:
                 try:
                     return supplied.read_all(stage)
@@ -121,7 +121,7 @@ class Supply:
 
     @contextmanager
     def supplied(self, prompts: list[Any], stages: Sequence[Stage], layers: LayerSpec, *, refresh: bool = False) -> Iterator[Supplied]:
-        """All that these stages need of the prompts, to be read layer by layer for the duration; the model is run at most once.
+        """A context in which all that these stages need of the prompts can be read layer by layer; the model is run at most once.
 
         Raises
         ------
@@ -137,20 +137,20 @@ class Supply:
         )  # fmt: skip
         if store is not None and keeping.limit != 0:
             try:
-                held = self._obtain(self._request(prompts, stages, layers, store, refresh=refresh), options, stages)
+                obtained = self._obtain(self._request(prompts, stages, layers, store, refresh=refresh), options, stages)
             except (ReadOnlyError, NoSpaceError, NotAStoreError) as error:
                 if not store.is_default:
                     raise
                 self._warn(store.url, error)
             else:
-                yield Supplied(self, prompts, *held, [store])
+                yield Supplied(self, prompts, *obtained, [store])
                 return
-        # Nothing may be stored, or can be: what is missing is written into memory, for this call only.
+        # Nothing may or can be stored: what is missing is written to a store in memory, for this call only.
         with _store_in_memory() as sink:
             stores = [sink] if store is None else [sink, store]
             options = replace(options, keeping=Keeping(precision=keeping.precision), sink=sink)
-            held = self._obtain(self._request(prompts, stages, layers, stores[-1], refresh=refresh), options, stages)
-            yield Supplied(self, prompts, *held, stores)
+            obtained = self._obtain(self._request(prompts, stages, layers, stores[-1], refresh=refresh), options, stages)
+            yield Supplied(self, prompts, *obtained, stores)
 
     def _request(self, prompts: list[Any], stages: Sequence[Stage], layers: LayerSpec, store: Store, *, refresh: bool) -> Request:
         pooling = tuple(dict.fromkeys(stage.pooling for stage in stages if not stage.needs_tokens))
@@ -160,7 +160,7 @@ class Supply:
         )  # fmt: skip
 
     def _obtain(self, request: Request, options: Options, stages: Sequence[Stage]) -> tuple[Outcome, Entries | None]:
-        """Make sure that all is stored, or find all in lmprobe's own entries, which are looked into only where prompts are missing."""
+        """Make sure that all is stored, or find all in lmprobe's own entries, which are searched only if prompts are missing."""
 
         def attempt() -> tuple[Outcome, Entries | None]:
             work = prepare(request, options)
@@ -170,9 +170,10 @@ class Supply:
         return without_damaged_parts(request.store, attempt)
 
     def _may_use_entries(self, request: Request) -> bool:
-        """Whether lmprobe's own entries may be what is asked for.
+        """Whether lmprobe's own entries may serve the request.
 
-        Nothing is known of how they were made but the model's name and lmprobe's default, float32.
+        Of how they were made, only the model's name is known, and that lmprobe computes in float32 by default. So the request must leave
+        every other option at its default.
         """
         choice = self.choice
         if self.legacy != "auto" or request.refresh or request.kind != "text" or not choice.by_name or choice.truncation:
@@ -194,14 +195,14 @@ class Supply:
         entries: Entries = {}
         for stage in stages:
             try:
-                pieces, held = cache.serve(model, texts, None if stage.needs_tokens else stage.pooling, layers)
+                pieces, n_held = cache.serve(model, texts, None if stage.needs_tokens else stage.pooling, layers)
             except CorruptFileError as error:
                 warn(f"{error}\nlmprobe's own entries are left out")
                 return None
             if pieces is None:
-                if held:
+                if n_held:
                     cache_logger().info(
-                        "[cache] lmprobe's own entries hold %d of %d prompts with all layers, so none is used", held, len(texts)
+                        "[cache] lmprobe's own entries hold %d of %d prompts with all layers, so none is used", n_held, len(texts)
                     )
                 return None
             entries[stage] = pieces
@@ -209,9 +210,9 @@ class Supply:
         return entries
 
     def _open(self) -> Store | None:
-        """The store, None where the cache cannot be opened.
+        """The store, or None if the cache cannot be opened.
 
-        While it is the same place it is always the same object, which knows its parts already, and the damaged ones.
+        The same place always gives the same object, which has read its parts already and knows the damaged ones.
         """
         if isinstance(self.store, Store):
             return self.store
@@ -220,7 +221,7 @@ class Supply:
         except (NotAStoreError, ReadOnlyError) as error:
             if self.store is not None:
                 raise
-            # Computing goes on without a cache.
+            # Go on without a cache.
             self._warn(str(config.default_root()), error)
             return None
         kept = self.memory.store
@@ -229,7 +230,7 @@ class Supply:
         return kept
 
     def _warn(self, place: str, error: Exception) -> None:
-        """Warn that nothing is stored, once for each place."""
+        """Warn that nothing is stored; only once for each place."""
         if place in self.memory.warned:
             return
         self.memory.warned.add(place)
@@ -251,7 +252,7 @@ def _store_in_memory() -> Iterator[Store]:
 
 
 def _all_found(work: Work) -> Outcome:
-    """The outcome where nothing had to be done, although the store lacks prompts."""
+    """The outcome if lmprobe's own entries hold all prompts, so that nothing had to be done."""
     plan, lookup = work.plan, work.lookup
     group = lookup.group or GroupInfo(model=plan.model)
     stats = ExtractStats(
@@ -263,7 +264,7 @@ def _all_found(work: Work) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Supplied:
-    """What was asked for, wherever it is stored, while the context of `Supply.supplied` lasts.
+    """The requested activations, wherever they are stored, while the context of `Supply.supplied` lasts.
 
     Parameters
     ----------
@@ -272,9 +273,9 @@ class Supplied:
         As the caller gave them.
     outcome : Outcome
     entries : dict, optional
-        What lmprobe's own entries hold, where they serve the call instead of a store.
+        What lmprobe's own entries hold, if they serve the call instead of a store.
     stores : list of Store
-        Where to read, in this order; the last one is the store that was looked into.
+        Where to read, in this order; the last one is the store that was searched.
     """
 
     supply: Supply
@@ -299,7 +300,7 @@ class Supplied:
         Raises
         ------
         PartGoneError, CorruptPartError
-            A part has gone since, or is damaged.
+            A part was removed since, or is damaged.
         """
         if self.entries is not None:
             return _from_entries(self.outcome, self.entries[stage], stage, self.outcome.layers)
@@ -311,12 +312,12 @@ class Supplied:
         if isinstance(error, CorruptPartError):
             store.set_aside(error)
         else:
-            # Evicted between two looks: the next one finds what is there now.
+            # The part was evicted meanwhile: the next attempt lists the parts again.
             store.forget_all()
 
 
 def weights_changed_at(model: str) -> float | None:
-    """When the weights of a local model were last written, in seconds since 1970; None for what is no folder with weights."""
+    """When the weights of a local model were last written, in seconds since 1970; None if `model` is no folder with weights."""
     folder = Path(model).expanduser()
     with suppress(OSError, ValueError):
         times = [path.stat().st_mtime for ending in ("*.safetensors", "*.bin") for path in folder.glob(ending)]
@@ -330,12 +331,12 @@ def _from_entries(outcome: Outcome, entries: list[Array], stage: Stage, layers: 
 
 
 def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage, layers: tuple[int, ...]) -> Activations:
-    """Layers that an extraction has made sure of, from the stores that hold them, in the order of the given prompts.
+    """Layers that an extraction has provided, read from the stores that hold them, in the order of the given prompts.
 
     Raises
     ------
     PartGoneError, CorruptPartError
-        A part has gone since, or is damaged.
+        A part was removed since, or is damaged.
     """
     prompts = outcome.prompts
     level: Level = "tokens" if stage.needs_tokens else "prompts"
@@ -362,7 +363,7 @@ def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage, la
 
 
 def _in_order(outcome: Outcome, pieces: Mapping[int, Array], stage: Stage, layers: tuple[int, ...]) -> Activations:
-    """What was read of the different prompts, (layer, row, hidden) each, as rows in the order of the given ones."""
+    """Values of the distinct prompts, each of shape (layer, row, hidden), as rows in the order of the given prompts."""
     prompts = outcome.prompts
     counts = np.array([pieces[i].shape[1] for i in range(len(prompts))], np.int64)
     joined = np.concatenate([pieces[i] for i in range(len(prompts))], axis=1)

@@ -1,4 +1,4 @@
-"""What is to be done for a request, decided from what the store has. Runs and writes nothing."""
+"""What is to be done for a request, decided from what the store has. Runs no model and writes nothing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Work:
     Parameters
     ----------
     lookup : Lookup
-        With the prompts to run the model on, and those to pool from stored tokens.
+        Has the prompts to run the model on, and those to pool from stored tokens.
     plan : ExtractPlan
-        The same in numbers.
+        The same work in numbers.
     tokenized : TokenizedPrompts, optional
-        Tokens of the missing prompts; None where none is missing.
+        Tokens of the missing prompts; None if none is missing.
     columns : mapping of str to ndarray
-        The caller's columns, one value per different prompt.
+        The caller's columns, one value per distinct prompt.
     """
 
     lookup: Lookup
@@ -46,14 +46,14 @@ class Work:
 
 
 def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> Work:
-    """What is to be done, and what it takes when it is stored with a precision.
+    """The work that a lookup leaves to do, and its size when it is stored with a precision.
 
     Parameters
     ----------
     lookup : Lookup
     precision : Precision
     before : Work, optional
-        What was decided before the model was loaded: its tokens are taken where the same prompts are missing.
+        The work decided before the model was loaded; its tokens are used again if the same prompts are missing.
     """
     columns = columns_by_prompt(lookup.request.columns, lookup.prompts)
     if before is not None and np.array_equal(before.lookup.missing, lookup.missing):
@@ -80,7 +80,7 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
 
 
 def _sizes(lookup: Lookup, precision: Precision, tokens: int) -> tuple[int, int]:
-    """Bytes of the missing activations, which have so many tokens, and of all that is asked for."""
+    """Bytes of the missing activations, which have `tokens` tokens, and of all requested ones."""
     request, model, group = lookup.request, lookup.model, lookup.group
     size = row_bytes(
         layers=len(request.kept_layers(lookup.layers)),

@@ -1,4 +1,4 @@
-"""A plot as a file."""
+"""Saves plots to files."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def save_plot(axes: Axes, path: str | PathLike[str], dpi: int = 150) -> None:
     Raises
     ------
     InvalidArgumentError
-        Another ending or none, or the picture cannot be drawn or written.
+        An unknown ending or none, or the picture cannot be drawn or written.
     """
     path = Path(path)
-    # Through the canvas: axes may lie in a subfigure, which cannot be saved by itself.
+    # Through the canvas: axes may be in a subfigure, which cannot be saved by itself.
     canvas = axes.figure.canvas
     endings = sorted(canvas.get_supported_filetypes())
     ending = path.suffix.lower().removeprefix(".")

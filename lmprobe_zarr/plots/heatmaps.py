@@ -27,9 +27,9 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
     Parameters
     ----------
     scores : DataArray, dims (layer, token), or (token)
-        From :func:`lmprobe_zarr.score_tokens`. Of a probe with more classes select one, ``scores.sel({"class": …})``.
+        From :func:`lmprobe_zarr.score_tokens`. For a probe with more than two classes select one, ``scores.sel({"class": …})``.
     prompt : str, optional
-        The hash or the text of one prompt, where `scores` holds more than one.
+        The hash or the text of one prompt, if `scores` holds more than one.
     ax : matplotlib Axes, optional
         As for :func:`plot_scores`.
 
@@ -45,7 +45,7 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
     MissingDependencyError
         matplotlib is not installed.
     InvalidTypeError, InvalidArgumentError
-        `scores` are not those of tokens or hold several prompts, or `prompt` is not among them.
+        `scores` are not scores of tokens, or hold several prompts, or do not hold `prompt`.
     """
     if not isinstance(scores, xr.DataArray):
         raise InvalidTypeError(f"scores are the xarray.DataArray that score_tokens gives, not {type(scores).__name__}")
@@ -103,7 +103,7 @@ def plot_transfer(scores: xr.Dataset, metric: str = "accuracy", ax: Axes | None 
     MissingDependencyError
         matplotlib is not installed.
     InvalidTypeError, InvalidArgumentError
-        `scores` are not those of `sweep_transfer`, the metric is another, or there are several layers or probes.
+        `scores` are not those of `sweep_transfer`, do not hold the metric, or hold several layers or probes.
     """
     if not isinstance(scores, xr.Dataset) or not {"train", "test"} <= set(scores.dims):
         raise InvalidTypeError("scores are the xarray.Dataset that sweep_transfer gives, with dims train and test")

@@ -136,8 +136,8 @@ def _interval_bounds(intervals: Any, metric: str, values: xr.DataArray) -> tuple
 class _ProbeStyle:
     """How one probe is drawn.
 
-    Its `number` among the probes (or among the controls) gives colour, marker and line; its `place` among all `of` entries shifts its
-    markers, so that they do not cover one another.
+    Its `number` among the probes (or among the controls) gives colour, marker and line. Its `place` among all `of` probes and controls
+    shifts its markers, so that they do not cover one another.
     """
 
     label: str
@@ -152,7 +152,7 @@ class _ProbeStyle:
 
     @property
     def marker(self) -> str:
-        # From the other end, so that the first control does not get the marker of the first probe.
+        # Counted from the end, so that the first control does not get the marker of the first probe.
         return MARKERS[-1 - self.number % len(MARKERS)] if self.control else MARKERS[self.number % len(MARKERS)]
 
     @property
@@ -170,7 +170,7 @@ def _draw_probe(axes: Any, x: Any, values: Any, drawn: _ProbeStyle, bounds: list
     mean = np.nanmean(values, axis=1)
     low, high = (np.nanmin(values, axis=1), np.nanmax(values, axis=1)) if bounds is None else (bound[defined] for bound in bounds)
     if len(x) == 1:
-        # Side by side, or the bars would cover one another.
+        # Side by side, since the bars would cover one another otherwise.
         x = x + (drawn.place - (drawn.of - 1) / 2) * 0.8 / drawn.of
     # About twenty markers are distinguishable on one line; probes start at different layers so that markers do not overlap.
     step = max(1, len(x) // 20)

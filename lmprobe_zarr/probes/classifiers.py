@@ -16,8 +16,8 @@ _UNITS_AT_ONCE = 256
 _TASKS = ("classification", "regression")
 
 
-# What each docstring says is what `named_probes` shows. The functions make the estimator alone; the standardisation that a
-# docstring speaks of is put before it where `_NamedProbe` says so.
+# `named_probes` shows these docstrings. The functions make the estimator alone: `make_probe` puts the standardisation that a docstring
+# mentions before it if `_NamedProbe.standardised` is true.
 
 
 def _logistic_regression(random_state: int) -> Any:
@@ -37,7 +37,7 @@ def _logistic_regression_cv(random_state: int) -> Any:
     from sklearn.linear_model import LogisticRegressionCV
 
     options: dict[str, Any] = {"cv": 5, "max_iter": 1000, "scoring": "accuracy", "random_state": random_state}
-    # From scikit-learn 1.8 on these warn unless they are given; before, they do not exist or mean the same by default.
+    # Since scikit-learn 1.8 there is a warning without these. Earlier versions lack them, or have the same values by default.
     if "use_legacy_attributes" in signature(LogisticRegressionCV).parameters:
         options |= {"use_legacy_attributes": False, "l1_ratios": (0.0,)}
     return LogisticRegressionCV(**options)
@@ -65,7 +65,7 @@ def _svm(random_state: int) -> Any:
     """Every hidden unit is standardised. Linear support vector machine, squared hinge loss, C = 1, tol = 0.001; no probabilities."""
     from sklearn.svm import LinearSVC
 
-    # The default tolerance takes up to twenty times as long on some thousand hidden units.
+    # The default tolerance takes up to twenty times as long with a few thousand hidden units.
     # The dual solver draws from one generator that all threads share, so its scores would depend on the scheduler.
     return LinearSVC(dual=False, tol=1e-3, random_state=random_state)
 
@@ -110,7 +110,7 @@ def _mlp(random_state: int) -> Any:
     """
     from sklearn.neural_network import MLPClassifier
 
-    # Adam, the default, is made for more prompts than there usually are: on some hundred it takes longer and scores worse.
+    # Adam, the default, suits more prompts than there usually are: with a few hundred it takes longer and scores worse.
     return MLPClassifier(hidden_layer_sizes=(64,), solver="lbfgs", alpha=0.1, max_iter=5000, random_state=random_state)
 
 
@@ -142,7 +142,7 @@ def _svr(random_state: int) -> Any:
     """Every hidden unit is standardised, and so is the target. Linear support vector regression, epsilon = 0.1, C = 1, squared loss."""
     from lmprobe_zarr.probes.regressors import ScaledTargetLinearSVR
 
-    # The primal solver, as for svm: the dual one, which the plain loss needs, would make scores depend on the scheduler.
+    # The primal solver, as for svm: the dual one, which the unsquared loss needs, would make scores depend on the scheduler.
     return ScaledTargetLinearSVR(
         loss="squared_epsilon_insensitive", dual=False, epsilon=0.1, tol=1e-3, max_iter=10_000, random_state=random_state
     )
@@ -155,7 +155,7 @@ class _NamedProbe:
     task: str = "classification"
     #: Parameters of the estimator under which a fit may overwrite its training matrix instead of copying it.
     overwriting: Mapping[str, bool] = field(default_factory=dict)
-    #: The parameter that says how strongly is regularised; empty where there is none.
+    #: Name of the parameter that sets the strength of the regularisation; empty if there is none.
     penalty: str = ""
     #: Whether another seed gives another fit.
     random: bool = False
@@ -198,7 +198,7 @@ def named_probes(task: str | None = None) -> dict[str, str]:
     Parameters
     ----------
     task : {"classification", "regression"}, optional
-        Those for it only.
+        Only the estimators for this task.
     """
     if task is not None:
         check_task(task)
@@ -206,17 +206,17 @@ def named_probes(task: str | None = None) -> dict[str, str]:
 
 
 def standardises(probe: Any) -> bool:
-    """Whether :func:`make_probe` puts a standardisation of every hidden unit before the estimator; False for one of the caller's."""
+    """Whether :func:`make_probe` puts a standardisation of every hidden unit before the estimator; False for the caller's own."""
     return isinstance(probe, str) and probe in _NAMED and _NAMED[probe].standardised
 
 
 def draws_at_random(probe: Any) -> bool:
-    """Whether another seed may give another fit: False for named probes that draw nothing, True for any estimator of the caller's."""
+    """Whether another seed may give another fit: False for named probes that draw nothing, True for any estimator of the caller's own."""
     return not isinstance(probe, str) or (probe in _NAMED and _NAMED[probe].random)
 
 
 def has_strength(probe: Any) -> bool:
-    """Whether the probe has one regularisation strength, so that `make_probe` takes it: named ones with ``C`` or ``alpha`` do."""
+    """Whether the probe has one regularisation strength, which `make_probe` can set: named ones with ``C`` or ``alpha`` do."""
     return isinstance(probe, str) and probe in _NAMED and bool(_NAMED[probe].penalty)
 
 
@@ -236,8 +236,7 @@ def make_probe(
     probe : str or estimator
         A name, see :func:`named_probes`; or any scikit-learn estimator for the task, which is cloned, never fitted itself.
     random_state : int
-        The seed of a named estimator. In an estimator every ``random_state`` that is None is set to it; one that the
-        caller has set stays.
+        The seed of a named estimator. In the caller's own, every ``random_state`` that is None is set to it; others stay as they are.
     task : {"classification", "regression"}
         What the probe must be able to do.
     params : mapping of str to value, optional
@@ -245,15 +244,15 @@ def make_probe(
     standardise : bool
         False leaves out the standardisation that a named estimator has by default.
     strength : float, optional
-        How strongly is regularised, larger being stronger: ``alpha`` of the estimator, or 1 / ``C``. Nothing to estimators without.
+        Strength of the regularisation: ``alpha`` of the estimator, or 1 / ``C``. Estimators without either ignore it.
 
     Raises
     ------
     InvalidArgumentError
-        No estimator has that name or it is for the other task, it has no such parameter or not with such a value, or
-        parameters are given with an estimator.
+        No estimator has that name; it is for the other task; it has no such parameter, or that cannot have such a value; or parameters
+        are given with an estimator of the caller's own.
     InvalidTypeError
-        Neither a name nor an estimator that can be cloned, fitted and asked for predictions.
+        Neither a name nor an estimator that can be cloned, fitted and used to predict.
     """
     names = ", ".join(named_probes(check_task(task)))
     if isinstance(probe, str):
@@ -303,7 +302,7 @@ def _override(name: str, estimator: Any, params: Mapping[str, Any] | None) -> No
         raise InvalidArgumentError(f"{name!r} has no parameter {', '.join(unknown)}: {listed}")
     estimator.set_params(**params)
     try:
-        # As every fit of scikit-learn's own does first, but before anything is extracted.
+        # Every fit of scikit-learn validates first; done here, it comes before anything is extracted.
         if hasattr(estimator, "_parameter_constraints"):
             estimator._validate_params()
     except ValueError as error:
@@ -316,10 +315,10 @@ def fit_in_place(probe: Any, estimator: Any, activations: Array, labels: Array) 
     Parameters
     ----------
     probe : str or estimator
-        What the estimator was made from by :func:`make_probe`; estimators of the caller's are fitted untouched.
+        What the estimator was made from by :func:`make_probe`; the caller's own estimators are fitted as they are.
     estimator : estimator
     activations : ndarray of float, shape (prompt, hidden)
-        The caller's own copy: undefined afterwards.
+        The caller's own copy; its values are undefined afterwards.
     labels : ndarray, shape (prompt,)
     """
     if not standardises(probe):
@@ -332,14 +331,14 @@ def fit_in_place(probe: Any, estimator: Any, activations: Array, labels: Array) 
         _fit_scaler(scaler, activations)
         fitted.fit(scaler.transform(activations), labels)
     finally:
-        # Predicting must not overwrite: the same matrix is scored twice.
+        # Predicting must not overwrite its matrix, which is scored twice.
         scaler.set_params(copy=True)
         fitted.set_params(**dict.fromkeys(overwriting, True))
     return estimator
 
 
 def _fit_scaler(scaler: Any, activations: Array) -> None:
-    """``scaler.fit(activations)``, bit for bit, some hidden units at a time: at once it takes a float64 copy of the whole matrix."""
+    """``scaler.fit(activations)``, bit for bit, on some hidden units at a time: one fit would copy the whole matrix to float64."""
     from sklearn.base import clone
 
     blocks = [clone(scaler).fit(activations[:, start : start + _UNITS_AT_ONCE]) for start in range(0, activations.shape[1], _UNITS_AT_ONCE)]
@@ -350,7 +349,7 @@ def _fit_scaler(scaler: Any, activations: Array) -> None:
 
 
 def converged(estimator: Any) -> bool:
-    """False where a fitted estimator stopped at its iteration limit; True where it did not, or has none."""
+    """False if a fitted estimator stopped at its iteration limit; True if it did not, or has no limit."""
     estimator = getattr(estimator, "best_estimator_", estimator)
     steps = getattr(estimator, "steps", None)
     if steps:

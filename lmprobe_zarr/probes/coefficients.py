@@ -22,25 +22,26 @@ def coefficients(pipeline: Any, n_layers: int = 1) -> tuple[Array, Array]:
     Parameters
     ----------
     pipeline : fitted pipeline or estimator
-        Of standardisations, layer scalers, principal components and one linear estimator.
+        Its steps are standardisations, layer scalers, principal components and one linear estimator.
     n_layers : int
         How many layers its rows hold, end to end.
 
     Returns
     -------
     coef : ndarray of float64, shape (1 or class, layer, hidden)
-        One for two classes, pointing to the second, and for a regression.
+        A single row for a regression, and for two classes, where it points to the second class.
     intercept : ndarray of float64, shape (1 or class,)
 
     Raises
     ------
     InvalidArgumentError
-        Not fitted, not linear, one against one, a step that cannot be undone, or a width that is no multiple of `n_layers`.
+        The probe is not fitted, not linear, or compares classes one against one; a step cannot be undone; or the width is no multiple
+        of `n_layers`.
     """
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import check_is_fitted
 
-    *before, last = _flat(pipeline)
+    *before, last = _flatten_steps(pipeline)
     name = type(last).__name__
     try:
         check_is_fitted(last)
@@ -66,9 +67,10 @@ def coefficients(pipeline: Any, n_layers: int = 1) -> tuple[Array, Array]:
     return coef.reshape(len(coef), n_layers, -1), intercept
 
 
-def _flat(pipeline: Any) -> list[Any]:
+def _flatten_steps(pipeline: Any) -> list[Any]:
+    """All steps in their order, those of inner pipelines too."""
     steps = getattr(pipeline, "steps", None)
-    return [pipeline] if steps is None else [inner for _, step in steps for inner in _flat(step)]
+    return [pipeline] if steps is None else [inner for _, step in steps for inner in _flatten_steps(step)]
 
 
 def _affine(step: Any) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Named arrays and texts in one safetensors file, in memory. Never what they mean, and never a place where files lie."""
+"""Named arrays and texts as the bytes of one safetensors file. Knows neither what they mean nor where files are stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmprobe_zarr.typing import Array
 
 __all__ = ["LARGEST_HEADER", "pack_tensors", "parse_json", "unpack_tensors"]
 
-#: Bytes. A header holds names and shapes, so that even a large one is small; parsed, it may take some 30 times as much.
+#: Bytes. A header holds names and shapes only, so real ones are far smaller; parsed, it may take some 30 times as much memory.
 LARGEST_HEADER = 4 << 20
 
 
@@ -42,18 +42,18 @@ def pack_tensors(tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> b
 def unpack_tensors(data: bytes, where: str) -> tuple[dict[str, Array], dict[str, str]]:
     """The arrays, each its own copy, and the metadata of a safetensors file.
 
-    Memory is bounded by the size of `data`: every array must lie in it.
+    Memory is bounded by the size of `data`: every array must be inside it.
 
     Parameters
     ----------
     data : bytes
     where : str
-        What the file is called in messages.
+        Name of the file in messages.
 
     Raises
     ------
     NotAProbeError
-        It is no such file, or it is cut off or damaged.
+        The bytes are no such file, or it is cut off or damaged.
     """
     length = int.from_bytes(data[:8], "little")
     if len(data) < 10 or data[8:9] != b"{" or length > LARGEST_HEADER:
@@ -71,7 +71,7 @@ def unpack_tensors(data: bytes, where: str) -> tuple[dict[str, Array], dict[str,
 
 
 def _array(data: bytes, name: str, tensor: Tensor, where: str) -> Array:
-    # numpy refuses an empty array whose other axes are too long together.
+    # numpy refuses even an empty array if the product of its other axes is too large.
     if tensor.dtype == "bfloat16" or itemsize_of(tensor.dtype) is None or math.prod(size or 1 for size in tensor.shape) >= 2**58:
         raise NotAProbeError(f"{where} is damaged: tensor {name[:80]!r} has shape {tensor.shape} and dtype {tensor.dtype}")
     little = np.dtype(tensor.dtype).newbyteorder("<")
@@ -84,10 +84,10 @@ def parse_json(text: bytes | str, where: str) -> Any:
     Raises
     ------
     NotAProbeError
-        It is none.
+        The text is not strict JSON.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_once)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique_names)
     except (ValueError, RecursionError) as error:
         raise NotAProbeError(f"{where} is damaged: its header is no JSON document ({error})") from error
 
@@ -101,7 +101,7 @@ def _finite(number: str) -> float:
     return value if math.isfinite(value) else _refuse_constant(number)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name comes twice")

@@ -16,7 +16,7 @@ __all__ = ["EnsembleClassifier"]
 
 
 class EnsembleClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """The mean probability of logistic regressions that differ in nothing but the strength of their L2 penalty.
+    """The mean probability of logistic regressions that differ only in the strength of their L2 penalty.
 
     It has no decision function: a mean of probabilities is no function of one linear score.
 
@@ -36,7 +36,7 @@ class EnsembleClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     coef_, intercept_ : ndarray of float, shape (1 or class, hidden) and (1 or class,)
         Their mean over the regressions: the direction of the ensemble.
     n_iter_ : int
-        The most iterations that any of them took.
+        The largest number of iterations that any of them took.
     """
 
     classes_: Array
@@ -62,7 +62,7 @@ class EnsembleClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any) -> EnsembleClassifier:  # noqa: N803  (scikit-learn's own name)
-        """Fits one regression per strength.
+        """Fit one regression per strength.
 
         Parameters
         ----------
@@ -72,7 +72,7 @@ class EnsembleClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Raises
         ------
         InvalidArgumentError
-            No strength, or one that is no positive number.
+            No strength, or a strength that is no positive number.
         """
         from sklearn.linear_model import LogisticRegression
 
@@ -83,7 +83,7 @@ class EnsembleClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, _ = checked_labels(y, len(X))
         options = {"tol": self.tol, "max_iter": self.max_iter, "class_weight": self.class_weight, "random_state": self.random_state}
         members = [LogisticRegression(C=float(value), **options).fit(X, y) for value in strengths]
-        # In C order, as it is saved: matrix products round otherwise where a matrix lies the other way.
+        # In C order, as the arrays are saved: matrix products round differently in another memory order.
         self.coefs_ = np.ascontiguousarray(np.stack([member.coef_ for member in members]))
         self.intercepts_ = np.stack([member.intercept_ for member in members])
         self.coef_, self.intercept_ = self.coefs_.mean(axis=0), self.intercepts_.mean(axis=0)

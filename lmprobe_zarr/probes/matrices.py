@@ -1,4 +1,4 @@
-"""The matrices that estimators of this package take: their values and their width are checked. Never anything that is fitted."""
+"""Checks of the matrices and labels that this package's estimators take. Fits nothing."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def checked_matrix(estimator: Any, activations: Any, *, fitting: bool = False) -
     Parameters
     ----------
     estimator : estimator
-        Named in messages; its ``n_features_in_`` is set when `fitting` and compared otherwise.
+        Messages name it. Its ``n_features_in_`` is set when `fitting`, and compared otherwise.
     activations : array of float, shape (prompt, hidden)
 
     Raises
     ------
     InvalidArgumentError
-        Another number of columns than in the fit.
+        The number of columns is not that of the fit.
     ValueError
-        scikit-learn's own, of anything that is no finite matrix.
+        Raised by scikit-learn for anything that is no finite matrix.
     """
     from sklearn.utils.validation import check_array, check_is_fitted
 
@@ -47,18 +47,20 @@ def checked_matrix(estimator: Any, activations: Any, *, fitting: bool = False) -
 
 
 def checked_labels(labels: Any, n: int) -> tuple[Array, Array]:
-    """The classes, sorted, and each row's number in them.
+    """The classes, sorted, and the index of each row's class.
 
     Parameters
     ----------
     labels : array, shape (prompt,)
     n : int
-        How many there must be.
+        How many labels there must be.
 
     Raises
     ------
+    InvalidArgumentError
+        Another number of labels.
     ValueError
-        scikit-learn's own, of labels that are not one class per row.
+        Raised by scikit-learn for labels that are not one class per row.
     """
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import column_or_1d

@@ -1,7 +1,7 @@
-"""One pipeline from raw activations to a prediction: scale the layers, preprocess, fit. Never folds, files or what was fitted before.
+"""One pipeline from raw activations to a prediction: scale the layers, preprocess, fit. Never folds, files or fitted estimators.
 
-The order is lmprobe's: every hidden unit is brought to scale once, and first; then come the steps of `preprocessing`; the
-estimator is last and standardises nothing more.
+The order is that of lmprobe. First, every hidden unit is scaled, once. Then come the steps of `preprocessing`. The estimator is last, and
+standardises nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PreprocessingStep:
     kind : {"standard", "per_layer", "pca"}
         Mean 0 and variance 1 for each column; one mean and variance for all columns of a layer; or the principal components.
     n_components : int, optional
-        Of "pca": how many are kept.
+        For "pca": how many components are kept.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class PreprocessingStep:
 
 
 def parse_preprocessing(spec: str | Iterable[str] | None, pca_components: int | None = None) -> tuple[PreprocessingStep, ...]:
-    """The steps in their order; none for None.
+    """The steps in their order; an empty tuple for None.
 
     Parameters
     ----------
@@ -48,14 +48,14 @@ def parse_preprocessing(spec: str | Iterable[str] | None, pca_components: int | 
         "standard" (also "standard_scaler"), "per_layer", "pca:N" (N components) and "pca" (`pca_components` of them), joined by "+" or
         as a list: "standard+pca:50".
     pca_components : int, optional
-        The components of each "pca" that does not say its own.
+        The number of components of each "pca" without a number of its own.
 
     Raises
     ------
     InvalidArgumentError
-        An unknown step, no or an impossible number of components, or a number without a "pca".
+        An unknown step, a missing or impossible number of components, or `pca_components` without a "pca".
     InvalidTypeError
-        Neither texts nor None; a number that is not whole.
+        Neither texts nor None; or a number that is not whole.
     """
     if pca_components is not None:
         if isinstance(pca_components, bool) or not isinstance(pca_components, int | np.integer):
@@ -109,25 +109,25 @@ def make_pipeline_for(
 ) -> Any:
     """A fresh, unfitted scikit-learn pipeline for activations of shape (prompt, layer × hidden).
 
-    Its steps, those that apply, by name:
+    Its steps by name, each if it applies:
 
-    1. What brings every hidden unit to scale, unless `preprocessing` has a "standard" or "per_layer", which then does it in its place:
+    1. A scaler of every hidden unit, unless `preprocessing` has a "standard" or "per_layer" step, which then takes its place:
        ``layer_scaler`` (:class:`~lmprobe_zarr.probes.scaling.LayerScaler`) for several layers, unless `normalize_layers` is
        False; ``standard`` for a single layer, where the named estimator standardises by default.
     2. ``standard``, ``per_layer`` and ``pca``, as `preprocessing` says.
     3. ``probe``, the estimator alone.
 
-    So a named estimator's own standardisation is left out for several layers: it would undo "per_layer" and False.
+    For several layers a named estimator's own standardisation is left out, since it would undo "per_layer" and False.
 
     Parameters
     ----------
     probe : str or estimator
-        As for :func:`~lmprobe_zarr.probes.make_probe`. For an estimator of the caller's, a single layer is not standardised.
+        As for :func:`~lmprobe_zarr.probes.make_probe`. A single layer is not standardised for the caller's own estimator.
     task : {"classification", "regression"}
     n_layers : int
         How many layers a row holds, end to end.
     normalize_layers : bool, "per_neuron" or "per_layer"
-        How several layers are scaled; True is "per_neuron", False leaves them as they are. Nothing for a single layer.
+        How several layers are scaled; True is "per_neuron", False leaves them as they are. Ignored for a single layer.
     preprocessing, pca_components
         See :func:`parse_preprocessing`.
     params : mapping, optional
@@ -170,7 +170,7 @@ def make_pipeline_for(
         if step.kind == "standard":
             made = StandardScaler()
         elif step.kind == "per_layer":
-            # Behind components there are no layers any more.
+            # After principal components there are no layers any more.
             made = LayerScaler(1 if any(name.startswith("pca") for name, _ in steps) else int(n_layers), "per_layer")
         taken = sum(name == step.kind or name.startswith(f"{step.kind}_") for name, _ in steps)
         steps.append((step.kind if not taken else f"{step.kind}_{taken + 1}", made))

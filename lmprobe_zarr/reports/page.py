@@ -1,4 +1,4 @@
-"""The markup of the page and the data for its script, from records. Reads no store and computes no score."""
+"""Writes the markup of the page, and the data for its script, from records. Reads no store and computes no score."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class ShownPrompt:
     ----------
     hash : str
     label : str
-        Its label, where there is one.
+        Its label, if there is one.
     text : str
-        The whole text, where it is known but the places of its tokens are not; else empty.
+        The whole text, if it is known but the places of its tokens are not; else empty.
     pieces : tuple of (str, str)
-        For each token shown: the text between it and the token before, and its own text, which is empty where it is not known.
+        For each token shown: the text between it and the token before, and its own text, which is empty if unknown.
     names : tuple of str
         What each token is called: its text, id or position.
     """
@@ -63,7 +63,7 @@ class ShownTokens:
     two : bool
         Whether values are scores on both sides of 0; else norms.
     note : str
-        How they came about.
+        How the values were computed.
     """
 
     values: TokenMap
@@ -75,24 +75,24 @@ class ShownTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupPage:
-    """All that the page says of one group.
+    """Everything that the page shows of one group.
 
     Parameters
     ----------
     contents : GroupContents
     layers : tuple of int
-        Those shown; of too many, every n-th.
+        The layers that are shown; if there are too many, every n-th.
     coverage : tuple of Coverage
     profile : LayerProfile or None
     scores : tuple of Chart
         One for each metric.
     scores_note : str
-        From what, and how.
+        What the scores were computed from, and how.
     tokens : ShownTokens or None
     missing : tuple of str
         What is not shown, and why.
     start : int
-        The layer that is chosen at first.
+        The layer that is selected when the page opens.
     """
 
     contents: GroupContents
@@ -107,7 +107,7 @@ class GroupPage:
 
 
 def embed_json(document: object) -> Html:
-    """JSON that cannot end its element or become markup, inside a ``<script type="application/json">``."""
+    """JSON for a ``<script type="application/json">``: it contains nothing that could end the element or become markup."""
     text = json.dumps(_without_nan(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for letter in ("<", ">", "&", "\u2028", "\u2029"):
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -136,9 +136,9 @@ def write_page(place: str, contents: Sequence[GroupContents], groups: Sequence[G
     contents : sequence of GroupContents
         Every group.
     groups : sequence of GroupPage
-        Those that are shown in full.
+        The groups that are shown in full.
     made : str
-        By what and when.
+        What made the page, and when.
     """
     files = resources.files(__package__)
     style, script = ((files / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -193,7 +193,7 @@ def _group(number: int, group: GroupPage) -> Html:
     pieces.append(f'<p class="dim">{escape(group.contents.summary)}, {escape(format_bytes(group.contents.nbytes))}</p>')
     data: dict[str, Any] = {"layers": list(group.layers), "layer": group.start, "charts": [], "coverage": [], "maps": []}
     if group.layers:
-        pieces.append(_bar(number, group))
+        pieces.append(_layer_slider(number, group))
     if group.scores:
         pieces += [_title("Scores by layer", group.scores_note), _charts(group.scores, data, f"scores-{number}")]
     if group.tokens is not None:
@@ -216,7 +216,7 @@ def _title(title: str, note: str) -> str:
     return f'<h3>{escape(title)}</h3><p class="dim">{escape(note)}</p>'
 
 
-def _bar(number: int, group: GroupPage) -> str:
+def _layer_slider(number: int, group: GroupPage) -> str:
     at = group.layers.index(group.start)
     return (
         f'<div class="bar"><label for="layer-{number}">Layer</label>'
@@ -245,7 +245,10 @@ def _chart(chart: Chart, data: dict[str, Any], name: str) -> str:
         for i, series in enumerate(chart.series)
     )
     rows = [
-        (layer, *("—" if not math.isfinite(float(series.values[i])) else Html(_digits(float(series.values[i]))) for series in chart.series))
+        (
+            layer,
+            *("—" if not math.isfinite(float(series.values[i])) else Html(_format(float(series.values[i]))) for series in chart.series),
+        )
         for i, layer in enumerate(chart.layers)
     ]
     values = table(("layer", *(series.name for series in chart.series)), rows, caption=chart.title)
@@ -257,7 +260,7 @@ def _chart(chart: Chart, data: dict[str, Any], name: str) -> str:
     )
 
 
-def _digits(value: float) -> str:
+def _format(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -287,7 +290,7 @@ def _profile(profile: LayerProfile, data: dict[str, Any]) -> list[str]:
         unit="Euclidean norm",
         layers=profile.layers,
         series=tuple(series),
-        log=_spans(series, 20),
+        log=_spans_factor(series, 20),
         note="band: 5th to 95th percentile",
     )
     outliers = (
@@ -303,7 +306,13 @@ def _profile(profile: LayerProfile, data: dict[str, Any]) -> list[str]:
         log=bool(np.nanmax(profile.ratio, initial=1) > 50) and not profile.n_outliers.any(),
     )
     rows = [
-        (layer, Html(_digits(float(p))) if math.isfinite(p) else "—", int(u), Html(_digits(float(r))) if math.isfinite(r) else "—", int(n))
+        (
+            layer,
+            Html(_format(float(p))) if math.isfinite(p) else "—",
+            int(u),
+            Html(_format(float(r))) if math.isfinite(r) else "—",
+            int(n),
+        )
         for layer, p, u, r, n in zip(profile.layers, profile.peak, profile.unit, profile.ratio, profile.n_outliers, strict=True)
     ]
     head = ("layer", "largest |value|", "largest unit", "times the median unit", "units over 6 times")
@@ -311,7 +320,7 @@ def _profile(profile: LayerProfile, data: dict[str, Any]) -> list[str]:
     return [_title("Norms and outliers", how), _chart(norms, data, "norms"), _chart(ratio, data, "outliers"), listed]
 
 
-def _spans(series: Sequence[Series], factor: float) -> bool:
+def _spans_factor(series: Sequence[Series], factor: float) -> bool:
     values = np.concatenate([np.asarray(curve.values, float) for curve in series])
     values = values[np.isfinite(values) & (values > 0)]
     return bool(len(values)) and bool(values.max() > factor * values.min())
@@ -327,13 +336,13 @@ def _coverage(coverage: Sequence[Coverage], data: dict[str, Any], name: str) -> 
         shares = variable.shares
         data["coverage"].append({"layers": list(variable.layers), "edges": list(variable.edges), "shares": shares.tolist()})
         whole = float((shares * np.diff(variable.edges)).sum() / max(1, variable.edges[-1] * len(shares)))
-        said = f"{100 * whole:.3g} % of prompts × layers stored" if variable.layers else f"{100 * whole:.3g} % of prompts stored"
-        label = f"{variable.variable}: {said}"
+        stored_share = f"{100 * whole:.3g} % of prompts × layers stored" if variable.layers else f"{100 * whole:.3g} % of prompts stored"
+        label = f"{variable.variable}: {stored_share}"
         columns = shares.shape[1]
         height = max(3.0, min(16.0, GRID_HEIGHT / len(shares)))
-        picture = draw_grid(one_hue(shares), label=label, describe_rows=_named(variable.layers, height), cell=(680 / columns, height))
+        picture = draw_grid(one_hue(shares), label=label, describe_rows=_label_rows(variable.layers, height), cell=(680 / columns, height))
         bins = variable.edges[-1] / max(1, len(variable.edges) - 1)
-        note = f"{said}; {'one column for each prompt' if bins == 1 else f'each column stands for about {bins:.0f} prompts'}."
+        note = f"{stored_share}; {'one column for each prompt' if bins == 1 else f'each column stands for about {bins:.0f} prompts'}."
         rows = [(layer, Html(f"{100 * float(row.mean()):.3g} %")) for layer, row in zip(variable.layers or ("all",), shares, strict=True)]
         caption = f"<figcaption><strong>{escape(variable.variable)}</strong> {escape(note)}</figcaption>"
         listed = f"<details><summary>Values as a table</summary><div>{table(('layer', 'stored'), rows)}</div></details>"
@@ -341,14 +350,17 @@ def _coverage(coverage: Sequence[Coverage], data: dict[str, Any], name: str) -> 
     return "".join(out)
 
 
-def _named(layers: Sequence[int], height: float) -> list[tuple[int, str]]:
-    """The rows of a grid that are labelled: as many as there is room for."""
+def _label_rows(layers: Sequence[int], height: float) -> list[tuple[int, str]]:
+    """The labels of a grid's rows: as many as there is room for."""
     step = max(1, math.ceil(13 / height))
     return [(i, str(layer)) for i, layer in enumerate(layers)][::step]
 
 
-def _shares(shown: ShownTokens) -> Array:
-    """Values as shares of the colour scale: scores with 0 in the middle and ends at twice the layer's root mean square; norms by log."""
+def _place_colours(shown: ShownTokens) -> Array:
+    """Values as places on the colour scale, 0 to 1. Norms are logarithmic.
+
+    Scores have 0 in the middle, and twice the layer's root mean square at the ends.
+    """
     values = shown.values.values
     if shown.two:
         scale = np.sqrt(np.nanmean(values**2, axis=1, keepdims=True)) if values.size else np.ones((len(values), 1))
@@ -361,11 +373,11 @@ def _shares(shown: ShownTokens) -> Array:
 
 
 def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
-    every, shares = shown.values.values, _shares(shown)
+    all_values, shares = shown.values.values, _place_colours(shown)
     layers = shown.values.layers
     paint = two_hues if shown.two else one_hue
-    finite = every[np.isfinite(every)]
-    low, high = (_digits(float(finite.min())), _digits(float(finite.max()))) if len(finite) else ("", "")
+    finite = all_values[np.isfinite(all_values)]
+    low, high = (_format(float(finite.min())), _format(float(finite.max()))) if len(finite) else ("", "")
     colours = paint(np.linspace(0, 1, 9))
     stops = ", ".join(_css(colour) for colour in colours)
     bar = f'<i style="background:linear-gradient(90deg, {stops})"></i>'
@@ -376,7 +388,7 @@ def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
     end = 0
     for number, (prompt, count, of) in enumerate(zip(shown.prompts, shown.values.counts, shown.values.of_counts, strict=True)):
         begin, end = end, end + int(count)
-        values, part = every[:, begin:end], shares[:, begin:end]
+        values, part = all_values[:, begin:end], shares[:, begin:end]
         data["maps"].append(
             {
                 "layers": list(layers), "what": shown.what, "two": shown.two, "tokens": [visible(name) for name in prompt.names],
@@ -389,14 +401,14 @@ def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
         width = max(4.0, min(18.0, 680 / max(1, count)))
         height = max(3.0, min(14.0, GRID_HEIGHT / len(layers)))
         label = f"{shown.what} of each token by layer, prompt {prompt.hash}; the table below has the values of layer {layers[row]}"
-        picture = draw_grid(paint(part), label=label, describe_rows=_named(layers, height), cell=(width, height))
+        picture = draw_grid(paint(part), label=label, describe_rows=_label_rows(layers, height), cell=(width, height))
         rows = [
-            (i, visible(name), Html(_digits(float(v))) if math.isfinite(v) else "—")
+            (i, visible(name), Html(_format(float(v))) if math.isfinite(v) else "—")
             for i, (name, v) in enumerate(zip(prompt.names, values[row], strict=True))
         ]
         cut = f" · the first {count} of {of} tokens" if count < of else ""
         labelled = f" · {escape(prompt.label)}" if prompt.label else ""
-        whole = f'<p class="text">{_plain(shorten(prompt.text, TEXT_COLUMNS))}</p>' if prompt.text else ""
+        whole = f'<p class="text">{_escape_lines(shorten(prompt.text, TEXT_COLUMNS))}</p>' if prompt.text else ""
         out.append(
             f'<figure class="tokens" data-n="{number}"><figcaption>prompt <code>{escape(prompt.hash)}</code>{labelled}{cut}</figcaption>'
             f'{whole}<p class="words">{words}</p>'
@@ -416,9 +428,9 @@ def _word(piece: tuple[str, str], name: str, colour: Array) -> str:
     between, text = piece
     shown = visible(text, lines=True) if text else visible(name)
     kind = "" if text else ' class="id"'
-    return f'{_plain(between)}<b{kind} style="background:{_css(colour)}">{_plain(shown)}</b>'
+    return f'{_escape_lines(between)}<b{kind} style="background:{_css(colour)}">{_escape_lines(shown)}</b>'
 
 
-def _plain(text: str) -> str:
+def _escape_lines(text: str) -> str:
     """Escaped, with line breaks kept."""
     return "\n".join(escape(line) for line in text.split("\n"))

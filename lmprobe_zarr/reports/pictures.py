@@ -1,4 +1,4 @@
-"""Numbers as SVG: curves by layer, and grids of coloured cells. Colours are named in the page's style sheet; nothing is computed."""
+"""Draws SVG: curves by layer, and grids of coloured cells. The colours of curves are in the page's style sheet. Computes no score."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LEFT: Final = 64
 RIGHT: Final = 14
 TOP: Final = 10
 BOTTOM: Final = 40
-# Source of the two hues: M. Okabe and K. Ito, "Color Universal Design" (2008): blue and vermilion.
+# Blue and vermilion of M. Okabe and K. Ito, "Color Universal Design" (2008).
 BLUE: Final = (0, 114, 178)
 VERMILION: Final = (213, 94, 0)
-# How strong the strongest colour is: letters of both themes stay readable on it.
+# Opacity of the strongest colour: text stays readable on it in both themes.
 STRONGEST: Final = 0.72
 
 
@@ -59,15 +59,15 @@ class Chart:
     Parameters
     ----------
     title, unit : str
-        What is shown, and what the vertical axis counts.
+        What is shown, and the label of the vertical axis.
     layers : tuple of int
     series : tuple of Series
     log : bool
-        Whether the vertical axis grows by factors.
+        Whether the vertical axis is logarithmic.
     lines : tuple of (str, float)
-        Levels to draw across, such as chance.
+        Horizontal lines with their labels, such as chance.
     note : str
-        What to know of it.
+        A remark for the reader.
     """
 
     title: str
@@ -89,7 +89,7 @@ def layer_places(layers: Sequence[int]) -> list[float]:
 
 
 def draw_chart(chart: Chart) -> Html:
-    """The picture of a chart. Layers are marked by a line of class ``cursor``, which a script may move."""
+    """The picture of a chart. A line of class ``cursor`` marks the selected layer; the script moves it."""
     values = [array for series in chart.series for array in (series.values, series.low, series.high) if array is not None]
     every = np.concatenate([*values, np.array([height for _, height in chart.lines])])
     every = every[np.isfinite(every) & ((every > 0) | (not chart.log))]
@@ -105,7 +105,7 @@ def draw_chart(chart: Chart) -> Html:
 
     def points(array: Array) -> list[tuple[float, float] | None]:
         ok = [math.isfinite(v) and (v > 0 or not chart.log) for v in array.tolist()]
-        return [(x, height(float(v))) if there else None for x, v, there in zip(places, array, ok, strict=True)]
+        return [(x, height(float(v))) if is_drawn else None for x, v, is_drawn in zip(places, array, ok, strict=True)]
 
     marks = []
     for tick in ticks:
@@ -152,17 +152,17 @@ def _curve(series: Series, number: int, points: Any) -> str:
             (x, y), (_, top) = pairs[0]
             out.append(f'<line class="line" x1="{x}" x2="{x}" y1="{y}" y2="{top}"/>')
     path, pen = "", "M"
-    there = []
+    drawn = []
     for point in points(series.values):
         if point is None:
             pen = "M"
             continue
         path += f"{pen}{point[0]} {point[1]}"
         pen = "L"
-        there.append(point)
+        drawn.append(point)
     out.append(f'<path class="line" d="{path}"/>')
-    step = max(1, len(there) // 20)
-    out += [mark(x, y, number) for x, y in there[::step]]
+    step = max(1, len(drawn) // 20)
+    out += [mark(x, y, number) for x, y in drawn[::step]]
     return f'<g class="{style_of(number, series.kind)}">{"".join(out)}</g>'
 
 
@@ -181,13 +181,13 @@ def mark(x: float, y: float, number: int) -> str:
 
 
 def _in_words(chart: Chart) -> str:
-    said = []
+    phrases = []
     for series in chart.series:
         values = np.asarray(series.values, float)
         if np.isfinite(values).any():
             best = int(np.nanargmax(values))
-            said.append(f"{series.name} from {np.nanmin(values):.3g} to {values[best]:.3g}, highest at layer {chart.layers[best]}")
-    return "; ".join(said)
+            phrases.append(f"{series.name} from {np.nanmin(values):.3g} to {values[best]:.3g}, highest at layer {chart.layers[best]}")
+    return "; ".join(phrases)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -223,11 +223,11 @@ def draw_grid(colours: Array, *, label: str, describe_rows: Sequence[tuple[int, 
     colours : ndarray of uint8, shape (row, column, 4)
         Red, green, blue and opacity; the first row is the lowest.
     label : str
-        What a screen reader says of it.
+        Description for screen readers.
     describe_rows : sequence of (int, str)
-        Rows that are named at the side.
+        Rows that have a label at the side.
     left : int
-        Room for those names.
+        Width of the space for these labels.
     cell : (float, float)
         Width and height of a cell.
     """
@@ -257,7 +257,7 @@ def one_hue(shares: Array) -> Array:
 
 
 def two_hues(shares: Array) -> Array:
-    """Diverging colours for shares from 0 to 1: vermilion below a half, blue above, transparent at it."""
+    """Diverging colours for shares from 0 to 1: vermilion below one half, blue above, transparent in between."""
     out = np.zeros((*shares.shape, 4), np.uint8)
     filled = np.nan_to_num(shares, nan=0.5)
     out[..., :3] = np.where((filled >= 0.5)[..., None], np.array(BLUE, np.uint8), np.array(VERMILION, np.uint8))

@@ -33,7 +33,7 @@ __all__ = [
 Score = Callable[[Array], Array]
 
 RUNS: Final = 8
-# A unit is an outlier where its root mean square is so many times that of the median unit of its layer.
+# A unit is an outlier if its root mean square is more than this many times that of the median unit of its layer.
 OUTLIER_RATIO: Final = 6.0
 QUANTILES: Final = (0.05, 0.5, 0.95)
 FITTED_PROMPTS: Final = 2000
@@ -49,24 +49,24 @@ class LayerProfile:
     level : {"prompts", "tokens"}
     layers : tuple of int
     rows, of_rows : int
-        Rows (tokens, or prompts) that were looked at, and that there are.
+        Number of rows (tokens, or prompts) that were read, and of all rows.
     prompts, of_prompts : int
-        The same in prompts.
+        The same numbers in prompts.
     norms : ndarray of float, shape (3, layer)
         5th, 50th and 95th percentile of the rows' Euclidean norms.
     largest_norm : ndarray of float, shape (layer,)
     first_norm : ndarray of float, shape (layer,), optional
-        Median norm of the first tokens of the prompts; None where rows are prompts.
+        Median norm of the first tokens of the prompts; None if rows are prompts.
     peak : ndarray of float, shape (layer,)
         The largest absolute value.
     ratio : ndarray of float, shape (layer,)
-        Root mean square of the largest unit over that of the median unit.
+        Root mean square of the largest unit, divided by that of the median unit.
     unit : ndarray of int, shape (layer,)
-        Which unit that is.
+        Index of the largest unit.
     n_outliers : ndarray of int, shape (layer,)
         Units whose root mean square is more than six times the median unit's.
     not_finite : ndarray of int, shape (layer,)
-        Rows left out because a value is NaN or infinite; those that are not stored among them.
+        Rows that are left out because a value is NaN or infinite, or because they are not stored.
     """
 
     variable: str
@@ -116,10 +116,10 @@ def profile_layers(view: View, level: Level, variable: str, layers: Sequence[int
     ----------
     view : View
     level, variable
-        What is looked at: one of its variables with layers.
+        A variable of the view with layers, and its level.
     layers : sequence of int
     sample_bytes : int
-        Bytes of values of all layers together that are read; where there are more, eight runs of neighbouring prompts, evenly spaced.
+        At most this many bytes are read, over all layers. If there are more, eight runs of neighbouring prompts are read, evenly spaced.
     """
     info = view.variables(level)[variable]
     width = int(np.prod(info.row_shape)) * np.dtype(info.dtype).itemsize
@@ -140,10 +140,10 @@ def profile_layers(view: View, level: Level, variable: str, layers: Sequence[int
         values = np.asarray(values[kept], np.float32)
         if not values.size:
             continue
-        lengths_of = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
-        norms[:, i], largest[i] = np.quantile(lengths_of, QUANTILES), lengths_of.max()
+        row_norms = np.sqrt(np.einsum("ij,ij->i", values, values, dtype=np.float64))
+        norms[:, i], largest[i] = np.quantile(row_norms, QUANTILES), row_norms.max()
         if first[kept].any():
-            firsts[i] = np.median(lengths_of[first[kept]])
+            firsts[i] = np.median(row_norms[first[kept]])
         peak[i] = np.abs(values).max()
         rms = np.sqrt(np.einsum("ij,ij->j", values, values, dtype=np.float64) / len(values))
         middle = float(np.median(rms))
@@ -174,7 +174,7 @@ def profile_layers(view: View, level: Level, variable: str, layers: Sequence[int
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """Which share of neighbouring prompts a variable is stored for, by layer.
+    """The share of neighbouring prompts that a variable is stored for, by layer.
 
     Parameters
     ----------
@@ -183,7 +183,7 @@ class Coverage:
     layers : tuple of int
         Empty for a variable without layers, which has one row.
     edges : tuple of int
-        Places in the store's order where bins begin, and the number of prompts.
+        Indices, in the store's order, of the prompts that begin a bin, and last the number of prompts.
     shares : ndarray of float, shape (layer, bin)
         0 to 1.
     """
@@ -196,12 +196,12 @@ class Coverage:
 
 
 def bin_coverage(view: View, level: Level, variable: str, layers: Sequence[int], *, bins: int) -> Coverage:
-    """The coverage of one variable, in at most so many bins of neighbouring prompts. No values are read."""
+    """The coverage of one variable, in at most `bins` bins of neighbouring prompts. No values are read."""
     n = len(view)
     layered = view.variables(level)[variable].layered
-    there = view.covers(level, variable, np.arange(n), tuple(layers) if layered else ())
+    covered = view.covers(level, variable, np.arange(n), tuple(layers) if layered else ())
     edges = np.unique(np.linspace(0, n, min(bins, n) + 1).astype(np.int64))
-    counted = np.add.reduceat(there, edges[:-1], axis=1, dtype=np.int64)
+    counted = np.add.reduceat(covered, edges[:-1], axis=1, dtype=np.int64)
     return Coverage(
         variable=variable,
         level=level,
@@ -224,11 +224,11 @@ class TokenMap:
     rows : ndarray of int
         The prompts, by their places in the view.
     counts : ndarray of int, shape (len(rows),)
-        Their tokens that are shown.
+        How many of their tokens are shown.
     of_counts : ndarray of int
-        Their tokens.
+        How many tokens they have.
     values : ndarray of float, shape (layer, token)
-        Of all prompts end to end.
+        Values of the tokens of all prompts, end to end.
     """
 
     layers: tuple[int, ...]
@@ -241,7 +241,7 @@ class TokenMap:
 def map_tokens(
     view: View, variable: str, rows: Ints, layers: Sequence[int], scores: Mapping[int, Score] | None = None, *, most: int
 ) -> TokenMap:
-    """A number for every token of some prompts: its score by the layer's probe, or its norm where there are no probes.
+    """A number for every token of some prompts: its score by the layer's probe, or its norm if there are no probes.
 
     Parameters
     ----------
@@ -251,10 +251,10 @@ def map_tokens(
     rows : ndarray of int
         Prompts.
     layers : sequence of int
-        Those of `scores`, where these are given.
+        If `scores` are given, layers of theirs.
     scores : mapping of int to callable, optional
     most : int
-        Tokens of each prompt that are kept, from its first on.
+        At most this many tokens of each prompt are kept, its first ones.
     """
     whole = view.token_counts()[rows]
     counts = np.minimum(whole, most)
@@ -271,7 +271,7 @@ def map_tokens(
 
 
 def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: Sequence[int]) -> dict[int, Score]:
-    """For every layer a logistic regression of two classes on what is stored per prompt; it gives the log-odds of the second class.
+    """For every layer, the log-odds of the second class by a logistic regression on what is stored per prompt.
 
     Parameters
     ----------
@@ -279,7 +279,7 @@ def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: S
     variable : str
         Per prompt, with layers.
     rows : ndarray of int
-        Prompts to learn from; of more than 2,000 evenly spaced ones.
+        Prompts to learn from; if there are more than 2,000, as many evenly spaced ones are used.
     labels : ndarray, shape (len(rows),)
         Of two classes.
     layers : sequence of int
@@ -306,7 +306,7 @@ def score_of(estimator: Any) -> Score:
     Raises
     ------
     InvalidArgumentError
-        It gives neither scores nor probabilities.
+        The classifier gives neither scores nor probabilities.
     """
     if not hasattr(estimator, "decision_function") and not hasattr(estimator, "predict_proba"):
         raise InvalidArgumentError(f"a {type(estimator).__name__} gives no scores: give a probe with a decision function or probabilities")

@@ -1,4 +1,4 @@
-"""``report``: one self-contained page about a store. Chooses what the page shows; others read, compute and draw it."""
+"""``report``: one self-contained page about a store. Chooses what the page shows; other modules read, compute and draw it."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ SAMPLE_BYTES: Final = 256 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One self-contained page about a store. Shows itself in notebooks.
+    """One self-contained page about a store. Notebooks display it.
 
     Parameters
     ----------
     html : str
-        The page: no network, no other file.
+        The page, which needs no network and no other file.
     """
 
     html: str
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the page to a file; one that is there is replaced, once the page is whole.
+        """Write the page to a file. An existing file is replaced only once the whole page is written.
 
         Parameters
         ----------
@@ -58,12 +58,12 @@ class Report:
         Returns
         -------
         Path
-            Where it lies.
+            The path of the file.
 
         Raises
         ------
         InvalidArgumentError
-            It cannot be written.
+            The file cannot be written.
         """
         target = Path(path)
         partial = target.with_name(f".{target.name}.partial")
@@ -78,7 +78,7 @@ class Report:
         return f"<lmprobe_zarr report, {len(self.html.encode()) / 1024:.0f} KiB: save(path) writes it>"
 
     def _repr_html_(self) -> str:
-        # A frame of its own: neither the notebook's styles nor its scripts and the page's get at one another.
+        # In a frame of its own, so that the styles and scripts of the notebook and the page do not affect each other.
         return (
             f'<iframe title="lmprobe-zarr report" sandbox="allow-scripts" style="width:100%;height:640px;border:0" '
             f'srcdoc="{_attribute(self.html)}"></iframe>'
@@ -115,33 +115,33 @@ def report(
     model, provenance, group : optional
         Which groups are shown in full; by default the four with most prompts. All are listed.
     scores : Dataset, optional
-        From :func:`lmprobe_zarr.sweep`: drawn by layer, with controls where they are in it.
+        From :func:`lmprobe_zarr.sweep`: drawn by layer, with the controls that it holds.
     labels : str or mapping, optional
         A column, or ``{text or hash: label}``. Without `scores` a logistic regression is swept over the layers of `variable`. With two
-        classes and without `probe`, tokens show the log-odds of the second by such a regression of each layer, fitted on all prompts but
-        those shown (2,000 at most, evenly spaced).
+        classes and without `probe`, tokens show the log-odds of the second class. They come from one such regression for each layer,
+        fitted on the prompts that are not shown (2,000 at most, evenly spaced).
     probe : Probe or LayerSweep, optional
         Fitted on one layer, or swept over layers: tokens show its scores.
     variable : str, optional
-        What is fitted on for `labels`: pooled, with layers. By default the pooled residual stream.
+        The variable that `labels` are fitted on: a pooled one with layers. By default the pooled residual stream.
     prompts : int or iterable of texts, hashes or token ids
-        Whose tokens are shown, at most 12; a number means the first ones, of each class as many.
+        Whose tokens are shown, at most 12; a number means the first ones, equally many of each class.
     text : bool
-        Whether texts of prompts and tokens may stand in the page; else their hashes and positions do.
+        Whether the page may contain texts of prompts and tokens; else it has their hashes and positions.
     sample_bytes : int
-        How much is read for norms and outliers, over all layers. Where there is more, eight runs of neighbouring prompts are looked at.
+        How many bytes are read for norms and outliers, over all layers. If there are more, eight runs of neighbouring prompts are read.
 
     Returns
     -------
     Report
-        At most about 3 MB: of many prompts, layers, tokens and groups some are shown, and the page says which.
+        At most about 3 MB: of many prompts, layers, tokens or groups only some are shown, and the page says which.
 
     Raises
     ------
     ModelNotStoredError, MissingPromptsError, CorruptPartError, LabelError
     InvalidArgumentError
-        Scores of a model that is not shown, or of no sweep; a probe that is not fitted, or learned from several layers side by side; no
-        such variable; more prompts than 12; a path that cannot be written.
+        Scores of a model that is not shown, or that are not those of a sweep; a probe that is not fitted, or learned from several layers
+        side by side; no such variable; more than 12 prompts; a path that cannot be written.
     """
     opened = store if isinstance(store, Store) else open_store(store, "r")
     if isinstance(sample_bytes, bool) or not isinstance(sample_bytes, int) or sample_bytes < 1:
@@ -189,12 +189,12 @@ def _choose_groups(store: Store, model: str | None, provenance: Provenance | Non
 
 
 def _place_name(store: Store) -> str:
-    """A store as the page names it. A folder of this machine is named without its path: the page may be given to others."""
+    """A store as the page names it. A local folder is named without its path, since the page may be shared."""
     return store.url.rstrip("/").rpartition("/")[2] if store.storage.is_local else store.url
 
 
 def _describe_group(view: View, contents: GroupContents, scores: xr.Dataset | None, options: _Options) -> GroupPage:
-    """Everything that the page says of one group."""
+    """Everything that the page shows of one group."""
     layers = contents.layers[:: -(-len(contents.layers) // SHOWN_LAYERS) or 1]
     pooled = _choose_pooled(view, options.variable)
     labels, scores = _score_labels(view, pooled, layers, scores, options)
@@ -225,7 +225,7 @@ def _describe_group(view: View, contents: GroupContents, scores: xr.Dataset | No
 
 
 def _choose_pooled(view: View, variable: str | None) -> str | None:
-    """The variable that labels are fitted on: the given one, else the pooled residual stream, else any; None where none is stored."""
+    """The variable that labels are fitted on: the given one, else the pooled residual stream, else any; None if none is stored."""
     stored = [name for name, info in view.variables("prompts").items() if info.layered]
     if variable is not None:
         if variable not in stored:
@@ -240,7 +240,7 @@ def _choose_pooled(view: View, variable: str | None) -> str | None:
 def _score_labels(
     view: View, pooled: str | None, layers: Sequence[int], scores: xr.Dataset | None, options: _Options
 ) -> tuple[PromptLabels | None, xr.Dataset | None]:
-    """The labels of every prompt, and the scores: those given, else of a sweep over the labels; None without labels."""
+    """The labels of every prompt, or None; and the given scores, else those of a sweep over the labels."""
     if options.labels is None:
         return None, scores
     if pooled is None:
@@ -250,20 +250,20 @@ def _score_labels(
     data = to_dataset(view, "prompts")
     labels = PromptLabels(*parse_labels(data[pooled], options.labels), variable=pooled)
     if scores is None:
-        # A curve alone says little: the scores of the words without the model are drawn beside it, where the texts are stored.
+        # A curve alone says little: if the texts are stored, scores from the words alone, without the model, are drawn beside it.
         controls = ["shuffled_labels", *(["bag_of_words"] if "text" in data.coords and (data.text.values != "").all() else [])]
         scores = sweep(data[pooled].sel(layer=list(layers)), labels=options.labels, controls=controls)
     return labels, scores
 
 
 def _profile(view: View, level: Level, variable: str, layers: Sequence[int], sample_bytes: int) -> LayerProfile:
-    """Norms and outliers of a variable in those of the shown layers that it may have."""
+    """Norms and outliers of a variable in the shown layers that are stored on its level."""
     stored = view.layers(level)
     return profile_layers(view, level, variable, tuple(layer for layer in layers if layer in stored), sample_bytes=sample_bytes)
 
 
 def _measure_coverage(view: View, layers: Sequence[int]) -> tuple[Coverage, ...]:
-    """Which prompts the first variables are stored for; more variables and layers have fewer bins."""
+    """The coverage of the first variables; the more variables and layers, the fewer bins."""
     names = [(level, name) for level in LEVELS for name in view.variables(level)][:SHOWN_VARIABLES]
     bins = max(20, min(COVERAGE_BINS, COVERAGE_CELLS // max(1, len(names) * len(layers))))
     return tuple(bin_coverage(view, level, name, layers, bins=bins) for level, name in names)

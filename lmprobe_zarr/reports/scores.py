@@ -1,4 +1,4 @@
-"""The scores of a sweep as charts by layer, with a note on what they are scores of."""
+"""The scores of a sweep as charts by layer, with a note on what was scored. Computes no score."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _NO_SCORES: Final = ("fit_seconds", "n_train", "n_test")
 
 
 def find_scored_group(scores: Any, groups: Sequence[GroupInfo]) -> str:
-    """The name of the group that some scores are of: the one of their model.
+    """The name of the group that scores belong to: the group of their model.
 
     Raises
     ------
     InvalidTypeError
-        No dataset.
+        Not a dataset.
     InvalidArgumentError
-        No scores of a sweep, or of a model that no group has.
+        Not the scores of a sweep, or scores of a model that no group has.
     """
     if not isinstance(scores, xr.Dataset):
         raise InvalidTypeError(f"scores are the xarray.Dataset that sweep gives, not {type(scores).__name__}")
@@ -51,7 +51,7 @@ def find_scored_group(scores: Any, groups: Sequence[GroupInfo]) -> str:
 
 
 def _list_metrics(scores: xr.Dataset) -> list[str]:
-    """Names of the scores, which are numbers over layer and probe; the best known come first."""
+    """Names of the scores, which are numbers over layer and probe; the usual ones come first."""
     found = [
         str(name)
         for name, v in scores.data_vars.items()
@@ -68,7 +68,7 @@ def draw_scores(scores: xr.Dataset) -> tuple[Chart, ...]:
 
 
 def _draw_metric(scores: xr.Dataset, metric: str) -> Chart:
-    """For each probe, and each place on further dims, the mean over folds and seeds with a band from the lowest to the highest."""
+    """One curve per probe and place on further dims: the mean over folds and seeds, with a band from the lowest to the highest."""
     step = -(-scores.sizes["layer"] // SHOWN_LAYERS)
     array = scores[metric].isel(layer=slice(None, None, step))
     averaged = [dim for dim in ("fold", "seed", "repeat") if dim in array.dims]
@@ -111,6 +111,7 @@ def _average_curve(name: str, values: Array, kind: str) -> Series:
 
 
 def describe_scores(scores: xr.Dataset) -> str:
+    """What was scored, over how many folds, and what bands and dashes mean."""
     attrs = scores.attrs
     of = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
     folds = scores.sizes.get("fold", 1)
@@ -120,7 +121,7 @@ def describe_scores(scores: xr.Dataset) -> str:
 
 
 def choose_layer(layers: tuple[int, ...], charts: tuple[Chart, ...]) -> int:
-    """The layer that is chosen at first: the best of the first metric's probes, else the middle one."""
+    """The layer that is selected when the page opens: the best one by the first metric, else the middle one."""
     for chart in charts[:1]:
         means = [np.asarray(series.values, float) for series in chart.series if series.kind == "probe"]
         if means and np.isfinite(means).any():

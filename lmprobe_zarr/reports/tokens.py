@@ -35,7 +35,7 @@ class PromptLabels:
         What the labels are called.
     values : ndarray, shape (prompt,)
     variable : str
-        What a probe of them is fitted on: pooled, with layers.
+        The variable that a probe of these labels is fitted on: a pooled one with layers.
     """
 
     name: str
@@ -44,12 +44,12 @@ class PromptLabels:
 
 
 def choose_prompts(view: View, prompts: int | Iterable[Any], labels: PromptLabels | None) -> Ints:
-    """The places of the prompts whose tokens are shown: those given, or so many of the first that have tokens.
+    """The places of the prompts whose tokens are shown: the given ones, or the first ones that have tokens.
 
     Raises
     ------
     InvalidArgumentError
-        More than fit on the page, or prompts that are stored without tokens.
+        More prompts than a page shows, or prompts that are stored without tokens.
     """
     counts = view.token_counts()
     if not isinstance(prompts, (int, np.integer)):
@@ -72,7 +72,7 @@ def choose_prompts(view: View, prompts: int | Iterable[Any], labels: PromptLabel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TokenScores:
-    """What each token is shown with: a score by the probe of each layer, or its norm where `by_layer` is None."""
+    """The number that is shown for each token: its score by the probe of each layer, or its norm if `by_layer` is None."""
 
     variable: str
     what: str
@@ -90,26 +90,31 @@ def show_tokens(
     labels: PromptLabels | None,
     text: bool,
 ) -> ShownTokens | None:
-    """The tokens of some prompts with their scores, or norms without a probe and labels of two classes; None without prompts.
+    """The tokens of some prompts with their scores, or with norms if there are neither a probe nor labels of two classes.
 
     Parameters
     ----------
     view : View
     variable : str
-        With tokens and layers.
+        A variable with tokens and layers.
     rows : ndarray of int
         The prompts, by their places in the view.
     layers : sequence of int
     probe : Probe or LayerSweep, optional
-        What tokens are scored by; else a regression of each layer on `labels`.
+        Scores the tokens; without it, a regression of each layer on `labels` does.
     labels : PromptLabels, optional
     text : bool
         Whether texts of prompts and tokens may be shown.
 
+    Returns
+    -------
+    ShownTokens or None
+        None if there are no prompts.
+
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        A probe that scores no single layer, or none that is stored.
+        A probe that was not fitted on single layers of two classes, or on none of the stored layers.
     """
     if not len(rows):
         return None
@@ -130,7 +135,7 @@ def show_tokens(
 def _choose_scores(
     view: View, variable: str, rows: Ints, layers: Sequence[int], probe: Probe | LayerSweep | None, labels: PromptLabels | None
 ) -> _TokenScores:
-    """By the given probe; else by regressions on the labels of the prompts that are not shown; else norms."""
+    """Scores by the given probe; else by regressions on the labels of the prompts that are not shown; else norms."""
     if probe is not None:
         by_layer, positive = _score_by_layer(probe)
         note = f"Score of each token by the probe that was given: above 0 for {positive}, below for the other class."
@@ -142,43 +147,43 @@ def _choose_scores(
             # The probe learns from one site, so it scores tokens of the same site.
             site = next((site for site in LAYERED_SITES if labels.variable.startswith(f"{site}_")), None)
             scored = site if site in view.variables("tokens") else variable
-            said = f"{labels.name} = {np.unique(y)[1]}"
+            positive = f"{labels.name} = {np.unique(y)[1]}"
             note = (
-                f"Log-odds of {said} for each token of {scored}, by a logistic regression of each layer on {labels.variable} of the "
+                f"Log-odds of {positive} for each token of {scored}, by a logistic regression of each layer on {labels.variable} of the "
                 "other prompts. It learned from whole prompts and is asked about tokens: a direction, not a calibrated chance."
             )
             by_layer = fit_by_layer(view, labels.variable, others, y[others], layers)
-            return _TokenScores(variable=scored, what=f"log-odds of {said}", note=note, by_layer=by_layer)
+            return _TokenScores(variable=scored, what=f"log-odds of {positive}", note=note, by_layer=by_layer)
     return _TokenScores(variable=variable, what=f"norm of {variable}", note=f"Euclidean norm of {variable} for each token.")
 
 
 def _score_by_layer(probe: Any) -> tuple[dict[int, Score], str]:
-    """A scoring function for each layer of a fitted probe, and the class that scores above 0 stand for."""
+    """A scoring function for each layer of a fitted probe, and the class that scores above 0 mean."""
     if isinstance(probe, LayerSweep):
-        each = dict(probe.probes)
+        by_layer = dict(probe.probes)
     elif isinstance(probe, Probe):
-        each = {probe.layers_[0]: probe} if len(probe.layers_) == 1 else {}
-        each = each if probe.sweep_result_ is None else dict(probe.sweep_result_.probes)
+        by_layer = {probe.layers_[0]: probe} if len(probe.layers_) == 1 else {}
+        by_layer = by_layer if probe.sweep_result_ is None else dict(probe.sweep_result_.probes)
     else:
         raise InvalidTypeError(f"probe is a {type(probe).__name__}: give a fitted lmprobe_zarr.Probe, or a LayerSweep")
-    if not each or any(fitted.pipeline_ is None for fitted in each.values()):
+    if not by_layer or any(fitted.pipeline_ is None for fitted in by_layer.values()):
         why = (
             "learned from several layers side by side"
             if isinstance(probe, Probe) and len(probe.layers_) > 1
             else "is not fitted on any layer"
         )
         raise InvalidArgumentError(f"the probe {why}: give one that was fitted on one layer, or with layers='sweep'")
-    classes = next(iter(each.values())).classes_
+    classes = next(iter(by_layer.values())).classes_
     if classes is None or len(classes) != 2:
         raise InvalidArgumentError(
             f"the probe has {'no classes' if classes is None else f'{len(classes)} classes'}: give one of two classes"
         )
 
-    return {layer: score_of(fitted.pipeline_) for layer, fitted in each.items()}, str(classes[1])
+    return {layer: score_of(fitted.pipeline_) for layer, fitted in by_layer.items()}, str(classes[1])
 
 
 def _show_prompt(view: View, row: int, count: int, labels: PromptLabels | None, *, text: bool) -> ShownPrompt:
-    """A prompt with its first tokens, named by their texts where these are stored, else by their ids or positions."""
+    """A prompt with its first tokens, named by their texts if these are stored, else by their ids or positions."""
     rows = np.array([row])
     columns = view.columns("tokens")
 
