@@ -24,7 +24,7 @@ from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.store import Mode, Place, Store, ambiguous, open_store
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, Provenance
 from lmprobe_zarr.store.parts import View, committed_at, read_values
-from lmprobe_zarr.store.upkeep import Entry
+from lmprobe_zarr.store.upkeep import EvictionEntry
 
 __all__ = ["cache_info", "discover_cached", "list_cached_prompts"]
 
@@ -153,7 +153,7 @@ def _describe_groups(store: Store, model: str | None) -> tuple[ModelCacheInfo, .
     return tuple(sorted(described, key=lambda one: (-one.size_bytes, one.model_name)))
 
 
-def _describe_group(store: Store, info: GroupInfo, entries: list[Entry]) -> ModelCacheInfo:
+def _describe_group(store: Store, info: GroupInfo, entries: list[EvictionEntry]) -> ModelCacheInfo:
     view = store.view(info, whole=False)
     names = {level: tuple(view.variables(level)) for level in LEVELS}
     pooled = [name for name in names["prompts"] if name.endswith(tuple(f"_{pooling}" for pooling in POOLINGS)) and "logits" not in name]

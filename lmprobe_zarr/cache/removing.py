@@ -137,8 +137,8 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
         _may_remove(url, opened)
         for info in opened.groups(whole=False).values() if model is None else CachedModel.of(model).groups(opened):
             entries = opened.entries(info)
-            # The hidden ones first: they must not show again when what replaced them goes.
-            gone = remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.hidden))
+            # Replaced ones first: they must not become visible again when the part that replaced them is removed.
+            gone = remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.replaced))
             for entry in gone:
                 opened.forget(entry.part.path)
             opened.drop_empty_group(info)

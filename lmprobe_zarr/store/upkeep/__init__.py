@@ -7,7 +7,7 @@ from lmprobe_zarr.store.upkeep.compact import CompactPlan, check_min_parts, comp
 from lmprobe_zarr.store.upkeep.copy import CopySummary, check_copy, copy_selections
 from lmprobe_zarr.store.upkeep.delete import delete_from
 from lmprobe_zarr.store.upkeep.drop import drop_from
-from lmprobe_zarr.store.upkeep.evict import Entry, EvictPlan, list_entries, plan_evict, remove_entries
+from lmprobe_zarr.store.upkeep.evict import EvictionEntry, EvictPlan, list_entries, plan_evict, remove_entries
 from lmprobe_zarr.store.upkeep.gc import GcSummary, collect_garbage
 from lmprobe_zarr.store.upkeep.last_use import mark_used
 from lmprobe_zarr.store.upkeep.losses import RepairSummary
@@ -19,8 +19,8 @@ from lmprobe_zarr.store.upkeep.verify import StoreScan, scan_store, verify_scans
 __all__ = [
     "CompactPlan",
     "CopySummary",
-    "Entry",
     "EvictPlan",
+    "EvictionEntry",
     "GcSummary",
     "PublishSummary",
     "RepairSummary",

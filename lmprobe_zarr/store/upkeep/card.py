@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import format_bytes
-from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, GroupInfo
+from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, GroupInfo
 from lmprobe_zarr.store.parts import View
 
 __all__ = ["CardGroup", "write_card"]
@@ -51,7 +51,7 @@ class CardGroup:
             nbytes=nbytes,
             layers=view.all_layers(),
             variables=tuple(held),
-            columns=tuple(name for name in view.columns("prompts") if name not in PROMPT_COLUMNS),
+            columns=tuple(name for name in view.columns("prompts") if name not in FORMAT_COLUMNS),
             part=view.parts[0].path,
         )
 

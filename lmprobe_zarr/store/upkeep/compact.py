@@ -22,7 +22,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo, replacement_name
+from lmprobe_zarr.store.format import MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, committed_at, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.typing import Mask
@@ -33,7 +33,6 @@ logger = logging.getLogger(LOGGER_NAME)
 
 # Texts and columns wait in memory for their part's commit. A run that would hold more is halved.
 COLUMN_BYTES: Final = 2**28
-MADE: Final = frozenset({"prompts/prompt", "prompts/prompt_sha256", "prompts/n_tokens", "prompts/layer"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,9 +132,9 @@ def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts:
     min_parts : int
         Shorter runs stay as they are.
     """
-    hidden = listing.hidden
-    parts = [part for part in listing.parts if part.info.name not in hidden]
-    notes = [part for part in listing.annotations if part.info.name not in hidden]
+    replaced = listing.replaced
+    parts = [part for part in listing.parts if part.info.name not in replaced]
+    notes = [part for part in listing.annotations if part.info.name not in replaced]
     timeline = _Timeline(parts, notes)
     found = [*_part_runs(timeline, parts, notes, listing.unfinished, part_bytes), *_note_runs(timeline, parts, notes, listing.unfinished)]
     runs = [MergeRun(group=group.name, parts=tuple(run), nbytes=sum(map(part_nbytes, run))) for run in found]
@@ -159,7 +158,7 @@ class _Timeline:
 
 
 def _columns(part: Part) -> frozenset[str]:
-    return frozenset(key for key, a in part.info.arrays.items() if len(a.dims) == 1 and key.startswith("prompts/")) - MADE
+    return frozenset(key for key, a in part.info.arrays.items() if len(a.dims) == 1 and key.startswith("prompts/")) - MADE_BY_WRITER
 
 
 def _part_runs(
@@ -230,7 +229,7 @@ def agreed(infos: Sequence[PartInfo]) -> dict[str, Any]:
 def merge_run(
     storage: Storage, group: GroupInfo, run: MergeRun, look: Callable[[], Listing], *, durable: bool, known: set[str]
 ) -> tuple[list[MergeRun], list[MergeRun]]:
-    """Write a run as one part and hide what it stands for; returns what was merged, and what was left.
+    """Write a run as one part that replaces it; returns what was merged, and what was left.
 
     It is left where somebody else has replaced or removed one of its parts meanwhile, or has begun one whose name lies within it. That is
     looked for right before the commit and right after it; the second time the commit is taken back.
@@ -253,31 +252,26 @@ def merge_run(
         group,
         replacement_name(infos[-1].name),
         kind=infos[0].kind,
-        compressed=any(array.shuffle is not None for array in infos[0].arrays.values()),
+        compressed=infos[0].compressed,
         durable=durable,
         replaces=tuple(dict.fromkeys([*(info.name for info in infos), *replaced])),
         recorded=agreed(infos),
     )
     known.add(writer.name)
-    try:
+    info, too_large = None, False
+    with suppress(PartGoneError), writer:
         view = open_view(storage, group, run.parts, [])
         for batch in read_batches(view, np.arange(len(view))):
             writer.append(batch)
-            if writer.held_nbytes > COLUMN_BYTES:
-                writer.abort()
-                results = [merge_run(storage, group, half, look, durable=durable, known=known) for half in run.halves()]
-                return [one for done, _ in results for one in done], [one for _, left in results for one in left]
-        if not _unchanged(storage, run, look(), known):
-            writer.abort()
-            return [], [run]
-        info = writer.commit()
-    except PartGoneError:
-        writer.abort()
+            if too_large := writer.held_nbytes > COLUMN_BYTES:
+                break
+        if not too_large and _unchanged(storage, run, look(), known):
+            info = writer.commit()
+    if too_large:
+        results = [merge_run(storage, group, half, look, durable=durable, known=known) for half in run.halves()]
+        return [merged for done, _ in results for merged in done], [half for _, left in results for half in left]
+    if info is None:
         return [], [run]
-    except BaseException:
-        with suppress(OSError):
-            writer.abort()
-        raise
     if not _unchanged(storage, run, look(), known | {info.name}, besides=info.name):
         remove_part(storage, Part(storage, writer.path, info))
         return [], [run]
@@ -334,7 +328,7 @@ def compact_groups(
     """
     found = [(info, catalog.listing(info)) for info in groups]
     planned = [(info, listing, plan_runs(info, listing, part_bytes=part_bytes, min_parts=min_parts)) for info, listing in found]
-    visible = sum(part.info.name not in listing.hidden for _, listing in found for part in (*listing.parts, *listing.annotations))
+    visible = sum(part.info.name not in listing.replaced for _, listing in found for part in (*listing.parts, *listing.annotations))
     runs = tuple(run for _, _, runs in planned for run in runs)
     if dry_run:
         return CompactPlan(url=catalog.url, parts=visible, runs=runs)

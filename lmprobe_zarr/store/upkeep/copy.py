@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,8 +16,9 @@ from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, is_intact, is_variable
-from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, open_view, part_nbytes, read_batches, write_group
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, open_view, part_nbytes, write_group
 from lmprobe_zarr.store.upkeep.publish import Selection, total_nbytes
+from lmprobe_zarr.store.upkeep.rewrite import write_rows
 from lmprobe_zarr.typing import Ints, Mask
 
 __all__ = ["CopySummary", "check_copy", "copy_group", "copy_selections"]
@@ -107,7 +107,7 @@ def copy_group(
     view = open_view(source, group, here.parts, here.annotations)
     mine = {part.info.name for part in view.parts}
     held = {part.info.name for part in (*there.parts, *there.annotations)}
-    others = open_view(target, group, [part for part in there.parts if part.info.name not in mine - there.hidden], [])
+    others = open_view(target, group, [part for part in there.parts if part.info.name not in mine - there.replaced], [])
     known = np.concatenate([keys_of(others.digests), *(keys_of(part.info.digests) for part in view.parts if part.info.name in held)])
     total = CopySummary(url=target.url)
     later: list[Part] = []
@@ -214,20 +214,13 @@ def _rewrite(
     group: GroupInfo,
     part: Part,
     rows: Ints,
-    without: Sequence[str] | set[str],
+    without: Collection[str],
     layers: tuple[int, ...] | None,
     begin: Begin,
 ) -> None:
-    compressed = any(array.shuffle is not None for array in part.info.arrays.values())
-    writer = begin(group, kind=part.info.kind, compressed=compressed, recorded={**part.info.recorded, _MARK: part.info.name})
-    try:
-        for batch in read_batches(open_view(source, group, [part], []), rows, without=without, layers=layers):
-            writer.append(batch)
-        writer.commit()
-    except BaseException:
-        with suppress(OSError):
-            writer.abort()
-        raise
+    recorded = {**part.info.recorded, _MARK: part.info.name}
+    writer = begin(group, kind=part.info.kind, compressed=part.info.compressed, recorded=recorded)
+    write_rows(writer, source, part, rows, without=without, layers=layers)
 
 
 def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *, durable: bool) -> None:

@@ -86,7 +86,7 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
     """What would go. Reads names, sizes and times only.
 
     A replaced part goes when a part that is shown replaces it, is there with all its files, and the first commit that replaced it is older
-    than `max_age`; all that it had replaced in turn must be replaced by such a part too, or it would show again.
+    than `max_age`; all that it had replaced in turn must be replaced by such a part too, or it would become visible again.
 
     Parameters
     ----------
@@ -151,8 +151,8 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: fl
 def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[Part], int]:
     """Replaced parts that may go, those first that stand for others last; and how many are too young."""
     every = {part.info.name: part for part in (*listing.parts, *listing.annotations)}
-    hidden = listing.hidden
-    keepers = {name: part for name, part in every.items() if name not in hidden and part.info.replaces}
+    replaced = listing.replaced
+    keepers = {name: part for name, part in every.items() if name not in replaced and part.info.replaces}
     sound = [part for part in keepers.values() if _all_there(storage, part)]
     covered = {name for part in sound for name in part.info.replaces}
     since: dict[str, float] = {}
@@ -161,7 +161,7 @@ def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[P
             for name in part.info.replaces:
                 since[name] = min(moment, since.get(name, moment))
     chosen, young = [], 0
-    for name in sorted(hidden & every.keys()):
+    for name in sorted(replaced & every.keys()):
         part = every[name]
         if name not in covered or not {other for other in part.info.replaces if other in every} <= covered:
             continue
@@ -222,7 +222,7 @@ def find_leftover(storage: Storage, folder: str, entry: FileInfo) -> tuple[Lefto
 
 def remove_garbage(storage: Storage, summary: GcSummary) -> None:
     """Remove what a plan names; a folder that has been committed meanwhile stays."""
-    # What stands for others last, so that nothing shows again however far this comes.
+    # Parts that replace others last, so that nothing becomes visible again wherever this stops.
     for part in sorted(summary.replaced, key=lambda part: len(part.info.replaces)):
         remove_part(storage, part)
     empty = {f"{part.path}/{name}".rpartition("/")[0] for part in summary.replaced for name in part.info.files}

@@ -178,14 +178,14 @@ def publish_groups(
 
 def _runs(selection: Selection, part_bytes: int) -> Iterator[MergeRun]:
     """All that a group shows, as runs that become one part each, parts and annotations in the order of their names."""
-    listing, hidden = selection.listing, selection.listing.hidden
+    listing, replaced = selection.listing, selection.listing.replaced
     still = Listing(parts=listing.parts, annotations=listing.annotations, names=frozenset())  # what is unfinished will not be published
     runs = {run.parts[-1].path: run for run in plan_runs(selection.group, still, part_bytes=part_bytes)}
     inside = {part.path for run in runs.values() for part in run.parts}
     for part in sorted((*listing.parts, *listing.annotations), key=lambda part: part.info.name):
         if part.path in runs:
             yield runs[part.path]
-        elif part.path not in inside and part.info.name not in hidden:
+        elif part.path not in inside and part.info.name not in replaced:
             yield MergeRun(group=selection.group.name, parts=(part,), nbytes=part_nbytes(part))
 
 
@@ -199,34 +199,28 @@ def _write(
     if not len(rows):
         return
     name = infos[-1].name
-    writer: PartWriter | None = None
-    try:
-        without = () if text else ("prompts/text",)
-        for batch in read_batches(view, rows, layers=selection.layers, without=without):
-            if writer is not None and (writer.nbytes + batch.nbytes > part_bytes or writer.held_nbytes > COLUMN_BYTES):
-                yield writer.path, writer.commit()
-                writer = None
-            if writer is None:
-                # Each after the one before, and all of them at the place of the run.
-                name = replacement_name(name)
-                writer = PartWriter(
-                    target,
-                    selection.group,
-                    name,
-                    kind=infos[0].kind,
-                    compressed=any(array.shuffle is not None for array in infos[0].arrays.values()),
-                    durable=durable,
-                    recorded={**agreed(infos), PUBLISHED_MARK: True},
-                    alone=True,
-                )
-            writer.append(batch)
-        if writer is not None:
-            yield writer.path, writer.commit()
-    except BaseException:
-        if writer is not None:
-            with suppress(OSError):
-                writer.abort()
-        raise
+    batches = read_batches(view, rows, layers=selection.layers, without=() if text else ("prompts/text",))
+    batch = next(batches, None)
+    while batch is not None:
+        # Each part sorts right behind the one before, and all of them at the place of the run.
+        name = replacement_name(name)
+        with PartWriter(
+            target,
+            selection.group,
+            name,
+            kind=infos[0].kind,
+            compressed=infos[0].compressed,
+            durable=durable,
+            recorded={**agreed(infos), PUBLISHED_MARK: True},
+            alone=True,
+        ) as writer:
+            while batch is not None:
+                writer.append(batch)
+                batch = next(batches, None)
+                if batch is not None and (writer.nbytes + batch.nbytes > part_bytes or writer.held_nbytes > COLUMN_BYTES):
+                    break
+            info = writer.commit()
+        yield writer.path, info
 
 
 def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
@@ -294,7 +288,7 @@ def _remove_old(target: Storage, old: Published, copy: _Copy) -> None:
 def total_nbytes(selections: Sequence[Selection]) -> int:
     """Bytes that will be copied, uncompressed."""
     listings = [one.listing for one in selections]
-    return sum(part_nbytes(part) for one in listings for part in (*one.parts, *one.annotations) if part.info.name not in one.hidden)
+    return sum(part_nbytes(part) for one in listings for part in (*one.parts, *one.annotations) if part.info.name not in one.replaced)
 
 
 def select_from(

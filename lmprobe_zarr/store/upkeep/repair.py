@@ -1,7 +1,7 @@
 """What is broken goes, what is whole stays, and what to extract again is told. Decides on what a verification found, then acts.
 
-By the commit rule: what takes a part's place is whole and visible before the part is hidden, and hidden before its bytes go. Stopped at any
-moment the store shows nothing wrong, and a second call completes it.
+The commit rule holds: the new part is complete before its commit replaces the old one, whose bytes are removed afterwards. Whenever it is
+stopped, the store shows nothing wrong, and a second call completes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     FORMAT,
     LEVELS,
-    PROMPT_COLUMNS,
+    MADE_BY_WRITER,
     GroupInfo,
     Level,
     PartInfo,
@@ -39,7 +39,7 @@ from lmprobe_zarr.store.upkeep.gc import find_leftover
 from lmprobe_zarr.store.upkeep.losses import LostColumn, LostValues, RepairSummary
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import write_again
-from lmprobe_zarr.store.upkeep.verify import MADE, FoundGroup, FoundPart, StoreScan, check_files, problems_of
+from lmprobe_zarr.store.upkeep.verify import FoundGroup, FoundPart, StoreScan, check_files, problems_of
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["repair_root", "repair_store"]
@@ -171,7 +171,7 @@ def _plan_group(group: FoundGroup) -> list[_Step]:
     """What becomes of every part that has a fault."""
     steps = []
     kept = {found.path: found.part for found in group.parts if found.part is not None}
-    # The last first: what replaces a part sorts behind it, and decides whether it shows again.
+    # The last first: what replaces a part sorts behind it, and decides whether it becomes visible again.
     for found in reversed(group.parts):
         kinds = {fault.kind for fault in (*found.faults.values(), *([] if found.fault is None else [found.fault]))}
         if not kinds or not kinds <= BROKEN or (found.part is None and not found.is_ours):
@@ -180,14 +180,17 @@ def _plan_group(group: FoundGroup) -> list[_Step]:
             steps.append(_Step(found=found))
             continue
         replaced = {name for path, part in kept.items() if path != found.path for name in part.info.replaces}
-        hidden = found.part.info.name in replaced
-        steps.append(_Step(found=found) if hidden or _shows_again(found.part.info, group) else _plan_part(found, found.part.info))
+        is_replaced = found.part.info.name in replaced
+        if is_replaced or _covered_by_replaced(found.part.info, group):
+            steps.append(_Step(found=found))
+        else:
+            steps.append(_plan_part(found, found.part.info))
         if not steps[-1].stays:
             del kept[found.path]
     return steps
 
 
-def _shows_again(info: PartInfo, group: FoundGroup) -> bool:
+def _covered_by_replaced(info: PartInfo, group: FoundGroup) -> bool:
     """Whether the parts that a broken one was merged from are still there, whole, and hold exactly what it holds.
 
     One that was written to leave something out, by `delete` or `drop`, holds less than they do: it must stay in their place.
@@ -207,9 +210,9 @@ def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
         if all(file_entry(data, chunk=False) == tuple(info.files[name]) for name, data in documents.items()):
             return _Step(found=found, documents=documents)
     arrays = {name.rpartition("/")[0] for name in broken}
-    variables = {f"{level}/{name}" for level in LEVELS for name, array in info.variables(level).items() if is_variable(name, array)}
-    columns = arrays - variables - MADE
-    own = _own_columns(info)
+    variables = set(info.activations)
+    columns = arrays - variables - MADE_BY_WRITER
+    own = set(info.own_columns)
     made: set[str] = set()
     if "tokens/position" in columns:
         if not info.arrays["tokens/position"].attributes.get("whole_prompts"):
@@ -264,19 +267,7 @@ def _broken_rows(info: PartInfo, key: str, broken: Iterable[str]) -> dict[Cell, 
 def _all_cells(info: PartInfo) -> dict[Cell, Ints]:
     """All values of a part, as those that are lost are described."""
     every = np.arange(len(info.digests))
-    return {
-        (f"{level}/{name}", layer): every
-        for level in LEVELS
-        for name, array in info.variables(level).items()
-        if is_variable(name, array)
-        for layer in (info.layers if array.layered else (NO_LAYER,))
-    }
-
-
-def _own_columns(info: PartInfo) -> set[str]:
-    """The user's."""
-    named = (name for name, array in info.variables("prompts").items() if not is_variable(name, array))
-    return {f"prompts/{name}" for name in named if name not in (*PROMPT_COLUMNS, "layer")}
+    return {(key, layer): every for key, array in info.activations.items() for layer in (info.layers if array.layered else (NO_LAYER,))}
 
 
 def _document(info: PartInfo, name: str) -> bytes:
@@ -439,8 +430,8 @@ def _checked(text: str | None, digest: bytes) -> str | None:
 
 
 def _carry_out(storage: Storage, group: GroupInfo, steps: Sequence[_Step], *, durable: bool) -> None:
-    # What is hidden goes first: it must not show when what hides it goes.
-    for step in sorted(steps, key=lambda step: not step.found.hidden):
+    # Replaced parts first: they must not become visible again when the part that replaces them is removed.
+    for step in sorted(steps, key=lambda step: not step.found.replaced):
         part = step.found.part
         if part is None:
             _remove_loose(storage, step.found.path)
@@ -454,12 +445,12 @@ def _carry_out(storage: Storage, group: GroupInfo, steps: Sequence[_Step], *, du
 
 
 def _rewrite(storage: Storage, group: GroupInfo, part: Part, rest: _Piece, pieces: Sequence[_Piece], *, durable: bool) -> None:
-    """A part as several. That which hides it is committed last, and has the first name: it holds all prompts, so their order stays."""
+    """Write a part as several. The one that replaces it is committed last, with the first name: it holds all prompts in their order."""
     name = replacement_name(part.info.name)
     for piece in pieces:
         write_again(
             storage, group, part, piece.rows, durable=durable, without=piece.without, layers=piece.layers,
-            name=replacement_name(name), hides=False,
+            name=replacement_name(name), replaces=False,
         )  # fmt: skip
     write_again(storage, group, part, rest.rows, durable=durable, without=rest.without, name=name)
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     GROUP_NAME,
     LEVELS,
+    MADE_BY_WRITER,
     PART_NAME,
     GroupInfo,
     PartInfo,
@@ -41,7 +42,6 @@ from lmprobe_zarr.store.upkeep.problems import OddValues, Problem, ProblemKind, 
 from lmprobe_zarr.typing import Buffer
 
 __all__ = [
-    "MADE",
     "Fault",
     "FoundGroup",
     "FoundPart",
@@ -52,11 +52,6 @@ __all__ = [
     "verify_scans",
     "verify_stores",
 ]
-
-# Columns that the writer makes from the part's own document, and makes again.
-MADE: Final = frozenset(
-    {"prompts/prompt", "prompts/prompt_sha256", "prompts/n_tokens", "prompts/layer", "tokens/layer", "tokens/prompt_row"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ class FoundPart:
         Then: what is wrong with it.
     faults : mapping of str to Fault
         What is wrong with the other files, by their keys below the part.
-    hidden : bool
+    replaced : bool
         Whether another part replaces it.
     """
 
@@ -89,7 +84,7 @@ class FoundPart:
     part: Part | None
     fault: Fault | None = None
     faults: Mapping[str, Fault] = field(default_factory=dict)
-    hidden: bool = False
+    replaced: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -217,8 +212,8 @@ def _scan_group(
     parts = sorted((one for one in found.values() if one is not None), key=lambda one: one.path.rpartition("/")[2])
     if fault is not None and fault.kind == "missing" and not parts:
         return None  # cleared, or about to be made
-    hidden = {replaced for one in parts if one.part is not None for replaced in one.part.info.replaces}
-    parts = [replace(one, hidden=one.path.rpartition("/")[2] in hidden) for one in parts]
+    replaced = {old for one in parts if one.part is not None for old in one.part.info.replaces}
+    parts = [replace(one, replaced=one.path.rpartition("/")[2] in replaced) for one in parts]
     unfinished = tuple(path for path in paths if found[path] is None and PART_NAME.fullmatch(path.rpartition("/")[2]))
     if info is None:
         info = _group_from_parts(name, [documents[one.path] for one in parts if one.part is not None])
@@ -417,9 +412,9 @@ def problems_of(scan: StoreScan) -> Iterator[Problem]:
 
 
 def _advice(found: FoundPart, name: str, variable: str) -> str:
-    if found.hidden:
+    if found.replaced:
         return "another part stands for it: repair() removes it"
-    if name.endswith("zarr.json") or variable in MADE:
+    if name.endswith("zarr.json") or variable in MADE_BY_WRITER:
         return "repair() writes it again"
     info = found.part.info.arrays.get(variable) if found.part is not None else None
     if info is not None and not is_variable(variable.partition("/")[2], info):
@@ -440,7 +435,7 @@ def counted_variables(info: PartInfo) -> list[str]:
 def _odd_values(scan: StoreScan, *, full: bool) -> tuple[list[OddValues], int]:
     """What is not finite or blank of what is shown; and how many parts nobody has counted that of."""
     found, uncounted = [], 0
-    for one in (one for group in scan.groups for one in group.parts if one.part is not None and not one.hidden):
+    for one in (one for group in scan.groups for one in group.parts if one.part is not None and not one.replaced):
         part: Any = one.part
         odd = part.info.odd
         if odd is None and full:
