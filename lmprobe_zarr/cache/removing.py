@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/cache/removing.py."""
+"""Removes from the cache: the least recently used parts beyond a limit, or all. A remote place only where the call names it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from lmprobe_zarr.store.upkeep import EvictPlan, plan_evict, remove_entries
 
 __all__ = ["clear_cache", "evict"]
 
-# Nothing that was committed or used so lately leaves a place that others may be using, in seconds.
+# Seconds for which a part is safe after its commit or last use, in a place that others may be using.
 MIN_AGE: Final = 600.0
-
-
-# ------------------------------------------------------------------------------------------------------------ taking out
 
 
 def _may_remove(place: Place, opened: Store) -> None:
@@ -44,7 +41,7 @@ def _check_age(min_age: float | None, opened: Store) -> float:
 def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | None = None, dry_run: bool = False) -> EvictPlan | None:
     """Remove the least recently used parts until the cache is within its limit.
 
-    A part becomes invisible before its bytes go; views that are open and still need it raise `PartGoneError`.
+    A part becomes invisible before its bytes are removed; open views that still need it raise `PartGoneError`.
 
     Parameters
     ----------
@@ -55,12 +52,12 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     min_age : float, optional
         Seconds for which a part is safe after its commit or last use; by default 0 in the local default root, 600 elsewhere.
     dry_run : bool
-        Only say what would go.
+        Only return the plan.
 
     Returns
     -------
     EvictPlan or None
-        What went; None where there is no limit, no store, or the cache's place is remote.
+        What was removed; None where there is no limit, no store, or the cache's place is remote.
 
     Raises
     ------
@@ -89,7 +86,7 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     began = time.perf_counter()
     age = _check_age(min_age, opened)
     entries = [entry for info in opened.groups(whole=False).values() for entry in opened.entries(info)]
-    # What lies behind a link takes its space elsewhere, and is not ours to remove.
+    # A part behind a link takes its space elsewhere, and is not ours to remove.
     entries = [entry for entry in entries if not opened.storage.leads_out(entry.part.path)]
     plan = plan_evict(entries, limit or 0, min_age=age)
     if dry_run:
@@ -116,7 +113,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     url : path, URL or Store, or a sequence of these, optional
         Another place than the cache; of several the last, the others are only read. A remote place is cleared only when it is named here.
     legacy : bool
-        Whether lmprobe's own entries beside the store go too; otherwise the log says that they remain.
+        Whether lmprobe's own entries beside the store are deleted too; otherwise the log says that they remain.
 
     Returns
     -------

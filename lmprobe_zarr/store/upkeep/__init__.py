@@ -1,4 +1,8 @@
-"""Upkeep, one verb a file: verify, repair, compact, copy, drop, delete, evict, gc, publish.
+"""Upkeep of a store, one verb per file: verify, repair, compact, copy, drop, delete, evict, gc, publish.
+
+Each decides on records first (a plan), carries the plan out, and returns a summary. Records of `verify` and `repair` are in ``problems``
+and ``losses``; ``rewrite`` writes parts again, ``removal`` removes them, and ``last_use`` notes that they are used. Modules that others
+may import from: none, this face has everything.
 
 Never arithmetic on activations.
 """

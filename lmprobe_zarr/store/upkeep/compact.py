@@ -1,7 +1,7 @@
-"""Many small parts as few large ones, with exactly the same view. Decides on records first, then writes; deletes nothing.
+"""Merges many small parts into few large ones, with exactly the same view. Plans on records first, then writes; deletes nothing.
 
-A view is decided by the order of its parts and annotations. A merged part stands at the place of the last of those that it replaces, so
-merging moves the others behind whatever lies in between. That is done only where it provably changes nothing; see `plan_runs`.
+A view is decided by the order of its parts and annotations. A merged part sorts at the place of the last part that it replaces, so
+merging moves the other parts behind everything in between. That is done only where it provably changes nothing; see `plan_runs`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MergeRun:
     nbytes: int
 
     def halves(self) -> list[MergeRun]:
-        """The same as two runs, those of one part left out."""
+        """The same as two runs; a half of a single part is left out."""
         middle = len(self.parts) // 2
         pieces = [self.parts[:middle], self.parts[middle:]]
         return [MergeRun(group=self.group, parts=p, nbytes=sum(map(part_nbytes, p))) for p in pieces if len(p) > 1]
@@ -69,9 +69,9 @@ class CompactPlan:
     url : str
         The store.
     parts : int
-        Parts and annotations that are shown before.
+        Visible parts and annotations before.
     runs : tuple of MergeRun
-        What becomes one each.
+        Each becomes one part.
     left : tuple of MergeRun
         Runs that were planned and left as they are, because somebody else changed them meanwhile.
     """
@@ -83,7 +83,7 @@ class CompactPlan:
 
     @property
     def parts_after(self) -> int:
-        """Parts and annotations that are shown afterwards."""
+        """Visible parts and annotations afterwards."""
         return self.parts - sum(len(run.parts) - 1 for run in self.runs)
 
     @property
@@ -219,7 +219,7 @@ def _note_runs(timeline: _Timeline, parts: Sequence[Part], notes: Sequence[Part]
 
 
 def agreed(infos: Sequence[PartInfo]) -> dict[str, Any]:
-    """What was noted alike in all of some parts, and when the last of them was written."""
+    """What is recorded alike in all of these parts, and when the last of them was written."""
     first = infos[0].recorded
     same = {name: value for name, value in first.items() if all(info.recorded.get(name) == value for info in infos)}
     last = max(infos, key=committed_at).recorded
@@ -231,18 +231,18 @@ def merge_run(
 ) -> tuple[list[MergeRun], list[MergeRun]]:
     """Write a run as one part that replaces it; returns what was merged, and what was left.
 
-    It is left where somebody else has replaced or removed one of its parts meanwhile, or has begun one whose name lies within it. That is
-    looked for right before the commit and right after it; the second time the commit is taken back.
+    A run is left as it is where somebody else has meanwhile replaced or removed one of its parts, or begun a part whose name sorts within
+    it. That is checked right before the commit and right after it; after it, the commit is undone.
 
     Parameters
     ----------
     storage, group, run
     look : callable
-        Gives what lies in the group's folder now.
+        Lists the parts of the group now.
     durable : bool
         Flush what is written before it is committed.
     known : set of str
-        All names that lay in the group's folder when the run was planned; that of the new part is added.
+        All names in the group's folder when the run was planned; that of the new part is added.
     """
     infos = [part.info for part in run.parts]
     there = look().names
@@ -281,7 +281,7 @@ def merge_run(
 
 
 def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str], besides: str = "") -> bool:
-    """Whether all of a run is still there and shown, and nothing new has a name within it."""
+    """Whether all parts of a run are still there and visible, and no new name sorts within it."""
     mine = {part.info.name for part in run.parts}
     low, high = run.parts[0].info.name, run.parts[-1].info.name
     if any(low < name < high for name in listing.names - known):
@@ -299,14 +299,14 @@ def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str
 
 
 def _carry_stamp(storage: Storage, run: MergeRun, info: PartInfo) -> None:
-    """What was in use stays so for eviction; best effort."""
+    """Where a part of the run had been marked as used, mark the merged part too; best effort."""
     with suppress(OSError):
         if {part.info.name for part in run.parts} & set(storage.list(f"{run.group}/{STAMPS}")):
             storage.touch(f"{run.group}/{STAMPS}/{info.name}")
 
 
 def check_min_parts(min_parts: int) -> None:
-    """Raise where `min_parts` is no number of parts that can be merged."""
+    """Raise where `min_parts` is not a number of parts that can be merged."""
     if isinstance(min_parts, bool) or not isinstance(min_parts, int) or min_parts < 2:
         raise InvalidArgumentError(f"min_parts={min_parts!r} is no number of parts to merge: give at least 2")
 

@@ -1,4 +1,4 @@
-"""Parts pushed into another store as they are: only what it lacks. Reads both, writes the target, deletes nothing."""
+"""Parts copied into another store: only what it lacks. Reads both stores, writes to the target, deletes nothing."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ def copy_group(
 ) -> CopySummary:
     """Copy what the target lacks of a group.
 
-    A part of which the target has nothing goes over byte by byte under its own name, so it keeps its rank. Of others, what is missing is
-    written anew: whole prompts with their columns, or of prompts that are there only the variables and layers that are not. What this
-    source copied before is known by name, so a copy that was interrupted goes on.
+    A part of which the target has nothing is copied byte by byte under its own name, so it keeps its rank. Of other parts, only what is
+    missing is written, as new parts: whole prompts with their columns, or the missing variables and layers of prompts that are there.
+    Parts that were copied before are recognised by name, so an interrupted copy continues where it stopped.
 
     Parameters
     ----------
     source, target : Storage
     group : GroupInfo
     here, there : Listing
-        What lies in the group's folder in both.
+        The parts of the group in both.
     keys : ndarray of uint64, optional
         Only these prompts.
     begin : callable
@@ -102,7 +102,7 @@ def copy_group(
     durable : bool
         Flush every file.
     advance : callable
-        Told how many bytes have been dealt with, uncompressed.
+        Called with the number of bytes that were dealt with, uncompressed.
     """
     view = open_view(source, group, here.parts, here.annotations)
     mine = {part.info.name for part in view.parts}
@@ -160,17 +160,17 @@ def _lacking(others: View, part: Part) -> dict[str, Mask]:
 
 
 def _wins(view: View, part: Part, level: Level, name: str, layers: tuple[int, ...]) -> Mask:
-    """Where a part is the one whose values a view shows, shape as in `_lacking`."""
-    member = view.members[[one.path for one in view.parts].index(part.path)]
+    """Where the view takes its values from this part; shapes as in `_lacking`."""
+    member = view.members[[other.path for other in view.parts].index(part.path)]
     array = view.source(level, name, member, layers)
-    place = [one.path.removesuffix(f"/{level}/{name}") for one in array.arrays].index(part.path)
+    place = [stored.path.removesuffix(f"/{level}/{name}") for stored in array.arrays].index(part.path)
     return np.asarray((array.source == place)[array.classes] if layers else array.source[:1] == place, bool)
 
 
 def _write_missing(
     source: Storage, target: Storage, group: GroupInfo, view: View, others: View, part: Part, keys: Keys | None, known: Keys, begin: Begin
 ) -> CopySummary:
-    """Write what is missing of a part, together what lacks the same."""
+    """Write what is missing of a part: prompts that lack the same become one new part."""
     own = keys_of(part.info.digests)
     wanted = np.ones(len(own), bool) if keys is None else np.isin(own, keys)
     lacking = _lacking(others, part)
@@ -192,7 +192,7 @@ def _write_missing(
         new = bool(kind[0])
         if not len(rows) or not kind.any():
             continue
-        # Variables that lack the same layers go together.
+        # Variables that lack the same layers are written together.
         sets: dict[tuple[int, ...] | None, list[str]] = {}
         for name, missing in zip(names, cube, strict=True):
             layered = part.info.arrays[name].layered
@@ -226,7 +226,8 @@ def _rewrite(
 def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *, durable: bool) -> None:
     """All files of a part, checked against its table on the way; its commit last.
 
-    Another process may be copying the same part, and may have committed it before this one is through: so each file takes its place whole.
+    Another process may be copying the same part, and may have committed it before this one is through. So each file is written whole or not
+    at all.
     """
     write_group(target, group, durable=durable)
     if target.is_file(f"{part.path}/zarr.json"):

@@ -22,8 +22,8 @@ __all__ = ["delete_from", "delete_prompts"]
 def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], digests: Iterable[str], *, durable: bool) -> int:
     """Take prompts out of every part and annotation of a group, physically; returns how many parts held any.
 
-    A part that holds others too is written again without them, under the same rules as ever; that commit replaces the old one, whose
-    bytes are removed then. Stopped half-way, a second call completes it.
+    A part that holds other prompts too is written again without the deleted ones. Its commit replaces the old part, whose bytes are removed
+    afterwards. If this is interrupted, a second call completes it.
 
     Parameters
     ----------
@@ -107,5 +107,5 @@ def delete_from(catalog: Catalog, group: GroupInfo, prompts: Iterable[Any], *, b
 
 
 def _all_parts(catalog: Catalog, group: GroupInfo) -> list[Part]:
-    """Parts and annotations of a group, replaced ones too. Always lists both folders, so that nothing new is overlooked."""
+    """Parts and annotations of a group, replaced ones too. Always lists both folders, so that no new part is missed."""
     return [*catalog.list_parts(group.name), *catalog.list_parts(f"{group.name}/{ANNOTATIONS}")]

@@ -1,4 +1,4 @@
-"""Variables that are given up: every part that holds them is written again without them. Everything else stays as it is shown."""
+"""Drops variables: every part that holds them is written again without them. Everything else looks as before."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["drop_from", "drop_variables"]
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """What becomes of a part: `dropped` are variables that go from it, of all its layers but `kept`."""
+    """What becomes of a part: variables `dropped` are removed from it, in all its layers but `kept`."""
 
     part: Part
     dropped: frozenset[str]
@@ -46,9 +46,9 @@ def drop_variables(
 ) -> int:
     """Take variables out of every part of a group, physically; returns how many parts held any.
 
-    A part that is left without activations and without a column of the user's goes altogether where all of its prompts are in no part that
-    stays; elsewhere it goes on to hold its columns, so that order and texts of the others stay. Stopped half-way, a second call completes
-    it.
+    A part that is left without activations and without a column of the user's is removed whole where none of its prompts is in a part that
+    stays. Otherwise it stays with its columns, so that the order and the texts of the others stay. If this is interrupted, a second call
+    completes it.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def drop_variables(
 
 
 def _emptied(changes: list[_Change], shown: list[Part]) -> set[str]:
-    """Parts that go altogether."""
+    """Keys of the parts that are removed whole."""
     candidates = {c.part.path: c.part for c in changes if not c.others and not c.kept and not c.part.info.own_columns}
     staying = {row.tobytes() for part in shown if part.path not in candidates for row in part.info.digests}
     while True:
@@ -93,7 +93,7 @@ def _emptied(changes: list[_Change], shown: list[Part]) -> set[str]:
 
 
 def _write(storage: Storage, group: GroupInfo, change: _Change, *, durable: bool) -> None:
-    """One part, or two where some variables keep fewer layers than others."""
+    """Write one part, or two where some variables keep fewer layers than others."""
     part, info = change.part, change.part.info
     rows = np.arange(len(info.digests))
     if not change.kept:

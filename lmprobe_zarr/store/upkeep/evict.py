@@ -1,7 +1,7 @@
-"""What lies in a store as entries, and how they go: least recently used first, by prompt, or as garbage.
+"""Eviction: the parts of a store as entries, and which of them are removed, least recently used first.
 
-A part becomes invisible before its bytes go: its commit is removed first. Only files that its commit names are removed, so what somebody
-else put beside them stays. Decisions are made by pure functions over `EvictionEntry` records; the rest carries them out.
+A part becomes invisible before its bytes are removed: its commit is removed first. Only files that its commit names are removed, so what
+somebody else put beside them stays. Decisions are made by pure functions over `EvictionEntry` records; other functions carry them out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class EvictionEntry:
     Parameters
     ----------
     part : Part
-        The part, and where it lies.
+        The part, and where it is stored.
     group : str
         Folder of its group.
     nbytes : int
@@ -61,12 +61,12 @@ class EvictionEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictPlan:
-    """What goes, and what is left then.
+    """What is removed, and what is left then.
 
     Parameters
     ----------
     entries : tuple of EvictionEntry
-        What goes, in this order.
+        What is removed, in this order.
     freed, kept, limit : int
         Bytes.
     protected : int
@@ -115,7 +115,7 @@ def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, 
 
 
 def plan_evict(entries: Sequence[EvictionEntry], limit: int, *, min_age: float = 0.0, now: float | None = None) -> EvictPlan:
-    """Which parts go so that the rest is within a limit; pure.
+    """Which parts are removed so that the rest is within a limit; pure.
 
     First those that others have replaced, then the least recently used, until the rest fits. Nothing that was committed or used less than
     `min_age` seconds ago is removed, nor a part whose removal would make one that it replaces visible again. Annotations are removed with
@@ -173,9 +173,9 @@ def plan_evict(entries: Sequence[EvictionEntry], limit: int, *, min_age: float =
 
 
 def remove_entries(storage: Storage, entries: Iterable[EvictionEntry], *, min_age: float = 0.0) -> list[EvictionEntry]:
-    """Take parts away, each invisible before its bytes go; returns those that went.
+    """Remove parts, each invisible before its bytes are removed; returns those that were removed.
 
-    A part whose commit is younger than `min_age` by the clock of the place itself stays, whatever its writer's clock said.
+    A part whose commit is younger than `min_age` by the clock of the place itself stays, whatever its writer's clock was.
     """
     gone = []
     for entry in entries:

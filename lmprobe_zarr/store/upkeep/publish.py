@@ -1,7 +1,7 @@
-"""A compacted copy of what a store shows at another place, frozen: its root names all that is in it and is written last.
+"""A compacted, frozen copy of a store's visible contents at another place. Its root lists all parts and is written last.
 
-Nothing of the copy can be seen before its root stands. What an interrupted publication left is told by a mark in its parts, and removed by
-the next one; nothing else at that place ever is.
+Nothing of the copy is visible before its root is written. Parts carry a mark by which the next publication recognises and removes what an
+interrupted one left; nothing else at that place is ever removed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from lmprobe_zarr.typing import Ints
 __all__ = ["PublishSummary", "Selection", "publish_groups", "publish_to", "select_from", "total_nbytes"]
 
 CARD = "README.md"
-#: What is left at the root of a file that is written whole or not at all, where its writer was killed over it.
+#: Temporary files at the root that a killed writer left.
 _DRAFT: Final = re.compile(rf"\.(?:zarr\.json|{re.escape(CARD)})\.[0-9a-f]{{12}}\.partial")
 
 
@@ -57,7 +57,7 @@ class Selection:
     ----------
     group : GroupInfo
     listing : Listing
-        All that lies in its folder.
+        All parts of the group.
     keys : ndarray of uint64, optional
         The first 16 digits of the prompts, as numbers; None for all.
     layers : container of int, optional
@@ -70,7 +70,7 @@ class Selection:
     layers: Container[int] | None = None
 
     def rows(self, digests: npt.NDArray[np.uint8]) -> Ints:
-        """Which of some prompts are meant."""
+        """Which of these prompts are selected."""
         return np.arange(len(digests)) if self.keys is None else np.flatnonzero(np.isin(keys_of(digests), self.keys))
 
 
@@ -103,7 +103,7 @@ class PublishSummary:
 
 @dataclass
 class _Copy:
-    """What stands at the target so far."""
+    """What has been written at the target so far."""
 
     groups: dict[str, GroupInfo] = field(default_factory=dict)
     parts: dict[str, PartInfo] = field(default_factory=dict)
@@ -144,28 +144,29 @@ def publish_groups(
     durable : bool
         Flush every file.
     advance : callable
-        Told how many bytes have been copied, uncompressed.
+        Called with the number of bytes that were copied, uncompressed.
 
     Raises
     ------
     InvalidArgumentError
-        Something is published there already, or a store that grows lies there.
+        Something is published there already, or the place holds a store that is written to.
     NotAStoreError
-        Other things lie there.
+        The place holds other files.
     """
-    for one in selections:
-        if not one.listing.parts or (one.keys is not None and not len(one.keys)):
-            raise InvalidArgumentError(f"there is nothing of {one.group.model!r} to publish: choose prompts that are stored")
+    for selection in selections:
+        if not selection.listing.parts or (selection.keys is not None and not len(selection.keys)):
+            raise InvalidArgumentError(f"there is nothing of {selection.group.model!r} to publish: choose prompts that are stored")
     old = _prepare(target, overwrite=overwrite)
     copy = _Copy()
-    for one in selections:
-        copy.groups[one.group.name] = one.group
-        target.commit(f"{one.group.name}/zarr.json", one.group.to_document(), durable=durable)
-        for run in _runs(one, part_bytes):
-            for key, info in _write(source, target, one, run, part_bytes=part_bytes, text=text, durable=durable):
+    for selection in selections:
+        group = selection.group
+        copy.groups[group.name] = group
+        target.commit(f"{group.name}/zarr.json", group.to_document(), durable=durable)
+        for run in _runs(selection, part_bytes):
+            for key, info in _write(source, target, selection, run, part_bytes=part_bytes, text=text, durable=durable):
                 copy.parts[key] = info
             advance(run.nbytes)
-    described = [_described(target, one.group, copy) for one in selections]
+    described = [_described(target, selection.group, copy) for selection in selections]
     if card is None or isinstance(card, str):
         target.commit(CARD, (card or write_card(described, target.url, text=text)).encode(), durable=durable)
     target.commit("zarr.json", published_document(copy.published, copy.groups, copy.parts), durable=durable)
@@ -177,7 +178,7 @@ def publish_groups(
 
 
 def _runs(selection: Selection, part_bytes: int) -> Iterator[MergeRun]:
-    """All that a group shows, as runs that become one part each, parts and annotations in the order of their names."""
+    """All that is visible of a group, as runs that become one part each, in the order of the names of parts and annotations."""
     listing, replaced = selection.listing, selection.listing.replaced
     still = Listing(parts=listing.parts, annotations=listing.annotations, names=frozenset())  # what is unfinished will not be published
     runs = {run.parts[-1].path: run for run in plan_runs(selection.group, still, part_bytes=part_bytes)}
@@ -192,7 +193,7 @@ def _runs(selection: Selection, part_bytes: int) -> Iterator[MergeRun]:
 def _write(
     source: Storage, target: Storage, selection: Selection, run: MergeRun, *, part_bytes: int, text: bool, durable: bool
 ) -> Iterator[tuple[str, PartInfo]]:
-    """Write a run, as one part or, where it is too large for one, as several; gives their keys and records."""
+    """Write a run as one part, or as several where it is too large; yields their keys and records."""
     infos = [part.info for part in run.parts]
     view = open_view(source, selection.group, run.parts, [])
     rows = selection.rows(view.digests)
@@ -230,7 +231,7 @@ def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
 
 
 def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
-    """Check that a copy may stand there, and clear what an interrupted publication left; gives what is published there now."""
+    """Check that a copy may be written there, and remove what an interrupted publication left; returns what is published there now."""
     try:
         old = parse_root(target.read("zarr.json"), target.url)
     except (FileNotFoundError, NotADirectoryError):

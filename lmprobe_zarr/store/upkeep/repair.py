@@ -1,4 +1,4 @@
-"""What is broken goes, what is whole stays, and what to extract again is told. Decides on what a verification found, then acts.
+"""Repair: removes what is broken, keeps what is whole, and lists what to extract again. Plans on what a verification found, then acts.
 
 The commit rule holds: the new part is complete before its commit replaces the old one, whose bytes are removed afterwards. Whenever it is
 stopped, the store shows nothing wrong, and a second call completes it.
@@ -43,7 +43,7 @@ from lmprobe_zarr.store.upkeep.verify import FoundGroup, FoundPart, StoreScan, c
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["repair_root", "repair_store"]
-# A value that is lost: variable with its level, and layer; −1 where the variable has none.
+# A variable with its level, and a layer of it (−1 where it has none), whose values are lost.
 Cell = tuple[str, int]
 
 NO_LAYER: Final = -1
@@ -53,7 +53,7 @@ BROKEN: Final = frozenset({"missing", "size", "content", "document"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """What is written of a part into one new part: some of its prompts, without some arrays, of some layers (None: of all)."""
+    """What one new part takes over from a part: some of its prompts, without some arrays, of some layers (None: of all)."""
 
     rows: Ints
     without: frozenset[str]
@@ -70,13 +70,13 @@ class _Step:
     documents : mapping of str to bytes
         Files that are written again as they were.
     rest : _Piece, optional
-        What stands for the part instead; where there is neither this nor documents, it goes altogether.
+        What replaces the part; without this and without documents, the part is removed whole.
     pieces : tuple of _Piece
         What else is kept of it.
     lost : mapping of Cell to ndarray of int
-        Prompts of the part whose values go.
+        Prompts of the part whose values are lost.
     columns : tuple of str
-        Columns that go, with their level.
+        Columns that are lost, with their level.
     """
 
     found: FoundPart
@@ -92,12 +92,12 @@ class _Step:
 
 
 def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSummary:
-    """Take what is broken out of a store.
+    """Remove what is broken from a store.
 
     Parameters
     ----------
     scan : StoreScan
-        With the faults of its files, as `verifying.check_files` finds them.
+        With the faults of its files, as `verify.check_files` finds them.
     durable : bool
         Flush what is written again before it is committed.
     dry_run : bool
@@ -120,7 +120,7 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
         values, forgotten = _plan_lost(storage, group, group.info, steps)
         lost += values
         unknown += forgotten
-        columns += [one for step in steps for one in _lost_columns(step)]
+        columns += [column for step in steps for column in _lost_columns(step)]
         planned.append((group.info, steps))
     every = [step for _, steps in planned for step in steps]
     parts = {step.found.path for step in every}
@@ -132,7 +132,7 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
         lost=tuple(lost),
         columns=tuple(columns),
         unknown=tuple(unknown),
-        left=tuple(one for one in problems_of(scan) if one.file not in documents and one.part not in parts),
+        left=tuple(found for found in problems_of(scan) if found.file not in documents and found.part not in parts),
         dry_run=dry_run,
     )
     if not dry_run:
@@ -144,7 +144,7 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
 
 
 def _is_own_root(storage: Storage) -> bool:
-    """Whether what stands at the root is a damaged document of ours, or nothing: somebody else's is never written over."""
+    """Whether the root's document is damaged but ours, or missing: one of somebody else's is never overwritten."""
     try:
         data = storage.read("zarr.json")
         document = json.loads(data)
@@ -193,7 +193,7 @@ def _plan_group(group: FoundGroup) -> list[_Step]:
 def _covered_by_replaced(info: PartInfo, group: FoundGroup) -> bool:
     """Whether the parts that a broken one was merged from are still there, whole, and hold exactly what it holds.
 
-    One that was written to leave something out, by `delete` or `drop`, holds less than they do: it must stay in their place.
+    A part that was written to leave something out, by `delete` or `drop`, holds less than they do, and must go on replacing them.
     """
     old = [found for found in group.parts if found.path.rpartition("/")[2] in info.replaces]
     infos = [found.part.info for found in old if found.part is not None]
@@ -216,13 +216,13 @@ def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
     made: set[str] = set()
     if "tokens/position" in columns:
         if not info.arrays["tokens/position"].attributes.get("whole_prompts"):
-            # Nobody can tell which of its prompts' tokens a part holds.
+            # It is unknown which tokens of its prompts the part holds.
             return _Step(found=found, lost=_all_cells(info), columns=tuple(sorted(own)))
         made = {"tokens/position"}
     columns -= made
     lost: dict[Cell, Ints] = {}
     every = np.arange(len(info.digests))
-    # Layers that keep the same prompts of the same variables go together into one part.
+    # Layers that keep the same prompts of the same variables are written to one part.
     kept: dict[tuple[str, bytes], set[int]] = {}
     for key in sorted(arrays & variables):
         for (_, layer), gone in _broken_rows(info, key, broken).items():
@@ -265,7 +265,7 @@ def _broken_rows(info: PartInfo, key: str, broken: Iterable[str]) -> dict[Cell, 
 
 
 def _all_cells(info: PartInfo) -> dict[Cell, Ints]:
-    """All values of a part, as those that are lost are described."""
+    """All values of a part, in the form of lost ones."""
     every = np.arange(len(info.digests))
     return {(key, layer): every for key, array in info.activations.items() for layer in (info.layers if array.layered else (NO_LAYER,))}
 
@@ -282,7 +282,7 @@ def _document(info: PartInfo, name: str) -> bytes:
 
 
 def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequence[_Step]) -> tuple[list[LostValues], list[str]]:
-    """What nothing in the group will show any more, and the parts of which nobody can tell what they held."""
+    """Values that no part of the group holds any more, and the parts whose contents are unknown."""
     by_path = {step.found.path: step for step in steps}
     staying = [one for one in group.parts if one.part is not None and (one.path not in by_path or by_path[one.path].stays)]
     replaced = {name for one in staying if one.part is not None for name in one.part.info.replaces}
@@ -300,9 +300,9 @@ def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequ
             if salvaged is None:
                 unknown.append(step.found.path)
                 continue
-            mine, names, told = salvaged
+            mine, names, salvaged_texts = salvaged
             cells: Mapping[Cell, Ints] = dict.fromkeys(names, np.arange(len(mine)))
-            texts |= told
+            texts |= salvaged_texts
             counts = None
         elif part.info.name in replaced:
             continue
@@ -390,7 +390,7 @@ def _salvage(storage: Storage, path: str) -> tuple[list[bytes], list[Cell], dict
 
 
 def _read_loose(storage: Storage, path: str, key: str) -> list[Any]:
-    """A column without the part's table: its chunks still end in their own checksums."""
+    """Read a column without the part's table: its chunks still end in their own checksums."""
     array = parse_array(json.loads(storage.read(f"{path}/{key}/zarr.json")))
     files = {f"{key}/{chunk}": file_entry(storage.read(f"{path}/{key}/{chunk}"), chunk=True) for chunk in array.chunk_keys()}
     stored = StoredArray(storage, f"{path}/{key}", array, files)
@@ -398,7 +398,7 @@ def _read_loose(storage: Storage, path: str, key: str) -> list[Any]:
 
 
 def _read_texts(group: FoundGroup, wanted: set[bytes]) -> dict[bytes, str]:
-    """Texts of prompts by their hashes, from whatever part holds them, broken and replaced ones too."""
+    """Texts of prompts by their hashes, from any part that holds them, broken and replaced ones too."""
     found: dict[bytes, str] = {}
     for one in group.parts:
         if one.part is None or "prompts/text" not in one.part.info.arrays:
@@ -418,7 +418,7 @@ def _read_texts(group: FoundGroup, wanted: set[bytes]) -> dict[bytes, str]:
 
 
 def _checked(text: str | None, digest: bytes) -> str | None:
-    """A text if it is that of the prompt: what is stored of one without UTF-8 is not."""
+    """The text, if its digest is that of the prompt; the stored text of a prompt that is no valid UTF-8 is not."""
     if text is None:
         return None
     whole = bytes.fromhex(prompt_sha256(text))
@@ -456,7 +456,7 @@ def _rewrite(storage: Storage, group: GroupInfo, part: Part, rest: _Piece, piece
 
 
 def _remove_loose(storage: Storage, path: str) -> None:
-    """Remove a part whose document cannot be believed: the document, and then all files with names that our writer gives."""
+    """Remove a part whose document is damaged: the document, and then all files with names that our writer gives."""
     storage.remove([f"{path}/zarr.json"])
     left, _ = find_leftover(storage, path, FileInfo(is_file=False, nbytes=0, modified=None))
     storage.remove(left.files)
@@ -464,7 +464,7 @@ def _remove_loose(storage: Storage, path: str) -> None:
 
 
 def repair_root(catalog: Catalog, scan: StoreScan, *, dry_run: bool, progress: bool) -> RepairSummary:
-    """Check all files of one root, and take out what is broken; with `dry_run` only plan it.
+    """Check all files of one root, and remove what is broken; with `dry_run` only plan it.
 
     Parameters
     ----------

@@ -25,23 +25,23 @@ def write_again(
     name: str = "",
     replaces: bool = True,
 ) -> PartInfo:
-    """A part as another one with only some of what it holds.
+    """Write a new part with only some of what a part holds.
 
     Parameters
     ----------
     storage, group, part
     rows : ndarray of int
-        Which of its prompts.
+        Its prompts to write.
     durable : bool
         Flush it before it is committed.
     without, layers
-        What is left out, and what is kept; see `reread.read_batches`.
+        What is left out, and what is kept; see `store.parts.read_batches`.
     after : str
-        Name that the new one sorts right behind; by default that of the part.
+        Name that the new part sorts right behind; by default that of the old one.
     name : str
-        The new one's own, where it is known already.
+        The new part's own name, where it is known already.
     replaces : bool
-        Whether the new one replaces it.
+        Whether the new part replaces the old one.
     """
     info = part.info
     writer = PartWriter(

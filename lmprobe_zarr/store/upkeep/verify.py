@@ -1,7 +1,7 @@
-"""What lies in a store against what was committed: scan → problems as values. Reads everything afresh, and never writes.
+"""Compares what is stored with what was committed. Reads everything afresh, and never writes.
 
-Two steps: `scan_store` reads the documents and says what there is, `check_files` compares the files of every part with the table that the
-part was committed with. `repairing` acts on what they found.
+Two steps: `scan_store` reads the documents and lists what there is; `check_files` compares the files of every part with the table that the
+part was committed with. `problems_of` turns what they found into records, and `repair` acts on it.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundPart:
-    """A folder that holds a commit, or should.
+    """A folder that holds a part's commit, or should.
 
     Parameters
     ----------
     path : str
         Its key below the root.
     part : Part, optional
-        What the commit says; None where it cannot be believed.
+        What the commit says; None where the commit is damaged.
     fault : Fault, optional
-        Then: what is wrong with it.
+        In that case: what is wrong with the commit.
     faults : mapping of str to Fault
         What is wrong with the other files, by their keys below the part.
     replaced : bool
@@ -100,13 +100,13 @@ class FoundGroup:
     ----------
     name : str
     info : GroupInfo, optional
-        What its document says, or, where that is damaged or gone, what its parts say of it; None where nobody tells.
+        What its document says, or, where that is damaged or gone, what its parts say of it; None where neither says anything.
     fault : Fault, optional
         What is wrong with its document.
     parts : tuple of FoundPart
         Parts and annotations in the order of their names.
     unfinished : tuple of str
-        Keys of folders like a part's without a commit.
+        Keys of folders with a part's name but without a commit.
     """
 
     name: str
@@ -118,7 +118,7 @@ class FoundGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreScan:
-    """What lies below one root.
+    """What is stored below one root.
 
     Parameters
     ----------
@@ -152,12 +152,12 @@ def scan_store(storage: Storage, choose: Callable[[GroupInfo], bool] = lambda _:
     ----------
     storage : Storage
     choose : callable
-        Which groups; one of which nobody can tell what it is of is looked at in any case.
+        Which groups; a group whose model is unknown is always scanned.
 
     Raises
     ------
     AccessDeniedError, UnreachableError
-        The place refuses or does not answer, which says nothing of what lies there.
+        The place refuses or does not answer, which says nothing about what is stored there.
     """
     frozen = isinstance(storage, FrozenStorage)
     groups = []
@@ -248,7 +248,7 @@ def _look(storage: Storage, path: str, frozen: bool, documents: dict[str, bytes]
     """A part by its document; None where there is none."""
     data, fault = _read(storage, f"{path}/zarr.json")
     if data is None:
-        # What a published copy lists is there, or something is wrong.
+        # A published copy lists its parts: one that is missing there is damage.
         missing = fault is not None and fault.kind == "missing"
         return None if missing and not frozen else FoundPart(path=path, part=None, fault=fault)
     try:
@@ -306,16 +306,16 @@ def _published_root(published: Published, groups: Sequence[FoundGroup]) -> bytes
 
 
 def check_files(scan: StoreScan, *, full: bool, advance: Callable[[int], None] = lambda _: None) -> StoreScan:
-    """The same with what is wrong with the files of its parts. Part by part; in memory is one file for each thread.
+    """The same scan with the faults of the files of its parts. Goes part by part, with one file per thread in memory.
 
     Parameters
     ----------
     scan : StoreScan
     full : bool
-        Read every file and compare its checksum; otherwise only the sizes are asked for, with one list per part where the place can do
+        Read every file and compare its checksum; otherwise compare only sizes, with one list request per part where the storage can do
         that.
     advance : callable
-        Told how many bytes have been dealt with.
+        Called with the number of bytes that were dealt with.
     """
     check = _checksums if full else _sizes
     groups = []
@@ -324,7 +324,7 @@ def check_files(scan: StoreScan, *, full: bool, advance: Callable[[int], None] =
         for found in group.parts:
             if found.part is not None:
                 faults = check(scan.storage, found.part)
-                # One that was removed meanwhile, by eviction or a compaction, is no damage.
+                # A part that was removed meanwhile, by eviction or a compaction, is no damage.
                 if any(f.kind == "missing" for f in faults.values()) and not scan.storage.is_file(f"{found.path}/zarr.json"):
                     continue
                 found = replace(found, faults=faults)
@@ -433,22 +433,22 @@ def counted_variables(info: PartInfo) -> list[str]:
 
 
 def _odd_values(scan: StoreScan, *, full: bool) -> tuple[list[OddValues], int]:
-    """What is not finite or blank of what is shown; and how many parts nobody has counted that of."""
-    found, uncounted = [], 0
-    for one in (one for group in scan.groups for one in group.parts if one.part is not None and not one.replaced):
-        part: Any = one.part
+    """Values that are not finite and blank rows of visible parts; and how many parts have no such counts."""
+    odd_values, uncounted = [], 0
+    for found in (each for group in scan.groups for each in group.parts if each.part is not None and not each.replaced):
+        part: Any = found.part
         odd = part.info.odd
         if odd is None and full:
-            odd = _count(part, one.faults)
+            odd = _count(part, found.faults)
         if odd is None:
             uncounted += bool(counted_variables(part.info))
             continue
-        found += [OddValues(part=one.path, variable=key, not_finite=int(n[0]), blank=int(n[1])) for key, n in odd.items() if any(n)]
-    return found, uncounted
+        odd_values += [OddValues(part=found.path, variable=key, not_finite=int(n[0]), blank=int(n[1])) for key, n in odd.items() if any(n)]
+    return odd_values, uncounted
 
 
 def _count(part: Part, faults: Mapping[str, Fault]) -> dict[str, tuple[int, int]]:
-    """What the writer did not count yet, from the chunks that are whole."""
+    """The counts of a part that was written without them, from the chunks that are whole."""
     totals: dict[str, list[tuple[int, int]]] = {}
 
     def count(key: str, layer: int, block: int) -> None:
@@ -478,15 +478,15 @@ def verify_stores(
     Parameters
     ----------
     url : str
-        How they are named together.
+        How the roots are named together.
     scans : sequence of StoreScan
         As `scan_store` gives them.
     full : bool
         See `check_files`.
     began : float
-        When that was begun, by `time.perf_counter`.
+        When the verification began, by `time.perf_counter`.
     advance : callable
-        Told how many bytes have been dealt with.
+        Called with the number of bytes that were dealt with.
     """
     checked = [check_files(scan, full=full, advance=advance) for scan in scans]
     odd, uncounted = [], 0
