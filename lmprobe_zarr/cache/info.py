@@ -132,15 +132,15 @@ class CacheInfo:
 def _model_table(models: Sequence[ModelCacheInfo]) -> Html:
     rows = [
         (
-            one.model_name,
-            Html(f'<span style="white-space:nowrap">{format_bytes(one.size_bytes)}</span>'),
-            one.num_prompts,
-            one.num_layers,
-            one.num_parts or "",
-            ", ".join(one.variables),
-            "" if one.newest is None else f"{one.newest:%Y-%m-%d %H:%M}",
+            model.model_name,
+            Html(f'<span style="white-space:nowrap">{format_bytes(model.size_bytes)}</span>'),
+            model.num_prompts,
+            model.num_layers,
+            model.num_parts or "",
+            ", ".join(model.variables),
+            "" if model.newest is None else f"{model.newest:%Y-%m-%d %H:%M}",
         )
-        for one in models
+        for model in models
     ]
     return table(("model", "size", "prompts", "layers", "parts", "variables", "last used"), rows) if rows else Html("none")
 

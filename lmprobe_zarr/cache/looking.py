@@ -101,7 +101,7 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     AccessDeniedError, UnreachableError
     """
     old = lmprobe_entries(store, legacy)
-    older = () if old is None else tuple(_describe_legacy(one) for one in old.models() if model in (None, one.name))
+    older = () if old is None else tuple(_describe_legacy(held) for held in old.models() if model in (None, held.name))
     opened = open_cache(store, "r")
     limit = config.cache_limit() if opened is None or opened.is_default else None
     if opened is None:
@@ -112,10 +112,10 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
         url=opened.url,
         models=described,
         legacy=older,
-        below=tuple(CacheInfo(url=one.url, models=_describe_groups(one.own, model)) for one in lower),
+        below=tuple(CacheInfo(url=lower_store.url, models=_describe_groups(lower_store.own, model)) for lower_store in lower),
         limit_bytes=limit,
-        oldest=min((one.oldest for one in described if one.oldest), default=None),
-        newest=max((one.newest for one in described if one.newest), default=None),
+        oldest=min((info.oldest for info in described if info.oldest), default=None),
+        newest=max((info.newest for info in described if info.newest), default=None),
     )
 
 
@@ -147,7 +147,7 @@ def _describe_groups(store: Store, model: str | None) -> tuple[ModelCacheInfo, .
     """What one root holds, of one model or all; the largest first."""
     groups = list(store.groups(whole=False).values()) if model is None else CachedModel.of(model).groups(store)
     described = [_describe_group(store, info, entries) for info in groups if (entries := store.entries(info))]
-    return tuple(sorted(described, key=lambda one: (-one.size_bytes, one.model_name)))
+    return tuple(sorted(described, key=lambda info: (-info.size_bytes, info.model_name)))
 
 
 def _describe_group(store: Store, info: GroupInfo, entries: list[EvictionEntry]) -> ModelCacheInfo:

@@ -147,7 +147,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
                 f"lmprobe's own entries in {old.storage.url} are remote, and others may use them: delete them there yourself"
             )
         count += old.clear(model)
-    elif old is not None and (left := sum(one.prompts for one in old.models() if model in (None, one.name))):
+    elif old is not None and (left := sum(held.prompts for held in old.models() if model in (None, held.name))):
         log.info("[cache] clear: %d entries of lmprobe's own remain in %s; legacy=True deletes them too", left, old.storage.url)
     log.info("[cache] clear: %d entries deleted in %s", count, place_name(url))
     return count

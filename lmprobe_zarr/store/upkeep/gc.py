@@ -102,12 +102,12 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
     root = tuple(_old_partials("", storage.scan(""), before))
     return GcSummary(
         url=storage.url,
-        replaced=tuple(part for one in found for part in one.replaced),
-        unfinished=tuple(left for one in found for left in one.unfinished),
-        partials=(*root, *(key for one in found for key in one.partials)),
-        stamps=tuple(key for one in found for key in one.stamps),
-        freed=sum(one.freed for one in found),
-        young=sum(one.young for one in found),
+        replaced=tuple(part for planned in found for part in planned.replaced),
+        unfinished=tuple(left for planned in found for left in planned.unfinished),
+        partials=(*root, *(key for planned in found for key in planned.partials)),
+        stamps=tuple(key for planned in found for key in planned.stamps),
+        freed=sum(planned.freed for planned in found),
+        young=sum(planned.young for planned in found),
     )
 
 

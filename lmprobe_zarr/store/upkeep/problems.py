@@ -121,12 +121,12 @@ class VerifySummary:
     @property
     def not_finite(self) -> int:
         """Values that are infinite or no number, in all."""
-        return sum(one.not_finite for one in self.odd)
+        return sum(odd.not_finite for odd in self.odd)
 
     @property
     def blank(self) -> int:
         """Rows that hold nothing but zeros, in all."""
-        return sum(one.blank for one in self.odd)
+        return sum(odd.blank for odd in self.odd)
 
     def __str__(self) -> str:
         how = "every checksum" if self.full else "documents and sizes only"

@@ -173,7 +173,7 @@ def publish_groups(
     if old is not None:
         _remove_old(target, old, copy)
     nbytes = sum(int(entry[0]) for info in copy.parts.values() for entry in info.files.values())
-    prompts = sum(one.prompts for one in described)
+    prompts = sum(group.prompts for group in described)
     return PublishSummary(url=target.url, groups=len(copy.groups), parts=len(copy.parts), prompts=prompts, nbytes=nbytes)
 
 
@@ -257,7 +257,7 @@ def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
         remove_part(target, part)
     target.remove([name for name in target.list("") if _DRAFT.fullmatch(name)])
     for group in groups:
-        # Where not even the group's document came to stand, its draft may have been left.
+        # Where not even the group's document was committed, its temporary file may have been left.
         target.remove([f"{group}/{name}" for name in target.list(group) if PARTIAL.fullmatch(name)])
         with suppress(FileNotFoundError):
             info = parse_group(target.read(f"{group}/zarr.json"), f"{target.url}/{group}")
@@ -275,7 +275,7 @@ def _committed(target: Storage, group: str) -> Iterator[Part]:
 
 
 def _remove_old(target: Storage, old: Published, copy: _Copy) -> None:
-    """Remove what an earlier copy held: its root has gone, so nobody opens it any more."""
+    """Remove what only an earlier copy held: its root has been replaced, so nobody opens it any more."""
     for group, keys in old.groups.items():
         for key in keys:
             path = f"{group}/{key}"
@@ -288,14 +288,15 @@ def _remove_old(target: Storage, old: Published, copy: _Copy) -> None:
 
 def total_nbytes(selections: Sequence[Selection]) -> int:
     """Bytes that will be copied, uncompressed."""
-    listings = [one.listing for one in selections]
-    return sum(part_nbytes(part) for one in listings for part in (*one.parts, *one.annotations) if part.info.name not in one.replaced)
+    listings = [selection.listing for selection in selections]
+    every = [(listing, part) for listing in listings for part in (*listing.parts, *listing.annotations)]
+    return sum(part_nbytes(part) for listing, part in every if part.info.name not in listing.replaced)
 
 
 def select_from(
     catalog: Catalog, groups: Sequence[GroupInfo], prompts: Iterable[Any] | None = None, layers: LayerSpec | None = None
 ) -> list[Selection]:
-    """What a copy takes of some groups of one root: of each all, or only some prompts and layers.
+    """Select what is copied of some groups of one root: everything, or only some prompts and layers.
 
     Raises
     ------

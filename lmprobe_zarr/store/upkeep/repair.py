@@ -168,7 +168,7 @@ def _lost_columns(step: _Step) -> Iterator[LostColumn]:
 
 
 def _plan_group(group: FoundGroup) -> list[_Step]:
-    """What becomes of every part that has a fault."""
+    """What is done with every part that has a fault."""
     steps = []
     kept = {found.path: found.part for found in group.parts if found.part is not None}
     # The last first: what replaces a part sorts behind it, and decides whether it becomes visible again.
@@ -197,9 +197,9 @@ def _covered_by_replaced(info: PartInfo, group: FoundGroup) -> bool:
     """
     old = [found for found in group.parts if found.path.rpartition("/")[2] in info.replaces]
     infos = [found.part.info for found in old if found.part is not None]
-    if not old or len(infos) < len(old) or any(found.faults for found in old) or any(shape_key(one) != shape_key(info) for one in infos):
+    if not old or len(infos) < len(old) or any(found.faults for found in old) or any(shape_key(each) != shape_key(info) for each in infos):
         return False
-    return {row.tobytes() for one in infos for row in one.digests} == {row.tobytes() for row in info.digests}
+    return {row.tobytes() for each in infos for row in each.digests} == {row.tobytes() for row in info.digests}
 
 
 def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
@@ -284,8 +284,8 @@ def _document(info: PartInfo, name: str) -> bytes:
 def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequence[_Step]) -> tuple[list[LostValues], list[str]]:
     """Values that no part of the group holds any more, and the parts whose contents are unknown."""
     by_path = {step.found.path: step for step in steps}
-    staying = [one for one in group.parts if one.part is not None and (one.path not in by_path or by_path[one.path].stays)]
-    replaced = {name for one in staying if one.part is not None for name in one.part.info.replaces}
+    staying = [kept for kept in group.parts if kept.part is not None and (kept.path not in by_path or by_path[kept.path].stays)]
+    replaced = {name for kept in staying if kept.part is not None for name in kept.part.info.replaces}
     digests: dict[bytes, bytes] = {}  # of each prompt by its hash, in the order of first appearance
     lost: list[tuple[list[bytes], Mapping[Cell, Ints], Ints | None]] = []
     texts: dict[bytes, str] = {}
@@ -324,17 +324,17 @@ def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequ
         tokens[at] = -1 if counts is None else counts
         for cell, rows in cells.items():
             missing[at[rows], place[cell]] = True
-    for one in staying:
-        if one.part is None or one.part.info.name in replaced or one.part.info.kind == "annotation":
+    for kept in staying:
+        if kept.part is None or kept.part.info.name in replaced or kept.part.info.kind == "annotation":
             continue
-        held = one.part.info
+        held = kept.part.info
         at = np.array([row_of.get(row.tobytes()[:_HASH_BYTES], -1) for row in held.digests], np.int64)
-        gone = by_path[one.path].lost if one.path in by_path else {}
+        gone = by_path[kept.path].lost if kept.path in by_path else {}
         for cell in set(_all_cells(held)) & set(place):
             there = at >= 0
             there[gone.get(cell, np.zeros(0, np.int64))] = False
             if cell[0].startswith("tokens/") and held.n_tokens is not None:
-                # Tokens that are more or fewer are those of another tokenisation, and out of date.
+                # Another number of tokens comes from another tokenisation, and those values are out of date.
                 there &= (tokens[at] < 0) | (tokens[at] == held.n_tokens)
             missing[at[there], place[cell]] = False
     keys, whole = list(digests), list(digests.values())
@@ -367,7 +367,7 @@ _HASH_BYTES: Final = HASH_DIGITS // 2
 
 
 def _salvage(storage: Storage, path: str) -> tuple[list[bytes], list[Cell], dict[bytes, str]] | None:
-    """Prompts, values and texts of a part whose document is damaged, from its arrays; None where these do not tell."""
+    """Prompts, values and texts of a part whose document is damaged, from its arrays; None where these cannot be read either."""
     try:
         digests = [bytes.fromhex(text) for text in _read_loose(storage, path, "prompts/prompt_sha256")]
         cells: list[Cell] = []
@@ -384,8 +384,8 @@ def _salvage(storage: Storage, path: str) -> tuple[list[bytes], list[Cell], dict
         return None
     texts: dict[bytes, str] = {}
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, CorruptPartError):
-        told = _read_loose(storage, path, "prompts/text")
-        texts = {digest[:_HASH_BYTES]: text for digest, text in zip(digests, told, strict=True)}
+        stored = _read_loose(storage, path, "prompts/text")
+        texts = {digest[:_HASH_BYTES]: text for digest, text in zip(digests, stored, strict=True)}
     return digests, cells, texts
 
 
@@ -400,11 +400,11 @@ def _read_loose(storage: Storage, path: str, key: str) -> list[Any]:
 def _read_texts(group: FoundGroup, wanted: set[bytes]) -> dict[bytes, str]:
     """Texts of prompts by their hashes, from any part that holds them, broken and replaced ones too."""
     found: dict[bytes, str] = {}
-    for one in group.parts:
-        if one.part is None or "prompts/text" not in one.part.info.arrays:
+    for holder in group.parts:
+        if holder.part is None or "prompts/text" not in holder.part.info.arrays:
             continue
-        array = one.part.array("prompts", "text")
-        mine = [row.tobytes()[:_HASH_BYTES] for row in one.part.info.digests]
+        array = holder.part.array("prompts", "text")
+        mine = [row.tobytes()[:_HASH_BYTES] for row in holder.part.info.digests]
         for block in range(array.info.n_blocks):
             start = block * array.info.rows_per_chunk
             some = [

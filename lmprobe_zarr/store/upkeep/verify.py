@@ -198,10 +198,10 @@ def _scan_group(
     names = storage.list(name)
     folders = [name, *([f"{name}/{ANNOTATIONS}"] if ANNOTATIONS in names else [])]
     paths = [
-        f"{folder}/{one}"
+        f"{folder}/{entry}"
         for folder in folders
-        for one in (names if folder == name else storage.list(folder))
-        if one not in ("zarr.json", ANNOTATIONS) and not one.startswith(".")
+        for entry in (names if folder == name else storage.list(folder))
+        if entry not in ("zarr.json", ANNOTATIONS) and not entry.startswith(".")
     ]
     found: dict[str, FoundPart | None] = {}
 
@@ -209,14 +209,14 @@ def _scan_group(
         found[path] = _look(storage, path, frozen, documents)
 
     run_all([partial(look, path) for path in paths], local=storage.is_local)
-    parts = sorted((one for one in found.values() if one is not None), key=lambda one: one.path.rpartition("/")[2])
+    parts = sorted((each for each in found.values() if each is not None), key=lambda each: each.path.rpartition("/")[2])
     if fault is not None and fault.kind == "missing" and not parts:
         return None  # cleared, or about to be made
-    replaced = {old for one in parts if one.part is not None for old in one.part.info.replaces}
-    parts = [replace(one, replaced=one.path.rpartition("/")[2] in replaced) for one in parts]
+    replaced = {old for each in parts if each.part is not None for old in each.part.info.replaces}
+    parts = [replace(each, replaced=each.path.rpartition("/")[2] in replaced) for each in parts]
     unfinished = tuple(path for path in paths if found[path] is None and PART_NAME.fullmatch(path.rpartition("/")[2]))
     if info is None:
-        info = _group_from_parts(name, [documents[one.path] for one in parts if one.part is not None])
+        info = _group_from_parts(name, [documents[each.path] for each in parts if each.part is not None])
         if info is not None and not choose(info):
             return None
     return FoundGroup(name=name, info=info, fault=fault, parts=tuple(parts), unfinished=unfinished)
@@ -295,7 +295,7 @@ def _root_fault(storage: Storage, groups: Sequence[FoundGroup]) -> Fault | None:
 def _published_root(published: Published, groups: Sequence[FoundGroup]) -> bytes | None:
     """What the root of a published copy must say; None where not all that it names can be read."""
     infos = {group.name: group.info for group in groups if group.info is not None and group.fault is None}
-    parts = {one.path: one.part.info for group in groups for one in group.parts if one.part is not None}
+    parts = {each.path: each.part.info for group in groups for each in group.parts if each.part is not None}
     order = [f"{name}/{key}" for name, keys in published.groups.items() for key in keys]
     if set(infos) != set(published.groups) or set(order) != set(parts):
         return None
