@@ -1,6 +1,6 @@
-"""The default store as a cache: what it holds, and what leaves it.
+"""The default store as a cache: what it holds (``looking``, as records of ``info``), and what is removed from it (``removing``).
 
-Never array data.
+Others import from this face alone. It reads metadata only, never activations.
 """
 
 from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo

@@ -71,7 +71,7 @@ class CacheInfo:
     legacy : tuple of ModelCacheInfo
         lmprobe's own entries beside it, which are read but do not count towards the limit.
     below : tuple of CacheInfo
-        What is read as well and never written, the first named first; it does not count towards the limit either.
+        Stores that are read too but never written, the first named first; it does not count towards the limit either.
     limit_bytes : int, optional
         None where there is no limit; 0 where nothing is to be stored.
     oldest, newest : datetime, optional
@@ -88,7 +88,7 @@ class CacheInfo:
 
     @property
     def total_size_bytes(self) -> int:
-        """Bytes of everything that is this cache's own: neither lmprobe's entries nor what lies below."""
+        """Bytes of everything that is this cache's own: neither lmprobe's entries nor the stores below."""
         return sum(model.size_bytes for model in self.models)
 
     @property
@@ -111,8 +111,8 @@ class CacheInfo:
         if self.oldest is not None and self.newest is not None:
             rows += [("oldest", f"{self.oldest:%Y-%m-%d %H:%M}"), ("newest", f"{self.newest:%Y-%m-%d %H:%M}")]
         rows += [("lmprobe's" if not i else "", str(model)) for i, model in enumerate(self.legacy)]
-        for one in self.below:
-            rows += [("read only", one.url), *(("", str(model)) for model in one.models)]
+        for store in self.below:
+            rows += [("read only", store.url), *(("", str(model)) for model in store.models)]
         return rows
 
     def __str__(self) -> str:
@@ -125,22 +125,22 @@ class CacheInfo:
         sections = [section("Models", _model_table(self.models), opened=True, note=f"({len(self.models)})")]
         if self.legacy:
             sections.append(section("lmprobe's own entries", _model_table(self.legacy), note=f"({len(self.legacy)})"))
-        sections += [section("Read only", _model_table(one.models), note=one.url) for one in self.below]
+        sections += [section("Read only", _model_table(store.models), note=store.url) for store in self.below]
         return str(card("lmprobe_zarr.CacheInfo", self.url, definitions(rows), *sections))
 
 
 def _model_table(models: Sequence[ModelCacheInfo]) -> Html:
     rows = [
         (
-            one.model_name,
-            Html(f'<span style="white-space:nowrap">{format_bytes(one.size_bytes)}</span>'),
-            one.num_prompts,
-            one.num_layers,
-            one.num_parts or "",
-            ", ".join(one.variables),
-            "" if one.newest is None else f"{one.newest:%Y-%m-%d %H:%M}",
+            model.model_name,
+            Html(f'<span style="white-space:nowrap">{format_bytes(model.size_bytes)}</span>'),
+            model.num_prompts,
+            model.num_layers,
+            model.num_parts or "",
+            ", ".join(model.variables),
+            "" if model.newest is None else f"{model.newest:%Y-%m-%d %H:%M}",
         )
-        for one in models
+        for model in models
     ]
     return table(("model", "size", "prompts", "layers", "parts", "variables", "last used"), rows) if rows else Html("none")
 

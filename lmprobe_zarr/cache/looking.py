@@ -1,4 +1,4 @@
-"""The cache as lmprobe's users know it: what is in it, how large it is, what leaves it. Reads metadata only, never activations.
+"""What the cache holds, and how large it is, as users of lmprobe know it. Reads metadata only, never activations.
 
 The cache is the default store (see `lmprobe_zarr.config`) unless a call names another place.
 """
@@ -24,12 +24,9 @@ from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.store import Mode, Place, Store, ambiguous, open_store
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, Provenance
 from lmprobe_zarr.store.parts import View, committed_at, read_values
-from lmprobe_zarr.store.upkeep import Entry
+from lmprobe_zarr.store.upkeep import EvictionEntry
 
 __all__ = ["cache_info", "discover_cached", "list_cached_prompts"]
-
-
-# ------------------------------------------------------------------------------------------------------------ looking in
 
 
 def open_cache(place: Place, mode: Mode) -> Store | None:
@@ -42,13 +39,13 @@ def open_cache(place: Place, mode: Mode) -> Store | None:
         # Nothing has been written yet; there may still be something below to read.
         opened = open_store(place)
         return None if opened.below is None else opened
-    # A backend that is read-only stays so, whatever is wanted of it.
+    # A backend that is read-only stays so, whatever mode is requested.
     return opened if mode == "r" else open_store(place, mode)
 
 
 @dataclass(frozen=True, slots=True)
 class CachedModel:
-    """Which model is meant: its name in a store, and of a folder of this machine its weights too, since many folders share a name."""
+    """The model of a call: its name in a store and, for a local folder, the digest of its weights too, since many folders share a name."""
 
     name: str
     provenance: Provenance
@@ -70,7 +67,7 @@ class CachedModel:
 
 
 def place_name(place: Place) -> str:
-    """How a place is named, whether or not a store lies there."""
+    """The name of a place, whether or not it holds a store."""
     given: Any = config.cache_backend() if place is None else place
     last = given[-1] if isinstance(given, (list, tuple)) else given
     if last is None:
@@ -92,7 +89,7 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     legacy : {"auto", "never"}
-        Whether lmprobe's own entries beside the cache are shown too, apart.
+        Whether lmprobe's own entries beside the cache are listed too, separately.
 
     Returns
     -------
@@ -104,7 +101,7 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     AccessDeniedError, UnreachableError
     """
     old = lmprobe_entries(store, legacy)
-    older = () if old is None else tuple(_describe_legacy(one) for one in old.models() if model in (None, one.name))
+    older = () if old is None else tuple(_describe_legacy(held) for held in old.models() if model in (None, held.name))
     opened = open_cache(store, "r")
     limit = config.cache_limit() if opened is None or opened.is_default else None
     if opened is None:
@@ -115,10 +112,10 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
         url=opened.url,
         models=described,
         legacy=older,
-        below=tuple(CacheInfo(url=one.url, models=_describe_groups(one.own, model)) for one in lower),
+        below=tuple(CacheInfo(url=lower_store.url, models=_describe_groups(lower_store.own, model)) for lower_store in lower),
         limit_bytes=limit,
-        oldest=min((one.oldest for one in described if one.oldest), default=None),
-        newest=max((one.newest for one in described if one.newest), default=None),
+        oldest=min((info.oldest for info in described if info.oldest), default=None),
+        newest=max((info.newest for info in described if info.newest), default=None),
     )
 
 
@@ -147,13 +144,13 @@ def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:
 
 
 def _describe_groups(store: Store, model: str | None) -> tuple[ModelCacheInfo, ...]:
-    """What a store without anything below it holds, of one model or all; the largest first."""
+    """What one root holds, of one model or all; the largest first."""
     groups = list(store.groups(whole=False).values()) if model is None else CachedModel.of(model).groups(store)
     described = [_describe_group(store, info, entries) for info in groups if (entries := store.entries(info))]
-    return tuple(sorted(described, key=lambda one: (-one.size_bytes, one.model_name)))
+    return tuple(sorted(described, key=lambda info: (-info.size_bytes, info.model_name)))
 
 
-def _describe_group(store: Store, info: GroupInfo, entries: list[Entry]) -> ModelCacheInfo:
+def _describe_group(store: Store, info: GroupInfo, entries: list[EvictionEntry]) -> ModelCacheInfo:
     view = store.view(info, whole=False)
     names = {level: tuple(view.variables(level)) for level in LEVELS}
     pooled = [name for name in names["prompts"] if name.endswith(tuple(f"_{pooling}" for pooling in POOLINGS)) and "logits" not in name]
@@ -227,30 +224,30 @@ def discover_cached(
 
 
 def _views_of(model: str, store: Place, provenance: Provenance | None, group: str | None) -> list[View]:
-    """The views of all groups that may be meant."""
+    """The views of all groups that match."""
     opened = open_cache(store, "r")
     if opened is None:
         return []
-    meant = CachedModel.of(model)
-    infos = opened.matching(meant.name, {**meant.provenance, **(provenance or {})}, group, whole=False)
+    requested = CachedModel.of(model)
+    infos = opened.matching(requested.name, {**requested.provenance, **(provenance or {})}, group, whole=False)
     return [opened.view(info, whole=False) for info in infos]
 
 
 def _describe_entry(entry: LegacyEntry) -> CachedPromptInfo:
-    """An entry of lmprobe's in our words."""
+    """Describe an entry of lmprobe's under the store's names."""
     held: dict[str, set[int]] = {}
-    for one in entry.holds:
-        if one.variable != "token_id":
-            held.setdefault(one.variable, set()).update(one.layers or ())
+    for array in entry.holds:
+        if array.variable != "token_id":
+            held.setdefault(array.variable, set()).update(array.layers or ())
     every = {name: sorted(layers) for name, layers in held.items()}
-    widths = [one.row_shape[-1] for one in entry.holds if one.variable.endswith("top_k_values")]
+    widths = [array.row_shape[-1] for array in entry.holds if array.variable.endswith("top_k_values")]
     return CachedPromptInfo(
         **_facts(every), raw_layers=every.get("resid", []), logits_top_k=max(widths, default=None), num_tokens=entry.n_tokens
     )
 
 
 def _facts(every: dict[str, list[int]]) -> dict[str, Any]:
-    """What follows from the names of what is stored of a prompt."""
+    """Fields of a `CachedPromptInfo` that follow from the names of the stored variables."""
     return {
         "pooled": {pooling: every[f"resid_{pooling}"] for pooling in POOLINGS if f"resid_{pooling}" in every},
         "has_perplexity": "perplexity" in every,
@@ -280,7 +277,7 @@ def _describe_prompt(view: View, row: int) -> CachedPromptInfo:
 
 
 def _count_of(view: View, row: int) -> int | None:
-    """Tokens of a prompt: as it was run, else as many as are kept."""
+    """Number of tokens of a prompt: as it was run, else as many as are kept."""
     rows = np.array([row])
     if "prompt_length" in view.columns("prompts"):
         length = int(read_values(view, "prompts", "prompt_length", rows, ())[0])
@@ -295,7 +292,7 @@ def list_cached_prompts(
 ) -> list[CachedPrompt]:
     """The prompts of a model in the cache, each once, in the order of first appearance; the same arguments as `discover_cached`.
 
-    Those of all groups that match; and behind them those that only lmprobe's own entries beside the cache hold.
+    Prompts of all matching groups come first, then those that only lmprobe's own entries beside the cache hold.
 
     Parameters
     ----------
@@ -308,8 +305,8 @@ def list_cached_prompts(
     """
     listed: dict[str, CachedPrompt] = {}
     for view in _views_of(model, store, provenance, group):
-        for one in _list_view(view):
-            listed.setdefault(one.hash, one)
+        for cached in _list_view(view):
+            listed.setdefault(cached.hash, cached)
     old = None if provenance or group else lmprobe_entries(store, legacy)
     for label, text in {}.items() if old is None else old.texts(model).items():
         listed.setdefault(label, CachedPrompt(hash=label, prompt=text, num_tokens=None, cached_at=""))

@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/cache/removing.py."""
+"""Removes from the cache: the least recently used parts beyond a limit, or all. A remote place only where the call names it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from lmprobe_zarr.store.upkeep import EvictPlan, plan_evict, remove_entries
 
 __all__ = ["clear_cache", "evict"]
 
-# Nothing that was committed or used so lately leaves a place that others may be using, in seconds.
+# Seconds for which a part is safe after its commit or last use, in a place that others may be using.
 MIN_AGE: Final = 600.0
-
-
-# ------------------------------------------------------------------------------------------------------------ taking out
 
 
 def _may_remove(place: Place, opened: Store) -> None:
@@ -44,7 +41,7 @@ def _check_age(min_age: float | None, opened: Store) -> float:
 def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | None = None, dry_run: bool = False) -> EvictPlan | None:
     """Remove the least recently used parts until the cache is within its limit.
 
-    A part becomes invisible before its bytes go; views that are open and still need it raise `PartGoneError`.
+    A part becomes invisible before its bytes are removed; open views that still need it raise `PartGoneError`.
 
     Parameters
     ----------
@@ -55,12 +52,12 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     min_age : float, optional
         Seconds for which a part is safe after its commit or last use; by default 0 in the local default root, 600 elsewhere.
     dry_run : bool
-        Only say what would go.
+        Only return the plan.
 
     Returns
     -------
     EvictPlan or None
-        What went; None where there is no limit, no store, or the cache's place is remote.
+        What was removed; None where there is no limit, no store, or the cache's place is remote.
 
     Raises
     ------
@@ -89,7 +86,7 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     began = time.perf_counter()
     age = _check_age(min_age, opened)
     entries = [entry for info in opened.groups(whole=False).values() for entry in opened.entries(info)]
-    # What lies behind a link takes its space elsewhere, and is not ours to remove.
+    # A part behind a link takes its space elsewhere, and is not ours to remove.
     entries = [entry for entry in entries if not opened.storage.leads_out(entry.part.path)]
     plan = plan_evict(entries, limit or 0, min_age=age)
     if dry_run:
@@ -116,7 +113,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     url : path, URL or Store, or a sequence of these, optional
         Another place than the cache; of several the last, the others are only read. A remote place is cleared only when it is named here.
     legacy : bool
-        Whether lmprobe's own entries beside the store go too; otherwise the log says that they remain.
+        Whether lmprobe's own entries beside the store are deleted too; otherwise the log says that they remain.
 
     Returns
     -------
@@ -137,8 +134,8 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
         _may_remove(url, opened)
         for info in opened.groups(whole=False).values() if model is None else CachedModel.of(model).groups(opened):
             entries = opened.entries(info)
-            # The hidden ones first: they must not show again when what replaced them goes.
-            gone = remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.hidden))
+            # Replaced ones first: they must not become visible again when the part that replaced them is removed.
+            gone = remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.replaced))
             for entry in gone:
                 opened.forget(entry.part.path)
             opened.drop_empty_group(info)
@@ -150,7 +147,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
                 f"lmprobe's own entries in {old.storage.url} are remote, and others may use them: delete them there yourself"
             )
         count += old.clear(model)
-    elif old is not None and (left := sum(one.prompts for one in old.models() if model in (None, one.name))):
+    elif old is not None and (left := sum(held.prompts for held in old.models() if model in (None, held.name))):
         log.info("[cache] clear: %d entries of lmprobe's own remain in %s; legacy=True deletes them too", left, old.storage.url)
     log.info("[cache] clear: %d entries deleted in %s", count, place_name(url))
     return count

@@ -17,7 +17,7 @@ import xarray as xr
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import Html, card, definitions, escape, format_bytes, section, table, visible
 from lmprobe_zarr.errors import LmprobeZarrError
-from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, TOKEN_COLUMNS, ArrayInfo, GroupInfo, Level
+from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level
 from lmprobe_zarr.store.parts import Catalog, View, groups_of, open_union, urls_of
 
 __all__ = ["GroupContents", "HeldArray", "StoreContents", "coverage_of", "describe_catalogs", "describe_view"]
@@ -97,7 +97,7 @@ class GroupContents:
     @property
     def own_columns(self) -> tuple[str, ...]:
         """Names of the user's own columns."""
-        return tuple(column.name for column in self.columns if column.name not in (*PROMPT_COLUMNS, *TOKEN_COLUMNS))
+        return tuple(column.name for column in self.columns if column.name not in FORMAT_COLUMNS)
 
     @property
     def described_layers(self) -> str:

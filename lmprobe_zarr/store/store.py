@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, Final
 
 import xarray as xr
@@ -40,7 +39,7 @@ from lmprobe_zarr.store.roots import open_root, options_for
 from lmprobe_zarr.store.upkeep import (
     CompactPlan,
     CopySummary,
-    Entry,
+    EvictionEntry,
     GcSummary,
     PublishSummary,
     RepairSummary,
@@ -407,7 +406,7 @@ class Store:
         """
         mark_used(self.catalog, parts)
 
-    def entries(self, info: GroupInfo) -> list[Entry]:
+    def entries(self, info: GroupInfo) -> list[EvictionEntry]:
         """All parts and annotations of a group in this store's own root, with their sizes and last use.
 
         Reads metadata only. The number of requests grows with that of the parts.
@@ -419,7 +418,7 @@ class Store:
 
         Returns
         -------
-        list of Entry
+        list of EvictionEntry
         """
         return list_entries(self.catalog, info)
 
@@ -574,14 +573,9 @@ class Store:
         self.check_writable()
         if info.name in self.groups(whole=False):
             self.view(info, whole=False).find(batch.sha256)
-        writer = self.new_part(info, kind=kind, compressed=compressed)
-        try:
+        with self.new_part(info, kind=kind, compressed=compressed) as writer:
             writer.append(batch)
             return writer.commit().name
-        except BaseException:
-            with suppress(OSError):  # what cannot be removed is garbage, and the first failure is the one to tell
-                writer.abort()
-            raise
 
     def annotate(
         self,

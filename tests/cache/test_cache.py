@@ -29,7 +29,7 @@ from lmprobe_zarr.store.format.names import STAMPS
 from lmprobe_zarr.store.format.part import PartInfo
 from lmprobe_zarr.store.parts.part import Part
 from lmprobe_zarr.store.store import Store
-from lmprobe_zarr.store.upkeep.evict import Entry, plan_evict
+from lmprobe_zarr.store.upkeep.evict import EvictionEntry, plan_evict
 
 OTHER = GroupInfo(model="acme/other", num_layers=4, hidden_size=8)
 
@@ -168,8 +168,8 @@ def test_everything_beside_activations_is_told_too(cache: Store) -> None:
 
 def test_prompts_are_listed_with_texts_counts_and_dates(cache: Store) -> None:
     cache.write(GROUP, make_batch(["a", "bbb"]))
-    hidden = make_batch(["secret"], tokens=False)
-    cache.write(GROUP, TokenBatch(sha256=hidden.sha256, layers=hidden.layers, prompts=hidden.prompts))
+    secret = make_batch(["secret"], tokens=False)
+    cache.write(GROUP, TokenBatch(sha256=secret.sha256, layers=secret.layers, prompts=secret.prompts))
     listed = lz.list_cached_prompts("acme/toy")
     assert [(one.prompt, one.num_tokens) for one in listed] == [("a", 2), ("bbb", 4), (None, None)]
     assert listed[2].hash == lz.prompt_hash("secret")
@@ -212,8 +212,8 @@ def test_five_thousand_entries_are_counted_at_once(cache: Store) -> None:
 # ------------------------------------------------------------------------------------------------------------------ eviction
 
 
-def entries() -> st.SearchStrategy[list[Entry]]:
-    def build(rows: list[tuple[int, float, float, bool, int]]) -> list[Entry]:
+def entries() -> st.SearchStrategy[list[EvictionEntry]]:
+    def build(rows: list[tuple[int, float, float, bool, int]]) -> list[EvictionEntry]:
         made = []
         for i, (nbytes, committed, used, note, replaced) in enumerate(rows):
             replaces = (f"{replaced:03}",) if not note and replaced < i else ()
@@ -222,11 +222,13 @@ def entries() -> st.SearchStrategy[list[Entry]]:
                 replaces=replaces,
             )  # fmt: skip
             made.append(
-                Entry(part=Part(LocalStorage("/nowhere"), f"g/{i:03}", info), group="g", nbytes=nbytes, committed=committed, used=used)
+                EvictionEntry(
+                    part=Part(LocalStorage("/nowhere"), f"g/{i:03}", info), group="g", nbytes=nbytes, committed=committed, used=used
+                )
             )
-        hidden = {name for entry in made for name in entry.part.info.replaces}
+        old = {name for entry in made for name in entry.part.info.replaces}
         return [
-            Entry(part=e.part, group=e.group, nbytes=e.nbytes, committed=e.committed, used=e.used, hidden=e.part.info.name in hidden)
+            EvictionEntry(part=e.part, group=e.group, nbytes=e.nbytes, committed=e.committed, used=e.used, replaced=e.part.info.name in old)
             for e in made
         ]
 
@@ -235,7 +237,7 @@ def entries() -> st.SearchStrategy[list[Entry]]:
 
 
 @given(entries(), st.integers(0, 600), st.floats(0, 800))
-def test_the_plan_takes_the_least_recently_used_and_no_more_than_needed(held: list[Entry], limit: int, min_age: float) -> None:
+def test_the_plan_takes_the_least_recently_used_and_no_more_than_needed(held: list[EvictionEntry], limit: int, min_age: float) -> None:
     plan = plan_evict(held, limit, min_age=min_age, now=1000.0)
     gone = {entry.part.path for entry in plan.entries}
     kept = [entry for entry in held if entry.part.path not in gone]
@@ -248,15 +250,15 @@ def test_the_plan_takes_the_least_recently_used_and_no_more_than_needed(held: li
     if parts:
         before_last = plan.kept + parts[-1].nbytes + sum(e.nbytes for e in plan.entries if e.is_annotation)
         assert before_last > limit, "the last one was needed"
-    shown_gone = [entry.touched for entry in parts if not entry.hidden]
+    visible_gone = [entry.touched for entry in parts if not entry.replaced]
     still_movable = [
-        e for e in kept if not e.is_annotation and not e.hidden and 1000.0 - e.touched >= min_age and not e.part.info.replaces
+        e for e in kept if not e.is_annotation and not e.replaced and 1000.0 - e.touched >= min_age and not e.part.info.replaces
     ]  # fmt: skip
-    if shown_gone and still_movable:
-        assert max(shown_gone) <= min(entry.touched for entry in still_movable)
+    if visible_gone and still_movable:
+        assert max(visible_gone) <= min(entry.touched for entry in still_movable)
     names = {entry.part.info.name for entry in kept}
     for entry in plan.entries:
-        assert not names.intersection(entry.part.info.replaces) or entry.is_annotation, "what it replaced would show again"
+        assert not names.intersection(entry.part.info.replaces) or entry.is_annotation, "what it replaced would become visible again"
     notes_gone = [entry for entry in plan.entries if entry.is_annotation]
     if any(not entry.is_annotation for entry in kept):
         assert not notes_gone, "labels stay while there is a part they belong to"
@@ -269,7 +271,7 @@ def test_the_least_recently_used_parts_go_first(cache: Store) -> None:
     # A commit counts as a use, so all three would count as used now.
     size = lz.cache_info().total_size_bytes
     aged = cache.entries(GROUP)
-    plan = plan_evict([Entry(part=e.part, group=e.group, nbytes=e.nbytes, committed=0, used=e.used) for e in aged], size - 1)
+    plan = plan_evict([EvictionEntry(part=e.part, group=e.group, nbytes=e.nbytes, committed=0, used=e.used) for e in aged], size - 1)
     assert [entry.part.info.name for entry in plan.entries] == [names[1]]
 
 

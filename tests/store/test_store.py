@@ -507,7 +507,7 @@ def test_columns_of_one_part_keep_their_kind(store: Store) -> None:
         writer.append(make_batch(["b"], columns={"label": ["one"]}))
 
 
-def test_a_part_that_replaces_others_hides_them(store: Store) -> None:
+def test_a_part_that_replaces_others_takes_their_place(store: Store) -> None:
     first = store.write(GROUP, make_batch(["a", "b"], seed=1))
     second = store.write(GROUP, make_batch(["c"], seed=2))
     merged = make_batch(["a", "b", "c"], seed=9)

@@ -191,7 +191,7 @@ def check_merged(base: Path) -> None:
     store.gc(max_age=0)
     store.compact(progress=False)
     left = store.listing(GROUP)
-    assert [len([p for p in parts if p.info.name not in left.hidden]) for parts in (left.parts, left.annotations)] == [1, 1]
+    assert [len([p for p in parts if p.info.name not in left.replaced]) for parts in (left.parts, left.annotations)] == [1, 1]
     check_identical(base)
 
 
@@ -204,7 +204,7 @@ def check_collected(base: Path) -> None:
 
 
 def check_empty(base: Path) -> None:
-    """Nothing is left that would show again with the next part."""
+    """Nothing is left that would become visible again with the next part."""
     store = lz.open_store(base / "s")
     assert not store.listing(GROUP).parts
     assert not store.listing(GROUP).annotations

@@ -33,7 +33,7 @@ class Listing:
     names: frozenset[str]
 
     @property
-    def hidden(self) -> frozenset[str]:
+    def replaced(self) -> frozenset[str]:
         """Names that some committed part replaces."""
         return frozenset(name for part in (*self.parts, *self.annotations) for name in part.info.replaces)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.store.format import LEVELS, ArrayInfo, Level
+from lmprobe_zarr.store.format import LEVELS, MADE_BY_WRITER, ArrayInfo, Level
 from lmprobe_zarr.store.parts.view import View
 from lmprobe_zarr.typing import Array, Ints
 
@@ -72,7 +72,8 @@ def read_batches(
         kept = ()
     counts = view.token_counts()[rows]
     weights = _row_bytes(found["prompts"], len(kept)) + counts * _row_bytes(found["tokens"], len(kept))
-    columns = {level: [n for n in view.columns(level) if n not in _MADE and f"{level}/{n}" not in without] for level in LEVELS}
+    left_out_columns = MADE_BY_WRITER.union(without)
+    columns = {level: [n for n in view.columns(level) if f"{level}/{n}" not in left_out_columns] for level in LEVELS}
     unlayered = frozenset(name for variables in found.values() for name, info in variables.items() if not info.layered)
     dtypes = {n: str(i.attributes["stored_dtype"]) for v in found.values() for n, i in v.items() if "stored_dtype" in i.attributes}
     has_tokens = any(part.info.n_tokens is not None for part in view.parts)
@@ -93,10 +94,6 @@ def read_batches(
             unlayered=unlayered,
             stored_dtype=dtypes,
         )
-
-
-# The writer makes these itself.
-_MADE: Final = ("prompt", "prompt_sha256", "n_tokens", "prompt_row", "layer")
 
 
 def _row_bytes(variables: dict[str, ArrayInfo], layers: int) -> int:

@@ -33,7 +33,7 @@ class View:
     group : GroupInfo
         Whose parts these are.
     parts, annotations : tuple of Part
-        In their order, hidden ones left out.
+        In their order, replaced ones left out.
     digests : ndarray of uint8, shape (prompt, 32)
         sha256 of every prompt, in the order of first appearance.
     members : tuple of ndarray of int64
@@ -265,10 +265,10 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
     PromptCollisionError
         Two different prompts of the group share a hash.
     """
-    # A root hides only parts of its own: what another one copied from it, and has replaced since, still lies here.
-    hidden = {(part.rank, name) for part in (*parts, *annotations) for name in part.info.replaces}
-    shown = tuple(part for part in parts if part.order not in hidden)
-    noted = tuple(part for part in annotations if part.order not in hidden)
+    # A root replaces only its own parts: what another root copied from it, and has replaced since, is still stored here.
+    replaced = {(part.rank, name) for part in (*parts, *annotations) for name in part.info.replaces}
+    shown = tuple(part for part in parts if part.order not in replaced)
+    noted = tuple(part for part in annotations if part.order not in replaced)
     # Parts and annotations in their order decide together which column is the last; see `View.source`.
     every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
     codes, first = _first_appearance(keys_of(every))

@@ -1,4 +1,8 @@
-"""Upkeep, one verb a file: verify, repair, compact, copy, drop, delete, evict, gc, publish.
+"""Upkeep of a store, one verb per file: verify, repair, compact, copy, drop, delete, evict, gc, publish.
+
+Each decides on records first (a plan), carries the plan out, and returns a summary. Records of `verify` and `repair` are in ``problems``
+and ``losses``; ``rewrite`` writes parts again, ``removal`` removes them, and ``last_use`` notes that they are used. Modules that others
+may import from: none, this face has everything.
 
 Never arithmetic on activations.
 """
@@ -7,7 +11,7 @@ from lmprobe_zarr.store.upkeep.compact import CompactPlan, check_min_parts, comp
 from lmprobe_zarr.store.upkeep.copy import CopySummary, check_copy, copy_selections
 from lmprobe_zarr.store.upkeep.delete import delete_from
 from lmprobe_zarr.store.upkeep.drop import drop_from
-from lmprobe_zarr.store.upkeep.evict import Entry, EvictPlan, list_entries, plan_evict, remove_entries
+from lmprobe_zarr.store.upkeep.evict import EvictionEntry, EvictPlan, list_entries, plan_evict, remove_entries
 from lmprobe_zarr.store.upkeep.gc import GcSummary, collect_garbage
 from lmprobe_zarr.store.upkeep.last_use import mark_used
 from lmprobe_zarr.store.upkeep.losses import RepairSummary
@@ -19,8 +23,8 @@ from lmprobe_zarr.store.upkeep.verify import StoreScan, scan_store, verify_scans
 __all__ = [
     "CompactPlan",
     "CopySummary",
-    "Entry",
     "EvictPlan",
+    "EvictionEntry",
     "GcSummary",
     "PublishSummary",
     "RepairSummary",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import format_bytes
-from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, GroupInfo
+from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, GroupInfo
 from lmprobe_zarr.store.parts import View
 
 __all__ = ["CardGroup", "write_card"]
@@ -26,7 +26,7 @@ class CardGroup:
     variables : tuple of (str, str, str)
         Name, level and stored dtype.
     columns : tuple of str
-        The user's own.
+        The user's own columns.
     part : str
         Key of one of its parts, for an example.
     """
@@ -42,7 +42,7 @@ class CardGroup:
 
     @classmethod
     def of(cls, view: View, nbytes: int) -> CardGroup:
-        """What a view shows."""
+        """The record of a view."""
         held = [(n, level, str(a.attributes.get("stored_dtype", a.dtype))) for level in LEVELS for n, a in view.variables(level).items()]
         return cls(
             group=view.group,
@@ -51,7 +51,7 @@ class CardGroup:
             nbytes=nbytes,
             layers=view.all_layers(),
             variables=tuple(held),
-            columns=tuple(name for name in view.columns("prompts") if name not in PROMPT_COLUMNS),
+            columns=tuple(name for name in view.columns("prompts") if name not in FORMAT_COLUMNS),
             part=view.parts[0].path,
         )
 
@@ -63,11 +63,11 @@ def write_card(groups: Sequence[CardGroup], url: str, *, text: bool) -> str:
     ----------
     groups : sequence of CardGroup
     url : str
-        Where the copy lies.
+        The place of the copy.
     text : bool
         Whether the prompts' texts are in it.
     """
-    models = list(dict.fromkeys(one.group.model for one in groups))
+    models = list(dict.fromkeys(group.group.model for group in groups))
     lines = [
         f"# Activations of {', '.join(models)}",
         "",
@@ -77,8 +77,8 @@ def write_card(groups: Sequence[CardGroup], url: str, *, text: bool) -> str:
         + ("Prompts are there with their texts." if text else "Prompts are there by the sha256 of their texts only."),
         "",
     ]
-    for one in groups:
-        lines += _group_lines(one)
+    for group in groups:
+        lines += _group_lines(group)
     first = groups[0]
     level = first.variables[0][1] if first.variables else "prompts"
     lines += [
@@ -103,18 +103,18 @@ def write_card(groups: Sequence[CardGroup], url: str, *, text: bool) -> str:
     return "\n".join(lines)
 
 
-def _group_lines(one: CardGroup) -> list[str]:
+def _group_lines(group: CardGroup) -> list[str]:
     rows = [
-        ("prompts", str(one.prompts)),
-        ("tokens", str(one.tokens)),
-        ("layers", describe_layers(one.layers) if one.layers else "none"),
-        ("size", format_bytes(one.nbytes)),
-        ("columns", ", ".join(one.columns) or "none"),
-        ("hidden size", str(one.group.hidden_size or "unknown")),
-        *((f"provenance: {name}", str(value)) for name, value in one.group.provenance.items()),
+        ("prompts", str(group.prompts)),
+        ("tokens", str(group.tokens)),
+        ("layers", describe_layers(group.layers) if group.layers else "none"),
+        ("size", format_bytes(group.nbytes)),
+        ("columns", ", ".join(group.columns) or "none"),
+        ("hidden size", str(group.group.hidden_size or "unknown")),
+        *((f"provenance: {name}", str(value)) for name, value in group.group.provenance.items()),
     ]
     return [
-        f"## {one.group.model}",
+        f"## {group.group.model}",
         "",
         "| | |",
         "|---|---|",
@@ -122,7 +122,7 @@ def _group_lines(one: CardGroup) -> list[str]:
         "",
         "| variable | one row per | dtype |",
         "|---|---|---|",
-        *(f"| `{name}` | {level.removesuffix('s')} | {dtype} |" for name, level, dtype in one.variables),
+        *(f"| `{name}` | {level.removesuffix('s')} | {dtype} |" for name, level, dtype in group.variables),
         "",
     ]
 

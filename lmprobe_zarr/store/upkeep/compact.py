@@ -1,7 +1,7 @@
-"""Many small parts as few large ones, with exactly the same view. Decides on records first, then writes; deletes nothing.
+"""Merges many small parts into few large ones, with exactly the same view. Plans on records first, then writes; deletes nothing.
 
-A view is decided by the order of its parts and annotations. A merged part stands at the place of the last of those that it replaces, so
-merging moves the others behind whatever lies in between. That is done only where it provably changes nothing; see `plan_runs`.
+A view is decided by the order of its parts and annotations. A merged part sorts at the place of the last part that it replaces, so
+merging moves the other parts behind everything in between. That is done only where it provably changes nothing; see `plan_runs`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo, replacement_name
+from lmprobe_zarr.store.format import MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, committed_at, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.typing import Mask
@@ -33,7 +33,6 @@ logger = logging.getLogger(LOGGER_NAME)
 
 # Texts and columns wait in memory for their part's commit. A run that would hold more is halved.
 COLUMN_BYTES: Final = 2**28
-MADE: Final = frozenset({"prompts/prompt", "prompts/prompt_sha256", "prompts/n_tokens", "prompts/layer"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class MergeRun:
     nbytes: int
 
     def halves(self) -> list[MergeRun]:
-        """The same as two runs, those of one part left out."""
+        """The same as two runs; a half of a single part is left out."""
         middle = len(self.parts) // 2
         pieces = [self.parts[:middle], self.parts[middle:]]
         return [MergeRun(group=self.group, parts=p, nbytes=sum(map(part_nbytes, p))) for p in pieces if len(p) > 1]
@@ -70,9 +69,9 @@ class CompactPlan:
     url : str
         The store.
     parts : int
-        Parts and annotations that are shown before.
+        Visible parts and annotations before.
     runs : tuple of MergeRun
-        What becomes one each.
+        Each becomes one part.
     left : tuple of MergeRun
         Runs that were planned and left as they are, because somebody else changed them meanwhile.
     """
@@ -84,7 +83,7 @@ class CompactPlan:
 
     @property
     def parts_after(self) -> int:
-        """Parts and annotations that are shown afterwards."""
+        """Visible parts and annotations afterwards."""
         return self.parts - sum(len(run.parts) - 1 for run in self.runs)
 
     @property
@@ -133,9 +132,9 @@ def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts:
     min_parts : int
         Shorter runs stay as they are.
     """
-    hidden = listing.hidden
-    parts = [part for part in listing.parts if part.info.name not in hidden]
-    notes = [part for part in listing.annotations if part.info.name not in hidden]
+    replaced = listing.replaced
+    parts = [part for part in listing.parts if part.info.name not in replaced]
+    notes = [part for part in listing.annotations if part.info.name not in replaced]
     timeline = _Timeline(parts, notes)
     found = [*_part_runs(timeline, parts, notes, listing.unfinished, part_bytes), *_note_runs(timeline, parts, notes, listing.unfinished)]
     runs = [MergeRun(group=group.name, parts=tuple(run), nbytes=sum(map(part_nbytes, run))) for run in found]
@@ -159,7 +158,7 @@ class _Timeline:
 
 
 def _columns(part: Part) -> frozenset[str]:
-    return frozenset(key for key, a in part.info.arrays.items() if len(a.dims) == 1 and key.startswith("prompts/")) - MADE
+    return frozenset(key for key, a in part.info.arrays.items() if len(a.dims) == 1 and key.startswith("prompts/")) - MADE_BY_WRITER
 
 
 def _part_runs(
@@ -220,7 +219,7 @@ def _note_runs(timeline: _Timeline, parts: Sequence[Part], notes: Sequence[Part]
 
 
 def agreed(infos: Sequence[PartInfo]) -> dict[str, Any]:
-    """What was noted alike in all of some parts, and when the last of them was written."""
+    """What is recorded alike in all of these parts, and when the last of them was written."""
     first = infos[0].recorded
     same = {name: value for name, value in first.items() if all(info.recorded.get(name) == value for info in infos)}
     last = max(infos, key=committed_at).recorded
@@ -230,20 +229,20 @@ def agreed(infos: Sequence[PartInfo]) -> dict[str, Any]:
 def merge_run(
     storage: Storage, group: GroupInfo, run: MergeRun, look: Callable[[], Listing], *, durable: bool, known: set[str]
 ) -> tuple[list[MergeRun], list[MergeRun]]:
-    """Write a run as one part and hide what it stands for; returns what was merged, and what was left.
+    """Write a run as one part that replaces it; returns what was merged, and what was left.
 
-    It is left where somebody else has replaced or removed one of its parts meanwhile, or has begun one whose name lies within it. That is
-    looked for right before the commit and right after it; the second time the commit is taken back.
+    A run is left as it is where somebody else has meanwhile replaced or removed one of its parts, or begun a part whose name sorts within
+    it. That is checked right before the commit and right after it; after it, the commit is undone.
 
     Parameters
     ----------
     storage, group, run
     look : callable
-        Gives what lies in the group's folder now.
+        Lists the parts of the group now.
     durable : bool
         Flush what is written before it is committed.
     known : set of str
-        All names that lay in the group's folder when the run was planned; that of the new part is added.
+        All names in the group's folder when the run was planned; that of the new part is added.
     """
     infos = [part.info for part in run.parts]
     there = look().names
@@ -253,31 +252,26 @@ def merge_run(
         group,
         replacement_name(infos[-1].name),
         kind=infos[0].kind,
-        compressed=any(array.shuffle is not None for array in infos[0].arrays.values()),
+        compressed=infos[0].compressed,
         durable=durable,
         replaces=tuple(dict.fromkeys([*(info.name for info in infos), *replaced])),
         recorded=agreed(infos),
     )
     known.add(writer.name)
-    try:
+    info, too_large = None, False
+    with suppress(PartGoneError), writer:
         view = open_view(storage, group, run.parts, [])
         for batch in read_batches(view, np.arange(len(view))):
             writer.append(batch)
-            if writer.held_nbytes > COLUMN_BYTES:
-                writer.abort()
-                results = [merge_run(storage, group, half, look, durable=durable, known=known) for half in run.halves()]
-                return [one for done, _ in results for one in done], [one for _, left in results for one in left]
-        if not _unchanged(storage, run, look(), known):
-            writer.abort()
-            return [], [run]
-        info = writer.commit()
-    except PartGoneError:
-        writer.abort()
+            if too_large := writer.held_nbytes > COLUMN_BYTES:
+                break
+        if not too_large and _unchanged(storage, run, look(), known):
+            info = writer.commit()
+    if too_large:
+        results = [merge_run(storage, group, half, look, durable=durable, known=known) for half in run.halves()]
+        return [merged for done, _ in results for merged in done], [half for _, left in results for half in left]
+    if info is None:
         return [], [run]
-    except BaseException:
-        with suppress(OSError):
-            writer.abort()
-        raise
     if not _unchanged(storage, run, look(), known | {info.name}, besides=info.name):
         remove_part(storage, Part(storage, writer.path, info))
         return [], [run]
@@ -287,7 +281,7 @@ def merge_run(
 
 
 def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str], besides: str = "") -> bool:
-    """Whether all of a run is still there and shown, and nothing new has a name within it."""
+    """Whether all parts of a run are still there and visible, and no new name sorts within it."""
     mine = {part.info.name for part in run.parts}
     low, high = run.parts[0].info.name, run.parts[-1].info.name
     if any(low < name < high for name in listing.names - known):
@@ -305,14 +299,14 @@ def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str
 
 
 def _carry_stamp(storage: Storage, run: MergeRun, info: PartInfo) -> None:
-    """What was in use stays so for eviction; best effort."""
+    """Where a part of the run had been marked as used, mark the merged part too; best effort."""
     with suppress(OSError):
         if {part.info.name for part in run.parts} & set(storage.list(f"{run.group}/{STAMPS}")):
             storage.touch(f"{run.group}/{STAMPS}/{info.name}")
 
 
 def check_min_parts(min_parts: int) -> None:
-    """Raise where `min_parts` is no number of parts that can be merged."""
+    """Raise where `min_parts` is not a number of parts that can be merged."""
     if isinstance(min_parts, bool) or not isinstance(min_parts, int) or min_parts < 2:
         raise InvalidArgumentError(f"min_parts={min_parts!r} is no number of parts to merge: give at least 2")
 
@@ -334,7 +328,7 @@ def compact_groups(
     """
     found = [(info, catalog.listing(info)) for info in groups]
     planned = [(info, listing, plan_runs(info, listing, part_bytes=part_bytes, min_parts=min_parts)) for info, listing in found]
-    visible = sum(part.info.name not in listing.hidden for _, listing in found for part in (*listing.parts, *listing.annotations))
+    visible = sum(part.info.name not in listing.replaced for _, listing in found for part in (*listing.parts, *listing.annotations))
     runs = tuple(run for _, _, runs in planned for run in runs)
     if dry_run:
         return CompactPlan(url=catalog.url, parts=visible, runs=runs)

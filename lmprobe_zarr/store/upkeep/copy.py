@@ -1,9 +1,8 @@
-"""Parts pushed into another store as they are: only what it lacks. Reads both, writes the target, deletes nothing."""
+"""Parts copied into another store: only what it lacks. Reads both stores, writes to the target, deletes nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,8 +16,9 @@ from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, is_intact, is_variable
-from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, open_view, part_nbytes, read_batches, write_group
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, open_view, part_nbytes, write_group
 from lmprobe_zarr.store.upkeep.publish import Selection, total_nbytes
+from lmprobe_zarr.store.upkeep.rewrite import write_rows
 from lmprobe_zarr.typing import Ints, Mask
 
 __all__ = ["CopySummary", "check_copy", "copy_group", "copy_selections"]
@@ -85,16 +85,16 @@ def copy_group(
 ) -> CopySummary:
     """Copy what the target lacks of a group.
 
-    A part of which the target has nothing goes over byte by byte under its own name, so it keeps its rank. Of others, what is missing is
-    written anew: whole prompts with their columns, or of prompts that are there only the variables and layers that are not. What this
-    source copied before is known by name, so a copy that was interrupted goes on.
+    A part of which the target has nothing is copied byte by byte under its own name, so it keeps its rank. Of other parts, only what is
+    missing is written, as new parts: whole prompts with their columns, or the missing variables and layers of prompts that are there.
+    Parts that were copied before are recognised by name, so an interrupted copy continues where it stopped.
 
     Parameters
     ----------
     source, target : Storage
     group : GroupInfo
     here, there : Listing
-        What lies in the group's folder in both.
+        The parts of the group in both.
     keys : ndarray of uint64, optional
         Only these prompts.
     begin : callable
@@ -102,12 +102,12 @@ def copy_group(
     durable : bool
         Flush every file.
     advance : callable
-        Told how many bytes have been dealt with, uncompressed.
+        Called with the number of bytes that were dealt with, uncompressed.
     """
     view = open_view(source, group, here.parts, here.annotations)
     mine = {part.info.name for part in view.parts}
     held = {part.info.name for part in (*there.parts, *there.annotations)}
-    others = open_view(target, group, [part for part in there.parts if part.info.name not in mine - there.hidden], [])
+    others = open_view(target, group, [part for part in there.parts if part.info.name not in mine - there.replaced], [])
     known = np.concatenate([keys_of(others.digests), *(keys_of(part.info.digests) for part in view.parts if part.info.name in held)])
     total = CopySummary(url=target.url)
     later: list[Part] = []
@@ -160,17 +160,17 @@ def _lacking(others: View, part: Part) -> dict[str, Mask]:
 
 
 def _wins(view: View, part: Part, level: Level, name: str, layers: tuple[int, ...]) -> Mask:
-    """Where a part is the one whose values a view shows, shape as in `_lacking`."""
-    member = view.members[[one.path for one in view.parts].index(part.path)]
+    """Where the view takes its values from this part; shapes as in `_lacking`."""
+    member = view.members[[other.path for other in view.parts].index(part.path)]
     array = view.source(level, name, member, layers)
-    place = [one.path.removesuffix(f"/{level}/{name}") for one in array.arrays].index(part.path)
+    place = [stored.path.removesuffix(f"/{level}/{name}") for stored in array.arrays].index(part.path)
     return np.asarray((array.source == place)[array.classes] if layers else array.source[:1] == place, bool)
 
 
 def _write_missing(
     source: Storage, target: Storage, group: GroupInfo, view: View, others: View, part: Part, keys: Keys | None, known: Keys, begin: Begin
 ) -> CopySummary:
-    """Write what is missing of a part, together what lacks the same."""
+    """Write what is missing of a part: prompts that lack the same become one new part."""
     own = keys_of(part.info.digests)
     wanted = np.ones(len(own), bool) if keys is None else np.isin(own, keys)
     lacking = _lacking(others, part)
@@ -192,7 +192,7 @@ def _write_missing(
         new = bool(kind[0])
         if not len(rows) or not kind.any():
             continue
-        # Variables that lack the same layers go together.
+        # Variables that lack the same layers are written together.
         sets: dict[tuple[int, ...] | None, list[str]] = {}
         for name, missing in zip(names, cube, strict=True):
             layered = part.info.arrays[name].layered
@@ -214,26 +214,20 @@ def _rewrite(
     group: GroupInfo,
     part: Part,
     rows: Ints,
-    without: Sequence[str] | set[str],
+    without: Collection[str],
     layers: tuple[int, ...] | None,
     begin: Begin,
 ) -> None:
-    compressed = any(array.shuffle is not None for array in part.info.arrays.values())
-    writer = begin(group, kind=part.info.kind, compressed=compressed, recorded={**part.info.recorded, _MARK: part.info.name})
-    try:
-        for batch in read_batches(open_view(source, group, [part], []), rows, without=without, layers=layers):
-            writer.append(batch)
-        writer.commit()
-    except BaseException:
-        with suppress(OSError):
-            writer.abort()
-        raise
+    recorded = {**part.info.recorded, _MARK: part.info.name}
+    writer = begin(group, kind=part.info.kind, compressed=part.info.compressed, recorded=recorded)
+    write_rows(writer, source, part, rows, without=without, layers=layers)
 
 
 def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *, durable: bool) -> None:
     """All files of a part, checked against its table on the way; its commit last.
 
-    Another process may be copying the same part, and may have committed it before this one is through: so each file takes its place whole.
+    Another process may be copying the same part, and may have committed it before this one is through. So each file is written whole or not
+    at all.
     """
     write_group(target, group, durable=durable)
     if target.is_file(f"{part.path}/zarr.json"):

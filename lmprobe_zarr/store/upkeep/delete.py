@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/upkeep/delete.py."""
+"""Prompts deleted: every part that holds one is written again without it, or removed whole."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["delete_from", "delete_prompts"]
 def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], digests: Iterable[str], *, durable: bool) -> int:
     """Take prompts out of every part and annotation of a group, physically; returns how many parts held any.
 
-    A part that holds others too is written again without them, under the same rules as ever; the old one is hidden by that commit, and
-    then its bytes go. Stopped half-way, a second call completes it.
+    A part that holds other prompts too is written again without the deleted ones. Its commit replaces the old part, whose bytes are removed
+    afterwards. If this is interrupted, a second call completes it.
 
     Parameters
     ----------
     storage : Storage
     group : GroupInfo
     parts : sequence of Part
-        All parts and annotations of the group, hidden ones too.
+        All parts and annotations of the group, replaced ones too.
     digests : iterable of str
         Whole digests of the prompts.
     durable : bool
@@ -38,16 +38,16 @@ def delete_prompts(storage: Storage, group: GroupInfo, parts: Sequence[Part], di
     """
     # By their hashes, which no two prompts of a group share: a part may know no more of a prompt than that.
     unwanted = {bytes.fromhex(digest[:HASH_DIGITS]) for digest in digests}
-    hidden = {name for part in parts for name in part.info.replaces}
+    replaced = {name for part in parts for name in part.info.replaces}
     concerned = 0
     check_removable(storage, [p for p in parts if any(row[: HASH_DIGITS // 2].tobytes() in unwanted for row in p.info.digests)])
-    # What is hidden goes whole, and first: it must not show again when the part that hides it goes.
-    for part in sorted(parts, key=lambda p: p.info.name not in hidden):
+    # Replaced parts are removed whole, and first: they must not become visible again when the part that replaces them is removed.
+    for part in sorted(parts, key=lambda p: p.info.name not in replaced):
         keep = np.array([row[: HASH_DIGITS // 2].tobytes() not in unwanted for row in part.info.digests])
         if keep.all():
             continue
         concerned += 1
-        if part.info.name in hidden:
+        if part.info.name in replaced:
             remove_part(storage, part)
             continue
         if keep.any():
@@ -107,5 +107,5 @@ def delete_from(catalog: Catalog, group: GroupInfo, prompts: Iterable[Any], *, b
 
 
 def _all_parts(catalog: Catalog, group: GroupInfo) -> list[Part]:
-    """Parts and annotations of a group, replaced ones too. Always lists both folders, so that nothing new is overlooked."""
+    """Parts and annotations of a group, replaced ones too. Always lists both folders, so that no new part is missed."""
     return [*catalog.list_parts(group.name), *catalog.list_parts(f"{group.name}/{ANNOTATIONS}")]

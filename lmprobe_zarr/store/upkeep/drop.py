@@ -1,4 +1,4 @@
-"""Variables that are given up: every part that holds them is written again without them. Everything else stays as it is shown."""
+"""Drops variables: every part that holds them is written again without them. Everything else looks as before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from lmprobe_zarr.batch import LayerSpec, choose_layers
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, GroupInfo, PartInfo, is_variable
+from lmprobe_zarr.store.format import LEVELS, GroupInfo
 from lmprobe_zarr.store.parts import Catalog, Listing, Part
 from lmprobe_zarr.store.upkeep.removal import check_removable, remove_part
 from lmprobe_zarr.store.upkeep.rewrite import write_again
@@ -20,7 +20,7 @@ __all__ = ["drop_from", "drop_variables"]
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """What becomes of a part: `dropped` are variables that go from it, of all its layers but `kept`."""
+    """What becomes of a part: variables `dropped` are removed from it, in all its layers but `kept`."""
 
     part: Part
     dropped: frozenset[str]
@@ -28,22 +28,12 @@ class _Change:
 
     @property
     def others(self) -> frozenset[str]:
-        return frozenset(_variables(self.part.info)) - self.dropped
-
-
-def _variables(info: PartInfo) -> list[str]:
-    return [f"{level}/{name}" for level in LEVELS for name, array in info.variables(level).items() if is_variable(name, array)]
-
-
-def _columns(info: PartInfo) -> list[str]:
-    """The user's own."""
-    own = (name for name, array in info.variables("prompts").items() if not is_variable(name, array))
-    return [f"prompts/{name}" for name in own if name not in (*PROMPT_COLUMNS, "layer")]
+        return frozenset(self.part.info.activations) - self.dropped
 
 
 def _change(part: Part, names: Collection[str], layers: Collection[int] | None) -> _Change | None:
     info = part.info
-    held = [key for key in _variables(info) if key.partition("/")[2] in names]
+    held = [key for key in info.activations if key.partition("/")[2] in names]
     if layers is not None:
         held = [key for key in held if info.arrays[key].layered] if set(layers) & set(info.layers) else []
     if not held:
@@ -56,9 +46,9 @@ def drop_variables(
 ) -> int:
     """Take variables out of every part of a group, physically; returns how many parts held any.
 
-    A part that is left without activations and without a column of the user's goes altogether where all of its prompts are in no part that
-    stays; elsewhere it goes on to hold its columns, so that order and texts of the others stay. Stopped half-way, a second call completes
-    it.
+    A part that is left without activations and without a column of the user's is removed whole where none of its prompts is in a part that
+    stays. Otherwise it stays with its columns, so that the order and the texts of the others stay. If this is interrupted, a second call
+    completes it.
 
     Parameters
     ----------
@@ -70,15 +60,15 @@ def drop_variables(
     durable : bool
         Flush what is written again before it is committed.
     """
-    hidden = listing.hidden
+    replaced = listing.replaced
     changes = [change for part in listing.parts if (change := _change(part, names, layers)) is not None]
     check_removable(storage, [change.part for change in changes])
-    # What is hidden goes whole, and first: it must not show again when the part that hides it goes.
+    # Replaced parts are removed whole, and first: they must not become visible again when the part that replaces them is removed.
     for change in changes:
-        if change.part.info.name in hidden:
+        if change.part.info.name in replaced:
             remove_part(storage, change.part)
-    todo = [change for change in changes if change.part.info.name not in hidden]
-    emptied = _emptied(todo, [part for part in listing.parts if part.info.name not in hidden])
+    todo = [change for change in changes if change.part.info.name not in replaced]
+    emptied = _emptied(todo, [part for part in listing.parts if part.info.name not in replaced])
     for change in todo:
         if change.part.path in emptied:
             for other in listing.parts:
@@ -91,8 +81,8 @@ def drop_variables(
 
 
 def _emptied(changes: list[_Change], shown: list[Part]) -> set[str]:
-    """Parts that go altogether."""
-    candidates = {c.part.path: c.part for c in changes if not c.others and not c.kept and not _columns(c.part.info)}
+    """Keys of the parts that are removed whole."""
+    candidates = {c.part.path: c.part for c in changes if not c.others and not c.kept and not c.part.info.own_columns}
     staying = {row.tobytes() for part in shown if part.path not in candidates for row in part.info.digests}
     while True:
         kept = [path for path, part in candidates.items() if any(row.tobytes() in staying for row in part.info.digests)]
@@ -103,7 +93,7 @@ def _emptied(changes: list[_Change], shown: list[Part]) -> set[str]:
 
 
 def _write(storage: Storage, group: GroupInfo, change: _Change, *, durable: bool) -> None:
-    """One part, or two where some variables keep fewer layers than others."""
+    """Write one part, or two where some variables keep fewer layers than others."""
     part, info = change.part, change.part.info
     rows = np.arange(len(info.digests))
     if not change.kept:
@@ -112,9 +102,9 @@ def _write(storage: Storage, group: GroupInfo, change: _Change, *, durable: bool
     if not any(info.arrays[key].layered for key in change.others):
         write_again(storage, group, part, rows, durable=durable, layers=change.kept)
         return
-    # The first says again what the part says, right behind it; the second hides the part, and comes behind both.
-    columns = {"prompts/text", "prompts/prompt_length", *_columns(info)}
-    first = write_again(storage, group, part, rows, durable=durable, without=change.others | columns, layers=change.kept, hides=False)
+    # The first repeats values of the part and sorts right behind it; the second replaces the part and sorts behind both.
+    columns = {"prompts/text", "prompts/prompt_length", *info.own_columns}
+    first = write_again(storage, group, part, rows, durable=durable, without=change.others | columns, layers=change.kept, replaces=False)
     write_again(storage, group, part, rows, durable=durable, without=change.dropped, after=first.name)
 
 

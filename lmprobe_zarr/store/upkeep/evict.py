@@ -1,7 +1,7 @@
-"""What lies in a store as entries, and how they go: least recently used first, by prompt, or as garbage.
+"""Eviction: the parts of a store as entries, and which of them are removed, least recently used first.
 
-A part becomes invisible before its bytes go: its commit is removed first. Only files that its commit names are removed, so what somebody
-else put beside them stays. Decisions are made by pure functions over `Entry` records; the rest carries them out.
+A part becomes invisible before its bytes are removed: its commit is removed first. Only files that its commit names are removed, so what
+somebody else put beside them stays. Decisions are made by pure functions over `EvictionEntry` records; other functions carry them out.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from lmprobe_zarr.store.format import STAMPS, GroupInfo
 from lmprobe_zarr.store.parts import Catalog, Part, committed_at
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 
-__all__ = ["Entry", "EvictPlan", "describe_entries", "list_entries", "plan_evict", "remove_entries"]
+__all__ = ["EvictPlan", "EvictionEntry", "describe_entries", "list_entries", "plan_evict", "remove_entries"]
 
 logger = logging.getLogger(LOGGER_NAME)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
+class EvictionEntry:
     """One committed part, as eviction sees it.
 
     Parameters
     ----------
     part : Part
-        The part, and where it lies.
+        The part, and where it is stored.
     group : str
         Folder of its group.
     nbytes : int
         Bytes of all its files.
     committed, used : float
         When it was committed and last used, in seconds since 1970.
-    hidden : bool
+    replaced : bool
         Whether another part has replaced it.
     """
 
@@ -46,7 +46,7 @@ class Entry:
     nbytes: int
     committed: float
     used: float
-    hidden: bool = False
+    replaced: bool = False
 
     @property
     def is_annotation(self) -> bool:
@@ -61,19 +61,19 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictPlan:
-    """What goes, and what is left then.
+    """What is removed, and what is left then.
 
     Parameters
     ----------
-    entries : tuple of Entry
-        What goes, in this order.
+    entries : tuple of EvictionEntry
+        What is removed, in this order.
     freed, kept, limit : int
         Bytes.
     protected : int
         Bytes of what is kept only because it was committed or used a moment ago.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[EvictionEntry, ...]
     freed: int
     kept: int
     limit: int
@@ -92,7 +92,7 @@ class EvictPlan:
         return text
 
 
-def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, float | None]) -> list[Entry]:
+def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, float | None]) -> list[EvictionEntry]:
     """The parts and annotations of one group as entries.
 
     Parameters
@@ -103,25 +103,27 @@ def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, 
     stamps : mapping of str to float
         Last use by name of the part, where there is a stamp.
     """
-    hidden = {name for part in parts for name in part.info.replaces}
+    replaced = {name for part in parts for name in part.info.replaces}
     entries = []
     for part in parts:
         name = part.info.name
         size = part.document_nbytes + sum(int(entry[0]) for entry in part.info.files.values())
         used = stamps.get(name) or 0.0
-        entries.append(Entry(part=part, group=group, nbytes=size, committed=committed_at(part.info), used=used, hidden=name in hidden))
+        committed = committed_at(part.info)
+        entries.append(EvictionEntry(part=part, group=group, nbytes=size, committed=committed, used=used, replaced=name in replaced))
     return entries
 
 
-def plan_evict(entries: Sequence[Entry], limit: int, *, min_age: float = 0.0, now: float | None = None) -> EvictPlan:
-    """Which parts go so that the rest is within a limit; pure.
+def plan_evict(entries: Sequence[EvictionEntry], limit: int, *, min_age: float = 0.0, now: float | None = None) -> EvictPlan:
+    """Which parts are removed so that the rest is within a limit; pure.
 
     First those that others have replaced, then the least recently used, until the rest fits. Nothing that was committed or used less than
-    `min_age` seconds ago goes, nor what would let a part that it replaces show again. Annotations go with the last part of their group.
+    `min_age` seconds ago is removed, nor a part whose removal would make one that it replaces visible again. Annotations are removed with
+    the last part of their group.
 
     Parameters
     ----------
-    entries : sequence of Entry
+    entries : sequence of EvictionEntry
         Everything in the store.
     limit : int
         Bytes.
@@ -133,36 +135,36 @@ def plan_evict(entries: Sequence[Entry], limit: int, *, min_age: float = 0.0, no
     moment = time.time() if now is None else now
     total = sum(entry.nbytes for entry in entries)
     left = {entry.part.path: entry for entry in entries}
-    chosen: list[Entry] = []
+    chosen: list[EvictionEntry] = []
 
-    def age(entry: Entry) -> float:
+    def age(entry: EvictionEntry) -> float:
         # What was touched in the future, because a clock has been set back, was touched now.
         return max(0.0, moment - entry.touched)
 
-    def take(entry: Entry) -> None:
+    def take(entry: EvictionEntry) -> None:
         nonlocal total
         chosen.append(entry)
         total -= entry.nbytes
         del left[entry.part.path]
 
-    def rank(entry: Entry) -> tuple[bool, int, float, str]:
-        # Of what is hidden, that first which has itself replaced the least: the rest waits for it, however lately it was used.
-        name, replaced = entry.part.info.name, len(entry.part.info.replaces) if entry.hidden else 0
-        return not entry.hidden, replaced, entry.touched, name
+    def rank(entry: EvictionEntry) -> tuple[bool, int, float, str]:
+        # Of replaced parts, those first that replace the fewest others themselves: the rest must wait for them, whenever they were used.
+        name, n_replaces = entry.part.info.name, len(entry.part.info.replaces) if entry.replaced else 0
+        return not entry.replaced, n_replaces, entry.touched, name
 
     order = sorted((entry for entry in entries if not entry.is_annotation), key=rank)
     for entry in order:
         if total <= limit:
             break
         still = {(other.group, other.part.info.name) for other in left.values()}
-        shows_again = any((entry.group, name) in still for name in entry.part.info.replaces)
-        if age(entry) < min_age or shows_again:
+        uncovers = any((entry.group, name) in still for name in entry.part.info.replaces)
+        if age(entry) < min_age or uncovers:
             continue
         take(entry)
     holding = {entry.group for entry in left.values() if not entry.is_annotation}
     emptied = {entry.group for entry in chosen}
     for entry in [entry for entry in left.values() if entry.is_annotation and entry.group not in holding]:
-        # An eviction that was interrupted leaves annotations without a part, which would show again with the next one.
+        # An eviction that was interrupted leaves annotations without a part, which would become visible again with the next one.
         if entry.group in emptied or (total > limit and age(entry) >= min_age):
             take(entry)
     protected = sum(entry.nbytes for entry in left.values() if age(entry) < min_age)
@@ -170,10 +172,10 @@ def plan_evict(entries: Sequence[Entry], limit: int, *, min_age: float = 0.0, no
     return EvictPlan(entries=tuple(chosen), freed=freed, kept=total, limit=limit, protected=protected)
 
 
-def remove_entries(storage: Storage, entries: Iterable[Entry], *, min_age: float = 0.0) -> list[Entry]:
-    """Take parts away, each invisible before its bytes go; returns those that went.
+def remove_entries(storage: Storage, entries: Iterable[EvictionEntry], *, min_age: float = 0.0) -> list[EvictionEntry]:
+    """Remove parts, each invisible before its bytes are removed; returns those that were removed.
 
-    A part whose commit is younger than `min_age` by the clock of the place itself stays, whatever its writer's clock said.
+    A part whose commit is younger than `min_age` by the clock of the place itself stays, whatever its writer's clock was.
     """
     gone = []
     for entry in entries:
@@ -190,7 +192,7 @@ def remove_entries(storage: Storage, entries: Iterable[Entry], *, min_age: float
     return gone
 
 
-def list_entries(catalog: Catalog, group: GroupInfo) -> list[Entry]:
+def list_entries(catalog: Catalog, group: GroupInfo) -> list[EvictionEntry]:
     """All parts and annotations of a group in one root, with their sizes and last use. Damaged ones are left out, with a warning."""
     stamps = {name: entry.modified for name, entry in catalog.storage.scan(f"{group.name}/{STAMPS}").items()}
     parts, notes = catalog.parts_and_annotations(group, whole=False)

@@ -1,7 +1,7 @@
-"""What nobody needs any more: parts that others replaced long ago, and what killed writers left. Decides on records, then removes.
+"""Garbage collection: parts that others replaced long ago, and what killed writers left. Plans on records, then removes.
 
-Only files with names that our writer makes are ever removed, and only below folders with names that it makes. How old something is is told
-by the place that keeps it; what does not tell, stays.
+Only files with names that our writer makes are ever removed, and only below folders with names that it makes. Ages come from the storage's
+own times; what has no time stays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARTIAL: Final = re.compile(rf"\.(?:zarr\.json|{_CHUNK.pattern})\.[0-9a-f]{{12}}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftover:
-    """A folder like a part's without a commit, or single files.
+    """A part's folder without a commit, or single files.
 
     Parameters
     ----------
@@ -83,10 +83,10 @@ class GcSummary:
 
 
 def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, max_age: float) -> GcSummary:
-    """What would go. Reads names, sizes and times only.
+    """What would be removed. Reads names, sizes and times only.
 
-    A replaced part goes when a part that is shown replaces it, is there with all its files, and the first commit that replaced it is older
-    than `max_age`; all that it had replaced in turn must be replaced by such a part too, or it would show again.
+    A replaced part is removed when a visible part with all its files replaces it, and the first commit that replaced it is older than
+    `max_age`. Every part that it had replaced itself must be replaced by such a part too, or it would become visible again.
 
     Parameters
     ----------
@@ -96,18 +96,18 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
     max_age : float
         Seconds.
     """
-    # With an age of 0 everything goes, also what looks as if it came from the future: a clock may have been set back.
+    # With an age of 0 everything is removed, even what has a time in the future: a clock may have been set back.
     before = time.time() - max_age if max_age else math.inf
     found = [_plan_group(storage, group, listing, before) for group, listing in groups]
     root = tuple(_old_partials("", storage.scan(""), before))
     return GcSummary(
         url=storage.url,
-        replaced=tuple(part for one in found for part in one.replaced),
-        unfinished=tuple(left for one in found for left in one.unfinished),
-        partials=(*root, *(key for one in found for key in one.partials)),
-        stamps=tuple(key for one in found for key in one.stamps),
-        freed=sum(one.freed for one in found),
-        young=sum(one.young for one in found),
+        replaced=tuple(part for planned in found for part in planned.replaced),
+        unfinished=tuple(left for planned in found for left in planned.unfinished),
+        partials=(*root, *(key for planned in found for key in planned.partials)),
+        stamps=tuple(key for planned in found for key in planned.stamps),
+        freed=sum(planned.freed for planned in found),
+        young=sum(planned.young for planned in found),
     )
 
 
@@ -149,10 +149,10 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: fl
 
 
 def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[Part], int]:
-    """Replaced parts that may go, those first that stand for others last; and how many are too young."""
+    """Replaced parts that may be removed, in the order of their names; and how many are too young."""
     every = {part.info.name: part for part in (*listing.parts, *listing.annotations)}
-    hidden = listing.hidden
-    keepers = {name: part for name, part in every.items() if name not in hidden and part.info.replaces}
+    replaced = listing.replaced
+    keepers = {name: part for name, part in every.items() if name not in replaced and part.info.replaces}
     sound = [part for part in keepers.values() if _all_there(storage, part)]
     covered = {name for part in sound for name in part.info.replaces}
     since: dict[str, float] = {}
@@ -161,7 +161,7 @@ def _replaced(storage: Storage, listing: Listing, before: float) -> tuple[list[P
             for name in part.info.replaces:
                 since[name] = min(moment, since.get(name, moment))
     chosen, young = [], 0
-    for name in sorted(hidden & every.keys()):
+    for name in sorted(replaced & every.keys()):
         part = every[name]
         if name not in covered or not {other for other in part.info.replaces if other in every} <= covered:
             continue
@@ -189,7 +189,7 @@ def _old_partials(folder: str, entries: dict[str, FileInfo], before: float) -> I
 
 
 def find_leftover(storage: Storage, folder: str, entry: FileInfo) -> tuple[Leftover, float | None]:
-    """What is ours in a part's folder, and when anything in it was last written; None where something does not tell."""
+    """What is ours in a part's folder, and when anything in it was last written; None where a file has no time."""
     files: list[str] = []
     folders = [folder]
     times: list[float | None] = [] if entry.modified is None else [entry.modified]
@@ -197,21 +197,21 @@ def find_leftover(storage: Storage, folder: str, entry: FileInfo) -> tuple[Lefto
 
     def take(key: str, found: dict[str, FileInfo], pattern: re.Pattern[str]) -> None:
         nonlocal nbytes
-        for name, one in found.items():
+        for name, info in found.items():
             # Folders of object stores have no time of their own.
-            times.extend([one.modified] if one.is_file or one.modified is not None else [])
-            if one.is_file and pattern.fullmatch(name):
+            times.extend([info.modified] if info.is_file or info.modified is not None else [])
+            if info.is_file and pattern.fullmatch(name):
                 files.append(f"{key}/{name}")
-                nbytes += one.nbytes
+                nbytes += info.nbytes
 
     top = storage.scan(folder)
     take(folder, top, PARTIAL)
-    for level in (f"{folder}/{name}" for name, one in top.items() if not one.is_file and name in LEVELS):
+    for level in (f"{folder}/{name}" for name, info in top.items() if not info.is_file and name in LEVELS):
         if storage.leads_out(level):
             continue
         arrays = storage.scan(level)
         take(level, arrays, re.compile(rf"zarr\.json|{PARTIAL.pattern}"))
-        inner = [f"{level}/{name}" for name, one in arrays.items() if not one.is_file and not storage.leads_out(f"{level}/{name}")]
+        inner = [f"{level}/{name}" for name, info in arrays.items() if not info.is_file and not storage.leads_out(f"{level}/{name}")]
         for array in inner:
             take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}|{PARTIAL.pattern}"))
         folders += [level, *inner]
@@ -222,7 +222,7 @@ def find_leftover(storage: Storage, folder: str, entry: FileInfo) -> tuple[Lefto
 
 def remove_garbage(storage: Storage, summary: GcSummary) -> None:
     """Remove what a plan names; a folder that has been committed meanwhile stays."""
-    # What stands for others last, so that nothing shows again however far this comes.
+    # Parts that replace others last, so that nothing becomes visible again wherever this stops.
     for part in sorted(summary.replaced, key=lambda part: len(part.info.replaces)):
         remove_part(storage, part)
     empty = {f"{part.path}/{name}".rpartition("/")[0] for part in summary.replaced for name in part.info.files}
@@ -237,7 +237,7 @@ def remove_garbage(storage: Storage, summary: GcSummary) -> None:
 
 
 def collect_garbage(catalog: Catalog, *, max_age: float, dry_run: bool) -> GcSummary:
-    """Remove what nobody needs any more from one root; with `dry_run` only plan it.
+    """Remove the garbage of one root; with `dry_run` only plan it.
 
     Raises
     ------

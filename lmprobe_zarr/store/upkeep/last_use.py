@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/upkeep/last_use.py."""
+"""When a part was last used: a small file per part, whose time eviction reads. Best effort."""
 
 from __future__ import annotations
 

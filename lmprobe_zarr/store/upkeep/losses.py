@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/upkeep/losses.py."""
+"""What a repair did and what is lost, as records that print well: values to extract again, and columns."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LostValues:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What `extract` is told beside model and prompts: ``extract(model, lost.prompts, store=store, **lost.arguments)``."""
+        """Arguments of `extract` beside model and prompts: ``extract(model, lost.prompts, store=store, **lost.arguments)``."""
         found: dict[str, Any] = {"sites": [], "pooling": [], "keep_tokens": False}
         for name in self.variables:
             pooling = next((p for p in POOLINGS if name.endswith(f"_{p}") and name.removesuffix(f"_{p}") in SITES), None)
@@ -82,7 +82,7 @@ class LostColumn:
     column : str
         Its name.
     hashes : tuple of str
-        The prompts that it was of.
+        The prompts that had a value in it.
     """
 
     part: str
@@ -106,9 +106,9 @@ class RepairSummary:
     rewritten : tuple of str
         Keys of parts that were written again without what was broken.
     dropped : tuple of str
-        Keys of parts that went altogether.
+        Keys of parts that were removed whole.
     lost : tuple of LostValues
-        What nothing in the store holds any more: what to extract again.
+        What the store no longer holds anywhere: what to extract again.
     columns : tuple of LostColumn
         Columns that are lost.
     unknown : tuple of str

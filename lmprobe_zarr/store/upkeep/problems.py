@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/upkeep/problems.py."""
+"""What a verification found, as records that print well: damaged files, and values that are not finite or blank."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from lmprobe_zarr.display import format_bytes, shortened
 
 __all__ = ["OddValues", "Problem", "ProblemKind", "VerifySummary"]
 
-
-# ------------------------------------------------------------------------------------------------------------- verification
 
 ProblemKind = Literal["missing", "size", "content", "document", "version", "unreadable"]
 
@@ -52,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OddValues:
-    """What a part holds of a variable that is stored as it came, and is nothing to learn from.
+    """Values of a variable that are stored as the model gave them, and that nothing can be learnt from.
 
     Parameters
     ----------
@@ -90,9 +88,9 @@ class VerifySummary:
     problems : tuple of Problem
         Everything that is wrong.
     odd : tuple of OddValues
-        Values that are not finite and blank rows of what the store shows. They were written so: no damage, and worth knowing.
+        Values that are not finite, and blank rows, in visible parts. They were written so: this is no damage, but worth knowing.
     uncounted : int
-        Parts of which nobody knows that: written before it was counted, and not read now.
+        Parts without such counts: they were written before these were counted, and are not read now.
     unfinished : int
         Folders like a part's without a commit: being written, or left by a writer that was killed; or their commit itself was lost.
     seconds : float
@@ -123,12 +121,12 @@ class VerifySummary:
     @property
     def not_finite(self) -> int:
         """Values that are infinite or no number, in all."""
-        return sum(one.not_finite for one in self.odd)
+        return sum(odd.not_finite for odd in self.odd)
 
     @property
     def blank(self) -> int:
         """Rows that hold nothing but zeros, in all."""
-        return sum(one.blank for one in self.odd)
+        return sum(odd.blank for odd in self.odd)
 
     def __str__(self) -> str:
         how = "every checksum" if self.full else "documents and sizes only"

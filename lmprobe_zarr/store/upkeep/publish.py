@@ -1,7 +1,7 @@
-"""A compacted copy of what a store shows at another place, frozen: its root names all that is in it and is written last.
+"""A compacted, frozen copy of a store's visible contents at another place. Its root lists all parts and is written last.
 
-Nothing of the copy can be seen before its root stands. What an interrupted publication left is told by a mark in its parts, and removed by
-the next one; nothing else at that place ever is.
+Nothing of the copy is visible before its root is written. Parts carry a mark by which the next publication recognises and removes what an
+interrupted one left; nothing else at that place is ever removed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from lmprobe_zarr.typing import Ints
 __all__ = ["PublishSummary", "Selection", "publish_groups", "publish_to", "select_from", "total_nbytes"]
 
 CARD = "README.md"
-#: What is left at the root of a file that is written whole or not at all, where its writer was killed over it.
+#: Temporary files at the root that a killed writer left.
 _DRAFT: Final = re.compile(rf"\.(?:zarr\.json|{re.escape(CARD)})\.[0-9a-f]{{12}}\.partial")
 
 
@@ -57,7 +57,7 @@ class Selection:
     ----------
     group : GroupInfo
     listing : Listing
-        All that lies in its folder.
+        All parts of the group.
     keys : ndarray of uint64, optional
         The first 16 digits of the prompts, as numbers; None for all.
     layers : container of int, optional
@@ -70,7 +70,7 @@ class Selection:
     layers: Container[int] | None = None
 
     def rows(self, digests: npt.NDArray[np.uint8]) -> Ints:
-        """Which of some prompts are meant."""
+        """Which of these prompts are selected."""
         return np.arange(len(digests)) if self.keys is None else np.flatnonzero(np.isin(keys_of(digests), self.keys))
 
 
@@ -103,7 +103,7 @@ class PublishSummary:
 
 @dataclass
 class _Copy:
-    """What stands at the target so far."""
+    """What has been written at the target so far."""
 
     groups: dict[str, GroupInfo] = field(default_factory=dict)
     parts: dict[str, PartInfo] = field(default_factory=dict)
@@ -144,89 +144,84 @@ def publish_groups(
     durable : bool
         Flush every file.
     advance : callable
-        Told how many bytes have been copied, uncompressed.
+        Called with the number of bytes that were copied, uncompressed.
 
     Raises
     ------
     InvalidArgumentError
-        Something is published there already, or a store that grows lies there.
+        Something is published there already, or the place holds a store that is written to.
     NotAStoreError
-        Other things lie there.
+        The place holds other files.
     """
-    for one in selections:
-        if not one.listing.parts or (one.keys is not None and not len(one.keys)):
-            raise InvalidArgumentError(f"there is nothing of {one.group.model!r} to publish: choose prompts that are stored")
+    for selection in selections:
+        if not selection.listing.parts or (selection.keys is not None and not len(selection.keys)):
+            raise InvalidArgumentError(f"there is nothing of {selection.group.model!r} to publish: choose prompts that are stored")
     old = _prepare(target, overwrite=overwrite)
     copy = _Copy()
-    for one in selections:
-        copy.groups[one.group.name] = one.group
-        target.commit(f"{one.group.name}/zarr.json", one.group.to_document(), durable=durable)
-        for run in _runs(one, part_bytes):
-            for key, info in _write(source, target, one, run, part_bytes=part_bytes, text=text, durable=durable):
+    for selection in selections:
+        group = selection.group
+        copy.groups[group.name] = group
+        target.commit(f"{group.name}/zarr.json", group.to_document(), durable=durable)
+        for run in _runs(selection, part_bytes):
+            for key, info in _write(source, target, selection, run, part_bytes=part_bytes, text=text, durable=durable):
                 copy.parts[key] = info
             advance(run.nbytes)
-    described = [_described(target, one.group, copy) for one in selections]
+    described = [_described(target, selection.group, copy) for selection in selections]
     if card is None or isinstance(card, str):
         target.commit(CARD, (card or write_card(described, target.url, text=text)).encode(), durable=durable)
     target.commit("zarr.json", published_document(copy.published, copy.groups, copy.parts), durable=durable)
     if old is not None:
         _remove_old(target, old, copy)
     nbytes = sum(int(entry[0]) for info in copy.parts.values() for entry in info.files.values())
-    prompts = sum(one.prompts for one in described)
+    prompts = sum(group.prompts for group in described)
     return PublishSummary(url=target.url, groups=len(copy.groups), parts=len(copy.parts), prompts=prompts, nbytes=nbytes)
 
 
 def _runs(selection: Selection, part_bytes: int) -> Iterator[MergeRun]:
-    """All that a group shows, as runs that become one part each, parts and annotations in the order of their names."""
-    listing, hidden = selection.listing, selection.listing.hidden
+    """All that is visible of a group, as runs that become one part each, in the order of the names of parts and annotations."""
+    listing, replaced = selection.listing, selection.listing.replaced
     still = Listing(parts=listing.parts, annotations=listing.annotations, names=frozenset())  # what is unfinished will not be published
     runs = {run.parts[-1].path: run for run in plan_runs(selection.group, still, part_bytes=part_bytes)}
     inside = {part.path for run in runs.values() for part in run.parts}
     for part in sorted((*listing.parts, *listing.annotations), key=lambda part: part.info.name):
         if part.path in runs:
             yield runs[part.path]
-        elif part.path not in inside and part.info.name not in hidden:
+        elif part.path not in inside and part.info.name not in replaced:
             yield MergeRun(group=selection.group.name, parts=(part,), nbytes=part_nbytes(part))
 
 
 def _write(
     source: Storage, target: Storage, selection: Selection, run: MergeRun, *, part_bytes: int, text: bool, durable: bool
 ) -> Iterator[tuple[str, PartInfo]]:
-    """Write a run, as one part or, where it is too large for one, as several; gives their keys and records."""
+    """Write a run as one part, or as several where it is too large; yields their keys and records."""
     infos = [part.info for part in run.parts]
     view = open_view(source, selection.group, run.parts, [])
     rows = selection.rows(view.digests)
     if not len(rows):
         return
     name = infos[-1].name
-    writer: PartWriter | None = None
-    try:
-        without = () if text else ("prompts/text",)
-        for batch in read_batches(view, rows, layers=selection.layers, without=without):
-            if writer is not None and (writer.nbytes + batch.nbytes > part_bytes or writer.held_nbytes > COLUMN_BYTES):
-                yield writer.path, writer.commit()
-                writer = None
-            if writer is None:
-                # Each after the one before, and all of them at the place of the run.
-                name = replacement_name(name)
-                writer = PartWriter(
-                    target,
-                    selection.group,
-                    name,
-                    kind=infos[0].kind,
-                    compressed=any(array.shuffle is not None for array in infos[0].arrays.values()),
-                    durable=durable,
-                    recorded={**agreed(infos), PUBLISHED_MARK: True},
-                    alone=True,
-                )
-            writer.append(batch)
-        if writer is not None:
-            yield writer.path, writer.commit()
-    except BaseException:
-        if writer is not None:
-            with suppress(OSError):
-                writer.abort()
-        raise
+    batches = read_batches(view, rows, layers=selection.layers, without=() if text else ("prompts/text",))
+    batch = next(batches, None)
+    while batch is not None:
+        # Each part sorts right behind the one before, and all of them at the place of the run.
+        name = replacement_name(name)
+        with PartWriter(
+            target,
+            selection.group,
+            name,
+            kind=infos[0].kind,
+            compressed=infos[0].compressed,
+            durable=durable,
+            recorded={**agreed(infos), PUBLISHED_MARK: True},
+            alone=True,
+        ) as writer:
+            while batch is not None:
+                writer.append(batch)
+                batch = next(batches, None)
+                if batch is not None and (writer.nbytes + batch.nbytes > part_bytes or writer.held_nbytes > COLUMN_BYTES):
+                    break
+            info = writer.commit()
+        yield writer.path, info
 
 
 def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
@@ -236,7 +231,7 @@ def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
 
 
 def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
-    """Check that a copy may stand there, and clear what an interrupted publication left; gives what is published there now."""
+    """Check that a copy may be written there, and remove what an interrupted publication left; returns what is published there now."""
     try:
         old = parse_root(target.read("zarr.json"), target.url)
     except (FileNotFoundError, NotADirectoryError):
@@ -262,7 +257,7 @@ def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
         remove_part(target, part)
     target.remove([name for name in target.list("") if _DRAFT.fullmatch(name)])
     for group in groups:
-        # Where not even the group's document came to stand, its draft may have been left.
+        # Where not even the group's document was committed, its temporary file may have been left.
         target.remove([f"{group}/{name}" for name in target.list(group) if PARTIAL.fullmatch(name)])
         with suppress(FileNotFoundError):
             info = parse_group(target.read(f"{group}/zarr.json"), f"{target.url}/{group}")
@@ -280,7 +275,7 @@ def _committed(target: Storage, group: str) -> Iterator[Part]:
 
 
 def _remove_old(target: Storage, old: Published, copy: _Copy) -> None:
-    """Remove what an earlier copy held: its root has gone, so nobody opens it any more."""
+    """Remove what only an earlier copy held: its root has been replaced, so nobody opens it any more."""
     for group, keys in old.groups.items():
         for key in keys:
             path = f"{group}/{key}"
@@ -293,14 +288,15 @@ def _remove_old(target: Storage, old: Published, copy: _Copy) -> None:
 
 def total_nbytes(selections: Sequence[Selection]) -> int:
     """Bytes that will be copied, uncompressed."""
-    listings = [one.listing for one in selections]
-    return sum(part_nbytes(part) for one in listings for part in (*one.parts, *one.annotations) if part.info.name not in one.hidden)
+    listings = [selection.listing for selection in selections]
+    every = [(listing, part) for listing in listings for part in (*listing.parts, *listing.annotations)]
+    return sum(part_nbytes(part) for listing, part in every if part.info.name not in listing.replaced)
 
 
 def select_from(
     catalog: Catalog, groups: Sequence[GroupInfo], prompts: Iterable[Any] | None = None, layers: LayerSpec | None = None
 ) -> list[Selection]:
-    """What a copy takes of some groups of one root: of each all, or only some prompts and layers.
+    """Select what is copied of some groups of one root: everything, or only some prompts and layers.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""TODO: lmprobe_zarr/store/upkeep/removal.py."""
+"""The one way in which a part is removed: its commit first, then its files; never through a link that leads out of the store."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["check_removable", "lies_within", "remove_part"]
 
 
 def lies_within(storage: Storage, part: Part) -> bool:
-    """Whether all of a part lies in its place, none of it behind a link that leads out."""
+    """Whether all files of a part are inside the store, none of them behind a link that leads out of it."""
     folders = {f"{part.path}/{name}".rpartition("/")[0] for name in part.info.files}
     return not any(storage.leads_out(folder) for folder in (part.path, *folders))
 
 
 def check_removable(storage: Storage, parts: Iterable[Part]) -> None:
-    """Raise `ReadOnlyError` where something of the parts lies behind a link that leads out of the place."""
+    """Raise `ReadOnlyError` where a file of the parts is behind a link that leads out of the store."""
     for part in parts:
         if not lies_within(storage, part):
             raise ReadOnlyError(
@@ -28,7 +28,7 @@ def check_removable(storage: Storage, parts: Iterable[Part]) -> None:
 
 
 def remove_part(storage: Storage, part: Part) -> None:
-    """Take one part away: its commit first, then the files that its commit names, and its stamp."""
+    """Remove one part: its commit first, then the files that its commit names, and its stamp."""
     check_removable(storage, [part])
     storage.remove([f"{part.path}/zarr.json"])
     files = [f"{part.path}/{name}" for name in part.info.files]

@@ -1,7 +1,7 @@
-"""What is broken goes, what is whole stays, and what to extract again is told. Decides on what a verification found, then acts.
+"""Repair: removes what is broken, keeps what is whole, and lists what to extract again. Plans on what a verification found, then acts.
 
-By the commit rule: what takes a part's place is whole and visible before the part is hidden, and hidden before its bytes go. Stopped at any
-moment the store shows nothing wrong, and a second call completes it.
+The commit rule holds: the new part is complete before its commit replaces the old one, whose bytes are removed afterwards. Whenever it is
+stopped, the store shows nothing wrong, and a second call completes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     FORMAT,
     LEVELS,
-    PROMPT_COLUMNS,
+    MADE_BY_WRITER,
     GroupInfo,
     Level,
     PartInfo,
@@ -39,11 +39,11 @@ from lmprobe_zarr.store.upkeep.gc import find_leftover
 from lmprobe_zarr.store.upkeep.losses import LostColumn, LostValues, RepairSummary
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import write_again
-from lmprobe_zarr.store.upkeep.verify import MADE, FoundGroup, FoundPart, StoreScan, check_files, problems_of
+from lmprobe_zarr.store.upkeep.verify import FoundGroup, FoundPart, StoreScan, check_files, problems_of
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["repair_root", "repair_store"]
-# A value that is lost: variable with its level, and layer; −1 where the variable has none.
+# A variable with its level, and a layer of it (−1 where it has none), whose values are lost.
 Cell = tuple[str, int]
 
 NO_LAYER: Final = -1
@@ -53,7 +53,7 @@ BROKEN: Final = frozenset({"missing", "size", "content", "document"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Piece:
-    """What is written of a part into one new part: some of its prompts, without some arrays, of some layers (None: of all)."""
+    """What one new part takes over from a part: some of its prompts, without some arrays, of some layers (None: of all)."""
 
     rows: Ints
     without: frozenset[str]
@@ -70,13 +70,13 @@ class _Step:
     documents : mapping of str to bytes
         Files that are written again as they were.
     rest : _Piece, optional
-        What stands for the part instead; where there is neither this nor documents, it goes altogether.
+        What replaces the part; without this and without documents, the part is removed whole.
     pieces : tuple of _Piece
         What else is kept of it.
     lost : mapping of Cell to ndarray of int
-        Prompts of the part whose values go.
+        Prompts of the part whose values are lost.
     columns : tuple of str
-        Columns that go, with their level.
+        Columns that are lost, with their level.
     """
 
     found: FoundPart
@@ -92,12 +92,12 @@ class _Step:
 
 
 def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSummary:
-    """Take what is broken out of a store.
+    """Remove what is broken from a store.
 
     Parameters
     ----------
     scan : StoreScan
-        With the faults of its files, as `verifying.check_files` finds them.
+        With the faults of its files, as `verify.check_files` finds them.
     durable : bool
         Flush what is written again before it is committed.
     dry_run : bool
@@ -120,7 +120,7 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
         values, forgotten = _plan_lost(storage, group, group.info, steps)
         lost += values
         unknown += forgotten
-        columns += [one for step in steps for one in _lost_columns(step)]
+        columns += [column for step in steps for column in _lost_columns(step)]
         planned.append((group.info, steps))
     every = [step for _, steps in planned for step in steps]
     parts = {step.found.path for step in every}
@@ -132,7 +132,7 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
         lost=tuple(lost),
         columns=tuple(columns),
         unknown=tuple(unknown),
-        left=tuple(one for one in problems_of(scan) if one.file not in documents and one.part not in parts),
+        left=tuple(found for found in problems_of(scan) if found.file not in documents and found.part not in parts),
         dry_run=dry_run,
     )
     if not dry_run:
@@ -144,7 +144,7 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
 
 
 def _is_own_root(storage: Storage) -> bool:
-    """Whether what stands at the root is a damaged document of ours, or nothing: somebody else's is never written over."""
+    """Whether the root's document is damaged but ours, or missing: one of somebody else's is never overwritten."""
     try:
         data = storage.read("zarr.json")
         document = json.loads(data)
@@ -168,10 +168,10 @@ def _lost_columns(step: _Step) -> Iterator[LostColumn]:
 
 
 def _plan_group(group: FoundGroup) -> list[_Step]:
-    """What becomes of every part that has a fault."""
+    """What is done with every part that has a fault."""
     steps = []
     kept = {found.path: found.part for found in group.parts if found.part is not None}
-    # The last first: what replaces a part sorts behind it, and decides whether it shows again.
+    # The last first: what replaces a part sorts behind it, and decides whether it becomes visible again.
     for found in reversed(group.parts):
         kinds = {fault.kind for fault in (*found.faults.values(), *([] if found.fault is None else [found.fault]))}
         if not kinds or not kinds <= BROKEN or (found.part is None and not found.is_ours):
@@ -180,23 +180,26 @@ def _plan_group(group: FoundGroup) -> list[_Step]:
             steps.append(_Step(found=found))
             continue
         replaced = {name for path, part in kept.items() if path != found.path for name in part.info.replaces}
-        hidden = found.part.info.name in replaced
-        steps.append(_Step(found=found) if hidden or _shows_again(found.part.info, group) else _plan_part(found, found.part.info))
+        is_replaced = found.part.info.name in replaced
+        if is_replaced or _covered_by_replaced(found.part.info, group):
+            steps.append(_Step(found=found))
+        else:
+            steps.append(_plan_part(found, found.part.info))
         if not steps[-1].stays:
             del kept[found.path]
     return steps
 
 
-def _shows_again(info: PartInfo, group: FoundGroup) -> bool:
+def _covered_by_replaced(info: PartInfo, group: FoundGroup) -> bool:
     """Whether the parts that a broken one was merged from are still there, whole, and hold exactly what it holds.
 
-    One that was written to leave something out, by `delete` or `drop`, holds less than they do: it must stay in their place.
+    A part that was written to leave something out, by `delete` or `drop`, holds less than they do, and must go on replacing them.
     """
     old = [found for found in group.parts if found.path.rpartition("/")[2] in info.replaces]
     infos = [found.part.info for found in old if found.part is not None]
-    if not old or len(infos) < len(old) or any(found.faults for found in old) or any(shape_key(one) != shape_key(info) for one in infos):
+    if not old or len(infos) < len(old) or any(found.faults for found in old) or any(shape_key(each) != shape_key(info) for each in infos):
         return False
-    return {row.tobytes() for one in infos for row in one.digests} == {row.tobytes() for row in info.digests}
+    return {row.tobytes() for each in infos for row in each.digests} == {row.tobytes() for row in info.digests}
 
 
 def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
@@ -207,19 +210,19 @@ def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
         if all(file_entry(data, chunk=False) == tuple(info.files[name]) for name, data in documents.items()):
             return _Step(found=found, documents=documents)
     arrays = {name.rpartition("/")[0] for name in broken}
-    variables = {f"{level}/{name}" for level in LEVELS for name, array in info.variables(level).items() if is_variable(name, array)}
-    columns = arrays - variables - MADE
-    own = _own_columns(info)
+    variables = set(info.activations)
+    columns = arrays - variables - MADE_BY_WRITER
+    own = set(info.own_columns)
     made: set[str] = set()
     if "tokens/position" in columns:
         if not info.arrays["tokens/position"].attributes.get("whole_prompts"):
-            # Nobody can tell which of its prompts' tokens a part holds.
+            # It is unknown which tokens of its prompts the part holds.
             return _Step(found=found, lost=_all_cells(info), columns=tuple(sorted(own)))
         made = {"tokens/position"}
     columns -= made
     lost: dict[Cell, Ints] = {}
     every = np.arange(len(info.digests))
-    # Layers that keep the same prompts of the same variables go together into one part.
+    # Layers that keep the same prompts of the same variables are written to one part.
     kept: dict[tuple[str, bytes], set[int]] = {}
     for key in sorted(arrays & variables):
         for (_, layer), gone in _broken_rows(info, key, broken).items():
@@ -262,21 +265,9 @@ def _broken_rows(info: PartInfo, key: str, broken: Iterable[str]) -> dict[Cell, 
 
 
 def _all_cells(info: PartInfo) -> dict[Cell, Ints]:
-    """All values of a part, as those that are lost are described."""
+    """All values of a part, in the form of lost ones."""
     every = np.arange(len(info.digests))
-    return {
-        (f"{level}/{name}", layer): every
-        for level in LEVELS
-        for name, array in info.variables(level).items()
-        if is_variable(name, array)
-        for layer in (info.layers if array.layered else (NO_LAYER,))
-    }
-
-
-def _own_columns(info: PartInfo) -> set[str]:
-    """The user's."""
-    named = (name for name, array in info.variables("prompts").items() if not is_variable(name, array))
-    return {f"prompts/{name}" for name in named if name not in (*PROMPT_COLUMNS, "layer")}
+    return {(key, layer): every for key, array in info.activations.items() for layer in (info.layers if array.layered else (NO_LAYER,))}
 
 
 def _document(info: PartInfo, name: str) -> bytes:
@@ -291,10 +282,10 @@ def _document(info: PartInfo, name: str) -> bytes:
 
 
 def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequence[_Step]) -> tuple[list[LostValues], list[str]]:
-    """What nothing in the group will show any more, and the parts of which nobody can tell what they held."""
+    """Values that no part of the group holds any more, and the parts whose contents are unknown."""
     by_path = {step.found.path: step for step in steps}
-    staying = [one for one in group.parts if one.part is not None and (one.path not in by_path or by_path[one.path].stays)]
-    replaced = {name for one in staying if one.part is not None for name in one.part.info.replaces}
+    staying = [kept for kept in group.parts if kept.part is not None and (kept.path not in by_path or by_path[kept.path].stays)]
+    replaced = {name for kept in staying if kept.part is not None for name in kept.part.info.replaces}
     digests: dict[bytes, bytes] = {}  # of each prompt by its hash, in the order of first appearance
     lost: list[tuple[list[bytes], Mapping[Cell, Ints], Ints | None]] = []
     texts: dict[bytes, str] = {}
@@ -309,9 +300,9 @@ def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequ
             if salvaged is None:
                 unknown.append(step.found.path)
                 continue
-            mine, names, told = salvaged
+            mine, names, salvaged_texts = salvaged
             cells: Mapping[Cell, Ints] = dict.fromkeys(names, np.arange(len(mine)))
-            texts |= told
+            texts |= salvaged_texts
             counts = None
         elif part.info.name in replaced:
             continue
@@ -333,17 +324,17 @@ def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequ
         tokens[at] = -1 if counts is None else counts
         for cell, rows in cells.items():
             missing[at[rows], place[cell]] = True
-    for one in staying:
-        if one.part is None or one.part.info.name in replaced or one.part.info.kind == "annotation":
+    for kept in staying:
+        if kept.part is None or kept.part.info.name in replaced or kept.part.info.kind == "annotation":
             continue
-        held = one.part.info
+        held = kept.part.info
         at = np.array([row_of.get(row.tobytes()[:_HASH_BYTES], -1) for row in held.digests], np.int64)
-        gone = by_path[one.path].lost if one.path in by_path else {}
+        gone = by_path[kept.path].lost if kept.path in by_path else {}
         for cell in set(_all_cells(held)) & set(place):
             there = at >= 0
             there[gone.get(cell, np.zeros(0, np.int64))] = False
             if cell[0].startswith("tokens/") and held.n_tokens is not None:
-                # Tokens that are more or fewer are those of another tokenisation, and out of date.
+                # Another number of tokens comes from another tokenisation, and those values are out of date.
                 there &= (tokens[at] < 0) | (tokens[at] == held.n_tokens)
             missing[at[there], place[cell]] = False
     keys, whole = list(digests), list(digests.values())
@@ -376,7 +367,7 @@ _HASH_BYTES: Final = HASH_DIGITS // 2
 
 
 def _salvage(storage: Storage, path: str) -> tuple[list[bytes], list[Cell], dict[bytes, str]] | None:
-    """Prompts, values and texts of a part whose document is damaged, from its arrays; None where these do not tell."""
+    """Prompts, values and texts of a part whose document is damaged, from its arrays; None where these cannot be read either."""
     try:
         digests = [bytes.fromhex(text) for text in _read_loose(storage, path, "prompts/prompt_sha256")]
         cells: list[Cell] = []
@@ -393,13 +384,13 @@ def _salvage(storage: Storage, path: str) -> tuple[list[bytes], list[Cell], dict
         return None
     texts: dict[bytes, str] = {}
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, CorruptPartError):
-        told = _read_loose(storage, path, "prompts/text")
-        texts = {digest[:_HASH_BYTES]: text for digest, text in zip(digests, told, strict=True)}
+        stored = _read_loose(storage, path, "prompts/text")
+        texts = {digest[:_HASH_BYTES]: text for digest, text in zip(digests, stored, strict=True)}
     return digests, cells, texts
 
 
 def _read_loose(storage: Storage, path: str, key: str) -> list[Any]:
-    """A column without the part's table: its chunks still end in their own checksums."""
+    """Read a column without the part's table: its chunks still end in their own checksums."""
     array = parse_array(json.loads(storage.read(f"{path}/{key}/zarr.json")))
     files = {f"{key}/{chunk}": file_entry(storage.read(f"{path}/{key}/{chunk}"), chunk=True) for chunk in array.chunk_keys()}
     stored = StoredArray(storage, f"{path}/{key}", array, files)
@@ -407,13 +398,13 @@ def _read_loose(storage: Storage, path: str, key: str) -> list[Any]:
 
 
 def _read_texts(group: FoundGroup, wanted: set[bytes]) -> dict[bytes, str]:
-    """Texts of prompts by their hashes, from whatever part holds them, broken and replaced ones too."""
+    """Texts of prompts by their hashes, from any part that holds them, broken and replaced ones too."""
     found: dict[bytes, str] = {}
-    for one in group.parts:
-        if one.part is None or "prompts/text" not in one.part.info.arrays:
+    for holder in group.parts:
+        if holder.part is None or "prompts/text" not in holder.part.info.arrays:
             continue
-        array = one.part.array("prompts", "text")
-        mine = [row.tobytes()[:_HASH_BYTES] for row in one.part.info.digests]
+        array = holder.part.array("prompts", "text")
+        mine = [row.tobytes()[:_HASH_BYTES] for row in holder.part.info.digests]
         for block in range(array.info.n_blocks):
             start = block * array.info.rows_per_chunk
             some = [
@@ -427,7 +418,7 @@ def _read_texts(group: FoundGroup, wanted: set[bytes]) -> dict[bytes, str]:
 
 
 def _checked(text: str | None, digest: bytes) -> str | None:
-    """A text if it is that of the prompt: what is stored of one without UTF-8 is not."""
+    """The text, if its digest is that of the prompt; the stored text of a prompt that is no valid UTF-8 is not."""
     if text is None:
         return None
     whole = bytes.fromhex(prompt_sha256(text))
@@ -439,8 +430,8 @@ def _checked(text: str | None, digest: bytes) -> str | None:
 
 
 def _carry_out(storage: Storage, group: GroupInfo, steps: Sequence[_Step], *, durable: bool) -> None:
-    # What is hidden goes first: it must not show when what hides it goes.
-    for step in sorted(steps, key=lambda step: not step.found.hidden):
+    # Replaced parts first: they must not become visible again when the part that replaces them is removed.
+    for step in sorted(steps, key=lambda step: not step.found.replaced):
         part = step.found.part
         if part is None:
             _remove_loose(storage, step.found.path)
@@ -454,18 +445,18 @@ def _carry_out(storage: Storage, group: GroupInfo, steps: Sequence[_Step], *, du
 
 
 def _rewrite(storage: Storage, group: GroupInfo, part: Part, rest: _Piece, pieces: Sequence[_Piece], *, durable: bool) -> None:
-    """A part as several. That which hides it is committed last, and has the first name: it holds all prompts, so their order stays."""
+    """Write a part as several. The one that replaces it is committed last, with the first name: it holds all prompts in their order."""
     name = replacement_name(part.info.name)
     for piece in pieces:
         write_again(
             storage, group, part, piece.rows, durable=durable, without=piece.without, layers=piece.layers,
-            name=replacement_name(name), hides=False,
+            name=replacement_name(name), replaces=False,
         )  # fmt: skip
     write_again(storage, group, part, rest.rows, durable=durable, without=rest.without, name=name)
 
 
 def _remove_loose(storage: Storage, path: str) -> None:
-    """Remove a part whose document cannot be believed: the document, and then all files with names that our writer gives."""
+    """Remove a part whose document is damaged: the document, and then all files with names that our writer gives."""
     storage.remove([f"{path}/zarr.json"])
     left, _ = find_leftover(storage, path, FileInfo(is_file=False, nbytes=0, modified=None))
     storage.remove(left.files)
@@ -473,7 +464,7 @@ def _remove_loose(storage: Storage, path: str) -> None:
 
 
 def repair_root(catalog: Catalog, scan: StoreScan, *, dry_run: bool, progress: bool) -> RepairSummary:
-    """Check all files of one root, and take out what is broken; with `dry_run` only plan it.
+    """Check all files of one root, and remove what is broken; with `dry_run` only plan it.
 
     Parameters
     ----------

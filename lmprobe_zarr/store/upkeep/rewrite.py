@@ -1,16 +1,15 @@
-"""A part written again without some of it: the one place that opens a writer for upkeep."""
+"""A part written again without some of its prompts, variables or layers; the old part stays until its caller removes it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Container
-from contextlib import suppress
 
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Part, PartWriter, open_view, read_batches
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["write_again"]
+__all__ = ["write_again", "write_rows"]
 
 
 def write_again(
@@ -24,25 +23,25 @@ def write_again(
     layers: Container[int] | None = None,
     after: str = "",
     name: str = "",
-    hides: bool = True,
+    replaces: bool = True,
 ) -> PartInfo:
-    """A part as another one with only some of what it holds.
+    """Write a new part with only some of what a part holds.
 
     Parameters
     ----------
     storage, group, part
     rows : ndarray of int
-        Which of its prompts.
+        Its prompts to write.
     durable : bool
         Flush it before it is committed.
     without, layers
-        What is left out, and what is kept; see `reread.read_batches`.
+        What is left out, and what is kept; see `store.parts.read_batches`.
     after : str
-        Name that the new one sorts right behind; by default that of the part.
+        Name that the new part sorts right behind; by default that of the old one.
     name : str
-        The new one's own, where it is known already.
-    hides : bool
-        Whether the new one replaces it.
+        The new part's own name, where it is known already.
+    replaces : bool
+        Whether the new part replaces the old one.
     """
     info = part.info
     writer = PartWriter(
@@ -50,16 +49,29 @@ def write_again(
         group,
         name or replacement_name(after or info.name),
         kind=info.kind,
-        compressed=any(array.shuffle is not None for array in info.arrays.values()),
+        compressed=info.compressed,
         durable=durable,
-        replaces=(info.name, *info.replaces) if hides else (),
+        replaces=(info.name, *info.replaces) if replaces else (),
         recorded=info.recorded,
     )
-    try:
-        for batch in read_batches(open_view(storage, group, [part], []), rows, without=without, layers=layers):
+    return write_rows(writer, storage, part, rows, without=without, layers=layers)
+
+
+def write_rows(
+    writer: PartWriter, source: Storage, part: Part, rows: Ints, *, without: Collection[str] = (), layers: Container[int] | None = None
+) -> PartInfo:
+    """Write some prompts of a part with a new writer, and commit it; after an error nothing of the new part is left.
+
+    Parameters
+    ----------
+    writer : PartWriter
+        Of the same group; it may write to another place.
+    source : Storage
+        Where the part is stored.
+    part, rows, without, layers
+        See `write_again`.
+    """
+    with writer:
+        for batch in read_batches(open_view(source, writer.group, [part], []), rows, without=without, layers=layers):
             writer.append(batch)
         return writer.commit()
-    except BaseException:
-        with suppress(OSError):
-            writer.abort()
-        raise

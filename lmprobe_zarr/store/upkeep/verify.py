@@ -1,7 +1,7 @@
-"""What lies in a store against what was committed: scan → problems as values. Reads everything afresh, and never writes.
+"""Compares what is stored with what was committed. Reads everything afresh, and never writes.
 
-Two steps: `scan_store` reads the documents and says what there is, `check_files` compares the files of every part with the table that the
-part was committed with. `repairing` acts on what they found.
+Two steps: `scan_store` reads the documents and lists what there is; `check_files` compares the files of every part with the table that the
+part was committed with. `problems_of` turns what they found into records, and `repair` acts on it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     GROUP_NAME,
     LEVELS,
+    MADE_BY_WRITER,
     PART_NAME,
     GroupInfo,
     PartInfo,
@@ -41,7 +42,6 @@ from lmprobe_zarr.store.upkeep.problems import OddValues, Problem, ProblemKind, 
 from lmprobe_zarr.typing import Buffer
 
 __all__ = [
-    "MADE",
     "Fault",
     "FoundGroup",
     "FoundPart",
@@ -52,11 +52,6 @@ __all__ = [
     "verify_scans",
     "verify_stores",
 ]
-
-# Columns that the writer makes from the part's own document, and makes again.
-MADE: Final = frozenset(
-    {"prompts/prompt", "prompts/prompt_sha256", "prompts/n_tokens", "prompts/layer", "tokens/layer", "tokens/prompt_row"}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +64,19 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundPart:
-    """A folder that holds a commit, or should.
+    """A folder that holds a part's commit, or should.
 
     Parameters
     ----------
     path : str
         Its key below the root.
     part : Part, optional
-        What the commit says; None where it cannot be believed.
+        What the commit says; None where the commit is damaged.
     fault : Fault, optional
-        Then: what is wrong with it.
+        In that case: what is wrong with the commit.
     faults : mapping of str to Fault
         What is wrong with the other files, by their keys below the part.
-    hidden : bool
+    replaced : bool
         Whether another part replaces it.
     """
 
@@ -89,7 +84,7 @@ class FoundPart:
     part: Part | None
     fault: Fault | None = None
     faults: Mapping[str, Fault] = field(default_factory=dict)
-    hidden: bool = False
+    replaced: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -105,13 +100,13 @@ class FoundGroup:
     ----------
     name : str
     info : GroupInfo, optional
-        What its document says, or, where that is damaged or gone, what its parts say of it; None where nobody tells.
+        What its document says, or, where that is damaged or gone, what its parts say of it; None where neither says anything.
     fault : Fault, optional
         What is wrong with its document.
     parts : tuple of FoundPart
         Parts and annotations in the order of their names.
     unfinished : tuple of str
-        Keys of folders like a part's without a commit.
+        Keys of folders with a part's name but without a commit.
     """
 
     name: str
@@ -123,7 +118,7 @@ class FoundGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreScan:
-    """What lies below one root.
+    """What is stored below one root.
 
     Parameters
     ----------
@@ -157,12 +152,12 @@ def scan_store(storage: Storage, choose: Callable[[GroupInfo], bool] = lambda _:
     ----------
     storage : Storage
     choose : callable
-        Which groups; one of which nobody can tell what it is of is looked at in any case.
+        Which groups; a group whose model is unknown is always scanned.
 
     Raises
     ------
     AccessDeniedError, UnreachableError
-        The place refuses or does not answer, which says nothing of what lies there.
+        The place refuses or does not answer, which says nothing about what is stored there.
     """
     frozen = isinstance(storage, FrozenStorage)
     groups = []
@@ -203,10 +198,10 @@ def _scan_group(
     names = storage.list(name)
     folders = [name, *([f"{name}/{ANNOTATIONS}"] if ANNOTATIONS in names else [])]
     paths = [
-        f"{folder}/{one}"
+        f"{folder}/{entry}"
         for folder in folders
-        for one in (names if folder == name else storage.list(folder))
-        if one not in ("zarr.json", ANNOTATIONS) and not one.startswith(".")
+        for entry in (names if folder == name else storage.list(folder))
+        if entry not in ("zarr.json", ANNOTATIONS) and not entry.startswith(".")
     ]
     found: dict[str, FoundPart | None] = {}
 
@@ -214,14 +209,14 @@ def _scan_group(
         found[path] = _look(storage, path, frozen, documents)
 
     run_all([partial(look, path) for path in paths], local=storage.is_local)
-    parts = sorted((one for one in found.values() if one is not None), key=lambda one: one.path.rpartition("/")[2])
+    parts = sorted((each for each in found.values() if each is not None), key=lambda each: each.path.rpartition("/")[2])
     if fault is not None and fault.kind == "missing" and not parts:
         return None  # cleared, or about to be made
-    hidden = {replaced for one in parts if one.part is not None for replaced in one.part.info.replaces}
-    parts = [replace(one, hidden=one.path.rpartition("/")[2] in hidden) for one in parts]
+    replaced = {old for each in parts if each.part is not None for old in each.part.info.replaces}
+    parts = [replace(each, replaced=each.path.rpartition("/")[2] in replaced) for each in parts]
     unfinished = tuple(path for path in paths if found[path] is None and PART_NAME.fullmatch(path.rpartition("/")[2]))
     if info is None:
-        info = _group_from_parts(name, [documents[one.path] for one in parts if one.part is not None])
+        info = _group_from_parts(name, [documents[each.path] for each in parts if each.part is not None])
         if info is not None and not choose(info):
             return None
     return FoundGroup(name=name, info=info, fault=fault, parts=tuple(parts), unfinished=unfinished)
@@ -253,7 +248,7 @@ def _look(storage: Storage, path: str, frozen: bool, documents: dict[str, bytes]
     """A part by its document; None where there is none."""
     data, fault = _read(storage, f"{path}/zarr.json")
     if data is None:
-        # What a published copy lists is there, or something is wrong.
+        # A published copy lists its parts: one that is missing there is damage.
         missing = fault is not None and fault.kind == "missing"
         return None if missing and not frozen else FoundPart(path=path, part=None, fault=fault)
     try:
@@ -300,7 +295,7 @@ def _root_fault(storage: Storage, groups: Sequence[FoundGroup]) -> Fault | None:
 def _published_root(published: Published, groups: Sequence[FoundGroup]) -> bytes | None:
     """What the root of a published copy must say; None where not all that it names can be read."""
     infos = {group.name: group.info for group in groups if group.info is not None and group.fault is None}
-    parts = {one.path: one.part.info for group in groups for one in group.parts if one.part is not None}
+    parts = {each.path: each.part.info for group in groups for each in group.parts if each.part is not None}
     order = [f"{name}/{key}" for name, keys in published.groups.items() for key in keys]
     if set(infos) != set(published.groups) or set(order) != set(parts):
         return None
@@ -311,16 +306,16 @@ def _published_root(published: Published, groups: Sequence[FoundGroup]) -> bytes
 
 
 def check_files(scan: StoreScan, *, full: bool, advance: Callable[[int], None] = lambda _: None) -> StoreScan:
-    """The same with what is wrong with the files of its parts. Part by part; in memory is one file for each thread.
+    """The same scan with the faults of the files of its parts. Goes part by part, with one file per thread in memory.
 
     Parameters
     ----------
     scan : StoreScan
     full : bool
-        Read every file and compare its checksum; otherwise only the sizes are asked for, with one list per part where the place can do
+        Read every file and compare its checksum; otherwise compare only sizes, with one list request per part where the storage can do
         that.
     advance : callable
-        Told how many bytes have been dealt with.
+        Called with the number of bytes that were dealt with.
     """
     check = _checksums if full else _sizes
     groups = []
@@ -329,7 +324,7 @@ def check_files(scan: StoreScan, *, full: bool, advance: Callable[[int], None] =
         for found in group.parts:
             if found.part is not None:
                 faults = check(scan.storage, found.part)
-                # One that was removed meanwhile, by eviction or a compaction, is no damage.
+                # A part that was removed meanwhile, by eviction or a compaction, is no damage.
                 if any(f.kind == "missing" for f in faults.values()) and not scan.storage.is_file(f"{found.path}/zarr.json"):
                     continue
                 found = replace(found, faults=faults)
@@ -417,9 +412,9 @@ def problems_of(scan: StoreScan) -> Iterator[Problem]:
 
 
 def _advice(found: FoundPart, name: str, variable: str) -> str:
-    if found.hidden:
+    if found.replaced:
         return "another part stands for it: repair() removes it"
-    if name.endswith("zarr.json") or variable in MADE:
+    if name.endswith("zarr.json") or variable in MADE_BY_WRITER:
         return "repair() writes it again"
     info = found.part.info.arrays.get(variable) if found.part is not None else None
     if info is not None and not is_variable(variable.partition("/")[2], info):
@@ -438,22 +433,22 @@ def counted_variables(info: PartInfo) -> list[str]:
 
 
 def _odd_values(scan: StoreScan, *, full: bool) -> tuple[list[OddValues], int]:
-    """What is not finite or blank of what is shown; and how many parts nobody has counted that of."""
-    found, uncounted = [], 0
-    for one in (one for group in scan.groups for one in group.parts if one.part is not None and not one.hidden):
-        part: Any = one.part
+    """Values that are not finite and blank rows of visible parts; and how many parts have no such counts."""
+    odd_values, uncounted = [], 0
+    for found in (each for group in scan.groups for each in group.parts if each.part is not None and not each.replaced):
+        part: Any = found.part
         odd = part.info.odd
         if odd is None and full:
-            odd = _count(part, one.faults)
+            odd = _count(part, found.faults)
         if odd is None:
             uncounted += bool(counted_variables(part.info))
             continue
-        found += [OddValues(part=one.path, variable=key, not_finite=int(n[0]), blank=int(n[1])) for key, n in odd.items() if any(n)]
-    return found, uncounted
+        odd_values += [OddValues(part=found.path, variable=key, not_finite=int(n[0]), blank=int(n[1])) for key, n in odd.items() if any(n)]
+    return odd_values, uncounted
 
 
 def _count(part: Part, faults: Mapping[str, Fault]) -> dict[str, tuple[int, int]]:
-    """What the writer did not count yet, from the chunks that are whole."""
+    """The counts of a part that was written without them, from the chunks that are whole."""
     totals: dict[str, list[tuple[int, int]]] = {}
 
     def count(key: str, layer: int, block: int) -> None:
@@ -483,15 +478,15 @@ def verify_stores(
     Parameters
     ----------
     url : str
-        How they are named together.
+        How the roots are named together.
     scans : sequence of StoreScan
         As `scan_store` gives them.
     full : bool
         See `check_files`.
     began : float
-        When that was begun, by `time.perf_counter`.
+        When the verification began, by `time.perf_counter`.
     advance : callable
-        Told how many bytes have been dealt with.
+        Called with the number of bytes that were dealt with.
     """
     checked = [check_files(scan, full=full, advance=advance) for scan in scans]
     odd, uncounted = [], 0

@@ -68,7 +68,7 @@ def test_a_part_that_is_left_without_anything_goes(store: Store) -> None:
     assert lz.open_store(store.url).models() == []
 
 
-def test_hidden_parts_are_freed_too_and_a_wrong_name_drops_nothing(store: Store) -> None:
+def test_replaced_parts_are_freed_too_and_a_wrong_name_drops_nothing(store: Store) -> None:
     two_kinds(store)
     store.write(GROUP, make_batch(["e"], seed=5, tokens=False))
     store.compact()

@@ -151,7 +151,7 @@ def test_nothing_goes_whose_replacement_is_not_whole(folder: Store) -> None:
     assert len(folder.gc(max_age=0).replaced) == 3
 
 
-def test_nothing_shows_again_when_a_chain_of_replacements_goes(folder: Store) -> None:
+def test_nothing_becomes_visible_again_when_a_chain_of_replacements_is_removed(folder: Store) -> None:
     folder.compact()
     folder.write(GROUP, make_batch(["z"], seed=9))
     before = folder.dataset().load()

@@ -304,8 +304,8 @@ def test_a_damaged_file_is_never_a_wrong_value_and_is_found_and_taken_out(kind: 
         assert all(problem.url == str(place) and problem.what and problem.advice for problem in summary.problems)
         assert all(file in str(summary) for file in touched)
     fast = {problem.file for problem in store.verify(full=False, progress=False).problems}
-    hides = key.rpartition("/")[2] != "zarr.json" or not case.document  # what is read in any case is checked in any case
-    expected = set() if lost_commit or (hides and (damage == "flipped" or (damage == "exchanged" and same_size))) else set(touched)
+    unread = key.rpartition("/")[2] != "zarr.json" or not case.document  # what is read in any case is checked in any case
+    expected = set() if lost_commit or (unread and (damage == "flipped" or (damage == "exchanged" and same_size))) else set(touched)
     assert fast == expected
 
     # Repairing.
@@ -460,11 +460,11 @@ def test_where_a_merged_part_breaks_those_it_was_merged_from_show_again(merged: 
     assert_same(lz.open_store(merged.url), before)
 
 
-def test_a_deleted_prompt_never_shows_again_because_what_hides_it_broke(tmp_path: Path) -> None:
+def test_a_deleted_prompt_never_becomes_visible_again_because_what_replaces_it_broke(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s", durable=False)
     store.write(GROUP, FIRST)
     (old,) = store.listing(GROUP).parts
-    # As a deletion leaves it that stops right after its commit: the part without the prompt hides the one with it.
+    # As a deletion leaves it that stops right after its commit: the part without the prompt replaces the one with it.
     new = PartWriter(store.storage, GROUP, replacement_name(old.info.name), durable=False, replaces=(old.info.name,))
     new.append(FIRST.take(1, 3))
     info = new.commit()
