@@ -88,6 +88,8 @@ def test_every_command_on_a_page_is_one_that_the_parser_takes(page: Path, capsys
 
 def test_every_test_that_the_page_of_promises_names_is_there() -> None:
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text()))
-    there = {name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    there = {
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
     assert len(named) > 60
     assert named <= there, sorted(named - there)
