@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import pytest
+
 from lmprobe_zarr.batch.pooling import POOLINGS
 from lmprobe_zarr.batch.stages import TRAINING, parse_stage
+
+pytest.importorskip("torch")
+
 from lmprobe_zarr.extraction.models.padded_pooling import POOL_PADDED
 
 
