@@ -54,7 +54,7 @@ def confidence_intervals(
 
     Notes
     -----
-    FitVariable: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13, the percentile interval; of groups,
+    Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13, the percentile interval; of groups,
     A. C. Davison and D. V. Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8.
     """
     _check_scores(scores)
@@ -187,7 +187,7 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
 
     Notes
     -----
-    FitVariable: C. Nadeau and Y. Bengio, "Inference for the Generalization Error", Machine Learning 52 (2003); for repeated folds R. R.
+    Source: C. Nadeau and Y. Bengio, "Inference for the Generalization Error", Machine Learning 52 (2003); for repeated folds R. R.
     Bouckaert and E. Frank (2004). S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
     Statistics 6 (1979).
     """
@@ -239,7 +239,7 @@ def _holm(p: Floats) -> Floats:
 def selectivity(scores: xr.Dataset, metric: str = "accuracy", *, control: str = "shuffled_labels") -> xr.DataArray:
     """By how much each probe scores better than on other labels; the dims of the score, its ``probe`` those that have such a control.
 
-    A probe that is selective scores high on the labels and at chance on labels dealt at random. FitVariable: J. Hewitt and P. Liang,
+    A probe that is selective scores high on the labels and at chance on labels dealt at random. Source: J. Hewitt and P. Liang,
     "Designing and Interpreting Probes with Control Tasks" (2019), arXiv:1909.03368.
 
     Parameters

@@ -115,7 +115,7 @@ def fit_tokens(
     workers run at a time. The sums are float64: hidden² numbers for "ridge", 3 × hidden² × classes for "lda" and "mass_mean_cov", whose
     shrinkage needs fourth moments, 4 × hidden × classes for the others.
 
-    FitVariable: sums of products are the sufficient statistics of least squares and of Gaussian classes; the fourth moments are those of
+    Source: sums of products are the sufficient statistics of least squares and of Gaussian classes; the fourth moments are those of
     O. Ledoit and M. Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of Multivariate Analysis 88
     (2004).
     """
@@ -281,7 +281,7 @@ def sweep_tokens(
     Memory as for :func:`fit_tokens`, the sums once per fold; a test score is 8 bytes per token and probe of the layers that are at work.
 
     A control task gives every token id one random label, which a probe may learn by heart: what it scores there is its capacity, and
-    :func:`lmprobe_zarr.selectivity` subtracts it. FitVariable: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
+    :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
     """
     array, dim = parse_token_activations(activations)
     runner = parse_runner(client, scheduler, n_workers, progress=progress)

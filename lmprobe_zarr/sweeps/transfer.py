@@ -73,7 +73,7 @@ def sweep_transfer(
 
     Notes
     -----
-    Each task reads one layer of every dataset. FitVariable of the question: S. Marks and M. Tegmark, "The Geometry of Truth" (2023),
+    Each task reads one layer of every dataset. Source of the question: S. Marks and M. Tegmark, "The Geometry of Truth" (2023),
     arXiv:2310.06824, section 5.
     """
     runner = parse_runner(scheduler=scheduler, n_workers=n_workers)
