@@ -264,7 +264,7 @@ def set_cache_dtype(dtype: str | None = None, *, keep_bits: int | None = None, o
     dtype : {"float16", "bfloat16", "float32"}, optional
         None stores what the model computes.
     keep_bits : int, optional
-        Round to so many bits after the leading one, which makes the stored values smaller; see `lmprobe_zarr.precision.Precision`.
+        Round to so many bits after the leading one, which makes the stored values smaller; see `lmprobe_zarr.batch.Precision`.
     overflow : {"bfloat16", "raise"}
         What happens to values beyond the range of float16: the part is stored with bfloat16's precision, or an error.
 

@@ -207,7 +207,7 @@ def of_one_width(entries: Iterable[Entry], view: View | None, skipped: Tally) ->
 def _as_stored(entries: Sequence[Entry], view: View, skipped: Tally) -> list[Entry]:
     """The entries, with the whole digests of prompts that the store knows more of; those of other prompts are skipped.
 
-    A digest of which only 16 digits are known (see `bridges.entry.digest_of_hash`) is the same prompt as one that is whole.
+    A digest of which only 16 digits are known (see `lmprobe_zarr.batch.digest_of_hash`) is the same prompt as one that is whole.
     """
     rows = _rows_of(entries, view)
     fitting = []

@@ -169,21 +169,21 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     metric : str
         A variable over ``fold``.
     along : str
-        The dim whose trials are compared: "probe", "layer", or another of the scores.
+        The dim whose entries are compared: "probe", "layer", or another of the scores.
     reference : optional
-        The trial that all others are compared with, by its label; the first if not given.
+        The entry that all others are compared with, by its label; the first if not given.
 
     Returns
     -------
     Dataset
-        Over the dims of the score without ``fold``: ``difference`` (mean over the folds, trial less reference), ``t``, ``p_value``
+        Over the dims of the score without ``fold``: ``difference`` (mean over the folds, entry less reference), ``t``, ``p_value``
         (two-sided) and ``p_holm``. NaN for the reference itself, and where a score is. Where all folds differ by the same, but not by
         zero, t is infinite; where none differs, it is 0 and p 1.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        No such scores, metric, dim or trial, or a single fold.
+        No such scores, metric, dim or entry, or a single fold.
 
     Notes
     -----

@@ -100,7 +100,7 @@ def sweep_transfer(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fits:
-    """What the tasks of all layers share; one trial per dataset in each of the first three."""
+    """What the tasks of all layers share; one entry per dataset in each of the first three."""
 
     labels: list[Array]
     folds: list[Any]
