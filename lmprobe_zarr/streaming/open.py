@@ -121,11 +121,14 @@ def _parse_dtype(dtype: Any, values: np.dtype[Any]) -> np.dtype[Any]:
     if dtype is None:
         return values
     try:
-        parsed: np.dtype[Any] = np.dtype(dtype)
-    except TypeError as error:
+        parsed: np.dtype[Any] | None = np.dtype(dtype)
+    except TypeError:
+        parsed = None
+    # numpy knows the name bfloat16 only where ml_dtypes has been imported, so the message must not depend on that.
+    if parsed is None or parsed.name == "bfloat16":
         raise InvalidArgumentError(
             f"dtype={dtype!r}: give float16, float32 or float64; torch's, bfloat16 among them, come with framework='torch'"
-        ) from error
+        )
     if parsed.name not in {"float16", "float32", "float64"}:
         raise InvalidArgumentError(f"dtype={dtype!r}: give float16, float32 or float64")
     return parsed

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import fsspec
 import numpy as np
 import pytest
@@ -53,6 +54,8 @@ LABELS = [number % 2 for number in range(len(TEXTS))]
 def processes() -> Iterator[Any]:
     """Two workers, processes of their own that were started by spawn; shared, since they take seconds to start."""
     with (
+        # By default the cluster gives up a worker that is not back 15 seconds after its death; on a busy machine starting one takes longer.
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "180s"}),
         distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0") as local,
         distributed.Client(local, set_as_default=False) as client,
     ):

@@ -525,6 +525,8 @@ import sys, numpy as np, lmprobe_zarr as lz
 who = int(sys.argv[2])
 store = lz.open_store(sys.argv[1])
 for turn in range(6):
+    if turn == 5:
+        sys.stdin.readline()  # the test reads the store meanwhile
     numbers = [(10 * (who + turn) + k) % 80 for k in range(25)]
     values = np.repeat(np.array(numbers, 'f4')[:, None], 64, 1)
     pooled = {'resid_mean': {layer: values + layer / 4 for layer in range(4)}}
@@ -546,7 +548,7 @@ def check_whole(url: str) -> int:
 
 def test_many_processes_write_overlapping_prompts_and_some_are_killed(s3: S3, url: str) -> None:
     command = [sys.executable, "-W", "error", "-c", WRITES_SOME, url]
-    writers = [subprocess.Popen([*command, str(who)], stdout=subprocess.PIPE, text=True) for who in range(8)]
+    writers = [subprocess.Popen([*command, str(who)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for who in range(8)]
     killed, looks = writers[::3], 0
     try:
         for writer in killed:
@@ -557,6 +559,12 @@ def test_many_processes_write_overlapping_prompts_and_some_are_killed(s3: S3, ur
         while any(writer.poll() is None for writer in writers):
             check_whole(url)
             looks += 1
+            if looks == 2:
+                for writer in writers:
+                    assert writer.stdin is not None
+                    if writer not in killed:
+                        writer.stdin.write("\n")
+                        writer.stdin.flush()
     finally:
         for writer in writers:
             writer.kill()

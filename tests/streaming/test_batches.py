@@ -530,6 +530,12 @@ def test_without_torch_only_torch_is_refused(tokens: xr.Dataset, monkeypatch: py
         tokens.lz.batches(layer=0, framework="torch")
 
 
+def test_bfloat16_is_refused_alike_where_numpy_knows_its_name(tokens: xr.Dataset) -> None:
+    pytest.importorskip("ml_dtypes")  # registers the name with numpy
+    with pytest.raises(InvalidArgumentError, match="framework='torch'"):
+        tokens.lz.batches(layer=0, dtype="bfloat16")
+
+
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 BOUNDED = """
