@@ -24,10 +24,10 @@ def confidence_intervals(
 ) -> xr.Dataset:
     """Bootstrap confidence intervals of the mean over the folds, from the prediction that each prompt got when it was tested.
 
-    Prompts are drawn with replacement, as many as there are, within the test set of each fold; every measure is taken of each fold and
-    its mean over the folds is one resample; the interval lies between two of their quantiles. Where the sweep had groups, whole
-    groups are drawn. The probes are not fitted again: the interval says how far the score depends on which prompts were tested,
-    not on which were learned from.
+    Within the test set of each fold, as many prompts are drawn as it has, with replacement. One resample is the mean over the folds of
+    a metric of these prompts, and the interval is between two quantiles of the resamples. Where the sweep had groups, whole groups are
+    drawn. The probes are not fitted again: the interval says how much the score depends on which prompts were tested, not on which
+    were learned from.
 
     Parameters
     ----------
@@ -45,12 +45,12 @@ def confidence_intervals(
     -------
     Dataset
         A variable per metric over the dims of the scores without ``fold``, and ``bound``: "lower", "estimate" (the score itself, the
-        mean over the folds), "upper". NaN where a score is undefined; resamples for which it is are left out.
+        mean over the folds), "upper". NaN where a score is undefined; undefined resamples are left out.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        No such scores, without predictions, an unknown metric, or a level that is none.
+        Not the scores of a sweep, scores without predictions, an unknown metric, or a level that is not between 0 and 1.
 
     Notes
     -----
@@ -156,11 +156,11 @@ def _interval(metric: Metric, outcomes: list[Outcome], weights: list[Floats], ta
 
 
 def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe", reference: Any = None) -> xr.Dataset:
-    """Whether layers, or probes, differ: each against a reference on the same folds, by a corrected paired test.
+    """Whether layers, or probes, differ: each is compared with a reference on the same folds, by a corrected paired test.
 
-    Scores of folds are not independent, since their training sets overlap; an ordinary t-test finds far too many differences. The
-    corrected one takes the variance of a mean over J folds for (1/J + n_test/n_train) times that of the single differences. Of many
-    comparisons a few come out small by chance: ``p_holm`` is corrected for all that the result holds.
+    Scores of folds are not independent, since their training sets overlap, so an ordinary t-test finds far too many differences. The
+    corrected test takes the variance of a mean over J folds to be (1/J + n_test/n_train) times the variance of the single differences.
+    Among many comparisons a few p-values are small by chance: ``p_holm`` is corrected for all comparisons in the result.
 
     Parameters
     ----------
@@ -177,13 +177,13 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     -------
     Dataset
         Over the dims of the score without ``fold``: ``difference`` (mean over the folds, entry less reference), ``t``, ``p_value``
-        (two-sided) and ``p_holm``. NaN for the reference itself, and where a score is. Where all folds differ by the same, but not by
-        zero, t is infinite; where none differs, it is 0 and p 1.
+        (two-sided) and ``p_holm``. NaN for the reference itself, and where a score is NaN. Where all folds differ by the same amount
+        other than zero, t is infinite. Where no fold differs, t is 0 and p is 1.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        No such scores, metric, dim or entry, or a single fold.
+        Not the scores of a sweep, no such metric, dim or entry, or a single fold.
 
     Notes
     -----
@@ -207,7 +207,7 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     ratio = float((scores["n_test"] / scores["n_train"]).mean())
     mean = difference.mean("fold", skipna=False)
     error = np.sqrt(difference.var("fold", ddof=1, skipna=False).values * (1 / n_folds + ratio))
-    # Equal differences have a variance of a rounding or two.
+    # Rounding leaves equal differences with a variance just above zero.
     error[error < 1e-14] = 0
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where((error == 0) & (np.abs(mean.values) < 1e-14), 0.0, mean.values / error)
@@ -227,7 +227,7 @@ def _two_sided(t: Floats, freedom: int) -> Floats:
 
 
 def _holm(p: Floats) -> Floats:
-    """Corrected for as many comparisons as there are numbers."""
+    """The p-values, corrected for as many comparisons as there are finite ones."""
     corrected = np.full(p.shape, np.nan)
     known = np.flatnonzero(np.isfinite(p.ravel()))
     order = known[np.argsort(p.ravel()[known], kind="stable")]
@@ -237,9 +237,9 @@ def _holm(p: Floats) -> Floats:
 
 
 def selectivity(scores: xr.Dataset, metric: str = "accuracy", *, control: str = "shuffled_labels") -> xr.DataArray:
-    """By how much each probe scores better than on other labels; the dims of the score, its ``probe`` those that have such a control.
+    """How much better each probe scores on the labels than on the labels of a control.
 
-    A probe that is selective scores high on the labels and at chance on labels dealt at random. Source: J. Hewitt and P. Liang,
+    A selective probe scores high on the labels, and at chance on labels drawn at random. Source: J. Hewitt and P. Liang,
     "Designing and Interpreting Probes with Control Tasks" (2019), arXiv:1909.03368.
 
     Parameters
@@ -248,17 +248,18 @@ def selectivity(scores: xr.Dataset, metric: str = "accuracy", *, control: str = 
         From :func:`lmprobe_zarr.sweep` or :func:`lmprobe_zarr.sweep_tokens` with that control.
     metric : str
     control : {"shuffled_labels", "control_task"}
-        The second, which only tokens have, is the one of the source.
+        The second is the control of the source; only sweeps of tokens have it.
 
     Returns
     -------
     DataArray
-        Score on the labels minus score on the control's.
+        Score on the labels minus score on the control's labels, with the dims of the score. Along ``probe`` only the probes that have
+        this control.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        No such scores, metric or control.
+        Not the scores of a sweep, or no such metric or control.
     """
     if control not in ("shuffled_labels", "control_task"):
         raise InvalidArgumentError(f"control={control!r} has no labels of its own: use 'shuffled_labels' or 'control_task'")

@@ -48,8 +48,8 @@ def fit_directions(
     """Coefficients of one linear probe per layer, fitted on all prompts that have a label.
 
     Scaling and projections are undone: ``(activations * coef).sum("hidden") + intercept`` is the decision function on raw activations (of
-    a regression: the prediction). So ``coef`` is where the score rises fastest, and what is added to a layer's output to steer; its
-    length is in units of the score per unit of activation.
+    a regression: the prediction). So ``coef`` points where the score rises fastest, and is what one adds to a layer's output to steer the
+    model. Its length is in units of the score per unit of activation.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def fit_directions(
     -------
     Dataset of float64
         ``coef`` with dims (layer, hidden) for two classes, pointing to the second, and for a regression; with more classes (layer, class,
-        hidden). ``intercept`` the same without hidden; ``converged`` (layer).
+        hidden). ``intercept`` has the same dims without hidden; ``converged`` (layer).
 
     Raises
     ------
@@ -118,7 +118,7 @@ def _make(probe: Any, seed: int, task: str, preprocessing: str | None, strength:
 
 
 def _fit_layer(make: Callable[[], Any], labels: Labels, whole: xr.Variable | None, layer: int, values: Any) -> Any:
-    """Coefficients, intercept and whether the fit ended; or the rows that cannot be fitted."""
+    """Coefficients, intercept and whether the fit converged; or the rows that are NaN or infinite."""
     import sklearn
 
     matrix = as_fit_dtype(values if whole is None else read_layer(whole, layer))
@@ -163,19 +163,20 @@ def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.D
     ----------
     directions : {name: DataArray or Dataset}, DataArray or Dataset
         Coefficients with dims (layer, hidden), or (hidden) for a single one, or a dataset with them as ``coef``, as from
-        :func:`lmprobe_zarr.fit_tokens`; further dims, such as ``class``, make one direction each. The names say which dataset or model.
+        :func:`lmprobe_zarr.fit_tokens`; each place along further dims, such as ``class``, is a direction of its own. The names say
+        which dataset or model.
 
     Returns
     -------
     DataArray of float64
         Dims (direction, other), both with the same labels in the same order; along ``direction`` the coordinates ``name`` and ``layer``,
-        where there are layers, and along ``other`` the same with ``other_`` in front. NaN where hidden sizes differ or a direction has no
-        length.
+        where there are layers, and along ``other`` the same with the prefix ``other_``. NaN where hidden sizes differ or a direction has
+        length 0.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        Something without coefficients, or nothing.
+        A value without coefficients, or an empty mapping.
     """
     given = {"": directions} if isinstance(directions, xr.DataArray | xr.Dataset) else directions
     if not isinstance(given, Mapping):

@@ -1,4 +1,4 @@
-"""What callers give a sweep of any kind, checked once."""
+"""Arguments that sweeps of every kind share, checked in one place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DIMS = ("layer", "prompt", "hidden")
 
 
 def parse_activations(activations: Any, controls: Mapping[str, Any]) -> tuple[xr.Dataset | None, tuple[xr.DataArray, ...]]:
-    """The dataset, if it is one, and its variables of activations; nothing is read."""
+    """The dataset, or None where an array was given, and its variables of activations; no values are read."""
     if isinstance(activations, xr.Dataset):
         held = {str(name): array for name, array in activations.data_vars.items() if {"prompt", "hidden"} <= set(array.dims)}
         if controls.get("embed", ()) is None:
@@ -66,7 +66,7 @@ def parse_token_activations(activations: Any) -> tuple[xr.DataArray, str]:
 
 
 def _check_values(activations: xr.DataArray, purpose: str) -> None:
-    """Raise where there are no values, or none that are real numbers."""
+    """Raise where an array is empty, or its values are not real numbers."""
     empty = [str(dim) for dim in activations.dims if not activations.sizes[dim]]
     if empty:
         raise InvalidArgumentError(f"{called(activations)} has no {' and no '.join(empty)}: there is nothing {purpose}")
@@ -76,19 +76,19 @@ def _check_values(activations: xr.DataArray, purpose: str) -> None:
 
 
 def layers_of(array: xr.DataArray) -> list[Any] | None:
-    """Its layers, or None where it has none."""
+    """Layers of an array, or None where it has none."""
     if "layer" in array.coords:
         return list(np.atleast_1d(array.coords["layer"].values).tolist())
     return list(range(array.sizes["layer"])) if "layer" in array.dims else None
 
 
 def layer_labels(array: xr.DataArray) -> Array:
-    """The labels of its layers; 0 where it has none."""
+    """Labels of the layers of an array; 0 where it has none."""
     return np.atleast_1d(array.coords["layer"].values) if "layer" in array.coords else np.arange(array.sizes.get("layer", 1))
 
 
 def check_seed(random_state: Any) -> int:
-    """The seed, if it is one."""
+    """The seed as an int, checked."""
     if isinstance(random_state, bool) or not isinstance(random_state, int | np.integer):
         raise InvalidTypeError(f"random_state={random_state!r} is not a whole number: sweeps are reproducible, give a seed such as 0")
     if not 0 <= random_state < 2**32:

@@ -1,6 +1,6 @@
-"""What callers give a sweep of prompts, as a record, and how each of it is parsed; nothing is read but coordinates.
+"""`SweepOptions`, the arguments of a sweep of prompts, and functions that parse them; nothing is read but coordinates.
 
-What sweeps of every kind are given is checked in ``given``.
+``given`` checks the arguments that sweeps of every kind share.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SweepOptions:
-    """What a caller of :func:`lmprobe_zarr.sweep` gave, as it was given; its parameters mean the same."""
+    """The arguments of :func:`lmprobe_zarr.sweep`, not parsed yet; they mean what they mean there."""
 
     activations: Any
     labels: Any
@@ -85,7 +85,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Design:
-    """What is fitted and measured, parsed."""
+    """Trials, metrics and preprocessing, parsed."""
 
     trials: tuple[Trial, ...]
     metrics: tuple[Metric, ...]
@@ -113,7 +113,7 @@ def parse_design(options: SweepOptions, controls: Mapping[str, Any], n_classes: 
 
 
 def parse_folds(options: SweepOptions, data: Data, seed: int) -> tuple[tuple[Fold, ...], str]:
-    """The folds, and in words how they come about."""
+    """The folds, and a text that says how they were made."""
     if options.split is not None and options.cv is not None:
         raise InvalidArgumentError("cv and split were given: a split is the one fold there is, leave one of the two out")
     default = 5 if options.cv is None else options.cv

@@ -1,6 +1,6 @@
-"""What a sweep would do, as a value: which labels, folds, probes and controls, how many fits, how many bytes to read.
+"""The plan of a sweep: which labels, folds, probes and controls, how many fits, how many bytes to read.
 
-Every argument is parsed, and every mistake in one raised, before any activation is read. Never a fit, a score or a place to write to.
+All arguments are parsed, and errors in them raised, before any activation is read. Never a fit, a score or a place to write to.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class SweepPlan:
     layers : tuple
         Their layers.
     probes, controls : tuple of str
-        What stands along ``probe``.
+        Labels along ``probe``.
     metrics : tuple of str
     dims : tuple of str
-        Of every measure, in the result.
+        Dims of every measure in the result.
     n_prompts, n_dropped : int
         Prompts with a label, and those left out because they have none.
     n_folds, n_fits, n_tasks : int
@@ -76,7 +76,7 @@ class SweepPlan:
     cv: str
 
     def __str__(self) -> str:
-        asked = [dim for dim in self.dims if dim not in ("layer", "probe", "fold")]
+        further = [dim for dim in self.dims if dim not in ("layer", "probe", "fold")]
         rows = {
             "variables": ", ".join(self.variables),
             "layers": f"{len(self.layers)} ({self.layers[0]} to {self.layers[-1]})" if len(self.layers) > 1 else str(self.layers[0]),
@@ -85,7 +85,7 @@ class SweepPlan:
             "metrics": ", ".join(self.metrics),
             "prompts": f"{self.n_prompts}{f' ({self.n_dropped} without a label left out)' * bool(self.n_dropped)}",
             "folds": f"{self.n_folds}, {self.cv}",
-            **({"also by": ", ".join(asked)} if asked else {}),
+            **({"also by": ", ".join(further)} if further else {}),
             "fits": f"{self.n_fits} in {self.n_tasks} tasks",
             "to read": f"{format_bytes(self.nbytes)}, each layer once",
         }
@@ -94,7 +94,7 @@ class SweepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sweep:
-    """A sweep that can be run: what callers see of it, and what its tasks and its result are made of.
+    """A sweep that is ready to run: its plan for callers, and what its tasks and its result need.
 
     Parameters
     ----------
@@ -114,7 +114,9 @@ class Sweep:
     coords: Mapping[str, Any]
 
     def tasks(self, workers: int) -> list[FitTask]:
-        """Everything to fit: first what other layers wait for, then layer by layer, each read once where there are as many as workers.
+        """All tasks: first those that other layers wait for, then layer by layer.
+
+        Where there are at least as many layers as workers, each layer is one task, so that it is read once.
 
         Parameters
         ----------
@@ -138,7 +140,7 @@ class Sweep:
         return sorted(found, key=lambda task: not self.spreads(task))
 
     def spreads(self, task: FitTask) -> bool:
-        """Whether something of a task is the score of other layers too, so that none of them is whole without it.
+        """Whether a score of a task belongs to other layers too, so that none of them is complete without it.
 
         Parameters
         ----------
@@ -243,7 +245,7 @@ def plan_sweep(
 
 
 def make_sweep(options: SweepOptions) -> Sweep:
-    """A sweep as its caller wants it; nothing is read but coordinates.
+    """The sweep that options describe; nothing is read but coordinates.
 
     Raises
     ------
@@ -258,7 +260,7 @@ def make_sweep(options: SweepOptions) -> Sweep:
     seeds = parse_seeds(options.seeds, seed)
     strengths = parse_strengths(options.strengths, design.trials)
     inner, choose_by = parse_inner(options.inner_cv, options.choose_by, strengths, design.metrics, options.task, data.n_classes)
-    layers, variables = _sources(arrays, named=dataset is not None)
+    layers, variables = _fit_variables(arrays, named=dataset is not None)
     check_layer_0(design.trials, layers)
     codes = np.zeros(len(data.prompts), dtype=int)
     codes[data.rows] = group_codes([data.prompts[row] for row in data.rows], None)
@@ -308,8 +310,8 @@ def _summarise(fits: FitPlan, data: Data, layers: Array, dims: tuple[str, ...], 
     )
 
 
-def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[FitVariable, ...]]:
-    """All layers, and each variable with its own among them."""
+def _fit_variables(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[FitVariable, ...]]:
+    """All layers, and each variable with the places of its own layers among them."""
     held = [layers_of(array) for array in arrays]
     layers = np.array(list(dict.fromkeys(layer for each in held for layer in (each if each is not None else ())))) if any(
         each is not None for each in held
@@ -326,7 +328,7 @@ def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, t
         variables.append(
             FitVariable(
                 name=str(array.name) if named else "",
-                # What has no layers has the same scores in all of them; alone, it is a layer of its own.
+                # A variable without layers has the same scores in all of them. An array without layers counts as one layer.
                 layers=(-1,) if own is None and named else (0,) if own is None else tuple(places[layer] for layer in own),
                 activations=variable if variable.chunks is None and not in_memory else None,
             )
@@ -334,11 +336,11 @@ def _sources(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, t
     return layers, tuple(variables)
 
 
-# -- what the result says of itself ----------------------------------------------------------------------------------------
+# -- metadata of the result ------------------------------------------------------------------------------------------------
 
 
 def _count(plan: FitPlan) -> tuple[int, int]:
-    """Tasks, where each fits everything on one layer, and fits."""
+    """The number of tasks, each of which fits everything on one layer, and the number of fits."""
     layers = sum(len(source.layers) for source in plan.variables)
     per_entry = {"layer": layers, "zero": len(plan.variables), "constant": 1}
     fits = 0
@@ -352,7 +354,7 @@ def _count(plan: FitPlan) -> tuple[int, int]:
 
 
 def _dims(fits: FitPlan, data: Data, layers: Array, *, seeded: bool) -> dict[str, Array]:
-    """The dims of every measure and their labels; which of them there are depends on what was given."""
+    """The dims of every measure and their labels; the arguments decide which dims there are."""
     labels = {
         "variable": [source.name for source in fits.variables] if data.dataset is not None else None,
         "layer": layers,
@@ -416,7 +418,7 @@ def _prompt_coordinates(fits: FitPlan, data: Data, dims: Mapping[str, Array]) ->
         "true": (("label", "prompt"), np.array(true)) if "label" in dims else ("prompt", true[0]),
     }
     if fits.shuffled:
-        # The labels of the controls with shuffled labels: their predictions mean nothing beside the true ones.
+        # Predictions of controls with shuffled labels are compared with these labels, not with the true ones.
         dealt = np.array(
             [[replace(each, values=values).codes[rows] for values in drawn] for each, drawn in zip(data.labels, fits.shuffled, strict=True)]
         )

@@ -1,9 +1,9 @@
-"""Scores of a running sweep, as a plain Zarr v3 group that is complete for every layer marked as done. Never fits or what scores mean.
+"""Scores of a running sweep as a plain Zarr v3 group, in which every layer that is marked as done is complete.
 
-Every measure is one array over all layers, cut into chunks of one layer (of one variable). A layer's chunks are written first, its chunk
-of the array ``done`` last, each whole or not at all; who resumes believes ``done`` only where every chunk behind it is intact. So any
-number of processes may die, resume or even run at the same time: what they write is the same. ``xarray.open_zarr`` reads the
-group while it fills; what is not there yet is NaN.
+Every measure is one array over all layers, with one chunk per layer (of one variable). The chunks of a layer are written first, and its
+chunk of the array ``done`` last; each is written whole or not at all. A resumed sweep trusts ``done`` only where every chunk of the layer
+is intact. So any number of processes may die, resume or even run at the same time: they all write the same values. ``xarray.open_zarr``
+reads the group while it fills; layers that are not written yet are NaN. Never fits, and knows nothing of what scores mean.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FORMAT: Final = "lmprobe-zarr-scores"
 _VERSION: Final = 1
 _DONE: Final = "done"
 _CRC: Final = struct.Struct("<I")
-#: Dims along which an array is cut; everything else of a layer lies in one chunk.
+#: Dims along which an array is cut; along all others a layer has one chunk.
 _CUT: Final = ("variable", "layer")
 _AT_ONCE: Final = 16
 _SAMPLE: Final = "activations"
@@ -45,9 +45,9 @@ class ScoreStore:
     ----------
     place : path or URL
     fingerprint : mapping
-        What the sweep is; a place holds the scores of one only.
+        What identifies the sweep; a place holds the scores of one sweep only.
     sample : sequence of ndarray
-        Numbers about what is fitted, which may differ in their last digits from one machine to another.
+        Numbers computed from the activations; their last digits may differ between machines.
     storage_options : mapping, optional
         As fsspec takes them.
     """
@@ -61,29 +61,29 @@ class ScoreStore:
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._named = True
 
-    # -------------------------------------------------------------------------------------------------------------- making
+    # ------------------------------------------------------------------------------------------------------------ creating
 
     def create(self, scores: xr.Dataset, piece: Mapping[str, Array]) -> None:
-        """Make the place, or find it made by this very sweep.
+        """Create the group, unless this sweep has created it before.
 
         Parameters
         ----------
         scores : Dataset
-            Every column, with nothing entered yet.
+            Every column, without any fit yet.
         piece : mapping of name to ndarray
             One layer (of one variable) of every column that is cut by layer.
 
         Raises
         ------
         InvalidArgumentError
-            It holds the scores of another sweep.
+            The place holds the scores of another sweep.
         NotAStoreError
-            It holds something else.
+            The place holds something else.
         """
         self._named = "variable" in scores["fit_seconds"].dims
         self._dtypes = {name: values.dtype for name, values in piece.items()}
         self._cut = {name: values.shape for name, values in piece.items()}
-        if self._found():
+        if self._holds_this_sweep():
             return
         lead = [dim for dim in _CUT if dim in scores["fit_seconds"].dims]
         done = np.zeros([scores.sizes[dim] for dim in lead], bool)
@@ -97,10 +97,10 @@ class ScoreStore:
         try:
             self._storage.commit("zarr.json", _dump(self._root_document(scores, documents)), durable=True, replace=False)
         except AlreadyCommittedError:
-            # Another process was faster by a moment.
-            self._found()
+            # Another process has created it in the meantime.
+            self._holds_this_sweep()
 
-    def _found(self) -> bool:
+    def _holds_this_sweep(self) -> bool:
         """Whether the place holds this sweep already."""
         try:
             document = json.loads(self._storage.read("zarr.json"))
@@ -181,7 +181,7 @@ class ScoreStore:
         self._storage.commit(self._key(_DONE, source, layer), _encode(np.array(True)), durable=True)
 
     def load(self, scores: Scores) -> None:
-        """Enter every layer that is done and intact; the others are fitted again."""
+        """Enter every layer that is done and intact into the scores; the others are fitted again."""
         places = [tuple(map(int, key.split(".")[1:])) for key in self._storage.list(_DONE) if key.startswith("c.")]
         places = [place if self._named else (0, *place) for place in places]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -205,7 +205,7 @@ class ScoreStore:
         return found
 
     def finish(self, scores: xr.Dataset) -> None:
-        """Write what is known only now: why measures are NaN, and how many fits have not converged."""
+        """Write what is known only at the end: why measures are NaN, and how many fits have not converged."""
         root = json.loads(self._storage.read("zarr.json"))
         documents = root["consolidated_metadata"]["metadata"]
         before = _dump(root)
@@ -222,7 +222,7 @@ class ScoreStore:
 
 
 def _agree(before: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Whether two samples are of the same values, computed on two machines perhaps."""
+    """Whether two samples are of the same activations, up to the rounding of different machines."""
     if len(before) != len(now):
         return False
     for old, new in zip(map(np.array, before), map(np.array, now), strict=True):

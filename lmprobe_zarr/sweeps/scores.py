@@ -1,4 +1,4 @@
-"""Fits to one labelled dataset, whatever order they come in. Never fits, schedulers or a place to write to."""
+"""`Scores`, the table of fits: entered in whatever order they come, it becomes one labelled dataset. Never fits, schedulers or storage."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lmprobe_zarr.typing import Array
 
 __all__ = ["Scores"]
 
-#: Of every fit, in this order; what was not asked for is left out of the dataset.
+#: Dims of every measure, in this order; the dataset leaves out those that the sweep does not vary.
 _AXES: Final = ("variable", "layer", "probe", "fold", "seed", "strength", "label")
-#: Without the fold: a prompt's prediction comes from the fold that tests it.
+#: Dims of predictions. There is no fold: a prompt's prediction comes from the fold that tests it.
 _PER_PROMPT: Final = ("variable", "layer", "probe", "repetition", "seed", "strength", "label", "prompt")
 
 
@@ -52,7 +52,7 @@ class Scores:
         }  # fmt: skip
         self._columns = dict(self._make_columns())
         self._entered = np.zeros((len(fits.variables), len(fits.layers), len(fits.trials)), dtype=bool)
-        # What a variable does not have is done: its scores stay NaN.
+        # Layers that a variable does not have count as entered, and so do controls on its layer 0 where it has none: their scores stay NaN.
         for place, source in enumerate(fits.variables):
             if source.layers != (-1,):
                 self._entered[place, [layer for layer in range(len(fits.layers)) if layer not in source.layers]] = True
@@ -90,7 +90,7 @@ class Scores:
     # ------------------------------------------------------------------------------------------------------------ entering
 
     def enter(self, task: FitTask, fits: Iterable[Fit]) -> None:
-        """Everything that a task found."""
+        """Enter every fit of a task."""
         for fit in fits:
             self._enter_fit(fit)
         for trial in task.trials:
@@ -131,7 +131,7 @@ class Scores:
     def _put(self, name: str, at: tuple[Any, ...], value: Any) -> None:
         column = self._columns[name].values
         if isinstance(value, np.ndarray):
-            # Assigned to a view without the slices, so that the rows' numbers stay an axis of their own at the end.
+            # Assigned to a view that the other indices have selected, so that the axis of the prompts stays the last.
             column = column[at[:-1]]
             if value.ndim == 2:
                 value = value[:, : column.shape[-1]]
@@ -144,24 +144,24 @@ class Scores:
     # ------------------------------------------------------------------------------------------------------------- layer by layer
 
     def whole(self) -> list[tuple[int, int]]:
-        """Variable and layer of everything that nothing is missing of, by place."""
+        """Places (variable, layer) of which every fit has been entered."""
         return [(int(source), int(layer)) for source, layer in np.argwhere(self._entered.all(axis=2))]
 
     def missing(self, task: FitTask) -> bool:
-        """Whether something of a task has not been entered."""
+        """Whether a fit of a task has not been entered yet."""
         return not all(self._entered[self._where(task, trial)].all() for trial in task.trials)
 
     def piece(self, source: int, layer: int) -> dict[str, Array]:
-        """Every column of one layer of one variable, of the shape that the dataset has it in, with axes of one for both."""
+        """Every column of one layer of one variable, with the dims of the dataset; the axes of variable and layer have length 1."""
         return {
             name: self._squeezed(name)[
-                (slice(source, source + 1), slice(layer, layer + 1)) if self._asked("variable") else slice(layer, layer + 1)
+                (slice(source, source + 1), slice(layer, layer + 1)) if self._has_dim("variable") else slice(layer, layer + 1)
             ]
             for name in self._columns
         }
 
     def take_piece(self, source: int, layer: int, piece: Mapping[str, Array]) -> None:
-        """Enter what `piece` gave before; what knows no layer, and so is in every piece, is entered everywhere."""
+        """Enter what `piece` returned before. Scores that do not depend on the layer are in every piece, and are entered for all layers."""
         plan = self._sweep.fits
         for name, column in self._columns.items():
             values = piece[name].reshape(column.values[source : source + 1, layer : layer + 1].shape)[0, 0]
@@ -180,20 +180,20 @@ class Scores:
 
     # ------------------------------------------------------------------------------------------------------------- the dataset
 
-    def _asked(self, dim: str) -> bool:
+    def _has_dim(self, dim: str) -> bool:
         return dim in self._sweep.plan.dims or dim in ("prompt", "class") or (dim == "repetition" and self._sizes["repetition"] > 1)
 
     def _squeezed(self, name: str) -> Array:
         column = self._columns[name]
-        axes = tuple(axis for axis, dim in enumerate(column.dims) if not self._asked(dim))
+        axes = tuple(axis for axis, dim in enumerate(column.dims) if not self._has_dim(dim))
         return column.values.squeeze(axes)
 
     def columns(self) -> xr.Dataset:
-        """Every column as it stands, also those that say why others are NaN."""
+        """Every column as it is now, with ``undefined``, which says why measures are NaN."""
         plan = self._sweep.fits
         held: dict[str, Any] = {}
         for name, column in self._columns.items():
-            held[name] = (tuple(dim for dim in column.dims if self._asked(dim)), self._squeezed(name), dict(column.attrs))
+            held[name] = (tuple(dim for dim in column.dims if self._has_dim(dim)), self._squeezed(name), dict(column.attrs))
         held["n_train"] = ("fold", np.array([len(train) for train, _ in plan.folds]))
         held["n_test"] = ("fold", np.array([len(test) for _, test in plan.folds]))
         if plan.predictions:
@@ -203,7 +203,7 @@ class Scores:
 
     def dataset(self) -> xr.Dataset:
         """Everything entered so far, as callers see it; NaN where a fit is missing."""
-        data = self._explained(self.columns())
+        data = self._with_nan_reasons(self.columns())
         unknown = [name for name in ("score", "probability") if name in data and bool(data[name].isnull().all())]
         data = data.drop_vars(unknown)
         data.attrs["n_unconverged"] = int((~data["converged"]).sum())
@@ -214,12 +214,12 @@ class Scores:
         values = np.full((self._sizes["repetition"], self._sizes["prompt"]), -1, np.int32)
         for fold, (_, test) in enumerate(plan.folds):
             values[self._repeats[fold], self._place[test]] = fold
-        several = self._asked("repetition")
+        several = self._has_dim("repetition")
         dims = ("repetition", "prompt") if several else ("prompt",)
         return dims, values if several else values[0], {"long_name": "fold that tests the prompt, -1 for none"}
 
-    def _explained(self, data: xr.Dataset) -> xr.Dataset:
-        """Why measures are NaN, in words, instead of bits."""
+    def _with_nan_reasons(self, data: xr.Dataset) -> xr.Dataset:
+        """The dataset, with the reasons why measures are NaN as words instead of bits."""
         bits = data["undefined"].transpose("probe", ...).values
         for metric in self._sweep.fits.metrics:
             reasons: dict[str, list[str]] = {}

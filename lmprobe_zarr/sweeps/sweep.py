@@ -1,7 +1,7 @@
 """Scores of probes over layers: everything is planned first, then every layer is fitted, then the scores become one dataset.
 
-Holds the call that users make, and the tasks that are made of its plan. The plan, the fits, the table of scores and its place on disk
-have modules of their own. Never activations of its own, or a plot.
+This module holds the function that users call, and makes the tasks of its plan. The plan, the fits, the table of scores and the store of
+scores have modules of their own. Never a store of activations, or a plot.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def sweep(
     probes : names, {name: estimator}, or a list of names and estimators
         See :func:`lmprobe_zarr.probes.named_probes`. An estimator in a list is called by its class's name.
     cv : int, scikit-learn splitter, or iterable of (train, test)
-        The same folds for every layer and probe; 5 without `cv` and `split`. A number means shuffled folds, stratified by the label
-        of a classification (by none of several); where prompts repeat, all rows of one prompt lie in one fold. Pairs hold row
-        numbers or truth values over the prompts.
+        The same folds for every layer and probe; 5 where neither `cv` nor `split` is given. A number means shuffled folds. They are
+        stratified by the label of a classification, unless there are several sets of labels. Where prompts repeat, all rows of one
+        prompt are in one fold. Pairs hold row numbers or truth values over the prompts.
     groups : str, DataArray, mapping or array, optional
-        Prompts of an equal group, such as a pair of sentences or a source, never lie on both sides of a fold. Given as
-        `labels` are, but of any values that have a hash. With a number as `cv`, as many groups at least; splitters of
-        scikit-learn that know no groups, and pairs, are checked.
+        Prompts of an equal group, such as a pair of sentences or a source, are never on both sides of a fold. Given as
+        `labels` are, but of any hashable values. A number as `cv` needs at least as many groups. Splitters of scikit-learn that
+        ignore groups, and pairs, are checked.
     split : str, DataArray, mapping or array, optional
         One held-out split instead of folds: prompts whose value is "train" are learned from, those of "test" scored, others left out.
     task : {"classification", "regression"}
@@ -97,24 +97,24 @@ def sweep(
         Regularisation strengths, larger being stronger (``alpha``, or 1 / ``C``), each fitted: the result has the dim ``strength``, along
         which probes without one are constant. With `inner_cv` the best is chosen.
     inner_cv : int, optional
-        Folds within each training fold by which one of the strengths is chosen; the chosen one is fitted on the whole training fold, and
-        ``chosen_strength`` tells it. Groups stay together in them too.
+        Folds within each training fold by which one of the strengths is chosen. The probe with that strength is fitted on the whole
+        training fold, and ``chosen_strength`` says which it is. Groups stay together in the inner folds too.
     choose_by : str, optional
-        The metric by which; the first of `metrics` if not given.
+        The metric by which the strength is chosen; the first of `metrics` if not given.
     repeats : int
         How often a number of folds is drawn anew; the dim ``fold`` holds all, ``repeat`` says which.
     seeds : int or sequence of int, optional
-        Seeds of fits and shuffled labels, each fitted on the same folds: the result has the dim ``seed``. What draws nothing is
-        fitted once.
+        Seeds of fits and shuffled labels, each fitted on the same folds: the result has the dim ``seed``. Fits that use no random
+        numbers are made once.
     missing : {"raise", "drop"}
         What happens to prompts without a label.
     predictions : bool
         Whether ``predicted``, ``score`` and ``probability`` of every prompt are kept, each from the fold that tests it, as
         :func:`lmprobe_zarr.confidence_intervals` needs them.
     out : path or URL, optional
-        A Zarr store to which the scores of each layer are written as soon as it is done, and from which the same call takes what is
-        there already, in whatever process: an interrupted sweep goes on. ``xarray.open_zarr`` opens it at any time. That the activations
-        are those of before is asked of eight prompts in every layer, which are read for it.
+        A Zarr store to which the scores of each layer are written as soon as it is done. The same call, in whatever process, takes the
+        scores that are there already: an interrupted sweep goes on. ``xarray.open_zarr`` opens it at any time. To check that the
+        activations are the same as before, eight prompts are read in every layer.
     storage_options : mapping, optional
         For `out`, as fsspec takes them.
     random_state : int
@@ -135,7 +135,7 @@ def sweep(
     Dataset
         A variable for each metric (NaN where undefined, with the reasons in its attribute ``nan_reasons``),
         ``fit_seconds`` (wall time of the fit alone), ``converged`` (False: stopped at its iteration limit), each over layer, probe,
-        fold and what further dims were asked for; ``n_train`` and ``n_test`` (fold). Coordinates ``kind`` and ``control`` over
+        fold and the further dims that the arguments add; ``n_train`` and ``n_test`` (fold). Coordinates ``kind`` and ``control`` over
         ``probe``. Attributes name labels, groups, classes, class counts, the share of the largest class
         (``majority_share``), folds, estimators and versions.
 
@@ -171,7 +171,7 @@ def sweep(
     scores = Scores(planned)
     place = None if out is None else ScoreStore(out, planned.fingerprint(), _sample(planned), storage_options)
     if place is not None:
-        # First, so that a place that cannot be written, or is another sweep's, is known before anything is fitted.
+        # Created first, so that a place that cannot be written, or is another sweep's, is an error before anything is fitted.
         place.create(scores.columns(), scores.piece(0, 0))
         place.load(scores)
     try:
@@ -208,24 +208,24 @@ def _not_finite(sweep: Sweep, problem: NotFiniteError) -> InvalidArgumentError:
 
 
 def _sample(sweep: Sweep) -> list[Array]:
-    """Numbers that tell these activations from others: of eight prompts, in every layer of every variable."""
+    """Numbers that distinguish these activations from others: of eight prompts, in every layer of every variable."""
     rows = sweep.fits.labels[0].rows
     some = np.unique(rows[np.linspace(0, len(rows) - 1, 8).astype(int)])
     features = [values for values in sweep.fits.features.values() if isinstance(values, xr.Variable)]
     found = []
     for variable in (*(array.variable for array in sweep.arrays), *features):
         values = variable.isel(prompt=some).transpose(..., "prompt", "hidden").values.astype(np.float64)
-        # With alternating signs, so that shifted or reversed values give other numbers too.
+        # With a pattern of signs, so that shifted or reversed values give other numbers too.
         signs = np.where(np.arange(values.shape[-1]) % 3 == 0, -1.0, 1.0)
         found.append(np.stack([np.sqrt((values**2).mean(-1)), (values * signs).mean(-1)]))
     return found
 
 
-# -- running it ------------------------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------------------------------
 
 
 def _run(sweep: Sweep, scores: Scores, place: ScoreStore | None, runner: Runner, *, progress: bool) -> None:
-    """Fit what is missing, and enter and write it as it comes."""
+    """Fit what is missing; enter and write each result as it comes."""
     every = sweep.tasks(runner.workers)
     tasks = [task for task in every if scores.missing(task)]
     written = set(scores.whole())
@@ -241,14 +241,14 @@ def _run(sweep: Sweep, scores: Scores, place: ScoreStore | None, runner: Runner,
             advance(1)
 
         starts = _starts(sweep, tasks, runner)
-        # Where scores are written, what other layers wait for comes first.
+        # Where scores are written, tasks that other layers wait for run first.
         first = 0 if place is None or runner.keeps_order else sum(map(sweep.spreads, tasks))
         runner.run(starts[:first], "", finished=finish)
         runner.run(starts[first:], "", finished=lambda number, fits: finish(first + number, fits))
 
 
 def _starts(sweep: Sweep, tasks: Sequence[FitTask], runner: Runner) -> list[Callable[[], Any]]:
-    """For each task what makes it a task of the runner."""
+    """For each task a function that makes it a task of the runner."""
     shared = runner.hand_over(sweep.fits)
     handed: dict[tuple[int, int], Any] = {}
 
@@ -256,7 +256,7 @@ def _starts(sweep: Sweep, tasks: Sequence[FitTask], runner: Runner) -> list[Call
         task = tasks[number]
         at = (task.variable, task.layer)
         if at not in handed:
-            # Tasks of one layer share its values; those of the layer before are let go, so that few lie in the workers' memory.
+            # Tasks of one layer share its values. The values of the layer before are released, so that workers hold few at a time.
             handed.clear()
             handed[at] = runner.hand_over_values(_layer_values(sweep, task))
         return runner.call(fit_task, shared, task, handed[at], name=f"sweep-{shared.key}-{number:09d}")
@@ -265,7 +265,7 @@ def _starts(sweep: Sweep, tasks: Sequence[FitTask], runner: Runner) -> list[Call
 
 
 def _layer_values(sweep: Sweep, task: FitTask) -> Any:
-    """What a task is handed: nothing (it reads), the values in memory, or a dask array."""
+    """The activations that a task is handed: None where it reads them itself, the values in memory, or a Dask array."""
     if task.variable < 0 or sweep.fits.variables[task.variable].activations is not None:
         return None
     variable = sweep.arrays[task.variable].variable

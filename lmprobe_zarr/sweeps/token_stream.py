@@ -1,7 +1,7 @@
-"""Linear probes on more rows than fit into memory: blocks of rows are read one after the other, by several tasks on Dask, and summed up.
+"""Linear probes on more rows than fit into memory: several Dask tasks read blocks of rows one after the other, and sum them up.
 
-Holds how a token axis is cut into spans and blocks, what one task does with its span, and how the tasks' results are merged. The sums and
-their solutions are those of ``probes.sufficient``; ``tokens`` decides labels, folds and what comes back. Never a store or a plot.
+This module cuts a token axis into spans and blocks, does the work of one task on its span, and merges the results of the tasks. The sums
+and their solutions are those of ``probes.sufficient``; ``tokens`` decides labels, folds and results. Never a store or a plot.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ from lmprobe_zarr.typing import Array, Ints, Mask
 
 __all__ = ["BLOCK_BYTES", "STREAMED", "Fitted", "Stream", "StreamPlan", "fit_stream", "measure_stream", "score_stream"]
 
-#: Rows that are looked at together, as float64; a task holds about four times as much beside its sums.
+#: Bytes of the rows in one block, as float64; a task holds about four times as much beside its sums.
 BLOCK_BYTES: Final = 16 * 2**20
-#: Rows that the units of the sums are taken from, in as many places.
+#: The units of the sums are taken from this many rows, in this many runs.
 _PILOT_ROWS, _PILOT_PLACES = 1024, 16
-#: Passes at most: as many as see a million rows, which scikit-learn calls enough, within these; and when a fit counts as ended.
+#: Limits of a descent. It makes as many passes as see a million rows, which scikit-learn calls enough, but at least 20 and at most 1000.
+#: It ends early after three passes whose loss did not fall by the tolerance.
 _EPOCHS, _ROWS_SEEN, _PATIENCE, _TOLERANCE = (20, 1000), 10**6, 3, 1e-3
-#: Runs of rows that lie together in a minibatch's buffer, from anywhere: stores may be sorted by label.
+#: A minibatch is made of this many runs of rows from random places, since a store may be sorted by label.
 _RUNS: Final = 16
 
 #: The named probes that can be fitted block by block.
@@ -93,15 +94,15 @@ class Stream:
     def lazily(self, layer: int, places: slice | Ints) -> Any:
         """Some rows of a layer, shape (row, hidden): values, or a Dask array."""
         rows = as_slice(self.rows[places])
-        # Sliced anew every time: xarray caches what a lazy slice has read in the slice.
+        # Sliced anew every time: xarray caches in a lazy slice what it has read.
         taken = self.variable.isel({"layer": layer, self.dim: rows}, missing_dims="ignore")
         turned = taken.dims[0] != self.dim
         data = taken.data if self.is_dask else taken.values
-        # Read before it is turned: a lazy transpose reads point by point.
+        # Read before it is transposed: a lazy transpose reads point by point.
         return data.T if turned else data
 
     def read(self, layer: int, places: slice | Ints) -> Array:
-        """The same as values."""
+        """Some rows of a layer as values, shape (row, hidden)."""
         data = self.lazily(layer, places)
         return np.asarray(data.compute() if self.is_dask else data)
 
@@ -148,11 +149,11 @@ class Fitted:
     converged: bool
 
 
-# -- what tasks do ---------------------------------------------------------------------------------------------------------
+# -- tasks -----------------------------------------------------------------------------------------------------------------
 
 
 def _blocks(plan: StreamPlan, layer: int, start: int, stop: int, values: Any) -> Iterator[tuple[slice, Array]]:
-    """The rows of a span, block by block, from what was handed over or from the stream."""
+    """The rows of a span, block by block, from the values that the task was handed or else from the stream."""
     for begin in range(start, stop, plan.block_rows):
         place = slice(begin, min(begin + plan.block_rows, stop))
         if values is None:
@@ -169,7 +170,7 @@ def _pilot(values: Any, plan: StreamPlan | None = None, layer: int = 0, places: 
 
 
 def _infinite(rows: Array) -> Ints:
-    # Sums show any NaN or infinity without a second matrix; they may overflow themselves, so each is looked at.
+    # The sum of a row shows any NaN or infinity without a second matrix. It may overflow itself, so each suspicious row is checked.
     with np.errstate(over="ignore", invalid="ignore"):
         suspicious = np.flatnonzero(~np.isfinite(rows.sum(axis=1, dtype=np.float64)))
     return np.array([row for row in suspicious if not np.isfinite(rows[row].astype(np.float64)).all()], np.int64)
@@ -178,19 +179,19 @@ def _infinite(rows: Array) -> Ints:
 @dataclass(frozen=True, slots=True)
 class _Sums:
     moments: ClassMoments
-    #: Places among the rows that hold NaN or infinity, and were not counted.
+    #: Places of the rows that hold NaN or infinity, which the sums leave out.
     bad: tuple[Ints, ...]
     seconds: float
 
 
 def _sum_span(plan: StreamPlan, layer: int, unit: Unit, before: _Sums | None, start: int, stop: int, values: Any) -> _Sums:
-    """The sums over a span, or those of what was summed before it as well; the body of a task."""
+    """The sums over a span, added to the sums `before` it where given; the body of a task."""
     began = time.perf_counter()
     if before is None:
         order = order_of(probe for probe in plan.probes if probe in EXACT) if set(plan.probes) & set(EXACT) else 1
         moments, bad = empty_moments(unit, plan.trains.shape[1], plan.n_classes, order), []
     else:
-        # Not in place: a task may be run again with what it was handed before.
+        # Not in place: a scheduler may run a task again with the same arguments.
         moments, bad = before.moments.copy(), list(before.bad)
     with fits_running():
         for place, rows in _blocks(plan, layer, start, stop, values):
@@ -215,7 +216,7 @@ def _merge(sums: Sequence[_Sums]) -> _Sums:
 
 
 def _solve_layer(plan: StreamPlan, layer: int, sums: Sequence[_Sums]) -> tuple[dict[tuple[int, int], Fitted], list[Any], float]:
-    """Every exact probe on every training set of a layer, each training set's scaling for the others, and the seconds of the pass."""
+    """Every exact probe on every training set of a layer, the scaling of each training set for others, and the seconds of the pass."""
     whole = _merge(sums)
     if whole.bad:
         raise NotFiniteError(layer, np.concatenate(whole.bad).tolist())
@@ -224,9 +225,9 @@ def _solve_layer(plan: StreamPlan, layer: int, sums: Sequence[_Sums]) -> tuple[d
     inexact = not set(plan.probes) <= set(EXACT)
     with fits_running():
         for fold, trained in enumerate(plan.trains):
-            # Without a copy where there is one cell only.
+            # A single cell needs no copy.
             moments = whole.moments if len(trained) == 1 else whole.moments.union(np.flatnonzero(trained))
-            # Rounded: its last digits depend on how many tasks have summed, and what a descent makes of them would too.
+            # Rounded, since the last digits depend on the number of tasks that summed, and the result of a descent would then too.
             scaling.append(tuple(each.astype(np.float32).astype(np.float64) for each in scaling_of(moments)) if inexact else None)
             for number, probe in enumerate(plan.probes):
                 if probe in EXACT:
@@ -242,7 +243,7 @@ def _seed_of(plan: StreamPlan, layer: int, probe: str, fold: int) -> int:
 
 
 def _minibatches(n: int, size: int, seed: int) -> Iterator[Ints]:
-    """All numbers below n in random order, `size` at a time, each lot from `_RUNS` runs so that it is read in few pieces."""
+    """All numbers below n in random order, about `size` at a time, each time as `_RUNS` runs, so that they are read in few pieces."""
     rng = np.random.default_rng(seed)
     run = max(1, size // _RUNS)
     starts = rng.permutation(np.arange(0, n, run))
@@ -308,7 +309,7 @@ def _fit_sgd(plan: StreamPlan, layer: int, scaling: Sequence[Any], values: Any) 
 
 
 def _log_loss(estimator: Any, x: Array, y: Array) -> float:
-    """Sum over rows before they are learned from; of one against the rest for more classes, as the estimator minimises it."""
+    """Loss summed over rows that are not learned from yet; with more than two classes one against the rest, as the estimator minimises."""
     scores = np.asarray(estimator.decision_function(x)).reshape(len(x), -1)
     signs = np.where((y[:, None] == estimator.classes_) if scores.shape[1] > 1 else (y == estimator.classes_[1])[:, None], 1, -1)
     return float(np.logaddexp(0, -signs * scores).sum()) / scores.shape[1]
@@ -368,7 +369,7 @@ def _collect(*parts: Any) -> list[Any]:
 
 
 class _Spread:
-    """A stream cut into spans for some runner: what each task is handed."""
+    """A stream cut into spans for a runner, and the values that each task is handed."""
 
     def __init__(self, stream: Stream, plan: StreamPlan, runner: Runner) -> None:
         self.stream, self.runner = stream, runner
@@ -386,7 +387,7 @@ class _Spread:
         return list(self.stream.blocks(start, stop)) if self.stream.is_dask else [(start, stop)]
 
     def values(self, layer: int, places: slice | Ints) -> Any:
-        """What a task is handed beside the plan: nothing where it reads, else values or a Dask array."""
+        """What a task is handed beside the plan: None where it reads by itself, else values or a Dask array."""
         if not self.hands_values:
             return None
         data = self.stream.lazily(layer, places)
@@ -394,7 +395,7 @@ class _Spread:
 
 
 def fit_stream(stream: Stream, plan: StreamPlan, runner: Runner) -> tuple[list[dict[tuple[int, int], Fitted]], list[float]]:
-    """For every layer its fits by probe and fold, and the seconds that its pass took, all tasks together.
+    """For every layer its fits by probe and fold, and the seconds that its pass took, summed over all tasks.
 
     Raises
     ------
@@ -414,7 +415,7 @@ def fit_stream(stream: Stream, plan: StreamPlan, runner: Runner) -> tuple[list[d
         return pilot(values) if values is not None else pilot(None, spread.shared, layer, where)
 
     layers = range(len(plan.layers))
-    # First and by themselves: with the sums in one graph, Dask would keep the chunks that both need.
+    # Run first, in a graph of their own: if the sums were in the same graph, Dask would keep the chunks that both need.
     units = Runner(runner.client, runner.scheduler, runner.n_workers).run([partial(start_pilot, n) for n in layers], "", spread.in_flight)
 
     def start_sums(layer: int) -> Any:
@@ -431,7 +432,7 @@ def fit_stream(stream: Stream, plan: StreamPlan, runner: Runner) -> tuple[list[d
     if "sgd" in plan.probes:
         number = plan.probes.index("sgd")
         if stream.is_dask:
-            # Its blocks depend on chance and on one another: they are asked for from here.
+            # The blocks are random, and each step needs the one before it, so this process requests them.
             compute: dict[str, Any] = {"scheduler": runner.scheduler} if runner.client is None else {"scheduler": runner.client}
             descents = [
                 _fit_sgd(spread.plan, n, solved[n][1], lambda places, n=n: np.asarray(stream.lazily(n, places).compute(**compute)))
@@ -461,14 +462,14 @@ def measure_stream(
     fits: Sequence[dict[tuple[int, int], Fitted]],
     measure: Callable[[dict[tuple[int, int], Solution], Tested], Any],
 ) -> list[Any]:
-    """What a function makes of the test rows' scores of each layer, after a second pass.
+    """The result of a function of each layer's test scores, which a second pass computes.
 
     Parameters
     ----------
     stream, plan, runner, fits
         As for and from `fit_stream`.
     measure : callable
-        Of a layer's solutions and of its test rows' scores; runs beside the data, so it must be picklable.
+        Takes the solutions of a layer and the scores of its test rows. It runs in a task, so it must be picklable.
     """
     from dask.delayed import delayed
 
@@ -491,7 +492,7 @@ def _measure(measure: Callable[..., Any], solutions: dict[tuple[int, int], Solut
     places = {fold: np.concatenate([span.places[fold] for span in spans]) for _, fold in solutions}
     scores = {}
     for probe, fold in solutions:
-        # What holds nothing of a fold has no classes either.
+        # A span without rows of a fold has no axis of classes.
         scores[probe, fold] = np.concatenate([span.scores[probe, fold] for span in spans if len(span.places[fold])])
     return measure(solutions, Tested(places, scores))
 

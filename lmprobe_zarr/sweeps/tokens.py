@@ -1,7 +1,8 @@
-"""Probes on tokens: fitted on every token, scored token by token, cross-validated over prompts; in memory for a few blocks, however many.
+"""Probes on tokens: fitted on every token, scored token by token, cross-validated over prompts.
 
-Holds the calls that users make and what comes back to them. ``token_stream`` reads the rows, and ``probes.token_labels`` decides which
-tokens are learned from. Never a store, a model or a plot.
+However many tokens there are, only a few blocks of them are in memory at a time. This module holds the functions that users call and builds
+their results. ``token_stream`` reads the rows, and ``probes.token_labels`` decides which tokens are learned from. Never a store, a model or
+a plot.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def score_tokens(
         scored = scored if texts is None else scored.assign_coords(token_text=("token", texts))
     if stage.of == "nothing" or dim != "token":
         return scored
-    # By the stage's own names; classes, like layers, are apart.
+    # The stage has the bare name of the pooling. Each class is pooled by itself, as each layer is.
     return pool_tokens(scored.drop_vars("token_text", errors="ignore"), stage.pooling)
 
 
@@ -241,8 +242,8 @@ def sweep_tokens(
 ) -> xr.Dataset:
     """Scores of probes that learn from every token, by layer, probe and fold; the tokens need not fit into memory.
 
-    One pass over the tokens fits all exact probes on all folds: sums are taken apart for the prompts of each fold, and a training set is
-    a sum of them. A second pass scores what each fold left out.
+    One pass over the tokens fits all exact probes on all folds: sums are kept for each set of prompts that the folds cut, and those of a
+    training set are added up. A second pass scores the tokens that each fold left out.
 
     Parameters
     ----------
@@ -254,10 +255,10 @@ def sweep_tokens(
         Folds of whole prompts, in the order in which these first appear among the tokens that are learned from. Where all tokens of a
         prompt have one label, a number means the folds of :func:`lmprobe_zarr.sweep` over those prompts; else shuffled ones.
     pooling : str
-        What is scored: "all": every token counts. Or prompts, by their tokens' scores, as for :func:`score_tokens`; then all tokens of a
-        prompt must have one label.
+        "all" scores every token. The other values of :func:`score_tokens` score prompts, by the scores of their tokens; then all tokens
+        of a prompt must have one label.
     groups : str, DataArray, mapping or array, optional
-        Prompts of an equal group never lie on both sides of a fold.
+        Prompts of an equal group are never on both sides of a fold.
     controls : str or iterable of str, optional
         Entries beside the probes that a good score has to beat: "shuffled_labels", "control_task", "token_identity", "position", "layer_0",
         "majority"; see :data:`lmprobe_zarr.probes.token_controls.TOKEN_CONTROLS`. The first two fit every probe on other labels, which
@@ -266,7 +267,7 @@ def sweep_tokens(
     Returns
     -------
     Dataset
-        As :func:`lmprobe_zarr.sweep` gives it: ``accuracy`` and ``auroc`` (layer, probe, fold), ``converged``, ``fit_seconds`` (of
+        As :func:`lmprobe_zarr.sweep` returns it: ``accuracy`` and ``auroc`` (layer, probe, fold), ``converged``, ``fit_seconds`` (of
         solving alone), ``n_train`` and ``n_test`` (fold; tokens or, where scores are pooled, prompts), and ``pass_seconds`` (layer; of
         the pass that all exact fits share, over all tasks). Attributes as there.
 
@@ -274,14 +275,14 @@ def sweep_tokens(
     ------
     InvalidTypeError, InvalidArgumentError, LabelError
         As :func:`fit_tokens`; folds that do not fit, that train on one class, or that put a prompt or group on both sides; an unknown
-        control, or one whose token ids, positions or layer 0 are not there.
+        control, or one whose token ids, positions or layer 0 are missing.
 
     Notes
     -----
-    Memory as for :func:`fit_tokens`, the sums once per fold; a test score is 8 bytes per token and probe of the layers that are at work.
+    Memory as for :func:`fit_tokens`, the sums once per fold. Test scores take 8 bytes per token and probe of each layer being scored.
 
-    A control task gives every token id one random label, which a probe may learn by heart: what it scores there is its capacity, and
-    :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
+    A control task gives every token id one random label, which a probe may learn by heart. Its score on these labels measures its
+    capacity, and :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
     """
     array, dim = parse_token_activations(activations)
     runner = parse_runner(client, scheduler, n_workers, progress=progress)
@@ -294,7 +295,7 @@ def sweep_tokens(
         _check_by_prompt(examples, chosen)
     folds = plan_token_folds(array, dim, examples, groups, cv, seed)
     stream, plan = _plan_stream(array, dim, examples, folds, names, seed)
-    # Before anything is read, so that what is not there is known at once.
+    # Made before activations are read, so that missing token ids or positions are an error at once.
     tables = {name: score_by_counts(name, array, examples, folds) for name in chosen if name not in (*DEALT, _LAYER_0)}
     dealt = {name: deal_labels(name, array, examples, folds, seed) for name in chosen if name in DEALT}
     layers = [str(layer) for layer in layer_labels(array)]
@@ -319,7 +320,7 @@ def sweep_tokens(
     return _name_model(scores, array)
 
 
-# -- what is given ---------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------------------------------
 
 
 def _parse_probes(names: list[Any]) -> tuple[str, ...]:
@@ -416,13 +417,13 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
     classes = np.arange(len(probes.attrs["classes"]))
     found = []
     for n in range(len(wanted)):
-        one = chosen.isel(layer=n)
-        coef = np.atleast_2d(one["coef"].transpose(..., "hidden").values)
-        found.append(Solution(coef, np.atleast_1d(one["intercept"].values), classes))
+        of_layer = chosen.isel(layer=n)
+        coef = np.atleast_2d(of_layer["coef"].transpose(..., "hidden").values)
+        found.append(Solution(coef, np.atleast_1d(of_layer["intercept"].values), classes))
     return found, chosen
 
 
-# -- what comes back -------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,7 +449,7 @@ def _result(measured: tuple[float, float, str], seconds: float = 0.0, converged:
 
 
 def _as_objects(rows: list[_Result]) -> Array:
-    """Results as an array of objects; numpy would make an axis of their fields."""
+    """Results as an array of objects. Without this, numpy would make an axis of their fields."""
     held = np.empty(len(rows), object)
     held[:] = rows
     return held
@@ -457,7 +458,7 @@ def _as_objects(rows: list[_Result]) -> Array:
 def _run_trials(
     array: xr.DataArray, examples: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner, stage: Stage
 ) -> tuple[list[Array], Array]:
-    """Of each probe its rows, shape (layer, fold), and the seconds that each layer's pass took."""
+    """The results of each probe, shape (layer, fold), and the seconds that each layer's pass took."""
     fits, seconds = _fit(array, examples, stream, plan, runner)
     measured = measure_stream(stream, plan, runner, fits, partial(_score_layer, plan.codes, examples.prompt, stage))
     found = []
@@ -474,7 +475,7 @@ def _run_trials(
 def _score_layer(
     codes: Array, prompt: Array, stage: Stage, solutions: Mapping[tuple[int, int], Solution], tested: Tested
 ) -> dict[tuple[int, int], tuple[float, float, str]]:
-    """What `_measure` gives, for every probe and fold of a layer."""
+    """The result of `_measure` for every probe and fold of a layer."""
     return {
         key: _measure(codes, prompt, stage, tested.places[key[1]], scores, solutions[key].classes) for key, scores in tested.scores.items()
     }

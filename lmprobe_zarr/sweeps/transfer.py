@@ -1,4 +1,4 @@
-"""Whether what a probe learned holds elsewhere: fitted on one dataset and tested on another.
+"""Whether a probe generalises: fitted on one dataset and tested on another.
 
 Never a store, a model or a plot; fits and scores are those of ``probes``.
 """
@@ -48,13 +48,14 @@ def sweep_transfer(
     Parameters
     ----------
     datasets : {name: DataArray}
-        Activations with dims (layer, prompt, hidden), at least two, of the same model and site. The layers that all of them have count.
+        Activations with dims (layer, prompt, hidden), at least two, of the same model and site. Only layers that all
+        of them have are fitted.
     labels : str or {name: labels}
         As for :func:`lmprobe_zarr.sweep`: the name of a coordinate that all datasets have, or the labels of each; the same classes in all.
     probes : str, iterable of str, or {name: estimator}
-        As there.
+        As for :func:`lmprobe_zarr.sweep`.
     cv : int
-        Where train and test are the same dataset, the score is the mean over so many folds of it, so that it is of unseen prompts too.
+        Where train and test are the same dataset, the score is the mean over this many folds, so that it too is of unseen prompts.
     random_state : int
     scheduler : "threads", "processes" or "synchronous"
     n_workers : int, optional
@@ -62,9 +63,9 @@ def sweep_transfer(
     Returns
     -------
     Dataset
-        ``accuracy`` and ``auroc`` (0 to 1), ``converged`` (layer, probe, train, test); ``n_train`` and ``n_test`` (train, test), prompts:
-        those of the test set that the training set has too are left out, since they are not unseen. NaN where none is left, or where the
-        hidden sizes differ.
+        ``accuracy`` and ``auroc`` (0 to 1), ``converged`` (layer, probe, train, test); ``n_train`` and ``n_test`` (train, test), numbers
+        of prompts. Prompts that are in both sets are not tested. Scores are NaN where no other prompts are left, or where the hidden
+        sizes differ.
 
     Raises
     ------
@@ -83,7 +84,7 @@ def sweep_transfer(
     def start(layer: Any) -> Any:
         from dask.delayed import delayed
 
-        # Lazy arrays are handed over as they are, so that a layer is read when it is its turn.
+        # Lazy arrays are handed over as they are, so that each layer is read by its own task.
         variables = [delayed(array.sel(layer=layer).variable, traverse=False, pure=False) for array in transfer.arrays]
         return runner.call(_transfer_layer, shared, *variables)
 
@@ -100,7 +101,7 @@ def sweep_transfer(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fits:
-    """What the tasks of all layers share; one entry per dataset in each of the first three."""
+    """What the tasks of all layers share. The first three lists have one item per dataset."""
 
     labels: list[Array]
     folds: list[Any]
@@ -112,7 +113,7 @@ class _Fits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Transfer:
-    """What is fitted and tested: datasets, the layers that all of them have, and what the result says of them."""
+    """What is fitted and tested: datasets, the layers that all of them have, and metadata of the result."""
 
     names: list[str]
     arrays: list[xr.DataArray]
@@ -132,7 +133,7 @@ class _NotFinite:
     rows: list[int]
 
 
-# -- what is given ---------------------------------------------------------------------------------------------------------
+# -- arguments -------------------------------------------------------------------------------------------------------------
 
 
 def _plan(datasets: Any, labels: Any, probes: Any, cv: int, seed: int) -> _Transfer:
@@ -215,7 +216,7 @@ def _transfer_layer(fits: _Fits, *variables: xr.Variable) -> _LayerScores | _Not
         for p, probe in enumerate(fits.probes.values()):
             for i, (x, y) in enumerate(zip(matrices, fits.labels, strict=True)):
                 within = [_fit_fold(probe, fits.seed, x, y, *fold) for fold in fits.folds[i]]
-                # Each fold weighs the same, as in a sweep; without one of the classes in a fold its AUROC does not count.
+                # Each fold weighs the same, as in a sweep. A fold that tests only one class has no AUROC, and is left out of that mean.
                 areas = [area for _, area, _ in within if not np.isnan(area)]
                 scores.accuracy[p, i, i] = np.mean([share for share, _, _ in within])
                 scores.auroc[p, i, i] = np.mean(areas) if areas else np.nan
@@ -238,7 +239,7 @@ def _tested(fitted: Any, x: Array, y: Array) -> tuple[float, float]:
     return accuracy(fitted.predict(x), y), auroc(class_scores(fitted, x), y, fitted.classes_)[0]
 
 
-# -- what comes back -------------------------------------------------------------------------------------------------------
+# -- result ----------------------------------------------------------------------------------------------------------------
 
 
 def _scores(transfer: _Transfer, found: list[_LayerScores]) -> xr.Dataset:
