@@ -1,4 +1,4 @@
-"""`ArrayInfo`, one Zarr array of a part: shape, chunks, dtype and codecs, as its ``zarr.json`` says them. No I/O."""
+"""`ArrayInfo`, one Zarr array of a part: shape, chunks, dtype and codecs, as in its ``zarr.json``. No I/O."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def array_dims(variable: str, level: Level, ndim: int, layered: bool) -> tuple[s
 
 
 def is_variable(name: str, info: ArrayInfo) -> bool:
-    """Whether an array of a part holds activations, or what a model says, and not a column that describes prompts or tokens."""
+    """Whether an array of a part holds activations or other outputs of the model, and is not a column that describes prompts or tokens."""
     return len(info.dims) > 1 or name in SCALARS
 
 
@@ -67,7 +67,7 @@ class ArrayInfo:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row: of what one prompt or token holds in one layer."""
+        """Shape of one row: the values of one prompt or token in one layer."""
         return self.shape[self.sample_axis + 1 :]
 
     @property
@@ -178,6 +178,7 @@ def parse_array(document: object) -> ArrayInfo:
 
 
 def lengths_of(values: object) -> tuple[int, ...]:
+    """Lengths that a document lists, as a tuple; ValueError where they are none."""
     if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**53 for v in values):
         raise ValueError(f"lengths {values!r}")
     return tuple(values)

@@ -1,8 +1,8 @@
-"""What blosc (version 1) compressed: checked before blosc believes it, and cut so that a few rows do not cost a whole chunk.
+"""Frames of blosc (version 1): checked before blosc decodes them, and decoded in part, so that a few rows do not cost a whole chunk.
 
-A frame is a header of 16 bytes, the place of each block as int32, and the blocks, each decoded by itself. Some of them in a row, behind a
-header of their own, are a frame again, which is how part of a chunk is decoded: numcodecs has no call for that. The layout is that of
-``README_CHUNK_FORMAT.rst`` in c-blosc.
+A frame is a header of 16 bytes, the place of each block as int32, and the blocks, each of which is decoded by itself. Neighbouring blocks
+behind a new header are a frame again. This is how part of a chunk is decoded, since numcodecs has no function for it. The layout is that
+of ``README_CHUNK_FORMAT.rst`` in c-blosc.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from numcodecs import blosc
 
 __all__ = ["check_frame", "decode_range"]
 
-_HEADER: Final = struct.Struct("<4B3I")  # version, that of the codec, flags, typesize; bytes decoded, of a block, of the frame
+_HEADER: Final = struct.Struct("<4B3I")  # version, version of the codec, flags, typesize; bytes decoded, of a block, of the frame
 _COPIED: Final = 2  # flag: stored as it was, right behind the header
 
 
 def check_frame(frame: memoryview, *, exactly: int | None = None, at_most: int = 0) -> None:
-    """Raise ValueError where blosc would be led to write or read beyond what is there: it believes its header.
+    """Raise ValueError where a frame would make blosc read or write out of bounds, since blosc trusts the header.
 
     Parameters
     ----------
     frame : memoryview
-        What is to be decoded.
+        The frame to decode.
     exactly, at_most : int
-        How many bytes it may say that it decodes to.
+        How many decoded bytes its header may state.
     """
     if len(frame) < _HEADER.size:
         raise ValueError("no header")
@@ -40,20 +40,21 @@ def check_frame(frame: memoryview, *, exactly: int | None = None, at_most: int =
 
 
 def decode_range(frame: memoryview, start: int, stop: int, room: memoryview) -> memoryview:
-    """Bytes `start` to `stop` of what a frame that `check_frame` let through decodes to; only their blocks are decoded.
+    """Bytes `start` to `stop` of a decoded frame, of which only the blocks that hold them are decoded.
 
     Parameters
     ----------
     frame : memoryview
+        One that `check_frame` accepts.
     start, stop : int
-        Not beyond what it decodes to.
+        Places within the decoded bytes.
     room : memoryview of bytes
-        As much as all of it decodes to; what is returned lies there, or in the frame.
+        A buffer of the size of all decoded bytes. The result is a view of it, or of the frame.
 
     Raises
     ------
     ValueError, RuntimeError
-        The frame is none.
+        The frame is damaged.
     """
     version, codec, flags, typesize, decoded, block, _ = _HEADER.unpack_from(frame)
     if flags & _COPIED:
@@ -61,15 +62,15 @@ def decode_range(frame: memoryview, start: int, stop: int, room: memoryview) -> 
     if not block:
         raise ValueError("blocks of no bytes")
     places = np.frombuffer(frame, "<i4", -(-decoded // block), _HEADER.size)
-    # Several threads may have compressed it, whose blocks lie in the order in which they were ready.
+    # Where several threads compressed the frame, its blocks are in the order in which they were ready.
     bounds = sorted([*places.tolist(), len(frame)])
     if bounds[0] < _HEADER.size + places.nbytes or bounds[-1] > len(frame):
         raise ValueError("blocks that lie elsewhere")
     ends = dict(pairwise(bounds))
-    # A shorter last block is coded otherwise than whole ones, and blosc knows it by what is left over after these: it never goes alone.
+    # A shorter last block is coded differently. Blosc recognises it as the rest after whole blocks, so it is never decoded alone.
     first = min(start // block, max(decoded // block - 1, 0))
     last = -(-stop // block)
-    if 2 * (last - first) > len(places):  # copying so many of them would cost what the others do
+    if 2 * (last - first) > len(places):  # copying so many blocks costs as much as decoding the others
         blosc.decompress(frame, room)
         return room[start:stop]
     held = min(last * block, decoded) - first * block

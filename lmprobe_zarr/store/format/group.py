@@ -69,7 +69,7 @@ class GroupInfo:
         if not isinstance(self.model, str) or not self.model.strip():
             raise InvalidArgumentError(f"model={self.model!r} is no name of a model: give a text that is not empty")
         if not self.model.isprintable():
-            # It is shown wherever the store is, on terminals too, and comes with stores of others.
+            # The name is printed wherever the store is, on terminals too, and may come from a store that somebody else made.
             raise InvalidArgumentError(f"model={self.model[:80]!r} holds characters that cannot be shown: give a name without them")
         object.__setattr__(self, "provenance", validate_provenance(self.provenance))
         for name in ("num_layers", "hidden_size"):

@@ -1,4 +1,4 @@
-"""Every name of the format: levels, dimensions, columns, and what each document needs (version, digest of JSON). No I/O."""
+"""Every name of the format: levels, dimensions, columns; and what all documents share (version, JSON, consolidated metadata). No I/O."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PROMPT_COLUMNS: Final = ("prompt", "prompt_sha256", "text", "n_tokens", "prompt_
 TOKEN_COLUMNS: Final = ("prompt_row", "position", "token_id", "char_start", "char_end")
 DIMENSIONS: Final = ("prompt", "token", "layer", "hidden")
 FORMAT_COLUMNS: Final = frozenset({*PROMPT_COLUMNS, *TOKEN_COLUMNS, "layer"})
-# Columns that the writer makes itself, from the part's index: no batch holds them, and what is lost of them can be written again.
+# Columns that the writer makes itself, from the part's index: no batch holds them, and lost ones can be written again.
 MADE_BY_WRITER: Final = frozenset(
     {"prompts/prompt", "prompts/prompt_sha256", "prompts/n_tokens", "prompts/layer", "tokens/layer", "tokens/prompt_row"}
 )
@@ -69,6 +69,7 @@ def validate_column_names(names: Iterable[str]) -> None:
 
 
 def check_version(version: object, where: str) -> None:
+    """Raise `UnsupportedVersionError` for another version of the format, TypeError for something that is no version."""
     if type(version) is not int:
         raise TypeError(f"format version {version!r:.40} is no number")
     if version != FORMAT_VERSION:
@@ -78,12 +79,15 @@ def check_version(version: object, where: str) -> None:
 
 
 def consolidated(metadata: Json) -> Json:
+    """Documents of arrays and groups, by key, as the inline consolidated metadata of a group."""
     return {"kind": "inline", "must_understand": False, "metadata": metadata}
 
 
 def dump(document: object, *, sort: bool = True) -> bytes:
+    """A document as compact JSON."""
     return json.dumps(document, allow_nan=False, separators=(",", ":"), sort_keys=sort).encode()
 
 
 def reason_of(error: Exception) -> str:
+    """Type and text of an error, shortened for a message."""
     return f"{type(error).__name__}: {error}"[:160]

@@ -29,13 +29,14 @@ from lmprobe_zarr.store.format.names import (
     dump,
     reason_of,
 )
+from lmprobe_zarr.typing import Ints
 
 __all__ = ["PartInfo", "level_document", "parse_part", "parse_part_group", "part_document"]
 
-# A part's document decides which files are copied and removed. Only such keys are accepted: one with ".." would lead out of the store.
+# A part's document decides which files are copied and removed. Only such keys are accepted: one with ".." would point outside the store.
 _FILE_KEY: Final = re.compile(r"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
 
-# The digest stands at a fixed place, so that it can be checked on the bytes as they are, without writing the document again.
+# The digest is at a fixed place, so that it can be checked on the bytes as they are, without writing the document again.
 _PREFIX: Final = b'{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
 _DIGEST: Final = slice(len(_PREFIX), len(_PREFIX) + 8)
 
@@ -62,18 +63,18 @@ class PartInfo:
         Every other file of the part: length in bytes and crc32c. For a chunk it is the crc32c that the chunk ends with,
         that is, of all but the last four bytes (over the whole, the crc32c of anything with its own crc32c appended is one constant).
     recorded : mapping
-        What was only noted: versions, device, time.
+        What is only noted: versions, device, time.
     replaces : tuple of str
-        Parts that this one supersedes.
+        Parts that this one replaces.
     odd : mapping of str to (int, int), optional
-        Of each variable that has any: values that are not finite, and rows that hold nothing but zeros. None where nobody counted.
+        Of each variable that has any: values that are not finite, and rows that hold nothing but zeros. None where they were not counted.
     """
 
     group: str
     name: str
     kind: str = "part"
     digests: npt.NDArray[np.uint8]
-    n_tokens: npt.NDArray[np.int64] | None = None
+    n_tokens: Ints | None = None
     layers: tuple[int, ...] = ()
     arrays: Mapping[str, ArrayInfo]
     files: Mapping[str, Sequence[int]]
@@ -135,7 +136,7 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
 def level_document(arrays: Mapping[str, ArrayInfo], level: Level, *, nested: bool = True) -> Json:
     """The document of a part's ``prompts`` or ``tokens`` group; `arrays` are those of the level, by their names in it.
 
-    Plain xarray makes coordinates of the columns that it names.
+    It names the columns, so that plain xarray makes coordinates of them.
     """
     samples = (SAMPLE_DIM[level],)
     columns = [name for name, array in arrays.items() if array.dims == samples and not is_variable(name, array) and name != samples[0]]
@@ -193,7 +194,7 @@ def parse_part(data: bytes, where: str) -> PartInfo:
 
 
 def parse_part_group(data: bytes) -> GroupInfo | None:
-    """The group that a part's document describes; None where it does not: the first writers of version 1 left it out.
+    """The group that a part's document describes; None where it describes none, since the first writers of version 1 left it out.
 
     `parse_part` must accept the document.
     """
@@ -217,7 +218,7 @@ def _text(value: object) -> str:
 def _check_part(info: PartInfo) -> None:
     """Raise ValueError where parts of a document contradict one another."""
     n = len(info.digests)
-    # Numbers sort much faster than rows of bytes, and than np.unique finds them; whole digests are only compared where two begin alike.
+    # Sorting numbers is much faster than np.unique of rows of bytes. Whole digests are compared only where two begin with the same number.
     begins = np.sort(np.ascontiguousarray(info.digests[:, :8]).view(np.uint64), axis=None)
     if not n or (bool((begins[1:] == begins[:-1]).any()) and len(np.unique(info.digests, axis=0)) != n):
         raise ValueError("a prompt occurs twice, or there is none")

@@ -31,16 +31,19 @@ def new_part_name(after: str = "") -> str:
 
 
 def replacement_name(last: str) -> str:
-    """A name for what replaces parts, of which `last` sorts last: right after it, so that it never outranks a part written meanwhile."""
+    """A name for the part that replaces others, of which `last` sorts last.
+
+    It sorts right after `last`, so that the new part never wins over a part that was written meanwhile.
+    """
     return f"{last}.{_base32(secrets.randbits(50), 10)}"
 
 
 def part_milliseconds(name: str) -> int:
-    """When a part was begun by its writer's clock, in milliseconds since 1970, as its name tells; 0 where it does not."""
+    """When a part was begun by its writer's clock, in milliseconds since 1970, as its name says; 0 where the name holds no time."""
     head = name[:10]
     if len(head) < 10 or any(c not in _ULID_DIGITS for c in head):
         return 0
-    # Ten digits hold 50 bits but a ULID's time has 48: a name beyond them is nobody's clock and is not followed.
+    # Ten digits hold 50 bits but a ULID's time has 48: a larger number is no time, and is ignored.
     value = sum(_ULID_DIGITS.index(c) << (5 * (9 - i)) for i, c in enumerate(head))
     return value if value < 2**48 - 1 else 0
 

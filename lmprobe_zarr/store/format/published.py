@@ -1,4 +1,4 @@
-"""The mark and the consolidated document of a published copy, which every Zarr reader takes. No I/O."""
+"""The mark of a published copy, and its consolidated document, which any Zarr reader can open. No I/O."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PUBLISHED_MARK = "published_copy"
 
 
 def published_document(published: Published, groups: Mapping[str, GroupInfo], parts: Mapping[str, PartInfo]) -> bytes:
-    """The document at the root of a published copy: as of any store, with all that is below it.
+    """The document at the root of a published copy: that of any store, with the metadata of everything below it.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def published_document(published: Published, groups: Mapping[str, GroupInfo], pa
     for folder in sorted({key.rpartition("/")[0] for key in parts} - set(groups)):
         metadata[folder] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     for key, part in parts.items():
-        # The index and the table of files stand in the part's own document only: once is enough, and they are large.
+        # The index and the table of files are large, so only the part's own document holds them.
         few = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": part.kind, "group": part.group, "name": part.name}
         metadata[key] = {"zarr_format": 3, "node_type": "group", "attributes": few}
         levels = {f"{key}/{level}": level_document(arrays, level, nested=False) for level in LEVELS if (arrays := part.variables(level))}

@@ -1,4 +1,4 @@
-"""The document of a store's root, of a store that grows or of a published copy, written and parsed. No I/O."""
+"""The document of a root, that of a growing store or of a published copy, written and parsed. No I/O."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_root_document(document: object) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What the root of a published copy says: all that is in it, so that a reader needs no listing.
+    """What the root of a published copy lists: everything in it, so that a reader needs no listing.
 
     Parameters
     ----------
@@ -41,12 +41,12 @@ class Published:
 
 
 def parse_root(data: bytes, where: str) -> Published | None:
-    """Check the root document; returns what it says of a published copy, None of a store that grows.
+    """Check the root document; returns the record of a published copy, or None for a store that grows.
 
     Raises
     ------
     NotAStoreError
-        It is no document of ours.
+        It is not the document of a store of ours.
     UnsupportedVersionError
         It is of a version that this release does not know.
     CorruptPartError
