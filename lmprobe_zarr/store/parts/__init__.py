@@ -1,6 +1,6 @@
-"""One part and the union of many: written, listed, and read as lazy variables; and `Catalog`, the index of one root.
+"""Parts: one part is written, listed and read; the union of many is a `View`, read as lazy variables; `Catalog` is the index of one root.
 
-Never upkeep, never models.
+Other rooms import from this face. Never upkeep, models or xarray datasets.
 """
 
 from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, urls_of

@@ -1,6 +1,6 @@
 """`Catalog`: the groups and parts of one root, each document read once; and the union of several roots.
 
-Decides nothing about upkeep and reads no activations. Whoever needs only one root takes a `Catalog`, not a `Store`.
+Decides nothing about upkeep and reads no activations. Code that needs only one root takes a `Catalog`, not a `Store`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Catalog:
     def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0) -> None:
         self.storage, self.mode, self.durable, self.rank = storage, mode, durable, rank
         self.last_used: dict[str, float] = {}
-        # Documents of parts and groups never change once they are there, so each is read once.
+        # Documents of parts and groups never change once they are written, so each is read once.
         self._parts: dict[str, Part] = {}
         self._groups: dict[str, GroupInfo] = {}
         self._damaged: dict[str, CorruptPartError] = {}
@@ -57,7 +57,7 @@ class Catalog:
 
     @property
     def url(self) -> str:
-        """Where the root lies."""
+        """Where the root is."""
         return self.storage.url
 
     @property
@@ -67,7 +67,7 @@ class Catalog:
 
     @property
     def damage(self) -> tuple[CorruptPartError, ...]:
-        """What is known to be damaged and is left out, see `set_aside`."""
+        """Errors of the damaged parts and groups that are left out, see `set_aside`."""
         return tuple(self._damaged.values())
 
     # --------------------------------------------------------------------------------------------------------- groups
@@ -107,7 +107,7 @@ class Catalog:
         except CorruptPartError:
             if ours:
                 raise
-            return  # a zarr group of somebody else beside ours
+            return  # a zarr group of another program, beside ours
         if info.name != name:
             raise CorruptPartError(f"{where}/zarr.json is that of {info.name}: it was changed, or the folder renamed or copied")
         self._groups[name] = info
@@ -125,7 +125,7 @@ class Catalog:
             if isinstance(error, UnreachableError):
                 raise
             if not ours:
-                return None  # somebody else's, such as the lost+found of a disk
+                return None  # not ours, such as the lost+found of a disk
             if isinstance(error, LmprobeZarrError):
                 raise
             what = "is a folder: delete it"
@@ -136,7 +136,7 @@ class Catalog:
     def holds_parts(self, group: str) -> bool:
         """Whether a group, given by its name, has any committed part. One whose parts have all been evicted counts as absent."""
         names: list[str] = []
-        # List again until nothing new is found: what replaced a part that has just gone was committed before the part went.
+        # List again until nothing new is found: a part that replaces another is committed before the other is removed.
         while new := [name for name in self._part_names(group) if name not in names]:
             if any(self._is_committed(f"{group}/{name}") for name in new):
                 return True
@@ -146,7 +146,7 @@ class Catalog:
     def _is_committed(self, path: str) -> bool:
         if self.storage.is_local:
             return self.storage.is_file(f"{path}/zarr.json")
-        # Elsewhere every question is a request, so the document is read at once: the caller needs it next.
+        # On other storages every check is a request, so the document is read at once: the caller needs it next.
         try:
             return path in self._parts or self._read_part(path, whole=True) is not None
         except CorruptPartError:
@@ -174,11 +174,11 @@ class Catalog:
             Names that were just listed there, which are not listed again.
         """
         paths = [f"{folder}/{name}" for name in self._part_names(folder, listed)]
-        # A copy of what the catalog remembers: other threads make it forget parts as they remove them.
+        # A copy, since other threads remove parts from the catalog as they remove them from the storage.
         held = {path: part for path in paths if (part := self._parts.get(path)) is not None}
         if self.storage.is_local:
-            # Known parts may have been evicted since. Elsewhere that takes a request each; there a read from such a part raises
-            # PartGoneError.
+            # Known parts may have been evicted since. On other storages each check would be a request; there, a read from an evicted
+            # part raises PartGoneError.
             for path in list(held):
                 if not self.storage.is_file(f"{path}/zarr.json"):
                     self.forget(path)
@@ -191,21 +191,21 @@ class Catalog:
         while True:
             absent = [path for path in paths if path not in held and path not in self._damaged]
             if self.storage.is_local:
-                # Parsing holds the interpreter's lock: threads would only get into each other's way.
+                # Parsing holds the interpreter's lock: threads would only slow each other down.
                 for path in absent:
                     read(path)
             else:
                 run_all([partial(read, path) for path in absent], local=False)
             if all(path in held or path in self._damaged for path in absent):
                 break
-            # Some have no commit. They may be unfinished; or they have been replaced and removed since they were listed, and what replaced
-            # them was committed before that, but was not in the list.
+            # Some have no commit. They may be unfinished. Or they were replaced and removed since they were listed; then the parts that
+            # replaced them were committed before that, but are not in the list.
             again = [f"{folder}/{name}" for name in self._part_names(folder)]
             if set(again) <= set(paths):
                 break
             paths = sorted({*paths, *again})
         there = set(paths)
-        for path in [*self._parts]:  # parts come and go, and a process that stays would remember them all
+        for path in [*self._parts]:  # or a long-running process would remember every part there ever was
             if path not in there and path.rpartition("/")[0] == folder:
                 self.forget(path)
         if whole and (damaged := next((self._damaged[path] for path in paths if path in self._damaged), None)):
@@ -220,7 +220,7 @@ class Catalog:
         try:
             data = self._read_document(path, PART_NAME.fullmatch(path.rpartition("/")[2]) is not None)
             if data is None:
-                return None  # being written, or left behind by a writer that was killed: not committed, so not there
+                return None  # being written, or left by a writer that was killed: not committed, so ignored
             info = parse_part(data, f"{self.url}/{path}")
             folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
             if path != f"{folder}/{info.name}":
@@ -238,7 +238,7 @@ class Catalog:
 
     def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True) -> tuple[list[Part], list[Part]]:
         """Committed parts and annotations of a group, replaced ones too; `whole` as in `list_parts`."""
-        # The list of the group says whether there are annotations at all: where a list is a request, most groups need only this one.
+        # The list of the group's folder says whether it has annotations. Most have none, and then this one list, or request, is enough.
         names = self.storage.list(info.name)
         notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole) if ANNOTATIONS in names else []
         return self.list_parts(info.name, whole=whole, listed=names), notes
@@ -257,7 +257,7 @@ class Catalog:
     # ------------------------------------------------------------------------------------------- damaged and gone parts
 
     def set_aside(self, error: CorruptPartError) -> None:
-        """Leave a damaged part or group out of whatever need not be whole, and warn about it once.
+        """Leave a damaged part or group out of everything that is read with ``whole=False``, and warn about it once.
 
         Parameters
         ----------
@@ -271,7 +271,7 @@ class Catalog:
             warn(f"{str(error).splitlines()[0]}\ngoing on without it")
 
     def forget(self, path: str) -> None:
-        """Forget what is remembered of a part that has gone, given by its key."""
+        """Forget a part that was removed, given by its key."""
         self._parts.pop(path, None)
         self.last_used.pop(path, None)
         self._damaged.pop(path, None)
@@ -316,12 +316,12 @@ def _reopen(storage: Storage, mode: Mode, durable: bool, rank: int) -> Catalog:
 
 
 def urls_of(catalogs: Sequence[Catalog]) -> str:
-    """Where all of several roots lie, for messages."""
+    """The URLs of several roots, for messages."""
     return " and ".join(catalog.url for catalog in catalogs)
 
 
 def groups_of(catalogs: Sequence[Catalog], *, whole: bool = True) -> dict[str, GroupInfo]:
-    """The groups of all of several roots by name, sorted; `whole` as in `Catalog.groups`."""
+    """The groups of several roots together, by name, sorted; `whole` as in `Catalog.groups`."""
     found = {name: info for catalog in catalogs for name, info in catalog.groups(whole=whole).items()}
     return dict(sorted(found.items()))
 
@@ -332,7 +332,7 @@ def any_holds_parts(catalogs: Sequence[Catalog], group: str) -> bool:
 
 
 def open_union(catalogs: Sequence[Catalog], info: GroupInfo, *, whole: bool = True) -> View:
-    """The union of a group's parts in all of several roots; `whole` as in `Catalog.list_parts`."""
+    """The union of a group's parts in several roots; `whole` as in `Catalog.list_parts`."""
     found = [catalog.parts_and_annotations(info, whole=whole) for catalog in reversed(catalogs)][::-1]
     parts = [part for parts, _ in found for part in parts]
     notes = [note for _, notes in found for note in notes]

@@ -46,7 +46,7 @@ def as_column(name: str, values: Sequence[Any] | Array) -> Array:
     index: Any = getattr(values, "index", None)  # of a pandas Series, without importing pandas
     if hasattr(values, "iloc") and any(isinstance(key, str) for key in index):
         raise InvalidTypeError(f"column {name!r} is a Series with labels of its own: give .to_numpy() if its order is that of the prompts")
-    # A numpy date becomes a bare number by item(), and is refused below as it is.
+    # item() would make a bare number of a numpy date, so dates stay as they are, and are refused below.
     listed = [item.item() if isinstance(item, np.generic) and item.dtype.kind not in "mM" else item for item in values]
     kinds = {type(item) for item in listed}
     if kinds <= {bool}:

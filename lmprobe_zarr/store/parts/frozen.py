@@ -1,4 +1,4 @@
-"""The place of a published copy: it holds what its root says, for ever. Lists without asking anybody, and refuses every write."""
+"""`FrozenStorage`, the storage of a published copy, which holds exactly what its root lists. Refuses every write."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["FrozenStorage"]
 
 
 class FrozenStorage(Storage):
-    """Another storage as its published root describes it.
+    """A storage whose root lists everything in it, so that listing it makes no request.
 
     Parameters
     ----------
     inner : Storage
-        Where it lies.
+        The storage of the copy.
     published : Published
-        What its root says.
+        The record of its root.
     """
 
     def __init__(self, inner: Storage, published: Published) -> None:

@@ -17,7 +17,7 @@ __all__ = ["LazyArray"]
 
 
 class LazyArray(BackendArray):
-    """A `VirtualArray` as xarray's lazy indexing wants it: read at ``[…]``, by outer indexing."""
+    """A `VirtualArray` for xarray's lazy indexing: ``[…]`` reads values, by outer indexing."""
 
     def __init__(self, array: VirtualArray) -> None:
         self.array = array
@@ -29,7 +29,7 @@ class LazyArray(BackendArray):
     def _read(self, key: tuple[Any, ...]) -> Any:
         layered = self.array.layers is not None
         lengths = self.shape if layered else (1, *self.shape)
-        # An integer drops its axis, as in numpy; it is read as an axis of one.
+        # An integer drops its axis, as in numpy; it is read as an axis of length 1.
         drop = tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)
         layers, rows, *inner = (_checked(k, n) for k, n in zip(key if layered else (0, *key), lengths, strict=True))
         at, flip = _ascending(rows, self.array.n_rows)
@@ -47,7 +47,7 @@ class LazyArray(BackendArray):
 
 
 def _checked(key: Any, length: int) -> Any:
-    """An indexer that does not point beyond its axis, an integer as a list of one.
+    """An indexer that does not point beyond its axis, an integer as an array of one.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def _checked(key: Any, length: int) -> Any:
     if isinstance(key, slice):
         return key
     rows = np.atleast_1d(np.asarray(key, np.int64))
-    # Negative ones have become positive before, see tidy_key: what is negative still is beyond the beginning.
+    # `tidy_key` has made negative indices positive: one that is still negative points before the beginning.
     if len(rows) and (rows.min() < 0 or rows.max() >= length):
         raise IndexError(f"an index is out of bounds for an axis of length {length}")
     return rows

@@ -62,8 +62,8 @@ END_OF_TIME: Final = 253370764800.0  # the year 9999, the last that a date can h
 def committed_at(info: PartInfo) -> float:
     """When a part was committed by its writer's clock, in seconds since 1970.
 
-    What the part records says so. Its name, which is used where that is missing, only says when the part was begun, and may have been made
-    later than that so as to sort after others.
+    The part records this time. Where that is missing, the time in its name is used. It only says when the part was begun, and may be later
+    than that, so that the name sorts after others.
     """
     written = str(info.recorded.get("written", ""))
     moment = part_milliseconds(info.name) / 1000

@@ -27,7 +27,7 @@ class Part:
     storage : Storage
         The place of its root.
     path : str
-        Its key below that.
+        Key of its folder, below the root.
     info : PartInfo
     document_nbytes : int
         Bytes of its document.

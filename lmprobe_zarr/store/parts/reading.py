@@ -1,4 +1,4 @@
-"""What is stored, back as batches for a writer: some prompts at a time, with nothing lost. Never writes."""
+"""Stored values, read back as batches for a writer: some prompts at a time, with nothing lost. Never writes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read_values(view: View, level: Level, name: str, rows: Ints, layers: tuple[i
 
 
 def blocks_of(weights: Array, most: int = BLOCK_BYTES) -> Iterator[slice]:
-    """Neighbours that together weigh at most so much, or one that alone weighs more."""
+    """Runs of neighbours that together weigh at most `most`; a neighbour that alone weighs more is a run of its own."""
     start, held = 0, 0.0
     for i, weight in enumerate(np.asarray(weights, float).tolist()):
         if i > start and held + weight > most:

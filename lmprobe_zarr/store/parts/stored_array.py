@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
@@ -22,11 +21,11 @@ from lmprobe_zarr.batch import fill_value
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Piece", "StoredArray", "read_pieces"]
 T = TypeVar("T")
-Rows = slice | npt.NDArray[np.int64]
+Rows = slice | Ints
 _room = threading.local()
 
 
@@ -37,7 +36,7 @@ class StoredArray:
     Parameters
     ----------
     storage : Storage
-        The store's place.
+        The place of the store.
     path : str
         Key of the array's folder.
     info : ArrayInfo
@@ -52,7 +51,7 @@ class StoredArray:
     files: Mapping[str, Sequence[int]]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Only this array's entries travel to another process.
+        # Only this array's entries are sent to another process.
         files = {key: self.files[key] for key in map(self._file_key, self.info.chunk_keys()) if key in self.files}
         return StoredArray, (self.storage, self.path, self.info, files)
 
@@ -196,7 +195,7 @@ class StoredArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows of one chunk and where they go: ``out[target] = chunk[rows]``, filled up to `row_shape` where the chunk's are shorter."""
+    """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``. Rows shorter than `row_shape` are filled up."""
 
     array: StoredArray
     layer: int

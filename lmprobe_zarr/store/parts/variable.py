@@ -37,7 +37,7 @@ class VirtualArray:
     offsets : ndarray of int64, shape (prompt + 1,), optional
         Where each prompt's rows begin along the sample axis; None where every prompt has one row.
     absent_as_nan : bool
-        Whether integers and truth values become float64 where some prompts lack them, as in pandas: −1 is a label to some.
+        Whether integers and truth values become float64, with NaN where prompts lack them, as in pandas: −1 may be a value of the user's.
     """
 
     arrays: tuple[StoredArray, ...]
@@ -56,7 +56,7 @@ class VirtualArray:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row: that of the widest, where the parts hold more or fewer of the largest values."""
+        """Shape of one row; where parts keep different numbers of the largest values, that of the widest."""
         return max(array.info.row_shape for array in self.arrays)
 
     @property
@@ -117,11 +117,11 @@ class VirtualArray:
         return out
 
     def blocks(self, layer: int, rows: slice | Ints) -> list[slice | Ints]:
-        """Which of the rows lie in one chunk, by their places among them, chunk by chunk; those that no part holds are left out."""
+        """The rows of each chunk, as places among `rows`, chunk by chunk; rows that no part holds are left out."""
         return [target for array, _, _, target in self._locate(int(self.classes[layer]), rows) if array != NOWHERE]
 
     def _locate(self, group: int, rows: slice | Ints) -> list[tuple[int, int, slice | Ints, slice | Ints]]:
-        """Where rows lie: (array, chunk, rows in the chunk, rows of the output), each chunk once."""
+        """Where rows are stored: (array, chunk, rows in the chunk, rows of the output), each chunk once."""
         source, start, target, length = self._runs(group, rows)
         out: list[tuple[int, int, slice | Ints, slice | Ints]] = []
         for array in np.unique(source):
@@ -138,7 +138,8 @@ class VirtualArray:
             low = np.maximum(at[run], block * size)
             high = np.minimum((at + count)[run], (block + 1) * size)
             shift = to[run] - at[run]
-            order = np.lexsort((low, block))  # rows in the chunk's own order, so that a whole chunk is one even where its rows go many ways
+            # In the order of the chunk, so that a whole chunk is read as one slice even where its rows have scattered targets.
+            order = np.lexsort((low, block))
             cuts = np.flatnonzero(np.diff(block[order])) + 1
             for members in np.split(order, cuts):
                 begins, counts, base = low[members], (high - low)[members], int(block[members[0]]) * size
@@ -147,7 +148,7 @@ class VirtualArray:
         return out
 
     def _runs(self, group: int, rows: slice | Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """Rows as runs that lie together in one array: (array, first row there, first row of the output, length)."""
+        """Rows as runs of neighbours in one array: (array, first row there, first row of the output, length)."""
         if isinstance(rows, slice):
             begin, end, _ = rows.indices(self.n_rows)
             if self.offsets is None:

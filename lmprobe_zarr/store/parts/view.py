@@ -17,14 +17,14 @@ from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
 from lmprobe_zarr.store.parts.part import Part
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
-from lmprobe_zarr.typing import Ints
+from lmprobe_zarr.typing import Ints, Mask
 
 __all__ = ["View", "open_view"]
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """The union of a group's parts at one moment. Opening another shows what was committed since.
+    """The union of a group's parts at one moment. A view that is opened later includes what was committed since.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class View:
         return tuple(sorted({layer for level in LEVELS for layer in self.layers(level)}))
 
     def variables(self, level: Level) -> dict[str, ArrayInfo]:
-        """Activation variables of a level, as the last part has them; columns are not among them."""
+        """Activation variables of a level, as the last part has them; without columns."""
         found: dict[str, ArrayInfo] = {}
         for part in self.parts:
             found |= {name: a for name, a in part.info.variables(level).items() if is_variable(name, a)}
@@ -101,9 +101,9 @@ class View:
         found = rows >= 0
         differ = rows_differ(self.digests[rows[found]], wanted[found])
         if differ.any():
-            one = hashes_of(wanted[found][differ][:1])[0]
+            shared = hashes_of(wanted[found][differ][:1])[0]
             raise PromptCollisionError(
-                f"a stored prompt and a given one share the hash {one} but differ, so they cannot be in one group: "
+                f"a stored prompt and a given one share the hash {shared} but differ, so they cannot be in one group: "
                 "change one of them by a blank, or write it with another provenance"
             )
         return rows
@@ -112,12 +112,12 @@ class View:
         return np.asarray(self.keys.get_indexer(pd.Index(keys)), np.int64)
 
     def select(self, prompts: Iterable[Any]) -> Ints:
-        """Which prompts of the view are meant, in the given order, repeats included.
+        """The numbers of prompts in the view, in the given order, repeats included.
 
         Parameters
         ----------
         prompts : iterable of str or sequence of int
-            Texts, hashes of 16 digits, or token ids. A hash is only taken for one where no prompt has that very text.
+            Texts, hashes of 16 digits, or token ids. A text that looks like a hash is one only where no prompt has that text.
 
         Raises
         ------
@@ -145,7 +145,7 @@ class View:
         Parameters
         ----------
         level : {"prompts", "tokens"}
-            Where it lives.
+            The level that holds it.
         name : str
             Its name.
         rows : ndarray of int
@@ -153,12 +153,12 @@ class View:
         layers : tuple of int
             Wanted layers.
         lengths : ndarray of int, shape (len(rows),), optional
-            For tokens: rows of each prompt. What came before a part with another number of them is out of date for that prompt.
+            For tokens: rows of each prompt. Where a later part has another number of them, earlier parts are out of date for that prompt.
         """
         key = f"{level}/{name}"
         owners = (*self.parts, *self.annotations)
         holding = [i for i, part in enumerate(owners) if key in part.info.arrays]
-        holding.sort(key=lambda i: owners[i].order)  # the last one wins, be it a part or an annotation
+        holding.sort(key=lambda i: owners[i].order)  # the last wins, whether it is a part or an annotation
         arrays = tuple(owners[i].array(level, name) for i in holding)
         layered = arrays[0].info.layered
         shapes = sorted({a.info.row_shape for a in arrays})
@@ -196,18 +196,19 @@ class View:
         )
 
     def locate(self, prompt: Any) -> int | None:
-        """Which prompt of the view a text, hash or token ids mean; None for none of them."""
+        """The number of the prompt with this text, hash or token ids; None where there is none."""
         try:
             return int(self.select([prompt])[0])
         except MissingPromptsError:
             return None
 
     def row_lengths(self, level: Level, name: str, rows: Ints) -> Ints:
-        """How many values a row of a variable without layers really holds, of prompts that have it: parts may hold more or fewer of
-        the largest logits.
+        """How many values each prompt has in a variable without layers, since parts may keep different numbers of the largest logits.
+
+        All these prompts must have the variable.
         """
         array = self.source(level, name, rows, ())
-        widths: Ints = np.array([one.info.row_shape[-1] for one in array.arrays], np.int64)
+        widths: Ints = np.array([stored.info.row_shape[-1] for stored in array.arrays], np.int64)
         return np.asarray(widths[array.source[0]])
 
     @property
@@ -234,7 +235,7 @@ class View:
     def _tokens_since(self) -> Ints:
         """For each prompt the first part from which on all parts agree on its number of tokens.
 
-        What earlier parts hold of it was seen as other tokens, and is out of date.
+        Earlier parts split the prompt into other tokens, and are out of date for it.
         """
         counts, since = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
         for place, (part, member) in enumerate(zip(self.parts, self.members, strict=False)):
@@ -244,12 +245,12 @@ class View:
                 counts[member] = part.info.n_tokens
         return since
 
-    def covers(self, level: Level, name: str, rows: Ints, layers: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-        """Whether a variable is there, shape (layer, prompt); one row for a variable without layers."""
+    def covers(self, level: Level, name: str, rows: Ints, layers: tuple[int, ...]) -> Mask:
+        """Whether a variable is stored, shape (layer, prompt); one row for a variable without layers."""
         if name not in (*self.variables(level), *self.columns(level)):
             return np.zeros((max(1, len(layers)), len(rows)), bool)
         array = self.source(level, name, rows, layers)
-        there: npt.NDArray[np.bool_] = (array.source != NOWHERE)[array.classes]
+        there: Mask = (array.source != NOWHERE)[array.classes]
         return there if array.layers is not None else there[:1]
 
 
@@ -277,9 +278,9 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
     digests[codes[whole]] = every[whole]
     differ = rows_differ(digests[codes], every)
     if differ.any():
-        one = hashes_of(every[differ][:1])[0]
+        shared = hashes_of(every[differ][:1])[0]
         raise PromptCollisionError(
-            f"two different prompts in {storage.url}/{group.name} share the hash {one}: delete it there, and write one of them again"
+            f"two different prompts in {storage.url}/{group.name} share the hash {shared}: delete it there, and write one of them again"
         )
     bounds = offsets_of([len(part.info.digests) for part in shown])
     members = [codes[a:b] for a, b in itertools.pairwise(bounds)]

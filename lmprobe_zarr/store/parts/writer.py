@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from lmprobe_zarr.batch import HASH_DIGITS, SCALARS, TokenBatch, count_odd, digests_of, positions_of
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
@@ -41,17 +40,17 @@ from lmprobe_zarr.store.format import (
     validate_column_names,
 )
 from lmprobe_zarr.store.parts.columns import as_column, storable, text_rows
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
 
 
-# A chunk is what one read fetches, and what one prompt's tokens cost to read (docs/design/performance.md). Elsewhere than on a local disk
-# each costs a request.
+# A chunk is what one read fetches, and what one prompt's tokens cost to read (docs/design/performance.md). On other storages
+# than a local disk each chunk is one request.
 CHUNK_BYTES: Final = 2 * 2**20
 REMOTE_CHUNK_BYTES: Final = 4 * 2**20
 MIN_CHUNK_BYTES: Final = 2**18
-# All chunks that are being filled together; with many layers each gets a smaller share.
+# The most that all chunks being filled hold together; with many layers each gets a smaller share.
 BUFFER_BYTES: Final = 256 * 2**20
 COLUMN_ROWS: Final = 2**20
 
@@ -73,7 +72,7 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
         storage.commit(key, document, durable=durable, replace=False)
         return
     if there != document:
-        # All that the document says is in the folder's name as a hash, so it can say nothing else: it was damaged.
+        # The folder's name holds a hash of everything in the document, so a document that differs is damaged.
         with suppress(CorruptPartError):
             parse_group(there, f"{storage.url}/{group.name}")  # raises where it is of another version
         storage.commit(key, document, durable=durable)
@@ -82,28 +81,28 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
 class PartWriter:
     """Writes one part.
 
-    Use it as a context: what was not committed when the context ends, for whatever reason, is removed.
+    Use it as a context manager: a part that is not committed when the context ends, for whatever reason, is removed.
 
     Parameters
     ----------
     storage : Storage
-        The store's place.
+        The place of the store.
     group : GroupInfo
         The group; its documents must be there (`write_group`).
     name : str
-        Name of the part, unique (`schema.new_part_name`).
+        Name of the part, unique (`new_part_name`).
     kind : {"part", "annotation"}
-        Annotations lie in a folder of their own.
+        Annotations have a folder of their own.
     compressed : bool
         Lossless lz4 with checksums, or checksums alone.
     durable : bool
         Flush every file to the medium before the commit.
     replaces : tuple of str
-        Parts that this one supersedes.
+        Parts that this one replaces.
     recorded : mapping, optional
-        What is noted in the part and never asked for again: versions, device.
+        What is noted in the part and never read again: versions, device.
     alone : bool
-        Leave the documents of root and group to the caller, who makes them appear later.
+        Leave the documents of root and group to the caller, who writes them later.
 
     Notes
     -----
@@ -134,7 +133,7 @@ class PartWriter:
         self._columns: dict[str, list[Any]] = {}
         self._digests: list[str] = []
         self._seen: set[str] = set()
-        self._n_tokens: list[npt.NDArray[np.int64]] = []
+        self._n_tokens: list[Ints] = []
         self._shape: tuple[Any, ...] | None = None
         self._layers: tuple[int, ...] = ()
         self._whole_prompts = True
@@ -161,7 +160,7 @@ class PartWriter:
             The place cannot take it; nothing becomes visible.
         """
         columns = self._check(batch)
-        # If anything below fails, some of the batch is in and some is not, and what was begun must never be committed.
+        # If anything below fails, only some of the batch may have been added, and the part must never be committed.
         self._unfinished = True
         self._digests += batch.sha256
         self._seen.update(batch.sha256)
@@ -243,7 +242,7 @@ class PartWriter:
         self._files[name] = memoryview(body).nbytes + len(checksum), int.from_bytes(checksum, "little")
 
     def commit(self) -> PartInfo:
-        """Make the part visible; afterwards the writer is used up.
+        """Make the part visible; the writer cannot be used afterwards.
 
         Raises
         ------
@@ -252,7 +251,7 @@ class PartWriter:
         NoSpaceError, ReadOnlyError
             The place cannot take it; nothing becomes visible.
         PartGoneError
-            `gc` took it for what a killed writer left, because nothing was written to it for so long.
+            `gc` removed its files as those of a killed writer, because nothing was written to it for too long.
         """
         if not self._digests or self._unfinished:
             what = "whose writing failed half-way" if self._unfinished else "without prompts"
@@ -275,11 +274,11 @@ class PartWriter:
             odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
         )
         document = part_document(info, self.group)
-        parse_part(document, self.path)  # what we could not read must not become visible
+        parse_part(document, self.path)  # a part that could not be read must not become visible
         if not self.alone:
-            # Somebody may have cleared the group meanwhile, and a part without its group's document is of no use.
+            # Another process may have emptied the group meanwhile, and a part cannot be used without the document of its group.
             write_group(self.storage, self.group, durable=self.durable)
-        # What lay untouched for longer than the age of `gc` has been removed, all at once: the oldest file tells.
+        # `gc` removes all files of a part that was untouched for too long at once, so it is enough to check the oldest file.
         if not self.storage.is_file(f"{self.path}/{next(iter(self._files))}"):
             raise PartGoneError(
                 f"part {self.path!r} of {self.storage.url} was removed while it was being written: collect garbage with a greater max_age\n"
@@ -301,7 +300,7 @@ class PartWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._ended:
             return
-        with suppress(OSError):  # what cannot be removed is garbage, and the error that ended the context is the one to raise
+        with suppress(OSError):  # files that stay are garbage, and the error that ended the context is the one to raise
             self.abort()
 
     def _write_documents(self) -> None:
@@ -309,9 +308,9 @@ class PartWriter:
         arrays = dict(sorted(self._arrays.items()))
         documents: dict[str, Any] = {f"{key}/zarr.json": array.to_document() for key, array in arrays.items()}
         for level in LEVELS:
-            mine = {key.removeprefix(f"{level}/"): array for key, array in arrays.items() if key.startswith(f"{level}/")}
-            if mine:
-                documents[f"{level}/zarr.json"] = level_document(mine, level)
+            of_level = {key.removeprefix(f"{level}/"): array for key, array in arrays.items() if key.startswith(f"{level}/")}
+            if of_level:
+                documents[f"{level}/zarr.json"] = level_document(of_level, level)
         for name, document in documents.items():
             data = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
             self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
@@ -327,7 +326,7 @@ class PartWriter:
         attributes: dict[str, dict[str, Any]] = {
             "n_tokens": {"sample_dimension": "token"},
             "prompt_row": {"instance_dimension": "prompt"},
-            "position": {"whole_prompts": self._whole_prompts},  # then a reader knows them without reading them
+            "position": {"whole_prompts": self._whole_prompts},  # if so, a reader knows the positions without reading them
         }
         for key, values in columns.items():
             level, name = key.split("/")
@@ -348,7 +347,7 @@ class PartWriter:
 
 
 class _RowBuffer:
-    """Rows of one variable until a chunk is full; then one chunk per layer is written."""
+    """Holds rows of one variable until a chunk is full, and then writes one chunk per layer."""
 
     def __init__(self, writer: PartWriter, key: str, info: ArrayInfo) -> None:
         self.writer, self.key, self.info = writer, key, info
@@ -358,7 +357,7 @@ class _RowBuffer:
         self.blocks = 0
         self.held: Array | None = None
         self.odd = (0, 0)
-        # NaN is what the first token's probability is, and no vector is there to be all zeros.
+        # Scalars are not counted: the probability of a first token is NaN, and a single number is no row that could be all zeros.
         self.counted = np.dtype(info.dtype).kind == "f" and key.partition("/")[2] not in SCALARS
 
     @property
@@ -386,7 +385,7 @@ class _RowBuffer:
     def _flush(self, values: Array) -> None:
         odd = [(0, 0)] * self.layers
         run_all([partial(self._write, layer, values, odd) for layer in range(self.layers)], local=self.writer.storage.is_local)
-        self.odd = self.odd[0] + sum(one[0] for one in odd), self.odd[1] + sum(one[1] for one in odd)
+        self.odd = self.odd[0] + sum(counts[0] for counts in odd), self.odd[1] + sum(counts[1] for counts in odd)
         self.blocks += 1
 
     def _write(self, layer: int, values: Array, odd: list[tuple[int, int]]) -> None:
@@ -396,7 +395,7 @@ class _RowBuffer:
             odd[layer] = count_odd(rows, self.info.row_shape)
 
     def finish(self) -> ArrayInfo:
-        """Write what is left and say what the array became."""
+        """Write the remaining rows; returns the final metadata of the array."""
         rows = self.blocks * self.capacity + self.filled
         axis = self.info.sample_axis
         chunk_rows = self.capacity if self.blocks else self.filled
@@ -415,7 +414,7 @@ class _RowBuffer:
 
 
 def shape_of(batch: TokenBatch) -> tuple[Hashable, ...]:
-    """What must be the same of all batches of one part: variables with their dtypes and rows, layers, and which columns there are."""
+    """What all batches of one part must have in common: variables with their dtypes and rows, layers, and which columns there are."""
     variables = frozenset(
         (level, name, array.dtype.str, array.shape[0 if name in batch.unlayered else 1 :][1:], batch.stored_dtype.get(name))
         for level, values in (("prompts", batch.prompts), ("tokens", batch.tokens))
