@@ -1,7 +1,7 @@
 """The store: opening one, reading it as xarray datasets, writing activations into it.
 
-Inner rooms, from the bottom up: ``format`` (names and bytes), ``parts`` (one part and the union of many), ``upkeep`` (what leaves a store,
-is merged, repaired or copied). Never models, probes or plots.
+Inner rooms, from the bottom up: ``format`` (names and bytes), ``parts`` (one part and the union of many), ``upkeep`` (removing,
+merging, repairing and copying). Never models, probes or plots.
 """
 
 from lmprobe_zarr.store.activations import write_activations

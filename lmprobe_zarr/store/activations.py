@@ -1,4 +1,4 @@
-"""The caller's own activations to a `TokenBatch`, written as one part. Knows neither models nor files."""
+"""`write_activations`: activations that the caller already has, written as one part. Knows neither models nor files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_activations(
     Parameters
     ----------
     store : Store, path or URL, or a sequence of these
-        Where to.
+        The store to write to.
     model : str
         Name of the model.
     prompts : sequence of str or of token ids, no prompt twice
@@ -50,7 +50,7 @@ def write_activations(
     coords : mapping of str to sequence, optional
         Columns of one value per prompt: numbers, truth values or texts.
     provenance : mapping, optional
-        How they came about. Other provenance is another group; nothing given is a group of its own.
+        How the activations were computed. Other provenance is another group, and so is none.
     num_layers : int, optional
         Blocks of the model, where known.
     store_text : bool

@@ -1,6 +1,6 @@
 """What a store holds, as values that print: of each group the prompts, layers, and variables with codecs and sizes.
 
-For people who look at a store, with all of its roots together. How large the cache is, root by root, and when it was used last is in
+Describes a store to its users, all of its roots together. The size of the cache by root, and its last use, are in
 `lmprobe_zarr.cache.info`. Reads documents, never activations.
 """
 
@@ -36,7 +36,7 @@ class HeldArray:
     level : {"prompts", "tokens"}
     dims : tuple of str
     dtype : str
-        What the values were computed in, where that is stored; all of them where parts differ.
+        The dtype that the values were computed in, where that is stored; all dtypes where parts differ.
     codecs : str
         The codecs of its chunks, as ``bitshuffle, lz4, crc32c``.
     raw_nbytes : int, optional
@@ -265,7 +265,7 @@ class StoreContents:
 
 
 def describe_catalogs(catalogs: Sequence[Catalog]) -> StoreContents:
-    """What several roots, the lowest first, hold together. Raises no error of ours, since a store is printed most where it is damaged."""
+    """What several roots, the lowest first, hold together. Raises no error of ours, since damaged stores are printed too."""
     try:
         found = groups_of(catalogs, whole=False)
         groups = [describe_view(open_union(catalogs, info, whole=False)) for info in found.values()]

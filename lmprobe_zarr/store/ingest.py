@@ -1,4 +1,4 @@
-"""Batches from any source to committed parts, on a thread of its own. Knows no model and no file format.
+"""`Ingest`: writes batches from any source as committed parts, on a thread of its own. Knows no model and no file format.
 
 The source goes on computing while parts are encoded and written; the queue between them is bounded, so memory is too.
 """
@@ -49,17 +49,17 @@ class Ingest:
     Parameters
     ----------
     store : Store
-        Where to.
+        The store to write to.
     group : GroupInfo
-        Which group.
+        The group to write to.
     part_bytes : int
         A part holds at most this many bytes of activations, uncompressed (one prompt's, where these alone are more) …
     part_seconds : float
         … and is committed once it is this many seconds old: what an interruption can cost at most.
     precision : Precision
-        What activations are stored with; what is no activation stays as it is.
+        The precision of stored activations; all other values stay as they are.
     compressed : bool
-        See `writer.PartWriter`.
+        See `PartWriter`.
     recorded : mapping
         Noted in every part.
 
@@ -70,7 +70,7 @@ class Ingest:
     prompts, nbytes : int
         Different prompts in them, and bytes of activations before compression.
     not_finite, blank : int
-        Values in them that are infinite or no number, and rows, one for each layer, that hold nothing but zeros.
+        Values in them that are infinite or NaN, and rows, one for each layer, that hold nothing but zeros.
     """
 
     store: Store
@@ -109,7 +109,7 @@ class Ingest:
         Raises
         ------
         NoSpaceError, ReadOnlyError, InvalidArgumentError
-            What the writing has failed with; nothing more is taken. Or: this is used outside of its context.
+            The error with which writing failed; no more batches are taken. `InvalidArgumentError` also outside of the context.
         """
         while True:
             if self._error is not None:
@@ -123,7 +123,7 @@ class Ingest:
                 continue
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # An event, not a last word in the queue: it never waits, so a second Ctrl-C cannot come in between.
+        # An event, not a sentinel in the queue: setting it never waits, so a second Ctrl-C cannot interrupt it.
         self._closing.set()
         self._thread.join()
         if self._error is not None and self._error is not error:
@@ -145,7 +145,7 @@ class Ingest:
                 self._commit(key)
         except BaseException as failure:  # noqa: BLE001 — raised again by the thread that puts, or leaves
             self._error = failure
-            # They were never visible: what cannot be removed is garbage, and the first failure is the one to tell.
+            # They were never visible: files that stay are garbage, and the first failure is the one to raise.
             for part in self._open.values():
                 with suppress(Exception):
                     part.writer.abort()
@@ -165,7 +165,7 @@ class Ingest:
             writer.append(stored)
             if writer.nbytes >= self.part_bytes or writer.held_nbytes >= COLUMN_BYTES:
                 self._commit(key)
-        # Each open part fills chunks of its own; together they stay within what one may hold.
+        # Each open part fills chunks of its own; together these hold no more than one part may.
         while len(self._open) > 1 and sum(part.writer.waiting_nbytes for part in self._open.values()) > BUFFER_BYTES:
             self._commit(max(self._open, key=lambda k: self._open[k].writer.waiting_nbytes))
 
@@ -212,7 +212,7 @@ class _OpenPart:
 
 
 def _pieces(batch: TokenBatch, most: int) -> Iterator[TokenBatch]:
-    """A batch as some of at most so many bytes, or of one prompt each."""
+    """A batch in pieces of at most `most` bytes; a prompt that alone has more is a piece of its own."""
     if batch.nbytes <= most:
         yield batch
         return

@@ -1,4 +1,4 @@
-"""What lies at a root, and what may be done there."""
+"""Opening a root: what is stored there, and whether it may be written to."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def options_for(places: Sequence[Any], given: Any) -> list[Mapping[str, Any] | N
 
 
 def open_root(storage: Storage, mode: Mode | None) -> tuple[Storage, Mode]:
-    """The place as its root describes it, and what may be done there."""
+    """The storage of a root, frozen where it is a published copy, and the mode in which it is opened."""
     if isinstance(storage, FrozenStorage):
         published: Published | None = storage.published
     else:
@@ -55,6 +55,7 @@ def open_root(storage: Storage, mode: Mode | None) -> tuple[Storage, Mode]:
 
 
 def _check_root(storage: Storage, mode: Mode) -> Published | None:
+    """The record of a published copy, None for a store that grows or is new; raises where a place is none of these."""
     try:
         return parse_root(storage.read("zarr.json"), storage.url)
     except (StoreNotFoundError, AccessDeniedError):
@@ -69,7 +70,7 @@ def _check_root(storage: Storage, mode: Mode) -> Published | None:
     if storage.is_file(""):
         raise NotAStoreError(f"{storage.url} is a file, and a store is a folder: give another path")
     names = [name for name in storage.list("") if not name.endswith(".partial")]
-    if "zarr.json" in names:  # another writer made it between the two looks
+    if "zarr.json" in names:  # another writer has created it since it was first looked for
         return parse_root(storage.read("zarr.json"), storage.url)
     if names:
         _check_rootless(storage, "is missing")
@@ -81,7 +82,7 @@ def _check_root(storage: Storage, mode: Mode) -> Published | None:
 
 
 def _check_rootless(storage: Storage, what: str) -> None:
-    """Raise `CorruptPartError` where the parts of a store lie below a root without its document."""
+    """Raise `CorruptPartError` where a root without its document holds the parts of a store."""
     for group in storage.list(""):
         for name in storage.list(group) if GROUP_NAME.fullmatch(group) else ():
             if not PART_NAME.fullmatch(name):
@@ -95,4 +96,4 @@ def _check_rootless(storage: Storage, what: str) -> None:
                 raise CorruptPartError.of(storage.url, "", f"{where}: lmprobe-zarr repair {storage.url} writes it again")
             if what == "is damaged":
                 raise CorruptPartError(f"{where}: fetch or publish this copy again")
-            return  # a copy that was not published to its end
+            return  # a copy whose publication did not finish

@@ -1,6 +1,6 @@
 """`Store`: what users open, one root or several read as one; and `open_store`, which opens it.
 
-A facade: every method hands on to a function over the `Catalog` of each root. Rules, loops and bytes are elsewhere.
+A facade: every method calls functions over the `Catalog` of each root, and has no rules of its own.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _roots_of(place: Any, options: Mapping[str, Any] | None, durable: bool, *, i
     if is_default and place is None:
         return [(open_storage(config.default_root(), options), "a", durable)]
     storage = open_storage(place, options)
-    # The place of a cache that is no store itself is a cache of lmprobe's, whose own entries lie there: the store is in .zarr inside.
+    # A cache's place that is no store is a cache of lmprobe with entries of its own: the store is the folder .zarr inside it.
     if is_default and not storage.url.endswith(".zarr") and not storage.is_file("zarr.json"):
         storage = open_storage(f"{os.fspath(place).rstrip('/')}/.zarr", options)
     return [(storage, "a", durable)]
@@ -217,7 +217,7 @@ class Store:
 
     @property
     def below(self) -> Store | None:
-        """What is read as well and never written to; None where there is nothing."""
+        """The stores that are read as well and never written to; None where there are none."""
         return _store_of(self.catalogs[:-1], self.is_default) if len(self.catalogs) > 1 else None
 
     @property
@@ -227,7 +227,7 @@ class Store:
 
     @property
     def own(self) -> Store:
-        """The store without those below it; both share what they know of its parts."""
+        """The store without those below it; both share the index of its parts."""
         return self if self.below is None else _store_of((self.catalog,), self.is_default)
 
     @property
@@ -361,7 +361,7 @@ class Store:
         return self.catalog.list_parts(folder, whole=whole, listed=listed)
 
     def set_aside(self, error: CorruptPartError) -> None:
-        """Leave a damaged part out of views that need not be whole, and warn about it once.
+        """Leave a damaged part out of everything that is read with ``whole=False``, and warn about it once.
 
         Parameters
         ----------
@@ -372,7 +372,7 @@ class Store:
         root.set_aside(error)
 
     def forget(self, path: str) -> None:
-        """Forget what is remembered of a part that has gone.
+        """Forget a part that was removed.
 
         Parameters
         ----------
@@ -392,7 +392,7 @@ class Store:
         self.catalog.drop_empty_group(info)
 
     def forget_all(self) -> None:
-        """Forget what is remembered of parts and groups, so that they are read again."""
+        """Forget all parts and groups, so that they are read again."""
         for catalog in self.catalogs:
             catalog.forget_all()
 
@@ -731,7 +731,7 @@ class Store:
         return part_bytes_within(part_bytes, config.cache_limit() if self.is_default else None)
 
     def gc(self, *, max_age: float = 86400.0, dry_run: bool = False) -> GcSummary:
-        """Remove what nobody needs any more: parts that others replaced, and what killed writers left.
+        """Remove what is no longer needed: replaced parts, and what killed writers left.
 
         Parameters
         ----------
