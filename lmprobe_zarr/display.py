@@ -18,12 +18,12 @@ import xarray as xr
 
 __all__ = [
     "Html",
-    "called",
     "card",
     "definitions",
     "escape",
     "format_bytes",
     "format_table",
+    "name_in_messages",
     "section",
     "shorten",
     "sparkline",
@@ -230,7 +230,7 @@ def format_bytes(nbytes: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def called(activations: xr.DataArray) -> str:
+def name_in_messages(activations: xr.DataArray) -> str:
     """The variable's name, for messages."""
     return repr(str(activations.name)) if activations.name is not None else "the activations"
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.display import called
+from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import (
     Labels,
@@ -105,7 +105,7 @@ def fit_directions(
     for layer, fitted in zip(layers, found, strict=True):
         if isinstance(fitted, list):
             raise InvalidArgumentError(
-                f"layer {layer} of {called(array)} is NaN or infinite for {len(fitted)} of {len(sets[0].rows)} prompts "
+                f"layer {layer} of {name_in_messages(array)} is NaN or infinite for {len(fitted)} of {len(sets[0].rows)} prompts "
                 f"({show_prompts(array, fitted)}): drop them with .dropna('prompt'), or extract them again"
             )
     return _dataset(array, sets[0], task, repr(make()), layers, found)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.display import called
+from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Array
 
@@ -41,7 +41,9 @@ def check_activations(activations: xr.DataArray) -> xr.DataArray:
     dims = tuple(str(dim) for dim in activations.dims)
     if set(dims) not in (set(_DIMS), {"prompt", "hidden"}):
         remedy = "pool the tokens first, as in toks.lz.pool('mean')" if "token" in dims else "select or rename"
-        raise InvalidArgumentError(f"{called(activations)} has dims {dims}, expected layer (or none), prompt and hidden: {remedy}")
+        raise InvalidArgumentError(
+            f"{name_in_messages(activations)} has dims {dims}, expected layer (or none), prompt and hidden: {remedy}"
+        )
     _check_values(activations, "to fit")
     return activations
 
@@ -59,7 +61,8 @@ def parse_token_activations(activations: Any) -> tuple[xr.DataArray, str]:
             break
     else:
         raise InvalidArgumentError(
-            f"{called(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and hidden: select or rename"
+            f"{name_in_messages(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and hidden: "
+            "select or rename"
         )
     _check_values(activations, "to fit or score")
     return activations, dim
@@ -69,10 +72,10 @@ def _check_values(activations: xr.DataArray, purpose: str) -> None:
     """Raise where an array is empty, or its values are not real numbers."""
     empty = [str(dim) for dim in activations.dims if not activations.sizes[dim]]
     if empty:
-        raise InvalidArgumentError(f"{called(activations)} has no {' and no '.join(empty)}: there is nothing {purpose}")
+        raise InvalidArgumentError(f"{name_in_messages(activations)} has no {' and no '.join(empty)}: there is nothing {purpose}")
     # ml_dtypes' bfloat16 has kind "V", as structured types have, but no fields.
     if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
-        raise InvalidTypeError(f"{called(activations)} has dtype {activations.dtype}, expected real numbers")
+        raise InvalidTypeError(f"{name_in_messages(activations)} has dtype {activations.dtype}, expected real numbers")
 
 
 def layers_of(array: xr.DataArray) -> list[Any] | None:

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.batch import split_variable
-from lmprobe_zarr.display import called, format_bytes
+from lmprobe_zarr.display import format_bytes, name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, bare_variable, group_codes, list_prompts, number_repeats
 from lmprobe_zarr.probes.controls import make_estimator, parse_controls, read_features, shuffle_labels
@@ -324,7 +324,7 @@ def _fit_variables(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Ar
         variable = bare_variable(array.variable)
         in_memory = variable.chunks is None and variable._in_memory
         if own is not None and len(set(own)) < len(own):
-            raise InvalidArgumentError(f"{called(array)} holds a layer twice: drop one with .drop_duplicates('layer')")
+            raise InvalidArgumentError(f"{name_in_messages(array)} holds a layer twice: drop one with .drop_duplicates('layer')")
         variables.append(
             FitVariable(
                 name=str(array.name) if named else "",

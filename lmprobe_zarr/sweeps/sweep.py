@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.display import called
+from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, fit_task, show_prompts
 from lmprobe_zarr.progress import progress_bar
@@ -199,7 +199,7 @@ def _not_finite(sweep: Sweep, problem: NotFiniteError) -> InvalidArgumentError:
         where = f"control {sweep.fits.trials[problem.trial].name!r}"
     else:
         place = sweep.fits.variables[problem.variable].layers[problem.layer]
-        where = f"layer {sweep.plan.layers[place]} of {called(array)}" if place >= 0 else called(array)
+        where = f"layer {sweep.plan.layers[place]} of {name_in_messages(array)}" if place >= 0 else name_in_messages(array)
     n = sweep.plan.n_prompts
     return InvalidArgumentError(
         f"{where} is NaN or infinite for {len(problem.rows)} of {n} prompts ({show_prompts(array, problem.rows)}): "

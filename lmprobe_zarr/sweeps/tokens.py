@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.batch import Stage, parse_stage, reduce_scores
-from lmprobe_zarr.display import called
+from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import (
     LabelledTokens,
@@ -381,8 +381,8 @@ def _fit(
         return fit_stream(stream, plan, runner)
     except NotFiniteError as problem:
         raise InvalidArgumentError(
-            f"layer {layer_labels(array)[problem.layer]} of {called(array)} is NaN or infinite for {len(problem.rows)} of {plan.n_rows} "
-            f"{stream.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
+            f"layer {layer_labels(array)[problem.layer]} of {name_in_messages(array)} is NaN or infinite for {len(problem.rows)} "
+            f"of {plan.n_rows} {stream.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
             "leave them out with where=, or extract them again (float16 overflows at 65504)"
         ) from None
 

@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.batch import as_slice, fill_value, offsets_of, parse_poolings, pool_ragged
-from lmprobe_zarr.display import called
+from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError
 from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
 from lmprobe_zarr.typing import Array, Ints
@@ -189,7 +189,8 @@ def prompts_of(array: xr.DataArray, dim: str) -> tuple[Array, Array]:
         return numbers, index.labels[index.codes[first]]
     if "prompt" not in array.coords or array.coords["prompt"].dims != (dim,):
         raise InvalidArgumentError(
-            f"{called(array)} has no prompt coordinate along {dim!r}, which says which tokens belong together: open it with store.tokens()"
+            f"{name_in_messages(array)} has no prompt coordinate along {dim!r}, which says which tokens belong together: "
+            "open it with store.tokens()"
         )
     numbers, names = pd.factorize(np.asarray(array.coords["prompt"].values, object))
     return numbers, np.asarray(names).astype(str)
