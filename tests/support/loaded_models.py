@@ -35,6 +35,15 @@ def loaded_from(model: Any, *, encoder: bool = False, **options: Any) -> extract
     return extraction.load_model(model, **options)
 
 
+def checked_from(model: Any, *, encoder: bool = False, **options: Any) -> extraction.LoadedModel:
+    """A loaded model that has been checked already, so that its next pass is one over prompts."""
+    from lmprobe_zarr.extraction.models.check import check_model
+
+    loaded = loaded_from(model, encoder=encoder, **options)
+    check_model(loaded)
+    return loaded
+
+
 class Scarce:
     """A device that has room for so many padded tokens at a time, and says otherwise what torch says."""
 

@@ -1,6 +1,6 @@
-"""Where the blocks, the attention and the MLP of a model are, by name. One table; no code per model.
+"""Where the blocks, the attention, the MLP, the routers and the head of a model are: found by structure, or named by hand.
 
-What is captured at each site, for every family in the table:
+What is captured at each site:
 
 ``resid``
     The output of block i, before the model's final norm: what transformers calls ``hidden_states[i + 1]``, except for the last block, whose
@@ -9,12 +9,12 @@ What is captured at each site, for every family in the table:
     The input of block 0: ``hidden_states[0]``. With position embeddings where they are added (GPT-2, OPT), scaled where the model scales
     (Gemma), after the embedding norm in encoders.
 ``attn``, ``mlp``
-    The vector that the attention, or the MLP, adds to the residual stream. For most families that is the output of the attention module
-    (after its output projection) and of the MLP module. Gemma 2 and 3 and OLMo 2 normalise both before they add them, so it is the output
-    of that norm. OPT has no MLP module: it is the output of ``fc2``. Encoders (BERT, RoBERTa) add first and normalise then: it is the
-    output of ``attention.output.dense`` and of ``output.dense``, before the sum and its norm. Mixtral and its like: the weighted sum over
-    the chosen experts.
-
+    The vector that the token mixer, or the MLP, adds to the residual stream. The token mixer is the attention, or what a block has in its
+    place: Mamba, linear attention, a convolution. For most models the vector is the output of the attention module (after its output
+    projection) and of the MLP module. Gemma 2 and 3 and OLMo 2 normalise both before they add them, so it is the output of that norm.
+    Granite multiplies both by a constant, so it is the product. OPT has no MLP module: it is the output of ``fc2``. Encoders (BERT,
+    RoBERTa) add first and normalise then: it is the output of ``attention.output.dense`` and of ``output.dense``, before the sum and its
+    norm. Mixtral and its like: the weighted sum over the chosen experts.
 ``router``
     The scores that the router of a mixture of experts gives to every expert, before softmax, sigmoid or choice; in the blocks that have
     one.
@@ -24,78 +24,38 @@ In pre-norm decoders, therefore, ``resid[i] == resid[i - 1] + attn[i] + mlp[i]``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torch import nn
 
 from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
-
-__all__ = ["FAMILIES", "Family", "Located", "Router", "is_encoder", "locate"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """Where the modules of some model types are, by name.
-
-    Parameters
-    ----------
-    types : tuple of str
-        The values of ``config.model_type`` that the names hold for.
-    layers : str
-        Path of the list of blocks in the module that owns it.
-    attn, mlp : tuple of str
-        Paths in a block of the modules that add to the residual stream; the first that exists counts (names changed between releases).
-    causal : bool
-        Whether a token sees only those before it, so that padding on the right needs no mask.
-    router : tuple of str
-        Paths, in the blocks that have one, of the module that scores the experts.
-    """
-
-    types: tuple[str, ...]
-    layers: str
-    attn: tuple[str, ...]
-    mlp: tuple[str, ...]
-    causal: bool = True
-    router: tuple[str, ...] = ()
-
-
-FAMILIES: Final = (
-    Family(
-        types=("llama", "mistral", "qwen2", "qwen3", "phi", "phi3", "gemma"),
-        layers="layers",
-        attn=("self_attn",),
-        mlp=("mlp",),
-    ),
-    Family(
-        types=("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"),
-        layers="layers",
-        attn=("self_attn",),
-        mlp=("mlp", "block_sparse_moe"),
-        router=("mlp.gate", "block_sparse_moe.gate"),
-    ),
-    Family(
-        types=("gemma2", "gemma3", "gemma3_text", "olmo2"),
-        layers="layers",
-        attn=("post_attention_layernorm",),
-        mlp=("post_feedforward_layernorm",),
-    ),
-    Family(types=("gpt2",), layers="h", attn=("attn",), mlp=("mlp",)),
-    Family(types=("gpt_neox",), layers="layers", attn=("attention",), mlp=("mlp",)),
-    Family(types=("opt",), layers="layers", attn=("self_attn",), mlp=("fc2",)),
-    Family(types=("falcon",), layers="h", attn=("self_attention",), mlp=("mlp",)),
-    Family(
-        types=("bert", "roberta", "xlm-roberta", "camembert"),
-        layers="encoder.layer",
-        attn=("attention.output.dense",),
-        mlp=("output.dense",),
-        causal=False,
-    ),
+from lmprobe_zarr.extraction.models.additions import Addition, BlockSites, sites_of
+from lmprobe_zarr.extraction.models.families import BY_TYPE
+from lmprobe_zarr.extraction.models.identity import num_experts_of
+from lmprobe_zarr.extraction.models.structure import (
+    CHAIN_TOLERANCE,
+    TRACED_TOKENS,
+    BlockList,
+    Call,
+    block_lists,
+    body_of,
+    chained,
+    is_decoder_of_encoder,
+    plain_ids,
+    text_settings,
+    trace,
 )
-BY_TYPE: Final[Mapping[str, Family]] = {name: family for family in FAMILIES for name in family.types}
+
+__all__ = ["Located", "Router", "Site", "locate"]
+
 MODULE_NAMES: Final = ("layers", "attn", "mlp", "router")
 SHOWN_LISTS: Final = 6
+# More candidates than these are not run.
+TRIED_LISTS: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +74,14 @@ class Router:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A module whose output, multiplied by `scale`, is added to the residual stream."""
+
+    module: nn.Module
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
     """The modules of one model that are captured or run.
 
@@ -122,24 +90,32 @@ class Located:
     body : Module
         The smallest part that takes token ids and runs every block: no head, no vocabulary projection.
     blocks : tuple of Module
-    attn, mlp : tuple of Module, one per block, or None
+        One per layer. A module that one pass calls several times stands here once for each call.
+    attn, mlp : tuple of Site, one per block, or None
         None where they are not known.
-    causal : bool
-        Whether padding on the right needs no mask.
     routers : mapping of int to Router
         By layer; only those that have one.
     whole, head : Module or None
         The part that gives logits, and its projection onto the vocabulary; None where there is none.
+    by_hand : bool
+        Whether the caller named the modules.
+    paths : mapping of str to str
+        Where they are, as `modules` would name them: ``layers``, and ``attn``, ``mlp`` and ``router`` where known. Different paths in
+        different blocks are separated by ``" | "``.
+    mixers : tuple of str
+        The path in each block of what its ``attn`` site is; empty where that is not known.
     """
 
     body: nn.Module
     blocks: tuple[nn.Module, ...]
-    attn: tuple[nn.Module, ...] | None
-    mlp: tuple[nn.Module, ...] | None
-    causal: bool
+    attn: tuple[Site, ...] | None
+    mlp: tuple[Site, ...] | None
     routers: Mapping[int, Router] = field(default_factory=dict)
     whole: nn.Module | None = None
     head: nn.Module | None = None
+    by_hand: bool = False
+    paths: Mapping[str, str] = field(default_factory=dict)
+    mixers: tuple[str, ...] = ()
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -152,14 +128,7 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def is_encoder(model_type: str | None) -> bool:
-    """Whether models of this type are known to see the tokens after each token too."""
-    family = BY_TYPE.get(model_type or "")
-    return family is not None and not family.causal
-
-
-def _is_causal(family: Family, config: Any) -> bool:
-    return family.causal and not getattr(config, "use_bidirectional_attention", False) and getattr(config, "is_causal", True) is not False
+# ------------------------------------------------------------------------------------------------------------------ errors
 
 
 def _candidates(model: nn.Module) -> str:
@@ -179,16 +148,26 @@ def _unknown(model: nn.Module, why: str) -> UnknownArchitectureError:
     )
 
 
-def _located_parts(model: nn.Module, blocks: tuple[nn.Module, ...], paths: tuple[str, ...], site: str) -> tuple[nn.Module, ...]:
+def _needs_encoder(model: nn.Module, path: str) -> UnknownArchitectureError:
+    return UnknownArchitectureError(
+        f"{path!r} is the decoder of {type(model).__name__}, an encoder-decoder: without the encoder's output its values mean nothing. "
+        "Extract the encoder (leave modules= out, or name the encoder's list), or use a decoder-only model"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ inside a block
+
+
+def _located_parts(model: nn.Module, blocks: Sequence[nn.Module], paths: Sequence[str], site: str) -> tuple[Site, ...]:
     for path in paths:
         parts = [_submodule(block, path) for block in blocks]
         if None not in parts:
-            return tuple(part for part in parts if part is not None)
+            return tuple(Site(module=part) for part in parts if part is not None)
     children = ", ".join(repr(name) for name, _ in blocks[0].named_children())
     raise _unknown(model, f"no {site} {' or '.join(map(repr, paths))} in every block of {type(model).__name__}; a block holds {children}")
 
 
-def _located_routers(blocks: tuple[nn.Module, ...], paths: tuple[str, ...]) -> dict[int, Router]:
+def _located_routers(blocks: Sequence[nn.Module], paths: Sequence[str]) -> dict[int, Router]:
     found = {}
     for layer, block in enumerate(blocks):
         for path in paths:
@@ -197,6 +176,24 @@ def _located_routers(blocks: tuple[nn.Module, ...], paths: tuple[str, ...]) -> d
                 found[layer] = Router(gate=gate, around=_submodule(block, around) if around else None)
                 break
     return found
+
+
+def _router_paths(model: nn.Module, blocks: Sequence[nn.Module], hidden_size: int | None) -> list[str]:
+    """Paths in the blocks of modules with a row of weights for every expert."""
+    config: Any = getattr(model, "config", None)
+    experts = num_experts_of(config.to_dict()) if hasattr(config, "to_dict") else None
+    if experts is None:
+        return []
+    found: dict[str, None] = {}
+    for block in blocks:
+        for path, part in block.named_modules():
+            weight, names = getattr(part, "weight", None), path.split(".")
+            scores = getattr(weight, "ndim", 0) == 2 and weight is not None and weight.shape[0] == experts
+            fits = scores and (hidden_size is None or weight is None or weight.shape[-1] == hidden_size)
+            if fits and not any(name.isdigit() for name in names) and any(word in path for word in ("gate", "router", "wg")):
+                found.setdefault(path)
+                break
+    return list(found)
 
 
 def _located_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -214,6 +211,9 @@ def _located_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]
     return None, None
 
 
+# ------------------------------------------------------------------------------------------------------------------ by hand
+
+
 def _by_hand(model: nn.Module, modules: Mapping[str, str]) -> Located:
     strange = sorted(set(modules) - set(MODULE_NAMES))
     if strange or "layers" not in modules:
@@ -225,16 +225,138 @@ def _by_hand(model: nn.Module, modules: Mapping[str, str]) -> Located:
     found, where = next(((m, p) for p in (path, *others) if (m := _submodule(model, p)) is not None), (None, path))
     if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
         raise _unknown(model, f"modules['layers']={path!r} is no list of modules in {type(model).__name__}")
-    blocks = tuple(found)
+    body = body_of(model, where)
+    if is_decoder_of_encoder(model, body):
+        raise _needs_encoder(model, path)
+    blocks = _as_called(body, tuple(found))
     attn, mlp = (_located_parts(model, blocks, (modules[site],), site) if site in modules else None for site in ("attn", "mlp"))
-    owners = [model, *(model.get_submodule(where[:n]) for n, character in enumerate(where) if character == ".")]
-    bodies = [owner for owner in owners if hasattr(owner, "config") and hasattr(owner, "get_input_embeddings")]
     routers = _located_routers(blocks, (modules["router"],)) if "router" in modules else {}
     if "router" in modules and not routers:
         raise _unknown(model, f"modules['router']={modules['router']!r} is in no block of {type(model).__name__}")
     whole, head = _located_head(model)
-    body = bodies[-1] if bodies else model
-    return Located(body=body, blocks=blocks, attn=attn, mlp=mlp, causal=False, routers=routers, whole=whole, head=head)
+    return Located(
+        body=body, blocks=blocks, attn=attn, mlp=mlp, routers=routers, whole=whole, head=head, by_hand=True,
+        paths={**modules, "layers": where},
+    )  # fmt: skip
+
+
+def _as_called(body: nn.Module, listed: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
+    """The blocks in the order of a pass, which may call some of them several times."""
+    try:
+        calls, _ = trace(body, listed, plain_ids(body, TRACED_TOKENS), **_without_cache(body))
+    except Exception:  # noqa: BLE001 — whether the model runs at all is examined before its first prompt
+        return listed
+    return _layers_of(listed, calls) or listed
+
+
+def _without_cache(body: nn.Module) -> dict[str, Any]:
+    return {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+
+
+def _layers_of(listed: tuple[nn.Module, ...], calls: Sequence[Call]) -> tuple[nn.Module, ...] | None:
+    """The module of every layer: the list, or the calls, where modules are called several times; None where some are never called."""
+    if len(calls) <= len(listed):
+        return listed if calls else None
+    return tuple(listed[call.index] for call in calls)
+
+
+# -------------------------------------------------------------------------------------------------------------- by structure
+
+
+def _named(model: nn.Module, found: BlockList) -> Located | None:
+    """The sites of a model type whose names are known, or None."""
+    config: Any = getattr(found.body, "config", None)
+    family = BY_TYPE.get(getattr(config, "model_type", ""))
+    if family is None or not f".{found.path}".endswith(f".{family.layers}"):
+        return None
+    try:
+        attn = _located_parts(found.body, found.modules, family.attn, "attn")
+        mlp = _located_parts(found.body, found.modules, family.mlp, "mlp")
+    except UnknownArchitectureError:
+        return None
+    paths = {site: _first_path(found.modules, getattr(family, site)) for site in ("attn", "mlp")}
+    return _assembled(model, found, found.modules, attn, mlp, family.router, paths)
+
+
+def _first_path(blocks: Sequence[nn.Module], paths: Sequence[str]) -> str:
+    return next(path for path in paths if all(_submodule(block, path) is not None for block in blocks))
+
+
+def _assembled(
+    model: nn.Module,
+    found: BlockList,
+    blocks: tuple[nn.Module, ...],
+    attn: tuple[Site, ...] | None,
+    mlp: tuple[Site, ...] | None,
+    routers: Sequence[str],
+    paths: Mapping[str, str],
+    mixers: tuple[str, ...] = (),
+) -> Located:
+    whole, head = _located_head(model)
+    scored = _located_routers(blocks, routers)
+    known = {"layers": found.path, **{site: path for site, path in paths.items() if path}}
+    if scored:
+        known["router"] = " | ".join(path for path in routers if any(_submodule(block, path) is not None for block in blocks))
+    return Located(
+        body=found.body, blocks=blocks, attn=attn, mlp=mlp, routers=scored, whole=whole, head=head, paths=known, mixers=mixers,
+    )  # fmt: skip
+
+
+def _signature(block: nn.Module) -> tuple[str, ...]:
+    """Blocks with the same signature are built alike, so what holds for one holds for all."""
+    return (type(block).__name__, *(f"{name}:{type(part).__name__}" for name, part in block.named_children()))
+
+
+def _traced(model: nn.Module, found: BlockList) -> Located | str:
+    """The sites of a list whose blocks are verified by a pass, or why they are not the blocks."""
+    try:
+        calls, _ = trace(found.body, found.modules, plain_ids(found.body, TRACED_TOKENS), inside=True, **_without_cache(found.body))
+    except Exception as error:  # noqa: BLE001 — any error of a model's own code
+        return f"{type(found.body).__name__} does not run on token ids alone ({_first_line(error)})"
+    blocks = _layers_of(found.modules, calls)
+    depth = _depth(model)
+    if blocks is None:
+        return f"a pass calls none of the modules of {found.path!r} by themselves"
+    if [call.index for call in calls] != sorted(call.index for call in calls) and len(blocks) == len(found.modules):
+        return f"the modules of {found.path!r} are called in another order than they are listed"
+    if len(found.modules) != len(blocks) and depth is not None and len(blocks) != depth:
+        return f"the modules of {found.path!r} are called {len(blocks)} times in a pass, and the model has {depth} layers"
+    gap = chained(calls)
+    if gap > CHAIN_TOLERANCE:
+        return f"what goes into a module of {found.path!r} is not what came out of the one before it (relative difference {gap:.2g})"
+    sites: dict[tuple[str, ...], BlockSites] = {}
+    for call in calls:
+        sites.setdefault(_signature(found.modules[call.index]), sites_of(call))
+    per_layer = [sites.get(_signature(block), BlockSites()) for block in blocks]
+    attn, mlp = (_sites(blocks, [getattr(each, site) for each in per_layer]) for site in ("attn", "mlp"))
+    paths = {site: _joined([getattr(each, site) for each in per_layer]) for site, known in (("attn", attn), ("mlp", mlp)) if known}
+    mixers = tuple("" if each.attn is None else each.attn.path for each in per_layer) if attn else ()
+    width = None if calls[0].output is None else int(calls[0].output.shape[-1])
+    return _assembled(model, found, blocks, attn, mlp, _router_paths(model, blocks, width), paths, mixers)
+
+
+def _depth(model: nn.Module) -> int | None:
+    depth = getattr(text_settings(model), "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else None
+
+
+def _sites(blocks: Sequence[nn.Module], additions: Sequence[Addition | None]) -> tuple[Site, ...] | None:
+    found = []
+    for block, addition in zip(blocks, additions, strict=True):
+        part = None if addition is None else _submodule(block, addition.path)
+        if part is None or addition is None:
+            return None
+        found.append(Site(module=part, scale=addition.scale))
+    return tuple(found)
+
+
+def _joined(additions: Sequence[Addition | None]) -> str:
+    counts = Counter(addition.path for addition in additions if addition is not None)
+    return " | ".join(path for path, _ in counts.most_common())
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
 
 
 def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Located:
@@ -245,36 +367,28 @@ def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Locate
     model : Module
         A base model, one with a head, or a PEFT model around either.
     modules : mapping, optional
-        ``layers``: path of the list of blocks in `model`; ``attn``, ``mlp`` and ``router``: paths in a block. For architectures that are
-        not known.
+        ``layers``: path of the list of blocks in `model`; ``attn``, ``mlp`` and ``router``: paths in a block. For models whose parts are
+        not found by structure.
 
     Raises
     ------
     UnknownArchitectureError
-        The blocks were not found; the message names the lists of modules in the model.
+        The blocks were not found; the message names the lists of modules in the model, and why they are not the blocks.
     InvalidArgumentError
         `modules` has other keys than these four, or lacks ``layers``.
     """
     if modules is not None:
         return _by_hand(model, modules)
-    for body in model.modules():
-        config = getattr(body, "config", None)
-        family = BY_TYPE.get(getattr(config, "model_type", ""))
-        found = None if family is None else _submodule(body, family.layers)
-        if family is None or not isinstance(found, nn.ModuleList) or not len(found):
+    lists = block_lists(model)
+    reasons = []
+    for found in lists[:TRIED_LISTS]:
+        if is_decoder_of_encoder(model, found.body):
+            reasons.append(str(_needs_encoder(model, found.path)))
             continue
-        # Some models run only as many blocks as their configuration says.
-        blocks = tuple(found)[: getattr(config, "num_hidden_layers", len(found))]
-        whole, head = _located_head(model)
-        return Located(
-            body=body,
-            blocks=blocks,
-            attn=_located_parts(body, blocks, family.attn, "attn"),
-            mlp=_located_parts(body, blocks, family.mlp, "mlp"),
-            causal=_is_causal(family, config),
-            routers=_located_routers(blocks, family.router),
-            whole=whole,
-            head=head,
-        )
+        located = _named(model, found) or _traced(model, found)
+        if isinstance(located, Located):
+            return located
+        reasons.append(located)
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    raise _unknown(model, f"the architecture of {type(model).__name__} (model_type {kind!r}) is not known")
+    why = f" ({reasons[0]})" if reasons else ""
+    raise _unknown(model, f"the blocks of {type(model).__name__} (model_type {kind!r}) were not found{why}")

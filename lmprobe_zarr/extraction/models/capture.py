@@ -38,10 +38,12 @@ from lmprobe_zarr.extraction.models.batching import (
     next_batch,
 )
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
+from lmprobe_zarr.extraction.models.check import check_model
+from lmprobe_zarr.extraction.models.conduct import Conduct
 from lmprobe_zarr.extraction.models.forward import ModelCall, run_forward_pass
-from lmprobe_zarr.extraction.models.hooks import evaluating
-from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head
+from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
 from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width, perplexity_of
+from lmprobe_zarr.extraction.models.structure import evaluating
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.typing import Array, Ints
@@ -141,15 +143,25 @@ def run(
         elif outputs.needs_head:
             most = most_prompts_with_logits(width)
         batch_tokens = default_batch_tokens(loaded.device.type, weight)
+    conduct = check_model(loaded) if len(tokenized) else Conduct()
+    if outputs.needs_head and conduct.causal is False:
+        raise no_prediction(loaded.name, f"{type(loaded.module).__name__}, whose tokens see those after them")
+    if conduct.padding == "single":
+        batch_prompts = 1
     if batch_prompts is not None:
         most = batch_prompts if most is None else min(most, batch_prompts)
-    return _run_all(loaded, tokenized, request, batch_tokens, most, progress)
+    return _run_all(loaded, ModelCall.of(loaded, request, conduct), tokenized, request, batch_tokens, most, progress)
 
 
 def _run_all(
-    loaded: LoadedModel, tokenized: TokenizedPrompts, request: CaptureRequest, budget: int, most: int | None, progress: Progress | None
+    loaded: LoadedModel,
+    call: ModelCall,
+    tokenized: TokenizedPrompts,
+    request: CaptureRequest,
+    budget: int,
+    most: int | None,
+    progress: Progress | None,
 ) -> Iterator[TokenBatch]:
-    call = ModelCall.of(loaded, request)
     starts = offsets_of(tokenized.lengths)
     # The longest prompts come first, so that memory runs out at once or never. A model whose state grows with the longest prompt so far
     # needs them in ascending order.

@@ -13,8 +13,10 @@ import torch
 
 from lmprobe_zarr.batch import NO_OUTPUTS, Outputs, concat_ranges, offsets_of
 from lmprobe_zarr.errors import UnknownArchitectureError
+from lmprobe_zarr.extraction.models.conduct import Layout
 from lmprobe_zarr.extraction.models.outputs import largest, next_token_log_probs
 from lmprobe_zarr.extraction.models.padded_pooling import POOL_PADDED
+from lmprobe_zarr.extraction.models.structure import first_tensor
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["CaptureRequest", "Collected", "PaddedBatch"]
@@ -99,17 +101,25 @@ class Collected:
     request: CaptureRequest
     padded: PaddedBatch
     on_host: bool
+    layout: Layout = field(default_factory=Layout)
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     prompts: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: set[tuple[str, int | None]] = field(default_factory=set)
 
     def take(self, site: str, layer: int | None, output: Any) -> None:
-        """Keep the output of a module: its tokens, its poolings, or both."""
-        hidden = output[0] if isinstance(output, tuple | list) else output
+        """Keep the output of a module: its tokens, its poolings, or both.
+
+        Raises
+        ------
+        UnknownArchitectureError
+            It has another shape than a row for every token.
+        """
         batch, longest = len(self.padded.lengths), self.padded.longest
+        found = first_tensor(output)
+        hidden = None if found is None else self.layout.apply(found, batch, longest)
         # Older OPT runs its MLP on (batch × longest, width).
-        if not isinstance(hidden, torch.Tensor) or hidden.ndim not in {2, 3} or hidden.shape[:-1].numel() != batch * longest:
-            got = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+        if hidden is None or hidden.ndim not in {2, 3} or hidden.shape[:-1].numel() != batch * longest:
+            got = type(output).__name__ if found is None else tuple(found.shape)
             raise UnknownArchitectureError(
                 f"the module at site {site!r} gives {got}, not (batch {batch}, token {longest}, hidden): name the right one with modules="
             )

@@ -1,7 +1,7 @@
 """One forward pass over one padded batch: how the model is called, and what the hooks collected.
 
-Batches are padded on the right, whatever the tokenizer's padding side. In a causal model no token sees those after it, so padding on the
-right changes nothing, needs no mask, and leaves every token at the position that it has alone; encoders get the mask.
+Batches are padded on the right, whatever the tokenizer's padding side. Where no token sees those after it, padding on the right changes
+nothing, needs no mask, and leaves every token at the position that it has alone. How prompts may share a batch is the model's `Conduct`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmprobe_zarr.batch import LAYERED_SITES
+from lmprobe_zarr.batch import LAYERED_SITES, describe_layers
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected, PaddedBatch
-from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, evaluating, register_hooks
+from lmprobe_zarr.extraction.models.conduct import Conduct
+from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, register_hooks
 from lmprobe_zarr.extraction.models.loading import LoadedModel, quiet_logging
+from lmprobe_zarr.extraction.models.structure import evaluating, original_attention
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.typing import Ints
 
@@ -36,7 +38,8 @@ class ModelCall:
     module : Module
         The whole model where its head is needed, its body otherwise.
     takes_mask, takes_cache : bool
-        Whether it takes ``attention_mask`` and ``use_cache``.
+        Whether it takes ``attention_mask``, and ``use_cache=False``.
+    conduct : Conduct
     uniform_above : int or None
         Prompts of more tokens share a batch only with prompts of the same length.
     """
@@ -44,12 +47,14 @@ class ModelCall:
     module: nn.Module
     takes_mask: bool
     takes_cache: bool
+    conduct: Conduct
     uniform_above: int | None
 
     @staticmethod
-    def of(loaded: LoadedModel, request: CaptureRequest) -> ModelCall:
+    def of(loaded: LoadedModel, request: CaptureRequest, conduct: Conduct) -> ModelCall:
         """How a model is called for a request."""
-        module = loaded.located.whole if request.outputs.needs_head and loaded.located.whole is not None else loaded.located.body
+        whole = loaded.located.whole if request.outputs.needs_head else None
+        module = whole if whole is not None else loaded.module if conduct.whole else loaded.located.body
         names = inspect.signature(module.forward).parameters
         takes_mask = "attention_mask" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
         config = getattr(loaded.located.body, "config", None)
@@ -59,13 +64,23 @@ class ModelCall:
         if kind in {"dynamic", "longrope"}:
             # These rotary embeddings depend on the longest prompt of the batch, once it exceeds the original window.
             uniform = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or 0
-        elif not takes_mask and not loaded.located.causal:
+        if conduct.padding in ("equal", "single") or conduct.extra_rows:
             uniform = 0
-        return ModelCall(module=module, takes_mask=takes_mask, takes_cache="use_cache" in names, uniform_above=uniform)
+        return ModelCall(
+            module=module,
+            takes_mask=takes_mask,
+            takes_cache="use_cache" in names and not conduct.cache,
+            conduct=conduct,
+            uniform_above=uniform,
+        )
 
 
-def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureRequest, ids: Sequence[Ints]) -> Collected:
+def run_forward_pass(
+    loaded: LoadedModel, call: ModelCall, request: CaptureRequest, ids: Sequence[Ints], *, pad_id: int | None = None
+) -> Collected:
     """The activations of one batch, given as the token ids of each prompt.
+
+    `pad_id` is the token id of the padding, if it is not the model's.
 
     Raises
     ------
@@ -74,16 +89,17 @@ def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureReque
     """
     lengths = np.array([len(i) for i in ids], np.int64)
     longest = int(lengths.max())
-    padded = np.full((len(ids), longest), loaded.pad_id, np.int64)
+    padded = np.full((len(ids), longest), loaded.pad_id if pad_id is None else pad_id, np.int64)
     for row, tokens in zip(padded, ids, strict=True):
         row[: len(tokens)] = tokens
-    collected = Collected(request, PaddedBatch(lengths, longest, np.concatenate(ids)), on_host=loaded.spread)
+    collected = Collected(request, PaddedBatch(lengths, longest, np.concatenate(ids)), on_host=loaded.spread, layout=call.conduct.layout)
     options: dict[str, Any] = {"use_cache": False} if call.takes_cache else {}
-    if call.takes_mask and not loaded.located.causal and lengths.min() < longest:
+    if call.takes_mask and call.conduct.padding == "masked" and lengths.min() < longest:
         options["attention_mask"] = collected.padded.index("mask", loaded.device)[..., 0].to(torch.int64)
     with ExitStack() as stack:
         stack.enter_context(running(loaded.located.body))
         stack.enter_context(evaluating(loaded.module))
+        stack.enter_context(original_attention(loaded.module))
         stack.enter_context(torch.inference_mode())
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())
@@ -94,9 +110,18 @@ def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureReque
             collected.take_logits(output)
     wanted: set[tuple[str, int | None]] = {(site, layer) for site in request.sites if site in LAYERED_SITES for layer in request.layers}
     wanted |= {(site, None) for site in request.sites if site not in LAYERED_SITES} | {("router", layer) for layer in request.routers}
-    absent = sorted(map(str, wanted - collected.seen))
+    absent = wanted - collected.seen
     if absent:
-        raise UnknownArchitectureError(
-            f"the model ran without calling {absent[0]} ({len(absent)} in all): name the right ones with modules="
-        )
+        raise _not_called(absent, wanted)
     return collected
+
+
+def _not_called(absent: set[tuple[str, int | None]], wanted: set[tuple[str, int | None]]) -> UnknownArchitectureError:
+    layers = sorted(layer for _, layer in absent if layer is not None)
+    called = sorted({layer for _, layer in wanted - absent if layer is not None} - set(layers))
+    if layers and called:
+        return UnknownArchitectureError(
+            f"layers {describe_layers(layers)} are not called for token ids alone: leave them out, layers={called!r}"
+        )
+    first = min(map(str, absent))
+    return UnknownArchitectureError(f"the model ran without calling {first} ({len(absent)} in all): name the right ones with modules=")

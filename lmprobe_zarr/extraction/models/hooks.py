@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from lmprobe_zarr.errors import UnknownArchitectureError
+from lmprobe_zarr.extraction.models.architectures import Site
 from lmprobe_zarr.extraction.models.captured import Collected
 from lmprobe_zarr.extraction.models.loading import LoadedModel
 from lmprobe_zarr.extraction.models.outputs import raw_scores
+from lmprobe_zarr.extraction.models.structure import first_tensor, input_tensor
 
-__all__ = ["DeepestLayerDoneError", "evaluating", "register_hooks"]
+__all__ = ["DeepestLayerDoneError", "register_hooks"]
 
 
 class DeepestLayerDoneError(Exception):
     """Raised in the last hook that is needed, so that the layers after it and the head are not computed."""
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, so no dropout; afterwards every submodule has its own mode back."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
+class _Turns:
+    """Which layer a call of a module belongs to: a module that stands for several layers is called once for each, in their order."""
+
+    def __init__(self, modules: Sequence[nn.Module], name: str) -> None:
+        self._name = name
+        self._layers: dict[int, list[int]] = {}
+        self._calls: dict[int, int] = {}
+        for layer, module in enumerate(modules):
+            self._layers.setdefault(id(module), []).append(layer)
+
+    def next(self, module: nn.Module) -> int:
+        """The layer of the call that is being made."""
+        layers, number = self._layers[id(module)], self._calls.get(id(module), 0)
+        if number >= len(layers):
+            times = "once" if len(layers) == 1 else f"{len(layers)} times"
+            raise UnknownArchitectureError(
+                f"the module at site {self._name!r} of layer {layers[0]} ({type(module).__name__}) is called more than {times} in "
+                "one pass, and which values are those of the layer is not clear"
+            )
+        self._calls[id(module)] = number + 1
+        return layers[number]
 
 
 def register_hooks(loaded: LoadedModel, collected: Collected, stack: ExitStack) -> None:
@@ -40,22 +53,28 @@ def register_hooks(loaded: LoadedModel, collected: Collected, stack: ExitStack) 
     """
     request, located = collected.request, loaded.located
     stops = not request.outputs.needs_head
-    outputs = {"resid": located.blocks, "attn": located.attn, "mlp": located.mlp}
 
-    def keep(site: str, layer: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            collected.take(site, layer, output)
+    def keep(site: str, modules: Sequence[nn.Module], scales: Sequence[float]) -> Callable[..., None]:
+        turns, wanted = _Turns(modules, site), set(request.layers)
+
+        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+            layer = turns.next(module)
+            if layer in wanted:
+                added = output if scales[layer] == 1 else first_tensor(output)
+                collected.take(site, layer, added if scales[layer] == 1 or added is None else added * scales[layer])
 
         return hook
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        collected.take("embed", None, args[0] if args else kwargs["hidden_states"])
+        if ("embed", None) not in collected.seen:
+            collected.take("embed", None, input_tensor(args, kwargs))
         if stops and request.deepest is None:
             raise DeepestLayerDoneError
 
-    def score(layer: int) -> Callable[..., None]:
+    def score(turns: _Turns) -> Callable[..., None]:
         def hook(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            collected.take("router", layer, raw_scores(gate, (*args, *kwargs.values()), output if request.routers_raw else None))
+            scores = raw_scores(gate, (*args, *kwargs.values()), output if request.routers_raw else None)
+            collected.take("router", routed[turns.next(gate)], scores)
 
         return hook
 
@@ -73,23 +92,38 @@ def register_hooks(loaded: LoadedModel, collected: Collected, stack: ExitStack) 
             return None
         return (hidden.flatten(0, 1).index_select(0, collected.padded.index(request.head_rows, hidden.device))[None], *args[1:])
 
-    def stop(*_: Any) -> None:
-        raise DeepestLayerDoneError
+    def stop(turns: _Turns, deepest: int) -> Callable[..., None]:
+        def hook(module: nn.Module, *_: Any) -> None:
+            if turns.next(module) == deepest:
+                raise DeepestLayerDoneError
+
+        return hook
 
     handles = []
     if "embed" in request.sites:
         handles.append(located.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
+    sites: dict[str, tuple[Site, ...] | None] = {
+        "resid": tuple(Site(module=block) for block in located.blocks), "attn": located.attn, "mlp": located.mlp
+    }  # fmt: skip
     for site in request.sites:
-        parts = outputs.get(site)
-        if parts is not None:
-            handles += [parts[layer].register_forward_hook(keep(site, layer)) for layer in request.layers]
-    for layer in request.routers:
+        parts = sites.get(site)
+        if parts is None:
+            continue
+        modules, scales = [part.module for part in parts], [part.scale for part in parts]
+        hook = keep(site, modules, scales)
+        chosen = {id(modules[layer]): modules[layer] for layer in request.layers}
+        handles += [module.register_forward_hook(hook) for module in chosen.values()]
+    routed = list(request.routers)
+    turns = _Turns([located.routers[layer].gate for layer in routed], "router")
+    for layer in routed:
         router = located.routers[layer]
-        handles.append(router.gate.register_forward_hook(score(layer), with_kwargs=True))
+        if layer == next(other for other in routed if located.routers[other].gate is router.gate):
+            handles.append(router.gate.register_forward_hook(score(turns), with_kwargs=True))
         if router.around is not None:
             handles.append(router.around.register_forward_hook(score_unseen(layer), with_kwargs=True))
     if stops and request.deepest is not None:
-        handles.append(located.blocks[request.deepest].register_forward_hook(stop))
+        ends = stop(_Turns(located.blocks, "resid"), request.deepest)
+        handles.append(located.blocks[request.deepest].register_forward_hook(ends))
     elif not stops and located.head is not None:
         handles.append(located.head.register_forward_pre_hook(leave_padding_out))
     for handle in handles:

@@ -21,11 +21,13 @@ from transformers.utils import logging as transformers_logging
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, ModelNotFoundError
 from lmprobe_zarr.extraction.models import identity, turns
-from lmprobe_zarr.extraction.models.architectures import Located, is_encoder, locate
+from lmprobe_zarr.extraction.models.architectures import Located, locate
+from lmprobe_zarr.extraction.models.families import is_encoder
 from lmprobe_zarr.extraction.models.fingerprint import foreign_code, global_hooks, model_fingerprint
 from lmprobe_zarr.extraction.models.identity import PROVENANCE_FIELDS, Provenance
+from lmprobe_zarr.extraction.models.structure import text_settings
 
-__all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "quiet_logging"]
+__all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "no_prediction", "quiet_logging"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +65,9 @@ class LoadedModel:
     provenance : dict
         Every field; see :mod:`lmprobe_zarr.extraction.models.identity`.
     recorded : dict
-        Recorded only, not part of the identity: attention implementation, device, library versions.
+        Recorded only, not part of the identity: attention implementation, device, library versions, what was found where.
+    checked : dict
+        What `lmprobe_zarr.extraction.models.check` has seen of this model.
     """
 
     module: nn.Module
@@ -82,6 +86,7 @@ class LoadedModel:
     pad_id: int = 0
     provenance: Provenance = field(default_factory=dict)
     recorded: Provenance = field(default_factory=dict)
+    checked: dict[str, Any] = field(default_factory=dict)
 
     @property
     def router_layers(self) -> tuple[int, ...]:
@@ -339,25 +344,31 @@ def _check_predicts(source: str, config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     known = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {})
     if is_encoder(kind) or not known:
-        raise _no_prediction(source, str(kind))
+        raise no_prediction(source, str(kind))
 
 
-def _no_prediction(name: str, kind: str) -> InvalidArgumentError:
+def no_prediction(name: str, kind: str) -> InvalidArgumentError:
+    """The error for logits or perplexity of a model that does not predict the next token."""
     return InvalidArgumentError(
         f"{name!r} ({kind}) does not predict the next token, so it has no logits or perplexity of its prompts: "
         "ask for activations only, or use a causal language model"
     )
 
 
-def _predicts_next(located: Located, *, by_hand: bool) -> bool:
-    if not by_hand or located.whole is None:
-        return located.causal
-    # Of modules named by hand only the class is known. Encoders have a class for causal models too, which is_decoder switches on.
+def _predicts_next(located: Located) -> bool:
+    """Whether the class and the configuration of a model are those of one that predicts the next token."""
+    if located.whole is None:
+        return False
     config: Any = getattr(located.whole, "config", None)
+    text = text_settings(located.whole)
+    if getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
+        return False
     kind = getattr(config, "model_type", None)
+    # Encoders have a class for causal models too, which is_decoder switches on.
     switched_off = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    known = type(located.whole).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return known and not switched_off and not is_encoder(kind)
+    names = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+    named = type(located.whole).__name__ in names or type(located.whole).__name__.endswith("ForCausalLM")
+    return named and not switched_off and not is_encoder(kind)
 
 
 def check_head(loaded: LoadedModel) -> None:
@@ -374,7 +385,7 @@ def check_head(loaded: LoadedModel) -> None:
     if is_encoder(getattr(getattr(loaded.located.body, "config", None), "model_type", None)) or (
         whole is not None and not loaded.predicts_next
     ):
-        raise _no_prediction(loaded.name, type(loaded.module).__name__)
+        raise no_prediction(loaded.name, type(loaded.module).__name__)
     if whole is None:
         raise InvalidArgumentError(
             f"{loaded.name!r} ({type(loaded.module).__name__}) has no head, which logits and perplexity need: "
@@ -402,7 +413,7 @@ def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], modu
         vocab_size=vocabulary,
         device=device,
         spread=len({p.device for p in everything.parameters()}) > 1,
-        predicts_next=_predicts_next(located, by_hand=modules is not None),
+        predicts_next=_predicts_next(located),
         num_experts=identity.num_experts_of(config) if located.routers else None,
         pad_id=padding if usable and padding is not None else 0,
         recorded={

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from loaded_models import Array, Scarce, by_prompt, loaded_from
+from loaded_models import Array, Scarce, by_prompt, checked_from, loaded_from
 from tiny_models import PROMPTS, TINY, save_tiny, tiny_model, tiny_tokenizer
 
 from lmprobe_zarr.batch.pooling import POOLINGS, pool_ragged
@@ -196,7 +196,8 @@ def test_a_model_with_a_head_gives_what_its_base_gives_and_the_head_never_runs(k
         if id(module) not in inside:
             module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
     encoder = TINY[kind].encoder
-    one, other = (loaded_from(m, encoder=encoder) for m in (model, base))
+    one, other = (checked_from(m, encoder=encoder) for m in (model, base))
+    ran.clear()  # the check compares the captured pass with that of the whole model
     tokenized = tokenize(parse_prompts(PROMPTS), one.tokenizer)
     mine, truth = (by_prompt(list(extraction.run(m, tokenized))) for m in (one, other))
     assert all(np.array_equal(mine[digest]["resid_last_token"], truth[digest]["resid_last_token"]) for digest in truth)
@@ -230,7 +231,7 @@ def test_float16_and_float64_stay_as_they_are() -> None:
 
 def test_the_mean_of_float16_is_summed_in_float32() -> None:
     model = tiny_model("llama").half()
-    loaded = loaded_from(model)
+    loaded = checked_from(model)
     handle = model.layers[0].register_forward_hook(lambda *_: torch.full((1, 100, 32), 3000.0, dtype=torch.float16))
     tokenized = tokenize(parse_prompts([[5] * 100]), loaded.tokenizer)
     (batch,) = extraction.run(loaded, tokenized, layers=0, poolings="mean")
@@ -261,7 +262,7 @@ def test_out_of_memory_halves_the_batch_and_the_run_goes_on(error: Callable[[], 
 
 def test_a_single_prompt_that_does_not_fit_is_named() -> None:
     model = tiny_model("llama")
-    loaded = loaded_from(model)
+    loaded = checked_from(model)
     Scarce(model, 15, lambda: torch.OutOfMemoryError("CUDA out of memory"))
     tokenized = tokenize(parse_prompts(["Who?", PROMPTS[2]]), loaded.tokenizer)
     with pytest.raises(DeviceMemoryError, match=r"prompts\[1\] 'A model is run over") as caught:
@@ -271,7 +272,7 @@ def test_a_single_prompt_that_does_not_fit_is_named() -> None:
 
 def test_other_errors_of_the_model_are_not_taken_for_a_lack_of_memory() -> None:
     model = tiny_model("llama")
-    loaded = loaded_from(model)
+    loaded = checked_from(model)
     Scarce(model, 0, lambda: RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="multiplied"):
         list(extraction.run(loaded, tokenize(parse_prompts(["a"]), loaded.tokenizer)))
@@ -309,7 +310,7 @@ def test_dropout_is_off_while_a_model_in_training_mode_is_extracted() -> None:
 
 def test_batches_keep_to_the_budget_and_start_with_the_longest() -> None:
     model = tiny_model("gpt2")
-    loaded = loaded_from(model)
+    loaded = checked_from(model)
     scarce = Scarce(model, 10**9, RuntimeError)
     rng = np.random.default_rng(0)
     tokenized = tokenize(parse_prompts([rng.integers(4, 300, n) for n in rng.integers(1, 60, 50)]), loaded.tokenizer)
@@ -365,13 +366,30 @@ def test_bad_arguments_are_errors_at_once() -> None:
         extraction.run(loaded, tokenized, batch_tokens=0)
 
 
-def test_an_unknown_architecture_lists_its_lists_of_modules_and_can_be_named_by_hand() -> None:
+def test_blocks_that_are_not_found_are_listed_and_can_be_named_by_hand() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=3, n_head=4)).eval()
+
+    class Doubled(torch.nn.Module):  # type: ignore[misc,name-defined]
+        """What goes into a block is not what came out of the one before it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = torch.nn.Module()
+            self.transformer.h = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+            self.embed = torch.nn.Embedding(300, 8)
+
+        def forward(self, input_ids: Any) -> Any:
+            hidden = self.embed(input_ids)
+            for block in self.transformer.h:
+                hidden = 2 * block(hidden)
+            return hidden
+
     with pytest.raises(UnknownArchitectureError) as caught:
-        loaded_from(model)
+        loaded_from(Doubled())
     assert "'transformer.h' (3 modules)" in str(caught.value)
+    assert "is not what came out of the one before it" in str(caught.value)
     assert "modules={'layers': 'model.layers'" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
     tokenizer = tiny_tokenizer()

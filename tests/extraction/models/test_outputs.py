@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from loaded_models import Scarce, by_prompt, loaded_from
+from loaded_models import Scarce, by_prompt, checked_from, loaded_from
 from tiny_models import PROMPTS, TINY, save_tiny, tiny_model, tiny_tokenizer
 
 from lmprobe_zarr.batch.sites import INNER_DIMS, SCALARS, Outputs, parse_sites, row_bytes
@@ -281,7 +281,7 @@ def test_logits_are_worked_through_in_slices(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_head_sees_no_padding_and_only_the_last_tokens_where_they_are_enough() -> None:
     model = tiny_model("llama", CAUSAL)
-    loaded = loaded_from(model, provenance={"watched": True})
+    loaded = checked_from(model, provenance={"watched": True})
     tokenized = tokenize(parse_prompts(PROMPTS), loaded.tokenizer)
     seen: list[tuple[int, ...]] = []
     model.lm_head.register_forward_hook(lambda _m, _a, output: seen.append(tuple(output.shape)))
@@ -451,7 +451,7 @@ def test_a_router_whose_scores_cannot_be_known_is_an_error_at_once() -> None:
 
 def test_the_pass_stops_after_the_deepest_layer_unless_the_head_is_needed() -> None:
     model = tiny_model("qwen3_moe", CAUSAL, mlp_only_layers=[2])
-    loaded = loaded_from(model, provenance={"watched": True})
+    loaded = checked_from(model, provenance={"watched": True})
     tokenized = tokenize(parse_prompts(PROMPTS), loaded.tokenizer)
     calls: list[Any] = []
     for layer, block in enumerate(model.model.layers):
