@@ -4,6 +4,7 @@
 #   make test-core   what depends on the interpreter, numpy, zarr and xarray, on Python 3.12+ with the newest zarr and without torch
 #   make check       the inner loop: lint, and the tests of the rooms that changed since the last commit
 #   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
+#   make models      write docs/models.md again: every model type of the installed transformers, found and compared (20 minutes)
 #   make notebooks   run the notebooks and write their outputs again
 #   make lint | bench | docs | stress | clean
 
@@ -15,7 +16,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2
 export OMP_NUM_THREADS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core check pages lint bench docs notebooks stress clean setup
+.PHONY: demo test test-core check pages lint bench docs models notebooks stress clean setup
 
 setup: $(VENV)/ready
 
@@ -96,6 +97,9 @@ bench: setup $(PEER)/ready
 docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
 
+models: setup
+	$(VENV)/bin/python tests/docs/models_page.py
+
 notebooks: setup
 	$(VENV)/bin/python tests/docs/run_notebooks.py
 
@@ -103,6 +107,7 @@ stress: setup
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or test_compaction or one_prefix or test_repair or test_numeric_limits or many_token_rows"
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) tests/promises/test_crash_matrix.py tests/promises/test_concurrency.py tests/promises/test_medium.py tests/promises/test_fuzz.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/promises/test_load.py
+	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/extraction/models/test_every_type.py
 
 clean:
 	rm -rf $(VENV) $(CORE) $(PEER) site build dist demo-output

@@ -87,6 +87,7 @@ def _document(one: GroupContents) -> dict[str, Any]:
             for variable in one.variables
         },
         "nbytes": one.nbytes,
+        "modules": one.found,
         "provenance": dict(one.group.provenance),
     }
 

@@ -40,6 +40,8 @@ class ExtractPlan:
         The same for everything that is requested, stored or not.
     free_bytes : int, optional
         Bytes that are free where the store is; None if that is unknown.
+    modules : str
+        Which modules of the model give its sites; empty where that is found only when the model is loaded.
     """
 
     model: str
@@ -54,6 +56,7 @@ class ExtractPlan:
     nbytes: int
     needed_bytes: int
     free_bytes: int | None
+    modules: str = ""
 
     @property
     def missing(self) -> int:
@@ -74,6 +77,7 @@ class ExtractPlan:
             "prompts": f"{self.prompts} ({self.found} found{pooled}, {self.missing} to extract)",
             "tokens": f"{self.tokens} to run",
             "layers": describe_layers(self.layers) if self.layers else "none",
+            "modules": self.modules or "found when the model is loaded",
             "variables": ", ".join(self.variables),
             "size": f"{format_bytes(self.nbytes)} of {self.dtype}, before compression",
             "free": f"{free}{'' if self.fits else ', which is too little'}",

@@ -75,6 +75,7 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         nbytes=nbytes,
         needed_bytes=needed_bytes,
         free_bytes=lookup.request.store.storage.free_bytes(),
+        modules="" if lookup.loaded is None else lookup.loaded.found,
     )
     return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
 

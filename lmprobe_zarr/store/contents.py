@@ -77,6 +77,8 @@ class GroupContents:
         Activations and other outputs of the model; and what describes prompts and tokens.
     nbytes : int
         Bytes of all files of the view's parts, their documents left out.
+    found : str
+        Which modules of the model gave its sites, as its latest part records it; empty where none does.
     """
 
     group: GroupInfo
@@ -88,6 +90,7 @@ class GroupContents:
     variables: tuple[HeldArray, ...]
     columns: tuple[HeldArray, ...]
     nbytes: int
+    found: str = ""
 
     @property
     def raw_nbytes(self) -> int:
@@ -126,6 +129,7 @@ class GroupContents:
             "variables": ", ".join(f"{variable.name} ({variable.dtype})" for variable in self.variables) or "none",
             "columns": ", ".join(column.name for column in self.columns if column.name not in ("prompt", "prompt_sha256")) or "none",
             "size": format_bytes(self.nbytes),
+            **({"modules": self.found} if self.found else {}),
             "provenance": ", ".join(f"{name}={value}" for name, value in known.items()) or "unknown",
         }
 
@@ -136,7 +140,7 @@ class GroupContents:
 
     def sections(self) -> list[Html]:
         """What `to_html` shows, each table in a section of its own."""
-        facts = {name: value for name, value in self.facts().items() if name in ("layers", "hidden", "size")}
+        facts = {name: value for name, value in self.facts().items() if name in ("layers", "hidden", "size", "modules")}
         facts = {"prompts": f"{self.prompts:,}", "tokens": f"{self.tokens:,}", "stored in": self.described_parts} | facts
         own = [column for column in self.columns if column.name in self.own_columns]
         rest = [column for column in self.columns if column.name not in self.own_columns]
@@ -204,7 +208,14 @@ def describe_view(view: View) -> GroupContents:
         variables=tuple(held(level, name) for level in LEVELS for name in view.variables(level)),
         columns=tuple(held(level, name) for level in LEVELS for name in view.columns(level)),
         nbytes=sum(weights.values()),
+        found=_modules_found(view),
     )
+
+
+def _modules_found(view: View) -> str:
+    recorded = next((part.info.recorded for part in reversed(view.parts) if "found_layers" in part.info.recorded), {})
+    sites = ("layers", "attn", "mlp", "router")
+    return ", ".join(f"{site}={recorded[f'found_{site}']}" for site in sites if f"found_{site}" in recorded)
 
 
 def _raw_nbytes(info: ArrayInfo) -> int:

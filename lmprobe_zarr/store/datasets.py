@@ -100,6 +100,17 @@ def _activation_variables(view: View, level: Level, rows: Ints, layers: tuple[in
     return variables
 
 
+def _layer_coords(view: View, layers: tuple[int, ...]) -> dict[str, Any]:
+    """The layers and, where they differ in it, the module of each that mixes tokens, which the site ``attn`` is the output of."""
+    if not layers:
+        return {}
+    coords: dict[str, Any] = {"layer": np.array(layers, np.int64)}
+    mixers = next((part.info.recorded["mixers"] for part in reversed(view.parts) if "mixers" in part.info.recorded), None)
+    if isinstance(mixers, list) and len(mixers) > max(layers):
+        coords["mixer"] = ("layer", np.array([str(mixers[layer]) for layer in layers]))
+    return coords
+
+
 def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[VirtualArray, dict[str, Any]]]:
     columns = {}
     for name in view.columns("prompts"):
@@ -113,8 +124,7 @@ def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[VirtualArray, dic
 def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]) -> xr.Dataset:
     variables = _activation_variables(view, "prompts", rows, layers, None)
     coords: dict[str, Any] = {"prompt": view.hashes[rows], "n_tokens": ("prompt", counts, {"sample_dimension": "token"})}
-    if layers:
-        coords["layer"] = np.array(layers, np.int64)
+    coords |= _layer_coords(view, layers)
     if "perplexity" in variables:
         coords["statistic"] = list(STATISTICS)
     coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
@@ -129,8 +139,7 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
     order = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
     index = TokenIndex(view.hashes[uniques], by_token, _positions(view, rows, counts))
     coords: dict[str, Any] = {}
-    if layers:
-        coords["layer"] = np.array(layers, np.int64)
+    coords |= _layer_coords(view, layers)
     for name in view.columns("tokens"):
         if name not in {"prompt_row", "position"}:
             coords[name] = lazy_variable(("token",), LazyArray(view.source("tokens", name, rows, (), counts)))

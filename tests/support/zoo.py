@@ -52,6 +52,9 @@ MAMBA: Final[Mapping[str, Any]] = {
 }  # fmt: skip
 # Types whose sizes depend on each other in ways of their own: by type, what replaces the sizes above.
 OWN_SIZES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "reformer": {"is_decoder": True, "axial_pos_shape": (8, 16), "axial_pos_embds_dim": (32, 32), "attn_layers": ["local", "lsh"] * 2},
+    "xmod": {"default_language": "en_XX"},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1, "state_size": 16},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "layer_types": None},
     "longcat_flash": {"num_layers": 3, "num_hidden_layers": 6, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32},
@@ -77,10 +80,14 @@ def types_of(mapping: str) -> tuple[str, ...]:
     return tuple(getattr(modeling_auto, MAPPINGS[mapping][0], {}))
 
 
-def _shrunk(cls: Any, sizes: Mapping[str, Any], layers: int, *, cut: bool, own: Mapping[str, Any] | None = None) -> Any:
+def _shrunk(
+    cls: Any, sizes: Mapping[str, Any], layers: int, *, cut: bool, fill: bool, own: Mapping[str, Any] | None = None
+) -> Any:  # fmt: skip
     base = cls()
     old = base.to_dict()
     new = {name: value for name, value in sizes.items() if isinstance(old.get(name), int) and not isinstance(old.get(name), bool)}
+    if fill:  # sizes that the default configuration leaves open
+        new |= {name: value for name, value in sizes.items() if name in old and old[name] is None}
     depth = next((old[name] for name in DEPTHS if isinstance(old.get(name), int)), None)
     new |= {name: layers for name in DEPTHS if isinstance(old.get(name), int)}
     for name, value in old.items():
@@ -97,14 +104,20 @@ def _shrunk(cls: Any, sizes: Mapping[str, Any], layers: int, *, cut: bool, own: 
             continue
         text = key in ("text_config", "decoder", "encoder", "thinker_config", "llm_config", "language_config")
         try:
-            new[key] = _shrunk(subclass, sizes, layers if text else OTHER_LAYERS, cut=cut)
+            new[key] = _shrunk(subclass, sizes, layers if text else OTHER_LAYERS, cut=cut, fill=fill)
         except Exception:  # noqa: BLE001, S112 — the default of this part is used
             continue
     return cls(**{**new, **(own or {})})
 
 
-def _attempts() -> Iterator[tuple[dict[str, Any], bool, int]]:
-    """Sizes, whether lists with an entry per layer are cut, and the number of layers."""
+def _attempts() -> Iterator[tuple[dict[str, Any], bool, int, bool]]:
+    """Sizes, whether lists with an entry per layer are cut, the number of layers, and whether sizes that are None are set."""
+    plain = list(_plain_attempts())
+    yield from ((*attempt, False) for attempt in plain)
+    yield from ((*attempt, True) for attempt in plain[:6])
+
+
+def _plain_attempts() -> Iterator[tuple[dict[str, Any], bool, int]]:
     base, mamba = dict(SIZES), {**SIZES, **MAMBA}
     ungrouped = {name: value for name, value in mamba.items() if name != "num_key_value_heads"}
     latent = {k: v for k, v in mamba.items() if k != "head_dim"} | {"num_key_value_heads": 4, "rotary_dim": 8}
@@ -161,11 +174,11 @@ def build(mapping: str, model_type: str, auto: str | None = None) -> Built:
 
     kind: Any = getattr(transformers, auto or MAPPINGS[mapping][1])
     errors = []
-    for sizes, cut, layers in _attempts():
+    for sizes, cut, layers, fill in _attempts():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                config = _shrunk(CONFIG_MAPPING[model_type], sizes, layers, cut=cut, own=OWN_SIZES.get(model_type))
+                config = _shrunk(CONFIG_MAPPING[model_type], sizes, layers, cut=cut, fill=fill, own=OWN_SIZES.get(model_type))
                 with torch.device("meta"):
                     count = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
                 if count > MOST_PARAMETERS:

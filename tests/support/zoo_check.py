@@ -130,9 +130,10 @@ def examine(mapping: str, model_type: str, modules: dict[str, str] | None = None
         for batch in extraction.run(
             loaded, tokenized, layers=list(conduct.layers), poolings=("last_token",), keep_tokens=True, batch_tokens=batch_tokens
         ):
-            ends = np.cumsum(batch.n_tokens)
+            counts = np.asarray(batch.n_tokens)
+            ends = np.cumsum(counts)
             for place, digest in enumerate(batch.sha256):
-                found = batch.tokens["resid"][:, ends[place] - batch.n_tokens[place] : ends[place]].astype(np.float64)
+                found = batch.tokens["resid"][:, ends[place] - counts[place] : ends[place]].astype(np.float64)
                 right = truth[digest]
                 if found.shape != right.shape:
                     row.state, row.why = "wrong", f"shape {found.shape} instead of {right.shape}"

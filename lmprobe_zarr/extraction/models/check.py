@@ -12,7 +12,7 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -72,6 +72,8 @@ def check_model(loaded: LoadedModel) -> Conduct:
         loaded.recorded["causal"] = known.causal
         for name, path in loaded.located.paths.items():
             loaded.recorded[f"found_{name}"] = path
+        if len(set(loaded.located.mixers)) > 1:
+            loaded.recorded["mixers"] = list(loaded.located.mixers)
     return known
 
 
@@ -140,11 +142,13 @@ def _own_pass(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Call], tupl
     """The calls of the blocks while the model runs one prompt by itself, and its ``hidden_states``, if it gives them."""
     errors = []
     for module in _own(loaded):
-        options: dict[str, Any] = {"output_hidden_states": True} if _takes(module, "output_hidden_states") else {}
-        for given in (options, {}):
+        states = {"output_hidden_states": True} if _takes(module, "output_hidden_states") else {}
+        uncached = {"use_cache": False} if _takes(module, "use_cache") else {}
+        # As its users call it, if that is possible.
+        for options in (states, {**states, **uncached}, uncached):
             try:
                 with quiet_logging():
-                    calls, output = trace(module, loaded.located.blocks, ids, device=loaded.device, **given)
+                    calls, output = trace(module, loaded.located.blocks, ids, device=loaded.device, **options)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise DeviceMemoryError(
@@ -152,11 +156,9 @@ def _own_pass(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Call], tupl
                         "use a smaller dtype, or device_map='auto'"
                     ) from error
                 errors.append(error)
-                if not options:
-                    break
                 continue
-            states = getattr(output, "hidden_states", None)
-            return calls, tuple(states) if isinstance(states, tuple | list) else ()
+            given = getattr(output, "hidden_states", None)
+            return calls, tuple(given) if isinstance(given, tuple | list) else ()
     raise _refused(loaded, f"it does not run on token ids alone ({_first_line(errors[0])})") from errors[0]
 
 

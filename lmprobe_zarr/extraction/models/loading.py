@@ -85,8 +85,13 @@ class LoadedModel:
     num_experts: int | None = None
     pad_id: int = 0
     provenance: Provenance = field(default_factory=dict)
-    recorded: Provenance = field(default_factory=dict)
+    recorded: dict[str, Any] = field(default_factory=dict)
     checked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def found(self) -> str:
+        """Which modules give its sites, as text."""
+        return ", ".join(f"{site}={path}" for site, path in self.located.paths.items())
 
     @property
     def router_layers(self) -> tuple[int, ...]:
