@@ -94,7 +94,8 @@ def _in_process(job: tuple[str, str]) -> Outcome:
 
 def _send(sender: Any, mapping: str, model_type: str) -> None:
     warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
+    noise: Any = transformers.logging
+    noise.set_verbosity_error()
     try:
         row = examine(mapping, model_type)
         if row.state == "refused" and model_type in BY_HAND:
@@ -123,12 +124,14 @@ def page(rows: list[Outcome]) -> str:
     count = {state: sum(row.state == state for row in rows) for state in ("found", "by hand", "refused", "wrong", "not built")}
     built = len(rows) - count["not built"]
     causal = [row for row in rows if row.mapping == "causal" and row.state != "not built"]
+    found = sum(row.state == "found" for row in causal)
     summary = (
-        f"Of {len(rows)} types {built} were built: {count['found']} are found ({count['found'] / max(1, built):.1%}), {count['by hand']} are "
-        f"named by hand, {count['refused']} are refused, and {count['wrong']} are wrong. Of {len(causal)} causal types that were built, "
-        f"{sum(row.state == 'found' for row in causal)} are found ({sum(row.state == 'found' for row in causal) / max(1, len(causal)):.1%})."
+        f"Of {len(rows)} types {built} were built: {count['found']} are found ({count['found'] / max(1, built):.1%}), "
+        f"{count['by hand']} are named by hand, {count['refused']} are refused, and {count['wrong']} are wrong. Of {len(causal)} causal "
+        f"types that were built, {found} are found ({found / max(1, len(causal)):.1%})."
     )
-    text = HEAD.format(transformers=transformers.__version__, torch=torch.__version__.split("+")[0], summary=summary, tolerance=TOLERANCE)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+    text = HEAD.format(**versions, summary=summary, tolerance=TOLERANCE)
     for mapping, title in TITLES.items():
         mine = [row for row in rows if row.mapping == mapping]
         if not mine:
@@ -149,5 +152,5 @@ if __name__ == "__main__":
     PAGE.write_text(page(found), encoding="utf-8")
     for outcome in found:
         if outcome.state == "wrong":
-            print(f"{outcome.mapping} {outcome.type}: {outcome.why}")
+            sys.stdout.write(f"{outcome.mapping} {outcome.type}: {outcome.why}\n")
     sys.exit(any(outcome.state == "wrong" for outcome in found))

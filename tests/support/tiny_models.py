@@ -151,3 +151,16 @@ def save_tiny(kind: str, folder: Path, *, head: str = "AutoModel", dtype: str = 
     model.save_pretrained(folder)
     tiny_tokenizer(encoder=TINY[kind].encoder).save_pretrained(folder)
     return folder
+
+
+def random_model(name: str, config: str, **options: Any) -> Any:
+    """A random model of a class of transformers, in evaluation mode; weights large enough for tokens to differ."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, config)(**{**IDS, **options})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
