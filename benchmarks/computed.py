@@ -175,6 +175,7 @@ def extracting(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figu
         1 if quick else min(runs, 2),
     )
     values = total * 8 * 512 * 4
+    checking = min(seconds_of_check(loaded, tokenizer) for _ in range(3))
     work = f"extract, {n} prompts of 6 to 128 words, 8-layer 512-wide Llama, tokens of every layer"
     limit = f"bare forward {total / took['sorted']:.0f} tok/s length-sorted, {total / took['given']:.0f} in given order"
     return [
@@ -191,7 +192,22 @@ def extracting(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figu
             at_least=False, ours=f"{sizes['ours'] / 1e6:.0f} MB", lmprobe=f"{sizes['lmprobe'] / 1e6:.0f} MB",
             limit=f"{values / 1e6:.0f} MB",
         ),
+        Figure(
+            work="check of a model before its first prompt, 8-layer 512-wide Llama", what="seconds", value=checking, reach=0.3,
+            at_least=False, unit="s", ours=f"{checking:.2f} s",
+        ),
     ]  # fmt: skip
+
+
+def seconds_of_check(module: Any, tokenizer: Any) -> float:
+    """The time that the check of a loaded model takes, once per loaded model."""
+    from lmprobe_zarr.extraction import models
+    from lmprobe_zarr.extraction.models.check import check_model
+
+    loaded = models.load_model(module, name="bench", tokenizer=tokenizer)
+    began = time.perf_counter()
+    check_model(loaded)
+    return time.perf_counter() - began
 
 
 def sizes(folder: Path, _peer: Peer, *, quick: bool, runs: int) -> list[Figure]:  # noqa: ARG001 — nothing is timed
