@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,12 +19,17 @@ from torch import nn
 from lmprobe_zarr.batch import LAYERED_SITES
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected, PaddedBatch
+from lmprobe_zarr.extraction.models.head import HeadSlices, NotInSlicesError, SlicedHead
 from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, evaluating, register_hooks
 from lmprobe_zarr.extraction.models.loading import LoadedModel, quiet_logging
 from lmprobe_zarr.extraction.models.turns import running
+from lmprobe_zarr.extraction.models.window import rope_kind, rope_settings
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["ModelCall", "run_forward_pass"]
+
+# These scalings of rotary positions depend on the longest prompt of the batch, once it exceeds the original window.
+LENGTH_SCALINGS: Final = ("dynamic", "longrope", "su")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +44,18 @@ class ModelCall:
         Whether it takes ``attention_mask`` and ``use_cache``.
     uniform_above : int or None
         Prompts of more tokens share a batch only with prompts of the same length.
+    rotary : tuple of Module
+        Rotary embeddings that depend on the longest prompt of a batch.
+    slices : HeadSlices
+        Whether the head can be run in slices of tokens.
     """
 
     module: nn.Module
     takes_mask: bool
     takes_cache: bool
     uniform_above: int | None
+    rotary: tuple[nn.Module, ...] = ()
+    slices: HeadSlices = field(default_factory=HeadSlices)
 
     @staticmethod
     def of(loaded: LoadedModel, request: CaptureRequest) -> ModelCall:
@@ -53,15 +64,50 @@ class ModelCall:
         names = inspect.signature(module.forward).parameters
         takes_mask = "attention_mask" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
         config = getattr(loaded.located.body, "config", None)
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
-        uniform = None
-        if kind in {"dynamic", "longrope"}:
-            # These rotary embeddings depend on the longest prompt of the batch, once it exceeds the original window.
-            uniform = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or 0
-        elif not takes_mask and not loaded.located.causal:
+        uniform, rotary = _lengths_that_matter(loaded.located.body, config)
+        if uniform is None and not takes_mask and not loaded.located.causal:
             uniform = 0
-        return ModelCall(module=module, takes_mask=takes_mask, takes_cache="use_cache" in names, uniform_above=uniform)
+        return ModelCall(module=module, takes_mask=takes_mask, takes_cache="use_cache" in names, uniform_above=uniform, rotary=rotary)
+
+
+def _lengths_that_matter(body: nn.Module, config: Any) -> tuple[int | None, tuple[nn.Module, ...]]:
+    """From which length on values depend on the longest prompt of the batch, and the modules that keep the longest prompt so far."""
+    settings = rope_settings({name: getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")})
+    starts = []
+    for each in settings.values():
+        if rope_kind(each) in LENGTH_SCALINGS:
+            names = ("original_max_position_embeddings", *(("max_position_embeddings",) if rope_kind(each) == "dynamic" else ()))
+            found = [value for name in names for value in (each.get(name), getattr(config, name, None)) if isinstance(value, int)]
+            starts.append(min(found, default=0))
+    if not starts:
+        return None, ()
+    return min(starts), tuple(part for part in body.modules() if hasattr(part, "original_max_seq_len"))
+
+
+def _forget_lengths(rotary: Sequence[nn.Module]) -> None:
+    """Set rotary embeddings back to those of short prompts. A dynamic one keeps what the longest prompt so far needed."""
+    for part in rotary:
+        start: Any = part.original_max_seq_len
+        for name in [name for name in part._buffers if name.endswith("inv_freq") and not name.endswith("original_inv_freq")]:
+            prefix = name.removesuffix("inv_freq")
+            first, cached = getattr(part, f"{prefix}original_inv_freq", None), f"{prefix}max_seq_len_cached"
+            longest: Any = getattr(part, cached, None)
+            if isinstance(first, torch.Tensor) and longest is not None and longest > start:
+                held = part._buffers[name]
+                part._buffers[name] = first if held is None else first.to(held.device)
+                setattr(part, cached, start)
+
+
+def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, stack: ExitStack) -> SlicedHead | None:
+    """What runs the head in slices of tokens, where its logits would be large."""
+    located = loaded.located
+    step = SlicedHead.needed(call.module, located.body, located.head, loaded.vocab_size, collected)
+    if step is None or not call.slices.allowed:
+        return None
+    sliced = SlicedHead(whole=call.module, body=located.body, collected=collected, step=step, slices=call.slices)
+    stack.enter_context(sliced.hooks)
+    sliced.watch()
+    return sliced
 
 
 def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureRequest, ids: Sequence[Ints]) -> Collected:
@@ -72,6 +118,14 @@ def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureReque
     UnknownArchitectureError
         The model ran without calling a module that was named for a site.
     """
+    try:
+        return _run_once(loaded, call, request, ids)
+    except NotInSlicesError:
+        call.slices.allowed = False
+        return _run_once(loaded, call, request, ids)
+
+
+def _run_once(loaded: LoadedModel, call: ModelCall, request: CaptureRequest, ids: Sequence[Ints]) -> Collected:
     lengths = np.array([len(i) for i in ids], np.int64)
     longest = int(lengths.max())
     padded = np.full((len(ids), longest), loaded.pad_id, np.int64)
@@ -87,10 +141,14 @@ def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureReque
         stack.enter_context(torch.inference_mode())
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())
+        _forget_lengths(call.rotary)
         register_hooks(loaded, collected, stack)
         stack.enter_context(suppress(DeepestLayerDoneError))
+        sliced = _sliced(loaded, call, collected, stack)
         output = call.module(input_ids=torch.from_numpy(padded).to(loaded.device), **options)
-        if request.outputs.needs_head:
+        if sliced is not None:
+            sliced.take(output, options)
+        elif request.outputs.needs_head:
             collected.take_logits(output)
     wanted: set[tuple[str, int | None]] = {(site, layer) for site in request.sites if site in LAYERED_SITES for layer in request.layers}
     wanted |= {(site, None) for site in request.sites if site not in LAYERED_SITES} | {("router", layer) for layer in request.routers}
