@@ -19,7 +19,7 @@ from torch import nn
 from lmprobe_zarr.batch import LAYERED_SITES
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected, PaddedBatch
-from lmprobe_zarr.extraction.models.head import HeadSlices, NotInSlicesError, SlicedHead
+from lmprobe_zarr.extraction.models.head import BodyDoneError, HeadInSlices, SlicedHead, slice_tokens
 from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, evaluating, register_hooks
 from lmprobe_zarr.extraction.models.loading import LoadedModel, quiet_logging
 from lmprobe_zarr.extraction.models.turns import running
@@ -46,7 +46,7 @@ class ModelCall:
         Prompts of more tokens share a batch only with prompts of the same length.
     rotary : tuple of Module
         Rotary embeddings that depend on the longest prompt of a batch.
-    slices : HeadSlices
+    slices : HeadInSlices
         Whether the head can be run in slices of tokens.
     """
 
@@ -55,7 +55,7 @@ class ModelCall:
     takes_cache: bool
     uniform_above: int | None
     rotary: tuple[nn.Module, ...] = ()
-    slices: HeadSlices = field(default_factory=HeadSlices)
+    slices: HeadInSlices = field(default_factory=HeadInSlices)
 
     @staticmethod
     def of(loaded: LoadedModel, request: CaptureRequest) -> ModelCall:
@@ -98,16 +98,15 @@ def _forget_lengths(rotary: Sequence[nn.Module]) -> None:
                 setattr(part, cached, start)
 
 
-def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, stack: ExitStack) -> SlicedHead | None:
-    """What runs the head in slices of tokens, where its logits would be large."""
-    located = loaded.located
-    step = SlicedHead.needed(call.module, located.body, located.head, loaded.vocab_size, collected)
-    if step is None or not call.slices.allowed:
+def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, options: dict[str, Any]) -> tuple[SlicedHead, int] | None:
+    """What runs the head in slices, and how many tokens each has; None where all logits are computed at once."""
+    step = slice_tokens(collected, loaded.located.head, loaded.vocab_size)
+    if step is None or call.slices.allowed is False:
         return None
-    sliced = SlicedHead(whole=call.module, body=located.body, collected=collected, step=step, slices=call.slices)
-    stack.enter_context(sliced.hooks)
-    sliced.watch()
-    return sliced
+    sliced = SlicedHead(whole=call.module, body=loaded.located.body, collected=collected, options=options)
+    if call.slices.allowed is None:
+        call.slices.allowed = sliced.agrees()
+    return (sliced, step) if call.slices.allowed else None
 
 
 def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureRequest, ids: Sequence[Ints]) -> Collected:
@@ -118,14 +117,6 @@ def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureReque
     UnknownArchitectureError
         The model ran without calling a module that was named for a site.
     """
-    try:
-        return _run_once(loaded, call, request, ids)
-    except NotInSlicesError:
-        call.slices.allowed = False
-        return _run_once(loaded, call, request, ids)
-
-
-def _run_once(loaded: LoadedModel, call: ModelCall, request: CaptureRequest, ids: Sequence[Ints]) -> Collected:
     lengths = np.array([len(i) for i in ids], np.int64)
     longest = int(lengths.max())
     padded = np.full((len(ids), longest), loaded.pad_id, np.int64)
@@ -142,14 +133,18 @@ def _run_once(loaded: LoadedModel, call: ModelCall, request: CaptureRequest, ids
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())
         _forget_lengths(call.rotary)
+        sliced = _sliced(loaded, call, collected, options)
         register_hooks(loaded, collected, stack)
-        stack.enter_context(suppress(DeepestLayerDoneError))
-        sliced = _sliced(loaded, call, collected, stack)
-        output = call.module(input_ids=torch.from_numpy(padded).to(loaded.device), **options)
         if sliced is not None:
-            sliced.take(output, options)
-        elif request.outputs.needs_head:
-            collected.take_logits(output)
+            stack.enter_context(sliced[0].hooks)
+            sliced[0].stop_after_body()
+        stack.enter_context(suppress(DeepestLayerDoneError))
+        with suppress(BodyDoneError):
+            output = call.module(input_ids=torch.from_numpy(padded).to(loaded.device), **options)
+            if request.outputs.needs_head:
+                collected.take_logits(output)
+        if sliced is not None:
+            sliced[0].run(sliced[1])
     wanted: set[tuple[str, int | None]] = {(site, layer) for site in request.sites if site in LAYERED_SITES for layer in request.layers}
     wanted |= {(site, None) for site in request.sites if site not in LAYERED_SITES} | {("router", layer) for layer in request.routers}
     absent = sorted(map(str, wanted - collected.seen))

@@ -1,8 +1,8 @@
 """The head of a long prompt, slice by slice, so that the logits of all its tokens are never in memory together.
 
-The model runs once, and its head sees the first tokens only. For the others the whole model's own forward is called again, with its body
-replaced by the rows that the body gave. So logits are projected, scaled and capped by the model's own code, whatever it does there.
-Models whose forward cannot be called this way compute all logits at once.
+The pass ends with the model's body. Then the whole model's own forward is called for some tokens at a time, with the body replaced by the
+rows that it gave for them. So logits are projected, scaled and capped by the model's own code, whatever it does there. The first time,
+this is compared with the model's own pass over a few tokens; where it differs, the logits of a batch are computed at once.
 """
 
 from __future__ import annotations
@@ -15,43 +15,51 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 from lmprobe_zarr.extraction.models.captured import Collected, logits_of
 from lmprobe_zarr.extraction.models.outputs import head_width
 
-__all__ = ["HeadSlices", "NotInSlicesError", "SlicedHead"]
+__all__ = ["BodyDoneError", "HeadInSlices", "SlicedHead", "slice_tokens"]
 
-# Logits of fewer bytes are computed at once; those of more, in slices of this size, as float32.
+# Logits of fewer bytes are computed at once; those of more, in slices of this size. Bytes as of float32.
 WHOLE_BYTES: Final = 256 << 20
 SLICE_BYTES: Final = 128 << 20
+# Tokens of the comparison, which runs as two slices.
+COMPARED_TOKENS: Final = 6
 
 
-class NotInSlicesError(Exception):
-    """The model's head cannot be run on some of its tokens by themselves."""
+class BodyDoneError(Exception):
+    """Raised after the model's body, so that its head does not run on all tokens."""
 
 
 @dataclass(slots=True)
-class HeadSlices:
-    """Whether a model's head may be run in slices, and whether that was compared with the model's own pass already."""
+class HeadInSlices:
+    """Whether a model's head may be run in slices; None until that was compared with the model's own pass."""
 
-    allowed: bool = True
-    compared: bool = False
+    allowed: bool | None = None
 
 
-def _first_rows(output: Any) -> torch.Tensor | None:
+def slice_tokens(collected: Collected, head: nn.Module | None, vocab_size: int | None) -> int | None:
+    """How many tokens a slice of the head has; None where the logits of the batch are small enough to be computed at once."""
+    width, request, tokens = head_width(head, vocab_size), collected.request, len(collected.padded.token_ids)
+    if not request.outputs.needs_head or request.head_rows != "tokens" or width is None or 4 * width * tokens <= WHOLE_BYTES:
+        return None
+    return max(1, SLICE_BYTES // (4 * width))
+
+
+def _hidden(output: Any) -> torch.Tensor | None:
     """The hidden states in the output of a model's body."""
     found = output[0] if isinstance(output, tuple | list) and output else getattr(output, "last_hidden_state", output)
     return found if isinstance(found, torch.Tensor) else None
 
 
-def _with_rows(output: Any, rows: torch.Tensor) -> Any:
+def _with_hidden(output: Any, rows: torch.Tensor) -> Any:
     """The output of a body with other hidden states."""
     if isinstance(output, torch.Tensor):
         return rows
-    if isinstance(output, tuple) and type(output) is tuple:
-        return (rows, *output[1:])
     if hasattr(output, "last_hidden_state") and hasattr(output, "keys"):
         return type(output)(**{**output, "last_hidden_state": rows})
-    raise NotInSlicesError
+    return (rows, *output[1:])
 
 
 @contextmanager
@@ -69,95 +77,88 @@ def _standing_in(body: nn.Module, output: Any) -> Iterator[None]:
 
 @dataclass(slots=True)
 class SlicedHead:
-    """One pass whose head is run in slices.
+    """The head of one batch, run in slices of tokens.
 
     Parameters
     ----------
     whole, body : Module
         The model that gives logits, and the part of it that runs every block.
     collected : Collected
-    step : int
-        Tokens in a slice.
-    slices : HeadSlices
+        Takes what is kept of the logits.
+    options : dict
+        How the model is called, beside its token ids.
     """
 
     whole: nn.Module
     body: nn.Module
     collected: Collected
-    step: int
-    slices: HeadSlices
-    rows: torch.Tensor | None = None
+    options: dict[str, Any]
     output: Any = None
     hooks: ExitStack = field(default_factory=ExitStack)
 
-    @staticmethod
-    def needed(whole: nn.Module, body: nn.Module, head: nn.Module | None, vocab_size: int | None, collected: Collected) -> int | None:
-        """How many tokens a slice has; None where all logits are computed at once."""
-        width = head_width(head, vocab_size)
-        request, tokens = collected.request, len(collected.padded.token_ids)
-        if not request.outputs.needs_head or request.head_rows != "tokens" or width is None or body is whole:
-            return None
-        return None if 4 * width * tokens <= WHOLE_BYTES else min(tokens, max(1, SLICE_BYTES // (4 * width)))
+    def stop_after_body(self) -> None:
+        """Let the pass that follows end with a `BodyDoneError`, once the body has run."""
+        self.hooks.callback(self.body.register_forward_hook(self._stop).remove)
 
-    def watch(self) -> None:
-        """Cut what the head sees in the pass that follows."""
-        self.hooks.callback(self.body.register_forward_hook(self._cut).remove)
-
-    def _cut(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        padded = self.collected.padded
-        hidden = _first_rows(output)
-        if self.rows is not None or hidden is None or hidden.ndim != 3 or hidden.shape[:2] != (len(padded.lengths), padded.longest):
-            raise NotInSlicesError
-        flat = hidden.flatten(0, 1)
-        # Without padding all rows are wanted, and they need no copy.
-        self.rows = flat if len(padded.token_ids) == len(flat) else flat.index_select(0, padded.index("tokens", flat.device))
+    def _stop(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.output = output
-        return _with_rows(output, self.rows[None, : self.step])
+        raise BodyDoneError
 
-    def take(self, first: Any, options: dict[str, Any]) -> None:
-        """Hand the logits of all slices on.
-
-        Parameters
-        ----------
-        first : output of the model
-            For the first slice.
-        options : dict
-            How the model is called, beside its token ids.
-
-        Raises
-        ------
-        NotInSlicesError
-        """
+    def run(self, step: int) -> None:
+        """Run the head on all tokens, `step` at a time."""
         self.hooks.close()
-        if self.rows is None:
-            raise NotInSlicesError
-        kept, number = self.collected.keep_logits(), len(self.rows)
-        logits = self._checked(logits_of(first), min(self.step, number))
-        if not self.slices.compared:
-            again = self._again(slice(0, self.step), options)
-            if not torch.allclose(again.float(), logits.float(), rtol=1e-3, atol=1e-3 * float(logits.abs().max())):
-                raise NotInSlicesError
-            self.slices.compared = True
-            del again
-        kept.add(0, logits)
-        del logits, first
-        for start in range(self.step, number, self.step):
-            kept.add(start, self._again(slice(start, start + self.step), options))
+        padded = self.collected.padded
+        hidden = _hidden(self.output)
+        assert hidden is not None  # noqa: S101 - as in the comparison
+        flat = hidden.flatten(0, 1)
+        # Without padding all rows are needed, without a copy.
+        rows = flat if len(padded.token_ids) == len(flat) else flat.index_select(0, padded.index("tokens", flat.device))
+        ids, kept = padded.index("ids", flat.device), self.collected.keep_logits()
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            kept.add(start, self._logits(rows[None, part], ids[None, part], self.output)[0])
+        self.output = None
         self.collected.put_logits(kept)
 
-    def _again(self, part: slice, options: dict[str, Any]) -> torch.Tensor:
-        """The logits of some tokens, from the rows that the body gave for them."""
-        assert self.rows is not None  # noqa: S101 - the pass has run
-        rows = self.rows[None, part]
-        ids = self.collected.padded.index("ids", rows.device)[None, part]
-        with _standing_in(self.body, _with_rows(self.output, rows)):
-            try:
-                output = self.whole(input_ids=ids, **{name: value for name, value in options.items() if name != "attention_mask"})
-            except (IndexError, TypeError, ValueError) as error:
-                raise NotInSlicesError from error
-        return self._checked(logits_of(output), rows.shape[1])
+    def _logits(self, rows: torch.Tensor, ids: torch.Tensor, output: Any) -> torch.Tensor:
+        """The logits of some tokens, from the rows that the body gave for them: shape (1, token, vocab)."""
+        options = {name: value for name, value in self.options.items() if name != "attention_mask"}
+        with _standing_in(self.body, _with_hidden(output, rows)):
+            logits = logits_of(self.whole(input_ids=ids, **options))
+        if logits is None:
+            raise TypeError(type(self.whole).__name__)
+        return logits
 
-    def _checked(self, logits: torch.Tensor | None, number: int) -> torch.Tensor:
-        if logits is None or logits.ndim != 3 or logits.shape[:2] != (1, number):
-            raise NotInSlicesError
-        return logits[0]
+    def agrees(self) -> bool:
+        """Whether slices give the logits of the model's own pass over the first few tokens of the batch."""
+        if self.body is self.whole:
+            return False
+        given: list[Any] = []
+        device = next((tensor.device for tensor in self.whole.parameters() if tensor.device.type != "meta"), torch.device("cpu"))
+        ids = torch.from_numpy(self.collected.padded.token_ids[:COMPARED_TOKENS])[None].to(device)
+        handle = self.body.register_forward_hook(lambda _module, _args, output: given.append(output))
+        try:
+            options = {name: value for name, value in self.options.items() if name != "attention_mask"}
+            right = logits_of(self.whole(input_ids=ids, **options))
+            handle.remove()
+            hidden = _hidden(given[0]) if len(given) == 1 else None
+            if right is None or hidden is None or hidden.shape[:2] != ids.shape or right.shape[:2] != ids.shape:
+                return False
+            middle = ids.shape[1] // 2
+            found = [self._logits(hidden[:, part], ids[:, part], given[0]) for part in (slice(middle), slice(middle, None))]
+            return _alike(torch.cat(found, dim=1), right)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            handle.remove()
+
+
+def _alike(found: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether logits are equal but for rounding, which depends on how many rows are multiplied together."""
+    if found.shape != right.shape:
+        return False
+    near = 1e-4 if right.dtype in (torch.float32, torch.float64) else 2e-2
+    same = torch.isclose(found.float(), right.float(), rtol=0, atol=near * float(right.abs().max()), equal_nan=True)
+    return bool(same.all())

@@ -82,6 +82,8 @@ class KeptLogits:
         if ids is not None and self.outputs.logits == "last_token":
             lasts = self.index("lasts", device)
             logits = logits.index_select(0, lasts[(lasts >= start) & (lasts < stop)] - start)
+            if not len(logits):
+                return
         elif ids is not None and self.outputs.top_k is None and len(logits) < len(ids):
             # All logits of a long prompt may be more than the device holds.
             if self.logits is None:
