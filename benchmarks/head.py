@@ -49,10 +49,9 @@ def run_once(kind: str, tokens: int, vocabulary: int, asked: str) -> dict[str, A
     config = {"llama": transformers.LlamaConfig, "gemma3": transformers.Gemma3TextConfig, "granite": transformers.GraniteConfig}[kind]
     options = {**KINDS[kind], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model = transformers.AutoModelForCausalLM.from_config(config(**sizes, **options), attn_implementation="sdpa").eval()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])), pad_token="a")
-    loaded = extraction.load_model(
-        model, name="wide", tokenizer=tokenizer, modules={"layers": "model.layers"} if kind == "granite" else None
-    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
+    modules = {"layers": "model.layers"} if kind == "granite" else None
+    loaded = extraction.load_model(model, name="wide", tokenizer=tokenizer, modules=modules)
     ids = torch.randint(3, vocabulary, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
     tokenized = extraction.tokenize(extraction.parse_prompts([ids]), tokenizer, context_length=loaded.window)
     # The whole model runs in every case, so that the pass is the same.
@@ -64,10 +63,10 @@ def run_once(kind: str, tokens: int, vocabulary: int, asked: str) -> dict[str, A
     return found | ({"perplexity": float(batch.prompts["perplexity"][0, 0])} if "perplexity" in batch.prompts else {})
 
 
-def measure(kind: str, tokens: int, vocabulary: int) -> list[dict[str, Any]]:
-    """One process for each thing that is asked for."""
-    rows = []
-    for asked in ASKED:
+def measure(kind: str, tokens: int, vocabulary: int, *, quick: bool) -> list[dict[str, Any]]:
+    """One process for each thing that is asked for; with `quick` only for the pass alone and for perplexity."""
+    rows: list[dict[str, Any]] = []
+    for asked in list(ASKED)[: 2 if quick else None]:
         command = [sys.executable, "-m", "benchmarks.head", "--child", kind, str(tokens), str(vocabulary), asked]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
         rows[-1]["over"] = rows[-1]["peak"] - rows[0]["peak"]
@@ -79,6 +78,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--vocabulary", type=int, default=152_064)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--quick", action="store_true", help="perplexity only")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--child", nargs=4, metavar=("KIND", "TOKENS", "VOCABULARY", "ASKED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -86,7 +86,7 @@ def main() -> None:
         kind, tokens, vocabulary, asked = options.child
         print(json.dumps(run_once(kind, int(tokens), int(vocabulary), asked)))
         return
-    rows = [row for kind in options.kinds for row in measure(kind, options.tokens, options.vocabulary)]
+    rows = [row for kind in options.kinds for row in measure(kind, options.tokens, options.vocabulary, quick=options.quick)]
     if options.json:
         print(json.dumps(rows))
     else:

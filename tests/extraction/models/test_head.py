@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from loaded_models import by_prompt, loaded_from
+from paths import ROOT
 from tiny_models import PROMPTS, TINY, tiny_model
 
 from lmprobe_zarr.batch.sites import Outputs
@@ -195,3 +200,17 @@ def test_the_model_is_left_as_it_was_also_where_a_slice_fails(monkeypatch: pytes
             list(extraction.run(loaded, tokenized, outputs=Outputs(perplexity=True)))
     assert "forward" not in vars(model.model)
     assert (dict(model._forward_hooks), dict(model.model._forward_hooks), loaded_from(model).provenance) == before
+
+
+def test_the_head_of_a_long_prompt_takes_little_memory() -> None:
+    """A short form of `benchmarks.head`: all logits at once would take 600 MB, and three times that while they are capped."""
+    whole = bool(os.environ.get("LMPROBE_ZARR_STRESS"))
+    more = [] if whole else ["--kinds", "gemma3", "--tokens", "1024", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.head", "--json", *more]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert len(rows) == (12 if whole else 2)
+    assert max(row["over"] for row in rows) < (1 << 30 if whole else 600 << 20)
+    # A random head knows nothing: the perplexity is about the size of the vocabulary.
+    assert all(row["perplexity"] == pytest.approx(152_064, rel=0.2) for row in rows if "perplexity" in row["asked"] and "perplexity" in row)
