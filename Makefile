@@ -93,6 +93,7 @@ bench: setup $(PEER)/ready
 	$(VENV)/bin/python -m benchmarks.streaming
 	$(VENV)/bin/python -m benchmarks.scale
 	$(VENV)/bin/python -m benchmarks.sweeps
+	$(VENV)/bin/python -m benchmarks.head
 
 docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
@@ -108,6 +109,7 @@ stress: setup
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) tests/promises/test_crash_matrix.py tests/promises/test_concurrency.py tests/promises/test_medium.py tests/promises/test_fuzz.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/promises/test_load.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/extraction/models/test_every_type.py
+	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/extraction/models/test_head.py -k memory
 
 clean:
 	rm -rf $(VENV) $(CORE) $(PEER) site build dist demo-output

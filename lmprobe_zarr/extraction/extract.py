@@ -178,7 +178,8 @@ def extract(
     batch_prompts : int, optional
         At most this many prompts per batch.
     max_length : int, optional
-        Longest prompt in tokens; None is the model's context window.
+        Longest prompt in tokens; None is the model's context window, scaled rotary positions included. It may be larger than the window,
+        except for models whose positions are a table of that size.
     truncation : bool
         Whether longer prompts are cut; otherwise they are an error. Part of the provenance.
     refresh : bool

@@ -106,7 +106,7 @@ def _tokenize(lookup: Lookup) -> TokenizedPrompts:
     return models.tokenize(
         prompts.take(lookup.missing),
         lookup.tokenizer,
-        context_length=lookup.model.context_length,
+        context_length=lookup.model.window,
         max_length=request.choice.max_length,
         truncation=request.choice.truncation,
         vocab_size=lookup.model.vocab_size,

@@ -44,7 +44,7 @@ from lmprobe_zarr.extraction.models.forward import ModelCall, run_forward_pass
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
 from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width, perplexity_of
 from lmprobe_zarr.extraction.models.structure import evaluating
-from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary
+from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.typing import Array, Ints
 
@@ -110,6 +110,8 @@ def run(
     InvalidArgumentError, LayerOutOfRangeError
         Arguments out of range, a model without the head that is needed, or layers without a router. Raised by the call itself, not at
         the first batch.
+    PromptTooLongError
+        A prompt has more tokens than the model has positions.
     """
     names = parse_sites(sites, outputs)
     pooled = parse_poolings(poolings if isinstance(poolings, str) else tuple(poolings))
@@ -247,6 +249,9 @@ def _check(
     if batch_tokens is not None and (isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1):
         raise InvalidArgumentError(f"batch_tokens={batch_tokens!r} is no number of tokens: give a whole number of at least 1, or None")
     _check_vocabulary(tokenized, loaded.vocab_size)
+    if loaded.window.fixed and loaded.window.tokens is not None and len(tokenized) and tokenized.lengths.max() > loaded.window.tokens:
+        row = int(tokenized.lengths.argmax())
+        raise too_long(int(tokenized.first[row]), tokenized.text[row], int(tokenized.lengths[row]), loaded.window.tokens, loaded.window)
     for site in ("attn", "mlp"):
         if site in request.sites and getattr(loaded.located, site) is None:
             raise UnknownArchitectureError(

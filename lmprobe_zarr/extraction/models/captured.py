@@ -14,12 +14,18 @@ import torch
 from lmprobe_zarr.batch import NO_OUTPUTS, Outputs, concat_ranges, offsets_of
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.conduct import Layout
-from lmprobe_zarr.extraction.models.outputs import largest, next_token_log_probs
+from lmprobe_zarr.extraction.models.outputs import KeptLogits
 from lmprobe_zarr.extraction.models.padded_pooling import POOL_PADDED
 from lmprobe_zarr.extraction.models.structure import first_tensor
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["CaptureRequest", "Collected", "PaddedBatch"]
+__all__ = ["CaptureRequest", "Collected", "PaddedBatch", "logits_of"]
+
+
+def logits_of(output: Any) -> torch.Tensor | None:
+    """The logits in the output of a model; None where there are none."""
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else None)
+    return logits if isinstance(logits, torch.Tensor) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +143,11 @@ class Collected:
 
     def take_logits(self, output: Any) -> None:
         """Keep the requested parts of the whole model's output."""
-        outputs, padded = self.request.outputs, self.padded
-        logits = getattr(output, "logits", output[0] if isinstance(output, tuple) and output else None)
+        padded, logits = self.padded, logits_of(output)
         every = self.request.head_rows == "tokens"
         wanted, cells = len(padded.token_ids) if every else len(padded.lengths), len(padded.lengths) * padded.longest
-        if not isinstance(logits, torch.Tensor) or logits.ndim < 2 or logits.shape[:-1].numel() not in {wanted, cells}:
-            got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(output).__name__
+        if logits is None or logits.ndim < 2 or logits.shape[:-1].numel() not in {wanted, cells}:
+            got = type(output).__name__ if logits is None else tuple(logits.shape)
             raise UnknownArchitectureError(
                 f"the model gives {got} where logits of (batch {len(padded.lengths)}, token {padded.longest}, vocab) were expected: "
                 "leave logits and perplexity out"
@@ -151,20 +156,21 @@ class Collected:
         if len(rows) != wanted:
             # The hook on the head was not called, so the head computed the padding too.
             rows = rows.index_select(0, padded.index(self.request.head_rows, rows.device))
-        if outputs.perplexity:
-            ids, firsts = padded.index("ids", rows.device), padded.index("firsts", rows.device)
-            self._put(self.tokens, "token_log_prob", None, next_token_log_probs(rows, ids, firsts))
-        if outputs.logits is None:
-            return
-        if every and outputs.logits == "last_token":
-            rows = rows.index_select(0, padded.index("lasts", rows.device))
-        buffers, name = (self.tokens, "logits") if outputs.logits == "all" else (self.prompts, "logits_last_token")
-        if outputs.top_k is None:
-            self._put(buffers, name, None, rows)
-        else:
-            values, indices = largest(rows, outputs.top_k)
-            self._put(buffers, f"{name}_top_k_values", None, values)
-            self._put(buffers, f"{name}_top_k_indices", None, indices)
+        kept = self.keep_logits()
+        kept.add(0, rows)
+        self.put_logits(kept)
+
+    def keep_logits(self) -> KeptLogits:
+        """What takes the logits of this batch, a slice of tokens after another."""
+        every = self.request.head_rows == "tokens"
+        return KeptLogits(self.request.outputs, every, self.padded.index)
+
+    def put_logits(self, kept: KeptLogits) -> None:
+        """Keep what was made of the logits."""
+        tokens, prompts = kept.variables()
+        for buffers, found in ((self.tokens, tokens), (self.prompts, prompts)):
+            for name, rows in found.items():
+                self._put(buffers, name, None, rows)
 
     def _put(self, buffers: dict[str, torch.Tensor], variable: str, layer: int | None, rows: torch.Tensor) -> None:
         if layer is None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -20,13 +20,18 @@ from lmprobe_zarr.batch import LAYERED_SITES, describe_layers
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected, PaddedBatch
 from lmprobe_zarr.extraction.models.conduct import Conduct
+from lmprobe_zarr.extraction.models.head import BodyDoneError, HeadInSlices, SlicedHead, slice_tokens
 from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, register_hooks
 from lmprobe_zarr.extraction.models.loading import LoadedModel, quiet_logging
 from lmprobe_zarr.extraction.models.structure import evaluating, original_attention
 from lmprobe_zarr.extraction.models.turns import running
+from lmprobe_zarr.extraction.models.window import rope_kind, rope_settings
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["ModelCall", "run_forward_pass"]
+
+# These scalings of rotary positions depend on the longest prompt of the batch, once it exceeds the original window.
+LENGTH_SCALINGS: Final = ("dynamic", "longrope", "su")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +47,10 @@ class ModelCall:
     conduct : Conduct
     uniform_above : int or None
         Prompts of more tokens share a batch only with prompts of the same length.
+    rotary : tuple of Module
+        Rotary embeddings that depend on the longest prompt of a batch.
+    slices : HeadInSlices
+        Whether the head can be run in slices of tokens.
     """
 
     module: nn.Module
@@ -49,6 +58,8 @@ class ModelCall:
     takes_cache: bool
     conduct: Conduct
     uniform_above: int | None
+    rotary: tuple[nn.Module, ...] = ()
+    slices: HeadInSlices = field(default_factory=HeadInSlices)
 
     @staticmethod
     def of(loaded: LoadedModel, request: CaptureRequest, conduct: Conduct) -> ModelCall:
@@ -58,21 +69,52 @@ class ModelCall:
         names = inspect.signature(module.forward).parameters
         takes_mask = "attention_mask" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
         config = getattr(loaded.located.body, "config", None)
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else None
-        uniform = None
-        if kind in {"dynamic", "longrope"}:
-            # These rotary embeddings depend on the longest prompt of the batch, once it exceeds the original window.
-            uniform = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or 0
+        uniform, rotary = _lengths_that_matter(loaded.located.body, config)
         if conduct.padding in ("equal", "single") or conduct.extra_rows:
             uniform = 0
+        takes_cache = "use_cache" in names and not conduct.cache
         return ModelCall(
-            module=module,
-            takes_mask=takes_mask,
-            takes_cache="use_cache" in names and not conduct.cache,
-            conduct=conduct,
-            uniform_above=uniform,
-        )
+            module=module, takes_mask=takes_mask, takes_cache=takes_cache, conduct=conduct, uniform_above=uniform, rotary=rotary
+        )  # fmt: skip
+
+
+def _lengths_that_matter(body: nn.Module, config: Any) -> tuple[int | None, tuple[nn.Module, ...]]:
+    """From which length on values depend on the longest prompt of the batch, and the modules that keep the longest prompt so far."""
+    settings = rope_settings({name: getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")})
+    starts = []
+    for each in settings.values():
+        if rope_kind(each) in LENGTH_SCALINGS:
+            names = ("original_max_position_embeddings", *(("max_position_embeddings",) if rope_kind(each) == "dynamic" else ()))
+            found = [value for name in names for value in (each.get(name), getattr(config, name, None)) if isinstance(value, int)]
+            starts.append(min(found, default=0))
+    if not starts:
+        return None, ()
+    return min(starts), tuple(part for part in body.modules() if hasattr(part, "original_max_seq_len"))
+
+
+def _forget_lengths(rotary: Sequence[nn.Module]) -> None:
+    """Set rotary embeddings back to those of short prompts. A dynamic one keeps what the longest prompt so far needed."""
+    for part in rotary:
+        start: Any = part.original_max_seq_len
+        for name in [name for name in part._buffers if name.endswith("inv_freq") and not name.endswith("original_inv_freq")]:
+            prefix = name.removesuffix("inv_freq")
+            first, cached = getattr(part, f"{prefix}original_inv_freq", None), f"{prefix}max_seq_len_cached"
+            longest: Any = getattr(part, cached, None)
+            if isinstance(first, torch.Tensor) and longest is not None and longest > start:
+                held = part._buffers[name]
+                part._buffers[name] = first if held is None else first.to(held.device)
+                setattr(part, cached, start)
+
+
+def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, options: dict[str, Any]) -> tuple[SlicedHead, int] | None:
+    """What runs the head in slices, and how many tokens each has; None where all logits are computed at once."""
+    step = slice_tokens(collected, loaded.located.head, loaded.vocab_size)
+    if step is None or call.slices.allowed is False:
+        return None
+    sliced = SlicedHead(whole=call.module, body=loaded.located.body, collected=collected, options=options)
+    if call.slices.allowed is None:
+        call.slices.allowed = sliced.agrees()
+    return (sliced, step) if call.slices.allowed else None
 
 
 def run_forward_pass(
@@ -103,11 +145,19 @@ def run_forward_pass(
         stack.enter_context(torch.inference_mode())
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())
+        _forget_lengths(call.rotary)
+        sliced = _sliced(loaded, call, collected, options)
         register_hooks(loaded, collected, stack)
+        if sliced is not None:
+            stack.enter_context(sliced[0].hooks)
+            sliced[0].stop_after_body()
         stack.enter_context(suppress(DeepestLayerDoneError))
-        output = call.module(input_ids=torch.from_numpy(padded).to(loaded.device), **options)
-        if request.outputs.needs_head:
-            collected.take_logits(output)
+        with suppress(BodyDoneError):
+            output = call.module(input_ids=torch.from_numpy(padded).to(loaded.device), **options)
+            if request.outputs.needs_head:
+                collected.take_logits(output)
+        if sliced is not None:
+            sliced[0].run(sliced[1])
     wanted: set[tuple[str, int | None]] = {(site, layer) for site in request.sites if site in LAYERED_SITES for layer in request.layers}
     wanted |= {(site, None) for site in request.sites if site not in LAYERED_SITES} | {("router", layer) for layer in request.routers}
     absent = wanted - collected.seen

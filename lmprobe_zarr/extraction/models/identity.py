@@ -44,6 +44,7 @@ from typing import Any, Final
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, ModelNotFoundError
 from lmprobe_zarr.extraction.models.tokenizing import length_limit
+from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW, Window, window_of
 
 __all__ = ["DTYPES", "PROVENANCE_FIELDS", "ModelIdentity", "Provenance", "identify", "model_name"]
 
@@ -78,8 +79,6 @@ TOKENIZER_FILES: Final = (
 )
 # They tell who wrote the configuration, not what the model computes. The dtype is a field of its own.
 CONFIG_NOISE: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-# Their position ids begin after the id of the padding token, which shortens the window.
-OFFSET_POSITIONS: Final = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm")
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # A file changed more recently may change again within the same tick of the file system's clock.
@@ -100,8 +99,10 @@ class ModelIdentity:
         Its name in a store.
     provenance : dict
         Only the known fields.
-    num_layers, hidden_size, context_length, vocab_size : int or None
+    num_layers, hidden_size, vocab_size : int or None
         From ``config.json``; None where unknown.
+    window : Window
+        The most tokens that the model takes, from ``config.json``.
     num_experts : int or None
         Of every layer that has experts, from ``config.json``; None where it names none.
     model_type : str or None
@@ -112,10 +113,15 @@ class ModelIdentity:
     provenance: Provenance = field(default_factory=dict)
     num_layers: int | None = None
     hidden_size: int | None = None
-    context_length: int | None = None
+    window: Window = UNKNOWN_WINDOW
     vocab_size: int | None = None
     num_experts: int | None = None
     model_type: str | None = None
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model takes at once; None where it has no limit, or it is unknown."""
+        return self.window.tokens
 
 
 # ---------------------------------------------------------------- configuration
@@ -146,16 +152,6 @@ def hidden_size_of(config: Config) -> int | None:
 
 def num_experts_of(config: Config) -> int | None:
     return first_int(text_config(config), ("num_local_experts", "num_experts", "n_routed_experts"))
-
-
-def context_length_of(config: Config) -> int | None:
-    """The most tokens that the model takes at once, or None where its configuration does not say."""
-    part = text_config(config)
-    window = first_int(part, ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"))
-    if window is not None and part.get("model_type") in OFFSET_POSITIONS:
-        padding = part.get("pad_token_id")
-        window -= (1 if padding is None else int(padding)) + 1
-    return window
 
 
 def _dtype_name(dtype: object) -> str:
@@ -476,10 +472,10 @@ def own_fields(provenance: Mapping[str, Any] | None) -> Provenance:
 
 
 def prompt_fields(
-    kind: PromptKind, *, template: str | None, truncation: bool, max_length: int | None, context_length: int | None, tokenizer: Any = None
+    kind: PromptKind, *, template: str | None, truncation: bool, max_length: int | None, window: Window, tokenizer: Any = None
 ) -> Provenance:
     """The provenance fields that depend on how the prompts become tokens."""
-    limit = length_limit(context_length, max_length, tokenizer)
+    limit = length_limit(window, max_length, tokenizer)
     return {
         "special_tokens": {"text": True, "chat": False, "ids": None}[kind],
         "chat_template": template if kind == "chat" else None,
@@ -560,14 +556,14 @@ def identify(
         known["compute_dtype"] = computed
     if config is not None:
         known["quantization"] = quantization_of(config)
-    window = None if config is None else context_length_of(config)
+    window = UNKNOWN_WINDOW if config is None else window_of(text_config(config))
     known |= _prompt_fields_known(prompts_kind, files, tokenizer, truncation=truncation, max_length=max_length, window=window)
     return ModelIdentity(
         name=model_name(model, name),
         provenance=known,
         num_layers=None if config is None else num_layers_of(config),
         hidden_size=None if config is None else hidden_size_of(config),
-        context_length=window,
+        window=window,
         vocab_size=None if config is None else first_int(text_config(config), ("vocab_size",)),
         num_experts=None if config is None else num_experts_of(config),
         model_type=None if config is None else text_config(config).get("model_type"),
@@ -575,7 +571,7 @@ def identify(
 
 
 def _prompt_fields_known(
-    kind: PromptKind, files: Path | None, tokenizer: object, *, truncation: bool, max_length: int | None, window: int | None
+    kind: PromptKind, files: Path | None, tokenizer: object, *, truncation: bool, max_length: int | None, window: Window
 ) -> Provenance:
     template: str | None = None
     if kind == "chat":
@@ -585,10 +581,10 @@ def _prompt_fields_known(
             template = _template_in(Path(tokenizer).expanduser()) if Path(tokenizer).expanduser().is_dir() else None
         else:
             template = template_digest(getattr(tokenizer, "chat_template", None))
-    fields = prompt_fields(kind, template=template, truncation=truncation, max_length=max_length, context_length=window)
+    fields = prompt_fields(kind, template=template, truncation=truncation, max_length=max_length, window=window)
     if kind == "chat" and template is None:
         del fields["chat_template"]
-    # Without the window the limit is unknown: it may be smaller than max_length.
-    if truncation and window is None:
+    # The limit is unknown where the window is, and where the model may fail on prompts as long as max_length.
+    if truncation and (not window.known or (window.fixed is None and window.tokens is not None and (max_length or 0) > window.tokens)):
         del fields["truncation"]
     return fields

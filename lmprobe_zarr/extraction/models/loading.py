@@ -26,6 +26,7 @@ from lmprobe_zarr.extraction.models.families import is_encoder
 from lmprobe_zarr.extraction.models.fingerprint import foreign_code, global_hooks, model_fingerprint
 from lmprobe_zarr.extraction.models.identity import PROVENANCE_FIELDS, Provenance
 from lmprobe_zarr.extraction.models.structure import text_settings
+from lmprobe_zarr.extraction.models.window import Window, refine_window, window_of
 
 __all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "no_prediction", "quiet_logging"]
 
@@ -47,8 +48,8 @@ class LoadedModel:
         Blocks.
     hidden_size : int or None
         Width of the residual stream; None where the configuration does not say.
-    context_length : int or None
-        Tokens; None where unknown.
+    window : Window
+        The most tokens that it takes at once.
     vocab_size : int or None
     dtype : str
         The dtype that it computes in.
@@ -76,7 +77,7 @@ class LoadedModel:
     located: Located
     num_layers: int
     hidden_size: int | None
-    context_length: int | None
+    window: Window
     vocab_size: int | None
     dtype: str
     device: torch.device
@@ -92,6 +93,11 @@ class LoadedModel:
     def found(self) -> str:
         """Which modules give its sites, as text."""
         return ", ".join(f"{site}={path}" for site, path in self.located.paths.items())
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that it takes at once; None where it has no limit, or it is unknown."""
+        return self.window.tokens
 
     @property
     def router_layers(self) -> tuple[int, ...]:
@@ -337,6 +343,15 @@ def _input_device(body: nn.Module) -> torch.device:
     return device
 
 
+def _window(module: nn.Module, config: Mapping[str, Any], full: Mapping[str, Any]) -> Window:
+    """The window that the file of the configuration names, or the loaded configuration, which has defaults too."""
+    named = window_of(identity.text_config(config))
+    window = named if named.known else window_of(identity.text_config(full))
+    vocabulary = _input_embeddings(module)
+    tables = (getattr(part, "num_embeddings", None) for part in module.modules() if part is not vocabulary)
+    return refine_window(window, [rows for rows in tables if isinstance(rows, int)])
+
+
 def _vocab_size(body: nn.Module, config: Mapping[str, Any]) -> int | None:
     embeddings = _input_embeddings(body)
     # A table larger than the vocabulary was padded for speed; all of its rows can be looked up.
@@ -538,15 +553,15 @@ def load_model(
         source = {"revision": None if folder is not None else commit or revision, "adapter": None}
         source["weights"] = None if folder is None else identity.weights_digest(folder, memory)
         source["tokenizer"] = identity.tokenizer_field(tokenizer, folder)
-    window = identity.context_length_of(config) or identity.context_length_of(full)
+    window = _window(module, config, full)
     template = identity.template_digest(getattr(held, "chat_template", None))
     source |= {"compute_dtype": computed, "quantization": identity.quantization_of(config), "modules": identity.modules_field(modules)}
     source |= identity.prompt_fields(
-        prompts_kind, template=template, truncation=truncation, max_length=max_length, context_length=window, tokenizer=held
+        prompts_kind, template=template, truncation=truncation, max_length=max_length, window=window, tokenizer=held
     )
     source |= own
     loaded = _assemble(
-        module, held, full or config, modules, name=identity.model_name("", name), context_length=window, dtype=computed, provenance=source
+        module, held, full or config, modules, name=identity.model_name("", name), window=window, dtype=computed, provenance=source
     )
     if head:
         check_head(loaded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lmprobe_zarr.batch import Outputs
 from lmprobe_zarr.errors import UnknownArchitectureError
 
-__all__ = ["gives_raw_scores", "head_width", "largest", "next_token_log_probs", "perplexity_of", "raw_scores"]
+__all__ = ["KeptLogits", "gives_raw_scores", "head_width", "largest", "perplexity_of", "raw_scores"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -32,30 +34,80 @@ def _slices(rows: int, width: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def next_token_log_probs(logits: torch.Tensor, ids: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
-    """The log-probability of every token after those before it, float32: shape (token,), NaN for the first token of a prompt.
-
-    Parameters
-    ----------
-    logits : Tensor, shape (token, vocab)
-        Of the tokens of all prompts, one prompt after the other.
-    ids : Tensor of int64, shape (token,)
-    firsts : Tensor of int64, shape (prompt,)
-        Rows of the prompts' first tokens.
-    """
-    found = torch.full(ids.shape, torch.nan, dtype=torch.float32, device=logits.device)
+def _log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The log-probability of a token in each row, float32: shape (row,)."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for rows in _slices(len(ids) - 1, logits.shape[-1]):
-        after = slice(rows.start + 1, rows.stop + 1)
-        found[after] = -functional.cross_entropy(logits[rows].to(wide), ids[after], reduction="none").to(torch.float32)
-    # The last token of a prompt does not predict the first of the next prompt.
-    return found.index_fill_(0, firsts, torch.nan)
+    found = [
+        -functional.cross_entropy(logits[rows].to(wide), ids[rows], reduction="none").to(torch.float32)
+        for rows in _slices(len(ids), logits.shape[-1])
+    ]
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.float32, device=logits.device)
 
 
 def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `k` largest of each row, descending, and their columns as int32: shapes (row, k)."""
     slices = [logits[rows].topk(k, dim=-1) for rows in _slices(len(logits), logits.shape[-1])]
     return torch.cat([top.values for top in slices]), torch.cat([top.indices.to(torch.int32) for top in slices])
+
+
+class KeptLogits:
+    """What is kept of the logits of one batch, which come a slice of tokens after another.
+
+    Parameters
+    ----------
+    outputs : Outputs
+    every : bool
+        Whether the logits are those of all tokens, one prompt after the other; otherwise those of the last token of every prompt.
+    index : callable
+        As `PaddedBatch.index`: the ``ids`` of all tokens, and the rows of the prompts' ``firsts`` and ``lasts`` among them.
+    """
+
+    def __init__(self, outputs: Outputs, every: bool, index: Callable[[str, torch.device], torch.Tensor]) -> None:
+        self.outputs, self.every, self.index = outputs, every, index
+        self.log_probs: torch.Tensor | None = None
+        self.logits: torch.Tensor | None = None
+        self.kept: list[tuple[torch.Tensor, ...]] = []
+
+    def add(self, start: int, logits: torch.Tensor) -> None:
+        """Take the logits of the tokens from `start` on: shape (token, vocab)."""
+        stop, device = start + len(logits), logits.device
+        ids = self.index("ids", device) if self.every else None
+        if self.outputs.perplexity and ids is not None:
+            if self.log_probs is None:
+                self.log_probs = torch.full(ids.shape, torch.nan, dtype=torch.float32, device=device)
+            after = ids[start + 1 : stop + 1]
+            self.log_probs[start + 1 : stop + 1] = _log_probs(logits[: len(after)], after)
+        if self.outputs.logits is None:
+            return
+        if ids is not None and self.outputs.logits == "last_token":
+            lasts = self.index("lasts", device)
+            logits = logits.index_select(0, lasts[(lasts >= start) & (lasts < stop)] - start)
+            if not len(logits):
+                return
+        elif ids is not None and self.outputs.top_k is None and len(logits) < len(ids):
+            # All logits of a long prompt may be more than the device holds.
+            if self.logits is None:
+                self.logits = torch.empty((len(ids), logits.shape[-1]), dtype=logits.dtype)
+            self.logits[start:stop] = logits
+            return
+        self.kept.append((logits,) if self.outputs.top_k is None else largest(logits, self.outputs.top_k))
+
+    def variables(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The variables per token and per prompt, by name."""
+        tokens: dict[str, torch.Tensor] = {}
+        prompts: dict[str, torch.Tensor] = {}
+        if self.log_probs is not None:
+            # The last token of a prompt does not predict the first of the next prompt.
+            firsts = self.index("firsts", self.log_probs.device)
+            tokens["token_log_prob"] = self.log_probs.index_fill_(0, firsts, torch.nan)
+        found, name = (tokens, "logits") if self.outputs.logits == "all" else (prompts, "logits_last_token")
+        if self.logits is not None:
+            found[name] = self.logits
+        elif self.kept:
+            names = (name,) if self.outputs.top_k is None else (f"{name}_top_k_values", f"{name}_top_k_indices")
+            joined = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self.kept, strict=True))
+            found |= dict(zip(names, joined, strict=True))
+        return tokens, prompts
 
 
 def perplexity_of(log_probs: Floats, lengths: npt.NDArray[np.int64]) -> tuple[Floats, Floats]:

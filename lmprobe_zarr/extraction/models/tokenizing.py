@@ -13,9 +13,10 @@ import numpy.typing as npt
 from lmprobe_zarr.batch import Prompts, concat_ranges, offsets_of, shorten
 from lmprobe_zarr.errors import InvalidArgumentError, PromptTooLongError
 from lmprobe_zarr.extraction.models.turns import running
+from lmprobe_zarr.extraction.models.window import Window
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["TokenizedPrompts", "length_limit", "tokenize"]
+__all__ = ["TokenizedPrompts", "length_limit", "outside_vocabulary", "tokenize", "too_long"]
 
 CHUNK_PROMPTS: Final = 512
 # Tokenizers without a limit have a number such as 1e30.
@@ -76,11 +77,19 @@ class TokenizedPrompts:
         )
 
 
-def length_limit(context_length: int | None, max_length: int | None, tokenizer: Any = None) -> int | None:
+def length_limit(context_length: int | Window | None, max_length: int | None, tokenizer: Any = None) -> int | None:
     """The most tokens that a prompt may have; None where no limit is known.
 
-    The smaller of the model's window and `max_length`. The tokenizer's own ``model_max_length`` counts only where the window is unknown,
-    because it is often left over from training.
+    `max_length` if it is given, but never more than a model takes whose positions are a table. Otherwise the model's window. The
+    tokenizer's own ``model_max_length`` counts only where the window is unknown, because it is often left over from training.
+
+    Parameters
+    ----------
+    context_length : int, Window or None
+        The model's window. A number is one that the model fails beyond; None is an unknown one.
+    max_length : int or None
+        The caller's limit.
+    tokenizer : transformers tokenizer, optional
 
     Raises
     ------
@@ -89,12 +98,21 @@ def length_limit(context_length: int | None, max_length: int | None, tokenizer: 
     """
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
         raise InvalidArgumentError(f"max_length={max_length!r} is no number of tokens: give a whole number of at least 1, or None")
-    window = context_length
-    if window is None:
-        own = getattr(tokenizer, "model_max_length", None)
-        window = int(own) if own is not None and 0 < own < ABSURD_LENGTH else None
-    limits = [limit for limit in (window, max_length) if limit is not None]
-    return min(limits, default=None)
+    window = Window.of(context_length)
+    if max_length is not None:
+        return min(max_length, window.tokens) if window.fixed and window.tokens is not None else max_length
+    if window.known:
+        return window.tokens
+    own = getattr(tokenizer, "model_max_length", None)
+    return int(own) if own is not None and 0 < own < ABSURD_LENGTH else None
+
+
+def too_long(number: int, text: str, length: int, limit: int | None, window: Window) -> PromptTooLongError:
+    """The error for a prompt that is longer than the limit."""
+    longer = "" if window.fixed else ", pass max_length= for a larger one"
+    return PromptTooLongError(
+        f"prompts[{number}] {shorten(text)} has {length} tokens, but the limit is {limit}: shorten it{longer}, or pass truncation=True"
+    )
 
 
 @contextmanager
@@ -196,7 +214,7 @@ def tokenize(
     prompts: Prompts,
     tokenizer: Any,
     *,
-    context_length: int | None = None,
+    context_length: int | Window | None = None,
     max_length: int | None = None,
     truncation: bool = False,
     vocab_size: int | None = None,
@@ -210,10 +228,10 @@ def tokenize(
     ----------
     prompts : Prompts
     tokenizer : transformers tokenizer
-    context_length : int, optional
-        The model's window, tokens.
+    context_length : int or Window, optional
+        The model's window, tokens; a number is one that the model fails beyond.
     max_length : int, optional
-        A smaller limit, tokens.
+        Another limit, tokens; see :func:`length_limit`.
     truncation : bool
         Cut prompts that are longer than the limit, on the tokenizer's truncation side, instead of raising.
     vocab_size : int, optional
@@ -241,10 +259,7 @@ def tokenize(
         if not len(tokens):
             raise InvalidArgumentError(f"prompts[{prompts.first[number]}] {shorten(text[number])} has no tokens: leave it out")
         if long[number] and not truncation:
-            raise PromptTooLongError(
-                f"prompts[{prompts.first[number]}] {shorten(text[number])} has {len(tokens)} tokens, but the limit is {limit}: "
-                "shorten it, or pass truncation=True"
-            )
+            raise too_long(int(prompts.first[number]), text[number], len(tokens), limit, Window.of(context_length))
         if vocab_size is not None and tokens.max() >= vocab_size:
             raise outside_vocabulary(int(prompts.first[number]), int(tokens.max()), vocab_size, given=prompts.kind == "ids")
     joined = None if places is None else np.concatenate(places)
