@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction.models.identity import CONFIG_NOISE
+from lmprobe_zarr.extraction.models.files import CONFIG_NOISE
 
 __all__ = ["foreign_code", "global_hooks", "model_fingerprint"]
 

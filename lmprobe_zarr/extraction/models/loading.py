@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, ModelNotFoundError
-from lmprobe_zarr.extraction.models import identity, turns
+from lmprobe_zarr.extraction.models import files, identity, turns
 from lmprobe_zarr.extraction.models.architectures import Located, is_encoder, locate
 from lmprobe_zarr.extraction.models.fingerprint import foreign_code, global_hooks, model_fingerprint
 from lmprobe_zarr.extraction.models.identity import PROVENANCE_FIELDS, Provenance
@@ -209,7 +209,7 @@ def _pick_device(device: str | torch.device) -> torch.device:
 
 def _raw_config(source: str, folder: Path | None, revision: str | None) -> dict[str, Any]:
     if folder is not None:
-        return identity.read_json(folder / "config.json")
+        return files.read_json(folder / "config.json")
     content, _ = transformers.PretrainedConfig.get_config_dict(source, revision=revision or "main")
     return dict(content)
 
@@ -520,10 +520,10 @@ def load_model(
         module = module if chosen is None else module.to(chosen)
         full = _object_config(module)
         source = {"revision": None if folder is not None else commit or revision, "adapter": None}
-        source["weights"] = None if folder is None else identity.weights_digest(folder, memory)
+        source["weights"] = None if folder is None else files.weights_digest(folder, memory)
         source["tokenizer"] = identity.tokenizer_field(tokenizer, folder)
     window = identity.context_length_of(config) or identity.context_length_of(full)
-    template = identity.template_digest(getattr(held, "chat_template", None))
+    template = files.template_digest(getattr(held, "chat_template", None))
     source |= {"compute_dtype": computed, "quantization": identity.quantization_of(config), "modules": identity.modules_field(modules)}
     source |= identity.prompt_fields(
         prompts_kind, template=template, truncation=truncation, max_length=max_length, context_length=window, tokenizer=held
