@@ -119,12 +119,12 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
         dtype = "auto" if request.choice.dtype is None else request.choice.dtype
         return _look_up_loaded(request, memory.load(request.choice, _options(request, dtype, device, device_map), None), None, began)
     tokenizer = None
-    identity = request.choice.identify(request.kind)
+    identity = request.choice.identify(request.kind, device, device_map)
     group = _find_group(request, identity)
     if identity.num_layers is None and group is None:
         # No file of this hub model is on this machine yet: loading its tokenizer fetches its configuration too.
         tokenizer = request.choice.load_tokenizer()
-        identity = request.choice.identify(request.kind)
+        identity = request.choice.identify(request.kind, device, device_map)
         group = _find_group(request, identity)
     if request.kind == "chat" and tokenizer is None:
         tokenizer = request.choice.load_tokenizer()
@@ -171,8 +171,8 @@ def _group_of(loaded: LoadedModel) -> GroupInfo:
 def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
     """The stored group that fits what is known of a named model."""
     known = {**identity.provenance, **request.choice.provenance}
-    # A group with a user's own fields, such as ``steering``, is found only if these are given.
-    fixed = {*models.PROVENANCE_FIELDS, *request.choice.own_provenance}
+    # A group with further fields, such as ``autocast`` or a user's own ``steering``, is found only if these are known or given.
+    fixed = {*models.PROVENANCE_FIELDS, *known}
     matching = request.store.matching(identity.name, known, request.group, whole=False)
     found = [info for info in matching if fixed.issuperset(info.provenance)]
     if len(found) > 1:

@@ -20,7 +20,9 @@ from lmprobe_zarr.batch import LAYERED_SITES
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected, PaddedBatch
 from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, evaluating, register_hooks
-from lmprobe_zarr.extraction.models.loading import LoadedModel, quiet_logging
+from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loading_report import quiet_logging
+from lmprobe_zarr.extraction.models.tensor_bits import without_gradients
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.typing import Ints
 
@@ -84,7 +86,7 @@ def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureReque
     with ExitStack() as stack:
         stack.enter_context(running(loaded.located.body))
         stack.enter_context(evaluating(loaded.module))
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(without_gradients(loaded.module))
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())
         register_hooks(loaded, collected, stack)

@@ -24,15 +24,30 @@ The fields, the same whether they come from here or from a loaded model:
 ``modules``
     None, or as JSON the names that the caller gave for the modules of the model.
 
+Five more fields are there only where something is not as it is for a plain model:
+
+``model_code``
+    Names of functions and classes that were replaced, registered or written by the caller, and a digest of what they compute.
+``remote_code``
+    The classes that come with a model and that run because ``trust_remote_code`` is True, where transformers has some of its own.
+``autocast``
+    The dtype of ``torch.autocast``.
+``float32_precision``
+    ``products in tf32`` or the like, see ``torch.set_float32_matmul_precision``.
+``default_dtype``
+    torch's default dtype, if it is not float32.
+
 A caller may add fields, such as ``provenance={"steering": "…"}``, for what these do not show.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,9 +63,10 @@ from lmprobe_zarr.extraction.models.files import (
     tokenizer_object_digest,
     weights_digest,
 )
+from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
 from lmprobe_zarr.extraction.models.tokenizing import length_limit
 
-__all__ = ["DTYPES", "PROVENANCE_FIELDS", "ModelIdentity", "Provenance", "identify", "model_name"]
+__all__ = ["DTYPES", "FIXED_FIELDS", "PROVENANCE_FIELDS", "ModelIdentity", "Provenance", "identify", "model_name"]
 
 Provenance = dict[str, str | int | float | bool | None]
 Config = Mapping[str, Any]
@@ -68,6 +84,8 @@ PROVENANCE_FIELDS: Final = (
     "truncation",
     "modules",
 )
+# All fields that come from the model and the process. Those after the first ten are there only where they are not None.
+FIXED_FIELDS: Final = (*PROVENANCE_FIELDS, "model_code", "remote_code", "autocast", "float32_precision", "default_dtype")
 # Their position ids begin after the id of the padding token, which shortens the window.
 OFFSET_POSITIONS: Final = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm")
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
@@ -285,6 +303,58 @@ def tokenizer_field(tokenizer: object, folder: Path | None) -> str | None:
     return tokenizer_digest(path) if path.is_dir() else f"hub:{os.fspath(tokenizer)}"
 
 
+def _own_files(folder: Path | None, pattern: str) -> str:
+    """A digest of the code in a folder, for the end of a name; empty where there is none."""
+    paths = [] if folder is None else sorted(path for path in folder.glob(pattern) if path.is_file())
+    content = [[path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8", errors="replace")] for path in paths if folder]
+    return f":{settings_digest(content)}" if content else ""
+
+
+def _has_own_class(kind: object) -> bool:
+    """Whether transformers has a model of this type; True where it is not installed."""
+    spec = importlib.util.find_spec("transformers")
+    places = (spec.submodule_search_locations if spec is not None else None) or ()
+    return not places or any((Path(place) / "models" / str(kind).replace("-", "_")).is_dir() for place in places)
+
+
+def remote_code_field(config: Config | None, files: Path | None, folder: Path | None, tokenizer: object, *, trusted: bool) -> Provenance:
+    """The provenance field ``remote_code``, or nothing.
+
+    Of a type that transformers does not have, only the code that comes with the model can run, so nothing has to be told apart.
+
+    Parameters
+    ----------
+    config : mapping, optional
+        Content of ``config.json``.
+    files : Path, optional
+        The folder of the model's files: its own, or that in the hub's local cache.
+    folder : Path, optional
+        The model's own folder; None for a hub model.
+    tokenizer : None, str, path or object
+        As the caller gave it.
+    trusted : bool
+        ``trust_remote_code``.
+    """
+    if not trusted or config is None:
+        return {}
+    found: dict[str, str] = {}
+
+    def collect(settings: Config, code: str) -> None:
+        for name, values in (settings.get("auto_map") or {}).items():
+            for value in values if isinstance(values, list | tuple) else [values]:
+                repository = str(value).partition("--")[0] if "--" in str(value) else None
+                commit = "" if repository is None else f"@{cached_snapshot(repository, None)[0] or 'unknown'}"
+                if value is not None and str(name).startswith("Auto"):
+                    found[str(value)] = f"{value}{commit}{code}"
+
+    if _has_own_class(config.get("model_type")):
+        collect(config, _own_files(folder, "*/**/*.py"))
+    tokens = files if tokenizer is None else Path(tokenizer).expanduser() if isinstance(tokenizer, str | os.PathLike) else None
+    if tokens is not None and (tokens / "tokenizer_config.json").is_file() and (tokenizer is not None or found):
+        collect(read_json(tokens / "tokenizer_config.json"), "" if tokenizer is None else _own_files(tokens, "**/*.py"))
+    return {"remote_code": ", ".join(found[name] for name in sorted(found))} if found else {}
+
+
 def modules_field(modules: Mapping[str, str] | None) -> str | None:
     """The provenance field ``modules``: the caller's names as JSON, the same for the same names."""
     if modules is None:
@@ -302,13 +372,13 @@ def own_fields(provenance: Mapping[str, Any] | None) -> Provenance:
     InvalidTypeError
         Not a mapping.
     InvalidArgumentError
-        The name of one of `PROVENANCE_FIELDS`, a name that is no text, or a value that is no text, number, truth value or None.
+        The name of one of `FIXED_FIELDS`, a name that is no text, or a value that is no text, number, truth value or None.
     """
     if provenance is None:
         return {}
     if not isinstance(provenance, Mapping):
         raise InvalidTypeError(f"provenance is a {type(provenance).__name__}: give a mapping, {{'steering': '…'}}")
-    clashes = sorted(set(provenance) & set(PROVENANCE_FIELDS))
+    clashes = sorted(set(provenance) & set(FIXED_FIELDS))
     if clashes:
         raise InvalidArgumentError(
             f"provenance names {', '.join(map(repr, clashes))}, which come from the model itself: choose another name, such as 'steering'"
@@ -344,6 +414,9 @@ def identify(
     modules: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
     memory: Path | None = None,
+    trust_remote_code: bool = False,
+    device: object = "auto",
+    device_map: object = None,
 ) -> ModelIdentity:
     """What is known of a model without loading it and without the network.
 
@@ -372,14 +445,16 @@ def identify(
     provenance : mapping, optional
         The caller's own fields.
     memory : Path, optional
-        A JSON file that keeps the digests of weight files by path, size and modification time. Best effort.
+        A JSON file that keeps the digests of weight files by path, size, times and place on the disk. Best effort.
+    trust_remote_code, device, device_map
+        As for :func:`~lmprobe_zarr.extraction.load_model`.
 
     Raises
     ------
     ModelNotFoundError
         A path without a model.
     InvalidArgumentError
-        Unknown dtype or kind, a bad `max_length`, or a caller's field with the name of one of `PROVENANCE_FIELDS`.
+        Unknown dtype or kind, a bad `max_length`, or a caller's field with the name of one of `FIXED_FIELDS`.
     """
     own = own_fields(provenance)
     if prompts_kind not in PROMPT_KINDS:
@@ -406,6 +481,8 @@ def identify(
         known["quantization"] = quantization_of(config)
     window = None if config is None else context_length_of(config)
     known |= _prompt_fields_known(prompts_kind, files, tokenizer, truncation=truncation, max_length=max_length, window=window)
+    known |= remote_code_field(config, files, folder, tokenizer, trusted=trust_remote_code)
+    known |= settings_fields(device_types(device, device_map)) | _code_field(config or {})
     return ModelIdentity(
         name=model_name(model, name),
         provenance=known,
@@ -416,6 +493,16 @@ def identify(
         num_experts=None if config is None else num_experts_of(config),
         model_type=None if config is None else text_config(config).get("model_type"),
     )
+
+
+def _code_field(config: Config) -> Provenance:
+    """The provenance field ``model_code``, or nothing, as where torch is not imported: then nobody has replaced anything."""
+    if "torch" not in sys.modules:
+        return {}
+    from lmprobe_zarr.extraction.models.model_code import code_of_named
+
+    code = code_of_named(config)
+    return {} if code is None else {"model_code": code}
 
 
 def _prompt_fields_known(
