@@ -181,7 +181,8 @@ _STORED: Final[WeakKeyDictionary[type, tuple[Any, dict[str, Any]]]] = WeakKeyDic
 
 
 def _find_stored(kind: type, functions: dict[str, Any]) -> dict[str, Any]:
-    queue, seen, stored = ["forward", "__call__"], {"__init__"}, set[str]()
+    generating = [each for each in kind.__mro__ if each.__module__.startswith("transformers.generation.")]
+    queue, seen, stored = ["forward", "__call__", *(name for each in generating for name in vars(each))], {"__init__"}, set[str]()
     while queue:
         name = queue.pop()
         if name in functions and name not in seen:

@@ -61,6 +61,7 @@ ATTRIBUTES_VOLATILE: Final = frozenset(
         "_old_forward",
         "_output_capturing_hooks_installed",
         "_require_grads_hook",
+        "_require_grads_hooks",
         "_use_kernels",
         "_weight_conversions",
         "assistant_generation_config",

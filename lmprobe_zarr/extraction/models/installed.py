@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lmprobe_zarr.extraction.models.described import bare, origin
+from lmprobe_zarr.extraction.models.described import bare, is_named, origin
 
 __all__ = ["has_file", "layers_of", "reached", "replaced_in"]
 
@@ -163,7 +163,7 @@ def _parts(value: Any) -> Iterator[Any]:
 def _is_made_by(root: str, value: Any) -> bool:
     """Whether a function that is not written in a file was made by the package itself, or by a decorator of Python."""
     module = origin(value).partition(".")[0]
-    return module in (root, "torch", "typing_extensions") or module in sys.stdlib_module_names or module.startswith("namedtuple_")
+    return module == root or module == "typing_extensions" or module.startswith("namedtuple_") or is_named(module)
 
 
 def _replaced_members(kind: type, module: str) -> Iterator[tuple[str, Any]]:
