@@ -95,10 +95,10 @@ def is_named(module: str) -> bool:
     return root in TRUSTED or root in QUANTISERS or root == "numpy" or _is_standard(root)
 
 
-def _installed_file(module: str) -> str | None:
-    """The file of a module that pip installed, or that came with a model; None for the caller's own."""
+def _installed_file(module: str, code: types.CodeType | None = None) -> str | None:
+    """The file of a module that pip installed, or that came with a model; None for the caller's own, and for code from elsewhere."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None:
+    if file is None or module == "__main__" or (code is not None and Path(code.co_filename).name != Path(file).name):
         return None
     comes_with_a_model = module.partition(".")[0] == "transformers_modules"
     return str(file) if comes_with_a_model or any(folder in Path(file).parts for folder in INSTALLED_FOLDERS) else None
@@ -168,16 +168,20 @@ def stored_by_calls(kind: type) -> dict[str, Any]:
         The constant that ``__init__`` stores, or `dataclasses.MISSING` where it stores nothing: then the attribute is not there before
         the first call. Attributes that ``__init__`` computes are left out.
     """
+    return {name: value for name, value in _stored(kind).items() if value is not _NO_CONSTANT}
+
+
+# By class, with the method that was looked at.
+_STORED: Final[WeakKeyDictionary[type, tuple[Any, dict[str, Any]]]] = WeakKeyDictionary()
+
+
+def _stored(kind: type) -> dict[str, Any]:
     functions = _functions(kind)
     entry = functions.get("forward") or functions.get("__call__")
     known = _STORED.get(kind)
     if known is None or known[0] is not entry:
         known = _STORED[kind] = entry, _find_stored(kind, functions)
     return known[1]
-
-
-# By class, with the method that was looked at.
-_STORED: Final[WeakKeyDictionary[type, tuple[Any, dict[str, Any]]]] = WeakKeyDictionary()
 
 
 def _find_stored(kind: type, functions: dict[str, Any]) -> dict[str, Any]:
@@ -205,8 +209,7 @@ def _find_stored(kind: type, functions: dict[str, Any]) -> dict[str, Any]:
                     first.setdefault(name, value)
                 made += [functions[name] for name in sorted(read) if name in functions and functions[name] not in made]
     declared = {name for each in kind.__mro__ for name in vars(each)}
-    found = {name: first.get(name, dataclasses.MISSING) for name in stored if name in first or name not in declared}
-    return {name: value for name, value in found.items() if value is not _NO_CONSTANT}
+    return {name: first.get(name, dataclasses.MISSING) for name in stored if name in first or name not in declared}
 
 
 # ---------------------------------------------------------------- descriptions
@@ -300,7 +303,7 @@ class Describer:
         if is_named(module):
             return [code_name(function), inside]
         given = [self.value(function.__defaults__), self.value(function.__kwdefaults__)]
-        file = _installed_file(module)
+        file = _installed_file(module, function.__code__)
         if file is not None:
             return [code_name(function), _file_digest(file), given, inside]
         return ["function", self.bytecode(function.__code__, function.__doc__), given, inside, self.used(function)]
@@ -368,7 +371,7 @@ class Describer:
         held = dict(vars(value)) if hasattr(value, "__dict__") else {}
         slots = (name for each in type(value).__mro__ for name in (vars(each).get("__slots__") or ()) if hasattr(value, name))
         held |= {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__")}
-        changed = stored_by_calls(type(value))
+        changed = _stored(type(value))
         skipped = MODULE_INTERNALS if isinstance(value, nn.Module) else frozenset[str]()
         if _installed_file(type(value).__module__) is not None:
             # What an object of a package holds beside numbers may be anything, such as a cache or a connection.

@@ -35,7 +35,11 @@ NOT_COMPUTING: Final = (
     "reset_parameters",
 )
 # Modules of torch that every model runs through.
-TORCH: Final = ("torch.functional", "torch.nn.functional", "torch.nn.modules.module")
+TORCH: Final = (
+    "torch.functional", "torch.nn.functional", "torch.nn.modules.activation", "torch.nn.modules.container", "torch.nn.modules.conv",
+    "torch.nn.modules.dropout", "torch.nn.modules.linear", "torch.nn.modules.module", "torch.nn.modules.normalization",
+    "torch.nn.modules.sparse",
+)  # fmt: skip
 # Wrappers inside one another, at most.
 DEPTH: Final = 8
 
@@ -186,9 +190,9 @@ def _replaced_members(kind: type, module: str) -> Iterator[tuple[str, Any]]:
 
 def _differs(value: Any, module: str) -> bool:
     """Whether something that is no plain function, where a file has one, was put there by somebody else."""
-    layers = list(_layers(value))
+    layers = layers_of(value)
     if layers:
-        return not all(map(has_file, layers))
+        return isinstance(value, functools.partial) or not all(map(has_file, layers))
     return type(value).__module__.partition(".")[0] not in (module.partition(".")[0], "torch", "functools", "builtins")
 
 

@@ -773,7 +773,9 @@ def test_hooks_that_only_place_a_model_are_none_of_the_callers() -> None:
 def test_a_tokenizer_of_another_model_is_a_clear_error() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["quick"])
-    loaded = loaded_from(tiny_model("llama"), tokenizer=tokenizer)
+    with pytest.raises(InvalidArgumentError, match=r"301 tokens and 'mine' has 300 embeddings.*'quick'.*do not belong together"):
+        loaded_from(tiny_model("llama"), tokenizer=tokenizer)
+    loaded = loaded_from(tiny_model("llama"))
     prompts = parse_prompts(["The", "The quick"])
     words = r"prompts\[1\] becomes the token id 300.*do not belong together"
     with pytest.raises(InvalidArgumentError, match=words):
