@@ -9,7 +9,7 @@ from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store
 from lmprobe_zarr.cli.printing import plain, print_json
 from lmprobe_zarr.display import format_bytes, format_table, shorten, terminal_width, visible
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.store import GroupContents, HeldArray, describe_view, open_store
+from lmprobe_zarr.store import GroupContents, HeldArray, describe_view, differences, open_store
 from lmprobe_zarr.store.format import LEVELS
 
 __all__ = ["add_info", "add_show"]
@@ -33,7 +33,9 @@ def _info(options: argparse.Namespace) -> None:
     width = terminal_width()
     for one in groups:
         print(f"\n{visible(one.group.model)}  [{one.group.name}]")
-        for name, value in one.facts().items():
+        same = [other.group for other in groups if other.group.model == one.group.model]
+        differing = {"differs": f"from the other groups of this model in {differences(same)}"} if len(same) > 1 else {}
+        for name, value in (one.facts() | differing).items():
             if name == "variables" and one.variables:
                 rows = [_row(variable) for variable in one.variables]
                 lines = format_table(rows, width=max(67, width - 13)).splitlines()

@@ -98,7 +98,7 @@ class Lookup:
         if self.group is not None:
             return self.group
         assert self.loaded is not None  # noqa: S101 — without a group prompts are missing, and the model is loaded
-        return _group_of(self.loaded)
+        return _group_of(self.loaded, self.request)
 
 
 # --------------------------------------------------------------------------------------------------------------- looking up
@@ -119,12 +119,12 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
         dtype = "auto" if request.choice.dtype is None else request.choice.dtype
         return _look_up_loaded(request, memory.load(request.choice, _options(request, dtype, device, device_map), None), None, began)
     tokenizer = None
-    identity = request.choice.identify(request.kind)
+    identity = request.choice.identify(request.kind, device, device_map)
     group = _find_group(request, identity)
     if identity.num_layers is None and group is None:
         # No file of this hub model is on this machine yet: loading its tokenizer fetches its configuration too.
         tokenizer = request.choice.load_tokenizer()
-        identity = request.choice.identify(request.kind)
+        identity = request.choice.identify(request.kind, device, device_map)
         group = _find_group(request, identity)
     if request.kind == "chat" and tokenizer is None:
         tokenizer = request.choice.load_tokenizer()
@@ -147,7 +147,7 @@ def load_and_look_up(before: Lookup, memory: ModelMemory, device: Any, device_ma
 
 
 def _look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None, began: float) -> Lookup:
-    group = _group_of(loaded)
+    group = _group_of(loaded, request)
     if request.group is not None and request.group != group.name:
         raise InvalidArgumentError(
             f"group={request.group!r} was asked for, but this model as it is loaded makes {group.name!r}: leave group out, or read only"
@@ -164,15 +164,27 @@ def _options(request: Request, dtype: Any, device: Any, device_map: Any) -> Load
     return LoadingOptions(kind=request.kind, dtype=dtype, device=device, device_map=device_map, head=request.outputs.needs_head)
 
 
-def _group_of(loaded: LoadedModel) -> GroupInfo:
-    return GroupInfo(model=loaded.name, provenance=loaded.provenance, num_layers=loaded.num_layers, hidden_size=loaded.hidden_size)
+def _group_of(loaded: LoadedModel, request: Request) -> GroupInfo:
+    """The group of a loaded model.
+
+    Modules that were named although they are found anyway make no group of their own. A group that an earlier version made of them is
+    used further.
+    """
+    depth = {"num_layers": loaded.num_layers, "hidden_size": loaded.hidden_size}
+    group = GroupInfo(model=loaded.name, provenance=loaded.provenance, **depth)
+    named = models.modules_field(request.choice.modules)
+    if named is None or loaded.provenance.get("modules") == named:
+        return group
+    earlier = GroupInfo(model=loaded.name, provenance={**loaded.provenance, "modules": named}, **depth)
+    held = request.store.groups(whole=False)
+    return earlier if earlier.name in held and group.name not in held else group
 
 
 def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
     """The stored group that fits what is known of a named model."""
     known = {**identity.provenance, **request.choice.provenance}
-    # A group with a user's own fields, such as ``steering``, is found only if these are given.
-    fixed = {*models.PROVENANCE_FIELDS, *request.choice.own_provenance}
+    # A group with further fields, such as ``autocast`` or a user's own ``steering``, is found only if these are known or given.
+    fixed = {*models.PROVENANCE_FIELDS, *known}
     matching = request.store.matching(identity.name, known, request.group, whole=False)
     found = [info for info in matching if fixed.issuperset(info.provenance)]
     if len(found) > 1:

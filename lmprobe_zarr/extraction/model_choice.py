@@ -51,14 +51,15 @@ class ModelChoice:
     @property
     def own_provenance(self) -> dict[str, Any]:
         """The caller's own fields, such as ``steering``: they become part of the group."""
-        return {name: value for name, value in self.provenance.items() if name not in models.PROVENANCE_FIELDS}
+        return {name: value for name, value in self.provenance.items() if name not in models.FIXED_FIELDS}
 
-    def identify(self, kind: PromptKind) -> ModelIdentity:
+    def identify(self, kind: PromptKind, device: Any = "auto", device_map: Any = None) -> ModelIdentity:
         """What is known of a named model without loading it, for prompts of one kind."""
         identity = models.identify(
             self.model, name=self.name, tokenizer=self.tokenizer, revision=self.revision, prompts_kind=kind, max_length=self.max_length,
             dtype="auto" if self.dtype is None else self.dtype, truncation=self.truncation, memory=config.weights_memory(),
-            modules=self.modules, provenance=self.own_provenance,
+            modules=self.modules, provenance=self.own_provenance, trust_remote_code=self.trust_remote_code, device=device,
+            device_map=device_map,
         )  # fmt: skip
         if self.dtype is None:  # stored activations of any dtype are accepted
             return replace(identity, provenance={k: v for k, v in identity.provenance.items() if k != "compute_dtype"})
@@ -126,12 +127,18 @@ def _key_of(choice: ModelChoice, options: LoadingOptions) -> tuple[Any, ...]:
         choice.model if choice.by_name else id(choice.model), choice.name, choice.revision, str(options.dtype), options.kind,
         choice.max_length, choice.truncation, str(options.device), str(options.device_map), options.head,
         id(choice.tokenizer) if choice.tokenizer is not None else None, repr(choice.modules), repr(choice.own_provenance),
+        choice.trust_remote_code,
     )  # fmt: skip
 
 
 def _has_changed(loaded: LoadedModel, identity: ModelIdentity | None) -> bool:
     known = {} if identity is None else identity.provenance
-    return any(name != "compute_dtype" and loaded.provenance.get(name) != value for name, value in known.items())
+    # Of a model that was loaded under other settings of the process, a field may be there that is not known now.
+    sometimes = set(models.FIXED_FIELDS) - set(models.PROVENANCE_FIELDS)
+    if identity is not None and any(name in loaded.provenance and name not in known for name in sometimes):
+        return True
+    # Names of modules are part of the key; a loaded model may know that they are those that are found anyway.
+    return any(name not in ("compute_dtype", "modules") and loaded.provenance.get(name) != value for name, value in known.items())
 
 
 def _load(choice: ModelChoice, options: LoadingOptions) -> LoadedModel:

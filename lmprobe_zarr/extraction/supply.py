@@ -30,6 +30,7 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
 )
 from lmprobe_zarr.extraction.model_choice import ModelChoice, ModelMemory
+from lmprobe_zarr.extraction.models import PROVENANCE_FIELDS
 from lmprobe_zarr.extraction.options import Keeping, Options, keeping_of
 from lmprobe_zarr.extraction.plan import ExtractStats
 from lmprobe_zarr.extraction.request import Request, check_request
@@ -184,7 +185,9 @@ class Supply:
     def _find_entries(self, work: Work, stages: Sequence[Stage]) -> Entries | None:
         """What lmprobe's own entries beside the store hold, if they hold all prompts and layers for all stages."""
         request, prompts, layers = work.lookup.request, work.lookup.prompts, work.lookup.layers
-        cache = beside(request.store) if self._may_use_entries(request) else None
+        known = {} if work.lookup.identity is None else work.lookup.identity.provenance
+        plain = set(known) <= set(PROVENANCE_FIELDS)  # no autocast, no replaced code
+        cache = beside(request.store) if plain and self._may_use_entries(request) else None
         if cache is None:
             return None
         model, texts = os.fspath(self.choice.model), list(prompts.text or ())

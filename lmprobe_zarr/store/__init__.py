@@ -5,7 +5,7 @@ merging, repairing and copying). Never models, probes or plots.
 """
 
 from lmprobe_zarr.store.activations import write_activations
-from lmprobe_zarr.store.choice import ambiguous
+from lmprobe_zarr.store.choice import ambiguous, differences
 from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view
 from lmprobe_zarr.store.datasets import to_dataset
 from lmprobe_zarr.store.ingest import PART_SECONDS, Ingest
@@ -24,6 +24,7 @@ __all__ = [
     "Store",
     "ambiguous",
     "describe_view",
+    "differences",
     "open_store",
     "part_bytes_within",
     "to_dataset",

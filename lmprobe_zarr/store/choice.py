@@ -6,12 +6,13 @@ Looks only at the documents of groups, in one root or several. Never opens a vie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from lmprobe_zarr.errors import AmbiguousProvenanceError, ModelNotStoredError
-from lmprobe_zarr.store.format import GroupInfo, Provenance
+from lmprobe_zarr.store.format import ABSENT_FIELDS, PROCESS_FIELDS, GroupInfo, Provenance, describe_field
 from lmprobe_zarr.store.parts import Catalog, any_holds_parts, groups_of, urls_of
 
-__all__ = ["ambiguous", "choose_group", "find_group", "find_groups", "matching_groups", "stored_models"]
+__all__ = ["ambiguous", "choose_group", "differences", "find_group", "find_groups", "matching_groups", "stored_models"]
 
 
 def choose_group(model: str | None, provenance: Provenance | None, group: str | None) -> Callable[[GroupInfo], bool]:
@@ -60,12 +61,21 @@ def find_group(catalogs: Sequence[Catalog], model: str | None, provenance: Prove
     AmbiguousProvenanceError
         Several match.
     """
-    found = find_groups(catalogs, model, provenance, group)
+    found = _without_settings(find_groups(catalogs, model, provenance, group))
     if not found:
         raise _not_stored(catalogs, model, provenance, group)
     if len(found) > 1:
         raise ambiguous(found, urls_of(catalogs))
     return found[0]
+
+
+def _without_settings(found: Sequence[GroupInfo]) -> list[GroupInfo]:
+    """The groups, without those that another one equals in all but settings of the process, such as autocast, which it does without."""
+
+    def plain(info: GroupInfo) -> GroupInfo:
+        return replace(info, provenance={name: value for name, value in info.provenance.items() if name not in PROCESS_FIELDS})
+
+    return [info for info in found if plain(info) == info or plain(info) not in found]
 
 
 def _not_stored(catalogs: Sequence[Catalog], model: str | None, provenance: Provenance | None, group: str | None) -> ModelNotStoredError:
@@ -82,13 +92,13 @@ def _not_stored(catalogs: Sequence[Catalog], model: str | None, provenance: Prov
 
 
 def ambiguous(found: Sequence[GroupInfo], where: str) -> AmbiguousProvenanceError:
-    """The error that names the fields in which several matching groups differ."""
+    """The error that says in words in which fields several matching groups differ."""
     models = sorted({info.model for info in found})
     if len(models) > 1:
         return AmbiguousProvenanceError(f"{where} holds several models ({_shortened_names(models)}): say which with model=")
     names = ", ".join(info.name for info in found)
     return AmbiguousProvenanceError(
-        f"{len(found)} groups of {models[0]!r} match; they differ in {_differing_fields(found)}\n"
+        f"{len(found)} groups of {models[0]!r} match; they differ in {differences(found)}\n"
         f"choose with provenance={{…}}, or with group= one of {names}"
     )
 
@@ -100,10 +110,12 @@ def _shortened_names(names: Iterable[str]) -> str:
     return ", ".join([*shown, *([f"{len(listed) - 20} more"] if len(listed) > 20 else [])])
 
 
-def _differing_fields(found: Sequence[GroupInfo]) -> str:
+def differences(found: Sequence[GroupInfo]) -> str:
+    """The fields in which groups differ, their values, and what they say; empty for a single group."""
     fields: dict[str, set[str]] = {}
     for name in ("num_layers", "hidden_size"):
         fields[name] = {repr(getattr(info, name)) for info in found}
     for name in sorted({name for info in found for name in info.provenance}):
-        fields[name] = {repr(info.provenance[name]) if name in info.provenance else "unknown" for info in found}
-    return "; ".join(f"{name}: {' or '.join(sorted(values))}" for name, values in fields.items() if len(values) > 1)
+        fields[name] = {repr(info.provenance[name]) if name in info.provenance else ABSENT_FIELDS.get(name, "unknown") for info in found}
+    differing = {name: " or ".join(sorted(values)) for name, values in fields.items() if len(values) > 1}
+    return "; ".join(f"{name}: {values}{describe_field(name)}" for name, values in differing.items())

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.errors import MissingDependencyError
-from lmprobe_zarr.extraction.models.identity import DTYPES, PROVENANCE_FIELDS, ModelIdentity, Provenance, identify, model_name
+from lmprobe_zarr.extraction.models.identity import (
+    DTYPES,
+    FIXED_FIELDS,
+    PROVENANCE_FIELDS,
+    ModelIdentity,
+    Provenance,
+    identify,
+    model_name,
+    modules_field,
+)
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, tokenize
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "FIXED_FIELDS",
     "PROMPT_KINDS",
     "PROVENANCE_FIELDS",
     "LoadedModel",
@@ -36,6 +46,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_name",
+    "modules_field",
     "parse_prompts",
     "prompts_kind",
     "run",

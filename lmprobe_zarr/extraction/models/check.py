@@ -23,7 +23,8 @@ from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
 from lmprobe_zarr.extraction.models.conduct import Conduct, Layout, Padding
 from lmprobe_zarr.extraction.models.forward import ModelCall, run_forward_pass
-from lmprobe_zarr.extraction.models.loading import LoadedModel, quiet_logging
+from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.structure import (
     CHAIN_TOLERANCE,
     Call,

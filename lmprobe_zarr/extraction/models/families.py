@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-__all__ = ["BY_TYPE", "FAMILIES", "Family", "is_encoder"]
+__all__ = ["BY_TYPE", "FAMILIES", "Family", "are_known", "is_encoder"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,18 @@ FAMILIES: Final = (
         causal=False,
     ),
 )
+# What comes before the path of the blocks, by how a model was loaded.
+PREFIXES: Final = ("", "model.", "transformer.", "gpt_neox.", "bert.", "roberta.", "decoder.", "model.decoder.")
 BY_TYPE: Final[Mapping[str, Family]] = {name: family for family in FAMILIES for name in family.types}
+
+
+def are_known(model_type: str | None, modules: Mapping[str, str]) -> bool:
+    """Whether these names of modules are those that a model of this type is known by, so that naming them changes nothing."""
+    family = BY_TYPE.get(model_type or "")
+    if family is None or not {"layers"} <= set(modules) <= {"layers", "attn", "mlp"}:
+        return False
+    layers = {prefix + family.layers for prefix in PREFIXES}
+    return modules["layers"] in layers and all(modules[site] == getattr(family, site)[0] for site in ("attn", "mlp") if site in modules)
 
 
 def is_encoder(model_type: str | None) -> bool:

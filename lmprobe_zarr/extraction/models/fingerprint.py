@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -17,16 +18,11 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction.models.identity import CONFIG_NOISE
+from lmprobe_zarr.extraction.models.described import TRUSTED, code_name, is_placing, is_trusted, stored_by_calls
+from lmprobe_zarr.extraction.models.files import CONFIG_NOISE
+from lmprobe_zarr.extraction.models.tensor_bits import CHUNK, TensorBits
 
-__all__ = ["foreign_code", "global_hooks", "model_fingerprint"]
-
-# Elements at a time: 8 MiB of int64, and as much again for the product.
-CHUNK: Final = 1 << 20
-# splitmix64's constants, as signed 64-bit numbers.
-SPREAD: Final = 0x9E3779B97F4A7C15 - (1 << 64)
-MIX: Final = 0xBF58476D1CE4E5B9 - (1 << 64)
+__all__ = ["ATTRIBUTES_VOLATILE", "CHUNK", "foreign_code", "global_hooks", "model_fingerprint"]
 
 # Settings of a configuration that are recorded elsewhere, or concern how a model is called, saved or placed, not what its blocks compute.
 CONFIG_VOLATILE: Final = frozenset(
@@ -54,18 +50,26 @@ CONFIG_VOLATILE: Final = frozenset(
 ATTRIBUTES_VOLATILE: Final = frozenset(
     {
         "_attn_implementation",
+        "_cache",
+        "_compiled_call",
+        "_compiled_call_impl",
+        "_gradient_checkpointing_func",
         "_hf_hook",
         "_is_full_backward_hook",
         "_is_hf_initialized",
+        "_last_compile_config",
         "_old_forward",
         "_output_capturing_hooks_installed",
         "_require_grads_hook",
+        "_require_grads_hooks",
         "_use_kernels",
         "_weight_conversions",
+        "assistant_generation_config",
         "base_model_torch_dtype",
         "compute_dtype",
         "compute_type_is_set",
         "device_map",
+        "extra_repr",
         "generation_config",
         "gradient_checkpointing",
         "hf_device_map",
@@ -78,71 +82,13 @@ ATTRIBUTES_VOLATILE: Final = frozenset(
         "warnings_issued",
     }
 )
+# Methods that only print.
+PRINTING: Final = ("__repr__", "_get_name", "extra_repr")
 # State of rotary embeddings that depends on the length of the last batch. Its start values are in the configuration.
 FOLLOWS_LENGTH: Final = ("long_inv_freq", "max_seq_len_cached")
 LENGTH_ROPES: Final = ("dynamic", "longrope")
-# Hooks and methods of these packages belong to a plainly loaded model: they place it, run it or read from it.
-TRUSTED: Final = ("accelerate", "peft", "torch", "transformers")
-
-
-# ---------------------------------------------------------------- tensors
-
-
-def _multipliers(device: torch.device) -> torch.Tensor:
-    """Pseudo-random odd numbers, one per place in a chunk: shape (CHUNK,), int64.
-
-    An odd number has an inverse modulo 2⁶⁴, so a change of a single value always changes the sum of the products.
-    """
-    places = torch.arange(1, CHUNK + 1, dtype=torch.int64, device=device) * SPREAD
-    return ((places ^ ((places >> 30) & ((1 << 34) - 1))) * MIX) | 1
-
-
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    """The raw bits of a tensor as a flat tensor of integers."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    if flat.numel() % 4 == 0 and flat.storage_offset() % 4 == 0:
-        return flat.view(torch.int32)
-    return flat
-
-
-def _chunk_sums(tensor: torch.Tensor, multipliers: torch.Tensor) -> Iterator[torch.Tensor]:
-    words = _words(tensor)
-    for start in range(0, words.numel(), CHUNK):
-        part = words[start : start + CHUNK].to(torch.int64)
-        # Integer products and sums wrap around, so the result is the same on every device and in every order.
-        yield part.mul_(multipliers[: part.numel()]).sum()
-
 
 # ---------------------------------------------------------------- code
-
-
-def _bare(code: Any) -> Any:
-    """The function that a bound method or a partial calls in the end."""
-    while isinstance(code, functools.partial) or hasattr(code, "__func__"):
-        code = code.func if isinstance(code, functools.partial) else code.__func__
-    return code
-
-
-def _origin(code: Any) -> str:
-    """The module in which a callable was written, even if ``functools.wraps`` gave it the name of another."""
-    code = _bare(code)
-    if hasattr(code, "__globals__"):
-        return str(code.__globals__.get("__name__"))
-    return str(getattr(code, "__module__", None) or type(code).__module__)
-
-
-def _code_name(code: Any) -> str:
-    code = _bare(code)
-    return f"{_origin(code)}:{getattr(code, '__qualname__', type(code).__qualname__)}"
-
-
-def _is_trusted(code: Any) -> bool:
-    return _origin(code).partition(".")[0] in TRUSTED
-
-
-def _is_placing(value: Any) -> bool:
-    """Whether it is a method of accelerate that replaces one of the module."""
-    return callable(value) and _origin(value).partition(".")[0] == "accelerate"
 
 
 def _own_methods(part: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -151,10 +97,10 @@ def _own_methods(part: nn.Module) -> Iterator[tuple[str, Any]]:
         inherited = getattr(type(part), name, None)
         if not callable(value) or isinstance(value, nn.Module) or not hasattr(inherited, "__globals__"):
             continue
-        if getattr(value, "__func__", None) is not inherited and not _is_trusted(value):
+        if name not in PRINTING and getattr(value, "__func__", None) is not inherited and not is_trusted(value):
             yield name, value
     before = vars(part).get("_old_forward")  # accelerate's own forward calls this one
-    if before is not None and getattr(before, "__func__", None) is not type(part).forward and not _is_trusted(before):
+    if before is not None and getattr(before, "__func__", None) is not type(part).forward and not is_trusted(before):
         yield "forward", before
     hook = vars(part).get("_hf_hook")
     for single in (hook, *getattr(hook, "hooks", ())):
@@ -171,10 +117,10 @@ def foreign_code(module: nn.Module) -> str | None:
         where = f"on {name!r}" if name else "on the model"
         for kind, hooks in (("forward hook", part._forward_hooks), ("forward pre-hook", part._forward_pre_hooks)):
             for hook in hooks.values():
-                if not _is_trusted(hook):
-                    return f"a {kind} {where} ({_code_name(hook)})"
+                if not is_trusted(hook):
+                    return f"a {kind} {where} ({code_name(hook)})"
         for method, code in _own_methods(part):
-            return f"a replaced {method!r} {where} ({_code_name(code)})"
+            return f"a replaced {method!r} {where} ({code_name(code)})"
     return None
 
 
@@ -182,8 +128,8 @@ def global_hooks() -> str | None:
     """A description of the caller's first forward hook that torch runs for every module; None if there is none."""
     hooks: tuple[Mapping[int, Callable[..., Any]], ...] = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     for hook in (hook for each in hooks for hook in each.values()):
-        if not _is_trusted(hook):
-            return f"a forward hook on every module ({_code_name(hook)})"
+        if not is_trusted(hook):
+            return f"a forward hook on every module ({code_name(hook)})"
     return None
 
 
@@ -206,7 +152,7 @@ class _Digest:
 
     def __init__(self) -> None:
         self.sha256 = hashlib.sha256()
-        self.multipliers: dict[torch.device, torch.Tensor] = {}
+        self.tensors = TensorBits()
         # By `id`. The objects are kept, so that no id is used twice.
         self.seen: dict[int, tuple[Any, str]] = {}
 
@@ -225,16 +171,7 @@ class _Digest:
         before = self.alias(tensor, name)
         if before is not None:
             return ["same", before]
-        if tensor.device.type == "meta":
-            raise InvalidArgumentError(
-                f"the weight {name!r} is offloaded, so the model cannot be told from an edited one: "
-                "load it without offloading, or give its folder"
-            )
-        if tensor.device not in self.multipliers:
-            self.multipliers[tensor.device] = _multipliers(tensor.device)
-        sums = list(_chunk_sums(tensor, self.multipliers[tensor.device]))
-        bits = torch.stack(sums).cpu().numpy().astype("<i8").tobytes() if sums else b""
-        return [list(tensor.shape), str(tensor.dtype), hashlib.sha256(bits).hexdigest()]
+        return self.tensors.digest(name, tensor, self.plain)
 
     def plain(self, name: str, value: Any) -> Any:
         """A value as JSON; for an object that is no plain value its class, never an address."""
@@ -264,20 +201,21 @@ class _Digest:
         if isinstance(value, nn.Module):
             return kind
         if isinstance(value, functools.partial):
-            return ["partial", _code_name(value), self.plain(name, value.args), self.plain(name, value.keywords)]
+            return ["partial", code_name(value), self.plain(name, value.args), self.plain(name, value.keywords)]
         if dataclasses.is_dataclass(value) and not kind.startswith("bitsandbytes"):
             before = self.alias(value, name)
             fields = () if before is not None else dataclasses.fields(value)
             return [kind, before, {each.name: self.plain(f"{name}.{each.name}", getattr(value, each.name, None)) for each in fields}]
-        return _code_name(value) if callable(value) else kind
+        return code_name(value) if callable(value) else kind
 
     def module(self, name: str, part: nn.Module) -> None:
         before = self.alias(part, name)
-        self.add("module", name, before, f"{type(part).__module__}.{type(part).__qualname__}", _code_name(type(part).forward))
+        self.add("module", name, before, f"{type(part).__module__}.{type(part).__qualname__}", code_name(type(part).forward))
         if before is not None:
             return
         rope = str(vars(part).get("rope_type"))
         follows = any(kind in rope for kind in LENGTH_ROPES)
+        changed = stored_by_calls(type(part))
         for tensor_name, tensor in (*part._parameters.items(), *part._buffers.items()):
             if tensor is None or (follows and tensor_name.endswith("inv_freq") and not tensor_name.endswith("original_inv_freq")):
                 continue
@@ -286,13 +224,16 @@ class _Digest:
             self.quantised(path, part, tensor)
         for attribute, value in sorted(vars(part).items()):
             private = attribute.startswith("_") and isinstance(value, Mapping | set | frozenset)
-            if private or attribute in ATTRIBUTES_VOLATILE or attribute.endswith(FOLLOWS_LENGTH) or _is_placing(value):
+            if private or attribute in ATTRIBUTES_VOLATILE or attribute.endswith(FOLLOWS_LENGTH) or is_placing(value):
+                continue
+            value = changed.get(attribute, value)  # as it was before the first pass
+            if value is dataclasses.MISSING:
                 continue
             self.add("attribute", name, attribute, self.plain(f"{name}.{attribute}", value))
 
         before_hook = vars(part).get("_old_forward")
         if before_hook is not None and getattr(before_hook, "__func__", None) is not type(part).forward:
-            self.add("forward", name, _code_name(before_hook))
+            self.add("forward", name, code_name(before_hook))
 
     def quantised(self, path: str, part: nn.Module, tensor: torch.Tensor) -> None:
         """Add the scales that bitsandbytes keeps beside packed bits: on the parameter, or after its first use in the state of the layer."""
@@ -319,7 +260,30 @@ def model_fingerprint(module: nn.Module) -> str:
         Weights that are not in memory (offloaded to disk or CPU by accelerate).
     """
     digest = _Digest()
-    with torch.no_grad():
+    with torch.no_grad(), _as_before_a_pass(module):
         for name, part in module.named_modules(remove_duplicate=False):
             digest.module(name, part)
     return "bits:" + digest.sha256.hexdigest()
+
+
+@contextmanager
+def _as_before_a_pass(module: nn.Module) -> Iterator[None]:
+    """The weights of RWKV as they were loaded: its first pass divides some of them by powers of two, which it can undo itself."""
+    scaled: list[Any] = [
+        part for part in module.modules() if getattr(part, "layers_are_rescaled", False) and hasattr(part, "_rescale_layers")
+    ]
+
+    def rescale(*, training: bool) -> None:
+        for part in scaled:
+            if all(weight.is_floating_point() for weight in part.parameters()):  # packed weights cannot be multiplied
+                mode, part.training = part.training, training
+                try:
+                    part._rescale_layers()
+                finally:
+                    part.training = mode
+
+    rescale(training=True)
+    try:
+        yield
+    finally:
+        rescale(training=False)

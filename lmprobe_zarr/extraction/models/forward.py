@@ -22,8 +22,10 @@ from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected, P
 from lmprobe_zarr.extraction.models.conduct import Conduct
 from lmprobe_zarr.extraction.models.head import BodyDoneError, HeadInSlices, SlicedHead, slice_tokens
 from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, register_hooks
-from lmprobe_zarr.extraction.models.loading import LoadedModel, quiet_logging
+from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.structure import evaluating, original_attention
+from lmprobe_zarr.extraction.models.tensor_bits import without_gradients
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.window import rope_kind, rope_settings
 from lmprobe_zarr.typing import Ints
@@ -142,7 +144,7 @@ def run_forward_pass(
         stack.enter_context(running(loaded.located.body))
         stack.enter_context(evaluating(loaded.module))
         stack.enter_context(original_attention(loaded.module))
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(without_gradients(loaded.module))
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())
         _forget_lengths(call.rotary)

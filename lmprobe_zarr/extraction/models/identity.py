@@ -24,29 +24,51 @@ The fields, the same whether they come from here or from a loaded model:
 ``modules``
     None, or as JSON the names that the caller gave for the modules of the model.
 
+Five more fields are there only where something is not as it is for a plain model:
+
+``model_code``
+    Names of functions and classes that were replaced, registered or written by the caller, and a digest of what they compute.
+``remote_code``
+    The classes that come with a model and that run because ``trust_remote_code`` is True, where transformers has some of its own.
+``autocast``
+    The dtype of ``torch.autocast``.
+``float32_precision``
+    ``products in tf32`` or the like, see ``torch.set_float32_matmul_precision``.
+``default_dtype``
+    torch's default dtype, if it is not float32.
+
 A caller may add fields, such as ``provenance={"steering": "…"}``, for what these do not show.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
-import tempfile
-import time
+import sys
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, ModelNotFoundError
+from lmprobe_zarr.extraction.models.families import are_known
+from lmprobe_zarr.extraction.models.files import (
+    read_json,
+    template_digest,
+    template_in,
+    tokenizer_digest,
+    tokenizer_object_digest,
+    weights_digest,
+)
+from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
 from lmprobe_zarr.extraction.models.tokenizing import length_limit
 from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW, Window, window_of
 
-__all__ = ["DTYPES", "PROVENANCE_FIELDS", "ModelIdentity", "Provenance", "identify", "model_name"]
+__all__ = ["DTYPES", "FIXED_FIELDS", "PROVENANCE_FIELDS", "ModelIdentity", "Provenance", "identify", "model_name", "modules_field"]
 
 Provenance = dict[str, str | int | float | bool | None]
 Config = Mapping[str, Any]
@@ -64,29 +86,10 @@ PROVENANCE_FIELDS: Final = (
     "truncation",
     "modules",
 )
-TOKENIZER_FILES: Final = (
-    "added_tokens.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tekken.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-# They tell who wrote the configuration, not what the model computes. The dtype is a field of its own.
-CONFIG_NOISE: Final = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# All fields that come from the model and the process. Those after the first ten are there only where they are not None.
+FIXED_FIELDS: Final = (*PROVENANCE_FIELDS, "model_code", "remote_code", "autocast", "float32_precision", "default_dtype")
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-# A file changed more recently may change again within the same tick of the file system's clock.
-SETTLED_SECONDS: Final = 2.0
-READ_BYTES: Final = 1 << 22
-WEIGHT_ENDINGS: Final = (".bin", ".safetensors")
-# Settings of a tokenizer object that change its tokens and are not in its backend.
-TOKENIZER_SETTINGS: Final = ("truncation_side", "split_special_tokens", "add_bos_token", "add_eos_token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,146 +210,6 @@ def quantization_of(config: Config) -> str | None:
     return f"{str(plain.get('quant_method', 'unknown')).rpartition('.')[2].lower()}:{settings_digest(plain)}"
 
 
-# ---------------------------------------------------------------- files
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises
-    ------
-    ModelNotFoundError
-        The file is no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelNotFoundError(f"{str(path)!r} cannot be read as JSON ({error}): download the model again") from error
-    if not isinstance(content, dict):
-        raise ModelNotFoundError(f"{str(path)!r} holds a {type(content).__name__}, not a JSON object: download the model again")
-    return content
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _read_memory(memory: Path | None) -> dict[str, Any]:
-    try:
-        content = json.loads(memory.read_text(encoding="utf-8")) if memory is not None else {}
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_memory(memory: Path, learned: Mapping[str, Any]) -> None:
-    """Remember digests, if the file can be written; otherwise they are computed again."""
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        # Read again, because another process may have added digests.
-        content = {**_read_memory(memory), **learned}
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=memory.parent, prefix=memory.name, suffix=".tmp", delete=False) as file:
-            json.dump(content, file)
-        try:
-            Path(file.name).replace(memory)
-        except OSError:
-            Path(file.name).unlink(missing_ok=True)
-    except OSError:
-        return
-
-
-def _file_digests(files: list[Path], memory: Path | None) -> list[str]:
-    """The sha256 of every file; for files that have not changed since, the remembered one."""
-    known = _read_memory(memory)
-    stats = [os.stat(path.resolve()) for path in files]  # noqa: PTH116 - one call for size and time, links followed
-    keys = [str(path.resolve()) for path in files]
-
-    def remembered(number: int) -> str | None:
-        entry = known.get(keys[number])
-        wanted = {"size": stats[number].st_size, "mtime_ns": stats[number].st_mtime_ns}
-        if isinstance(entry, dict) and {k: entry.get(k) for k in wanted} == wanted and isinstance(entry.get("sha256"), str):
-            return str(entry["sha256"])
-        return None
-
-    digests = [remembered(n) for n in range(len(files))]
-    unknown = [n for n, digest in enumerate(digests) if digest is None]
-    with ThreadPoolExecutor(max(1, min(4, len(unknown)))) as pool:
-        for n, digest in zip(unknown, pool.map(lambda n: _file_sha256(files[n]), unknown), strict=True):
-            digests[n] = digest
-    settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
-    learned = {
-        keys[n]: {"size": stats[n].st_size, "mtime_ns": stats[n].st_mtime_ns, "sha256": digests[n]}
-        for n in unknown
-        if stats[n].st_mtime_ns < settled
-    }
-    if memory is not None and learned:
-        _write_memory(memory, learned)
-    return [str(digest) for digest in digests]
-
-
-def weights_digest(folder: Path, memory: Path | None = None) -> str | None:
-    """``sha256:…`` over a model folder's weights, configuration and own code; None where it holds no weights.
-
-    Covers every file that transformers might load, and those settings of the configuration that change the computation.
-    """
-    weights = sorted(path for ending in WEIGHT_ENDINGS for path in folder.glob(f"*{ending}"))
-    if not weights:
-        return None
-    files = weights + sorted(folder.glob("*.index.json")) + sorted(folder.glob("*.py"))
-    digest = hashlib.sha256()
-    for path, content in zip(files, _file_digests(files, memory), strict=True):
-        digest.update(f"{path.name}\0{content}\n".encode())
-    config = {key: value for key, value in read_json(folder / "config.json").items() if key not in CONFIG_NOISE}
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    return "sha256:" + digest.hexdigest()
-
-
-def tokenizer_digest(folder: Path) -> str | None:
-    """``sha256:…`` over the tokenizer's files in a folder; None where there are none."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{_file_sha256(path)}\n".encode())
-    return "sha256:" + digest.hexdigest()
-
-
-def tokenizer_object_digest(tokenizer: Any) -> str:
-    """``sha256:…`` over the content of a loaded tokenizer, without its current padding and truncation."""
-    backend = getattr(tokenizer, "backend_tokenizer", None) if getattr(tokenizer, "is_fast", False) else None
-    if backend is not None:
-        content = json.loads(backend.to_str())
-        content["padding"] = content["truncation"] = None
-    else:
-        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
-        settings = getattr(tokenizer, "init_kwargs", {})
-        # The paths of its files do not matter.
-        content["init"] = {str(k): v for k, v in settings.items() if not str(k).endswith(("_file", "name_or_path", "chat_template"))}
-    content["settings"] = {name: getattr(tokenizer, name, None) for name in TOKENIZER_SETTINGS}
-    return "sha256:" + hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def template_digest(template: object) -> str | None:
-    """``sha256:…`` of a chat template; for several named templates, of the one called ``default``."""
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, Mapping):
-        template = template.get("default")
-    return None if not isinstance(template, str) else "sha256:" + hashlib.sha256(template.encode()).hexdigest()
-
-
-def _template_in(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return template_digest((folder / "chat_template.jinja").read_text(encoding="utf-8"))
-    settings = folder / "tokenizer_config.json"
-    return template_digest(read_json(settings).get("chat_template")) if settings.is_file() else None
-
-
 # ---------------------------------------------------------------- where a model is
 
 
@@ -437,6 +300,58 @@ def tokenizer_field(tokenizer: object, folder: Path | None) -> str | None:
     return tokenizer_digest(path) if path.is_dir() else f"hub:{os.fspath(tokenizer)}"
 
 
+def _own_files(folder: Path | None, pattern: str) -> str:
+    """A digest of the code in a folder, for the end of a name; empty where there is none."""
+    paths = [] if folder is None else sorted(path for path in folder.glob(pattern) if path.is_file())
+    content = [[path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8", errors="replace")] for path in paths if folder]
+    return f":{settings_digest(content)}" if content else ""
+
+
+def _has_own_class(kind: object) -> bool:
+    """Whether transformers has a model of this type; True where it is not installed."""
+    spec = importlib.util.find_spec("transformers")
+    places = (spec.submodule_search_locations if spec is not None else None) or ()
+    return not places or any((Path(place) / "models" / str(kind).replace("-", "_")).is_dir() for place in places)
+
+
+def remote_code_field(config: Config | None, files: Path | None, folder: Path | None, tokenizer: object, *, trusted: bool) -> Provenance:
+    """The provenance field ``remote_code``, or nothing.
+
+    Of a type that transformers does not have, only the code that comes with the model can run, so nothing has to be told apart.
+
+    Parameters
+    ----------
+    config : mapping, optional
+        Content of ``config.json``.
+    files : Path, optional
+        The folder of the model's files: its own, or that in the hub's local cache.
+    folder : Path, optional
+        The model's own folder; None for a hub model.
+    tokenizer : None, str, path or object
+        As the caller gave it.
+    trusted : bool
+        ``trust_remote_code``.
+    """
+    if not trusted or config is None:
+        return {}
+    found: dict[str, str] = {}
+
+    def collect(settings: Config, code: str) -> None:
+        for name, values in (settings.get("auto_map") or {}).items():
+            for value in values if isinstance(values, list | tuple) else [values]:
+                repository = str(value).partition("--")[0] if "--" in str(value) else None
+                commit = "" if repository is None else f"@{cached_snapshot(repository, None)[0] or 'unknown'}"
+                if value is not None and str(name).startswith("Auto"):
+                    found[str(value)] = f"{value}{commit}{code}"
+
+    if _has_own_class(config.get("model_type")):
+        collect(config, _own_files(folder, "*/**/*.py"))
+    tokens = files if tokenizer is None else Path(tokenizer).expanduser() if isinstance(tokenizer, str | os.PathLike) else None
+    if tokens is not None and (tokens / "tokenizer_config.json").is_file() and (tokenizer is not None or found):
+        collect(read_json(tokens / "tokenizer_config.json"), "" if tokenizer is None else _own_files(tokens, "**/*.py"))
+    return {"remote_code": ", ".join(found[name] for name in sorted(found))} if found else {}
+
+
 def modules_field(modules: Mapping[str, str] | None) -> str | None:
     """The provenance field ``modules``: the caller's names as JSON, the same for the same names."""
     if modules is None:
@@ -454,13 +369,13 @@ def own_fields(provenance: Mapping[str, Any] | None) -> Provenance:
     InvalidTypeError
         Not a mapping.
     InvalidArgumentError
-        The name of one of `PROVENANCE_FIELDS`, a name that is no text, or a value that is no text, number, truth value or None.
+        The name of one of `FIXED_FIELDS`, a name that is no text, or a value that is no text, number, truth value or None.
     """
     if provenance is None:
         return {}
     if not isinstance(provenance, Mapping):
         raise InvalidTypeError(f"provenance is a {type(provenance).__name__}: give a mapping, {{'steering': '…'}}")
-    clashes = sorted(set(provenance) & set(PROVENANCE_FIELDS))
+    clashes = sorted(set(provenance) & set(FIXED_FIELDS))
     if clashes:
         raise InvalidArgumentError(
             f"provenance names {', '.join(map(repr, clashes))}, which come from the model itself: choose another name, such as 'steering'"
@@ -496,6 +411,9 @@ def identify(
     modules: Mapping[str, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
     memory: Path | None = None,
+    trust_remote_code: bool = False,
+    device: object = "auto",
+    device_map: object = None,
 ) -> ModelIdentity:
     """What is known of a model without loading it and without the network.
 
@@ -524,14 +442,16 @@ def identify(
     provenance : mapping, optional
         The caller's own fields.
     memory : Path, optional
-        A JSON file that keeps the digests of weight files by path, size and modification time. Best effort.
+        A JSON file that keeps the digests of weight files by path, size, times and place on the disk. Best effort.
+    trust_remote_code, device, device_map
+        As for :func:`~lmprobe_zarr.extraction.load_model`.
 
     Raises
     ------
     ModelNotFoundError
         A path without a model.
     InvalidArgumentError
-        Unknown dtype or kind, a bad `max_length`, or a caller's field with the name of one of `PROVENANCE_FIELDS`.
+        Unknown dtype or kind, a bad `max_length`, or a caller's field with the name of one of `FIXED_FIELDS`.
     """
     own = own_fields(provenance)
     if prompts_kind not in PROMPT_KINDS:
@@ -551,6 +471,8 @@ def identify(
             known["revision"] = commit
     known["tokenizer"] = tokenizer_field(tokenizer, folder)
     config = None if files is None else read_json(files / "config.json")
+    if config is not None and modules is not None and are_known(text_config(config).get("model_type"), modules):
+        known["modules"] = None
     computed = resolve_dtype(config, dtype)
     if computed is not None:
         known["compute_dtype"] = computed
@@ -558,6 +480,8 @@ def identify(
         known["quantization"] = quantization_of(config)
     window = UNKNOWN_WINDOW if config is None else window_of(text_config(config))
     known |= _prompt_fields_known(prompts_kind, files, tokenizer, truncation=truncation, max_length=max_length, window=window)
+    known |= remote_code_field(config, files, folder, tokenizer, trusted=trust_remote_code)
+    known |= settings_fields(device_types(device, device_map)) | _code_field(config or {})
     return ModelIdentity(
         name=model_name(model, name),
         provenance=known,
@@ -570,15 +494,25 @@ def identify(
     )
 
 
+def _code_field(config: Config) -> Provenance:
+    """The provenance field ``model_code``, or nothing, as where torch is not imported: then nobody has replaced anything."""
+    if "torch" not in sys.modules:
+        return {}
+    from lmprobe_zarr.extraction.models.model_code import code_of_named
+
+    code = code_of_named(config)
+    return {} if code is None else {"model_code": code}
+
+
 def _prompt_fields_known(
     kind: PromptKind, files: Path | None, tokenizer: object, *, truncation: bool, max_length: int | None, window: Window
 ) -> Provenance:
     template: str | None = None
     if kind == "chat":
         if tokenizer is None:
-            template = None if files is None else _template_in(files)
+            template = None if files is None else template_in(files)
         elif isinstance(tokenizer, str | os.PathLike):
-            template = _template_in(Path(tokenizer).expanduser()) if Path(tokenizer).expanduser().is_dir() else None
+            template = template_in(Path(tokenizer).expanduser()) if Path(tokenizer).expanduser().is_dir() else None
         else:
             template = template_digest(getattr(tokenizer, "chat_template", None))
     fields = prompt_fields(kind, template=template, truncation=truncation, max_length=max_length, window=window)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,19 +14,28 @@ import torch
 import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging as transformers_logging
 
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, ModelNotFoundError
-from lmprobe_zarr.extraction.models import identity, turns
+from lmprobe_zarr.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    MissingDependencyError,
+    ModelNotFoundError,
+    UnknownArchitectureError,
+)
+from lmprobe_zarr.extraction.models import files, identity, turns
 from lmprobe_zarr.extraction.models.architectures import Located, locate
 from lmprobe_zarr.extraction.models.families import is_encoder
-from lmprobe_zarr.extraction.models.fingerprint import foreign_code, global_hooks, model_fingerprint
-from lmprobe_zarr.extraction.models.identity import PROVENANCE_FIELDS, Provenance
+from lmprobe_zarr.extraction.models.fingerprint import ATTRIBUTES_VOLATILE, foreign_code, global_hooks, model_fingerprint
+from lmprobe_zarr.extraction.models.identity import FIXED_FIELDS, Provenance
+from lmprobe_zarr.extraction.models.loading_report import check_values, check_weights, listening, quiet_logging
+from lmprobe_zarr.extraction.models.model_code import code_of_named, code_of_object
+from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
 from lmprobe_zarr.extraction.models.structure import text_settings
+from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
 from lmprobe_zarr.extraction.models.window import Window, refine_window, window_of
 
-__all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "no_prediction", "quiet_logging"]
+__all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "no_prediction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,49 +112,6 @@ class LoadedModel:
         return tuple(sorted(self.located.routers))
 
 
-class _Quiet:
-    """transformers logs errors only. The level belongs to the process, so the first to enter sets it and the last to leave restores it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._verbosity = 0
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        noise: Any = transformers_logging
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._verbosity = noise.get_verbosity()
-                noise.set_verbosity_error()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                if not self._inside:
-                    noise.set_verbosity(self._verbosity)
-
-
-quiet_logging = _Quiet()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, reports or progress bars of transformers inside. This module checks what it would warn about."""
-    noise: Any = transformers_logging
-    bars = noise.is_progress_bar_enabled()
-    noise.disable_progress_bar()
-    try:
-        with quiet_logging(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if bars:
-            noise.enable_progress_bar()
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
 
@@ -155,7 +119,7 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _loading(what: str, source: str, folder: Path | None, revision: str | None) -> Iterator[None]:
     try:
-        with turns.loading(), _quiet():
+        with turns.loading(), listening(source):
             yield
     except ImportError as error:
         raise MissingDependencyError(f"the {what} of {source!r} needs a package that is not installed: {_first_line(error)}") from error
@@ -220,12 +184,14 @@ def _pick_device(device: str | torch.device) -> torch.device:
         raise InvalidArgumentError(
             f"device={str(device)!r} cannot be used here ({_first_line(error)}): use 'auto', 'cpu', 'cuda' or 'mps'"
         ) from error
+    if chosen.type == "meta":
+        raise InvalidArgumentError("device='meta' holds no numbers: use 'auto', 'cpu', 'cuda' or 'mps'")
     return chosen
 
 
 def _raw_config(source: str, folder: Path | None, revision: str | None) -> dict[str, Any]:
     if folder is not None:
-        return identity.read_json(folder / "config.json")
+        return files.read_json(folder / "config.json")
     content, _ = transformers.PretrainedConfig.get_config_dict(source, revision=revision or "main")
     return dict(content)
 
@@ -242,26 +208,16 @@ def _load_weights(
     with _loading("model", source, folder, revision):
         options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        kind: Any = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+        own = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
+        # Where only the class with a head comes with the model, one without would be another program.
+        whole = head or ("AutoModelForCausalLM" in own and "AutoModel" not in own)
+        kind: Any = transformers.AutoModelForCausalLM if whole else transformers.AutoModel
         module, report = kind.from_pretrained(
             source, config=config, dtype=getattr(torch, dtype), device_map=device_map, output_loading_info=True, **options
         )
     if getattr(module, "_hf_peft_config_loaded", False):
         raise ModelNotFoundError(f"{source!r} holds an adapter beside the model: load both with peft, and pass that object with name='…'")
-    # transformers fills tensors that a checkpoint lacks with random numbers. A pooler may be missing, because it never runs here.
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key.split("."))
-    projection = module.get_output_embeddings() if head else None
-    owners = {name for name, part in module.named_modules() if part is projection}
-    if missing and {key.rpartition(".")[0] for key in missing} <= owners:
-        raise ModelNotFoundError(
-            f"{source!r} was saved without its head ({missing[0]!r} is missing), and logits and perplexity would be random numbers: "
-            "give the checkpoint of the whole model, or extract activations only"
-        )
-    if missing:
-        raise ModelNotFoundError(
-            f"the weights of {source!r} lack {len(missing)} of the model's tensors, {missing[0]!r} for one: the download is not complete, "
-            "or config.json belongs to another model"
-        )
+    check_weights(source, module, report, head=head)
     return module.eval(), getattr(module.config, "_commit_hash", None)
 
 
@@ -413,11 +369,27 @@ def check_head(loaded: LoadedModel) -> None:
         )
     # Code outside the body of a model object is checked only where it runs.
     if str(loaded.provenance.get("weights")).startswith("bits:"):
-        _check_code(foreign_code(whole), {k: v for k, v in loaded.provenance.items() if k not in PROVENANCE_FIELDS})
+        _check_code(foreign_code(whole), {k: v for k, v in loaded.provenance.items() if k not in FIXED_FIELDS})
 
 
-def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], modules: Mapping[str, str] | None, **rest: Any) -> LoadedModel:
-    located = locate(module, modules)
+def _located(module: nn.Module, modules: Mapping[str, str] | None) -> tuple[Located, Mapping[str, str] | None]:
+    """The parts of a model, and what the caller named of them; None where these are the modules that are found anyway."""
+    if modules is None:
+        return locate(module), None
+    named = locate(module, modules)
+    try:
+        found = locate(module)
+    except UnknownArchitectureError:
+        return named, modules
+    sites = [site for site in ("attn", "mlp") if site in modules]
+    same = found.blocks == named.blocks and all(getattr(found, site) == getattr(named, site) for site in sites)
+    if "router" in modules:
+        gates = [{layer: router.gate for layer, router in each.routers.items()} for each in (found, named)]
+        same = same and gates[0] == gates[1]
+    return (found, None) if same else (named, modules)
+
+
+def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], located: Located, **rest: Any) -> LoadedModel:
     padding = identity.text_config(config).get("pad_token_id")
     vocabulary = _vocab_size(located.body, config)
     usable = isinstance(padding, int) and padding >= 0 and (vocabulary is None or padding < vocabulary)
@@ -506,16 +478,24 @@ def load_model(
     Raises
     ------
     ModelNotFoundError
-        Nothing can be loaded, or the weights, with those of a requested head, are incomplete.
+        Nothing can be loaded; the weights, with those of a requested head, are incomplete; blocks of the checkpoint have tensors that the
+        model has no place for; or a weight holds NaN.
     UnknownArchitectureError
         Its blocks were not found by name.
     InvalidArgumentError
         An object without a name or tokenizer, or with hooks but no `provenance`; arguments that do not go together; a device that
-        this machine lacks; a `head` requested of a model that has none or does not predict the next token.
+        this machine lacks; a `head` requested of a model that has none or does not predict the next token; a tokenizer with more tokens
+        than the model has embeddings; weights whose values cannot be read.
     InvalidTypeError
         Neither a model nor the name of one.
     MissingDependencyError
         The model needs a package that is not installed.
+
+    Warns
+    -----
+    CacheWarning
+        Tensors of the checkpoint are not used; a table of embeddings holds NaN; the tokenizer was loaded from elsewhere than the model.
+        Warnings of transformers come out once per model and process, through its own logger.
     """
     _check_prompts_kind(prompts_kind)
     own = identity.own_fields(provenance)
@@ -530,12 +510,16 @@ def load_model(
             raise InvalidArgumentError("revision= and device_map= are for models that are loaded here: apply them to the object yourself")
         adapter = _adapters(model)
         # Modules outside the body, such as a head, are checked in `check_head`, if they run.
-        _check_code(foreign_code(locate(model, modules).body), own)
+        with quiet_logging():
+            located, by_hand = _located(model, modules)
+        _check_code(foreign_code(located.body), own)
         computed = _object_dtype(model, dtype)
         held = _tokenizer_for(tokenizer, None, None, trust_remote_code)
         module = model if str(device) == "auto" else model.to(_pick_device(device))
         config = full = _object_config(module)
+        check_values(name, module, loaded_here=False)
         source: Provenance = {"revision": None, "weights": model_fingerprint(module), "adapter": adapter}
+        code, kinds = code_of_object(module, skipped=ATTRIBUTES_VOLATILE), {parameter.device.type for parameter in module.parameters()}
         source["tokenizer"] = identity.tokenizer_field(held if not isinstance(tokenizer, str | os.PathLike) else tokenizer, None)
     else:
         where, folder, revision = _source(model, revision)
@@ -549,20 +533,30 @@ def load_model(
         held = _tokenizer_for(tokenizer, model, revision, trust_remote_code)
         module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code, head)
         module = module if chosen is None else module.to(chosen)
+        check_values(name, module, loaded_here=True)
         full = _object_config(module)
         source = {"revision": None if folder is not None else commit or revision, "adapter": None}
-        source["weights"] = None if folder is None else identity.weights_digest(folder, memory)
+        source["weights"] = None if folder is None else files.weights_digest(folder, memory)
         source["tokenizer"] = identity.tokenizer_field(tokenizer, folder)
+        at = folder if folder is not None else identity.cached_snapshot(where, revision)[1]
+        source |= identity.remote_code_field(config, at, folder, tokenizer, trusted=trust_remote_code)
+        code, kinds = code_of_named(config), set(device_types(device, device_map))
+        with quiet_logging():
+            located, by_hand = _located(module, modules)
+    source |= settings_fields(sorted(kinds)) | ({} if code is None else {"model_code": code})
     window = _window(module, config, full)
-    template = identity.template_digest(getattr(held, "chat_template", None))
-    source |= {"compute_dtype": computed, "quantization": identity.quantization_of(config), "modules": identity.modules_field(modules)}
+    template = files.template_digest(getattr(held, "chat_template", None))
+    source |= {"compute_dtype": computed, "quantization": identity.quantization_of(config), "modules": identity.modules_field(by_hand)}
     source |= identity.prompt_fields(
         prompts_kind, template=template, truncation=truncation, max_length=max_length, window=window, tokenizer=held
     )
     source |= own
     loaded = _assemble(
-        module, held, full or config, modules, name=identity.model_name("", name), window=window, dtype=computed, provenance=source
+        module, held, full or config, located, name=identity.model_name("", name), window=window, dtype=computed, provenance=source
     )
+    if tokenizer is not None:
+        origin = getattr(getattr(module, "config", None), "_name_or_path", None) if isinstance(model, nn.Module) else model
+        check_tokenizer(held, loaded.name, origin, loaded.vocab_size)
     if head:
         check_head(loaded)
     return loaded

@@ -7,6 +7,7 @@ A document becomes a frozen record by ``parse_…``, which raises where it is da
 from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
 from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
 from lmprobe_zarr.store.format.chunk import TEXT_BYTES, encode_chunk, file_entry, holds_checksum, is_intact
+from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field
 from lmprobe_zarr.store.format.group import GroupInfo, Provenance, parse_group
 from lmprobe_zarr.store.format.names import (
     ANNOTATIONS,
@@ -28,6 +29,7 @@ from lmprobe_zarr.store.format.published import PUBLISHED_MARK, published_docume
 from lmprobe_zarr.store.format.root import Published, is_root_document, parse_root, root_document
 
 __all__ = [
+    "ABSENT_FIELDS",
     "ANNOTATIONS",
     "FORMAT",
     "FORMAT_COLUMNS",
@@ -35,6 +37,7 @@ __all__ = [
     "LEVELS",
     "MADE_BY_WRITER",
     "PART_NAME",
+    "PROCESS_FIELDS",
     "PROMPT_COLUMNS",
     "PUBLISHED_MARK",
     "SAMPLE_DIM",
@@ -50,6 +53,7 @@ __all__ = [
     "array_dims",
     "check_frame",
     "decode_range",
+    "describe_field",
     "encode_chunk",
     "file_entry",
     "holds_checksum",

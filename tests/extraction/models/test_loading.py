@@ -144,20 +144,20 @@ def test_the_digest_follows_the_content_and_not_the_place(llama: Path, tmp_path:
 
 
 def test_weights_are_hashed_once_and_again_when_they_change(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction.models import identity
+    from lmprobe_zarr.extraction.models import files
 
     folder = shutil.copytree(llama, tmp_path / "hashed")
     weights = folder / "model.safetensors"
     os.utime(weights, ns=(10**18, 10**18))
     memory = tmp_path / "new" / "memory.json"
     hashed: list[str] = []
-    real = identity._file_sha256
+    real = files._file_sha256
 
     def counting(path: Path) -> str:
         hashed.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(identity, "_file_sha256", counting)
+    monkeypatch.setattr(files, "_file_sha256", counting)
     first = identify(folder, memory=memory).provenance["weights"]
     assert hashed.count("model.safetensors") == 1
     assert identify(folder, memory=memory).provenance["weights"] == first
@@ -699,7 +699,7 @@ def test_the_scales_beside_packed_weights_are_in_the_key_wherever_they_lie() -> 
 
 @pytest.mark.parametrize("change", [{"truncation_side": "left"}, {"split_special_tokens": True}])
 def test_how_a_tokenizer_object_cuts_is_in_its_digest(change: dict[str, Any]) -> None:
-    from lmprobe_zarr.extraction.models.identity import tokenizer_object_digest
+    from lmprobe_zarr.extraction.models.files import tokenizer_object_digest
 
     one, other = tiny_tokenizer(), tiny_tokenizer()
     assert tokenizer_object_digest(one) == tokenizer_object_digest(other)
@@ -773,7 +773,9 @@ def test_hooks_that_only_place_a_model_are_none_of_the_callers() -> None:
 def test_a_tokenizer_of_another_model_is_a_clear_error() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["quick"])
-    loaded = loaded_from(tiny_model("llama"), tokenizer=tokenizer)
+    with pytest.raises(InvalidArgumentError, match=r"301 tokens and 'mine' has 300 embeddings.*'quick'.*do not belong together"):
+        loaded_from(tiny_model("llama"), tokenizer=tokenizer)
+    loaded = loaded_from(tiny_model("llama"))
     prompts = parse_prompts(["The", "The quick"])
     words = r"prompts\[1\] becomes the token id 300.*do not belong together"
     with pytest.raises(InvalidArgumentError, match=words):
