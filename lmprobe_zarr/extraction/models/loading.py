@@ -498,6 +498,7 @@ def load_model(
         Warnings of transformers come out once per model and process, through its own logger.
     """
     _check_prompts_kind(prompts_kind)
+    identity.modules_field(modules)  # raises where it is no mapping
     own = identity.own_fields(provenance)
     # Checked before anything is loaded. Hooks of a model object are checked below.
     _check_code(global_hooks(), own)

@@ -404,8 +404,10 @@ def test_blocks_that_are_not_found_are_listed_and_can_be_named_by_hand() -> None
             states = model(input_ids=ids, output_hidden_states=True).hidden_states
         np.testing.assert_allclose(found[digest]["resid"], torch.stack([*states[1:-1], heard[0]])[:, 0].numpy(), atol=1e-5)
     only_layers = loaded_from(model, modules={"layers": "transformer.h"})
+    assert only_layers.located.mlp is not None  # these blocks are found anyway, and their sites with them
+    part = loaded_from(model, modules={"layers": "transformer.h", "attn": "input_layernorm"})
     with pytest.raises(UnknownArchitectureError, match="site 'mlp'"):
-        extraction.run(only_layers, tokenized, sites="mlp")
+        extraction.run(part, tokenized, sites="mlp")
     with pytest.raises(UnknownArchitectureError, match=r"transformer\.blocks"):
         loaded_from(model, modules={"layers": "transformer.blocks"})
     with pytest.raises(UnknownArchitectureError, match="a block holds"):

@@ -16,6 +16,7 @@ import pytest
 from paths import SUPPORT
 from tiny_models import CHAT_TEMPLATE, PROMPTS, TINY, save_tiny, tiny_model, tiny_tokenizer
 
+import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LmprobeZarrError, ModelNotFoundError, UnknownArchitectureError
 from lmprobe_zarr.extraction import models as extraction
 from lmprobe_zarr.extraction.models import identify, model_name, parse_prompts, tokenize
@@ -818,3 +819,36 @@ def test_the_real_minilm_is_extracted_as_it_computes() -> None:
             truth = torch.stack(states[1:])[:, 0].numpy()
             np.testing.assert_allclose(batch.tokens["resid"][:, stops[row] - tokenized.lengths[at] : stops[row]], truth, atol=1e-5)
             np.testing.assert_allclose(batch.prompts["resid_mean"][:, row], truth.mean(1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("llama", {"layers": "layers"}),
+        ("llama", {"layers": "layers", "attn": "self_attn", "mlp": "mlp"}),
+        ("gemma2", {"layers": "layers", "mlp": "post_feedforward_layernorm"}),
+        ("qwen3_moe", {"layers": "layers", "router": "mlp.gate"}),
+        ("bert", {"layers": "encoder.layer"}),
+    ],
+)
+def test_naming_the_modules_that_are_found_anyway_makes_no_other_group(kind: str, names: dict[str, str]) -> None:
+    model = tiny_model(kind)
+    assert loaded_from(model, modules=names).provenance == loaded_from(model).provenance
+    other = {**names, "mlp": "attention.output.dense" if TINY[kind].encoder else "input_layernorm"}
+    assert loaded_from(model, modules=other).provenance["modules"] is not None
+
+
+def test_a_group_that_was_made_with_named_modules_is_used_further(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmprobe_zarr.extraction.models import loading
+
+    names = {"layers": "layers", "mlp": "mlp"}
+    store = lz.open_store(tmp_path / "acts", durable=False)
+    with monkeypatch.context() as earlier:  # as the first version did
+        earlier.setattr(loading, "_located", lambda module, modules: (loading.locate(module, modules), modules))
+        earlier.setattr("lmprobe_zarr.extraction.models.identity.are_known", lambda *_: False)
+        lz.extract(llama, PROMPTS[:2], store=store, modules=names, device="cpu", progress=False)
+    (before,) = store.groups().values()
+    assert before.provenance["modules"] is not None
+    stats = lz.extract(llama, PROMPTS, store=store, modules=names, device="cpu", progress=False)
+    assert stats.group == before.name
+    assert (stats.found, stats.extracted) == (2, len(PROMPTS) - 2)
