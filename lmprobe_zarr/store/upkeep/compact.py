@@ -23,11 +23,12 @@ from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, committed_at, open_view, part_nbytes, read_batches
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
+from lmprobe_zarr.store.upkeep.rewrite import new_writer
 from lmprobe_zarr.typing import Mask
 
-__all__ = ["CompactPlan", "MergeRun", "agreed", "check_min_parts", "compact_groups", "merge_run", "plan_runs", "shape_key"]
+__all__ = ["CompactPlan", "MergeRun", "check_min_parts", "compact_groups", "merge_run", "plan_runs", "shape_key"]
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -218,16 +219,8 @@ def _note_runs(timeline: _Timeline, parts: Sequence[Part], notes: Sequence[Part]
         yield run
 
 
-def agreed(infos: Sequence[PartInfo]) -> dict[str, Any]:
-    """What is recorded alike in all of these parts, and when the last of them was written."""
-    first = infos[0].recorded
-    same = {name: value for name, value in first.items() if all(info.recorded.get(name) == value for info in infos)}
-    last = max(infos, key=committed_at).recorded
-    return {**same, **({"written": last["written"]} if "written" in last else {})}
-
-
 def merge_run(
-    storage: Storage, group: GroupInfo, run: MergeRun, look: Callable[[], Listing], *, durable: bool, known: set[str]
+    storage: Storage, group: GroupInfo, run: MergeRun, list_parts: Callable[[], Listing], *, durable: bool, known: set[str]
 ) -> tuple[list[MergeRun], list[MergeRun]]:
     """Write a run as one part that replaces it; returns what was merged, and what was left.
 
@@ -237,26 +230,18 @@ def merge_run(
     Parameters
     ----------
     storage, group, run
-    look : callable
-        Lists the parts of the group now.
+    list_parts : callable
+        Lists the parts of the group as they are now.
     durable : bool
         Flush what is written before it is committed.
     known : set of str
         All names in the group's folder when the run was planned; that of the new part is added.
     """
     infos = [part.info for part in run.parts]
-    there = look().names
+    there = list_parts().names
     replaced = (name for info in infos for name in info.replaces if name in there)
-    writer = PartWriter(
-        storage,
-        group,
-        replacement_name(infos[-1].name),
-        kind=infos[0].kind,
-        compressed=infos[0].compressed,
-        durable=durable,
-        replaces=tuple(dict.fromkeys([*(info.name for info in infos), *replaced])),
-        recorded=agreed(infos),
-    )
+    replaces = tuple(dict.fromkeys([*(info.name for info in infos), *replaced]))
+    writer = new_writer(storage, group, infos, replacement_name(infos[-1].name), durable=durable, replaces=replaces)
     known.add(writer.name)
     info, too_large = None, False
     with suppress(PartGoneError), writer:
@@ -265,14 +250,14 @@ def merge_run(
             writer.append(batch)
             if too_large := writer.held_nbytes > COLUMN_BYTES:
                 break
-        if not too_large and _unchanged(storage, run, look(), known):
+        if not too_large and _unchanged(storage, run, list_parts(), known):
             info = writer.commit()
     if too_large:
-        results = [merge_run(storage, group, half, look, durable=durable, known=known) for half in run.halves()]
+        results = [merge_run(storage, group, half, list_parts, durable=durable, known=known) for half in run.halves()]
         return [merged for done, _ in results for merged in done], [half for _, left in results for half in left]
     if info is None:
         return [], [run]
-    if not _unchanged(storage, run, look(), known | {info.name}, besides=info.name):
+    if not _unchanged(storage, run, list_parts(), known | {info.name}, besides=info.name):
         remove_part(storage, Part(storage, writer.path, info))
         return [], [run]
     _carry_stamp(storage, run, info)
@@ -291,10 +276,10 @@ def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str
         return False
     there = [False] * len(run.parts)
 
-    def ask(i: int, part: Part) -> None:
+    def check(i: int, part: Part) -> None:
         there[i] = storage.is_file(f"{part.path}/zarr.json")
 
-    run_all([partial(ask, i, part) for i, part in enumerate(run.parts)], local=storage.is_local)
+    run_all([partial(check, i, part) for i, part in enumerate(run.parts)], local=storage.is_local)
     return all(there)
 
 
@@ -338,8 +323,8 @@ def compact_groups(
         for info, listing, group_runs in planned:
             known = set(listing.names)
             for run in group_runs:
-                look = partial(catalog.listing, info)
-                merged, stayed = merge_run(catalog.storage, info, run, look, durable=catalog.durable, known=known)
+                list_parts = partial(catalog.listing, info)
+                merged, stayed = merge_run(catalog.storage, info, run, list_parts, durable=catalog.durable, known=known)
                 done += merged
                 left += stayed
                 advance(run.nbytes)
