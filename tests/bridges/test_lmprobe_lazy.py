@@ -23,7 +23,7 @@ from paths import DATA
 import lmprobe_zarr as lz
 from lmprobe_zarr.bridges.files import LocalFiles, Want
 from lmprobe_zarr.bridges.imports import import_safetensors
-from lmprobe_zarr.bridges.lmprobe_lazy import open_legacy
+from lmprobe_zarr.bridges.legacy import open_legacy
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, LayerOutOfRangeError, MissingPromptsError, ModelNotStoredError
 
 Array = npt.NDArray[Any]

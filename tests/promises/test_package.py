@@ -17,7 +17,7 @@ from lmprobe_zarr import errors
 NEVER = [
     ("storage", "store.format"),
     ("store.format", "storage"),
-    ("bridges.(entry|files|tensors|arrays|lmprobe_v1|lmprobe_v2|lmprobe_write)", "store(?!.format)"),
+    ("bridges.(entry|files|tensors|arrays|lmprobe_v1|lmprobe_v2|lmprobe_write|lmprobe_lazy|lmprobe_folders)", "store(?!.format)"),
     ("extraction.models", "store"),
 ]
 FACES = faces()

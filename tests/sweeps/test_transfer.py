@@ -122,13 +122,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
 def test_where_it_runs_is_checked_as_in_a_sweep() -> None:
     for given, message in (
         ({"scheduler": "bogus"}, "scheduler='bogus' is unknown"),
-        ({"n_workers": 0}, "n_workers=0 leaves nobody to work"),
+        ({"n_workers": 0}, "n_workers=0 is not a number of workers"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             lz.sweep_transfer(DATA, "label", **given)
         with pytest.raises(InvalidArgumentError, match=message):
             lz.sweep(DATA["same"], "label", **given)
-    with pytest.raises(InvalidArgumentError, match="n_workers=0 leaves nobody to work"):
+    with pytest.raises(InvalidArgumentError, match="n_workers=0 is not a number of workers"):
         lz.fit_directions(DATA["same"], "label", n_workers=0)
 
 
