@@ -303,7 +303,7 @@ def test_warnings_point_at_the_callers_line(llama: Path) -> None:
     assert {Path(one.filename).name for one in caught} == {Path(__file__).name}
 
 
-# ------------------------------------------------------------------------------------------------------- what is asked of it
+# ------------------------------------------------------------------------------------------------------- arguments
 
 
 def test_texts_that_repeat_are_classes_and_texts_that_do_not_are_prompts(llama: Path, runs: list[int]) -> None:
@@ -345,7 +345,7 @@ def test_the_area_under_the_curve_needs_scores_not_probabilities(llama: Path, cl
     assert scores.mean() > 0.9
 
 
-def test_what_does_not_fit_the_classifier_is_said_in_our_words(llama: Path) -> None:
+def test_unsuitable_arguments_for_the_classifier_raise_our_own_errors(llama: Path) -> None:
     x = np.random.default_rng(0).standard_normal((16, 5))
     calls: list[tuple[Any, str]] = [
         (lambda: lz.Probe(classifier="lda").fit_from_activations(x, LABELS, sample_weight=[1] * 16), "sample_weight"),

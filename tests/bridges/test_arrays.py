@@ -146,12 +146,16 @@ BAD_NPY: dict[str, tuple[Any, type[Exception], str]] = {
     "big-endian": (lambda f: save(f, "layer_1.npy", np.ones((10, 4), ">f4")), CorruptFileError, "order"),
     "a list": (lambda f: save(f, "layer_1.npy", np.ones(10, "f4")), CorruptFileError, "shape"),
     "whole numbers": (lambda f: save(f, "layer_1.npy", np.ones((10, 4), "i8")), InvalidArgumentError, "floats"),
-    "another file": (lambda f: (f / "layer_1.npy").write_bytes(b"PNG and so on"), CorruptFileError, "no .npy"),
+    "another file": (lambda f: (f / "layer_1.npy").write_bytes(b"PNG and so on"), CorruptFileError, "not a .npy"),
     "cut off": (lambda f: (f / "layer_1.npy").write_bytes((f / "layer_1.npy").read_bytes()[:-1]), CorruptFileError, "cut off"),
-    "no offsets": (lambda f: (f / "offsets.npy").unlink(), InvalidArgumentError, "where each prompt begins"),
+    "no offsets": (lambda f: (f / "offsets.npy").unlink(), InvalidArgumentError, "first row of each prompt"),
     "offsets of others": (lambda f: save(f, "offsets.npy", np.array([0, 10])), InvalidArgumentError, "2 numbers for 3"),
     "offsets backwards": (lambda f: save(f, "offsets.npy", np.array([0, 8, 3, 10])), InvalidArgumentError, "ascending"),
-    "offsets of floats": (lambda f: save(f, "offsets.npy", np.array([0.0, 3, 8, 10])), CorruptFileError, "whole numbers"),
+    "offsets of floats": (
+        lambda f: save(f, "offsets.npy", np.array([0.0, 3, 8, 10])),
+        CorruptFileError,
+        "array of integers",
+    ),
 }
 
 
@@ -169,7 +173,7 @@ def test_arrays_that_do_not_fit_stop_the_run_before_anything_is_written(tmp_path
     assert store.models() == []
 
 
-def test_a_file_where_a_folder_is_asked_for_says_so(tmp_path: Path, store: Store, values: Array) -> None:
+def test_a_file_instead_of_a_folder_raises_an_error(tmp_path: Path, store: Store, values: Array) -> None:
     np.save(tmp_path / "layer_0.npy", values[0])
     with pytest.raises(InvalidArgumentError, match=r"layer_0\.npy is a file: give the folder that holds it"):
         import_npy(tmp_path / "layer_0.npy", store, model="m", prompts=PROMPTS, progress=False)
@@ -222,11 +226,11 @@ def test_padded_tensors_come_over_by_a_mask(tmp_path: Path, store: Store, values
     ("options", "message"),
     [
         ({"mapping": {"resid": {0: "absent"}}, "offsets": "starts"}, "no tensor absent"),
-        ({"mapping": {"resid": "nothing.{layer}"}, "offsets": "starts"}, "the mapping means"),
-        ({"mapping": {"resid": {0: "h"}}}, "which rows belong"),
-        ({"mapping": {"resid": {0: "h"}}, "mask": "starts"}, "it is \\(prompt, place\\)"),
-        ({"mapping": {"resid_mean": {0: "h"}}}, "10 rows, and 3"),
-        ({"mapping": {"resid_mean": {0: "starts"}}}, "rows of values"),
+        ({"mapping": {"resid": "nothing.{layer}"}, "offsets": "starts"}, "the mapping names"),
+        ({"mapping": {"resid": {0: "h"}}}, "give the rows of each prompt"),
+        ({"mapping": {"resid": {0: "h"}}, "mask": "starts"}, "expected \\(prompt, position\\)"),
+        ({"mapping": {"resid_mean": {0: "h"}}}, "10 rows, and the prompts need 3"),
+        ({"mapping": {"resid_mean": {0: "starts"}}}, "at least two dimensions"),
     ],
 )
 def test_a_mapping_that_does_not_fit_is_refused(tmp_path: Path, store: Store, values: Array, options: dict[str, Any], message: str) -> None:

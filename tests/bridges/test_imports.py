@@ -289,7 +289,7 @@ def test_every_model_comes_over_whatever_its_name(tmp_path: Path, store: Store) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "store"]
 
 
-def test_the_default_store_lies_in_the_cache_itself_and_is_not_taken_for_a_part_of_it(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_store_in_the_cache_is_not_imported_as_a_model(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMPROBE_CACHE_DIR", str(toy))
     config.reload()
     before = state_of(toy / sha16("acme/toy-4l"))
@@ -300,7 +300,7 @@ def test_the_default_store_lies_in_the_cache_itself_and_is_not_taken_for_a_part_
     assert state_of(toy / sha16("acme/toy-4l")) == before
 
 
-def test_a_place_that_is_no_cache_is_said_to_be_none(tmp_path: Path, store: Store) -> None:
+def test_a_folder_that_is_not_a_cache_raises_an_error(tmp_path: Path, store: Store) -> None:
     (tmp_path / "photos").mkdir()
     for options in ({}, {"model": "m"}):
         with pytest.raises(ModelNotStoredError, match=r"photos"):
@@ -316,7 +316,7 @@ def test_what_is_known_of_the_provenance_makes_another_group(toy: Path, store: S
     assert len(store.matching("acme/toy-4l")) == 2
 
 
-def test_perplexities_and_activations_of_one_model_lie_in_one_group(tmp_path: Path, store: Store) -> None:
+def test_perplexities_and_activations_of_a_model_are_in_the_same_group(tmp_path: Path, store: Store) -> None:
     first = add_model(tmp_path / "first")
     add_prompt(first, "a", None, perplexity={"perplexity": np.ones(3, "float32")})
     second = add_model(tmp_path / "second")
@@ -573,7 +573,7 @@ def test_prompts_and_layers_are_chosen(filled: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
-def test_activations_are_converted_where_that_is_asked_for(filled: Store, tmp_path: Path, dtype: str) -> None:
+def test_export_converts_activations_to_the_given_dtype(filled: Store, tmp_path: Path, dtype: str) -> None:
     quiet_export(filled, tmp_path / "out", dtype=dtype)
     found = written(tmp_path / "out", "two", "acme/toy")[""]["layer_3"][0]
     exact = filled.tokens().resid.sel(prompt=sha16("two"), layer=3).values
@@ -596,7 +596,7 @@ def test_values_that_a_dtype_cannot_hold_are_never_written_as_infinity(tmp_path:
     assert quiet_export(store, tmp_path / "out", dtype="bfloat16").exported == 1
 
 
-def test_what_is_there_is_neither_changed_nor_deleted_unless_asked(filled: Store, tmp_path: Path) -> None:
+def test_export_changes_and_deletes_nothing_without_overwrite(filled: Store, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     folder = add_model(cache, "acme/toy")
     (folder / "_model_name.txt").write_text("acme/toy\n")
@@ -892,7 +892,7 @@ for i, text in enumerate(texts):
 assert [(e.prompt, e.num_tokens) for e in list_cached_prompts(model, verify=True)] == list(zip(texts, np.diff(truth["bounds"]).tolist()))
 assert [m.model_name for m in cache_info().models] == [model]
 def refuse(*args, **kwargs):
-    raise AssertionError("the model was asked for")
+    raise AssertionError("the model was loaded")
 import transformers
 for name in ("AutoModel", "AutoModelForCausalLM", "AutoTokenizer"):
     getattr(transformers, name).from_pretrained = refuse

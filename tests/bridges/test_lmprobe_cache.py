@@ -88,7 +88,7 @@ def test_prompts_are_listed_behind_those_of_the_store() -> None:
     assert len(lz.list_cached_prompts(TOY, legacy="never")) == 2
 
 
-def test_clearing_leaves_lmprobes_entries_unless_told(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_clear_cache_keeps_lmprobes_entries_without_legacy(old: Path, caplog: pytest.LogCaptureFixture) -> None:
     (old / "c9299c54fe49c0cc" / "notes.txt").write_text("mine")
     (old / "0123456789abcdef").mkdir()
     (old / "0123456789abcdef" / "weights.bin").write_text("mine")
@@ -186,7 +186,7 @@ def test_a_probe_is_fitted_from_lmprobes_entries_without_the_model(
 
 @pytest.mark.model
 @peer
-def test_entries_serve_a_whole_call_or_none_of_it(
+def test_lmprobes_entries_serve_a_call_only_if_they_hold_all_of_it(
     filled: Callable[[str], tuple[Path, list[list[float]]]], tmp_path: Path, runs: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     from tiny_models import save_tiny
@@ -228,7 +228,7 @@ def test_entries_older_than_the_weights_are_of_another_model(
 
 @pytest.mark.model
 @peer
-def test_a_damaged_entry_is_told_and_the_model_runs(filled: Callable[[str], tuple[Path, list[list[float]]]], runs: list[int]) -> None:
+def test_a_damaged_entry_is_logged_and_the_model_runs(filled: Callable[[str], tuple[Path, list[list[float]]]], runs: list[int]) -> None:
     from tiny_models import save_tiny
 
     model, expected = filled("last_token")

@@ -104,7 +104,7 @@ def test_padding_is_left_out_on_whichever_side_it_is(tmp_path: Path, pad: tuple[
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_that_do_not_lie_together_are_taken_one_by_one(tmp_path: Path, dtype: str) -> None:
+def test_tokens_that_are_not_contiguous_are_read_correctly(tmp_path: Path, dtype: str) -> None:
     tensors = prompt_tensors(0, n=6, pad=(1, 1), dtype=dtype)
     tensors["attention_mask"] = np.array([[0, 1, 1, 0, 1, 0, 1, 0]])
     add_prompt(add_model(tmp_path), "a", tensors)
@@ -248,7 +248,7 @@ def test_one_prompt_is_found_without_listing_anything(tmp_path: Path, monkeypatc
     assert by_hash.text == "p1", "the manifest knows it"
 
 
-def test_an_entry_says_what_to_read_for_some_layers_or_that_not_all_are_there(tmp_path: Path) -> None:
+def test_covering_gives_what_to_read_or_none_if_a_layer_is_missing(tmp_path: Path) -> None:
     tensors = prompt_tensors(0, layers=(0, 1, 2)) | {"layer_1": prompt_tensors(0, layers=(1,), dtype="float16")["layer_1"]}
     add_prompt(add_model(tmp_path), "a", tensors, perplexity={"perplexity": np.ones(3, "float32")})
     entry = one(source_of(tmp_path))
@@ -392,7 +392,7 @@ def test_a_file_that_was_exchanged_since_it_was_looked_at_is_noticed(tmp_path: P
     with pytest.raises(CorruptFileError, match="changed since"):
         source.read([entry], entry.holds)
     path.unlink()
-    with pytest.raises(CorruptFileError, match="gone since"):
+    with pytest.raises(CorruptFileError, match="removed after"):
         source.read([entry], entry.holds)
 
 
@@ -422,14 +422,14 @@ def test_looking_and_reading_change_nothing(tmp_path: Path) -> None:
 
 
 class CountingFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """Memory that notes which ranges of which files were asked for."""
+    """Memory that notes which ranges of which files are requested."""
 
     protocol = "counting"
-    asked: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
+    requests: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
     listed: list[str] = []  # noqa: RUF012
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        self.asked.append((path.rsplit("/", 1)[-1], start, end))
+        self.requests.append((path.rsplit("/", 1)[-1], start, end))
         data: bytes = super().cat_file(path, start=start, end=end, **options)
         return data
 
@@ -447,30 +447,30 @@ def remote(tmp_path: Path) -> Iterator[RemoteFiles]:
     name = f"/{uuid.uuid4().hex}"
     memory = CountingFileSystem(skip_instance_cache=True)
     memory.put(str(tmp_path) + "/", name, recursive=True)
-    memory.asked.clear()
+    memory.requests.clear()
     memory.listed.clear()
     yield RemoteFiles(FsspecStorage(memory, name, f"counting:/{name}"))
     memory.rm(name, recursive=True)
 
 
-def test_on_an_object_store_only_the_bytes_of_what_is_asked_for_are_fetched(remote: RemoteFiles) -> None:
-    asked = remote.storage.filesystem.asked
+def test_on_an_object_store_only_the_requested_bytes_are_fetched(remote: RemoteFiles) -> None:
+    requests = remote.storage.filesystem.requests
     source = LmprobeV2(remote, MODEL)
     ((entry,),) = [items or [] for items in source.find(["long"])]
     assert isinstance(entry, Entry)
     assert not remote.storage.filesystem.listed
-    assert all(b is not None and b <= 2**17 for _, _, b in asked), "headers only"
-    asked.clear()
+    assert all(b is not None and b <= 2**17 for _, _, b in requests), "headers only"
+    requests.clear()
     values = source.read([entry], [Held(level="tokens", variable="resid", layers=(2,), dtype="float32", row_shape=(64,))])
     np.testing.assert_array_equal(values.tokens["resid"][0], prompt_tensors(0, n=4000, hidden=64, layers=(0, 1, 2, 3))["layer_2"][0, 2:])
-    fetched = sum((b or 0) - (a or 0) for _, a, b in asked)
+    fetched = sum((b or 0) - (a or 0) for _, a, b in requests)
     assert 4000 * 64 * 4 <= fetched <= 4000 * 64 * 4 + 2**11
-    asked.clear()
+    requests.clear()
     ((short,),) = [items or [] for items in source.find(["short"])]
     assert isinstance(short, Entry)
-    asked.clear()
+    requests.clear()
     source.read([short], short.holds)
-    assert len(asked) == 1, "near ranges are one request"
+    assert len(requests) == 1, "near ranges are one request"
 
 
 def test_many_prompts_on_an_object_store_are_looked_up_in_one_listing(remote: RemoteFiles) -> None:
@@ -478,11 +478,11 @@ def test_many_prompts_on_an_object_store_are_looked_up_in_one_listing(remote: Re
     found = source.find(["long", *(f"absent {i}" for i in range(150))])
     assert [bool(f) for f in found] == [True] + [False] * 150
     assert len(remote.storage.filesystem.listed) == 1
-    assert len(remote.storage.filesystem.asked) == 1
+    assert len(remote.storage.filesystem.requests) == 1
     assert {e.text for e in source.entries() if isinstance(e, Entry)} == {"long", "short"}
 
 
-def test_a_file_on_an_object_store_that_is_shorter_than_its_header_says_is_noticed(remote: RemoteFiles) -> None:
+def test_a_truncated_file_on_an_object_store_is_noticed(remote: RemoteFiles) -> None:
     path = f"{remote.storage.root}/{sha16(MODEL)}/{sha16('long')}.safetensors"
     remote.storage.filesystem.pipe_file(path, remote.storage.filesystem.cat_file(path)[:-100])
     source = LmprobeV2(remote, MODEL)

@@ -76,7 +76,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Nothing is run, nobody is asked, and it does not take long."""
+    """Nothing is run, the user is not asked for anything, and it does not take long."""
     global _watching  # noqa: PLW0603 — a hook cannot be taken away again
     _caught.clear()
     _watching, began = True, time.monotonic()

@@ -102,7 +102,7 @@ def test_whole_numbers_come_back_as_they_are(dtype: str) -> None:
     np.testing.assert_array_equal(found, values)
 
 
-def test_nan_that_was_computed_is_told_from_what_is_absent(store: Store) -> None:
+def test_computed_nan_is_distinguished_from_missing_values(store: Store) -> None:
     nothing = np.full((4, 3), np.nan, np.float32)
     lz.write_activations(store, model="m", prompts=list("abcd"), pooled={"resid_mean": {0: nothing}})
     lz.write_activations(store, model="m", prompts=["e"], pooled={"resid_mean": {1: np.ones((1, 3), np.float32)}})

@@ -74,7 +74,7 @@ def test_norms_and_outliers_are_those_of_plain_numpy(tmp_path: Path) -> None:
     assert (profile.unit[1], profile.n_outliers.tolist()) == (5, [0, 1])
 
 
-def test_of_a_large_store_a_sample_is_read_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_of_a_large_store_is_read_and_the_page_notes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = lz.open_store(tmp_path / "s")
     texts = [f"p{i}" for i in range(400)]
     store.write(GROUP, make_batch(texts, n_tokens=[5] * 400, hidden=8))
@@ -190,7 +190,7 @@ def test_texts_stay_out_where_they_are_not_wanted_or_not_there(stored: Store, tm
     assert "prompt 3!!!" in lz.report(stored, prompts=["prompt 3!!!"]).html
 
 
-def test_a_page_does_not_say_where_on_this_machine_the_store_lies(stored: Store, tmp_path: Path) -> None:
+def test_a_page_does_not_show_the_local_path_of_the_store(stored: Store, tmp_path: Path) -> None:
     assert str(tmp_path) not in lz.report(stored).html
 
 
@@ -245,7 +245,7 @@ def test_stores_with_little_in_them_have_a_page_too(tmp_path: Path) -> None:
         ({"path": "/nowhere/at/all/r.html"}, InvalidArgumentError, "cannot be written"),
     ],
 )
-def test_what_cannot_be_shown_is_said(stored: Store, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_page_that_cannot_be_made_raises(stored: Store, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         lz.report(stored, **arguments)
 

@@ -80,7 +80,7 @@ def test_a_stamp_is_an_empty_file(storage: Storage) -> None:
     assert storage.read("g/.used/part") == b""
 
 
-def test_a_removed_folder_is_gone_and_its_neighbour_is_not(storage: Storage) -> None:
+def test_removing_a_folder_keeps_its_neighbours(storage: Storage) -> None:
     storage.write("a/f", b"1", durable=False)
     storage.write("ab/f", b"2", durable=False)
     storage.remove_tree("a")

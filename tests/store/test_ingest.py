@@ -107,7 +107,7 @@ def test_open_parts_together_hold_no_more_than_one_may(store: Store, monkeypatch
     assert ingest.prompts == 120
 
 
-def test_no_part_is_larger_than_asked_for(store: Store) -> None:
+def test_no_part_is_larger_than_part_bytes(store: Store) -> None:
     one = make_batch(["x" * 4], tokens=True).nbytes
     with Ingest(store, GROUP, part_bytes=3 * one) as ingest:
         ingest.put(make_batch([f"{i:04}" for i in range(20)]))

@@ -185,7 +185,7 @@ def test_what_was_copied_into_the_last_and_changed_there_does_not_hide_the_first
     np.testing.assert_array_equal(layered.dataset().resid_mean.values, make_batch(TEAM, seed=1).prompts["resid_mean"])
 
 
-def test_three_may_lie_on_each_other_and_a_layered_store_may_be_one_of_several(team: Path, tmp_path: Path) -> None:
+def test_three_stores_and_layered_stores_can_be_layered(team: Path, tmp_path: Path) -> None:
     lab, mine = tmp_path / "lab", tmp_path / "mine"
     lz.open_store(lab).write(GROUP, make_batch(["two", "lab's"], seed=3))
     three = lz.open_store([lz.open_store([team, lab]), mine])
@@ -296,7 +296,7 @@ def test_upkeep_knows_the_last_place_only(layered: Store, tmp_path: Path) -> Non
     assert not (tmp_path / "public").exists()
 
 
-def test_a_published_copy_may_lie_below_and_not_last(team: Path, tmp_path: Path) -> None:
+def test_a_published_copy_can_be_a_lower_store_but_not_the_last(team: Path, tmp_path: Path) -> None:
     lz.open_store(team, "r").publish(tmp_path / "public", progress=False)
     store = lz.open_store([tmp_path / "public", tmp_path / "own"])
     store.write(GROUP, make_batch(MINE, seed=2))
@@ -382,7 +382,7 @@ def test_storage_options_are_for_the_urls_or_one_by_one(team: Path, tmp_path: Pa
         lz.open_store([team, tmp_path / "mine"], storage_options=[None])
 
 
-def test_damage_below_is_told_with_its_place_and_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_damage_in_a_lower_store_is_reported_with_its_root_and_can_be_skipped(tmp_path: Path) -> None:
     team, mine = lz.open_store(tmp_path / "team"), lz.open_store(tmp_path / "mine")
     name = team.write(GROUP, make_batch(TEAM))
     mine.write(GROUP, make_batch(MINE, seed=2))

@@ -494,12 +494,12 @@ def kill_at_random(base: Path, rounds: int, seed: int) -> int:
         time.sleep(rng.uniform(0, 0.15))
         os.kill(child, 9)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
-        told = b""
+        answered = b""
         while some := os.read(receive, 1000):
-            told += some
+            answered += some
         os.close(receive)
-        assert b"!" not in told, f"round {number}: {[kind for kind, _, _ in todo][: len(told)]}"
-        done = len(told)
+        assert b"!" not in answered, f"round {number}: {[kind for kind, _, _ in todo][: len(answered)]}"
+        done = len(answered)
         before = todo[done - 1][1] if done else truth
         kills += killed and done < len(todo)
         kind, truth, do = todo[done] if done < len(todo) else ("nothing", before, lambda store: None)

@@ -52,7 +52,7 @@ def dataset() -> xr.Dataset:
     )
 
 
-def test_every_control_stands_beside_the_probes_and_is_told_apart() -> None:
+def test_every_control_is_a_marked_row_beside_the_probes() -> None:
     ds = dataset()
     scores = sweep(ds, "label", ["ridge", "mass_mean"], controls=CONTROLS.keys(), random_state=0)
     names = ["ridge", "mass_mean", "shuffled_labels:ridge", "shuffled_labels:mass_mean", *list(CONTROLS)[1:]]

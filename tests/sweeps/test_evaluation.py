@@ -73,7 +73,7 @@ def test_a_split_is_one_fold_and_leaves_others_out() -> None:
         sweep(activations(), "label", split="split", groups=np.arange(N) % 50)
 
 
-def test_prompts_without_a_label_are_named_and_left_out_only_when_asked() -> None:
+def test_prompts_without_a_label_are_named_and_dropped_only_with_missing_drop() -> None:
     labels = Y.astype(float)
     labels[[3, 70]] = np.nan
     with pytest.raises(LabelError, match=r"miss 2 of 150 prompts .*missing='drop'"):
@@ -134,11 +134,11 @@ def test_values_are_learned_on_the_folds_of_scikit_learn() -> None:
     assert scores.probe.values.tolist() == ["ridge_regression"]
     for k, (train, test) in enumerate(KFold(5, shuffle=True, random_state=0).split(X[0])):
         for place, x in enumerate(X):
-            said = make_pipeline(StandardScaler(), Ridge()).fit(x[train], target[train]).predict(x[test])
+            by_sklearn = make_pipeline(StandardScaler(), Ridge()).fit(x[train], target[train]).predict(x[test])
             at = scores.isel(layer=place, probe=0, fold=k)
-            assert at.r2.item() == pytest.approx(r2_score(target[test], said), abs=1e-9)
-            assert at.mae.item() == pytest.approx(mean_absolute_error(target[test], said), abs=1e-9)
-            assert at.spearman.item() == pytest.approx(stats.spearmanr(target[test], said).statistic, abs=1e-9)
+            assert at.r2.item() == pytest.approx(r2_score(target[test], by_sklearn), abs=1e-9)
+            assert at.mae.item() == pytest.approx(mean_absolute_error(target[test], by_sklearn), abs=1e-9)
+            assert at.spearman.item() == pytest.approx(stats.spearmanr(target[test], by_sklearn).statistic, abs=1e-9)
     grouped = sweep(activations(), target, "lasso", task="regression", groups="family")
     assert "StratifiedGroupKFold" in grouped.attrs["cv"]
     assert "classes" not in scores.attrs

@@ -161,7 +161,7 @@ def test_the_last_digits_of_activations_may_differ_as_they_do_between_machines(t
     assert fitted == []
 
 
-def test_what_is_asked_of_activations_reads_eight_prompts_of_each_layer(tmp_path: Path, chunk_reads: list[tuple[str, int, int]]) -> None:
+def test_the_identity_of_activations_reads_eight_prompts_of_each_layer(tmp_path: Path, chunk_reads: list[tuple[str, int, int]]) -> None:
     store = lz.open_store(tmp_path / "acts", durable=False)
     for half in (slice(0, 40), slice(40, 80)):
         pooled = {"resid_mean": {layer: activations().values[layer, half] for layer in range(LAYERS)}}
@@ -264,16 +264,16 @@ package(activations(), **OPTIONS, out=sys.argv[1], n_workers=2)
 def test_kill_9_in_the_middle_and_another_process_goes_on_to_the_same_scores(tmp_path: Path, layers_before: int) -> None:
     place = tmp_path / "scores"
     # What it says is kept in a file: a full pipe would stop it.
-    with (tmp_path / "said").open("w") as said:
+    with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(place), str(Path(__file__).parent), str(SUPPORT)],
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             cwd=Path(__file__).parent,
         )
         deadline = time.monotonic() + 60
         while len(list((place / "done").glob("c.*"))) < layers_before:
-            assert process.poll() is None, (tmp_path / "said").read_text()
+            assert process.poll() is None, (tmp_path / "output").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)

@@ -109,7 +109,7 @@ def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(
         fsspec.filesystem("memory").rm(root, recursive=True)
 
 
-def test_parts_of_one_shape_become_one_and_prompts_that_were_superseded_are_gone(store: Store) -> None:
+def test_parts_of_equal_shape_are_merged_without_replaced_prompts(store: Store) -> None:
     for seed in range(4):
         store.write(GROUP, make_batch(["a", f"b{seed}"], seed=seed, columns={"label": [seed, seed]}))
     before = shown(store)
@@ -459,7 +459,7 @@ def test_a_hundred_small_parts_become_one() -> None:
     assert_same(store, before)
 
 
-def test_names_of_parts_are_told_from_others() -> None:
+def test_part_names_are_distinguished_from_other_names() -> None:
     from lmprobe_zarr.store.format.part_names import PART_NAME
 
     name = new_part_name()

@@ -90,7 +90,7 @@ def test_the_newest_file_tells_the_age_of_a_part_that_is_being_written(folder: S
     assert one.exists()
 
 
-def test_a_strangers_files_stay_wherever_they_lie(folder: Store) -> None:
+def test_gc_keeps_foreign_files_in_every_folder(folder: Store) -> None:
     root = Path(folder.url)
     part = root / begun(folder)
     strange = [

@@ -321,8 +321,8 @@ def test_a_damaged_file_is_never_a_wrong_value_and_is_found_and_taken_out(kind: 
     check(observed(clean), gone)
     if case.document in ("", "root", "group"):
         assert clean.dataset("acme/toy").prompt.values.tolist() == [prompt_hash(t) for t in ("a", "bb", "ccc", "d", "e")], "in order"
-    told = {(name, layer, text) for lost in done.lost for name in lost.variables for layer in lost.layers for text in lost.prompts}
-    assert told == {cell[1:] for cell in gone if cell[2] >= 0 and not lost_commit}
+    reported = {(name, layer, text) for lost in done.lost for name in lost.variables for layer in lost.layers for text in lost.prompts}
+    assert reported == {cell[1:] for cell in gone if cell[2] >= 0 and not lost_commit}
     columns = {(lost.column, label) for lost in done.columns for label in lost.hashes}
     if case.document == "":
         assert columns == {(cell[1], prompt_hash(cell[3])) for cell in gone if cell[2] < 0}
@@ -548,7 +548,7 @@ def test_foreign_folders_are_named_and_stay(place: Path) -> None:
     assert done.changes == 0
 
 
-def test_a_part_of_a_newer_version_is_told_and_left(place: Path) -> None:
+def test_repair_reports_and_keeps_a_part_of_a_newer_version(place: Path) -> None:
     part = parts_of(lz.open_store(place))[0]
     path = place / part / "zarr.json"
     path.write_text(path.read_text().replace('"format_version":1', '"format_version":2'))
@@ -560,7 +560,7 @@ def test_a_part_of_a_newer_version_is_told_and_left(place: Path) -> None:
 # -------------------------------------------------------------------------------------------- places that are not simply ours to mend
 
 
-def test_a_file_that_cannot_be_read_now_is_told_and_left(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_reports_and_keeps_a_file_that_cannot_be_read_now(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = f"{parts_of(lz.open_store(place))[0]}/tokens/resid/c.1.1.0"
     real = LocalStorage.read_view
 
