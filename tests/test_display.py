@@ -70,7 +70,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
         store.write(GROUP, make_batch([f"a{i}", f"bb{i}", f"c{i}"], n_tokens=[2, 3, 4], columns={"label": [0, 1, 1]}))
     store.annotate("acme/toy", {"split": {"a0": "train"}})
     held = describe_view(store.view(GROUP))
-    by_name = {one.name: one for one in (*held.variables, *held.columns)}
+    by_name = {array.name: array for array in (*held.variables, *held.columns)}
     # 3 layers × (2 × 9 tokens) × 8 hidden × 4 bytes
     assert (by_name["resid"].raw_nbytes, by_name["resid"].dtype, by_name["resid"].codecs) == (1728, "float32", "bitshuffle, lz4, crc32c")
     for level, name in (("tokens", "resid"), ("prompts", "resid_mean"), ("prompts", "label"), ("prompts", "split")):

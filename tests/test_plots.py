@@ -249,7 +249,7 @@ def test_names_of_tokens_do_not_overlap(n: int) -> None:
     axes: Any = plot_tokens(token_scores(n, texts=[f" extraordinarily{i}" for i in range(n)]))
     axes.figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
-    assert all(one.x1 <= other.x0 + 1 for one, other in pairwise(boxes))
+    assert all(box.x1 <= other.x0 + 1 for box, other in pairwise(boxes))
 
 
 def test_one_prompt_of_several_is_chosen_by_hash_or_text() -> None:

@@ -343,11 +343,11 @@ def test_training_on_all_tokens_takes_every_token_and_no_padding(llama: Path) ->
 
 
 def test_prompts_and_labels_or_two_lists_are_the_same(llama: Path) -> None:
-    one = lz.Probe(str(llama), layers=1).fit(POSITIVE, NEGATIVE)
+    probe = lz.Probe(str(llama), layers=1).fit(POSITIVE, NEGATIVE)
     y = [1] * 8 + [0] * 8
     for labels in (y, np.array(y), tuple(y), [bool(v) for v in y]):
         other = lz.Probe(str(llama), layers=1).fit(POSITIVE + NEGATIVE, labels)
-        np.testing.assert_allclose(other.predict_proba(TEST), one.predict_proba(TEST))
+        np.testing.assert_allclose(other.predict_proba(TEST), probe.predict_proba(TEST))
     named = lz.Probe(str(llama), layers=1).fit(POSITIVE + NEGATIVE, labels=["yes"] * 8 + ["no"] * 8)
     assert named.classes_ is not None
     assert named.classes_.tolist() == ["no", "yes"]
@@ -497,7 +497,7 @@ def test_a_cache_that_cannot_be_written_warns_once_and_computing_continues(
     probe = lz.Probe(str(llama), layers=1)
     with pytest.warns(CacheWarning) as caught:
         probe.fit(POSITIVE, NEGATIVE)
-    messages = [str(one.message) for one in caught]
+    messages = [str(warning.message) for warning in caught]
     assert len(messages) == 1
     assert str(file) in messages[0]
     assert "LMPROBE_CACHE_DIR" in messages[0]
@@ -595,10 +595,10 @@ def test_eight_threads_on_the_same_prompts(llama: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    for one in found:
-        np.testing.assert_allclose(one, expected, atol=1e-5)
+    for probabilities in found:
+        np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     assert len(found) == 8
-    listed = [one.prompt for one in lz.list_cached_prompts("llama")]
+    listed = [cached.prompt for cached in lz.list_cached_prompts("llama")]
     assert sorted(listed) == sorted([*POSITIVE, *NEGATIVE, *TEST])  # type: ignore[type-var]
 
 

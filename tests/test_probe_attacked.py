@@ -129,17 +129,17 @@ def test_a_read_only_backend_is_neither_evicted_nor_cleared(tmp_path: Path) -> N
 
 
 def test_two_folders_of_one_name_are_two_models(llama: Path, tmp_path: Path) -> None:
-    one = save_tiny("llama", tmp_path / "runA" / "checkpoint-100")
+    checkpoint = save_tiny("llama", tmp_path / "runA" / "checkpoint-100")
     other = save_tiny("gpt2", tmp_path / "runB" / "checkpoint-100")
     lz.Probe(str(other), layers=0).warmup(["a prompt"])
-    assert lz.discover_cached(str(one), "a prompt") is None
+    assert lz.discover_cached(str(checkpoint), "a prompt") is None
     assert lz.discover_cached(str(other), "a prompt") is not None
-    lz.Probe(str(one), layers=0).warmup(["a prompt"])
-    assert lz.discover_cached(str(one), "a prompt") is not None
+    lz.Probe(str(checkpoint), layers=0).warmup(["a prompt"])
+    assert lz.discover_cached(str(checkpoint), "a prompt") is not None
     with pytest.raises(AmbiguousProvenanceError):
         lz.discover_cached("checkpoint-100", "a prompt")
-    assert len(lz.cache_info(str(one)).models) == 1
-    assert lz.clear_cache(str(one)) == 1
+    assert len(lz.cache_info(str(checkpoint)).models) == 1
+    assert lz.clear_cache(str(checkpoint)) == 1
     assert lz.discover_cached(str(other), "a prompt") is not None
 
 
@@ -300,7 +300,7 @@ def test_warnings_point_at_the_callers_line(llama: Path) -> None:
     lz.set_cache_limit(1e-12)
     with pytest.warns(CacheWarning) as caught:
         lz.Probe(str(llama), layers=3).warmup(POSITIVE)
-    assert {Path(one.filename).name for one in caught} == {Path(__file__).name}
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
 
 
 # ------------------------------------------------------------------------------------------------------- arguments

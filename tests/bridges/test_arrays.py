@@ -66,7 +66,7 @@ def test_hidden_states_of_vllm_come_over_known_by_their_token_ids(tmp_path: Path
     check(store, values[::-1], [2, 7], ids)
     toks = store.tokens("m", prompts=ids)
     assert toks.resid.attrs["stored_dtype"] == "bfloat16"
-    assert toks.token_id.values.tolist() == [i for one in ids for i in one]
+    assert toks.token_id.values.tolist() == [i for numbers in ids for i in numbers]
 
 
 @pytest.mark.parametrize("given", [PROMPTS, dict(enumerate(PROMPTS))])

@@ -121,10 +121,10 @@ def assert_same_tensors(found: dict[str, dict[str, Array]], expected: dict[str, 
             assert found[suffix][name].tobytes() == np.ascontiguousarray(values).tobytes(), name
 
 
-def assert_same_stores(one: Store, other: Store, prompts: list[str], **group: Any) -> None:
+def assert_same_stores(first: Store, other: Store, prompts: list[str], **group: Any) -> None:
     """Every variable of both levels, bit for bit, with its dtype, coordinates and what it was stored as."""
     for level in ("prompts", "tokens"):
-        a, b = (s.dataset(prompts=prompts, **group) if level == "prompts" else s.tokens(prompts=prompts, **group) for s in (one, other))
+        a, b = (s.dataset(prompts=prompts, **group) if level == "prompts" else s.tokens(prompts=prompts, **group) for s in (first, other))
         assert set(a.variables) == set(b.variables)
         assert a.sizes == b.sizes
         for name in a.variables:
@@ -971,10 +971,10 @@ def test_what_lmprobe_writes_now_comes_over_whole(tmp_path: Path, store: Store) 
     toks = store.tokens()
     assert toks.resid.attrs["stored_dtype"] == "bfloat16"
     for i in range(3):
-        one = toks.sel(prompt=lz.prompt_hash(f"text {i}"))
-        np.testing.assert_array_equal(np.concatenate([one.resid.sel(layer=2), one.resid.sel(layer=7)], 1), truth[f"resid{i}"])
-        np.testing.assert_array_equal(one.token_perplexity, [np.nan, *truth[f"ppl{i}"]])
+        shown = toks.sel(prompt=lz.prompt_hash(f"text {i}"))
+        np.testing.assert_array_equal(np.concatenate([shown.resid.sel(layer=2), shown.resid.sel(layer=7)], 1), truth[f"resid{i}"])
+        np.testing.assert_array_equal(shown.token_perplexity, [np.nan, *truth[f"ppl{i}"]])
         if i == 0:
-            np.testing.assert_array_equal(one.logits, truth["logits0"])
+            np.testing.assert_array_equal(shown.logits, truth["logits0"])
         else:
-            np.testing.assert_array_equal(one.logits_top_k_values, np.sort(truth[f"logits{i}"])[:, :-3:-1])
+            np.testing.assert_array_equal(shown.logits_top_k_values, np.sort(truth[f"logits{i}"])[:, :-3:-1])

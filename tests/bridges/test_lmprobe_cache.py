@@ -82,7 +82,7 @@ def test_prompts_are_listed_behind_those_of_the_store() -> None:
     lz.write_activations(
         lz.open_store(), model=TOY, prompts=["mine", TRUTH["prompts"][0]], pooled={"resid_mean": {0: np.ones((2, 8), "f4")}}
     )
-    listed = [one.prompt for one in lz.list_cached_prompts(TOY)]
+    listed = [cached.prompt for cached in lz.list_cached_prompts(TOY)]
     assert listed[:2] == ["mine", TRUTH["prompts"][0]]
     assert sorted(p for p in listed if p) == sorted({"mine", *TRUTH["prompts"]} & set(listed)), "none twice"
     assert len(lz.list_cached_prompts(TOY, legacy="never")) == 2

@@ -171,9 +171,9 @@ def test_prompts_are_listed_with_texts_counts_and_dates(cache: Store) -> None:
     secret = make_batch(["secret"], tokens=False)
     cache.write(GROUP, TokenBatch(sha256=secret.sha256, layers=secret.layers, prompts=secret.prompts))
     listed = lz.list_cached_prompts("acme/toy")
-    assert [(one.prompt, one.num_tokens) for one in listed] == [("a", 2), ("bbb", 4), (None, None)]
+    assert [(cached.prompt, cached.num_tokens) for cached in listed] == [("a", 2), ("bbb", 4), (None, None)]
     assert listed[2].hash == lz.prompt_hash("secret")
-    assert all(one.cached_at.startswith("20") for one in listed)
+    assert all(cached.cached_at.startswith("20") for cached in listed)
 
 
 def test_requests_grow_with_parts_and_not_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,10 +289,10 @@ def test_evict_reduces_the_cache_to_its_limit_and_logs_what_was_removed(cache: S
     assert plan.kept == lz.cache_info().total_size_bytes
     assert "evicted" in caplog.text
     left = lz.list_cached_prompts("acme/toy")
-    assert [one.prompt for one in left] == ["3", "4", "5"], "the first ones were the least recently used"
+    assert [cached.prompt for cached in left] == ["3", "4", "5"], "the first ones were the least recently used"
     assert cache.dataset(prompts=["4"]).resid_mean.values.shape == (3, 1, 8), "an open store sees what went"
     assert lz.evict() is not None, "evicting again does nothing"
-    assert [one.prompt for one in lz.list_cached_prompts("acme/toy")] == ["3", "4", "5"]
+    assert [cached.prompt for cached in lz.list_cached_prompts("acme/toy")] == ["3", "4", "5"]
 
 
 def test_no_limit_means_no_eviction(cache: Store) -> None:
@@ -514,7 +514,7 @@ def test_deleting_twice_from_a_part_leaves_no_older_one_to_show_again(store: Sto
     store.write(GROUP, make_batch(["a", "b", "c"]))
     store.delete("acme/toy", ["a"])
     store.delete("acme/toy", [lz.prompt_hash("b")])
-    assert [one.prompt for one in lz.list_cached_prompts("acme/toy", store=store)] == ["c"]
+    assert [cached.prompt for cached in lz.list_cached_prompts("acme/toy", store=store)] == ["c"]
     store.delete("acme/toy", ["c"])
     assert lz.list_cached_prompts("acme/toy", store=store) == []
 
@@ -565,7 +565,7 @@ def two_writers(tmp_path: Path) -> list[subprocess.Popen[bytes]]:
 
 def test_two_processes_lose_no_line_of_the_list(two_writers: list[subprocess.Popen[bytes]], tmp_path: Path) -> None:
     assert [process.wait(timeout=120) for process in two_writers] == [0, 0]
-    listed = [one.prompt for one in lz.list_cached_prompts("acme/toy", store=tmp_path / "s")]
+    listed = [cached.prompt for cached in lz.list_cached_prompts("acme/toy", store=tmp_path / "s")]
     assert len(listed) == len(set(listed)) == 75
 
 

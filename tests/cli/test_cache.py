@@ -98,7 +98,7 @@ def test_delete_takes_prompts_from_a_file(cache: Store, capsys: pytest.CaptureFi
     (tmp_path / "p.txt").write_text(f"secret 0\n{lz.prompt_hash('secret 2')}\n")
     assert call(capsys, "delete", cache.url, str(tmp_path / "p.txt"))[0] == 1
     assert call_json(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--yes") == {"prompts": 2, "parts": 2}
-    assert sorted(str(one.prompt) for one in lz.list_cached_prompts("acme/toy")) == ["prompt 0", "prompt 1", "prompt 2", "secret 1"]
+    assert sorted(str(cached.prompt) for cached in lz.list_cached_prompts("acme/toy")) == ["prompt 0", "prompt 1", "prompt 2", "secret 1"]
     code, _, err = call(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--yes")
     assert code == 1
     assert "not in" in err

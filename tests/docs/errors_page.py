@@ -293,7 +293,11 @@ def entry(name: str, message: str) -> str:
         for base in cls.__mro__
         if getattr(builtins, base.__name__, None) is base and base not in (Exception, BaseException, object)
     ]
-    kept = [one for one in near if not any(one != other and issubclass(getattr(builtins, other), getattr(builtins, one)) for other in near)]
+    kept = [
+        base_name
+        for base_name in near
+        if not any(base_name != other and issubclass(getattr(builtins, other), getattr(builtins, base_name)) for other in near)
+    ]
     first = str(inspect.getdoc(cls)).splitlines()[0]
     return f"## {name}\n\n{first} Also a `{'` and a `'.join(kept)}`.\n\n```text\n{message}\n```\n"
 

@@ -34,15 +34,15 @@ def activations(classes: int = 2, n: int = 90, hidden: int = 300, dtype: str = "
     return x.astype(dtype), y
 
 
-def same_predictions(one: Any, other: Any, x: Any) -> None:
+def same_predictions(first: Any, other: Any, x: Any) -> None:
     for method in ("predict", "predict_proba", "decision_function"):
-        assert hasattr(one, method) == hasattr(other, method), method
-        if hasattr(one, method):
-            expected, found = getattr(one, method)(x), getattr(other, method)(x)
+        assert hasattr(first, method) == hasattr(other, method), method
+        if hasattr(first, method):
+            expected, found = getattr(first, method)(x), getattr(other, method)(x)
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(found, expected)
-    if hasattr(one, "classes_"):
-        assert other.classes_.dtype == one.classes_.dtype
+    if hasattr(first, "classes_"):
+        assert other.classes_.dtype == first.classes_.dtype
 
 
 def saved(**options: Any) -> bytes:

@@ -72,12 +72,12 @@ def test_cells_add_up_to_the_training_sets_of_folds(name: str) -> None:
 def test_portions_and_their_order_make_no_difference() -> None:
     x, y = rows(2)
     cells = np.arange(N) % 3
-    one, many = counted(x, y, cells), counted(x, y, cells, portions=40)
-    assert (one.counts == many.counts).all()
+    whole, many = counted(x, y, cells), counted(x, y, cells, portions=40)
+    assert (whole.counts == many.counts).all()
     for name in ("sums", "squares", "low", "high", "mixed"):
-        np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=1e-9, atol=1e-6)
+        np.testing.assert_allclose(getattr(many, name), getattr(whole, name), rtol=1e-9, atol=1e-6)
     for name in ("products", "fourth"):
-        np.testing.assert_allclose(np.triu(getattr(many, name)), np.triu(getattr(one, name)), rtol=1e-9, atol=1e-6)
+        np.testing.assert_allclose(np.triu(getattr(many, name)), np.triu(getattr(whole, name)), rtol=1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sums.EXACT)

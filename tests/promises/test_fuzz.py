@@ -319,7 +319,7 @@ def use(part: Part, data: bytes, beside: list[tuple[Part, bytes]]) -> None:
     kind = info.kind == "annotation"
     listing = Listing(parts=() if kind else (changed,), annotations=(changed,) if kind else (), names=frozenset({info.name}))
     plan_runs(GROUP, listing, part_bytes=2**30)
-    others = [one for one, _ in beside if one.info.kind == "part" and one.path != part.path]
+    others = [found_part for found_part, _ in beside if found_part.info.kind == "part" and found_part.path != part.path]
     view = open_view(part.storage, GROUP, [*others, *listing.parts], listing.annotations)
     for level in LEVELS:
         with suppress(MissingPromptsError):

@@ -143,8 +143,8 @@ def test_a_prompt_of_100_000_tokens_between_short_ones(store: Store) -> None:
     arrays_ = [rng.standard_normal((n, 4)).astype(np.float16) for n in (1, 100_000, 3)]
     lz.write_activations(store, model="m", prompts=["s", "long", "t"], activations={"resid": {0: arrays_, 7: [-a for a in arrays_]}})
     tokens = store.tokens()
-    one = tokens.resid.sel(layer=7, prompt=lz.prompt_hash("long"))
-    np.testing.assert_array_equal(one.values, -arrays_[1])
+    long_prompt = tokens.resid.sel(layer=7, prompt=lz.prompt_hash("long"))
+    np.testing.assert_array_equal(long_prompt.values, -arrays_[1])
     last = tokens.resid.sel(layer=0).isel(token=slice(100_000, 100_003))  # the end of the long one, and the start of the next
     np.testing.assert_array_equal(last.values, np.concatenate([arrays_[1][-1:], arrays_[2][:2]]))
     means = tokens.lz.pool("mean").resid_mean.sel(layer=0).values

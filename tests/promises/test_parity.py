@@ -134,7 +134,7 @@ def test_layers_and_pooled_vectors_are_lmprobes(both: dict[str, Any]) -> None:
 
     store = lz.open_store(both["folder"] / "lmprobe_zarr" / ".zarr", mode="r")
     ds, checked = store.dataset(), 0
-    held = {one.prompt for one in lz.list_cached_prompts("llama", store=store)}
+    held = {cached.prompt for cached in lz.list_cached_prompts("llama", store=store)}
     for prompt in held:
         assert prompt is not None
         (path,) = (both["folder"] / "lmprobe").glob(f"*/{lz.prompt_hash(prompt)}.safetensors")

@@ -394,7 +394,7 @@ def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity:
         counted(s3, f"{filled}-published", ADMIN, mode="a")
     card = lz.open_store(f"{filled}-published").storage.read("README.md").decode()
     assert "acme/toy" in card
-    assert not any(secret in card for one in (ADMIN, READER, GETTER) for secret in (one["key"], one["secret"]))
+    assert not any(secret in card for account in (ADMIN, READER, GETTER) for secret in (account["key"], account["secret"]))
 
 
 def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:

@@ -49,8 +49,8 @@ def test_norms_and_outliers_are_those_of_plain_numpy(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     counts = [3, 1, 4, 2, 5]
     values = {layer: [rng.standard_normal((n, 8)).astype("float32") for n in counts] for layer in (0, 2)}
-    for one in values[2]:
-        one[:, 5] *= 100
+    for tokens in values[2]:
+        tokens[:, 5] *= 100
     values[2][1][0, 0] = np.inf
     store = lz.open_store(tmp_path / "s")
     lz.write_activations(store, model="m", prompts=list("abcde"), activations={"resid": values})
@@ -166,7 +166,7 @@ def test_everything_that_others_named_is_escaped(tmp_path: Path) -> None:
     assert not set("\u2028\u2029\u202e") & set(page.html)
     tags = Tags(page.html)
     assert tags.seen.count("script") == 2
-    assert all(one.startswith("image href=data:image/png") for one in tags.active), tags.active
+    assert all(tag.startswith("image href=data:image/png") for tag in tags.active), tags.active
     assert "default-src 'none'" in page.html
     assert not re.search(r"https?://", page.html)
     assert data_of(page)[0]["maps"][0]["what"] == f"log-odds of label = {sorted(['b', EVIL])[1]}"
@@ -204,7 +204,7 @@ def test_the_page_is_bounded_whatever_the_store_holds(tmp_path: Path) -> None:
     assert len(page.html.encode()) < 3 * 2**20
     assert len(data_of(page)) == 4
     assert "4 of 6 groups are shown in full" in page.html
-    assert all(len(one["layers"]) <= 160 for one in data_of(page))
+    assert all(len(chart["layers"]) <= 160 for chart in data_of(page))
 
 
 def test_tokens_are_cut_where_they_are_many(stored: Store) -> None:

@@ -33,7 +33,7 @@ def make_store(folder: Path) -> Store:
     values = {
         layer: [(rng.standard_normal((n, 8)) + means[layer * 24 + i]).astype("float32") for i, n in enumerate(counts)] for layer in range(6)
     }
-    pooled = {layer: np.stack([one.mean(axis=0) for one in each]) for layer, each in values.items()}
+    pooled = {layer: np.stack([prompt_tokens.mean(axis=0) for prompt_tokens in each]) for layer, each in values.items()}
     store = lz.open_store(folder)
     lz.write_activations(
         store, model=f"acme/{NAME}", prompts=texts, activations={"resid": values}, pooled={"resid_mean": pooled},

@@ -324,8 +324,8 @@ def do_subtract_permuted(data: Any, rng: random.Random) -> Any:
 
 
 def do_align(data: Any, rng: random.Random) -> Any:
-    one, other = do_isel_sample(data, rng), do_permute(data, rng)
-    return xr.align(one, other, join=rng.choice(["inner", "outer", "left", "right", "exact"]))[rng.randrange(2)]
+    first, other = do_isel_sample(data, rng), do_permute(data, rng)
+    return xr.align(first, other, join=rng.choice(["inner", "outer", "left", "right", "exact"]))[rng.randrange(2)]
 
 
 def do_reindex_like(data: Any, rng: random.Random) -> Any:
@@ -524,9 +524,9 @@ def test_a_prompt_selected_after_any_other_selection_is_that_prompt(views: Views
 
 
 def test_text_of_one_prompt_stays_an_object(views: Views) -> None:
-    for one in (views.store.dataset().isel(prompt=0), views.store.tokens().isel(token=0)):
-        assert one.text.dtype == one.text.values.dtype == object
-        assert one.text.item() == "zebra"
+    for data in (views.store.dataset().isel(prompt=0), views.store.tokens().isel(token=0)):
+        assert data.text.dtype == data.text.values.dtype == object
+        assert data.text.item() == "zebra"
 
 
 @pytest.mark.parametrize("beyond", [HIDDEN, -HIDDEN - 1, [0, HIDDEN], [-HIDDEN - 1]])

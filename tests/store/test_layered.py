@@ -316,13 +316,13 @@ def test_what_is_cached_is_looked_up_in_all_and_weighed_apart(layered: Store, tm
         info = lz.cache_info(store=place)
         assert info.url == places[1]
         assert [model.num_prompts for model in info.models] == [2]
-        assert [(one.url, [model.num_prompts for model in one.models]) for one in info.below] == [(places[0], [3])]
+        assert [(lower.url, [model.num_prompts for model in lower.models]) for lower in info.below] == [(places[0], [3])]
         assert info.total_size_bytes == info.models[0].size_bytes == lz.cache_info(store=places[1]).total_size_bytes
         assert f"read only  {places[0]}" in str(info)
         found = lz.discover_cached("acme/toy", "one", store=place)
         assert found is not None
         assert found.pooled == {"mean": [0, 1, 3]}
-        assert [one.prompt for one in lz.list_cached_prompts("acme/toy", store=place)] == ["one", "two", "three", "four"]
+        assert [cached.prompt for cached in lz.list_cached_prompts("acme/toy", store=place)] == ["one", "two", "three", "four"]
 
 
 def test_the_cache_itself_may_be_layered(team: Path, tmp_path: Path) -> None:
@@ -330,10 +330,10 @@ def test_the_cache_itself_may_be_layered(team: Path, tmp_path: Path) -> None:
         lz.set_cache_backend(backend)
         found = lz.discover_cached("acme/toy", "one")
         assert found is not None, "also before anything is written to the last"
-        assert [one.url for one in lz.cache_info().below] == [str(team)]
+        assert [lower.url for lower in lz.cache_info().below] == [str(team)]
         store = lz.open_store()
         assert store.is_default
-        assert [one.url for one in store.stack] == [str(team), str(tmp_path / "cache" / ".zarr")]
+        assert [lower.url for lower in store.stack] == [str(team), str(tmp_path / "cache" / ".zarr")]
         store.annotate("acme/toy", {"mine": {"one": 1}})
         assert lz.clear_cache() == 1
     with pytest.raises(InvalidTypeError, match="not int"):

@@ -217,8 +217,8 @@ def files(base: Path, step: int) -> int:
                     raise
                 failures += 1
             finally:
-                for one in taken:
-                    os.close(one)
+                for descriptor in taken:
+                    os.close(descriptor)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             check_equal(shown(base / "s"), expected)
     return failures

@@ -268,12 +268,12 @@ def test_preprocessing_stands_in_front_of_every_probe() -> None:
 
 
 def test_variables_of_a_dataset_are_a_dim_with_site_and_pooling() -> None:
-    one = activations()
+    resid = activations()
     ds = xr.Dataset(
         {
-            "resid_mean": one,
-            "mlp_last_token": one.isel(layer=[1]) * 2,
-            "embed_mean": one.isel(layer=0, drop=True) + 1,
+            "resid_mean": resid,
+            "mlp_last_token": resid.isel(layer=[1]) * 2,
+            "embed_mean": resid.isel(layer=0, drop=True) + 1,
             "other": ("prompt", Y),
         }
     )
@@ -282,7 +282,7 @@ def test_variables_of_a_dataset_are_a_dim_with_site_and_pooling() -> None:
     assert scores.variable.values.tolist() == ["resid_mean", "mlp_last_token", "embed_mean"]
     assert scores.site.values.tolist() == ["resid", "mlp", "embed"]
     assert scores.pooling.values.tolist() == ["mean", "last_token", "mean"]
-    np.testing.assert_array_equal(scores.accuracy.sel(variable="resid_mean"), sweep(one, "label", ["ridge", "mass_mean"]).accuracy)
+    np.testing.assert_array_equal(scores.accuracy.sel(variable="resid_mean"), sweep(resid, "label", ["ridge", "mass_mean"]).accuracy)
     assert scores.accuracy.sel(variable="mlp_last_token", layer=4).isnull().all()
     assert np.isfinite(scores.accuracy.sel(variable="mlp_last_token", layer=8)).all()
     embedded = scores.accuracy.sel(variable="embed_mean")

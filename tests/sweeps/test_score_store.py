@@ -49,12 +49,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def same(one: xr.Dataset, other: xr.Dataset) -> None:
+def same(first: xr.Dataset, other: xr.Dataset) -> None:
     """Bit for bit, but for the times that fit took."""
-    assert set(one.data_vars) == set(other.data_vars)
-    for name in set(one.data_vars) - {"fit_seconds"}:
-        xr.testing.assert_identical(one[name], other[name])
-    assert one.attrs == other.attrs
+    assert set(first.data_vars) == set(other.data_vars)
+    for name in set(first.data_vars) - {"fit_seconds"}:
+        xr.testing.assert_identical(first[name], other[name])
+    assert first.attrs == other.attrs
 
 
 @pytest.fixture

@@ -55,9 +55,9 @@ def activations(data: Any = None) -> xr.DataArray:
     return xr.DataArray(values() if data is None else data, dims=("layer", "prompt", "hidden"), coords=coords, name="resid_mean")
 
 
-def same(one: xr.Dataset, other: xr.Dataset) -> None:
+def same(first: xr.Dataset, other: xr.Dataset) -> None:
     for name in ("accuracy", "auroc", "converged", "n_train", "n_test"):
-        xr.testing.assert_identical(one[name], other[name])
+        xr.testing.assert_identical(first[name], other[name])
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def test_several_classes_as_texts_are_scored_one_against_the_rest() -> None:
 def test_dimensions_may_come_in_any_order_and_layer_may_be_missing() -> None:
     whole = sweep(activations(), "label", "mass_mean", 3)
     same(sweep(activations().transpose("hidden", "layer", "prompt"), "label", "mass_mean", 3), whole)
-    one = sweep(activations().sel(layer=8), "label", "mass_mean", 3)
-    xr.testing.assert_identical(one.accuracy, whole.accuracy.sel(layer=[8]))
+    layer_8 = sweep(activations().sel(layer=8), "label", "mass_mean", 3)
+    xr.testing.assert_identical(layer_8.accuracy, whole.accuracy.sel(layer=[8]))
     assert sweep(activations().sel(layer=8, drop=True), "label", "mass_mean", 3).layer.values.tolist() == [0]
 
 
@@ -560,8 +560,8 @@ def test_the_process_is_left_as_it_was_however_tasks_overlap() -> None:
             leave[number].wait(10)
 
     tasks = [threading.Thread(target=task, args=(number,)) for number in (0, 1)]
-    for one in tasks:
-        one.start()
+    for thread in tasks:
+        thread.start()
     inside.wait(10)
     leave[0].set()
     tasks[0].join()

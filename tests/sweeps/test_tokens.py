@@ -190,8 +190,8 @@ class Counting(BackendArray):
 
     def _take(self, key: Any) -> Any:
         found = self.data
-        for axis, one in reversed(list(enumerate(key))):
-            found = found[(slice(None),) * axis + (one,)]
+        for axis, index in reversed(list(enumerate(key))):
+            found = found[(slice(None),) * axis + (index,)]
         self.taken.append(found.shape[-2] if found.ndim > 1 else 1)
         return found
 
@@ -355,8 +355,8 @@ def test_tables_of_counts_equal_a_plain_loop(labels: str) -> None:
             y = array[labels].values
             classes, sizes = np.unique(y[learned], return_counts=True)
             shares = []
-            for one in key[tested]:
-                seen = np.array([((key == one) & (y == c) & learned).sum() for c in classes])
+            for value in key[tested]:
+                seen = np.array([((key == value) & (y == c) & learned).sum() for c in classes])
                 shares.append((seen + sizes / sizes.sum()) / (seen.sum() + 1))
             probabilities = np.array(shares)
             right = (classes[probabilities.argmax(axis=1)] == y[tested]).mean()
@@ -378,7 +378,7 @@ def test_labels_are_dealt_to_prompts_where_these_have_one_and_are_the_seeds() ->
     np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, examples, folds, 0))
     assert (dealt != deal_labels("shuffled_labels", array, examples, folds, 1)).any()
     types = deal_labels("control_task", array, examples, folds, 0)
-    assert all(len(set(types[one == IDS])) == 1 for one in range(30))
+    assert all(len(set(types[token_id == IDS])) == 1 for token_id in range(30))
     mixed = select_labelled_tokens(array, "token", "kind_of_token")
     dealt = deal_labels("shuffled_labels", array, mixed, folds, 0)
     assert sorted(dealt) == sorted(mixed.codes)
@@ -536,11 +536,11 @@ def test_every_token_is_scored_with_its_labels(stored: Any, small_blocks: None) 
     assert scores.dims == ("layer", "token")
     expected = np.einsum("lth,lh->lt", toks.resid.values.astype("float64"), fitted.coef.values) + fitted.intercept.values[:, None]
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
-    one = scores.sel(layer=5, prompt=lz.prompt_hash(TEXTS[7]))
-    assert one.position.values.tolist() == list(range(COUNTS[7]))
-    assert one.label.values.tolist() == [Y[7]] * COUNTS[7]
+    prompt = scores.sel(layer=5, prompt=lz.prompt_hash(TEXTS[7]))
+    assert prompt.position.values.tolist() == list(range(COUNTS[7]))
+    assert prompt.label.values.tolist() == [Y[7]] * COUNTS[7]
     some = lz.score_tokens(fitted, toks.resid.sel(layer=5, prompt=[lz.prompt_hash(TEXTS[7])]))
-    np.testing.assert_array_equal(some[0], one)
+    np.testing.assert_array_equal(some[0], prompt)
 
 
 @pytest.mark.parametrize("pooling", ["score:max", "max", "min", "score:mean", "score:last_token", "score:first_token"])
@@ -707,8 +707,8 @@ def test_masks_that_cannot_be_made_say_why(arguments: dict[str, Any], error: typ
 def test_token_texts_are_read_off_the_prompts() -> None:
     array = spelled().expand_dims(layer=[0]).assign_coords(y=("token", np.arange(spelled().sizes["token"]) % 2))
     scores = lz.score_tokens(lz.fit_tokens(array, "y", "mass_mean"), array)
-    one = scores.sel(prompt=lz.prompt_hash(RENDERED[1]))
-    assert "".join(one.token_text.values) == RENDERED[1]
+    prompt = scores.sel(prompt=lz.prompt_hash(RENDERED[1]))
+    assert "".join(prompt.token_text.values) == RENDERED[1]
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------------

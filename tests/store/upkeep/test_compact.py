@@ -126,8 +126,8 @@ def test_parts_of_equal_shape_are_merged_without_replaced_prompts(store: Store) 
 
 def test_a_name_stays_at_its_place_and_names_all_that_it_stands_for(store: Store) -> None:
     names = [store.write(GROUP, make_batch([t], seed=i)) for i, t in enumerate("abcd")]
-    one = store.compact(dry_run=True).nbytes // 4
-    assert store.compact(part_bytes=2 * one + one // 2).parts_after == 2
+    part_nbytes = store.compact(dry_run=True).nbytes // 4
+    assert store.compact(part_bytes=2 * part_nbytes + part_nbytes // 2).parts_after == 2
     assert store.compact().parts_after == 1
     merged = store.view(GROUP).parts[-1].info
     assert merged.name.startswith(f"{names[-1]}.")
@@ -252,9 +252,9 @@ def test_raw_and_compressed_parts_stay_apart(store: Store) -> None:
 def test_part_bytes_bounds_a_part_and_large_ones_stay(store: Store) -> None:
     for i in range(6):
         store.write(GROUP, make_batch([f"p{i}"], seed=i))
-    one = store.compact(dry_run=True).nbytes // 6
-    assert store.compact(part_bytes=3 * one + one // 2, dry_run=True).parts_after == 2
-    assert store.compact(part_bytes=one, dry_run=True).runs == ()
+    part_nbytes = store.compact(dry_run=True).nbytes // 6
+    assert store.compact(part_bytes=3 * part_nbytes + part_nbytes // 2, dry_run=True).parts_after == 2
+    assert store.compact(part_bytes=part_nbytes, dry_run=True).runs == ()
     assert store.compact(min_parts=7).runs == ()
 
 

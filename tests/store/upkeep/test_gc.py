@@ -83,11 +83,11 @@ def test_the_newest_file_tells_the_age_of_a_part_that_is_being_written(folder: S
     part = Path(folder.url) / begun(folder)
     age(part, 7200)
     assert len(folder.gc(max_age=3600, dry_run=True).unfinished) == 1
-    one = next(path for path in part.rglob("c.*"))
-    one.touch()
+    chunk = next(path for path in part.rglob("c.*"))
+    chunk.touch()
     summary = folder.gc(max_age=3600)
     assert (summary.unfinished, summary.young) == ((), 1)
-    assert one.exists()
+    assert chunk.exists()
 
 
 def test_gc_keeps_foreign_files_in_every_folder(folder: Store) -> None:

@@ -122,7 +122,7 @@ def test_over_http_from_a_server_that_lists_nothing(served: tuple[Path, str, lis
     parts = lz.open_store(folder / "acts").storage
     documents = [f"{group}/{name}" for name in parts.list(group) if name not in ("zarr.json", "annotations")]
     documents += [f"{group}/annotations/{name}" for name in parts.list(f"{group}/annotations")]
-    chunks = [one for one in requests if "/resid_mean/c.2." in one]
+    chunks = [request for request in requests if "/resid_mean/c.2." in request]
     assert sorted(requests) == sorted(["GET /acts/zarr.json", *(f"GET /acts/{key}/zarr.json" for key in (group, *documents)), *chunks])
     assert len(requests) == 2 + 3 + 1, "one for the layer: the other part does not hold it"
     assert_same(copy, store)
@@ -138,11 +138,11 @@ def test_over_http_sizes_need_no_download_and_checksums_do(served: tuple[Path, s
     copy = lz.open_store(f"{url}/acts")
     requests.clear()
     assert copy.verify(full=False, progress=False).ok
-    assert all(one.endswith("/zarr.json") for one in requests if one.startswith("GET")), "documents only"
+    assert all(request.endswith("/zarr.json") for request in requests if request.startswith("GET")), "documents only"
     assert copy.verify(progress=False).ok
-    one, two = sorted((folder / "acts").glob("*/*/prompts/resid_mean/c.[01].0.0"))[:2]
-    one.write_bytes(one.read_bytes() + b"0")
-    two.unlink()
+    chunk, other = sorted((folder / "acts").glob("*/*/prompts/resid_mean/c.[01].0.0"))[:2]
+    chunk.write_bytes(chunk.read_bytes() + b"0")
+    other.unlink()
     for full in (False, True):
         assert {problem.kind for problem in copy.verify(full=full, progress=False).problems} == {"size", "missing"}
 

@@ -285,7 +285,7 @@ def test_a_damaged_file_is_never_a_wrong_value_and_is_found_and_taken_out(kind: 
     elif case.document and not lost_commit:
         with pytest.raises(CorruptPartError) as raised:
             lz.open_store(place).dataset("acme/toy")
-        assert any(one.rpartition("/")[0] in str(raised.value) for one in touched), "names the folder"
+        assert any(path.rpartition("/")[0] in str(raised.value) for path in touched), "names the folder"
         if case.document == "group" and damage != "exchanged":
             assert lz.open_store(place).view(OTHER).digests.tobytes().hex()[:16] == prompt_hash("f"), "the other group reads"
     elif lost_commit:
@@ -363,7 +363,7 @@ def test_many_damages_at_once_are_all_found_and_nothing_wrong_is_ever_read(
     assert clean.verify(progress=False).ok
     values = observed(clean)
     check(values, {cell for cell, value in values.items() if value is ABSENT})
-    if all(text is not None for one in done.lost for text in one.texts) and not done.unknown:
+    if all(text is not None for lost in done.lost for text in lost.texts) and not done.unknown:
         write_lost(clean, done)
         values = observed(lz.open_store(path))
         check(values, {cell for cell, value in values.items() if value is ABSENT and cell[2] < 0})
@@ -499,7 +499,7 @@ def test_where_nobody_can_tell_which_tokens_a_part_keeps_it_goes(tmp_path: Path)
     assert {(lost.variables, lost.layers, tuple(lost.prompts)) for lost in done.lost} == {
         (("resid", "resid_mean"), LAYERS, ("a", "bb", "ccc"))
     }
-    assert {one.column for one in done.columns} == {"label", "split"}
+    assert {lost.column for lost in done.columns} == {"label", "split"}
     assert lz.open_store(store.url).models() == []
 
 
@@ -708,7 +708,7 @@ def test_values_that_are_no_numbers_and_blank_rows_are_counted_as_they_are_writt
         summary = store.verify(full=full, progress=False)
         assert summary.ok, "they were written so: no damage"
         assert (summary.not_finite, summary.blank, summary.uncounted) == (3, 4, 0)
-        assert {one.variable: (one.not_finite, one.blank) for one in summary.odd} == {"tokens/resid": (2, 2), "prompts/resid_mean": (1, 2)}
+        assert {odd.variable: (odd.not_finite, odd.blank) for odd in summary.odd} == {"tokens/resid": (2, 2), "prompts/resid_mean": (1, 2)}
         assert "3 are not finite, 4 rows are all zeros" in str(summary)
 
 
