@@ -35,7 +35,7 @@ def check(page: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def test_what_cannot_be_seen_is_escaped() -> None:
+def test_invisible_characters_are_escaped() -> None:
     assert visible("a\x1b[2Jb\u202ec\nd\u2028") == "a\\x1b[2Jb\\u202ec\\nd\\u2028"
     assert visible("a\nb", lines=True) == "a\nb"
     assert visible("日本 é ’ 🙂") == "日本 é ’ 🙂"

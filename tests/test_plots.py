@@ -152,7 +152,7 @@ def test_without_matplotlib_the_error_names_what_to_install(monkeypatch: pytest.
         plot_scores(scores())
 
 
-def test_what_cannot_be_drawn_is_named() -> None:
+def test_the_error_names_what_cannot_be_plotted() -> None:
     with pytest.raises(InvalidArgumentError, match=r"no score 'f1'.*accuracy, auroc"):
         plot_scores(scores(), "f1")
     with pytest.raises(InvalidTypeError, match="not DataArray"):

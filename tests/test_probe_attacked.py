@@ -226,7 +226,7 @@ def test_one_damaged_group_does_not_stop_the_cache(llama: Path, how: str) -> Non
         assert lz.clear_cache("llama") == 1
 
 
-def test_what_a_killed_writer_left_is_no_stored_model(llama: Path) -> None:
+def test_files_of_a_killed_writer_are_not_a_stored_model(llama: Path) -> None:
     lz.Probe(str(llama), layers=2, dtype="bfloat16").fit(POSITIVE, NEGATIVE)
     for path in Path(lz.open_store().url).glob("*/*/zarr.json"):
         path.unlink()

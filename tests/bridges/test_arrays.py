@@ -57,7 +57,7 @@ def add_hidden_states(folder: Path, values: Array, *, brain: bool = True, ids: b
     return numbers
 
 
-def test_hidden_states_of_vllm_come_over_known_by_their_token_ids(tmp_path: Path, store: Store, values: Array) -> None:
+def test_hidden_states_of_vllm_are_imported_and_known_by_their_token_ids(tmp_path: Path, store: Store, values: Array) -> None:
     values = of_bits(to_bits(values))
     ids = add_hidden_states(tmp_path / "hs", values)
     (tmp_path / "hs" / "hs_0.safetensors.lock").touch()
@@ -106,7 +106,7 @@ def test_slots_need_a_layer_each(tmp_path: Path, store: Store, layers: list[int]
 
 @pytest.mark.parametrize("offsets", [BOUNDS, COUNTS], ids=["offsets", "counts"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_a_folder_of_npy_files_comes_over(tmp_path: Path, store: Store, values: Array, offsets: list[int], dtype: str) -> None:
+def test_a_folder_of_npy_files_is_imported(tmp_path: Path, store: Store, values: Array, offsets: list[int], dtype: str) -> None:
     for i in (0, 1):
         np.save(tmp_path / f"layer_{i}.npy", values[i].astype(dtype))
     np.save(tmp_path / "offsets.npy", np.array(offsets))
@@ -115,7 +115,7 @@ def test_a_folder_of_npy_files_comes_over(tmp_path: Path, store: Store, values: 
     assert store.tokens("m").resid.dtype == dtype
 
 
-def test_a_folder_of_memory_maps_comes_over(tmp_path: Path, store: Store, values: Array) -> None:
+def test_a_folder_of_memory_maps_is_imported(tmp_path: Path, store: Store, values: Array) -> None:
     for i in (0, 1):
         to_bits(values[i]).tofile(tmp_path / f"block{i + 4}.bin")
     np.save(tmp_path / "starts.npy", np.array(BOUNDS, np.int32))
@@ -198,7 +198,7 @@ def test_prompts_given_twice_count_once(tmp_path: Path, store: Store, values: Ar
 # ------------------------------------------------------------------------------------------------------ one file of tensors
 
 
-def test_tensors_of_one_file_come_over_by_a_mapping(tmp_path: Path, store: Store, values: Array) -> None:
+def test_tensors_of_one_file_are_imported_by_a_mapping(tmp_path: Path, store: Store, values: Array) -> None:
     tensors = {f"blocks.{i}.hook_resid_post": values[i] for i in (0, 1)}
     tensors |= {"starts": np.array(BOUNDS), "mean.3": values[0, :3], "emb": values[1], "weights": np.ones(5, "float32")}
     (tmp_path / "all.safetensors").write_bytes(safetensors_bytes(tensors))
@@ -209,7 +209,7 @@ def test_tensors_of_one_file_come_over_by_a_mapping(tmp_path: Path, store: Store
     np.testing.assert_array_equal(store.tokens("m", prompts=PROMPTS).embed, values[1])
 
 
-def test_padded_tensors_come_over_by_a_mask(tmp_path: Path, store: Store, values: Array) -> None:
+def test_padded_tensors_are_imported_by_a_mask(tmp_path: Path, store: Store, values: Array) -> None:
     padded, mask = np.full((2, 3, 6, 4), 99, "float32"), np.zeros((3, 6), np.int64)
     for i, (a, b) in enumerate(pairwise(BOUNDS)):
         places = slice(6 - (b - a), 6) if i % 2 else slice(0, b - a)  # left and right

@@ -149,7 +149,7 @@ def toy(tmp_path: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- importing
 
 
-def test_a_cache_of_lmprobe_comes_over_and_is_as_it_was(toy: Path, store: Store) -> None:
+def test_a_cache_of_lmprobe_is_imported_and_not_changed(toy: Path, store: Store) -> None:
     truth, known = np.load(DATA / "lmprobe-0.10.3-truth.npz"), json.loads((DATA / "lmprobe-0.10.3-truth.json").read_text())
     before = state_of(toy)
     summary = quiet_import(toy, store, strict=True)
@@ -187,7 +187,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(toy: Path, store: Store, m
     assert not Path(store.url).exists()
 
 
-def test_what_an_interruption_left_is_completed_by_the_next_run(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_import_is_completed_by_the_next_run(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = add_model(tmp_path / "cache")
     for i in range(9):
         add_prompt(folder, f"p{i}", prompt_tensors(i, n=2 + i % 3))
@@ -212,7 +212,7 @@ def test_what_an_interruption_left_is_completed_by_the_next_run(tmp_path: Path, 
         )
 
 
-def test_what_lmprobe_added_meanwhile_comes_over_too(tmp_path: Path, store: Store) -> None:
+def test_a_second_import_brings_what_lmprobe_added_meanwhile(tmp_path: Path, store: Store) -> None:
     folder = add_model(tmp_path / "cache")
     add_prompt(folder, "a", prompt_tensors(0))
     quiet_import(tmp_path / "cache", store)
@@ -274,7 +274,7 @@ def test_a_prompt_that_only_shares_its_hash_is_skipped_and_nothing_is_harmed(tmp
     assert store.dataset(prompts=[sha16("a")]).resid_mean.values.tolist() == [[[1, 1, 1]]]
 
 
-def test_every_model_comes_over_whatever_its_name(tmp_path: Path, store: Store) -> None:
+def test_models_of_any_name_are_imported(tmp_path: Path, store: Store) -> None:
     names = ["org/model", "../../up", "..", ".", "a.b", "Ünï/你", "x" * 200]
     for name in names:
         add_prompt(add_model(tmp_path / "cache", name), "a", prompt_tensors(len(name)))
@@ -309,7 +309,7 @@ def test_a_folder_that_is_not_a_cache_raises_an_error(tmp_path: Path, store: Sto
         quiet_import(tmp_path / "nowhere", store)
 
 
-def test_what_is_known_of_the_provenance_makes_another_group(toy: Path, store: Store) -> None:
+def test_imports_of_different_provenance_go_into_different_groups(toy: Path, store: Store) -> None:
     quiet_import(toy, store, provenance={"revision": "abc"})
     assert store.find_group("acme/toy-4l").provenance == {"revision": "abc"}
     quiet_import(toy, store)
@@ -329,7 +329,7 @@ def test_perplexities_and_activations_of_a_model_are_in_the_same_group(tmp_path:
         assert target.dataset(prompts=["a"]).perplexity.values.tolist() == [[1, 1, 1]]
 
 
-def test_different_layers_dtypes_and_kinds_come_over_side_by_side(tmp_path: Path, store: Store) -> None:
+def test_prompts_with_different_layers_dtypes_and_variables_are_imported_together(tmp_path: Path, store: Store) -> None:
     folder = add_model(tmp_path / "cache")
     wide, half = prompt_tensors(0, layers=(0, 1)), prompt_tensors(1, layers=(1, 5), dtype="float16")
     mixed = prompt_tensors(2, layers=(0,)) | {"layer_1": prompt_tensors(2, layers=(1,))["layer_1"].astype("float16")}
@@ -706,7 +706,7 @@ def test_a_text_that_utf_8_cannot_hold_is_not_listed_as_another(tmp_path: Path, 
     assert not (tmp_path / "out" / sha16("acme/toy") / "_manifest.jsonl").exists()
 
 
-def test_what_lmprobe_has_no_place_for_is_left_out_with_a_word(tmp_path: Path, store: Store) -> None:
+def test_variables_that_lmprobes_format_cannot_hold_are_left_out_with_a_note(tmp_path: Path, store: Store) -> None:
     batch = TokenBatch(
         sha256=[prompt_sha256("a")],
         text=["a"],
@@ -961,7 +961,7 @@ np.savez(sys.argv[1], **out)
 
 
 @pytest.mark.model
-def test_what_lmprobe_writes_now_comes_over_whole(tmp_path: Path, store: Store) -> None:
+def test_everything_that_lmprobe_writes_now_is_imported(tmp_path: Path, store: Store) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("lmprobe")
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}

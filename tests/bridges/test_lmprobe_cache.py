@@ -43,7 +43,7 @@ def old(request: pytest.FixtureRequest) -> Path:
 # ------------------------------------------------------------------------------------------------------------- looking in
 
 
-def test_what_lmprobe_has_stored_is_discovered_without_an_import(old: Path) -> None:
+def test_discover_cached_finds_lmprobes_entries_without_an_import(old: Path) -> None:
     before = everything_below(old)
     info = lz.discover_cached(TOY, TRUTH["prompts"][0])
     assert info is not None

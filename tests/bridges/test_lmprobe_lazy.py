@@ -105,7 +105,7 @@ def test_without_prompts_it_shows_all_in_the_order_of_the_manifest(filled: Path,
         assert_same(legacy.sel(prompt=[h]), stored.sel(prompt=[h]))
 
 
-def test_what_is_read_is_what_the_files_hold(tmp_path: Path) -> None:
+def test_read_values_equal_those_in_the_files(tmp_path: Path) -> None:
     truth = fill(tmp_path / "cache")
     toks = open_legacy(tmp_path / "cache", MODEL, level="tokens")
     for text, tensors in truth.items():
@@ -223,7 +223,7 @@ def test_it_can_be_computed_by_dask_and_sent_to_other_processes(filled: Path) ->
     assert_same(again, stored)
 
 
-def test_what_cannot_be_read_is_left_out_with_a_word(tmp_path: Path) -> None:
+def test_entries_that_cannot_be_read_are_left_out_with_a_note(tmp_path: Path) -> None:
     folder = add_model(tmp_path)
     for i in range(3):
         add_prompt(folder, f"p{i}", prompt_tensors(i))

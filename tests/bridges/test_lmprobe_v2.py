@@ -66,7 +66,7 @@ def described(entry: Entry) -> dict[str, tuple[int, ...] | None]:
 # ------------------------------------------------------------------------------------------------- what lmprobe itself wrote
 
 
-def test_what_lmprobe_wrote_is_read_as_it_was() -> None:
+def test_values_that_lmprobe_wrote_are_read_unchanged() -> None:
     root = DATA / "lmprobe-0.10.3"
     truth, known = np.load(DATA / "lmprobe-0.10.3-truth.npz"), json.loads((DATA / "lmprobe-0.10.3-truth.json").read_text())
     assert scan_models(open_files(root)) == [ModelFolder(sha16(known["model"]), known["model"])]
@@ -188,7 +188,7 @@ def test_router_scores_without_padding_are_taken_as_they_are(tmp_path: Path) -> 
     np.testing.assert_array_equal(read_all(source, only_entry(source))["router"], [scores, scores])
 
 
-def test_what_cannot_come_over_is_noted_and_the_rest_is_read(tmp_path: Path) -> None:
+def test_tensors_that_cannot_be_imported_are_noted_and_the_rest_is_read(tmp_path: Path) -> None:
     tensors = prompt_tensors(0, layers=(0,)) | {
         "pooled_first_token_layer_5": np.ones((1, 3), "float32"),
         "pooled_all_layer_0": np.ones((1, 3), "float32"),

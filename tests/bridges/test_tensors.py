@@ -136,7 +136,7 @@ def test_any_json_is_a_header_or_a_value_error(document: dict[str, Any]) -> None
     assert header.size == len(text) + 8 + sum(t.stop - t.start for t in header.tensors.values())
 
 
-def test_what_is_written_is_what_a_simple_reader_sees() -> None:
+def test_a_simple_reader_reads_the_values_that_were_written() -> None:
     rng = np.random.default_rng(1)
     values = rng.standard_normal((2, 3)).astype("float32")
     brain = of_bits(to_bits(values))
@@ -152,7 +152,7 @@ def test_what_is_written_is_what_a_simple_reader_sees() -> None:
 
 
 @pytest.mark.model
-def test_what_is_written_is_what_safetensors_reads_and_the_other_way_round(tmp_path: Path) -> None:
+def test_safetensors_reads_our_files_and_we_read_its_files(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors.torch")
     values = torch.randn(3, 5)

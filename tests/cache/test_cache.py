@@ -325,7 +325,7 @@ def test_foreign_files_are_never_touched(cache: Store) -> None:
     assert not (root / GROUP.name / part / "prompts").exists(), "ours are gone, with the folders that this left empty"
 
 
-def test_what_was_used_or_committed_a_moment_ago_stays_where_others_may_be(tmp_path: Path) -> None:
+def test_recently_used_or_committed_parts_are_not_evicted_from_shared_places(tmp_path: Path) -> None:
     url = str(tmp_path / "team")
     store = lz.open_store(url)
     store.write(GROUP, make_batch(["a"]))

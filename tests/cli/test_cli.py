@@ -89,7 +89,7 @@ def test_prompt_files_that_cannot_be_read_say_where(tmp_path: Path, name: str, c
         read_prompts(str(tmp_path / "binary.txt"))
 
 
-def test_layers_as_they_are_typed() -> None:
+def test_layers_are_parsed_as_typed() -> None:
     assert parse_layers("middle") == "middle"
     assert parse_layers("0,4,-1") == [0, 4, -1]
     assert parse_layers("8:24") == slice(8, 24)

@@ -156,7 +156,7 @@ def test_a_given_estimator_is_cloned_and_only_its_unset_seeds_are_set() -> None:
     assert make_probe(LogisticRegression(random_state=1), 7).random_state == 1
 
 
-def test_what_is_no_probe_is_named() -> None:
+def test_the_error_names_an_invalid_probe() -> None:
     with pytest.raises(
         InvalidArgumentError, match="no probe named 'logreg': use one of logistic_regression, logistic_regression_cv, ridge"
     ):

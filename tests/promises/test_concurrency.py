@@ -267,7 +267,7 @@ def test_prompts_are_never_missed_while_their_parts_are_written_again(what: str,
     assert n > 5
 
 
-def test_what_one_thread_forgets_is_not_missed_by_another(root: str) -> None:
+def test_a_document_forgotten_by_one_thread_is_read_again_by_another(root: str) -> None:
     """A store that threads share remembers documents; whoever removes something makes it forget what others are about to look at."""
     store = lz.open_store(root, durable=False)
     store.write(GROUP, make_batch(["a", "b"], seed=1))

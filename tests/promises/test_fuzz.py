@@ -95,7 +95,7 @@ def _bounded() -> Iterator[None]:
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MEGABYTES
 
 
-def test_what_would_run_code_would_be_noticed() -> None:
+def test_the_watch_notices_a_pickle_that_runs_code() -> None:
     import pickle
 
     with pytest.raises(AssertionError), watched():

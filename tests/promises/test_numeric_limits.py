@@ -59,7 +59,7 @@ def stored(values: npt.NDArray[Any], *, tokens: bool, compressed: bool = True, p
 
 @settings(max_examples=60)
 @given(st.data(), st.sampled_from(["float16", "float32", "float64"]), st.booleans(), st.booleans())
-def test_what_is_stored_as_it_is_comes_back_bit_for_bit(data: st.DataObject, dtype: str, tokens: bool, compressed: bool) -> None:
+def test_values_stored_without_rounding_are_read_bit_for_bit(data: st.DataObject, dtype: str, tokens: bool, compressed: bool) -> None:
     shape = data.draw(array_shapes(min_dims=3, max_dims=3, max_side=5))
     # All bit patterns: subnormal numbers, both zeros, infinities, every kind of NaN.
     bits = data.draw(arrays(f"u{np.dtype(dtype).itemsize}", shape))
@@ -73,9 +73,7 @@ FRACTION = {"float16": 10, "bfloat16": 7, "float32": 23}
 
 @settings(max_examples=120)
 @given(st.data(), st.sampled_from([*FRACTION]), st.sampled_from(["float32", "float64"]), st.booleans())
-def test_what_is_stored_with_less_precision_errs_by_no_more_than_is_promised(
-    data: st.DataObject, dtype: str, source: str, tokens: bool
-) -> None:
+def test_rounding_errors_are_within_the_promised_bound(data: st.DataObject, dtype: str, source: str, tokens: bool) -> None:
     keep_bits = data.draw(st.none() | st.integers(1, FRACTION[dtype]))
     shape = data.draw(array_shapes(min_dims=3, max_dims=3, max_side=4))
     # Neither beyond the largest number of the target, which `test_precision.py` is about, nor below the least normal one.

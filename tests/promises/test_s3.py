@@ -98,7 +98,7 @@ def test_one_prompt_over_all_layers_and_two_layers_cost_one_get_per_chunk(s3: S3
     assert dict(s3.proxy.kinds()) == {"GET": 20}
 
 
-def test_what_a_cache_holds_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -> None:
+def test_cache_info_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -> None:
     store = counted(s3, filled)
     info = lz.cache_info(store=store)
     assert info.models[0].num_prompts == 1000
@@ -216,7 +216,7 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
-def test_what_fails_is_one_error_of_ours_without_a_secret(
+def test_failed_requests_raise_one_of_our_errors_without_a_secret(
     s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kind, given, fault, says = FAILURES[name]
@@ -444,7 +444,7 @@ def test_a_student_adds_to_what_the_team_has_and_pushes_it_up(s3: S3, url: str, 
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_what_is_somebody_elses_in_the_prefix_is_left_alone(s3: S3, url: str) -> None:
+def test_foreign_objects_in_the_prefix_are_left_alone(s3: S3, url: str) -> None:
     store = lz.open_store(url)
     batch = make_batch(["a", "b"])
     store.write(GROUP, batch)

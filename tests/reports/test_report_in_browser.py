@@ -116,7 +116,7 @@ def test_a_chosen_layer_moves_the_curves_marks_and_colours_the_words(page: Page)
     assert state() == before
 
 
-def test_what_is_drawn_without_the_script_is_what_the_script_draws(page: Page) -> None:
+def test_colours_without_the_script_equal_those_that_the_script_draws(page: Page) -> None:
     """The colours that the page comes with, for readers without scripts, are those of the layer that is chosen at first."""
     source = Path(page.ask("decodeURI(location.pathname)")).read_text(encoding="utf-8")
     choose(page, json.loads(page.ask("document.querySelector('script.lz-data').textContent"))["layer"])

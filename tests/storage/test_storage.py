@@ -23,7 +23,7 @@ def storage(root: str) -> Storage:
     return open_storage(root)
 
 
-def test_what_was_written_is_read(storage: Storage) -> None:
+def test_written_files_are_read_and_listed(storage: Storage) -> None:
     storage.write("a/b/file", b"bytes", durable=True)
     storage.commit("a/b/file2", b"more", durable=False)
     assert storage.read("a/b/file") == b"bytes"
@@ -34,7 +34,7 @@ def test_what_was_written_is_read(storage: Storage) -> None:
     assert not storage.is_file("a/b")
 
 
-def test_what_is_not_there_is_not_there(storage: Storage) -> None:
+def test_missing_files_are_reported_as_missing(storage: Storage) -> None:
     assert storage.list("") == []
     assert storage.list("nowhere") == []
     assert not storage.is_file("nowhere")

@@ -177,7 +177,7 @@ def _texts(store: Store) -> list[str]:
     return texts
 
 
-def test_what_was_copied_into_the_last_and_changed_there_does_not_hide_the_first(team: Path, tmp_path: Path) -> None:
+def test_a_copy_that_was_changed_in_the_last_store_does_not_replace_the_original(team: Path, tmp_path: Path) -> None:
     shutil.copytree(team, tmp_path / "mine")
     lz.open_store(tmp_path / "mine").delete("acme/toy", ["one"])
     layered = lz.open_store([team, tmp_path / "mine"])
@@ -212,7 +212,7 @@ def test_columns_of_prompts_that_only_the_first_holds_go_into_the_last(team: Pat
     assert lz.open_store([team, tmp_path / "mine"]).dataset().label.values.tolist() == [0, 7, 0]
 
 
-def test_only_what_is_ones_own_is_stamped(layered: Store, tmp_path: Path) -> None:
+def test_last_uses_are_recorded_in_the_own_root_only(layered: Store, tmp_path: Path) -> None:
     layered.mark_used(layered.view(GROUP).parts)
     assert len(list((tmp_path / "mine" / GROUP.name / ".used").iterdir())) == 1
     assert not (tmp_path / "team" / GROUP.name / ".used").exists()
@@ -240,7 +240,7 @@ def test_own_activations_go_into_the_last(team: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- removing
 
 
-def test_a_prompt_that_goes_on_to_show_cannot_be_deleted(layered: Store, tmp_path: Path) -> None:
+def test_a_prompt_that_a_lower_store_holds_cannot_be_deleted(layered: Store, tmp_path: Path) -> None:
     before = tree(tmp_path / "mine")
     for prompts in (["one"], ["three"], ["four", "three"]):  # only the team's; in both; one of the two
         with pytest.raises(ReadOnlyError, match=rf"(?s)1 of {len(prompts)} prompts.*{tmp_path}/team.*nothing was deleted"):
@@ -274,7 +274,7 @@ def test_eviction_and_clearing_take_from_the_last_only(layered: Store, tmp_path:
 # ----------------------------------------------------------------------------------------------------------- as the cache
 
 
-def test_upkeep_knows_the_last_place_only(layered: Store, tmp_path: Path) -> None:
+def test_upkeep_acts_on_the_last_store_only(layered: Store, tmp_path: Path) -> None:
     for i, text in enumerate(["five", "six"]):
         layered.write(GROUP, make_batch([text], seed=3 + i))
     before = layered.dataset().load()
@@ -310,7 +310,7 @@ def test_a_published_copy_can_be_a_lower_store_but_not_the_last(team: Path, tmp_
         lz.open_store([tmp_path / "own", tmp_path / "public"], "a")
 
 
-def test_what_is_cached_is_looked_up_in_all_and_weighed_apart(layered: Store, tmp_path: Path) -> None:
+def test_cache_info_of_layered_stores_counts_each_root_separately(layered: Store, tmp_path: Path) -> None:
     places = [str(tmp_path / "team"), str(tmp_path / "mine")]
     for place in (places, layered):
         info = lz.cache_info(store=place)

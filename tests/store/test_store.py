@@ -49,7 +49,7 @@ def part_names(store: Store, group: GroupInfo = GROUP) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_what_is_written_is_read_at_both_levels(store: Store, dtype: str) -> None:
+def test_written_values_are_read_at_both_levels(store: Store, dtype: str) -> None:
     batch = make_batch(TEXTS, dtype=dtype, columns={"label": [1, 0, 1, 0, 1]})
     store.write(GROUP, batch)
     data, tokens = store.dataset("acme/toy"), store.tokens("acme/toy")
@@ -577,7 +577,7 @@ def test_each_part_document_is_read_once(store: Store, monkeypatch: pytest.Monke
     assert len(parsed) == 3
 
 
-def test_a_whole_day_of_small_things_prints_well(store: Store) -> None:
+def test_a_store_prints_its_models_layers_and_variables(store: Store) -> None:
     store.write(GROUP, make_batch(TEXTS))
     text = repr(store)
     assert "acme/toy: 5 prompts" in text

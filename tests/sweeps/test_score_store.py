@@ -71,7 +71,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-def test_what_is_written_is_what_is_returned_and_plain_xarray_reads_it(tmp_path: Path) -> None:
+def test_written_scores_equal_the_returned_ones_and_plain_xarray_reads_them(tmp_path: Path) -> None:
     scores = sweep(activations(), **OPTIONS, out=tmp_path / "scores")
     same(scores, sweep(activations(), **OPTIONS))
     stored = xr.open_zarr(tmp_path / "scores").load()
@@ -173,7 +173,7 @@ def test_the_identity_of_activations_reads_eight_prompts_of_each_layer(tmp_path:
     assert len(chunk_reads) == 2 * LAYERS, "once for each chunk that holds some of the eight"
 
 
-def test_estimators_of_ones_own_are_known_by_their_parameters(tmp_path: Path, fitted: list[tuple[int, int]]) -> None:
+def test_the_callers_estimators_are_identified_by_their_parameters(tmp_path: Path, fitted: list[tuple[int, int]]) -> None:
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -217,7 +217,7 @@ def test_fill_values_of_a_column_are_missing_only_if_the_reader_marks_them(colum
     assert sweep(activations(), np.where(Y == 0, -1, 1), "ridge", 2).attrs["classes"] == [-1, 1]
 
 
-def test_what_is_no_labels_is_named() -> None:
+def test_labels_of_a_wrong_type_are_named() -> None:
     with pytest.raises(InvalidTypeError, match="not int"):
         sweep(activations(), 3)  # type: ignore[arg-type]
 

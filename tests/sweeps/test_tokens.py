@@ -508,7 +508,7 @@ def test_activations_that_are_not_finite_are_named_by_layer_and_prompts(small_bl
         ({"scheduler": "cloud"}, InvalidArgumentError, "'cloud'"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_unsuitable_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         lz.fit_tokens(tokens(), **{"labels": "label", **arguments})
     assert str(caught.value).count("\n") <= 1

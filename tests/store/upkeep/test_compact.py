@@ -124,7 +124,7 @@ def test_parts_of_equal_shape_are_merged_without_replaced_prompts(store: Store) 
     assert store.compact().runs == ()
 
 
-def test_a_name_stays_at_its_place_and_names_all_that_it_stands_for(store: Store) -> None:
+def test_a_merged_part_keeps_its_place_and_names_all_parts_that_it_replaces(store: Store) -> None:
     names = [store.write(GROUP, make_batch([t], seed=i)) for i, t in enumerate("abcd")]
     part_nbytes = store.compact(dry_run=True).nbytes // 4
     assert store.compact(part_bytes=2 * part_nbytes + part_nbytes // 2).parts_after == 2
@@ -269,7 +269,7 @@ def test_a_caches_limit_bounds_its_parts() -> None:
     lz.set_cache_limit(None)
 
 
-def test_a_view_that_is_open_goes_on(store: Store) -> None:
+def test_an_open_view_can_be_read_after_compaction_and_gc(store: Store) -> None:
     for i in range(3):
         store.write(GROUP, make_batch([f"p{i}"], seed=i))
     before = shown(store)

@@ -67,7 +67,7 @@ def test_replaced_parts_go_once_they_are_old_and_the_view_stays(store: Store) ->
     assert store.gc(max_age=0).freed == 0
 
 
-def test_what_a_killed_writer_left_goes_once_it_is_old(store: Store) -> None:
+def test_gc_removes_files_of_a_killed_writer_once_they_are_old(store: Store) -> None:
     store.write(GROUP, make_batch(["a"]))
     key = begun(store)
     assert store.storage.list(key)

@@ -89,7 +89,7 @@ def test_a_published_copy_shows_the_same_in_fewer_parts(store: Store, tmp_path: 
     xr.testing.assert_identical(pickle.loads(pickle.dumps(copy)).dataset().load(), store.dataset().load())  # noqa: S301
 
 
-def test_it_is_frozen(store: Store, tmp_path: Path) -> None:
+def test_a_published_copy_is_read_only(store: Store, tmp_path: Path) -> None:
     filled(store).publish(tmp_path / "copy")
     with pytest.raises(lz.errors.ReadOnlyError, match="published copy"):
         lz.open_store(tmp_path / "copy", mode="a")

@@ -448,7 +448,7 @@ def test_a_damaged_part_that_others_replaced_is_found_and_goes(merged: Store) ->
     assert merged.verify(progress=False).ok
 
 
-def test_where_a_merged_part_breaks_those_it_was_merged_from_show_again(merged: Store) -> None:
+def test_the_parts_that_a_damaged_part_was_merged_from_become_visible_again(merged: Store) -> None:
     before = shown(merged)
     (new,) = (part.path for part in merged.listing(GROUP).parts if part.info.replaces)
     chunk_of(merged, new).unlink()
@@ -474,7 +474,7 @@ def test_a_deleted_prompt_never_becomes_visible_again_because_what_replaces_it_b
     assert {text for lost in done.lost for text in lost.texts} == {"bb", "ccc"}
 
 
-def test_what_another_part_holds_too_is_not_lost(tmp_path: Path) -> None:
+def test_values_that_another_part_holds_are_not_lost(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s", durable=False)
     store.write(GROUP, FIRST)
     store.write(GROUP, FIRST.take(0, 2))
@@ -488,7 +488,7 @@ def test_what_another_part_holds_too_is_not_lost(tmp_path: Path) -> None:
     assert (lost.variables, lost.layers, lost.prompts) == (("resid_mean",), (0,), ["a", "bb", "ccc"])
 
 
-def test_where_nobody_can_tell_which_tokens_a_part_keeps_it_goes(tmp_path: Path) -> None:
+def test_a_part_whose_token_positions_are_lost_is_removed(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s", durable=False)
     columns = {**FIRST.token_columns, "position": np.arange(9) + 5}
     store.write(GROUP, replace(FIRST, token_columns=columns))
@@ -514,7 +514,7 @@ def test_a_groups_document_comes_back_from_any_of_its_parts(place: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["deleted", "flipped"])
-def test_where_no_part_tells_the_next_one_written_brings_the_groups_document_back(damage: Damage, tmp_path: Path) -> None:
+def test_a_groups_document_that_no_part_holds_is_restored_by_the_next_part(damage: Damage, tmp_path: Path) -> None:
     old = Path(shutil.copytree(OLD_STORES / "version-1" / "store", tmp_path / "old"))
     info = lz.open_store(old).find_group("acme/toy")
     before = lz.open_store(old).dataset("acme/toy").load()
@@ -654,7 +654,7 @@ def url(s3: S3) -> str:
         ("array document", "emptied"), ("part document", "flipped"),
     ],
 )  # fmt: skip
-def test_the_same_on_s3(url: str, kind: str, damage: Damage) -> None:
+def test_damage_is_found_and_repaired_on_s3(url: str, kind: str, damage: Damage) -> None:
     case, parts = CASES[kind], parts_of(build(url))
     storage = open_storage(url)
     key, partner = key_of(case.file, parts), key_of(case.partner, parts)
@@ -668,7 +668,7 @@ def test_the_same_on_s3(url: str, kind: str, damage: Damage) -> None:
     check(observed(clean), gone)
 
 
-def test_the_fast_way_reads_documents_only_on_s3(s3: S3, url: str) -> None:
+def test_a_fast_verification_reads_documents_only_on_s3(s3: S3, url: str) -> None:
     build(url)
     store = lz.open_store(url, "r", storage_options=s3.options(counted=True))
     s3.proxy.reset()
@@ -713,7 +713,7 @@ def test_values_that_are_no_numbers_and_blank_rows_are_counted_as_they_are_writt
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_what_was_not_counted_when_it_was_written_is_counted_by_a_full_verification(dtype: str, tmp_path: Path) -> None:
+def test_a_full_verification_counts_what_the_writer_did_not_count(dtype: str, tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s")
     batch = odd_batch()
     tokens, prompts = batch.tokens["resid"].astype(dtype), batch.prompts["resid_mean"].astype(dtype)
@@ -731,7 +731,7 @@ def test_what_was_not_counted_when_it_was_written_is_counted_by_a_full_verificat
     assert (summary.not_finite, summary.blank, summary.uncounted) == (3, 4, 0)
 
 
-def test_a_token_that_nothing_precedes_has_no_probability_and_is_no_news(store: Store) -> None:
+def test_the_first_tokens_nan_is_not_reported(store: Store) -> None:
     batch = make_batch(["a"], tokens=False)
     store.write(
         GROUP,
