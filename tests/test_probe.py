@@ -293,7 +293,7 @@ def test_unknown_poolings_are_refused(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["max", "min", "activation:max", "score:mean"])
-def test_unsuitable_training_data_are_refused_with_advice(name: str) -> None:
+def test_poolings_of_scores_are_refused_for_training_with_advice(name: str) -> None:
     with pytest.raises(InvalidArgumentError, match="inference_pooling"):
         lz.Probe("m", pooling=name)
 

@@ -103,7 +103,7 @@ def test_lazy_data_on_any_scheduler_give_the_same(tmp_path: Path) -> None:
         xr.testing.assert_identical(got.accuracy, expected.accuracy)
 
 
-def test_directions_that_cannot_be_compared_are_refused() -> None:
+def test_datasets_without_a_common_sweep_are_refused() -> None:
     a = DATA["same"]
     with pytest.raises(InvalidArgumentError, match="nothing to carry over to"):
         lz.sweep_transfer({"a": a}, "label")
