@@ -54,7 +54,7 @@ class VllmFiles:
 
     @property
     def url(self) -> str:
-        """Where the files lie."""
+        """The folder of the files."""
         return self.files.url
 
     def entries(self) -> Iterator[Entry | Skipped]:
@@ -175,7 +175,7 @@ class RowTables:
 
     @property
     def url(self) -> str:
-        """Where the files lie."""
+        """The folder of the files."""
         return self.files.url
 
     def _check(self) -> tuple[Held, ...]:
