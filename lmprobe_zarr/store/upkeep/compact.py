@@ -110,8 +110,8 @@ def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts:
     """The runs of parts and annotations of a group that can be merged; pure.
 
     A run of **parts** consists of neighbours of equal shape (`shape_key`). Each part holds every variable and layer of its prompts, so the
-    last part that holds a prompt replaces the others for it. The merged part holds the union of the prompts, in the order in which they first
-    appear. A run ends
+    last part that holds a prompt replaces the others for it. The merged part holds the union of the prompts, in the order in which they
+    first appear. A run ends
 
     * before a part of another shape: it could replace values of the first part and be replaced by the second, and its prompts would come
       before those of the first;
