@@ -1,4 +1,4 @@
-"""The xarray accessor ``.lz``: tokens to prompts, tensors, batches, statistics and plots, each handed on to the room that computes it.
+"""The xarray accessor ``.lz``: pooling, tensors, batches, statistics and plots. Each method calls the room that computes the result.
 
 Works on any dataset or array with the dimension names of this package.
 """
@@ -36,17 +36,17 @@ class _TokenAccessor(Generic[T]):
         self._data = data
 
     def at(self, position: int) -> T:
-        """The values at one position of every prompt, one row per prompt.
+        """The values at one position of each prompt, one row per prompt.
 
         Parameters
         ----------
         position : int
-            Counted from the prompt's first token in the data, or, if negative, from its last: ``-1`` is the last token.
+            Counted from the prompt's first token in the data; if negative, from its last: ``-1`` is the last token.
 
         Returns
         -------
         same kind, with ``token`` replaced by ``prompt``
-            In the order in which prompts appear. Lazy where the data are.
+            In the order in which prompts first appear. Lazy if the data are lazy.
 
         Raises
         ------
@@ -58,7 +58,7 @@ class _TokenAccessor(Generic[T]):
 
 @xr.register_dataarray_accessor("lz")  # type: ignore[no-untyped-call]
 class ArrayAccessor(_TokenAccessor[xr.DataArray]):
-    """``array.lz``: tokens to prompts, to padded arrays, to torch."""
+    """``array.lz``: pools and pads tokens, makes tensors and batches, computes statistics, plots."""
 
     def pool(self, pooling: str) -> xr.DataArray:
         """One vector per prompt from its tokens.
@@ -71,14 +71,14 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Returns
         -------
         xarray.DataArray
-            ``token`` replaced by ``prompt``, named ``<name>_<pooling>``; in memory, computed layer by layer.
+            With ``token`` replaced by ``prompt``, named ``<name>_<pooling>``. In memory; computed layer by layer.
         """
         return pool_tokens(self._data, pooling)
 
     def padded(self) -> xr.DataArray:
-        """``token`` replaced by ``prompt`` and ``position``, in memory; NaN (−1 for integers) where a prompt has no token.
+        """The values with ``token`` replaced by ``prompt`` and ``position``, in memory; NaN (−1 for integers) where a prompt has no token.
 
-        ``position`` has the positions that occur, so after a selection each token keeps its own position.
+        ``position`` has only positions that occur, so each token keeps its position after a selection.
         """
         return pad_tokens(self._data)
 
@@ -122,10 +122,10 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Parameters
         ----------
         dtype : torch.dtype, optional
-            None keeps the stored dtype: bfloat16 comes back as bfloat16, unless the values have changed since and no longer fit into
-            bfloat16.
+            None for the stored dtype. Values stored as bfloat16 become bfloat16 again, unless they were changed and
+            bfloat16 cannot hold them exactly any more.
         device : torch device, optional
-            None for the CPU, where no value is copied after it was read.
+            None for the CPU, where values are not copied after they were read.
 
         Returns
         -------
@@ -169,8 +169,8 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
     ) -> Batches:
         """Shuffled batches of rows, for training sparse autoencoders or probes of single tokens.
 
-        Whole chunks are read in random order, as many at a time as the buffer holds, and the rows of one buffer are mixed. So each chunk
-        is read once per epoch, and each row occurs once. Only the buffers are held in memory, and the labels.
+        Whole chunks are read in random order, as many at a time as the buffer holds, and the rows of a buffer are shuffled. So each chunk
+        is read once per epoch, and each row occurs once. Only buffers and labels are held in memory.
 
         Parameters
         ----------
@@ -181,43 +181,43 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         shuffle : bool
             False keeps the order of the rows.
         seed : int
-            The order depends on it, on the options, and on which parts hold the rows; on nothing else.
+            The order depends only on the seed, the options, and which parts hold the rows.
         epochs : int, optional
-            How often all rows are given, each time in another order; None for no end.
+            How many times all rows are returned, each time in another order; None for endless batches.
         drop_last : bool
-            Whether the rows that fill no batch at the end of an epoch are left out; otherwise the last batch is shorter.
+            Whether to leave out the rows at the end of an epoch that do not fill a batch; otherwise the last batch is shorter.
         buffer_tokens : int, optional
-            About how many rows are mixed together; None for 256 MiB of them. The next buffer is read while one is used. If all rows fit
+            About how many rows are shuffled together; None for 256 MiB of rows. The next buffer is read while one is used. If all rows fit
             into one buffer, they are shuffled completely.
         rank, world_size : int
             The number of this trainer, and how many there are. Each row belongs to one trainer, and all have the same number of batches.
         start_step : int
-            How many batches to leave out, over all epochs. The remaining batches do not change. Reads at most one buffer for nothing.
+            How many batches to skip, over all epochs. The remaining batches do not change. At most one buffer is read in vain.
         skip_positions : int or iterable of int
-            Positions of tokens that are left out; 0 is the first token of each prompt, which usually is an outlier.
+            Positions of tokens to leave out; 0 is the first token of each prompt, which is usually an outlier.
         max_norm : float, optional
-            Leaves out rows whose norm exceeds this many times the median of its layer, in any of the layers, and rows that are not
-            finite. Reads all rows once before the first batch; with `norms` you can do that once for several calls.
+            Leave out rows whose norm exceeds this many times the median norm of the layer, in any of the layers, and rows that are not
+            finite. Reads all rows once before the first batch; use `norms` to do that once for several calls.
         where : DataArray of bool over token, or array of bool, shape (token,), optional
-            Only rows where it is true.
+            Only rows for which it is true.
         missing : {"raise", "drop"}
-            What happens to rows that are not stored in all of the layers.
+            What to do about rows that are not stored in all of the layers.
         labels : str or iterable of str, optional
-            Coordinates along token to give beside each batch, as a dict of arrays of shape (batch,): ``prompt``, ``position``,
+            Coordinates along ``token`` to return with each batch, as a dict of arrays of shape (batch,): ``prompt``, ``position``,
             ``token_id``, your own columns, or ``row``, the number of the row in this array. They are held in memory.
         mean, scale : DataArray over layer and hidden, float or array, optional
             Rows become (row − mean) / scale, computed in float32 at least. See `statistics`.
         dtype : dtype, optional
-            float16, float32 or float64, and for torch bfloat16 too. None for that of the values; for normalised values at least float32.
+            float16, float32 or float64; for torch also bfloat16. None for the dtype of the values; for normalised values at least float32.
         framework : {"numpy", "torch"}
-            Arrays or tensors. Batches of tensors are an ``IterableDataset``: iterate it, or give it to ``DataLoader(…, batch_size=None)``.
+            Arrays or tensors. Batches of tensors are an ``IterableDataset``: iterate it, or pass it to ``DataLoader(…, batch_size=None)``.
         prefetch : bool
             Whether the next buffer is read on a thread while one is used.
 
         Returns
         -------
         Batches
-            Each iteration begins at `start_step`; also ``len``, ``steps_per_epoch``, ``state_dict`` and ``load_state_dict``.
+            Each iteration starts at `start_step`. Has ``len``, ``steps_per_epoch``, ``state_dict`` and ``load_state_dict``.
 
         Raises
         ------
@@ -230,7 +230,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         MissingDependencyError
             ``framework="torch"``, and torch is not installed.
         InvalidArgumentError, InvalidTypeError
-            An option that cannot be used, or filters that leave too little.
+            An option cannot be used, or the filters leave too few rows.
         """
         options = BatchOptions(
             layer=layer,
@@ -290,12 +290,12 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Parameters
         ----------
         layer, skip_positions, where, missing
-            Which rows, as in `batches`. Rows that are not finite are counted and left out.
+            Choose rows, as in `batches`. Rows that are not finite are counted and left out.
         outlier_factor : float
             Rows whose norm exceeds this many medians are outliers.
         keep : str or path, optional
-            A file, or the URL of one, to keep the result in; it is written atomically. If it holds the statistics of the same rows, it is
-            returned and no row is read. If parts or options have changed since, it is written again. Use one file per selection.
+            Path or URL of a file to keep the result in; it is written atomically. If the file holds the statistics of the same rows, they
+            are returned and no row is read. If parts or options have changed, it is written again. Use one file per selection.
 
         Returns
         -------
@@ -328,7 +328,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
 
 @xr.register_dataset_accessor("lz")  # type: ignore[no-untyped-call]
 class DatasetAccessor(_TokenAccessor[xr.Dataset]):
-    """``ds.lz``: the same for every variable of a dataset, and plots of scores."""
+    """``ds.lz``: the methods of `ArrayAccessor` for the variables of a dataset, and plots of scores."""
 
     def pool(self, pooling: str) -> xr.Dataset:
         """`ArrayAccessor.pool` of every variable along ``token``, as ``<name>_<pooling>``.
@@ -346,7 +346,7 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return pool_tokens(self._data, pooling)
 
     def padded(self) -> xr.Dataset:
-        """`ArrayAccessor.padded` of every variable along ``token``, and ``mask(prompt, position)``: True where there is a token."""
+        """`ArrayAccessor.padded` of every variable along ``token``, and ``mask`` (prompt, position), True where there is a token."""
         return pad_tokens(self._data)
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:
@@ -364,7 +364,7 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return {str(name): ArrayAccessor(v).to_torch(dtype=dtype, device=device) for name, v in self._data.data_vars.items()}
 
     def batches(self, variable: str | None = None, **options: Any) -> Batches:
-        """`ArrayAccessor.batches` of one variable: of ``resid``, or of the only one, if none is named.
+        """`ArrayAccessor.batches` of one variable; by default of ``resid``, or else of the only variable.
 
         Parameters
         ----------
@@ -380,7 +380,7 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return ArrayAccessor(self._array(variable)).batches(**options)
 
     def norms(self, variable: str | None = None, layer: int | Iterable[int] | None = None) -> xr.DataArray:
-        """`ArrayAccessor.norms` of one variable: of ``resid``, or of the only one, if none is named.
+        """`ArrayAccessor.norms` of one variable; by default of ``resid``, or else of the only variable.
 
         Parameters
         ----------
@@ -396,7 +396,7 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return norms_of(self._array(variable), layer)
 
     def statistics(self, variable: str | None = None, **options: Any) -> xr.Dataset:
-        """`ArrayAccessor.statistics` of one variable: of ``resid``, or of the only one, if none is named.
+        """`ArrayAccessor.statistics` of one variable; by default of ``resid``, or else of the only variable.
 
         Parameters
         ----------
@@ -494,11 +494,11 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return plot_calibration(self._data, **kwargs)
 
 
-# -- what the accessor of a dataset shows of itself -------------------------------------------------------------------------
+# -- how the accessor of a dataset is shown -------------------------------------------------------------------------
 
 
 def _scores_by_probe(data: xr.Dataset) -> list[tuple[str, str, Array, Array]]:
-    """For each probe and usual metric: both names, the layers, and the mean score of each layer. Empty where there are no scores."""
+    """For each probe and usual metric: both names, the layers, and the mean score of each layer. Empty if there are no scores."""
     if not {"layer", "probe"} <= set(data.dims):
         return []
     metrics = [name for name in ("accuracy", "auroc", "r2") if name in data and {"layer", "probe"} <= set(data[name].dims)]
@@ -522,7 +522,7 @@ def _as_text(data: xr.Dataset) -> str:
 
 
 def _as_html(data: xr.Dataset) -> str:
-    """The same as a card, with a curve over the layers for each probe."""
+    """`_as_text` as a card, with a curve over the layers for each probe."""
     rows = _scores_by_probe(data)
     attrs = data.attrs
     if not rows:

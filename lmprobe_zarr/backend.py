@@ -1,4 +1,4 @@
-"""The xarray engine ``lmprobe_zarr``: hands a store's views to `xarray.open_dataset` and `xarray.open_datatree`."""
+"""The xarray engine ``lmprobe_zarr``, which opens stores with `xarray.open_dataset` and `xarray.open_datatree`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["LmprobeZarrBackend"]
 class LmprobeZarrBackend(BackendEntrypoint):
     """Opens a store, read-only, through xarray.
 
-    With ``chunks=``, xarray names the Dask arrays by the URL and, for local folders, by the time of the last commit. Do not combine
-    Dask arrays that were opened so before and after a commit to a remote store; `Store.dataset` has no such limit.
+    With ``chunks=``, xarray names Dask arrays after the URL and, for local folders, the time of the last commit. For a remote store, do not
+    combine Dask arrays that were opened before and after a commit; `Store.dataset` has no such limit.
 
     Examples
     --------
@@ -87,13 +87,13 @@ class LmprobeZarrBackend(BackendEntrypoint):
         drop_variables: str | Iterable[str] | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> dict[str, xr.Dataset]:
-        """All groups as datasets by path."""
+        """All groups, as datasets by path."""
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
         tree = _open(filename_or_obj, storage_options).datatree()
         return {node.path: node.to_dataset().drop_vars(dropped, errors="ignore") for node in tree.subtree}
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
-        """Whether a local folder is the root of a store; URLs are not looked at, so name the engine for them."""
+        """Whether a local folder is the root of a store. False for URLs, which are not read: name the engine for them."""
         if not isinstance(filename_or_obj, (str, os.PathLike)):
             return False
         try:

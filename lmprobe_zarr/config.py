@@ -1,7 +1,7 @@
-"""The settings of the cache: what was set by a call, else the environment variable, else the default.
+"""The settings of the cache: the value set by a call, else the environment variable, else the default.
 
-The only place that reads environment variables. Each is read when its setting is first asked for, and again after `reload`; nothing is
-read when the package is imported. The settings rule the default store only: a store that a call names is ruled by that call's arguments.
+The only module that reads environment variables. A variable is read when its setting is first used, and again after `reload`; none is read
+when the package is imported. The settings apply to the default store only, not to a store that a call names.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ class Setting:
     variable : str
         The environment variable.
     means : str
-        What it sets.
+        What it sets, for the documentation.
     values : str
-        Which values it takes.
+        The allowed values, for the documentation and errors.
     default : str
-        What holds where neither it nor a call says anything.
+        The value if neither the variable nor a call sets one.
     example : str
     call : str
-        The function that overrides it; empty where none does.
+        The function that overrides it; empty if there is none.
     parse : callable
-        From the variable's text to the value; raises ValueError for anything else.
+        Makes the value of the variable's text; raises ValueError for text that is not allowed.
     """
 
     variable: str
@@ -75,7 +75,7 @@ def _parse_limit(text: str) -> int:
 def _limit_bytes(gb: float) -> int:
     if not math.isfinite(gb * GB) or gb < 0:
         raise ValueError(gb)
-    return math.ceil(gb * GB)  # only 0 is nothing
+    return math.ceil(gb * GB)  # rounded up, so that only 0 becomes 0
 
 
 def _parse_debug(text: str) -> int | None:
@@ -93,7 +93,7 @@ def _parse_dtype(text: str) -> Precision:
 SETTINGS: Final = {
     "dir": Setting(
         variable="LMPROBE_CACHE_DIR",
-        means="folder of the cache; activations go into .zarr inside it, lmprobe's own entries lie beside that",
+        means="folder of the cache; activations are stored in .zarr inside it, beside lmprobe's own entries",
         values="a folder",
         default="~/.cache/lmprobe",
         example="/mnt/fast-ssd/lmprobe",
@@ -102,7 +102,7 @@ SETTINGS: Final = {
     ),
     "limit": Setting(
         variable="LMPROBE_CACHE_MAX_GB",
-        means="size that evict() brings the cache down to, in GB of 1024³ bytes; 0 stores nothing, while reading still works",
+        means="size that evict() reduces the cache to, in GB of 1024³ bytes; with 0 nothing is stored, but what is stored can be read",
         values="a number of at least 0",
         default="no limit",
         example="100",
@@ -111,7 +111,7 @@ SETTINGS: Final = {
     ),
     "dtype": Setting(
         variable="LMPROBE_CACHE_DTYPE",
-        means="precision that activations are stored with",
+        means="precision in which activations are stored",
         values="float16, bfloat16 or float32",
         default="as the model computes",
         example="float16",
@@ -120,7 +120,7 @@ SETTINGS: Final = {
     ),
     "backend": Setting(
         variable="LMPROBE_CACHE_BACKEND",
-        means="place of the cache instead of its folder: a URL or a path, with .zarr inside it unless a store lies there itself",
+        means="place of the cache instead of its folder: a store, or a URL or path in which .zarr is made",
         values="a URL that fsspec knows, or a path",
         default="the folder of the cache",
         example="s3://my-bucket/prefix",
@@ -159,11 +159,11 @@ def _get(name: str, default: Any = None) -> Any:
 
 
 def reload() -> None:
-    """Read the environment variables again, each at the next use of its setting. What was set by a call stays."""
+    """Read the environment variables again, each at the next use of its setting. Settings made by calls stay."""
     _from_environment.clear()
 
 
-# --------------------------------------------------------------------------------------------------------------- asking
+# -------------------------------------------------------------------------------------------------------------- getting
 
 
 def cache_dir() -> Path:
@@ -172,38 +172,38 @@ def cache_dir() -> Path:
 
 
 def default_root() -> Path:
-    """Where activations go when neither a store nor a backend is named: the folder ``.zarr`` in `cache_dir`.
+    """Where activations are stored if neither a store nor a backend is given: the folder ``.zarr`` in `cache_dir`.
 
-    lmprobe takes every other folder there for its own and evicts it, but leaves those alone that begin with a dot.
+    lmprobe treats other folders there as its own and evicts them; it ignores those whose names begin with a dot.
     """
     return cache_dir() / ".zarr"
 
 
 def cache_backend() -> Any:
-    """What was given to `set_cache_backend`, else ``$LMPROBE_CACHE_BACKEND``, else None."""
+    """The argument of `set_cache_backend`, else ``$LMPROBE_CACHE_BACKEND``, else None."""
     return _get("backend")
 
 
 def cache_limit() -> int | None:
-    """The limit of the default store in bytes; None where there is none, 0 where nothing is to be stored."""
+    """The limit of the default store in bytes; None if there is no limit, 0 if nothing is to be stored."""
     limit: int | None = _get("limit")
     return limit
 
 
 def cache_precision() -> Precision:
-    """The precision that the default store keeps activations with."""
+    """The precision in which the default store keeps activations."""
     precision: Precision = _get("dtype", Precision())
     return precision
 
 
 def debug_level() -> int | None:
-    """The level of logging that ``$LMPROBE_CACHE_DEBUG`` asks for; None for none."""
+    """The level of logging that ``$LMPROBE_CACHE_DEBUG`` sets; None for no logging."""
     level: int | None = _get("debug")
     return level
 
 
 def weights_memory() -> Path:
-    """The file that remembers content hashes of local weights by path, size and time, so that each is hashed once."""
+    """The file with content hashes of local weights by path, size and time, so that each file is hashed once."""
     return cache_dir() / ".lmprobe-zarr" / "weights.json"
 
 
@@ -216,7 +216,7 @@ def bytes_of(name: str, gb: object) -> int:
     Parameters
     ----------
     name : str
-        What the argument is called, for the message.
+        Name of the argument, for the message.
     gb : float
         In GB of 1024³ bytes.
 
@@ -228,50 +228,50 @@ def bytes_of(name: str, gb: object) -> int:
     Raises
     ------
     InvalidArgumentError
-        No finite number of at least 0.
+        `gb` is not a finite number of at least 0.
     """
     try:
         if isinstance(gb, bool) or not isinstance(gb, Real):
             raise TypeError(gb)
         return _limit_bytes(float(gb))
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidArgumentError(f"{name}={gb!r:.40} is no size: give a number of GB of at least 0") from error
+        raise InvalidArgumentError(f"{name}={gb!r:.40} is not a size: give a number of GB of at least 0") from error
 
 
 def set_cache_limit(gb: float | None = None) -> None:
-    """Set the size that `evict` brings the default store down to.
+    """Set the size that `evict` reduces the default store to.
 
-    Nothing is evicted by this, nor by writing: call `evict` at natural boundaries.
+    Neither this call nor writing evicts anything: call `evict` when it suits.
 
     Parameters
     ----------
     gb : float, optional
-        In GB of 1024³ bytes. None lifts the limit; 0 stores nothing from now on, while what is stored is still read.
+        In GB of 1024³ bytes. None removes the limit. With 0 nothing more is stored, but what is stored can be read.
 
     Raises
     ------
     InvalidArgumentError
-        A negative number, or none.
+        `gb` is negative, or not a number.
     """
     _from_calls["limit"] = None if gb is None else bytes_of("gb", gb)
 
 
 def set_cache_dtype(dtype: str | None = None, *, keep_bits: int | None = None, overflow: str = "bfloat16") -> None:
-    """Set the precision that activations are stored with in the default store; what is stored already stays as it is.
+    """Set the precision in which the default store keeps new activations; stored ones stay as they are.
 
     Parameters
     ----------
     dtype : {"float16", "bfloat16", "float32"}, optional
-        None stores what the model computes.
+        None for the dtype that the model computes in.
     keep_bits : int, optional
-        Round to so many bits after the leading one, which makes the stored values smaller; see `lmprobe_zarr.batch.Precision`.
+        Round to this many bits after the leading bit, so that values compress better; see `lmprobe_zarr.batch.Precision`.
     overflow : {"bfloat16", "raise"}
-        What happens to values beyond the range of float16: the part is stored with bfloat16's precision, or an error.
+        What happens if values are beyond the range of float16: the part is stored with bfloat16's precision, or an error is raised.
 
     Raises
     ------
     InvalidArgumentError
-        Unknown dtype, or bits that it does not have.
+        The dtype is unknown, or has fewer bits than `keep_bits`.
     """
     _from_calls["dtype"] = Precision(dtype=dtype, keep_bits=keep_bits, overflow=overflow)
 
@@ -282,13 +282,13 @@ def set_cache_backend(backend: Any = None) -> None:
     Parameters
     ----------
     backend : str, path, Store, or a sequence of these, optional
-        A URL or path: the store that lies there, or else one in ``.zarr`` inside it, beside lmprobe's own entries. A `Store` is taken as
-        it is. Several are read as one, and only the last is written to. None goes back to the environment variable or the cache's folder.
+        A URL or path: of a store, or else of a folder, whose store is ``.zarr`` inside it, beside lmprobe's own entries. A `Store` is used
+        as it is. Several are read as one, and only the last is written to. None restores the environment variable or the cache's folder.
 
     Raises
     ------
     InvalidTypeError
-        Anything else.
+        `backend` is something else.
     """
     if backend is None:
         _from_calls.pop("backend", None)

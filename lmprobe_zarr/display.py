@@ -1,7 +1,7 @@
-"""How values are shown: text for terminals, and HTML for notebooks and pages. Everything that somebody else named is escaped.
+"""Shows values as text for terminals, and as HTML for notebooks and pages. Names and texts from elsewhere are escaped.
 
-Knows nothing of stores, and needs no script: the HTML takes its colours from what it stands in, so it is as dark or light as the
-notebook, and opens and closes by ``<details>``.
+Knows no store. The HTML needs no script: it takes its colours from the page around it, dark or light, and ``<details>`` opens and closes
+sections.
 """
 
 from __future__ import annotations
@@ -32,35 +32,36 @@ __all__ = [
     "visible",
 ]
 
-# Formats (direction marks among them), surrogates, controls, and what breaks lines: none of them can be seen, and some act on a terminal.
+# Unicode categories of format characters (such as direction marks), surrogates, controls and line breaks. They are invisible, and some
+# control a terminal.
 _UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def visible(text: object, *, lines: bool = False) -> str:
-    """A text as a terminal may show it: what cannot be seen is escaped as in Python, so that no name moves a cursor or turns a line.
+    """A text that is safe to print on a terminal: invisible characters are escaped as in Python, so that no name can move the cursor.
 
     Parameters
     ----------
     text : object
-        Anything with a `str`.
+        Converted with `str`.
     lines : bool
-        Whether line breaks stay as they are.
+        Whether line breaks are kept.
     """
     return "".join(c if unicodedata.category(c) not in _UNSEEN or (lines and c == "\n") else repr(c)[1:-1] for c in str(text))
 
 
 def terminal_width(default: int = 120) -> int:
-    """Columns of the terminal; `default` where standard output is none."""
+    """Columns of the terminal, at least 40; `default` if standard output is not a terminal."""
     return max(40, shutil.get_terminal_size((default, 24)).columns)
 
 
 def columns_of(text: str) -> int:
-    """How many columns a text takes on a terminal: East Asian wide characters take two, marks that combine none."""
+    """How many columns a text takes on a terminal: East Asian wide characters take two, combining marks none."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def shorten(text: str, width: int) -> str:
-    """At most so many columns of a text, with … where it was cut."""
+    """A text cut to at most `width` columns, ending in … if it was cut."""
     if columns_of(text) <= width:
         return text
     kept, taken = "", 1
@@ -73,14 +74,14 @@ def shorten(text: str, width: int) -> str:
 
 
 def format_table(rows: Sequence[Mapping[str, object]], *, width: int | None = None) -> str:
-    """Rows as aligned columns under their names; numbers to the right.
+    """Rows as aligned columns under their names; numbers are aligned to the right.
 
     Parameters
     ----------
     rows : sequence of mapping
         All with the same keys.
     width : int, optional
-        What a line may take. The widest columns are cut until it fits, none below eight columns; None: nothing is cut.
+        Columns of the terminal per line. The widest columns are cut until a line fits, but not below eight. None cuts nothing.
     """
     if not rows:
         return ""
@@ -104,7 +105,7 @@ def format_table(rows: Sequence[Mapping[str, object]], *, width: int | None = No
 
 @dataclass(frozen=True, slots=True)
 class Html:
-    """Markup that is safe as it is; everything else is escaped where it is put in."""
+    """Markup that is inserted as it is; all other values are escaped when they are inserted."""
 
     markup: str
 
@@ -113,12 +114,12 @@ class Html:
 
 
 def escape(value: object) -> str:
-    """The markup of a value: its own where it is `Html`, else its escaped text."""
+    """The markup of a value: that of an `Html`, else the escaped text."""
     return value.markup if isinstance(value, Html) else html.escape(visible(value))
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, caption: str = "") -> Html:
-    """A table with a head; numbers stand to the right."""
+    """A table with a head; numbers are aligned to the right."""
 
     def cell(value: object) -> str:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -137,14 +138,14 @@ def definitions(rows: Mapping[str, object]) -> Html:
 
 
 def section(title: object, content: object, *, opened: bool = False, note: object = "") -> Html:
-    """Something that opens and closes.
+    """A section that can be opened and closed.
 
     Parameters
     ----------
     title, note : object
-        What is always seen; the note in a lighter tone.
+        Always shown; the note in a lighter tone.
     content : object
-        What is seen when it is open.
+        Shown when the section is open.
     opened : bool
         Whether it is open at first.
     """
@@ -153,32 +154,32 @@ def section(title: object, content: object, *, opened: bool = False, note: objec
 
 
 def card(kind: str, note: object, *content: object) -> Html:
-    """The whole of a representation in a notebook: what it is of, and what there is to say.
+    """The whole HTML representation of an object in a notebook.
 
     Parameters
     ----------
     kind : str
         Name of the class.
     note : object
-        What tells it from others of its class.
+        What distinguishes the object from others of its class.
     *content : object
         Sections and tables.
     """
     head = f'<div class="lz-head">{escape(kind)} <span class="lz-dim">{escape(note)}</span></div>'
-    return Html(f'<div class="lz-card"><style>{_STYLE}</style>{head}{"".join(escape(one) for one in content)}</div>')
+    return Html(f'<div class="lz-card"><style>{_STYLE}</style>{head}{"".join(escape(item) for item in content)}</div>')
 
 
 def sparkline(values: Sequence[float], low: float, high: float, *, label: str) -> Html:
-    """A small curve in the text's own colour, with a dot at its highest place.
+    """A small curve in the colour of the text, with a dot at its highest point.
 
     Parameters
     ----------
     values : sequence of float
-        From left to right; gaps where they are not finite.
+        From left to right; values that are not finite are gaps.
     low, high : float
-        What the lower and the upper edge stand for.
+        The values at the lower and the upper edge.
     label : str
-        What a screen reader says of it.
+        Description for screen readers.
     """
     width, height, edge = 140, 26, 4
     step = (width - 2 * edge) / max(1, len(values) - 1)
@@ -191,8 +192,8 @@ def sparkline(values: Sequence[float], low: float, high: float, *, label: str) -
     for point in points:
         path += "" if point is None else f"{pen}{point[0]:.1f} {point[1]:.1f}"
         pen = "M" if point is None else "L"
-    there = [point for point in points if point is not None]
-    best = min(there, key=lambda point: point[1], default=None)
+    finite = [point for point in points if point is not None]
+    best = min(finite, key=lambda point: point[1], default=None)
     dot = "" if best is None else f'<circle cx="{best[0]:.1f}" cy="{best[1]:.1f}" r="2.5" fill="currentColor"/>'
     return Html(
         f'<svg role="img" aria-label="{escape(label)}" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
@@ -200,7 +201,7 @@ def sparkline(values: Sequence[float], low: float, high: float, *, label: str) -
     )
 
 
-# Colours and lines are the notebook's own text colour, more or less of it: right in dark and light, and in themes nobody thought of.
+# All colours are derived from the notebook's text colour, so they suit light, dark and any other theme.
 _STYLE: Final = (
     ".lz-card{font:13px/1.5 system-ui,sans-serif;color:inherit;max-width:900px;text-align:left}"
     ".lz-card .lz-head{font-weight:600;border-bottom:1px solid color-mix(in srgb,currentColor 25%,transparent);padding:2px 0 4px;"
@@ -221,7 +222,7 @@ _STYLE: Final = (
 
 
 def format_bytes(nbytes: int) -> str:
-    """A number of bytes as people read it, in powers of 1024."""
+    """A number of bytes for people to read, in powers of 1024."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -239,6 +240,7 @@ SHOWN_LINES = 50
 
 
 def shortened(rows: Iterable[object]) -> list[str]:
+    """Rows as indented lines, at most `SHOWN_LINES` of them and a note of how many more there are."""
     lines = [f"          {row}" for row in rows]
     more = len(lines) - SHOWN_LINES
     return lines if more <= 0 else [*lines[:SHOWN_LINES], f"          … and {more} more"]

@@ -1,7 +1,7 @@
 """Every error class of the package, and nothing else.
 
-Each class is also the nearest built-in exception, so that ``except ValueError`` and friends keep working. A class exists
-only where a caller would branch on it; everything else is an :class:`InvalidArgumentError`.
+Each class is also the nearest built-in exception, so ``except ValueError`` works as usual. There is a class only for errors that a caller
+may want to handle differently; all others are an :class:`InvalidArgumentError`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ __all__ = [
 
 
 class LmprobeZarrError(Exception):
-    """Anything that this package raises on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
     def __str__(self) -> str:
-        # KeyError would print the repr of its message, quotes and all.
+        # KeyError would print the repr of its message, with quotes.
         return str(self.args[0]) if self.args else ""
 
 
@@ -56,11 +56,11 @@ class InvalidTypeError(LmprobeZarrError, TypeError):
 
 
 class LayerOutOfRangeError(LmprobeZarrError, IndexError):
-    """A layer was asked for that the model, or the stored data, does not have."""
+    """A requested layer is not one of the model's, or is not stored."""
 
 
 class LabelError(LmprobeZarrError, ValueError):
-    """Labels do not fit the prompts, or cannot be learned from."""
+    """Labels do not match the prompts, or no probe can learn from them."""
 
 
 class PromptTooLongError(LmprobeZarrError, ValueError):
@@ -72,7 +72,7 @@ class PromptCollisionError(LmprobeZarrError, ValueError):
 
 
 class MissingPromptsError(LmprobeZarrError, KeyError):
-    """Prompts were asked for that are not stored."""
+    """Requested prompts are not stored."""
 
 
 class ModelNotStoredError(LmprobeZarrError, KeyError):
@@ -80,7 +80,7 @@ class ModelNotStoredError(LmprobeZarrError, KeyError):
 
 
 class AmbiguousProvenanceError(LmprobeZarrError, ValueError):
-    """Several groups of the store match what the caller said."""
+    """Several groups of the store match the caller's arguments."""
 
 
 class StoreNotFoundError(LmprobeZarrError, FileNotFoundError):
@@ -88,35 +88,35 @@ class StoreNotFoundError(LmprobeZarrError, FileNotFoundError):
 
 
 class NotAStoreError(LmprobeZarrError, ValueError):
-    """What lies at that place is something else than a store of this package."""
+    """The place holds something other than a store of this package."""
 
 
 class NotAProbeError(LmprobeZarrError, ValueError):
-    """What was read is no saved probe of this package, or a damaged one."""
+    """A file is not a saved probe of this package, or is damaged."""
 
 
 class UnsupportedVersionError(LmprobeZarrError, ValueError):
-    """A store or a saved probe has a format version that this release does not know."""
+    """A store or a saved probe has a format version that this release cannot read."""
 
 
 class ReadOnlyError(LmprobeZarrError, PermissionError):
-    """A write to a store that was opened for reading, or whose place cannot be written."""
+    """A store cannot be written to: it was opened for reading, or its place is read-only."""
 
 
 class NoSpaceError(LmprobeZarrError, OSError):
-    """The medium is full, or too small for what was planned."""
+    """The disk is full, or too small for what is to be stored."""
 
 
 class NumberRangeError(LmprobeZarrError, OverflowError):
-    """A value lies beyond the range of the dtype that it is to be stored with."""
+    """A value is beyond the range of the dtype to store it with."""
 
 
 class AccessDeniedError(LmprobeZarrError, PermissionError):
-    """A place exists, or may exist, but these credentials, or none, may not read it."""
+    """A place cannot be read with the given credentials, or without any; it may not even exist."""
 
 
 class AlreadyCommittedError(LmprobeZarrError, FileExistsError):
-    """Another writer has committed something else under that very name."""
+    """Another writer has committed something else under the same name."""
 
 
 class UnreachableError(LmprobeZarrError, ConnectionError):
@@ -124,14 +124,14 @@ class UnreachableError(LmprobeZarrError, ConnectionError):
 
 
 class CorruptPartError(LmprobeZarrError, OSError):
-    """A committed part misses a file, or a file of it is not what was committed.
+    """A committed part lacks a file, or one of its files has changed since the commit.
 
     Attributes
     ----------
     part : str or None
-        Key of the part's folder below the root; None where it is not a part that is damaged.
+        Key of the part's folder below the root; None if the damage is not in a part.
     root : str or None
-        URL of that root.
+        URL of the root.
     """
 
     part: str | None = None
@@ -139,26 +139,26 @@ class CorruptPartError(LmprobeZarrError, OSError):
 
     @classmethod
     def of(cls, root: str, part: str, message: str) -> CorruptPartError:
-        """The error for a part, so that a caller can go on without it."""
+        """The error for one part, which names it so that a caller can continue without it."""
         error = cls(message)
         error.root, error.part = root, part
         return error
 
 
 class CacheWarning(UserWarning):
-    """Something that the cache was asked for it could not do, and went on without."""
+    """The cache could not do something, and the call continued without it."""
 
 
 class CorruptFileError(LmprobeZarrError, OSError):
-    """A foreign file is damaged, unsafe, or not what its format says."""
+    """A foreign file is damaged or unsafe, or does not follow its format."""
 
 
 class PartGoneError(LmprobeZarrError, FileNotFoundError):
-    """A part that an open view refers to has been deleted since."""
+    """A part of an open view has been deleted since the view was opened."""
 
 
 class NotFittedError(LmprobeZarrError, ValueError, AttributeError):
-    """A probe was asked for predictions before it has learned anything."""
+    """A probe that is not fitted was used to predict."""
 
 
 class ModelNotFoundError(LmprobeZarrError, OSError):
@@ -170,7 +170,7 @@ class UnknownArchitectureError(LmprobeZarrError, ValueError):
 
 
 class DeviceMemoryError(LmprobeZarrError, MemoryError):
-    """The device has no memory for even a single prompt."""
+    """The device has too little memory for a single prompt."""
 
 
 class MissingDependencyError(LmprobeZarrError, ImportError):

@@ -17,7 +17,7 @@ _LOGGER = logging.getLogger(LOGGER_NAME)
 
 
 class _StandardError(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what standard error is at the moment of writing, as a notebook or a test may exchange it."""
+    """Writes to the current `sys.stderr`, which notebooks and tests replace."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -35,23 +35,25 @@ def enable_cache_logging(level: int | str = logging.INFO) -> None:
     ----------
     level : int or str
         ``logging.INFO`` shows one line per call: hits, misses, layers, seconds. ``logging.DEBUG`` adds every part that is committed,
-        evicted or skipped. Calling again changes the level.
+        evicted or skipped. Another call changes the level.
 
     Raises
     ------
     InvalidArgumentError
-        No level of `logging`.
+        `level` is not a level of `logging`.
     """
     try:
         _LOGGER.setLevel(level.upper() if isinstance(level, str) else level)
     except (TypeError, ValueError) as error:
-        raise InvalidArgumentError(f"level={level!r} is none of logging's: use 'info', 'debug' or a number such as logging.INFO") from error
+        raise InvalidArgumentError(
+            f"level={level!r} is not a logging level: use 'info', 'debug' or a number such as logging.INFO"
+        ) from error
     if not any(isinstance(handler, _StandardError) for handler in _LOGGER.handlers):
         _LOGGER.addHandler(_StandardError())
 
 
 def cache_logger() -> logging.Logger:
-    """The logger ``lmprobe_zarr.cache``, as ``$LMPROBE_CACHE_DEBUG`` wants it where nobody else has set it."""
+    """The logger ``lmprobe_zarr.cache``, at the level of ``$LMPROBE_CACHE_DEBUG`` unless a call has set another."""
     level = config.debug_level() or logging.NOTSET
     of_variable = getattr(_LOGGER, "level_of_variable", logging.NOTSET)
     if level != of_variable and _LOGGER.level == of_variable:
@@ -61,7 +63,7 @@ def cache_logger() -> logging.Logger:
 
 
 def warn(message: str) -> None:
-    """A `CacheWarning` that points at the first line outside of this package, which is the caller's."""
+    """Issue a `CacheWarning` that points at the caller's line, the first one outside this package."""
     frame, level = sys._getframe(1), 2
     package = __name__.split(".")[0]
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in (package, "contextlib"):

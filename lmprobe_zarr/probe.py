@@ -34,6 +34,7 @@ from lmprobe_zarr.probes import (
     is_matrix,
     list_given,
     make_pipeline_for,
+    not_finite_rows,
     parse_matrix,
     parse_probe,
     split_labels,
@@ -932,8 +933,8 @@ _NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_re
 
 def _check_finite(read: Activations) -> None:
     """Raise if activations hold NaN or infinity, which no classifier learns from or scores."""
-    bad = np.flatnonzero(~np.isfinite(read.features).all(axis=1))
-    if len(bad):
+    bad = not_finite_rows(read.features)
+    if bad:
         rows = bad if read.n_tokens is None else np.unique(np.repeat(np.arange(len(read.n_tokens)), read.n_tokens)[bad])
         shown = ", ".join(read.hashes[rows[:3]])
         raise InvalidArgumentError(

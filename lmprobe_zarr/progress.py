@@ -11,13 +11,13 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar(total: int, *, description: str, unit: str, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, as a function that advances it by so many units."""
+    """Show a bar on standard error; gives a function that advances it by a number of units."""
     if not enabled:
         yield lambda _: None
         return
     from tqdm.auto import tqdm
 
-    # None leaves it to tqdm, which looks for a terminal; a notebook's output is none, and shows the bar all the same.
+    # With None, tqdm shows the bar on terminals only. A notebook is not a terminal, but can show the bar.
     disable = False if _in_notebook() else None
     with tqdm(total=total, desc=description, unit=unit, unit_scale=total >= 10_000, disable=disable) as bar:
 
@@ -28,6 +28,6 @@ def progress_bar(total: int, *, description: str, unit: str, enabled: bool) -> I
 
 
 def _in_notebook() -> bool:
-    """Whether this code runs in a kernel; that its package was imported by something says nothing."""
+    """Whether this code runs in a notebook's kernel. That IPython is imported is not enough to know."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return hasattr(shell, "kernel")

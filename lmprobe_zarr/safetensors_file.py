@@ -1,7 +1,7 @@
-"""The safetensors format: headers read from bytes that nobody vouches for, and files written. Needs neither torch nor safetensors.
+"""The safetensors format: parses headers of untrusted files, and writes files. Needs neither torch nor safetensors.
 
-A file is eight bytes (length of the header, little-endian), the header (a JSON object: tensor name to dtype, shape and the
-bytes it takes) and the tensors, end to end. numpy has no bfloat16: it is read as float32, which holds it exactly.
+A file consists of eight bytes (length of the header, little-endian), the header (a JSON object: tensor name to dtype, shape and byte
+range) and the tensors, end to end. numpy has no bfloat16, so it is read as float32, which holds it exactly.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -22,9 +22,9 @@ import numpy.typing as npt
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Header", "Tensor", "encode", "header_length", "itemsize_of", "narrow_bfloat16", "parse_header", "widen_bfloat16"]
-# The format allows 100 MB, which would take a gigabyte to parse. This is enough for 100,000 tensors.
+# The format allows 100 MB, but parsing that would take a gigabyte of memory. This is enough for 100,000 tensors.
 HEADER_BYTES: Final = 16 * 2**20
-# Equal headers are parsed once: all prompts of one length have the same. Long ones are not kept.
+# Equal headers are parsed once, because all prompts of the same length have equal ones. Longer headers are not kept.
 REMEMBERED_BYTES: Final = 2**16
 ALIGNMENT: Final = 8
 _LENGTH: Final = struct.Struct("<Q")
@@ -48,16 +48,15 @@ _CODES: Final[Mapping[str, str]] = {name: code for code, name in _NAMES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where a tensor lies.
+    """A tensor's dtype and shape, and its bytes in the file.
 
     Parameters
     ----------
     dtype : str
-        Name of the numpy dtype, or ``bfloat16``; the format's own code where neither is known.
+        Name of the numpy dtype, or ``bfloat16``; for an unknown dtype, the format's code.
     shape : tuple of int
-        Its shape.
     start, stop : int
-        Bytes of the file, counted from its beginning.
+        First byte, and the byte after the last, counted from the start of the file.
     """
 
     dtype: str
@@ -68,7 +67,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Header:
-    """What a file holds.
+    """The parsed header of a file.
 
     Parameters
     ----------
@@ -79,7 +78,7 @@ class Header:
     size : int
         Bytes of the whole file.
     raw : bytes
-        The length and the header as they stand in the file, to notice a file that was exchanged.
+        The bytes of the length and the header, to notice a file that was replaced.
     """
 
     tensors: Mapping[str, Tensor]
@@ -89,22 +88,22 @@ class Header:
 
 
 def itemsize_of(dtype: str) -> int | None:
-    """Bytes of one value; None for a dtype that is not known."""
+    """Bytes of one value; None for an unknown dtype."""
     if dtype == "bfloat16":
         return 2
     return np.dtype(dtype).itemsize if dtype in _CODES else None
 
 
 def header_length(head: bytes) -> int:
-    """Bytes of the header with its length, from the first eight bytes.
+    """Bytes of the header and its length field, from the first eight bytes of a file.
 
     Raises
     ------
     ValueError
-        There are no eight bytes, or the length is impossible.
+        There are fewer than eight bytes, or the length is impossible.
     """
     if len(head) < _LENGTH.size:
-        raise ValueError(f"it has {len(head)} bytes, which is no safetensors file" if head else "it is empty")
+        raise ValueError(f"it has {len(head)} bytes, which is too few for a safetensors file" if head else "it is empty")
     (length,) = _LENGTH.unpack_from(head)
     if not 2 <= length <= HEADER_BYTES:
         raise ValueError(f"its header claims {length} bytes")
@@ -117,13 +116,13 @@ def parse_header(raw: bytes) -> Header:
     Parameters
     ----------
     raw : bytes
-        The first bytes of the file, exactly as many as `header_length` says.
+        The first bytes of the file, exactly `header_length` of them.
 
     Raises
     ------
     ValueError
-        Anything that the format does not allow: no JSON object, a name twice, a tensor whose bytes overlap another's, leave a
-        gap, or do not fit its dtype and shape.
+        The header violates the format: it is not a JSON object, has a name twice, or has a tensor whose bytes overlap another's, leave
+        a gap, or do not match its dtype and shape.
     """
     return _parse_remembered(raw) if len(raw) <= REMEMBERED_BYTES else _parse(raw)
 
@@ -131,8 +130,8 @@ def parse_header(raw: bytes) -> Header:
 def _parse(raw: bytes) -> Header:
     try:
         return _read(raw, json.loads(raw[_LENGTH.size :], object_pairs_hook=_object, parse_constant=_no_constant))
-    except (RecursionError, UnicodeDecodeError) as error:  # the former from printing what was read, too
-        raise ValueError(f"its header is no JSON ({type(error).__name__})") from error
+    except (RecursionError, UnicodeDecodeError) as error:  # RecursionError may also come from formatting a message
+        raise ValueError(f"its header is not JSON ({type(error).__name__})") from error
 
 
 def _read(raw: bytes, document: object) -> Header:
@@ -140,12 +139,12 @@ def _read(raw: bytes, document: object) -> Header:
         raise ValueError(f"its header is a JSON {type(document).__name__}, not an object")
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its __metadata__ is not texts by name")
+        raise ValueError("its __metadata__ is not an object of texts")
     tensors = {name: _parse_tensor(name, value, len(raw)) for name, value in document.items()}
     end = len(raw)
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != end:
-            raise ValueError(f"tensor {name[:80]!r} begins at byte {tensor.start} where {end} was due")
+            raise ValueError(f"tensor {name[:80]!r} begins at byte {tensor.start}, expected {end}")
         end = tensor.stop
     return Header(tensors, metadata, end, raw)
 
@@ -187,7 +186,7 @@ def _numbers(name: str, values: object) -> tuple[int, ...]:
 
 
 def widen_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """float32 with the same values as the bits of bfloat16."""
+    """The float32 values of bfloat16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -196,25 +195,25 @@ def narrow_bfloat16(values: Array) -> npt.NDArray[np.uint16]:
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
     quiet = (bits >> 16) | 0x40
-    # What is exact already stays as it is, the payload of a NaN too.
+    # Values that are exact already keep all bits, including the payload of a NaN.
     inexact = np.where(np.isnan(values), quiet, rounded)
     return np.where(bits & 0xFFFF == 0, bits >> 16, inexact).astype(np.uint16)
 
 
 def encode(tensors: Mapping[str, tuple[Array, str]], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
-    """A file, as buffers to be written one after the other.
+    """A file, as buffers to write one after the other.
 
     Parameters
     ----------
     tensors : mapping of str to (ndarray, str)
-        Name to values and the dtype to write: that of the values, or ``bfloat16`` for float32.
+        By name: values and the dtype to write, which is that of the values, or ``bfloat16`` for float32.
     metadata : mapping of str to str, optional
         The ``__metadata__``.
     """
     document: dict[str, Any] = {} if not metadata else {"__metadata__": dict(metadata)}
     buffers: list[bytes | memoryview] = []
     place = 0
-    # Wide values first, as every writer of the format does it: then all are aligned.
+    # Wide values first, as every writer of the format does, so that all tensors are aligned.
     for name, (values, dtype) in sorted(tensors.items(), key=lambda item: (-(itemsize_of(item[1][1]) or 0), item[0])):
         array = narrow_bfloat16(values) if dtype == "bfloat16" else np.asarray(values, np.dtype(dtype).newbyteorder("<"))
         shape, array = list(np.shape(values)), np.ascontiguousarray(array)

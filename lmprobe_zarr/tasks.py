@@ -1,7 +1,7 @@
-"""Where tasks run: threads, processes, this thread, or the workers of a `distributed.Client`. Knows nothing of what they do.
+"""Runs tasks in threads, processes, this thread, or on the workers of a `distributed.Client`. Knows nothing of what they do.
 
-`parse_runner` checks what a caller gave and gives a `Runner`, which every sweep uses. Extraction, whose tasks make stores, calls
-`run_on_client` itself.
+`parse_runner` checks a caller's arguments and returns a `Runner`, which every sweep uses. Extraction calls `run_on_client` directly,
+because its tasks write to a store by themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnreachableError
 from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.typing import Client
 
 __all__ = ["Runner", "check_client", "is_in_process", "own_client", "parse_runner", "run_on_client", "stop_if_cancelled"]
 
@@ -23,19 +24,21 @@ T = TypeVar("T")
 _SCHEDULERS: Final = ("threads", "processes", "synchronous")
 
 
-def check_client(client: Any) -> None:
-    """Raise `InvalidTypeError` where something is no `distributed.Client`."""
+def check_client(client: object) -> None:
+    """Raise `InvalidTypeError` unless `client` is a `distributed.Client`."""
     if not (hasattr(client, "submit") and hasattr(client, "nthreads")):
         raise InvalidTypeError(f"client is a distributed.Client, not {type(client).__name__}")
 
 
-def is_in_process(client: Any) -> bool:
-    """Whether all workers of a client are threads of this very process."""
+def is_in_process(client: Client) -> bool:
+    """Whether all workers of a client are threads of this process."""
     return all(str(address).startswith("inproc://") for address in client.nthreads())
 
 
-def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: int, finished: Callable[[int], None]) -> list[Any]:
-    """Results of tasks, in their order. The tasks of a worker that dies are run on another; when this is left early, the rest is cancelled.
+def run_on_client(client: Client, starts: Sequence[Callable[[], Any]], in_flight: int, finished: Callable[[int], None]) -> list[Any]:
+    """The results of tasks, in the order of the tasks.
+
+    If a worker dies, its tasks are run on another. After an error, the remaining tasks are cancelled.
 
     Parameters
     ----------
@@ -43,16 +46,16 @@ def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: i
     starts : sequence of callable
         Each submits a task and returns its future.
     in_flight : int
-        How many are submitted and not finished at a time, so that what is sent along does not pile up.
+        At most this many tasks are submitted and not finished, so that their arguments do not pile up.
     finished : callable
         Called with the number of each task that has ended.
 
     Raises
     ------
     UnreachableError
-        Workers died again and again over one task.
+        Several workers died while running the same task.
     others
-        What a task raised.
+        Raised by a task.
     """
     results: dict[int, Any] = {}
     with closing(_as_finished(client, starts, in_flight)) as ended:
@@ -62,8 +65,8 @@ def run_on_client(client: Any, starts: Sequence[Callable[[], Any]], in_flight: i
     return [results[number] for number in range(len(starts))]
 
 
-def _as_finished(client: Any, starts: Sequence[Callable[[], Any]], in_flight: int) -> Generator[tuple[int, Any]]:
-    """The number and the result of each task when it has ended; what still runs when this is closed is cancelled."""
+def _as_finished(client: Client, starts: Sequence[Callable[[], Any]], in_flight: int) -> Generator[tuple[int, Any]]:
+    """The number and the result of each task as it ends; closing the generator cancels the tasks that still run."""
     import distributed
 
     as_completed: Any = distributed.as_completed
@@ -76,7 +79,7 @@ def _as_finished(client: Any, starts: Sequence[Callable[[], Any]], in_flight: in
             result = future.result()
         except distributed.KilledWorker as error:
             raise UnreachableError(
-                f"workers died over the same task again and again, {error.last_worker.address} last: they may have too little memory\n"
+                f"workers died on the same task again and again, {error.last_worker.address} last: they may have too little memory\n"
                 "what was stored before is whole; see the workers' logs, and call again with fewer or larger workers"
             ) from error
         return running.pop(future), result
@@ -95,7 +98,7 @@ def _as_finished(client: Any, starts: Sequence[Callable[[], Any]], in_flight: in
 
 
 def stop_if_cancelled() -> None:
-    """Raise `CancelledError` in a task that nobody waits for any more; do nothing where the worker does not say so."""
+    """Raise `CancelledError` in a task that its client has cancelled. Does nothing if the worker keeps no record of its tasks."""
     import distributed
 
     worker: Any = distributed.get_worker()
@@ -104,12 +107,14 @@ def stop_if_cancelled() -> None:
         return
     task = tasks.get(worker.get_current_task())
     if task is None or task.state == "cancelled":
-        raise CancelledError("nobody waits for this task any more")
+        raise CancelledError("the client has cancelled this task")
 
 
 @contextmanager
-def own_client(*, workers: int | None = None, address: str | None = None) -> Iterator[Any]:
-    """A client for the duration: of as many processes of this machine, of the scheduler at an address, or None for neither.
+def own_client(*, workers: int | None = None, address: str | None = None) -> Iterator[Client | None]:
+    """A client for the duration of the context.
+
+    Of new worker processes on this machine, or of the scheduler at an address; None if neither is given.
 
     Raises
     ------
@@ -124,14 +129,14 @@ def own_client(*, workers: int | None = None, address: str | None = None) -> Ite
         yield None
         return
     if workers is not None and address is not None:
-        raise InvalidArgumentError("workers and a scheduler were given: a scheduler brings its own workers, leave one of the two out")
+        raise InvalidArgumentError("workers and a scheduler were given: a scheduler has workers of its own, leave one of the two out")
     if workers is not None and workers < 1:
-        raise InvalidArgumentError(f"workers={workers} leaves nobody to work: give at least 1")
+        raise InvalidArgumentError(f"workers={workers} is not a number of workers: give at least 1")
     try:
         import distributed
     except ImportError as error:
         raise MissingDependencyError(
-            "working on several processes needs distributed, which is not installed: pip install 'lmprobe-zarr[distributed]'"
+            "running in several processes needs distributed, which is not installed: pip install 'lmprobe-zarr[distributed]'"
         ) from error
     make: Any = distributed.Client
     if address is None:
@@ -142,40 +147,40 @@ def own_client(*, workers: int | None = None, address: str | None = None) -> Ite
     try:
         client = make(address)
     except (OSError, ValueError) as error:
-        raise UnreachableError(f"no scheduler answers at {address!r} ({error}): check the address, and that it runs") from error
+        raise UnreachableError(f"no scheduler answers at {address!r} ({error}): check the address, and that the scheduler runs") from error
     with client:
         yield client
 
 
-# -- one runner for all ----------------------------------------------------------------------------------------------------
+# -- the runner of sweeps ----------------------------------------------------------------------------------------------------
 
 
-def parse_runner(client: Any = None, scheduler: Any = None, n_workers: Any = None, *, progress: bool = False) -> Runner:
-    """Where a caller wants tasks to run.
+def parse_runner(client: Client | None = None, scheduler: Any = None, n_workers: Any = None, *, progress: bool = False) -> Runner:
+    """Check where tasks are to run.
 
     Parameters
     ----------
     client : distributed.Client, optional
     scheduler : "threads", "processes" or "synchronous", optional
-        Without a client; threads if not given.
+        Only without a client; threads by default.
     n_workers : int, optional
-        Without a client; one per core if not given.
+        Only without a client; one per core by default.
     progress : bool
         Whether a progress bar is shown.
 
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        Something that is no client, an unknown scheduler, no workers, or a client beside the other two.
+        `client` is not a client, the scheduler is unknown, `n_workers` is below 1, or a client is given with one of the others.
     """
     if client is not None and (scheduler is not None or n_workers is not None):
-        raise InvalidArgumentError("client and scheduler or n_workers were given: a client brings its own workers, leave the others out")
+        raise InvalidArgumentError("client was given with scheduler or n_workers: a client has workers of its own, leave the others out")
     if client is not None:
         check_client(client)
     if scheduler not in (None, *_SCHEDULERS):
         raise InvalidArgumentError(f"scheduler={scheduler!r} is unknown: use {', '.join(map(repr, _SCHEDULERS))}, or a client")
     if n_workers is not None and n_workers < 1:
-        raise InvalidArgumentError(f"n_workers={n_workers!r} leaves nobody to work: give at least 1")
+        raise InvalidArgumentError(f"n_workers={n_workers!r} is not a number of workers: give at least 1")
     return Runner(client, scheduler or "threads", n_workers, progress)
 
 
@@ -191,7 +196,7 @@ class Runner:
     progress : bool
     """
 
-    client: Any = None
+    client: Client | None = None
     scheduler: str = "threads"
     n_workers: int | None = None
     progress: bool = False
@@ -209,12 +214,12 @@ class Runner:
 
     @property
     def reads_here(self) -> bool:
-        """Whether tasks see this process's memory."""
+        """Whether tasks share this process's memory."""
         return self.client is None and self.scheduler != "processes"
 
     @property
     def keeps_order(self) -> bool:
-        """Whether tasks start in the order in which they are given; without a client, Dask orders them itself."""
+        """Whether tasks start in the given order. Without a client, Dask chooses the order."""
         return self.client is not None
 
     def run(
@@ -224,16 +229,16 @@ class Runner:
         in_flight: int | None = None,
         finished: Callable[[int, Any], None] | None = None,
     ) -> list[Any]:
-        """Results of tasks, in their order.
+        """The results of tasks, in the order of the tasks.
 
         Parameters
         ----------
         starts : sequence of callable
-            Each makes a task: a Dask delayed, or what `call` gives. A client calls each when it is its turn.
+            Each makes a task: a Dask delayed, or what `call` returns. With a client, each is called shortly before its task is submitted.
         description : str
             Of the progress bar.
         in_flight : int, optional
-            How many tasks a client holds at a time; two per worker if not given.
+            How many tasks a client holds at a time; two per worker by default.
         finished : callable, optional
             Called with the number and the result of each task that has ended.
         """
@@ -245,13 +250,14 @@ class Runner:
                 advance(1)
 
             if self.client is not None:
-                return self._run_on_client(starts, 2 * self.workers if in_flight is None else in_flight, end)
+                return self._run_on_client(self.client, starts, 2 * self.workers if in_flight is None else in_flight, end)
             return self._run_here(starts, end)
 
-    def _run_on_client(self, starts: Sequence[Callable[[], Any]], in_flight: int, end: Callable[[int, Any], None]) -> list[Any]:
+    @staticmethod
+    def _run_on_client(client: Client, starts: Sequence[Callable[[], Any]], in_flight: int, end: Callable[[int, Any], None]) -> list[Any]:
         results: dict[int, Any] = {}
-        made = [partial(_submit, self.client, start) for start in starts]
-        with closing(_as_finished(self.client, made, in_flight)) as ended:
+        submits = [partial(_submit, client, start) for start in starts]
+        with closing(_as_finished(client, submits, in_flight)) as ended:
             for number, result in ended:
                 results[number] = result
                 end(number, result)
@@ -280,9 +286,9 @@ class Runner:
         ----------
         function : callable
         *arguments
-            Values, Dask collections, or what `hand_over` and `hand_over_values` gave.
+            Values, Dask collections, or what `hand_over` and `hand_over_values` returned.
         name : str, optional
-            Different for every task. Without a client, Dask starts tasks of one shape in the order of their names.
+            Different for every task. Without a client, Dask starts similar tasks in the order of their names.
         """
         from dask.delayed import delayed
 
@@ -290,17 +296,17 @@ class Runner:
             return delayed(function, pure=False)(*arguments, dask_key_name=name)
         if any(_is_dask(argument) for argument in arguments):
             return delayed(function, pure=False)(*arguments)
-        # Submitted as it is: a graph of one task takes more bytes through the scheduler.
+        # Not as a graph of one task, which would take more bytes through the scheduler.
         return self.client.submit(function, *arguments, pure=False)
 
     def hand_over(self, plan: Any) -> Any:
-        """What all tasks share, as tasks take it; sent once."""
+        """An object that all tasks share, as an argument of `call`; it is sent to the workers once."""
         from dask.delayed import delayed
 
         return delayed(plan, traverse=False, pure=False) if self.client is None else self.client.submit(_unchanged, plan, pure=False)
 
     def hand_over_values(self, values: Any) -> Any:
-        """Values as tasks take them: as arguments they would be copied through the scheduler, which warns of it."""
+        """Values as an argument of `call`. Plain arguments would be copied through the scheduler, which warns about large ones."""
         if self.client is None or values is None or _is_dask(values):
             return values
         return self.client.scatter(values, hash=False)
@@ -310,7 +316,7 @@ def _is_dask(value: Any) -> bool:
     return hasattr(value, "__dask_graph__")
 
 
-def _submit(client: Any, start: Callable[[], Any]) -> Any:
+def _submit(client: Client, start: Callable[[], Any]) -> Any:
     task = start()
     return client.compute(task) if _is_dask(task) else task
 

@@ -1,4 +1,4 @@
-"""Types that many rooms share: arrays by their dtype, and protocols of what callers give."""
+"""Types that many rooms share: arrays by dtype, and protocols of objects that callers pass."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Buffer = bytes | memoryview
 
 
 class Estimator(Protocol):
-    """Whatever fits and predicts as an estimator of scikit-learn does."""
+    """An object with the `fit` and `predict` of a scikit-learn estimator."""
 
     def fit(self, activations: Any, labels: Any, /) -> Any:
-        """The estimator itself, fitted on one row and one label per prompt."""
+        """Fit on one row and one label per prompt; returns the estimator."""
         ...
 
     def predict(self, activations: Any, /) -> Any:
@@ -30,7 +30,7 @@ class Estimator(Protocol):
 
 
 class Client(Protocol):
-    """What this package uses of a `distributed.Client`, which need not be installed."""
+    """The methods of a `distributed.Client` that this package uses. `distributed` is an optional dependency."""
 
     @property
     def loop(self) -> Any:
@@ -54,5 +54,5 @@ class Client(Protocol):
         ...
 
     def cancel(self, futures: list[Any], /) -> Any:
-        """Stop futures that have not run yet."""
+        """Cancel futures."""
         ...

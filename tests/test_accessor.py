@@ -170,7 +170,7 @@ def test_a_prompt_given_twice_is_an_error() -> None:
             use()
 
 
-def test_without_an_index_over_tokens_the_error_says_how_to_get_one() -> None:
+def test_without_a_token_index_the_error_names_how_to_get_one() -> None:
     data = tokens_of([2, 1])
     for without in (data.drop_indexes(["prompt", "position"]), data.lz.at(0), data.isel(token=0), data.swap_dims({"token": "prompt"})):
         with pytest.raises(InvalidArgumentError, match="set_xindex"):

@@ -47,7 +47,7 @@ def test_xarray_finds_the_engine_by_itself_for_a_local_store(tmp_path: Path) -> 
     assert xr.open_dataset(tmp_path / "s").attrs["group"] == GROUP.name
 
 
-def test_the_engine_says_what_is_wrong(store: Store) -> None:
+def test_the_engine_raises_clear_errors(store: Store) -> None:
     with pytest.raises(StoreNotFoundError):
         xr.open_dataset(store.url, engine="lmprobe_zarr")
     with pytest.raises(InvalidArgumentError, match="level='layers'"):

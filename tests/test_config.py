@@ -105,7 +105,7 @@ def test_dtypes_and_backends_that_cannot_be_are_refused() -> None:
         lz.set_cache_backend(" ")
 
 
-def test_the_backend_is_a_store_where_one_lies_and_a_cache_with_one_inside_elsewhere(tmp_path: Path) -> None:
+def test_the_backend_is_an_existing_store_or_else_a_cache_with_a_store_inside(tmp_path: Path) -> None:
     lz.set_cache_backend(tmp_path / "cache")
     assert lz.open_store().url == str(tmp_path / "cache" / ".zarr"), "beside lmprobe's own entries"
     lz.write_activations(tmp_path / "team", model="m", prompts=["a"], pooled={"resid_mean": {0: [[1.0, 2.0]]}})
@@ -135,7 +135,7 @@ print(len(logging.getLogger("lmprobe_zarr.cache").handlers))
 
 
 @pytest.mark.parametrize(("value", "handlers", "shown"), [("", "0", False), ("1", "1", True), ("debug", "1", True)])
-def test_logging_is_silent_until_asked_for(value: str, handlers: str, shown: bool, tmp_path: Path) -> None:
+def test_logging_is_silent_until_enabled(value: str, handlers: str, shown: bool, tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "LMPROBE_CACHE_DIR": str(tmp_path), "LMPROBE_CACHE_DEBUG": value}
     done = subprocess.run([sys.executable, "-c", SILENT], check=True, capture_output=True, text=True, env=environment, timeout=120)
     assert done.stdout.strip() == handlers

@@ -35,7 +35,7 @@ def check(page: str) -> str:
 # -------------------------------------------------------------------------------------------------------------- text
 
 
-def test_what_cannot_be_seen_is_escaped() -> None:
+def test_invisible_characters_are_escaped() -> None:
     assert visible("a\x1b[2Jb\u202ec\nd\u2028") == "a\\x1b[2Jb\\u202ec\\nd\\u2028"
     assert visible("a\nb", lines=True) == "a\nb"
     assert visible("日本 é ’ 🙂") == "日本 é ’ 🙂"
@@ -70,7 +70,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path) -> None:
         store.write(GROUP, make_batch([f"a{i}", f"bb{i}", f"c{i}"], n_tokens=[2, 3, 4], columns={"label": [0, 1, 1]}))
     store.annotate("acme/toy", {"split": {"a0": "train"}})
     held = describe_view(store.view(GROUP))
-    by_name = {one.name: one for one in (*held.variables, *held.columns)}
+    by_name = {array.name: array for array in (*held.variables, *held.columns)}
     # 3 layers × (2 × 9 tokens) × 8 hidden × 4 bytes
     assert (by_name["resid"].raw_nbytes, by_name["resid"].dtype, by_name["resid"].codecs) == (1728, "float32", "bitshuffle, lz4, crc32c")
     for level, name in (("tokens", "resid"), ("prompts", "resid_mean"), ("prompts", "label"), ("prompts", "split")):
@@ -102,14 +102,14 @@ def test_a_store_shows_what_it_holds_without_reading_activations(evil: Store, mo
     monkeypatch.setattr(StoredArray, "__getitem__", read, raising=False)
     monkeypatch.setattr("lmprobe_zarr.store.parts.variable.read_pieces", read)
     page = check(evil._repr_html_())
-    for said in ("8 prompts", "resid_mean", "bitshuffle, lz4, crc32c", "&lt;script&gt;", "label", "layers 0-1, 3", "\\x1b[31m"):
-        assert said in page, said
+    for shown in ("8 prompts", "resid_mean", "bitshuffle, lz4, crc32c", "&lt;script&gt;", "label", "layers 0-1, 3", "\\x1b[31m"):
+        assert shown in page, shown
     assert "\x1b" not in repr(evil)
     assert "\u202e" not in repr(evil)
     assert "8 prompts" in repr(evil)
 
 
-def test_an_empty_store_says_so(tmp_path: Path) -> None:
+def test_an_empty_store_is_shown_as_empty(tmp_path: Path) -> None:
     assert "empty" in check(lz.open_store(tmp_path / "s")._repr_html_())
 
 
@@ -145,12 +145,12 @@ def test_a_place_that_no_longer_answers_is_shown_with_its_error(evil: Store) -> 
     assert "nobody at home" in check(store._repr_html_())
 
 
-def test_the_cache_shows_its_models_limit_and_what_lies_below(evil: Store, tmp_path: Path) -> None:
+def test_cache_info_shows_models_limit_and_stores_below(evil: Store, tmp_path: Path) -> None:
     mine = lz.open_store([evil.url, str(tmp_path / "mine")])
     mine.write(GROUP, make_batch(["mine"]))
     page = check(lz.cache_info(store=mine)._repr_html_())
-    for said in ("acme/toy", "Read only", "&lt;script&gt;", "limit"):
-        assert said in page, said
+    for shown in ("acme/toy", "Read only", "&lt;script&gt;", "limit"):
+        assert shown in page, shown
 
 
 def test_a_probe_shows_what_it_learned_and_from_what() -> None:
@@ -159,8 +159,8 @@ def test_a_probe_shows_what_it_learned_and_from_what() -> None:
     assert "not yet" in check(probe._repr_html_())
     probe.fit_from_activations(x, [f"{EVIL}{i}" for i in y])
     page = check(probe._repr_html_())
-    for said in ("&lt;script&gt;", "RidgeClassifier", "layers", "classes"):
-        assert said in page, said
+    for shown in ("&lt;script&gt;", "RidgeClassifier", "layers", "classes"):
+        assert shown in page, shown
 
 
 def test_scores_show_their_best_layers_and_curves(evil: Store) -> None:
@@ -208,7 +208,7 @@ def test_show_refuses_to_list_nothing(evil: Store, capsys: pytest.CaptureFixture
     assert "at least 1" in err
 
 
-def test_info_as_json_says_how_each_variable_is_stored(evil: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_as_json_describes_the_storage_of_each_variable(evil: Store, capsys: pytest.CaptureFixture[str]) -> None:
     (group,) = call_json(capsys, "info", evil.url)["groups"]
     assert group["stored"]["resid"]["codecs"] == "bitshuffle, lz4, crc32c"
     assert group["model"] == f"acme/{NAME}"

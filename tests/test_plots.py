@@ -57,7 +57,7 @@ def test_chance_is_one_half_for_auroc_and_a_bare_number_is_a_baseline() -> None:
     assert legend(axes)[2:] == ["chance (0.50)", "baseline (0.70)"]
 
 
-def test_fits_that_did_not_converge_are_told() -> None:
+def test_a_plot_notes_fits_that_did_not_converge() -> None:
     given = scores()
     given.converged[0, 1, 0] = False
     assert "lda (1 of 18 fits not converged)" in legend(plot_scores(given))
@@ -91,7 +91,7 @@ def test_given_axes_are_drawn_on() -> None:
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.b.SVG", b"<?xml"), ("a.pdf", b"%PDF")])
-def test_the_ending_says_how_a_picture_is_written(tmp_path: Path, name: str, start: bytes) -> None:
+def test_the_file_ending_chooses_the_format_of_a_plot(tmp_path: Path, name: str, start: bytes) -> None:
     save_plot(plot_scores(scores()), str(tmp_path / name))
     assert (tmp_path / name).read_bytes().startswith(start)
 
@@ -144,7 +144,7 @@ def test_matplotlib_comes_when_something_is_drawn_nothing_global_changes_and_pyp
     assert done.stdout.split() == ["True", "True", "False"]
 
 
-def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -152,7 +152,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
         plot_scores(scores())
 
 
-def test_what_cannot_be_drawn_is_named() -> None:
+def test_the_error_names_what_cannot_be_plotted() -> None:
     with pytest.raises(InvalidArgumentError, match=r"no score 'f1'.*accuracy, auroc"):
         plot_scores(scores(), "f1")
     with pytest.raises(InvalidTypeError, match="not DataArray"):
@@ -162,7 +162,7 @@ def test_what_cannot_be_drawn_is_named() -> None:
 # -- controls and intervals ------------------------------------------------------------------------------------------------
 
 
-def test_controls_are_grey_with_open_markers_and_told_apart_without_colour() -> None:
+def test_controls_are_grey_with_open_markers_and_differ_without_colour() -> None:
     given = scores(probes=("ridge", "lda", "shuffled labels", "bag of words"))
     given = given.assign_coords(kind=("probe", ["probe", "probe", "control", "control"]))
     axes: Any = plot_scores(given)
@@ -249,7 +249,7 @@ def test_names_of_tokens_do_not_overlap(n: int) -> None:
     axes: Any = plot_tokens(token_scores(n, texts=[f" extraordinarily{i}" for i in range(n)]))
     axes.figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
-    assert all(one.x1 <= other.x0 + 1 for one, other in pairwise(boxes))
+    assert all(box.x1 <= other.x0 + 1 for box, other in pairwise(boxes))
 
 
 def test_one_prompt_of_several_is_chosen_by_hash_or_text() -> None:
@@ -276,8 +276,10 @@ def test_roc_curves_are_scikit_learns_and_say_their_area() -> None:
 
     rng = np.random.default_rng(0)
     y = np.array(["no", "yes"])[rng.integers(0, 2, 50)]
-    given = xr.DataArray(rng.normal(size=(2, 50)) + (y == "yes"), dims=("layer", "prompt"), coords={"layer": [3, 7], "said": ("prompt", y)})
-    curves = roc_curves(given, "said")
+    given = xr.DataArray(
+        rng.normal(size=(2, 50)) + (y == "yes"), dims=("layer", "prompt"), coords={"layer": [3, 7], "label": ("prompt", y)}
+    )
+    curves = roc_curves(given, "label")
     axes: Any = plot_roc(curves)
     for number, layer in enumerate((3, 7)):
         fpr, tpr, _ = roc_curve(y == "yes", given[number])
@@ -295,9 +297,9 @@ def test_roc_curves_are_scikit_learns_and_say_their_area() -> None:
 
 
 def test_calibration_curves_are_the_shares_by_bin() -> None:
-    said = np.array([0.05, 0.05, 0.15, 0.95, 0.95, 0.95, 1.0])
+    given = np.array([0.05, 0.05, 0.15, 0.95, 0.95, 0.95, 1.0])
     true = np.array([0, 1, 0, 1, 1, 0, 1])
-    curves = calibration_curves({"a": said}, true)
+    curves = calibration_curves({"a": given}, true)
     np.testing.assert_allclose(curves.observed[0, [0, 1, 9]], [0.5, 0, 0.75])
     np.testing.assert_allclose(curves.predicted[0, [0, 1, 9]], [0.05, 0.15, 3.85 / 4])
     assert curves.n[0].values.tolist() == [2, 1, 0, 0, 0, 0, 0, 0, 0, 4]
@@ -305,7 +307,7 @@ def test_calibration_curves_are_the_shares_by_bin() -> None:
     axes: Any = plot_calibration(curves)
     assert legend(axes) == ["calibrated", f"a (ECE {float(curves.ece[0]):.2f})"]
     with pytest.raises(InvalidArgumentError, match="no probabilities"):
-        calibration_curves({"a": said * 2}, true)
+        calibration_curves({"a": given * 2}, true)
 
 
 def test_a_transfer_matrix_has_training_sets_as_rows_and_a_number_in_each_cell() -> None:

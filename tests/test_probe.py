@@ -107,7 +107,7 @@ def test_layers_on_the_way_are_kept_and_serve_later_probes(llama: Path, runs: li
     assert runs == [16, 16], "a deeper layer is run"
 
 
-def test_warmup_extracts_once_and_says_how_much_was_there(llama: Path, runs: list[int]) -> None:
+def test_warmup_extracts_once_and_reports_what_was_stored(llama: Path, runs: list[int]) -> None:
     probe = lz.Probe(model=str(llama), layers=1)
     stats = probe.warmup(TEST, batch_size=16)
     assert (stats.hit_rate, stats.extracted, stats.prompts) == (0, 4, 4)
@@ -164,7 +164,7 @@ def test_a_dtype_that_is_not_named_takes_what_is_stored(llama: Path, runs: list[
     assert len(lz.open_store().groups()) == 1, "and what is missing is computed alike"
 
 
-def test_only_the_cache_is_asked_where_that_is_wanted(llama: Path, runs: list[int]) -> None:
+def test_with_cache_only_the_model_is_never_run(llama: Path, runs: list[int]) -> None:
     probe = lz.Probe(str(llama), layers=1).fit(POSITIVE, NEGATIVE)
     strict = lz.Probe(str(llama), layers=1, cache_only=True).fit(POSITIVE, NEGATIVE)
     assert runs == [16]
@@ -215,11 +215,11 @@ def test_every_way_of_naming_layers(llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "meant"),
+    ("layers", "parsed"),
     [("sweep", "all"), ("sweep:10", slice(None, None, 10)), ("sweep:55-65", slice(55, 66)), ("all", None), (3, None), ([1], None)],
 )
-def test_sweeps_are_told_from_layers(layers: Any, meant: Any) -> None:
-    assert parse_sweep(layers) == meant
+def test_layers_that_mean_a_sweep_are_recognised(layers: Any, parsed: Any) -> None:
+    assert parse_sweep(layers) == parsed
 
 
 @pytest.mark.parametrize("layers", ["sweep:", "sweep:0", "sweep:x", "sweep:5-3", "sweep:1-2-3", "sweeps"])
@@ -293,7 +293,7 @@ def test_unknown_poolings_are_refused(name: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["max", "min", "activation:max", "score:mean"])
-def test_what_cannot_be_trained_on_is_refused_with_a_way_out(name: str) -> None:
+def test_poolings_of_scores_are_refused_for_training_with_advice(name: str) -> None:
     with pytest.raises(InvalidArgumentError, match="inference_pooling"):
         lz.Probe("m", pooling=name)
 
@@ -343,11 +343,11 @@ def test_training_on_all_tokens_takes_every_token_and_no_padding(llama: Path) ->
 
 
 def test_prompts_and_labels_or_two_lists_are_the_same(llama: Path) -> None:
-    one = lz.Probe(str(llama), layers=1).fit(POSITIVE, NEGATIVE)
+    probe = lz.Probe(str(llama), layers=1).fit(POSITIVE, NEGATIVE)
     y = [1] * 8 + [0] * 8
     for labels in (y, np.array(y), tuple(y), [bool(v) for v in y]):
         other = lz.Probe(str(llama), layers=1).fit(POSITIVE + NEGATIVE, labels)
-        np.testing.assert_allclose(other.predict_proba(TEST), one.predict_proba(TEST))
+        np.testing.assert_allclose(other.predict_proba(TEST), probe.predict_proba(TEST))
     named = lz.Probe(str(llama), layers=1).fit(POSITIVE + NEGATIVE, labels=["yes"] * 8 + ["no"] * 8)
     assert named.classes_ is not None
     assert named.classes_.tolist() == ["no", "yes"]
@@ -487,7 +487,7 @@ def test_a_limit_of_zero_stores_nothing_and_reads_all_the_same(llama: Path, runs
     assert not [path for path in fsspec.filesystem("memory").store if "lmprobe-zarr-" in path], "nothing is left in memory"
 
 
-def test_a_cache_that_cannot_be_written_is_said_once_and_computing_goes_on(
+def test_a_cache_that_cannot_be_written_warns_once_and_computing_continues(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "a file"
@@ -497,7 +497,7 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_computing_goes_on(
     probe = lz.Probe(str(llama), layers=1)
     with pytest.warns(CacheWarning) as caught:
         probe.fit(POSITIVE, NEGATIVE)
-    messages = [str(one.message) for one in caught]
+    messages = [str(warning.message) for warning in caught]
     assert len(messages) == 1
     assert str(file) in messages[0]
     assert "LMPROBE_CACHE_DIR" in messages[0]
@@ -542,7 +542,7 @@ def test_a_limit_below_the_working_set_names_the_size_that_is_needed(llama: Path
 
 
 @pytest.mark.parametrize("damage", ["chunk", "document"])
-def test_a_damaged_part_is_told_and_made_up_for_by_the_model(llama: Path, runs: list[int], damage: str) -> None:
+def test_a_damaged_part_is_logged_and_the_model_computes_its_prompts_again(llama: Path, runs: list[int], damage: str) -> None:
     probe = lz.Probe(str(llama), layers=1)
     probe.fit(POSITIVE, NEGATIVE)
     expected = probe.predict_proba(POSITIVE)
@@ -595,10 +595,10 @@ def test_eight_threads_on_the_same_prompts(llama: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    for one in found:
-        np.testing.assert_allclose(one, expected, atol=1e-5)
+    for probabilities in found:
+        np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     assert len(found) == 8
-    listed = [one.prompt for one in lz.list_cached_prompts("llama")]
+    listed = [cached.prompt for cached in lz.list_cached_prompts("llama")]
     assert sorted(listed) == sorted([*POSITIVE, *NEGATIVE, *TEST])  # type: ignore[type-var]
 
 

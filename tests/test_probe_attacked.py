@@ -129,17 +129,17 @@ def test_a_read_only_backend_is_neither_evicted_nor_cleared(tmp_path: Path) -> N
 
 
 def test_two_folders_of_one_name_are_two_models(llama: Path, tmp_path: Path) -> None:
-    one = save_tiny("llama", tmp_path / "runA" / "checkpoint-100")
+    checkpoint = save_tiny("llama", tmp_path / "runA" / "checkpoint-100")
     other = save_tiny("gpt2", tmp_path / "runB" / "checkpoint-100")
     lz.Probe(str(other), layers=0).warmup(["a prompt"])
-    assert lz.discover_cached(str(one), "a prompt") is None
+    assert lz.discover_cached(str(checkpoint), "a prompt") is None
     assert lz.discover_cached(str(other), "a prompt") is not None
-    lz.Probe(str(one), layers=0).warmup(["a prompt"])
-    assert lz.discover_cached(str(one), "a prompt") is not None
+    lz.Probe(str(checkpoint), layers=0).warmup(["a prompt"])
+    assert lz.discover_cached(str(checkpoint), "a prompt") is not None
     with pytest.raises(AmbiguousProvenanceError):
         lz.discover_cached("checkpoint-100", "a prompt")
-    assert len(lz.cache_info(str(one)).models) == 1
-    assert lz.clear_cache(str(one)) == 1
+    assert len(lz.cache_info(str(checkpoint)).models) == 1
+    assert lz.clear_cache(str(checkpoint)) == 1
     assert lz.discover_cached(str(other), "a prompt") is not None
 
 
@@ -226,7 +226,7 @@ def test_one_damaged_group_does_not_stop_the_cache(llama: Path, how: str) -> Non
         assert lz.clear_cache("llama") == 1
 
 
-def test_what_a_killed_writer_left_is_no_stored_model(llama: Path) -> None:
+def test_files_of_a_killed_writer_are_not_a_stored_model(llama: Path) -> None:
     lz.Probe(str(llama), layers=2, dtype="bfloat16").fit(POSITIVE, NEGATIVE)
     for path in Path(lz.open_store().url).glob("*/*/zarr.json"):
         path.unlink()
@@ -272,9 +272,9 @@ def test_the_limit_counts_the_layers_that_are_kept_on_the_way(llama: Path) -> No
 
 @pytest.mark.parametrize("gb", [float("inf"), 1e308, 10**400, "much"])
 def test_sizes_beyond_all_numbers_are_refused(gb: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match="no size"):
+    with pytest.raises(InvalidArgumentError, match="not a size"):
         lz.evict(max_gb=gb)
-    with pytest.raises(InvalidArgumentError, match="no size"):
+    with pytest.raises(InvalidArgumentError, match="not a size"):
         lz.set_cache_limit(gb)
     with pytest.raises(InvalidArgumentError, match="logging"):
         lz.enable_cache_logging("bogus")
@@ -300,10 +300,10 @@ def test_warnings_point_at_the_callers_line(llama: Path) -> None:
     lz.set_cache_limit(1e-12)
     with pytest.warns(CacheWarning) as caught:
         lz.Probe(str(llama), layers=3).warmup(POSITIVE)
-    assert {Path(one.filename).name for one in caught} == {Path(__file__).name}
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
 
 
-# ------------------------------------------------------------------------------------------------------- what is asked of it
+# ------------------------------------------------------------------------------------------------------- arguments
 
 
 def test_texts_that_repeat_are_classes_and_texts_that_do_not_are_prompts(llama: Path, runs: list[int]) -> None:
@@ -345,7 +345,7 @@ def test_the_area_under_the_curve_needs_scores_not_probabilities(llama: Path, cl
     assert scores.mean() > 0.9
 
 
-def test_what_does_not_fit_the_classifier_is_said_in_our_words(llama: Path) -> None:
+def test_unsuitable_arguments_for_the_classifier_raise_our_own_errors(llama: Path) -> None:
     x = np.random.default_rng(0).standard_normal((16, 5))
     calls: list[tuple[Any, str]] = [
         (lambda: lz.Probe(classifier="lda").fit_from_activations(x, LABELS, sample_weight=[1] * 16), "sample_weight"),

@@ -13,7 +13,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(("stream", "enabled", "shown"), [(Terminal, True, True), (io.StringIO, True, False), (Terminal, False, False)])
-def test_a_bar_is_shown_on_a_terminal_only_and_when_asked_for(
+def test_a_bar_is_shown_on_terminals_only_and_when_enabled(
     monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], enabled: bool, shown: bool
 ) -> None:
     error = stream()

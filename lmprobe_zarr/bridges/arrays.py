@@ -1,6 +1,6 @@
-"""Other people's files: hidden states that vLLM wrote, one array per layer, one file of tensors. Each is a `entry.Source`.
+"""Sources for hidden states that vLLM wrote, for folders with one array per layer, and for files of tensors. Each is an `entry.Source`.
 
-None of them knows the prompts: the caller gives them, in the order of the rows. Values are read by ranges, never whole files.
+These files do not hold the prompts: the caller gives them, in the order of the rows. Values are read by ranges, never whole files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Prompt = str | Sequence[int]
 VLLM_FILE: Final = re.compile(r"hs_(\d{1,12})\.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------------ one file a prompt
+# ---------------------------------------------------------------------------------------------------- one file per prompt
 
 
 class VllmFiles:
@@ -39,26 +39,26 @@ class VllmFiles:
     files : Files
         The folder.
     layers : sequence of int
-        The block whose output each of the slots of ``hidden_states`` (token, slot, hidden) holds, counted from 0. vLLM numbers
-        what goes into a block: its ``eagle_aux_hidden_state_layer_ids`` are one more than these.
+        For each slot of ``hidden_states`` (token, slot, hidden), the block whose output it holds, counted from 0. vLLM numbers the
+        inputs of blocks: its ``eagle_aux_hidden_state_layer_ids`` are one more than these.
     prompts : mapping of int to str, or sequence of str, optional
-        The text of each number. A prompt without a text is known by the ``token_ids`` of its file.
+        The text of each file, by its number. A prompt without a text is identified by the ``token_ids`` of its file.
     """
 
     def __init__(self, files: Files, layers: Sequence[int], *, prompts: Mapping[int, str] | Sequence[str] | None = None) -> None:
         self.files, self.layers = files, tuple(int(layer) for layer in layers)
         self.prompts = dict(enumerate(prompts or ())) if not isinstance(prompts, Mapping) else dict(prompts)
         if len(set(self.layers)) != len(self.layers) or not self.layers or min(self.layers) < 0:
-            raise InvalidArgumentError(f"layers={layers!r}: give the block of each slot of hidden_states, each once")
+            raise InvalidArgumentError(f"layers={layers!r}: give one block for each slot of hidden_states, no block twice")
         self._holds: dict[tuple[Held, ...], tuple[Held, ...]] = {}
 
     @property
     def url(self) -> str:
-        """Where the files lie."""
+        """The folder of the files."""
         return self.files.url
 
     def entries(self) -> Iterator[Entry | Skipped]:
-        """One entry per file, from its header and its token ids."""
+        """One entry per file, described from its header and its token ids."""
         found = [(int(match[1]), item) for item in self.files.list("") if (match := VLLM_FILE.fullmatch(item.name))]
         for number, item in sorted(found, key=lambda pair: pair[0]):
             if item.outside:
@@ -73,7 +73,7 @@ class VllmFiles:
         header, _ = read_header(self.files, name, size=size)
         values, ids = header.tensors.get("hidden_states"), header.tensors.get("token_ids")
         if values is None or values.dtype not in FLOATS:
-            return Skipped(name=name, reason=NOTHING, detail="hidden_states is missing, or holds no floats")
+            return Skipped(name=name, reason=NOTHING, detail="hidden_states is missing, or does not hold floats")
         if len(values.shape) != 3 or 0 in values.shape or values.shape[1] != len(self.layers):
             detail = f"hidden_states has shape {values.shape}, not (tokens, {len(self.layers)} layers, hidden)"
             return Skipped(name=name, reason=SHAPES, detail=detail)
@@ -86,9 +86,9 @@ class VllmFiles:
             holds.append(Held(level="tokens", variable="token_id", layers=None, dtype=ids.dtype, row_shape=()))
             numbers, _ = read_tensor(self.files, name, ids) if text is None else (None, "")
         else:
-            notes.append("token ids that are missing, or not as many as the tokens")
+            notes.append("token ids that are missing, or whose number is not that of the tokens")
         if text is None and numbers is None:
-            return Skipped(name=name, reason="files of unknown prompt: give its text, by number, as prompts=")
+            return Skipped(name=name, reason="files whose prompt is unknown: give its text, by the number of the file, as prompts=")
         kept = self._holds.setdefault(tuple(holds), tuple(holds))
         digest = prompt_sha256(text) if text is not None else prompt_sha256(np.asarray(numbers))
         return Entry(name=name, sha256=digest, text=text, n_tokens=n_tokens, holds=kept, notes=tuple(notes), place=name)
@@ -104,7 +104,7 @@ class VllmFiles:
                 tensor = header.tensors.get(name)
                 width = () if held.variable == "token_id" else (len(self.layers), *held.row_shape)
                 if tensor is None or tensor.shape != (b - a, *width) or tensor.dtype != held.dtype:
-                    raise CorruptFileError(f"{self.url}/{entry.place} was changed since it was looked at")
+                    raise CorruptFileError(f"{self.url}/{entry.place} has changed since its header was read")
                 values, _ = read_tensor(self.files, entry.place, tensor)
                 for j, layer in enumerate(held.layers or (None,)):
                     array[j, a:b] = values if layer is None else values[:, self.layers.index(layer)]
@@ -116,20 +116,20 @@ class VllmFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """An array whose rows belong to prompts or tokens, as it lies in a file.
+    """An array in a file, with one row per prompt or per token.
 
     Parameters
     ----------
     key : str
         The file.
     dtype : str
-        ``bfloat16`` included.
+        A numpy dtype, or ``bfloat16``.
     start : int
-        Byte at which the first row begins.
+        The byte at which the first row starts.
     n_rows : int
-        How many rows there are.
+        Number of rows.
     row_shape : tuple of int
-        Shape of one.
+        Shape of one row.
     """
 
     key: str
@@ -145,18 +145,18 @@ class Table:
 
 
 class RowTables:
-    """Arrays that hold all prompts, or all tokens of all prompts: one entry per prompt.
+    """Arrays over all prompts, or over the tokens of all prompts, as one entry per prompt.
 
     Parameters
     ----------
     files : Files
-        Where they lie.
+        The folder or prefix.
     prompts : sequence of str or of token ids
-        The prompts, in the order of the rows.
+        In the order of the rows.
     tables : mapping of (str, int or None) to Table
-        Variable and layer (None without layers) to its array.
+        The array of each variable and layer; None for a variable without layers.
     rows : sequence of ndarray of int, optional
-        For arrays over tokens: which of their rows belong to each prompt.
+        For arrays over tokens: the rows of each prompt.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class RowTables:
 
     @property
     def url(self) -> str:
-        """Where the files lie."""
+        """The folder of the files."""
         return self.files.url
 
     def _check(self) -> tuple[Held, ...]:
@@ -185,20 +185,20 @@ class RowTables:
             needed = len(self.prompts)
             if level == "tokens":
                 if self.rows is None:
-                    raise InvalidArgumentError(f"{variable!r} is over tokens: say which rows belong to each prompt")
+                    raise InvalidArgumentError(f"{variable!r} has one row per token: give the rows of each prompt")
                 needed = 1 + max((int(r.max()) for r in self.rows if len(r)), default=-1)
             if table.n_rows < needed or (level == "prompts" and table.n_rows != needed):
                 raise InvalidArgumentError(
-                    f"{table.key} ({variable!r}, layer {layer}) has {table.n_rows} rows, and {needed} belong to the prompts"
+                    f"{table.key} ({variable!r}, layer {layer}) has {table.n_rows} rows, and the prompts need {needed}"
                 )
             if table.dtype not in FLOATS or 0 in table.row_shape:
-                raise InvalidArgumentError(f"{table.key} holds {table.dtype} of shape {table.row_shape}: floats are needed")
+                raise InvalidArgumentError(f"{table.key} holds {table.dtype} of shape {table.row_shape}: expected floats")
             layers = found.setdefault((level, variable, layer is not None, table.dtype, table.row_shape), [])
             layers += [layer] if layer is not None else []
         if self.rows is not None and len(self.rows) != len(self.prompts):
-            raise InvalidArgumentError(f"there are rows for {len(self.rows)} prompts, and {len(self.prompts)} prompts were given")
+            raise InvalidArgumentError(f"rows were given for {len(self.rows)} prompts, and there are {len(self.prompts)} prompts")
         if not found:
-            raise InvalidArgumentError(f"nothing in {self.files.url} is meant by what was given: check the names")
+            raise InvalidArgumentError(f"no array in {self.files.url} has the given name: check the names of variables and files")
         return tuple(
             Held(level=level, variable=variable, layers=tuple(sorted(layers)) if layered else None, dtype=dtype, row_shape=row)
             for (level, variable, layered, dtype, row), layers in sorted(found.items())
@@ -231,7 +231,7 @@ class RowTables:
         return batch_of(entries, arrays)
 
     def _fill(self, table: Table, level: Level, entries: Sequence[Entry], out: Array) -> None:
-        """Rows of entries from one file, neighbouring rows together."""
+        """Read rows of entries from one file into `out`; runs of neighbouring rows are read at once."""
         rows = np.concatenate([self._rows_of(entry, level) for entry in entries])
         stored = np.dtype("uint16" if table.dtype == "bfloat16" else table.dtype)
         direct = stored == held_dtype(table.dtype) and out.flags.c_contiguous
@@ -244,7 +244,7 @@ class RowTables:
         try:
             self.files.fill(table.key, wants)
         except FileNotFoundError as error:
-            raise CorruptFileError(f"{self.url}/{table.key} is gone since it was looked at") from error
+            raise CorruptFileError(f"{self.url}/{table.key} was removed after its header was read") from error
         if not direct:
             out[...] = widen_bfloat16(buffer) if table.dtype == "bfloat16" else buffer
 
@@ -265,7 +265,7 @@ def npy_layers(
     dtype: str | None = None,
     hidden_size: int | None = None,
 ) -> RowTables:
-    """A folder with one array per layer over the tokens of all prompts, and a file that says where each prompt begins.
+    """A folder with one array per layer over the tokens of all prompts, and a file with the first row of each prompt.
 
     Parameters
     ----------
@@ -274,22 +274,22 @@ def npy_layers(
     prompts : sequence of str or of token ids
         In the order of the rows.
     variable : str
-        What the arrays hold: a site, over tokens; or ``<site>_<pooling>``, over prompts, and then no offsets are needed.
+        What the arrays hold: a site, with one row per token; or ``<site>_<pooling>``, with one row per prompt, which needs no offsets.
     name : str
-        Name of a layer's file, with ``{layer}``.
+        The name of a layer's file, containing ``{layer}``.
     offsets : str
-        ``.npy`` file of whole numbers: the first row of every prompt and the end of the last, or the tokens of every prompt.
+        ``.npy`` file of integers: the first row of every prompt and the end of the last, or the number of tokens of every prompt.
     dtype, hidden_size : optional
-        For files without a header (``numpy.memmap``): what they hold. ``dtype="bfloat16"`` also reads a ``.npy`` of uint16 bits.
+        Dtype and width of files without a header (``numpy.memmap``). ``dtype="bfloat16"`` also reads a ``.npy`` file of uint16 bits.
 
     Raises
     ------
     InvalidArgumentError, CorruptFileError
-        The files do not fit the prompts, or each other.
+        The files do not match the prompts, or each other.
     """
     match = re.compile(re.escape(name).replace(re.escape("{layer}"), r"(\d{1,9})"))
     if "{layer}" not in name:
-        raise InvalidArgumentError(f"name={name!r} has no {{layer}} in it: give for example 'layer_{{layer}}.npy'")
+        raise InvalidArgumentError(f"name={name!r} does not contain {{layer}}: give for example 'layer_{{layer}}.npy'")
     tables: dict[tuple[str, int | None], Table] = {}
     for item in files.list(""):
         found = match.fullmatch(item.name)
@@ -304,7 +304,7 @@ def npy_layers(
 
 
 def _npy_header(files: Files, key: str) -> tuple[tuple[int, ...], np.dtype[Any], int, int | None]:
-    """Shape, dtype, first byte of the values, and bytes of the file, of a ``.npy``."""
+    """Shape, dtype, first byte of the values and size in bytes of a ``.npy`` file."""
     head, size = files.head(key)
     stream = io.BytesIO(head)
     try:
@@ -312,9 +312,11 @@ def _npy_header(files: Files, key: str) -> tuple[tuple[int, ...], np.dtype[Any],
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
     except (ValueError, EOFError) as error:
-        raise CorruptFileError(f"{files.url}/{key} is no .npy file: {str(error)[:120]}") from error
+        raise CorruptFileError(f"{files.url}/{key} is not a .npy file: {str(error)[:120]}") from error
     if (fortran and len(shape) > 1) or dtype.hasobject or dtype.byteorder == ">":
-        raise CorruptFileError(f"{files.url}/{key} holds {dtype} in an order that is not read here: save it with np.ascontiguousarray")
+        raise CorruptFileError(
+            f"{files.url}/{key} holds {dtype} in an order that cannot be read here: save it little-endian and with np.ascontiguousarray"
+        )
     return tuple(shape), dtype, stream.tell(), size
 
 
@@ -324,7 +326,7 @@ def _npy_table(files: Files, key: str, size: int | None, dtype: str | None, hidd
         _, known = files.head(key)
         size = known if known is not None else size
         if not width or dtype is None or hidden_size < 1 or size is None or size % (width * hidden_size):
-            raise InvalidArgumentError(f"{files.url}/{key} has {size} bytes, which are no rows of {hidden_size} values of {dtype!r}")
+            raise InvalidArgumentError(f"{files.url}/{key} has {size} bytes, which is no multiple of {hidden_size} values of {dtype!r}")
         return Table(key=key, dtype=dtype, start=0, n_rows=size // (width * hidden_size), row_shape=(hidden_size,))
     shape, held, start, known = _npy_header(files, key)
     size = known if known is not None else size
@@ -335,27 +337,29 @@ def _npy_table(files: Files, key: str, size: int | None, dtype: str | None, hidd
 
 
 def _read_npy(files: Files, key: str) -> Array:
-    """A whole small ``.npy`` file of numbers."""
+    """A whole small ``.npy`` file of integers."""
     try:
         shape, dtype, start, _ = _npy_header(files, key)
     except FileNotFoundError as error:
-        raise InvalidArgumentError(f"{files.url}/{key} is not there: it says where each prompt begins") from error
+        raise InvalidArgumentError(
+            f"{files.url}/{key} does not exist: give the file with the first row of each prompt as offsets="
+        ) from error
     values = np.empty(shape, dtype)
     if dtype.kind not in "iu" or values.ndim != 1:
-        raise CorruptFileError(f"{files.url}/{key} holds {dtype} of shape {shape}, not a list of whole numbers")
+        raise CorruptFileError(f"{files.url}/{key} holds {dtype} of shape {shape}, not a one-dimensional array of integers")
     if values.size:
         files.fill(key, [Want(start, values.view(np.uint8).data)])
     return values
 
 
 def _runs(numbers: Array, n_prompts: int, where: str) -> list[Array]:
-    """Rows of each prompt, from offsets (one more than prompts) or from numbers of tokens."""
+    """The rows of each prompt, from offsets (one more than prompts) or numbers of tokens."""
     wide = numbers.astype(np.int64)
     offsets = wide if len(wide) == n_prompts + 1 else offsets_of(wide)
     if len(offsets) != n_prompts + 1 or offsets[0] != 0 or (np.diff(offsets) < 0).any():
         raise InvalidArgumentError(
-            f"{where} holds {len(wide)} numbers for {n_prompts} prompts: give the first row of each and the end, ascending from 0, "
-            "or the tokens of each"
+            f"{where} holds {len(wide)} numbers for {n_prompts} prompts: give the first row of each prompt and the end of the last, "
+            "ascending from 0, or the number of tokens of each prompt"
         )
     return [np.arange(a, b) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
 
@@ -374,28 +378,28 @@ def tensor_file(
     Parameters
     ----------
     files : Files
-        Where it lies.
+        The folder or prefix.
     key : str
         The file.
     prompts : sequence of str or of token ids
         In the order of the rows.
     mapping : mapping of str to (str or mapping of int to str)
-        Variable (``resid``, ``resid_mean``, …) to ``{layer: name of its tensor}``, or to one name with ``{layer}`` in it, such as
+        Variable (``resid``, ``resid_mean``, …) to ``{layer: name of its tensor}``, or to a name that contains ``{layer}``, such as
         ``"blocks.{layer}.hook_resid_post"``.
     offsets : str, optional
-        For tensors (token, hidden): the tensor with the first row of every prompt and the end, or the tokens of every prompt.
+        For tensors (token, hidden): the tensor with the first row of every prompt and the end of the last, or their numbers of tokens.
     mask : str, optional
-        For padded tensors (prompt, place, hidden): the tensor (prompt, place) that is not 0 where there is a token.
+        For padded tensors (prompt, position, hidden): the tensor (prompt, position) that is not 0 where there is a token.
 
     Raises
     ------
     InvalidArgumentError, CorruptFileError
-        The tensors do not fit the prompts, or the file is damaged.
+        The tensors do not match the prompts, or the file is damaged.
     """
     try:
         header, _ = read_header(files, key)
     except FileNotFoundError as error:
-        raise InvalidArgumentError(f"{files.url}/{key} is not there: check the path") from error
+        raise InvalidArgumentError(f"{files.url}/{key} does not exist: check the path") from error
     named: dict[tuple[str, int | None], str] = {}
     for variable, names in mapping.items():
         if isinstance(names, Mapping):
@@ -410,14 +414,14 @@ def tensor_file(
     if absent or not named:
         there = ", ".join(list(header.tensors)[:5])
         raise InvalidArgumentError(
-            f"{files.url}/{key} has no tensor {', '.join(absent[:3]) or 'that the mapping means'}: it has {there}, …"
+            f"{files.url}/{key} has no tensor {', '.join(absent[:3]) or 'that the mapping names'}: it has {there}, …"
         )
     rows: list[Array] | None = None
     padded: tuple[int, ...] | None = None
     if mask is not None:
         kept = read_tensor(files, key, header.tensors[mask])[0] != 0
         if kept.ndim != 2 or len(kept) != len(prompts):
-            raise InvalidArgumentError(f"the mask {mask!r} has shape {kept.shape} for {len(prompts)} prompts: it is (prompt, place)")
+            raise InvalidArgumentError(f"the mask {mask!r} has shape {kept.shape} for {len(prompts)} prompts, expected (prompt, position)")
         padded = kept.shape
         rows = [i * kept.shape[1] + np.flatnonzero(row) for i, row in enumerate(kept)]
     elif offsets is not None:
@@ -428,9 +432,9 @@ def tensor_file(
         shape = tensor.shape
         if padded is not None and split_variable(variable)[1] is None:
             if shape[:2] != padded:
-                raise InvalidArgumentError(f"tensor {name!r} has shape {shape}, and the mask {padded}")
+                raise InvalidArgumentError(f"tensor {name!r} has shape {shape}, and the mask has shape {padded}")
             shape = (padded[0] * padded[1], *shape[2:])
         if len(shape) < 2:
-            raise InvalidArgumentError(f"tensor {name!r} has shape {shape}: rows of values are needed")
+            raise InvalidArgumentError(f"tensor {name!r} has shape {shape}, expected at least two dimensions, rows first")
         tables[variable, layer] = Table(key=key, dtype=tensor.dtype, start=tensor.start, n_rows=shape[0], row_shape=shape[1:])
     return RowTables(files, prompts, tables, rows=rows)

@@ -1,4 +1,4 @@
-"""What a foreign place holds, and what every bridge can be asked: records and one protocol. No files and no store."""
+"""Records of what a foreign cache holds, and the protocol `Source` that every bridge implements. No files and no store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Entry", "Held", "Skipped", "Source", "batch_of", "held_dtype", "rows
 
 
 def held_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy dtype that holds values of a dtype exactly."""
+    """The numpy dtype that holds every value of a foreign dtype exactly."""
     return np.dtype("float32" if dtype == "bfloat16" else dtype)
 
 
@@ -29,11 +29,11 @@ class Held:
     level : {"prompts", "tokens"}
         One row per prompt, or one per token.
     variable : str
-        As it is named in a store; ``token_id`` too, which becomes a column.
+        Its name in a store. ``token_id`` is allowed too and becomes a column.
     layers : tuple of int, optional
         Ascending; None for a variable without layers.
     dtype : str
-        Dtype in the foreign file, ``bfloat16`` included.
+        The dtype in the foreign file; may be ``bfloat16``.
     row_shape : tuple of int
         Shape of one row.
     """
@@ -51,30 +51,30 @@ class Held:
         return per_layer * (1 if self.layers is None else len(self.layers))
 
     def empty(self, rows: int) -> npt.NDArray[Any]:
-        """An array for that many rows, shape (layer, row, …), one layer where there are none."""
+        """An uninitialised array, shape (layer, row, …); a variable without layers gets one layer."""
         return np.empty((1 if self.layers is None else len(self.layers), rows, *self.row_shape), held_dtype(self.dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What a foreign place holds of one prompt.
+    """What a foreign cache holds of one prompt.
 
     Parameters
     ----------
     name : str
-        Where it lies, for messages.
+        Names the entry in messages.
     sha256 : str
-        The prompt's whole digest, or see `digest_of_hash`.
+        The prompt's digest; if only the hash is known, `lmprobe_zarr.batch.digest_of_hash` of it.
     text : str, optional
-        The prompt, where it is known.
+        The prompt, if it is known.
     n_tokens : int, optional
-        Tokens of the prompt, without padding; None where unknown, and then there are no token variables.
+        Tokens of the prompt, without padding. None if unknown; then there are no token variables.
     holds : tuple of Held
-        What there is. Entries that hold the same share this tuple.
+        What can be imported. Entries that hold the same share this tuple.
     notes : tuple of str
-        What of it cannot come over, and why.
+        What cannot be imported, and why.
     place : object
-        For the bridge to find it again.
+        Where the bridge finds the entry again; only the bridge uses it.
     """
 
     name: str
@@ -87,40 +87,40 @@ class Entry:
 
     @property
     def hash(self) -> str:
-        """The label of the prompt."""
+        """The prompt's hash."""
         return self.sha256[:HASH_DIGITS]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its activations in memory."""
+        """Bytes of all its activations in memory."""
         return sum(held.row_nbytes * (1 if held.level == "prompts" else self.n_tokens or 0) for held in self.holds)
 
     def covering(self, level: Level, variable: str, layers: tuple[int, ...] | None) -> tuple[Held, ...] | None:
-        """What to read for some layers of a variable (None for one without layers); None where not all of it is there.
+        """What to read for some layers of a variable; None if one of them is missing.
 
-        More than one where the layers differ in dtype; each is to be read by itself.
+        `layers` is None for a variable without layers. If the layers differ in dtype, there is one `Held` for each dtype.
         """
         found = [held for held in self.holds if (held.level, held.variable) == (level, variable)]
         if layers is None:
             return tuple(held for held in found if held.layers is None)[:1] or None
-        parts = [(held, tuple(i for i in layers if i in (held.layers or ()))) for held in found]
-        if set(layers) - {i for _, some in parts for i in some}:
+        available = [(held, tuple(i for i in layers if i in (held.layers or ()))) for held in found]
+        if set(layers) - {i for _, some in available for i in some}:
             return None
-        return tuple(replace(held, layers=tuple(sorted(some))) for held, some in parts if some)
+        return tuple(replace(held, layers=tuple(sorted(some))) for held, some in available if some)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Skipped:
-    """Something that cannot come over at all.
+    """An entry, file or folder that cannot be imported at all.
 
     Parameters
     ----------
     name : str
-        What it is.
+        Names it in messages.
     reason : str
-        Why not; the same words for the same reason, so that they can be counted.
+        Why not. Equal reasons have equal texts, because they are counted.
     detail : str
-        More of this one.
+        More about this case.
     """
 
     name: str
@@ -129,14 +129,14 @@ class Skipped:
 
 
 def batch_of(entries: Sequence[Entry], arrays: Mapping[Held, npt.NDArray[Any]]) -> TokenBatch:
-    """What was read of some entries as one batch.
+    """Values that were read of some entries, as one batch.
 
     Parameters
     ----------
     entries : sequence of Entry
-        Whose.
+        In the order of the rows.
     arrays : mapping of Held to ndarray, shape (layer, row, …)
-        As `Held.empty` makes them, the rows of the entries end to end.
+        As made by `Held.empty`, with the rows of the entries end to end.
     """
     named: dict[Level, dict[str, npt.NDArray[Any]]] = {"prompts": {}, "tokens": {}}
     columns: dict[str, npt.NDArray[Any]] = {}
@@ -162,35 +162,35 @@ def batch_of(entries: Sequence[Entry], arrays: Mapping[Held, npt.NDArray[Any]]) 
 
 
 def rows_of(entries: Sequence[Entry]) -> dict[Level, npt.NDArray[np.int64]]:
-    """Where the rows of each entry begin in a batch, and the end of all, by level."""
+    """The first row of each entry in a batch, and the end of the last, by level."""
     return {"tokens": offsets_of([entry.n_tokens or 0 for entry in entries]), "prompts": np.arange(len(entries) + 1)}
 
 
 class Source(Protocol):
-    """A foreign format in one place. This is all that an importer needs to know of it."""
+    """Activations in a foreign format, as an importer sees them."""
 
     @property
     def url(self) -> str:
-        """Where it lies."""
+        """The folder or URL, for messages."""
         ...
 
     def entries(self) -> Iterator[Entry | Skipped]:
-        """Everything there is, from headers alone; no activations are read."""
+        """All entries, described from file headers; no activations are read."""
         ...
 
     def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
-        """Some of what some entries hold, as one batch.
+        """Read some variables and layers of some entries, as one batch.
 
         Parameters
         ----------
         entries : sequence of Entry
-            All with each of `holds` among what they hold; either all with a text or none.
+            Each holds all of `holds`; either all have a text, or none has.
         holds : sequence of Held
-            All with the same layers, or without layers.
+            All have the same layers, or no layers.
 
         Raises
         ------
         CorruptFileError
-            A file is not what its header said.
+            A file has changed since it was described, or is damaged.
         """
         ...

@@ -1,6 +1,6 @@
-"""Activations from a store to other formats: the calls, and the rows that each prompt's files get.
+"""Exports activations of a store to lmprobe's files: the call, and the rows that go into each prompt's files.
 
-What lmprobe's files look like is in ``lmprobe_write``.
+The files themselves are made in ``lmprobe_write``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MANIFEST_LINES: Final = 2048
 
 
 class ManifestLines:
-    """Lines for the manifest, written some at a time, for prompts that it does not list yet."""
+    """Collects lines for the manifest, for prompts that it does not list yet, and appends many at once."""
 
     def __init__(self, append: Callable[[list[tuple[str, int | None]]], None], known: Mapping[str, str]) -> None:
         self.append, self.known = append, set(known.values())
@@ -56,7 +56,10 @@ class ManifestLines:
 
 
 class ExportRows:
-    """What of a view goes into lmprobe's files, prompt by prompt."""
+    """The rows of a view that go into lmprobe's files, prompt by prompt.
+
+    `no_place` names the variables that lmprobe's format cannot hold.
+    """
 
     def __init__(self, view: View, rows: Ints, layers: Mapping[Level, tuple[int, ...]], dtype: str | None) -> None:
         self.view, self.rows, self.layers, self.dtype = view, rows, layers, dtype
@@ -87,26 +90,26 @@ class ExportRows:
         return values
 
     def _texts(self) -> list[str | None]:
-        """The text of each prompt, None where it is not stored, or not as it was (see `writer`: lone surrogates)."""
+        """The text of each prompt; None if it is not stored, or was changed to be stored (lone surrogates, see ``store.parts.writer``)."""
         texts = self._column("text", np.full(len(self.rows), "", object))
         digests = [self.view.digests[row].tobytes().hex() for row in self.rows]
         return [t if prompt_sha256(t)[: len(d.removesuffix(UNKNOWN_DIGITS))] == d.removesuffix(UNKNOWN_DIGITS) else None
                 for t, d in zip(texts, digests, strict=True)]  # fmt: skip
 
     def name(self, at: int) -> str:
-        """Hash of a prompt, which names its files."""
+        """The hash of a prompt, which names its files."""
         return str(self.view.digests[self.rows[at]].tobytes().hex()[:HASH_DIGITS])
 
     def count(self, at: int) -> int | None:
-        """Token rows of a prompt; None where there are none."""
+        """Number of token rows of a prompt; None if there are none."""
         return int(self.counts[at]) or None
 
     def length(self, at: int) -> int | None:
-        """Tokens of a prompt, as far as they are known."""
+        """Number of tokens of a prompt; None if unknown."""
         return self.count(at) or (int(self.lengths[at]) if self.lengths[at] > 0 else None)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """Runs of prompts that are read together."""
+        """First and last (exclusive) prompt of the runs that are read together."""
         per_prompt = per_token = 0
         for (level, _), array in self.arrays.items():
             layers = len(array.layers) if array.layers is not None else 1
@@ -123,7 +126,7 @@ class ExportRows:
             yield first, len(self.counts)
 
     def read(self, first: int, last: int) -> Iterator[tuple[dict[tuple[str, int | None], tuple[Array, str]], str]]:
-        """For each prompt of a run its rows, as they are written, and what of it is not written."""
+        """For each prompt of a run its rows in the dtype to write, and why some of its values are not written (empty if all are)."""
         bounds = {"prompts": (first, last), "tokens": (int(self.offsets[first]), int(self.offsets[last]))}
         values = {}
         for (level, name), array in self.arrays.items():
@@ -136,7 +139,7 @@ class ExportRows:
             begin, end = int(self.offsets[at]) - bounds["tokens"][0], int(self.offsets[at + 1]) - bounds["tokens"][0]
             whole = positions is None or bool((positions[begin:end] == np.arange(end - begin)).all())
             whole = whole and int(self.lengths[at]) in (-1, end - begin)
-            problem = "" if whole or begin == end else "prompts of which only some tokens are kept, which lmprobe would take for all"
+            problem = "" if whole or begin == end else "prompts stored with only some of their tokens, which lmprobe would take for all"
             rows: dict[tuple[str, int | None], tuple[Array, str] | str] = {}
             for (level, name), array in self.arrays.items():
                 if level == "prompts":
@@ -149,20 +152,20 @@ class ExportRows:
                 yield {key: converted for key, converted in rows.items() if not isinstance(converted, str)}, problem
 
     def _rows(self, name: str, array: VirtualArray, values: Array, at: int) -> dict[tuple[str, int | None], tuple[Array, str] | str]:
-        """What is held of one variable for one prompt, by layer; a text where it does not fit into the wanted dtype."""
+        """The values of one variable for one prompt, by layer; the name of the wanted dtype where values are beyond its range."""
         rows: dict[tuple[str, int | None], tuple[Array, str] | str] = {}
         for place, layer in enumerate(array.layers or (None,)):
             source = int(array.source[array.classes[place], at])
             if source == NOWHERE or (name == "token_id" and (values[place] < 0).any()):
                 continue
-            # What this very part holds: others may hold more of the largest values, or wider numbers.
+            # Shape and dtype of the part that holds them: other parts may hold more of the largest values, or wider numbers.
             info = array.arrays[source].info
             held = values[place, ..., : info.row_shape[0]] if is_top_k(name) else values[place]
             rows[name, layer] = self._convert(name, held, str(info.attributes.get("stored_dtype", info.dtype)))
         return rows
 
     def _convert(self, name: str, values: Array, stored: str) -> tuple[Array, str] | str:
-        """Values in the dtype they are written in, and its name; the name alone where they do not fit into it."""
+        """Values in the dtype to write, and its name; the name alone if values are beyond the range of that dtype."""
         fixed = values.dtype.kind != "f" or "perplexity" in name or self.dtype is None
         target = stored if fixed or self.dtype is None else self.dtype
         if target == "bfloat16":
@@ -194,45 +197,45 @@ def export_safetensors(
     storage_options: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> ExportSummary:
-    """Write activations as an lmprobe cache (safetensors, format v2) that lmprobe uses as its own.
+    """Write activations as an lmprobe cache (safetensors, format v2), which lmprobe then uses as its own.
 
     Parameters
     ----------
     store : Store, path or URL, or a sequence of these
-        Where from; None is the default store.
+        The store to read; None for the default store.
     cache_dir : path or URL
-        Where to: a folder that lmprobe may use already, or a URL.
+        The cache to write to: a folder, which may already be an lmprobe cache, or a URL.
     model, provenance, group : optional
-        Which group of the store.
+        Choose the group of the store.
     prompts : iterable of texts, hashes or token ids, optional
-        Only these; None is all.
+        Only these; None for all.
     layers : int, sequence of int, slice or word, optional
-        Only these; None is all that are stored.
+        Only these; None for all that are stored.
     dtype : {"float32", "float16", "bfloat16", "float64"}, optional
-        Convert activations, logits and router scores to it; None keeps each as it was stored, bfloat16 included.
+        Convert activations, logits and router scores to this dtype; None keeps the stored dtype, bfloat16 too.
     overwrite : bool
-        Replace files of these prompts that are there already, each as a whole. False leaves them as they are.
+        Replace existing files of these prompts, each as a whole. False leaves them as they are.
     storage_options : mapping, optional
-        For the file system of `cache_dir`.
+        Passed to the file system of `cache_dir`.
     progress : bool
         Show a progress bar on terminals and in notebooks.
 
     Returns
     -------
     ExportSummary
-        What was written, and what was not and why.
+        What was written, and what was left out and why.
 
     Raises
     ------
     ModelNotStoredError, AmbiguousProvenanceError, MissingPromptsError, LayerOutOfRangeError, InvalidArgumentError
         Nothing is written.
     NoSpaceError, ReadOnlyError
-        Prompts that were written until then are whole.
+        The files of prompts written before the error are complete.
 
     Notes
     -----
-    There is no padding in what is written. A prompt whose text is not stored is written under its hash, but cannot be listed in
-    the manifest. Files of a prompt appear whole; existing files, the manifest's lines and the model's name are never deleted.
+    No padding is written. A prompt whose text is not stored is written under its hash, but cannot be listed in the manifest. Each
+    file appears complete or not at all. Existing files, lines of the manifest and the model's name are never deleted.
     """
     began = time.monotonic()
     source = store if isinstance(store, Store) else open_store(store, mode="r")
@@ -251,10 +254,10 @@ def export_safetensors(
     if any(level == "tokens" and name.startswith("logits") for level, name in export.arrays):
         for level, name in export.arrays:
             if level == "prompts" and name.startswith("logits"):
-                notes.add("variables that are left out where the logits of every token are there, which hold them", name)
+                notes.add("variables that are left out because the logits of every token contain them", name)
     folder = lmprobe_write.write_model_name(target, info.model) if len(rows) else ""
     known = read_manifest(open_files(target), folder).texts if len(rows) else {}
-    # On an object store, one listing saves sending what would be refused; a local folder is asked file by file.
+    # On an object store, one listing saves sending files that exist already; in a local folder each file is checked as it is written.
     there = frozenset() if target.is_local or overwrite or not len(rows) else frozenset(target.list(folder))
     listed = ManifestLines(partial(lmprobe_write.append_manifest, target, folder), known)
     exported = present = files = nbytes = 0
@@ -269,7 +272,7 @@ def export_safetensors(
                     if prompt_rows:
                         work.append(partial(_write_prompt, target, folder, export, first + i, prompt_rows, overwrite, there, written, i))
                     elif not problem:
-                        skipped.add("prompts that hold nothing of what was asked for", export.name(first + i))
+                        skipped.add("prompts that hold nothing of what was requested", export.name(first + i))
                 run_all(work, local=target.is_local)
                 for i, sizes in enumerate(written):
                     if sizes is None:

@@ -1,6 +1,6 @@
-"""Foreign files, opened for reading only: by range, several at a time, and never by a link that leads out of their folder.
+"""Foreign files, opened for reading only. They are read by ranges, several at a time; links that lead out of their folder are not followed.
 
-Nothing here writes. What the bytes mean is up to the module of each format.
+Nothing here writes. The module of each format knows what the bytes mean.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage, open_stor
 
 __all__ = ["Files", "Listed", "LocalFiles", "RemoteFiles", "Want", "map_files", "open_files"]
 
-# Ranges of one remote file that lie closer than this are fetched as one: a request costs more than these bytes.
+# Ranges of a remote file that are closer than this are fetched in one request: a request costs more than these bytes.
 GAP_BYTES: Final = 2**18
 MERGED_BYTES: Final = 2**26
 LOCAL_THREADS: Final = 4
@@ -37,20 +37,20 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A buffer, and the byte of the file from which on it is to be filled."""
+    """A buffer to fill from a file, starting at byte `start` of the file."""
 
     start: int
     buffer: memoryview
 
     @property
     def stop(self) -> int:
-        """The byte behind the last one."""
+        """The byte after the last."""
         return self.start + self.buffer.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """A name in a folder. `outside` marks a link that leads out of the place, which is never followed."""
+    """A name in a folder. `outside` marks a link that leads out of the root, which is never followed."""
 
     name: str
     is_folder: bool = False
@@ -67,34 +67,34 @@ class Files(ABC):
 
     @abstractmethod
     def list(self, key: str) -> list[Listed]:
-        """What lies directly below a folder, by name; empty where it does not exist."""
+        """The files and folders directly in a folder, by name; empty if it does not exist."""
 
     @abstractmethod
     def head(self, key: str) -> tuple[bytes, int | None]:
-        """The first `head_bytes` of a file, fewer where it is shorter, and its length where that is known.
+        """The first `head_bytes` of a file, or all of a shorter one, and its length if that is known.
 
         Raises
         ------
         FileNotFoundError
-            There is none.
+            It does not exist.
         CorruptFileError
-            It is no plain file, or a link that leads out of the place.
+            It is not a regular file, or a link that leads out of the root.
         """
 
     @abstractmethod
     def fill(self, key: str, wants: Sequence[Want]) -> None:
-        """Fill buffers from a file, opened once.
+        """Fill buffers from a file, which is opened once.
 
         Raises
         ------
         FileNotFoundError
-            There is none.
+            It does not exist.
         CorruptFileError
             It ends before a buffer is full; or as for `head`.
         """
 
     def leads_out(self, folder: str) -> bool:
-        """Whether a folder is a link that leads out of the place."""
+        """Whether a folder is reached by a link that leads out of the root."""
         return False
 
     def read(self, key: str, *, at_most: int) -> bytes:
@@ -103,13 +103,13 @@ class Files(ABC):
         Raises
         ------
         FileNotFoundError
-            There is none.
+            It does not exist.
         CorruptFileError
             It has more than `at_most` bytes; or as for `head`.
         """
         data, size = self.head(key)
         if (len(data) if size is None else size) > at_most:
-            raise CorruptFileError(f"{self.url}/{key} has more than {at_most} bytes, which is no file of this kind")
+            raise CorruptFileError(f"{self.url}/{key} has more than {at_most} bytes, which is too large for this kind of file")
         if size is not None and len(data) < size:
             rest = bytearray(size - len(data))
             self.fill(key, [Want(len(data), memoryview(rest))])
@@ -169,7 +169,7 @@ class LocalFiles(Files):
 
     def _open(self, key: str) -> int:
         path = f"{self.root}/{key}"
-        # Without O_NONBLOCK, opening a pipe that bears the name of a file would wait for ever.
+        # Without O_NONBLOCK, opening a named pipe would block for ever.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
         if not self._folder_is_inside(key.rpartition("/")[0]):
             raise CorruptFileError(f"{path} is reached by a link that leads out of {self.root}: it is not followed")
@@ -185,7 +185,7 @@ class LocalFiles(Files):
     def _size(self, descriptor: int, key: str) -> int:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise CorruptFileError(f"{self.root}/{key} is no plain file")
+            raise CorruptFileError(f"{self.root}/{key} is not a regular file")
         return status.st_size
 
     def head(self, key: str) -> tuple[bytes, int | None]:
@@ -217,7 +217,7 @@ class RemoteFiles(Files):
     Parameters
     ----------
     storage : FsspecStorage
-        The place.
+        Where the files are.
     """
 
     is_local = False
@@ -248,7 +248,7 @@ class RemoteFiles(Files):
         except (LmprobeZarrError, FileNotFoundError, IsADirectoryError):
             raise
         except OSError as error:
-            # An object store answers a range behind the end with an error of its own (416).
+            # An object store answers a range beyond the end with an error (416).
             if self._length(key) <= start:
                 return b""
             raise CorruptFileError(f"{self.url}/{key} cannot be read: {error}") from error
@@ -260,7 +260,7 @@ class RemoteFiles(Files):
     def read(self, key: str, *, at_most: int) -> bytes:
         data = self._range(key, 0, at_most + 1)
         if len(data) > at_most:
-            raise CorruptFileError(f"{self.url}/{key} has more than {at_most} bytes, which is no file of this kind")
+            raise CorruptFileError(f"{self.url}/{key} has more than {at_most} bytes, which is too large for this kind of file")
         return data
 
     def fill(self, key: str, wants: Sequence[Want]) -> None:
@@ -273,7 +273,7 @@ class RemoteFiles(Files):
 
 
 def _merged(wants: Sequence[Want]) -> Iterator[tuple[int, int, list[Want]]]:
-    """Ranges to fetch, each with the buffers that it fills: near ones together, in the order of the file."""
+    """The ranges to fetch, in the order of the file, each with the buffers that it fills. Ranges close to each other are joined."""
     group: list[Want] = []
     start = stop = 0
     for want in sorted(wants, key=lambda want: want.start):
@@ -289,7 +289,7 @@ def _merged(wants: Sequence[Want]) -> Iterator[tuple[int, int, list[Want]]]:
 
 
 def open_files(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Files:
-    """The files below a path or URL. Sends and writes nothing.
+    """The files below a path or URL. Sends no request.
 
     Parameters
     ----------
@@ -301,7 +301,7 @@ def open_files(url: str | os.PathLike[str] | Storage, storage_options: Mapping[s
     Raises
     ------
     InvalidTypeError, InvalidArgumentError
-        It cannot be a place, or is a file.
+        It is not a path or URL, or is a file.
     """
     storage = open_storage(url, storage_options)
     if isinstance(storage, LocalStorage):
@@ -314,7 +314,7 @@ def open_files(url: str | os.PathLike[str] | Storage, storage_options: Mapping[s
 
 
 def map_files(function: Callable[[Item], Result], items: Iterable[Item], *, local: bool) -> Iterator[Result]:
-    """``map`` on threads, in order, with a bounded number of results waiting. `function` must not call this itself."""
+    """``map`` on threads, in order, with a bounded number of results waiting. `function` must not call `map_files` itself."""
     pool, window = _pool(os.getpid(), local), LOCAL_WINDOW if local else REMOTE_WINDOW
     waiting: deque[Future[Result]] = deque()
     source = iter(items)

@@ -1,6 +1,6 @@
-"""How an import is done, whatever the format: find what the store does not hold, read it in batches of bounded size, write it.
+"""The steps of an import in any format: find what the store does not hold, read it in batches of bounded size, write it.
 
-Everything that can be wrong is found from headers alone, before anything is written. Knows no format.
+All checks need only headers, and are made before anything is written. Knows no format.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from lmprobe_zarr.typing import Ints
 
 __all__ = ["BATCH_PROMPTS", "ImportOptions", "ImportPlan", "of_one_width", "plan_import", "prompt_list", "run_import"]
 
-# A batch is read while two wait and one is being written: together well below a gigabyte with the writer's own buffers.
+# One batch is read while two wait and one is written: with the writer's buffers, well below a gigabyte in all.
 BATCH_BYTES: Final = 2**26
 BATCH_PROMPTS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """What all imports have in common, see `import_safetensors`.
+    """Options that all imports share; see `import_safetensors`.
 
     Parameters
     ----------
     dry_run : bool
-        Only say what would be done.
+        Only report what would be done.
     strict : bool
-        Refuse to begin if anything would be skipped.
+        Raise before anything is written if anything would be skipped.
     provenance : mapping
-        What is known of how the activations came about.
+        What is known about how the activations were computed.
     progress : bool
         Show a progress bar.
     part_bytes : int
@@ -62,7 +62,23 @@ class ImportOptions:
 
 @dataclass
 class ImportPlan:
-    """What is to be imported of one model."""
+    """What is to be imported of one model.
+
+    Parameters
+    ----------
+    model : str
+    source : Source
+    group : GroupInfo
+        The group to write to.
+    entries : list of Entry
+        Entries that the store lacks, wholly or in part.
+    found, stored : int
+        Prompts that the source holds, and how many of them the store already holds in full.
+    named : list of Entry
+        Prompts that are stored without their text, which the source has.
+    part_names : list of str
+        Parts that the import committed.
+    """
 
     model: str
     source: Source
@@ -85,18 +101,18 @@ def run_import(
     skipped: Tally,
     options: ImportOptions,
 ) -> ImportSummary:
-    """What was brought into a store from some sources, each with the name of its model; see `import_safetensors` for the errors."""
+    """Import from some sources, each with the name of its model; see `import_safetensors` for the errors."""
     began = time.monotonic()
     target = store if isinstance(store, Store) else open_store(store)
     if not options.dry_run:
         target.check_writable()
     if options.part_bytes < 1:
-        raise InvalidArgumentError(f"part_bytes={options.part_bytes!r} is no number of bytes: give at least 1")
+        raise InvalidArgumentError(f"part_bytes={options.part_bytes!r} is not a number of bytes: give at least 1")
     notes = Tally()
     plans = [plan_import(name, source, target, options.provenance, skipped, notes, options.progress) for name, source in sources]
     if options.strict and len(skipped):
         reasons = "; ".join(f"{r.count} × {r.text} ({', '.join(r.names)})" for r in skipped.reasons())
-        raise CorruptFileError(f"strict=True, and of {origin} this would be skipped: {reasons}\nnothing was written")
+        raise CorruptFileError(f"strict=True, and this would be skipped of {origin}: {reasons}\nnothing was written")
     tokens = nbytes = imported = parts = 0
     with progress_bar(
         sum(plan.nbytes for plan in plans),
@@ -105,7 +121,7 @@ def run_import(
         enabled=options.progress and not options.dry_run,
     ) as advance:
         for plan in plans:
-            done = plan.entries if options.dry_run else _carry_out(plan, target, skipped, options.part_bytes, advance, origin)
+            done = plan.entries if options.dry_run else _import_missing(plan, target, skipped, options.part_bytes, advance, origin)
             imported += len(done)
             tokens += sum(entry.n_tokens or 0 for entry in done if any(held.level == "tokens" for held in entry.holds))
             nbytes += sum(entry.nbytes for entry in done)
@@ -131,36 +147,36 @@ def run_import(
 def plan_import(
     model: str, source: Source, store: Store, provenance: Provenance, skipped: Tally, notes: Tally, progress: bool
 ) -> ImportPlan:
-    """What a source holds that the store does not; everything that can be wrong is found here, before anything is written."""
+    """What a source holds that the store does not. All checks are made here, before anything is written."""
     entries: dict[str, Entry] = {}
-    with progress_bar(0, description=f"looking at {model}", unit="prompt", enabled=progress) as advance:
+    with progress_bar(0, description=f"scanning {model}", unit="prompt", enabled=progress) as advance:
         for found in source.entries():
             advance(1)
             if isinstance(found, Skipped):
                 skipped.add(found.reason, found.name, found.detail)
             elif found.hash in entries:
-                skipped.add("prompts that the source holds twice: the first one counts", found.name)
+                skipped.add("prompts that the source holds twice: the first is imported", found.name)
             else:
                 entries[found.hash] = found
     group = _group(store, model, provenance, entries.values())
     view = store.view(group) if group.name in store.groups() else None
     fitting = of_one_width(entries.values(), view, skipped)
-    fitting = fitting if view is None else _as_stored(fitting, view, skipped)
+    fitting = fitting if view is None else _with_stored_digests(fitting, view, skipped)
     for entry in fitting:
         for note in entry.notes:
             notes.add(note, entry.name)
         if entry.text is None:
-            notes.add("prompts of unknown text, which are found by their hash", entry.name)
+            notes.add("prompts of unknown text, which can be found by their hash only", entry.name)
     _note_layers(fitting, notes)
     missing = fitting if view is None else _missing(fitting, view)
-    named = [] if view is None else _named_now(fitting, missing, view)
+    named = [] if view is None else _with_new_text(fitting, missing, view)
     for entry in named:
         notes.add("prompts that are stored already, and whose text is known only now", entry.name)
     return ImportPlan(model, source, group, missing, len(entries), len(fitting) - len(missing), named)
 
 
-def _named_now(entries: Sequence[Entry], missing: Sequence[Entry], view: View) -> list[Entry]:
-    """Those entries that are stored with all they hold, but without the text that they have."""
+def _with_new_text(entries: Sequence[Entry], missing: Sequence[Entry], view: View) -> list[Entry]:
+    """The entries that are stored in full, but without their text."""
     again = {entry.hash for entry in missing}
     listed = [entry for entry in entries if entry.text is not None and entry.hash not in again]
     rows = _rows_of(listed, view)
@@ -168,7 +184,7 @@ def _named_now(entries: Sequence[Entry], missing: Sequence[Entry], view: View) -
 
 
 def _group(store: Store, model: str, provenance: Provenance, entries: Iterable[Entry]) -> GroupInfo:
-    """The group of a model's imports: the one that is there, also where either side does not know the hidden size."""
+    """The group to import into: an existing one with the same provenance, even if the store or the source does not know the hidden size."""
     widths = Counter(held.row_shape[-1] for entry in entries for held in entry.holds if held.variable.startswith("resid"))
     hidden = widths.most_common(1)[0][0] if widths else None
     wanted = GroupInfo(model=model, provenance=provenance, num_layers=None, hidden_size=hidden)
@@ -183,7 +199,7 @@ def _group(store: Store, model: str, provenance: Provenance, entries: Iterable[E
 
 
 def of_one_width(entries: Iterable[Entry], view: View | None, skipped: Tally) -> list[Entry]:
-    """Those entries whose rows are as wide as those of most, or as those that are stored."""
+    """The entries whose rows have the usual width: that of the stored rows, else that of most entries. Others are counted as skipped."""
     listed = list(entries)
     count: dict[tuple[Level, str], Counter[tuple[int, ...]]] = {}
     for holds, number in Counter(entry.holds for entry in listed).items():
@@ -197,17 +213,18 @@ def of_one_width(entries: Iterable[Entry], view: View | None, skipped: Tally) ->
     for entry in listed:
         odd = [h for h in entry.holds if h.row_shape != usual[h.level, h.variable] and not is_top_k(h.variable)]
         if odd:
-            detail = f"{odd[0].variable} has rows of {odd[0].row_shape}, others of {usual[odd[0].level, odd[0].variable]}"
-            skipped.add("prompts whose activations are of another width than the others", entry.name, detail)
+            detail = f"{odd[0].variable} has rows of shape {odd[0].row_shape}, others have {usual[odd[0].level, odd[0].variable]}"
+            skipped.add("prompts whose activations have another width than the others", entry.name, detail)
         else:
             fitting.append(entry)
     return fitting
 
 
-def _as_stored(entries: Sequence[Entry], view: View, skipped: Tally) -> list[Entry]:
-    """The entries, with the whole digests of prompts that the store knows more of; those of other prompts are skipped.
+def _with_stored_digests(entries: Sequence[Entry], view: View, skipped: Tally) -> list[Entry]:
+    """The entries, with whole digests where the store knows them; an entry of another prompt with the same hash is skipped.
 
-    A digest of which only 16 digits are known (see `lmprobe_zarr.batch.digest_of_hash`) is the same prompt as one that is whole.
+    A digest of which only 16 digits are known (see `lmprobe_zarr.batch.digest_of_hash`) is taken for the same prompt as a whole digest
+    that begins with them.
     """
     rows = _rows_of(entries, view)
     fitting = []
@@ -218,7 +235,7 @@ def _as_stored(entries: Sequence[Entry], view: View, skipped: Tally) -> list[Ent
         elif entry.sha256.endswith(UNKNOWN_DIGITS):
             fitting.append(replace(entry, sha256=stored))
         else:
-            skipped.add("prompts that share their hash with another one in the store", entry.name)
+            skipped.add("prompts that share their hash with another prompt in the store", entry.name)
     return fitting
 
 
@@ -227,7 +244,7 @@ def _rows_of(entries: Sequence[Entry], view: View) -> Ints:
 
 
 def _missing(entries: Sequence[Entry], view: View) -> list[Entry]:
-    """Those entries of which anything is not in the view."""
+    """The entries of which the view lacks anything."""
     rows = _rows_of(entries, view)
     there = rows >= 0
     alike: dict[tuple[Held, ...], list[int]] = {}
@@ -254,21 +271,21 @@ def _note_layers(entries: Sequence[Entry], notes: Tally) -> None:
             notes.add("prompts that hold fewer layers than others", entry.name)
 
 
-# ------------------------------------------------------------------------------------------------------ carrying it out
+# ------------------------------------------------------------------------------------------------------- reading, writing
 
 
-def _carry_out(
+def _import_missing(
     plan: ImportPlan, store: Store, skipped: Tally, part_bytes: int, advance: Callable[[int], object], origin: str
 ) -> list[Entry]:
-    """Read and write what is missing; returns the entries that came over whole."""
+    """Read and write what is missing; returns the entries that were imported in full."""
     alike: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in plan.entries:
-        alike.setdefault((entry.holds, entry.text is None, _pieces(entry)), []).append(entry)
+        alike.setdefault((entry.holds, entry.text is None, _n_layer_runs(entry)), []).append(entry)
     failed: set[str] = set()
     with Ingest(store, plan.group, part_bytes=part_bytes, recorded={"imported_from": origin}) as ingest:
-        # Like by like, and each run of entries with all that it holds, so that an interruption leaves few that are there by halves.
-        for (holds, _, pieces), entries in alike.items():
-            units = _units(holds, pieces)
+        # Each batch of entries is finished before the next, so that an interruption leaves few entries imported in part.
+        for (holds, _, n_runs), entries in alike.items():
+            units = _units(holds, n_runs)
             for some in _batches(entries, max(units, key=lambda unit: sum(held.row_nbytes for held in unit))):
                 for unit in units:
                     for batch in _read(plan.source, [entry for entry in some if entry.hash not in failed], unit, skipped, failed):
@@ -289,31 +306,31 @@ def _rows_nbytes(entry: Entry, holds: Iterable[Held]) -> int:
     return sum(held.row_nbytes * (1 if held.level == "prompts" else entry.n_tokens or 0) for held in holds)
 
 
-def _pieces(entry: Entry) -> int:
-    """Into how many runs of layers a prompt is cut, so that no run is larger than a batch: a power of two, so that few differ."""
+def _n_layer_runs(entry: Entry) -> int:
+    """Into how many runs of layers a prompt is cut so that no run is larger than a batch. A power of two, so that few prompts differ."""
     return int(2 ** max(0, np.ceil(np.log2(max(1, _layered_nbytes(entry)) / BATCH_BYTES))))
 
 
-def _units(holds: Sequence[Held], pieces: int) -> list[list[Held]]:
-    """What is written together: variables of the same layers, cut into runs of layers, and beside them those without layers."""
+def _units(holds: Sequence[Held], n_runs: int) -> list[list[Held]]:
+    """The variables that are read and written together: those with the same layers, cut into runs of layers, and those without layers."""
     by_layers: dict[tuple[int, ...], list[Held]] = {}
     for held in holds:
         if held.layers is not None:
             by_layers.setdefault(held.layers, []).append(held)
     units: list[list[Held]] = []
     for layers, members in by_layers.items():
-        for run in np.array_split(np.array(layers), min(pieces, len(layers))):
-            units += _one_dtype([replace(held, layers=tuple(run.tolist())) for held in members])
+        for run in np.array_split(np.array(layers), min(n_runs, len(layers))):
+            units += _split_by_dtype([replace(held, layers=tuple(run.tolist())) for held in members])
     apart: list[Held] = []
     for held in (held for held in holds if held.layers is None):
-        # Only beside others of its level: a part says of each level that it has something in whether it has layers.
+        # Only with others of its level: a part records for each level that it holds whether it has layers.
         beside = next((unit for unit in units if any(other.level == held.level for other in unit)), apart)
         beside.append(held)
     return [*units, apart] if apart else units
 
 
-def _one_dtype(holds: Sequence[Held]) -> list[list[Held]]:
-    """Apart where one variable occurs twice, in two dtypes."""
+def _split_by_dtype(holds: Sequence[Held]) -> list[list[Held]]:
+    """The variables in as few lists as possible, so that none occurs twice in a list: some occur in two dtypes."""
     apart: list[list[Held]] = []
     for held in holds:
         free = next((unit for unit in apart if held.variable not in {other.variable for other in unit}), None)
@@ -339,7 +356,7 @@ def _batches(entries: Sequence[Entry], unit: Sequence[Held]) -> Iterator[list[En
 
 
 def _read(source: Source, entries: list[Entry], unit: Sequence[Held], skipped: Tally, failed: set[str]) -> Iterator[TokenBatch]:
-    """A batch of all entries, or, where a file turns out to be damaged, of each of the others by itself."""
+    """One batch of all entries. If a file turns out to be damaged, a batch of each entry instead, without the damaged ones."""
     if not entries:
         return
     try:
@@ -347,7 +364,7 @@ def _read(source: Source, entries: list[Entry], unit: Sequence[Held], skipped: T
         return
     except CorruptFileError as error:
         if len(entries) == 1:
-            skipped.add("files that were changed or damaged while they were read", entries[0].name, str(error))
+            skipped.add("files that were changed or damaged during the import", entries[0].name, str(error))
             failed.add(entries[0].hash)
             return
     for entry in entries:
@@ -360,12 +377,12 @@ def prompt_list(prompts: Iterable[str]) -> list[str]:
     Raises
     ------
     InvalidTypeError
-        One text, or anything that is no text.
+        A single text, or something that is not a text.
     """
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of texts or hashes")
     listed = list(prompts)
     for prompt in listed:
         if not isinstance(prompt, str):
-            raise InvalidTypeError(f"lmprobe knows prompts by their text, not by {type(prompt).__name__}: give texts or hashes")
+            raise InvalidTypeError(f"lmprobe identifies prompts by their text, not by {type(prompt).__name__}: give texts or hashes")
     return listed

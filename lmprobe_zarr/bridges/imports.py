@@ -1,4 +1,4 @@
-"""Activations from other formats into a store: one call per format.
+"""Imports activations from other formats into a store: one call per format.
 
 Each call makes a source of its format; ``import_plan`` does the rest.
 """
@@ -35,26 +35,26 @@ def import_safetensors(
     progress: bool = True,
     part_bytes: int = PART_BYTES,
 ) -> ImportSummary:
-    """Bring the entries of an lmprobe cache (safetensors, format v2) into a store.
+    """Import the entries of an lmprobe cache (safetensors, format v2) into a store.
 
     Parameters
     ----------
     cache_dir : path or URL
         The cache: a folder, or any URL that fsspec knows. It is only read.
     store : Store, path or URL, or a sequence of these, optional
-        Where to; None is the default store.
+        The store to write to; None for the default store.
     model : str, optional
-        Only this model; it also names a folder whose own name file is gone. None is every model of the cache.
+        Only this model. Also finds a folder whose file with the model's name is missing. None for every model of the cache.
     prompts : iterable of str, optional
-        Only these, by text or by hash. Texts are also the names of prompts that the cache's manifest does not know.
+        Only these, by text or by hash. Texts that the cache's manifest does not list are taken from here.
     dry_run : bool
-        Only say what would be done: headers are read, nothing is written.
+        Only report what would be done: headers are read, nothing is written.
     strict : bool
-        Refuse to begin if anything of what is asked for would be skipped.
+        Raise before anything is written if anything of what is requested would be skipped.
     provenance : mapping, optional
-        What is known of how the activations came about. Other provenance is another group.
+        What is known about how the activations were computed. Activations of different provenance go into different groups.
     storage_options : mapping, optional
-        For the file system of `cache_dir`.
+        Passed to the file system of `cache_dir`.
     progress : bool
         Show a progress bar on terminals and in notebooks.
     part_bytes : int
@@ -63,7 +63,7 @@ def import_safetensors(
     Returns
     -------
     ImportSummary
-        What came over, and what did not and why.
+        What was imported, and what was skipped and why.
 
     Raises
     ------
@@ -72,14 +72,14 @@ def import_safetensors(
     ModelNotStoredError
         The cache holds nothing of `model`, or no model at all.
     ReadOnlyError, NoSpaceError
-        What was committed until then stays.
+        What was committed before the error stays.
 
     Notes
     -----
-    Padding is left out by the attention mask. A prompt that is in the store with all that the cache holds of it is not read
-    again, so an interrupted import is resumed by running it again. What lmprobe pooled as ``first_token`` may be padding: it is
-    pooled again from the raw layers, or left out where they are missing. A prompt of unknown text has no text in the store and
-    is found by its hash; its digest is the hash and 48 zeros.
+    The attention mask says which rows are padding; they are left out. A prompt is not read again if the store holds all that the
+    cache holds of it, so an interrupted import continues when it is run again. lmprobe's ``first_token`` pooling may have pooled
+    padding: it is computed again from the raw layers, or left out if they are missing. A prompt of unknown text has no text in the
+    store and is found by its hash; its digest is the hash and 48 zeros.
     """
     files = open_files(cache_dir, storage_options)
     wanted = None if prompts is None else prompt_list(prompts)
@@ -93,7 +93,7 @@ def import_safetensors(
     if model is not None and not files.list(model_hash(model)):
         raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {model_hash(model)}): check the name")
     if not names and not len(tally):
-        raise ModelNotStoredError(f"{files.url} is no lmprobe cache: it holds no folder that is named after a model's hash")
+        raise ModelNotStoredError(f"{files.url} is not an lmprobe cache: it holds no folder that is named after a model's hash")
     sources: list[tuple[str, Source]] = [(name, lmprobe_v2.LmprobeV2(files, name, prompts=wanted)) for name in names]
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
     return run_import(sources, store, files.url, tally, options)
@@ -112,7 +112,7 @@ def import_pt(
     progress: bool = True,
     part_bytes: int = PART_BYTES,
 ) -> ImportSummary:
-    """Bring the entries of an old lmprobe cache (``.pt`` files, format v1) into a store. The cache is only read.
+    """Import the entries of an old lmprobe cache (``.pt`` files, format v1) into a store. The cache is only read.
 
     Parameters
     ----------
@@ -122,14 +122,14 @@ def import_pt(
         Name of the model: the cache does not hold it.
     prompts : sequence of str, optional
         Texts: the cache does not hold them either. Folders of lmprobe 0.2 and 0.3 hold a whole list of prompts and are found only
-        by that list, in its order; give one list per call. None is every folder of a single prompt, known by its hash.
+        by that list, in its order; give one list per call. None for every folder of a single prompt, which is known by its hash.
     store, dry_run, strict, provenance, storage_options, progress, part_bytes
         As for `import_safetensors`.
 
     Returns
     -------
     ImportSummary
-        What came over, what was there, and what was skipped, with the reasons.
+        What was imported, what was stored already, and what was skipped and why.
 
     Raises
     ------
@@ -140,7 +140,7 @@ def import_pt(
 
     Notes
     -----
-    A file that holds anything but a tensor, such as a pickle that would run code, is refused, and the rest is imported.
+    A file that holds anything but a tensor, such as a pickle that would run code, is not loaded; the rest is imported.
     """
     files = open_files(cache_dir, storage_options)
     wanted = None if prompts is None else prompt_list(prompts)
@@ -165,23 +165,23 @@ def import_vllm(
     progress: bool = True,
     part_bytes: int = PART_BYTES,
 ) -> ImportSummary:
-    """Bring hidden states that vLLM or speculators wrote (``hs_<number>.safetensors``) into a store.
+    """Import hidden states that vLLM or speculators wrote (``hs_<number>.safetensors``) into a store.
 
     Parameters
     ----------
     folder : path or URL
-        Where the files lie.
+        The folder of the files.
     layers : sequence of int
-        The block whose output each slot holds, counted from 0; vLLM's own layer ids are one more.
+        For each slot, the block whose output it holds, counted from 0; vLLM's own layer ids are one more.
     prompts : mapping of int to str, or sequence of str, optional
-        Texts by number; a prompt without a text is known by its token ids.
+        Texts by the numbers of the files; a prompt without a text is identified by its token ids.
     store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
         As for `import_safetensors`.
 
     Returns
     -------
     ImportSummary
-        What came over, what was there, and what was skipped, with the reasons.
+        What was imported, what was stored already, and what was skipped and why.
     """
     source = arrays.VllmFiles(open_files(folder, storage_options), layers, prompts=prompts)
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
@@ -206,12 +206,12 @@ def import_npy(
     progress: bool = True,
     part_bytes: int = PART_BYTES,
 ) -> ImportSummary:
-    """Bring a folder with one ``.npy`` or memory-mapped array per layer into a store.
+    """Import a folder with one ``.npy`` or memory-mapped array per layer into a store.
 
     Parameters
     ----------
     folder : path or URL
-        Where the files lie.
+        The folder of the files.
     prompts, variable, name, offsets, dtype, hidden_size
         See `bridges.arrays.npy_layers`.
     store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
@@ -220,7 +220,7 @@ def import_npy(
     Returns
     -------
     ImportSummary
-        What came over, what was there, and what was skipped, with the reasons.
+        What was imported, what was stored already, and what was skipped and why.
     """
     source = arrays.npy_layers(
         open_files(folder, storage_options), prompts, variable=variable, name=name, offsets=offsets, dtype=dtype, hidden_size=hidden_size
@@ -245,7 +245,7 @@ def import_tensors(
     progress: bool = True,
     part_bytes: int = PART_BYTES,
 ) -> ImportSummary:
-    """Bring tensors of one safetensors file into a store.
+    """Import tensors of one safetensors file into a store.
 
     Parameters
     ----------
@@ -259,7 +259,7 @@ def import_tensors(
     Returns
     -------
     ImportSummary
-        What came over, what was there, and what was skipped, with the reasons.
+        What was imported, what was stored already, and what was skipped and why.
     """
     folder, _, key = os.fspath(path).rpartition("/")
     source = arrays.tensor_file(open_files(folder or ".", storage_options), key, prompts, mapping, offsets=offsets, mask=mask)
@@ -278,7 +278,7 @@ def import_source(
     progress: bool = True,
     part_bytes: int = PART_BYTES,
 ) -> ImportSummary:
-    """Bring anything into a store that can be asked what a `bridges.entry.Source` can be asked.
+    """Import activations of any format into a store, from an object with the methods of `bridges.entry.Source`.
 
     Parameters
     ----------
@@ -292,7 +292,7 @@ def import_source(
     Returns
     -------
     ImportSummary
-        What came over, what was there, and what was skipped, with the reasons.
+        What was imported, what was stored already, and what was skipped and why.
     """
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
     return run_import([(model, source)], store, source.url, Tally(), options)

@@ -1,6 +1,6 @@
-"""lmprobe's own cache around the default store: its entries are found, described, read, and removed on request.
+"""lmprobe's own cache around the default store: finds, describes and reads its entries, and removes them on request.
 
-Their provenance is unknown, so they are matched by the model's name alone. They serve a call only if they hold all that it needs.
+Their provenance is unknown, so entries are matched by the model's name alone. They serve a call only if they hold all that it needs.
 Nothing is written into this cache, and only lmprobe's entries are ever removed.
 """
 
@@ -28,12 +28,12 @@ __all__ = ["FoundEntry", "LegacyCache", "LegacyModel", "beside"]
 _V1_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
 _V1_FILE: Final = re.compile(r"(?:attention_mask|perplexity|layer_\d+)\.pt")
 _V1_POOLED: Final = re.compile(r"pooled_[a-z_:]+")
-_NOTED: Final = ("_model_name.txt", "_manifest.jsonl")
+_MODEL_FILES: Final = ("_model_name.txt", "_manifest.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
 class FoundEntry:
-    """An entry, and what can read it."""
+    """An entry, and the source that reads it."""
 
     source: Source
     entry: Entry
@@ -46,12 +46,14 @@ class LegacyModel:
     Parameters
     ----------
     name : str
-        As lmprobe noted it, else its folder.
+        As lmprobe recorded it, else the name of the folder.
     folder : str
     prompts : int
+        Number of prompts.
     nbytes : int
+        Bytes of all files.
     layers : int
-        Of its first entry: reading them all would take a request each.
+        Number of layers of the first entry. To describe all entries would take a request for each.
     holds : tuple of Held
         What the first entry holds.
     """
@@ -65,7 +67,7 @@ class LegacyModel:
 
 
 class StoreRoot(Protocol):
-    """What is needed of a store to find the cache around it."""
+    """The attributes of a store that are needed to find the cache around it."""
 
     @property
     def storage(self) -> Storage:
@@ -79,20 +81,20 @@ class StoreRoot(Protocol):
 
 
 def beside(store: StoreRoot) -> LegacyCache | None:
-    """Lmprobe's cache around the default store, where that store is the folder ``.zarr`` inside it; None for any other store."""
+    """Lmprobe's cache around the default store, if that store is the folder ``.zarr`` in it; None for any other store."""
     storage = store.storage
     if not store.is_default or not storage.url.endswith("/.zarr"):
         return None
     if isinstance(storage, LocalStorage):
         return LegacyCache(LocalStorage(storage.root.removesuffix("/.zarr")))
     if isinstance(storage, FsspecStorage):
-        around = type(storage)(storage.filesystem, storage.root.removesuffix("/.zarr"), storage.url.removesuffix("/.zarr"))
-        return LegacyCache(around)
+        cache = type(storage)(storage.filesystem, storage.root.removesuffix("/.zarr"), storage.url.removesuffix("/.zarr"))
+        return LegacyCache(cache)
     return None
 
 
 class LegacyCache:
-    """A folder that lmprobe keeps its entries in. Making one reads nothing.
+    """A folder with lmprobe's entries. Nothing is read when it is made.
 
     Parameters
     ----------
@@ -104,28 +106,28 @@ class LegacyCache:
         self.storage = storage
         self.files: Files = open_files(storage)
 
-    # -------------------------------------------------------------------------------------------------------- looking
+    # -------------------------------------------------------------------------------------------------------- finding
 
     def find(self, model: str, prompts: Sequence[str]) -> list[FoundEntry | None]:
-        """The entry of each prompt, in format v2 or else in v1; None where there is none that can be read."""
+        """The entry of each prompt, in format v2 or else v1; None if no entry of it can be read."""
         folder = model_hash(model)
         listed = self.files.list(folder)
         found: list[FoundEntry | None] = [None] * len(prompts)
         if any(ENTRY_FILE.fullmatch(item.name) for item in listed):
             source = LmprobeV2(self.files, model)
             found = [_first(source, items) for items in source.find(prompts)]
-        absent = [i for i, one in enumerate(found) if one is None]
+        absent = [i for i, entry in enumerate(found) if entry is None]
         if absent and any(item.is_folder and not item.outside for item in listed):
             older = LmprobeV1(self.files, model)
             try:
                 for i, items in zip(absent, older.find([prompts[i] for i in absent]), strict=True):
                     found[i] = _first(older, items)
             except MissingDependencyError:
-                pass  # old entries are torch's own files: without it they are as good as not there
+                pass  # old entries are torch's own files, which cannot be read without torch
         return found
 
     def models(self) -> list[LegacyModel]:
-        """Every model of the cache, from listings and the header of one entry each."""
+        """Every model of the cache, from listings and the header of one entry per model."""
         named = {found.folder: found.model for found in scan_models(self.files) if isinstance(found, ModelFolder)}
         models = []
         for item in self.files.list(""):
@@ -149,16 +151,16 @@ class LegacyCache:
         return LegacyModel(name=shown, folder=folder, prompts=len(sizes), nbytes=sum(sizes.values()), layers=len(layers), holds=holds)
 
     def texts(self, model: str) -> dict[str, str | None]:
-        """The prompts of a model in format v2 by hash, with the text where lmprobe noted it."""
+        """The prompts of a model in format v2: text by hash, None if lmprobe did not record the text."""
         folder = model_hash(model)
-        noted = read_manifest(self.files, folder).texts
+        recorded = read_manifest(self.files, folder).texts
         hashes = dict.fromkeys(match[1] for item in self.files.list(folder) if (match := ENTRY_FILE.fullmatch(item.name)))
-        return {label: noted.get(label) for label in hashes}
+        return {label: recorded.get(label) for label in hashes}
 
     # -------------------------------------------------------------------------------------------------------- reading
 
     def serve(self, model: str, prompts: Sequence[str], pooling: str | None, layers: tuple[int, ...]) -> tuple[list[Array] | None, int]:
-        """The blocks' output of every prompt, if all of them are here with all layers.
+        """The blocks' output for every prompt, if this cache holds all of the prompts with all layers.
 
         Parameters
         ----------
@@ -167,34 +169,33 @@ class LegacyCache:
         prompts : sequence of str
             Texts.
         pooling : str, optional
-            None gives every token.
+            None for every token.
         layers : tuple of int
 
         Returns
         -------
         pieces : list of ndarray, shape (layer, row, hidden), or None
-            One per prompt, a row per token or a single pooled one; None where a prompt or a layer is missing.
+            One per prompt, with one row per token or a single pooled row; None if a prompt or a layer is missing.
         held : int
-            How many of the prompts are here with all layers.
+            How many of the prompts this cache holds with all layers.
         """
-        looked = [(one, _way(one.entry, pooling, layers)) for one in self.find(model, prompts) if one is not None]
-        ways = [(one, way) for one, way in looked if way is not None]
-        if len(ways) < len(prompts):
-            return None, len(ways)
-        found = [one for one, _ in ways]
+        found = [entry for entry in self.find(model, prompts) if entry is not None]
+        planned = [(entry, plan) for entry in found if (plan := _plan_read(entry.entry, pooling, layers)) is not None]
+        if len(planned) < len(prompts):
+            return None, len(planned)
         together: dict[tuple[int, tuple[Held, ...], bool], list[int]] = {}
-        for i, (one, way) in enumerate(ways):
-            together.setdefault((id(one.source), *way), []).append(i)
+        for i, (entry, plan) in enumerate(planned):
+            together.setdefault((id(entry.source), *plan), []).append(i)
         pieces: dict[int, Array] = {}
         for (_, holds, pool), members in together.items():
             entries = [found[i].entry for i in members]
             by_layer: dict[int, Array] = {}
-            for part in holds:
-                batch = found[members[0]].source.read(entries, (part,))
-                values = (batch.prompts if part.level == "prompts" else batch.tokens)[part.variable]
-                by_layer |= dict(zip(part.layers or (), values, strict=True))
+            for held in holds:
+                batch = found[members[0]].source.read(entries, (held,))
+                values = (batch.prompts if held.level == "prompts" else batch.tokens)[held.variable]
+                by_layer |= dict(zip(held.layers or (), values, strict=True))
             joined = np.stack([by_layer[layer] for layer in layers])
-            counts = np.array([1 if holds[0].level == "prompts" else entry.n_tokens for entry in entries], np.int64)
+            counts = np.array([1 if holds[0].level == "prompts" else member.n_tokens for member in entries], np.int64)
             if pool and pooling is not None:
                 joined, counts = pool_ragged(joined, counts, pooling), np.ones(len(entries), np.int64)
             bounds = offsets_of(counts)
@@ -202,7 +203,7 @@ class LegacyCache:
         return [pieces[i] for i in range(len(prompts))], len(prompts)
 
     def written_at(self, model: str, prompts: Sequence[str]) -> float:
-        """When the oldest of the prompts' files was written, in seconds since 1970; infinity where the place does not tell."""
+        """When the oldest of the prompts' files was written, in seconds since 1970; infinity if the file system does not say."""
         wanted = {prompt_hash(prompt) for prompt in prompts}
         listed = self.storage.scan(model_hash(model))
         times = [entry.modified for name, entry in listed.items() if name[:16] in wanted and entry.modified is not None]
@@ -211,22 +212,22 @@ class LegacyCache:
     # ------------------------------------------------------------------------------------------------------- clearing
 
     def clear(self, model: str | None = None) -> int:
-        """Remove lmprobe's entries, all or those of one model; returns how many prompts they were of."""
+        """Remove lmprobe's entries, all or those of one model; returns the number of their prompts."""
         count = 0
         for item in self.files.list(""):
-            mine = model is None or item.name == model_hash(model)
-            if not (mine and MODEL_FOLDER.fullmatch(item.name) and item.is_folder and not item.outside):
+            wanted = model is None or item.name == model_hash(model)
+            if not (wanted and MODEL_FOLDER.fullmatch(item.name) and item.is_folder and not item.outside):
                 continue
             entries = [key for key, _ in self._entry_files(item.name)]
             if not entries:
                 continue
             self.storage.remove(entries)
-            self.storage.remove([f"{item.name}/{name}" for name in _NOTED])
+            self.storage.remove([f"{item.name}/{name}" for name in _MODEL_FILES])
             count += len({key.split("/")[1][:16] for key in entries})
         return count
 
     def _entry_files(self, folder: str) -> list[tuple[str, int]]:
-        """Keys and sizes of all files of a model that are lmprobe's entries, and of nothing else."""
+        """Keys and sizes of all files of a model that belong to lmprobe's entries."""
         found, scanned = [], self.storage.scan(folder)
         for item in self.files.list(folder):
             if item.outside or item.name not in scanned:
@@ -253,8 +254,8 @@ def _first(source: Source, items: Sequence[Any] | None) -> FoundEntry | None:
     return next((FoundEntry(source, item) for item in items or () if isinstance(item, Entry)), None)
 
 
-def _way(entry: Entry, pooling: str | None, layers: tuple[int, ...]) -> tuple[tuple[Held, ...], bool] | None:
-    """What of an entry to read, and whether its tokens are pooled then; None where something is missing."""
+def _plan_read(entry: Entry, pooling: str | None, layers: tuple[int, ...]) -> tuple[tuple[Held, ...], bool] | None:
+    """What to read of an entry, and whether its tokens have to be pooled; None if a layer is missing."""
     if pooling is not None and (holds := entry.covering("prompts", f"resid_{pooling}", layers)):
         return holds, False
     holds = entry.covering("tokens", "resid", layers)

@@ -1,6 +1,6 @@
-"""The folders of an lmprobe cache, in both of its formats: the models' names, the manifest, and why something is skipped.
+"""The folders of an lmprobe cache, in both of its formats: names of models, the manifest, and the reasons for skipping something.
 
-Knows which names files have, but not what is in them: that is in ``lmprobe_v1`` and ``lmprobe_v2``.
+Knows the names of files; their contents are read in ``lmprobe_v1`` and ``lmprobe_v2``.
 """
 
 from __future__ import annotations
@@ -53,31 +53,31 @@ DAMAGED: Final = "damaged files"
 OUTSIDE: Final = "links that lead out of the cache"
 SHAPES: Final = "tensors of the wrong shape"
 NO_TOKENS: Final = "an attention mask without a single token"
-NOTHING: Final = "nothing in them that can be stored"
-FIRST_TOKEN: Final = "first_token pooled by lmprobe, which may be padding, without the raw layers to pool it from again"  # noqa: S105
-NO_MASK: Final = "rows of tokens without an attention mask, so that padding cannot be told"
-UNKNOWN: Final = "tensors of a name that is not known"
+NOTHING: Final = "entries that hold nothing that can be stored"
+FIRST_TOKEN: Final = "first_token pooled by lmprobe, which may be padding, without the raw layers to compute it again"  # noqa: S105
+NO_MASK: Final = "rows of tokens without an attention mask, which would show what is padding"
+UNKNOWN: Final = "tensors of an unknown name"
 DTYPE: Final = "tensors of a dtype that cannot be stored"
-OTHER_TOKENS: Final = "per-token values that are not as many as the tokens"
+OTHER_TOKENS: Final = "values per token whose number is not that of the tokens"
 
 
 def model_hash(model: str) -> str:
-    """The folder of a model: the first 16 digits of the sha256 of its name, so that no name can lead anywhere else."""
+    """The folder of a model: the first 16 digits of the sha256 of its name, so no name can lead out of the cache."""
     return hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:HASH_DIGITS]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A folder of lmprobe's, and the model whose it is."""
+    """A folder of lmprobe's cache, and the name of its model."""
 
     folder: str
     model: str
 
 
 def scan_models(files: Files) -> list[ModelFolder | Skipped]:
-    """The models of a cache, v1 or v2, from the names that lmprobe noted.
+    """The models of a cache, v1 or v2, by the names that lmprobe recorded.
 
-    Folders that are not lmprobe's are left alone. A folder of unknown model is reported as skipped.
+    Folders that are not lmprobe's are ignored. A folder whose model is unknown is reported as skipped.
     """
     found: list[ModelFolder | Skipped] = []
     for listed in files.list(""):
@@ -92,29 +92,29 @@ def scan_models(files: Files) -> list[ModelFolder | Skipped]:
 
 
 def model_name_of(files: Files, folder: str) -> str | Skipped:
-    """The name that lmprobe noted for a folder, if it is that folder's."""
+    """The model name that lmprobe recorded in a folder, if the folder is that model's."""
     try:
-        noted = files.read(f"{folder}/_model_name.txt", at_most=NAME_BYTES).decode()
+        recorded = files.read(f"{folder}/_model_name.txt", at_most=NAME_BYTES).decode()
     except (FileNotFoundError, NotADirectoryError):
-        return Skipped(name=folder, reason="folders without _model_name.txt: say which model with model=")
+        return Skipped(name=folder, reason="folders without _model_name.txt: name the model with model=")
     except (CorruptFileError, UnicodeDecodeError, PermissionError) as error:
         return Skipped(name=folder, reason="folders whose _model_name.txt cannot be read", detail=str(error))
-    for name in (noted, noted.strip()):
+    for name in (recorded, recorded.strip()):
         if model_hash(name) == folder and name.strip() and name.isprintable():
             return name
-    return Skipped(name=folder, reason="folders whose _model_name.txt is that of another model", detail=repr(noted[:80]))
+    return Skipped(name=folder, reason="folders whose _model_name.txt is that of another model", detail=repr(recorded[:80]))
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What ``_manifest.jsonl`` says: texts by hash. `bad_lines` could not be read, or name another prompt than their hash."""
+    """The texts in ``_manifest.jsonl`` by hash. `bad_lines` counts lines that cannot be read, or whose text has another hash."""
 
     texts: Mapping[str, str]
     bad_lines: int = 0
 
 
 def read_manifest(files: Files, folder: str) -> Manifest:
-    """The texts of a model's prompts. The last line for a hash counts; a line that is damaged costs only itself."""
+    """The texts of a model's prompts. The last line for a hash counts; a damaged line is skipped."""
     try:
         data = files.read(f"{folder}/_manifest.jsonl", at_most=MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -123,7 +123,7 @@ def read_manifest(files: Files, folder: str) -> Manifest:
         return Manifest({}, 1)
     texts: dict[str, str] = {}
     bad = 0
-    # Not splitlines(): prompts may hold U+2028 and other characters that it takes for ends of lines.
+    # Not splitlines(), which also splits at U+2028 and other characters that prompts may contain.
     for line in data.split(b"\n"):
         if not line.strip():
             continue

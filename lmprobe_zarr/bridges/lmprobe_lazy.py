@@ -1,12 +1,11 @@
-"""lmprobe's files as lazy xarray datasets, where they lie: only the bytes of what is selected are ever read.
+"""lmprobe's files as lazy xarray datasets: only the bytes of the selected values are read.
 
-The datasets are laid out as those of a store (see `datasets`): the same names, dimensions, coordinates and index.
+The datasets have the names, dimensions, coordinates and index of a store's datasets (see ``store.datasets``). Knows no store.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,25 +14,25 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, offsets_of, positions_of
-from lmprobe_zarr.bridges import lmprobe_v2
-from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, held_dtype
-from lmprobe_zarr.bridges.files import map_files, open_files
-from lmprobe_zarr.bridges.import_plan import of_one_width, prompt_list
+from lmprobe_zarr.batch import STATISTICS, offsets_of, positions_of
+from lmprobe_zarr.bridges.entry import Entry, Held, held_dtype
+from lmprobe_zarr.bridges.files import map_files
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2, Piece
-from lmprobe_zarr.bridges.summaries import Tally
-from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError, ModelNotStoredError
-from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level, array_dims
+from lmprobe_zarr.store.format import SAMPLE_DIM, Level, array_dims
 from lmprobe_zarr.tokens import TakenArray, TokenIndex, lazy_variable, tidy_key
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["entries_dataset", "open_legacy"]
+__all__ = ["entries_dataset"]
+
 CHUNK_BYTES: Final = 2**22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Variable:
-    """One variable over all entries: which of them hold which layers, in which dtype."""
+    """One variable over all entries.
+
+    `held` says for each tuple `Entry.holds` which `Held` has which layer, because entries differ in layers and dtypes.
+    """
 
     name: str
     level: Level
@@ -42,36 +41,36 @@ class _Variable:
     held: Mapping[tuple[Held, ...], Mapping[int | None, Held]]
 
     @property
-    def kinds(self) -> list[str]:
+    def dtypes(self) -> list[str]:
+        """The dtypes in which the entries hold it."""
         return sorted({held.dtype for by_layer in self.held.values() for held in by_layer.values()})
 
 
 class _EntriesArray(BackendArray):
-    """A variable as xarray's lazy indexing wants it.
+    """A variable as xarray's lazy indexing needs it.
 
     Parameters
     ----------
     source : LmprobeV2
-        Where from.
+        Reads the values.
     entries : sequence of Entry
         Along the sample axis, repeats included.
     offsets : ndarray of int64, shape (entry + 1,)
-        Where the rows of each begin.
+        The first row of each entry, and the end of the last.
     variable : _Variable
-        What.
     """
 
     def __init__(self, source: LmprobeV2, entries: Sequence[Entry], offsets: Ints, variable: _Variable) -> None:
         self.source, self.entries, self.offsets, self.variable = source, entries, offsets, variable
         layers = () if variable.layers is None else (len(variable.layers),)
         self.shape = (*layers, int(offsets[-1]), *variable.row_shape)
-        self.dtype = np.result_type(*(held_dtype(kind) for kind in variable.kinds))
+        self.dtype = np.result_type(*map(held_dtype, variable.dtypes))
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> Any:
-        # An integer drops its axis, as in numpy; it is read as an axis of one.
+        # An integer drops its axis, as in numpy. It is read as an axis of length 1, which is dropped at the end.
         layered = self.variable.layers is not None
         lengths = self.shape if layered else (1, *self.shape)
         drop = tuple(0 if isinstance(k, (int, np.integer)) else slice(None) for k in key)
@@ -93,7 +92,7 @@ class _EntriesArray(BackendArray):
         return out[drop] if layered else out[0][drop]
 
     def _read_entry(self, number: int, places: Ints, at: Ints, within: Ints, cut: tuple[Any, ...], out: Array) -> None:
-        """Rows of one entry: one range of bytes for each layer."""
+        """Read rows of one entry into `out`: one range of bytes for each layer."""
         entry = self.entries[number]
         by_layer = self.variable.held.get(entry.holds, {})
         low, high = int(within.min()), int(within.max()) + 1
@@ -108,7 +107,7 @@ class _EntriesArray(BackendArray):
         self.source.read_pieces(entry, pieces)
         for i, buffer in targets:
             taken = buffer[within - low]
-            if taken.shape[1:] != self.variable.row_shape:  # fewer of the largest values than elsewhere
+            if taken.shape[1:] != self.variable.row_shape:  # this entry holds fewer of the largest values than others
                 fill = np.nan if taken.dtype.kind == "f" else -1
                 wide = np.full((len(taken), *self.variable.row_shape), fill, taken.dtype)
                 wide[(slice(None), *map(slice, taken.shape[1:]))] = taken
@@ -117,6 +116,7 @@ class _EntriesArray(BackendArray):
 
 
 def _numbers(key: Any, length: int) -> Ints:
+    """A slice, an integer or an array of integers as an array of indices."""
     if isinstance(key, slice):
         return np.arange(*key.indices(length))
     numbers = np.atleast_1d(np.asarray(key, np.int64))
@@ -131,13 +131,13 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
     Parameters
     ----------
     source : LmprobeV2
-        Where from.
+        Reads the values.
     entries : sequence of Entry
-        In the wanted order, repeats included; for tokens, only such as hold tokens. Their rows must be of one width.
+        In the wanted order, repeats included. All have rows of the same width; for tokens, all hold tokens.
     level : {"prompts", "tokens"}
         One row per prompt, or one per token.
     layers : tuple of int
-        Which layers.
+        Which layers to show.
     """
     counts = np.array([_token_rows(entry) for entry in entries], np.int64)
     offsets = offsets_of(counts) if level == "tokens" else np.arange(len(entries) + 1)
@@ -149,7 +149,7 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
         if variable.name == "token_id":
             coords["token_id"] = lazy_variable((sample,), array)
             continue
-        lazy = lazy_variable(dims, array, {"stored_dtype": ", ".join(variable.kinds)})
+        lazy = lazy_variable(dims, array, {"stored_dtype": ", ".join(variable.dtypes)})
         row_nbytes = max(1, int(np.prod(variable.row_shape, dtype=np.int64)) * array.dtype.itemsize)
         lazy.encoding["preferred_chunks"] = {"layer": 1, sample: max(1, CHUNK_BYTES // row_nbytes)}
         variables[variable.name] = lazy
@@ -187,101 +187,19 @@ def _token_rows(entry: Entry) -> int:
 
 
 def _variables(entries: Sequence[Entry], level: Level, layers: tuple[int, ...]) -> list[_Variable]:
-    alike = {entry.holds for entry in entries}
-    names: dict[str, bool] = {}
+    distinct = {entry.holds for entry in entries}
+    is_layered: dict[str, bool] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    for held in (held for holds in alike for held in holds if held.level == level):
-        names[held.variable] = held.layers is not None
+    for held in (held for holds in distinct for held in holds if held.level == level):
+        is_layered[held.variable] = held.layers is not None
         shapes[held.variable] = max(shapes.get(held.variable, held.row_shape), held.row_shape)
     found = []
-    for name in sorted(names):
-        if names[name] and not layers:
+    for name in sorted(is_layered):
+        if is_layered[name] and not layers:
             continue
         by_holds: dict[tuple[Held, ...], dict[int | None, Held]] = {}
-        for holds in alike:
-            mine = [held for held in holds if held.variable == name and held.level == level]
-            by_holds[holds] = {layer: held for held in mine for layer in ((None,) if held.layers is None else held.layers)}
-        found.append(_Variable(name, level, layers if names[name] else None, shapes[name], by_holds))
+        for holds in distinct:
+            matching = [held for held in holds if held.variable == name and held.level == level]
+            by_holds[holds] = {layer: held for held in matching for layer in ((None,) if held.layers is None else held.layers)}
+        found.append(_Variable(name, level, layers if is_layered[name] else None, shapes[name], by_holds))
     return found
-
-
-# -------------------------------------------------------------------------------------------------------------- in place
-
-
-def open_legacy(
-    cache_dir: str | os.PathLike[str],
-    model: str,
-    *,
-    level: Level = "prompts",
-    prompts: Iterable[str] | None = None,
-    layers: LayerSpec | None = None,
-    storage_options: Mapping[str, Any] | None = None,
-) -> xr.Dataset:
-    """An lmprobe cache (safetensors, format v2) as a lazy dataset, where it lies.
-
-    Parameters
-    ----------
-    cache_dir : path or URL
-        The cache: a folder, or any URL that fsspec knows. Headers are read; of tensors, later, only the bytes that are selected.
-    model : str
-        Name of the model.
-    level : {"prompts", "tokens"}
-        As `Store.dataset`, one row per prompt; or as `Store.tokens`, one per token.
-    prompts : iterable of str, optional
-        Texts or hashes: exactly these, in this order, repeats included. None is all.
-    layers : int, sequence of int, slice or word, optional
-        Which layers; None is all that are there.
-    storage_options : mapping, optional
-        For the file system.
-
-    Returns
-    -------
-    xarray.Dataset
-        The same names, dimensions, coordinates and index as a store shows. Its attribute ``skipped`` says what could not be read.
-
-    Raises
-    ------
-    ModelNotStoredError, MissingPromptsError, LayerOutOfRangeError
-        It is not in the cache.
-    CorruptFileError
-        At reading: a file was changed since, or is damaged.
-    """
-    if level not in LEVELS:
-        raise InvalidArgumentError(f"level={level!r} is unknown: use 'prompts' or 'tokens'")
-    source = lmprobe_v2.LmprobeV2(open_files(cache_dir, storage_options), model)
-    skipped = Tally()
-    wanted = None if prompts is None else prompt_list(prompts)
-    found: list[Entry | None] = []
-    if wanted is None:
-        found = [_or_tally(item, skipped) for item in source.entries()]
-    else:
-        different = list(dict.fromkeys(wanted))
-        looked = dict(zip(different, source.find(different), strict=True))
-        entries = {prompt: _first_entry(items or [], skipped) for prompt, items in looked.items()}
-        found = [entries[prompt] for prompt in wanted]
-        absent = [prompt for prompt, entry in zip(wanted, found, strict=True) if entry is None]
-        if absent:
-            raise MissingPromptsError(
-                f"{len(absent)} of {len(wanted)} prompts are not in {source.url}, or are damaged there: first {absent[0][:40]!r}"
-            )
-    chosen = [entry for entry in found if entry is not None and (level == "prompts" or any(h.level == "tokens" for h in entry.holds))]
-    if wanted is not None and len(chosen) < len(found):
-        raise MissingPromptsError(f"{len(found) - len(chosen)} of {len(found)} prompts are in {source.url} without tokens")
-    fitting = of_one_width(chosen, None, skipped)
-    if not fitting:
-        raise ModelNotStoredError(f"{source.url} holds no {level} of {model!r} that can be read: check the name and the folder")
-    held = sorted({i for entry in fitting for h in entry.holds if h.level == level for i in h.layers or ()})
-    data = entries_dataset(source, fitting, level, choose_layers(held, layers, where=source.url))
-    return data.assign_attrs(skipped="; ".join(map(str, skipped.reasons()))) if len(skipped) else data
-
-
-def _or_tally(found: Entry | Skipped, skipped: Tally) -> Entry | None:
-    if isinstance(found, Entry):
-        return found
-    skipped.add(found.reason, found.name, found.detail)
-    return None
-
-
-def _first_entry(items: Sequence[Entry | Skipped], skipped: Tally) -> Entry | None:
-    entries = [entry for entry in (_or_tally(item, skipped) for item in items) if entry is not None]
-    return entries[0] if entries else None

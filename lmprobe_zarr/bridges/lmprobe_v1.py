@@ -1,7 +1,7 @@
-"""lmprobe's oldest caches, format v1: one ``.pt`` file per layer in a folder per prompt (0.4 to 0.5.5) or per list of prompts
-(0.2, 0.3). Only read, never written; nothing in a pickle but tensors is ever loaded.
+"""Reads lmprobe's oldest caches, format v1: one ``.pt`` file per layer, in a folder per prompt (0.4 to 0.5.5) or per list of prompts
+(0.2, 0.3). From a pickle, nothing but tensors is ever loaded.
 
-There are no names and no texts in them: the caller supplies both, or a prompt stays known by its hash alone.
+These caches hold no names and no texts: the caller gives both, or a prompt is known by its hash only.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LAYER_FILE: Final = re.compile(r"layer_(\d{1,9})\.pt")
 PERPLEXITY: Final = "perplexity"
 PT_BYTES: Final = 2**40
 UNSAFE: Final = "files whose pickle holds more than tensors, such as code: refused"
-NEWER: Final = "prompts that are there in format v2 too, which counts: use import_safetensors"
+NEWER: Final = "prompts that are stored in format v2 too, which is preferred: use import_safetensors"
 BATCH: Final = "folders of a whole list of prompts: give that list as prompts="
 
 
@@ -56,7 +56,7 @@ def prompts_hash(prompts: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """Where an entry lies: its folder, its row in the tensors of it, and which of their rows are tokens."""
+    """Where an entry is stored: its folder, its row in the folder's tensors, and the attention mask of that row."""
 
     folder: str
     row: int
@@ -65,7 +65,7 @@ class _Place:
 
 
 class LmprobeV1:
-    """The entries of one model in a cache of format v1. Reads nothing when it is made.
+    """The entries of one model in a cache of format v1. Nothing is read when it is made.
 
     Parameters
     ----------
@@ -74,8 +74,8 @@ class LmprobeV1:
     model : str
         Name of the model.
     prompts : sequence of str, optional
-        Texts, each of which may have a folder; and the list as a whole, which may have one too (0.2, 0.3). None is every folder,
-        with hashes for names.
+        Texts. Each text may have a folder, and so may the list as a whole (0.2, 0.3). None for every folder; prompts are then known by
+        their hashes.
     """
 
     def __init__(self, files: Files, model: str, *, prompts: Sequence[str] | None = None) -> None:
@@ -86,11 +86,11 @@ class LmprobeV1:
 
     @property
     def url(self) -> str:
-        """Where the model's files lie."""
+        """The folder of the model's files."""
         return f"{self.files.url}/{self.folder}"
 
     def entries(self) -> Iterator[Entry | Skipped]:
-        """What the folder holds, from the shapes of its tensors."""
+        """What the folder holds, described from the shapes of its tensors."""
         listed = self.files.list(self.folder)
         self._newer = frozenset(item.name.removesuffix(".safetensors") for item in listed if item.name.endswith(".safetensors"))
         folders = {item.name: item for item in listed if FOLDER.fullmatch(item.name)}
@@ -104,9 +104,9 @@ class LmprobeV1:
         together = prompts_hash(self.prompts)
         found = set()
         if together in folders:
-            for item_ in self._folder(together, self.prompts):
-                found.add(item_.sha256 if isinstance(item_, Entry) else "")
-                yield item_
+            for entry in self._folder(together, self.prompts):
+                found.add(entry.sha256 if isinstance(entry, Entry) else "")
+                yield entry
         for text in dict.fromkeys(self.prompts):
             name = prompt_hash(text)
             if name not in folders and FOLDER.fullmatch(text) and text in folders:
@@ -120,7 +120,7 @@ class LmprobeV1:
                 yield Skipped(name=f"{name} ({text[:24]!r})", reason="prompts that are not in this cache")
 
     def find(self, prompts: Sequence[str]) -> list[list[Entry | Skipped] | None]:
-        """What there is of some prompts, in their order: None where there is nothing. Folders of lists are not looked for."""
+        """The entries of some prompts, in their order; None for a prompt without any. Folders of lists of prompts are not searched."""
         found: list[list[Entry | Skipped] | None] = []
         for text in prompts:
             name = prompt_hash(text)
@@ -144,9 +144,9 @@ class LmprobeV1:
         mask = self._shapes(f"{folder}/attention_mask.pt")
         raw, pooled, perplexity = self._tensors(folder)
         if perplexity is None:
-            perplexity = self._shapes(_beside(folder))
+            perplexity = self._shapes(_perplexity_file(folder))
         if not raw and not pooled and perplexity is None:
-            return  # not a folder of lmprobe's
+            return  # not lmprobe's folder
         batch = next((t.shape[0] for t in (mask, *raw.values(), *(t for by in pooled.values() for t in by.values())) if t is not None), 1)
         if texts is None and batch != 1:
             raise _SkippedError(BATCH, f"{name} holds {batch}")
@@ -202,7 +202,7 @@ class LmprobeV1:
                     notes.append(NO_MASK)
                 continue
             if len(tensor.shape) != 3 or tensor.shape[:2] != mask.shape:
-                raise _SkippedError(SHAPES, f"layer_{layer} has shape {tensor.shape} and a mask of {mask.shape}")
+                raise _SkippedError(SHAPES, f"layer_{layer} has shape {tensor.shape}, and the mask has shape {mask.shape}")
             add("tokens", "resid", tensor, layer)
         for pooling, by_layer in pooled.items():
             for layer, tensor in by_layer.items():
@@ -249,7 +249,7 @@ class LmprobeV1:
     # -------------------------------------------------------------------------------------------------------- reading
 
     def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
-        """Some of what some entries hold, as one batch; see `entry.Source`."""
+        """Read some variables and layers of some entries, as one batch; see `entry.Source`."""
         offsets = rows_of(entries)
         arrays = {held: held.empty(int(offsets[held.level][-1])) for held in holds}
         by_folder: dict[str, list[int]] = {}
@@ -262,25 +262,25 @@ class LmprobeV1:
         return batch_of(entries, arrays)
 
     def _read_layer(self, entries: Sequence[Entry], held: Held, layer: int | None, out: Array, starts: Array) -> None:
-        """Rows of one variable and layer for entries of one folder, whose file is loaded once."""
+        """Read rows of one variable and layer for entries of one folder; its file is loaded once."""
         folder = entries[0].place.folder
         pooling = held.variable.removeprefix("resid_")
         names = [f"{folder}/layer_{layer}.pt"]
         if held.variable == PERPLEXITY:
-            names = [f"{folder}/perplexity.pt", _beside(folder)]
+            names = [f"{folder}/perplexity.pt", _perplexity_file(folder)]
         elif held.level == "prompts" and pooling != "first_token":
             names = [f"{folder}/pooled_{pooling}/layer_{layer}.pt", f"{folder}/pooled_activation:{pooling}/layer_{layer}.pt"]
         try:
             values, _ = next(loaded for loaded in (self._load_or_none(name) for name in names) if loaded is not None)
         except (StopIteration, _SkippedError) as error:
-            raise CorruptFileError(f"{self.files.url}/{names[0]} is gone or damaged since it was looked at") from error
+            raise CorruptFileError(f"{self.files.url}/{names[0]} was removed or damaged after it was described") from error
         for entry, start in zip(entries, starts.tolist(), strict=True):
             place: _Place = entry.place
             try:
                 if held.variable == PERPLEXITY:
                     out[start] = values.reshape(-1, 3)[place.row]
                 elif held.level == "tokens":
-                    assert place.mask is not None  # noqa: S101 — there are no token variables without one
+                    assert place.mask is not None  # noqa: S101 — token variables need a mask
                     out[start : start + (entry.n_tokens or 0)] = values[place.row][place.mask]
                 elif pooling == "first_token":
                     assert place.mask is not None  # noqa: S101 — it is pooled from the tokens
@@ -288,7 +288,7 @@ class LmprobeV1:
                 else:
                     out[start] = values[place.row]
             except (IndexError, ValueError) as error:
-                raise CorruptFileError(f"{self.files.url}/{names[0]} was changed since it was looked at") from error
+                raise CorruptFileError(f"{self.files.url}/{names[0]} has changed since it was described") from error
 
     # -------------------------------------------------------------------------------------------------------- loading
 
@@ -317,14 +317,14 @@ class LmprobeV1:
             return None
 
     def _tensor(self, key: str) -> Any:
-        """A tensor of a file, its values not read before they are needed where the file allows it.
+        """The tensor of a file. If the file allows it, values are read only when they are needed.
 
         Raises
         ------
         FileNotFoundError
-            There is none.
+            The file does not exist.
         _SkippedError
-            It is no tensor: damaged, or a pickle that would run code.
+            It is damaged, holds something else, or is a pickle that would run code.
         """
         try:
             import torch
@@ -341,9 +341,9 @@ class LmprobeV1:
             raise _SkippedError(OUTSIDE if "leads out" in str(error) else DAMAGED, str(error)) from error
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's opinion of a pickle's protocol
+                warnings.simplefilter("ignore")  # torch warns about the protocol of the pickle
                 if isinstance(self.files, LocalFiles):
-                    # Mapped, so that nothing is read that is not taken; files of before torch 1.6 are no archives and cannot be.
+                    # Memory-mapped, to read only the rows in use. Files from before torch 1.6 are no archives and cannot be mapped.
                     path, mapped = f"{self.files.root}/{key}", head.startswith(b"PK")
                     _check_archive(path if mapped else None)
                     tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -351,7 +351,7 @@ class LmprobeV1:
                     data = io.BytesIO(self.files.read(key, at_most=PT_BYTES))
                     _check_archive(data if head.startswith(b"PK") else None)
                     tensor = torch.load(data, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever an untrusted file makes torch raise, it is not loaded
+        except Exception as error:  # an untrusted file can make torch raise anything
             reason = UNSAFE if type(error).__name__ == "UnpicklingError" else DAMAGED
             named = re.search(r"GLOBAL (\S+)", str(error))
             detail = f"it names {named[1]}" if named else str(error).partition("\n")[0][:120] or type(error).__name__
@@ -359,13 +359,13 @@ class LmprobeV1:
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise _SkippedError(SHAPES, f"{name} holds a {type(tensor).__name__}, not a plain tensor")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            # A stride of 0 makes terabytes of four bytes, which reading would have to fill memory with.
+            # With a stride of 0, a file of four bytes claims terabytes, which would fill the memory when read.
             raise _SkippedError(SHAPES, f"{name} has shape {tuple(tensor.shape)}, and fewer bytes than that")
         return tensor
 
 
 def _check_archive(file: str | io.BytesIO | None) -> None:
-    """Raise ValueError where an archive holds compressed records, which torch never writes: mapped they are garbage, read they burst."""
+    """Raise ValueError if an archive has compressed records. torch writes none; mapped, they are garbage; read, they may fill memory."""
     if file is None:
         return
     with zipfile.ZipFile(file) as archive:
@@ -375,8 +375,8 @@ def _check_archive(file: str | io.BytesIO | None) -> None:
         file.seek(0)
 
 
-def _beside(folder: str) -> str:
-    """Where lmprobe 0.2 to 0.4 kept the perplexities of a whole list of prompts."""
+def _perplexity_file(folder: str) -> str:
+    """The file in which lmprobe 0.2 to 0.4 kept the perplexities of a whole list of prompts."""
     parent, _, name = folder.rpartition("/")
     return f"{parent}/perplexity_{name}.pt"
 
@@ -388,7 +388,7 @@ class _Shape:
 
 
 class _SkippedError(Exception):
-    """A folder that cannot come over, with the reason by which it is counted."""
+    """A folder that cannot be imported, with the reason under which it is counted."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason)

@@ -1,7 +1,7 @@
-"""lmprobe's safetensors cache, format v2 (lmprobe 0.5.10 to 0.10.3): found by hash, described from headers, read by ranges.
+"""Reads lmprobe's safetensors cache, format v2 (lmprobe 0.5.10 to 0.10.3). Entries are described from headers and read by ranges.
 
-A model's folder and a prompt's files are named after hashes, so one prompt is found without listing anything. Rows hold the
-padding of the batch that they were computed in; it is left out by the attention mask, whichever side it is on.
+A model's folder and a prompt's files are named after hashes, so a prompt is found without a listing. The rows of a tensor include the
+padding of the batch in which they were computed, on either side; the attention mask says which rows to leave out.
 """
 
 from __future__ import annotations
@@ -52,29 +52,46 @@ __all__ = [
 ]
 
 LAYERED_TENSOR: Final = re.compile(r"(?:pooled_(?:activation:)?(\w+)_|(router_)|)layer_(\d{1,9})")
-# More prompts than this of a remote folder are looked up in a listing, which has a thousand of them in one answer.
+# More prompts than this in a remote folder are looked up in a listing, which returns a thousand names per request.
 LISTED_LOOKUPS: Final = 100
 REMEMBERED_HEADERS: Final = 4096
 OF_EVERY: Final = "every token"
 OF_LAST: Final = "last token"
-# What this package writes into the header of a file without padding. lmprobe drops it when it changes the file.
+# Metadata that this package writes into a file without padding. lmprobe drops it when it changes the file.
 UNPADDED: Final[Mapping[str, str]] = {"padding": "none", "writer": "lmprobe-zarr"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
-    """Where an entry lies: headers of its three files, and which rows of the padded ones are tokens."""
+    """Where an entry is stored: the headers of its three files, and which rows of padded tensors are tokens.
+
+    Parameters
+    ----------
+    key : str
+        The files' common key, without suffix.
+    headers : tuple of (Header or None), or None
+        None if they were not kept.
+    seq : int
+        Rows of a padded tensor.
+    first : int
+        The first of them that is a token.
+    rows : ndarray of int64, optional
+        The rows that are tokens, if they are not contiguous.
+    """
 
     key: str
     headers: tuple[Header | None, ...] | None
     seq: int
     first: int
-    rows: npt.NDArray[np.int64] | None  # only where the tokens do not lie together
+    rows: npt.NDArray[np.int64] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Slab:
-    """Rows of one variable and layer, as they lie in a file."""
+    """The rows of one variable and layer in a file.
+
+    `file` is the number of its suffix in `SUFFIXES`; `rows` are the rows that are tokens, if they are not contiguous.
+    """
 
     file: int
     dtype: str
@@ -85,20 +102,19 @@ class _Slab:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows of one entry, variable and layer, and where they go.
+    """Rows of one entry, variable and layer, and the array to read them into.
 
     Parameters
     ----------
     entry : Entry
-        Whose.
     held : Held
-        Of what.
+        The variable.
     layer : int or None
-        Which layer.
+        None for a variable without layers.
     start, stop : int
-        Which rows: tokens of the prompt, 0 and 1 for a value per prompt.
+        The rows: tokens of the prompt; 0 and 1 for a value per prompt.
     out : ndarray, shape (stop - start, …)
-        Contiguous, of the dtype of `held_dtype`.
+        Contiguous, of the dtype that `held_dtype` gives.
     """
 
     entry: Entry
@@ -110,7 +126,7 @@ class Piece:
 
 
 class LmprobeV2:
-    """The entries of one model in a cache of format v2. Reads nothing when it is made.
+    """The entries of one model in a cache of format v2. Nothing is read when it is made.
 
     Parameters
     ----------
@@ -119,7 +135,7 @@ class LmprobeV2:
     model : str
         Name of the model.
     prompts : iterable of str, optional
-        Only these: texts, or hashes where no prompt has that text. None is everything that the folder holds.
+        Only these: texts, or hashes if no prompt has that text. None for everything in the folder.
     """
 
     def __init__(self, files: Files, model: str, *, prompts: Iterable[str] | None = None) -> None:
@@ -131,17 +147,17 @@ class LmprobeV2:
 
     @property
     def url(self) -> str:
-        """Where the model's files lie."""
+        """The folder of the model's files."""
         return f"{self.files.url}/{self.folder}"
 
-    # -------------------------------------------------------------------------------------------------------- looking
+    # -------------------------------------------------------------------------------------------------------- finding
 
     def entries(self) -> Iterator[Entry | Skipped]:
-        """What the folder holds, or of the wanted prompts what it holds of them, from headers alone."""
+        """All entries in the folder, or those of the wanted prompts, described from headers."""
         if self.prompts is not None:
             for prompt, found in zip(self.prompts, self.find(self.prompts), strict=True):
                 if found is None:
-                    yield Skipped(name=_shown(prompt), reason="prompts that are not in this cache")
+                    yield Skipped(name=_label(prompt), reason="prompts that are not in this cache")
                 else:
                     yield from found
             return
@@ -159,8 +175,8 @@ class LmprobeV2:
             elif match and not listed.is_folder:
                 groups.setdefault(match[1], {})[match[2]] = listed.size
             elif match or listed.name.endswith(".safetensors"):
-                yield Skipped(name=listed.name, reason="files that are not named as lmprobe names them")
-        # In the order in which lmprobe first noted them, which is that of the prompts; then the others.
+                yield Skipped(name=listed.name, reason="files whose names are not lmprobe's")
+        # Prompts in the order in which lmprobe first recorded them, which is that of its calls; then the others.
         order = {name: i for i, name in enumerate(manifest.texts)}
         names = sorted(groups, key=lambda name: (order.get(name, len(order)), name))
         work = ((name, manifest.texts.get(name), groups[name]) for name in names)
@@ -168,9 +184,9 @@ class LmprobeV2:
             yield from found
 
     def find(self, prompts: Sequence[str]) -> list[list[Entry | Skipped] | None]:
-        """What there is of some prompts, in their order: None where there is nothing.
+        """The entries of some prompts, in their order; None for a prompt without any.
 
-        An entry comes with what had to be skipped of it, such as a damaged file beside a good one.
+        With an entry comes what had to be skipped of it, such as a damaged file beside a good one.
         """
         listed: dict[str, int | None] | None = None
         if not self.files.is_local and len(prompts) > LISTED_LOOKUPS:
@@ -195,7 +211,7 @@ class LmprobeV2:
         return None
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files of every prompt, by its hash, from one listing."""
+        """Bytes of all files of every prompt, by the prompt's hash, from one listing."""
         total: dict[str, int] = {}
         for listed in self.files.list(self.folder):
             match = ENTRY_FILE.fullmatch(listed.name)
@@ -212,7 +228,7 @@ class LmprobeV2:
     # ----------------------------------------------------------------------------------------------------- describing
 
     def _describe(self, name: str, text: str | None, sizes: Mapping[str, int | None]) -> list[Entry | Skipped]:
-        """The entry of a hash, and what had to be skipped of it; empty where there are no files."""
+        """The entry of a hash, and what had to be skipped of it; empty if there are no files."""
         key = f"{self.folder}/{name}"
         found: list[Entry | Skipped] = []
         headers: list[Header | None] = [None, None, None]
@@ -240,7 +256,7 @@ class LmprobeV2:
         return found
 
     def _remember(self, header: Header) -> Header:
-        """An equal header that is held already: prompts of one length share theirs."""
+        """An equal header that is kept already, to save memory: prompts of equal length have equal headers."""
         known = self._headers.get(header.raw)
         if known is None and len(self._headers) < REMEMBERED_HEADERS:
             self._headers[header.raw] = known = header
@@ -265,7 +281,7 @@ class LmprobeV2:
         )
 
     def _describe_holds(self, headers: list[Header | None], mask: Array | None) -> tuple[tuple[Held, ...], list[str], int | None]:
-        """What entries with these headers and that many tokens hold; worked out once for all that are alike."""
+        """What an entry with these headers and this mask holds. Remembered, because entries of equal length are alike."""
         alike = (*(None if h is None else h.raw for h in headers), None if mask is None else int(mask.sum()))
         found = self._described.get(alike)
         if found is None:
@@ -276,7 +292,7 @@ class LmprobeV2:
         return found
 
     def _mask(self, key: str, header: Header | None, head: bytes) -> Array | None:
-        """The attention mask as truth values, shape (seq,)."""
+        """The attention mask as booleans, shape (seq,); None if there is none."""
         tensor = header.tensors.get("attention_mask") if header is not None else None
         if tensor is None:
             return None
@@ -295,7 +311,7 @@ class LmprobeV2:
     # -------------------------------------------------------------------------------------------------------- reading
 
     def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
-        """Some of what some entries hold, as one batch; see `entry.Source`."""
+        """Read some variables and layers of some entries, as one batch; see `entry.Source`."""
         offsets = rows_of(entries)
         arrays = {held: held.empty(int(offsets[held.level][-1])) for held in holds}
         work = []
@@ -312,17 +328,17 @@ class LmprobeV2:
         return batch_of(entries, arrays)
 
     def read_pieces(self, entry: Entry, pieces: Sequence[Piece]) -> None:
-        """Read rows of one entry into arrays: each of its files is opened once, and only the bytes of these rows are fetched.
+        """Read rows of one entry into arrays. Each file is opened once, and only the bytes of these rows are fetched.
 
         Raises
         ------
         CorruptFileError
-            A file is gone, damaged, or another one than when the entry was described.
+            A file was removed, is damaged, or has changed since the entry was described.
         """
         place: _Place = entry.place
         headers = place.headers or self._headers_again(place)
         wants: dict[int, list[Want]] = {}
-        rest: list[tuple[Piece, _Slab, Array]] = []
+        converted: list[tuple[Piece, _Slab, Array]] = []
         for piece in pieces:
             slab = _slab(entry, headers, piece.held, piece.layer)
             out, skip = piece.out, 0
@@ -336,20 +352,20 @@ class LmprobeV2:
             if slab.rows is not None:
                 low, high = int(slab.rows[start]), int(slab.rows[stop - 1]) + 1
                 buffer = np.empty((high - low, *piece.held.row_shape), "uint16" if slab.dtype == "bfloat16" else slab.dtype)
-                rest.append((piece, slab, buffer))
+                converted.append((piece, slab, buffer))
                 begin = slab.start + low * slab.row_nbytes
             elif slab.dtype == "bfloat16" or target.dtype != np.dtype(slab.dtype):
                 buffer = np.empty(target.shape, "uint16" if slab.dtype == "bfloat16" else slab.dtype)
-                rest.append((piece, slab, buffer))
+                converted.append((piece, slab, buffer))
                 begin = slab.start + start * slab.row_nbytes
             else:
                 buffer, begin = target, slab.start + start * slab.row_nbytes
             wants.setdefault(slab.file, []).append(Want(begin, buffer.reshape(-1).view(np.uint8).data))
         for file, wanted in wants.items():
             header = headers[file]
-            assert header is not None  # noqa: S101 — a slab lies in a file whose header it came from
+            assert header is not None  # noqa: S101 — the slab was found in this header
             self._fill(f"{place.key}{SUFFIXES[file]}.safetensors", header, wanted)
-        for piece, slab, buffer in rest:
+        for piece, slab, buffer in converted:
             values = widen_bfloat16(buffer) if slab.dtype == "bfloat16" else buffer
             if slab.rows is not None:
                 taken = slab.rows[piece.start : piece.stop]
@@ -357,7 +373,7 @@ class LmprobeV2:
             piece.out[len(piece.out) - len(values) :] = values
 
     def _headers_again(self, place: _Place) -> tuple[Header | None, ...]:
-        """Headers that were not kept, because there were too many different ones."""
+        """Read headers again that were not kept because there were too many different ones."""
         headers: list[Header | None] = []
         for suffix in SUFFIXES:
             try:
@@ -367,17 +383,17 @@ class LmprobeV2:
         return tuple(headers)
 
     def _fill(self, key: str, header: Header, wants: list[Want]) -> None:
-        seen = bytearray(len(header.raw))
+        head = bytearray(len(header.raw))
         try:
-            self.files.fill(key, [Want(0, memoryview(seen)), *wants])
+            self.files.fill(key, [Want(0, memoryview(head)), *wants])
         except FileNotFoundError as error:
-            raise CorruptFileError(f"{self.files.url}/{key} is gone since it was looked at") from error
-        if seen != header.raw:
-            raise CorruptFileError(f"{self.files.url}/{key} was changed since it was looked at: look again")
+            raise CorruptFileError(f"{self.files.url}/{key} was removed after its header was read") from error
+        if head != header.raw:
+            raise CorruptFileError(f"{self.files.url}/{key} has changed since its header was read: list the entries again")
 
 
 class _UnfitError(Exception):
-    """An entry that cannot come over, with the reason by which it is counted."""
+    """An entry that cannot be imported, with the reason under which it is counted."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason)
@@ -385,7 +401,7 @@ class _UnfitError(Exception):
 
 
 class _Described:
-    """What the headers of one entry say that it holds."""
+    """What an entry holds, by the headers of its files."""
 
     def __init__(self, headers: Sequence[Header | None], mask: Array | None) -> None:
         self.headers, self.mask = headers, mask
@@ -419,11 +435,11 @@ class _Described:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _one_width(self, kind: str, width: int, name: str) -> None:
-        """All tensors of a kind have rows of one width."""
+    def _check_width(self, kind: str, width: int, name: str) -> None:
+        """Raise unless the rows have the width of all other tensors of their kind."""
         usual = self._widths.setdefault(kind, width)
         if width < 1 or usual != width:
-            raise _UnfitError(SHAPES, f"{name} has rows of {width} values" + (f", others of {usual}" if usual != width else ""))
+            raise _UnfitError(SHAPES, f"{name} has rows of {width} values" + (f", others have {usual}" if usual != width else ""))
 
     def _layered(self, main: Header) -> None:
         raw: dict[int, Tensor] = {}
@@ -449,7 +465,7 @@ class _Described:
             else:
                 if len(tensor.shape) != 2 or tensor.shape[0] != 1:
                     raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape}, not (1, hidden)")
-                self._one_width("hidden", tensor.shape[1], name)
+                self._check_width("hidden", tensor.shape[1], name)
                 if kind == "first_token" and dict(main.metadata) != UNPADDED:
                     first[layer] = tensor
                 else:
@@ -467,8 +483,8 @@ class _Described:
             self._note(NO_MASK)
             return
         if tensor.shape[1] != len(self.mask):
-            raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape} and a mask of {len(self.mask)}")
-        self._one_width("hidden", tensor.shape[2], name)
+            raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape}, and the mask has {len(self.mask)} positions")
+        self._check_width("hidden", tensor.shape[2], name)
         self._add("tokens", "resid", tensor.dtype, tensor.shape[2:], layer)
 
     def _router(self, name: str, layer: int, tensor: Tensor) -> None:
@@ -480,7 +496,7 @@ class _Described:
         elif shape[0] not in (self.n_tokens, 0 if self.mask is None else len(self.mask)):
             self._note(OTHER_TOKENS)
         else:
-            self._one_width("expert", shape[1], name)
+            self._check_width("expert", shape[1], name)
             self._add("tokens", "router", tensor.dtype, shape[1:], layer)
 
     def _perplexity(self) -> None:
@@ -495,7 +511,7 @@ class _Described:
                     raise _UnfitError(SHAPES, f"perplexity has shape {statistics.shape}, not (3,)")
                 self._add("prompts", "perplexity", statistics.dtype, (3,), None)
             if ids is not None:
-                # Without a mask the ids say how many tokens there are: they are never padded.
+                # Without a mask, the number of ids is the number of tokens: ids are never padded.
                 count = ids.shape[0] if len(ids.shape) == 1 else 0
                 if self.n_tokens is None and count:
                     self.n_tokens = count
@@ -517,17 +533,17 @@ class _Described:
             for name in ("logits", "logits_top_k_values", "logits_top_k_indices"):
                 tensor = header.tensors.get(name)
                 if tensor is not None:
-                    self._logit(name, tensor, header.metadata.get("logits"))
+                    self._add_logits(name, tensor, header.metadata.get("logits"))
             return
 
-    def _logit(self, name: str, tensor: Tensor, of: str | None) -> None:
+    def _add_logits(self, name: str, tensor: Tensor, of: str | None) -> None:
         if len(tensor.shape) != 3 or tensor.shape[0] != 1 or not tensor.shape[1]:
             raise _UnfitError(SHAPES, f"{name} has shape {tensor.shape}, not (1, positions, …)")
         positions, width = tensor.shape[1:]
-        self._one_width("vocab" if name == "logits" else "top_k", width, name)
+        self._check_width("vocab" if name == "logits" else "top_k", width, name)
         allowed = INTEGERS if name.endswith("indices") else FLOATS
         padded = 0 if self.mask is None else len(self.mask)
-        # The one token of a prompt is its last and all of it, unless this package wrote it and noted which was meant.
+        # Logits of a single position may be those of the last token, or of all tokens of a one-token prompt. This package records which.
         if positions == 1 and of != OF_EVERY:
             self._add("prompts", name.replace("logits", "logits_last_token"), tensor.dtype, (width,), None, allowed)
         if positions in (self.n_tokens, padded) and of != OF_LAST:
@@ -537,7 +553,7 @@ class _Described:
 
 
 def _slab(entry: Entry, headers: Sequence[Header | None], held: Held, layer: int | None) -> _Slab:
-    """Where rows of one variable and layer lie; row 0 is the first token, or the value of the prompt."""
+    """Where the rows of one variable and layer are stored. Row 0 is the first token, or the value of the prompt."""
     place: _Place = entry.place
     file, tensor = _tensor(headers, held.variable, layer)
     values_per_row = int(np.prod(held.row_shape, dtype=np.int64))
@@ -570,12 +586,13 @@ def _tensor(headers: Sequence[Header | None], variable: str, layer: int | None) 
         tensor = _get(headers[file], name)
         if tensor is not None:
             return file, tensor
-    raise CorruptFileError(f"{variable} of layer {layer} is not there any more: look again")
+    raise CorruptFileError(f"{variable} of layer {layer} is not stored any more: list the entries again")
 
 
 def _get(header: Header | None, name: str) -> Tensor | None:
     return None if header is None else header.tensors.get(name)
 
 
-def _shown(prompt: str) -> str:
+def _label(prompt: str) -> str:
+    """A prompt's hash and the beginning of its text, for messages."""
     return f"{prompt_hash(prompt)} ({prompt[:24]!r})"

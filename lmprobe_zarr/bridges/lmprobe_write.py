@@ -1,6 +1,6 @@
-"""lmprobe's safetensors cache, format v2, written: one prompt at a time, each file whole or not at all.
+"""Writes lmprobe's safetensors cache, format v2: one prompt at a time, each file complete or not at all.
 
-What is there already is never changed unless it is asked for by name, nothing is ever deleted, and the manifest only grows.
+Existing files are replaced only with ``overwrite=True``. Nothing is ever deleted, and the manifest only grows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lmprobe_zarr.storage import LocalStorage, Storage
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Rows", "append_manifest", "has_place", "prompt_files", "write_file", "write_model_name"]
-# Variable and layer (None without layers) to the rows of one prompt, and the dtype to write them in.
+# Variable and layer (None without layers) to the rows of one prompt, and the dtype to write.
 Rows = Mapping[tuple[str, int | None], tuple[Array, str]]
 
 PER_TOKEN: Final = ("resid", "router", "logits", "logits_top_k_values", "logits_top_k_indices", "token_perplexity", "token_id")
@@ -30,24 +30,24 @@ PER_PROMPT: Final = ("perplexity", "logits_last_token", "logits_last_token_top_k
 
 
 def has_place(variable: str) -> bool:
-    """Whether lmprobe's format has a place for a variable."""
+    """Whether lmprobe's format can hold a variable."""
     return variable in PER_TOKEN or variable in PER_PROMPT or variable in {f"resid_{pooling}" for pooling in POOLINGS}
 
 
 def prompt_files(rows: Rows, n_tokens: int | None) -> dict[str, bytes]:
-    """The files of one prompt, by their suffix: its activations, and beside them perplexity and logits.
+    """The contents of the files of one prompt, by suffix: activations, perplexity, logits.
 
     Parameters
     ----------
     rows : mapping of (str, int or None) to (ndarray, str)
-        Per-token values with shape (token, …), per-prompt values without an axis for the one prompt.
+        Values per token with shape (token, …); values per prompt without an axis for the prompt.
     n_tokens : int, optional
-        Tokens of the prompt, without padding; needed where there are per-token values.
+        Tokens of the prompt, without padding; needed for values per token.
 
     Raises
     ------
     InvalidArgumentError
-        A variable that the format has no place for.
+        The format cannot hold a variable.
     """
     main: dict[str, tuple[Array, str]] = {}
     perplexity: dict[str, tuple[Array, str]] = {}
@@ -75,26 +75,26 @@ def prompt_files(rows: Rows, n_tokens: int | None) -> dict[str, bytes]:
     if any(name.startswith("layer_") for name in main):
         main["attention_mask"] = np.ones((1, n_tokens or 0), np.int64), "int64"
     if "perplexity" not in perplexity:
-        # lmprobe takes the mere file for a perplexity: without one, ids and values of tokens lie in the main file.
+        # lmprobe takes the existence of the file for a perplexity. Without a perplexity, token ids and values go into the main file.
         main |= perplexity
         perplexity = {}
-    # There is room for the logits of every token or of the last one; the former hold the latter.
+    # The format holds the logits of every token or of the last one; those of every token contain those of the last.
     metadata = (UNPADDED, UNPADDED, {**UNPADDED, "logits": OF_EVERY if logits else OF_LAST})
     files = zip(SUFFIXES, (main, perplexity, logits or last), metadata, strict=True)
     return {suffix: b"".join(encode(tensors, marks)) for suffix, tensors, marks in files if tensors}
 
 
 def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> bool:
-    """Write a file whole or not at all; False where one is there already and stays as it is.
+    """Write a file completely or not at all; False if it exists already and is left as it is.
 
-    No other writer's file is ever replaced unasked, not even one that appears in this very moment: a local file is linked into its
-    place, and an object is put on condition that there is none (which file systems without such a condition only check before).
+    Without `overwrite`, no other writer's file is replaced, not even one that appears meanwhile: a local file is linked into place,
+    and an object is put on condition that it does not exist. File systems without such a condition only check beforehand.
 
     Raises
     ------
     NoSpaceError, ReadOnlyError
     """
-    # Asked first, so that what lies there with the very same bytes counts as what was there, too.
+    # Checked first, so that an existing file with the same bytes counts as present, not as written.
     if not overwrite and storage.is_file(key):
         return False
     try:
@@ -105,7 +105,7 @@ def write_file(storage: Storage, key: str, data: bytes, *, overwrite: bool) -> b
 
 
 def write_model_name(storage: Storage, model: str) -> str:
-    """Note the name of a model where it is not noted yet; returns its folder."""
+    """Write the file with a model's name, unless it exists; returns the model's folder."""
     folder = model_hash(model)
     write_file(storage, f"{folder}/_model_name.txt", model.encode("utf-8", "surrogatepass"), overwrite=False)
     return folder
@@ -114,21 +114,21 @@ def write_model_name(storage: Storage, model: str) -> str:
 def append_manifest(storage: Storage, folder: str, prompts: Sequence[tuple[str, int | None]]) -> None:
     """Add lines for prompts to a model's manifest.
 
-    On a local folder this is one append, so that what others append stays; on an object store the file is read and put again.
+    In a local folder this is one append, so that lines that others append stay. On an object store the file is read and written again.
 
     Parameters
     ----------
     storage : Storage
         The cache.
     folder : str
-        The model's.
+        The model's folder.
     prompts : sequence of (str, int or None)
         Texts and their numbers of tokens.
     """
     if not prompts:
         return
     now = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
-    # All of it ASCII: lmprobe takes U+2028 and its like, which prompts may hold, for ends of lines.
+    # ASCII only: lmprobe takes U+2028 and similar characters, which prompts may contain, for ends of lines.
     lines = [
         json.dumps({"hash": prompt_hash(text), "prompt": text, "num_tokens": tokens, "cached_at": now}) + "\n" for text, tokens in prompts
     ]

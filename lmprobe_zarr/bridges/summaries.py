@@ -1,4 +1,4 @@
-"""What an import, an export, a verification or a repair would do or did, as values that print well. Never a file or a store."""
+"""What an import or an export did, or would do, as records that print well. Never a file or a store."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SHOWN_NAMES = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why some things were skipped, left out or noted.
+    """Why some prompts, files or variables were skipped, left out or noted.
 
     Parameters
     ----------
     text : str
-        What they have in common.
+        The reason.
     count : int
-        How many.
+        How many it applies to.
     names : tuple of str
-        The first few.
+        The first few of them.
     detail : str
-        More of the first one.
+        More about the first.
     """
 
     text: str
@@ -46,50 +46,50 @@ class Tally:
         self._found: dict[str, tuple[int, list[str], str]] = {}
 
     def add(self, text: str, name: str, detail: str = "") -> None:
-        """One more thing with this reason."""
+        """Count a reason once more, for the thing of that name."""
         count, names, first = self._found.get(text, (0, [], detail))
         if len(names) < SHOWN_NAMES:
             names.append(name)
         self._found[text] = (count + 1, names, first)
 
     def reasons(self) -> tuple[Reason, ...]:
-        """What was counted, the most frequent first."""
+        """The reasons, the most frequent first."""
         found = [Reason(text=t, count=c, names=tuple(names), detail=d) for t, (c, names, d) in self._found.items()]
         return tuple(sorted(found, key=lambda reason: -reason.count))
 
     def __len__(self) -> int:
-        """Things counted."""
+        """How many things were counted, over all reasons."""
         return sum(count for count, _, _ in self._found.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportSummary:
-    """What came over into a store, and what did not and why. Printing it shows it as a table.
+    """What an import brought into a store, and what it skipped and why. Prints as a table.
 
     Parameters
     ----------
     source, url : str
-        Where from, and the store.
+        The place that was read, and the store.
     models, groups : tuple of str
         Names of the models, and the group that each was put into.
     found : int
-        Prompts that the source holds, of those asked for.
+        Requested prompts that the source holds.
     stored : int
-        Of these, how many were in the store already with all that the source holds of them.
+        How many of these the store already held with all that the source holds of them.
     imported : int
-        How many came over, or, where nothing was to be written, would.
+        How many were imported; with `dry_run`, how many would be.
     tokens, nbytes : int
-        Their token rows, and bytes of activations before compression.
+        Their token rows, and their bytes of activations before compression.
     parts : int
         Parts committed.
     skipped : tuple of Reason
-        What did not come over at all.
+        What was not imported at all.
     notes : tuple of Reason
-        What of the others was left out, or is worth knowing.
+        What was left out of the imported prompts, or is worth knowing about them.
     dry_run : bool
-        Whether this is only the plan, and nothing was written.
+        Whether nothing was written.
     seconds : float
-        From call to return.
+        Duration of the call.
     """
 
     source: str
@@ -121,26 +121,26 @@ class ImportSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSummary:
-    """What was written as lmprobe's files, and what was not and why. Printing it shows it as a table.
+    """What an export wrote as lmprobe's files, and what it left out and why. Prints as a table.
 
     Parameters
     ----------
     url, target : str
-        The store, and where to.
+        The store, and the cache that was written to.
     model, group : str
-        Whose activations, and the group that they came from.
+        The model, and its group in the store.
     prompts : int
-        Prompts asked for.
+        Requested prompts.
     exported : int
-        Of these, how many got at least one file.
+        How many of these got at least one file.
     present : int
-        Of these, how many had all of their files already, which stay as they are.
+        How many of these had all of their files already, which were left as they are.
     files, nbytes : int
         Files written, and their bytes.
     skipped, notes : tuple of Reason
         What was not written, and what is worth knowing.
     seconds : float
-        From call to return.
+        Duration of the call.
     """
 
     url: str
@@ -161,7 +161,7 @@ class ExportSummary:
             "store": self.url,
             "to": self.target,
             "model": self.model,
-            "prompts": f"{self.prompts} asked for, {self.exported} exported, {self.present} there already",
+            "prompts": f"{self.prompts} requested, {self.exported} exported, {self.present} present already",
             "size": f"{self.files} files, {format_bytes(self.nbytes)}",
         }
         return _table(rows, self.skipped, self.notes)

@@ -1,4 +1,4 @@
-"""Headers and tensors of safetensors files that lie somewhere, read by ranges. What they mean is in `lmprobe_zarr.safetensors_file`."""
+"""Headers and tensors of safetensors files, read by ranges. The format itself is in `lmprobe_zarr.safetensors_file`."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ __all__ = ["read_header", "read_tensor"]
 
 
 def read_header(files: Files, key: str, *, size: int | None = None) -> tuple[Header, bytes]:
-    """The header of a file, and the first bytes of the file, which may hold small tensors already.
+    """The header of a file, and the first bytes of the file, which may already contain small tensors.
 
     Parameters
     ----------
     files : Files
-        Where it lies.
+        The folder or prefix.
     key : str
-        Which file.
+        The file.
     size : int, optional
-        Its length, where a listing told.
+        Its length, if known from a listing.
 
     Raises
     ------
     FileNotFoundError
-        There is none.
+        It does not exist.
     CorruptFileError
-        It is damaged, cut off, or no safetensors file.
+        It is damaged, cut off, or not a safetensors file.
     """
     head, length = files.head(key)
     size = length if length is not None else size
@@ -43,22 +43,22 @@ def read_header(files: Files, key: str, *, size: int | None = None) -> tuple[Hea
             head += bytes(rest)
         header = parse_header(head[:needed])
         if size is not None and header.size != size:
-            raise ValueError(f"it has {size} bytes where its header says {header.size}")
+            raise ValueError(f"it has {size} bytes, and its header says {header.size}")
     except ValueError as error:
         raise CorruptFileError(f"{files.url}/{key} is damaged: {error}") from error
     return header, head
 
 
 def read_tensor(files: Files, key: str, tensor: Tensor) -> tuple[Array, str]:
-    """A whole tensor, and the dtype that it has in the file; bfloat16 widened to float32.
+    """A whole tensor, and its dtype in the file; bfloat16 is read as float32.
 
     Raises
     ------
     CorruptFileError
-        The file ends too early, or the dtype is not known.
+        The file ends too early, or the dtype is unknown.
     """
     if itemsize_of(tensor.dtype) is None:
-        raise CorruptFileError(f"{files.url}/{key} holds values of {tensor.dtype}, which is not known here")
+        raise CorruptFileError(f"{files.url}/{key} holds values of {tensor.dtype}, a dtype that cannot be read here")
     values = np.empty(tensor.shape, "uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
     if values.size:
         files.fill(key, [Want(tensor.start, values.reshape(-1).view(np.uint8).data)])

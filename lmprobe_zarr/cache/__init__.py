@@ -1,10 +1,11 @@
-"""The default store as a cache: what it holds (``looking``, as records of ``info``), and what is removed from it (``removing``).
+"""The default store as a cache: what it holds (``contents``, as records of ``info``), and what is removed from it (``removing``).
 
-Others import from this face alone. It reads metadata only, never activations.
+``place`` finds the store and lmprobe's own entries for both. Other rooms import from this face alone. Reads metadata only, never
+activations.
 """
 
+from lmprobe_zarr.cache.contents import cache_info, discover_cached, list_cached_prompts
 from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
-from lmprobe_zarr.cache.looking import cache_info, discover_cached, list_cached_prompts
 from lmprobe_zarr.cache.removing import clear_cache, evict
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a cache holds, as values that print well, in notebooks too. Never a store or a file."""
+"""Records of what a cache holds, which print well, in notebooks too. Never a store or a file."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class CacheInfo:
     models : tuple of ModelCacheInfo
         One per model and provenance, the largest first.
     legacy : tuple of ModelCacheInfo
-        lmprobe's own entries beside it, which are read but do not count towards the limit.
+        lmprobe's own entries beside it. They are read, and do not count towards the limit.
     below : tuple of CacheInfo
-        Stores that are read too but never written, the first named first; it does not count towards the limit either.
+        The stores below, in the order in which they were named. They are read but never written, and do not count towards the limit.
     limit_bytes : int, optional
-        None where there is no limit; 0 where nothing is to be stored.
+        None if there is no limit; 0 if nothing is to be stored.
     oldest, newest : datetime, optional
         First commit, and last commit or use, in UTC.
     """
@@ -88,17 +88,17 @@ class CacheInfo:
 
     @property
     def total_size_bytes(self) -> int:
-        """Bytes of everything that is this cache's own: neither lmprobe's entries nor the stores below."""
+        """Bytes of this cache's own parts, without lmprobe's entries and the stores below."""
         return sum(model.size_bytes for model in self.models)
 
     @property
     def total_size_gb(self) -> float:
-        """The same in GB of 1024³ bytes."""
+        """`total_size_bytes` in GB of 1024³ bytes."""
         return self.total_size_bytes / GB
 
     @property
     def limit(self) -> float | None:
-        """The limit in GB of 1024³ bytes, None where there is none."""
+        """The limit in GB of 1024³ bytes; None if there is no limit."""
         return None if self.limit_bytes is None else self.limit_bytes / GB
 
     def __repr__(self) -> str:
@@ -157,14 +157,14 @@ class CachedPromptInfo:
         Layers of each pooling of the blocks' output.
     has_perplexity, has_token_perplexity, has_logits : bool
     logits_top_k : int, optional
-        How many of the largest logits, where not all are stored.
+        How many of the largest logits are stored; None if all or none are.
     num_tokens : int, optional
-        Tokens of the prompt; None where unknown.
+        Tokens of the prompt; None if unknown.
     router_layers : list of int
     variables : dict of str to list of int
-        All of it under the store's names, with the layers of each; empty for those without layers.
+        Every stored variable with its layers; an empty list for variables without layers.
     group : str
-        Which group holds it.
+        The group that holds it.
     """
 
     raw_layers: list[int]
@@ -188,10 +188,10 @@ class CachedPrompt:
     hash : str
         Its 16-digit label.
     prompt : str, optional
-        Its text; None where that was left out or is unknown.
+        Its text; None if it was not stored or is unknown.
     num_tokens : int, optional
     cached_at : str
-        When the part that it first appears in was committed, ISO 8601 in UTC.
+        When the first part with this prompt was committed, ISO 8601 in UTC.
     """
 
     hash: str

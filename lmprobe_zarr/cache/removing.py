@@ -1,4 +1,4 @@
-"""Removes from the cache: the least recently used parts beyond a limit, or all. A remote place only where the call names it."""
+"""Removes parts from the cache: the least recently used ones, or all. A remote cache is emptied only if the call names its place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 
 from lmprobe_zarr import config
-from lmprobe_zarr.cache.looking import CachedModel, lmprobe_entries, open_cache, place_name
+from lmprobe_zarr.cache.place import CachedModel, lmprobe_entries, open_cache, place_name
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.storage import open_storage
@@ -17,16 +17,14 @@ from lmprobe_zarr.store.upkeep import EvictPlan, plan_evict, remove_entries
 
 __all__ = ["clear_cache", "evict"]
 
-# Seconds for which a part is safe after its commit or last use, in a place that others may be using.
+# Seconds for which a part is kept after its commit or last use, in a place that others may be using.
 MIN_AGE: Final = 600.0
 
 
 def _may_remove(place: Place, opened: Store) -> None:
-    """Raise where a remote root would be emptied that the call does not name."""
+    """Raise if the store cannot be written to, or is remote and not named by the call."""
     if place is None and not opened.storage.is_local:
-        raise InvalidArgumentError(
-            f"the cache's place {opened.url} is remote, and others may use it: name it in the call to delete anything there"
-        )
+        raise InvalidArgumentError(f"the cache {opened.url} is remote, and others may use it: name it in the call to delete anything there")
     opened.check_writable()
 
 
@@ -34,7 +32,7 @@ def _check_age(min_age: float | None, opened: Store) -> float:
     if min_age is None:
         return 0.0 if opened.url == open_storage(config.default_root()).url else MIN_AGE
     if isinstance(min_age, bool) or not isinstance(min_age, (int, float, np.number)) or not 0 <= min_age < float("inf"):
-        raise InvalidArgumentError(f"min_age={min_age!r} is no age: give seconds, at least 0")
+        raise InvalidArgumentError(f"min_age={min_age!r} is not an age: give seconds, at least 0")
     return float(min_age)
 
 
@@ -46,18 +44,18 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     Parameters
     ----------
     url : path, URL or Store, or a sequence of these, optional
-        Another place than the cache; of several the last, the others are only read. A remote place is evicted only when it is named here.
+        Another place than the cache. Of several, parts are removed from the last only. A remote place is evicted only if it is named here.
     max_gb : float, optional
         The limit in GB of 1024³ bytes; by default that of `set_cache_limit` or ``$LMPROBE_CACHE_MAX_GB``, for the cache only.
     min_age : float, optional
-        Seconds for which a part is safe after its commit or last use; by default 0 in the local default root, 600 elsewhere.
+        Seconds for which a part is kept after its commit or last use; by default 0 in the local default root, 600 elsewhere.
     dry_run : bool
         Only return the plan.
 
     Returns
     -------
     EvictPlan or None
-        What was removed; None where there is no limit, no store, or the cache's place is remote.
+        What was removed; None if there is no limit, no store, or the cache is remote and not named.
 
     Raises
     ------
@@ -70,10 +68,10 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     if max_gb is not None:
         limit = config.bytes_of("max_gb", max_gb)
     elif url is not None:
-        raise InvalidArgumentError(f"how much may stay in {place_name(url)} was not said: give max_gb=")
+        raise InvalidArgumentError(f"there is no limit for {place_name(url)}: give max_gb=, the size to bring it down to in GB")
     elif not limit:
-        # No limit; or 0, which means to store nothing, not to forget everything.
-        log.info("[cache] evict: no limit is set, so nothing goes")
+        # There is no limit, or it is 0, which stops storing but does not empty the cache.
+        log.info("[cache] evict: no limit is set, so nothing is removed")
         return None
     opened = open_cache(url, "a")
     if opened is None:
@@ -86,7 +84,7 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     began = time.perf_counter()
     age = _check_age(min_age, opened)
     entries = [entry for info in opened.groups(whole=False).values() for entry in opened.entries(info)]
-    # A part behind a link takes its space elsewhere, and is not ours to remove.
+    # A part behind a link takes no space here, and may belong to somebody else.
     entries = [entry for entry in entries if not opened.storage.leads_out(entry.part.path)]
     plan = plan_evict(entries, limit or 0, min_age=age)
     if dry_run:
@@ -111,19 +109,19 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     model : str, optional
         Only those of this model.
     url : path, URL or Store, or a sequence of these, optional
-        Another place than the cache; of several the last, the others are only read. A remote place is cleared only when it is named here.
+        Another place than the cache. Of several, only the last is cleared. A remote place is cleared only if it is named here.
     legacy : bool
-        Whether lmprobe's own entries beside the store are deleted too; otherwise the log says that they remain.
+        Whether lmprobe's own entries beside the store are deleted too; if not, the log says that they remain.
 
     Returns
     -------
     int
-        Entries deleted: parts and annotations, and with `legacy` lmprobe's prompts.
+        Number of deleted entries: parts and annotations, and with `legacy` lmprobe's prompts.
 
     Raises
     ------
     InvalidArgumentError
-        The cache's place is remote and the call does not name it.
+        The cache is remote and the call does not name it.
     ReadOnlyError
     """
     log = cache_logger()

@@ -1,4 +1,4 @@
-"""The command line ``lmprobe-zarr``: arguments in, calls of the package, text or JSON out. No rules of its own."""
+"""The command line ``lmprobe-zarr``: parses arguments, calls the package, prints text or JSON. Has no logic of its own."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments : sequence of str, optional
-        By default those of the process.
+        Those of the process by default.
 
     Returns
     -------
     int
-        0; 1 after an expected error, said in one line on standard error, and where a verification found anything wrong; 130 after Ctrl-C.
-        Wrong arguments exit with 2.
+        0; 1 after an expected error, which is printed on standard error, and if a verification finds a problem; 130 after Ctrl-C. Wrong
+        arguments exit with 2.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lmprobe-zarr: {visible(error, lines=True)}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # The reader of a pipe has left, as head does; nothing more can be said to it.
+        # The reader of the pipe, such as head, has ended, so nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

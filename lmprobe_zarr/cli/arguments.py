@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and what they mean."""
+"""Arguments that several commands share, and their parsing."""
 
 from __future__ import annotations
 
@@ -31,47 +31,47 @@ def add_store(command: argparse.ArgumentParser, *, positional: bool) -> None:
 
 
 def add_choice(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", help="name of the model, where the store holds several")
-    command.add_argument("--group", help="name of the group, where a model has several")
+    command.add_argument("--model", help="name of the model, if the store holds several")
+    command.add_argument("--group", help="name of the group, if the model has several")
 
 
 def add_yes(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--yes", action="store_true", help="do not ask")
+    command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
 
 
 def confirm(options: argparse.Namespace, question: str) -> None:
-    """Go on only where the user says so.
+    """Ask the user to confirm, unless ``--yes`` was given.
 
     Raises
     ------
     InvalidArgumentError
-        He does not, or there is nobody to ask.
+        The user declines, or there is no terminal to ask on.
     """
     if options.yes:
         return
     if options.json or not sys.stdin.isatty():
-        raise InvalidArgumentError(f"{question} There is nobody to ask: add --yes")
+        raise InvalidArgumentError(f"{question} There is no terminal to ask on: add --yes")
     if input(f"{question} [y/N] ").strip().lower() not in {"y", "yes"}:
         raise InvalidArgumentError("nothing was deleted")
 
 
 def parse_layers(text: str) -> LayerSpec:
-    """Layers as the command line writes them: a word, numbers with commas, or a slice with colons.
+    """Parse ``--layers``: a word, numbers separated by commas, or a slice with colons.
 
     Raises
     ------
     InvalidArgumentError
-        Something else.
+        Anything else.
     """
     if text in {"all", "middle", "last"}:
         return text
     try:
         if ":" in text:
-            return slice(*(int(piece) if piece.strip() else None for piece in text.split(":")))
-        return [int(piece) for piece in text.split(",")]
+            return slice(*(int(item) if item.strip() else None for item in text.split(":")))
+        return [int(item) for item in text.split(",")]
     except (ValueError, TypeError) as error:
-        raise InvalidArgumentError(f"--layers {text!r} names no layers: use all, middle, last, 0,4,-1 or 8:24") from error
+        raise InvalidArgumentError(f"--layers {text!r} is not a choice of layers: use all, middle, last, 0,4,-1 or 8:24") from error
 
 
 def split_names(text: str) -> list[str]:
-    return [piece.strip() for piece in text.split(",") if piece.strip()]
+    return [item.strip() for item in text.split(",") if item.strip()]

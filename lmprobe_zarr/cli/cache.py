@@ -1,4 +1,4 @@
-"""The commands ``cache info``, ``evict``, ``clear`` and ``delete``. What deletes asks first."""
+"""The commands ``cache info``, ``evict``, ``clear`` and ``delete``. Commands that delete ask for confirmation first."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["add_cache", "add_clear", "add_delete", "add_evict"]
 
 
 def add_cache(commands: Any) -> None:
-    summary = "look at the cache"
+    summary = "show what the cache holds"
     group = commands.add_parser("cache", help=summary, description=summary)
     inner = group.add_subparsers(required=True, metavar="COMMAND")
-    command = add_command(inner, "info", _info, "say what the cache holds, by model, and how large it is")
-    command.add_argument("store", nargs="?", default=None, help="another folder or URL than the cache")
+    command = add_command(inner, "info", _info, "show what the cache holds, by model, and its size")
+    command.add_argument("store", nargs="?", default=None, help="folder or URL to show instead of the cache")
     command.add_argument("--model", help="only this model")
 
 
@@ -46,10 +46,10 @@ def _model(model: ModelCacheInfo) -> dict[str, Any]:
 
 
 def add_evict(commands: Any) -> None:
-    command = add_command(commands, "evict", _evict, "remove the least recently used parts until the rest is within a limit")
-    command.add_argument("store", nargs="?", default=None, help="another folder or URL than the cache; a remote one only when named here")
-    command.add_argument("--max-gb", type=float, help="what may stay, in GB of 1024³ bytes (default: the cache's limit)")
-    command.add_argument("--min-age", type=float, help="keep what was committed or used less than this many seconds ago")
+    command = add_command(commands, "evict", _evict, "remove the least recently used parts until the cache is within a limit")
+    command.add_argument("store", nargs="?", default=None, help="folder or URL instead of the cache; needed for a remote place")
+    command.add_argument("--max-gb", type=float, help="the limit in GB of 1024³ bytes (default: the cache's limit)")
+    command.add_argument("--min-age", type=float, help="keep parts that were committed or used less than this many seconds ago")
     add_yes(command)
 
 
@@ -57,7 +57,7 @@ def _evict(options: argparse.Namespace) -> None:
     request = {"max_gb": options.max_gb, "min_age": options.min_age}
     plan = evict(options.store, dry_run=True, **request)
     if plan is not None and plan.entries:
-        confirm(options, f"{plan.freed} bytes in {len(plan.entries)} entries would go.")
+        confirm(options, f"{plan.freed} bytes in {len(plan.entries)} entries would be removed.")
         plan = evict(options.store, **request)
     if options.json:
         print_json(_plan(plan))
@@ -74,9 +74,9 @@ def _plan(plan: EvictPlan | None) -> dict[str, Any]:
 
 def add_clear(commands: Any) -> None:
     command = add_command(commands, "clear", _clear, "delete all cached activations; this cannot be undone")
-    command.add_argument("store", nargs="?", default=None, help="another folder or URL than the cache; a remote one only when named here")
-    command.add_argument("--model", help="only those of this model")
-    command.add_argument("--legacy", action="store_true", help="delete lmprobe's own entries beside the store too")
+    command.add_argument("store", nargs="?", default=None, help="folder or URL instead of the cache; needed for a remote place")
+    command.add_argument("--model", help="only activations of this model")
+    command.add_argument("--legacy", action="store_true", help="also delete lmprobe's own entries beside the store")
     add_yes(command)
 
 
@@ -85,7 +85,7 @@ def _clear(options: argparse.Namespace) -> None:
     if not options.json:
         print(info)
     if info.models or (options.legacy and info.legacy):
-        confirm(options, f"All of {options.model or 'it'} would be deleted.")
+        confirm(options, f"All of {options.model or 'this'} would be deleted.")
     count = clear_cache(options.model, url=options.store, legacy=options.legacy)
     if options.json:
         print_json({"deleted": count, "legacy_left": 0 if options.legacy else sum(model.num_prompts for model in info.legacy)})
@@ -96,7 +96,7 @@ def _clear(options: argparse.Namespace) -> None:
 
 
 def add_delete(commands: Any) -> None:
-    command = add_command(commands, "delete", _delete, "delete prompts with everything that is stored of them")
+    command = add_command(commands, "delete", _delete, "delete prompts and everything that is stored of them")
     command.add_argument("store", help="folder or URL of the store")
     command.add_argument("prompts", help="prompts or hashes: .txt, .jsonl or .csv; - is standard input")
     command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
@@ -108,6 +108,6 @@ def add_delete(commands: Any) -> None:
 def _delete(options: argparse.Namespace) -> None:
     prompts, _ = read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])
     store = open_store(options.store)
-    confirm(options, f"{len(prompts)} prompts in {store.url} would be deleted for good.")
+    confirm(options, f"{len(prompts)} prompts in {store.url} would be deleted permanently.")
     parts = store.delete(options.model, prompts, group=options.group)
     print_json({"prompts": len(prompts), "parts": parts}) if options.json else print(f"{len(prompts)} prompts deleted from {parts} parts")

@@ -1,4 +1,4 @@
-"""The commands ``import`` and ``export``: lmprobe's caches in and out."""
+"""The commands ``import`` and ``export`` for lmprobe's caches."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def _prompts(options: argparse.Namespace) -> list[Any] | None:
 
 
 def add_import(commands: Any) -> None:
-    command = add_command(commands, "import", _import, "bring lmprobe's own cache into a store; the cache is only read")
+    command = add_command(commands, "import", _import, "import lmprobe's own cache into a store; the cache is only read")
     cache = str(config.cache_dir()).replace("%", "%%")
     command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache (default: {cache})")
     command.add_argument("--to", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="only this model, as it was given to lmprobe")
     which.add_argument("--all", action="store_true", help="every model of the cache")
-    command.add_argument("--v1", action="store_true", help="old .pt files instead of safetensors; wants --model")
-    _add_prompts(command, "only these prompts; also the texts of prompts that the cache knows by hash only")
-    command.add_argument("--strict", action="store_true", help="stop before anything is written if anything would be left out")
+    command.add_argument("--v1", action="store_true", help="old .pt files instead of safetensors; needs --model")
+    _add_prompts(command, "only these prompts; also gives the texts of prompts that the cache knows by hash only")
+    command.add_argument("--strict", action="store_true", help="fail before anything is written if anything would be skipped")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
 
@@ -46,7 +46,7 @@ def _import(options: argparse.Namespace) -> None:
     source = options.source if options.source is not None else str(config.cache_dir())
     rest = {"prompts": _prompts(options), "dry_run": options.dry_run, "strict": options.strict, "progress": not options.json}
     if options.v1 and options.model is None:
-        raise InvalidArgumentError("old .pt caches do not hold the model's name: say which with --model")
+        raise InvalidArgumentError("old .pt caches do not hold the model's name: give it with --model")
     if options.v1:
         summary: ImportSummary = import_pt(source, options.store, model=options.model, **rest)
     else:
@@ -61,7 +61,7 @@ def add_export(commands: Any) -> None:
     add_choice(command)
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
     command.add_argument("--dtype", help="float16, bfloat16 or float32 (default: as stored)")
-    command.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    command.add_argument("--overwrite", action="store_true", help="replace existing files")
     _add_prompts(command, "only these prompts")
 
 
@@ -70,7 +70,7 @@ def _export(options: argparse.Namespace) -> None:
     models = store.models()
     model = options.model or (models[0] if len(models) == 1 else None)
     if model is None:
-        raise ModelNotStoredError(f"{store.url} holds {', '.join(models) or 'nothing yet'}: say which with --model")
+        raise ModelNotStoredError(f"{store.url} holds {', '.join(models) or 'nothing yet'}: choose a model with --model")
     summary = export_safetensors(
         store, options.target, model=model, prompts=_prompts(options), group=options.group, dtype=options.dtype,
         layers=None if options.layers == "all" else parse_layers(options.layers), overwrite=options.overwrite, progress=not options.json,

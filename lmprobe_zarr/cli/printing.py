@@ -20,9 +20,9 @@ def plain(value: Any) -> Any:
 
 
 def print_json(document: Any) -> None:
-    # NaN is no JSON; a score that is undefined is null.
+    # JSON has no NaN; an undefined score is null.
     text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False)
-    # Half of a surrogate pair, which JSON can say and no terminal or file can take.
+    # A lone surrogate is allowed in JSON, but cannot be written to a terminal or file.
     print(text.encode("utf-8", "backslashreplace").decode())
 
 

@@ -17,26 +17,26 @@ __all__ = ["add_report"]
 def add_report(commands: Any) -> None:
     command = add_command(commands, "report", _report, "write one self-contained HTML page about a store")
     add_store(command, positional=True)
-    command.add_argument("-o", "--output", default="report.html", metavar="FILE", help="where to write it (default: %(default)s)")
+    command.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the file to write (default: %(default)s)")
     add_choice(command)
-    command.add_argument("--scores", metavar="PLACE", help="draw these scores of a sweep: a .zarr folder or URL, or a .nc file")
-    command.add_argument("--labels", help="column with labels: sweep the layers for it, and show what each token says of it")
-    command.add_argument("--variable", help="what to fit on (default: resid_last_token, or what is stored of the kind)")
+    command.add_argument("--scores", metavar="PLACE", help="plot these scores of a sweep: a .zarr folder or URL, or a .nc file")
+    command.add_argument("--labels", help="column with labels: sweep all layers for it, and show the score of each token")
+    command.add_argument("--variable", help="variable to fit on (default: resid_last_token, or another pooled variable that is stored)")
     command.add_argument("--prompt", action="append", help="show the tokens of this prompt, by text or hash; may be repeated")
     command.add_argument(
-        "--prompts", type=int, default=4, metavar="N", help="how many prompts to show by themselves (default: %(default)s)"
+        "--prompts", type=int, default=4, metavar="N", help="how many prompts to show if none is named (default: %(default)s)"
     )
-    command.add_argument("--no-text", action="store_true", help="put no text of any prompt into the page, only hashes")
-    command.add_argument("--sample-mb", type=float, default=256.0, metavar="MB", help="how much to read for norms (default: %(default)g)")
+    command.add_argument("--no-text", action="store_true", help="show hashes instead of the texts of prompts")
+    command.add_argument("--sample-mb", type=float, default=256.0, metavar="MB", help="megabytes to read for norms (default: %(default)g)")
 
 
 def _report(options: argparse.Namespace) -> None:
     from lmprobe_zarr.reports import report
 
     if not Path(options.output).absolute().parent.is_dir():
-        raise InvalidArgumentError(f"--output {options.output!r}: there is no folder {str(Path(options.output).parent)!r}, make it first")
+        raise InvalidArgumentError(f"--output {options.output!r}: the folder {str(Path(options.output).parent)!r} does not exist")
     if not options.sample_mb > 0:
-        raise InvalidArgumentError(f"--sample-mb {options.sample_mb:g} reads nothing: give megabytes above 0")
+        raise InvalidArgumentError(f"--sample-mb {options.sample_mb:g} is not a size to read: give megabytes above 0")
     page = report(
         options.store, options.output, model=options.model, group=options.group,
         scores=None if options.scores is None else _open_scores(options.scores), labels=options.labels, variable=options.variable,
@@ -53,7 +53,7 @@ def _open_scores(place: str) -> Any:
     import xarray as xr
 
     try:
-        # Looking for consolidated metadata first, as xarray does by default, warns where there are none.
+        # By default xarray looks for consolidated metadata first, and warns if there are none.
         stored: dict[str, Any] = {"engine": "zarr", "consolidated": False} if place.rstrip("/").endswith(".zarr") else {}
         with xr.open_dataset(place, **stored) as opened:
             return opened.load()

@@ -14,12 +14,12 @@ from lmprobe_zarr.store.format import LEVELS
 
 __all__ = ["add_info", "add_show"]
 
-# Hashes and digests say nothing to a reader of a table, and take half of its width.
+# A digest tells a reader nothing, and takes half of the table's width.
 _NOT_LISTED = ("prompt_sha256",)
 
 
 def add_info(commands: Any) -> None:
-    command = add_command(commands, "info", _info, "say what a store holds: models, prompts, layers, variables, bytes")
+    command = add_command(commands, "info", _info, "show what a store holds: models, prompts, layers, variables, bytes")
     add_store(command, positional=True)
 
 
@@ -27,21 +27,21 @@ def _info(options: argparse.Namespace) -> None:
     store = open_store(options.store, mode="r")
     groups = [describe_view(store.view(info)) for info in store.groups().values()]
     if options.json:
-        print_json({"store": store.url, "groups": [_document(one) for one in groups]})
+        print_json({"store": store.url, "groups": [_document(contents) for contents in groups]})
         return
     print(f"{visible(store.url)}: {len(groups)} group{'' if len(groups) == 1 else 's'}")
     width = terminal_width()
-    for one in groups:
-        print(f"\n{visible(one.group.model)}  [{one.group.name}]")
-        same = [other.group for other in groups if other.group.model == one.group.model]
+    for contents in groups:
+        print(f"\n{visible(contents.group.model)}  [{contents.group.name}]")
+        same = [other.group for other in groups if other.group.model == contents.group.model]
         differing = {"differs": f"from the other groups of this model in {differences(same)}"} if len(same) > 1 else {}
-        for name, value in (one.facts() | differing).items():
-            if name == "variables" and one.variables:
-                rows = [_row(variable) for variable in one.variables]
+        for name, value in (contents.facts() | differing).items():
+            if name == "variables" and contents.variables:
+                rows = [_row(variable) for variable in contents.variables]
                 lines = format_table(rows, width=max(67, width - 13)).splitlines()
                 print("\n".join(f"  {name if not i else '':<11}{line}" for i, line in enumerate(lines)))
                 continue
-            # Long values go on in the lines below, under their own beginning.
+            # Long values continue on the next lines, aligned with their first line.
             for i, line in enumerate(_wrapped(visible(value), width - 13)):
                 print(f"  {name if not i else '':<11}{line}")
 
@@ -59,7 +59,7 @@ def _row(variable: HeldArray) -> dict[str, object]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """A list of things with commas, in lines that fit."""
+    """A comma-separated list, broken into lines that fit."""
     lines = [""]
     for piece in text.split(", "):
         longer = f"{lines[-1]}, {piece}" if lines[-1] else piece
@@ -71,26 +71,28 @@ def _wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
-def _document(one: GroupContents) -> dict[str, Any]:
+def _document(contents: GroupContents) -> dict[str, Any]:
     return {
-        "model": one.group.model,
-        "group": one.group.name,
-        "prompts": one.prompts,
-        "tokens": one.tokens,
-        "parts": one.parts,
-        "annotations": one.annotations,
-        "layers": list(one.layers),
-        "num_layers": one.group.num_layers,
-        "hidden_size": one.group.hidden_size,
-        "variables": {variable.name: variable.dtype for variable in one.variables},
-        "columns": [column.name for column in one.columns if column.level == "prompts" and column.name not in ("prompt", "prompt_sha256")],
+        "model": contents.group.model,
+        "group": contents.group.name,
+        "prompts": contents.prompts,
+        "tokens": contents.tokens,
+        "parts": contents.parts,
+        "annotations": contents.annotations,
+        "layers": list(contents.layers),
+        "num_layers": contents.group.num_layers,
+        "hidden_size": contents.group.hidden_size,
+        "variables": {variable.name: variable.dtype for variable in contents.variables},
+        "columns": [
+            column.name for column in contents.columns if column.level == "prompts" and column.name not in ("prompt", "prompt_sha256")
+        ],
         "stored": {
             variable.name: {"level": variable.level, "codecs": variable.codecs, "values": variable.raw_nbytes, "nbytes": variable.nbytes}
-            for variable in one.variables
+            for variable in contents.variables
         },
-        "nbytes": one.nbytes,
-        "modules": one.found,
-        "provenance": dict(one.group.provenance),
+        "nbytes": contents.nbytes,
+        "modules": contents.found,
+        "provenance": dict(contents.group.provenance),
     }
 
 
@@ -100,21 +102,21 @@ def add_show(commands: Any) -> None:
     add_choice(command)
     command.add_argument("--level", choices=LEVELS, default="prompts", help="one row per prompt, or per token (default: %(default)s)")
     command.add_argument("--prompt", action="append", help="only this prompt, by text or hash; may be repeated")
-    command.add_argument("--list", type=int, metavar="N", help="list the first N prompts (or tokens) with their columns instead")
+    command.add_argument("--list", type=int, metavar="N", help="instead, list the first N prompts (or tokens) with their columns")
 
 
 def _show(options: argparse.Namespace) -> None:
     import xarray as xr
 
     if options.list is not None and options.list < 1:
-        raise InvalidArgumentError(f"--list {options.list} shows nothing: give how many rows, at least 1")
+        raise InvalidArgumentError(f"--list {options.list} is not a number of rows to list: give at least 1")
     store = open_store(options.store, mode="r")
     opened = store.tokens if options.level == "tokens" else store.dataset
     data = opened(options.model, options.prompt, group=options.group)
     width = terminal_width()
     if options.list is None and not options.json:
         with xr.set_options(display_width=width):  # type: ignore[no-untyped-call]
-            # Line breaks are xarray's own: values and names stand there with theirs escaped.
+            # All line breaks here are xarray's: it escapes those in values and names.
             print("\n".join(shorten(line, width) for line in visible(data, lines=True).splitlines()))
         return
     dim = "token" if options.level == "tokens" else "prompt"
@@ -126,6 +128,6 @@ def _show(options: argparse.Namespace) -> None:
         variables = {str(name): {"dims": list(v.dims), "shape": list(v.shape), "dtype": str(v.dtype)} for name, v in data.data_vars.items()}
         print_json({"model": str(data.model.values), "variables": variables, "rows": rows})
         return
-    # What tells rows apart for people comes first; the text, which is longest, last.
+    # The columns that identify a row come first; the text, which is longest, comes last.
     order = sorted(kept, key=lambda name: (name == "text", name not in ("prompt", "position"), name))
     print(format_table([{name: row[name] for name in order} for row in rows], width=width) or f"no {dim}s")

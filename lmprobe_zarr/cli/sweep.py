@@ -20,24 +20,24 @@ def add_sweep(commands: Any) -> None:
     command = add_command(commands, "sweep", _sweep, "fit probes on every layer and fold, and print their scores")
     add_store(command, positional=True)
     add_choice(command)
-    command.add_argument("--variable", help="what to fit on (default: resid_last_token, or the only one that is stored)")
+    command.add_argument("--variable", help="variable to fit on (default: resid_last_token, or the only variable that is stored)")
     command.add_argument("--labels", default="label", help="column with the labels (default: %(default)s)")
     command.add_argument("--task", default="classification", choices=("classification", "regression"), help="(default: %(default)s)")
-    command.add_argument("--groups", help="column whose equal values stay in one fold")
-    command.add_argument("--split", help="column that says train or test, instead of folds")
+    command.add_argument("--groups", help="column of groups: prompts with equal values are in the same fold")
+    command.add_argument("--split", help="column with train or test for each prompt, instead of folds")
     command.add_argument("--probes", default="logistic_regression", help="names, separated by commas (default: %(default)s)")
     command.add_argument("--controls", default="", help="names of controls, separated by commas, such as shuffled_labels,bag_of_words")
     command.add_argument("--metrics", help="names, separated by commas (default: accuracy,auroc; of a regression r2,mae)")
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
     command.add_argument("--cv", type=int, help="number of folds (default: 5)")
-    command.add_argument("--repeats", type=int, default=1, help="how often the folds are drawn anew (default: %(default)s)")
-    command.add_argument("--missing", default="raise", choices=("raise", "drop"), help="what to do with prompts without a label")
+    command.add_argument("--repeats", type=int, default=1, help="how many times folds are drawn (default: %(default)s)")
+    command.add_argument("--missing", default="raise", choices=("raise", "drop"), help="what to do about prompts without a label")
     command.add_argument("--random-state", type=int, default=0, help="seed of folds and fits (default: %(default)s)")
     command.add_argument(
-        "--out", metavar="PLACE", help="write the scores of each layer there when it is done, and go on with what is there"
+        "--out", metavar="PLACE", help="write the scores of each layer to this place, and continue from scores that are stored there"
     )
     command.add_argument("--dry-run", action="store_true", help="print what would be fitted and read, and stop")
-    command.add_argument("--plot", metavar="FILE", help="draw the first metric by layer into this file (.png, .pdf, .svg)")
+    command.add_argument("--plot", metavar="FILE", help="plot the first metric by layer into this file (.png, .pdf, .svg)")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
     data, variable = _chosen(options)
     if options.plot and not Path(options.plot).absolute().parent.is_dir():
-        raise InvalidArgumentError(f"--plot {options.plot!r}: there is no folder {str(Path(options.plot).parent)!r}")
+        raise InvalidArgumentError(f"--plot {options.plot!r}: the folder {str(Path(options.plot).parent)!r} does not exist, make it first")
     arguments: dict[str, Any] = {
         "labels": options.labels, "probes": split_names(options.probes), "cv": options.cv, "groups": options.groups,
         "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
@@ -73,7 +73,7 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.plot:
         save_plot(plot_scores(scores, metrics[0]), options.plot)
         if not options.json:
-            print(f"picture: {Path(options.plot)}")
+            print(f"plot: {Path(options.plot)}")
 
 
 def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
@@ -83,9 +83,9 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
     variable = options.variable or (names[0] if len(names) == 1 else "resid_last_token")
     if variable not in names:
         raise InvalidArgumentError(
-            f"{variable!r} is not stored per prompt: there is {', '.join(names) or 'nothing'}; choose with --variable"
+            f"{variable!r} is not stored per prompt: stored are {', '.join(names) or 'no variables'}; choose with --variable"
         )
-    # A control needs the perplexity beside the activations, as a coordinate of them.
+    # The control needs the perplexity as a coordinate of the activations.
     if "perplexity" in split_names(options.controls) and "perplexity" in data:
         data = data.assign_coords(perplexity=data.perplexity.sel(statistic="mean", drop=True))
     return data, str(variable)

@@ -17,15 +17,15 @@ __all__ = ["add_compact", "add_gc", "add_publish", "add_repair", "add_verify"]
 
 
 def _add_dry_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    command.add_argument("--dry-run", action="store_true", help="only report what would be done")
 
 
 def add_compact(commands: Any) -> None:
-    command = add_command(commands, "compact", _compact, "merge small parts into larger ones; what the store shows stays the same")
+    command = add_command(commands, "compact", _compact, "merge small parts into larger ones; the stored data stay the same")
     add_store(command, positional=True)
     add_choice(command)
-    command.add_argument("--part-bytes", type=int, help="the most that a merged part holds, uncompressed (default: 1 GiB)")
-    command.add_argument("--min-parts", type=int, default=2, help="fewer neighbours than this stay as they are (default: %(default)s)")
+    command.add_argument("--part-bytes", type=int, help="largest uncompressed size of a merged part (default: 1 GiB)")
+    command.add_argument("--min-parts", type=int, default=2, help="do not merge runs of fewer parts than this (default: %(default)s)")
     _add_dry_run(command)
 
 
@@ -47,10 +47,10 @@ def _compact(options: argparse.Namespace) -> None:
 
 
 def add_verify(commands: Any) -> None:
-    command = add_command(commands, "verify", _verify, "compare every file with what was committed; exit code 1 where anything is wrong")
+    command = add_command(commands, "verify", _verify, "compare every file with what was committed; exit code 1 if there is a problem")
     add_store(command, positional=True)
     add_choice(command)
-    command.add_argument("--fast", action="store_true", help="read documents and compare sizes only")
+    command.add_argument("--fast", action="store_true", help="only read documents and compare sizes")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -61,7 +61,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def add_repair(commands: Any) -> None:
-    command = add_command(commands, "repair", _repair, "take out what a verification finds broken, and list what to extract again")
+    command = add_command(commands, "repair", _repair, "remove damaged files that a verification finds, and list what to extract again")
     command.add_argument("store", help="folder or URL of the store")
     add_choice(command)
     _add_dry_run(command)
@@ -75,13 +75,13 @@ def _repair(options: argparse.Namespace) -> None:
     if summary.changes and not options.dry_run:
         if not options.json:
             print(summary)
-        confirm(options, f"{len(summary.rewritten)} parts would be written again, {len(summary.dropped)} dropped for good.")
+        confirm(options, f"{len(summary.rewritten)} parts would be written again, {len(summary.dropped)} removed permanently.")
         summary = store.repair(options.model, group=options.group, progress=progress)
     print_json(as_json(summary)) if options.json else print(summary)
 
 
 def _open_any_root(place: str | None, mode: Mode) -> Store:
-    """A store, also one whose root has lost its own document."""
+    """A store, even if the document of its root is missing or damaged."""
     try:
         return open_store(place, mode)
     except CorruptPartError as error:
@@ -91,9 +91,9 @@ def _open_any_root(place: str | None, mode: Mode) -> Store:
 
 
 def add_gc(commands: Any) -> None:
-    command = add_command(commands, "gc", _gc, "delete parts that others replaced long ago, and what killed writers left")
+    command = add_command(commands, "gc", _gc, "delete parts that were replaced long ago, and files that interrupted writers left")
     command.add_argument("store", help="folder or URL of the store")
-    command.add_argument("--max-age", type=float, default=86400.0, help="only what is older than this many seconds (default: %(default)s)")
+    command.add_argument("--max-age", type=float, default=86400.0, help="only files older than this many seconds (default: %(default)s)")
     _add_dry_run(command)
     add_yes(command)
 
@@ -121,16 +121,16 @@ def _document(summary: GcSummary, dry_run: bool) -> dict[str, Any]:
 
 
 def add_publish(commands: Any) -> None:
-    command = add_command(commands, "publish", _publish, "write a compacted, frozen copy that plain web servers can serve")
+    command = add_command(commands, "publish", _publish, "write a compacted, read-only copy that plain web servers can serve")
     command.add_argument("store", help="folder or URL of the store")
-    command.add_argument("url", help="a new or empty place")
+    command.add_argument("url", help="a new or empty folder or URL")
     add_choice(command)
     command.add_argument("--prompts", help="only these prompts or hashes: .txt, .jsonl or .csv; - is standard input")
     command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
     command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
     command.add_argument("--layers", help="only these: all, middle, last, 0,4,-1 or 8:24")
-    command.add_argument("--no-text", action="store_true", help="leave the prompts' texts out")
-    command.add_argument("--overwrite", action="store_true", help="replace a copy that was published there before")
+    command.add_argument("--no-text", action="store_true", help="do not publish the prompts' texts")
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier published copy")
 
 
 def _publish(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The main job on real input, end to end: extract, store, slice, sweep, look. What ``lmprobe-zarr demo`` runs."""
+"""The main job on real input, end to end: extract, store, slice, sweep, plot. ``lmprobe-zarr demo`` runs it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ FOLDS: Final = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
-    """What the demo found.
+    """The results of the demo.
 
     Parameters
     ----------
     plan : ExtractPlan
     stats : ExtractStats
     scores : dict of str to Dataset
-        The sweep of each pooled variable.
+        The scores of each pooled variable.
     bag_of_words : float
-        Mean accuracy of word counts on the same folds.
+        Mean accuracy of logistic regression on word counts, on the same folds.
     plot : Path
-        The picture.
+        The plot.
     """
 
     plan: ExtractPlan
@@ -48,7 +48,7 @@ class DemoResult:
 
     @property
     def table(self) -> list[dict[str, Any]]:
-        """One row per layer: mean accuracy of each pooled variable, and its standard deviation over the folds."""
+        """One row per layer: for each pooled variable the mean accuracy, and its standard deviation over the folds."""
         first = next(iter(self.scores.values()))
         rows: list[dict[str, Any]] = []
         for layer in first.layer.values.tolist():
@@ -61,7 +61,7 @@ class DemoResult:
 
     @property
     def best(self) -> tuple[str, int, float]:
-        """Variable, layer and mean accuracy of the best cell of the table."""
+        """Variable, layer and mean accuracy of the best entry of the table."""
         cells = [(name, row["layer"], row[name]) for row in self.table for name in self.scores]
         return max(cells, key=lambda cell: cell[2])
 
@@ -74,7 +74,7 @@ def load_sentences() -> dict[str, list[str]]:
 
 
 def bundled_model() -> str:
-    """The folder of the small pretrained encoder that comes from the package index.
+    """The folder of the small pretrained encoder, which is a package on the package index.
 
     Raises
     ------
@@ -90,18 +90,18 @@ def bundled_model() -> str:
 
 
 def run_demo(store: Store | str | Path, *, model: str | None = None, output: str | Path = ".", progress: bool = True) -> DemoResult:
-    """Extract every layer for the demo's sentences, sweep all layers, draw the scores.
+    """Extract every layer for the demo's sentences, sweep all layers, plot the scores.
 
     Parameters
     ----------
     store : Store, path or URL
-        Where the activations go; a second run finds them there.
+        Where activations are stored; a second run finds them there.
     model : str, optional
         Folder or hub id; by default the bundled encoder.
     output : path
-        Folder for the picture.
+        Folder for the plot.
     progress : bool
-        Bars on terminals.
+        Show progress bars on terminals and in notebooks.
 
     Raises
     ------
@@ -137,7 +137,7 @@ def score_bag_of_words(texts: list[str], labels: list[str], pairs: list[str]) ->
 
 
 def draw(scores: dict[str, xr.Dataset], bag_of_words: float, folder: Path) -> Path:
-    """The accuracy by layer of each variable, beside word counts, as a PNG."""
+    """Plot the accuracy of each variable by layer, with that of word counts, as a PNG file."""
     from lmprobe_zarr.plots import plot_scores, save_plot
 
     curves = [s[["accuracy"]].assign_coords(probe=[name]) for name, s in scores.items()]

@@ -45,11 +45,11 @@ from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.probes.sufficient import (
     EXACT,
-    ClassMoments,
+    ClassSums,
     Solution,
     Unit,
-    empty_moments,
-    merge_moments,
+    empty_sums,
+    merge_sums,
     order_of,
     scaling_of,
     solve,
@@ -60,7 +60,7 @@ from lmprobe_zarr.probes.token_labels import LabelledTokens, TokenFolds, cells_o
 
 __all__ = [
     "EXACT",
-    "ClassMoments",
+    "ClassSums",
     "Fit",
     "FitPlan",
     "FitTask",
@@ -88,7 +88,7 @@ __all__ = [
     "coefficients",
     "converged",
     "dump_probe",
-    "empty_moments",
+    "empty_sums",
     "evaluate_classification",
     "evaluate_regression",
     "fit_in_place",
@@ -102,7 +102,7 @@ __all__ = [
     "list_prompts",
     "make_pipeline_for",
     "make_probe",
-    "merge_moments",
+    "merge_sums",
     "named_probes",
     "not_finite_rows",
     "number_repeats",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["check_task", "converged", "draws_at_random", "fit_in_place", "has_strength", "make_probe", "named_probes", "standardises"]
 _UNITS_AT_ONCE = 256
@@ -205,17 +205,17 @@ def named_probes(task: str | None = None) -> dict[str, str]:
     return {name: " ".join((probe.make.__doc__ or "").split()) for name, probe in _NAMED.items() if task in (None, probe.task)}
 
 
-def standardises(probe: Any) -> bool:
+def standardises(probe: str | Estimator) -> bool:
     """Whether :func:`make_probe` puts a standardisation of every hidden unit before the estimator; False for the caller's own."""
     return isinstance(probe, str) and probe in _NAMED and _NAMED[probe].standardised
 
 
-def draws_at_random(probe: Any) -> bool:
+def draws_at_random(probe: str | Estimator) -> bool:
     """Whether another seed may give another fit: False for named probes that draw nothing, True for any estimator of the caller's own."""
     return not isinstance(probe, str) or (probe in _NAMED and _NAMED[probe].random)
 
 
-def has_strength(probe: Any) -> bool:
+def has_strength(probe: str | Estimator) -> bool:
     """Whether the probe has one regularisation strength, which `make_probe` can set: named ones with ``C`` or ``alpha`` do."""
     return isinstance(probe, str) and probe in _NAMED and bool(_NAMED[probe].penalty)
 
@@ -309,7 +309,7 @@ def _override(name: str, estimator: Any, params: Mapping[str, Any] | None) -> No
         raise InvalidArgumentError(f"{name!r} cannot be made with {dict(params)!r}: {' '.join(str(error).split())}") from error
 
 
-def fit_in_place(probe: Any, estimator: Any, activations: Array, labels: Array) -> Any:
+def fit_in_place(probe: str | Estimator, estimator: Any, activations: Array, labels: Array) -> Any:
     """The estimator, fitted as ``estimator.fit(activations, labels)`` does, but free to overwrite `activations`.
 
     Parameters
@@ -321,7 +321,7 @@ def fit_in_place(probe: Any, estimator: Any, activations: Array, labels: Array) 
         The caller's own copy; its values are undefined afterwards.
     labels : ndarray, shape (prompt,)
     """
-    if not standardises(probe):
+    if not isinstance(probe, str) or not standardises(probe):
         return estimator.fit(activations, labels)
     (_, scaler), (_, fitted) = estimator.steps
     overwriting = _NAMED[probe].overwriting
@@ -348,7 +348,7 @@ def _fit_scaler(scaler: Any, activations: Array) -> None:
     scaler.n_features_in_ = activations.shape[1]
 
 
-def converged(estimator: Any) -> bool:
+def converged(estimator: Estimator) -> bool:
     """False if a fitted estimator stopped at its iteration limit; True if it did not, or has no limit."""
     estimator = getattr(estimator, "best_estimator_", estimator)
     steps = getattr(estimator, "steps", None)

@@ -23,7 +23,7 @@ from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import NOT_STORED, Outcome, outcome_of, score_outcome
 from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, NotFiniteError
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["fit_task"]
 
@@ -150,13 +150,13 @@ def _fit_fold(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, i
     return _score(plan, at, outcome, seconds, ended=converged(estimator), strength=chosen)
 
 
-def _fit(plan: FitPlan, trial: Trial, estimator: Any, rows: Array, values: Array) -> Any:
+def _fit(plan: FitPlan, trial: Trial, estimator: Estimator, rows: Array, values: Array) -> Any:
     if plan.preprocessing is None and trial.features != "text":
         return fit_in_place(trial.probe, estimator, rows, values)
     return estimator.fit(rows, values)
 
 
-def _predict(plan: FitPlan, labels: Labels, estimator: Any, rows: Array, true: Array, known: Array) -> Outcome:
+def _predict(plan: FitPlan, labels: Labels, estimator: Estimator, rows: Array, true: Array, known: Array) -> Outcome:
     needs = {metric.needs for metric in (*plan.metrics, *([plan.choose_by] if plan.choose_by else []))}
     if plan.predictions:
         needs |= {"scores", "probabilities"}

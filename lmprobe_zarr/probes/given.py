@@ -9,7 +9,8 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.probes.layer import not_finite_rows
+from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = [
     "as_array",
@@ -80,8 +81,8 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int
     features = features.astype(np.float64 if features.dtype.itemsize > 4 else np.float32, copy=False)
     if features.shape[1] % n_layers:
         raise InvalidArgumentError(f"activations are {features.shape[1]} wide, which is no multiple of {n_layers} layers: check n_layers")
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
-    if len(bad):
+    bad = not_finite_rows(features)
+    if bad:
         raise InvalidArgumentError(f"{len(bad)} of {len(features)} rows hold NaN or infinity, first row {bad[0]}: leave them out")
     return features, layers, n_layers
 
@@ -116,7 +117,7 @@ def check_weights(weights: Any, n: int) -> Array | None:
     return values
 
 
-def has_weights(estimator: Any) -> bool:
+def has_weights(estimator: Estimator) -> bool:
     """Whether an estimator takes one weight per row."""
     from sklearn.utils.validation import has_fit_parameter
 

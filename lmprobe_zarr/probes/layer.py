@@ -1,7 +1,7 @@
 """One layer as a matrix to fit: how it is read, in which dtype it is computed, which rows are finite.
 
-The one place that decides these for sweeps, transfer and token streams. Also holds the settings of a process while it fits. Never a
-probe, a label or a scheduler.
+The one place that decides these for sweeps, transfer, token streams and `Probe`. Also holds the settings of a process while it fits.
+Never a probe, a label or a scheduler.
 """
 
 from __future__ import annotations
@@ -76,15 +76,17 @@ def as_fit_dtype(values: Any) -> Array:
     return np.ascontiguousarray(values, dtype=np.float64 if wide else np.float32)
 
 
-def not_finite_rows(matrix: Array, rows: Array) -> list[int]:
-    """Those of `rows` whose values are not all finite.
+def not_finite_rows(matrix: Array, rows: Array | None = None) -> list[int]:
+    """The rows that hold NaN or infinity, ascending.
 
     Parameters
     ----------
-    matrix : ndarray of float, shape (row, hidden)
-    rows : ndarray of int
+    matrix : ndarray of real numbers, shape (row, hidden)
+    rows : ndarray of int, optional
+        Only these rows; None for all.
     """
     # Row sums in float64 find any NaN or infinity without a matrix of booleans. A sum may overflow, so suspicious rows are checked again.
     with np.errstate(over="ignore", invalid="ignore"):
         suspicious = np.flatnonzero(~np.isfinite(matrix.sum(axis=1, dtype=np.float64)))
-    return [int(row) for row in np.intersect1d(suspicious, rows) if not np.isfinite(matrix[row]).all()]
+    checked = suspicious if rows is None else np.intersect1d(suspicious, rows)
+    return [int(row) for row in checked if not np.isfinite(matrix[row].astype(np.float64)).all()]

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
-from lmprobe_zarr.typing import Array, Floats
+from lmprobe_zarr.typing import Array, Estimator, Floats
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -349,7 +349,7 @@ def _parse_metric(name: str, task: str, n_classes: int) -> Metric:
 # -- what a probe predicts -----------------------------------------------------------------------------------------------------
 
 
-def class_scores(estimator: Any, activations: Array) -> Array | None:
+def class_scores(estimator: Estimator, activations: Array) -> Array | None:
     """What a fitted classifier ranks prompts by: its decision function, else its probabilities, else None.
 
     Parameters
@@ -375,7 +375,9 @@ def class_scores(estimator: Any, activations: Array) -> Array | None:
     return None
 
 
-def outcome_of(estimator: Any, activations: Any, true: Array, classes: Array | None, *, needs: Iterable[str], known: Array) -> Outcome:
+def outcome_of(
+    estimator: Estimator, activations: Any, true: Array, classes: Array | None, *, needs: Iterable[str], known: Array
+) -> Outcome:
     """The predictions of a fitted estimator for some prompts.
 
     Parameters

@@ -19,11 +19,11 @@ from lmprobe_zarr.typing import Array, Floats
 
 __all__ = [
     "EXACT",
-    "ClassMoments",
+    "ClassSums",
     "Solution",
     "Unit",
-    "empty_moments",
-    "merge_moments",
+    "empty_sums",
+    "merge_sums",
     "order_of",
     "scaling_of",
     "solve",
@@ -66,7 +66,7 @@ def unit_of(rows: Array) -> Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class ClassMoments:
+class ClassSums:
     """Sums over rows for every cell (a set of rows that are always trained on together) and class.
 
     Parameters
@@ -92,7 +92,7 @@ class ClassMoments:
     mixed: Floats | None = None
     fourth: Floats | None = None
 
-    def copy(self) -> ClassMoments:
+    def copy(self) -> ClassSums:
         """The same numbers in memory of their own."""
         arrays = {name: getattr(self, name) for name in (*_SUMMED, *_LEAST)}
         copies: dict[str, Any] = {name: None if array is None else array.copy() for name, array in arrays.items()}
@@ -126,14 +126,14 @@ class ClassMoments:
                 _add_product(self.fourth[cell, label], squared)
                 _add_product(self.mixed[cell, label], squared, x)
 
-    def union(self, cells: Iterable[int]) -> ClassMoments:
+    def union(self, cells: Iterable[int]) -> ClassSums:
         """The sums over some cells, as those of a single cell."""
         chosen = list(cells)
         added = {name: getattr(self, name) for name in _SUMMED}
         summed: dict[str, Any] = {name: None if array is None else _sum_of(array, chosen) for name, array in added.items()}
         return replace(self, **summed, low=self.low[chosen].min(axis=0, keepdims=True), high=self.high[chosen].max(axis=0, keepdims=True))
 
-    def of_classes(self, classes: Array) -> ClassMoments:
+    def of_classes(self, classes: Array) -> ClassSums:
         """The sums over the rows of some classes only; products that are kept for all classes together stay as they are."""
         arrays = {name: getattr(self, name) for name in (*_SUMMED, *_LEAST)}
         n_classes = self.counts.shape[1]
@@ -170,7 +170,7 @@ def order_of(probes: Iterable[str]) -> int:
     return max(EXACT[name].order for name in probes)
 
 
-def empty_moments(unit: Unit, n_cells: int, n_classes: int, order: int) -> ClassMoments:
+def empty_sums(unit: Unit, n_cells: int, n_classes: int, order: int) -> ClassSums:
     """Sums over no rows.
 
     Parameters
@@ -183,7 +183,7 @@ def empty_moments(unit: Unit, n_cells: int, n_classes: int, order: int) -> Class
     hidden = len(unit.origin)
     shape = (n_cells, n_classes, hidden)
     apart = n_classes if order > 2 else 1
-    return ClassMoments(
+    return ClassSums(
         unit=unit,
         counts=np.zeros((n_cells, n_classes), np.int64),
         sums=np.zeros(shape),
@@ -196,7 +196,7 @@ def empty_moments(unit: Unit, n_cells: int, n_classes: int, order: int) -> Class
     )
 
 
-def merge_moments(first: ClassMoments, second: ClassMoments) -> ClassMoments:
+def merge_sums(first: ClassSums, second: ClassSums) -> ClassSums:
     """The sums over the rows of both, in the memory of the first; both are in one unit."""
     for name in _SUMMED:
         mine, theirs = getattr(first, name), getattr(second, name)
@@ -231,50 +231,50 @@ class Solution:
 @dataclass(frozen=True, slots=True)
 class _Exact:
     order: int
-    solve: Callable[[ClassMoments], tuple[Floats, Floats]]
+    solve: Callable[[ClassSums], tuple[Floats, Floats]]
 
 
-def scaling_of(moments: ClassMoments) -> tuple[Floats, Floats]:
+def scaling_of(class_sums: ClassSums) -> tuple[Floats, Floats]:
     """Mean and standard deviation of each hidden unit over the rows of one cell, in the units of the activations; 1 if it does not vary."""
-    rows = _Rows(moments)
-    variance = moments.squares[0].sum(axis=0) / rows.n - rows.mean**2
+    rows = _Rows(class_sums)
+    variance = class_sums.squares[0].sum(axis=0) / rows.n - rows.mean**2
     scale = np.where(rows.constant() | (variance <= 0), 1.0, np.sqrt(np.maximum(variance, 0)) * rows.unit.scale)
     return rows.raw_mean(rows.mean), scale
 
 
-def solve(probe: str, moments: ClassMoments) -> Solution:
+def solve(probe: str, class_sums: ClassSums) -> Solution:
     """The probe that :func:`~lmprobe_zarr.probes.make_probe` makes under that name, fitted on the rows that were counted.
 
     Parameters
     ----------
     probe : str
         One of `EXACT`.
-    moments : ClassMoments
+    class_sums : ClassSums
         Of a single cell, with rows of at least two classes; classes without rows are left out of the solution.
     """
-    classes = np.flatnonzero(moments.counts[0])
-    if len(classes) < moments.counts.shape[1]:
-        moments = moments.of_classes(classes)
-    coef, intercept = EXACT[probe].solve(moments)
+    classes = np.flatnonzero(class_sums.counts[0])
+    if len(classes) < class_sums.counts.shape[1]:
+        class_sums = class_sums.of_classes(classes)
+    coef, intercept = EXACT[probe].solve(class_sums)
     return Solution(coef, intercept, classes)
 
 
 class _Rows:
     """Means, deviations and covariances of the rows of one cell, in their unit."""
 
-    def __init__(self, moments: ClassMoments) -> None:
-        self._moments = moments
-        self.unit = moments.unit
-        self.counts = moments.counts[0]
+    def __init__(self, class_sums: ClassSums) -> None:
+        self._class_sums = class_sums
+        self.unit = class_sums.unit
+        self.counts = class_sums.counts[0]
         self.n = int(self.counts.sum())
-        self.sums = moments.sums[0]
+        self.sums = class_sums.sums[0]
         self.mean = self.sums.sum(axis=0) / self.n
         self.means = self.sums / self.counts[:, None]
-        self.low, self.high = moments.low[0], moments.high[0]
+        self.low, self.high = class_sums.low[0], class_sums.high[0]
 
     def product(self, label: int | None = None) -> Floats:
         """Σ x xᵀ of one class or of all, both triangles; memory of its own."""
-        products = self._moments.products
+        products = self._class_sums.products
         assert products is not None  # noqa: S101  (the order that the probe asks for)
         if label is None:
             return _whole(products[0].sum(axis=0) if products.shape[1] > 1 else products[0, 0])
@@ -302,11 +302,11 @@ class _Rows:
 
     def fourth_power(self, label: int, weights: Floats) -> float:
         """Σ (Σⱼ wⱼ (xⱼ − meanⱼ)²)² over the rows of one class about their mean."""
-        moments = self._moments
-        assert moments.fourth is not None and moments.mixed is not None and moments.products is not None  # noqa: S101, PT018
+        class_sums = self._class_sums
+        assert class_sums.fourth is not None and class_sums.mixed is not None and class_sums.products is not None  # noqa: S101, PT018
         weighted = weights * self.means[label]
         constant = float(weighted @ self.means[label])
-        fourth, mixed, product = moments.fourth[0, label], moments.mixed[0, label], moments.products[0, label]
+        fourth, mixed, product = class_sums.fourth[0, label], class_sums.mixed[0, label], class_sums.products[0, label]
         total = _quadratic(fourth, weights) - 4 * float(weights @ mixed @ weighted) + 4 * _quadratic(product, weighted)
         total += 2 * constant * float(weights @ np.diag(product)) - 4 * constant * float(weighted @ self.sums[label])
         return total + int(self.counts[label]) * constant**2
@@ -343,8 +343,8 @@ def _solve_positive(matrix: Floats, right: Floats) -> Floats:
         return np.asarray(lstsq(matrix, right)[0])
 
 
-def _ridge(moments: ClassMoments) -> tuple[Floats, Floats]:
-    rows = _Rows(moments)
+def _ridge(class_sums: ClassSums) -> tuple[Floats, Floats]:
+    rows = _Rows(class_sums)
     scatter = rows.scatter()
     scale = rows.deviation(scatter)
     n, counts = rows.n, rows.counts
@@ -361,8 +361,8 @@ def _ridge(moments: ClassMoments) -> tuple[Floats, Floats]:
     return coef, offsets - coef @ rows.raw_mean(rows.mean)
 
 
-def _lda(moments: ClassMoments) -> tuple[Floats, Floats]:
-    rows = _Rows(moments)
+def _lda(class_sums: ClassSums) -> tuple[Floats, Floats]:
+    rows = _Rows(class_sums)
     hidden = len(rows.mean)
     priors = rows.counts / rows.n
     covariance = np.zeros((hidden, hidden))
@@ -411,8 +411,8 @@ def _shrinkage(covariance: Floats, fourth: float, n: int) -> tuple[float, float]
     return (0.0 if noise == 0 else noise / spread), mu
 
 
-def _mass_mean(moments: ClassMoments) -> tuple[Floats, Floats]:
-    rows = _Rows(moments)
+def _mass_mean(class_sums: ClassSums) -> tuple[Floats, Floats]:
+    rows = _Rows(class_sums)
     means = rows.raw_mean(rows.means)
     if len(means) > 2:
         return means, -0.5 * np.einsum("kd,kd->k", means, means)
@@ -420,8 +420,8 @@ def _mass_mean(moments: ClassMoments) -> tuple[Floats, Floats]:
     return coef, -0.5 * coef @ (means[0] + means[1])
 
 
-def _mass_mean_cov(moments: ClassMoments) -> tuple[Floats, Floats]:
-    rows = _Rows(moments)
+def _mass_mean_cov(class_sums: ClassSums) -> tuple[Floats, Floats]:
+    rows = _Rows(class_sums)
     hidden = len(rows.mean)
     total = rows.scatter()
     scale = rows.deviation(total)

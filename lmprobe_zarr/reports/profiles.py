@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import class_scores, fit_in_place, make_probe
 from lmprobe_zarr.store.format import LEVELS, Level
 from lmprobe_zarr.store.parts import View, read_values
-from lmprobe_zarr.typing import Array, Ints
+from lmprobe_zarr.typing import Array, Estimator, Ints
 
 __all__ = [
     "Coverage",
@@ -300,7 +300,7 @@ def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: S
     return fitted
 
 
-def score_of(estimator: Any) -> Score:
+def score_of(estimator: Estimator) -> Score:
     """The score of a fitted classifier of two classes: above 0 for the second class. For a logistic regression the log-odds.
 
     Raises

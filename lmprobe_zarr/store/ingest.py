@@ -151,7 +151,7 @@ class Ingest:
                     part.writer.abort()
 
     def _take(self, batch: TokenBatch) -> None:
-        for piece in _pieces(batch, self.part_bytes):
+        for piece in _split_batch(batch, self.part_bytes):
             stored = self._rounded(piece)
             key = shape_of(stored)
             if key in self._open and self._open[key].writer.nbytes + stored.nbytes > self.part_bytes:
@@ -211,8 +211,8 @@ class _OpenPart:
     opened: float
 
 
-def _pieces(batch: TokenBatch, most: int) -> Iterator[TokenBatch]:
-    """A batch in pieces of at most `most` bytes; a prompt that alone has more is a piece of its own."""
+def _split_batch(batch: TokenBatch, most: int) -> Iterator[TokenBatch]:
+    """A batch as batches of at most `most` bytes each; a prompt that is larger is a batch of its own."""
     if batch.nbytes <= most:
         yield batch
         return

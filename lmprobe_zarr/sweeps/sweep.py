@@ -23,7 +23,7 @@ from lmprobe_zarr.sweeps.plan import Sweep, make_sweep
 from lmprobe_zarr.sweeps.score_store import ScoreStore
 from lmprobe_zarr.sweeps.scores import Scores
 from lmprobe_zarr.tasks import Runner, parse_runner
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, Client
 
 __all__ = ["sweep"]
 
@@ -50,7 +50,7 @@ def sweep(
     out: Any = None,
     storage_options: Mapping[str, Any] | None = None,
     random_state: int = 0,
-    client: Any = None,
+    client: Client | None = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,

@@ -1,4 +1,4 @@
-"""Linear probes on more rows than fit into memory: several Dask tasks read blocks of rows one after the other, and sum them up.
+"""Linear probes on more rows than fit into memory: Dask tasks read the rows block by block, and add them to sums.
 
 This module cuts a token axis into spans and blocks, does the work of one task on its span, and merges the results of the tasks. The sums
 and their solutions are those of ``probes.sufficient``; ``tokens`` decides labels, folds and results. Never a store or a plot.
@@ -19,13 +19,14 @@ import xarray as xr
 from lmprobe_zarr.batch import as_slice
 from lmprobe_zarr.probes import (
     EXACT,
-    ClassMoments,
+    ClassSums,
     NotFiniteError,
     Solution,
     Unit,
-    empty_moments,
+    empty_sums,
     fits_running,
-    merge_moments,
+    merge_sums,
+    not_finite_rows,
     order_of,
     scaling_of,
     solve,
@@ -34,12 +35,12 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.tasks import Runner
 from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["BLOCK_BYTES", "STREAMED", "Fitted", "Stream", "StreamPlan", "fit_stream", "measure_stream", "score_stream"]
+__all__ = ["BLOCK_BYTES", "STREAMED", "Fitted", "LayerRows", "TaskPlan", "fit_stream", "measure_stream", "score_stream"]
 
 #: Bytes of the rows in one block, as float64; a task holds about four times as much beside its sums.
 BLOCK_BYTES: Final = 16 * 2**20
-#: The units of the sums are taken from this many rows, in this many runs.
-_PILOT_ROWS, _PILOT_PLACES = 1024, 16
+#: The units of the sums come from a sample of this many rows, in this many runs.
+_SAMPLE_ROWS, _SAMPLE_RUNS = 1024, 16
 #: Limits of a descent. It makes as many passes as see a million rows, which scikit-learn calls enough, but at least 20 and at most 1000.
 #: It ends early after three passes whose loss did not fall by the tolerance.
 _EPOCHS, _ROWS_SEEN, _PATIENCE, _TOLERANCE = (20, 1000), 10**6, 3, 1e-3
@@ -51,13 +52,13 @@ STREAMED: Final = (*EXACT, "sgd")
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
-    """Rows of a matrix per layer, to be read in portions.
+class LayerRows:
+    """Some rows of every layer, read a block at a time.
 
     Parameters
     ----------
     variable : xarray.Variable, dims (layer, row, hidden) in any order, perhaps without layer
-        In memory, lazy, or of Dask arrays.
+        In memory, lazy, or a Dask array.
     dim : str
         The name of the row dimension.
     rows : ndarray of int64
@@ -87,12 +88,12 @@ class Stream:
         return not self.is_dask and bool(self.variable._in_memory)
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Begin and end of every block from one place among the rows to another."""
+        """Start and stop of every block between two places among the rows."""
         for begin in range(start, stop, self.block_rows):
             yield begin, min(begin + self.block_rows, stop)
 
     def lazily(self, layer: int, places: slice | Ints) -> Any:
-        """Some rows of a layer, shape (row, hidden): values, or a Dask array."""
+        """Some rows of a layer, shape (row, hidden): values, or a Dask array that is not computed yet."""
         rows = as_slice(self.rows[places])
         # Sliced anew every time: xarray caches in a lazy slice what it has read.
         taken = self.variable.isel({"layer": layer, self.dim: rows}, missing_dims="ignore")
@@ -108,13 +109,13 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamPlan:
+class TaskPlan:
     """What all tasks of a fit share.
 
     Parameters
     ----------
-    stream : Stream or None
-        None where tasks are handed their values.
+    layer_rows : LayerRows or None
+        None if the values are passed to the tasks.
     n_rows, hidden, block_rows : int
     layers, probes : tuple of str
     codes, cell, prompt : ndarray of int, shape (row,)
@@ -125,7 +126,7 @@ class StreamPlan:
     random_state : int
     """
 
-    stream: Stream | None
+    layer_rows: LayerRows | None
     n_rows: int
     hidden: int
     block_rows: int
@@ -152,70 +153,63 @@ class Fitted:
 # -- tasks -----------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(plan: StreamPlan, layer: int, start: int, stop: int, values: Any) -> Iterator[tuple[slice, Array]]:
-    """The rows of a span, block by block, from the values that the task was handed or else from the stream."""
+def _blocks(plan: TaskPlan, layer: int, start: int, stop: int, values: Any) -> Iterator[tuple[slice, Array]]:
+    """The rows of a span, block by block: of the values passed to the task, or read by it."""
     for begin in range(start, stop, plan.block_rows):
         place = slice(begin, min(begin + plan.block_rows, stop))
         if values is None:
-            assert plan.stream is not None  # noqa: S101  (the plan holds what no task is handed)
-            yield place, plan.stream.read(layer, place)
+            assert plan.layer_rows is not None  # noqa: S101  (without values, tasks read by themselves)
+            yield place, plan.layer_rows.read(layer, place)
         else:
             yield place, np.asarray(values[begin - start : place.stop - start])
 
 
-def _pilot(values: Any, plan: StreamPlan | None = None, layer: int = 0, places: Any = None) -> Unit:
-    rows = np.asarray(values) if values is not None else plan.stream.read(layer, places)  # type: ignore[union-attr]
+def _sample_unit(values: Any, plan: TaskPlan | None = None, layer: int = 0, places: Any = None) -> Unit:
+    rows = np.asarray(values) if values is not None else plan.layer_rows.read(layer, places)  # type: ignore[union-attr]
     finite = np.isfinite(rows.astype(np.float64).sum(axis=1))
     return unit_of(rows[finite] if finite.any() else np.zeros((1, rows.shape[1])))
 
 
-def _infinite(rows: Array) -> Ints:
-    # The sum of a row shows any NaN or infinity without a second matrix. It may overflow itself, so each suspicious row is checked.
-    with np.errstate(over="ignore", invalid="ignore"):
-        suspicious = np.flatnonzero(~np.isfinite(rows.sum(axis=1, dtype=np.float64)))
-    return np.array([row for row in suspicious if not np.isfinite(rows[row].astype(np.float64)).all()], np.int64)
-
-
 @dataclass(frozen=True, slots=True)
-class _Sums:
-    moments: ClassMoments
-    #: Places of the rows that hold NaN or infinity, which the sums leave out.
+class _SpanSums:
+    class_sums: ClassSums
+    #: Places of the rows that hold NaN or infinity; the sums leave them out.
     bad: tuple[Ints, ...]
     seconds: float
 
 
-def _sum_span(plan: StreamPlan, layer: int, unit: Unit, before: _Sums | None, start: int, stop: int, values: Any) -> _Sums:
-    """The sums over a span, added to the sums `before` it where given; the body of a task."""
+def _sum_span(plan: TaskPlan, layer: int, unit: Unit, before: _SpanSums | None, start: int, stop: int, values: Any) -> _SpanSums:
+    """The sums over a span, added to those `before` it if given; the body of a task."""
     began = time.perf_counter()
     if before is None:
         order = order_of(probe for probe in plan.probes if probe in EXACT) if set(plan.probes) & set(EXACT) else 1
-        moments, bad = empty_moments(unit, plan.trains.shape[1], plan.n_classes, order), []
+        class_sums, bad = empty_sums(unit, plan.trains.shape[1], plan.n_classes, order), []
     else:
         # Not in place: a scheduler may run a task again with the same arguments.
-        moments, bad = before.moments.copy(), list(before.bad)
+        class_sums, bad = before.class_sums.copy(), list(before.bad)
     with fits_running():
         for place, rows in _blocks(plan, layer, start, stop, values):
             cells, codes = plan.cell[place], plan.codes[place]
-            wrong = _infinite(rows)
-            if len(wrong):
-                bad.append(wrong + place.start)
-                rows, cells, codes = (np.delete(each, wrong, axis=0) for each in (rows, cells, codes))
+            not_finite = np.array(not_finite_rows(rows), np.int64)
+            if len(not_finite):
+                bad.append(not_finite + place.start)
+                rows, cells, codes = (np.delete(each, not_finite, axis=0) for each in (rows, cells, codes))
             if len(rows):
-                moments.add(rows, cells, codes)
-    return _Sums(moments, tuple(bad), time.perf_counter() - began + (0 if before is None else before.seconds))
+                class_sums.add(rows, cells, codes)
+    return _SpanSums(class_sums, tuple(bad), time.perf_counter() - began + (0 if before is None else before.seconds))
 
 
-def _merge(sums: Sequence[_Sums]) -> _Sums:
+def _merge(sums: Sequence[_SpanSums]) -> _SpanSums:
     first, *others = sums
     if not others:
         return first
-    moments = first.moments.copy()
+    class_sums = first.class_sums.copy()
     for other in others:
-        moments = merge_moments(moments, other.moments)
-    return _Sums(moments, tuple(bad for each in sums for bad in each.bad), sum(each.seconds for each in sums))
+        class_sums = merge_sums(class_sums, other.class_sums)
+    return _SpanSums(class_sums, tuple(bad for each in sums for bad in each.bad), sum(each.seconds for each in sums))
 
 
-def _solve_layer(plan: StreamPlan, layer: int, sums: Sequence[_Sums]) -> tuple[dict[tuple[int, int], Fitted], list[Any], float]:
+def _solve_layer(plan: TaskPlan, layer: int, sums: Sequence[_SpanSums]) -> tuple[dict[tuple[int, int], Fitted], list[Any], float]:
     """Every exact probe on every training set of a layer, the scaling of each training set for others, and the seconds of the pass."""
     whole = _merge(sums)
     if whole.bad:
@@ -226,24 +220,24 @@ def _solve_layer(plan: StreamPlan, layer: int, sums: Sequence[_Sums]) -> tuple[d
     with fits_running():
         for fold, trained in enumerate(plan.trains):
             # A single cell needs no copy.
-            moments = whole.moments if len(trained) == 1 else whole.moments.union(np.flatnonzero(trained))
+            class_sums = whole.class_sums if len(trained) == 1 else whole.class_sums.union(np.flatnonzero(trained))
             # Rounded, since the last digits depend on the number of tasks that summed, and the result of a descent would then too.
-            scaling.append(tuple(each.astype(np.float32).astype(np.float64) for each in scaling_of(moments)) if inexact else None)
+            scaling.append(tuple(each.astype(np.float32).astype(np.float64) for each in scaling_of(class_sums)) if inexact else None)
             for number, probe in enumerate(plan.probes):
                 if probe in EXACT:
                     began = time.perf_counter()
-                    solution = solve(probe, moments)
+                    solution = solve(probe, class_sums)
                     found[number, fold] = Fitted(solution, time.perf_counter() - began, True)
     return found, scaling, whole.seconds
 
 
-def _seed_of(plan: StreamPlan, layer: int, probe: str, fold: int) -> int:
+def _seed_of(plan: TaskPlan, layer: int, probe: str, fold: int) -> int:
     words = f"{plan.random_state}\0{plan.layers[layer]}\0{probe}\0{fold}"
     return int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:4], "little")
 
 
 def _minibatches(n: int, size: int, seed: int) -> Iterator[Ints]:
-    """All numbers below n in random order, about `size` at a time, each time as `_RUNS` runs, so that they are read in few pieces."""
+    """All numbers below n in random order, about `size` at a time. Each time they form `_RUNS` runs, so that reading takes few ranges."""
     rng = np.random.default_rng(seed)
     run = max(1, size // _RUNS)
     starts = rng.permutation(np.arange(0, n, run))
@@ -251,7 +245,7 @@ def _minibatches(n: int, size: int, seed: int) -> Iterator[Ints]:
         yield np.concatenate([np.arange(start, min(start + run, n)) for start in np.sort(starts[lot : lot + _RUNS])])
 
 
-def _fit_sgd(plan: StreamPlan, layer: int, scaling: Sequence[Any], values: Any) -> dict[int, Fitted]:
+def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) -> dict[int, Fitted]:
     """Logistic regression by stochastic gradient descent on every training set of a layer at once; by fold."""
     from lmprobe_zarr.probes import make_probe
 
@@ -262,8 +256,8 @@ def _fit_sgd(plan: StreamPlan, layer: int, scaling: Sequence[Any], values: Any) 
     elif values is not None:
         read = lambda places: np.asarray(values[places])  # noqa: E731
     else:
-        assert plan.stream is not None  # noqa: S101  (the plan holds what no task is handed)
-        read = partial(plan.stream.read, layer)
+        assert plan.layer_rows is not None  # noqa: S101  (without values, tasks read by themselves)
+        read = partial(plan.layer_rows.read, layer)
     n_folds = len(plan.trains)
     estimators = []
     classes = []
@@ -330,7 +324,7 @@ class Tested:
     scores: Mapping[tuple[int, int], Array]
 
 
-def _test_span(plan: StreamPlan, layer: int, solutions: dict[tuple[int, int], Solution], start: int, stop: int, values: Any) -> Tested:
+def _test_span(plan: TaskPlan, layer: int, solutions: dict[tuple[int, int], Solution], start: int, stop: int, values: Any) -> Tested:
     """Scores of the test rows of a span; the body of a task."""
     places: dict[int, list[Ints]] = {fold: [] for _, fold in solutions}
     scores: dict[tuple[int, int], list[Array]] = {key: [] for key in solutions}
@@ -358,7 +352,7 @@ def _scored(x: Array, solution: Solution) -> Array:
     return np.asarray(scores[:, 0] if scores.shape[1] == 1 else scores)
 
 
-def _score_span(plan: StreamPlan, layer: int, solution: Solution, start: int, stop: int, values: Any) -> Array:
+def _score_span(plan: TaskPlan, layer: int, solution: Solution, start: int, stop: int, values: Any) -> Array:
     """Scores of all rows of a span, float32, shape (row,) or (row, class); NaN where a row holds NaN."""
     blocks = [_scored(rows.astype(np.float64), solution).astype(np.float32) for _, rows in _blocks(plan, layer, start, stop, values)]
     return np.concatenate(blocks)
@@ -368,96 +362,96 @@ def _collect(*parts: Any) -> list[Any]:
     return list(parts)
 
 
-class _Spread:
-    """A stream cut into spans for a runner, and the values that each task is handed."""
+class _Spans:
+    """Rows cut into spans for a runner's tasks, and the values that are passed to each task."""
 
-    def __init__(self, stream: Stream, plan: StreamPlan, runner: Runner) -> None:
-        self.stream, self.runner = stream, runner
-        self.hands_values = stream.is_dask or (stream.is_in_memory and not runner.reads_here)
-        self.plan = replace(plan, stream=None if self.hands_values else stream)
+    def __init__(self, layer_rows: LayerRows, plan: TaskPlan, runner: Runner) -> None:
+        self.layer_rows, self.runner = layer_rows, runner
+        self.hands_values = layer_rows.is_dask or (layer_rows.is_in_memory and not runner.reads_here)
+        self.plan = replace(plan, layer_rows=None if self.hands_values else layer_rows)
         blocks = -(-plan.n_rows // plan.block_rows)
         spans = min(blocks, -(-runner.workers // max(1, len(plan.layers))))
         size = -(-blocks // spans) * plan.block_rows
-        self.spans = [(start, min(start + size, plan.n_rows)) for start in range(0, plan.n_rows, size)]
+        self.bounds = [(start, min(start + size, plan.n_rows)) for start in range(0, plan.n_rows, size)]
         self.shared = runner.hand_over(self.plan)
-        self.in_flight = max(1, -(-2 * runner.workers // len(self.spans)))
+        self.in_flight = max(1, -(-2 * runner.workers // len(self.bounds)))
 
-    def pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """A span as it is handed over: whole, or block by block where Dask loads it."""
-        return list(self.stream.blocks(start, stop)) if self.stream.is_dask else [(start, stop)]
+    def portions(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The portions of a span that are passed to tasks: the whole span, or its blocks if Dask loads them."""
+        return list(self.layer_rows.blocks(start, stop)) if self.layer_rows.is_dask else [(start, stop)]
 
     def values(self, layer: int, places: slice | Ints) -> Any:
-        """What a task is handed beside the plan: None where it reads by itself, else values or a Dask array."""
+        """Values or a Dask array that a task is passed beside the plan; None if it reads by itself."""
         if not self.hands_values:
             return None
-        data = self.stream.lazily(layer, places)
-        return data if self.stream.is_dask else self.runner.hand_over_values(np.ascontiguousarray(data))
+        data = self.layer_rows.lazily(layer, places)
+        return data if self.layer_rows.is_dask else self.runner.hand_over_values(np.ascontiguousarray(data))
 
 
-def fit_stream(stream: Stream, plan: StreamPlan, runner: Runner) -> tuple[list[dict[tuple[int, int], Fitted]], list[float]]:
-    """For every layer its fits by probe and fold, and the seconds that its pass took, summed over all tasks.
+def fit_stream(layer_rows: LayerRows, plan: TaskPlan, runner: Runner) -> tuple[list[dict[tuple[int, int], Fitted]], list[float]]:
+    """The fits of every layer by probe and fold, and the seconds of its pass, summed over all tasks.
 
     Raises
     ------
     NotFiniteError
-        A layer holds NaN or infinity; its rows are places among those of the stream.
+        A layer holds NaN or infinity; the error's rows are places among `layer_rows.rows`.
     """
     from dask.delayed import delayed
 
-    spread = _Spread(stream, plan, runner)
-    pilot, sum_span, solve_layer, collect, sgd = (
-        delayed(call, pure=False) for call in (_pilot, _sum_span, _solve_layer, _collect, _fit_sgd)
+    spans = _Spans(layer_rows, plan, runner)
+    sample_unit, sum_span, solve_layer, collect, sgd = (
+        delayed(call, pure=False) for call in (_sample_unit, _sum_span, _solve_layer, _collect, _fit_sgd)
     )
-    where = _pilot_places(plan.n_rows)
+    where = _sample_places(plan.n_rows)
 
-    def start_pilot(layer: int) -> Any:
-        values = spread.values(layer, where)
-        return pilot(values) if values is not None else pilot(None, spread.shared, layer, where)
+    def start_unit(layer: int) -> Any:
+        values = spans.values(layer, where)
+        return sample_unit(values) if values is not None else sample_unit(None, spans.shared, layer, where)
 
     layers = range(len(plan.layers))
     # Run first, in a graph of their own: if the sums were in the same graph, Dask would keep the chunks that both need.
-    units = Runner(runner.client, runner.scheduler, runner.n_workers).run([partial(start_pilot, n) for n in layers], "", spread.in_flight)
+    units = Runner(runner.client, runner.scheduler, runner.n_workers).run([partial(start_unit, n) for n in layers], "", spans.in_flight)
 
     def start_sums(layer: int) -> Any:
         sums = []
-        for start, stop in spread.spans:
+        for start, stop in spans.bounds:
             state = None
-            for begin, end in spread.pieces(start, stop):
-                state = sum_span(spread.shared, layer, units[layer], state, begin, end, spread.values(layer, slice(begin, end)))
+            for begin, end in spans.portions(start, stop):
+                state = sum_span(spans.shared, layer, units[layer], state, begin, end, spans.values(layer, slice(begin, end)))
             sums.append(state)
-        return solve_layer(spread.shared, layer, collect(*sums))
+        return solve_layer(spans.shared, layer, collect(*sums))
 
-    solved = runner.run([partial(start_sums, layer) for layer in layers], "fit", spread.in_flight)
+    solved = runner.run([partial(start_sums, layer) for layer in layers], "fit", spans.in_flight)
     fits = [found for found, _, _ in solved]
     if "sgd" in plan.probes:
         number = plan.probes.index("sgd")
-        if stream.is_dask:
+        if layer_rows.is_dask:
             # The blocks are random, and each step needs the one before it, so this process requests them.
             compute: dict[str, Any] = {"scheduler": runner.scheduler} if runner.client is None else {"scheduler": runner.client}
             descents = [
-                _fit_sgd(spread.plan, n, solved[n][1], lambda places, n=n: np.asarray(stream.lazily(n, places).compute(**compute)))
+                _fit_sgd(spans.plan, n, solved[n][1], lambda places, n=n: np.asarray(layer_rows.lazily(n, places).compute(**compute)))
                 for n in layers
             ]
         else:
             every = slice(0, plan.n_rows)
-            starts = [lambda n=n: sgd(spread.shared, n, solved[n][1], spread.values(n, every)) for n in layers]
+            starts = [lambda n=n: sgd(spans.shared, n, solved[n][1], spans.values(n, every)) for n in layers]
             descents = runner.run(starts, "sgd", 2 * runner.workers)
         for layer, descent in enumerate(descents):
             fits[layer] |= {(number, fold): fitted for fold, fitted in descent.items()}
     return fits, [seconds for _, _, seconds in solved]
 
 
-def _pilot_places(n: int) -> slice | Ints:
-    if n <= _PILOT_ROWS:
+def _sample_places(n: int) -> slice | Ints:
+    if n <= _SAMPLE_ROWS:
         return slice(0, n)
-    run = _PILOT_ROWS // _PILOT_PLACES
-    starts = np.linspace(0, n - run, _PILOT_PLACES).astype(np.int64)
+    run = _SAMPLE_ROWS // _SAMPLE_RUNS
+    starts = np.linspace(0, n - run, _SAMPLE_RUNS).astype(np.int64)
     return np.unique((starts[:, None] + np.arange(run)).ravel())
 
 
 def measure_stream(
-    stream: Stream,
-    plan: StreamPlan,
+    layer_rows: LayerRows,
+    plan: TaskPlan,
     runner: Runner,
     fits: Sequence[dict[tuple[int, int], Fitted]],
     measure: Callable[[dict[tuple[int, int], Solution], Tested], Any],
@@ -466,26 +460,26 @@ def measure_stream(
 
     Parameters
     ----------
-    stream, plan, runner, fits
+    layer_rows, plan, runner, fits
         As for and from `fit_stream`.
     measure : callable
         Takes the solutions of a layer and the scores of its test rows. It runs in a task, so it must be picklable.
     """
     from dask.delayed import delayed
 
-    spread = _Spread(stream, plan, runner)
+    spans = _Spans(layer_rows, plan, runner)
     test_span, measured = delayed(_test_span, pure=False), delayed(_measure, pure=False)
 
     def start(layer: int) -> Any:
         solutions = {key: fitted.solution for key, fitted in fits[layer].items()}
-        pieces = [
-            test_span(spread.shared, layer, solutions, begin, end, spread.values(layer, slice(begin, end)))
-            for span in spread.spans
-            for begin, end in spread.pieces(*span)
+        tested = [
+            test_span(spans.shared, layer, solutions, begin, end, spans.values(layer, slice(begin, end)))
+            for span in spans.bounds
+            for begin, end in spans.portions(*span)
         ]
-        return measured(measure, solutions, pieces)
+        return measured(measure, solutions, tested)
 
-    return runner.run([partial(start, layer) for layer in range(len(plan.layers))], "score", spread.in_flight)
+    return runner.run([partial(start, layer) for layer in range(len(plan.layers))], "score", spans.in_flight)
 
 
 def _measure(measure: Callable[..., Any], solutions: dict[tuple[int, int], Solution], spans: Sequence[Tested]) -> Any:
@@ -497,21 +491,21 @@ def _measure(measure: Callable[..., Any], solutions: dict[tuple[int, int], Solut
     return measure(solutions, Tested(places, scores))
 
 
-def score_stream(stream: Stream, plan: StreamPlan, runner: Runner, solutions: Sequence[Solution]) -> Iterator[Array]:
+def score_stream(layer_rows: LayerRows, plan: TaskPlan, runner: Runner, solutions: Sequence[Solution]) -> Iterator[Array]:
     """The scores of all rows of each layer in turn, float32, shape (row,) or (row, class)."""
     from dask.delayed import delayed
 
-    spread = _Spread(stream, plan, runner)
+    spans = _Spans(layer_rows, plan, runner)
     score_span, collect = delayed(_score_span, pure=False), delayed(_collect, pure=False)
 
     def start(layer: int) -> Any:
         return collect(
             *(
-                score_span(spread.shared, layer, solutions[layer], begin, end, spread.values(layer, slice(begin, end)))
-                for span in spread.spans
-                for begin, end in spread.pieces(*span)
+                score_span(spans.shared, layer, solutions[layer], begin, end, spans.values(layer, slice(begin, end)))
+                for span in spans.bounds
+                for begin, end in spans.portions(*span)
             )
         )
 
-    for parts in runner.run([partial(start, layer) for layer in range(len(plan.layers))], "score", spread.in_flight):
+    for parts in runner.run([partial(start, layer) for layer in range(len(plan.layers))], "score", spans.in_flight):
         yield np.concatenate(parts)

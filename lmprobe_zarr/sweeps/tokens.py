@@ -33,10 +33,10 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
 from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations
-from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, Stream, StreamPlan, Tested, fit_stream, measure_stream, score_stream
+from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, Tested, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import pool_tokens, prompts_of, token_texts
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, Client
 
 __all__ = ["fit_tokens", "score_tokens", "sweep_tokens"]
 Labels = str | xr.DataArray | Mapping[Any, Any] | Iterable[Any]
@@ -53,7 +53,7 @@ def fit_tokens(
     where: str | xr.DataArray | Iterable[Any] | None = None,
     missing: str = "raise",
     random_state: int = 0,
-    client: Any = None,
+    client: Client | None = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,
@@ -125,8 +125,8 @@ def fit_tokens(
     (probe,) = _parse_probes([probe])
     seed = check_seed(random_state)
     examples = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
-    stream, plan = _plan_stream(array, dim, examples, None, (probe,), seed)
-    fits, seconds = _fit(array, examples, stream, plan, runner)
+    layer_rows, plan = _plan_stream(array, dim, examples, None, (probe,), seed)
+    fits, seconds = _fit(array, examples, layer_rows, plan, runner)
     solutions = [fit[0, 0].solution for fit in fits]
     two = len(examples.classes) == 2
     dims = ("layer", "hidden") if two else ("layer", "class", "hidden")
@@ -149,7 +149,7 @@ def score_tokens(
     activations: xr.DataArray,
     pooling: str = "all",
     *,
-    client: Any = None,
+    client: Client | None = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,
@@ -186,13 +186,13 @@ def score_tokens(
     solutions, chosen = _solutions(probes, array)
     prompts_of(array, dim)
     n = array.sizes[dim]
-    stream = Stream(bare_variable(array.variable), dim, np.arange(n, dtype=np.int64))
+    layer_rows = LayerRows(bare_variable(array.variable), dim, np.arange(n, dtype=np.int64))
     none = np.zeros(0, np.int8)
-    plan = StreamPlan(
-        stream=None,
+    plan = TaskPlan(
+        layer_rows=None,
         n_rows=n,
-        hidden=stream.hidden,
-        block_rows=stream.block_rows,
+        hidden=layer_rows.hidden,
+        block_rows=layer_rows.block_rows,
         layers=tuple(str(layer) for layer in layer_labels(array)),
         probes=(),
         codes=none,
@@ -203,7 +203,7 @@ def score_tokens(
         tests=None,
         random_state=0,
     )
-    scores = np.stack(list(score_stream(stream, plan, runner, solutions)))
+    scores = np.stack(list(score_stream(layer_rows, plan, runner, solutions)))
     dims = ("layer", dim) if scores.ndim == 2 else ("layer", dim, "class")
     coords = {"layer": layer_labels(array), **({} if scores.ndim == 2 else {"class": chosen["class"].values})}
     columns = array.coords.to_dataset().drop_vars(["layer", "hidden"], errors="ignore")
@@ -235,7 +235,7 @@ def sweep_tokens(
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
     controls: str | Iterable[str] | None = None,
     random_state: int = 0,
-    client: Any = None,
+    client: Client | None = None,
     scheduler: str | None = None,
     n_workers: int | None = None,
     progress: bool = False,
@@ -294,7 +294,7 @@ def sweep_tokens(
     if stage.of == "score":
         _check_by_prompt(examples, chosen)
     folds = plan_token_folds(array, dim, examples, groups, cv, seed)
-    stream, plan = _plan_stream(array, dim, examples, folds, names, seed)
+    layer_rows, plan = _plan_stream(array, dim, examples, folds, names, seed)
     # Made before activations are read, so that missing token ids or positions are an error at once.
     tables = {name: score_by_counts(name, array, examples, folds) for name in chosen if name not in (*DEALT, _LAYER_0)}
     dealt = {name: deal_labels(name, array, examples, folds, seed) for name in chosen if name in DEALT}
@@ -303,11 +303,11 @@ def sweep_tokens(
         raise InvalidArgumentError(
             f"control {_LAYER_0!r} needs layer 0, and there are layers {', '.join(layers)}: give it too, or leave it out"
         )
-    rows, seconds = _run_trials(array, examples, stream, plan, runner, stage)
+    rows, seconds = _run_trials(array, examples, layer_rows, plan, runner, stage)
     found = {_Trial(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
     for name in chosen:
         if name in dealt:
-            others, more = _run_trials(array, examples, stream, replace(plan, codes=dealt[name]), runner, stage)
+            others, more = _run_trials(array, examples, layer_rows, replace(plan, codes=dealt[name]), runner, stage)
             seconds += more
             found |= {_Trial(f"{name}:{probe}", name): of_probe for probe, of_probe in zip(names, others, strict=True)}
         elif name == _LAYER_0:
@@ -348,19 +348,19 @@ def _score_stage(pooling: Any) -> Stage:
 
 def _plan_stream(
     array: xr.DataArray, dim: str, examples: LabelledTokens, folds: TokenFolds | None, probes: tuple[str, ...], seed: int
-) -> tuple[Stream, StreamPlan]:
-    stream = Stream(bare_variable(array.variable), dim, examples.rows)
+) -> tuple[LayerRows, TaskPlan]:
+    layer_rows = LayerRows(bare_variable(array.variable), dim, examples.rows)
     cell, trains = cells_of(folds, len(examples.prompts))
     if trains.shape[1] > _MOST_CELLS:
         raise InvalidArgumentError(
             f"these {len(trains)} folds cut the prompts into {trains.shape[1]} sets, and sums are kept for each of them: "
             f"use at most {_MOST_CELLS} folds without overlap, as cv=5 makes"
         )
-    plan = StreamPlan(
-        stream=None,
+    plan = TaskPlan(
+        layer_rows=None,
         n_rows=len(examples.rows),
-        hidden=stream.hidden,
-        block_rows=stream.block_rows,
+        hidden=layer_rows.hidden,
+        block_rows=layer_rows.block_rows,
         layers=tuple(str(layer) for layer in layer_labels(array)),
         probes=probes,
         codes=examples.codes,
@@ -371,18 +371,18 @@ def _plan_stream(
         tests=None if folds is None else folds.test,
         random_state=seed,
     )
-    return stream, plan
+    return layer_rows, plan
 
 
 def _fit(
-    array: xr.DataArray, examples: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner
+    array: xr.DataArray, examples: LabelledTokens, layer_rows: LayerRows, plan: TaskPlan, runner: Runner
 ) -> tuple[list[dict[tuple[int, int], Fitted]], list[float]]:
     try:
-        return fit_stream(stream, plan, runner)
+        return fit_stream(layer_rows, plan, runner)
     except NotFiniteError as problem:
         raise InvalidArgumentError(
             f"layer {layer_labels(array)[problem.layer]} of {name_in_messages(array)} is NaN or infinite for {len(problem.rows)} "
-            f"of {plan.n_rows} {stream.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
+            f"of {plan.n_rows} {layer_rows.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
             "leave them out with where=, or extract them again (float16 overflows at 65504)"
         ) from None
 
@@ -456,11 +456,11 @@ def _as_objects(rows: list[_Result]) -> Array:
 
 
 def _run_trials(
-    array: xr.DataArray, examples: LabelledTokens, stream: Stream, plan: StreamPlan, runner: Runner, stage: Stage
+    array: xr.DataArray, examples: LabelledTokens, layer_rows: LayerRows, plan: TaskPlan, runner: Runner, stage: Stage
 ) -> tuple[list[Array], Array]:
     """The results of each probe, shape (layer, fold), and the seconds that each layer's pass took."""
-    fits, seconds = _fit(array, examples, stream, plan, runner)
-    measured = measure_stream(stream, plan, runner, fits, partial(_score_layer, plan.codes, examples.prompt, stage))
+    fits, seconds = _fit(array, examples, layer_rows, plan, runner)
+    measured = measure_stream(layer_rows, plan, runner, fits, partial(_score_layer, plan.codes, examples.prompt, stage))
     found = []
     for probe in range(len(plan.probes)):
         rows = [
@@ -529,7 +529,7 @@ def _scores(
     array: xr.DataArray,
     examples: LabelledTokens,
     folds: TokenFolds,
-    plan: StreamPlan,
+    plan: TaskPlan,
     stage: Stage,
     found: Mapping[_Trial, Array],
     seconds: Array,

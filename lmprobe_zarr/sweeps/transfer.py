@@ -207,7 +207,7 @@ def _transfer_layer(fits: _Fits, *variables: xr.Variable) -> _LayerScores | _Not
     """Every probe of one layer fitted on every dataset and tested on every one; the body of a task."""
     matrices = [as_fit_dtype(read_layer(variable, 0)) for variable in variables]
     for number, matrix in enumerate(matrices):
-        bad = not_finite_rows(matrix, np.arange(len(matrix)))
+        bad = not_finite_rows(matrix)
         if bad:
             return _NotFinite(number, bad)
     shape = (len(fits.probes), len(matrices), len(matrices))

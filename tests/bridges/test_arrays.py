@@ -57,7 +57,7 @@ def add_hidden_states(folder: Path, values: Array, *, brain: bool = True, ids: b
     return numbers
 
 
-def test_hidden_states_of_vllm_come_over_known_by_their_token_ids(tmp_path: Path, store: Store, values: Array) -> None:
+def test_hidden_states_of_vllm_are_imported_and_known_by_their_token_ids(tmp_path: Path, store: Store, values: Array) -> None:
     values = of_bits(to_bits(values))
     ids = add_hidden_states(tmp_path / "hs", values)
     (tmp_path / "hs" / "hs_0.safetensors.lock").touch()
@@ -66,7 +66,7 @@ def test_hidden_states_of_vllm_come_over_known_by_their_token_ids(tmp_path: Path
     check(store, values[::-1], [2, 7], ids)
     toks = store.tokens("m", prompts=ids)
     assert toks.resid.attrs["stored_dtype"] == "bfloat16"
-    assert toks.token_id.values.tolist() == [i for one in ids for i in one]
+    assert toks.token_id.values.tolist() == [i for numbers in ids for i in numbers]
 
 
 @pytest.mark.parametrize("given", [PROMPTS, dict(enumerate(PROMPTS))])
@@ -106,7 +106,7 @@ def test_slots_need_a_layer_each(tmp_path: Path, store: Store, layers: list[int]
 
 @pytest.mark.parametrize("offsets", [BOUNDS, COUNTS], ids=["offsets", "counts"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_a_folder_of_npy_files_comes_over(tmp_path: Path, store: Store, values: Array, offsets: list[int], dtype: str) -> None:
+def test_a_folder_of_npy_files_is_imported(tmp_path: Path, store: Store, values: Array, offsets: list[int], dtype: str) -> None:
     for i in (0, 1):
         np.save(tmp_path / f"layer_{i}.npy", values[i].astype(dtype))
     np.save(tmp_path / "offsets.npy", np.array(offsets))
@@ -115,7 +115,7 @@ def test_a_folder_of_npy_files_comes_over(tmp_path: Path, store: Store, values: 
     assert store.tokens("m").resid.dtype == dtype
 
 
-def test_a_folder_of_memory_maps_comes_over(tmp_path: Path, store: Store, values: Array) -> None:
+def test_a_folder_of_memory_maps_is_imported(tmp_path: Path, store: Store, values: Array) -> None:
     for i in (0, 1):
         to_bits(values[i]).tofile(tmp_path / f"block{i + 4}.bin")
     np.save(tmp_path / "starts.npy", np.array(BOUNDS, np.int32))
@@ -146,12 +146,16 @@ BAD_NPY: dict[str, tuple[Any, type[Exception], str]] = {
     "big-endian": (lambda f: save(f, "layer_1.npy", np.ones((10, 4), ">f4")), CorruptFileError, "order"),
     "a list": (lambda f: save(f, "layer_1.npy", np.ones(10, "f4")), CorruptFileError, "shape"),
     "whole numbers": (lambda f: save(f, "layer_1.npy", np.ones((10, 4), "i8")), InvalidArgumentError, "floats"),
-    "another file": (lambda f: (f / "layer_1.npy").write_bytes(b"PNG and so on"), CorruptFileError, "no .npy"),
+    "another file": (lambda f: (f / "layer_1.npy").write_bytes(b"PNG and so on"), CorruptFileError, "not a .npy"),
     "cut off": (lambda f: (f / "layer_1.npy").write_bytes((f / "layer_1.npy").read_bytes()[:-1]), CorruptFileError, "cut off"),
-    "no offsets": (lambda f: (f / "offsets.npy").unlink(), InvalidArgumentError, "where each prompt begins"),
+    "no offsets": (lambda f: (f / "offsets.npy").unlink(), InvalidArgumentError, "first row of each prompt"),
     "offsets of others": (lambda f: save(f, "offsets.npy", np.array([0, 10])), InvalidArgumentError, "2 numbers for 3"),
     "offsets backwards": (lambda f: save(f, "offsets.npy", np.array([0, 8, 3, 10])), InvalidArgumentError, "ascending"),
-    "offsets of floats": (lambda f: save(f, "offsets.npy", np.array([0.0, 3, 8, 10])), CorruptFileError, "whole numbers"),
+    "offsets of floats": (
+        lambda f: save(f, "offsets.npy", np.array([0.0, 3, 8, 10])),
+        CorruptFileError,
+        "array of integers",
+    ),
 }
 
 
@@ -169,7 +173,7 @@ def test_arrays_that_do_not_fit_stop_the_run_before_anything_is_written(tmp_path
     assert store.models() == []
 
 
-def test_a_file_where_a_folder_is_asked_for_says_so(tmp_path: Path, store: Store, values: Array) -> None:
+def test_a_file_instead_of_a_folder_raises_an_error(tmp_path: Path, store: Store, values: Array) -> None:
     np.save(tmp_path / "layer_0.npy", values[0])
     with pytest.raises(InvalidArgumentError, match=r"layer_0\.npy is a file: give the folder that holds it"):
         import_npy(tmp_path / "layer_0.npy", store, model="m", prompts=PROMPTS, progress=False)
@@ -194,7 +198,7 @@ def test_prompts_given_twice_count_once(tmp_path: Path, store: Store, values: Ar
 # ------------------------------------------------------------------------------------------------------ one file of tensors
 
 
-def test_tensors_of_one_file_come_over_by_a_mapping(tmp_path: Path, store: Store, values: Array) -> None:
+def test_tensors_of_one_file_are_imported_by_a_mapping(tmp_path: Path, store: Store, values: Array) -> None:
     tensors = {f"blocks.{i}.hook_resid_post": values[i] for i in (0, 1)}
     tensors |= {"starts": np.array(BOUNDS), "mean.3": values[0, :3], "emb": values[1], "weights": np.ones(5, "float32")}
     (tmp_path / "all.safetensors").write_bytes(safetensors_bytes(tensors))
@@ -205,7 +209,7 @@ def test_tensors_of_one_file_come_over_by_a_mapping(tmp_path: Path, store: Store
     np.testing.assert_array_equal(store.tokens("m", prompts=PROMPTS).embed, values[1])
 
 
-def test_padded_tensors_come_over_by_a_mask(tmp_path: Path, store: Store, values: Array) -> None:
+def test_padded_tensors_are_imported_by_a_mask(tmp_path: Path, store: Store, values: Array) -> None:
     padded, mask = np.full((2, 3, 6, 4), 99, "float32"), np.zeros((3, 6), np.int64)
     for i, (a, b) in enumerate(pairwise(BOUNDS)):
         places = slice(6 - (b - a), 6) if i % 2 else slice(0, b - a)  # left and right
@@ -222,11 +226,11 @@ def test_padded_tensors_come_over_by_a_mask(tmp_path: Path, store: Store, values
     ("options", "message"),
     [
         ({"mapping": {"resid": {0: "absent"}}, "offsets": "starts"}, "no tensor absent"),
-        ({"mapping": {"resid": "nothing.{layer}"}, "offsets": "starts"}, "the mapping means"),
-        ({"mapping": {"resid": {0: "h"}}}, "which rows belong"),
-        ({"mapping": {"resid": {0: "h"}}, "mask": "starts"}, "it is \\(prompt, place\\)"),
-        ({"mapping": {"resid_mean": {0: "h"}}}, "10 rows, and 3"),
-        ({"mapping": {"resid_mean": {0: "starts"}}}, "rows of values"),
+        ({"mapping": {"resid": "nothing.{layer}"}, "offsets": "starts"}, "the mapping names"),
+        ({"mapping": {"resid": {0: "h"}}}, "give the rows of each prompt"),
+        ({"mapping": {"resid": {0: "h"}}, "mask": "starts"}, "expected \\(prompt, position\\)"),
+        ({"mapping": {"resid_mean": {0: "h"}}}, "10 rows, and the prompts need 3"),
+        ({"mapping": {"resid_mean": {0: "starts"}}}, "at least two dimensions"),
     ],
 )
 def test_a_mapping_that_does_not_fit_is_refused(tmp_path: Path, store: Store, values: Array, options: dict[str, Any], message: str) -> None:

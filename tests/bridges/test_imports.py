@@ -121,10 +121,10 @@ def assert_same_tensors(found: dict[str, dict[str, Array]], expected: dict[str, 
             assert found[suffix][name].tobytes() == np.ascontiguousarray(values).tobytes(), name
 
 
-def assert_same_stores(one: Store, other: Store, prompts: list[str], **group: Any) -> None:
+def assert_same_stores(first: Store, other: Store, prompts: list[str], **group: Any) -> None:
     """Every variable of both levels, bit for bit, with its dtype, coordinates and what it was stored as."""
     for level in ("prompts", "tokens"):
-        a, b = (s.dataset(prompts=prompts, **group) if level == "prompts" else s.tokens(prompts=prompts, **group) for s in (one, other))
+        a, b = (s.dataset(prompts=prompts, **group) if level == "prompts" else s.tokens(prompts=prompts, **group) for s in (first, other))
         assert set(a.variables) == set(b.variables)
         assert a.sizes == b.sizes
         for name in a.variables:
@@ -149,7 +149,7 @@ def toy(tmp_path: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- importing
 
 
-def test_a_cache_of_lmprobe_comes_over_and_is_as_it_was(toy: Path, store: Store) -> None:
+def test_a_cache_of_lmprobe_is_imported_and_not_changed(toy: Path, store: Store) -> None:
     truth, known = np.load(DATA / "lmprobe-0.10.3-truth.npz"), json.loads((DATA / "lmprobe-0.10.3-truth.json").read_text())
     before = state_of(toy)
     summary = quiet_import(toy, store, strict=True)
@@ -187,7 +187,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(toy: Path, store: Store, m
     assert not Path(store.url).exists()
 
 
-def test_what_an_interruption_left_is_completed_by_the_next_run(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_import_is_completed_by_the_next_run(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = add_model(tmp_path / "cache")
     for i in range(9):
         add_prompt(folder, f"p{i}", prompt_tensors(i, n=2 + i % 3))
@@ -212,7 +212,7 @@ def test_what_an_interruption_left_is_completed_by_the_next_run(tmp_path: Path, 
         )
 
 
-def test_what_lmprobe_added_meanwhile_comes_over_too(tmp_path: Path, store: Store) -> None:
+def test_a_second_import_brings_what_lmprobe_added_meanwhile(tmp_path: Path, store: Store) -> None:
     folder = add_model(tmp_path / "cache")
     add_prompt(folder, "a", prompt_tensors(0))
     quiet_import(tmp_path / "cache", store)
@@ -274,7 +274,7 @@ def test_a_prompt_that_only_shares_its_hash_is_skipped_and_nothing_is_harmed(tmp
     assert store.dataset(prompts=[sha16("a")]).resid_mean.values.tolist() == [[[1, 1, 1]]]
 
 
-def test_every_model_comes_over_whatever_its_name(tmp_path: Path, store: Store) -> None:
+def test_models_of_any_name_are_imported(tmp_path: Path, store: Store) -> None:
     names = ["org/model", "../../up", "..", ".", "a.b", "Ünï/你", "x" * 200]
     for name in names:
         add_prompt(add_model(tmp_path / "cache", name), "a", prompt_tensors(len(name)))
@@ -289,7 +289,7 @@ def test_every_model_comes_over_whatever_its_name(tmp_path: Path, store: Store) 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "store"]
 
 
-def test_the_default_store_lies_in_the_cache_itself_and_is_not_taken_for_a_part_of_it(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_store_in_the_cache_is_not_imported_as_a_model(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMPROBE_CACHE_DIR", str(toy))
     config.reload()
     before = state_of(toy / sha16("acme/toy-4l"))
@@ -300,7 +300,7 @@ def test_the_default_store_lies_in_the_cache_itself_and_is_not_taken_for_a_part_
     assert state_of(toy / sha16("acme/toy-4l")) == before
 
 
-def test_a_place_that_is_no_cache_is_said_to_be_none(tmp_path: Path, store: Store) -> None:
+def test_a_folder_that_is_not_a_cache_raises_an_error(tmp_path: Path, store: Store) -> None:
     (tmp_path / "photos").mkdir()
     for options in ({}, {"model": "m"}):
         with pytest.raises(ModelNotStoredError, match=r"photos"):
@@ -309,14 +309,14 @@ def test_a_place_that_is_no_cache_is_said_to_be_none(tmp_path: Path, store: Stor
         quiet_import(tmp_path / "nowhere", store)
 
 
-def test_what_is_known_of_the_provenance_makes_another_group(toy: Path, store: Store) -> None:
+def test_imports_of_different_provenance_go_into_different_groups(toy: Path, store: Store) -> None:
     quiet_import(toy, store, provenance={"revision": "abc"})
     assert store.find_group("acme/toy-4l").provenance == {"revision": "abc"}
     quiet_import(toy, store)
     assert len(store.matching("acme/toy-4l")) == 2
 
 
-def test_perplexities_and_activations_of_one_model_lie_in_one_group(tmp_path: Path, store: Store) -> None:
+def test_perplexities_and_activations_of_a_model_are_in_the_same_group(tmp_path: Path, store: Store) -> None:
     first = add_model(tmp_path / "first")
     add_prompt(first, "a", None, perplexity={"perplexity": np.ones(3, "float32")})
     second = add_model(tmp_path / "second")
@@ -329,7 +329,7 @@ def test_perplexities_and_activations_of_one_model_lie_in_one_group(tmp_path: Pa
         assert target.dataset(prompts=["a"]).perplexity.values.tolist() == [[1, 1, 1]]
 
 
-def test_different_layers_dtypes_and_kinds_come_over_side_by_side(tmp_path: Path, store: Store) -> None:
+def test_prompts_with_different_layers_dtypes_and_variables_are_imported_together(tmp_path: Path, store: Store) -> None:
     folder = add_model(tmp_path / "cache")
     wide, half = prompt_tensors(0, layers=(0, 1)), prompt_tensors(1, layers=(1, 5), dtype="float16")
     mixed = prompt_tensors(2, layers=(0,)) | {"layer_1": prompt_tensors(2, layers=(1,))["layer_1"].astype("float16")}
@@ -573,7 +573,7 @@ def test_prompts_and_layers_are_chosen(filled: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
-def test_activations_are_converted_where_that_is_asked_for(filled: Store, tmp_path: Path, dtype: str) -> None:
+def test_export_converts_activations_to_the_given_dtype(filled: Store, tmp_path: Path, dtype: str) -> None:
     quiet_export(filled, tmp_path / "out", dtype=dtype)
     found = written(tmp_path / "out", "two", "acme/toy")[""]["layer_3"][0]
     exact = filled.tokens().resid.sel(prompt=sha16("two"), layer=3).values
@@ -596,7 +596,7 @@ def test_values_that_a_dtype_cannot_hold_are_never_written_as_infinity(tmp_path:
     assert quiet_export(store, tmp_path / "out", dtype="bfloat16").exported == 1
 
 
-def test_what_is_there_is_neither_changed_nor_deleted_unless_asked(filled: Store, tmp_path: Path) -> None:
+def test_export_changes_and_deletes_nothing_without_overwrite(filled: Store, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     folder = add_model(cache, "acme/toy")
     (folder / "_model_name.txt").write_text("acme/toy\n")
@@ -706,7 +706,7 @@ def test_a_text_that_utf_8_cannot_hold_is_not_listed_as_another(tmp_path: Path, 
     assert not (tmp_path / "out" / sha16("acme/toy") / "_manifest.jsonl").exists()
 
 
-def test_what_lmprobe_has_no_place_for_is_left_out_with_a_word(tmp_path: Path, store: Store) -> None:
+def test_variables_that_lmprobes_format_cannot_hold_are_left_out_with_a_note(tmp_path: Path, store: Store) -> None:
     batch = TokenBatch(
         sha256=[prompt_sha256("a")],
         text=["a"],
@@ -892,7 +892,7 @@ for i, text in enumerate(texts):
 assert [(e.prompt, e.num_tokens) for e in list_cached_prompts(model, verify=True)] == list(zip(texts, np.diff(truth["bounds"]).tolist()))
 assert [m.model_name for m in cache_info().models] == [model]
 def refuse(*args, **kwargs):
-    raise AssertionError("the model was asked for")
+    raise AssertionError("the model was loaded")
 import transformers
 for name in ("AutoModel", "AutoModelForCausalLM", "AutoTokenizer"):
     getattr(transformers, name).from_pretrained = refuse
@@ -961,7 +961,7 @@ np.savez(sys.argv[1], **out)
 
 
 @pytest.mark.model
-def test_what_lmprobe_writes_now_comes_over_whole(tmp_path: Path, store: Store) -> None:
+def test_everything_that_lmprobe_writes_now_is_imported(tmp_path: Path, store: Store) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("lmprobe")
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -971,10 +971,10 @@ def test_what_lmprobe_writes_now_comes_over_whole(tmp_path: Path, store: Store) 
     toks = store.tokens()
     assert toks.resid.attrs["stored_dtype"] == "bfloat16"
     for i in range(3):
-        one = toks.sel(prompt=lz.prompt_hash(f"text {i}"))
-        np.testing.assert_array_equal(np.concatenate([one.resid.sel(layer=2), one.resid.sel(layer=7)], 1), truth[f"resid{i}"])
-        np.testing.assert_array_equal(one.token_perplexity, [np.nan, *truth[f"ppl{i}"]])
+        shown = toks.sel(prompt=lz.prompt_hash(f"text {i}"))
+        np.testing.assert_array_equal(np.concatenate([shown.resid.sel(layer=2), shown.resid.sel(layer=7)], 1), truth[f"resid{i}"])
+        np.testing.assert_array_equal(shown.token_perplexity, [np.nan, *truth[f"ppl{i}"]])
         if i == 0:
-            np.testing.assert_array_equal(one.logits, truth["logits0"])
+            np.testing.assert_array_equal(shown.logits, truth["logits0"])
         else:
-            np.testing.assert_array_equal(one.logits_top_k_values, np.sort(truth[f"logits{i}"])[:, :-3:-1])
+            np.testing.assert_array_equal(shown.logits_top_k_values, np.sort(truth[f"logits{i}"])[:, :-3:-1])

@@ -43,7 +43,7 @@ def old(request: pytest.FixtureRequest) -> Path:
 # ------------------------------------------------------------------------------------------------------------- looking in
 
 
-def test_what_lmprobe_has_stored_is_discovered_without_an_import(old: Path) -> None:
+def test_discover_cached_finds_lmprobes_entries_without_an_import(old: Path) -> None:
     before = everything_below(old)
     info = lz.discover_cached(TOY, TRUTH["prompts"][0])
     assert info is not None
@@ -82,13 +82,13 @@ def test_prompts_are_listed_behind_those_of_the_store() -> None:
     lz.write_activations(
         lz.open_store(), model=TOY, prompts=["mine", TRUTH["prompts"][0]], pooled={"resid_mean": {0: np.ones((2, 8), "f4")}}
     )
-    listed = [one.prompt for one in lz.list_cached_prompts(TOY)]
+    listed = [cached.prompt for cached in lz.list_cached_prompts(TOY)]
     assert listed[:2] == ["mine", TRUTH["prompts"][0]]
     assert sorted(p for p in listed if p) == sorted({"mine", *TRUTH["prompts"]} & set(listed)), "none twice"
     assert len(lz.list_cached_prompts(TOY, legacy="never")) == 2
 
 
-def test_clearing_leaves_lmprobes_entries_unless_told(old: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_clear_cache_keeps_lmprobes_entries_without_legacy(old: Path, caplog: pytest.LogCaptureFixture) -> None:
     (old / "c9299c54fe49c0cc" / "notes.txt").write_text("mine")
     (old / "0123456789abcdef").mkdir()
     (old / "0123456789abcdef" / "weights.bin").write_text("mine")
@@ -186,7 +186,7 @@ def test_a_probe_is_fitted_from_lmprobes_entries_without_the_model(
 
 @pytest.mark.model
 @peer
-def test_entries_serve_a_whole_call_or_none_of_it(
+def test_lmprobes_entries_serve_a_call_only_if_they_hold_all_of_it(
     filled: Callable[[str], tuple[Path, list[list[float]]]], tmp_path: Path, runs: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     from tiny_models import save_tiny
@@ -228,7 +228,7 @@ def test_entries_older_than_the_weights_are_of_another_model(
 
 @pytest.mark.model
 @peer
-def test_a_damaged_entry_is_told_and_the_model_runs(filled: Callable[[str], tuple[Path, list[list[float]]]], runs: list[int]) -> None:
+def test_a_damaged_entry_is_logged_and_the_model_runs(filled: Callable[[str], tuple[Path, list[list[float]]]], runs: list[int]) -> None:
     from tiny_models import save_tiny
 
     model, expected = filled("last_token")

@@ -1,4 +1,4 @@
-"""A cache of lmprobe sliced where it lies: the same datasets as a store shows, and only the bytes that are selected."""
+"""An lmprobe cache opened as lazy datasets: they equal those of a store, and only the selected bytes are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from paths import DATA
 import lmprobe_zarr as lz
 from lmprobe_zarr.bridges.files import LocalFiles, Want
 from lmprobe_zarr.bridges.imports import import_safetensors
-from lmprobe_zarr.bridges.lmprobe_lazy import open_legacy
+from lmprobe_zarr.bridges.legacy import open_legacy
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, LayerOutOfRangeError, MissingPromptsError, ModelNotStoredError
 
 Array = npt.NDArray[Any]
@@ -105,7 +105,7 @@ def test_without_prompts_it_shows_all_in_the_order_of_the_manifest(filled: Path,
         assert_same(legacy.sel(prompt=[h]), stored.sel(prompt=[h]))
 
 
-def test_what_is_read_is_what_the_files_hold(tmp_path: Path) -> None:
+def test_read_values_equal_those_in_the_files(tmp_path: Path) -> None:
     truth = fill(tmp_path / "cache")
     toks = open_legacy(tmp_path / "cache", MODEL, level="tokens")
     for text, tensors in truth.items():
@@ -156,11 +156,11 @@ def test_only_the_bytes_that_are_selected_are_read(tmp_path: Path, monkeypatch: 
     for i in range(3):
         add_prompt(folder, f"p{i}", prompt_tensors(i, n=50, hidden=64, layers=tuple(range(6)), pooled=("mean",)))
     toks, ds = (open_legacy(tmp_path, MODEL, level=level) for level in ("tokens", "prompts"))
-    asked: list[tuple[str, int]] = []
+    requests: list[tuple[str, int]] = []
     fill_ = LocalFiles.fill
 
     def count(self: LocalFiles, key: str, wants: list[Want]) -> None:
-        asked.extend((key, want.buffer.nbytes) for want in wants if want.start > 0)
+        requests.extend((key, want.buffer.nbytes) for want in wants if want.start > 0)
         fill_(self, key, wants)
 
     monkeypatch.setattr(LocalFiles, "fill", count)
@@ -168,23 +168,23 @@ def test_only_the_bytes_that_are_selected_are_read(tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(
         toks.resid.sel(prompt=h, layer=3), prompt_tensors(1, n=50, hidden=64, layers=tuple(range(6)))["layer_3"][0, 2:]
     )
-    assert asked == [(name, 50 * 64 * 4)]
-    asked.clear()
+    assert requests == [(name, 50 * 64 * 4)]
+    requests.clear()
     toks.resid.sel(prompt=h, layer=3, position=[7, 9]).load()
-    assert asked == [(name, 3 * 64 * 4)], "from the first to the last of the rows"
-    asked.clear()
+    assert requests == [(name, 3 * 64 * 4)], "from the first to the last of the rows"
+    requests.clear()
     ds.resid_mean.sel(prompt=h, layer=2).load()
-    assert asked == [(name, 64 * 4)]
+    assert requests == [(name, 64 * 4)]
 
 
 class RangedFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """Memory that notes how many bytes of which files were asked for."""
+    """Memory that notes how many bytes of which files are requested."""
 
     protocol = "ranged"
-    asked: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
+    requests: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        self.asked.append((path.rsplit("/", 1)[-1], start, end))
+        self.requests.append((path.rsplit("/", 1)[-1], start, end))
         data: bytes = super().cat_file(path, start=start, end=end, **options)
         return data
 
@@ -202,16 +202,16 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 
 def test_on_an_object_store_ranges_are_fetched_and_never_whole_files(url: str) -> None:
-    RangedFileSystem.asked.clear()
+    RangedFileSystem.requests.clear()
     toks = open_legacy(url, MODEL, level="tokens")
-    assert len([a for a in RangedFileSystem.asked if a[0].endswith("safetensors")]) == 4, "one request for each header"
-    RangedFileSystem.asked.clear()
+    assert len([a for a in RangedFileSystem.requests if a[0].endswith("safetensors")]) == 4, "one request for each header"
+    RangedFileSystem.requests.clear()
     layer = toks.resid.sel(layer=3).values
     np.testing.assert_array_equal(layer[400:800], prompt_tensors(1, n=400, hidden=256, layers=tuple(range(6)))["layer_3"][0, 2:])
-    fetched = sum((b or 0) - (a or 0) for _, a, b in RangedFileSystem.asked)
-    assert all(a is not None and b is not None for _, a, b in RangedFileSystem.asked)
+    fetched = sum((b or 0) - (a or 0) for _, a, b in RangedFileSystem.requests)
+    assert all(a is not None and b is not None for _, a, b in RangedFileSystem.requests)
     assert fetched < 1.05 * layer.nbytes
-    assert len(RangedFileSystem.asked) == 8, "for each file its header, to see that it is the same still, and the layer"
+    assert len(RangedFileSystem.requests) == 8, "for each file its header, to see that it is the same still, and the layer"
 
 
 def test_it_can_be_computed_by_dask_and_sent_to_other_processes(filled: Path) -> None:
@@ -223,7 +223,7 @@ def test_it_can_be_computed_by_dask_and_sent_to_other_processes(filled: Path) ->
     assert_same(again, stored)
 
 
-def test_what_cannot_be_read_is_left_out_with_a_word(tmp_path: Path) -> None:
+def test_entries_that_cannot_be_read_are_left_out_with_a_note(tmp_path: Path) -> None:
     folder = add_model(tmp_path)
     for i in range(3):
         add_prompt(folder, f"p{i}", prompt_tensors(i))
@@ -246,7 +246,7 @@ def test_a_file_that_was_exchanged_is_an_error_and_never_other_values(tmp_path: 
         toks.resid.load()
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+def test_missing_models_prompts_and_layers_raise_errors(tmp_path: Path) -> None:
     folder = add_model(tmp_path)
     add_prompt(folder, "a", prompt_tensors(0))
     add_prompt(folder, "pooled only", {"pooled_mean_layer_0": np.ones((1, 3), "float32")})

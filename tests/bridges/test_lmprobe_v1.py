@@ -38,7 +38,7 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
-def test_what_lmprobe_0_4_9_wrote_comes_over_and_its_folder_is_as_it_was(tmp_path: Path) -> None:
+def test_a_cache_of_lmprobe_0_4_9_is_imported_and_not_changed(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(OLD, cache)
     before, truth = state_of(cache), np.load(DATA / "lmprobe-0.4.9-truth.npz")
@@ -111,7 +111,7 @@ def test_first_token_is_pooled_again_from_the_raw_layers(tmp_path: Path) -> None
     assert "first_token" in summary.notes[0].text
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_the_rest_comes_over(tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused_and_the_rest_is_imported(tmp_path: Path) -> None:
     cache, trap = tmp_path / "cache", tmp_path / "was-run"
     add_folder(cache, sha16("good"), prompt_folder(0))
     for name, key in (("bad layer", "layer_1"), ("bad mask", "attention_mask"), ("bad perplexity", "perplexity")):

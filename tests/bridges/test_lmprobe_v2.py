@@ -44,7 +44,7 @@ def source_of(root: Path | str, model: str = MODEL, **options: Any) -> LmprobeV2
     return LmprobeV2(open_files(root), model, **options)
 
 
-def one(source: LmprobeV2) -> Entry:
+def only_entry(source: LmprobeV2) -> Entry:
     (entry,) = source.entries()
     assert isinstance(entry, Entry), entry
     return entry
@@ -66,7 +66,7 @@ def described(entry: Entry) -> dict[str, tuple[int, ...] | None]:
 # ------------------------------------------------------------------------------------------------- what lmprobe itself wrote
 
 
-def test_what_lmprobe_wrote_is_read_as_it_was() -> None:
+def test_values_that_lmprobe_wrote_are_read_unchanged() -> None:
     root = DATA / "lmprobe-0.10.3"
     truth, known = np.load(DATA / "lmprobe-0.10.3-truth.npz"), json.loads((DATA / "lmprobe-0.10.3-truth.json").read_text())
     assert scan_models(open_files(root)) == [ModelFolder(sha16(known["model"]), known["model"])]
@@ -93,7 +93,7 @@ def test_padding_is_left_out_on_whichever_side_it_is(tmp_path: Path, pad: tuple[
     tensors = prompt_tensors(0, n=4, pad=pad, dtype=dtype)
     add_prompt(add_model(tmp_path), "a", tensors)
     source = source_of(tmp_path)
-    entry = one(source)
+    entry = only_entry(source)
     batch = source.read([entry], entry.holds)
     for j in (0, 1):
         expected = tensors[f"layer_{j}"][0, pad[0] : pad[0] + 4]
@@ -104,13 +104,13 @@ def test_padding_is_left_out_on_whichever_side_it_is(tmp_path: Path, pad: tuple[
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_that_do_not_lie_together_are_taken_one_by_one(tmp_path: Path, dtype: str) -> None:
+def test_tokens_that_are_not_contiguous_are_read_correctly(tmp_path: Path, dtype: str) -> None:
     tensors = prompt_tensors(0, n=6, pad=(1, 1), dtype=dtype)
     tensors["attention_mask"] = np.array([[0, 1, 1, 0, 1, 0, 1, 0]])
     add_prompt(add_model(tmp_path), "a", tensors)
     source = source_of(tmp_path)
     expected = tensors["layer_1"][0, [1, 2, 4, 6]]
-    np.testing.assert_array_equal(read_all(source, one(source))["resid"][1], of_bits(expected) if dtype == "bfloat16" else expected)
+    np.testing.assert_array_equal(read_all(source, only_entry(source))["resid"][1], of_bits(expected) if dtype == "bfloat16" else expected)
 
 
 def test_every_kind_of_tensor_has_its_variable(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_every_kind_of_tensor_has_its_variable(tmp_path: Path) -> None:
     }
     add_prompt(add_model(tmp_path), "a", tensors, perplexity=ppl, logits=logits)
     source = source_of(tmp_path)
-    entry = one(source)
+    entry = only_entry(source)
     values = read_all(source, entry)
     assert described(entry) == {
         "perplexity": None, "resid_first_token": (0, 1), "resid_last_token": (0, 1), "resid_max": (0, 1), "resid_mean": (0, 1),
@@ -147,7 +147,7 @@ def test_logits_of_the_last_token_are_one_row_per_prompt(tmp_path: Path) -> None
     logits = np.random.default_rng(0).standard_normal((1, 1, 7)).astype("float16")
     add_prompt(add_model(tmp_path), "a", prompt_tensors(0), logits={"logits": logits})
     source = source_of(tmp_path)
-    values = read_all(source, one(source))
+    values = read_all(source, only_entry(source))
     np.testing.assert_array_equal(values["logits_last_token"], logits[0])
     assert "logits" not in values
 
@@ -156,7 +156,7 @@ def test_a_prompt_of_one_token_has_its_logits_for_the_last_and_for_every_token(t
     logits = np.ones((1, 1, 7), "float32")
     add_prompt(add_model(tmp_path), "a", prompt_tensors(0, n=1), logits={"logits": logits})
     source = source_of(tmp_path)
-    values = read_all(source, one(source))
+    values = read_all(source, only_entry(source))
     assert values["logits"].shape == values["logits_last_token"].shape == (1, 7)
 
 
@@ -165,18 +165,18 @@ def test_perplexity_and_logits_in_the_main_file_are_found_and_the_file_beside_it
     folder = add_model(tmp_path)
     add_prompt(folder, "a", tensors)
     source = source_of(tmp_path)
-    values = read_all(source, one(source))
+    values = read_all(source, only_entry(source))
     assert values["perplexity"].tolist() == [[1, 1, 1]]
     assert values["logits"].shape == (4, 7)
     add_prompt(folder, "a", None, perplexity={"perplexity": np.array([2, 2, 2], "float32")})
-    assert read_all(source, one(source))["perplexity"].tolist() == [[2, 2, 2]]
+    assert read_all(source, only_entry(source))["perplexity"].tolist() == [[2, 2, 2]]
 
 
 def test_files_beside_a_main_file_that_is_not_there_are_read_too(tmp_path: Path) -> None:
     ppl = {"perplexity": np.ones(3, "float32"), "token_perplexity": np.ones(2, "float32"), "token_ids": np.arange(3)}
     add_prompt(add_model(tmp_path), "a", None, perplexity=ppl)
     source = source_of(tmp_path)
-    entry = one(source)
+    entry = only_entry(source)
     assert entry.n_tokens == 3, "ids are never padded"
     assert read_all(source, entry)["token_id"].tolist() == [0, 1, 2]
 
@@ -185,10 +185,10 @@ def test_router_scores_without_padding_are_taken_as_they_are(tmp_path: Path) -> 
     scores = np.random.default_rng(0).standard_normal((4, 5)).astype("float32")
     add_prompt(add_model(tmp_path), "a", prompt_tensors(0, n=4, pad=(2, 0)) | {"router_layer_0": scores, "router_layer_1": scores[None]})
     source = source_of(tmp_path)
-    np.testing.assert_array_equal(read_all(source, one(source))["router"], [scores, scores])
+    np.testing.assert_array_equal(read_all(source, only_entry(source))["router"], [scores, scores])
 
 
-def test_what_cannot_come_over_is_noted_and_the_rest_is_read(tmp_path: Path) -> None:
+def test_tensors_that_cannot_be_imported_are_noted_and_the_rest_is_read(tmp_path: Path) -> None:
     tensors = prompt_tensors(0, layers=(0,)) | {
         "pooled_first_token_layer_5": np.ones((1, 3), "float32"),
         "pooled_all_layer_0": np.ones((1, 3), "float32"),
@@ -198,14 +198,14 @@ def test_what_cannot_come_over_is_noted_and_the_rest_is_read(tmp_path: Path) -> 
         "pooled_mean_layer_0": np.ones((1, 3), "uint8"),
     }
     add_prompt(add_model(tmp_path), "a", tensors)
-    entry = one(source_of(tmp_path))
+    entry = only_entry(source_of(tmp_path))
     assert described(entry) == {"resid": (0,)}
     assert len(entry.notes) == 4
 
 
 def test_entries_of_unknown_text_have_the_digits_that_are_known(tmp_path: Path) -> None:
     add_prompt(add_model(tmp_path), "a", prompt_tensors(0), listed=False)
-    entry = one(source_of(tmp_path))
+    entry = only_entry(source_of(tmp_path))
     assert entry.text is None
     assert entry.sha256 == sha16("a") + "0" * 48
     assert entry.hash == sha16("a")
@@ -248,10 +248,10 @@ def test_one_prompt_is_found_without_listing_anything(tmp_path: Path, monkeypatc
     assert by_hash.text == "p1", "the manifest knows it"
 
 
-def test_an_entry_says_what_to_read_for_some_layers_or_that_not_all_are_there(tmp_path: Path) -> None:
+def test_covering_gives_what_to_read_or_none_if_a_layer_is_missing(tmp_path: Path) -> None:
     tensors = prompt_tensors(0, layers=(0, 1, 2)) | {"layer_1": prompt_tensors(0, layers=(1,), dtype="float16")["layer_1"]}
     add_prompt(add_model(tmp_path), "a", tensors, perplexity={"perplexity": np.ones(3, "float32")})
-    entry = one(source_of(tmp_path))
+    entry = only_entry(source_of(tmp_path))
     (held,) = entry.covering("tokens", "resid", (2, 0)) or ()
     assert held.layers == (0, 2)
     assert [(h.layers, h.dtype) for h in entry.covering("tokens", "resid", (0, 1)) or ()] == [((1,), "float16"), ((0,), "float32")]
@@ -284,7 +284,7 @@ def test_any_name_of_a_model_is_only_ever_hashed(tmp_path: Path, name: str) -> N
     (found,) = scan_models(open_files(tmp_path / "cache"))
     assert isinstance(found, ModelFolder)
     assert found.model == name
-    assert one(source_of(tmp_path / "cache", name)).text == "a"
+    assert only_entry(source_of(tmp_path / "cache", name)).text == "a"
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
@@ -371,7 +371,7 @@ def test_links_are_followed_inside_the_cache_and_never_out_of_it(tmp_path: Path)
 def test_a_cache_that_is_itself_behind_a_link_is_read(tmp_path: Path) -> None:
     add_prompt(add_model(tmp_path / "real"), "a", prompt_tensors(0))
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
-    assert one(source_of(tmp_path / "link")).text == "a"
+    assert only_entry(source_of(tmp_path / "link")).text == "a"
 
 
 def test_pipes_and_folders_with_the_name_of_a_file_do_not_hang(tmp_path: Path) -> None:
@@ -387,12 +387,12 @@ def test_a_file_that_was_exchanged_since_it_was_looked_at_is_noticed(tmp_path: P
     folder = add_model(tmp_path)
     add_prompt(folder, "a", prompt_tensors(0))
     source = source_of(tmp_path)
-    entry = one(source)
+    entry = only_entry(source)
     path = add_prompt(folder, "a", prompt_tensors(0, n=5))
     with pytest.raises(CorruptFileError, match="changed since"):
         source.read([entry], entry.holds)
     path.unlink()
-    with pytest.raises(CorruptFileError, match="gone since"):
+    with pytest.raises(CorruptFileError, match="removed after"):
         source.read([entry], entry.holds)
 
 
@@ -412,7 +412,7 @@ def test_looking_and_reading_change_nothing(tmp_path: Path) -> None:
     add_prompt(add_model(tmp_path), "a", prompt_tensors(0), perplexity={"perplexity": np.ones(3, "float32")})
     before = state_of(tmp_path)
     source = source_of(tmp_path)
-    read_all(source, one(source))
+    read_all(source, only_entry(source))
     source.sizes()
     scan_models(source.files)
     assert state_of(tmp_path) == before
@@ -422,14 +422,14 @@ def test_looking_and_reading_change_nothing(tmp_path: Path) -> None:
 
 
 class CountingFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """Memory that notes which ranges of which files were asked for."""
+    """Memory that notes which ranges of which files are requested."""
 
     protocol = "counting"
-    asked: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
+    requests: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
     listed: list[str] = []  # noqa: RUF012
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        self.asked.append((path.rsplit("/", 1)[-1], start, end))
+        self.requests.append((path.rsplit("/", 1)[-1], start, end))
         data: bytes = super().cat_file(path, start=start, end=end, **options)
         return data
 
@@ -447,30 +447,30 @@ def remote(tmp_path: Path) -> Iterator[RemoteFiles]:
     name = f"/{uuid.uuid4().hex}"
     memory = CountingFileSystem(skip_instance_cache=True)
     memory.put(str(tmp_path) + "/", name, recursive=True)
-    memory.asked.clear()
+    memory.requests.clear()
     memory.listed.clear()
     yield RemoteFiles(FsspecStorage(memory, name, f"counting:/{name}"))
     memory.rm(name, recursive=True)
 
 
-def test_on_an_object_store_only_the_bytes_of_what_is_asked_for_are_fetched(remote: RemoteFiles) -> None:
-    asked = remote.storage.filesystem.asked
+def test_on_an_object_store_only_the_requested_bytes_are_fetched(remote: RemoteFiles) -> None:
+    requests = remote.storage.filesystem.requests
     source = LmprobeV2(remote, MODEL)
     ((entry,),) = [items or [] for items in source.find(["long"])]
     assert isinstance(entry, Entry)
     assert not remote.storage.filesystem.listed
-    assert all(b is not None and b <= 2**17 for _, _, b in asked), "headers only"
-    asked.clear()
+    assert all(b is not None and b <= 2**17 for _, _, b in requests), "headers only"
+    requests.clear()
     values = source.read([entry], [Held(level="tokens", variable="resid", layers=(2,), dtype="float32", row_shape=(64,))])
     np.testing.assert_array_equal(values.tokens["resid"][0], prompt_tensors(0, n=4000, hidden=64, layers=(0, 1, 2, 3))["layer_2"][0, 2:])
-    fetched = sum((b or 0) - (a or 0) for _, a, b in asked)
+    fetched = sum((b or 0) - (a or 0) for _, a, b in requests)
     assert 4000 * 64 * 4 <= fetched <= 4000 * 64 * 4 + 2**11
-    asked.clear()
+    requests.clear()
     ((short,),) = [items or [] for items in source.find(["short"])]
     assert isinstance(short, Entry)
-    asked.clear()
+    requests.clear()
     source.read([short], short.holds)
-    assert len(asked) == 1, "near ranges are one request"
+    assert len(requests) == 1, "near ranges are one request"
 
 
 def test_many_prompts_on_an_object_store_are_looked_up_in_one_listing(remote: RemoteFiles) -> None:
@@ -478,11 +478,11 @@ def test_many_prompts_on_an_object_store_are_looked_up_in_one_listing(remote: Re
     found = source.find(["long", *(f"absent {i}" for i in range(150))])
     assert [bool(f) for f in found] == [True] + [False] * 150
     assert len(remote.storage.filesystem.listed) == 1
-    assert len(remote.storage.filesystem.asked) == 1
+    assert len(remote.storage.filesystem.requests) == 1
     assert {e.text for e in source.entries() if isinstance(e, Entry)} == {"long", "short"}
 
 
-def test_a_file_on_an_object_store_that_is_shorter_than_its_header_says_is_noticed(remote: RemoteFiles) -> None:
+def test_a_truncated_file_on_an_object_store_is_noticed(remote: RemoteFiles) -> None:
     path = f"{remote.storage.root}/{sha16(MODEL)}/{sha16('long')}.safetensors"
     remote.storage.filesystem.pipe_file(path, remote.storage.filesystem.cat_file(path)[:-100])
     source = LmprobeV2(remote, MODEL)
@@ -499,7 +499,7 @@ def test_a_url_is_opened_by_fsspec(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(tmp_path) + "/", url, recursive=True)
     try:
-        assert one(source_of(url)).text == "a"
+        assert only_entry(source_of(url)).text == "a"
         assert source_of(url).sizes().keys() == {sha16("a")}
     finally:
         memory.rm(url, recursive=True)

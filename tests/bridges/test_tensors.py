@@ -58,10 +58,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a header of petabytes": (struct.pack("<Q", 2**60) + b"{}", "claims 1152921504606846976 bytes"),
     "a header of a gigabyte": (struct.pack("<Q", 2**30) + b"{}", "claims"),
     "no JSON": (raw_file(b"{nothing"), "Expecting property name"),
-    "not UTF-8": (raw_file(b'{"\xff": 1}'), "no JSON"),
+    "not UTF-8": (raw_file(b'{"\xff": 1}'), "not JSON"),
     "a list": (raw_file([1, 2]), "not an object"),
     "a number": (raw_file(b"12"), "not an object"),
-    "nested without end": (raw_file(b"[" * 100_000), "no JSON"),
+    "nested without end": (raw_file(b"[" * 100_000), "not JSON"),
     "NaN": (raw_file(b'{"a": NaN}'), "holds NaN"),
     "a name twice": (raw_file(b'{"a": 1, "a": 2}'), "occurs twice"),
     "metadata that is no text": (raw_file({"__metadata__": {"a": 1}}), "__metadata__"),
@@ -75,9 +75,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "offsets backwards": (raw_file({"a": tensor(data_offsets=[8, 0])}, bytes(8)), "-8 bytes"),
     "a shape that does not fit": (raw_file({"a": tensor(shape=[3])}, bytes(8)), "has 8 bytes"),
     "a shape that overflows": (raw_file({"a": tensor(shape=[2**32, 2**32])}, bytes(8)), "has 8 bytes"),
-    "overlapping tensors": (raw_file({"a": F32, "b": tensor(data_offsets=[4, 12])}, bytes(12)), "was due"),
-    "one range twice": (raw_file({"a": F32, "b": F32}, bytes(8)), "was due"),
-    "a gap": (raw_file({"a": F32, "b": tensor(data_offsets=[12, 20])}, bytes(20)), "was due"),
+    "overlapping tensors": (raw_file({"a": F32, "b": tensor(data_offsets=[4, 12])}, bytes(12)), "begins at byte"),
+    "one range twice": (raw_file({"a": F32, "b": F32}, bytes(8)), "begins at byte"),
+    "a gap": (raw_file({"a": F32, "b": tensor(data_offsets=[12, 20])}, bytes(20)), "begins at byte"),
     "cut off": (raw_file({"a": F32}, bytes(7)), "its header says"),
     "too long": (raw_file({"a": F32}, bytes(9)), "its header says"),
 }
@@ -136,7 +136,7 @@ def test_any_json_is_a_header_or_a_value_error(document: dict[str, Any]) -> None
     assert header.size == len(text) + 8 + sum(t.stop - t.start for t in header.tensors.values())
 
 
-def test_what_is_written_is_what_a_simple_reader_sees() -> None:
+def test_a_simple_reader_reads_the_values_that_were_written() -> None:
     rng = np.random.default_rng(1)
     values = rng.standard_normal((2, 3)).astype("float32")
     brain = of_bits(to_bits(values))
@@ -152,7 +152,7 @@ def test_what_is_written_is_what_a_simple_reader_sees() -> None:
 
 
 @pytest.mark.model
-def test_what_is_written_is_what_safetensors_reads_and_the_other_way_round(tmp_path: Path) -> None:
+def test_safetensors_reads_our_files_and_we_read_its_files(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors.torch")
     values = torch.randn(3, 5)

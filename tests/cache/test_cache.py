@@ -71,7 +71,7 @@ def everything_below(folder: Path) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------------- looking in
 
 
-def test_an_empty_cache_says_so_and_nothing_is_made(tmp_path: Path) -> None:
+def test_an_empty_cache_is_described_and_nothing_is_created(tmp_path: Path) -> None:
     info = lz.cache_info()
     assert info.total_size_gb == 0
     assert info.models == ()
@@ -119,7 +119,7 @@ def test_it_prints_as_the_page_shows_and_as_a_table(cache: Store, monkeypatch: p
     assert "nothing is stored" in str(lz.cache_info())
 
 
-def test_what_is_stored_of_a_prompt_is_told_without_reading_activations(cache: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_discover_cached_reads_no_activations(cache: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write(GROUP, make_batch(["a", "bb"]))
     cache.write(GROUP, make_batch(["c"], tokens=False, layers=(1,)))
     read = counted(monkeypatch, LocalStorage, "read", "read_view")
@@ -140,7 +140,7 @@ def test_what_is_stored_of_a_prompt_is_told_without_reading_activations(cache: S
     assert not [key for key in read if "resid" in key and not key.endswith("zarr.json")]
 
 
-def test_everything_beside_activations_is_told_too(cache: Store) -> None:
+def test_discover_cached_describes_perplexity_logits_and_router(cache: Store) -> None:
     n = np.array([2, 1])
     batch = TokenBatch(
         sha256=[prompt_sha256(t) for t in ("a", "b")],
@@ -171,9 +171,9 @@ def test_prompts_are_listed_with_texts_counts_and_dates(cache: Store) -> None:
     secret = make_batch(["secret"], tokens=False)
     cache.write(GROUP, TokenBatch(sha256=secret.sha256, layers=secret.layers, prompts=secret.prompts))
     listed = lz.list_cached_prompts("acme/toy")
-    assert [(one.prompt, one.num_tokens) for one in listed] == [("a", 2), ("bbb", 4), (None, None)]
+    assert [(cached.prompt, cached.num_tokens) for cached in listed] == [("a", 2), ("bbb", 4), (None, None)]
     assert listed[2].hash == lz.prompt_hash("secret")
-    assert all(one.cached_at.startswith("20") for one in listed)
+    assert all(cached.cached_at.startswith("20") for cached in listed)
 
 
 def test_requests_grow_with_parts_and_not_with_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +275,7 @@ def test_the_least_recently_used_parts_go_first(cache: Store) -> None:
     assert [entry.part.info.name for entry in plan.entries] == [names[1]]
 
 
-def test_evict_brings_the_cache_within_its_limit_and_says_what_went(cache: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_evict_reduces_the_cache_to_its_limit_and_logs_what_was_removed(cache: Store, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(6):
         cache.write(GROUP, make_batch([f"{i}"], seed=i))
         time.sleep(0.002)
@@ -289,10 +289,10 @@ def test_evict_brings_the_cache_within_its_limit_and_says_what_went(cache: Store
     assert plan.kept == lz.cache_info().total_size_bytes
     assert "evicted" in caplog.text
     left = lz.list_cached_prompts("acme/toy")
-    assert [one.prompt for one in left] == ["3", "4", "5"], "the first ones were the least recently used"
+    assert [cached.prompt for cached in left] == ["3", "4", "5"], "the first ones were the least recently used"
     assert cache.dataset(prompts=["4"]).resid_mean.values.shape == (3, 1, 8), "an open store sees what went"
     assert lz.evict() is not None, "evicting again does nothing"
-    assert [one.prompt for one in lz.list_cached_prompts("acme/toy")] == ["3", "4", "5"]
+    assert [cached.prompt for cached in lz.list_cached_prompts("acme/toy")] == ["3", "4", "5"]
 
 
 def test_no_limit_means_no_eviction(cache: Store) -> None:
@@ -325,7 +325,7 @@ def test_foreign_files_are_never_touched(cache: Store) -> None:
     assert not (root / GROUP.name / part / "prompts").exists(), "ours are gone, with the folders that this left empty"
 
 
-def test_what_was_used_or_committed_a_moment_ago_stays_where_others_may_be(tmp_path: Path) -> None:
+def test_recently_used_or_committed_parts_are_not_evicted_from_shared_places(tmp_path: Path) -> None:
     url = str(tmp_path / "team")
     store = lz.open_store(url)
     store.write(GROUP, make_batch(["a"]))
@@ -469,7 +469,7 @@ def test_a_read_only_store_is_neither_cleared_nor_evicted(tmp_path: Path) -> Non
     assert everything_below(tmp_path) == before
 
 
-def test_deleted_prompts_are_physically_gone_and_the_rest_is_as_it_was(root: str) -> None:
+def test_deleted_prompts_are_removed_from_all_files_and_the_rest_is_unchanged(root: str) -> None:
     store = lz.open_store(root)
     secret = "the secret prompt"  # noqa: S105
     first = make_batch(["a", secret, "b"], seed=1, columns={"label": [1, 2, 3], "who": ["x", "a name nobody may know", "z"]})
@@ -514,7 +514,7 @@ def test_deleting_twice_from_a_part_leaves_no_older_one_to_show_again(store: Sto
     store.write(GROUP, make_batch(["a", "b", "c"]))
     store.delete("acme/toy", ["a"])
     store.delete("acme/toy", [lz.prompt_hash("b")])
-    assert [one.prompt for one in lz.list_cached_prompts("acme/toy", store=store)] == ["c"]
+    assert [cached.prompt for cached in lz.list_cached_prompts("acme/toy", store=store)] == ["c"]
     store.delete("acme/toy", ["c"])
     assert lz.list_cached_prompts("acme/toy", store=store) == []
 
@@ -529,7 +529,7 @@ def test_deleting_what_is_not_there_deletes_nothing(store: Store) -> None:
 # ---------------------------------------------------------------------------------------------------------------- damage
 
 
-def test_a_damaged_part_is_told_and_left_out_where_others_serve(cache: Store) -> None:
+def test_a_damaged_part_is_logged_and_skipped_if_others_serve(cache: Store) -> None:
     broken = cache.write(GROUP, make_batch(["a"]))
     cache.write(GROUP, make_batch(["b"]))
     path = Path(cache.url) / GROUP.name / broken / "zarr.json"
@@ -565,7 +565,7 @@ def two_writers(tmp_path: Path) -> list[subprocess.Popen[bytes]]:
 
 def test_two_processes_lose_no_line_of_the_list(two_writers: list[subprocess.Popen[bytes]], tmp_path: Path) -> None:
     assert [process.wait(timeout=120) for process in two_writers] == [0, 0]
-    listed = [one.prompt for one in lz.list_cached_prompts("acme/toy", store=tmp_path / "s")]
+    listed = [cached.prompt for cached in lz.list_cached_prompts("acme/toy", store=tmp_path / "s")]
     assert len(listed) == len(set(listed)) == 75
 
 

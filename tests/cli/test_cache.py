@@ -25,16 +25,16 @@ def cache() -> Store:
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, word: str) -> list[str]:
-    """Somebody sits at the terminal and types this; what was asked is returned."""
-    asked: list[str] = []
+    """A user at the terminal types this answer; returns the questions."""
+    questions: list[str] = []
 
     def reply(question: str = "") -> str:
-        asked.append(question)
+        questions.append(question)
         return word
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(builtins, "input", reply)
-    return asked
+    return questions
 
 
 def test_cache_info_prints_and_is_json(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,13 +51,13 @@ def test_cache_info_prints_and_is_json(cache: Store, capsys: pytest.CaptureFixtu
     assert empty["models"] == []
 
 
-def test_evict_asks_shows_and_obeys(cache: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evict_obeys_the_answer(cache: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = call(capsys, "evict", "--max-gb", "0")
     assert (code, out) == (1, "")
     assert "--yes" in err
-    asked = answer(monkeypatch, "n")
+    questions = answer(monkeypatch, "n")
     assert call(capsys, "evict", "--max-gb", "0")[0] == 1
-    assert "3 entries" in asked[0]
+    assert "3 entries" in questions[0]
     assert lz.cache_info().models, "a no is a no"
     answer(monkeypatch, "y")
     code, out, _ = call(capsys, "evict", "--max-gb", "0")
@@ -77,7 +77,7 @@ def test_evict_as_json(cache: Store, capsys: pytest.CaptureFixture[str]) -> None
     assert call(capsys, "evict", "--max-gb", "-1", "--yes")[0] == 1
 
 
-def test_clear_asks_and_says_how_many(cache: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clear_asks_first_and_prints_the_number(cache: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert call(capsys, "clear")[0] == 1
     answer(monkeypatch, "")
     assert call(capsys, "clear")[0] == 1
@@ -98,7 +98,7 @@ def test_delete_takes_prompts_from_a_file(cache: Store, capsys: pytest.CaptureFi
     (tmp_path / "p.txt").write_text(f"secret 0\n{lz.prompt_hash('secret 2')}\n")
     assert call(capsys, "delete", cache.url, str(tmp_path / "p.txt"))[0] == 1
     assert call_json(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--yes") == {"prompts": 2, "parts": 2}
-    assert sorted(str(one.prompt) for one in lz.list_cached_prompts("acme/toy")) == ["prompt 0", "prompt 1", "prompt 2", "secret 1"]
+    assert sorted(str(cached.prompt) for cached in lz.list_cached_prompts("acme/toy")) == ["prompt 0", "prompt 1", "prompt 2", "secret 1"]
     code, _, err = call(capsys, "delete", cache.url, str(tmp_path / "p.txt"), "--yes")
     assert code == 1
     assert "not in" in err

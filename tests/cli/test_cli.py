@@ -67,12 +67,12 @@ def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "content", "columns", "message"),
     [
         ("p.jsonl", '{"text": "one"}\n{"txt": "two"}\n', [], "line 2 has no 'text'"),
-        ("p.jsonl", '{"text": "one"}\n{"text": \n', [], "line 2 is no JSON"),
+        ("p.jsonl", '{"text": "one"}\n{"text": \n', [], "line 2 is not JSON"),
         ("p.jsonl", "[1]\n", [], "line 1 is neither"),
-        ("p.csv", "text,y\none,1\n", ["label"], "no 'label': the columns there are 'text', 'y'"),
-        ("p.csv", 'text\n"one\n', [], "is no CSV"),
-        ("p.csv", "text,y\nThe cat, it sat,1\n", ["y"], "line 2 has 3 fields, the header 2"),
-        ("p.csv", "text,y,y\none,1,2\n", ["y"], "two columns of one name"),
+        ("p.csv", "text,y\none,1\n", ["label"], "no 'label': its columns are 'text', 'y'"),
+        ("p.csv", 'text\n"one\n', [], "is not CSV"),
+        ("p.csv", "text,y\nThe cat, it sat,1\n", ["y"], "line 2 has 3 fields, and the header has 2"),
+        ("p.csv", "text,y,y\none,1,2\n", ["y"], "a column twice in its header"),
         ("p.jsonl", '{"text": "one", "y": null}\n', ["y"], "line 1: 'y' is null"),
         ("p.txt", "one\n", ["label"], "no columns"),
         ("p.parquet", "one\n", [], "--format"),
@@ -89,7 +89,7 @@ def test_prompt_files_that_cannot_be_read_say_where(tmp_path: Path, name: str, c
         read_prompts(str(tmp_path / "binary.txt"))
 
 
-def test_layers_as_they_are_typed() -> None:
+def test_layers_are_parsed_as_typed() -> None:
     assert parse_layers("middle") == "middle"
     assert parse_layers("0,4,-1") == [0, 4, -1]
     assert parse_layers("8:24") == slice(8, 24)
@@ -102,7 +102,7 @@ def test_layers_as_they_are_typed() -> None:
 # --------------------------------------------------------------------------------------------------------- info, show, sweep
 
 
-def test_info_says_what_is_there(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_describes_the_store(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
     document = call_json(capsys, "info", stored)
     (group,) = document["groups"]
     assert (group["model"], group["prompts"], group["layers"], group["parts"]) == ("acme/toy", 40, [0, 1, 3], 1)
@@ -177,7 +177,7 @@ def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: p
         (["info", "{tmp}/nowhere"], "there is no store at"),
         (["show", "{store}", "--model", "gpt2"], "model 'gpt2' is not in"),
         (["show", "{store}", "--prompt", "unheard of"], "1 of 1 prompts are not in"),
-        (["sweep", "{store}", "--variable", "resid_max"], "'resid_max' is not stored per prompt: there is resid_mean"),
+        (["sweep", "{store}", "--variable", "resid_max"], "'resid_max' is not stored per prompt: stored are resid_mean"),
         (["show", "{store}", "--group", "nobody"], "group 'nobody' is not in"),
         (["info", "{tmp}"], "is no store of lmprobe-zarr"),
         (["sweep", "{store}", "--variable", "resid_mean", "--labels", "sentiment"], "sentiment"),

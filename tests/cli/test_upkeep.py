@@ -19,7 +19,7 @@ def place(tmp_path: Path) -> str:
     return store.url
 
 
-def test_compact_says_what_it_does(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compact_prints_its_plan_and_result(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     planned = call_json(capsys, "compact", place, "--dry-run")
     assert (planned["parts"], planned["parts_after"], planned["dry_run"]) == (3, 1, True)
     assert len(lz.open_store(place).view(GROUP).parts) == 3
@@ -29,7 +29,7 @@ def test_compact_says_what_it_does(place: str, capsys: pytest.CaptureFixture[str
     assert call(capsys, "compact", place, "--part-bytes", "0")[0] == 1
 
 
-def test_gc_asks_before_it_deletes(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gc_asks_for_confirmation_before_it_deletes(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     call(capsys, "compact", place)
     code, out, err = call(capsys, "gc", place, "--max-age", "0")
     assert (code, out, "--yes" in err) == (1, "", True)

@@ -25,7 +25,7 @@ def chunk(place: Path) -> Path:
     return path
 
 
-def test_verify_says_what_is_wrong_and_the_exit_code_says_that_anything_is(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_problems_and_exits_with_1(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "verify", str(place))
     assert (code, "every checksum" in out, "none" in out) == (0, True, True)
     data = bytearray(chunk(place).read_bytes())
@@ -41,8 +41,8 @@ def test_verify_says_what_is_wrong_and_the_exit_code_says_that_anything_is(place
     assert call(capsys, "verify", str(place), "--model", "acme/other")[0] == 1
 
 
-def test_repair_plans_asks_and_tells_what_to_extract_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, "repair", str(place))[0] == 0, "nothing is wrong, and nothing asked"
+def test_repair_plans_confirms_and_lists_what_to_extract_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "repair", str(place))[0] == 0, "nothing is wrong, so there is no question"
     path = chunk(place)
     path.write_bytes(b"")
     code, out, _ = call(capsys, "repair", str(place), "--dry-run")

@@ -275,14 +275,14 @@ def message_of(name: str, folder: Path) -> str:
         try:
             provoked()[name](folder)
         except getattr(errors, name) as error:
-            said = str(error)
+            message = str(error)
         else:
             raise AssertionError(f"nothing raises {name}")
-    said = said.replace(str(folder), "/data")
-    said = re.sub(r"\b01[0-9a-hjkmnp-tv-z]{24}\b", "01k2…", said)
-    said = re.sub(r"127\.0\.0\.1:\d+", "example.org", said)
-    assert "/tmp" not in said, said  # noqa: S108 — what must not be there
-    return said
+    message = message.replace(str(folder), "/data")
+    message = re.sub(r"\b01[0-9a-hjkmnp-tv-z]{24}\b", "01k2…", message)
+    message = re.sub(r"127\.0\.0\.1:\d+", "example.org", message)
+    assert "/tmp" not in message, message  # noqa: S108 — what must not be there
+    return message
 
 
 def entry(name: str, message: str) -> str:
@@ -293,7 +293,11 @@ def entry(name: str, message: str) -> str:
         for base in cls.__mro__
         if getattr(builtins, base.__name__, None) is base and base not in (Exception, BaseException, object)
     ]
-    kept = [one for one in near if not any(one != other and issubclass(getattr(builtins, other), getattr(builtins, one)) for other in near)]
+    kept = [
+        base_name
+        for base_name in near
+        if not any(base_name != other and issubclass(getattr(builtins, other), getattr(builtins, base_name)) for other in near)
+    ]
     first = str(inspect.getdoc(cls)).splitlines()[0]
     return f"## {name}\n\n{first} Also a `{'` and a `'.join(kept)}`.\n\n```text\n{message}\n```\n"
 
@@ -307,8 +311,8 @@ def messages() -> dict[str, str]:
     return found
 
 
-def page(said: dict[str, str]) -> str:
-    return "\n".join([HEAD, *(entry(name, said[name]) for name in sorted(said))])
+def page(texts: dict[str, str]) -> str:
+    return "\n".join([HEAD, *(entry(name, texts[name]) for name in sorted(texts))])
 
 
 if __name__ == "__main__":

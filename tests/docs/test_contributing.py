@@ -32,7 +32,7 @@ assert main(["sweep", "acts", "--variable", "resid_mean", "--probes", "perceptro
 """
 
 
-def test_the_classifier_that_is_added_as_the_page_says_is_a_probe_like_the_others(tmp_path: Path) -> None:
+def test_the_recipe_for_a_classifier_gives_a_probe_like_the_others(tmp_path: Path) -> None:
     function, line = re.findall(r"^```py\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     package = tmp_path / "clone" / "lmprobe_zarr"
     shutil.copytree(Path(lz.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))

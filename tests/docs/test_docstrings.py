@@ -52,24 +52,24 @@ NAMES = dict(public())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_public_name_says_what_it_takes_and_gives(name: str) -> None:
+def test_every_public_name_documents_parameters_and_results(name: str) -> None:
     value = NAMES[name]
     assert value.__doc__, "it has no docstring"
     if inspect.isclass(value) or not inspect.isroutine(value) or name.startswith(PRESCRIBED):
         return
-    told = sections(value.__doc__)
-    assert told[""].strip(), "it begins without a sentence"
+    documented = sections(value.__doc__)
+    assert documented[""].strip(), "it begins without a sentence"
     signature = inspect.signature(value)
     taken = [parameter for parameter in signature.parameters if parameter not in ("self", "cls")]
     # A line of names, as "name, other : type" or "name, other".
-    heads = [line.partition(" : ")[0] for line in told.get("Parameters", "").splitlines() if line and not line.startswith(" ")]
+    heads = [line.partition(" : ")[0] for line in documented.get("Parameters", "").splitlines() if line and not line.startswith(" ")]
     described = {piece.strip().lstrip("*") for head in heads for piece in head.split(",")}
     assert set(taken) <= described, f"Parameters say nothing of {sorted(set(taken) - described)}"
     assert described <= set(taken), f"Parameters describe what is not taken: {sorted(described - set(taken))}"
     gives = signature.return_annotation not in (None, "None", inspect.Signature.empty)
     # Without arguments the first line says what comes back, which is all that there is to say.
     if taken and gives:
-        assert "Returns" in told or "Yields" in told, "it does not say what it returns"
+        assert "Returns" in documented or "Yields" in documented, "it does not say what it returns"
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -39,8 +39,8 @@ def test_a_notebook_is_committed_as_one_run_left_it(path: Path) -> None:
     assert sum(bool(cell.outputs) for cell in code) >= len(code) // 2
     outputs = [output for cell in code for output in cell.outputs]
     assert all(output.output_type != "error" for output in outputs)
-    said = "".join(output.text for output in outputs if output.get("name") == "stderr")
-    assert all(line.startswith("[cache]") for line in said.splitlines()), said  # no warning, but the log where it is shown
+    printed = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    assert all(line.startswith("[cache]") for line in printed.splitlines()), printed  # no warning, but the log where it is shown
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

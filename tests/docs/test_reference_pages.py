@@ -10,7 +10,7 @@ from lmprobe_zarr import cli, config
 AGAIN = "write it again: python tests/docs/reference_pages.py"
 
 
-def test_the_page_about_the_command_line_is_what_the_parser_says() -> None:
+def test_the_command_line_page_matches_the_parser() -> None:
     assert reference_pages.COMMAND_LINE.read_text(encoding="utf-8") == reference_pages.command_line(), AGAIN
 
 
@@ -19,7 +19,7 @@ def test_the_page_about_the_environment_is_what_the_settings_say() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, _ in reference_pages.commands()])
-def test_help_prints_what_the_page_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_matches_the_page(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = reference_pages.COMMAND_LINE.read_text(encoding="utf-8")
     section = page.split(f"## {name}\n", 1)[1].split("\n## ")[0]
     with pytest.raises(SystemExit, match="0"):

@@ -60,7 +60,7 @@ def along_a_direction(n: int = 200, hidden: int = 30, classes: int = 2, seed: in
     return x, y
 
 
-def test_the_names_are_these_and_each_says_what_it_standardises() -> None:
+def test_named_probes_are_pinned_and_document_what_they_standardise() -> None:
     described = named_probes()
     assert list(described) == NAMES + REGRESSION
     assert list(named_probes("classification")) == NAMES
@@ -156,7 +156,7 @@ def test_a_given_estimator_is_cloned_and_only_its_unset_seeds_are_set() -> None:
     assert make_probe(LogisticRegression(random_state=1), 7).random_state == 1
 
 
-def test_what_is_no_probe_is_named() -> None:
+def test_the_error_names_an_invalid_probe() -> None:
     with pytest.raises(
         InvalidArgumentError, match="no probe named 'logreg': use one of logistic_regression, logistic_regression_cv, ridge"
     ):
@@ -337,7 +337,7 @@ def test_parameters_replace_the_defaults_of_the_last_estimator() -> None:
         make_probe(LogisticRegression(), params={"C": 1})
 
 
-def test_a_name_for_the_other_task_says_which_fit() -> None:
+def test_a_probe_for_the_other_task_raises_an_error_with_the_fitting_names() -> None:
     with pytest.raises(InvalidArgumentError, match="'lasso' is for regression, not for classification: use one of logistic_regression, "):
         make_probe("lasso")
     with pytest.raises(
@@ -389,7 +389,7 @@ def test_preprocessing_is_read_as_lmprobe_reads_it(spec: Any, components: int | 
         ([3], None, InvalidTypeError, "is a text such as .*, not 3"),
     ],
 )
-def test_preprocessing_that_means_nothing_is_refused(spec: Any, components: Any, error: type[Exception], message: str) -> None:
+def test_invalid_preprocessing_is_refused(spec: Any, components: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         parse_preprocessing(spec, components)
 
@@ -519,7 +519,7 @@ def test_coefficients_of_any_linear_estimator_behind_what_can_be_undone() -> Non
     np.testing.assert_allclose(x @ coef[0, 0] + intercept, pipeline.decision_function(x), atol=1e-4)
 
 
-def test_what_has_no_coefficients_says_so() -> None:
+def test_an_estimator_without_coefficients_raises_an_error() -> None:
     x, y = along_a_direction(classes=3)
     fitted = make_pipeline_for("ridge").fit(x, y)
     for pipeline, n_layers, message in (

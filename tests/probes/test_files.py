@@ -34,15 +34,15 @@ def activations(classes: int = 2, n: int = 90, hidden: int = 300, dtype: str = "
     return x.astype(dtype), y
 
 
-def same_predictions(one: Any, other: Any, x: Any) -> None:
+def same_predictions(first: Any, other: Any, x: Any) -> None:
     for method in ("predict", "predict_proba", "decision_function"):
-        assert hasattr(one, method) == hasattr(other, method), method
-        if hasattr(one, method):
-            expected, found = getattr(one, method)(x), getattr(other, method)(x)
+        assert hasattr(first, method) == hasattr(other, method), method
+        if hasattr(first, method):
+            expected, found = getattr(first, method)(x), getattr(other, method)(x)
             assert found.dtype == expected.dtype
             np.testing.assert_array_equal(found, expected)
-    if hasattr(one, "classes_"):
-        assert other.classes_.dtype == one.classes_.dtype
+    if hasattr(first, "classes_"):
+        assert other.classes_.dtype == first.classes_.dtype
 
 
 def saved(**options: Any) -> bytes:
@@ -257,7 +257,7 @@ def with_document(change: Callable[[dict[str, Any]], Any], data: bytes, drop: st
     return pack_tensors(tensors, {"probe": text, "sha256": _digest(text, tensors)})
 
 
-def test_what_is_no_probe_says_what_it_is_instead() -> None:
+def test_the_error_says_what_a_file_is_if_not_a_probe() -> None:
     for data, message in (
         (b"", "f is not a saved probe, which is a safetensors file"),
         (b"PK\x03\x04" + bytes(100), "is not a saved probe"),
@@ -288,7 +288,7 @@ def test_a_file_cut_off_anywhere_is_refused() -> None:
 
 
 @pytest.mark.parametrize("version", [2, 10**30])
-def test_a_newer_version_says_to_install_a_newer_release(version: int) -> None:
+def test_the_error_for_a_newer_version_advises_a_newer_release(version: int) -> None:
     for data in (
         with_document(lambda d: d.update(version=version), saved()),
         pack_tensors({}, {"probe": f'{{"format": "{FORMAT}", "version": {version}}}'}),
@@ -315,7 +315,7 @@ def test_a_newer_version_says_to_install_a_newer_release(version: int) -> None:
         {"dtype": ["F64"], "shape": [6], "data_offsets": [0, 48]},
     ],
 )
-def test_a_tensor_that_lies_nowhere_is_refused(entry: Any) -> None:
+def test_a_tensor_outside_the_file_is_refused(entry: Any) -> None:
     with pytest.raises(NotAProbeError):
         parse_probe(with_header(lambda entries: entries.update({"standard.mean_": entry}), saved()), "f")
 

@@ -21,9 +21,9 @@ def outcome(n_classes: int = 2, seed: int = 0, *, ties: bool = False) -> Outcome
     logits = rng.normal(size=(N, n_classes)) + 1.3 * (true[:, None] == np.arange(n_classes))
     if ties:
         logits = np.round(logits)
-    told = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     scores = logits[:, 1] - logits[:, 0] if n_classes == 2 else logits
-    return Outcome(true, told.argmax(axis=1), n_classes, scores, told)
+    return Outcome(true, probabilities.argmax(axis=1), n_classes, scores, probabilities)
 
 
 def recall_at(true: Any, scores: Any, rate: float, weights: Any = None) -> float:
@@ -31,21 +31,21 @@ def recall_at(true: Any, scores: Any, rate: float, weights: Any = None) -> float
     weights = np.ones(len(true)) if weights is None else weights
     found = [0.0]
     for threshold in np.unique(scores):
-        said = scores >= threshold
-        if weights[said & (true == 0)].sum() <= rate * weights[true == 0].sum() + 1e-9:
-            found.append(weights[said & (true == 1)].sum() / weights[true == 1].sum())
+        positive = scores >= threshold
+        if weights[positive & (true == 0)].sum() <= rate * weights[true == 0].sum() + 1e-9:
+            found.append(weights[positive & (true == 1)].sum() / weights[true == 1].sum())
     return float(max(found))
 
 
-def ece(true: Any, told: Any, weights: Any = None) -> float:
+def ece(true: Any, probabilities: Any, weights: Any = None) -> float:
     """Guo et al. (2017), equation 3, bin by bin."""
     weights = np.ones(len(true)) if weights is None else weights
-    confidence, said = told.max(axis=1), told.argmax(axis=1)
+    confidence, predicted = probabilities.max(axis=1), probabilities.argmax(axis=1)
     total = 0.0
     for k in range(15):
         inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
         if weights[inside].sum():
-            right = np.average(said[inside] == true[inside], weights=weights[inside])
+            right = np.average(predicted[inside] == true[inside], weights=weights[inside])
             total += weights[inside].sum() / weights.sum() * abs(right - np.average(confidence[inside], weights=weights[inside]))
     return total
 
@@ -81,30 +81,30 @@ CLASSES = [*named_metrics("classification")[:-1], "recall_at_fpr_0.1"]
 def test_measures_of_classes_equal_scikit_learns_with_and_without_weights(name: str, n_classes: int, ties: bool) -> None:
     if name.startswith("recall_at") and n_classes > 2:
         return
-    said = outcome(n_classes, ties=ties)
+    given = outcome(n_classes, ties=ties)
     (metric,) = parse_metrics(name, "classification", n_classes)
     drawn = np.random.default_rng(1).multinomial(N, np.full(N, 1 / N), size=3).astype(float)
-    found = measure_outcome(metric, said, np.vstack([np.ones((1, N)), drawn]))
-    wanted = [expected(name, said), *(expected(name, said, weights) for weights in drawn)]
+    found = measure_outcome(metric, given, np.vstack([np.ones((1, N)), drawn]))
+    wanted = [expected(name, given), *(expected(name, given, weights) for weights in drawn)]
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
 
 
 def test_the_brier_score_of_two_classes_is_that_of_the_second() -> None:
-    said = outcome()
-    assert said.probabilities is not None
-    values, _ = score_outcome(said, parse_metrics("brier", "classification", 2))
-    assert values[0] == pytest.approx(oracle.brier_score_loss(said.true, said.probabilities[:, 1]), abs=1e-12)
+    given = outcome()
+    assert given.probabilities is not None
+    values, _ = score_outcome(given, parse_metrics("brier", "classification", 2))
+    assert values[0] == pytest.approx(oracle.brier_score_loss(given.true, given.probabilities[:, 1]), abs=1e-12)
 
 
 def test_measures_of_values_equal_scikit_learns_and_scipys() -> None:
     rng = np.random.default_rng(0)
     true = np.round(rng.normal(size=N), 1)
-    said = Outcome(true, true + rng.normal(size=N))
-    values, why = score_outcome(said, parse_metrics(["r2", "mae", "spearman"], "regression"))
+    given = Outcome(true, true + rng.normal(size=N))
+    values, why = score_outcome(given, parse_metrics(["r2", "mae", "spearman"], "regression"))
     wanted = [
-        oracle.r2_score(true, said.predicted),
-        oracle.mean_absolute_error(true, said.predicted),
-        spearmanr(true, said.predicted).statistic,
+        oracle.r2_score(true, given.predicted),
+        oracle.mean_absolute_error(true, given.predicted),
+        spearmanr(true, given.predicted).statistic,
     ]
     np.testing.assert_allclose(values, wanted, atol=1e-12)
     assert why == 0
@@ -112,11 +112,11 @@ def test_measures_of_values_equal_scikit_learns_and_scipys() -> None:
     weights = rng.integers(0, 3, N).astype(float)
     rows = np.repeat(np.arange(N), weights.astype(int))
     metric = parse_metrics("spearman", "regression")[0]
-    assert measure_outcome(metric, said, weights[None])[0] == pytest.approx(spearmanr(true[rows], said.predicted[rows]).statistic)
+    assert measure_outcome(metric, given, weights[None])[0] == pytest.approx(spearmanr(true[rows], given.predicted[rows]).statistic)
 
 
 @pytest.mark.parametrize(
-    ("said", "name", "reason"),
+    ("given", "name", "reason"),
     [
         (Outcome(np.array([0, 1]), np.array([0, 1]), 2), "auroc", "no score per class"),
         (Outcome(np.array([1, 1]), np.array([0, 1]), 2, np.array([0.1, 0.2])), "auprc", "a single class"),
@@ -127,9 +127,9 @@ def test_measures_of_values_equal_scikit_learns_and_scipys() -> None:
         (Outcome(np.array([1.0, 2.0]), np.array([1.0, 1.0])), "spearman", "all predictions"),
     ],
 )
-def test_what_is_undefined_is_nan_with_its_reason(said: Outcome, name: str, reason: str) -> None:
-    metrics = parse_metrics(name, "classification" if said.n_classes else "regression", said.n_classes)
-    values, why = score_outcome(said, metrics)
+def test_what_is_undefined_is_nan_with_its_reason(given: Outcome, name: str, reason: str) -> None:
+    metrics = parse_metrics(name, "classification" if given.n_classes else "regression", given.n_classes)
+    values, why = score_outcome(given, metrics)
     assert np.isnan(values[0])
     assert reason in undefined_reasons(why, metrics[0])[0]
 
@@ -140,13 +140,13 @@ def test_a_class_that_was_not_trained_on_has_no_probability_and_no_score() -> No
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(40, 3)), np.repeat(["a", "c"], 20)
     fitted = LogisticRegression().fit(x, y)
-    said = outcome_of(fitted, x, np.repeat([0, 2], 20), np.array(["a", "b", "c"]), needs=("scores", "probabilities"), known=np.unique(y))
-    assert said.scores is not None
-    assert said.probabilities is not None
-    assert np.isnan(said.scores[:, 1]).all()
-    assert (said.probabilities[:, 1] == 0).all()
-    np.testing.assert_array_equal(said.probabilities[:, [0, 2]], fitted.predict_proba(x))
-    np.testing.assert_array_equal(said.scores[:, 2], fitted.decision_function(x))
+    given = outcome_of(fitted, x, np.repeat([0, 2], 20), np.array(["a", "b", "c"]), needs=("scores", "probabilities"), known=np.unique(y))
+    assert given.scores is not None
+    assert given.probabilities is not None
+    assert np.isnan(given.scores[:, 1]).all()
+    assert (given.probabilities[:, 1] == 0).all()
+    np.testing.assert_array_equal(given.probabilities[:, [0, 2]], fitted.predict_proba(x))
+    np.testing.assert_array_equal(given.scores[:, 2], fitted.decision_function(x))
 
 
 @pytest.mark.parametrize(

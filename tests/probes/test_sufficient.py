@@ -27,13 +27,13 @@ def rows(n_classes: int, dtype: str = "float64") -> tuple[Any, Any]:
     return x.astype(dtype), y
 
 
-def counted(x: Any, y: Any, cells: Any, portions: int = 1, order: int = 4, unit: Any = None) -> sums.ClassMoments:
+def counted(x: Any, y: Any, cells: Any, portions: int = 1, order: int = 4, unit: Any = None) -> sums.ClassSums:
     unit = sums.unit_of(x[:64]) if unit is None else unit
     total = None
     for part in np.array_split(np.random.default_rng(portions).permutation(len(x)), portions):
-        moments = sums.empty_moments(unit, int(cells.max()) + 1, int(y.max()) + 1, order)
-        moments.add(x[part], cells[part], y[part])
-        total = moments if total is None else sums.merge_moments(total, moments)
+        class_sums = sums.empty_sums(unit, int(cells.max()) + 1, int(y.max()) + 1, order)
+        class_sums.add(x[part], cells[part], y[part])
+        total = class_sums if total is None else sums.merge_sums(total, class_sums)
     assert total is not None
     return total
 
@@ -48,8 +48,8 @@ def near(mine: Any, true: Any, tolerance: float) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
 def test_a_probe_from_sums_is_the_named_probe_fitted_in_memory(name: str, n_classes: int, dtype: str, tolerance: float) -> None:
     x, y = rows(n_classes, dtype)
-    moments = counted(x, y, np.zeros(N, int), portions=5, order=sums.order_of([name]))
-    solution = sums.solve(name, moments)
+    class_sums = counted(x, y, np.zeros(N, int), portions=5, order=sums.order_of([name]))
+    solution = sums.solve(name, class_sums)
     fitted = make_probe(name).fit(x, y)
     coef, _ = coefficients(fitted)
     near(solution.coef, coef[:, 0], tolerance)
@@ -61,9 +61,9 @@ def test_a_probe_from_sums_is_the_named_probe_fitted_in_memory(name: str, n_clas
 def test_cells_add_up_to_the_training_sets_of_folds(name: str) -> None:
     x, y = rows(3)
     cells = np.random.default_rng(1).integers(0, 4, N)
-    moments = counted(x, y, cells, portions=3)
+    class_sums = counted(x, y, cells, portions=3)
     for left_out in range(4):
-        solution = sums.solve(name, moments.union([cell for cell in range(4) if cell != left_out]))
+        solution = sums.solve(name, class_sums.union([cell for cell in range(4) if cell != left_out]))
         coef, intercept = coefficients(make_probe(name).fit(x[cells != left_out], y[cells != left_out]))
         near(solution.coef, coef[:, 0], 1e-9)
         near(solution.intercept, intercept, 1e-7)
@@ -72,12 +72,12 @@ def test_cells_add_up_to_the_training_sets_of_folds(name: str) -> None:
 def test_portions_and_their_order_make_no_difference() -> None:
     x, y = rows(2)
     cells = np.arange(N) % 3
-    one, many = counted(x, y, cells), counted(x, y, cells, portions=40)
-    assert (one.counts == many.counts).all()
+    whole, many = counted(x, y, cells), counted(x, y, cells, portions=40)
+    assert (whole.counts == many.counts).all()
     for name in ("sums", "squares", "low", "high", "mixed"):
-        np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=1e-9, atol=1e-6)
+        np.testing.assert_allclose(getattr(many, name), getattr(whole, name), rtol=1e-9, atol=1e-6)
     for name in ("products", "fourth"):
-        np.testing.assert_allclose(np.triu(getattr(many, name)), np.triu(getattr(one, name)), rtol=1e-9, atol=1e-6)
+        np.testing.assert_allclose(np.triu(getattr(many, name)), np.triu(getattr(whole, name)), rtol=1e-9, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sums.EXACT)
@@ -117,8 +117,8 @@ def test_products_are_summed_in_place() -> None:
 )
 def test_only_the_sums_that_are_needed_take_memory(order: int, values: int) -> None:
     # 3 cells, 2 classes, 9 hidden units: per cell and class a count and four vectors; then one matrix per cell, or three per class.
-    moments = sums.empty_moments(sums.Unit(np.zeros(9), np.ones(9)), 3, 2, order)
-    arrays = [getattr(moments, name) for name in (*sums._SUMMED, *sums._LEAST)]
+    class_sums = sums.empty_sums(sums.Unit(np.zeros(9), np.ones(9)), 3, 2, order)
+    arrays = [getattr(class_sums, name) for name in (*sums._SUMMED, *sums._LEAST)]
     assert sum(array.nbytes for array in arrays if array is not None) == 8 * values
 
 

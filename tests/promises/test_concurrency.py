@@ -193,7 +193,7 @@ def remove_under(what: str, store: Store) -> None:
 
 @pytest.mark.parametrize("what", ["compacted", "collected", "evicted", "deleted", "dropped", "cleared and filled anew"])
 @pytest.mark.parametrize("chunks", [None, {}])
-def test_an_open_view_gives_what_it_showed_or_says_that_it_is_gone(root: str, what: str, chunks: Any) -> None:
+def test_an_open_view_returns_its_values_or_raises_part_gone(root: str, what: str, chunks: Any) -> None:
     store = lz.open_store(root, durable=False)
     batches = [make_batch(["a", "b"], seed=1), make_batch(["b", "c"], seed=2)]
     for batch in batches:
@@ -201,14 +201,14 @@ def test_an_open_view_gives_what_it_showed_or_says_that_it_is_gone(root: str, wh
     expected = store.dataset().resid_mean.load()
     whole = store.tokens().resid.load()
     view, tokens = store.dataset(chunks=chunks), store.tokens(chunks=chunks)
-    half_read = view.resid_mean.sel(layer=0).values  # some of it was read before
+    half_read = view.resid_mean.sel(layer=0).values  # some values are read before the change
     remove_under(what, store)
     for now, then in ((view.resid_mean, expected), (tokens.resid, whole), (view.resid_mean[:, ::-1], expected[:, ::-1])):
         try:
             values = now.values
         except PartGoneError as error:
             assert "open the store again" in str(error)  # noqa: PT017
-            assert what != "compacted", "what is only hidden still reads"
+            assert what != "compacted", "a replaced part can still be read"
         else:
             assert what == "compacted"
             np.testing.assert_array_equal(values, then.values)
@@ -267,7 +267,7 @@ def test_prompts_are_never_missed_while_their_parts_are_written_again(what: str,
     assert n > 5
 
 
-def test_what_one_thread_forgets_is_not_missed_by_another(root: str) -> None:
+def test_a_document_forgotten_by_one_thread_is_read_again_by_another(root: str) -> None:
     """A store that threads share remembers documents; whoever removes something makes it forget what others are about to look at."""
     store = lz.open_store(root, durable=False)
     store.write(GROUP, make_batch(["a", "b"], seed=1))
@@ -284,7 +284,7 @@ def test_what_one_thread_forgets_is_not_missed_by_another(root: str) -> None:
     assert len(shared.dataset().prompt) == 3
 
 
-def test_a_store_that_stays_open_does_not_remember_what_has_gone(root: str) -> None:
+def test_an_open_store_does_not_remember_removed_parts(root: str) -> None:
     stays, other = lz.open_store(root, durable=False), lz.open_store(root, durable=False)
     for seed in range(6):
         other.write(GROUP, make_batch(["a"], seed=seed))
@@ -298,7 +298,7 @@ def test_a_store_that_stays_open_does_not_remember_what_has_gone(root: str) -> N
 # -------------------------------------------------------------------------------------------------------- who writes slowly
 
 
-def test_gc_spares_a_writer_in_the_middle_and_one_that_lost_its_part_says_so(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_spares_active_writers_and_a_writer_that_lost_its_part_raises(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CHUNK_BYTES", "REMOTE_CHUNK_BYTES", "MIN_CHUNK_BYTES"):
         monkeypatch.setattr(writer_module, name, 32)
     store = lz.open_store(root, durable=False)
@@ -384,7 +384,7 @@ def test_files_are_made_and_listed_while_others_remove_the_folders_around_them(r
                 assert f"c.{who}.{n}" in storage.scan(key.rpartition("/")[0])
                 storage.remove([key])
                 storage.scan("g/annotations")
-        except BaseException as error:  # noqa: BLE001 — told by the test's own thread
+        except BaseException as error:  # noqa: BLE001 — raised again in the test's own thread
             failures.append(error)
 
     threads = [threading.Thread(target=make_and_remove, args=(who,)) for who in range(4)]
@@ -396,7 +396,7 @@ def test_files_are_made_and_listed_while_others_remove_the_folders_around_them(r
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_threads_that_do_everything_at_once_read_right_values_or_are_told(root: str, shared: bool) -> None:
+def test_threads_that_do_everything_at_once_read_right_values_or_get_an_error(root: str, shared: bool) -> None:
     """Each prompt's values tell its name and which writing of it they are, so any mixture would be noticed."""
     store = lz.open_store(root, durable=False)
     seconds = 20 if STRESS else 2.5
@@ -433,7 +433,7 @@ def test_threads_that_do_everything_at_once_read_right_values_or_are_told(root: 
                 with suppress(PartGoneError, ModelNotStoredError, MissingPromptsError):
                     do(own, rng)
                 done[name] += 1
-        except BaseException as error:  # noqa: BLE001 — told by the test's own thread
+        except BaseException as error:  # noqa: BLE001 — raised again in the test's own thread
             failures.append(error)
 
     def annotate(own: Store, rng: random.Random) -> None:

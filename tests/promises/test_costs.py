@@ -1,6 +1,6 @@
 """What calls cost, whatever the machine's speed: files opened, bytes read and written, and memory. Times are never asserted.
 
-Expected numbers are counted by hand from what is stored: the documents, and the chunks of what was asked for.
+Expected numbers are counted by hand from what is stored: the documents, and the chunks of what was requested.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOKEN_CHUNKS = -(-PROMPTS * TOKENS // ROWS)
 
 
 class Counting(Wrapped):
-    """A storage that counts what is asked of it."""
+    """A storage that counts its requests."""
 
     def __init__(self, inner: Storage) -> None:
         super().__init__(inner)
@@ -193,7 +193,7 @@ def test_one_layer_costs_its_chunks_and_nothing_else(opened: Callable[[], tuple[
     assert set(counting.verbs) == {"read"}
 
 
-def test_one_prompt_over_all_layers_costs_the_chunks_that_it_lies_in(opened: Callable[[], tuple[Store, Counting]]) -> None:
+def test_reading_one_prompt_over_all_layers_reads_only_its_chunks(opened: Callable[[], tuple[Store, Counting]]) -> None:
     store, counting = opened()
     tokens = store.tokens()
     counting.reset()
@@ -243,7 +243,7 @@ def test_a_sweep_reads_each_layer_once(opened: Callable[[], tuple[Store, Countin
     )
 
 
-def test_what_a_cache_holds_is_told_by_documents_alone(opened: Callable[[], tuple[Store, Counting]]) -> None:
+def test_cache_info_reads_documents_only(opened: Callable[[], tuple[Store, Counting]]) -> None:
     store, counting = opened()
     info = lz.cache_info(store=store)
     assert info.models[0].num_prompts == 3 * PROMPTS

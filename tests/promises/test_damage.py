@@ -28,7 +28,7 @@ def part_folder(store: Store) -> Path:
     return Path(store.url) / GROUP.name / name
 
 
-def test_a_view_whose_part_was_deleted_says_so(local: Store) -> None:
+def test_a_view_whose_part_was_deleted_raises_an_error(local: Store) -> None:
     view = local.dataset()
     shutil.rmtree(part_folder(local))
     with pytest.raises(PartGoneError, match="open the store again"):

@@ -76,7 +76,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Nothing is run, nobody is asked, and it does not take long."""
+    """Nothing is run, the user is not asked for anything, and it does not take long."""
     global _watching  # noqa: PLW0603 — a hook cannot be taken away again
     _caught.clear()
     _watching, began = True, time.monotonic()
@@ -95,7 +95,7 @@ def _bounded() -> Iterator[None]:
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MEGABYTES
 
 
-def test_what_would_run_code_would_be_noticed() -> None:
+def test_the_watch_notices_a_pickle_that_runs_code() -> None:
     import pickle
 
     with pytest.raises(AssertionError), watched():
@@ -319,7 +319,7 @@ def use(part: Part, data: bytes, beside: list[tuple[Part, bytes]]) -> None:
     kind = info.kind == "annotation"
     listing = Listing(parts=() if kind else (changed,), annotations=(changed,) if kind else (), names=frozenset({info.name}))
     plan_runs(GROUP, listing, part_bytes=2**30)
-    others = [one for one, _ in beside if one.info.kind == "part" and one.path != part.path]
+    others = [found_part for found_part, _ in beside if found_part.info.kind == "part" and found_part.path != part.path]
     view = open_view(part.storage, GROUP, [*others, *listing.parts], listing.annotations)
     for level in LEVELS:
         with suppress(MissingPromptsError):

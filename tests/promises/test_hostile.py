@@ -498,7 +498,7 @@ class Model(LlamaForCausalLM):
 
 
 @pytest.mark.model
-def test_code_in_a_models_folder_does_not_run_unless_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_models_folder_runs_only_with_trust_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     from tiny_models import save_tiny
 
@@ -510,7 +510,7 @@ def test_code_in_a_models_folder_does_not_run_unless_it_is_asked_for(tmp_path: P
     config = json.loads((folder / "config.json").read_text())
     own = {"AutoConfig": "made_up.Config", "AutoModelForCausalLM": "made_up.Model", "AutoModel": "made_up.Model"}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "made_up", "auto_map": own}))
-    # Nobody is asked on a terminal either, which would take a keypress for a yes.
+    # There is no question on the terminal either, where any key could be taken for a yes.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     calls: list[Callable[[], object]] = [
         lambda: load_model(folder, device="cpu"),

@@ -69,7 +69,7 @@ def test_on_a_disk_that_becomes_read_only_nothing_half_shows(tmp_path: Path) -> 
     run("read_only", tmp_path, 5 if STRESS else 70, *OWN_MOUNTS)
 
 
-def test_rights_that_are_taken_away_are_told_and_never_taken_for_damage(open_folder: Path) -> None:
+def test_missing_permissions_are_reported_and_not_taken_for_damage(open_folder: Path) -> None:
     run("permission", open_folder, 5 if STRESS else 90)
 
 

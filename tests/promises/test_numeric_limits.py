@@ -59,7 +59,7 @@ def stored(values: npt.NDArray[Any], *, tokens: bool, compressed: bool = True, p
 
 @settings(max_examples=60)
 @given(st.data(), st.sampled_from(["float16", "float32", "float64"]), st.booleans(), st.booleans())
-def test_what_is_stored_as_it_is_comes_back_bit_for_bit(data: st.DataObject, dtype: str, tokens: bool, compressed: bool) -> None:
+def test_values_stored_without_rounding_are_read_bit_for_bit(data: st.DataObject, dtype: str, tokens: bool, compressed: bool) -> None:
     shape = data.draw(array_shapes(min_dims=3, max_dims=3, max_side=5))
     # All bit patterns: subnormal numbers, both zeros, infinities, every kind of NaN.
     bits = data.draw(arrays(f"u{np.dtype(dtype).itemsize}", shape))
@@ -73,9 +73,7 @@ FRACTION = {"float16": 10, "bfloat16": 7, "float32": 23}
 
 @settings(max_examples=120)
 @given(st.data(), st.sampled_from([*FRACTION]), st.sampled_from(["float32", "float64"]), st.booleans())
-def test_what_is_stored_with_less_precision_errs_by_no_more_than_is_promised(
-    data: st.DataObject, dtype: str, source: str, tokens: bool
-) -> None:
+def test_rounding_errors_are_within_the_promised_bound(data: st.DataObject, dtype: str, source: str, tokens: bool) -> None:
     keep_bits = data.draw(st.none() | st.integers(1, FRACTION[dtype]))
     shape = data.draw(array_shapes(min_dims=3, max_dims=3, max_side=4))
     # Neither beyond the largest number of the target, which `test_precision.py` is about, nor below the least normal one.
@@ -102,7 +100,7 @@ def test_whole_numbers_come_back_as_they_are(dtype: str) -> None:
     np.testing.assert_array_equal(found, values)
 
 
-def test_nan_that_was_computed_is_told_from_what_is_absent(store: Store) -> None:
+def test_computed_nan_is_distinguished_from_missing_values(store: Store) -> None:
     nothing = np.full((4, 3), np.nan, np.float32)
     lz.write_activations(store, model="m", prompts=list("abcd"), pooled={"resid_mean": {0: nothing}})
     lz.write_activations(store, model="m", prompts=["e"], pooled={"resid_mean": {1: np.ones((1, 3), np.float32)}})
@@ -143,8 +141,8 @@ def test_a_prompt_of_100_000_tokens_between_short_ones(store: Store) -> None:
     arrays_ = [rng.standard_normal((n, 4)).astype(np.float16) for n in (1, 100_000, 3)]
     lz.write_activations(store, model="m", prompts=["s", "long", "t"], activations={"resid": {0: arrays_, 7: [-a for a in arrays_]}})
     tokens = store.tokens()
-    one = tokens.resid.sel(layer=7, prompt=lz.prompt_hash("long"))
-    np.testing.assert_array_equal(one.values, -arrays_[1])
+    long_prompt = tokens.resid.sel(layer=7, prompt=lz.prompt_hash("long"))
+    np.testing.assert_array_equal(long_prompt.values, -arrays_[1])
     last = tokens.resid.sel(layer=0).isel(token=slice(100_000, 100_003))  # the end of the long one, and the start of the next
     np.testing.assert_array_equal(last.values, np.concatenate([arrays_[1][-1:], arrays_[2][:2]]))
     means = tokens.lz.pool("mean").resid_mean.sel(layer=0).values

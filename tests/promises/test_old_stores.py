@@ -88,7 +88,7 @@ def test_an_old_published_copy_opens_too_and_stays_frozen(old: Path) -> None:
 
 def test_plain_xarray_reads_a_part_of_an_old_store(old: Path) -> None:
     store = lz.open_store(old / "store")
-    (part,) = (one for one in store.view(store.find_group("acme/toy")).parts if "tokens/resid" in one.info.arrays)
+    (part,) = (candidate for candidate in store.view(store.find_group("acme/toy")).parts if "tokens/resid" in candidate.info.arrays)
     plain = xr.open_zarr(f"{old / 'store'}/{part.path}", group="tokens", chunks=None)
     np.testing.assert_array_equal(plain.resid.values, store.tokens("acme/toy").resid.sel(layer=list(part.info.layers)).values)
 

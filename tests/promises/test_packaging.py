@@ -107,10 +107,10 @@ def test_the_wheel_installs_and_works_away_from_the_clone(built: Path, tmp_path:
     assert "'xarray.backends': 'lmprobe_zarr.backend:LmprobeZarrBackend'" in printed
     # The command that pip made.
     environment = {**os.environ, "PYTHONPATH": str(site)}
-    said = subprocess.run(
+    version = subprocess.run(
         [site / "bin" / "lmprobe-zarr", "--version"], capture_output=True, text=True, env=environment, check=True, timeout=60
     )
-    assert said.stdout.strip() == f"lmprobe-zarr {lz.__version__}"
+    assert version.stdout.strip() == f"lmprobe-zarr {lz.__version__}"
 
 
 def test_the_citation_and_the_changelog_name_this_version() -> None:
@@ -128,7 +128,7 @@ def test_the_forms_for_issues_are_what_the_forge_takes() -> None:
     for form in forms:
         document = yaml.safe_load(form.read_text(encoding="utf-8"))
         assert {"name", "description", "body"} <= set(document), form.name
-        asked = [field for field in document["body"] if field["type"] != "markdown"]
-        assert all(field["type"] in {"textarea", "input", "dropdown", "checkboxes"} for field in asked), form.name
-        assert all(field["attributes"]["label"] for field in asked), form.name
-        assert len({field["id"] for field in asked}) == len(asked), form.name
+        fields = [field for field in document["body"] if field["type"] != "markdown"]
+        assert all(field["type"] in {"textarea", "input", "dropdown", "checkboxes"} for field in fields), form.name
+        assert all(field["attributes"]["label"] for field in fields), form.name
+        assert len({field["id"] for field in fields}) == len(fields), form.name

@@ -28,7 +28,7 @@ NEGATIVE = [f"The {i} rainy foxes are sad" for i in range(6)]
 TEST = ["I love a walk", "sad foxes", "the dog in the rain was there for all of us", "rainy", POSITIVE[0]]
 LABELS = [1, 0, 1, 0, 1]
 
-# What stands in front of the colon is the script's own; all else is said in lmprobe's words, and so in ours.
+# The text before the colon names the script; the arguments are lmprobe's, which are ours too.
 PROBES: dict[str, dict[str, Any]] = {
     "one layer": {"layers": 2},
     "a negative layer": {"layers": -1},
@@ -43,7 +43,7 @@ PROBES: dict[str, dict[str, Any]] = {
     "mean of scores": {"layers": [1, 2], "pooling": "mean", "inference_pooling": "score:mean"},
     "last of scores": {"layers": 2, "inference_pooling": "score:last_token"},
     "max of activations": {"layers": 2, "pooling": "mean", "inference_pooling": "activation:max"},
-    "trained on the mean, asked at the end": {"layers": 1, "train_pooling": "mean", "inference_pooling": "last_token"},
+    "trained on the mean, predicted from the last token": {"layers": 1, "train_pooling": "mean", "inference_pooling": "last_token"},
     "ridge": {"layers": 2, "classifier": "ridge"},
     "other parameters": {"layers": 2, "classifier_kwargs": {"C": 0.01}},
     "components": {"layers": 2, "preprocessing": "pca:4"},
@@ -134,7 +134,7 @@ def test_layers_and_pooled_vectors_are_lmprobes(both: dict[str, Any]) -> None:
 
     store = lz.open_store(both["folder"] / "lmprobe_zarr" / ".zarr", mode="r")
     ds, checked = store.dataset(), 0
-    held = {one.prompt for one in lz.list_cached_prompts("llama", store=store)}
+    held = {cached.prompt for cached in lz.list_cached_prompts("llama", store=store)}
     for prompt in held:
         assert prompt is not None
         (path,) = (both["folder"] / "lmprobe").glob(f"*/{lz.prompt_hash(prompt)}.safetensors")

@@ -98,7 +98,7 @@ def test_one_prompt_over_all_layers_and_two_layers_cost_one_get_per_chunk(s3: S3
     assert dict(s3.proxy.kinds()) == {"GET": 20}
 
 
-def test_what_a_cache_holds_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -> None:
+def test_cache_info_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -> None:
     store = counted(s3, filled)
     info = lz.cache_info(store=store)
     assert info.models[0].num_prompts == 1000
@@ -193,8 +193,8 @@ def test_credentials_come_from_the_environment_and_from_a_profile(s3: S3, url: s
     assert opened_elsewhere(url, **place, **keys) == "2\n"
     profile = tmp_path / "credentials"
     profile.write_text(f"[lab]\naws_access_key_id = {READER['key']}\naws_secret_access_key = {READER['secret']}\n")
-    told = {"AWS_SHARED_CREDENTIALS_FILE": str(profile), "AWS_PROFILE": "lab"}
-    assert opened_elsewhere(url, **place, **told) == "2\n"
+    variables = {"AWS_SHARED_CREDENTIALS_FILE": str(profile), "AWS_PROFILE": "lab"}
+    assert opened_elsewhere(url, **place, **variables) == "2\n"
 
 
 FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] = {
@@ -216,7 +216,7 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
-def test_what_fails_is_one_error_of_ours_without_a_secret(
+def test_failed_requests_raise_one_of_our_errors_without_a_secret(
     s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kind, given, fault, says = FAILURES[name]
@@ -251,7 +251,7 @@ def test_a_wrong_bucket_is_no_empty_cache(s3: S3) -> None:
     assert lz.cache_info(store="s3://pub/nothing/here").models == ()
 
 
-def test_no_credentials_at_all_are_said_to_be_missing(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_missing_credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(AccessDeniedError, match="'anon': True"):
@@ -263,14 +263,14 @@ def test_user_and_password_in_a_url_are_not_shown() -> None:
     assert "SESAME" not in repr(storage) + storage.url
 
 
-def test_without_the_permission_to_list_the_error_says_so(s3: S3, url: str) -> None:
+def test_the_error_names_the_missing_permission_to_list(s3: S3, url: str) -> None:
     lz.open_store(url).write(GROUP, make_batch(["a"]))
     store = lz.open_store(url, "r", storage_options=s3.options(GETTER))
     with pytest.raises(AccessDeniedError, match="cannot be listed"):
         store.models()
 
 
-def test_what_may_not_be_deleted_is_said(s3: S3, url: str) -> None:
+def test_the_error_names_the_missing_permission_to_delete(s3: S3, url: str) -> None:
     lz.open_store(url).write(GROUP, make_batch(["a"]))
     with pytest.raises(ReadOnlyError, match="may delete"):
         open_storage(url, s3.options(READER)).remove(["zarr.json"])
@@ -324,7 +324,7 @@ def test_a_commit_whose_answer_was_lost_is_a_success(s3: S3, url: str) -> None:
     assert [storage.read(f"g/{part}/zarr.json") for part in "pqr"] == [b"{}"] * 3
 
 
-def test_a_server_without_conditions_is_asked_first(s3: S3, url: str) -> None:
+def test_on_a_server_without_conditional_writes_existence_is_checked_first(s3: S3, url: str) -> None:
     storage = open_storage(url, s3.options(counted=True))
     decide = first_times(1, Fault(status=501, code="NotImplemented"), "PUT")
     s3.proxy.fault = decide
@@ -394,7 +394,7 @@ def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity:
         counted(s3, f"{filled}-published", ADMIN, mode="a")
     card = lz.open_store(f"{filled}-published").storage.read("README.md").decode()
     assert "acme/toy" in card
-    assert not any(secret in card for one in (ADMIN, READER, GETTER) for secret in (one["key"], one["secret"]))
+    assert not any(secret in card for account in (ADMIN, READER, GETTER) for secret in (account["key"], account["secret"]))
 
 
 def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:
@@ -444,7 +444,7 @@ def test_a_student_adds_to_what_the_team_has_and_pushes_it_up(s3: S3, url: str, 
 # -------------------------------------------------------------------------------------------------------------- bad input
 
 
-def test_what_is_somebody_elses_in_the_prefix_is_left_alone(s3: S3, url: str) -> None:
+def test_foreign_objects_in_the_prefix_are_left_alone(s3: S3, url: str) -> None:
     store = lz.open_store(url)
     batch = make_batch(["a", "b"])
     store.write(GROUP, batch)
@@ -460,7 +460,7 @@ def test_what_is_somebody_elses_in_the_prefix_is_left_alone(s3: S3, url: str) ->
     assert all(fresh.storage.is_file(key) for key in foreign)
 
 
-def test_a_commit_whose_chunks_are_gone_is_an_error_and_never_a_zero(s3: S3, url: str) -> None:
+def test_a_committed_part_without_its_chunks_is_an_error_and_never_zeros(s3: S3, url: str) -> None:
     store = lz.open_store(url)
     part = store.write(GROUP, make_batch(["a", "b"]))
     store.storage.remove([f"{GROUP.name}/{part}/prompts/resid_mean/c.1.0.0"])

@@ -49,8 +49,8 @@ def test_norms_and_outliers_are_those_of_plain_numpy(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     counts = [3, 1, 4, 2, 5]
     values = {layer: [rng.standard_normal((n, 8)).astype("float32") for n in counts] for layer in (0, 2)}
-    for one in values[2]:
-        one[:, 5] *= 100
+    for tokens in values[2]:
+        tokens[:, 5] *= 100
     values[2][1][0, 0] = np.inf
     store = lz.open_store(tmp_path / "s")
     lz.write_activations(store, model="m", prompts=list("abcde"), activations={"resid": values})
@@ -74,7 +74,7 @@ def test_norms_and_outliers_are_those_of_plain_numpy(tmp_path: Path) -> None:
     assert (profile.unit[1], profile.n_outliers.tolist()) == (5, [0, 1])
 
 
-def test_of_a_large_store_a_sample_is_read_and_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_of_a_large_store_is_read_and_the_page_notes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = lz.open_store(tmp_path / "s")
     texts = [f"p{i}" for i in range(400)]
     store.write(GROUP, make_batch(texts, n_tokens=[5] * 400, hidden=8))
@@ -166,7 +166,7 @@ def test_everything_that_others_named_is_escaped(tmp_path: Path) -> None:
     assert not set("\u2028\u2029\u202e") & set(page.html)
     tags = Tags(page.html)
     assert tags.seen.count("script") == 2
-    assert all(one.startswith("image href=data:image/png") for one in tags.active), tags.active
+    assert all(tag.startswith("image href=data:image/png") for tag in tags.active), tags.active
     assert "default-src 'none'" in page.html
     assert not re.search(r"https?://", page.html)
     assert data_of(page)[0]["maps"][0]["what"] == f"log-odds of label = {sorted(['b', EVIL])[1]}"
@@ -190,7 +190,7 @@ def test_texts_stay_out_where_they_are_not_wanted_or_not_there(stored: Store, tm
     assert "prompt 3!!!" in lz.report(stored, prompts=["prompt 3!!!"]).html
 
 
-def test_a_page_does_not_say_where_on_this_machine_the_store_lies(stored: Store, tmp_path: Path) -> None:
+def test_a_page_does_not_show_the_local_path_of_the_store(stored: Store, tmp_path: Path) -> None:
     assert str(tmp_path) not in lz.report(stored).html
 
 
@@ -204,7 +204,7 @@ def test_the_page_is_bounded_whatever_the_store_holds(tmp_path: Path) -> None:
     assert len(page.html.encode()) < 3 * 2**20
     assert len(data_of(page)) == 4
     assert "4 of 6 groups are shown in full" in page.html
-    assert all(len(one["layers"]) <= 160 for one in data_of(page))
+    assert all(len(chart["layers"]) <= 160 for chart in data_of(page))
 
 
 def test_tokens_are_cut_where_they_are_many(stored: Store) -> None:
@@ -245,7 +245,7 @@ def test_stores_with_little_in_them_have_a_page_too(tmp_path: Path) -> None:
         ({"path": "/nowhere/at/all/r.html"}, InvalidArgumentError, "cannot be written"),
     ],
 )
-def test_what_cannot_be_shown_is_said(stored: Store, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_a_page_that_cannot_be_made_raises(stored: Store, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         lz.report(stored, **arguments)
 

@@ -33,7 +33,7 @@ def make_store(folder: Path) -> Store:
     values = {
         layer: [(rng.standard_normal((n, 8)) + means[layer * 24 + i]).astype("float32") for i, n in enumerate(counts)] for layer in range(6)
     }
-    pooled = {layer: np.stack([one.mean(axis=0) for one in each]) for layer, each in values.items()}
+    pooled = {layer: np.stack([prompt_tokens.mean(axis=0) for prompt_tokens in each]) for layer, each in values.items()}
     store = lz.open_store(folder)
     lz.write_activations(
         store, model=f"acme/{NAME}", prompts=texts, activations={"resid": values}, pooled={"resid_mean": pooled},
@@ -116,7 +116,7 @@ def test_a_chosen_layer_moves_the_curves_marks_and_colours_the_words(page: Page)
     assert state() == before
 
 
-def test_what_is_drawn_without_the_script_is_what_the_script_draws(page: Page) -> None:
+def test_colours_without_the_script_equal_those_that_the_script_draws(page: Page) -> None:
     """The colours that the page comes with, for readers without scripts, are those of the layer that is chosen at first."""
     source = Path(page.ask("decodeURI(location.pathname)")).read_text(encoding="utf-8")
     choose(page, json.loads(page.ask("document.querySelector('script.lz-data').textContent"))["layer"])

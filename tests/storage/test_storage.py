@@ -23,7 +23,7 @@ def storage(root: str) -> Storage:
     return open_storage(root)
 
 
-def test_what_was_written_is_read(storage: Storage) -> None:
+def test_written_files_are_read_and_listed(storage: Storage) -> None:
     storage.write("a/b/file", b"bytes", durable=True)
     storage.commit("a/b/file2", b"more", durable=False)
     assert storage.read("a/b/file") == b"bytes"
@@ -34,7 +34,7 @@ def test_what_was_written_is_read(storage: Storage) -> None:
     assert not storage.is_file("a/b")
 
 
-def test_what_is_not_there_is_not_there(storage: Storage) -> None:
+def test_missing_files_are_reported_as_missing(storage: Storage) -> None:
     assert storage.list("") == []
     assert storage.list("nowhere") == []
     assert not storage.is_file("nowhere")
@@ -80,7 +80,7 @@ def test_a_stamp_is_an_empty_file(storage: Storage) -> None:
     assert storage.read("g/.used/part") == b""
 
 
-def test_a_removed_folder_is_gone_and_its_neighbour_is_not(storage: Storage) -> None:
+def test_removing_a_folder_keeps_its_neighbours(storage: Storage) -> None:
     storage.write("a/f", b"1", durable=False)
     storage.write("ab/f", b"2", durable=False)
     storage.remove_tree("a")

@@ -93,7 +93,7 @@ POOLED = {"resid_mean": {0: np.ones((3, 4), "f4")}}
         ({"pooled": POOLED, "coords": {"day": np.array(["2026-01-01"] * 3, "M8[D]")}}, "datetime64"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(store: Store, arguments: dict[str, Any], message: str) -> None:
+def test_unsuitable_arguments_are_refused_before_anything_is_written(store: Store, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         lz.write_activations(store, model="m", prompts=PROMPTS, **arguments)
     assert store.storage.list("") == []

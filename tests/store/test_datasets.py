@@ -324,8 +324,8 @@ def do_subtract_permuted(data: Any, rng: random.Random) -> Any:
 
 
 def do_align(data: Any, rng: random.Random) -> Any:
-    one, other = do_isel_sample(data, rng), do_permute(data, rng)
-    return xr.align(one, other, join=rng.choice(["inner", "outer", "left", "right", "exact"]))[rng.randrange(2)]
+    first, other = do_isel_sample(data, rng), do_permute(data, rng)
+    return xr.align(first, other, join=rng.choice(["inner", "outer", "left", "right", "exact"]))[rng.randrange(2)]
 
 
 def do_reindex_like(data: Any, rng: random.Random) -> Any:
@@ -501,15 +501,15 @@ def hashes(*texts: str) -> list[str]:
     return [lz.prompt_hash(text) for text in texts]
 
 
-def test_prompts_and_layers_are_given_in_the_order_asked_for(views: Views) -> None:
+def test_prompts_and_layers_come_in_the_requested_order(views: Views) -> None:
     truth = views.truth
-    asked = ["kiwi", "zebra", "kiwi", "apple"]
-    data, tokens = views.store.dataset(prompts=asked, layers=[0, 3]), views.store.tokens(prompts=asked, layers=[0, 3])
+    requested = ["kiwi", "zebra", "kiwi", "apple"]
+    data, tokens = views.store.dataset(prompts=requested, layers=[0, 3]), views.store.tokens(prompts=requested, layers=[0, 3])
     assert data.layer.values.tolist() == tokens.layer.values.tolist() == [0, 3]
     for i, layer in enumerate([0, 3]):
-        np.testing.assert_array_equal(data.resid_mean.values[i], [truth.pooled_of(layer, p) for p in asked])
-        np.testing.assert_array_equal(tokens.resid.values[i], np.concatenate([truth.tokens_of("resid", layer, p) for p in asked]))
-    assert tokens.prompt.values.tolist() == [h for p in asked for h in hashes(p) * truth.count(p)]
+        np.testing.assert_array_equal(data.resid_mean.values[i], [truth.pooled_of(layer, p) for p in requested])
+        np.testing.assert_array_equal(tokens.resid.values[i], np.concatenate([truth.tokens_of("resid", layer, p) for p in requested]))
+    assert tokens.prompt.values.tolist() == [h for p in requested for h in hashes(p) * truth.count(p)]
     twice = tokens.sel(prompt=hashes("kiwi"))
     assert twice.text.values.tolist() == ["kiwi", "kiwi"]
 
@@ -524,9 +524,9 @@ def test_a_prompt_selected_after_any_other_selection_is_that_prompt(views: Views
 
 
 def test_text_of_one_prompt_stays_an_object(views: Views) -> None:
-    for one in (views.store.dataset().isel(prompt=0), views.store.tokens().isel(token=0)):
-        assert one.text.dtype == one.text.values.dtype == object
-        assert one.text.item() == "zebra"
+    for data in (views.store.dataset().isel(prompt=0), views.store.tokens().isel(token=0)):
+        assert data.text.dtype == data.text.values.dtype == object
+        assert data.text.item() == "zebra"
 
 
 @pytest.mark.parametrize("beyond", [HIDDEN, -HIDDEN - 1, [0, HIDDEN], [-HIDDEN - 1]])
@@ -546,7 +546,7 @@ def test_an_index_beyond_an_axis_whose_index_was_dropped_is_an_error(views: View
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_dask_gives_the_same_however_it_is_asked_for(views: Views, level: str) -> None:
+def test_dask_gives_the_same_values_for_all_chunks(views: Views, level: str) -> None:
     _, oracle = views.pair(level)
     open_ = views.store.dataset if level == "prompts" else views.store.tokens
     url = views.store.url

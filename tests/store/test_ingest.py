@@ -107,15 +107,15 @@ def test_open_parts_together_hold_no_more_than_one_may(store: Store, monkeypatch
     assert ingest.prompts == 120
 
 
-def test_no_part_is_larger_than_asked_for(store: Store) -> None:
-    one = make_batch(["x" * 4], tokens=True).nbytes
-    with Ingest(store, GROUP, part_bytes=3 * one) as ingest:
+def test_no_part_is_larger_than_part_bytes(store: Store) -> None:
+    prompt_nbytes = make_batch(["x" * 4], tokens=True).nbytes
+    with Ingest(store, GROUP, part_bytes=3 * prompt_nbytes) as ingest:
         ingest.put(make_batch([f"{i:04}" for i in range(20)]))
         ingest.put(make_batch([f"{i:04}" for i in range(20, 25)]))
     sizes = [
         sum(a.shape[0] * a.shape[1] * a.shape[2] * 4 for a in p.info.arrays.values() if len(a.dims) == 3) for p in store.view(GROUP).parts
     ]
-    assert max(sizes) <= 3 * one
+    assert max(sizes) <= 3 * prompt_nbytes
     assert len(sizes) <= 13, "and they are filled"
     assert ingest.prompts == 25
     for i in (0, 7, 24):

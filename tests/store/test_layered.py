@@ -177,7 +177,7 @@ def _texts(store: Store) -> list[str]:
     return texts
 
 
-def test_what_was_copied_into_the_last_and_changed_there_does_not_hide_the_first(team: Path, tmp_path: Path) -> None:
+def test_a_copy_that_was_changed_in_the_last_store_does_not_replace_the_original(team: Path, tmp_path: Path) -> None:
     shutil.copytree(team, tmp_path / "mine")
     lz.open_store(tmp_path / "mine").delete("acme/toy", ["one"])
     layered = lz.open_store([team, tmp_path / "mine"])
@@ -185,7 +185,7 @@ def test_what_was_copied_into_the_last_and_changed_there_does_not_hide_the_first
     np.testing.assert_array_equal(layered.dataset().resid_mean.values, make_batch(TEAM, seed=1).prompts["resid_mean"])
 
 
-def test_three_may_lie_on_each_other_and_a_layered_store_may_be_one_of_several(team: Path, tmp_path: Path) -> None:
+def test_three_stores_and_layered_stores_can_be_layered(team: Path, tmp_path: Path) -> None:
     lab, mine = tmp_path / "lab", tmp_path / "mine"
     lz.open_store(lab).write(GROUP, make_batch(["two", "lab's"], seed=3))
     three = lz.open_store([lz.open_store([team, lab]), mine])
@@ -212,7 +212,7 @@ def test_columns_of_prompts_that_only_the_first_holds_go_into_the_last(team: Pat
     assert lz.open_store([team, tmp_path / "mine"]).dataset().label.values.tolist() == [0, 7, 0]
 
 
-def test_only_what_is_ones_own_is_stamped(layered: Store, tmp_path: Path) -> None:
+def test_last_uses_are_recorded_in_the_own_root_only(layered: Store, tmp_path: Path) -> None:
     layered.mark_used(layered.view(GROUP).parts)
     assert len(list((tmp_path / "mine" / GROUP.name / ".used").iterdir())) == 1
     assert not (tmp_path / "team" / GROUP.name / ".used").exists()
@@ -240,7 +240,7 @@ def test_own_activations_go_into_the_last(team: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- removing
 
 
-def test_a_prompt_that_goes_on_to_show_cannot_be_deleted(layered: Store, tmp_path: Path) -> None:
+def test_a_prompt_that_a_lower_store_holds_cannot_be_deleted(layered: Store, tmp_path: Path) -> None:
     before = tree(tmp_path / "mine")
     for prompts in (["one"], ["three"], ["four", "three"]):  # only the team's; in both; one of the two
         with pytest.raises(ReadOnlyError, match=rf"(?s)1 of {len(prompts)} prompts.*{tmp_path}/team.*nothing was deleted"):
@@ -274,7 +274,7 @@ def test_eviction_and_clearing_take_from_the_last_only(layered: Store, tmp_path:
 # ----------------------------------------------------------------------------------------------------------- as the cache
 
 
-def test_upkeep_knows_the_last_place_only(layered: Store, tmp_path: Path) -> None:
+def test_upkeep_acts_on_the_last_store_only(layered: Store, tmp_path: Path) -> None:
     for i, text in enumerate(["five", "six"]):
         layered.write(GROUP, make_batch([text], seed=3 + i))
     before = layered.dataset().load()
@@ -296,7 +296,7 @@ def test_upkeep_knows_the_last_place_only(layered: Store, tmp_path: Path) -> Non
     assert not (tmp_path / "public").exists()
 
 
-def test_a_published_copy_may_lie_below_and_not_last(team: Path, tmp_path: Path) -> None:
+def test_a_published_copy_can_be_a_lower_store_but_not_the_last(team: Path, tmp_path: Path) -> None:
     lz.open_store(team, "r").publish(tmp_path / "public", progress=False)
     store = lz.open_store([tmp_path / "public", tmp_path / "own"])
     store.write(GROUP, make_batch(MINE, seed=2))
@@ -310,19 +310,19 @@ def test_a_published_copy_may_lie_below_and_not_last(team: Path, tmp_path: Path)
         lz.open_store([tmp_path / "own", tmp_path / "public"], "a")
 
 
-def test_what_is_cached_is_looked_up_in_all_and_weighed_apart(layered: Store, tmp_path: Path) -> None:
+def test_cache_info_of_layered_stores_counts_each_root_separately(layered: Store, tmp_path: Path) -> None:
     places = [str(tmp_path / "team"), str(tmp_path / "mine")]
     for place in (places, layered):
         info = lz.cache_info(store=place)
         assert info.url == places[1]
         assert [model.num_prompts for model in info.models] == [2]
-        assert [(one.url, [model.num_prompts for model in one.models]) for one in info.below] == [(places[0], [3])]
+        assert [(lower.url, [model.num_prompts for model in lower.models]) for lower in info.below] == [(places[0], [3])]
         assert info.total_size_bytes == info.models[0].size_bytes == lz.cache_info(store=places[1]).total_size_bytes
         assert f"read only  {places[0]}" in str(info)
         found = lz.discover_cached("acme/toy", "one", store=place)
         assert found is not None
         assert found.pooled == {"mean": [0, 1, 3]}
-        assert [one.prompt for one in lz.list_cached_prompts("acme/toy", store=place)] == ["one", "two", "three", "four"]
+        assert [cached.prompt for cached in lz.list_cached_prompts("acme/toy", store=place)] == ["one", "two", "three", "four"]
 
 
 def test_the_cache_itself_may_be_layered(team: Path, tmp_path: Path) -> None:
@@ -330,10 +330,10 @@ def test_the_cache_itself_may_be_layered(team: Path, tmp_path: Path) -> None:
         lz.set_cache_backend(backend)
         found = lz.discover_cached("acme/toy", "one")
         assert found is not None, "also before anything is written to the last"
-        assert [one.url for one in lz.cache_info().below] == [str(team)]
+        assert [lower.url for lower in lz.cache_info().below] == [str(team)]
         store = lz.open_store()
         assert store.is_default
-        assert [one.url for one in store.stack] == [str(team), str(tmp_path / "cache" / ".zarr")]
+        assert [lower.url for lower in store.stack] == [str(team), str(tmp_path / "cache" / ".zarr")]
         store.annotate("acme/toy", {"mine": {"one": 1}})
         assert lz.clear_cache() == 1
     with pytest.raises(InvalidTypeError, match="not int"):
@@ -382,7 +382,7 @@ def test_storage_options_are_for_the_urls_or_one_by_one(team: Path, tmp_path: Pa
         lz.open_store([team, tmp_path / "mine"], storage_options=[None])
 
 
-def test_damage_below_is_told_with_its_place_and_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_damage_in_a_lower_store_is_reported_with_its_root_and_can_be_skipped(tmp_path: Path) -> None:
     team, mine = lz.open_store(tmp_path / "team"), lz.open_store(tmp_path / "mine")
     name = team.write(GROUP, make_batch(TEAM))
     mine.write(GROUP, make_batch(MINE, seed=2))

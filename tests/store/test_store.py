@@ -49,7 +49,7 @@ def part_names(store: Store, group: GroupInfo = GROUP) -> list[str]:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_what_is_written_is_read_at_both_levels(store: Store, dtype: str) -> None:
+def test_written_values_are_read_at_both_levels(store: Store, dtype: str) -> None:
     batch = make_batch(TEXTS, dtype=dtype, columns={"label": [1, 0, 1, 0, 1]})
     store.write(GROUP, batch)
     data, tokens = store.dataset("acme/toy"), store.tokens("acme/toy")
@@ -67,12 +67,12 @@ def test_what_is_written_is_read_at_both_levels(store: Store, dtype: str) -> Non
     assert data.attrs["num_layers"] == 4
 
 
-def test_prompts_come_in_the_order_asked_for_repeats_included(store: Store) -> None:
+def test_prompts_come_in_the_requested_order_with_repeats(store: Store) -> None:
     batch = make_batch(TEXTS)
     store.write(GROUP, batch)
-    asked = ["five", prompt_hash("one"), "five", "three"]
+    requested = ["five", prompt_hash("one"), "five", "three"]
     rows = [4, 0, 4, 2]
-    data, tokens = store.dataset(prompts=asked, layers=[3, 0]), store.tokens(prompts=asked)
+    data, tokens = store.dataset(prompts=requested, layers=[3, 0]), store.tokens(prompts=requested)
     assert data.text.values.tolist() == [TEXTS[i] for i in rows]
     np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"][[0, 2]][:, rows])
     bounds = np.cumsum([0, *batch.n_tokens])  # type: ignore[misc]
@@ -184,7 +184,7 @@ def test_raw_chunks_read_the_same(store: Store) -> None:
     np.testing.assert_array_equal(store.tokens().resid.values, batch.tokens["resid"])
 
 
-def test_bfloat16_is_kept_exactly_and_said(store: Store) -> None:
+def test_bfloat16_is_kept_exactly_and_recorded(store: Store) -> None:
     batch = make_batch(["a"])
     values = (batch.prompts["resid_mean"].view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     store.write(
@@ -223,7 +223,7 @@ def test_texts_may_be_left_out_and_prompts_still_be_found(store: Store) -> None:
     np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"][:, :1])
 
 
-def test_texts_that_no_utf8_can_hold_are_still_told_apart(store: Store) -> None:
+def test_texts_that_utf8_cannot_encode_have_different_hashes(store: Store) -> None:
     texts = ["\ud800", "\ud801", "?"]
     batch = make_batch(texts)
     store.write(GROUP, batch)
@@ -285,7 +285,7 @@ def test_opening_a_store_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_default_root_is_hidden_in_lmprobes_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_root_is_a_dot_folder_in_lmprobes_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LMPROBE_CACHE_DIR", str(tmp_path))
     lz.config.reload()
     assert lz.open_store().url == str(tmp_path / ".zarr")
@@ -331,7 +331,7 @@ def test_a_read_only_store_is_never_written_to(store: Store) -> None:
     assert reading.dataset().sizes["prompt"] == 1
 
 
-def test_several_groups_of_a_model_must_be_told_apart(store: Store) -> None:
+def test_several_groups_of_a_model_need_a_choice(store: Store) -> None:
     other = GroupInfo(model="acme/toy", provenance={"revision": "xyz"}, num_layers=4, hidden_size=8)
     store.write(GROUP, make_batch(["a"]))
     store.write(other, make_batch(["b"]))
@@ -577,7 +577,7 @@ def test_each_part_document_is_read_once(store: Store, monkeypatch: pytest.Monke
     assert len(parsed) == 3
 
 
-def test_a_whole_day_of_small_things_prints_well(store: Store) -> None:
+def test_a_store_prints_its_models_layers_and_variables(store: Store) -> None:
     store.write(GROUP, make_batch(TEXTS))
     text = repr(store)
     assert "acme/toy: 5 prompts" in text

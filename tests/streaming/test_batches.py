@@ -72,8 +72,8 @@ def flat(lists: list[list[int]]) -> list[int]:
 
 
 def assert_same(some: Any, others: Any) -> None:
-    for one, other in itertools.zip_longest(some, others):
-        np.testing.assert_array_equal(one, other)
+    for batch, other in itertools.zip_longest(some, others):
+        np.testing.assert_array_equal(batch, other)
 
 
 # ------------------------------------------------------------------------------------------------------------ what comes out
@@ -209,7 +209,7 @@ def test_the_same_options_give_the_same_batches_every_time_and_other_seeds_other
     assert_same(first, batches)
     assert_same(first, tokens.lz.batches(**options, prefetch=False))
     assert_same(first, pickle.loads(pickle.dumps(batches)))  # noqa: S301 — our own
-    assert any((one != other).any() for one, other in zip(first, tokens.lz.batches(**options, seed=1), strict=True))
+    assert any((batch != other).any() for batch, other in zip(first, tokens.lz.batches(**options, seed=1), strict=True))
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"mean": 0.5}, {"dtype": "float16", "scale": 2.0}, {"dtype": "float64"}])

@@ -110,7 +110,7 @@ def test_epochs_and_seeds_are_orders_of_their_own_and_each_is_the_same_every_tim
     assert found == [str(epoch_of(blocks, Order(16, 64, seed=seed), epoch)) for seed, epoch in orders]
 
 
-def test_what_fits_into_the_buffer_is_shuffled_entirely() -> None:
+def test_rows_that_fit_into_the_buffer_are_shuffled_completely() -> None:
     """Each row is equally likely at each place: chi-squared over 2,000 orders of 12 rows in blocks of 4."""
     blocks = blocks_of([4, 4, 4])
     counts = np.zeros((12, 12))

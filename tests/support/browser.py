@@ -26,7 +26,7 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """One page, and everything that it said and asked for since it was opened."""
+    """A page, with all its messages and requests since it was opened."""
 
     def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers = commands, answers
@@ -123,18 +123,18 @@ class Page:
 
     def complaints(self) -> list[str]:
         """Errors and warnings: of scripts, of the console, of the page's own policy."""
-        said = []
+        messages = []
         for event in self.events:
             method, params = event.get("method"), event.get("params", {})
             if method == "Runtime.exceptionThrown":
-                said.append(json.dumps(params["exceptionDetails"])[:500])
+                messages.append(json.dumps(params["exceptionDetails"])[:500])
             elif method == "Runtime.consoleAPICalled":
-                said.append(json.dumps(params["args"])[:500])
+                messages.append(json.dumps(params["args"])[:500])
             elif method == "Log.entryAdded":
-                said.append(params["entry"]["text"])
+                messages.append(params["entry"]["text"])
             elif method == "Page.javascriptDialogOpening":
-                said.append(f"dialog: {params['message']}")
-        return said
+                messages.append(f"dialog: {params['message']}")
+        return messages
 
     def requests(self) -> list[str]:
         """URLs of everything that was fetched, what lies in the page itself left out."""

@@ -82,12 +82,12 @@ def shown(root: Path | str) -> Truth:
     truth: Truth = {}
     for i, text in enumerate(data.text.values.tolist()):
         assert text not in truth, "a prompt is shown twice"
-        one = data.isel(prompt=i)
-        assert str(one.prompt.values) == lz.prompt_hash(text), "another prompt's label"
-        truth[text] = {str(name): one[name].values for name in one.data_vars if not np.isnan(one[name].values).all()}
+        row = data.isel(prompt=i)
+        assert str(row.prompt.values) == lz.prompt_hash(text), "another prompt's label"
+        truth[text] = {str(name): row[name].values for name in row.data_vars if not np.isnan(row[name].values).all()}
         for column in ("label", "split"):
-            if column in one.coords and one[column].values not in ("", None) and one[column].values == one[column].values:
-                truth[text][column] = one[column].values.item()
+            if column in row.coords and row[column].values not in ("", None) and row[column].values == row[column].values:
+                truth[text][column] = row[column].values.item()
     tokens = store.tokens()
     for name in tokens.data_vars:
         values, labels = tokens[name].values, tokens.prompt.values
@@ -99,8 +99,8 @@ def shown(root: Path | str) -> Truth:
 
 
 def same(a: Any, b: Any) -> bool:
-    one, other = np.asarray(a), np.asarray(b)
-    return bool(np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f"))
+    left, other = np.asarray(a), np.asarray(b)
+    return bool(np.array_equal(left, other, equal_nan=left.dtype.kind == other.dtype.kind == "f"))
 
 
 def check_between(found: Truth, before: Truth, after: Truth) -> None:
@@ -109,7 +109,7 @@ def check_between(found: Truth, before: Truth, after: Truth) -> None:
         assert text in before or text in after, f"{text!r} was never written"
         for name, value in held.items():
             wanted = [state[text][name] for state in (before, after) if name in state.get(text, {})]
-            assert any(same(value, one) for one in wanted), f"{name} of {text!r} is neither what it was nor what it is to be"
+            assert any(same(value, candidate) for candidate in wanted), f"{name} of {text!r} is neither what it was nor what it is to be"
     for text in before.keys() & after.keys():
         assert text in found, f"{text!r} was committed, and is missing"
         for name in before[text].keys() & after[text].keys():
@@ -494,12 +494,12 @@ def kill_at_random(base: Path, rounds: int, seed: int) -> int:
         time.sleep(rng.uniform(0, 0.15))
         os.kill(child, 9)
         killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
-        told = b""
+        answered = b""
         while some := os.read(receive, 1000):
-            told += some
+            answered += some
         os.close(receive)
-        assert b"!" not in told, f"round {number}: {[kind for kind, _, _ in todo][: len(told)]}"
-        done = len(told)
+        assert b"!" not in answered, f"round {number}: {[kind for kind, _, _ in todo][: len(answered)]}"
+        done = len(answered)
         before = todo[done - 1][1] if done else truth
         kills += killed and done < len(todo)
         kind, truth, do = todo[done] if done < len(todo) else ("nothing", before, lambda store: None)

@@ -113,8 +113,8 @@ def read_group(group: Path) -> dict[str, Any]:
         if (document["group"], document["name"]) != (group.name, folder.name):
             raise Damaged("a part that was moved")
         found[folder] = document
-    hidden = {name for document in found.values() for name in document["replaces"]}
-    order = sorted((folder for folder in found if folder.name not in hidden), key=lambda folder: folder.name)
+    replaced = {name for document in found.values() for name in document["replaces"]}
+    order = sorted((folder for folder in found if folder.name not in replaced), key=lambda folder: folder.name)
 
     hashes = {f: [found[f]["prompt_sha256"][i : i + 64] for i in range(0, len(found[f]["prompt_sha256"]), 64)] for f in order}
     parts = [folder for folder in order if found[folder]["kind"] == "part"]

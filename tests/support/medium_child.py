@@ -27,7 +27,7 @@ from lmprobe_zarr.store.store import Store
 WRITES = ("the first part", "a part", "an extraction", "annotate", "compact", "delete", "drop", "publish", "copy", "import")
 
 
-def told(error: OSError, kind: type[LmprobeZarrError], root: Path) -> None:
+def check_message(error: OSError, kind: type[LmprobeZarrError], root: Path) -> None:
     """Whether an error is one of ours, names the place, and says what to do in at most two lines."""
     assert isinstance(error, kind), repr(error)
     assert str(root) in str(error), str(error)
@@ -52,7 +52,7 @@ def full(base: Path, step: int) -> int:
                     operation.run(work, Store(LocalStorage(work / operation.place), durable=False))
                     through = True
                 except OSError as error:
-                    told(error, NoSpaceError, work)
+                    check_message(error, NoSpaceError, work)
                     through = False
                 check_between(shown(work / operation.place), operation.before, operation.after)
                 left = [str(p) for p in (work / operation.place).rglob("*.partial")]
@@ -87,7 +87,7 @@ def ill_in_the_middle(
             try:
                 operation.run(work, Store(storage, durable=False))
             except OSError as error:
-                told(error, ReadOnlyError, root)
+                check_message(error, ReadOnlyError, root)
                 failures += 1
             through = storage.after >= 0
             check_between(shown(root), operation.before, operation.after)
@@ -125,7 +125,7 @@ def read_only(base: Path, step: int) -> int:
         try:
             act()
         except ReadOnlyError as error:
-            told(error, ReadOnlyError, base / "s")
+            check_message(error, ReadOnlyError, base / "s")
         else:
             raise AssertionError("written to a read-only disk")
     assert before == {str(p): p.read_bytes() for p in (base / "s").rglob("*") if p.is_file()}
@@ -172,7 +172,7 @@ def permission(base: Path, step: int) -> int:
                     warnings.simplefilter("error")  # a warning that it is damaged would be a lie
                     act()
             except (AccessDeniedError, ReadOnlyError) as error:
-                told(error, type(error), work / "s")
+                check_message(error, type(error), work / "s")
             else:
                 raise AssertionError(f"{place} was read")
         place.chmod(mode)
@@ -182,7 +182,7 @@ def permission(base: Path, step: int) -> int:
     try:
         lz.open_store(work / "s").dataset().load()
     except AccessDeniedError as error:
-        told(error, AccessDeniedError, chunk)
+        check_message(error, AccessDeniedError, chunk)
     names = ("a part", "an extraction", "annotate", "compact", "gc", "delete", "drop", "evict", "clear", "publish", "copy")
     return ill_in_the_middle(base, names, lambda root: chmod(root, 0o555), lambda root: chmod(root, 0o755), step)
 
@@ -217,8 +217,8 @@ def files(base: Path, step: int) -> int:
                     raise
                 failures += 1
             finally:
-                for one in taken:
-                    os.close(one)
+                for descriptor in taken:
+                    os.close(descriptor)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             check_equal(shown(base / "s"), expected)
     return failures

@@ -60,9 +60,9 @@ def free_ports(count: int) -> list[int]:
     """Ports that nothing listens on."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        return [int(bound.getsockname()[1]) for bound in sockets]
 
 
 # ------------------------------------------------------------------------------------------------------------- the server
@@ -270,9 +270,9 @@ class Proxy(ThreadingHTTPServer):
             self.shutdown()
             thread.join()
             with self.lock:
-                for one in list(self.open):
+                for opened in list(self.open):
                     with contextlib.suppress(OSError):
-                        one.shutdown(socket.SHUT_RDWR)
+                        opened.shutdown(socket.SHUT_RDWR)
             self.server_close()
 
 

@@ -41,9 +41,9 @@ def truth_of(store: Store, data: xr.Dataset | None = None, tokens: xr.Dataset | 
     data, tokens = data.load(), tokens.load()
     found: Truth = {}
     for i, text in enumerate(data.text.values.tolist()):
-        one = data.isel(prompt=i)
-        found[text] = {str(name): one[name].values for name in one.data_vars if not np.isnan(one[name].values).all()}
-        found[text] |= {c: one[c].values.item() for c in ("label", "split") if c in one.coords and one[c].values == one[c].values != ""}
+        row = data.isel(prompt=i)
+        found[text] = {str(name): row[name].values for name in row.data_vars if not np.isnan(row[name].values).all()}
+        found[text] |= {c: row[c].values.item() for c in ("label", "split") if c in row.coords and row[c].values == row[c].values != ""}
         for name in tokens.data_vars:
             mine = tokens[name].values[:, tokens.prompt.values == lz.prompt_hash(text)]
             if mine.size and not np.isnan(mine).all():

@@ -52,7 +52,7 @@ def dataset() -> xr.Dataset:
     )
 
 
-def test_every_control_stands_beside_the_probes_and_is_told_apart() -> None:
+def test_every_control_is_a_marked_row_beside_the_probes() -> None:
     ds = dataset()
     scores = sweep(ds, "label", ["ridge", "mass_mean"], controls=CONTROLS.keys(), random_state=0)
     names = ["ridge", "mass_mean", "shuffled_labels:ridge", "shuffled_labels:mass_mean", *list(CONTROLS)[1:]]
@@ -124,7 +124,7 @@ def test_a_random_direction_is_the_same_in_every_layer_and_fold_and_another_by_s
     assert (scores.auroc.sel(seed=0) != scores.auroc.sel(seed=1)).any()
 
 
-def test_features_of_ones_own_are_a_control_and_matched_by_prompt() -> None:
+def test_the_callers_features_are_a_control_and_matched_by_prompt() -> None:
     hint = Y + RNG.normal(size=N)
     ds = dataset()
     scores = sweep(

@@ -81,7 +81,7 @@ def test_lazy_arrays_and_missing_labels(tmp_path: Any) -> None:
         ((["label", "other"], "ridge"), InvalidArgumentError, "several sets of labels"),
     ],
 )
-def test_what_has_no_direction_is_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+def test_probes_without_a_direction_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
     given = activations().assign_coords(other=("prompt", Y))
     with pytest.raises(error, match=message):
         lz.fit_directions(given, *arguments)

@@ -73,7 +73,7 @@ def test_a_split_is_one_fold_and_leaves_others_out() -> None:
         sweep(activations(), "label", split="split", groups=np.arange(N) % 50)
 
 
-def test_prompts_without_a_label_are_named_and_left_out_only_when_asked() -> None:
+def test_prompts_without_a_label_are_named_and_dropped_only_with_missing_drop() -> None:
     labels = Y.astype(float)
     labels[[3, 70]] = np.nan
     with pytest.raises(LabelError, match=r"miss 2 of 150 prompts .*missing='drop'"):
@@ -134,11 +134,11 @@ def test_values_are_learned_on_the_folds_of_scikit_learn() -> None:
     assert scores.probe.values.tolist() == ["ridge_regression"]
     for k, (train, test) in enumerate(KFold(5, shuffle=True, random_state=0).split(X[0])):
         for place, x in enumerate(X):
-            said = make_pipeline(StandardScaler(), Ridge()).fit(x[train], target[train]).predict(x[test])
+            by_sklearn = make_pipeline(StandardScaler(), Ridge()).fit(x[train], target[train]).predict(x[test])
             at = scores.isel(layer=place, probe=0, fold=k)
-            assert at.r2.item() == pytest.approx(r2_score(target[test], said), abs=1e-9)
-            assert at.mae.item() == pytest.approx(mean_absolute_error(target[test], said), abs=1e-9)
-            assert at.spearman.item() == pytest.approx(stats.spearmanr(target[test], said).statistic, abs=1e-9)
+            assert at.r2.item() == pytest.approx(r2_score(target[test], by_sklearn), abs=1e-9)
+            assert at.mae.item() == pytest.approx(mean_absolute_error(target[test], by_sklearn), abs=1e-9)
+            assert at.spearman.item() == pytest.approx(stats.spearmanr(target[test], by_sklearn).statistic, abs=1e-9)
     grouped = sweep(activations(), target, "lasso", task="regression", groups="family")
     assert "StratifiedGroupKFold" in grouped.attrs["cv"]
     assert "classes" not in scores.attrs
@@ -268,12 +268,12 @@ def test_preprocessing_stands_in_front_of_every_probe() -> None:
 
 
 def test_variables_of_a_dataset_are_a_dim_with_site_and_pooling() -> None:
-    one = activations()
+    resid = activations()
     ds = xr.Dataset(
         {
-            "resid_mean": one,
-            "mlp_last_token": one.isel(layer=[1]) * 2,
-            "embed_mean": one.isel(layer=0, drop=True) + 1,
+            "resid_mean": resid,
+            "mlp_last_token": resid.isel(layer=[1]) * 2,
+            "embed_mean": resid.isel(layer=0, drop=True) + 1,
             "other": ("prompt", Y),
         }
     )
@@ -282,7 +282,7 @@ def test_variables_of_a_dataset_are_a_dim_with_site_and_pooling() -> None:
     assert scores.variable.values.tolist() == ["resid_mean", "mlp_last_token", "embed_mean"]
     assert scores.site.values.tolist() == ["resid", "mlp", "embed"]
     assert scores.pooling.values.tolist() == ["mean", "last_token", "mean"]
-    np.testing.assert_array_equal(scores.accuracy.sel(variable="resid_mean"), sweep(one, "label", ["ridge", "mass_mean"]).accuracy)
+    np.testing.assert_array_equal(scores.accuracy.sel(variable="resid_mean"), sweep(resid, "label", ["ridge", "mass_mean"]).accuracy)
     assert scores.accuracy.sel(variable="mlp_last_token", layer=4).isnull().all()
     assert np.isfinite(scores.accuracy.sel(variable="mlp_last_token", layer=8)).all()
     embedded = scores.accuracy.sel(variable="embed_mean")

@@ -49,12 +49,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def same(one: xr.Dataset, other: xr.Dataset) -> None:
+def same(first: xr.Dataset, other: xr.Dataset) -> None:
     """Bit for bit, but for the times that fit took."""
-    assert set(one.data_vars) == set(other.data_vars)
-    for name in set(one.data_vars) - {"fit_seconds"}:
-        xr.testing.assert_identical(one[name], other[name])
-    assert one.attrs == other.attrs
+    assert set(first.data_vars) == set(other.data_vars)
+    for name in set(first.data_vars) - {"fit_seconds"}:
+        xr.testing.assert_identical(first[name], other[name])
+    assert first.attrs == other.attrs
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-def test_what_is_written_is_what_is_returned_and_plain_xarray_reads_it(tmp_path: Path) -> None:
+def test_written_scores_equal_the_returned_ones_and_plain_xarray_reads_them(tmp_path: Path) -> None:
     scores = sweep(activations(), **OPTIONS, out=tmp_path / "scores")
     same(scores, sweep(activations(), **OPTIONS))
     stored = xr.open_zarr(tmp_path / "scores").load()
@@ -161,7 +161,7 @@ def test_the_last_digits_of_activations_may_differ_as_they_do_between_machines(t
     assert fitted == []
 
 
-def test_what_is_asked_of_activations_reads_eight_prompts_of_each_layer(tmp_path: Path, chunk_reads: list[tuple[str, int, int]]) -> None:
+def test_the_identity_of_activations_reads_eight_prompts_of_each_layer(tmp_path: Path, chunk_reads: list[tuple[str, int, int]]) -> None:
     store = lz.open_store(tmp_path / "acts", durable=False)
     for half in (slice(0, 40), slice(40, 80)):
         pooled = {"resid_mean": {layer: activations().values[layer, half] for layer in range(LAYERS)}}
@@ -173,7 +173,7 @@ def test_what_is_asked_of_activations_reads_eight_prompts_of_each_layer(tmp_path
     assert len(chunk_reads) == 2 * LAYERS, "once for each chunk that holds some of the eight"
 
 
-def test_estimators_of_ones_own_are_known_by_their_parameters(tmp_path: Path, fitted: list[tuple[int, int]]) -> None:
+def test_the_callers_estimators_are_identified_by_their_parameters(tmp_path: Path, fitted: list[tuple[int, int]]) -> None:
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -264,16 +264,16 @@ package(activations(), **OPTIONS, out=sys.argv[1], n_workers=2)
 def test_kill_9_in_the_middle_and_another_process_goes_on_to_the_same_scores(tmp_path: Path, layers_before: int) -> None:
     place = tmp_path / "scores"
     # What it says is kept in a file: a full pipe would stop it.
-    with (tmp_path / "said").open("w") as said:
+    with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(place), str(Path(__file__).parent), str(SUPPORT)],
-            stdout=said,
-            stderr=said,
+            stdout=output,
+            stderr=output,
             cwd=Path(__file__).parent,
         )
         deadline = time.monotonic() + 60
         while len(list((place / "done").glob("c.*"))) < layers_before:
-            assert process.poll() is None, (tmp_path / "said").read_text()
+            assert process.poll() is None, (tmp_path / "output").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)

@@ -55,9 +55,9 @@ def activations(data: Any = None) -> xr.DataArray:
     return xr.DataArray(values() if data is None else data, dims=("layer", "prompt", "hidden"), coords=coords, name="resid_mean")
 
 
-def same(one: xr.Dataset, other: xr.Dataset) -> None:
+def same(first: xr.Dataset, other: xr.Dataset) -> None:
     for name in ("accuracy", "auroc", "converged", "n_train", "n_test"):
-        xr.testing.assert_identical(one[name], other[name])
+        xr.testing.assert_identical(first[name], other[name])
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_a_known_direction_is_found_and_noise_scores_at_chance() -> None:
     np.testing.assert_allclose(scores.accuracy.sel(probe="majority"), 2 / 3)
 
 
-def test_the_result_is_labelled_and_says_how_it_came_about() -> None:
+def test_the_result_is_labelled_and_records_its_arguments() -> None:
     scores = sweep(activations(), "label", ["ridge", "lda"], 4, random_state=3)
     assert dict(scores.sizes) == {"layer": 3, "probe": 2, "fold": 4}
     assert scores.layer.values.tolist() == [4, 8, 16]
@@ -123,12 +123,12 @@ def test_several_classes_as_texts_are_scored_one_against_the_rest() -> None:
 def test_dimensions_may_come_in_any_order_and_layer_may_be_missing() -> None:
     whole = sweep(activations(), "label", "mass_mean", 3)
     same(sweep(activations().transpose("hidden", "layer", "prompt"), "label", "mass_mean", 3), whole)
-    one = sweep(activations().sel(layer=8), "label", "mass_mean", 3)
-    xr.testing.assert_identical(one.accuracy, whole.accuracy.sel(layer=[8]))
+    layer_8 = sweep(activations().sel(layer=8), "label", "mass_mean", 3)
+    xr.testing.assert_identical(layer_8.accuracy, whole.accuracy.sel(layer=[8]))
     assert sweep(activations().sel(layer=8, drop=True), "label", "mass_mean", 3).layer.values.tolist() == [0]
 
 
-def test_a_fit_that_stopped_early_is_counted_and_said_once() -> None:
+def test_fits_that_stopped_early_are_counted_and_warned_about_once() -> None:
     with pytest.warns(ConvergenceWarning, match="15 of 15 fits stopped") as seen:
         scores = sweep(activations(), "label", {"hasty": LogisticRegression(max_iter=1)}, n_workers=2)
     assert len(seen) == 1
@@ -136,7 +136,7 @@ def test_a_fit_that_stopped_early_is_counted_and_said_once() -> None:
     assert not scores.converged.any()
 
 
-def test_an_estimator_without_scores_has_no_auroc_and_the_reason_is_told() -> None:
+def test_an_estimator_without_scores_has_no_auroc_and_the_reason_is_recorded() -> None:
     class Hard(LogisticRegression):  # type: ignore[misc]
         decision_function = predict_proba = property()
 
@@ -209,7 +209,7 @@ def test_labels_that_do_not_fit_are_refused(labels: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(("column", "filled"), [(np.where(np.arange(PROMPTS) < 3, -1, Y), "-1"), (np.array(["", *"ab" * 29, "a"]), "")])
-def test_fill_values_of_a_column_are_missing_only_where_the_reader_says_so(column: Any, filled: str) -> None:
+def test_fill_values_of_a_column_are_missing_only_if_the_reader_marks_them(column: Any, filled: str) -> None:
     given = activations().assign_coords(mark=("prompt", column))
     given.mark.attrs["missing"] = 1
     with pytest.raises(LabelError, match=f"labels 'mark' miss {int((column.astype(str) == filled).sum())} of 60"):
@@ -217,7 +217,7 @@ def test_fill_values_of_a_column_are_missing_only_where_the_reader_says_so(colum
     assert sweep(activations(), np.where(Y == 0, -1, 1), "ridge", 2).attrs["classes"] == [-1, 1]
 
 
-def test_what_is_no_labels_is_named() -> None:
+def test_labels_of_a_wrong_type_are_named() -> None:
     with pytest.raises(InvalidTypeError, match="not int"):
         sweep(activations(), 3)  # type: ignore[arg-type]
 
@@ -236,7 +236,7 @@ def test_folds_may_be_a_splitter_or_pairs() -> None:
     assert scores.attrs["cv"] == "3 (train, test) pairs"
 
 
-def test_a_repeated_prompt_never_lies_on_both_sides() -> None:
+def test_a_repeated_prompt_is_never_on_both_sides_of_a_split() -> None:
     rows = np.r_[np.arange(PROMPTS), np.arange(0, PROMPTS, 2)]
     repeated = activations().isel(prompt=rows)
     scores = sweep(repeated, "label", ["ridge"], 4)
@@ -560,8 +560,8 @@ def test_the_process_is_left_as_it_was_however_tasks_overlap() -> None:
             leave[number].wait(10)
 
     tasks = [threading.Thread(target=task, args=(number,)) for number in (0, 1)]
-    for one in tasks:
-        one.start()
+    for thread in tasks:
+        thread.start()
     inside.wait(10)
     leave[0].set()
     tasks[0].join()
@@ -579,12 +579,12 @@ def test_a_failing_fit_leaves_the_process_as_it_was() -> None:
     assert list(warnings.filters) == filters
 
 
-def test_progress_is_shown_only_when_asked_for_and_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_shown_only_if_enabled_and_on_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {}
-    for terminal, asked in ((True, False), (True, True), (False, True)):
+    for terminal, enabled in ((True, False), (True, True), (False, True)):
         error = io.StringIO()
         monkeypatch.setattr(error, "isatty", lambda terminal=terminal: terminal, raising=False)
         monkeypatch.setattr("sys.stderr", error)
-        sweep(activations(), "label", n_workers=2, progress=asked)
-        shown[terminal, asked] = "3/3" in error.getvalue()
+        sweep(activations(), "label", n_workers=2, progress=enabled)
+        shown[terminal, enabled] = "3/3" in error.getvalue()
     assert shown == {(True, False): False, (True, True): True, (False, True): False}

@@ -96,7 +96,7 @@ def test_exact_probes_equal_the_fit_in_memory(name: str, dtype: str, small_block
         np.testing.assert_allclose(fitted.intercept[i], intercept, rtol=1e-6, atol=1e-8)
 
 
-def test_a_known_direction_is_recovered_and_the_result_says_how_it_came_about() -> None:
+def test_a_known_direction_is_recovered_and_the_result_records_its_arguments() -> None:
     for name in EXACT:
         fitted = lz.fit_tokens(tokens(), "label", name)
         coef = fitted.coef.sel(layer=5).values
@@ -131,7 +131,7 @@ def test_minibatches_find_the_direction_of_the_log_odds_and_their_order_is_the_s
     assert roc_auc_score(truth, lz.score_tokens(fitted, held)[0]) > 0.87  # 0.884 with the true direction
 
 
-def test_a_descent_that_was_still_getting_better_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_descent_that_did_not_converge_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.exceptions import ConvergenceWarning
 
     monkeypatch.setattr(token_stream, "_EPOCHS", (2, 2))
@@ -190,8 +190,8 @@ class Counting(BackendArray):
 
     def _take(self, key: Any) -> Any:
         found = self.data
-        for axis, one in reversed(list(enumerate(key))):
-            found = found[(slice(None),) * axis + (one,)]
+        for axis, index in reversed(list(enumerate(key))):
+            found = found[(slice(None),) * axis + (index,)]
         self.taken.append(found.shape[-2] if found.ndim > 1 else 1)
         return found
 
@@ -315,12 +315,12 @@ def identified(data: Any = None) -> xr.DataArray:
 
 
 def test_controls_stand_beside_the_probes_and_say_what_a_score_is_worth() -> None:
-    asked = ["shuffled_labels", "control_task", "token_identity", "position", "layer_0", "majority"]
-    scores = lz.sweep_tokens(identified(), "kind_of_token", ["ridge", "mass_mean"], controls=asked)
-    names = ["ridge", "mass_mean", *(f"{dealt}:{probe}" for dealt in asked[:2] for probe in ("ridge", "mass_mean")), *asked[2:]]
+    requested = ["shuffled_labels", "control_task", "token_identity", "position", "layer_0", "majority"]
+    scores = lz.sweep_tokens(identified(), "kind_of_token", ["ridge", "mass_mean"], controls=requested)
+    names = ["ridge", "mass_mean", *(f"{dealt}:{probe}" for dealt in requested[:2] for probe in ("ridge", "mass_mean")), *requested[2:]]
     assert scores.probe.values.tolist() == names
     assert scores.kind.values.tolist() == ["probe"] * 2 + ["control"] * 8
-    assert scores.control.values.tolist() == ["", "", "shuffled_labels", "shuffled_labels", "control_task", "control_task", *asked[2:]]
+    assert scores.control.values.tolist() == ["", "", "shuffled_labels", "shuffled_labels", "control_task", "control_task", *requested[2:]]
     mean = scores.accuracy.mean("fold").to_pandas()
     assert mean.loc[1, "ridge"] > 0.98
     assert mean.loc[1, "token_identity"] > 0.98, "nothing but the token tells the label, and the table says so"
@@ -354,11 +354,11 @@ def test_tables_of_counts_equal_a_plain_loop(labels: str) -> None:
             learned, tested = (np.isin(prompts, [order[i] for i in side]) for side in (train, test))
             y = array[labels].values
             classes, sizes = np.unique(y[learned], return_counts=True)
-            said = []
-            for one in key[tested]:
-                seen = np.array([((key == one) & (y == c) & learned).sum() for c in classes])
-                said.append((seen + sizes / sizes.sum()) / (seen.sum() + 1))
-            probabilities = np.array(said)
+            shares = []
+            for value in key[tested]:
+                seen = np.array([((key == value) & (y == c) & learned).sum() for c in classes])
+                shares.append((seen + sizes / sizes.sum()) / (seen.sum() + 1))
+            probabilities = np.array(shares)
             right = (classes[probabilities.argmax(axis=1)] == y[tested]).mean()
             assert scores.accuracy.sel(probe=control, fold=fold)[0] == pytest.approx(right), (control, fold)
             if len(classes) == 2 and control != "majority":
@@ -378,7 +378,7 @@ def test_labels_are_dealt_to_prompts_where_these_have_one_and_are_the_seeds() ->
     np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, examples, folds, 0))
     assert (dealt != deal_labels("shuffled_labels", array, examples, folds, 1)).any()
     types = deal_labels("control_task", array, examples, folds, 0)
-    assert all(len(set(types[one == IDS])) == 1 for one in range(30))
+    assert all(len(set(types[token_id == IDS])) == 1 for token_id in range(30))
     mixed = select_labelled_tokens(array, "token", "kind_of_token")
     dealt = deal_labels("shuffled_labels", array, mixed, folds, 0)
     assert sorted(dealt) == sorted(mixed.codes)
@@ -444,7 +444,7 @@ def test_labels_are_matched_whatever_they_are_given_as() -> None:
     np.testing.assert_array_equal(words.coef, expected)
 
 
-def test_where_says_which_tokens_are_learned_from() -> None:
+def test_where_selects_the_tokens_to_learn_from() -> None:
     late = POSITION > 1
     expected = in_memory("ridge", values("float64")[1][late], Y[OF][late])[0]
     array = tokens()
@@ -457,7 +457,7 @@ def test_where_says_which_tokens_are_learned_from() -> None:
     )
 
 
-def test_labels_that_are_missing_are_named_and_dropped_only_if_asked() -> None:
+def test_missing_labels_are_named_and_dropped_only_with_missing_drop() -> None:
     some: list[Any] = Y.tolist()
     some[3] = None
     with pytest.raises(LabelError, match=rf"miss {COUNTS[3]} of {N} tokens, in 1 prompt \({lz.prompt_hash(TEXTS[3])}\).*missing='drop'"):
@@ -508,7 +508,7 @@ def test_activations_that_are_not_finite_are_named_by_layer_and_prompts(small_bl
         ({"scheduler": "cloud"}, InvalidArgumentError, "'cloud'"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_unsuitable_arguments_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message) as caught:
         lz.fit_tokens(tokens(), **{"labels": "label", **arguments})
     assert str(caught.value).count("\n") <= 1
@@ -536,11 +536,11 @@ def test_every_token_is_scored_with_its_labels(stored: Any, small_blocks: None) 
     assert scores.dims == ("layer", "token")
     expected = np.einsum("lth,lh->lt", toks.resid.values.astype("float64"), fitted.coef.values) + fitted.intercept.values[:, None]
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
-    one = scores.sel(layer=5, prompt=lz.prompt_hash(TEXTS[7]))
-    assert one.position.values.tolist() == list(range(COUNTS[7]))
-    assert one.label.values.tolist() == [Y[7]] * COUNTS[7]
+    prompt = scores.sel(layer=5, prompt=lz.prompt_hash(TEXTS[7]))
+    assert prompt.position.values.tolist() == list(range(COUNTS[7]))
+    assert prompt.label.values.tolist() == [Y[7]] * COUNTS[7]
     some = lz.score_tokens(fitted, toks.resid.sel(layer=5, prompt=[lz.prompt_hash(TEXTS[7])]))
-    np.testing.assert_array_equal(some[0], one)
+    np.testing.assert_array_equal(some[0], prompt)
 
 
 @pytest.mark.parametrize("pooling", ["score:max", "max", "min", "score:mean", "score:last_token", "score:first_token"])
@@ -620,8 +620,8 @@ def spelled(texts: list[str] = RENDERED) -> xr.DataArray:
     return array.set_xindex(["prompt", "position"], lz.TokenIndex)
 
 
-def said(array: xr.DataArray, mask: xr.DataArray) -> list[str]:
-    """The characters of each prompt that are meant."""
+def selected_text(array: xr.DataArray, mask: xr.DataArray) -> list[str]:
+    """The characters of each prompt whose tokens a mask selects."""
     chosen = array.isel(token=mask.values)
     letters = [
         text[a:b] if a >= 0 else "^"
@@ -633,33 +633,33 @@ def said(array: xr.DataArray, mask: xr.DataArray) -> list[str]:
     ]
 
 
-def test_tokens_are_meant_by_position_from_either_end() -> None:
+def test_masks_select_tokens_by_position_from_either_end() -> None:
     array = spelled()
-    assert said(array, lz.mask_tokens(array, position=0)) == ["^", "^"]
-    assert said(array, lz.mask_tokens(array, position=-1)) == ["?", "s"]
-    assert said(array, lz.mask_tokens(array, position=[1, -2])) == ["<t", "<e"]
-    assert said(array, lz.mask_tokens(array, position=slice(-3, None))) == ["it?", "yes"]
-    assert said(array, lz.mask_tokens(array, position=slice(1, -20)))[1] == "<us"
+    assert selected_text(array, lz.mask_tokens(array, position=0)) == ["^", "^"]
+    assert selected_text(array, lz.mask_tokens(array, position=-1)) == ["?", "s"]
+    assert selected_text(array, lz.mask_tokens(array, position=[1, -2])) == ["<t", "<e"]
+    assert selected_text(array, lz.mask_tokens(array, position=slice(-3, None))) == ["it?", "yes"]
+    assert selected_text(array, lz.mask_tokens(array, position=slice(1, -20)))[1] == "<us"
     last_half = array.isel(token=array.position.values < 7)
     assert lz.mask_tokens(last_half, position=-1).sum() == 2
 
 
-def test_tokens_are_meant_by_a_span_of_characters() -> None:
+def test_masks_select_tokens_by_a_span_of_characters() -> None:
     array = spelled()
-    assert said(array, lz.mask_tokens(array, span="it")) == ["ititit", ""]
-    assert said(array, lz.mask_tokens(array, span="yes")) == ["", "yesyes"]
-    assert said(array, lz.mask_tokens(array, span={RENDERED[0]: (6, 8)})) == ["Is", ""]
-    assert said(array, lz.mask_tokens(array, span={lz.prompt_hash(RENDERED[1]): [(0, 2), (5, 8)]})) == ["", "<u>ye"]
-    assert said(array, lz.mask_tokens(array, span="it", position=slice(None, 20))) == ["it", ""]
+    assert selected_text(array, lz.mask_tokens(array, span="it")) == ["ititit", ""]
+    assert selected_text(array, lz.mask_tokens(array, span="yes")) == ["", "yesyes"]
+    assert selected_text(array, lz.mask_tokens(array, span={RENDERED[0]: (6, 8)})) == ["Is", ""]
+    assert selected_text(array, lz.mask_tokens(array, span={lz.prompt_hash(RENDERED[1]): [(0, 2), (5, 8)]})) == ["", "<u>ye"]
+    assert selected_text(array, lz.mask_tokens(array, span="it", position=slice(None, 20))) == ["it", ""]
 
 
-def test_tokens_are_meant_by_the_role_of_their_message() -> None:
+def test_masks_select_tokens_by_the_role_of_their_message() -> None:
     array = spelled()
     for chats in (CHATS, dict(zip(RENDERED, CHATS, strict=True))):
-        assert said(array, lz.mask_tokens(array, role="assistant", chats=chats)) == ["Yes, it is.", "yes"]
-        assert said(array, lz.mask_tokens(array, role="user", chats=chats)) == ["Is it hot?Is it?", "yes"]
+        assert selected_text(array, lz.mask_tokens(array, role="assistant", chats=chats)) == ["Yes, it is.", "yes"]
+        assert selected_text(array, lz.mask_tokens(array, role="user", chats=chats)) == ["Is it hot?Is it?", "yes"]
     mask = lz.mask_tokens(array, role="assistant", chats=CHATS, position=slice(20, None))
-    assert said(array, mask)[1] == "yes"
+    assert selected_text(array, mask)[1] == "yes"
     assert mask.dims == ("token",)
     assert mask.sel(prompt=lz.prompt_hash(RENDERED[1])).sum() == 3
 
@@ -674,7 +674,7 @@ def test_chats_are_matched_by_the_tokenizer_that_rendered_them() -> None:
     array = spelled()
     other = [{"role": "user", "content": "?"}]
     mask = lz.mask_tokens(array, role="assistant", chats=[other, *reversed(CHATS)], tokenizer=Renders())
-    assert said(array, mask) == ["Yes, it is.", "yes"]
+    assert selected_text(array, mask) == ["Yes, it is.", "yes"]
 
 
 @pytest.mark.parametrize(
@@ -707,8 +707,8 @@ def test_masks_that_cannot_be_made_say_why(arguments: dict[str, Any], error: typ
 def test_token_texts_are_read_off_the_prompts() -> None:
     array = spelled().expand_dims(layer=[0]).assign_coords(y=("token", np.arange(spelled().sizes["token"]) % 2))
     scores = lz.score_tokens(lz.fit_tokens(array, "y", "mass_mean"), array)
-    one = scores.sel(prompt=lz.prompt_hash(RENDERED[1]))
-    assert "".join(one.token_text.values) == RENDERED[1]
+    prompt = scores.sel(prompt=lz.prompt_hash(RENDERED[1]))
+    assert "".join(prompt.token_text.values) == RENDERED[1]
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_lazy_data_on_any_scheduler_give_the_same(tmp_path: Path) -> None:
         xr.testing.assert_identical(got.accuracy, expected.accuracy)
 
 
-def test_what_cannot_be_compared_is_refused() -> None:
+def test_datasets_without_a_common_sweep_are_refused() -> None:
     a = DATA["same"]
     with pytest.raises(InvalidArgumentError, match="nothing to carry over to"):
         lz.sweep_transfer({"a": a}, "label")
@@ -122,13 +122,13 @@ def test_what_cannot_be_compared_is_refused() -> None:
 def test_where_it_runs_is_checked_as_in_a_sweep() -> None:
     for given, message in (
         ({"scheduler": "bogus"}, "scheduler='bogus' is unknown"),
-        ({"n_workers": 0}, "n_workers=0 leaves nobody to work"),
+        ({"n_workers": 0}, "n_workers=0 is not a number of workers"),
     ):
         with pytest.raises(InvalidArgumentError, match=message):
             lz.sweep_transfer(DATA, "label", **given)
         with pytest.raises(InvalidArgumentError, match=message):
             lz.sweep(DATA["same"], "label", **given)
-    with pytest.raises(InvalidArgumentError, match="n_workers=0 leaves nobody to work"):
+    with pytest.raises(InvalidArgumentError, match="n_workers=0 is not a number of workers"):
         lz.fit_directions(DATA["same"], "label", n_workers=0)
 
 
@@ -161,9 +161,9 @@ def test_cosines_are_labelled_by_name_and_layer() -> None:
 
 
 def test_directions_of_other_widths_and_of_no_length_have_no_cosine() -> None:
-    one = xr.DataArray(np.eye(3), dims=("layer", "hidden"), coords={"layer": [0, 1, 2]})
-    one[2] = 0
-    matrix = lz.cosine_similarity({"a": one, "b": xr.DataArray(np.ones(4), dims="hidden")})
+    directions = xr.DataArray(np.eye(3), dims=("layer", "hidden"), coords={"layer": [0, 1, 2]})
+    directions[2] = 0
+    matrix = lz.cosine_similarity({"a": directions, "b": xr.DataArray(np.ones(4), dims="hidden")})
     assert matrix.direction.values.tolist() == ["a layer 0", "a layer 1", "a layer 2", "b"]
     np.testing.assert_array_equal(matrix[:3, 3], [np.nan] * 3)
     np.testing.assert_array_equal(matrix[2], [np.nan] * 4)
@@ -171,6 +171,6 @@ def test_directions_of_other_widths_and_of_no_length_have_no_cosine() -> None:
     by_class = lz.cosine_similarity(xr.DataArray(np.eye(2), dims=("class", "hidden"), coords={"class": ["x", "y"]}))
     assert by_class.direction.values.tolist() == ["x", "y"]
     with pytest.raises(InvalidTypeError, match="no coefficients over hidden"):
-        lz.cosine_similarity({"a": one.rename(hidden="unit")})
+        lz.cosine_similarity({"a": directions.rename(hidden="unit")})
     with pytest.raises(InvalidArgumentError, match="empty"):
         lz.cosine_similarity({})

@@ -1,7 +1,7 @@
-"""Merges many small parts into few large ones, with exactly the same view. Plans on records first, then writes; deletes nothing.
+"""Merges many small parts into few large ones, and leaves the view exactly as it is. Plans on records first, then writes; deletes nothing.
 
-A view is decided by the order of its parts and annotations. A merged part sorts at the place of the last part that it replaces, so
-merging moves the other parts behind everything in between. That is done only where it provably changes nothing; see `plan_runs`.
+The order of parts and annotations decides what a view shows. A merged part sorts right after the last part that it replaces, so merging
+moves the others behind everything in between. Parts are merged only where this provably changes nothing; see `plan_runs`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, committed_at, open_view, part_nbytes, read_batches
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
+from lmprobe_zarr.store.upkeep.rewrite import new_writer
 from lmprobe_zarr.typing import Mask
 
-__all__ = ["CompactPlan", "MergeRun", "agreed", "check_min_parts", "compact_groups", "merge_run", "plan_runs", "shape_key"]
+__all__ = ["CompactPlan", "MergeRun", "check_min_parts", "compact_groups", "merge_run", "plan_runs", "shape_key"]
 
 logger = logging.getLogger(LOGGER_NAME)
 
-# Texts and columns wait in memory for their part's commit. A run that would hold more is halved.
+# Texts and columns are held in memory until their part is committed. A run that would hold more is halved.
 COLUMN_BYTES: Final = 2**28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRun:
-    """Parts, or annotations, that become one.
+    """Parts, or annotations, that are merged into one.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ class MergeRun:
     nbytes: int
 
     def halves(self) -> list[MergeRun]:
-        """The same as two runs; a half of a single part is left out."""
+        """The run as two runs; a half with a single part is left out."""
         middle = len(self.parts) // 2
         pieces = [self.parts[:middle], self.parts[middle:]]
         return [MergeRun(group=self.group, parts=p, nbytes=sum(map(part_nbytes, p))) for p in pieces if len(p) > 1]
@@ -71,9 +72,9 @@ class CompactPlan:
     parts : int
         Visible parts and annotations before.
     runs : tuple of MergeRun
-        Each becomes one part.
+        Each is merged into one part.
     left : tuple of MergeRun
-        Runs that were planned and left as they are, because somebody else changed them meanwhile.
+        Planned runs that were not merged, because another process changed them meanwhile.
     """
 
     url: str
@@ -94,43 +95,43 @@ class CompactPlan:
     def __str__(self) -> str:
         text = f"{self.url}: {self.parts} parts become {self.parts_after}, {format_bytes(self.nbytes)} written again"
         if self.left:
-            text += f"; {len(self.left)} runs were changed by somebody else meanwhile and stay as they are"
+            text += f"; {len(self.left)} runs were changed by another process meanwhile and stay as they are"
         return text
 
 
 def shape_key(info: PartInfo) -> tuple[Any, ...]:
-    """What must be equal of parts that may become one: kind, layers, and of every array its name, dimensions, dtypes and row shape."""
+    """What parts must have in common to be merged: kind, layers, and the name, dimensions, dtypes and row shape of every array."""
     arrays = frozenset((key, a.dims, a.dtype, a.row_shape, a.attributes.get("stored_dtype")) for key, a in info.arrays.items())
     compressed = frozenset(a.shuffle is not None for a in info.arrays.values())
     return info.kind, info.layers, info.n_tokens is None, arrays, compressed
 
 
 def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts: int = 2) -> list[MergeRun]:
-    """Which parts and annotations of a group become one; pure.
+    """The runs of parts and annotations of a group that can be merged; pure.
 
-    A run of **parts** consists of neighbours of equal shape (`shape_key`). Each holds every variable and layer of its prompts, so the last
-    one that holds a prompt wins for all of them, within the run and seen from outside; and the union in the order of first appearance
-    stands where the run stood. It ends
+    A run of **parts** consists of neighbours of equal shape (`shape_key`). Each part holds every variable and layer of its prompts, so the
+    last part that holds a prompt replaces the others for it. The merged part holds the union of the prompts, in the order in which they
+    first appear. A run ends
 
-    * before a part of another shape: one in between could win over the first and lose to the second, and its prompts would come to stand
+    * before a part of another shape: it could replace values of the first part and be replaced by the second, and its prompts would come
       before those of the first;
-    * before an annotation that has a column and a prompt in common with the run so far: it would lose to what it overrides;
-    * where parts of the run disagree on a prompt's number of tokens and the last agrees with what came before the run: tokens that the
+    * before an annotation that shares a column and a prompt with the run so far: the merged part would override it;
+    * where parts of the run disagree on a prompt's number of tokens, and the last agrees with the parts before the run: tokens that the
       disagreement made invalid would be valid again;
-    * where the name of an unfinished part lies in between: nobody knows what it will hold;
-    * at a part that is larger than half of `part_bytes`, and where the sum would be larger than `part_bytes`.
+    * where the name of an unfinished part sorts in between, because its contents are unknown;
+    * at a part larger than half of `part_bytes`, and where the sum would exceed `part_bytes`.
 
-    A run of **annotations** has equal columns. Others, and parts, may lie in between where they have no column, or no prompt, in common
-    with what of the run came before them.
+    A run of **annotations** has equal columns. Parts and other annotations may sort in between, unless they share a column and a prompt
+    with the run before them.
 
     Parameters
     ----------
     group : GroupInfo
     listing : Listing
     part_bytes : int
-        The most that a merged part may hold.
+        The largest size of a merged part, uncompressed.
     min_parts : int
-        Shorter runs stay as they are.
+        Runs of fewer parts are not merged.
     """
     replaced = listing.replaced
     parts = [part for part in listing.parts if part.info.name not in replaced]
@@ -142,7 +143,7 @@ def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts:
 
 
 class _Timeline:
-    """Which prompts and columns each part and annotation holds, prompts numbered over all of them."""
+    """The prompts of each part and annotation, numbered over all of them."""
 
     def __init__(self, parts: Sequence[Part], notes: Sequence[Part]) -> None:
         every = [*parts, *notes]
@@ -153,7 +154,7 @@ class _Timeline:
         self.rows = {part.path: codes[a:b] for part, a, b in zip(every, bounds[:-1], bounds[1:], strict=True)}
 
     def clash(self, held: Mask, columns: frozenset[str], part: Part) -> bool:
-        """Whether a part shares a column, and a prompt that is marked."""
+        """Whether a part has one of some columns, and one of the prompts in `held`."""
         return bool(columns & _columns(part)) and bool(held[self.rows[part.path]].any())
 
 
@@ -218,45 +219,29 @@ def _note_runs(timeline: _Timeline, parts: Sequence[Part], notes: Sequence[Part]
         yield run
 
 
-def agreed(infos: Sequence[PartInfo]) -> dict[str, Any]:
-    """What is recorded alike in all of these parts, and when the last of them was written."""
-    first = infos[0].recorded
-    same = {name: value for name, value in first.items() if all(info.recorded.get(name) == value for info in infos)}
-    last = max(infos, key=committed_at).recorded
-    return {**same, **({"written": last["written"]} if "written" in last else {})}
-
-
 def merge_run(
-    storage: Storage, group: GroupInfo, run: MergeRun, look: Callable[[], Listing], *, durable: bool, known: set[str]
+    storage: Storage, group: GroupInfo, run: MergeRun, list_parts: Callable[[], Listing], *, durable: bool, known: set[str]
 ) -> tuple[list[MergeRun], list[MergeRun]]:
-    """Write a run as one part that replaces it; returns what was merged, and what was left.
+    """Write a run as one part that replaces it; returns the merged runs and those that were not merged.
 
-    A run is left as it is where somebody else has meanwhile replaced or removed one of its parts, or begun a part whose name sorts within
-    it. That is checked right before the commit and right after it; after it, the commit is undone.
+    A run is not merged if another process has meanwhile replaced or removed one of its parts, or begun a part whose name sorts within the
+    run. This is checked right before the commit and again right after it; then the commit is undone.
 
     Parameters
     ----------
     storage, group, run
-    look : callable
-        Lists the parts of the group now.
+    list_parts : callable
+        Lists the parts of the group as they are now.
     durable : bool
         Flush what is written before it is committed.
     known : set of str
         All names in the group's folder when the run was planned; that of the new part is added.
     """
     infos = [part.info for part in run.parts]
-    there = look().names
+    there = list_parts().names
     replaced = (name for info in infos for name in info.replaces if name in there)
-    writer = PartWriter(
-        storage,
-        group,
-        replacement_name(infos[-1].name),
-        kind=infos[0].kind,
-        compressed=infos[0].compressed,
-        durable=durable,
-        replaces=tuple(dict.fromkeys([*(info.name for info in infos), *replaced])),
-        recorded=agreed(infos),
-    )
+    replaces = tuple(dict.fromkeys([*(info.name for info in infos), *replaced]))
+    writer = new_writer(storage, group, infos, replacement_name(infos[-1].name), durable=durable, replaces=replaces)
     known.add(writer.name)
     info, too_large = None, False
     with suppress(PartGoneError), writer:
@@ -265,14 +250,14 @@ def merge_run(
             writer.append(batch)
             if too_large := writer.held_nbytes > COLUMN_BYTES:
                 break
-        if not too_large and _unchanged(storage, run, look(), known):
+        if not too_large and _unchanged(storage, run, list_parts(), known):
             info = writer.commit()
     if too_large:
-        results = [merge_run(storage, group, half, look, durable=durable, known=known) for half in run.halves()]
+        results = [merge_run(storage, group, half, list_parts, durable=durable, known=known) for half in run.halves()]
         return [merged for done, _ in results for merged in done], [half for _, left in results for half in left]
     if info is None:
         return [], [run]
-    if not _unchanged(storage, run, look(), known | {info.name}, besides=info.name):
+    if not _unchanged(storage, run, list_parts(), known | {info.name}, besides=info.name):
         remove_part(storage, Part(storage, writer.path, info))
         return [], [run]
     _carry_stamp(storage, run, info)
@@ -281,7 +266,7 @@ def merge_run(
 
 
 def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str], besides: str = "") -> bool:
-    """Whether all parts of a run are still there and visible, and no new name sorts within it."""
+    """Whether all parts of a run are still stored and visible, and no new name sorts within it."""
     mine = {part.info.name for part in run.parts}
     low, high = run.parts[0].info.name, run.parts[-1].info.name
     if any(low < name < high for name in listing.names - known):
@@ -291,15 +276,15 @@ def _unchanged(storage: Storage, run: MergeRun, listing: Listing, known: set[str
         return False
     there = [False] * len(run.parts)
 
-    def ask(i: int, part: Part) -> None:
+    def check(i: int, part: Part) -> None:
         there[i] = storage.is_file(f"{part.path}/zarr.json")
 
-    run_all([partial(ask, i, part) for i, part in enumerate(run.parts)], local=storage.is_local)
+    run_all([partial(check, i, part) for i, part in enumerate(run.parts)], local=storage.is_local)
     return all(there)
 
 
 def _carry_stamp(storage: Storage, run: MergeRun, info: PartInfo) -> None:
-    """Where a part of the run had been marked as used, mark the merged part too; best effort."""
+    """Mark the merged part as used if a part of the run was; errors are ignored."""
     with suppress(OSError):
         if {part.info.name for part in run.parts} & set(storage.list(f"{run.group}/{STAMPS}")):
             storage.touch(f"{run.group}/{STAMPS}/{info.name}")
@@ -322,9 +307,9 @@ def compact_groups(
     part_bytes, min_parts : int
         See `plan_runs`.
     dry_run : bool
-        Only say what would be merged.
+        Only report what would be merged.
     progress : bool
-        Show a bar on terminals.
+        Show a progress bar.
     """
     found = [(info, catalog.listing(info)) for info in groups]
     planned = [(info, listing, plan_runs(info, listing, part_bytes=part_bytes, min_parts=min_parts)) for info, listing in found]
@@ -338,8 +323,8 @@ def compact_groups(
         for info, listing, group_runs in planned:
             known = set(listing.names)
             for run in group_runs:
-                look = partial(catalog.listing, info)
-                merged, stayed = merge_run(catalog.storage, info, run, look, durable=catalog.durable, known=known)
+                list_parts = partial(catalog.listing, info)
+                merged, stayed = merge_run(catalog.storage, info, run, list_parts, durable=catalog.durable, known=known)
                 done += merged
                 left += stayed
                 advance(run.nbytes)

@@ -27,8 +27,8 @@ Keys = npt.NDArray[np.uint64]
 _MARK = "copied_from"
 
 
-class Begin(Protocol):
-    """Begins a part of a group at the target."""
+class MakeWriter(Protocol):
+    """Makes the writer of a new part of a group at the target."""
 
     def __call__(self, info: GroupInfo, /, *, kind: str, compressed: bool, recorded: dict[str, Any]) -> PartWriter: ...
 
@@ -78,7 +78,7 @@ def copy_group(
     here: Listing,
     there: Listing,
     keys: Keys | None,
-    begin: Begin,
+    make_writer: MakeWriter,
     *,
     durable: bool,
     advance: Callable[[int], None],
@@ -97,8 +97,8 @@ def copy_group(
         The parts of the group in both.
     keys : ndarray of uint64, optional
         Only these prompts.
-    begin : callable
-        Begins a part at the target.
+    make_writer : callable
+        Makes the writer of a new part at the target.
     durable : bool
         Flush every file.
     advance : callable
@@ -123,7 +123,7 @@ def copy_group(
             continue
         advance(part_nbytes(part))
     for part in later:
-        total += _write_missing(source, target, group, view, others, part, keys, known, begin)
+        total += _write_missing(source, target, group, view, others, part, keys, known, make_writer)
         advance(part_nbytes(part))
     copied_notes = {note.info.recorded.get(_MARK) for note in there.annotations}
     for note in view.annotations:
@@ -134,7 +134,7 @@ def copy_group(
             _copy_part(source, target, group, note, durable=durable)
             total += CopySummary(url=target.url, copied=1, nbytes=part_nbytes(note))
         else:
-            _rewrite(source, group, note, rows, (), None, begin)
+            _rewrite(source, group, note, rows, (), None, make_writer)
             total += CopySummary(url=target.url, rewritten=1)
         advance(part_nbytes(note))
     return total
@@ -168,7 +168,15 @@ def _wins(view: View, part: Part, level: Level, name: str, layers: tuple[int, ..
 
 
 def _write_missing(
-    source: Storage, target: Storage, group: GroupInfo, view: View, others: View, part: Part, keys: Keys | None, known: Keys, begin: Begin
+    source: Storage,
+    target: Storage,
+    group: GroupInfo,
+    view: View,
+    others: View,
+    part: Part,
+    keys: Keys | None,
+    known: Keys,
+    make_writer: MakeWriter,
 ) -> CopySummary:
     """Write what is missing of a part: prompts that lack the same become one new part."""
     own = keys_of(part.info.digests)
@@ -202,7 +210,7 @@ def _write_missing(
             sets[next(key for key in sets if key is not None)] += sets.pop(None)
         for some, keep in sets.items() or ([(None, [])] if new else []):
             without = set(names) - set(keep) | (set() if new else columns)
-            _rewrite(source, group, part, rows, without, some, begin)
+            _rewrite(source, group, part, rows, without, some, make_writer)
             written += 1
     if not written:
         return CopySummary(url=target.url, there=1)
@@ -216,10 +224,10 @@ def _rewrite(
     rows: Ints,
     without: Collection[str],
     layers: tuple[int, ...] | None,
-    begin: Begin,
+    make_writer: MakeWriter,
 ) -> None:
     recorded = {**part.info.recorded, _MARK: part.info.name}
-    writer = begin(group, kind=part.info.kind, compressed=part.info.compressed, recorded=recorded)
+    writer = make_writer(group, kind=part.info.kind, compressed=part.info.compressed, recorded=recorded)
     write_rows(writer, source, part, rows, without=without, layers=layers)
 
 

@@ -35,11 +35,12 @@ from lmprobe_zarr.store.format import (
     published_document,
     replacement_name,
 )
-from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, open_view, part_nbytes, read_batches
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.card import CardGroup, write_card
-from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, agreed, plan_runs
+from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, plan_runs
 from lmprobe_zarr.store.upkeep.gc import PARTIAL, plan_gc, remove_garbage
 from lmprobe_zarr.store.upkeep.removal import remove_part
+from lmprobe_zarr.store.upkeep.rewrite import new_writer
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["PublishSummary", "Selection", "publish_groups", "publish_to", "select_from", "total_nbytes"]
@@ -205,16 +206,7 @@ def _write(
     while batch is not None:
         # Each part sorts right behind the one before, and all of them at the place of the run.
         name = replacement_name(name)
-        with PartWriter(
-            target,
-            selection.group,
-            name,
-            kind=infos[0].kind,
-            compressed=infos[0].compressed,
-            durable=durable,
-            recorded={**agreed(infos), PUBLISHED_MARK: True},
-            alone=True,
-        ) as writer:
+        with new_writer(target, selection.group, infos, name, durable=durable, recorded={PUBLISHED_MARK: True}, alone=True) as writer:
             while batch is not None:
                 writer.append(batch)
                 batch = next(batches, None)

@@ -52,8 +52,8 @@ BROKEN: Final = frozenset({"missing", "size", "content", "document"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Piece:
-    """What one new part takes over from a part: some of its prompts, without some arrays, of some layers (None: of all)."""
+class _NewPart:
+    """A new part with some of what a damaged part holds: some prompts, without some arrays, and only some layers (None for all)."""
 
     rows: Ints
     without: frozenset[str]
@@ -61,18 +61,18 @@ class _Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    """What is done with one part.
+class _PartRepair:
+    """What a repair does with one part.
 
     Parameters
     ----------
     found : FoundPart
     documents : mapping of str to bytes
         Files that are written again as they were.
-    rest : _Piece, optional
-        What replaces the part; without this and without documents, the part is removed whole.
-    pieces : tuple of _Piece
-        What else is kept of it.
+    replacement : _NewPart, optional
+        The new part that replaces it. Without this and without documents, the part is removed.
+    others : tuple of _NewPart
+        New parts for what `replacement` leaves out and is still readable.
     lost : mapping of Cell to ndarray of int
         Prompts of the part whose values are lost.
     columns : tuple of str
@@ -81,14 +81,14 @@ class _Step:
 
     found: FoundPart
     documents: Mapping[str, bytes] = field(default_factory=dict)
-    rest: _Piece | None = None
-    pieces: tuple[_Piece, ...] = ()
+    replacement: _NewPart | None = None
+    others: tuple[_NewPart, ...] = ()
     lost: Mapping[Cell, Ints] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
 
     @property
     def stays(self) -> bool:
-        return bool(self.documents) or self.rest is not None
+        return bool(self.documents) or self.replacement is not None
 
 
 def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSummary:
@@ -110,25 +110,25 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
     lost: list[LostValues] = []
     columns: list[LostColumn] = []
     unknown: list[str] = []
-    planned: list[tuple[GroupInfo, list[_Step]]] = []
+    planned: list[tuple[GroupInfo, list[_PartRepair]]] = []
     for group in scan.groups:
         if group.info is None:
             continue
         if group.fault is not None and group.fault.kind in BROKEN:
             documents[f"{group.name}/zarr.json"] = group.info.to_document()
-        steps = _plan_group(group)
-        values, forgotten = _plan_lost(storage, group, group.info, steps)
+        repairs = _plan_group(group)
+        values, forgotten = _plan_lost(storage, group, group.info, repairs)
         lost += values
         unknown += forgotten
-        columns += [column for step in steps for column in _lost_columns(step)]
-        planned.append((group.info, steps))
-    every = [step for _, steps in planned for step in steps]
-    parts = {step.found.path for step in every}
+        columns += [column for repair in repairs for column in _lost_columns(repair)]
+        planned.append((group.info, repairs))
+    every = [repair for _, repairs in planned for repair in repairs]
+    parts = {repair.found.path for repair in every}
     summary = RepairSummary(
         url=storage.url,
-        restored=(*documents, *(f"{step.found.path}/{name}" for step in every for name in step.documents)),
-        rewritten=tuple(step.found.path for step in every if step.rest is not None),
-        dropped=tuple(step.found.path for step in every if not step.stays),
+        restored=(*documents, *(f"{repair.found.path}/{name}" for repair in every for name in repair.documents)),
+        rewritten=tuple(repair.found.path for repair in every if repair.replacement is not None),
+        dropped=tuple(repair.found.path for repair in every if not repair.stays),
         lost=tuple(lost),
         columns=tuple(columns),
         unknown=tuple(unknown),
@@ -138,8 +138,8 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
     if not dry_run:
         for key, data in documents.items():
             storage.commit(key, data, durable=durable)
-        for info, steps in planned:
-            _carry_out(storage, info, steps, durable=durable)
+        for info, repairs in planned:
+            _carry_out(storage, info, repairs, durable=durable)
     return summary
 
 
@@ -157,19 +157,19 @@ def _is_own_root(storage: Storage) -> bool:
     return ours or len(data) == len(root_document())
 
 
-def _lost_columns(step: _Step) -> Iterator[LostColumn]:
-    if step.found.part is not None:
-        hashes = tuple(hashes_of(step.found.part.info.digests).tolist())
-        for column in step.columns:
-            yield LostColumn(part=step.found.path, column=column.partition("/")[2], hashes=hashes)
+def _lost_columns(repair: _PartRepair) -> Iterator[LostColumn]:
+    if repair.found.part is not None:
+        hashes = tuple(hashes_of(repair.found.part.info.digests).tolist())
+        for column in repair.columns:
+            yield LostColumn(part=repair.found.path, column=column.partition("/")[2], hashes=hashes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- deciding
 
 
-def _plan_group(group: FoundGroup) -> list[_Step]:
+def _plan_group(group: FoundGroup) -> list[_PartRepair]:
     """What is done with every part that has a fault."""
-    steps = []
+    repairs = []
     kept = {found.path: found.part for found in group.parts if found.part is not None}
     # The last first: what replaces a part sorts behind it, and decides whether it becomes visible again.
     for found in reversed(group.parts):
@@ -177,17 +177,17 @@ def _plan_group(group: FoundGroup) -> list[_Step]:
         if not kinds or not kinds <= BROKEN or (found.part is None and not found.is_ours):
             continue
         if found.part is None:
-            steps.append(_Step(found=found))
+            repairs.append(_PartRepair(found=found))
             continue
         replaced = {name for path, part in kept.items() if path != found.path for name in part.info.replaces}
         is_replaced = found.part.info.name in replaced
         if is_replaced or _covered_by_replaced(found.part.info, group):
-            steps.append(_Step(found=found))
+            repairs.append(_PartRepair(found=found))
         else:
-            steps.append(_plan_part(found, found.part.info))
-        if not steps[-1].stays:
+            repairs.append(_plan_part(found, found.part.info))
+        if not repairs[-1].stays:
             del kept[found.path]
-    return steps
+    return repairs
 
 
 def _covered_by_replaced(info: PartInfo, group: FoundGroup) -> bool:
@@ -202,13 +202,13 @@ def _covered_by_replaced(info: PartInfo, group: FoundGroup) -> bool:
     return {row.tobytes() for each in infos for row in each.digests} == {row.tobytes() for row in info.digests}
 
 
-def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
+def _plan_part(found: FoundPart, info: PartInfo) -> _PartRepair:
     """What is kept of a part: everything but the broken chunks, to the prompt and the layer."""
     broken = [name for name in found.faults if not name.endswith("zarr.json")]
     if not broken:
         documents = {name: _document(info, name) for name in found.faults}
         if all(file_entry(data, chunk=False) == tuple(info.files[name]) for name, data in documents.items()):
-            return _Step(found=found, documents=documents)
+            return _PartRepair(found=found, documents=documents)
     arrays = {name.rpartition("/")[0] for name in broken}
     variables = set(info.activations)
     columns = arrays - variables - MADE_BY_WRITER
@@ -217,7 +217,7 @@ def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
     if "tokens/position" in columns:
         if not info.arrays["tokens/position"].attributes.get("whole_prompts"):
             # It is unknown which tokens of its prompts the part holds.
-            return _Step(found=found, lost=_all_cells(info), columns=tuple(sorted(own)))
+            return _PartRepair(found=found, lost=_all_cells(info), columns=tuple(sorted(own)))
         made = {"tokens/position"}
     columns -= made
     lost: dict[Cell, Ints] = {}
@@ -234,18 +234,18 @@ def _plan_part(found: FoundPart, info: PartInfo) -> _Step:
     for (key, rows), layers in kept.items():
         together.setdefault((rows, frozenset(layers)), set()).add(key)
     described = {"prompts/text", "prompts/prompt_length"} | own
-    pieces = tuple(
-        _Piece(
+    others = tuple(
+        _NewPart(
             rows=np.frombuffer(rows, np.int64),
             without=frozenset((variables - keys) | described | columns | made),
             layers=None if NO_LAYER in layers else layers,
         )
         for (rows, layers), keys in together.items()
     )
-    if variables - arrays or pieces or (({"prompts/text"} | own) & set(info.arrays)) - columns:
-        rest = _Piece(rows=every, without=frozenset((arrays & variables) | columns | made), layers=None)
-        return _Step(found=found, rest=rest, pieces=pieces, lost=lost, columns=tuple(sorted(columns)))
-    return _Step(found=found, lost=lost, columns=tuple(sorted(columns)))
+    if variables - arrays or others or (({"prompts/text"} | own) & set(info.arrays)) - columns:
+        replacement = _NewPart(rows=every, without=frozenset((arrays & variables) | columns | made), layers=None)
+        return _PartRepair(found=found, replacement=replacement, others=others, lost=lost, columns=tuple(sorted(columns)))
+    return _PartRepair(found=found, lost=lost, columns=tuple(sorted(columns)))
 
 
 def _broken_rows(info: PartInfo, key: str, broken: Iterable[str]) -> dict[Cell, Ints]:
@@ -281,24 +281,24 @@ def _document(info: PartInfo, name: str) -> bytes:
 # ------------------------------------------------------------------------------------------------------------ what is lost
 
 
-def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequence[_Step]) -> tuple[list[LostValues], list[str]]:
+def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, repairs: Sequence[_PartRepair]) -> tuple[list[LostValues], list[str]]:
     """Values that no part of the group holds any more, and the parts whose contents are unknown."""
-    by_path = {step.found.path: step for step in steps}
+    by_path = {repair.found.path: repair for repair in repairs}
     staying = [kept for kept in group.parts if kept.part is not None and (kept.path not in by_path or by_path[kept.path].stays)]
     replaced = {name for kept in staying if kept.part is not None for name in kept.part.info.replaces}
     digests: dict[bytes, bytes] = {}  # of each prompt by its hash, in the order of first appearance
     lost: list[tuple[list[bytes], Mapping[Cell, Ints], Ints | None]] = []
     texts: dict[bytes, str] = {}
     unknown: list[str] = []
-    for step in reversed(steps):
-        part = step.found.part
+    for repair in reversed(repairs):
+        part = repair.found.part
         if part is None:
-            if f"/{ANNOTATIONS}/" in step.found.path:
-                unknown.append(step.found.path)
+            if f"/{ANNOTATIONS}/" in repair.found.path:
+                unknown.append(repair.found.path)
                 continue
-            salvaged = _salvage(storage, step.found.path)
+            salvaged = _salvage(storage, repair.found.path)
             if salvaged is None:
-                unknown.append(step.found.path)
+                unknown.append(repair.found.path)
                 continue
             mine, names, salvaged_texts = salvaged
             cells: Mapping[Cell, Ints] = dict.fromkeys(names, np.arange(len(mine)))
@@ -308,7 +308,7 @@ def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, steps: Sequ
             continue
         else:
             mine = [row.tobytes() for row in part.info.digests]
-            cells, counts = (step.lost if step.stays or step.lost else _all_cells(part.info)), part.info.n_tokens
+            cells, counts = (repair.lost if repair.stays or repair.lost else _all_cells(part.info)), part.info.n_tokens
         for digest in mine:
             digests.setdefault(digest[:_HASH_BYTES], digest)
         lost.append((mine, cells, counts))
@@ -429,30 +429,30 @@ def _checked(text: str | None, digest: bytes) -> str | None:
 # -------------------------------------------------------------------------------------------------------------- carrying out
 
 
-def _carry_out(storage: Storage, group: GroupInfo, steps: Sequence[_Step], *, durable: bool) -> None:
+def _carry_out(storage: Storage, group: GroupInfo, repairs: Sequence[_PartRepair], *, durable: bool) -> None:
     # Replaced parts first: they must not become visible again when the part that replaces them is removed.
-    for step in sorted(steps, key=lambda step: not step.found.replaced):
-        part = step.found.part
+    for repair in sorted(repairs, key=lambda repair: not repair.found.replaced):
+        part = repair.found.part
         if part is None:
-            _remove_loose(storage, step.found.path)
+            _remove_loose(storage, repair.found.path)
             continue
-        for name, data in step.documents.items():
+        for name, data in repair.documents.items():
             storage.commit(f"{part.path}/{name}", data, durable=durable)
-        if step.rest is not None:
-            _rewrite(storage, group, part, step.rest, step.pieces, durable=durable)
-        if not step.documents:
+        if repair.replacement is not None:
+            _rewrite(storage, group, part, repair.replacement, repair.others, durable=durable)
+        if not repair.documents:
             remove_part(storage, part)
 
 
-def _rewrite(storage: Storage, group: GroupInfo, part: Part, rest: _Piece, pieces: Sequence[_Piece], *, durable: bool) -> None:
+def _rewrite(storage: Storage, group: GroupInfo, part: Part, replacement: _NewPart, others: Sequence[_NewPart], *, durable: bool) -> None:
     """Write a part as several. The one that replaces it is committed last, with the first name: it holds all prompts in their order."""
     name = replacement_name(part.info.name)
-    for piece in pieces:
+    for other in others:
         write_again(
-            storage, group, part, piece.rows, durable=durable, without=piece.without, layers=piece.layers,
+            storage, group, part, other.rows, durable=durable, without=other.without, layers=other.layers,
             name=replacement_name(name), replaces=False,
         )  # fmt: skip
-    write_again(storage, group, part, rest.rows, durable=durable, without=rest.without, name=name)
+    write_again(storage, group, part, replacement.rows, durable=durable, without=replacement.without, name=name)
 
 
 def _remove_loose(storage: Storage, path: str) -> None:

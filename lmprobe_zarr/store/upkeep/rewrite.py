@@ -1,15 +1,62 @@
-"""A part written again without some of its prompts, variables or layers; the old part stays until its caller removes it."""
+"""Parts written again: what a new part takes over from the old ones, and a part without some of its prompts, variables or layers.
+
+Never removes a part: the old one stays until the caller removes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Mapping, Sequence
+from typing import Any
 
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import Part, PartWriter, open_view, read_batches
+from lmprobe_zarr.store.parts import Part, PartWriter, committed_at, open_view, read_batches
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["write_again", "write_rows"]
+__all__ = ["new_writer", "write_again", "write_rows"]
+
+
+def new_writer(
+    storage: Storage,
+    group: GroupInfo,
+    infos: Sequence[PartInfo],
+    name: str,
+    *,
+    durable: bool,
+    replaces: tuple[str, ...] = (),
+    recorded: Mapping[str, Any] | None = None,
+    alone: bool = False,
+) -> PartWriter:
+    """A writer for a part that is made from others of one kind and shape.
+
+    Parameters
+    ----------
+    storage, group
+        Where the new part goes.
+    infos : sequence of PartInfo
+        The parts that it is made from, at least one.
+    name : str
+        The new part's name.
+    durable, replaces, alone
+        As for `store.parts.PartWriter`.
+    recorded : mapping, optional
+        Recorded in addition to what all of the old parts record alike, and to when the last of them was written.
+    """
+    first = infos[0].recorded
+    alike = {key: value for key, value in first.items() if all(info.recorded.get(key) == value for info in infos)}
+    last = max(infos, key=committed_at).recorded
+    written = {"written": last["written"]} if "written" in last else {}
+    return PartWriter(
+        storage,
+        group,
+        name,
+        kind=infos[0].kind,
+        compressed=infos[0].compressed,
+        durable=durable,
+        replaces=replaces,
+        recorded={**alike, **written, **(recorded or {})},
+        alone=alone,
+    )
 
 
 def write_again(
@@ -31,29 +78,21 @@ def write_again(
     ----------
     storage, group, part
     rows : ndarray of int
-        Its prompts to write.
+        Numbers of the prompts to write.
     durable : bool
         Flush it before it is committed.
     without, layers
-        What is left out, and what is kept; see `store.parts.read_batches`.
+        Arrays to leave out, and layers to keep; see `store.parts.read_batches`.
     after : str
-        Name that the new part sorts right behind; by default that of the old one.
+        Name of the part that the new one sorts right behind; by default that of the old one.
     name : str
-        The new part's own name, where it is known already.
+        The new part's own name, if it is known already.
     replaces : bool
         Whether the new part replaces the old one.
     """
     info = part.info
-    writer = PartWriter(
-        storage,
-        group,
-        name or replacement_name(after or info.name),
-        kind=info.kind,
-        compressed=info.compressed,
-        durable=durable,
-        replaces=(info.name, *info.replaces) if replaces else (),
-        recorded=info.recorded,
-    )
+    old = (info.name, *info.replaces) if replaces else ()
+    writer = new_writer(storage, group, [info], name or replacement_name(after or info.name), durable=durable, replaces=old)
     return write_rows(writer, storage, part, rows, without=without, layers=layers)
 
 

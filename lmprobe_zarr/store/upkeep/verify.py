@@ -205,10 +205,10 @@ def _scan_group(
     ]
     found: dict[str, FoundPart | None] = {}
 
-    def look(path: str) -> None:
-        found[path] = _look(storage, path, frozen, documents)
+    def scan(path: str) -> None:
+        found[path] = _scan_part(storage, path, frozen, documents)
 
-    run_all([partial(look, path) for path in paths], local=storage.is_local)
+    run_all([partial(scan, path) for path in paths], local=storage.is_local)
     parts = sorted((each for each in found.values() if each is not None), key=lambda each: each.path.rpartition("/")[2])
     if fault is not None and fault.kind == "missing" and not parts:
         return None  # cleared, or about to be made
@@ -244,7 +244,7 @@ def _group_from_parts(name: str, documents: Sequence[bytes]) -> GroupInfo | None
     return None
 
 
-def _look(storage: Storage, path: str, frozen: bool, documents: dict[str, bytes]) -> FoundPart | None:
+def _scan_part(storage: Storage, path: str, frozen: bool, documents: dict[str, bytes]) -> FoundPart | None:
     """A part by its document; None where there is none."""
     data, fault = _read(storage, f"{path}/zarr.json")
     if data is None:

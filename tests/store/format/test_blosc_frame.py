@@ -70,7 +70,7 @@ def test_blocks_that_threads_finished_in_another_order_are_found() -> None:
 
 
 def test_only_the_blocks_of_the_range_are_decoded() -> None:
-    """A damaged block that is not asked for goes unseen: so it is the chunk's checksum that comes before, see `StoredArray.read_rows`."""
+    """Damage in a block that is not read stays unnoticed here, so the chunk's checksum is compared first, see `StoredArray.read_rows`."""
     values = np.random.default_rng(0).standard_normal(2**20).astype("float16")
     frame = bytearray(compressed(values))
     frame[-20_000:] = bytes(20_000)
@@ -84,7 +84,7 @@ def test_only_the_blocks_of_the_range_are_decoded() -> None:
     [(8, 0), (8, 1), (8, 7), (8, 2**31), (16, 0), (16, 2**31 - 1), (16, 0xFFFFFFFF), (20, 16), (20, 2**31 - 1)],
     ids=["no block size", "blocks of 1", "blocks of 7", "a block of 2 GiB", "in the header", "far behind", "before", "within", "behind"],
 )
-def test_a_header_that_lies_is_an_error_or_right(place: int, value: int) -> None:
+def test_a_changed_header_raises_an_error_or_decodes_correctly(place: int, value: int) -> None:
     values = np.random.default_rng(0).standard_normal(2**19).astype("float16")
     frame = bytearray(compressed(values))
     frame[place : place + 4] = value.to_bytes(4, "little")

@@ -107,12 +107,12 @@ LIES: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_part_document_that_lies_under_a_digest_that_holds_is_refused(lie: str) -> None:
+def test_a_false_part_document_with_a_valid_digest_is_refused(lie: str) -> None:
     with pytest.raises(CorruptPartError, match="damaged"):
         parse_part(resealed(LIES[lie]), "store/p")
 
 
-def test_the_way_the_lies_are_told_is_not_itself_refused() -> None:
+def test_an_unchanged_part_document_with_a_new_digest_is_accepted() -> None:
     assert parse_part(resealed(lambda _: None), "store/p").layers == (0, 5)
 
 

@@ -109,7 +109,7 @@ def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(
         fsspec.filesystem("memory").rm(root, recursive=True)
 
 
-def test_parts_of_one_shape_become_one_and_prompts_that_were_superseded_are_gone(store: Store) -> None:
+def test_parts_of_equal_shape_are_merged_without_replaced_prompts(store: Store) -> None:
     for seed in range(4):
         store.write(GROUP, make_batch(["a", f"b{seed}"], seed=seed, columns={"label": [seed, seed]}))
     before = shown(store)
@@ -124,10 +124,10 @@ def test_parts_of_one_shape_become_one_and_prompts_that_were_superseded_are_gone
     assert store.compact().runs == ()
 
 
-def test_a_name_stays_at_its_place_and_names_all_that_it_stands_for(store: Store) -> None:
+def test_a_merged_part_keeps_its_place_and_names_all_parts_that_it_replaces(store: Store) -> None:
     names = [store.write(GROUP, make_batch([t], seed=i)) for i, t in enumerate("abcd")]
-    one = store.compact(dry_run=True).nbytes // 4
-    assert store.compact(part_bytes=2 * one + one // 2).parts_after == 2
+    part_nbytes = store.compact(dry_run=True).nbytes // 4
+    assert store.compact(part_bytes=2 * part_nbytes + part_nbytes // 2).parts_after == 2
     assert store.compact().parts_after == 1
     merged = store.view(GROUP).parts[-1].info
     assert merged.name.startswith(f"{names[-1]}.")
@@ -252,9 +252,9 @@ def test_raw_and_compressed_parts_stay_apart(store: Store) -> None:
 def test_part_bytes_bounds_a_part_and_large_ones_stay(store: Store) -> None:
     for i in range(6):
         store.write(GROUP, make_batch([f"p{i}"], seed=i))
-    one = store.compact(dry_run=True).nbytes // 6
-    assert store.compact(part_bytes=3 * one + one // 2, dry_run=True).parts_after == 2
-    assert store.compact(part_bytes=one, dry_run=True).runs == ()
+    part_nbytes = store.compact(dry_run=True).nbytes // 6
+    assert store.compact(part_bytes=3 * part_nbytes + part_nbytes // 2, dry_run=True).parts_after == 2
+    assert store.compact(part_bytes=part_nbytes, dry_run=True).runs == ()
     assert store.compact(min_parts=7).runs == ()
 
 
@@ -269,7 +269,7 @@ def test_a_caches_limit_bounds_its_parts() -> None:
     lz.set_cache_limit(None)
 
 
-def test_a_view_that_is_open_goes_on(store: Store) -> None:
+def test_an_open_view_can_be_read_after_compaction_and_gc(store: Store) -> None:
     for i in range(3):
         store.write(GROUP, make_batch([f"p{i}"], seed=i))
     before = shown(store)
@@ -459,7 +459,7 @@ def test_a_hundred_small_parts_become_one() -> None:
     assert_same(store, before)
 
 
-def test_names_of_parts_are_told_from_others() -> None:
+def test_part_names_are_distinguished_from_other_names() -> None:
     from lmprobe_zarr.store.format.part_names import PART_NAME
 
     name = new_part_name()

@@ -14,8 +14,8 @@ from lmprobe_zarr.store.store import Store
 
 
 def two_kinds(store: Store) -> Store:
-    one = make_batch(["a", "b"], seed=1, columns={"label": [1, 2]})
-    store.write(GROUP, replace(one, tokens={**one.tokens, "attn": -one.tokens["resid"]}))
+    batch = make_batch(["a", "b"], seed=1, columns={"label": [1, 2]})
+    store.write(GROUP, replace(batch, tokens={**batch.tokens, "attn": -batch.tokens["resid"]}))
     store.write(GROUP, make_batch(["b", "c"], seed=2))
     store.write(GROUP, make_batch(["d"], seed=3, tokens=False))
     store.annotate("acme/toy", {"split": {"a": "x"}})

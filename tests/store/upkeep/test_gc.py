@@ -67,7 +67,7 @@ def test_replaced_parts_go_once_they_are_old_and_the_view_stays(store: Store) ->
     assert store.gc(max_age=0).freed == 0
 
 
-def test_what_a_killed_writer_left_goes_once_it_is_old(store: Store) -> None:
+def test_gc_removes_files_of_a_killed_writer_once_they_are_old(store: Store) -> None:
     store.write(GROUP, make_batch(["a"]))
     key = begun(store)
     assert store.storage.list(key)
@@ -83,14 +83,14 @@ def test_the_newest_file_tells_the_age_of_a_part_that_is_being_written(folder: S
     part = Path(folder.url) / begun(folder)
     age(part, 7200)
     assert len(folder.gc(max_age=3600, dry_run=True).unfinished) == 1
-    one = next(path for path in part.rglob("c.*"))
-    one.touch()
+    chunk = next(path for path in part.rglob("c.*"))
+    chunk.touch()
     summary = folder.gc(max_age=3600)
     assert (summary.unfinished, summary.young) == ((), 1)
-    assert one.exists()
+    assert chunk.exists()
 
 
-def test_a_strangers_files_stay_wherever_they_lie(folder: Store) -> None:
+def test_gc_keeps_foreign_files_in_every_folder(folder: Store) -> None:
     root = Path(folder.url)
     part = root / begun(folder)
     strange = [

@@ -26,9 +26,9 @@ OTHER = GroupInfo(model="acme/other", provenance={"revision": "1"}, num_layers=4
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves files, lists no folder, and notes what was asked for."""
+    """Serves files, lists no folder, and records the requests."""
 
-    asked: list[str]
+    requests: list[str]
 
     def list_directory(self, path: Any) -> None:
         self.send_error(404)
@@ -37,25 +37,25 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self.asked.append(f"GET {self.path}")
+        self.requests.append(f"GET {self.path}")
         super().do_GET()
 
     def do_HEAD(self) -> None:
-        self.asked.append(f"HEAD {self.path}")
+        self.requests.append(f"HEAD {self.path}")
         super().do_HEAD()
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Path, str, list[str]]]:
-    """A folder, its web address, and what was asked of the server."""
+    """A folder, its web address, and the requests to the server."""
     folder = tmp_path / "public"
     folder.mkdir()
-    asked: list[str] = []
-    handler = type("Handler", (Quiet,), {"asked": asked})
+    requests: list[str] = []
+    handler = type("Handler", (Quiet,), {"requests": requests})
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield folder, f"http://127.0.0.1:{server.server_address[1]}", asked
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}", requests
     server.shutdown()
     server.server_close()
     thread.join()
@@ -89,7 +89,7 @@ def test_a_published_copy_shows_the_same_in_fewer_parts(store: Store, tmp_path: 
     xr.testing.assert_identical(pickle.loads(pickle.dumps(copy)).dataset().load(), store.dataset().load())  # noqa: S301
 
 
-def test_it_is_frozen(store: Store, tmp_path: Path) -> None:
+def test_a_published_copy_is_read_only(store: Store, tmp_path: Path) -> None:
     filled(store).publish(tmp_path / "copy")
     with pytest.raises(lz.errors.ReadOnlyError, match="published copy"):
         lz.open_store(tmp_path / "copy", mode="a")
@@ -111,7 +111,7 @@ def test_it_is_frozen(store: Store, tmp_path: Path) -> None:
 
 
 def test_over_http_from_a_server_that_lists_nothing(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
-    folder, url, asked = served
+    folder, url, requests = served
     store = filled(lz.open_store(tmp_path / "s"))
     store.publish(folder / "acts")
     copy = lz.open_store(f"{url}/acts")
@@ -122,9 +122,9 @@ def test_over_http_from_a_server_that_lists_nothing(served: tuple[Path, str, lis
     parts = lz.open_store(folder / "acts").storage
     documents = [f"{group}/{name}" for name in parts.list(group) if name not in ("zarr.json", "annotations")]
     documents += [f"{group}/annotations/{name}" for name in parts.list(f"{group}/annotations")]
-    chunks = [one for one in asked if "/resid_mean/c.2." in one]
-    assert sorted(asked) == sorted(["GET /acts/zarr.json", *(f"GET /acts/{key}/zarr.json" for key in (group, *documents)), *chunks])
-    assert len(asked) == 2 + 3 + 1, "one for the layer: the other part does not hold it"
+    chunks = [request for request in requests if "/resid_mean/c.2." in request]
+    assert sorted(requests) == sorted(["GET /acts/zarr.json", *(f"GET /acts/{key}/zarr.json" for key in (group, *documents)), *chunks])
+    assert len(requests) == 2 + 3 + 1, "one for the layer: the other part does not hold it"
     assert_same(copy, store)
     with pytest.raises(lz.errors.ReadOnlyError, match="web address"):
         lz.open_store(f"{url}/acts", mode="a")
@@ -132,24 +132,22 @@ def test_over_http_from_a_server_that_lists_nothing(served: tuple[Path, str, lis
         lz.open_store(f"{url}/nothing")
 
 
-def test_over_http_sizes_are_asked_for_without_downloading_and_checksums_by_reading(
-    served: tuple[Path, str, list[str]], tmp_path: Path
-) -> None:
-    folder, url, asked = served
+def test_over_http_sizes_need_no_download_and_checksums_do(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
+    folder, url, requests = served
     filled(lz.open_store(tmp_path / "s")).publish(folder / "acts")
     copy = lz.open_store(f"{url}/acts")
-    asked.clear()
+    requests.clear()
     assert copy.verify(full=False, progress=False).ok
-    assert all(one.endswith("/zarr.json") for one in asked if one.startswith("GET")), "documents only"
+    assert all(request.endswith("/zarr.json") for request in requests if request.startswith("GET")), "documents only"
     assert copy.verify(progress=False).ok
-    one, two = sorted((folder / "acts").glob("*/*/prompts/resid_mean/c.[01].0.0"))[:2]
-    one.write_bytes(one.read_bytes() + b"0")
-    two.unlink()
+    chunk, other = sorted((folder / "acts").glob("*/*/prompts/resid_mean/c.[01].0.0"))[:2]
+    chunk.write_bytes(chunk.read_bytes() + b"0")
+    other.unlink()
     for full in (False, True):
         assert {problem.kind for problem in copy.verify(full=full, progress=False).problems} == {"size", "missing"}
 
 
-def test_a_store_that_is_not_published_says_so_over_http(served: tuple[Path, str, list[str]]) -> None:
+def test_an_unpublished_store_over_http_raises_an_error(served: tuple[Path, str, list[str]]) -> None:
     folder, url, _ = served
     filled(lz.open_store(folder / "live"))
     with pytest.raises(lz.errors.NotAStoreError, match="publish"):
@@ -214,7 +212,7 @@ def test_a_run_that_is_too_large_becomes_several_parts_in_order(store: Store, tm
     assert_same(copy, store)
 
 
-def test_the_card_says_what_is_there_and_how_to_open_it(store: Store, tmp_path: Path) -> None:
+def test_the_card_describes_the_copy_and_how_to_open_it(store: Store, tmp_path: Path) -> None:
     filled(store).publish(tmp_path / "copy")
     card = (tmp_path / "copy" / "README.md").read_text()
     for text in (
@@ -238,7 +236,7 @@ def test_the_card_says_what_is_there_and_how_to_open_it(store: Store, tmp_path: 
     assert (tmp_path / "own" / "README.md").read_text() == "# Mine\n"
 
 
-def test_what_lies_there_already_is_never_touched_unless_it_is_an_older_copy(store: Store, tmp_path: Path) -> None:
+def test_publish_replaces_nothing_but_an_older_copy(store: Store, tmp_path: Path) -> None:
     filled(store)
     live = filled(lz.open_store(tmp_path / "live"))
     with pytest.raises(lz.errors.InvalidArgumentError, match="grows"):
@@ -280,7 +278,7 @@ def test_drafts_of_whoever_was_killed_are_cleared_and_nothing_else(store: Store,
     assert_same(lz.open_store(target), store)
 
 
-def test_a_damaged_published_root_is_told(store: Store, tmp_path: Path) -> None:
+def test_verify_reports_a_damaged_published_root(store: Store, tmp_path: Path) -> None:
     filled(store).publish(tmp_path / "copy")
     root = tmp_path / "copy" / "zarr.json"
     document = json.loads(root.read_bytes())

@@ -285,7 +285,7 @@ def test_a_damaged_file_is_never_a_wrong_value_and_is_found_and_taken_out(kind: 
     elif case.document and not lost_commit:
         with pytest.raises(CorruptPartError) as raised:
             lz.open_store(place).dataset("acme/toy")
-        assert any(one.rpartition("/")[0] in str(raised.value) for one in touched), "names the folder"
+        assert any(path.rpartition("/")[0] in str(raised.value) for path in touched), "names the folder"
         if case.document == "group" and damage != "exchanged":
             assert lz.open_store(place).view(OTHER).digests.tobytes().hex()[:16] == prompt_hash("f"), "the other group reads"
     elif lost_commit:
@@ -321,8 +321,8 @@ def test_a_damaged_file_is_never_a_wrong_value_and_is_found_and_taken_out(kind: 
     check(observed(clean), gone)
     if case.document in ("", "root", "group"):
         assert clean.dataset("acme/toy").prompt.values.tolist() == [prompt_hash(t) for t in ("a", "bb", "ccc", "d", "e")], "in order"
-    told = {(name, layer, text) for lost in done.lost for name in lost.variables for layer in lost.layers for text in lost.prompts}
-    assert told == {cell[1:] for cell in gone if cell[2] >= 0 and not lost_commit}
+    reported = {(name, layer, text) for lost in done.lost for name in lost.variables for layer in lost.layers for text in lost.prompts}
+    assert reported == {cell[1:] for cell in gone if cell[2] >= 0 and not lost_commit}
     columns = {(lost.column, label) for lost in done.columns for label in lost.hashes}
     if case.document == "":
         assert columns == {(cell[1], prompt_hash(cell[3])) for cell in gone if cell[2] < 0}
@@ -363,7 +363,7 @@ def test_many_damages_at_once_are_all_found_and_nothing_wrong_is_ever_read(
     assert clean.verify(progress=False).ok
     values = observed(clean)
     check(values, {cell for cell, value in values.items() if value is ABSENT})
-    if all(text is not None for one in done.lost for text in one.texts) and not done.unknown:
+    if all(text is not None for lost in done.lost for text in lost.texts) and not done.unknown:
         write_lost(clean, done)
         values = observed(lz.open_store(path))
         check(values, {cell for cell, value in values.items() if value is ABSENT and cell[2] < 0})
@@ -448,7 +448,7 @@ def test_a_damaged_part_that_others_replaced_is_found_and_goes(merged: Store) ->
     assert merged.verify(progress=False).ok
 
 
-def test_where_a_merged_part_breaks_those_it_was_merged_from_show_again(merged: Store) -> None:
+def test_the_parts_that_a_damaged_part_was_merged_from_become_visible_again(merged: Store) -> None:
     before = shown(merged)
     (new,) = (part.path for part in merged.listing(GROUP).parts if part.info.replaces)
     chunk_of(merged, new).unlink()
@@ -474,7 +474,7 @@ def test_a_deleted_prompt_never_becomes_visible_again_because_what_replaces_it_b
     assert {text for lost in done.lost for text in lost.texts} == {"bb", "ccc"}
 
 
-def test_what_another_part_holds_too_is_not_lost(tmp_path: Path) -> None:
+def test_values_that_another_part_holds_are_not_lost(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s", durable=False)
     store.write(GROUP, FIRST)
     store.write(GROUP, FIRST.take(0, 2))
@@ -488,7 +488,7 @@ def test_what_another_part_holds_too_is_not_lost(tmp_path: Path) -> None:
     assert (lost.variables, lost.layers, lost.prompts) == (("resid_mean",), (0,), ["a", "bb", "ccc"])
 
 
-def test_where_nobody_can_tell_which_tokens_a_part_keeps_it_goes(tmp_path: Path) -> None:
+def test_a_part_whose_token_positions_are_lost_is_removed(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s", durable=False)
     columns = {**FIRST.token_columns, "position": np.arange(9) + 5}
     store.write(GROUP, replace(FIRST, token_columns=columns))
@@ -499,7 +499,7 @@ def test_where_nobody_can_tell_which_tokens_a_part_keeps_it_goes(tmp_path: Path)
     assert {(lost.variables, lost.layers, tuple(lost.prompts)) for lost in done.lost} == {
         (("resid", "resid_mean"), LAYERS, ("a", "bb", "ccc"))
     }
-    assert {one.column for one in done.columns} == {"label", "split"}
+    assert {lost.column for lost in done.columns} == {"label", "split"}
     assert lz.open_store(store.url).models() == []
 
 
@@ -514,7 +514,7 @@ def test_a_groups_document_comes_back_from_any_of_its_parts(place: Path) -> None
 
 
 @pytest.mark.parametrize("damage", ["deleted", "flipped"])
-def test_where_no_part_tells_the_next_one_written_brings_the_groups_document_back(damage: Damage, tmp_path: Path) -> None:
+def test_a_groups_document_that_no_part_holds_is_restored_by_the_next_part(damage: Damage, tmp_path: Path) -> None:
     old = Path(shutil.copytree(OLD_STORES / "version-1" / "store", tmp_path / "old"))
     info = lz.open_store(old).find_group("acme/toy")
     before = lz.open_store(old).dataset("acme/toy").load()
@@ -548,7 +548,7 @@ def test_foreign_folders_are_named_and_stay(place: Path) -> None:
     assert done.changes == 0
 
 
-def test_a_part_of_a_newer_version_is_told_and_left(place: Path) -> None:
+def test_repair_reports_and_keeps_a_part_of_a_newer_version(place: Path) -> None:
     part = parts_of(lz.open_store(place))[0]
     path = place / part / "zarr.json"
     path.write_text(path.read_text().replace('"format_version":1', '"format_version":2'))
@@ -560,7 +560,7 @@ def test_a_part_of_a_newer_version_is_told_and_left(place: Path) -> None:
 # -------------------------------------------------------------------------------------------- places that are not simply ours to mend
 
 
-def test_a_file_that_cannot_be_read_now_is_told_and_left(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repair_reports_and_keeps_a_file_that_cannot_be_read_now(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = f"{parts_of(lz.open_store(place))[0]}/tokens/resid/c.1.1.0"
     real = LocalStorage.read_view
 
@@ -654,7 +654,7 @@ def url(s3: S3) -> str:
         ("array document", "emptied"), ("part document", "flipped"),
     ],
 )  # fmt: skip
-def test_the_same_on_s3(url: str, kind: str, damage: Damage) -> None:
+def test_damage_is_found_and_repaired_on_s3(url: str, kind: str, damage: Damage) -> None:
     case, parts = CASES[kind], parts_of(build(url))
     storage = open_storage(url)
     key, partner = key_of(case.file, parts), key_of(case.partner, parts)
@@ -668,7 +668,7 @@ def test_the_same_on_s3(url: str, kind: str, damage: Damage) -> None:
     check(observed(clean), gone)
 
 
-def test_the_fast_way_reads_documents_only_on_s3(s3: S3, url: str) -> None:
+def test_a_fast_verification_reads_documents_only_on_s3(s3: S3, url: str) -> None:
     build(url)
     store = lz.open_store(url, "r", storage_options=s3.options(counted=True))
     s3.proxy.reset()
@@ -708,12 +708,12 @@ def test_values_that_are_no_numbers_and_blank_rows_are_counted_as_they_are_writt
         summary = store.verify(full=full, progress=False)
         assert summary.ok, "they were written so: no damage"
         assert (summary.not_finite, summary.blank, summary.uncounted) == (3, 4, 0)
-        assert {one.variable: (one.not_finite, one.blank) for one in summary.odd} == {"tokens/resid": (2, 2), "prompts/resid_mean": (1, 2)}
+        assert {odd.variable: (odd.not_finite, odd.blank) for odd in summary.odd} == {"tokens/resid": (2, 2), "prompts/resid_mean": (1, 2)}
         assert "3 are not finite, 4 rows are all zeros" in str(summary)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_what_was_not_counted_when_it_was_written_is_counted_by_a_full_verification(dtype: str, tmp_path: Path) -> None:
+def test_a_full_verification_counts_what_the_writer_did_not_count(dtype: str, tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s")
     batch = odd_batch()
     tokens, prompts = batch.tokens["resid"].astype(dtype), batch.prompts["resid_mean"].astype(dtype)
@@ -731,7 +731,7 @@ def test_what_was_not_counted_when_it_was_written_is_counted_by_a_full_verificat
     assert (summary.not_finite, summary.blank, summary.uncounted) == (3, 4, 0)
 
 
-def test_a_token_that_nothing_precedes_has_no_probability_and_is_no_news(store: Store) -> None:
+def test_the_first_tokens_nan_is_not_reported(store: Store) -> None:
     batch = make_batch(["a"], tokens=False)
     store.write(
         GROUP,

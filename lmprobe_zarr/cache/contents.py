@@ -1,27 +1,22 @@
-"""What the cache holds, and how large it is, as users of lmprobe know it. Reads metadata only, never activations.
+"""What the cache holds and how large it is, in the calls that lmprobe's users know. Reads metadata only, never activations.
 
 The cache is the default store (see `lmprobe_zarr.config`) unless a call names another place.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import POOLINGS
-from lmprobe_zarr.bridges import LegacyCache, LegacyModel, beside
+from lmprobe_zarr.bridges import LegacyModel
 from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
 from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
-from lmprobe_zarr.errors import InvalidArgumentError, StoreNotFoundError
-from lmprobe_zarr.extraction import models as extraction
-from lmprobe_zarr.storage import open_storage
-from lmprobe_zarr.store import Mode, Place, Store, ambiguous, open_store
+from lmprobe_zarr.cache.place import CachedModel, lmprobe_entries, open_cache, place_name
+from lmprobe_zarr.store import Place, Store, ambiguous
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, Provenance
 from lmprobe_zarr.store.parts import View, committed_at, read_values
 from lmprobe_zarr.store.upkeep import EvictionEntry
@@ -29,58 +24,10 @@ from lmprobe_zarr.store.upkeep import EvictionEntry
 __all__ = ["cache_info", "discover_cached", "list_cached_prompts"]
 
 
-def open_cache(place: Place, mode: Mode) -> Store | None:
-    """The store of a place, None where there is none yet."""
-    if isinstance(place, Store):
-        return place
-    try:
-        opened = open_store(place, "r")
-    except StoreNotFoundError:
-        # Nothing has been written yet; there may still be something below to read.
-        opened = open_store(place)
-        return None if opened.below is None else opened
-    # A backend that is read-only stays so, whatever mode is requested.
-    return opened if mode == "r" else open_store(place, mode)
-
-
-@dataclass(frozen=True, slots=True)
-class CachedModel:
-    """The model of a call: its name in a store and, for a local folder, the digest of its weights too, since many folders share a name."""
-
-    name: str
-    provenance: Provenance
-
-    @staticmethod
-    def of(model: str) -> CachedModel:
-        path = Path(model).expanduser()
-        with suppress(OSError, ValueError):
-            if (path / "config.json").is_file():
-                known = extraction.identify(model, memory=config.weights_memory()).provenance
-                return CachedModel(extraction.model_name(model), {k: v for k, v in known.items() if k == "weights"})
-            if path.is_absolute():
-                return CachedModel(path.name, {})  # a folder that is gone went by the same name
-        return CachedModel(model, {})
-
-    def groups(self, store: Store) -> list[GroupInfo]:
-        """Its groups in a store."""
-        return store.matching(self.name, self.provenance, whole=False)
-
-
-def place_name(place: Place) -> str:
-    """The name of a place, whether or not it holds a store."""
-    given: Any = config.cache_backend() if place is None else place
-    last = given[-1] if isinstance(given, (list, tuple)) else given
-    if last is None:
-        return str(config.default_root())
-    if isinstance(last, Store):
-        return last.url
-    return open_storage(last).url if place is not None else str(last)
-
-
 def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "auto") -> CacheInfo:
     """What the cache holds, by model.
 
-    Only metadata are read: one list per group and one small document per part, however many prompts there are.
+    Reads metadata only: one listing per group and one small document per part, however many prompts there are.
 
     Parameters
     ----------
@@ -89,7 +36,7 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     legacy : {"auto", "never"}
-        Whether lmprobe's own entries beside the cache are listed too, separately.
+        Whether lmprobe's own entries beside the cache are listed separately.
 
     Returns
     -------
@@ -119,13 +66,6 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     )
 
 
-def lmprobe_entries(place: Place, legacy: str) -> LegacyCache | None:
-    """Lmprobe's own entries around the cache; none around a place that a call names."""
-    if legacy not in ("auto", "never"):
-        raise InvalidArgumentError(f"legacy={legacy!r} is unknown: use 'auto' or 'never'")
-    return None if legacy == "never" or place is not None else beside(open_store(None, "a"))
-
-
 def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:
     names = {held.variable for held in model.holds}
     return ModelCacheInfo(
@@ -144,7 +84,7 @@ def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:
 
 
 def _describe_groups(store: Store, model: str | None) -> tuple[ModelCacheInfo, ...]:
-    """What one root holds, of one model or all; the largest first."""
+    """What one root holds of one model, or of all; the largest group first."""
     groups = list(store.groups(whole=False).values()) if model is None else CachedModel.of(model).groups(store)
     described = [_describe_group(store, info, entries) for info in groups if (entries := store.entries(info))]
     return tuple(sorted(described, key=lambda info: (-info.size_bytes, info.model_name)))
@@ -186,7 +126,7 @@ def discover_cached(
     group: str | None = None,
     legacy: str = "auto",
 ) -> CachedPromptInfo | None:
-    """What is stored of a prompt, or None where nothing is.
+    """What is stored of a prompt; None if nothing is.
 
     Parameters
     ----------
@@ -199,17 +139,17 @@ def discover_cached(
     provenance, group : optional
         Choose between several groups of one model.
     legacy : {"auto", "never"}
-        Whether lmprobe's own entries beside the cache are looked at where the store holds nothing of the prompt.
+        Whether lmprobe's own entries beside the cache are searched if the store does not hold the prompt.
 
     Returns
     -------
     CachedPromptInfo, optional
-        Layers, poolings, perplexity, logits; None where nothing is stored.
+        Layers, poolings, perplexity, logits; None if nothing is stored.
 
     Raises
     ------
     AmbiguousProvenanceError
-        Several groups of the model hold the prompt; names the fields in which they differ.
+        Several groups of the model hold the prompt; the message names the fields in which they differ.
     """
     old = lmprobe_entries(store, legacy)
     found = [(view, row) for view in _views_of(model, store, provenance, group) if (row := view.locate(prompt)) is not None]
@@ -267,7 +207,7 @@ def _describe_prompt(view: View, row: int) -> CachedPromptInfo:
         for name, array in view.variables(level).items():
             there = view.covers(level, name, rows, layers)[:, 0]
             if there.any():
-                held[level][name] = [layer for layer, held_ in zip(layers, there, strict=True) if held_] if array.layered else []
+                held[level][name] = [layer for layer, is_held in zip(layers, there, strict=True) if is_held] if array.layered else []
     every = {**held["prompts"], **held["tokens"]}
     widths = [int(view.row_lengths(level, n, rows)[0]) for level in LEVELS for n in held[level] if n.endswith("top_k_values")]
     top_k = max(widths, default=None)
@@ -277,7 +217,7 @@ def _describe_prompt(view: View, row: int) -> CachedPromptInfo:
 
 
 def _count_of(view: View, row: int) -> int | None:
-    """Number of tokens of a prompt: as it was run, else as many as are kept."""
+    """Number of tokens of a prompt when the model was run on it; if that was not recorded, the number of stored tokens."""
     rows = np.array([row])
     if "prompt_length" in view.columns("prompts"):
         length = int(read_values(view, "prompts", "prompt_length", rows, ())[0])
@@ -290,7 +230,7 @@ def _count_of(view: View, row: int) -> int | None:
 def list_cached_prompts(
     model: str, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None, legacy: str = "auto"
 ) -> list[CachedPrompt]:
-    """The prompts of a model in the cache, each once, in the order of first appearance; the same arguments as `discover_cached`.
+    """The prompts of a model in the cache, each once, in the order in which they first appear.
 
     Prompts of all matching groups come first, then those that only lmprobe's own entries beside the cache hold.
 
