@@ -327,7 +327,8 @@ def tokenizer_object_digest(tokenizer: Any) -> str:
         content = json.loads(backend.to_str())
         content["padding"] = content["truncation"] = None
     else:
-        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
+        special = getattr(tokenizer, "special_tokens_map", {})
+        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": special}
         settings = getattr(tokenizer, "init_kwargs", {})
         # The paths of its files do not matter.
         content["init"] = {str(k): v for k, v in settings.items() if not str(k).endswith(("_file", "name_or_path", "chat_template"))}
@@ -495,6 +496,7 @@ def identify(
     revision: str | None = None,
     dtype: object = "auto",
     prompts_kind: PromptKind = "text",
+    add_special_tokens: bool = True,
     max_length: int | None = None,
     truncation: bool = False,
     modules: Mapping[str, str] | None = None,
@@ -520,6 +522,7 @@ def identify(
     dtype : str or torch.dtype
         As for :func:`~lmprobe_zarr.extraction.load_model`.
     prompts_kind : {"text", "chat", "ids"}
+    add_special_tokens : bool
     max_length : int, optional
         Tokens.
     truncation : bool
@@ -562,6 +565,7 @@ def identify(
         known["quantization"] = quantization_of(config)
     window = None if config is None else context_length_of(config)
     known |= _prompt_fields_known(prompts_kind, files, tokenizer, truncation=truncation, max_length=max_length, window=window)
+    known |= {"special_tokens": add_special_tokens} if prompts_kind == "text" else {}
     return ModelIdentity(
         name=model_name(model, name),
         provenance=known,
