@@ -62,10 +62,10 @@ def cache_logger() -> logging.Logger:
     return _LOGGER
 
 
-def warn(message: str) -> None:
-    """Issue a `CacheWarning` that points at the caller's line, the first one outside this package."""
+def warn(message: str, category: type[Warning] = CacheWarning) -> None:
+    """Issue a warning, by default a `CacheWarning`, that points at the caller's line, the first one outside this package."""
     frame, level = sys._getframe(1), 2
     package = __name__.split(".")[0]
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in (package, "contextlib"):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, CacheWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

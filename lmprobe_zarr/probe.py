@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import LayerSpec, concat_ranges, describe_layers, parse_stage, parse_sweep, reduce_scores
+from lmprobe_zarr.batch import (
+    ChatOptions,
+    LayerSpec,
+    concat_ranges,
+    describe_layers,
+    parse_chat_options,
+    parse_stage,
+    parse_sweep,
+    reduce_scores,
+)
 from lmprobe_zarr.display import card, definitions, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
 from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supply, SupplyMemory
@@ -100,6 +109,8 @@ class Probe:
         Name of a stored group, if several of the model match.
     name, tokenizer, revision, max_length, truncation, provenance, modules, trust_remote_code, device_map
         As for `lmprobe_zarr.extract`.
+    add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
+        As for `lmprobe_zarr.extract`.
 
     Attributes
     ----------
@@ -150,6 +161,11 @@ class Probe:
         modules: Mapping[str, str] | None = None,
         trust_remote_code: bool = False,
         device_map: Any = None,
+        add_special_tokens: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | str | None = None,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -179,6 +195,11 @@ class Probe:
         self.modules = modules
         self.trust_remote_code = trust_remote_code
         self.device_map = device_map
+        self.add_special_tokens = add_special_tokens
+        self.add_generation_prompt = add_generation_prompt
+        self.continue_final_message = continue_final_message
+        self.tools = tools
+        self.chat_template_kwargs = chat_template_kwargs
         self.pipeline_: Any = None
         self.classes_: Array | None = None
         self.layers_: tuple[int, ...] = ()
@@ -198,7 +219,14 @@ class Probe:
         parse_stage(self.inference_pooling or self.pooling)
         if self.batch_size is not None:
             check_batch_size(self.batch_size)
+        self._chat_options()
         self._new_pipeline(1)
+
+    def _chat_options(self) -> ChatOptions:
+        return parse_chat_options(
+            add_generation_prompt=self.add_generation_prompt, continue_final_message=self.continue_final_message, tools=self.tools,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------ scikit-learn's interface
 
@@ -305,10 +333,12 @@ class Probe:
             model=self.model, name=self.name, tokenizer=self.tokenizer, revision=self.revision, max_length=self.max_length,
             dtype=self.dtype_ if as_fitted and self.dtype is None else self.dtype, truncation=self.truncation, modules=self.modules,
             provenance=dict(self.provenance or {}), trust_remote_code=self.trust_remote_code,
+            add_special_tokens=self.add_special_tokens,
         )  # fmt: skip
         return Supply(
             choice=choice, store=self.store, device=self.device, device_map=self.device_map, batch_size=batch_size or self.batch_size,
             cache_only=self.cache_only, legacy=self.legacy, group=self.group, memory=self._memory,
+            chat=self._chat_options(),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------- fitting
@@ -665,6 +695,8 @@ class Probe:
         parameters = {name: value for name, value in self.get_params().items() if name not in _NOT_SAVED}
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
             parameters["model"] = None
+        if self.tools is not None:
+            parameters["tools"] = self._chat_options().arguments["tools"]  # schemas instead of functions
         header = {
             "parameters": {name: _as_json(value) for name, value in parameters.items()},
             "layers": list(self.layers_),

@@ -3,6 +3,8 @@
 Numpy and names only: never files, xarray, torch or zarr. Other rooms import from this face.
 """
 
+from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, parse_chat_options, unused_arguments
+from lmprobe_zarr.batch.given import PROMPT_KINDS, PromptKind, given_prompts, shorten
 from lmprobe_zarr.batch.hashes import (
     HASH_DIGITS,
     UNKNOWN_DIGITS,
@@ -19,7 +21,7 @@ from lmprobe_zarr.batch.hashes import (
 from lmprobe_zarr.batch.layers import LayerSpec, choose_layers, describe_layers, parse_sweep, resolve_layers
 from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
 from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
-from lmprobe_zarr.batch.prompts import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind, shorten
+from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.batch.ragged import as_slice, concat_ranges, offsets_of, positions_of
 from lmprobe_zarr.batch.sites import (
     INNER_DIMS,
@@ -37,12 +39,14 @@ from lmprobe_zarr.batch.sites import (
 )
 from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids
 
 __all__ = [
     "HASH_DIGITS",
     "INNER_DIMS",
     "LAYERED_SITES",
     "LOGITS_POSITIONS",
+    "NO_CHAT_OPTIONS",
     "NO_OUTPUTS",
     "POOLINGS",
     "PROMPT_KINDS",
@@ -50,6 +54,7 @@ __all__ = [
     "SITES",
     "STATISTICS",
     "UNKNOWN_DIGITS",
+    "ChatOptions",
     "LayerSpec",
     "Outputs",
     "Precision",
@@ -57,19 +62,23 @@ __all__ = [
     "Prompts",
     "Stage",
     "TokenBatch",
+    "accepted",
     "as_slice",
     "choose_layers",
     "concat_ranges",
     "count_odd",
+    "decode_ids",
     "describe_layers",
     "digest_of_hash",
     "digests_of",
     "fill_value",
+    "given_prompts",
     "hashes_of",
     "is_hash",
     "is_top_k",
     "keys_of",
     "offsets_of",
+    "parse_chat_options",
     "parse_poolings",
     "parse_prompts",
     "parse_sites",
@@ -89,4 +98,5 @@ __all__ = [
     "shorten",
     "split_variable",
     "store_as",
+    "unused_arguments",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ HASH_DIGITS: Final = 16
 _DIGEST_BYTES: Final = 32
 
 
-def prompt_sha256(prompt: str | Sequence[int] | Array) -> str:
+def prompt_sha256(prompt: str | Sequence[int] | Array | Sequence[Mapping[str, Any]]) -> str:
     r"""The whole sha256 of a prompt, 64 hex digits.
 
     Parameters
@@ -50,26 +50,50 @@ def prompt_sha256(prompt: str | Sequence[int] | Array) -> str:
         ids = np.asarray(prompt)
     except ValueError as error:
         raise InvalidTypeError(f"a prompt is a text or a flat list of token ids, not {type(prompt).__name__}") from error
+    if ids.ndim == 1 and len(ids) and isinstance(ids[0], Mapping) and isinstance(prompt, list | tuple):
+        raise InvalidTypeError("a chat is found by its hash: give prompt_hash(chat, tokenizer=…) instead")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise InvalidTypeError(f"a prompt is a text or a flat list of token ids, not {type(prompt).__name__}")
     return hashlib.sha256(b"\0ids\0" + ids.astype("<i8").tobytes()).hexdigest()
 
 
-def prompt_hash(prompt: str | Sequence[int] | Array) -> str:
-    """The label of a prompt: the first 16 hex digits of :func:`prompt_sha256`.
+def prompt_hash(
+    prompt: str | Sequence[int] | Array | Sequence[Mapping[str, Any]],
+    *,
+    tokenizer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The label of a prompt: the first 16 hex digits of its sha256.
 
     For a text this is lmprobe's own prompt hash (lmprobe 0.5 to 0.10).
 
     Parameters
     ----------
-    prompt : str, or sequence of int
-        A text, or token ids.
+    prompt : str, sequence of int, or list of messages
+        A text, token ids, or a chat.
+    tokenizer : transformers tokenizer, optional
+        Needed for a chat.
+    chat_template_kwargs : mapping, optional
+        The options that the chat was extracted with, ``tools``, ``add_generation_prompt`` and ``continue_final_message`` included.
 
     Returns
     -------
     str
         What ``sel(prompt=…)`` takes.
+
+    Raises
+    ------
+    InvalidTypeError
+        Neither a text nor a flat sequence of integers nor a chat.
+    InvalidArgumentError
+        A chat without a tokenizer that renders it.
     """
+    if tokenizer is not None and not isinstance(prompt, str):
+        from lmprobe_zarr.batch.chats import parse_chat_options
+        from lmprobe_zarr.batch.prompts import parse_prompts
+
+        options = parse_chat_options(chat_template_kwargs=chat_template_kwargs)
+        return parse_prompts([prompt], tokenizer=tokenizer, chat=options).sha256[0][:HASH_DIGITS]
     return prompt_sha256(prompt)[:HASH_DIGITS]
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 
+from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, RenderedChat, check_renders_chats, render_chat
+from lmprobe_zarr.batch.given import WAYS, PromptKind, common_kind, given_prompts
 from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.tokenizer_calls import decode_ids
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.typing import Ints
+from lmprobe_zarr.typing import Ints, Mask
 
-__all__ = ["PROMPT_KINDS", "PromptKind", "Prompts", "parse_prompts", "prompts_kind", "shorten"]
+__all__ = ["Prompts", "parse_prompts", "prompts_kind"]
 
-PromptKind = Literal["text", "chat", "ids"]
-PROMPT_KINDS: Final = ("text", "chat", "ids")
-SHOWN_CHARACTERS: Final = 40
-WAYS: Final = "a prompt is a text, a list of chat messages, or a flat list of token ids"
+# Tokens that a tokenizer may also pad with, although they belong into prompts.
+_SHARED_WITH_PADDING: Final = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +35,13 @@ class Prompts:
     text : tuple of str, or None
         The texts; for chats, the rendered texts. None for token ids that no tokenizer has decoded yet.
     token_ids : tuple of ndarray of int64, or None
-        The ids, for ``kind="ids"`` only.
+        The ids, for ``kind="ids"`` and for chats of a tokenizer that has no template.
     row : ndarray of int64, shape (given,)
         For each prompt that the caller gave, its index among the distinct ones.
     first : ndarray of int64, shape (prompt,)
         For each distinct prompt, its first index among those that the caller gave.
+    timed : ndarray of bool, shape (prompt,), or None
+        Which chats have a text that depends on the time; their digests do not depend on it. None where none has.
     """
 
     kind: PromptKind
@@ -46,6 +50,7 @@ class Prompts:
     token_ids: tuple[Ints, ...] | None = None
     row: Ints
     first: Ints
+    timed: Mask | None = None
 
     def __len__(self) -> int:
         return len(self.sha256)
@@ -60,58 +65,13 @@ class Prompts:
             token_ids=None if self.token_ids is None else tuple(self.token_ids[i] for i in chosen),
             row=np.arange(len(chosen), dtype=np.int64),
             first=self.first[chosen],
+            timed=None if self.timed is None else self.timed[chosen],
         )
 
-
-def shorten(text: str) -> str:
-    """The first characters of a text, quoted, for a message."""
-    return repr(text) if len(text) <= SHOWN_CHARACTERS else repr(text[:SHOWN_CHARACTERS] + "…")
-
-
-def _is_chat(prompt: object) -> bool:
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def _kind_of(prompt: object, number: int) -> PromptKind:
-    if isinstance(prompt, str):
-        if not prompt:
-            raise InvalidArgumentError(f"prompts[{number}] is empty: leave it out, or give at least one character")
-        return "text"
-    if isinstance(prompt, Mapping):
-        raise InvalidTypeError(f"prompts[{number}] is a single chat message: wrap each conversation in a list, prompts=[[message, …], …]")
-    if isinstance(prompt, int | np.integer) and not isinstance(prompt, bool):
-        raise InvalidTypeError(
-            f"prompts[{number}] is the number {prompt!r}: wrap the token ids of each prompt in a list, prompts=[[1, 2, 3]]"
-        )
-    if _is_chat(prompt):
-        return "chat"
-    if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray | memoryview):
-        return "ids"
-    if hasattr(prompt, "detach"):
-        return "ids"
-    raise InvalidTypeError(f"prompts[{number}] is a {type(prompt).__name__}: {WAYS}")
-
-
-def _list_prompts(prompts: object) -> list[Any]:
-    if isinstance(prompts, str):
-        raise InvalidTypeError(f"prompts is the text {shorten(prompts)}, not a list of prompts: wrap it, prompts=[…]")
-    if isinstance(prompts, bytes | bytearray | memoryview | Mapping | set | frozenset) or not isinstance(prompts, Iterable):
-        raise InvalidTypeError(f"prompts is a {type(prompts).__name__}: give a list of prompts; {WAYS}")
-    given = list(prompts)
-    if not given:
-        raise InvalidArgumentError("prompts is empty: give at least one prompt")
-    return given
-
-
-def _common_kind(given: list[Any]) -> PromptKind:
-    kinds = [_kind_of(prompt, number) for number, prompt in enumerate(given)]
-    for number, kind in enumerate(kinds):
-        if kind != kinds[0]:
-            words = {"text": "a text", "chat": "a chat", "ids": "token ids"}
-            raise InvalidTypeError(
-                f"prompts[0] is {words[kinds[0]]} but prompts[{number}] is {words[kind]}: one call takes one kind of prompt"
-            )
-    return kinds[0]
+    def with_texts(self, texts: Mapping[int, str]) -> Prompts:
+        """The same prompts with other texts, by index; for chats whose text depends on the time."""
+        assert self.text is not None  # noqa: S101 - chats have texts
+        return replace(self, text=tuple(texts.get(i, text) for i, text in enumerate(self.text)))
 
 
 def prompts_kind(prompts: object) -> PromptKind:
@@ -122,13 +82,15 @@ def prompts_kind(prompts: object) -> PromptKind:
     InvalidTypeError, InvalidArgumentError
         As :func:`parse_prompts`; and a generator, which this would exhaust.
     """
-    if isinstance(prompts, Iterator):
+    if isinstance(prompts, Iterator) and not isinstance(prompts, io.IOBase):
         raise InvalidTypeError(f"prompts is a {type(prompts).__name__}, which can be read once only: make a list of it, list(prompts)")
-    return _common_kind(_list_prompts(prompts))
+    return common_kind(given_prompts(prompts))
 
 
 def _parse_ids(prompt: Any, number: int) -> Ints:
     detached = prompt.detach().cpu().numpy() if hasattr(prompt, "detach") else prompt
+    if isinstance(detached, np.ma.MaskedArray) and detached.ndim == 1:
+        detached = detached.compressed()
     try:
         ids = np.asarray(detached)
     except ValueError as error:
@@ -145,72 +107,98 @@ def _parse_ids(prompt: Any, number: int) -> Ints:
     return parsed
 
 
-def _render(messages: Any, number: int, tokenizer: Any, add_generation_prompt: bool | None) -> str:
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise InvalidTypeError(f"prompts[{number}] is no chat: each message is a dict with 'role' and 'content'")
-    opens = messages[-1]["role"] != "assistant" if add_generation_prompt is None else add_generation_prompt
-    try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=opens)
-    except Exception as error:
-        # A template is code by the model's author and can raise anything.
-        reason = str(error).strip().split("\n")[0][:200]
-        raise InvalidArgumentError(f"prompts[{number}] does not go through the tokenizer's chat template: {reason}") from error
-    if not isinstance(text, str) or not text:
-        raise InvalidArgumentError(f"prompts[{number}] is empty once the chat template is applied: give messages with content")
-    return text
-
-
-def _check_template(tokenizer: Any) -> None:
-    if tokenizer is None:
-        raise InvalidArgumentError("chat messages are hashed as their rendered text: pass tokenizer= whose chat template renders them")
-    if not getattr(tokenizer, "chat_template", None):
-        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        raise InvalidArgumentError(f"the tokenizer {name!r} has no chat template: set tokenizer.chat_template, or give texts")
-
-
 def _decode(ids: tuple[Ints, ...], tokenizer: Any) -> tuple[str, ...]:
-    return tuple(tokenizer.decode(i.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in ids)
+    return tuple(decode_ids(tokenizer, i) for i in ids)
 
 
-def parse_prompts(prompts: object, *, tokenizer: Any = None, add_generation_prompt: bool | None = None) -> Prompts:
+def _check_padding(ids: Sequence[Ints], tokenizer: Any) -> None:
+    """Raise if prompts begin or end with padding, which would be run as if it were tokens.
+
+    A tokenizer may pad with a token that has another use too. One such token at the end of a prompt is no padding; several are.
+    """
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if not isinstance(pad, int) or isinstance(pad, bool):
+        return
+    after = np.array([_run_of(pad, row[::-1]) for row in ids])
+    before = np.array([_run_of(pad, row) for row in ids])
+    if pad in [getattr(tokenizer, name, None) for name in _SHARED_WITH_PADDING]:
+        padded = (after > 1) | (before > 1)
+    else:
+        # Decoders with an encoder begin with their padding token: one token before every prompt is meant.
+        padded = (after > 0) | ((before > 0) if (before != 1).any() else np.zeros(len(before), bool))
+    if padded.any():
+        number = int(padded.argmax())
+        raise InvalidArgumentError(
+            f"prompts[{number}] {'ends' if after[number] else 'begins'} with {int(max(after[number], before[number]))} times the token id "
+            f"{pad}, which this tokenizer pads with: give the ids of each prompt without padding, ids[mask == 1] with its attention mask"
+        )
+
+
+def _run_of(token_id: int, ids: Ints) -> int:
+    """How many times a token stands at the beginning of some ids."""
+    other = np.flatnonzero(ids != token_id)
+    return int(other[0]) if len(other) else len(ids)
+
+
+def parse_prompts(
+    prompts: object, *, tokenizer: Any = None, add_generation_prompt: bool | None = None, chat: ChatOptions = NO_CHAT_OPTIONS
+) -> Prompts:
     """The distinct prompts of a call, with the order in which the caller gave them.
 
     Parameters
     ----------
     prompts : iterable of str, of lists of chat messages, or of flat arrays of token ids
-        A chat message is a dict with ``role`` and ``content``; token ids may be lists, 1-d integer arrays or torch tensors.
+        A chat message is a dict with ``role`` and ``content``, a text or a list of parts; token ids may be lists, 1-d integer arrays or
+        torch tensors. See `given_prompts` for what is no list of prompts.
     tokenizer : transformers tokenizer, optional
         Needed for chats, which its template renders. Token ids are decoded with it if it is given; texts never need it.
     add_generation_prompt : bool, optional
-        Whether the template ends a chat with the beginning of an answer. None: yes, unless the last message is the assistant's.
+        Whether the template ends a chat with the beginning of an answer. None: as `chat` has it.
+    chat : ChatOptions
+        How chats are rendered.
 
     Raises
     ------
     InvalidArgumentError
-        No prompt, an empty prompt, a negative token id, a chat without a tokenizer or a template, or a chat that the template refuses.
+        No prompt, an empty prompt, a negative token id, padding, a chat without a tokenizer or a template, or a chat that the template
+        refuses.
     InvalidTypeError
         A bare text instead of a list, something that is no prompt, or several kinds in one call.
     """
-    given = _list_prompts(prompts)
-    kind = _common_kind(given)
+    given = given_prompts(prompts)
+    kind = common_kind(given)
     ids: list[Ints] | None = None
+    texts: list[str] | None = None
+    timed: Mask | None = None
     if kind == "ids":
         ids = [_parse_ids(prompt, number) for number, prompt in enumerate(given)]
         digests = [prompt_sha256(i) for i in ids]
+        if tokenizer is not None:
+            _check_padding(ids, tokenizer)
+    elif kind == "chat":
+        check_renders_chats(tokenizer)
+        chat = chat if add_generation_prompt is None else replace(chat, add_generation_prompt=add_generation_prompt)
+        chats = [render_chat(messages, number, tokenizer, chat) for number, messages in enumerate(given)]
+        texts, digests = [rendered.text for rendered in chats], [rendered.sha256 for rendered in chats]
+        ids, timed = _ids_of(chats), np.array([rendered.timed for rendered in chats])
     else:
-        if kind == "chat":
-            _check_template(tokenizer)
-            given = [_render(messages, number, tokenizer, add_generation_prompt) for number, messages in enumerate(given)]
         # A numpy string is a str too, but would keep its array alive.
-        given = [str(text) for text in given]
-        digests = [prompt_sha256(text) for text in given]
+        texts = [str(text) for text in given]
+        digests = [prompt_sha256(text) for text in texts]
     place: dict[str, int] = {}
     row = np.array([place.setdefault(digest, len(place)) for digest in digests], np.int64)
     first = np.unique(row, return_index=True)[1].astype(np.int64)
     chosen = None if ids is None else tuple(ids[i] for i in first)
-    if chosen is None:
-        text: tuple[str, ...] | None = tuple(given[i] for i in first)
+    if texts is not None:
+        text: tuple[str, ...] | None = tuple(texts[i] for i in first)
     else:
-        text = None if tokenizer is None else _decode(chosen, tokenizer)
-    return Prompts(kind=kind, sha256=tuple(place), text=text, token_ids=chosen, row=row, first=first)
+        text = None if tokenizer is None or chosen is None else _decode(chosen, tokenizer)
+    return Prompts(
+        kind=kind, sha256=tuple(place), text=text, token_ids=chosen, row=row, first=first,
+        timed=timed[first] if timed is not None and timed.any() else None,
+    )  # fmt: skip
+
+
+def _ids_of(chats: Sequence[RenderedChat]) -> list[Ints] | None:
+    ids = [rendered.token_ids for rendered in chats if rendered.token_ids is not None]
+    return ids if len(ids) == len(chats) else None

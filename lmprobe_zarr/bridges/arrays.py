@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import TokenBatch, offsets_of, prompt_sha256, split_variable
+from lmprobe_zarr.batch import TokenBatch, given_prompts, offsets_of, prompt_sha256, split_variable
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, held_dtype, rows_of
 from lmprobe_zarr.bridges.files import Files, Want
 from lmprobe_zarr.bridges.lmprobe_folders import DAMAGED, FLOATS, NOTHING, OUTSIDE, SHAPES
@@ -47,7 +47,8 @@ class VllmFiles:
 
     def __init__(self, files: Files, layers: Sequence[int], *, prompts: Mapping[int, str] | Sequence[str] | None = None) -> None:
         self.files, self.layers = files, tuple(int(layer) for layer in layers)
-        self.prompts = dict(enumerate(prompts or ())) if not isinstance(prompts, Mapping) else dict(prompts)
+        listed = () if prompts is None or isinstance(prompts, Mapping) else given_prompts(prompts)
+        self.prompts = dict(prompts) if isinstance(prompts, Mapping) else dict(enumerate(listed))
         if len(set(self.layers)) != len(self.layers) or not self.layers or min(self.layers) < 0:
             raise InvalidArgumentError(f"layers={layers!r}: give one block for each slot of hidden_states, no block twice")
         self._holds: dict[tuple[Held, ...], tuple[Held, ...]] = {}
@@ -167,9 +168,7 @@ class RowTables:
         *,
         rows: Sequence[Array] | None = None,
     ) -> None:
-        if isinstance(prompts, str):
-            raise InvalidArgumentError("prompts is one text: give a list of texts, in the order of the rows")
-        self.files, self.prompts, self.tables = files, list(prompts), dict(tables)
+        self.files, self.prompts, self.tables = files, given_prompts(prompts), dict(tables)
         self.rows = None if rows is None else [np.asarray(r, np.int64) for r in rows]
         self.holds = self._check()
 

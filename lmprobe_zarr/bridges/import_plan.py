@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, TokenBatch, is_top_k
+from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, TokenBatch, given_prompts, is_top_k
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, Source
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
 from lmprobe_zarr.errors import (
@@ -379,9 +379,7 @@ def prompt_list(prompts: Iterable[str]) -> list[str]:
     InvalidTypeError
         A single text, or something that is not a text.
     """
-    if isinstance(prompts, str):
-        raise InvalidTypeError("prompts is one text: give a list of texts or hashes")
-    listed = list(prompts)
+    listed = given_prompts(prompts)
     for prompt in listed:
         if not isinstance(prompt, str):
             raise InvalidTypeError(f"lmprobe identifies prompts by their text, not by {type(prompt).__name__}: give texts or hashes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from lmprobe_zarr import config
 from lmprobe_zarr.batch import LayerSpec
 from lmprobe_zarr.errors import InvalidArgumentError
 
-__all__ = ["add_choice", "add_command", "add_store", "add_yes", "confirm", "parse_layers", "split_names"]
+__all__ = ["add_choice", "add_command", "add_store", "add_yes", "confirm", "parse_layers", "parse_object", "split_names"]
 
 
 def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
@@ -71,6 +72,25 @@ def parse_layers(text: str) -> LayerSpec:
         return [int(item) for item in text.split(",")]
     except (ValueError, TypeError) as error:
         raise InvalidArgumentError(f"--layers {text!r} is not a choice of layers: use all, middle, last, 0,4,-1 or 8:24") from error
+
+
+def parse_object(text: str | None, option: str) -> dict[str, Any] | None:
+    """The JSON object of an option; None if it is not given.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Something else than a JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"{option} {text[:40]!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InvalidArgumentError(f"""{option} {text[:40]!r} is no JSON object: write it as '{{"enable_thinking": false}}'""")
+    return found
 
 
 def split_names(text: str) -> list[str]:

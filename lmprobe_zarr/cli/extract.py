@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lmprobe_zarr.batch import LOGITS_POSITIONS, POOLINGS, SITES
-from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, split_names
+from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, parse_object, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.extraction import extract, plan_extract
@@ -41,6 +41,10 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--batch-tokens", type=int, help="padded tokens per batch")
     command.add_argument("--max-length", type=int, help="largest number of tokens per prompt")
     command.add_argument("--truncation", action="store_true", help="truncate longer prompts instead of raising an error")
+    command.add_argument("--no-special-tokens", action="store_true", help="for texts that have their special tokens already")
+    command.add_argument("--generation-prompt", choices=("yes", "no"), help="begin an answer after each chat (default: unless it has one)")
+    command.add_argument("--continue-final-message", action="store_true", help="leave the last message of each chat open")
+    command.add_argument("--chat-template-kwargs", metavar="JSON", help="an object of arguments for the chat template, tools included")
     command.add_argument("--refresh", action="store_true", help="run the model on all prompts, even if they are stored")
     command.add_argument("--no-text", action="store_true", help="do not store the texts")
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -70,6 +74,10 @@ def _extract(options: argparse.Namespace) -> None:
         "keep_bits": options.keep_bits,
         "max_length": options.max_length,
         "truncation": options.truncation,
+        "add_special_tokens": not options.no_special_tokens,
+        "add_generation_prompt": None if options.generation_prompt is None else options.generation_prompt == "yes",
+        "continue_final_message": options.continue_final_message or None,
+        "chat_template_kwargs": parse_object(options.chat_template_kwargs, "--chat-template-kwargs"),
         "refresh": options.refresh,
         "trust_remote_code": options.trust_remote_code,
     }

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmprobe_zarr.batch import LayerSpec, Outputs
+from lmprobe_zarr.batch import LayerSpec, Outputs, parse_chat_options
 from lmprobe_zarr.extraction.columns import Columns
 from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.options import Options, keeping_of
@@ -48,6 +48,11 @@ def plan_extract(
     overflow: str | None = None,
     max_length: int | None = None,
     truncation: bool = False,
+    add_special_tokens: bool = True,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | str | None = None,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     refresh: bool = False,
     provenance: Provenance | None = None,
     modules: Mapping[str, str] | None = None,
@@ -61,7 +66,9 @@ def plan_extract(
         As for `extract`.
     router, name, tokenizer, revision, dtype, storage_dtype, keep_bits, overflow, max_length
         As for `extract`.
-    truncation, refresh, provenance, modules, trust_remote_code
+    truncation, add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
+        As for `extract`.
+    refresh, provenance, modules, trust_remote_code
         As for `extract`.
 
     Returns
@@ -78,10 +85,15 @@ def plan_extract(
     choice = ModelChoice(
         model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
         provenance=dict(provenance or {}), modules=modules, trust_remote_code=trust_remote_code,
+        add_special_tokens=add_special_tokens,
+    )  # fmt: skip
+    chat = parse_chat_options(
+        add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
     )  # fmt: skip
     request = check_request(
         choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
-        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router),
+        chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router),
     )  # fmt: skip
     return prepare(request, Options(keeping=keeping)).plan
 
@@ -113,6 +125,11 @@ def extract(
     batch_prompts: int | None = None,
     max_length: int | None = None,
     truncation: bool = False,
+    add_special_tokens: bool = True,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | str | None = None,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     refresh: bool = False,
     provenance: Provenance | None = None,
     modules: Mapping[str, str] | None = None,
@@ -131,8 +148,10 @@ def extract(
         A hub id, a folder that ``save_pretrained`` wrote, or a loaded model (PEFT, quantised, edited in memory; then give
         `name` and `tokenizer` too).
     prompts : iterable of str, of chats, or of token ids
-        One kind per call. A chat is a list of ``{"role", "content"}``, rendered by the tokenizer's template; its text and hash are
-        those of the rendered text. Prompts that occur twice are run once.
+        One kind per call: a list, a column of a table, or an array; not a whole table, a mapping or a set. A chat is a list of
+        ``{"role", "content"}``, rendered by the tokenizer's template, whose text is the prompt's text and makes its hash. If the template
+        prints the time, the hash is that of messages, template and arguments, so that the chat is found on another day. A content may be
+        a list of parts of text. Token ids hold no padding. Prompts that occur twice are run once.
     store : Store, path or URL, or a sequence of these, optional
         Where activations are stored; None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
     layers : "all", "middle", "last", int, sequence of int or slice
@@ -182,6 +201,17 @@ def extract(
         except for models whose positions are a table of that size.
     truncation : bool
         Whether longer prompts are cut; otherwise they are an error. Part of the provenance.
+    add_special_tokens : bool
+        Whether texts get the tokenizer's special tokens; False for texts that have them already, such as chats that were rendered by hand.
+        Part of the provenance.
+    add_generation_prompt : bool, optional
+        Whether the template ends a chat with the beginning of an answer. None: yes, unless the last message is the assistant's.
+    continue_final_message : bool or str, optional
+        Whether the last message of a chat stays open, so that it can be continued; a text names the field that does.
+    tools : list of dict or of function, optional
+        Tools that the template describes to the model: JSON schemas, or functions with type hints and a docstring.
+    chat_template_kwargs : mapping, optional
+        Further arguments of the template, such as ``{"enable_thinking": False}`` or ``{"date_string": "26 Jul 2024"}``: what JSON can hold.
     refresh : bool
         Run the model on all prompts, stored or not; the new activations win.
     provenance : mapping, optional
@@ -224,6 +254,9 @@ def extract(
 
     Warns
     -----
+    UserWarning
+        Texts begin or end with the special token that the tokenizer adds; token ids that may hold padding; an argument that the template
+        never uses.
     CacheWarning
         The cache's limit is smaller than what is requested; or a damaged part is skipped, and its prompts are run again.
     """
@@ -234,10 +267,15 @@ def extract(
     choice = ModelChoice(
         model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
         provenance=dict(provenance or {}), modules=modules, trust_remote_code=trust_remote_code,
+        add_special_tokens=add_special_tokens,
+    )  # fmt: skip
+    chat = parse_chat_options(
+        add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
     )  # fmt: skip
     request = check_request(
         choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
-        outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), columns=coords,
+        chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), columns=coords,
     )  # fmt: skip
     options = Options(
         keeping=keeping, device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts,

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import Prompts, parse_prompts, resolve_layers
+from lmprobe_zarr.batch import Prompts, parse_prompts, resolve_layers, unused_arguments
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.model_choice import LoadingOptions, ModelMemory
 from lmprobe_zarr.extraction.models import ModelIdentity
 from lmprobe_zarr.extraction.request import Request, Wanted
+from lmprobe_zarr.log import warn
 from lmprobe_zarr.store import ambiguous
 from lmprobe_zarr.store.format import GroupInfo
 from lmprobe_zarr.store.parts import View
@@ -128,7 +129,7 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
         group = _find_group(request, identity)
     if request.kind == "chat" and tokenizer is None:
         tokenizer = request.choice.load_tokenizer()
-    prompts = parse_prompts(request.given, tokenizer=tokenizer if request.kind == "chat" else None)
+    prompts = _parse(request, tokenizer if request.kind == "chat" else None)
     lookup = _compare(request, identity=identity, loaded=None, tokenizer=tokenizer, prompts=prompts, group=group, began=began)
     if len(lookup.missing) and tokenizer is None:
         return replace(lookup, tokenizer=request.choice.load_tokenizer())
@@ -153,11 +154,20 @@ def _look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None
             f"group={request.group!r} was asked for, but this model as it is loaded makes {group.name!r}: leave group out, or read only"
         )
     known = before is not None and request.kind != "ids"  # texts of token ids need the model's own tokenizer
-    prompts = before.prompts if before is not None and known else parse_prompts(request.given, tokenizer=loaded.tokenizer)
+    prompts = before.prompts if before is not None and known else _parse(request, loaded.tokenizer)
     return _compare(
         request, identity=None if before is None else before.identity, loaded=loaded, tokenizer=loaded.tokenizer, prompts=prompts,
         group=request.store.groups(whole=False).get(group.name), began=began,
     )  # fmt: skip
+
+
+def _parse(request: Request, tokenizer: Any) -> Prompts:
+    """The prompts; with a warning for arguments of a chat template that change nothing."""
+    prompts = parse_prompts(request.given, tokenizer=tokenizer, chat=request.chat)
+    unused = unused_arguments(tokenizer, request.chat) if request.kind == "chat" else []
+    if unused:
+        warn(f"this tokenizer's chat template never uses {', '.join(map(repr, unused))}: check the name, or leave it out", UserWarning)
+    return prompts
 
 
 def _options(request: Request, dtype: Any, device: Any, device_map: Any) -> LoadingOptions:
@@ -222,11 +232,42 @@ def _compare(
         )
     layers = resolve_layers(request.layers, depth) if request.layered else ()
     wanted = request.wanted(layers, None if loaded is None else loaded.router_layers)
+    prompts, without_text = _as_stored(view, prompts)
     missing, derived = _find_gaps(request, wanted, view, prompts)
+    _check_texts(without_text, missing, prompts)
     return Lookup(
         request=request, identity=identity, loaded=loaded, tokenizer=tokenizer, prompts=prompts, group=group, view=view, layers=layers,
         wanted=wanted, missing=missing, derived=derived, began=began,
     )  # fmt: skip
+
+
+def _as_stored(view: View | None, prompts: Prompts) -> tuple[Prompts, Ints]:
+    """The prompts, in which chats whose text depends on the time have the text that they are stored with; and those stored without text.
+
+    A chat may be run again, for a further layer. All its values have to belong to one text.
+    """
+    none = np.zeros(0, np.int64)
+    if view is None or prompts.timed is None:
+        return prompts, none
+    timed = np.flatnonzero(prompts.timed)
+    rows = view.find([prompts.sha256[i] for i in timed])
+    places, rows = timed[rows >= 0], rows[rows >= 0]
+    if not len(rows) or "text" not in view.columns("prompts"):
+        return prompts, places
+    texts = view.source("prompts", "text", rows, ()).read(np.zeros(1, np.int64), slice(0, len(rows)))[0].tolist()
+    known = {int(place): str(text) for place, text in zip(places, texts, strict=True) if text}
+    return prompts.with_texts(known), np.setdiff1d(places, list(known)).astype(np.int64)
+
+
+def _check_texts(unknown: Ints, missing: Ints, prompts: Prompts) -> None:
+    """Raise if a chat lacks values and its stored values belong to a text that is not stored."""
+    lost = np.intersect1d(unknown, missing)
+    if len(lost):
+        raise InvalidArgumentError(
+            f"prompts[{prompts.first[lost[0]]}] is a chat whose template prints the time, stored without its text (store_text=False), "
+            "so further values of it cannot be computed: delete it and extract all again, or give the template its date in "
+            "chat_template_kwargs"
+        )
 
 
 def _find_gaps(request: Request, wanted: Sequence[Wanted], view: View | None, prompts: Prompts) -> tuple[Ints, dict[tuple[str, ...], Ints]]:

@@ -24,7 +24,7 @@ class ModelChoice:
     Parameters
     ----------
     model : str, path or torch Module
-    name, tokenizer, revision, max_length, truncation, modules, trust_remote_code
+    name, tokenizer, revision, max_length, truncation, modules, trust_remote_code, add_special_tokens
         As for `lmprobe_zarr.extract`.
     dtype : "auto", str, torch.dtype or None
         None accepts stored activations of any dtype. If the model has to be run, it computes in the same dtype.
@@ -42,6 +42,7 @@ class ModelChoice:
     provenance: Provenance = field(default_factory=dict)
     modules: Mapping[str, str] | None = None
     trust_remote_code: bool = False
+    add_special_tokens: bool = True
 
     @property
     def by_name(self) -> bool:
@@ -59,7 +60,7 @@ class ModelChoice:
             self.model, name=self.name, tokenizer=self.tokenizer, revision=self.revision, prompts_kind=kind, max_length=self.max_length,
             dtype="auto" if self.dtype is None else self.dtype, truncation=self.truncation, memory=config.weights_memory(),
             modules=self.modules, provenance=self.own_provenance, trust_remote_code=self.trust_remote_code, device=device,
-            device_map=device_map,
+            device_map=device_map, add_special_tokens=self.add_special_tokens,
         )  # fmt: skip
         if self.dtype is None:  # stored activations of any dtype are accepted
             return replace(identity, provenance={k: v for k, v in identity.provenance.items() if k != "compute_dtype"})
@@ -125,7 +126,7 @@ def _key_of(choice: ModelChoice, options: LoadingOptions) -> tuple[Any, ...]:
     """Values that are equal only where the same model would be loaded."""
     return (
         choice.model if choice.by_name else id(choice.model), choice.name, choice.revision, str(options.dtype), options.kind,
-        choice.max_length, choice.truncation, str(options.device), str(options.device_map), options.head,
+        choice.max_length, choice.truncation, choice.add_special_tokens, str(options.device), str(options.device_map), options.head,
         id(choice.tokenizer) if choice.tokenizer is not None else None, repr(choice.modules), repr(choice.own_provenance),
         choice.trust_remote_code,
     )  # fmt: skip
@@ -146,5 +147,5 @@ def _load(choice: ModelChoice, options: LoadingOptions) -> LoadedModel:
         choice.model, name=choice.name, tokenizer=choice.tokenizer, revision=choice.revision, dtype=options.dtype, device=options.device,
         device_map=options.device_map, trust_remote_code=choice.trust_remote_code, modules=choice.modules, prompts_kind=options.kind,
         max_length=choice.max_length, truncation=choice.truncation, memory=config.weights_memory(), provenance=choice.own_provenance,
-        head=options.head,
+        head=options.head, add_special_tokens=choice.add_special_tokens,
     )  # fmt: skip

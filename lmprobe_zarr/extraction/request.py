@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmprobe_zarr.batch import LAYERED_SITES, LayerSpec, Outputs, is_top_k, parse_poolings, parse_sites, prompts_kind
+from lmprobe_zarr.batch import (
+    LAYERED_SITES,
+    NO_CHAT_OPTIONS,
+    ChatOptions,
+    LayerSpec,
+    Outputs,
+    given_prompts,
+    is_top_k,
+    parse_poolings,
+    parse_sites,
+    prompts_kind,
+)
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.extraction.columns import Columns, check_columns
 from lmprobe_zarr.extraction.model_choice import ModelChoice
@@ -42,6 +54,8 @@ class Request:
         Whether the model is run on stored prompts too.
     group : str, optional
         Name of the stored group.
+    chat : ChatOptions
+        How chats are rendered.
     """
 
     choice: ModelChoice
@@ -57,6 +71,7 @@ class Request:
     keep_passed: bool = False
     refresh: bool = False
     group: str | None = None
+    chat: ChatOptions = NO_CHAT_OPTIONS
 
     @property
     def layered(self) -> bool:
@@ -127,19 +142,19 @@ def check_request(
     keep_passed: bool = False,
     refresh: bool = False,
     group: str | None = None,
+    chat: ChatOptions = NO_CHAT_OPTIONS,
 ) -> Request:
     """The request that these arguments describe.
 
     Raises
     ------
     InvalidArgumentError, InvalidTypeError
-        No prompts, nothing to store, an unknown site or pooling, or columns without one value per prompt.
+        No prompts, or what is no list of prompts; nothing to store, an unknown site or pooling, columns without one value per prompt;
+        options of chats for other prompts, a tokenizer that cannot be called.
     """
-    if isinstance(prompts, str):
-        raise InvalidTypeError("prompts is one text: give a list of prompts")
-    given = list(prompts)
-    if not given:
-        raise InvalidArgumentError("prompts is empty: give at least one prompt")
+    given = given_prompts(prompts)
+    kind = prompts_kind(given)
+    _check_options(choice, kind, chat)
     names = parse_sites(sites, outputs)
     poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling or ()))
     if not poolings and not keep_tokens:
@@ -147,6 +162,26 @@ def check_request(
             raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
         names = ()
     return Request(
-        choice=choice, given=given, kind=prompts_kind(given), columns=check_columns(columns, len(given)), store=store, layers=layers,
+        choice=choice, given=given, kind=kind, columns=check_columns(columns, len(given)), store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
     )  # fmt: skip
+
+
+def _check_options(choice: ModelChoice, kind: PromptKind, chat: ChatOptions) -> None:
+    """Raise for options that would have no effect on prompts of this kind, and for a tokenizer that is none of transformers' kind."""
+    if chat and kind != "chat":
+        raise InvalidArgumentError(
+            f"options of a chat template were given, but the prompts are {'texts' if kind == 'text' else 'token ids'}: "
+            "give chats, which are lists of messages"
+        )
+    if not choice.add_special_tokens and kind != "text":
+        raise InvalidArgumentError(
+            "add_special_tokens=False is for texts: chats have the special tokens that their template prints, and token ids are taken as "
+            "they are"
+        )
+    tokenizer = choice.tokenizer
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)) and not callable(tokenizer):
+        raise InvalidTypeError(
+            f"tokenizer is a {type(tokenizer).__name__}, which cannot be called as transformers' can: give a folder, a hub id or such a "
+            "tokenizer; transformers.PreTrainedTokenizerFast(tokenizer_object=…) wraps those of tokenizers"
+        )

@@ -73,7 +73,7 @@ def cut_shares(work: Work, *, workers: int) -> list[Share]:
     # All workers run the commit that was found here, even if its branch moves meanwhile.
     commit = None if lookup.identity is None else lookup.identity.provenance.get("revision")
     choice = replace(request.choice, revision=str(commit) if commit else request.choice.revision)
-    given: list[Any] = list(prompts.token_ids) if prompts.token_ids is not None else [request.given[i] for i in prompts.first]
+    given: list[Any] = list(prompts.token_ids or ()) if prompts.kind == "ids" else [request.given[i] for i in prompts.first]
     weights = np.array([_bytes_of(given[i]) for i in todo], np.int64)
     return [
         Share(

@@ -18,7 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr import config
-from lmprobe_zarr.batch import NO_OUTPUTS, LayerSpec, Stage, concat_ranges, describe_layers, hashes_of, offsets_of
+from lmprobe_zarr.batch import (
+    NO_CHAT_OPTIONS,
+    NO_OUTPUTS,
+    ChatOptions,
+    LayerSpec,
+    Stage,
+    concat_ranges,
+    describe_layers,
+    hashes_of,
+    offsets_of,
+)
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import (
     CorruptFileError,
@@ -98,6 +108,7 @@ class Supply:
     legacy: str
     group: str | None
     memory: SupplyMemory
+    chat: ChatOptions = NO_CHAT_OPTIONS
 
     def activations(self, prompts: list[Any], stage: Stage, layers: LayerSpec, *, refresh: bool = False) -> Activations:
         """The activations of prompts, in their order, repeats included.
@@ -158,6 +169,7 @@ class Supply:
         return check_request(
             self.choice, prompts, store, layers=layers, sites=("resid",), pooling=pooling, outputs=NO_OUTPUTS, keep_passed=True,
             keep_tokens=any(stage.needs_tokens for stage in stages), refresh=refresh, group=self.group,
+            chat=self.chat,
         )  # fmt: skip
 
     def _obtain(self, request: Request, options: Options, stages: Sequence[Stage]) -> tuple[Outcome, Entries | None]:
@@ -177,7 +189,9 @@ class Supply:
         every other option at its default.
         """
         choice = self.choice
-        if self.legacy != "auto" or request.refresh or request.kind != "text" or not choice.by_name or choice.truncation:
+        if self.legacy != "auto" or request.refresh or request.kind != "text" or not choice.by_name:
+            return False
+        if choice.truncation or not choice.add_special_tokens:
             return False
         given = (choice.name, choice.revision, choice.tokenizer, choice.provenance or None, choice.modules, choice.max_length, self.group)
         return all(value is None for value in given) and str(choice.dtype or "float32").removeprefix("torch.") == "float32"

@@ -102,7 +102,7 @@ def _tokenize(lookup: Lookup) -> TokenizedPrompts:
     """Tokens of the missing prompts."""
     request, prompts = lookup.request, lookup.prompts
     if prompts.text is None:
-        prompts = parse_prompts(request.given, tokenizer=lookup.tokenizer)
+        prompts = parse_prompts(request.given, tokenizer=lookup.tokenizer, chat=request.chat)
     return models.tokenize(
         prompts.take(lookup.missing),
         lookup.tokenizer,
@@ -110,4 +110,5 @@ def _tokenize(lookup: Lookup) -> TokenizedPrompts:
         max_length=request.choice.max_length,
         truncation=request.choice.truncation,
         vocab_size=lookup.model.vocab_size,
+        add_special_tokens=request.choice.add_special_tokens,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.batch import given_prompts
+from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 from lmprobe_zarr.probes.layer import not_finite_rows
 from lmprobe_zarr.typing import Array, Estimator
 
@@ -26,18 +26,14 @@ __all__ = [
 
 
 def list_given(prompts: Any) -> list[Any]:
-    """Prompts as a list; a single text is an error."""
-    if isinstance(prompts, str):
-        raise InvalidTypeError("prompts is one text: give a list of prompts")
-    if not isinstance(prompts, Iterable):
-        raise InvalidTypeError(f"prompts is a {type(prompts).__name__}: give a list of prompts")
-    return list(prompts)
+    """Prompts as a list; what is no list of prompts, such as a text, a table or a mapping, is an error."""
+    return given_prompts(prompts)
 
 
 def is_matrix(given: Any) -> bool:
-    """Whether these are activations: an array or table of floats. Integers are token ids."""
+    """Whether these are activations: an array of floats, or a table of numbers. An array of integers holds token ids."""
     if hasattr(given, "iloc") and getattr(given, "ndim", 0) == 2:
-        return True  # a table of pandas
+        return all(getattr(dtype, "kind", "O") in "fiub" for dtype in given.dtypes)  # a table of pandas
     dtype = getattr(given, "dtype", None)
     if dtype is None or getattr(given, "ndim", 0) not in (2, 3):
         return False

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import LAYERED_SITES, SITES, TokenBatch, prompt_sha256, split_variable
+from lmprobe_zarr.batch import LAYERED_SITES, SITES, TokenBatch, given_prompts, prompt_sha256, split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store.format import GroupInfo, Provenance, validate_column_names
 from lmprobe_zarr.store.parts import as_column
@@ -75,9 +75,7 @@ def write_activations(
     """
     store = store if isinstance(store, Store) else open_store(store)
     store.check_writable()
-    if isinstance(prompts, str):
-        raise InvalidTypeError("prompts is one text: give a list of texts")
-    prompts = list(prompts)
+    prompts = given_prompts(prompts)
     for what, given in (("activations", activations), ("pooled", pooled)):
         if given is not None and not isinstance(given, Mapping):
             raise InvalidTypeError(f"{what} is a {type(given).__name__}: give {{variable: …}}")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.batch import given_prompts, parse_chat_options, parse_prompts, prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingPromptsError
 from lmprobe_zarr.tokens.prompts import prompts_of
 from lmprobe_zarr.typing import Array, Mask
@@ -25,6 +25,7 @@ def mask_tokens(
     role: str | Iterable[str] | None = None,
     chats: Iterable[Any] | Mapping[Any, Any] | None = None,
     tokenizer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> xr.DataArray:
     """True for the tokens that all given criteria select, over ``token``; for ``where=`` and for ``isel(token=…)``.
 
@@ -44,6 +45,8 @@ def mask_tokens(
         order of the prompts.
     tokenizer : transformers tokenizer, optional
         The tokenizer whose template rendered the chats.
+    chat_template_kwargs : mapping, optional
+        The options that they were extracted with, ``tools``, ``add_generation_prompt`` and ``continue_final_message`` included.
 
     Returns
     -------
@@ -79,7 +82,7 @@ def mask_tokens(
         mask &= _inside(bare, numbers, spans)
     if role is not None:
         roles = {role} if isinstance(role, str) else set(role)
-        mask &= _inside(bare, numbers, _turns(chats, roles, prompts, _texts(bare, numbers), tokenizer))
+        mask &= _inside(bare, numbers, _turns(chats, roles, prompts, _texts(bare, numbers), tokenizer, chat_template_kwargs))
     return bare.copy(data=mask).rename("mask")
 
 
@@ -192,7 +195,9 @@ def _given_spans(given: Any, prompts: Array, texts: Sequence[str]) -> list[list[
     return spans
 
 
-def _turns(chats: Any, roles: set[str], prompts: Array, texts: Sequence[str], tokenizer: Any) -> list[list[Span]]:
+def _turns(
+    chats: Any, roles: set[str], prompts: Array, texts: Sequence[str], tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None
+) -> list[list[Span]]:
     """The places of the messages of some roles in every prompt's text."""
     if chats is None:
         raise InvalidArgumentError(
@@ -203,11 +208,10 @@ def _turns(chats: Any, roles: set[str], prompts: Array, texts: Sequence[str], to
     if isinstance(chats, Mapping):
         found = {_number_of(key, by_hash, by_text, "chats"): chat for key, chat in chats.items()}
     else:
-        listed = list(chats)
+        listed = given_prompts(chats, "chats")
         if tokenizer is not None:
-            from lmprobe_zarr.batch import parse_prompts
-
-            rendered = parse_prompts(listed, tokenizer=tokenizer)
+            options = parse_chat_options(chat_template_kwargs=chat_template_kwargs)
+            rendered = parse_prompts(listed, tokenizer=tokenizer, chat=options)
             # Chats of prompts that are not selected are ignored.
             for place, number in enumerate(rendered.row):
                 at = by_hash.get(rendered.sha256[number][:16])
@@ -238,16 +242,31 @@ def _contents(chat: Any, roles: set[str], text: str, prompt: str) -> list[Span]:
     spans = []
     place = 0
     for message in chat:
-        if not isinstance(message, Mapping) or "role" not in message or not isinstance(message.get("content"), str):
+        if not isinstance(message, Mapping) or "role" not in message or (contents := _texts_of(message, text[place:])) is None:
             raise InvalidTypeError(f"the chat of prompt {prompt} holds something else than {{'role': …, 'content': text}}")
-        content = message["content"].strip()
-        start = text.find(content, place)
-        if start < 0:
-            raise InvalidArgumentError(
-                f"a message of {message['role']!r} is not in the text of prompt {prompt} where it should be: "
-                "give chats in the prompts' order, a mapping from prompt to chat, or tokenizer="
-            )
-        place = start + len(content)
-        if content and str(message["role"]) in roles:
-            spans.append((start, place))
+        for content in contents:
+            start = text.find(content, place)
+            if start < 0:
+                raise InvalidArgumentError(
+                    f"a message of {message['role']!r} is not in the text of prompt {prompt} where it should be: "
+                    "give chats in the prompts' order, a mapping from prompt to chat, or tokenizer="
+                )
+            place = start + len(content)
+            if content and str(message["role"]) in roles:
+                spans.append((start, place))
     return spans
+
+
+def _texts_of(message: Mapping[Any, Any], rendered: str) -> list[str] | None:
+    """The content of a message without surrounding white space, in parts if `rendered` has them apart; None if it is no text."""
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return []
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(parts, list | tuple):
+        return None
+    texts: list[Any] = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    joined = "".join(texts).strip()
+    return [joined] if joined in rendered else [text.strip() for text in texts]

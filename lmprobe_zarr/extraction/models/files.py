@@ -171,7 +171,8 @@ def tokenizer_object_digest(tokenizer: Any) -> str:
         content = json.loads(backend.to_str())
         content["padding"] = content["truncation"] = None
     else:
-        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
+        special = getattr(tokenizer, "special_tokens_map", {})
+        content = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab(), "special": special}
         settings = getattr(tokenizer, "init_kwargs", {})
         # The paths of its files do not matter.
         content["init"] = {str(k): v for k, v in settings.items() if not str(k).endswith(("_file", "name_or_path", "chat_template"))}

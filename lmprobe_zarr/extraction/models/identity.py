@@ -406,6 +406,7 @@ def identify(
     revision: str | None = None,
     dtype: object = "auto",
     prompts_kind: PromptKind = "text",
+    add_special_tokens: bool = True,
     max_length: int | None = None,
     truncation: bool = False,
     modules: Mapping[str, str] | None = None,
@@ -434,6 +435,7 @@ def identify(
     dtype : str or torch.dtype
         As for :func:`~lmprobe_zarr.extraction.load_model`.
     prompts_kind : {"text", "chat", "ids"}
+    add_special_tokens : bool
     max_length : int, optional
         Tokens.
     truncation : bool
@@ -482,6 +484,7 @@ def identify(
     known |= _prompt_fields_known(prompts_kind, files, tokenizer, truncation=truncation, max_length=max_length, window=window)
     known |= remote_code_field(config, files, folder, tokenizer, trusted=trust_remote_code)
     known |= settings_fields(device_types(device, device_map)) | _code_field(config or {})
+    known |= {"special_tokens": add_special_tokens} if prompts_kind == "text" else {}
     return ModelIdentity(
         name=model_name(model, name),
         provenance=known,

@@ -436,6 +436,7 @@ def load_model(
     modules: Mapping[str, str] | None = None,
     head: bool = False,
     prompts_kind: PromptKind = "text",
+    add_special_tokens: bool = True,
     max_length: int | None = None,
     truncation: bool = False,
     provenance: Mapping[str, Any] | None = None,
@@ -467,7 +468,7 @@ def load_model(
         For unknown architectures: ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp", "router": "mlp.gate"}``.
     head : bool
         Whether logits or perplexities will be needed. The provenance is the same either way.
-    prompts_kind, max_length, truncation
+    prompts_kind, add_special_tokens, max_length, truncation
         How the prompts will be tokenized; part of the provenance.
     provenance : mapping, optional
         The caller's own fields, beside those in :mod:`lmprobe_zarr.extraction.models.identity`: each a text, number, truth value or None.
@@ -551,7 +552,7 @@ def load_model(
     source |= identity.prompt_fields(
         prompts_kind, template=template, truncation=truncation, max_length=max_length, window=window, tokenizer=held
     )
-    source |= own
+    source |= ({"special_tokens": add_special_tokens} if prompts_kind == "text" else {}) | own
     loaded = _assemble(
         module, held, full or config, located, name=identity.model_name("", name), window=window, dtype=computed, provenance=source
     )

@@ -10,10 +10,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import Prompts, concat_ranges, offsets_of, shorten
+from lmprobe_zarr.batch import Prompts, accepted, concat_ranges, decode_ids, offsets_of, shorten
 from lmprobe_zarr.errors import InvalidArgumentError, PromptTooLongError
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.window import Window
+from lmprobe_zarr.log import warn
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["TokenizedPrompts", "length_limit", "outside_vocabulary", "tokenize", "too_long"]
@@ -140,19 +141,15 @@ def _encode(texts: Sequence[str], tokenizer: Any, *, special: bool, limit: int |
     fast = bool(getattr(tokenizer, "is_fast", False))
     ids: list[Ints] = []
     places: list[Ints] = []
-    options: dict[str, Any] = {} if limit is None else {"truncation": True, "max_length": limit}
+    # Only what this call needs and what the tokenizer names: some raise for arguments that they do not know.
+    options: dict[str, Any] = {"return_offsets_mapping": True, "return_special_tokens_mask": True} if fast else {}
+    options |= accepted(
+        tokenizer.__call__, padding=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )  # fmt: skip
+    options |= {} if special else {"add_special_tokens": False}
+    options |= {} if limit is None else {"truncation": True, "max_length": limit}
     for start in range(0, len(texts), CHUNK_PROMPTS):
-        encoded = tokenizer(
-            list(texts[start : start + CHUNK_PROMPTS]),
-            add_special_tokens=special,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=fast,
-            return_special_tokens_mask=fast,
-            verbose=False,
-            **options,
-        )
+        encoded = tokenizer(list(texts[start : start + CHUNK_PROMPTS]), **options)
         ids += [np.asarray(i, np.int64) for i in encoded["input_ids"]]
         if fast:
             for offsets, added in zip(encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True):
@@ -162,7 +159,9 @@ def _encode(texts: Sequence[str], tokenizer: Any, *, special: bool, limit: int |
     return ids, places if fast else None
 
 
-def _tokenize_texts(prompts: Prompts, tokenizer: Any, limit: int | None, truncation: bool) -> tuple[Pieces, npt.NDArray[np.bool_]]:
+def _tokenize_texts(
+    prompts: Prompts, tokenizer: Any, limit: int | None, truncation: bool, special: bool
+) -> tuple[Pieces, npt.NDArray[np.bool_]]:
     assert prompts.text is not None  # noqa: S101 - only ids come without a text
     for number, text in enumerate(prompts.text):
         try:
@@ -171,7 +170,6 @@ def _tokenize_texts(prompts: Prompts, tokenizer: Any, limit: int | None, truncat
             raise InvalidArgumentError(
                 f"prompts[{prompts.first[number]}] {text[:20]!a} holds a lone surrogate at character {error.start}: remove it"
             ) from error
-    special = prompts.kind == "text"
     with _unchanged(tokenizer):
         ids, places = _encode(prompts.text, tokenizer, special=special, limit=None)
         long = np.array([limit is not None and len(i) > limit for i in ids], np.bool_)
@@ -200,6 +198,41 @@ def _tokenize_ids(prompts: Prompts, tokenizer: Any, limit: int | None, truncatio
     return (ids, None), long
 
 
+def _warn_of_padding(prompts: Prompts, ids: Sequence[Ints], tokenizer: Any) -> None:
+    """Warn if prompts of one length may hold padding. What cannot be anything else has been refused: see `parse_prompts`."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or len({len(i) for i in ids}) != 1:
+        return
+    for words, ends in (("ends", [int(i[-1]) == pad for i in ids]), ("begins", [int(i[0]) == pad for i in ids])):
+        if any(ends) and not all(ends):
+            warn(
+                f"prompts[{prompts.first[ends.index(True)]}] {words} with the token id {pad}, with which this tokenizer pads too, and all "
+                "prompts have the same length: if that token is padding, leave it out, ids[mask == 1]",
+                UserWarning,
+            )
+            return
+
+
+def _warn_of_doubled(prompts: Prompts, ids: Sequence[Ints], tokenizer: Any) -> None:
+    """Warn if texts begin or end with the very special token that the tokenizer adds there, as chats do that were rendered by hand."""
+    for at, step, words, names in (
+        (0, 1, "begin", ("bos_token_id", "cls_token_id")),
+        (-1, -1, "end", ("eos_token_id", "sep_token_id")),
+    ):
+        special = {getattr(tokenizer, name, None) for name in names} - {None}
+        doubled = [n for n, i in enumerate(ids) if len(i) > 1 and int(i[at]) == int(i[at + step]) and int(i[at]) in special]
+        if doubled:
+            number = int(prompts.first[doubled[0]])
+            token = int(ids[doubled[0]][at])
+            warn(
+                f"{len(doubled)} of {len(ids)} texts, first prompts[{number}], {words} with the special token that the tokenizer adds to "
+                f"texts, so the model gets it twice (token id {token}): pass add_special_tokens=False for texts that have their special "
+                "tokens already, or give chats as lists of messages",
+                UserWarning,
+            )
+            return
+
+
 def outside_vocabulary(number: int, token_id: int, vocab_size: int, *, given: bool = False) -> InvalidArgumentError:
     """The error for a token id that a model does not have."""
     which = "holds" if given else "becomes"
@@ -218,6 +251,7 @@ def tokenize(
     max_length: int | None = None,
     truncation: bool = False,
     vocab_size: int | None = None,
+    add_special_tokens: bool = True,
 ) -> TokenizedPrompts:
     """The tokens of every prompt, as the model will see them.
 
@@ -236,6 +270,8 @@ def tokenize(
         Cut prompts that are longer than the limit, on the tokenizer's truncation side, instead of raising.
     vocab_size : int, optional
         Token ids at or above it are an error.
+    add_special_tokens : bool
+        Whether texts get the tokenizer's special tokens. Rendered chats and token ids never do.
 
     Raises
     ------
@@ -244,17 +280,28 @@ def tokenize(
     InvalidArgumentError
         A prompt without tokens, a token id outside the vocabulary, text that is not Unicode, or a `max_length` that leaves room only for
         special tokens.
+
+    Warns
+    -----
+    UserWarning
+        Texts begin or end with a special token that the tokenizer adds once more; token ids that may hold padding.
     """
     limit = length_limit(context_length, max_length, tokenizer)
-    tokenize_kind = _tokenize_ids if prompts.kind == "ids" else _tokenize_texts
+    special = add_special_tokens and prompts.kind == "text"
     # Setting the truncation changes the tokenizer for all threads, and a fast one raises if another thread is using it.
     with running(tokenizer):
-        (ids, places), long = tokenize_kind(prompts, tokenizer, limit, truncation)
+        if prompts.token_ids is not None:
+            (ids, places), long = _tokenize_ids(prompts, tokenizer, limit, truncation)
+        else:
+            (ids, places), long = _tokenize_texts(prompts, tokenizer, limit, truncation, special)
+    if special:
+        _warn_of_doubled(prompts, ids, tokenizer)
+    elif prompts.kind == "ids":
+        _warn_of_padding(prompts, prompts.token_ids or (), tokenizer)
     text = prompts.text
     if text is None:
         assert prompts.token_ids is not None  # noqa: S101 - only ids come without a text
-        decode = tokenizer.decode
-        text = tuple(decode(i.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False) for i in prompts.token_ids)
+        text = tuple(decode_ids(tokenizer, i) for i in prompts.token_ids)
     for number, tokens in enumerate(ids):
         if not len(tokens):
             raise InvalidArgumentError(f"prompts[{prompts.first[number]}] {shorten(text[number])} has no tokens: leave it out")
