@@ -24,6 +24,7 @@ from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, evaluati
 from lmprobe_zarr.extraction.models.loading import LoadedModel, quiet_logging
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.window import rope_kind, rope_settings
+from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["ModelCall", "run_forward_pass"]
@@ -129,6 +130,7 @@ def run_forward_pass(loaded: LoadedModel, call: ModelCall, request: CaptureReque
     with ExitStack() as stack:
         stack.enter_context(running(loaded.located.body))
         stack.enter_context(evaluating(loaded.module))
+        stack.enter_context(uncompiled(loaded.module))
         stack.enter_context(torch.inference_mode())
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())

@@ -25,6 +25,7 @@ from lmprobe_zarr.extraction.models.architectures import Located, is_encoder, lo
 from lmprobe_zarr.extraction.models.fingerprint import foreign_code, global_hooks, model_fingerprint
 from lmprobe_zarr.extraction.models.identity import PROVENANCE_FIELDS, Provenance
 from lmprobe_zarr.extraction.models.window import Window, refine_window, window_of
+from lmprobe_zarr.extraction.models.wrappers import check_complete, uncompiled, unwrapped
 
 __all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "quiet_logging"]
 
@@ -397,7 +398,9 @@ def check_head(loaded: LoadedModel) -> None:
         )
     # Code outside the body of a model object is checked only where it runs.
     if str(loaded.provenance.get("weights")).startswith("bits:"):
-        _check_code(foreign_code(whole), {k: v for k, v in loaded.provenance.items() if k not in PROVENANCE_FIELDS})
+        with uncompiled(whole):
+            found = foreign_code(whole)
+        _check_code(found, {k: v for k, v in loaded.provenance.items() if k not in PROVENANCE_FIELDS})
 
 
 def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], modules: Mapping[str, str] | None, **rest: Any) -> LoadedModel:
@@ -460,7 +463,8 @@ def load_model(
     model : str, path or torch Module
         A folder, a hub id, or a loaded model (PEFT, quantised, edited in memory). A folder or hub id is loaded without its head
         unless `head` is True. An object is used as it is: it is moved only where `device` names one, and its mode and configuration are
-        left as they were.
+        left as they were. Of a model in ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` the model inside is used,
+        without compilation.
     name : str, optional
         Its name in a store; needed for an object. Otherwise see :func:`~lmprobe_zarr.extraction.model_name`.
     tokenizer : transformers tokenizer, str or path, optional
@@ -494,7 +498,8 @@ def load_model(
     UnknownArchitectureError
         Its blocks were not found by name.
     InvalidArgumentError
-        An object without a name or tokenizer, or with hooks but no `provenance`; arguments that do not go together; a device that
+        An object without a name or tokenizer, without all of its weights in this process (FSDP, DeepSpeed, the meta device), or with
+        hooks but no `provenance`; arguments that do not go together; a device that
         this machine lacks; a `head` requested of a model that has none or does not predict the next token.
     InvalidTypeError
         Neither a model nor the name of one.
@@ -512,14 +517,18 @@ def load_model(
             raise InvalidArgumentError(f"a model object ({type(model).__name__}) needs a name of your choosing: name='…'")
         if revision is not None or device_map is not None:
             raise InvalidArgumentError("revision= and device_map= are for models that are loaded here: apply them to the object yourself")
+        model = unwrapped(model)
+        check_complete(model)
         adapter = _adapters(model)
-        # Modules outside the body, such as a head, are checked in `check_head`, if they run.
-        _check_code(foreign_code(locate(model, modules).body), own)
+        with uncompiled(model):
+            # Modules outside the body, such as a head, are checked in `check_head`, if they run.
+            _check_code(foreign_code(locate(model, modules).body), own)
         computed = _object_dtype(model, dtype)
         held = _tokenizer_for(tokenizer, None, None, trust_remote_code)
         module = model if str(device) == "auto" else model.to(_pick_device(device))
         config = full = _object_config(module)
-        source: Provenance = {"revision": None, "weights": model_fingerprint(module), "adapter": adapter}
+        with uncompiled(module):
+            source: Provenance = {"revision": None, "weights": model_fingerprint(module), "adapter": adapter}
         source["tokenizer"] = identity.tokenizer_field(held if not isinstance(tokenizer, str | os.PathLike) else tokenizer, None)
     else:
         where, folder, revision = _source(model, revision)
