@@ -104,7 +104,7 @@ def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, options:
     step = slice_tokens(collected, loaded.located.head, loaded.vocab_size)
     if step is None or call.slices.allowed is False:
         return None
-    sliced = SlicedHead(whole=call.module, body=loaded.located.body, collected=collected, options=options)
+    sliced = SlicedHead(whole=call.module, body=loaded.located.body, collected=collected, options=options, device=loaded.device)
     if call.slices.allowed is None:
         call.slices.allowed = sliced.agrees()
     return (sliced, step) if call.slices.allowed else None
