@@ -1,7 +1,7 @@
 """The model side of an extraction: prompts to an iterator of `TokenBatch`. Never a store.
 
-``identity`` and ``tokenizing`` need no torch. ``loading`` and ``capture`` need torch and transformers, so their names are imported when
-they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``, ``batching`` and ``outputs``.
+``identity``, ``tokenizing`` and ``window`` need no torch. ``loading`` and ``capture`` need torch and transformers, so their names are
+imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``, ``head``, ``batching`` and ``outputs``.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from lmprobe_zarr.batch import (
     LAYERED_SITES,
     NO_OUTPUTS,
+    SCALARS,
     LayerSpec,
     Outputs,
     TokenBatch,
@@ -46,6 +47,7 @@ from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width,
 from lmprobe_zarr.extraction.models.structure import evaluating
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
 from lmprobe_zarr.extraction.models.turns import running
+from lmprobe_zarr.extraction.models.wrappers import broken_weights
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Progress", "run"]
@@ -110,6 +112,8 @@ def run(
     InvalidArgumentError, LayerOutOfRangeError
         Arguments out of range, a model without the head that is needed, or layers without a router. Raised by the call itself, not at
         the first batch.
+    InvalidArgumentError
+        A weight is NaN or infinite, and so is what was computed with it; raised by the batch that shows it.
     PromptTooLongError
         A prompt has more tokens than the model has positions.
     """
@@ -170,6 +174,14 @@ def _run_all(
     order = np.argsort(tokenized.lengths if call.uniform_above is not None else -tokenized.lengths, kind="stable")
     done = 0
     previous: _Copying | None = None
+    weights = _Weights()
+
+    def token_batches(copying: _Copying) -> Iterator[TokenBatch]:
+        if copying.arrived is not None:
+            copying.arrived.synchronize()
+        _check_finite(loaded, copying, weights)
+        return _token_batches(copying, tokenized, request)
+
     while done < len(order):
         count = next_batch(tokenized.lengths[order[done:]], budget, call.uniform_above, most)
         rows = np.sort(order[done : done + count])
@@ -181,14 +193,14 @@ def _run_all(
         done += count
         # The previous batch is converted while the device works on this one.
         if previous is not None:
-            yield from _token_batches(previous, tokenized, request)
+            yield from token_batches(previous)
         previous = copying if copying.arrived is not None else None
         if progress is not None:
             progress(count, int(tokenized.lengths[rows].sum()))
         if previous is None:
-            yield from _token_batches(copying, tokenized, request)
+            yield from token_batches(copying)
     if previous is not None:
-        yield from _token_batches(previous, tokenized, request)
+        yield from token_batches(previous)
 
 
 def _run_batch(
@@ -300,10 +312,41 @@ def _to_numpy(tensors: dict[str, torch.Tensor], stored: dict[str, str]) -> dict[
     return arrays
 
 
+@dataclass(slots=True)
+class _Weights:
+    """Whether the weights of the model are known to be finite. They are examined only where values are not."""
+
+    finite: bool = False
+
+
+def _is_finite(name: str, tensor: torch.Tensor, prompts: int) -> bool:
+    if name in SCALARS:
+        # The first token of a prompt has no probability, which is NaN.
+        return int(torch.isnan(tensor).sum()) <= prompts
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+
+
+def _check_finite(loaded: LoadedModel, copying: _Copying, weights: _Weights) -> None:
+    """Raise if values are NaN or infinite because a weight is. What only the computation makes so is kept, and counted as it is stored."""
+    values = (*copying.tokens.items(), *copying.prompts.items())
+    if weights.finite or all(_is_finite(name, tensor, len(copying.rows)) for name, tensor in values):
+        return
+    with running(loaded.located.body):
+        found = broken_weights(loaded.module)
+    weights.finite = found is None
+    if found is not None:
+        name, wrong, size = found
+        part = loaded.module.get_submodule(name.rpartition(".")[0])
+        layer = next((i for i, block in enumerate(loaded.located.blocks) if any(each is part for each in block.modules())), None)
+        where = "" if layer is None else f" of layer {layer}"
+        raise InvalidArgumentError(
+            f"{wrong} of the {size} values of the weight {name!r}{where} of {loaded.name!r} are NaN or infinite, and so is what is "
+            "computed with it: load the model again, or take only layers before it"
+        )
+
+
 def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: CaptureRequest) -> Iterator[TokenBatch]:
     """The batch. Where the router has other layers than the other variables, a second batch holds the router."""
-    if copying.arrived is not None:
-        copying.arrived.synchronize()
     part = tokenized.take(copying.rows)
     stored: dict[str, str] = {}
     columns: dict[str, Array] = {}

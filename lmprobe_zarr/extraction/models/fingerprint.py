@@ -58,6 +58,7 @@ ATTRIBUTES_VOLATILE: Final = frozenset(
         "_is_full_backward_hook",
         "_is_hf_initialized",
         "_last_compile_config",
+        "_is_torch_compile",
         "_old_forward",
         "_output_capturing_hooks_installed",
         "_require_grads_hook",

@@ -28,6 +28,7 @@ from lmprobe_zarr.extraction.models.structure import evaluating, original_attent
 from lmprobe_zarr.extraction.models.tensor_bits import without_gradients
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.window import rope_kind, rope_settings
+from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["ModelCall", "run_forward_pass"]
@@ -113,7 +114,7 @@ def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, options:
     step = slice_tokens(collected, loaded.located.head, loaded.vocab_size)
     if step is None or call.slices.allowed is False:
         return None
-    sliced = SlicedHead(whole=call.module, body=loaded.located.body, collected=collected, options=options)
+    sliced = SlicedHead(whole=call.module, body=loaded.located.body, collected=collected, options=options, device=loaded.device)
     if call.slices.allowed is None:
         call.slices.allowed = sliced.agrees()
     return (sliced, step) if call.slices.allowed else None
@@ -143,6 +144,7 @@ def run_forward_pass(
     with ExitStack() as stack:
         stack.enter_context(running(loaded.located.body))
         stack.enter_context(evaluating(loaded.module))
+        stack.enter_context(uncompiled(loaded.module))
         stack.enter_context(original_attention(loaded.module))
         stack.enter_context(without_gradients(loaded.module))
         # GPT-2 warns about a missing mask, which a causal model does not need here.

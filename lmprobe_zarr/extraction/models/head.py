@@ -87,12 +87,15 @@ class SlicedHead:
         Takes what is kept of the logits.
     options : dict
         How the model is called, beside its token ids.
+    device : torch.device
+        The device of its token ids.
     """
 
     whole: nn.Module
     body: nn.Module
     collected: Collected
     options: dict[str, Any]
+    device: torch.device
     output: Any = None
     hooks: ExitStack = field(default_factory=ExitStack)
 
@@ -113,7 +116,7 @@ class SlicedHead:
         flat = hidden.flatten(0, 1)
         # Without padding all rows are needed, without a copy.
         rows = flat if len(padded.token_ids) == len(flat) else flat.index_select(0, padded.index("tokens", flat.device))
-        ids, kept = padded.index("ids", flat.device), self.collected.keep_logits()
+        ids, kept = padded.index("ids", self.device), self.collected.keep_logits()
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             kept.add(start, self._logits(rows[None, part], ids[None, part], self.output)[0])
@@ -134,8 +137,7 @@ class SlicedHead:
         if self.body is self.whole:
             return False
         given: list[Any] = []
-        device = next((tensor.device for tensor in self.whole.parameters() if tensor.device.type != "meta"), torch.device("cpu"))
-        ids = torch.from_numpy(self.collected.padded.token_ids[:COMPARED_TOKENS])[None].to(device)
+        ids = self.collected.padded.index("ids", self.device)[None, :COMPARED_TOKENS]
         handle = self.body.register_forward_hook(lambda _module, _args, output: given.append(output))
         try:
             options = {name: value for name, value in self.options.items() if name != "attention_mask"}

@@ -28,12 +28,13 @@ from lmprobe_zarr.extraction.models.architectures import Located, locate
 from lmprobe_zarr.extraction.models.families import is_encoder
 from lmprobe_zarr.extraction.models.fingerprint import ATTRIBUTES_VOLATILE, foreign_code, global_hooks, model_fingerprint
 from lmprobe_zarr.extraction.models.identity import FIXED_FIELDS, Provenance
-from lmprobe_zarr.extraction.models.loading_report import check_values, check_weights, listening, quiet_logging
+from lmprobe_zarr.extraction.models.loading_report import check_weights, listening, quiet_logging
 from lmprobe_zarr.extraction.models.model_code import code_of_named, code_of_object
 from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
 from lmprobe_zarr.extraction.models.structure import text_settings
 from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
 from lmprobe_zarr.extraction.models.window import Window, refine_window, window_of
+from lmprobe_zarr.extraction.models.wrappers import check_complete, uncompiled, unwrapped
 
 __all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "no_prediction"]
 
@@ -369,7 +370,9 @@ def check_head(loaded: LoadedModel) -> None:
         )
     # Code outside the body of a model object is checked only where it runs.
     if str(loaded.provenance.get("weights")).startswith("bits:"):
-        _check_code(foreign_code(whole), {k: v for k, v in loaded.provenance.items() if k not in FIXED_FIELDS})
+        with uncompiled(whole):
+            found = foreign_code(whole)
+        _check_code(found, {k: v for k, v in loaded.provenance.items() if k not in FIXED_FIELDS})
 
 
 def _located(module: nn.Module, modules: Mapping[str, str] | None) -> tuple[Located, Mapping[str, str] | None]:
@@ -449,7 +452,8 @@ def load_model(
     model : str, path or torch Module
         A folder, a hub id, or a loaded model (PEFT, quantised, edited in memory). A folder or hub id is loaded without its head
         unless `head` is True. An object is used as it is: it is moved only where `device` names one, and its mode and configuration are
-        left as they were.
+        left as they were. Of a model in ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` the model inside is used,
+        without compilation.
     name : str, optional
         Its name in a store; needed for an object. Otherwise see :func:`~lmprobe_zarr.extraction.model_name`.
     tokenizer : transformers tokenizer, str or path, optional
@@ -480,13 +484,13 @@ def load_model(
     ------
     ModelNotFoundError
         Nothing can be loaded; the weights, with those of a requested head, are incomplete; blocks of the checkpoint have tensors that the
-        model has no place for; or a weight holds NaN.
+        model has no place for.
     UnknownArchitectureError
         Its blocks were not found by name.
     InvalidArgumentError
-        An object without a name or tokenizer, or with hooks but no `provenance`; arguments that do not go together; a device that
-        this machine lacks; a `head` requested of a model that has none or does not predict the next token; a tokenizer with more tokens
-        than the model has embeddings; weights whose values cannot be read.
+        An object without a name or tokenizer, without all of its weights in this process (FSDP, DeepSpeed, the meta device), or with
+        hooks but no `provenance`; arguments that do not go together; a device that this machine lacks; a `head` requested of a model
+        that has none or does not predict the next token; a tokenizer with more tokens than the model has embeddings.
     InvalidTypeError
         Neither a model nor the name of one.
     MissingDependencyError
@@ -495,7 +499,7 @@ def load_model(
     Warns
     -----
     CacheWarning
-        Tensors of the checkpoint are not used; a table of embeddings holds NaN; the tokenizer was loaded from elsewhere than the model.
+        Tensors of the checkpoint are not used; the tokenizer was loaded from elsewhere than the model.
         Warnings of transformers come out once per model and process, through its own logger.
     """
     _check_prompts_kind(prompts_kind)
@@ -510,18 +514,20 @@ def load_model(
             raise InvalidArgumentError(f"a model object ({type(model).__name__}) needs a name of your choosing: name='…'")
         if revision is not None or device_map is not None:
             raise InvalidArgumentError("revision= and device_map= are for models that are loaded here: apply them to the object yourself")
+        model = unwrapped(model)
+        check_complete(model)
         adapter = _adapters(model)
-        # Modules outside the body, such as a head, are checked in `check_head`, if they run.
-        with quiet_logging():
+        with uncompiled(model), quiet_logging():
             located, by_hand = _located(model, modules)
-        _check_code(foreign_code(located.body), own)
+            # Modules outside the body, such as a head, are checked in `check_head`, if they run.
+            _check_code(foreign_code(located.body), own)
         computed = _object_dtype(model, dtype)
         held = _tokenizer_for(tokenizer, None, None, trust_remote_code)
         module = model if str(device) == "auto" else model.to(_pick_device(device))
         config = full = _object_config(module)
-        check_values(name, module, loaded_here=False)
-        source: Provenance = {"revision": None, "weights": model_fingerprint(module), "adapter": adapter}
-        code, kinds = code_of_object(module, skipped=ATTRIBUTES_VOLATILE), {parameter.device.type for parameter in module.parameters()}
+        with uncompiled(module):
+            source: Provenance = {"revision": None, "weights": model_fingerprint(module), "adapter": adapter}
+            code, kinds = code_of_object(module, skipped=ATTRIBUTES_VOLATILE), {parameter.device.type for parameter in module.parameters()}
         source["tokenizer"] = identity.tokenizer_field(held if not isinstance(tokenizer, str | os.PathLike) else tokenizer, None)
     else:
         where, folder, revision = _source(model, revision)
@@ -535,7 +541,6 @@ def load_model(
         held = _tokenizer_for(tokenizer, model, revision, trust_remote_code)
         module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code, head)
         module = module if chosen is None else module.to(chosen)
-        check_values(name, module, loaded_here=True)
         full = _object_config(module)
         source = {"revision": None if folder is not None else commit or revision, "adapter": None}
         source["weights"] = None if folder is None else files.weights_digest(folder, memory)

@@ -10,15 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
-import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from lmprobe_zarr.errors import InvalidArgumentError, ModelNotFoundError
-from lmprobe_zarr.extraction.models.tensor_bits import inner_tensors
+from lmprobe_zarr.errors import ModelNotFoundError
 from lmprobe_zarr.log import warn
 
-__all__ = ["check_values", "check_weights", "listening", "quiet_logging"]
+__all__ = ["check_weights", "listening", "quiet_logging"]
 
 # Reports of weights that are missing or have no place, which are checked here.
 CHECKED: Final = ("Some weights of", "A new version of the following files was downloaded")
@@ -205,51 +203,3 @@ def check_weights(source: str, module: nn.Module, report: Mapping[str, Any], *, 
             f"{len(elsewhere)} tensors of {source!r} are not used, {elsewhere[0]!r} for one, because the model of its config.json has no "
             "place for them: compare config.json with the checkpoint if they are not of a head or of another part that you do not need"
         )
-
-
-def check_values(source: str, module: nn.Module, *, loaded_here: bool) -> None:
-    """Check that no weight holds NaN, so that every number that the model computes would be NaN.
-
-    Raises
-    ------
-    ModelNotFoundError
-        A weight of a model that was loaded here holds NaN, or has no values at all.
-    InvalidArgumentError
-        The same of a model object.
-
-    Warns
-    -----
-    CacheWarning
-        Some rows of a table of embeddings hold NaN: only prompts with these tokens are concerned.
-    """
-    wrong = ModelNotFoundError if loaded_here else InvalidArgumentError
-    for name, part in module.named_modules():
-        for own, tensor in part._parameters.items():
-            path = f"{name}.{own}".lstrip(".")
-            if tensor is None:
-                continue
-            if tensor.device.type == "meta" and not hasattr(part, "_hf_hook"):
-                raise wrong(
-                    f"the weight {path!r} of {source!r} has no values, because it is on the device 'meta': "
-                    "load the model's weights, on a device such as 'cpu'"
-                )
-            if not _has_nan(tensor):
-                continue
-            rows = tensor.isnan().flatten(1).any(1) if isinstance(part, nn.Embedding) else None
-            if rows is None or bool(rows.all()):
-                raise wrong(
-                    f"the weight {path!r} of {source!r} holds NaN, and so would all that it computes: the checkpoint is damaged, or its "
-                    "training failed"
-                )
-            warn(f"{int(rows.sum())} rows of {path!r} of {source!r} hold NaN: prompts with these tokens will have no numbers")
-
-
-def _has_nan(tensor: torch.Tensor) -> bool:
-    inner = inner_tensors(tensor)
-    if inner is not None:
-        return any(_has_nan(each) for each in inner[0].values())
-    if not tensor.is_floating_point() or tensor.device.type == "meta" or tensor.itemsize < 2:
-        return False
-    with torch.no_grad():
-        # A sum reads every value once and needs no memory; only where it is not finite is each value looked at.
-        return not bool(tensor.sum(dtype=torch.float32).isfinite()) and bool(tensor.isnan().any())
