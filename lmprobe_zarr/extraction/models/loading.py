@@ -561,9 +561,8 @@ def load_model(
     loaded = _assemble(
         module, held, full or config, located, name=identity.model_name("", name), window=window, dtype=computed, provenance=source
     )
-    if tokenizer is not None:
-        origin = getattr(getattr(module, "config", None), "_name_or_path", None) if isinstance(model, nn.Module) else model
-        check_tokenizer(held, loaded.name, origin, loaded.vocab_size)
+    origin = getattr(getattr(module, "config", None), "_name_or_path", None) if isinstance(model, nn.Module) else model
+    check_tokenizer(held, loaded.name, None if tokenizer is None else origin, loaded.vocab_size)
     if head:
         check_head(loaded)
     return loaded

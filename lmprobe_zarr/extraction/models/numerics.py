@@ -6,7 +6,6 @@ imported yet, nobody has changed anything.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
 from types import ModuleType
@@ -16,8 +15,6 @@ from lmprobe_zarr.extraction.models.turns import running
 
 __all__ = ["device_types", "settings_fields"]
 
-# Makes torch use TF32 as soon as it is imported.
-TF32_VARIABLE: Final = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
 LOWER: Final = ("tf32", "bf16")
 
 
@@ -26,11 +23,6 @@ class _Nobody:
 
 
 def _torch() -> ModuleType | None:
-    if "torch" not in sys.modules and os.environ.get(TF32_VARIABLE, "0") not in ("", "0"):
-        try:
-            import torch  # noqa: F401 - it reads the variable
-        except ImportError:
-            return None
     return sys.modules.get("torch")
 
 

@@ -20,14 +20,19 @@ def _last_part(name: object) -> str:
     return parts[-1].lower() if parts else ""
 
 
-def _ids_without_row(tokenizer: Any, rows: int) -> list[str]:
-    """The tokens whose ids have no row in a table of embeddings, without the token for padding, which is never in a prompt."""
-    padding = getattr(tokenizer, "pad_token_id", None)
-    return sorted(str(token) for token, number in tokenizer.get_vocab().items() if number >= rows and number != padding)
+def _without_row(tokenizer: Any, rows: int) -> list[str]:
+    """The tokens whose ids have no row in a table of embeddings.
+
+    Without special ones: tokens for padding or for pictures are often added to a tokenizer and not to the model. Where a prompt has such
+    a token, that is an error of its own.
+    """
+    special = {number for number, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if getattr(token, "special", False)}
+    special |= set(getattr(tokenizer, "all_special_ids", ()))
+    return sorted(str(token) for token, number in tokenizer.get_vocab().items() if number >= rows and number not in special)
 
 
 def check_tokenizer(tokenizer: Any, name: str, origin: object, rows: int | None) -> None:
-    """Check that a tokenizer that was given beside a model may be that model's.
+    """Check that a tokenizer may be a model's.
 
     Parameters
     ----------
@@ -35,7 +40,7 @@ def check_tokenizer(tokenizer: Any, name: str, origin: object, rows: int | None)
     name : str
         The model's name, for messages.
     origin : object
-        Folder or hub id that the model was loaded from; empty or None where unknown.
+        Folder or hub id that the model was loaded from, if the tokenizer was given apart; empty or None where unknown.
     rows : int, optional
         Rows of the model's table of embeddings; None where unknown.
 
@@ -53,7 +58,7 @@ def check_tokenizer(tokenizer: Any, name: str, origin: object, rows: int | None)
     with suppress(TypeError, NotImplementedError, AttributeError):
         size = len(tokenizer)
     if rows is not None and size is not None and size > rows:
-        beyond = _ids_without_row(tokenizer, rows)
+        beyond = _without_row(tokenizer, rows)
         if beyond:
             raise InvalidArgumentError(
                 f"the tokenizer has {size} tokens and {name!r} has {rows} embeddings, so {len(beyond)} tokens, such as {beyond[0]!r}, have "

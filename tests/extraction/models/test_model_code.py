@@ -76,15 +76,17 @@ def adding_by_default(number: float) -> Callable[..., Any]:
 
 
 def adding_by_a_global(number: float) -> Callable[..., Any]:
-    space = {"NUMBER": number, "original": modelling().LlamaDecoderLayer.forward, "__name__": "__main__"}
+    space: dict[str, Any] = {"NUMBER": number, "original": modelling().LlamaDecoderLayer.forward, "__name__": "__main__"}
     exec("def forward(self, *args, **kwargs):\n    return original(self, *args, **kwargs) + NUMBER", space)  # noqa: S102
-    return space["forward"]  # type: ignore[return-value]
+    made: Callable[..., Any] = space["forward"]
+    return made
 
 
 def adding_by_a_constant(number: float) -> Callable[..., Any]:
-    space = {"original": modelling().LlamaDecoderLayer.forward, "__name__": "__main__"}
+    space: dict[str, Any] = {"original": modelling().LlamaDecoderLayer.forward, "__name__": "__main__"}
     exec(f"def forward(self, *args, **kwargs):\n    return original(self, *args, **kwargs) + {number}", space)  # noqa: S102
-    return space["forward"]  # type: ignore[return-value]
+    made: Callable[..., Any] = space["forward"]
+    return made
 
 
 def adding_by_a_tensor(number: float) -> Callable[..., Any]:
@@ -281,7 +283,7 @@ def test_attention_that_is_registered_under_a_name_of_transformers_counts(regist
 # ---------------------------------------------------------------- in one model
 
 
-class Wrapped(torch.nn.Module):
+class Wrapped(torch.nn.Module):  # type: ignore[name-defined,misc]
     def __init__(self, block: Any) -> None:
         super().__init__()
         self.block, self.change = block, None
@@ -302,7 +304,7 @@ def wrap(model: Any, number: float) -> None:
 
 
 def parametrize(model: Any, number: float) -> None:
-    class Scaled(torch.nn.Module):
+    class Scaled(torch.nn.Module):  # type: ignore[name-defined,misc]
         def forward(self, weight: Any) -> Any:
             return weight * number
 
