@@ -10,9 +10,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 CORE := .venv-core
-PYTEST := $(VENV)/bin/python -m pytest -n 2
+# Each worker takes neighbours from the list, so that what a file shares is made once, and from the other one when it has none left.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # Workers of pytest and dask share the cores; BLAS and OpenMP threads on top would fight over them.
-export OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-core check pages lint bench docs notebooks stress clean setup
@@ -47,7 +48,9 @@ pages: setup
 	$(VENV)/bin/python tests/docs/reference_pages.py
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(VENV)/bin/python tests/docs/errors_page.py
 
-test: lint docs
+# The environments, lint and docs each use a single core: two at a time.
+test:
+	@$(MAKE) --no-print-directory --jobs 2 lint docs $(if $(NEWER),$(CORE)/ready)
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-core
 
@@ -66,7 +69,7 @@ ifeq ($(NEWER),)
 else
 	@$(MAKE) --no-print-directory $(CORE)/ready
 	$(CORE)/bin/python -c 'import zarr; print("test-core: zarr", zarr.__version__)'
-	$(CORE)/bin/python -m pytest -n 2 -m "not model" -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
+	$(CORE)/bin/python -m pytest -n 2 --dist worksteal -m "not model" -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
 endif
 
 $(CORE)/ready: pyproject.toml

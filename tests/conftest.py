@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import s3_server
 from hypothesis import settings
+from warmed import Warmed
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
@@ -22,6 +26,19 @@ from lmprobe_zarr.store.store import Store
 # A shell that runs a command in the background has it ignore Ctrl-C, which tests send to themselves and to their children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests make and remove some hundred thousand small files, which takes a disk several times as long as it takes the memory. They stay on the
+# disk where there is no such room, where a folder was chosen, and in `make stress`.
+MEMORY = Path("/dev/shm")  # noqa: S108
+ROOM = 6 * 2**30  # three times what a run of all tests writes
+if (
+    not {"TMPDIR", "LMPROBE_ZARR_STRESS"} & os.environ.keys()
+    and MEMORY.is_dir()
+    and os.access(MEMORY, os.W_OK)
+    and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM
+):
+    os.environ["TMPDIR"] = str(MEMORY)  # for child processes too
+    tempfile.tempdir = None  # pytest has asked already
 
 # Read once by huggingface_hub, at its import: without it, a model that is nowhere costs half a minute of tries to reach the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,6 +78,15 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(extraction, "run", run)
     return seen
+
+
+@pytest.fixture(scope="session")
+def warmed() -> Iterator[Warmed]:
+    """A process that has imported torch, transformers and the rest, and runs scripts in children of its own."""
+    if not hasattr(os, "fork"):
+        pytest.skip("runs scripts in forked children")
+    with Warmed() as process:
+        yield process
 
 
 @pytest.fixture(scope="session")
