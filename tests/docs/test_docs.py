@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import reference_pages
 from paths import ROOT
+from tiny_models import SharedModels
 from warmed import Warmed
 
 from lmprobe_zarr.cli import _parser
@@ -24,12 +25,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gpt2(tiny_models: SharedModels) -> Path:
     """A tiny random model, which stands for the one that a reader would download."""
-    pytest.importorskip("torch")
-    from tiny_models import save_tiny
-
-    return save_tiny("gpt2", tmp_path_factory.mktemp("models") / "gpt2", head="AutoModelForCausalLM", n_layer=6)
+    return tiny_models("gpt2", head="AutoModelForCausalLM", n_layer=6)
 
 
 @pytest.mark.model

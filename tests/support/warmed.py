@@ -1,8 +1,8 @@
 """Scripts in children of a process that has imported the heavy packages, so that each script need not import them again.
 
-A child is forked before the process has any thread of its own, runs the script as ``__main__``, and ends as an interpreter does. Its working
-folder, its environment and its warnings are its own. Only what is imported already differs from a new interpreter, so tests of imports, of
-memory and of settings that are read at an import start an interpreter of their own instead.
+A child is forked before the process has any thread, runs the script as ``__main__``, and ends as an interpreter does. Its working folder,
+its environment and its warnings are its own. Only what is imported already differs from a new interpreter, so tests of imports, of memory
+and of settings that are read at an import start an interpreter of their own instead.
 """
 
 from __future__ import annotations
