@@ -51,7 +51,7 @@ pages: setup
 # The environments, lint and docs each use a single core: two at a time.
 test:
 	@$(MAKE) --no-print-directory --jobs 2 lint docs $(if $(NEWER),$(CORE)/ready)
-	$(PYTEST)
+	$(PYTEST) --durations 20
 	@$(MAKE) --no-print-directory test-core
 
 # The newest interpreter from 3.12 on, wherever it hides; none is not an error.
