@@ -11,9 +11,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 CORE := .venv-core
-PYTEST := $(VENV)/bin/python -m pytest -n 2
+# Each worker takes neighbours from the list, so that what a file shares is made once, and from the other one when it has none left.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # Workers of pytest and dask share the cores; BLAS and OpenMP threads on top would fight over them.
-export OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-core check pages lint bench docs models notebooks stress clean setup
@@ -48,15 +49,18 @@ pages: setup
 	$(VENV)/bin/python tests/docs/reference_pages.py
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(VENV)/bin/python tests/docs/errors_page.py
 
-test: lint docs
-	$(PYTEST)
+# The environments, lint and docs each use a single core: two at a time.
+test:
+	@$(MAKE) --no-print-directory --jobs 2 lint docs $(if $(NEWER),$(CORE)/ready)
+	$(PYTEST) --durations 20
 	@$(MAKE) --no-print-directory test-core
 
 # The newest interpreter from 3.12 on, wherever it hides; none is not an error.
 NEWER := $(shell for python in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -rV); do \
 	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
 
-# Not again on the second interpreter: what runs other processes, servers, documents and foreign files, which the first one has tested.
+# Not again on the second interpreter: servers, documents, foreign files, processes that are killed, and each way in which sweeps may differ.
+CORE_SKIPS := not (kill_9 or remote_places or another_sweep)
 CORE_TESTS := tests/batch tests/cli tests/probes tests/storage tests/store tests/streaming tests/tokens tests/sweeps/test_sweep.py \
 	tests/sweeps/test_score_store.py tests/test_accessor.py tests/test_backend.py tests/test_config.py tests/test_display.py \
 	$(addprefix tests/promises/test_,$(addsuffix .py,damage hostile independent_reader numeric_limits old_stores package packaging plain_readers))
@@ -67,7 +71,7 @@ ifeq ($(NEWER),)
 else
 	@$(MAKE) --no-print-directory $(CORE)/ready
 	$(CORE)/bin/python -c 'import zarr; print("test-core: zarr", zarr.__version__)'
-	$(CORE)/bin/python -m pytest -n 2 -m "not model" -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
+	$(CORE)/bin/python -m pytest -n 2 --dist worksteal -m "not model" -k "$(CORE_SKIPS)" -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
 endif
 
 $(CORE)/ready: pyproject.toml

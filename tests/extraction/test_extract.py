@@ -34,6 +34,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tiny_models import CHAT_TEMPLATE, PROMPTS, save_tiny, tiny_model, tiny_tokenizer  # noqa: E402 — after the skips
+from warmed import Warmed  # noqa: E402
 
 pytestmark = pytest.mark.model
 
@@ -41,9 +42,8 @@ NAMED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("models")
-    return lambda kind: root / kind if (root / kind).is_dir() else save_tiny(kind, root / kind)
+def saved(tiny_models: Callable[[str], Path]) -> Callable[[str], Path]:
+    return tiny_models
 
 
 @pytest.fixture
@@ -507,7 +507,7 @@ def test_a_failing_disk_ends_the_run_with_the_error_and_keeps_what_is_committed(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit on file size stands for a full disk, and its error is Linux's")
-def test_a_really_full_disk_in_the_middle_of_a_run(llama: Path, acts: Store) -> None:
+def test_a_really_full_disk_in_the_middle_of_a_run(llama: Path, acts: Store, warmed: Warmed) -> None:
     """The kernel refuses files above a limit, as it refuses blocks on a full disk; small parts fit and stay."""
     code = (
         "import resource, sys, lmprobe_zarr as lz\n"
@@ -519,7 +519,7 @@ def test_a_really_full_disk_in_the_middle_of_a_run(llama: Path, acts: Store) -> 
         "    print('full:', error); raise SystemExit(7)\n"
     )
     prompts = ["the dog", "the fox " * 40 + "end", "walk"]
-    done = subprocess.run([sys.executable, "-c", code, llama, acts.url, *prompts], capture_output=True, text=True, timeout=300, check=False)
+    done = warmed.run(code, str(llama), acts.url, *prompts)
     assert done.returncode == 7, done.stdout + done.stderr
     assert "free some space" in done.stdout
     # The longest prompt is run first, so nothing may have come before it; what has is whole.
@@ -574,10 +574,9 @@ print("kills", kills)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children, so that each round need not import torch again")
-def test_kill_9_at_random_moments_leaves_whole_prompts_only(llama: Path, acts: Store) -> None:
+def test_kill_9_at_random_moments_leaves_whole_prompts_only(llama: Path, acts: Store, warmed: Warmed) -> None:
     rounds = 300 if os.environ.get("LMPROBE_ZARR_STRESS") else 12
-    command = [sys.executable, "-c", KILLED, str(llama), acts.url, str(rounds), "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 6 * rounds, check=False)
+    done = warmed.run(KILLED, str(llama), acts.url, str(rounds), "1", timeout=60 + 6 * rounds)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = int(done.stdout.split()[-1])
     assert kills >= rounds // 3, f"only {kills} of {rounds} children were alive when they were killed"

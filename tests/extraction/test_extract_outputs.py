@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,12 @@ from lmprobe_zarr.store.store import Store
 pytestmark = pytest.mark.model
 torch = pytest.importorskip("torch")
 
-from tiny_models import PROMPTS, save_tiny, tiny_tokenizer  # noqa: E402 — needs torch
+from tiny_models import PROMPTS, SharedModels, save_tiny, tiny_tokenizer  # noqa: E402 — needs torch
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder, made = tmp_path_factory.mktemp("models"), dict[str, Path]()
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = save_tiny(kind, folder / kind, head="AutoModelForCausalLM")
-        return made[kind]
-
-    return get
+@pytest.fixture(scope="session")
+def saved(tiny_models: SharedModels) -> Callable[[str], Path]:
+    return partial(tiny_models, head="AutoModelForCausalLM")
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 distributed = pytest.importorskip("distributed")
 
-from tiny_models import SENTENCES, save_tiny, tiny_model, tiny_tokenizer  # noqa: E402 — after the skips
+from tiny_models import SENTENCES, SharedModels, save_tiny, tiny_model, tiny_tokenizer  # noqa: E402 — after the skips
 
 pytestmark = pytest.mark.model
 
@@ -72,9 +72,9 @@ def threads() -> Iterator[Any]:
         yield client
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("models") / "llama")
+@pytest.fixture(scope="session")
+def llama(tiny_models: SharedModels) -> Path:
+    return tiny_models("llama")
 
 
 @pytest.fixture(scope="module")

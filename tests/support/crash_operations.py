@@ -79,15 +79,15 @@ def shown(root: Path | str) -> Truth:
     if not store.models():
         return {}
     data = store.dataset().load()
+    texts = data.text.values.tolist()
+    assert len(set(texts)) == len(texts), "a prompt is shown twice"
+    assert data.prompt.values.tolist() == [lz.prompt_hash(text) for text in texts], "another prompt's label"
+    variables = {str(name): np.moveaxis(data[name].values, data[name].dims.index("prompt"), 0) for name in data.data_vars}
+    columns = {name: data[name].values.tolist() for name in ("label", "split") if name in data.coords}
     truth: Truth = {}
-    for i, text in enumerate(data.text.values.tolist()):
-        assert text not in truth, "a prompt is shown twice"
-        row = data.isel(prompt=i)
-        assert str(row.prompt.values) == lz.prompt_hash(text), "another prompt's label"
-        truth[text] = {str(name): row[name].values for name in row.data_vars if not np.isnan(row[name].values).all()}
-        for column in ("label", "split"):
-            if column in row.coords and row[column].values not in ("", None) and row[column].values == row[column].values:
-                truth[text][column] = row[column].values.item()
+    for i, text in enumerate(texts):
+        truth[text] = {name: values[i] for name, values in variables.items() if not np.isnan(values[i]).all()}
+        truth[text] |= {name: values[i] for name, values in columns.items() if values[i] not in ("", None) and values[i] == values[i]}
     tokens = store.tokens()
     for name in tokens.data_vars:
         values, labels = tokens[name].values, tokens.prompt.values
@@ -179,10 +179,23 @@ def fill(base: Path) -> Store:
     return store
 
 
+_made: dict[int, tuple[xr.Dataset, xr.Dataset]] = {}
+
+
+def as_made(base: Path) -> tuple[xr.Dataset, xr.Dataset]:
+    """What the copy shows that was made of the store before anything happened, read once for all copies of the same bytes."""
+    key = hash(frozenset((str(Path(name).relative_to(base)), content) for name, content in state_of(base / "was").items()))
+    if key not in _made:
+        store = lz.open_store(base / "was")
+        _made[key] = (store.dataset().load(), store.tokens().load())
+    return _made[key]
+
+
 def check_identical(base: Path) -> None:
     """The store shows to the last attribute, and in the same order, what it was made to show."""
-    xr.testing.assert_identical(lz.open_store(base / "s").dataset().load(), lz.open_store(base / "was").dataset().load())
-    xr.testing.assert_identical(lz.open_store(base / "s").tokens().load(), lz.open_store(base / "was").tokens().load())
+    prompts, tokens = as_made(base)
+    xr.testing.assert_identical(lz.open_store(base / "s").dataset().load(), prompts)
+    xr.testing.assert_identical(lz.open_store(base / "s").tokens().load(), tokens)
 
 
 def check_merged(base: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,3 +166,26 @@ def random_model(name: str, config: str, **options: Any) -> Any:
             if parameter.ndim > 1:
                 parameter.mul_(4)
     return model
+
+
+class SharedModels:
+    """Tiny models in folders that all tests of a run share, in all workers: each is made once, and nobody writes to its folder.
+
+    Parameters
+    ----------
+    root : Path
+        A folder that the workers of the run have in common.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __call__(self, kind: str, *, head: str = "AutoModel", dtype: str = "float32", **options: Any) -> Path:
+        """The folder of a model, named after its kind; made where no test has asked for it yet."""
+        recipe = hashlib.sha256(repr((kind, head, dtype, sorted(options.items()))).encode()).hexdigest()[:16]
+        folder = self.root / recipe / kind
+        with (self.root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "tokenizer_config.json").exists():  # which is written last
+                save_tiny(kind, folder, head=head, dtype=dtype, **options)
+        return folder

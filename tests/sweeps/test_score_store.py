@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,26 @@ def same(first: xr.Dataset, other: xr.Dataset) -> None:
     assert first.attrs == other.attrs
 
 
+@pytest.fixture(scope="module")
+def whole() -> xr.Dataset:
+    """The scores of a sweep that writes nothing."""
+    return sweep(activations(), **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, xr.Dataset]:
+    """A sweep that has come to its end, for tests to copy, and the scores that it returned."""
+    place = tmp_path_factory.mktemp("finished") / "scores"
+    return place, sweep(activations(), **OPTIONS, out=place)
+
+
+@pytest.fixture
+def copied(finished: tuple[Path, xr.Dataset], tmp_path: Path) -> Path:
+    """A copy of the finished sweep."""
+    shutil.copytree(finished[0], tmp_path / "scores")
+    return tmp_path / "scores"
+
+
 @pytest.fixture
 def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Variable and layer of every task that is run, in order."""
@@ -71,10 +92,10 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-def test_written_scores_equal_the_returned_ones_and_plain_xarray_reads_them(tmp_path: Path) -> None:
-    scores = sweep(activations(), **OPTIONS, out=tmp_path / "scores")
-    same(scores, sweep(activations(), **OPTIONS))
-    stored = xr.open_zarr(tmp_path / "scores").load()
+def test_written_scores_equal_the_returned_ones_and_plain_xarray_reads_them(finished: tuple[Path, xr.Dataset], whole: xr.Dataset) -> None:
+    place, scores = finished
+    same(scores, whole)
+    stored = xr.open_zarr(place).load()
     assert stored.done.all()
     for name in scores.data_vars:
         np.testing.assert_array_equal(stored[name], scores[name], err_msg=str(name))
@@ -95,9 +116,7 @@ def test_a_finished_sweep_is_read_and_nothing_is_fitted_again(tmp_path: Path, fi
     xr.testing.assert_identical(again, first)
 
 
-def test_an_error_in_the_middle_loses_only_what_was_not_done(
-    tmp_path: Path, fitted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_the_middle_loses_only_what_was_not_done(tmp_path: Path, fitted: list[tuple[int, int]], whole: xr.Dataset) -> None:
     spoilt = activations()
     spoilt[4, 2, 0] = np.nan
     with pytest.raises(InvalidArgumentError, match=r"layer 4 .* NaN"):
@@ -111,18 +130,16 @@ def test_an_error_in_the_middle_loses_only_what_was_not_done(
     resumed = sweep(activations(), **OPTIONS, out=tmp_path / "scores")
     # What knows no layer is in every layer that is there, and so is not fitted again either.
     assert sorted(fitted) == [(0, layer) for layer in range(LAYERS) if layer not in done]
-    same(resumed, sweep(activations(), **OPTIONS))
+    same(resumed, whole)
 
 
-def test_a_damaged_or_missing_chunk_is_fitted_again(tmp_path: Path, fitted: list[tuple[int, int]]) -> None:
-    scores = sweep(activations(), **OPTIONS, out=tmp_path / "scores")
-    chunks = sorted((tmp_path / "scores" / "accuracy").glob("c.*"))
+def test_a_damaged_or_missing_chunk_is_fitted_again(copied: Path, finished: tuple[Path, xr.Dataset], fitted: list[tuple[int, int]]) -> None:
+    chunks = sorted((copied / "accuracy").glob("c.*"))
     assert len(chunks) == LAYERS
     chunks[1].write_bytes(b"\0" * len(chunks[1].read_bytes()))
     chunks[3].unlink()
-    (tmp_path / "scores" / "auroc" / chunks[4].name).write_bytes(b"short")
-    fitted.clear()
-    same(sweep(activations(), **OPTIONS, out=tmp_path / "scores"), scores)
+    (copied / "auroc" / chunks[4].name).write_bytes(b"short")
+    same(sweep(activations(), **OPTIONS, out=copied), finished[1])
     assert sorted(fitted) == [(0, 1), (0, 3), (0, 4)]
 
 
@@ -141,23 +158,22 @@ def test_a_damaged_or_missing_chunk_is_fitted_again(tmp_path: Path, fitted: list
         ({"activations": activations().where(activations().layer != 3, 0)}, "activations"),
     ],
 )
-def test_another_sweep_is_refused_and_what_is_not_the_same_is_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
-    sweep(activations(), **OPTIONS, out=tmp_path / "scores")
+def test_another_sweep_is_refused_and_what_is_not_the_same_is_named(copied: Path, change: dict[str, Any], named: str) -> None:
     changed = {"activations": activations(), **OPTIONS, **change}
     with pytest.raises(
         InvalidArgumentError, match=f"holds the scores of another sweep, with other .*{named.split(',', maxsplit=1)[0]}"
     ) as caught:
-        sweep(**changed, out=tmp_path / "scores")
+        sweep(**changed, out=copied)
     for name in named.split(", "):
         assert name in str(caught.value)
     assert str(caught.value).count("\n") <= 1
 
 
-def test_the_last_digits_of_activations_may_differ_as_they_do_between_machines(tmp_path: Path, fitted: list[tuple[int, int]]) -> None:
-    found = sweep(activations(), **OPTIONS, out=tmp_path / "scores")
-    fitted.clear()
+def test_the_last_digits_of_activations_may_differ_as_they_do_between_machines(
+    copied: Path, finished: tuple[Path, xr.Dataset], fitted: list[tuple[int, int]]
+) -> None:
     near = activations().copy(data=np.nextafter(activations().values, np.float32(np.inf)))
-    same(sweep(near, **OPTIONS, out=tmp_path / "scores"), found)
+    same(sweep(near, **OPTIONS, out=copied), finished[1])
     assert fitted == []
 
 
@@ -214,13 +230,14 @@ def test_variables_and_strengths_are_stored_by_layer_too(tmp_path: Path, fitted:
     assert fitted == [(1, 2)]
 
 
-def test_remote_places_and_worker_processes_write_the_same(root: str) -> None:
-    expected = sweep(activations(), **OPTIONS)
-    same(sweep(activations(), **OPTIONS, out=root, scheduler="processes", n_workers=2), expected)
-    same(sweep(activations(), **OPTIONS, out=root), expected)
+def test_remote_places_and_worker_processes_write_the_same(root: str, whole: xr.Dataset) -> None:
+    same(sweep(activations(), **OPTIONS, out=root, scheduler="processes", n_workers=2), whole)
+    same(sweep(activations(), **OPTIONS, out=root), whole)
 
 
-def test_a_sweep_on_s3_goes_on_where_it_was_interrupted(s3: Any, fitted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_on_s3_goes_on_where_it_was_interrupted(
+    s3: Any, fitted: list[tuple[int, int]], whole: xr.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = f"s3://team/{uuid.uuid4().hex}/scores"
     run = sys.modules["lmprobe_zarr.sweeps.sweep"].fit_task
 
@@ -238,7 +255,7 @@ def test_a_sweep_on_s3_goes_on_where_it_was_interrupted(s3: Any, fitted: list[tu
     fitted.clear()
     scores = sweep(activations(), **OPTIONS, out=place)
     assert sorted(layer for _, layer in fitted) == np.flatnonzero(~half.done).tolist()
-    same(scores, sweep(activations(), **OPTIONS))
+    same(scores, whole)
     np.testing.assert_array_equal(xr.open_zarr(place).accuracy, scores.accuracy)
 
 
@@ -261,7 +278,7 @@ package(activations(), **OPTIONS, out=sys.argv[1], n_workers=2)
 
 
 @pytest.mark.parametrize("layers_before", [1, 3] if not os.environ.get("LMPROBE_ZARR_STRESS") else range(1, LAYERS))
-def test_kill_9_in_the_middle_and_another_process_goes_on_to_the_same_scores(tmp_path: Path, layers_before: int) -> None:
+def test_kill_9_in_the_middle_and_another_process_goes_on_to_the_same_scores(tmp_path: Path, layers_before: int, whole: xr.Dataset) -> None:
     place = tmp_path / "scores"
     # What it says is kept in a file: a full pipe would stop it.
     with (tmp_path / "output").open("w") as output:
@@ -281,9 +298,7 @@ def test_kill_9_in_the_middle_and_another_process_goes_on_to_the_same_scores(tmp
     half = xr.open_zarr(place).load()
     assert layers_before <= int(half.done.sum()) < LAYERS
     assert half.accuracy[~half.done.values].isnull().any()
-    resumed = sweep(activations(), **OPTIONS, out=place)
-    whole = sweep(activations(), **OPTIONS)
-    same(resumed, whole)
+    same(sweep(activations(), **OPTIONS, out=place), whole)
     stored = xr.open_zarr(place).load()
     for name in set(whole.data_vars) - {"fit_seconds"}:
         np.testing.assert_array_equal(stored[name], whole[name], err_msg=str(name))

@@ -93,9 +93,8 @@ def alone(kind: str, model: Any, ids: Array) -> dict[str, Array]:
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("models")
-    return lambda kind: root / kind if (root / kind).is_dir() else save_tiny(kind, root / kind)
+def saved(tiny_models: Callable[[str], Path]) -> Callable[[str], Path]:
+    return tiny_models
 
 
 @pytest.mark.parametrize("kind", TINY)
