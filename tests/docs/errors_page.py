@@ -233,14 +233,15 @@ def store_not_found(folder: Path) -> None:
     lz.open_store(folder / "atcs", "r")
 
 
-def unknown_architecture(_: Path) -> None:
-    import torch
+def unknown_architecture(folder: Path) -> None:
     import transformers
-    from loaded_models import loaded_from
+    from tiny_models import tiny_tokenizer
 
-    torch.manual_seed(0)
-    model: Any = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=3, n_head=4))
-    loaded_from(model.eval())
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    rest = {"vocab_size": 300, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32}
+    model = transformers.BartModel(transformers.BartConfig(**sizes, **rest))
+    modules = {"layers": "decoder.layers"}
+    lz.extract(model, ["Who?"], store=folder / "acts", name="bart", tokenizer=tiny_tokenizer(), modules=modules, progress=False)
 
 
 def unreachable(_: Path) -> None:
