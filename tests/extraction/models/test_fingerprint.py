@@ -173,6 +173,39 @@ def test_a_model_of_packed_weights_is_extracted_as_it_computes(tmp_path: Path) -
         np.testing.assert_allclose(kept, out.hidden_states[3][0].numpy(), atol=1e-5)
 
 
+def by_torchao(model: Any, config: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model, getattr(quantization, config)())
+
+
+def by_quanto(model: Any, bits: str) -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    quanto.quantize(model, weights=getattr(quanto, bits))
+    quanto.freeze(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("quantise", "how"),
+    [(by_torchao, "Int8WeightOnlyConfig"), (by_torchao, "Float8WeightOnlyConfig"), (by_quanto, "qint8"), (by_quanto, "qint4")],
+)
+def test_a_model_quantised_by_a_package_is_extracted_as_it_computes(quantise: Any, how: str, tmp_path: Path) -> None:
+    def make() -> Any:
+        model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+        quantise(model, how)
+        return model
+
+    model, store = make(), lz.open_store(tmp_path)
+    options: dict[str, Any] = {"store": store, "name": "m", "tokenizer": tiny_tokenizer(), "keep_tokens": True, "progress": False}
+    lz.extract(model, PROMPTS, **options)
+    assert lz.extract(make(), PROMPTS, **options).found == len(PROMPTS)
+    assert "model_code" not in next(iter(store.groups().values())).provenance
+    with torch.no_grad():
+        out = model(input_ids=torch.tensor([tiny_tokenizer()(PROMPTS[0])["input_ids"]]), output_hidden_states=True)
+    kept = store.tokens("m").resid.sel(layer=2, prompt=prompt_hash(PROMPTS[0])).values
+    np.testing.assert_allclose(kept, out.hidden_states[3][0].numpy(), atol=1e-4)
+
+
 def test_every_number_of_a_packed_weight_is_in_the_key() -> None:
     first = model_fingerprint(packed())
     assert model_fingerprint(packed()) == first
