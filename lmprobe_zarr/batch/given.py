@@ -132,7 +132,10 @@ def _list_of(prompts: Any, name: str) -> list[Any]:
 
 
 def _is_chat(prompt: object) -> bool:
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    """Whether this is a list of messages; files of Parquet give arrays of them."""
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, str | bytes):
+        return False
+    return (not isinstance(prompt, np.ndarray) or prompt.ndim == 1) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _is_number(prompt: object) -> bool:
