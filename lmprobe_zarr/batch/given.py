@@ -47,7 +47,7 @@ def given_prompts(prompts: object, name: str = "prompts") -> list[Any]:
         set, a table, an open file, an array without dimensions or with fields.
     """
     if isinstance(prompts, str):
-        raise InvalidTypeError(f"{name} is the text {shorten(prompts)}, not a list of prompts: it is one text, so wrap it, {name}=[…]")
+        raise InvalidTypeError(f"{name} is one text, {shorten(prompts)}, and not a list of prompts: wrap it, {name}=[…]")
     if isinstance(prompts, Mapping):
         raise InvalidTypeError(f"{name} is a {_describe_mapping(prompts)}; {WAYS}")
     if isinstance(prompts, AbstractSet) and not isinstance(prompts, KeysView):
