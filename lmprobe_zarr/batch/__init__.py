@@ -39,7 +39,7 @@ from lmprobe_zarr.batch.sites import (
 )
 from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.batch.token_batch import TokenBatch
-from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids
+from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids, special_id
 
 __all__ = [
     "HASH_DIGITS",
@@ -96,6 +96,7 @@ __all__ = [
     "rows_differ",
     "sha256_of",
     "shorten",
+    "special_id",
     "split_variable",
     "store_as",
     "unused_arguments",

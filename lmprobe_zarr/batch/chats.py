@@ -337,7 +337,7 @@ def _checked(messages: Any, number: int) -> list[dict[str, Any]]:
         plain = dict(message)
         if content is None and not message.get("tool_calls"):
             raise InvalidTypeError(f"prompts[{number}] has a message whose content is None: give a text")
-        if isinstance(content, list | tuple):
+        if isinstance(content, list | tuple | np.ndarray):
             plain["content"] = [_checked_part(part, number) for part in content]
         elif content is not None and not isinstance(content, str) and message["role"] in ("user", "system", "assistant", "developer"):
             raise InvalidTypeError(f"prompts[{number}] has a content that is a {type(content).__name__}: give a text, or a list of parts")
@@ -350,6 +350,7 @@ def _checked_part(part: Any, number: int) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
         raise InvalidTypeError(f"prompts[{number}] has a part that is a {type(part).__name__}: a part is {{'type': 'text', 'text': …}}")
+    part = {key: value for key, value in part.items() if value is not None}  # columns of Arrow have every key in every part
     kind = str(part.get("type", "text" if "text" in part else None))
     if any(word in kind for word in _MEDIA) or any(word in str(key) for key in part for word in _MEDIA):
         raise InvalidArgumentError(f"prompts[{number}] has a part of type {kind!r}: only the text of a chat is run, so leave it out")

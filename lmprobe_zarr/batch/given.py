@@ -47,7 +47,7 @@ def given_prompts(prompts: object, name: str = "prompts") -> list[Any]:
         set, a table, an open file, an array without dimensions or with fields.
     """
     if isinstance(prompts, str):
-        raise InvalidTypeError(f"{name} is the text {shorten(prompts)}, not a list of prompts: it is one text, so wrap it, {name}=[…]")
+        raise InvalidTypeError(f"{name} is one text, {shorten(prompts)}, and not a list of prompts: wrap it, {name}=[…]")
     if isinstance(prompts, Mapping):
         raise InvalidTypeError(f"{name} is a {_describe_mapping(prompts)}; {WAYS}")
     if isinstance(prompts, AbstractSet) and not isinstance(prompts, KeysView):
@@ -132,7 +132,10 @@ def _list_of(prompts: Any, name: str) -> list[Any]:
 
 
 def _is_chat(prompt: object) -> bool:
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    """Whether this is a list of messages; files of Parquet give arrays of them."""
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, str | bytes):
+        return False
+    return (not isinstance(prompt, np.ndarray) or prompt.ndim == 1) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _is_number(prompt: object) -> bool:

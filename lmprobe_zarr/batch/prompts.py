@@ -12,14 +12,14 @@ import numpy as np
 from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, RenderedChat, check_renders_chats, render_chat
 from lmprobe_zarr.batch.given import WAYS, PromptKind, common_kind, given_prompts
 from lmprobe_zarr.batch.hashes import prompt_sha256
-from lmprobe_zarr.batch.tokenizer_calls import decode_ids
+from lmprobe_zarr.batch.tokenizer_calls import decode_ids, special_id
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Ints, Mask
 
 __all__ = ["Prompts", "parse_prompts", "prompts_kind"]
 
 # Tokens that a tokenizer may also pad with, although they belong into prompts.
-_SHARED_WITH_PADDING: Final = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+_SHARED_WITH_PADDING: Final = ("bos_token", "eos_token", "cls_token", "sep_token")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +116,12 @@ def _check_padding(ids: Sequence[Ints], tokenizer: Any) -> None:
 
     A tokenizer may pad with a token that has another use too. One such token at the end of a prompt is no padding; several are.
     """
-    pad = getattr(tokenizer, "pad_token_id", None)
-    if not isinstance(pad, int) or isinstance(pad, bool):
+    pad = special_id(tokenizer, "pad_token")
+    if pad is None:
         return
     after = np.array([_run_of(pad, row[::-1]) for row in ids])
     before = np.array([_run_of(pad, row) for row in ids])
-    if pad in [getattr(tokenizer, name, None) for name in _SHARED_WITH_PADDING]:
+    if pad in [special_id(tokenizer, name) for name in _SHARED_WITH_PADDING]:
         padded = (after > 1) | (before > 1)
     else:
         # Decoders with an encoder begin with their padding token: one token before every prompt is meant.

@@ -168,6 +168,8 @@ class RowTables:
         *,
         rows: Sequence[Array] | None = None,
     ) -> None:
+        if isinstance(prompts, str):
+            raise InvalidArgumentError("prompts is one text: give a list of texts, in the order of the rows")
         self.files, self.prompts, self.tables = files, given_prompts(prompts), dict(tables)
         self.rows = None if rows is None else [np.asarray(r, np.int64) for r in rows]
         self.holds = self._check()

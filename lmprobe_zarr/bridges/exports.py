@@ -19,7 +19,7 @@ from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.lmprobe_folders import read_manifest
 from lmprobe_zarr.bridges.lmprobe_write import has_place
 from lmprobe_zarr.bridges.summaries import ExportSummary, Tally
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.storage import Storage, open_storage, run_all
@@ -239,6 +239,8 @@ def export_safetensors(
     """
     began = time.monotonic()
     source = store if isinstance(store, Store) else open_store(store, mode="r")
+    if isinstance(prompts, str):
+        raise InvalidTypeError("prompts is one text: give a list of texts, hashes or token ids")
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise InvalidArgumentError(f"dtype={dtype!r} is unknown: use one of {', '.join(map(repr, FLOAT_DTYPES))}, or None")
     info = source.find_group(model, provenance=provenance, group=group)

@@ -9,6 +9,8 @@ import datetime
 import hashlib
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -242,6 +244,27 @@ def test_a_template_that_knows_parts_gets_them() -> None:
         "{% endfor %}"
     )
     assert parse_prompts([PARTS], tokenizer=only_parts).text == ("Who is that?",)
+
+
+def test_chats_as_a_file_of_parquet_gives_them_are_chats() -> None:
+    parts = np.array([{"type": "text", "text": "Who is ", "image": None}, {"type": "text", "text": "that?", "image": None}], object)
+    column = pd.Series([np.array([{"role": "user", "content": parts}], object), np.array(JOINED, object)])
+    prompts = parse_prompts(column, tokenizer=chatty())
+    assert prompts.kind == "chat"
+    assert prompts.text == ("<s>user: Who is that?</s><s>assistant: ",)
+
+
+def test_of_several_templates_the_one_for_tools_is_used_with_tools() -> None:
+    templates = {"default": BODY, "tool_use": TIMED["in a macro"] + "{{ tools|tojson }}"}
+    tokenizer = chatty(templates)  # type: ignore[arg-type]
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert parse_prompts(CHATS, tokenizer=tokenizer).timed is None
+    with_tools = parse_prompts(CHATS, tokenizer=tokenizer, chat=parse_chat_options(tools=tools))
+    assert with_tools.timed is not None
+    assert with_tools.timed.all()
+    expected = tokenizer.apply_chat_template(CHATS[0], tokenize=False, tools=tools, add_generation_prompt=True)
+    assert with_tools.text is not None
+    assert with_tools.text[0] == expected
 
 
 def test_a_text_that_looks_like_a_part_stays_as_it_is() -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import Prompts, accepted, concat_ranges, decode_ids, offsets_of, shorten
+from lmprobe_zarr.batch import Prompts, accepted, concat_ranges, decode_ids, offsets_of, shorten, special_id
 from lmprobe_zarr.errors import InvalidArgumentError, PromptTooLongError
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.window import Window
@@ -200,7 +200,7 @@ def _tokenize_ids(prompts: Prompts, tokenizer: Any, limit: int | None, truncatio
 
 def _warn_of_padding(prompts: Prompts, ids: Sequence[Ints], tokenizer: Any) -> None:
     """Warn if prompts of one length may hold padding. What cannot be anything else has been refused: see `parse_prompts`."""
-    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = special_id(tokenizer, "pad_token")
     if pad is None or len({len(i) for i in ids}) != 1:
         return
     for words, ends in (("ends", [int(i[-1]) == pad for i in ids]), ("begins", [int(i[0]) == pad for i in ids])):
@@ -216,10 +216,10 @@ def _warn_of_padding(prompts: Prompts, ids: Sequence[Ints], tokenizer: Any) -> N
 def _warn_of_doubled(prompts: Prompts, ids: Sequence[Ints], tokenizer: Any) -> None:
     """Warn if texts begin or end with the very special token that the tokenizer adds there, as chats do that were rendered by hand."""
     for at, step, words, names in (
-        (0, 1, "begin", ("bos_token_id", "cls_token_id")),
-        (-1, -1, "end", ("eos_token_id", "sep_token_id")),
+        (0, 1, "begin", ("bos_token", "cls_token")),
+        (-1, -1, "end", ("eos_token", "sep_token")),
     ):
-        special = {getattr(tokenizer, name, None) for name in names} - {None}
+        special = {special_id(tokenizer, name) for name in names} - {None}
         doubled = [n for n, i in enumerate(ids) if len(i) > 1 and int(i[at]) == int(i[at + step]) and int(i[at]) in special]
         if doubled:
             number = int(prompts.first[doubled[0]])

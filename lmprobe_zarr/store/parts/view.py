@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from lmprobe_zarr.batch import HASH_DIGITS, given_prompts, hashes_of, is_hash, is_top_k, keys_of, offsets_of, prompt_sha256, rows_differ
-from lmprobe_zarr.errors import CorruptPartError, MissingPromptsError, PromptCollisionError
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, PromptCollisionError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
 from lmprobe_zarr.store.parts.part import Part
@@ -124,6 +124,8 @@ class View:
         MissingPromptsError
             Some are not in the view; the first few are named.
         """
+        if isinstance(prompts, str):
+            raise InvalidArgumentError("prompts is one text: give a list of texts, hashes or token ids")
         listed = given_prompts(prompts)
         rows = self.find([prompt_sha256(p) for p in listed]) if listed else np.zeros(0, np.int64)
         absent = np.flatnonzero(rows < 0)
