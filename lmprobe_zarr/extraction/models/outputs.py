@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lmprobe_zarr.batch import Outputs
 from lmprobe_zarr.errors import UnknownArchitectureError
+from lmprobe_zarr.extraction.models.tensor_bits import without_gradients
 
 __all__ = ["KeptLogits", "gives_raw_scores", "head_width", "largest", "perplexity_of", "raw_scores"]
 
@@ -161,7 +162,7 @@ def gives_raw_scores(gate: nn.Module, hidden_size: int | None, dtype: torch.dtyp
         place = device if own.device.type == "meta" else own.device
         # Some models keep the router in a higher precision; packed weights do not show the dtype of their input.
         dtype = own.dtype if own.dtype in PLAIN else dtype
-        with torch.inference_mode():
+        with without_gradients(gate):
             scores = _first_scores(gate(torch.zeros(1, 1, width, dtype=dtype, device=place)))
         if scores is not None and _is_projection(gate):
             return True
