@@ -35,6 +35,7 @@ from lmprobe_zarr.extraction.models.structure import (
     trace,
 )
 from lmprobe_zarr.extraction.models.turns import running
+from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["check_model"]
@@ -67,7 +68,8 @@ def check_model(loaded: LoadedModel) -> Conduct:
     """
     known = loaded.checked.get("conduct")
     if known is None:
-        with running(loaded.located.body):
+        # As prompts are run: hooks do not run in compiled code.
+        with running(loaded.located.body), uncompiled(loaded.module):
             known = loaded.checked["conduct"] = _examine(loaded)
         loaded.recorded["padding"] = known.padding
         loaded.recorded["causal"] = known.causal
