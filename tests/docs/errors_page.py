@@ -237,15 +237,10 @@ def unknown_architecture(folder: Path) -> None:
     import transformers
     from tiny_models import tiny_tokenizer
 
-    sizes: dict[str, Any] = {
-        "d_model": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "encoder_attention_heads": 2,
-        "decoder_attention_heads": 2,
-    }
-    rest: dict[str, Any] = {"vocab_size": 300, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32}
-    model = transformers.BartModel(transformers.BartConfig(**sizes, **rest))
+    sizes: dict[str, Any] = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    sizes |= dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    model = transformers.BartModel(transformers.BartConfig(vocab_size=300, max_position_embeddings=32, **sizes))
     modules = {"layers": "decoder.layers"}
     lz.extract(model, ["Who?"], store=folder / "acts", name="bart", tokenizer=tiny_tokenizer(), modules=modules, progress=False)
 
