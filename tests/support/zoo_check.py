@@ -70,7 +70,12 @@ def alone(model: Any, blocks: list[Any], ids: np.ndarray[Any, Any], options: dic
     ]
     try:
         with torch.no_grad():
-            output = model(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True, **options)
+            given = {"input_ids": torch.from_numpy(ids)[None], "output_hidden_states": True}
+            try:
+                output = model(**given)  # as its users call it
+            except Exception:  # noqa: BLE001 — some do not run with their own cache
+                heard.clear()
+                output = model(**given, **options)
     finally:
         for handle in handles:
             handle.remove()

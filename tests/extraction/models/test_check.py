@@ -82,7 +82,9 @@ def own_attention() -> Any:
 @pytest.mark.parametrize("make", [bidirectional_llama, one_bidirectional_layer, bidirectional_gemma, own_attention])
 def test_a_decoder_that_sees_both_ways_is_seen_to(make: Callable[[], Any]) -> None:
     model = make()
-    assert assert_right(model, provenance={"own": True}) in ("masked", "equal")
+    padding = assert_right(model, provenance={"own": True})
+    if make is not bidirectional_gemma or transformers.__version__.startswith("5"):  # transformers 4 does not know that setting
+        assert padding in ("masked", "equal")
 
 
 def test_eager_and_sdpa_attention_are_run_alike() -> None:
@@ -207,7 +209,10 @@ def test_of_several_streams_the_active_is_kept() -> None:
 
     def states(model: Any, ids: list[int]) -> Any:
         heard: list[Any] = []
-        handles = [block.register_forward_hook(lambda _m, _a, output: heard.append(output.clone())) for block in model.layers]
+        handles = [
+            block.register_forward_hook(lambda _m, _a, output: heard.append((output[0] if isinstance(output, tuple) else output).clone()))
+            for block in model.layers
+        ]
         with torch.no_grad():
             model(input_ids=torch.tensor([ids]), use_cache=False)
         for handle in handles:
@@ -218,6 +223,8 @@ def test_of_several_streams_the_active_is_kept() -> None:
 
 
 def test_layers_that_are_not_called_for_text_are_named(tmp_path: Any) -> None:
+    if not hasattr(transformers, "MllamaTextConfig"):
+        pytest.skip(f"no MllamaTextConfig in transformers {transformers.__version__}")
     model = random_model("MllamaTextModel", "MllamaTextConfig", **{**GROUPED, "cross_attention_layers": [1], "rope_parameters": None})
     store = lz.open_store(tmp_path / "acts", durable=False)
     given = {"store": store, "name": "m", "tokenizer": tiny_tokenizer(), "progress": False}
