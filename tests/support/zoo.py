@@ -20,6 +20,7 @@ LAYERS: Final = 5
 OTHER_LAYERS: Final = 3
 VOCABULARY: Final = 320
 MOST_PARAMETERS: Final = 300e6
+SAME_ERRORS: Final = 6
 MAPPINGS: Final = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
@@ -74,10 +75,16 @@ class NotBuiltError(Exception):
 
 
 def types_of(mapping: str) -> tuple[str, ...]:
-    """The model types of one of `MAPPINGS`, in the order of transformers."""
+    """The model types of one of `MAPPINGS` whose class is in none of those before it, in the order of transformers."""
     from transformers.models.auto import modeling_auto
 
-    return tuple(getattr(modeling_auto, MAPPINGS[mapping][0], {}))
+    before: set[tuple[str, Any]] = set()
+    for name, (attribute, _) in MAPPINGS.items():
+        own = dict(getattr(modeling_auto, attribute, {}))
+        if name == mapping:
+            return tuple(each for each, kind in own.items() if (each, kind) not in before)
+        before |= set(own.items())
+    raise KeyError(mapping)
 
 
 def _shrunk(
@@ -202,4 +209,6 @@ def build(mapping: str, model_type: str, auto: str | None = None) -> Built:
                 return Built(model=model, options=options)
         except Exception as error:  # noqa: BLE001 — the next sizes may do
             errors.append(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:140]}")
+            if isinstance(error, ImportError) or (len(errors) >= SAME_ERRORS and len(set(errors[-SAME_ERRORS:])) == 1):
+                break  # other sizes will not help
     raise NotBuiltError(errors[0] if errors[0] == errors[-1] else f"{errors[0]} | {errors[-1]}")

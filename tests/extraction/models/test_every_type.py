@@ -34,6 +34,8 @@ ELSEWHERE = (
 def outcome(mapping: str, model_type: str) -> Outcome:
     if model_type not in zoo.types_of(mapping):
         pytest.skip(f"{model_type} is not in transformers {transformers.__version__}")
+    if model_type == "recurrent_gemma" and transformers.__version__.startswith("4."):
+        pytest.skip("keeps the state of the last batch, so that in transformers 4 the next call with another number of prompts fails")
     row = examine(mapping, model_type)
     if row.state == "not built":
         pytest.skip(row.why)
