@@ -127,6 +127,10 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
         tokenizer = request.choice.load_tokenizer()
         identity = request.choice.identify(request.kind, device, device_map)
         group = _find_group(request, identity)
+    if identity.num_layers is None and group is None and identity.model_type is not None:
+        # Its configuration does not say how deep it is; the model itself does.
+        dtype = "auto" if request.choice.dtype is None else request.choice.dtype
+        return _look_up_loaded(request, memory.load(request.choice, _options(request, dtype, device, device_map), identity), None, began)
     if request.kind == "chat" and tokenizer is None:
         tokenizer = request.choice.load_tokenizer()
     prompts = _parse(request, tokenizer if request.kind == "chat" else None)
@@ -225,7 +229,8 @@ def _compare(
     view = None if group is None else request.store.view(group, whole=False)
     known = loaded or identity
     assert known is not None  # noqa: S101 — a model is named or loaded
-    depth = known.num_layers or (None if group is None else group.num_layers)
+    # A loaded model, or the group that one made, knows the depth better than a configuration does.
+    depth = (None if loaded is None else loaded.num_layers) or (None if group is None else group.num_layers) or known.num_layers
     if depth is None:
         raise InvalidArgumentError(
             f"how many layers {known.name!r} has is not known without its configuration: check the name, or go online"

@@ -73,6 +73,8 @@ __all__ = ["DTYPES", "FIXED_FIELDS", "PROVENANCE_FIELDS", "ModelIdentity", "Prov
 Provenance = dict[str, str | int | float | bool | None]
 Config = Mapping[str, Any]
 
+# Names of the number of layers. Of an encoder-decoder it is that of the encoder, which is what is run.
+DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "num_encoder_layers")
 DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 PROVENANCE_FIELDS: Final = (
     "revision",
@@ -146,7 +148,7 @@ def first_int(config: Config, names: Iterable[str]) -> int | None:
 
 
 def num_layers_of(config: Config) -> int | None:
-    return first_int(text_config(config), ("num_hidden_layers", "n_layer", "num_layers", "n_layers"))
+    return first_int(text_config(config), DEPTHS)
 
 
 def hidden_size_of(config: Config) -> int | None:

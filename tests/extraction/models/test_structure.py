@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from loaded_models import by_prompt, checked_from, loaded_from  # noqa: E402 — after the skips
-from tiny_models import GROUPED, IDS, SIZES, TINY, random_model, tiny_model  # noqa: E402
+from tiny_models import GROUPED, SIZES, TINY, random_model, tiny_model, tiny_tokenizer  # noqa: E402
 
 import lmprobe_zarr as lz  # noqa: E402
 from lmprobe_zarr.batch import Outputs, parse_prompts  # noqa: E402
@@ -240,3 +240,15 @@ def test_a_list_that_is_not_the_blocks_is_refused_with_the_reason() -> None:
 
     with pytest.raises(UnknownArchitectureError, match="is not what came out of the one before it"):
         locate(Parallel())
+
+
+@pytest.mark.parametrize(("name", "config", "options"), SEQ2SEQ)
+def test_a_saved_encoder_decoder_is_extracted_by_its_folder(name: str, config: str, options: dict[str, Any], tmp_path: Any) -> None:
+    random_model(name, config, **options).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(encoder=True).save_pretrained(tmp_path / "model")
+    store = lz.open_store(tmp_path / "acts", durable=False)
+    plan = lz.plan_extract(tmp_path / "model", ["Who?"], store=store)
+    assert plan.layers == (0, 1, 2)
+    stats = lz.extract(tmp_path / "model", ["Who?"], store=store, layers=-1, progress=False)
+    assert (stats.extracted, store.dataset("model").layer.values.tolist()) == (1, [2])
+    assert lz.extract(tmp_path / "model", ["Who?"], store=store, layers=-1, progress=False).found == 1
