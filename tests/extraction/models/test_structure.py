@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from loaded_models import by_prompt, checked_from, loaded_from  # noqa: E402 — after the skips
-from tiny_models import GROUPED, SIZES, TINY, random_model, tiny_model, tiny_tokenizer  # noqa: E402
+from tiny_models import GROUPED, IDS, SIZES, TINY, random_model, tiny_model, tiny_tokenizer  # noqa: E402
 
 import lmprobe_zarr as lz  # noqa: E402
 from lmprobe_zarr.batch import Outputs, parse_prompts  # noqa: E402
