@@ -1,11 +1,13 @@
 """Write docs/models.md: every text model type of the installed transformers, and what `lmprobe_zarr` finds in a tiny model of it.
 
-Run by ``make models``. Every type is examined in a process of its own, which has `LIMIT_S` seconds.
+Run by ``make models``. Every type is examined in a process of its own, which has `LIMIT_S` seconds. The outcomes are kept in
+docs/models.json, so that some mappings alone can be examined again: ``python tests/docs/models_page.py causal masked``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import sys
@@ -20,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGE: Final = ROOT / "docs" / "models.md"
+OUTCOMES: Final = ROOT / "docs" / "models.json"
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 import torch  # noqa: E402 — after the path
@@ -60,7 +63,8 @@ compared with plain transformers, one prompt at a time.
   and checked before the first prompt.
 * **Batches**: how prompts share a batch, as the check of the model has seen: *padded* on the right without a mask, or with one; only
   prompts of *equal lengths*; *one prompt* at a time.
-* **Difference**: the largest from transformers, relative to the largest value of the layer. All are at most {tolerance:g}.
+* **Difference**: the largest from transformers, relative to the largest value of the layer. A model that differs by more than {tolerance:g} is
+  compared in float64 too, where it has to agree to 1e-10.
 
 """
 
@@ -148,9 +152,12 @@ def page(rows: list[Outcome]) -> str:
 
 
 if __name__ == "__main__":
-    found: list[Outcome] = []
-    for name in zoo.MAPPINGS:
-        found += rows_of([name])
+    chosen = sys.argv[1:] or list(zoo.MAPPINGS)
+    found = [Outcome(**values) for values in json.loads(OUTCOMES.read_text(encoding="utf-8"))] if OUTCOMES.exists() else []
+    for name in chosen:
+        found = [row for row in found if row.mapping != name] + rows_of([name])
+        lines = [json.dumps(dataclasses.asdict(row)) for row in found]
+        OUTCOMES.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
         PAGE.write_text(page(found), encoding="utf-8")
     for outcome in found:
         if outcome.state == "wrong":

@@ -20,7 +20,6 @@ LAYERS: Final = 5
 OTHER_LAYERS: Final = 3
 VOCABULARY: Final = 320
 MOST_PARAMETERS: Final = 300e6
-SAME_ERRORS: Final = 6
 MAPPINGS: Final = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     "masked": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
@@ -209,6 +208,6 @@ def build(mapping: str, model_type: str, auto: str | None = None) -> Built:
                 return Built(model=model, options=options)
         except Exception as error:  # noqa: BLE001 — the next sizes may do
             errors.append(f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:140]}")
-            if isinstance(error, ImportError) or (len(errors) >= SAME_ERRORS and len(set(errors[-SAME_ERRORS:])) == 1):
+            if isinstance(error, ImportError):
                 break  # other sizes will not help
     raise NotBuiltError(errors[0] if errors[0] == errors[-1] else f"{errors[0]} | {errors[-1]}")
