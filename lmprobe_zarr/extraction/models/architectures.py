@@ -151,8 +151,8 @@ def _unknown(model: nn.Module, why: str) -> UnknownArchitectureError:
 def _needs_encoder(model: nn.Module, path: str, body: nn.Module) -> UnknownArchitectureError:
     if body is model and "encoder" in path.split("."):
         return UnknownArchitectureError(
-            f"{path!r} is in no part of {type(model).__name__} that takes token ids by itself, and the whole needs two prompts, one for its "
-            "encoder and one for its decoder: use another model"
+            f"{path!r} is in no part of {type(model).__name__} that takes token ids by itself, and the whole needs two prompts, one for "
+            "its encoder and one for its decoder: use another model"
         )
     return UnknownArchitectureError(
         f"{path!r} is the decoder of {type(model).__name__}, an encoder-decoder: without the encoder's output its values mean nothing. "
