@@ -517,7 +517,7 @@ def load_model(
         model = unwrapped(model)
         check_complete(model)
         adapter = _adapters(model)
-        with uncompiled(model), quiet_logging():
+        with uncompiled(model), quiet_logging(), turns.running(model):
             located, by_hand = _located(model, modules)
             # Modules outside the body, such as a head, are checked in `check_head`, if they run.
             _check_code(foreign_code(located.body), own)
@@ -548,7 +548,7 @@ def load_model(
         at = folder if folder is not None else identity.cached_snapshot(where, revision)[1]
         source |= identity.remote_code_field(config, at, folder, tokenizer, trusted=trust_remote_code)
         code, kinds = code_of_named(config), set(device_types(device, device_map))
-        with quiet_logging():
+        with quiet_logging(), turns.running(module):
             located, by_hand = _located(module, modules)
     source |= settings_fields(sorted(kinds)) | ({} if code is None else {"model_code": code})
     window = _window(module, config, full)

@@ -24,6 +24,7 @@ class _Turns:
         self._loading = False
         self._waiting = 0
         self._others = threading.RLock()
+        self._here = threading.local()
         self._modules: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
     @contextmanager
@@ -48,13 +49,18 @@ class _Turns:
             except TypeError:  # not hashable or weakly referenced: all such objects share one lock
                 lock = self._others
         with lock:
+            inside = getattr(self._here, "depth", 0)
             with self._changed:
-                # A waiting load goes first, because runs ask again after every batch.
-                self._changed.wait_for(lambda: not self._loading and not self._waiting)
+                # A waiting load goes first, because runs ask again after every batch. But it waits for a thread that runs a model
+                # already, which must therefore not wait for it.
+                if not inside:
+                    self._changed.wait_for(lambda: not self._loading and not self._waiting)
                 self._running += 1
+            self._here.depth = inside + 1
             try:
                 yield
             finally:
+                self._here.depth = inside
                 with self._changed:
                     self._running -= 1
                     self._changed.notify_all()
