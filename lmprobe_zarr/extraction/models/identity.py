@@ -66,6 +66,7 @@ from lmprobe_zarr.extraction.models.files import (
 )
 from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
 from lmprobe_zarr.extraction.models.tokenizing import length_limit
+from lmprobe_zarr.extraction.models.turns import between_loads
 from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW, Window, window_of
 
 __all__ = ["DTYPES", "FIXED_FIELDS", "PROVENANCE_FIELDS", "ModelIdentity", "Provenance", "identify", "model_name", "modules_field"]
@@ -505,7 +506,8 @@ def _code_field(config: Config) -> Provenance:
         return {}
     from lmprobe_zarr.extraction.models.model_code import code_of_named
 
-    code = code_of_named(config)
+    with between_loads():
+        code = code_of_named(config)
     return {} if code is None else {"model_code": code}
 
 

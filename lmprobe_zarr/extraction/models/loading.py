@@ -370,7 +370,7 @@ def check_head(loaded: LoadedModel) -> None:
         )
     # Code outside the body of a model object is checked only where it runs.
     if str(loaded.provenance.get("weights")).startswith("bits:"):
-        with uncompiled(whole):
+        with uncompiled(whole), turns.between_loads():
             found = foreign_code(whole)
         _check_code(found, {k: v for k, v in loaded.provenance.items() if k not in FIXED_FIELDS})
 
@@ -525,7 +525,7 @@ def load_model(
         held = _tokenizer_for(tokenizer, None, None, trust_remote_code)
         module = model if str(device) == "auto" else model.to(_pick_device(device))
         config = full = _object_config(module)
-        with uncompiled(module):
+        with uncompiled(module), turns.between_loads():
             source: Provenance = {"revision": None, "weights": model_fingerprint(module), "adapter": adapter}
             code, kinds = code_of_object(module, skipped=ATTRIBUTES_VOLATILE), {parameter.device.type for parameter in module.parameters()}
         source["tokenizer"] = identity.tokenizer_field(held if not isinstance(tokenizer, str | os.PathLike) else tokenizer, None)
@@ -547,7 +547,8 @@ def load_model(
         source["tokenizer"] = identity.tokenizer_field(tokenizer, folder)
         at = folder if folder is not None else identity.cached_snapshot(where, revision)[1]
         source |= identity.remote_code_field(config, at, folder, tokenizer, trusted=trust_remote_code)
-        code, kinds = code_of_named(config), set(device_types(device, device_map))
+        with turns.between_loads():
+            code, kinds = code_of_named(config), set(device_types(device, device_map))
         with quiet_logging(), turns.running(module):
             located, by_hand = _located(module, modules)
     source |= settings_fields(sorted(kinds)) | ({} if code is None else {"model_code": code})

@@ -11,15 +11,11 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, Final
 
-from lmprobe_zarr.extraction.models.turns import running
+from lmprobe_zarr.extraction.models.turns import between_loads
 
 __all__ = ["device_types", "settings_fields"]
 
 LOWER: Final = ("tf32", "bf16")
-
-
-class _Nobody:
-    """Stands for a module where only the turn matters."""
 
 
 def _torch() -> ModuleType | None:
@@ -101,7 +97,7 @@ def settings_fields(kinds: Iterable[str]) -> dict[str, str]:
     kinds = tuple(kinds)
     default = torch.get_default_dtype()
     if default != torch.float32:
-        with running(_Nobody()):  # another thread may be loading a model, for which transformers sets it
+        with between_loads():  # another thread may be loading a model, for which transformers sets it
             default = torch.get_default_dtype()
     fields = {
         "autocast": _autocast(torch, kinds),
