@@ -64,7 +64,7 @@ compared with plain transformers, one prompt at a time.
 * **Batches**: how prompts share a batch, as the check of the model has seen: *padded* on the right without a mask, or with one; only
   prompts of *equal lengths*; *one prompt* at a time.
 * **Difference**: the largest from transformers, relative to the largest value of the layer. A model that differs by more than
-  {tolerance:g} is compared in float64 too, where it has to agree to 1e-10.
+  {tolerance:g} is compared in float64 too, where it has to agree to a tenth of that.
 
 """
 

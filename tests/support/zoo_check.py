@@ -104,14 +104,15 @@ def _against_states(rows: Any, states: Any) -> float | None:
 def examine(mapping: str, model_type: str, modules: dict[str, str] | None = None) -> Outcome:
     """Build a tiny model of a type, extract it in several compositions of batches, and compare.
 
-    A difference above `TOLERANCE` is examined once more in float64, where rounding is far smaller and a mistake is as large as before.
+    A difference above `TOLERANCE` is examined once more in float64, where rounding is smaller (some models compute
+    their softmax in float32 all the same) and a mistake is as large as before.
     """
     try:
         built = zoo.build(mapping, model_type)
     except zoo.NotBuiltError as error:
         return Outcome(mapping=mapping, type=model_type, state="not built", why=str(error))
     row = _compared(built, mapping, model_type, modules)
-    if row.state == "wrong" and row.difference and _compared(_double(built), mapping, model_type, modules).difference <= TOLERANCE**2:
+    if row.state == "wrong" and row.difference and _compared(_double(built), mapping, model_type, modules).difference <= TOLERANCE / 10:
         row.state, row.why = "by hand" if modules else "found", ""
     return row
 
