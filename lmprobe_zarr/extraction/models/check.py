@@ -239,12 +239,14 @@ def _captured(
 
 
 def _distance(found: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The largest difference of each token over the layers, relative to the length of its vector; infinite where only one is finite."""
+    """The largest difference of each token over the layers, relative to the length of its vector.
+
+    A vector that is not finite by itself is not compared; one that is not finite only in the batch differs infinitely.
+    """
     if found.shape != right.shape:
         return torch.full((right.shape[1],), torch.inf, dtype=torch.float64)
     off = (found - right).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-30)
-    both = torch.isnan(found).any(-1) & torch.isnan(right).any(-1)
-    off = torch.where(both, torch.zeros_like(off), off)
+    off = torch.where(torch.isfinite(right).all(dim=-1), off, torch.zeros_like(off))
     return torch.nan_to_num(off, nan=torch.inf).amax(dim=0)
 
 
