@@ -148,8 +148,8 @@ def _unknown(model: nn.Module, why: str) -> UnknownArchitectureError:
     )
 
 
-def _needs_encoder(model: nn.Module, path: str, body: nn.Module) -> UnknownArchitectureError:
-    if body is model and "encoder" in path.split("."):
+def _needs_encoder(model: nn.Module, path: str) -> UnknownArchitectureError:
+    if "encoder" in path.split(".") and "decoder" not in path.split("."):
         return UnknownArchitectureError(
             f"{path!r} is in no part of {type(model).__name__} that takes token ids by itself, and the whole needs two prompts, one for "
             "its encoder and one for its decoder: use another model"
@@ -232,7 +232,7 @@ def _by_hand(model: nn.Module, modules: Mapping[str, str]) -> Located:
         raise _unknown(model, f"modules['layers']={path!r} is no list of modules in {type(model).__name__}")
     body = body_of(model, where)
     if is_decoder_of_encoder(model, body):
-        raise _needs_encoder(model, path, body)
+        raise _needs_encoder(model, path)
     blocks = _as_called(body, tuple(found))
     attn, mlp = (_located_parts(model, blocks, (modules[site],), site) if site in modules else None for site in ("attn", "mlp"))
     routers = _located_routers(blocks, (modules["router"],)) if "router" in modules else {}
@@ -388,7 +388,7 @@ def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Locate
     reasons = []
     for found in lists[:TRIED_LISTS]:
         if is_decoder_of_encoder(model, found.body):
-            reasons.append(str(_needs_encoder(model, found.path, found.body)))
+            reasons.append(str(_needs_encoder(model, found.path)))
             continue
         located = _named(model, found) or _traced(model, found)
         if isinstance(located, Located):
