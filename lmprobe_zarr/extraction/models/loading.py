@@ -319,6 +319,9 @@ def _vocab_size(body: nn.Module, config: Mapping[str, Any]) -> int | None:
 def _check_predicts(source: str, config: Mapping[str, Any]) -> None:
     """An error, before anything is loaded, for an architecture without a head that predicts the next token."""
     kind = config.get("model_type")
+    if config.get("is_encoder_decoder"):
+        # Its class for causal models runs the decoder without what its encoder gives.
+        raise no_prediction(source, f"{kind}, an encoder-decoder")
     known = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {})
     if is_encoder(kind) or not known:
         raise no_prediction(source, str(kind))

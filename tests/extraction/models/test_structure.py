@@ -15,7 +15,7 @@ from tiny_models import GROUPED, IDS, SIZES, TINY, random_model, tiny_model, tin
 
 import lmprobe_zarr as lz  # noqa: E402
 from lmprobe_zarr.batch import Outputs, parse_prompts  # noqa: E402
-from lmprobe_zarr.errors import UnknownArchitectureError  # noqa: E402
+from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError  # noqa: E402
 from lmprobe_zarr.extraction import models as extraction  # noqa: E402
 from lmprobe_zarr.extraction.models import architectures  # noqa: E402
 from lmprobe_zarr.extraction.models.architectures import locate  # noqa: E402
@@ -252,3 +252,5 @@ def test_a_saved_encoder_decoder_is_extracted_by_its_folder(name: str, config: s
     stats = lz.extract(tmp_path / "model", ["Who?"], store=store, layers=-1, progress=False)
     assert (stats.extracted, store.dataset("model").layer.values.tolist()) == (1, [2])
     assert lz.extract(tmp_path / "model", ["Who?"], store=store, layers=-1, progress=False).found == 1
+    with pytest.raises(InvalidArgumentError, match="an encoder-decoder"):
+        lz.extract(tmp_path / "model", ["Who?"], store=store, perplexity=True, progress=False)
