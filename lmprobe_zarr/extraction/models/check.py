@@ -91,6 +91,7 @@ def _examine(loaded: LoadedModel) -> Conduct:
         _check_calls(loaded, calls)
         layout, extra = _layout(loaded, calls, states)
         alone = _alone(loaded, calls, long, layout)
+        _check_states(loaded, alone, states)
         short = _alone(loaded, _own_pass(loaded, ids[LONG:-1])[0], ids[LONG:-1], layout)
     request = CaptureRequest(layers=_called_layers(loaded, calls), sites=("resid",), poolings=(), keep_tokens=True)
     conduct, captured = _whole_or_body(loaded, request, Conduct(layout=layout, extra_rows=extra, layers=request.layers), alone)
@@ -222,6 +223,25 @@ def _alone(loaded: LoadedModel, calls: Sequence[Call], ids: Sequence[int], layou
             raise _refused(loaded, f"a block returns {tuple(call.output.shape)} for one prompt of {len(ids)} tokens")
         rows.append(hidden.reshape(len(ids), hidden.shape[-1]).double().cpu())
     return _Alone(ids=list(ids), rows=torch.stack(rows))
+
+
+def _check_states(loaded: LoadedModel, alone: _Alone, states: tuple[torch.Tensor, ...]) -> None:
+    """Check that blocks return what the model gives as ``hidden_states`` in the same pass, where these have the same shape.
+
+    The entry of block 0 is the second, after the embeddings, or the first (Mamba). That of the last block may have gone through a norm.
+    """
+    middle = len(alone.rows) - 1
+    compared = []
+    for first in (1, 0):
+        entries = [state for state in states[first : first + middle] if isinstance(state, torch.Tensor)]
+        rows = [entry[0].double().cpu() for entry in entries if entry.ndim == 3 and entry.shape[0] == 1]
+        if middle > 0 and len(rows) == middle and all(row.shape == alone.rows[0].shape for row in rows):
+            compared.append(float(_distance(alone.rows[:middle], torch.stack(rows)).max()))
+    if compared and min(compared) > CHAIN_TOLERANCE and not loaded.located.by_hand:
+        raise _refused(
+            loaded,
+            f"what its blocks return is not what it gives as hidden_states in the same pass (relative difference {min(compared):.2g})",
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------- as captured

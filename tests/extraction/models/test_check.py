@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,30 @@ def test_nothing_is_stored_of_a_model_that_the_check_refuses(tmp_path: Any) -> N
         lz.extract(model, PROMPTS, store=store, name="m", tokenizer=tiny_tokenizer(), provenance={"drift": True}, progress=False)
     assert "Nothing was stored" in str(caught.value)
     assert not list(store.groups())
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_blocks_that_do_not_return_the_models_hidden_states_are_refused(shift: float) -> None:
+    class Shifted(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(300, 8)
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, input_ids: Any, output_hidden_states: bool = False) -> Any:
+            states = [self.embed(input_ids)]
+            for block in self.blocks:
+                states.append(block(states[-1]))
+            given = tuple(state + shift for state in states) if output_hidden_states else None
+            return SimpleNamespace(last_hidden_state=states[-1], hidden_states=given)
+
+    torch.manual_seed(2)
+    model = Shifted()
+    if shift:
+        with pytest.raises(UnknownArchitectureError, match="not what it gives as hidden_states"):
+            check_model(loaded_from(model))
+    else:
+        assert check_model(loaded_from(model)).padding == "unmasked"
 
 
 def test_a_model_that_needs_more_than_token_ids_is_refused() -> None:
