@@ -42,7 +42,7 @@ lint: setup
 CHANGED = $(shell { git diff --name-only HEAD; git ls-files --others --exclude-standard; } | $(VENV)/bin/python tests/support/changed.py)
 
 check: lint
-	$(if $(CHANGED),$(PYTEST) -m "not slow" $(CHANGED),@echo "check: no file of the package or its tests has changed since the last commit")
+	$(if $(CHANGED),$(PYTEST) $(CHANGED),@echo "check: no file of the package or its tests has changed since the last commit")
 
 pages: setup
 	$(VENV)/bin/python tests/docs/architecture_page.py
