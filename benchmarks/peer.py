@@ -124,6 +124,6 @@ if __name__ == "__main__":
         asked = json.loads(line)
         try:
             answer = {"value": JOBS[asked.pop("job")](**asked)}
-        except Exception as error:  # noqa: BLE001 — told to the asking side, which raises
+        except Exception as error:  # noqa: BLE001 — sent to the caller, which raises
             answer = {"error": f"{error!r} {traceback.format_exc(limit=-2)}"}
         print("=> " + json.dumps(answer), flush=True)

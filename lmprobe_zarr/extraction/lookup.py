@@ -108,6 +108,8 @@ class Lookup:
 def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_map: Any = None) -> Lookup:
     """What the store has of a request, as far as can be known without loading a named model; a model object is examined.
 
+    A named model whose configuration does not say how many layers it has is loaded, if no stored group says so either.
+
     Raises
     ------
     AmbiguousProvenanceError

@@ -44,6 +44,7 @@ from lmprobe_zarr.extraction.models.structure import (
     block_lists,
     body_of,
     chained,
+    first_line,
     is_decoder_of_encoder,
     plain_ids,
     text_settings,
@@ -317,7 +318,7 @@ def _traced(model: nn.Module, found: BlockList) -> Located | str:
     try:
         calls, _ = trace(found.body, found.modules, plain_ids(found.body, TRACED_TOKENS), inside=True, **_without_cache(found.body))
     except Exception as error:  # noqa: BLE001 — any error of a model's own code
-        return f"{type(found.body).__name__} does not run on token ids alone ({_first_line(error)})"
+        return f"{type(found.body).__name__} does not run on token ids alone ({first_line(error)})"
     blocks = _layers_of(found.modules, calls)
     depth = _depth(model)
     if blocks is None:
@@ -358,10 +359,6 @@ def _sites(blocks: Sequence[nn.Module], additions: Sequence[Addition | None]) ->
 def _joined(additions: Sequence[Addition | None]) -> str:
     counts = Counter(addition.path for addition in additions if addition is not None)
     return " | ".join(path for path, _ in counts.most_common())
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:160]}"
 
 
 def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Located:

@@ -29,6 +29,7 @@ from lmprobe_zarr.extraction.models.structure import (
     CHAIN_TOLERANCE,
     Call,
     chained,
+    first_line,
     is_decoder_of_encoder,
     leaving_no_hooks,
     plain_ids,
@@ -110,10 +111,6 @@ def _called_layers(loaded: LoadedModel, calls: Sequence[Call]) -> tuple[int, ...
     return tuple(found)
 
 
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
-
-
 def _refused(loaded: LoadedModel, why: str) -> UnknownArchitectureError:
     layers = loaded.located.paths.get("layers", "?")
     return UnknownArchitectureError(
@@ -153,7 +150,7 @@ def _own_pass(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Call], tupl
             try:
                 with quiet_logging():
                     calls, output = trace(module, loaded.located.blocks, ids, device=loaded.device, **options)
-            except Exception as error:
+            except Exception as error:  # any error of a model's own code; the next way may do
                 if is_out_of_memory(error):
                     raise DeviceMemoryError(
                         f"a prompt of {len(ids)} tokens does not fit into the memory of {str(loaded.device)!r} beside {loaded.name!r}: "
@@ -163,7 +160,7 @@ def _own_pass(loaded: LoadedModel, ids: Sequence[int]) -> tuple[list[Call], tupl
                 continue
             given = getattr(output, "hidden_states", None)
             return calls, tuple(given) if isinstance(given, tuple | list) else ()
-    raise _refused(loaded, f"it does not run on token ids alone ({_first_line(errors[0])})") from errors[0]
+    raise _refused(loaded, f"it does not run on token ids alone ({first_line(errors[0])})") from errors[0]
 
 
 def _check_calls(loaded: LoadedModel, calls: Sequence[Call]) -> None:
@@ -304,7 +301,7 @@ def _whole_or_body(
             continue
         if _alike(loaded, found, alone.rows):
             return way, found
-    why = f" ({_first_line(errors[0])})" if errors else ""
+    why = f" ({first_line(errors[0])})" if errors else ""
     raise _refused(loaded, f"one prompt gives other values when it is captured than when the model runs it by itself{why}")
 
 

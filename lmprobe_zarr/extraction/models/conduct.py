@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 
@@ -71,16 +71,3 @@ class Conduct:
     causal: bool | None = None
     extra_rows: bool = False
     layers: tuple[int, ...] = ()
-
-    @property
-    def words(self) -> str:
-        """How prompts share a batch, for people."""
-        return WORDS[self.padding]
-
-
-WORDS: Final = {
-    "unmasked": "prompts padded, without a mask",
-    "masked": "prompts padded, with a mask",
-    "equal": "only prompts of the same length share a batch",
-    "single": "one prompt at a time",
-}

@@ -69,7 +69,17 @@ from lmprobe_zarr.extraction.models.tokenizing import length_limit
 from lmprobe_zarr.extraction.models.turns import between_loads
 from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW, Window, window_of
 
-__all__ = ["DTYPES", "FIXED_FIELDS", "PROVENANCE_FIELDS", "ModelIdentity", "Provenance", "identify", "model_name", "modules_field"]
+__all__ = [
+    "DEPTHS",
+    "DTYPES",
+    "FIXED_FIELDS",
+    "PROVENANCE_FIELDS",
+    "ModelIdentity",
+    "Provenance",
+    "identify",
+    "model_name",
+    "modules_field",
+]
 
 Provenance = dict[str, str | int | float | bool | None]
 Config = Mapping[str, Any]

@@ -31,7 +31,7 @@ from lmprobe_zarr.extraction.models.identity import FIXED_FIELDS, Provenance
 from lmprobe_zarr.extraction.models.loading_report import check_weights, listening, quiet_logging
 from lmprobe_zarr.extraction.models.model_code import code_of_named, code_of_object
 from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
-from lmprobe_zarr.extraction.models.structure import text_settings
+from lmprobe_zarr.extraction.models.structure import input_device, input_embeddings, text_settings
 from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
 from lmprobe_zarr.extraction.models.window import Window, refine_window, window_of
 from lmprobe_zarr.extraction.models.wrappers import check_complete, uncompiled, unwrapped
@@ -281,36 +281,17 @@ def _object_config(module: nn.Module) -> dict[str, Any]:
 # ---------------------------------------------------------------- putting together
 
 
-def _input_embeddings(body: nn.Module) -> nn.Module | None:
-    try:
-        found = body.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def _input_device(body: nn.Module) -> torch.device:
-    """The device for token ids: that of the embeddings, or the one to which accelerate moves them."""
-    embeddings = _input_embeddings(body)
-    weight = next(iter((embeddings or body).parameters()), None)
-    device = torch.device("cpu") if weight is None else weight.device
-    if device.type == "meta":
-        hook = getattr(embeddings or body, "_hf_hook", None)
-        device = torch.device(getattr(hook, "execution_device", "cpu"))
-    return device
-
-
 def _window(module: nn.Module, config: Mapping[str, Any], full: Mapping[str, Any]) -> Window:
     """The window that the file of the configuration names, or the loaded configuration, which has defaults too."""
     named = window_of(identity.text_config(config))
     window = named if named.known else window_of(identity.text_config(full))
-    vocabulary = _input_embeddings(module)
+    vocabulary = input_embeddings(module)
     tables = (getattr(part, "num_embeddings", None) for part in module.modules() if part is not vocabulary)
     return refine_window(window, [rows for rows in tables if isinstance(rows, int)])
 
 
 def _vocab_size(body: nn.Module, config: Mapping[str, Any]) -> int | None:
-    embeddings = _input_embeddings(body)
+    embeddings = input_embeddings(body)
     # A table larger than the vocabulary was padded for speed; all of its rows can be looked up.
     held = getattr(embeddings, "num_embeddings", None)
     return held if isinstance(held, int) else identity.first_int(identity.text_config(config), ("vocab_size",))
@@ -399,7 +380,7 @@ def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], loca
     padding = identity.text_config(config).get("pad_token_id")
     vocabulary = _vocab_size(located.body, config)
     usable = isinstance(padding, int) and padding >= 0 and (vocabulary is None or padding < vocabulary)
-    device = _input_device(located.body)
+    device = input_device(located.body)
     own = getattr(located.body, "config", None)
     everything = located.body if located.whole is None else located.whole
     return LoadedModel(

@@ -17,6 +17,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from lmprobe_zarr.extraction.models.identity import DEPTHS
+
 __all__ = [
     "BlockList",
     "Call",
@@ -25,7 +27,10 @@ __all__ = [
     "body_of",
     "chained",
     "evaluating",
+    "first_line",
     "first_tensor",
+    "input_device",
+    "input_embeddings",
     "input_tensor",
     "is_decoder_of_encoder",
     "leaving_no_hooks",
@@ -36,10 +41,8 @@ __all__ = [
     "trace",
 ]
 
-DEPTH_NAMES: Final = (
-    "num_hidden_layers", "n_layer", "num_layers", "n_layers",
-    "encoder_layers", "num_encoder_layers", "decoder_layers", "num_decoder_layers",
-)  # fmt: skip
+# A decoder of an encoder-decoder is a candidate too, so that it can be refused by name.
+DEPTH_NAMES: Final = (*DEPTHS, "decoder_layers", "num_decoder_layers")
 # How far the input of a block may be from the output of the block before it, relative to its largest value.
 CHAIN_TOLERANCE: Final = 1e-3
 TRACED_TOKENS: Final = 6
@@ -127,6 +130,11 @@ def leaving_no_hooks(module: nn.Module) -> Iterator[None]:
                 vars(part).pop(_INSTALLED, None)
 
 
+def first_line(error: BaseException) -> str:
+    """The kind of an error of a model's own code, and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+
+
 def first_tensor(output: Any) -> torch.Tensor | None:
     """The floating-point tensor that a module returns: itself, the first of a tuple, or the first value of a mapping."""
     values = (output,) if isinstance(output, torch.Tensor) else tuple(output.values()) if isinstance(output, Mapping) else output
@@ -144,10 +152,7 @@ def takes_ids(module: nn.Module) -> bool:
     # Looked up on the class, because a wrapper passes the name on to the wrapped model but is called differently.
     if not hasattr(type(module), "get_input_embeddings") or "input_ids" not in inspect.signature(module.forward).parameters:
         return False
-    try:
-        return isinstance(module.get_input_embeddings(), nn.Module)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        return False
+    return input_embeddings(module) is not None
 
 
 def text_settings(module: nn.Module) -> Any:
@@ -188,7 +193,7 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     embeddings, then the largest. Encoders come before decoders that need them.
     """
     depths = _depths(model)
-    embeddings = model.get_input_embeddings() if takes_ids(model) else None  # type: ignore[operator]
+    embeddings = input_embeddings(model) if takes_ids(model) else None
     near = next((name for name, module in model.named_modules() if module is embeddings), "").split(".")
     ranked = []
     for path, module in model.named_modules():
@@ -234,7 +239,7 @@ def plain_ids(module: nn.Module, count: int, *, shift: int = 0) -> list[int]:
         for name, value in (settings.to_dict() if hasattr(settings, "to_dict") else {}).items():
             if "token" in name:
                 special |= {v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)}
-    embeddings = module.get_input_embeddings() if takes_ids(module) else None  # type: ignore[operator]
+    embeddings = input_embeddings(module) if takes_ids(module) else None
     known = getattr(config, "vocab_size", None)
     size = known if isinstance(known, int) and known > 0 else getattr(embeddings, "num_embeddings", None) or 100
     ids = [i for i in range(min(FIRST_PLAIN_ID, max(0, size - count - len(special))), size) if i not in special] or [0]
@@ -243,11 +248,22 @@ def plain_ids(module: nn.Module, count: int, *, shift: int = 0) -> list[int]:
     return [ids[(shift + i) * step % len(ids)] for i in range(count)]
 
 
-def _device(module: nn.Module) -> torch.device:
-    weight = next(iter(module.parameters()), None)
+def input_embeddings(module: nn.Module) -> nn.Module | None:
+    """The module that embeds token ids; None where there is none."""
+    try:
+        found = module.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def input_device(body: nn.Module) -> torch.device:
+    """The device for token ids: that of the embeddings, or the one to which accelerate moves them."""
+    reader = input_embeddings(body) or body
+    weight = next(iter(reader.parameters()), None)
     device = torch.device("cpu") if weight is None else weight.device
     if device.type == "meta":
-        device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", "cpu"))
+        device = torch.device(getattr(getattr(reader, "_hf_hook", None), "execution_device", "cpu"))
     return device
 
 
@@ -310,7 +326,7 @@ def trace(
             for path, part in module.named_modules() if inside else ():
                 if path:
                     stack.callback(part.register_forward_hook(note(path), with_kwargs=True).remove)
-        output = body(input_ids=torch.tensor([list(ids)], device=_device(body) if device is None else device), **options)
+        output = body(input_ids=torch.tensor([list(ids)], device=input_device(body) if device is None else device), **options)
     return calls, output
 
 

@@ -130,7 +130,9 @@ def test_a_model_whose_padding_leaks_in_spite_of_the_mask_runs_in_batches_of_equ
 
     def states(model: Any, ids: list[int]) -> Any:
         with torch.no_grad():
-            return model(torch.tensor([ids])).numpy()[None, 0][:0]
+            hidden = model.embed(torch.tensor([ids]))
+            first = model.blocks[0](hidden + hidden.mean(dim=1, keepdim=True))
+            return torch.stack([first, model(torch.tensor([ids]))])[:, 0].numpy()
 
     assert assert_right(model, states=states, modules={"layers": "blocks"}) == "equal"
     found = loaded_from(model)
@@ -232,6 +234,31 @@ def test_layers_that_are_not_called_for_text_are_named(tmp_path: Any) -> None:
     with pytest.raises(UnknownArchitectureError, match=r"layers 1 are not called for token ids alone: leave them out, layers=\[0, 2, 3\]"):
         lz.extract(model, PROMPTS, **given)
     assert lz.extract(model, PROMPTS, layers=[0, 2, 3], **given).extracted == len(set(map(tuple, PROMPTS)))
+
+
+@pytest.mark.parametrize("modules", [None, {"layers": "blocks"}])
+def test_a_prompt_that_leaves_the_model_early_is_no_missing_layer(tmp_path: Any, modules: dict[str, str] | None) -> None:
+    class Early(torch.nn.Module):  # type: ignore[misc,name-defined]
+        """Skips its last block where the prompt begins with an id above 200."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(300, 8)
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, input_ids: Any) -> Any:
+            hidden = self.embed(input_ids)
+            for number, block in enumerate(self.blocks):
+                if number < 2 or int(input_ids[0, 0]) <= 200:
+                    hidden = block(hidden)
+            return hidden
+
+    torch.manual_seed(3)
+    store = lz.open_store(tmp_path / "acts", durable=False)
+    given = {"store": store, "name": "m", "tokenizer": tiny_tokenizer(), "modules": modules, "progress": False}
+    with pytest.raises(UnknownArchitectureError, match=r"layers 2 are not called"):
+        lz.extract(Early(), [[250, 7, 9]], **given)
+    assert not list(store.groups())
 
 
 # ------------------------------------------------------------------------------------------------------------- the check itself
