@@ -2,7 +2,8 @@
 
 The output ``v`` of a module was added to the stream ``x`` where ``x + s·v`` is the block's output or the input of a later module. The
 first that is added comes from the token mixer (attention, Mamba, linear attention), the last from the MLP. Some models multiply by a
-constant before they add (Granite): that is `s`.
+constant before they add (Granite): that is `s`. It is taken from the configuration, because numbers of 16 bits show it only roughly; a
+factor that is neither 1 nor a constant of the configuration is believed only where it was computed with more bits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ __all__ = ["Addition", "BlockSites", "sites_of"]
 # The largest remainder of a sum, relative to the vector that was added, by bits of the dtype.
 TOLERANCE: Final = {torch.float64: 1e-6, torch.float32: 1e-3}
 COARSE: Final = 0.1
+# How near a fitted factor is to the constant that it is, by bits of the dtype.
+NEAR: Final = {torch.float64: 1e-6, torch.float32: 1e-4}
+ROUGHLY: Final = 1e-2
 PARALLEL: Final = 0.9
 MLP_NAMES: Final = re.compile(
     r"mlp|ffn|feed_?forward|\bff\b|^fc|moe|expert|ffw|channel_mix|^output\.dense|dense_4h|intermediate", re.IGNORECASE
@@ -45,11 +49,14 @@ class BlockSites:
     mlp: Addition | None = None
 
 
-def sites_of(call: Call) -> BlockSites:
-    """The token mixer and the MLP of a block, from one call of it."""
+def sites_of(call: Call, constants: Sequence[float] = ()) -> BlockSites:
+    """The token mixer and the MLP of a block, from one call of it.
+
+    `constants` are the numbers of the configuration that a block may multiply by.
+    """
     if call.given is None or call.output is None or call.given.shape != call.output.shape:
         return BlockSites()
-    steps = _steps(call, _candidates(call))
+    steps = _steps(call, _candidates(call), (1.0, *constants))
     if not steps:
         return BlockSites()
     if len(steps) == 1 and len(steps[0]) == 2:
@@ -99,19 +106,31 @@ def _candidates(call: Call) -> list[_Candidate]:
     return sorted(found.values(), key=lambda candidate: candidate.order)
 
 
-def _fit(goal: torch.Tensor, stream: torch.Tensor, added: torch.Tensor, tolerance: float) -> float | None:
-    """The factor `s` with which ``goal = stream + s·added``; None where there is none."""
-    rest, size = goal - stream, float(added.norm())
-    if not size or not bool(torch.isfinite(rest).all()):
-        return None
-    if abs(float((stream * added).sum())) > PARALLEL * size * float(stream.norm()):
-        return None  # a norm of the stream itself: any multiple of the stream is the sum of it and this
-    factor = float((rest * added).sum()) / size**2
-    if not 1e-3 < abs(factor) < 1e3:
-        return None
-    if abs(factor - 1) < tolerance:
-        factor = 1.0
-    return factor if float((rest - factor * added).norm()) <= tolerance * abs(factor) * size else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Factors:
+    """How exactly a sum and its factor are known, and the constants that the factor may be."""
+
+    tolerance: float
+    near: float
+    exact: bool
+    constants: tuple[float, ...]
+
+    def fit(self, goal: torch.Tensor, stream: torch.Tensor, added: torch.Tensor) -> float | None:
+        """The factor `s` with which ``goal = stream + s·added``; None where there is none, or it is not known exactly enough."""
+        rest, size = goal - stream, float(added.norm())
+        if not size or not bool(torch.isfinite(rest).all()):
+            return None
+        if abs(float((stream * added).sum())) > PARALLEL * size * float(stream.norm()):
+            return None  # a norm of the stream itself: any multiple of the stream is the sum of it and this
+        fitted = float((rest * added).sum()) / size**2
+        if not 1e-3 < abs(fitted) < 1e3:
+            return None
+        nearest = min(self.constants, key=lambda constant: abs(constant - fitted))
+        known = abs(nearest - fitted) <= self.near * abs(fitted)
+        if not known and not self.exact:
+            return None
+        factor = nearest if known else fitted
+        return factor if float((rest - factor * added).norm()) <= self.tolerance * abs(factor) * size else None
 
 
 def _returned(
@@ -124,12 +143,14 @@ def _returned(
     ]
 
 
-def _steps(call: Call, candidates: Sequence[_Candidate]) -> list[tuple[Addition, ...]]:
+def _steps(call: Call, candidates: Sequence[_Candidate], constants: tuple[float, ...]) -> list[tuple[Addition, ...]]:
     """The additions that lead from a block's input to its output, in order; several in one tuple where they are added at once."""
     given, output = call.given, call.output
     assert given is not None and output is not None  # noqa: S101, PT018 — `sites_of` has checked it
     tolerance = TOLERANCE.get(given.dtype, COARSE)
     wide = torch.float64 if given.dtype == torch.float64 else torch.float32
+    exact = given.dtype in TOLERANCE
+    factors = _Factors(tolerance=tolerance, near=NEAR.get(given.dtype, ROUGHLY), exact=exact, constants=constants)
     stream, end = given.to(wide), output.to(wide)
     # What each module was given, a later state of the stream perhaps, and what it returned.
     goals = [
@@ -153,7 +174,7 @@ def _steps(call: Call, candidates: Sequence[_Candidate]) -> list[tuple[Addition,
                 for state in states:
                     # At the end of the block first: otherwise a module that is given the sum by chance would hide it.
                     for goal in (end, *(given for order, given, _ in goals if order > last)):
-                        factor = _fit(goal, state, total, tolerance)
+                        factor = factors.fit(goal, state, total)
                         if factor is None:
                             continue
                         after = [goal, *_returned(goals, last, goal, alike)]

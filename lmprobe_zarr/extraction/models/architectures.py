@@ -330,15 +330,26 @@ def _traced(model: nn.Module, found: BlockList) -> Located | str:
     gap = chained(calls)
     if gap > CHAIN_TOLERANCE:
         return f"what goes into a module of {found.path!r} is not what came out of the one before it (relative difference {gap:.2g})"
+    constants = _constants(model, len(blocks))
     sites: dict[tuple[str, ...], BlockSites] = {}
     for call in calls:
-        sites.setdefault(_signature(found.modules[call.index]), sites_of(call))
+        sites.setdefault(_signature(found.modules[call.index]), sites_of(call, constants))
     per_layer = [sites.get(_signature(block), BlockSites()) for block in blocks]
     attn, mlp = (_sites(blocks, [getattr(each, site) for each in per_layer]) for site in ("attn", "mlp"))
     paths = {site: _joined([getattr(each, site) for each in per_layer]) for site, known in (("attn", attn), ("mlp", mlp)) if known}
     mixers = tuple("" if each.attn is None else each.attn.path for each in per_layer) if attn else ()
     width = None if calls[0].output is None else int(calls[0].output.shape[-1])
     return _assembled(model, found, blocks, attn, mlp, _router_paths(model, blocks, width), paths, mixers)
+
+
+def _constants(model: nn.Module, depth: int) -> list[float]:
+    """The numbers of a configuration that its blocks may multiply by: each, and each over the root of the depth (MiniCPM)."""
+    config: Any = text_settings(model)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    # The fewer candidates, the fewer coincidences.
+    named = [value for name, value in settings.items() if isinstance(value, float) or "multiplier" in name or "scale" in name]
+    numbers = [float(value) for value in named if isinstance(value, int | float) and not isinstance(value, bool) and value]
+    return [*numbers, *(number / depth**0.5 for number in numbers)]
 
 
 def _depth(model: nn.Module) -> int | None:

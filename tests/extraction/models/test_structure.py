@@ -64,6 +64,33 @@ def test_attn_and_mlp_are_what_is_added_to_the_residual_stream(name: str, config
         np.testing.assert_allclose(values["resid"], stream + values["attn"] + values["mlp"], rtol=0, atol=1e-5 * np.abs(stream).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("multiplier", [1.0, 0.95, 0.93, 0.22, 1.5])
+def test_a_constant_before_the_sum_is_known_in_any_precision(multiplier: float, dtype: str) -> None:
+    options = {**GROUPED, "residual_multiplier": multiplier}
+    located = locate(random_model("GraniteModel", "GraniteConfig", **options).to(getattr(torch, dtype)))
+    assert located.attn is not None
+    assert located.mlp is not None
+    assert [site.scale for site in (*located.attn, *located.mlp)] == [multiplier] * 8
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_factor_that_16_bits_do_not_show_exactly_is_not_guessed(dtype: str) -> None:
+    options = {**GROUPED, "residual_multiplier": 0.93}
+    model = random_model("GraniteModel", "GraniteConfig", **options).to(getattr(torch, dtype))
+    model.config.residual_multiplier = 7.0  # what the blocks multiply by is theirs alone now
+    located = locate(model)
+    assert located.attn is None
+    assert located.mlp is None
+    assert len(located.blocks) == 4
+
+
+@pytest.mark.parametrize("kind", sorted(TINY))
+def test_bfloat16_shows_the_same_modules_as_float32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "BY_TYPE", {})
+    assert locate(tiny_model(kind).to(torch.bfloat16)).paths == locate(tiny_model(kind)).paths
+
+
 @pytest.mark.parametrize(
     ("name", "config", "options"),
     [
