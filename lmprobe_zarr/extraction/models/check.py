@@ -205,8 +205,9 @@ def _layout(loaded: LoadedModel, calls: Sequence[Call], states: tuple[torch.Tens
                 if torch.allclose(rows[leading : leading + LONG], state[0].float().cpu(), rtol=1e-3, atol=1e-5):
                     return Layout(leading=leading), True
         second = _own_pass(loaded, plain_ids(loaded.located.body, SHORT))[0][0].output
-        if second is not None and second.ndim == 3 and second.shape[1] - SHORT != shape[1] - LONG:
-            return Layout(), True  # padded at the end to a multiple of a window
+        # Padded at the end to a multiple of a window. As many rows for prompts of any length are no tokens (the latents of Perceiver).
+        if second is not None and second.ndim == 3 and second.shape[1] != shape[1] and second.shape[1] - SHORT != shape[1] - LONG:
+            return Layout(), True
     raise _refused(loaded, f"its blocks return {shape} for one prompt of {LONG} tokens, not (batch 1, token {LONG}, hidden)")
 
 

@@ -225,6 +225,29 @@ def test_of_several_streams_the_active_is_kept() -> None:
     assert_right(model, states=states)
 
 
+def test_rows_that_are_no_tokens_are_refused() -> None:
+    class Latents(torch.nn.Module):  # type: ignore[misc,name-defined]
+        """As many rows for every prompt, none of which belongs to a token."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(300, 8)
+            self.latents = torch.nn.Parameter(torch.randn(16, 8))
+            self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, input_ids: Any) -> Any:
+            hidden = self.embed(input_ids)
+            rows = self.latents.expand(len(input_ids), 16, 8) + hidden.mean(dim=1, keepdim=True)
+            for block in self.blocks:
+                rows = block(rows)
+            return rows
+
+    torch.manual_seed(4)
+    for modules in (None, {"layers": "blocks"}):
+        with pytest.raises(UnknownArchitectureError, match=r"its blocks return \(1, 16, 8\) for one prompt of 7 tokens"):
+            check_model(loaded_from(Latents(), modules=modules))
+
+
 def test_layers_that_are_not_called_for_text_are_named(tmp_path: Any) -> None:
     if not hasattr(transformers, "MllamaTextConfig"):
         pytest.skip(f"no MllamaTextConfig in transformers {transformers.__version__}")
