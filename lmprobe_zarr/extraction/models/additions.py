@@ -96,6 +96,8 @@ def _candidates(call: Call) -> list[_Candidate]:
         output = part.output
         if output is None or output.shape[-1] != shape[-1] or output.numel() != call.given.numel() or counts[part.path] > 1:
             continue
+        if output.ndim == len(shape) and output.shape != shape:
+            continue  # laid out otherwise, which a prompt by itself hides
         if isinstance(part.module, nn.Identity | nn.Dropout) or not bool(output.any()):
             continue
         values = output.reshape(shape).to(torch.float64 if output.dtype == torch.float64 else torch.float32)
