@@ -13,7 +13,7 @@ from xarray.backends import BackendEntrypoint
 
 from lmprobe_zarr.batch import LayerSpec
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Dtype, Store, open_store, to_dataset, to_datatree
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance, is_root_document
 
 __all__ = ["LmprobeZarrBackend"]
@@ -22,8 +22,7 @@ __all__ = ["LmprobeZarrBackend"]
 class LmprobeZarrBackend(BackendEntrypoint):
     """Opens a store, read-only, through xarray.
 
-    With ``chunks=``, xarray names Dask arrays after the URL and, for local folders, the time of the last commit. For a remote store, do not
-    combine Dask arrays that were opened before and after a commit; `Store.dataset` has no such limit.
+    With ``chunks=``, activations become Dask arrays, named after what is stored. Columns and coordinates of indexes stay as they are.
 
     Examples
     --------
@@ -42,6 +41,7 @@ class LmprobeZarrBackend(BackendEntrypoint):
         "layers",
         "provenance",
         "group",
+        "dtype",
         "storage_options",
     )
     supports_groups = True
@@ -57,14 +57,15 @@ class LmprobeZarrBackend(BackendEntrypoint):
         layers: LayerSpec | None = None,
         provenance: Provenance | None = None,
         group: str | None = None,
+        dtype: Dtype = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> xr.Dataset:
         """One level of one group; see `Store.dataset` and `Store.tokens` for the arguments and errors."""
         if level not in LEVELS:
             raise InvalidArgumentError(f"level={level!r} is unknown: use 'prompts' (one row per prompt) or 'tokens' (one row per token)")
         store = _open(filename_or_obj, storage_options)
-        open_level = store.dataset if level == "prompts" else store.tokens
-        data = open_level(model, prompts, layers, provenance=provenance, group=group)
+        view = store.view(store.find_group(model, provenance=provenance, group=group))
+        data = to_dataset(view, level, prompts=prompts, layers=layers, dtype=dtype)
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
         return data.drop_vars(dropped, errors="ignore")
 
@@ -73,11 +74,13 @@ class LmprobeZarrBackend(BackendEntrypoint):
         filename_or_obj: Any,
         *,
         drop_variables: str | Iterable[str] | None = None,
+        dtype: Dtype = None,
         storage_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> xr.DataTree:
         """All groups: ``/<group>/prompts`` and ``/<group>/tokens``."""
-        groups = self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables, storage_options=storage_options, **kwargs)
+        options: dict[str, Any] = {"drop_variables": drop_variables, "dtype": dtype, "storage_options": storage_options}
+        groups = self.open_groups_as_dict(filename_or_obj, **options, **kwargs)
         return xr.DataTree.from_dict(groups)
 
     def open_groups_as_dict(
@@ -85,11 +88,13 @@ class LmprobeZarrBackend(BackendEntrypoint):
         filename_or_obj: Any,
         *,
         drop_variables: str | Iterable[str] | None = None,
+        dtype: Dtype = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> dict[str, xr.Dataset]:
         """All groups, as datasets by path."""
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
-        tree = _open(filename_or_obj, storage_options).datatree()
+        store = _open(filename_or_obj, storage_options)
+        tree = to_datatree((store.view(info) for info in store.groups().values()), dtype=dtype)
         return {node.path: node.to_dataset().drop_vars(dropped, errors="ignore") for node in tree.subtree}
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:

@@ -40,6 +40,7 @@ from lmprobe_zarr.batch.sites import (
 from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids, special_id
+from lmprobe_zarr.batch.widening import copy_rows, widen
 
 __all__ = [
     "HASH_DIGITS",
@@ -66,6 +67,7 @@ __all__ = [
     "as_slice",
     "choose_layers",
     "concat_ranges",
+    "copy_rows",
     "count_odd",
     "decode_ids",
     "describe_layers",
@@ -100,4 +102,5 @@ __all__ = [
     "split_variable",
     "store_as",
     "unused_arguments",
+    "widen",
 ]

@@ -19,6 +19,7 @@ from lmprobe_zarr.bridges.lmprobe_lazy import entries_dataset
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2
 from lmprobe_zarr.bridges.summaries import Tally
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError, ModelNotStoredError
+from lmprobe_zarr.store import Dtype, reads_stored
 from lmprobe_zarr.store.format import LEVELS, Level
 
 __all__ = ["open_legacy"]
@@ -31,6 +32,7 @@ def open_legacy(
     level: Level = "prompts",
     prompts: Iterable[str] | None = None,
     layers: LayerSpec | None = None,
+    dtype: Dtype = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> xr.Dataset:
     """An lmprobe cache (safetensors, format v2) as a lazy dataset; nothing is copied.
@@ -47,6 +49,8 @@ def open_legacy(
         Texts or hashes: exactly these, in this order, repeats included. None for all.
     layers : int, sequence of int, slice or word, optional
         Which layers; None for all that are stored.
+    dtype : "stored", optional
+        None gives float16 as float32, as in `Store.dataset`.
     storage_options : mapping, optional
         For the file system.
 
@@ -64,6 +68,7 @@ def open_legacy(
     """
     if level not in LEVELS:
         raise InvalidArgumentError(f"level={level!r} is unknown: use 'prompts' or 'tokens'")
+    stored = reads_stored(dtype)
     source = LmprobeV2(open_files(cache_dir, storage_options), model)
     skipped = Tally()
     wanted = None if prompts is None else prompt_list(prompts)
@@ -87,7 +92,7 @@ def open_legacy(
     if not fitting:
         raise ModelNotStoredError(f"{source.url} holds no {level} of {model!r} that can be read: check the name and the folder")
     available = sorted({i for entry in fitting for h in entry.holds if h.level == level for i in h.layers or ()})
-    data = entries_dataset(source, fitting, level, choose_layers(available, layers, where=source.url))
+    data = entries_dataset(source, fitting, level, choose_layers(available, layers, where=source.url), stored=stored)
     return data.assign_attrs(skipped="; ".join(map(str, skipped.reasons()))) if len(skipped) else data
 
 

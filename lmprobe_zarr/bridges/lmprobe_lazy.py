@@ -14,12 +14,12 @@ import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from lmprobe_zarr.batch import STATISTICS, offsets_of, positions_of
+from lmprobe_zarr.batch import STATISTICS, as_slice, copy_rows, offsets_of, positions_of
 from lmprobe_zarr.bridges.entry import Entry, Held, held_dtype
 from lmprobe_zarr.bridges.files import map_files
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2, Piece
 from lmprobe_zarr.store.format import SAMPLE_DIM, Level, array_dims
-from lmprobe_zarr.tokens import TakenArray, TokenIndex, lazy_variable, tidy_key
+from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect, tidy_key
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["entries_dataset"]
@@ -60,11 +60,12 @@ class _EntriesArray(BackendArray):
     variable : _Variable
     """
 
-    def __init__(self, source: LmprobeV2, entries: Sequence[Entry], offsets: Ints, variable: _Variable) -> None:
+    def __init__(self, source: LmprobeV2, entries: Sequence[Entry], offsets: Ints, variable: _Variable, *, stored: bool) -> None:
         self.source, self.entries, self.offsets, self.variable = source, entries, offsets, variable
         layers = () if variable.layers is None else (len(variable.layers),)
         self.shape = (*layers, int(offsets[-1]), *variable.row_shape)
-        self.dtype = np.result_type(*map(held_dtype, variable.dtypes))
+        dtype = np.result_type(*map(held_dtype, variable.dtypes))
+        self.dtype = np.dtype(np.float32) if dtype == np.float16 and not stored else dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
@@ -112,7 +113,7 @@ class _EntriesArray(BackendArray):
                 wide = np.full((len(taken), *self.variable.row_shape), fill, taken.dtype)
                 wide[(slice(None), *map(slice, taken.shape[1:]))] = taken
                 taken = wide
-            out[i, at] = taken[(slice(None), *cut)] if cut else taken
+            copy_rows(taken, out[i], as_slice(at), cut)
 
 
 def _numbers(key: Any, length: int) -> Ints:
@@ -125,7 +126,7 @@ def _numbers(key: Any, length: int) -> Ints:
     return numbers
 
 
-def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, layers: tuple[int, ...]) -> xr.Dataset:
+def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, layers: tuple[int, ...], *, stored: bool) -> xr.Dataset:
     """A lazy dataset over entries, one row per prompt or per token.
 
     Parameters
@@ -138,16 +139,18 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
         One row per prompt, or one per token.
     layers : tuple of int
         Which layers to show.
+    stored : bool
+        Whether float16 is read as it is stored, not as float32.
     """
     counts = np.array([_token_rows(entry) for entry in entries], np.int64)
     offsets = offsets_of(counts) if level == "tokens" else np.arange(len(entries) + 1)
     sample = SAMPLE_DIM[level]
     variables, coords = {}, {}
     for variable in _variables(entries, level, layers):
-        array = _EntriesArray(source, entries, offsets, variable)
+        array = _EntriesArray(source, entries, offsets, variable, stored=stored)
         dims = array_dims(variable.name, level, len(array.shape), variable.layers is not None)
         if variable.name == "token_id":
-            coords["token_id"] = lazy_variable((sample,), array)
+            coords["token_id"] = lazy_variable((sample,), array, column=True)
             continue
         lazy = lazy_variable(dims, array, {"stored_dtype": ", ".join(variable.dtypes)})
         row_nbytes = max(1, int(np.prod(variable.row_shape, dtype=np.int64)) * array.dtype.itemsize)
@@ -166,20 +169,20 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
     if level == "prompts":
         if "perplexity" in variables:
             coords["statistic"] = xr.Variable(("statistic",), list(STATISTICS))
-        coords |= {name: xr.Variable(("prompt",), values) for name, values in columns.items()}
+        coords |= {name: ColumnVariable(("prompt",), values) for name, values in columns.items()}
         coords["prompt"] = xr.Variable(("prompt",), hashes)
-        coords["n_tokens"] = xr.Variable(("prompt",), counts, {"sample_dimension": "token"})
+        coords["n_tokens"] = ColumnVariable(("prompt",), counts, {"sample_dimension": "token"})
         data = xr.Dataset(variables, coords=coords)
     else:
         uniques, codes = np.unique(hashes, return_inverse=True)
         order = np.repeat(np.arange(len(entries), dtype=np.int32), counts)
         index = TokenIndex(uniques, np.repeat(codes.astype(np.int32), counts), positions_of(counts))
-        coords |= {name: lazy_variable(("token",), TakenArray(values, order)) for name, values in columns.items()}
+        coords |= {name: lazy_variable(("token",), TakenArray(values, order), column=True) for name, values in columns.items()}
         data = xr.Dataset(variables, coords=coords)
         data = data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
     widths = {held.row_shape[0] for entry in entries for held in entry.holds if held.variable.startswith("resid")}
     attrs = {"provenance": "{}", "source": source.url} | ({"hidden_size": widths.pop()} if len(widths) == 1 else {})
-    return data.assign_coords(model=source.model).assign_attrs(attrs)
+    return protect(data.assign_coords(model=source.model).assign_attrs(attrs))
 
 
 def _token_rows(entry: Entry) -> int:

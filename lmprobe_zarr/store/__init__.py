@@ -7,7 +7,7 @@ merging, repairing and copying). Never models, probes or plots.
 from lmprobe_zarr.store.activations import write_activations
 from lmprobe_zarr.store.choice import ambiguous, differences
 from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view
-from lmprobe_zarr.store.datasets import to_dataset
+from lmprobe_zarr.store.datasets import Dtype, reads_stored, to_dataset, to_datatree
 from lmprobe_zarr.store.ingest import PART_SECONDS, Ingest
 from lmprobe_zarr.store.parts import PART_BYTES, part_bytes_within
 from lmprobe_zarr.store.roots import Mode
@@ -16,6 +16,7 @@ from lmprobe_zarr.store.store import Place, Store, open_store
 __all__ = [
     "PART_BYTES",
     "PART_SECONDS",
+    "Dtype",
     "GroupContents",
     "HeldArray",
     "Ingest",
@@ -27,6 +28,8 @@ __all__ = [
     "differences",
     "open_store",
     "part_bytes_within",
+    "reads_stored",
     "to_dataset",
+    "to_datatree",
     "write_activations",
 ]

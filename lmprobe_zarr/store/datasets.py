@@ -5,8 +5,9 @@ Builds dimensions and coordinates; `VirtualArray` decides what is read, and when
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -14,15 +15,32 @@ import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_of
-from lmprobe_zarr.errors import MissingPromptsError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingPromptsError
 from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
 from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
-from lmprobe_zarr.tokens import TakenArray, TokenIndex, lazy_variable
+from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["Chunks", "to_dataset", "to_datatree"]
+__all__ = ["Chunks", "Dtype", "chunked", "reads_stored", "to_dataset", "to_datatree"]
 
 Chunks = Literal["auto"] | int | Mapping[str, Any] | None
+#: "stored", or None for float16 as float32.
+Dtype = Literal["stored"] | None
+
+
+def reads_stored(dtype: Dtype) -> bool:
+    """Whether values are read in the dtype that is stored.
+
+    Raises
+    ------
+    InvalidArgumentError
+        `dtype` is neither None nor ``"stored"``.
+    """
+    if dtype is not None and not (isinstance(dtype, str) and dtype == "stored"):
+        raise InvalidArgumentError(
+            f"dtype={dtype!r} is unknown: leave it out for float16 as float32, or give 'stored'; .astype() gives any other"
+        )
+    return dtype == "stored"
 
 
 def to_dataset(
@@ -31,7 +49,7 @@ def to_dataset(
     *,
     prompts: Iterable[Any] | None = None,
     layers: LayerSpec | None = None,
-    chunks: Chunks = None,
+    dtype: Dtype = None,
 ) -> xr.Dataset:
     """A lazy dataset of one level of a view: dims (layer, prompt, hidden) or (layer, token, hidden).
 
@@ -44,8 +62,13 @@ def to_dataset(
         Exactly these, in this order, repeats included; None takes all, in the store's order.
     layers : int, sequence of int, slice or str, optional
         Which layers, as for `choose_layers`.
-    chunks : mapping, int or "auto", optional
-        None is lazy without Dask, ``{}`` is Dask with one layer and one stored chunk at a time.
+    dtype : "stored", optional
+        None reads float16 as float32; each chunk is converted by the thread that reads it.
+
+    Returns
+    -------
+    Dataset
+        As an engine of xarray gives it to `xarray.open_dataset`: see `lmprobe_zarr.tokens.protect`, and `chunked`.
 
     Raises
     ------
@@ -66,37 +89,81 @@ def to_dataset(
                 f"{len(without)} of {len(rows)} prompts are in {view.where} without tokens, first {view.hashes[rows[without[0]]]}: "
                 "extract them with keep_tokens=True"
             )
-    data = _token_dataset(view, rows, counts[rows], chosen) if level == "tokens" else _prompt_dataset(view, rows, counts[rows], chosen)
+    make = _token_dataset if level == "tokens" else _prompt_dataset
+    data = make(view, rows, counts[rows], chosen, stored=reads_stored(dtype))
     attrs = {"group": view.group.name, "provenance": json.dumps(dict(view.group.provenance))}
     known = {"num_layers": view.group.num_layers, "hidden_size": view.group.hidden_size}
-    data = data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
-    return data if chunks is None else data.chunk(_stored_chunks(data) if chunks == {} else chunks)
+    return data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
 
 
-def _stored_chunks(data: xr.Dataset) -> dict[str, int]:
-    """One layer, and as many rows as a stored chunk has."""
-    hints = [variable.encoding.get("preferred_chunks", {}) for variable in data.data_vars.values()]
-    return {dim: size for hint in hints for dim, size in hint.items() if dim in data.sizes}
+def chunked(data: xr.Dataset, chunks: Chunks) -> xr.Dataset:
+    """The dataset as a caller gets it: with activations as Dask arrays, or lazy without Dask. Columns are never Dask arrays.
+
+    Parameters
+    ----------
+    data : Dataset
+        From `to_dataset`.
+    chunks : mapping, int or "auto", optional
+        As in `xarray.open_dataset`: along a dimension without a size, chunks are as they are stored. All variables have the same chunks.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        No sizes of chunks, or a dimension that the dataset lacks.
+    """
+    if chunks is None:
+        return protect(data)
+    if isinstance(chunks, bool) or not (isinstance(chunks, int | np.integer | Mapping) or (isinstance(chunks, str) and chunks == "auto")):
+        raise InvalidTypeError(
+            f"chunks={chunks!r}: give a size for each dimension, as {{'layer': 1}}, one number, 'auto', or None for no Dask"
+        )
+    unknown = [dim for dim in chunks if dim not in data.dims] if isinstance(chunks, Mapping) else []
+    if unknown:
+        raise InvalidArgumentError(f"chunks={chunks!r} names {unknown}: this dataset has the dimensions {[str(dim) for dim in data.dims]}")
+    sizes = _chunk_sizes(data, chunks)
+    made = {name: array.variable.chunk({d: s for d, s in sizes.items() if d in array.dims}) for name, array in data.data_vars.items()}
+    return protect(data.assign(made))
 
 
-def to_datatree(views: Iterable[View]) -> xr.DataTree:
-    """Lazy datasets of several groups: ``/<group>/prompts`` of each, and ``/<group>/tokens`` where it keeps any."""
+def _chunk_sizes(data: xr.Dataset, chunks: Literal["auto"] | int | Mapping[str, Any]) -> dict[Hashable, Any]:
+    """The sizes of chunks along every dimension, chosen for the largest variable; "auto" gives multiples of what is stored."""
+    normalize_chunks: Any = importlib.import_module("dask.array.core").normalize_chunks
+
+    sizes: dict[Hashable, Any] = {}
+    for array in sorted(data.data_vars.values(), key=lambda array: -array.nbytes):
+        stored = array.encoding.get("preferred_chunks", {})
+        held = {dim: stored.get(dim) or length for dim, length in array.sizes.items()}
+        given = {dim: chunks.get(str(dim)) if isinstance(chunks, Mapping) else chunks for dim in array.dims}
+        wanted = {dim: held[dim] if size is None else size for dim, size in given.items()}
+        if array.size == 0:
+            wanted = {dim: held[dim] if size == "auto" else size for dim, size in wanted.items()}
+        found = normalize_chunks(tuple(wanted.values()), array.shape, dtype=array.dtype, previous_chunks=tuple(held.values()))
+        sizes = dict(zip(wanted, found, strict=True)) | sizes
+    return sizes
+
+
+def to_datatree(views: Iterable[View], *, dtype: Dtype = None) -> xr.DataTree:
+    """Datasets of several groups: ``/<group>/prompts`` of each, and ``/<group>/tokens`` where it keeps any."""
     nodes: dict[str, xr.Dataset] = {}
     for view in views:
         for level in LEVELS:
             if view.variables(level) or level == "prompts":
-                nodes[f"/{view.group.name}/{level}"] = to_dataset(view, level)
+                nodes[f"/{view.group.name}/{level}"] = to_dataset(view, level, dtype=dtype)
     return xr.DataTree.from_dict(nodes)
 
 
-def _activation_variables(view: View, level: Level, rows: Ints, layers: tuple[int, ...], lengths: Ints | None) -> dict[str, xr.Variable]:
-    variables = {}
+def _activation_variables(
+    view: View, level: Level, rows: Ints, layers: tuple[int, ...], lengths: Ints | None, *, stored: bool
+) -> dict[str, xr.Variable]:
+    variables, rows_per_chunk = {}, []
     for name, info in view.variables(level).items():
-        array = view.source(level, name, rows, layers, lengths)
+        array = view.source(level, name, rows, layers, lengths, widened=not stored)
         kinds = sorted({str(a.info.attributes.get("stored_dtype", a.info.dtype)) for a in array.arrays})
-        attrs = {"stored_dtype": ", ".join(kinds)}
-        variables[name] = lazy_variable(info.dims, LazyArray(array), attrs)
-        variables[name].encoding["preferred_chunks"] = {"layer": 1, SAMPLE_DIM[level]: array.arrays[0].info.rows_per_chunk}
+        variables[name] = lazy_variable(info.dims, LazyArray(array), {"stored_dtype": ", ".join(kinds)})
+        rows_per_chunk.append(array.arrays[0].info.rows_per_chunk)
+    for variable in variables.values():
+        # Of the variable with the widest rows, so that all have the same chunks, as `Dataset.chunks` and data frames of Dask need.
+        variable.encoding["preferred_chunks"] = {"layer": 1, SAMPLE_DIM[level]: min(rows_per_chunk)}
     return variables
 
 
@@ -107,33 +174,34 @@ def _layer_coords(view: View, layers: tuple[int, ...]) -> dict[str, Any]:
     coords: dict[str, Any] = {"layer": np.array(layers, np.int64)}
     mixers = next((part.info.recorded["mixers"] for part in reversed(view.parts) if "mixers" in part.info.recorded), None)
     if isinstance(mixers, list) and len(mixers) > max(layers):
-        coords["mixer"] = ("layer", np.array([str(mixers[layer]) for layer in layers]))
+        coords["mixer"] = ColumnVariable(("layer",), np.array([str(mixers[layer]) for layer in layers]))
     return coords
 
 
-def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[VirtualArray, dict[str, Any]]]:
+def _prompt_columns(view: View, rows: Ints, *, stored: bool) -> dict[str, tuple[VirtualArray, dict[str, Any]]]:
     columns = {}
     for name in view.columns("prompts"):
         if name in {"prompt", "prompt_sha256", "n_tokens", "prompt_row"}:
             continue
-        array = view.source("prompts", name, rows, ())
+        array = view.source("prompts", name, rows, (), widened=not stored)
         columns[name] = (array, {"missing": array.n_absent} if array.n_absent else {})
     return columns
 
 
-def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]) -> xr.Dataset:
-    variables = _activation_variables(view, "prompts", rows, layers, None)
-    coords: dict[str, Any] = {"prompt": view.hashes[rows], "n_tokens": ("prompt", counts, {"sample_dimension": "token"})}
+def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...], *, stored: bool) -> xr.Dataset:
+    variables = _activation_variables(view, "prompts", rows, layers, None, stored=stored)
+    coords: dict[str, Any] = {"prompt": view.hashes[rows], "n_tokens": ColumnVariable(("prompt",), counts, {"sample_dimension": "token"})}
     coords |= _layer_coords(view, layers)
     if "perplexity" in variables:
         coords["statistic"] = list(STATISTICS)
-    coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
-    coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows))
+    columns = _prompt_columns(view, rows, stored=stored)
+    coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs, column=True) for name, (a, attrs) in columns.items()}
+    coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows), column=True)
     return xr.Dataset(variables, coords=coords)
 
 
-def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]) -> xr.Dataset:
-    variables = _activation_variables(view, "tokens", rows, layers, counts)
+def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...], *, stored: bool) -> xr.Dataset:
+    variables = _activation_variables(view, "tokens", rows, layers, counts, stored=stored)
     uniques, codes = np.unique(rows, return_inverse=True)
     by_token = np.repeat(codes.astype(np.int32), counts)
     order = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
@@ -142,10 +210,11 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
     coords |= _layer_coords(view, layers)
     for name in view.columns("tokens"):
         if name not in {"prompt_row", "position"}:
-            coords[name] = lazy_variable(("token",), LazyArray(view.source("tokens", name, rows, (), counts)))
-    for name, (array, attrs) in _prompt_columns(view, rows).items():
-        coords[name] = lazy_variable(("token",), TakenArray(LazyArray(array), order), attrs)
-    coords["prompt_sha256"] = lazy_variable(("token",), TakenArray(_digest_texts(view), rows[order]))
+            column = LazyArray(view.source("tokens", name, rows, (), counts, widened=not stored))
+            coords[name] = lazy_variable(("token",), column, column=True)
+    for name, (array, attrs) in _prompt_columns(view, rows, stored=stored).items():
+        coords[name] = lazy_variable(("token",), TakenArray(LazyArray(array), order), attrs, column=True)
+    coords["prompt_sha256"] = lazy_variable(("token",), TakenArray(_digest_texts(view), rows[order]), column=True)
     data = xr.Dataset(variables, coords=coords)
     return data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
 

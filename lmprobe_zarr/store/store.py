@@ -19,7 +19,7 @@ from lmprobe_zarr.storage import Storage, open_storage
 from lmprobe_zarr.store.annotations import annotation_batches, check_columns, find_rows
 from lmprobe_zarr.store.choice import choose_group, find_group, find_groups, matching_groups, stored_models
 from lmprobe_zarr.store.contents import coverage_of, describe_catalogs
-from lmprobe_zarr.store.datasets import Chunks, to_dataset, to_datatree
+from lmprobe_zarr.store.datasets import Chunks, Dtype, chunked, to_dataset, to_datatree
 from lmprobe_zarr.store.format import GroupInfo, Provenance
 from lmprobe_zarr.store.parts import (
     PART_BYTES,
@@ -431,6 +431,7 @@ class Store:
         *,
         provenance: Provenance | None = None,
         group: str | None = None,
+        dtype: Dtype = None,
     ) -> xr.Dataset:
         """What is stored per prompt, lazily.
 
@@ -444,21 +445,28 @@ class Store:
             Which layers, in ascending order. None gives all that are stored; a slice or a word gives those of its layers that are.
         chunks : mapping, int or "auto", optional
             As in `xarray.open_dataset`: None is lazy without Dask, ``{}`` is Dask with one layer and one stored chunk at a time.
+            Columns and coordinates of indexes stay as they are.
         provenance, group : optional
             Choose between several groups of one model.
+        dtype : "stored", optional
+            None gives float16 as float32, because sums in float16 are wrong; each chunk is converted by the thread that reads it.
+            ``"stored"`` gives what is stored, for moving it elsewhere.
 
         Returns
         -------
         xarray.Dataset
             ``<site>_<pooling>(layer, prompt, hidden)`` and coordinates ``prompt, layer, n_tokens, prompt_length, text, …``
-            along ``prompt``. What is absent reads as NaN.
+            along ``prompt``. What is absent reads as NaN. The attribute ``stored_dtype`` of each variable names the dtype of the values
+            that are stored, ``bfloat16`` too.
 
         Raises
         ------
         ModelNotStoredError, AmbiguousProvenanceError, MissingPromptsError, LayerOutOfRangeError
+        InvalidArgumentError, InvalidTypeError
+            `chunks` or `dtype` is unknown.
         """
         info = self.find_group(model, provenance=provenance, group=group)
-        return to_dataset(self.view(info), "prompts", prompts=prompts, layers=layers, chunks=chunks)
+        return chunked(to_dataset(self.view(info), "prompts", prompts=prompts, layers=layers, dtype=dtype), chunks)
 
     def tokens(
         self,
@@ -469,12 +477,13 @@ class Store:
         *,
         provenance: Provenance | None = None,
         group: str | None = None,
+        dtype: Dtype = None,
     ) -> xr.Dataset:
         """What is stored per token, lazily; the same arguments as `dataset`.
 
         Parameters
         ----------
-        model, prompts, layers, chunks, provenance, group
+        model, prompts, layers, chunks, provenance, group, dtype
             As for `dataset`.
 
         Returns
@@ -484,11 +493,22 @@ class Store:
             ``position``: ``tokens.resid.sel(layer=16, prompt=h)`` are the tokens of one prompt.
         """
         info = self.find_group(model, provenance=provenance, group=group)
-        return to_dataset(self.view(info), "tokens", prompts=prompts, layers=layers, chunks=chunks)
+        return chunked(to_dataset(self.view(info), "tokens", prompts=prompts, layers=layers, dtype=dtype), chunks)
 
-    def datatree(self) -> xr.DataTree:
-        """Everything, lazily: ``/<group>/prompts`` and ``/<group>/tokens``."""
-        return to_datatree(self.view(info) for info in self.groups().values())
+    def datatree(self, *, dtype: Dtype = None) -> xr.DataTree:
+        """Everything, lazily: ``/<group>/prompts`` and ``/<group>/tokens``.
+
+        Parameters
+        ----------
+        dtype
+            As for `dataset`.
+
+        Returns
+        -------
+        xarray.DataTree
+        """
+        tree = to_datatree([self.view(info) for info in self.groups().values()], dtype=dtype)
+        return tree.map_over_datasets(lambda data: chunked(data, None))
 
     def coverage(
         self,

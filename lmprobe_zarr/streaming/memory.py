@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmprobe_zarr.batch import widen
 from lmprobe_zarr.typing import Array
 
 __all__ = ["ReusedMemory", "copy_cast"]
@@ -58,6 +59,9 @@ def copy_cast(target: Array, values: Array) -> None:
     torch: Any = sys.modules.get("torch")
     if torch is not None and values.dtype == np.float16 and target.dtype == np.float32 and values.flags.writeable:
         torch.from_numpy(target).copy_(torch.from_numpy(values))
+        return
+    if values.dtype == np.float16 and target.dtype == np.float32:
+        widen(values, target)
         return
     with np.errstate(over="ignore"):
         np.copyto(target, values, casting="unsafe")

@@ -13,7 +13,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingD
 from lmprobe_zarr.streaming.batches import Batches
 from lmprobe_zarr.streaming.order import Blocks, Order
 from lmprobe_zarr.streaming.rows import open_label_column, wanted_rows
-from lmprobe_zarr.streaming.source import UNCHUNKED_BLOCK_BYTES, RowSource, open_source
+from lmprobe_zarr.streaming.source import UNCHUNKED_BLOCK_BYTES, RowSource, open_source, stored_dtype
 from lmprobe_zarr.streaming.statistics import finite_median, read_norms
 from lmprobe_zarr.typing import Array
 
@@ -79,7 +79,8 @@ def open_batches(array: xr.DataArray, options: BatchOptions) -> Batches:
         blocks = _in_order(source, blocks)
     names = [options.labels] if isinstance(options.labels, str) else options.labels
     labels = None if names is None else {name: open_label_column(array, source, name) for name in names}
-    values = np.dtype(source.variable.dtype)
+    # Values that were loaded as float32 come as those that are read from the store.
+    values = np.dtype(np.float16 if options.dtype is None and stored_dtype(source.variable) == "float16" else source.variable.dtype)
     if options.mean is not None or options.scale is not None:
         values = np.result_type(values, np.float32)
     kind: type[Batches] = Batches

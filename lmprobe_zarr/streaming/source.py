@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,11 +18,12 @@ from xarray.core import indexing
 
 from lmprobe_zarr.batch import as_slice
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError
-from lmprobe_zarr.store.parts import LazyArray, VirtualArray
+from lmprobe_zarr.store.parts import LazyArray, VirtualArray, as_stored
 from lmprobe_zarr.streaming.order import Blocks, join_blocks
+from lmprobe_zarr.tokens import unwrapped
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["UNCHUNKED_BLOCK_BYTES", "RowSource", "StoredSelection", "open_source"]
+__all__ = ["UNCHUNKED_BLOCK_BYTES", "RowSource", "StoredSelection", "open_source", "stored_dtype"]
 
 #: Bytes of the rows of one layer that are read together, where the array has no chunks that could say so.
 UNCHUNKED_BLOCK_BYTES: Final = 4 * 2**20
@@ -123,9 +124,7 @@ class RowSource:
 
     def stored(self) -> StoredSelection | None:
         """The selection of a stored variable that this reads; None where it reads anything else, or selects single columns."""
-        data = self.variable._data
-        while isinstance(data, (indexing.CopyOnWriteArray, indexing.MemoryCachedArray)):
-            data = data.array
+        data = unwrapped(self.variable._data)
         if not isinstance(data, indexing.LazilyIndexedArray) or not isinstance(data.array, LazyArray):
             return None
         array, key = data.array.array, data.key.tuple
@@ -197,6 +196,36 @@ class RowSource:
         return digest.hexdigest()[:32]
 
 
+def stored_dtype(variable: xr.Variable) -> str | None:
+    """``bfloat16`` or ``float16`` for values in memory that were stored so, and that it still holds exactly; None otherwise."""
+    named = str(variable.attrs.get("stored_dtype", ""))
+    # Arithmetic keeps the attribute, but its results seldom are such numbers.
+    if named not in _FITS or variable.dtype != np.float32 or not isinstance(variable._data, np.ndarray):
+        return None
+    flat = variable._data.reshape(-1)
+    return named if all(_FITS[named](flat[i : i + _SOME]) for i in range(0, len(flat), _SOME)) else None
+
+
+def _fits_bfloat16(values: Array) -> bool:
+    return not int(np.bitwise_or.reduce(values.view(np.uint32))) & 0xFFFF
+
+
+def _fits_float16(values: Array) -> bool:
+    with np.errstate(over="ignore"):
+        return np.array_equal(values.astype(np.float16), values, equal_nan=True)
+
+
+_SOME: Final = 2**16
+_FITS: Final[Mapping[str, Callable[[Array], bool]]] = {"bfloat16": _fits_bfloat16, "float16": _fits_float16}
+
+
+def _as_moved(variable: xr.Variable) -> xr.Variable:
+    """The variable in the dtype that is stored, where it is read from a store: half the bytes of float16. What was loaded is an ndarray."""
+    if variable.chunks is None and variable._in_memory:
+        return xr.Variable(variable.dims, variable.values, variable.attrs, variable.encoding, fastpath=True)
+    return as_stored(variable)
+
+
 def open_source(array: xr.DataArray, layer: Any = None) -> RowSource:
     """The rows of an array of activations.
 
@@ -222,7 +251,7 @@ def open_source(array: xr.DataArray, layer: Any = None) -> RowSource:
         labels = (array.coords["layer"].item(),) if "layer" in array.coords else (None,)
         if layer is not None and list(np.atleast_1d(layer)) != list(labels):
             raise LayerOutOfRangeError(f"layer={layer!r} is not here, which is one layer ({labels[0]}): leave layer out")
-        return RowSource(array.variable, dim, (0,), layer is None or np.ndim(layer) == 0, labels)
+        return RowSource(_as_moved(array.variable), dim, (0,), layer is None or np.ndim(layer) == 0, labels)
     available = array.coords["layer"].values.tolist() if "layer" in array.coords else list(range(array.sizes["layer"]))
     wanted = available if layer is None else np.atleast_1d(np.asarray(layer)).tolist()
     if not wanted or np.ndim(layer if layer is not None else 0) > 1:
@@ -233,4 +262,4 @@ def open_source(array: xr.DataArray, layer: Any = None) -> RowSource:
         if number not in available:
             raise LayerOutOfRangeError(f"layer {number} is not here, which has layers {available}: extract it first")
     places = tuple(available.index(number) for number in wanted)
-    return RowSource(array.variable, dim, places, np.ndim(layer) == 0 and layer is not None, tuple(wanted))
+    return RowSource(_as_moved(array.variable), dim, places, np.ndim(layer) == 0 and layer is not None, tuple(wanted))

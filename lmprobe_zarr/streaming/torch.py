@@ -13,8 +13,10 @@ import xarray as xr
 from torch.utils.data import IterableDataset
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.store.parts import as_stored
 from lmprobe_zarr.streaming.batches import Batches, cast_batch
 from lmprobe_zarr.streaming.memory import ReusedMemory
+from lmprobe_zarr.streaming.source import stored_dtype
 from lmprobe_zarr.typing import Array
 
 __all__ = ["TorchBatches", "as_tensor", "parse_torch_dtype"]
@@ -58,14 +60,10 @@ def parse_torch_dtype(dtype: Any, values: np.dtype[Any]) -> torch.dtype:
 
 def as_tensor(array: xr.DataArray, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
     """The values of an array as a tensor; see `lmprobe_zarr.accessor.ArrayAccessor.to_torch`."""
-    values: Array = np.asarray(array.values, order="C")
+    variable = as_stored(array.variable)
+    values: Array = np.asarray(variable.values, order="C")
     if not values.flags.writeable:
         values = values.copy()  # torch has no read-only tensors
-    if dtype is None and array.attrs.get("stored_dtype") == "bfloat16" and _fits_bfloat16(values):
-        dtype = torch.bfloat16
+    stored = stored_dtype(xr.Variable(variable.dims, values, variable.attrs)) if dtype is None else None
+    dtype = getattr(torch, stored) if stored is not None else dtype
     return torch.from_numpy(values).to(device=device, dtype=dtype)
-
-
-def _fits_bfloat16(values: Array) -> bool:
-    # Arithmetic keeps the attribute, but its results seldom are bfloat16 numbers: those end in 16 zero bits as float32.
-    return values.dtype == np.float32 and not int(np.bitwise_or.reduce(values.reshape(-1).view(np.uint32))) & 0xFFFF

@@ -162,7 +162,7 @@ class Sweep:
             "folds": [self.attrs["cv"], _digest(*(side for fold in plan.folds for side in fold))],
             "layers": [str(layer) for layer in self.plan.layers],
             "variables": [
-                [name, [plan.layers[place] for place in source.layers if place >= 0], list(array.shape), str(array.dtype)]
+                [name, [plan.layers[place] for place in source.layers if place >= 0], list(array.shape), _stored_dtype(array).name]
                 for name, source, array in zip(self.plan.variables, plan.variables, self.arrays, strict=True)
             ],
             "model": self.attrs.get("model", ""),
@@ -305,9 +305,16 @@ def _summarise(fits: FitPlan, data: Data, layers: Array, dims: tuple[str, ...], 
         n_folds=len(fits.folds),
         n_fits=n_fits,
         n_tasks=n_tasks,
-        nbytes=sum(array.nbytes for array in data.arrays) + sum(values.size * values.dtype.itemsize for values in features),
+        nbytes=sum(array.size * _stored_dtype(array).itemsize for array in data.arrays)
+        + sum(values.size * values.dtype.itemsize for values in features),
         cv=cv,
     )
+
+
+def _stored_dtype(array: xr.DataArray) -> np.dtype[Any]:
+    """The dtype that is read: float16 where a store holds it, which is handed out as float32."""
+    narrow = array.dtype == np.float32 and array.attrs.get("stored_dtype") == "float16"
+    return np.dtype(np.float16) if narrow else array.dtype
 
 
 def _fit_variables(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Array, tuple[FitVariable, ...]]:

@@ -18,7 +18,7 @@ from xarray.indexes import PandasIndex
 
 from lmprobe_zarr.batch import as_slice, concat_ranges, offsets_of
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
-from lmprobe_zarr.tokens.lazy import TakenArray, lazy_variable
+from lmprobe_zarr.tokens.lazy import ColumnVariable, TakenArray, lazy_variable
 from lmprobe_zarr.typing import Array
 
 __all__ = ["TokenIndex", "by_appearance"]
@@ -91,8 +91,8 @@ class TokenIndex(Index):
         prompt, position = self.names
         attrs = {name: old[name].attrs if name in old else None for name in self.names}
         return {
-            prompt: lazy_variable((self.dim,), TakenArray(self.labels, self.codes), attrs[prompt]),
-            position: Variable((self.dim,), self.positions, attrs[position]),
+            prompt: lazy_variable((self.dim,), TakenArray(self.labels, self.codes), attrs[prompt], column=True),
+            position: ColumnVariable((self.dim,), self.positions, attrs[position]),
         }
 
     def to_pandas_index(self) -> pd.Index[Any]:

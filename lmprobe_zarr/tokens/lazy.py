@@ -2,17 +2,69 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from xarray import Variable
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["TakenArray", "lazy_variable", "tidy_key"]
+__all__ = ["ColumnVariable", "LazyVariable", "TakenArray", "lazy_variable", "protect", "tidy_key", "unwrapped"]
+
+
+class LazyVariable(Variable):
+    """A variable that reads only what is taken from it, and whose Dask arrays are named after what is stored.
+
+    xarray names the Dask arrays of `xarray.open_dataset` after the place and the time of its folder, which for many places does not change
+    with the content. Dask takes two arrays of one name for the same values.
+    """
+
+    __slots__ = ()
+
+    def chunk(  # type: ignore[override]
+        self,
+        chunks: Any = {},  # noqa: B006 — as in xarray
+        name: str | None = None,
+        lock: bool | None = None,
+        inline_array: bool | None = None,
+        chunked_array_type: Any = None,
+        from_array_kwargs: Any = None,
+        **chunks_kwargs: Any,
+    ) -> Any:
+        """As `xarray.Variable.chunk`, with a name of the Dask array that changes with what is stored."""
+        data = unwrapped(self._data)
+        tokenize = getattr(getattr(data, "array", None), "__dask_tokenize__", None)
+        if not isinstance(data, indexing.LazilyIndexedArray) or tokenize is None:
+            return super().chunk(chunks, name, lock, inline_array, chunked_array_type, from_array_kwargs, **chunks_kwargs)
+        from dask.base import tokenize as digest
+
+        given = dict(from_array_kwargs or {})
+        prefix = str(given.get("name") or name or "xarray-").rpartition("-")[0] or "xarray"
+        given["name"] = f"{prefix}-{digest(tokenize(), data.key.tuple, str(chunks), str(chunks_kwargs))}"
+        return super().chunk(chunks, None, lock, inline_array, chunked_array_type, given, **chunks_kwargs)
+
+
+class ColumnVariable(Variable):
+    """A column or a coordinate of an index: `chunk` leaves it as it is, as it does the variables of pandas indexes.
+
+    xarray neither groups nor selects by a Dask array, and Dask sizes no chunks of texts.
+    """
+
+    __slots__ = ()
+
+    @property
+    def _in_memory(self) -> bool:
+        # xarray does not chunk what is in memory. It asks this when it prints too, and printing must read nothing.
+        return bool(super()._in_memory) or sys._getframe(1).f_globals.get("__name__") == "xarray.backends.api"
+
+    def chunk(self, *_: Any, **__: Any) -> Any:
+        """The same variable."""
+        return self.copy(deep=False)
 
 
 class TakenArray(BackendArray):
@@ -62,6 +114,30 @@ def tidy_key(key: indexing.ExplicitIndexer, shape: tuple[int, ...]) -> indexing.
     return type(key)(tuple(tidy))
 
 
-def lazy_variable(dims: tuple[Hashable, ...], array: BackendArray, attrs: Mapping[str, Any] | None = None) -> Variable:
-    """An xarray variable that reads only what is taken from it."""
-    return Variable(dims, indexing.LazilyIndexedArray(array), attrs, fastpath=True)
+def lazy_variable(
+    dims: tuple[Hashable, ...], array: BackendArray, attrs: Mapping[str, Any] | None = None, *, column: bool = False
+) -> Variable:
+    """An xarray variable that reads only what is taken from it; a column is never chunked."""
+    kind = ColumnVariable if column else LazyVariable
+    return kind(dims, indexing.LazilyIndexedArray(array), attrs, fastpath=True)
+
+
+def protect(data: xr.Dataset) -> xr.Dataset:
+    """The dataset as `xarray.open_dataset` returns one: what was loaded stays in memory, and what is assigned to goes into a copy.
+
+    Parameters
+    ----------
+    data : Dataset
+        Of lazy variables; changed in place.
+    """
+    for name, variable in data.variables.items():
+        if name not in data.xindexes and isinstance(variable._data, indexing.LazilyIndexedArray):
+            variable.data = indexing.MemoryCachedArray(indexing.CopyOnWriteArray(variable._data))  # type: ignore[no-untyped-call]
+    return data
+
+
+def unwrapped(data: Any) -> Any:
+    """The array inside of what `protect` or `xarray.open_dataset` has put around it."""
+    while isinstance(data, (indexing.CopyOnWriteArray, indexing.MemoryCachedArray)):
+        data = data.array
+    return data

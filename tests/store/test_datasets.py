@@ -110,7 +110,7 @@ class Truth:
         coords: dict[str, Any] = {"layer": layers} if layers else {}
         if holding:
             values = np.array([[self.pooled_of(layer, p) for p in self.order] for layer in layers])
-            data["resid_mean"] = (("layer", "prompt", "hidden"), values.astype(np.result_type(*(s.dtype for s in holding))))
+            data["resid_mean"] = (("layer", "prompt", "hidden"), values.astype(np.result_type(*(s.dtype for s in holding), np.float32)))
         coords |= self._columns("prompt", self.order)
         return xr.Dataset(data, {**coords, "prompt": [lz.prompt_hash(p) for p in self.order]})
 
@@ -123,7 +123,7 @@ class Truth:
             holding = [s for s in self.specs if site in s.sites]
             if holding:
                 values = np.array([np.concatenate([self.tokens_of(site, layer, p) for p in prompts]) for layer in layers])
-                data[site] = (("layer", "token", "hidden"), values.astype(np.result_type(*(s.dtype for s in holding))))
+                data[site] = (("layer", "token", "hidden"), values.astype(np.result_type(*(s.dtype for s in holding), np.float32)))
         spelled = [p for p in prompts for _ in range(self.count(p))]
         coords: dict[str, Any] = {**({"layer": layers} if layers else {}), **self._columns("token", spelled)}
         coords["prompt"] = ("token", np.array([lz.prompt_hash(p) for p in spelled], "U16"))

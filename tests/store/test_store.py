@@ -52,8 +52,13 @@ def part_names(store: Store, group: GroupInfo = GROUP) -> list[str]:
 def test_written_values_are_read_at_both_levels(store: Store, dtype: str) -> None:
     batch = make_batch(TEXTS, dtype=dtype, columns={"label": [1, 0, 1, 0, 1]})
     store.write(GROUP, batch)
-    data, tokens = store.dataset("acme/toy"), store.tokens("acme/toy")
+    data, tokens = store.dataset("acme/toy", dtype="stored"), store.tokens("acme/toy", dtype="stored")
     assert data.resid_mean.dtype == tokens.resid.dtype == dtype
+    np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"])
+    np.testing.assert_array_equal(tokens.resid.values, batch.tokens["resid"])
+    data, tokens = store.dataset("acme/toy"), store.tokens("acme/toy")
+    assert data.resid_mean.dtype == tokens.resid.dtype == max(np.dtype(dtype), np.dtype(np.float32))
+    assert data.resid_mean.stored_dtype == tokens.resid.stored_dtype == dtype
     np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"])
     np.testing.assert_array_equal(tokens.resid.values, batch.tokens["resid"])
     assert data.prompt.values.tolist() == [prompt_hash(t) for t in TEXTS]

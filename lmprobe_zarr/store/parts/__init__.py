@@ -6,7 +6,7 @@ Other rooms import from this face. Never upkeep, models or xarray datasets.
 from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, urls_of
 from lmprobe_zarr.store.parts.columns import as_column
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
-from lmprobe_zarr.store.parts.lazy import LazyArray
+from lmprobe_zarr.store.parts.lazy import LazyArray, as_stored
 from lmprobe_zarr.store.parts.listing import Listing, committed_at, list_names, part_nbytes
 from lmprobe_zarr.store.parts.part import PART_BYTES, Part, part_bytes_within
 from lmprobe_zarr.store.parts.reading import blocks_of, read_batches, read_values
@@ -31,6 +31,7 @@ __all__ = [
     "VirtualArray",
     "any_holds_parts",
     "as_column",
+    "as_stored",
     "blocks_of",
     "committed_at",
     "groups_of",

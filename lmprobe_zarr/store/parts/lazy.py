@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from lmprobe_zarr.batch import as_slice
 from lmprobe_zarr.store.parts.variable import VirtualArray
-from lmprobe_zarr.tokens import tidy_key
+from lmprobe_zarr.tokens import tidy_key, unwrapped
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["LazyArray"]
+__all__ = ["LazyArray", "as_stored"]
 
 
 class LazyArray(BackendArray):
@@ -22,6 +24,9 @@ class LazyArray(BackendArray):
     def __init__(self, array: VirtualArray) -> None:
         self.array = array
         self.shape, self.dtype = array.shape, array.dtype
+
+    def __dask_tokenize__(self) -> tuple[str, str]:
+        return "lmprobe_zarr", self.array.digest()
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
@@ -44,6 +49,15 @@ class LazyArray(BackendArray):
         if flip:
             values = values[:, ::-1]
         return np.asarray((values if layered else values[0])[drop], self.dtype)
+
+
+def as_stored(variable: xr.Variable) -> xr.Variable:
+    """The variable in the dtype that is stored; the same one where it is in that dtype, or is not read from a store."""
+    data = unwrapped(variable._data)
+    if not isinstance(data, indexing.LazilyIndexedArray) or not isinstance(data.array, LazyArray) or not data.array.array.widened:
+        return variable
+    array = LazyArray(replace(data.array.array, widened=False))
+    return xr.Variable(variable.dims, indexing.LazilyIndexedArray(array, data.key), variable.attrs, variable.encoding, fastpath=True)
 
 
 def _checked(key: Any, length: int) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
-from lmprobe_zarr.batch import fill_value
+from lmprobe_zarr.batch import copy_rows, fill_value
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
@@ -195,7 +195,10 @@ class StoredArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``. Rows shorter than `row_shape` are filled up."""
+    """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``. Rows shorter than `row_shape` are filled up.
+
+    The output may have a wider dtype: each chunk is converted by the thread that reads it, while it is in the cache.
+    """
 
     array: StoredArray
     layer: int
@@ -245,7 +248,7 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
         filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
         filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk
         chunk = filled
-    out[piece.target] = chunk[(slice(None), *columns)]
+    copy_rows(chunk, out, piece.target, columns)
 
 
 def _chunk_rows(piece: Piece) -> Array:

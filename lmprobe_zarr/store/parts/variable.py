@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -38,6 +39,8 @@ class VirtualArray:
         Where each prompt's rows begin along the sample axis; None where every prompt has one row.
     absent_as_nan : bool
         Whether integers and truth values become float64, with NaN where prompts lack them, as in pandas: −1 may be a value of the user's.
+    widened : bool
+        Whether float16 is read as float32.
     """
 
     arrays: tuple[StoredArray, ...]
@@ -48,6 +51,7 @@ class VirtualArray:
     start: Ints
     offsets: Ints | None
     absent_as_nan: bool = False
+    widened: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -73,12 +77,22 @@ class VirtualArray:
         common = np.result_type(*dtypes)
         if common.kind in "iub" and self.n_absent and self.absent_as_nan:
             return np.dtype(np.float64)
-        return common
+        return np.dtype(np.float32) if common == np.float16 and self.widened else common
 
     @property
     def n_absent(self) -> int:
         """How many (class, prompt) pairs no part holds."""
         return int((self.source == NOWHERE).sum())
+
+    def digest(self) -> str:
+        """32 digits that change with the values: of the parts, whose files never change, and of what is taken from them."""
+        found = hashlib.sha256(repr((self.layers, self.shape, str(self.dtype))).encode())
+        for array in self.arrays:
+            found.update(repr((array.storage.url, array.path, array.info.shape, array.info.dtype)).encode())
+        for values in (self.layer_rows, self.classes, self.source, self.start, self.offsets):
+            if values is not None:
+                found.update(np.ascontiguousarray(values).tobytes())
+        return found.hexdigest()[:32]
 
     def read(self, layers: Ints, rows: slice | Ints, columns: tuple[Any, ...] = ()) -> Array:
         """Values of some layers and rows.

@@ -139,7 +139,9 @@ class View:
             raise MissingPromptsError(f"{len(missing)} of {len(listed)} prompts are not in {self.where}: {shown}; extract them first")
         return rows
 
-    def source(self, level: Level, name: str, rows: Ints, layers: tuple[int, ...], lengths: Ints | None = None) -> VirtualArray:
+    def source(
+        self, level: Level, name: str, rows: Ints, layers: tuple[int, ...], lengths: Ints | None = None, *, widened: bool = False
+    ) -> VirtualArray:
         """One variable or column of the view, over some of its prompts.
 
         Parameters
@@ -154,6 +156,8 @@ class View:
             Wanted layers.
         lengths : ndarray of int, shape (len(rows),), optional
             For tokens: rows of each prompt. Where a later part has another number of them, earlier parts are out of date for that prompt.
+        widened : bool
+            Whether float16 is read as float32; by default values are read as they are stored.
         """
         key = f"{level}/{name}"
         owners = (*self.parts, *self.annotations)
@@ -193,6 +197,7 @@ class View:
             start=start[:, rows],
             offsets=offsets,
             absent_as_nan=level == "prompts" and name not in PROMPT_COLUMNS and not is_variable(name, arrays[0].info),
+            widened=widened,
         )
 
     def locate(self, prompt: Any) -> int | None:
