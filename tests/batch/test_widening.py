@@ -13,7 +13,7 @@ from lmprobe_zarr.batch import copy_rows, widen, widening
 EVERY = np.arange(2**16, dtype=np.uint16).view(np.float16)
 
 
-@pytest.fixture(params=["numpy", "torch"], autouse=True)
+@pytest.fixture(params=["numpy", "torch"])
 def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
         pytest.importorskip("torch")
@@ -21,6 +21,7 @@ def converter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(sys.modules, "torch", None)
 
 
+@pytest.mark.usefixtures("converter")
 @pytest.mark.parametrize("repeats", [1, 5])
 def test_every_float16_is_the_float32_of_the_same_value(repeats: int) -> None:
     values = np.tile(EVERY, repeats)
@@ -33,6 +34,7 @@ def test_every_float16_is_the_float32_of_the_same_value(repeats: int) -> None:
         np.testing.assert_array_equal(np.signbit(wide[given == 0]), np.signbit(given[given == 0]))
 
 
+@pytest.mark.usefixtures("converter")
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_a_single_number_that_is_not_finite_stays_so(bad: float) -> None:
     values = np.linspace(-60000, 60000, 2**17 + 5000).astype(np.float16)
@@ -42,6 +44,7 @@ def test_a_single_number_that_is_not_finite_stays_so(bad: float) -> None:
     np.testing.assert_array_equal(wide, values.astype(np.float32))
 
 
+@pytest.mark.usefixtures("converter")
 def test_rows_are_copied_to_slices_lists_and_columns() -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((300, 70)).astype(np.float16)
