@@ -122,8 +122,8 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Parameters
         ----------
         dtype : torch.dtype, optional
-            None for the stored dtype. Values stored as bfloat16 become bfloat16 again, unless they were changed and
-            bfloat16 cannot hold them exactly any more.
+            None for the stored dtype. Values stored as float16 or bfloat16 become that again, unless they were changed and it
+            cannot hold them exactly any more.
         device : torch device, optional
             None for the CPU, where values are not copied after they were read.
 
@@ -208,7 +208,8 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         mean, scale : DataArray over layer and hidden, float or array, optional
             Rows become (row − mean) / scale, computed in float32 at least. See `statistics`.
         dtype : dtype, optional
-            float16, float32 or float64; for torch also bfloat16. None for the dtype of the values; for normalised values at least float32.
+            float16, float32 or float64; for torch also bfloat16. None for the dtype that is stored, or that of the values
+            where they are not read from a store; for normalised values at least float32.
         framework : {"numpy", "torch"}
             Arrays or tensors. Batches of tensors are an ``IterableDataset``: iterate it, or pass it to ``DataLoader(…, batch_size=None)``.
         prefetch : bool

@@ -251,7 +251,7 @@ def test_a_relative_cache_folder_is_the_local_default_too(tmp_path: Path, monkey
 def test_arguments_go_before_settings_one_by_one(llama: Path) -> None:
     lz.set_cache_dtype("float16")
     lz.extract(str(llama), POSITIVE, keep_bits=5, progress=False)
-    data = lz.open_store().dataset().resid_last_token
+    data = lz.open_store().dataset(dtype="stored").resid_last_token
     assert data.dtype == np.float16
     assert not (data.values.view(np.uint16) & 0b11111).any()
     model = save_tiny("llama", config.cache_dir() / "wide" / "wide")

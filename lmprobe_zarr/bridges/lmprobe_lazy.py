@@ -19,7 +19,7 @@ from lmprobe_zarr.bridges.entry import Entry, Held, held_dtype
 from lmprobe_zarr.bridges.files import map_files
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2, Piece
 from lmprobe_zarr.store.format import SAMPLE_DIM, Level, array_dims
-from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect, tidy_key
+from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect, tidy_key, with_columns
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["entries_dataset"]
@@ -172,13 +172,13 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
         coords |= {name: ColumnVariable(("prompt",), values) for name, values in columns.items()}
         coords["prompt"] = xr.Variable(("prompt",), hashes)
         coords["n_tokens"] = ColumnVariable(("prompt",), counts, {"sample_dimension": "token"})
-        data = xr.Dataset(variables, coords=coords)
+        data = with_columns(xr.Dataset(variables), coords)
     else:
         uniques, codes = np.unique(hashes, return_inverse=True)
         order = np.repeat(np.arange(len(entries), dtype=np.int32), counts)
         index = TokenIndex(uniques, np.repeat(codes.astype(np.int32), counts), positions_of(counts))
         coords |= {name: lazy_variable(("token",), TakenArray(values, order), column=True) for name, values in columns.items()}
-        data = xr.Dataset(variables, coords=coords)
+        data = with_columns(xr.Dataset(variables), coords)
         data = data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
     widths = {held.row_shape[0] for entry in entries for held in entry.holds if held.variable.startswith("resid")}
     attrs = {"provenance": "{}", "source": source.url} | ({"hidden_size": widths.pop()} if len(widths) == 1 else {})

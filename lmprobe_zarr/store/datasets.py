@@ -18,7 +18,7 @@ from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_o
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingPromptsError
 from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
 from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
-from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect
+from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect, with_columns
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["Chunks", "Dtype", "chunked", "reads_stored", "to_dataset", "to_datatree"]
@@ -197,7 +197,7 @@ def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...
     columns = _prompt_columns(view, rows, stored=stored)
     coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs, column=True) for name, (a, attrs) in columns.items()}
     coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows), column=True)
-    return xr.Dataset(variables, coords=coords)
+    return with_columns(xr.Dataset(variables), coords)
 
 
 def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...], *, stored: bool) -> xr.Dataset:
@@ -215,7 +215,7 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
     for name, (array, attrs) in _prompt_columns(view, rows, stored=stored).items():
         coords[name] = lazy_variable(("token",), TakenArray(LazyArray(array), order), attrs, column=True)
     coords["prompt_sha256"] = lazy_variable(("token",), TakenArray(_digest_texts(view), rows[order]), column=True)
-    data = xr.Dataset(variables, coords=coords)
+    data = with_columns(xr.Dataset(variables), coords)
     return data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
 
 

@@ -4,7 +4,7 @@ Never a store, never a fit. Everything that others use is in this face.
 """
 
 from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
-from lmprobe_zarr.tokens.lazy import ColumnVariable, LazyVariable, TakenArray, lazy_variable, protect, tidy_key, unwrapped
+from lmprobe_zarr.tokens.lazy import ColumnVariable, LazyVariable, TakenArray, lazy_variable, protect, tidy_key, unwrapped, with_columns
 from lmprobe_zarr.tokens.masks import mask_tokens
 from lmprobe_zarr.tokens.prompts import pad_tokens, pool_tokens, prompts_of, token_texts, tokens_at
 
@@ -24,4 +24,5 @@ __all__ = [
     "token_texts",
     "tokens_at",
     "unwrapped",
+    "with_columns",
 ]

@@ -14,7 +14,7 @@ from xarray.core import indexing
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["ColumnVariable", "LazyVariable", "TakenArray", "lazy_variable", "protect", "tidy_key", "unwrapped"]
+__all__ = ["ColumnVariable", "LazyVariable", "TakenArray", "lazy_variable", "protect", "tidy_key", "unwrapped", "with_columns"]
 
 
 class LazyVariable(Variable):
@@ -120,6 +120,13 @@ def lazy_variable(
     """An xarray variable that reads only what is taken from it; a column is never chunked."""
     kind = ColumnVariable if column else LazyVariable
     return kind(dims, indexing.LazilyIndexedArray(array), attrs, fastpath=True)
+
+
+def with_columns(data: xr.Dataset, coords: Mapping[str, Any]) -> xr.Dataset:
+    """The dataset with coordinates. xarray makes plain variables of the coordinates that it is given, but not of data that become coordinates."""
+    columns = {name: coord for name, coord in coords.items() if isinstance(coord, ColumnVariable)}
+    others = {name: coord for name, coord in coords.items() if name not in columns}
+    return data.assign_coords(others).assign(columns).set_coords(list(columns))
 
 
 def protect(data: xr.Dataset) -> xr.Dataset:

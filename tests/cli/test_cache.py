@@ -128,7 +128,8 @@ def test_extract_takes_precision_and_outputs(tmp_path: Path, capsys: pytest.Capt
     document: Any = call_json(capsys, *arguments)
     assert document["extracted"] == 2
     data = lz.open_store(tmp_path / "s").dataset()
-    assert data.resid_last_token.dtype == "float16"
+    assert data.resid_last_token.stored_dtype == "float16"
+    assert lz.open_store(tmp_path / "s").dataset(dtype="stored").resid_last_token.dtype == "float16"
     assert data.sizes["top_k"] == 5
     assert "perplexity" in data
     assert call(capsys, *arguments, "--keep-bits", "40")[0] == 1
