@@ -123,7 +123,7 @@ def lazy_variable(
 
 
 def with_columns(data: xr.Dataset, coords: Mapping[str, Any]) -> xr.Dataset:
-    """The dataset with coordinates. xarray makes plain variables of the coordinates that it is given, but not of data that become coordinates."""
+    """The dataset with coordinates. xarray makes plain variables of coordinates that it is given, but not of data that become some."""
     columns = {name: coord for name, coord in coords.items() if isinstance(coord, ColumnVariable)}
     others = {name: coord for name, coord in coords.items() if name not in columns}
     return data.assign_coords(others).assign(columns).set_coords(list(columns))
