@@ -264,7 +264,8 @@ def test_the_stored_dtype_is_named_and_given_where_it_is_wanted(stores: Any, tmp
             np.testing.assert_array_equal(found.values, truth["resid_mean"].values)
     for tree, wanted in trees:
         assert tree[f"{store.find_group().name}/tokens"].resid.dtype == (kept if wanted else "float32")
-    data = store.dataset()
+    array = store.dataset().resid_mean
+    data = array.drop_vars(set(array.coords) - {"layer"}).to_dataset()  # texts of numpy have no place in Zarr v3 yet
     data.to_zarr(tmp_path / "copy.zarr", zarr_format=3, consolidated=False)
     assert xr.open_zarr(tmp_path / "copy.zarr", consolidated=False).resid_mean.attrs["stored_dtype"] == dtype
 
