@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmprobe_zarr.batch import Precision
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, StoreNotFoundError
+from lmprobe_zarr.storage import local_path
 
 __all__ = [
     "SETTINGS",
@@ -27,6 +28,7 @@ __all__ = [
     "cache_limit",
     "cache_precision",
     "debug_level",
+    "default_name",
     "default_root",
     "reload",
     "set_cache_backend",
@@ -98,7 +100,7 @@ SETTINGS: Final = {
         default="~/.cache/lmprobe",
         example="/mnt/fast-ssd/lmprobe",
         call="",
-        parse=Path,
+        parse=str,
     ),
     "limit": Setting(
         variable="LMPROBE_CACHE_MAX_GB",
@@ -167,16 +169,49 @@ def reload() -> None:
 
 
 def cache_dir() -> Path:
-    """The cache folder of lmprobe: ``$LMPROBE_CACHE_DIR``, by default ``~/.cache/lmprobe``."""
-    return Path(_get("dir", "~/.cache/lmprobe")).expanduser()
+    """The cache folder of lmprobe, as an absolute path: ``$LMPROBE_CACHE_DIR``, by default ``~/.cache/lmprobe``.
+
+    Raises
+    ------
+    StoreNotFoundError
+        It is below a home directory, and that is not known.
+    InvalidArgumentError
+        ``$LMPROBE_CACHE_DIR`` is no folder of this machine.
+    """
+    variable, given = SETTINGS["dir"].variable, _get("dir")
+    if given is None and not _home_is_known():
+        raise StoreNotFoundError(
+            f"there is no default store, because no home directory is known for {SETTINGS['dir'].default}: set {variable} to a folder, or "
+            "name a store"
+        )
+    if given is not None and str(given).startswith("~") and not _home_is_known():
+        raise StoreNotFoundError(f"there is no default store, because {variable} is {given!r} and no home directory is known: set it to a folder")
+    try:
+        return Path(local_path(SETTINGS["dir"].default if given is None else given))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            f"the environment variable {variable} has to be a folder of this machine (for a URL, set {SETTINGS['backend'].variable}): {error}"
+        ) from error
+
+
+def _home_is_known() -> bool:
+    return os.path.expanduser("~") != "~"
 
 
 def default_root() -> Path:
-    """Where activations are stored if neither a store nor a backend is given: the folder ``.zarr`` in `cache_dir`.
+    """Where activations are stored if neither a store nor a backend is given: the folder ``.zarr`` in `cache_dir`, whose errors it has.
 
     lmprobe treats other folders there as its own and evicts them; it ignores those whose names begin with a dot.
     """
     return cache_dir() / ".zarr"
+
+
+def default_name() -> str:
+    """The path of `default_root`, or the words for it where it is not known: for messages and help, which must not fail."""
+    try:
+        return str(default_root())
+    except (StoreNotFoundError, InvalidArgumentError):
+        return f"${SETTINGS['dir'].variable}/.zarr"
 
 
 def cache_backend() -> Any:
@@ -202,9 +237,12 @@ def debug_level() -> int | None:
     return level
 
 
-def weights_memory() -> Path:
-    """The file with content hashes of local weights by path, size and time, so that each file is hashed once."""
-    return cache_dir() / ".lmprobe-zarr" / "weights.json"
+def weights_memory() -> Path | None:
+    """The file with content hashes of local weights by path, size and time, so that each file is hashed once; None without a cache folder."""
+    try:
+        return cache_dir() / ".lmprobe-zarr" / "weights.json"
+    except (StoreNotFoundError, InvalidArgumentError):
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------------- setting

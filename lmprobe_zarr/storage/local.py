@@ -15,7 +15,6 @@ from typing import Any, Final
 
 from lmprobe_zarr.errors import (
     AccessDeniedError,
-    InvalidArgumentError,
     LmprobeZarrError,
     NoSpaceError,
     NotAStoreError,
@@ -42,13 +41,8 @@ class LocalStorage(Storage):
     is_local = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        try:
-            # Not resolved: a link to a moved disk stays a link. Only made absolute, so that chdir does not move a store.
-            self.root = os.path.abspath(os.path.expanduser(os.fspath(path)))
-        except ValueError as error:
-            raise InvalidArgumentError(f"{path!r} cannot be a path: {error}") from error
-        if "\0" in self.root:
-            raise InvalidArgumentError(f"{path!r} cannot be a path: it holds a NUL")
+        # Not resolved: a link to a moved disk stays a link. Only made absolute, so that chdir does not move a store.
+        self.root = os.path.abspath(path)
         self.url = self.root
         self._buffers = threading.local()
 

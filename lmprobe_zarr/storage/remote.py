@@ -10,9 +10,10 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from lmprobe_zarr.errors import AccessDeniedError, LmprobeZarrError, StoreNotFoundError
+from lmprobe_zarr.errors import AccessDeniedError, LmprobeZarrError, ReadOnlyError, StoreNotFoundError
 from lmprobe_zarr.storage.base import REMOTE_THREADS, FileInfo, Storage, check_same
 from lmprobe_zarr.storage.client_errors import as_our_error, response_code, without_secrets
+from lmprobe_zarr.storage.threads import run_all
 from lmprobe_zarr.typing import Buffer
 
 __all__ = ["FsspecStorage", "modified_at"]
@@ -38,7 +39,8 @@ class FsspecStorage(Storage):
     def __init__(self, filesystem: Any, root: str, url: str) -> None:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
-        self.url = without_secrets(url).rstrip("/")
+        shown = without_secrets(url)
+        self.url = shown if shown.endswith("://") else shown.rstrip("/")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.filesystem, self.root, self.url)
@@ -147,16 +149,16 @@ class FsspecStorage(Storage):
             return None
 
     def remove(self, keys: Iterable[str]) -> None:
-        paths = [self._path(key) for key in keys]
-        if not paths:
-            return
         with self.translating_errors("", writing=True):
+            run_all([partial(self._remove_file, self._path(key)) for key in keys], local=False)
+
+    def _remove_file(self, path: str) -> None:
+        # Never rm(): it takes [ ] * ? in a name for a pattern, and removes every file that fits it.
+        with suppress(FileNotFoundError):
             try:
-                self.filesystem.rm(paths)
-            except FileNotFoundError:
-                for path in paths:
-                    with suppress(FileNotFoundError):
-                        self.filesystem.rm_file(path)
+                self.filesystem.rm_file(path)
+            except NotImplementedError as error:
+                raise ReadOnlyError(f"{self.url} cannot be cleared of {path!r}: its file system removes no single files") from error
 
     def remove_folders(self, keys: Iterable[str]) -> None:
         for key in sorted(keys, key=len, reverse=True):
@@ -176,11 +178,20 @@ class FsspecStorage(Storage):
         self.write(key, b"", durable=False)
 
     def remove_tree(self, key: str) -> None:
+        path = self._path(key)
+        self.filesystem.invalidate_cache(path)
         with self.translating_errors(key, writing=True):
             try:
-                self.filesystem.rm(self._path(key), recursive=True)
+                found = self.filesystem.find(path, withdirs=True, detail=True)
             except FileNotFoundError:
                 return
+            files = [name for name, entry in found.items() if entry.get("type") != "directory"]
+            run_all([partial(self._remove_file, name) for name in files], local=False)
+            # Object stores have no folders to remove, and say so in their own ways.
+            folders = {path, *(name for name, entry in found.items() if entry.get("type") == "directory")}
+            for folder in sorted(folders, key=len, reverse=True):
+                with suppress(OSError, NotImplementedError):
+                    self.filesystem.rmdir(folder)
 
     def is_file(self, key: str) -> bool:
         # Not isfile(), which returns False on every error.
