@@ -30,6 +30,7 @@ __all__ = [
     "debug_level",
     "default_name",
     "default_root",
+    "kept_chunk_bytes",
     "reload",
     "set_cache_backend",
     "set_cache_dtype",
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 GB: Final = 1024**3
+KEPT_BYTES: Final = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,10 @@ class Setting:
 
 def _parse_limit(text: str) -> int:
     return _limit_bytes(float(text))
+
+
+def _parse_megabytes(text: str) -> int:
+    return _limit_bytes(float(text) / 1024)
 
 
 def _limit_bytes(gb: float) -> int:
@@ -119,6 +125,15 @@ SETTINGS: Final = {
         example="float16",
         call="set_cache_dtype",
         parse=_parse_dtype,
+    ),
+    "kept": Setting(
+        variable="LMPROBE_CACHE_KEPT_MB",
+        means="memory for chunks of remote places, so that reading prompt by prompt fetches each once, in MB of 1024² bytes",
+        values="a number of at least 0, where 0 keeps none",
+        default="64",
+        example="256",
+        call="",
+        parse=_parse_megabytes,
     ),
     "backend": Setting(
         variable="LMPROBE_CACHE_BACKEND",
@@ -178,24 +193,27 @@ def cache_dir() -> Path:
     InvalidArgumentError
         ``$LMPROBE_CACHE_DIR`` is no folder of this machine.
     """
-    variable, given = SETTINGS["dir"].variable, _get("dir")
+    variable, given, backend = SETTINGS["dir"].variable, _get("dir"), SETTINGS["backend"].variable
     if given is None and not _home_is_known():
         raise StoreNotFoundError(
             f"there is no default store, because no home directory is known for {SETTINGS['dir'].default}: set {variable} to a folder, or "
             "name a store"
         )
     if given is not None and str(given).startswith("~") and not _home_is_known():
-        raise StoreNotFoundError(f"there is no default store, because {variable} is {given!r} and no home directory is known: set it to a folder")
+        raise StoreNotFoundError(f"there is no default store, because the home directory in {variable} is not known: give another folder")
     try:
         return Path(local_path(SETTINGS["dir"].default if given is None else given))
     except InvalidArgumentError as error:
         raise InvalidArgumentError(
-            f"the environment variable {variable} has to be a folder of this machine (for a URL, set {SETTINGS['backend'].variable}): {error}"
+            f"the environment variable {variable} has to be a folder of this machine (a URL goes into {backend}): {error}"
         ) from error
 
 
 def _home_is_known() -> bool:
-    return os.path.expanduser("~") != "~"
+    try:
+        return bool(Path.home())
+    except RuntimeError:
+        return False
 
 
 def default_root() -> Path:
@@ -231,6 +249,12 @@ def cache_precision() -> Precision:
     return precision
 
 
+def kept_chunk_bytes() -> int:
+    """Bytes of chunks of remote places that a process keeps in memory; 0 for none."""
+    kept: int = _get("kept", KEPT_BYTES)
+    return kept
+
+
 def debug_level() -> int | None:
     """The level of logging that ``$LMPROBE_CACHE_DEBUG`` sets; None for no logging."""
     level: int | None = _get("debug")
@@ -238,7 +262,7 @@ def debug_level() -> int | None:
 
 
 def weights_memory() -> Path | None:
-    """The file with content hashes of local weights by path, size and time, so that each file is hashed once; None without a cache folder."""
+    """The file with content hashes of local weights by path, size and time, for each to be hashed once; None without a cache folder."""
     try:
         return cache_dir() / ".lmprobe-zarr" / "weights.json"
     except (StoreNotFoundError, InvalidArgumentError):

@@ -148,7 +148,7 @@ def _unknown(protocol: str, text: str) -> str:
 
 
 def _protocols() -> set[str]:
-    return set(fsspec.available_protocols())
+    return {*fsspec.available_protocols(), *fsspec.registry}
 
 
 # ---------------------------------------------------------------------------------------------------------------- file: URLs
@@ -170,15 +170,15 @@ def _path_of_file_url(text: str) -> str:
             if not meant:
                 raise InvalidArgumentError(f"{text!r} names no folder: give its path")
             raise InvalidArgumentError(
-                f"{text!r} names a machine called {host!r}, as a file URL has an absolute path: give {os.path.abspath(meant)!r} if a folder "
-                "below the working directory was meant"
+                f"{text!r} names a machine called {host!r}, because a file URL has an absolute path: give {os.path.abspath(meant)!r} "
+                "if a folder below the working directory was meant"
             )
         rest = slash + path
     if not rest.startswith("/"):
         meant = os.path.abspath(unquote(rest)) if rest else "/…"
         raise InvalidArgumentError(f"{text!r} has no absolute path, as a file URL needs it: was {meant!r} meant?")
     if re.match(r"/+[A-Za-z][:|](/|$)", rest):
-        raise InvalidArgumentError(f"{text!r} is a path of Windows, and this machine has no drives: give the folder as this machine names it")
+        raise InvalidArgumentError(f"{text!r} is a path of Windows, and there are no drives here: give the folder as this machine names it")
     literal, decoded = os.path.abspath(f"/{rest.lstrip('/')}"), os.path.abspath(f"/{unquote(rest).lstrip('/')}")
     if "\0" in decoded:
         raise InvalidArgumentError(f"{text!r} cannot be a path: it holds a NUL")
