@@ -11,7 +11,6 @@ from lmprobe_zarr import config
 from lmprobe_zarr.cache.place import CachedModel, lmprobe_entries, open_cache, place_name
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.log import cache_logger
-from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.store import Place, Store
 from lmprobe_zarr.store.upkeep import EvictPlan, plan_evict, remove_entries
 
@@ -30,7 +29,7 @@ def _may_remove(place: Place, opened: Store) -> None:
 
 def _check_age(min_age: float | None, opened: Store) -> float:
     if min_age is None:
-        return 0.0 if opened.url == open_storage(config.default_root()).url else MIN_AGE
+        return 0.0 if opened.url == config.default_name() else MIN_AGE
     if isinstance(min_age, bool) or not isinstance(min_age, (int, float, np.number)) or not 0 <= min_age < float("inf"):
         raise InvalidArgumentError(f"min_age={min_age!r} is not an age: give seconds, at least 0")
     return float(min_age)

@@ -14,7 +14,7 @@ from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.request import check_request
 from lmprobe_zarr.extraction.run import carry_out, prepare
 from lmprobe_zarr.extraction.shares import sendable
-from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Place, Store, open_store
+from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Place, open_again
 from lmprobe_zarr.store.format import Provenance
 from lmprobe_zarr.tasks import check_client, is_in_process
 
@@ -80,7 +80,7 @@ def plan_extract(
     ------
     As `extract` does before it loads the model.
     """
-    opened = store if isinstance(store, Store) else open_store(store)
+    opened = open_again(store)
     keeping = keeping_of(is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow)
     choice = ModelChoice(
         model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
@@ -260,7 +260,7 @@ def extract(
     CacheWarning
         The cache's limit is smaller than what is requested; or a damaged part is skipped, and its prompts are run again.
     """
-    opened = store if isinstance(store, Store) else open_store(store)
+    opened = open_again(store)
     keeping = keeping_of(
         is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow, part_bytes=part_bytes
     )  # fmt: skip

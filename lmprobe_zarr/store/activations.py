@@ -11,7 +11,8 @@ from lmprobe_zarr.batch import LAYERED_SITES, SITES, TokenBatch, given_prompts, 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store.format import GroupInfo, Provenance, validate_column_names
 from lmprobe_zarr.store.parts import as_column
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.reopen import open_again
+from lmprobe_zarr.store.store import Place
 from lmprobe_zarr.typing import Array
 
 __all__ = ["write_activations"]
@@ -73,7 +74,7 @@ def write_activations(
     Arrays may be numpy arrays or torch tensors. bfloat16 is kept exactly, as float32 with ``stored_dtype="bfloat16"``.
     All variables of one call hold the same layers; write others in a second call.
     """
-    store = store if isinstance(store, Store) else open_store(store)
+    store = open_again(store)
     store.check_writable()
     prompts = given_prompts(prompts)
     for what, given in (("activations", activations), ("pooled", pooled)):

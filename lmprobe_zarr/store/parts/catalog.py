@@ -5,7 +5,7 @@ Decides nothing about upkeep and reads no activations. Code that needs only one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class Catalog:
         self._parts: dict[str, Part] = {}
         self._groups: dict[str, GroupInfo] = {}
         self._damaged: dict[str, CorruptPartError] = {}
+        self._versions: dict[str, Hashable] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.storage, self.mode, self.durable, self.rank)
@@ -96,6 +97,7 @@ class Catalog:
 
     def _parse_group(self, name: str) -> None:
         where = f"{self.url}/{name}"
+        self._versions[name] = self.storage.version(f"{name}/zarr.json")
         ours = GROUP_NAME.fullmatch(name) is not None
         data = self._read_document(name, ours)
         if data is None:
@@ -217,6 +219,7 @@ class Catalog:
         return [name for name in found if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
 
     def _read_part(self, path: str, whole: bool) -> Part | None:
+        self._versions[path] = self.storage.version(f"{path}/zarr.json")
         try:
             data = self._read_document(path, PART_NAME.fullmatch(path.rpartition("/")[2]) is not None)
             if data is None:
@@ -273,8 +276,18 @@ class Catalog:
     def forget(self, path: str) -> None:
         """Forget a part that was removed, given by its key."""
         self._parts.pop(path, None)
+        self._versions.pop(path, None)
         self.last_used.pop(path, None)
         self._damaged.pop(path, None)
+
+    def adopt(self, other: Catalog) -> None:
+        """Take over the documents that another catalog of the same root has read, except those that were replaced since."""
+        for known, own in ((other._parts, self._parts), (other._groups, self._groups)):
+            for path, document in list(known.items()):
+                version = self.storage.version(f"{path}/zarr.json")
+                if version == other._versions.get(path):
+                    own[path] = document  # type: ignore[assignment]
+                    self._versions[path] = version
 
     def forget_all(self, *, damaged: bool = False) -> None:
         """Forget all parts and groups, so that they are read again; with `damaged` also what was found damaged."""

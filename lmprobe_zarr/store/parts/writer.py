@@ -61,7 +61,7 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
     Two writers may do so at once: both write the same bytes.
     """
     try:
-        if parse_root(storage.read("zarr.json"), storage.url) is not None:
+        if parse_root(storage.read_current("zarr.json"), storage.url) is not None:
             raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: write to the store that it was made from")
     except (FileNotFoundError, NotADirectoryError):
         storage.commit("zarr.json", root_document(), durable=durable, replace=False)

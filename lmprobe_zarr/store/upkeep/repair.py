@@ -146,7 +146,7 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
 def _is_own_root(storage: Storage) -> bool:
     """Whether the root's document is damaged but ours, or missing: one of somebody else's is never overwritten."""
     try:
-        data = storage.read("zarr.json")
+        data = storage.read_current("zarr.json")
         document = json.loads(data)
     except (FileNotFoundError, ValueError):
         return True
