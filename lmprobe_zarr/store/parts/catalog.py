@@ -19,7 +19,7 @@ from lmprobe_zarr.store.parts.part import Part
 from lmprobe_zarr.store.parts.view import View, open_view
 from lmprobe_zarr.store.parts.writer import PartWriter, write_group
 
-__all__ = ["Catalog", "Mode", "any_holds_parts", "groups_of", "open_union", "urls_of"]
+__all__ = ["Catalog", "Mode", "any_holds_parts", "groups_of", "open_union", "urls_of", "visible_parts"]
 
 Mode = Literal["a", "r"]
 
@@ -329,6 +329,15 @@ def groups_of(catalogs: Sequence[Catalog], *, whole: bool = True) -> dict[str, G
 def any_holds_parts(catalogs: Sequence[Catalog], group: str) -> bool:
     """Whether any of several roots holds a committed part of a group, given by its name."""
     return any(catalog.holds_parts(group) for catalog in reversed(catalogs))
+
+
+def visible_parts(catalog: Catalog, info: GroupInfo) -> list[Part]:
+    """Committed parts of a group in one root, without those that others replaced; damaged ones are left out, with a warning."""
+    if info.name not in catalog.groups(whole=False):
+        return []
+    parts, notes = catalog.parts_and_annotations(info, whole=False)
+    replaced = {name for part in (*parts, *notes) for name in part.info.replaces}
+    return [part for part in parts if part.info.name not in replaced]
 
 
 def open_union(catalogs: Sequence[Catalog], info: GroupInfo, *, whole: bool = True) -> View:
