@@ -12,6 +12,7 @@ from lmprobe_zarr.store.parts.part import PART_BYTES, Part, part_bytes_within
 from lmprobe_zarr.store.parts.reading import blocks_of, read_batches, read_values
 from lmprobe_zarr.store.parts.salvage import NO_LAYER, Cell, Salvaged, salvage
 from lmprobe_zarr.store.parts.stored_array import StoredArray
+from lmprobe_zarr.store.parts.uses import stamp_noted
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
 from lmprobe_zarr.store.parts.view import View, open_view
 from lmprobe_zarr.store.parts.writer import BUFFER_BYTES, PartWriter, shape_of, write_group
@@ -47,6 +48,7 @@ __all__ = [
     "read_values",
     "salvage",
     "shape_of",
+    "stamp_noted",
     "urls_of",
     "visible_parts",
     "write_group",

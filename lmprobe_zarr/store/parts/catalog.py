@@ -233,7 +233,7 @@ class Catalog:
             error.root, error.part = self.url, path
             self.set_aside(error)
             return None
-        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank)
+        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.mode == "a" and not self.is_published)
         return part
 
     def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True) -> tuple[list[Part], list[Part]]:

@@ -19,7 +19,7 @@ from lmprobe_zarr.errors import CorruptPartError, NoSpaceError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo
-from lmprobe_zarr.store.parts import Catalog, Part, committed_at, visible_parts
+from lmprobe_zarr.store.parts import Catalog, Part, committed_at, stamp_noted, visible_parts
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 from lmprobe_zarr.store.upkeep.tombstones import drop_useless, keep_columns, removed_of, rows_over, write_tombstone
 
@@ -209,8 +209,7 @@ def plan_evict(
         name, n_replaces = entry.part.info.name, len(entry.part.info.replaces) if entry.replaced else 0
         return not entry.replaced, n_replaces, entry.touched, name
 
-    # A replaced part may go whatever it is: nobody sees it, and what replaced it stays.
-    order = sorted((entry for entry in entries if not entry.is_annotation or entry.replaced), key=rank)
+    order = sorted((entry for entry in entries if not entry.is_annotation), key=rank)
     for entry in order:
         if total <= limit:
             break
@@ -334,6 +333,8 @@ def _nbytes(info: PartInfo) -> int:
 
 def list_entries(catalog: Catalog, group: GroupInfo) -> list[EvictionEntry]:
     """All parts and annotations of a group in one root, with their sizes and last use. Damaged ones are left out, with a warning."""
-    stamps = {name: entry.modified for name, entry in catalog.storage.scan(f"{group.name}/{STAMPS}").items()}
     parts, notes = catalog.parts_and_annotations(group, whole=False)
+    if catalog.mode == "a":
+        stamp_noted(catalog.storage, {part.path for part in (*parts, *notes)}, group=group.name)
+    stamps = {name: entry.modified for name, entry in catalog.storage.scan(f"{group.name}/{STAMPS}").items()}
     return describe_entries([*parts, *notes], group=group.name, stamps=stamps)
