@@ -139,9 +139,22 @@ class Catalog:
         # List again until nothing new is found: a part that replaces another is committed before the other is removed.
         while new := [name for name in self._part_names(group) if name not in names]:
             if any(self._is_committed(f"{group}/{name}") for name in new):
-                return True
+                return self._shows_any(group)
             names += new
         return False
+
+    def _shows_any(self, group: str) -> bool:
+        """Whether anything of a group with committed parts is shown: an annotation may have replaced them, and tombstones hide them."""
+        info = self._groups.get(group)
+        if info is None or ANNOTATIONS not in self.storage.list(group):
+            return True
+        try:
+            parts, notes = self.parts_and_annotations(info)
+        except CorruptPartError:
+            return True  # the view that is opened next names the damage
+        replaced = {name for part in (*parts, *notes) for name in part.info.replaces}
+        shown = any(part.info.name not in replaced for part in parts)
+        return shown and (not any(note.info.is_tombstone for note in notes) or len(open_view(self.storage, info, parts, notes)) > 0)
 
     def _is_committed(self, path: str) -> bool:
         if self.storage.is_local:
