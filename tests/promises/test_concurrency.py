@@ -175,7 +175,7 @@ class ManyStores(RuleBasedStateMachine):
             path.unlink()
         before = self.truth
         summary = self.stores[i].repair(progress=False)
-        listed = {label for lost in (*summary.lost, *summary.columns) for label in lost.hashes}
+        listed = {label for lost in summary.lost for label in lost.hashes} | {label for lost in summary.columns for label in lost.hashes}
         texts = {text for text in before if summary.unknown or lz.prompt_hash(text) in listed}
         self.lost(texts)
 

@@ -356,7 +356,7 @@ COPIED = {**BEFORE, "ccc": {**BEFORE["ccc"], **written({}, make_batch(["ccc"], s
 # A column of a prompt that is there already is left as it is: and there it has none.
 COPIED["ccc"] = {name: value for name, value in COPIED["ccc"].items() if name != "label"}
 
-COLUMNS = {text: {name: held[name] for name in ("label", "split") if name in held} for text, held in BEFORE.items()}
+COLUMNS: Truth = {text: {name: held[name] for name in ("label", "split") if name in held} for text, held in BEFORE.items()}
 ONLY_FIRST = without(BEFORE, ("bb", "dddd"))  # the earlier part has an earlier version of "bb", which must not show
 NO_LAYER_1 = {text: {**held, "resid": held["resid"][[0, 2]]} for text, held in BEFORE.items()}
 
