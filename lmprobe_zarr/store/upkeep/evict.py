@@ -21,7 +21,7 @@ from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo
 from lmprobe_zarr.store.parts import Catalog, Part, committed_at, stamp_noted, visible_parts
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
-from lmprobe_zarr.store.upkeep.tombstones import drop_useless, keep_columns, removed_of, rows_over, write_tombstone
+from lmprobe_zarr.store.upkeep.tombstones import BELOW, drop_useless, keep_columns, removed_of, rows_over, write_tombstone
 
 #: Recorded in parts whose values came from somewhere else than a run of the model: imported, or written by `write_activations`.
 GIVEN_MARKS: Final = ("imported_from", "written_by")
@@ -222,7 +222,8 @@ def plan_evict(
     emptied = {entry.group for entry in chosen}
     for entry in [entry for entry in left.values() if entry.is_annotation and entry.group not in holding]:
         # Without a part there is nothing to hide. An eviction that was interrupted leaves annotations without a part.
-        if (annotations or entry.is_tombstone) and (entry.group in emptied or (total > limit and age(entry) >= min_age)):
+        hides_nothing = entry.is_tombstone and not entry.part.info.recorded.get(BELOW)
+        if (hides_nothing or (annotations and not entry.is_tombstone)) and (entry.group in emptied or (total > limit and age(entry) >= min_age)):
             take(entry)
     young = {entry.part.path for entry in left.values() if age(entry) < min_age}
     stays = [entry for entry in left.values() if entry.part.path not in young]
