@@ -116,7 +116,7 @@ def write_activations(
         stored_dtype={name: dtype for name, dtype in dtypes.items() if dtype == "bfloat16"},
     )
     info = GroupInfo(model=model, provenance=provenance or {}, num_layers=num_layers, hidden_size=int(hidden.pop()))
-    store.write(info, batch)
+    store.write(info, batch, recorded={"written_by": "write_activations"})
     return info.name
 
 

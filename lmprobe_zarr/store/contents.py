@@ -177,7 +177,7 @@ def _array_table(arrays: Sequence[HeldArray]) -> Html:
 
 def describe_view(view: View) -> GroupContents:
     """What a view holds, from the documents of its parts."""
-    owners = (*view.parts, *view.annotations)
+    owners = view.owners
     # One pass over the tables of files, by far the longest thing in a part's document.
     weights: dict[str, int] = {}
     for part in owners:
@@ -203,7 +203,7 @@ def describe_view(view: View) -> GroupContents:
         prompts=len(view),
         tokens=int(view.token_counts().sum()),
         parts=len(view.parts),
-        annotations=len(view.annotations),
+        annotations=sum(not note.info.is_tombstone for note in view.annotations),
         layers=view.all_layers(),
         variables=tuple(held(level, name) for level in LEVELS for name in view.variables(level)),
         columns=tuple(held(level, name) for level in LEVELS for name in view.columns(level)),

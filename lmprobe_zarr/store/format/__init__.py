@@ -23,7 +23,15 @@ from lmprobe_zarr.store.format.names import (
     Level,
     validate_column_names,
 )
-from lmprobe_zarr.store.format.part import PartInfo, level_document, parse_part, parse_part_group, part_document
+from lmprobe_zarr.store.format.part import (
+    PartInfo,
+    level_document,
+    parse_part,
+    parse_part_group,
+    parse_removed,
+    part_document,
+    removed_document,
+)
 from lmprobe_zarr.store.format.part_names import PART_NAME, new_part_name, part_milliseconds, replacement_name
 from lmprobe_zarr.store.format.published import PUBLISHED_MARK, published_document
 from lmprobe_zarr.store.format.root import Published, is_root_document, parse_root, root_document
@@ -66,10 +74,12 @@ __all__ = [
     "parse_group",
     "parse_part",
     "parse_part_group",
+    "parse_removed",
     "parse_root",
     "part_document",
     "part_milliseconds",
     "published_document",
+    "removed_document",
     "replacement_name",
     "root_document",
     "validate_column_names",

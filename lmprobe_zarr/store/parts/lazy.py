@@ -38,7 +38,7 @@ class LazyArray(BackendArray):
         columns = tuple(slice(None) if i in listed else k for i, k in enumerate(inner))
         if all(isinstance(c, slice) and c == slice(None) for c in columns):
             columns = ()
-        values = self.array.read(_as_rows(layers, lengths[0]), at, columns)
+        values = self.array.read(_as_rows(layers, lengths[0]), at, columns, note=True)
         for i in listed:
             values = np.take(values, inner[i], axis=i + 2)
         if flip:

@@ -36,6 +36,7 @@ from lmprobe_zarr.store.format import (
     parse_part,
     parse_root,
     part_document,
+    removed_document,
     root_document,
     validate_column_names,
 )
@@ -103,6 +104,10 @@ class PartWriter:
         What is noted in the part and never read again: versions, device.
     alone : bool
         Leave the documents of root and group to the caller, who writes them later.
+    removed : mapping, optional
+        What a tombstone removes of all its prompts, see `PartInfo`; its batches hold prompts alone.
+    removed_counts : ndarray of int64, shape (prompt,), optional
+        Token rows that each prompt of a tombstone had.
 
     Notes
     -----
@@ -121,7 +126,10 @@ class PartWriter:
         replaces: tuple[str, ...] = (),
         recorded: Mapping[str, Any] | None = None,
         alone: bool = False,
+        removed: Mapping[str, tuple[int, ...] | None] | None = None,
+        removed_counts: Ints | None = None,
     ) -> None:
+        self.removed, self.removed_counts = dict(removed or {}), removed_counts
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
         self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
         self.compressed, self.durable, self.replaces, self.alone = compressed, durable, replaces, alone
@@ -265,13 +273,14 @@ class PartWriter:
             name=self.name,
             kind=self.kind,
             digests=digests_of(self._digests),
-            n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else None,
+            n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else self.removed_counts,
             layers=self._layers,
             arrays=dict(sorted(self._arrays.items())),
             files=dict(sorted(self._files.items())),
             recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
             replaces=self.replaces,
             odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
+            removed=self.removed,
         )
         document = part_document(info, self.group)
         parse_part(document, self.path)  # a part that could not be read must not become visible
@@ -328,6 +337,11 @@ class PartWriter:
             "prompt_row": {"instance_dimension": "prompt"},
             "position": {"whole_prompts": self._whole_prompts},  # if so, a reader knows the positions without reading them
         }
+        if self.removed:
+            # Once more beside the document: were that damaged, nobody else would know what is hidden.
+            attributes["prompt_sha256"] = {"removed": removed_document(self.removed)}
+            if self.removed_counts is not None:
+                columns["prompts/n_tokens"] = self.removed_counts
         for key, values in columns.items():
             level, name = key.split("/")
             text = values.dtype == object
