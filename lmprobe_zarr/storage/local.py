@@ -252,6 +252,9 @@ class LocalStorage(Storage):
     def is_file(self, key: str) -> bool:
         return os.path.isfile(self._path(key))
 
+    def scratch_folder(self) -> str | None:
+        return str(self._existing())
+
     def free_bytes(self) -> int | None:
         return shutil.disk_usage(self._existing()).free
 

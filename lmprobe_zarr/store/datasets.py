@@ -17,7 +17,7 @@ from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_o
 from lmprobe_zarr.errors import MissingPromptsError
 from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
 from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
-from lmprobe_zarr.tokens import TakenArray, TokenIndex, lazy_variable
+from lmprobe_zarr.tokens import SEVERAL_CALLS, TakenArray, TokenIndex, lazy_variable
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["Chunks", "to_dataset", "to_datatree"]
@@ -67,6 +67,10 @@ def to_dataset(
                 "extract them with keep_tokens=True"
             )
     data = _token_dataset(view, rows, counts[rows], chosen) if level == "tokens" else _prompt_dataset(view, rows, counts[rows], chosen)
+    if prompts is None and not view.one_call and len(view) > 1:
+        for name in ("prompt", "prompt_sha256", "text"):
+            if name in data.coords:
+                data.coords[name].attrs.update(SEVERAL_CALLS)
     attrs = {"group": view.group.name, "provenance": json.dumps(dict(view.group.provenance))}
     known = {"num_layers": view.group.num_layers, "hidden_size": view.group.hidden_size}
     data = data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})

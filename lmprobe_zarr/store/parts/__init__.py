@@ -3,6 +3,7 @@
 Other rooms import from this face. Never upkeep, models or xarray datasets.
 """
 
+from lmprobe_zarr.store.parts.call_order import CallOrder, merged_order
 from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, urls_of
 from lmprobe_zarr.store.parts.columns import as_column
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
@@ -19,6 +20,7 @@ __all__ = [
     "BUFFER_BYTES",
     "NOWHERE",
     "PART_BYTES",
+    "CallOrder",
     "Catalog",
     "FrozenStorage",
     "LazyArray",
@@ -35,6 +37,7 @@ __all__ = [
     "committed_at",
     "groups_of",
     "list_names",
+    "merged_order",
     "open_union",
     "open_view",
     "part_bytes_within",
