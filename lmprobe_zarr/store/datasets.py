@@ -17,6 +17,7 @@ from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_o
 from lmprobe_zarr.errors import MissingPromptsError
 from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
 from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
+from lmprobe_zarr.store.requested import requested_otherwise
 from lmprobe_zarr.tokens import SEVERAL_CALLS, TakenArray, TokenIndex, lazy_variable
 from lmprobe_zarr.typing import Ints
 
@@ -67,7 +68,8 @@ def to_dataset(
                 "extract them with keep_tokens=True"
             )
     data = _token_dataset(view, rows, counts[rows], chosen) if level == "tokens" else _prompt_dataset(view, rows, counts[rows], chosen)
-    if prompts is None and not view.one_call and len(view) > 1:
+    other = not view.one_call or requested_otherwise(view.storage.url, view.group.name, view.digests)
+    if prompts is None and len(view) > 1 and other:
         for name in ("prompt", "prompt_sha256", "text"):
             if name in data.coords:
                 data.coords[name].attrs.update(SEVERAL_CALLS)

@@ -48,7 +48,7 @@ def check_listed(array: xr.DataArray | xr.Dataset, given: Any, noun: str) -> Non
     if is_in_known_order(array) or (isinstance(given, xr.DataArray) and "prompt" in given.coords):
         return
     raise InvalidArgumentError(
-        f"{noun} are given as a bare {type(given).__name__}, but several calls have stored these activations, so their rows are in the "
-        "order of none of them\nname a column, give a mapping, a Series or a DataArray by prompt, or request the rows in the order of "
-        "your list: store.dataset(…, prompts=[…])"
+        f"{noun} are given as a bare {type(given).__name__}, but several calls have stored or requested these prompts, so nothing says "
+        "that the list is in the order of the rows\nname a column, give a mapping, a Series or a DataArray by prompt, or request the rows "
+        "in the order of your list: store.dataset(…, prompts=[…])"
     )
