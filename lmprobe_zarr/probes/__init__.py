@@ -12,6 +12,7 @@ or from ``controls``, ``curves``, ``metrics`` and ``token_controls``.
 
 from __future__ import annotations
 
+from lmprobe_zarr.probes.absent import describe_unfit
 from lmprobe_zarr.probes.classifiers import check_task, converged, fit_in_place, has_strength, make_probe, named_probes
 from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
@@ -90,6 +91,7 @@ __all__ = [
     "class_scores",
     "coefficients",
     "converged",
+    "describe_unfit",
     "dump_probe",
     "empty_sums",
     "evaluate_classification",

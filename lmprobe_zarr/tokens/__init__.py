@@ -4,8 +4,9 @@ Never a store, never a fit. Everything that others use is in this face.
 """
 
 from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
-from lmprobe_zarr.tokens.lazy import TakenArray, lazy_variable, tidy_key
+from lmprobe_zarr.tokens.lazy import TakenArray, lazy_variable, stored_rows, tidy_key
 from lmprobe_zarr.tokens.masks import mask_tokens
+from lmprobe_zarr.tokens.prompt_labels import prompt_coordinates
 from lmprobe_zarr.tokens.prompts import pad_tokens, pool_tokens, prompts_of, token_texts, tokens_at
 from lmprobe_zarr.tokens.row_order import SEVERAL_CALLS, check_listed, is_in_known_order, order_attributes
 
@@ -21,7 +22,9 @@ __all__ = [
     "order_attributes",
     "pad_tokens",
     "pool_tokens",
+    "prompt_coordinates",
     "prompts_of",
+    "stored_rows",
     "tidy_key",
     "token_texts",
     "tokens_at",
