@@ -14,7 +14,7 @@ from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.request import check_request
 from lmprobe_zarr.extraction.run import carry_out, prepare
 from lmprobe_zarr.extraction.shares import sendable
-from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Place, open_again
+from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Place, note_request, open_again
 from lmprobe_zarr.store.format import Provenance
 from lmprobe_zarr.tasks import check_client, is_in_process
 
@@ -287,4 +287,7 @@ def extract(
         if not is_in_process(client):
             for root in opened.stack:
                 root.storage.check_reach()  # here, since a worker that cannot unpickle its task reports nothing
-    return carry_out(request, options).stats
+    outcome = carry_out(request, options)
+    if len(outcome.prompts.row) == len(outcome.prompts):
+        note_request(opened.url, outcome.group.name, outcome.prompts.sha256)
+    return outcome.stats

@@ -25,6 +25,7 @@ from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.models import PromptKind
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.store.format import Level
+from lmprobe_zarr.store.parts import CallOrder
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Request", "Wanted", "check_request"]
@@ -56,6 +57,8 @@ class Request:
         Name of the stored group.
     chat : ChatOptions
         How chats are rendered.
+    order : CallOrder, optional
+        Where the prompts are in the list of the call, if they are not all of it.
     """
 
     choice: ModelChoice
@@ -72,6 +75,7 @@ class Request:
     refresh: bool = False
     group: str | None = None
     chat: ChatOptions = NO_CHAT_OPTIONS
+    order: CallOrder | None = None
 
     @property
     def layered(self) -> bool:

@@ -23,6 +23,7 @@ from lmprobe_zarr.store.datasets import Chunks, to_dataset, to_datatree
 from lmprobe_zarr.store.format import GroupInfo, Provenance
 from lmprobe_zarr.store.parts import (
     PART_BYTES,
+    CallOrder,
     Catalog,
     Listing,
     Mode,
@@ -584,6 +585,7 @@ class Store:
         if info.name in self.groups(whole=False):
             self.view(info, whole=False).find(batch.sha256)
         with self.new_part(info, kind=kind, compressed=compressed, recorded=recorded) as writer:
+            writer.order = CallOrder.of(batch.sha256) if kind == "part" else None
             writer.append(batch)
             return writer.commit().name
 

@@ -3,6 +3,7 @@
 Other rooms import from this face. Never upkeep, models or xarray datasets.
 """
 
+from lmprobe_zarr.store.parts.call_order import CallOrder, merged_order
 from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, urls_of, visible_parts
 from lmprobe_zarr.store.parts.columns import as_column
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
@@ -22,6 +23,7 @@ __all__ = [
     "NOWHERE",
     "NO_LAYER",
     "PART_BYTES",
+    "CallOrder",
     "Catalog",
     "Cell",
     "FrozenStorage",
@@ -40,6 +42,7 @@ __all__ = [
     "committed_at",
     "groups_of",
     "list_names",
+    "merged_order",
     "open_union",
     "open_view",
     "part_bytes_within",

@@ -371,4 +371,4 @@ def open_union(catalogs: Sequence[Catalog], info: GroupInfo, *, whole: bool = Tr
     found = [catalog.parts_and_annotations(info, whole=whole) for catalog in reversed(catalogs)][::-1]
     parts = [part for parts, _ in found for part in parts]
     notes = [note for _, notes in found for note in notes]
-    return open_view(catalogs[-1].storage, info, parts, notes)
+    return open_view(catalogs[-1].storage, info, parts, notes, in_call_order=True)

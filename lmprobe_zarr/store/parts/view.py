@@ -15,6 +15,7 @@ from lmprobe_zarr.batch import HASH_DIGITS, given_prompts, hashes_of, is_hash, i
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, PromptCollisionError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
+from lmprobe_zarr.store.parts.call_order import places_in_one_call
 from lmprobe_zarr.store.parts.part import Part
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
 from lmprobe_zarr.typing import Ints, Mask
@@ -35,12 +36,15 @@ class View:
     parts, annotations : tuple of Part
         In their order, replaced ones left out. Tombstones are among the annotations.
     digests : ndarray of uint8, shape (prompt, 32)
-        sha256 of every prompt, in the order of first appearance.
+        sha256 of every prompt: in the order of the call that wrote them, or in that of first appearance.
     members : tuple of ndarray of int64
         For each part and then each annotation: which prompt of the view each of its prompts is, −1 for none. Of a part it is −1 only where
         tombstones hide all of a prompt.
     keys : pandas.Index of uint64
         The first 16 digits of every digest, as a number, for looking prompts up.
+    one_call : bool
+        Whether all prompts were written by one call, or by calls with the same prompts in the same order, so that they are in the order in
+        which these were given.
     """
 
     storage: Storage
@@ -50,6 +54,7 @@ class View:
     digests: npt.NDArray[np.uint8]
     members: tuple[Ints, ...]
     keys: pd.Index[Any]
+    one_call: bool = False
 
     def __len__(self) -> int:
         """Prompts in the view."""
@@ -282,8 +287,13 @@ def _layers_of(part: Part, key: str) -> tuple[int, ...]:
     return part.info.removed.get(key) or () if part.info.is_tombstone else part.info.layers
 
 
-def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotations: Sequence[Part]) -> View:
+def open_view(
+    storage: Storage, group: GroupInfo, parts: Sequence[Part], annotations: Sequence[Part], *, in_call_order: bool = False
+) -> View:
     """The union of parts and annotations, given in their order.
+
+    With `in_call_order`, the prompts of one call are in its order, whatever order its parts have. Otherwise they are in the order of first
+    appearance, so that those of a single part are numbered as in the part.
 
     Raises
     ------
@@ -297,6 +307,11 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
     # Parts and annotations in their order decide together which column is the last; see `View.source`.
     every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
     codes, first = _first_appearance(keys_of(every))
+    places = places_in_one_call([part.info for part in shown])
+    if in_call_order and places is not None and len(first):
+        # The place of every prompt, which is the same in each part that holds it.
+        order = np.argsort(np.concatenate(places)[first], kind="stable")
+        first, codes = first[order], np.argsort(order, kind="stable")[codes]
     digests = every[first]
     whole = every[:, HASH_DIGITS // 2 :].any(axis=1)
     digests[codes[whole]] = every[whole]
@@ -316,7 +331,7 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
                 f"the annotation {note.info.name} of {storage.url}/{group.name} is of another prompt with the same hash"
             )
         members.append(rows)
-    view = View(storage, group, shown, noted, digests, tuple(members), keys)
+    view = View(storage, group, shown, noted, digests, tuple(members), keys, one_call=places is not None)
     return _without_removed(view) if any(note.info.is_tombstone for note in noted) else view
 
 

@@ -22,6 +22,7 @@ from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGone
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
+    CALL_ORDER,
     LEVELS,
     SAMPLE_DIM,
     ArrayInfo,
@@ -40,6 +41,7 @@ from lmprobe_zarr.store.format import (
     root_document,
     validate_column_names,
 )
+from lmprobe_zarr.store.parts.call_order import CallOrder
 from lmprobe_zarr.store.parts.columns import as_column, storable, text_rows
 from lmprobe_zarr.typing import Array, Ints
 
@@ -108,6 +110,8 @@ class PartWriter:
         What a tombstone removes of all its prompts, see `PartInfo`; its batches hold prompts alone.
     removed_counts : ndarray of int64, shape (prompt,), optional
         Token rows that each prompt of a tombstone had.
+    order : CallOrder, optional
+        Where the prompts are in the list of their call, which the part records. None for a part that is a call of its own.
 
     Notes
     -----
@@ -128,12 +132,14 @@ class PartWriter:
         alone: bool = False,
         removed: Mapping[str, tuple[int, ...] | None] | None = None,
         removed_counts: Ints | None = None,
+        order: CallOrder | None = None,
     ) -> None:
         self.removed, self.removed_counts = dict(removed or {}), removed_counts
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
         self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
         self.compressed, self.durable, self.replaces, self.alone = compressed, durable, replaces, alone
-        self.recorded = {"python": platform.python_version(), **(recorded or {})}
+        self.recorded = {"python": platform.python_version(), **{k: v for k, v in (recorded or {}).items() if k != CALL_ORDER}}
+        self.order = order
         self.nbytes = self.held_nbytes = 0
         self._files: dict[str, tuple[int, int]] = {}
         self._arrays: dict[str, ArrayInfo] = {}
@@ -268,16 +274,18 @@ class PartWriter:
             self._arrays[key] = buffer.finish()
         self._write_columns()
         self._write_documents()
+        digests = digests_of(self._digests)
+        order = {} if self.order is None else {CALL_ORDER: self.order.record(digests)}
         info = PartInfo(
             group=self.group.name,
             name=self.name,
             kind=self.kind,
-            digests=digests_of(self._digests),
+            digests=digests,
             n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else self.removed_counts,
             layers=self._layers,
             arrays=dict(sorted(self._arrays.items())),
             files=dict(sorted(self._files.items())),
-            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
+            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded, **order},
             replaces=self.replaces,
             odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
             removed=self.removed,

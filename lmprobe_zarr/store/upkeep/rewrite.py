@@ -10,7 +10,7 @@ from typing import Any
 
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import Part, PartWriter, committed_at, open_view, read_batches
+from lmprobe_zarr.store.parts import Part, PartWriter, committed_at, merged_order, open_view, read_batches
 from lmprobe_zarr.store.upkeep.tombstones import write_tombstone
 from lmprobe_zarr.typing import Ints
 
@@ -59,6 +59,7 @@ def new_writer(
         replaces=replaces,
         recorded={**alike, **written, **(recorded or {})},
         alone=alone,
+        order=merged_order(infos),
     )
 
 
@@ -115,6 +116,7 @@ def write_rows(
     part, rows, without, layers
         See `write_again`.
     """
+    writer.order = merged_order([part.info])
     with writer:
         for batch in read_batches(open_view(source, writer.group, [part], []), rows, without=without, layers=layers):
             writer.append(batch)
