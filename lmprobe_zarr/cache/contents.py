@@ -17,7 +17,7 @@ from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
 from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
 from lmprobe_zarr.cache.place import lmprobe_entries, open_cache, place_name
 from lmprobe_zarr.store import GivenProvenance, Model, Place, Store, ambiguous
-from lmprobe_zarr.store.format import LEVELS, GroupInfo
+from lmprobe_zarr.store.format import LEVELS, GroupInfo, unrecorded_fields
 from lmprobe_zarr.store.parts import View, committed_at, read_values
 from lmprobe_zarr.store.upkeep import EvictionEntry
 
@@ -110,6 +110,7 @@ def _describe_group(store: Store, info: GroupInfo, entries: list[EvictionEntry])
         has_router="router" in every,
         oldest=_moment(min(entry.committed for entry in entries)),
         newest=_moment(max(entry.touched for entry in entries)),
+        unknown=unrecorded_fields(info.provenance),
     )
 
 

@@ -10,7 +10,7 @@ from lmprobe_zarr.cli.printing import plain, print_json
 from lmprobe_zarr.display import format_bytes, format_table, shorten, terminal_width, visible
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import GroupContents, HeldArray, describe_view, differences, open_store
-from lmprobe_zarr.store.format import LEVELS
+from lmprobe_zarr.store.format import LEVELS, unrecorded_fields
 
 __all__ = ["add_info", "add_show"]
 
@@ -97,6 +97,7 @@ def _document(contents: GroupContents) -> dict[str, Any]:
         "nbytes": contents.nbytes,
         "modules": contents.found,
         "provenance": dict(contents.group.provenance),
+        "unknown": list(unrecorded_fields(contents.group.provenance)),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def fill_here(work: Work, options: Options) -> Written:
     ingest = Ingest(
         options.sink or lookup.request.store, lookup.makes_group, part_bytes=options.keeping.part_bytes,
         part_seconds=options.part_seconds, precision=options.keeping.precision,
-        recorded={} if lookup.loaded is None else lookup.loaded.recorded,
+        recorded=_recorded(lookup),
     )  # fmt: skip
     with progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0) as advance, ingest:
         for batch in _pooled_from_tokens(lookup):
@@ -45,6 +46,13 @@ def fill_here(work: Work, options: Options) -> Written:
         for batch in _run_model(work, options, advance):
             ingest.put(with_columns(batch, rows, work.columns, store_text=options.store_text))
     return Written(nbytes=ingest.nbytes, parts=len(ingest.parts), not_finite=ingest.not_finite, blank=ingest.blank)
+
+
+def _recorded(lookup: Lookup) -> dict[str, Any]:
+    """What is noted in the parts; with the whole provenance of the model where their group does not record it."""
+    if lookup.loaded is None:
+        return {}
+    return {**lookup.loaded.recorded, **({"provenance": dict(lookup.loaded.provenance)} if lookup.unknown else {})}
 
 
 def _run_model(work: Work, options: Options, advance: Callable[[int], None]) -> Iterator[TokenBatch]:

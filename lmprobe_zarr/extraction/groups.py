@@ -15,7 +15,7 @@ from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.models import ModelIdentity
 from lmprobe_zarr.extraction.request import Request
 from lmprobe_zarr.store import NamedModel, ambiguous
-from lmprobe_zarr.store.format import GroupInfo
+from lmprobe_zarr.store.format import GroupInfo, unrecorded_fields
 
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models import LoadedModel
@@ -109,7 +109,7 @@ def contradictions(request: Request, model: ModelIdentity | LoadedModel, info: G
 
 def unrecorded(info: GroupInfo) -> tuple[str, ...]:
     """The fields of the provenance that a group does not record; none of a group that `extract` made."""
-    return tuple(name for name in models.PROVENANCE_FIELDS if name not in info.provenance)
+    return unrecorded_fields(info.provenance)
 
 
 def _find_own(request: Request, loaded: LoadedModel) -> GroupInfo | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.store.format import describe_unrecorded
 
 __all__ = ["ExtractPlan", "ExtractStats", "HeldElsewhere", "describe_elsewhere"]
 
@@ -41,7 +42,8 @@ class HeldElsewhere:
         held = f"{self.prompts} in group {self.group!r} of {self.model!r}"
         if self.differs:
             return f"{held}, which differs in {', '.join(self.differs)}"
-        return f"{held}, which does not record {', '.join(self.unknown)}; if it is the same model: group={self.group!r} or provenance='any'"
+        unknown = describe_unrecorded(self.unknown)
+        return f"{held}, which does not record {unknown}; if it is the same model: group={self.group!r} or provenance='any'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +128,7 @@ class ExtractPlan:
             "free": f"{free}{'' if self.fits else ', which is too little'}",
         }
         if self.unknown:
-            rows["unknown"] = f"{', '.join(self.unknown)}: group {self.group!r} does not record it, and is taken on your word"
+            rows["unknown"] = f"{', '.join(self.unknown)}: not recorded by group {self.group!r}, which is taken on your word"
         lines = [f"{name:<10}{value}" for name, value in rows.items()]
         lines += [f"{'' if number else 'elsewhere':<10}{held}" for number, held in enumerate(self.elsewhere)]
         return "\n".join(lines)
@@ -190,7 +192,7 @@ class ExtractStats:
         loaded = "" if self.model_loaded else "; the model was not loaded"
         odd = f"; {self.not_finite} values are not finite" if self.not_finite else ""
         odd += f"; {self.blank} rows are all zeros" if self.blank else ""
-        odd += f"; group {self.group!r} does not record {', '.join(self.unknown)}" if self.unknown else ""
+        odd += f"; group {self.group!r} does not record {describe_unrecorded(self.unknown)}" if self.unknown else ""
         return (
             f"{self.model}: {self.prompts} prompts, {self.found} found in the store, {self.extracted} extracted "
             f"({self.tokens} tokens, {format_bytes(self.nbytes)}) in {self.seconds:.1f} s{loaded}{odd}"
@@ -211,7 +213,7 @@ def describe_elsewhere(plan: ExtractPlan, *, open_dtype: bool) -> str:
         if held.can_serve:
             lines.append(
                 f"{held.prompts} of {plan.missing} prompts to extract are stored in group {held.group!r} of {held.model!r}, which does not "
-                f"record {', '.join(held.unknown)}: if it is the same model, give group={held.group!r} or provenance='any'"
+                f"record {describe_unrecorded(held.unknown)}: if it is the same model, give group={held.group!r} or provenance='any'"
             )
         elif open_dtype and held.differs == ("compute_dtype",) and not held.unknown:
             lines.append(

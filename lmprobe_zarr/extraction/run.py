@@ -29,7 +29,7 @@ from lmprobe_zarr.extraction.work import Work, decide
 from lmprobe_zarr.log import cache_logger, warn
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Store, ambiguous
-from lmprobe_zarr.store.format import GroupInfo
+from lmprobe_zarr.store.format import GroupInfo, describe_unrecorded
 from lmprobe_zarr.tasks import run_on_client, stop_if_cancelled
 
 __all__ = ["Outcome", "carry_out", "complete", "prepare", "without_damaged_parts"]
@@ -173,7 +173,7 @@ def _note_unknown(work: Work) -> None:
     if lookup.unknown and lookup.request.store.note_once(f"unknown {plan.group}"):
         cache_logger().warning(
             "[cache] group %r serves %r although it does not record %s: that is taken on your word", plan.group, plan.model,
-            ", ".join(plan.unknown),
+            describe_unrecorded(plan.unknown),
         )  # fmt: skip
     if not lookup.unknown and (message := describe_elsewhere(plan, open_dtype=lookup.request.choice.dtype == "auto")):
         warn(message)

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from lmprobe_zarr import config
 from lmprobe_zarr.errors import InvalidTypeError
 from lmprobe_zarr.store.format import GroupInfo
 
-__all__ = ["Model", "NamedModel", "name_of_model"]
+__all__ = ["Model", "NamedModel"]
 
 Model = str | os.PathLike[str]
 WEIGHTS: Final = "weights"
@@ -128,22 +128,6 @@ class NamedModel:
         if not any(info.provenance.get(WEIGHTS) == self.digest for info in named):
             return named
         return [info for info in named if info.provenance.get(WEIGHTS, self.digest) == self.digest]
-
-
-def name_of_model(model: Any) -> str:
-    """The name that a model's activations are stored under, for calls that write what was computed elsewhere.
-
-    Parameters
-    ----------
-    model : str or path
-        A name or hub id, which is kept as it is; or the path of a folder, of which the last part is the name.
-
-    Returns
-    -------
-    str
-    """
-    named = NamedModel(model)
-    return named.name if named.is_path else named.given
 
 
 def _must_be_path(text: str) -> bool:
