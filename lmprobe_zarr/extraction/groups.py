@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidArgumentError
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.models import ModelIdentity
 from lmprobe_zarr.extraction.request import Request
@@ -35,7 +35,7 @@ def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[Gro
     Raises
     ------
     AmbiguousProvenanceError
-        Several groups match what is known of the model.
+        Several groups match what is known of the model; or any may, and several models have its name.
     InvalidArgumentError
         The group that the call names says that it is of another model, or that it was computed otherwise.
     """
@@ -60,6 +60,11 @@ def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[Gro
         return certain
     held = [info for info in request.store.groups(whole=False).values() if info not in certain and is_alike(request, model.name, info)]
     taken = [info for info in held if not contradictions(request, model, info) and request.store.holds_parts(info.name)]
+    taken = [info for info in taken if _is_named(request, model.name, info)] or taken
+    if len(names := sorted({info.model for info in taken if not _is_named(request, model.name, info)})) > 1:
+        raise AmbiguousProvenanceError(
+            f"provenance='any' does not say which of {', '.join(map(repr, names))} is {model.name!r}: name one of their groups with group="
+        )
     return certain + sorted(taken, key=lambda info: (len(unrecorded(info)), len(info.provenance), info.name))
 
 
@@ -80,12 +85,15 @@ def group_of(loaded: LoadedModel, request: Request) -> GroupInfo:
 
 
 def is_alike(request: Request, name: str, info: GroupInfo) -> bool:
-    """Whether a group is stored under the model's name, or under a path that leads to it or ends in its name."""
-    last = info.model.rstrip("/").rpartition("/")[2]
-    if info.model == name or last == name.rpartition("/")[2]:
-        return True
+    """Whether a group could be of a model by its name: it is the model's, or a path that leads to it or ends in its name."""
+    same_end = info.model.rstrip("/").rpartition("/")[2] == name.rpartition("/")[2]
+    return _is_named(request, name, info) or (same_end and ("/" not in name or NamedModel(info.model).is_path))
+
+
+def _is_named(request: Request, name: str, info: GroupInfo) -> bool:
     model = request.choice.model
-    return isinstance(model, (str, os.PathLike)) and request.choice.name is None and NamedModel(model).is_named(info)
+    by_path = isinstance(model, (str, os.PathLike)) and request.choice.name is None and NamedModel(model).is_named(info)
+    return info.model == name or by_path
 
 
 def contradictions(request: Request, model: ModelIdentity | LoadedModel, info: GroupInfo) -> dict[str, str]:

@@ -96,13 +96,15 @@ class NamedModel:
         if not self.is_path and (named := [info for info in infos if info.model == self.given]):
             return self._of_folder(named)
         if self.folder is None:
-            return self._under_path(infos) or [info for info in infos if info.model == self.name]
+            return self._under_path(infos) or [
+                info for info in infos if info.model == self.name or (unknown and self._ends_in_name(info.model))
+            ]
         silent = [info for info in infos if WEIGHTS not in info.provenance]
         found = self._under_path(silent)
         if self.digest is None:
             found = self._under_path(infos) or [info for info in infos if info.model == self.name]
         elif unknown:
-            found += [info for info in silent if info.model == self.name and info not in found]
+            found += [info for info in silent if self._ends_in_name(info.model) and info not in found]
         equal = [info for info in infos if self.digest is not None and info.provenance.get(WEIGHTS) == self.digest]
         equal = [info for info in equal if info.model == self.name] or equal
         wanted = {info.name for info in ([*equal, *found] if unknown or not equal else equal)}
@@ -117,6 +119,10 @@ class NamedModel:
         if name == self.given:
             return True
         return (self.folder is not None or (self.is_path and _names_path(name))) and _resolved(name) == self.path
+
+    def _ends_in_name(self, name: str) -> bool:
+        """Whether a name is the folder's, or a path that ends in it, such as that of the folder before it was moved."""
+        return name == self.name or (_must_be_path(name) and name.rstrip("/").rpartition("/")[2] == self.name)
 
     def _under_path(self, groups: Iterable[GroupInfo]) -> list[GroupInfo]:
         return [info for info in groups if self.is_path_of(info.model)]

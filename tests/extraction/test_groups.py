@@ -12,7 +12,7 @@ import pytest
 from command_line import call, call_json
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.errors import CacheWarning, InvalidArgumentError, InvalidTypeError, MissingPromptsError
+from lmprobe_zarr.errors import AmbiguousProvenanceError, CacheWarning, InvalidArgumentError, InvalidTypeError, MissingPromptsError
 from lmprobe_zarr.store.format import GroupInfo, unrecorded_fields
 from lmprobe_zarr.store.store import Store
 
@@ -103,7 +103,7 @@ def options_of(how: str, group: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("how", ["group", "any"])
 def test_an_imported_group_serves_where_the_caller_says_that_it_is_this_model(
-    moved: tuple[Store, str], truth: dict[str, list[Any]], llama: Path, how: str, runs: list[int]
+    moved: tuple[Store, str], truth: dict[str, list[Any]], llama: Path, how: str, runs: list[int], tmp_path: Path
 ) -> None:
     store, group = moved
     given = options_of(how, group)
@@ -116,7 +116,7 @@ def test_an_imported_group_serves_where_the_caller_says_that_it_is_this_model(
         np.testing.assert_array_equal(rows.values[:, number], [layer[-1] for layer in truth[prompt]])
     probe = lz.Probe(llama, layers="all", store=store, cache_only=True, **given).fit(POSITIVE, NEGATIVE)
     assert probe.warmup(PROMPTS).hit_rate == 1.0
-    own = lz.Probe(llama, layers="all", store="memory://own-of-groups", device="cpu").fit(POSITIVE, NEGATIVE)
+    own = lz.Probe(llama, layers="all", store=tmp_path / "own", device="cpu").fit(POSITIVE, NEGATIVE)
     np.testing.assert_allclose(probe.predict_proba(PROMPTS), own.predict_proba(PROMPTS), atol=1e-5)
     found = lz.discover_cached(llama, PROMPTS[0], store=store, **given)
     assert found is not None
@@ -127,7 +127,7 @@ def test_an_imported_group_serves_where_the_caller_says_that_it_is_this_model(
 
 @pytest.mark.parametrize("how", ["group", "any"])
 def test_what_the_group_lacks_is_added_to_it_with_its_provenance_in_the_part(
-    moved: tuple[Store, str], truth: dict[str, list[Any]], llama: Path, how: str, runs: list[int]
+    moved: tuple[Store, str], truth: dict[str, list[Any]], llama: Path, how: str, runs: list[int], tmp_path: Path
 ) -> None:
     store, group = moved
     stats = lz.extract(llama, [*NEW, *PROMPTS], store=store, device="cpu", progress=False, **options_of(how, group))
@@ -367,3 +367,18 @@ def test_the_command_line_uses_what_was_imported(
 
 def test_what_records_nothing_is_unknown_altogether() -> None:
     assert len(unrecorded_fields(GroupInfo(model="m").provenance)) == 10
+
+
+def test_an_import_under_the_path_from_before_a_move_is_of_the_folder(tmp_path: Path, truth: dict[str, list[Any]], llama: Path) -> None:
+    store = lz.open_store(tmp_path)
+    group = write(store, truth, f"/old/place/{llama.name}")
+    (held,) = lz.plan_extract(llama, PROMPTS, store=store).elsewhere
+    assert held.group == group
+    assert lz.plan_extract(llama, PROMPTS, store=store, provenance="any").found == 10
+    assert lz.discover_cached(llama, PROMPTS[0], store=store, provenance="any") is not None
+    assert lz.discover_cached(llama, PROMPTS[0], store=store, group=group) is not None
+    assert lz.discover_cached(llama, PROMPTS[0], store=store) is None
+    other = write(store, truth, f"/another/place/{llama.name}")
+    with pytest.raises(AmbiguousProvenanceError, match="does not say which of"):
+        lz.plan_extract(llama, PROMPTS, store=store, provenance="any")
+    assert lz.plan_extract(llama, PROMPTS, store=store, group=other).found == 10
