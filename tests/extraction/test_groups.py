@@ -156,14 +156,17 @@ def test_a_model_object_is_served_too(moved: tuple[Store, str], llama: Path, run
     assert runs == []
 
 
-def test_workers_add_to_the_named_group(moved: tuple[Store, str], llama: Path) -> None:
-    from distributed import Client
-
-    store, group = moved
-    with Client(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as client:  # type: ignore[no-untyped-call]
+def test_workers_add_to_the_group_that_was_found(tmp_path: Path, truth: dict[str, list[Any]], llama: Path) -> None:
+    distributed: Any = pytest.importorskip("distributed")
+    store = lz.open_store(tmp_path)
+    group = write(store, truth, llama.name)
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
         stats = lz.extract(llama, [*PROMPTS, *NEW], store=store, device="cpu", client=client, provenance="any", progress=False)
     assert (stats.found, stats.extracted, stats.group) == (10, 2, group)
-    assert list(lz.open_store(store.storage.url).groups()) == [group]
+    assert list(lz.open_store(tmp_path).groups()) == [group]
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is said
