@@ -49,8 +49,7 @@ from lmprobe_zarr.probes import (
     parse_probe,
     split_labels,
 )
-from lmprobe_zarr.store import Place
-from lmprobe_zarr.store.format import Provenance
+from lmprobe_zarr.store import GivenProvenance, Place, parse_provenance
 from lmprobe_zarr.tokens import TokenIndex
 from lmprobe_zarr.typing import Array, Ints
 
@@ -107,7 +106,7 @@ class Probe:
     legacy : {"auto", "never"}
         Whether lmprobe's own entries beside the cache serve a call if they hold all of its prompts and layers.
     group : str, optional
-        Name of a stored group, if several of the model match.
+        Name of a stored group, if several of the model match, or if it is of this model and does not record that, as after an import.
     name, tokenizer, revision, max_length, truncation, provenance, modules, trust_remote_code, device_map
         As for `lmprobe_zarr.extract`.
     add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
@@ -158,7 +157,7 @@ class Probe:
         revision: str | None = None,
         max_length: int | None = None,
         truncation: bool = False,
-        provenance: Provenance | None = None,
+        provenance: GivenProvenance = None,
         modules: Mapping[str, str] | None = None,
         trust_remote_code: bool = False,
         device_map: Any = None,
@@ -330,16 +329,17 @@ class Probe:
         """The supply of activations; with `as_fitted`, of those computed in the dtype that the probe learned from."""
         if batch_size is not None:
             check_batch_size(batch_size)
+        fields, any_provenance = parse_provenance(self.provenance)
         choice = ModelChoice(
             model=self.model, name=self.name, tokenizer=self.tokenizer, revision=self.revision, max_length=self.max_length,
             dtype=self.dtype_ if as_fitted and self.dtype is None else self.dtype, truncation=self.truncation, modules=self.modules,
-            provenance=dict(self.provenance or {}), trust_remote_code=self.trust_remote_code,
+            provenance=dict(fields), trust_remote_code=self.trust_remote_code,
             add_special_tokens=self.add_special_tokens,
         )  # fmt: skip
         return Supply(
             choice=choice, store=self.store, device=self.device, device_map=self.device_map, batch_size=batch_size or self.batch_size,
-            cache_only=self.cache_only, legacy=self.legacy, group=self.group, memory=self._memory,
-            chat=self._chat_options(),
+            cache_only=self.cache_only, legacy=self.legacy, group=self.group,
+            any_provenance=any_provenance, memory=self._memory, chat=self._chat_options(),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------- fitting

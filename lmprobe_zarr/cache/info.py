@@ -33,6 +33,8 @@ class ModelCacheInfo:
     has_pooled, has_tokens, has_perplexity, has_logits, has_router : bool
     oldest, newest : datetime, optional
         First commit, and last commit or use, in UTC.
+    unknown : tuple of str
+        Fields of the provenance that the group does not record, as imported ones do not.
     """
 
     model_name: str
@@ -51,6 +53,7 @@ class ModelCacheInfo:
     has_router: bool = False
     oldest: datetime | None = None
     newest: datetime | None = None
+    unknown: tuple[str, ...] = ()
 
     @property
     def size_gb(self) -> float:
@@ -65,6 +68,7 @@ class ModelCacheInfo:
         what = "".join(f", {name}" for name, there in held.items() if there)
         what += f", {count_of(self.num_annotations, 'annotation')}" if self.num_annotations else ""
         what += f", columns {', '.join(self.columns)}" if self.columns else ""
+        what += ", provenance not recorded" if self.unknown else ""
         return f"{self.model_name}  {format_bytes(self.size_bytes)}  ({self.num_prompts} prompts, {self.num_layers} layers{what})"
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from lmprobe_zarr import config
 from lmprobe_zarr.cache.info import ClearSummary
-from lmprobe_zarr.cache.place import CachedModel, lmprobe_entries, open_cache, place_name
+from lmprobe_zarr.cache.place import lmprobe_entries, open_cache, place_name
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.log import cache_logger
-from lmprobe_zarr.store import Place, Store
+from lmprobe_zarr.store import Model, Place, Store
 from lmprobe_zarr.store.upkeep import EvictionEntry, EvictPlan, plan_evict, remove_entries
 
 __all__ = ["clear_cache", "evict"]
@@ -120,13 +120,13 @@ def evict(
     return plan
 
 
-def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = False) -> ClearSummary:
+def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool = False) -> ClearSummary:
     """Delete all cached activations, annotations and columns. This cannot be undone.
 
     Parameters
     ----------
-    model : str, optional
-        Only those of this model.
+    model : str or path, optional
+        Only those of this model: its name in the store, its hub id or its folder.
     url : path, URL or Store, or a sequence of these, optional
         Another place than the cache. Of several, only the last is cleared. A remote place is cleared only if it is named here.
     legacy : bool
@@ -149,7 +149,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     if opened is not None:
         opened = opened.own
         _may_remove(url, opened)
-        for info in opened.groups(whole=False).values() if model is None else CachedModel.of(model).groups(opened):
+        for info in opened.matching(model, whole=False):
             gone, _ = remove_entries(opened.catalog, opened.entries(info), columns=False, hide=False)
             opened.drop_empty_group(info)
             summary = summary.joined(ClearSummary.of(gone))
@@ -160,7 +160,7 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
                 f"lmprobe's own entries in {old.storage.url} are remote, and others may use them: delete them there yourself"
             )
         summary = summary.joined(ClearSummary(legacy=old.clear(model)))
-    elif old is not None and (left := sum(held.prompts for held in old.models() if model in (None, held.name))):
+    elif old is not None and (left := sum(held.prompts for held in old.models(model))):
         log.info("[cache] clear: %d entries of lmprobe's own remain in %s; legacy=True deletes them too", left, old.storage.url)
     log.info("[cache] clear: %s deleted in %s", summary, place_name(url))
     return summary

@@ -22,7 +22,7 @@ def add_cache(commands: Any) -> None:
     inner = group.add_subparsers(required=True, metavar="COMMAND")
     command = add_command(inner, "info", _info, "show what the cache holds, by model, and its size")
     command.add_argument("store", nargs="?", default=None, help="folder or URL to show instead of the cache")
-    command.add_argument("--model", help="only this model")
+    command.add_argument("--model", help="only this model: its name, hub id or folder")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -80,7 +80,7 @@ def _plan(plan: EvictPlan | None) -> dict[str, Any]:
 def add_clear(commands: Any) -> None:
     command = add_command(commands, "clear", _clear, "delete all cached activations; this cannot be undone")
     command.add_argument("store", nargs="?", default=None, help="folder or URL instead of the cache; needed for a remote place")
-    command.add_argument("--model", help="only activations of this model")
+    command.add_argument("--model", help="only activations of this model: its name, hub id or folder")
     command.add_argument("--legacy", action="store_true", help="also delete lmprobe's own entries beside the store")
     add_yes(command)
 

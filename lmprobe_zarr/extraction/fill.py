@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def fill_here(work: Work, options: Options) -> Written:
     ingest = Ingest(
         target, lookup.makes_group, part_bytes=options.keeping.part_bytes,
         part_seconds=options.part_seconds, precision=options.keeping.precision,
-        recorded={} if lookup.loaded is None else lookup.loaded.recorded,
+        recorded=_recorded(lookup),
         order=lookup.request.order or CallOrder.of(lookup.prompts.sha256),
     )  # fmt: skip
     with progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0) as advance, ingest:
@@ -76,6 +76,13 @@ def _scratch(target: Store) -> tuple[int, str | None]:
     with suppress(OSError):
         return min(SCRATCH_BYTES, shutil.disk_usage(folder or tempfile.gettempdir()).free // SCRATCH_SHARE), folder
     return 0, folder
+
+
+def _recorded(lookup: Lookup) -> dict[str, Any]:
+    """What is noted in the parts; with the whole provenance of the model where their group does not record it."""
+    if lookup.loaded is None:
+        return {}
+    return {**lookup.loaded.recorded, **({"provenance": dict(lookup.loaded.provenance)} if lookup.unknown else {})}
 
 
 def _run_model(

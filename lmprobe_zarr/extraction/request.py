@@ -55,6 +55,8 @@ class Request:
         Whether the model is run on stored prompts too.
     group : str, optional
         Name of the stored group.
+    any_provenance : bool
+        Whether groups of the model's name may serve that do not record all that identifies it.
     chat : ChatOptions
         How chats are rendered.
     order : CallOrder, optional
@@ -74,8 +76,14 @@ class Request:
     keep_passed: bool = False
     refresh: bool = False
     group: str | None = None
+    any_provenance: bool = False
     chat: ChatOptions = NO_CHAT_OPTIONS
     order: CallOrder | None = None
+
+    @property
+    def any_dtype(self) -> bool:
+        """Whether the group that serves decides in which dtype the model computes: the caller names the group, and no dtype."""
+        return (self.any_provenance or self.group is not None) and self.choice.dtype == "auto" and self.choice.by_name
 
     @property
     def layered(self) -> bool:
@@ -146,6 +154,7 @@ def check_request(
     keep_passed: bool = False,
     refresh: bool = False,
     group: str | None = None,
+    any_provenance: bool = False,
     chat: ChatOptions = NO_CHAT_OPTIONS,
 ) -> Request:
     """The request that these arguments describe.
@@ -168,6 +177,7 @@ def check_request(
     return Request(
         choice=choice, given=given, kind=kind, columns=check_columns(columns, len(given)), store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
+        any_provenance=any_provenance,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import xarray as xr
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import Html, card, definitions, escape, format_bytes, section, table, visible
 from lmprobe_zarr.errors import LmprobeZarrError
-from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level
+from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level, unrecorded_fields
 from lmprobe_zarr.store.parts import Catalog, View, groups_of, open_union, urls_of
 
 __all__ = ["GroupContents", "HeldArray", "StoreContents", "coverage_of", "describe_catalogs", "describe_view"]
@@ -131,6 +131,7 @@ class GroupContents:
             "size": format_bytes(self.nbytes),
             **({"modules": self.found} if self.found else {}),
             "provenance": ", ".join(f"{name}={value}" for name, value in known.items()) or "unknown",
+            **({"unknown": ", ".join(missing)} if (missing := unrecorded_fields(self.group.provenance)) else {}),
         }
 
     def to_html(self, *, opened: bool) -> Html:
@@ -146,12 +147,14 @@ class GroupContents:
         rest = [column for column in self.columns if column.name not in self.own_columns]
         provenance: Mapping[str, Any] = self.group.provenance
         known = {name: str(value) for name, value in provenance.items() if value is not None}
+        missing = unrecorded_fields(self.group.provenance)
+        absent = {"not recorded": ", ".join(missing)} if known and missing else {}
         return [
             definitions({**facts, "group": self.group.name}),
             section("Variables", _array_table(self.variables), opened=True, note=f"({len(self.variables)})"),
             section("Your columns", _array_table(own), opened=bool(own), note=f"({len(own)})"),
             section("Other columns", _array_table(rest), note=f"({len(rest)})"),
-            section("Provenance", definitions(known or {"": "unknown"}), note=f"({len(known)})"),
+            section("Provenance", definitions((known or {"": "unknown"}) | absent), note=f"({len(known)})"),
         ]
 
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.errors import MissingDependencyError
+from lmprobe_zarr.extraction.models.files import weights_digest
 from lmprobe_zarr.extraction.models.identity import (
     DTYPES,
     FIXED_FIELDS,
     PROVENANCE_FIELDS,
     ModelIdentity,
     Provenance,
+    folder_name,
     identify,
     model_name,
     modules_field,
@@ -42,6 +44,7 @@ __all__ = [
     "TokenizedPrompts",
     "Windows",
     "default_batch_tokens",
+    "folder_name",
     "identify",
     "length_limit",
     "load_model",
@@ -52,6 +55,7 @@ __all__ = [
     "prompts_kind",
     "run",
     "tokenize",
+    "weights_digest",
 ]
 
 _NEEDS_TORCH: Final = {

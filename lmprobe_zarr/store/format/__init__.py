@@ -8,7 +8,7 @@ from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, 
 from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
 from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
 from lmprobe_zarr.store.format.chunk import TEXT_BYTES, encode_chunk, file_entry, holds_checksum, is_intact
-from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field
+from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field, describe_unrecorded, unrecorded_fields
 from lmprobe_zarr.store.format.group import GroupInfo, Provenance, parse_group
 from lmprobe_zarr.store.format.names import (
     ANNOTATIONS,
@@ -66,6 +66,7 @@ __all__ = [
     "check_frame",
     "decode_range",
     "describe_field",
+    "describe_unrecorded",
     "encode_chunk",
     "file_entry",
     "holds_checksum",
@@ -87,5 +88,6 @@ __all__ = [
     "removed_document",
     "replacement_name",
     "root_document",
+    "unrecorded_fields",
     "validate_column_names",
 ]

@@ -52,6 +52,7 @@ class Catalog:
         self._groups: dict[str, GroupInfo] = {}
         self._damaged: dict[str, CorruptPartError] = {}
         self._versions: dict[str, Hashable] = {}
+        self._noted: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.storage, self.mode, self.durable, self.rank)
@@ -70,6 +71,12 @@ class Catalog:
     def damage(self) -> tuple[CorruptPartError, ...]:
         """Errors of the damaged parts and groups that are left out, see `set_aside`."""
         return tuple(self._damaged.values())
+
+    def note_once(self, what: str) -> bool:
+        """Whether something is noted for the first time."""
+        is_new = what not in self._noted
+        self._noted.add(what)
+        return is_new
 
     # --------------------------------------------------------------------------------------------------------- groups
 
