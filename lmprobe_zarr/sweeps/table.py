@@ -316,8 +316,9 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 def _escape_markdown(text: str) -> str:
     """A text that means itself in a cell of a Markdown table."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", _in_a_line(text))
+    # Not every reader of Markdown takes a backslash before these.
+    text = re.sub(r"[&<>$~]", lambda found: f"&#{ord(found[0])};", _in_a_line(text))
+    return re.sub(r"(?<!&)([\\`*_{}\[\]|]|#)", r"\\\1", text)
 
 
 def _as_latex(layout: _Layout) -> str:
