@@ -10,16 +10,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_of
 from lmprobe_zarr.errors import MissingPromptsError
+from lmprobe_zarr.interchange import as_texts, to_interchange
 from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
 from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
 from lmprobe_zarr.store.requested import requested_otherwise
 from lmprobe_zarr.tokens import SEVERAL_CALLS, TakenArray, TokenIndex, lazy_variable, prompt_coordinates
-from lmprobe_zarr.typing import Ints
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Chunks", "to_dataset", "to_datatree"]
 
@@ -80,7 +80,7 @@ def to_dataset(
                 data.coords[name].attrs.update(SEVERAL_CALLS)
     attrs = {"group": view.group.name, "provenance": json.dumps(dict(view.group.provenance))}
     known = {"num_layers": view.group.num_layers, "hidden_size": view.group.hidden_size}
-    data = data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
+    data = to_interchange(data.assign_coords(model=view.group.model).assign_attrs(attrs | known))
     return data if chunks is None else data.chunk(_stored_chunks(data) if chunks == {} else chunks)
 
 
@@ -140,7 +140,7 @@ def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...
         coords["statistic"] = list(STATISTICS)
     coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
     coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows))
-    return xr.Dataset(variables, coords=prompt_coordinates(view.hashes[rows])).assign_coords(coords)
+    return xr.Dataset(variables, coords=prompt_coordinates(as_texts(view.hashes[rows]))).assign_coords(coords)
 
 
 def _kept_tokens(counts: Ints) -> xr.Variable:
@@ -155,7 +155,7 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
     uniques, codes = np.unique(rows, return_inverse=True)
     by_token = np.repeat(codes.astype(np.int32), counts)
     order = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    index = TokenIndex(view.hashes[uniques], by_token, _positions(view, rows, counts))
+    index = TokenIndex(as_texts(view.hashes[uniques]), by_token, _positions(view, rows, counts))
     coords: dict[str, Any] = {}
     coords |= _layer_coords(view, layers)
     for name in view.columns("tokens"):
@@ -176,6 +176,6 @@ def _positions(view: View, rows: Ints, counts: Ints) -> Ints:
     return np.asarray(array.read(np.zeros(1, np.int64), slice(0, array.n_rows))[0], np.int64)
 
 
-def _digest_texts(view: View) -> npt.NDArray[np.str_]:
+def _digest_texts(view: View) -> Array:
     text = np.ascontiguousarray(view.digests).tobytes().hex()
-    return np.frombuffer(text.encode(), "S64").astype("U64")
+    return as_texts(np.frombuffer(text.encode(), "S64").astype("U64"))

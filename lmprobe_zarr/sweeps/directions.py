@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import (
     Labels,
     as_fit_dtype,
@@ -149,7 +150,7 @@ def _dataset(array: xr.DataArray, labels: Labels, task: str, estimator: str, lay
     }
     if "model" in array.coords and array.coords["model"].ndim == 0:
         data = data.assign_coords(model=str(array.coords["model"].item()))
-    return data
+    return to_interchange(data)
 
 
 def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.DataArray | xr.Dataset) -> xr.DataArray:
@@ -212,6 +213,5 @@ def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.D
         coords[f"{prefix}name"] = (dim, [name for name, *_ in rows])
         if all(layer is not None for _, layer, *_ in rows):
             coords[f"{prefix}layer"] = (dim, [layer for _, layer, *_ in rows])
-    return xr.DataArray(
-        found, dims=("direction", "other"), coords=coords, name="cosine", attrs={"long_name": "cosine similarity", "units": "1"}
-    )
+    attrs = {"long_name": "cosine similarity", "units": "1"}
+    return to_interchange(xr.DataArray(found, dims=("direction", "other"), coords=coords, name="cosine", attrs=attrs))

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import (
     as_fit_dtype,
     converged,
@@ -269,4 +270,4 @@ def _scores(transfer: _Transfer, found: list[_LayerScores]) -> xr.Dataset:
     models = {str(a.coords["model"].item()) for a in transfer.arrays if "model" in a.coords and a.coords["model"].ndim == 0}
     if len(models) == 1:
         scores.attrs["model"] = models.pop()
-    return scores
+    return to_interchange(scores)
