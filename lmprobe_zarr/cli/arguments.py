@@ -32,7 +32,7 @@ def add_store(command: argparse.ArgumentParser, *, positional: bool) -> None:
 
 
 def add_choice(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", help="name of the model, if the store holds several")
+    command.add_argument("--model", help="the model, if the store holds several: its name, hub id or folder")
     command.add_argument("--group", help="name of the group, if the model has several")
 
 

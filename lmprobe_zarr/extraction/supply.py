@@ -108,6 +108,7 @@ class Supply:
     cache_only: bool
     legacy: str
     group: str | None
+    any_provenance: bool
     memory: SupplyMemory
     chat: ChatOptions = NO_CHAT_OPTIONS
 
@@ -170,7 +171,7 @@ class Supply:
         return check_request(
             self.choice, prompts, store, layers=layers, sites=("resid",), pooling=pooling, outputs=NO_OUTPUTS, keep_passed=True,
             keep_tokens=any(stage.needs_tokens for stage in stages), refresh=refresh, group=self.group,
-            chat=self.chat,
+            any_provenance=self.any_provenance, chat=self.chat,
         )  # fmt: skip
 
     def _obtain(self, request: Request, options: Options, stages: Sequence[Stage]) -> tuple[Outcome, Entries | None]:

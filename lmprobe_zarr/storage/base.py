@@ -143,6 +143,10 @@ class Storage(ABC):
         """Whether a folder is reached by a link that points outside the place: such files are never removed."""
         return False
 
+    def scratch_folder(self) -> str | None:
+        """A local folder on the same medium for files that are never seen; None for the system's folder of temporary files."""
+        return None
+
     def free_bytes(self) -> int | None:
         """Bytes that may still be written; None where the place has no limit or does not say."""
         return None

@@ -279,6 +279,9 @@ class LocalStorage(Storage):
                 return False
             _raise_reading_error(error, self._path(key))
 
+    def scratch_folder(self) -> str | None:
+        return str(self._existing())
+
     def free_bytes(self) -> int | None:
         # Some network file systems answer 0, or nothing, though they can be written to. A disk that is full refuses the first write.
         try:

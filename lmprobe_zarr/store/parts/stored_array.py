@@ -44,17 +44,20 @@ class StoredArray:
         Its metadata.
     files : mapping of str to (int, int)
         The part's table of files, by their keys below the part; only this array's are used.
+    noted : bool
+        Whether a reading of it is noted as a use of the part.
     """
 
     storage: Storage
     path: str
     info: ArrayInfo
     files: Mapping[str, Sequence[int]]
+    noted: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Only this array's entries are sent to another process.
         files = {key: self.files[key] for key in map(self._file_key, self.info.chunk_keys()) if key in self.files}
-        return StoredArray, (self.storage, self.path, self.info, files)
+        return StoredArray, (self.storage, self.path, self.info, files, self.noted)
 
     def _file_key(self, chunk: str) -> str:
         level, name = self.path.rsplit("/", 2)[1:]
