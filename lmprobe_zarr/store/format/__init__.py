@@ -8,9 +8,10 @@ from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, 
 from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
 from lmprobe_zarr.store.format.chunk import TEXT_BYTES, encode_chunk, file_entry, holds_checksum, is_intact
 from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field
-from lmprobe_zarr.store.format.group import GroupInfo, Provenance, parse_group
+from lmprobe_zarr.store.format.group import GroupInfo, Provenance, check_new_provenance, parse_group
 from lmprobe_zarr.store.format.names import (
     ANNOTATIONS,
+    COLUMN,
     FORMAT,
     FORMAT_COLUMNS,
     GROUP_NAME,
@@ -31,6 +32,7 @@ from lmprobe_zarr.store.format.root import Published, is_root_document, parse_ro
 __all__ = [
     "ABSENT_FIELDS",
     "ANNOTATIONS",
+    "COLUMN",
     "FORMAT",
     "FORMAT_COLUMNS",
     "GROUP_NAME",
@@ -52,6 +54,7 @@ __all__ = [
     "Published",
     "array_dims",
     "check_frame",
+    "check_new_provenance",
     "decode_range",
     "describe_field",
     "encode_chunk",
