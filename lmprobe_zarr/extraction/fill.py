@@ -30,7 +30,7 @@ WINDOW_BATCHES: Final = 64
 # The caller's part_seconds shortens windows, as if each batch took this long: at 0 a window is one batch.
 BATCH_SECONDS: Final = 60 / 64
 # What is held of one window in memory, and beyond that in a scratch file, of which there must be this many times as much free space.
-WINDOW_BYTES: Final = 256 << 20
+WINDOW_BYTES: Final = 128 << 20
 SCRATCH_BYTES: Final = 4 << 30
 SCRATCH_SHARE: Final = 8
 

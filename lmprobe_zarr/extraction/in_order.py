@@ -21,7 +21,7 @@ from lmprobe_zarr.typing import Array, Ints
 __all__ = ["SLICE_BYTES", "InOrder"]
 
 # What is handed on at once. A few of these wait for the writer.
-SLICE_BYTES: Final = 32 << 20
+SLICE_BYTES: Final = 8 << 20
 
 
 class InOrder:
