@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,35 @@ def test_prompts_from_txt_jsonl_and_csv(tmp_path: Path) -> None:
     assert columns == {"y": [1, 0], "w": [0.5, 1.0], "s": ["a", "b"]}
 
 
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["1", "", "3"], [1, None, 3]),
+        (["true", "", "FALSE"], [True, None, False]),
+        (["x", "", "3"], ["x", "", "3"]),
+        (["", "", ""], ["", "", ""]),
+        (["1_000", "2", "3"], ["1_000", "2", "3"]),
+        (["\uff11", "2", "3"], ["\uff11", "2", "3"]),
+        ([" 1", "2", "3"], [" 1", "2", "3"]),
+        ([str(2**63), "2", "3"], [str(2**63), "2", "3"]),
+        ([str(2**63 - 1), "-2", "+3"], [2**63 - 1, -2, 3]),
+        (["1e999", "2", "3"], ["1e999", "2", "3"]),
+        ([str(2**53 + 1), "0.5", "3"], [str(2**53 + 1), "0.5", "3"]),
+        (["inf", ".5", "-1e3"], [np.inf, 0.5, -1000.0]),
+    ],
+)
+def test_a_cell_of_a_csv_is_a_number_only_where_it_stays_the_same(tmp_path: Path, cells: list[str], expected: list[Any]) -> None:
+    (tmp_path / "p.csv").write_text("text,y\n" + "".join(f'p{i},"{cell}"\n' for i, cell in enumerate(cells)), encoding="utf-8")
+    _, columns = read_prompts(str(tmp_path / "p.csv"), columns=["y"])
+    assert columns["y"] == expected
+    assert list(map(type, columns["y"])) == list(map(type, expected))
+
+
+def test_null_in_jsonl_is_a_missing_value(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "one", "y": null}\n{"text": "two", "y": 2}\n')
+    assert read_prompts(str(tmp_path / "p.jsonl"), columns=["y"]) == (["one", "two"], {"y": [None, 2]})
+
+
 def test_columns_of_a_csv_are_read_for_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("text,id,seen,w,n,s\na,007,true,0.5,1,x\nb,008,False,,2,\n")
     _, columns = read_prompts(str(tmp_path / "p.csv"), columns=["id", "seen", "w", "n", "s"])
@@ -73,7 +103,14 @@ def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ("p.csv", 'text\n"one\n', [], "is not CSV"),
         ("p.csv", "text,y\nThe cat, it sat,1\n", ["y"], "line 2 has 3 fields, and the header has 2"),
         ("p.csv", "text,y,y\none,1,2\n", ["y"], "a column twice in its header"),
-        ("p.jsonl", '{"text": "one", "y": null}\n', ["y"], "line 1: 'y' is null"),
+        ("p.jsonl", '{"text": null, "y": 1}\n', ["y"], "line 1: 'text' is null"),
+        (
+            "p.jsonl",
+            '{"text": "one", "y": 1}\n{"text": "half \\ud83d", "y": 2}\n',
+            ["y"],
+            r"line 2: 'text' is 'half .ud83d', .* lone surrogate",
+        ),
+        ("p.jsonl", '{"text": "one", "y": "\\udc00"}\n', ["y"], r"line 1: 'y' is '.udc00', .* lone surrogate"),
         ("p.txt", "one\n", ["label"], "no columns"),
         ("p.parquet", "one\n", [], "--format"),
     ],

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
@@ -317,3 +319,57 @@ def test_columns_survive_netcdf_copy_and_publication(store: Store, tmp_path: Pat
         lz.open_store(tmp_path / "copy").dataset("m").lz.to_dataframe().reset_index(drop=True)[list(frame)], expected
     )
     xr.testing.assert_identical(lz.open_store(tmp_path / "copy").dataset("m").load(), store.dataset("m").load())
+
+
+UTF8 = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+MAKE: dict[str, Any] = {
+    "int64": st.integers(-(2**63), 2**63 - 1),
+    "int16": st.integers(-(2**15), 2**15 - 1),
+    "uint8": st.integers(0, 255),
+    "float64": st.floats(),
+    "float32": st.floats(width=32),
+    "bool": st.booleans(),
+    "Int64": st.integers(-(2**63), 2**63 - 1),
+    "UInt32": st.integers(0, 2**32 - 1),
+    "boolean": st.booleans(),
+    "Float64": st.floats(allow_nan=False),
+    "string": UTF8,
+    "str": UTF8,
+    "category": st.sampled_from(["a", "b", "", "<missing>"]),
+    "datetime64[ns]": st.datetimes(datetime(1700, 1, 1), datetime(2260, 1, 1)),
+    "datetime64[s]": st.datetimes().map(lambda t: t.replace(microsecond=0)),
+    "datetime64[us, Asia/Tokyo]": st.datetimes(datetime(1970, 1, 1), datetime(9000, 1, 1)),
+    "timedelta64[us]": st.timedeltas(timedelta(-(10**6)), timedelta(10**6)),
+}
+WHOLE = ("int64", "int16", "uint8", "bool", "float64", "float32")
+
+
+@st.composite
+def frames(draw: st.DrawFn) -> pd.DataFrame:
+    rows = draw(st.integers(1, 8))
+    columns = {}
+    for number, dtype in enumerate(draw(st.lists(st.sampled_from(sorted(MAKE)), min_size=1, max_size=5))):
+        value = MAKE[dtype] if dtype in WHOLE else MAKE[dtype] | st.none()
+        listed = draw(st.lists(value, min_size=rows, max_size=rows))
+        column = pd.Series(listed, dtype="datetime64[us]" if "Tokyo" in dtype else dtype)
+        columns[f"c{number}"] = column.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo") if "Tokyo" in dtype else column
+    return pd.DataFrame(columns).set_axis([f"p{i}" for i in range(rows)])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(frame=frames(), seed=st.integers(0, 2**32 - 1))
+def test_random_frames_come_back_the_same(tmp_path_factory: pytest.TempPathFactory, frame: pd.DataFrame, seed: int) -> None:
+    store = lz.open_store(tmp_path_factory.mktemp("frames"), durable=False)
+    shuffled = frame.sample(frac=1, random_state=seed)
+    prompts = list(frame.index)
+    cut = len(prompts) // 2
+    write(store, shuffled, prompts)
+    write(store, None, ["none"])
+    write(store, shuffled, prompts[cut:])
+    store.annotate("m", shuffled)
+    store.compact("m", progress=False)
+    order = [*prompts, prompts[0]]
+    got = store.dataset("m", prompts=order).lz.to_dataframe().reset_index(drop=True)
+    pd.testing.assert_frame_equal(got, frame.loc[order].reset_index(drop=True), check_categorical=True)
+    missing = store.dataset("m", prompts=["none"]).lz.to_dataframe()
+    assert missing.isna().all(axis=None)
