@@ -19,6 +19,7 @@ from lmprobe_zarr.tokens import pad_tokens, pool_tokens, tokens_at
 from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
     from matplotlib.axes import Axes
 
@@ -115,6 +116,23 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         from lmprobe_zarr.plots import plot_cosine
 
         return plot_cosine(self._data, **kwargs)
+
+    def table(self, **options: Any) -> pd.DataFrame | str:
+        """`DatasetAccessor.table` of one score, such as ``scores.accuracy`` or that of `lmprobe_zarr.score_tokens`.
+
+        Parameters
+        ----------
+        **options
+            As for `DatasetAccessor.table`.
+
+        Returns
+        -------
+        pandas.DataFrame or str
+            Rows are tokens or prompts, and columns layers, where there are no probes.
+        """
+        from lmprobe_zarr.sweeps import table_of_scores
+
+        return table_of_scores(self._data, **options)
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
         """The values as a torch tensor.
@@ -436,6 +454,45 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         from lmprobe_zarr.plots import plot_scores
 
         return plot_scores(self._data, metric, **kwargs)
+
+    def table(
+        self,
+        metrics: str | Iterable[str] | None = None,
+        *,
+        intervals: xr.Dataset | None = None,
+        format: str | None = None,  # noqa: A002 (the word that pandas and others use)
+        path: str | os.PathLike[str] | None = None,
+    ) -> pd.DataFrame | str:
+        """Mean scores with their intervals, one column per probe and one row per layer (and per entry of further dims).
+
+        Parameters
+        ----------
+        metrics : str or iterable of str, optional
+            Names of scores; all of them if not given.
+        intervals : Dataset, optional
+            From `lmprobe_zarr.confidence_intervals`. Without it the interval is the standard deviation over the folds, and over the seeds.
+        format : {"markdown", "latex", "csv"}, optional
+            None for a DataFrame, or for the format of `path`. A LaTeX table is a plain ``tabular``.
+        path : str or path, optional
+            A file to write the text to. If no `format` is given, it ends with ``.md``, ``.tex`` or ``.csv``.
+
+        Returns
+        -------
+        pandas.DataFrame or str
+            Cells as ``0.833 ± 0.041``, or ``0.833 [0.790, 0.871]`` with `intervals`. The interval is rounded to two digits, and the mean to
+            as many decimals. "not stored" is a score that was never fitted, such as that of a layer that a variable lacks; "not finite"
+            is a score that is NaN or infinite in every fold, and the attribute ``nan_reasons`` says why; "not tested" are datasets of
+            `lmprobe_zarr.sweep_transfer` with no other prompts. ``(4 of 5)`` says that only so many folds have a finite score.
+            In CSV the mean and the numbers of the interval have columns of their own.
+
+        Raises
+        ------
+        InvalidArgumentError
+            No such score, format or ending, intervals of other scores, or a file that cannot be written.
+        """
+        from lmprobe_zarr.sweeps import table_of_scores
+
+        return table_of_scores(self._data, metrics, intervals=intervals, format=format, path=path)
 
     def __repr__(self) -> str:
         return _as_text(self._data)

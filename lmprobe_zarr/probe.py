@@ -31,6 +31,7 @@ from lmprobe_zarr.display import card, definitions, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
 from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supply, SupplyMemory
 from lmprobe_zarr.probes import (
+    align_labels,
     as_array,
     check_batch_size,
     check_labels,
@@ -427,6 +428,7 @@ class Probe:
         InvalidArgumentError
             Not a matrix of finite numbers, or its width is no multiple of `n_layers`.
         """
+        y, sample_weight = align_labels(X, y), align_labels(X, sample_weight, "weight")
         features, layers, n_layers = parse_matrix(X, n_layers)
         labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
         self._fit(features, labels, check_weights(sample_weight, len(features)), layers, n_layers)
@@ -597,7 +599,7 @@ class Probe:
         -------
         float
         """
-        return self._fitted.score(self.predict_from_activations(X), as_array(y))
+        return self._fitted.score(self.predict_from_activations(X), as_array(align_labels(X, y)))
 
     def _same_width(self, X: Any) -> Array:  # noqa: N803
         features, layers, _ = parse_matrix(X, self.n_layers_)
@@ -625,7 +627,8 @@ class Probe:
         -------
         float
         """
-        return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), as_array(labels))
+        labels = as_array(align_labels(prompts, labels))
+        return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), labels)
 
     def evaluate(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> dict[str, Any]:
         """The usual measures on prompts that the probe has not seen.
@@ -648,7 +651,7 @@ class Probe:
         fitted = self._fitted
         if self.sweep_result_ is not None:
             return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size)
-        y = as_array(labels)
+        y = as_array(align_labels(prompts, labels))
         if is_matrix(prompts):
             features = self._same_width(prompts)
             return fitted.measure(np.asarray(self.pipeline_.predict(features)), class_scores(self.pipeline_, features), y)
@@ -806,7 +809,7 @@ class LayerSweep:
         dict of int to float
             By layer.
         """
-        y = as_array(labels)
+        y = as_array(align_labels(prompts, labels))
         return {layer: fitted.score(np.asarray(fitted.predict(read)), y) for layer, fitted, read in self._read(prompts)}
 
     def predict(self, prompts: Iterable[Any]) -> dict[int, Any]:

@@ -131,7 +131,7 @@ class ExportRows:
         values = {}
         for (level, name), array in self.arrays.items():
             places = np.arange(1 if array.layers is None else len(array.layers))
-            values[level, name] = array.read(places, slice(*bounds[level]))
+            values[level, name] = array.read(places, slice(*bounds[level]), note=True)
         positions = None
         if self.positions is not None:
             positions = self.positions.read(np.zeros(1, np.int64), slice(*bounds["tokens"]))[0]

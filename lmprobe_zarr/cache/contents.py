@@ -102,6 +102,8 @@ def _describe_group(store: Store, info: GroupInfo, entries: list[EvictionEntry])
         num_prompts=len(view),
         num_layers=len(view.all_layers()),
         num_parts=len(view.parts),
+        num_annotations=sum(not note.info.is_tombstone for note in view.annotations),
+        columns=tuple(sorted({key.partition("/")[2] for part in view.owners for key in part.info.own_columns})),
         variables=every,
         has_pooled=bool(pooled),
         has_tokens="resid" in names["tokens"],
@@ -262,7 +264,7 @@ def _list_view(view: View) -> list[CachedPrompt]:
     since = [""] * len(view)
     for part, member in zip(reversed(view.parts), reversed(view.members[: len(view.parts)]), strict=True):
         moment = _moment(committed_at(part.info)).isoformat(timespec="seconds")
-        for row in member.tolist():
+        for row in member[member >= 0].tolist():
             since[row] = moment
     return [
         CachedPrompt(hash=label, prompt=text or None, num_tokens=int(count) or None, cached_at=moment)

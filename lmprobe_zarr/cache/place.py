@@ -35,7 +35,7 @@ def place_name(place: Place) -> str:
     given: Any = config.cache_backend() if place is None else place
     last = given[-1] if isinstance(given, (list, tuple)) else given
     if last is None:
-        return str(config.default_root())
+        return config.default_name()
     if isinstance(last, Store):
         return last.url
     return open_storage(last).url if place is not None else str(last)

@@ -23,7 +23,7 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
 
 
 def add_store(command: argparse.ArgumentParser, *, positional: bool) -> None:
-    default = str(config.default_root())
+    default = config.default_name()
     place = f"folder or URL of the store (default: {default})".replace("%", "%%")
     if positional:
         command.add_argument("store", nargs="?", default=None, help=place)

@@ -30,7 +30,7 @@ def _prompts(options: argparse.Namespace) -> list[Any] | None:
 
 def add_import(commands: Any) -> None:
     command = add_command(commands, "import", _import, "import lmprobe's own cache into a store; the cache is only read")
-    cache = str(config.cache_dir()).replace("%", "%%")
+    cache = config.default_name().removesuffix("/.zarr").replace("%", "%%")
     command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache (default: {cache})")
     command.add_argument("--to", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
     which = command.add_mutually_exclusive_group(required=True)

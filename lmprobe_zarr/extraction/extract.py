@@ -14,7 +14,7 @@ from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.request import check_request
 from lmprobe_zarr.extraction.run import carry_out, prepare
 from lmprobe_zarr.extraction.shares import sendable
-from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, GivenProvenance, Place, Store, open_store, parse_provenance
+from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, GivenProvenance, Place, note_request, open_again, parse_provenance
 from lmprobe_zarr.tasks import check_client, is_in_process
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def plan_extract(
     ------
     As `extract` does before it loads the model.
     """
-    opened = store if isinstance(store, Store) else open_store(store)
+    opened = open_again(store)
     keeping = keeping_of(is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow)
     fields, any_provenance = parse_provenance(provenance)
     choice = ModelChoice(
@@ -268,7 +268,7 @@ def extract(
     CacheWarning
         The cache's limit is smaller than what is requested; or a damaged part is skipped, and its prompts are run again.
     """
-    opened = store if isinstance(store, Store) else open_store(store)
+    opened = open_again(store)
     keeping = keeping_of(
         is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow, part_bytes=part_bytes
     )  # fmt: skip
@@ -297,4 +297,7 @@ def extract(
         if not is_in_process(client):
             for root in opened.stack:
                 root.storage.check_reach()  # here, since a worker that cannot unpickle its task reports nothing
-    return carry_out(request, options).stats
+    outcome = carry_out(request, options)
+    if len(outcome.prompts.row) == len(outcome.prompts):
+        note_request(opened.url, outcome.group.name, outcome.prompts.sha256)
+    return outcome.stats

@@ -25,6 +25,7 @@ from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.models import PromptKind
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.store.format import Level
+from lmprobe_zarr.store.parts import CallOrder
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Request", "Wanted", "check_request"]
@@ -58,6 +59,8 @@ class Request:
         Whether groups of the model's name may serve that do not record all that identifies it.
     chat : ChatOptions
         How chats are rendered.
+    order : CallOrder, optional
+        Where the prompts are in the list of the call, if they are not all of it.
     """
 
     choice: ModelChoice
@@ -75,6 +78,7 @@ class Request:
     group: str | None = None
     any_provenance: bool = False
     chat: ChatOptions = NO_CHAT_OPTIONS
+    order: CallOrder | None = None
 
     @property
     def any_dtype(self) -> bool:

@@ -38,6 +38,7 @@ from lmprobe_zarr.errors import (
     NotAStoreError,
     PartGoneError,
     ReadOnlyError,
+    StoreNotFoundError,
 )
 from lmprobe_zarr.extraction.model_choice import ModelChoice, ModelMemory
 from lmprobe_zarr.extraction.models import PROVENANCE_FIELDS
@@ -236,11 +237,11 @@ class Supply:
             return self.store
         try:
             opened = open_store(self.store)
-        except (NotAStoreError, ReadOnlyError) as error:
+        except (NotAStoreError, ReadOnlyError, StoreNotFoundError) as error:
             if self.store is not None:
                 raise
             # Go on without a cache.
-            self._warn(str(config.default_root()), error)
+            self._warn(config.default_name(), error)
             return None
         kept = self.memory.store
         if kept is None or (kept.where, kept.mode, kept.is_default) != (opened.where, opened.mode, opened.is_default):

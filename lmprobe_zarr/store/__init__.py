@@ -11,6 +11,8 @@ from lmprobe_zarr.store.datasets import to_dataset
 from lmprobe_zarr.store.ingest import PART_SECONDS, Ingest
 from lmprobe_zarr.store.named import Model, NamedModel
 from lmprobe_zarr.store.parts import PART_BYTES, part_bytes_within
+from lmprobe_zarr.store.reopen import open_again
+from lmprobe_zarr.store.requested import note_request
 from lmprobe_zarr.store.roots import Mode
 from lmprobe_zarr.store.store import Place, Store, open_store
 
@@ -29,6 +31,8 @@ __all__ = [
     "ambiguous",
     "describe_view",
     "differences",
+    "note_request",
+    "open_again",
     "open_store",
     "parse_provenance",
     "part_bytes_within",

@@ -13,7 +13,8 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store.format import GroupInfo, Provenance, validate_column_names
 from lmprobe_zarr.store.named import Model
 from lmprobe_zarr.store.parts import as_column
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.reopen import open_again
+from lmprobe_zarr.store.store import Place
 from lmprobe_zarr.typing import Array
 
 __all__ = ["write_activations"]
@@ -75,7 +76,7 @@ def write_activations(
     Arrays may be numpy arrays or torch tensors. bfloat16 is kept exactly, as float32 with ``stored_dtype="bfloat16"``.
     All variables of one call hold the same layers; write others in a second call.
     """
-    store = store if isinstance(store, Store) else open_store(store)
+    store = open_again(store)
     store.check_writable()
     prompts = given_prompts(prompts)
     for what, given in (("activations", activations), ("pooled", pooled)):
@@ -117,7 +118,7 @@ def write_activations(
         stored_dtype={name: dtype for name, dtype in dtypes.items() if dtype == "bfloat16"},
     )
     info = GroupInfo(model=os.fspath(model), provenance=provenance or {}, num_layers=num_layers, hidden_size=int(hidden.pop()))
-    store.write(info, batch)
+    store.write(info, batch, recorded={"written_by": "write_activations"})
     return info.name
 
 

@@ -17,6 +17,7 @@ import xarray as xr
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import Html, card, definitions, escape, format_bytes, section, table, visible
 from lmprobe_zarr.errors import LmprobeZarrError
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level, unrecorded_fields
 from lmprobe_zarr.store.parts import Catalog, View, groups_of, open_union, urls_of
 
@@ -180,7 +181,7 @@ def _array_table(arrays: Sequence[HeldArray]) -> Html:
 
 def describe_view(view: View) -> GroupContents:
     """What a view holds, from the documents of its parts."""
-    owners = (*view.parts, *view.annotations)
+    owners = view.owners
     # One pass over the tables of files, by far the longest thing in a part's document.
     weights: dict[str, int] = {}
     for part in owners:
@@ -206,7 +207,7 @@ def describe_view(view: View) -> GroupContents:
         prompts=len(view),
         tokens=int(view.token_counts().sum()),
         parts=len(view.parts),
-        annotations=len(view.annotations),
+        annotations=sum(not note.info.is_tombstone for note in view.annotations),
         layers=view.all_layers(),
         variables=tuple(held(level, name) for level in LEVELS for name in view.variables(level)),
         columns=tuple(held(level, name) for level in LEVELS for name in view.columns(level)),
@@ -296,9 +297,10 @@ def coverage_of(view: View, prompts: Iterable[Any] | None) -> xr.DataArray:
     layers = view.all_layers()
     names = [(level, name) for level in LEVELS for name in view.variables(level)]
     held = [np.broadcast_to(view.covers(level, name, rows, layers).T, (len(rows), len(layers))) for level, name in names]
-    return xr.DataArray(
+    found = xr.DataArray(
         np.array(held, bool).reshape(len(names), len(rows), len(layers)),
         dims=("variable", "prompt", "layer"),
         coords={"variable": [name for _, name in names], "prompt": view.hashes[rows], "layer": list(layers)},
         name="coverage",
     )
+    return to_interchange(found)

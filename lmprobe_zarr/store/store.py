@@ -24,6 +24,7 @@ from lmprobe_zarr.store.format import GroupInfo, Provenance
 from lmprobe_zarr.store.named import Model
 from lmprobe_zarr.store.parts import (
     PART_BYTES,
+    CallOrder,
     Catalog,
     Listing,
     Mode,
@@ -576,7 +577,15 @@ class Store:
         """
         return self.catalog.new_part(info, kind=kind, compressed=compressed, recorded=recorded)
 
-    def write(self, info: GroupInfo, batch: TokenBatch, *, kind: str = "part", compressed: bool = True) -> str:
+    def write(
+        self,
+        info: GroupInfo,
+        batch: TokenBatch,
+        *,
+        kind: str = "part",
+        compressed: bool = True,
+        recorded: Mapping[str, Any] | None = None,
+    ) -> str:
         """Write one batch as one part; returns its name.
 
         Parameters
@@ -589,6 +598,8 @@ class Store:
             An annotation holds columns alone.
         compressed : bool
             False stores raw values, which still end in a checksum.
+        recorded : mapping, optional
+            As for `new_part`.
 
         Returns
         -------
@@ -605,7 +616,8 @@ class Store:
         self.check_writable()
         if info.name in self.groups(whole=False):
             self.view(info, whole=False).find(batch.sha256)
-        with self.new_part(info, kind=kind, compressed=compressed) as writer:
+        with self.new_part(info, kind=kind, compressed=compressed, recorded=recorded) as writer:
+            writer.order = CallOrder.of(batch.sha256) if kind == "part" else None
             writer.append(batch)
             return writer.commit().name
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import Fit, FitTask, number_repeats
 from lmprobe_zarr.probes.metrics import undefined_reasons
 from lmprobe_zarr.sweeps.plan import Sweep
@@ -199,7 +200,8 @@ class Scores:
         if plan.predictions:
             held["test_fold"] = self._test_folds()
         data = xr.Dataset(held, coords=dict(self._sweep.coords), attrs={**self._sweep.attrs})
-        return data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
+        data = data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
+        return to_interchange(data)
 
     def dataset(self) -> xr.Dataset:
         """Everything entered so far, as callers see it; NaN where a fit is missing."""
@@ -207,7 +209,7 @@ class Scores:
         unknown = [name for name in ("score", "probability") if name in data and bool(data[name].isnull().all())]
         data = data.drop_vars(unknown)
         data.attrs["n_unconverged"] = int((~data["converged"]).sum())
-        return data
+        return to_interchange(data)
 
     def _test_folds(self) -> tuple[tuple[str, ...], Array, dict[str, str]]:
         plan = self._sweep.fits

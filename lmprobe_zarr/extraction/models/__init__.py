@@ -26,7 +26,7 @@ from lmprobe_zarr.extraction.models.identity import (
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, tokenize
 
 if TYPE_CHECKING:
-    from lmprobe_zarr.extraction.models.batching import default_batch_tokens
+    from lmprobe_zarr.extraction.models.batching import Windows, default_batch_tokens
     from lmprobe_zarr.extraction.models.capture import Progress, run
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
 
@@ -42,6 +42,7 @@ __all__ = [
     "Prompts",
     "Provenance",
     "TokenizedPrompts",
+    "Windows",
     "default_batch_tokens",
     "folder_name",
     "identify",
@@ -60,6 +61,7 @@ __all__ = [
 _NEEDS_TORCH: Final = {
     "LoadedModel": "loading",
     "Progress": "capture",
+    "Windows": "batching",
     "default_batch_tokens": "batching",
     "load_model": "loading",
     "load_tokenizer": "loading",
