@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from lmprobe_zarr.batch import offsets_of, pool_ragged, prompt_hash
+from lmprobe_zarr.batch import HASH_DIGITS, offsets_of, pool_ragged, prompt_hash
 from lmprobe_zarr.bridges.entry import Entry, Held, Source
 from lmprobe_zarr.bridges.files import Files, open_files
 from lmprobe_zarr.bridges.lmprobe_folders import ENTRY_FILE, MODEL_FOLDER, ModelFolder, model_hash, read_manifest, scan_models
@@ -168,6 +168,11 @@ class LegacyCache:
         recorded = read_manifest(self.files, folder).texts
         hashes = dict.fromkeys(match[1] for item in self.files.list(folder) if (match := ENTRY_FILE.fullmatch(item.name)))
         return {label: recorded.get(label) for label in hashes}
+
+    def hashes(self, model: Model) -> frozenset[str]:
+        """The hashes of a model's prompts of which there is any file, from one list."""
+        names = (item.name for item in self.files.list(model_hash(known_name(self.files, model))) if not item.outside)
+        return frozenset(name[:HASH_DIGITS] for name in names if ENTRY_FILE.fullmatch(name) or _V1_FOLDER.fullmatch(name))
 
     # -------------------------------------------------------------------------------------------------------- reading
 

@@ -16,7 +16,7 @@ from lmprobe_zarr.bridges import LegacyModel
 from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
 from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
 from lmprobe_zarr.cache.place import lmprobe_entries, open_cache, place_name
-from lmprobe_zarr.store import GivenProvenance, Model, Place, Store, ambiguous
+from lmprobe_zarr.store import GivenProvenance, Model, Place, Store, ambiguous, parse_provenance
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, unrecorded_fields
 from lmprobe_zarr.store.parts import View, committed_at, read_values
 from lmprobe_zarr.store.upkeep import EvictionEntry
@@ -157,11 +157,14 @@ def discover_cached(
     """
     old = lmprobe_entries(store, legacy)
     found = [(view, row) for view in _views_of(model, store, provenance, group) if (row := view.locate(prompt)) is not None]
+    fields, any_provenance = parse_provenance(provenance)
+    if any_provenance:
+        found = sorted(found, key=lambda pair: len(unrecorded_fields(pair[0].group.provenance)))[:1]
     if len(found) > 1:
         raise ambiguous([view.group for view, _ in found], found[0][0].storage.url)
     if found:
         return _describe_prompt(*found[0])
-    if old is None or not isinstance(prompt, str) or provenance or group:
+    if old is None or not isinstance(prompt, str) or fields or group:
         return None
     entry = old.find(model, [prompt])[0]
     return None if entry is None else _describe_entry(entry.entry)
@@ -249,7 +252,8 @@ def list_cached_prompts(
     for view in _views_of(model, store, provenance, group):
         for cached in _list_view(view):
             listed.setdefault(cached.hash, cached)
-    old = None if provenance or group else lmprobe_entries(store, legacy)
+    fields, _ = parse_provenance(provenance)
+    old = None if fields or group else lmprobe_entries(store, legacy)
     for label, text in {}.items() if old is None else old.texts(model).items():
         listed.setdefault(label, CachedPrompt(hash=label, prompt=text, num_tokens=None, cached_at=""))
     return list(listed.values())

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import Prompts, parse_prompts, resolve_layers, unused_arguments
+from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, unused_arguments
+from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.groups import candidates, contradictions, group_of, is_alike, unrecorded
@@ -56,6 +57,8 @@ class Lookup:
         What can be pooled from stored tokens: by names of variables, the indices of the prompts that lack exactly these variables.
     elsewhere : tuple of HeldElsewhere
         Other groups of a model of this name that hold some of what is missing.
+    in_lmprobe : int
+        How many of the missing prompts are among lmprobe's own entries beside the store, with whatever values.
     began : float
         When the lookup began, in seconds of `time.perf_counter`.
     """
@@ -72,6 +75,7 @@ class Lookup:
     missing: Ints
     derived: Mapping[tuple[str, ...], Ints]
     elsewhere: tuple[HeldElsewhere, ...]
+    in_lmprobe: int
     began: float
 
     @property
@@ -244,12 +248,14 @@ def _compare(
         missing, derived = _find_gaps(request, wanted, view, stored)
         lookup = Lookup(
             request=request, identity=identity, loaded=loaded, tokenizer=tokenizer, prompts=stored, group=group, view=view, layers=layers,
-            wanted=wanted, missing=missing, derived=derived, elsewhere=(), began=began,
+            wanted=wanted, missing=missing, derived=derived, elsewhere=(), in_lmprobe=0, began=began,
         )  # fmt: skip
         compared.append((lookup, without_text))
     chosen, without_text = min(compared, key=lambda pair: len(pair[0].missing))
     _check_texts(without_text, chosen.missing, chosen.prompts)
-    return replace(chosen, elsewhere=_held_elsewhere(chosen)) if len(chosen.missing) and not request.refresh else chosen
+    if not len(chosen.missing) or request.refresh:
+        return chosen
+    return replace(chosen, elsewhere=_held_elsewhere(chosen), in_lmprobe=_count_in_lmprobe(chosen))
 
 
 def _held_elsewhere(lookup: Lookup) -> tuple[HeldElsewhere, ...]:
@@ -273,6 +279,15 @@ def _held_elsewhere(lookup: Lookup) -> tuple[HeldElsewhere, ...]:
                 )
             )
     return tuple(found)
+
+
+def _count_in_lmprobe(lookup: Lookup) -> int:
+    """How many missing prompts lmprobe's own entries beside the store have. One list of a folder; no file is opened."""
+    cache = beside(lookup.request.store) if lookup.request.kind == "text" and lookup.request.choice.by_name else None
+    if cache is None:
+        return 0
+    held = cache.hashes(lookup.request.choice.model)
+    return sum(lookup.prompts.sha256[i][:HASH_DIGITS] in held for i in lookup.missing)
 
 
 def _as_stored(view: View | None, prompts: Prompts) -> tuple[Prompts, Ints]:

@@ -84,6 +84,8 @@ class ExtractPlan:
         Fields of the provenance that this group does not record, and that are taken on the caller's word.
     elsewhere : tuple of HeldElsewhere
         Other groups of a model of this name that hold some of the missing prompts.
+    in_lmprobe : int
+        How many of the missing prompts lmprobe's own entries beside the store have, which can be imported.
     """
 
     model: str
@@ -102,6 +104,7 @@ class ExtractPlan:
     group: str = ""
     unknown: tuple[str, ...] = ()
     elsewhere: tuple[HeldElsewhere, ...] = ()
+    in_lmprobe: int = 0
 
     @property
     def missing(self) -> int:
@@ -130,7 +133,10 @@ class ExtractPlan:
         if self.unknown:
             rows["unknown"] = f"{', '.join(self.unknown)}: not recorded by group {self.group!r}, which is taken on your word"
         lines = [f"{name:<10}{value}" for name, value in rows.items()]
-        lines += [f"{'' if number else 'elsewhere':<10}{held}" for number, held in enumerate(self.elsewhere)]
+        others = [str(held) for held in self.elsewhere]
+        if self.in_lmprobe:
+            others.append(f"{self.in_lmprobe} among lmprobe's own entries beside the store: import them, with as_model=")
+        lines += [f"{'' if number else 'elsewhere':<10}{held}" for number, held in enumerate(others)]
         return "\n".join(lines)
 
 

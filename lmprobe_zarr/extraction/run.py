@@ -175,6 +175,11 @@ def _note_unknown(work: Work) -> None:
             "[cache] group %r serves %r although it does not record %s: that is taken on your word", plan.group, plan.model,
             describe_unrecorded(plan.unknown),
         )  # fmt: skip
+    if plan.in_lmprobe and lookup.request.store.note_once("lmprobe"):
+        cache_logger().warning(
+            "[cache] %d of %d prompts that the model runs on are among lmprobe's own entries beside %s, which serve a Probe where they "
+            "hold all that it needs; import_safetensors(…, as_model=…) imports them", plan.in_lmprobe, plan.missing, plan.url,
+        )  # fmt: skip
     if not lookup.unknown and (message := describe_elsewhere(plan, open_dtype=lookup.request.choice.dtype == "auto")):
         warn(message)
 

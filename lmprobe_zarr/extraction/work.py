@@ -78,6 +78,7 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         group="" if lookup.group is None else lookup.group.name,
         unknown=lookup.unknown,
         elsewhere=lookup.elsewhere,
+        in_lmprobe=lookup.in_lmprobe,
     )
     return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
 

@@ -105,7 +105,7 @@ class NamedModel:
             found = self._under_path(infos) or [info for info in infos if info.model == self.name]
         elif unknown:
             found += [info for info in silent if self._ends_in_name(info.model) and info not in found]
-        equal = [info for info in infos if self.digest is not None and info.provenance.get(WEIGHTS) == self.digest]
+        equal = [info for info in infos if self._is_in_folder(info)]
         equal = [info for info in equal if info.model == self.name] or equal
         wanted = {info.name for info in ([*equal, *found] if unknown or not equal else equal)}
         return [info for info in infos if info.name in wanted]
@@ -119,6 +119,13 @@ class NamedModel:
         if name == self.given:
             return True
         return (self.folder is not None or (self.is_path and _names_path(name))) and _resolved(name) == self.path
+
+    def _is_in_folder(self, info: GroupInfo) -> bool:
+        """Whether a group is of the model in the folder: by its weights, or by its commit where the folder is a snapshot of a hub model."""
+        if self.digest is not None and info.provenance.get(WEIGHTS) == self.digest:
+            return True
+        is_snapshot = self.folder is not None and self.folder.parent.name == "snapshots"
+        return is_snapshot and self.folder is not None and (info.model, info.provenance.get("revision")) == (self.name, self.folder.name)
 
     def _ends_in_name(self, name: str) -> bool:
         """Whether a name is the folder's, or a path that ends in it, such as that of the folder before it was moved."""

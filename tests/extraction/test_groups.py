@@ -256,6 +256,9 @@ def test_any_prefers_what_records_everything(tmp_path: Path, truth: dict[str, li
     assert lz.plan_extract(llama, PROMPTS, store=store, provenance="any").unknown == ()
     assert lz.plan_extract(llama, PROMPTS, store=store, group=imported).group == imported
     assert lz.plan_extract(llama, PROMPTS, store=store, provenance="any", keep_tokens=True).group == imported
+    found = lz.discover_cached(llama, PROMPTS[0], store=store, provenance="any")
+    assert found is not None
+    assert found.group == own
 
 
 @pytest.mark.parametrize("given", ["all", 3, ["any"]])

@@ -327,6 +327,18 @@ def test_a_snapshot_in_the_hubs_cache_is_the_folder_that_extract_took(home: Path
     assert CALLS["dataset"](store, folder) == CALLS["dataset"](store, "acme/tiny") == 50.0
 
 
+def test_a_hub_model_is_found_by_its_snapshot(home: Path) -> None:
+    snapshots = home / "hub" / "models--acme--tiny" / "snapshots"
+    store = lz.open_store(home / "acts")
+    for value, letter in ((60, "a"), (70, "b")):
+        make_folder(snapshots / (letter * 40), value)
+        fill(store, "acme/tiny", value, {"weights": None, "revision": letter * 40})
+    assert CALLS["dataset"](store, snapshots / ("a" * 40)) == 60.0
+    assert CALLS["dataset"](store, snapshots / ("b" * 40)) == 70.0
+    with pytest.raises(AmbiguousProvenanceError):
+        store.dataset("acme/tiny")
+
+
 def test_a_name_is_looked_up_without_reading_a_folder(home: Path, acts: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmprobe_zarr.extraction.models.weights_digest", lambda *_: pytest.fail("the weights were read"))
     assert CALLS["dataset"](acts, "toy") == 10.0
