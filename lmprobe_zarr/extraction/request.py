@@ -25,6 +25,7 @@ from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.models import PromptKind
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.store.format import Level
+from lmprobe_zarr.store.parts import CallOrder
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Request", "Wanted", "check_request"]
@@ -54,8 +55,12 @@ class Request:
         Whether the model is run on stored prompts too.
     group : str, optional
         Name of the stored group.
+    any_provenance : bool
+        Whether groups of the model's name may serve that do not record all that identifies it.
     chat : ChatOptions
         How chats are rendered.
+    order : CallOrder, optional
+        Where the prompts are in the list of the call, if they are not all of it.
     """
 
     choice: ModelChoice
@@ -71,7 +76,14 @@ class Request:
     keep_passed: bool = False
     refresh: bool = False
     group: str | None = None
+    any_provenance: bool = False
     chat: ChatOptions = NO_CHAT_OPTIONS
+    order: CallOrder | None = None
+
+    @property
+    def any_dtype(self) -> bool:
+        """Whether the group that serves decides in which dtype the model computes: the caller names the group, and no dtype."""
+        return (self.any_provenance or self.group is not None) and self.choice.dtype == "auto" and self.choice.by_name
 
     @property
     def layered(self) -> bool:
@@ -142,6 +154,7 @@ def check_request(
     keep_passed: bool = False,
     refresh: bool = False,
     group: str | None = None,
+    any_provenance: bool = False,
     chat: ChatOptions = NO_CHAT_OPTIONS,
 ) -> Request:
     """The request that these arguments describe.
@@ -164,6 +177,7 @@ def check_request(
     return Request(
         choice=choice, given=given, kind=kind, columns=check_columns(columns, len(given)), store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
+        any_provenance=any_provenance,
     )  # fmt: skip
 
 

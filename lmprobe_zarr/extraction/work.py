@@ -76,6 +76,9 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         needed_bytes=needed_bytes,
         free_bytes=lookup.request.store.storage.free_bytes(),
         modules="" if lookup.loaded is None else lookup.loaded.found,
+        group="" if lookup.group is None else lookup.group.name,
+        unknown=lookup.unknown,
+        elsewhere=lookup.elsewhere,
     )
     return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
 

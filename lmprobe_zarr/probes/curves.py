@@ -10,6 +10,7 @@ import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 from lmprobe_zarr.interchange import to_interchange
+from lmprobe_zarr.probes.labels import align_labels
 from lmprobe_zarr.typing import Array
 
 __all__ = ["calibration_curves", "roc_curves"]
@@ -118,6 +119,7 @@ def _each(scores: Any, labels: Any) -> list[tuple[str, Array, Array]]:
             if rows is None or len(rest) > 1:
                 raise InvalidArgumentError(f"scores have dims {tuple(given.dims)}, expected prompt or token and at most one more: select")
             truth = given.coords[labels].values if isinstance(labels, str) and labels in given.coords else labels
+            truth = align_labels(given, truth)
             turned = given.transpose(*rest, rows)
             if not rest:
                 listed.append((str(name) or str(given.name or "scores"), turned.values, truth))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 from lmprobe_zarr.batch import LAYERED_SITES, SITES, TokenBatch, given_prompts, prompt_sha256, split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store.format import GroupInfo, Provenance, validate_column_names
+from lmprobe_zarr.store.named import Model
 from lmprobe_zarr.store.parts import as_column
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.reopen import open_again
+from lmprobe_zarr.store.store import Place
 from lmprobe_zarr.typing import Array
 
 __all__ = ["write_activations"]
@@ -20,7 +23,7 @@ __all__ = ["write_activations"]
 def write_activations(
     store: Place,
     *,
-    model: str,
+    model: Model,
     prompts: Sequence[str | Sequence[int]],
     activations: Mapping[str, Any] | None = None,
     pooled: Mapping[str, Any] | None = None,
@@ -36,7 +39,7 @@ def write_activations(
     ----------
     store : Store, path or URL, or a sequence of these
         The store to write to.
-    model : str
+    model : str or path
         Name of the model.
     prompts : sequence of str or of token ids, no prompt twice
         What the activations belong to, in the order of every array below.
@@ -73,7 +76,7 @@ def write_activations(
     Arrays may be numpy arrays or torch tensors. bfloat16 is kept exactly, as float32 with ``stored_dtype="bfloat16"``.
     All variables of one call hold the same layers; write others in a second call.
     """
-    store = store if isinstance(store, Store) else open_store(store)
+    store = open_again(store)
     store.check_writable()
     prompts = given_prompts(prompts)
     for what, given in (("activations", activations), ("pooled", pooled)):
@@ -114,8 +117,8 @@ def write_activations(
         unlayered=frozenset(name for name, held in layers_of.items() if held is None),
         stored_dtype={name: dtype for name, dtype in dtypes.items() if dtype == "bfloat16"},
     )
-    info = GroupInfo(model=model, provenance=provenance or {}, num_layers=num_layers, hidden_size=int(hidden.pop()))
-    store.write(info, batch)
+    info = GroupInfo(model=os.fspath(model), provenance=provenance or {}, num_layers=num_layers, hidden_size=int(hidden.pop()))
+    store.write(info, batch, recorded={"written_by": "write_activations"})
     return info.name
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import (
@@ -18,6 +17,7 @@ from lmprobe_zarr.probes import (
     check_task,
     coefficients,
     converged,
+    describe_unfit,
     fits_running,
     has_strength,
     make_pipeline_for,
@@ -25,7 +25,6 @@ from lmprobe_zarr.probes import (
     not_finite_rows,
     parse_label_sets,
     read_layer,
-    show_prompts,
 )
 from lmprobe_zarr.sweeps.given import check_activations, check_seed, layers_of
 from lmprobe_zarr.tasks import parse_runner
@@ -103,12 +102,9 @@ def fit_directions(
         return runner.call(_fit_layer, make, sets[0], variable if lazy else None, place, values)
 
     found = runner.run([partial(start, place) for place in range(len(layers))], "fit")
-    for layer, fitted in zip(layers, found, strict=True):
+    for place, fitted in enumerate(found):
         if isinstance(fitted, list):
-            raise InvalidArgumentError(
-                f"layer {layer} of {name_in_messages(array)} is NaN or infinite for {len(fitted)} of {len(sets[0].rows)} prompts "
-                f"({show_prompts(array, fitted)}): drop them with .dropna('prompt'), or extract them again"
-            )
+            raise InvalidArgumentError(describe_unfit(array, place if "layer" in array.dims else None, fitted, len(sets[0].rows)))
     return _dataset(array, sets[0], task, repr(make()), layers, found)
 
 

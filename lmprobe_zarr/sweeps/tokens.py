@@ -36,7 +36,7 @@ from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_c
 from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, Tested, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
-from lmprobe_zarr.tokens import pool_tokens, prompts_of, token_texts
+from lmprobe_zarr.tokens import pool_tokens, prompts_of, stored_rows, token_texts
 from lmprobe_zarr.typing import Array, Client
 
 __all__ = ["fit_tokens", "score_tokens", "sweep_tokens"]
@@ -382,10 +382,14 @@ def _fit(
     try:
         return fit_stream(layer_rows, plan, runner)
     except NotFiniteError as problem:
+        held = stored_rows(array.variable.isel(layer=problem.layer, missing_dims="ignore"))
+        absent = [] if held is None else [row for row in problem.rows if not held[examples.rows[row]]]
+        layer, shown = layer_labels(array)[problem.layer], show_rows(examples, np.array(absent or problem.rows))
+        what = "was never extracted" if absent else "is NaN or infinite"
         raise InvalidArgumentError(
-            f"layer {layer_labels(array)[problem.layer]} of {name_in_messages(array)} is NaN or infinite for {len(problem.rows)} "
-            f"of {plan.n_rows} {layer_rows.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
-            "leave them out with where=, or extract them again (float16 overflows at 65504)"
+            f"layer {layer} of {name_in_messages(array)} {what} for {len(absent or problem.rows)} of {plan.n_rows} {layer_rows.dim}s, in "
+            f"{shown}:\nleave them out with where=, "
+            + (f"or extract them with layers=[{layer}]" if absent else "or extract them again (float16 overflows at 65504)")
         ) from None
 
 

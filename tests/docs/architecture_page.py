@@ -25,9 +25,10 @@ ORDER = [
     "batch storage tasks",
     "tokens config plots",
     "probes log",
+    "extraction.models",
     "store.format store.parts store.upkeep store sweeps",
     "bridges streaming backend",
-    "extraction.models extraction accessor",
+    "extraction accessor",
     "cache probe demo",
     "reports",
     "__init__",
@@ -36,10 +37,10 @@ ORDER = [
 # Of rooms on one line: which ones import from which, from the bottom up.
 INNER = [
     "errors version typing",
-    "display interchange progress safetensors_file store.format cli extraction.models",
+    "display interchange progress safetensors_file store.format cli",
     "store.parts __main__",
     "store.upkeep",
-    "store extraction",
+    "store",
 ]
 LINE = {room: number for number, rooms in enumerate(ORDER) for room in rooms.split()}
 RANK = {room: number for number, rooms in enumerate(INNER) for room in rooms.split()}

@@ -23,6 +23,7 @@ __all__ = [
     "SAMPLE_DIM",
     "STAMPS",
     "TOKEN_COLUMNS",
+    "TOMBSTONE_VERSION",
     "Json",
     "Level",
     "check_version",
@@ -36,6 +37,7 @@ STAMPS: Final = ".used"
 
 FORMAT: Final = "lmprobe-zarr"
 FORMAT_VERSION: Final = 1
+TOMBSTONE_VERSION: Final = 2  # of the document of a tombstone, and of nothing else
 
 ANNOTATIONS: Final = "annotations"
 GROUP_NAME: Final = re.compile(r"(?:[a-z0-9.-]+-)?[0-9a-f]{12}")

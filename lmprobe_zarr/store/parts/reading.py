@@ -17,12 +17,15 @@ __all__ = ["BLOCK_BYTES", "blocks_of", "read_batches", "read_values"]
 BLOCK_BYTES: Final = 64 * 2**20
 
 
-def read_values(view: View, level: Level, name: str, rows: Ints, layers: tuple[int, ...]) -> Array:
-    """One variable of some prompts in memory: (layer, row, …), or (row, …) where it has no layers; a row is a prompt or a token."""
+def read_values(view: View, level: Level, name: str, rows: Ints, layers: tuple[int, ...], *, note: bool = False) -> Array:
+    """One variable of some prompts in memory: (layer, row, …), or (row, …) where it has no layers; a row is a prompt or a token.
+
+    With `note`, this counts as a use of the parts.
+    """
     lengths = view.token_counts()[rows] if level == "tokens" else None
     array = view.source(level, name, rows, layers, lengths)
     at = np.arange(1 if array.layers is None else len(layers))
-    values = array.read(at, slice(0, array.n_rows))
+    values = array.read(at, slice(0, array.n_rows), note=note)
     return values[0] if array.layers is None else values
 
 

@@ -21,6 +21,7 @@ from lmprobe_zarr.batch import fill_value
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
+from lmprobe_zarr.store.parts.kept_chunks import kept_chunk
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Piece", "StoredArray", "read_pieces"]
@@ -43,17 +44,20 @@ class StoredArray:
         Its metadata.
     files : mapping of str to (int, int)
         The part's table of files, by their keys below the part; only this array's are used.
+    noted : bool
+        Whether a reading of it is noted as a use of the part.
     """
 
     storage: Storage
     path: str
     info: ArrayInfo
     files: Mapping[str, Sequence[int]]
+    noted: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Only this array's entries are sent to another process.
         files = {key: self.files[key] for key in map(self._file_key, self.info.chunk_keys()) if key in self.files}
-        return StoredArray, (self.storage, self.path, self.info, files)
+        return StoredArray, (self.storage, self.path, self.info, files, self.noted)
 
     def _file_key(self, chunk: str) -> str:
         level, name = self.path.rsplit("/", 2)[1:]
@@ -100,9 +104,11 @@ class StoredArray:
             The whole part has been deleted since it was opened.
         """
         key = self.info.chunk_key(layer, block)
-        if self.info.shuffle is None and self.info.dtype != "string" and np.little_endian:
+        is_text = self.info.dtype == "string"
+        if self.info.shuffle is None and not is_text and np.little_endian:
             return self._read_raw(key, np.empty(self._chunk_shape, self.dtype) if out is None else out)
-        body = self._read_body(key)
+        # Texts are decoded as a whole, so every read of some is one of the whole chunk.
+        body = self._read_kept(key) if is_text else self._read_body(key)
         try:
             return self._decode(body, out)
         except (ValueError, RuntimeError, UnicodeDecodeError) as error:
@@ -116,17 +122,29 @@ class StoredArray:
         if self.info.dtype == "string":
             return self.read_chunk(layer, block)[rows]
         room = self._scratch()
+        key = self.info.chunk_key(layer, block)
+        nbytes = math.prod(self.info.row_shape) * self.dtype.itemsize
+        if self.info.shuffle is None and self.storage.is_slow and np.little_endian:
+            body = self._read_kept(key)
+            if len(body) != len(room):
+                raise self._corrupt(key, f"holds {len(body)} bytes instead of {len(room)}")
+            return np.frombuffer(body, self.dtype).reshape(self._chunk_shape)[rows]
         if self.info.shuffle is None or not np.little_endian:
             return self.read_chunk(layer, block, room.view(self.dtype).reshape(self._chunk_shape))[rows]
-        key = self.info.chunk_key(layer, block)
-        body = self._read_body(key)
-        nbytes = math.prod(self.info.row_shape) * self.dtype.itemsize
+        body = self._read_kept(key)
         try:
             check_frame(body, exactly=len(room))
             values = decode_range(body, rows.start * nbytes, rows.stop * nbytes, room.data)
         except (ValueError, RuntimeError) as error:
             raise self._corrupt(key, f"cannot be decoded ({error})") from error
         return np.frombuffer(values, self.dtype).reshape(-1, *self.info.row_shape)
+
+    def _read_kept(self, key: str) -> memoryview:
+        """As `_read_body`, from what an earlier read of this process has kept, where a place is slow."""
+        if not self.storage.is_slow:
+            return self._read_body(key)
+        where = (self.storage.url, self.path, key, *self.files.get(self._file_key(key), ()))
+        return memoryview(kept_chunk(where, lambda: bytes(self._read_body(key))))
 
     def _read_body(self, key: str) -> memoryview:
         """The encoded bytes of a chunk, with their checksum verified; valid until this thread reads another."""

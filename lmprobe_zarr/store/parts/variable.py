@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import as_slice, concat_ranges, fill_value, offsets_of
 from lmprobe_zarr.store.parts.stored_array import Piece, StoredArray, read_pieces
+from lmprobe_zarr.store.parts.uses import note_uses
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["NOWHERE", "VirtualArray"]
@@ -80,7 +81,7 @@ class VirtualArray:
         """How many (class, prompt) pairs no part holds."""
         return int((self.source == NOWHERE).sum())
 
-    def read(self, layers: Ints, rows: slice | Ints, columns: tuple[Any, ...] = ()) -> Array:
+    def read(self, layers: Ints, rows: slice | Ints, columns: tuple[Any, ...] = (), *, note: bool = False) -> Array:
         """Values of some layers and rows.
 
         Parameters
@@ -91,6 +92,8 @@ class VirtualArray:
             Places along the sample axis.
         columns : tuple
             Selection of the axes after it, as for indexing.
+        note : bool
+            Whether this is a use of the parts that are read, which eviction takes last; upkeep is none.
 
         Returns
         -------
@@ -114,6 +117,9 @@ class VirtualArray:
                 pieces.append(Piece(self.arrays[array], int(self.layer_rows[array, layer]), block, chunk_rows, target, row_shape))
                 outs.append(out[i])
         read_pieces(pieces, outs, columns)
+        if note:
+            read = {place for found in located.values() for place, _, _, _ in found if place != NOWHERE}
+            note_uses((array.storage, array.path.rsplit("/", 2)[0]) for array in map(self.arrays.__getitem__, read) if array.noted)
         return out
 
     def blocks(self, layer: int, rows: slice | Ints) -> list[slice | Ints]:

@@ -22,6 +22,7 @@ from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGone
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
+    CALL_ORDER,
     LEVELS,
     SAMPLE_DIM,
     ArrayInfo,
@@ -36,9 +37,11 @@ from lmprobe_zarr.store.format import (
     parse_part,
     parse_root,
     part_document,
+    removed_document,
     root_document,
     validate_column_names,
 )
+from lmprobe_zarr.store.parts.call_order import CallOrder
 from lmprobe_zarr.store.parts.columns import as_column, storable, text_rows
 from lmprobe_zarr.typing import Array, Ints
 
@@ -61,7 +64,7 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
     Two writers may do so at once: both write the same bytes.
     """
     try:
-        if parse_root(storage.read("zarr.json"), storage.url) is not None:
+        if parse_root(storage.read_current("zarr.json"), storage.url) is not None:
             raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: write to the store that it was made from")
     except (FileNotFoundError, NotADirectoryError):
         storage.commit("zarr.json", root_document(), durable=durable, replace=False)
@@ -103,6 +106,12 @@ class PartWriter:
         What is noted in the part and never read again: versions, device.
     alone : bool
         Leave the documents of root and group to the caller, who writes them later.
+    removed : mapping, optional
+        What a tombstone removes of all its prompts, see `PartInfo`; its batches hold prompts alone.
+    removed_counts : ndarray of int64, shape (prompt,), optional
+        Token rows that each prompt of a tombstone had.
+    order : CallOrder, optional
+        Where the prompts are in the list of their call, which the part records. None for a part that is a call of its own.
 
     Notes
     -----
@@ -121,11 +130,16 @@ class PartWriter:
         replaces: tuple[str, ...] = (),
         recorded: Mapping[str, Any] | None = None,
         alone: bool = False,
+        removed: Mapping[str, tuple[int, ...] | None] | None = None,
+        removed_counts: Ints | None = None,
+        order: CallOrder | None = None,
     ) -> None:
+        self.removed, self.removed_counts = dict(removed or {}), removed_counts
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
         self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
         self.compressed, self.durable, self.replaces, self.alone = compressed, durable, replaces, alone
-        self.recorded = {"python": platform.python_version(), **(recorded or {})}
+        self.recorded = {"python": platform.python_version(), **{k: v for k, v in (recorded or {}).items() if k != CALL_ORDER}}
+        self.order = order
         self.nbytes = self.held_nbytes = 0
         self._files: dict[str, tuple[int, int]] = {}
         self._arrays: dict[str, ArrayInfo] = {}
@@ -260,18 +274,21 @@ class PartWriter:
             self._arrays[key] = buffer.finish()
         self._write_columns()
         self._write_documents()
+        digests = digests_of(self._digests)
+        order = {} if self.order is None else {CALL_ORDER: self.order.record(digests)}
         info = PartInfo(
             group=self.group.name,
             name=self.name,
             kind=self.kind,
-            digests=digests_of(self._digests),
-            n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else None,
+            digests=digests,
+            n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else self.removed_counts,
             layers=self._layers,
             arrays=dict(sorted(self._arrays.items())),
             files=dict(sorted(self._files.items())),
-            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
+            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded, **order},
             replaces=self.replaces,
             odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
+            removed=self.removed,
         )
         document = part_document(info, self.group)
         parse_part(document, self.path)  # a part that could not be read must not become visible
@@ -328,6 +345,11 @@ class PartWriter:
             "prompt_row": {"instance_dimension": "prompt"},
             "position": {"whole_prompts": self._whole_prompts},  # if so, a reader knows the positions without reading them
         }
+        if self.removed:
+            # Once more beside the document: were that damaged, nobody else would know what is hidden.
+            attributes["prompt_sha256"] = {"removed": removed_document(self.removed)}
+            if self.removed_counts is not None:
+                columns["prompts/n_tokens"] = self.removed_counts
         for key, values in columns.items():
             level, name = key.split("/")
             text = values.dtype == object
