@@ -18,7 +18,7 @@ from xarray.indexes import PandasIndex
 
 from lmprobe_zarr.batch import as_slice, concat_ranges, offsets_of, prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
-from lmprobe_zarr.tokens.lazy import CopiedArray, TakenArray, lazy_variable
+from lmprobe_zarr.tokens.lazy import TakenArray, lazy_variable
 from lmprobe_zarr.tokens.prompt_labels import as_prompt_labels
 from lmprobe_zarr.typing import Array
 
@@ -56,7 +56,7 @@ class TokenIndex(Index):
         names: tuple[Hashable, Hashable] = ("prompt", "position"),
     ) -> None:
         self.labels, self.codes, self.dim, self.names = labels, codes, dim, names
-        # All selections share this array's memory, so a write to one would change them all.
+        # The coordinate and all selections share this array's memory, so a write to one would change them all.
         self.positions = positions.view()
         self.positions.flags.writeable = False
         self._rows_by_code: tuple[Array, Array] | None = None
@@ -93,7 +93,7 @@ class TokenIndex(Index):
         attrs = {name: old[name].attrs if name in old else None for name in self.names}
         return {
             prompt: lazy_variable((self.dim,), TakenArray(self.labels, self.codes), attrs[prompt]),
-            position: lazy_variable((self.dim,), CopiedArray(self.positions), attrs[position]),
+            position: Variable((self.dim,), self.positions, attrs[position]),
         }
 
     def to_pandas_index(self) -> pd.Index[Any]:

@@ -12,7 +12,7 @@ from xarray.core import indexing
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["CopiedArray", "TakenArray", "lazy_variable", "stored_rows", "tidy_key"]
+__all__ = ["TakenArray", "lazy_variable", "stored_rows", "tidy_key"]
 
 
 class TakenArray(BackendArray):
@@ -41,24 +41,6 @@ class TakenArray(BackendArray):
         values = np.asarray(self.labels[indexing.OuterIndexer((wanted,))])
         taken = values[inverse.reshape(np.shape(codes))]
         return np.asarray(taken, self.dtype)
-
-
-class CopiedArray(BackendArray):
-    """An array of any shape that others share: what is read from it is the reader's own, and may be written to.
-
-    Parameters
-    ----------
-    array : ndarray
-    """
-
-    def __init__(self, array: Array) -> None:
-        self.array, self.shape, self.dtype = array, array.shape, array.dtype
-
-    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
-        return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.VECTORIZED, self._copy)
-
-    def _copy(self, key: Any) -> Any:
-        return np.array(self.array[key])
 
 
 def tidy_key(key: indexing.ExplicitIndexer, shape: tuple[int, ...]) -> indexing.ExplicitIndexer:
