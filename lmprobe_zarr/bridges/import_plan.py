@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, TokenBatch, given_prompts, is_top_k
+from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, TokenBatch, given_prompts, has_utf8, is_top_k
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, Source
 from lmprobe_zarr.bridges.same_model import check_fits, width_of
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
@@ -158,6 +158,8 @@ def plan_import(model: str, source: Source, store: Store, options: ImportOptions
             advance(1)
             if isinstance(found, Skipped):
                 skipped.add(found.reason, found.name, found.detail)
+            elif found.text is not None and not has_utf8(found.text):
+                skipped.add("prompts whose text no UTF-8 can hold, because it has a lone surrogate", found.name, ascii(found.text[:40]))
             elif found.hash in entries:
                 skipped.add("prompts that the source holds twice: the first is imported", found.name)
             else:

@@ -11,8 +11,10 @@ from lmprobe_zarr.batch import (
     LAYERED_SITES,
     NO_CHAT_OPTIONS,
     ChatOptions,
+    Column,
     LayerSpec,
     Outputs,
+    check_texts,
     given_prompts,
     is_top_k,
     parse_poolings,
@@ -26,7 +28,6 @@ from lmprobe_zarr.extraction.models import PromptKind
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.store.format import Level
 from lmprobe_zarr.store.parts import CallOrder
-from lmprobe_zarr.typing import Array
 
 __all__ = ["Request", "Wanted", "check_request"]
 
@@ -41,7 +42,7 @@ class Request:
     given : list
         The prompts as the caller gave them, repeats included.
     kind : {"text", "chat", "ids"}
-    columns : mapping of str to ndarray
+    columns : mapping of str to Column
         One value per given prompt.
     store : Store
         Where activations are looked up, and stored unless `Options` has a sink.
@@ -72,7 +73,7 @@ class Request:
     poolings: tuple[str, ...]
     keep_tokens: bool
     outputs: Outputs
-    columns: Mapping[str, Array] = field(default_factory=dict)
+    columns: Mapping[str, Column] = field(default_factory=dict)
     keep_passed: bool = False
     refresh: bool = False
     group: str | None = None
@@ -167,6 +168,7 @@ def check_request(
     """
     given = given_prompts(prompts)
     kind = prompts_kind(given)
+    check_texts(given)
     _check_options(choice, kind, chat)
     names = parse_sites(sites, outputs)
     poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling or ()))
@@ -175,7 +177,7 @@ def check_request(
             raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
         names = ()
     return Request(
-        choice=choice, given=given, kind=kind, columns=check_columns(columns, len(given)), store=store, layers=layers, chat=chat,
+        choice=choice, given=given, kind=kind, columns=check_columns(columns, prompts, given), store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
         any_provenance=any_provenance,
     )  # fmt: skip

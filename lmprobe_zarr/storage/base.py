@@ -52,6 +52,8 @@ class Storage(ABC):
     is_local: bool
     # Whether reading a file takes so long that it is worth keeping what was read.
     is_slow: bool = False
+    # Whether `read` may answer from copies that are not compared with the place itself, as fsspec's caching file systems do.
+    keeps_copies: bool = False
 
     def check_reach(self) -> None:
         """Raise `InvalidArgumentError` where no other process can read these files."""

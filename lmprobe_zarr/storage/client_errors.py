@@ -43,7 +43,7 @@ def response_code(error: BaseException | None) -> tuple[str, int]:
         names = {kind.__name__ for kind in type(error).__mro__}
         response = getattr(error, "response", None)
         if isinstance(response, Mapping):  # botocore
-            return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            return str(response.get("Error", {}).get("Code") or ""), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         # aiohttp, gcsfs, azure, requests and httpx in this order.
         for holder, name in ((error, "status"), (error, "code"), (error, "status_code"), (response, "status_code")):
             status = getattr(holder, name, None)
@@ -111,7 +111,7 @@ def as_our_error(error: Exception, url: str, key: str, *, writing: bool, listing
             f"{url} needs credentials ({type(error).__name__}): give storage_options=, or set the AWS_* variables or a profile\n"
             "a place that is open to everyone is opened with storage_options={'anon': True}"
         )
-    if isinstance(error, PermissionError):
+    if isinstance(error, PermissionError) and status in (0, 401, 403):
         if writing:
             return ReadOnlyError(f"{where} cannot be written: check permissions, or open with mode='r'")
         if listing:

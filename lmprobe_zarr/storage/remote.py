@@ -22,7 +22,7 @@ __all__ = ["FsspecStorage", "modified_at"]
 
 # Seconds between the tries of a request that is refused in a way that passes, and after how long a client's own tries are enough.
 _WAITS: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0)
-_TRIED_SECONDS: Final = 1.0
+_TRIED_SECONDS: Final = 5.0
 _PUT_ATTEMPTS: Final = 6  # at a conditional put while other writers try the same
 
 
@@ -44,6 +44,7 @@ class FsspecStorage(Storage):
 
     def __init__(self, filesystem: Any, root: str, url: str) -> None:
         self.filesystem = filesystem
+        self.keeps_copies = issubclass(type(filesystem), CachingFileSystem)
         self.root = root.rstrip("/")
         shown = without_secrets(url)
         self.url = shown if shown.endswith("://") else shown.rstrip("/")
@@ -87,10 +88,15 @@ class FsspecStorage(Storage):
                 with self.translating_errors(key, writing=writing, listing=listing):
                     return function(*args, **kwargs)
             except UnreachableError as error:
-                if wait is None or time.monotonic() - began > _TRIED_SECONDS or not is_passing(error.__cause__):
+                cause = error.__cause__
+                if wait is None or not is_passing(cause) or self._was_repeated(cause, time.monotonic() - began):
                     raise
             time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+    def _was_repeated(self, error: BaseException | None, seconds: float) -> bool:
+        """Whether the client has repeated a request on its own that failed after so many seconds."""
+        return seconds > _TRIED_SECONDS
 
     def read(self, key: str) -> bytes:
         data: bytes = self.call(self.filesystem.cat_file, self._path(key), key=key)

@@ -33,6 +33,11 @@ class S3Storage(FsspecStorage):
         bucket, name, _ = self.filesystem.split_path(self._path(key))
         return {"Bucket": bucket, "Key": name}
 
+    def _was_repeated(self, error: BaseException | None, seconds: float) -> bool:
+        # botocore and s3fs repeat these, up to 15 times together.
+        code, status = response_code(error)
+        return status in (500, 502, 503, 504) or "SlowDown" in code or not status
+
     def is_file(self, key: str) -> bool:
         where = self._object(key)
         if not where["Key"]:

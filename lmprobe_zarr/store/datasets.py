@@ -15,8 +15,8 @@ import xarray as xr
 from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_of
 from lmprobe_zarr.errors import MissingPromptsError
 from lmprobe_zarr.interchange import as_texts, to_interchange
-from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
-from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
+from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, Level
+from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray, column_attrs, merged_kind
 from lmprobe_zarr.store.requested import requested_otherwise
 from lmprobe_zarr.tokens import SEVERAL_CALLS, TakenArray, TokenIndex, lazy_variable, prompt_coordinates
 from lmprobe_zarr.typing import Array, Ints
@@ -128,7 +128,9 @@ def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[VirtualArray, dic
         if name in {"prompt", "prompt_sha256", "n_tokens", "prompt_row"}:
             continue
         array = view.source("prompts", name, rows, ())
-        columns[name] = (array, {"missing": array.n_absent} if array.n_absent else {})
+        attrs: dict[str, Any] = {"missing": array.n_absent} if array.n_absent else {}
+        own = {} if name in PROMPT_COLUMNS else column_attrs(merged_kind([stored.info for stored in array.arrays]), array.dtype)
+        columns[name] = (array, own | attrs)
     return columns
 
 
@@ -140,7 +142,7 @@ def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...
         coords["statistic"] = list(STATISTICS)
     coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
     coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows))
-    return xr.Dataset(variables, coords=prompt_coordinates(view.hashes[rows])).assign_coords(coords)
+    return xr.Dataset(variables, coords=prompt_coordinates(as_texts(view.hashes[rows]))).assign_coords(coords)
 
 
 def _kept_tokens(counts: Ints) -> xr.Variable:

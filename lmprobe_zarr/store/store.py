@@ -10,17 +10,18 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr import config
-from lmprobe_zarr.batch import LayerSpec, TokenBatch
+from lmprobe_zarr.batch import Column, LayerSpec, TokenBatch
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.storage import Storage, open_storage
-from lmprobe_zarr.store.annotations import annotation_batches, check_columns, find_rows
+from lmprobe_zarr.store.annotations import annotation_batches, check_columns, find_rows, fit_batch
 from lmprobe_zarr.store.choice import GivenProvenance, choose_group, find_group, find_groups, matching_groups, stored_models
 from lmprobe_zarr.store.contents import coverage_of, describe_catalogs
 from lmprobe_zarr.store.datasets import Chunks, to_dataset, to_datatree
-from lmprobe_zarr.store.format import GroupInfo, Provenance
+from lmprobe_zarr.store.format import GroupInfo, Provenance, check_new_provenance
 from lmprobe_zarr.store.named import Model
 from lmprobe_zarr.store.parts import (
     PART_BYTES,
@@ -614,8 +615,11 @@ class Store:
             Nothing becomes visible.
         """
         self.check_writable()
+        check_new_provenance(info.provenance)
         if info.name in self.groups(whole=False):
-            self.view(info, whole=False).find(batch.sha256)
+            view = self.view(info, whole=False)
+            view.find(batch.sha256)
+            batch = fit_batch(view, batch)
         with self.new_part(info, kind=kind, compressed=compressed, recorded=recorded) as writer:
             writer.order = CallOrder.of(batch.sha256) if kind == "part" else None
             writer.append(batch)
@@ -624,7 +628,7 @@ class Store:
     def annotate(
         self,
         model: Model | None,
-        columns: Mapping[str, Mapping[Any, Any]],
+        columns: Mapping[str, Mapping[Any, Any] | pd.Series[Any]] | pd.DataFrame,
         *,
         provenance: Provenance | None = None,
         group: str | None = None,
@@ -635,8 +639,9 @@ class Store:
         ----------
         model : str or path
             Name of the model, its hub id or its folder.
-        columns : mapping of str to mapping
-            Column to ``{text or hash: value}``; a column may leave prompts out.
+        columns : mapping of str to mapping, or DataFrame
+            Column to ``{text or hash: value}`` or to a Series with texts or hashes as its index; or a DataFrame with such an index. Prompts
+            that are left out keep their values; a missing value (None, NaN, NA) replaces the stored one.
         provenance, group : optional
             Choose between several groups of one model.
 
@@ -645,14 +650,14 @@ class Store:
         MissingPromptsError
             A prompt is not stored; nothing is written.
         InvalidArgumentError
-            A column's name or values cannot be stored.
+            A column's name or values cannot be stored, or are of another kind than what is stored under that name.
         """
         self.check_writable()
-        check_columns(columns)
+        columns = check_columns(columns)
         view = self.view(self.find_group(model, provenance=provenance, group=group))
         self.write_columns(view, find_rows(view, columns))
 
-    def write_columns(self, view: View, columns: Mapping[str, tuple[Ints, Sequence[Any]]]) -> None:
+    def write_columns(self, view: View, columns: Mapping[str, tuple[Ints, Sequence[Any] | Column]]) -> None:
         """Write columns as annotations, one for all columns of the same prompts.
 
         Parameters

@@ -154,6 +154,9 @@ def sweep(
     -----
     ConvergenceWarning
         scikit-learn's own, but once per sweep with the number of fits.
+    FitFailedWarning
+        scikit-learn's own, once per sweep: some fits ended in an error, so their scores are NaN. ``nan_reasons`` says which and why. If
+        every fit of every probe failed, it is an InvalidArgumentError.
 
     Notes
     -----
@@ -177,9 +180,15 @@ def sweep(
         _run(planned, scores, place, runner, progress=progress)
     except NotFiniteError as problem:
         raise _not_finite(planned, problem) from None
+    if scores.all_failed():
+        raise InvalidArgumentError(f"{scores.failures()}: give a probe that can be fitted on these prompts, or fewer folds")
     found = scores.dataset()
     if place is not None:
         place.finish(found)
+    if scores.failures():
+        from sklearn.exceptions import FitFailedWarning
+
+        warnings.warn(f"{scores.failures()}: the attribute nan_reasons of each measure says which", FitFailedWarning, stacklevel=2)
     if found.attrs["n_unconverged"]:
         from sklearn.exceptions import ConvergenceWarning
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import uuid
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -93,7 +94,7 @@ REFUSED: dict[Any, str] = {
 
 @pytest.mark.parametrize("place", REFUSED, ids=repr)
 def test_what_looks_like_a_url_and_is_none_is_refused_with_what_was_meant(place: Any, folder: Path) -> None:
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: open_storage(place),
         lambda: lz.open_store(place),
         lambda: lz.write_activations(place, model="m", prompts=["a"], pooled=VALUES),
@@ -110,7 +111,7 @@ def test_what_looks_like_a_url_and_is_none_is_refused_with_what_was_meant(place:
 def test_every_call_that_writes_to_a_place_refuses_it(place: Any, folder: Path) -> None:
     lz.write_activations(folder / "acts", model="m", prompts=["a"], pooled=VALUES)
     store = lz.open_store(folder / "acts")
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: store.copy_to(place, progress=False),
         lambda: store.publish(place, progress=False),
         lambda: lz.export_safetensors(store, place),
@@ -210,3 +211,20 @@ def test_a_relative_cache_folder_is_shown_absolute_and_a_url_there_is_refused(fo
     assert lz.open_store().url == str(folder / "my cache" / ".zarr")
     monkeypatch.undo()
     config.reload()
+
+
+@pytest.mark.parametrize("protocol", ["simplecache", "filecache"])
+def test_a_copy_that_is_published_again_is_seen_through_a_cache(protocol: str, folder: Path) -> None:
+    name = f"memory://{uuid.uuid4().hex}/public"
+    options = {protocol: {"cache_storage": str(folder / "kept")}}
+    source = lz.open_store(folder / "acts")
+    damaged = b"no document"
+    for value in (1.0, 2.0, 3.0):
+        lz.write_activations(source, model="m", prompts=["a", "b"], pooled={"resid_mean": {0: np.full((2, 4), value, "float32")}})
+        source.publish(name, overwrite=value > 1, progress=False)
+        through = lz.open_store(f"{protocol}::{name}", "r", storage_options=options).dataset().resid_mean.values
+        np.testing.assert_array_equal(through, np.full((1, 2, 4), value, "float32"))
+    for kept in (folder / "kept").iterdir():
+        if kept.read_bytes().startswith(b"{") and b'"published"' in kept.read_bytes():
+            kept.write_bytes(damaged)
+    assert lz.open_store(f"{protocol}::{name}", "r", storage_options=options).models() == ["m"]

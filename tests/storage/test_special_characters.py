@@ -117,7 +117,7 @@ def test_no_verb_of_a_storage_calls_one_of_fsspec_that_expands(kind: type[Storag
 def strict_memory() -> type[MemoryFileSystem]:
     """fsspec's memory under a protocol of its own, whose verbs that expand raise."""
 
-    class Strict(MemoryFileSystem):
+    class Strict(MemoryFileSystem):  # type: ignore[misc]
         protocol = "strictmemory"
         store: dict[str, Any] = {}  # noqa: RUF012 — as in fsspec
         pseudo_dirs = [""]  # noqa: RUF012

@@ -325,7 +325,7 @@ def own(base: Path, store: Store) -> None:
     pooled = {"resid_mean": dict(zip(LAYERS, NEW.prompts["resid_mean"], strict=True))}
     lz.write_activations(
         store, model=MODEL, prompts=list(NEW.text or ()), pooled=pooled, provenance=GROUP.provenance, num_layers=GROUP.num_layers,
-        coords={"label": NEW.prompt_columns["label"]},
+        coords={"label": np.asarray(NEW.prompt_columns["label"])},
     )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
 from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
 from lmprobe_zarr.store.format.chunk import TEXT_BYTES, encode_chunk, file_entry, holds_checksum, is_intact
 from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field, describe_unrecorded, unrecorded_fields
-from lmprobe_zarr.store.format.group import GroupInfo, Provenance, parse_group
+from lmprobe_zarr.store.format.group import GroupInfo, Provenance, check_new_provenance, parse_group
 from lmprobe_zarr.store.format.names import (
     ANNOTATIONS,
+    COLUMN,
     FORMAT,
     FORMAT_COLUMNS,
     GROUP_NAME,
@@ -41,6 +42,7 @@ __all__ = [
     "ABSENT_FIELDS",
     "ANNOTATIONS",
     "CALL_ORDER",
+    "COLUMN",
     "FORMAT",
     "FORMAT_COLUMNS",
     "GROUP_NAME",
@@ -64,6 +66,7 @@ __all__ = [
     "array_dims",
     "call_of",
     "check_frame",
+    "check_new_provenance",
     "decode_range",
     "describe_field",
     "describe_unrecorded",

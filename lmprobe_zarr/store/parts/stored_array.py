@@ -21,6 +21,7 @@ from lmprobe_zarr.batch import fill_value
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
+from lmprobe_zarr.store.parts.columns import decode_column
 from lmprobe_zarr.store.parts.kept_chunks import kept_chunk
 from lmprobe_zarr.typing import Array, Ints
 
@@ -76,7 +77,8 @@ class StoredArray:
             room = _room.bytes = np.empty(nbytes, np.uint8)
         return room[:nbytes]
 
-    def _corrupt(self, key: str, what: str) -> CorruptPartError:
+    def corrupt(self, key: str, what: str) -> CorruptPartError:
+        """The error for a chunk that is damaged."""
         part, _, variable = self.path.rpartition("/")
         part = part.rpartition("/")[0]
         return CorruptPartError.of(
@@ -112,7 +114,7 @@ class StoredArray:
         try:
             return self._decode(body, out)
         except (ValueError, RuntimeError, UnicodeDecodeError) as error:
-            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+            raise self.corrupt(key, f"cannot be decoded ({error})") from error
 
     def read_rows(self, layer: int, block: int, rows: slice) -> Array:
         """Some rows of one chunk, shape (row, …), valid until this thread reads another.
@@ -127,7 +129,7 @@ class StoredArray:
         if self.info.shuffle is None and self.storage.is_slow and np.little_endian:
             body = self._read_kept(key)
             if len(body) != len(room):
-                raise self._corrupt(key, f"holds {len(body)} bytes instead of {len(room)}")
+                raise self.corrupt(key, f"holds {len(body)} bytes instead of {len(room)}")
             return np.frombuffer(body, self.dtype).reshape(self._chunk_shape)[rows]
         if self.info.shuffle is None or not np.little_endian:
             return self.read_chunk(layer, block, room.view(self.dtype).reshape(self._chunk_shape))[rows]
@@ -136,7 +138,7 @@ class StoredArray:
             check_frame(body, exactly=len(room))
             values = decode_range(body, rows.start * nbytes, rows.stop * nbytes, room.data)
         except (ValueError, RuntimeError) as error:
-            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+            raise self.corrupt(key, f"cannot be decoded ({error})") from error
         return np.frombuffer(values, self.dtype).reshape(-1, *self.info.row_shape)
 
     def _read_kept(self, key: str) -> memoryview:
@@ -151,10 +153,10 @@ class StoredArray:
         length, checksum = self.files.get(self._file_key(key), (-1, -1))
         data = memoryview(self._fetch(key, self.storage.read_view))
         if len(data) != length or length < 4:
-            raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
+            raise self.corrupt(key, f"has {len(data)} bytes instead of {length}")
         body = data[:-4]
         if not holds_checksum(body, data[-4:], checksum):
-            raise self._corrupt(key, "does not hold its checksum")
+            raise self.corrupt(key, "does not hold its checksum")
         return body
 
     def _read_raw(self, key: str, out: Array) -> Array:
@@ -163,9 +165,9 @@ class StoredArray:
         body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
         found = self._fetch(key, lambda path: self.storage.read_into(path, body.data, memoryview(tail)))
         if found != length or length != len(body) + 4:
-            raise self._corrupt(key, f"has {found} bytes instead of {length}")
+            raise self.corrupt(key, f"has {found} bytes instead of {length}")
         if not holds_checksum(body.data, memoryview(tail), checksum):
-            raise self._corrupt(key, "does not hold its checksum")
+            raise self.corrupt(key, "does not hold its checksum")
         return out
 
     def _fetch(self, key: str, call: Callable[[str], T]) -> T:
@@ -178,11 +180,11 @@ class StoredArray:
                 raise PartGoneError(
                     f"part {part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
                 ) from error
-            raise self._corrupt(key, "is missing") from error
+            raise self.corrupt(key, "is missing") from error
         except OSError as error:
             if isinstance(error, LmprobeZarrError | PermissionError):
                 raise
-            raise self._corrupt(key, f"cannot be read ({error.strerror or error})") from error
+            raise self.corrupt(key, f"cannot be read ({error.strerror or error})") from error
 
     @property
     def _chunk_shape(self) -> tuple[int, ...]:
@@ -213,7 +215,10 @@ class StoredArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``. Rows shorter than `row_shape` are filled up."""
+    """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``. Rows shorter than `row_shape` are filled up.
+
+    `column` is the dtype in which a column of the user's is shown; None for any other array, whose values are taken as they are stored.
+    """
 
     array: StoredArray
     layer: int
@@ -221,6 +226,7 @@ class Piece:
     rows: Rows
     target: Rows
     row_shape: tuple[int, ...]
+    column: np.dtype[Any] | None = None
 
 
 def read_pieces(pieces: Sequence[Piece], outs: Sequence[Array], columns: tuple[Any, ...]) -> None:
@@ -255,10 +261,16 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
             and target.dtype == piece.array.dtype
             and target.flags.c_contiguous
             and target.dtype != object
+            and target.dtype.kind not in "mM"
         ):
             piece.array.read_chunk(piece.layer, piece.block, target)
             return
     chunk = _chunk_rows(piece)
+    if piece.column is not None:
+        try:
+            chunk = decode_column(chunk, piece.array.info, piece.column)
+        except ValueError as error:
+            raise piece.array.corrupt(piece.array.info.chunk_key(piece.layer, piece.block), f"cannot be decoded ({error})") from error
     if piece.array.info.row_shape != piece.row_shape:
         filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
         filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk

@@ -94,6 +94,11 @@ class View:
             found |= {name: a for name, a in held if a.dims == (SAMPLE_DIM[level],) and not is_variable(name, a)}
         return dict(sorted(found.items()))
 
+    def column_parts(self, name: str) -> list[ArrayInfo]:
+        """What each part and annotation holds of a column of prompts, in their order; empty where there is no such column."""
+        owners = sorted((*self.parts, *self.annotations), key=lambda owner: owner.order)
+        return [owner.info.arrays[f"prompts/{name}"] for owner in owners if f"prompts/{name}" in owner.info.arrays]
+
     def find(self, digests: Sequence[str]) -> Ints:
         """Which prompt of the view each whole digest is; −1 for none.
 

@@ -17,7 +17,18 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, SCALARS, TokenBatch, count_odd, digests_of, positions_of
+from lmprobe_zarr.batch import (
+    HASH_DIGITS,
+    SCALARS,
+    Column,
+    TokenBatch,
+    check_texts,
+    count_odd,
+    digests_of,
+    join_columns,
+    parse_column,
+    positions_of,
+)
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
@@ -42,7 +53,7 @@ from lmprobe_zarr.store.format import (
     validate_column_names,
 )
 from lmprobe_zarr.store.parts.call_order import CallOrder
-from lmprobe_zarr.store.parts.columns import as_column, storable, text_rows
+from lmprobe_zarr.store.parts.columns import encode_column, text_rows
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
@@ -193,8 +204,13 @@ class PartWriter:
     def _check(self, batch: TokenBatch) -> dict[str, Any]:
         """The columns of a batch as they are stored; raises where it does not fit the first one."""
         columns = self._batch_columns(batch)
-        kinds = {name: "text" if values.dtype == object else "number" for name, values in columns.items()}
-        shape = (*shape_of(batch), kinds)
+        for name, values in columns.items():
+            if isinstance(values, Column) and name in self._columns:
+                try:
+                    join_columns(name.partition("/")[2], [self._columns[name][-1][:0], values[:0]])
+                except InvalidArgumentError as error:
+                    raise InvalidArgumentError(f"one part holds the same variables, layers and columns throughout: {error}") from error
+        shape = shape_of(batch)
         if self._shape is None:
             validate_column_names(batch.prompt_columns)
             for name, array in (*batch.prompts.items(), *batch.tokens.items()):
@@ -215,8 +231,9 @@ class PartWriter:
         if batch.prompt_length is not None:
             columns["prompts/prompt_length"] = np.asarray(batch.prompt_length, np.int64)
         if batch.text is not None:
-            columns["prompts/text"] = np.array([storable(t) for t in batch.text], object)
-        columns |= {f"prompts/{name}": as_column(name, values) for name, values in batch.prompt_columns.items()}
+            check_texts(batch.text)
+            columns["prompts/text"] = np.array(list(map(str.__str__, batch.text)), object)
+        columns |= {f"prompts/{name}": parse_column(name, values) for name, values in batch.prompt_columns.items()}
         if batch.n_tokens is not None:
             counts = np.asarray(batch.n_tokens, np.int64)
             columns["prompts/n_tokens"] = counts
@@ -334,17 +351,23 @@ class PartWriter:
             self._files[name] = file_entry(data, chunk=False)
 
     def _write_columns(self) -> None:
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        columns["prompts/prompt"] = np.array([d[:HASH_DIGITS] for d in self._digests], object)
-        columns["prompts/prompt_sha256"] = np.array(self._digests, object)
-        if self._layers:
-            for level in {key.split("/")[0] for key in self._variables}:
-                columns[f"{level}/layer"] = np.array(self._layers, np.int64)
         attributes: dict[str, dict[str, Any]] = {
             "n_tokens": {"sample_dimension": "token"},
             "prompt_row": {"instance_dimension": "prompt"},
             "position": {"whole_prompts": self._whole_prompts},  # if so, a reader knows the positions without reading them
         }
+        columns: dict[str, Array] = {}
+        for key, parts in self._columns.items():
+            if isinstance(parts[0], Column):
+                name = key.partition("/")[2]
+                columns[key], attributes[name] = encode_column(join_columns(name, parts))
+            else:
+                columns[key] = np.concatenate(parts)
+        columns["prompts/prompt"] = np.array([d[:HASH_DIGITS] for d in self._digests], object)
+        columns["prompts/prompt_sha256"] = np.array(self._digests, object)
+        if self._layers:
+            for level in {key.split("/")[0] for key in self._variables}:
+                columns[f"{level}/layer"] = np.array(self._layers, np.int64)
         if self.removed:
             # Once more beside the document: were that damaged, nobody else would know what is hidden.
             attributes["prompt_sha256"] = {"removed": removed_document(self.removed)}
