@@ -15,12 +15,14 @@ from xarray.indexes import PandasIndex
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["TEXT", "as_attributes", "as_texts", "read_list", "to_interchange"]
+__all__ = ["MISSING_TEXT", "TEXT", "as_attributes", "as_texts", "read_list", "to_interchange"]
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 
 #: The dtype of texts. Its metadata is xarray's mark of texts of any length: without it, a writer computes a Dask array to find out.
 TEXT: Final = np.dtype(object, metadata={"element_type": str})
+#: What a file holds for a missing text, which is none of its texts: no format has one of its own, and xarray would write "".
+MISSING_TEXT: Final = "<missing in lmprobe-zarr>"
 #: Whole numbers beyond 32 bits fit into no attribute of a netCDF 3 file; up to this one, a float holds them exactly.
 _EXACT: Final = 2**53
 
