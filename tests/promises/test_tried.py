@@ -14,6 +14,7 @@ import pytest
 import xarray as xr
 
 import lmprobe_zarr as lz
+from lmprobe_zarr.errors import LabelError
 
 N = 30
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "design" / "tried.md"
@@ -91,7 +92,7 @@ def test_labels_of_pandas_are_matched_by_their_index(stores: list[tuple[lz.Store
     labels = pd.Series(data.label.values, index=data.prompt.values).sample(frac=1, random_state=0)
     np.testing.assert_array_equal(lz.sweep(data.resid_mean, labels, "ridge", 3).accuracy, right)
     numbered = pd.Series(data.label.values).sample(frac=1, random_state=0)
-    with pytest.raises(lz.errors.LabelError, match="without prompts as its index"):
+    with pytest.raises(LabelError, match="without prompts as its index"):
         lz.sweep(data.resid_mean, numbered, "ridge", 3)
 
 
