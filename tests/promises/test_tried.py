@@ -111,7 +111,7 @@ def test_settings_of_scikit_learn_change_no_score(stores: list[tuple[lz.Store, d
 def test_settings_of_xarray_change_no_score(stores: list[tuple[lz.Store, dict[str, Any]]], options: dict[str, Any]) -> None:
     data = stores[0][0].dataset("m")
     right = lz.sweep(data.resid_mean, "label", "ridge", 3)
-    with xr.set_options(**options):
+    with xr.set_options(**options):  # type: ignore[no-untyped-call]
         found = lz.sweep(data.resid_mean, "label", "ridge", 3)
         lz.compare(found, along="layer")
     np.testing.assert_array_equal(found.auroc, right.auroc)
