@@ -15,12 +15,14 @@ from xarray.indexes import PandasIndex
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["TEXT", "as_attributes", "as_texts", "read_list", "to_interchange"]
+__all__ = ["MISSING_TEXT", "TEXT", "as_attributes", "as_texts", "read_list", "to_interchange"]
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 
 #: The dtype of texts. Its metadata is xarray's mark of texts of any length: without it, a writer computes a Dask array to find out.
 TEXT: Final = np.dtype(object, metadata={"element_type": str})
+#: What a file holds for a missing text, which is none of its texts: no format has one of its own, and xarray would write "".
+MISSING_TEXT: Final = "<missing in lmprobe-zarr>"
 #: Whole numbers beyond 32 bits fit into no attribute of a netCDF 3 file; up to this one, a float holds them exactly.
 _EXACT: Final = 2**53
 
@@ -40,9 +42,17 @@ def to_interchange(data: T) -> T:
     """
     found = data.copy(deep=False)
     held: dict[Any, xr.DataArray] = {**found.coords, **(found.data_vars if isinstance(found, xr.Dataset) else {})}
-    texts = {name: _as_text_variable(array.variable) for name, array in held.items() if _has_fixed_width(array.variable)}
-    # Another index than that of pandas, such as the one over tokens, would be lost with its coordinate.
-    texts = {name: texts[name] for name in texts if isinstance(found.xindexes.get(name), PandasIndex | None)}
+    texts: dict[Any, xr.Variable] = {}
+    for name, array in held.items():
+        if not _has_fixed_width(array.variable):
+            continue
+        index = found.xindexes.get(name)
+        if index is None:
+            texts[name] = _as_text_variable(array.variable)
+        elif type(index) is PandasIndex:
+            # The same index, so that one that finds more than its labels goes on doing so.
+            index = PandasIndex(index.index, index.dim, coord_dtype=TEXT)
+            found = found.assign_coords(xr.Coordinates(index.create_variables({name: array.variable}), indexes={name: index}))
     found = found.assign_coords({name: texts[name] for name in texts if name in found.coords})
     if isinstance(found, xr.Dataset):
         found = found.assign({name: texts[name] for name in texts if name not in found.coords})

@@ -14,9 +14,9 @@ import xarray as xr
 
 from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_of
 from lmprobe_zarr.errors import MissingPromptsError
-from lmprobe_zarr.interchange import as_texts, to_interchange
+from lmprobe_zarr.interchange import MISSING_TEXT, TEXT, as_texts, to_interchange
 from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, Level
-from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray, column_attrs, merged_kind
+from lmprobe_zarr.store.parts import LazyArray, View, column_attrs, holds_texts_only, merged_kind
 from lmprobe_zarr.store.requested import requested_otherwise
 from lmprobe_zarr.tokens import SEVERAL_CALLS, TakenArray, TokenIndex, lazy_variable, prompt_coordinates
 from lmprobe_zarr.typing import Array, Ints
@@ -122,7 +122,7 @@ def _layer_coords(view: View, layers: tuple[int, ...]) -> dict[str, Any]:
     return coords
 
 
-def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[VirtualArray, dict[str, Any]]]:
+def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[LazyArray, dict[str, Any]]]:
     columns = {}
     for name in view.columns("prompts"):
         if name in {"prompt", "prompt_sha256", "n_tokens", "prompt_row"}:
@@ -130,7 +130,10 @@ def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[VirtualArray, dic
         array = view.source("prompts", name, rows, ())
         attrs: dict[str, Any] = {"missing": array.n_absent} if array.n_absent else {}
         own = {} if name in PROMPT_COLUMNS else column_attrs(merged_kind([stored.info for stored in array.arrays]), array.dtype)
-        columns[name] = (array, own | attrs)
+        lazy = LazyArray(array)
+        if array.dtype == object and not array.n_absent and holds_texts_only([stored.info for stored in array.arrays]):
+            lazy.dtype = TEXT  # so that Dask arrays of it are written without being computed first
+        columns[name] = (lazy, own | attrs)
     return columns
 
 
@@ -140,9 +143,16 @@ def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...
     coords |= _layer_coords(view, layers)
     if "perplexity" in variables:
         coords["statistic"] = list(STATISTICS)
-    coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
+    coords |= {name: _column("prompt", a, attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
     coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows))
     return xr.Dataset(variables, coords=prompt_coordinates(as_texts(view.hashes[rows]))).assign_coords(coords)
+
+
+def _column(dim: str, array: LazyArray | TakenArray, attrs: dict[str, Any]) -> xr.Variable:
+    variable = lazy_variable((dim,), array, attrs)
+    if array.dtype == object and array.dtype.metadata is None:
+        variable.encoding["missing_value"] = MISSING_TEXT
+    return variable
 
 
 def _kept_tokens(counts: Ints) -> xr.Variable:
@@ -164,7 +174,7 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
         if name not in {"prompt_row", "position"}:
             coords[name] = lazy_variable(("token",), LazyArray(view.source("tokens", name, rows, (), counts)))
     for name, (array, attrs) in _prompt_columns(view, rows).items():
-        coords[name] = lazy_variable(("token",), TakenArray(LazyArray(array), order), attrs)
+        coords[name] = _column("token", TakenArray(array, order), attrs)
     coords["prompt_sha256"] = lazy_variable(("token",), TakenArray(_digest_texts(view), rows[order]))
     data = xr.Dataset(variables, coords=coords)
     return data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))

@@ -15,6 +15,7 @@ from xarray import Coordinates
 from xarray.indexes import PandasIndex
 
 from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.interchange import TEXT
 
 __all__ = ["PromptLabels", "as_prompt_labels", "prompt_coordinates"]
 
@@ -66,5 +67,5 @@ def as_prompt_labels(hashes: Any, name: Any = None) -> PromptLabels:
 
 def prompt_coordinates(hashes: Any, dim: str = "prompt") -> Coordinates:
     """The index coordinate of prompts with these hashes."""
-    index = PandasIndex(as_prompt_labels(hashes, dim), dim, coord_dtype=hashes.dtype)
+    index = PandasIndex(as_prompt_labels(hashes, dim), dim, coord_dtype=TEXT)
     return Coordinates(index.create_variables(), indexes={dim: index})

@@ -5,7 +5,7 @@ Other rooms import from this face. Never upkeep, models or xarray datasets.
 
 from lmprobe_zarr.store.parts.call_order import CallOrder, merged_order
 from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, urls_of, visible_parts
-from lmprobe_zarr.store.parts.columns import column_attrs, column_of, merged_kind, shown_column
+from lmprobe_zarr.store.parts.columns import column_attrs, column_of, holds_texts_only, merged_kind, shown_column
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.lazy import LazyArray
 from lmprobe_zarr.store.parts.listing import Listing, committed_at, list_names, part_nbytes
@@ -42,6 +42,7 @@ __all__ = [
     "column_of",
     "committed_at",
     "groups_of",
+    "holds_texts_only",
     "kinds_of_column",
     "list_names",
     "merged_kind",

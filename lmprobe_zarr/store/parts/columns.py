@@ -25,6 +25,7 @@ __all__ = [
     "column_of",
     "decode_column",
     "encode_column",
+    "holds_texts_only",
     "kind_of",
     "merged_kind",
     "shown_column",
@@ -213,6 +214,11 @@ def absent_value(infos: Sequence[ArrayInfo], dtype: np.dtype[Any]) -> Any:
 def merged_kind(infos: Sequence[ArrayInfo]) -> ColumnKind | None:
     """The kind of a column of several parts; None where they differ."""
     return merge_kinds([kind_of(info) for info in infos])
+
+
+def holds_texts_only(infos: Sequence[ArrayInfo]) -> bool:
+    """Whether all parts of a column hold texts, and none that is missing."""
+    return all(kind_of(info).name == "text" and not _missing(info) for info in infos)
 
 
 def column_attrs(kind: ColumnKind | None, shown: np.dtype[Any]) -> dict[str, Any]:

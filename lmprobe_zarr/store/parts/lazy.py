@@ -9,7 +9,6 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from lmprobe_zarr.batch import as_slice
-from lmprobe_zarr.interchange import TEXT
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
 from lmprobe_zarr.tokens import tidy_key
 from lmprobe_zarr.typing import Ints, Mask
@@ -22,8 +21,7 @@ class LazyArray(BackendArray):
 
     def __init__(self, array: VirtualArray) -> None:
         self.array = array
-        # Columns of objects hold texts. Marked as such, they are written from Dask arrays without being computed first.
-        self.shape, self.dtype = array.shape, TEXT if array.dtype == object else array.dtype
+        self.shape, self.dtype = array.shape, array.dtype
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
