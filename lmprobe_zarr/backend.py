@@ -13,7 +13,7 @@ from xarray.backends import BackendEntrypoint
 
 from lmprobe_zarr.batch import LayerSpec
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.store import Store, open_store
+from lmprobe_zarr.store import Model, Store, open_store
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance, is_root_document
 
 __all__ = ["LmprobeZarrBackend"]
@@ -51,7 +51,7 @@ class LmprobeZarrBackend(BackendEntrypoint):
         filename_or_obj: Any,
         *,
         drop_variables: str | Iterable[str] | None = None,
-        model: str | None = None,
+        model: Model | None = None,
         level: Level = "prompts",
         prompts: Iterable[Any] | None = None,
         layers: LayerSpec | None = None,
@@ -76,7 +76,7 @@ class LmprobeZarrBackend(BackendEntrypoint):
         storage_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> xr.DataTree:
-        """All groups: ``/<group>/prompts`` and ``/<group>/tokens``."""
+        """All groups, or those that match: ``/<group>/prompts`` and ``/<group>/tokens``; see `Store.datatree` for the arguments."""
         groups = self.open_groups_as_dict(filename_or_obj, drop_variables=drop_variables, storage_options=storage_options, **kwargs)
         return xr.DataTree.from_dict(groups)
 
@@ -85,11 +85,14 @@ class LmprobeZarrBackend(BackendEntrypoint):
         filename_or_obj: Any,
         *,
         drop_variables: str | Iterable[str] | None = None,
+        model: Model | None = None,
+        provenance: Provenance | None = None,
+        group: str | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> dict[str, xr.Dataset]:
-        """All groups, as datasets by path."""
+        """All groups, or those that match, as datasets by path."""
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
-        tree = _open(filename_or_obj, storage_options).datatree()
+        tree = _open(filename_or_obj, storage_options).datatree(model, provenance=provenance, group=group)
         return {node.path: node.to_dataset().drop_vars(dropped, errors="ignore") for node in tree.subtree}
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:

@@ -23,6 +23,7 @@ from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_
 from lmprobe_zarr.probes.folds import Fold, group_codes
 from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable, list_prompts, show_prompts
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
+from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
 __all__ = ["CONTROLS", "Trial", "list_trials", "make_estimator", "parse_controls", "read_features", "shuffle_labels"]
@@ -346,7 +347,10 @@ def _embeddings(array: xr.DataArray, given: xr.Dataset | None) -> Any:
 
 def _own_features(name: str, features: Any, array: xr.DataArray) -> Any:
     if isinstance(features, xr.DataArray):
+        if "prompt" not in features.coords:
+            check_listed(array, features, f"the features of control {name!r}")
         return _bare_matrix(name, features, array)
+    check_listed(array, features, f"the features of control {name!r}")
     try:
         values = np.asarray(features, np.float64)
     except (TypeError, ValueError) as error:

@@ -22,6 +22,7 @@ from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import FAILED, NOT_STORED, Outcome, outcome_of, score_outcome
 from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, NotFiniteError
+from lmprobe_zarr.tokens import stored_rows
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["fit_task"]
@@ -49,13 +50,19 @@ def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
         whole = plan.variables[task.variable].activations
         matrix = as_fit_dtype(values if whole is None else read_layer(whole, task.layer))
         del values
-        if plan.variables[task.variable].name and np.isnan(matrix).all():
+        if plan.variables[task.variable].name and np.isnan(matrix).all() and not _is_stored(whole, task.layer):
             # Several variables may have different layers; a dataset holds NaN in the layers that a variable lacks.
             return [_not_stored(plan, task, trial) for trial in task.trials]
         _check_finite(plan, task, task.trials[0], matrix)
         found = [(trial, matrix) for trial in task.trials]
     with fits_running():
         return [fit for trial, features in found for fit in _fit_trial(plan, task, trial, features)]
+
+
+def _is_stored(whole: xr.Variable | None, layer: int) -> bool:
+    """Whether a layer is known to be stored, so that its NaN are values."""
+    held = None if whole is None else stored_rows(whole.isel(layer=layer, missing_dims="ignore"))
+    return held is not None and bool(held.all())
 
 
 def _not_stored(plan: FitPlan, task: FitTask, trial: int) -> Fit:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.labels import Groups, Labels, Sides
+from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Fold", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
@@ -94,6 +95,13 @@ def plan_folds(
             if each.classes is not None:
                 _check_classes(number, each.values[fold[0]], groups)
     return folds, described or f"{len(folds)} (train, test) pairs"
+
+
+def check_folds_listed(array: Any, cv: Any) -> None:
+    """Raise where folds are given as row numbers for rows in no known order."""
+    counted = isinstance(cv, int | np.integer)
+    if cv is not None and not counted and not hasattr(cv, "split") and isinstance(cv, Iterable) and not isinstance(cv, str | Mapping):
+        check_listed(array, cv, "the folds of cv")
 
 
 def group_codes(prompts: Sequence[str], groups: Array | None) -> Array:

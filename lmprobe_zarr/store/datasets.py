@@ -10,15 +10,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_of
 from lmprobe_zarr.errors import MissingPromptsError
-from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
-from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
-from lmprobe_zarr.tokens import TakenArray, TokenIndex, lazy_variable
-from lmprobe_zarr.typing import Ints
+from lmprobe_zarr.interchange import as_texts, to_interchange
+from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, Level
+from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray, column_attrs, merged_kind
+from lmprobe_zarr.store.requested import requested_otherwise
+from lmprobe_zarr.tokens import SEVERAL_CALLS, TakenArray, TokenIndex, lazy_variable, prompt_coordinates
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Chunks", "to_dataset", "to_datatree"]
 
@@ -58,6 +59,11 @@ def to_dataset(
     chosen = choose_layers(view.layers(level), layers, where=view.where, num_layers=view.group.num_layers)
     counts = view.token_counts()
     if level == "tokens":
+        if prompts is None and len(rows) and not counts.any():
+            raise MissingPromptsError(
+                f"no tokens were kept of the {len(rows)} prompts in {view.where}: extract them with keep_tokens=True, or read what is "
+                "stored per prompt with store.dataset()"
+            )
         if prompts is None:
             rows = rows[counts[rows] > 0]
         elif (counts[rows] == 0).any():
@@ -67,9 +73,14 @@ def to_dataset(
                 "extract them with keep_tokens=True"
             )
     data = _token_dataset(view, rows, counts[rows], chosen) if level == "tokens" else _prompt_dataset(view, rows, counts[rows], chosen)
+    other = not view.one_call or requested_otherwise(view.storage.url, view.group.name, view.digests)
+    if prompts is None and len(view) > 1 and other:
+        for name in ("prompt", "prompt_sha256", "text"):
+            if name in data.coords:
+                data.coords[name].attrs.update(SEVERAL_CALLS)
     attrs = {"group": view.group.name, "provenance": json.dumps(dict(view.group.provenance))}
     known = {"num_layers": view.group.num_layers, "hidden_size": view.group.hidden_size}
-    data = data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
+    data = to_interchange(data.assign_coords(model=view.group.model).assign_attrs(attrs | known))
     return data if chunks is None else data.chunk(_stored_chunks(data) if chunks == {} else chunks)
 
 
@@ -117,19 +128,28 @@ def _prompt_columns(view: View, rows: Ints) -> dict[str, tuple[VirtualArray, dic
         if name in {"prompt", "prompt_sha256", "n_tokens", "prompt_row"}:
             continue
         array = view.source("prompts", name, rows, ())
-        columns[name] = (array, {"missing": array.n_absent} if array.n_absent else {})
+        attrs: dict[str, Any] = {"missing": array.n_absent} if array.n_absent else {}
+        own = {} if name in PROMPT_COLUMNS else column_attrs(merged_kind([stored.info for stored in array.arrays]), array.dtype)
+        columns[name] = (array, own | attrs)
     return columns
 
 
 def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]) -> xr.Dataset:
     variables = _activation_variables(view, "prompts", rows, layers, None)
-    coords: dict[str, Any] = {"prompt": view.hashes[rows], "n_tokens": ("prompt", counts, {"sample_dimension": "token"})}
+    coords: dict[str, Any] = {"n_tokens": _kept_tokens(counts)}
     coords |= _layer_coords(view, layers)
     if "perplexity" in variables:
         coords["statistic"] = list(STATISTICS)
     coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs) for name, (a, attrs) in _prompt_columns(view, rows).items()}
     coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows))
-    return xr.Dataset(variables, coords=coords)
+    return xr.Dataset(variables, coords=prompt_coordinates(as_texts(view.hashes[rows]))).assign_coords(coords)
+
+
+def _kept_tokens(counts: Ints) -> xr.Variable:
+    """How many tokens are kept of each prompt: NaN where none are, as in any column that some prompts lack."""
+    kept = counts > 0
+    attrs = {"sample_dimension": "token"} | ({} if kept.all() else {"missing": int((~kept).sum())})
+    return xr.Variable(("prompt",), counts if kept.all() else np.where(kept, counts, np.nan), attrs)
 
 
 def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]) -> xr.Dataset:
@@ -137,7 +157,7 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
     uniques, codes = np.unique(rows, return_inverse=True)
     by_token = np.repeat(codes.astype(np.int32), counts)
     order = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    index = TokenIndex(view.hashes[uniques], by_token, _positions(view, rows, counts))
+    index = TokenIndex(as_texts(view.hashes[uniques]), by_token, _positions(view, rows, counts))
     coords: dict[str, Any] = {}
     coords |= _layer_coords(view, layers)
     for name in view.columns("tokens"):
@@ -158,6 +178,6 @@ def _positions(view: View, rows: Ints, counts: Ints) -> Ints:
     return np.asarray(array.read(np.zeros(1, np.int64), slice(0, array.n_rows))[0], np.int64)
 
 
-def _digest_texts(view: View) -> npt.NDArray[np.str_]:
+def _digest_texts(view: View) -> Array:
     text = np.ascontiguousarray(view.digests).tobytes().hex()
-    return np.frombuffer(text.encode(), "S64").astype("U64")
+    return as_texts(np.frombuffer(text.encode(), "S64").astype("U64"))

@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.interchange import read_list, to_interchange
 from lmprobe_zarr.probes.metrics import Metric, Outcome, measure_outcome, parse_metrics, score_outcome
 from lmprobe_zarr.typing import Array, Floats
 
@@ -67,7 +68,7 @@ def confidence_intervals(
     if isinstance(n_resamples, bool) or not isinstance(n_resamples, int | np.integer) or n_resamples < 2:
         raise InvalidArgumentError(f"n_resamples={n_resamples!r} are too few: give 1000 or more")
     classification = scores.attrs["task"] == "classification"
-    n_classes = len(scores.attrs["classes"]) if "classes" in scores.attrs else 2 if classification else 0
+    n_classes = len(read_list(scores.attrs, "classes") or ((0, 1) if classification else ()))
     if metrics is None:
         metrics = [str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and _is_metric(str(name), scores)]
     chosen = parse_metrics(metrics, scores.attrs["task"], n_classes)
@@ -99,12 +100,12 @@ def confidence_intervals(
     }
     for metric in chosen:
         data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units} | ({"nan_reasons": [reason]} if reason else {})
-    return data
+    return to_interchange(data)
 
 
 def _is_metric(name: str, scores: xr.Dataset) -> bool:
     try:
-        parse_metrics(name, scores.attrs["task"], len(scores.attrs.get("classes", (0, 1))))
+        parse_metrics(name, scores.attrs["task"], len(read_list(scores.attrs, "classes") or (0, 1)))
     except InvalidArgumentError:
         return False
     return True
@@ -235,7 +236,7 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     data = xr.Dataset({"difference": mean, "t": t, "p_value": p, "p_holm": holm})
     data.attrs = {"metric": metric, "along": along, "reference": reference, "degrees_of_freedom": n_folds - 1, "test_train_ratio": ratio}
     data.attrs["p_floor"] = floor
-    return data
+    return to_interchange(data)
 
 
 def _two_sided(t: Floats, freedom: int) -> Floats:
@@ -289,7 +290,8 @@ def selectivity(scores: xr.Dataset, metric: str = "accuracy", *, control: str = 
         raise InvalidArgumentError(f"these scores have no {control.replace('_', ' ')} to compare with: sweep with controls={control!r}")
     theirs = held.sel(probe=[prefix + name for name in names]).assign_coords(probe=names).drop_vars(("kind", "control"))
     found = held.sel(probe=names).drop_vars(("kind", "control")) - theirs
-    return found.rename("selectivity").assign_attrs(long_name=f"{metric} less that on {control.replace('_', ' ')}", units="1")
+    found = found.rename("selectivity").assign_attrs(long_name=f"{metric} less that on {control.replace('_', ' ')}", units="1")
+    return to_interchange(found)
 
 
 def _check_scores(scores: Any) -> None:

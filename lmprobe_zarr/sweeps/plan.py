@@ -34,6 +34,7 @@ from lmprobe_zarr.sweeps.options import (
     parse_seeds,
     parse_strengths,
 )
+from lmprobe_zarr.tokens import order_attributes
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Sweep", "SweepPlan", "make_sweep", "plan_sweep"]
@@ -435,7 +436,7 @@ def _prompt_coordinates(fits: FitPlan, data: Data, dims: Mapping[str, Array]) ->
     rows = data.rows
     true = [each.codes[rows] for each in data.labels]
     coords: dict[str, Any] = {
-        "prompt": ("prompt", np.array([data.prompts[row] for row in rows])),
+        "prompt": ("prompt", np.array([data.prompts[row] for row in rows]), order_attributes(data.arrays[0])),
         "true": (("label", "prompt"), np.array(true)) if "label" in dims else ("prompt", true[0]),
     }
     if fits.shuffled:

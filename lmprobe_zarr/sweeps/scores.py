@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import Fit, FitTask, number_repeats
 from lmprobe_zarr.probes.metrics import FAILED, undefined_reasons
 from lmprobe_zarr.sweeps.plan import Sweep
@@ -211,7 +212,8 @@ class Scores:
         if plan.predictions:
             held["test_fold"] = self._test_folds()
         data = xr.Dataset(held, coords=dict(self._sweep.coords), attrs={**self._sweep.attrs})
-        return data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
+        data = data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
+        return to_interchange(data)
 
     def dataset(self) -> xr.Dataset:
         """Everything entered so far, as callers see it; NaN where a fit is missing."""
@@ -221,7 +223,7 @@ class Scores:
         data.attrs["n_unconverged"] = int((~data["converged"]).sum())
         if self._n_failed():
             data.attrs["n_failed"] = self._n_failed()
-        return data
+        return to_interchange(data)
 
     def _n_failed(self) -> int:
         bits = self._columns["undefined"].values

@@ -12,7 +12,7 @@ from xarray.core import indexing
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["TakenArray", "lazy_variable", "tidy_key"]
+__all__ = ["TakenArray", "lazy_variable", "stored_rows", "tidy_key"]
 
 
 class TakenArray(BackendArray):
@@ -60,6 +60,20 @@ def tidy_key(key: indexing.ExplicitIndexer, shape: tuple[int, ...]) -> indexing.
             raise IndexError(f"an index is out of bounds for an axis of length {n}")
         tidy.append(slice(0) if isinstance(k, slice) and not range(*k.indices(n)) else k)
     return type(key)(tuple(tidy))
+
+
+def stored_rows(variable: Variable) -> Array | None:
+    """Which rows of a lazy variable are stored, as truth values; None where it is none of this package's, or has been computed with.
+
+    A row counts as stored if it is in all layers that the variable has.
+    """
+    data: Any = variable._data
+    while isinstance(data, indexing.CopyOnWriteArray | indexing.MemoryCachedArray):
+        data = data.array
+    if not isinstance(data, indexing.LazilyIndexedArray) or not hasattr(data.array, "stored_rows"):
+        return None
+    found: Array = data.array.stored_rows(data.key.tuple)
+    return found
 
 
 def lazy_variable(dims: tuple[Hashable, ...], array: BackendArray, attrs: Mapping[str, Any] | None = None) -> Variable:

@@ -146,6 +146,19 @@ def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixtu
     np.testing.assert_allclose([row["accuracy"] for row in document["scores"]], ours.accuracy.mean("fold").values[:, 0])
 
 
+@pytest.mark.parametrize(("ending", "begins"), [(".md", "| layer |"), (".tex", "% Mean"), (".csv", "layer,")])
+def test_sweep_writes_a_table(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, ending: str, begins: str) -> None:
+    place = tmp_path / f"scores{ending}"
+    options = ["sweep", stored, "--variable", "resid_mean", "--probes", "ridge,mass_mean", "--cv", "2", "--table", str(place)]
+    code, out, _ = call(capsys, *options)
+    assert code == 0
+    assert out.splitlines()[-1] == f"table: {place}"
+    ours = lz.sweep(lz.open_store(stored).dataset().resid_mean, labels="label", probes=["ridge", "mass_mean"], cv=2)
+    assert place.read_text() == ours.lz.table(path=tmp_path / f"ours{ending}")
+    assert place.read_text().startswith(begins)
+    call_json(capsys, *options)  # one document, whatever else is written
+
+
 def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = [
         "sweep",
@@ -184,6 +197,11 @@ def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: p
         (["sweep", "{store}", "--variable", "resid_mean", "--probes", "perceptron"], "perceptron"),
         (["sweep", "{store}", "--variable", "resid_mean", "--layers", "7"], "layer 7 is out of range"),
         (["sweep", "{store}", "--variable", "resid_mean", "--cv", "2", "--plot", "{tmp}/no/such/folder/x.png"], "x.png"),
+        (
+            ["sweep", "{store}", "--variable", "resid_max", "--table", "{tmp}/x.xlsx"],
+            "has the ending .xlsx for a table: use one of .md",
+        ),
+        (["sweep", "{store}", "--variable", "resid_max", "--table", "{tmp}/no/such/folder/x.md"], "does not exist"),
         (["extract", "no/model", "{tmp}/nowhere.txt", "--store", "{tmp}/new"], "cannot be read"),
     ],
 )

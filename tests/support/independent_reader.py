@@ -132,6 +132,7 @@ def read_group(group: Path) -> dict[str, Any]:
         **{f"{level}.layer": np.array(layers[level]) for level in LEVELS if layers[level]},
     }
     seen: dict[str, Any] = {}
+    described: set[str] = set()
     for rank, folder in enumerate(order):
         document = found[folder]
         for key in sorted({key.rpartition("/")[0] for key in document["files"] if key.count("/") == 2}):
@@ -139,6 +140,8 @@ def read_group(group: Path) -> dict[str, Any]:
             if name in ("layer", "n_tokens", "prompt_row", "prompt_sha256"):
                 continue
             values, dims = read_array(folder, key, document["files"])
+            if "column" in json.loads((folder / key / "zarr.json").read_text())["attributes"]:
+                described.add(f"{level}.{name}")
             values = np.moveaxis(values, dims.index(LEVELS[level]), 0)  # (row, layer, …) or (row, …)
             by_layer = "layer" in dims
             row_shape = (len(layers[level]), *values.shape[2:]) if by_layer else values.shape[1:]
@@ -163,8 +166,10 @@ def read_group(group: Path) -> dict[str, Any]:
                 row += n
     for key, filled in seen.items():
         # A column of the user's that some prompts lack.
-        if out[key].ndim == 1 and out[key].dtype.kind in "ib" and not filled.all() and key not in OWN:
-            out[key] = np.where(filled, out[key].astype(float), np.nan)
+        if out[key].ndim == 1 and out[key].dtype.kind in "ibO" and not filled.all() and key not in OWN:
+            if out[key].dtype.kind == "O" and key not in described:
+                continue
+            out[key] = np.where(filled, out[key] if out[key].dtype.kind == "O" else out[key].astype(float), np.nan)
     return out
 
 

@@ -53,7 +53,9 @@ class Warmed:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.communicate()  # it ends when its standard input does
+        # Not by the end of its standard input, which a child that some test has left behind may keep open.
+        self._process.kill()
+        self._process.communicate()
         self._folder.cleanup()
 
     def run(

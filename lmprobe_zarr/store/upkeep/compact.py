@@ -6,6 +6,7 @@ moves the others behind everything in between. Parts are merged only where this 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
+from lmprobe_zarr.store.format import COLUMN, MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import new_writer
@@ -101,9 +102,18 @@ class CompactPlan:
 
 def shape_key(info: PartInfo) -> tuple[Any, ...]:
     """What parts must have in common to be merged: kind, layers, and the name, dimensions, dtypes and row shape of every array."""
-    arrays = frozenset((key, a.dims, a.dtype, a.row_shape, a.attributes.get("stored_dtype")) for key, a in info.arrays.items())
+    arrays = frozenset(
+        (key, a.dims, a.dtype, a.row_shape, a.attributes.get("stored_dtype"), _described(a.attributes.get(COLUMN)))
+        for key, a in info.arrays.items()
+    )
     compressed = frozenset(a.shuffle is not None for a in info.arrays.values())
     return info.kind, info.layers, info.n_tokens is None, arrays, compressed
+
+
+def _described(column: object) -> str:
+    """What an array says of its column, without what differs from part to part: how many values are missing, and the text for them."""
+    each = {key: value for key, value in column.items() if key not in ("missing", "missing_text")} if isinstance(column, dict) else {}
+    return json.dumps(each, sort_keys=True)
 
 
 def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts: int = 2) -> list[MergeRun]:

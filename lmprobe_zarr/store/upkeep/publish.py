@@ -225,7 +225,7 @@ def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
 def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
     """Check that a copy may be written there, and remove what an interrupted publication left; returns what is published there now."""
     try:
-        old = parse_root(target.read("zarr.json"), target.url)
+        old = parse_root(target.read_current("zarr.json"), target.url)
     except (FileNotFoundError, NotADirectoryError):
         old = None
         names = [name for name in target.list("") if not _DRAFT.fullmatch(name)]

@@ -10,7 +10,8 @@ from typing import Any
 
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import Part, PartWriter, committed_at, open_view, read_batches
+from lmprobe_zarr.store.parts import Part, PartWriter, committed_at, merged_order, open_view, read_batches
+from lmprobe_zarr.store.upkeep.tombstones import write_tombstone
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["new_writer", "write_again", "write_rows"]
@@ -46,6 +47,8 @@ def new_writer(
     alike = {key: value for key, value in first.items() if all(info.recorded.get(key) == value for info in infos)}
     last = max(infos, key=committed_at).recorded
     written = {"written": last["written"]} if "written" in last else {}
+    # Where only some of the values are an extraction's, no extraction gives all of them again.
+    written |= {mark: info.recorded[mark] for info in infos for mark in ("imported_from", "written_by") if mark in info.recorded}
     return PartWriter(
         storage,
         group,
@@ -56,6 +59,7 @@ def new_writer(
         replaces=replaces,
         recorded={**alike, **written, **(recorded or {})},
         alone=alone,
+        order=merged_order(infos),
     )
 
 
@@ -91,6 +95,8 @@ def write_again(
         Whether the new part replaces the old one.
     """
     info = part.info
+    if info.is_tombstone:
+        return write_tombstone(storage, group, info, rows, info.removed, durable=durable, replaces=replaces, after=after)
     old = (info.name, *info.replaces) if replaces else ()
     writer = new_writer(storage, group, [info], name or replacement_name(after or info.name), durable=durable, replaces=old)
     return write_rows(writer, storage, part, rows, without=without, layers=layers)
@@ -110,6 +116,7 @@ def write_rows(
     part, rows, without, layers
         See `write_again`.
     """
+    writer.order = merged_order([part.info])
     with writer:
         for batch in read_batches(open_view(source, writer.group, [part], []), rows, without=without, layers=layers):
             writer.append(batch)
