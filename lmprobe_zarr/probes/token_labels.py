@@ -72,12 +72,15 @@ class TokenFolds:
         How they were made, for the attributes of scores.
     group : str
         The name of the groups that are kept together; empty without groups.
+    unit : ndarray of int, shape (prompt,), or None
+        The group of each prompt, −1 for prompts that are not used; None without groups.
     """
 
     train: Mask
     test: Mask
     described: str
     group: str
+    unit: Ints | None = None
 
 
 def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where: Any = None, missing: str = "raise") -> LabelledTokens:
@@ -340,7 +343,10 @@ def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, gr
         classes = np.flatnonzero(counts[learned].sum(axis=0))
         if len(classes) < 2:
             raise LabelError(f"fold {fold} trains on {dim}s that all are {labelled.classes[classes[0]].item()!r}: use fewer folds")
-    return TokenFolds(train, test, described, "" if together is None else together.name)
+    unit = None if together is None else np.full(len(prompts), -1, np.int64)
+    if unit is not None and together is not None:
+        unit[used] = together.codes
+    return TokenFolds(train, test, described, "" if together is None else together.name, unit)
 
 
 def _deal(names: list[str], together: Any, cv: Any, random_state: int) -> tuple[Any, str]:

@@ -72,8 +72,8 @@ def fit_tokens(
     probe : {"ridge", "lda", "mass_mean", "mass_mean_cov", "sgd"}
         See :func:`lmprobe_zarr.probes.named_probes`. All but "sgd" are exact: they are solved from sums that one pass over the tokens
         gives, and equal the fit in memory of that name, standardisation and shrinkage included. "sgd" takes minibatches in random order:
-        one pass for the standardisation, then at most 20 (more where there are few tokens, until a million have been seen), fewer when the
-        loss of three did not fall by 0.001.
+        one pass for the standardisation, then at most 20 (more where there are few tokens, until a million have been seen). The result is
+        the mean of the later steps; it has converged when twice as many passes changed its loss by less than 0.0001.
     where : str, DataArray or array of bool, optional
         Which tokens to learn from, as from :func:`lmprobe_zarr.mask_tokens`; others need no label.
     missing : {"raise", "drop"}

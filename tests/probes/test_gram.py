@@ -32,6 +32,11 @@ def rows(n: int, hidden: int, share: float, offset: float = 0.0, *, dtype: str =
     return (x + offset).astype(dtype), y
 
 
+def scores_of(solved: Any) -> Any:
+    assert solved.outcome.scores is not None
+    return solved.outcome.scores
+
+
 def plain(x: Any, y: Any, train: Any, test: Any, alpha: float, kind: Any = RidgeClassifier) -> Any:
     fitted = make_pipeline(StandardScaler(), kind(alpha=alpha, solver="svd")).fit(x[train].astype("f8"), y[train])
     return fitted.predict(x[test].astype("f8")) if kind is Ridge else fitted.decision_function(x[test].astype("f8"))
@@ -56,8 +61,8 @@ def test_scores_are_those_of_float64_for_every_rank_and_strength(n: int, hidden:
     for (train, test), of_fold in zip(folds, found, strict=True):
         for alpha, (solved,) in zip(STRENGTHS, of_fold, strict=True):
             expected = plain(x, y, train, test, alpha)
-            np.testing.assert_allclose(solved.outcome.scores, expected, rtol=0, atol=1e-7 * np.abs(expected).max())
-            assert abs(roc_auc_score(y[test], solved.outcome.scores) - roc_auc_score(y[test], expected)) < 1e-6
+            np.testing.assert_allclose(scores_of(solved), expected, rtol=0, atol=1e-7 * np.abs(expected).max())
+            assert abs(roc_auc_score(y[test], scores_of(solved)) - roc_auc_score(y[test], expected)) < 1e-6
             assert abs(np.mean(solved.outcome.predicted == y[test]) - np.mean((expected > 0) == y[test])) < 1e-6
 
 
@@ -69,8 +74,8 @@ def test_repeated_rows_and_several_targets_at_once_are_those_of_single_fits() ->
     targets = [RidgeTarget(y, np.array([0, 1])), RidgeTarget(three, np.arange(3)), RidgeTarget(number, None)]
     for train_rows in (train, train[:20]):
         ((_, one),) = (solve_ridge(x, [(train_rows, test)], targets, (0.01, 1))[0],)
-        np.testing.assert_allclose(one[0].outcome.scores, plain(x, y, train_rows, test, 1), atol=1e-8)
-        np.testing.assert_allclose(one[1].outcome.scores, plain(x, three, train_rows, test, 1), atol=1e-8)
+        np.testing.assert_allclose(scores_of(one[0]), plain(x, y, train_rows, test, 1), atol=1e-8)
+        np.testing.assert_allclose(scores_of(one[1]), plain(x, three, train_rows, test, 1), atol=1e-8)
         expected = plain(x, number, train_rows, test, 1, Ridge)
         np.testing.assert_allclose(one[2].outcome.predicted - 1.7e9, expected - 1.7e9, atol=1e-5)
 
@@ -83,7 +88,8 @@ def array_of(x: Any, y: Any) -> xr.DataArray:
 @pytest.mark.parametrize(("n", "hidden"), [(70, 100), (130, 100)])
 def test_a_sweep_over_small_strengths_of_units_that_have_much_in_common_has_the_right_scores(n: int, hidden: int) -> None:
     x, y = rows(n, hidden, 0.95)
-    for options in ({}, {"inner_cv": 3, "choose_by": "auroc"}):
+    each: list[dict[str, Any]] = [{}, {"inner_cv": 3, "choose_by": "auroc"}]
+    for options in each:
         found = lz.sweep(array_of(x[None], y), "label", "ridge", strengths=(1e-6, 0.01, 1), **options)
         for fold, (train, test) in enumerate(StratifiedKFold(5, shuffle=True, random_state=0).split(x, y)):
             for place, alpha in enumerate((1e-6, 0.01, 1) if not options else (float(found.chosen_strength.values.ravel()[fold]),)):
