@@ -6,6 +6,7 @@ Decides nothing about upkeep and reads no activations. Code that needs only one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from lmprobe_zarr.store.format import ANNOTATIONS, GROUP_NAME, PART_NAME, STAMPS
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.listing import Listing, list_names
 from lmprobe_zarr.store.parts.part import Part
+from lmprobe_zarr.store.parts.salvage import NO_LAYER, salvage
 from lmprobe_zarr.store.parts.view import View, open_view
 from lmprobe_zarr.store.parts.writer import PartWriter, write_group
 
@@ -51,6 +53,7 @@ class Catalog:
         self._parts: dict[str, Part] = {}
         self._groups: dict[str, GroupInfo] = {}
         self._damaged: dict[str, CorruptPartError] = {}
+        self._stand_ins: dict[str, Part | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.storage, self.mode, self.durable, self.rank)
@@ -267,6 +270,36 @@ class Catalog:
         """The union of a group's parts in this root; `whole` as in `list_parts`."""
         return open_union([self], info, whole=whole)
 
+    def stand_ins(self, info: GroupInfo) -> list[Part]:
+        """Tombstones in memory for damaged parts of a group that are left out: what they had replaced must not serve in their stead."""
+        found = []
+        for path in [path for path in self._damaged if path.startswith(f"{info.name}/")]:
+            if path not in self._stand_ins:
+                self._stand_ins[path] = self._stand_in(path)
+            part = self._stand_ins[path]
+            if part is not None:
+                found.append(part)
+        return found
+
+    def _stand_in(self, path: str) -> Part | None:
+        known = self._parts.get(path)
+        if known is not None:
+            info = known.info
+            removed = {key: info.layers if array.layered else None for key, array in info.activations.items()}
+            if set(info.replaces) & set(self.storage.list(path.partition("/")[0])):
+                return None  # the parts that it was merged from hold the same, and serve
+        else:
+            salvaged = salvage(self.storage, path)
+            if salvaged is None:
+                return None
+            info, removed = salvaged.info, dict(salvaged.info.removed)
+            for key, layer in salvaged.cells:
+                removed[key] = None if layer == NO_LAYER else tuple(sorted({*(removed.get(key) or ()), layer}))
+        if not removed:
+            return None
+        info = replace(info, kind="annotation", arrays={}, files={}, layers=(), replaces=(), removed=removed)
+        return Part(self.storage, path, info, rank=self.rank)
+
     # ------------------------------------------------------------------------------------------- damaged and gone parts
 
     def set_aside(self, error: CorruptPartError) -> None:
@@ -288,6 +321,7 @@ class Catalog:
         self._parts.pop(path, None)
         self.last_used.pop(path, None)
         self._damaged.pop(path, None)
+        self._stand_ins.pop(path, None)
 
     def forget_all(self, *, damaged: bool = False) -> None:
         """Forget all parts and groups, so that they are read again; with `damaged` also what was found damaged."""
@@ -295,6 +329,7 @@ class Catalog:
         self._groups.clear()
         if damaged:
             self._damaged.clear()
+            self._stand_ins.clear()
 
     # -------------------------------------------------------------------------------------------------------- writing
 
@@ -358,4 +393,6 @@ def open_union(catalogs: Sequence[Catalog], info: GroupInfo, *, whole: bool = Tr
     found = [catalog.parts_and_annotations(info, whole=whole) for catalog in reversed(catalogs)][::-1]
     parts = [part for parts, _ in found for part in parts]
     notes = [note for _, notes in found for note in notes]
+    if not whole:
+        notes += [part for catalog in catalogs for part in catalog.stand_ins(info)]
     return open_view(catalogs[-1].storage, info, parts, notes)

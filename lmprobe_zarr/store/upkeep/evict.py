@@ -223,7 +223,9 @@ def plan_evict(
     for entry in [entry for entry in left.values() if entry.is_annotation and entry.group not in holding]:
         # Without a part there is nothing to hide. An eviction that was interrupted leaves annotations without a part.
         hides_nothing = entry.is_tombstone and not entry.part.info.recorded.get(BELOW)
-        if (hides_nothing or (annotations and not entry.is_tombstone)) and (entry.group in emptied or (total > limit and age(entry) >= min_age)):
+        if (hides_nothing or (annotations and not entry.is_tombstone)) and (
+            entry.group in emptied or (total > limit and age(entry) >= min_age)
+        ):
             take(entry)
     young = {entry.part.path for entry in left.values() if age(entry) < min_age}
     stays = [entry for entry in left.values() if entry.part.path not in young]
