@@ -15,10 +15,10 @@ from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, GroupInfo, Level, is_intact, is_variable
+from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, GroupInfo, Level, is_intact, is_variable, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, open_view, part_nbytes, write_group
 from lmprobe_zarr.store.upkeep.publish import Selection, total_nbytes
-from lmprobe_zarr.store.upkeep.rewrite import write_rows
+from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces, write_rows
 from lmprobe_zarr.store.upkeep.tombstones import hidden_in, rows_over, write_tombstone
 from lmprobe_zarr.typing import Ints, Mask
 
@@ -117,13 +117,11 @@ def copy_group(
     for part in view.parts:
         if part.info.name in held:
             total += CopySummary(url=target.url, there=1)
-        elif (
-            keys is None
-            and not hidden[part.path]
-            and not (held & set(part.info.replaces))
-            and all(m.all() for m in _lacking(others, part).values())
-        ):
-            _copy_part(source, target, group, part, durable=durable)
+        elif keys is None and not (held & set(part.info.replaces)) and all(m.all() for m in _lacking(others, part).values()):
+            if hidden[part.path]:
+                _copy_visible(source, target, group, part, visible_pieces(part, tombstones, _shown(view, part)) or [], durable=durable)
+            else:
+                _copy_part(source, target, group, part, durable=durable)
             known = np.concatenate([known, keys_of(part.info.digests)])
             total += CopySummary(url=target.url, copied=1, nbytes=part_nbytes(part))
         else:
@@ -278,6 +276,16 @@ def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *
 
     run_all([partial(copy, name) for name in part.info.files], local=source.is_local and target.is_local)
     target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)
+
+
+def _copy_visible(source: Storage, target: Storage, group: GroupInfo, part: Part, pieces: Sequence[NewPart], *, durable: bool) -> None:
+    """What is not hidden of a part, in its place in the order."""
+    write_group(target, group, durable=durable)
+    name = part.info.name
+    for piece in pieces:
+        writer = new_writer(target, group, [part.info], replacement_name(name), durable=durable, recorded={_MARK: part.info.name})
+        name = writer.name
+        write_rows(writer, source, part, piece.rows, without=piece.without, layers=piece.layers)
 
 
 def check_copy(source: Catalog, target: Catalog) -> None:
