@@ -11,7 +11,7 @@ from lmprobe_zarr.store.datasets import to_dataset
 from lmprobe_zarr.store.ingest import PART_SECONDS, Ingest
 from lmprobe_zarr.store.parts import PART_BYTES, part_bytes_within
 from lmprobe_zarr.store.roots import Mode
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.store import Place, Store, open_store, open_to_read
 
 __all__ = [
     "PART_BYTES",
@@ -26,6 +26,7 @@ __all__ = [
     "describe_view",
     "differences",
     "open_store",
+    "open_to_read",
     "part_bytes_within",
     "to_dataset",
     "write_activations",

@@ -42,12 +42,15 @@ class Catalog:
 
     Attributes
     ----------
+    notes_uses : bool
+        Whether a reading is noted as a use of the part: not in a root that was opened as read-only, nor in a published copy.
     last_used : dict of str to float
         When this process last noted the use of each part, by its key, in seconds of `time.monotonic`.
     """
 
     def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0) -> None:
         self.storage, self.mode, self.durable, self.rank = storage, mode, durable, rank
+        self.notes_uses = mode == "a" and not self.is_published
         self.last_used: dict[str, float] = {}
         # Documents of parts and groups never change once they are written, so each is read once.
         self._parts: dict[str, Part] = {}
@@ -249,7 +252,7 @@ class Catalog:
             error.root, error.part = self.url, path
             self.set_aside(error)
             return None
-        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.mode == "a" and not self.is_published)
+        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses)
         return part
 
     def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True) -> tuple[list[Part], list[Part]]:

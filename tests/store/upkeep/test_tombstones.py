@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Final
 
+import independent_reader
 import numpy as np
 import pytest
 from stores import GROUP
@@ -321,6 +322,21 @@ def test_a_reader_that_knows_no_tombstones_refuses_one(root: str, monkeypatch: p
     monkeypatch.setattr(part_module, "TOMBSTONE_VERSION", 3)  # as in a release that has none
     with pytest.raises(UnsupportedVersionError, match="format version 2"):
         lz.open_store(root).dataset()
+
+
+def test_a_reader_written_from_the_page_on_the_format_shows_the_same(two: tuple[Store, str, Versions]) -> None:
+    store, name, _ = two
+    take(store, name)
+    if not store.models():
+        return
+    read = independent_reader.read_group(Path(store.url) / GROUP.name)
+    data, tokens = store.dataset().load(), store.tokens().load()
+    assert [digest[:16] for digest in read["prompts.prompt_sha256"].tolist()] == data.prompt.values.tolist()
+    for variable in data.data_vars:
+        np.testing.assert_array_equal(read[f"prompts.{variable}"], data[variable].transpose("prompt", ...).values)
+    for variable in tokens.data_vars:
+        np.testing.assert_array_equal(read[f"tokens.{variable}"], tokens[variable].transpose("token", ...).values)
+    np.testing.assert_array_equal(read["prompts.label"], data.label.values)
 
 
 def test_columns_of_an_evicted_part_stay_and_the_newest_wins(root: str) -> None:
