@@ -13,7 +13,7 @@ from xarray.backends import BackendEntrypoint
 
 from lmprobe_zarr.batch import LayerSpec
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.store import Model, Store, open_store
+from lmprobe_zarr.store import Model, Store, open_to_read
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance, is_root_document
 
 __all__ = ["LmprobeZarrBackend"]
@@ -106,4 +106,4 @@ class LmprobeZarrBackend(BackendEntrypoint):
 
 
 def _open(place: Any, storage_options: Mapping[str, Any] | None) -> Store:
-    return open_store(place, mode="r", storage_options=storage_options)
+    return open_to_read(place, storage_options=storage_options)

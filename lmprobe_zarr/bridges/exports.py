@@ -23,7 +23,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.storage import Storage, open_storage, run_all
-from lmprobe_zarr.store import Model, Place, Store, open_store
+from lmprobe_zarr.store import Model, Place, open_to_read
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance
 from lmprobe_zarr.store.parts import NOWHERE, View, VirtualArray
 from lmprobe_zarr.typing import Array, Ints
@@ -238,7 +238,7 @@ def export_safetensors(
     file appears complete or not at all. Existing files, lines of the manifest and the model's name are never deleted.
     """
     began = time.monotonic()
-    source = store if isinstance(store, Store) else open_store(store, mode="r")
+    source = open_to_read(store)
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of texts, hashes or token ids")
     if dtype is not None and dtype not in FLOAT_DTYPES:

@@ -242,7 +242,7 @@ class ClearSummary(int):
     @classmethod
     def of(cls, entries: Sequence[EvictionEntry]) -> Self:
         """What some entries are."""
-        infos = [entry.part.info for entry in entries]
+        infos = [entry.part.info for entry in entries if not entry.is_tombstone]
         return cls(
             parts=sum(info.kind == "part" for info in infos),
             annotations=sum(info.kind == "annotation" for info in infos),

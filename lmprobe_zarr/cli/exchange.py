@@ -11,7 +11,7 @@ from lmprobe_zarr.cli.arguments import add_choice, add_command, parse_layers
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
-from lmprobe_zarr.store import open_store
+from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_export", "add_import"]
 
@@ -72,7 +72,7 @@ def add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    store = open_store(options.store, mode="r")
+    store = open_to_read(options.store)
     models = store.models()
     model = options.model or (models[0] if len(models) == 1 else None)
     if model is None:

@@ -11,7 +11,7 @@ import xarray as xr
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.store import open_store
+from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_sweep"]
 
@@ -84,7 +84,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
-    store = open_store(options.store, mode="r")
+    store = open_to_read(options.store)
     data = store.dataset(options.model, layers=parse_layers(options.layers), group=options.group)
     names = list(map(str, data.data_vars))
     variable = options.variable or (names[0] if len(names) == 1 else "resid_last_token")

@@ -14,7 +14,7 @@ from lmprobe_zarr.store.parts import PART_BYTES, part_bytes_within
 from lmprobe_zarr.store.reopen import open_again
 from lmprobe_zarr.store.requested import note_request
 from lmprobe_zarr.store.roots import Mode
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.store import Place, Store, open_store, open_to_read
 
 __all__ = [
     "PART_BYTES",
@@ -34,6 +34,7 @@ __all__ = [
     "note_request",
     "open_again",
     "open_store",
+    "open_to_read",
     "parse_provenance",
     "part_bytes_within",
     "to_dataset",

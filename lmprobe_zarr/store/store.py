@@ -66,7 +66,7 @@ from lmprobe_zarr.store.upkeep import (
 )
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["Place", "Store", "open_store"]
+__all__ = ["Place", "Store", "open_store", "open_to_read"]
 
 PUBLISHED_PART_BYTES: Final = 2**33
 
@@ -136,6 +136,20 @@ def open_store(
     if not catalogs:
         raise InvalidArgumentError("the list of places is empty: give at least one folder or URL")
     return _store_of(tuple(catalogs), is_default=url is None)
+
+
+def open_to_read(url: Place, *, storage_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None) -> Store:
+    """A store that nothing is written to but marks of use, where it can be written at all; errors as for `open_store` with ``mode="r"``.
+
+    For calls that take a place and only read, so that what they read counts as used. A `Store` is returned as it is.
+    """
+    if isinstance(url, Store):
+        return url
+    opened = open_store(url, mode="r", storage_options=storage_options)
+    given = url[-1] if isinstance(url, (list, tuple)) and url else url
+    if not isinstance(given, Store):
+        opened.catalog.notes_uses = not opened.is_published and opened.storage.may_write()
+    return opened
 
 
 def _roots_of(place: Any, options: Mapping[str, Any] | None, durable: bool, *, is_default: bool) -> list[tuple[Storage, Mode, bool]]:

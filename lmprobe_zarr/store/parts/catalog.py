@@ -6,6 +6,7 @@ Decides nothing about upkeep and reads no activations. Code that needs only one 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from lmprobe_zarr.store.format import ANNOTATIONS, GROUP_NAME, PART_NAME, STAMPS
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.listing import Listing, list_names
 from lmprobe_zarr.store.parts.part import Part
+from lmprobe_zarr.store.parts.salvage import NO_LAYER, salvage
 from lmprobe_zarr.store.parts.view import View, open_view
 from lmprobe_zarr.store.parts.writer import PartWriter, write_group
 
@@ -40,12 +42,15 @@ class Catalog:
 
     Attributes
     ----------
+    notes_uses : bool
+        Whether a reading is noted as a use of the part: not in a root that was opened as read-only, nor in a published copy.
     last_used : dict of str to float
         When this process last noted the use of each part, by its key, in seconds of `time.monotonic`.
     """
 
     def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0) -> None:
         self.storage, self.mode, self.durable, self.rank = storage, mode, durable, rank
+        self.notes_uses = mode == "a" and not self.is_published
         self.last_used: dict[str, float] = {}
         # Documents of parts and groups never change once they are written, so each is read once.
         self._parts: dict[str, Part] = {}
@@ -53,6 +58,7 @@ class Catalog:
         self._damaged: dict[str, CorruptPartError] = {}
         self._versions: dict[str, Hashable] = {}
         self._noted: set[str] = set()
+        self._stand_ins: dict[str, Part | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.storage, self.mode, self.durable, self.rank)
@@ -146,16 +152,16 @@ class Catalog:
         """Whether a group, given by its name, has any committed part. One whose parts have all been evicted counts as absent."""
         names: list[str] = []
         # List again until nothing new is found: a part that replaces another is committed before the other is removed.
-        while new := [name for name in self._part_names(group) if name not in names]:
+        while new := [name for name in self._part_names(group, listed := self.storage.list(group)) if name not in names]:
             if any(self._is_committed(f"{group}/{name}") for name in new):
-                return self._shows_any(group)
+                return ANNOTATIONS not in listed or self._shows_any(group)
             names += new
         return False
 
     def _shows_any(self, group: str) -> bool:
         """Whether anything of a group with committed parts is shown: an annotation may have replaced them, and tombstones hide them."""
         info = self._groups.get(group)
-        if info is None or ANNOTATIONS not in self.storage.list(group):
+        if info is None:
             return True
         try:
             parts, notes = self.parts_and_annotations(info)
@@ -256,7 +262,7 @@ class Catalog:
             error.root, error.part = self.url, path
             self.set_aside(error)
             return None
-        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.mode == "a" and not self.is_published)
+        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses)
         return part
 
     def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True) -> tuple[list[Part], list[Part]]:
@@ -276,6 +282,36 @@ class Catalog:
     def view(self, info: GroupInfo, *, whole: bool = True) -> View:
         """The union of a group's parts in this root; `whole` as in `list_parts`."""
         return open_union([self], info, whole=whole)
+
+    def stand_ins(self, info: GroupInfo) -> list[Part]:
+        """Tombstones in memory for damaged parts of a group that are left out: what they had replaced must not serve in their stead."""
+        found = []
+        for path in [path for path in self._damaged if path.startswith(f"{info.name}/")]:
+            if path not in self._stand_ins:
+                self._stand_ins[path] = self._stand_in(path)
+            part = self._stand_ins[path]
+            if part is not None:
+                found.append(part)
+        return found
+
+    def _stand_in(self, path: str) -> Part | None:
+        known = self._parts.get(path)
+        if known is not None:
+            info = known.info
+            removed = {key: info.layers if array.layered else None for key, array in info.activations.items()}
+            if set(info.replaces) & set(self.storage.list(path.partition("/")[0])):
+                return None  # the parts that it was merged from hold the same, and serve
+        else:
+            salvaged = salvage(self.storage, path)
+            if salvaged is None:
+                return None
+            info, removed = salvaged.info, dict(salvaged.info.removed)
+            for key, layer in salvaged.cells:
+                removed[key] = None if layer == NO_LAYER else tuple(sorted({*(removed.get(key) or ()), layer}))
+        if not removed:
+            return None
+        info = replace(info, kind="annotation", arrays={}, files={}, layers=(), replaces=(), removed=removed)
+        return Part(self.storage, path, info, rank=self.rank)
 
     # ------------------------------------------------------------------------------------------- damaged and gone parts
 
@@ -299,6 +335,7 @@ class Catalog:
         self._versions.pop(path, None)
         self.last_used.pop(path, None)
         self._damaged.pop(path, None)
+        self._stand_ins.pop(path, None)
 
     def adopt(self, other: Catalog) -> None:
         """Take over the documents that another catalog of the same root has read, except those that were replaced since."""
@@ -315,6 +352,7 @@ class Catalog:
         self._groups.clear()
         if damaged:
             self._damaged.clear()
+            self._stand_ins.clear()
 
     # -------------------------------------------------------------------------------------------------------- writing
 
@@ -378,4 +416,6 @@ def open_union(catalogs: Sequence[Catalog], info: GroupInfo, *, whole: bool = Tr
     found = [catalog.parts_and_annotations(info, whole=whole) for catalog in reversed(catalogs)][::-1]
     parts = [part for parts, _ in found for part in parts]
     notes = [note for _, notes in found for note in notes]
+    if not whole:
+        notes += [part for catalog in catalogs for part in catalog.stand_ins(info)]
     return open_view(catalogs[-1].storage, info, parts, notes, in_call_order=True)

@@ -194,7 +194,7 @@ class View:
                 owner, member = owners[holding[j]], self.members[holding[j]]
                 valid, first = member >= 0, np.arange(len(member))
                 if since is not None and owner.info.n_tokens is not None and not owner.info.is_tombstone:
-                    valid = valid & (ranks[holding[j]] >= since[member])
+                    valid[valid] = ranks[holding[j]] >= since[member[valid]]
                     first = offsets_of(owner.info.n_tokens)[:-1]
                 source[c, member[valid]] = number.get(holding[j], NOWHERE)
                 start[c, member[valid]] = first[valid]
@@ -245,7 +245,8 @@ class View:
         since, ranks = self._tokens_since(), self._ranks()
         for place, (part, member) in enumerate(zip(self.parts, self.members, strict=False)):
             if part.info.n_tokens is not None:
-                there = (member >= 0) & (ranks[place] >= since[member])  # not where a later tombstone had another number
+                there = member >= 0
+                there[there] = ranks[place] >= since[member[there]]  # not where a later tombstone had another number
                 counts[member[there]] = part.info.n_tokens[there]
         return counts
 
@@ -260,9 +261,9 @@ class View:
             held, member = owners[i].info.n_tokens, self.members[i]
             if held is not None:
                 there = member >= 0
-                changed = there & (counts[member] != held)
-                since[member[changed]] = place
-                counts[member[there]] = held[there]
+                rows, now = member[there], held[there]
+                since[rows[counts[rows] != now]] = place
+                counts[rows] = now
         return since
 
     @property

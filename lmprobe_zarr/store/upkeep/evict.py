@@ -311,6 +311,8 @@ def _keep(catalog: Catalog, group: GroupInfo, part: Part, lower: Sequence[Part],
     """Write what is to stay of a part that is about to be removed; returns its bytes, or None where the part has to stay itself."""
     info, storage, durable = part.info, catalog.storage, catalog.durable
     below = [other for other in lower if other.info.name < info.name]
+    # What a root below holds was replaced only where it was there first.
+    deeper = [other for other in deeper if other.info.name < info.name]
     over, removed = rows_over(info, removed_of(info), [*below, *deeper]), removed_of(info)
     nbytes = 0
     try:

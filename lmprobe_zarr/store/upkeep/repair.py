@@ -34,7 +34,7 @@ from lmprobe_zarr.store.upkeep.compact import shape_key
 from lmprobe_zarr.store.upkeep.gc import find_leftover
 from lmprobe_zarr.store.upkeep.losses import LostColumn, LostValues, RepairSummary
 from lmprobe_zarr.store.upkeep.removal import remove_part
-from lmprobe_zarr.store.upkeep.rewrite import write_again
+from lmprobe_zarr.store.upkeep.rewrite import NewPart, split_part, write_again
 from lmprobe_zarr.store.upkeep.tombstones import rows_over, write_tombstone
 from lmprobe_zarr.store.upkeep.verify import FoundGroup, FoundPart, StoreScan, check_files, problems_of
 from lmprobe_zarr.typing import Ints
@@ -42,15 +42,6 @@ from lmprobe_zarr.typing import Ints
 __all__ = ["repair_root", "repair_store"]
 # What a repair may act on; a file that cannot be read now may be whole.
 BROKEN: Final = frozenset({"missing", "size", "content", "document"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _NewPart:
-    """A new part with some of what a damaged part holds: some prompts, without some arrays, and only some layers (None for all)."""
-
-    rows: Ints
-    without: frozenset[str]
-    layers: frozenset[int] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +53,9 @@ class _PartRepair:
     found : FoundPart
     documents : mapping of str to bytes
         Files that are written again as they were.
-    replacement : _NewPart, optional
+    replacement : NewPart, optional
         The new part that replaces it. Without this and without documents, the part is removed.
-    others : tuple of _NewPart
+    others : tuple of NewPart
         New parts for what `replacement` leaves out and is still readable.
     lost : mapping of Cell to ndarray of int
         Prompts of the part whose values are lost.
@@ -80,8 +71,8 @@ class _PartRepair:
     documents: Mapping[str, bytes] = field(default_factory=dict)
     salvaged: Salvaged | None = None
     covered: bool = False
-    replacement: _NewPart | None = None
-    others: tuple[_NewPart, ...] = ()
+    replacement: NewPart | None = None
+    others: tuple[NewPart, ...] = ()
     lost: Mapping[Cell, Ints] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
 
@@ -230,7 +221,7 @@ def _plan_part(found: FoundPart, info: PartInfo) -> _PartRepair:
     broken = [name for name in found.faults if not name.endswith("zarr.json")]
     if info.is_tombstone:
         # Its document says everything; the files beside it are written anew.
-        return _PartRepair(found=found, replacement=_NewPart(rows=np.arange(len(info.digests)), without=frozenset(), layers=None))
+        return _PartRepair(found=found, replacement=NewPart(rows=np.arange(len(info.digests)), without=frozenset(), layers=None))
     if not broken:
         documents = {name: _document(info, name) for name in found.faults}
         if all(file_entry(data, chunk=False) == tuple(info.files[name]) for name, data in documents.items()):
@@ -247,31 +238,10 @@ def _plan_part(found: FoundPart, info: PartInfo) -> _PartRepair:
         made = {"tokens/position"}
     columns -= made
     lost: dict[Cell, Ints] = {}
-    every = np.arange(len(info.digests))
-    # Layers that keep the same prompts of the same variables are written to one part.
-    kept: dict[tuple[str, bytes], set[int]] = {}
     for key in sorted(arrays & variables):
-        for (_, layer), gone in _broken_rows(info, key, broken).items():
-            if len(gone):
-                lost[key, layer] = gone
-            if len(gone) < len(every):
-                kept.setdefault((key, np.setdiff1d(every, gone).tobytes()), set()).add(layer)
-    together: dict[tuple[bytes, frozenset[int]], set[str]] = {}
-    for (key, rows), layers in kept.items():
-        together.setdefault((rows, frozenset(layers)), set()).add(key)
-    described = {"prompts/text", "prompts/prompt_length"} | own
-    others = tuple(
-        _NewPart(
-            rows=np.frombuffer(rows, np.int64),
-            without=frozenset((variables - keys) | described | columns | made),
-            layers=None if NO_LAYER in layers else layers,
-        )
-        for (rows, layers), keys in together.items()
-    )
-    if variables - arrays or others or (({"prompts/text"} | own) & set(info.arrays)) - columns:
-        replacement = _NewPart(rows=every, without=frozenset((arrays & variables) | columns | made), layers=None)
-        return _PartRepair(found=found, replacement=replacement, others=others, lost=lost, columns=tuple(sorted(columns)))
-    return _PartRepair(found=found, lost=lost, columns=tuple(sorted(columns)))
+        lost |= {cell: gone for cell, gone in _broken_rows(info, key, broken).items() if len(gone)}
+    replacement, others = split_part(info, lost, columns=columns, made=made)
+    return _PartRepair(found=found, replacement=replacement, others=others, lost=lost, columns=tuple(sorted(columns)))
 
 
 def _broken_rows(info: PartInfo, key: str, broken: Iterable[str]) -> dict[Cell, Ints]:
@@ -463,7 +433,7 @@ def _hide(storage: Storage, group: FoundGroup, info: GroupInfo, repair: _PartRep
             write_tombstone(storage, info, some, over, removed, durable=durable, replaces=False)
 
 
-def _rewrite(storage: Storage, group: GroupInfo, part: Part, replacement: _NewPart, others: Sequence[_NewPart], *, durable: bool) -> None:
+def _rewrite(storage: Storage, group: GroupInfo, part: Part, replacement: NewPart, others: Sequence[NewPart], *, durable: bool) -> None:
     """Write a part as several. The one that replaces it is committed last, with the first name: it holds all prompts in their order."""
     name = replacement_name(part.info.name)
     for other in others:

@@ -16,11 +16,11 @@ from lmprobe_zarr.batch import TokenBatch, keys_of
 from lmprobe_zarr.errors import PartGoneError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import Catalog, Part, PartWriter, open_view, read_values, visible_parts
+from lmprobe_zarr.store.parts import NO_LAYER, Catalog, Cell, Part, PartWriter, open_view, read_values, visible_parts
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["BELOW", "Removed", "drop_useless", "keep_columns", "removed_of", "rows_over", "write_tombstone"]
+__all__ = ["BELOW", "Removed", "drop_useless", "hidden_in", "keep_columns", "removed_of", "rows_over", "write_tombstone"]
 
 #: By key of the variable or column: the layers, or None where it has none.
 Removed = Mapping[str, tuple[int, ...] | None]
@@ -54,6 +54,29 @@ def rows_over(info: PartInfo, removed: Removed, lower: Iterable[Part]) -> Ints:
 def _holds(info: PartInfo, key: str, layers: tuple[int, ...] | None) -> bool:
     array = info.arrays.get(key)
     return array is not None and (layers is None or not array.layered or not set(layers).isdisjoint(info.layers))
+
+
+def hidden_in(info: PartInfo, tombstones: Iterable[Part]) -> dict[Cell, Ints]:
+    """The prompts of a part whose value of a variable and layer, or of a column, is hidden by later tombstones."""
+    keys = pd.Index(keys_of(info.digests))
+    hidden: dict[Cell, list[Ints]] = {}
+    for tombstone in tombstones:
+        other = tombstone.info
+        at = np.asarray(keys.get_indexer(pd.Index(keys_of(other.digests))), np.int64)
+        rows = at[at >= 0]
+        if not len(rows):
+            continue
+        for key, layers in other.removed.items():
+            if _holds(info, key, layers):
+                for layer in (NO_LAYER,) if layers is None else sorted(set(layers) & set(info.layers)):
+                    hidden.setdefault((key, layer), []).append(rows)
+        if info.n_tokens is not None and other.n_tokens is not None:
+            recounted = rows[info.n_tokens[rows] != other.n_tokens[at >= 0]]
+            for key, array in info.activations.items() if len(recounted) else ():
+                if key.startswith("tokens/"):
+                    for layer in info.layers if array.layered else (NO_LAYER,):
+                        hidden.setdefault((key, layer), []).append(recounted)
+    return {cell: np.unique(np.concatenate(rows)) for cell, rows in hidden.items()}
 
 
 def write_tombstone(
