@@ -152,11 +152,14 @@ class Catalog:
         """Whether a group, given by its name, has any committed part. One whose parts have all been evicted counts as absent."""
         names: list[str] = []
         # List again until nothing new is found: a part that replaces another is committed before the other is removed.
-        while new := [name for name in self._part_names(group, listed := self.storage.list(group)) if name not in names]:
+        while True:
+            listed = self.storage.list(group)
+            new = [name for name in self._part_names(group, listed) if name not in names]
+            if not new:
+                return False
             if any(self._is_committed(f"{group}/{name}") for name in new):
                 return ANNOTATIONS not in listed or self._shows_any(group)
             names += new
-        return False
 
     def _shows_any(self, group: str) -> bool:
         """Whether anything of a group with committed parts is shown: an annotation may have replaced them, and tombstones hide them."""
