@@ -10,15 +10,19 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.display import Html, card, definitions, sparkline, table
 from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
+from lmprobe_zarr.store.format import FORMAT_COLUMNS
+from lmprobe_zarr.store.parts import shown_column
 from lmprobe_zarr.streaming import Batches, BatchOptions, norms_of, open_batches, statistics_of
 from lmprobe_zarr.tokens import pad_tokens, pool_tokens, tokens_at
 from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
     from matplotlib.axes import Axes
 
@@ -82,6 +86,18 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         """
         return pad_tokens(self._data)
 
+    def to_series(self) -> pd.Series[Any]:
+        """A column as it was given: a pandas Series with its dtype, categories and time zone, by prompt.
+
+        `DataArray.to_series` gives the dtype of numpy instead, in which integers with gaps are floats and categories are texts.
+
+        Raises
+        ------
+        InvalidArgumentError
+            It is not one-dimensional.
+        """
+        return _as_series(self._data)
+
     def plot_tokens(self, prompt: str | None = None, **kwargs: Any) -> Axes:
         """Scores of one prompt's tokens by layer; see `lmprobe_zarr.plots.plot_tokens`.
 
@@ -115,6 +131,23 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         from lmprobe_zarr.plots import plot_cosine
 
         return plot_cosine(self._data, **kwargs)
+
+    def table(self, **options: Any) -> pd.DataFrame | str:
+        """`DatasetAccessor.table` of one score, such as ``scores.accuracy`` or that of `lmprobe_zarr.score_tokens`.
+
+        Parameters
+        ----------
+        **options
+            As for `DatasetAccessor.table`.
+
+        Returns
+        -------
+        pandas.DataFrame or str
+            Rows are tokens or prompts, and columns layers, where there are no probes.
+        """
+        from lmprobe_zarr.sweeps import table_of_scores
+
+        return table_of_scores(self._data, **options)
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
         """The values as a torch tensor.
@@ -350,6 +383,18 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         """`ArrayAccessor.padded` of every variable along ``token``, and ``mask`` (prompt, position), True where there is a token."""
         return pad_tokens(self._data)
 
+    def to_dataframe(self) -> pd.DataFrame:
+        """The columns of the user's as they were given: a pandas DataFrame with their dtypes, categories and time zones, by prompt.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per prompt (of a dataset of tokens: per token), its hash as the index; without the format's own columns.
+        """
+        dims = [dim for dim in ("token", "prompt") if dim in self._data.dims][:1]
+        own = {str(n): c for n, c in self._data.coords.items() if list(c.dims) == dims and n not in FORMAT_COLUMNS}
+        return pd.DataFrame({name: _as_series(column) for name, column in own.items()}, index=_index_of(self._data, dims))
+
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:
         """`ArrayAccessor.to_torch` of every variable, by name.
 
@@ -438,6 +483,45 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
 
         return plot_scores(self._data, metric, **kwargs)
 
+    def table(
+        self,
+        metrics: str | Iterable[str] | None = None,
+        *,
+        intervals: xr.Dataset | None = None,
+        format: str | None = None,  # noqa: A002 (the word that pandas and others use)
+        path: str | os.PathLike[str] | None = None,
+    ) -> pd.DataFrame | str:
+        """Mean scores with their intervals, one column per probe and one row per layer (and per entry of further dims).
+
+        Parameters
+        ----------
+        metrics : str or iterable of str, optional
+            Names of scores; all of them if not given.
+        intervals : Dataset, optional
+            From `lmprobe_zarr.confidence_intervals`. Without it the interval is the standard deviation over the folds, and over the seeds.
+        format : {"markdown", "latex", "csv"}, optional
+            None for a DataFrame, or for the format of `path`. A LaTeX table is a plain ``tabular``.
+        path : str or path, optional
+            A file to write the text to. If no `format` is given, it ends with ``.md``, ``.tex`` or ``.csv``.
+
+        Returns
+        -------
+        pandas.DataFrame or str
+            Cells as ``0.833 ± 0.041``, or ``0.833 [0.790, 0.871]`` with `intervals`. The interval is rounded to two digits, and the mean to
+            as many decimals. "not stored" is a score that was never fitted, such as that of a layer that a variable lacks; "not finite"
+            is a score that is NaN or infinite in every fold, and the attribute ``nan_reasons`` says why; "not tested" are datasets of
+            `lmprobe_zarr.sweep_transfer` with no other prompts. ``(4 of 5)`` says that only so many folds have a finite score.
+            In CSV the mean and the numbers of the interval have columns of their own.
+
+        Raises
+        ------
+        InvalidArgumentError
+            No such score, format or ending, intervals of other scores, or a file that cannot be written.
+        """
+        from lmprobe_zarr.sweeps import table_of_scores
+
+        return table_of_scores(self._data, metrics, intervals=intervals, format=format, path=path)
+
     def __repr__(self) -> str:
         return _as_text(self._data)
 
@@ -496,6 +580,20 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
 
 
 # -- how the accessor of a dataset is shown -------------------------------------------------------------------------
+
+
+def _as_series(column: xr.DataArray) -> pd.Series[Any]:
+    if column.ndim != 1:
+        raise InvalidArgumentError(f"{column.name!r} has dims {column.dims}: a column has one; select or stack the others first")
+    shown = shown_column(column.values, column.attrs)
+    dtype = object if shown.kind.dtype == "object" or (shown.kind.name == "date" and shown.kind.categories is None) else None
+    return pd.Series(shown.to_pandas(), index=_index_of(column, list(column.dims)), name=column.name, dtype=dtype)
+
+
+def _index_of(data: xr.DataArray | xr.Dataset, dims: list[Any]) -> pd.Index[Any] | None:
+    """The hashes of the prompts along a dimension; None where they are not known."""
+    prompts = data.coords.get("prompt")
+    return pd.Index(np.asarray(prompts.values, object), name="prompt") if prompts is not None and list(prompts.dims) == dims else None
 
 
 def _scores_by_probe(data: xr.Dataset) -> list[tuple[str, str, Array, Array]]:

@@ -13,7 +13,7 @@ from xarray.backends import BackendEntrypoint
 
 from lmprobe_zarr.batch import LayerSpec
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.store import Dtype, Store, open_store, to_dataset, to_datatree
+from lmprobe_zarr.store import Dtype, Model, Store, open_to_read, to_dataset
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance, is_root_document
 
 __all__ = ["LmprobeZarrBackend"]
@@ -51,7 +51,7 @@ class LmprobeZarrBackend(BackendEntrypoint):
         filename_or_obj: Any,
         *,
         drop_variables: str | Iterable[str] | None = None,
-        model: str | None = None,
+        model: Model | None = None,
         level: Level = "prompts",
         prompts: Iterable[Any] | None = None,
         layers: LayerSpec | None = None,
@@ -78,7 +78,7 @@ class LmprobeZarrBackend(BackendEntrypoint):
         storage_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> xr.DataTree:
-        """All groups: ``/<group>/prompts`` and ``/<group>/tokens``."""
+        """All groups, or those that match: ``/<group>/prompts`` and ``/<group>/tokens``; see `Store.datatree` for the arguments."""
         options: dict[str, Any] = {"drop_variables": drop_variables, "dtype": dtype, "storage_options": storage_options}
         groups = self.open_groups_as_dict(filename_or_obj, **options, **kwargs)
         return xr.DataTree.from_dict(groups)
@@ -88,13 +88,15 @@ class LmprobeZarrBackend(BackendEntrypoint):
         filename_or_obj: Any,
         *,
         drop_variables: str | Iterable[str] | None = None,
+        model: Model | None = None,
+        provenance: Provenance | None = None,
+        group: str | None = None,
         dtype: Dtype = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> dict[str, xr.Dataset]:
-        """All groups, as datasets by path."""
+        """All groups, or those that match, as datasets by path."""
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
-        store = _open(filename_or_obj, storage_options)
-        tree = to_datatree((store.view(info) for info in store.groups().values()), dtype=dtype)
+        tree = _open(filename_or_obj, storage_options).datatree(model, provenance=provenance, group=group, dtype=dtype)
         return {node.path: node.to_dataset().drop_vars(dropped, errors="ignore") for node in tree.subtree}
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
@@ -108,4 +110,4 @@ class LmprobeZarrBackend(BackendEntrypoint):
 
 
 def _open(place: Any, storage_options: Mapping[str, Any] | None) -> Store:
-    return open_store(place, mode="r", storage_options=storage_options)
+    return open_to_read(place, storage_options=storage_options)

@@ -1,7 +1,8 @@
 """The settings of the cache: the value set by a call, else the environment variable, else the default.
 
 The only module that reads environment variables. A variable is read when its setting is first used, and again after `reload`; none is read
-when the package is imported. The settings apply to the default store only, not to a store that a call names.
+when the package is imported. The settings apply to the default store only, not to a
+store that a call names. Only the memory for chunks of remote places applies to all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmprobe_zarr.batch import Precision
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, StoreNotFoundError
+from lmprobe_zarr.storage import local_path
 
 __all__ = [
     "SETTINGS",
@@ -27,7 +29,9 @@ __all__ = [
     "cache_limit",
     "cache_precision",
     "debug_level",
+    "default_name",
     "default_root",
+    "kept_chunk_bytes",
     "reload",
     "set_cache_backend",
     "set_cache_dtype",
@@ -36,6 +40,7 @@ __all__ = [
 ]
 
 GB: Final = 1024**3
+KEPT_BYTES: Final = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +77,10 @@ def _parse_limit(text: str) -> int:
     return _limit_bytes(float(text))
 
 
+def _parse_megabytes(text: str) -> int:
+    return _limit_bytes(float(text) / 1024)
+
+
 def _limit_bytes(gb: float) -> int:
     if not math.isfinite(gb * GB) or gb < 0:
         raise ValueError(gb)
@@ -98,7 +107,7 @@ SETTINGS: Final = {
         default="~/.cache/lmprobe",
         example="/mnt/fast-ssd/lmprobe",
         call="",
-        parse=Path,
+        parse=str,
     ),
     "limit": Setting(
         variable="LMPROBE_CACHE_MAX_GB",
@@ -117,6 +126,15 @@ SETTINGS: Final = {
         example="float16",
         call="set_cache_dtype",
         parse=_parse_dtype,
+    ),
+    "kept": Setting(
+        variable="LMPROBE_CACHE_KEPT_MB",
+        means="memory for chunks of remote places, so that reading prompt by prompt fetches each once, in MB of 1024² bytes",
+        values="a number of at least 0, where 0 keeps none",
+        default="64",
+        example="256",
+        call="",
+        parse=_parse_megabytes,
     ),
     "backend": Setting(
         variable="LMPROBE_CACHE_BACKEND",
@@ -167,16 +185,52 @@ def reload() -> None:
 
 
 def cache_dir() -> Path:
-    """The cache folder of lmprobe: ``$LMPROBE_CACHE_DIR``, by default ``~/.cache/lmprobe``."""
-    return Path(_get("dir", "~/.cache/lmprobe")).expanduser()
+    """The cache folder of lmprobe, as an absolute path: ``$LMPROBE_CACHE_DIR``, by default ``~/.cache/lmprobe``.
+
+    Raises
+    ------
+    StoreNotFoundError
+        It is below a home directory, and that is not known.
+    InvalidArgumentError
+        ``$LMPROBE_CACHE_DIR`` is no folder of this machine.
+    """
+    variable, given, backend = SETTINGS["dir"].variable, _get("dir"), SETTINGS["backend"].variable
+    if given is None and not _home_is_known():
+        raise StoreNotFoundError(
+            f"there is no default store, because no home directory is known for {SETTINGS['dir'].default}: set {variable} to a folder, or "
+            "name a store"
+        )
+    if given is not None and str(given).startswith("~") and not _home_is_known():
+        raise StoreNotFoundError(f"there is no default store, because the home directory in {variable} is not known: give another folder")
+    try:
+        return Path(local_path(SETTINGS["dir"].default if given is None else given))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            f"the environment variable {variable} has to be a folder of this machine (a URL goes into {backend}): {error}"
+        ) from error
+
+
+def _home_is_known() -> bool:
+    try:
+        return bool(Path.home())
+    except RuntimeError:
+        return False
 
 
 def default_root() -> Path:
-    """Where activations are stored if neither a store nor a backend is given: the folder ``.zarr`` in `cache_dir`.
+    """Where activations are stored if neither a store nor a backend is given: the folder ``.zarr`` in `cache_dir`, whose errors it has.
 
     lmprobe treats other folders there as its own and evicts them; it ignores those whose names begin with a dot.
     """
     return cache_dir() / ".zarr"
+
+
+def default_name() -> str:
+    """The path of `default_root`, or the words for it where it is not known: for messages and help, which must not fail."""
+    try:
+        return str(default_root())
+    except (StoreNotFoundError, InvalidArgumentError):
+        return f"${SETTINGS['dir'].variable}/.zarr"
 
 
 def cache_backend() -> Any:
@@ -196,15 +250,24 @@ def cache_precision() -> Precision:
     return precision
 
 
+def kept_chunk_bytes() -> int:
+    """Bytes of chunks of remote places that a process keeps in memory; 0 for none."""
+    kept: int = _get("kept", KEPT_BYTES)
+    return kept
+
+
 def debug_level() -> int | None:
     """The level of logging that ``$LMPROBE_CACHE_DEBUG`` sets; None for no logging."""
     level: int | None = _get("debug")
     return level
 
 
-def weights_memory() -> Path:
-    """The file with content hashes of local weights by path, size and time, so that each file is hashed once."""
-    return cache_dir() / ".lmprobe-zarr" / "weights.json"
+def weights_memory() -> Path | None:
+    """The file with content hashes of local weights by path, size and time, for each to be hashed once; None without a cache folder."""
+    try:
+        return cache_dir() / ".lmprobe-zarr" / "weights.json"
+    except (StoreNotFoundError, InvalidArgumentError):
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------------- setting

@@ -31,6 +31,7 @@ from lmprobe_zarr.display import card, definitions, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
 from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supply, SupplyMemory
 from lmprobe_zarr.probes import (
+    align_labels,
     as_array,
     check_batch_size,
     check_labels,
@@ -48,8 +49,7 @@ from lmprobe_zarr.probes import (
     parse_probe,
     split_labels,
 )
-from lmprobe_zarr.store import Place
-from lmprobe_zarr.store.format import Provenance
+from lmprobe_zarr.store import GivenProvenance, Place, parse_provenance
 from lmprobe_zarr.tokens import TokenIndex
 from lmprobe_zarr.typing import Array, Ints
 
@@ -106,7 +106,7 @@ class Probe:
     legacy : {"auto", "never"}
         Whether lmprobe's own entries beside the cache serve a call if they hold all of its prompts and layers.
     group : str, optional
-        Name of a stored group, if several of the model match.
+        Name of a stored group, if several of the model match, or if it is of this model and does not record that, as after an import.
     name, tokenizer, revision, max_length, truncation, provenance, modules, trust_remote_code, device_map
         As for `lmprobe_zarr.extract`.
     add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
@@ -157,7 +157,7 @@ class Probe:
         revision: str | None = None,
         max_length: int | None = None,
         truncation: bool = False,
-        provenance: Provenance | None = None,
+        provenance: GivenProvenance = None,
         modules: Mapping[str, str] | None = None,
         trust_remote_code: bool = False,
         device_map: Any = None,
@@ -329,16 +329,17 @@ class Probe:
         """The supply of activations; with `as_fitted`, of those computed in the dtype that the probe learned from."""
         if batch_size is not None:
             check_batch_size(batch_size)
+        fields, any_provenance = parse_provenance(self.provenance)
         choice = ModelChoice(
             model=self.model, name=self.name, tokenizer=self.tokenizer, revision=self.revision, max_length=self.max_length,
             dtype=self.dtype_ if as_fitted and self.dtype is None else self.dtype, truncation=self.truncation, modules=self.modules,
-            provenance=dict(self.provenance or {}), trust_remote_code=self.trust_remote_code,
+            provenance=dict(fields), trust_remote_code=self.trust_remote_code,
             add_special_tokens=self.add_special_tokens,
         )  # fmt: skip
         return Supply(
             choice=choice, store=self.store, device=self.device, device_map=self.device_map, batch_size=batch_size or self.batch_size,
-            cache_only=self.cache_only, legacy=self.legacy, group=self.group, memory=self._memory,
-            chat=self._chat_options(),
+            cache_only=self.cache_only, legacy=self.legacy, group=self.group,
+            any_provenance=any_provenance, memory=self._memory, chat=self._chat_options(),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------- fitting
@@ -427,6 +428,7 @@ class Probe:
         InvalidArgumentError
             Not a matrix of finite numbers, or its width is no multiple of `n_layers`.
         """
+        y, sample_weight = align_labels(X, y), align_labels(X, sample_weight, "weight")
         features, layers, n_layers = parse_matrix(X, n_layers)
         labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
         self._fit(features, labels, check_weights(sample_weight, len(features)), layers, n_layers)
@@ -597,7 +599,7 @@ class Probe:
         -------
         float
         """
-        return self._fitted.score(self.predict_from_activations(X), as_array(y))
+        return self._fitted.score(self.predict_from_activations(X), as_array(align_labels(X, y)))
 
     def _same_width(self, X: Any) -> Array:  # noqa: N803
         features, layers, _ = parse_matrix(X, self.n_layers_)
@@ -625,7 +627,8 @@ class Probe:
         -------
         float
         """
-        return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), as_array(labels))
+        labels = as_array(align_labels(prompts, labels))
+        return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), labels)
 
     def evaluate(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> dict[str, Any]:
         """The usual measures on prompts that the probe has not seen.
@@ -648,7 +651,7 @@ class Probe:
         fitted = self._fitted
         if self.sweep_result_ is not None:
             return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size)
-        y = as_array(labels)
+        y = as_array(align_labels(prompts, labels))
         if is_matrix(prompts):
             features = self._same_width(prompts)
             return fitted.measure(np.asarray(self.pipeline_.predict(features)), class_scores(self.pipeline_, features), y)
@@ -806,7 +809,7 @@ class LayerSweep:
         dict of int to float
             By layer.
         """
-        y = as_array(labels)
+        y = as_array(align_labels(prompts, labels))
         return {layer: fitted.score(np.asarray(fitted.predict(read)), y) for layer, fitted, read in self._read(prompts)}
 
     def predict(self, prompts: Iterable[Any]) -> dict[int, Any]:

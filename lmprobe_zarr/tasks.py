@@ -138,7 +138,8 @@ def own_client(*, workers: int | None = None, address: str | None = None) -> Ite
         raise MissingDependencyError(
             "running in several processes needs distributed, which is not installed: pip install 'lmprobe-zarr[distributed]'"
         ) from error
-    make: Any = distributed.Client
+    # Not the default of the process: that would stay where no scheduler answers, and every later computation of Dask would wait for it.
+    make: Any = partial(distributed.Client, set_as_default=False)
     if address is None:
         local: Any = distributed.LocalCluster
         with local(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster, make(cluster) as client:

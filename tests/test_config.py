@@ -64,6 +64,7 @@ def test_unset_and_empty_variables_leave_the_defaults(monkeypatch: pytest.Monkey
     assert config.cache_precision() == Precision()
     assert config.cache_backend() is None
     assert config.debug_level() is None
+    assert config.kept_chunk_bytes() == 64 * 2**20
     assert config.cache_dir() == Path("~/.cache/lmprobe").expanduser()
     assert config.default_root() == Path("~/.cache/lmprobe").expanduser() / ".zarr"
 
@@ -73,6 +74,7 @@ def test_every_variable_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatc
         "LMPROBE_CACHE_DIR": "/mnt/fast-ssd/lmprobe",
         "LMPROBE_CACHE_MAX_GB": "100",
         "LMPROBE_CACHE_DTYPE": "float16",
+        "LMPROBE_CACHE_KEPT_MB": "256",
         "LMPROBE_CACHE_BACKEND": "s3://my-bucket/prefix",
         "LMPROBE_CACHE_DEBUG": "debug",
     }
@@ -83,6 +85,7 @@ def test_every_variable_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatc
     assert config.cache_limit() == 100 * 1024**3
     assert config.cache_precision() == Precision(dtype="float16")
     assert config.cache_backend() == "s3://my-bucket/prefix"
+    assert config.kept_chunk_bytes() == 256 * 2**20
     assert config.debug_level() == logging.DEBUG
 
 

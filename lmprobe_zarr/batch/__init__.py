@@ -3,7 +3,21 @@
 Numpy and names only: never files, xarray, torch or zarr. Other rooms import from this face.
 """
 
+from lmprobe_zarr.batch.aligned import align_columns, columns_by_key
 from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, parse_chat_options, unused_arguments
+from lmprobe_zarr.batch.columns import (
+    ANY_KIND,
+    Column,
+    ColumnKind,
+    KindName,
+    check_texts,
+    fit_column,
+    has_utf8,
+    is_wide,
+    join_columns,
+    merge_kinds,
+    show_value,
+)
 from lmprobe_zarr.batch.given import PROMPT_KINDS, PromptKind, given_prompts, shorten
 from lmprobe_zarr.batch.hashes import (
     HASH_DIGITS,
@@ -19,6 +33,7 @@ from lmprobe_zarr.batch.hashes import (
     sha256_of,
 )
 from lmprobe_zarr.batch.layers import LayerSpec, choose_layers, describe_layers, parse_sweep, resolve_layers
+from lmprobe_zarr.batch.parse_column import parse_column
 from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
 from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
 from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompts_kind
@@ -43,6 +58,7 @@ from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids, special_id
 from lmprobe_zarr.batch.widening import copy_rows, widen
 
 __all__ = [
+    "ANY_KIND",
     "HASH_DIGITS",
     "INNER_DIMS",
     "LAYERED_SITES",
@@ -56,6 +72,9 @@ __all__ = [
     "STATISTICS",
     "UNKNOWN_DIGITS",
     "ChatOptions",
+    "Column",
+    "ColumnKind",
+    "KindName",
     "LayerSpec",
     "Outputs",
     "Precision",
@@ -64,8 +83,11 @@ __all__ = [
     "Stage",
     "TokenBatch",
     "accepted",
+    "align_columns",
     "as_slice",
+    "check_texts",
     "choose_layers",
+    "columns_by_key",
     "concat_ranges",
     "copy_rows",
     "count_odd",
@@ -74,13 +96,19 @@ __all__ = [
     "digest_of_hash",
     "digests_of",
     "fill_value",
+    "fit_column",
     "given_prompts",
+    "has_utf8",
     "hashes_of",
     "is_hash",
     "is_top_k",
+    "is_wide",
+    "join_columns",
     "keys_of",
+    "merge_kinds",
     "offsets_of",
     "parse_chat_options",
+    "parse_column",
     "parse_poolings",
     "parse_prompts",
     "parse_sites",
@@ -98,6 +126,7 @@ __all__ = [
     "rows_differ",
     "sha256_of",
     "shorten",
+    "show_value",
     "special_id",
     "split_variable",
     "store_as",

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, RenderedChat, check_renders_chats, render_chat
+from lmprobe_zarr.batch.columns import check_texts
 from lmprobe_zarr.batch.given import WAYS, PromptKind, common_kind, given_prompts
 from lmprobe_zarr.batch.hashes import prompt_sha256
 from lmprobe_zarr.batch.tokenizer_calls import decode_ids, special_id
@@ -180,10 +181,12 @@ def parse_prompts(
         chat = chat if add_generation_prompt is None else replace(chat, add_generation_prompt=add_generation_prompt)
         chats = [render_chat(messages, number, tokenizer, chat) for number, messages in enumerate(given)]
         texts, digests = [rendered.text for rendered in chats], [rendered.sha256 for rendered in chats]
+        check_texts(texts)
         ids, timed = _ids_of(chats), np.array([rendered.timed for rendered in chats])
     else:
-        # A numpy string is a str too, but would keep its array alive.
-        texts = [str(text) for text in given]
+        # Subclasses of str are the text that they are equal to; an enumeration's own str() is its name.
+        texts = [str.__str__(text) for text in given]
+        check_texts(texts)
         digests = [prompt_sha256(text) for text in texts]
     place: dict[str, int] = {}
     row = np.array([place.setdefault(digest, len(place)) for digest in digests], np.int64)

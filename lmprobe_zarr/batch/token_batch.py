@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from lmprobe_zarr.batch.columns import Column
 from lmprobe_zarr.batch.ragged import offsets_of
 from lmprobe_zarr.batch.sites import SCALARS
 from lmprobe_zarr.errors import InvalidArgumentError
@@ -40,8 +42,8 @@ class TokenBatch:
         ``position``, ``token_id``, ``char_start``, ``char_end``.
     prompts : mapping of str to ndarray
         Variable to (layer, prompt, …), or (prompt, …) for those in `unlayered`.
-    prompt_columns : mapping of str to ndarray, shape (prompt,)
-        The user's own columns: numbers, truth values or strings.
+    prompt_columns : mapping of str to Column or sequence, shape (prompt,)
+        The user's own columns, as `parse_column` takes them.
     unlayered : frozenset of str
         Variables without a layer axis.
     stored_dtype : mapping of str to str
@@ -61,7 +63,7 @@ class TokenBatch:
     tokens: Mapping[str, Array] = field(default_factory=dict)
     token_columns: Mapping[str, Array] = field(default_factory=dict)
     prompts: Mapping[str, Array] = field(default_factory=dict)
-    prompt_columns: Mapping[str, Array] = field(default_factory=dict)
+    prompt_columns: Mapping[str, Column | Sequence[Any] | Array] = field(default_factory=dict)
     unlayered: frozenset[str] = frozenset()
     stored_dtype: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,8 +81,7 @@ class TokenBatch:
     def held_nbytes(self) -> int:
         """Approximate bytes of memory that the columns take: texts may take more than pooled activations."""
         texts = sum(map(len, self.text or ()))
-        columns = (*self.token_columns.values(), *self.prompt_columns.values())
-        return texts + sum(sum(map(len, map(str, c))) if np.asarray(c).dtype == object else np.asarray(c).nbytes for c in columns)
+        return texts + sum(map(_held_nbytes, (*self.token_columns.values(), *self.prompt_columns.values())))
 
     def take(self, start: int, stop: int) -> TokenBatch:
         """The prompts from `start` up to, but without, `stop`; the arrays are views of those of this batch."""
@@ -104,6 +105,13 @@ class TokenBatch:
             unlayered=self.unlayered,
             stored_dtype=self.stored_dtype,
         )
+
+
+def _held_nbytes(column: Column | Sequence[Any] | Array) -> int:
+    if isinstance(column, Column):
+        return column.nbytes
+    values = np.asarray(column)
+    return sum(map(len, map(str, column))) if values.dtype == object else values.nbytes
 
 
 def validate_batch(batch: TokenBatch) -> list[str]:

@@ -23,7 +23,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.safetensors_file import narrow_bfloat16, widen_bfloat16
 from lmprobe_zarr.storage import Storage, open_storage, run_all
-from lmprobe_zarr.store import Place, Store, open_store
+from lmprobe_zarr.store import Model, Place, open_to_read
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance
 from lmprobe_zarr.store.parts import NOWHERE, View, VirtualArray
 from lmprobe_zarr.typing import Array, Ints
@@ -131,7 +131,7 @@ class ExportRows:
         values = {}
         for (level, name), array in self.arrays.items():
             places = np.arange(1 if array.layers is None else len(array.layers))
-            values[level, name] = array.read(places, slice(*bounds[level]))
+            values[level, name] = array.read(places, slice(*bounds[level]), note=True)
         positions = None
         if self.positions is not None:
             positions = self.positions.read(np.zeros(1, np.int64), slice(*bounds["tokens"]))[0]
@@ -187,7 +187,7 @@ def export_safetensors(
     store: Place,
     cache_dir: str | os.PathLike[str],
     *,
-    model: str | None = None,
+    model: Model | None = None,
     prompts: Iterable[Any] | None = None,
     layers: LayerSpec | None = None,
     dtype: str | None = None,
@@ -206,7 +206,7 @@ def export_safetensors(
     cache_dir : path or URL
         The cache to write to: a folder, which may already be an lmprobe cache, or a URL.
     model, provenance, group : optional
-        Choose the group of the store.
+        Choose the group of the store; the model by its name, hub id or folder.
     prompts : iterable of texts, hashes or token ids, optional
         Only these; None for all.
     layers : int, sequence of int, slice or word, optional
@@ -238,7 +238,7 @@ def export_safetensors(
     file appears complete or not at all. Existing files, lines of the manifest and the model's name are never deleted.
     """
     began = time.monotonic()
-    source = store if isinstance(store, Store) else open_store(store, mode="r")
+    source = open_to_read(store)
     if isinstance(prompts, str):
         raise InvalidTypeError("prompts is one text: give a list of texts, hashes or token ids")
     if dtype is not None and dtype not in FLOAT_DTYPES:

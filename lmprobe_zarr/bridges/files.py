@@ -243,8 +243,7 @@ class RemoteFiles(Files):
 
     def _range(self, key: str, start: int, stop: int) -> bytes:
         try:
-            with self.storage.translating_errors(key):
-                data: bytes = self.storage.filesystem.cat_file(self._path(key), start=start, end=stop)
+            data: bytes = self.storage.call(self.storage.filesystem.cat_file, self._path(key), key=key, start=start, end=stop)
         except (LmprobeZarrError, FileNotFoundError, IsADirectoryError):
             raise
         except OSError as error:

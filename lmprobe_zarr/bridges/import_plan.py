@@ -14,8 +14,9 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, TokenBatch, given_prompts, is_top_k
+from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, TokenBatch, given_prompts, has_utf8, is_top_k
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, Source
+from lmprobe_zarr.bridges.same_model import check_fits, width_of
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
 from lmprobe_zarr.errors import (
     CorruptFileError,
@@ -24,7 +25,7 @@ from lmprobe_zarr.errors import (
 )
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Ingest, Place, Store, open_store
-from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, Provenance
+from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, Provenance, unrecorded_fields
 from lmprobe_zarr.store.parts import View
 from lmprobe_zarr.typing import Ints
 
@@ -51,6 +52,8 @@ class ImportOptions:
         Show a progress bar.
     part_bytes : int
         Bytes of activations after which a part is committed.
+    group : GroupInfo, optional
+        The group to write to; None for one that records `provenance` only.
     """
 
     dry_run: bool
@@ -58,6 +61,7 @@ class ImportOptions:
     provenance: Provenance
     progress: bool
     part_bytes: int
+    group: GroupInfo | None = None
 
 
 @dataclass
@@ -109,7 +113,7 @@ def run_import(
     if options.part_bytes < 1:
         raise InvalidArgumentError(f"part_bytes={options.part_bytes!r} is not a number of bytes: give at least 1")
     notes = Tally()
-    plans = [plan_import(name, source, target, options.provenance, skipped, notes, options.progress) for name, source in sources]
+    plans = [plan_import(name, source, target, options, skipped, notes) for name, source in sources]
     if options.strict and len(skipped):
         reasons = "; ".join(f"{r.count} × {r.text} ({', '.join(r.names)})" for r in skipped.reasons())
         raise CorruptFileError(f"strict=True, and this would be skipped of {origin}: {reasons}\nnothing was written")
@@ -139,26 +143,30 @@ def run_import(
         parts=parts,
         skipped=skipped.reasons(),
         notes=notes.reasons(),
+        unknown=tuple(dict.fromkeys(name for plan in plans for name in unrecorded_fields(plan.group.provenance))),
+        as_model="" if options.group is None else f"{options.group.model}, computed in {options.group.provenance['compute_dtype']}",
         dry_run=options.dry_run,
         seconds=time.monotonic() - began,
     )
 
 
-def plan_import(
-    model: str, source: Source, store: Store, provenance: Provenance, skipped: Tally, notes: Tally, progress: bool
-) -> ImportPlan:
+def plan_import(model: str, source: Source, store: Store, options: ImportOptions, skipped: Tally, notes: Tally) -> ImportPlan:
     """What a source holds that the store does not. All checks are made here, before anything is written."""
     entries: dict[str, Entry] = {}
-    with progress_bar(0, description=f"scanning {model}", unit="prompt", enabled=progress) as advance:
+    with progress_bar(0, description=f"scanning {model}", unit="prompt", enabled=options.progress) as advance:
         for found in source.entries():
             advance(1)
             if isinstance(found, Skipped):
                 skipped.add(found.reason, found.name, found.detail)
+            elif found.text is not None and not has_utf8(found.text):
+                skipped.add("prompts whose text no UTF-8 can hold, because it has a lone surrogate", found.name, ascii(found.text[:40]))
             elif found.hash in entries:
                 skipped.add("prompts that the source holds twice: the first is imported", found.name)
             else:
                 entries[found.hash] = found
-    group = _group(store, model, provenance, entries.values())
+    if options.group is not None:
+        check_fits(options.group, entries.values())
+    group = options.group or _group(store, model, options.provenance, entries.values())
     view = store.view(group) if group.name in store.groups() else None
     fitting = of_one_width(entries.values(), view, skipped)
     fitting = fitting if view is None else _with_stored_digests(fitting, view, skipped)
@@ -185,8 +193,7 @@ def _with_new_text(entries: Sequence[Entry], missing: Sequence[Entry], view: Vie
 
 def _group(store: Store, model: str, provenance: Provenance, entries: Iterable[Entry]) -> GroupInfo:
     """The group to import into: an existing one with the same provenance, even if the store or the source does not know the hidden size."""
-    widths = Counter(held.row_shape[-1] for entry in entries for held in entry.holds if held.variable.startswith("resid"))
-    hidden = widths.most_common(1)[0][0] if widths else None
+    hidden = width_of(entries)
     wanted = GroupInfo(model=model, provenance=provenance, num_layers=None, hidden_size=hidden)
     groups = store.groups()
     if wanted.name in groups:

@@ -13,10 +13,12 @@ from lmprobe_zarr.bridges import arrays, lmprobe_v1, lmprobe_v2
 from lmprobe_zarr.bridges.entry import Skipped, Source
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.import_plan import ImportOptions, prompt_list, run_import
+from lmprobe_zarr.bridges.lmprobe_cache import known_name
 from lmprobe_zarr.bridges.lmprobe_folders import model_hash, scan_models
+from lmprobe_zarr.bridges.same_model import group_as_extracted
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
-from lmprobe_zarr.errors import ModelNotStoredError
-from lmprobe_zarr.store import PART_BYTES, Place
+from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
+from lmprobe_zarr.store import PART_BYTES, Model, NamedModel, Place
 from lmprobe_zarr.store.format import Provenance
 
 __all__ = ["import_npy", "import_pt", "import_safetensors", "import_source", "import_tensors", "import_vllm"]
@@ -26,11 +28,12 @@ def import_safetensors(
     cache_dir: str | os.PathLike[str],
     store: Place = None,
     *,
-    model: str | None = None,
+    model: Model | None = None,
     prompts: Iterable[str] | None = None,
     dry_run: bool = False,
     strict: bool = False,
     provenance: Provenance | None = None,
+    as_model: Model | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: bool = True,
     part_bytes: int = PART_BYTES,
@@ -43,8 +46,9 @@ def import_safetensors(
         The cache: a folder, or any URL that fsspec knows. It is only read.
     store : Store, path or URL, or a sequence of these, optional
         The store to write to; None for the default store.
-    model : str, optional
-        Only this model. Also finds a folder whose file with the model's name is missing. None for every model of the cache.
+    model : str or path, optional
+        Only this model, as lmprobe was given it, or another path of the same folder. Also finds a folder whose file with the model's name
+        is missing. None for every model of the cache.
     prompts : iterable of str, optional
         Only these, by text or by hash. Texts that the cache's manifest does not list are taken from here.
     dry_run : bool
@@ -53,6 +57,11 @@ def import_safetensors(
         Raise before anything is written if anything of what is requested would be skipped.
     provenance : mapping, optional
         What is known about how the activations were computed. Activations of different provenance go into different groups.
+    as_model : str or path, optional
+        The folder or hub id of the model that computed them, as `extract` takes it: they then go into the group of that model as it is
+        now, run in float32 on whole texts, which is how lmprobe runs one, and `extract` and `Probe` find them. `provenance` says what was
+        otherwise, as ``{"compute_dtype": "bfloat16"}``. lmprobe records nothing of this, so it is taken on your word; only widths and
+        numbers of layers are compared.
     storage_options : mapping, optional
         Passed to the file system of `cache_dir`.
     progress : bool
@@ -71,6 +80,8 @@ def import_safetensors(
         ``strict=True`` and something would be skipped; nothing was written.
     ModelNotStoredError
         The cache holds nothing of `model`, or no model at all.
+    InvalidArgumentError
+        The activations do not fit `as_model`, or not everything is known of it on this machine; nothing was written.
     ReadOnlyError, NoSpaceError
         What was committed before the error stays.
 
@@ -84,30 +95,47 @@ def import_safetensors(
     files = open_files(cache_dir, storage_options)
     wanted = None if prompts is None else prompt_list(prompts)
     tally = Tally()
-    names = [model] if model is not None else []
+    names = [] if model is None else [known_name(files, model)]
     for found in [] if model is not None else scan_models(files):
         if isinstance(found, Skipped):
             tally.add(found.reason, found.name, found.detail)
         else:
             names.append(found.model)
-    if model is not None and not files.list(model_hash(model)):
-        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {model_hash(model)}): check the name")
+    if model is not None and not files.list(model_hash(names[0])):
+        raise ModelNotStoredError(f"{files.url} holds nothing of {names[0]!r} (no folder {model_hash(names[0])}): check the name")
     if not names and not len(tally):
         raise ModelNotStoredError(f"{files.url} is not an lmprobe cache: it holds no folder that is named after a model's hash")
+    if as_model is not None and len(names) > 1:
+        names = _names_of(as_model, names)
     sources: list[tuple[str, Source]] = [(name, lmprobe_v2.LmprobeV2(files, name, prompts=wanted)) for name in names]
-    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
+    options = ImportOptions(
+        dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes,
+        group=None if as_model is None else group_as_extracted(as_model, provenance or {}),
+    )  # fmt: skip
     return run_import(sources, store, files.url, tally, options)
+
+
+def _names_of(as_model: Model, names: Sequence[str]) -> list[str]:
+    """Of the models of a cache, the one that is `as_model`."""
+    named = NamedModel(as_model)
+    found = [name for name in names if name == named.name or named.is_path_of(name)]
+    if len(found) != 1:
+        raise InvalidArgumentError(
+            f"the cache holds {', '.join(map(repr, names))}: say with model= which of them was computed by as_model={named.given!r}"
+        )
+    return found
 
 
 def import_pt(
     cache_dir: str | os.PathLike[str],
     store: Place = None,
     *,
-    model: str,
+    model: Model,
     prompts: Sequence[str] | None = None,
     dry_run: bool = False,
     strict: bool = False,
     provenance: Provenance | None = None,
+    as_model: Model | None = None,
     storage_options: Mapping[str, Any] | None = None,
     progress: bool = True,
     part_bytes: int = PART_BYTES,
@@ -118,12 +146,12 @@ def import_pt(
     ----------
     cache_dir : path or URL
         The cache.
-    model : str
-        Name of the model: the cache does not hold it.
+    model : str or path
+        The model as lmprobe was given it: the cache does not hold its name.
     prompts : sequence of str, optional
         Texts: the cache does not hold them either. Folders of lmprobe 0.2 and 0.3 hold a whole list of prompts and are found only
         by that list, in its order; give one list per call. None for every folder of a single prompt, which is known by its hash.
-    store, dry_run, strict, provenance, storage_options, progress, part_bytes
+    store, dry_run, strict, provenance, as_model, storage_options, progress, part_bytes
         As for `import_safetensors`.
 
     Returns
@@ -144,18 +172,22 @@ def import_pt(
     """
     files = open_files(cache_dir, storage_options)
     wanted = None if prompts is None else prompt_list(prompts)
-    if not files.list(model_hash(model)):
-        raise ModelNotStoredError(f"{files.url} holds nothing of {model!r} (no folder {model_hash(model)}): check the name")
-    source = lmprobe_v1.LmprobeV1(files, model, prompts=wanted)
-    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
-    return run_import([(model, source)], store, source.url, Tally(), options)
+    name = known_name(files, model)
+    if not files.list(model_hash(name)):
+        raise ModelNotStoredError(f"{files.url} holds nothing of {name!r} (no folder {model_hash(name)}): check the name")
+    source = lmprobe_v1.LmprobeV1(files, name, prompts=wanted)
+    options = ImportOptions(
+        dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes,
+        group=None if as_model is None else group_as_extracted(as_model, provenance or {}),
+    )  # fmt: skip
+    return run_import([(name, source)], store, source.url, Tally(), options)
 
 
 def import_vllm(
     folder: str | os.PathLike[str],
     store: Place = None,
     *,
-    model: str,
+    model: Model,
     layers: Sequence[int],
     prompts: Mapping[int, str] | Sequence[str] | None = None,
     dry_run: bool = False,
@@ -185,14 +217,14 @@ def import_vllm(
     """
     source = arrays.VllmFiles(open_files(folder, storage_options), layers, prompts=prompts)
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
-    return run_import([(model, source)], store, source.url, Tally(), options)
+    return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
 
 
 def import_npy(
     folder: str | os.PathLike[str],
     store: Place = None,
     *,
-    model: str,
+    model: Model,
     prompts: Sequence[str | Sequence[int]],
     variable: str = "resid",
     name: str = "layer_{layer}.npy",
@@ -226,14 +258,14 @@ def import_npy(
         open_files(folder, storage_options), prompts, variable=variable, name=name, offsets=offsets, dtype=dtype, hidden_size=hidden_size
     )
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
-    return run_import([(model, source)], store, source.url, Tally(), options)
+    return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
 
 
 def import_tensors(
     path: str | os.PathLike[str],
     store: Place = None,
     *,
-    model: str,
+    model: Model,
     prompts: Sequence[str | Sequence[int]],
     mapping: Mapping[str, str | Mapping[int, str]],
     offsets: str | None = None,
@@ -264,14 +296,14 @@ def import_tensors(
     folder, _, key = os.fspath(path).rpartition("/")
     source = arrays.tensor_file(open_files(folder or ".", storage_options), key, prompts, mapping, offsets=offsets, mask=mask)
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
-    return run_import([(model, source)], store, source.url, Tally(), options)
+    return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
 
 
 def import_source(
     source: Source,
     store: Place = None,
     *,
-    model: str,
+    model: Model,
     dry_run: bool = False,
     strict: bool = False,
     provenance: Provenance | None = None,
@@ -284,7 +316,7 @@ def import_source(
     ----------
     source : Source
         The foreign format in its place.
-    model : str
+    model : str or path
         Name of the model.
     store, dry_run, strict, provenance, progress, part_bytes
         As for `import_safetensors`.
@@ -295,4 +327,4 @@ def import_source(
         What was imported, what was stored already, and what was skipped and why.
     """
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
-    return run_import([(model, source)], store, source.url, Tally(), options)
+    return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)

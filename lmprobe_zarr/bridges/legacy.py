@@ -15,11 +15,12 @@ from lmprobe_zarr.batch import LayerSpec, choose_layers
 from lmprobe_zarr.bridges.entry import Entry, Skipped
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.import_plan import of_one_width, prompt_list
+from lmprobe_zarr.bridges.lmprobe_cache import known_name
 from lmprobe_zarr.bridges.lmprobe_lazy import entries_dataset
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2
 from lmprobe_zarr.bridges.summaries import Tally
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError, ModelNotStoredError
-from lmprobe_zarr.store import Dtype, reads_stored
+from lmprobe_zarr.store import Dtype, Model, reads_stored
 from lmprobe_zarr.store.format import LEVELS, Level
 
 __all__ = ["open_legacy"]
@@ -27,7 +28,7 @@ __all__ = ["open_legacy"]
 
 def open_legacy(
     cache_dir: str | os.PathLike[str],
-    model: str,
+    model: Model,
     *,
     level: Level = "prompts",
     prompts: Iterable[str] | None = None,
@@ -41,8 +42,8 @@ def open_legacy(
     ----------
     cache_dir : path or URL
         The cache: a folder, or any URL that fsspec knows. This call reads headers only; values are read when they are selected.
-    model : str
-        Name of the model.
+    model : str or path
+        The model as lmprobe was given it, or another path of the same folder.
     level : {"prompts", "tokens"}
         One row per prompt, as in `Store.dataset`, or one per token, as in `Store.tokens`.
     prompts : iterable of str, optional
@@ -69,7 +70,8 @@ def open_legacy(
     if level not in LEVELS:
         raise InvalidArgumentError(f"level={level!r} is unknown: use 'prompts' or 'tokens'")
     stored = reads_stored(dtype)
-    source = LmprobeV2(open_files(cache_dir, storage_options), model)
+    files = open_files(cache_dir, storage_options)
+    source = LmprobeV2(files, known_name(files, model))
     skipped = Tally()
     wanted = None if prompts is None else prompt_list(prompts)
     found: list[Entry | None] = []
@@ -90,7 +92,7 @@ def open_legacy(
         raise MissingPromptsError(f"{len(found) - len(chosen)} of {len(found)} prompts are in {source.url} without tokens")
     fitting = of_one_width(chosen, None, skipped)
     if not fitting:
-        raise ModelNotStoredError(f"{source.url} holds no {level} of {model!r} that can be read: check the name and the folder")
+        raise ModelNotStoredError(f"{source.url} holds no {level} of {source.model!r} that can be read: check the name and the folder")
     available = sorted({i for entry in fitting for h in entry.holds if h.level == level for i in h.layers or ()})
     data = entries_dataset(source, fitting, level, choose_layers(available, layers, where=source.url), stored=stored)
     return data.assign_attrs(skipped="; ".join(map(str, skipped.reasons()))) if len(skipped) else data

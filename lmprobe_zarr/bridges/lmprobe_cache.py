@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
-from lmprobe_zarr.batch import offsets_of, pool_ragged, prompt_hash
+from lmprobe_zarr.batch import HASH_DIGITS, offsets_of, pool_ragged, prompt_hash
 from lmprobe_zarr.bridges.entry import Entry, Held, Source
 from lmprobe_zarr.bridges.files import Files, open_files
 from lmprobe_zarr.bridges.lmprobe_folders import ENTRY_FILE, MODEL_FOLDER, ModelFolder, model_hash, read_manifest, scan_models
@@ -21,9 +21,10 @@ from lmprobe_zarr.bridges.lmprobe_v1 import LmprobeV1
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2
 from lmprobe_zarr.errors import MissingDependencyError
 from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage
+from lmprobe_zarr.store import Model, NamedModel
 from lmprobe_zarr.typing import Array
 
-__all__ = ["FoundEntry", "LegacyCache", "LegacyModel", "beside"]
+__all__ = ["FoundEntry", "LegacyCache", "LegacyModel", "beside", "known_name"]
 
 _V1_FOLDER: Final = re.compile(r"[0-9a-f]{16}")
 _V1_FILE: Final = re.compile(r"(?:attention_mask|perplexity|layer_\d+)\.pt")
@@ -93,6 +94,15 @@ def beside(store: StoreRoot) -> LegacyCache | None:
     return None
 
 
+def known_name(files: Files, model: Model) -> str:
+    """The name that lmprobe knows a model by: as it is given, or a path that lmprobe was given and that leads to the same folder."""
+    named = NamedModel(model)
+    if (named.folder is None and not named.is_path) or files.list(model_hash(named.given)):
+        return named.given
+    known = (found.model for found in scan_models(files) if isinstance(found, ModelFolder))
+    return next((name for name in known if named.is_path_of(name)), named.given)
+
+
 class LegacyCache:
     """A folder with lmprobe's entries. Nothing is read when it is made.
 
@@ -108,8 +118,9 @@ class LegacyCache:
 
     # -------------------------------------------------------------------------------------------------------- finding
 
-    def find(self, model: str, prompts: Sequence[str]) -> list[FoundEntry | None]:
+    def find(self, model: Model, prompts: Sequence[str]) -> list[FoundEntry | None]:
         """The entry of each prompt, in format v2 or else v1; None if no entry of it can be read."""
+        model = known_name(self.files, model)
         folder = model_hash(model)
         listed = self.files.list(folder)
         found: list[FoundEntry | None] = [None] * len(prompts)
@@ -126,14 +137,15 @@ class LegacyCache:
                 pass  # old entries are torch's own files, which cannot be read without torch
         return found
 
-    def models(self) -> list[LegacyModel]:
-        """Every model of the cache, from listings and the header of one entry per model."""
+    def models(self, model: Model | None = None) -> list[LegacyModel]:
+        """Every model of the cache, or the one that is given, from listings and the header of one entry per model."""
+        only = None if model is None else known_name(self.files, model)
         named = {found.folder: found.model for found in scan_models(self.files) if isinstance(found, ModelFolder)}
         models = []
         for item in self.files.list(""):
             if MODEL_FOLDER.fullmatch(item.name) and item.is_folder and not item.outside:
                 described = self._describe(item.name, named.get(item.name))
-                if described.prompts:
+                if described.prompts and only in (None, described.name):
                     models.append(described)
         return models
 
@@ -150,22 +162,27 @@ class LegacyCache:
         shown = name or f"(folder {folder})"
         return LegacyModel(name=shown, folder=folder, prompts=len(sizes), nbytes=sum(sizes.values()), layers=len(layers), holds=holds)
 
-    def texts(self, model: str) -> dict[str, str | None]:
+    def texts(self, model: Model) -> dict[str, str | None]:
         """The prompts of a model in format v2: text by hash, None if lmprobe did not record the text."""
-        folder = model_hash(model)
+        folder = model_hash(known_name(self.files, model))
         recorded = read_manifest(self.files, folder).texts
         hashes = dict.fromkeys(match[1] for item in self.files.list(folder) if (match := ENTRY_FILE.fullmatch(item.name)))
         return {label: recorded.get(label) for label in hashes}
 
+    def hashes(self, model: Model) -> frozenset[str]:
+        """The hashes of a model's prompts of which there is any file, from one list."""
+        names = (item.name for item in self.files.list(model_hash(known_name(self.files, model))) if not item.outside)
+        return frozenset(name[:HASH_DIGITS] for name in names if ENTRY_FILE.fullmatch(name) or _V1_FOLDER.fullmatch(name))
+
     # -------------------------------------------------------------------------------------------------------- reading
 
-    def serve(self, model: str, prompts: Sequence[str], pooling: str | None, layers: tuple[int, ...]) -> tuple[list[Array] | None, int]:
+    def serve(self, model: Model, prompts: Sequence[str], pooling: str | None, layers: tuple[int, ...]) -> tuple[list[Array] | None, int]:
         """The blocks' output for every prompt, if this cache holds all of the prompts with all layers.
 
         Parameters
         ----------
-        model : str
-            As it was given to lmprobe.
+        model : str or path
+            As it was given to lmprobe, or the same folder.
         prompts : sequence of str
             Texts.
         pooling : str, optional
@@ -202,20 +219,20 @@ class LegacyCache:
             pieces |= {i: joined[:, a:b] for i, a, b in zip(members, bounds[:-1], bounds[1:], strict=True)}
         return [pieces[i] for i in range(len(prompts))], len(prompts)
 
-    def written_at(self, model: str, prompts: Sequence[str]) -> float:
+    def written_at(self, model: Model, prompts: Sequence[str]) -> float:
         """When the oldest of the prompts' files was written, in seconds since 1970; infinity if the file system does not say."""
         wanted = {prompt_hash(prompt) for prompt in prompts}
-        listed = self.storage.scan(model_hash(model))
+        listed = self.storage.scan(model_hash(known_name(self.files, model)))
         times = [entry.modified for name, entry in listed.items() if name[:16] in wanted and entry.modified is not None]
         return min(times, default=float("inf"))
 
     # ------------------------------------------------------------------------------------------------------- clearing
 
-    def clear(self, model: str | None = None) -> int:
+    def clear(self, model: Model | None = None) -> int:
         """Remove lmprobe's entries, all or those of one model; returns the number of their prompts."""
-        count = 0
+        count, only = 0, None if model is None else model_hash(known_name(self.files, model))
         for item in self.files.list(""):
-            wanted = model is None or item.name == model_hash(model)
+            wanted = only in (None, item.name)
             if not (wanted and MODEL_FOLDER.fullmatch(item.name) and item.is_folder and not item.outside):
                 continue
             entries = [key for key, _ in self._entry_files(item.name)]

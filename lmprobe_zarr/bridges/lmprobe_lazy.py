@@ -18,6 +18,7 @@ from lmprobe_zarr.batch import STATISTICS, as_slice, copy_rows, offsets_of, posi
 from lmprobe_zarr.bridges.entry import Entry, Held, held_dtype
 from lmprobe_zarr.bridges.files import map_files
 from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2, Piece
+from lmprobe_zarr.interchange import as_texts, to_interchange
 from lmprobe_zarr.store.format import SAMPLE_DIM, Level, array_dims
 from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect, tidy_key, with_columns
 from lmprobe_zarr.typing import Array, Ints
@@ -156,13 +157,13 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
         row_nbytes = max(1, int(np.prod(variable.row_shape, dtype=np.int64)) * array.dtype.itemsize)
         lazy.encoding["preferred_chunks"] = {"layer": 1, sample: max(1, CHUNK_BYTES // row_nbytes)}
         variables[variable.name] = lazy
-    hashes = np.array([entry.hash for entry in entries], "U16")
+    hashes = as_texts([entry.hash for entry in entries])
     columns: dict[str, Array] = {
         "prompt_length": np.array([-1 if entry.n_tokens is None else entry.n_tokens for entry in entries], np.int64),
-        "prompt_sha256": np.array([entry.sha256 for entry in entries], "U64"),
+        "prompt_sha256": as_texts([entry.sha256 for entry in entries]),
     }
     if any(entry.text is not None for entry in entries):
-        columns["text"] = np.array([entry.text or "" for entry in entries], object)
+        columns["text"] = as_texts([entry.text or "" for entry in entries])
     if layers:
         coords["layer"] = xr.Variable(("layer",), np.array(layers, np.int64))
     data: xr.Dataset
@@ -182,7 +183,7 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
         data = data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
     widths = {held.row_shape[0] for entry in entries for held in entry.holds if held.variable.startswith("resid")}
     attrs = {"provenance": "{}", "source": source.url} | ({"hidden_size": widths.pop()} if len(widths) == 1 else {})
-    return protect(data.assign_coords(model=source.model).assign_attrs(attrs))
+    return protect(to_interchange(data.assign_coords(model=source.model).assign_attrs(attrs)))
 
 
 def _token_rows(entry: Entry) -> int:

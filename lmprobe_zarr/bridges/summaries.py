@@ -90,6 +90,10 @@ class ImportSummary:
         Whether nothing was written.
     seconds : float
         Duration of the call.
+    unknown : tuple of str
+        Fields of the provenance that the groups do not record.
+    as_model : str
+        What the activations are taken for on the caller's word, where a model was named.
     """
 
     source: str
@@ -106,6 +110,8 @@ class ImportSummary:
     notes: tuple[Reason, ...]
     dry_run: bool
     seconds: float
+    unknown: tuple[str, ...] = ()
+    as_model: str = ""
 
     def __str__(self) -> str:
         verb = "to import" if self.dry_run else "imported"
@@ -116,6 +122,11 @@ class ImportSummary:
             "prompts": f"{self.found} found, {self.stored} stored already, {self.imported} {verb}",
             "size": f"{self.tokens} tokens, {format_bytes(self.nbytes)} before compression",
         }
+        if self.as_model:
+            rows["as"] = f"{self.as_model}, on your word"
+        if self.unknown:
+            serves = "extract and Probe use it with group= or provenance='any', or after an import with as_model="
+            rows["unknown"] = f"{', '.join(self.unknown)}: {serves}"
         return _table(rows, self.skipped, self.notes)
 
 

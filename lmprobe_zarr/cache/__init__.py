@@ -5,13 +5,14 @@ activations.
 """
 
 from lmprobe_zarr.cache.contents import cache_info, discover_cached, list_cached_prompts
-from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
+from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ClearSummary, ModelCacheInfo
 from lmprobe_zarr.cache.removing import clear_cache, evict
 
 __all__ = [
     "CacheInfo",
     "CachedPrompt",
     "CachedPromptInfo",
+    "ClearSummary",
     "ModelCacheInfo",
     "cache_info",
     "clear_cache",

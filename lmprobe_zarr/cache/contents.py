@@ -15,24 +15,24 @@ from lmprobe_zarr.batch import POOLINGS
 from lmprobe_zarr.bridges import LegacyModel
 from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
 from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
-from lmprobe_zarr.cache.place import CachedModel, lmprobe_entries, open_cache, place_name
-from lmprobe_zarr.store import Place, Store, ambiguous
-from lmprobe_zarr.store.format import LEVELS, GroupInfo, Provenance
+from lmprobe_zarr.cache.place import lmprobe_entries, open_cache, place_name
+from lmprobe_zarr.store import GivenProvenance, Model, Place, Store, ambiguous, parse_provenance
+from lmprobe_zarr.store.format import LEVELS, GroupInfo, unrecorded_fields
 from lmprobe_zarr.store.parts import View, committed_at, read_values
 from lmprobe_zarr.store.upkeep import EvictionEntry
 
 __all__ = ["cache_info", "discover_cached", "list_cached_prompts"]
 
 
-def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "auto") -> CacheInfo:
+def cache_info(model: Model | None = None, *, store: Place = None, legacy: str = "auto") -> CacheInfo:
     """What the cache holds, by model.
 
     Reads metadata only: one listing per group and one small document per part, however many prompts there are.
 
     Parameters
     ----------
-    model : str, optional
-        Only this model.
+    model : str or path, optional
+        Only this model: its name in the store, its hub id or its folder.
     store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     legacy : {"auto", "never"}
@@ -48,7 +48,7 @@ def cache_info(model: str | None = None, *, store: Place = None, legacy: str = "
     AccessDeniedError, UnreachableError
     """
     old = lmprobe_entries(store, legacy)
-    older = () if old is None else tuple(_describe_legacy(held) for held in old.models() if model in (None, held.name))
+    older = () if old is None else tuple(_describe_legacy(held) for held in old.models(model))
     opened = open_cache(store, "r")
     limit = config.cache_limit() if opened is None or opened.is_default else None
     if opened is None:
@@ -83,9 +83,9 @@ def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:
     )
 
 
-def _describe_groups(store: Store, model: str | None) -> tuple[ModelCacheInfo, ...]:
+def _describe_groups(store: Store, model: Model | None) -> tuple[ModelCacheInfo, ...]:
     """What one root holds of one model, or of all; the largest group first."""
-    groups = list(store.groups(whole=False).values()) if model is None else CachedModel.of(model).groups(store)
+    groups = store.matching(model, whole=False)
     described = [_describe_group(store, info, entries) for info in groups if (entries := store.entries(info))]
     return tuple(sorted(described, key=lambda info: (-info.size_bytes, info.model_name)))
 
@@ -102,6 +102,8 @@ def _describe_group(store: Store, info: GroupInfo, entries: list[EvictionEntry])
         num_prompts=len(view),
         num_layers=len(view.all_layers()),
         num_parts=len(view.parts),
+        num_annotations=sum(not note.info.is_tombstone for note in view.annotations),
+        columns=tuple(sorted({key.partition("/")[2] for part in view.owners for key in part.info.own_columns})),
         variables=every,
         has_pooled=bool(pooled),
         has_tokens="resid" in names["tokens"],
@@ -110,6 +112,7 @@ def _describe_group(store: Store, info: GroupInfo, entries: list[EvictionEntry])
         has_router="router" in every,
         oldest=_moment(min(entry.committed for entry in entries)),
         newest=_moment(max(entry.touched for entry in entries)),
+        unknown=unrecorded_fields(info.provenance),
     )
 
 
@@ -118,11 +121,11 @@ def _moment(seconds: float) -> datetime:
 
 
 def discover_cached(
-    model: str,
+    model: Model,
     prompt: Any,
     *,
     store: Place = None,
-    provenance: Provenance | None = None,
+    provenance: GivenProvenance = None,
     group: str | None = None,
     legacy: str = "auto",
 ) -> CachedPromptInfo | None:
@@ -130,14 +133,15 @@ def discover_cached(
 
     Parameters
     ----------
-    model : str
-        Name of the model in the store, or the folder that it was loaded from.
+    model : str or path
+        Name of the model in the store, its hub id, or the folder that it was loaded from.
     prompt : str or sequence of int
         Text, hash or token ids.
     store : Store, path or URL, or a sequence of these, optional
         Another place than the cache.
     provenance, group : optional
-        Choose between several groups of one model.
+        Choose between several groups of one model. ``provenance="any"``, or the name of a group, says that a group of the folder's name
+        which does not record its weights, such as an imported one, is of this model.
     legacy : {"auto", "never"}
         Whether lmprobe's own entries beside the cache are searched if the store does not hold the prompt.
 
@@ -153,24 +157,25 @@ def discover_cached(
     """
     old = lmprobe_entries(store, legacy)
     found = [(view, row) for view in _views_of(model, store, provenance, group) if (row := view.locate(prompt)) is not None]
+    fields, any_provenance = parse_provenance(provenance)
+    if any_provenance:
+        found = sorted(found, key=lambda pair: len(unrecorded_fields(pair[0].group.provenance)))[:1]
     if len(found) > 1:
         raise ambiguous([view.group for view, _ in found], found[0][0].storage.url)
     if found:
         return _describe_prompt(*found[0])
-    if old is None or not isinstance(prompt, str) or provenance or group:
+    if old is None or not isinstance(prompt, str) or fields or group:
         return None
     entry = old.find(model, [prompt])[0]
     return None if entry is None else _describe_entry(entry.entry)
 
 
-def _views_of(model: str, store: Place, provenance: Provenance | None, group: str | None) -> list[View]:
+def _views_of(model: Model, store: Place, provenance: GivenProvenance, group: str | None) -> list[View]:
     """The views of all groups that match."""
     opened = open_cache(store, "r")
     if opened is None:
         return []
-    requested = CachedModel.of(model)
-    infos = opened.matching(requested.name, {**requested.provenance, **(provenance or {})}, group, whole=False)
-    return [opened.view(info, whole=False) for info in infos]
+    return [opened.view(info, whole=False) for info in opened.matching(model, provenance, group, whole=False)]
 
 
 def _describe_entry(entry: LegacyEntry) -> CachedPromptInfo:
@@ -228,7 +233,7 @@ def _count_of(view: View, row: int) -> int | None:
 
 
 def list_cached_prompts(
-    model: str, *, store: Place = None, provenance: Provenance | None = None, group: str | None = None, legacy: str = "auto"
+    model: Model, *, store: Place = None, provenance: GivenProvenance = None, group: str | None = None, legacy: str = "auto"
 ) -> list[CachedPrompt]:
     """The prompts of a model in the cache, each once, in the order in which they first appear.
 
@@ -247,7 +252,8 @@ def list_cached_prompts(
     for view in _views_of(model, store, provenance, group):
         for cached in _list_view(view):
             listed.setdefault(cached.hash, cached)
-    old = None if provenance or group else lmprobe_entries(store, legacy)
+    fields, _ = parse_provenance(provenance)
+    old = None if fields or group else lmprobe_entries(store, legacy)
     for label, text in {}.items() if old is None else old.texts(model).items():
         listed.setdefault(label, CachedPrompt(hash=label, prompt=text, num_tokens=None, cached_at=""))
     return list(listed.values())
@@ -262,7 +268,7 @@ def _list_view(view: View) -> list[CachedPrompt]:
     since = [""] * len(view)
     for part, member in zip(reversed(view.parts), reversed(view.members[: len(view.parts)]), strict=True):
         moment = _moment(committed_at(part.info)).isoformat(timespec="seconds")
-        for row in member.tolist():
+        for row in member[member >= 0].tolist():
             since[row] = moment
     return [
         CachedPrompt(hash=label, prompt=text or None, num_tokens=int(count) or None, cached_at=moment)

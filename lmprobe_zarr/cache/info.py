@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Self
 
 from lmprobe_zarr.config import GB
 from lmprobe_zarr.display import Html, card, definitions, format_bytes, section, table
+from lmprobe_zarr.store.upkeep import EvictionEntry, count_of
 
-__all__ = ["CacheInfo", "CachedPrompt", "CachedPromptInfo", "ModelCacheInfo"]
+__all__ = ["CacheInfo", "CachedPrompt", "CachedPromptInfo", "ClearSummary", "ModelCacheInfo"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +24,17 @@ class ModelCacheInfo:
     group : str
         Folder of the group in the store; for lmprobe's own entries the folder's name in its cache.
     size_bytes, num_prompts, num_layers, num_parts : int
+    num_annotations : int
+        Annotations, which hold columns that no model gives again; they stay when parts are evicted.
+    columns : tuple of str
+        The user's columns, of annotations and parts.
     variables : tuple of str
         What is stored per prompt and per token.
     has_pooled, has_tokens, has_perplexity, has_logits, has_router : bool
     oldest, newest : datetime, optional
         First commit, and last commit or use, in UTC.
+    unknown : tuple of str
+        Fields of the provenance that the group does not record, as imported ones do not.
     """
 
     model_name: str
@@ -35,6 +43,8 @@ class ModelCacheInfo:
     num_prompts: int
     num_layers: int
     num_parts: int = 0
+    num_annotations: int = 0
+    columns: tuple[str, ...] = ()
     variables: tuple[str, ...] = ()
     has_pooled: bool = False
     has_tokens: bool = False
@@ -43,6 +53,7 @@ class ModelCacheInfo:
     has_router: bool = False
     oldest: datetime | None = None
     newest: datetime | None = None
+    unknown: tuple[str, ...] = ()
 
     @property
     def size_gb(self) -> float:
@@ -55,6 +66,9 @@ class ModelCacheInfo:
             "router": self.has_router,
         }  # fmt: skip
         what = "".join(f", {name}" for name, there in held.items() if there)
+        what += f", {count_of(self.num_annotations, 'annotation')}" if self.num_annotations else ""
+        what += f", columns {', '.join(self.columns)}" if self.columns else ""
+        what += ", provenance not recorded" if self.unknown else ""
         return f"{self.model_name}  {format_bytes(self.size_bytes)}  ({self.num_prompts} prompts, {self.num_layers} layers{what})"
 
 
@@ -198,3 +212,60 @@ class CachedPrompt:
     prompt: str | None
     num_tokens: int | None
     cached_at: str
+
+
+class ClearSummary(int):
+    """How many entries were deleted, as a number that prints what they were.
+
+    Parameters
+    ----------
+    parts, annotations, legacy : int
+        Parts, annotations, and lmprobe's own prompts.
+    prompts : int
+        Prompts of the parts, each counted once in every group.
+    columns : iterable of str
+        The user's columns that were deleted with parts and annotations.
+    """
+
+    parts: int
+    annotations: int
+    legacy: int
+    prompts: int
+    columns: tuple[str, ...]
+
+    def __new__(cls, *, parts: int = 0, annotations: int = 0, legacy: int = 0, prompts: int = 0, columns: Iterable[str] = ()) -> Self:
+        self = super().__new__(cls, parts + annotations + legacy)
+        self.parts, self.annotations, self.legacy, self.prompts = parts, annotations, legacy, prompts
+        self.columns = tuple(sorted(set(columns)))
+        return self
+
+    @classmethod
+    def of(cls, entries: Sequence[EvictionEntry]) -> Self:
+        """What some entries are."""
+        infos = [entry.part.info for entry in entries if not entry.is_tombstone]
+        return cls(
+            parts=sum(info.kind == "part" for info in infos),
+            annotations=sum(info.kind == "annotation" for info in infos),
+            prompts=len({(info.group, row.tobytes()) for info in infos if info.kind == "part" for row in info.digests}),
+            columns=[key.partition("/")[2] for info in infos for key in info.own_columns],
+        )
+
+    def joined(self, other: ClearSummary) -> ClearSummary:
+        """Both together."""
+        return ClearSummary(
+            parts=self.parts + other.parts,
+            annotations=self.annotations + other.annotations,
+            legacy=self.legacy + other.legacy,
+            prompts=self.prompts + other.prompts,
+            columns=(*self.columns, *other.columns),
+        )
+
+    def __str__(self) -> str:
+        what = [f"{count_of(self.parts, 'part')} of {count_of(self.prompts, 'prompt')}", count_of(self.annotations, "annotation")]
+        what += [f"{count_of(self.legacy, 'prompt')} of lmprobe's own cache"] if self.legacy else []
+        return ", ".join(what) + (f"; columns {', '.join(self.columns)}" if self.columns else "")
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return int, (int(self),)

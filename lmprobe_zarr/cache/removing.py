@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from lmprobe_zarr import config
-from lmprobe_zarr.cache.place import CachedModel, lmprobe_entries, open_cache, place_name
+from lmprobe_zarr.cache.info import ClearSummary
+from lmprobe_zarr.cache.place import lmprobe_entries, open_cache, place_name
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.log import cache_logger
-from lmprobe_zarr.storage import open_storage
-from lmprobe_zarr.store import Place, Store
-from lmprobe_zarr.store.upkeep import EvictPlan, plan_evict, remove_entries
+from lmprobe_zarr.store import Model, Place, Store
+from lmprobe_zarr.store.upkeep import EvictionEntry, EvictPlan, plan_evict, remove_entries
 
 __all__ = ["clear_cache", "evict"]
 
@@ -30,15 +31,25 @@ def _may_remove(place: Place, opened: Store) -> None:
 
 def _check_age(min_age: float | None, opened: Store) -> float:
     if min_age is None:
-        return 0.0 if opened.url == open_storage(config.default_root()).url else MIN_AGE
+        return 0.0 if opened.url == config.default_name() else MIN_AGE
     if isinstance(min_age, bool) or not isinstance(min_age, (int, float, np.number)) or not 0 <= min_age < float("inf"):
         raise InvalidArgumentError(f"min_age={min_age!r} is not an age: give seconds, at least 0")
     return float(min_age)
 
 
-def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | None = None, dry_run: bool = False) -> EvictPlan | None:
+def evict(
+    url: Place = None,
+    *,
+    max_gb: float | None = None,
+    min_age: float | None = None,
+    dry_run: bool = False,
+    annotations: bool = False,
+    given: bool | None = None,
+) -> EvictPlan | None:
     """Remove the least recently used parts until the cache is within its limit.
 
+    Only what a model gives again is removed. Annotations stay, and the columns of a removed part stay as an annotation: they are there
+    again with their prompts, once these have been extracted again. Values that a removed part had replaced stay hidden.
     A part becomes invisible before its bytes are removed; open views that still need it raise `PartGoneError`.
 
     Parameters
@@ -51,6 +62,11 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
         Seconds for which a part is kept after its commit or last use; by default 0 in the local default root, 600 elsewhere.
     dry_run : bool
         Only return the plan.
+    annotations : bool
+        Remove columns too: those of a part with the part, and annotations with the last part of their group.
+    given : bool, optional
+        Whether parts are removed that were imported or written by `write_activations`, which no run of a model gives again. By default they
+        stay in the cache, and are removed from a place that the call names.
 
     Returns
     -------
@@ -76,38 +92,41 @@ def evict(url: Place = None, *, max_gb: float | None = None, min_age: float | No
     opened = open_cache(url, "a")
     if opened is None:
         return None
-    opened = opened.own
+    below, opened = opened.catalogs[:-1], opened.own
     if url is None and not opened.storage.is_local:
         log.warning("[cache] evict: %s is remote, and is evicted only when the call names it", opened.url)
         return None
     _may_remove(url, opened)
     began = time.perf_counter()
     age = _check_age(min_age, opened)
-    entries = [entry for info in opened.groups(whole=False).values() for entry in opened.entries(info)]
-    # A part behind a link takes no space here, and may belong to somebody else.
-    entries = [entry for entry in entries if not opened.storage.leads_out(entry.part.path)]
-    plan = plan_evict(entries, limit or 0, min_age=age)
-    if dry_run:
-        return plan
-    gone = remove_entries(opened.storage, plan.entries, min_age=age)
-    for entry in gone:
-        opened.forget(entry.part.path)
-    if len(gone) < len(plan.entries):
-        stayed = sum(entry.nbytes for entry in plan.entries) - sum(entry.nbytes for entry in gone)
-        plan = EvictPlan(
-            entries=tuple(gone), freed=plan.freed - stayed, kept=plan.kept + stayed, limit=plan.limit, protected=plan.protected + stayed
-        )
+    gone: list[EvictionEntry] = []
+    while True:
+        entries = [entry for info in opened.groups(whole=False).values() for entry in opened.entries(info)]
+        # A part behind a link takes no space here, and may belong to somebody else.
+        entries = [entry for entry in entries if not opened.storage.leads_out(entry.part.path)]
+        plan = plan_evict(entries, limit or 0, min_age=age, annotations=annotations, given=url is not None if given is None else given)
+        if dry_run:
+            return plan
+        some, written = remove_entries(opened.catalog, plan.entries, min_age=age, columns=not annotations, below=below)
+        gone += some
+        # What was written to keep columns, and to keep hidden what was replaced, takes space itself.
+        stayed = sum(entry.nbytes for entry in plan.entries) - sum(entry.nbytes for entry in some)
+        kept = plan.kept + stayed + written
+        if not written or kept <= plan.limit or not some:
+            break
+    freed = sum(entry.nbytes for entry in gone)
+    plan = replace(plan, entries=tuple(gone), freed=freed, kept=kept, protected=plan.protected + stayed)
     log.log(30 if not plan.fits else 20, "[cache] evict: %s, %.2f s", plan, time.perf_counter() - began)
     return plan
 
 
-def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = False) -> int:
-    """Delete all cached activations. This cannot be undone.
+def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool = False) -> ClearSummary:
+    """Delete all cached activations, annotations and columns. This cannot be undone.
 
     Parameters
     ----------
-    model : str, optional
-        Only those of this model.
+    model : str or path, optional
+        Only those of this model: its name in the store, its hub id or its folder.
     url : path, URL or Store, or a sequence of these, optional
         Another place than the cache. Of several, only the last is cleared. A remote place is cleared only if it is named here.
     legacy : bool
@@ -115,8 +134,8 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
 
     Returns
     -------
-    int
-        Number of deleted entries: parts and annotations, and with `legacy` lmprobe's prompts.
+    ClearSummary
+        The number of deleted entries: parts and annotations, and with `legacy` lmprobe's prompts. It prints what they were.
 
     Raises
     ------
@@ -126,26 +145,22 @@ def clear_cache(model: str | None = None, *, url: Place = None, legacy: bool = F
     """
     log = cache_logger()
     opened = open_cache(url, "a")
-    count = 0
+    summary = ClearSummary()
     if opened is not None:
         opened = opened.own
         _may_remove(url, opened)
-        for info in opened.groups(whole=False).values() if model is None else CachedModel.of(model).groups(opened):
-            entries = opened.entries(info)
-            # Replaced ones first: they must not become visible again when the part that replaced them is removed.
-            gone = remove_entries(opened.storage, sorted(entries, key=lambda entry: not entry.replaced))
-            for entry in gone:
-                opened.forget(entry.part.path)
+        for info in opened.matching(model, whole=False):
+            gone, _ = remove_entries(opened.catalog, opened.entries(info), columns=False, hide=False)
             opened.drop_empty_group(info)
-            count += len(gone)
+            summary = summary.joined(ClearSummary.of(gone))
     old = lmprobe_entries(url, "auto")
     if old is not None and legacy:
         if not old.storage.is_local:
             raise InvalidArgumentError(
                 f"lmprobe's own entries in {old.storage.url} are remote, and others may use them: delete them there yourself"
             )
-        count += old.clear(model)
-    elif old is not None and (left := sum(held.prompts for held in old.models() if model in (None, held.name))):
+        summary = summary.joined(ClearSummary(legacy=old.clear(model)))
+    elif old is not None and (left := sum(held.prompts for held in old.models(model))):
         log.info("[cache] clear: %d entries of lmprobe's own remain in %s; legacy=True deletes them too", left, old.storage.url)
-    log.info("[cache] clear: %d entries deleted in %s", count, place_name(url))
-    return count
+    log.info("[cache] clear: %s deleted in %s", summary, place_name(url))
+    return summary

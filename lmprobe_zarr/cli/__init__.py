@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; 1 after an expected error, which is printed on standard error, and if a verification finds a problem; 130 after Ctrl-C. Wrong
         arguments exit with 2.
     """
+    # What the encoding of the output lacks is printed as an escape, such as \xef, rather than ending the command.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         run: Callable[[argparse.Namespace], int | None] = options.run

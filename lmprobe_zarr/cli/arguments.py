@@ -23,7 +23,7 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
 
 
 def add_store(command: argparse.ArgumentParser, *, positional: bool) -> None:
-    default = str(config.default_root())
+    default = config.default_name()
     place = f"folder or URL of the store (default: {default})".replace("%", "%%")
     if positional:
         command.add_argument("store", nargs="?", default=None, help=place)
@@ -32,7 +32,7 @@ def add_store(command: argparse.ArgumentParser, *, positional: bool) -> None:
 
 
 def add_choice(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", help="name of the model, if the store holds several")
+    command.add_argument("--model", help="the model, if the store holds several: its name, hub id or folder")
     command.add_argument("--group", help="name of the group, if the model has several")
 
 

@@ -11,7 +11,7 @@ from lmprobe_zarr.cli.arguments import add_choice, add_command, add_yes, confirm
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.store import open_store
-from lmprobe_zarr.store.upkeep import EvictPlan
+from lmprobe_zarr.store.upkeep import EvictPlan, count_of
 
 __all__ = ["add_cache", "add_clear", "add_delete", "add_evict"]
 
@@ -22,7 +22,7 @@ def add_cache(commands: Any) -> None:
     inner = group.add_subparsers(required=True, metavar="COMMAND")
     command = add_command(inner, "info", _info, "show what the cache holds, by model, and its size")
     command.add_argument("store", nargs="?", default=None, help="folder or URL to show instead of the cache")
-    command.add_argument("--model", help="only this model")
+    command.add_argument("--model", help="only this model: its name, hub id or folder")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -50,14 +50,19 @@ def add_evict(commands: Any) -> None:
     command.add_argument("store", nargs="?", default=None, help="folder or URL instead of the cache; needed for a remote place")
     command.add_argument("--max-gb", type=float, help="the limit in GB of 1024³ bytes (default: the cache's limit)")
     command.add_argument("--min-age", type=float, help="keep parts that were committed or used less than this many seconds ago")
+    command.add_argument("--annotations", action="store_true", help="remove columns too, which no model gives again")
+    command.add_argument("--given", action="store_true", help="remove from the cache also what was imported or written by hand")
     add_yes(command)
 
 
 def _evict(options: argparse.Namespace) -> None:
-    request = {"max_gb": options.max_gb, "min_age": options.min_age}
+    request = {"max_gb": options.max_gb, "min_age": options.min_age, "annotations": options.annotations, "given": options.given or None}
     plan = evict(options.store, dry_run=True, **request)
     if plan is not None and plan.entries:
-        confirm(options, f"{plan.freed} bytes in {len(plan.entries)} entries would be removed.")
+        parts = sum(not entry.is_annotation for entry in plan.entries)
+        what = f"{count_of(parts, 'part')} of {count_of(plan.prompts, 'prompt')}"
+        what += f" and {count_of(len(plan.entries) - parts, 'annotation')}" if parts < len(plan.entries) else ""
+        confirm(options, f"{plan.freed} bytes would be removed: {what}.")
         plan = evict(options.store, **request)
     if options.json:
         print_json(_plan(plan))
@@ -75,7 +80,7 @@ def _plan(plan: EvictPlan | None) -> dict[str, Any]:
 def add_clear(commands: Any) -> None:
     command = add_command(commands, "clear", _clear, "delete all cached activations; this cannot be undone")
     command.add_argument("store", nargs="?", default=None, help="folder or URL instead of the cache; needed for a remote place")
-    command.add_argument("--model", help="only activations of this model")
+    command.add_argument("--model", help="only activations of this model: its name, hub id or folder")
     command.add_argument("--legacy", action="store_true", help="also delete lmprobe's own entries beside the store")
     add_yes(command)
 
@@ -85,14 +90,30 @@ def _clear(options: argparse.Namespace) -> None:
     if not options.json:
         print(info)
     if info.models or (options.legacy and info.legacy):
-        confirm(options, f"All of {options.model or 'this'} would be deleted.")
+        confirm(options, f"All of {options.model or 'this'} would be deleted{_columns_of(info)}.")
     count = clear_cache(options.model, url=options.store, legacy=options.legacy)
     if options.json:
-        print_json({"deleted": count, "legacy_left": 0 if options.legacy else sum(model.num_prompts for model in info.legacy)})
+        print_json(
+            {
+                "deleted": int(count),
+                "parts": count.parts,
+                "annotations": count.annotations,
+                "legacy_left": 0 if options.legacy else sum(model.num_prompts for model in info.legacy),
+            }
+        )
         return
-    print(f"{count} entries deleted")
+    print(f"{int(count)} entries deleted: {count}")
     if info.legacy and not options.legacy:
         print(f"{sum(model.num_prompts for model in info.legacy)} entries of lmprobe's own remain; --legacy deletes them too")
+
+
+def _columns_of(info: CacheInfo) -> str:
+    """What no model gives again, for the confirmation."""
+    notes = sum(model.num_annotations for model in info.models)
+    columns = sorted({name for model in info.models for name in model.columns})
+    if not columns:
+        return ""
+    return f", with {count_of(notes, 'annotation')}; no model gives back the columns {', '.join(columns)}"
 
 
 def add_delete(commands: Any) -> None:

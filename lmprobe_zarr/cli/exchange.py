@@ -11,7 +11,7 @@ from lmprobe_zarr.cli.arguments import add_choice, add_command, parse_layers
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
-from lmprobe_zarr.store import open_store
+from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_export", "add_import"]
 
@@ -30,12 +30,14 @@ def _prompts(options: argparse.Namespace) -> list[Any] | None:
 
 def add_import(commands: Any) -> None:
     command = add_command(commands, "import", _import, "import lmprobe's own cache into a store; the cache is only read")
-    cache = str(config.cache_dir()).replace("%", "%%")
+    cache = config.default_name().removesuffix("/.zarr").replace("%", "%%")
     command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache (default: {cache})")
     command.add_argument("--to", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="only this model, as it was given to lmprobe")
     which.add_argument("--all", action="store_true", help="every model of the cache")
+    command.add_argument("--as-model", metavar="MODEL", help="folder or hub id of the model that computed it, so that extract finds it")
+    command.add_argument("--compute-dtype", help="with --as-model: the dtype that it was computed in (default: float32)")
     command.add_argument("--v1", action="store_true", help="old .pt files instead of safetensors; needs --model")
     _add_prompts(command, "only these prompts; also gives the texts of prompts that the cache knows by hash only")
     command.add_argument("--strict", action="store_true", help="fail before anything is written if anything would be skipped")
@@ -44,7 +46,11 @@ def add_import(commands: Any) -> None:
 
 def _import(options: argparse.Namespace) -> None:
     source = options.source if options.source is not None else str(config.cache_dir())
-    rest = {"prompts": _prompts(options), "dry_run": options.dry_run, "strict": options.strict, "progress": not options.json}
+    if options.compute_dtype is not None and options.as_model is None:
+        raise InvalidArgumentError("--compute-dtype is part of what --as-model says: give both")
+    computed = None if options.compute_dtype is None else {"compute_dtype": options.compute_dtype}
+    rest: dict[str, Any] = {"as_model": options.as_model, "provenance": computed}
+    rest |= {"prompts": _prompts(options), "dry_run": options.dry_run, "strict": options.strict, "progress": not options.json}
     if options.v1 and options.model is None:
         raise InvalidArgumentError("old .pt caches do not hold the model's name: give it with --model")
     if options.v1:
@@ -66,7 +72,7 @@ def add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    store = open_store(options.store, mode="r")
+    store = open_to_read(options.store)
     models = store.models()
     model = options.model or (models[0] if len(models) == 1 else None)
     if model is None:

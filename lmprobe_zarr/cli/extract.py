@@ -45,6 +45,8 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--generation-prompt", choices=("yes", "no"), help="begin an answer after each chat (default: unless it has one)")
     command.add_argument("--continue-final-message", action="store_true", help="leave the last message of each chat open")
     command.add_argument("--chat-template-kwargs", metavar="JSON", help="an object of arguments for the chat template, tools included")
+    command.add_argument("--group", help="name of a stored group that is of this model, such as that of an import")
+    command.add_argument("--any-provenance", action="store_true", help="stored groups of this name, such as imports, are of this model")
     command.add_argument("--refresh", action="store_true", help="run the model on all prompts, even if they are stored")
     command.add_argument("--no-text", action="store_true", help="do not store the texts")
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -79,6 +81,8 @@ def _extract(options: argparse.Namespace) -> None:
         "continue_final_message": options.continue_final_message or None,
         "chat_template_kwargs": parse_object(options.chat_template_kwargs, "--chat-template-kwargs"),
         "refresh": options.refresh,
+        "group": options.group,
+        "provenance": "any" if options.any_provenance else None,
         "trust_remote_code": options.trust_remote_code,
     }
     if options.dry_run:

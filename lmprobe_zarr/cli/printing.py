@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,12 @@ def plain(value: Any) -> Any:
 def print_json(document: Any) -> None:
     # JSON has no NaN; an undefined score is null.
     text = json.dumps(_without_nan(document), indent=2, ensure_ascii=False, allow_nan=False)
-    # A lone surrogate is allowed in JSON, but cannot be written to a terminal or file.
-    print(text.encode("utf-8", "backslashreplace").decode())
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        # The escapes of JSON itself can be read back, unlike those of the stream. So it is for lone surrogates in UTF-8, too.
+        text = json.dumps(_without_nan(document), indent=2, allow_nan=False)
+    print(text)
 
 
 def _without_nan(value: Any) -> Any:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from lmprobe_zarr.batch import has_utf8
 from lmprobe_zarr.errors import InvalidArgumentError
 
 __all__ = ["FORMATS", "read_prompts"]
@@ -32,7 +35,8 @@ def read_prompts(
     text_column : str
         Column, or key of an object, that holds the prompt. In ``.jsonl`` its value may also be a list of chat messages.
     columns : sequence of str
-        Further columns to read. In ``.csv``, a column of numbers, or of true and false, is converted.
+        Further columns to read. In ``.csv``, a column of numbers, or of true and false, is converted, and an empty cell of it is a missing
+        value; in ``.jsonl``, null is.
 
     Returns
     -------
@@ -54,7 +58,11 @@ def read_prompts(
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(f"{source!r} cannot be read: {error}") from error
     if kind == "txt":
-        return [line.strip() for line in text.split("\n") if line.strip()], {}
+        lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        broken = next((number for number, line in lines if not has_utf8(line)), None)  # standard input may hold what is no UTF-8
+        if broken is not None:
+            raise InvalidArgumentError(f"{source} line {broken} is no UTF-8: convert the file, such as with iconv")
+        return [line for _, line in lines], {}
     records = _read_jsonl(source, text, text_column) if kind == "jsonl" else _read_csv(source, text)
     table: dict[str, list[Any]] = {}
     for name in dict.fromkeys((text_column, *columns)):
@@ -62,8 +70,13 @@ def read_prompts(
             if name not in record:
                 there = ", ".join(map(repr, sorted(record))) or "none"
                 raise InvalidArgumentError(f"{source} line {number} has no {name!r}: its columns are {there}")
-            if record[name] is None:
+            if record[name] is None and name == text_column:
                 raise InvalidArgumentError(f"{source} line {number}: {name!r} is null: give a value, or leave the line out")
+            if isinstance(record[name], str) and not has_utf8(record[name]):
+                raise InvalidArgumentError(
+                    f"{source} line {number}: {name!r} is {record[name][:40]!a}, which has a lone surrogate that no UTF-8 can "
+                    'hold: mend it, text.encode("utf-8", "replace").decode(), or leave the line out'
+                )
         table[name] = [record[name] for _, record in records]
     prompts = table[text_column]
     return prompts, {name: table[name] if kind == "jsonl" else _numbers(table[name]) for name in columns}
@@ -103,19 +116,27 @@ def _read_csv(source: str, text: str) -> list[tuple[int, dict[str, Any]]]:
         raise InvalidArgumentError(f"{source} line {reader.line_num} is not CSV: {error}") from error
 
 
-def _numbers(values: list[str]) -> list[Any]:
-    """The values as booleans, integers or floats if all can be read so, otherwise as texts.
+# Not what int() and float() take, which is also 1_000, digits of other scripts, and blanks.
+_INTEGER: Final = re.compile(r"[+-]?(0|[1-9][0-9]*)")
+_FLOAT: Final = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
-    ``007`` is a text, not a number. In a column of floats, an empty cell is NaN.
+
+def _numbers(values: list[str]) -> list[Any]:
+    """The values as truth values, integers or floats if all but empty cells can be read so, otherwise as texts.
+
+    ``007`` is a text, and so are all values of a column with an integer beyond 64 bits or a number beyond the largest float: they would not
+    stay the same. Empty cells of integers and truth values are None, those of floats NaN.
     """
-    words = {value.lower() for value in values}
-    if words <= {"true", "false"}:
-        return [value.lower() == "true" for value in values]
-    if any(value.lstrip("+-").startswith("0") and value.lstrip("+-")[1:2].isdigit() for value in values):
-        return values
-    for number in (int, float):
-        try:
-            return [number(value) if value or number is int else float("nan") for value in values]
-        except ValueError:
-            continue
+    given = [value for value in values if value]
+    words = {value.lower() for value in given}
+    if given and words <= {"true", "false"}:
+        return [value.lower() == "true" if value else None for value in values]
+    if given and all(map(_INTEGER.fullmatch, given)):
+        numbers = [int(value) if value else None for value in values]
+        return values if any(number is not None and not -(2**63) <= number < 2**63 for number in numbers) else numbers
+    if given and all(map(_FLOAT.fullmatch, given)):
+        floats = [float(value or "nan") for value in values]
+        changed = any(math.isinf(number) and "inf" not in value.lower() for number, value in zip(floats, values, strict=True) if number)
+        changed |= any(_INTEGER.fullmatch(value) is not None and abs(int(value)) > 2**53 for value in given)
+        return values if changed else floats
     return values

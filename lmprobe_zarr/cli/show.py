@@ -10,7 +10,7 @@ from lmprobe_zarr.cli.printing import plain, print_json
 from lmprobe_zarr.display import format_bytes, format_table, shorten, terminal_width, visible
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import GroupContents, HeldArray, describe_view, differences, open_store
-from lmprobe_zarr.store.format import LEVELS
+from lmprobe_zarr.store.format import LEVELS, unrecorded_fields
 
 __all__ = ["add_info", "add_show"]
 
@@ -21,11 +21,15 @@ _NOT_LISTED = ("prompt_sha256",)
 def add_info(commands: Any) -> None:
     command = add_command(commands, "info", _info, "show what a store holds: models, prompts, layers, variables, bytes")
     add_store(command, positional=True)
+    add_choice(command)
 
 
 def _info(options: argparse.Namespace) -> None:
     store = open_store(options.store, mode="r")
-    groups = [describe_view(store.view(info)) for info in store.groups().values()]
+    matching = store.matching(options.model, group=options.group)
+    if not matching and (options.model is not None or options.group is not None):
+        store.find_group(options.model, group=options.group)  # raises an error that lists what is stored
+    groups = [describe_view(store.view(info)) for info in matching]
     if options.json:
         print_json({"store": store.url, "groups": [_document(contents) for contents in groups]})
         return
@@ -93,6 +97,7 @@ def _document(contents: GroupContents) -> dict[str, Any]:
         "nbytes": contents.nbytes,
         "modules": contents.found,
         "provenance": dict(contents.group.provenance),
+        "unknown": list(unrecorded_fields(contents.group.provenance)),
     }
 
 

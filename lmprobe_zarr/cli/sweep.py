@@ -11,7 +11,7 @@ import xarray as xr
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.store import open_store
+from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_sweep"]
 
@@ -38,12 +38,15 @@ def add_sweep(commands: Any) -> None:
     )
     command.add_argument("--dry-run", action="store_true", help="print what would be fitted and read, and stop")
     command.add_argument("--plot", metavar="FILE", help="plot the first metric by layer into this file (.png, .pdf, .svg)")
+    command.add_argument("--table", metavar="FILE", help="write the scores as a table into this file (.md, .tex, .csv)")
 
 
 def _sweep(options: argparse.Namespace) -> None:
     from lmprobe_zarr.plots import plot_scores, save_plot
-    from lmprobe_zarr.sweeps import plan_sweep, sweep
+    from lmprobe_zarr.sweeps import parse_table_path, plan_sweep, sweep, table_of_scores
 
+    if options.table:
+        parse_table_path(options.table)
     data, variable = _chosen(options)
     if options.plot and not Path(options.plot).absolute().parent.is_dir():
         raise InvalidArgumentError(f"--plot {options.plot!r}: the folder {str(Path(options.plot).parent)!r} does not exist, make it first")
@@ -74,10 +77,14 @@ def _sweep(options: argparse.Namespace) -> None:
         save_plot(plot_scores(scores, metrics[0]), options.plot)
         if not options.json:
             print(f"plot: {Path(options.plot)}")
+    if options.table:
+        table_of_scores(scores, metrics, path=options.table)
+        if not options.json:
+            print(f"table: {Path(options.table)}")
 
 
 def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
-    store = open_store(options.store, mode="r")
+    store = open_to_read(options.store)
     data = store.dataset(options.model, layers=parse_layers(options.layers), group=options.group)
     names = list(map(str, data.data_vars))
     variable = options.variable or (names[0] if len(names) == 1 else "resid_last_token")

@@ -7,40 +7,58 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from lmprobe_zarr.batch import Prompts, TokenBatch
+from lmprobe_zarr.batch import Column, Prompts, TokenBatch, align_columns, fit_column, parse_column
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.store.format import validate_column_names
-from lmprobe_zarr.store.parts import View, as_column
-from lmprobe_zarr.typing import Array, Ints, Mask
+from lmprobe_zarr.store.parts import View, kinds_of_column, read_column
+from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["Columns", "annotate", "check_columns", "columns_by_prompt", "with_columns"]
+__all__ = ["Columns", "annotate", "check_columns", "columns_by_prompt", "fit_columns", "with_columns"]
 
-Columns = Mapping[str, Sequence[Any] | Array]
+Columns = Mapping[str, Sequence[Any] | Array] | pd.DataFrame
 
 
-def check_columns(columns: Columns | None, n_prompts: int) -> dict[str, Array]:
-    """Columns as arrays that can be stored, one value per given prompt.
+def check_columns(columns: Columns | None, given: object, prompts: Sequence[Any]) -> dict[str, Column]:
+    """Columns that can be stored, one value per given prompt.
+
+    Parameters
+    ----------
+    columns : mapping or DataFrame, optional
+        As the caller gave them.
+    given : object
+        The prompts as the caller gave them.
+    prompts : sequence
+        The same as a list.
 
     Raises
     ------
     InvalidArgumentError
         A name that cannot be stored, or not one value per prompt.
     """
-    validate_column_names(columns or {})
+    aligned = align_columns(columns, given, prompts)
+    validate_column_names(aligned, new=True)
     checked = {}
-    for name, values in (columns or {}).items():
-        column = as_column(name, values.detach().cpu().numpy() if hasattr(values, "detach") else values)
-        if len(column) != n_prompts:
+    for name, values in aligned.items():
+        column = parse_column(name, values)
+        if len(column) != len(prompts):
             raise InvalidArgumentError(
-                f"coords[{name!r}] has {len(column)} values for {n_prompts} prompts: give one per prompt, in their order"
+                f"coords[{name!r}] has {len(column)} values for {len(prompts)} prompts: give one per prompt, in their order"
             )
         checked[name] = column
     return checked
 
 
-def columns_by_prompt(columns: Mapping[str, Array], prompts: Prompts) -> dict[str, Array]:
+def fit_columns(columns: Mapping[str, Column], view: View | None) -> dict[str, Column]:
+    """Columns as they can be added to those of a group, None where it is new; raises `InvalidArgumentError` for one of another kind."""
+    return (
+        dict(columns) if view is None else {name: fit_column(name, column, kinds_of_column(view, name)) for name, column in columns.items()}
+    )
+
+
+def columns_by_prompt(columns: Mapping[str, Column], prompts: Prompts) -> dict[str, Column]:
     """Columns with one value per distinct prompt.
 
     Raises
@@ -49,17 +67,17 @@ def columns_by_prompt(columns: Mapping[str, Array], prompts: Prompts) -> dict[st
         A prompt that occurs twice has two different values.
     """
     for name, values in columns.items():
-        differs = ~_equal(values, values[prompts.first][prompts.row])
+        differs = ~values.equals(values[prompts.first][prompts.row])
         if differs.any():
             i = int(np.argmax(differs))
             first = int(prompts.first[prompts.row[i]])
             raise InvalidArgumentError(
-                f"coords[{name!r}] gives the same prompt two values: {values[first]!r} at number {first}, {values[i]!r} at number {i}"
+                f"coords[{name!r}] gives the same prompt two values: {values.show(first)} at number {first}, {values.show(i)} at number {i}"
             )
     return {name: values[prompts.first] for name, values in columns.items()}
 
 
-def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[str, Array], *, store_text: bool) -> TokenBatch:
+def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[str, Column], *, store_text: bool) -> TokenBatch:
     """A copy of a batch to which the columns of its prompts are added; its texts are left out unless they are stored.
 
     Parameters
@@ -67,7 +85,7 @@ def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[st
     batch : TokenBatch
     rows : mapping of str to int
         Row of each digest in the columns.
-    columns : mapping of str to ndarray
+    columns : mapping of str to Column
     store_text : bool
     """
     chosen = np.array([rows[digest] for digest in batch.sha256])
@@ -78,7 +96,7 @@ def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[st
     )
 
 
-def annotate(store: Store, view: View, rows: Ints, columns: Mapping[str, Array]) -> None:
+def annotate(store: Store, view: View, rows: Ints, columns: Mapping[str, Column]) -> None:
     """Write columns of stored prompts: the values that are new or differ from the stored ones.
 
     Parameters
@@ -87,23 +105,16 @@ def annotate(store: Store, view: View, rows: Ints, columns: Mapping[str, Array])
     view : View
     rows : ndarray of int, shape (prompt,)
         Rows of the prompts in the view.
-    columns : mapping of str to ndarray, shape (prompt,)
+    columns : mapping of str to Column, shape (prompt,)
     """
     if not columns:
         return
     known = view.columns("prompts")
-    changes: dict[str, tuple[Ints, list[Any]]] = {}
+    changes: dict[str, tuple[Ints, Column]] = {}
     for name, values in columns.items():
         changed = np.ones(len(rows), bool)
         if name in known:
-            array = view.source("prompts", name, rows, ())
-            stored = array.read(np.zeros(1, np.int64), slice(0, len(rows)))[0]
-            changed = ~(view.covers("prompts", name, rows, ())[0] & _equal(stored, values))
+            changed = ~(view.covers("prompts", name, rows, ())[0] & read_column(view, name, rows).equals(values))
         if changed.any():
-            changes[name] = rows[changed], values[changed].tolist()
+            changes[name] = rows[changed], values[changed]
     store.write_columns(view, changes)
-
-
-def _equal(values: Array, others: Array) -> Mask:
-    """Where two columns have equal values; NaN equals NaN."""
-    return np.asarray((values == others) | ((values != values) & (others != others)), bool)

@@ -14,8 +14,7 @@ from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.request import check_request
 from lmprobe_zarr.extraction.run import carry_out, prepare
 from lmprobe_zarr.extraction.shares import sendable
-from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Place, Store, open_store
-from lmprobe_zarr.store.format import Provenance
+from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, GivenProvenance, Place, note_request, open_again, parse_provenance
 from lmprobe_zarr.tasks import check_client, is_in_process
 
 if TYPE_CHECKING:
@@ -54,7 +53,8 @@ def plan_extract(
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     refresh: bool = False,
-    provenance: Provenance | None = None,
+    provenance: GivenProvenance = None,
+    group: str | None = None,
     modules: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
 ) -> ExtractPlan:
@@ -68,7 +68,7 @@ def plan_extract(
         As for `extract`.
     truncation, add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
         As for `extract`.
-    refresh, provenance, modules, trust_remote_code
+    refresh, provenance, group, modules, trust_remote_code
         As for `extract`.
 
     Returns
@@ -80,11 +80,12 @@ def plan_extract(
     ------
     As `extract` does before it loads the model.
     """
-    opened = store if isinstance(store, Store) else open_store(store)
+    opened = open_again(store)
     keeping = keeping_of(is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow)
+    fields, any_provenance = parse_provenance(provenance)
     choice = ModelChoice(
         model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
-        provenance=dict(provenance or {}), modules=modules, trust_remote_code=trust_remote_code,
+        provenance=dict(fields), modules=modules, trust_remote_code=trust_remote_code,
         add_special_tokens=add_special_tokens,
     )  # fmt: skip
     chat = parse_chat_options(
@@ -93,7 +94,8 @@ def plan_extract(
     )  # fmt: skip
     request = check_request(
         choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
-        chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router),
+        chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), group=group,
+        any_provenance=any_provenance,
     )  # fmt: skip
     return prepare(request, Options(keeping=keeping)).plan
 
@@ -131,7 +133,8 @@ def extract(
     tools: Sequence[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     refresh: bool = False,
-    provenance: Provenance | None = None,
+    provenance: GivenProvenance = None,
+    group: str | None = None,
     modules: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     store_text: bool = True,
@@ -214,9 +217,14 @@ def extract(
         Further arguments of the template, such as ``{"enable_thinking": False}`` or ``{"date_string": "26 Jul 2024"}``: what JSON can hold.
     refresh : bool
         Run the model on all prompts, stored or not; the new activations win.
-    provenance : mapping, optional
-        Fields of your own, such as ``{"steering": "v3"}``, become part of the group: needed for models with hooks, which cannot be
-        distinguished otherwise. Fixed fields, such as ``revision``, choose among stored groups that otherwise match equally well.
+    provenance : mapping or "any", optional
+        ``"any"`` says that stored groups of the model's name are of this very model even if they do not record all that identifies it, as
+        imported ones do not; what they do record must agree. Otherwise fields of your own, such as ``{"steering": "v3"}``, which become
+        part of the group: needed for models with hooks, which cannot be distinguished otherwise. Fixed fields, such as ``revision``,
+        choose among stored groups that otherwise match equally well.
+    group : str, optional
+        Name of a stored group that is of this model, such as that of an import. It serves, and takes what is missing; what it does not
+        record is taken on your word, and named in plan, log and result.
     modules : mapping, optional
         For unknown architectures, ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp"}``.
     trust_remote_code : bool
@@ -260,13 +268,14 @@ def extract(
     CacheWarning
         The cache's limit is smaller than what is requested; or a damaged part is skipped, and its prompts are run again.
     """
-    opened = store if isinstance(store, Store) else open_store(store)
+    opened = open_again(store)
     keeping = keeping_of(
         is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow, part_bytes=part_bytes
     )  # fmt: skip
+    fields, any_provenance = parse_provenance(provenance)
     choice = ModelChoice(
         model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
-        provenance=dict(provenance or {}), modules=modules, trust_remote_code=trust_remote_code,
+        provenance=dict(fields), modules=modules, trust_remote_code=trust_remote_code,
         add_special_tokens=add_special_tokens,
     )  # fmt: skip
     chat = parse_chat_options(
@@ -276,6 +285,7 @@ def extract(
     request = check_request(
         choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), columns=coords,
+        group=group, any_provenance=any_provenance,
     )  # fmt: skip
     options = Options(
         keeping=keeping, device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts,
@@ -287,4 +297,7 @@ def extract(
         if not is_in_process(client):
             for root in opened.stack:
                 root.storage.check_reach()  # here, since a worker that cannot unpickle its task reports nothing
-    return carry_out(request, options).stats
+    outcome = carry_out(request, options)
+    if len(outcome.prompts.row) == len(outcome.prompts):
+        note_request(opened.url, outcome.group.name, outcome.prompts.sha256)
+    return outcome.stats

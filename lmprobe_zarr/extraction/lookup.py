@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import Prompts, parse_prompts, resolve_layers, unused_arguments
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, unused_arguments
+from lmprobe_zarr.bridges import beside
+from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.extraction import models
+from lmprobe_zarr.extraction.groups import candidates, contradictions, group_of, is_alike, unrecorded
 from lmprobe_zarr.extraction.model_choice import LoadingOptions, ModelMemory
-from lmprobe_zarr.extraction.models import ModelIdentity
+from lmprobe_zarr.extraction.models import DTYPES, ModelIdentity
+from lmprobe_zarr.extraction.plan import HeldElsewhere
 from lmprobe_zarr.extraction.request import Request, Wanted
 from lmprobe_zarr.log import warn
-from lmprobe_zarr.store import ambiguous
-from lmprobe_zarr.store.format import GroupInfo
+from lmprobe_zarr.store.format import LEVELS, GroupInfo
 from lmprobe_zarr.store.parts import View
 from lmprobe_zarr.typing import Ints, Mask
 
@@ -43,7 +45,7 @@ class Lookup:
     prompts : Prompts
         The distinct prompts, and the index of each given prompt among them.
     group : GroupInfo, optional
-        The stored group; None if there is none yet.
+        The stored group; None if there is none yet. It may be one that does not record everything, if the caller allows that.
     view : View, optional
         Its parts, without damaged ones.
     layers : tuple of int
@@ -53,6 +55,10 @@ class Lookup:
         Indices, among the distinct prompts, of those that the model has to be run on.
     derived : mapping of tuple of str to ndarray of int
         What can be pooled from stored tokens: by names of variables, the indices of the prompts that lack exactly these variables.
+    elsewhere : tuple of HeldElsewhere
+        Other groups of a model of this name that hold some of what is missing.
+    in_lmprobe : int
+        How many of the missing prompts are among lmprobe's own entries beside the store, with whatever values.
     began : float
         When the lookup began, in seconds of `time.perf_counter`.
     """
@@ -68,6 +74,8 @@ class Lookup:
     wanted: list[Wanted]
     missing: Ints
     derived: Mapping[tuple[str, ...], Ints]
+    elsewhere: tuple[HeldElsewhere, ...]
+    in_lmprobe: int
     began: float
 
     @property
@@ -89,9 +97,32 @@ class Lookup:
 
     @property
     def compute_dtype(self) -> str:
-        """The dtype that the model computes in, or that the stored group was computed in."""
-        stored = None if self.group is None else self.group.provenance.get("compute_dtype")
-        return str(self.model.provenance.get("compute_dtype") or stored or "float32")
+        """The dtype that the model computes in, or would."""
+        if self.loaded is not None:
+            return str(self.loaded.provenance.get("compute_dtype") or "float32")
+        if self.takes_dtype:
+            return self.stored_dtype
+        return str(self.model.provenance.get("compute_dtype") or self.stored_dtype)
+
+    @property
+    def takes_dtype(self) -> bool:
+        """Whether the model computes in the dtype of the group that was found, because the call leaves it open."""
+        return self.request.choice.dtype is None or (self.request.any_dtype and self.group is not None)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype that the group was computed in. Where it is not recorded, the one that all of it is stored with, or float32."""
+        recorded = None if self.group is None else self.group.provenance.get("compute_dtype")
+        if recorded is None and self.view is not None and self.unknown:
+            arrays = [array for level in LEVELS for array in self.view.variables(level).values()]
+            held = {str(array.attributes.get("stored_dtype", array.dtype)) for array in arrays}
+            recorded = held.pop() if len(held) == 1 and held <= set(DTYPES) else None
+        return str(recorded or "float32")
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """The fields that the group does not record, and that are taken on the caller's word."""
+        return () if self.group is None else unrecorded(self.group)
 
     @property
     def makes_group(self) -> GroupInfo:
@@ -99,7 +130,7 @@ class Lookup:
         if self.group is not None:
             return self.group
         assert self.loaded is not None  # noqa: S101 — without a group prompts are missing, and the model is loaded
-        return _group_of(self.loaded, self.request)
+        return group_of(self.loaded, self.request)
 
 
 # --------------------------------------------------------------------------------------------------------------- looking up
@@ -123,20 +154,20 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
         return _look_up_loaded(request, memory.load(request.choice, _options(request, dtype, device, device_map), None), None, began)
     tokenizer = None
     identity = request.choice.identify(request.kind, device, device_map)
-    group = _find_group(request, identity)
-    if identity.num_layers is None and group is None:
+    groups = candidates(request, identity)
+    if identity.num_layers is None and not groups:
         # No file of this hub model is on this machine yet: loading its tokenizer fetches its configuration too.
         tokenizer = request.choice.load_tokenizer()
         identity = request.choice.identify(request.kind, device, device_map)
-        group = _find_group(request, identity)
-    if identity.num_layers is None and group is None and identity.model_type is not None:
+        groups = candidates(request, identity)
+    if identity.num_layers is None and not groups and identity.model_type is not None:
         # Its configuration does not say how deep it is; the model itself does.
         dtype = "auto" if request.choice.dtype is None else request.choice.dtype
         return _look_up_loaded(request, memory.load(request.choice, _options(request, dtype, device, device_map), identity), None, began)
     if request.kind == "chat" and tokenizer is None:
         tokenizer = request.choice.load_tokenizer()
     prompts = _parse(request, tokenizer if request.kind == "chat" else None)
-    lookup = _compare(request, identity=identity, loaded=None, tokenizer=tokenizer, prompts=prompts, group=group, began=began)
+    lookup = _compare(request, identity=identity, loaded=None, tokenizer=tokenizer, prompts=prompts, groups=groups, began=began)
     if len(lookup.missing) and tokenizer is None:
         return replace(lookup, tokenizer=request.choice.load_tokenizer())
     return lookup
@@ -147,23 +178,28 @@ def load_and_look_up(before: Lookup, memory: ModelMemory, device: Any, device_ma
 
     Only the loaded model has its whole provenance and knows which layers have routers, so another group may match now.
     """
-    request, stored = before.request, None if before.group is None else before.group.provenance.get("compute_dtype")
-    dtype = str(stored or "float32") if request.choice.dtype is None else request.choice.dtype
+    request = before.request
+    dtype = before.stored_dtype if before.takes_dtype else request.choice.dtype
     loaded = memory.load(request.choice, _options(request, dtype, device, device_map), before.identity)
     return _look_up_loaded(request, loaded, before, before.began)
 
 
 def _look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None, began: float) -> Lookup:
-    group = _group_of(loaded, request)
-    if request.group is not None and request.group != group.name:
+    own, groups = group_of(loaded, request), candidates(request, loaded)
+    if before is not None and before.group is not None and before.unknown:
+        groups = [info for info in groups if info == before.group]  # whose values were found, and whose dtype the model computes in
+        if not groups:
+            problems = "; ".join(contradictions(request, loaded, before.group).values())
+            raise InvalidArgumentError(f"group {before.group.name!r} is not of this model as it is loaded: {problems}")
+    if request.group is not None and not groups and request.group != own.name:
         raise InvalidArgumentError(
-            f"group={request.group!r} was asked for, but this model as it is loaded makes {group.name!r}: leave group out, or read only"
+            f"group={request.group!r} was asked for, but this model as it is loaded makes {own.name!r}: leave group out, or read only"
         )
     known = before is not None and request.kind != "ids"  # texts of token ids need the model's own tokenizer
     prompts = before.prompts if before is not None and known else _parse(request, loaded.tokenizer)
     return _compare(
         request, identity=None if before is None else before.identity, loaded=loaded, tokenizer=loaded.tokenizer, prompts=prompts,
-        group=request.store.groups(whole=False).get(group.name), began=began,
+        groups=groups, began=began,
     )  # fmt: skip
 
 
@@ -180,39 +216,6 @@ def _options(request: Request, dtype: Any, device: Any, device_map: Any) -> Load
     return LoadingOptions(kind=request.kind, dtype=dtype, device=device, device_map=device_map, head=request.outputs.needs_head)
 
 
-def _group_of(loaded: LoadedModel, request: Request) -> GroupInfo:
-    """The group of a loaded model.
-
-    Modules that were named although they are found anyway make no group of their own. A group that an earlier version made of them is
-    used further.
-    """
-    depth = {"num_layers": loaded.num_layers, "hidden_size": loaded.hidden_size}
-    group = GroupInfo(model=loaded.name, provenance=loaded.provenance, **depth)
-    named = models.modules_field(request.choice.modules)
-    if named is None or loaded.provenance.get("modules") == named:
-        return group
-    earlier = GroupInfo(model=loaded.name, provenance={**loaded.provenance, "modules": named}, **depth)
-    held = request.store.groups(whole=False)
-    return earlier if earlier.name in held and group.name not in held else group
-
-
-def _find_group(request: Request, identity: ModelIdentity) -> GroupInfo | None:
-    """The stored group that fits what is known of a named model."""
-    known = {**identity.provenance, **request.choice.provenance}
-    # A group with further fields, such as ``autocast`` or a user's own ``steering``, is found only if these are known or given.
-    fixed = {*models.PROVENANCE_FIELDS, *known}
-    matching = request.store.matching(identity.name, known, request.group, whole=False)
-    found = [info for info in matching if fixed.issuperset(info.provenance)]
-    if len(found) > 1:
-        found = [info for info in found if request.store.holds_parts(info.name)]
-    if len(found) > 1 and request.choice.dtype is None:
-        # Any dtype is accepted; of several, float32, which is lmprobe's default.
-        found = [info for info in found if info.provenance.get("compute_dtype") == "float32"] or found
-    if len(found) > 1:
-        raise ambiguous(found, request.store.where)
-    return found[0] if found else None
-
-
 # ------------------------------------------------------------------------------------------------------ what is missing
 
 
@@ -223,29 +226,68 @@ def _compare(
     loaded: LoadedModel | None,
     tokenizer: Any,
     prompts: Prompts,
-    group: GroupInfo | None,
+    groups: Sequence[GroupInfo],
     began: float,
 ) -> Lookup:
-    """The request, compared with what a group holds."""
-    # A damaged part counts as missing here: the model is run again on prompts that no other part holds.
-    view = None if group is None else request.store.view(group, whole=False)
+    """The request, compared with what the groups hold that may serve it. The one that lacks least is chosen, of equal ones the first."""
     known = loaded or identity
     assert known is not None  # noqa: S101 — a model is named or loaded
-    # A loaded model, or the group that one made, knows the depth better than a configuration does.
-    depth = (None if loaded is None else loaded.num_layers) or (None if group is None else group.num_layers) or known.num_layers
-    if depth is None:
-        raise InvalidArgumentError(
-            f"how many layers {known.name!r} has is not known without its configuration: check the name, or go online"
-        )
-    layers = resolve_layers(request.layers, depth) if request.layered else ()
-    wanted = request.wanted(layers, None if loaded is None else loaded.router_layers)
-    prompts, without_text = _as_stored(view, prompts)
-    missing, derived = _find_gaps(request, wanted, view, prompts)
-    _check_texts(without_text, missing, prompts)
-    return Lookup(
-        request=request, identity=identity, loaded=loaded, tokenizer=tokenizer, prompts=prompts, group=group, view=view, layers=layers,
-        wanted=wanted, missing=missing, derived=derived, began=began,
-    )  # fmt: skip
+    compared = []
+    for group in groups or (None,):
+        # A damaged part counts as missing here: the model is run again on prompts that no other part holds.
+        view = None if group is None else request.store.view(group, whole=False)
+        # A loaded model, or the group that one made, knows the depth better than a configuration does.
+        depth = (None if loaded is None else loaded.num_layers) or (None if group is None else group.num_layers) or known.num_layers
+        if depth is None:
+            raise InvalidArgumentError(
+                f"how many layers {known.name!r} has is not known without its configuration: check the name, or go online"
+            )
+        layers = resolve_layers(request.layers, depth) if request.layered else ()
+        wanted = request.wanted(layers, None if loaded is None else loaded.router_layers)
+        stored, without_text = _as_stored(view, prompts)
+        missing, derived = _find_gaps(request, wanted, view, stored)
+        lookup = Lookup(
+            request=request, identity=identity, loaded=loaded, tokenizer=tokenizer, prompts=stored, group=group, view=view, layers=layers,
+            wanted=wanted, missing=missing, derived=derived, elsewhere=(), in_lmprobe=0, began=began,
+        )  # fmt: skip
+        compared.append((lookup, without_text))
+    chosen, without_text = min(compared, key=lambda pair: len(pair[0].missing))
+    _check_texts(without_text, chosen.missing, chosen.prompts)
+    if not len(chosen.missing) or request.refresh:
+        return chosen
+    return replace(chosen, elsewhere=_held_elsewhere(chosen), in_lmprobe=_count_in_lmprobe(chosen))
+
+
+def _held_elsewhere(lookup: Lookup) -> tuple[HeldElsewhere, ...]:
+    """Other groups of a model of this name that hold missing prompts with all that is requested. Reads documents only."""
+    request, model, found = lookup.request, lookup.model, []
+    lacking = lookup.prompts.take(lookup.missing)
+    for info in request.store.groups(whole=False).values():
+        if info == lookup.group or not is_alike(request, model.name, info) or not request.store.holds_parts(info.name):
+            continue
+        try:
+            missing, _ = _find_gaps(request, lookup.wanted, request.store.view(info, whole=False), lacking)
+        except LmprobeZarrError:
+            continue  # such as a prompt with the same hash: that group cannot serve
+        if len(missing) < len(lacking):
+            differs = contradictions(request, model, info)
+            own = [name for name in info.provenance if name not in (*models.FIXED_FIELDS, *request.choice.provenance)]
+            differs |= {name: f"{name} is {info.provenance[name]!r} there" for name in own if not unrecorded(info)}
+            found.append(
+                HeldElsewhere(
+                    group=info.name, model=info.model, prompts=len(lacking) - len(missing), unknown=unrecorded(info), differs=tuple(differs)
+                )
+            )
+    return tuple(found)
+
+
+def _count_in_lmprobe(lookup: Lookup) -> int:
+    """How many missing prompts lmprobe's own entries beside the store have. One list of a folder; no file is opened."""
+    cache = beside(lookup.request.store) if lookup.request.kind == "text" and lookup.request.choice.by_name else None
+    if cache is None:
+        return 0
+    held = cache.hashes(lookup.request.choice.model)
+    return sum(lookup.prompts.sha256[i][:HASH_DIGITS] in held for i in lookup.missing)
 
 
 def _as_stored(view: View | None, prompts: Prompts) -> tuple[Prompts, Ints]:

@@ -6,8 +6,44 @@ from dataclasses import dataclass
 
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.store.format import describe_unrecorded
 
-__all__ = ["ExtractPlan", "ExtractStats"]
+__all__ = ["ExtractPlan", "ExtractStats", "HeldElsewhere", "describe_elsewhere"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldElsewhere:
+    """A group of a model of the same name that holds prompts which an extraction would run the model on.
+
+    Parameters
+    ----------
+    group, model : str
+        Its name, and that of its model.
+    prompts : int
+        How many of the missing prompts it holds, with all that is requested of them.
+    unknown : tuple of str
+        Fields of the provenance that it does not record, as imported groups do not.
+    differs : tuple of str
+        Fields in which it says otherwise than this call.
+    """
+
+    group: str
+    model: str
+    prompts: int
+    unknown: tuple[str, ...]
+    differs: tuple[str, ...]
+
+    @property
+    def can_serve(self) -> bool:
+        """Whether it serves where the caller says that it is of the same model."""
+        return bool(self.unknown) and not self.differs
+
+    def __str__(self) -> str:
+        held = f"{self.prompts} in group {self.group!r} of {self.model!r}"
+        if self.differs:
+            return f"{held}, which differs in {', '.join(self.differs)}"
+        unknown = describe_unrecorded(self.unknown)
+        return f"{held}, which does not record {unknown}; if it is the same model: group={self.group!r} or provenance='any'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +78,14 @@ class ExtractPlan:
         Bytes that are free where the store is; None if that is unknown.
     modules : str
         Which modules of the model give its sites; empty where that is found only when the model is loaded.
+    group : str
+        Name of the stored group that serves; empty where there is none yet.
+    unknown : tuple of str
+        Fields of the provenance that this group does not record, and that are taken on the caller's word.
+    elsewhere : tuple of HeldElsewhere
+        Other groups of a model of this name that hold some of the missing prompts.
+    in_lmprobe : int
+        How many of the missing prompts lmprobe's own entries beside the store have, which can be imported.
     """
 
     model: str
@@ -57,6 +101,10 @@ class ExtractPlan:
     needed_bytes: int
     free_bytes: int | None
     modules: str = ""
+    group: str = ""
+    unknown: tuple[str, ...] = ()
+    elsewhere: tuple[HeldElsewhere, ...] = ()
+    in_lmprobe: int = 0
 
     @property
     def missing(self) -> int:
@@ -82,7 +130,14 @@ class ExtractPlan:
             "size": f"{format_bytes(self.nbytes)} of {self.dtype}, before compression",
             "free": f"{free}{'' if self.fits else ', which is too little'}",
         }
-        return "\n".join(f"{name:<10}{value}" for name, value in rows.items())
+        if self.unknown:
+            rows["unknown"] = f"{', '.join(self.unknown)}: not recorded by group {self.group!r}, which is taken on your word"
+        lines = [f"{name:<10}{value}" for name, value in rows.items()]
+        others = [str(held) for held in self.elsewhere]
+        if self.in_lmprobe:
+            others.append(f"{self.in_lmprobe} among lmprobe's own entries beside the store: import them, with as_model=")
+        lines += [f"{'' if number else 'elsewhere':<10}{held}" for number, held in enumerate(others)]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +170,8 @@ class ExtractStats:
         Stored values that are infinite or NaN: the model computed them so, and no probe can learn from them.
     blank : int
         Stored rows, one for each layer of a prompt or token, that hold only zeros.
+    unknown : tuple of str
+        Fields of the provenance that the group does not record, and that were taken on the caller's word.
     """
 
     model: str
@@ -130,6 +187,7 @@ class ExtractStats:
     seconds: float
     not_finite: int = 0
     blank: int = 0
+    unknown: tuple[str, ...] = ()
 
     @property
     def hit_rate(self) -> float:
@@ -140,7 +198,32 @@ class ExtractStats:
         loaded = "" if self.model_loaded else "; the model was not loaded"
         odd = f"; {self.not_finite} values are not finite" if self.not_finite else ""
         odd += f"; {self.blank} rows are all zeros" if self.blank else ""
+        odd += f"; group {self.group!r} does not record {describe_unrecorded(self.unknown)}" if self.unknown else ""
         return (
             f"{self.model}: {self.prompts} prompts, {self.found} found in the store, {self.extracted} extracted "
             f"({self.tokens} tokens, {format_bytes(self.nbytes)}) in {self.seconds:.1f} s{loaded}{odd}"
         )
+
+
+def describe_elsewhere(plan: ExtractPlan, *, open_dtype: bool) -> str:
+    """What to do so that prompts which other groups hold are not extracted again; empty where nothing helps.
+
+    Parameters
+    ----------
+    plan : ExtractPlan
+    open_dtype : bool
+        Whether the caller left the dtype open, so that a group that differs in it alone is worth a word too.
+    """
+    lines = []
+    for held in plan.elsewhere:
+        if held.can_serve:
+            lines.append(
+                f"{held.prompts} of {plan.missing} prompts to extract are stored in group {held.group!r} of {held.model!r}, which does not "
+                f"record {describe_unrecorded(held.unknown)}: if it is the same model, give group={held.group!r} or provenance='any'"
+            )
+        elif open_dtype and held.differs == ("compute_dtype",) and not held.unknown:
+            lines.append(
+                f"{held.prompts} of {plan.missing} prompts to extract are stored in group {held.group!r}, computed in another dtype than "
+                f"{plan.dtype}: name that dtype with dtype= to use them"
+            )
+    return "\n".join(lines)

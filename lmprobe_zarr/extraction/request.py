@@ -11,8 +11,10 @@ from lmprobe_zarr.batch import (
     LAYERED_SITES,
     NO_CHAT_OPTIONS,
     ChatOptions,
+    Column,
     LayerSpec,
     Outputs,
+    check_texts,
     given_prompts,
     is_top_k,
     parse_poolings,
@@ -25,7 +27,7 @@ from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.models import PromptKind
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.store.format import Level
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.store.parts import CallOrder
 
 __all__ = ["Request", "Wanted", "check_request"]
 
@@ -40,7 +42,7 @@ class Request:
     given : list
         The prompts as the caller gave them, repeats included.
     kind : {"text", "chat", "ids"}
-    columns : mapping of str to ndarray
+    columns : mapping of str to Column
         One value per given prompt.
     store : Store
         Where activations are looked up, and stored unless `Options` has a sink.
@@ -54,8 +56,12 @@ class Request:
         Whether the model is run on stored prompts too.
     group : str, optional
         Name of the stored group.
+    any_provenance : bool
+        Whether groups of the model's name may serve that do not record all that identifies it.
     chat : ChatOptions
         How chats are rendered.
+    order : CallOrder, optional
+        Where the prompts are in the list of the call, if they are not all of it.
     """
 
     choice: ModelChoice
@@ -67,11 +73,18 @@ class Request:
     poolings: tuple[str, ...]
     keep_tokens: bool
     outputs: Outputs
-    columns: Mapping[str, Array] = field(default_factory=dict)
+    columns: Mapping[str, Column] = field(default_factory=dict)
     keep_passed: bool = False
     refresh: bool = False
     group: str | None = None
+    any_provenance: bool = False
     chat: ChatOptions = NO_CHAT_OPTIONS
+    order: CallOrder | None = None
+
+    @property
+    def any_dtype(self) -> bool:
+        """Whether the group that serves decides in which dtype the model computes: the caller names the group, and no dtype."""
+        return (self.any_provenance or self.group is not None) and self.choice.dtype == "auto" and self.choice.by_name
 
     @property
     def layered(self) -> bool:
@@ -142,6 +155,7 @@ def check_request(
     keep_passed: bool = False,
     refresh: bool = False,
     group: str | None = None,
+    any_provenance: bool = False,
     chat: ChatOptions = NO_CHAT_OPTIONS,
 ) -> Request:
     """The request that these arguments describe.
@@ -154,6 +168,7 @@ def check_request(
     """
     given = given_prompts(prompts)
     kind = prompts_kind(given)
+    check_texts(given)
     _check_options(choice, kind, chat)
     names = parse_sites(sites, outputs)
     poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling or ()))
@@ -162,8 +177,9 @@ def check_request(
             raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
         names = ()
     return Request(
-        choice=choice, given=given, kind=kind, columns=check_columns(columns, len(given)), store=store, layers=layers, chat=chat,
+        choice=choice, given=given, kind=kind, columns=check_columns(columns, prompts, given), store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
+        any_provenance=any_provenance,
     )  # fmt: skip
 
 

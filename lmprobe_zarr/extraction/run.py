@@ -22,14 +22,14 @@ from lmprobe_zarr.extraction.fill import Written, fill_here
 from lmprobe_zarr.extraction.lookup import load_and_look_up, look_up
 from lmprobe_zarr.extraction.model_choice import ModelMemory
 from lmprobe_zarr.extraction.options import Keeping, Options
-from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats, describe_elsewhere
 from lmprobe_zarr.extraction.request import Request
 from lmprobe_zarr.extraction.shares import Share, cut_shares
 from lmprobe_zarr.extraction.work import Work, decide
 from lmprobe_zarr.log import cache_logger, warn
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Store, ambiguous
-from lmprobe_zarr.store.format import GroupInfo
+from lmprobe_zarr.store.format import GroupInfo, describe_unrecorded
 from lmprobe_zarr.tasks import run_on_client, stop_if_cancelled
 
 __all__ = ["Outcome", "carry_out", "complete", "prepare", "without_damaged_parts"]
@@ -101,6 +101,7 @@ def complete(work: Work, options: Options) -> Outcome:
     if len(work.lookup.missing) and work.lookup.loaded is None and options.client is None:
         lookup = load_and_look_up(work.lookup, options.memory, options.device, options.device_map)
         work = decide(lookup, options.keeping.precision, before=work)
+    _note_unknown(work)
     _update_found(work, options)
     if not work.changes_store:
         stats, group = _stats(work, work.lookup.makes_group), work.lookup.makes_group
@@ -132,9 +133,10 @@ def _not_cached(work: Work, options: Options) -> MissingPromptsError:
     texts = prompts.text or tuple(prompts.sha256)
     examples = ", ".join(f"number {int(prompts.first[i])} ({texts[i][:40]!r})" for i in missing[:3])
     place = "the cache, which cannot be opened," if store is options.sink else store.where
+    hint = describe_elsewhere(work.plan, open_dtype=False)
     return MissingPromptsError(
         f"{len(missing)} of {len(prompts)} prompts are not in {place} with all that is asked for: {examples}; "
-        "extract them first, or leave out cache_only=True"
+        f"extract them first, or leave out cache_only=True{chr(10) if hint else ''}{hint}"
     )
 
 
@@ -165,6 +167,23 @@ def _check_limit(plan: ExtractPlan, keeping: Keeping) -> None:
 # --------------------------------------------------------------------------------------------- what is stored, and the result
 
 
+def _note_unknown(work: Work) -> None:
+    """Log, once for each opened store, what the group does not record; warn if the model runs on prompts that another group holds."""
+    lookup, plan = work.lookup, work.plan
+    if lookup.unknown and lookup.request.store.note_once(f"unknown {plan.group}"):
+        cache_logger().warning(
+            "[cache] group %r serves %r although it does not record %s: that is taken on your word", plan.group, plan.model,
+            describe_unrecorded(plan.unknown),
+        )  # fmt: skip
+    if plan.in_lmprobe and lookup.request.store.note_once("lmprobe"):
+        cache_logger().warning(
+            "[cache] %d of %d prompts that the model runs on are among lmprobe's own entries beside %s, which serve a Probe where they "
+            "hold all that it needs; import_safetensors(…, as_model=…) imports them", plan.in_lmprobe, plan.missing, plan.url,
+        )  # fmt: skip
+    if not lookup.unknown and (message := describe_elsewhere(plan, open_dtype=lookup.request.choice.dtype == "auto")):
+        warn(message)
+
+
 def _update_found(work: Work, options: Options) -> None:
     """Record the use of stored prompts, and write the caller's columns of them."""
     lookup = work.lookup
@@ -189,6 +208,7 @@ def _stats(work: Work, group: GroupInfo, written: Written | None = None) -> Extr
         tokens=plan.tokens,
         model_loaded=work.lookup.loaded is not None,
         seconds=time.perf_counter() - work.lookup.began,
+        unknown=work.lookup.unknown,
         **asdict(written or Written()),
     )
 

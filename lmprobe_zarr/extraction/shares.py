@@ -12,6 +12,7 @@ import numpy as np
 from lmprobe_zarr.errors import InvalidTypeError
 from lmprobe_zarr.extraction.request import Request
 from lmprobe_zarr.extraction.work import Work
+from lmprobe_zarr.store.parts import CallOrder
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["Share", "cut", "cut_shares", "sendable"]
@@ -73,19 +74,24 @@ def cut_shares(work: Work, *, workers: int) -> list[Share]:
     # All workers run the commit that was found here, even if its branch moves meanwhile.
     commit = None if lookup.identity is None else lookup.identity.provenance.get("revision")
     choice = replace(request.choice, revision=str(commit) if commit else request.choice.revision)
+    # And all take the group that was found here, although for some shares another one lacks less.
+    group = lookup.group.name if lookup.group is not None and lookup.unknown else request.group
     given: list[Any] = list(prompts.token_ids or ()) if prompts.kind == "ids" else [request.given[i] for i in prompts.first]
+    order = request.order or CallOrder.of(prompts.sha256)
     weights = np.array([_bytes_of(given[i]) for i in todo], np.int64)
     return [
         Share(
             request=replace(
                 request,
+                order=order.take(places),
                 choice=choice,
+                group=group,
                 given=[given[i] for i in places],
                 columns={name: values[places] for name, values in work.columns.items()},
             ),
             tokens=int(lengths[places].sum()),
         )
-        for places in (todo[share] for share in cut(lengths[todo], weights, count=workers * PER_WORKER, most=SHARE_BYTES))
+        for places in (np.sort(todo[share]) for share in cut(lengths[todo], weights, count=workers * PER_WORKER, most=SHARE_BYTES))
     ]
 
 

@@ -38,6 +38,7 @@ from lmprobe_zarr.errors import (
     NotAStoreError,
     PartGoneError,
     ReadOnlyError,
+    StoreNotFoundError,
 )
 from lmprobe_zarr.extraction.model_choice import ModelChoice, ModelMemory
 from lmprobe_zarr.extraction.models import PROVENANCE_FIELDS
@@ -107,6 +108,7 @@ class Supply:
     cache_only: bool
     legacy: str
     group: str | None
+    any_provenance: bool
     memory: SupplyMemory
     chat: ChatOptions = NO_CHAT_OPTIONS
 
@@ -169,7 +171,7 @@ class Supply:
         return check_request(
             self.choice, prompts, store, layers=layers, sites=("resid",), pooling=pooling, outputs=NO_OUTPUTS, keep_passed=True,
             keep_tokens=any(stage.needs_tokens for stage in stages), refresh=refresh, group=self.group,
-            chat=self.chat,
+            any_provenance=self.any_provenance, chat=self.chat,
         )  # fmt: skip
 
     def _obtain(self, request: Request, options: Options, stages: Sequence[Stage]) -> tuple[Outcome, Entries | None]:
@@ -235,11 +237,11 @@ class Supply:
             return self.store
         try:
             opened = open_store(self.store)
-        except (NotAStoreError, ReadOnlyError) as error:
+        except (NotAStoreError, ReadOnlyError, StoreNotFoundError) as error:
             if self.store is not None:
                 raise
             # Go on without a cache.
-            self._warn(str(config.default_root()), error)
+            self._warn(config.default_name(), error)
             return None
         kept = self.memory.store
         if kept is None or (kept.where, kept.mode, kept.is_default) != (opened.where, opened.mode, opened.is_default):

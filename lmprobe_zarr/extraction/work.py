@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmprobe_zarr.batch import Precision, parse_prompts, row_bytes
+from lmprobe_zarr.batch import Column, Precision, parse_prompts, row_bytes
 from lmprobe_zarr.extraction import models
-from lmprobe_zarr.extraction.columns import columns_by_prompt
+from lmprobe_zarr.extraction.columns import columns_by_prompt, fit_columns
 from lmprobe_zarr.extraction.lookup import Lookup
 from lmprobe_zarr.extraction.models import TokenizedPrompts
 from lmprobe_zarr.extraction.plan import ExtractPlan
-from lmprobe_zarr.typing import Array
 
 __all__ = ["Work", "decide"]
 
@@ -30,14 +29,14 @@ class Work:
         The same work in numbers.
     tokenized : TokenizedPrompts, optional
         Tokens of the missing prompts; None if none is missing.
-    columns : mapping of str to ndarray
+    columns : mapping of str to Column
         The caller's columns, one value per distinct prompt.
     """
 
     lookup: Lookup
     plan: ExtractPlan
     tokenized: TokenizedPrompts | None
-    columns: Mapping[str, Array]
+    columns: Mapping[str, Column]
 
     @property
     def changes_store(self) -> bool:
@@ -55,7 +54,7 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
     before : Work, optional
         The work decided before the model was loaded; its tokens are used again if the same prompts are missing.
     """
-    columns = columns_by_prompt(lookup.request.columns, lookup.prompts)
+    columns = columns_by_prompt(fit_columns(lookup.request.columns, lookup.view), lookup.prompts)
     if before is not None and np.array_equal(before.lookup.missing, lookup.missing):
         tokenized = before.tokenized
     else:
@@ -76,6 +75,10 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         needed_bytes=needed_bytes,
         free_bytes=lookup.request.store.storage.free_bytes(),
         modules="" if lookup.loaded is None else lookup.loaded.found,
+        group="" if lookup.group is None else lookup.group.name,
+        unknown=lookup.unknown,
+        elsewhere=lookup.elsewhere,
+        in_lmprobe=lookup.in_lmprobe,
     )
     return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
 

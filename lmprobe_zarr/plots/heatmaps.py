@@ -9,6 +9,7 @@ import xarray as xr
 
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.plots.style import SCORE_LABELS, new_axes
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
     axes.set_xlabel("token" if named else "position of the token")
     axes.set_ylabel("layer")
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=24)
-    classes = scores.attrs.get("classes", [])
+    classes = read_list(scores.attrs, "classes") or []
     bar.set_label("score" + (f" (above 0: {_short_text(str(classes[1]))})" if len(classes) == 2 else ""))
     bar.ax.axhline(0, color="white", linewidth=1.2)
     title = [str(tokens.coords["model"].item())] if "model" in tokens.coords and tokens.coords["model"].ndim == 0 else []

@@ -12,12 +12,13 @@ or from ``controls``, ``curves``, ``metrics`` and ``token_controls``.
 
 from __future__ import annotations
 
+from lmprobe_zarr.probes.absent import describe_unfit
 from lmprobe_zarr.probes.classifiers import check_task, converged, fit_in_place, has_strength, make_probe, named_probes
 from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
 from lmprobe_zarr.probes.fit import fit_task
-from lmprobe_zarr.probes.folds import group_codes, number_repeats, plan_folds
+from lmprobe_zarr.probes.folds import check_folds_listed, group_codes, number_repeats, plan_folds
 from lmprobe_zarr.probes.given import (
     as_array,
     check_batch_size,
@@ -32,6 +33,7 @@ from lmprobe_zarr.probes.given import (
 from lmprobe_zarr.probes.labels import (
     Groups,
     Labels,
+    align_labels,
     bare_variable,
     list_prompts,
     parse_groups,
@@ -74,6 +76,7 @@ __all__ = [
     "TokenFolds",
     "Unit",
     "accuracy",
+    "align_labels",
     "as_array",
     "as_fit_dtype",
     "auroc",
@@ -81,12 +84,14 @@ __all__ = [
     "calibration_curves",
     "cells_of",
     "check_batch_size",
+    "check_folds_listed",
     "check_labels",
     "check_task",
     "check_weights",
     "class_scores",
     "coefficients",
     "converged",
+    "describe_unfit",
     "dump_probe",
     "empty_sums",
     "evaluate_classification",

@@ -11,27 +11,28 @@ Y. Belinkov, "Probing Classifiers: Promises, Shortcomings, and Advances", Comput
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_probe
-from lmprobe_zarr.probes.folds import Fold
-from lmprobe_zarr.probes.labels import Labels, bare_variable, list_prompts, show_prompts
+from lmprobe_zarr.probes.folds import Fold, group_codes
+from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable, list_prompts, show_prompts
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
+from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
 __all__ = ["CONTROLS", "Trial", "list_trials", "make_estimator", "parse_controls", "read_features", "shuffle_labels"]
 
 #: Every control by name, and what it says.
 CONTROLS: Final[Mapping[str, str]] = {
-    "shuffled_labels": "each probe on labels dealt anew to the prompts: what it scores without anything to learn",
-    "bag_of_words": "logistic regression on word counts of the text",
-    "tfidf": "logistic regression on word counts by how rare each word is (TF-IDF)",
+    "shuffled_labels": "each probe on labels dealt anew to prompts, or to whole groups: what it scores without anything to learn",
+    "bag_of_words": "logistic regression on counts of the text's words, signs and, of scripts without spaces, characters",
+    "tfidf": "logistic regression on the same counts by how rare each is (TF-IDF)",
     "length": "logistic regression on the logarithm of the number of tokens (of characters where tokens are not known)",
     "perplexity": "logistic regression on the logarithm of the model's own perplexity of the prompt",
     "layer_0": "the first probe on layer 0: what is there before the model has worked on it",
@@ -44,6 +45,15 @@ ACTIVATIONS: Final = "activations"
 DIRECTION: Final = "random_direction"
 LAYER_0: Final = "layer_0"
 _SIMPLE: Final[Mapping[str, str]] = {"classification": "logistic_regression", "regression": "ridge_regression"}
+
+
+#: A word of any length, a character of a script that puts no spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese), a mark of
+#: punctuation or any other symbol, or white space other than a single space. So nothing of a text is left out that may tell its label.
+_WORDS: Final = (
+    r"(?u)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]"
+    r"|[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]+"
+    r"|[^\w\s]|\s{2,}|[^\S ]"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +180,8 @@ def make_estimator(trial: Trial, random_state: int, task: str, *, preprocessing:
         from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
         from sklearn.pipeline import make_pipeline
 
-        words = TfidfVectorizer() if trial.control == "tfidf" else CountVectorizer()
+        options = {"token_pattern": _WORDS, "lowercase": False}
+        words = TfidfVectorizer(**options) if trial.control == "tfidf" else CountVectorizer(**options)
         return make_pipeline(words, make_probe(trial.probe, random_state, task=task, standardise=False))
     if trial.control == "majority" and task == "regression":
         from sklearn.dummy import DummyRegressor
@@ -181,30 +192,52 @@ def make_estimator(trial: Trial, random_state: int, task: str, *, preprocessing:
     return make_pipeline_for(trial.probe, task=task, preprocessing=preprocessing, random_state=random_state, strength=strength)
 
 
-def shuffle_labels(labels: Labels, kept: Array, folds: Sequence[Fold], random_state: int) -> Array:
-    """Shuffled labels, shape (prompt,): a permutation over the prompts, so that all rows of one prompt have the same label.
+def shuffle_labels(
+    labels: Labels, prompts: Sequence[str], groups: Groups | None, draw_folds: Callable[[Labels], tuple[Fold, ...]], random_state: int
+) -> tuple[Array, tuple[Fold, ...]]:
+    """Shuffled labels, shape (prompt,), and folds drawn for them: labels without meaning, of data that otherwise are alike.
 
-    The classes keep their sizes (where prompts do not repeat). Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368, whose control
-    task gives each type of word a random label. A prompt is on one side of a fold only, so memorised labels do not help and the expected
-    score is chance; a higher score shows a leak. :func:`lmprobe_zarr.selectivity` subtracts it.
+    All rows of one prompt have the same label. Where there are groups, each of one label, whole groups exchange their labels. Where
+    labels differ within groups, groups of equal size exchange them, and they are dealt anew within each group: so pairs stay pairs of
+    opposites. Folds are stratified by the shuffled labels, as those of the true labels are by these.
+
+    Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368, whose control task gives each type of word a random label. A group is on one
+    side of a fold only, so memorised labels do not help and the expected score is chance; a higher score shows a leak.
+    :func:`lmprobe_zarr.selectivity` subtracts it.
 
     Parameters
     ----------
     labels : Labels
-    kept : ndarray of int, shape (prompt,)
-        Equal numbers for rows of one prompt.
-    folds : sequence of (train, test)
-        Labels are shuffled again until each fold trains on two classes.
+    prompts : sequence of str, shape (prompt,)
+    groups : Groups, optional
+    draw_folds : callable
+        The folds for some labels. Labels are shuffled again where it raises a LabelError, since a fold trains on one class.
     random_state : int
     """
     words = f"{random_state}\0shuffled labels\0{labels.name}"
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
-    _, first, number = np.unique(kept[labels.rows], return_index=True, return_inverse=True)
+    codes = group_codes([prompts[row] for row in labels.rows], None)
+    _, first, number = np.unique(codes, return_index=True, return_inverse=True)
+    given = labels.values[labels.rows][first]
+    unit = np.arange(len(first)) if groups is None else np.unique(groups.codes[labels.rows][first], return_inverse=True)[1]
+    members = [np.flatnonzero(unit == each) for each in range(int(unit.max()) + 1)] if groups is not None else []
+    alike = all(len(np.unique(given[rows])) == 1 for rows in members)
     shuffled = labels.values.copy()
     for _ in range(100):
-        shuffled[labels.rows] = rng.permutation(labels.values[labels.rows][first])[number]
-        if all(len(np.unique(shuffled[train])) > 1 for train, _ in folds):
-            return shuffled
+        if alike:
+            heads = np.unique(unit, return_index=True)[1]
+            dealt = rng.permutation(given[heads])[unit]
+        else:
+            dealt = given.copy()
+            for size in {len(rows) for rows in members}:
+                of_size = [rows for rows in members if len(rows) == size]
+                for rows, place in zip(of_size, rng.permutation(len(of_size)), strict=True):
+                    dealt[rows] = rng.permutation(given[of_size[place]])
+        shuffled[labels.rows] = dealt[number]
+        try:
+            return shuffled, draw_folds(replace(labels, values=shuffled))
+        except LabelError:
+            continue
     raise InvalidArgumentError("control 'shuffled_labels' found no labels of two classes for every fold: use fewer folds, or leave it out")
 
 
@@ -314,7 +347,10 @@ def _embeddings(array: xr.DataArray, given: xr.Dataset | None) -> Any:
 
 def _own_features(name: str, features: Any, array: xr.DataArray) -> Any:
     if isinstance(features, xr.DataArray):
+        if "prompt" not in features.coords:
+            check_listed(array, features, f"the features of control {name!r}")
         return _bare_matrix(name, features, array)
+    check_listed(array, features, f"the features of control {name!r}")
     try:
         values = np.asarray(features, np.float64)
     except (TypeError, ValueError) as error:

@@ -9,6 +9,8 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.interchange import to_interchange
+from lmprobe_zarr.probes.labels import align_labels
 from lmprobe_zarr.typing import Array
 
 __all__ = ["calibration_curves", "roc_curves"]
@@ -49,7 +51,8 @@ def roc_curves(scores: xr.DataArray | Mapping[str, Any], labels: str | Iterable[
     padded = [np.stack([np.pad(curve[k], (0, longest - len(curve[k])), constant_values=np.nan) for curve in found]) for k in (1, 2, 3)]
     names = ("false_positive_rate", "true_positive_rate", "threshold")
     arrays = {name: (("curve", "point"), values) for name, values in zip(names, padded, strict=True)}
-    return xr.Dataset({**arrays, "auroc": ("curve", [curve[4] for curve in found])}, coords={"curve": [curve[0] for curve in found]})
+    area = ("curve", [curve[4] for curve in found])
+    return to_interchange(xr.Dataset({**arrays, "auroc": area}, coords={"curve": [curve[0] for curve in found]}))
 
 
 def calibration_curves(probabilities: xr.DataArray | Mapping[str, Any], labels: str | Iterable[Any], bins: int = 10) -> xr.Dataset:
@@ -94,7 +97,7 @@ def calibration_curves(probabilities: xr.DataArray | Mapping[str, Any], labels: 
         counts.append(n)
         errors.append(float(np.nansum(np.abs(share - mean) * n) / n.sum()))
     dims = ("curve", "bin")
-    return xr.Dataset(
+    found = xr.Dataset(
         {
             "predicted": (dims, np.stack(predicted)),
             "observed": (dims, np.stack(observed)),
@@ -103,6 +106,7 @@ def calibration_curves(probabilities: xr.DataArray | Mapping[str, Any], labels: 
         },
         coords={"curve": names, "bin": (np.arange(bins) + 0.5) / bins},
     )
+    return to_interchange(found)
 
 
 def _each(scores: Any, labels: Any) -> list[tuple[str, Array, Array]]:
@@ -115,6 +119,7 @@ def _each(scores: Any, labels: Any) -> list[tuple[str, Array, Array]]:
             if rows is None or len(rest) > 1:
                 raise InvalidArgumentError(f"scores have dims {tuple(given.dims)}, expected prompt or token and at most one more: select")
             truth = given.coords[labels].values if isinstance(labels, str) and labels in given.coords else labels
+            truth = align_labels(given, truth)
             turned = given.transpose(*rest, rows)
             if not rest:
                 listed.append((str(name) or str(given.name or "scores"), turned.values, truth))

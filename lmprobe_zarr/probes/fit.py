@@ -8,24 +8,25 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes.classifiers import converged, fit_in_place
 from lmprobe_zarr.probes.controls import DIRECTION, Trial, make_estimator
-from lmprobe_zarr.probes.folds import inner_folds
-from lmprobe_zarr.probes.gram import FoldGrams, gram_worthwhile
+from lmprobe_zarr.probes.folds import inner_folds, keep_together
+from lmprobe_zarr.probes.gram import RidgeTarget, Solved, solve_ridge
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
-from lmprobe_zarr.probes.metrics import NOT_STORED, Outcome, outcome_of, score_outcome
+from lmprobe_zarr.probes.metrics import FAILED, NOT_STORED, Outcome, outcome_of, score_outcome
 from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, NotFiniteError
+from lmprobe_zarr.tokens import stored_rows
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["fit_task"]
+_RIDGES: Final = ("ridge", "ridge_regression")
 
 
 def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
@@ -49,13 +50,19 @@ def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
         whole = plan.variables[task.variable].activations
         matrix = as_fit_dtype(values if whole is None else read_layer(whole, task.layer))
         del values
-        if plan.variables[task.variable].name and np.isnan(matrix).all():
+        if plan.variables[task.variable].name and np.isnan(matrix).all() and not _is_stored(whole, task.layer):
             # Several variables may have different layers; a dataset holds NaN in the layers that a variable lacks.
             return [_not_stored(plan, task, trial) for trial in task.trials]
         _check_finite(plan, task, task.trials[0], matrix)
         found = [(trial, matrix) for trial in task.trials]
     with fits_running():
         return [fit for trial, features in found for fit in _fit_trial(plan, task, trial, features)]
+
+
+def _is_stored(whole: xr.Variable | None, layer: int) -> bool:
+    """Whether a layer is known to be stored, so that its NaN are values."""
+    held = None if whole is None else stored_rows(whole.isel(layer=layer, missing_dims="ignore"))
+    return held is not None and bool(held.all())
 
 
 def _not_stored(plan: FitPlan, task: FitTask, trial: int) -> Fit:
@@ -89,21 +96,27 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
     layer = -1 if task.variable < 0 or not trial.by_layer else plan.variables[task.variable].layers[task.layer]
     # With several seeds, a trial that draws nothing at random is fitted once and its scores apply to every seed.
     seeds = range(len(plan.seeds)) if random or len(plan.seeds) == 1 else range(1)
-    grams: FoldGrams | None = None
-    if gram_worthwhile(plan, trial, matrix, len(strengths)):
-        grams = FoldGrams(matrix, plan.folds, plan.labels[0].rows)
+    grams: list[list[list[Solved]]] | None = None
+    if _is_plain_ridge(plan, trial, matrix) and not plan.inner and not trial.shuffled:
+        # All folds, strengths and labels at once, since they share products of rows.
+        grams = solve_ridge(matrix, plan.folds, [RidgeTarget(each.values, each.classes) for each in plan.labels], strengths)
     for fold in range(len(plan.folds)):
         for seed in seeds:
             rows = _project(plan, trial, seed, matrix) if trial.features == DIRECTION else matrix
             for which in range(len(plan.labels)):
                 at = (task.variable, layer, number, fold, seed if random or len(plan.seeds) == 1 else -1)
-                solved = None if grams is None else grams.solve(fold, plan.labels[which], strengths)
                 for place, strength in enumerate(strengths):
                     where = (*at, place if grid else -1, which)
-                    if solved is not None:
-                        yield _score(plan, where, solved[place].outcome, solved[place].seconds, ended=True)
+                    if grams is not None:
+                        solved = grams[fold][place][which]
+                        yield _score(plan, where, solved.outcome, solved.seconds, ended=True)
                     else:
                         yield _fit_fold(plan, task, where, rows, strength)
+
+
+def _is_plain_ridge(plan: FitPlan, trial: Trial, matrix: Array) -> bool:
+    """Whether a trial is the named ridge on rows as they are, which `solve_ridge` fits."""
+    return trial.probe in _RIDGES and plan.preprocessing is None and trial.features not in (DIRECTION, "text") and matrix.ndim == 2
 
 
 def _project(plan: FitPlan, trial: Trial, seed: int, matrix: Array) -> Array:
@@ -128,25 +141,40 @@ def _layer_name(plan: FitPlan, task: FitTask) -> str:
 
 
 def _fit_fold(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None) -> Fit:
+    """One fit; NaN with its error where the estimator raises any, so that a sweep keeps all other scores."""
     import sklearn
 
     _, _, number, fold, seed, _, which = at
     trial, labels = plan.trials[number], plan.labels[which]
-    values = plan.shuffled[which][max(seed, 0)] if trial.shuffled else labels.values
-    train, test = plan.folds[fold]
+    if trial.shuffled:
+        values, folds = plan.shuffled[which][max(seed, 0)]
+    else:
+        values, folds = labels.values, plan.folds
+    train, test = folds[fold]
     drawn = _fit_seed(plan, task, trial, fold, max(seed, 0))
     chosen = np.nan
-    # The layer has been checked; without this, each estimator would check each fold several times again.
-    with sklearn.config_context(assume_finite=True), _name_errors(plan, task, trial):
-        if plan.inner and trial.penalised:
-            chosen = strength = _choose_strength(plan, trial, matrix[train], train, values, drawn, labels)
-        estimator = make_estimator(trial, drawn, plan.task, preprocessing=plan.preprocessing, strength=strength)
-        rows = matrix[train]
-        started = time.perf_counter()
-        estimator = _fit(plan, trial, estimator, rows, values[train])
-        seconds = time.perf_counter() - started
-        del rows
-        outcome = _predict(plan, labels, estimator, matrix[test], values[test], values[train])
+    try:
+        # The layer has been checked; without this, each estimator would check each fold several times again.
+        with sklearn.config_context(assume_finite=True):
+            if plan.inner and trial.penalised:
+                chosen = strength = _choose_strength(plan, trial, matrix, train, values, drawn, labels)
+            if _is_plain_ridge(plan, trial, matrix):
+                solved = solve_ridge(matrix, [(train, test)], [RidgeTarget(values, labels.classes)], [strength])[0][0][0]
+                return _score(plan, at, solved.outcome, solved.seconds, ended=True, strength=chosen)
+            estimator = make_estimator(trial, drawn, plan.task, preprocessing=plan.preprocessing, strength=strength)
+            codes = None if labels.classes is None else np.searchsorted(labels.classes, values[train])
+            keep_together(estimator, trial.probe, codes, plan.kept[train], drawn)
+            rows = matrix[train]
+            started = time.perf_counter()
+            estimator = _fit(plan, trial, estimator, rows, values[train])
+            seconds = time.perf_counter() - started
+            del rows
+            outcome = _predict(plan, labels, estimator, matrix[test], values[test], values[train])
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return Fit(at, (np.nan,) * len(plan.metrics), FAILED, np.nan, True, chosen, None, problem)
     return _score(plan, at, outcome, seconds, ended=converged(estimator), strength=chosen)
 
 
@@ -171,37 +199,28 @@ def _score(
     return Fit(at, tuple(values), reasons, seconds, ended, strength, outcome if plan.predictions else None)
 
 
-def _choose_strength(plan: FitPlan, trial: Trial, rows: Array, train: Array, values: Array, seed: int, labels: Labels) -> float:
+def _choose_strength(plan: FitPlan, trial: Trial, matrix: Array, train: Array, values: Array, seed: int, labels: Labels) -> float:
     """The strength with the best mean score over inner folds of the training rows; the strongest of equally good ones."""
     assert plan.choose_by is not None  # noqa: S101  (for mypy: strengths are chosen by something)
     codes = None if labels.classes is None else np.searchsorted(labels.classes, values[train])
-    within = inner_folds(codes, plan.kept[train], plan.inner, seed)
-    means = []
-    for strength in plan.strengths:
-        scores = []
-        for learn, look in within:
-            estimator = make_estimator(trial, seed, plan.task, preprocessing=plan.preprocessing, strength=strength)
-            estimator = _fit(plan, trial, estimator, rows[learn], values[train][learn])
-            outcome = _predict(plan, labels, estimator, rows[look], values[train][look], values[train][learn])
-            scores.append(score_outcome(outcome, [plan.choose_by])[0][0])
-        means.append(np.mean(scores) if plan.choose_by.larger_is_better else -np.mean(scores))
+    within = [(train[learn], train[look]) for learn, look in inner_folds(codes, plan.kept[train], plan.inner, seed)]
+    if _is_plain_ridge(plan, trial, matrix):
+        solved = solve_ridge(matrix, within, [RidgeTarget(values, labels.classes)], plan.strengths)
+        outcomes = [[of_fold[place][0].outcome for of_fold in solved] for place in range(len(plan.strengths))]
+    else:
+        outcomes = []
+        for strength in plan.strengths:
+            of_strength = []
+            for learn, look in within:
+                estimator = make_estimator(trial, seed, plan.task, preprocessing=plan.preprocessing, strength=strength)
+                estimator = _fit(plan, trial, estimator, matrix[learn], values[learn])
+                of_strength.append(_predict(plan, labels, estimator, matrix[look], values[look], values[learn]))
+            outcomes.append(of_strength)
+    means = np.array([np.mean([score_outcome(each, [plan.choose_by])[0][0] for each in of_strength]) for of_strength in outcomes])
+    means = means if plan.choose_by.larger_is_better else -means
     if np.isnan(means).all():
         raise InvalidArgumentError(
             f"no strength can be chosen by {plan.choose_by.name!r}, which is undefined for {trial.name!r}: use another, or fewer folds"
         )
-    best = np.flatnonzero(np.asarray(means) == np.nanmax(means))
+    best = np.flatnonzero(means == np.nanmax(means))
     return max(plan.strengths[place] for place in best)
-
-
-@contextmanager
-def _name_errors(plan: FitPlan, task: FitTask, trial: Trial) -> Iterator[None]:
-    """Turn an estimator's error into one that names the trial and the layer."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        if isinstance(error, LmprobeZarrError):
-            raise
-        layer = _layer_name(plan, task)
-        raise InvalidArgumentError(
-            f"{trial.name!r} cannot be fitted{f' on layer {layer}' * bool(layer)}: {' '.join(str(error).split())[:200]}"
-        ) from error

@@ -14,9 +14,10 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.labels import Groups, Labels, Sides
+from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
-__all__ = ["Fold", "group_codes", "inner_folds", "number_repeats", "plan_folds"]
+__all__ = ["Fold", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
 #: Row numbers (train, test).
 Fold = tuple[Array, Array]
 
@@ -96,6 +97,13 @@ def plan_folds(
     return folds, described or f"{len(folds)} (train, test) pairs"
 
 
+def check_folds_listed(array: Any, cv: Any) -> None:
+    """Raise where folds are given as row numbers for rows in no known order."""
+    counted = isinstance(cv, int | np.integer)
+    if cv is not None and not counted and not hasattr(cv, "split") and isinstance(cv, Iterable) and not isinstance(cv, str | Mapping):
+        check_listed(array, cv, "the folds of cv")
+
+
 def group_codes(prompts: Sequence[str], groups: Array | None) -> Array:
     """For each row the number, from 0, of the group that must stay on one side; without groups, of its prompt."""
     return np.asarray(np.unique(np.array(prompts) if groups is None else groups, return_inverse=True)[1])
@@ -136,6 +144,48 @@ def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: i
         raise LabelError("a class has a single prompt among those of a training fold: strengths cannot be chosen; use fewer folds")
     splitter = _splitter(min(n_splits, fewest), random_state, strata=strata if codes is not None else None, grouped=len(first) < len(kept))
     return [(train, test) for train, test in _split(splitter, strata, kept, np.arange(len(kept)), given=False)]
+
+
+def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, random_state: int) -> None:
+    """Give an estimator that cross-validates within its training rows folds that keep prompts and groups together.
+
+    scikit-learn's own folds know neither: they would choose on rows that are not apart. Splitters that the caller gave stay as they are.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Changed in place.
+    probe : str or estimator
+        What it was made from.
+    codes : ndarray of int, shape (row,), or None
+        The classes of the training rows.
+    kept : ndarray of int, shape (row,)
+        Rows of an equal number stay on one side.
+    random_state : int
+
+    Raises
+    ------
+    LabelError
+        A class has a single prompt (or group).
+    """
+    given = estimator.get_params()
+    names = [name for name in given if name.rpartition("__")[2] == "cv"]
+    for name in names:
+        value, owner = given[name], name.rpartition("cv")[0]
+        counted = value is None or (isinstance(value, int | np.integer) and not isinstance(value, bool))
+        # An estimator inside of another that cross-validates is given other rows.
+        inside = any(other != name and owner.startswith(other.rpartition("cv")[0] + "estimator__") for other in names)
+        if not counted or inside:
+            continue
+        first = np.unique(kept, return_index=True)[1]
+        few = isinstance(probe, str) and codes is not None and _fewest(codes[first]) < (value or 5)
+        if len(first) < len(kept) or few:
+            estimator.set_params(**{name: inner_folds(codes, kept, int(value or 5), random_state)})
+
+
+def _fewest(codes: Array) -> int:
+    """The number of members of the smallest class that occurs."""
+    return int(np.unique(codes, return_counts=True)[1].min())
 
 
 def _strata(labels: Sequence[Labels]) -> Array | None:

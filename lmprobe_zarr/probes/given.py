@@ -9,6 +9,7 @@ import xarray as xr
 
 from lmprobe_zarr.batch import given_prompts
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.probes.absent import describe_unfit, is_stored
 from lmprobe_zarr.probes.layer import not_finite_rows
 from lmprobe_zarr.typing import Array, Estimator
 
@@ -79,6 +80,14 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int
         raise InvalidArgumentError(f"activations are {features.shape[1]} wide, which is no multiple of {n_layers} layers: check n_layers")
     bad = not_finite_rows(features)
     if bad:
+        if isinstance(given, xr.DataArray):
+            for place in range(given.sizes.get("layer", 1)):
+                layer = place if "layer" in given.dims else None
+                held = is_stored(given, layer)
+                absent = [] if held is None else [row for row in bad if not held[row]]
+                if absent:
+                    noun = "prompt" if "prompt" in given.dims else "token"
+                    raise InvalidArgumentError(describe_unfit(given, layer, absent, len(features), noun=noun))
         raise InvalidArgumentError(f"{len(bad)} of {len(features)} rows hold NaN or infinity, first row {bad[0]}: leave them out")
     return features, layers, n_layers
 

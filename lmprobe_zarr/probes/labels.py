@@ -17,6 +17,7 @@ import xarray as xr
 
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidTypeError, LabelError
+from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Labels",
     "Sides",
     "align_column",
+    "align_labels",
     "bare_variable",
     "list_prompts",
     "parse_groups",
@@ -262,6 +264,8 @@ def align_column(array: xr.DataArray, given: Any, noun: str) -> LabelColumn:
         Something else.
     LabelError
         Values of another length or shape, two values for one prompt, or nothing to match them by.
+    InvalidArgumentError
+        A bare list, where the rows are in no known order (`lmprobe_zarr.tokens.check_listed`).
     """
     n = array.sizes["prompt"]
     if isinstance(given, str):
@@ -285,13 +289,54 @@ def align_column(array: xr.DataArray, given: Any, noun: str) -> LabelColumn:
             f"{noun}s are a coordinate's name, a DataArray over prompt, a mapping or one value per prompt, not {type(given).__name__}"
         )
     if hasattr(given, "__array__"):
-        given = np.asarray(given)
-        if given.ndim != 1:
-            raise LabelError(f"{noun}s have shape {given.shape}, expected one {noun} per prompt: ({n},)")
-    values = _plain(given)
+        shape = np.asarray(given).shape
+        if len(shape) != 1:
+            raise LabelError(f"{noun}s have shape {shape}, expected one {noun} per prompt: ({n},)")
+    values = _plain(np.asarray(given) if hasattr(given, "__array__") else given)
     if len(values) != n:
         raise LabelError(f"there are {len(values)} {noun}s for {n} prompts: give one per prompt, in the order of activations.prompt")
+    check_listed(array, given, f"{noun}s")
     return LabelColumn(name, values)
+
+
+def align_labels(array: Any, given: Any, noun: str = "label") -> Any:
+    """Values for the rows of some activations: matched by prompt where they can be, otherwise as they are.
+
+    Parameters
+    ----------
+    array : DataArray or other array
+        Whose rows the values are for.
+    given : object
+        Values by position; or a mapping, Series or DataArray by prompt.
+    noun : str
+        What a value is called in messages.
+
+    Returns
+    -------
+    object
+        `given` itself, or an array in the order of the rows.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Values by position, where the rows are in no known order.
+    LabelError
+        A prompt without a value, or with two.
+    """
+    if not isinstance(array, xr.DataArray) or given is None:
+        return given
+    by_prompt = array.dims.count("prompt") == 1 and ("prompt" in array.coords or "text" in array.coords)
+    keyed = isinstance(given, Mapping) or (isinstance(given, pd.Series) and all(isinstance(key, str) for key in given.index))
+    if isinstance(given, xr.DataArray) and given.dims == ("prompt",) and {"prompt"} <= set(given.coords) & set(array.coords):
+        keyed = list_prompts(given) != list_prompts(array)
+        if not keyed:
+            return given.values
+    if not keyed or not by_prompt or not len(given):
+        check_listed(array, given, f"{noun}s")
+        return given
+    column = align_column(array, given, noun)
+    _check_whole(array, column, noun, _missing_rows(column))
+    return np.asarray(column.values)
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:

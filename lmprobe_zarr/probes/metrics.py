@@ -19,6 +19,7 @@ from lmprobe_zarr.typing import Array, Estimator, Floats
 
 __all__ = [
     "DEFAULT_METRICS",
+    "FAILED",
     "NOT_STORED",
     "Metric",
     "Outcome",
@@ -39,6 +40,9 @@ __all__ = [
 _NO_SCORES, _NOT_FINITE, _ONE_CLASS, _NEW_CLASS, _CONSTANT_TRUE, _CONSTANT_PREDICTED, _NO_PROBABILITIES, NOT_STORED = (
     1 << bit for bit in range(8)
 )
+#: The fit raised an error. A pair of bits that no other fit has, one of a classification and one of a regression: stores of scores keep the
+#: reasons in a byte, whose bits are all in use.
+FAILED: Final = _NO_SCORES | _CONSTANT_TRUE
 REASONS: Final[Mapping[int, str]] = {
     _NO_SCORES: "the estimator gives no score per class",
     _NOT_FINITE: "the estimator's scores are not finite",

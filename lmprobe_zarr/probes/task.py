@@ -48,8 +48,8 @@ class FitPlan:
     #: By name, what trials are fitted on that do not depend on a layer; see `Trial.features`.
     features: Mapping[str, Any]
     labels: tuple[Labels, ...]
-    #: For each set of labels its shuffled values, by seed; empty where no trial shuffles labels.
-    shuffled: tuple[tuple[Array, ...], ...]
+    #: For each set of labels and each seed its shuffled values, with folds drawn for them; empty where no trial shuffles labels.
+    shuffled: tuple[tuple[tuple[Array, tuple[Fold, ...]], ...], ...]
     folds: tuple[Fold, ...]
     #: Shape (prompt,). Rows with the same number stay on one side of every fold, inner folds included.
     kept: Array
@@ -106,6 +106,8 @@ class Fit:
         The chosen regularisation strength; NaN where none was chosen.
     outcome : Outcome, optional
         Predictions of the test prompts, where the plan asks for them.
+    problem : str
+        The error that the fit ended in; empty if it did not.
     """
 
     at: tuple[int, int, int, int, int, int, int]
@@ -115,6 +117,7 @@ class Fit:
     converged: bool
     strength: float
     outcome: Outcome | None
+    problem: str = ""
 
 
 class NotFiniteError(Exception):

@@ -86,6 +86,11 @@ def deal_labels(control: str, array: xr.DataArray, labelled: LabelledTokens, fol
         number = np.unique(_known(control, array, "token_id", labelled), return_inverse=True)[1]
     elif labelled.by_prompt:
         number = np.unique(labelled.prompt, return_inverse=True)[1]
+        # Groups whose prompts all have one label exchange it as wholes, as they depend on one another.
+        if folds.unit is not None:
+            grouped = np.unique(folds.unit[labelled.prompt], return_inverse=True)[1]
+            if (labelled.codes[np.unique(grouped, return_index=True)[1]][grouped] == labelled.codes).all():
+                number = grouped
     first = np.unique(number, return_index=True)[1]
     for _ in range(100):
         drawn = rng.choice(labelled.codes, len(first)) if by_type else rng.permutation(labelled.codes[first])

@@ -14,9 +14,9 @@ import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
-from lmprobe_zarr.probes.folds import plan_folds
+from lmprobe_zarr.probes.folds import check_folds_listed, plan_folds
 from lmprobe_zarr.probes.labels import align_column, parse_groups
-from lmprobe_zarr.tokens import TokenIndex, prompts_of
+from lmprobe_zarr.tokens import TokenIndex, check_listed, order_attributes, prompts_of
 from lmprobe_zarr.typing import Array, Ints, Mask
 
 __all__ = ["LabelledTokens", "TokenFolds", "cells_of", "plan_token_folds", "select_labelled_tokens", "show_rows"]
@@ -72,12 +72,15 @@ class TokenFolds:
         How they were made, for the attributes of scores.
     group : str
         The name of the groups that are kept together; empty without groups.
+    unit : ndarray of int, shape (prompt,), or None
+        The group of each prompt, −1 for prompts that are not used; None without groups.
     """
 
     train: Mask
     test: Mask
     described: str
     group: str
+    unit: Ints | None = None
 
 
 def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where: Any = None, missing: str = "raise") -> LabelledTokens:
@@ -155,6 +158,8 @@ def _mask(array: xr.DataArray, dim: str, where: Any) -> Mask:
                 f"where lacks {int((places < 0).sum())} of {n} {dim}s: make it from the same selection as the activations"
             )
         where = where.values if places is None else where.values[places]
+    else:
+        check_listed(array, where, "the values of where")
     mask = np.asarray(where)
     if mask.dtype != bool or mask.shape != (n,):
         raise InvalidArgumentError(
@@ -203,6 +208,7 @@ def _labels(array: xr.DataArray, dim: str, given: Any, numbers: Array, prompts: 
     ):
         values = given if isinstance(given, np.ndarray) else np.asarray(given) if hasattr(given, "__array__") else list(given)
         if len(values) == n:
+            check_listed(array, given, "labels")
             return name, *_classes(name, values)
         if len(values) != len(prompts):
             counts = f"{n} {dim}s" + ("" if dim == "prompt" else f" of {len(prompts)} prompts")
@@ -258,7 +264,12 @@ def _head(array: xr.DataArray, dim: str, numbers: Array, prompts: Array) -> xr.D
         for name, value in array.coords.items()
         if value.dims == (dim,) and name not in ("prompt", "position", "prompt_sha256", "token_id", "char_start", "char_end")
     }
-    return xr.DataArray(np.zeros(len(prompts), np.int8), dims="prompt", coords={"prompt": prompts, **columns}, name=array.name)
+    return xr.DataArray(
+        np.zeros(len(prompts), np.int8),
+        dims="prompt",
+        coords={"prompt": ("prompt", prompts, order_attributes(array)), **columns},
+        name=array.name,
+    )
 
 
 def _classes(name: str, values: Any, *, filled: bool = False) -> tuple[Array, Array]:
@@ -312,6 +323,7 @@ def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, gr
     InvalidTypeError, InvalidArgumentError, LabelError
         As `lmprobe_zarr.probes.folds.plan_folds`; or a fold whose training tokens are of one class.
     """
+    check_folds_listed(array, cv)
     numbers, prompts = prompts_of(array, dim)
     used = np.unique(labelled.prompt)
     head = _head(array, dim, numbers, prompts).isel(prompt=used)
@@ -331,7 +343,10 @@ def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, gr
         classes = np.flatnonzero(counts[learned].sum(axis=0))
         if len(classes) < 2:
             raise LabelError(f"fold {fold} trains on {dim}s that all are {labelled.classes[classes[0]].item()!r}: use fewer folds")
-    return TokenFolds(train, test, described, "" if together is None else together.name)
+    unit = None if together is None else np.full(len(prompts), -1, np.int64)
+    if unit is not None and together is not None:
+        unit[used] = together.codes
+    return TokenFolds(train, test, described, "" if together is None else together.name, unit)
 
 
 def _deal(names: list[str], together: Any, cv: Any, random_state: int) -> tuple[Any, str]:

@@ -134,7 +134,7 @@ def profile_layers(view: View, level: Level, variable: str, layers: Sequence[int
     norms, largest, firsts, peak, ratio = (np.full(shape, np.nan) for shape in ((len(QUANTILES), n), n, n, n, n))
     unit, outliers, missing = (np.zeros(n, np.int64) for _ in range(3))
     for i, layer in enumerate(layers):
-        values = read_values(view, level, variable, rows, (layer,))[0].reshape(len(first), -1)
+        values = read_values(view, level, variable, rows, (layer,), note=True)[0].reshape(len(first), -1)
         kept = np.isfinite(values).all(axis=1)
         missing[i] = int((~kept).sum())
         values = np.asarray(values[kept], np.float32)
@@ -262,7 +262,7 @@ def map_tokens(
     taken = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]).astype(np.int64)
     values = np.full((len(layers), len(taken)), np.nan)
     for i, layer in enumerate(layers):
-        read = np.asarray(read_values(view, "tokens", variable, rows, (layer,))[0][taken], np.float32)
+        read = np.asarray(read_values(view, "tokens", variable, rows, (layer,), note=True)[0][taken], np.float32)
         kept = np.isfinite(read).all(axis=1)
         if kept.any():
             found = np.linalg.norm(read[kept], axis=1) if scores is None else scores[layer](read[kept])
@@ -292,7 +292,7 @@ def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: S
     fitted: dict[int, Score] = {}
     with threadpool_limits(1):
         for layer in layers:
-            values = np.asarray(read_values(view, "prompts", variable, rows, (layer,))[0], np.float32)
+            values = np.asarray(read_values(view, "prompts", variable, rows, (layer,), note=True)[0], np.float32)
             finite = np.isfinite(values).all(axis=1)
             if len(np.unique(labels[finite])) == 2:
                 estimator = fit_in_place("logistic_regression", make_probe("logistic_regression"), values[finite], labels[finite])

@@ -19,7 +19,7 @@ from lmprobe_zarr.reports.page import GroupPage, ShownTokens, write_page
 from lmprobe_zarr.reports.profiles import Coverage, LayerProfile, bin_coverage, choose_profiled, profile_layers
 from lmprobe_zarr.reports.scores import SHOWN_LAYERS, choose_layer, describe_scores, draw_scores, find_scored_group
 from lmprobe_zarr.reports.tokens import SHOWN_PROMPTS, PromptLabels, choose_prompts, show_tokens
-from lmprobe_zarr.store import GroupContents, Place, Store, describe_view, open_store, to_dataset
+from lmprobe_zarr.store import GroupContents, Model, Place, Store, describe_view, open_to_read, to_dataset
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance
 from lmprobe_zarr.store.parts import View
 from lmprobe_zarr.sweeps import sweep
@@ -93,7 +93,7 @@ def report(
     store: Place = None,
     path: str | os.PathLike[str] | None = None,
     *,
-    model: str | None = None,
+    model: Model | None = None,
     provenance: Provenance | None = None,
     group: str | None = None,
     scores: xr.Dataset | None = None,
@@ -113,7 +113,7 @@ def report(
     path : str or path, optional
         Where to write the page.
     model, provenance, group : optional
-        Which groups are shown in full; by default the four with most prompts. All are listed.
+        Which groups are shown in full, the model by its name, hub id or folder; by default the four with most prompts. All are listed.
     scores : Dataset, optional
         From :func:`lmprobe_zarr.sweep`: drawn by layer, with the controls that it holds.
     labels : str or mapping, optional
@@ -143,7 +143,7 @@ def report(
         Scores of a model that is not shown, or that are not those of a sweep; a probe that is not fitted, or learned from several layers
         side by side; no such variable; more than 12 prompts; a path that cannot be written.
     """
-    opened = store if isinstance(store, Store) else open_store(store, "r")
+    opened = open_to_read(store)
     if isinstance(sample_bytes, bool) or not isinstance(sample_bytes, int) or sample_bytes < 1:
         raise InvalidArgumentError(f"sample_bytes={sample_bytes!r} is no amount to read: give bytes, at least 1")
     chosen = _choose_groups(opened, model, provenance, group)
@@ -178,7 +178,7 @@ class _Options:
     sample_bytes: int
 
 
-def _choose_groups(store: Store, model: str | None, provenance: Provenance | None, group: str | None) -> set[str]:
+def _choose_groups(store: Store, model: Model | None, provenance: Provenance | None, group: str | None) -> set[str]:
     """Names of the groups that may be shown in full: those that match, by default all."""
     if model is None and group is None and not provenance:
         return set(store.groups())

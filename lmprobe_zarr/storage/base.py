@@ -14,7 +14,7 @@ A storage holds files by key. It does not know what their bytes mean. What is pr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -50,6 +50,10 @@ class Storage(ABC):
 
     url: str
     is_local: bool
+    # Whether reading a file takes so long that it is worth keeping what was read.
+    is_slow: bool = False
+    # Whether `read` may answer from copies that are not compared with the place itself, as fsspec's caching file systems do.
+    keeps_copies: bool = False
 
     def check_reach(self) -> None:
         """Raise `InvalidArgumentError` where no other process can read these files."""
@@ -58,6 +62,18 @@ class Storage(ABC):
     @abstractmethod
     def read(self, key: str) -> bytes:
         """All bytes of a file; FileNotFoundError where there is none."""
+
+    def is_same_place(self, other: Storage) -> bool:
+        """Whether another storage is of the same place, and reaches it in the same way."""
+        return type(self) is type(other) and self.url == other.url
+
+    def read_current(self, key: str) -> bytes:
+        """All bytes of a file that may have been replaced since it was read before: never those of a copy that a cache keeps."""
+        return self.read(key)
+
+    def version(self, key: str) -> Hashable | None:
+        """What changes when a file is replaced; None where there is no file, or where finding out would cost a request."""
+        return None
 
     @abstractmethod
     def read_view(self, key: str) -> Buffer:
@@ -126,6 +142,10 @@ class Storage(ABC):
     def leads_out(self, key: str) -> bool:
         """Whether a folder is reached by a link that points outside the place: such files are never removed."""
         return False
+
+    def scratch_folder(self) -> str | None:
+        """A local folder on the same medium for files that are never seen; None for the system's folder of temporary files."""
+        return None
 
     def free_bytes(self) -> int | None:
         """Bytes that may still be written; None where the place has no limit or does not say."""

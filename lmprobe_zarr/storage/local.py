@@ -7,11 +7,12 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from lmprobe_zarr.errors import (
     AccessDeniedError,
@@ -27,6 +28,12 @@ from lmprobe_zarr.typing import Buffer
 
 __all__ = ["LocalStorage"]
 
+# Errors of the medium or the file itself. All others, such as those of a network, say nothing of the bytes.
+_DAMAGE: Final = {errno.EIO, errno.EBADMSG, errno.ENXIO, errno.ENODATA, errno.EISDIR, errno.EINVAL, getattr(errno, "EUCLEAN", errno.EIO)}
+_ABSENT: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}  # gone, below a file, or a link to nowhere
+# As file systems answer that do not flush folders, or files, on request: CIFS before Linux 4.17, FUSE, WSL.
+_NOT_FLUSHED: Final = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EROFS}
+_NO_LINKS: Final = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EINVAL, errno.EXDEV}
 _CREATE_ATTEMPTS: Final = 100  # at a file whose folder others may remove while it is empty
 
 
@@ -42,13 +49,8 @@ class LocalStorage(Storage):
     is_local = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        try:
-            # Not resolved: a link to a moved disk stays a link. Only made absolute, so that chdir does not move a store.
-            self.root = os.path.abspath(os.path.expanduser(os.fspath(path)))
-        except ValueError as error:
-            raise InvalidArgumentError(f"{path!r} cannot be a path: {error}") from error
-        if "\0" in self.root:
-            raise InvalidArgumentError(f"{path!r} cannot be a path: it holds a NUL")
+        # Not resolved: a link to a moved disk stays a link. Only made absolute, so that chdir does not move a store.
+        self.root = os.path.abspath(path)
         self.url = self.root
         self._buffers = threading.local()
 
@@ -70,19 +72,26 @@ class LocalStorage(Storage):
             while piece := os.read(descriptor, max(os.fstat(descriptor).st_size, 1)):
                 pieces.append(piece)
             return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        except OSError as error:
+            _raise_reading_error(error, self._path(key))
         finally:
             os.close(descriptor)
+
+    def version(self, key: str) -> Hashable | None:
+        try:
+            status = os.stat(self._path(key))
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def _open(self, key: str) -> int:
         path = self._path(key)
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except PermissionError as error:
-            raise AccessDeniedError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
         except OSError as error:
             if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM}:  # not the file's fault
                 raise UnreachableError(f"{path} cannot be opened now ({error.strerror}): close files, or raise `ulimit -n`") from error
-            raise
+            _raise_reading_error(error, path)
 
     def read_view(self, key: str) -> Buffer:
         descriptor = self._open(key)
@@ -99,6 +108,8 @@ class LocalStorage(Storage):
                     break
                 filled += count
             return view[:filled]
+        except OSError as error:
+            _raise_reading_error(error, self._path(key))
         finally:
             os.close(descriptor)
 
@@ -111,6 +122,8 @@ class LocalStorage(Storage):
                 return expected
             if os.fstat(descriptor).st_size != expected:
                 return os.fstat(descriptor).st_size
+        except OSError as error:
+            _raise_reading_error(error, self._path(key))
         finally:
             os.close(descriptor)
         return super().read_into(key, target, tail)  # the system may return fewer bytes than it was asked for
@@ -166,7 +179,7 @@ class LocalStorage(Storage):
                 while view:
                     view = view[os.write(descriptor, view) :]
             if durable:
-                os.fsync(descriptor)
+                _flush(descriptor)
         finally:
             os.close(descriptor)
 
@@ -183,30 +196,38 @@ class LocalStorage(Storage):
                 raise ReadOnlyError(f"{path} cannot be written ({error.strerror}): check permissions, or give another place") from error
             if isinstance(error, (NotADirectoryError, FileExistsError)):
                 raise NotAStoreError(f"a file stands where {path} needs a folder: give another place for the store") from error
-            raise
+            if isinstance(error, (FileNotFoundError, IsADirectoryError)) or error.errno is None:
+                raise
+            if error.errno in {errno.ENAMETOOLONG, errno.EILSEQ}:
+                raise InvalidArgumentError(f"{path} is no possible name there ({error.strerror}): give another place") from error
+            raise UnreachableError(
+                f"{path} cannot be written ({error.strerror}): check the disk or its server, or give another place\n"
+                "what was committed is whole"
+            ) from error
 
     def list(self, key: str) -> list[str]:
         try:
             return sorted(os.listdir(self._path(key)))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except PermissionError as error:
-            raise AccessDeniedError(f"{self._path(key)} cannot be listed ({error.strerror}): check its permissions") from error
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return []
+            _raise_reading_error(error, self._path(key), "listed")
 
     def scan(self, key: str) -> dict[str, FileInfo]:
         found = {}
         try:
-            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self._path(key)) as entries:
+            with os.scandir(self._path(key)) as entries:
                 for entry in entries:
                     try:
                         status = entry.stat()
                     except OSError as error:
-                        if error.errno in {errno.ENOENT, errno.ELOOP}:  # gone since it was listed, or a link to nowhere
+                        if error.errno in _ABSENT:  # gone since it was listed, or a link to nowhere
                             continue
                         raise
                     found[entry.name] = FileInfo(stat.S_ISREG(status.st_mode), status.st_size, status.st_mtime)
-        except PermissionError as error:
-            raise AccessDeniedError(f"{self._path(key)} cannot be listed ({error.strerror}): check its permissions") from error
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                _raise_reading_error(error, self._path(key), "listed")
         return dict(sorted(found.items()))
 
     def remove(self, keys: Iterable[str]) -> None:
@@ -250,21 +271,54 @@ class LocalStorage(Storage):
                 shutil.rmtree(path)
 
     def is_file(self, key: str) -> bool:
-        return os.path.isfile(self._path(key))
+        # Not isfile(), which returns False on every error.
+        try:
+            return stat.S_ISREG(os.stat(self._path(key)).st_mode)
+        except OSError as error:
+            if error.errno in _ABSENT | {errno.ENAMETOOLONG}:
+                return False
+            _raise_reading_error(error, self._path(key))
+
+    def scratch_folder(self) -> str | None:
+        return str(self._existing())
 
     def free_bytes(self) -> int | None:
-        return shutil.disk_usage(self._existing()).free
+        # Some network file systems answer 0, or nothing, though they can be written to. A disk that is full refuses the first write.
+        try:
+            return shutil.disk_usage(self._existing()).free or None
+        except OSError:
+            return None
 
     def may_write(self) -> bool:
         place = self._existing()
-        return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+        if not place.is_dir():
+            return False
+        if os.access(place, os.W_OK | os.X_OK):
+            return True
+        # access() looks at the mode bits, which are not what decides on file systems with access lists, such as NFSv4: try.
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".lmprobe-", suffix=".partial", dir=place))
+        except OSError:
+            return False
+        return True
 
     def _existing(self) -> Path:
         """The root, or the nearest folder above it that exists."""
         path = Path(self.root)
-        while not path.exists():
+        while not os.path.exists(path):
             path = path.parent
         return path
+
+
+def _raise_reading_error(error: OSError, path: str, what: str = "read") -> NoReturn:
+    """Raise the system's own error for what is missing or damaged, and one of ours for every other that says nothing of the bytes."""
+    if isinstance(error, LmprobeZarrError) or error.errno is None or error.errno in _ABSENT | _DAMAGE:
+        raise error
+    if error.errno == errno.ENAMETOOLONG:
+        raise FileNotFoundError(error.errno, error.strerror, path) from error
+    if isinstance(error, PermissionError):
+        raise AccessDeniedError(f"{path} cannot be {what} ({error.strerror}): check its permissions") from error
+    raise UnreachableError(f"{path} cannot be {what} now ({error.strerror}): check the disk or its server, and try again") from error
 
 
 def _link(staged: str, path: str) -> bool:
@@ -274,7 +328,7 @@ def _link(staged: str, path: str) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}:
+        if error.errno not in _NO_LINKS:
             raise
         # A file system without hard links.
         if os.path.exists(path):
@@ -286,11 +340,23 @@ def _link(staged: str, path: str) -> bool:
 
 
 def _sync_folder(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError:  # a folder that may be written to and not listed
+        return
+    try:
+        _flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    """Flush a file or folder to the medium, where its file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FLUSHED:
+            raise
 
 
 def _sync_folders(path: str) -> None:

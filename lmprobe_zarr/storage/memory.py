@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -22,6 +22,16 @@ class MemoryStorage(FsspecStorage):
     fsspec's memory file system is one dictionary, and not safe for threads: a listing fails where another thread removes a file meanwhile.
     So every call holds one lock.
     """
+
+    is_slow = False
+
+    def version(self, key: str) -> Hashable | None:
+        with _memory_lock:
+            try:
+                info = self.filesystem.info(self._path(key))
+            except OSError:
+                return None
+        return info.get("size"), info.get("modified") or info.get("created")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _in_same_process, (os.getpid(), self.filesystem, self.root, self.url)

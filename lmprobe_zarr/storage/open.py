@@ -1,4 +1,4 @@
-"""Which storage a path or URL names, and how its client is set up. Writes nothing and sends nothing."""
+"""Which storage a path or URL names, and how its client is set up. Writes nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.storage.address import parse_address, unfilled, unfilled_name
 from lmprobe_zarr.storage.base import REMOTE_THREADS, Storage
 from lmprobe_zarr.storage.client_errors import without_secrets
 from lmprobe_zarr.storage.local import LocalStorage
@@ -21,7 +22,7 @@ __all__ = ["open_storage"]
 
 
 def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Storage:
-    """The place behind a path or URL. Writes nothing and sends nothing.
+    """The place behind a path or URL. Writes nothing, and sends nothing unless the URL holds a name like ``$HOME`` or ``{run}``.
 
     Parameters
     ----------
@@ -35,18 +36,12 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
     InvalidTypeError
         `url` is neither text nor path.
     InvalidArgumentError
-        fsspec does not know the protocol, or a path is not possible.
+        fsspec does not know the protocol, a text looks like a URL and is none, or a path is not possible.
     """
     if isinstance(url, Storage):
         return url
-    if not isinstance(url, (str, os.PathLike)):
-        raise InvalidTypeError(f"a store is opened by a path or a URL, not by {type(url).__name__}")
-    place = os.fspath(url)
-    if not place:
-        raise InvalidArgumentError("the path of the store is empty: give a folder or a URL")
-    for protocol in ("file://", "local://"):
-        place = place.removeprefix(protocol)
-    if "://" not in place and "::" not in place:
+    place, is_local = parse_address(url)
+    if is_local:
         if storage_options:
             raise InvalidArgumentError(f"storage_options are for URLs, and {place!r} is a local path: leave them out")
         return LocalStorage(place)
@@ -57,8 +52,12 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
     # Look at the class: a caching file system passes on every attribute of the one that it wraps.
     kind = type(filesystem)
     if hasattr(kind, "call_s3"):
-        return S3Storage(filesystem, root, place)
-    return (MemoryStorage if issubclass(kind, MemoryFileSystem) else FsspecStorage)(filesystem, root, place)
+        storage: Storage = S3Storage(filesystem, root, place)
+    else:
+        storage = (MemoryStorage if issubclass(kind, MemoryFileSystem) else FsspecStorage)(filesystem, root, place)
+    if (name := unfilled_name(place)) and not storage.list(""):
+        raise unfilled(place, name)
+    return storage
 
 
 def _with_defaults(place: str, options: Mapping[str, Any]) -> dict[str, Any]:

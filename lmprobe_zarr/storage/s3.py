@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
-from lmprobe_zarr.errors import ReadOnlyError, StoreNotFoundError
+from lmprobe_zarr.errors import AccessDeniedError, NoSpaceError, ReadOnlyError, StoreNotFoundError
 from lmprobe_zarr.storage.base import FileInfo
+from lmprobe_zarr.storage.client_errors import is_passing, response_code
 from lmprobe_zarr.storage.remote import FsspecStorage, modified_at
+from lmprobe_zarr.storage.threads import run_all
 
 __all__ = ["S3Storage"]
 
@@ -22,17 +26,24 @@ class S3Storage(FsspecStorage):
     is empty, and do not report which objects could not be deleted.
     """
 
+    # Set where the server refused to delete several objects in one request.
+    _deletes_singly = False
+
     def _object(self, key: str) -> dict[str, str]:
         bucket, name, _ = self.filesystem.split_path(self._path(key))
         return {"Bucket": bucket, "Key": name}
+
+    def _was_repeated(self, error: BaseException | None, seconds: float) -> bool:
+        # botocore and s3fs repeat these, up to 15 times together.
+        code, status = response_code(error)
+        return status in (500, 502, 503, 504) or "SlowDown" in code or not status
 
     def is_file(self, key: str) -> bool:
         where = self._object(key)
         if not where["Key"]:
             return False
         try:
-            with self.translating_errors(key):
-                self.filesystem.call_s3("head_object", **where)
+            self.call(partial(self.filesystem.call_s3, "head_object", **where), key=key)
         except StoreNotFoundError:
             raise
         except FileNotFoundError:
@@ -64,8 +75,7 @@ class S3Storage(FsspecStorage):
 
     def _pages(self, key: str, **request: str) -> Iterator[dict[str, Any]]:
         while True:
-            with self.translating_errors(key, listing=True):
-                page = self.filesystem.call_s3("list_objects_v2", **request)
+            page = self.call(partial(self.filesystem.call_s3, "list_objects_v2", **request), key=key, listing=True)
             yield page
             if not page.get("IsTruncated"):
                 return
@@ -89,10 +99,29 @@ class S3Storage(FsspecStorage):
         for start in range(0, len(objects), _DELETED_AT_ONCE):
             some = objects[start : start + _DELETED_AT_ONCE]
             request = {"Objects": [{"Key": item["Key"]} for item in some], "Quiet": True}
-            with self.translating_errors("", writing=True):
-                answer = self.filesystem.call_s3("delete_objects", Bucket=some[0]["Bucket"], Delete=request)
+            answer = {} if self._deletes_singly else self._delete_many(some[0]["Bucket"], request)
+            if self._deletes_singly:
+                run_all([partial(self._delete_object, item) for item in some], local=False)
             # The request succeeds even where no deletion was allowed.
             for failed in answer.get("Errors", ()):
                 if failed.get("Code") not in _NOT_THERE:
                     what = f"{self.url} cannot be cleared of {failed.get('Key')!r} ({failed.get('Code')})"
                     raise ReadOnlyError(f"{what}: check that these credentials may delete")
+
+    def _delete_many(self, bucket: str, request: dict[str, Any]) -> dict[str, Any]:
+        """The server's answer; empty, with a note for all later calls, where it takes no such request."""
+        try:
+            answer = self.call(partial(self.filesystem.call_s3, "delete_objects", Bucket=bucket, Delete=request), writing=True)
+            return dict(answer)
+        except (AccessDeniedError, NoSpaceError, ReadOnlyError, StoreNotFoundError):
+            raise
+        except OSError as error:
+            # Some servers have no such verb, and some want a checksum that current clients no longer send.
+            if is_passing(error.__cause__) or response_code(error)[1] not in (400, 403, 405, 411, 501):
+                raise
+            self._deletes_singly = True
+            return {}
+
+    def _delete_object(self, item: dict[str, str]) -> None:
+        with suppress(FileNotFoundError):
+            self.call(partial(self.filesystem.call_s3, "delete_object", **item), key=item["Key"], writing=True)

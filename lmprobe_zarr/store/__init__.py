@@ -5,28 +5,38 @@ merging, repairing and copying). Never models, probes or plots.
 """
 
 from lmprobe_zarr.store.activations import write_activations
-from lmprobe_zarr.store.choice import ambiguous, differences
+from lmprobe_zarr.store.choice import GivenProvenance, ambiguous, differences, parse_provenance
 from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view
 from lmprobe_zarr.store.datasets import Dtype, reads_stored, to_dataset, to_datatree
 from lmprobe_zarr.store.ingest import PART_SECONDS, Ingest
+from lmprobe_zarr.store.named import Model, NamedModel
 from lmprobe_zarr.store.parts import PART_BYTES, part_bytes_within
+from lmprobe_zarr.store.reopen import open_again
+from lmprobe_zarr.store.requested import note_request
 from lmprobe_zarr.store.roots import Mode
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.store import Place, Store, open_store, open_to_read
 
 __all__ = [
     "PART_BYTES",
     "PART_SECONDS",
     "Dtype",
+    "GivenProvenance",
     "GroupContents",
     "HeldArray",
     "Ingest",
     "Mode",
+    "Model",
+    "NamedModel",
     "Place",
     "Store",
     "ambiguous",
     "describe_view",
     "differences",
+    "note_request",
+    "open_again",
     "open_store",
+    "open_to_read",
+    "parse_provenance",
     "part_bytes_within",
     "reads_stored",
     "to_dataset",

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from lmprobe_zarr.batch import LAYERED_SITES, SITES, TokenBatch, given_prompts, prompt_sha256, split_variable
+from lmprobe_zarr.batch import (
+    LAYERED_SITES,
+    SITES,
+    TokenBatch,
+    align_columns,
+    check_texts,
+    given_prompts,
+    parse_column,
+    prompt_sha256,
+    split_variable,
+)
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store.format import GroupInfo, Provenance, validate_column_names
-from lmprobe_zarr.store.parts import as_column
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.named import Model
+from lmprobe_zarr.store.reopen import open_again
+from lmprobe_zarr.store.store import Place
 from lmprobe_zarr.typing import Array
 
 __all__ = ["write_activations"]
@@ -20,12 +33,12 @@ __all__ = ["write_activations"]
 def write_activations(
     store: Place,
     *,
-    model: str,
+    model: Model,
     prompts: Sequence[str | Sequence[int]],
     activations: Mapping[str, Any] | None = None,
     pooled: Mapping[str, Any] | None = None,
     token_ids: Sequence[Sequence[int]] | None = None,
-    coords: Mapping[str, Sequence[Any] | Array] | None = None,
+    coords: Mapping[str, Any] | pd.DataFrame | None = None,
     provenance: Provenance | None = None,
     num_layers: int | None = None,
     store_text: bool = True,
@@ -36,7 +49,7 @@ def write_activations(
     ----------
     store : Store, path or URL, or a sequence of these
         The store to write to.
-    model : str
+    model : str or path
         Name of the model.
     prompts : sequence of str or of token ids, no prompt twice
         What the activations belong to, in the order of every array below.
@@ -48,7 +61,9 @@ def write_activations(
     token_ids : sequence of sequence of int, optional
         Token ids of each prompt.
     coords : mapping of str to sequence, optional
-        Columns of one value per prompt: numbers, truth values or texts.
+        Columns of one value per prompt, or a DataFrame: truth values, integers, floating-point numbers, texts, datetimes, timedeltas, dates
+        or categories, some of them missing or none. A Series whose index is the prompts, or that of the prompts' own Series, is put into
+        their order.
     provenance : mapping, optional
         How the activations were computed. Other provenance is another group, and so is none.
     num_layers : int, optional
@@ -73,12 +88,13 @@ def write_activations(
     Arrays may be numpy arrays or torch tensors. bfloat16 is kept exactly, as float32 with ``stored_dtype="bfloat16"``.
     All variables of one call hold the same layers; write others in a second call.
     """
-    store = store if isinstance(store, Store) else open_store(store)
+    store = open_again(store)
     store.check_writable()
-    prompts = given_prompts(prompts)
-    for what, given in (("activations", activations), ("pooled", pooled)):
-        if given is not None and not isinstance(given, Mapping):
-            raise InvalidTypeError(f"{what} is a {type(given).__name__}: give {{variable: …}}")
+    given, prompts = prompts, given_prompts(prompts)
+    check_texts(prompts)
+    for what, values in (("activations", activations), ("pooled", pooled)):
+        if values is not None and not isinstance(values, Mapping):
+            raise InvalidTypeError(f"{what} is a {type(values).__name__}: give {{variable: …}}")
     if not activations and not pooled:
         raise InvalidArgumentError("there is nothing to store: give activations=, pooled=, or both")
     tokens, counts, layers_of, dtypes = _read_tokens(activations or {}, len(prompts))
@@ -96,9 +112,12 @@ def write_activations(
     lengths = _lengths(token_ids, counts, len(prompts))
     if num_layers is not None and layers and layers[-1] >= num_layers:
         raise InvalidArgumentError(f"layer {layers[-1]} was given for a model of num_layers={num_layers}")
-    validate_column_names(coords or {})
-    columns = {name: as_column(name, values) for name, values in (coords or {}).items()}
-    texts = [p if isinstance(p, str) else "" for p in prompts] if store_text and any(isinstance(p, str) for p in prompts) else None
+    aligned = align_columns(coords, given, prompts)
+    validate_column_names(aligned, new=True)
+    columns = {name: parse_column(name, values) for name, values in aligned.items()}
+    texts = (
+        [str.__str__(p) if isinstance(p, str) else "" for p in prompts] if store_text and any(isinstance(p, str) for p in prompts) else None
+    )
     batch = TokenBatch(
         sha256=[prompt_sha256(p) for p in prompts],
         text=texts,
@@ -114,8 +133,8 @@ def write_activations(
         unlayered=frozenset(name for name, held in layers_of.items() if held is None),
         stored_dtype={name: dtype for name, dtype in dtypes.items() if dtype == "bfloat16"},
     )
-    info = GroupInfo(model=model, provenance=provenance or {}, num_layers=num_layers, hidden_size=int(hidden.pop()))
-    store.write(info, batch)
+    info = GroupInfo(model=os.fspath(model), provenance=provenance or {}, num_layers=num_layers, hidden_size=int(hidden.pop()))
+    store.write(info, batch, recorded={"written_by": "write_activations"})
     return info.name
 
 

@@ -5,31 +5,74 @@ Looks only at the documents of groups, in one root or several. Never opens a vie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Literal, TypeAlias
 
-from lmprobe_zarr.errors import AmbiguousProvenanceError, ModelNotStoredError
+from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidTypeError, ModelNotStoredError
 from lmprobe_zarr.store.format import ABSENT_FIELDS, PROCESS_FIELDS, GroupInfo, Provenance, describe_field
+from lmprobe_zarr.store.named import Model, NamedModel
 from lmprobe_zarr.store.parts import Catalog, any_holds_parts, groups_of, urls_of
 
-__all__ = ["ambiguous", "choose_group", "differences", "find_group", "find_groups", "matching_groups", "stored_models"]
+__all__ = [
+    "GivenProvenance",
+    "ambiguous",
+    "choose_group",
+    "differences",
+    "find_group",
+    "find_groups",
+    "matching_groups",
+    "parse_provenance",
+    "stored_models",
+]
+
+GivenProvenance: TypeAlias = Provenance | Literal["any"] | None
 
 
-def choose_group(model: str | None, provenance: Provenance | None, group: str | None) -> Callable[[GroupInfo], bool]:
-    """Whether a group matches: no field that is given differs."""
+def parse_provenance(provenance: Any) -> tuple[Provenance, bool]:
+    """The fields that a call gives, and whether it takes groups that do not record all fields.
 
-    def matches(info: GroupInfo) -> bool:
-        same = all(field in info.provenance and info.provenance[field] == value for field, value in (provenance or {}).items())
-        return same and model in (None, info.model) and group in (None, info.name)
+    Raises
+    ------
+    InvalidTypeError
+        Neither a mapping, nor None, nor ``"any"``.
+    """
+    if provenance is None or isinstance(provenance, Mapping):
+        return dict(provenance or {}), False
+    if provenance == "any":
+        return {}, True
+    raise InvalidTypeError(f"provenance={provenance!r}: give a mapping of fields, such as {{'revision': '…'}}, or 'any'")
 
-    return matches
+
+def choose_group(model: Model | None, provenance: GivenProvenance, group: str | None) -> Callable[[GroupInfo], bool]:
+    """Whether a group matches by itself: it is of the model, and no field that is given differs."""
+    choose = _chooser(model, provenance, group)
+    return lambda info: bool(choose([info]))
+
+
+def _chooser(model: Model | None, provenance: GivenProvenance, group: str | None) -> Callable[[Iterable[GroupInfo]], list[GroupInfo]]:
+    """A function that gives those groups that match; see `NamedModel.choose` for how the model is found."""
+    fields, unknown = parse_provenance(provenance)
+    named = None if model is None else NamedModel(model)
+
+    def choose(groups: Iterable[GroupInfo]) -> list[GroupInfo]:
+        alike = [
+            info
+            for info in groups
+            if group in (None, info.name)
+            and all(field in info.provenance and info.provenance[field] == value for field, value in fields.items())
+        ]
+        # A group that is named is of the model even where it does not record its weights.
+        return alike if named is None else named.choose(alike, unknown=unknown or group is not None)
+
+    return choose
 
 
 def matching_groups(
-    catalogs: Sequence[Catalog], model: str | None, provenance: Provenance | None, group: str | None, *, whole: bool = True
+    catalogs: Sequence[Catalog], model: Model | None, provenance: GivenProvenance, group: str | None, *, whole: bool = True
 ) -> list[GroupInfo]:
     """Groups in which no field that is given differs, with parts or without; `whole` as in `Catalog.groups`."""
-    return list(filter(choose_group(model, provenance, group), groups_of(catalogs, whole=whole).values()))
+    return _chooser(model, provenance, group)(groups_of(catalogs, whole=whole).values())
 
 
 def stored_models(catalogs: Sequence[Catalog]) -> list[str]:
@@ -37,7 +80,7 @@ def stored_models(catalogs: Sequence[Catalog]) -> list[str]:
     return sorted({info.model for name, info in groups_of(catalogs).items() if any_holds_parts(catalogs, name)})
 
 
-def find_groups(catalogs: Sequence[Catalog], model: str | None, provenance: Provenance | None, group: str | None) -> list[GroupInfo]:
+def find_groups(catalogs: Sequence[Catalog], model: Model | None, provenance: GivenProvenance, group: str | None) -> list[GroupInfo]:
     """All matching groups that hold parts; none where nothing is stored and nothing was named.
 
     Raises
@@ -45,13 +88,17 @@ def find_groups(catalogs: Sequence[Catalog], model: str | None, provenance: Prov
     ModelNotStoredError
         Something was named, and no group matches.
     """
-    found = [info for info in matching_groups(catalogs, model, provenance, group) if any_holds_parts(catalogs, info.name)]
+    infos = groups_of(catalogs)
+    chosen = _chooser(model, provenance, group)
+    found = [info for info in chosen(infos.values()) if any_holds_parts(catalogs, info.name)]
+    if not found and model is not None:  # evicted groups of the model may have been preferred to one that holds parts
+        found = chosen(info for info in infos.values() if any_holds_parts(catalogs, info.name))
     if not found and (model is not None or provenance or group is not None):
         raise _not_stored(catalogs, model, provenance, group)
     return found
 
 
-def find_group(catalogs: Sequence[Catalog], model: str | None, provenance: Provenance | None, group: str | None) -> GroupInfo:
+def find_group(catalogs: Sequence[Catalog], model: Model | None, provenance: GivenProvenance, group: str | None) -> GroupInfo:
     """The one matching group that holds parts.
 
     Raises
@@ -78,17 +125,26 @@ def _without_settings(found: Sequence[GroupInfo]) -> list[GroupInfo]:
     return [info for info in found if plain(info) == info or plain(info) not in found]
 
 
-def _not_stored(catalogs: Sequence[Catalog], model: str | None, provenance: Provenance | None, group: str | None) -> ModelNotStoredError:
+def _not_stored(catalogs: Sequence[Catalog], model: Model | None, provenance: GivenProvenance, group: str | None) -> ModelNotStoredError:
     """The error that says what is stored instead."""
     where = urls_of(catalogs)
-    if model is not None and group is None and model in stored_models(catalogs):
-        known = [dict(info.provenance) for info in matching_groups(catalogs, model, None, None)]
-        return ModelNotStoredError(f"{model!r} is in {where}, but not with provenance {dict(provenance or {})!r}: there is {known!r}")
-    if model is None and group is None and not provenance:
+    fields, _ = parse_provenance(provenance)
+    if model is None and group is None and not fields:
         return ModelNotStoredError(f"{where} holds nothing yet: extract something into it first")
+    held = [info for name, info in groups_of(catalogs).items() if any_holds_parts(catalogs, name)]
+    if model is not None and group is None:
+        named = NamedModel(model)
+        if known := [dict(info.provenance) for info in named.choose(held)]:
+            return ModelNotStoredError(f"{named.given!r} is in {where}, but not with provenance {dict(fields)!r}: there is {known!r}")
+        if alike := [info for info in held if info.model == named.name]:
+            names = ", ".join(info.name for info in alike)
+            return ModelNotStoredError(
+                f"the model in {str(named.folder)!r} is not in {where}: what it holds as {named.name!r} has other weights, or does not "
+                f"record them\nif it is the same model, name it by model={named.name!r}, or by group= one of {names}"
+            )
     stored = _shortened_names(stored_models(catalogs) if group is None else groups_of(catalogs)) or "nothing yet"
-    named = f"group {group!r}" if group is not None else f"model {model!r}"
-    return ModelNotStoredError(f"{named} is not in {where}, which holds {stored}: check the name, or extract it first")
+    shown = f"group {group!r}" if group is not None else "model None" if model is None else f"model {NamedModel(model).given!r}"
+    return ModelNotStoredError(f"{shown} is not in {where}, which holds {stored}: check the name, or extract it first")
 
 
 def ambiguous(found: Sequence[GroupInfo], where: str) -> AmbiguousProvenanceError:
@@ -97,9 +153,10 @@ def ambiguous(found: Sequence[GroupInfo], where: str) -> AmbiguousProvenanceErro
     if len(models) > 1:
         return AmbiguousProvenanceError(f"{where} holds several models ({_shortened_names(models)}): say which with model=")
     names = ", ".join(info.name for info in found)
+    folders = len({info.provenance.get("weights") for info in found}) > 1
     return AmbiguousProvenanceError(
         f"{len(found)} groups of {models[0]!r} match; they differ in {differences(found)}\n"
-        f"choose with provenance={{…}}, or with group= one of {names}"
+        f"choose with provenance={{…}}, {'with model= the path of the folder, ' if folders else ''}or with group= one of {names}"
     )
 
 

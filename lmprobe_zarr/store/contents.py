@@ -17,7 +17,8 @@ import xarray as xr
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import Html, card, definitions, escape, format_bytes, section, table, visible
 from lmprobe_zarr.errors import LmprobeZarrError
-from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level
+from lmprobe_zarr.interchange import to_interchange
+from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level, unrecorded_fields
 from lmprobe_zarr.store.parts import Catalog, View, groups_of, open_union, urls_of
 
 __all__ = ["GroupContents", "HeldArray", "StoreContents", "coverage_of", "describe_catalogs", "describe_view"]
@@ -131,6 +132,7 @@ class GroupContents:
             "size": format_bytes(self.nbytes),
             **({"modules": self.found} if self.found else {}),
             "provenance": ", ".join(f"{name}={value}" for name, value in known.items()) or "unknown",
+            **({"unknown": ", ".join(missing)} if (missing := unrecorded_fields(self.group.provenance)) else {}),
         }
 
     def to_html(self, *, opened: bool) -> Html:
@@ -146,12 +148,14 @@ class GroupContents:
         rest = [column for column in self.columns if column.name not in self.own_columns]
         provenance: Mapping[str, Any] = self.group.provenance
         known = {name: str(value) for name, value in provenance.items() if value is not None}
+        missing = unrecorded_fields(self.group.provenance)
+        absent = {"not recorded": ", ".join(missing)} if known and missing else {}
         return [
             definitions({**facts, "group": self.group.name}),
             section("Variables", _array_table(self.variables), opened=True, note=f"({len(self.variables)})"),
             section("Your columns", _array_table(own), opened=bool(own), note=f"({len(own)})"),
             section("Other columns", _array_table(rest), note=f"({len(rest)})"),
-            section("Provenance", definitions(known or {"": "unknown"}), note=f"({len(known)})"),
+            section("Provenance", definitions((known or {"": "unknown"}) | absent), note=f"({len(known)})"),
         ]
 
 
@@ -177,7 +181,7 @@ def _array_table(arrays: Sequence[HeldArray]) -> Html:
 
 def describe_view(view: View) -> GroupContents:
     """What a view holds, from the documents of its parts."""
-    owners = (*view.parts, *view.annotations)
+    owners = view.owners
     # One pass over the tables of files, by far the longest thing in a part's document.
     weights: dict[str, int] = {}
     for part in owners:
@@ -203,7 +207,7 @@ def describe_view(view: View) -> GroupContents:
         prompts=len(view),
         tokens=int(view.token_counts().sum()),
         parts=len(view.parts),
-        annotations=len(view.annotations),
+        annotations=sum(not note.info.is_tombstone for note in view.annotations),
         layers=view.all_layers(),
         variables=tuple(held(level, name) for level in LEVELS for name in view.variables(level)),
         columns=tuple(held(level, name) for level in LEVELS for name in view.columns(level)),
@@ -293,9 +297,10 @@ def coverage_of(view: View, prompts: Iterable[Any] | None) -> xr.DataArray:
     layers = view.all_layers()
     names = [(level, name) for level in LEVELS for name in view.variables(level)]
     held = [np.broadcast_to(view.covers(level, name, rows, layers).T, (len(rows), len(layers))) for level, name in names]
-    return xr.DataArray(
+    found = xr.DataArray(
         np.array(held, bool).reshape(len(names), len(rows), len(layers)),
         dims=("variable", "prompt", "layer"),
         coords={"variable": [name for _, name in names], "prompt": view.hashes[rows], "layer": list(layers)},
         name="coverage",
     )
+    return to_interchange(found)

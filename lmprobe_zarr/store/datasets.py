@@ -11,15 +11,25 @@ from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingPromptsError
-from lmprobe_zarr.store.format import LEVELS, SAMPLE_DIM, Level
-from lmprobe_zarr.store.parts import LazyArray, View, VirtualArray
-from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect, with_columns
-from lmprobe_zarr.typing import Ints
+from lmprobe_zarr.interchange import MISSING_TEXT, TEXT, as_texts, to_interchange
+from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, Level
+from lmprobe_zarr.store.parts import LazyArray, View, column_attrs, holds_texts_only, merged_kind
+from lmprobe_zarr.store.requested import requested_otherwise
+from lmprobe_zarr.tokens import (
+    SEVERAL_CALLS,
+    ColumnVariable,
+    TakenArray,
+    TokenIndex,
+    lazy_variable,
+    prompt_coordinates,
+    protect,
+    with_columns,
+)
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Chunks", "Dtype", "chunked", "reads_stored", "to_dataset", "to_datatree"]
 
@@ -81,6 +91,11 @@ def to_dataset(
     chosen = choose_layers(view.layers(level), layers, where=view.where, num_layers=view.group.num_layers)
     counts = view.token_counts()
     if level == "tokens":
+        if prompts is None and len(rows) and not counts.any():
+            raise MissingPromptsError(
+                f"no tokens were kept of the {len(rows)} prompts in {view.where}: extract them with keep_tokens=True, or read what is "
+                "stored per prompt with store.dataset()"
+            )
         if prompts is None:
             rows = rows[counts[rows] > 0]
         elif (counts[rows] == 0).any():
@@ -91,9 +106,14 @@ def to_dataset(
             )
     make = _token_dataset if level == "tokens" else _prompt_dataset
     data = make(view, rows, counts[rows], chosen, stored=reads_stored(dtype))
+    other = not view.one_call or requested_otherwise(view.storage.url, view.group.name, view.digests)
+    if prompts is None and len(view) > 1 and other:
+        for name in ("prompt", "prompt_sha256", "text"):
+            if name in data.coords:
+                data.coords[name].attrs.update(SEVERAL_CALLS)
     attrs = {"group": view.group.name, "provenance": json.dumps(dict(view.group.provenance))}
     known = {"num_layers": view.group.num_layers, "hidden_size": view.group.hidden_size}
-    return data.assign_coords(model=view.group.model).assign_attrs(attrs | {k: v for k, v in known.items() if v is not None})
+    return to_interchange(data.assign_coords(model=view.group.model).assign_attrs(attrs | known))
 
 
 def chunked(data: xr.Dataset, chunks: Chunks) -> xr.Dataset:
@@ -178,26 +198,44 @@ def _layer_coords(view: View, layers: tuple[int, ...]) -> dict[str, Any]:
     return coords
 
 
-def _prompt_columns(view: View, rows: Ints, *, stored: bool) -> dict[str, tuple[VirtualArray, dict[str, Any]]]:
+def _prompt_columns(view: View, rows: Ints, *, stored: bool) -> dict[str, tuple[LazyArray, dict[str, Any]]]:
     columns = {}
     for name in view.columns("prompts"):
         if name in {"prompt", "prompt_sha256", "n_tokens", "prompt_row"}:
             continue
         array = view.source("prompts", name, rows, (), widened=not stored)
-        columns[name] = (array, {"missing": array.n_absent} if array.n_absent else {})
+        attrs: dict[str, Any] = {"missing": array.n_absent} if array.n_absent else {}
+        own = {} if name in PROMPT_COLUMNS else column_attrs(merged_kind([each.info for each in array.arrays]), array.dtype)
+        lazy = LazyArray(array)
+        if array.dtype == object and not array.n_absent and holds_texts_only([each.info for each in array.arrays]):
+            lazy.dtype = TEXT  # so that Dask arrays of it are written without being computed first
+        columns[name] = (lazy, own | attrs)
     return columns
 
 
 def _prompt_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...], *, stored: bool) -> xr.Dataset:
     variables = _activation_variables(view, "prompts", rows, layers, None, stored=stored)
-    coords: dict[str, Any] = {"prompt": view.hashes[rows], "n_tokens": ColumnVariable(("prompt",), counts, {"sample_dimension": "token"})}
+    coords: dict[str, Any] = {"n_tokens": _kept_tokens(counts)}
     coords |= _layer_coords(view, layers)
     if "perplexity" in variables:
         coords["statistic"] = list(STATISTICS)
-    columns = _prompt_columns(view, rows, stored=stored)
-    coords |= {name: lazy_variable(("prompt",), LazyArray(a), attrs, column=True) for name, (a, attrs) in columns.items()}
+    coords |= {name: _column("prompt", a, attrs) for name, (a, attrs) in _prompt_columns(view, rows, stored=stored).items()}
     coords["prompt_sha256"] = lazy_variable(("prompt",), TakenArray(_digest_texts(view), rows), column=True)
-    return with_columns(xr.Dataset(variables), coords)
+    return with_columns(xr.Dataset(variables, coords=prompt_coordinates(as_texts(view.hashes[rows]))), coords)
+
+
+def _column(dim: str, array: LazyArray | TakenArray, attrs: dict[str, Any]) -> xr.Variable:
+    variable = lazy_variable((dim,), array, attrs, column=True)
+    if array.dtype == object and array.dtype.metadata is None:
+        variable.encoding["missing_value"] = MISSING_TEXT
+    return variable
+
+
+def _kept_tokens(counts: Ints) -> xr.Variable:
+    """How many tokens are kept of each prompt: NaN where none are, as in any column that some prompts lack."""
+    kept = counts > 0
+    attrs = {"sample_dimension": "token"} | ({} if kept.all() else {"missing": int((~kept).sum())})
+    return ColumnVariable(("prompt",), counts if kept.all() else np.where(kept, counts, np.nan), attrs)
 
 
 def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...], *, stored: bool) -> xr.Dataset:
@@ -205,7 +243,7 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
     uniques, codes = np.unique(rows, return_inverse=True)
     by_token = np.repeat(codes.astype(np.int32), counts)
     order = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    index = TokenIndex(view.hashes[uniques], by_token, _positions(view, rows, counts))
+    index = TokenIndex(as_texts(view.hashes[uniques]), by_token, _positions(view, rows, counts))
     coords: dict[str, Any] = {}
     coords |= _layer_coords(view, layers)
     for name in view.columns("tokens"):
@@ -213,7 +251,7 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
             column = LazyArray(view.source("tokens", name, rows, (), counts, widened=not stored))
             coords[name] = lazy_variable(("token",), column, column=True)
     for name, (array, attrs) in _prompt_columns(view, rows, stored=stored).items():
-        coords[name] = lazy_variable(("token",), TakenArray(LazyArray(array), order), attrs, column=True)
+        coords[name] = _column("token", TakenArray(array, order), attrs)
     coords["prompt_sha256"] = lazy_variable(("token",), TakenArray(_digest_texts(view), rows[order]), column=True)
     data = with_columns(xr.Dataset(variables), coords)
     return data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
@@ -227,6 +265,6 @@ def _positions(view: View, rows: Ints, counts: Ints) -> Ints:
     return np.asarray(array.read(np.zeros(1, np.int64), slice(0, array.n_rows))[0], np.int64)
 
 
-def _digest_texts(view: View) -> npt.NDArray[np.str_]:
+def _digest_texts(view: View) -> Array:
     text = np.ascontiguousarray(view.digests).tobytes().hex()
-    return np.frombuffer(text.encode(), "S64").astype("U64")
+    return as_texts(np.frombuffer(text.encode(), "S64").astype("U64"))

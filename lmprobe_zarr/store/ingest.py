@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,11 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from lmprobe_zarr.batch import SCALARS, Precision, TokenBatch, store_as
+from lmprobe_zarr.batch import SCALARS, Precision, TokenBatch, digests_of, keys_of, store_as
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.store.format import GroupInfo
-from lmprobe_zarr.store.parts import BUFFER_BYTES, PART_BYTES, PartWriter, shape_of
+from lmprobe_zarr.store.parts import BUFFER_BYTES, PART_BYTES, CallOrder, PartWriter, shape_of
 from lmprobe_zarr.store.store import Store
 
 __all__ = ["PART_SECONDS", "Ingest"]
@@ -62,6 +63,8 @@ class Ingest:
         See `PartWriter`.
     recorded : mapping
         Noted in every part.
+    order : CallOrder, optional
+        The order of all prompts of the call, where it is known before they are put. By default it is that in which they are put.
 
     Attributes
     ----------
@@ -80,6 +83,7 @@ class Ingest:
     precision: Precision = field(default_factory=Precision)
     compressed: bool = True
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    order: CallOrder | None = None
     parts: list[str] = field(default_factory=list, init=False)
     nbytes: int = field(default=0, init=False)
     not_finite: int = field(default=0, init=False)
@@ -92,6 +96,8 @@ class Ingest:
         self._open: dict[Hashable, _OpenPart] = {}
         self._committed: set[int] = set()
         self._overflowed: set[str] = set()
+        self._call = uuid.uuid4().hex[:16]
+        self._places: dict[int, int] = {}
         self._thread = threading.Thread(target=self._work, name="lmprobe-zarr-ingest", daemon=True)
 
     @property
@@ -151,6 +157,9 @@ class Ingest:
                     part.writer.abort()
 
     def _take(self, batch: TokenBatch) -> None:
+        if self.order is None:
+            for key in keys_of(digests_of(batch.sha256)).tolist():
+                self._places.setdefault(key, len(self._places))
         for piece in _split_batch(batch, self.part_bytes):
             stored = self._rounded(piece)
             key = shape_of(stored)
@@ -171,6 +180,9 @@ class Ingest:
 
     def _commit(self, key: Hashable) -> None:
         writer = self._open[key].writer
+        writer.order = self.order or CallOrder(
+            self._call, np.fromiter(self._places, np.uint64, len(self._places)), np.arange(len(self._places), dtype=np.int64)
+        )
         info = writer.commit()
         del self._open[key]
         self.parts.append(info.name)

@@ -57,7 +57,7 @@ def open_root(storage: Storage, mode: Mode | None) -> tuple[Storage, Mode]:
 def _check_root(storage: Storage, mode: Mode) -> Published | None:
     """The record of a published copy, None for a store that grows or is new; raises where a place is none of these."""
     try:
-        return parse_root(storage.read("zarr.json"), storage.url)
+        return _read_root(storage)
     except (StoreNotFoundError, AccessDeniedError):
         raise
     except NotAStoreError:
@@ -71,7 +71,7 @@ def _check_root(storage: Storage, mode: Mode) -> Published | None:
         raise NotAStoreError(f"{storage.url} is a file, and a store is a folder: give another path")
     names = [name for name in storage.list("") if not name.endswith(".partial")]
     if "zarr.json" in names:  # another writer has created it since it was first looked for
-        return parse_root(storage.read("zarr.json"), storage.url)
+        return _read_root(storage)
     if names:
         _check_rootless(storage, "is missing")
         way = "give a new or empty folder" if mode == "a" else "give the folder that the store was made in"
@@ -79,6 +79,20 @@ def _check_root(storage: Storage, mode: Mode) -> Published | None:
     if mode == "r":
         raise StoreNotFoundError(f"there is no store at {storage.url}: check the path, or open it with mode='a' to make one")
     return None
+
+
+def _read_root(storage: Storage) -> Published | None:
+    """The record of a published copy, None for a store that grows; errors are those of `parse_root`."""
+    try:
+        published = parse_root(storage.read("zarr.json"), storage.url)
+    except NotAStoreError:
+        if not storage.keeps_copies:
+            raise
+    else:
+        # Of all documents only the root of a published copy is ever replaced: by the next publication.
+        if published is None or not storage.keeps_copies:
+            return published
+    return parse_root(storage.read_current("zarr.json"), storage.url)
 
 
 def _check_rootless(storage: Storage, what: str) -> None:

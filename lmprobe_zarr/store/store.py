@@ -10,19 +10,22 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr import config
-from lmprobe_zarr.batch import LayerSpec, TokenBatch
+from lmprobe_zarr.batch import Column, LayerSpec, TokenBatch
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.storage import Storage, open_storage
-from lmprobe_zarr.store.annotations import annotation_batches, check_columns, find_rows
-from lmprobe_zarr.store.choice import choose_group, find_group, find_groups, matching_groups, stored_models
+from lmprobe_zarr.store.annotations import annotation_batches, check_columns, find_rows, fit_batch
+from lmprobe_zarr.store.choice import GivenProvenance, choose_group, find_group, find_groups, matching_groups, stored_models
 from lmprobe_zarr.store.contents import coverage_of, describe_catalogs
 from lmprobe_zarr.store.datasets import Chunks, Dtype, chunked, to_dataset, to_datatree
-from lmprobe_zarr.store.format import GroupInfo, Provenance
+from lmprobe_zarr.store.format import GroupInfo, Provenance, check_new_provenance
+from lmprobe_zarr.store.named import Model
 from lmprobe_zarr.store.parts import (
     PART_BYTES,
+    CallOrder,
     Catalog,
     Listing,
     Mode,
@@ -63,7 +66,7 @@ from lmprobe_zarr.store.upkeep import (
 )
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["Place", "Store", "open_store"]
+__all__ = ["Place", "Store", "open_store", "open_to_read"]
 
 PUBLISHED_PART_BYTES: Final = 2**33
 
@@ -133,6 +136,20 @@ def open_store(
     if not catalogs:
         raise InvalidArgumentError("the list of places is empty: give at least one folder or URL")
     return _store_of(tuple(catalogs), is_default=url is None)
+
+
+def open_to_read(url: Place, *, storage_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None) -> Store:
+    """A store that nothing is written to but marks of use, where it can be written at all; errors as for `open_store` with ``mode="r"``.
+
+    For calls that take a place and only read, so that what they read counts as used. A `Store` is returned as it is.
+    """
+    if isinstance(url, Store):
+        return url
+    opened = open_store(url, mode="r", storage_options=storage_options)
+    given = url[-1] if isinstance(url, (list, tuple)) and url else url
+    if not isinstance(given, Store):
+        opened.catalog.notes_uses = not opened.is_published and opened.storage.may_write()
+    return opened
 
 
 def _roots_of(place: Any, options: Mapping[str, Any] | None, durable: bool, *, is_default: bool) -> list[tuple[Storage, Mode, bool]]:
@@ -271,16 +288,16 @@ class Store:
         return any_holds_parts(self.catalogs, group)
 
     def matching(
-        self, model: str | None = None, provenance: Provenance | None = None, group: str | None = None, *, whole: bool = True
+        self, model: Model | None = None, provenance: GivenProvenance = None, group: str | None = None, *, whole: bool = True
     ) -> list[GroupInfo]:
         """Groups in which no field that is given differs.
 
         Parameters
         ----------
-        model : str, optional
-            Name of the model.
-        provenance : mapping, optional
-            Fields that must be equal.
+        model : str or path, optional
+            Name of the model, its hub id or its folder.
+        provenance : mapping or "any", optional
+            Fields that must be equal. ``"any"`` also takes groups of a folder's name that do not record their weights.
         group : str, optional
             Name of the group itself.
         whole : bool
@@ -293,13 +310,13 @@ class Store:
         """
         return matching_groups(self.catalogs, model, provenance, group, whole=whole)
 
-    def find_group(self, model: str | None = None, *, provenance: Provenance | None = None, group: str | None = None) -> GroupInfo:
+    def find_group(self, model: Model | None = None, *, provenance: GivenProvenance = None, group: str | None = None) -> GroupInfo:
         """The one group that matches.
 
         Parameters
         ----------
-        model : str, optional
-            Name of the model; may be left out where the store holds one group only.
+        model : str or path, optional
+            Name of the model, its hub id or its folder; may be left out where the store holds one group only.
         provenance : mapping, optional
             Fields that must be equal, for example ``{"revision": "…"}``.
         group : str, optional
@@ -396,6 +413,20 @@ class Store:
         for catalog in self.catalogs:
             catalog.forget_all()
 
+    def note_once(self, what: str) -> bool:
+        """Whether something is noted for the first time since this store was opened.
+
+        Parameters
+        ----------
+        what : str
+            Any text that identifies it.
+
+        Returns
+        -------
+        bool
+        """
+        return self.catalog.note_once(what)
+
     def mark_used(self, parts: Iterable[Part]) -> None:
         """Note that parts of this store's own root are being used, for eviction. Nothing is noted where it is read-only; never an error.
 
@@ -424,7 +455,7 @@ class Store:
 
     def dataset(
         self,
-        model: str | None = None,
+        model: Model | None = None,
         prompts: Iterable[Any] | None = None,
         layers: LayerSpec | None = None,
         chunks: Chunks = None,
@@ -437,8 +468,8 @@ class Store:
 
         Parameters
         ----------
-        model : str, optional
-            Name of the model; may be left out where the store holds one only.
+        model : str or path, optional
+            Name of the model, its hub id or its folder; may be left out where the store holds one only.
         prompts : iterable of str or sequence of int, optional
             Texts, hashes or token ids: exactly these, in this order, repeats included. None gives all, in the store's order.
         layers : "all", "middle", "last", int, sequence of int or slice, optional
@@ -470,7 +501,7 @@ class Store:
 
     def tokens(
         self,
-        model: str | None = None,
+        model: Model | None = None,
         prompts: Iterable[Any] | None = None,
         layers: LayerSpec | None = None,
         chunks: Chunks = None,
@@ -495,24 +526,35 @@ class Store:
         info = self.find_group(model, provenance=provenance, group=group)
         return chunked(to_dataset(self.view(info), "tokens", prompts=prompts, layers=layers, dtype=dtype), chunks)
 
-    def datatree(self, *, dtype: Dtype = None) -> xr.DataTree:
+    def datatree(
+        self, model: Model | None = None, *, provenance: Provenance | None = None, group: str | None = None, dtype: Dtype = None
+    ) -> xr.DataTree:
         """Everything, lazily: ``/<group>/prompts`` and ``/<group>/tokens``.
 
         Parameters
         ----------
+        model, provenance, group : optional
+            Only the groups that match; the model by its name, hub id or folder.
         dtype
             As for `dataset`.
 
         Returns
         -------
         xarray.DataTree
+
+        Raises
+        ------
+        ModelNotStoredError
+            Something was named, and no group matches.
         """
-        tree = to_datatree([self.view(info) for info in self.groups().values()], dtype=dtype)
+        named = model is not None or group is not None or bool(provenance)
+        chosen = find_groups(self.catalogs, model, provenance, group) if named else self.groups().values()
+        tree = to_datatree([self.view(info) for info in chosen], dtype=dtype)
         return tree.map_over_datasets(lambda data: chunked(data, None))
 
     def coverage(
         self,
-        model: str | None = None,
+        model: Model | None = None,
         prompts: Iterable[Any] | None = None,
         *,
         provenance: Provenance | None = None,
@@ -564,7 +606,15 @@ class Store:
         """
         return self.catalog.new_part(info, kind=kind, compressed=compressed, recorded=recorded)
 
-    def write(self, info: GroupInfo, batch: TokenBatch, *, kind: str = "part", compressed: bool = True) -> str:
+    def write(
+        self,
+        info: GroupInfo,
+        batch: TokenBatch,
+        *,
+        kind: str = "part",
+        compressed: bool = True,
+        recorded: Mapping[str, Any] | None = None,
+    ) -> str:
         """Write one batch as one part; returns its name.
 
         Parameters
@@ -577,6 +627,8 @@ class Store:
             An annotation holds columns alone.
         compressed : bool
             False stores raw values, which still end in a checksum.
+        recorded : mapping, optional
+            As for `new_part`.
 
         Returns
         -------
@@ -591,16 +643,20 @@ class Store:
             Nothing becomes visible.
         """
         self.check_writable()
+        check_new_provenance(info.provenance)
         if info.name in self.groups(whole=False):
-            self.view(info, whole=False).find(batch.sha256)
-        with self.new_part(info, kind=kind, compressed=compressed) as writer:
+            view = self.view(info, whole=False)
+            view.find(batch.sha256)
+            batch = fit_batch(view, batch)
+        with self.new_part(info, kind=kind, compressed=compressed, recorded=recorded) as writer:
+            writer.order = CallOrder.of(batch.sha256) if kind == "part" else None
             writer.append(batch)
             return writer.commit().name
 
     def annotate(
         self,
-        model: str | None,
-        columns: Mapping[str, Mapping[Any, Any]],
+        model: Model | None,
+        columns: Mapping[str, Mapping[Any, Any] | pd.Series[Any]] | pd.DataFrame,
         *,
         provenance: Provenance | None = None,
         group: str | None = None,
@@ -609,10 +665,11 @@ class Store:
 
         Parameters
         ----------
-        model : str
-            Name of the model.
-        columns : mapping of str to mapping
-            Column to ``{text or hash: value}``; a column may leave prompts out.
+        model : str or path
+            Name of the model, its hub id or its folder.
+        columns : mapping of str to mapping, or DataFrame
+            Column to ``{text or hash: value}`` or to a Series with texts or hashes as its index; or a DataFrame with such an index. Prompts
+            that are left out keep their values; a missing value (None, NaN, NA) replaces the stored one.
         provenance, group : optional
             Choose between several groups of one model.
 
@@ -621,14 +678,14 @@ class Store:
         MissingPromptsError
             A prompt is not stored; nothing is written.
         InvalidArgumentError
-            A column's name or values cannot be stored.
+            A column's name or values cannot be stored, or are of another kind than what is stored under that name.
         """
         self.check_writable()
-        check_columns(columns)
+        columns = check_columns(columns)
         view = self.view(self.find_group(model, provenance=provenance, group=group))
         self.write_columns(view, find_rows(view, columns))
 
-    def write_columns(self, view: View, columns: Mapping[str, tuple[Ints, Sequence[Any]]]) -> None:
+    def write_columns(self, view: View, columns: Mapping[str, tuple[Ints, Sequence[Any] | Column]]) -> None:
         """Write columns as annotations, one for all columns of the same prompts.
 
         Parameters
@@ -645,7 +702,7 @@ class Store:
 
     def delete(
         self,
-        model: str | None,
+        model: Model | None,
         prompts: Iterable[Any],
         *,
         provenance: Provenance | None = None,
@@ -659,8 +716,8 @@ class Store:
 
         Parameters
         ----------
-        model : str
-            Name of the model.
+        model : str or path
+            Name of the model, its hub id or its folder.
         prompts : iterable of str or sequence of int
             Texts, hashes or token ids.
         provenance, group : optional
@@ -703,7 +760,7 @@ class Store:
 
     def compact(
         self,
-        model: str | None = None,
+        model: Model | None = None,
         *,
         provenance: Provenance | None = None,
         group: str | None = None,
@@ -775,7 +832,7 @@ class Store:
 
     def verify(
         self,
-        model: str | None = None,
+        model: Model | None = None,
         *,
         provenance: Provenance | None = None,
         group: str | None = None,
@@ -813,7 +870,7 @@ class Store:
         scans = self._scan(self.catalogs, model, provenance, group)
         return verify_scans(self.where, scans, full=full, began=began, progress=progress)
 
-    def _scan(self, catalogs: Sequence[Catalog], model: str | None, provenance: Provenance | None, group: str | None) -> list[StoreScan]:
+    def _scan(self, catalogs: Sequence[Catalog], model: Model | None, provenance: Provenance | None, group: str | None) -> list[StoreScan]:
         """Which groups and parts the roots hold, read afresh; an error where some were named, and none match."""
         scans = [scan_store(catalog.storage, choose_group(model, provenance, group)) for catalog in catalogs]
         if not any(scan.groups for scan in scans) and (model is not None or provenance or group is not None):
@@ -822,7 +879,7 @@ class Store:
 
     def repair(
         self,
-        model: str | None = None,
+        model: Model | None = None,
         *,
         provenance: Provenance | None = None,
         group: str | None = None,
@@ -870,7 +927,7 @@ class Store:
         self,
         url: str | os.PathLike[str],
         *,
-        model: str | None = None,
+        model: Model | None = None,
         prompts: Iterable[Any] | None = None,
         layers: LayerSpec | None = None,
         provenance: Provenance | None = None,
@@ -940,7 +997,7 @@ class Store:
         )
 
     def _select(
-        self, prompts: Iterable[Any] | None, layers: LayerSpec | None, model: str | None, provenance: Provenance | None, group: str | None
+        self, prompts: Iterable[Any] | None, layers: LayerSpec | None, model: Model | None, provenance: Provenance | None, group: str | None
     ) -> list[Selection]:
         """What a copy takes of this store's own root: all of the groups that match, or some prompts and layers of the one that matches."""
         if prompts is None and layers is None:
@@ -951,7 +1008,7 @@ class Store:
         self,
         target: Store | str | os.PathLike[str],
         *,
-        model: str | None = None,
+        model: Model | None = None,
         prompts: Iterable[Any] | None = None,
         provenance: Provenance | None = None,
         group: str | None = None,
@@ -993,7 +1050,7 @@ class Store:
 
     def drop(
         self,
-        model: str | None,
+        model: Model | None,
         variables: Iterable[str],
         *,
         layers: LayerSpec | None = None,
@@ -1010,8 +1067,8 @@ class Store:
 
         Parameters
         ----------
-        model : str
-            Name of the model.
+        model : str or path
+            Name of the model, its hub id or its folder.
         variables : iterable of str
             Names, as in `dataset` and `tokens`.
         layers : "all", "middle", "last", int, sequence of int or slice, optional

@@ -97,7 +97,7 @@ class RowSource:
         stored = self.stored()
         if stored is not None:
             at = stored.rows.start + rows if isinstance(stored.rows, slice) else stored.rows[rows]
-            return stored.array.read(stored.places, as_slice(at), stored.columns)
+            return stored.array.read(stored.places, as_slice(at), stored.columns, note=True)
         if isinstance(self.variable._data, np.ndarray):
             return self._take(rows)
         # Other lazy arrays may look up each row separately, unless the rows ascend.

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.safetensors_file import encode, header_length, parse_header
 from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.streaming.order import Blocks
@@ -40,7 +41,7 @@ def norms_of(array: xr.DataArray, layer: Any = None) -> xr.DataArray:
         head = head.isel(layer=source.places[0] if source.single else list(source.places))
     head = head.transpose("layer", source.dim, missing_dims="ignore")
     name = f"{array.name}_norm" if array.name else "norm"
-    return xr.DataArray(values[0] if "layer" not in head.dims else values, head.coords, head.dims, name)
+    return to_interchange(xr.DataArray(values[0] if "layer" not in head.dims else values, head.coords, head.dims, name))
 
 
 def read_norms(source: RowSource, blocks: Blocks) -> Floats:
@@ -172,7 +173,7 @@ def _as_dataset(values: Mapping[str, Array], source: RowSource, inner: list[str]
     data = {n: (("layer", *inner)[: v.ndim], v) for n, v in values.items()}
     found = xr.Dataset(data, attrs={"of": str(name or ""), "outlier_factor": float(factor)})
     found = found.assign_coords(layer=list(source.labels)) if layered else found
-    return found.isel(layer=0) if source.single else found
+    return to_interchange(found.isel(layer=0) if source.single else found)
 
 
 def _place(keep: str | os.PathLike[str]) -> tuple[Any, str]:

@@ -10,7 +10,8 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.probes.metrics import Metric, Outcome, measure_outcome, parse_metrics
+from lmprobe_zarr.interchange import read_list, to_interchange
+from lmprobe_zarr.probes.metrics import Metric, Outcome, measure_outcome, parse_metrics, score_outcome
 from lmprobe_zarr.typing import Array, Floats
 
 __all__ = ["compare", "confidence_intervals", "selectivity"]
@@ -24,10 +25,11 @@ def confidence_intervals(
 ) -> xr.Dataset:
     """Bootstrap confidence intervals of the mean over the folds, from the prediction that each prompt got when it was tested.
 
-    Within the test set of each fold, as many prompts are drawn as it has, with replacement. One resample is the mean over the folds of
-    a metric of these prompts, and the interval is between two quantiles of the resamples. Where the sweep had groups, whole groups are
-    drawn. The probes are not fitted again: the interval says how much the score depends on which prompts were tested, not on which
-    were learned from.
+    Prompts are drawn with replacement, among those that the same folds test in every repeat; where the sweep had groups, whole groups are.
+    A prompt stands in every row and in every repeat as often as it was drawn, so that testing it again makes no interval narrower. One
+    resample is the mean over the folds of a metric of these prompts, and the interval is between two quantiles of the resamples. The
+    probes are not fitted again: the interval says how much the score depends on which prompts were tested, not on which were learned
+    from.
 
     Parameters
     ----------
@@ -45,7 +47,8 @@ def confidence_intervals(
     -------
     Dataset
         A variable per metric over the dims of the scores without ``fold``, and ``bound``: "lower", "estimate" (the score itself, the
-        mean over the folds), "upper". NaN where a score is undefined; undefined resamples are left out.
+        mean over the folds), "upper". NaN where a score is undefined; undefined resamples are left out. Where a fold tests a single prompt
+        or group, nothing is known of how such scores vary: the bounds are NaN, and the attribute ``nan_reasons`` says so.
 
     Raises
     ------
@@ -65,7 +68,7 @@ def confidence_intervals(
     if isinstance(n_resamples, bool) or not isinstance(n_resamples, int | np.integer) or n_resamples < 2:
         raise InvalidArgumentError(f"n_resamples={n_resamples!r} are too few: give 1000 or more")
     classification = scores.attrs["task"] == "classification"
-    n_classes = len(scores.attrs["classes"]) if "classes" in scores.attrs else 2 if classification else 0
+    n_classes = len(read_list(scores.attrs, "classes") or ((0, 1) if classification else ()))
     if metrics is None:
         metrics = [str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and _is_metric(str(name), scores)]
     chosen = parse_metrics(metrics, scores.attrs["task"], n_classes)
@@ -73,56 +76,62 @@ def confidence_intervals(
     dims = [str(dim) for dim in scores["predicted"].dims if dim not in ("prompt", "repetition")]
     shape = [scores.sizes[dim] for dim in dims]
     found = {metric.name: np.full((*shape, len(_BOUNDS)), np.nan) for metric in chosen}
-    folds = _tested(scores)
-    weights = _draw(folds, scores["group"].values if "group" in scores.coords else None, int(n_resamples), random_state)
+    unit = "group" if "group" in scores.coords else "prompt"
+    units = np.unique(scores[unit].values.astype(str), return_inverse=True)[1]
+    weights = _draw(units, int(n_resamples), random_state)
+    reason = ""
     for place in product(*(range(size) for size in shape)):
         cell = scores.isel(dict(zip(dims, place, strict=True)))
+        folds = _tested(cell)
+        single = [number for number, (_, rows) in enumerate(folds) if len(np.unique(units[rows])) < 2]
+        if single:
+            reason = f"fold {single[0]} tests a single {unit}, which says nothing of how others would score: use fewer folds"
         outcomes = [_outcome(cell, repetition, rows, n_classes) for repetition, rows in folds]
+        drawn = [] if single else [weights[:, rows] for _, rows in folds]
         for metric in chosen:
-            found[metric.name][place] = _interval(metric, outcomes, weights, tail)
+            found[metric.name][place] = _interval(metric, outcomes, drawn, tail)
     coords = {name: held for name, held in scores.coords.items() if set(held.dims) <= set(dims)}
     data = xr.Dataset({name: ((*dims, "bound"), values) for name, values in found.items()}, coords={**coords, "bound": list(_BOUNDS)})
     data.attrs = {
         **scores.attrs,
         "level": level,
         "n_resamples": int(n_resamples),
-        "resampled": "group" if "group" in scores.coords else "prompt",
+        "resampled": unit,
     }
     for metric in chosen:
-        data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units}
-    return data
+        data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units} | ({"nan_reasons": [reason]} if reason else {})
+    return to_interchange(data)
 
 
 def _is_metric(name: str, scores: xr.Dataset) -> bool:
     try:
-        parse_metrics(name, scores.attrs["task"], len(scores.attrs.get("classes", (0, 1))))
+        parse_metrics(name, scores.attrs["task"], len(read_list(scores.attrs, "classes") or (0, 1)))
     except InvalidArgumentError:
         return False
     return True
 
 
-def _tested(scores: xr.Dataset) -> list[tuple[int, Array]]:
+def _tested(cell: xr.Dataset) -> list[tuple[int, Array]]:
     """The repetition of each fold, and the places of the prompts that it tests."""
-    tests = np.atleast_2d(scores["test_fold"].values)
+    # Folds of shuffled labels are drawn for these labels.
+    dealt = str(cell["control"].item()) == "shuffled_labels" and "dealt_fold" in cell
+    tests = np.atleast_2d(cell["dealt_fold" if dealt else "test_fold"].values)
     return [
         (int(np.flatnonzero((tests == fold).any(axis=1))[0]), np.flatnonzero((tests == fold).any(axis=0)))
-        for fold in range(scores.sizes["fold"])
+        for fold in range(cell.sizes["fold"])
     ]
 
 
-def _draw(folds: list[tuple[int, Array]], groups: Array | None, n_resamples: int, random_state: int) -> list[Floats]:
-    """How often each prompt of each fold is drawn, shape (resample, prompt)."""
-    rng = np.random.default_rng(random_state)
-    drawn = []
-    for _, rows in folds:
-        units = np.arange(len(rows)) if groups is None else np.unique(groups[rows], return_inverse=True)[1]
-        n = int(units.max()) + 1
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=n_resamples)
-        drawn.append(counts[:, units].astype(np.float64))
-    return drawn
+def _draw(units: Array, n_resamples: int, random_state: int) -> Floats:
+    """How often each prompt's unit is drawn, shape (resample, prompt): the same in all folds and repeats."""
+    n = int(units.max()) + 1
+    counts = np.random.default_rng(random_state).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    return np.asarray(counts[:, units].astype(np.float64))
 
 
-def _outcome(cell: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> Outcome:
+def _outcome(cell: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> Outcome | None:
+    """The predictions for some prompts; None where a fit has none, because it failed or its layer is not stored."""
+
     def of(name: str) -> Array | None:
         if name not in cell:
             return None
@@ -132,21 +141,29 @@ def _outcome(cell: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> 
 
     labels = "dealt" if str(cell["control"].item()) == "shuffled_labels" else "true"
     predicted, true, score, probability = of("predicted"), cell[labels].values[rows], of("score"), of("probability")
-    assert predicted is not None  # noqa: S101  (every fold has predicted its prompts)
+    if predicted is None or (n_classes and (predicted < 0).any()):
+        return None
     if probability is not None and probability.ndim == 1:
         probability = np.stack([1 - probability, probability], axis=1)
     return Outcome(true, predicted, n_classes, score, probability)
 
 
-def _interval(metric: Metric, outcomes: list[Outcome], weights: list[Floats], tail: float) -> tuple[float, float, float]:
-    estimate = float(np.mean([measure_outcome(metric, outcome, np.ones((1, len(outcome.true))))[0] for outcome in outcomes]))
-    if np.isnan(estimate):
+def _interval(metric: Metric, outcomes: list[Outcome | None], weights: list[Floats], tail: float) -> tuple[float, float, float]:
+    known = [outcome for outcome in outcomes if outcome is not None]
+    if len(known) < len(outcomes):
         return np.nan, np.nan, np.nan
+    estimate = float(np.mean([score_outcome(outcome, [metric])[0][0] for outcome in known]))
+    if np.isnan(estimate) or not weights:
+        return np.nan, estimate, np.nan
     means = []
     for start in range(0, len(weights[0]), _RESAMPLES_AT_ONCE):
         some = slice(start, start + _RESAMPLES_AT_ONCE)
         with np.errstate(invalid="ignore", divide="ignore"):
-            means.append(np.mean([measure_outcome(metric, o, w[some]) for o, w in zip(outcomes, weights, strict=True)], axis=0))
+            by_fold = np.stack([measure_outcome(metric, o, w[some]) for o, w in zip(known, weights, strict=True)])
+        # A fold of which nothing was drawn, or a single class, has no score in that resample: the mean is over the others.
+        by_fold[~np.isfinite(by_fold) | (np.stack([w[some].sum(axis=1) for w in weights]) == 0)] = np.nan
+        counted = np.isfinite(by_fold).sum(axis=0)
+        means.append(np.divide(np.nansum(by_fold, axis=0), counted, out=np.full(len(counted), np.nan), where=counted > 0))
     resampled = np.concatenate(means)
     resampled = resampled[np.isfinite(resampled)]
     if not len(resampled):
@@ -177,8 +194,7 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     -------
     Dataset
         Over the dims of the score without ``fold``: ``difference`` (mean over the folds, entry less reference), ``t``, ``p_value``
-        (two-sided) and ``p_holm``. NaN for the reference itself, and where a score is NaN. Where all folds differ by the same amount
-        other than zero, t is infinite. Where no fold differs, t is 0 and p is 1.
+    XX
 
     Raises
     ------
@@ -213,11 +229,14 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
         values = np.where((error == 0) & (np.abs(mean.values) < 1e-14), 0.0, mean.values / error)
     itself = xr.DataArray(np.arange(len(labels)) == labels.index(reference), dims=along)
     t = mean.copy(data=values).where(~itself)
-    p = t.copy(data=_two_sided(t.values, n_folds - 1))
+    # t is infinite where all folds differ by the same amount, and huge where few folds happen to differ by nearly the same.
+    floor = 2.0 ** (1 - n_folds)
+    p = t.copy(data=np.maximum(_two_sided(t.values, n_folds - 1), floor))
     holm = p.copy(data=_holm(p.values))
     data = xr.Dataset({"difference": mean, "t": t, "p_value": p, "p_holm": holm})
     data.attrs = {"metric": metric, "along": along, "reference": reference, "degrees_of_freedom": n_folds - 1, "test_train_ratio": ratio}
-    return data
+    data.attrs["p_floor"] = floor
+    return to_interchange(data)
 
 
 def _two_sided(t: Floats, freedom: int) -> Floats:
@@ -271,7 +290,8 @@ def selectivity(scores: xr.Dataset, metric: str = "accuracy", *, control: str = 
         raise InvalidArgumentError(f"these scores have no {control.replace('_', ' ')} to compare with: sweep with controls={control!r}")
     theirs = held.sel(probe=[prefix + name for name in names]).assign_coords(probe=names).drop_vars(("kind", "control"))
     found = held.sel(probe=names).drop_vars(("kind", "control")) - theirs
-    return found.rename("selectivity").assign_attrs(long_name=f"{metric} less that on {control.replace('_', ' ')}", units="1")
+    found = found.rename("selectivity").assign_attrs(long_name=f"{metric} less that on {control.replace('_', ' ')}", units="1")
+    return to_interchange(found)
 
 
 def _check_scores(scores: Any) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import (
     Labels,
     as_fit_dtype,
     check_task,
     coefficients,
     converged,
+    describe_unfit,
     fits_running,
     has_strength,
     make_pipeline_for,
@@ -24,7 +25,6 @@ from lmprobe_zarr.probes import (
     not_finite_rows,
     parse_label_sets,
     read_layer,
-    show_prompts,
 )
 from lmprobe_zarr.sweeps.given import check_activations, check_seed, layers_of
 from lmprobe_zarr.tasks import parse_runner
@@ -102,12 +102,9 @@ def fit_directions(
         return runner.call(_fit_layer, make, sets[0], variable if lazy else None, place, values)
 
     found = runner.run([partial(start, place) for place in range(len(layers))], "fit")
-    for layer, fitted in zip(layers, found, strict=True):
+    for place, fitted in enumerate(found):
         if isinstance(fitted, list):
-            raise InvalidArgumentError(
-                f"layer {layer} of {name_in_messages(array)} is NaN or infinite for {len(fitted)} of {len(sets[0].rows)} prompts "
-                f"({show_prompts(array, fitted)}): drop them with .dropna('prompt'), or extract them again"
-            )
+            raise InvalidArgumentError(describe_unfit(array, place if "layer" in array.dims else None, fitted, len(sets[0].rows)))
     return _dataset(array, sets[0], task, repr(make()), layers, found)
 
 
@@ -153,7 +150,7 @@ def _dataset(array: xr.DataArray, labels: Labels, task: str, estimator: str, lay
     }
     if "model" in array.coords and array.coords["model"].ndim == 0:
         data = data.assign_coords(model=str(array.coords["model"].item()))
-    return data
+    return to_interchange(data)
 
 
 def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.DataArray | xr.Dataset) -> xr.DataArray:
@@ -216,6 +213,5 @@ def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.D
         coords[f"{prefix}name"] = (dim, [name for name, *_ in rows])
         if all(layer is not None for _, layer, *_ in rows):
             coords[f"{prefix}layer"] = (dim, [layer for _, layer, *_ in rows])
-    return xr.DataArray(
-        found, dims=("direction", "other"), coords=coords, name="cosine", attrs={"long_name": "cosine similarity", "units": "1"}
-    )
+    attrs = {"long_name": "cosine similarity", "units": "1"}
+    return to_interchange(xr.DataArray(found, dims=("direction", "other"), coords=coords, name="cosine", attrs=attrs))

@@ -16,6 +16,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import (
     Groups,
     Labels,
+    check_folds_listed,
     list_prompts,
     make_probe,
     parse_groups,
@@ -31,8 +32,8 @@ from lmprobe_zarr.sweeps.given import check_seed
 from lmprobe_zarr.typing import Array
 
 __all__ = [
-    "Data", "Design", "SweepOptions", "check_layer_0", "parse_data", "parse_design", "parse_folds", "parse_inner", "parse_seeds",
-    "parse_strengths",
+    "Data", "Design", "SweepOptions", "check_layer_0", "is_drawn", "parse_data", "parse_design", "parse_folds", "parse_inner",
+    "parse_seeds", "parse_strengths",
 ]  # fmt: skip
 
 
@@ -116,9 +117,15 @@ def parse_folds(options: SweepOptions, data: Data, seed: int) -> tuple[tuple[Fol
     """The folds, and a text that says how they were made."""
     if options.split is not None and options.cv is not None:
         raise InvalidArgumentError("cv and split were given: a split is the one fold there is, leave one of the two out")
+    check_folds_listed(data.arrays[0], options.cv)
     default = 5 if options.cv is None else options.cv
     cv = default if options.split is None else parse_sides(data.arrays[0], options.split)
     return plan_folds(data.labels, data.prompts, data.groups, cv, seed, repeats=options.repeats)
+
+
+def is_drawn(options: SweepOptions) -> bool:
+    """Whether folds are made from the labels, by a number or a splitter, rather than given."""
+    return options.split is None and (isinstance(options.cv, int | np.integer | None) or hasattr(options.cv, "split"))
 
 
 def check_layer_0(trials: tuple[Trial, ...], layers: Array) -> None:

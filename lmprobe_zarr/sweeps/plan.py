@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,16 @@ import xarray as xr
 
 from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.display import format_bytes, name_in_messages
-from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, bare_variable, group_codes, list_prompts, number_repeats
+from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, Labels, bare_variable, group_codes, list_prompts, number_repeats
 from lmprobe_zarr.probes.controls import make_estimator, parse_controls, read_features, shuffle_labels
+from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.sweeps.given import check_seed, layers_of, parse_activations
 from lmprobe_zarr.sweeps.options import (
     Data,
     SweepOptions,
     check_layer_0,
+    is_drawn,
     parse_data,
     parse_design,
     parse_folds,
@@ -31,6 +34,7 @@ from lmprobe_zarr.sweeps.options import (
     parse_seeds,
     parse_strengths,
 )
+from lmprobe_zarr.tokens import order_attributes
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Sweep", "SweepPlan", "make_sweep", "plan_sweep"]
@@ -177,6 +181,8 @@ class Sweep:
             "preprocessing": plan.preprocessing or "",
             "task": plan.task,
             "predictions": plan.predictions,
+            # Raised when fits, folds or shuffled labels of an unchanged call change.
+            "way of fitting": 2,
             "version of scikit-learn": next(v for v in self.attrs["versions"] if v.startswith("scikit-learn")),
         }
         return dict(json.loads(json.dumps(words)))
@@ -264,9 +270,16 @@ def make_sweep(options: SweepOptions) -> Sweep:
     check_layer_0(design.trials, layers)
     codes = np.zeros(len(data.prompts), dtype=int)
     codes[data.rows] = group_codes([data.prompts[row] for row in data.rows], None)
-    shuffled: tuple[tuple[Array, ...], ...] = ()
+    shuffled: tuple[tuple[tuple[Array, tuple[Fold, ...]], ...], ...] = ()
     if any(trial.shuffled for trial in design.trials):
-        shuffled = tuple(tuple(shuffle_labels(each, codes, folds, drawn) for drawn in seeds) for each in data.labels)
+
+        def draw_folds(dealt: Labels) -> tuple[Fold, ...]:
+            # Folds that do not depend on the labels are the same for all; those of a splitter may be fewer for other labels.
+            drawn = parse_folds(options, replace(data, labels=(dealt,) if len(data.labels) == 1 else data.labels), seed)[0]
+            return drawn if len(drawn) == len(folds) else folds
+
+        of = draw_folds if is_drawn(options) else partial(_checked, folds)
+        shuffled = tuple(tuple(shuffle_labels(each, data.prompts, data.groups, of, drawn) for drawn in seeds) for each in data.labels)
     fits = FitPlan(
         variables=variables,
         features=read_features(design.trials, controls, arrays[0], dataset, data.rows),
@@ -288,6 +301,13 @@ def make_sweep(options: SweepOptions) -> Sweep:
     dims = _dims(fits, data, layers, seeded=options.seeds is not None)
     plan = _summarise(fits, data, layers, tuple(dims), cv)
     return Sweep(plan=plan, fits=fits, arrays=arrays, attrs=_attributes(fits, data, cv, seed), coords=_coordinates(fits, data, dims))
+
+
+def _checked(folds: tuple[Fold, ...], labels: Labels) -> tuple[Fold, ...]:
+    """The same folds, if each trains on two classes of these labels."""
+    if labels.classes is not None and any(len(np.unique(labels.values[train])) < 2 for train, _ in folds):
+        raise LabelError("a fold trains on one class")
+    return folds
 
 
 def _summarise(fits: FitPlan, data: Data, layers: Array, dims: tuple[str, ...], cv: str) -> SweepPlan:
@@ -378,8 +398,10 @@ def _attributes(fits: FitPlan, data: Data, cv: str, seed: int) -> dict[str, Any]
     array, only = data.arrays[0], data.labels[0]
     attrs: dict[str, Any] = {"labels": ", ".join(each.name for each in data.labels), "task": fits.task}
     if only.classes is not None and len(data.labels) == 1:
-        classes, counts = np.unique(only.values[only.rows], return_counts=True)
-        attrs |= {"classes": classes.tolist(), "class_counts": counts.tolist(), "majority_share": float(counts.max() / counts.sum())}
+        # Of the prompts that are scored, which of a single split are some.
+        scored = only.values[np.unique(np.concatenate([test for _, test in fits.folds]))]
+        counts = np.array([int((scored == label).sum()) for label in only.classes])
+        attrs |= {"classes": only.classes.tolist(), "class_counts": counts.tolist(), "majority_share": float(counts.max() / counts.sum())}
     estimators = [make_estimator(trial, seed, fits.task, preprocessing=fits.preprocessing) for trial in fits.trials]
     attrs |= {
         "n_prompts": len(only.rows),
@@ -421,19 +443,32 @@ def _prompt_coordinates(fits: FitPlan, data: Data, dims: Mapping[str, Array]) ->
     rows = data.rows
     true = [each.codes[rows] for each in data.labels]
     coords: dict[str, Any] = {
-        "prompt": ("prompt", np.array([data.prompts[row] for row in rows])),
+        "prompt": ("prompt", np.array([data.prompts[row] for row in rows]), order_attributes(data.arrays[0])),
         "true": (("label", "prompt"), np.array(true)) if "label" in dims else ("prompt", true[0]),
     }
     if fits.shuffled:
         # Predictions of controls with shuffled labels are compared with these labels, not with the true ones.
-        dealt = np.array(
-            [[replace(each, values=values).codes[rows] for values in drawn] for each, drawn in zip(data.labels, fits.shuffled, strict=True)]
-        )
+        by_label = zip(data.labels, fits.shuffled, strict=True)
+        dealt = np.array([[replace(each, values=values).codes[rows] for values, _ in drawn] for each, drawn in by_label])
         by = [dim for dim in ("label", "seed") if dim in dims]
         coords["dealt"] = ((*by, "prompt"), dealt.reshape([len(dims[dim]) for dim in by] + [len(rows)]))
+        tests = np.array([[_test_folds(folds, rows, number_repeats(fits.folds)) for _, folds in drawn] for drawn in fits.shuffled])
+        several = ["repetition"] if tests.shape[2] > 1 else []
+        shape = [len(dims[dim]) for dim in by] + ([tests.shape[2]] if several else []) + [len(rows)]
+        coords["dealt_fold"] = ((*by, *several, "prompt"), tests.reshape(shape))
     if data.groups is not None:
         coords["group"] = ("prompt", data.groups.codes[rows])
     return coords
+
+
+def _test_folds(folds: Sequence[Fold], rows: Array, repeats: Array) -> Array:
+    """The fold that tests each row in each repeat, −1 for none, shape (repetition, row)."""
+    place = np.full(int(rows.max()) + 1, -1)
+    place[rows] = np.arange(len(rows))
+    found = np.full((int(repeats[-1]) + 1, len(rows)), -1, np.int32)
+    for fold, (_, test) in enumerate(folds):
+        found[repeats[fold], place[test]] = fold
+    return found
 
 
 def _versions() -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import Fit, FitTask, number_repeats
-from lmprobe_zarr.probes.metrics import undefined_reasons
+from lmprobe_zarr.probes.metrics import FAILED, undefined_reasons
 from lmprobe_zarr.sweeps.plan import Sweep
 from lmprobe_zarr.typing import Array
 
@@ -51,6 +52,8 @@ class Scores:
             "class": max((len(each.classes) for each in fits.labels if each.classes is not None), default=0),
         }  # fmt: skip
         self._columns = dict(self._make_columns())
+        #: By the name of a probe, the errors that its fits ended in, each with the layer of the first.
+        self._problems: dict[str, dict[str, str]] = {}
         self._entered = np.zeros((len(fits.variables), len(fits.layers), len(fits.trials)), dtype=bool)
         # Layers that a variable does not have count as entered, and so do controls on its layer 0 where it has none: their scores stay NaN.
         for place, source in enumerate(fits.variables):
@@ -112,10 +115,14 @@ class Scores:
         self._put("undefined", at, fit.reasons)
         if plan.inner:
             self._put("chosen_strength", at, fit.strength)
+        if fit.problem:
+            layer = fit.at[_AXES.index("layer")]
+            of_probe = self._problems.setdefault(plan.trials[fit.at[_AXES.index("probe")]].name, {})
+            of_probe.setdefault(fit.problem, f"layer {plan.layers[layer]}" if layer >= 0 else "no layer")
         if fit.outcome is None:
             return
         fold = fit.at[_AXES.index("fold")]
-        place = dict(zip(_AXES, at, strict=True)) | {"repetition": int(self._repeats[fold]), "prompt": self._place[plan.folds[fold][1]]}
+        place = dict(zip(_AXES, at, strict=True)) | {"repetition": int(self._repeats[fold]), "prompt": self._place[self._tested(fit)]}
         per_prompt = tuple(place[dim] for dim in _PER_PROMPT)
         outcome = fit.outcome
         self._put("predicted", per_prompt, outcome.predicted)
@@ -127,6 +134,12 @@ class Scores:
             self._put("score", per_prompt, outcome.scores if by_class else np.stack([-outcome.scores, outcome.scores], axis=1))
         if outcome.probabilities is not None:
             self._put("probability", per_prompt, outcome.probabilities if several else outcome.probabilities[:, 1])
+
+    def _tested(self, fit: Fit) -> Array:
+        plan = self._sweep.fits
+        _, _, trial, fold, seed, _, which = fit.at
+        folds = plan.shuffled[which][max(seed, 0)][1] if plan.trials[trial].shuffled else plan.folds
+        return folds[fold][1]
 
     def _put(self, name: str, at: tuple[Any, ...], value: Any) -> None:
         column = self._columns[name].values
@@ -199,7 +212,8 @@ class Scores:
         if plan.predictions:
             held["test_fold"] = self._test_folds()
         data = xr.Dataset(held, coords=dict(self._sweep.coords), attrs={**self._sweep.attrs})
-        return data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
+        data = data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
+        return to_interchange(data)
 
     def dataset(self) -> xr.Dataset:
         """Everything entered so far, as callers see it; NaN where a fit is missing."""
@@ -207,7 +221,27 @@ class Scores:
         unknown = [name for name in ("score", "probability") if name in data and bool(data[name].isnull().all())]
         data = data.drop_vars(unknown)
         data.attrs["n_unconverged"] = int((~data["converged"]).sum())
-        return data
+        if self._n_failed():
+            data.attrs["n_failed"] = self._n_failed()
+        return to_interchange(data)
+
+    def _n_failed(self) -> int:
+        bits = self._columns["undefined"].values
+        return int(((bits & FAILED) == FAILED).sum())
+
+    def failures(self) -> str:
+        """How many fits ended in an error, and the first error of each probe; empty if none did."""
+        if not self._n_failed():
+            return ""
+        shown = [f"{name} on {where}: {problem}" for name, found in self._problems.items() for problem, where in list(found.items())[:1]]
+        many = f"{self._n_failed()} of {self._columns['undefined'].values.size} scores are NaN because their fits failed"
+        return f"{many} ({'; '.join(shown[:3])}{'; …' if len(shown) > 3 else ''})" if shown else many
+
+    def all_failed(self) -> bool:
+        """Whether every fit of every probe ended in an error; controls do not count."""
+        bits = np.moveaxis(self._columns["undefined"].values, _AXES.index("probe"), 0)
+        probes = [number for number, trial in enumerate(self._sweep.fits.trials) if not trial.control]
+        return bool(((bits[probes] & FAILED) == FAILED).all())
 
     def _test_folds(self) -> tuple[tuple[str, ...], Array, dict[str, str]]:
         plan = self._sweep.fits
@@ -225,6 +259,11 @@ class Scores:
             reasons: dict[str, list[str]] = {}
             nan = np.isnan(data[metric.name].transpose("probe", ...).values)
             for name, undefined, where in zip(self._sweep.coords["probe"][1], bits, nan, strict=True):
+                failed = where & ((undefined & FAILED) == FAILED)
+                if failed.any():
+                    problem = next(iter(self._problems.get(str(name), {})), "")
+                    reasons.setdefault("the fit failed" + f" ({problem})" * bool(problem), []).append(str(name))
+                where = where & ~failed
                 together = int(np.bitwise_or.reduce(undefined[where], axis=None)) if where.any() else 0
                 for reason in undefined_reasons(together, metric):
                     reasons.setdefault(reason, []).append(str(name))

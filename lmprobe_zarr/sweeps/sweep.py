@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, fit_task, show_prompts
+from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, describe_unfit, fit_task, show_prompts
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.sweeps.options import SweepOptions
 from lmprobe_zarr.sweeps.plan import Sweep, make_sweep
@@ -155,6 +154,9 @@ def sweep(
     -----
     ConvergenceWarning
         scikit-learn's own, but once per sweep with the number of fits.
+    FitFailedWarning
+        scikit-learn's own, once per sweep: some fits ended in an error, so their scores are NaN. ``nan_reasons`` says which and why. If
+        every fit of every probe failed, it is an InvalidArgumentError.
 
     Notes
     -----
@@ -178,9 +180,15 @@ def sweep(
         _run(planned, scores, place, runner, progress=progress)
     except NotFiniteError as problem:
         raise _not_finite(planned, problem) from None
+    if scores.all_failed():
+        raise InvalidArgumentError(f"{scores.failures()}: give a probe that can be fitted on these prompts, or fewer folds")
     found = scores.dataset()
     if place is not None:
         place.finish(found)
+    if scores.failures():
+        from sklearn.exceptions import FitFailedWarning
+
+        warnings.warn(f"{scores.failures()}: the attribute nan_reasons of each measure says which", FitFailedWarning, stacklevel=2)
     if found.attrs["n_unconverged"]:
         from sklearn.exceptions import ConvergenceWarning
 
@@ -195,16 +203,13 @@ def sweep(
 
 def _not_finite(sweep: Sweep, problem: NotFiniteError) -> InvalidArgumentError:
     array = sweep.arrays[max(problem.variable, 0)]
-    if problem.variable < 0:
-        where = f"control {sweep.fits.trials[problem.trial].name!r}"
-    else:
-        place = sweep.fits.variables[problem.variable].layers[problem.layer]
-        where = f"layer {sweep.plan.layers[place]} of {name_in_messages(array)}" if place >= 0 else name_in_messages(array)
     n = sweep.plan.n_prompts
-    return InvalidArgumentError(
-        f"{where} is NaN or infinite for {len(problem.rows)} of {n} prompts ({show_prompts(array, problem.rows)}): "
-        "drop them with .dropna('prompt'), or extract them again (float16 overflows at 65504)"
-    )
+    if problem.variable < 0:
+        return InvalidArgumentError(
+            f"control {sweep.fits.trials[problem.trial].name!r} is NaN or infinite for {len(problem.rows)} of {n} prompts "
+            f"({show_prompts(array, problem.rows)}): leave these prompts out, or the control"
+        )
+    return InvalidArgumentError(describe_unfit(array, problem.layer if "layer" in array.dims else None, problem.rows, n))
 
 
 def _sample(sweep: Sweep) -> list[Array]:

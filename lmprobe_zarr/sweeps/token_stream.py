@@ -33,7 +33,7 @@ from lmprobe_zarr.probes import (
     unit_of,
 )
 from lmprobe_zarr.tasks import Runner
-from lmprobe_zarr.typing import Array, Ints, Mask
+from lmprobe_zarr.typing import Array, Floats, Ints, Mask
 
 __all__ = ["BLOCK_BYTES", "STREAMED", "Fitted", "LayerRows", "TaskPlan", "fit_stream", "measure_stream", "score_stream"]
 
@@ -42,8 +42,8 @@ BLOCK_BYTES: Final = 16 * 2**20
 #: The units of the sums come from a sample of this many rows, in this many runs.
 _SAMPLE_ROWS, _SAMPLE_RUNS = 1024, 16
 #: Limits of a descent. It makes as many passes as see a million rows, which scikit-learn calls enough, but at least 20 and at most 1000.
-#: It ends early after three passes whose loss did not fall by the tolerance.
-_EPOCHS, _ROWS_SEEN, _PATIENCE, _TOLERANCE = (20, 1000), 10**6, 3, 1e-3
+#: It ends early when twice as many passes have changed the loss by less than the tolerance (in nats).
+_EPOCHS, _ROWS_SEEN, _TOLERANCE = (20, 1000), 10**6, 1e-4
 #: A minibatch is made of this many runs of rows from random places, since a store may be sorted by label.
 _RUNS: Final = 16
 
@@ -247,8 +247,6 @@ def _minibatches(n: int, size: int, seed: int) -> Iterator[Ints]:
 
 def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) -> dict[int, Fitted]:
     """Logistic regression by stochastic gradient descent on every training set of a layer at once; by fold."""
-    from lmprobe_zarr.probes import make_probe
-
     began = time.perf_counter()
     read: Callable[[Ints], Array]
     if callable(values):
@@ -258,55 +256,95 @@ def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) ->
     else:
         assert plan.layer_rows is not None  # noqa: S101  (without values, tasks read by themselves)
         read = partial(plan.layer_rows.read, layer)
-    n_folds = len(plan.trains)
-    estimators = []
-    classes = []
-    for fold, trained in enumerate(plan.trains):
-        estimator = make_probe("sgd", _seed_of(plan, layer, "sgd", fold), standardise=False)
-        estimators.append(estimator.set_params(shuffle=False))
-        classes.append(np.unique(plan.codes[trained[plan.cell]]))
-    best, waited = np.full(n_folds, np.inf), np.zeros(n_folds, int)
-    running = set(range(n_folds))
+    descents = [_Descent(plan, layer, fold, trained) for fold, trained in enumerate(plan.trains)]
     with fits_running():
         for epoch in range(int(np.clip(-(-_ROWS_SEEN // plan.n_rows), *_EPOCHS))):
-            loss, seen = np.zeros(n_folds), np.zeros(n_folds)
             rng = np.random.default_rng([_seed_of(plan, layer, "order", 0), epoch])
             for places in _minibatches(plan.n_rows, plan.block_rows, _seed_of(plan, layer, f"epoch {epoch}", 0)):
                 rows, cells, codes = read(places), plan.cell[places], plan.codes[places]
                 order = rng.permutation(len(places))
-                for fold in running:
-                    mine = order[plan.trains[fold][cells[order]]]
-                    if not len(mine):
-                        continue
-                    mean, scale = scaling[fold]
-                    x, y = (rows[mine] - mean) / scale, codes[mine]
-                    if epoch or seen[fold]:
-                        loss[fold] += _log_loss(estimators[fold], x, y)
-                    seen[fold] += len(mine)
-                    estimators[fold].partial_fit(x, y, classes=classes[fold])
-            for fold in tuple(running):
-                mean_loss = loss[fold] / max(seen[fold], 1)
-                waited[fold] = waited[fold] + 1 if epoch and mean_loss > best[fold] - _TOLERANCE else 0
-                best[fold] = min(best[fold], mean_loss) if epoch else np.inf
-                if waited[fold] >= _PATIENCE:
-                    running.discard(fold)
-            if not running:
+                for descent, (mean, scale) in zip(descents, scaling, strict=True):
+                    mine = order[descent.trained[cells[order]]]
+                    if len(mine) and not descent.ended:
+                        descent.learn((rows[mine] - mean) / scale, codes[mine])
+            for descent in descents:
+                descent.end_epoch(epoch + 1)
+            if all(descent.ended for descent in descents):
                 break
-    seconds = (time.perf_counter() - began) / n_folds
+    seconds = (time.perf_counter() - began) / len(descents)
     found = {}
-    for fold, estimator in enumerate(estimators):
-        mean, scale = scaling[fold]
-        coef = np.asarray(estimator.coef_, np.float64) / scale
-        solution = Solution(coef, np.asarray(estimator.intercept_, np.float64) - coef @ mean, classes[fold])
-        found[fold] = Fitted(solution, seconds, fold not in running)
+    for fold, (descent, (mean, scale)) in enumerate(zip(descents, scaling, strict=True)):
+        solution = descent.mean()
+        coef = solution[:, :-1] / scale
+        found[fold] = Fitted(Solution(coef, solution[:, -1] - coef @ mean, descent.classes), seconds, descent.ended)
     return found
 
 
-def _log_loss(estimator: Any, x: Array, y: Array) -> float:
-    """Loss summed over rows that are not learned from yet; with more than two classes one against the rest, as the estimator minimises."""
-    scores = np.asarray(estimator.decision_function(x)).reshape(len(x), -1)
-    signs = np.where((y[:, None] == estimator.classes_) if scores.shape[1] > 1 else (y == estimator.classes_[1])[:, None], 1, -1)
-    return float(np.logaddexp(0, -signs * scores).sum()) / scores.shape[1]
+class _Descent:
+    """One fit of logistic regression by averaged stochastic gradient descent.
+
+    Steps have a constant size, one over the hidden units, for which standardised rows are safe. The last step is noise; the mean of the
+    steps is not. The mean is over the later half of the passes or somewhat more, so that it forgets the way there. Whenever the number of
+    passes has doubled, the loss of the mean over all training rows is compared with that at half as many passes.
+
+    Source: B. T. Polyak and A. B. Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal on Control and
+    Optimization 30 (1992); F. Bach and E. Moulines, "Non-strongly-convex smooth stochastic approximation with convergence rate O(1/n)"
+    (2013), arXiv:1306.2119.
+    """
+
+    def __init__(self, plan: TaskPlan, layer: int, fold: int, trained: Mask) -> None:
+        from lmprobe_zarr.probes import make_probe
+
+        self.trained = trained
+        self.classes = np.unique(plan.codes[trained[plan.cell]])
+        self.ended = False
+        # One regression per class against the rest: in scikit-learn's own of several classes, the intercept is no mean.
+        self._wanted = self.classes[1:] if len(self.classes) == 2 else self.classes
+        self._estimators = [
+            make_probe("sgd", _seed_of(plan, layer, "sgd", fold), standardise=False).set_params(
+                shuffle=False, learning_rate="constant", eta0=1 / max(1, plan.hidden), average=True
+            )
+            for _ in self._wanted
+        ]
+        self._seen = 0
+        # Sums of all steps so far, and rows seen, at passes 1, 2, 4, 8, ….
+        self._marks: dict[int, tuple[Floats, int]] = {0: (np.zeros((1, 1)), 0)}
+        self._epochs = 0
+        self._candidate: Floats | None = None
+        self._loss, self._counted, self._best = 0.0, 0, np.inf
+
+    def _sums(self) -> Floats:
+        whole = [np.concatenate([each.coef_, each.intercept_[:, None]], axis=1) for each in self._estimators]
+        return np.asarray(np.concatenate(whole) * self._seen)
+
+    def mean(self) -> Floats:
+        """The mean of the steps of the later passes, shape (1 or class, hidden + 1), the intercept last."""
+        first = max(mark for mark in self._marks if 2 * mark <= self._epochs)
+        before, seen = self._marks[first]
+        return np.asarray((self._sums() - before) / max(1, self._seen - seen))
+
+    def learn(self, x: Floats, y: Array) -> None:
+        hits = y[:, None] == self._wanted
+        if self._candidate is not None:
+            scores = x @ self._candidate[:, :-1].T + self._candidate[:, -1]
+            self._loss += float(np.logaddexp(0, np.where(hits, -scores, scores)).sum()) / scores.shape[1]
+            self._counted += len(x)
+        for place, estimator in enumerate(self._estimators):
+            estimator.partial_fit(x, hits[:, place].astype(int), classes=(0, 1))
+        self._seen += len(x)
+
+    def end_epoch(self, epochs: int) -> None:
+        if self.ended:
+            return
+        self._epochs = epochs
+        if self._candidate is not None:
+            loss = self._loss / max(1, self._counted)
+            self.ended = abs(self._best - loss) < _TOLERANCE
+            self._best, self._candidate, self._loss, self._counted = loss, None, 0.0, 0
+        if epochs & (epochs - 1) == 0:
+            # Compared during the next pass, which reads all rows anyway.
+            self._candidate = self.mean()
+            self._marks[epochs] = self._sums(), self._seen
 
 
 @dataclass(frozen=True, slots=True)

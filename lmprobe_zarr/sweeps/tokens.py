@@ -19,6 +19,7 @@ import xarray as xr
 from lmprobe_zarr.batch import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.interchange import read_list, to_interchange
 from lmprobe_zarr.probes import (
     LabelledTokens,
     NotFiniteError,
@@ -35,7 +36,7 @@ from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_c
 from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, Tested, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
-from lmprobe_zarr.tokens import pool_tokens, prompts_of, token_texts
+from lmprobe_zarr.tokens import pool_tokens, prompts_of, stored_rows, token_texts
 from lmprobe_zarr.typing import Array, Client
 
 __all__ = ["fit_tokens", "score_tokens", "sweep_tokens"]
@@ -71,8 +72,8 @@ def fit_tokens(
     probe : {"ridge", "lda", "mass_mean", "mass_mean_cov", "sgd"}
         See :func:`lmprobe_zarr.probes.named_probes`. All but "sgd" are exact: they are solved from sums that one pass over the tokens
         gives, and equal the fit in memory of that name, standardisation and shrinkage included. "sgd" takes minibatches in random order:
-        one pass for the standardisation, then at most 20 (more where there are few tokens, until a million have been seen), fewer when the
-        loss of three did not fall by 0.001.
+        one pass for the standardisation, then at most 20 (more where there are few tokens, until a million have been seen). The result is
+        the mean of the later steps; it has converged when twice as many passes changed its loss by less than 0.0001.
     where : str, DataArray or array of bool, optional
         Which tokens to learn from, as from :func:`lmprobe_zarr.mask_tokens`; others need no label.
     missing : {"raise", "drop"}
@@ -141,7 +142,7 @@ def fit_tokens(
         attrs={"probe": probe, **_attributes(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
     )
     _warn_unconverged(found)
-    return _name_model(found, array)
+    return to_interchange(_name_model(found, array))
 
 
 def score_tokens(
@@ -198,7 +199,7 @@ def score_tokens(
         codes=none,
         cell=none,
         prompt=none,
-        n_classes=len(probes.attrs["classes"]),
+        n_classes=len(read_list(probes.attrs, "classes") or ()),
         trains=np.ones((1, 1), bool),
         tests=None,
         random_state=0,
@@ -217,6 +218,7 @@ def score_tokens(
     if dim == "token":
         texts = token_texts(array)
         scored = scored if texts is None else scored.assign_coords(token_text=("token", texts))
+    scored = to_interchange(scored)
     if stage.of == "nothing" or dim != "token":
         return scored
     # The stage has the bare name of the pooling. Each class is pooled by itself, as each layer is.
@@ -317,7 +319,7 @@ def sweep_tokens(
             found[_Trial(name, name)] = np.broadcast_to(_as_objects([_result(measured) for measured in measures]), rows[0].shape)
     scores = _scores(array, examples, folds, plan, stage, found, seconds)
     _warn_unconverged(scores)
-    return _name_model(scores, array)
+    return to_interchange(_name_model(scores, array))
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------------
@@ -380,10 +382,14 @@ def _fit(
     try:
         return fit_stream(layer_rows, plan, runner)
     except NotFiniteError as problem:
+        held = stored_rows(array.variable.isel(layer=problem.layer, missing_dims="ignore"))
+        absent = [] if held is None else [row for row in problem.rows if not held[examples.rows[row]]]
+        layer, shown = layer_labels(array)[problem.layer], show_rows(examples, np.array(absent or problem.rows))
+        what = "was never extracted" if absent else "is NaN or infinite"
         raise InvalidArgumentError(
-            f"layer {layer_labels(array)[problem.layer]} of {name_in_messages(array)} is NaN or infinite for {len(problem.rows)} "
-            f"of {plan.n_rows} {layer_rows.dim}s, in {show_rows(examples, np.array(problem.rows))}:\n"
-            "leave them out with where=, or extract them again (float16 overflows at 65504)"
+            f"layer {layer} of {name_in_messages(array)} {what} for {len(absent or problem.rows)} of {plan.n_rows} {layer_rows.dim}s, in "
+            f"{shown}:\nleave them out with where=, "
+            + (f"or extract them with layers=[{layer}]" if absent else "or extract them again (float16 overflows at 65504)")
         ) from None
 
 
@@ -414,7 +420,7 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
             "give the same site of the same model"
         )
     chosen = probes.sel(layer=wanted) if "layer" in probes.dims else probes.expand_dims("layer")
-    classes = np.arange(len(probes.attrs["classes"]))
+    classes = np.arange(len(read_list(probes.attrs, "classes") or ()))
     found = []
     for n in range(len(wanted)):
         of_layer = chosen.isel(layer=n)

@@ -14,9 +14,11 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import (
     as_fit_dtype,
     converged,
+    describe_unfit,
     fits_running,
     list_prompts,
     make_probe,
@@ -24,7 +26,6 @@ from lmprobe_zarr.probes import (
     parse_labels,
     plan_folds,
     read_layer,
-    show_prompts,
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
 from lmprobe_zarr.tasks import parse_runner
@@ -91,11 +92,9 @@ def sweep_transfer(
     found = runner.run([partial(start, layer) for layer in transfer.layers], "transfer")
     for layer, result in zip(transfer.layers, found, strict=True):
         if isinstance(result, _NotFinite):
-            raise InvalidArgumentError(
-                f"layer {layer} of {transfer.names[result.number]!r} is NaN or infinite for {len(result.rows)} of "
-                f"{len(transfer.prompts[result.number])} prompts ({show_prompts(transfer.arrays[result.number], result.rows)}): "
-                "drop them with .dropna('prompt'), or extract them again"
-            )
+            array, name = transfer.arrays[result.number], repr(transfer.names[result.number])
+            place = array["layer"].values.tolist().index(layer)
+            raise InvalidArgumentError(describe_unfit(array, place, result.rows, array.sizes["prompt"], name=name))
     return _scores(transfer, found)
 
 
@@ -271,4 +270,4 @@ def _scores(transfer: _Transfer, found: list[_LayerScores]) -> xr.Dataset:
     models = {str(a.coords["model"].item()) for a in transfer.arrays if "model" in a.coords and a.coords["model"].ndim == 0}
     if len(models) == 1:
         scores.attrs["model"] = models.pop()
-    return scores
+    return to_interchange(scores)

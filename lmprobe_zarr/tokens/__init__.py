@@ -1,25 +1,43 @@
-"""Ragged token axes in xarray: the index over prompt and position, lazy labels, tokens back to prompts, masks of tokens.
+"""Ragged token axes in xarray: the index over prompt and position, lazy labels, tokens back to prompts, masks of tokens, order of rows.
 
 Never a store, never a fit. Everything that others use is in this face.
 """
 
 from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
-from lmprobe_zarr.tokens.lazy import ColumnVariable, LazyVariable, TakenArray, lazy_variable, protect, tidy_key, unwrapped, with_columns
+from lmprobe_zarr.tokens.lazy import (
+    ColumnVariable,
+    LazyVariable,
+    TakenArray,
+    lazy_variable,
+    protect,
+    stored_rows,
+    tidy_key,
+    unwrapped,
+    with_columns,
+)
 from lmprobe_zarr.tokens.masks import mask_tokens
+from lmprobe_zarr.tokens.prompt_labels import prompt_coordinates
 from lmprobe_zarr.tokens.prompts import pad_tokens, pool_tokens, prompts_of, token_texts, tokens_at
+from lmprobe_zarr.tokens.row_order import SEVERAL_CALLS, check_listed, is_in_known_order, order_attributes
 
 __all__ = [
+    "SEVERAL_CALLS",
     "ColumnVariable",
     "LazyVariable",
     "TakenArray",
     "TokenIndex",
     "by_appearance",
+    "check_listed",
+    "is_in_known_order",
     "lazy_variable",
     "mask_tokens",
+    "order_attributes",
     "pad_tokens",
     "pool_tokens",
+    "prompt_coordinates",
     "prompts_of",
     "protect",
+    "stored_rows",
     "tidy_key",
     "token_texts",
     "tokens_at",

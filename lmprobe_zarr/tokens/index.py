@@ -16,9 +16,10 @@ from xarray import DataArray, Index, Variable, align, broadcast
 from xarray.core.indexing import IndexSelResult
 from xarray.indexes import PandasIndex
 
-from lmprobe_zarr.batch import as_slice, concat_ranges, offsets_of
+from lmprobe_zarr.batch import as_slice, concat_ranges, offsets_of, prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
 from lmprobe_zarr.tokens.lazy import ColumnVariable, TakenArray, lazy_variable
+from lmprobe_zarr.tokens.prompt_labels import as_prompt_labels
 from lmprobe_zarr.typing import Array
 
 __all__ = ["TokenIndex", "by_appearance"]
@@ -107,7 +108,7 @@ class TokenIndex(Index):
 
     def _rows_of(self, prompts: Iterable[Any]) -> list[Array]:
         if self._lookup is None or self._rows_by_code is None:
-            self._lookup = pd.Index(self.labels.astype(object))
+            self._lookup = as_prompt_labels(self.labels)
             ordered = len(self.codes) < 2 or bool((np.diff(self.codes) >= 0).all())
             order = np.arange(len(self.codes)) if ordered else np.argsort(self.codes, kind="stable")
             self._rows_by_code = order, np.searchsorted(self.codes[order], np.arange(len(self.labels) + 1))
@@ -118,8 +119,8 @@ class TokenIndex(Index):
         missing = [str(label) for label, found in zip(wanted, rows, strict=True) if not len(found)]
         if missing:
             raise MissingPromptsError(
-                f"{len(missing)} of {len(wanted)} prompts have no tokens here, first {missing[0][:40]!r}: select by prompt hash, "
-                "see lmprobe_zarr.prompt_hash"
+                f"{len(missing)} of {len(wanted)} prompts have no tokens here, first {missing[0][:40]!r}: select by text or hash; "
+                "lmprobe_zarr.prompt_hash gives the hash of token ids and chats"
             )
         return rows
 
@@ -195,6 +196,8 @@ class TokenIndex(Index):
             _plain(name, array.values.reshape(-1), numbers=i == 1)
             for i, (name, array) in enumerate(zip(self.names, (prompts, places), strict=True))
         ]
+        known = set(self.labels.tolist())
+        wanted[0] = np.array([label if label in known else prompt_hash(str(label)) for label in wanted[0].tolist()], object)
         mine = self.to_pandas_index()
         if not mine.is_unique:
             raise InvalidArgumentError("a prompt occurs several times along token, so pairs are ambiguous: select each prompt once")

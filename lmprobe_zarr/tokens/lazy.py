@@ -14,7 +14,17 @@ from xarray.core import indexing
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["ColumnVariable", "LazyVariable", "TakenArray", "lazy_variable", "protect", "tidy_key", "unwrapped", "with_columns"]
+__all__ = [
+    "ColumnVariable",
+    "LazyVariable",
+    "TakenArray",
+    "lazy_variable",
+    "protect",
+    "stored_rows",
+    "tidy_key",
+    "unwrapped",
+    "with_columns",
+]
 
 
 class LazyVariable(Variable):
@@ -148,3 +158,15 @@ def unwrapped(data: Any) -> Any:
     while isinstance(data, (indexing.CopyOnWriteArray, indexing.MemoryCachedArray)):
         data = data.array
     return data
+
+
+def stored_rows(variable: Variable) -> Array | None:
+    """Which rows of a lazy variable are stored, as truth values; None where it is none of this package's, or has been computed with.
+
+    A row counts as stored if it is in all layers that the variable has.
+    """
+    data = unwrapped(variable._data)
+    if not isinstance(data, indexing.LazilyIndexedArray) or not hasattr(data.array, "stored_rows"):
+        return None
+    found: Array = data.array.stored_rows(data.key.tuple)
+    return found

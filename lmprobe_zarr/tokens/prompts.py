@@ -97,6 +97,7 @@ def pad_tokens(data: T) -> T:
 
 def _by_prompt(data: T) -> tuple[T, TokenIndex, Ints]:
     """The data with the tokens of each prompt together and in order, their index, and the number of tokens of each prompt."""
+    data = _indexed(data)
     index = data.xindexes.get("prompt")
     if not isinstance(index, TokenIndex) or index.dim not in data.dims:
         raise InvalidArgumentError(
@@ -114,6 +115,14 @@ def _by_prompt(data: T) -> tuple[T, TokenIndex, Ints]:
     if (np.diff(index.positions)[np.diff(appearance) == 0] == 0).any():
         raise InvalidArgumentError("a prompt occurs several times along token: select each prompt once")
     return data, index, np.bincount(appearance).astype(np.int64)
+
+
+def _indexed(data: T) -> T:
+    """The data with their index over prompt and position, which files do not keep: there both are plain coordinates of the tokens."""
+    held = [data.coords[name].variable for name in ("prompt", "position") if name in data.coords and name not in data.xindexes]
+    if len(held) < 2 or held[0].ndim != 1 or held[0].dims != held[1].dims:
+        return data
+    return data.set_xindex(["prompt", "position"], TokenIndex)
 
 
 def _one_per_prompt(data: T, dim: Hashable) -> T:

@@ -300,3 +300,9 @@ def test_calls_of_tools_need_no_content() -> None:
     for message in ({"role": "assistant", "tool_calls": call}, {"role": "assistant", "content": None, "tool_calls": call}):
         chat = [*JOINED, message, {"role": "tool", "content": "rain"}]
         assert parse_prompts([chat], tokenizer=chatty(template)).text == (chatty(template).apply_chat_template(chat, tokenize=False),)
+
+
+def test_half_a_surrogate_pair_in_a_chat_is_refused_with_its_number() -> None:
+    chats = [*CHATS, [{"role": "user", "content": "half \ud83d"}]]
+    with pytest.raises(InvalidArgumentError, match=rf"prompts\[{len(CHATS)}\] .*lone surrogate"):
+        parse_prompts(chats, tokenizer=chatty())

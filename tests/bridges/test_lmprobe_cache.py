@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -284,3 +286,19 @@ def test_import_and_export_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
         code, _, err = call(capsys, *arguments)
         assert code == 1
         assert err.count("\n") <= 2
+
+
+@torch_only
+def test_extract_says_that_lmprobes_entries_hold_the_prompts(
+    old: Path, tiny_models: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("transformers")
+    model = tiny_models("llama")
+    (old / hashlib.sha256(TOY.encode()).hexdigest()[:16]).rename(old / hashlib.sha256(str(model).encode()).hexdigest()[:16])
+    plan = lz.plan_extract(model, [*TRUTH["prompts"], "never seen"])
+    assert plan.in_lmprobe == len(TRUTH["prompts"])
+    assert "lmprobe's own entries beside the store" in str(plan)
+    with caplog.at_level(logging.WARNING, "lmprobe_zarr.cache"):
+        lz.extract(model, TRUTH["prompts"], device="cpu", progress=False)
+    assert f"{len(TRUTH['prompts'])} of {len(TRUTH['prompts'])} prompts that the model runs on are among lmprobe's own" in caplog.text
+    assert lz.plan_extract(model, TRUTH["prompts"], refresh=True).in_lmprobe == 0

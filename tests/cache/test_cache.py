@@ -259,9 +259,12 @@ def test_the_plan_takes_the_least_recently_used_and_no_more_than_needed(held: li
     names = {entry.part.info.name for entry in kept}
     for entry in plan.entries:
         assert not names.intersection(entry.part.info.replaces) or entry.is_annotation, "what it replaced would become visible again"
-    notes_gone = [entry for entry in plan.entries if entry.is_annotation]
-    if any(not entry.is_annotation for entry in kept):
-        assert not notes_gone, "labels stay while there is a part they belong to"
+    assert not any(entry.is_annotation for entry in plan.entries), "no model gives labels again"
+    asked = plan_evict(held, limit, min_age=min_age, now=1000.0, annotations=True)
+    notes_gone = [entry for entry in asked.entries if entry.is_annotation]
+    left = [entry for entry in held if entry.part.path not in {gone.part.path for gone in asked.entries}]
+    if any(not entry.is_annotation for entry in left):
+        assert not notes_gone, "even then labels stay while there is a part they belong to"
 
 
 def test_the_least_recently_used_parts_go_first(cache: Store) -> None:
@@ -293,6 +296,62 @@ def test_evict_reduces_the_cache_to_its_limit_and_logs_what_was_removed(cache: S
     assert cache.dataset(prompts=["4"]).resid_mean.values.shape == (3, 1, 8), "an open store sees what went"
     assert lz.evict() is not None, "evicting again does nothing"
     assert [cached.prompt for cached in lz.list_cached_prompts("acme/toy")] == ["3", "4", "5"]
+
+
+def write_by_hand(texts: list[str]) -> None:
+    lz.write_activations(None, model="by hand", prompts=texts, pooled={"resid_mean": {0: np.ones((len(texts), 64), "f4")}})
+
+
+def test_labels_survive_eviction_and_extraction(cache: Store) -> None:
+    """An annotation and a column that came with a part are there again with their prompts; nobody had to ask for it."""
+    batch = make_batch(["a", "bb"], columns={"label": [0, 1]})
+    cache.write(GROUP, batch)
+    cache.annotate("acme/toy", {"toxic": {"a": "yes"}})
+    for _ in range(3):
+        plan = lz.evict(max_gb=0)
+        assert plan is not None
+        assert not cache.models()
+        assert "of 2 prompts evicted" in str(plan)
+        assert "annotations, which no model gives again" in str(plan)
+        cache.write(GROUP, make_batch(["bb", "a"], seed=9))
+        data = cache.dataset(prompts=["a", "bb"])
+        assert (data.label.values.tolist(), data.toxic.values.tolist()) == ([0, 1], ["yes", ""])
+    lz.evict(max_gb=0, annotations=True)
+    cache.write(GROUP, make_batch(["a", "bb"]))
+    assert not {"label", "toxic"} & set(cache.dataset().coords)
+
+
+def test_what_was_imported_or_written_by_hand_stays_in_the_cache(cache: Store, tmp_path: Path) -> None:
+    write_by_hand(["x"])
+    with cache.new_part(OTHER, recorded={"imported_from": "/somewhere"}) as writer:
+        writer.append(make_batch(["y"]))
+        writer.commit()
+    cache.write(GROUP, make_batch(["a"]))
+    plan = lz.evict(max_gb=0)
+    assert plan is not None
+    assert cache.models() == ["acme/other", "by hand"]
+    assert "imported or written by hand" in str(plan)
+    cache.compact(progress=False)
+    lz.evict(max_gb=0)
+    assert cache.models() == ["acme/other", "by hand"]
+    named = lz.evict(cache, max_gb=0, min_age=0, dry_run=True)
+    assert named is not None
+    assert len(named.entries) == 2, "whoever names a place means what is in it"
+    lz.evict(max_gb=0, given=True)
+    assert cache.models() == []
+
+
+def test_clear_says_what_of_it_no_model_gives_again(cache: Store) -> None:
+    cache.write(GROUP, make_batch(["a", "bb"], columns={"label": [0, 1]}))
+    cache.write(GROUP, make_batch(["bb", "c"], seed=1))
+    cache.annotate("acme/toy", {"toxic": {"a": "yes"}})
+    info = lz.cache_info().models[0]
+    assert (info.num_parts, info.num_annotations, info.columns) == (2, 1, ("label", "toxic"))
+    assert "1 annotation, columns label, toxic" in str(info)
+    gone = lz.clear_cache()
+    assert gone == 3
+    assert str(gone) == "2 parts of 3 prompts, 1 annotation; columns label, toxic"
+    assert (gone.parts, gone.annotations, gone.prompts, gone.columns) == (2, 1, 3, ("label", "toxic"))
 
 
 def test_no_limit_means_no_eviction(cache: Store) -> None:

@@ -57,12 +57,12 @@ def test_evict_obeys_the_answer(cache: Store, capsys: pytest.CaptureFixture[str]
     assert "--yes" in err
     questions = answer(monkeypatch, "n")
     assert call(capsys, "evict", "--max-gb", "0")[0] == 1
-    assert "3 entries" in questions[0]
+    assert "3 parts of 6 prompts" in questions[0]
     assert lz.cache_info().models, "a no is a no"
     answer(monkeypatch, "y")
     code, out, _ = call(capsys, "evict", "--max-gb", "0")
     assert code == 0
-    assert "3 entries evicted" in out
+    assert "3 parts of 6 prompts evicted" in out
     assert not lz.cache_info().models
     assert call(capsys, "evict")[1].startswith("nothing to evict")
 
@@ -85,8 +85,8 @@ def test_clear_asks_first_and_prints_the_number(cache: Store, capsys: pytest.Cap
     answer(monkeypatch, "yes")
     code, out, _ = call(capsys, "clear")
     assert code == 0
-    assert out.strip().endswith("3 entries deleted")
-    assert call_json(capsys, "clear") == {"deleted": 0, "legacy_left": 0}, "nothing to delete asks nobody"
+    assert "3 entries deleted: 3 parts of" in out
+    assert call_json(capsys, "clear") == {"deleted": 0, "parts": 0, "annotations": 0, "legacy_left": 0}, "nothing to delete asks nobody"
 
 
 def test_clear_of_one_model(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,35 @@ def test_prompts_from_txt_jsonl_and_csv(tmp_path: Path) -> None:
     assert columns == {"y": [1, 0], "w": [0.5, 1.0], "s": ["a", "b"]}
 
 
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (["1", "", "3"], [1, None, 3]),
+        (["true", "", "FALSE"], [True, None, False]),
+        (["x", "", "3"], ["x", "", "3"]),
+        (["", "", ""], ["", "", ""]),
+        (["1_000", "2", "3"], ["1_000", "2", "3"]),
+        (["\uff11", "2", "3"], ["\uff11", "2", "3"]),
+        ([" 1", "2", "3"], [" 1", "2", "3"]),
+        ([str(2**63), "2", "3"], [str(2**63), "2", "3"]),
+        ([str(2**63 - 1), "-2", "+3"], [2**63 - 1, -2, 3]),
+        (["1e999", "2", "3"], ["1e999", "2", "3"]),
+        ([str(2**53 + 1), "0.5", "3"], [str(2**53 + 1), "0.5", "3"]),
+        (["inf", ".5", "-1e3"], [np.inf, 0.5, -1000.0]),
+    ],
+)
+def test_a_cell_of_a_csv_is_a_number_only_where_it_stays_the_same(tmp_path: Path, cells: list[str], expected: list[Any]) -> None:
+    (tmp_path / "p.csv").write_text("text,y\n" + "".join(f'p{i},"{cell}"\n' for i, cell in enumerate(cells)), encoding="utf-8")
+    _, columns = read_prompts(str(tmp_path / "p.csv"), columns=["y"])
+    assert columns["y"] == expected
+    assert list(map(type, columns["y"])) == list(map(type, expected))
+
+
+def test_null_in_jsonl_is_a_missing_value(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "one", "y": null}\n{"text": "two", "y": 2}\n')
+    assert read_prompts(str(tmp_path / "p.jsonl"), columns=["y"]) == (["one", "two"], {"y": [None, 2]})
+
+
 def test_columns_of_a_csv_are_read_for_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("text,id,seen,w,n,s\na,007,true,0.5,1,x\nb,008,False,,2,\n")
     _, columns = read_prompts(str(tmp_path / "p.csv"), columns=["id", "seen", "w", "n", "s"])
@@ -73,7 +103,14 @@ def test_prompts_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ("p.csv", 'text\n"one\n', [], "is not CSV"),
         ("p.csv", "text,y\nThe cat, it sat,1\n", ["y"], "line 2 has 3 fields, and the header has 2"),
         ("p.csv", "text,y,y\none,1,2\n", ["y"], "a column twice in its header"),
-        ("p.jsonl", '{"text": "one", "y": null}\n', ["y"], "line 1: 'y' is null"),
+        ("p.jsonl", '{"text": null, "y": 1}\n', ["y"], "line 1: 'text' is null"),
+        (
+            "p.jsonl",
+            '{"text": "one", "y": 1}\n{"text": "half \\ud83d", "y": 2}\n',
+            ["y"],
+            r"line 2: 'text' is 'half .ud83d', .* lone surrogate",
+        ),
+        ("p.jsonl", '{"text": "one", "y": "\\udc00"}\n', ["y"], r"line 1: 'y' is '.udc00', .* lone surrogate"),
         ("p.txt", "one\n", ["label"], "no columns"),
         ("p.parquet", "one\n", [], "--format"),
     ],
@@ -146,6 +183,19 @@ def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixtu
     np.testing.assert_allclose([row["accuracy"] for row in document["scores"]], ours.accuracy.mean("fold").values[:, 0])
 
 
+@pytest.mark.parametrize(("ending", "begins"), [(".md", "| layer |"), (".tex", "% Mean"), (".csv", "layer,")])
+def test_sweep_writes_a_table(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, ending: str, begins: str) -> None:
+    place = tmp_path / f"scores{ending}"
+    options = ["sweep", stored, "--variable", "resid_mean", "--probes", "ridge,mass_mean", "--cv", "2", "--table", str(place)]
+    code, out, _ = call(capsys, *options)
+    assert code == 0
+    assert out.splitlines()[-1] == f"table: {place}"
+    ours = lz.sweep(lz.open_store(stored).dataset().resid_mean, labels="label", probes=["ridge", "mass_mean"], cv=2)
+    assert place.read_text() == ours.lz.table(path=tmp_path / f"ours{ending}")
+    assert place.read_text().startswith(begins)
+    call_json(capsys, *options)  # one document, whatever else is written
+
+
 def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = [
         "sweep",
@@ -184,6 +234,11 @@ def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: p
         (["sweep", "{store}", "--variable", "resid_mean", "--probes", "perceptron"], "perceptron"),
         (["sweep", "{store}", "--variable", "resid_mean", "--layers", "7"], "layer 7 is out of range"),
         (["sweep", "{store}", "--variable", "resid_mean", "--cv", "2", "--plot", "{tmp}/no/such/folder/x.png"], "x.png"),
+        (
+            ["sweep", "{store}", "--variable", "resid_max", "--table", "{tmp}/x.xlsx"],
+            "has the ending .xlsx for a table: use one of .md",
+        ),
+        (["sweep", "{store}", "--variable", "resid_max", "--table", "{tmp}/no/such/folder/x.md"], "does not exist"),
         (["extract", "no/model", "{tmp}/nowhere.txt", "--store", "{tmp}/new"], "cannot be read"),
     ],
 )

@@ -21,13 +21,14 @@ BEGIN, END = "<!-- rooms: written by `make pages` -->\n", "<!-- end of rooms -->
 
 # A room imports only from lines above its own. A folder is a room, and so is a file of the root.
 ORDER = [
-    "errors typing display progress safetensors_file version",
+    "errors typing display interchange progress safetensors_file version",
     "batch storage tasks",
     "tokens config plots",
     "probes log",
+    "extraction.models",
     "store.format store.parts store.upkeep store sweeps",
     "bridges streaming backend",
-    "extraction.models extraction accessor",
+    "extraction accessor",
     "cache probe demo",
     "reports",
     "__init__",
@@ -36,10 +37,10 @@ ORDER = [
 # Of rooms on one line: which ones import from which, from the bottom up.
 INNER = [
     "errors version typing",
-    "display progress safetensors_file store.format cli extraction.models",
+    "display interchange progress safetensors_file store.format cli",
     "store.parts __main__",
     "store.upkeep",
-    "store extraction",
+    "store",
 ]
 LINE = {room: number for number, rooms in enumerate(ORDER) for room in rooms.split()}
 RANK = {room: number for number, rooms in enumerate(INNER) for room in rooms.split()}

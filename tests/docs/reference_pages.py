@@ -50,7 +50,8 @@ EXAMPLES = {
 ENVIRONMENT_HEAD = """# Environment variables
 
 Each is read when its setting is first needed, and again after `lz.config.reload()`; nothing is read when the package is imported. What a
-function sets overrides it, and neither rules a store that a call names. A value that cannot be used is an error that names the variable.
+function sets overrides it, and neither rules a store that a call names, but for the memory for chunks of remote places. A value that
+cannot be used is an error that names the variable.
 
 This page is written from `lmprobe_zarr.config.SETTINGS`, by `python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py`
 fails where the two differ. The page about [the cache](caching.md) says what the settings are for.

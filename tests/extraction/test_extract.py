@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import lmprobe_zarr as lz
@@ -366,6 +367,28 @@ def test_labels_follow_their_prompts_whatever_the_order(llama: Path, acts: Store
     before = len(acts.storage.list(f"{acts.find_group().name}/annotations"))
     run(llama, order, acts, coords={"label": [label[t] for t in order]})
     assert len(acts.storage.list(f"{acts.find_group().name}/annotations")) == before, "the same values again write nothing"
+
+
+def test_columns_of_every_kind_come_back_and_another_kind_is_refused_before_the_model_is_loaded(llama: Path, acts: Store) -> None:
+    frame = pd.DataFrame(
+        {
+            "day": pd.Series(np.array(["2026-01-01", "NaT", "2026-03-01"], "M8[us]")).dt.tz_localize("Europe/Berlin"),
+            "n": pd.array([1, None, 2**60 + 1], dtype="Int64"),
+            "split": pd.Categorical(["dev", None, "test"], categories=["test", "dev", "train"], ordered=True),
+        }
+    ).set_axis(PROMPTS[:3])
+    run(llama, [*PROMPTS[:3], PROMPTS[0]], acts, coords=frame.sample(frac=1, random_state=1))
+    expected = frame.reset_index(drop=True)
+    pd.testing.assert_frame_equal(acts.dataset(prompts=PROMPTS[:3]).lz.to_dataframe().reset_index(drop=True)[list(frame)], expected)
+    before = len(acts.storage.list(f"{acts.find_group().name}/annotations"))
+    run(llama, PROMPTS[:3], acts, coords=frame)
+    assert len(acts.storage.list(f"{acts.find_group().name}/annotations")) == before, "the same values again write nothing"
+    run(llama, PROMPTS[:3], acts, coords={"n": [1, None, 7]})
+    assert acts.dataset(prompts=PROMPTS[:3]).n.lz.to_series().tolist() == [1, pd.NA, 7]
+    with no_loading(), pytest.raises(InvalidArgumentError, match="column 'n' holds integers, and these are texts"):
+        run(llama, [*PROMPTS[:3], "not stored yet"], acts, coords={"n": ["1", "2", "3", "4"]})
+    with no_loading(), pytest.raises(InvalidArgumentError, match=r"prompts\[1\] 'half .ud83d' holds a lone surrogate"):
+        run(llama, ["the", "half \ud83d"], acts)
 
 
 def test_labels_that_do_not_fit_are_refused_before_anything_runs(llama: Path, acts: Store) -> None:

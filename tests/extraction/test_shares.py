@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import dask.array
 import fsspec
 import numpy as np
 import pytest
@@ -407,6 +408,7 @@ def test_workers_that_cannot_be_had_are_an_error(monkeypatch: pytest.MonkeyPatch
         pass
     with pytest.raises(UnreachableError, match="no scheduler answers"), cluster.own_client(address="nonsense://there"):
         pass
+    assert dask.array.arange(10).sum().compute() == 45, "no computation of Dask waits for a scheduler that was never there"
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingDependencyError, match=r"lmprobe-zarr\[distributed\]"), cluster.own_client(workers=1):
         pass

@@ -40,7 +40,11 @@ MODEL = GROUP.model
 
 
 class ManyStores(RuleBasedStateMachine):
-    """Three stores open on one root, and one that reads another root below it; a dict knows what each must show."""
+    """Three stores open on one root, and one that reads another root below it; a dict knows what each must show.
+
+    It holds the newest version of everything that was ever written. Where an eviction or a repair has taken that, the store must show
+    nothing: never an earlier version, which may still be stored.
+    """
 
     @initialize()
     def open(self) -> None:
@@ -52,6 +56,33 @@ class ManyStores(RuleBasedStateMachine):
         self.held: list[tuple[xr.Dataset, xr.Dataset, Truth]] = []
         self.begun: list[tuple[Any, Truth]] = []
         self.layered: Store | None = None
+        self.noted: Truth = {}  # columns of prompts that were evicted, which are there again with the prompt
+        self.hidden: set[tuple[str, str]] = set()  # what was evicted above, and stays hidden below
+
+    def wrote(self, batch: Any) -> None:
+        """What was written is shown, with the columns that a prompt had before it was evicted."""
+        before, self.truth = self.truth, written(self.truth, batch)
+        found = truth_of(lz.open_store(self.root))
+        for text in set(batch.text) - before.keys():
+            for name, value in self.noted.get(text, {}).items():
+                # A column that was damaged since is gone.
+                if name not in self.truth[text] and name in found[text]:
+                    assert same(found[text][name], value), f"{name} of {text!r} is not its newest version"
+                    self.truth[text][name] = value
+
+    def lost(self, texts: set[str]) -> None:
+        """Of some prompts values may be gone, each of them or all; what is shown is the newest version, and the rest is as it was."""
+        found = truth_of(lz.open_store(self.root))
+        for text, held in found.items():
+            for name, value in held.items():
+                assert name in self.truth.get(text, {}), f"{name} of {text!r} has come back"
+                newest = self.truth[text][name]
+                shown = value if name in ("label", "split") else np.where(np.isnan(value), newest, value)  # of some layers it may be gone
+                assert same(shown, newest), f"{name} of {text!r} is not its newest version"
+        check_equal({t: v for t, v in found.items() if t not in texts}, {t: v for t, v in self.truth.items() if t not in texts})
+        for text in self.truth.keys() - found.keys():
+            self.noted[text] = {name: v for name, v in self.truth[text].items() if name in ("label", "split")}
+        self.truth = found
 
     def teardown(self) -> None:
         if hasattr(self, "folder"):
@@ -65,7 +96,7 @@ class ManyStores(RuleBasedStateMachine):
     def write(self, i: int, texts: list[str], seed: int, tokens: bool, label: bool) -> None:
         batch = make_batch(texts, seed=seed, tokens=tokens, columns={"label": [seed] * len(texts)} if label else None)
         self.stores[i].write(GROUP, batch)
-        self.truth = written(self.truth, batch)
+        self.wrote(batch)
 
     @rule(i=which, seed=seeds)
     def begin(self, i: int, seed: int) -> None:
@@ -112,11 +143,51 @@ class ManyStores(RuleBasedStateMachine):
         self.stores[i].delete(MODEL, [text])
         self.truth = without(self.truth, (text,))
 
-    @rule(i=which)
-    def evict(self, i: int) -> None:
-        plan = lz.evict(self.stores[i], max_gb=0, min_age=0)
-        assert plan is None or plan.kept == 0
-        self.truth = {}
+    @rule(i=which, part=st.floats(0, 1), used=st.lists(st.sampled_from(TEXTS), max_size=2))
+    def evict(self, i: int, part: float, used: list[str]) -> None:
+        """All of it, or the least recently used of it: whatever goes, its columns and what it had replaced do not."""
+        store = self.stores[i]
+        if not store.models():
+            return
+        view = store.view(GROUP)
+        store.mark_used(view.parts_with(view.select([text for text in used if text in self.truth])))
+        part = 0.0 if part < 0.2 else part
+        total = sum(entry.nbytes for entry in store.entries(GROUP))
+        columns = {text: {c: held[c] for c in ("label", "split") if c in held} for text, held in self.truth.items()}
+        plan = lz.evict(store, max_gb=part * total / 2**30, min_age=0)
+        assert plan is not None
+        if not part:
+            assert not store.listing(GROUP).parts
+            assert not any(note.info.is_tombstone for note in store.listing(GROUP).annotations)
+        gone = {row.tobytes().hex()[:16] for entry in plan.entries for row in entry.part.info.digests}
+        self.lost({text for text in self.truth if lz.prompt_hash(text) in gone})
+        for text, held in self.truth.items():
+            assert {c: held[c] for c in ("label", "split") if c in held} == columns[text], "columns stay"
+
+    @rule(i=which, data=st.data(), how=st.sampled_from(["flipped", "emptied", "gone"]))
+    def damage_and_repair(self, i: int, data: Any, how: str) -> None:
+        """A file of a part breaks; what it held is listed as lost, and nothing older shows in its place."""
+        files = sorted(path for path in self.root.glob("*/**/*") if self.may_break(path, how))
+        if not files:
+            return
+        path = data.draw(st.sampled_from(files))
+        content = path.read_bytes()
+        path.write_bytes(b"" if how == "emptied" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        if how == "gone":
+            path.unlink()
+        before = self.truth
+        summary = self.stores[i].repair(progress=False)
+        listed = {label for lost in summary.lost for label in lost.hashes} | {label for lost in summary.columns for label in lost.hashes}
+        texts = {text for text in before if summary.unknown or lz.prompt_hash(text) in listed}
+        self.lost(texts)
+
+    def may_break(self, path: Path, how: str) -> bool:
+        """A document or chunk of a committed part: without its document a part is the same as one that was never committed."""
+        inside = path.relative_to(self.root).parts
+        folder = self.root.joinpath(*inside[: 3 if inside[1] == "annotations" else 2])
+        if not path.is_file() or path.name.startswith(".") or inside[1].startswith(".") or not (folder / "zarr.json").is_file():
+            return False
+        return path.stat().st_size > 9 and "text" not in inside and (how != "gone" or path.parent != folder)
 
     @rule(i=which, mode=st.sampled_from(["a", "r"]))
     def reopen(self, i: int, mode: Any) -> None:
@@ -145,13 +216,30 @@ class ManyStores(RuleBasedStateMachine):
             batch = make_batch(texts, seed=seed)
             self.layered.write(GROUP, batch)
             self.over = written(self.over, batch)
+            self.hidden -= {(text, name) for text in texts for name in self.over[text]}
+
+    @precondition(lambda self: self.layered is not None)
+    @rule()
+    def evict_above(self) -> None:
+        """What the upper store had replaced of the lower one stays hidden in both of them read as one."""
+        assert self.layered is not None
+        lz.evict(self.layered, max_gb=0, min_age=0)
+        self.hidden |= {(t, name) for t, held in self.over.items() for name in held if name in self.truth.get(t, {})}
+        self.over = {}
 
     @precondition(lambda self: self.layered is not None)
     @invariant()
     def what_is_above_wins(self) -> None:
         assert self.layered is not None
-        expected = {text: {**self.truth.get(text, {}), **self.over.get(text, {})} for text in self.truth.keys() | self.over.keys()}
-        check_equal(truth_of(self.layered), expected)
+        found = truth_of(self.layered)
+        expected = {}
+        for text in self.truth.keys() | self.over.keys():
+            below = {name: v for name, v in self.truth.get(text, {}).items() if (text, name) not in self.hidden}
+            if text in self.over and text not in self.truth:
+                below = {name: v for name, v in found.get(text, {}).items() if same(v, self.noted.get(text, {}).get(name))}
+            expected[text] = {**below, **self.over.get(text, {})}
+        visible = {text: held for text, held in expected.items() if held.keys() - {"label", "split"}}
+        check_equal(found, visible)
 
     @invariant()
     def every_store_shows_the_same(self) -> None:

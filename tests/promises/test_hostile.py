@@ -143,9 +143,14 @@ def test_provenance_that_would_act_on_a_terminal_is_shown_as_what_it_is(tmp_path
 
     store = lz.open_store(tmp_path / "s", durable=False)
     provenance = {"template": "\x1b[2J\x07", "half": "\ud800"}
-    lz.write_activations(
-        store, model="m", prompts=["\x1b[2J", "\ud800"], pooled={"resid_mean": {0: np.zeros((2, 4), "f4")}}, provenance=provenance
-    )
+    pooled = {"resid_mean": {0: np.zeros((2, 4), "f4")}}
+    for texts, fields in ((["\x1b[2J", "\ud800"], {}), (["\x1b[2J", "b"], provenance)):
+        with pytest.raises(InvalidArgumentError, match=r"'.ud800' holds a lone surrogate"):
+            lz.write_activations(store, model="m", prompts=texts, pooled=pooled, provenance=fields)
+    # As versions before this check stored them.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lmprobe_zarr.store.store.check_new_provenance", lambda provenance: None)
+        lz.write_activations(store, model="m", prompts=["\x1b[2J", "b"], pooled=pooled, provenance=provenance)
     for command in (["info"], ["show", "--list", "5"], ["info", "--json"], ["show", "--json"]):
         assert main([command[0], str(tmp_path / "s"), *command[1:]]) in (0, None)
         printed = capsys.readouterr().out
@@ -183,9 +188,12 @@ def test_model_names_made_to_climb_each_get_a_folder_of_their_own_in_the_root(tm
 def test_prompts_made_to_climb_are_only_ever_hashed_and_come_back_as_they_were(tmp_path: Path) -> None:
     root = tmp_path / "deep" / "s"
     values = {"resid_mean": {0: np.arange(len(NAMES) * 4, dtype="f4").reshape(-1, 4)}}
-    lz.write_activations(lz.open_store(root, durable=False), model="m", prompts=NAMES, pooled=values)
-    data = lz.open_store(root).dataset(prompts=NAMES)
-    assert [t for t, n in zip(data.text.values, NAMES, strict=True) if n != "\ud800"] == NAMES[:-1]
+    with pytest.raises(InvalidArgumentError, match=rf"prompts\[{len(NAMES) - 1}\] '.ud800' holds a lone surrogate"):
+        lz.write_activations(lz.open_store(root, durable=False), model="m", prompts=NAMES, pooled=values)
+    values = {"resid_mean": {0: values["resid_mean"][0][:-1]}}
+    lz.write_activations(lz.open_store(root, durable=False), model="m", prompts=NAMES[:-1], pooled=values)
+    data = lz.open_store(root).dataset(prompts=NAMES[:-1])
+    assert data.text.values.tolist() == NAMES[:-1]
     np.testing.assert_array_equal(data.resid_mean.values[0], values["resid_mean"][0])
     assert [p.name for p in tmp_path.iterdir()] == ["deep"]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["s"]

@@ -168,3 +168,32 @@ def test_lmprobe_leaves_our_store_alone_when_it_evicts(both: dict[str, Any], tmp
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, timeout=300)
     assert sorted((str(p), p.stat().st_size) for p in (tmp_path / ".zarr").rglob("*")) == before
+
+
+@pytest.mark.parametrize("how", ["group", "any", "as the model"])
+def test_probes_over_an_imported_cache_predict_what_lmprobes_do_over_theirs(both: dict[str, Any], how: str, tmp_path: Path) -> None:
+    """The model is never run: all activations are lmprobe's own, moved into a store."""
+    model, store = both["model"], lz.open_store(tmp_path / "acts")
+    summary = lz.import_safetensors(both["folder"] / "lmprobe", store, as_model=model if how == "as the model" else None, progress=False)
+    assert summary.imported == len({*POSITIVE, *NEGATIVE, *TEST})
+    (group,) = summary.groups
+    given: dict[str, Any] = {"group": {"group": group}, "any": {"provenance": "any"}, "as the model": {}}[how]
+    assert lz.plan_extract(model, TEST, store=store, **given).missing == 0
+    for name, options in PROBES.items():
+        probe = lz.Probe(model, random_state=0, device="cpu", store=store, cache_only=True, **options, **given)
+        probe.fit(POSITIVE, NEGATIVE)
+        theirs = both["lmprobe"][name]
+        assert probe.predict(TEST).tolist() == theirs["predict"], name
+        assert probe.score(TEST, LABELS) == theirs["score"], name
+        if "proba" in theirs:
+            np.testing.assert_allclose(probe.predict_proba(TEST), theirs["proba"], atol=1e-4, err_msg=name)
+
+
+def test_lmprobes_entries_are_known_by_every_path_of_their_folder(both: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMPROBE_CACHE_DIR", str(both["folder"] / "lmprobe"))
+    monkeypatch.chdir(both["folder"])
+    for spelling in (both["model"], str(both["model"]) + "/", "./llama", Path("llama")):
+        found = lz.discover_cached(spelling, POSITIVE[0])
+        assert found is not None
+        assert found.raw_layers == [0, 1, 2, 3]
+        assert lz.Probe(spelling, layers=2, device="cpu", cache_only=True).fit(POSITIVE, NEGATIVE).predict([POSITIVE[0]]).tolist() == [1]

@@ -78,7 +78,7 @@ POOLED = {"resid_mean": {0: np.ones((3, 4), "f4")}}
         ({"activations": {"resid": {0: [np.ones((0, 4), "f4")] * 3}}}, "no tokens"),
         ({"pooled": POOLED, "coords": {"label": [1, 2]}}, "label has 2 values for 3 prompts"),
         ({"pooled": POOLED, "coords": {"prompt": [1, 2, 3]}}, "name of the format"),
-        ({"pooled": POOLED, "coords": {"label": [1, None, 3]}}, "none missing"),
+        ({"pooled": POOLED, "coords": {"label": [1, None, "3"]}}, "several kinds, the integer 1 in row 0 and the text '3' in row 2"),
         ({"pooled": POOLED, "num_layers": 0}, "num_layers=0"),
         ({"pooled": {"embed_mean": np.ones((3, 4), "f4")}, "num_layers": True}, "num_layers=True"),
         ({"pooled": {"resid_mean": {0: np.ones((3, 0), "f4")}}}, "holds no values"),
@@ -90,7 +90,7 @@ POOLED = {"resid_mean": {0: np.ones((3, 4), "f4")}}
         ({"activations": {"resid": ragged()}, "token_ids": [[1] * 7]}, "1 lists for 3 prompts"),
         ({"pooled": POOLED, "coords": {"label": [1, 0.5, 2**60]}}, "too large"),
         ({"pooled": POOLED, "coords": {"label": [1, 0.5, 10**400]}}, "too large"),
-        ({"pooled": POOLED, "coords": {"day": np.array(["2026-01-01"] * 3, "M8[D]")}}, "datetime64"),
+        ({"pooled": POOLED, "coords": {"day": np.array(["2026-01-01T00:00:00.0000000000001"] * 3, "M8[as]")}}, "not exact in ns"),
     ],
 )
 def test_unsuitable_arguments_are_refused_before_anything_is_written(store: Store, arguments: dict[str, Any], message: str) -> None:
@@ -104,9 +104,13 @@ def test_repeated_prompts_and_a_bare_text_are_refused(store: Store) -> None:
         lz.write_activations(store, model="m", prompts=["a", "b", "a"], pooled=POOLED)
     with pytest.raises(InvalidTypeError, match="one text"):
         lz.write_activations(store, model="m", prompts="abc", pooled=POOLED)
-    for column in ({"a": 1, "b": 2, "c": 3}, {1, 2, 3}, "abc", pd.Series([1, 2, 3], index=["c", "b", "a"])):
+    for column in ({"a": 1, "b": 2, "c": 3}, {1, 2, 3}, "abc", pd.Series([1, 2, 3], index=[2, 1, 0])):
         with pytest.raises(InvalidTypeError, match="column 'label' is a"):
-            lz.write_activations(store, model="m", prompts=PROMPTS, pooled=POOLED, coords={"label": column})  # type: ignore[dict-item]
+            lz.write_activations(store, model="m", prompts=PROMPTS, pooled=POOLED, coords={"label": column})
+    with pytest.raises(InvalidArgumentError, match=r"column 'label' is a Series .* prompts\[0\]"):
+        lz.write_activations(
+            store, model="m", prompts=PROMPTS, pooled=POOLED, coords={"label": pd.Series([1, 2, 3], index=["x", "y", "z"])}
+        )
     with pytest.raises(InvalidTypeError, match="activations is a list"):
         lz.write_activations(store, model="m", prompts=PROMPTS, activations=[1])  # type: ignore[arg-type]
     assert store.storage.list("") == []

@@ -142,7 +142,7 @@ def test_a_view_is_a_snapshot_and_another_shows_what_came_later(store: Store) ->
 def test_pooled_parts_and_token_parts_live_side_by_side(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b"], tokens=False))
     store.write(GROUP, make_batch(["c"], tokens=True))
-    assert store.dataset().n_tokens.values.tolist() == [0, 0, 2]
+    np.testing.assert_array_equal(store.dataset().n_tokens.values, [np.nan, np.nan, 2])
     assert set(store.tokens().prompt.values) == {prompt_hash("c")}
     with pytest.raises(MissingPromptsError, match=r"1 of 2 prompts .* without tokens.*keep_tokens=True"):
         store.tokens(prompts=["c", "a"])
@@ -228,11 +228,14 @@ def test_texts_may_be_left_out_and_prompts_still_be_found(store: Store) -> None:
     np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"][:, :1])
 
 
-def test_texts_that_utf8_cannot_encode_have_different_hashes(store: Store) -> None:
-    texts = ["\ud800", "\ud801", "?"]
-    batch = make_batch(texts)
-    store.write(GROUP, batch)
-    np.testing.assert_array_equal(store.dataset(prompts=["\ud801"]).resid_mean.values, batch.prompts["resid_mean"][:, 1:2])
+def test_texts_that_utf8_cannot_encode_are_refused_and_have_different_hashes(store: Store) -> None:
+    batch = make_batch(["?", "\ud800", "\ud801"])
+    with pytest.raises(InvalidArgumentError, match=r"prompts\[1\] '\\ud800' holds a lone surrogate"):
+        store.write(GROUP, batch)
+    assert len(store.view(GROUP)) == 0
+    # Versions that stored the text of such a prompt as "?" kept its hash, by which it is found.
+    store.write(GROUP, replace(batch, text=["?"] * 3))
+    np.testing.assert_array_equal(store.dataset(prompts=["\ud801"]).resid_mean.values, batch.prompts["resid_mean"][:, 2:])
 
 
 # --------------------------------------------------------------------------------------------------------------- columns
@@ -258,7 +261,8 @@ def test_absent_column_values_are_marked_and_counted(store: Store) -> None:
     store.annotate(None, {"i": {"a": 5}, "s": {"a": "x"}, "t": {"a": True}, "f": {"a": 1.0}})
     data = store.dataset()
     np.testing.assert_array_equal(data.i.values, [5, np.nan])
-    assert data.s.values.tolist() == ["x", ""]
+    assert data.s.values[0] == "x"
+    assert np.isnan(data.s.values[1]), "an empty text may be a value"
     np.testing.assert_array_equal(data.t.values, [1, np.nan])
     assert store.dataset(prompts=["a"]).i.dtype == np.int64
     assert store.dataset(prompts=["a"]).t.dtype == bool
@@ -274,8 +278,8 @@ def test_annotations_of_prompts_that_are_not_stored_write_nothing(store: Store) 
         store.annotate(None, {"label": {}})
     with pytest.raises(InvalidArgumentError, match="twice"):
         store.annotate(None, {"label": {"a": 1, prompt_hash("a"): 2}})
-    with pytest.raises(InvalidArgumentError, match="numbers only"):
-        store.annotate(None, {"label": {"a": None}})
+    with pytest.raises(InvalidArgumentError, match="cannot be stored"):
+        store.annotate(None, {"label": {"a": object()}})
     assert "label" not in store.dataset().coords
     assert store.storage.list(f"{GROUP.name}/annotations") == []
 

@@ -223,6 +223,46 @@ def check_empty(base: Path) -> None:
     assert not store.listing(GROUP).annotations
 
 
+def check_evicted(base: Path) -> None:
+    """Parts are gone, and nothing is left of what only hides; columns are there again with their prompts."""
+    store = lz.open_store(base / "s", durable=False)
+    listing = store.listing(GROUP)
+    assert not listing.parts
+    assert not any(note.info.is_tombstone for note in listing.annotations)
+    store.write(GROUP, make_batch(["bb", "a"], seed=5))
+    check_equal(shown(base / "s"), {t: {**held, **COLUMNS[t]} for t, held in written({}, make_batch(["bb", "a"], seed=5)).items()})
+
+
+def check_hidden(base: Path) -> None:
+    """What was replaced stays hidden whatever comes next, and is shown once it was written again."""
+    root = base / "s"
+    after = shown(root)
+    store = lz.open_store(root, durable=False)
+    for step in (lambda: store.compact(progress=False), lambda: store.gc(max_age=0), lambda: store.copy_to(base / "c", progress=False)):
+        step()
+        check_equal(shown(root), after)
+    check_equal(shown(base / "c"), {text: {n: v for n, v in held.items() if n != "split"} | split_of(text) for text, held in after.items()})
+    store.write(GROUP, SECOND)
+    check_equal(shown(root), BEFORE)
+
+
+def split_of(text: str) -> dict[str, Any]:
+    return {"split": SPLIT[text]} if text in SPLIT else {}
+
+
+def fill_used(base: Path) -> None:
+    """The earlier part is in use, the one that replaced some of it is not."""
+    store = fill(base)
+    view = store.view(GROUP)
+    store.mark_used(view.parts_with(view.select(["a", "ccc"])))
+
+
+def evict_newer(base: Path, store: Store) -> None:
+    """Evict the part that was not used; again where the first call had come that far."""
+    total = sum(entry.nbytes for entry in lz.open_store(base / "was").entries(GROUP))
+    lz.evict(store, max_gb=(total - 1) / 2**30, min_age=0)
+
+
 def check_published(base: Path) -> None:
     """The copy is what the store shows, and nothing else lies there."""
     xr.testing.assert_identical(lz.open_store(base / "t").dataset().load(), lz.open_store(base / "s").dataset().load())
@@ -285,7 +325,7 @@ def own(base: Path, store: Store) -> None:
     pooled = {"resid_mean": dict(zip(LAYERS, NEW.prompts["resid_mean"], strict=True))}
     lz.write_activations(
         store, model=MODEL, prompts=list(NEW.text or ()), pooled=pooled, provenance=GROUP.provenance, num_layers=GROUP.num_layers,
-        coords={"label": NEW.prompt_columns["label"]},
+        coords={"label": np.asarray(NEW.prompt_columns["label"])},
     )  # fmt: skip
 
 
@@ -316,6 +356,8 @@ COPIED = {**BEFORE, "ccc": {**BEFORE["ccc"], **written({}, make_batch(["ccc"], s
 # A column of a prompt that is there already is left as it is: and there it has none.
 COPIED["ccc"] = {name: value for name, value in COPIED["ccc"].items() if name != "label"}
 
+COLUMNS: Truth = {text: {name: held[name] for name in ("label", "split") if name in held} for text, held in BEFORE.items()}
+ONLY_FIRST = without(BEFORE, ("bb", "dddd"))  # the earlier part has an earlier version of "bb", which must not show
 NO_LAYER_1 = {text: {**held, "resid": held["resid"][[0, 2]]} for text, held in BEFORE.items()}
 
 OPERATIONS: dict[str, Operation] = {
@@ -329,7 +371,11 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "compact": Operation(lambda base, s: s.compact(progress=False), BEFORE, BEFORE, fill, between=check_identical, done=check_merged),
     "gc": Operation(lambda base, s: s.gc(max_age=0), BEFORE, BEFORE, fill_for_gc, between=check_identical, done=check_collected),
-    "evict": Operation(lambda base, s: lz.evict(s, max_gb=0, min_age=0), {}, BEFORE, fill_for_gc, done=check_empty),
+    "evict": Operation(lambda base, s: lz.evict(s, max_gb=0, min_age=0), {}, BEFORE, fill_for_gc, done=check_evicted),
+    "evict columns too": Operation(
+        lambda base, s: lz.evict(s, max_gb=0, min_age=0, annotations=True), {}, BEFORE, fill_for_gc, done=check_empty,
+    ),
+    "evict what replaced something": Operation(evict_newer, ONLY_FIRST, BEFORE, fill_used, done=check_hidden),
     "clear": Operation(lambda base, s: lz.clear_cache(url=s), {}, BEFORE, fill_for_gc, done=check_empty),
     "delete": Operation(delete, without(BEFORE, ("bb",)), BEFORE, fill),
     "delete what was merged": Operation(delete, without(BEFORE, ("bb",)), BEFORE, fill_for_gc),

@@ -19,6 +19,7 @@ from numcodecs import blosc
 Document = dict[str, Any]
 HEAD = b'{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
 OWN = ("prompts.prompt_length", "tokens.token_id", "tokens.position", "tokens.char_start", "tokens.char_end")
+NO_LAYERS: list[Any] = [None]
 LEVELS = {"prompts": "prompt", "tokens": "token"}
 
 
@@ -48,7 +49,7 @@ def parse_part(data: bytes) -> Document:
     if not data.startswith(HEAD) or b"%08x" % crc32c(HEAD + b"0" * 8 + data[len(HEAD) + 8 :]) != digits:
         raise Damaged("digest")
     document = json.loads(data)["attributes"]
-    if (document["format"], document["format_version"]) != ("lmprobe-zarr", 1):
+    if (document["format"], document["format_version"]) != ("lmprobe-zarr", 2 if "removed" in document else 1):
         raise Damaged("format")
     return dict(document)
 
@@ -124,6 +125,7 @@ def read_group(group: Path) -> dict[str, Any]:
         for level in LEVELS
     }
     n_tokens, since = token_rows(order, found, hashes)
+    prompts = [digest for digest in prompts if is_shown(digest, order, found, hashes, since)]
     starts = dict(zip(prompts, np.cumsum([0, *(n_tokens.get(d, 0) for d in prompts)]).tolist(), strict=False))
     n_rows = {"prompts": len(prompts), "tokens": sum(n_tokens.get(d, 0) for d in prompts)}
 
@@ -132,13 +134,29 @@ def read_group(group: Path) -> dict[str, Any]:
         **{f"{level}.layer": np.array(layers[level]) for level in LEVELS if layers[level]},
     }
     seen: dict[str, Any] = {}
+    described: set[str] = set()
     for rank, folder in enumerate(order):
         document = found[folder]
+        for key, hidden in document.get("removed", {}).items():
+            level, name = key.split("/")
+            hides: Any = out.get(f"{level}.{name}")
+            for digest in hashes[folder] if hides is not None else []:
+                if digest in starts:
+                    first, n = (prompts.index(digest), 1) if level == "prompts" else (starts[digest], n_tokens.get(digest, 0))
+                    which = slice(None) if hidden is None else [layers[level].index(layer) for layer in hidden if layer in layers[level]]
+                    nothing: Any = {"f": np.nan, "O": "", "b": False}.get(hides.dtype.kind, -1)
+                    hides[(slice(first, first + n), *([] if hidden is None else [which]))] = nothing
+                    if hidden is None:
+                        seen[f"{level}.{name}"][first : first + n] = False
+        if "removed" in document:
+            continue
         for key in sorted({key.rpartition("/")[0] for key in document["files"] if key.count("/") == 2}):
             level, name = key.split("/")
             if name in ("layer", "n_tokens", "prompt_row", "prompt_sha256"):
                 continue
             values, dims = read_array(folder, key, document["files"])
+            if "column" in json.loads((folder / key / "zarr.json").read_text())["attributes"]:
+                described.add(f"{level}.{name}")
             values = np.moveaxis(values, dims.index(LEVELS[level]), 0)  # (row, layer, …) or (row, …)
             by_layer = "layer" in dims
             row_shape = (len(layers[level]), *values.shape[2:]) if by_layer else values.shape[1:]
@@ -163,21 +181,55 @@ def read_group(group: Path) -> dict[str, Any]:
                 row += n
     for key, filled in seen.items():
         # A column of the user's that some prompts lack.
-        if out[key].ndim == 1 and out[key].dtype.kind in "ib" and not filled.all() and key not in OWN:
-            out[key] = np.where(filled, out[key].astype(float), np.nan)
+        if out[key].ndim == 1 and out[key].dtype.kind in "ibO" and not filled.all() and key not in OWN:
+            if out[key].dtype.kind == "O" and key not in described:
+                continue
+            out[key] = np.where(filled, out[key] if out[key].dtype.kind == "O" else out[key].astype(float), np.nan)
     return out
+
+
+def holds(document: Document) -> dict[str, list[int] | None]:
+    """The variables of a part that are values of a model, with their layers; None for one without."""
+    names = {key.rpartition("/")[0] for key in document["files"] if key.count("/") == 2}
+    sites = tuple(f"{site}{end}" for site in ("resid", "attn", "mlp", "embed", "router") for end in ("", "_"))
+    found: dict[str, list[int] | None] = {}
+    for key in names:
+        name = key.partition("/")[2]
+        if name in sites[::2] or name.startswith((*sites[1::2], "logits", "perplexity", "token_log_prob", "token_perplexity")):
+            unlayered = not name.startswith(("resid", "attn", "mlp", "router"))
+            found[key] = None if unlayered else document["layers"]
+    return found
+
+
+def is_shown(digest: str, order: list[Path], found: dict[Path, Document], hashes: dict[Path, list[str]], since: dict[str, int]) -> bool:
+    """Whether anything of a prompt is left that no tombstone hides."""
+    mine = [folder for folder in order if digest in hashes[folder]]
+    if not any("removed" in found[folder] for folder in mine):
+        return True
+    left: set[tuple[str, int | None]] = set()
+    for folder in mine:
+        for key, layers in found[folder].get("removed", {}).items():
+            left -= {(key, layer) for layer in layers or NO_LAYERS}
+        for key, layers in {} if "removed" in found[folder] else holds(found[folder]).items():
+            if key.startswith("prompts/") or order.index(folder) >= since.get(digest, 0):
+                left |= {(key, layer) for layer in layers or NO_LAYERS}
+    return bool({(k, layer) for k, layer in left if k.startswith("prompts/") or order.index(mine[-1]) >= since.get(digest, 0)})
 
 
 def token_rows(order: list[Path], found: dict[Path, Document], hashes: dict[Path, list[str]]) -> tuple[dict[str, int], dict[str, int]]:
     """How many token rows each prompt has, and from which part on they count."""
     n_tokens: dict[str, int] = {}
     since: dict[str, int] = {}
+    kept: set[str] = set()  # prompts of which a part that is up to date keeps tokens
     for rank, folder in enumerate(order):
         counts = found[folder]["n_tokens"]
         for digest, n in zip(hashes[folder], counts or [], strict=counts is not None):
             if n_tokens.get(digest) != n:
                 n_tokens[digest], since[digest] = n, rank
-    return n_tokens, since
+                kept.discard(digest)
+            if "removed" not in found[folder]:
+                kept.add(digest)
+    return {digest: n for digest, n in n_tokens.items() if digest in kept}, since
 
 
 if __name__ == "__main__":

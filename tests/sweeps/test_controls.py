@@ -85,7 +85,9 @@ def test_without_signal_everything_scores_at_chance_and_shuffled_labels_do_with_
 
 def test_word_controls_equal_scikit_learns_pipelines_on_the_same_folds_and_know_no_layer() -> None:
     scores = sweep(activations(), "label", "mass_mean", controls=["bag_of_words", "tfidf"])
-    for name, words in (("bag_of_words", CountVectorizer()), ("tfidf", TfidfVectorizer())):
+    # The texts are of ASCII words with single spaces, so a token is a word or a sign.
+    options = {"token_pattern": r"\w+|[^\w\s]", "lowercase": False}
+    for name, words in (("bag_of_words", CountVectorizer(**options)), ("tfidf", TfidfVectorizer(**options))):
         expected = cross_val_score(make_pipeline(words, LogisticRegression(max_iter=1000)), TEXTS, Y, cv=FOLDS)
         for layer in (0, 3, 7):
             np.testing.assert_array_equal(scores.accuracy.sel(probe=name, layer=layer), expected)
@@ -145,12 +147,14 @@ def test_shuffled_labels_are_dealt_to_prompts_whose_repeats_get_the_same() -> No
     rows = np.r_[np.arange(N), np.arange(0, N, 3)]
     array = activations().isel(prompt=rows)
     (labels,) = parse_label_sets(array, "label")
-    folds = [(np.arange(80), np.arange(80, 120))]
-    dealt = shuffle_labels(labels, rows, folds, 0)
+    folds = ((np.arange(80), np.arange(80, 120)),)
+    prompts = [str(row) for row in rows]
+    dealt, drawn = shuffle_labels(labels, prompts, None, lambda _: folds, 0)
+    assert drawn is folds
     np.testing.assert_array_equal(dealt[N:], dealt[np.arange(0, N, 3)])
     assert dealt[:N].sum() == Y.sum()
     assert 0.3 < (dealt == labels.values).mean() < 0.7
-    assert (shuffle_labels(labels, rows, folds, 1) != dealt).any()
+    assert (shuffle_labels(labels, prompts, None, lambda _: folds, 1)[0] != dealt).any()
 
 
 def test_controls_of_a_regression_know_the_mean() -> None:

@@ -93,8 +93,8 @@ def test_the_result_is_labelled_and_records_its_arguments() -> None:
     assert {name: scores.attrs[name] for name in expected} == expected
     assert scores.attrs["majority_share"] == pytest.approx(2 / 3)
     assert scores.attrs["cv"] == "StratifiedKFold(n_splits=4, random_state=3, shuffle=True)"
-    assert "RidgeClassifier" in scores.attrs["estimators"][0]
-    assert scores.attrs["versions"][1].startswith("scikit-learn ")
+    assert "RidgeClassifier" in json.loads(scores.attrs["estimators"])[0]
+    assert json.loads(scores.attrs["versions"])[1].startswith("scikit-learn ")
     assert scores.model == "a/model"
     assert json.loads(json.dumps(scores.attrs)) == scores.attrs
 
@@ -116,7 +116,7 @@ def test_scores_equal_a_plain_scikit_learn_loop(dtype: str) -> None:
 def test_several_classes_as_texts_are_scored_one_against_the_rest() -> None:
     y = np.array(["red", "green", "blue"] * (PROMPTS // 3))
     scores = sweep(activations(), y, ["logistic_regression", "mass_mean"], 3)
-    assert scores.attrs["classes"] == ["blue", "green", "red"]
+    assert json.loads(scores.attrs["classes"]) == ["blue", "green", "red"]
     assert np.isfinite(scores.auroc).all()
 
 
@@ -145,7 +145,7 @@ def test_an_estimator_without_scores_has_no_auroc_and_the_reason_is_recorded() -
 
     scores = sweep(activations(), "label", {"hard": Hard(), "ridge": "ridge"})
     assert scores.auroc.sel(probe="hard").isnull().all()
-    assert scores.auroc.attrs["nan_reasons"] == ["hard: the estimator gives no score per class"]
+    assert json.loads(scores.auroc.attrs["nan_reasons"]) == ["hard: the estimator gives no score per class"]
     assert scores.accuracy.sel(layer=16, probe="hard").mean() > 0.9
 
 

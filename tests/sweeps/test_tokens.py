@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -440,7 +441,7 @@ def test_labels_are_matched_whatever_they_are_given_as() -> None:
     for labels in (by_token, shuffled, by_prompt, lists, texts, pd.Series(texts), Y, Y.tolist(), Y[OF], Y[OF].astype(float)):
         xr.testing.assert_identical(lz.fit_tokens(tokens(), labels).coef, expected)
     words = lz.fit_tokens(tokens(), np.array(["no", "yes"])[Y])
-    assert words.attrs["classes"] == ["no", "yes"]
+    assert json.loads(words.attrs["classes"]) == ["no", "yes"]
     np.testing.assert_array_equal(words.coef, expected)
 
 

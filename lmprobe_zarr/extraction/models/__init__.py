@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.errors import MissingDependencyError
+from lmprobe_zarr.extraction.models.files import weights_digest
 from lmprobe_zarr.extraction.models.identity import (
     DTYPES,
     FIXED_FIELDS,
     PROVENANCE_FIELDS,
     ModelIdentity,
     Provenance,
+    folder_name,
     identify,
     model_name,
     modules_field,
@@ -24,7 +26,7 @@ from lmprobe_zarr.extraction.models.identity import (
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, tokenize
 
 if TYPE_CHECKING:
-    from lmprobe_zarr.extraction.models.batching import default_batch_tokens
+    from lmprobe_zarr.extraction.models.batching import Windows, default_batch_tokens
     from lmprobe_zarr.extraction.models.capture import Progress, run
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
 
@@ -40,7 +42,9 @@ __all__ = [
     "Prompts",
     "Provenance",
     "TokenizedPrompts",
+    "Windows",
     "default_batch_tokens",
+    "folder_name",
     "identify",
     "length_limit",
     "load_model",
@@ -51,11 +55,13 @@ __all__ = [
     "prompts_kind",
     "run",
     "tokenize",
+    "weights_digest",
 ]
 
 _NEEDS_TORCH: Final = {
     "LoadedModel": "loading",
     "Progress": "capture",
+    "Windows": "batching",
     "default_batch_tokens": "batching",
     "load_model": "loading",
     "load_tokenizer": "loading",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -9,14 +10,58 @@ import torch
 
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["LOGIT_BYTES", "default_batch_tokens", "free_memory", "is_out_of_memory", "most_prompts_with_logits", "next_batch"]
+__all__ = ["LOGIT_BYTES", "Windows", "default_batch_tokens", "free_memory", "is_out_of_memory", "most_prompts_with_logits", "next_batch"]
 
 DEVICE_TOKENS: Final = {"cuda": 16384, "mps": 4096, "cpu": 1024}  # on two cores, 1,024 to 1,536 tokens stay in the caches
 # Bounds the activations that are kept of one batch. They exist on the device, and on the host while they are written.
 BATCH_BYTES: Final = 256 << 20
 LEAST_TOKENS: Final = 256
+SCRATCH_BATCHES: Final = 16
 # Bytes of a logit while it is computed, whatever its dtype.
 LOGIT_BYTES: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """How many prompts are sorted by length at a time, so that what is collected of them can be put in order again.
+
+    Parameters
+    ----------
+    batches : int
+        Batches of one window at most, roughly: as many tokens.
+    nbytes : int
+        Bytes of activations that are collected of one window at most …
+    scratch_nbytes : int
+        … and as many more where these hold fewer than 16 batches.
+    """
+
+    batches: int
+    nbytes: int
+    scratch_nbytes: int = 0
+
+    def cut(self, nbytes: Ints, lengths: Ints, batch_tokens: int, batch_prompts: int | None) -> list[tuple[int, int]]:
+        """Consecutive windows as (start, stop), each of at least one prompt.
+
+        Parameters
+        ----------
+        nbytes, lengths : ndarray of int, shape (prompt,)
+            Bytes that are collected of each prompt, and its tokens.
+        batch_tokens, batch_prompts : int
+            The most that a batch holds.
+        """
+        # Beyond 16 batches a window saves little padding, so no file is written for more.
+        batch_bytes = int(nbytes.sum() * batch_tokens // max(1, lengths.sum()))
+        most_bytes = max(self.nbytes, min(self.nbytes + self.scratch_nbytes, SCRATCH_BATCHES * batch_bytes))
+        ends = [(np.cumsum(nbytes), most_bytes), (np.cumsum(np.minimum(lengths, batch_tokens)), self.batches * batch_tokens)]
+        if batch_prompts is not None:
+            ends.append((np.arange(1, len(lengths) + 1), self.batches * batch_prompts))
+        windows, start = [], 0
+        while start < len(lengths):
+            most = (int(np.searchsorted(end, (end[start - 1] if start else 0) + limit, side="right")) for end, limit in ends)
+            stop = max(start + 1, min(most))
+            windows.append((start, stop))
+            start = stop
+        return windows
 
 
 def default_batch_tokens(device: str, bytes_per_token: int = 0) -> int:

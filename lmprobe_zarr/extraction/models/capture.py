@@ -32,6 +32,7 @@ from lmprobe_zarr.batch import (
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.batching import (
     LOGIT_BYTES,
+    Windows,
     default_batch_tokens,
     free_memory,
     is_out_of_memory,
@@ -70,8 +71,10 @@ def run(
     batch_tokens: int | None = None,
     batch_prompts: int | None = None,
     progress: Progress | None = None,
+    windows: Windows | None = None,
+    after_window: Callable[[], None] | None = None,
 ) -> Iterator[TokenBatch]:
-    """The activations of every prompt, batch by batch, the longest prompts first.
+    """The activations of every prompt, batch by batch, the longest prompts of each window first.
 
     Parameters
     ----------
@@ -95,6 +98,10 @@ def run(
         Prompts per batch at most.
     progress : callable, optional
         Called with the number of prompts and of tokens of every batch.
+    windows : Windows, optional
+        How many consecutive prompts are sorted by length at a time; by default all.
+    after_window : callable, optional
+        Called when all batches of a window have been taken.
 
     Yields
     ------
@@ -140,10 +147,12 @@ def run(
             request = replace(request, routers_raw=gives_raw_scores(gate, loaded.hidden_size, dtype, loaded.device, loaded.name))
     width = head_width(loaded.located.head, loaded.vocab_size) or 0
     most = None
+    collected = row_bytes(
+        layers=max(len(request.layers), len(request.routers)), hidden_size=loaded.hidden_size or 0, dtype=loaded.dtype, sites=names,
+        pooling=pooled, keep_tokens=request.keep_tokens, outputs=outputs, vocab_size=width, experts=loaded.num_experts,
+    )  # fmt: skip
     if batch_tokens is None:
-        size = {"layers": max(len(request.layers), len(request.routers)), "hidden_size": loaded.hidden_size or 0, "dtype": loaded.dtype}
-        kept = {"sites": names, "pooling": (), "keep_tokens": request.keep_tokens, "outputs": outputs}
-        weight = row_bytes(**size, **kept, vocab_size=width, experts=loaded.num_experts).token  # type: ignore[arg-type]
+        weight = collected.token
         if outputs.needs_head and request.head_rows == "tokens":
             weight += LOGIT_BYTES * width
         elif outputs.needs_head:
@@ -156,7 +165,10 @@ def run(
         batch_prompts = 1
     if batch_prompts is not None:
         most = batch_prompts if most is None else min(most, batch_prompts)
-    return _run_all(loaded, ModelCall.of(loaded, request, conduct), tokenized, request, batch_tokens, most, progress)
+    call = ModelCall.of(loaded, request, conduct)
+    nbytes = collected.prompt + collected.token * tokenized.lengths
+    bounds = [(0, len(tokenized))] if windows is None else windows.cut(nbytes, tokenized.lengths, batch_tokens, most)
+    return _run_all(loaded, call, tokenized, request, batch_tokens, most, progress, bounds, after_window)
 
 
 def _run_all(
@@ -167,13 +179,10 @@ def _run_all(
     budget: int,
     most: int | None,
     progress: Progress | None,
+    windows: list[tuple[int, int]],
+    after_window: Callable[[], None] | None,
 ) -> Iterator[TokenBatch]:
     starts = offsets_of(tokenized.lengths)
-    # The longest prompts come first, so that memory runs out at once or never. A model whose state grows with the longest prompt so far
-    # needs them in ascending order.
-    order = np.argsort(tokenized.lengths if call.uniform_above is not None else -tokenized.lengths, kind="stable")
-    done = 0
-    previous: _Copying | None = None
     weights = _Weights()
 
     def token_batches(copying: _Copying) -> Iterator[TokenBatch]:
@@ -182,25 +191,34 @@ def _run_all(
         _check_finite(loaded, copying, weights)
         return _token_batches(copying, tokenized, request)
 
-    while done < len(order):
-        count = next_batch(tokenized.lengths[order[done:]], budget, call.uniform_above, most)
-        rows = np.sort(order[done : done + count])
-        copying = _run_batch(loaded, call, request, tokenized, starts, rows)
-        if copying is None:
-            budget = max(1, count * int(tokenized.lengths[rows].max()) // 2)
-            free_memory(loaded.device)
-            continue
-        done += count
-        # The previous batch is converted while the device works on this one.
+    for start, stop in windows:
+        # The longest prompts come first, so that memory runs out early. A model whose state grows with the longest prompt so far needs them
+        # in ascending order.
+        lengths = tokenized.lengths[start:stop]
+        order = start + np.argsort(lengths if call.uniform_above is not None else -lengths, kind="stable")
+        done = 0
+        previous: _Copying | None = None
+        while done < len(order):
+            count = next_batch(tokenized.lengths[order[done:]], budget, call.uniform_above, most)
+            rows = np.sort(order[done : done + count])
+            copying = _run_batch(loaded, call, request, tokenized, starts, rows)
+            if copying is None:
+                budget = max(1, count * int(tokenized.lengths[rows].max()) // 2)
+                free_memory(loaded.device)
+                continue
+            done += count
+            # The previous batch is converted while the device works on this one.
+            if previous is not None:
+                yield from token_batches(previous)
+            previous = copying if copying.arrived is not None else None
+            if progress is not None:
+                progress(count, int(tokenized.lengths[rows].sum()))
+            if previous is None:
+                yield from token_batches(copying)
         if previous is not None:
             yield from token_batches(previous)
-        previous = copying if copying.arrived is not None else None
-        if progress is not None:
-            progress(count, int(tokenized.lengths[rows].sum()))
-        if previous is None:
-            yield from token_batches(copying)
-    if previous is not None:
-        yield from token_batches(previous)
+        if after_window is not None:
+            after_window()
 
 
 def _run_batch(

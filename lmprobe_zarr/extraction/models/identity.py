@@ -76,6 +76,7 @@ __all__ = [
     "PROVENANCE_FIELDS",
     "ModelIdentity",
     "Provenance",
+    "folder_name",
     "identify",
     "model_name",
     "modules_field",
@@ -270,8 +271,11 @@ def model_name(model: str | os.PathLike[str], name: str | None = None) -> str:
             raise InvalidArgumentError(f"name={name!r} is no name: give a text of at least one character")
         return name
     folder = local_folder(model)
-    if folder is None:
-        return os.fspath(model)
+    return os.fspath(model) if folder is None else folder_name(folder)
+
+
+def folder_name(folder: Path) -> str:
+    """The name under which the model in a folder is stored, see :func:`model_name`."""
     cached = folder.parent.parent.name
     if folder.parent.name == "snapshots" and cached.startswith("models--"):
         return cached.removeprefix("models--").replace("--", "/")

@@ -6,11 +6,13 @@ A document becomes a frozen record by ``parse_…``, which raises where it is da
 
 from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
 from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
+from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
 from lmprobe_zarr.store.format.chunk import TEXT_BYTES, encode_chunk, file_entry, holds_checksum, is_intact
-from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field
-from lmprobe_zarr.store.format.group import GroupInfo, Provenance, parse_group
+from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field, describe_unrecorded, unrecorded_fields
+from lmprobe_zarr.store.format.group import GroupInfo, Provenance, check_new_provenance, parse_group
 from lmprobe_zarr.store.format.names import (
     ANNOTATIONS,
+    COLUMN,
     FORMAT,
     FORMAT_COLUMNS,
     GROUP_NAME,
@@ -23,7 +25,15 @@ from lmprobe_zarr.store.format.names import (
     Level,
     validate_column_names,
 )
-from lmprobe_zarr.store.format.part import PartInfo, level_document, parse_part, parse_part_group, part_document
+from lmprobe_zarr.store.format.part import (
+    PartInfo,
+    level_document,
+    parse_part,
+    parse_part_group,
+    parse_removed,
+    part_document,
+    removed_document,
+)
 from lmprobe_zarr.store.format.part_names import PART_NAME, new_part_name, part_milliseconds, replacement_name
 from lmprobe_zarr.store.format.published import PUBLISHED_MARK, published_document
 from lmprobe_zarr.store.format.root import Published, is_root_document, parse_root, root_document
@@ -31,6 +41,8 @@ from lmprobe_zarr.store.format.root import Published, is_root_document, parse_ro
 __all__ = [
     "ABSENT_FIELDS",
     "ANNOTATIONS",
+    "CALL_ORDER",
+    "COLUMN",
     "FORMAT",
     "FORMAT_COLUMNS",
     "GROUP_NAME",
@@ -45,15 +57,19 @@ __all__ = [
     "TEXT_BYTES",
     "TOKEN_COLUMNS",
     "ArrayInfo",
+    "CallPlaces",
     "GroupInfo",
     "Level",
     "PartInfo",
     "Provenance",
     "Published",
     "array_dims",
+    "call_of",
     "check_frame",
+    "check_new_provenance",
     "decode_range",
     "describe_field",
+    "describe_unrecorded",
     "encode_chunk",
     "file_entry",
     "holds_checksum",
@@ -66,11 +82,15 @@ __all__ = [
     "parse_group",
     "parse_part",
     "parse_part_group",
+    "parse_places",
+    "parse_removed",
     "parse_root",
     "part_document",
     "part_milliseconds",
     "published_document",
+    "removed_document",
     "replacement_name",
     "root_document",
+    "unrecorded_fields",
     "validate_column_names",
 ]

@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.batch import INNER_DIMS, SCALARS
-from lmprobe_zarr.store.format.names import SAMPLE_DIM, Json, Level
+from lmprobe_zarr.store.format.names import COLUMN, SAMPLE_DIM, Json, Level
 
 __all__ = ["ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
 
@@ -166,6 +166,8 @@ def parse_array(document: object) -> ArrayInfo:
     )
     if not isinstance(info.attributes.get("stored_dtype", ""), str):
         raise ValueError("stored_dtype is no text")
+    if COLUMN in info.attributes:
+        _check_column(info, info.attributes[COLUMN])
     if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.codecs:
         raise ValueError(f"codecs {[c.get('name') for c in codecs]}")
     if document["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
@@ -175,6 +177,36 @@ def parse_array(document: object) -> ArrayInfo:
     if info.row_shape != chunks[info.sample_axis + 1 :] or min(chunks) < 1 or info.chunk_nbytes > _BLOSC_LIMIT:
         raise ValueError(f"chunks {chunks} of shape {shape}")
     return info
+
+
+# The dtypes on disk of each kind of column; see docs/format.md. Kinds of later versions are read by their dtype alone.
+_COLUMN_DTYPES: Final[Mapping[str, frozenset[str]]] = {
+    "bool": frozenset({"bool", "float64"}), "int": frozenset({"int64", "float64", "string"}), "float": frozenset({"float64"}),
+    "text": frozenset({"string"}), "datetime": frozenset({"string"}), "date": frozenset({"string"}), "timedelta": frozenset({"string"}),
+    "missing": frozenset({"float64"}),
+}  # fmt: skip
+
+
+def _check_column(info: ArrayInfo, described: object) -> None:
+    """Raise ValueError where what an array says of its column cannot be so."""
+    if not isinstance(described, dict) or not isinstance(described.get("kind"), str) or len(info.dims) != 1:
+        raise ValueError("the attribute column")
+    kind = described["kind"]
+    if kind not in _COLUMN_DTYPES:
+        return
+    if info.dtype not in _COLUMN_DTYPES[kind]:
+        raise ValueError(f"a column of kind {kind} with data type {info.dtype}")
+    if kind in ("datetime", "date", "timedelta") and described.get("unit") not in ("s", "ms", "us", "ns"):
+        raise ValueError(f"a column of kind {kind} in units of {described.get('unit')!r:.20}")
+    texts = [described.get(key, "") for key in ("missing_text", "time_zone", "dtype")]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(described.get("ordered", False), bool):
+        raise ValueError("the attribute column")
+    if type(described.get("missing", 0)) is not int or not 0 <= described.get("missing", 0) <= info.shape[0]:
+        raise ValueError("missing values of a column")
+    categories = described.get("categories", [])
+    of = {"text": (str,), "bool": (bool,), "float": (float, int)}.get(kind, (int,))
+    if not isinstance(categories, list) or not all(type(value) in of for value in categories) or len(set(categories)) < len(categories):
+        raise ValueError("categories of a column")
 
 
 def lengths_of(values: object) -> tuple[int, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
-__all__ = ["ABSENT_FIELDS", "PROCESS_FIELDS", "describe_field"]
+__all__ = ["ABSENT_FIELDS", "PROCESS_FIELDS", "describe_field", "describe_unrecorded", "unrecorded_fields"]
 
 WORDS: Final = {
     "revision": "the model's commit on the hub",
@@ -38,3 +39,14 @@ PROCESS_FIELDS: Final = ("autocast", "float32_precision", "default_dtype")
 def describe_field(name: str) -> str:
     """What a field says, in parentheses after a blank; empty for a field of the caller's own."""
     return f" ({WORDS[name]})" if name in WORDS else ""
+
+
+def unrecorded_fields(provenance: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields that every extraction records and that a provenance, such as that of an import, does not."""
+    return tuple(name for name in WORDS if name not in provenance and name not in ABSENT_FIELDS)
+
+
+def describe_unrecorded(fields: Iterable[str]) -> str:
+    """Fields that are not recorded, as text: all of them in words, otherwise their names."""
+    names = tuple(fields)
+    return f"anything of how it was computed ({', '.join(names)})" if names == unrecorded_fields({}) else ", ".join(names)

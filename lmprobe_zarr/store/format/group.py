@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from lmprobe_zarr.batch import has_utf8
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, UnsupportedVersionError
 from lmprobe_zarr.store.format.names import FORMAT, FORMAT_VERSION, check_version, dump, reason_of
 
-__all__ = ["GroupInfo", "Provenance", "parse_group", "validate_provenance"]
+__all__ = ["GroupInfo", "Provenance", "check_new_provenance", "parse_group", "validate_provenance"]
 
 ProvenanceValue: TypeAlias = str | int | float | bool | None
 Provenance: TypeAlias = Mapping[str, ProvenanceValue]
@@ -36,7 +37,25 @@ def validate_provenance(provenance: Mapping[str, Any]) -> dict[str, ProvenanceVa
             raise InvalidArgumentError(f"provenance field {name!r}={value!r} is not finite")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise InvalidArgumentError(f"provenance field {name!r} is an integer beyond 64 bits: use a string")
-    return {name: provenance[name] for name in sorted(provenance)}
+    return {_own(name): _own(provenance[name]) for name in sorted(provenance)}
+
+
+def _own(value: Any) -> Any:
+    """A subclass of str, int or float, such as a member of an enumeration, as the value that it is equal to."""
+    for kind in (str, bool, int, float):
+        if isinstance(value, kind):
+            return value if type(value) is kind else getattr(kind, f"__{kind.__name__}__")(value)
+    return value
+
+
+def check_new_provenance(provenance: Provenance) -> None:
+    """Raise `InvalidArgumentError` for a text that no UTF-8 can hold; groups that have one already stay readable."""
+    for name, value in provenance.items():
+        if not all(has_utf8(text) for text in (name, value) if isinstance(text, str)):
+            raise InvalidArgumentError(
+                f"provenance field {name!a}={value!a} holds a lone surrogate, which no UTF-8 can hold: mend the text, "
+                'text.encode("utf-8", "replace").decode()'
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------- group
@@ -71,6 +90,7 @@ class GroupInfo:
         if not self.model.isprintable():
             # The name is printed wherever the store is, on terminals too, and may come from a store that somebody else made.
             raise InvalidArgumentError(f"model={self.model[:80]!r} holds characters that cannot be shown: give a name without them")
+        object.__setattr__(self, "model", str.__str__(self.model))
         object.__setattr__(self, "provenance", validate_provenance(self.provenance))
         for name in ("num_layers", "hidden_size"):
             object.__setattr__(self, name, _validate_count(name, getattr(self, name)))

@@ -12,6 +12,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, UnsupportedVersionError
 
 __all__ = [
     "ANNOTATIONS",
+    "COLUMN",
     "COLUMN_NAME",
     "FORMAT",
     "FORMAT_COLUMNS",
@@ -23,6 +24,7 @@ __all__ = [
     "SAMPLE_DIM",
     "STAMPS",
     "TOKEN_COLUMNS",
+    "TOMBSTONE_VERSION",
     "Json",
     "Level",
     "check_version",
@@ -36,6 +38,7 @@ STAMPS: Final = ".used"
 
 FORMAT: Final = "lmprobe-zarr"
 FORMAT_VERSION: Final = 1
+TOMBSTONE_VERSION: Final = 2  # of the document of a tombstone, and of nothing else
 
 ANNOTATIONS: Final = "annotations"
 GROUP_NAME: Final = re.compile(r"(?:[a-z0-9.-]+-)?[0-9a-f]{12}")
@@ -55,17 +58,33 @@ MADE_BY_WRITER: Final = frozenset(
     {"prompts/prompt", "prompts/prompt_sha256", "prompts/n_tokens", "prompts/layer", "tokens/layer", "tokens/prompt_row"}
 )
 COLUMN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+# The attribute of a column's array that says what its dtype does not.
+COLUMN: Final = "column"
 Json: TypeAlias = dict[str, Any]
 
 
-def validate_column_names(names: Iterable[str]) -> None:
-    """Raise `InvalidArgumentError` for a user's column that could not be stored under its name."""
+def validate_column_names(names: Iterable[str], *, new: bool = False) -> None:
+    """Raise `InvalidArgumentError` for a user's column that could not be stored under its name.
+
+    With `new`, also for names that differ by case alone from each other or from a name of the format: their folders would be one folder on
+    file systems that ignore case.
+    """
+    lower: dict[str, str] = {}
     for name in names:
         if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
-            raise InvalidArgumentError(f"{name!r} is no column name: use letters, digits and _, a letter first, at most 64")
+            raise InvalidArgumentError(f"{name!r:.80} is no column name: use the letters a to z, digits and _, a letter first, at most 64")
         taken = (*PROMPT_COLUMNS, *TOKEN_COLUMNS, *DIMENSIONS, *INNER_DIMS, *INNER_DIMS.values(), *SCALARS, "model")
         if name in taken or split_variable(name)[0] in SITES:
             raise InvalidArgumentError(f"{name!r} is a name of the format itself: choose another name for that column")
+        if not new:
+            continue
+        other = lower.setdefault(name.lower(), name)
+        if other == name and (name.lower() in taken or split_variable(name.lower())[0] in SITES):
+            other = name.lower()
+        if other != name:
+            raise InvalidArgumentError(
+                f"the column name {name!r} differs from {other!r} by case alone, and some file systems ignore case: choose another name"
+            )
 
 
 def check_version(version: object, where: str) -> None:

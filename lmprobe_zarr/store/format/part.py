@@ -22,6 +22,7 @@ from lmprobe_zarr.store.format.names import (
     FORMAT_VERSION,
     LEVELS,
     SAMPLE_DIM,
+    TOMBSTONE_VERSION,
     Json,
     Level,
     check_version,
@@ -31,10 +32,11 @@ from lmprobe_zarr.store.format.names import (
 )
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["PartInfo", "level_document", "parse_part", "parse_part_group", "part_document"]
+__all__ = ["PartInfo", "level_document", "parse_part", "parse_part_group", "parse_removed", "part_document", "removed_document"]
 
 # A part's document decides which files are copied and removed. Only such keys are accepted: one with ".." would point outside the store.
 _FILE_KEY: Final = re.compile(r"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
+_ARRAY_KEY: Final = re.compile(r"(prompts|tokens)/([A-Za-z][A-Za-z0-9_]*)")
 
 # The digest is at a fixed place, so that it can be checked on the bytes as they are, without writing the document again.
 _PREFIX: Final = b'{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
@@ -68,6 +70,9 @@ class PartInfo:
         Parts that this one replaces.
     odd : mapping of str to (int, int), optional
         Of each variable that has any: values that are not finite, and rows that hold nothing but zeros. None where they were not counted.
+    removed : mapping of str to (tuple of int, or None)
+        Of a tombstone: the variables and columns, by their keys, whose values were removed for all its prompts, with the layers of each;
+        None for a variable without layers, and for a column. Empty for any other part.
     """
 
     group: str
@@ -81,6 +86,12 @@ class PartInfo:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
     odd: Mapping[str, Sequence[int]] | None = None
+    removed: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
+
+    @property
+    def is_tombstone(self) -> bool:
+        """Whether it hides values of older parts that a part which is gone had replaced."""
+        return bool(self.removed)
 
     def variables(self, level: Level) -> dict[str, ArrayInfo]:
         """Arrays of one level, by their names in it."""
@@ -108,7 +119,8 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
     attributes: Json = {
         "digest": "crc32c:00000000",
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        # A reader that does not know tombstones must refuse one: it would show what it hides.
+        "format_version": TOMBSTONE_VERSION if info.removed else FORMAT_VERSION,
         "kind": info.kind,
         # Everything in the group's own document: where that is lost, any part restores it.
         "model": group.model,
@@ -122,6 +134,7 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
         "n_tokens": None if info.n_tokens is None else info.n_tokens.tolist(),
         "replaces": list(info.replaces),
         "odd": None if info.odd is None else {key: list(counts) for key, counts in info.odd.items()},
+        **({"removed": removed_document(info.removed)} if info.removed else {}),
         "recorded": dict(info.recorded),
         "files": {key: list(value) for key, value in info.files.items()},
     }
@@ -162,7 +175,9 @@ def parse_part(data: bytes, where: str) -> PartInfo:
         intact = data.startswith(_PREFIX) and data[_DIGEST] == b"%08x" % google_crc32c.value(bytes(zeroed))
         attributes = (document := json.loads(data))["attributes"]
         if attributes["format"] == FORMAT:
-            check_version(attributes["format_version"], where)
+            # Only a tombstone has its own version.
+            version = attributes["format_version"]
+            check_version(FORMAT_VERSION if version == TOMBSTONE_VERSION and "removed" in attributes else version, where)
         if not intact:
             raise ValueError("its digest does not hold")
         if attributes["format"] != FORMAT or attributes["kind"] not in {"part", "annotation"}:
@@ -181,6 +196,7 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             recorded=dict(attributes["recorded"]),
             replaces=tuple(_text(name) for name in attributes["replaces"]),
             odd=None if (odd := attributes.get("odd")) is None else {key: lengths_of(counts) for key, counts in odd.items()},
+            removed=parse_removed(attributes.get("removed", {})),
         )
         _check_part(info)
     except UnsupportedVersionError:
@@ -191,6 +207,20 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             "delete that folder, and extract its prompts again"
         ) from error
     return info
+
+
+def removed_document(removed: Mapping[str, tuple[int, ...] | None]) -> Json:
+    """What a tombstone removes, as JSON."""
+    return {key: None if layers is None else list(layers) for key, layers in removed.items()}
+
+
+def parse_removed(document: Any) -> dict[str, tuple[int, ...] | None]:
+    """What a tombstone removes; raises ValueError, TypeError or AttributeError where the document says something else."""
+    removed = {_text(key): None if layers is None else lengths_of(layers) for key, layers in document.items()}
+    for key, layers in removed.items():
+        if not _ARRAY_KEY.fullmatch(key) or (layers is not None and (not layers or list(layers) != sorted(set(layers)))):
+            raise ValueError(f"it removes {key[:80]!r} of layers {layers!r:.80}")
+    return removed
 
 
 def parse_part_group(data: bytes) -> GroupInfo | None:
@@ -230,11 +260,13 @@ def _check_part(info: PartInfo) -> None:
     if strange is not None:
         raise ValueError(f"{strange[:80]!r} is no file of a part")
     counts = info.n_tokens
-    if counts is not None and (counts.shape != (n,) or (counts < 1).any() or "tokens/position" not in info.arrays):
+    if info.removed and (info.kind != "annotation" or info.own_columns or info.activations):
+        raise ValueError("it removes values and holds some")
+    if counts is not None and (counts.shape != (n,) or (counts < 1).any() or ("tokens/position" not in info.arrays and not info.removed)):
         raise ValueError("n_tokens does not fit the prompts")
     sizes = {"prompt": n, "layer": len(info.layers), "token": 0 if counts is None else int(counts.sum())}
     for key, array in info.arrays.items():
-        match = re.fullmatch(r"(prompts|tokens)/([A-Za-z][A-Za-z0-9_]*)", key)
+        match = _ARRAY_KEY.fullmatch(key)
         if match is None:
             raise ValueError(f"array name {key!r}")
         sample = "token" if match[1] == "tokens" else "prompt"

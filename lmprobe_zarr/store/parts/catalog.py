@@ -5,7 +5,8 @@ Decides nothing about upkeep and reads no activations. Code that needs only one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,10 +17,11 @@ from lmprobe_zarr.store.format import ANNOTATIONS, GROUP_NAME, PART_NAME, STAMPS
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.listing import Listing, list_names
 from lmprobe_zarr.store.parts.part import Part
+from lmprobe_zarr.store.parts.salvage import NO_LAYER, salvage
 from lmprobe_zarr.store.parts.view import View, open_view
 from lmprobe_zarr.store.parts.writer import PartWriter, write_group
 
-__all__ = ["Catalog", "Mode", "any_holds_parts", "groups_of", "open_union", "urls_of"]
+__all__ = ["Catalog", "Mode", "any_holds_parts", "groups_of", "open_union", "urls_of", "visible_parts"]
 
 Mode = Literal["a", "r"]
 
@@ -40,17 +42,23 @@ class Catalog:
 
     Attributes
     ----------
+    notes_uses : bool
+        Whether a reading is noted as a use of the part: not in a root that was opened as read-only, nor in a published copy.
     last_used : dict of str to float
         When this process last noted the use of each part, by its key, in seconds of `time.monotonic`.
     """
 
     def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0) -> None:
         self.storage, self.mode, self.durable, self.rank = storage, mode, durable, rank
+        self.notes_uses = mode == "a" and not self.is_published
         self.last_used: dict[str, float] = {}
         # Documents of parts and groups never change once they are written, so each is read once.
         self._parts: dict[str, Part] = {}
         self._groups: dict[str, GroupInfo] = {}
         self._damaged: dict[str, CorruptPartError] = {}
+        self._versions: dict[str, Hashable] = {}
+        self._noted: set[str] = set()
+        self._stand_ins: dict[str, Part | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.storage, self.mode, self.durable, self.rank)
@@ -69,6 +77,12 @@ class Catalog:
     def damage(self) -> tuple[CorruptPartError, ...]:
         """Errors of the damaged parts and groups that are left out, see `set_aside`."""
         return tuple(self._damaged.values())
+
+    def note_once(self, what: str) -> bool:
+        """Whether something is noted for the first time."""
+        is_new = what not in self._noted
+        self._noted.add(what)
+        return is_new
 
     # --------------------------------------------------------------------------------------------------------- groups
 
@@ -96,6 +110,7 @@ class Catalog:
 
     def _parse_group(self, name: str) -> None:
         where = f"{self.url}/{name}"
+        self._versions[name] = self.storage.version(f"{name}/zarr.json")
         ours = GROUP_NAME.fullmatch(name) is not None
         data = self._read_document(name, ours)
         if data is None:
@@ -137,11 +152,27 @@ class Catalog:
         """Whether a group, given by its name, has any committed part. One whose parts have all been evicted counts as absent."""
         names: list[str] = []
         # List again until nothing new is found: a part that replaces another is committed before the other is removed.
-        while new := [name for name in self._part_names(group) if name not in names]:
+        while True:
+            listed = self.storage.list(group)
+            new = [name for name in self._part_names(group, listed) if name not in names]
+            if not new:
+                return False
             if any(self._is_committed(f"{group}/{name}") for name in new):
-                return True
+                return ANNOTATIONS not in listed or self._shows_any(group)
             names += new
-        return False
+
+    def _shows_any(self, group: str) -> bool:
+        """Whether anything of a group with committed parts is shown: an annotation may have replaced them, and tombstones hide them."""
+        info = self._groups.get(group)
+        if info is None:
+            return True
+        try:
+            parts, notes = self.parts_and_annotations(info)
+        except CorruptPartError:
+            return True  # the view that is opened next names the damage
+        replaced = {name for part in (*parts, *notes) for name in part.info.replaces}
+        shown = any(part.info.name not in replaced for part in parts)
+        return shown and (not any(note.info.is_tombstone for note in notes) or len(open_view(self.storage, info, parts, notes)) > 0)
 
     def _is_committed(self, path: str) -> bool:
         if self.storage.is_local:
@@ -217,6 +248,7 @@ class Catalog:
         return [name for name in found if name not in ("zarr.json", ANNOTATIONS) and not name.startswith(".")]
 
     def _read_part(self, path: str, whole: bool) -> Part | None:
+        self._versions[path] = self.storage.version(f"{path}/zarr.json")
         try:
             data = self._read_document(path, PART_NAME.fullmatch(path.rpartition("/")[2]) is not None)
             if data is None:
@@ -233,7 +265,7 @@ class Catalog:
             error.root, error.part = self.url, path
             self.set_aside(error)
             return None
-        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank)
+        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses)
         return part
 
     def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True) -> tuple[list[Part], list[Part]]:
@@ -254,6 +286,36 @@ class Catalog:
         """The union of a group's parts in this root; `whole` as in `list_parts`."""
         return open_union([self], info, whole=whole)
 
+    def stand_ins(self, info: GroupInfo) -> list[Part]:
+        """Tombstones in memory for damaged parts of a group that are left out: what they had replaced must not serve in their stead."""
+        found = []
+        for path in [path for path in self._damaged if path.startswith(f"{info.name}/")]:
+            if path not in self._stand_ins:
+                self._stand_ins[path] = self._stand_in(path)
+            part = self._stand_ins[path]
+            if part is not None:
+                found.append(part)
+        return found
+
+    def _stand_in(self, path: str) -> Part | None:
+        known = self._parts.get(path)
+        if known is not None:
+            info = known.info
+            removed = {key: info.layers if array.layered else None for key, array in info.activations.items()}
+            if set(info.replaces) & set(self.storage.list(path.partition("/")[0])):
+                return None  # the parts that it was merged from hold the same, and serve
+        else:
+            salvaged = salvage(self.storage, path)
+            if salvaged is None:
+                return None
+            info, removed = salvaged.info, dict(salvaged.info.removed)
+            for key, layer in salvaged.cells:
+                removed[key] = None if layer == NO_LAYER else tuple(sorted({*(removed.get(key) or ()), layer}))
+        if not removed:
+            return None
+        info = replace(info, kind="annotation", arrays={}, files={}, layers=(), replaces=(), removed=removed)
+        return Part(self.storage, path, info, rank=self.rank)
+
     # ------------------------------------------------------------------------------------------- damaged and gone parts
 
     def set_aside(self, error: CorruptPartError) -> None:
@@ -273,8 +335,19 @@ class Catalog:
     def forget(self, path: str) -> None:
         """Forget a part that was removed, given by its key."""
         self._parts.pop(path, None)
+        self._versions.pop(path, None)
         self.last_used.pop(path, None)
         self._damaged.pop(path, None)
+        self._stand_ins.pop(path, None)
+
+    def adopt(self, other: Catalog) -> None:
+        """Take over the documents that another catalog of the same root has read, except those that were replaced since."""
+        for known, own in ((other._parts, self._parts), (other._groups, self._groups)):
+            for path, document in list(known.items()):
+                version = self.storage.version(f"{path}/zarr.json")
+                if version == other._versions.get(path):
+                    own[path] = document  # type: ignore[assignment]
+                    self._versions[path] = version
 
     def forget_all(self, *, damaged: bool = False) -> None:
         """Forget all parts and groups, so that they are read again; with `damaged` also what was found damaged."""
@@ -282,6 +355,7 @@ class Catalog:
         self._groups.clear()
         if damaged:
             self._damaged.clear()
+            self._stand_ins.clear()
 
     # -------------------------------------------------------------------------------------------------------- writing
 
@@ -331,9 +405,20 @@ def any_holds_parts(catalogs: Sequence[Catalog], group: str) -> bool:
     return any(catalog.holds_parts(group) for catalog in reversed(catalogs))
 
 
+def visible_parts(catalog: Catalog, info: GroupInfo) -> list[Part]:
+    """Committed parts of a group in one root, without those that others replaced; damaged ones are left out, with a warning."""
+    if info.name not in catalog.groups(whole=False):
+        return []
+    parts, notes = catalog.parts_and_annotations(info, whole=False)
+    replaced = {name for part in (*parts, *notes) for name in part.info.replaces}
+    return [part for part in parts if part.info.name not in replaced]
+
+
 def open_union(catalogs: Sequence[Catalog], info: GroupInfo, *, whole: bool = True) -> View:
     """The union of a group's parts in several roots; `whole` as in `Catalog.list_parts`."""
     found = [catalog.parts_and_annotations(info, whole=whole) for catalog in reversed(catalogs)][::-1]
     parts = [part for parts, _ in found for part in parts]
     notes = [note for _, notes in found for note in notes]
-    return open_view(catalogs[-1].storage, info, parts, notes)
+    if not whole:
+        notes += [part for catalog in catalogs for part in catalog.stand_ins(info)]
+    return open_view(catalogs[-1].storage, info, parts, notes, in_call_order=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NoReturn
 
 from lmprobe_zarr.errors import ReadOnlyError
@@ -26,7 +26,7 @@ class FrozenStorage(Storage):
 
     def __init__(self, inner: Storage, published: Published) -> None:
         self.inner, self.published = inner, published
-        self.url, self.is_local = inner.url, inner.is_local
+        self.url, self.is_local, self.is_slow = inner.url, inner.is_local, inner.is_slow
         self._folders: dict[str, set[str]] = {"": {"zarr.json"}}
         for group, keys in published.groups.items():
             for key in ("zarr.json", *keys):
@@ -42,6 +42,15 @@ class FrozenStorage(Storage):
 
     def read(self, key: str) -> bytes:
         return self.inner.read(key)
+
+    def is_same_place(self, other: Storage) -> bool:
+        return isinstance(other, FrozenStorage) and self.inner.is_same_place(other.inner)
+
+    def read_current(self, key: str) -> bytes:
+        return self.inner.read_current(key)
+
+    def version(self, key: str) -> Hashable | None:
+        return self.inner.version(key)
 
     def read_view(self, key: str) -> Buffer:
         return self.inner.read_view(key)

@@ -11,9 +11,9 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from lmprobe_zarr.batch import as_slice
-from lmprobe_zarr.store.parts.variable import VirtualArray
+from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
 from lmprobe_zarr.tokens import tidy_key, unwrapped
-from lmprobe_zarr.typing import Ints
+from lmprobe_zarr.typing import Ints, Mask
 
 __all__ = ["LazyArray", "as_stored"]
 
@@ -31,6 +31,14 @@ class LazyArray(BackendArray):
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
 
+    def stored_rows(self, key: tuple[Any, ...]) -> Mask:
+        """Which of the selected rows are stored in all of the selected layers; no values are read."""
+        array = self.array
+        layers = np.atleast_1d(np.arange(len(array.layers))[key[0]]) if array.layers is not None else np.zeros(1, np.int64)
+        rows = np.atleast_1d(np.arange(array.n_rows)[key[0 if array.layers is None else 1]])
+        prompts = rows if array.offsets is None else np.searchsorted(array.offsets, rows, "right") - 1
+        return np.asarray((array.source[np.unique(array.classes[layers])][:, prompts] != NOWHERE).all(axis=0), bool)
+
     def _read(self, key: tuple[Any, ...]) -> Any:
         layered = self.array.layers is not None
         lengths = self.shape if layered else (1, *self.shape)
@@ -43,7 +51,7 @@ class LazyArray(BackendArray):
         columns = tuple(slice(None) if i in listed else k for i, k in enumerate(inner))
         if all(isinstance(c, slice) and c == slice(None) for c in columns):
             columns = ()
-        values = self.array.read(_as_rows(layers, lengths[0]), at, columns)
+        values = self.array.read(_as_rows(layers, lengths[0]), at, columns, note=True)
         for i in listed:
             values = np.take(values, inner[i], axis=i + 2)
         if flip:

@@ -33,6 +33,8 @@ class Part:
         Bytes of its document.
     rank : int
         Which of several roots that are read as one it is in. A part in a higher root wins, whenever it was written.
+    noted : bool
+        Whether it is noted when the part is read: not in a root that is read only.
     """
 
     storage: Storage
@@ -40,6 +42,7 @@ class Part:
     info: PartInfo
     document_nbytes: int = 0
     rank: int = 0
+    noted: bool = False
 
     @property
     def order(self) -> tuple[int, str]:
@@ -49,7 +52,7 @@ class Part:
     def array(self, level: Level, name: str) -> StoredArray:
         """One of its arrays."""
         path = f"{level}/{name}"
-        return StoredArray(self.storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files)
+        return StoredArray(self.storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files, self.noted)
 
 
 def part_bytes_within(part_bytes: int, limit: int | None) -> int:

@@ -7,23 +7,45 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import TokenBatch
-from lmprobe_zarr.store.format import LEVELS, MADE_BY_WRITER, ArrayInfo, Level
+from lmprobe_zarr.batch import Column, ColumnKind, TokenBatch, parse_column
+from lmprobe_zarr.store.format import LEVELS, MADE_BY_WRITER, PROMPT_COLUMNS, ArrayInfo, Level
+from lmprobe_zarr.store.parts.columns import column_of, kind_of, merged_kind
 from lmprobe_zarr.store.parts.view import View
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["BLOCK_BYTES", "blocks_of", "read_batches", "read_values"]
+__all__ = ["BLOCK_BYTES", "blocks_of", "kinds_of_column", "read_batches", "read_column", "read_values"]
 
 BLOCK_BYTES: Final = 64 * 2**20
 
 
-def read_values(view: View, level: Level, name: str, rows: Ints, layers: tuple[int, ...]) -> Array:
-    """One variable of some prompts in memory: (layer, row, …), or (row, …) where it has no layers; a row is a prompt or a token."""
+def read_values(view: View, level: Level, name: str, rows: Ints, layers: tuple[int, ...], *, note: bool = False) -> Array:
+    """One variable of some prompts in memory: (layer, row, …), or (row, …) where it has no layers; a row is a prompt or a token.
+
+    With `note`, this counts as a use of the parts.
+    """
     lengths = view.token_counts()[rows] if level == "tokens" else None
     array = view.source(level, name, rows, layers, lengths)
     at = np.arange(1 if array.layers is None else len(layers))
-    values = array.read(at, slice(0, array.n_rows))
+    values = array.read(at, slice(0, array.n_rows), note=note)
     return values[0] if array.layers is None else values
+
+
+def kinds_of_column(view: View, name: str) -> list[ColumnKind]:
+    """The kind of a column in each part that holds it, in their order; usually all are equal."""
+    return [kind_of(info) for info in view.column_parts(name)]
+
+
+def read_column(view: View, name: str, rows: Ints) -> Column:
+    """A column of the user's of some prompts in memory; prompts that no part has it of are missing in it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Its parts hold values of several kinds.
+    """
+    values = read_values(view, "prompts", name, rows, ())
+    column = column_of(values, merged_kind(view.column_parts(name)))
+    return parse_column(name, values) if column is None else column
 
 
 def blocks_of(weights: Array, most: int = BLOCK_BYTES) -> Iterator[slice]:
@@ -79,7 +101,10 @@ def read_batches(
     has_tokens = any(part.info.n_tokens is not None for part in view.parts)
     for block in blocks_of(weights, most):
         chosen = rows[block]
-        described: dict[str, Any] = {name: read_values(view, "prompts", name, chosen, ()) for name in columns["prompts"]}
+        described: dict[str, Any] = {
+            name: read_values(view, "prompts", name, chosen, ()) if name in PROMPT_COLUMNS else read_column(view, name, chosen)
+            for name in columns["prompts"]
+        }
         text = described.pop("text", None)
         yield TokenBatch(
             sha256=[view.digests[row].tobytes().hex() for row in chosen],

@@ -21,6 +21,8 @@ from lmprobe_zarr.batch import copy_rows, fill_value
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
+from lmprobe_zarr.store.parts.columns import decode_column
+from lmprobe_zarr.store.parts.kept_chunks import kept_chunk
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Piece", "StoredArray", "read_pieces"]
@@ -43,17 +45,20 @@ class StoredArray:
         Its metadata.
     files : mapping of str to (int, int)
         The part's table of files, by their keys below the part; only this array's are used.
+    noted : bool
+        Whether a reading of it is noted as a use of the part.
     """
 
     storage: Storage
     path: str
     info: ArrayInfo
     files: Mapping[str, Sequence[int]]
+    noted: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Only this array's entries are sent to another process.
         files = {key: self.files[key] for key in map(self._file_key, self.info.chunk_keys()) if key in self.files}
-        return StoredArray, (self.storage, self.path, self.info, files)
+        return StoredArray, (self.storage, self.path, self.info, files, self.noted)
 
     def _file_key(self, chunk: str) -> str:
         level, name = self.path.rsplit("/", 2)[1:]
@@ -72,7 +77,8 @@ class StoredArray:
             room = _room.bytes = np.empty(nbytes, np.uint8)
         return room[:nbytes]
 
-    def _corrupt(self, key: str, what: str) -> CorruptPartError:
+    def corrupt(self, key: str, what: str) -> CorruptPartError:
+        """The error for a chunk that is damaged."""
         part, _, variable = self.path.rpartition("/")
         part = part.rpartition("/")[0]
         return CorruptPartError.of(
@@ -100,13 +106,15 @@ class StoredArray:
             The whole part has been deleted since it was opened.
         """
         key = self.info.chunk_key(layer, block)
-        if self.info.shuffle is None and self.info.dtype != "string" and np.little_endian:
+        is_text = self.info.dtype == "string"
+        if self.info.shuffle is None and not is_text and np.little_endian:
             return self._read_raw(key, np.empty(self._chunk_shape, self.dtype) if out is None else out)
-        body = self._read_body(key)
+        # Texts are decoded as a whole, so every read of some is one of the whole chunk.
+        body = self._read_kept(key) if is_text else self._read_body(key)
         try:
             return self._decode(body, out)
         except (ValueError, RuntimeError, UnicodeDecodeError) as error:
-            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+            raise self.corrupt(key, f"cannot be decoded ({error})") from error
 
     def read_rows(self, layer: int, block: int, rows: slice) -> Array:
         """Some rows of one chunk, shape (row, …), valid until this thread reads another.
@@ -116,27 +124,39 @@ class StoredArray:
         if self.info.dtype == "string":
             return self.read_chunk(layer, block)[rows]
         room = self._scratch()
+        key = self.info.chunk_key(layer, block)
+        nbytes = math.prod(self.info.row_shape) * self.dtype.itemsize
+        if self.info.shuffle is None and self.storage.is_slow and np.little_endian:
+            body = self._read_kept(key)
+            if len(body) != len(room):
+                raise self.corrupt(key, f"holds {len(body)} bytes instead of {len(room)}")
+            return np.frombuffer(body, self.dtype).reshape(self._chunk_shape)[rows]
         if self.info.shuffle is None or not np.little_endian:
             return self.read_chunk(layer, block, room.view(self.dtype).reshape(self._chunk_shape))[rows]
-        key = self.info.chunk_key(layer, block)
-        body = self._read_body(key)
-        nbytes = math.prod(self.info.row_shape) * self.dtype.itemsize
+        body = self._read_kept(key)
         try:
             check_frame(body, exactly=len(room))
             values = decode_range(body, rows.start * nbytes, rows.stop * nbytes, room.data)
         except (ValueError, RuntimeError) as error:
-            raise self._corrupt(key, f"cannot be decoded ({error})") from error
+            raise self.corrupt(key, f"cannot be decoded ({error})") from error
         return np.frombuffer(values, self.dtype).reshape(-1, *self.info.row_shape)
+
+    def _read_kept(self, key: str) -> memoryview:
+        """As `_read_body`, from what an earlier read of this process has kept, where a place is slow."""
+        if not self.storage.is_slow:
+            return self._read_body(key)
+        where = (self.storage.url, self.path, key, *self.files.get(self._file_key(key), ()))
+        return memoryview(kept_chunk(where, lambda: bytes(self._read_body(key))))
 
     def _read_body(self, key: str) -> memoryview:
         """The encoded bytes of a chunk, with their checksum verified; valid until this thread reads another."""
         length, checksum = self.files.get(self._file_key(key), (-1, -1))
         data = memoryview(self._fetch(key, self.storage.read_view))
         if len(data) != length or length < 4:
-            raise self._corrupt(key, f"has {len(data)} bytes instead of {length}")
+            raise self.corrupt(key, f"has {len(data)} bytes instead of {length}")
         body = data[:-4]
         if not holds_checksum(body, data[-4:], checksum):
-            raise self._corrupt(key, "does not hold its checksum")
+            raise self.corrupt(key, "does not hold its checksum")
         return body
 
     def _read_raw(self, key: str, out: Array) -> Array:
@@ -145,9 +165,9 @@ class StoredArray:
         body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
         found = self._fetch(key, lambda path: self.storage.read_into(path, body.data, memoryview(tail)))
         if found != length or length != len(body) + 4:
-            raise self._corrupt(key, f"has {found} bytes instead of {length}")
+            raise self.corrupt(key, f"has {found} bytes instead of {length}")
         if not holds_checksum(body.data, memoryview(tail), checksum):
-            raise self._corrupt(key, "does not hold its checksum")
+            raise self.corrupt(key, "does not hold its checksum")
         return out
 
     def _fetch(self, key: str, call: Callable[[str], T]) -> T:
@@ -160,11 +180,11 @@ class StoredArray:
                 raise PartGoneError(
                     f"part {part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
                 ) from error
-            raise self._corrupt(key, "is missing") from error
+            raise self.corrupt(key, "is missing") from error
         except OSError as error:
             if isinstance(error, LmprobeZarrError | PermissionError):
                 raise
-            raise self._corrupt(key, f"cannot be read ({error.strerror or error})") from error
+            raise self.corrupt(key, f"cannot be read ({error.strerror or error})") from error
 
     @property
     def _chunk_shape(self) -> tuple[int, ...]:
@@ -197,6 +217,7 @@ class StoredArray:
 class Piece:
     """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``. Rows shorter than `row_shape` are filled up.
 
+    `column` is the dtype in which a column of the user's is shown; None for any other array, whose values are taken as they are stored.
     The output may have a wider dtype: each chunk is converted by the thread that reads it, while it is in the cache.
     """
 
@@ -206,6 +227,7 @@ class Piece:
     rows: Rows
     target: Rows
     row_shape: tuple[int, ...]
+    column: np.dtype[Any] | None = None
 
 
 def read_pieces(pieces: Sequence[Piece], outs: Sequence[Array], columns: tuple[Any, ...]) -> None:
@@ -240,10 +262,16 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
             and target.dtype == piece.array.dtype
             and target.flags.c_contiguous
             and target.dtype != object
+            and target.dtype.kind not in "mM"
         ):
             piece.array.read_chunk(piece.layer, piece.block, target)
             return
     chunk = _chunk_rows(piece)
+    if piece.column is not None:
+        try:
+            chunk = decode_column(chunk, piece.array.info, piece.column)
+        except ValueError as error:
+            raise piece.array.corrupt(piece.array.info.chunk_key(piece.layer, piece.block), f"cannot be decoded ({error})") from error
     if piece.array.info.row_shape != piece.row_shape:
         filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
         filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk

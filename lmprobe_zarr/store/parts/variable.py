@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import as_slice, concat_ranges, fill_value, offsets_of
+from lmprobe_zarr.store.parts.columns import absent_value, as_shown, kind_of
 from lmprobe_zarr.store.parts.stored_array import Piece, StoredArray, read_pieces
+from lmprobe_zarr.store.parts.uses import note_uses
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["NOWHERE", "VirtualArray"]
@@ -38,7 +40,8 @@ class VirtualArray:
     offsets : ndarray of int64, shape (prompt + 1,), optional
         Where each prompt's rows begin along the sample axis; None where every prompt has one row.
     absent_as_nan : bool
-        Whether integers and truth values become float64, with NaN where prompts lack them, as in pandas: −1 may be a value of the user's.
+        Whether this is a column of the user's, in which NaN or NaT stands for what is missing, as in pandas: −1 and "" may be values.
+        Integers and truth values become float64 then.
     widened : bool
         Whether float16 is read as float32.
     """
@@ -71,12 +74,13 @@ class VirtualArray:
     @property
     def dtype(self) -> np.dtype[Any]:
         """The smallest dtype that holds every part's values and, where some are absent, what stands for them."""
+        if self.absent_as_nan:
+            shown = as_shown([array.info for array in self.arrays], absent=bool(self.n_absent))
+            return np.dtype(np.float32) if shown == np.float16 and self.widened else shown
         dtypes = {array.dtype for array in self.arrays}
         if np.dtype(object) in dtypes:
             return np.dtype(object)
         common = np.result_type(*dtypes)
-        if common.kind in "iub" and self.n_absent and self.absent_as_nan:
-            return np.dtype(np.float64)
         return np.dtype(np.float32) if common == np.float16 and self.widened else common
 
     @property
@@ -94,7 +98,7 @@ class VirtualArray:
                 found.update(np.ascontiguousarray(values).tobytes())
         return found.hexdigest()[:32]
 
-    def read(self, layers: Ints, rows: slice | Ints, columns: tuple[Any, ...] = ()) -> Array:
+    def read(self, layers: Ints, rows: slice | Ints, columns: tuple[Any, ...] = (), *, note: bool = False) -> Array:
         """Values of some layers and rows.
 
         Parameters
@@ -105,6 +109,8 @@ class VirtualArray:
             Places along the sample axis.
         columns : tuple
             Selection of the axes after it, as for indexing.
+        note : bool
+            Whether this is a use of the parts that are read, which eviction takes last; upkeep is none.
 
         Returns
         -------
@@ -113,7 +119,12 @@ class VirtualArray:
         n = len(range(*rows.indices(self.n_rows))) if isinstance(rows, slice) else len(rows)
         row_shape = self.row_shape
         tail = np.empty((0, *row_shape), bool)[(slice(None), *columns)].shape[1:]
-        out = np.empty((len(layers), n, *tail), self.dtype)
+        dtype = self.dtype
+        out = np.empty((len(layers), n, *tail), dtype)
+        absent = fill_value(dtype)
+        if self.absent_as_nan:
+            absent = absent_value([array.info for array in self.arrays], dtype)
+        empty = [self.absent_as_nan and kind_of(array.info).name == "missing" for array in self.arrays]
         pieces: list[Piece] = []
         outs: list[Array] = []
         located: dict[int, list[tuple[int, int, slice | Ints, slice | Ints]]] = {}
@@ -122,12 +133,16 @@ class VirtualArray:
             if group not in located:
                 located[group] = self._locate(group, rows)
             for array, block, chunk_rows, target in located[group]:
-                if array == NOWHERE:
-                    out[i][target] = fill_value(self.dtype)
+                if array == NOWHERE or empty[array]:
+                    out[i][target] = absent
                     continue
-                pieces.append(Piece(self.arrays[array], int(self.layer_rows[array, layer]), block, chunk_rows, target, row_shape))
+                shown = dtype if self.absent_as_nan else None
+                pieces.append(Piece(self.arrays[array], int(self.layer_rows[array, layer]), block, chunk_rows, target, row_shape, shown))
                 outs.append(out[i])
         read_pieces(pieces, outs, columns)
+        if note:
+            read = {place for found in located.values() for place, _, _, _ in found if place != NOWHERE}
+            note_uses((array.storage, array.path.rsplit("/", 2)[0]) for array in map(self.arrays.__getitem__, read) if array.noted)
         return out
 
     def blocks(self, layer: int, rows: slice | Ints) -> list[slice | Ints]:

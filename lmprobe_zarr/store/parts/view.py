@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from lmprobe_zarr.batch import HASH_DIGITS, given_prompts, hashes_of, is_hash, i
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, PromptCollisionError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
+from lmprobe_zarr.store.parts.call_order import places_in_one_call
 from lmprobe_zarr.store.parts.part import Part
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
 from lmprobe_zarr.typing import Ints, Mask
@@ -33,13 +34,17 @@ class View:
     group : GroupInfo
         Whose parts these are.
     parts, annotations : tuple of Part
-        In their order, replaced ones left out.
+        In their order, replaced ones left out. Tombstones are among the annotations.
     digests : ndarray of uint8, shape (prompt, 32)
-        sha256 of every prompt, in the order of first appearance.
+        sha256 of every prompt: in the order of the call that wrote them, or in that of first appearance.
     members : tuple of ndarray of int64
-        For each part and then each annotation: which prompt of the view each of its prompts is, −1 for none.
+        For each part and then each annotation: which prompt of the view each of its prompts is, −1 for none. Of a part it is −1 only where
+        tombstones hide all of a prompt.
     keys : pandas.Index of uint64
         The first 16 digits of every digest, as a number, for looking prompts up.
+    one_call : bool
+        Whether all prompts were written by one call, or by calls with the same prompts in the same order, so that they are in the order in
+        which these were given.
     """
 
     storage: Storage
@@ -49,6 +54,7 @@ class View:
     digests: npt.NDArray[np.uint8]
     members: tuple[Ints, ...]
     keys: pd.Index[Any]
+    one_call: bool = False
 
     def __len__(self) -> int:
         """Prompts in the view."""
@@ -87,6 +93,11 @@ class View:
             held = part.info.variables(level).items()
             found |= {name: a for name, a in held if a.dims == (SAMPLE_DIM[level],) and not is_variable(name, a)}
         return dict(sorted(found.items()))
+
+    def column_parts(self, name: str) -> list[ArrayInfo]:
+        """What each part and annotation holds of a column of prompts, in their order; empty where there is no such column."""
+        owners = sorted((*self.parts, *self.annotations), key=lambda owner: owner.order)
+        return [owner.info.arrays[f"prompts/{name}"] for owner in owners if f"prompts/{name}" in owner.info.arrays]
 
     def find(self, digests: Sequence[str]) -> Ints:
         """Which prompt of the view each whole digest is; −1 for none.
@@ -160,10 +171,12 @@ class View:
             Whether float16 is read as float32; by default values are read as they are stored.
         """
         key = f"{level}/{name}"
-        owners = (*self.parts, *self.annotations)
-        holding = [i for i, part in enumerate(owners) if key in part.info.arrays]
-        holding.sort(key=lambda i: owners[i].order)  # the last wins, whether it is a part or an annotation
-        arrays = tuple(owners[i].array(level, name) for i in holding)
+        owners = self.owners
+        order = [part.order for part in owners]
+        # The last wins, whether it is a part or an annotation; a tombstone wins with nothing.
+        holding = sorted((i for i, part in enumerate(owners) if key in part.info.arrays or key in part.info.removed), key=order.__getitem__)
+        real = [i for i in holding if key in owners[i].info.arrays]
+        arrays = tuple(owners[i].array(level, name) for i in real)
         layered = arrays[0].info.layered
         shapes = sorted({a.info.row_shape for a in arrays})
         if len({a.info.layered for a in arrays}) > 1 or (len(shapes) > 1 and not is_top_k(name)):
@@ -172,26 +185,28 @@ class View:
             raise CorruptPartError(f"the parts of {self.where} hold {name!r} by layer, which it never is")
         places = np.zeros((len(holding), 1), np.int32)
         if layered:
-            places = np.array([[_place(owners[i].info.layers, layer) for layer in layers] for i in holding], np.int32).reshape(
+            places = np.array([[_place(_layers_of(owners[i], key), layer) for layer in layers] for i in holding], np.int32).reshape(
                 -1, len(layers)
             )
         held, classes = np.unique(places >= 0, axis=1, return_inverse=True)
         source = np.full((held.shape[1], len(self)), NOWHERE, np.int32)
         start = np.zeros((held.shape[1], len(self)), np.int64)
-        since = self._tokens_since() if level == "tokens" else None
+        since, ranks = (self._tokens_since(), self._ranks()) if level == "tokens" else (None, {})
+        number = {i: j for j, i in enumerate(real)}
         for c in range(held.shape[1]):
             for j in np.flatnonzero(held[:, c]):
-                counts, member = owners[holding[j]].info.n_tokens, self.members[holding[j]]
+                owner, member = owners[holding[j]], self.members[holding[j]]
                 valid, first = member >= 0, np.arange(len(member))
-                if since is not None and counts is not None:
-                    valid, first = valid & (holding[j] >= since[member]), offsets_of(counts)[:-1]
-                source[c, member[valid]] = j
+                if since is not None and owner.info.n_tokens is not None and not owner.info.is_tombstone:
+                    valid[valid] = ranks[holding[j]] >= since[member[valid]]
+                    first = offsets_of(owner.info.n_tokens)[:-1]
+                source[c, member[valid]] = number.get(holding[j], NOWHERE)
                 start[c, member[valid]] = first[valid]
         offsets = None if lengths is None else offsets_of(lengths)
         return VirtualArray(
             arrays=arrays,
             layers=layers if layered else None,
-            layer_rows=places,
+            layer_rows=places[[j for j, i in enumerate(holding) if i in number]],
             classes=np.asarray(classes, np.int64).reshape(-1),
             source=source[:, rows],
             start=start[:, rows],
@@ -232,23 +247,39 @@ class View:
     def token_counts(self) -> Ints:
         """Token rows of each prompt, 0 where none are kept: those of the last part that keeps any."""
         counts = np.zeros(len(self), np.int64)
-        for part, member in zip(self.parts, self.members, strict=False):
+        since, ranks = self._tokens_since(), self._ranks()
+        for place, (part, member) in enumerate(zip(self.parts, self.members, strict=False)):
             if part.info.n_tokens is not None:
-                counts[member] = part.info.n_tokens
+                there = member >= 0
+                there[there] = ranks[place] >= since[member[there]]  # not where a later tombstone had another number
+                counts[member[there]] = part.info.n_tokens[there]
         return counts
 
     def _tokens_since(self) -> Ints:
-        """For each prompt the first part from which on all parts agree on its number of tokens.
+        """For each prompt the first part or tombstone, by its place in their order, from which on all agree on its number of tokens.
 
         Earlier parts split the prompt into other tokens, and are out of date for it.
         """
         counts, since = np.zeros(len(self), np.int64), np.zeros(len(self), np.int64)
-        for place, (part, member) in enumerate(zip(self.parts, self.members, strict=False)):
-            if part.info.n_tokens is not None:
-                changed = counts[member] != part.info.n_tokens
-                since[member[changed]] = place
-                counts[member] = part.info.n_tokens
+        owners = self.owners
+        for i, place in self._ranks().items():
+            held, member = owners[i].info.n_tokens, self.members[i]
+            if held is not None:
+                there = member >= 0
+                rows, now = member[there], held[there]
+                since[rows[counts[rows] != now]] = place
+                counts[rows] = now
         return since
+
+    @property
+    def owners(self) -> tuple[Part, ...]:
+        """Parts and then annotations, as `members` has them."""
+        return (*self.parts, *self.annotations)
+
+    def _ranks(self) -> dict[int, int]:
+        """The place of each part and annotation, by its number, in the order in which they win; ascending."""
+        order = [part.order for part in self.owners]
+        return {i: place for place, i in enumerate(sorted(range(len(order)), key=order.__getitem__))}
 
     def covers(self, level: Level, name: str, rows: Ints, layers: tuple[int, ...]) -> Mask:
         """Whether a variable is stored, shape (layer, prompt); one row for a variable without layers."""
@@ -263,8 +294,17 @@ def _place(layers: tuple[int, ...], layer: int) -> int:
     return layers.index(layer) if layer in layers else NOWHERE
 
 
-def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotations: Sequence[Part]) -> View:
+def _layers_of(part: Part, key: str) -> tuple[int, ...]:
+    return part.info.removed.get(key) or () if part.info.is_tombstone else part.info.layers
+
+
+def open_view(
+    storage: Storage, group: GroupInfo, parts: Sequence[Part], annotations: Sequence[Part], *, in_call_order: bool = False
+) -> View:
     """The union of parts and annotations, given in their order.
+
+    With `in_call_order`, the prompts of one call are in its order, whatever order its parts have. Otherwise they are in the order of first
+    appearance, so that those of a single part are numbered as in the part.
 
     Raises
     ------
@@ -278,6 +318,11 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
     # Parts and annotations in their order decide together which column is the last; see `View.source`.
     every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
     codes, first = _first_appearance(keys_of(every))
+    places = places_in_one_call([part.info for part in shown])
+    if in_call_order and places is not None and len(first):
+        # The place of every prompt, which is the same in each part that holds it.
+        order = np.argsort(np.concatenate(places)[first], kind="stable")
+        first, codes = first[order], np.argsort(order, kind="stable")[codes]
     digests = every[first]
     whole = every[:, HASH_DIGITS // 2 :].any(axis=1)
     digests[codes[whole]] = every[whole]
@@ -297,7 +342,27 @@ def open_view(storage: Storage, group: GroupInfo, parts: Sequence[Part], annotat
                 f"the annotation {note.info.name} of {storage.url}/{group.name} is of another prompt with the same hash"
             )
         members.append(rows)
-    return View(storage, group, shown, noted, digests, tuple(members), keys)
+    view = View(storage, group, shown, noted, digests, tuple(members), keys, one_call=places is not None)
+    return _without_removed(view) if any(note.info.is_tombstone for note in noted) else view
+
+
+def _without_removed(view: View) -> View:
+    """The view without prompts of which tombstones hide every value."""
+    here = [member for note, member in zip(view.annotations, view.members[len(view.parts) :], strict=True) if note.info.is_tombstone]
+    rows = np.unique(np.concatenate(here))
+    rows = rows[rows >= 0]
+    left = np.zeros(len(rows), bool)
+    for level in LEVELS:
+        layers = view.layers(level)
+        for name in view.variables(level):
+            left |= view.covers(level, name, rows, layers).any(axis=0)
+    if left.all():
+        return view
+    stays = np.ones(len(view), bool)
+    stays[rows[~left]] = False
+    new = np.where(stays, np.cumsum(stays) - 1, -1)
+    members = tuple(np.where(member >= 0, new[member], -1) for member in view.members)
+    return replace(view, digests=view.digests[stays], members=members, keys=view.keys[stays])
 
 
 def _first_appearance(keys: npt.NDArray[np.uint64]) -> tuple[Ints, Ints]:

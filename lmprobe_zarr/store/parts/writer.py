@@ -17,11 +17,23 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, SCALARS, TokenBatch, count_odd, digests_of, positions_of
+from lmprobe_zarr.batch import (
+    HASH_DIGITS,
+    SCALARS,
+    Column,
+    TokenBatch,
+    check_texts,
+    count_odd,
+    digests_of,
+    join_columns,
+    parse_column,
+    positions_of,
+)
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
+    CALL_ORDER,
     LEVELS,
     SAMPLE_DIM,
     ArrayInfo,
@@ -36,10 +48,12 @@ from lmprobe_zarr.store.format import (
     parse_part,
     parse_root,
     part_document,
+    removed_document,
     root_document,
     validate_column_names,
 )
-from lmprobe_zarr.store.parts.columns import as_column, storable, text_rows
+from lmprobe_zarr.store.parts.call_order import CallOrder
+from lmprobe_zarr.store.parts.columns import encode_column, text_rows
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
@@ -61,7 +75,7 @@ def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
     Two writers may do so at once: both write the same bytes.
     """
     try:
-        if parse_root(storage.read("zarr.json"), storage.url) is not None:
+        if parse_root(storage.read_current("zarr.json"), storage.url) is not None:
             raise ReadOnlyError(f"{storage.url} is a published copy, which never changes: write to the store that it was made from")
     except (FileNotFoundError, NotADirectoryError):
         storage.commit("zarr.json", root_document(), durable=durable, replace=False)
@@ -103,6 +117,12 @@ class PartWriter:
         What is noted in the part and never read again: versions, device.
     alone : bool
         Leave the documents of root and group to the caller, who writes them later.
+    removed : mapping, optional
+        What a tombstone removes of all its prompts, see `PartInfo`; its batches hold prompts alone.
+    removed_counts : ndarray of int64, shape (prompt,), optional
+        Token rows that each prompt of a tombstone had.
+    order : CallOrder, optional
+        Where the prompts are in the list of their call, which the part records. None for a part that is a call of its own.
 
     Notes
     -----
@@ -121,11 +141,16 @@ class PartWriter:
         replaces: tuple[str, ...] = (),
         recorded: Mapping[str, Any] | None = None,
         alone: bool = False,
+        removed: Mapping[str, tuple[int, ...] | None] | None = None,
+        removed_counts: Ints | None = None,
+        order: CallOrder | None = None,
     ) -> None:
+        self.removed, self.removed_counts = dict(removed or {}), removed_counts
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
         self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
         self.compressed, self.durable, self.replaces, self.alone = compressed, durable, replaces, alone
-        self.recorded = {"python": platform.python_version(), **(recorded or {})}
+        self.recorded = {"python": platform.python_version(), **{k: v for k, v in (recorded or {}).items() if k != CALL_ORDER}}
+        self.order = order
         self.nbytes = self.held_nbytes = 0
         self._files: dict[str, tuple[int, int]] = {}
         self._arrays: dict[str, ArrayInfo] = {}
@@ -179,8 +204,13 @@ class PartWriter:
     def _check(self, batch: TokenBatch) -> dict[str, Any]:
         """The columns of a batch as they are stored; raises where it does not fit the first one."""
         columns = self._batch_columns(batch)
-        kinds = {name: "text" if values.dtype == object else "number" for name, values in columns.items()}
-        shape = (*shape_of(batch), kinds)
+        for name, values in columns.items():
+            if isinstance(values, Column) and name in self._columns:
+                try:
+                    join_columns(name.partition("/")[2], [self._columns[name][-1][:0], values[:0]])
+                except InvalidArgumentError as error:
+                    raise InvalidArgumentError(f"one part holds the same variables, layers and columns throughout: {error}") from error
+        shape = shape_of(batch)
         if self._shape is None:
             validate_column_names(batch.prompt_columns)
             for name, array in (*batch.prompts.items(), *batch.tokens.items()):
@@ -201,8 +231,9 @@ class PartWriter:
         if batch.prompt_length is not None:
             columns["prompts/prompt_length"] = np.asarray(batch.prompt_length, np.int64)
         if batch.text is not None:
-            columns["prompts/text"] = np.array([storable(t) for t in batch.text], object)
-        columns |= {f"prompts/{name}": as_column(name, values) for name, values in batch.prompt_columns.items()}
+            check_texts(batch.text)
+            columns["prompts/text"] = np.array(list(map(str.__str__, batch.text)), object)
+        columns |= {f"prompts/{name}": parse_column(name, values) for name, values in batch.prompt_columns.items()}
         if batch.n_tokens is not None:
             counts = np.asarray(batch.n_tokens, np.int64)
             columns["prompts/n_tokens"] = counts
@@ -260,18 +291,21 @@ class PartWriter:
             self._arrays[key] = buffer.finish()
         self._write_columns()
         self._write_documents()
+        digests = digests_of(self._digests)
+        order = {} if self.order is None else {CALL_ORDER: self.order.record(digests)}
         info = PartInfo(
             group=self.group.name,
             name=self.name,
             kind=self.kind,
-            digests=digests_of(self._digests),
-            n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else None,
+            digests=digests,
+            n_tokens=np.concatenate(self._n_tokens) if self._n_tokens else self.removed_counts,
             layers=self._layers,
             arrays=dict(sorted(self._arrays.items())),
             files=dict(sorted(self._files.items())),
-            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded},
+            recorded={"written": datetime.now(UTC).isoformat(timespec="milliseconds"), **self.recorded, **order},
             replaces=self.replaces,
             odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
+            removed=self.removed,
         )
         document = part_document(info, self.group)
         parse_part(document, self.path)  # a part that could not be read must not become visible
@@ -317,17 +351,28 @@ class PartWriter:
             self._files[name] = file_entry(data, chunk=False)
 
     def _write_columns(self) -> None:
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        columns["prompts/prompt"] = np.array([d[:HASH_DIGITS] for d in self._digests], object)
-        columns["prompts/prompt_sha256"] = np.array(self._digests, object)
-        if self._layers:
-            for level in {key.split("/")[0] for key in self._variables}:
-                columns[f"{level}/layer"] = np.array(self._layers, np.int64)
         attributes: dict[str, dict[str, Any]] = {
             "n_tokens": {"sample_dimension": "token"},
             "prompt_row": {"instance_dimension": "prompt"},
             "position": {"whole_prompts": self._whole_prompts},  # if so, a reader knows the positions without reading them
         }
+        columns: dict[str, Array] = {}
+        for key, parts in self._columns.items():
+            if isinstance(parts[0], Column):
+                name = key.partition("/")[2]
+                columns[key], attributes[name] = encode_column(join_columns(name, parts))
+            else:
+                columns[key] = np.concatenate(parts)
+        columns["prompts/prompt"] = np.array([d[:HASH_DIGITS] for d in self._digests], object)
+        columns["prompts/prompt_sha256"] = np.array(self._digests, object)
+        if self._layers:
+            for level in {key.split("/")[0] for key in self._variables}:
+                columns[f"{level}/layer"] = np.array(self._layers, np.int64)
+        if self.removed:
+            # Once more beside the document: were that damaged, nobody else would know what is hidden.
+            attributes["prompt_sha256"] = {"removed": removed_document(self.removed)}
+            if self.removed_counts is not None:
+                columns["prompts/n_tokens"] = self.removed_counts
         for key, values in columns.items():
             level, name = key.split("/")
             text = values.dtype == object

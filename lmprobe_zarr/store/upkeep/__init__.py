@@ -1,7 +1,8 @@
 """Upkeep of a store, one verb per file: verify, repair, compact, copy, drop, delete, evict, gc, publish.
 
 Each decides on records first (a plan), carries the plan out, and returns a summary. Records of `verify` and `repair` are in ``problems``
-and ``losses``; ``rewrite`` writes parts again, ``removal`` removes them, and ``last_use`` notes that they are used. Modules that others
+and ``losses``; ``rewrite`` writes parts again, ``removal`` removes them,
+``tombstones`` keep hidden what a removed part had replaced, and ``last_use`` notes that parts are used. Modules that others
 may import from: none, this face has everything.
 
 Never arithmetic on activations.
@@ -11,7 +12,7 @@ from lmprobe_zarr.store.upkeep.compact import CompactPlan, check_min_parts, comp
 from lmprobe_zarr.store.upkeep.copy import CopySummary, check_copy, copy_selections
 from lmprobe_zarr.store.upkeep.delete import delete_from
 from lmprobe_zarr.store.upkeep.drop import drop_from
-from lmprobe_zarr.store.upkeep.evict import EvictionEntry, EvictPlan, list_entries, plan_evict, remove_entries
+from lmprobe_zarr.store.upkeep.evict import EvictionEntry, EvictPlan, count_of, list_entries, plan_evict, remove_entries
 from lmprobe_zarr.store.upkeep.gc import GcSummary, collect_garbage
 from lmprobe_zarr.store.upkeep.last_use import mark_used
 from lmprobe_zarr.store.upkeep.losses import RepairSummary
@@ -36,6 +37,7 @@ __all__ = [
     "collect_garbage",
     "compact_groups",
     "copy_selections",
+    "count_of",
     "delete_from",
     "drop_from",
     "list_entries",

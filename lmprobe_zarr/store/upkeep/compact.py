@@ -6,6 +6,7 @@ moves the others behind everything in between. Parts are merged only where this 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
+from lmprobe_zarr.store.format import COLUMN, MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import new_writer
@@ -101,9 +102,18 @@ class CompactPlan:
 
 def shape_key(info: PartInfo) -> tuple[Any, ...]:
     """What parts must have in common to be merged: kind, layers, and the name, dimensions, dtypes and row shape of every array."""
-    arrays = frozenset((key, a.dims, a.dtype, a.row_shape, a.attributes.get("stored_dtype")) for key, a in info.arrays.items())
+    arrays = frozenset(
+        (key, a.dims, a.dtype, a.row_shape, a.attributes.get("stored_dtype"), _described(a.attributes.get(COLUMN)))
+        for key, a in info.arrays.items()
+    )
     compressed = frozenset(a.shuffle is not None for a in info.arrays.values())
     return info.kind, info.layers, info.n_tokens is None, arrays, compressed
+
+
+def _described(column: object) -> str:
+    """What an array says of its column, without what differs from part to part: how many values are missing, and the text for them."""
+    each = {key: value for key, value in column.items() if key not in ("missing", "missing_text")} if isinstance(column, dict) else {}
+    return json.dumps(each, sort_keys=True)
 
 
 def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts: int = 2) -> list[MergeRun]:
@@ -115,7 +125,8 @@ def plan_runs(group: GroupInfo, listing: Listing, *, part_bytes: int, min_parts:
 
     * before a part of another shape: it could replace values of the first part and be replaced by the second, and its prompts would come
       before those of the first;
-    * before an annotation that shares a column and a prompt with the run so far: the merged part would override it;
+    * before an annotation that shares a column and a prompt with the run so far: the merged part would override it; or before a tombstone
+      that shares a prompt;
     * where parts of the run disagree on a prompt's number of tokens, and the last agrees with the parts before the run: tokens that the
       disagreement made invalid would be valid again;
     * where the name of an unfinished part sorts in between, because its contents are unknown;
@@ -154,8 +165,8 @@ class _Timeline:
         self.rows = {part.path: codes[a:b] for part, a, b in zip(every, bounds[:-1], bounds[1:], strict=True)}
 
     def clash(self, held: Mask, columns: frozenset[str], part: Part) -> bool:
-        """Whether a part has one of some columns, and one of the prompts in `held`."""
-        return bool(columns & _columns(part)) and bool(held[self.rows[part.path]].any())
+        """Whether a part has one of some columns, and one of the prompts in `held`; a tombstone may hide anything of them."""
+        return (part.info.is_tombstone or bool(columns & _columns(part))) and bool(held[self.rows[part.path]].any())
 
 
 def _columns(part: Part) -> frozenset[str]:
@@ -206,7 +217,7 @@ def _note_runs(timeline: _Timeline, parts: Sequence[Part], notes: Sequence[Part]
     open_runs: dict[tuple[Any, ...], tuple[list[Part], Mask]] = {}
     every: list[tuple[str, Part | None]] = [(part.info.name, part) for part in (*parts, *notes)]
     for _, part in sorted([*every, *((name, None) for name in unfinished)], key=lambda item: item[0]) if notes else ():
-        mine = None if part is None or part.info.kind != "annotation" else shape_key(part.info)
+        mine = None if part is None or part.info.kind != "annotation" or part.info.is_tombstone else shape_key(part.info)
         for key, (run, held) in list(open_runs.items()):
             if key != mine and (part is None or timeline.clash(held, _columns(run[0]), part)):
                 del open_runs[key]

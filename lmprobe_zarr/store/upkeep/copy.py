@@ -15,10 +15,11 @@ from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, is_intact, is_variable
+from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, GroupInfo, Level, is_intact, is_variable, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, open_view, part_nbytes, write_group
 from lmprobe_zarr.store.upkeep.publish import Selection, total_nbytes
-from lmprobe_zarr.store.upkeep.rewrite import write_rows
+from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces, write_rows
+from lmprobe_zarr.store.upkeep.tombstones import hidden_in, rows_over, write_tombstone
 from lmprobe_zarr.typing import Ints, Mask
 
 __all__ = ["CopySummary", "check_copy", "copy_group", "copy_selections"]
@@ -111,11 +112,16 @@ def copy_group(
     known = np.concatenate([keys_of(others.digests), *(keys_of(part.info.digests) for part in view.parts if part.info.name in held)])
     total = CopySummary(url=target.url)
     later: list[Part] = []
+    tombstones = [note for note in view.annotations if note.info.is_tombstone]
+    hidden = {part.path: hidden_in(part.info, [note for note in tombstones if note.order > part.order]) for part in view.parts}
     for part in view.parts:
         if part.info.name in held:
             total += CopySummary(url=target.url, there=1)
         elif keys is None and not (held & set(part.info.replaces)) and all(m.all() for m in _lacking(others, part).values()):
-            _copy_part(source, target, group, part, durable=durable)
+            if hidden[part.path]:
+                _copy_visible(source, target, group, part, visible_pieces(part, tombstones, _shown(view, part)) or [], durable=durable)
+            else:
+                _copy_part(source, target, group, part, durable=durable)
             known = np.concatenate([known, keys_of(part.info.digests)])
             total += CopySummary(url=target.url, copied=1, nbytes=part_nbytes(part))
         else:
@@ -123,11 +129,15 @@ def copy_group(
             continue
         advance(part_nbytes(part))
     for part in later:
-        total += _write_missing(source, target, group, view, others, part, keys, known, make_writer)
+        columns = {key for key, _ in hidden[part.path]} & set(part.info.own_columns)
+        total += _write_missing(source, target, group, view, others, part, keys, known, make_writer, columns)
         advance(part_nbytes(part))
     copied_notes = {note.info.recorded.get(_MARK) for note in there.annotations}
     for note in view.annotations:
         rows = np.arange(len(note.info.digests)) if keys is None else np.flatnonzero(np.isin(keys_of(note.info.digests), keys))
+        if note.info.is_tombstone:
+            _hide_copies(target, group, note, [part for part in view.parts if part.info.name in held], others, durable=durable)
+            continue
         if note.info.name in held | copied_notes or not len(rows):
             total += CopySummary(url=target.url, there=1)
         elif keys is None:
@@ -164,7 +174,23 @@ def _wins(view: View, part: Part, level: Level, name: str, layers: tuple[int, ..
     member = view.members[[other.path for other in view.parts].index(part.path)]
     array = view.source(level, name, member, layers)
     place = [stored.path.removesuffix(f"/{level}/{name}") for stored in array.arrays].index(part.path)
-    return np.asarray((array.source == place)[array.classes] if layers else array.source[:1] == place, bool)
+    wins = np.asarray((array.source == place)[array.classes] if layers else array.source[:1] == place, bool)
+    return wins & (member >= 0)
+
+
+def _shown(view: View, part: Part) -> Mask:
+    """Which prompts of a part are in the view: not those of which tombstones hide everything."""
+    return np.asarray(view.members[[other.path for other in view.parts].index(part.path)] >= 0)
+
+
+def _hide_copies(target: Storage, group: GroupInfo, tombstone: Part, copied: Sequence[Part], others: View, *, durable: bool) -> None:
+    """Hide at the target what was copied there before it was replaced here; never what the target holds of its own."""
+    info = tombstone.info
+    rows = rows_over(info, info.removed, [part for part in copied if part.order < tombstone.order])
+    rows = rows[others.find([info.digests[row].tobytes().hex() for row in rows]) < 0] if len(rows) else rows
+    names = target.list(f"{group.name}/{ANNOTATIONS}")
+    if len(rows) and not any(name.startswith(f"{info.name}.") for name in names):
+        write_tombstone(target, group, info, rows, info.removed, durable=durable, replaces=False)
 
 
 def _write_missing(
@@ -177,10 +203,11 @@ def _write_missing(
     keys: Keys | None,
     known: Keys,
     make_writer: MakeWriter,
+    hidden: Collection[str],
 ) -> CopySummary:
-    """Write what is missing of a part: prompts that lack the same become one new part."""
+    """Write what is missing of a part: prompts that lack the same become one new part. Columns in `hidden` are left out."""
     own = keys_of(part.info.digests)
-    wanted = np.ones(len(own), bool) if keys is None else np.isin(own, keys)
+    wanted = _shown(view, part) if keys is None else _shown(view, part) & np.isin(own, keys)
     lacking = _lacking(others, part)
     is_new = lacking.pop("")[0] & ~np.isin(own, known)
     names = list(lacking)
@@ -209,7 +236,7 @@ def _write_missing(
         if None in sets and len(sets) > 1:
             sets[next(key for key in sets if key is not None)] += sets.pop(None)
         for some, keep in sets.items() or ([(None, [])] if new else []):
-            without = set(names) - set(keep) | (set() if new else columns)
+            without = set(names) - set(keep) | (set(hidden) if new else columns)
             _rewrite(source, group, part, rows, without, some, make_writer)
             written += 1
     if not written:
@@ -249,6 +276,16 @@ def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *
 
     run_all([partial(copy, name) for name in part.info.files], local=source.is_local and target.is_local)
     target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)
+
+
+def _copy_visible(source: Storage, target: Storage, group: GroupInfo, part: Part, pieces: Sequence[NewPart], *, durable: bool) -> None:
+    """What is not hidden of a part, in its place in the order."""
+    write_group(target, group, durable=durable)
+    name = part.info.name
+    for piece in pieces:
+        writer = new_writer(target, group, [part.info], replacement_name(name), durable=durable, recorded={_MARK: part.info.name})
+        name = writer.name
+        write_rows(writer, source, part, piece.rows, without=piece.without, layers=piece.layers)
 
 
 def check_copy(source: Catalog, target: Catalog) -> None:

@@ -1,7 +1,9 @@
 """Eviction: the parts of a store as entries, and which of them are removed, least recently used first.
 
-A part becomes invisible before its bytes are removed: its commit is removed first. Only files that its commit names are removed, so what
-somebody else put beside them stays. Decisions are made by pure functions over `EvictionEntry` records; other functions carry them out.
+Only what a model gives again is removed: annotations stay, and a part's own columns are kept as an annotation. What a part had replaced
+stays hidden, by a tombstone, where it is still stored. A part becomes invisible before its bytes are removed: its commit is removed first.
+Only files that its commit names are removed, so what somebody else put beside them stays. Decisions are made by pure functions over
+`EvictionEntry` records; other functions carry them out.
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.errors import CorruptPartError, NoSpaceError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store.format import STAMPS, GroupInfo
-from lmprobe_zarr.store.parts import Catalog, Part, committed_at
+from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo
+from lmprobe_zarr.store.parts import Catalog, Part, committed_at, stamp_noted, visible_parts
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
+from lmprobe_zarr.store.upkeep.tombstones import BELOW, drop_useless, keep_columns, removed_of, rows_over, write_tombstone
 
-__all__ = ["EvictPlan", "EvictionEntry", "describe_entries", "list_entries", "plan_evict", "remove_entries"]
+#: Recorded in parts whose values came from somewhere else than a run of the model: imported, or written by `write_activations`.
+GIVEN_MARKS: Final = ("imported_from", "written_by")
+
+__all__ = ["GIVEN_MARKS", "EvictPlan", "EvictionEntry", "describe_entries", "list_entries", "plan_evict", "remove_entries"]
 
 logger = logging.getLogger(LOGGER_NAME)
 
@@ -54,6 +62,16 @@ class EvictionEntry:
         return self.part.info.kind == "annotation"
 
     @property
+    def is_tombstone(self) -> bool:
+        """Whether it only hides what removed parts had replaced."""
+        return self.part.info.is_tombstone
+
+    @property
+    def is_given(self) -> bool:
+        """Whether its values were imported or written by hand: no extraction gives them again."""
+        return any(mark in self.part.info.recorded for mark in GIVEN_MARKS)
+
+    @property
     def touched(self) -> float:
         """When it was last committed or used."""
         return max(self.committed, self.used)
@@ -71,6 +89,10 @@ class EvictPlan:
         Bytes.
     protected : int
         Bytes of what is kept only because it was committed or used a moment ago.
+    columns : int
+        Bytes of annotations that are kept, because no model gives them again.
+    given : int
+        Bytes of parts that are kept because they were imported or written by hand.
     """
 
     entries: tuple[EvictionEntry, ...]
@@ -78,18 +100,42 @@ class EvictPlan:
     kept: int
     limit: int
     protected: int
+    columns: int = 0
+    given: int = 0
 
     @property
     def fits(self) -> bool:
         """Whether what is left is within the limit."""
         return self.kept <= self.limit
 
+    @property
+    def prompts(self) -> int:
+        """Prompts of the parts that are removed; a prompt of several groups counts in each."""
+        held: dict[str, set[bytes]] = {}
+        for entry in self.entries:
+            if not entry.is_annotation:
+                held.setdefault(entry.group, set()).update(row.tobytes() for row in entry.part.info.digests)
+        return sum(map(len, held.values()))
+
     def __str__(self) -> str:
-        text = f"{len(self.entries)} entries evicted, {format_bytes(self.freed)} freed; {format_bytes(self.kept)} kept"
-        text += f", limit {format_bytes(self.limit)}"
+        parts = sum(not entry.is_annotation for entry in self.entries)
+        notes = sum(entry.is_annotation and not entry.is_tombstone for entry in self.entries)
+        what = f"{count_of(parts, 'part')} of {count_of(self.prompts, 'prompt')}"
+        what += f" and {count_of(notes, 'annotation')}" if notes else ""
+        text = f"{what} evicted, {format_bytes(self.freed)} freed; {format_bytes(self.kept)} kept, limit {format_bytes(self.limit)}"
         if not self.fits:
-            text += f": {format_bytes(self.protected)} were committed or used a moment ago and stay (min_age)"
+            why = [
+                (self.protected, "were committed or used a moment ago (min_age)"),
+                (self.columns, "are annotations, which no model gives again (annotations=True)"),
+                (self.given, "were imported or written by hand (given=True)"),
+            ]
+            text += "; what stays: " + ", ".join(f"{format_bytes(nbytes)} {reason}" for nbytes, reason in why if nbytes)
         return text
+
+
+def count_of(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is not 1."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, float | None]) -> list[EvictionEntry]:
@@ -114,12 +160,19 @@ def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, 
     return entries
 
 
-def plan_evict(entries: Sequence[EvictionEntry], limit: int, *, min_age: float = 0.0, now: float | None = None) -> EvictPlan:
+def plan_evict(
+    entries: Sequence[EvictionEntry],
+    limit: int,
+    *,
+    min_age: float = 0.0,
+    now: float | None = None,
+    annotations: bool = False,
+    given: bool = True,
+) -> EvictPlan:
     """Which parts are removed so that the rest is within a limit; pure.
 
     First those that others have replaced, then the least recently used, until the rest fits. Nothing that was committed or used less than
-    `min_age` seconds ago is removed, nor a part whose removal would make one that it replaces visible again. Annotations are removed with
-    the last part of their group.
+    `min_age` seconds ago is removed, nor a part whose removal would make one that it replaces visible again.
 
     Parameters
     ----------
@@ -131,6 +184,10 @@ def plan_evict(entries: Sequence[EvictionEntry], limit: int, *, min_age: float =
         Seconds.
     now : float, optional
         Seconds since 1970; by default the present.
+    annotations : bool
+        Whether annotations are removed with the last part of their group. Otherwise they stay.
+    given : bool
+        Whether parts are removed that were imported or written by hand.
     """
     moment = time.time() if now is None else now
     total = sum(entry.nbytes for entry in entries)
@@ -158,42 +215,131 @@ def plan_evict(entries: Sequence[EvictionEntry], limit: int, *, min_age: float =
             break
         still = {(other.group, other.part.info.name) for other in left.values()}
         uncovers = any((entry.group, name) in still for name in entry.part.info.replaces)
-        if age(entry) < min_age or uncovers:
+        if age(entry) < min_age or uncovers or (entry.is_given and not given and not entry.replaced):
             continue
         take(entry)
     holding = {entry.group for entry in left.values() if not entry.is_annotation}
     emptied = {entry.group for entry in chosen}
     for entry in [entry for entry in left.values() if entry.is_annotation and entry.group not in holding]:
-        # An eviction that was interrupted leaves annotations without a part, which would become visible again with the next one.
-        if entry.group in emptied or (total > limit and age(entry) >= min_age):
+        # Without a part there is nothing to hide. An eviction that was interrupted leaves annotations without a part.
+        hides_nothing = entry.is_tombstone and not entry.part.info.recorded.get(BELOW)
+        if (hides_nothing or (annotations and not entry.is_tombstone)) and (
+            entry.group in emptied or (total > limit and age(entry) >= min_age)
+        ):
             take(entry)
-    protected = sum(entry.nbytes for entry in left.values() if age(entry) < min_age)
-    freed = sum(entry.nbytes for entry in chosen)
-    return EvictPlan(entries=tuple(chosen), freed=freed, kept=total, limit=limit, protected=protected)
+    young = {entry.part.path for entry in left.values() if age(entry) < min_age}
+    stays = [entry for entry in left.values() if entry.part.path not in young]
+    return EvictPlan(
+        entries=tuple(chosen),
+        freed=sum(entry.nbytes for entry in chosen),
+        kept=total,
+        limit=limit,
+        protected=sum(entry.nbytes for entry in left.values() if entry.part.path in young),
+        columns=sum(entry.nbytes for entry in stays if entry.is_annotation),
+        given=sum(entry.nbytes for entry in stays if entry.is_given and not entry.is_annotation and not given),
+    )
 
 
-def remove_entries(storage: Storage, entries: Iterable[EvictionEntry], *, min_age: float = 0.0) -> list[EvictionEntry]:
-    """Remove parts, each invisible before its bytes are removed; returns those that were removed.
+def remove_entries(
+    catalog: Catalog,
+    entries: Iterable[EvictionEntry],
+    *,
+    min_age: float = 0.0,
+    columns: bool = True,
+    hide: bool = True,
+    below: Sequence[Catalog] = (),
+) -> tuple[list[EvictionEntry], int]:
+    """Remove parts of one root, each invisible before its bytes are removed; returns those that were removed, and bytes written.
 
-    A part whose commit is younger than `min_age` by the clock of the place itself stays, whatever its writer's clock was.
+    A part stays whose commit or last use is younger than `min_age` by the clock of the place itself, whatever its writer's clock was.
+
+    Parameters
+    ----------
+    catalog : Catalog
+    entries : iterable of EvictionEntry
+    min_age : float
+        Seconds.
+    columns : bool
+        Keep the user's own columns of the parts, as annotations.
+    hide : bool
+        Keep hidden what the parts had replaced, where it stays.
+    below : sequence of Catalog
+        Roots that are read together with this one.
     """
-    gone = []
+    by_group: dict[str, list[EvictionEntry]] = {}
     for entry in entries:
-        if not lies_within(storage, entry.part):
-            logger.warning("%s/%s lies behind a link that leads out of the store, and stays", storage.url, entry.part.path)
-            continue
-        if min_age > 0:
-            commit = storage.scan(entry.part.path).get("zarr.json")
-            if commit is not None and commit.modified is not None and time.time() - commit.modified < min_age:
+        by_group.setdefault(entry.group, []).append(entry)
+    groups = catalog.groups(whole=False)
+    gone: list[EvictionEntry] = []
+    written = 0
+    for name, mine in by_group.items():
+        # Replaced ones first, then the earlier before the later: nothing is uncovered in between, and what goes needs no hiding.
+        mine.sort(key=lambda e: (not e.replaced, len(e.part.info.replaces) if e.replaced else 0, e.is_annotation, e.part.info.name))
+        info = groups.get(name)
+        lower = visible_parts(catalog, info) if info is not None and hide else []
+        deeper = [part for other in below for part in visible_parts(other, info)] if info is not None and hide else []
+        for entry in mine:
+            if not _may_go(catalog.storage, entry, min_age):
                 continue
-        remove_part(storage, entry.part)
-        gone.append(entry)
-        logger.debug("removed part %s of %s: %d bytes", entry.part.info.name, entry.group, entry.nbytes)
-    return gone
+            if info is not None and not entry.replaced and not entry.is_annotation:
+                kept = _keep(catalog, info, entry.part, lower, deeper, columns=columns)
+                if kept is None:
+                    continue
+                written += kept
+            remove_part(catalog.storage, entry.part)
+            catalog.forget(entry.part.path)
+            lower = [part for part in lower if part.path != entry.part.path]
+            gone.append(entry)
+            logger.debug("removed part %s of %s: %d bytes", entry.part.info.name, entry.group, entry.nbytes)
+        if info is not None and hide:
+            drop_useless(catalog, info, below=below)
+    return gone, written
+
+
+def _may_go(storage: Storage, entry: EvictionEntry, min_age: float) -> bool:
+    if not lies_within(storage, entry.part):
+        logger.warning("%s/%s lies behind a link that leads out of the store, and stays", storage.url, entry.part.path)
+        return False
+    if min_age > 0:
+        commit = storage.scan(entry.part.path).get("zarr.json")
+        stamp = storage.scan(f"{entry.group}/{STAMPS}").get(entry.part.info.name)
+        return all(file is None or file.modified is None or time.time() - file.modified >= min_age for file in (commit, stamp))
+    return True
+
+
+def _keep(catalog: Catalog, group: GroupInfo, part: Part, lower: Sequence[Part], deeper: Sequence[Part], *, columns: bool) -> int | None:
+    """Write what is to stay of a part that is about to be removed; returns its bytes, or None where the part has to stay itself."""
+    info, storage, durable = part.info, catalog.storage, catalog.durable
+    below = [other for other in lower if other.info.name < info.name]
+    # What a root below holds was replaced only where it was there first.
+    deeper = [other for other in deeper if other.info.name < info.name]
+    over, removed = rows_over(info, removed_of(info), [*below, *deeper]), removed_of(info)
+    nbytes = 0
+    try:
+        if columns and info.own_columns:
+            nbytes += _nbytes(keep_columns(storage, group, part, durable=durable, replaces=not len(over)))
+        if len(over):
+            tombstone = write_tombstone(
+                storage, group, info, over, removed, durable=durable, replaces=True, below=bool(len(rows_over(info, removed, deeper)))
+            )
+            nbytes += _nbytes(tombstone)
+    except (CorruptPartError, NoSpaceError) as error:
+        logger.warning("%s/%s stays: %s", storage.url, part.path, str(error).splitlines()[0])
+        return None
+    except PartGoneError:
+        return 0  # another process has removed it
+    return nbytes
+
+
+def _nbytes(info: PartInfo) -> int:
+    # The document holds the digest of each prompt, and an entry for each file.
+    return sum(int(entry[0]) + 64 for entry in info.files.values()) + 70 * len(info.digests) + 1000
 
 
 def list_entries(catalog: Catalog, group: GroupInfo) -> list[EvictionEntry]:
     """All parts and annotations of a group in one root, with their sizes and last use. Damaged ones are left out, with a warning."""
-    stamps = {name: entry.modified for name, entry in catalog.storage.scan(f"{group.name}/{STAMPS}").items()}
     parts, notes = catalog.parts_and_annotations(group, whole=False)
+    if catalog.mode == "a":
+        stamp_noted(catalog.storage, {part.path for part in (*parts, *notes)}, group=group.name)
+    stamps = {name: entry.modified for name, entry in catalog.storage.scan(f"{group.name}/{STAMPS}").items()}
     return describe_entries([*parts, *notes], group=group.name, stamps=stamps)

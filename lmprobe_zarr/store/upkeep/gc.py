@@ -19,6 +19,7 @@ from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, PART_NAME, STAMPS, GroupInfo
 from lmprobe_zarr.store.parts import Catalog, Listing, Part
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
+from lmprobe_zarr.store.upkeep.tombstones import drop_useless
 
 __all__ = ["PARTIAL", "GcSummary", "Leftover", "collect_garbage", "find_leftover", "plan_gc", "remove_garbage"]
 
@@ -254,4 +255,6 @@ def collect_garbage(catalog: Catalog, *, max_age: float, dry_run: bool) -> GcSum
         remove_garbage(catalog.storage, summary)
         for part in summary.replaced:
             catalog.forget(part.path)
+        for info, _ in groups:
+            drop_useless(catalog, info)
     return summary

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -40,7 +41,7 @@ from lmprobe_zarr.store.upkeep.card import CardGroup, write_card
 from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, plan_runs
 from lmprobe_zarr.store.upkeep.gc import PARTIAL, plan_gc, remove_garbage
 from lmprobe_zarr.store.upkeep.removal import remove_part
-from lmprobe_zarr.store.upkeep.rewrite import new_writer
+from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["PublishSummary", "Selection", "publish_groups", "publish_to", "select_from", "total_nbytes"]
@@ -163,9 +164,21 @@ def publish_groups(
         group = selection.group
         copy.groups[group.name] = group
         target.commit(f"{group.name}/zarr.json", group.to_document(), durable=durable)
+        view = open_view(source, group, selection.listing.parts, selection.listing.annotations)
+        shown = {part.path: member >= 0 for part, member in zip(view.parts, view.members, strict=False)}
+        tombstones = [note for note in view.annotations if note.info.is_tombstone]
+        write = partial(_write, source, target, selection, part_bytes=part_bytes, text=text, durable=durable)
         for run in _runs(selection, part_bytes):
-            for key, info in _write(source, target, selection, run, part_bytes=part_bytes, text=text, durable=durable):
-                copy.parts[key] = info
+            pieces = {part.path: visible_pieces(part, tombstones, shown[part.path]) for part in run.parts if part.path in shown}
+            if not any(found is not None for found in pieces.values()):
+                copy.parts |= dict(write(run.parts, run.parts[-1].info.name))
+            else:
+                # What a tombstone hides is left out, so the copy needs none.
+                for part in run.parts:
+                    name = part.info.name
+                    for piece in pieces[part.path] or [NewPart(rows=np.arange(len(part.info.digests)), without=frozenset(), layers=None)]:
+                        for key, info in write([part], name, piece):
+                            copy.parts[key], name = info, info.name
             advance(run.nbytes)
     described = [_described(target, selection.group, copy) for selection in selections]
     if card is None or isinstance(card, str):
@@ -187,21 +200,36 @@ def _runs(selection: Selection, part_bytes: int) -> Iterator[MergeRun]:
     for part in sorted((*listing.parts, *listing.annotations), key=lambda part: part.info.name):
         if part.path in runs:
             yield runs[part.path]
-        elif part.path not in inside and part.info.name not in replaced:
+        elif part.path not in inside and part.info.name not in replaced and not part.info.is_tombstone:
             yield MergeRun(group=selection.group.name, parts=(part,), nbytes=part_nbytes(part))
 
 
 def _write(
-    source: Storage, target: Storage, selection: Selection, run: MergeRun, *, part_bytes: int, text: bool, durable: bool
+    source: Storage,
+    target: Storage,
+    selection: Selection,
+    parts: Sequence[Part],
+    name: str,
+    piece: NewPart | None = None,
+    *,
+    part_bytes: int,
+    text: bool,
+    durable: bool,
 ) -> Iterator[tuple[str, PartInfo]]:
-    """Write a run as one part, or as several where it is too large; yields their keys and records."""
-    infos = [part.info for part in run.parts]
-    view = open_view(source, selection.group, run.parts, [])
-    rows = selection.rows(view.digests)
-    if not len(rows):
+    """Write the parts of a run as one behind a name, or as several where they are too large; yields their keys and records.
+
+    With `piece` only that of them.
+    """
+    infos = [part.info for part in parts]
+    view = open_view(source, selection.group, parts, [])
+    rows, layers, without = selection.rows(view.digests), selection.layers, frozenset(() if text else ("prompts/text",))
+    if piece is not None:
+        rows, without = np.intersect1d(rows, piece.rows), without | piece.without
+        if piece.layers is not None:
+            layers = piece.layers if layers is None else frozenset(layer for layer in piece.layers if layer in layers)
+    if not len(rows) or (piece is not None and piece.layers is not None and not layers):
         return
-    name = infos[-1].name
-    batches = read_batches(view, rows, layers=selection.layers, without=() if text else ("prompts/text",))
+    batches = read_batches(view, rows, layers=layers, without=without)
     batch = next(batches, None)
     while batch is not None:
         # Each part sorts right behind the one before, and all of them at the place of the run.
@@ -225,7 +253,7 @@ def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
 def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
     """Check that a copy may be written there, and remove what an interrupted publication left; returns what is published there now."""
     try:
-        old = parse_root(target.read("zarr.json"), target.url)
+        old = parse_root(target.read_current("zarr.json"), target.url)
     except (FileNotFoundError, NotADirectoryError):
         old = None
         names = [name for name in target.list("") if not _DRAFT.fullmatch(name)]

@@ -7,57 +7,41 @@ stopped, the store shows nothing wrong, and a second call completes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 
 from lmprobe_zarr.batch import HASH_DIGITS, hashes_of, offsets_of, prompt_sha256
-from lmprobe_zarr.errors import AccessDeniedError, CorruptPartError, PartGoneError, UnreachableError
+from lmprobe_zarr.errors import CorruptPartError, PartGoneError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import (
-    ANNOTATIONS,
     FORMAT,
-    LEVELS,
     MADE_BY_WRITER,
     GroupInfo,
     Level,
     PartInfo,
     file_entry,
-    is_variable,
     level_document,
-    parse_array,
     replacement_name,
     root_document,
 )
-from lmprobe_zarr.store.parts import Catalog, Part, StoredArray
+from lmprobe_zarr.store.parts import NO_LAYER, Catalog, Cell, Part, Salvaged, salvage
 from lmprobe_zarr.store.upkeep.compact import shape_key
 from lmprobe_zarr.store.upkeep.gc import find_leftover
 from lmprobe_zarr.store.upkeep.losses import LostColumn, LostValues, RepairSummary
 from lmprobe_zarr.store.upkeep.removal import remove_part
-from lmprobe_zarr.store.upkeep.rewrite import write_again
+from lmprobe_zarr.store.upkeep.rewrite import NewPart, split_part, write_again
+from lmprobe_zarr.store.upkeep.tombstones import rows_over, write_tombstone
 from lmprobe_zarr.store.upkeep.verify import FoundGroup, FoundPart, StoreScan, check_files, problems_of
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["repair_root", "repair_store"]
-# A variable with its level, and a layer of it (−1 where it has none), whose values are lost.
-Cell = tuple[str, int]
-
-NO_LAYER: Final = -1
 # What a repair may act on; a file that cannot be read now may be whole.
 BROKEN: Final = frozenset({"missing", "size", "content", "document"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _NewPart:
-    """A new part with some of what a damaged part holds: some prompts, without some arrays, and only some layers (None for all)."""
-
-    rows: Ints
-    without: frozenset[str]
-    layers: frozenset[int] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,26 +53,56 @@ class _PartRepair:
     found : FoundPart
     documents : mapping of str to bytes
         Files that are written again as they were.
-    replacement : _NewPart, optional
+    replacement : NewPart, optional
         The new part that replaces it. Without this and without documents, the part is removed.
-    others : tuple of _NewPart
+    others : tuple of NewPart
         New parts for what `replacement` leaves out and is still readable.
     lost : mapping of Cell to ndarray of int
         Prompts of the part whose values are lost.
     columns : tuple of str
         Columns that are lost, with their level.
+    salvaged : Salvaged, optional
+        What is known of a part whose document is damaged.
+    covered : bool
+        Whether the parts that it was merged from are all there, and show again what it held.
     """
 
     found: FoundPart
     documents: Mapping[str, bytes] = field(default_factory=dict)
-    replacement: _NewPart | None = None
-    others: tuple[_NewPart, ...] = ()
+    salvaged: Salvaged | None = None
+    covered: bool = False
+    replacement: NewPart | None = None
+    others: tuple[NewPart, ...] = ()
     lost: Mapping[Cell, Ints] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
 
     @property
     def stays(self) -> bool:
         return bool(self.documents) or self.replacement is not None
+
+    @property
+    def own_columns(self) -> tuple[str, ...]:
+        """The user's own columns of the part, by their keys."""
+        if self.salvaged is not None:
+            return self.salvaged.columns
+        return () if self.found.part is None else tuple(self.found.part.info.own_columns)
+
+    @property
+    def info(self) -> PartInfo | None:
+        """The part's record, or as much of it as is known."""
+        if self.found.part is not None:
+            return self.found.part.info
+        return None if self.salvaged is None else self.salvaged.info
+
+    @property
+    def gone(self) -> Mapping[Cell, Ints]:
+        """Prompts of the part whose values the part itself no longer has, whether or not another part has them."""
+        info = self.info
+        if info is None or self.documents or self.covered:
+            return {}
+        if self.replacement is None and not self.lost:
+            return _all_cells(info) if self.salvaged is None else self.salvaged.cells
+        return self.lost
 
 
 def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSummary:
@@ -110,19 +124,19 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
     lost: list[LostValues] = []
     columns: list[LostColumn] = []
     unknown: list[str] = []
-    planned: list[tuple[GroupInfo, list[_PartRepair]]] = []
+    planned: list[tuple[FoundGroup, GroupInfo, list[_PartRepair]]] = []
     for group in scan.groups:
         if group.info is None:
             continue
         if group.fault is not None and group.fault.kind in BROKEN:
             documents[f"{group.name}/zarr.json"] = group.info.to_document()
-        repairs = _plan_group(group)
-        values, forgotten = _plan_lost(storage, group, group.info, repairs)
+        repairs = _plan_group(storage, group)
+        values, forgotten = _plan_lost(group, group.info, repairs)
         lost += values
         unknown += forgotten
         columns += [column for repair in repairs for column in _lost_columns(repair)]
-        planned.append((group.info, repairs))
-    every = [repair for _, repairs in planned for repair in repairs]
+        planned.append((group, group.info, repairs))
+    every = [repair for _, _, repairs in planned for repair in repairs]
     parts = {repair.found.path for repair in every}
     summary = RepairSummary(
         url=storage.url,
@@ -138,15 +152,15 @@ def repair_store(scan: StoreScan, *, durable: bool, dry_run: bool) -> RepairSumm
     if not dry_run:
         for key, data in documents.items():
             storage.commit(key, data, durable=durable)
-        for info, repairs in planned:
-            _carry_out(storage, info, repairs, durable=durable)
+        for group, info, repairs in planned:
+            _carry_out(storage, group, info, repairs, durable=durable)
     return summary
 
 
 def _is_own_root(storage: Storage) -> bool:
     """Whether the root's document is damaged but ours, or missing: one of somebody else's is never overwritten."""
     try:
-        data = storage.read("zarr.json")
+        data = storage.read_current("zarr.json")
         document = json.loads(data)
     except (FileNotFoundError, ValueError):
         return True
@@ -158,16 +172,16 @@ def _is_own_root(storage: Storage) -> bool:
 
 
 def _lost_columns(repair: _PartRepair) -> Iterator[LostColumn]:
-    if repair.found.part is not None:
-        hashes = tuple(hashes_of(repair.found.part.info.digests).tolist())
-        for column in repair.columns:
+    if repair.info is not None:
+        hashes = tuple(hashes_of(repair.info.digests).tolist())
+        for column in repair.columns if repair.salvaged is None else repair.salvaged.columns:
             yield LostColumn(part=repair.found.path, column=column.partition("/")[2], hashes=hashes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- deciding
 
 
-def _plan_group(group: FoundGroup) -> list[_PartRepair]:
+def _plan_group(storage: Storage, group: FoundGroup) -> list[_PartRepair]:
     """What is done with every part that has a fault."""
     repairs = []
     kept = {found.path: found.part for found in group.parts if found.part is not None}
@@ -177,12 +191,12 @@ def _plan_group(group: FoundGroup) -> list[_PartRepair]:
         if not kinds or not kinds <= BROKEN or (found.part is None and not found.is_ours):
             continue
         if found.part is None:
-            repairs.append(_PartRepair(found=found))
+            repairs.append(_PartRepair(found=found, salvaged=salvage(storage, found.path)))
             continue
         replaced = {name for path, part in kept.items() if path != found.path for name in part.info.replaces}
         is_replaced = found.part.info.name in replaced
         if is_replaced or _covered_by_replaced(found.part.info, group):
-            repairs.append(_PartRepair(found=found))
+            repairs.append(_PartRepair(found=found, covered=not is_replaced))
         else:
             repairs.append(_plan_part(found, found.part.info))
         if not repairs[-1].stays:
@@ -205,6 +219,9 @@ def _covered_by_replaced(info: PartInfo, group: FoundGroup) -> bool:
 def _plan_part(found: FoundPart, info: PartInfo) -> _PartRepair:
     """What is kept of a part: everything but the broken chunks, to the prompt and the layer."""
     broken = [name for name in found.faults if not name.endswith("zarr.json")]
+    if info.is_tombstone:
+        # Its document says everything; the files beside it are written anew.
+        return _PartRepair(found=found, replacement=NewPart(rows=np.arange(len(info.digests)), without=frozenset(), layers=None))
     if not broken:
         documents = {name: _document(info, name) for name in found.faults}
         if all(file_entry(data, chunk=False) == tuple(info.files[name]) for name, data in documents.items()):
@@ -221,31 +238,10 @@ def _plan_part(found: FoundPart, info: PartInfo) -> _PartRepair:
         made = {"tokens/position"}
     columns -= made
     lost: dict[Cell, Ints] = {}
-    every = np.arange(len(info.digests))
-    # Layers that keep the same prompts of the same variables are written to one part.
-    kept: dict[tuple[str, bytes], set[int]] = {}
     for key in sorted(arrays & variables):
-        for (_, layer), gone in _broken_rows(info, key, broken).items():
-            if len(gone):
-                lost[key, layer] = gone
-            if len(gone) < len(every):
-                kept.setdefault((key, np.setdiff1d(every, gone).tobytes()), set()).add(layer)
-    together: dict[tuple[bytes, frozenset[int]], set[str]] = {}
-    for (key, rows), layers in kept.items():
-        together.setdefault((rows, frozenset(layers)), set()).add(key)
-    described = {"prompts/text", "prompts/prompt_length"} | own
-    others = tuple(
-        _NewPart(
-            rows=np.frombuffer(rows, np.int64),
-            without=frozenset((variables - keys) | described | columns | made),
-            layers=None if NO_LAYER in layers else layers,
-        )
-        for (rows, layers), keys in together.items()
-    )
-    if variables - arrays or others or (({"prompts/text"} | own) & set(info.arrays)) - columns:
-        replacement = _NewPart(rows=every, without=frozenset((arrays & variables) | columns | made), layers=None)
-        return _PartRepair(found=found, replacement=replacement, others=others, lost=lost, columns=tuple(sorted(columns)))
-    return _PartRepair(found=found, lost=lost, columns=tuple(sorted(columns)))
+        lost |= {cell: gone for cell, gone in _broken_rows(info, key, broken).items() if len(gone)}
+    replacement, others = split_part(info, lost, columns=columns, made=made)
+    return _PartRepair(found=found, replacement=replacement, others=others, lost=lost, columns=tuple(sorted(columns)))
 
 
 def _broken_rows(info: PartInfo, key: str, broken: Iterable[str]) -> dict[Cell, Ints]:
@@ -281,58 +277,47 @@ def _document(info: PartInfo, name: str) -> bytes:
 # ------------------------------------------------------------------------------------------------------------ what is lost
 
 
-def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, repairs: Sequence[_PartRepair]) -> tuple[list[LostValues], list[str]]:
-    """Values that no part of the group holds any more, and the parts whose contents are unknown."""
+def _plan_lost(group: FoundGroup, info: GroupInfo, repairs: Sequence[_PartRepair]) -> tuple[list[LostValues], list[str]]:
+    """Values that were visible and are not any more, and the parts whose contents are unknown.
+
+    What an earlier part still holds is lost too: somebody has replaced it, so it stays hidden.
+    """
     by_path = {repair.found.path: repair for repair in repairs}
-    staying = [kept for kept in group.parts if kept.part is not None and (kept.path not in by_path or by_path[kept.path].stays)]
-    replaced = {name for kept in staying if kept.part is not None for name in kept.part.info.replaces}
+    staying = [kept.part for kept in group.parts if kept.part is not None and (kept.path not in by_path or by_path[kept.path].stays)]
+    replaced = {name for part in staying for name in part.info.replaces}
+    unknown = [repair.found.path for repair in reversed(repairs) if repair.info is None]
     digests: dict[bytes, bytes] = {}  # of each prompt by its hash, in the order of first appearance
-    lost: list[tuple[list[bytes], Mapping[Cell, Ints], Ints | None]] = []
     texts: dict[bytes, str] = {}
-    unknown: list[str] = []
+    losing: list[tuple[PartInfo, Mapping[Cell, Ints]]] = []
     for repair in reversed(repairs):
-        part = repair.found.part
-        if part is None:
-            if f"/{ANNOTATIONS}/" in repair.found.path:
-                unknown.append(repair.found.path)
-                continue
-            salvaged = _salvage(storage, repair.found.path)
-            if salvaged is None:
-                unknown.append(repair.found.path)
-                continue
-            mine, names, salvaged_texts = salvaged
-            cells: Mapping[Cell, Ints] = dict.fromkeys(names, np.arange(len(mine)))
-            texts |= salvaged_texts
-            counts = None
-        elif part.info.name in replaced:
+        held = repair.info
+        if held is None or held.is_tombstone or held.name in replaced:
             continue
-        else:
-            mine = [row.tobytes() for row in part.info.digests]
-            cells, counts = (repair.lost if repair.stays or repair.lost else _all_cells(part.info)), part.info.n_tokens
-        for digest in mine:
-            digests.setdefault(digest[:_HASH_BYTES], digest)
-        lost.append((mine, cells, counts))
-    columns = sorted({cell for _, cells, _ in lost for cell in cells})
+        texts |= {} if repair.salvaged is None else repair.salvaged.texts
+        for row in held.digests:
+            digests.setdefault(row.tobytes()[:_HASH_BYTES], row.tobytes())
+        losing.append((held, repair.gone))
+    columns = sorted({cell for _, cells in losing for cell in cells})
     if not columns:
         return [], unknown
     place = {cell: j for j, cell in enumerate(columns)}
     row_of = {key: i for i, key in enumerate(digests)}
     missing = np.zeros((len(digests), len(columns)), bool)
     tokens = np.full(len(digests), -1, np.int64)
-    for mine, cells, counts in lost:
-        at = np.array([row_of[digest[:_HASH_BYTES]] for digest in mine], np.int64)
-        tokens[at] = -1 if counts is None else counts
-        for cell, rows in cells.items():
-            missing[at[rows], place[cell]] = True
-    for kept in staying:
-        if kept.part is None or kept.part.info.name in replaced or kept.part.info.kind == "annotation":
-            continue
-        held = kept.part.info
+    keeping = [(part.info, by_path[part.path].lost if part.path in by_path else {}) for part in staying if part.info.kind == "part"]
+    # From the first to the last, since the last wins: with what it holds, and with what is lost of it.
+    timeline = [(held.name, held, cells, True) for held, cells in losing]
+    timeline += [(held.name, held, gone, False) for held, gone in keeping if held.name not in replaced]
+    for _, held, cells, is_lost in sorted(timeline, key=lambda step: (step[0], step[3])):
         at = np.array([row_of.get(row.tobytes()[:_HASH_BYTES], -1) for row in held.digests], np.int64)
-        gone = by_path[kept.path].lost if kept.path in by_path else {}
+        if is_lost:
+            tokens[at] = -1 if held.n_tokens is None else held.n_tokens
+            for cell, rows in cells.items():
+                missing[at[rows], place[cell]] = True
+            continue
         for cell in set(_all_cells(held)) & set(place):
             there = at >= 0
-            there[gone.get(cell, np.zeros(0, np.int64))] = False
+            there[cells.get(cell, np.zeros(0, np.int64))] = False
             if cell[0].startswith("tokens/") and held.n_tokens is not None:
                 # Another number of tokens comes from another tokenisation, and those values are out of date.
                 there &= (tokens[at] < 0) | (tokens[at] == held.n_tokens)
@@ -364,37 +349,6 @@ def _plan_lost(storage: Storage, group: FoundGroup, info: GroupInfo, repairs: Se
 
 
 _HASH_BYTES: Final = HASH_DIGITS // 2
-
-
-def _salvage(storage: Storage, path: str) -> tuple[list[bytes], list[Cell], dict[bytes, str]] | None:
-    """Prompts, values and texts of a part whose document is damaged, from its arrays; None where these cannot be read either."""
-    try:
-        digests = [bytes.fromhex(text) for text in _read_loose(storage, path, "prompts/prompt_sha256")]
-        cells: list[Cell] = []
-        for level in LEVELS:
-            names = [name for name in storage.list(f"{path}/{level}") if name != "zarr.json"]
-            layers = [int(layer) for layer in _read_loose(storage, path, f"{level}/layer")] if "layer" in names else []
-            for name in names:
-                array = parse_array(json.loads(storage.read(f"{path}/{level}/{name}/zarr.json")))
-                if is_variable(name, array):
-                    cells += [(f"{level}/{name}", layer) for layer in (layers if array.layered else [NO_LAYER])]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, (AccessDeniedError, UnreachableError)):
-            raise
-        return None
-    texts: dict[bytes, str] = {}
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, CorruptPartError):
-        stored = _read_loose(storage, path, "prompts/text")
-        texts = {digest[:_HASH_BYTES]: text for digest, text in zip(digests, stored, strict=True)}
-    return digests, cells, texts
-
-
-def _read_loose(storage: Storage, path: str, key: str) -> list[Any]:
-    """Read a column without the part's table: its chunks still end in their own checksums."""
-    array = parse_array(json.loads(storage.read(f"{path}/{key}/zarr.json")))
-    files = {f"{key}/{chunk}": file_entry(storage.read(f"{path}/{key}/{chunk}"), chunk=True) for chunk in array.chunk_keys()}
-    stored = StoredArray(storage, f"{path}/{key}", array, files)
-    return [value for block in range(array.n_blocks) for value in stored.read_chunk(0, block).tolist()][: array.shape[0]]
 
 
 def _read_texts(group: FoundGroup, wanted: set[bytes]) -> dict[bytes, str]:
@@ -429,22 +383,57 @@ def _checked(text: str | None, digest: bytes) -> str | None:
 # -------------------------------------------------------------------------------------------------------------- carrying out
 
 
-def _carry_out(storage: Storage, group: GroupInfo, repairs: Sequence[_PartRepair], *, durable: bool) -> None:
+def _carry_out(storage: Storage, group: FoundGroup, info: GroupInfo, repairs: Sequence[_PartRepair], *, durable: bool) -> None:
     # Replaced parts first: they must not become visible again when the part that replaces them is removed.
-    for repair in sorted(repairs, key=lambda repair: not repair.found.replaced):
+    gone: set[str] = set()
+    # Then the earlier before the later: what is removed anyway need not be hidden.
+    for repair in sorted(repairs, key=lambda repair: (not repair.found.replaced, repair.found.path.rpartition("/")[2])):
         part = repair.found.part
+        for name, data in repair.documents.items():
+            storage.commit(f"{repair.found.path}/{name}", data, durable=durable)
+        if not repair.found.replaced:
+            _hide(storage, group, info, repair, gone, durable=durable)
         if part is None:
             _remove_loose(storage, repair.found.path)
-            continue
-        for name, data in repair.documents.items():
-            storage.commit(f"{part.path}/{name}", data, durable=durable)
-        if repair.replacement is not None:
-            _rewrite(storage, group, part, repair.replacement, repair.others, durable=durable)
-        if not repair.documents:
-            remove_part(storage, part)
+        else:
+            if repair.replacement is not None:
+                _rewrite(storage, info, part, repair.replacement, repair.others, durable=durable)
+            if not repair.documents:
+                remove_part(storage, part)
+        if not repair.stays:
+            gone.add(repair.found.path)
 
 
-def _rewrite(storage: Storage, group: GroupInfo, part: Part, replacement: _NewPart, others: Sequence[_NewPart], *, durable: bool) -> None:
+def _hide(storage: Storage, group: FoundGroup, info: GroupInfo, repair: _PartRepair, gone: Container[str], *, durable: bool) -> None:
+    """Write tombstones over what a part had replaced and has lost, before the part itself is removed."""
+    held = repair.info
+    if held is None or repair.documents or repair.covered:
+        return
+    every = np.arange(len(held.digests))
+    if held.is_tombstone:
+        if repair.salvaged is not None:
+            write_tombstone(storage, info, held, every, held.removed, durable=durable, replaces=False)
+        return
+    lower = [each.part for each in group.parts if each.part is not None and each.path not in gone and not each.replaced]
+    lower = [part for part in lower if part.info.name < held.name and not part.info.is_tombstone]
+    alike: dict[bytes, dict[str, set[int]]] = {}
+    for (key, layer), rows in repair.gone.items():
+        alike.setdefault(np.asarray(rows, np.int64).tobytes(), {}).setdefault(key, set()).add(layer)
+    for column in (*repair.columns, *(() if repair.stays else repair.own_columns)):
+        if column in held.own_columns or repair.salvaged is not None:
+            alike.setdefault(every.tobytes(), {}).setdefault(column, set()).add(NO_LAYER)
+    for data, cells in alike.items():
+        rows = np.frombuffer(data, np.int64)
+        removed = {key: None if NO_LAYER in layers else tuple(sorted(layers)) for key, layers in sorted(cells.items())}
+        # Only a part that goes as a whole takes its number of tokens with it.
+        counts = None if held.n_tokens is None or repair.stays else held.n_tokens[rows]
+        some = replace(held, digests=held.digests[rows], n_tokens=counts)
+        over = rows_over(some, removed, lower)
+        if len(over):
+            write_tombstone(storage, info, some, over, removed, durable=durable, replaces=False)
+
+
+def _rewrite(storage: Storage, group: GroupInfo, part: Part, replacement: NewPart, others: Sequence[NewPart], *, durable: bool) -> None:
     """Write a part as several. The one that replaces it is committed last, with the first name: it holds all prompts in their order."""
     name = replacement_name(part.info.name)
     for other in others:

@@ -5,15 +5,103 @@ Never removes a part: the old one stays until the caller removes it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import Part, PartWriter, committed_at, open_view, read_batches
-from lmprobe_zarr.typing import Ints
+from lmprobe_zarr.store.parts import NO_LAYER, Cell, Part, PartWriter, committed_at, merged_order, open_view, read_batches
+from lmprobe_zarr.store.upkeep.tombstones import hidden_in, write_tombstone
+from lmprobe_zarr.typing import Ints, Mask
 
-__all__ = ["new_writer", "write_again", "write_rows"]
+__all__ = ["NewPart", "new_writer", "split_part", "visible_pieces", "write_again", "write_rows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPart:
+    """A new part with some of what a part holds: some prompts, without some arrays, and only some layers (None for all)."""
+
+    rows: Ints
+    without: frozenset[str]
+    layers: frozenset[int] | None
+
+
+def split_part(
+    info: PartInfo, lost: Mapping[Cell, Ints], *, columns: Collection[str] = (), made: Collection[str] = (), rows: Ints | None = None
+) -> tuple[NewPart | None, tuple[NewPart, ...]]:
+    """How a part is written again without some of its values: as one part that holds its prompts in their order, and parts for the rest.
+
+    Parameters
+    ----------
+    info : PartInfo
+    lost : mapping of Cell to ndarray of int
+        Prompts of the part whose value of a variable and layer is left out.
+    columns, made : collection of str
+        Columns that are left out; and those that the writer makes again.
+    rows : ndarray of int, optional
+        Prompts that are written; by default all.
+
+    Returns
+    -------
+    NewPart or None
+        None where nothing is left that could stand for the part.
+    tuple of NewPart
+    """
+    every = np.arange(len(info.digests)) if rows is None else rows
+    variables, own, affected = set(info.activations), set(info.own_columns), {key for key, _ in lost}
+    # Layers that keep the same prompts of the same variables are written to one part.
+    kept: dict[tuple[str, bytes], set[int]] = {}
+    for key in sorted(affected):
+        for layer in info.layers if info.arrays[key].layered else (NO_LAYER,):
+            stays = np.setdiff1d(every, lost.get((key, layer), np.zeros(0, np.int64)))
+            if len(stays):
+                kept.setdefault((key, stays.tobytes()), set()).add(layer)
+    together: dict[tuple[bytes, frozenset[int]], set[str]] = {}
+    for (key, which), layers in kept.items():
+        together.setdefault((which, frozenset(layers)), set()).add(key)
+    described = {"prompts/text", "prompts/prompt_length"} | own
+    others = tuple(
+        NewPart(
+            rows=np.frombuffer(which, np.int64),
+            without=frozenset((variables - keys) | described | set(columns) | set(made)),
+            layers=None if NO_LAYER in layers else layers,
+        )
+        for (which, layers), keys in together.items()
+    )
+    if len(every) and (variables - affected or others or (({"prompts/text"} | own) & set(info.arrays)) - set(columns)):
+        return NewPart(rows=every, without=frozenset(affected | set(columns) | set(made)), layers=None), others
+    return None, ()
+
+
+def visible_pieces(part: Part, tombstones: Iterable[Part], shown: Mask) -> list[NewPart] | None:
+    """How a part is written again without what tombstones hide of it; None where they hide nothing.
+
+    Parameters
+    ----------
+    part : Part
+    tombstones : iterable of Part
+        Those of its group.
+    shown : ndarray of bool, shape (prompt,)
+        Which of its prompts are in the view at all.
+    """
+    info = part.info
+    hidden = hidden_in(info, [note for note in tombstones if note.order > part.order])
+    if not hidden:
+        return None
+    rows = np.flatnonzero(shown)
+    cells = {cell: gone for cell, gone in hidden.items() if cell[0] in info.activations}
+    columns = {key: gone for (key, _), gone in hidden.items() if key in info.own_columns}
+    main, others = split_part(info, cells, columns=columns, rows=rows)
+    pieces = [*([] if main is None else [main]), *others]
+    everything = frozenset({*info.activations, *info.own_columns, "prompts/text", "prompts/prompt_length"})
+    for key, gone in columns.items():
+        stays = np.setdiff1d(rows, gone)
+        if len(stays):
+            pieces.append(NewPart(rows=stays, without=everything - {key}, layers=None))
+    return pieces
 
 
 def new_writer(
@@ -46,6 +134,8 @@ def new_writer(
     alike = {key: value for key, value in first.items() if all(info.recorded.get(key) == value for info in infos)}
     last = max(infos, key=committed_at).recorded
     written = {"written": last["written"]} if "written" in last else {}
+    # Where only some of the values are an extraction's, no extraction gives all of them again.
+    written |= {mark: info.recorded[mark] for info in infos for mark in ("imported_from", "written_by") if mark in info.recorded}
     return PartWriter(
         storage,
         group,
@@ -56,6 +146,7 @@ def new_writer(
         replaces=replaces,
         recorded={**alike, **written, **(recorded or {})},
         alone=alone,
+        order=merged_order(infos),
     )
 
 
@@ -91,6 +182,8 @@ def write_again(
         Whether the new part replaces the old one.
     """
     info = part.info
+    if info.is_tombstone:
+        return write_tombstone(storage, group, info, rows, info.removed, durable=durable, replaces=replaces, after=after)
     old = (info.name, *info.replaces) if replaces else ()
     writer = new_writer(storage, group, [info], name or replacement_name(after or info.name), durable=durable, replaces=old)
     return write_rows(writer, storage, part, rows, without=without, layers=layers)
@@ -110,6 +203,7 @@ def write_rows(
     part, rows, without, layers
         See `write_again`.
     """
+    writer.order = merged_order([part.info])
     with writer:
         for batch in read_batches(open_view(source, writer.group, [part], []), rows, without=without, layers=layers):
             writer.append(batch)

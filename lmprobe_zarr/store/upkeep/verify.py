@@ -170,10 +170,10 @@ def scan_store(storage: Storage, choose: Callable[[GroupInfo], bool] = lambda _:
     return StoreScan(storage=storage, fault=_root_fault(storage, groups), groups=tuple(groups))
 
 
-def _read(storage: Storage, key: str) -> tuple[bytes | None, Fault | None]:
-    """A document, or what keeps it from being read."""
+def _read(storage: Storage, key: str, *, current: bool = False) -> tuple[bytes | None, Fault | None]:
+    """A document, or what keeps it from being read; `current` as in `Storage.read_current`."""
     try:
-        return storage.read(key), None
+        return (storage.read_current(key) if current else storage.read(key)), None
     except (FileNotFoundError, NotADirectoryError) as error:
         if isinstance(error, LmprobeZarrError):
             raise
@@ -272,7 +272,7 @@ def _shorter(error: Exception, path: str) -> str:
 
 
 def _root_fault(storage: Storage, groups: Sequence[FoundGroup]) -> Fault | None:
-    data, fault = _read(storage, "zarr.json")
+    data, fault = _read(storage, "zarr.json", current=True)
     if data is None:
         # A place where nothing has been written yet has no root either.
         return fault if groups or (fault is not None and fault.kind != "missing") else None

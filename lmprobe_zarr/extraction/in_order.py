@@ -1,0 +1,234 @@
+"""`InOrder`: puts batches, whose prompts are sorted by length, back into the order of the prompts. Knows no model and no store.
+
+Only one window of prompts is held at a time: in memory up to a number of bytes, beyond it in a scratch file without a name.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import IO, Any, Final, Self
+
+import numpy as np
+
+from lmprobe_zarr.batch import TokenBatch, concat_ranges, offsets_of
+from lmprobe_zarr.errors import NoSpaceError
+from lmprobe_zarr.store.parts import shape_of
+from lmprobe_zarr.typing import Array, Ints
+
+__all__ = ["SLICE_BYTES", "InOrder"]
+
+# What is handed on at once. A few of these wait for the writer.
+SLICE_BYTES: Final = 8 << 20
+
+
+class InOrder:
+    """Takes batches in any order, and hands their prompts on in order at the end of each window.
+
+    Use it as a context. Where the source of the batches fails or is interrupted, leaving it hands on what has arrived.
+
+    Parameters
+    ----------
+    put : callable
+        Takes batches of prompts in order.
+    places : mapping of str to int
+        The place of each prompt, by digest.
+    memory : int
+        Bytes of activations that are held in memory.
+    folder : str, optional
+        Where the scratch file goes; None for the system's folder of temporary files.
+    """
+
+    def __init__(self, put: Callable[[TokenBatch], None], places: Mapping[str, int], *, memory: int, folder: str | None = None) -> None:
+        self._put, self._places, self._memory, self._folder = put, places, memory, folder
+        self._held: dict[Hashable, list[TokenBatch]] = {}
+        self._pending: list[Iterator[TokenBatch]] = []
+        self._spilled: dict[int, _Spilled] = {}
+        self._nbytes = 0
+        self._file: IO[bytes] | None = None
+        self._failed = False
+
+    def take(self, batch: TokenBatch) -> None:
+        """Hold a batch.
+
+        Raises
+        ------
+        NoSpaceError
+            It does not fit into memory, and the scratch file cannot be written.
+        """
+        kind = shape_of(batch)
+        if self._nbytes + batch.nbytes > self._memory and self._nbytes:
+            batch = self._spill(batch)
+        else:
+            self._nbytes += batch.nbytes
+        self._held.setdefault(kind, []).append(batch)
+
+    def flush(self) -> None:
+        """Hand on everything that is held, in order."""
+        self._pending += [self._ordered(batches) for batches in self._held.values()]
+        self._held.clear()
+        self._nbytes = 0
+        try:
+            while self._pending:
+                for batch in self._pending[0]:
+                    self._put(batch)
+                self._pending.pop(0)
+        except Exception:
+            self._failed = True  # after an interruption, leaving the context goes on with the rest
+            raise
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if not self._failed:
+                self.flush()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._spilled.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _ordered(self, batches: list[TokenBatch]) -> Iterator[TokenBatch]:
+        if len(batches) == 1 and not self._spilled:
+            yield batches[0]  # rows of a batch are in order
+            return
+        first = batches[0]
+        sizes = [len(batch.sha256) for batch in batches]
+        number = np.repeat(np.arange(len(batches)), sizes)
+        row = concat_ranges(np.zeros(len(sizes), np.int64), sizes)
+        order = np.argsort([self._places[digest] for batch in batches for digest in batch.sha256], kind="stable")
+        number, row = number[order], row[order]
+        counts = [np.ones(len(b.sha256), np.int64) if b.n_tokens is None else np.asarray(b.n_tokens, np.int64) for b in batches]
+        tokens = np.array([counts[j][i] for j, i in zip(number.tolist(), row.tolist(), strict=True)], np.int64)
+        starts = [offsets_of(each) for each in counts]
+        weights = tokens * _row_nbytes(first.tokens, sum(map(int, counts[0]))) + _row_nbytes(first.prompts, sizes[0])
+        for start, stop in _slices(weights):
+            chosen = [(j, np.flatnonzero(number[start:stop] == j)) for j in np.unique(number[start:stop]).tolist()]
+            by_prompt = [(j, at, row[start:stop][at]) for j, at in chosen]
+            lengths = tokens[start:stop]
+            ends = offsets_of(lengths)
+            by_token = [
+                (j, concat_ranges(ends[:-1][at], lengths[at]), concat_ranges(starts[j][rows], lengths[at])) for j, at, rows in by_prompt
+            ]
+            gathered = _Gathered(batches, self._spilled, by_prompt, by_token, stop - start, int(ends[-1]))
+            yield replace(
+                first,
+                sha256=gathered.listed([batch.sha256 for batch in batches]),
+                text=None if first.text is None else gathered.listed([batch.text for batch in batches]),
+                prompt_length=None if first.prompt_length is None else gathered.column([b.prompt_length for b in batches], by_prompt),
+                n_tokens=None if first.n_tokens is None else lengths,
+                tokens={name: gathered.variable("tokens", name) for name in first.tokens},
+                token_columns={n: gathered.column([b.token_columns[n] for b in batches], by_token) for n in first.token_columns},
+                prompts={name: gathered.variable("prompts", name) for name in first.prompts},
+                prompt_columns={n: gathered.column([b.prompt_columns[n] for b in batches], by_prompt) for n in first.prompt_columns},
+            )
+
+    def _spill(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with arrays that stand for values in the scratch file."""
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(dir=self._folder, prefix="lmprobe-zarr-")  # noqa: SIM115 — closed by _close
+            return replace(
+                batch,
+                tokens={name: self._written(self._file, array) for name, array in batch.tokens.items()},
+                prompts={name: self._written(self._file, array) for name, array in batch.prompts.items()},
+            )
+        except OSError as error:
+            raise NoSpaceError(
+                f"the activations of one window do not fit into memory, and its scratch file in {self._folder or tempfile.gettempdir()} "
+                f"cannot be written ({error}): free some space there, or use a smaller batch_tokens="
+            ) from error
+
+    def _written(self, file: IO[bytes], array: Array) -> Array:
+        offset = file.seek(0, 2)
+        file.write(np.ascontiguousarray(array).view(np.uint8).data)
+        # An array of the same shape and dtype that takes no memory, so that a batch is checked as ever.
+        stand_in = np.broadcast_to(np.zeros((), array.dtype), array.shape)
+        self._spilled[id(stand_in)] = _Spilled(file, offset, array.shape, array.dtype, stand_in)
+        return stand_in
+
+
+@dataclass(frozen=True, slots=True)
+class _Spilled:
+    """An array in the scratch file."""
+
+    file: IO[bytes]
+    offset: int
+    shape: tuple[int, ...]
+    dtype: Any
+    stand_in: Array  # held, so that its id stays its own
+
+    def take(self, rows: Ints, axis: int) -> Array:
+        self.file.flush()
+        # Mapped for this one copy, so that no more of the file counts as memory.
+        mapped = np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        return np.asarray(mapped[:, rows] if axis else mapped[rows])
+
+
+Rows = list[tuple[int, Ints, Ints]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """One slice of prompts, gathered from the batches that hold them: from which batch, to which places, from which rows."""
+
+    batches: list[TokenBatch]
+    spilled: Mapping[int, _Spilled]
+    by_prompt: Rows
+    by_token: Rows
+    n_prompts: int
+    n_tokens: int
+
+    def variable(self, level: str, name: str) -> Array:
+        rows = self.by_prompt if level == "prompts" else self.by_token
+        total = self.n_prompts if level == "prompts" else self.n_tokens
+        axis = 0 if name in self.batches[0].unlayered else 1
+        arrays = [(batch.prompts if level == "prompts" else batch.tokens)[name] for batch in self.batches]
+        shape = list(arrays[0].shape)
+        shape[axis] = total
+        found = np.empty(shape, arrays[0].dtype)
+        for j, there, here in rows:
+            array = arrays[j]
+            spilled = self.spilled.get(id(array))
+            values = spilled.take(here, axis) if spilled is not None else array[:, here] if axis else array[here]
+            if axis:
+                found[:, there] = values
+            else:
+                found[there] = values
+        return found
+
+    def column(self, columns: list[Any], rows: Rows) -> Array:
+        total = self.n_prompts if rows is self.by_prompt else self.n_tokens
+        found = np.empty(total, np.asarray(columns[0]).dtype)
+        for j, there, here in rows:
+            found[there] = np.asarray(columns[j])[here]
+        return found
+
+    def listed(self, columns: list[Any]) -> list[str]:
+        found = [""] * self.n_prompts
+        for j, there, here in self.by_prompt:
+            for place, row in zip(there.tolist(), here.tolist(), strict=True):
+                found[place] = columns[j][row]
+        return found
+
+
+def _row_nbytes(arrays: Mapping[str, Array], rows: int) -> int:
+    """Bytes of one row of all these arrays together."""
+    return sum(array.nbytes for array in arrays.values()) // max(1, rows)
+
+
+def _slices(weights: Ints) -> Iterator[tuple[int, int]]:
+    ends = np.cumsum(weights)
+    start = 0
+    while start < len(weights):
+        stop = max(start + 1, int(np.searchsorted(ends, (ends[start - 1] if start else 0) + SLICE_BYTES, side="right")))
+        yield start, stop
+        start = stop

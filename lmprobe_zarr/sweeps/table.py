@@ -1,0 +1,383 @@
+"""Scores as a table to print or to put into a paper: the mean with its interval, rounded as the interval says. Computes no score.
+
+``layout_scores`` makes the cells, which the formats only write in their own way.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import ROUND_HALF_EVEN, Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import xarray as xr
+
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.typing import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["NOT_FINITE", "NOT_STORED", "NOT_TESTED", "parse_table_path", "table_of_scores"]
+
+#: What a cell says in place of a score: it was never fitted; it was, and is NaN or infinite; no other prompts are left to test it on.
+NOT_STORED: Final = "not stored"
+NOT_FINITE: Final = "not finite"
+NOT_TESTED: Final = "not tested"
+#: Without `fit_seconds`, nothing says whether a NaN was ever fitted.
+_UNKNOWN: Final = "NaN"
+_REPEATED: Final = ("fold", "seed")
+_NO_SCORES: Final = ("fit_seconds", "pass_seconds", "chosen_strength")
+#: Decimals where no interval decides, and at most. A narrower interval than this is rounding of the computation.
+_DECIMALS: Final = 3
+_MOST_DECIMALS: Final = 6
+_NARROWEST: Final = 5e-7
+
+
+def table_of_scores(
+    scores: xr.Dataset | xr.DataArray,
+    metrics: str | Iterable[str] | None = None,
+    *,
+    intervals: xr.Dataset | None = None,
+    format: str | None = None,  # noqa: A002 (the word that pandas and others use)
+    path: str | os.PathLike[str] | None = None,
+) -> pd.DataFrame | str:
+    """The table; see `lmprobe_zarr.accessor.DatasetAccessor.table`."""
+    kind = parse_table_path(path) if path is not None and format is None else None
+    if format is not None and format not in _WRITERS:
+        raise InvalidArgumentError(f"format={format!r} is unknown: use one of {', '.join(map(repr, _WRITERS))}, or None for a DataFrame")
+    layout = layout_scores(scores, metrics, intervals)
+    written = format or kind
+    if written is None:
+        return _as_frame(layout)
+    text = _WRITERS[written](layout)
+    if path is not None:
+        try:
+            Path(path).write_text(text, encoding="utf-8", newline="")
+        except OSError as error:
+            raise InvalidArgumentError(f"the table cannot be written to {os.fspath(path)!r} ({error}): give another path") from error
+    return text
+
+
+def parse_table_path(path: str | os.PathLike[str]) -> str:
+    """The format of a file for a table, by its ending.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Another ending, or a folder that does not exist.
+    """
+    ending = Path(path).suffix.lower()
+    if ending not in _ENDINGS:
+        raise InvalidArgumentError(
+            f"{os.fspath(path)!r} has {f'the ending {ending}' if ending else 'no ending'} for a table: use one of {', '.join(_ENDINGS)}"
+        )
+    if not Path(path).absolute().parent.is_dir():
+        raise InvalidArgumentError(f"{os.fspath(path)!r}: the folder {str(Path(path).parent)!r} does not exist, make it first")
+    return _ENDINGS[ending]
+
+
+# -- the cells -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One mean as text, with its half width or its bounds; or, in place of all of them, why there is no mean."""
+
+    value: str
+    spread: str = ""
+    lower: str = ""
+    upper: str = ""
+    note: str = ""
+
+    @property
+    def is_number(self) -> bool:
+        return self.value not in {NOT_STORED, NOT_FINITE, NOT_TESTED, _UNKNOWN}
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Labels and cells of a table; `columns` are pairs of metric and label, of which the metric is shown if there are several."""
+
+    index: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    columns: tuple[tuple[str, Any], ...]
+    cells: tuple[tuple[_Cell, ...], ...]
+    caption: str
+    over: str
+
+    @property
+    def has_metrics(self) -> bool:
+        return len({metric for metric, _ in self.columns}) > 1
+
+    def title(self, column: tuple[str, Any]) -> str:
+        """Metric and label in one text."""
+        metric, label = column
+        return f"{metric} {label}" if self.has_metrics else str(label)
+
+
+def layout_scores(
+    scores: xr.Dataset | xr.DataArray, metrics: str | Iterable[str] | None = None, intervals: xr.Dataset | None = None
+) -> _Layout:
+    """Rows, columns and cells of a table.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There are no scores, no such metric, or intervals of something else.
+    """
+    data = _as_dataset(scores)
+    names = _metrics(data, metrics)
+    bounds = data if "bound" in data[names[0]].dims else intervals
+    values = {name: data[name].sel(bound="estimate", drop=True) if "bound" in data[name].dims else data[name] for name in names}
+    first = values[names[0]]
+    repeated: list[str] = [dim for dim in _REPEATED if dim in first.dims]
+    over = "probe" if "probe" in first.dims else "layer" if "layer" in first.dims else ""
+    dims = [str(dim) for dim in first.dims if dim not in repeated and dim != over]
+    differ = [name for name in names if set(values[name].dims) != set(first.dims)]
+    if differ:
+        raise InvalidArgumentError(f"{differ[0]!r} has other dims than {names[0]!r}: make a table of each")
+    labels = list(first[over].values.tolist()) if over and over in first.coords else [""]
+    index, rows = _rows(first, dims)
+    blocks = []
+    for name in names:
+        flat = values[name].transpose(*dims, *([over] if over else []), *repeated).values
+        flat = flat.reshape(len(rows), len(labels), -1)
+        missing = _missing(data, dims, over, repeated).reshape(len(rows), len(labels))
+        limits = None if bounds is None else _limits(bounds, name, values[name], dims, over)
+        blocks.append(
+            [
+                [
+                    _cell(flat[row, column], missing[row, column], None if limits is None else limits[:, row, column])
+                    for column in range(len(labels))
+                ]
+                for row in range(len(rows))
+            ]
+        )
+    n = int(np.prod([first.sizes[dim] for dim in repeated], dtype=int))
+    counted = " and ".join(f"{first.sizes[dim]} {dim}{'s' * (first.sizes[dim] != 1)}" for dim in repeated)
+    level = None if bounds is None else bounds.attrs.get("level")
+    if bounds is not None:
+        share = "interval" if level is None else f"{100 * float(level):g} % interval"
+        caption = f"Mean [lower, upper bound of the {share}]" + (f" over {counted}." if counted else ".")
+    else:
+        caption = f"Mean ± standard deviation over {counted}." if n > 1 else "Scores."
+    return _Layout(
+        index=index,
+        rows=tuple(rows),
+        columns=tuple((name, label) for name in names for label in labels),
+        cells=tuple(tuple(cell for block in blocks for cell in block[row]) for row in range(len(rows))),
+        caption=caption,
+        over=over,
+    )
+
+
+def _as_dataset(scores: Any) -> xr.Dataset:
+    if isinstance(scores, xr.DataArray):
+        return scores.to_dataset(name=str(scores.name) if scores.name is not None and scores.name not in scores.coords else "score")
+    data: xr.Dataset = scores
+    return data
+
+
+def _metrics(data: xr.Dataset, metrics: str | Iterable[str] | None) -> list[str]:
+    numbers = [str(name) for name, held in data.data_vars.items() if held.dtype.kind == "f"]
+    fitting = [name for name in numbers if "probe" in data[name].dims and "prompt" not in data[name].dims and name not in _NO_SCORES]
+    if not fitting and len(numbers) == 1 and {"layer"} <= set(data[numbers[0]].dims) and "hidden" not in data[numbers[0]].dims:
+        fitting = numbers
+    if metrics is None:
+        if not fitting:
+            raise InvalidArgumentError(f"this holds no scores by layer and probe (dims {dict(data.sizes)}): give what sweep returns")
+        return fitting
+    names = [metrics] if isinstance(metrics, str) else [str(name) for name in metrics]
+    unknown = [name for name in names if name not in numbers]
+    if unknown or not names:
+        raise InvalidArgumentError(f"there is no score {unknown[0] if unknown else ''!r}: use one of {', '.join(fitting or numbers)}")
+    return names
+
+
+def _rows(array: xr.DataArray, dims: list[str]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Names and labels of the rows; tokens are named by their prompt, position and text."""
+    named: list[tuple[list[str], list[tuple[Any, ...]]]] = []
+    for dim in dims:
+        names = [name for name in ("prompt", "position", "token_text") if name in array.coords and array.coords[name].dims == ("token",)]
+        names = names if dim == "token" and names else [dim]
+        columns = [array.coords[name].values.tolist() if name in array.coords else list(range(array.sizes[dim])) for name in names]
+        named.append((names, list(zip(*columns, strict=True))))
+    rows: list[tuple[Any, ...]] = [()]
+    for _, labels in named:
+        rows = [(*row, *label) for row in rows for label in labels]
+    return tuple(name for names, _ in named for name in names), rows
+
+
+def _missing(data: xr.Dataset, dims: list[str], over: str, repeated: list[str]) -> Array:
+    """For each cell what to say where it holds no finite score."""
+    wanted = [*dims, *([over] if over else [])]
+    shape = [data.sizes[dim] for dim in wanted]
+    if {"train", "test"} <= set(wanted) and "accuracy" in data:
+        tested = np.isfinite(data["accuracy"].transpose(*wanted).values)
+        return np.where(tested, NOT_FINITE, NOT_TESTED)
+    if "fit_seconds" in data and set(wanted) | set(repeated) == set(data["fit_seconds"].dims):
+        fitted = data["fit_seconds"].notnull().any(repeated).transpose(*wanted).values
+        return np.where(fitted, NOT_FINITE, NOT_STORED)
+    return np.full(shape, _UNKNOWN)
+
+
+def _limits(bounds: Any, metric: str, values: xr.DataArray, dims: list[str], over: str) -> Array:
+    """Lower and upper bound of each cell, shape (2, row, column)."""
+    if not isinstance(bounds, xr.Dataset) or metric not in bounds or "bound" not in bounds[metric].dims:
+        raise InvalidArgumentError(f"intervals have no {metric!r} over bound: give confidence_intervals of the same scores")
+    wanted = [*dims, *([over] if over else [])]
+    held = bounds[metric]
+    if set(held.dims) != {*wanted, "bound"}:
+        raise InvalidArgumentError(f"intervals of {metric!r} have dims {tuple(held.dims)}, and the scores {tuple(values.dims)}")
+    held = held.reindex({dim: values[dim] for dim in wanted if dim in values.coords})
+    rows = int(np.prod([values.sizes[dim] for dim in dims], dtype=int))
+    return np.stack([held.sel(bound=bound).transpose(*wanted).values.reshape(rows, -1) for bound in ("lower", "upper")])
+
+
+def _cell(values: Array, missing: str, limits: Array | None) -> _Cell:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        infinite = bool(np.isinf(values).any())
+        return _Cell(NOT_FINITE if infinite else str(missing))
+    note = f"{len(finite)} of {len(values)}" if len(finite) < len(values) else ""
+    mean = float(finite.mean())
+    if limits is not None and np.isfinite(limits).all():
+        places = _decimals(float(limits[1] - limits[0]) / 2)
+        return _Cell(_rounded(mean, places), "", _rounded(float(limits[0]), places), _rounded(float(limits[1]), places), note)
+    if limits is None and len(finite) > 1:
+        spread = float(finite.std())
+        places = _decimals(spread)
+        return _Cell(_rounded(mean, places), _rounded(spread, places), note=note)
+    return _Cell(_rounded(mean, _DECIMALS), note=note)
+
+
+def _decimals(width: float) -> int:
+    """Decimals with which a half width has two significant digits."""
+    if width < _NARROWEST:
+        return _DECIMALS
+    exponent = math.floor(math.log10(width))
+    # 0.0996 becomes 0.10, and not 0.100.
+    if Decimal(_rounded(width, 1 - exponent)) >= Decimal(10).scaleb(exponent):
+        exponent += 1
+    return min(max(1 - exponent, 0), _MOST_DECIMALS)
+
+
+def _rounded(value: float, places: int) -> str:
+    """A number with that many decimals, rounded half to even from its shortest decimal form."""
+    found = Decimal(repr(value)).quantize(Decimal(1).scaleb(-max(places, 0)), ROUND_HALF_EVEN)
+    return format(found or abs(found), "f")
+
+
+# -- the formats -----------------------------------------------------------------------------------------------------------
+
+
+def _plain(cell: _Cell) -> str:
+    interval = f" ± {cell.spread}" if cell.spread else f" [{cell.lower}, {cell.upper}]" if cell.lower else ""
+    return f"{cell.value}{interval}" + (f" ({cell.note})" if cell.note else "")
+
+
+def _as_frame(layout: _Layout) -> pd.DataFrame:
+    import pandas as pd
+
+    index: Any = None
+    if len(layout.index) == 1:
+        index = pd.Index([row[0] for row in layout.rows], name=layout.index[0])
+    elif layout.index:
+        index = pd.MultiIndex.from_tuples(list(layout.rows), names=list(layout.index))
+    columns: Any
+    if layout.has_metrics:
+        columns = pd.MultiIndex.from_tuples(list(layout.columns), names=["metric", layout.over])
+    else:
+        columns = pd.Index([label for _, label in layout.columns], name=layout.over or None)
+    frame = pd.DataFrame([[_plain(cell) for cell in row] for row in layout.cells], index=index, columns=columns)
+    frame.attrs["caption"] = layout.caption
+    return frame
+
+
+def _as_markdown(layout: _Layout) -> str:
+    heads = [*layout.index, *(layout.title(column) for column in layout.columns)]
+    lines = [_markdown_row(map(_escape_markdown, heads)), _markdown_row(["---"] * len(layout.index) + ["---:"] * len(layout.columns))]
+    for labels, cells in zip(layout.rows, layout.cells, strict=True):
+        lines.append(_markdown_row([*(_escape_markdown(str(label)) for label in labels), *map(_plain, cells)]))
+    return "\n".join(lines) + f"\n\n{layout.caption}\n"
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _escape_markdown(text: str) -> str:
+    """A text that means itself in a cell of a Markdown table."""
+    # Not every reader of Markdown takes a backslash before these.
+    text = re.sub(r"[&<>$~]", lambda found: f"&#{ord(found[0])};", _in_a_line(text))
+    return re.sub(r"(?<!&)([\\`*_{}\[\]|]|#)", r"\\\1", text)
+
+
+def _as_latex(layout: _Layout) -> str:
+    lines = [f"% {_in_a_line(layout.caption)}", rf"\begin{{tabular}}{{{'l' * len(layout.index)}{'r' * len(layout.columns)}}}", r"\hline"]
+    if layout.has_metrics:
+        counts: dict[str, int] = {}
+        for metric, _ in layout.columns:
+            counts[metric] = counts.get(metric, 0) + 1
+        above = [rf"\multicolumn{{{count}}}{{c}}{{{_escape_latex(metric)}}}" for metric, count in counts.items()]
+        lines.append(" & ".join([*("" for _ in layout.index), *above]) + r" \\")
+    heads = [*layout.index, *(str(label) for _, label in layout.columns)]
+    lines += [" & ".join(map(_escape_latex, heads)) + r" \\", r"\hline"]
+    for labels, cells in zip(layout.rows, layout.cells, strict=True):
+        lines.append(" & ".join([*(_escape_latex(str(label)) for label in labels), *map(_latex_cell, cells)]) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+
+
+def _latex_cell(cell: _Cell) -> str:
+    if not cell.is_number:
+        return _escape_latex(cell.value)
+    interval = rf" \pm {cell.spread}" if cell.spread else rf"\ [{cell.lower}, {cell.upper}]" if cell.lower else ""
+    return f"${cell.value}{interval}$" + (f" ({cell.note})" if cell.note else "")
+
+
+#: Brackets and asterisks are arguments of the line break before them.
+_LATEX: Final[Mapping[str, str]] = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "[": "{[}", "]": "{]}", "*": "{*}", **{c: f"\\{c}" for c in "&%$#_{}"},
+}  # fmt: skip
+
+
+def _escape_latex(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in _in_a_line(text))
+
+
+def _in_a_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _as_csv(layout: _Layout) -> str:
+    """Numbers in cells of their own: the mean, then its half width or its bounds."""
+    parts: list[list[tuple[str, Callable[[_Cell], str]]]] = []
+    for number in range(len(layout.columns)):
+        column = [row[number] for row in layout.cells]
+        shown: list[tuple[str, Callable[[_Cell], str]]] = [("", lambda cell: cell.value)]
+        if any(cell.spread for cell in column):
+            shown.append((" ±", lambda cell: cell.spread))
+        if any(cell.lower for cell in column):
+            shown += [(" lower", lambda cell: cell.lower), (" upper", lambda cell: cell.upper)]
+        if any(cell.note for cell in column):
+            shown.append((" folds", lambda cell: cell.note))
+        parts.append(shown)
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*layout.index, *(layout.title(c) + end for c, shown in zip(layout.columns, parts, strict=True) for end, _ in shown)])
+    for labels, cells in zip(layout.rows, layout.cells, strict=True):
+        writer.writerow([*labels, *(take(cell) for cell, shown in zip(cells, parts, strict=True) for _, take in shown)])
+    return out.getvalue()
+
+
+_WRITERS: Final[Mapping[str, Callable[[_Layout], str]]] = {"markdown": _as_markdown, "latex": _as_latex, "csv": _as_csv}
+_ENDINGS: Final[Mapping[str, str]] = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
