@@ -148,7 +148,8 @@ def open_to_read(url: Place, *, storage_options: Mapping[str, Any] | Sequence[Ma
     opened = open_store(url, mode="r", storage_options=storage_options)
     given = url[-1] if isinstance(url, (list, tuple)) and url else url
     if not isinstance(given, Store):
-        opened.catalog.notes_uses = not opened.is_published and opened.storage.may_write()
+        # On a remote place nobody knows whether it may be written before it is tried.
+        opened.catalog.notes_uses = not opened.is_published and opened.storage.is_local and opened.storage.may_write()
     return opened
 
 
