@@ -112,7 +112,7 @@ def test_a_folder_of_npy_files_is_imported(tmp_path: Path, store: Store, values:
     np.save(tmp_path / "offsets.npy", np.array(offsets))
     import_npy(tmp_path, store, model="m", prompts=PROMPTS, progress=False, strict=True)
     check(store, values.astype(dtype))
-    assert store.tokens("m").resid.dtype == dtype
+    assert store.tokens("m", dtype="stored").resid.dtype == dtype
 
 
 def test_a_folder_of_memory_maps_is_imported(tmp_path: Path, store: Store, values: Array) -> None:
