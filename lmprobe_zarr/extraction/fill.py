@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -78,11 +79,12 @@ def _scratch(target: Store) -> tuple[int, str | None]:
     return 0, folder
 
 
-def _recorded(lookup: Lookup) -> dict[str, Any]:
+def _recorded(lookup: Lookup) -> Mapping[str, Any]:
     """What is noted in the parts; with the whole provenance of the model where their group does not record it."""
     if lookup.loaded is None:
         return {}
-    return {**lookup.loaded.recorded, **({"provenance": dict(lookup.loaded.provenance)} if lookup.unknown else {})}
+    whole = {"provenance": dict(lookup.loaded.provenance)} if lookup.unknown else {}
+    return ChainMap(whole, lookup.loaded.recorded)  # the check of the model adds to it before the first part is committed
 
 
 def _run_model(

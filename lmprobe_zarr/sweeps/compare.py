@@ -77,7 +77,8 @@ def confidence_intervals(
     shape = [scores.sizes[dim] for dim in dims]
     found = {metric.name: np.full((*shape, len(_BOUNDS)), np.nan) for metric in chosen}
     unit = "group" if "group" in scores.coords else "prompt"
-    units = np.unique(scores[unit].values.astype(str), return_inverse=True)[1]
+    # Texts that were read from a file may be of a dtype that does not become fixed-width texts.
+    units = np.unique(list(map(str, scores[unit].values)), return_inverse=True)[1]
     weights = _draw(units, int(n_resamples), random_state)
     reason = ""
     for place in product(*(range(size) for size in shape)):

@@ -315,7 +315,7 @@ def test_labels_survive_eviction_and_extraction(cache: Store) -> None:
         assert "annotations, which no model gives again" in str(plan)
         cache.write(GROUP, make_batch(["bb", "a"], seed=9))
         data = cache.dataset(prompts=["a", "bb"])
-        assert (data.label.values.tolist(), data.toxic.values.tolist()) == ([0, 1], ["yes", ""])
+        assert (data.label.values.tolist(), data.toxic.values[0], data.toxic.isnull().values.tolist()) == ([0, 1], "yes", [False, True])
     lz.evict(max_gb=0, annotations=True)
     cache.write(GROUP, make_batch(["a", "bb"]))
     assert not {"label", "toxic"} & set(cache.dataset().coords)
