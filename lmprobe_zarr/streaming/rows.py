@@ -113,6 +113,6 @@ def open_label_column(array: xr.DataArray, source: RowSource, name: str) -> Labe
         raise InvalidArgumentError(f"labels: {name!r} is no coordinate over {source.dim!r} here: give some of {[*along, 'row']}")
     values = np.asarray(array.coords[name].values)
     if values.dtype == object:
-        texts, codes = np.unique(list(map(str, values)), return_inverse=True)
+        texts, codes = np.unique(np.asarray(list(map(str, values)), str), return_inverse=True)
         return LabelColumn(texts, codes.astype(np.int32))
     return LabelColumn(values)

@@ -78,7 +78,7 @@ def confidence_intervals(
     found = {metric.name: np.full((*shape, len(_BOUNDS)), np.nan) for metric in chosen}
     unit = "group" if "group" in scores.coords else "prompt"
     # Texts that were read from a file may be of a dtype that does not become fixed-width texts.
-    units = np.unique(list(map(str, scores[unit].values)), return_inverse=True)[1]
+    units = np.unique(np.asarray(list(map(str, scores[unit].values)), str), return_inverse=True)[1]
     weights = _draw(units, int(n_resamples), random_state)
     reason = ""
     for place in product(*(range(size) for size in shape)):

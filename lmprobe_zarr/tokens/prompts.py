@@ -202,7 +202,7 @@ def prompts_of(array: xr.DataArray, dim: str) -> tuple[Array, Array]:
             "open it with store.tokens()"
         )
     numbers, names = pd.factorize(np.asarray(array.coords["prompt"].values, object))
-    return numbers, np.asarray(list(map(str, names)))
+    return numbers, np.asarray(list(map(str, names)), str)
 
 
 def token_texts(tokens: xr.DataArray | xr.Dataset) -> npt.NDArray[np.str_] | None:
