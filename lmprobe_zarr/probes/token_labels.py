@@ -158,8 +158,7 @@ def _mask(array: xr.DataArray, dim: str, where: Any) -> Mask:
                 f"where lacks {int((places < 0).sum())} of {n} {dim}s: make it from the same selection as the activations"
             )
         where = where.values if places is None else where.values[places]
-    else:
-        check_listed(array, where, "the values of where")
+    # A bare mask is taken as it is: it is computed from the view, not kept in the order of some call.
     mask = np.asarray(where)
     if mask.dtype != bool or mask.shape != (n,):
         raise InvalidArgumentError(

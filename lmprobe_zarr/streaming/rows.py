@@ -12,7 +12,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
 from lmprobe_zarr.streaming.order import Blocks
 from lmprobe_zarr.streaming.source import RowSource
-from lmprobe_zarr.tokens import TokenIndex, check_listed
+from lmprobe_zarr.tokens import TokenIndex
 from lmprobe_zarr.typing import Array, Ints, Mask
 
 __all__ = ["LabelColumn", "open_label_column", "wanted_rows"]
@@ -80,8 +80,7 @@ def _as_mask(where: Any, array: xr.DataArray, source: RowSource) -> Mask:
         index, other = array.xindexes.get("prompt"), where.xindexes.get("prompt")
         if index is not None and other is not None and (type(index) is not type(other) or not index.equals(other)):
             raise InvalidArgumentError("where is over other rows, or another order of them: make it from the same selection")
-    else:
-        check_listed(array, where, "the values of where")
+    # A bare mask is taken as it is: it is computed from the view, not kept in the order of some call.
     mask = np.asarray(where)
     if mask.dtype != bool or mask.shape != (source.n_rows,):
         raise InvalidArgumentError(f"where has dtype {mask.dtype} and shape {mask.shape}: give {source.n_rows} truth values, one per row")

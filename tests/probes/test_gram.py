@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_a_fit_that_fails_is_nan_with_its_reason_and_the_sweep_goes_on() -> None
     assert np.isnan(found.accuracy.sel(probe="fragile", layer=1)).all()
     assert found.accuracy.sel(probe="ridge").notnull().all()
     assert found.accuracy.sel(layer=0).notnull().all()
-    assert found.accuracy.attrs["nan_reasons"] == ["fragile: the fit failed (LinAlgError: Matrix is singular)"]
+    assert json.loads(found.accuracy.attrs["nan_reasons"]) == ["fragile: the fit failed (LinAlgError: Matrix is singular)"]
     intervals = lz.confidence_intervals(found, n_resamples=20)
     assert np.isnan(intervals.accuracy.sel(probe="fragile", layer=1)).all()
 

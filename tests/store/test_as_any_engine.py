@@ -6,6 +6,7 @@ import copy
 import importlib
 import pickle
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -261,9 +262,10 @@ EMPTY: dict[str, Callable[[Any], Any]] = {
     "std": lambda d: d.std("hidden"),
     "astype": lambda d: d.astype("float64"),
     "batches": lambda d: (list(d.lz.batches(batch_tokens=2)), d)[1],
-    "torch": lambda d: ({k: v.numpy() for k, v in d.lz.to_torch().items()}, d)[1],
     "norms": lambda d: d.lz.norms(),
 }
+if find_spec("torch"):
+    EMPTY["torch"] = lambda d: ({k: v.numpy() for k, v in d.lz.to_torch().items()}, d)[1]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the mean of nothing

@@ -83,8 +83,6 @@ OTHERS: dict[str, Any] = {
     "labels to evaluate": lambda ds: lz.Probe(model="m").fit(ds.resid_mean.sel(layer=0), ds.label).evaluate(ds.resid_mean.sel(layer=0), Y),
     "folds of tokens": lambda ds: lz.sweep_tokens(ds.resid_mean, "label", "mass_mean", cv=[(np.arange(12), np.arange(12, 24))]),
     "groups of tokens": lambda ds: lz.sweep_tokens(ds.resid_mean, "label", "mass_mean", cv=2, groups=list(range(24))),
-    "where of tokens": lambda ds: lz.fit_tokens(ds.resid_mean, "label", where=np.ones(24, bool)),
-    "where of batches": lambda ds: ds.resid_mean.lz.batches(where=np.ones(24, bool)),
 }
 
 
@@ -94,6 +92,15 @@ def test_whatever_else_is_given_by_position_is_refused_too(one: Any, several: An
     OTHERS[use](several.dataset(prompts=TEXTS))
     with pytest.raises(InvalidArgumentError, match="several calls"):
         OTHERS[use](several.dataset())
+
+
+def test_a_mask_that_was_computed_from_the_view_is_taken_in_its_order(several: Any) -> None:
+    data = several.dataset()
+    mask = data.label.values == 1
+    fitted = lz.fit_tokens(data.resid_mean, "label", "mass_mean", where=np.ones(24, bool))
+    assert fitted.attrs["n_tokens"] == 24
+    (batch,) = data.resid_mean.sel(layer=0).lz.batches(where=mask, shuffle=False)
+    np.testing.assert_array_equal(np.asarray(batch), data.resid_mean.sel(layer=0).values[mask])
 
 
 def test_labels_of_tokens_by_position_are_refused_too(one: Any, several: Any) -> None:
