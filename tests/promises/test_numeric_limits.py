@@ -52,7 +52,8 @@ def stored(values: npt.NDArray[Any], *, tokens: bool, compressed: bool = True, p
     with Ingest(store, GROUP, precision=precision or Precision(), compressed=compressed) as ingest:
         ingest.put(batch)
     again = lz.open_store(store.url)
-    found: npt.NDArray[Any] = (again.tokens().resid if tokens else again.dataset().resid_mean).values
+    opened = again.tokens(dtype="stored").resid if tokens else again.dataset(dtype="stored").resid_mean
+    found: npt.NDArray[Any] = opened.values
     assert again.verify(progress=False).not_finite == np.count_nonzero(~np.isfinite(found))
     return found
 

@@ -38,11 +38,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def check(store: lz.Store, expected: dict[str, npt.NDArray[Any]], group: str) -> None:
     """Every array that is expected of a group, and nothing else."""
-    data, tokens = store.dataset(group=group), store.tokens(group=group)
+    data, tokens = store.dataset(group=group, dtype="stored"), store.tokens(group=group, dtype="stored")
     wanted = {key.removeprefix(f"{group}/"): array for key, array in expected.items() if key.startswith(f"{group}/")}
     for key, array in wanted.items():
         level, _, name = key.rpartition("/")
         found = (tokens if level == "tokens" else data)[name].values
+        if name == "n_tokens" and found.dtype.kind == "f":
+            array = np.where(array > 0, array, np.nan)  # the versions before showed 0 where no tokens are kept
         np.testing.assert_array_equal(found, array, err_msg=key)
         if name in DTYPES and group.startswith("acme--toy"):
             assert found.dtype == DTYPES[name], key

@@ -352,6 +352,8 @@ def frames(draw: st.DrawFn) -> pd.DataFrame:
         value = MAKE[dtype] if dtype in WHOLE else MAKE[dtype] | st.none()
         listed = draw(st.lists(value, min_size=rows, max_size=rows))
         column = pd.Series(listed, dtype="datetime64[us]" if "Tokyo" in dtype else dtype)
+        if dtype == "category" and not len(column.cat.categories):
+            column = column.cat.set_categories(pd.Index([], dtype=object))  # without any, their dtype depends on the version of pandas
         columns[f"c{number}"] = column.dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo") if "Tokyo" in dtype else column
     return pd.DataFrame(columns).set_axis([f"p{i}" for i in range(rows)])
 
