@@ -243,7 +243,7 @@ def test_a_relative_cache_folder_is_the_local_default_too(tmp_path: Path, monkey
     monkeypatch.setenv("LMPROBE_CACHE_DIR", "here/../relative")
     lz.config.reload()
     lz.write_activations(lz.open_store(), model="m", prompts=["a"], pooled={"resid_mean": {0: [[1.0]]}})
-    plan = lz.evict(max_gb=0)
+    plan = lz.evict(max_gb=0, given=True)
     assert plan is not None
     assert len(plan.entries) == 1
 

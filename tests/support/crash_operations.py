@@ -398,7 +398,8 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def state_of(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """The bytes of every file but the marks of use, which reading makes."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent.name != ".used"}
 
 
 def stop_at(operation: Operation, base: Path, n: int, moment: str, stop: Callable[[], object]) -> bool:
