@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -460,7 +462,12 @@ def test_a_read_only_store_runs_nothing(llama: Path, acts: Store) -> None:
 def test_a_place_that_cannot_be_written_is_noticed_before_the_model_is_loaded(
     llama: Path, acts: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, how: False)  # tests may run as root, who may write anywhere
+    def refused(*_: Any, **__: Any) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    # Tests may run as root, who may write anywhere.
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
     with no_loading(), pytest.raises(ReadOnlyError, match="give another place"):
         run(llama, PROMPTS, acts)
 
