@@ -355,7 +355,7 @@ def test_a_sweep_sends_no_values_of_a_layered_or_remote_store_and_labels_once(
     for store, rows in zip(stores, (slice(0, 25), slice(25, 40)), strict=True):
         pooled = {"resid_mean": {layer: values[layer, rows] for layer in range(3)}}
         lz.write_activations(store, model="m", prompts=texts[rows], pooled=pooled)
-    array: xr.DataArray = lz.open_store([far, near] if kind == "layered" else far).dataset("m").resid_mean
+    array: xr.DataArray = lz.open_store([far, near] if kind == "layered" else far).dataset("m", prompts=texts).resid_mean
     from distributed.protocol import pickle
 
     dumps: Any = pickle.dumps

@@ -112,8 +112,8 @@ def observed(store: Store) -> Values:
     found: Values = dict.fromkeys(TRUTH, ABSENT)
     if "acme/toy" not in store.models():
         return found
-    data, tokens = store.dataset("acme/toy"), store.tokens("acme/toy")
     counts = store.view(GROUP).token_counts()
+    data, tokens = store.dataset("acme/toy"), store.tokens("acme/toy") if counts.any() else xr.Dataset()
     bounds = np.concatenate([[0], np.cumsum(counts)])
     places = {str(label): i for i, label in enumerate(data.prompt.values)}
     for cell in TRUTH:
@@ -131,7 +131,7 @@ def observed(store: Store) -> Values:
         except CorruptPartError as error:
             found[cell] = error
             continue
-        empty = (value != value) | (value == -1) if value.dtype.kind in "fi" else value == ""
+        empty = (value != value) | (value == -1) if value.dtype.kind in "fi" else (value == "") | (value != value)
         if not np.all(empty):
             found[cell] = value
     return found
