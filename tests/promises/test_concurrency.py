@@ -22,7 +22,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from shown_values import truth_of
-from stores import GROUP, Wrapped, make_batch
+from stores import GROUP, Wrapped, kept_tokens, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import MissingPromptsError, ModelNotStoredError, PartGoneError
@@ -199,7 +199,7 @@ class ManyStores(RuleBasedStateMachine):
     def hold(self) -> None:
         """Views that stay open while all else goes on."""
         if self.stores[0].models() and len(self.held) < 3:
-            self.held.append((self.stores[0].dataset(), self.stores[0].tokens(), self.truth))
+            self.held.append((self.stores[0].dataset(), kept_tokens(self.stores[0]), self.truth))
 
     @precondition(lambda self: self.held)
     @rule()

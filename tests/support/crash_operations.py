@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 from foreign_caches import add_model, add_prompt, prompt_tensors
-from stores import GROUP, Stops, make_batch
+from stores import GROUP, Stops, kept_tokens, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch.token_batch import TokenBatch
@@ -88,7 +88,7 @@ def shown(root: Path | str) -> Truth:
     for i, text in enumerate(texts):
         truth[text] = {name: values[i] for name, values in variables.items() if not np.isnan(values[i]).all()}
         truth[text] |= {name: values[i] for name, values in columns.items() if values[i] not in ("", None) and values[i] == values[i]}
-    tokens = store.tokens()
+    tokens = kept_tokens(store)
     for name in tokens.data_vars:
         values, labels = tokens[name].values, tokens.prompt.values
         for text in truth:

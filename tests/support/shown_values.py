@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 from crash_operations import Truth
-from stores import GROUP
+from stores import GROUP, kept_tokens
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.store.store import Store
@@ -36,7 +36,7 @@ def truth_of(store: Store, data: xr.Dataset | None = None, tokens: xr.Dataset | 
     if data is None:
         if not store.models():
             return {}
-        data, tokens = store.dataset(), store.tokens()
+        data, tokens = store.dataset(), kept_tokens(store)
     assert tokens is not None
     data, tokens = data.load(), tokens.load()
     found: Truth = {}

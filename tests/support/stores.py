@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xarray as xr
 
 from lmprobe_zarr.batch.hashes import prompt_sha256
 from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.errors import MissingPromptsError
 from lmprobe_zarr.storage.base import Storage
 from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.store import Store
 
 GROUP = GroupInfo(model="acme/toy", provenance={"revision": "abc"}, num_layers=4, hidden_size=8)
 
@@ -154,3 +157,11 @@ def make_batch(
         prompts={"resid_mean": pooled},
         prompt_columns=columns or {},
     )
+
+
+def kept_tokens(store: Store) -> xr.Dataset:
+    """The view of tokens, lazily; without variables where no tokens are kept, which `Store.tokens` refuses."""
+    try:
+        return store.tokens()
+    except MissingPromptsError:
+        return xr.Dataset()
