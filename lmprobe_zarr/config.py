@@ -1,8 +1,8 @@
 """The settings of the cache: the value set by a call, else the environment variable, else the default.
 
 The only module that reads environment variables. A variable is read when its setting is first used, and again after `reload`; none is read
-when the package is imported. The settings apply to the default store only, not to a
-store that a call names. Only the memory for chunks of remote places applies to all.
+when the package is imported. The settings apply to the default store only, not to a store that a call names, except for the memory for
+chunks of remote places.
 """
 
 from __future__ import annotations

@@ -106,6 +106,11 @@ def test_a_column_comes_back_as_it_went_in(store: Store, kind: str) -> None:
         expected.iloc[[4, 0, 4]].reset_index(drop=True),
     )
     assert len(store.dataset("m", prompts=[]).lz.to_dataframe()) == 0
+    # And after an eviction, which keeps columns, once the prompts are stored again.
+    lz.evict(store, max_gb=0, min_age=0)
+    assert not store.models()
+    write(store)
+    pd.testing.assert_frame_equal(store.dataset("m", prompts=PROMPTS).lz.to_dataframe().reset_index(drop=True), expected)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lmprobe_zarr.batch import TokenBatch, keys_of
 from lmprobe_zarr.errors import PartGoneError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import GroupInfo, PartInfo, replacement_name
-from lmprobe_zarr.store.parts import NO_LAYER, Catalog, Cell, Part, PartWriter, open_view, read_values, visible_parts
+from lmprobe_zarr.store.parts import NO_LAYER, Catalog, Cell, Part, PartWriter, open_view, read_column, visible_parts
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.typing import Ints
 
@@ -139,7 +139,7 @@ def keep_columns(storage: Storage, group: GroupInfo, part: Part, *, durable: boo
     info = part.info
     view, rows = open_view(storage, group, [part], []), np.arange(len(info.digests))
     names = [key.partition("/")[2] for key in info.own_columns]
-    columns = {name: read_values(view, "prompts", name, rows, ()) for name in names}
+    columns = {name: read_column(view, name, rows) for name in names}
     recorded = {"written": info.recorded["written"]} if "written" in info.recorded else {}
     writer = PartWriter(
         storage,
