@@ -13,16 +13,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from lmprobe_zarr.display import Html, card, definitions, sparkline, table
+from lmprobe_zarr.display import card, definitions
 from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
 from lmprobe_zarr.store.format import FORMAT_COLUMNS
 from lmprobe_zarr.store.parts import shown_column
 from lmprobe_zarr.streaming import Batches, BatchOptions, norms_of, open_batches, statistics_of
 from lmprobe_zarr.tokens import pad_tokens, pool_tokens, tokens_at
-from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
-    import pandas as pd
     import torch
     from matplotlib.axes import Axes
 
@@ -523,10 +521,18 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return table_of_scores(self._data, metrics, intervals=intervals, format=format, path=path)
 
     def __repr__(self) -> str:
-        return _as_text(self._data)
+        from lmprobe_zarr.sweeps import describe_scores
+
+        lines = describe_scores(self._data)
+        if lines is None:
+            return f"<lz accessor, {', '.join(f'{dim}: {size}' for dim, size in self._data.sizes.items())}>"
+        return f"<lz accessor, scores of a sweep>\n{lines}".rstrip()
 
     def _repr_html_(self) -> str:
-        return _as_html(self._data)
+        from lmprobe_zarr.sweeps import scores_card
+
+        sizes = {str(dim): f"{size:,}" for dim, size in self._data.sizes.items()}
+        return str(scores_card(self._data) or card(".lz", "pool, at, padded, to_torch, plot", definitions(sizes)))
 
     def plot_transfer(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
         """Scores of `lmprobe_zarr.sweep_transfer`; see `lmprobe_zarr.plots.plot_transfer`.
@@ -579,7 +585,7 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         return plot_calibration(self._data, **kwargs)
 
 
-# -- how the accessor of a dataset is shown -------------------------------------------------------------------------
+# -- columns as pandas holds them ------------------------------------------------------------------------------------
 
 
 def _as_series(column: xr.DataArray) -> pd.Series[Any]:
@@ -594,48 +600,3 @@ def _index_of(data: xr.DataArray | xr.Dataset, dims: list[Any]) -> pd.Index[Any]
     """The hashes of the prompts along a dimension; None where they are not known."""
     prompts = data.coords.get("prompt")
     return pd.Index(np.asarray(prompts.values, object), name="prompt") if prompts is not None and list(prompts.dims) == dims else None
-
-
-def _scores_by_probe(data: xr.Dataset) -> list[tuple[str, str, Array, Array]]:
-    """For each probe and usual metric: both names, the layers, and the mean score of each layer. Empty if there are no scores."""
-    if not {"layer", "probe"} <= set(data.dims):
-        return []
-    metrics = [name for name in ("accuracy", "auroc", "r2") if name in data and {"layer", "probe"} <= set(data[name].dims)]
-    found = []
-    for metric in metrics:
-        scores = data[metric]
-        means = scores.mean([dim for dim in scores.dims if dim not in ("layer", "probe")]).sortby("layer").transpose("probe", "layer")
-        found += [(str(probe), metric, means.layer.values, row.values) for probe, row in zip(means.probe.values, means, strict=True)]
-    return sorted(found, key=lambda scores_of_probe: scores_of_probe[0])
-
-
-def _as_text(data: xr.Dataset) -> str:
-    """The dimensions of a dataset; for scores of a sweep, the best layer of each probe."""
-    kind = "scores of a sweep" if _scores_by_probe(data) else ", ".join(f"{dim}: {size}" for dim, size in data.sizes.items())
-    lines = [f"<lz accessor, {kind}>"]
-    for probe, metric, layers, values in _scores_by_probe(data):
-        if np.isfinite(values).any():
-            best = int(np.nanargmax(values))
-            lines.append(f"  {probe}: best {metric} {values[best]:.3f} at layer {layers[best]}")
-    return "\n".join(lines)
-
-
-def _as_html(data: xr.Dataset) -> str:
-    """`_as_text` as a card, with a curve over the layers for each probe."""
-    rows = _scores_by_probe(data)
-    attrs = data.attrs
-    if not rows:
-        sizes = {str(dim): f"{size:,}" for dim, size in data.sizes.items()}
-        return str(card(".lz", "pool, at, padded, to_torch, plot", definitions(sizes)))
-    body: list[tuple[object, ...]] = []
-    for probe, metric, layers, values in rows:
-        if not np.isfinite(values).any():
-            body.append((probe, metric, "undefined", "", ""))
-            continue
-        low, high, best = float(np.nanmin(values)), float(np.nanmax(values)), int(np.nanargmax(values))
-        label = f"{metric} of {probe} by layer, from {low:.3f} to {high:.3f}, highest at layer {layers[best]}"
-        curve = sparkline(values.tolist(), low, high, label=label) if len(layers) > 1 else Html("")
-        body.append((probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
-    origin = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
-    note = " · ".join(part for part in (str(attrs.get("model", "")), origin) if part)
-    return str(card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body)))

@@ -1,12 +1,13 @@
 """Probes over layers, variables and labels: what a sweep would do (`plan_sweep`), its scores, and what they allow to conclude.
 
 ``sweep`` fits probes on prompts, and ``tokens`` on every token, block by block. ``transfer`` fits on one dataset and tests on another.
-``directions`` fits one probe per layer for its coefficients. ``compare`` and ``table`` read nothing but scores. All others run their
-tasks through `lmprobe_zarr.tasks.Runner`. Never a store of activations, a model or a plot.
+``directions`` fits one probe per layer for its coefficients. ``compare``, ``table`` and ``glance`` read nothing but scores. All others run
+their tasks through `lmprobe_zarr.tasks.Runner`. Never a store of activations, a model or a plot.
 """
 
 from lmprobe_zarr.sweeps.compare import compare, confidence_intervals, selectivity
 from lmprobe_zarr.sweeps.directions import cosine_similarity, fit_directions
+from lmprobe_zarr.sweeps.glance import describe_scores, scores_card
 from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
 from lmprobe_zarr.sweeps.sweep import sweep
 from lmprobe_zarr.sweeps.table import parse_table_path, table_of_scores
@@ -18,11 +19,13 @@ __all__ = [
     "compare",
     "confidence_intervals",
     "cosine_similarity",
+    "describe_scores",
     "fit_directions",
     "fit_tokens",
     "parse_table_path",
     "plan_sweep",
     "score_tokens",
+    "scores_card",
     "selectivity",
     "sweep",
     "sweep_tokens",
