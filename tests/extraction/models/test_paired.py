@@ -96,7 +96,7 @@ def check_values(kind: str, folder: Path) -> None:
         right = torch.stack(output.decoder_hidden_states[1:-1])[:, 0].numpy()
         chosen = tokens.isel(token=tokens.prompt.values == lz.prompt_hash(pair))
         assert chosen.token_id.values.tolist() == ids.tolist()
-        close = {"atol": 1e-5 * max(1.0, float(np.abs(right).max())), "rtol": 0}
+        close: dict[str, Any] = {"atol": 1e-5 * max(1.0, float(np.abs(right).max())), "rtol": 0}
         np.testing.assert_allclose(chosen.resid.values[:-1], right, **close)
         np.testing.assert_allclose(data.resid_mean.isel(prompt=row).values[:-1], right.mean(1), **close)
         np.testing.assert_allclose(data.resid_last_token.isel(prompt=row).values[:-1], right[:, -1], **close)
