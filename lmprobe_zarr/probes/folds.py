@@ -120,8 +120,8 @@ def number_repeats(folds: Sequence[Fold]) -> Array:
     return np.array(numbers)
 
 
-def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: int) -> list[Fold]:
-    """Folds within the training rows of another fold, as places among these rows.
+def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: int, *, grouped: bool = False) -> list[Fold]:
+    """Folds within the training rows of another fold, as places among these rows: those that `plan_folds` draws for these rows alone.
 
     Parameters
     ----------
@@ -131,18 +131,23 @@ def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: i
         Rows of an equal number stay on one side.
     n_splits : int
         The number of folds; fewer, but at least two, if a class has fewer prompts (or groups).
+    grouped : bool
+        Whether the caller gave groups, even if each has a single row here.
 
     Raises
     ------
     LabelError
         A class has a single prompt (or group).
     """
-    first = np.unique(kept, return_index=True)[1]
+    units = len(np.unique(kept))
     strata = np.zeros(len(kept), int) if codes is None else codes
-    fewest = len(first) if codes is None else int(np.unique(codes[first], return_counts=True)[1].min())
+    fewest = _fewest_units(strata, kept)
     if fewest < 2:
-        raise LabelError("a class has a single prompt among those of a training fold: strengths cannot be chosen; use fewer folds")
-    splitter = _splitter(min(n_splits, fewest), random_state, strata=strata if codes is not None else None, grouped=len(first) < len(kept))
+        raise LabelError(
+            "a training fold has a single prompt (or group) of a class: nothing can be chosen within it; use fewer folds or label more"
+        )
+    grouped = grouped or units < len(kept)
+    splitter = _splitter(min(n_splits, fewest), random_state, strata=None if codes is None else strata, grouped=grouped)
     return [(train, test) for train, test in _split(splitter, strata, kept, np.arange(len(kept)), given=False)]
 
 
@@ -178,14 +183,14 @@ def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, 
         if not counted or inside:
             continue
         first = np.unique(kept, return_index=True)[1]
-        few = isinstance(probe, str) and codes is not None and _fewest(codes[first]) < (value or 5)
+        few = isinstance(probe, str) and codes is not None and _fewest_units(codes, kept) < (value or 5)
         if len(first) < len(kept) or few:
             estimator.set_params(**{name: inner_folds(codes, kept, int(value or 5), random_state)})
 
 
-def _fewest(codes: Array) -> int:
-    """The number of members of the smallest class that occurs."""
-    return int(np.unique(codes, return_counts=True)[1].min())
+def _fewest_units(codes: Array, kept: Array) -> int:
+    """In how many units, which are kept on one side, the class occurs that occurs in the fewest."""
+    return int(np.unique(np.unique(np.stack([codes, kept]), axis=1)[0], return_counts=True)[1].min())
 
 
 def _strata(labels: Sequence[Labels]) -> Array | None:
