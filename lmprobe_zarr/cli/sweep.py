@@ -47,7 +47,7 @@ def add_sweep(commands: Any) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     from lmprobe_zarr.plots import plot_scores, save_plot
-    from lmprobe_zarr.sweeps import describe_best, parse_table_path, plan_sweep, sweep, table_of_scores
+    from lmprobe_zarr.sweeps import parse_table_path, plan_sweep, sweep, table_of_scores
 
     if options.table:
         parse_table_path(options.table)
@@ -83,8 +83,6 @@ def _sweep(options: argparse.Namespace) -> None:
         _print_table(rows, metrics)
         if "chosen" in scores.attrs:
             print(f"chosen: {scores.attrs['chosen']}")
-        elif scores.sizes["layer"] > 1:
-            print(f"note: {describe_best(scores.sizes['layer'])}".replace("sweep(…, choose='layer')", "--choose layer"))
     if options.plot:
         save_plot(plot_scores(scores, metrics[0]), options.plot)
         if not options.json:

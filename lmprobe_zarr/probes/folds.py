@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lmprobe_zarr.probes.labels import Groups, Labels, Sides
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
-__all__ = ["Fold", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
+__all__ = ["Fold", "evaluation_folds", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
 #: Row numbers (train, test).
 Fold = tuple[Array, Array]
 
@@ -149,6 +150,35 @@ def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: i
     grouped = grouped or units < len(kept)
     splitter = _splitter(min(n_splits, fewest), random_state, strata=None if codes is None else strata, grouped=grouped)
     return [(train, test) for train, test in _split(splitter, strata, kept, np.arange(len(kept)), given=False)]
+
+
+def evaluation_folds(prompts: Sequence[Any], labels: Array | None, groups: Any = None) -> list[Fold]:
+    """Five folds (fewer where a class is small) of prompts that are only evaluated; equal prompts, or groups, are on one side.
+
+    Parameters
+    ----------
+    prompts : sequence
+        Texts, chats or token ids.
+    labels : ndarray, shape (prompt,), or None
+        Classes to stratify by.
+    groups : sequence, optional
+        One value per prompt.
+
+    Raises
+    ------
+    LabelError
+        A class has a single prompt (or group), or not every prompt has a group.
+    """
+    units = list(map(repr, prompts)) if groups is None else np.asarray(groups).tolist()
+    if len(units) != len(prompts):
+        raise LabelError(f"groups hold {len(units)} values for {len(prompts)} prompts: give one per prompt")
+    listed = list(dict.fromkeys(units))
+    with suppress(TypeError):
+        # As scikit-learn numbers them.
+        listed = sorted(listed)
+    numbers = {unit: number for number, unit in enumerate(listed)}
+    codes = None if labels is None else np.unique(labels, return_inverse=True)[1]
+    return inner_folds(codes, np.array([numbers[unit] for unit in units]), 5, 0, grouped=groups is not None)
 
 
 def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, random_state: int) -> None:

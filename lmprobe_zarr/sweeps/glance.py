@@ -17,13 +17,13 @@ from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes.metrics import parse_metrics
 from lmprobe_zarr.typing import Array
 
-__all__ = ["best_scores", "describe_best", "describe_scores", "scores_card"]
+__all__ = ["best_scores", "describe_scores", "scores_card"]
 
 _REPEATED: Final = ("fold", "seed", "repeat")
 _USUAL: Final = ("accuracy", "auroc", "r2")
 
 
-def describe_best(n: int, dim: str = "layer") -> str:
+def _describe_best(n: int, dim: str = "layer") -> str:
     """What to know of the best of `n` entries along a dim."""
     return (
         f"the best of {n} {dim}s was chosen by the score that is shown, which is therefore too high: "
@@ -44,7 +44,7 @@ def describe_scores(data: xr.Dataset) -> str | None:
             best = int(np.nanargmax(values))
             lines.append(f"  {probe}: best {metric} {values[best]:.3f} at layer {layers[best]}")
     if lines and data.sizes["layer"] > 1:
-        lines.append(f"  ({describe_best(data.sizes['layer'])})")
+        lines.append(f"  ({_describe_best(data.sizes['layer'])})")
     return "\n".join(lines)
 
 
@@ -108,7 +108,7 @@ def scores_card(data: xr.Dataset) -> Html | None:
         curve = sparkline(values.tolist(), low, high, label=label) if len(layers) > 1 else Html("")
         body.append((probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
     if data.sizes["layer"] > 1:
-        note = " · ".join(part for part in (note, describe_best(data.sizes["layer"])) if part)
+        note = " · ".join(part for part in (note, _describe_best(data.sizes["layer"])) if part)
     return card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body))
 
 

@@ -458,3 +458,12 @@ def test_chosen_scores_show_what_was_chosen_and_have_no_best() -> None:
         scores.lz.best("f1")
     with pytest.raises(InvalidArgumentError, match="was chosen within"):
         scores.lz.plot()
+
+
+def test_sweeps_that_choose_nothing_say_what_to_use_instead() -> None:
+    x, y = noise(20, 2, 20)
+    array = array_of(x, y)
+    with pytest.raises(InvalidArgumentError, match=r"choose='layer': only lz.sweep chooses within training folds; choose by lz.sweep"):
+        lz.sweep_transfer({"a": array, "b": array}, "label", choose="layer")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match=r"only lz.sweep chooses within training folds; sweep pooled tokens, as toks.lz.pool"):
+        lz.sweep_tokens(array, "label", choose="layer")  # type: ignore[arg-type]
