@@ -79,6 +79,11 @@ class FitPlan:
         """Whether one of the strengths is chosen for a trial, within its task."""
         return "strength" in self.choose and trial.penalised and bool(self.strengths)
 
+    @property
+    def chooses_among_scores(self) -> bool:
+        """Whether scores of several tasks or trials are compared to choose; a strength is chosen within its task."""
+        return bool(set(self.choose) - {"strength"})
+
     def is_candidate(self, trial: Trial) -> bool:
         """Whether a trial needs a score of inner folds, because it, its layer or its variable may be chosen."""
         if trial.constant:

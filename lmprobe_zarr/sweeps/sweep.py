@@ -195,7 +195,7 @@ def sweep(
     found = scores.dataset()
     if place is not None:
         # The place holds every layer, so that it is complete whatever was chosen.
-        place.finish(found if planned.dims == planned.plan.dims else scores.table())
+        place.finish(scores.table() if planned.fits.chooses_among_scores else found)
     if scores.failures():
         from sklearn.exceptions import FitFailedWarning
 

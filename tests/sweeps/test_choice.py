@@ -316,6 +316,18 @@ def test_choices_are_the_same_wherever_they_are_made(way: str, tmp_path: Path) -
         np.testing.assert_array_equal(found[name].values, expected[name].values)
 
 
+@pytest.mark.parametrize("choose", ["probe", "layer"])
+def test_a_place_keeps_all_that_could_be_chosen_and_says_nothing_is(choose: str, tmp_path: Path) -> None:
+    x, y = noise(21, 2, 30)
+    options: dict[str, Any] = {"labels": "label", "probes": ["ridge", "mass_mean"], "cv": 3}
+    lz.sweep(array_of(x, y), **options, choose=choose, out=tmp_path / "scores")
+    stored, every = xr.open_zarr(tmp_path / "scores"), lz.sweep(array_of(x, y), **options)
+    np.testing.assert_array_equal(stored.accuracy, every.accuracy)
+    assert stored.probe.values.tolist() == ["ridge", "mass_mean"]
+    assert "chosen" not in stored.attrs
+    assert "chosen by the score that is shown" in repr(stored.lz)
+
+
 def test_a_choice_is_written_and_read_by_xarray(tmp_path: Path) -> None:
     x, y = noise(11, 3, 30)
     options: dict[str, Any] = {"choose": ["layer", "probe"], "cv": 3, "controls": "majority", "predictions": True}
