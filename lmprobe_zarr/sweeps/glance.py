@@ -20,6 +20,8 @@ from lmprobe_zarr.typing import Array
 __all__ = ["best_scores", "describe_scores", "scores_card"]
 
 _REPEATED: Final = ("fold", "seed", "repeat")
+#: Numbers of a sweep that are no scores.
+_NO_SCORES: Final = ("fit_seconds", "pass_seconds", "inner_score")
 _USUAL: Final = ("accuracy", "auroc", "r2")
 
 
@@ -127,12 +129,17 @@ def _scores_by_probe(data: xr.Dataset) -> list[tuple[str, str, Array, Array]]:
 
 def best_scores(data: xr.Dataset, metric: str | None = None, along: str | Iterable[str] = "layer") -> xr.Dataset:
     """The best entries with their scores; see `lmprobe_zarr.accessor.DatasetAccessor.best`."""
-    listed = [str(name) for name, held in data.data_vars.items() if held.dtype.kind == "f" and {"probe", "fold"} <= set(held.dims)]
-    metrics = [name for name in listed if "units" in data[name].attrs and name not in ("fit_seconds", "pass_seconds")]
-    metric = metric or next(iter(metrics), None)
+    held_by_probe = {str(name): held for name, held in data.data_vars.items() if held.dtype.kind == "f" and "probe" in held.dims}
+    metrics = [
+        name
+        for name, held in held_by_probe.items()
+        if name not in _NO_SCORES and not name.startswith("chosen_") and not {"bound", "prompt", "hidden"} & set(held.dims)
+    ]
+    if not metrics:
+        raise InvalidArgumentError(f"this holds no scores by probe to choose by (dims {dict(data.sizes)}): give what sweep returns")
+    metric = metric or metrics[0]
     if metric not in metrics:
-        names = ", ".join(map(repr, metrics)) or "none, since these are no scores of a sweep"
-        raise InvalidArgumentError(f"there is no score {metric!r} to choose by: use one of {names}")
+        raise InvalidArgumentError(f"there is no score {metric!r} to choose by: use one of {', '.join(map(repr, metrics))}")
     held = data[metric]
     dims = [along] if isinstance(along, str) else list(along)
     possible = [str(dim) for dim in held.dims if dim not in _REPEATED]

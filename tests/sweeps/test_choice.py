@@ -449,6 +449,17 @@ def test_the_best_of_many_says_that_it_was_chosen_by_what_it_shows() -> None:
     assert "too high" not in repr(single.lz)
 
 
+def test_the_best_of_a_transfer_and_of_what_holds_no_scores() -> None:
+    x, y = noise(22, 4, 40)
+    halves = {"a": array_of(x, y).isel(prompt=slice(0, 20)), "b": array_of(x, y).isel(prompt=slice(20, 40))}
+    scores = lz.sweep_transfer(halves, "label", "ridge", 2)
+    best = scores.lz.best("auroc")
+    np.testing.assert_array_equal(best.auroc.transpose(..., "train", "test"), scores.auroc.max("layer").transpose(..., "train", "test"))
+    assert "the best of 4, by these scores themselves" in repr(best)
+    with pytest.raises(InvalidArgumentError, match="holds no scores by probe"):
+        array_of(x, y).to_dataset(name="resid").lz.best()
+
+
 def test_the_best_of_losses_is_the_least() -> None:
     x, y = noise(18, 4, 40)
     scores = lz.sweep(array_of(x, y), "label", "logistic_regression", metrics="log_loss", **HERE)
