@@ -252,7 +252,7 @@ class Scores:
             return ""
         shown = [f"{name} on {where}: {problem}" for name, found in self._problems.items() for problem, where in list(found.items())[:1]]
         what = "scores are NaN because their fits failed"
-        what = "fits that could be chosen failed, and were not chosen" if self._sweep.fits.chooses_among_scores else what
+        what = "fits of what could be chosen failed" if self._sweep.fits.chooses_among_scores else what
         many = f"{self._n_failed()} of {self._columns['undefined'].values.size} {what}"
         return f"{many} ({'; '.join(shown[:3])}{'; …' if len(shown) > 3 else ''})" if shown else many
 
