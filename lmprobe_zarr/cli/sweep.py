@@ -26,7 +26,11 @@ def add_sweep(commands: Any) -> None:
     command.add_argument("--groups", help="column of groups: prompts with equal values are in the same fold")
     command.add_argument("--split", help="column with train or test for each prompt, instead of folds")
     command.add_argument("--probes", default="logistic_regression", help="names, separated by commas (default: %(default)s)")
-    command.add_argument("--controls", default="", help="names of controls, separated by commas, such as shuffled_labels,bag_of_words")
+    command.add_argument(
+        "--controls",
+        default="",
+        help="names of controls, separated by commas, such as bag_of_words,shuffled_labels; shuffled_labels=100 gives p-values",
+    )
     command.add_argument("--metrics", help="names, separated by commas (default: accuracy,auroc; of a regression r2,mae)")
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
     command.add_argument("--cv", type=int, help="number of folds (default: 5)")
@@ -53,7 +57,7 @@ def _sweep(options: argparse.Namespace) -> None:
     arguments: dict[str, Any] = {
         "labels": options.labels, "probes": split_names(options.probes), "cv": options.cv, "groups": options.groups,
         "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
-        "controls": split_names(options.controls) or None, "repeats": options.repeats, "missing": options.missing,
+        "controls": _controls(options.controls), "repeats": options.repeats, "missing": options.missing,
         "random_state": options.random_state,
     }  # fmt: skip
     if options.dry_run:
@@ -83,6 +87,17 @@ def _sweep(options: argparse.Namespace) -> None:
             print(f"table: {Path(options.table)}")
 
 
+def _controls(text: str) -> dict[str, int | None] | None:
+    """Names of controls, of which shuffled_labels may have a number."""
+    found: dict[str, int | None] = {}
+    for item in split_names(text):
+        name, given, number = (part.strip() for part in item.partition("="))
+        if given and (name != "shuffled_labels" or not number.isdecimal()):
+            raise InvalidArgumentError(f"--controls {item!r} is no control: only shuffled_labels takes a number, as shuffled_labels=100")
+        found[name] = int(number) if given else None
+    return found or None
+
+
 def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
     store = open_to_read(options.store)
     data = store.dataset(options.model, layers=parse_layers(options.layers), group=options.group)
@@ -93,7 +108,7 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
             f"{variable!r} is not stored per prompt: stored are {', '.join(names) or 'no variables'}; choose with --variable"
         )
     # The control needs the perplexity as a coordinate of the activations.
-    if "perplexity" in split_names(options.controls) and "perplexity" in data:
+    if "perplexity" in (_controls(options.controls) or ()) and "perplexity" in data:
         data = data.assign_coords(perplexity=data.perplexity.sel(statistic="mean", drop=True))
     return data, str(variable)
 
@@ -107,14 +122,18 @@ def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"layer": int(layer), "probe": str(probe), "kind": str(kind)}
             row |= {metric: float(means[metric].sel(at)) for metric in metrics}
             row |= {f"{metric}_std": float(spread[metric].sel(at)) for metric in metrics}
+            p_values = {name: scores[name].sel(at).item() for metric in metrics if (name := f"{metric}_p_value") in scores}
+            row |= {name: value for name, value in p_values.items() if value == value}
             rows.append(row)
     return rows
 
 
 def _print_table(rows: list[dict[str, Any]], metrics: list[str]) -> None:
     width = max(len(row["probe"]) for row in rows) + 2
-    columns = [max(17, len(metric) + 2) for metric in metrics]
+    wide = 17 + 9 * any(f"{metric}_p_value" in row for row in rows for metric in metrics)
+    columns = [max(wide, len(metric) + 2) for metric in metrics]
     print(f"layer  {'probe':<{width}}" + "".join(f"{metric:<{column}}" for metric, column in zip(metrics, columns, strict=True)).rstrip())
     for row in rows:
-        cells = [f"{row[metric]:.3f} ± {row[f'{metric}_std']:.3f}" for metric in metrics]
+        p_values = [f" p={row[name]:.2g}" if (name := f"{metric}_p_value") in row else "" for metric in metrics]
+        cells = [f"{row[metric]:.3f} ± {row[f'{metric}_std']:.3f}{p}" for metric, p in zip(metrics, p_values, strict=True)]
         print(f"{row['layer']:>5}  {row['probe']:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True)).rstrip())

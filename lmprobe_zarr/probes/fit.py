@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 from typing import Any, Final
 
 import numpy as np
@@ -96,6 +98,9 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
     layer = -1 if task.variable < 0 or not trial.by_layer else plan.variables[task.variable].layers[task.layer]
     # With several seeds, a trial that draws nothing at random is fitted once and its scores apply to every seed.
     seeds = range(len(plan.seeds)) if random or len(plan.seeds) == 1 else range(1)
+    if trial.shuffles:
+        yield from _fit_shuffles(plan, task, number, matrix, layer, strengths if grid else None)
+        return
     grams: list[list[list[Solved]]] | None = None
     if _is_plain_ridge(plan, trial, matrix) and not plan.inner and not trial.shuffled:
         # All folds, strengths and labels at once, since they share products of rows.
@@ -112,6 +117,54 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
                         yield _score(plan, where, solved.outcome, solved.seconds, ended=True)
                     else:
                         yield _fit_fold(plan, task, where, rows, strength)
+
+
+def _fit_shuffles(
+    plan: FitPlan, task: FitTask, number: int, matrix: Array, layer: int, grid: tuple[float | None, ...] | None
+) -> Iterator[Fit]:
+    """Fits on labels that are shuffled many times: by fold the mean over the shuffles, with the mean over the folds of each shuffle."""
+    trial = plan.trials[number]
+    for seed, which in np.ndindex(len(plan.seeds), len(plan.labels)):
+        for place, strength in enumerate(grid or (None,)):
+            at = (task.variable, layer, number, 0, seed, place if grid else -1, which)
+            fits = [_fit_shuffle(plan, task, at, matrix, strength, shuffle) for shuffle in range(trial.shuffles)]
+            values = np.array([[fit.values for fit in of_shuffle] for of_shuffle in fits]).transpose(2, 0, 1)  # metric, shuffle, fold
+            for fold, of_fold in enumerate(zip(*fits, strict=True)):
+                failed = [fit for fit in of_fold if (fit.reasons & FAILED) == FAILED]
+                yield Fit(
+                    (*at[:3], fold, *at[4:]),
+                    tuple(_known_mean(values[:, :, fold]).tolist()),
+                    # A shuffle whose fit failed is left out of the mean, and counts as no worse than the probe in the p-value.
+                    FAILED if len(failed) == len(of_fold) else reduce(or_, (fit.reasons for fit in of_fold if fit not in failed)),
+                    float(np.nansum([fit.seconds for fit in of_fold])),
+                    all(fit.converged for fit in of_fold),
+                    np.nan,
+                    None,
+                    failed[0].problem if failed else "",
+                    None if fold else _known_mean(values),
+                )
+
+
+def _fit_shuffle(
+    plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None, shuffle: int
+) -> list[Fit]:
+    """The fits of all folds of one shuffle."""
+    trial, labels = plan.trials[at[2]], plan.labels[at[6]]
+    values, folds = plan.shuffled[at[6]][at[4]][shuffle]
+    places = [(*at[:3], fold, *at[4:]) for fold in range(len(folds))]
+    if _is_plain_ridge(plan, trial, matrix) and not plan.inner:
+        # All folds at once, since they share products of rows.
+        solved = solve_ridge(matrix, folds, [RidgeTarget(values, labels.classes)], [strength])
+        return [_score(plan, where, each[0][0].outcome, each[0][0].seconds, ended=True) for where, each in zip(places, solved, strict=True)]
+    return [_fit_fold(plan, task, where, matrix, strength, shuffle) for where in places]
+
+
+def _known_mean(values: Array) -> Array:
+    """The mean along the last axis of what is not NaN; NaN where all is."""
+    known = np.isfinite(values)
+    counted = known.sum(axis=-1)
+    total = np.where(known, values, 0.0).sum(axis=-1)
+    return np.asarray(np.divide(total, counted, out=np.full(counted.shape, np.nan), where=counted > 0))
 
 
 def _is_plain_ridge(plan: FitPlan, trial: Trial, matrix: Array) -> bool:
@@ -140,14 +193,16 @@ def _layer_name(plan: FitPlan, task: FitTask) -> str:
     return plan.layers[place] if place >= 0 else ""
 
 
-def _fit_fold(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None) -> Fit:
+def _fit_fold(
+    plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None, shuffle: int = 0
+) -> Fit:
     """One fit; NaN with its error where the estimator raises any, so that a sweep keeps all other scores."""
     import sklearn
 
     _, _, number, fold, seed, _, which = at
     trial, labels = plan.trials[number], plan.labels[which]
     if trial.shuffled:
-        values, folds = plan.shuffled[which][max(seed, 0)]
+        values, folds = plan.shuffled[which][max(seed, 0)][shuffle]
     else:
         values, folds = labels.values, plan.folds
     train, test = folds[fold]

@@ -83,6 +83,13 @@ def confidence_intervals(
     reason = ""
     for place in product(*(range(size) for size in shape)):
         cell = scores.isel(dict(zip(dims, place, strict=True)))
+        if str(cell["control"].item()) == "shuffled_labels" and "dealt" not in cell:
+            # Many shuffles, of which no predictions are kept.
+            reason = f"{cell['probe'].item()} is a mean over many shuffles, whose spread <metric>_shuffled_std holds"
+            for metric in chosen:
+                estimate = float(cell[metric.name].mean("fold")) if metric.name in cell else np.nan
+                found[metric.name][place] = np.nan, estimate, np.nan
+            continue
         folds = _tested(cell)
         single = [number for number, (_, rows) in enumerate(folds) if len(np.unique(units[rows])) < 2]
         if single:

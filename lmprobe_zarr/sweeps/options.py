@@ -32,7 +32,7 @@ from lmprobe_zarr.sweeps.given import check_seed
 from lmprobe_zarr.typing import Array
 
 __all__ = [
-    "Data", "Design", "SweepOptions", "check_layer_0", "is_drawn", "parse_data", "parse_design", "parse_folds", "parse_inner",
+    "Data", "Design", "SweepOptions", "check_layer_0", "parse_data", "parse_design", "parse_folds", "parse_inner",
     "parse_seeds", "parse_strengths",
 ]  # fmt: skip
 
@@ -121,11 +121,6 @@ def parse_folds(options: SweepOptions, data: Data, seed: int) -> tuple[tuple[Fol
     default = 5 if options.cv is None else options.cv
     cv = default if options.split is None else parse_sides(data.arrays[0], options.split)
     return plan_folds(data.labels, data.prompts, data.groups, cv, seed, repeats=options.repeats)
-
-
-def is_drawn(options: SweepOptions) -> bool:
-    """Whether folds are made from the labels, by a number or a splitter, rather than given."""
-    return options.split is None and (isinstance(options.cv, int | np.integer | None) or hasattr(options.cv, "split"))
 
 
 def check_layer_0(trials: tuple[Trial, ...], layers: Array) -> None:

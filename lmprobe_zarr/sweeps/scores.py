@@ -13,12 +13,15 @@ from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import Fit, FitTask, number_repeats
 from lmprobe_zarr.probes.metrics import FAILED, undefined_reasons
 from lmprobe_zarr.sweeps.plan import Sweep
+from lmprobe_zarr.sweeps.shuffles import add_p_values, shuffled_attributes, shuffled_name
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Scores"]
 
 #: Dims of every measure, in this order; the dataset leaves out those that the sweep does not vary.
 _AXES: Final = ("variable", "layer", "probe", "fold", "seed", "strength", "label")
+#: Dims of scores of many shuffles, which are means over the folds.
+_PER_SHUFFLE: Final = ("variable", "layer", "probe", "seed", "strength", "label", "shuffle")
 #: Dims of predictions. There is no fold: a prompt's prediction comes from the fold that tests it.
 _PER_PROMPT: Final = ("variable", "layer", "probe", "repetition", "seed", "strength", "label", "prompt")
 
@@ -48,7 +51,7 @@ class Scores:
         self._sizes = {
             "variable": len(fits.variables), "layer": len(fits.layers), "probe": len(fits.trials), "fold": len(fits.folds),
             "seed": len(fits.seeds), "strength": max(1, len(fits.strengths) if not fits.inner else 1), "label": len(fits.labels),
-            "repetition": int(self._repeats[-1]) + 1, "prompt": len(rows),
+            "repetition": int(self._repeats[-1]) + 1, "prompt": len(rows), "shuffle": fits.shuffles,
             "class": max((len(each.classes) for each in fits.labels if each.classes is not None), default=0),
         }  # fmt: skip
         self._columns = dict(self._make_columns())
@@ -74,6 +77,9 @@ class Scores:
         yield "undefined", self._column(_AXES, np.uint8(0), {"long_name": "reasons why measures are NaN, as bits"})
         if fits.inner:
             yield "chosen_strength", self._column(_AXES, np.nan, {"long_name": "regularisation strength chosen by inner folds"})
+        for metric in fits.metrics if fits.shuffles else ():
+            attrs = shuffled_attributes(metric.long_name, fits.shuffles, larger_is_better=metric.larger_is_better)
+            yield shuffled_name(metric.name), self._column(_PER_SHUFFLE, np.nan, attrs)
         if not fits.predictions:
             return
         what = "prediction by the fold that tests the prompt"
@@ -119,6 +125,13 @@ class Scores:
             layer = fit.at[_AXES.index("layer")]
             of_probe = self._problems.setdefault(plan.trials[fit.at[_AXES.index("probe")]].name, {})
             of_probe.setdefault(fit.problem, f"layer {plan.layers[layer]}" if layer >= 0 else "no layer")
+        if fit.shuffled is not None:
+            # Held by the probe whose score they are compared with.
+            name = plan.trials[fit.at[_AXES.index("probe")]].name.partition(":")[2]
+            of = next(number for number, trial in enumerate(plan.trials) if trial.name == name)
+            where = dict(zip(_AXES, at, strict=True)) | {"probe": of}
+            for metric, values in zip(plan.metrics, fit.shuffled, strict=True):
+                self._put(shuffled_name(metric.name), (*(where[dim] for dim in _PER_SHUFFLE[:-1]), slice(None)), values)
         if fit.outcome is None:
             return
         fold = fit.at[_AXES.index("fold")]
@@ -138,7 +151,7 @@ class Scores:
     def _tested(self, fit: Fit) -> Array:
         plan = self._sweep.fits
         _, _, trial, fold, seed, _, which = fit.at
-        folds = plan.shuffled[which][max(seed, 0)][1] if plan.trials[trial].shuffled else plan.folds
+        folds = plan.shuffled[which][max(seed, 0)][0][1] if plan.trials[trial].shuffled else plan.folds
         return folds[fold][1]
 
     def _put(self, name: str, at: tuple[Any, ...], value: Any) -> None:
@@ -194,7 +207,9 @@ class Scores:
     # ------------------------------------------------------------------------------------------------------------- the dataset
 
     def _has_dim(self, dim: str) -> bool:
-        return dim in self._sweep.plan.dims or dim in ("prompt", "class") or (dim == "repetition" and self._sizes["repetition"] > 1)
+        if dim == "repetition":
+            return self._sizes[dim] > 1
+        return dim in self._sweep.plan.dims or dim in ("prompt", "class", "shuffle")
 
     def _squeezed(self, name: str) -> Array:
         column = self._columns[name]
@@ -219,7 +234,7 @@ class Scores:
         """Everything entered so far, as callers see it; NaN where a fit is missing."""
         data = self._with_nan_reasons(self.columns())
         unknown = [name for name in ("score", "probability") if name in data and bool(data[name].isnull().all())]
-        data = data.drop_vars(unknown)
+        data = add_p_values(data.drop_vars(unknown), [metric.name for metric in self._sweep.fits.metrics])
         data.attrs["n_unconverged"] = int((~data["converged"]).sum())
         if self._n_failed():
             data.attrs["n_failed"] = self._n_failed()

@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.sweeps.shuffles import is_of_shuffles
 from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
@@ -188,7 +189,11 @@ def _as_dataset(scores: Any) -> xr.Dataset:
 
 def _metrics(data: xr.Dataset, metrics: str | Iterable[str] | None) -> list[str]:
     numbers = [str(name) for name, held in data.data_vars.items() if held.dtype.kind == "f"]
-    fitting = [name for name in numbers if "probe" in data[name].dims and "prompt" not in data[name].dims and name not in _NO_SCORES]
+    fitting = [
+        name
+        for name in numbers
+        if "probe" in data[name].dims and "prompt" not in data[name].dims and name not in _NO_SCORES and not is_of_shuffles(data[name])
+    ]
     if not fitting and len(numbers) == 1 and {"layer"} <= set(data[numbers[0]].dims) and "hidden" not in data[numbers[0]].dims:
         fitting = numbers
     if metrics is None:
