@@ -11,6 +11,7 @@ import xarray as xr
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.probes.bags import BAGS_OF_TOKENS
 from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_sweep"]
@@ -51,13 +52,13 @@ def _sweep(options: argparse.Namespace) -> None:
 
     if options.table:
         parse_table_path(options.table)
-    data, variable = _chosen(options)
+    data, variable, controls = _chosen(options)
     if options.plot and not Path(options.plot).absolute().parent.is_dir():
         raise InvalidArgumentError(f"--plot {options.plot!r}: the folder {str(Path(options.plot).parent)!r} does not exist, make it first")
     arguments: dict[str, Any] = {
         "labels": options.labels, "probes": split_names(options.probes), "cv": options.cv, "groups": options.groups,
         "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
-        "controls": _controls(options.controls), "repeats": options.repeats, "missing": options.missing,
+        "controls": controls or None, "repeats": options.repeats, "missing": options.missing,
         "random_state": options.random_state,
     }  # fmt: skip
     if options.dry_run:
@@ -87,18 +88,19 @@ def _sweep(options: argparse.Namespace) -> None:
             print(f"table: {Path(options.table)}")
 
 
-def _controls(text: str) -> dict[str, int | None] | None:
+def _controls(text: str) -> dict[str, Any]:
     """Names of controls, of which shuffled_labels may have a number."""
-    found: dict[str, int | None] = {}
+    found: dict[str, Any] = {}
     for item in split_names(text):
         name, given, number = (part.strip() for part in item.partition("="))
         if given and (name != "shuffled_labels" or not number.isdecimal()):
             raise InvalidArgumentError(f"--controls {item!r} is no control: only shuffled_labels takes a number, as shuffled_labels=100")
         found[name] = int(number) if given else None
-    return found or None
+    return found
 
 
-def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
+def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str, dict[str, Any]]:
+    controls = _controls(options.controls)
     store = open_to_read(options.store)
     data = store.dataset(options.model, layers=parse_layers(options.layers), group=options.group)
     names = list(map(str, data.data_vars))
@@ -107,10 +109,13 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
         raise InvalidArgumentError(
             f"{variable!r} is not stored per prompt: stored are {', '.join(names) or 'no variables'}; choose with --variable"
         )
+    bags = [name for name in BAGS_OF_TOKENS if name in controls]
+    if bags:
+        controls |= dict.fromkeys(bags, store.tokens(options.model, group=options.group))
     # The control needs the perplexity as a coordinate of the activations.
-    if "perplexity" in (_controls(options.controls) or ()) and "perplexity" in data:
+    if "perplexity" in controls and "perplexity" in data:
         data = data.assign_coords(perplexity=data.perplexity.sel(statistic="mean", drop=True))
-    return data, str(variable)
+    return data, str(variable), controls
 
 
 def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.probes.bags import BAGS, BAGS_OF_TOKENS, make_bag, read_token_ids
 from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_probe
 from lmprobe_zarr.probes.folds import Fold, group_codes
 from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable, list_prompts, show_prompts
@@ -50,15 +51,6 @@ ACTIVATIONS: Final = "activations"
 DIRECTION: Final = "random_direction"
 LAYER_0: Final = "layer_0"
 _SIMPLE: Final[Mapping[str, str]] = {"classification": "logistic_regression", "regression": "ridge_regression"}
-
-
-#: A word of any length, a character of a script that puts no spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese), a mark of
-#: punctuation or any other symbol, or white space other than a single space. So nothing of a text is left out that may tell its label.
-_WORDS: Final = (
-    r"(?u)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]"
-    r"|[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]+"
-    r"|[^\w\s]|\s{2,}|[^\S ]"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +98,12 @@ class Trial:
     def random(self, preprocessing: str | None) -> bool:
         """Whether another seed may give another score."""
         pca = any(step.kind == "pca" for step in parse_preprocessing(preprocessing))
-        return self.shuffled or self.features == DIRECTION or draws_at_random(self.probe) or (pca and self.features != "text")
+        return self.shuffled or self.features == DIRECTION or draws_at_random(self.probe) or (pca and not self.of_words)
+
+    @property
+    def of_words(self) -> bool:
+        """Whether it is fitted on texts, or on token ids as texts."""
+        return self.features in BAGS
 
     @property
     def penalised(self) -> bool:
@@ -134,7 +131,7 @@ def list_trials(probes: Mapping[str, Any], controls: Mapping[str, Any], task: st
     for name, given in controls.items():
         if name == "shuffled_labels":
             trials += [Trial(f"{name}:{probe}", each, name, shuffled=True, shuffles=given or 0) for probe, each in probes.items()]
-        elif given is not None:
+        elif given is not None or name in BAGS_OF_TOKENS:
             trials.append(Trial(name, _SIMPLE[task], name, name))
         elif name in ("bag_of_words", "tfidf"):
             trials.append(Trial(name, _SIMPLE[task], name, "text"))
@@ -157,6 +154,7 @@ def parse_controls(controls: Any) -> dict[str, Any]:
     Parameters
     ----------
     controls : str, iterable of str, mapping of name to features, or None
+        Features of "bag_of_tokens" and "tfidf_of_tokens" are what :func:`~lmprobe_zarr.probes.bags.read_token_ids` takes.
 
     Raises
     ------
@@ -173,9 +171,9 @@ def parse_controls(controls: Any) -> dict[str, Any]:
     for name, features in found.items():
         if not isinstance(name, str):
             raise InvalidTypeError(f"controls={controls!r:.60} are no names: give some of {', '.join(CONTROLS)}, or {{name: features}}")
-        if features is None and name not in CONTROLS:
+        if features is None and name not in CONTROLS and name not in BAGS_OF_TOKENS:
             raise InvalidArgumentError(
-                f"there is no control {name!r}: use some of {', '.join(CONTROLS)}, or give its features as {{name: …}}"
+                f"there is no control {name!r}: use some of {', '.join((*CONTROLS, *BAGS_OF_TOKENS))}, or give its features as {{name: …}}"
             )
         if name == "shuffled_labels":
             check_shuffles(features)
@@ -203,13 +201,8 @@ def check_shuffles(number: Any) -> int:
 
 def make_estimator(trial: Trial, random_state: int, task: str, *, preprocessing: str | None = None, strength: float | None = None) -> Any:
     """A fresh, unfitted estimator for one trial."""
-    if trial.features == "text":
-        from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-        from sklearn.pipeline import make_pipeline
-
-        options = {"token_pattern": _WORDS, "lowercase": False}
-        words = TfidfVectorizer(**options) if trial.control == "tfidf" else CountVectorizer(**options)
-        return make_pipeline(words, make_probe(trial.probe, random_state, task=task, standardise=False))
+    if trial.of_words:
+        return make_bag(trial.control, make_probe(trial.probe, random_state, task=task, standardise=False))
     if trial.control == "majority" and task == "regression":
         from sklearn.dummy import DummyRegressor
 
@@ -322,7 +315,9 @@ def read_features(
         key = trial.features
         if not trial.constant or key in found:
             continue
-        if key in own:
+        if key in BAGS_OF_TOKENS:
+            found[key] = read_token_ids(key, controls[key], array, given, rows)
+        elif key in own:
             found[key] = _own_features(key, own[key], array)
         elif key == "text":
             found[key] = _texts(trial.name, array, rows)

@@ -169,7 +169,7 @@ def _known_mean(values: Array) -> Array:
 
 def _is_plain_ridge(plan: FitPlan, trial: Trial, matrix: Array) -> bool:
     """Whether a trial is the named ridge on rows as they are, which `solve_ridge` fits."""
-    return trial.probe in _RIDGES and plan.preprocessing is None and trial.features not in (DIRECTION, "text") and matrix.ndim == 2
+    return trial.probe in _RIDGES and plan.preprocessing is None and trial.features != DIRECTION and not trial.of_words and matrix.ndim == 2
 
 
 def _project(plan: FitPlan, trial: Trial, seed: int, matrix: Array) -> Array:
@@ -234,7 +234,7 @@ def _fit_fold(
 
 
 def _fit(plan: FitPlan, trial: Trial, estimator: Estimator, rows: Array, values: Array) -> Any:
-    if plan.preprocessing is None and trial.features != "text":
+    if plan.preprocessing is None and not trial.of_words:
         return fit_in_place(trial.probe, estimator, rows, values)
     return estimator.fit(rows, values)
 

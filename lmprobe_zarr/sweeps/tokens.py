@@ -32,6 +32,7 @@ from lmprobe_zarr.probes import (
     show_rows,
 )
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
+from lmprobe_zarr.sweeps.below_chance import describe_below_chance, find_below_chance
 from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layer_labels, parse_token_activations
 from lmprobe_zarr.sweeps.token_results import (
     TokenTrial,
@@ -347,6 +348,14 @@ def sweep_tokens(
     if shuffled:
         scores = add_shuffles(scores, shuffled)
     _warn_unconverged(scores)
+    units = examples.prompt if folds.unit is None else folds.unit[examples.prompt]
+    tested = [
+        (np.flatnonzero(learned[examples.prompt]), np.flatnonzero(held[examples.prompt]))
+        for learned, held in zip(folds.train, folds.test, strict=True)
+    ]
+    below = find_below_chance(scores, [examples.codes], tested, units)
+    if below:
+        warnings.warn(describe_below_chance(below, folds.group), UserWarning, stacklevel=2)
     return to_interchange(_name_model(scores, array))
 
 
