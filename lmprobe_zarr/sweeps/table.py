@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.sweeps.shuffles import is_of_shuffles
 from lmprobe_zarr.typing import Array
 
@@ -168,6 +169,8 @@ def layout_scores(
     if bounds is not None:
         share = "interval" if level is None else f"{100 * float(level):g} % interval"
         caption = f"Mean [lower, upper bound of the {share}]" + (f" over {counted}." if counted else ".")
+        reasons = dict.fromkeys(reason for name in names for reason in read_list(bounds[name].attrs, "nan_reasons") or ())
+        caption += f" Without an interval: {'; '.join(reasons)}." if reasons else ""
     else:
         caption = f"Mean ± standard deviation over {counted}." if n > 1 else "Scores."
     return _Layout(

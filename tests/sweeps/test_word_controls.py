@@ -143,12 +143,12 @@ def pairs(kind: str, n: int, seed: int = 0) -> tuple[Any, dict[str, Any]]:
         return " ".join(f"w{k}" for k in rng.integers(0, 400, length))
 
     base = [some(6) for _ in range(n)]
-    texts = {
+    tell: Any = {
         "one word swapped": lambda i: f"{base[i // 2]} v{rng.integers(0, 60)}",
         "copies under other names": lambda i: base[i // 2],
         "sums": lambda i: f"{i // 2 * 7 % 89} + {i // 2 * 5 % 97} = {rng.integers(5, 200)}",
     }[kind]
-    columns = {"text": np.array([texts(i) for i in range(2 * n)], object), "pair": np.repeat(np.arange(n), 2)}
+    columns = {"text": np.array([tell(i) for i in range(2 * n)], object), "pair": np.repeat(np.arange(n), 2)}
     return np.tile([0, 1], n), columns
 
 
