@@ -11,7 +11,7 @@ import xarray as xr
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.probes.bags import BAGS_OF_TOKENS
+from lmprobe_zarr.probes.controls import BAGS_OF_TOKENS
 from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_sweep"]
