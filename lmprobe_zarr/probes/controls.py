@@ -28,8 +28,8 @@ from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
 __all__ = [
-    "BAGS_OF_TOKENS", "CONTROLS", "Shuffle", "Trial", "check_shuffles", "deal_to_units", "list_trials", "make_estimator", "parse_controls", "read_features",
-    "shuffle_labels",
+    "BAGS_OF_TOKENS", "CONTROLS", "Shuffle", "Trial", "check_shuffles", "deal_to_units", "list_trials", "make_estimator", "parse_controls",
+    "read_features", "shuffle_labels",
 ]  # fmt: skip
 #: Shuffled labels, shape (prompt,), and the folds that were drawn for them.
 Shuffle = tuple[Array, tuple[Fold, ...]]
