@@ -18,7 +18,7 @@ from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
 from lmprobe_zarr.probes.fit import fit_task
-from lmprobe_zarr.probes.folds import check_folds_listed, group_codes, number_repeats, plan_folds
+from lmprobe_zarr.probes.folds import check_folds_listed, fit_apart, group_codes, number_repeats, plan_folds
 from lmprobe_zarr.probes.given import (
     as_array,
     check_batch_size,
@@ -30,17 +30,17 @@ from lmprobe_zarr.probes.given import (
     parse_matrix,
     split_labels,
 )
+from lmprobe_zarr.probes.identity import list_prompts, prompt_names, show_prompts, unseen_rows
 from lmprobe_zarr.probes.labels import (
     Groups,
     Labels,
     align_labels,
     bare_variable,
-    list_prompts,
+    check_missing,
     parse_groups,
     parse_label_sets,
     parse_labels,
     parse_sides,
-    show_prompts,
 )
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_classification, evaluate_regression
@@ -86,6 +86,7 @@ __all__ = [
     "check_batch_size",
     "check_folds_listed",
     "check_labels",
+    "check_missing",
     "check_task",
     "check_weights",
     "class_scores",
@@ -96,6 +97,7 @@ __all__ = [
     "empty_sums",
     "evaluate_classification",
     "evaluate_regression",
+    "fit_apart",
     "fit_in_place",
     "fit_task",
     "fits_running",
@@ -121,6 +123,7 @@ __all__ = [
     "parse_sides",
     "plan_folds",
     "plan_token_folds",
+    "prompt_names",
     "read_layer",
     "roc_curves",
     "scaling_of",
@@ -130,4 +133,5 @@ __all__ = [
     "solve",
     "split_labels",
     "unit_of",
+    "unseen_rows",
 ]

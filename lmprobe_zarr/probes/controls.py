@@ -21,7 +21,8 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_probe
 from lmprobe_zarr.probes.folds import Fold, group_codes
-from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable, list_prompts, show_prompts
+from lmprobe_zarr.probes.identity import list_prompts, show_prompts
+from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array

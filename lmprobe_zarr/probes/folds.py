@@ -17,7 +17,7 @@ from lmprobe_zarr.probes.labels import Groups, Labels, Sides
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
-__all__ = ["Fold", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
+__all__ = ["Fold", "fit_apart", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
 #: Row numbers (train, test).
 Fold = tuple[Array, Array]
 
@@ -181,6 +181,29 @@ def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, 
         few = isinstance(probe, str) and codes is not None and _fewest(codes[first]) < (value or 5)
         if len(first) < len(kept) or few:
             estimator.set_params(**{name: inner_folds(codes, kept, int(value or 5), random_state)})
+
+
+def fit_apart(
+    estimator: Any, probe: Any, rows: Array, values: Array, kept: Array, random_state: int, *, task: str = "classification"
+) -> Any:
+    """An estimator fitted on rows; one that cross-validates within them keeps prompts and groups together, see `keep_together`.
+
+    Parameters
+    ----------
+    estimator : estimator
+    probe : str or estimator
+        What it was made from.
+    rows : ndarray, shape (row, hidden)
+    values : ndarray, shape (row,)
+        Classes, or numbers of a regression.
+    kept : ndarray of int, shape (row,)
+        Rows of an equal number stay on one side.
+    random_state : int
+    task : {"classification", "regression"}
+    """
+    codes = np.unique(values, return_inverse=True)[1] if task == "classification" else None
+    keep_together(estimator, probe, codes, kept, random_state)
+    return estimator.fit(rows, values)
 
 
 def _fewest(codes: Array) -> int:

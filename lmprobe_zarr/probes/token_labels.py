@@ -14,8 +14,9 @@ import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.interchange import AbsentText
 from lmprobe_zarr.probes.folds import check_folds_listed, plan_folds
-from lmprobe_zarr.probes.labels import align_column, parse_groups
+from lmprobe_zarr.probes.labels import align_column, check_missing, check_width, parse_groups
 from lmprobe_zarr.tokens import TokenIndex, check_listed, order_attributes, prompts_of
 from lmprobe_zarr.typing import Array, Ints, Mask
 
@@ -99,8 +100,7 @@ def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where:
     InvalidTypeError, LabelError, InvalidArgumentError
         As there.
     """
-    if missing not in ("raise", "drop"):
-        raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise', or 'drop' to leave out what has no label")
+    check_missing(missing)
     numbers, prompts = prompts_of(array, dim)
     kept = _mask(array, dim, where)
     name, codes, classes = _labels(array, dim, labels, numbers, prompts)
@@ -191,12 +191,11 @@ def _labels(array: xr.DataArray, dim: str, given: Any, numbers: Array, prompts: 
         if given not in array.coords or array.coords[given].dims != (dim,):
             columns = sorted(str(key) for key, value in array.coords.items() if value.dims == (dim,) and key not in _NO_LABELS)
             raise LabelError(f"there is no coordinate {given!r} along {dim!r}: there is {', '.join(columns) or 'none'}; or give the labels")
-        coordinate = array.coords[given]
-        return given, *_classes(given, coordinate.values, filled=bool(coordinate.attrs.get("missing", 0)))
+        return given, *_classes(given, array.coords[given].values)
     name = str(given.name) if isinstance(given, xr.DataArray | pd.Series) and given.name is not None else "labels"
     if isinstance(given, xr.DataArray) and given.dims == (dim,) and dim != "prompt":
         places = _matched(array, given, dim)
-        codes, classes = _classes(name, given.values, filled=bool(given.attrs.get("missing", 0)))
+        codes, classes = _classes(name, given.values)
         return name, codes if places is None else np.where(places < 0, -1, codes[places]), classes
     if isinstance(given, Mapping) and any(_is_listed(value) for value in given.values()):
         return name, *_classes(name, _spread(array, dim, given, numbers, prompts))
@@ -216,7 +215,7 @@ def _labels(array: xr.DataArray, dim: str, given: Any, numbers: Array, prompts: 
             )
         given = values
     column = align_column(_head(array, dim, numbers, prompts), given, "label")
-    codes, classes = _classes(column.name, column.values, filled=column.filled)
+    codes, classes = _classes(column.name, column.values)
     return column.name, codes[numbers], classes
 
 
@@ -271,7 +270,7 @@ def _head(array: xr.DataArray, dim: str, numbers: Array, prompts: Array) -> xr.D
     )
 
 
-def _classes(name: str, values: Any, *, filled: bool = False) -> tuple[Array, Array]:
+def _classes(name: str, values: Any) -> tuple[Array, Array]:
     """The number of each value's class, −1 where the value is missing, and the sorted classes."""
     # numpy would turn a list of numbers and texts into texts.
     plain = values if isinstance(values, np.ndarray) else np.array(list(values), object)
@@ -280,9 +279,11 @@ def _classes(name: str, values: Any, *, filled: bool = False) -> tuple[Array, Ar
     if plain.ndim != 1:
         raise LabelError(f"labels {name!r} have shape {plain.shape}: give one label per token or prompt")
     absent = np.asarray(pd.isna(cast(Any, plain)), bool)
-    if filled:
-        absent |= plain == ("" if plain.dtype == object else -1)
+    if plain.dtype == object:
+        absent |= np.fromiter((isinstance(value, AbsentText) for value in plain), bool, len(plain))
     there = plain[~absent]
+    if there.dtype.kind in "Ouf":
+        check_width(name, there.tolist() if there.dtype == object else [float(there.max(initial=0)), float(there.min(initial=0))])
     kinds = {type(value) for value in there.tolist()} if there.dtype == object else {there.dtype.type(0).item().__class__}
     if kinds <= {int, float} and float in kinds:
         numbers = there.astype(np.float64)

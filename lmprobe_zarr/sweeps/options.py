@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import (
     Groups,
     Labels,
     check_folds_listed,
+    check_task,
     list_prompts,
-    make_probe,
     parse_groups,
     parse_label_sets,
     parse_preprocessing,
@@ -28,7 +28,7 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.probes.controls import Trial, list_trials, make_estimator
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.metrics import Metric, parse_metrics
-from lmprobe_zarr.sweeps.given import check_seed
+from lmprobe_zarr.sweeps.given import check_seed, parse_probes
 from lmprobe_zarr.typing import Array
 
 __all__ = [
@@ -94,19 +94,15 @@ class Design:
 
 
 def parse_data(options: SweepOptions, dataset: xr.Dataset | None, arrays: tuple[xr.DataArray, ...]) -> Data:
-    if options.task not in ("classification", "regression"):
-        raise InvalidArgumentError(f"task={options.task!r} is unknown: use 'classification' or 'regression'")
-    if options.missing not in ("raise", "drop"):
-        raise InvalidArgumentError(f"missing={options.missing!r} is unknown: use 'raise' or 'drop'")
     array = arrays[0]
     several = _several_sets(array, options.labels)
-    labels = parse_label_sets(array, options.labels, task=options.task, missing=options.missing)
+    labels = parse_label_sets(array, options.labels, task=check_task(options.task), missing=options.missing)
     groups = None if options.groups is None else parse_groups(array, options.groups, labels[0].rows)
     return Data(dataset=dataset, arrays=arrays, labels=labels, several=several, groups=groups, prompts=list_prompts(array))
 
 
 def parse_design(options: SweepOptions, controls: Mapping[str, Any], n_classes: int) -> Design:
-    trials = list_trials(_probes(options.probes, options.task), controls, options.task)
+    trials = list_trials(parse_probes(options.probes, options.task), controls, options.task)
     metrics = parse_metrics(options.metrics, options.task, n_classes)
     preprocessing = _preprocessing(options.preprocessing)
     _check_probabilities(trials, metrics, options.task, preprocessing)
@@ -185,29 +181,6 @@ def parse_inner(
 def _preprocessing(spec: Any) -> str | None:
     steps = parse_preprocessing(spec)
     return "+".join(map(str, steps)) or None
-
-
-def _probes(probes: Any, task: str) -> dict[str, Any]:
-    """Name to probe, in the caller's order."""
-    if isinstance(probes, Mapping):
-        pairs = list(probes.items())
-    else:
-        listed = [probes] if isinstance(probes, str) or hasattr(probes, "fit") or not isinstance(probes, Iterable) else list(probes)
-        if task == "regression":
-            # The default of `sweep` is a classifier.
-            listed = ["ridge_regression" if isinstance(probe, str) and probe == "logistic_regression" else probe for probe in listed]
-        pairs = [(probe if isinstance(probe, str) else type(probe).__name__, probe) for probe in listed]
-    if not pairs:
-        raise InvalidArgumentError("probes is empty: name at least one, such as 'logistic_regression'")
-    chosen: dict[str, Any] = {}
-    for name, probe in pairs:
-        if not isinstance(name, str):
-            raise InvalidTypeError(f"a probe is named by a text, not {name!r}")
-        if name in chosen:
-            raise InvalidArgumentError(f"two probes are called {name!r}: tell them apart with a mapping, {{'name': estimator, …}}")
-        make_probe(probe, task=task)
-        chosen[name] = probe
-    return chosen
 
 
 def _check_probabilities(trials: tuple[Trial, ...], metrics: tuple[Metric, ...], task: str, preprocessing: str | None) -> None:

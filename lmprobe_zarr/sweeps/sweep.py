@@ -6,7 +6,6 @@ scores have modules of their own. Never a store of activations, or a plot.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, describe_unfit, fit_task, show_prompts
 from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.sweeps.given import warn_failed, warn_unconverged
 from lmprobe_zarr.sweeps.options import SweepOptions
 from lmprobe_zarr.sweeps.plan import Sweep, make_sweep
 from lmprobe_zarr.sweeps.score_store import ScoreStore
@@ -185,19 +185,8 @@ def sweep(
     found = scores.dataset()
     if place is not None:
         place.finish(found)
-    if scores.failures():
-        from sklearn.exceptions import FitFailedWarning
-
-        warnings.warn(f"{scores.failures()}: the attribute nan_reasons of each measure says which", FitFailedWarning, stacklevel=2)
-    if found.attrs["n_unconverged"]:
-        from sklearn.exceptions import ConvergenceWarning
-
-        warnings.warn(
-            f"{found.attrs['n_unconverged']} of {found['converged'].size} fits stopped at their iteration limit: "
-            "scores.converged says which; give an estimator with a larger max_iter, or standardise",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
+    warn_failed(scores.failures())
+    warn_unconverged(found, "give an estimator with a larger max_iter, or standardise")
     return found
 
 

@@ -7,7 +7,6 @@ a plot.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +32,7 @@ from lmprobe_zarr.probes import (
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
-from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations
+from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations, warn_unconverged
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, Tested, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import pool_tokens, prompts_of, stored_rows, token_texts
@@ -44,6 +43,7 @@ Labels = str | xr.DataArray | Mapping[Any, Any] | Iterable[Any]
 
 _MOST_CELLS = 64
 _LAYER_0 = "layer_0"
+_EXACT = "'ridge' and 'lda' have none"
 
 
 def fit_tokens(
@@ -141,7 +141,7 @@ def fit_tokens(
         coords={"layer": layer_labels(array), **({} if two else {"class": examples.classes})},
         attrs={"probe": probe, **_attributes(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
     )
-    _warn_unconverged(found)
+    warn_unconverged(found, _EXACT)
     return to_interchange(_name_model(found, array))
 
 
@@ -318,7 +318,7 @@ def sweep_tokens(
             measures = [_measure(examples.codes, examples.prompt, stage, *of_fold) for of_fold in tables[name]]
             found[_Trial(name, name)] = np.broadcast_to(_as_objects([_result(measured) for measured in measures]), rows[0].shape)
     scores = _scores(array, examples, folds, plan, stage, found, seconds)
-    _warn_unconverged(scores)
+    warn_unconverged(scores, _EXACT)
     return to_interchange(_name_model(scores, array))
 
 
@@ -496,18 +496,6 @@ def _measure(codes: Array, prompt: Array, stage: Stage, places: Array, scores: A
         scores, true = reduce_scores(scores[order], counts, stage.pooling), true[order][np.cumsum(counts) - 1]
     predicted = classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
     return accuracy(predicted, true), *auroc(scores, true, classes)
-
-
-def _warn_unconverged(found: xr.Dataset) -> None:
-    early = int((~found["converged"]).sum())
-    if early:
-        from sklearn.exceptions import ConvergenceWarning
-
-        warnings.warn(
-            f"{early} of {found['converged'].size} fits stopped at their iteration limit, as converged says: 'ridge' and 'lda' have none",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
 
 
 def _attributes(array: xr.DataArray, examples: LabelledTokens) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmprobe_zarr.batch import ANY_KIND, Column, ColumnKind, KindName, is_wide, merge_kinds, offsets_of, parse_column
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.interchange import ABSENT_TEXT
 from lmprobe_zarr.store.format import COLUMN, TEXT_BYTES, ArrayInfo
 from lmprobe_zarr.typing import Array, Mask
 
@@ -208,7 +209,7 @@ def absent_value(infos: Sequence[ArrayInfo], dtype: np.dtype[Any]) -> Any:
     """What a dataset shows where no part holds a column: NaN or NaT; an empty text where earlier versions wrote all parts of it."""
     if dtype.kind in "mM":
         return np.array("NaT", dtype)
-    return "" if dtype.kind == "O" and not any(map(_is_known, infos)) else np.nan
+    return ABSENT_TEXT if dtype.kind == "O" and not any(map(_is_known, infos)) else np.nan
 
 
 def merged_kind(infos: Sequence[ArrayInfo]) -> ColumnKind | None:
