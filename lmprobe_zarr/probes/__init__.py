@@ -18,9 +18,10 @@ from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
 from lmprobe_zarr.probes.fit import fit_task
-from lmprobe_zarr.probes.folds import check_folds_listed, fit_apart, group_codes, number_repeats, plan_folds
+from lmprobe_zarr.probes.folds import check_folds_listed, fit_apart, group_codes, keep_together, number_repeats, plan_folds
 from lmprobe_zarr.probes.given import (
     as_array,
+    check_agreement,
     check_batch_size,
     check_labels,
     check_weights,
@@ -28,7 +29,9 @@ from lmprobe_zarr.probes.given import (
     is_matrix,
     list_given,
     parse_matrix,
+    rows_together,
     split_labels,
+    true_labels,
 )
 from lmprobe_zarr.probes.identity import list_prompts, prompt_names, show_prompts, unseen_rows
 from lmprobe_zarr.probes.labels import (
@@ -83,6 +86,7 @@ __all__ = [
     "bare_variable",
     "calibration_curves",
     "cells_of",
+    "check_agreement",
     "check_batch_size",
     "check_folds_listed",
     "check_labels",
@@ -105,6 +109,7 @@ __all__ = [
     "has_strength",
     "has_weights",
     "is_matrix",
+    "keep_together",
     "list_given",
     "list_prompts",
     "make_pipeline_for",
@@ -126,12 +131,14 @@ __all__ = [
     "prompt_names",
     "read_layer",
     "roc_curves",
+    "rows_together",
     "scaling_of",
     "select_labelled_tokens",
     "show_prompts",
     "show_rows",
     "solve",
     "split_labels",
+    "true_labels",
     "unit_of",
     "unseen_rows",
 ]

@@ -30,10 +30,12 @@ __all__ = [
     "align_labels",
     "bare_variable",
     "check_missing",
+    "check_width",
     "parse_groups",
     "parse_label_sets",
     "parse_labels",
     "parse_sides",
+    "two_classes",
 ]
 
 
@@ -290,14 +292,14 @@ def align_column(array: xr.DataArray, given: Any, noun: str) -> LabelColumn:
 
 
 def align_labels(array: Any, given: Any, noun: str = "label") -> Any:
-    """Values for the rows of some activations: matched by prompt where they can be, otherwise as they are.
+    """Values for the rows of some activations, or for prompts: matched by prompt where they can be, otherwise as they are.
 
     Parameters
     ----------
-    array : DataArray or other array
-        Whose rows the values are for.
+    array : DataArray, other array, or list of prompts
+        What the values are for.
     given : object
-        Values by position; or a mapping, Series or DataArray by prompt.
+        A coordinate's name; values by position; or a mapping, Series or DataArray by prompt.
     noun : str
         What a value is called in messages.
 
@@ -311,22 +313,56 @@ def align_labels(array: Any, given: Any, noun: str = "label") -> Any:
     InvalidArgumentError
         Values by position, where the rows are in no known order.
     LabelError
-        A prompt without a value, or with two.
+        A prompt without a value, or with two; no such coordinate.
     """
-    if not isinstance(array, xr.DataArray) or given is None:
+    if given is None:
         return given
-    by_prompt = array.dims.count("prompt") == 1 and ("prompt" in array.coords or "text" in array.coords)
     keyed = isinstance(given, Mapping) or (isinstance(given, pd.Series) and all(isinstance(key, str) for key in given.index))
-    if isinstance(given, xr.DataArray) and given.dims == ("prompt",) and {"prompt"} <= set(given.coords) & set(array.coords):
-        keyed = list_prompts(given) != list_prompts(array)
-        if not keyed:
-            return given.values
-    if not keyed or not by_prompt or not len(given):
+    keyed |= isinstance(given, xr.DataArray) and given.dims == ("prompt",) and "prompt" in given.coords
+    if not isinstance(array, xr.DataArray):
+        if not keyed or not isinstance(array, list | tuple) or not len(given):
+            return given
+        return _matched(_named_rows([prompt_hash(prompt) for prompt in array]), given, noun)
+    rows = "prompt" if "prompt" in array.dims else "token"
+    if isinstance(given, str) and rows == "prompt":
+        return _matched(array, given, noun)
+    if isinstance(given, str):
+        if given not in array.coords or array.coords[given].dims != (rows,):
+            raise LabelError(f"there is no coordinate {given!r} along {rows!r}: name one, or give the {noun}s themselves")
+        return array.coords[given].values
+    by_name = array.dims.count("prompt") == 1 and ("prompt" in array.coords or "text" in array.coords)
+    if isinstance(given, xr.DataArray) and keyed and by_name and list_prompts(given) == list_prompts(array):
+        keyed, given = False, given.values
+    elif not keyed or not by_name or not len(given):
         check_listed(array, given, f"{noun}s")
-        return given
+    else:
+        return _matched(array, given, noun)
+    values = _plain(given) if isinstance(given, Iterable) else []
+    if by_name and noun != "weight" and len(values) == array.sizes["prompt"]:
+        by_prompt(zip(list_prompts(array), values, strict=True), noun)
+    return given
+
+
+def _matched(array: xr.DataArray, given: Any, noun: str) -> Array:
     column = align_column(array, given, noun)
     _check_whole(array, column, noun, _missing_rows(column))
+    if noun != "weight":
+        by_prompt(zip(list_prompts(array), column.values, strict=True), noun)
     return np.asarray(column.values)
+
+
+def _named_rows(prompts: list[str]) -> xr.DataArray:
+    """Rows of these prompts and no activations, to match values by."""
+    return xr.DataArray(np.zeros(len(prompts), np.int8), dims="prompt", coords={"prompt": np.array(prompts, object)})
+
+
+def two_classes(name: str, labels: Iterable[Any]) -> Array:
+    """Labels of one kind, none of which is missing, as an array: the check that all calls share, for values without prompts."""
+    column = LabelColumn(name, _plain(labels))
+    lacking = _missing_rows(column)
+    if lacking:
+        raise LabelError(f"labels of {name!r} miss {len(lacking)} of {len(column.values)} rows, first row {lacking[0]}: {_LEAVE_OUT}")
+    return _classes(column)
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:
