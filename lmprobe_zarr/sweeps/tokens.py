@@ -33,6 +33,7 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
 from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations, warn_unconverged
+from lmprobe_zarr.sweeps.token_predictions import Predicted, prediction_variables
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, Tested, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import pool_tokens, prompts_of, stored_rows, token_texts
@@ -236,6 +237,7 @@ def sweep_tokens(
     pooling: str = "all",
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
     controls: str | Iterable[str] | None = None,
+    predictions: bool = False,
     random_state: int = 0,
     client: Client | None = None,
     scheduler: str | None = None,
@@ -265,6 +267,9 @@ def sweep_tokens(
         Entries beside the probes that a good score has to beat: "shuffled_labels", "control_task", "token_identity", "position", "layer_0",
         "majority"; see :data:`lmprobe_zarr.probes.token_controls.TOKEN_CONTROLS`. The first two fit every probe on other labels, which
         takes two more passes each. The coordinates ``kind`` and ``control`` tell controls from probes.
+    predictions : bool
+        Whether ``predicted`` and ``score`` of every labelled token (or prompt, where scores are pooled) are kept, each from the fold that
+        tests it, as :func:`lmprobe_zarr.confidence_intervals` needs them; −1 and NaN for controls with labels of their own.
 
     Returns
     -------
@@ -305,19 +310,19 @@ def sweep_tokens(
         raise InvalidArgumentError(
             f"control {_LAYER_0!r} needs layer 0, and there are layers {', '.join(layers)}: give it too, or leave it out"
         )
-    rows, seconds = _run_trials(array, examples, layer_rows, plan, runner, stage)
+    rows, seconds = _run_trials(array, examples, layer_rows, plan, runner, stage, predictions)
     found = {_Trial(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
     for name in chosen:
         if name in dealt:
-            others, more = _run_trials(array, examples, layer_rows, replace(plan, codes=dealt[name]), runner, stage)
+            others, more = _run_trials(array, examples, layer_rows, replace(plan, codes=dealt[name]), runner, stage, False)
             seconds += more
             found |= {_Trial(f"{name}:{probe}", name): of_probe for probe, of_probe in zip(names, others, strict=True)}
         elif name == _LAYER_0:
             found[_Trial(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
         else:
-            measures = [_measure(examples.codes, examples.prompt, stage, *of_fold) for of_fold in tables[name]]
+            measures = [_measure(examples.codes, examples.prompt, stage, predictions, *of_fold) for of_fold in tables[name]]
             found[_Trial(name, name)] = np.broadcast_to(_as_objects([_result(measured) for measured in measures]), rows[0].shape)
-    scores = _scores(array, examples, folds, plan, stage, found, seconds)
+    scores = _scores(array, examples, folds, plan, stage, found, seconds, predictions=predictions)
     warn_unconverged(scores, _EXACT)
     return to_interchange(_name_model(scores, array))
 
@@ -448,10 +453,11 @@ class _Result(NamedTuple):
     reason: str
     seconds: float
     converged: bool
+    predicted: Predicted | None
 
 
-def _result(measured: tuple[float, float, str], seconds: float = 0.0, converged: bool = True) -> _Result:
-    return _Result(*measured, seconds, converged)
+def _result(measured: tuple[float, float, str, Predicted | None], seconds: float = 0.0, converged: bool = True) -> _Result:
+    return _Result(*measured[:3], seconds, converged, measured[3])
 
 
 def _as_objects(rows: list[_Result]) -> Array:
@@ -462,11 +468,11 @@ def _as_objects(rows: list[_Result]) -> Array:
 
 
 def _run_trials(
-    array: xr.DataArray, examples: LabelledTokens, layer_rows: LayerRows, plan: TaskPlan, runner: Runner, stage: Stage
+    array: xr.DataArray, examples: LabelledTokens, layer_rows: LayerRows, plan: TaskPlan, runner: Runner, stage: Stage, keep: bool
 ) -> tuple[list[Array], Array]:
     """The results of each probe, shape (layer, fold), and the seconds that each layer's pass took."""
     fits, seconds = _fit(array, examples, layer_rows, plan, runner)
-    measured = measure_stream(layer_rows, plan, runner, fits, partial(_score_layer, plan.codes, examples.prompt, stage))
+    measured = measure_stream(layer_rows, plan, runner, fits, partial(_score_layer, plan.codes, examples.prompt, stage, keep))
     found = []
     for probe in range(len(plan.probes)):
         rows = [
@@ -479,23 +485,27 @@ def _run_trials(
 
 
 def _score_layer(
-    codes: Array, prompt: Array, stage: Stage, solutions: Mapping[tuple[int, int], Solution], tested: Tested
-) -> dict[tuple[int, int], tuple[float, float, str]]:
+    codes: Array, prompt: Array, stage: Stage, keep: bool, solutions: Mapping[tuple[int, int], Solution], tested: Tested
+) -> dict[tuple[int, int], tuple[float, float, str, Predicted | None]]:
     """The result of `_measure` for every probe and fold of a layer."""
     return {
-        key: _measure(codes, prompt, stage, tested.places[key[1]], scores, solutions[key].classes) for key, scores in tested.scores.items()
+        key: _measure(codes, prompt, stage, keep, tested.places[key[1]], scores, solutions[key].classes)
+        for key, scores in tested.scores.items()
     }
 
 
-def _measure(codes: Array, prompt: Array, stage: Stage, places: Array, scores: Array, classes: Array) -> tuple[float, float, str]:
-    """Accuracy, AUROC, and the reason why the AUROC is NaN, of some scores."""
-    true = codes[places]
+def _measure(
+    codes: Array, prompt: Array, stage: Stage, keep: bool, places: Array, scores: Array, classes: Array
+) -> tuple[float, float, str, Predicted | None]:
+    """Accuracy, AUROC, and the reason why the AUROC is NaN, of some scores; and the predictions, if they are kept."""
+    true, rows = codes[places], places
     if stage.of == "score":
         order = np.argsort(prompt[places], kind="stable")
-        counts = np.unique(prompt[places], return_counts=True)[1].astype(np.int64)
+        rows, counts = np.unique(prompt[places], return_counts=True)
+        counts = counts.astype(np.int64)
         scores, true = reduce_scores(scores[order], counts, stage.pooling), true[order][np.cumsum(counts) - 1]
     predicted = classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
-    return accuracy(predicted, true), *auroc(scores, true, classes)
+    return accuracy(predicted, true), *auroc(scores, true, classes), Predicted(rows, predicted, scores) if keep else None
 
 
 def _attributes(array: xr.DataArray, examples: LabelledTokens) -> dict[str, Any]:
@@ -527,6 +537,8 @@ def _scores(
     stage: Stage,
     found: Mapping[_Trial, Array],
     seconds: Array,
+    *,
+    predictions: bool,
 ) -> xr.Dataset:
     rows = np.stack(list(found.values()), axis=1)  # layer, probe, fold
     reasons: dict[str, set[str]] = {}
@@ -573,4 +585,9 @@ def _scores(
         "random_state": plan.random_state,
         "n_unconverged": int((~converged[1]).sum()),
     }
+    if predictions:
+        held = np.frompyfunc(lambda row: row.predicted, 1, 1)(rows)
+        held[:, [place for place, trial in enumerate(found) if trial.control in DEALT]] = None
+        variables, coords = prediction_variables(array, examples, folds, held, by_prompt=stage.of == "score")
+        scores = scores.assign_coords(coords).assign(variables)
     return scores
