@@ -16,6 +16,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 from lmprobe_zarr.interchange import AbsentText
 from lmprobe_zarr.probes.folds import check_folds_listed, plan_folds
+from lmprobe_zarr.probes.identity import by_prompt
 from lmprobe_zarr.probes.labels import align_column, check_missing, check_width, parse_groups
 from lmprobe_zarr.tokens import TokenIndex, check_listed, order_attributes, prompts_of
 from lmprobe_zarr.typing import Array, Ints, Mask
@@ -112,6 +113,7 @@ def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where:
             "give each a label, leave them out with where=, or drop them with missing='drop'"
         )
     rows = np.flatnonzero(kept & ~without)
+    _check_agreement(array, dim, numbers[rows], prompts, codes[rows], classes, rows)
     if not len(rows):
         raise LabelError(f"none of {int(kept.sum())} {dim}s has a label in {name!r}: check what the labels are matched by")
     found = np.unique(codes[rows])
@@ -123,6 +125,21 @@ def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where:
     renumbered = np.searchsorted(found, codes[rows])
     small = np.min_scalar_type(len(found))
     return LabelledTokens(name, rows, renumbered.astype(small), classes[found], numbers[rows].astype(np.int32), prompts, int(without.sum()))
+
+
+def _check_agreement(array: xr.DataArray, dim: str, numbers: Array, prompts: Array, codes: Array, classes: Array, rows: Array) -> None:
+    """Raise where rows of one prompt, and of one position in it, have two labels."""
+    if dim != "prompt" and "position" not in array.coords:
+        return
+    position = np.zeros(len(rows), np.int64) if dim == "prompt" else np.asarray(array.coords["position"].values)[rows]
+    keys = pd.DataFrame({"prompt": numbers, "position": position, "code": codes})
+    twice = np.flatnonzero(keys.drop_duplicates().duplicated(["prompt", "position"]).to_numpy())
+    if len(twice):
+        different = keys.drop_duplicates().iloc[twice[0]]
+        here = (keys["prompt"] == different["prompt"]) & (keys["position"] == different["position"])
+        first, second = (classes[code].item() for code in keys["code"][here].unique()[:2])
+        at = "" if dim == "prompt" else f" at position {different['position']}"
+        raise LabelError(f"prompt {prompts[different['prompt']]} has two labels{at}, {first!r} and {second!r}: give each prompt one")
 
 
 def show_rows(labelled: LabelledTokens, places: Array) -> str:
@@ -327,6 +344,10 @@ def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, gr
     numbers, prompts = prompts_of(array, dim)
     used = np.unique(labelled.prompt)
     head = _head(array, dim, numbers, prompts).isel(prompt=used)
+    if isinstance(groups, str) and groups in array.coords and array.coords[groups].dims == (dim,):
+        # `_head` holds the group of the first token alone.
+        values = array.coords[groups].values[labelled.rows].tolist()
+        by_prompt(zip((str(prompts[number]) for number in labelled.prompt), values, strict=True), "group")
     together = None if groups is None else parse_groups(head, groups)
     names = [str(prompt) for prompt in prompts[used]]
     n_classes = len(labelled.classes)
