@@ -13,7 +13,7 @@ import xarray as xr
 from lmprobe_zarr.batch import given_prompts, prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError
 from lmprobe_zarr.probes.absent import describe_unfit, is_stored
-from lmprobe_zarr.probes.folds import group_codes
+from lmprobe_zarr.probes.folds import group_codes, number_units
 from lmprobe_zarr.probes.identity import by_prompt, is_missing, list_prompts
 from lmprobe_zarr.probes.labels import align_labels
 from lmprobe_zarr.probes.layer import not_finite_rows
@@ -174,8 +174,7 @@ def rows_together(given: Any, groups: Any, n: int) -> Array:
             raise LabelError(f"{len(lacking)} of {n} groups are missing, first row {lacking[0]}: give each prompt a group")
         if isinstance(given, list):
             check_agreement(given, listed, "group")
-        numbers: dict[Any, int] = {}
-        return np.array([numbers.setdefault(value, len(numbers)) for value in listed.tolist()])
+        return number_units(listed.tolist())
     if isinstance(given, list):
         return group_codes([_name_of(prompt) for prompt in given], None)
     if isinstance(given, xr.DataArray) and "prompt" in given.dims:

@@ -19,7 +19,7 @@ from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.identity import by_prompt, is_missing, list_prompts, show_prompts
 from lmprobe_zarr.tokens import check_listed
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
     "Groups",
@@ -276,7 +276,7 @@ def align_column(array: xr.DataArray, given: Any, noun: str) -> LabelColumn:
                 f"{noun}s are a pandas Series without prompts as its index: give {noun}s.to_numpy() if its order is that of the prompts"
             )
         return LabelColumn(name, _from_pairs(array, given.items(), noun))
-    if isinstance(given, xr.Dataset | bytes) or not isinstance(given, Iterable):
+    if isinstance(given, xr.Dataset | bytes) or not is_listed(given):
         raise InvalidTypeError(
             f"{noun}s are a coordinate's name, a DataArray over prompt, a mapping or one value per prompt, not {type(given).__name__}"
         )

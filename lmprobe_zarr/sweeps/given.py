@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import xarray as xr
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import Labels, make_probe
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
     "check_activations",
@@ -23,6 +23,7 @@ __all__ = [
     "parse_activations",
     "parse_probes",
     "parse_token_activations",
+    "refuse_choice",
     "warn_failed",
     "warn_unconverged",
 ]  # fmt: skip
@@ -91,6 +92,12 @@ def _check_values(activations: xr.DataArray, purpose: str) -> None:
         raise InvalidTypeError(f"{name_in_messages(activations)} has dtype {activations.dtype}, expected real numbers")
 
 
+def refuse_choice(choose: Any, instead: str) -> None:
+    """Raise where something is to be chosen by a sweep that chooses nothing."""
+    if choose is not None:
+        raise InvalidArgumentError(f"choose={choose!r:.60}: only lz.sweep chooses within training folds; {instead}")
+
+
 def layers_of(array: xr.DataArray) -> list[Any] | None:
     """Layers of an array, or None where it has none."""
     if "layer" in array.coords:
@@ -117,7 +124,7 @@ def parse_probes(probes: Any, task: str, example: str = "logistic_regression") -
     if isinstance(probes, Mapping):
         pairs = list(probes.items())
     else:
-        listed = [probes] if isinstance(probes, str) or hasattr(probes, "fit") or not isinstance(probes, Iterable) else list(probes)
+        listed = [probes] if isinstance(probes, str) or hasattr(probes, "fit") or not is_listed(probes) else list(probes)
         if task == "regression":
             # The default of `sweep` is a classifier.
             listed = ["ridge_regression" if isinstance(probe, str) and probe == "logistic_regression" else probe for probe in listed]

@@ -32,7 +32,7 @@ from lmprobe_zarr.probes import (
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
-from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations, warn_unconverged
+from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations, refuse_choice, warn_unconverged
 from lmprobe_zarr.sweeps.token_predictions import Predicted, prediction_variables
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, Tested, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
@@ -238,6 +238,7 @@ def sweep_tokens(
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
     controls: str | Iterable[str] | None = None,
     predictions: bool = False,
+    choose: None = None,
     random_state: int = 0,
     client: Client | None = None,
     scheduler: str | None = None,
@@ -270,6 +271,8 @@ def sweep_tokens(
     predictions : bool
         Whether ``predicted`` and ``score`` of every labelled token (or prompt, where scores are pooled) are kept, each from the fold that
         tests it, as :func:`lmprobe_zarr.confidence_intervals` needs them; −1 and NaN for controls with labels of their own.
+    choose : None
+        Nothing is chosen here; any other value is an error that says how to choose a layer.
 
     Returns
     -------
@@ -291,6 +294,7 @@ def sweep_tokens(
     A control task gives every token id one random label, which a probe may learn by heart. Its score on these labels measures its
     capacity, and :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
     """
+    refuse_choice(choose, "sweep pooled tokens, as toks.lz.pool('mean'), or choose with sweep_tokens on some prompts and report others")
     array, dim = parse_token_activations(activations)
     runner = parse_runner(client, scheduler, n_workers, progress=progress)
     names = _parse_probes([probes] if isinstance(probes, str) else list(probes))

@@ -36,7 +36,15 @@ from lmprobe_zarr.probes import (
     unseen_rows,
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
-from lmprobe_zarr.sweeps.given import check_activations, check_seed, check_several, parse_probes, warn_failed, warn_unconverged
+from lmprobe_zarr.sweeps.given import (
+    check_activations,
+    check_seed,
+    check_several,
+    parse_probes,
+    refuse_choice,
+    warn_failed,
+    warn_unconverged,
+)
 from lmprobe_zarr.tasks import parse_runner
 from lmprobe_zarr.typing import Array
 
@@ -51,6 +59,7 @@ def sweep_transfer(
     *,
     groups: Any = None,
     missing: str = "raise",
+    choose: None = None,
     random_state: int = 0,
     scheduler: str = "threads",
     n_workers: int | None = None,
@@ -73,6 +82,8 @@ def sweep_transfer(
         are never learned from and tested, neither in the folds of a dataset nor between two: equal values are one group in all datasets.
     missing : {"raise", "drop"}
         What happens to prompts without a label.
+    choose : None
+        Nothing is chosen here; any other value is an error that says how to choose a layer.
     random_state : int
     scheduler : "threads", "processes" or "synchronous"
     n_workers : int, optional
@@ -101,6 +112,9 @@ def sweep_transfer(
     Each task reads one layer of every dataset. Source of the question: S. Marks and M. Tegmark, "The Geometry of Truth" (2023),
     arXiv:2310.06824, section 5.
     """
+    refuse_choice(
+        choose, "choose by lz.sweep(datasets[name], …, choose='layer') of the training set, and read off the scores of that layer elsewhere"
+    )
     runner = parse_runner(scheduler=scheduler, n_workers=n_workers)
     transfer = _plan(datasets, labels, probes, cv, groups, missing, random_state)
     shared = runner.hand_over(transfer.fits)
