@@ -188,7 +188,10 @@ def evaluation_folds(prompts: Sequence[Any], labels: Array | None, groups: Any =
 
 def number_units(units: Sequence[Any]) -> Array:
     """For each row the number of its unit, as scikit-learn numbers them: sorted, or by first appearance where they cannot be sorted."""
-    listed = list(dict.fromkeys(units))
+    try:
+        listed = list(dict.fromkeys(units))
+    except TypeError as error:
+        raise LabelError("groups hold what has no hash: give numbers, texts or tuples") from error
     with suppress(TypeError):
         listed = sorted(listed)
     numbers = {unit: number for number, unit in enumerate(listed)}

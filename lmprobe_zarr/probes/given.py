@@ -15,7 +15,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrErr
 from lmprobe_zarr.probes.absent import describe_unfit, is_stored
 from lmprobe_zarr.probes.folds import group_codes, number_units
 from lmprobe_zarr.probes.identity import by_prompt, is_missing, list_prompts
-from lmprobe_zarr.probes.labels import align_labels
+from lmprobe_zarr.probes.labels import align_labels, check_width
 from lmprobe_zarr.probes.layer import not_finite_rows
 from lmprobe_zarr.typing import Array, Estimator
 
@@ -54,7 +54,10 @@ def as_array(values: Any) -> Array:
     """Values of any kind as an array; a torch tensor is copied to the CPU."""
     if isinstance(values, list | tuple) and values and all(isinstance(value, str) for value in values):
         return np.asarray(values, str)
-    return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+    try:
+        return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+    except (TypeError, ValueError) as error:
+        raise LabelError(f"values are given as {type(values).__name__} that is no list of single values: give one per prompt") from error
 
 
 def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int]:
@@ -135,6 +138,7 @@ def true_labels(given: Any, labels: Any) -> Array:
     lacking = [row for row, value in enumerate(found.tolist()) if is_missing(value)]
     if lacking:
         raise LabelError(f"{len(lacking)} of {len(found)} labels are missing, first row {lacking[0]}: leave these prompts out")
+    check_width("labels", found.tolist())
     if isinstance(given, list | tuple) and not is_matrix(given):
         check_agreement(list(given), found)
     return found
@@ -168,7 +172,7 @@ def rows_together(given: Any, groups: Any, n: int) -> Array:
     if groups is not None:
         listed = as_array(align_labels(given, groups, "group"))
         if listed.shape != (n,):
-            raise LabelError(f"there are groups of shape {listed.shape} for {n} prompts: give one for each, in their order")
+            raise LabelError(f"groups hold {listed.size} values for {n} prompts: give one per prompt")
         lacking = [row for row, value in enumerate(listed.tolist()) if is_missing(value)]
         if lacking:
             raise LabelError(f"{len(lacking)} of {n} groups are missing, first row {lacking[0]}: give each prompt a group")

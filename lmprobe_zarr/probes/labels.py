@@ -337,7 +337,7 @@ def align_labels(array: Any, given: Any, noun: str = "label") -> Any:
         check_listed(array, given, f"{noun}s")
     else:
         return _matched(array, given, noun)
-    values = _plain(given) if isinstance(given, Iterable) else []
+    values = _plain(given) if is_listed(given) else []
     if by_name and noun != "weight" and len(values) == array.sizes["prompt"]:
         by_prompt(zip(list_prompts(array), values, strict=True), noun)
     return given

@@ -96,8 +96,8 @@ def fit_directions(
     sets = parse_label_sets(array, labels, task=check_task(task), missing=missing)
     only = check_several(sets)
     name = "ridge_regression" if task == "regression" and isinstance(probe, str) and probe == "logistic_regression" else probe
-    number = isinstance(strength, int | float | np.number) and not isinstance(strength, bool) and bool(np.isfinite(strength))
-    if strength is not None and not (number and has_strength(name) and strength > 0):
+    number = isinstance(strength, int | float | np.integer | np.floating) and not isinstance(strength, bool)
+    if strength is not None and not (number and has_strength(name) and 0 < strength < np.inf):
         raise InvalidArgumentError(
             f"strength={strength!r} of {name!r}: give a positive number, and a named probe that has one, such as 'ridge'"
         )
