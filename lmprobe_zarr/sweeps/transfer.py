@@ -409,9 +409,10 @@ def _nan_reasons(transfer: _Transfer, found: list[_LayerScores]) -> dict[str, An
     """Why scores are NaN, as an attribute; none where nothing is."""
     reasons = []
     shared = "prompt" if not transfer.group else f"prompt, or group of {transfer.group!r},"
+    apart = "; give groups that differ values that differ" if transfer.group else ""
     for i, train in enumerate(transfer.names):
         empty = [test for j, test in enumerate(transfer.names) if i != j and not len(transfer.fits.unseen[i][j])]
-        reasons += [f"train {train}, test {', '.join(empty)}: every {shared} is in both"] if empty else []
+        reasons += [f"train {train}, test {', '.join(empty)}: every {shared} is in both{apart}"] if empty else []
         wide = [
             test for test, array in zip(transfer.names, transfer.arrays, strict=True)
             if array.sizes["hidden"] != transfer.arrays[i].sizes["hidden"]
