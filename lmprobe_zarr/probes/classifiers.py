@@ -188,7 +188,7 @@ def check_task(task: Any) -> str:
     InvalidArgumentError
         Neither "classification" nor "regression".
     """
-    if task not in _TASKS:
+    if not isinstance(task, str) or task not in _TASKS:
         raise InvalidArgumentError(f"task={task!r} is unknown: use {' or '.join(map(repr, _TASKS))}")
     return str(task)
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
-from lmprobe_zarr.typing import Array, Estimator, Floats
+from lmprobe_zarr.typing import Array, Estimator, Floats, is_listed
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -324,7 +324,7 @@ def parse_metrics(metrics: str | Iterable[str] | None, task: str, n_classes: int
     """
     if metrics is None:
         metrics = DEFAULT_METRICS[task]
-    listed = [metrics] if isinstance(metrics, str) else list(metrics) if isinstance(metrics, Iterable) else metrics
+    listed = [metrics] if isinstance(metrics, str) else list(metrics) if is_listed(metrics) else metrics
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
         raise InvalidTypeError(f"metrics={metrics!r} are no names: give some of {', '.join(named_metrics(task))}")
     if not listed:
