@@ -18,6 +18,7 @@ from lmprobe_zarr.probes import (
     coefficients,
     converged,
     describe_unfit,
+    fit_probe,
     fits_running,
     has_strength,
     make_pipeline_for,
@@ -25,6 +26,7 @@ from lmprobe_zarr.probes import (
     not_finite_rows,
     parse_label_sets,
     read_layer,
+    rows_for,
 )
 from lmprobe_zarr.sweeps.given import check_activations, check_seed, layers_of
 from lmprobe_zarr.tasks import parse_runner
@@ -99,7 +101,7 @@ def fit_directions(
 
     def start(place: int) -> Any:
         values = None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", "hidden").data
-        return runner.call(_fit_layer, make, sets[0], variable if lazy else None, place, values)
+        return runner.call(_fit_layer, name, make, sets[0], variable if lazy else None, place, values)
 
     found = runner.run([partial(start, place) for place in range(len(layers))], "fit")
     for place, fitted in enumerate(found):
@@ -114,7 +116,7 @@ def _make(probe: Any, seed: int, task: str, preprocessing: str | None, strength:
     return make_pipeline_for(probe, task=task, preprocessing=preprocessing, random_state=seed, strength=strength)
 
 
-def _fit_layer(make: Callable[[], Any], labels: Labels, whole: xr.Variable | None, layer: int, values: Any) -> Any:
+def _fit_layer(probe: Any, make: Callable[[], Any], labels: Labels, whole: xr.Variable | None, layer: int, values: Any) -> Any:
     """Coefficients, intercept and whether the fit converged; or the rows that are NaN or infinite."""
     import sklearn
 
@@ -123,7 +125,9 @@ def _fit_layer(make: Callable[[], Any], labels: Labels, whole: xr.Variable | Non
     if bad:
         return bad
     with fits_running(), sklearn.config_context(assume_finite=True):
-        estimator = make().fit(matrix[labels.rows], labels.values[labels.rows])
+        values = labels.values[labels.rows]
+        rows = rows_for(probe, matrix[labels.rows], None if labels.classes is not None else values)
+        estimator = fit_probe(probe, make(), rows, values)
     coef, intercept = coefficients(estimator)
     return coef[:, 0], intercept, converged(estimator)
 
