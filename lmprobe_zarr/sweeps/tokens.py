@@ -33,7 +33,7 @@ from lmprobe_zarr.probes import (
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
-from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations
+from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations, refuse_choice
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, Tested, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import pool_tokens, prompts_of, stored_rows, token_texts
@@ -236,6 +236,7 @@ def sweep_tokens(
     pooling: str = "all",
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
     controls: str | Iterable[str] | None = None,
+    choose: None = None,
     random_state: int = 0,
     client: Client | None = None,
     scheduler: str | None = None,
@@ -265,6 +266,8 @@ def sweep_tokens(
         Entries beside the probes that a good score has to beat: "shuffled_labels", "control_task", "token_identity", "position", "layer_0",
         "majority"; see :data:`lmprobe_zarr.probes.token_controls.TOKEN_CONTROLS`. The first two fit every probe on other labels, which
         takes two more passes each. The coordinates ``kind`` and ``control`` tell controls from probes.
+    choose : None
+        Nothing is chosen here; any other value is an error that says how to choose a layer.
 
     Returns
     -------
@@ -286,6 +289,7 @@ def sweep_tokens(
     A control task gives every token id one random label, which a probe may learn by heart. Its score on these labels measures its
     capacity, and :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
     """
+    refuse_choice(choose, "sweep pooled tokens, as toks.lz.pool('mean'), or choose with sweep_tokens on some prompts and report others")
     array, dim = parse_token_activations(activations)
     runner = parse_runner(client, scheduler, n_workers, progress=progress)
     names = _parse_probes([probes] if isinstance(probes, str) else list(probes))
