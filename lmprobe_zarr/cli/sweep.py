@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_sweep"]
+
+#: Endings of files that `--out` does not write.
+_FILES = frozenset(
+    (".csv", ".h5", ".html", ".jpg", ".json", ".md", ".nc", ".npz", ".parquet", ".pdf", ".pkl", ".png", ".svg", ".tex", ".tsv", ".txt")
+)
 
 
 def add_sweep(commands: Any) -> None:
@@ -43,13 +49,10 @@ def add_sweep(commands: Any) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     from lmprobe_zarr.plots import plot_scores, save_plot
-    from lmprobe_zarr.sweeps import parse_table_path, plan_sweep, sweep, table_of_scores
+    from lmprobe_zarr.sweeps import plan_sweep, sweep, table_of_scores
 
-    if options.table:
-        parse_table_path(options.table)
+    _check_places(options)
     data, variable = _chosen(options)
-    if options.plot and not Path(options.plot).absolute().parent.is_dir():
-        raise InvalidArgumentError(f"--plot {options.plot!r}: the folder {str(Path(options.plot).parent)!r} does not exist, make it first")
     arguments: dict[str, Any] = {
         "labels": options.labels, "probes": split_names(options.probes), "cv": options.cv, "groups": options.groups,
         "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
@@ -83,6 +86,23 @@ def _sweep(options: argparse.Namespace) -> None:
             print(f"table: {Path(options.table)}")
 
 
+def _check_places(options: argparse.Namespace) -> None:
+    """Whether everything that is to be written can be, before anything is read or fitted."""
+    from lmprobe_zarr.plots.files import parse_plot_path
+    from lmprobe_zarr.sweeps import parse_table_path
+
+    if options.table:
+        parse_table_path(options.table)
+    if options.plot:
+        parse_plot_path(options.plot)
+    ending = Path(options.out or "").suffix.lower()
+    if ending in _FILES:
+        raise InvalidArgumentError(
+            f"--out {options.out!r} has the ending {ending} of a file, and scores are written as a folder of Zarr: "
+            "give a name such as scores or scores.zarr (--table writes .md, .tex and .csv, --plot pictures)"
+        )
+
+
 def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
     store = open_to_read(options.store)
     data = store.dataset(options.model, layers=parse_layers(options.layers), group=options.group)
@@ -99,7 +119,9 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
 
 
 def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
-    means, spread = scores[metrics].mean("fold"), scores[metrics].std("fold")
+    means, counts = scores[metrics].mean("fold"), scores[metrics].count("fold")
+    # The spread of a single score is unknown, and not 0.
+    spread = scores[metrics].std("fold").where(counts > 1)
     rows = []
     for layer in scores.layer.values:
         for probe, kind in zip(scores.probe.values, scores.kind.values, strict=True):
@@ -116,5 +138,9 @@ def _print_table(rows: list[dict[str, Any]], metrics: list[str]) -> None:
     columns = [max(17, len(metric) + 2) for metric in metrics]
     print(f"layer  {'probe':<{width}}" + "".join(f"{metric:<{column}}" for metric, column in zip(metrics, columns, strict=True)).rstrip())
     for row in rows:
-        cells = [f"{row[metric]:.3f} ± {row[f'{metric}_std']:.3f}" for metric in metrics]
+        cells = [_cell(row[metric], row[f"{metric}_std"]) for metric in metrics]
         print(f"{row['layer']:>5}  {row['probe']:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True)).rstrip())
+
+
+def _cell(mean: float, spread: float) -> str:
+    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
