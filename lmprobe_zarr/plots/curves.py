@@ -44,7 +44,7 @@ def plot_roc(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
     _check_curves(curves, "true_positive_rate", "roc_curves")
     axes: Any = new_axes() if ax is None else ax
     lettering = Lettering()
-    names = lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"]))
+    names = lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"], ax))
     entries = [_draw_diagonal(axes, "chance (0.50)")]
     for number, name in enumerate(names):
         curve = curves.isel(curve=number).dropna("point")
@@ -81,7 +81,7 @@ def plot_calibration(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
     _check_curves(curves, "observed", "calibration_curves")
     axes: Any = new_axes() if ax is None else ax
     lettering = Lettering()
-    names = lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"]))
+    names = lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"], ax))
     entries = [_draw_diagonal(axes, "calibrated")]
     most = float(curves["n"].max()) or 1.0
     for number, name in enumerate(names):

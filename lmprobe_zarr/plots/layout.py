@@ -24,9 +24,10 @@ _GAP: Final = 5.0
 _DOLLAR: Final = "\ue000"
 
 
-def label_limit(count: int) -> int:
-    """How many characters the names of so many entries of a legend may have."""
-    return 60 if count <= 6 else 40 if count <= 16 else 24
+def label_limit(count: int, given: Any = None) -> int:
+    """How many characters the names of so many entries of a legend may have; fewer in narrow axes of the caller."""
+    most = 60 if count <= 6 else 40 if count <= 16 else 24
+    return most if given is None else max(12, min(most, int(6 * given.get_window_extent().width / given.figure.dpi)))
 
 
 def finish_figure(
@@ -80,12 +81,14 @@ def finish_given(
     axes: Any, lettering: Lettering, *, legend: Sequence[Entry] = (), title: str | None = None, place: str = "best", bar: Any = None
 ) -> None:
     """Fit texts and a legend into axes of the caller, whose size stays."""
+    _run_layout(axes)
     box = axes.get_window_extent()
     width, height = box.width / axes.figure.dpi, box.height / axes.figure.dpi
     _wrap_labels(axes, bar, width, height)
     if legend:
+        # Other axes of the figure, which may get labels later, leave less room than there is now.
         others = [(h, t) for h, t in zip(*axes.get_legend_handles_labels(), strict=True) if all(h is not ours for ours, _ in legend)]
-        _legend_inside(axes, lettering, [*others, *legend], title, place, (0.96 * width, 0.4 * height))
+        _legend_inside(axes, lettering, [*others, *legend], title, place, (0.8 * width, 0.4 * height))
     if lettering.note:
         note = "\n".join(textwrap.wrap(lettering.note, max(16, int(15 * width))))
         axes.annotate(note, (0.01, 0.01), xycoords="axes fraction", fontsize="xx-small", color="0.35", zorder=6)
@@ -125,11 +128,18 @@ def _around(axes: Any) -> tuple[float, float]:
     return float(width * (1 - box.width)), float(height * (1 - box.height))
 
 
+def _run_layout(axes: Any) -> None:
+    """Let the layout of the whole figure, if it has one, find the present place of some axes."""
+    figure = axes.figure
+    while figure.figure is not figure:
+        figure = figure.figure
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+
+
 def thin_labels(axes: Any) -> None:
     """Leave out labels of the horizontal axis that would run into the one before."""
-    engine = axes.figure.get_layout_engine() if hasattr(axes.figure, "get_layout_engine") else None
-    if engine is not None:
-        engine.execute(axes.figure)
+    _run_layout(axes)
     labels = axes.get_xticklabels()
     boxes = [label.get_window_extent() for label in labels]
     kept: list[int] = []

@@ -85,7 +85,7 @@ def plot_scores(
     probes = values["probe"].values
     controls = [str(kind) == "control" for kind in scores["kind"].values] if "kind" in scores.coords else [False] * len(probes)
     lettering = Lettering()
-    names = lettering.fit_all([*probes, *lines], label_limit(len(probes) + len(lines)))
+    names = lettering.fit_all([*probes, *lines], label_limit(len(probes) + len(lines), ax))
     entries = []
     for number, probe in enumerate(probes):
         label = names[number] + _convergence_note(scores, probe)

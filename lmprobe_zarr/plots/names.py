@@ -48,12 +48,11 @@ def shorten_names(names: Sequence[str], most: int, *, keep_start: bool = False) 
         for row, found in zip(rows, varying, strict=True):
             short[row] = found
     # Whatever is still alike, such as two long names that differ in many places, is numbered.
-    for kept in _collisions(names, short):
-        numbers: dict[str, int] = {}
-        for row, found in enumerate(short):
-            if found == kept:
-                number = numbers.setdefault(names[row], len(numbers) + 1)
-                short[row] = f"{_cut_middle(found, most - len(str(number)) - 3)} ({number})"
+    alike, numbers = _collisions(names, short), dict[str, int]()
+    for row, found in enumerate(short):
+        if found in alike:
+            number = numbers.setdefault(names[row], len(numbers) + 1)
+            short[row] = f"{_cut_middle(found, most - len(str(number)) - 3)} ({number})"
     return short
 
 
