@@ -157,8 +157,8 @@ def draw(scores: dict[str, xr.Dataset], bag_of_words: float, folder: Path) -> Pa
 
     curves = [s[["accuracy"]].assign_coords(probe=[name]) for name, s in scores.items()]
     merged = xr.concat(curves, "probe", data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override")
-    axes = plot_scores(merged, baseline={"bag of words": bag_of_words})
-    axes.set_title(f"{merged.attrs['model']} · is the sentence positive or negative?")
+    titled = merged.assign_attrs(labels="is the sentence positive or negative?", variable="")
+    axes = plot_scores(titled, baseline={"bag of words": bag_of_words})
     path = folder / PLOT
     save_plot(axes, path)
     return path
