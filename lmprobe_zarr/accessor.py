@@ -621,7 +621,7 @@ def _as_series(column: xr.DataArray) -> pd.Series[Any]:
     if column.ndim != 1:
         raise InvalidArgumentError(f"{column.name!r} has dims {column.dims}: a column has one; select or stack the others first")
     shown = shown_column(column.values, column.attrs)
-    dtype = object if shown.kind.dtype == "object" or (shown.kind.name == "date" and shown.kind.categories is None) else None
+    dtype = object if shown.kind.categories is None and (shown.kind.dtype == "object" or shown.kind.name == "date") else None
     return pd.Series(shown.to_pandas(), index=_index_of(column, list(column.dims)), name=column.name, dtype=dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from lmprobe_zarr.probes.controls import BAGS_OF_TOKENS
 from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_sweep"]
+
+#: Endings of files that `--out` does not write.
+_FILES = frozenset(
+    (".csv", ".h5", ".html", ".jpg", ".json", ".md", ".nc", ".npz", ".parquet", ".pdf", ".pkl", ".png", ".svg", ".tex", ".tsv", ".txt")
+)
 
 
 def add_sweep(commands: Any) -> None:
@@ -52,15 +58,10 @@ def add_sweep(commands: Any) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     from lmprobe_zarr.plots import plot_scores, save_plot
-    from lmprobe_zarr.sweeps import parse_table_path, plan_sweep, sweep, table_of_scores
+    from lmprobe_zarr.sweeps import plan_sweep, sweep, table_of_scores
 
-    if options.table:
-        parse_table_path(options.table)
+    _check_places(options)
     data, variable, controls = _chosen(options)
-    if options.plot and "layer" in split_names(options.choose):
-        raise InvalidArgumentError("--plot draws scores by layer, and --choose layer leaves none: leave one of the two out, or use --table")
-    if options.plot and not Path(options.plot).absolute().parent.is_dir():
-        raise InvalidArgumentError(f"--plot {options.plot!r}: the folder {str(Path(options.plot).parent)!r} does not exist, make it first")
     arguments: dict[str, Any] = {
         "labels": options.labels, "probes": split_names(options.probes), "cv": options.cv, "groups": options.groups,
         "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
@@ -109,6 +110,27 @@ def _controls(text: str) -> dict[str, Any]:
     return found
 
 
+def _check_places(options: argparse.Namespace) -> None:
+    """Whether everything that is to be written can be, before anything is read or fitted."""
+    from lmprobe_zarr.plots.files import parse_plot_path
+    from lmprobe_zarr.sweeps import parse_table_path
+
+    if options.table:
+        parse_table_path(options.table)
+    if options.plot:
+        parse_plot_path(options.plot)
+        if "layer" in split_names(options.choose):
+            raise InvalidArgumentError(
+                "--plot draws scores by layer, and --choose layer leaves none: leave one of the two out, or use --table"
+            )
+    ending = Path(options.out or "").suffix.lower()
+    if ending in _FILES:
+        raise InvalidArgumentError(
+            f"--out {options.out!r} has the ending {ending} of a file, and scores are written as a folder of Zarr: "
+            "give a name such as scores or scores.zarr (--table writes .md, .tex and .csv, --plot pictures)"
+        )
+
+
 def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str, dict[str, Any]]:
     controls = _controls(options.controls)
     store = open_to_read(options.store)
@@ -129,7 +151,9 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str, dict[str, Any
 
 
 def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
-    means, spread = scores[metrics].mean("fold"), scores[metrics].std("fold")
+    means, counts = scores[metrics].mean("fold"), scores[metrics].count("fold")
+    # The spread of a single score is unknown, and not 0.
+    spread = scores[metrics].std("fold").where(counts > 1)
     by_layer = "layer" in scores.dims
     rows = []
     for layer in scores.layer.values if by_layer else (None,):
@@ -164,7 +188,11 @@ def _print_table(rows: list[dict[str, Any]], metrics: list[str]) -> None:
     print(f"{'layer  ' * by_layer}{'probe':<{width}}{heads}{'  '.join(name.replace('_', ' ') for name in chosen)}".rstrip())
     for row in rows:
         p_values = [f" p={row[name]:.2g}" if (name := f"{metric}_p_value") in row else "" for metric in metrics]
-        cells = [f"{row[metric]:.3f} ± {row[f'{metric}_std']:.3f}{p}" for metric, p in zip(metrics, p_values, strict=True)]
+        cells = [_cell(row[metric], row[f"{metric}_std"]) + p for metric, p in zip(metrics, p_values, strict=True)]
         line = f"{row['layer']:>5}  " if by_layer else ""
         line += f"{row['probe']:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True))
         print((line + "  ".join(", ".join(map(str, row[name])) or "-" for name in chosen)).rstrip())
+
+
+def _cell(mean: float, spread: float) -> str:
+    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"

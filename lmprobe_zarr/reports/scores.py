@@ -118,7 +118,10 @@ def _average_curve(name: str, values: Array, kind: str) -> Series:
     defined = np.isfinite(values).any(axis=1)
     mean, low, high = (np.full(len(values), np.nan) for _ in range(3))
     mean[defined], low[defined], high[defined] = (f(values[defined], axis=1) for f in (np.nanmean, np.nanmin, np.nanmax))
-    banded = values.shape[1] > 1
+    # A single score has no spread, which is not a spread of 0.
+    several = np.isfinite(values).sum(axis=1) > 1
+    low[~several], high[~several] = np.nan, np.nan
+    banded = bool(several.any())
     return Series(
         name=name, values=mean, low=low if banded else None, high=high if banded else None, kind="control" if kind == "control" else "probe"
     )
