@@ -520,6 +520,34 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
 
         return table_of_scores(self._data, metrics, intervals=intervals, format=format, path=path)
 
+    def best(self, metric: str | None = None, along: str | Iterable[str] = "layer") -> xr.Dataset:
+        """The layer with the best mean score, for each probe; the score is too high, since it is the one that the layer was chosen by.
+
+        `lmprobe_zarr.sweep` with ``choose="layer"`` chooses within each training fold instead, and reports scores of prompts that had no
+        part in the choice.
+
+        Parameters
+        ----------
+        metric : str, optional
+            The score to choose by; the first of the sweep if not given. Losses and errors are best where they are least.
+        along : str or several
+            What is chosen: "layer", "probe" (never a control), "strength", "variable".
+
+        Returns
+        -------
+        Dataset
+            The mean score over folds and seeds of the best, and ``best_layer`` and so on, over the other dims. The coordinate
+            ``chosen_by`` and the attribute ``chosen`` say that the choice was made on the scores themselves.
+
+        Raises
+        ------
+        InvalidArgumentError
+            No such score or dim, or a dim along which the sweep itself has chosen.
+        """
+        from lmprobe_zarr.sweeps import best_scores
+
+        return best_scores(self._data, metric, along)
+
     def __repr__(self) -> str:
         from lmprobe_zarr.sweeps import describe_scores
 

@@ -40,6 +40,7 @@ from lmprobe_zarr.probes import (
     dump_probe,
     evaluate_classification,
     evaluate_regression,
+    evaluation_folds,
     has_weights,
     is_matrix,
     list_given,
@@ -630,7 +631,9 @@ class Probe:
         labels = as_array(align_labels(prompts, labels))
         return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), labels)
 
-    def evaluate(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, prompts: Any, labels: Any, *, choose: str | None = None, groups: Any = None, batch_size: int | None = None
+    ) -> dict[str, Any]:
         """The usual measures on prompts that the probe has not seen.
 
         Parameters
@@ -638,6 +641,11 @@ class Probe:
         prompts : iterable of prompts, or array of activations
         labels : sequence
             A label or value per prompt, in their order.
+        choose : {"layer"}, optional
+            Of a sweep: the measures are the mean over five folds of these prompts, each scored by the layer that is best on the other
+            four, so that no prompt has a part in the choice of the layer by which it is scored.
+        groups : sequence, optional
+            With `choose`: prompts of an equal value are in one fold.
         batch_size : int, optional
             For this call.
 
@@ -646,26 +654,57 @@ class Probe:
         dict
             ``accuracy``, ``f1``, ``precision``, ``recall``, ``auroc`` (where there are probabilities or scores) and ``n_eval``; ``r2`` and
             ``mae`` for a regression. Of a sweep: those of the best layer, ``best_layer``, ``best_accuracy``, and ``layer_results`` by
-            layer; the probe of the best layer is in use afterwards.
+            layer; the probe of the best layer is in use afterwards. The best of many layers scores too high on the prompts that it was
+            chosen by, and ``chosen_by`` says so. With `choose` the measures are free of that, ``chosen_layers`` has the layer of each fold,
+            and ``best_layer`` and ``best_accuracy`` are of all prompts as before.
+
+        Raises
+        ------
+        InvalidArgumentError
+            `choose` is another word, or this is no sweep.
+        LabelError
+            With `choose`: fewer than two prompts (or groups) of a class.
         """
         fitted = self._fitted
+        if choose not in (None, "layer") or (choose is not None and self.sweep_result_ is None) or (choose is None and groups is not None):
+            problem = "'layer' can be chosen, of a probe that was fitted with layers='sweep'; groups= are for choose='layer'"
+            raise InvalidArgumentError(f"choose={choose!r} chooses nothing here: {problem}")
         if self.sweep_result_ is not None:
-            return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size)
+            return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size, choose, groups)
         y = as_array(align_labels(prompts, labels))
         if is_matrix(prompts):
             features = self._same_width(prompts)
             return fitted.measure(np.asarray(self.pipeline_.predict(features)), class_scores(self.pipeline_, features), y)
         return fitted.evaluate(self._read(prompts, batch_size), y)
 
-    def _evaluate_sweep(self, sweep: LayerSweep, prompts: Any, labels: Any, batch_size: int | None) -> dict[str, Any]:
+    def _evaluate_sweep(
+        self, sweep: LayerSweep, prompts: Any, labels: Any, batch_size: int | None, choose: str | None, groups: Any
+    ) -> dict[str, Any]:
         y = as_array(labels)
         if is_matrix(prompts):
             raise InvalidArgumentError("a sweep has a probe per layer: evaluate one of them on activations, probe.sweep_result_[layer]")
-        results = {layer: fitted.evaluate(read, y) for layer, fitted, read in sweep._read(prompts, batch_size)}
+        listed = list_given(prompts)
+        answers = {layer: fitted.answer(read) for layer, fitted, read in sweep._read(listed, batch_size)}
+
+        def score(layer: int, rows: Any = slice(None)) -> dict[str, Any]:
+            predicted, scores = answers[layer]
+            return sweep[layer]._fitted.measure(predicted[rows], None if scores is None else scores[rows], y[rows])
+
+        results = {layer: score(layer) for layer in answers}
         measure = "accuracy" if self.task == "classification" else "r2"
         best = max(results, key=lambda layer: results[layer][measure])
+        found, chosen_by = results[best], f"these prompts, on which the best of {len(results)} layers scores too high: give choose='layer'"
+        chosen: dict[str, Any] = {}
+        if choose is not None:
+            folds = evaluation_folds(listed, None if self.task == "regression" else y, groups)
+            layers = [max(results, key=lambda layer: score(layer, others)[measure]) for others, _ in folds]
+            by_fold = [score(layer, rows) for layer, (_, rows) in zip(layers, folds, strict=True)]
+            names = dict.fromkeys(name for each in by_fold for name in each)
+            found = {name: float(np.mean([each[name] for each in by_fold if name in each])) for name in names} | {"n_eval": len(y)}
+            chosen, chosen_by = {"chosen_layers": layers}, f"the other prompts, in each of {len(folds)} folds"
         self._adopt(sweep[best])
-        return {**results[best], "layer_results": results, "best_layer": best, f"best_{measure}": results[best][measure]}
+        shown = {"layer_results": results, "best_layer": best, f"best_{measure}": results[best][measure]}
+        return {**found, **shown, **chosen, "chosen_by": chosen_by}
 
     @property
     def _fitted(self) -> _Fitted:
@@ -842,7 +881,7 @@ class LayerSweep:
         return {layer: fitted.probabilities(read) for layer, fitted, read in self._read(prompts)}
 
     def best_layer(self, prompts: Iterable[Any], labels: Any) -> int:
-        """The layer with the highest score.
+        """The layer with the highest score; that score is too high, as the best of many on the prompts that it was chosen by.
 
         Parameters
         ----------
@@ -916,12 +955,16 @@ class _Fitted:
 
     def evaluate(self, read: Activations, labels: Array) -> dict[str, Any]:
         """The usual measures."""
+        return self.measure(*self.answer(read), labels)
+
+    def answer(self, read: Activations) -> tuple[Array, Array | None]:
+        """The predictions, and scores or probabilities if there are any."""
         scores = None
         if self.classes is not None and read.stage.needs_tokens:
             scores = np.asarray(_pooled(self._scores(read.features, self.classes), read))
         elif self.classes is not None:
             scores = class_scores(self.pipeline, read.features)
-        return self.measure(np.asarray(self.predict(read)), scores, labels)
+        return np.asarray(self.predict(read)), scores
 
     def measure(self, predicted: Array, scores: Array | None, labels: Array) -> dict[str, Any]:
         """The usual measures of predictions, and of scores if there are any."""

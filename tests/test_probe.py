@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
@@ -251,6 +252,37 @@ def test_a_sweep_fits_one_probe_per_layer_in_one_pass(llama: Path, runs: list[in
     assert inner.sweep_result_.layers == [1, 2, 3], "as far as the model has them"
     with pytest.raises(InvalidArgumentError, match="sweep_result_"):
         probe.fit(POSITIVE, NEGATIVE).save("never.probe")
+
+
+def test_a_sweep_is_evaluated_by_layers_that_were_chosen_on_other_prompts(llama: Path, runs: list[int]) -> None:
+    probe = lz.Probe(str(llama), layers="sweep", classifier="mass_mean").fit(POSITIVE, NEGATIVE)
+    assert probe.sweep_result_ is not None
+    prompts = [f"{word} number {i}" for i in range(12) for word in ("love", "rainy", "the dog")]
+    y = np.random.default_rng(0).permutation(np.arange(36) % 2)
+    topic = np.repeat(np.arange(12), 3)
+    shown = probe.evaluate(prompts, y)
+    assert "these prompts, on which the best of 4 layers scores too high: give choose='layer'" in shown["chosen_by"]
+    predicted = probe.sweep_result_.predict(prompts)
+    for groups in (None, topic):
+        found = probe.evaluate(prompts, y, choose="layer", groups=groups)
+        splitter = StratifiedKFold if groups is None else StratifiedGroupKFold
+        expected, layers = [], []
+        for others, rows in splitter(5, shuffle=True, random_state=0).split(y, y, groups):
+            right = {layer: (predicted[layer] == y).astype(float) for layer in range(4)}
+            layers.append(max(right, key=lambda layer: right[layer][others].mean()))
+            expected.append(right[layers[-1]][rows].mean())
+        assert found["chosen_layers"] == layers
+        assert found["accuracy"] == pytest.approx(np.mean(expected))
+        assert found["n_eval"] == 36
+        assert found["chosen_by"] == "the other prompts, in each of 5 folds"
+        assert (found["best_layer"], found["best_accuracy"]) == (shown["best_layer"], shown["best_accuracy"])
+    assert runs == [16, 36], "all layers in one pass"
+    for given, options in (("sweep", {"choose": "probe"}), ("sweep", {"groups": topic}), (1, {"choose": "layer"})):
+        fitted = lz.Probe(str(llama), layers=given, classifier="mass_mean").fit(POSITIVE, NEGATIVE)
+        with pytest.raises(InvalidArgumentError, match="'layer' can be chosen, of a probe that was fitted with layers='sweep'"):
+            fitted.evaluate(prompts, y, **options)
+    with pytest.raises(LabelError, match="groups hold 3 values for 36 prompts"):
+        probe.evaluate(prompts, y, choose="layer", groups=[1, 2, 3])
 
 
 def test_several_layers_are_brought_to_one_scale(llama: Path) -> None:

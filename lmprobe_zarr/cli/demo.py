@@ -24,7 +24,7 @@ def _demo(options: argparse.Namespace) -> None:
     result = run_demo(options.store, model=options.model, output=options.output, progress=not options.json)
     name, layer, accuracy = result.best
     if options.json:
-        best = {"variable": name, "layer": layer, "accuracy": accuracy}
+        best = {"variable": name, "layer": layer, "accuracy": accuracy, "chosen_by": "the accuracy that is shown"}
         document = {"stats": as_json(result.stats), "table": result.table, "bag_of_words": result.bag_of_words, "best": best}
         print_json(document | {"plot": str(result.plot)})
         return
@@ -38,6 +38,7 @@ def _demo(options: argparse.Namespace) -> None:
         cells = "".join(f"{row[v]:.3f} ± {row[v + '_std']:.3f}".ljust(22) for v in result.scores)
         print(f"{row['layer']:>5}   {cells}{result.bag_of_words:.3f}")
     print(f"\nbest: {name}, layer {layer}, {accuracy:.3f}, compared with {result.bag_of_words:.3f} for word counts")
+    print(f"(the best of {len(result.table) * len(result.scores)} by the accuracy that is shown, which is therefore somewhat too high)")
     print(f"plot: {result.plot}\n\nContinue in Python:\n")
     print(f"    import lmprobe_zarr as lz; store = lz.open_store({options.store!r})")
     print(f"    store.dataset({result.stats.model!r}).{name}.sel(layer={layer})")

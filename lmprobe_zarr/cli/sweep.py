@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
@@ -35,6 +36,9 @@ def add_sweep(commands: Any) -> None:
     command.add_argument("--metrics", help="names, separated by commas (default: accuracy,auroc; of a regression r2,mae)")
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
     command.add_argument("--cv", type=int, help="number of folds (default: 5)")
+    command.add_argument(
+        "--choose", default="", metavar="NAMES", help="choose the layer, the probe, or both (layer,probe) within each training fold"
+    )
     command.add_argument("--repeats", type=int, default=1, help="how many times folds are drawn (default: %(default)s)")
     command.add_argument("--missing", default="raise", choices=("raise", "drop"), help="what to do about prompts without a label")
     command.add_argument("--random-state", type=int, default=0, help="seed of folds and fits (default: %(default)s)")
@@ -53,18 +57,21 @@ def _sweep(options: argparse.Namespace) -> None:
     if options.table:
         parse_table_path(options.table)
     data, variable, controls = _chosen(options)
+    if options.plot and "layer" in split_names(options.choose):
+        raise InvalidArgumentError("--plot draws scores by layer, and --choose layer leaves none: leave one of the two out, or use --table")
     if options.plot and not Path(options.plot).absolute().parent.is_dir():
         raise InvalidArgumentError(f"--plot {options.plot!r}: the folder {str(Path(options.plot).parent)!r} does not exist, make it first")
     arguments: dict[str, Any] = {
         "labels": options.labels, "probes": split_names(options.probes), "cv": options.cv, "groups": options.groups,
         "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
         "controls": controls or None, "repeats": options.repeats, "missing": options.missing,
-        "random_state": options.random_state,
+        "choose": split_names(options.choose) or None, "random_state": options.random_state,
     }  # fmt: skip
     if options.dry_run:
         plan = plan_sweep(data[variable], **arguments)
         if options.json:
-            print_json({"fits": plan.n_fits, "tasks": plan.n_tasks, "nbytes": plan.nbytes, "layers": list(plan.layers)})
+            document = {"fits": plan.n_fits, "tasks": plan.n_tasks, "nbytes": plan.nbytes, "layers": list(plan.layers)}
+            print_json({**document, **({"chosen": plan.choice} if plan.choice else {})})
         else:
             print(plan)
         return
@@ -75,9 +82,12 @@ def _sweep(options: argparse.Namespace) -> None:
     metrics.remove("fit_seconds")
     rows = _rows(scores, metrics)
     if options.json:
-        print_json({"model": str(data.model.values), "variable": variable, "labels": options.labels, "scores": rows})
+        document = {"model": str(data.model.values), "variable": variable, "labels": options.labels, "scores": rows}
+        print_json({**document, **({"chosen": scores.attrs["chosen"]} if "chosen" in scores.attrs else {})})
     else:
         _print_table(rows, metrics)
+        if "chosen" in scores.attrs:
+            print(f"chosen: {scores.attrs['chosen']}")
     if options.plot:
         save_plot(plot_scores(scores, metrics[0]), options.plot)
         if not options.json:
@@ -120,25 +130,41 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str, dict[str, Any
 
 def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
     means, spread = scores[metrics].mean("fold"), scores[metrics].std("fold")
+    by_layer = "layer" in scores.dims
     rows = []
-    for layer in scores.layer.values:
+    for layer in scores.layer.values if by_layer else (None,):
         for probe, kind in zip(scores.probe.values, scores.kind.values, strict=True):
-            at = {"layer": layer, "probe": probe}
-            row: dict[str, Any] = {"layer": int(layer), "probe": str(probe), "kind": str(kind)}
+            at = {"layer": layer, "probe": probe} if by_layer else {"probe": probe}
+            row: dict[str, Any] = {} if layer is None else {"layer": int(layer)}
+            row |= {"probe": str(probe), "kind": str(kind)}
             row |= {metric: float(means[metric].sel(at)) for metric in metrics}
             row |= {f"{metric}_std": float(spread[metric].sel(at)) for metric in metrics}
             p_values = {name: scores[name].sel(at).item() for metric in metrics if (name := f"{metric}_p_value") in scores}
             row |= {name: value for name, value in p_values.items() if value == value}
+            for dim in ("layer", "probe"):
+                if f"chosen_{dim}" in scores:
+                    row[f"chosen_{dim}s"] = _unique(scores[f"chosen_{dim}"].sel(probe=probe).values)
             rows.append(row)
     return rows
+
+
+def _unique(values: Any) -> list[Any]:
+    """What was chosen in some fold, sorted; empty for a control that has nothing to choose from."""
+    known = [value for value in np.unique(values[values == values]).tolist() if value != ""]  # NaN differs from itself
+    return [int(value) if isinstance(value, float) and value.is_integer() else value for value in known]
 
 
 def _print_table(rows: list[dict[str, Any]], metrics: list[str]) -> None:
     width = max(len(row["probe"]) for row in rows) + 2
     wide = 17 + 9 * any(f"{metric}_p_value" in row for row in rows for metric in metrics)
     columns = [max(wide, len(metric) + 2) for metric in metrics]
-    print(f"layer  {'probe':<{width}}" + "".join(f"{metric:<{column}}" for metric, column in zip(metrics, columns, strict=True)).rstrip())
+    by_layer = "layer" in rows[0]
+    chosen = [name for name in ("chosen_layers", "chosen_probes") if name in rows[0]]
+    heads = "".join(f"{metric:<{column}}" for metric, column in zip(metrics, columns, strict=True))
+    print(f"{'layer  ' * by_layer}{'probe':<{width}}{heads}{'  '.join(name.replace('_', ' ') for name in chosen)}".rstrip())
     for row in rows:
         p_values = [f" p={row[name]:.2g}" if (name := f"{metric}_p_value") in row else "" for metric in metrics]
         cells = [f"{row[metric]:.3f} ± {row[f'{metric}_std']:.3f}{p}" for metric, p in zip(metrics, p_values, strict=True)]
-        print(f"{row['layer']:>5}  {row['probe']:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True)).rstrip())
+        line = f"{row['layer']:>5}  " if by_layer else ""
+        line += f"{row['probe']:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True))
+        print((line + "  ".join(", ".join(map(str, row[name])) or "-" for name in chosen)).rstrip())

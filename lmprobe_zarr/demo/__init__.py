@@ -61,7 +61,7 @@ class DemoResult:
 
     @property
     def best(self) -> tuple[str, int, float]:
-        """Variable, layer and mean accuracy of the best entry of the table."""
+        """Variable, layer and mean accuracy of the best entry of the table, which was chosen by this accuracy."""
         cells = [(name, row["layer"], row[name]) for row in self.table for name in self.scores]
         return max(cells, key=lambda cell: cell[2])
 

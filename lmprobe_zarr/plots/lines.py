@@ -105,6 +105,11 @@ def _select_metric(scores: Any, metric: str) -> xr.DataArray:
     dims = {"layer", "probe", "fold"}
     fitting = [str(name) for name, variable in scores.data_vars.items() if dims <= set(variable.dims) and variable.dtype.kind == "f"]
     if metric not in fitting:
+        if "chosen_layer" in scores:
+            raise InvalidArgumentError(
+                "the layer of these scores was chosen within each training fold, so there is nothing to draw by layer: "
+                "print scores.lz.table(), or draw a sweep without choose"
+            )
         raise InvalidArgumentError(
             f"there is no score {metric!r} over layer, probe and fold: use one of {', '.join(fitting) or 'none (not a sweep)'}"
         )

@@ -17,8 +17,8 @@ from lmprobe_zarr.probes.classifiers import check_task, converged, fit_in_place,
 from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
-from lmprobe_zarr.probes.fit import fit_task
-from lmprobe_zarr.probes.folds import check_folds_listed, group_codes, number_repeats, plan_folds
+from lmprobe_zarr.probes.fit import draw_within, fit_task
+from lmprobe_zarr.probes.folds import check_folds_listed, evaluation_folds, group_codes, number_repeats, plan_folds
 from lmprobe_zarr.probes.given import (
     as_array,
     check_batch_size,
@@ -92,10 +92,12 @@ __all__ = [
     "coefficients",
     "converged",
     "describe_unfit",
+    "draw_within",
     "dump_probe",
     "empty_sums",
     "evaluate_classification",
     "evaluate_regression",
+    "evaluation_folds",
     "fit_in_place",
     "fit_task",
     "fits_running",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import or_
 from typing import Any, Final
@@ -15,10 +16,9 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes.classifiers import converged, fit_in_place
 from lmprobe_zarr.probes.controls import DIRECTION, Trial, make_estimator
-from lmprobe_zarr.probes.folds import inner_folds, keep_together
+from lmprobe_zarr.probes.folds import Fold, inner_folds, keep_together
 from lmprobe_zarr.probes.gram import RidgeTarget, Solved, solve_ridge
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
@@ -27,7 +27,7 @@ from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, NotFiniteError
 from lmprobe_zarr.tokens import stored_rows
 from lmprobe_zarr.typing import Array, Estimator
 
-__all__ = ["fit_task"]
+__all__ = ["draw_within", "fit_task"]
 _RIDGES: Final = ("ridge", "ridge_regression")
 
 
@@ -93,7 +93,8 @@ def _check_finite(plan: FitPlan, task: FitTask, trial: int, matrix: Array) -> No
 def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iterator[Fit]:
     trial = plan.trials[number]
     random = trial.random(plan.preprocessing)
-    grid = trial.penalised and bool(plan.strengths) and not plan.inner
+    chosen = plan.chooses_strength(trial)
+    grid = trial.penalised and bool(plan.strengths) and not chosen
     strengths: tuple[float | None, ...] = plan.strengths if grid else (None,)
     layer = -1 if task.variable < 0 or not trial.by_layer else plan.variables[task.variable].layers[task.layer]
     # With several seeds, a trial that draws nothing at random is fitted once and its scores apply to every seed.
@@ -102,7 +103,7 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
         yield from _fit_shuffles(plan, task, number, matrix, layer, strengths if grid else None)
         return
     grams: list[list[list[Solved]]] | None = None
-    if _is_plain_ridge(plan, trial, matrix) and not plan.inner and not trial.shuffled:
+    if _is_plain_ridge(plan, trial, matrix) and not chosen and not trial.shuffled:
         # All folds, strengths and labels at once, since they share products of rows.
         grams = solve_ridge(matrix, plan.folds, [RidgeTarget(each.values, each.classes) for each in plan.labels], strengths)
     for fold in range(len(plan.folds)):
@@ -110,13 +111,29 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
             rows = _project(plan, trial, seed, matrix) if trial.features == DIRECTION else matrix
             for which in range(len(plan.labels)):
                 at = (task.variable, layer, number, fold, seed if random or len(plan.seeds) == 1 else -1)
-                for place, strength in enumerate(strengths):
+                inner: Array | None = None
+                problems = [""] * len(strengths)
+                fitted = strengths
+                if chosen or plan.is_candidate(trial):
+                    candidates = plan.strengths if chosen else strengths
+                    inner, problems = _score_within(plan, task, (*at, -1, which), rows, candidates)
+                    if chosen:
+                        best = _best_strength(plan, inner)
+                        inner, problems, fitted = inner[[best]], [problems[best]], (plan.strengths[best],)
+                for place, strength in enumerate(fitted):
                     where = (*at, place if grid else -1, which)
+                    if problems[place]:
+                        yield _failed(plan, where, problems[place])
+                        continue
                     if grams is not None:
                         solved = grams[fold][place][which]
-                        yield _score(plan, where, solved.outcome, solved.seconds, ended=True)
+                        fit = _score(plan, where, solved.outcome, solved.seconds, ended=True)
                     else:
-                        yield _fit_fold(plan, task, where, rows, strength)
+                        fit = _fit_fold(plan, task, where, rows, strength)
+                    if inner is not None:
+                        picked = strength if chosen and strength is not None else np.nan
+                        fit = replace(fit, strength=picked, inner=float(inner[place]))
+                    yield fit
 
 
 def _fit_shuffles(
@@ -141,7 +158,7 @@ def _fit_shuffles(
                     np.nan,
                     None,
                     failed[0].problem if failed else "",
-                    None if fold else _known_mean(values),
+                    shuffled=None if fold else _known_mean(values),
                 )
 
 
@@ -150,13 +167,22 @@ def _fit_shuffle(
 ) -> list[Fit]:
     """The fits of all folds of one shuffle."""
     trial, labels = plan.trials[at[2]], plan.labels[at[6]]
-    values, folds = plan.shuffled[at[6]][at[4]][shuffle]
+    values, folds = _labels_of(plan, trial, at[6], at[4], shuffle)
     places = [(*at[:3], fold, *at[4:]) for fold in range(len(folds))]
-    if _is_plain_ridge(plan, trial, matrix) and not plan.inner:
+    if plan.chooses_strength(trial):
+        return [_fit_chosen(plan, task, where, matrix, shuffle) for where in places]
+    if _is_plain_ridge(plan, trial, matrix):
         # All folds at once, since they share products of rows.
         solved = solve_ridge(matrix, folds, [RidgeTarget(values, labels.classes)], [strength])
         return [_score(plan, where, each[0][0].outcome, each[0][0].seconds, ended=True) for where, each in zip(places, solved, strict=True)]
     return [_fit_fold(plan, task, where, matrix, strength, shuffle) for where in places]
+
+
+def _fit_chosen(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, shuffle: int) -> Fit:
+    """The fit of one fold of a shuffle, with a strength that is chosen within its training rows."""
+    inner, problems = _score_within(plan, task, at, matrix, plan.strengths, shuffle)
+    best = _best_strength(plan, inner)
+    return _failed(plan, at, problems[best]) if problems[best] else _fit_fold(plan, task, at, matrix, plan.strengths[best], shuffle)
 
 
 def _known_mean(values: Array) -> Array:
@@ -193,6 +219,11 @@ def _layer_name(plan: FitPlan, task: FitTask) -> str:
     return plan.layers[place] if place >= 0 else ""
 
 
+def _labels_of(plan: FitPlan, trial: Trial, which: int, seed: int, shuffle: int = 0) -> tuple[Array, Sequence[Fold]]:
+    """The labels that a trial learns, shape (prompt,), and its folds."""
+    return plan.shuffled[which][max(seed, 0)][shuffle] if trial.shuffled else (plan.labels[which].values, plan.folds)
+
+
 def _fit_fold(
     plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None, shuffle: int = 0
 ) -> Fit:
@@ -201,36 +232,55 @@ def _fit_fold(
 
     _, _, number, fold, seed, _, which = at
     trial, labels = plan.trials[number], plan.labels[which]
-    if trial.shuffled:
-        values, folds = plan.shuffled[which][max(seed, 0)][shuffle]
-    else:
-        values, folds = labels.values, plan.folds
-    train, test = folds[fold]
-    drawn = _fit_seed(plan, task, trial, fold, max(seed, 0))
-    chosen = np.nan
+    values, folds = _labels_of(plan, trial, which, seed, shuffle)
     try:
         # The layer has been checked; without this, each estimator would check each fold several times again.
         with sklearn.config_context(assume_finite=True):
-            if plan.inner and trial.penalised:
-                chosen = strength = _choose_strength(plan, trial, matrix, train, values, drawn, labels)
             if _is_plain_ridge(plan, trial, matrix):
-                solved = solve_ridge(matrix, [(train, test)], [RidgeTarget(values, labels.classes)], [strength])[0][0][0]
-                return _score(plan, at, solved.outcome, solved.seconds, ended=True, strength=chosen)
-            estimator = make_estimator(trial, drawn, plan.task, preprocessing=plan.preprocessing, strength=strength)
-            codes = None if labels.classes is None else np.searchsorted(labels.classes, values[train])
-            keep_together(estimator, trial.probe, codes, plan.kept[train], drawn)
-            rows = matrix[train]
-            started = time.perf_counter()
-            estimator = _fit(plan, trial, estimator, rows, values[train])
-            seconds = time.perf_counter() - started
-            del rows
-            outcome = _predict(plan, labels, estimator, matrix[test], values[test], values[train])
+                solved = solve_ridge(matrix, [folds[fold]], [RidgeTarget(values, labels.classes)], [strength])[0][0][0]
+                return _score(plan, at, solved.outcome, solved.seconds, ended=True)
+            drawn = _fit_seed(plan, task, trial, fold, max(seed, 0))
+            needs = {metric.needs for metric in plan.metrics} | ({"scores", "probabilities"} if plan.predictions else set())
+            outcome, seconds, ended = _fit_and_predict(plan, trial, labels, values, matrix, folds[fold], drawn, strength, needs)
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return Fit(at, (np.nan,) * len(plan.metrics), FAILED, np.nan, True, chosen, None, problem)
-    return _score(plan, at, outcome, seconds, ended=converged(estimator), strength=chosen)
+        return _failed(plan, at, _describe(error))
+    return _score(plan, at, outcome, seconds, ended=ended)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _failed(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], problem: str) -> Fit:
+    return Fit(at, (np.nan,) * len(plan.metrics), FAILED, np.nan, True, np.nan, None, problem)
+
+
+def _fit_and_predict(
+    plan: FitPlan,
+    trial: Trial,
+    labels: Labels,
+    values: Array,
+    matrix: Array,
+    fold: Fold,
+    seed: int,
+    strength: float | None,
+    needs: Iterable[str],
+) -> tuple[Outcome, float, bool]:
+    """The predictions for the test rows of a fold, the seconds of the fit, and whether it converged."""
+    train, test = fold
+    estimator = make_estimator(trial, seed, plan.task, preprocessing=plan.preprocessing, strength=strength)
+    codes = None if labels.classes is None else np.searchsorted(labels.classes, values[train])
+    keep_together(estimator, trial.probe, codes, plan.kept[train], seed)
+    rows = matrix[train]
+    started = time.perf_counter()
+    estimator = _fit(plan, trial, estimator, rows, values[train])
+    seconds = time.perf_counter() - started
+    del rows
+    true = values[test] if labels.classes is None else np.searchsorted(labels.classes, values[test])
+    outcome = outcome_of(estimator, matrix[test], true, labels.classes, needs=set(needs), known=np.unique(values[train]))
+    return outcome, seconds, converged(estimator)
 
 
 def _fit(plan: FitPlan, trial: Trial, estimator: Estimator, rows: Array, values: Array) -> Any:
@@ -239,43 +289,91 @@ def _fit(plan: FitPlan, trial: Trial, estimator: Estimator, rows: Array, values:
     return estimator.fit(rows, values)
 
 
-def _predict(plan: FitPlan, labels: Labels, estimator: Estimator, rows: Array, true: Array, known: Array) -> Outcome:
-    needs = {metric.needs for metric in (*plan.metrics, *([plan.choose_by] if plan.choose_by else []))}
-    if plan.predictions:
-        needs |= {"scores", "probabilities"}
-    codes = true if labels.classes is None else np.searchsorted(labels.classes, true)
-    return outcome_of(estimator, rows, codes, labels.classes, needs=needs, known=np.unique(known))
-
-
-def _score(
-    plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome: Outcome, seconds: float, *, ended: bool, strength: float = np.nan
-) -> Fit:
+def _score(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome: Outcome, seconds: float, *, ended: bool) -> Fit:
     values, reasons = score_outcome(outcome, plan.metrics)
-    return Fit(at, tuple(values), reasons, seconds, ended, strength, outcome if plan.predictions else None)
+    return Fit(at, tuple(values), reasons, seconds, ended, np.nan, outcome if plan.predictions else None)
 
 
-def _choose_strength(plan: FitPlan, trial: Trial, matrix: Array, train: Array, values: Array, seed: int, labels: Labels) -> float:
-    """The strength with the best mean score over inner folds of the training rows; the strongest of equally good ones."""
-    assert plan.choose_by is not None  # noqa: S101  (for mypy: strengths are chosen by something)
+# -- choosing within training folds ----------------------------------------------------------------------------------------
+
+
+def _score_within(
+    plan: FitPlan,
+    task: FitTask,
+    at: tuple[int, int, int, int, int, int, int],
+    matrix: Array,
+    strengths: Sequence[float | None],
+    shuffle: int = 0,
+) -> tuple[Array, list[str]]:
+    """For each strength the mean score over inner folds of the training rows, NaN where there is none, with the problem."""
+    import sklearn
+
+    assert plan.choose_by is not None  # noqa: S101  (for mypy: what is chosen is chosen by something)
+    _, _, number, fold, seed, _, which = at
+    trial, labels, metric = plan.trials[number], plan.labels[which], plan.choose_by
+    values, folds = _labels_of(plan, trial, which, seed, shuffle)
+    train = folds[fold][0]
+    found, problems = np.full(len(strengths), np.nan), [""] * len(strengths)
+    try:
+        within = draw_within(plan, values, labels, train) if trial.shuffled else plan.within[which][fold]
+        with sklearn.config_context(assume_finite=True):
+            # All strengths at once, since they share products of rows.
+            ridge = _is_plain_ridge(plan, trial, matrix)
+            solved = solve_ridge(matrix, within, [RidgeTarget(values, labels.classes)], strengths) if ridge else []
+            for place, strength in enumerate(strengths):
+                try:
+                    outcomes = [of_fold[place][0].outcome for of_fold in solved] or [
+                        _fit_and_predict(
+                            plan, trial, labels, values, matrix, each, _fit_seed(plan, task, trial, inner, max(seed, 0)), strength,
+                            {metric.needs},
+                        )[0]
+                        for inner, each in enumerate(within)
+                    ]  # fmt: skip
+                except MemoryError:
+                    raise
+                except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
+                    problems[place] = _describe(error)
+                    continue
+                scores = np.array([score_outcome(outcome, [metric])[0][0] for outcome in outcomes])
+                # Undefined for a fold, as AUROC is where it tests a single class: undefined for all that could be chosen.
+                if np.isnan(scores).all():
+                    problems[place] = f"{metric.name!r}, by which is chosen, is undefined in every inner fold: use another, or fewer folds"
+                else:
+                    found[place] = np.nanmean(scores)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        problems = [_describe(error)] * len(strengths)
+    return found, problems
+
+
+def draw_within(plan: FitPlan, values: Array, labels: Labels, train: Array) -> tuple[Fold, ...]:
+    """Inner folds of the training rows of a fold, as rows of the matrix: those of a sweep of these rows alone.
+
+    Parameters
+    ----------
+    plan : FitPlan
+    values : ndarray, shape (prompt,)
+        What is learned: the true labels, or shuffled ones.
+    labels : Labels
+        Their classes.
+    train : ndarray of int
+
+    Raises
+    ------
+    LabelError
+        The training rows hold a class in a single prompt (or group).
+    """
     codes = None if labels.classes is None else np.searchsorted(labels.classes, values[train])
-    within = [(train[learn], train[look]) for learn, look in inner_folds(codes, plan.kept[train], plan.inner, seed)]
-    if _is_plain_ridge(plan, trial, matrix):
-        solved = solve_ridge(matrix, within, [RidgeTarget(values, labels.classes)], plan.strengths)
-        outcomes = [[of_fold[place][0].outcome for of_fold in solved] for place in range(len(plan.strengths))]
-    else:
-        outcomes = []
-        for strength in plan.strengths:
-            of_strength = []
-            for learn, look in within:
-                estimator = make_estimator(trial, seed, plan.task, preprocessing=plan.preprocessing, strength=strength)
-                estimator = _fit(plan, trial, estimator, matrix[learn], values[learn])
-                of_strength.append(_predict(plan, labels, estimator, matrix[look], values[look], values[learn]))
-            outcomes.append(of_strength)
-    means = np.array([np.mean([score_outcome(each, [plan.choose_by])[0][0] for each in of_strength]) for of_strength in outcomes])
+    found = inner_folds(codes, plan.kept[train], plan.inner, plan.random_state, grouped=plan.grouped)
+    return tuple((train[learn], train[look]) for learn, look in found)
+
+
+def _best_strength(plan: FitPlan, means: Array) -> int:
+    """The place of the strength with the best score; the strongest of equally good ones; the first where there are no scores."""
+    assert plan.choose_by is not None  # noqa: S101  (for mypy)
     means = means if plan.choose_by.larger_is_better else -means
     if np.isnan(means).all():
-        raise InvalidArgumentError(
-            f"no strength can be chosen by {plan.choose_by.name!r}, which is undefined for {trial.name!r}: use another, or fewer folds"
-        )
-    best = np.flatnonzero(means == np.nanmax(means))
-    return max(plan.strengths[place] for place in best)
+        return 0
+    best: list[int] = np.flatnonzero(means == np.nanmax(means)).tolist()
+    return max(best, key=lambda place: plan.strengths[place])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lmprobe_zarr.probes.labels import Groups, Labels, Sides
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array
 
-__all__ = ["Fold", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
+__all__ = ["Fold", "evaluation_folds", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
 #: Row numbers (train, test).
 Fold = tuple[Array, Array]
 
@@ -120,8 +121,8 @@ def number_repeats(folds: Sequence[Fold]) -> Array:
     return np.array(numbers)
 
 
-def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: int) -> list[Fold]:
-    """Folds within the training rows of another fold, as places among these rows.
+def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: int, *, grouped: bool = False) -> list[Fold]:
+    """Folds within the training rows of another fold, as places among these rows: those that `plan_folds` draws for these rows alone.
 
     Parameters
     ----------
@@ -131,19 +132,53 @@ def inner_folds(codes: Array | None, kept: Array, n_splits: int, random_state: i
         Rows of an equal number stay on one side.
     n_splits : int
         The number of folds; fewer, but at least two, if a class has fewer prompts (or groups).
+    grouped : bool
+        Whether the caller gave groups, even if each has a single row here.
 
     Raises
     ------
     LabelError
         A class has a single prompt (or group).
     """
-    first = np.unique(kept, return_index=True)[1]
+    units = len(np.unique(kept))
     strata = np.zeros(len(kept), int) if codes is None else codes
-    fewest = len(first) if codes is None else int(np.unique(codes[first], return_counts=True)[1].min())
+    fewest = _fewest_units(strata, kept)
     if fewest < 2:
-        raise LabelError("a class has a single prompt among those of a training fold: strengths cannot be chosen; use fewer folds")
-    splitter = _splitter(min(n_splits, fewest), random_state, strata=strata if codes is not None else None, grouped=len(first) < len(kept))
+        raise LabelError(
+            "a training fold has a single prompt (or group) of a class: nothing can be chosen within it; use fewer folds or label more"
+        )
+    grouped = grouped or units < len(kept)
+    splitter = _splitter(min(n_splits, fewest), random_state, strata=None if codes is None else strata, grouped=grouped)
     return [(train, test) for train, test in _split(splitter, strata, kept, np.arange(len(kept)), given=False)]
+
+
+def evaluation_folds(prompts: Sequence[Any], labels: Array | None, groups: Any = None) -> list[Fold]:
+    """Five folds (fewer where a class is small) of prompts that are only evaluated; equal prompts, or groups, are on one side.
+
+    Parameters
+    ----------
+    prompts : sequence
+        Texts, chats or token ids.
+    labels : ndarray, shape (prompt,), or None
+        Classes to stratify by.
+    groups : sequence, optional
+        One value per prompt.
+
+    Raises
+    ------
+    LabelError
+        A class has a single prompt (or group), or not every prompt has a group.
+    """
+    units = list(map(repr, prompts)) if groups is None else np.asarray(groups).tolist()
+    if len(units) != len(prompts):
+        raise LabelError(f"groups hold {len(units)} values for {len(prompts)} prompts: give one per prompt")
+    listed = list(dict.fromkeys(units))
+    with suppress(TypeError):
+        # As scikit-learn numbers them.
+        listed = sorted(listed)
+    numbers = {unit: number for number, unit in enumerate(listed)}
+    codes = None if labels is None else np.unique(labels, return_inverse=True)[1]
+    return inner_folds(codes, np.array([numbers[unit] for unit in units]), 5, 0, grouped=groups is not None)
 
 
 def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, random_state: int) -> None:
@@ -178,14 +213,14 @@ def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, 
         if not counted or inside:
             continue
         first = np.unique(kept, return_index=True)[1]
-        few = isinstance(probe, str) and codes is not None and _fewest(codes[first]) < (value or 5)
+        few = isinstance(probe, str) and codes is not None and _fewest_units(codes, kept) < (value or 5)
         if len(first) < len(kept) or few:
             estimator.set_params(**{name: inner_folds(codes, kept, int(value or 5), random_state)})
 
 
-def _fewest(codes: Array) -> int:
-    """The number of members of the smallest class that occurs."""
-    return int(np.unique(codes, return_counts=True)[1].min())
+def _fewest_units(codes: Array, kept: Array) -> int:
+    """In how many units, which are kept on one side, the class occurs that occurs in the fewest."""
+    return int(np.unique(np.unique(np.stack([codes, kept]), axis=1)[0], return_counts=True)[1].min())
 
 
 def _strata(labels: Sequence[Labels]) -> Array | None:

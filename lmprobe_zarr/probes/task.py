@@ -5,6 +5,7 @@ A plan is shipped once to every worker; tasks and fits name its variables, layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,13 +59,38 @@ class FitPlan:
     metrics: tuple[Metric, ...]
     seeds: tuple[int, ...]
     strengths: tuple[float, ...]
-    #: The number of inner folds that a strength is chosen with; 0 where none is chosen.
+    #: What is chosen within each training fold: some of "variable", "layer", "probe" and "strength".
+    choose: tuple[str, ...]
+    #: The number of inner folds; 0 where nothing is chosen.
     inner: int
-    #: The metric that a strength is chosen by.
+    #: For each set of labels and each fold its inner folds; empty where nothing is chosen.
+    within: tuple[tuple[tuple[Fold, ...], ...], ...]
+    #: The metric that is chosen by.
     choose_by: Metric | None
+    #: The seed of inner folds.
+    random_state: int
+    #: Whether the caller gave groups.
+    grouped: bool
     preprocessing: str | None
     task: str
     predictions: bool
+
+    def chooses_strength(self, trial: Trial) -> bool:
+        """Whether one of the strengths is chosen for a trial, within its task."""
+        return "strength" in self.choose and trial.penalised and bool(self.strengths)
+
+    @property
+    def chooses_among_scores(self) -> bool:
+        """Whether scores of several tasks or trials are compared to choose; a strength is chosen within its task."""
+        return bool(set(self.choose) - {"strength"})
+
+    def is_candidate(self, trial: Trial) -> bool:
+        """Whether a trial needs a score of inner folds, because it, its layer or its variable may be chosen."""
+        if trial.constant:
+            return False
+        if not trial.by_layer:
+            return "variable" in self.choose
+        return bool({"variable", "layer"} & set(self.choose)) or ("probe" in self.choose and (not trial.control or trial.shuffled))
 
     @property
     def shuffles(self) -> int:
@@ -113,6 +139,8 @@ class Fit:
         Predictions of the test prompts, where the plan asks for them.
     problem : str
         The error that the fit ended in; empty if it did not.
+    inner : float
+        The mean score over the inner folds of the training prompts; NaN where nothing is chosen.
     shuffled : ndarray of float64, shape (metric, shuffle), optional
         Of labels that are shuffled many times: the score of each shuffle, as a mean over the folds. Held by the first fold.
     """
@@ -125,6 +153,7 @@ class Fit:
     strength: float
     outcome: Outcome | None
     problem: str = ""
+    inner: float = math.nan
     shuffled: Array | None = None
 
 

@@ -23,7 +23,7 @@ SHOWN_METRICS: Final = 8
 
 _TITLES: Final = {"accuracy": "Accuracy", "auroc": "AUROC", "r2": "R²"}
 #: Variables of a sweep that are no scores.
-_NO_SCORES: Final = ("fit_seconds", "n_train", "n_test")
+_NO_SCORES: Final = ("fit_seconds", "n_train", "n_test", "inner_score", "chosen_strength")
 
 
 def find_scored_group(scores: Any, groups: Sequence[GroupInfo]) -> str:
@@ -39,6 +39,11 @@ def find_scored_group(scores: Any, groups: Sequence[GroupInfo]) -> str:
     if not isinstance(scores, xr.Dataset):
         raise InvalidTypeError(f"scores are the xarray.Dataset that sweep gives, not {type(scores).__name__}")
     if not _list_metrics(scores):
+        if "chosen_layer" in scores:
+            raise InvalidArgumentError(
+                "the layer of these scores was chosen within each training fold, so there is nothing to plot by layer: "
+                "give those of a sweep without choose"
+            )
         raise InvalidArgumentError(f"scores have no variable over layer and probe (dims {dict(scores.sizes)}): give what sweep gives")
     model = scores.attrs.get(
         "model", scores.coords["model"].item() if "model" in scores.coords and not scores.coords["model"].ndim else None
@@ -126,7 +131,9 @@ def describe_scores(scores: xr.Dataset) -> str:
     folds = scores.sizes.get("fold", 1)
     over = f"Mean of {folds} folds; the band reaches from the lowest to the highest." if folds > 1 else "One fold."
     controls = " Dashed and grey: controls." if "kind" in scores.coords and (scores["kind"].values == "control").any() else ""
-    return f"{of[:1].upper() + of[1:]}. {over}{controls}" if of else f"{over}{controls}"
+    layers = scores.sizes.get("layer", 1)
+    best = f" The highest of {layers} layers is too high as a score of that layer, since it was chosen by it." if layers > 1 else ""
+    return f"{of[:1].upper() + of[1:]}. {over}{controls}{best}" if of else f"{over}{controls}{best}"
 
 
 def choose_layer(layers: tuple[int, ...], charts: tuple[Chart, ...]) -> int:

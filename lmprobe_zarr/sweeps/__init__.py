@@ -7,7 +7,7 @@ scores. All others run their tasks through `lmprobe_zarr.tasks.Runner`. Never a 
 
 from lmprobe_zarr.sweeps.compare import compare, confidence_intervals, selectivity
 from lmprobe_zarr.sweeps.directions import cosine_similarity, fit_directions
-from lmprobe_zarr.sweeps.glance import describe_scores, scores_card
+from lmprobe_zarr.sweeps.glance import best_scores, describe_scores, scores_card
 from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
 from lmprobe_zarr.sweeps.sweep import sweep
 from lmprobe_zarr.sweeps.table import parse_table_path, table_of_scores
@@ -16,6 +16,7 @@ from lmprobe_zarr.sweeps.transfer import sweep_transfer
 
 __all__ = [
     "SweepPlan",
+    "best_scores",
     "compare",
     "confidence_intervals",
     "cosine_similarity",

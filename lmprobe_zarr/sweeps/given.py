@@ -12,7 +12,10 @@ from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Array
 
-__all__ = ["check_activations", "check_seed", "is_drawn", "layer_labels", "layers_of", "parse_activations", "parse_token_activations"]
+__all__ = [
+    "check_activations", "check_seed", "is_drawn", "layer_labels", "layers_of", "parse_activations", "parse_token_activations",
+    "refuse_choice",
+]  # fmt: skip
 
 _DIMS = ("layer", "prompt", "hidden")
 
@@ -76,6 +79,12 @@ def _check_values(activations: xr.DataArray, purpose: str) -> None:
     # ml_dtypes' bfloat16 has kind "V", as structured types have, but no fields.
     if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
         raise InvalidTypeError(f"{name_in_messages(activations)} has dtype {activations.dtype}, expected real numbers")
+
+
+def refuse_choice(choose: Any, instead: str) -> None:
+    """Raise where something is to be chosen by a sweep that chooses nothing."""
+    if choose is not None:
+        raise InvalidArgumentError(f"choose={choose!r:.60}: only lz.sweep chooses within training folds; {instead}")
 
 
 def layers_of(array: xr.DataArray) -> list[Any] | None:

@@ -32,7 +32,7 @@ from lmprobe_zarr.sweeps.given import check_seed
 from lmprobe_zarr.typing import Array
 
 __all__ = [
-    "Data", "Design", "SweepOptions", "check_layer_0", "parse_data", "parse_design", "parse_folds", "parse_inner",
+    "Data", "Design", "SweepOptions", "check_layer_0", "parse_choice", "parse_data", "parse_design", "parse_folds",
     "parse_seeds", "parse_strengths",
 ]  # fmt: skip
 
@@ -52,6 +52,7 @@ class SweepOptions:
     controls: Any
     preprocessing: str | None
     strengths: Any
+    choose: Any
     inner_cv: Any
     choose_by: str | None
     repeats: int
@@ -161,20 +162,56 @@ def parse_strengths(strengths: Any, trials: tuple[Trial, ...]) -> tuple[float, .
     return tuple(float(strength) for strength in listed)
 
 
-def parse_inner(
-    inner_cv: Any, choose_by: str | None, strengths: tuple[float, ...], metrics: tuple[Metric, ...], task: str, n_classes: int
-) -> tuple[int, Metric | None]:
-    if inner_cv is None:
+def parse_choice(
+    options: SweepOptions, data: Data, design: Design, strengths: tuple[float, ...]
+) -> tuple[tuple[str, ...], int, Metric | None]:
+    """What is chosen within training folds, the number of inner folds (0: nothing is chosen), and the metric to choose by."""
+    inner_cv, choose_by = options.inner_cv, options.choose_by
+    if options.choose is None and inner_cv is None:
         if choose_by is not None:
             raise InvalidArgumentError(
-                f"choose_by={choose_by!r} chooses nothing without inner folds: give inner_cv, such as 5, and strengths"
+                f"choose_by={choose_by!r} chooses nothing without inner folds: name what to choose, as choose='layer', "
+                "or give inner_cv, such as 5, and strengths"
             )
-        return 0, None
-    if isinstance(inner_cv, bool) or not isinstance(inner_cv, int | np.integer) or inner_cv < 2:
+        return (), 0, None
+    if inner_cv is not None and (isinstance(inner_cv, bool) or not isinstance(inner_cv, int | np.integer) or inner_cv < 2):
         raise InvalidArgumentError(f"inner_cv={inner_cv!r} is no number of folds: give a whole number of at least 2")
-    if len(strengths) < 2:
-        raise InvalidArgumentError("inner_cv chooses among strengths: give several, such as strengths=(0.01, 1, 100)")
-    return int(inner_cv), metrics[0] if choose_by is None else parse_metrics(choose_by, task, n_classes)[0]
+    if options.choose is None and len(strengths) < 2:
+        raise InvalidArgumentError(
+            "inner_cv chooses among strengths: give several, such as strengths=(0.01, 1, 100), or name what to choose, as choose='layer'"
+        )
+    chosen = ("strength",) if options.choose is None else _parse_choose(options.choose, data, strengths)
+    if set(chosen) - {"strength"} and any(trial.shuffles for trial in design.trials):
+        raise InvalidArgumentError(
+            f"choose={options.choose!r:.60} and labels that are shuffled many times: only choose='strength' goes with "
+            "them, or controls=['shuffled_labels'], which is shuffled once"
+        )
+    metric = design.metrics[0] if choose_by is None else parse_metrics(choose_by, options.task, data.n_classes)[0]
+    _check_probabilities(design.trials, (metric,), options.task, design.preprocessing)
+    return chosen, 5 if inner_cv is None else int(inner_cv), metric
+
+
+def _parse_choose(given: Any, data: Data, strengths: tuple[float, ...]) -> tuple[str, ...]:
+    """Names of dims, in the order in which ties are broken: the first entry of the first dim."""
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    listed = list(given) if several else [given]
+    if not all(isinstance(name, str) for name in listed):
+        raise InvalidTypeError(f"choose={given!r:.60} names no dimension: give 'layer', or several, as ['layer', 'probe']")
+    possible = {"variable": data.dataset is not None, "layer": True, "probe": True, "strength": bool(strengths)}
+    names = ", ".join(repr(name) for name, there in possible.items() if there)
+    if not listed or len(set(listed)) < len(listed):
+        wrong = "a dimension twice" if listed else "nothing"
+        raise InvalidArgumentError(f"choose={given!r:.60} names {wrong}: use some of {names}, or None")
+    for name in listed:
+        if possible.get(name):
+            continue
+        why = ""
+        if name == "variable":
+            why = "; 'variable' is chosen where a dataset of several is given"
+        elif name in ("strength", "strengths", "C", "alpha"):
+            why = "; 'strength' is chosen where strengths are given, such as strengths=(0.01, 1, 100)"
+        raise InvalidArgumentError(f"choose={name!r} cannot be chosen within training folds: use some of {names}{why}")
+    return tuple(name for name in possible if name in listed)
 
 
 def _preprocessing(spec: Any) -> str | None:

@@ -18,18 +18,19 @@ import xarray as xr
 from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.display import format_bytes, name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
-from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, Labels, bare_variable, group_codes, list_prompts, number_repeats
+from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, Labels, bare_variable, draw_within, group_codes, list_prompts, number_repeats
 from lmprobe_zarr.probes.controls import Shuffle, make_estimator, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.probes.folds import Fold
+from lmprobe_zarr.sweeps.choice import check_names
 from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layers_of, parse_activations
 from lmprobe_zarr.sweeps.options import (
     Data,
     SweepOptions,
     check_layer_0,
+    parse_choice,
     parse_data,
     parse_design,
     parse_folds,
-    parse_inner,
     parse_seeds,
     parse_strengths,
 )
@@ -62,6 +63,8 @@ class SweepPlan:
         Bytes of activations to read, as they are stored and before compression.
     cv : str
         How the folds come about.
+    choice : str
+        What is chosen within each training fold, and by what; empty if nothing is.
     """
 
     variables: tuple[str, ...]
@@ -77,6 +80,7 @@ class SweepPlan:
     n_tasks: int
     nbytes: int
     cv: str
+    choice: str = ""
 
     def __str__(self) -> str:
         further = [dim for dim in self.dims if dim not in ("layer", "probe", "fold")]
@@ -88,6 +92,7 @@ class SweepPlan:
             "metrics": ", ".join(self.metrics),
             "prompts": f"{self.n_prompts}{f' ({self.n_dropped} without a label left out)' * bool(self.n_dropped)}",
             "folds": f"{self.n_folds}, {self.cv}",
+            **({"chosen": self.choice} if self.choice else {}),
             **({"also by": ", ".join(further)} if further else {}),
             "fits": f"{self.n_fits} in {self.n_tasks} tasks",
             "to read": f"{format_bytes(self.nbytes)}, each layer once",
@@ -106,13 +111,16 @@ class Sweep:
         What all tasks share.
     arrays : tuple of DataArray
         The variables that are fitted.
+    dims : tuple of str
+        Of the scores of all that can be chosen.
     attrs, coords : mapping
-        Of the result.
+        Of these scores.
     """
 
     plan: SweepPlan
     fits: FitPlan
     arrays: tuple[xr.DataArray, ...]
+    dims: tuple[str, ...]
     attrs: Mapping[str, Any]
     coords: Mapping[str, Any]
 
@@ -185,6 +193,8 @@ class Sweep:
             "way of fitting": 2,
             "version of scikit-learn": next(v for v in self.attrs["versions"] if v.startswith("scikit-learn")),
         }
+        if plan.choose:
+            words["what is chosen"] = list(plan.choose)
         return dict(json.loads(json.dumps(words)))
 
 
@@ -216,6 +226,7 @@ def plan_sweep(
     controls: str | Iterable[str] | Mapping[str, Any] | None = None,
     preprocessing: str | None = None,
     strengths: Iterable[float] | None = None,
+    choose: str | Iterable[str] | None = None,
     inner_cv: int | None = None,
     choose_by: str | None = None,
     repeats: int = 1,
@@ -230,7 +241,7 @@ def plan_sweep(
     ----------
     activations, labels, probes, cv, groups, split, task, metrics, controls, preprocessing
         As for :func:`lmprobe_zarr.sweep`.
-    strengths, inner_cv, choose_by, repeats, seeds, missing, predictions, random_state
+    strengths, choose, inner_cv, choose_by, repeats, seeds, missing, predictions, random_state
         As for :func:`lmprobe_zarr.sweep`.
 
     Returns
@@ -244,8 +255,8 @@ def plan_sweep(
     """
     options = SweepOptions(
         activations=activations, labels=labels, probes=probes, cv=cv, groups=groups, split=split, task=task, metrics=metrics,
-        controls=controls, preprocessing=preprocessing, strengths=strengths, inner_cv=inner_cv, choose_by=choose_by, repeats=repeats,
-        seeds=seeds, missing=missing, predictions=predictions, random_state=random_state,
+        controls=controls, preprocessing=preprocessing, strengths=strengths, choose=choose, inner_cv=inner_cv, choose_by=choose_by,
+        repeats=repeats, seeds=seeds, missing=missing, predictions=predictions, random_state=random_state,
     )  # fmt: skip
     return make_sweep(options).plan
 
@@ -265,7 +276,7 @@ def make_sweep(options: SweepOptions) -> Sweep:
     folds, cv = parse_folds(options, data, seed)
     seeds = parse_seeds(options.seeds, seed)
     strengths = parse_strengths(options.strengths, design.trials)
-    inner, choose_by = parse_inner(options.inner_cv, options.choose_by, strengths, design.metrics, options.task, data.n_classes)
+    choose, inner, choose_by = parse_choice(options, data, design, strengths)
     layers, variables = _fit_variables(arrays, named=dataset is not None)
     check_layer_0(design.trials, layers)
     codes = np.zeros(len(data.prompts), dtype=int)
@@ -296,15 +307,24 @@ def make_sweep(options: SweepOptions) -> Sweep:
         metrics=design.metrics,
         seeds=seeds,
         strengths=strengths,
+        choose=choose,
         inner=inner,
+        within=(),
         choose_by=choose_by,
+        random_state=seed,
+        grouped=data.groups is not None,
         preprocessing=design.preprocessing,
         task=options.task,
         predictions=bool(options.predictions),
     )
+    check_names(fits)
+    if inner:
+        within = [[draw_within(fits, each.values, each, train) for train, _ in folds] for each in data.labels]
+        fits = replace(fits, within=tuple(map(tuple, within)))
     dims = _dims(fits, data, layers, seeded=options.seeds is not None)
-    plan = _summarise(fits, data, layers, tuple(dims), cv)
-    return Sweep(plan=plan, fits=fits, arrays=arrays, attrs=_attributes(fits, data, cv, seed), coords=_coordinates(fits, data, dims))
+    plan = _summarise(fits, data, layers, tuple(dim for dim in dims if dim == "probe" or dim not in choose), cv)
+    attrs, coords = _attributes(fits, data, cv, seed), _coordinates(fits, data, dims)
+    return Sweep(plan=plan, fits=fits, arrays=arrays, dims=tuple(dims), attrs=attrs, coords=coords)
 
 
 def _checked(folds: tuple[Fold, ...], labels: Labels) -> tuple[Fold, ...]:
@@ -332,7 +352,14 @@ def _summarise(fits: FitPlan, data: Data, layers: Array, dims: tuple[str, ...], 
         nbytes=sum(array.size * _stored_dtype(array).itemsize for array in data.arrays)
         + sum(values.size * values.dtype.itemsize for values in features),
         cv=cv,
+        choice=_describe_choice(fits),
     )
+
+
+def _describe_choice(fits: FitPlan) -> str:
+    if not fits.choose or fits.choose_by is None:
+        return ""
+    return f"{' and '.join(fits.choose)}, in each fold by {fits.choose_by.name} over {fits.inner} inner folds of its training prompts"
 
 
 def _stored_dtype(array: xr.DataArray) -> np.dtype[Any]:
@@ -378,8 +405,11 @@ def _count(plan: FitPlan) -> tuple[int, int]:
     for trial in plan.trials:
         times = per_entry["layer" if trial.by_layer else "constant" if trial.constant else "zero"]
         times *= len(plan.folds) * len(plan.labels) * (len(plan.seeds) if trial.random(plan.preprocessing) else 1)
-        if trial.penalised and plan.strengths:
-            times *= len(plan.strengths) * plan.inner + 1 if plan.inner else len(plan.strengths)
+        if plan.chooses_strength(trial):
+            times *= len(plan.strengths) * plan.inner + 1
+        else:
+            times *= len(plan.strengths) if trial.penalised and plan.strengths else 1
+            times *= 1 + plan.inner if plan.is_candidate(trial) else 1
         fits += times * max(1, trial.shuffles)
     return layers + sum(trial.constant for trial in plan.trials), fits
 
@@ -392,7 +422,7 @@ def _dims(fits: FitPlan, data: Data, layers: Array, *, seeded: bool) -> dict[str
         "probe": [trial.name for trial in fits.trials],
         "fold": np.arange(len(fits.folds)),
         "seed": list(fits.seeds) if seeded else None,
-        "strength": list(fits.strengths) if fits.strengths and not fits.inner else None,
+        "strength": list(fits.strengths) if fits.strengths and "strength" not in fits.choose else None,
         "label": [each.name for each in data.labels] if data.several else None,
     }
     return {dim: np.asarray(values) for dim, values in labels.items() if values is not None}
@@ -418,7 +448,9 @@ def _attributes(fits: FitPlan, data: Data, cv: str, seed: int) -> dict[str, Any]
         "estimators": [" ".join(repr(estimator).split()) for estimator in estimators],
         "versions": _versions(),
     }
-    if fits.inner:
+    if fits.choose:
+        attrs["choose"] = list(fits.choose)
+    if "strength" in fits.choose:
         attrs["strengths_chosen_from"] = list(fits.strengths)
     if "model" in array.coords and array.coords["model"].ndim == 0:
         attrs["model"] = str(array.coords["model"].item())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ import xarray as xr
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import Fit, FitTask, number_repeats
 from lmprobe_zarr.probes.metrics import FAILED, undefined_reasons
+from lmprobe_zarr.sweeps.choice import choose_scores, list_entries
 from lmprobe_zarr.sweeps.plan import Sweep
 from lmprobe_zarr.sweeps.shuffles import add_p_values, shuffled_attributes, shuffled_name
 from lmprobe_zarr.typing import Array
@@ -50,7 +51,7 @@ class Scores:
         self._place[rows] = np.arange(len(rows))
         self._sizes = {
             "variable": len(fits.variables), "layer": len(fits.layers), "probe": len(fits.trials), "fold": len(fits.folds),
-            "seed": len(fits.seeds), "strength": max(1, len(fits.strengths) if not fits.inner else 1), "label": len(fits.labels),
+            "seed": len(fits.seeds), "strength": 1 if "strength" in fits.choose else max(1, len(fits.strengths)), "label": len(fits.labels),
             "repetition": int(self._repeats[-1]) + 1, "prompt": len(rows), "shuffle": fits.shuffles,
             "class": max((len(each.classes) for each in fits.labels if each.classes is not None), default=0),
         }  # fmt: skip
@@ -75,8 +76,10 @@ class Scores:
         yield "fit_seconds", self._column(_AXES, np.nan, {"long_name": "wall time of the fit", "units": "s"})
         yield "converged", self._column(_AXES, False, {"long_name": "fit ended before its iteration limit"})
         yield "undefined", self._column(_AXES, np.uint8(0), {"long_name": "reasons why measures are NaN, as bits"})
-        if fits.inner:
+        if "strength" in fits.choose:
             yield "chosen_strength", self._column(_AXES, np.nan, {"long_name": "regularisation strength chosen by inner folds"})
+        if fits.choose_by is not None:
+            yield "inner_score", self._column(_AXES, np.nan, {"long_name": f"mean {fits.choose_by.long_name} of inner folds, to choose by"})
         for metric in fits.metrics if fits.shuffles else ():
             attrs = shuffled_attributes(metric.long_name, fits.shuffles, larger_is_better=metric.larger_is_better)
             yield shuffled_name(metric.name), self._column(_PER_SHUFFLE, np.nan, attrs)
@@ -119,8 +122,10 @@ class Scores:
         self._put("fit_seconds", at, fit.seconds)
         self._put("converged", at, fit.converged)
         self._put("undefined", at, fit.reasons)
-        if plan.inner:
+        if "strength" in plan.choose:
             self._put("chosen_strength", at, fit.strength)
+        if plan.choose:
+            self._put("inner_score", at, fit.inner)
         if fit.problem:
             layer = fit.at[_AXES.index("layer")]
             of_probe = self._problems.setdefault(plan.trials[fit.at[_AXES.index("probe")]].name, {})
@@ -209,7 +214,7 @@ class Scores:
     def _has_dim(self, dim: str) -> bool:
         if dim == "repetition":
             return self._sizes[dim] > 1
-        return dim in self._sweep.plan.dims or dim in ("prompt", "class", "shuffle")
+        return dim in self._sweep.dims or dim in ("prompt", "class", "shuffle")
 
     def _squeezed(self, name: str) -> Array:
         column = self._columns[name]
@@ -230,14 +235,26 @@ class Scores:
         data = data.assign_coords({"class": data.attrs["classes"]}) if "class" in data.dims and "classes" in data.attrs else data
         return to_interchange(data)
 
+    def table(self) -> xr.Dataset:
+        """Everything entered so far, also what was not chosen; NaN where a fit is missing."""
+        return self._shown(self.columns(), [(trial.name, [place]) for place, trial in enumerate(self._sweep.fits.trials)])
+
     def dataset(self) -> xr.Dataset:
-        """Everything entered so far, as callers see it; NaN where a fit is missing."""
-        data = self._with_nan_reasons(self.columns())
+        """The scores as callers see them: those of what was chosen in each fold, or all where nothing is."""
+        data = choose_scores(self.columns(), self._sweep.fits)
+        if self._sweep.plan.choice:
+            for held in (data, *(data[metric.name] for metric in self._sweep.fits.metrics)):
+                held.attrs["chosen"] = self._sweep.plan.choice
+        return self._shown(data, list_entries(self._sweep.fits))
+
+    def _shown(self, data: xr.Dataset, entries: Sequence[tuple[str, list[int]]]) -> xr.Dataset:
+        n_failed = int(((data["undefined"].values & FAILED) == FAILED).sum())
+        data = self._with_nan_reasons(data, entries)
         unknown = [name for name in ("score", "probability") if name in data and bool(data[name].isnull().all())]
         data = add_p_values(data.drop_vars(unknown), [metric.name for metric in self._sweep.fits.metrics])
         data.attrs["n_unconverged"] = int((~data["converged"]).sum())
-        if self._n_failed():
-            data.attrs["n_failed"] = self._n_failed()
+        if n_failed:
+            data.attrs["n_failed"] = n_failed
         return to_interchange(data)
 
     def _n_failed(self) -> int:
@@ -249,7 +266,9 @@ class Scores:
         if not self._n_failed():
             return ""
         shown = [f"{name} on {where}: {problem}" for name, found in self._problems.items() for problem, where in list(found.items())[:1]]
-        many = f"{self._n_failed()} of {self._columns['undefined'].values.size} scores are NaN because their fits failed"
+        what = "scores are NaN because their fits failed"
+        what = "fits of what could be chosen failed" if self._sweep.fits.chooses_among_scores else what
+        many = f"{self._n_failed()} of {self._columns['undefined'].values.size} {what}"
         return f"{many} ({'; '.join(shown[:3])}{'; …' if len(shown) > 3 else ''})" if shown else many
 
     def all_failed(self) -> bool:
@@ -267,16 +286,17 @@ class Scores:
         dims = ("repetition", "prompt") if several else ("prompt",)
         return dims, values if several else values[0], {"long_name": "fold that tests the prompt, -1 for none"}
 
-    def _with_nan_reasons(self, data: xr.Dataset) -> xr.Dataset:
+    def _with_nan_reasons(self, data: xr.Dataset, entries: Sequence[tuple[str, list[int]]]) -> xr.Dataset:
         """The dataset, with the reasons why measures are NaN as words instead of bits."""
         bits = data["undefined"].transpose("probe", ...).values
         for metric in self._sweep.fits.metrics:
             reasons: dict[str, list[str]] = {}
             nan = np.isnan(data[metric.name].transpose("probe", ...).values)
-            for name, undefined, where in zip(self._sweep.coords["probe"][1], bits, nan, strict=True):
+            for (name, places), undefined, where in zip(entries, bits, nan, strict=True):
                 failed = where & ((undefined & FAILED) == FAILED)
                 if failed.any():
-                    problem = next(iter(self._problems.get(str(name), {})), "")
+                    of = [self._problems.get(self._sweep.fits.trials[place].name, {}) for place in places]
+                    problem = next((text for problems in of for text in problems), "")
                     reasons.setdefault("the fit failed" + f" ({problem})" * bool(problem), []).append(str(name))
                 where = where & ~failed
                 together = int(np.bitwise_or.reduce(undefined[where], axis=None)) if where.any() else 0

@@ -41,6 +41,7 @@ def sweep(
     controls: str | Iterable[str] | Mapping[str, Any] | None = None,
     preprocessing: str | None = None,
     strengths: Iterable[float] | None = None,
+    choose: str | Iterable[str] | None = None,
     inner_cv: int | None = None,
     choose_by: str | None = None,
     repeats: int = 1,
@@ -98,12 +99,19 @@ def sweep(
         In front of every probe, instead of its own standardisation: "standard", "per_layer", "pca:50", or several with "+".
     strengths : sequence of float, optional
         Regularisation strengths, larger being stronger (``alpha``, or 1 / ``C``), each fitted: the result has the dim ``strength``, along
-        which probes without one are constant. With `inner_cv` the best is chosen.
+        which probes without one are constant.
+    choose : {"layer", "probe", "variable", "strength"} or several, optional
+        What is chosen within each training fold, so that the score is of prompts that had no part in the choice. In each fold, the result
+        holds the scores of the entry with the best mean over inner folds of the training prompts (of equal ones the first, or the
+        strongest), fitted on all of them. ``chosen_layer`` and so on say which it is (NaN, or an empty text, for a control that has none).
+        The dims are gone; only ``probe`` stays, with the entry "chosen". The best of many entries of a sweep without `choose` is
+        reported with the score that it was chosen by, which is too high.
     inner_cv : int, optional
-        Folds within each training fold by which one of the strengths is chosen. The probe with that strength is fitted on the whole
-        training fold, and ``chosen_strength`` says which it is. Groups stay together in the inner folds too.
+        The number of inner folds, 5 if not given, fewer where a class has fewer prompts or groups. They are those of a sweep of the
+        training prompts alone: shuffled, stratified, with repeated prompts and groups on one side. Without `choose` it chooses one of
+        `strengths`.
     choose_by : str, optional
-        The metric by which the strength is chosen; the first of `metrics` if not given.
+        The metric to choose by; the first of `metrics` if not given.
     repeats : int
         How often a number of folds is drawn anew; the dim ``fold`` holds all, ``repeat`` says which.
     seeds : int or sequence of int, optional
@@ -116,7 +124,8 @@ def sweep(
         :func:`lmprobe_zarr.confidence_intervals` needs them.
     out : path or URL, optional
         A Zarr store to which the scores of each layer are written as soon as it is done. The same call, in whatever process, takes the
-        scores that are there already: an interrupted sweep goes on. ``xarray.open_zarr`` opens it at any time. To check that the
+        scores that are there already: an interrupted sweep goes on. ``xarray.open_zarr`` opens it at any time; with `choose` it holds
+        the scores of all that can be chosen, and ``inner_score``. To check that the
         activations are the same as before, eight prompts are read in every layer.
     storage_options : mapping, optional
         For `out`, as fsspec takes them.
@@ -138,7 +147,8 @@ def sweep(
     Dataset
         A variable for each metric (NaN where undefined, with the reasons in its attribute ``nan_reasons``),
         ``fit_seconds`` (wall time of the fit alone), ``converged`` (False: stopped at its iteration limit), each over layer, probe,
-        fold and the further dims that the arguments add; ``n_train`` and ``n_test`` (fold). Coordinates ``kind`` and ``control`` over
+        fold and the further dims that the arguments add; ``n_train`` and ``n_test`` (fold). With `choose` also what was chosen, and
+        ``inner_score``, the score that it was chosen by. Coordinates ``kind`` and ``control`` over
         ``probe``. Where labels are shuffled many times, that control is the mean over the shuffles, and each metric has
         ``<metric>_shuffled`` (over ``shuffle``, the mean over the folds) with ``_mean`` and ``_std``; ``<metric>_p_value``, the
         permutation p-value, (1 + shuffles that are at least as good) / (1 + shuffles); and ``<metric>_p_any_layer``, where a shuffle
@@ -175,8 +185,8 @@ def sweep(
     """
     options = SweepOptions(
         activations=activations, labels=labels, probes=probes, cv=cv, groups=groups, split=split, task=task, metrics=metrics,
-        controls=controls, preprocessing=preprocessing, strengths=strengths, inner_cv=inner_cv, choose_by=choose_by, repeats=repeats,
-        seeds=seeds, missing=missing, predictions=predictions, random_state=random_state,
+        controls=controls, preprocessing=preprocessing, strengths=strengths, choose=choose, inner_cv=inner_cv, choose_by=choose_by,
+        repeats=repeats, seeds=seeds, missing=missing, predictions=predictions, random_state=random_state,
     )  # fmt: skip
     planned = make_sweep(options)
     runner = parse_runner(client, scheduler, n_workers)
@@ -194,7 +204,8 @@ def sweep(
         raise InvalidArgumentError(f"{scores.failures()}: give a probe that can be fitted on these prompts, or fewer folds")
     found = scores.dataset()
     if place is not None:
-        place.finish(found)
+        # The place holds every layer, so that it is complete whatever was chosen.
+        place.finish(scores.table() if planned.fits.chooses_among_scores else found)
     _warn_below_chance(planned, found)
     if scores.failures():
         from sklearn.exceptions import FitFailedWarning

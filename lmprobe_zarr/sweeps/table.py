@@ -36,7 +36,7 @@ NOT_TESTED: Final = "not tested"
 #: Without `fit_seconds`, nothing says whether a NaN was ever fitted.
 _UNKNOWN: Final = "NaN"
 _REPEATED: Final = ("fold", "seed")
-_NO_SCORES: Final = ("fit_seconds", "pass_seconds", "chosen_strength")
+_NO_SCORES: Final = ("fit_seconds", "pass_seconds", "chosen_strength", "chosen_layer", "inner_score")
 #: Decimals where no interval decides, and at most. A narrower interval than this is rounding of the computation.
 _DECIMALS: Final = 3
 _MOST_DECIMALS: Final = 6
@@ -173,6 +173,8 @@ def layout_scores(
         caption += f" Without an interval: {'; '.join(reasons)}." if reasons else ""
     else:
         caption = f"Mean ± standard deviation over {counted}." if n > 1 else "Scores."
+    chosen = data.attrs.get("chosen", first.attrs.get("chosen"))
+    caption += f" Chosen: {chosen}." if chosen else ""
     return _Layout(
         index=index,
         rows=tuple(rows),

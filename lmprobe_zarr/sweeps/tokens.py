@@ -33,7 +33,7 @@ from lmprobe_zarr.probes import (
 )
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
 from lmprobe_zarr.sweeps.below_chance import describe_below_chance, find_below_chance
-from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layer_labels, parse_token_activations
+from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layer_labels, parse_token_activations, refuse_choice
 from lmprobe_zarr.sweeps.token_results import (
     TokenTrial,
     add_shuffles,
@@ -247,6 +247,7 @@ def sweep_tokens(
     pooling: str = "all",
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
     controls: str | Iterable[str] | Mapping[str, int | None] | None = None,
+    choose: None = None,
     random_state: int = 0,
     client: Client | None = None,
     scheduler: str | None = None,
@@ -278,6 +279,8 @@ def sweep_tokens(
         takes two more passes each. ``{"shuffled_labels": 100}`` shuffles so many times, with two passes each, and gives p-values as
         :func:`lmprobe_zarr.sweep` does; other names in a mapping have None. The coordinates ``kind`` and ``control`` tell controls from
         probes.
+    choose : None
+        Nothing is chosen here; any other value is an error that says how to choose a layer.
 
     Returns
     -------
@@ -299,6 +302,7 @@ def sweep_tokens(
     A control task gives every token id one random label, which a probe may learn by heart. Its score on these labels measures its
     capacity, and :func:`lmprobe_zarr.selectivity` subtracts it. Source: J. Hewitt and P. Liang (2019), arXiv:1909.03368.
     """
+    refuse_choice(choose, "sweep pooled tokens, as toks.lz.pool('mean'), or choose with sweep_tokens on some prompts and report others")
     array, dim = parse_token_activations(activations)
     runner = parse_runner(client, scheduler, n_workers, progress=progress)
     names = _parse_probes([probes] if isinstance(probes, str) else list(probes))

@@ -28,6 +28,7 @@ from lmprobe_zarr.probes import (
     read_layer,
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
+from lmprobe_zarr.sweeps.given import refuse_choice
 from lmprobe_zarr.tasks import parse_runner
 from lmprobe_zarr.typing import Array
 
@@ -40,6 +41,7 @@ def sweep_transfer(
     probes: str | Iterable[str] | Mapping[str, Any] = ("mass_mean",),
     cv: int = 5,
     *,
+    choose: None = None,
     random_state: int = 0,
     scheduler: str = "threads",
     n_workers: int | None = None,
@@ -57,6 +59,8 @@ def sweep_transfer(
         As for :func:`lmprobe_zarr.sweep`.
     cv : int
         Where train and test are the same dataset, the score is the mean over this many folds, so that it too is of unseen prompts.
+    choose : None
+        Nothing is chosen here; any other value is an error that says how to choose a layer.
     random_state : int
     scheduler : "threads", "processes" or "synchronous"
     n_workers : int, optional
@@ -78,6 +82,9 @@ def sweep_transfer(
     Each task reads one layer of every dataset. Source of the question: S. Marks and M. Tegmark, "The Geometry of Truth" (2023),
     arXiv:2310.06824, section 5.
     """
+    refuse_choice(
+        choose, "choose by lz.sweep(datasets[name], …, choose='layer') of the training set, and read off the scores of that layer elsewhere"
+    )
     runner = parse_runner(scheduler=scheduler, n_workers=n_workers)
     transfer = _plan(datasets, labels, probes, cv, random_state)
     shared = runner.hand_over(transfer.fits)

@@ -183,6 +183,30 @@ def test_sweep_prints_a_table_and_draws(stored: str, capsys: pytest.CaptureFixtu
     np.testing.assert_allclose([row["accuracy"] for row in document["scores"]], ours.accuracy.mean("fold").values[:, 0])
 
 
+def test_sweep_chooses_within_training_folds_and_prints_what_was_chosen(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["sweep", stored, "--variable", "resid_mean", "--probes", "ridge,mass_mean", "--cv", "2", "--controls", "majority"]
+    code, out, err = call(capsys, *options, "--choose", "layer")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].split() == ["probe", "accuracy", "auroc", "chosen", "layers"]
+    assert [line.split()[0] for line in lines[1:4]] == ["ridge", "mass_mean", "majority"]
+    assert lines[3].split()[-1] == "-"
+    assert lines[4] == "chosen: layer, in each fold by accuracy over 5 inner folds of its training prompts"
+    document = call_json(capsys, *options, "--choose", "layer,probe")
+    ours = lz.sweep(
+        lz.open_store(stored).dataset().resid_mean, "label", ["ridge", "mass_mean"], 2, choose=["layer", "probe"], controls="majority"
+    )
+    assert [row["probe"] for row in document["scores"]] == ["chosen", "majority"]
+    np.testing.assert_allclose([row["accuracy"] for row in document["scores"]], ours.accuracy.mean("fold"))
+    assert document["scores"][0]["chosen_layers"] == np.unique(ours.chosen_layer[0]).tolist()
+    assert document["chosen"] == ours.attrs["chosen"]
+    assert "chosen     layer, in each fold" in call(capsys, *options, "--choose", "layer", "--dry-run")[1]
+    for bad, message in (("fold", "use some of 'layer', 'probe'"), ("layer", "--plot draws scores by layer")):
+        code, _, err = call(capsys, *options, "--choose", bad, *(["--plot", "x.png"] if bad == "layer" else []))
+        assert code != 0
+        assert message in err
+
+
 @pytest.mark.parametrize(("ending", "begins"), [(".md", "| layer |"), (".tex", "% Mean"), (".csv", "layer,")])
 def test_sweep_writes_a_table(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, ending: str, begins: str) -> None:
     place = tmp_path / f"scores{ending}"
