@@ -20,6 +20,8 @@ __all__ = ["BelowChance", "describe_below_chance", "find_below_chance"]
 
 #: How many standard errors below chance are clear. Of noise, fewer than 1 in 1,000 sweeps warn: docs/design/statistics.md has the figures.
 _CLEARLY: Final = 4.75
+#: Probes, and the most frequent class, which is often that of the other fold, so that it is right less than half of the time by itself.
+_NOT_TESTED: Final = ("", "majority")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def find_below_chance(scores: xr.Dataset, classes: Sequence[Array], folds: Seque
         The group of each row, else its prompt: rows of one unit count as one.
     """
     metric = next((name for name in ("auroc", "balanced_accuracy", "accuracy") if name in scores and "fold" in scores[name].dims), None)
-    if metric is None:
+    if metric is None or not set(scores["control"].values.tolist()) - set(_NOT_TESTED):
         return []
     held = scores[metric]
     means = held.mean([dim for dim in held.dims if dim not in ("probe", "label")])
@@ -56,8 +58,7 @@ def find_below_chance(scores: xr.Dataset, classes: Sequence[Array], folds: Seque
         chance, error = _at_chance(metric, codes, folds, units)
         of = means.isel(label=place) if "label" in means.dims else means
         for name, control, score in zip(of["probe"].values.tolist(), of["control"].values.tolist(), of.values.tolist(), strict=True):
-            # The most frequent class is often that of the other fold, so that this control is below one half by itself.
-            if control not in ("", "majority") and score < chance - _CLEARLY * error:
+            if control not in _NOT_TESTED and score < chance - _CLEARLY * error:
                 found.append(BelowChance(str(name), metric, float(score), error))
     return found
 

@@ -49,7 +49,7 @@ def shuffled(array: xr.DataArray, number: int = 19, probes: Any = "mass_mean", *
 # -- p-values --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signal", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("signal", [0.0, 1.5])
 def test_a_p_value_is_that_of_all_permutations_within_the_error_of_the_shuffles(signal: float) -> None:
     x, y = noise(4, 8, signal=signal)
     folds = [(np.flatnonzero(np.arange(8) % 4 != k), np.flatnonzero(np.arange(8) % 4 == k)) for k in range(4)]
@@ -65,8 +65,8 @@ def test_a_p_value_is_that_of_all_permutations_within_the_error_of_the_shuffles(
 
     every = np.array([score(np.isin(np.arange(8), chosen).astype(int)) for chosen in combinations(range(8), 4)])
     exact = float((every >= score(y) - 1e-9).mean())
-    p = shuffled(array_of(x, y), 150, "ridge", cv=folds).accuracy_p_value.sel(probe="ridge").item()
-    assert p == pytest.approx(exact, abs=3 * np.sqrt(exact * (1 - exact) / 150) + 1 / 150)
+    p = shuffled(array_of(x, y), 80, "ridge", cv=folds).accuracy_p_value.sel(probe="ridge").item()
+    assert p == pytest.approx(exact, abs=3 * np.sqrt(exact * (1 - exact) / 80) + 1 / 80)
 
 
 def test_a_p_value_agrees_with_scikit_learns_permutation_test_on_equal_folds() -> None:
@@ -140,14 +140,14 @@ def test_p_values_of_labels_without_meaning_are_uniform_or_conservative(kind: st
 
 
 def test_the_best_of_many_layers_of_noise_is_no_finding() -> None:
-    times, alone, among = (200 if STRESS else 6), 0, 0
+    times, alone, among = (200 if STRESS else 4), 0, 0
     for seed in range(times):
-        x, y = noise(seed, 24, layers=20)
+        x, y = noise(seed, 24, layers=20 if STRESS else 10)
         of = shuffled(array_of(x, y), 19, cv=3).sel(probe="mass_mean")
         best = int(np.argmax(of.accuracy.mean("fold").values))
         alone += of.accuracy_p_value[best].item() <= 0.1
         among += of.accuracy_p_any_layer[best].item() <= 0.1
-    assert alone / times > 0.4
+    assert alone / times > (0.4 if STRESS else 0.2)
     assert among / times <= 0.1 + 3 * np.sqrt(0.1 * 0.9 / times)
 
 
@@ -249,7 +249,7 @@ def tokens_of(x: Any, prompt: Any, **columns: Any) -> xr.DataArray:
 def test_folds_of_tokens_are_drawn_for_shuffled_labels() -> None:
     # With folds stratified by the true labels the control scores below chance, 0.43 here: the oracle shuffles first.
     found = []
-    for seed in range(3):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         prompt = np.repeat([f"p{i:02}" for i in range(16)], 3)
         x, y = rng.normal(size=(48, 30)), np.repeat(rng.permutation(np.arange(16) % 2), 3)
