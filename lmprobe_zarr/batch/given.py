@@ -9,19 +9,19 @@ import io
 import warnings
 from collections.abc import Iterable, KeysView, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["PROMPT_KINDS", "WAYS", "PromptKind", "common_kind", "given_prompts", "shorten"]
+__all__ = ["PROMPT_KINDS", "WAYS", "PromptKind", "common_kind", "given_prompts", "is_pair", "shorten"]
 
-PromptKind = Literal["text", "chat", "ids"]
-PROMPT_KINDS: Final = ("text", "chat", "ids")
+PromptKind = Literal["text", "chat", "ids", "pair"]
+PROMPT_KINDS: Final = ("text", "chat", "ids", "pair")
 SHOWN_CHARACTERS: Final = 40
 SHOWN_NAMES: Final = 5
-WAYS: Final = "a prompt is a text, a list of chat messages, or a flat list of token ids"
+WAYS: Final = "a prompt is a text, a list of chat messages, a flat list of token ids, or for an encoder-decoder a tuple of two texts"
 
 
 def shorten(text: str) -> str:
@@ -138,6 +138,11 @@ def _is_chat(prompt: object) -> bool:
     return (not isinstance(prompt, np.ndarray) or prompt.ndim == 1) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
+def is_pair(prompt: object) -> TypeGuard[tuple[str, str]]:
+    """Whether this is a tuple of two texts, one for an encoder and one for its decoder. A list may be meant as a list of prompts."""
+    return isinstance(prompt, tuple) and len(prompt) == 2 and all(isinstance(text, str) for text in prompt)
+
+
 def _is_number(prompt: object) -> bool:
     if isinstance(prompt, int | np.integer):
         return not isinstance(prompt, bool)
@@ -157,6 +162,10 @@ def _kind_of(prompt: object, number: int) -> PromptKind:
         )
     if _is_chat(prompt):
         return "chat"
+    if is_pair(prompt):
+        if not all(prompt):
+            raise InvalidArgumentError(f"prompts[{number}] is a pair with an empty text: give at least one character for each side")
+        return "pair"
     if isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes | bytearray | memoryview):
         return "ids"
     if hasattr(prompt, "detach"):
@@ -195,7 +204,7 @@ def common_kind(given: list[Any]) -> PromptKind:
     kinds = [_kind_of(prompt, number) for number, prompt in enumerate(given)]
     for number, kind in enumerate(kinds):
         if kind != kinds[0]:
-            words = {"text": "a text", "chat": "a chat", "ids": "token ids"}
+            words = {"text": "a text", "chat": "a chat", "ids": "token ids", "pair": "a pair of texts"}
             raise InvalidTypeError(
                 f"prompts[0] is {words[kinds[0]]} but prompts[{number}] is {words[kind]}: one call takes one kind of prompt"
             )

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from lmprobe_zarr.batch.given import is_pair
 from lmprobe_zarr.errors import InvalidTypeError
 from lmprobe_zarr.typing import Array, Mask
 
@@ -30,22 +31,26 @@ HASH_DIGITS: Final = 16
 _DIGEST_BYTES: Final = 32
 
 
-def prompt_sha256(prompt: str | Sequence[int] | Array | Sequence[Mapping[str, Any]]) -> str:
+def prompt_sha256(prompt: str | Sequence[int] | Array | Sequence[Mapping[str, Any]] | tuple[str, str]) -> str:
     r"""The whole sha256 of a prompt, 64 hex digits.
 
     Parameters
     ----------
-    prompt : str or sequence of int
-        A text, hashed as UTF-8; or ready token ids, hashed as ``b"\0ids\0"`` and the ids as little-endian int64.
+    prompt : str, sequence of int or pair of str
+        A text, hashed as UTF-8; ready token ids, hashed as ``b"\0ids\0"`` and the ids as little-endian int64; or the texts of an encoder
+        and of its decoder, hashed as ``b"\0pair\0"`` and the sha256 of each.
 
     Raises
     ------
     InvalidTypeError
-        Neither a text nor a flat sequence of integers.
+        Neither a text nor a flat sequence of integers nor a pair of texts.
     """
     if isinstance(prompt, str):
         # Lone surrogates are legal in a Python string (JSON may contain them) but have no UTF-8: they are hashed unchanged.
         return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+    if is_pair(prompt):
+        texts = [text.encode("utf-8", "surrogatepass") for text in prompt]
+        return hashlib.sha256(b"\0pair\0" + b"".join(hashlib.sha256(text).digest() for text in texts)).hexdigest()
     try:
         ids = np.asarray(prompt)
     except ValueError as error:
@@ -58,7 +63,7 @@ def prompt_sha256(prompt: str | Sequence[int] | Array | Sequence[Mapping[str, An
 
 
 def prompt_hash(
-    prompt: str | Sequence[int] | Array | Sequence[Mapping[str, Any]],
+    prompt: str | Sequence[int] | Array | Sequence[Mapping[str, Any]] | tuple[str, str],
     *,
     tokenizer: Any = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -69,8 +74,8 @@ def prompt_hash(
 
     Parameters
     ----------
-    prompt : str, sequence of int, or list of messages
-        A text, token ids, or a chat.
+    prompt : str, sequence of int, list of messages, or pair of str
+        A text, token ids, a chat, or the texts of an encoder and of its decoder.
     tokenizer : transformers tokenizer, optional
         Needed for a chat.
     chat_template_kwargs : mapping, optional
@@ -84,11 +89,11 @@ def prompt_hash(
     Raises
     ------
     InvalidTypeError
-        Neither a text nor a flat sequence of integers nor a chat.
+        Neither a text nor a flat sequence of integers nor a chat nor a pair of texts.
     InvalidArgumentError
         A chat without a tokenizer that renders it.
     """
-    if tokenizer is not None and not isinstance(prompt, str):
+    if tokenizer is not None and not isinstance(prompt, str) and not is_pair(prompt):
         from lmprobe_zarr.batch.chats import parse_chat_options
         from lmprobe_zarr.batch.prompts import parse_prompts
 

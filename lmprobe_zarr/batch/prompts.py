@@ -1,4 +1,4 @@
-"""The prompts of a call, texts, chats or token ids, as one frozen record. Never a model; a tokenizer only renders chats and decodes ids."""
+"""The prompts of a call: texts, chats, token ids or pairs. Never a model; a tokenizer only renders chats and decodes ids."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ class Prompts:
 
     Parameters
     ----------
-    kind : {"text", "chat", "ids"}
+    kind : {"text", "chat", "ids", "pair"}
         What the caller gave; all prompts of a call are of the same kind.
     sha256 : tuple of str
         Whole digest of every prompt, without repeats.
     text : tuple of str, or None
-        The texts; for chats, the rendered texts. None for token ids that no tokenizer has decoded yet.
+        The texts; for chats, the rendered texts; for pairs, those of the decoder. None for token ids that no tokenizer has decoded yet.
+    encoder_text : tuple of str, or None
+        For pairs, the texts that the encoder reads.
     token_ids : tuple of ndarray of int64, or None
         The ids, for ``kind="ids"`` and for chats of a tokenizer that has no template.
     row : ndarray of int64, shape (given,)
@@ -48,6 +50,7 @@ class Prompts:
     kind: PromptKind
     sha256: tuple[str, ...]
     text: tuple[str, ...] | None
+    encoder_text: tuple[str, ...] | None = None
     token_ids: tuple[Ints, ...] | None = None
     row: Ints
     first: Ints
@@ -63,6 +66,7 @@ class Prompts:
             kind=self.kind,
             sha256=tuple(self.sha256[i] for i in chosen),
             text=None if self.text is None else tuple(self.text[i] for i in chosen),
+            encoder_text=None if self.encoder_text is None else tuple(self.encoder_text[i] for i in chosen),
             token_ids=None if self.token_ids is None else tuple(self.token_ids[i] for i in chosen),
             row=np.arange(len(chosen), dtype=np.int64),
             first=self.first[chosen],
@@ -148,9 +152,9 @@ def parse_prompts(
 
     Parameters
     ----------
-    prompts : iterable of str, of lists of chat messages, or of flat arrays of token ids
+    prompts : iterable of str, of lists of chat messages, of flat arrays of token ids, or of pairs of str
         A chat message is a dict with ``role`` and ``content``, a text or a list of parts; token ids may be lists, 1-d integer arrays or
-        torch tensors. See `given_prompts` for what is no list of prompts.
+        torch tensors; the texts of a pair are for an encoder and its decoder. See `given_prompts` for what is no list of prompts.
     tokenizer : transformers tokenizer, optional
         Needed for chats, which its template renders. Token ids are decoded with it if it is given; texts never need it.
     add_generation_prompt : bool, optional
@@ -170,6 +174,7 @@ def parse_prompts(
     kind = common_kind(given)
     ids: list[Ints] | None = None
     texts: list[str] | None = None
+    read: list[str] | None = None
     timed: Mask | None = None
     if kind == "ids":
         ids = [_parse_ids(prompt, number) for number, prompt in enumerate(given)]
@@ -183,6 +188,11 @@ def parse_prompts(
         texts, digests = [rendered.text for rendered in chats], [rendered.sha256 for rendered in chats]
         check_texts(texts)
         ids, timed = _ids_of(chats), np.array([rendered.timed for rendered in chats])
+    elif kind == "pair":
+        read, texts = ([str.__str__(pair[side]) for pair in given] for side in (0, 1))
+        check_texts(read)
+        check_texts(texts)
+        digests = [prompt_sha256(pair) for pair in zip(read, texts, strict=True)]
     else:
         # Subclasses of str are the text that they are equal to; an enumeration's own str() is its name.
         texts = [str.__str__(text) for text in given]
@@ -198,6 +208,7 @@ def parse_prompts(
         text = None if tokenizer is None or chosen is None else _decode(chosen, tokenizer)
     return Prompts(
         kind=kind, sha256=tuple(place), text=text, token_ids=chosen, row=row, first=first,
+        encoder_text=None if read is None else tuple(read[i] for i in first),
         timed=timed[first] if timed is not None and timed.any() else None,
     )  # fmt: skip
 

@@ -150,11 +150,14 @@ def extract(
     model : str, path or torch Module
         A hub id, a folder that ``save_pretrained`` wrote, or a loaded model (PEFT, quantised, edited in memory; then give
         `name` and `tokenizer` too).
-    prompts : iterable of str, of chats, or of token ids
+    prompts : iterable of str, of chats, of token ids, or of pairs of str
         One kind per call: a list, a column of a table, or an array; not a whole table, a mapping or a set. A chat is a list of
         ``{"role", "content"}``, rendered by the tokenizer's template, whose text is the prompt's text and makes its hash. If the template
         prints the time, the hash is that of messages, template and arguments, so that the chat is found on another day. A content may be
-        a list of parts of text. Token ids hold no padding. Prompts that occur twice are run once.
+        a list of parts of text. Token ids hold no padding. A pair is a tuple of the texts that an encoder and its decoder read: values are
+        the decoder's, whose text is the prompt's, and the encoder's text is the column ``encoder_text``. The decoder reads what
+        transformers makes of the text as labels, so its first token is ``decoder_start_token_id``. Other prompts of an encoder-decoder are
+        run through its encoder. Prompts that occur twice are run once.
     store : Store, path or URL, or a sequence of these, optional
         Where activations are stored; None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
     layers : "all", "middle", "last", int, sequence of int or slice
@@ -285,7 +288,7 @@ def extract(
     request = check_request(
         choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), columns=coords,
-        group=group, any_provenance=any_provenance,
+        group=group, any_provenance=any_provenance, store_text=store_text,
     )  # fmt: skip
     options = Options(
         keeping=keeping, device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts,

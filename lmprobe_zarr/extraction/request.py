@@ -22,7 +22,7 @@ from lmprobe_zarr.batch import (
     prompts_kind,
 )
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.extraction.columns import Columns, check_columns
+from lmprobe_zarr.extraction.columns import Columns, check_columns, with_encoder_texts
 from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.models import PromptKind
 from lmprobe_zarr.store import Store
@@ -41,7 +41,7 @@ class Request:
     choice : ModelChoice
     given : list
         The prompts as the caller gave them, repeats included.
-    kind : {"text", "chat", "ids"}
+    kind : {"text", "chat", "ids", "pair"}
     columns : mapping of str to Column
         One value per given prompt.
     store : Store
@@ -157,6 +157,7 @@ def check_request(
     group: str | None = None,
     any_provenance: bool = False,
     chat: ChatOptions = NO_CHAT_OPTIONS,
+    store_text: bool = True,
 ) -> Request:
     """The request that these arguments describe.
 
@@ -176,8 +177,11 @@ def check_request(
         if not outputs:
             raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
         names = ()
+    own = check_columns(columns, prompts, given)
+    if kind == "pair" and store_text:
+        own = with_encoder_texts(own, given)
     return Request(
-        choice=choice, given=given, kind=kind, columns=check_columns(columns, prompts, given), store=store, layers=layers, chat=chat,
+        choice=choice, given=given, kind=kind, columns=own, store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
         any_provenance=any_provenance,
     )  # fmt: skip
@@ -185,12 +189,12 @@ def check_request(
 
 def _check_options(choice: ModelChoice, kind: PromptKind, chat: ChatOptions) -> None:
     """Raise for options that would have no effect on prompts of this kind, and for a tokenizer that is none of transformers' kind."""
+    words = {"text": "texts", "ids": "token ids", "pair": "pairs of texts"}
     if chat and kind != "chat":
         raise InvalidArgumentError(
-            f"options of a chat template were given, but the prompts are {'texts' if kind == 'text' else 'token ids'}: "
-            "give chats, which are lists of messages"
+            f"options of a chat template were given, but the prompts are {words[kind]}: give chats, which are lists of messages"
         )
-    if not choice.add_special_tokens and kind != "text":
+    if not choice.add_special_tokens and kind not in ("text", "pair"):
         raise InvalidArgumentError(
             "add_special_tokens=False is for texts: chats have the special tokens that their template prints, and token ids are taken as "
             "they are"

@@ -55,7 +55,8 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         The work decided before the model was loaded; its tokens are used again if the same prompts are missing.
     """
     columns = columns_by_prompt(fit_columns(lookup.request.columns, lookup.view), lookup.prompts)
-    if before is not None and np.array_equal(before.lookup.missing, lookup.missing):
+    # What a decoder reads first is known only of the loaded model.
+    if before is not None and lookup.request.kind != "pair" and np.array_equal(before.lookup.missing, lookup.missing):
         tokenized = before.tokenized
     else:
         tokenized = _tokenize(lookup) if len(lookup.missing) else None
@@ -114,4 +115,5 @@ def _tokenize(lookup: Lookup) -> TokenizedPrompts:
         truncation=request.choice.truncation,
         vocab_size=lookup.model.vocab_size,
         add_special_tokens=request.choice.add_special_tokens,
+        decoder_start=None if lookup.loaded is None else lookup.loaded.decoder_start,
     )

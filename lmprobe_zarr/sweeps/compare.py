@@ -18,6 +18,8 @@ __all__ = ["compare", "confidence_intervals", "selectivity"]
 
 _BOUNDS = ("lower", "estimate", "upper")
 _RESAMPLES_AT_ONCE = 250
+#: Rounding makes means over folds differ by less than this.
+_WIDTH = 1e-12
 
 
 def confidence_intervals(
@@ -27,9 +29,9 @@ def confidence_intervals(
 
     Prompts are drawn with replacement, among those that the same folds test in every repeat; where the sweep had groups, whole groups are.
     A prompt stands in every row and in every repeat as often as it was drawn, so that testing it again makes no interval narrower. One
-    resample is the mean over the folds of a metric of these prompts, and the interval is between two quantiles of the resamples. The
-    probes are not fitted again: the interval says how much the score depends on which prompts were tested, not on which were learned
-    from.
+    resample is the mean over the folds of a metric of these prompts, and the interval is between two quantiles of the resamples, a
+    little further out the fewer prompts or groups there are, since resamples of few vary too little. The probes are not fitted again: the
+    interval says how much the score depends on which prompts were tested, not on which were learned from.
 
     Parameters
     ----------
@@ -48,7 +50,8 @@ def confidence_intervals(
     Dataset
         A variable per metric over the dims of the scores without ``fold``, and ``bound``: "lower", "estimate" (the score itself, the
         mean over the folds), "upper". NaN where a score is undefined; undefined resamples are left out. Where a fold tests a single prompt
-        or group, nothing is known of how such scores vary: the bounds are NaN, and the attribute ``nan_reasons`` says so.
+        or group, or all resamples have the same score, such as 1, nothing is known of how scores vary: the bounds are NaN, and the
+        attribute ``nan_reasons`` says so.
 
     Raises
     ------
@@ -57,8 +60,9 @@ def confidence_intervals(
 
     Notes
     -----
-    Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13, the percentile interval; of groups,
-    A. C. Davison and D. V. Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8.
+    Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13, the percentile interval; of groups, A. C.
+    Davison and D. V. Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8; expanded for few units, T. C. Hesterberg,
+    "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015).
     """
     _check_scores(scores)
     if "predicted" not in scores:
@@ -72,7 +76,6 @@ def confidence_intervals(
     if metrics is None:
         metrics = [str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and _is_metric(str(name), scores)]
     chosen = parse_metrics(metrics, scores.attrs["task"], n_classes)
-    tail = (1 - level) / 2
     dims = [str(dim) for dim in scores["predicted"].dims if dim not in ("prompt", "repetition")]
     shape = [scores.sizes[dim] for dim in dims]
     found = {metric.name: np.full((*shape, len(_BOUNDS)), np.nan) for metric in chosen}
@@ -80,17 +83,31 @@ def confidence_intervals(
     # Texts that were read from a file may be of a dtype that does not become fixed-width texts.
     units = np.unique(np.asarray(list(map(str, scores[unit].values)), str), return_inverse=True)[1]
     weights = _draw(units, int(n_resamples), random_state)
-    reason = ""
+    reasons: dict[str, dict[str, None]] = {metric.name: {} for metric in chosen}
     for place in product(*(range(size) for size in shape)):
         cell = scores.isel(dict(zip(dims, place, strict=True)))
+        if str(cell["control"].item()) == "shuffled_labels" and "dealt" not in cell:
+            # Many shuffles, of which no predictions are kept.
+            for metric in chosen:
+                reasons[metric.name][f"{cell['probe'].item()} is a mean over many shuffles: see {metric.name}_shuffled_std"] = None
+                estimate = float(cell[metric.name].mean("fold")) if metric.name in cell else np.nan
+                found[metric.name][place] = np.nan, estimate, np.nan
+            continue
         folds = _tested(cell)
         single = [number for number, (_, rows) in enumerate(folds) if len(np.unique(units[rows])) < 2]
-        if single:
-            reason = f"fold {single[0]} tests a single {unit}, which says nothing of how others would score: use fewer folds"
         outcomes = [_outcome(cell, repetition, rows, n_classes) for repetition, rows in folds]
         drawn = [] if single else [weights[:, rows] for _, rows in folds]
+        tail = _tail(level, len(np.unique(units[np.concatenate([rows for _, rows in folds])])))
         for metric in chosen:
-            found[metric.name][place] = _interval(metric, outcomes, drawn, tail)
+            low, estimate, high = _interval(metric, outcomes, drawn, tail)
+            if single:
+                why = f"fold {single[0]} tests a single {unit}, which says nothing of how others would score: use fewer folds"
+                reasons[metric.name][why] = None
+            elif high - low < _WIDTH:
+                low = high = np.nan
+                why = f"all resamples have the same score {estimate:.3g}, which says nothing of others: test more {unit}s"
+                reasons[metric.name][why] = None
+            found[metric.name][place] = low, estimate, high
     coords = {name: held for name, held in scores.coords.items() if set(held.dims) <= set(dims)}
     data = xr.Dataset({name: ((*dims, "bound"), values) for name, values in found.items()}, coords={**coords, "bound": list(_BOUNDS)})
     data.attrs = {
@@ -100,7 +117,8 @@ def confidence_intervals(
         "resampled": unit,
     }
     for metric in chosen:
-        data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units} | ({"nan_reasons": [reason]} if reason else {})
+        why_nan = {"nan_reasons": list(reasons[metric.name])} if reasons[metric.name] else {}
+        data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units} | why_nan
     return to_interchange(data)
 
 
@@ -128,6 +146,17 @@ def _draw(units: Array, n_resamples: int, random_state: int) -> Floats:
     n = int(units.max()) + 1
     counts = np.random.default_rng(random_state).multinomial(n, np.full(n, 1 / n), size=n_resamples)
     return np.asarray(counts[:, units].astype(np.float64))
+
+
+def _tail(level: float, n: int) -> float:
+    """The share of resamples below the interval, and above it, for n units.
+
+    The normal quantile times √(n / (n − 1)), as the deviation of resamples is that of the units divided by √n and not by √(n − 1), and with
+    Student's quantile in its place, as the deviation is estimated.
+    """
+    from scipy.special import ndtr, stdtrit
+
+    return float(ndtr(-np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + level) / 2))) if n > 1 else (1 - level) / 2
 
 
 def _outcome(cell: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> Outcome | None:

@@ -12,7 +12,10 @@ from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Array
 
-__all__ = ["check_activations", "check_seed", "layer_labels", "layers_of", "parse_activations", "parse_token_activations", "refuse_choice"]
+__all__ = [
+    "check_activations", "check_seed", "is_drawn", "layer_labels", "layers_of", "parse_activations", "parse_token_activations",
+    "refuse_choice",
+]  # fmt: skip
 
 _DIMS = ("layer", "prompt", "hidden")
 
@@ -103,3 +106,8 @@ def check_seed(random_state: Any) -> int:
     if not 0 <= random_state < 2**32:
         raise InvalidArgumentError(f"random_state={random_state!r} is out of range: give a seed from 0 to 2**32 - 1")
     return int(random_state)
+
+
+def is_drawn(cv: Any) -> bool:
+    """Whether folds are made from the labels, by a number or a splitter, rather than given."""
+    return cv is None or isinstance(cv, int | np.integer) or hasattr(cv, "split")

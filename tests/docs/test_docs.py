@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import reference_pages
 from paths import ROOT
-from tiny_models import SharedModels
+from tiny_models import VOCABULARY, SharedModels, random_model, tiny_tokenizer
 from warmed import Warmed
 
 from lmprobe_zarr.cli import _parser
@@ -30,11 +30,20 @@ def gpt2(tiny_models: SharedModels) -> Path:
     return tiny_models("gpt2", head="AutoModelForCausalLM", n_layer=6)
 
 
+def save_t5(folder: Path) -> None:
+    """A tiny random encoder-decoder, likewise."""
+    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_kv": 8, "d_ff": 48, "decoder_start_token_id": 0}
+    random_model("T5ForConditionalGeneration", "T5Config", vocab_size=VOCABULARY, **sizes).save_pretrained(folder)
+    tiny_tokenizer(encoder=True).save_pretrained(folder)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_every_python_block_runs(page: Path, gpt2: Path, warmed: Warmed, tmp_path: Path) -> None:
     shutil.copytree(gpt2, tmp_path / "gpt2")
     code = "\n".join(blocks(page, "python"))
+    if '"t5-small"' in code:
+        save_t5(tmp_path / "t5-small")
     script = tmp_path / "page.py"
     script.write_text(code)
     done = warmed.run(script, cwd=tmp_path)

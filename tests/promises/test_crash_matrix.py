@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from crash_operations import OPERATIONS, check_equal, check_stopped, shown, state_of, stop_at
+from crash_operations import OPERATIONS, check_equal, check_stopped, places_of, shown, state_of, stop_at
 from paths import SUPPORT
 from stores import pull_the_plug
 
@@ -27,8 +27,8 @@ def test_stopped_at_any_call_only_whole_parts_show_and_the_same_call_completes_i
     operation.prepare(template)
     check_equal(shown(template / operation.place), operation.before)
     stops = 0
-    for moment, step in (("before", 1 if STRESS else 4), ("half", 1 if STRESS else 13), ("after", 1 if STRESS else 17)):
-        for n in range(0, 10_000, step):
+    for moment, most in (("before", 16), ("half", 6), ("after", 5)):
+        for n in places_of(operation, template, None if STRESS else most):
             base = tmp_path / f"{moment}-{n}"
             shutil.copytree(template, base)
             kept = {folder: state_of(base / folder) for folder in operation.kept}
@@ -39,19 +39,16 @@ def test_stopped_at_any_call_only_whole_parts_show_and_the_same_call_completes_i
                 raise AssertionError(f"{name}, stopped {moment} call {n}") from error
             assert {folder: state_of(base / folder) for folder in operation.kept} == kept
             shutil.rmtree(base)
-            if through:
-                break
-            stops += 1
-        else:
-            pytest.fail("it never came to its end")
+            stops += not through
+        assert through, "the last place is behind the last call"
     assert stops > 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="ends forked children, so that each round need not import everything again")
 def test_a_process_that_ends_at_any_call_leaves_only_whole_parts() -> None:
     """As above, but nothing is cleaned up behind it: no `except`, no `finally`, no thread comes to its end."""
-    step, moments = ("5", "before,half,after") if STRESS else ("40", "half")
-    command = [sys.executable, str(SCRIPT), "everywhere", step, moments]
+    most, moments = ("25", "before,half,after") if STRESS else ("2", "half")
+    command = [sys.executable, str(SCRIPT), "everywhere", most, moments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600 if STRESS else 300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == len(OPERATIONS)

@@ -30,6 +30,7 @@ from stores import GROUP, make_batch
 import lmprobe_zarr as lz
 from lmprobe_zarr import errors
 from lmprobe_zarr.errors import AccessDeniedError, AlreadyCommittedError, ReadOnlyError, StoreNotFoundError, UnreachableError
+from lmprobe_zarr.storage import remote
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.s3 import S3Storage
 from lmprobe_zarr.store.store import Store
@@ -303,7 +304,8 @@ def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, fault: Fault) -> N
     np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"])
 
 
-def test_answers_that_are_always_cut_short_are_an_error(s3: S3, url: str) -> None:
+def test_answers_that_are_always_cut_short_are_an_error(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))  # so that a refusal for ever is soon found out
     lz.open_store(url).write(GROUP, make_batch(["a", "b"]))
     data = counted(s3, url, **QUICK).dataset()
     s3.proxy.fault = lambda request: Fault(cut=20)

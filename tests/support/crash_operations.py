@@ -119,7 +119,7 @@ def check_between(found: Truth, before: Truth, after: Truth) -> None:
 def check_equal(found: Truth, truth: Truth) -> None:
     assert found.keys() == truth.keys()
     for text, held in truth.items():
-        assert found[text].keys() == held.keys(), text
+        assert found[text].keys() == held.keys(), f"{text!r} has {sorted(found[text])}, and is to have {sorted(held)}"
         for name, value in held.items():
             assert same(found[text][name], value), f"{name} of {text!r}"
 
@@ -402,6 +402,10 @@ def state_of(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent.name != ".used"}
 
 
+# More calls than any operation makes.
+_NEVER = 10**6
+
+
 def stop_at(operation: Operation, base: Path, n: int, moment: str, stop: Callable[[], object]) -> bool:
     """Do an operation with a storage that stops at its n-th call; returns whether it came to its end."""
     storage = Stops(LocalStorage(base / operation.place), n, moment=moment, stop=stop)
@@ -412,6 +416,27 @@ def stop_at(operation: Operation, base: Path, n: int, moment: str, stop: Callabl
             raise
         return False
     return storage.after >= 0  # some take an error for no matter: a mark of use that cannot be made
+
+
+def places_of(operation: Operation, template: Path, most: int | None) -> list[int]:
+    """Calls of an operation at which to stop it, evenly spread over all that it makes, and the place behind the last of them.
+
+    Parameters
+    ----------
+    operation : Operation
+    template : Path
+        What it begins with; it is left as it is.
+    most : int, optional
+        How many calls at most; by default every one. Threads may make a few more or fewer the next time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder, "counted")
+        shutil.copytree(template, base)
+        storage = Stops(LocalStorage(base / operation.place), _NEVER)
+        operation.run(base, Store(storage, durable=False))
+    calls = _NEVER - storage.after
+    chosen = range(calls) if most is None or most >= calls else [round(k * (calls - 1) / (most - 1)) for k in range(most)]
+    return [*chosen, _NEVER]
 
 
 def check_stopped(operation: Operation, base: Path) -> None:
@@ -453,14 +478,18 @@ def in_child(work: Callable[[], object]) -> int:
 DEAD = 77
 
 
-def kill_everywhere(name: str, base: Path, *, step: int, moments: tuple[str, ...]) -> int:
-    """Let a child end at every `step`-th storage call of an operation, and another one check; returns how many died."""
+def kill_everywhere(name: str, base: Path, *, most: int, moments: tuple[str, ...]) -> int:
+    """Let a child end at each of at most `most` storage calls of an operation, and another one check; returns how many died."""
     operation, dead = OPERATIONS[name], 0
     template = base / "template"
     template.mkdir(parents=True)
     assert in_child(lambda: operation.prepare(template)) == 0
+    # A child counts, because a parent must have no threads when it forks.
+    counted = base / "places"
+    assert in_child(lambda: counted.write_text(" ".join(map(str, places_of(operation, template, most))))) == 0
+    places = [int(n) for n in counted.read_text().split()]
     for moment in moments:
-        for n in range(0, 10_000, step):
+        for n in places:
             work = base / f"{moment}-{n}"
             shutil.copytree(template, work)
 
@@ -468,11 +497,8 @@ def kill_everywhere(name: str, base: Path, *, step: int, moments: tuple[str, ...
             assert status in (0, DEAD), f"{name}, call {n}, {moment}: {status}"
             assert in_child(partial(check_stopped, operation, work)) == 0, f"{name}, stopped {moment} call {n}"
             shutil.rmtree(work)
-            if status == 0:
-                break
-            dead += 1
-        else:
-            raise AssertionError(f"{name} never came to its end")
+            dead += status == DEAD
+        assert status == 0, f"{name} never came to its end"
     return dead
 
 
@@ -500,7 +526,8 @@ def random_step(rng: random.Random, truth: Truth) -> tuple[str, Truth, Callable[
     if kind == "drop":
         return kind, without(truth, variable="resid"), drop_if_there
     if kind == "evict" and rng.random() < 0.3:
-        return kind, {}, lambda s: lz.evict(s, max_gb=0, min_age=0)
+        # Annotations too: otherwise they show again with the next activations of their prompts, which `Truth` does not know.
+        return kind, {}, lambda s: lz.evict(s, max_gb=0, min_age=0, annotations=True)
     if kind == "gc":
         return kind, truth, lambda s: s.gc(max_age=0)
     return "compact", truth, lambda s: s.compact(progress=False)
@@ -580,7 +607,7 @@ if __name__ == "__main__":
         if sys.argv[1] == "everywhere":
             names = sys.argv[4].split(",") if len(sys.argv) > 4 else list(OPERATIONS)
             for place, each in enumerate(names):
-                count = kill_everywhere(each, Path(folder, str(place)), step=int(sys.argv[2]), moments=tuple(sys.argv[3].split(",")))
+                count = kill_everywhere(each, Path(folder, str(place)), most=int(sys.argv[2]), moments=tuple(sys.argv[3].split(",")))
                 sys.stdout.write(f"{each}: {count}\n")
         else:
             sys.stdout.write(f"kills {kill_at_random(Path(folder), int(sys.argv[2]), int(sys.argv[3]))}\n")

@@ -27,7 +27,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from torch import nn
@@ -36,6 +36,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.additions import Addition, BlockSites, sites_of
 from lmprobe_zarr.extraction.models.families import BY_TYPE
 from lmprobe_zarr.extraction.models.identity import num_experts_of
+from lmprobe_zarr.extraction.models.paired import PairedBody, takes_pairs
 from lmprobe_zarr.extraction.models.structure import (
     CHAIN_TOLERANCE,
     TRACED_TOKENS,
@@ -44,6 +45,7 @@ from lmprobe_zarr.extraction.models.structure import (
     block_lists,
     body_of,
     chained,
+    encoder_of,
     first_line,
     is_decoder_of_encoder,
     plain_ids,
@@ -149,6 +151,23 @@ def _unknown(model: nn.Module, why: str) -> UnknownArchitectureError:
     )
 
 
+def _with_encoder(model: nn.Module, path: str, body: nn.Module) -> PairedBody:
+    """A decoder together with its encoder.
+
+    Raises
+    ------
+    UnknownArchitectureError
+        No part of the model takes what both read.
+    """
+    names = path.split(".")
+    owners = [model, *(model.get_submodule(".".join(names[:end])) for end in range(1, len(names)))]
+    inner = next((owner for owner in reversed(owners) if takes_pairs(owner)), None)
+    encoder = encoder_of(model)
+    if inner is None or encoder is None:
+        raise _unknown(model, f"no part of {type(model).__name__} takes input_ids and decoder_input_ids")
+    return PairedBody(inner, encoder, body)
+
+
 def _needs_encoder(model: nn.Module, path: str) -> UnknownArchitectureError:
     if "encoder" in path.split(".") and "decoder" not in path.split("."):
         return UnknownArchitectureError(
@@ -157,7 +176,7 @@ def _needs_encoder(model: nn.Module, path: str) -> UnknownArchitectureError:
         )
     return UnknownArchitectureError(
         f"{path!r} is the decoder of {type(model).__name__}, an encoder-decoder: without the encoder's output its values mean nothing. "
-        "Extract the encoder (leave modules= out, or name the encoder's list), or use a decoder-only model"
+        "Give pairs of texts, one for the encoder and one for the decoder, or extract the encoder (leave modules= out)"
     )
 
 
@@ -202,8 +221,10 @@ def _router_paths(model: nn.Module, blocks: Sequence[nn.Module], hidden_size: in
     return list(found)
 
 
-def _located_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+def _located_head(model: nn.Module, body: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """The part that gives logits, and its projection onto the vocabulary."""
+    if isinstance(body, PairedBody):
+        return _paired_head(model, body)
     for part in model.modules():
         # Looked up on the class, because a wrapper passes the name on to the wrapped model but is called differently.
         if not hasattr(type(part), "get_output_embeddings"):
@@ -217,10 +238,20 @@ def _located_head(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]
     return None, None
 
 
+def _paired_head(model: nn.Module, body: PairedBody) -> tuple[nn.Module | None, nn.Module | None]:
+    """As `_located_head`, of a decoder with its encoder."""
+    for part in model.modules():
+        if takes_pairs(part) and hasattr(type(part), "get_output_embeddings"):
+            head = part.get_output_embeddings()  # type: ignore[operator]
+            if isinstance(head, nn.Module):
+                return body if part is body.inner else body.around(part), head
+    return None, None
+
+
 # ------------------------------------------------------------------------------------------------------------------ by hand
 
 
-def _by_hand(model: nn.Module, modules: Mapping[str, str]) -> Located:
+def _by_hand(model: nn.Module, modules: Mapping[str, str], paired: bool) -> Located:
     strange = sorted(set(modules) - set(MODULE_NAMES))
     if strange or "layers" not in modules:
         raise InvalidArgumentError(f"modules={dict(modules)!r}: name 'layers', and 'attn', 'mlp' and 'router' if wanted; nothing else")
@@ -232,14 +263,18 @@ def _by_hand(model: nn.Module, modules: Mapping[str, str]) -> Located:
     if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
         raise _unknown(model, f"modules['layers']={path!r} is no list of modules in {type(model).__name__}")
     body = body_of(model, where)
-    if is_decoder_of_encoder(model, body):
+    decodes = is_decoder_of_encoder(model, body)
+    if decodes and not paired:
         raise _needs_encoder(model, path)
+    if paired and not decodes:
+        raise _only_for_decoders(model, f"{path!r} is not its decoder")
+    body = _with_encoder(model, where, body) if paired else body
     blocks = _as_called(body, tuple(found))
     attn, mlp = (_located_parts(model, blocks, (modules[site],), site) if site in modules else None for site in ("attn", "mlp"))
     routers = _located_routers(blocks, (modules["router"],)) if "router" in modules else {}
     if "router" in modules and not routers:
         raise _unknown(model, f"modules['router']={modules['router']!r} is in no block of {type(model).__name__}")
-    whole, head = _located_head(model)
+    whole, head = _located_head(model, body)
     return Located(
         body=body, blocks=blocks, attn=attn, mlp=mlp, routers=routers, whole=whole, head=head, by_hand=True,
         paths={**modules, "layers": where},
@@ -298,7 +333,7 @@ def _assembled(
     paths: Mapping[str, str],
     mixers: tuple[str, ...] = (),
 ) -> Located:
-    whole, head = _located_head(model)
+    whole, head = _located_head(model, found.body)
     scored = _located_routers(blocks, routers)
     known = {"layers": found.path, **{site: path for site, path in paths.items() if path}}
     if scored:
@@ -372,7 +407,18 @@ def _joined(additions: Sequence[Addition | None]) -> str:
     return " | ".join(path for path, _ in counts.most_common())
 
 
-def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Located:
+def _only_for_decoders(model: nn.Module, why: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the prompts are pairs of texts, which only the decoder of an encoder-decoder takes, and {type(model).__name__} is not run so: "
+        f"{why}. Give a flat list of texts"
+    )
+
+
+def _as_paired(model: nn.Module, found: BlockList) -> BlockList:
+    return replace(found, body=_with_encoder(model, found.path, found.body))
+
+
+def locate(model: nn.Module, modules: Mapping[str, str] | None = None, *, paired: bool = False) -> Located:
     """The modules of a model, also inside a wrapper.
 
     Parameters
@@ -382,20 +428,26 @@ def locate(model: nn.Module, modules: Mapping[str, str] | None = None) -> Locate
     modules : mapping, optional
         ``layers``: path of the list of blocks in `model`; ``attn``, ``mlp`` and ``router``: paths in a block. For models whose parts are
         not found by structure.
+    paired : bool
+        Whether prompts are pairs, so that the decoder of an encoder-decoder is wanted, together with its encoder.
 
     Raises
     ------
     UnknownArchitectureError
         The blocks were not found; the message names the lists of modules in the model, and why they are not the blocks.
     InvalidArgumentError
-        `modules` has other keys than these four, or lacks ``layers``.
+        `modules` has other keys than these four, or lacks ``layers``; or prompts are pairs and the model is no encoder-decoder.
     """
     if modules is not None:
-        return _by_hand(model, modules)
+        return _by_hand(model, modules, paired)
     lists = block_lists(model)
+    if paired:
+        lists = [_as_paired(model, found) for found in lists if is_decoder_of_encoder(model, found.body)]
+        if not lists:
+            raise _only_for_decoders(model, "it is no encoder-decoder")
     reasons = []
     for found in lists[:TRIED_LISTS]:
-        if is_decoder_of_encoder(model, found.body):
+        if not paired and is_decoder_of_encoder(model, found.body):
             reasons.append(str(_needs_encoder(model, found.path)))
             continue
         located = _named(model, found) or _traced(model, found)

@@ -45,7 +45,8 @@ from lmprobe_zarr.extraction.models.conduct import Conduct
 from lmprobe_zarr.extraction.models.forward import ModelCall, run_forward_pass
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
 from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width, perplexity_of
-from lmprobe_zarr.extraction.models.structure import evaluating
+from lmprobe_zarr.extraction.models.paired import PairedBody
+from lmprobe_zarr.extraction.models.structure import evaluating, input_embeddings
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.wrappers import broken_weights
@@ -143,7 +144,7 @@ def run(
     _check_outputs(loaded, tokenized, request, chosen)
     if request.routers:
         gate, dtype = loaded.located.routers[request.routers[0]].gate, getattr(torch, loaded.dtype)
-        with running(loaded.located.body), evaluating(gate):
+        with running(loaded.turn), evaluating(gate):
             request = replace(request, routers_raw=gives_raw_scores(gate, loaded.hidden_size, dtype, loaded.device, loaded.name))
     width = head_width(loaded.located.head, loaded.vocab_size) or 0
     most = None
@@ -167,7 +168,7 @@ def run(
         most = batch_prompts if most is None else min(most, batch_prompts)
     call = ModelCall.of(loaded, request, conduct)
     nbytes = collected.prompt + collected.token * tokenized.lengths
-    bounds = [(0, len(tokenized))] if windows is None else windows.cut(nbytes, tokenized.lengths, batch_tokens, most)
+    bounds = [(0, len(tokenized))] if windows is None else windows.cut(nbytes, tokenized.rows, batch_tokens, most)
     return _run_all(loaded, call, tokenized, request, batch_tokens, most, progress, bounds, after_window)
 
 
@@ -194,16 +195,16 @@ def _run_all(
     for start, stop in windows:
         # The longest prompts come first, so that memory runs out early. A model whose state grows with the longest prompt so far needs them
         # in ascending order.
-        lengths = tokenized.lengths[start:stop]
+        lengths = tokenized.rows[start:stop]
         order = start + np.argsort(lengths if call.uniform_above is not None else -lengths, kind="stable")
         done = 0
         previous: _Copying | None = None
         while done < len(order):
-            count = next_batch(tokenized.lengths[order[done:]], budget, call.uniform_above, most)
+            count = next_batch(tokenized.rows[order[done:]], budget, call.uniform_above, most)
             rows = np.sort(order[done : done + count])
             copying = _run_batch(loaded, call, request, tokenized, starts, rows)
             if copying is None:
-                budget = max(1, count * int(tokenized.lengths[rows].max()) // 2)
+                budget = max(1, count * int(tokenized.rows[rows].max()) // 2)
                 free_memory(loaded.device)
                 continue
             done += count
@@ -226,8 +227,9 @@ def _run_batch(
 ) -> _Copying | None:
     """One batch, or None where the device has too little memory for it. Nothing of it is referenced after the return."""
     ids = [tokenized.token_ids[starts[i] : starts[i + 1]] for i in rows]
+    read = None if tokenized.encoder_ids is None else [tokenized.encoder_ids[i] for i in rows]
     try:
-        return _copy_to_host(run_forward_pass(loaded, call, request, ids), rows)
+        return _copy_to_host(run_forward_pass(loaded, call, request, ids, encoder_ids=read), rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -269,6 +271,13 @@ def _check_vocabulary(tokenized: TokenizedPrompts, vocab_size: int | None) -> No
         raise outside_vocabulary(int(tokenized.first[row]), int(tokenized.token_ids[place]), vocab_size)
 
 
+def _check_encoder_vocabulary(tokenized: TokenizedPrompts, body: PairedBody) -> None:
+    vocabulary = getattr(input_embeddings(body.encoder), "num_embeddings", None)
+    for row, ids in enumerate(tokenized.encoder_ids or ()):
+        if isinstance(vocabulary, int) and ids.max() >= vocabulary:
+            raise outside_vocabulary(int(tokenized.first[row]), int(ids.max()), vocabulary)
+
+
 def _check(
     loaded: LoadedModel, tokenized: TokenizedPrompts, request: CaptureRequest, batch_tokens: int | None, batch_prompts: int | None
 ) -> None:
@@ -279,6 +288,9 @@ def _check(
     if batch_tokens is not None and (isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1):
         raise InvalidArgumentError(f"batch_tokens={batch_tokens!r} is no number of tokens: give a whole number of at least 1, or None")
     _check_vocabulary(tokenized, loaded.vocab_size)
+    body = loaded.located.body
+    if isinstance(body, PairedBody):
+        _check_encoder_vocabulary(tokenized, body)
     if loaded.window.fixed and loaded.window.tokens is not None and len(tokenized) and tokenized.lengths.max() > loaded.window.tokens:
         row = int(tokenized.lengths.argmax())
         raise too_long(int(tokenized.first[row]), tokenized.text[row], int(tokenized.lengths[row]), loaded.window.tokens, loaded.window)
@@ -349,7 +361,7 @@ def _check_finite(loaded: LoadedModel, copying: _Copying, weights: _Weights) -> 
     values = (*copying.tokens.items(), *copying.prompts.items())
     if weights.finite or all(_is_finite(name, tensor, len(copying.rows)) for name, tensor in values):
         return
-    with running(loaded.located.body):
+    with running(loaded.turn):
         found = broken_weights(loaded.module)
     weights.finite = found is None
     if found is not None:

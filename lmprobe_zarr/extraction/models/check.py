@@ -25,6 +25,7 @@ from lmprobe_zarr.extraction.models.conduct import Conduct, Layout, Padding
 from lmprobe_zarr.extraction.models.forward import ModelCall, run_forward_pass
 from lmprobe_zarr.extraction.models.loading import LoadedModel
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
+from lmprobe_zarr.extraction.models.paired import PairedBody, encoder_ids_of
 from lmprobe_zarr.extraction.models.structure import (
     CHAIN_TOLERANCE,
     Call,
@@ -70,7 +71,7 @@ def check_model(loaded: LoadedModel) -> Conduct:
     known = loaded.checked.get("conduct")
     if known is None:
         # As prompts are run: hooks do not run in compiled code.
-        with running(loaded.located.body), uncompiled(loaded.module):
+        with running(loaded.turn), uncompiled(loaded.module):
             known = loaded.checked["conduct"] = _examine(loaded)
         loaded.recorded["padding"] = known.padding
         loaded.recorded["causal"] = known.causal
@@ -251,7 +252,8 @@ def _captured(
     """The rows of each prompt, (layer, token, hidden), as one batch of these prompts is captured."""
     call = ModelCall.of(loaded, request, conduct)
     ids: list[Ints] = [np.array(prompt, np.int64) for prompt in prompts]
-    collected: Collected = run_forward_pass(loaded, call, request, ids, pad_id=pad_id)
+    read = [encoder_ids_of(prompt) for prompt in ids] if isinstance(loaded.located.body, PairedBody) else None
+    collected: Collected = run_forward_pass(loaded, call, request, ids, encoder_ids=read, pad_id=pad_id)
     rows = collected.tokens["resid"].double().cpu()
     return list(torch.split(rows, [len(prompt) for prompt in prompts], dim=1))
 
@@ -320,7 +322,12 @@ def _is_causal(
 def _padding(loaded: LoadedModel, request: CaptureRequest, conduct: Conduct, truth: Sequence[_Alone], other: Sequence[int]) -> Padding:
     """The fastest way of sharing a batch in which every prompt has the values that it has alone."""
     ways: tuple[Padding, ...] = ("masked", "equal") if conduct.causal is False else ("unmasked", "masked", "equal")
-    if conduct.extra_rows:
+    if isinstance(loaded.located.body, PairedBody):
+        # Prompts of equal length may have encoders' prompts of other lengths, on which attention in blocks depends.
+        if any(hasattr(type(part), "set_attention_type") for part in loaded.module.modules()):
+            return "single"
+        ways = tuple(way for way in ways if way != "equal")
+    elif conduct.extra_rows:
         ways = ("equal",)
     long, short = truth
     filling = other[-1]

@@ -24,6 +24,7 @@ from lmprobe_zarr.extraction.models.head import BodyDoneError, HeadInSlices, Sli
 from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, register_hooks
 from lmprobe_zarr.extraction.models.loading import LoadedModel
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
+from lmprobe_zarr.extraction.models.paired import PairedBody
 from lmprobe_zarr.extraction.models.structure import evaluating, original_attention
 from lmprobe_zarr.extraction.models.tensor_bits import without_gradients
 from lmprobe_zarr.extraction.models.turns import running
@@ -112,7 +113,7 @@ def _forget_lengths(rotary: Sequence[nn.Module]) -> None:
 def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, options: dict[str, Any]) -> tuple[SlicedHead, int] | None:
     """What runs the head in slices, and how many tokens each has; None where all logits are computed at once."""
     step = slice_tokens(collected, loaded.located.head, loaded.vocab_size)
-    if step is None or call.slices.allowed is False:
+    if step is None or call.slices.allowed is False or isinstance(call.module, PairedBody):
         return None
     sliced = SlicedHead(whole=call.module, body=loaded.located.body, collected=collected, options=options, device=loaded.device)
     if call.slices.allowed is None:
@@ -121,9 +122,15 @@ def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, options:
 
 
 def run_forward_pass(
-    loaded: LoadedModel, call: ModelCall, request: CaptureRequest, ids: Sequence[Ints], *, pad_id: int | None = None
+    loaded: LoadedModel,
+    call: ModelCall,
+    request: CaptureRequest,
+    ids: Sequence[Ints],
+    *,
+    encoder_ids: Sequence[Ints] | None = None,
+    pad_id: int | None = None,
 ) -> Collected:
-    """The activations of one batch, given as the token ids of each prompt.
+    """The activations of one batch, given as the token ids of each prompt, and of its encoder's prompt where there is one.
 
     `pad_id` is the token id of the padding, if it is not the model's.
 
@@ -142,7 +149,7 @@ def run_forward_pass(
     if call.takes_mask and call.conduct.padding == "masked" and lengths.min() < longest:
         options["attention_mask"] = collected.padded.index("mask", loaded.device)[..., 0].to(torch.int64)
     with ExitStack() as stack:
-        stack.enter_context(running(loaded.located.body))
+        stack.enter_context(running(loaded.turn))
         stack.enter_context(evaluating(loaded.module))
         stack.enter_context(uncompiled(loaded.module))
         stack.enter_context(original_attention(loaded.module))
@@ -150,6 +157,8 @@ def run_forward_pass(
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())
         _forget_lengths(call.rotary)
+        if isinstance(call.module, PairedBody) and encoder_ids is not None:
+            stack.enter_context(call.module.reading(encoder_ids, loaded.pad_id if pad_id is None else pad_id))
         sliced = _sliced(loaded, call, collected, options)
         register_hooks(loaded, collected, stack)
         if sliced is not None:

@@ -24,8 +24,10 @@ The fields, the same whether they come from here or from a loaded model:
 ``modules``
     None, or as JSON the names that the caller gave for the modules of the model.
 
-Five more fields are there only where something is not as it is for a plain model:
+Six more fields are there only where something is not as it is for a plain model:
 
+``stack``
+    ``decoder``: prompts are pairs, and values are those of the decoder of an encoder-decoder.
 ``model_code``
     Names of functions and classes that were replaced, registered or written by the caller, and a digest of what they compute.
 ``remote_code``
@@ -85,8 +87,9 @@ __all__ = [
 Provenance = dict[str, str | int | float | bool | None]
 Config = Mapping[str, Any]
 
-# Names of the number of layers. Of an encoder-decoder it is that of the encoder, which is what is run.
+# Names of the number of layers. Of an encoder-decoder it is that of the encoder; where prompts are pairs, that of the decoder.
 DEPTHS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "num_encoder_layers")
+DECODER_DEPTHS: Final = ("decoder_layers", "num_decoder_layers", *DEPTHS)
 DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 PROVENANCE_FIELDS: Final = (
     "revision",
@@ -101,7 +104,7 @@ PROVENANCE_FIELDS: Final = (
     "modules",
 )
 # All fields that come from the model and the process. Those after the first ten are there only where they are not None.
-FIXED_FIELDS: Final = (*PROVENANCE_FIELDS, "model_code", "remote_code", "autocast", "float32_precision", "default_dtype")
+FIXED_FIELDS: Final = (*PROVENANCE_FIELDS, "stack", "model_code", "remote_code", "autocast", "float32_precision", "default_dtype")
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
@@ -159,8 +162,14 @@ def first_int(config: Config, names: Iterable[str]) -> int | None:
     return None
 
 
-def num_layers_of(config: Config) -> int | None:
-    return first_int(text_config(config), DEPTHS)
+def read_config(config: Config, kind: PromptKind) -> Config:
+    """The part of a configuration that is of what reads prompts of this kind."""
+    part = config.get("decoder") if kind == "pair" else None
+    return part if isinstance(part, Mapping) else config
+
+
+def num_layers_of(config: Config, kind: PromptKind = "text") -> int | None:
+    return first_int(text_config(read_config(config, kind)), DECODER_DEPTHS if kind == "pair" else DEPTHS)
 
 
 def hidden_size_of(config: Config) -> int | None:
@@ -409,7 +418,7 @@ def prompt_fields(
     """The provenance fields that depend on how the prompts become tokens."""
     limit = length_limit(window, max_length, tokenizer)
     return {
-        "special_tokens": {"text": True, "chat": False, "ids": None}[kind],
+        "special_tokens": {"text": True, "pair": True, "chat": False, "ids": None}[kind],
         "chat_template": template if kind == "chat" else None,
         "truncation": limit if truncation else None,
     }
@@ -451,7 +460,7 @@ def identify(
         Branch, tag or commit of a hub model.
     dtype : str or torch.dtype
         As for :func:`~lmprobe_zarr.extraction.load_model`.
-    prompts_kind : {"text", "chat", "ids"}
+    prompts_kind : {"text", "chat", "ids", "pair"}
     add_special_tokens : bool
     max_length : int, optional
         Tokens.
@@ -501,14 +510,15 @@ def identify(
     known |= _prompt_fields_known(prompts_kind, files, tokenizer, truncation=truncation, max_length=max_length, window=window)
     known |= remote_code_field(config, files, folder, tokenizer, trusted=trust_remote_code)
     known |= settings_fields(device_types(device, device_map)) | _code_field(config or {})
-    known |= {"special_tokens": add_special_tokens} if prompts_kind == "text" else {}
+    known |= {"special_tokens": add_special_tokens} if prompts_kind in ("text", "pair") else {}
+    known |= {"stack": "decoder"} if prompts_kind == "pair" else {}
     return ModelIdentity(
         name=model_name(model, name),
         provenance=known,
-        num_layers=None if config is None else num_layers_of(config),
-        hidden_size=None if config is None else hidden_size_of(config),
+        num_layers=None if config is None else num_layers_of(config, prompts_kind),
+        hidden_size=None if config is None else hidden_size_of(read_config(config, prompts_kind)),
         window=window,
-        vocab_size=None if config is None else first_int(text_config(config), ("vocab_size",)),
+        vocab_size=None if config is None else first_int(text_config(read_config(config, prompts_kind)), ("vocab_size",)),
         num_experts=None if config is None else num_experts_of(config),
         model_type=None if config is None else text_config(config).get("model_type"),
     )

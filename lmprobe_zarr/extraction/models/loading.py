@@ -31,8 +31,10 @@ from lmprobe_zarr.extraction.models.identity import FIXED_FIELDS, Provenance
 from lmprobe_zarr.extraction.models.loading_report import check_weights, listening, quiet_logging
 from lmprobe_zarr.extraction.models.model_code import code_of_named, code_of_object
 from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
+from lmprobe_zarr.extraction.models.paired import PairedBody, decoder_start
 from lmprobe_zarr.extraction.models.structure import input_device, input_embeddings, text_settings
 from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
+from lmprobe_zarr.extraction.models.tokenizing import DecoderStart
 from lmprobe_zarr.extraction.models.window import Window, refine_window, window_of
 from lmprobe_zarr.extraction.models.wrappers import check_complete, uncompiled, unwrapped
 
@@ -71,6 +73,8 @@ class LoadedModel:
         How many experts its routers choose from; None where it has none, or the configuration does not say.
     pad_id : int
         The token id that pads shorter prompts of a batch; no token of a prompt sees it.
+    decoder_start : DecoderStart, optional
+        For the decoder of an encoder-decoder, what it reads first.
     provenance : dict
         Every field; see :mod:`lmprobe_zarr.extraction.models.identity`.
     recorded : dict
@@ -93,6 +97,7 @@ class LoadedModel:
     predicts_next: bool = False
     num_experts: int | None = None
     pad_id: int = 0
+    decoder_start: DecoderStart | None = None
     provenance: Provenance = field(default_factory=dict)
     recorded: dict[str, Any] = field(default_factory=dict)
     checked: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +111,12 @@ class LoadedModel:
     def context_length(self) -> int | None:
         """The most tokens that it takes at once; None where it has no limit, or it is unknown."""
         return self.window.tokens
+
+    @property
+    def turn(self) -> nn.Module:
+        """The module whose turn a pass takes. An encoder that is run by itself and with its decoder has hooks for one of them at a time."""
+        body = self.located.body
+        return body.encoder if isinstance(body, PairedBody) else body
 
     @property
     def router_layers(self) -> tuple[int, ...]:
@@ -198,7 +209,14 @@ def _raw_config(source: str, folder: Path | None, revision: str | None) -> dict[
 
 
 def _load_weights(
-    source: str, folder: Path | None, revision: str | None, dtype: str, device_map: Any, trust_remote_code: bool, head: bool = False
+    source: str,
+    folder: Path | None,
+    revision: str | None,
+    dtype: str,
+    device_map: Any,
+    trust_remote_code: bool,
+    head: bool = False,
+    paired: bool = False,
 ) -> tuple[nn.Module, str | None]:
     """The base model, with the head that predicts the next token or without one, in evaluation mode, and its commit."""
     if device_map is not None:
@@ -212,7 +230,9 @@ def _load_weights(
         own = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
         # Where only the class with a head comes with the model, one without would be another program.
         whole = head or ("AutoModelForCausalLM" in own and "AutoModel" not in own)
-        kind: Any = transformers.AutoModelForCausalLM if whole else transformers.AutoModel
+        with_head: Any = transformers.AutoModelForSeq2SeqLM if paired else transformers.AutoModelForCausalLM
+        # Only the class with a head has a method that shifts labels, and some (Marian) have no other.
+        kind: Any = with_head if whole or paired else transformers.AutoModel
         module, report = kind.from_pretrained(
             source, config=config, dtype=getattr(torch, dtype), device_map=device_map, output_loading_info=True, **options
         )
@@ -297,9 +317,11 @@ def _vocab_size(body: nn.Module, config: Mapping[str, Any]) -> int | None:
     return held if isinstance(held, int) else identity.first_int(identity.text_config(config), ("vocab_size",))
 
 
-def _check_predicts(source: str, config: Mapping[str, Any]) -> None:
+def _check_predicts(source: str, config: Mapping[str, Any], paired: bool) -> None:
     """An error, before anything is loaded, for an architecture without a head that predicts the next token."""
     kind = config.get("model_type")
+    if paired:
+        return
     if config.get("is_encoder_decoder"):
         # Its class for causal models runs the decoder without what its encoder gives.
         raise no_prediction(source, f"{kind}, an encoder-decoder")
@@ -325,6 +347,8 @@ def _predicts_next(located: Located) -> bool:
     if getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
         return False
     kind = getattr(config, "model_type", None)
+    if isinstance(located.body, PairedBody):
+        return True
     # Encoders have a class for causal models too, which is_decoder switches on.
     switched_off = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     names = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
@@ -342,8 +366,9 @@ def check_head(loaded: LoadedModel) -> None:
         caller describes it.
     """
     whole = loaded.located.whole
+    paired = isinstance(loaded.located.body, PairedBody)
     # Without a head, a model whose blocks were named by hand may or may not be an encoder.
-    if is_encoder(getattr(getattr(loaded.located.body, "config", None), "model_type", None)) or (
+    if (not paired and is_encoder(getattr(getattr(loaded.located.body, "config", None), "model_type", None))) or (
         whole is not None and not loaded.predicts_next
     ):
         raise no_prediction(loaded.name, type(loaded.module).__name__)
@@ -359,13 +384,14 @@ def check_head(loaded: LoadedModel) -> None:
         _check_code(found, {k: v for k, v in loaded.provenance.items() if k not in FIXED_FIELDS})
 
 
-def _located(module: nn.Module, modules: Mapping[str, str] | None) -> tuple[Located, Mapping[str, str] | None]:
+def _located(module: nn.Module, modules: Mapping[str, str] | None, kind: PromptKind) -> tuple[Located, Mapping[str, str] | None]:
     """The parts of a model, and what the caller named of them; None where these are the modules that are found anyway."""
+    paired = kind == "pair"
     if modules is None:
-        return locate(module), None
-    named = locate(module, modules)
+        return locate(module, paired=paired), None
+    named = locate(module, modules, paired=paired)
     try:
-        found = locate(module)
+        found = locate(module, paired=paired)
     except UnknownArchitectureError:
         return named, modules
     sites = [site for site in ("attn", "mlp") if site in modules]
@@ -502,7 +528,7 @@ def load_model(
         check_complete(model)
         adapter = _adapters(model)
         with uncompiled(model), quiet_logging(), turns.running(model):
-            located, by_hand = _located(model, modules)
+            located, by_hand = _located(model, modules, prompts_kind)
             # Modules outside the body, such as a head, are checked in `check_head`, if they run.
             _check_code(foreign_code(located.body), own)
         computed = _object_dtype(model, dtype)
@@ -520,10 +546,10 @@ def load_model(
         with _loading("configuration", where, folder, revision):
             config = _raw_config(where, folder, revision)
         if head:
-            _check_predicts(where, config)
+            _check_predicts(where, config, prompts_kind == "pair")
         computed = identity.resolve_dtype(config, dtype) or "float32"
         held = _tokenizer_for(tokenizer, model, revision, trust_remote_code)
-        module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code, head)
+        module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code, head, prompts_kind == "pair")
         module = module if chosen is None else module.to(chosen)
         full = _object_config(module)
         source = {"revision": None if folder is not None else commit or revision, "adapter": None}
@@ -534,7 +560,7 @@ def load_model(
         with turns.between_loads():
             code, kinds = code_of_named(config), set(device_types(device, device_map))
         with quiet_logging(), turns.running(module):
-            located, by_hand = _located(module, modules)
+            located, by_hand = _located(module, modules, prompts_kind)
     source |= settings_fields(sorted(kinds)) | ({} if code is None else {"model_code": code})
     window = _window(module, config, full)
     template = files.template_digest(getattr(held, "chat_template", None))
@@ -542,9 +568,19 @@ def load_model(
     source |= identity.prompt_fields(
         prompts_kind, template=template, truncation=truncation, max_length=max_length, window=window, tokenizer=held
     )
-    source |= ({"special_tokens": add_special_tokens} if prompts_kind == "text" else {}) | own
+    source |= {"special_tokens": add_special_tokens} if prompts_kind in ("text", "pair") else {}
+    source |= ({"stack": "decoder"} if prompts_kind == "pair" else {}) | own
+    start = decoder_start(module, full or config) if prompts_kind == "pair" else None
     loaded = _assemble(
-        module, held, full or config, located, name=identity.model_name("", name), window=window, dtype=computed, provenance=source
+        module,
+        held,
+        identity.read_config(full or config, prompts_kind),
+        located,
+        decoder_start=start,
+        name=identity.model_name("", name),
+        window=window,
+        dtype=computed,
+        provenance=source,
     )
     origin = getattr(getattr(module, "config", None), "_name_or_path", None) if isinstance(model, nn.Module) else model
     check_tokenizer(held, loaded.name, None if tokenizer is None else origin, loaded.vocab_size)

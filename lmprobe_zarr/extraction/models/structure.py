@@ -26,6 +26,7 @@ __all__ = [
     "block_lists",
     "body_of",
     "chained",
+    "encoder_of",
     "evaluating",
     "first_line",
     "first_tensor",
@@ -215,17 +216,23 @@ def block_lists(model: nn.Module) -> list[BlockList]:
     return [found for _, found in ranked]
 
 
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder; None where a model has none."""
+    try:
+        encoder = model.get_encoder() if hasattr(type(model), "get_encoder") else None  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
 def is_decoder_of_encoder(model: nn.Module, body: nn.Module) -> bool:
     """Whether `body` is the decoder of an encoder-decoder, which has no meaning without the encoder's output."""
     if not getattr(getattr(body, "config", None), "is_encoder_decoder", False) and not getattr(
         getattr(model, "config", None), "is_encoder_decoder", False
     ):
         return False
-    try:
-        encoder = model.get_encoder() if hasattr(type(model), "get_encoder") else None  # type: ignore[operator]
-    except (AttributeError, NotImplementedError, TypeError):
-        encoder = None
-    if isinstance(encoder, nn.Module) and encoder is not model and any(part is body for part in encoder.modules()):
+    encoder = encoder_of(model)
+    if encoder is not None and any(part is body for part in encoder.modules()):
         return False
     return "Encoder" not in type(body).__name__ or "Decoder" in type(body).__name__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +17,7 @@ from lmprobe_zarr.extraction.models.window import Window
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["TokenizedPrompts", "length_limit", "outside_vocabulary", "tokenize", "too_long"]
+__all__ = ["DecoderStart", "TokenizedPrompts", "length_limit", "outside_vocabulary", "tokenize", "too_long"]
 
 CHUNK_PROMPTS: Final = 512
 # Tokenizers without a limit have a number such as 1e30.
@@ -43,6 +43,8 @@ class TokenizedPrompts:
         Which prompts lost tokens.
     first : ndarray of int64, shape (prompt,)
         Place of each prompt in the caller's list, for messages.
+    encoder_ids : tuple of ndarray of int64, or None
+        For pairs, the tokens that the encoder reads; all else is of what the decoder reads.
     """
 
     sha256: tuple[str, ...]
@@ -53,6 +55,7 @@ class TokenizedPrompts:
     char_end: Ints | None = None
     truncated: npt.NDArray[np.bool_]
     first: Ints
+    encoder_ids: tuple[Ints, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.sha256)
@@ -61,6 +64,11 @@ class TokenizedPrompts:
     def num_tokens(self) -> int:
         """Tokens of all prompts together."""
         return int(self.lengths.sum())
+
+    @property
+    def rows(self) -> Ints:
+        """How many tokens of every prompt are run, those of its encoder included, shape (prompt,)."""
+        return self.lengths if self.encoder_ids is None else self.lengths + np.array([len(ids) for ids in self.encoder_ids], np.int64)
 
     def take(self, rows: Sequence[int] | Ints) -> TokenizedPrompts:
         """Some of the prompts, in the order of `rows`."""
@@ -75,7 +83,29 @@ class TokenizedPrompts:
             char_end=None if self.char_end is None else self.char_end[tokens],
             truncated=self.truncated[chosen],
             first=self.first[chosen],
+            encoder_ids=None if self.encoder_ids is None else tuple(self.encoder_ids[i] for i in chosen),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderStart:
+    """How the tokens of a decoder's text become what it reads, as transformers shifts labels.
+
+    Parameters
+    ----------
+    token_id : int
+        Stands before the tokens; where `wraps`, the last token of the text does.
+    wraps : bool
+    """
+
+    token_id: int = 0
+    wraps: bool = False
+
+    def before(self, ids: Ints, *, ends: bool) -> Ints:
+        """What the decoder reads for the tokens of its text; `ends` says that the tokenizer added the last of them."""
+        if self.wraps:
+            return np.roll(ids, 1)
+        return np.concatenate([np.array([self.token_id], np.int64), ids[:-1] if ends else ids])
 
 
 def length_limit(context_length: int | Window | None, max_length: int | None, tokenizer: Any = None) -> int | None:
@@ -188,6 +218,40 @@ def _tokenize_texts(
     return (ids, places), long
 
 
+def _tokenize_pairs(
+    prompts: Prompts, tokenizer: Any, limit: int | None, truncation: bool, special: bool, start: DecoderStart
+) -> tuple[Pieces, npt.NDArray[np.bool_], tuple[Ints, ...]]:
+    """As `_tokenize_texts`, for the texts of decoders; and the tokens of their encoders' texts."""
+    assert prompts.encoder_text is not None  # noqa: S101 - that is what the kind says
+    read = replace(prompts, text=prompts.encoder_text)
+    (encoder_ids, _), long = _tokenize_texts(read, tokenizer, limit, truncation, special)
+    room = None if limit is None else max(1, limit - (not start.wraps))
+    with _as_targets(tokenizer):
+        (labels, places), long_labels = _tokenize_texts(prompts, tokenizer, room, truncation, special)
+    end = {special_id(tokenizer, name) for name in ("eos_token", "sep_token")} - {None} if special else set()
+    ids, shifted = [], []
+    for number, tokens in enumerate(labels):
+        ends = len(tokens) > 0 and int(tokens[-1]) in end
+        ids.append(start.before(tokens, ends=ends))
+        if places is not None:
+            place = places[number]
+            shifted.append(np.roll(place, 1, axis=0) if start.wraps else np.vstack([[[-1, -1]], place[:-1] if ends else place]))
+    return (ids, shifted if places is not None else None), long | long_labels, tuple(encoder_ids)
+
+
+@contextmanager
+def _as_targets(tokenizer: Any) -> Iterator[None]:
+    """The tokenizer reads texts of decoders inside, which some (Marian, NLLB) tokenize otherwise."""
+    if hasattr(tokenizer, "_switch_to_target_mode") and hasattr(tokenizer, "_switch_to_input_mode"):
+        tokenizer._switch_to_target_mode()
+        try:
+            yield
+        finally:
+            tokenizer._switch_to_input_mode()
+    else:
+        yield
+
+
 def _tokenize_ids(prompts: Prompts, tokenizer: Any, limit: int | None, truncation: bool) -> tuple[Pieces, npt.NDArray[np.bool_]]:
     assert prompts.token_ids is not None  # noqa: S101 - that is what the kind says
     ids = list(prompts.token_ids)
@@ -252,6 +316,7 @@ def tokenize(
     truncation: bool = False,
     vocab_size: int | None = None,
     add_special_tokens: bool = True,
+    decoder_start: DecoderStart | None = None,
 ) -> TokenizedPrompts:
     """The tokens of every prompt, as the model will see them.
 
@@ -272,6 +337,8 @@ def tokenize(
         Token ids at or above it are an error.
     add_special_tokens : bool
         Whether texts get the tokenizer's special tokens. Rendered chats and token ids never do.
+    decoder_start : DecoderStart, optional
+        For pairs, what the decoder reads first; without it the number of tokens is right, and the first is not.
 
     Raises
     ------
@@ -287,14 +354,19 @@ def tokenize(
         Texts begin or end with a special token that the tokenizer adds once more; token ids that may hold padding.
     """
     limit = length_limit(context_length, max_length, tokenizer)
-    special = add_special_tokens and prompts.kind == "text"
+    special = add_special_tokens and prompts.kind in ("text", "pair")
+    encoder_ids: tuple[Ints, ...] | None = None
     # Setting the truncation changes the tokenizer for all threads, and a fast one raises if another thread is using it.
     with running(tokenizer):
         if prompts.token_ids is not None:
             (ids, places), long = _tokenize_ids(prompts, tokenizer, limit, truncation)
+        elif prompts.kind == "pair":
+            (ids, places), long, encoder_ids = _tokenize_pairs(
+                prompts, tokenizer, limit, truncation, special, decoder_start or DecoderStart()
+            )
         else:
             (ids, places), long = _tokenize_texts(prompts, tokenizer, limit, truncation, special)
-    if special:
+    if prompts.kind == "text" and special:
         _warn_of_doubled(prompts, ids, tokenizer)
     elif prompts.kind == "ids":
         _warn_of_padding(prompts, prompts.token_ids or (), tokenizer)
@@ -303,10 +375,12 @@ def tokenize(
         assert prompts.token_ids is not None  # noqa: S101 - only ids come without a text
         text = tuple(decode_ids(tokenizer, i) for i in prompts.token_ids)
     for number, tokens in enumerate(ids):
-        if not len(tokens):
+        read = () if encoder_ids is None else (encoder_ids[number],)
+        if any(not len(each) for each in (tokens, *read)):
             raise InvalidArgumentError(f"prompts[{prompts.first[number]}] {shorten(text[number])} has no tokens: leave it out")
         if long[number] and not truncation:
-            raise too_long(int(prompts.first[number]), text[number], len(tokens), limit, Window.of(context_length))
+            longest = max(len(each) for each in (tokens, *read))
+            raise too_long(int(prompts.first[number]), text[number], longest, limit, Window.of(context_length))
         if vocab_size is not None and tokens.max() >= vocab_size:
             raise outside_vocabulary(int(prompts.first[number]), int(tokens.max()), vocab_size, given=prompts.kind == "ids")
     joined = None if places is None else np.concatenate(places)
@@ -319,4 +393,5 @@ def tokenize(
         char_end=None if joined is None else joined[:, 1].copy(),
         truncated=long & truncation,
         first=prompts.first,
+        encoder_ids=encoder_ids,
     )
