@@ -15,9 +15,21 @@ from xarray.indexes import PandasIndex
 
 from lmprobe_zarr.typing import Array
 
-__all__ = ["MISSING_TEXT", "TEXT", "as_attributes", "as_texts", "read_list", "to_interchange"]
+__all__ = ["ABSENT_TEXT", "MISSING_TEXT", "TEXT", "AbsentText", "as_attributes", "as_texts", "read_list", "to_interchange"]
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
+
+
+class AbsentText(str):
+    """An empty text that stands for none, in columns of stores whose version knew no missing texts.
+
+    The value itself says so, where an attribute would go on saying it of whatever is computed from the column: xarray keeps attributes.
+    """
+
+    __slots__ = ()
+
+
+ABSENT_TEXT: Final = AbsentText("")
 
 #: The dtype of texts. Its metadata is xarray's mark of texts of any length: without it, a writer computes a Dask array to find out.
 TEXT: Final = np.dtype(object, metadata={"element_type": str})

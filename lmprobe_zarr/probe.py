@@ -33,6 +33,7 @@ from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supp
 from lmprobe_zarr.probes import (
     align_labels,
     as_array,
+    check_agreement,
     check_batch_size,
     check_labels,
     check_weights,
@@ -41,14 +42,19 @@ from lmprobe_zarr.probes import (
     evaluate_classification,
     evaluate_regression,
     evaluation_folds,
+    fit_probe,
     has_weights,
     is_matrix,
+    keep_together,
     list_given,
     make_pipeline_for,
     not_finite_rows,
     parse_matrix,
     parse_probe,
+    rows_for,
+    rows_together,
     split_labels,
+    true_labels,
 )
 from lmprobe_zarr.store import GivenProvenance, Place, parse_provenance
 from lmprobe_zarr.tokens import TokenIndex
@@ -352,6 +358,7 @@ class Probe:
         *,
         labels: Any = None,
         sample_weight: Any = None,
+        groups: Any = None,
         invalidate_cache: bool = False,
         batch_size: int | None = None,
     ) -> Self:
@@ -364,9 +371,13 @@ class Probe:
         negative_prompts : iterable of prompts, or of numbers or truth values
             Prompts of class 0; or the label of each prompt, or its value for a regression.
         labels : sequence, optional
-            The labels or values, if they are texts, which as `negative_prompts` would be taken for prompts.
+            The labels or values, if they are texts, which as `negative_prompts` would be taken for prompts. A mapping, a Series whose index
+            is the prompts, or a DataArray over ``prompt`` is matched by prompt.
         sample_weight : sequence of float, optional
             One per prompt.
+        groups : sequence, optional
+            One per prompt. Prompts of an equal group stay together in the folds within which a classifier such as
+            ``logistic_regression_cv`` chooses; without groups, all rows of a prompt do.
         invalidate_cache : bool
             Run the model on all prompts, stored or not; the new activations win.
         batch_size : int, optional
@@ -385,27 +396,38 @@ class Probe:
             As `lmprobe_zarr.extract` does.
         """
         if is_matrix(positive_prompts):
-            return self.fit_from_activations(positive_prompts, negative_prompts if labels is None else labels, sample_weight=sample_weight)
+            given = negative_prompts if labels is None else labels
+            return self.fit_from_activations(positive_prompts, given, sample_weight=sample_weight, groups=groups)
         prompts, y = split_labels(positive_prompts, negative_prompts, labels)
         y = check_labels(y, len(prompts), classes=self.task == "classification")
+        check_agreement(prompts, y)
         weights = check_weights(sample_weight, len(prompts))
+        together = rows_together(prompts, groups, len(prompts))
         stage = parse_stage(self.train_pooling or self.pooling, training=True)
         sweep = parse_sweep(self.layers)
         if sweep is not None:
-            return self._fit_sweep(prompts, y, weights, sweep, invalidate_cache=invalidate_cache, batch_size=batch_size)
+            return self._fit_sweep(prompts, y, weights, together, sweep, invalidate_cache=invalidate_cache, batch_size=batch_size)
         read = self._supply(batch_size).activations(prompts, stage, self.layers, refresh=invalidate_cache)
-        self._fit_read(read, y, weights)
+        self._fit_read(read, y, weights, together)
         return self
 
-    def _fit_read(self, read: Activations, y: Array, weights: Array | None) -> None:
+    def _fit_read(self, read: Activations, y: Array, weights: Array | None, together: Array) -> None:
         if read.n_tokens is not None:
-            y = np.repeat(y, read.n_tokens)
+            y, together = np.repeat(y, read.n_tokens), np.repeat(together, read.n_tokens)
             weights = None if weights is None else np.repeat(weights, read.n_tokens)
         _check_finite(read)
-        self._fit(read.features, y, weights, read.layers, len(read.layers))
+        self._fit(read.features, y, weights, together, read.layers, len(read.layers))
         self.dtype_ = read.compute_dtype
 
-    def fit_from_activations(self, X: Any, y: Any, *, sample_weight: Any = None, n_layers: int = 1) -> Self:  # noqa: N803
+    def fit_from_activations(
+        self,
+        X: Any,  # noqa: N803
+        y: Any,
+        *,
+        sample_weight: Any = None,
+        groups: Any = None,
+        n_layers: int = 1,
+    ) -> Self:
         """Fit on given activations.
 
         Parameters
@@ -414,6 +436,8 @@ class Probe:
         y : sequence
             A label or value per row.
         sample_weight : sequence of float, optional
+        groups : sequence, optional
+            As for `fit`.
         n_layers : int
             Number of layers side by side in a row; a DataArray knows it itself.
 
@@ -432,16 +456,20 @@ class Probe:
         y, sample_weight = align_labels(X, y), align_labels(X, sample_weight, "weight")
         features, layers, n_layers = parse_matrix(X, n_layers)
         labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
-        self._fit(features, labels, check_weights(sample_weight, len(features)), layers, n_layers)
+        weights, together = check_weights(sample_weight, len(features)), rows_together(X, groups, len(features))
+        self._fit(features, labels, weights, together, layers, n_layers)
         self.dtype_ = None
         return self
 
+    @property
+    def _classifier(self) -> Any:
+        """The classifier or regressor that is fitted."""
+        default = self.task == "regression" and isinstance(self.classifier, str) and self.classifier == "logistic_regression"
+        return "ridge_regression" if default else self.classifier
+
     def _new_pipeline(self, n_layers: int) -> Any:
-        classifier = self.classifier
-        if self.task == "regression" and isinstance(classifier, str) and classifier == "logistic_regression":
-            classifier = "ridge_regression"
         return make_pipeline_for(
-            classifier,
+            self._classifier,
             task=self.task,
             n_layers=n_layers,
             normalize_layers=self.normalize_layers,
@@ -451,13 +479,16 @@ class Probe:
             random_state=0 if self.random_state is None else self.random_state,
         )
 
-    def _fit(self, features: Array, labels: Array, weights: Array | None, layers: tuple[int, ...], n_layers: int) -> None:
+    def _fit(self, features: Array, labels: Array, weights: Array | None, together: Array, layers: tuple[int, ...], n_layers: int) -> None:
         pipeline = self._new_pipeline(n_layers)
-        name, estimator = pipeline.steps[-1]
+        estimator = pipeline.steps[-1][1]
         if weights is not None and not has_weights(estimator):
             raise InvalidArgumentError(f"{self.classifier!r} takes no sample_weight: leave it out, or use 'logistic_regression' or 'ridge'")
+        codes = np.unique(labels, return_inverse=True)[1] if self.task == "classification" else None
+        keep_together(pipeline, self.classifier, codes, together, 0 if self.random_state is None else self.random_state)
         try:
-            pipeline.fit(features, labels, **({} if weights is None else {f"{name}__sample_weight": weights}))
+            rows = rows_for(self._classifier, features, labels if self.task == "regression" else None)
+            fit_probe(self._classifier, pipeline, rows, labels, weights)
         except (ValueError, TypeError) as error:
             if isinstance(error, LmprobeZarrError):
                 raise
@@ -468,7 +499,15 @@ class Probe:
         self.sweep_result_ = None
 
     def _fit_sweep(
-        self, prompts: list[Any], y: Array, weights: Array | None, sweep: LayerSpec, *, invalidate_cache: bool, batch_size: int | None
+        self,
+        prompts: list[Any],
+        y: Array,
+        weights: Array | None,
+        together: Array,
+        sweep: LayerSpec,
+        *,
+        invalidate_cache: bool,
+        batch_size: int | None,
     ) -> Self:
         stage = parse_stage(self.train_pooling or self.pooling, training=True)
         probes = {}
@@ -476,7 +515,7 @@ class Probe:
             for layer in supplied.outcome.layers:
                 probe = Probe(**{**self.get_params(), "layers": layer})
                 probe._memory = self._memory
-                probe._fit_read(supplied.read(stage, layer), y, weights)
+                probe._fit_read(supplied.read(stage, layer), y, weights, together)
                 probes[layer] = probe
         self._adopt(probes[min(probes)])
         self.sweep_result_ = LayerSweep(probes)
@@ -600,7 +639,7 @@ class Probe:
         -------
         float
         """
-        return self._fitted.score(self.predict_from_activations(X), as_array(align_labels(X, y)))
+        return self._fitted.score(self.predict_from_activations(X), true_labels(X, y))
 
     def _same_width(self, X: Any) -> Array:  # noqa: N803
         features, layers, _ = parse_matrix(X, self.n_layers_)
@@ -611,7 +650,7 @@ class Probe:
                 f"these activations are {features.shape[1]} wide, and the probe learned from {self.pipeline_.n_features_in_}: "
                 "give the same layers of the same model"
             )
-        return features
+        return np.asarray(rows_for(self._classifier, features))
 
     def score(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> float:
         """The share of prompts whose class is predicted, 0 to 1; R² for a regression.
@@ -628,7 +667,7 @@ class Probe:
         -------
         float
         """
-        labels = as_array(align_labels(prompts, labels))
+        labels = true_labels(prompts, labels)
         return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), labels)
 
     def evaluate(
@@ -671,7 +710,7 @@ class Probe:
             raise InvalidArgumentError(f"choose={choose!r} chooses nothing here: {problem}")
         if self.sweep_result_ is not None:
             return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size, choose, groups)
-        y = as_array(align_labels(prompts, labels))
+        y = true_labels(prompts, labels)
         if is_matrix(prompts):
             features = self._same_width(prompts)
             return fitted.measure(np.asarray(self.pipeline_.predict(features)), class_scores(self.pipeline_, features), y)
@@ -680,7 +719,7 @@ class Probe:
     def _evaluate_sweep(
         self, sweep: LayerSweep, prompts: Any, labels: Any, batch_size: int | None, choose: str | None, groups: Any
     ) -> dict[str, Any]:
-        y = as_array(labels)
+        y = true_labels(prompts, labels)
         if is_matrix(prompts):
             raise InvalidArgumentError("a sweep has a probe per layer: evaluate one of them on activations, probe.sweep_result_[layer]")
         listed = list_given(prompts)
@@ -696,7 +735,8 @@ class Probe:
         found, chosen_by = results[best], f"these prompts, on which the best of {len(results)} layers scores too high: give choose='layer'"
         chosen: dict[str, Any] = {}
         if choose is not None:
-            folds = evaluation_folds(listed, None if self.task == "regression" else y, groups)
+            together = None if groups is None else rows_together(listed, groups, len(listed))
+            folds = evaluation_folds(listed, None if self.task == "regression" else y, together)
             layers = [max(results, key=lambda layer: score(layer, others)[measure]) for others, _ in folds]
             by_fold = [score(layer, rows) for layer, (_, rows) in zip(layers, folds, strict=True)]
             names = dict.fromkeys(name for each in by_fold for name in each)
@@ -711,7 +751,7 @@ class Probe:
         """What was learned, in a form that scores activations."""
         if self.pipeline_ is None:
             raise NotFittedError("this probe has learned nothing yet: call fit first")
-        return _Fitted(self.pipeline_, self.classes_, self.classifier)
+        return _Fitted(self.pipeline_, self.classes_, self._classifier)
 
     # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -848,7 +888,7 @@ class LayerSweep:
         dict of int to float
             By layer.
         """
-        y = as_array(align_labels(prompts, labels))
+        y = true_labels(prompts, labels)
         return {layer: fitted.score(np.asarray(fitted.predict(read)), y) for layer, fitted, read in self._read(prompts)}
 
     def predict(self, prompts: Iterable[Any]) -> dict[int, Any]:
@@ -924,13 +964,17 @@ class _Fitted:
     classes: Array | None
     classifier: Any
 
+    def _rows(self, read: Activations) -> Array:
+        """The activations in the dtype in which the probe predicts."""
+        return np.asarray(rows_for(self.classifier, read.features))
+
     def predict(self, read: Activations) -> Any:
         """The class or value of each prompt, or of each token if nothing is pooled."""
         if self.classes is None:
-            return _pooled(np.asarray(self.pipeline.predict(read.features)), read)
+            return _pooled(np.asarray(self.pipeline.predict(self._rows(read))), read)
         if not read.stage.needs_tokens:
-            return np.asarray(self.pipeline.predict(read.features))
-        scores = self._scores(read.features, self.classes)
+            return np.asarray(self.pipeline.predict(self._rows(read)))
+        scores = self._scores(self._rows(read), self.classes)
         if read.stage.of == "nothing":
             return _by_token(_classes_of(scores, self.classes), read)
         return _classes_of(reduce_scores(scores, _counts(read), read.stage.pooling), self.classes)
@@ -961,9 +1005,9 @@ class _Fitted:
         """The predictions, and scores or probabilities if there are any."""
         scores = None
         if self.classes is not None and read.stage.needs_tokens:
-            scores = np.asarray(_pooled(self._scores(read.features, self.classes), read))
+            scores = np.asarray(_pooled(self._scores(self._rows(read), self.classes), read))
         elif self.classes is not None:
-            scores = class_scores(self.pipeline, read.features)
+            scores = class_scores(self.pipeline, self._rows(read))
         return np.asarray(self.predict(read)), scores
 
     def measure(self, predicted: Array, scores: Array | None, labels: Array) -> dict[str, Any]:

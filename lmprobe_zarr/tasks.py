@@ -11,6 +11,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, Final, TypeVar
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, UnreachableError
@@ -178,11 +179,11 @@ def parse_runner(client: Client | None = None, scheduler: Any = None, n_workers:
         raise InvalidArgumentError("client was given with scheduler or n_workers: a client has workers of its own, leave the others out")
     if client is not None:
         check_client(client)
-    if scheduler not in (None, *_SCHEDULERS):
+    if scheduler is not None and (not isinstance(scheduler, str) or scheduler not in _SCHEDULERS):
         raise InvalidArgumentError(f"scheduler={scheduler!r} is unknown: use {', '.join(map(repr, _SCHEDULERS))}, or a client")
-    if n_workers is not None and n_workers < 1:
+    if n_workers is not None and (isinstance(n_workers, bool) or not isinstance(n_workers, Integral) or n_workers < 1):
         raise InvalidArgumentError(f"n_workers={n_workers!r} is not a number of workers: give at least 1")
-    return Runner(client, scheduler or "threads", n_workers, progress)
+    return Runner(client, scheduler or "threads", None if n_workers is None else int(n_workers), progress)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Buffer", "Client", "Estimator", "Floats", "Ints", "Mask"]
+__all__ = ["Array", "Buffer", "Client", "Estimator", "Floats", "Ints", "Mask", "is_listed"]
 
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Buffer = bytes | memoryview
+
+
+def is_listed(value: Any) -> bool:
+    """Whether a value can be iterated over; an array of no dimension cannot, though it has the method."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
 class Estimator(Protocol):

@@ -2,7 +2,8 @@
 
 What is learned from: ``given``, ``labels`` and ``token_labels`` parse what callers give, ``folds`` splits prompts. Estimators:
 ``classifiers`` makes them by name, ``mass_mean``, ``ensemble`` and ``regressors`` hold our own, ``scaling`` and ``pipelines`` what comes
-before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``gram`` and ``sufficient`` solve linear probes from sums. How a
+before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``ridge`` a single probe, ``gram`` and
+``sufficient`` solve linear probes from sums. How a
 layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``, ``curves`` and
 ``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes and back.
 
@@ -18,9 +19,18 @@ from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
 from lmprobe_zarr.probes.fit import draw_within, fit_task
-from lmprobe_zarr.probes.folds import check_folds_listed, evaluation_folds, group_codes, number_repeats, plan_folds
+from lmprobe_zarr.probes.folds import (
+    check_folds_listed,
+    evaluation_folds,
+    fit_apart,
+    group_codes,
+    keep_together,
+    number_repeats,
+    plan_folds,
+)
 from lmprobe_zarr.probes.given import (
     as_array,
+    check_agreement,
     check_batch_size,
     check_labels,
     check_weights,
@@ -28,23 +38,26 @@ from lmprobe_zarr.probes.given import (
     is_matrix,
     list_given,
     parse_matrix,
+    rows_together,
     split_labels,
+    true_labels,
 )
+from lmprobe_zarr.probes.identity import list_prompts, prompt_names, show_prompts, unseen_rows
 from lmprobe_zarr.probes.labels import (
     Groups,
     Labels,
     align_labels,
     bare_variable,
-    list_prompts,
+    check_missing,
     parse_groups,
     parse_label_sets,
     parse_labels,
     parse_sides,
-    show_prompts,
 )
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_classification, evaluate_regression
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
+from lmprobe_zarr.probes.ridge import fit_probe, rows_for
 from lmprobe_zarr.probes.sufficient import (
     EXACT,
     ClassSums,
@@ -83,9 +96,11 @@ __all__ = [
     "bare_variable",
     "calibration_curves",
     "cells_of",
+    "check_agreement",
     "check_batch_size",
     "check_folds_listed",
     "check_labels",
+    "check_missing",
     "check_task",
     "check_weights",
     "class_scores",
@@ -98,13 +113,16 @@ __all__ = [
     "evaluate_classification",
     "evaluate_regression",
     "evaluation_folds",
+    "fit_apart",
     "fit_in_place",
+    "fit_probe",
     "fit_task",
     "fits_running",
     "group_codes",
     "has_strength",
     "has_weights",
     "is_matrix",
+    "keep_together",
     "list_given",
     "list_prompts",
     "make_pipeline_for",
@@ -123,13 +141,18 @@ __all__ = [
     "parse_sides",
     "plan_folds",
     "plan_token_folds",
+    "prompt_names",
     "read_layer",
     "roc_curves",
+    "rows_for",
+    "rows_together",
     "scaling_of",
     "select_labelled_tokens",
     "show_prompts",
     "show_rows",
     "solve",
     "split_labels",
+    "true_labels",
     "unit_of",
+    "unseen_rows",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.display import name_in_messages
-from lmprobe_zarr.probes.labels import show_prompts
+from lmprobe_zarr.probes.identity import show_prompts
 from lmprobe_zarr.tokens import stored_rows
 
 __all__ = ["describe_unfit", "is_stored"]

@@ -13,7 +13,8 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.probes.labels import align_column, list_prompts, show_prompts
+from lmprobe_zarr.probes.identity import list_prompts, show_prompts
+from lmprobe_zarr.probes.labels import align_column
 from lmprobe_zarr.tokens import check_listed, prompts_of
 from lmprobe_zarr.typing import Array
 

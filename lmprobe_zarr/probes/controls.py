@@ -11,7 +11,7 @@ Y. Belinkov, "Probing Classifiers: Promises, Shortcomings, and Advances", Comput
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -22,10 +22,11 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelErr
 from lmprobe_zarr.probes.bags import BAGS, BAGS_OF_TOKENS, make_bag, read_token_ids
 from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_probe
 from lmprobe_zarr.probes.folds import Fold, group_codes
-from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable, list_prompts, show_prompts
+from lmprobe_zarr.probes.identity import list_prompts, show_prompts
+from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.tokens import check_listed
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
     "BAGS_OF_TOKENS", "CONTROLS", "Shuffle", "Trial", "check_shuffles", "deal_to_units", "list_trials", "make_estimator", "parse_controls",
@@ -166,7 +167,7 @@ def parse_controls(controls: Any) -> dict[str, Any]:
     if isinstance(controls, Mapping):
         found = dict(controls)
     else:
-        listed = [controls] if isinstance(controls, str) else list(controls) if isinstance(controls, Iterable) else [controls]
+        listed = [controls] if isinstance(controls, str) else list(controls) if is_listed(controls) else [controls]
         found = dict.fromkeys(listed) if all(isinstance(name, str) for name in listed) else {None: None}
     for name, features in found.items():
         if not isinstance(name, str):

@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
 from operator import or_
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -23,12 +24,12 @@ from lmprobe_zarr.probes.gram import RidgeTarget, Solved, solve_ridge
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import FAILED, NOT_STORED, Outcome, outcome_of, score_outcome
+from lmprobe_zarr.probes.ridge import fit_probe, is_ridge, rows_for
 from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, NotFiniteError
 from lmprobe_zarr.tokens import stored_rows
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["draw_within", "fit_task"]
-_RIDGES: Final = ("ridge", "ridge_regression")
 
 
 def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
@@ -105,7 +106,14 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
     grams: list[list[list[Solved]]] | None = None
     if _is_plain_ridge(plan, trial, matrix) and not chosen and not trial.shuffled:
         # All folds, strengths and labels at once, since they share products of rows.
-        grams = solve_ridge(matrix, plan.folds, [RidgeTarget(each.values, each.classes) for each in plan.labels], strengths)
+        wanted = [RidgeTarget(each.values, each.classes) for each in plan.labels]
+        # Where it raises, each fit is made by itself below, so that only those that fail are lost.
+        with suppress(ArithmeticError, np.linalg.LinAlgError, ValueError):
+            grams = solve_ridge(matrix, plan.folds, wanted, strengths)
+    elif not _is_plain_ridge(plan, trial, matrix):
+        # Where one set of targets needs float64, all are fitted in it.
+        for each in plan.labels:
+            matrix = rows_for(trial.probe, matrix, None if each.classes is not None else each.values[each.rows])
     for fold in range(len(plan.folds)):
         for seed in seeds:
             rows = _project(plan, trial, seed, matrix) if trial.features == DIRECTION else matrix
@@ -195,7 +203,7 @@ def _known_mean(values: Array) -> Array:
 
 def _is_plain_ridge(plan: FitPlan, trial: Trial, matrix: Array) -> bool:
     """Whether a trial is the named ridge on rows as they are, which `solve_ridge` fits."""
-    return trial.probe in _RIDGES and plan.preprocessing is None and trial.features != DIRECTION and not trial.of_words and matrix.ndim == 2
+    return is_ridge(trial.probe) and plan.preprocessing is None and trial.features != DIRECTION and not trial.of_words and matrix.ndim == 2
 
 
 def _project(plan: FitPlan, trial: Trial, seed: int, matrix: Array) -> Array:
@@ -286,7 +294,7 @@ def _fit_and_predict(
 def _fit(plan: FitPlan, trial: Trial, estimator: Estimator, rows: Array, values: Array) -> Any:
     if plan.preprocessing is None and not trial.of_words:
         return fit_in_place(trial.probe, estimator, rows, values)
-    return estimator.fit(rows, values)
+    return fit_probe(trial.probe, estimator, rows, values)
 
 
 def _score(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome: Outcome, seconds: float, *, ended: bool) -> Fit:

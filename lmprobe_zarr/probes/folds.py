@@ -15,10 +15,21 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.labels import Groups, Labels, Sides
+from lmprobe_zarr.probes.ridge import fit_probe, rows_for
 from lmprobe_zarr.tokens import check_listed
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, is_listed
 
-__all__ = ["Fold", "evaluation_folds", "group_codes", "inner_folds", "keep_together", "number_repeats", "plan_folds"]
+__all__ = [
+    "Fold",
+    "evaluation_folds",
+    "fit_apart",
+    "group_codes",
+    "inner_folds",
+    "keep_together",
+    "number_repeats",
+    "number_units",
+    "plan_folds",
+]
 #: Row numbers (train, test).
 Fold = tuple[Array, Array]
 
@@ -75,13 +86,13 @@ def plan_folds(
     elif isinstance(cv, Sides):
         pairs = [(cv.train, cv.test)]
         described = f"split {cv.name!r}"
-    elif hasattr(cv, "split") and not isinstance(cv, str):
+    elif hasattr(cv, "split") and not isinstance(cv, str | bytes | type):
         described = " ".join(repr(cv).split())
         try:
             pairs = _split(cv, labels[0].values[rows], kept, rows, given=groups is not None)
         except ValueError as error:
             raise InvalidArgumentError(f"cv={described} cannot split these {len(rows)} prompts: {error}") from error
-    elif isinstance(cv, Iterable) and not isinstance(cv, str | bytes | Mapping):
+    elif is_listed(cv) and not isinstance(cv, str | bytes | Mapping):
         pairs, described = cv, ""
     else:
         raise InvalidTypeError(f"cv={cv!r} is neither a number of folds, a scikit-learn splitter nor an iterable of (train, test)")
@@ -172,13 +183,20 @@ def evaluation_folds(prompts: Sequence[Any], labels: Array | None, groups: Any =
     units = list(map(repr, prompts)) if groups is None else np.asarray(groups).tolist()
     if len(units) != len(prompts):
         raise LabelError(f"groups hold {len(units)} values for {len(prompts)} prompts: give one per prompt")
-    listed = list(dict.fromkeys(units))
+    codes = None if labels is None else np.unique(labels, return_inverse=True)[1]
+    return inner_folds(codes, number_units(units), 5, 0, grouped=groups is not None)
+
+
+def number_units(units: Sequence[Any]) -> Array:
+    """For each row the number of its unit, as scikit-learn numbers them: sorted, or by first appearance where they cannot be sorted."""
+    try:
+        listed = list(dict.fromkeys(units))
+    except TypeError as error:
+        raise LabelError("groups hold what has no hash: give numbers, texts or tuples") from error
     with suppress(TypeError):
-        # As scikit-learn numbers them.
         listed = sorted(listed)
     numbers = {unit: number for number, unit in enumerate(listed)}
-    codes = None if labels is None else np.unique(labels, return_inverse=True)[1]
-    return inner_folds(codes, np.array([numbers[unit] for unit in units]), 5, 0, grouped=groups is not None)
+    return np.array([numbers[unit] for unit in units])
 
 
 def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, random_state: int) -> None:
@@ -216,6 +234,29 @@ def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, 
         few = isinstance(probe, str) and codes is not None and _fewest_units(codes, kept) < (value or 5)
         if len(first) < len(kept) or few:
             estimator.set_params(**{name: inner_folds(codes, kept, int(value or 5), random_state)})
+
+
+def fit_apart(
+    estimator: Any, probe: Any, rows: Array, values: Array, kept: Array, random_state: int, *, task: str = "classification"
+) -> Any:
+    """An estimator fitted on rows; one that cross-validates within them keeps prompts and groups together, see `keep_together`.
+
+    Parameters
+    ----------
+    estimator : estimator
+    probe : str or estimator
+        What it was made from.
+    rows : ndarray, shape (row, hidden)
+    values : ndarray, shape (row,)
+        Classes, or numbers of a regression.
+    kept : ndarray of int, shape (row,)
+        Rows of an equal number stay on one side.
+    random_state : int
+    task : {"classification", "regression"}
+    """
+    codes = np.unique(values, return_inverse=True)[1] if task == "classification" else None
+    keep_together(estimator, probe, codes, kept, random_state)
+    return fit_probe(probe, estimator, rows_for(probe, rows, values if task == "regression" else None), values)
 
 
 def _fewest_units(codes: Array, kept: Array) -> int:

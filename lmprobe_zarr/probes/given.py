@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
-from lmprobe_zarr.batch import given_prompts
-from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.batch import given_prompts, prompt_hash
+from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError
 from lmprobe_zarr.probes.absent import describe_unfit, is_stored
+from lmprobe_zarr.probes.folds import group_codes, number_units
+from lmprobe_zarr.probes.identity import by_prompt, is_missing, list_prompts
+from lmprobe_zarr.probes.labels import align_labels, check_width
 from lmprobe_zarr.probes.layer import not_finite_rows
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = [
     "as_array",
+    "check_agreement",
     "check_batch_size",
     "check_labels",
     "check_weights",
@@ -22,7 +29,9 @@ __all__ = [
     "is_matrix",
     "list_given",
     "parse_matrix",
+    "rows_together",
     "split_labels",
+    "true_labels",
 ]
 
 
@@ -45,7 +54,10 @@ def as_array(values: Any) -> Array:
     """Values of any kind as an array; a torch tensor is copied to the CPU."""
     if isinstance(values, list | tuple) and values and all(isinstance(value, str) for value in values):
         return np.asarray(values, str)
-    return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+    try:
+        return np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+    except (TypeError, ValueError) as error:
+        raise LabelError(f"values are given as {type(values).__name__} that is no list of single values: give one per prompt") from error
 
 
 def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int]:
@@ -98,7 +110,10 @@ def split_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array
         raise InvalidArgumentError("fit takes (positive, negative) prompts, or (prompts, labels): give one of the two after the first")
     prompts = list_given(first)
     if labels is not None:
-        return prompts, as_array(labels)
+        return prompts, as_array(align_labels(prompts, labels))
+    if isinstance(second, Mapping | xr.DataArray) or (isinstance(second, pd.Series) and second.dtype.kind in "biuf"):
+        # Matched by prompt; prompts themselves are never given so.
+        second = align_labels(prompts, second)
     others = as_array(second) if hasattr(second, "detach") else second
     listed = list_given(others)
     if listed and all(item is None or isinstance(item, (bool, int, float, np.number, np.bool_)) for item in listed):
@@ -107,6 +122,78 @@ def split_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array
     if len(listed) == len(prompts) > 2 and all(isinstance(item, str) for item in listed) and 2 * len(set(listed)) <= len(listed):
         return prompts, np.asarray(listed)
     return [*prompts, *listed], np.array([1] * len(prompts) + [0] * len(listed))
+
+
+def true_labels(given: Any, labels: Any) -> Array:
+    """What predictions are compared with: one label per prompt or row of activations, matched by prompt where it can be.
+
+    Raises
+    ------
+    LabelError
+        Labels are missing, or a prompt has two.
+    """
+    found = as_array(align_labels(given, labels))
+    if found.ndim != 1:
+        raise LabelError(f"there are labels of shape {found.shape}: give one for each prompt, in their order")
+    lacking = [row for row, value in enumerate(found.tolist()) if is_missing(value)]
+    if lacking:
+        raise LabelError(f"{len(lacking)} of {len(found)} labels are missing, first row {lacking[0]}: leave these prompts out")
+    check_width("labels", found.tolist())
+    if isinstance(given, list | tuple) and not is_matrix(given):
+        check_agreement(list(given), found)
+    return found
+
+
+def check_agreement(prompts: list[Any], labels: Array, noun: str = "label") -> None:
+    """Raise where one prompt is given with two labels; lengths are compared elsewhere."""
+    if len(prompts) == len(labels):
+        by_prompt(zip(map(_name_of, prompts), labels.tolist(), strict=True), noun)
+
+
+def rows_together(given: Any, groups: Any, n: int) -> Array:
+    """For each row a number that rows share which stay together where an estimator cross-validates: of its group, else of its prompt.
+
+    Parameters
+    ----------
+    given : list of prompts, or activations
+    groups : sequence, coordinate's name, mapping, Series or DataArray, optional
+    n : int
+        The number of rows.
+
+    Returns
+    -------
+    ndarray of int, shape (row,)
+
+    Raises
+    ------
+    LabelError
+        Another number of groups than of rows, one is missing, or a prompt is in two.
+    """
+    if groups is not None:
+        listed = as_array(align_labels(given, groups, "group"))
+        if listed.shape != (n,):
+            raise LabelError(f"groups hold {listed.size} values for {n} prompts: give one per prompt")
+        lacking = [row for row, value in enumerate(listed.tolist()) if is_missing(value)]
+        if lacking:
+            raise LabelError(f"{len(lacking)} of {n} groups are missing, first row {lacking[0]}: give each prompt a group")
+        if isinstance(given, list):
+            check_agreement(given, listed, "group")
+        return number_units(listed.tolist())
+    if isinstance(given, list):
+        return group_codes([_name_of(prompt) for prompt in given], None)
+    if isinstance(given, xr.DataArray) and "prompt" in given.dims:
+        return group_codes(list_prompts(given), None)
+    if isinstance(given, xr.DataArray) and "prompt" in given.coords and given.coords["prompt"].ndim == 1:
+        return group_codes([str(prompt) for prompt in given.coords["prompt"].values.tolist()], None)
+    return np.arange(n)
+
+
+def _name_of(prompt: Any) -> str:
+    """A name that equal prompts share, for messages too; of a chat, which only a tokenizer renders, by its messages."""
+    try:
+        return prompt_hash(prompt)
+    except LmprobeZarrError:
+        return prompt_hash(json.dumps(prompt, sort_keys=True, default=repr))
 
 
 def check_weights(weights: Any, n: int) -> Array | None:

@@ -16,9 +16,10 @@ import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.batch import prompt_hash
-from lmprobe_zarr.errors import InvalidTypeError, LabelError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.probes.identity import by_prompt, is_missing, list_prompts, show_prompts
 from lmprobe_zarr.tokens import check_listed
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
     "Groups",
@@ -28,15 +29,14 @@ __all__ = [
     "align_column",
     "align_labels",
     "bare_variable",
-    "list_prompts",
+    "check_missing",
+    "check_width",
     "parse_groups",
     "parse_label_sets",
     "parse_labels",
     "parse_sides",
-    "show_prompts",
+    "two_classes",
 ]
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +100,6 @@ class LabelColumn:
 
     name: str
     values: list[Any]
-    #: Whether -1 and "" stand for a missing value.
-    filled: bool = False
 
 
 def bare_variable(variable: xr.Variable) -> xr.Variable:
@@ -109,21 +107,6 @@ def bare_variable(variable: xr.Variable) -> xr.Variable:
     bare = variable.copy(deep=False)
     bare.attrs, bare.encoding = {}, {}
     return bare
-
-
-def list_prompts(array: xr.DataArray) -> list[str]:
-    """The prompt of each row, or its number where there are none."""
-    # tolist, because zarr gives texts as numpy's StringDType, which can neither be cast to str nor sorted with others.
-    values = array.coords["prompt"].values.tolist() if "prompt" in array.coords else range(array.sizes["prompt"])
-    return [str(value) for value in values]
-
-
-def show_prompts(array: xr.DataArray, rows: Iterable[int]) -> str:
-    """The hashes of the first few of these prompts, for messages; never their texts."""
-    rows = list(rows)
-    prompts = list_prompts(array)
-    shown = ", ".join(prompts[row] if "prompt" in array.coords else f"row {row}" for row in rows[:_SHOWN])
-    return shown + (", …" if len(rows) > _SHOWN else "")
 
 
 def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classification", missing: str = "raise") -> tuple[Labels, ...]:
@@ -150,11 +133,15 @@ def parse_label_sets(array: xr.DataArray, labels: Any, *, task: str = "classific
         Labels are missing, of another length, contradictory, of several kinds, or all the same; classes are continuous; values of a
         regression are no numbers.
     """
+    check_missing(missing)
     columns = [align_column(array, each, "label") for each in _sets(array, labels)]
     without = [_missing_rows(column) for column in columns]
     if missing == "raise":
         for column, lacking in zip(columns, without, strict=True):
-            _check_whole(array, column, "label", lacking)
+            _check_whole(array, column, "label", lacking, "leave them out with missing='drop'")
+    prompts = list_prompts(array)
+    for column in columns:
+        by_prompt(zip(prompts, column.values, strict=True), "label")
     dropped = set().union(*without)
     rows = np.array([row for row in range(array.sizes["prompt"]) if row not in dropped], dtype=np.intp)
     if not len(rows):
@@ -166,7 +153,14 @@ def parse_labels(array: xr.DataArray, labels: Any) -> tuple[str, Array]:
     """The name and the values, shape (prompt,), of one set of classes; every row must have one. Otherwise as :func:`parse_label_sets`."""
     column = align_column(array, labels, "label")
     _check_whole(array, column, "label", _missing_rows(column))
+    by_prompt(zip(list_prompts(array), column.values, strict=True), "label")
     return column.name, _classes(column)
+
+
+def check_missing(missing: Any) -> None:
+    """Raise unless `missing` says what to do about rows without a label."""
+    if not isinstance(missing, str) or missing not in ("raise", "drop"):
+        raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise', or 'drop' to leave out what has no label")
 
 
 def _sets(array: xr.DataArray, labels: Any) -> list[Any]:
@@ -206,7 +200,7 @@ def parse_sides(array: xr.DataArray, split: Any) -> Sides:
     column = align_column(array, split, "side")
     sides = [np.array([row for row, value in enumerate(column.values) if value == side], dtype=np.intp) for side in ("train", "test")]
     if not all(map(len, sides)):
-        others = sorted({str(value) for value in column.values if not _is_missing(value)})
+        others = sorted({str(value) for value in column.values if not is_missing(value)})
         raise LabelError(
             f"split {column.name!r} needs prompts of 'train' and of 'test', but holds {reprlib.repr(others)}: rename its values"
         )
@@ -237,7 +231,7 @@ def parse_groups(array: xr.DataArray, groups: Any, rows: Array | None = None) ->
     kept = range(len(column.values)) if rows is None else rows.tolist()
     _check_whole(array, column, "group", sorted(set(_missing_rows(column)) & set(kept)))
     prompts = list_prompts(array)
-    _once(((prompts[row], column.values[row]) for row in kept), "group")
+    by_prompt(((prompts[row], column.values[row]) for row in kept), "group")
     values = list(dict.fromkeys(column.values[row] for row in kept))
     with suppress(TypeError):
         # As scikit-learn numbers them, so that its splitters give the same folds for these codes.
@@ -269,12 +263,10 @@ def align_column(array: xr.DataArray, given: Any, noun: str) -> LabelColumn:
     """
     n = array.sizes["prompt"]
     if isinstance(given, str):
-        coordinate = _coordinate(array, given, noun)
-        # The reader fills a column that some prompts lack with -1 or "", and counts them in this attribute.
-        return LabelColumn(given, _plain(coordinate.values), bool(coordinate.attrs.get("missing", 0)))
+        return LabelColumn(given, _plain(_coordinate(array, given, noun).values))
     name = str(given.name) if isinstance(given, xr.DataArray | pd.Series) and given.name is not None else f"{noun}s"
     if isinstance(given, xr.DataArray):
-        return LabelColumn(name, _from_dataarray(array, given, noun), bool(given.attrs.get("missing", 0)))
+        return LabelColumn(name, _from_dataarray(array, given, noun))
     if isinstance(given, Mapping):
         return LabelColumn(name, _from_pairs(array, given.items(), noun))
     if isinstance(given, pd.Series) and not isinstance(given.index, pd.RangeIndex):
@@ -284,7 +276,7 @@ def align_column(array: xr.DataArray, given: Any, noun: str) -> LabelColumn:
                 f"{noun}s are a pandas Series without prompts as its index: give {noun}s.to_numpy() if its order is that of the prompts"
             )
         return LabelColumn(name, _from_pairs(array, given.items(), noun))
-    if isinstance(given, xr.Dataset | bytes) or not isinstance(given, Iterable):
+    if isinstance(given, xr.Dataset | bytes) or not is_listed(given):
         raise InvalidTypeError(
             f"{noun}s are a coordinate's name, a DataArray over prompt, a mapping or one value per prompt, not {type(given).__name__}"
         )
@@ -300,14 +292,14 @@ def align_column(array: xr.DataArray, given: Any, noun: str) -> LabelColumn:
 
 
 def align_labels(array: Any, given: Any, noun: str = "label") -> Any:
-    """Values for the rows of some activations: matched by prompt where they can be, otherwise as they are.
+    """Values for the rows of some activations, or for prompts: matched by prompt where they can be, otherwise as they are.
 
     Parameters
     ----------
-    array : DataArray or other array
-        Whose rows the values are for.
+    array : DataArray, other array, or list of prompts
+        What the values are for.
     given : object
-        Values by position; or a mapping, Series or DataArray by prompt.
+        A coordinate's name; values by position; or a mapping, Series or DataArray by prompt.
     noun : str
         What a value is called in messages.
 
@@ -321,22 +313,56 @@ def align_labels(array: Any, given: Any, noun: str = "label") -> Any:
     InvalidArgumentError
         Values by position, where the rows are in no known order.
     LabelError
-        A prompt without a value, or with two.
+        A prompt without a value, or with two; no such coordinate.
     """
-    if not isinstance(array, xr.DataArray) or given is None:
+    if given is None:
         return given
-    by_prompt = array.dims.count("prompt") == 1 and ("prompt" in array.coords or "text" in array.coords)
     keyed = isinstance(given, Mapping) or (isinstance(given, pd.Series) and all(isinstance(key, str) for key in given.index))
-    if isinstance(given, xr.DataArray) and given.dims == ("prompt",) and {"prompt"} <= set(given.coords) & set(array.coords):
-        keyed = list_prompts(given) != list_prompts(array)
-        if not keyed:
-            return given.values
-    if not keyed or not by_prompt or not len(given):
+    keyed |= isinstance(given, xr.DataArray) and given.dims == ("prompt",) and "prompt" in given.coords
+    if not isinstance(array, xr.DataArray):
+        if not keyed or not isinstance(array, list | tuple) or not len(given):
+            return given
+        return _matched(_named_rows([prompt_hash(prompt) for prompt in array]), given, noun)
+    rows = "prompt" if "prompt" in array.dims else "token"
+    if isinstance(given, str) and rows == "prompt":
+        return _matched(array, given, noun)
+    if isinstance(given, str):
+        if given not in array.coords or array.coords[given].dims != (rows,):
+            raise LabelError(f"there is no coordinate {given!r} along {rows!r}: name one, or give the {noun}s themselves")
+        return array.coords[given].values
+    by_name = array.dims.count("prompt") == 1 and ("prompt" in array.coords or "text" in array.coords)
+    if isinstance(given, xr.DataArray) and keyed and by_name and list_prompts(given) == list_prompts(array):
+        keyed, given = False, given.values
+    elif not keyed or not by_name or not len(given):
         check_listed(array, given, f"{noun}s")
-        return given
+    else:
+        return _matched(array, given, noun)
+    values = _plain(given) if is_listed(given) else []
+    if by_name and noun != "weight" and len(values) == array.sizes["prompt"]:
+        by_prompt(zip(list_prompts(array), values, strict=True), noun)
+    return given
+
+
+def _matched(array: xr.DataArray, given: Any, noun: str) -> Array:
     column = align_column(array, given, noun)
     _check_whole(array, column, noun, _missing_rows(column))
+    if noun != "weight":
+        by_prompt(zip(list_prompts(array), column.values, strict=True), noun)
     return np.asarray(column.values)
+
+
+def _named_rows(prompts: list[str]) -> xr.DataArray:
+    """Rows of these prompts and no activations, to match values by."""
+    return xr.DataArray(np.zeros(len(prompts), np.int8), dims="prompt", coords={"prompt": np.array(prompts, object)})
+
+
+def two_classes(name: str, labels: Iterable[Any]) -> Array:
+    """Labels of one kind, none of which is missing, as an array: the check that all calls share, for values without prompts."""
+    column = LabelColumn(name, _plain(labels))
+    lacking = _missing_rows(column)
+    if lacking:
+        raise LabelError(f"labels of {name!r} miss {len(lacking)} of {len(column.values)} rows, first row {lacking[0]}: {_LEAVE_OUT}")
+    return _classes(column)
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:
@@ -363,7 +389,7 @@ def _from_dataarray(array: xr.DataArray, given: xr.DataArray, noun: str) -> list
     for what, of in ((given, f"the {noun}s"), (array, "the activations")):
         if "prompt" not in what.coords:
             raise LabelError(f"{of} have no prompt coordinate to match by: give {noun}s.values if their order is that of the prompts")
-    found = _once(zip(list_prompts(given), _plain(given.values), strict=True), noun)
+    found = by_prompt(zip(list_prompts(given), _plain(given.values), strict=True), noun)
     return [found.get(prompt) for prompt in list_prompts(array)]
 
 
@@ -387,41 +413,30 @@ def _from_pairs(array: xr.DataArray, pairs: Iterable[tuple[Any, Any]], noun: str
         return prompt_hash(key)
 
     listed = list(pairs)
-    found = _once(zip([prompt_of(key) for key, _ in listed], _plain(value for _, value in listed), strict=True), noun)
+    found = by_prompt(zip([prompt_of(key) for key, _ in listed], _plain(value for _, value in listed), strict=True), noun)
     return [found.get(prompt) for prompt in prompts]
 
 
-def _once(pairs: Iterable[tuple[str, Any]], noun: str) -> dict[str, Any]:
-    """Prompt to value; a repeated prompt must have the same value each time."""
-    found: dict[str, Any] = {}
-    for prompt, value in pairs:
-        if prompt in found and not (_is_missing(value) and _is_missing(found[prompt])) and found[prompt] != value:
-            raise LabelError(
-                f"prompt {prompt} has two {noun}s, {reprlib.repr(found[prompt])} and {reprlib.repr(value)}: give each prompt one"
-            )
-        found[prompt] = value
-    return found
-
-
-def _is_missing(value: Any) -> bool:
-    return bool(pd.isna(value)) if pd.api.types.is_scalar(value) else False
-
-
 def _missing_rows(column: LabelColumn) -> list[int]:
-    return [
-        row
-        for row, value in enumerate(column.values)
-        if _is_missing(value) or (column.filled and (value == "" or (type(value) is int and value == -1)))
-    ]
+    return [row for row, value in enumerate(column.values) if is_missing(value)]
 
 
-def _check_whole(array: xr.DataArray, column: LabelColumn, noun: str, rows: list[int]) -> None:
+_LEAVE_OUT = "drop these prompts first, as with .isel(prompt=…)"
+
+
+def _check_whole(array: xr.DataArray, column: LabelColumn, noun: str, rows: list[int], remedy: str = _LEAVE_OUT) -> None:
+    """Raise where rows have no value; `remedy` is what the call at hand can do about it."""
     if rows:
-        drop = "leave them out with missing='drop'" if noun == "label" else "drop them first with activations.isel(prompt=…)"
         raise LabelError(
             f"{noun}s {column.name!r} miss {len(rows)} of {len(column.values)} prompts ({show_prompts(array, rows)}): "
-            f"give each a {noun}, or {drop}"
+            f"give each a {noun}, or {remedy}"
         )
+
+
+def check_width(name: str, values: Iterable[Any]) -> None:
+    """Raise for whole numbers that no array of whole numbers holds."""
+    if any(isinstance(value, int | float) and np.inf > abs(value) >= 2**63 for value in values):
+        raise LabelError(f"labels {name!r} hold numbers beyond 64 bits: give classes as texts, and the values of a regression as floats")
 
 
 def _classes(column: LabelColumn) -> Array:
@@ -430,6 +445,7 @@ def _classes(column: LabelColumn) -> Array:
     if not all(pd.api.types.is_scalar(value) for value in values):
         raise LabelError(f"labels {name!r} hold sequences: give one truth value, whole number or text per prompt")
     kinds = {type(value) for value in values}
+    check_width(name, values)
     if kinds <= {int, float} and any(value != int(value) for value in values if np.isfinite(value)):
         raise LabelError(
             f"labels {name!r} are continuous numbers: give whole numbers or texts (np.digitize makes bins), or task='regression'"
@@ -446,6 +462,7 @@ def _classes(column: LabelColumn) -> Array:
 def _numbers(column: LabelColumn) -> Array:
     """The values of a regression as float64."""
     kinds = {type(value) for value in column.values}
+    check_width(column.name, [value for value in column.values if type(value) is int])
     if not kinds <= {int, float} or not all(np.isfinite(value) for value in column.values):
         listed = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise LabelError(f"labels {column.name!r} hold {listed}: a regression needs finite numbers; or give task='classification'")

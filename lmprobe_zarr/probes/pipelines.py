@@ -14,6 +14,7 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes.classifiers import check_task, make_probe, standardises
+from lmprobe_zarr.typing import is_listed
 
 __all__ = ["PreprocessingStep", "make_pipeline_for", "parse_preprocessing"]
 
@@ -66,7 +67,7 @@ def parse_preprocessing(spec: str | Iterable[str] | None, pca_components: int | 
         words: list[Any] = []
     elif isinstance(spec, str):
         words = spec.split("+")
-    elif isinstance(spec, Iterable) and not isinstance(spec, bytes | Mapping):
+    elif is_listed(spec) and not isinstance(spec, bytes | Mapping):
         words = list(spec)
     else:
         raise InvalidTypeError(f"preprocessing is a text such as 'standard+pca:50', a list of steps or None, not {type(spec).__name__}")

@@ -14,8 +14,10 @@ import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.interchange import AbsentText
 from lmprobe_zarr.probes.folds import check_folds_listed, plan_folds
-from lmprobe_zarr.probes.labels import align_column, parse_groups
+from lmprobe_zarr.probes.identity import by_prompt
+from lmprobe_zarr.probes.labels import align_column, check_missing, check_width, parse_groups
 from lmprobe_zarr.tokens import TokenIndex, check_listed, order_attributes, prompts_of
 from lmprobe_zarr.typing import Array, Ints, Mask
 
@@ -99,8 +101,7 @@ def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where:
     InvalidTypeError, LabelError, InvalidArgumentError
         As there.
     """
-    if missing not in ("raise", "drop"):
-        raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise', or 'drop' to leave out what has no label")
+    check_missing(missing)
     numbers, prompts = prompts_of(array, dim)
     kept = _mask(array, dim, where)
     name, codes, classes = _labels(array, dim, labels, numbers, prompts)
@@ -112,6 +113,7 @@ def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where:
             "give each a label, leave them out with where=, or drop them with missing='drop'"
         )
     rows = np.flatnonzero(kept & ~without)
+    _check_agreement(array, dim, numbers[rows], prompts, codes[rows], classes, rows)
     if not len(rows):
         raise LabelError(f"none of {int(kept.sum())} {dim}s has a label in {name!r}: check what the labels are matched by")
     found = np.unique(codes[rows])
@@ -123,6 +125,21 @@ def select_labelled_tokens(array: xr.DataArray, dim: str, labels: Any, *, where:
     renumbered = np.searchsorted(found, codes[rows])
     small = np.min_scalar_type(len(found))
     return LabelledTokens(name, rows, renumbered.astype(small), classes[found], numbers[rows].astype(np.int32), prompts, int(without.sum()))
+
+
+def _check_agreement(array: xr.DataArray, dim: str, numbers: Array, prompts: Array, codes: Array, classes: Array, rows: Array) -> None:
+    """Raise where rows of one prompt, and of one position in it, have two labels."""
+    if dim != "prompt" and "position" not in array.coords:
+        return
+    position = np.zeros(len(rows), np.int64) if dim == "prompt" else np.asarray(array.coords["position"].values)[rows]
+    keys = pd.DataFrame({"prompt": numbers, "position": position, "code": codes})
+    twice = np.flatnonzero(keys.drop_duplicates().duplicated(["prompt", "position"]).to_numpy())
+    if len(twice):
+        different = keys.drop_duplicates().iloc[twice[0]]
+        here = (keys["prompt"] == different["prompt"]) & (keys["position"] == different["position"])
+        first, second = (classes[code].item() for code in keys["code"][here].unique()[:2])
+        at = "" if dim == "prompt" else f" at position {different['position']}"
+        raise LabelError(f"prompt {prompts[different['prompt']]} has two labels{at}, {first!r} and {second!r}: give each prompt one")
 
 
 def show_rows(labelled: LabelledTokens, places: Array) -> str:
@@ -191,12 +208,11 @@ def _labels(array: xr.DataArray, dim: str, given: Any, numbers: Array, prompts: 
         if given not in array.coords or array.coords[given].dims != (dim,):
             columns = sorted(str(key) for key, value in array.coords.items() if value.dims == (dim,) and key not in _NO_LABELS)
             raise LabelError(f"there is no coordinate {given!r} along {dim!r}: there is {', '.join(columns) or 'none'}; or give the labels")
-        coordinate = array.coords[given]
-        return given, *_classes(given, coordinate.values, filled=bool(coordinate.attrs.get("missing", 0)))
+        return given, *_classes(given, array.coords[given].values)
     name = str(given.name) if isinstance(given, xr.DataArray | pd.Series) and given.name is not None else "labels"
     if isinstance(given, xr.DataArray) and given.dims == (dim,) and dim != "prompt":
         places = _matched(array, given, dim)
-        codes, classes = _classes(name, given.values, filled=bool(given.attrs.get("missing", 0)))
+        codes, classes = _classes(name, given.values)
         return name, codes if places is None else np.where(places < 0, -1, codes[places]), classes
     if isinstance(given, Mapping) and any(_is_listed(value) for value in given.values()):
         return name, *_classes(name, _spread(array, dim, given, numbers, prompts))
@@ -216,7 +232,7 @@ def _labels(array: xr.DataArray, dim: str, given: Any, numbers: Array, prompts: 
             )
         given = values
     column = align_column(_head(array, dim, numbers, prompts), given, "label")
-    codes, classes = _classes(column.name, column.values, filled=column.filled)
+    codes, classes = _classes(column.name, column.values)
     return column.name, codes[numbers], classes
 
 
@@ -271,7 +287,7 @@ def _head(array: xr.DataArray, dim: str, numbers: Array, prompts: Array) -> xr.D
     )
 
 
-def _classes(name: str, values: Any, *, filled: bool = False) -> tuple[Array, Array]:
+def _classes(name: str, values: Any) -> tuple[Array, Array]:
     """The number of each value's class, −1 where the value is missing, and the sorted classes."""
     # numpy would turn a list of numbers and texts into texts.
     plain = values if isinstance(values, np.ndarray) else np.array(list(values), object)
@@ -280,9 +296,11 @@ def _classes(name: str, values: Any, *, filled: bool = False) -> tuple[Array, Ar
     if plain.ndim != 1:
         raise LabelError(f"labels {name!r} have shape {plain.shape}: give one label per token or prompt")
     absent = np.asarray(pd.isna(cast(Any, plain)), bool)
-    if filled:
-        absent |= plain == ("" if plain.dtype == object else -1)
+    if plain.dtype == object:
+        absent |= np.fromiter((isinstance(value, AbsentText) for value in plain), bool, len(plain))
     there = plain[~absent]
+    if there.dtype.kind in "Ouf":
+        check_width(name, there.tolist() if there.dtype == object else [float(there.max(initial=0)), float(there.min(initial=0))])
     kinds = {type(value) for value in there.tolist()} if there.dtype == object else {there.dtype.type(0).item().__class__}
     if kinds <= {int, float} and float in kinds:
         numbers = there.astype(np.float64)
@@ -326,6 +344,10 @@ def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, gr
     numbers, prompts = prompts_of(array, dim)
     used = np.unique(labelled.prompt)
     head = _head(array, dim, numbers, prompts).isel(prompt=used)
+    if isinstance(groups, str) and groups in array.coords and array.coords[groups].dims == (dim,):
+        # `_head` holds the group of the first token alone.
+        values = array.coords[groups].values[labelled.rows].tolist()
+        by_prompt(zip((str(prompts[number]) for number in labelled.prompt), values, strict=True), "group")
     together = None if groups is None else parse_groups(head, groups)
     names = [str(prompt) for prompt in prompts[used]]
     n_classes = len(labelled.classes)

@@ -67,6 +67,9 @@ def confidence_intervals(
     _check_scores(scores)
     if "predicted" not in scores:
         raise InvalidArgumentError("these scores hold no predictions, which intervals are made of: sweep with predictions=True")
+    if "token" in scores["predicted"].dims:
+        # Tokens are rows of their prompt, which is drawn whole.
+        scores = scores.swap_dims({"token": "prompt"})
     if not 0 < level < 1:
         raise InvalidArgumentError(f"level={level!r} is none: give a number between 0 and 1, such as 0.95")
     if isinstance(n_resamples, bool) or not isinstance(n_resamples, int | np.integer) or n_resamples < 2:
@@ -169,7 +172,7 @@ def _outcome(cell: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> 
         values: Array = held.isel(prompt=rows).values
         return None if values.dtype.kind == "f" and np.isnan(values).all() else values
 
-    labels = "dealt" if str(cell["control"].item()) == "shuffled_labels" else "true"
+    labels = "dealt" if str(cell["control"].item()) == "shuffled_labels" and "dealt" in cell else "true"
     predicted, true, score, probability = of("predicted"), cell[labels].values[rows], of("score"), of("probability")
     if predicted is None or (n_classes and (predicted < 0).any()):
         return None

@@ -18,15 +18,19 @@ from lmprobe_zarr.probes import (
     coefficients,
     converged,
     describe_unfit,
+    fit_apart,
     fits_running,
+    group_codes,
     has_strength,
+    list_prompts,
     make_pipeline_for,
     make_probe,
     not_finite_rows,
+    parse_groups,
     parse_label_sets,
     read_layer,
 )
-from lmprobe_zarr.sweeps.given import check_activations, check_seed, layers_of
+from lmprobe_zarr.sweeps.given import check_activations, check_seed, check_several, layers_of, warn_unconverged
 from lmprobe_zarr.tasks import parse_runner
 from lmprobe_zarr.typing import Array
 
@@ -41,6 +45,7 @@ def fit_directions(
     task: str = "classification",
     preprocessing: str | None = None,
     strength: float | None = None,
+    groups: Any = None,
     missing: str = "raise",
     random_state: int = 0,
     n_workers: int | None = None,
@@ -62,6 +67,8 @@ def fit_directions(
         As for :func:`lmprobe_zarr.sweep`.
     strength : float, optional
         Regularisation strength of a named probe, larger being stronger.
+    groups : str, DataArray, mapping or array, optional
+        Kept together in the folds within which a probe such as "logistic_regression_cv" chooses; without groups, repeated prompts are.
     n_workers : int, optional
         Threads; by default one per core.
 
@@ -74,38 +81,48 @@ def fit_directions(
     Raises
     ------
     InvalidTypeError, InvalidArgumentError, LabelError
-        As for :func:`lmprobe_zarr.sweep`, or the probe is not linear.
+        As for :func:`lmprobe_zarr.sweep`, or the probe is not linear, or a fit ended in an error.
+
+    Warns
+    -----
+    ConvergenceWarning
+        As :func:`lmprobe_zarr.sweep`.
     """
     if not isinstance(activations, xr.DataArray):
         raise InvalidTypeError(f"activations are one xarray.DataArray, not {type(activations).__name__}: give ds[name]")
     array = check_activations(activations)
     runner = parse_runner(n_workers=n_workers)
     seed = check_seed(random_state)
-    if missing not in ("raise", "drop"):
-        raise InvalidArgumentError(f"missing={missing!r} is unknown: use 'raise' or 'drop'")
     sets = parse_label_sets(array, labels, task=check_task(task), missing=missing)
-    if len(sets) > 1:
-        raise InvalidArgumentError("several sets of labels were given: give one, and call once for each")
+    only = check_several(sets)
     name = "ridge_regression" if task == "regression" and isinstance(probe, str) and probe == "logistic_regression" else probe
-    if strength is not None and not (has_strength(name) and strength > 0):
+    number = isinstance(strength, int | float | np.integer | np.floating) and not isinstance(strength, bool)
+    if strength is not None and not (number and has_strength(name) and 0 < strength < np.inf):
         raise InvalidArgumentError(
             f"strength={strength!r} of {name!r}: give a positive number, and a named probe that has one, such as 'ridge'"
         )
     make = partial(_make, name, seed, task, preprocessing, strength)
     make()
+    prompts = list_prompts(array)
+    kept = group_codes(prompts, None if groups is None else parse_groups(array, groups, only.rows).codes)
+    fit = partial(_fit_layer, make, probe, only, kept, seed, task)
     layers = layers_of(array) or [0]
     variable = array.variable
     lazy = variable.chunks is None and not variable._in_memory
 
     def start(place: int) -> Any:
         values = None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", "hidden").data
-        return runner.call(_fit_layer, make, sets[0], variable if lazy else None, place, values)
+        return runner.call(fit, variable if lazy else None, place, values)
 
     found = runner.run([partial(start, place) for place in range(len(layers))], "fit")
     for place, fitted in enumerate(found):
         if isinstance(fitted, list):
-            raise InvalidArgumentError(describe_unfit(array, place if "layer" in array.dims else None, fitted, len(sets[0].rows)))
-    return _dataset(array, sets[0], task, repr(make()), layers, found)
+            raise InvalidArgumentError(describe_unfit(array, place if "layer" in array.dims else None, fitted, len(only.rows)))
+        if isinstance(fitted, str):
+            raise InvalidArgumentError(f"{probe!r} cannot be fitted on the {len(only.rows)} prompts of layer {layers[place]}: {fitted}")
+    data = _dataset(array, only, task, repr(make()), layers, found)
+    warn_unconverged(data, "give an estimator with a larger max_iter, or standardise")
+    return data
 
 
 def _make(probe: Any, seed: int, task: str, preprocessing: str | None, strength: float | None) -> Any:
@@ -114,8 +131,18 @@ def _make(probe: Any, seed: int, task: str, preprocessing: str | None, strength:
     return make_pipeline_for(probe, task=task, preprocessing=preprocessing, random_state=seed, strength=strength)
 
 
-def _fit_layer(make: Callable[[], Any], labels: Labels, whole: xr.Variable | None, layer: int, values: Any) -> Any:
-    """Coefficients, intercept and whether the fit converged; or the rows that are NaN or infinite."""
+def _fit_layer(
+    make: Callable[[], Any],
+    probe: Any,
+    labels: Labels,
+    kept: Array,
+    seed: int,
+    task: str,
+    whole: xr.Variable | None,
+    layer: int,
+    values: Any,
+) -> Any:
+    """Coefficients, intercept and whether the fit converged; or the rows that are NaN or infinite; or the error of the fit."""
     import sklearn
 
     matrix = as_fit_dtype(values if whole is None else read_layer(whole, layer))
@@ -123,7 +150,13 @@ def _fit_layer(make: Callable[[], Any], labels: Labels, whole: xr.Variable | Non
     if bad:
         return bad
     with fits_running(), sklearn.config_context(assume_finite=True):
-        estimator = make().fit(matrix[labels.rows], labels.values[labels.rows])
+        rows = labels.rows
+        try:
+            estimator = fit_apart(make(), probe, matrix[rows], labels.values[rows], kept[rows], seed, task=task)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     coef, intercept = coefficients(estimator)
     return coef[:, 0], intercept, converged(estimator)
 

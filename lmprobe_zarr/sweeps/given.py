@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,22 @@ import xarray as xr
 
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.probes import Labels, make_probe
+from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
-    "check_activations", "check_seed", "is_drawn", "layer_labels", "layers_of", "parse_activations", "parse_token_activations",
+    "check_activations",
+    "check_seed",
+    "check_several",
+    "is_drawn",
+    "layer_labels",
+    "layers_of",
+    "parse_activations",
+    "parse_probes",
+    "parse_token_activations",
     "refuse_choice",
+    "warn_failed",
+    "warn_unconverged",
 ]  # fmt: skip
 
 _DIMS = ("layer", "prompt", "hidden")
@@ -111,3 +123,64 @@ def check_seed(random_state: Any) -> int:
 def is_drawn(cv: Any) -> bool:
     """Whether folds are made from the labels, by a number or a splitter, rather than given."""
     return cv is None or isinstance(cv, int | np.integer) or hasattr(cv, "split")
+
+
+def parse_probes(probes: Any, task: str, example: str = "logistic_regression") -> dict[str, Any]:
+    """Name to probe, in the caller's order; each can be made."""
+    if isinstance(probes, Mapping):
+        pairs = list(probes.items())
+    else:
+        listed = [probes] if isinstance(probes, str) or hasattr(probes, "fit") or not is_listed(probes) else list(probes)
+        if task == "regression":
+            # The default of `sweep` is a classifier.
+            listed = ["ridge_regression" if isinstance(probe, str) and probe == "logistic_regression" else probe for probe in listed]
+        pairs = [(probe if isinstance(probe, str) else type(probe).__name__, probe) for probe in listed]
+    if not pairs:
+        raise InvalidArgumentError(f"probes is empty: name at least one, such as {example!r}")
+    chosen: dict[str, Any] = {}
+    for name, probe in pairs:
+        if not isinstance(name, str):
+            raise InvalidTypeError(f"a probe is named by a text, not {name!r}")
+        if name in chosen:
+            raise InvalidArgumentError(f"two probes are called {name!r}: tell them apart with a mapping, {{'name': estimator, …}}")
+        make_probe(probe, task=task)
+        chosen[name] = probe
+    return chosen
+
+
+def check_several(sets: Sequence[Labels]) -> Labels:
+    """The only set of labels, for calls that learn a single one."""
+    if len(sets) > 1:
+        raise InvalidArgumentError("several sets of labels were given: give one, and call once for each")
+    return sets[0]
+
+
+def warn_unconverged(found: xr.Dataset, remedy: str, *, stacklevel: int = 3) -> None:
+    """Warn once, with their number, of fits that stopped at their iteration limit.
+
+    Parameters
+    ----------
+    found : Dataset
+        With ``converged``.
+    remedy : str
+        What helps with the probes of this call.
+    stacklevel : int
+        Of the caller's caller, as `warnings.warn` takes it.
+    """
+    early = int((~found["converged"]).sum())
+    if early:
+        from sklearn.exceptions import ConvergenceWarning
+
+        warnings.warn(
+            f"{early} of {found['converged'].size} fits stopped at their iteration limit, as converged says: {remedy}",
+            ConvergenceWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def warn_failed(failures: str, *, stacklevel: int = 3) -> None:
+    """Warn once of fits that ended in an error, so that their scores are NaN."""
+    if failures:
+        from sklearn.exceptions import FitFailedWarning
+
+        warnings.warn(f"{failures}: the attribute nan_reasons of each measure says which", FitFailedWarning, stacklevel=stacklevel)

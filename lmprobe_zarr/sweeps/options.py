@@ -17,8 +17,8 @@ from lmprobe_zarr.probes import (
     Groups,
     Labels,
     check_folds_listed,
+    check_task,
     list_prompts,
-    make_probe,
     parse_groups,
     parse_label_sets,
     parse_preprocessing,
@@ -28,8 +28,8 @@ from lmprobe_zarr.probes import (
 from lmprobe_zarr.probes.controls import Trial, list_trials, make_estimator
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.metrics import Metric, parse_metrics
-from lmprobe_zarr.sweeps.given import check_seed
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.sweeps.given import check_seed, parse_probes
+from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
     "Data", "Design", "SweepOptions", "check_layer_0", "parse_choice", "parse_data", "parse_design", "parse_folds",
@@ -95,19 +95,15 @@ class Design:
 
 
 def parse_data(options: SweepOptions, dataset: xr.Dataset | None, arrays: tuple[xr.DataArray, ...]) -> Data:
-    if options.task not in ("classification", "regression"):
-        raise InvalidArgumentError(f"task={options.task!r} is unknown: use 'classification' or 'regression'")
-    if options.missing not in ("raise", "drop"):
-        raise InvalidArgumentError(f"missing={options.missing!r} is unknown: use 'raise' or 'drop'")
     array = arrays[0]
     several = _several_sets(array, options.labels)
-    labels = parse_label_sets(array, options.labels, task=options.task, missing=options.missing)
+    labels = parse_label_sets(array, options.labels, task=check_task(options.task), missing=options.missing)
     groups = None if options.groups is None else parse_groups(array, options.groups, labels[0].rows)
     return Data(dataset=dataset, arrays=arrays, labels=labels, several=several, groups=groups, prompts=list_prompts(array))
 
 
 def parse_design(options: SweepOptions, controls: Mapping[str, Any], n_classes: int) -> Design:
-    trials = list_trials(_probes(options.probes, options.task), controls, options.task)
+    trials = list_trials(parse_probes(options.probes, options.task), controls, options.task)
     metrics = parse_metrics(options.metrics, options.task, n_classes)
     preprocessing = _preprocessing(options.preprocessing)
     _check_probabilities(trials, metrics, options.task, preprocessing)
@@ -140,9 +136,7 @@ def _several_sets(array: xr.DataArray, labels: Any) -> bool:
 def parse_seeds(seeds: Any, random_state: int) -> tuple[int, ...]:
     if seeds is None:
         return (random_state,)
-    listed = (
-        list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds) if isinstance(seeds, Iterable) else []
-    )
+    listed = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds) if is_listed(seeds) else []
     if not listed or len(set(listed)) < len(listed):
         raise InvalidArgumentError(f"seeds={seeds!r} are no seeds: give a number of them, or different whole numbers such as [0, 1, 2]")
     return tuple(check_seed(seed) for seed in listed)
@@ -151,8 +145,8 @@ def parse_seeds(seeds: Any, random_state: int) -> tuple[int, ...]:
 def parse_strengths(strengths: Any, trials: tuple[Trial, ...]) -> tuple[float, ...]:
     if strengths is None:
         return ()
-    listed = list(strengths) if isinstance(strengths, Iterable) and not isinstance(strengths, str) else [strengths]
-    good = all(isinstance(x, int | float | np.number) and not isinstance(x, bool) and np.isfinite(x) and x > 0 for x in listed)
+    listed = list(strengths) if is_listed(strengths) and not isinstance(strengths, str) else [strengths]
+    good = all(isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool) and 0 < x < np.inf for x in listed)
     if not listed or not good or len(set(listed)) < len(listed):
         raise InvalidArgumentError(f"strengths={strengths!r} are no strengths: give different positive numbers, larger being stronger")
     if not any(trial.penalised for trial in trials):
@@ -217,29 +211,6 @@ def _parse_choose(given: Any, data: Data, strengths: tuple[float, ...]) -> tuple
 def _preprocessing(spec: Any) -> str | None:
     steps = parse_preprocessing(spec)
     return "+".join(map(str, steps)) or None
-
-
-def _probes(probes: Any, task: str) -> dict[str, Any]:
-    """Name to probe, in the caller's order."""
-    if isinstance(probes, Mapping):
-        pairs = list(probes.items())
-    else:
-        listed = [probes] if isinstance(probes, str) or hasattr(probes, "fit") or not isinstance(probes, Iterable) else list(probes)
-        if task == "regression":
-            # The default of `sweep` is a classifier.
-            listed = ["ridge_regression" if isinstance(probe, str) and probe == "logistic_regression" else probe for probe in listed]
-        pairs = [(probe if isinstance(probe, str) else type(probe).__name__, probe) for probe in listed]
-    if not pairs:
-        raise InvalidArgumentError("probes is empty: name at least one, such as 'logistic_regression'")
-    chosen: dict[str, Any] = {}
-    for name, probe in pairs:
-        if not isinstance(name, str):
-            raise InvalidTypeError(f"a probe is named by a text, not {name!r}")
-        if name in chosen:
-            raise InvalidArgumentError(f"two probes are called {name!r}: tell them apart with a mapping, {{'name': estimator, …}}")
-        make_probe(probe, task=task)
-        chosen[name] = probe
-    return chosen
 
 
 def _check_probabilities(trials: tuple[Trial, ...], metrics: tuple[Metric, ...], task: str, preprocessing: str | None) -> None:

@@ -18,6 +18,7 @@ from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, describe_unfit, fit_task, number_repeats, show_prompts
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.sweeps.below_chance import describe_below_chance, find_below_chance
+from lmprobe_zarr.sweeps.given import warn_failed, warn_unconverged
 from lmprobe_zarr.sweeps.options import SweepOptions
 from lmprobe_zarr.sweeps.plan import Sweep, make_sweep
 from lmprobe_zarr.sweeps.score_store import ScoreStore
@@ -207,19 +208,8 @@ def sweep(
         # The place holds every layer, so that it is complete whatever was chosen.
         place.finish(scores.table() if planned.fits.chooses_among_scores else found)
     _warn_below_chance(planned, found)
-    if scores.failures():
-        from sklearn.exceptions import FitFailedWarning
-
-        warnings.warn(f"{scores.failures()}: the attribute nan_reasons of each measure says which", FitFailedWarning, stacklevel=2)
-    if found.attrs["n_unconverged"]:
-        from sklearn.exceptions import ConvergenceWarning
-
-        warnings.warn(
-            f"{found.attrs['n_unconverged']} of {found['converged'].size} fits stopped at their iteration limit: "
-            "scores.converged says which; give an estimator with a larger max_iter, or standardise",
-            ConvergenceWarning,
-            stacklevel=2,
-        )
+    warn_failed(scores.failures())
+    warn_unconverged(found, "give an estimator with a larger max_iter, or standardise")
     return found
 
 

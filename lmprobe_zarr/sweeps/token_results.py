@@ -12,8 +12,10 @@ import xarray as xr
 from lmprobe_zarr.batch import Stage, reduce_scores
 from lmprobe_zarr.probes import LabelledTokens, Solution, TokenFolds
 from lmprobe_zarr.probes.metrics import accuracy, auroc
+from lmprobe_zarr.probes.token_controls import DEALT
 from lmprobe_zarr.sweeps.given import layer_labels
 from lmprobe_zarr.sweeps.shuffles import add_p_values, shuffled_attributes, shuffled_name
+from lmprobe_zarr.sweeps.token_predictions import Predicted, prediction_variables
 from lmprobe_zarr.sweeps.token_stream import TaskPlan, Tested
 from lmprobe_zarr.typing import Array
 
@@ -39,10 +41,11 @@ class TokenResult(NamedTuple):
     reason: str
     seconds: float
     converged: bool
+    predicted: Predicted | None = None
 
 
-def result_of(measured: tuple[float, float, str], seconds: float = 0.0, converged: bool = True) -> TokenResult:
-    return TokenResult(*measured, seconds, converged)
+def result_of(measured: tuple[float, float, str, Predicted | None], seconds: float = 0.0, converged: bool = True) -> TokenResult:
+    return TokenResult(*measured[:3], seconds, converged, measured[3])
 
 
 def as_objects(rows: list[TokenResult]) -> Array:
@@ -79,23 +82,27 @@ def add_shuffles(scores: xr.Dataset, shuffled: Mapping[str, Array]) -> xr.Datase
 
 
 def score_layer(
-    codes: Array, prompt: Array, stage: Stage, solutions: Mapping[tuple[int, int], Solution], tested: Tested
-) -> dict[tuple[int, int], tuple[float, float, str]]:
-    """The result of `_measure` for every probe and fold of a layer."""
+    codes: Array, prompt: Array, stage: Stage, keep: bool, solutions: Mapping[tuple[int, int], Solution], tested: Tested
+) -> dict[tuple[int, int], tuple[float, float, str, Predicted | None]]:
+    """The result of `measure` for every probe and fold of a layer."""
     return {
-        key: measure(codes, prompt, stage, tested.places[key[1]], scores, solutions[key].classes) for key, scores in tested.scores.items()
+        key: measure(codes, prompt, stage, keep, tested.places[key[1]], scores, solutions[key].classes)
+        for key, scores in tested.scores.items()
     }
 
 
-def measure(codes: Array, prompt: Array, stage: Stage, places: Array, scores: Array, classes: Array) -> tuple[float, float, str]:
-    """Accuracy, AUROC, and the reason why the AUROC is NaN, of some scores."""
-    true = codes[places]
+def measure(
+    codes: Array, prompt: Array, stage: Stage, keep: bool, places: Array, scores: Array, classes: Array
+) -> tuple[float, float, str, Predicted | None]:
+    """Accuracy, AUROC, and the reason why the AUROC is NaN, of some scores; and the predictions, if they are kept."""
+    true, rows = codes[places], places
     if stage.of == "score":
         order = np.argsort(prompt[places], kind="stable")
-        counts = np.unique(prompt[places], return_counts=True)[1].astype(np.int64)
+        rows, counts = np.unique(prompt[places], return_counts=True)
+        counts = counts.astype(np.int64)
         scores, true = reduce_scores(scores[order], counts, stage.pooling), true[order][np.cumsum(counts) - 1]
     predicted = classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
-    return accuracy(predicted, true), *auroc(scores, true, classes)
+    return accuracy(predicted, true), *auroc(scores, true, classes), Predicted(rows, predicted, scores) if keep else None
 
 
 def describe_labels(
@@ -128,7 +135,10 @@ def make_scores(
     stage: Stage,
     found: Mapping[TokenTrial, Array],
     seconds: Array,
+    *,
+    predictions: bool = False,
 ) -> xr.Dataset:
+    """The scores of a sweep over tokens; with the predictions of the fits on the given labels, where they are kept."""
     rows = np.stack(list(found.values()), axis=1)  # layer, probe, fold
     reasons: dict[str, set[str]] = {}
     for (_, place, _), row in np.ndenumerate(rows):
@@ -174,4 +184,9 @@ def make_scores(
         "random_state": plan.random_state,
         "n_unconverged": int((~converged[1]).sum()),
     }
+    if predictions:
+        held = np.frompyfunc(lambda row: row.predicted, 1, 1)(rows)
+        held[:, [place for place, trial in enumerate(found) if trial.control in DEALT]] = None
+        variables, coords = prediction_variables(array, examples, folds, held, by_prompt=stage.of == "score")
+        scores = scores.assign_coords(coords).assign(variables)
     return scores

@@ -33,7 +33,7 @@ from lmprobe_zarr.probes import (
 )
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
 from lmprobe_zarr.sweeps.below_chance import describe_below_chance, find_below_chance
-from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layer_labels, parse_token_activations, refuse_choice
+from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layer_labels, parse_token_activations, refuse_choice, warn_unconverged
 from lmprobe_zarr.sweeps.token_results import (
     TokenTrial,
     add_shuffles,
@@ -55,6 +55,7 @@ Labels = str | xr.DataArray | Mapping[Any, Any] | Iterable[Any]
 
 _MOST_CELLS = 64
 _LAYER_0 = "layer_0"
+_EXACT = "'ridge' and 'lda' have none"
 
 
 def fit_tokens(
@@ -152,7 +153,7 @@ def fit_tokens(
         coords={"layer": layer_labels(array), **({} if two else {"class": examples.classes})},
         attrs={"probe": probe, **describe_labels(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
     )
-    _warn_unconverged(found)
+    warn_unconverged(found, _EXACT)
     return to_interchange(_name_model(found, array))
 
 
@@ -247,6 +248,7 @@ def sweep_tokens(
     pooling: str = "all",
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
     controls: str | Iterable[str] | Mapping[str, int | None] | None = None,
+    predictions: bool = False,
     choose: None = None,
     random_state: int = 0,
     client: Client | None = None,
@@ -279,6 +281,9 @@ def sweep_tokens(
         takes two more passes each. ``{"shuffled_labels": 100}`` shuffles so many times, with two passes each, and gives p-values as
         :func:`lmprobe_zarr.sweep` does; other names in a mapping have None. The coordinates ``kind`` and ``control`` tell controls from
         probes.
+    predictions : bool
+        Whether ``predicted`` and ``score`` of every labelled token (or prompt, where scores are pooled) are kept, each from the fold that
+        tests it, as :func:`lmprobe_zarr.confidence_intervals` needs them; −1 and NaN for controls with labels of their own.
     choose : None
         Nothing is chosen here; any other value is an error that says how to choose a layer.
 
@@ -327,7 +332,7 @@ def sweep_tokens(
         raise InvalidArgumentError(
             f"control {_LAYER_0!r} needs layer 0, and there are layers {', '.join(layers)}: give it too, or leave it out"
         )
-    rows, seconds = _run_trials(array, examples, layer_rows, plan, runner, stage)
+    rows, seconds = _run_trials(array, examples, layer_rows, plan, runner, stage, predictions)
     found = {TokenTrial(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
     shuffled: dict[str, Array] = {}
     for name in chosen:
@@ -335,7 +340,7 @@ def sweep_tokens(
             shuffles = []
             for codes, drawn in dealt[name]:
                 other = _plan_stream(array, dim, examples, drawn, names, seed)[1] if drawn is not folds else plan
-                results, more = _run_trials(array, examples, layer_rows, replace(other, codes=codes), runner, stage)
+                results, more = _run_trials(array, examples, layer_rows, replace(other, codes=codes), runner, stage, False)
                 shuffles.append(results)
                 seconds += more
             for place, probe in enumerate(names):
@@ -346,12 +351,12 @@ def sweep_tokens(
         elif name == _LAYER_0:
             found[TokenTrial(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
         else:
-            measures = [measure(examples.codes, examples.prompt, stage, *of_fold) for of_fold in tables[name]]
+            measures = [measure(examples.codes, examples.prompt, stage, predictions, *of_fold) for of_fold in tables[name]]
             found[TokenTrial(name, name)] = np.broadcast_to(as_objects([result_of(measured) for measured in measures]), rows[0].shape)
-    scores = make_scores(array, examples, folds, plan, stage, found, seconds)
+    scores = make_scores(array, examples, folds, plan, stage, found, seconds, predictions=predictions)
     if shuffled:
         scores = add_shuffles(scores, shuffled)
-    _warn_unconverged(scores)
+    warn_unconverged(scores, _EXACT)
     units = examples.prompt if folds.unit is None else folds.unit[examples.prompt]
     tested = [
         (np.flatnonzero(learned[examples.prompt]), np.flatnonzero(held[examples.prompt]))
@@ -474,11 +479,11 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
 
 
 def _run_trials(
-    array: xr.DataArray, examples: LabelledTokens, layer_rows: LayerRows, plan: TaskPlan, runner: Runner, stage: Stage
+    array: xr.DataArray, examples: LabelledTokens, layer_rows: LayerRows, plan: TaskPlan, runner: Runner, stage: Stage, keep: bool
 ) -> tuple[list[Array], Array]:
     """The results of each probe, shape (layer, fold), and the seconds that each layer's pass took."""
     fits, seconds = _fit(array, examples, layer_rows, plan, runner)
-    measured = measure_stream(layer_rows, plan, runner, fits, partial(score_layer, plan.codes, examples.prompt, stage))
+    measured = measure_stream(layer_rows, plan, runner, fits, partial(score_layer, plan.codes, examples.prompt, stage, keep))
     found = []
     for probe in range(len(plan.probes)):
         rows = [
@@ -488,18 +493,6 @@ def _run_trials(
         ]
         found.append(as_objects(rows).reshape(len(plan.layers), -1))
     return found, np.array(seconds)
-
-
-def _warn_unconverged(found: xr.Dataset) -> None:
-    early = int((~found["converged"]).sum())
-    if early:
-        from sklearn.exceptions import ConvergenceWarning
-
-        warnings.warn(
-            f"{early} of {found['converged'].size} fits stopped at their iteration limit, as converged says: 'ridge' and 'lda' have none",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
 
 
 def _name_model(found: xr.Dataset, array: xr.DataArray) -> xr.Dataset:

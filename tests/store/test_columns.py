@@ -380,3 +380,58 @@ def test_random_frames_come_back_the_same(tmp_path_factory: pytest.TempPathFacto
     pd.testing.assert_frame_equal(got, frame.loc[order].reset_index(drop=True), check_categorical=True)
     missing = store.dataset("m", prompts=["none"]).lz.to_dataframe()
     assert missing.isna().all(axis=None)
+
+
+COMPUTED: dict[str, Any] = {
+    "halves of nullable integers": lambda ds: ds.age / 2,
+    "a comparison of integers": lambda ds: ds.age > 3,
+    "integers as texts": lambda ds: ds.age.fillna(0).astype(int).astype(str),
+    "integers beyond their dtype": lambda ds: ds.small + 300,
+    "negative ones of an unsigned dtype": lambda ds: ds.small.astype(int) - 5,
+    "sums of truth values": lambda ds: ds.flag + ds.flag,
+    "gaps filled by a half": lambda ds: ds.flag.fillna(0.5),
+    "differences of times in a zone": lambda ds: ds.when - ds.when[0],
+    "years of times in a zone": lambda ds: ds.when.dt.year,
+    "noon of dates": lambda ds: ds.day + np.timedelta64(12, "h"),
+    "differences of dates": lambda ds: ds.day - ds.day[0],
+    "categories compared": lambda ds: ds.kind == "a",
+    "categories in capitals": lambda ds: ds.kind.str.upper(),
+    "doubled categories of truth values": lambda ds: ds.yes * 2,
+    "lengths of texts": lambda ds: ds.word.fillna("").str.len(),
+    "floats beyond their dtype": lambda ds: ds.half.astype(float) * 1e300,
+    "floats finer than their dtype": lambda ds: ds.half.astype(float) + 1e-9,
+    "a function of each value": lambda ds: xr.apply_ufunc(lambda x: x * 1.5, ds.age, keep_attrs=True),
+    "where and otherwise": lambda ds: xr.where(ds.small > 3, ds.small * 0.5, ds.small),  # type: ignore[no-untyped-call]
+}
+
+
+@pytest.fixture(scope="module")
+def columns_of_every_kind(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
+    columns = {
+        "age": pd.array([1, 2, None, 4, 5, 6], dtype="Int64"),
+        "small": pd.array([1, 2, 3, 4, 5, 6], dtype="UInt8"),
+        "flag": pd.array([True, None, False, True, True, False], dtype="boolean"),
+        "when": pd.date_range("2020-01-01", periods=6, freq="h").tz_localize("Europe/Berlin"),
+        "day": [date(2020, 1, 1 + i) for i in range(6)],
+        "kind": pd.Categorical(["a", "b"] * 3),
+        "yes": pd.Categorical([True, False] * 3),
+        "word": pd.array(["x", "y", None, "x", "y", "z"], dtype="string"),
+        "half": pd.array([1.5, None, 2.5, 1, 1, 1], dtype="Float32"),
+    }
+    store = lz.open_store(tmp_path_factory.mktemp("kinds"), durable=False)
+    pooled = {"resid_mean": {0: np.zeros((6, 2), np.float32)}}
+    lz.write_activations(store, model="m", prompts=[f"t{i}" for i in range(6)], pooled=pooled, coords=columns)
+    return store.dataset()
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_is_computed_from_a_column_has_its_own_values_and_not_the_dtype_of_the_column(
+    columns_of_every_kind: xr.Dataset, name: str
+) -> None:
+    with xr.set_options(keep_attrs=True):  # type: ignore[no-untyped-call]
+        computed = COMPUTED[name](columns_of_every_kind)
+    expected = pd.Series(computed.values)
+    for series in (computed.lz.to_series(), columns_of_every_kind.assign_coords(new=computed).lz.to_dataframe()["new"]):
+        got = series.reset_index(drop=True)
+        assert [None if pd.isna(a) else a for a in got] == [None if pd.isna(b) else b for b in expected]
+        assert pd.api.types.is_bool_dtype(got.dtype) == pd.api.types.is_bool_dtype(expected.dtype)

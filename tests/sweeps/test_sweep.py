@@ -25,6 +25,7 @@ from xarray.core import indexing
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch.hashes import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.interchange import ABSENT_TEXT
 from lmprobe_zarr.probes import make_probe
 from lmprobe_zarr.probes.layer import fits_running
 from lmprobe_zarr.probes.task import NotFiniteError
@@ -208,13 +209,31 @@ def test_labels_that_do_not_fit_are_refused(labels: Any, message: str) -> None:
     assert TEXTS[50] not in str(caught.value)
 
 
-@pytest.mark.parametrize(("column", "filled"), [(np.where(np.arange(PROMPTS) < 3, -1, Y), "-1"), (np.array(["", *"ab" * 29, "a"]), "")])
-def test_fill_values_of_a_column_are_missing_only_if_the_reader_marks_them(column: Any, filled: str) -> None:
+@pytest.mark.parametrize(("column", "label"), [(np.where(np.arange(PROMPTS) < 9, -1, Y), -1), (np.array([*[""] * 9, *"ab" * 25, "a"]), "")])
+def test_an_attribute_that_outlives_its_column_makes_no_label_missing(column: Any, label: Any) -> None:
     given = activations().assign_coords(mark=("prompt", column))
-    given.mark.attrs["missing"] = 1
-    with pytest.raises(LabelError, match=f"labels 'mark' miss {int((column.astype(str) == filled).sum())} of 60"):
-        sweep(given, "mark")
-    assert sweep(activations(), np.where(Y == 0, -1, 1), "ridge", 2).attrs["classes"] == [-1, 1]
+    given.mark.attrs["missing"] = 9
+    for labels in ("mark", given.mark, given.mark.values):
+        for missing in ("raise", "drop"):
+            scores = sweep(given, labels, "ridge", 2, missing=missing)
+            assert label in json.loads(str(scores.attrs["classes"]))
+            assert scores.attrs["n_dropped"] == 0
+
+
+def test_texts_that_an_old_store_does_not_have_are_missing_wherever_they_are_taken() -> None:
+    marked = np.array([ABSENT_TEXT, *"ab" * 29, "a"], object)
+    given = activations().assign_coords(mark=("prompt", marked))
+    for array in (given, given.isel(prompt=slice(None, None, -1)), given.copy(deep=True)):
+        with pytest.raises(LabelError, match="labels 'mark' miss 1 of 60"):
+            sweep(array, "mark")
+        with pytest.raises(LabelError, match="labels 'mark' miss 1 of 60"):
+            sweep(activations(), array.mark)
+        scores = sweep(array, "mark", "ridge", 2, missing="drop")
+        assert scores.attrs["classes"] == '["a", "b"]'
+        assert scores.attrs["n_dropped"] == 1
+    # What is computed from it are texts of the caller's own.
+    computed = given.assign_coords(mark=given.mark.str.upper())
+    assert "" in json.loads(sweep(computed, "mark", "ridge", cv=[(range(20), range(20, 60))]).attrs["classes"])
 
 
 def test_labels_of_a_wrong_type_are_named() -> None:

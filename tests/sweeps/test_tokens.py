@@ -768,3 +768,24 @@ def test_memory_is_bounded_by_sums_and_blocks_on_many_token_rows(tmp_path: Path)
     assert grown < allowed
     assert n_test == rows
     assert auroc == pytest.approx(0.76, abs=0.01)  # Φ(1/√2)
+
+
+@pytest.mark.parametrize("pooling", ["all", "score:mean"])
+def test_intervals_of_tokens_draw_whole_prompts_and_are_around_the_score(pooling: str) -> None:
+    array = tokens()
+    plain = lz.sweep_tokens(array, "label", ["ridge"], 3, pooling=pooling)
+    scores = lz.sweep_tokens(array, "label", ["ridge"], 3, pooling=pooling, predictions=True, controls="shuffled_labels")
+    np.testing.assert_array_equal(scores.accuracy.sel(probe="ridge"), plain.accuracy.sel(probe="ridge"))
+    of_fold = [scores.isel({scores.predicted.dims[-1]: np.flatnonzero(scores.test_fold == fold)}) for fold in range(3)]
+    by_hand = [(held.predicted == held.true).mean(held.predicted.dims[-1]).sel(probe="ridge").values for held in of_fold]
+    np.testing.assert_allclose(scores.accuracy.sel(probe="ridge").T, by_hand)
+    assert (scores.predicted.sel(probe="shuffled_labels:ridge") == -1).all()
+    found = lz.confidence_intervals(scores, n_resamples=200).sel(probe="ridge")
+    assert found.attrs["resampled"] == "prompt"
+    for metric in ("accuracy", "auroc"):
+        np.testing.assert_allclose(found[metric].sel(bound="estimate"), scores[metric].sel(probe="ridge").mean("fold"))
+        assert (found[metric].sel(bound="lower") <= found[metric].sel(bound="estimate")).all()
+    # Five times as many tokens of each prompt, all alike, tell no more than before.
+    dim = scores.predicted.dims[-1]
+    again = scores.isel({dim: np.repeat(np.arange(scores.sizes[dim]), 5)})
+    np.testing.assert_allclose(lz.confidence_intervals(again, n_resamples=200).sel(probe="ridge").accuracy, found.accuracy)

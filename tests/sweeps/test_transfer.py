@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
@@ -174,3 +177,96 @@ def test_directions_of_other_widths_and_of_no_length_have_no_cosine() -> None:
         lz.cosine_similarity({"a": directions.rename(hidden="unit")})
     with pytest.raises(InvalidArgumentError, match="empty"):
         lz.cosine_similarity({})
+
+
+def facts(name: str, seed: int, *, identity: str = "prompt", first: int = 0) -> xr.DataArray:
+    """Thirty facts in four wordings each, with labels at random."""
+    rng = np.random.default_rng(seed)
+    fact = np.repeat(np.arange(30), 4)
+    x = rng.normal(size=(30, 64))[fact] + 0.3 * rng.normal(size=(120, 64))
+    texts = [f"{name} {i}" for i in range(120)]
+    known = {"prompt": [lz.prompt_hash(text) for text in texts], "text": ("prompt", texts), "number": np.arange(120)}
+    coords: dict[str, Any] = {"label": ("prompt", rng.permutation(np.tile([0, 1], 15))[fact]), "fact": ("prompt", fact + first)}
+    if identity:
+        coords["prompt" if identity == "number" else identity] = known[identity]
+    return xr.DataArray(x.astype("f4"), dims=("prompt", "hidden"), coords=coords)
+
+
+def test_groups_are_on_one_side_of_the_diagonal_and_of_the_rest() -> None:
+    data = {f"set {k}": facts(f"set {k}", k, first=100 * k) for k in range(4)}
+    same = np.eye(4, dtype=bool)
+    scores = lz.sweep_transfer(data, "label", "ridge", groups="fact").isel(layer=0, probe=0)
+    leaking = lz.sweep_transfer(data, "label", "ridge").isel(layer=0, probe=0)
+    assert leaking.accuracy.values[same].mean() > 0.95
+    assert abs(scores.accuracy.values[same].mean() - 0.5) < 0.15
+    np.testing.assert_array_equal(scores.accuracy.values[~same], leaking.accuracy.values[~same])
+    assert scores.attrs["groups"] == "fact"
+    # The diagonal is the mean of what a sweep of that dataset scores. Its ridge is solved otherwise, and rounds otherwise.
+    for name, array in data.items():
+        swept = lz.sweep(array, "label", "ridge", groups="fact", metrics="accuracy").accuracy.mean()
+        assert float(scores.accuracy.sel(train=name, test=name)) == pytest.approx(float(swept), abs=0.01)
+    half = {"a": data["set 0"], "b": data["set 0"].isel(prompt=slice(0, 60)).assign_coords(prompt=[f"other {i}" for i in range(60)])}
+    shared = lz.sweep_transfer(half, "label", "ridge", groups={"a": "fact", "b": half["b"].fact.values})
+    assert shared.n_test.values.tolist() == [[120, 0], [60, 60]]
+    assert "train a, test b: every prompt, or group of 'fact', is in both" in shared.accuracy.attrs["nan_reasons"]
+
+
+@pytest.mark.parametrize(("first", "second", "unseen"), [
+    ("prompt", "prompt", 60), ("text", "text", 60), ("prompt", "text", 60), ("text", "prompt", 60),
+    ("", "", 120), ("number", "number", 120), ("prompt", "", 120), ("number", "prompt", 120),
+])  # fmt: skip
+def test_prompts_are_known_across_datasets_by_hash_or_text_and_never_by_number(first: str, second: str, unseen: int) -> None:
+    # The second dataset has half of the prompts of the first: its rows 0 to 59 are the rows 60 to 119.
+    a = facts("a", 0, identity=first)
+    b = facts("a", 0, identity=second).isel(prompt=slice(60, None))
+    more = facts("b", 1, identity=second).isel(prompt=slice(0, 60))
+    if second == "number":
+        b, more = b.assign_coords(prompt=np.arange(60)), more.assign_coords(prompt=np.arange(60, 120))
+    scores = lz.sweep_transfer({"a": a, "b": xr.concat([b, more], "prompt")}, "label", "ridge")
+    assert scores.n_test.values.tolist() == [[120, unseen], [unseen, 120]]
+    assert np.isfinite(scores.accuracy).all()
+    nameless = [name for name, identity in (("a", first), ("b", second)) if identity in ("", "number")]
+    assert scores.attrs["without_identity"] == json.dumps(nameless)
+
+
+def test_missing_labels_splitters_and_estimators_are_taken_as_in_a_sweep() -> None:
+    a, b = DATA["same"], DATA["alike"]
+    some = np.array([None, *a.label.values[1:]], object)
+    with pytest.raises(LabelError, match=r"labels of 'a': labels 'labels' miss 1 of 60(?s:.*)missing='drop'"):
+        lz.sweep_transfer({"a": a, "b": b}, {"a": some, "b": "label"})
+    given: dict[str, Any] = {"probes": LogisticRegression(), "cv": StratifiedKFold(3)}
+    scores = lz.sweep_transfer({"a": a, "b": b}, {"a": some, "b": "label"}, **given, missing="drop")
+    rest = lz.sweep_transfer({"a": a.isel(prompt=slice(1, None)), "b": b}, "label", **given)
+    np.testing.assert_array_equal(scores.accuracy, rest.accuracy)
+    assert scores.n_train.values.tolist() == [[39, 59], [60, 40]]
+    assert scores.attrs["n_dropped"] == [1, 0]
+    assert scores.probe.values.tolist() == ["LogisticRegression"]
+    pairs = [(np.arange(30), np.arange(30, 60))]
+    with pytest.raises(InvalidArgumentError, match="every dataset has rows of its own"):
+        lz.sweep_transfer({"a": a, "b": b}, "label", cv=pairs)
+
+
+class Failing(LogisticRegression):  # type: ignore[misc]
+    """Fails on the dataset in which the sum of all values is negative."""
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:  # noqa: N803
+        if X.sum() < 0:
+            raise ValueError("never on a negative sum")
+        return super().fit(X, y, sample_weight)
+
+
+def test_a_fit_that_fails_is_nan_with_its_reason_and_early_stops_are_counted() -> None:
+    a, b = abs(DATA["same"]), -abs(DATA["alike"])
+    with pytest.warns(FitFailedWarning, match="Failing: ValueError: never on a negative sum"):
+        scores = lz.sweep_transfer({"a": a, "b": b}, "label", {"Failing": Failing(), "ridge": "ridge"})
+    assert np.isnan(scores.accuracy.sel(probe="Failing", train="b")).all()
+    assert np.isfinite(scores.accuracy.sel(probe="Failing", train="a")).all()
+    assert np.isfinite(scores.accuracy.sel(probe="ridge")).all()
+    assert "never on a negative sum" in scores.accuracy.attrs["nan_reasons"]
+    with pytest.raises(InvalidArgumentError, match="never on a negative sum"):
+        lz.sweep_transfer({"a": b, "b": b}, "label", Failing())
+    with pytest.raises(InvalidArgumentError, match="of layer 1: ValueError: never on a negative sum"):
+        lz.fit_directions(b, "label", Failing())
+    slow = LogisticRegression(max_iter=1)
+    with pytest.warns(ConvergenceWarning, match="8 of 8 fits stopped"):
+        assert not lz.sweep_transfer({"a": DATA["same"], "b": DATA["alike"]}, "label", slow).converged.any()

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmprobe_zarr.batch import ANY_KIND, Column, ColumnKind, KindName, is_wide, merge_kinds, offsets_of, parse_column
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.interchange import ABSENT_TEXT
 from lmprobe_zarr.store.format import COLUMN, TEXT_BYTES, ArrayInfo
 from lmprobe_zarr.typing import Array, Mask
 
@@ -208,7 +209,7 @@ def absent_value(infos: Sequence[ArrayInfo], dtype: np.dtype[Any]) -> Any:
     """What a dataset shows where no part holds a column: NaN or NaT; an empty text where earlier versions wrote all parts of it."""
     if dtype.kind in "mM":
         return np.array("NaT", dtype)
-    return "" if dtype.kind == "O" and not any(map(_is_known, infos)) else np.nan
+    return ABSENT_TEXT if dtype.kind == "O" and not any(map(_is_known, infos)) else np.nan
 
 
 def merged_kind(infos: Sequence[ArrayInfo]) -> ColumnKind | None:
@@ -260,11 +261,56 @@ def shown_column(values: Array, attrs: Mapping[str, Any]) -> Column:
     kind = ColumnKind(
         name=name, unit=unit, zone=attrs.get("time_zone"), dtype=dtype, categories=categories, ordered=bool(attrs.get("ordered", 0))
     )
-    column = column_of(values, kind)
-    # Attributes outlive the values that they describe: xarray keeps them in arithmetic.
-    if column is None or (categories is not None and not set(column[_present(column)].bare().tolist()) <= set(categories)):
+    column = column_of(values, kind) if _agrees(values, kind) else None
+    # Attributes outlive the values that they describe: xarray keeps them in arithmetic, comparisons, where and astype.
+    if column is None or not _holds(column, values):
+        return parse_column("values", values)
+    if categories is not None and not set(column[_present(column)].bare().tolist()) <= set(categories):
         return parse_column("values", values)
     return column
+
+
+#: By kind, the dtypes of numpy that show it, and how the names of the dtypes of pandas that hold it begin.
+_SHOWN_AS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "bool": ("bfO", ("bool",)), "int": ("iufO", ("int", "uint")), "float": ("fO", ("float", "double")), "text": ("OUT", ()),
+    "datetime": ("M", ()), "date": ("M", ()), "timedelta": ("m", ()),
+}  # fmt: skip
+_NUMBERS: Final = ("bool", "int", "uint", "float", "double")
+
+
+def _agrees(values: Array, kind: ColumnKind) -> bool:
+    """Whether values of this dtype can be a column of the kind that its attributes name."""
+    shown, names = _SHOWN_AS.get(kind.name, ("", ()))
+    lower = str(kind.dtype or "").lower()
+    named = not lower or lower == "object" or (lower.startswith(names) if names else not lower.startswith(_NUMBERS))
+    return values.dtype.kind in shown and named and (kind.zone is None or kind.name == "datetime")
+
+
+def _holds(column: Column, values: Array) -> bool:
+    """Whether a column has exactly these values, in a dtype that holds them."""
+    there = _present(column)
+    held, given = column.values[there], values[there]
+    if not np.array_equal(there, ~_is_absent(values)) or not bool(np.all(held == given)):
+        return False
+    if column.kind.name == "date":
+        return bool(np.all(given == given.astype("M8[D]")))
+    lower = str(column.kind.dtype or "").lower()
+    if not lower.startswith(("int", "uint", "float")):
+        return True
+    try:
+        narrow = np.dtype(lower)
+    except TypeError:
+        return True
+    with np.errstate(all="ignore"):
+        return bool(np.all((held.astype(narrow) == held) | (held != held)))
+
+
+def _is_absent(values: Array) -> Mask:
+    if values.dtype.kind in "mM":
+        return np.asarray(np.isnat(values), bool)
+    if values.dtype == object:
+        return np.fromiter((value is None or value != value for value in values), bool, len(values))
+    return np.zeros(len(values), bool) if values.dtype.kind in "iubUT" else np.asarray(values != values, bool)
 
 
 def _present(column: Column) -> Mask:

@@ -1,0 +1,271 @@
+"""One set of protections for all calls that take labels: a table, call by protection, that is held full.
+
+Each cell of the table is a test that the protection acts in the call, or a reason why it has nothing to act on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.accessor import ArrayAccessor, DatasetAccessor
+from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError
+from lmprobe_zarr.interchange import ABSENT_TEXT
+from lmprobe_zarr.probe import LayerSweep
+from lmprobe_zarr.probes import calibration_curves, roc_curves
+
+N, HIDDEN = 40, 6
+Y = np.tile([0, 1], N // 2)
+FACT = np.arange(N) // 4
+
+
+def activations(name: str = "a", seed: int = 0, y: Any = Y) -> xr.DataArray:
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(1, N, HIDDEN)) + np.asarray(y)[:, None] * np.eye(HIDDEN)[0]
+    prompts = [lz.prompt_hash(f"{name} {i}") for i in range(N)]
+    coords = {"layer": [0], "prompt": prompts, "label": ("prompt", Y), "fact": ("prompt", FACT)}
+    return xr.DataArray(x.astype("float32"), dims=("layer", "prompt", "hidden"), coords=coords, name="resid_mean")
+
+
+OTHER = activations("b", 1)
+
+
+def probe(of: Any = "ridge") -> lz.Probe:
+    return lz.Probe(classifier=of, random_state=0)
+
+
+def fitted() -> lz.Probe:
+    return probe().fit_from_activations(OTHER.isel(layer=0), Y)
+
+
+def curve(make: Callable[..., Any], array: xr.DataArray, labels: Any) -> Any:
+    scores = 1 / (1 + np.exp(-array.isel(layer=0, hidden=0)))
+    return make(scores, labels)
+
+
+def transfer(array: xr.DataArray, labels: Any, of: Any = "ridge", **options: Any) -> Any:
+    options = {name: {"a": given, "b": "fact"} if name == "groups" else given for name, given in options.items()}
+    return lz.sweep_transfer({"a": array, "b": OTHER}, {"a": labels, "b": "label"}, of, 2, **options)
+
+
+#: Call, as (array, labels, probe, **options).
+CALLS: dict[str, Callable[..., Any]] = {
+    "sweep": lambda array, labels, of="ridge", **given: lz.sweep(array, labels, of, None if "split" in given else 2, **given),
+    "plan_sweep": lambda array, labels, of="ridge", **given: lz.plan_sweep(array, labels, of, None if "split" in given else 2, **given),
+    "sweep_tokens": lambda array, labels, of="ridge", **given: lz.sweep_tokens(array, labels, of, 2, **given),
+    "sweep_transfer": transfer,
+    "fit_directions": lambda array, labels, of="ridge", **given: lz.fit_directions(array, labels, of, **given),
+    "fit_tokens": lambda array, labels, of="ridge", **given: lz.fit_tokens(array, labels, of, **given),
+    "Probe.fit": lambda array, labels, of="ridge", **given: probe(of).fit(array.isel(layer=0), labels, **given),
+    "Probe.fit_from_activations": lambda array, labels, of="ridge", **given: probe(of).fit_from_activations(
+        array.isel(layer=0), labels, **given
+    ),
+    "Probe.evaluate": lambda array, labels: fitted().evaluate(array.isel(layer=0), labels),
+    "Probe.score": lambda array, labels: fitted().score(array.isel(layer=0), labels),
+    "Probe.score_from_activations": lambda array, labels: fitted().score_from_activations(array.isel(layer=0), labels),
+    "roc_curves": lambda array, labels: curve(roc_curves, array, labels),
+    "calibration_curves": lambda array, labels: curve(calibration_curves, array, labels),
+}
+FUNCTIONS: dict[str, Any] = {
+    **{name: getattr(lz, name) for name in ("sweep", "plan_sweep", "sweep_tokens", "sweep_transfer", "fit_directions", "fit_tokens")},
+    **{f"Probe.{name}": getattr(lz.Probe, name) for name in ("fit", "fit_from_activations", "evaluate", "score", "score_from_activations")},
+    "roc_curves": roc_curves,
+    "calibration_curves": calibration_curves,
+}
+SCORES = "reads the scores of a sweep, whose labels, groups and folds that sweep has checked"
+NO_LABELS = "takes no labels, and fits nothing"
+#: Public calls that the table leaves out, each with the reason.
+OUTSIDE: dict[str, str] = {
+    **dict.fromkeys(("compare", "confidence_intervals", "selectivity"), SCORES),
+    **dict.fromkeys(("ds.lz.best", "ds.lz.table", "array.lz.table", "ds.lz.plot", "ds.lz.plot_transfer"), SCORES),
+    **dict.fromkeys(("ds.lz.plot_roc", "ds.lz.plot_calibration"), "draws curves that were computed"),
+    **dict.fromkeys(("array.lz.plot_cosine", "array.lz.plot_tokens"), "draws scores that were computed"),
+    **dict.fromkeys(("score_tokens", "cosine_similarity"), NO_LABELS),
+    **{f"{kind}.lz.{name}": NO_LABELS for kind in ("ds", "array") for name in ("at", "pool", "padded", "to_torch", "norms", "statistics")},
+    "array.lz.to_series": NO_LABELS,
+    "ds.lz.to_dataframe": NO_LABELS,
+    **{f"{kind}.lz.batches": "labels are columns along the rows themselves, handed out as they are" for kind in ("ds", "array")},
+    **{f"LayerSweep.{name}": NO_LABELS for name in ("predict", "predict_proba")},
+    **{f"LayerSweep.{name}": "each layer is scored as by Probe.score, on prompts of its model" for name in ("score", "best_layer")},
+    **{
+        f"Probe.{name}": NO_LABELS
+        for name in (
+            "predict", "predict_proba", "predict_from_activations", "predict_proba_from_activations", "decision_function", "warmup",
+            "get_params", "set_params", "save", "load",
+        )
+    },
+}  # fmt: skip
+
+
+def repeated() -> xr.DataArray:
+    """The rows, with the first prompt once more at the end in place of the last but one."""
+    return activations().isel(prompt=np.r_[np.arange(N - 1), 0])
+
+
+def numbers(result: Any) -> Any:
+    """What a call gave, to compare."""
+    if isinstance(result, xr.Dataset):
+        measures = [name for name in ("accuracy", "coef", "auroc", "ece") if name in result]
+        return {name: result[name].values.round(5).tolist() for name in measures}
+    if isinstance(result, lz.Probe):
+        return result.pipeline_[-1].coef_.round(5).tolist()
+    return str(result)
+
+
+# -- the protections, each a check of one call ----------------------------------------------------------------------------------
+
+
+def a_prompt_with_two_labels(call: str) -> None:
+    array = repeated()
+    labels = np.r_[Y[: N - 1], 1 - Y[0]]
+    for given in (labels, labels.tolist(), array.label.copy(data=labels)):
+        with pytest.raises(LabelError, match=r"two labels, [01] and [01]"):
+            CALLS[call](array, given)
+    with pytest.raises(LabelError, match="two labels"):
+        CALLS[call](array.assign_coords(label=("prompt", labels)), "label")
+
+
+def a_missing_label(call: str) -> None:
+    takes = "missing" in inspect.signature(FUNCTIONS[call]).parameters
+    for missing in (None, np.nan, ABSENT_TEXT):
+        words = np.array([missing, *np.where(Y, "true", "false")[1:]], object)
+        labels = words if missing is ABSENT_TEXT else np.array([missing, *Y[1:]], object)
+        with pytest.raises(LmprobeZarrError, match=r"miss|None|labels hold") as caught:
+            CALLS[call](activations().assign_coords(some=("prompt", labels)), "some")
+        assert ("missing='drop'" in str(caught.value)) == takes
+        if takes and missing is not ABSENT_TEXT:
+            CALLS[call](activations().assign_coords(some=("prompt", labels)), "some", missing="drop")
+    if takes:
+        with pytest.raises(InvalidArgumentError, match="missing='maybe' is unknown"):
+            CALLS[call](activations(), "label", missing="maybe")
+
+
+def labels_matched_by_prompt(call: str) -> None:
+    array = activations()
+    expected = numbers(CALLS[call](array, Y))
+    backwards = array.label.isel(prompt=slice(None, None, -1))
+    by_hash = dict(zip(array.prompt.values.tolist()[::-1], Y[::-1].tolist(), strict=True))
+    for given in ("label", backwards, by_hash):
+        assert numbers(CALLS[call](array, given)) == expected
+    with pytest.raises(LabelError, match="no coordinate 'lable'"):
+        CALLS[call](array, "lable")
+
+
+def marks_that_outlive_their_values(call: str) -> None:
+    signs = 2 * Y - 1
+    y = xr.DataArray(signs, dims="prompt", coords={"prompt": activations().prompt}, attrs={"missing": N // 2, "_FillValue": -1})
+    array = activations().assign_coords(sign=y)
+    if call in ("Probe.evaluate", "Probe.score", "Probe.score_from_activations", "sweep_transfer"):
+        for given in (y, "sign"):
+            with pytest.raises(LabelError, match="classes") if call == "sweep_transfer" else warnings.catch_warnings():
+                CALLS[call](array, given)
+        return
+    expected = numbers(CALLS[call](array, signs))
+    for given in (y, "sign"):
+        assert numbers(CALLS[call](array, given)) == expected
+
+
+def numbers_beyond_64_bits(call: str) -> None:
+    with pytest.raises(LmprobeZarrError):
+        CALLS[call](activations(), [int(v) * 10**20 for v in Y])
+
+
+def a_prompt_in_two_groups(call: str) -> None:
+    array = repeated()
+    groups = np.r_[FACT[: N - 1], 99]
+    labels = np.r_[Y[: N - 1], Y[0]]
+    for given in (groups, array.fact.copy(data=groups)):
+        with pytest.raises(LabelError, match=r"two groups, 0 and 99|40 groups for 39 prompts"):
+            CALLS[call](array, labels, groups=given)
+    with pytest.raises(LmprobeZarrError):
+        CALLS[call](activations(), "label", groups=FACT[:-1])
+    with pytest.raises(LmprobeZarrError):
+        CALLS[call](activations(), "label", groups=[None, *FACT[1:]])
+    CALLS[call](activations(), "label", groups="fact")
+
+
+def sides_given_by_a_column(call: str) -> None:
+    array = activations().assign_coords(side=("prompt", np.where(np.arange(N) < 30, "train", "test")))
+    CALLS[call](array, "label", split="side")
+    with pytest.raises(LabelError, match="needs prompts of 'train' and of 'test'"):
+        CALLS[call](array, "label", split=["train"] * N)
+
+
+def fits_that_stop_early(call: str) -> None:
+    scaled = activations() * np.logspace(0, 3, HIDDEN)
+    with pytest.warns(ConvergenceWarning):
+        CALLS[call](scaled.assign_coords(label=("prompt", Y)), "label", LogisticRegression(max_iter=2))
+
+
+def several_sets_of_labels(call: str) -> None:
+    both = xr.concat([activations().label.drop_vars("fact", errors="ignore")] * 2, xr.Variable("set", ["one", "two"]))
+    with pytest.raises(LmprobeZarrError):
+        CALLS[call](activations(), both)
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "contradictory labels": a_prompt_with_two_labels,
+    "missing": a_missing_label,
+    "label matching": labels_matched_by_prompt,
+    "marks": marks_that_outlive_their_values,
+    "numbers beyond 64 bits": numbers_beyond_64_bits,
+    "groups": a_prompt_in_two_groups,
+    "split": sides_given_by_a_column,
+    "convergence": fits_that_stop_early,
+    "several sets": several_sets_of_labels,
+}
+CURVES, TESTED = ("roc_curves", "calibration_curves"), ("Probe.evaluate", "Probe.score", "Probe.score_from_activations")
+#: (call, protection) to the reason why there is nothing to protect.
+EXEMPT: dict[tuple[str, str], str] = {
+    **{(call, "groups"): "nothing is learned or split here, so nothing can be on both sides" for call in (*CURVES, *TESTED)},
+    ("fit_tokens", "groups"): "one fit on all tokens, by probes that choose nothing within their rows",
+    **{(call, "split"): "there are no folds" for call in (*CURVES, *TESTED, "fit_directions", "fit_tokens")},
+    **{(call, "split"): "one fit on all rows given; select the rows" for call in ("Probe.fit", "Probe.fit_from_activations")},
+    ("sweep_tokens", "split"): "cv=[(train, test)] of prompts says the same",
+    ("sweep_transfer", "split"): "the split is between the datasets; within one, cv takes a splitter",
+    **{(call, "convergence"): "nothing is fitted" for call in (*CURVES, *TESTED, "plan_sweep")},
+    **{
+        (call, "convergence"): "takes named probes alone; of 'sgd' test_a_descent_that_did_not_converge_is_reported"
+        for call in ("sweep_tokens", "fit_tokens")
+    },
+    **{(call, "label matching"): "its plan does not depend on which prompt has which label" for call in ("plan_sweep",)},
+    **{(call, "several sets"): "learns several sets on the same folds" for call in ("sweep", "plan_sweep")},
+}
+
+
+@pytest.mark.parametrize("protection", CHECKS)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.filterwarnings("ignore:The number of unique classes")
+def test_each_protection_acts_in_each_call_or_has_a_reason(call: str, protection: str) -> None:
+    reason = EXEMPT.get((call, protection))
+    if reason is None:
+        CHECKS[protection](call)
+        return
+    assert len(reason) > 10
+    own = {"groups", "split", "missing"} & {protection}
+    taken = set(inspect.signature(FUNCTIONS[call]).parameters)
+    assert not own & taken or (call, protection) == ("Probe.evaluate", "groups"), "what a call takes, it checks"
+
+
+def test_the_table_has_every_public_call() -> None:
+    functions = {
+        name for name in lz.__all__ if name.startswith(("sweep", "plan_sweep", "fit_", "score_", "compare", "confidence", "select", "cos"))
+    }
+    found = functions | {"roc_curves", "calibration_curves"}
+    for prefix, kind in (("Probe", lz.Probe), ("LayerSweep", LayerSweep), ("array.lz", ArrayAccessor), ("ds.lz", DatasetAccessor)):
+        found |= {f"{prefix}.{name}" for name, held in inspect.getmembers(kind) if not name.startswith("_") and callable(held)}
+    found |= {"Probe.decision_function"}
+    assert found == set(CALLS) | set(OUTSIDE)
+    assert set(CALLS) == set(FUNCTIONS)
+    assert not set(CALLS) & set(OUTSIDE)
+    assert all(call in CALLS and protection in CHECKS for call, protection in EXEMPT)
+    assert all(len(reason) > 10 for reason in OUTSIDE.values())
