@@ -131,6 +131,7 @@ stress: setup
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 tests/sweeps/test_statistics.py tests/sweeps/test_shuffles.py tests/sweeps/test_word_controls.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/extraction/models/test_every_type.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/extraction/models/test_head.py -k memory
+	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/sweeps/test_choice.py -k noise_is_at_chance
 
 clean:
 	rm -rf $(VENV) $(CORE) $(LOWEST) $(PEER) site build dist demo-output

@@ -138,7 +138,7 @@ def best_scores(data: xr.Dataset, metric: str | None = None, along: str | Iterab
     metrics = [
         name
         for name, held in held_by_probe.items()
-        if name not in _NO_SCORES and not name.startswith("chosen_") and not {"bound", "prompt", "hidden"} & set(held.dims)
+        if name not in _NO_SCORES and not name.startswith("chosen_") and not is_of_shuffles(held) and not {"bound", "prompt", "hidden"} & set(held.dims)
     ]
     if not metrics:
         raise InvalidArgumentError(f"this holds no scores by probe to choose by (dims {dict(data.sizes)}): give what sweep returns")

@@ -178,7 +178,7 @@ def parse_choice(
     if set(chosen) - {"strength"} and any(trial.shuffles for trial in design.trials):
         raise InvalidArgumentError(
             f"choose={options.choose!r:.60} and labels that are shuffled many times: only choose='strength' goes with "
-            "them, or controls=['shuffled_labels'], which is shuffled once"
+            "them; controls='shuffled_labels' with seeds=100 shuffles once per seed, and chooses for each"
         )
     metric = design.metrics[0] if choose_by is None else parse_metrics(choose_by, options.task, data.n_classes)[0]
     _check_probabilities(design.trials, (metric,), options.task, design.preprocessing)
