@@ -2,6 +2,7 @@
 #   make demo        set up, then run the main job on real input
 #   make test        set up, then lint and docs, then all tests, then the core suite on a newer Python if there is one
 #   make test-core   what depends on the interpreter, numpy, zarr and xarray, on Python 3.12+ with the newest zarr and without torch
+#   make test-lowest the same tests, and those of extraction, with the lowest versions that pyproject.toml allows; no part of make test
 #   make check       the inner loop: lint, and the tests of the rooms that changed since the last commit
 #   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
 #   make models      write docs/models.md again: every model type of the installed transformers, found and compared (20 minutes)
@@ -11,13 +12,14 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 CORE := .venv-core
+LOWEST := .venv-lowest
 # Each worker takes neighbours from the list, so that what a file shares is made once, and from the other one when it has none left.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # Workers of pytest and dask share the cores; BLAS and OpenMP threads on top would fight over them.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-core check pages lint bench docs models notebooks stress clean setup
+.PHONY: demo test test-core test-lowest check pages lint bench docs models notebooks stress clean setup
 
 setup: $(VENV)/ready
 
@@ -80,6 +82,20 @@ $(CORE)/ready: pyproject.toml
 	$(CORE)/bin/python -m pip install --quiet --editable ".[distributed,plot,http]" --group test
 	touch $@
 
+# torch is that of constraints.txt: its old releases bring gigabytes of CUDA packages from the index.
+LOWEST_TESTS := $(CORE_TESTS) tests/extraction/test_extract.py tests/test_plots.py
+
+# Old releases use what newer ones of their own dependencies deprecate: that is no fault.
+test-lowest: $(LOWEST)/ready
+	$(LOWEST)/bin/python -W ignore::DeprecationWarning -m pytest -W ignore::DeprecationWarning -n 2 --dist worksteal -k "$(CORE_SKIPS)" -p no:cacheprovider $(LOWEST_TESTS) --ignore tests/store/upkeep
+
+$(LOWEST)/ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch==2.13.0
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[all]" --group test
+	touch $@
+
 # lmprobe lives apart: its S3 client and ours want different versions of one package. `make bench BENCH=--quick` for the short form of the table.
 PEER := .venv-lmprobe
 BENCH ?= --json docs/benchmarks.json --page docs/benchmarks.md
@@ -112,9 +128,10 @@ stress: setup
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or test_compaction or one_prefix or test_repair or test_numeric_limits or many_token_rows"
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 tests/promises/test_crash_matrix.py tests/promises/test_concurrency.py tests/promises/test_medium.py tests/promises/test_fuzz.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest -o faulthandler_timeout=0 tests/promises/test_load.py
-	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 tests/sweeps/test_statistics.py
+	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 tests/sweeps/test_statistics.py tests/sweeps/test_shuffles.py tests/sweeps/test_word_controls.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/extraction/models/test_every_type.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/extraction/models/test_head.py -k memory
+	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/sweeps/test_choice.py -k noise_is_at_chance
 
 clean:
-	rm -rf $(VENV) $(CORE) $(PEER) site build dist demo-output
+	rm -rf $(VENV) $(CORE) $(LOWEST) $(PEER) site build dist demo-output

@@ -237,7 +237,8 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
             Coordinates along ``token`` to return with each batch, as a dict of arrays of shape (batch,): ``prompt``, ``position``,
             ``token_id``, your own columns, or ``row``, the number of the row in this array. They are held in memory.
         mean, scale : DataArray over layer and hidden, float or array, optional
-            Rows become (row − mean) / scale, computed in float32 at least. See `statistics`.
+            Rows become (row − mean) / scale, computed in float32 at least. Arrays from `statistics` are matched by layer, variable and
+            model; without `mean`, ``norm_scale`` is that of rows as they are.
         dtype : dtype, optional
             float16, float32 or float64; for torch also bfloat16. None for the dtype that is stored, or that of the values
             where they are not read from a store; for normalised values at least float32.
@@ -334,8 +335,8 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Dataset
             ``mean_value`` and ``std_value`` (layer, hidden), float64, the latter divided by the number of rows. Over layer alone
             ``mean_norm``, ``median_norm``, ``largest_norm``; ``outlier_share``, the share of rows whose norm is above `outlier_factor`
-            times the median; ``n_rows``, ``n_not_finite``; and ``norm_scale``, the mean norm divided by √hidden: rows divided by it have
-            a norm of √hidden on average.
+            times the median; ``n_rows``, ``n_not_finite``; and ``norm_scale``, the mean norm of rows less ``mean_value`` over √hidden.
+            Its coordinates ``without_mean``, the factor for rows as they are, and ``norm_of_mean`` are for `batches`.
 
         Raises
         ------
@@ -345,7 +346,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         Notes
         -----
         Sums of blocks are merged in float64 (Chan, Golub and LeVeque 1979), so a mean far from zero costs no precision. The norms of one
-        layer are held in memory: 8 bytes per row.
+        layer are held in memory: 8 bytes per row. ``norm_scale`` is exact for two million values, else corrected by as many.
         """
         return statistics_of(
             self._data,
@@ -620,7 +621,7 @@ def _as_series(column: xr.DataArray) -> pd.Series[Any]:
     if column.ndim != 1:
         raise InvalidArgumentError(f"{column.name!r} has dims {column.dims}: a column has one; select or stack the others first")
     shown = shown_column(column.values, column.attrs)
-    dtype = object if shown.kind.dtype == "object" or (shown.kind.name == "date" and shown.kind.categories is None) else None
+    dtype = object if shown.kind.categories is None and (shown.kind.dtype == "object" or shown.kind.name == "date") else None
     return pd.Series(shown.to_pandas(), index=_index_of(column, list(column.dims)), name=column.name, dtype=dtype)
 
 

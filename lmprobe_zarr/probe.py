@@ -42,6 +42,7 @@ from lmprobe_zarr.probes import (
     evaluate_classification,
     evaluate_regression,
     evaluation_folds,
+    fit_probe,
     has_weights,
     is_matrix,
     keep_together,
@@ -50,6 +51,7 @@ from lmprobe_zarr.probes import (
     not_finite_rows,
     parse_matrix,
     parse_probe,
+    rows_for,
     rows_together,
     split_labels,
     true_labels,
@@ -459,12 +461,15 @@ class Probe:
         self.dtype_ = None
         return self
 
+    @property
+    def _classifier(self) -> Any:
+        """The classifier or regressor that is fitted."""
+        default = self.task == "regression" and isinstance(self.classifier, str) and self.classifier == "logistic_regression"
+        return "ridge_regression" if default else self.classifier
+
     def _new_pipeline(self, n_layers: int) -> Any:
-        classifier = self.classifier
-        if self.task == "regression" and isinstance(classifier, str) and classifier == "logistic_regression":
-            classifier = "ridge_regression"
         return make_pipeline_for(
-            classifier,
+            self._classifier,
             task=self.task,
             n_layers=n_layers,
             normalize_layers=self.normalize_layers,
@@ -476,13 +481,14 @@ class Probe:
 
     def _fit(self, features: Array, labels: Array, weights: Array | None, together: Array, layers: tuple[int, ...], n_layers: int) -> None:
         pipeline = self._new_pipeline(n_layers)
-        name, estimator = pipeline.steps[-1]
+        estimator = pipeline.steps[-1][1]
         if weights is not None and not has_weights(estimator):
             raise InvalidArgumentError(f"{self.classifier!r} takes no sample_weight: leave it out, or use 'logistic_regression' or 'ridge'")
         codes = np.unique(labels, return_inverse=True)[1] if self.task == "classification" else None
         keep_together(pipeline, self.classifier, codes, together, 0 if self.random_state is None else self.random_state)
         try:
-            pipeline.fit(features, labels, **({} if weights is None else {f"{name}__sample_weight": weights}))
+            rows = rows_for(self._classifier, features, labels if self.task == "regression" else None)
+            fit_probe(self._classifier, pipeline, rows, labels, weights)
         except (ValueError, TypeError) as error:
             if isinstance(error, LmprobeZarrError):
                 raise
@@ -644,7 +650,7 @@ class Probe:
                 f"these activations are {features.shape[1]} wide, and the probe learned from {self.pipeline_.n_features_in_}: "
                 "give the same layers of the same model"
             )
-        return features
+        return np.asarray(rows_for(self._classifier, features))
 
     def score(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> float:
         """The share of prompts whose class is predicted, 0 to 1; R² for a regression.
@@ -745,7 +751,7 @@ class Probe:
         """What was learned, in a form that scores activations."""
         if self.pipeline_ is None:
             raise NotFittedError("this probe has learned nothing yet: call fit first")
-        return _Fitted(self.pipeline_, self.classes_, self.classifier)
+        return _Fitted(self.pipeline_, self.classes_, self._classifier)
 
     # ---------------------------------------------------------------------------------------------------------------- files
 
@@ -958,13 +964,17 @@ class _Fitted:
     classes: Array | None
     classifier: Any
 
+    def _rows(self, read: Activations) -> Array:
+        """The activations in the dtype in which the probe predicts."""
+        return np.asarray(rows_for(self.classifier, read.features))
+
     def predict(self, read: Activations) -> Any:
         """The class or value of each prompt, or of each token if nothing is pooled."""
         if self.classes is None:
-            return _pooled(np.asarray(self.pipeline.predict(read.features)), read)
+            return _pooled(np.asarray(self.pipeline.predict(self._rows(read))), read)
         if not read.stage.needs_tokens:
-            return np.asarray(self.pipeline.predict(read.features))
-        scores = self._scores(read.features, self.classes)
+            return np.asarray(self.pipeline.predict(self._rows(read)))
+        scores = self._scores(self._rows(read), self.classes)
         if read.stage.of == "nothing":
             return _by_token(_classes_of(scores, self.classes), read)
         return _classes_of(reduce_scores(scores, _counts(read), read.stage.pooling), self.classes)
@@ -995,9 +1005,9 @@ class _Fitted:
         """The predictions, and scores or probabilities if there are any."""
         scores = None
         if self.classes is not None and read.stage.needs_tokens:
-            scores = np.asarray(_pooled(self._scores(read.features, self.classes), read))
+            scores = np.asarray(_pooled(self._scores(self._rows(read), self.classes), read))
         elif self.classes is not None:
-            scores = class_scores(self.pipeline, read.features)
+            scores = class_scores(self.pipeline, self._rows(read))
         return np.asarray(self.predict(read)), scores
 
     def measure(self, predicted: Array, scores: Array | None, labels: Array) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import lmprobe_zarr
+from lmprobe_zarr.cli.arguments import join_negative
 from lmprobe_zarr.cli.cache import add_cache, add_clear, add_delete, add_evict
 from lmprobe_zarr.cli.demo import add_demo
 from lmprobe_zarr.cli.exchange import add_export, add_import
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(join_negative(sys.argv[1:] if arguments is None else arguments))
     try:
         run: Callable[[argparse.Namespace], int | None] = options.run
         code = run(options) or 0

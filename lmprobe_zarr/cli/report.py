@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store
+from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, check_target
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.display import format_bytes, visible
 from lmprobe_zarr.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 __all__ = ["add_report"]
 
@@ -19,7 +22,7 @@ def add_report(commands: Any) -> None:
     add_store(command, positional=True)
     command.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the file to write (default: %(default)s)")
     add_choice(command)
-    command.add_argument("--scores", metavar="PLACE", help="plot these scores of a sweep: a .zarr folder or URL, or a .nc file")
+    command.add_argument("--scores", metavar="PLACE", help="plot these scores: what sweep --out wrote, or a .zarr folder or .nc file")
     command.add_argument("--labels", help="column with labels: sweep all layers for it, and show the score of each token")
     command.add_argument("--variable", help="variable to fit on (default: resid_last_token, or another pooled variable that is stored)")
     command.add_argument("--prompt", action="append", help="show the tokens of this prompt, by text or hash; may be repeated")
@@ -33,8 +36,7 @@ def add_report(commands: Any) -> None:
 def _report(options: argparse.Namespace) -> None:
     from lmprobe_zarr.reports import report
 
-    if not Path(options.output).absolute().parent.is_dir():
-        raise InvalidArgumentError(f"--output {options.output!r}: the folder {str(Path(options.output).parent)!r} does not exist")
+    check_target("--output", options.output, (".html", ".htm"))
     if not options.sample_mb > 0:
         raise InvalidArgumentError(f"--sample-mb {options.sample_mb:g} is not a size to read: give megabytes above 0")
     page = report(
@@ -49,16 +51,29 @@ def _report(options: argparse.Namespace) -> None:
     print(f"report: {visible(options.output)} ({format_bytes(nbytes)})")
 
 
-def _open_scores(place: str) -> Any:
-    import xarray as xr
+def _open_scores(place: str) -> xr.Dataset:
+    """What ``sweep --out``, ``to_zarr`` or ``to_netcdf`` wrote, by what is stored and not by its name."""
+    import xarray
 
     try:
-        # By default xarray looks for consolidated metadata first, and warns if there are none.
-        stored: dict[str, Any] = {"engine": "zarr", "consolidated": False} if place.rstrip("/").endswith(".zarr") else {}
-        with xr.open_dataset(place, **stored) as opened:
+        if Path(place).is_file():
+            with xarray.open_dataset(place) as opened:
+                return opened.load()
+        with _open_zarr(place) as opened:
             return opened.load()
-    except (OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0][:120]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise InvalidArgumentError(
-            f"--scores {place!r} cannot be opened ({why}): give what scores.to_zarr(…) or to_netcdf(…) wrote"
+            f"--scores {place!r} cannot be opened ({why}): give what sweep --out, scores.to_zarr(…) or to_netcdf(…) wrote"
         ) from error
+
+
+def _open_zarr(place: str) -> xr.Dataset:
+    import xarray
+
+    try:
+        # By default xarray looks for consolidated metadata first, and warns if there are none. Places that cannot be listed need them.
+        opened: xr.Dataset = xarray.open_zarr(place, consolidated=True)
+    except (OSError, ValueError, KeyError):
+        opened = xarray.open_zarr(place, consolidated=False)
+    return opened

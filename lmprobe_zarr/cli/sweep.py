@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ import xarray as xr
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, parse_layers, split_names
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.probes.controls import BAGS_OF_TOKENS
 from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_sweep"]
+
+#: Endings of files that `--out` does not write.
+_FILES = frozenset(
+    (".csv", ".h5", ".html", ".jpg", ".json", ".md", ".nc", ".npz", ".parquet", ".pdf", ".pkl", ".png", ".svg", ".tex", ".tsv", ".txt")
+)
 
 
 def add_sweep(commands: Any) -> None:
@@ -27,7 +34,11 @@ def add_sweep(commands: Any) -> None:
     command.add_argument("--groups", help="column of groups: prompts with equal values are in the same fold")
     command.add_argument("--split", help="column with train or test for each prompt, instead of folds")
     command.add_argument("--probes", default="logistic_regression", help="names, separated by commas (default: %(default)s)")
-    command.add_argument("--controls", default="", help="names of controls, separated by commas, such as shuffled_labels,bag_of_words")
+    command.add_argument(
+        "--controls",
+        default="",
+        help="names of controls, separated by commas, such as bag_of_words,shuffled_labels; shuffled_labels=100 gives p-values",
+    )
     command.add_argument("--metrics", help="names, separated by commas (default: accuracy,auroc; of a regression r2,mae)")
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
     command.add_argument("--cv", type=int, help="number of folds (default: 5)")
@@ -47,19 +58,14 @@ def add_sweep(commands: Any) -> None:
 
 def _sweep(options: argparse.Namespace) -> None:
     from lmprobe_zarr.plots import plot_scores, save_plot
-    from lmprobe_zarr.sweeps import parse_table_path, plan_sweep, sweep, table_of_scores
+    from lmprobe_zarr.sweeps import plan_sweep, sweep, table_of_scores
 
-    if options.table:
-        parse_table_path(options.table)
-    data, variable = _chosen(options)
-    if options.plot and "layer" in split_names(options.choose):
-        raise InvalidArgumentError("--plot draws scores by layer, and --choose layer leaves none: leave one of the two out, or use --table")
-    if options.plot and not Path(options.plot).absolute().parent.is_dir():
-        raise InvalidArgumentError(f"--plot {options.plot!r}: the folder {str(Path(options.plot).parent)!r} does not exist, make it first")
+    _check_places(options)
+    data, variable, controls = _chosen(options)
     arguments: dict[str, Any] = {
         "labels": options.labels, "probes": split_names(options.probes), "cv": options.cv, "groups": options.groups,
         "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
-        "controls": split_names(options.controls) or None, "repeats": options.repeats, "missing": options.missing,
+        "controls": controls or None, "repeats": options.repeats, "missing": options.missing,
         "choose": split_names(options.choose) or None, "random_state": options.random_state,
     }  # fmt: skip
     if options.dry_run:
@@ -93,7 +99,40 @@ def _sweep(options: argparse.Namespace) -> None:
             print(f"table: {Path(options.table)}")
 
 
-def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
+def _controls(text: str) -> dict[str, Any]:
+    """Names of controls, of which shuffled_labels may have a number."""
+    found: dict[str, Any] = {}
+    for item in split_names(text):
+        name, given, number = (part.strip() for part in item.partition("="))
+        if given and (name != "shuffled_labels" or not number.isdecimal()):
+            raise InvalidArgumentError(f"--controls {item!r} is no control: only shuffled_labels takes a number, as shuffled_labels=100")
+        found[name] = int(number) if given else None
+    return found
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Whether everything that is to be written can be, before anything is read or fitted."""
+    from lmprobe_zarr.plots.files import parse_plot_path
+    from lmprobe_zarr.sweeps import parse_table_path
+
+    if options.table:
+        parse_table_path(options.table)
+    if options.plot:
+        parse_plot_path(options.plot)
+        if "layer" in split_names(options.choose):
+            raise InvalidArgumentError(
+                "--plot draws scores by layer, and --choose layer leaves none: leave one of the two out, or use --table"
+            )
+    ending = Path(options.out or "").suffix.lower()
+    if ending in _FILES:
+        raise InvalidArgumentError(
+            f"--out {options.out!r} has the ending {ending} of a file, and scores are written as a folder of Zarr: "
+            "give a name such as scores or scores.zarr (--table writes .md, .tex and .csv, --plot pictures)"
+        )
+
+
+def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str, dict[str, Any]]:
+    controls = _controls(options.controls)
     store = open_to_read(options.store)
     data = store.dataset(options.model, layers=parse_layers(options.layers), group=options.group)
     names = list(map(str, data.data_vars))
@@ -102,14 +141,19 @@ def _chosen(options: argparse.Namespace) -> tuple[xr.Dataset, str]:
         raise InvalidArgumentError(
             f"{variable!r} is not stored per prompt: stored are {', '.join(names) or 'no variables'}; choose with --variable"
         )
+    bags = [name for name in BAGS_OF_TOKENS if name in controls]
+    if bags:
+        controls |= dict.fromkeys(bags, store.tokens(options.model, group=options.group))
     # The control needs the perplexity as a coordinate of the activations.
-    if "perplexity" in split_names(options.controls) and "perplexity" in data:
+    if "perplexity" in controls and "perplexity" in data:
         data = data.assign_coords(perplexity=data.perplexity.sel(statistic="mean", drop=True))
-    return data, str(variable)
+    return data, str(variable), controls
 
 
 def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
-    means, spread = scores[metrics].mean("fold"), scores[metrics].std("fold")
+    means, counts = scores[metrics].mean("fold"), scores[metrics].count("fold")
+    # The spread of a single score is unknown, and not 0.
+    spread = scores[metrics].std("fold").where(counts > 1)
     by_layer = "layer" in scores.dims
     rows = []
     for layer in scores.layer.values if by_layer else (None,):
@@ -119,6 +163,8 @@ def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
             row |= {"probe": str(probe), "kind": str(kind)}
             row |= {metric: float(means[metric].sel(at)) for metric in metrics}
             row |= {f"{metric}_std": float(spread[metric].sel(at)) for metric in metrics}
+            p_values = {name: scores[name].sel(at).item() for metric in metrics if (name := f"{metric}_p_value") in scores}
+            row |= {name: value for name, value in p_values.items() if value == value}
             for dim in ("layer", "probe"):
                 if f"chosen_{dim}" in scores:
                     row[f"chosen_{dim}s"] = _unique(scores[f"chosen_{dim}"].sel(probe=probe).values)
@@ -134,13 +180,19 @@ def _unique(values: Any) -> list[Any]:
 
 def _print_table(rows: list[dict[str, Any]], metrics: list[str]) -> None:
     width = max(len(row["probe"]) for row in rows) + 2
-    columns = [max(17, len(metric) + 2) for metric in metrics]
+    wide = 17 + 9 * any(f"{metric}_p_value" in row for row in rows for metric in metrics)
+    columns = [max(wide, len(metric) + 2) for metric in metrics]
     by_layer = "layer" in rows[0]
     chosen = [name for name in ("chosen_layers", "chosen_probes") if name in rows[0]]
     heads = "".join(f"{metric:<{column}}" for metric, column in zip(metrics, columns, strict=True))
     print(f"{'layer  ' * by_layer}{'probe':<{width}}{heads}{'  '.join(name.replace('_', ' ') for name in chosen)}".rstrip())
     for row in rows:
-        cells = [f"{row[metric]:.3f} ± {row[f'{metric}_std']:.3f}" for metric in metrics]
+        p_values = [f" p={row[name]:.2g}" if (name := f"{metric}_p_value") in row else "" for metric in metrics]
+        cells = [_cell(row[metric], row[f"{metric}_std"]) + p for metric, p in zip(metrics, p_values, strict=True)]
         line = f"{row['layer']:>5}  " if by_layer else ""
         line += f"{row['probe']:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True))
         print((line + "  ".join(", ".join(map(str, row[name])) or "-" for name in chosen)).rstrip())
+
+
+def _cell(mean: float, spread: float) -> str:
+    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.errors import MissingDependencyError
+from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
 from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, extract, plan_extract
 from lmprobe_zarr.store import Store, open_store
 from lmprobe_zarr.sweeps import sweep
@@ -22,6 +22,7 @@ __all__ = ["DemoResult", "bundled_model", "load_sentences", "run_demo"]
 BUNDLED_MODEL: Final = "all-MiniLM-L6-v2"
 POOLINGS: Final = ("mean", "last_token")
 FOLDS: Final = 5
+PLOT: Final = "demo-accuracy-by-layer.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,10 @@ def run_demo(store: Store | str | Path, *, model: str | None = None, output: str
     Raises
     ------
     MissingDependencyError, ModelNotFoundError, NoSpaceError
+    InvalidArgumentError
+        `output` is a file.
     """
+    _check_folder(Path(output))
     opened = store if isinstance(store, Store) else open_store(store)
     sentences = load_sentences()
     source, name = (model, None) if model is not None else (bundled_model(), BUNDLED_MODEL)
@@ -121,6 +125,17 @@ def run_demo(store: Store | str | Path, *, model: str | None = None, output: str
     }
     words = score_bag_of_words(texts, sentences["label"], sentences["pair"])
     return DemoResult(plan=plan, stats=stats, scores=scores, bag_of_words=words, plot=draw(scores, words, Path(output)))
+
+
+def _check_folder(folder: Path) -> None:
+    """Whether the plot can be drawn and written, before anything is computed."""
+    from lmprobe_zarr.plots.files import parse_plot_path
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(f"output={str(folder)!r} is no folder for the plot ({error.strerror}): give another") from error
+    parse_plot_path(folder / PLOT)
 
 
 def score_bag_of_words(texts: list[str], labels: list[str], pairs: list[str]) -> float:
@@ -142,9 +157,8 @@ def draw(scores: dict[str, xr.Dataset], bag_of_words: float, folder: Path) -> Pa
 
     curves = [s[["accuracy"]].assign_coords(probe=[name]) for name, s in scores.items()]
     merged = xr.concat(curves, "probe", data_vars="all", coords="minimal", compat="override", join="override", combine_attrs="override")
-    axes = plot_scores(merged, baseline={"bag of words": bag_of_words})
-    axes.set_title(f"{merged.attrs['model']} · is the sentence positive or negative?")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "demo-accuracy-by-layer.png"
+    titled = merged.assign_attrs(labels="is the sentence positive or negative?", variable="")
+    axes = plot_scores(titled, baseline={"bag of words": bag_of_words})
+    path = folder / PLOT
     save_plot(axes, path)
     return path

@@ -3,7 +3,7 @@
 Each function takes what this package computes (a sweep, scores of tokens, ROC curves, …) and returns matplotlib Axes. Never computes a
 score and knows no store. Importing it does not import matplotlib, which is loaded by the first plot.
 
-Other rooms import from here only; `lmprobe_zarr.plots` is the documented import path.
+Other rooms import from here, and the check of a file's name from ``files``; `lmprobe_zarr.plots` is the documented import path.
 """
 
 from lmprobe_zarr.plots.curves import plot_calibration, plot_roc

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidTypeError
+from lmprobe_zarr.plots.layout import finish_figure, finish_given, label_limit
+from lmprobe_zarr.plots.names import Lettering
 from lmprobe_zarr.plots.style import COLOURS, LINES, MARKERS, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["plot_calibration", "plot_roc"]
+
+#: Inches of the side of a new figure's axes.
+_SIDE = 3.9
 
 
 def plot_roc(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
@@ -37,15 +42,17 @@ def plot_roc(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
         `curves` is not such a dataset.
     """
     _check_curves(curves, "true_positive_rate", "roc_curves")
-    axes: Any = new_axes((4.6, 4.9)) if ax is None else ax
-    axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="chance (0.50)", zorder=1.5)
-    for number, name in enumerate(curves["curve"].values):
+    axes: Any = new_axes() if ax is None else ax
+    lettering = Lettering()
+    names = lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"], ax))
+    entries = [_draw_diagonal(axes, "chance (0.50)")]
+    for number, name in enumerate(names):
         curve = curves.isel(curve=number).dropna("point")
         label = f"{name} ({float(curve['auroc']):.2f})"
-        _draw_curve(axes, curve["false_positive_rate"].values, curve["true_positive_rate"].values, label, number)
+        entries.append(_draw_curve(axes, curve["false_positive_rate"].values, curve["true_positive_rate"].values, label, number))
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
-    _finish_square(axes, "AUROC", ax is None)
+    _finish_square(axes, lettering, entries, "AUROC", ax is None)
     return axes  # type: ignore[no-any-return]
 
 
@@ -72,21 +79,23 @@ def plot_calibration(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
         `curves` is not such a dataset.
     """
     _check_curves(curves, "observed", "calibration_curves")
-    axes: Any = new_axes((4.6, 4.9)) if ax is None else ax
-    axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="calibrated", zorder=1.5)
+    axes: Any = new_axes() if ax is None else ax
+    lettering = Lettering()
+    names = lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"], ax))
+    entries = [_draw_diagonal(axes, "calibrated")]
     most = float(curves["n"].max()) or 1.0
-    for number, name in enumerate(curves["curve"].values):
+    for number, name in enumerate(names):
         curve = curves.isel(curve=number)
         curve = curve.isel(bin=curve["n"].values > 0)
         x, y = curve["predicted"].values, curve["observed"].values
-        _draw_curve(axes, x, y, f"{name} (ECE {float(curve['ece']):.2f})", number, marks=False)
+        entries.append(_draw_curve(axes, x, y, f"{name} (ECE {float(curve['ece']):.2f})", number, marks=False))
         sizes = 16 + 90 * curve["n"].values / most
         axes.scatter(
             x, y, s=sizes, marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)], edgecolor="white", zorder=4
         )
     axes.set_xlabel("predicted probability")
     axes.set_ylabel("observed share")
-    _finish_square(axes, None, ax is None)
+    _finish_square(axes, lettering, entries, None, ax is None)
     return axes  # type: ignore[no-any-return]
 
 
@@ -95,14 +104,19 @@ def _check_curves(curves: Any, variable: str, made_by: str) -> None:
         raise InvalidTypeError(f"curves are the xarray.Dataset that probes.{made_by} gives, not {type(curves).__name__}")
 
 
-def _draw_curve(axes: Any, x: Any, y: Any, label: str, number: int, *, marks: bool = True) -> None:
-    axes.plot(
+def _draw_diagonal(axes: Any, label: str) -> tuple[Any, str]:
+    (line,) = axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label=label, zorder=1.5)
+    return line, label
+
+
+def _draw_curve(axes: Any, x: Any, y: Any, label: str, number: int, *, marks: bool = True) -> tuple[Any, str]:
+    (line,) = axes.plot(
         x,
         y,
         color=COLOURS[number % len(COLOURS)],
         linestyle=LINES[number % len(LINES)],
         marker=MARKERS[number % len(MARKERS)],
-        markevery=(0.02 * number, 0.12) if marks else (0, 1),
+        markevery=(0.02 * (number % 6), 0.12) if marks else (0, 1),
         markersize=5,
         markeredgecolor="white",
         markeredgewidth=0.6,
@@ -111,9 +125,10 @@ def _draw_curve(axes: Any, x: Any, y: Any, label: str, number: int, *, marks: bo
         zorder=3,
         clip_on=False,
     )
+    return line, label
 
 
-def _finish_square(axes: Any, title: str | None, below: bool) -> None:
+def _finish_square(axes: Any, lettering: Lettering, entries: list[tuple[Any, str]], title: str | None, is_new: bool) -> None:
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_aspect("equal")
@@ -121,8 +136,7 @@ def _finish_square(axes: Any, title: str | None, below: bool) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    options: dict[str, Any] = {"fontsize": "small", "title": title, "title_fontsize": "small", "handlelength": 3.2}
-    if below:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, **options)
+    if is_new:
+        finish_figure(axes, lettering, (_SIDE, _SIDE), legend=entries, title=title)
     else:
-        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="0.85", **options)
+        finish_given(axes, lettering, legend=entries, title=title, place="lower right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -10,6 +11,8 @@ import xarray as xr
 from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list
+from lmprobe_zarr.plots.layout import finish_figure, finish_given
+from lmprobe_zarr.plots.names import Lettering
 from lmprobe_zarr.plots.style import SCORE_LABELS, new_axes
 
 if TYPE_CHECKING:
@@ -20,6 +23,10 @@ __all__ = ["plot_cosine", "plot_tokens", "plot_transfer"]
 #: Its lightness rises monotonically, so it also works in grey; blue and yellow are distinguishable with almost any colour vision.
 _COLOUR_MAP = "cividis"
 _TEXTS_SHOWN, _TEXT_LENGTH = 64, 16
+#: Up to so many rows of a matrix are all named.
+_NAMES_SHOWN = 60
+#: Inches between the names of two rows, at least; points of the smallest letters.
+_LINE, _SMALLEST = 0.17, 5.0
 
 
 def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None = None) -> Axes:
@@ -39,7 +46,7 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
     Axes
         The colour scale is symmetric about 0, where the predicted class changes; NaN is hatched. Up to 64 tokens are labelled by
         ``token_text``, cut to 16 characters, with ␣ for spaces and ↵ for line breaks. More tokens, or tokens without texts, are labelled
-        by their position.
+        by their position. Characters that no installed font has are drawn as ▯, and a note in the picture says of which scripts they are.
 
     Raises
     ------
@@ -59,27 +66,33 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
     values = tokens.transpose("layer", "token").values.astype(float)
     layers = tokens["layer"].values if "layer" in tokens.coords else np.arange(len(values))
     places = tokens["position"].values if "position" in tokens.coords else np.arange(values.shape[1])
-    texts = [_short_text(text) for text in tokens["token_text"].values.tolist()] if "token_text" in tokens.coords else []
-    named = bool(texts) and len(places) <= _TEXTS_SHOWN
-    width = float(np.clip(1.9 + 0.17 * len(places), 5.0, 12.6))
-    height = float(np.clip(1.5 + 0.11 * len(layers) + (0.065 * max(map(len, texts)) if named else 0.2), 2.6, 8.0))
-    axes: Any = new_axes((width, height)) if ax is None else ax
+    lettering = Lettering()
+    named = "token_text" in tokens.coords and 0 < len(places) <= _TEXTS_SHOWN
+    width = float(np.clip(0.17 * len(places), 3.1, 10.9))
+    height = float(np.clip(_LINE * len(layers), 2.0, 6.5))
+    axes: Any = new_axes() if ax is None else ax
+    if ax is not None:
+        width, height = _inches(ax)
+        named = named and width / len(places) * 72 > _SMALLEST
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     mesh = _draw_mesh(axes, values, -(largest or 1.0), largest or 1.0)
-    _set_ticks(axes.yaxis, [str(layer) for layer in layers], 16)
+    _set_ticks(axes.yaxis, lettering.fit_all(layers, 24), min(16, max(1, int(height / _LINE + 0.5))))
     if named:
-        axes.set_xticks(np.arange(len(places)), texts, rotation=90, fontsize=8)
+        texts = lettering.fit_all(map(_visible_text, tokens["token_text"].values.tolist()), _TEXT_LENGTH, keep_start=True)
+        size = min(8.0, 0.85 * 72 * width / len(places))
+        axes.set_xticks(np.arange(len(places)), texts, rotation=90, fontsize=size)
     else:
-        _set_ticks(axes.xaxis, [str(place) for place in places], 16)
+        _set_ticks(axes.xaxis, [str(place) for place in places], min(16, max(1, int(width / 0.3))))
     axes.set_xlabel("token" if named else "position of the token")
     axes.set_ylabel("layer")
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=24)
     classes = read_list(scores.attrs, "classes") or []
-    bar.set_label("score" + (f" (above 0: {_short_text(str(classes[1]))})" if len(classes) == 2 else ""))
+    above = lettering.fit_all([str(c) for c in classes], 24)[1] if len(classes) == 2 else ""
+    bar.set_label("score" + (f" (above 0: {above})" if above else ""))
     bar.ax.axhline(0, color="white", linewidth=1.2)
     title = [str(tokens.coords["model"].item())] if "model" in tokens.coords and tokens.coords["model"].ndim == 0 else []
     title += [str(scores.attrs.get("labels", "")), str(scores.attrs.get("probe", ""))]
-    axes.set_title(" · ".join(part for part in title if part), fontsize="medium")
+    _finish(axes, lettering, title, (width, height), bar, is_new=ax is None)
     return axes  # type: ignore[no-any-return]
 
 
@@ -118,14 +131,14 @@ def plot_transfer(scores: xr.Dataset, metric: str = "accuracy", ax: Axes | None 
             )
     at = {str(dim): values[dim].values[0] for dim in values.dims if dim not in ("train", "test")}
     at |= {name: values.coords[name].item() for name in ("layer", "probe") if name in values.coords and not values.coords[name].ndim}
-    matrix = values.squeeze(drop=True).transpose("train", "test")
-    limits = (0.5, 1.0) if np.nanmin(matrix) >= 0.5 else (0.0, 1.0)
-    axes = _draw_matrix(matrix.values, matrix["train"].values, matrix["test"].values, limits, SCORE_LABELS.get(metric, metric), ax)
-    axes.set_xlabel(f"tested on (diagonal: {scores.attrs['cv']} folds)" if "cv" in scores.attrs else "tested on")
-    axes.set_ylabel("fitted on")
+    matrix = values.isel({dim: 0 for dim in values.dims if dim not in ("train", "test")}, drop=True)
+    limits = (0.5, 1.0) if bool((matrix.fillna(0.5) >= 0.5).all()) else (0.0, 1.0)
+    drawn = _draw_matrix(matrix, ("train", "test"), limits, SCORE_LABELS.get(metric, metric), ax)
+    drawn.axes.set_xlabel(f"tested on (diagonal: {scores.attrs['cv']} folds)" if "cv" in scores.attrs else "tested on")
+    drawn.axes.set_ylabel("fitted on")
     title = [str(scores.attrs.get("model", "")), str(at.get("probe", "")), f"layer {at['layer']}" if "layer" in at else ""]
-    axes.set_title(" · ".join(part for part in title if part), fontsize="medium")
-    return axes  # type: ignore[no-any-return]
+    drawn.finish(title, is_new=ax is None)
+    return cast("Axes", drawn.axes)
 
 
 def plot_cosine(matrix: xr.DataArray, ax: Axes | None = None) -> Axes:
@@ -151,9 +164,9 @@ def plot_cosine(matrix: xr.DataArray, ax: Axes | None = None) -> Axes:
     """
     if not isinstance(matrix, xr.DataArray) or set(matrix.dims) != {"direction", "other"}:
         raise InvalidTypeError("matrix is the xarray.DataArray that cosine_similarity gives, with dims (direction, other)")
-    turned = matrix.transpose("direction", "other")
-    drawn = _draw_matrix(turned.values, turned["direction"].values, turned["other"].values, (-1.0, 1.0), "cosine similarity", ax)
-    return cast("Axes", drawn)
+    drawn = _draw_matrix(matrix, ("direction", "other"), (-1.0, 1.0), "cosine similarity", ax)
+    drawn.finish([], is_new=ax is None)
+    return cast("Axes", drawn.axes)
 
 
 def _select_prompt(scores: xr.DataArray, prompt: str | None) -> xr.DataArray:
@@ -171,12 +184,23 @@ def _select_prompt(scores: xr.DataArray, prompt: str | None) -> xr.DataArray:
     return scores
 
 
-def _short_text(text: str) -> str:
-    """The text cut short, with a visible sign for every space and line break."""
-    plain = str(text).replace(" ", "␣").replace("\n", "↵").replace("\t", "→").replace("\r", "")
-    # matplotlib would read text between dollar signs as mathematics.
-    plain = (plain if len(plain) <= _TEXT_LENGTH else plain[: _TEXT_LENGTH - 1] + "…").replace("$", r"\$")
-    return plain or "∅"
+def _visible_text(text: object) -> str:
+    """The text of a token with a visible sign for every space and line break."""
+    return str(text).replace(" ", "␣").replace("\n", "↵").replace("\t", "→").replace("\r", "") or "∅"
+
+
+def _inches(axes: Any) -> tuple[float, float]:
+    box = axes.get_window_extent()
+    return float(box.width / axes.figure.dpi), float(box.height / axes.figure.dpi)
+
+
+def _finish(axes: Any, lettering: Lettering, title: list[str], size: tuple[float, float], bar: Any, *, is_new: bool) -> None:
+    shown = lettering.fit_all(title, 80)
+    axes.set_title(" · ".join(part for part in shown if part), fontsize="medium")
+    if is_new:
+        finish_figure(axes, lettering, size, bar=bar)
+    else:
+        finish_given(axes, lettering, bar=bar)
 
 
 def _draw_mesh(axes: Any, values: Any, low: float, high: float) -> Any:
@@ -188,29 +212,54 @@ def _draw_mesh(axes: Any, values: Any, low: float, high: float) -> Any:
     return mesh
 
 
-def _set_ticks(axis: Any, names: list[str], most: int) -> None:
+def _set_ticks(axis: Any, names: list[str], most: int, **options: Any) -> None:
     least = -(-len(names) // most)
     # Round steps: 1, 2 or 5 times a power of ten.
     every = next(step * 10**power for power in range(9) for step in (1, 2, 5) if step * 10**power >= least)
     places = np.arange(0, len(names), every)
-    axis.set_ticks(places, [names[place] for place in places])
+    axis.set_ticks(places, [names[place] for place in places], **options)
 
 
-def _draw_matrix(values: Any, rows: Any, columns: Any, limits: tuple[float, float], label: str, ax: Axes | None) -> Any:
-    side = float(np.clip(1.6 + 0.55 * len(rows), 3.2, 7.0))
-    axes: Any = new_axes((side + 1.4, side)) if ax is None else ax
-    mesh = _draw_mesh(axes, values.astype(float), *limits)
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A matrix that is drawn, before its labels are."""
+
+    axes: Any
+    lettering: Lettering
+    bar: Any
+    side: float
+
+    def finish(self, title: list[str], *, is_new: bool) -> None:
+        _finish(self.axes, self.lettering, title, (self.side, self.side), self.bar, is_new=is_new)
+
+
+def _draw_matrix(matrix: xr.DataArray, dims: tuple[str, str], limits: tuple[float, float], label: str, ax: Axes | None) -> _Matrix:
+    turned = matrix.transpose(*dims)
+    values = turned.values.astype(float)
+    most = max(values.shape)
+    side = float(np.clip(0.55 * most, 2.4, 7.0)) if ax is None else min(_inches(ax))
+    axes: Any = new_axes() if ax is None else ax
+    lettering = Lettering()
+    mesh = _draw_mesh(axes, values, *limits)
     axes.invert_yaxis()
     axes.set_aspect("equal")
-    for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
-        _set_ticks(axis, [name if len(name) <= 24 else name[:23] + "…" for name in map(str, names)], 24)
-    axes.tick_params(axis="x", rotation=90 if max((len(str(name)) for name in columns), default=0) > 4 else 0)
-    if max(values.shape) <= 12:
+    pitch = 72 * side / most
+    size = float(np.clip(0.8 * pitch, _SMALLEST, 10.0))
+    named = min(_NAMES_SHOWN, max(1, int(72 * side / size)))
+    names = [lettering.fit_all(turned[dim].values, 32 if most <= 16 else 24) for dim in dims]
+    _set_ticks(axes.yaxis, names[0], named, fontsize=size)
+    longest = max(map(len, names[1]), default=0)
+    upright = longest > 4 or 0.75 * size * longest > pitch
+    _set_ticks(axes.xaxis, names[1], named, fontsize=size, rotation=90 if upright else 0)
+    # Numbers where a cell has room for four characters.
+    if most <= 12 and pitch > 4 * _SMALLEST * 0.6:
         middle = sum(limits) / 2
         for (row, column), value in np.ndenumerate(values):
             if not np.isnan(value):
                 # Dark text on light cells, light text on dark ones.
                 colour = "black" if value > middle else "white"
-                axes.text(column, row, f"{value:.2f}".replace("-", "−"), ha="center", va="center", color=colour, fontsize=8)
-    axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24, shrink=0.9).set_label(label)
-    return axes
+                number = f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+                axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=min(8.0, pitch / 2.8))
+    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24, shrink=0.9)
+    bar.set_label(lettering.fit(label))
+    return _Matrix(axes, lettering, bar, side)

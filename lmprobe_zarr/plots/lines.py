@@ -10,6 +10,8 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.plots.layout import finish_figure, finish_given, label_limit, thin_labels
+from lmprobe_zarr.plots.names import Lettering
 from lmprobe_zarr.plots.style import COLOURS, LINES, MARKERS, SCORE_LABELS, new_axes
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ _DASHES = ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _GREYS = ("0.25", "0.5", "0.4", "0.6")
 #: Dims over which a score is repeated: their spread is the band.
 _REPEATED = ("fold", "seed", "repeat")
+#: Up to so many layers each have a tick.
+_TICKS = 16
+#: Width and height of the axes of a new figure, in inches.
+_SIZE = (6.3, 3.1)
 
 
 def plot_scores(
@@ -54,8 +60,9 @@ def plot_scores(
     Returns
     -------
     Axes
-        Without `intervals` a band reaches from the lowest to the highest fold. Chance is drawn too: the share of the largest class for
-        accuracy, 0.5 for AUROC. No matplotlib setting is changed.
+        Without `intervals` a band reaches from the lowest to the highest fold; where only one fold has a score there is no band.
+        Chance is drawn too: the share of the largest class for accuracy, 0.5 for AUROC. A new figure grows with its legend. Long names
+        are cut in their middle. No matplotlib setting is changed.
 
     Raises
     ------
@@ -77,24 +84,30 @@ def plot_scores(
     order = np.argsort(x)
     probes = values["probe"].values
     controls = [str(kind) == "control" for kind in scores["kind"].values] if "kind" in scores.coords else [False] * len(probes)
+    lettering = Lettering()
+    names = lettering.fit_all([*probes, *lines], label_limit(len(probes) + len(lines), ax))
+    entries = []
     for number, probe in enumerate(probes):
-        label = str(probe) + _convergence_note(scores, probe)
+        label = names[number] + _convergence_note(scores, probe)
         drawn = _ProbeStyle(label, sum(controls[n] == controls[number] for n in range(number)), controls[number], number, len(probes))
         bounds = None if interval is None else [bound.sel(probe=probe).values[order] for bound in interval]
-        _draw_probe(axes, x[order], values.sel(probe=probe).values[order], drawn, bounds)
-    for number, (label, height) in enumerate({**_chance_levels(scores, metric), **lines}.items()):
+        entries.append(_draw_probe(axes, x[order], values.sel(probe=probe).values[order], drawn, bounds))
+    levels = [*_chance_levels(scores, metric).items(), *zip(names[len(probes) :], lines.values(), strict=True)]
+    for number, (label, height) in enumerate(levels):
         # Chance comes first and is black; the caller's baselines are grey and differ by their dashes.
-        colour = "black" if number == 0 and label not in lines else "0.35"
-        axes.axhline(
-            height, color=colour, linestyle=_DASHES[number % len(_DASHES)], linewidth=1.2, zorder=1.5, label=f"{label} ({height:.2f})"
-        )
+        colour = "black" if number < len(levels) - len(lines) else "0.35"
+        text = f"{label} ({height:.2f})"
+        line = axes.axhline(height, color=colour, linestyle=_DASHES[number % len(_DASHES)], linewidth=1.2, zorder=1.5, label=text)
+        entries.append((line, text))
 
-    _label_axes(axes, scores, metric, x[order], layers[order] if not numeric else None, values.sizes["fold"], intervals)
+    _label_axes(axes, lettering, scores, metric, x[order], layers[order] if not numeric else None, values.sizes["fold"], intervals)
     if ax is None:
         # Below the plot, so that no curve runs behind it; the caller's own axes may have no room there.
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize="small", handlelength=3.2)
+        finish_figure(axes, lettering, _SIZE, legend=entries)
     else:
-        axes.legend(frameon=True, framealpha=0.9, edgecolor="0.85", fontsize="small", handlelength=3.2)
+        finish_given(axes, lettering, legend=entries)
+    if len(x) <= _TICKS or not numeric:
+        thin_labels(axes)
     return axes  # type: ignore[no-any-return]
 
 
@@ -165,21 +178,27 @@ class _ProbeStyle:
         return (0, (1, 1.2)) if self.control else LINES[self.number % len(LINES)]
 
 
-def _draw_probe(axes: Any, x: Any, values: Any, drawn: _ProbeStyle, bounds: list[Any] | None) -> None:
-    """One line with its band; `values` has shape (layer, fold)."""
+def _draw_probe(axes: Any, x: Any, values: Any, drawn: _ProbeStyle, bounds: list[Any] | None) -> tuple[Any, str]:
+    """One line with its band, and its text for the legend; `values` has shape (layer, fold)."""
     defined = ~np.isnan(values).all(axis=1)
     if not defined.any():
-        axes.plot([], [], color=drawn.colour, label=f"{drawn.label} (undefined)")
-        return
+        label = f"{drawn.label} (undefined)"
+        return axes.plot([], [], color=drawn.colour, label=label)[0], label
     x, values = x[defined], values[defined]
     mean = np.nanmean(values, axis=1)
-    low, high = (np.nanmin(values, axis=1), np.nanmax(values, axis=1)) if bounds is None else (bound[defined] for bound in bounds)
+    if bounds is None:
+        # A single score has no spread, which is not a spread of 0.
+        several = np.where((~np.isnan(values)).sum(axis=1) > 1, 0.0, np.nan)
+        low, high = np.nanmin(values, axis=1) + several, np.nanmax(values, axis=1) + several
+    else:
+        low, high = (bound[defined] for bound in bounds)
     if len(x) == 1:
         # Side by side, since the bars would cover one another otherwise.
         x = x + (drawn.place - (drawn.of - 1) / 2) * 0.8 / drawn.of
     # About twenty markers are distinguishable on one line; probes start at different layers so that markers do not overlap.
     step = max(1, len(x) // 20)
-    axes.plot(
+    label = drawn.label + (" (control)" if drawn.control and "control" not in drawn.label else "")
+    (line,) = axes.plot(
         x,
         mean,
         color=drawn.colour,
@@ -191,15 +210,18 @@ def _draw_probe(axes: Any, x: Any, values: Any, drawn: _ProbeStyle, bounds: list
         markeredgecolor=drawn.colour if drawn.control else "white",
         markeredgewidth=1 if drawn.control else 0.6,
         linewidth=1.2 if drawn.control else 1.8,
-        label=drawn.label + (" (control)" if drawn.control and "control" not in drawn.label else ""),
+        label=label,
         zorder=2.5 if drawn.control else 3,
     )
-    if len(x) == 1:
+    if len(x) == 1 and not np.isnan([*low, *high]).any():
         # An interval need not contain the mean over the folds.
         lengths = np.maximum(np.stack([mean - low, high - mean]), 0)
         axes.errorbar(x, mean, yerr=lengths, color=drawn.colour, capsize=4, linewidth=1.2, zorder=2)
-    else:
-        axes.fill_between(x, low, high, color=drawn.colour, alpha=0.1 if drawn.control else 0.15, linewidth=0, zorder=2)
+    elif len(x) > 1:
+        axes.fill_between(
+            x, low, high, color=drawn.colour, alpha=min(0.1 if drawn.control else 0.15, 0.9 / drawn.of), linewidth=0, zorder=2
+        )
+    return line, label
 
 
 def _convergence_note(scores: xr.Dataset, probe: Any) -> str:
@@ -218,12 +240,15 @@ def _chance_levels(scores: xr.Dataset, metric: str) -> dict[str, float]:
     return {}
 
 
-def _label_axes(axes: Any, scores: xr.Dataset, metric: str, x: Any, names: Any, n_folds: int, intervals: Any) -> None:
+def _label_axes(axes: Any, lettering: Lettering, scores: xr.Dataset, metric: str, x: Any, names: Any, n_folds: int, intervals: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    if names is not None or len(x) <= 16:
-        every = max(1, -(-len(x) // 16))
-        axes.set_xticks(x[::every], [str(name) for name in (x if names is None else names)[::every]])
+    if names is not None or len(x) <= _TICKS:
+        every = max(1, -(-len(x) // _TICKS))
+        shown = lettering.fit_all((x if names is None else names)[::every], 24)
+        # Names longer than their part of the axis stand upright.
+        upright = names is not None and max(map(len, shown)) * len(shown) > 70
+        axes.set_xticks(x[::every], shown, rotation=90 if upright else 0)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
     if len(x) == 1:
@@ -239,10 +264,10 @@ def _label_axes(axes: Any, scores: xr.Dataset, metric: str, x: Any, names: Any, 
         spread += f", {band}: {'' if level is None else f'{100 * level:g} % '}interval"
     elif n_folds > 1:
         spread += f", {band}: lowest to highest"
-    axes.set_ylabel(f"{SCORE_LABELS.get(metric, metric)}\n({spread})", linespacing=1.5)
-    variable, labels = scores.attrs.get("variable", ""), scores.attrs.get("labels", "")
+    (score,) = lettering.fit_all([SCORE_LABELS.get(metric, metric)], 80)
+    axes.set_ylabel(f"{score}\n({spread})", linespacing=1.5)
+    model, labels, variable = lettering.fit_all((scores.attrs.get(name, "") for name in ("model", "labels", "variable")), 80)
     of = " from ".join(part for part in (labels, variable) if part)
-    model = scores.attrs.get("model", "")
     axes.set_title(" · ".join(part for part in (model, of) if part), fontsize="medium")
     axes.grid(visible=True, color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

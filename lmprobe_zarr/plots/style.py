@@ -7,7 +7,9 @@ from typing import Any
 
 from lmprobe_zarr.errors import MissingDependencyError
 
-__all__ = ["COLOURS", "LINES", "MARKERS", "SCORE_LABELS", "new_axes"]
+__all__ = ["COLOURS", "LINES", "MARKERS", "NEEDS_MATPLOTLIB", "SCORE_LABELS", "new_axes"]
+
+NEEDS_MATPLOTLIB = 'plots need matplotlib, which is not installed: pip install "lmprobe-zarr[plot]"'
 
 # Source: M. Okabe and K. Ito, "Color Universal Design" (2008), without yellow (too light on white) and black (used for chance).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -41,5 +43,5 @@ def new_axes(size: tuple[float, float] = (7.2, 4.2)) -> Any:
             return plt.subplots(figsize=size, layout="constrained")[1]
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError('plots need matplotlib, which is not installed: pip install "lmprobe-zarr[plot]"') from error
+        raise MissingDependencyError(NEEDS_MATPLOTLIB) from error
     return Figure(figsize=size, layout="constrained").subplots()

@@ -2,7 +2,8 @@
 
 What is learned from: ``given``, ``labels`` and ``token_labels`` parse what callers give, ``folds`` splits prompts. Estimators:
 ``classifiers`` makes them by name, ``mass_mean``, ``ensemble`` and ``regressors`` hold our own, ``scaling`` and ``pipelines`` what comes
-before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``gram`` and ``sufficient`` solve linear probes from sums. How a
+before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``ridge`` a single probe, ``gram`` and
+``sufficient`` solve linear probes from sums. How a
 layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``, ``curves`` and
 ``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes and back.
 
@@ -56,6 +57,7 @@ from lmprobe_zarr.probes.labels import (
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_classification, evaluate_regression
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
+from lmprobe_zarr.probes.ridge import fit_probe, rows_for
 from lmprobe_zarr.probes.sufficient import (
     EXACT,
     ClassSums,
@@ -113,6 +115,7 @@ __all__ = [
     "evaluation_folds",
     "fit_apart",
     "fit_in_place",
+    "fit_probe",
     "fit_task",
     "fits_running",
     "group_codes",
@@ -141,6 +144,7 @@ __all__ = [
     "prompt_names",
     "read_layer",
     "roc_curves",
+    "rows_for",
     "rows_together",
     "scaling_of",
     "select_labelled_tokens",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.probes.ridge import fit_probe, is_ridge
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["check_task", "converged", "draws_at_random", "fit_in_place", "has_strength", "make_probe", "named_probes", "standardises"]
@@ -165,7 +166,7 @@ class _NamedProbe:
 _NAMED: Mapping[str, _NamedProbe] = {
     "logistic_regression": _NamedProbe(_logistic_regression, penalty="C"),
     "logistic_regression_cv": _NamedProbe(_logistic_regression_cv),
-    "ridge": _NamedProbe(_ridge, overwriting={"copy_X": False}, penalty="alpha"),
+    "ridge": _NamedProbe(_ridge, penalty="alpha"),
     "lda": _NamedProbe(_lda, standardised=False),
     "svm": _NamedProbe(_svm, penalty="C"),
     "mass_mean": _NamedProbe(_mass_mean, standardised=False),
@@ -174,7 +175,7 @@ _NAMED: Mapping[str, _NamedProbe] = {
     "ensemble": _NamedProbe(_ensemble),
     "mlp": _NamedProbe(_mlp, penalty="alpha", random=True),
     "majority": _NamedProbe(_majority, standardised=False),
-    "ridge_regression": _NamedProbe(_ridge_regression, task="regression", overwriting={"copy_X": False}, penalty="alpha"),
+    "ridge_regression": _NamedProbe(_ridge_regression, task="regression", penalty="alpha"),
     "lasso": _NamedProbe(_lasso, task="regression", overwriting={"copy_X": False}, penalty="alpha"),
     "svr": _NamedProbe(_svr, task="regression", penalty="C"),
 }
@@ -322,8 +323,8 @@ def fit_in_place(probe: str | Estimator, estimator: Any, activations: Array, lab
         The caller's own copy; its values are undefined afterwards.
     labels : ndarray, shape (prompt,)
     """
-    if not isinstance(probe, str) or not standardises(probe):
-        return estimator.fit(activations, labels)
+    if is_ridge(probe) or not isinstance(probe, str) or not standardises(probe):
+        return fit_probe(probe, estimator, activations, labels)
     (_, scaler), (_, fitted) = estimator.steps
     overwriting = _NAMED[probe].overwriting
     scaler.set_params(copy=False)

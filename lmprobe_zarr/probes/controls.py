@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.probes.bags import BAGS, BAGS_OF_TOKENS, make_bag, read_token_ids
 from lmprobe_zarr.probes.classifiers import draws_at_random, has_strength, make_probe
 from lmprobe_zarr.probes.folds import Fold, group_codes
 from lmprobe_zarr.probes.identity import list_prompts, show_prompts
@@ -27,7 +28,12 @@ from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array, is_listed
 
-__all__ = ["CONTROLS", "Trial", "list_trials", "make_estimator", "parse_controls", "read_features", "shuffle_labels"]
+__all__ = [
+    "BAGS_OF_TOKENS", "CONTROLS", "Shuffle", "Trial", "check_shuffles", "deal_to_units", "list_trials", "make_estimator", "parse_controls",
+    "read_features", "shuffle_labels",
+]  # fmt: skip
+#: Shuffled labels, shape (prompt,), and the folds that were drawn for them.
+Shuffle = tuple[Array, tuple[Fold, ...]]
 
 #: Every control by name, and what it says.
 CONTROLS: Final[Mapping[str, str]] = {
@@ -48,15 +54,6 @@ LAYER_0: Final = "layer_0"
 _SIMPLE: Final[Mapping[str, str]] = {"classification": "logistic_regression", "regression": "ridge_regression"}
 
 
-#: A word of any length, a character of a script that puts no spaces between words (Thai, Lao, Burmese, Khmer, Chinese, Japanese), a mark of
-#: punctuation or any other symbol, or white space other than a single space. So nothing of a text is left out that may tell its label.
-_WORDS: Final = (
-    r"(?u)[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]"
-    r"|[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]+"
-    r"|[^\w\s]|\s{2,}|[^\S ]"
-)
-
-
 @dataclass(frozen=True, slots=True)
 class Trial:
     """A probe or a control that a sweep fits: one entry of the dim ``probe``.
@@ -73,6 +70,8 @@ class Trial:
         ``"layer_0"``, or a key of :func:`read_features`, whose features do not depend on a layer.
     shuffled : bool
         Whether its labels are shuffled.
+    shuffles : int
+        How many times, for a p-value; 0 for a control whose labels are shuffled once.
     """
 
     name: str
@@ -80,6 +79,7 @@ class Trial:
     control: str = ""
     features: str = ACTIVATIONS
     shuffled: bool = False
+    shuffles: int = 0
 
     @property
     def kind(self) -> str:
@@ -99,7 +99,12 @@ class Trial:
     def random(self, preprocessing: str | None) -> bool:
         """Whether another seed may give another score."""
         pca = any(step.kind == "pca" for step in parse_preprocessing(preprocessing))
-        return self.shuffled or self.features == DIRECTION or draws_at_random(self.probe) or (pca and self.features != "text")
+        return self.shuffled or self.features == DIRECTION or draws_at_random(self.probe) or (pca and not self.of_words)
+
+    @property
+    def of_words(self) -> bool:
+        """Whether it is fitted on texts, or on token ids as texts."""
+        return self.features in BAGS
 
     @property
     def penalised(self) -> bool:
@@ -125,10 +130,10 @@ def list_trials(probes: Mapping[str, Any], controls: Mapping[str, Any], task: st
     trials = [Trial(name, probe) for name, probe in probes.items()]
     first = next(iter(probes.values()))
     for name, given in controls.items():
-        if given is not None:
+        if name == "shuffled_labels":
+            trials += [Trial(f"{name}:{probe}", each, name, shuffled=True, shuffles=given or 0) for probe, each in probes.items()]
+        elif given is not None or name in BAGS_OF_TOKENS:
             trials.append(Trial(name, _SIMPLE[task], name, name))
-        elif name == "shuffled_labels":
-            trials += [Trial(f"{name}:{probe}", estimator, name, shuffled=True) for probe, estimator in probes.items()]
         elif name in ("bag_of_words", "tfidf"):
             trials.append(Trial(name, _SIMPLE[task], name, "text"))
         elif name in ("layer_0", "embed"):
@@ -145,11 +150,12 @@ def list_trials(probes: Mapping[str, Any], controls: Mapping[str, Any], task: st
 
 
 def parse_controls(controls: Any) -> dict[str, Any]:
-    """Name to the caller's own features, or to None for a control that needs none from the caller.
+    """Name to the caller's own features, or to None for a control that needs none from the caller; "shuffled_labels" to their number.
 
     Parameters
     ----------
     controls : str, iterable of str, mapping of name to features, or None
+        Features of "bag_of_tokens" and "tfidf_of_tokens" are what :func:`~lmprobe_zarr.probes.bags.read_token_ids` takes.
 
     Raises
     ------
@@ -166,24 +172,38 @@ def parse_controls(controls: Any) -> dict[str, Any]:
     for name, features in found.items():
         if not isinstance(name, str):
             raise InvalidTypeError(f"controls={controls!r:.60} are no names: give some of {', '.join(CONTROLS)}, or {{name: features}}")
-        if features is None and name not in CONTROLS:
+        if features is None and name not in CONTROLS and name not in BAGS_OF_TOKENS:
             raise InvalidArgumentError(
-                f"there is no control {name!r}: use some of {', '.join(CONTROLS)}, or give its features as {{name: …}}"
+                f"there is no control {name!r}: use some of {', '.join((*CONTROLS, *BAGS_OF_TOKENS))}, or give its features as {{name: …}}"
             )
-        if features is not None and name in ("shuffled_labels", "layer_0", "majority", "random_direction", "text", "activations"):
+        if name == "shuffled_labels":
+            check_shuffles(features)
+        elif features is not None and name in ("layer_0", "majority", "random_direction", "text", "activations"):
             raise InvalidArgumentError(f"control {name!r} takes no features: give None for it, or call yours otherwise")
     return found
 
 
+def check_shuffles(number: Any) -> int:
+    """How many times labels are shuffled; 0 where no number is given, so that they are shuffled once and there is no p-value.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Not a whole number of at least 1.
+    """
+    if number is None:
+        return 0
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise InvalidArgumentError(
+            f"control 'shuffled_labels' was given {number!r:.60}: give how many times labels are shuffled, such as 100, or None for once"
+        )
+    return int(number)
+
+
 def make_estimator(trial: Trial, random_state: int, task: str, *, preprocessing: str | None = None, strength: float | None = None) -> Any:
     """A fresh, unfitted estimator for one trial."""
-    if trial.features == "text":
-        from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-        from sklearn.pipeline import make_pipeline
-
-        options = {"token_pattern": _WORDS, "lowercase": False}
-        words = TfidfVectorizer(**options) if trial.control == "tfidf" else CountVectorizer(**options)
-        return make_pipeline(words, make_probe(trial.probe, random_state, task=task, standardise=False))
+    if trial.of_words:
+        return make_bag(trial.control, make_probe(trial.probe, random_state, task=task, standardise=False))
     if trial.control == "majority" and task == "regression":
         from sklearn.dummy import DummyRegressor
 
@@ -194,8 +214,13 @@ def make_estimator(trial: Trial, random_state: int, task: str, *, preprocessing:
 
 
 def shuffle_labels(
-    labels: Labels, prompts: Sequence[str], groups: Groups | None, draw_folds: Callable[[Labels], tuple[Fold, ...]], random_state: int
-) -> tuple[Array, tuple[Fold, ...]]:
+    labels: Labels,
+    prompts: Sequence[str],
+    groups: Groups | None,
+    draw_folds: Callable[[Labels], tuple[Fold, ...]],
+    random_state: int,
+    number: int = 0,
+) -> Shuffle:
     """Shuffled labels, shape (prompt,), and folds drawn for them: labels without meaning, of data that otherwise are alike.
 
     All rows of one prompt have the same label. Where there are groups, each of one label, whole groups exchange their labels. Where
@@ -214,32 +239,50 @@ def shuffle_labels(
     draw_folds : callable
         The folds for some labels. Labels are shuffled again where it raises a LabelError, since a fold trains on one class.
     random_state : int
+    number : int
+        Which of several shuffles.
     """
-    words = f"{random_state}\0shuffled labels\0{labels.name}"
+    words = f"{random_state}\0shuffled labels\0{labels.name}" + (f"\0{number}" if number else "")
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
     codes = group_codes([prompts[row] for row in labels.rows], None)
-    _, first, number = np.unique(codes, return_index=True, return_inverse=True)
+    _, first, of_prompt = np.unique(codes, return_index=True, return_inverse=True)
     given = labels.values[labels.rows][first]
-    unit = np.arange(len(first)) if groups is None else np.unique(groups.codes[labels.rows][first], return_inverse=True)[1]
-    members = [np.flatnonzero(unit == each) for each in range(int(unit.max()) + 1)] if groups is not None else []
-    alike = all(len(np.unique(given[rows])) == 1 for rows in members)
+    unit = None if groups is None else groups.codes[labels.rows][first]
     shuffled = labels.values.copy()
     for _ in range(100):
-        if alike:
-            heads = np.unique(unit, return_index=True)[1]
-            dealt = rng.permutation(given[heads])[unit]
-        else:
-            dealt = given.copy()
-            for size in {len(rows) for rows in members}:
-                of_size = [rows for rows in members if len(rows) == size]
-                for rows, place in zip(of_size, rng.permutation(len(of_size)), strict=True):
-                    dealt[rows] = rng.permutation(given[of_size[place]])
-        shuffled[labels.rows] = dealt[number]
+        shuffled[labels.rows] = deal_to_units(given, unit, rng)[of_prompt]
         try:
             return shuffled, draw_folds(replace(labels, values=shuffled))
         except LabelError:
             continue
     raise InvalidArgumentError("control 'shuffled_labels' found no labels of two classes for every fold: use fewer folds, or leave it out")
+
+
+def deal_to_units(given: Array, unit: Array | None, rng: np.random.Generator) -> Array:
+    """Labels dealt anew, shape (prompt,).
+
+    Parameters
+    ----------
+    given : ndarray, shape (prompt,)
+        The labels of different prompts.
+    unit : ndarray of int, shape (prompt,), or None
+        The group of each. Groups of one label exchange it as wholes. Otherwise groups of equal size exchange their labels, which are
+        dealt anew within each.
+    rng : Generator
+    """
+    if unit is None:
+        return np.asarray(rng.permutation(given))
+    _, heads, number = np.unique(unit, return_index=True, return_inverse=True)
+    if (given[heads][number] == given).all():
+        return np.asarray(rng.permutation(given[heads])[number])
+    order = np.argsort(number, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(number))[:-1])
+    dealt = given.copy()
+    for size in sorted({len(rows) for rows in members}):
+        of_size = [rows for rows in members if len(rows) == size]
+        for rows, place in zip(of_size, rng.permutation(len(of_size)), strict=True):
+            dealt[rows] = rng.permutation(given[of_size[place]])
+    return dealt
 
 
 # -- what controls are fitted on -------------------------------------------------------------------------------------------
@@ -267,13 +310,15 @@ def read_features(
     InvalidArgumentError
         The features of a control are not stored, or some prompts lack them.
     """
-    own = {name: features for name, features in controls.items() if features is not None}
+    own = {name: features for name, features in controls.items() if features is not None and name != "shuffled_labels"}
     found: dict[str, Any] = {}
     for trial in trials:
         key = trial.features
         if not trial.constant or key in found:
             continue
-        if key in own:
+        if key in BAGS_OF_TOKENS:
+            found[key] = read_token_ids(key, controls[key], array, given, rows)
+        elif key in own:
             found[key] = _own_features(key, own[key], array)
         elif key == "text":
             found[key] = _texts(trial.name, array, rows)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Final
+from functools import reduce
+from operator import or_
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -21,12 +24,12 @@ from lmprobe_zarr.probes.gram import RidgeTarget, Solved, solve_ridge
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import FAILED, NOT_STORED, Outcome, outcome_of, score_outcome
+from lmprobe_zarr.probes.ridge import fit_probe, is_ridge, rows_for
 from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, NotFiniteError
 from lmprobe_zarr.tokens import stored_rows
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["draw_within", "fit_task"]
-_RIDGES: Final = ("ridge", "ridge_regression")
 
 
 def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
@@ -97,10 +100,20 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
     layer = -1 if task.variable < 0 or not trial.by_layer else plan.variables[task.variable].layers[task.layer]
     # With several seeds, a trial that draws nothing at random is fitted once and its scores apply to every seed.
     seeds = range(len(plan.seeds)) if random or len(plan.seeds) == 1 else range(1)
+    if trial.shuffles:
+        yield from _fit_shuffles(plan, task, number, matrix, layer, strengths if grid else None)
+        return
     grams: list[list[list[Solved]]] | None = None
     if _is_plain_ridge(plan, trial, matrix) and not chosen and not trial.shuffled:
         # All folds, strengths and labels at once, since they share products of rows.
-        grams = solve_ridge(matrix, plan.folds, [RidgeTarget(each.values, each.classes) for each in plan.labels], strengths)
+        wanted = [RidgeTarget(each.values, each.classes) for each in plan.labels]
+        # Where it raises, each fit is made by itself below, so that only those that fail are lost.
+        with suppress(ArithmeticError, np.linalg.LinAlgError, ValueError):
+            grams = solve_ridge(matrix, plan.folds, wanted, strengths)
+    elif not _is_plain_ridge(plan, trial, matrix):
+        # Where one set of targets needs float64, all are fitted in it.
+        for each in plan.labels:
+            matrix = rows_for(trial.probe, matrix, None if each.classes is not None else each.values[each.rows])
     for fold in range(len(plan.folds)):
         for seed in seeds:
             rows = _project(plan, trial, seed, matrix) if trial.features == DIRECTION else matrix
@@ -131,9 +144,66 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
                     yield fit
 
 
+def _fit_shuffles(
+    plan: FitPlan, task: FitTask, number: int, matrix: Array, layer: int, grid: tuple[float | None, ...] | None
+) -> Iterator[Fit]:
+    """Fits on labels that are shuffled many times: by fold the mean over the shuffles, with the mean over the folds of each shuffle."""
+    trial = plan.trials[number]
+    for seed, which in np.ndindex(len(plan.seeds), len(plan.labels)):
+        for place, strength in enumerate(grid or (None,)):
+            at = (task.variable, layer, number, 0, seed, place if grid else -1, which)
+            fits = [_fit_shuffle(plan, task, at, matrix, strength, shuffle) for shuffle in range(trial.shuffles)]
+            values = np.array([[fit.values for fit in of_shuffle] for of_shuffle in fits]).transpose(2, 0, 1)  # metric, shuffle, fold
+            for fold, of_fold in enumerate(zip(*fits, strict=True)):
+                failed = [fit for fit in of_fold if (fit.reasons & FAILED) == FAILED]
+                yield Fit(
+                    (*at[:3], fold, *at[4:]),
+                    tuple(_known_mean(values[:, :, fold]).tolist()),
+                    # A shuffle whose fit failed is left out of the mean, and counts as no worse than the probe in the p-value.
+                    FAILED if len(failed) == len(of_fold) else reduce(or_, (fit.reasons for fit in of_fold if fit not in failed)),
+                    float(np.nansum([fit.seconds for fit in of_fold])),
+                    all(fit.converged for fit in of_fold),
+                    np.nan,
+                    None,
+                    failed[0].problem if failed else "",
+                    shuffled=None if fold else _known_mean(values),
+                )
+
+
+def _fit_shuffle(
+    plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None, shuffle: int
+) -> list[Fit]:
+    """The fits of all folds of one shuffle."""
+    trial, labels = plan.trials[at[2]], plan.labels[at[6]]
+    values, folds = _labels_of(plan, trial, at[6], at[4], shuffle)
+    places = [(*at[:3], fold, *at[4:]) for fold in range(len(folds))]
+    if plan.chooses_strength(trial):
+        return [_fit_chosen(plan, task, where, matrix, shuffle) for where in places]
+    if _is_plain_ridge(plan, trial, matrix):
+        # All folds at once, since they share products of rows.
+        solved = solve_ridge(matrix, folds, [RidgeTarget(values, labels.classes)], [strength])
+        return [_score(plan, where, each[0][0].outcome, each[0][0].seconds, ended=True) for where, each in zip(places, solved, strict=True)]
+    return [_fit_fold(plan, task, where, matrix, strength, shuffle) for where in places]
+
+
+def _fit_chosen(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, shuffle: int) -> Fit:
+    """The fit of one fold of a shuffle, with a strength that is chosen within its training rows."""
+    inner, problems = _score_within(plan, task, at, matrix, plan.strengths, shuffle)
+    best = _best_strength(plan, inner)
+    return _failed(plan, at, problems[best]) if problems[best] else _fit_fold(plan, task, at, matrix, plan.strengths[best], shuffle)
+
+
+def _known_mean(values: Array) -> Array:
+    """The mean along the last axis of what is not NaN; NaN where all is."""
+    known = np.isfinite(values)
+    counted = known.sum(axis=-1)
+    total = np.where(known, values, 0.0).sum(axis=-1)
+    return np.asarray(np.divide(total, counted, out=np.full(counted.shape, np.nan), where=counted > 0))
+
+
 def _is_plain_ridge(plan: FitPlan, trial: Trial, matrix: Array) -> bool:
     """Whether a trial is the named ridge on rows as they are, which `solve_ridge` fits."""
-    return trial.probe in _RIDGES and plan.preprocessing is None and trial.features not in (DIRECTION, "text") and matrix.ndim == 2
+    return is_ridge(trial.probe) and plan.preprocessing is None and trial.features != DIRECTION and not trial.of_words and matrix.ndim == 2
 
 
 def _project(plan: FitPlan, trial: Trial, seed: int, matrix: Array) -> Array:
@@ -157,18 +227,20 @@ def _layer_name(plan: FitPlan, task: FitTask) -> str:
     return plan.layers[place] if place >= 0 else ""
 
 
-def _labels_of(plan: FitPlan, trial: Trial, which: int, seed: int) -> tuple[Array, Sequence[Fold]]:
+def _labels_of(plan: FitPlan, trial: Trial, which: int, seed: int, shuffle: int = 0) -> tuple[Array, Sequence[Fold]]:
     """The labels that a trial learns, shape (prompt,), and its folds."""
-    return plan.shuffled[which][max(seed, 0)] if trial.shuffled else (plan.labels[which].values, plan.folds)
+    return plan.shuffled[which][max(seed, 0)][shuffle] if trial.shuffled else (plan.labels[which].values, plan.folds)
 
 
-def _fit_fold(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None) -> Fit:
+def _fit_fold(
+    plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None, shuffle: int = 0
+) -> Fit:
     """One fit; NaN with its error where the estimator raises any, so that a sweep keeps all other scores."""
     import sklearn
 
     _, _, number, fold, seed, _, which = at
     trial, labels = plan.trials[number], plan.labels[which]
-    values, folds = _labels_of(plan, trial, which, seed)
+    values, folds = _labels_of(plan, trial, which, seed, shuffle)
     try:
         # The layer has been checked; without this, each estimator would check each fold several times again.
         with sklearn.config_context(assume_finite=True):
@@ -220,9 +292,9 @@ def _fit_and_predict(
 
 
 def _fit(plan: FitPlan, trial: Trial, estimator: Estimator, rows: Array, values: Array) -> Any:
-    if plan.preprocessing is None and trial.features != "text":
+    if plan.preprocessing is None and not trial.of_words:
         return fit_in_place(trial.probe, estimator, rows, values)
-    return estimator.fit(rows, values)
+    return fit_probe(trial.probe, estimator, rows, values)
 
 
 def _score(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome: Outcome, seconds: float, *, ended: bool) -> Fit:
@@ -234,7 +306,12 @@ def _score(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome:
 
 
 def _score_within(
-    plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strengths: Sequence[float | None]
+    plan: FitPlan,
+    task: FitTask,
+    at: tuple[int, int, int, int, int, int, int],
+    matrix: Array,
+    strengths: Sequence[float | None],
+    shuffle: int = 0,
 ) -> tuple[Array, list[str]]:
     """For each strength the mean score over inner folds of the training rows, NaN where there is none, with the problem."""
     import sklearn
@@ -242,7 +319,7 @@ def _score_within(
     assert plan.choose_by is not None  # noqa: S101  (for mypy: what is chosen is chosen by something)
     _, _, number, fold, seed, _, which = at
     trial, labels, metric = plan.trials[number], plan.labels[which], plan.choose_by
-    values, folds = _labels_of(plan, trial, which, seed)
+    values, folds = _labels_of(plan, trial, which, seed, shuffle)
     train = folds[fold][0]
     found, problems = np.full(len(strengths), np.nan), [""] * len(strengths)
     try:

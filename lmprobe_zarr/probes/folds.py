@@ -15,6 +15,7 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.labels import Groups, Labels, Sides
+from lmprobe_zarr.probes.ridge import fit_probe, rows_for
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array, is_listed
 
@@ -255,7 +256,7 @@ def fit_apart(
     """
     codes = np.unique(values, return_inverse=True)[1] if task == "classification" else None
     keep_together(estimator, probe, codes, kept, random_state)
-    return estimator.fit(rows, values)
+    return fit_probe(probe, estimator, rows_for(probe, rows, values if task == "regression" else None), values)
 
 
 def _fewest_units(codes: Array, kept: Array) -> int:

@@ -22,7 +22,7 @@ from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.metrics import Outcome
 from lmprobe_zarr.typing import Array, Floats
 
-__all__ = ["RidgeTarget", "Solved", "solve_ridge"]
+__all__ = ["RidgeTarget", "Solved", "ridge_coefficients", "solve_ridge"]
 
 _DEFAULT_ALPHA: Final = 1.0
 #: Values of a block of rows in float64, so that a block stays in the processor's cache.
@@ -38,6 +38,8 @@ _FEWEST_FACTORS, _FACTOR_VALUES = 5, 2**24
 _CANCELLED: Final = 1e-6
 #: Eigenvalues of a matrix of products are exact to about 1e-16 of the largest. A penalty below this share of it needs singular values.
 _LEAST_PENALTY: Final = 1e-10
+#: Float32 has a short range: solutions for penalties above this would underflow.
+_LARGEST_PENALTY: Final = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,37 +245,81 @@ class _Ridge:
 
     def _exactly(self, fold: int, alphas: Floats) -> Floats:
         """Predictions of the test rows of a fold, shape (row, strength, column), all in float64 and whatever the rank of its rows."""
-        from scipy.linalg import eigh, svd
-
         train = np.flatnonzero(self.weights[:, fold])
         rows = self.standardised(fold, np.float64)
         target = self.y[train, fold, 0] * np.sqrt(self.weights[train, fold])[:, None]
-        wide = rows.shape[0] < rows.shape[1]
-        values, vectors = eigh(rows @ rows.T if wide else rows.T @ rows, check_finite=False)
-        found = np.empty((rows.shape[1], len(alphas), target.shape[1]))
-        tiny = alphas < _LEAST_PENALTY * values[-1]
-        for place in np.flatnonzero(~tiny):
-            alpha = alphas[place]
-            damped = (np.maximum(values, 0) + alpha)[:, None]
-            solve = partial(_damped, vectors, damped)
-            if wide:
-                dual = solve(target)
-                dual += solve(target - rows @ (rows.T @ dual) - alpha * dual)
-                found[:, place] = rows.T @ dual
-            else:
-                coef = solve(rows.T @ target)
-                found[:, place] = coef + solve(rows.T @ (target - rows @ coef) - alpha * coef)
-        if tiny.any():
-            left, singular, right = svd(rows, full_matrices=False, check_finite=False)
-            kept = singular > np.finfo(np.float64).eps * max(rows.shape) * singular[0]
-            projected = left[:, kept].T @ target
-            for place in np.flatnonzero(tiny):
-                share = singular[kept] / (singular[kept] ** 2 + alphas[place])
-                found[:, place] = right[kept].T @ (share[:, None] * projected)
+        found = _solve_exactly(rows, target, alphas)
         test = self.folds[fold][1]
         tested = (np.subtract(self.matrix[test], self.mean, dtype=np.float64) - self.shift[:, fold]) / self.deviation[:, fold]
         tested[:, self.flat[:, fold]] = 0
         return np.asarray((tested @ found.reshape(len(found), -1)).reshape(len(test), *found.shape[1:]))
+
+
+def ridge_coefficients(rows: Floats, targets: Floats, alpha: float) -> Floats:
+    """The coefficients that make ``|rows @ coef − targets|² + alpha |coef|²`` least, for any rank and penalty; without an intercept.
+
+    Parameters
+    ----------
+    rows : ndarray of float64, shape (row, hidden)
+    targets : ndarray of float64, shape (row, column)
+        Of a size near 1.
+    alpha : float
+        At least 0. The solution of least norm where there are several.
+
+    Returns
+    -------
+    ndarray of float64, shape (hidden, column)
+    """
+    wide = rows.shape[0] < rows.shape[1]
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        narrow = rows.astype(np.float32)
+        factors = _factorise(narrow @ narrow.T if wide else narrow.T @ narrow, np.array([alpha]))
+        del narrow
+        wrong = targets if wide else rows.T @ targets
+        found, before = np.zeros_like(wrong), np.ones(targets.shape[1])
+        for turn in range(_MOST_CORRECTIONS + 1):
+            step = _solve(factors, wrong[:, None])[:, 0]
+            found += step
+            coef = rows.T @ found if wide else found
+            off = targets - rows @ coef
+            wrong = (off if wide else rows.T @ off) - alpha * found
+            length = _length(found)
+            change = np.divide(_length(step), length, out=np.zeros(len(length)), where=length != 0)
+            if turn and (np.isfinite(length) & (change < _STUCK) & (change * np.maximum(change / before, change) <= _ENOUGH)).all():
+                return coef
+            if turn and not (change < _STUCK).all():
+                break
+            before = np.maximum(change, np.finfo(np.float64).tiny)
+        return np.asarray(_solve_exactly(rows, targets, np.array([alpha]))[:, 0])
+
+
+def _solve_exactly(rows: Floats, target: Floats, alphas: Floats) -> Floats:
+    """Coefficients in float64, shape (hidden, strength, column), whatever the rank of the rows."""
+    from scipy.linalg import eigh, svd
+
+    wide = rows.shape[0] < rows.shape[1]
+    values, vectors = eigh(rows @ rows.T if wide else rows.T @ rows, check_finite=False)
+    found = np.empty((rows.shape[1], len(alphas), target.shape[1]))
+    tiny = alphas <= _LEAST_PENALTY * values[-1]
+    for place in np.flatnonzero(~tiny):
+        alpha = alphas[place]
+        damped = (np.maximum(values, 0) + alpha)[:, None]
+        solve = partial(_damped, vectors, damped)
+        if wide:
+            dual = solve(target)
+            dual += solve(target - rows @ (rows.T @ dual) - alpha * dual)
+            found[:, place] = rows.T @ dual
+        else:
+            coef = solve(rows.T @ target)
+            found[:, place] = coef + solve(rows.T @ (target - rows @ coef) - alpha * coef)
+    if tiny.any():
+        left, singular, right = svd(rows, full_matrices=False, check_finite=False)
+        kept = singular > np.finfo(np.float64).eps * max(rows.shape) * singular[0]
+        projected = left[:, kept].T @ target
+        for place in np.flatnonzero(tiny):
+            share = singular[kept] / (singular[kept] ** 2 + alphas[place])
+            found[:, place] = right[kept].T @ (share[:, None] * projected)
+    return found
 
 
 def _damped(vectors: Floats, damped: Floats, right: Floats) -> Floats:
@@ -382,6 +428,9 @@ def _factorise(matrix: Array, alphas: Floats) -> list[Any]:
     found: list[Any] = []
     diagonal = np.diagonal(matrix).copy()
     for place, alpha in enumerate(alphas):
+        if alpha > _LARGEST_PENALTY:
+            found.append(None)
+            continue
         penalised = matrix if place == len(alphas) - 1 else matrix.copy()
         np.fill_diagonal(penalised, diagonal + np.float32(alpha))
         try:

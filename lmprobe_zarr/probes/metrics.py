@@ -241,11 +241,19 @@ def _ece(outcome: Outcome, weights: Floats) -> Floats:
 def _r2(outcome: Outcome, weights: Floats) -> Floats:
     """1 less the squared error by the variance of the targets: 1 is perfect, 0 no better than their mean."""
     true = outcome.true.astype(np.float64)
-    off = weights @ (outcome.predicted - true) ** 2
+    size = _power_of_two(true)
+    off = weights @ ((outcome.predicted - true) / size) ** 2
     mean = _share(weights, true)
-    spread = np.einsum("bn,bn->b", weights, (true - mean[:, None]) ** 2)
+    spread = np.einsum("bn,bn->b", weights, ((true - mean[:, None]) / size) ** 2)
+    # Of a resample whose targets are all equal, what is left is the rounding error of their mean.
+    rounded = (4 * np.finfo(np.float64).eps * np.abs(true / size).max(initial=0)) ** 2 * weights.sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(spread > 0, 1 - off / spread, np.nan))
+        return np.asarray(np.where(spread > rounded, 1 - off / spread, np.nan))
+
+
+def _power_of_two(values: Floats) -> float:
+    """About the range of the values: what is divided by it stays exact, and its squares neither overflow nor vanish."""
+    return float(np.ldexp(1.0, int(np.frexp(np.ptp(values))[1]) - 1)) if len(values) else 1.0
 
 
 def _mae(outcome: Outcome, weights: Floats) -> Floats:
@@ -439,6 +447,8 @@ def _why_undefined(metric: Metric, outcome: Outcome) -> int:
         if outcome.probabilities is None:
             return _NO_PROBABILITIES
         return 0 if np.isfinite(outcome.probabilities).all() else _NOT_FINITE
+    if metric.needs == "values" and not np.isfinite(outcome.predicted).all():
+        return _NOT_FINITE
     if metric.name in ("r2", "spearman") and not np.ptp(outcome.true):
         return _CONSTANT_TRUE
     return _CONSTANT_PREDICTED if metric.name == "spearman" and not np.ptp(outcome.predicted) else 0
@@ -461,7 +471,7 @@ def undefined_reasons(bits: int, metric: Metric) -> list[str]:
     needed = {
         "scores": _NO_SCORES | _NOT_FINITE | _ONE_CLASS | _NEW_CLASS,
         "probabilities": _NO_PROBABILITIES | _NOT_FINITE,
-        "values": _CONSTANT_TRUE | _CONSTANT_PREDICTED,
+        "values": _CONSTANT_TRUE | _CONSTANT_PREDICTED | _NOT_FINITE,
     }
     return [text for bit, text in REASONS.items() if bits & bit & (needed.get(metric.needs, 0) | NOT_STORED)]
 
@@ -570,10 +580,12 @@ def evaluate_regression(predicted: Any, targets: Any) -> dict[str, float]:
     """
     predicted, targets = np.asarray(predicted, dtype=np.float64), np.asarray(targets, dtype=np.float64)
     _check_lengths(predicted, targets)
-    spread = float(np.sum((targets - targets.mean()) ** 2))
+    size = _power_of_two(targets)
+    spread = float(np.sum(((targets - targets.mean()) / size) ** 2))
     off = predicted - targets
+    shares = off / size
     constant = bool((targets == targets[0]).all()) or not spread
-    return {"r2": np.nan if constant else 1 - float(off @ off) / spread, "mae": float(np.abs(off).mean())}
+    return {"r2": np.nan if constant else 1 - float(shares @ shares) / spread, "mae": float(np.abs(off).mean())}
 
 
 def _check_lengths(predicted: Array, labels: Array) -> None:

@@ -26,11 +26,14 @@ def _fit_scaled(regressor: Any, fit: Callable[[Any, Array], Any], activations: A
         raise InvalidArgumentError(f"the target has shape {target.shape}, expected one number per prompt")
     # Without an intercept the fit goes through zero, so the target must not be shifted.
     centre = float(target.mean()) if regressor.fit_intercept and len(target) else 0.0
-    scale = float(target.std()) if len(target) else 1.0
-    fit(activations, (target - centre) / (scale or 1.0))
-    dtype = regressor.coef_.dtype.type
-    regressor.coef_ = regressor.coef_ * dtype(scale or 1.0)
-    regressor.intercept_ = regressor.intercept_ * dtype(scale or 1.0) + dtype(centre)
+    apart = target - centre
+    # Divided first, since squares of the largest and smallest numbers are no numbers.
+    size = float(np.abs(apart).max(initial=0)) or 1.0
+    scale = size * (float((target / size - centre / size).std()) or 1.0)
+    fit(activations, apart / scale)
+    # In float64 whatever the fit is computed in: float32 knows 1e9 to the nearest 64.
+    regressor.coef_ = np.asarray(regressor.coef_, np.float64) * scale
+    regressor.intercept_ = np.asarray(regressor.intercept_, np.float64) * scale + centre
 
 
 class ScaledTargetLasso(Lasso):  # type: ignore[misc]

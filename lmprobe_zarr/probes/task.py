@@ -12,7 +12,7 @@ from typing import Any
 
 import xarray as xr
 
-from lmprobe_zarr.probes.controls import Trial
+from lmprobe_zarr.probes.controls import Shuffle, Trial
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.labels import Labels
 from lmprobe_zarr.probes.metrics import Metric, Outcome
@@ -49,8 +49,8 @@ class FitPlan:
     #: By name, what trials are fitted on that do not depend on a layer; see `Trial.features`.
     features: Mapping[str, Any]
     labels: tuple[Labels, ...]
-    #: For each set of labels and each seed its shuffled values, with folds drawn for them; empty where no trial shuffles labels.
-    shuffled: tuple[tuple[tuple[Array, tuple[Fold, ...]], ...], ...]
+    #: For each set of labels and each seed its shuffles, at least one; empty where no trial shuffles labels.
+    shuffled: tuple[tuple[tuple[Shuffle, ...], ...], ...]
     folds: tuple[Fold, ...]
     #: Shape (prompt,). Rows with the same number stay on one side of every fold, inner folds included.
     kept: Array
@@ -91,6 +91,11 @@ class FitPlan:
         if not trial.by_layer:
             return "variable" in self.choose
         return bool({"variable", "layer"} & set(self.choose)) or ("probe" in self.choose and (not trial.control or trial.shuffled))
+
+    @property
+    def shuffles(self) -> int:
+        """How many times labels are shuffled for a p-value; 0 where none is wanted."""
+        return max(trial.shuffles for trial in self.trials)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,8 @@ class Fit:
         The error that the fit ended in; empty if it did not.
     inner : float
         The mean score over the inner folds of the training prompts; NaN where nothing is chosen.
+    shuffled : ndarray of float64, shape (metric, shuffle), optional
+        Of labels that are shuffled many times: the score of each shuffle, as a mean over the folds. Held by the first fold.
     """
 
     at: tuple[int, int, int, int, int, int, int]
@@ -147,6 +154,7 @@ class Fit:
     outcome: Outcome | None
     problem: str = ""
     inner: float = math.nan
+    shuffled: Array | None = None
 
 
 class NotFiniteError(Exception):

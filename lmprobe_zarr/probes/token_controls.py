@@ -6,14 +6,16 @@ Holds the names, the shuffled labels, and scores from counts. Never an activatio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.probes.controls import check_shuffles, deal_to_units
 from lmprobe_zarr.probes.token_labels import LabelledTokens, TokenFolds
 from lmprobe_zarr.typing import Array, Ints
 
@@ -21,7 +23,7 @@ __all__ = ["DEALT", "TOKEN_CONTROLS", "deal_labels", "parse_token_controls", "sc
 
 #: Every control of `lmprobe_zarr.sweep_tokens` by name, and what it says.
 TOKEN_CONTROLS: Final[Mapping[str, str]] = {
-    "shuffled_labels": "each probe on labels dealt anew, to prompts where all tokens of a prompt share theirs, else to tokens",
+    "shuffled_labels": "each probe on labels dealt anew, to prompts where all tokens of a prompt share theirs, else sequence by sequence",
     "control_task": "each probe on a random label for every token id, drawn as often as in the labels: what it learns by heart",
     "token_identity": "how often each class had this very token id among the training tokens",
     "position": "how often each class had this position in its prompt among the training tokens",
@@ -32,8 +34,8 @@ TOKEN_CONTROLS: Final[Mapping[str, str]] = {
 DEALT: Final = ("shuffled_labels", "control_task")
 
 
-def parse_token_controls(controls: Any) -> tuple[str, ...]:
-    """The names, checked.
+def parse_token_controls(controls: Any) -> dict[str, int]:
+    """The names, checked, each with how many times its labels are shuffled for a p-value; 0 for all but "shuffled_labels".
 
     Raises
     ------
@@ -41,22 +43,39 @@ def parse_token_controls(controls: Any) -> tuple[str, ...]:
         No names, or unknown ones.
     """
     if controls is None:
-        return ()
+        return {}
     listed = [controls] if isinstance(controls, str) else list(controls) if isinstance(controls, Iterable) else [None]
-    if isinstance(controls, Mapping) or not all(isinstance(name, str) for name in listed):
-        raise InvalidTypeError(f"controls={controls!r:.60} are no names: give some of {', '.join(TOKEN_CONTROLS)}")
+    given = dict(controls) if isinstance(controls, Mapping) else {}
+    features = any(value is not None and name != "shuffled_labels" for name, value in given.items())
+    if features or not all(isinstance(name, str) for name in listed):
+        raise InvalidTypeError(
+            f"controls={controls!r:.60} are no names: give some of {', '.join(TOKEN_CONTROLS)}, or {{'shuffled_labels': 100}} for p-values"
+        )
     strange = next((name for name in listed if name not in TOKEN_CONTROLS), None)
     if strange is not None:
         raise InvalidArgumentError(f"there is no control {strange!r} of tokens: use some of {', '.join(TOKEN_CONTROLS)}")
-    return tuple(dict.fromkeys(listed))
+    return {str(name): check_shuffles(given.get(name)) for name in listed}
 
 
-def deal_labels(control: str, array: xr.DataArray, labelled: LabelledTokens, folds: TokenFolds, random_state: int) -> Array:
-    """Labels dealt anew, shape (token,), of the dtype of ``labelled.codes``.
+def deal_labels(
+    control: str,
+    array: xr.DataArray,
+    labelled: LabelledTokens,
+    folds: TokenFolds,
+    random_state: int,
+    *,
+    draw_folds: Callable[[LabelledTokens], TokenFolds] | None = None,
+    number: int = 0,
+) -> tuple[Array, TokenFolds]:
+    """Labels dealt anew, shape (token,), of the dtype of ``labelled.codes``, and their folds.
 
-    For "shuffled_labels" every prompt gets the label of another; where the tokens of a prompt differ, every token that of another. Folds
-    are of whole prompts, so nothing that was learned by heart helps. For "control_task" every token id gets one label at random, as
-    frequent as among the tokens: a probe may learn by heart which token has which, and what it scores then is its capacity to do so.
+    For "shuffled_labels", prompts that have one label each exchange them, as whole groups where there are groups. Where the tokens of a
+    prompt differ, the labels of each prompt, or group, stay in their order: these sequences follow one another in a random order, from a
+    random place on, and are dealt to the tokens as they come. So neighbours stay as alike as they were. Folds are of whole prompts, so
+    nothing that was learned by heart helps.
+
+    For "control_task" every token id gets one label at random, as frequent as among the tokens: a probe may learn by heart which token
+    has which, and what it scores then is its capacity to do so.
 
     Parameters
     ----------
@@ -67,6 +86,10 @@ def deal_labels(control: str, array: xr.DataArray, labelled: LabelledTokens, fol
     folds : TokenFolds
         Labels are dealt again until each trains on two classes.
     random_state : int
+    draw_folds : callable, optional
+        Draws folds for shuffled labels, as `folds` were drawn for the true ones.
+    number : int
+        Which of several shuffles.
 
     Raises
     ------
@@ -78,26 +101,37 @@ def deal_labels(control: str, array: xr.DataArray, labelled: LabelledTokens, fol
     Source: J. Hewitt and P. Liang, "Designing and Interpreting Probes with Control Tasks" (2019), arXiv:1909.03368: the control task gives
     each type of word a random output.
     """
-    words = f"{random_state}\0{control}\0{labelled.name}"
+    words = f"{random_state}\0{control}\0{labelled.name}" + (f"\0{number}" if number else "")
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()[:8], "little"))
     by_type = control == "control_task"
-    number = np.arange(len(labelled.codes))
-    if by_type:
-        number = np.unique(_known(control, array, "token_id", labelled), return_inverse=True)[1]
-    elif labelled.by_prompt:
-        number = np.unique(labelled.prompt, return_inverse=True)[1]
-        # Groups whose prompts all have one label exchange it as wholes, as they depend on one another.
-        if folds.unit is not None:
-            grouped = np.unique(folds.unit[labelled.prompt], return_inverse=True)[1]
-            if (labelled.codes[np.unique(grouped, return_index=True)[1]][grouped] == labelled.codes).all():
-                number = grouped
-    first = np.unique(number, return_index=True)[1]
+    types = np.unique(_known(control, array, "token_id", labelled), return_inverse=True)[1] if by_type else np.zeros(0, np.int64)
     for _ in range(100):
-        drawn = rng.choice(labelled.codes, len(first)) if by_type else rng.permutation(labelled.codes[first])
-        dealt = drawn[number]
-        if all(len(np.unique(dealt[trained[labelled.prompt]])) > 1 for trained in folds.train):
-            return np.asarray(dealt, labelled.codes.dtype)
+        values = rng.choice(labelled.codes, int(types.max()) + 1)[types] if by_type else _shuffle(labelled, folds.unit, rng)
+        dealt = np.asarray(values, labelled.codes.dtype)
+        drawn = folds
+        if draw_folds is not None and not by_type:
+            try:
+                drawn = draw_folds(replace(labelled, codes=dealt))
+            except LabelError:
+                continue
+            # A splitter may give another number of folds for other labels.
+            drawn = drawn if len(drawn.train) == len(folds.train) else folds
+        if all(len(np.unique(dealt[trained[labelled.prompt]])) > 1 for trained in drawn.train):
+            return dealt, drawn
     raise InvalidArgumentError(f"control {control!r} found no labels of two classes for every fold: use fewer folds, or leave it out")
+
+
+def _shuffle(labelled: LabelledTokens, unit: Ints | None, rng: np.random.Generator) -> Array:
+    if labelled.by_prompt:
+        used, first, of_token = np.unique(labelled.prompt, return_index=True, return_inverse=True)
+        return deal_to_units(labelled.codes[first], None if unit is None else unit[used], rng)[of_token]
+    of_token = labelled.prompt if unit is None else unit[labelled.prompt]
+    order = np.argsort(of_token, kind="stable")
+    sequences = np.split(labelled.codes[order], np.flatnonzero(np.diff(of_token[order])) + 1)
+    laid = np.concatenate([sequences[place] for place in rng.permutation(len(sequences))])
+    dealt = np.empty_like(labelled.codes)
+    dealt[order] = np.roll(laid, int(rng.integers(len(laid))))
+    return dealt
 
 
 def score_by_counts(

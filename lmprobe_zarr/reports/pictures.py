@@ -23,6 +23,9 @@ LEFT: Final = 64
 RIGHT: Final = 14
 TOP: Final = 10
 BOTTOM: Final = 40
+# The width of a letter or digit, and how many of them fit beside the vertical axis.
+LETTER: Final = 7.5
+UNIT_LETTERS: Final = 28
 # Blue and vermilion of M. Okabe and K. Ito, "Color Universal Design" (2008).
 BLUE: Final = (0, 114, 178)
 VERMILION: Final = (213, 94, 0)
@@ -113,13 +116,18 @@ def draw_chart(chart: Chart) -> Html:
         marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         marks.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{_number(tick)}</text>')
     step = max(1, -(-len(places) // 16))
+    taken = -math.inf
     for x, layer in list(zip(places, chart.layers, strict=True))[::step]:
+        half = LETTER * len(str(layer)) / 2
+        # Layers need not be evenly spaced: a number that would run into the one before is left out.
+        if x - half < taken:
+            continue
+        taken = x + half + LETTER
         marks.append(f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{layer}</text>')
     marks.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">layer</text>')
     middle = (HEIGHT - BOTTOM + TOP) / 2
-    marks.append(
-        f'<text class="axis" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(chart.unit)}</text>'
-    )
+    unit = escape(_cut_middle(chart.unit, UNIT_LETTERS))
+    marks.append(f'<text class="axis" x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{unit}</text>')
     for _, level in chart.lines:
         y = height(level)
         marks.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
@@ -144,13 +152,13 @@ def style_of(number: int, kind: str) -> str:
 def _curve(series: Series, number: int, points: Any) -> str:
     out = []
     if series.low is not None and series.high is not None:
-        pairs = [(a, b) for a, b in zip(points(series.low), points(series.high), strict=True) if a is not None and b is not None]
-        if len(pairs) > 1:
-            outline = [b for _, b in pairs] + [a for a, _ in reversed(pairs)]
-            out.append(f'<polygon class="band" points="{" ".join(f"{x},{y}" for x, y in outline)}"/>')
-        elif pairs:
-            (x, y), (_, top) = pairs[0]
-            out.append(f'<line class="line" x1="{x}" x2="{x}" y1="{y}" y2="{top}"/>')
+        for pairs in _runs(list(zip(points(series.low), points(series.high), strict=True))):
+            if len(pairs) > 1:
+                outline = [b for _, b in pairs] + [a for a, _ in reversed(pairs)]
+                out.append(f'<polygon class="band" points="{" ".join(f"{x},{y}" for x, y in outline)}"/>')
+            else:
+                (x, y), (_, top) = pairs[0]
+                out.append(f'<line class="line" x1="{x}" x2="{x}" y1="{y}" y2="{top}"/>')
     path, pen = "", "M"
     drawn = []
     for point in points(series.values):
@@ -164,6 +172,17 @@ def _curve(series: Series, number: int, points: Any) -> str:
     step = max(1, len(drawn) // 20)
     out += [mark(x, y, number) for x, y in drawn[::step]]
     return f'<g class="{style_of(number, series.kind)}">{"".join(out)}</g>'
+
+
+def _runs(pairs: list[tuple[Any, Any]]) -> list[list[tuple[Any, Any]]]:
+    """Neighbouring layers that have both edges of a band: no band is drawn over a layer without."""
+    runs: list[list[tuple[Any, Any]]] = [[]]
+    for low, high in pairs:
+        if low is None or high is None:
+            runs.append([])
+        else:
+            runs[-1].append((low, high))
+    return [run for run in runs if run]
 
 
 def mark(x: float, y: float, number: int) -> str:
@@ -209,13 +228,19 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 and value == round(value) else f"{value:.4g}"
+    text = f"{value:,.0f}" if abs(value) >= 1000 and value == round(value) else f"{value:.4g}"
+    # There is room for seven characters between the axis and its label.
+    return text if len(text) <= 7 else f"{value:.3g}"
+
+
+def _cut_middle(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1 - most // 2]}…{text[len(text) - most // 2 :]}"
 
 
 # ------------------------------------------------------------------------------------------------------------------- grids
 
 
-def draw_grid(colours: Array, *, label: str, describe_rows: Sequence[tuple[int, str]], left: int = 34, cell: tuple[float, float]) -> Html:
+def draw_grid(colours: Array, *, label: str, describe_rows: Sequence[tuple[int, str]], cell: tuple[float, float]) -> Html:
     """A grid of coloured cells, one pixel each, stretched without being smoothed.
 
     Parameters
@@ -226,12 +251,11 @@ def draw_grid(colours: Array, *, label: str, describe_rows: Sequence[tuple[int, 
         Description for screen readers.
     describe_rows : sequence of (int, str)
         Rows that have a label at the side.
-    left : int
-        Width of the space for these labels.
     cell : (float, float)
         Width and height of a cell.
     """
     rows, columns = colours.shape[:2]
+    left = max(34, math.ceil(LETTER * max((len(name) for _, name in describe_rows), default=0)) + 8)
     width, height = columns * cell[0], rows * cell[1]
     data = base64.b64encode(_png(colours[::-1])).decode()
     names = "".join(

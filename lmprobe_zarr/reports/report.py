@@ -143,6 +143,8 @@ def report(
         Scores of a model that is not shown, or that are not those of a sweep; a probe that is not fitted, or learned from several layers
         side by side; no such variable; more than 12 prompts; a path that cannot be written.
     """
+    if path is not None and (not Path(path).absolute().parent.is_dir() or Path(path).is_dir()):
+        raise InvalidArgumentError(f"the page cannot be written to {os.fspath(path)!r}: give a file in a folder that exists")
     opened = open_to_read(store)
     if isinstance(sample_bytes, bool) or not isinstance(sample_bytes, int) or sample_bytes < 1:
         raise InvalidArgumentError(f"sample_bytes={sample_bytes!r} is no amount to read: give bytes, at least 1")

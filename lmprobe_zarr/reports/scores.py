@@ -11,6 +11,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.reports.pictures import Chart, Series
 from lmprobe_zarr.store.format import GroupInfo
+from lmprobe_zarr.sweeps.shuffles import describe_shuffles, is_of_shuffles
 from lmprobe_zarr.typing import Array
 
 __all__ = ["SHOWN_LAYERS", "choose_layer", "describe_scores", "draw_scores", "find_scored_group"]
@@ -60,7 +61,11 @@ def _list_metrics(scores: xr.Dataset) -> list[str]:
     found = [
         str(name)
         for name, v in scores.data_vars.items()
-        if {"layer", "probe"} <= set(v.dims) and v.dtype.kind == "f" and name not in _NO_SCORES and v.dims[-1] not in ("prompt", "hidden")
+        if {"layer", "probe"} <= set(v.dims)
+        and v.dtype.kind == "f"
+        and name not in _NO_SCORES
+        and v.dims[-1] not in ("prompt", "hidden")
+        and not is_of_shuffles(v)
     ]
     known = list(_TITLES)
     return sorted(found, key=lambda name: known.index(name) if name in known else len(known))
@@ -94,6 +99,10 @@ def _draw_metric(scores: xr.Dataset, metric: str) -> Chart:
     elif metric == "accuracy" and "majority_share" in scores.attrs:
         share = float(scores.attrs["majority_share"])
         lines = [(f"majority class {share:.2f}", share)]
+    note = f"The first {SHOWN_CURVES} of {len(curves)} curves." if len(curves) > SHOWN_CURVES else ""
+    for probe in scores["probe"].values.tolist():
+        beside = describe_shuffles(scores, metric, probe)
+        note += f"{' ' * bool(note)}Best layer of {probe}: {beside}." if beside else ""
     title = _TITLES.get(metric, str(scores[metric].attrs.get("long_name", metric)))
     return Chart(
         title=title[:1].upper() + title[1:],
@@ -101,7 +110,7 @@ def _draw_metric(scores: xr.Dataset, metric: str) -> Chart:
         layers=tuple(int(layer) for layer in array.layer.values),
         series=tuple(curves[:SHOWN_CURVES]),
         lines=tuple(lines),
-        note=f"The first {SHOWN_CURVES} of {len(curves)} curves." if len(curves) > SHOWN_CURVES else "",
+        note=note,
     )
 
 
@@ -109,7 +118,10 @@ def _average_curve(name: str, values: Array, kind: str) -> Series:
     defined = np.isfinite(values).any(axis=1)
     mean, low, high = (np.full(len(values), np.nan) for _ in range(3))
     mean[defined], low[defined], high[defined] = (f(values[defined], axis=1) for f in (np.nanmean, np.nanmin, np.nanmax))
-    banded = values.shape[1] > 1
+    # A single score has no spread, which is not a spread of 0.
+    several = np.isfinite(values).sum(axis=1) > 1
+    low[~several], high[~several] = np.nan, np.nan
+    banded = bool(several.any())
     return Series(
         name=name, values=mean, low=low if banded else None, high=high if banded else None, kind="control" if kind == "control" else "probe"
     )

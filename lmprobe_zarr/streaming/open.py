@@ -83,6 +83,8 @@ def open_batches(array: xr.DataArray, options: BatchOptions) -> Batches:
     values = np.dtype(np.float16 if options.dtype is None and stored_dtype(source.variable) == "float16" else source.variable.dtype)
     if options.mean is not None or options.scale is not None:
         values = np.result_type(values, np.float32)
+    mean = _parse_shift("mean", options.mean, source, array)
+    scale = _for_mean(options.scale, mean, source)
     kind: type[Batches] = Batches
     dtype: Any = None
     if options.framework == "torch":
@@ -96,8 +98,8 @@ def open_batches(array: xr.DataArray, options: BatchOptions) -> Batches:
         epochs=options.epochs,
         labels=labels,
         dtype=dtype,
-        mean=_parse_shift("mean", options.mean, source),
-        scale=_parse_shift("scale", options.scale, source),
+        mean=mean,
+        scale=_parse_shift("scale", scale, source, array),
         prefetch=options.prefetch,
         start_step=options.start_step,
     )
@@ -135,15 +137,63 @@ def _parse_dtype(dtype: Any, values: np.dtype[Any]) -> np.dtype[Any]:
     return parsed
 
 
-def _parse_shift(name: str, given: Any, source: RowSource) -> Array | None:
+def _for_mean(scale: Any, mean: Array | None, source: RowSource) -> Any:
+    """The scale for rows less `mean`: ``norm_scale`` is measured about the mean, and brings the factor for rows as they are.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The mean is another than the scale was measured about.
+    """
+    if not isinstance(scale, xr.DataArray) or scale.name != "norm_scale" or not {"without_mean", "norm_of_mean"} <= set(scale.coords):
+        return scale
+    if mean is None:
+        return (scale * scale.coords["without_mean"]).assign_attrs(scale.attrs)
+    scale = _check_layer("scale", scale, source)
+    known = scale.coords["norm_of_mean"]
+    whole = np.broadcast_to(mean[:, 0], (len(mean), *source.row_shape)).reshape(len(mean), -1)
+    given = np.linalg.norm(whole.astype(np.float64), axis=1)
+    # The mean may have been rounded to float16 in between.
+    if not np.allclose(given, known.values, rtol=0.01, atol=0.01 * float(np.min(scale.values))):
+        raise InvalidArgumentError(
+            f"scale is norm_scale of statistics, measured about their mean_value of norm {np.asarray(known.values).tolist()}, and mean has "
+            f"norm {given.tolist()}: give mean=stats.mean_value of the same statistics, or a number as scale"
+        )
+    return scale
+
+
+def _check_layer(name: str, given: xr.DataArray, source: RowSource) -> xr.DataArray:
+    """The values of the layers of the batches, in their order; values that name no layer apply to all.
+
+    Raises
+    ------
+    InvalidArgumentError
+        They are of other layers.
+    """
+    if "layer" not in given.coords:
+        if "layer" in given.dims and source.labels != (None,):
+            raise InvalidArgumentError(f"{name} has a dimension layer without labels, and batches are of {list(source.labels)}: label them")
+        return given
+    known = np.atleast_1d(given.coords["layer"].values).tolist()
+    if source.labels == (None,) and len(known) == 1:
+        return given.isel(layer=0) if "layer" in given.dims else given
+    missing = [label for label in source.labels if label not in known]
+    if missing:
+        raise InvalidArgumentError(
+            f"{name} is of layers {known}, and lacks some of the layers {list(source.labels)}: make it for all of them, {missing} too"
+        )
+    return given.sel(layer=list(source.labels)) if "layer" in given.dims else given
+
+
+def _parse_shift(name: str, given: Any, source: RowSource, array: xr.DataArray) -> Array | None:
     """The mean or scale in float32 at least, shape (layer, 1, …) or (1, 1, …), to broadcast with (layer, row, …)."""
     if given is None:
         return None
+    if isinstance(given, xr.Dataset):
+        raise InvalidTypeError(f"{name} is a Dataset with {', '.join(map(str, given.data_vars))}: give one of them, as in stats.mean_value")
     if isinstance(given, xr.DataArray):
-        if "layer" in given.dims:
-            if "layer" not in given.coords or not set(source.labels) <= set(given.coords["layer"].values.tolist()):
-                raise InvalidArgumentError(f"{name} lacks some of the layers {list(source.labels)}: make it for all of them")
-            given = given.sel(layer=list(source.labels))
+        _check_origin(name, given, array)
+        given = _check_layer(name, given, source)
         others = [dim for dim in source.variable.dims if dim not in ("layer", source.dim)]
         if not set(given.dims) <= {"layer", *others}:
             raise InvalidArgumentError(f"{name} has dims {given.dims}: give some of {('layer', *others)}")
@@ -164,6 +214,18 @@ def _parse_shift(name: str, given: Any, source: RowSource) -> Array | None:
         range_ = "finite" if name == "mean" else "finite and above 0"
         raise InvalidArgumentError(f"{name} holds values that are not {range_}: see statistics()")
     return np.expand_dims(values.astype(np.result_type(source.variable.dtype, np.float32)), 1)
+
+
+def _check_origin(name: str, given: xr.DataArray, array: xr.DataArray) -> None:
+    """Raise where statistics are of another variable or model than the batches."""
+    model = array.coords["model"].item() if "model" in array.coords and array.coords["model"].ndim == 0 else ""
+    for what, mine in (("of", array.name or ""), ("model", model)):
+        theirs = str(given.attrs.get(what, ""))
+        if theirs and str(mine) and theirs != str(mine):
+            of = "variable" if what == "of" else "model"
+            raise InvalidArgumentError(
+                f"{name} is of {of} {theirs!r}, and the batches are of {str(mine)!r}: make statistics of the same {of}"
+            )
 
 
 def _below_norm(source: RowSource, blocks: Blocks, factor: float) -> Blocks:

@@ -25,6 +25,8 @@ from lmprobe_zarr.typing import Array, Floats
 
 __all__ = ["RowMoments", "finite_median", "norms_of", "read_norms", "statistics_of"]
 _ABOUT: Final = "lmprobe_zarr.statistics"
+#: How many values of rows are kept in memory, to correct the norms about the mean, which is known only after the last row.
+_KEPT_VALUES: Final = 2**21
 
 
 # ----------------------------------------------------------------------------------------------------------------- norms
@@ -122,21 +124,22 @@ def statistics_of(
         if source.stored() is None:
             raise InvalidArgumentError("keep needs activations that are read from a store, because only a store tells when they change")
         wanted = b"" if blocks.kept is None else np.packbits(blocks.kept).tobytes()
-        key = hashlib.sha256(f"1 {source.fingerprint()} {float(outlier_factor)!r} ".encode() + wanted).hexdigest()
+        key = hashlib.sha256(f"2 {source.fingerprint()} {float(outlier_factor)!r} ".encode() + wanted).hexdigest()
         kept = _read_kept(keep, key)
         if kept is not None:
-            return _as_dataset(kept, source, inner, array.name, outlier_factor)
+            return _as_dataset(kept, source, inner, array, outlier_factor)
     by_layer = [_statistics_of_layer(source.only(place), blocks, float(outlier_factor)) for place in range(len(source.places))]
     values = {name: np.stack([np.asarray(layer_values[name]) for layer_values in by_layer]) for name in by_layer[0]}
     if keep is not None:
         _write_kept(keep, key, values)
-    return _as_dataset(values, source, inner, array.name, outlier_factor)
+    return _as_dataset(values, source, inner, array, outlier_factor)
 
 
 def _statistics_of_layer(source: RowSource, blocks: Blocks, factor: float) -> dict[str, Any]:
     width = int(np.prod(source.row_shape))
     moments = RowMoments(0, np.zeros(width), np.zeros(width))
     norms = np.empty(blocks.total)
+    about_mean = _NormsAboutMean(blocks.total, width)
     at = 0
     for rows, values in read_all(source, blocks):
         flat = values[0].reshape(len(rows), -1)
@@ -149,10 +152,12 @@ def _statistics_of_layer(source: RowSource, blocks: Blocks, factor: float) -> di
             wide = wide if finite.all() else wide[finite]
             if len(wide):
                 moments += RowMoments.of(wide)
+                about_mean.add(wide, moments.mean)
     norms = norms[np.isfinite(norms)]
     nothing = not moments.count
     median = float("nan") if nothing else float(np.median(norms))
     mean_norm = float("nan") if nothing else float(norms.mean())
+    centred = float("nan") if nothing else about_mean.mean(moments.mean)
     with np.errstate(invalid="ignore"):
         spread = np.sqrt(moments.squares / (moments.count or np.nan))
     return {
@@ -161,17 +166,56 @@ def _statistics_of_layer(source: RowSource, blocks: Blocks, factor: float) -> di
         "mean_norm": mean_norm,
         "median_norm": median,
         "largest_norm": float("nan") if nothing else float(norms.max()),
-        "norm_scale": mean_norm / np.sqrt(width),
+        "norm_scale": centred / np.sqrt(width),
+        # Where rows do not vary, there is nothing to scale once their mean is subtracted.
+        "without_mean": mean_norm / centred if centred else 1.0,
+        "norm_of_mean": float("nan") if nothing else float(np.linalg.norm(moments.mean)),
         "outlier_share": float("nan") if nothing else float((norms > factor * median).mean()),
         "n_rows": np.int64(moments.count),
         "n_not_finite": np.int64(blocks.total - moments.count),
     }
 
 
-def _as_dataset(values: Mapping[str, Array], source: RowSource, inner: list[str], name: Any, factor: float) -> xr.Dataset:
+class _NormsAboutMean:
+    """The mean norm of rows less their mean, in one pass: norms about the mean so far, and how far these are off for some of the rows.
+
+    Two norms of a row differ by no more than the two means do, so that some of the rows tell the difference well. It is exact where there
+    are few enough rows to keep all.
+    """
+
+    def __init__(self, n_rows: int, width: int) -> None:
+        self._share = max(64, _KEPT_VALUES // max(1, width)) / max(1, n_rows)
+        self._rng = np.random.default_rng(0)
+        self._sum, self._count = 0.0, 0
+        self._kept: list[tuple[Array, Floats]] = []
+
+    def add(self, rows: Floats, mean: Floats) -> None:
+        """Count more rows, shape (row, hidden), of which the last are part of this mean."""
+        apart = rows - mean
+        norms = np.sqrt(np.einsum("ij,ij->i", apart, apart))
+        self._sum += float(norms.sum())
+        self._count += len(norms)
+        some = self._rng.random(len(rows)) < self._share
+        if some.any():
+            # What was float16 or float32 is kept as float32 without loss.
+            narrow = rows[some].astype(np.float32)
+            self._kept.append((narrow if (narrow == rows[some]).all() else rows[some], norms[some]))
+
+    def mean(self, mean: Floats) -> float:
+        """The mean norm of all rows less this mean."""
+        off = [np.linalg.norm(rows - mean, axis=1) - norms for rows, norms in self._kept]
+        return max(0.0, self._sum / self._count + (float(np.concatenate(off).mean()) if off else 0.0))
+
+
+def _as_dataset(values: Mapping[str, Array], source: RowSource, inner: list[str], array: xr.DataArray, factor: float) -> xr.Dataset:
     layered = source.labels != (None,)
-    data = {n: (("layer", *inner)[: v.ndim], v) for n, v in values.items()}
-    found = xr.Dataset(data, attrs={"of": str(name or ""), "outlier_factor": float(factor)})
+    # What they are of goes with each variable, since batches compare it.
+    of = {"of": str(array.name or "")}
+    if "model" in array.coords and array.coords["model"].ndim == 0:
+        of["model"] = str(array.coords["model"].item())
+    data = {n: (("layer", *inner)[: v.ndim], v, of) for n, v in values.items()}
+    found = xr.Dataset(data, attrs={**of, "outlier_factor": float(factor)})
+    found = found.set_coords(["without_mean", "norm_of_mean"])
     found = found.assign_coords(layer=list(source.labels)) if layered else found
     return to_interchange(found.isel(layer=0) if source.single else found)
 

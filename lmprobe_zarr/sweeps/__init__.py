@@ -1,8 +1,8 @@
 """Probes over layers, variables and labels: what a sweep would do (`plan_sweep`), its scores, and what they allow to conclude.
 
 ``sweep`` fits probes on prompts, and ``tokens`` on every token, block by block. ``transfer`` fits on one dataset and tests on another.
-``directions`` fits one probe per layer for its coefficients. ``compare``, ``table`` and ``glance`` read nothing but scores. All others run
-their tasks through `lmprobe_zarr.tasks.Runner`. Never a store of activations, a model or a plot.
+``directions`` fits one probe per layer for its coefficients. ``compare``, ``shuffles``, ``table`` and ``glance`` read nothing but
+scores. All others run their tasks through `lmprobe_zarr.tasks.Runner`. Never a store of activations, a model or a plot.
 """
 
 from lmprobe_zarr.sweeps.compare import compare, confidence_intervals, selectivity

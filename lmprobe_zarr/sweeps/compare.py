@@ -12,12 +12,19 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list, to_interchange
 from lmprobe_zarr.probes.metrics import Metric, Outcome, measure_outcome, parse_metrics, score_outcome
+from lmprobe_zarr.sweeps.shuffles import shuffled_name
 from lmprobe_zarr.typing import Array, Floats
 
 __all__ = ["compare", "confidence_intervals", "selectivity"]
 
 _BOUNDS = ("lower", "estimate", "upper")
 _RESAMPLES_AT_ONCE = 250
+#: Rounding makes means over folds differ by less than this.
+_WIDTH = 1e-12
+#: Measures that are means over prompts, so that each prompt adds its part to a difference.
+_MEANS = ("accuracy", "log_loss", "brier", "mae")
+#: Units whose predictions differ, at most, that are exchanged in every possible way.
+_ENUMERATED = 12
 
 
 def confidence_intervals(
@@ -27,9 +34,9 @@ def confidence_intervals(
 
     Prompts are drawn with replacement, among those that the same folds test in every repeat; where the sweep had groups, whole groups are.
     A prompt stands in every row and in every repeat as often as it was drawn, so that testing it again makes no interval narrower. One
-    resample is the mean over the folds of a metric of these prompts, and the interval is between two quantiles of the resamples. The
-    probes are not fitted again: the interval says how much the score depends on which prompts were tested, not on which were learned
-    from.
+    resample is the mean over the folds of a metric of these prompts, and the interval is between two quantiles of the resamples, a
+    little further out the fewer prompts or groups there are, since resamples of few vary too little. The probes are not fitted again: the
+    interval says how much the score depends on which prompts were tested, not on which were learned from.
 
     Parameters
     ----------
@@ -48,7 +55,8 @@ def confidence_intervals(
     Dataset
         A variable per metric over the dims of the scores without ``fold``, and ``bound``: "lower", "estimate" (the score itself, the
         mean over the folds), "upper". NaN where a score is undefined; undefined resamples are left out. Where a fold tests a single prompt
-        or group, nothing is known of how such scores vary: the bounds are NaN, and the attribute ``nan_reasons`` says so.
+        or group, or all resamples have the same score, such as 1, nothing is known of how scores vary: the bounds are NaN, and the
+        attribute ``nan_reasons`` says so.
 
     Raises
     ------
@@ -57,8 +65,9 @@ def confidence_intervals(
 
     Notes
     -----
-    Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13, the percentile interval; of groups,
-    A. C. Davison and D. V. Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8.
+    Source: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13, the percentile interval; of groups, A. C.
+    Davison and D. V. Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8; expanded for few units, T. C. Hesterberg,
+    "What Teachers Should Know About the Bootstrap", The American Statistician 69 (2015).
     """
     _check_scores(scores)
     if "predicted" not in scores:
@@ -75,25 +84,37 @@ def confidence_intervals(
     if metrics is None:
         metrics = [str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and _is_metric(str(name), scores)]
     chosen = parse_metrics(metrics, scores.attrs["task"], n_classes)
-    tail = (1 - level) / 2
     dims = [str(dim) for dim in scores["predicted"].dims if dim not in ("prompt", "repetition")]
     shape = [scores.sizes[dim] for dim in dims]
     found = {metric.name: np.full((*shape, len(_BOUNDS)), np.nan) for metric in chosen}
     unit = "group" if "group" in scores.coords else "prompt"
-    # Texts that were read from a file may be of a dtype that does not become fixed-width texts.
-    units = np.unique(np.asarray(list(map(str, scores[unit].values)), str), return_inverse=True)[1]
+    units = _units(scores)
     weights = _draw(units, int(n_resamples), random_state)
-    reason = ""
+    reasons: dict[str, dict[str, None]] = {metric.name: {} for metric in chosen}
     for place in product(*(range(size) for size in shape)):
         cell = scores.isel(dict(zip(dims, place, strict=True)))
+        if str(cell["control"].item()) == "shuffled_labels" and "dealt" not in cell:
+            # Many shuffles, of which no predictions are kept.
+            for metric in chosen:
+                reasons[metric.name][f"{cell['probe'].item()} is a mean over many shuffles: see {metric.name}_shuffled_std"] = None
+                estimate = float(cell[metric.name].mean("fold")) if metric.name in cell else np.nan
+                found[metric.name][place] = np.nan, estimate, np.nan
+            continue
         folds = _tested(cell)
         single = [number for number, (_, rows) in enumerate(folds) if len(np.unique(units[rows])) < 2]
-        if single:
-            reason = f"fold {single[0]} tests a single {unit}, which says nothing of how others would score: use fewer folds"
         outcomes = [_outcome(cell, repetition, rows, n_classes) for repetition, rows in folds]
         drawn = [] if single else [weights[:, rows] for _, rows in folds]
+        tail = _tail(level, len(np.unique(units[np.concatenate([rows for _, rows in folds])])))
         for metric in chosen:
-            found[metric.name][place] = _interval(metric, outcomes, drawn, tail)
+            low, estimate, high = _interval(metric, outcomes, drawn, tail)
+            if single:
+                why = f"fold {single[0]} tests a single {unit}, which says nothing of how others would score: use fewer folds"
+                reasons[metric.name][why] = None
+            elif high - low < _WIDTH:
+                low = high = np.nan
+                why = f"all resamples have the same score {estimate:.3g}, which says nothing of others: test more {unit}s"
+                reasons[metric.name][why] = None
+            found[metric.name][place] = low, estimate, high
     coords = {name: held for name, held in scores.coords.items() if set(held.dims) <= set(dims)}
     data = xr.Dataset({name: ((*dims, "bound"), values) for name, values in found.items()}, coords={**coords, "bound": list(_BOUNDS)})
     data.attrs = {
@@ -103,8 +124,16 @@ def confidence_intervals(
         "resampled": unit,
     }
     for metric in chosen:
-        data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units} | ({"nan_reasons": [reason]} if reason else {})
+        why_nan = {"nan_reasons": list(reasons[metric.name])} if reasons[metric.name] else {}
+        data[metric.name].attrs = {"long_name": metric.long_name, "units": metric.units} | why_nan
     return to_interchange(data)
+
+
+def _units(scores: xr.Dataset) -> Array:
+    """The number of each prompt's group; without groups, of the prompt itself, which may be in several rows."""
+    held = scores["group" if "group" in scores.coords else "prompt"]
+    # Texts that were read from a file may be of a dtype that does not become fixed-width texts.
+    return np.asarray(np.unique(np.asarray(list(map(str, held.values)), str), return_inverse=True)[1])
 
 
 def _is_metric(name: str, scores: xr.Dataset) -> bool:
@@ -131,6 +160,17 @@ def _draw(units: Array, n_resamples: int, random_state: int) -> Floats:
     n = int(units.max()) + 1
     counts = np.random.default_rng(random_state).multinomial(n, np.full(n, 1 / n), size=n_resamples)
     return np.asarray(counts[:, units].astype(np.float64))
+
+
+def _tail(level: float, n: int) -> float:
+    """The share of resamples below the interval, and above it, for n units.
+
+    The normal quantile times √(n / (n − 1)), as the deviation of resamples is that of the units divided by √n and not by √(n − 1), and with
+    Student's quantile in its place, as the deviation is estimated.
+    """
+    from scipy.special import ndtr, stdtrit
+
+    return float(ndtr(-np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 + level) / 2))) if n > 1 else (1 - level) / 2
 
 
 def _outcome(cell: xr.Dataset, repetition: int, rows: Array, n_classes: int) -> Outcome | None:
@@ -176,7 +216,9 @@ def _interval(metric: Metric, outcomes: list[Outcome | None], weights: list[Floa
     return float(lower), estimate, float(upper)
 
 
-def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe", reference: Any = None) -> xr.Dataset:
+def compare(
+    scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe", reference: Any = None, permutations: int = 999
+) -> xr.Dataset:
     """Whether layers, or probes, differ: each is compared with a reference on the same folds, by a corrected paired test.
 
     Scores of folds are not independent, since their training sets overlap, so an ordinary t-test finds far too many differences. The
@@ -193,12 +235,20 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
         The dim whose entries are compared: "probe", "layer", or another of the scores.
     reference : optional
         The entry that all others are compared with, by its label; the first if not given.
+    permutations : int
+        How many times predictions are exchanged for ``p_permutation``; 0 leaves it out.
 
     Returns
     -------
     Dataset
         Over the dims of the score without ``fold``: ``difference`` (mean over the folds, entry less reference), ``t``, ``p_value``
-    XX
+        (two-sided, never below 2 / 2ᴶ for J folds, the attribute ``p_floor``) and ``p_holm``. NaN for the reference itself, where a score
+        is NaN, and for a control of many shuffles, whose folds are not those of the probes.
+
+        Where the scores hold predictions, of accuracy, log loss, Brier score and mean absolute error also ``p_permutation``: of the two
+        fitted probes, by exchanging their predictions for each prompt, or group, in all folds and repeats at once. It is exact where they
+        differ for 12 prompts at most, which are exchanged in every possible way; else (1 + exchanges with at least this difference) / (1 +
+        `permutations`). It says whether they differ for prompts like those tested, and is silent on probes fitted on other prompts.
 
     Raises
     ------
@@ -209,7 +259,7 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     -----
     Source: C. Nadeau and Y. Bengio, "Inference for the Generalization Error", Machine Learning 52 (2003); for repeated folds R. R.
     Bouckaert and E. Frank (2004). S. Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
-    Statistics 6 (1979).
+    Statistics 6 (1979). Exchanges: R. A. Fisher, "The Design of Experiments" (1935), chapter 3.
     """
     _check_scores(scores)
     held = _metric(scores, metric)
@@ -232,7 +282,8 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     with np.errstate(divide="ignore", invalid="ignore"):
         values = np.where((error == 0) & (np.abs(mean.values) < 1e-14), 0.0, mean.values / error)
     itself = xr.DataArray(np.arange(len(labels)) == labels.index(reference), dims=along)
-    t = mean.copy(data=values).where(~itself)
+    unpaired = _of_many_shuffles(scores, metric, along, reference)
+    t = mean.copy(data=values).where(~itself & ~unpaired)
     # t is infinite where all folds differ by the same amount, and huge where few folds happen to differ by nearly the same.
     floor = 2.0 ** (1 - n_folds)
     p = t.copy(data=np.maximum(_two_sided(t.values, n_folds - 1), floor))
@@ -240,7 +291,71 @@ def compare(scores: xr.Dataset, metric: str = "accuracy", *, along: str = "probe
     data = xr.Dataset({"difference": mean, "t": t, "p_value": p, "p_holm": holm})
     data.attrs = {"metric": metric, "along": along, "reference": reference, "degrees_of_freedom": n_folds - 1, "test_train_ratio": ratio}
     data.attrs["p_floor"] = floor
+    if bool(unpaired.any()):
+        data["p_value"].attrs["nan_reasons"] = [
+            f"a mean over many shuffles has no folds to be paired with: see {metric}_p_value of the scores"
+        ]
+    if "predicted" in scores and metric in _MEANS and along != "label" and permutations:
+        if isinstance(permutations, bool) or not isinstance(permutations, int | np.integer) or permutations < 1:
+            raise InvalidArgumentError(f"permutations={permutations!r} is no number of exchanges: give 999 or more, or 0 for none")
+        data["p_permutation"] = _exchange(scores, metric, t, along, reference, int(permutations))
     return to_interchange(data)
+
+
+def _of_many_shuffles(scores: xr.Dataset, metric: str, along: str, reference: Any) -> xr.DataArray:
+    """Which entries along ``probe``, or all of them, are or are compared with a mean over many shuffles."""
+    if shuffled_name(metric) not in scores:
+        return xr.DataArray(False)
+    which = scores["control"] == "shuffled_labels"
+    if along == "probe" and bool(which.sel(probe=reference)):
+        which = xr.ones_like(which, bool)
+    return which.drop_vars(("kind", "control"), errors="ignore")
+
+
+def _exchange(scores: xr.Dataset, metric: str, t: xr.DataArray, along: str, reference: Any, permutations: int) -> xr.DataArray:
+    """The p-value of every comparison, like `t`; NaN where that is, and for shuffled labels."""
+    classification = scores.attrs["task"] == "classification"
+    n_classes = len(read_list(scores.attrs, "classes") or ((0, 1) if classification else ()))
+    (chosen,) = parse_metrics(metric, scores.attrs["task"], n_classes)
+    units = _units(scores)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (permutations, int(units.max()) + 1))
+    of_reference = scores.sel({along: reference})
+    found = np.full(t.shape, np.nan)
+    for place in np.argwhere(t.notnull().values):
+        at = dict(zip(t.dims, place.tolist(), strict=True))
+        cells = [scores.isel(at), of_reference.isel({dim: number for dim, number in at.items() if dim != along})]
+        if any(str(cell["control"].item()) == "shuffled_labels" for cell in cells):
+            continue
+        folds = [(rows, [_outcome(cell, repetition, rows, n_classes) for cell in cells]) for repetition, rows in _tested(cells[0])]
+        known = [(rows, mine, other) for rows, (mine, other) in folds if mine is not None and other is not None]
+        if len(known) == len(folds):
+            found[tuple(place)] = _exchange_p_value(chosen, known, units, signs)
+    return t.copy(data=found)
+
+
+def _exchange_p_value(metric: Metric, folds: list[tuple[Array, Outcome, Outcome]], units: Array, signs: Floats) -> float:
+    # What each unit adds to the difference of the means over the folds; an exchange changes its sign.
+    adds = np.zeros(signs.shape[1])
+    for rows, mine, other in folds:
+        apart = _by_prompt(metric, mine) - _by_prompt(metric, other)
+        adds += np.bincount(units[rows], apart, minlength=len(adds)) / (len(rows) * len(folds))
+    differ = np.flatnonzero(np.abs(adds) > _WIDTH / len(adds))
+    exact = len(differ) <= _ENUMERATED
+    every = np.arange(2 ** len(differ) if exact else 1)[:, None]
+    chosen = 1.0 - 2 * (every >> np.arange(len(differ)) & 1) if exact else signs[:, differ]
+    as_large = np.abs(chosen @ adds[differ]) >= abs(adds[differ].sum()) - _WIDTH
+    return float(as_large.mean() if exact else (1 + as_large.sum()) / (1 + len(signs)))
+
+
+def _by_prompt(metric: Metric, outcome: Outcome) -> Floats:
+    """The measure of each prompt by itself."""
+    found = []
+    for start in range(0, len(outcome.true), _RESAMPLES_AT_ONCE):
+        some = slice(start, start + _RESAMPLES_AT_ONCE)
+        known = None if outcome.probabilities is None else outcome.probabilities[some]
+        part = Outcome(outcome.true[some], outcome.predicted[some], outcome.n_classes, None, known)
+        found.append(measure_outcome(metric, part, np.eye(len(part.true))))
+    return np.concatenate(found)
 
 
 def _two_sided(t: Floats, freedom: int) -> Floats:

@@ -18,6 +18,7 @@ __all__ = [
     "check_activations",
     "check_seed",
     "check_several",
+    "is_drawn",
     "layer_labels",
     "layers_of",
     "parse_activations",
@@ -117,6 +118,11 @@ def check_seed(random_state: Any) -> int:
     if not 0 <= random_state < 2**32:
         raise InvalidArgumentError(f"random_state={random_state!r} is out of range: give a seed from 0 to 2**32 - 1")
     return int(random_state)
+
+
+def is_drawn(cv: Any) -> bool:
+    """Whether folds are made from the labels, by a number or a splitter, rather than given."""
+    return cv is None or isinstance(cv, int | np.integer) or hasattr(cv, "split")
 
 
 def parse_probes(probes: Any, task: str, example: str = "logistic_regression") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lmprobe_zarr.display import Html, card, sparkline, table
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes.metrics import parse_metrics
+from lmprobe_zarr.sweeps.shuffles import describe_shuffles
 from lmprobe_zarr.typing import Array
 
 __all__ = ["best_scores", "describe_scores", "scores_card"]
@@ -44,7 +45,8 @@ def describe_scores(data: xr.Dataset) -> str | None:
     for probe, metric, layers, values in rows:
         if np.isfinite(values).any():
             best = int(np.nanargmax(values))
-            lines.append(f"  {probe}: best {metric} {values[best]:.3f} at layer {layers[best]}")
+            beside = describe_shuffles(data, metric, probe)
+            lines.append(f"  {probe}: best {metric} {values[best]:.3f} at layer {layers[best]}" + f" ({beside})" * bool(beside))
     if lines and data.sizes["layer"] > 1:
         lines.append(f"  ({_describe_best(data.sizes['layer'])})")
     return "\n".join(lines)
@@ -108,7 +110,10 @@ def scores_card(data: xr.Dataset) -> Html | None:
         low, high, best = float(np.nanmin(values)), float(np.nanmax(values)), int(np.nanargmax(values))
         label = f"{metric} of {probe} by layer, from {low:.3f} to {high:.3f}, highest at layer {layers[best]}"
         curve = sparkline(values.tolist(), low, high, label=label) if len(layers) > 1 else Html("")
-        body.append((probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
+        beside = describe_shuffles(data, metric, probe)
+        body.append((f"{probe} ({beside})" if beside else probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
+    origin = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
+    note = " · ".join(part for part in (str(attrs.get("model", "")), origin) if part)
     if data.sizes["layer"] > 1:
         note = " · ".join(part for part in (note, _describe_best(data.sizes["layer"])) if part)
     return card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body))
@@ -133,7 +138,7 @@ def best_scores(data: xr.Dataset, metric: str | None = None, along: str | Iterab
     metrics = [
         name
         for name, held in held_by_probe.items()
-        if name not in _NO_SCORES and not name.startswith("chosen_") and not {"bound", "prompt", "hidden"} & set(held.dims)
+        if name not in _NO_SCORES and not name.startswith("chosen_") and not is_of_shuffles(held) and not {"bound", "prompt", "hidden"} & set(held.dims)
     ]
     if not metrics:
         raise InvalidArgumentError(f"this holds no scores by probe to choose by (dims {dict(data.sizes)}): give what sweep returns")

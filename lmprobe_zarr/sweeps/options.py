@@ -32,7 +32,7 @@ from lmprobe_zarr.sweeps.given import check_seed, parse_probes
 from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
-    "Data", "Design", "SweepOptions", "check_layer_0", "is_drawn", "parse_choice", "parse_data", "parse_design", "parse_folds",
+    "Data", "Design", "SweepOptions", "check_layer_0", "parse_choice", "parse_data", "parse_design", "parse_folds",
     "parse_seeds", "parse_strengths",
 ]  # fmt: skip
 
@@ -120,11 +120,6 @@ def parse_folds(options: SweepOptions, data: Data, seed: int) -> tuple[tuple[Fol
     return plan_folds(data.labels, data.prompts, data.groups, cv, seed, repeats=options.repeats)
 
 
-def is_drawn(options: SweepOptions) -> bool:
-    """Whether folds are made from the labels, by a number or a splitter, rather than given."""
-    return options.split is None and (isinstance(options.cv, int | np.integer | None) or hasattr(options.cv, "split"))
-
-
 def check_layer_0(trials: tuple[Trial, ...], layers: Array) -> None:
     if any(trial.features == "layer_0" for trial in trials) and "0" not in [str(layer) for layer in layers]:
         raise InvalidArgumentError(
@@ -180,6 +175,11 @@ def parse_choice(
             "inner_cv chooses among strengths: give several, such as strengths=(0.01, 1, 100), or name what to choose, as choose='layer'"
         )
     chosen = ("strength",) if options.choose is None else _parse_choose(options.choose, data, strengths)
+    if set(chosen) - {"strength"} and any(trial.shuffles for trial in design.trials):
+        raise InvalidArgumentError(
+            f"choose={options.choose!r:.60} and labels that are shuffled many times: only choose='strength' goes with "
+            "them; controls='shuffled_labels' with seeds=100 shuffles once per seed, and chooses for each"
+        )
     metric = design.metrics[0] if choose_by is None else parse_metrics(choose_by, options.task, data.n_classes)[0]
     _check_probabilities(design.trials, (metric,), options.task, design.preprocessing)
     return chosen, 5 if inner_cv is None else int(inner_cv), metric

@@ -19,15 +19,14 @@ from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.display import format_bytes, name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, Labels, bare_variable, draw_within, group_codes, list_prompts, number_repeats
-from lmprobe_zarr.probes.controls import make_estimator, parse_controls, read_features, shuffle_labels
+from lmprobe_zarr.probes.controls import Shuffle, make_estimator, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.sweeps.choice import check_names
-from lmprobe_zarr.sweeps.given import check_seed, layers_of, parse_activations
+from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layers_of, parse_activations
 from lmprobe_zarr.sweeps.options import (
     Data,
     SweepOptions,
     check_layer_0,
-    is_drawn,
     parse_choice,
     parse_data,
     parse_design,
@@ -189,6 +188,7 @@ class Sweep:
             "preprocessing": plan.preprocessing or "",
             "task": plan.task,
             "predictions": plan.predictions,
+            **({"shuffles": plan.shuffles} if plan.shuffles else {}),
             # Raised when fits, folds or shuffled labels of an unchanged call change.
             "way of fitting": 2,
             "version of scikit-learn": next(v for v in self.attrs["versions"] if v.startswith("scikit-learn")),
@@ -281,7 +281,7 @@ def make_sweep(options: SweepOptions) -> Sweep:
     check_layer_0(design.trials, layers)
     codes = np.zeros(len(data.prompts), dtype=int)
     codes[data.rows] = group_codes([data.prompts[row] for row in data.rows], None)
-    shuffled: tuple[tuple[tuple[Array, tuple[Fold, ...]], ...], ...] = ()
+    shuffled: tuple[tuple[tuple[Shuffle, ...], ...], ...] = ()
     if any(trial.shuffled for trial in design.trials):
 
         def draw_folds(dealt: Labels) -> tuple[Fold, ...]:
@@ -289,8 +289,12 @@ def make_sweep(options: SweepOptions) -> Sweep:
             drawn = parse_folds(options, replace(data, labels=(dealt,) if len(data.labels) == 1 else data.labels), seed)[0]
             return drawn if len(drawn) == len(folds) else folds
 
-        of = draw_folds if is_drawn(options) else partial(_checked, folds)
-        shuffled = tuple(tuple(shuffle_labels(each, data.prompts, data.groups, of, drawn) for drawn in seeds) for each in data.labels)
+        of = draw_folds if options.split is None and is_drawn(options.cv) else partial(_checked, folds)
+        times = range(max(1, *(trial.shuffles for trial in design.trials)))
+        shuffled = tuple(
+            tuple(tuple(shuffle_labels(each, data.prompts, data.groups, of, drawn, number) for number in times) for drawn in seeds)
+            for each in data.labels
+        )
     fits = FitPlan(
         variables=variables,
         features=read_features(design.trials, controls, arrays[0], dataset, data.rows),
@@ -406,7 +410,7 @@ def _count(plan: FitPlan) -> tuple[int, int]:
         else:
             times *= len(plan.strengths) if trial.penalised and plan.strengths else 1
             times *= 1 + plan.inner if plan.is_candidate(trial) else 1
-        fits += times
+        fits += times * max(1, trial.shuffles)
     return layers + sum(trial.constant for trial in plan.trials), fits
 
 
@@ -478,13 +482,13 @@ def _prompt_coordinates(fits: FitPlan, data: Data, dims: Mapping[str, Array]) ->
         "prompt": ("prompt", np.array([data.prompts[row] for row in rows]), order_attributes(data.arrays[0])),
         "true": (("label", "prompt"), np.array(true)) if "label" in dims else ("prompt", true[0]),
     }
-    if fits.shuffled:
+    if fits.shuffled and not fits.shuffles:
         # Predictions of controls with shuffled labels are compared with these labels, not with the true ones.
         by_label = zip(data.labels, fits.shuffled, strict=True)
-        dealt = np.array([[replace(each, values=values).codes[rows] for values, _ in drawn] for each, drawn in by_label])
+        dealt = np.array([[replace(each, values=values).codes[rows] for ((values, _),) in drawn] for each, drawn in by_label])
         by = [dim for dim in ("label", "seed") if dim in dims]
         coords["dealt"] = ((*by, "prompt"), dealt.reshape([len(dims[dim]) for dim in by] + [len(rows)]))
-        tests = np.array([[_test_folds(folds, rows, number_repeats(fits.folds)) for _, folds in drawn] for drawn in fits.shuffled])
+        tests = np.array([[_test_folds(folds, rows, number_repeats(fits.folds)) for ((_, folds),) in drawn] for drawn in fits.shuffled])
         several = ["repetition"] if tests.shape[2] > 1 else []
         shape = [len(dims[dim]) for dim in by] + ([tests.shape[2]] if several else []) + [len(rows)]
         coords["dealt_fold"] = ((*by, *several, "prompt"), tests.reshape(shape))

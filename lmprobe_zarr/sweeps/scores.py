@@ -14,12 +14,15 @@ from lmprobe_zarr.probes import Fit, FitTask, number_repeats
 from lmprobe_zarr.probes.metrics import FAILED, undefined_reasons
 from lmprobe_zarr.sweeps.choice import choose_scores, list_entries
 from lmprobe_zarr.sweeps.plan import Sweep
+from lmprobe_zarr.sweeps.shuffles import add_p_values, shuffled_attributes, shuffled_name
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Scores"]
 
 #: Dims of every measure, in this order; the dataset leaves out those that the sweep does not vary.
 _AXES: Final = ("variable", "layer", "probe", "fold", "seed", "strength", "label")
+#: Dims of scores of many shuffles, which are means over the folds.
+_PER_SHUFFLE: Final = ("variable", "layer", "probe", "seed", "strength", "label", "shuffle")
 #: Dims of predictions. There is no fold: a prompt's prediction comes from the fold that tests it.
 _PER_PROMPT: Final = ("variable", "layer", "probe", "repetition", "seed", "strength", "label", "prompt")
 
@@ -49,7 +52,7 @@ class Scores:
         self._sizes = {
             "variable": len(fits.variables), "layer": len(fits.layers), "probe": len(fits.trials), "fold": len(fits.folds),
             "seed": len(fits.seeds), "strength": 1 if "strength" in fits.choose else max(1, len(fits.strengths)), "label": len(fits.labels),
-            "repetition": int(self._repeats[-1]) + 1, "prompt": len(rows),
+            "repetition": int(self._repeats[-1]) + 1, "prompt": len(rows), "shuffle": fits.shuffles,
             "class": max((len(each.classes) for each in fits.labels if each.classes is not None), default=0),
         }  # fmt: skip
         self._columns = dict(self._make_columns())
@@ -77,6 +80,9 @@ class Scores:
             yield "chosen_strength", self._column(_AXES, np.nan, {"long_name": "regularisation strength chosen by inner folds"})
         if fits.choose_by is not None:
             yield "inner_score", self._column(_AXES, np.nan, {"long_name": f"mean {fits.choose_by.long_name} of inner folds, to choose by"})
+        for metric in fits.metrics if fits.shuffles else ():
+            attrs = shuffled_attributes(metric.long_name, fits.shuffles, larger_is_better=metric.larger_is_better)
+            yield shuffled_name(metric.name), self._column(_PER_SHUFFLE, np.nan, attrs)
         if not fits.predictions:
             return
         what = "prediction by the fold that tests the prompt"
@@ -124,6 +130,13 @@ class Scores:
             layer = fit.at[_AXES.index("layer")]
             of_probe = self._problems.setdefault(plan.trials[fit.at[_AXES.index("probe")]].name, {})
             of_probe.setdefault(fit.problem, f"layer {plan.layers[layer]}" if layer >= 0 else "no layer")
+        if fit.shuffled is not None:
+            # Held by the probe whose score they are compared with.
+            name = plan.trials[fit.at[_AXES.index("probe")]].name.partition(":")[2]
+            of = next(number for number, trial in enumerate(plan.trials) if trial.name == name)
+            where = dict(zip(_AXES, at, strict=True)) | {"probe": of}
+            for metric, values in zip(plan.metrics, fit.shuffled, strict=True):
+                self._put(shuffled_name(metric.name), (*(where[dim] for dim in _PER_SHUFFLE[:-1]), slice(None)), values)
         if fit.outcome is None:
             return
         fold = fit.at[_AXES.index("fold")]
@@ -143,7 +156,7 @@ class Scores:
     def _tested(self, fit: Fit) -> Array:
         plan = self._sweep.fits
         _, _, trial, fold, seed, _, which = fit.at
-        folds = plan.shuffled[which][max(seed, 0)][1] if plan.trials[trial].shuffled else plan.folds
+        folds = plan.shuffled[which][max(seed, 0)][0][1] if plan.trials[trial].shuffled else plan.folds
         return folds[fold][1]
 
     def _put(self, name: str, at: tuple[Any, ...], value: Any) -> None:
@@ -199,7 +212,9 @@ class Scores:
     # ------------------------------------------------------------------------------------------------------------- the dataset
 
     def _has_dim(self, dim: str) -> bool:
-        return dim in self._sweep.dims or dim in ("prompt", "class") or (dim == "repetition" and self._sizes["repetition"] > 1)
+        if dim == "repetition":
+            return self._sizes[dim] > 1
+        return dim in self._sweep.dims or dim in ("prompt", "class", "shuffle")
 
     def _squeezed(self, name: str) -> Array:
         column = self._columns[name]
@@ -236,7 +251,7 @@ class Scores:
         n_failed = int(((data["undefined"].values & FAILED) == FAILED).sum())
         data = self._with_nan_reasons(data, entries)
         unknown = [name for name in ("score", "probability") if name in data and bool(data[name].isnull().all())]
-        data = data.drop_vars(unknown)
+        data = add_p_values(data.drop_vars(unknown), [metric.name for metric in self._sweep.fits.metrics])
         data.attrs["n_unconverged"] = int((~data["converged"]).sum())
         if n_failed:
             data.attrs["n_failed"] = n_failed

@@ -6,6 +6,7 @@ scores have modules of their own. Never a store of activations, or a plot.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, describe_unfit, fit_task, show_prompts
+from lmprobe_zarr.probes import Fit, FitTask, NotFiniteError, describe_unfit, fit_task, number_repeats, show_prompts
 from lmprobe_zarr.progress import progress_bar
+from lmprobe_zarr.sweeps.below_chance import describe_below_chance, find_below_chance
 from lmprobe_zarr.sweeps.given import warn_failed, warn_unconverged
 from lmprobe_zarr.sweeps.options import SweepOptions
 from lmprobe_zarr.sweeps.plan import Sweep, make_sweep
@@ -90,7 +92,10 @@ def sweep(
     controls : names, or {name: features}, optional
         Entries beside the probes that a good score has to beat: "shuffled_labels", "bag_of_words", "tfidf", "length", "perplexity",
         "layer_0", "embed", "random_direction", "majority"; see :data:`lmprobe_zarr.probes.controls.CONTROLS`. Features of one's own
-        are numbers, one row per prompt. The coordinate ``kind`` tells controls from probes.
+        are numbers, one row per prompt. ``{"shuffled_labels": 100}`` shuffles so many times and gives p-values, see Returns.
+        ``{"bag_of_tokens": store.tokens()}``, and "tfidf_of_tokens", count the model's own tokens, which are matched by prompt; they
+        also take a list of token ids for each prompt. Names without features have None in a mapping. The coordinate ``kind`` tells
+        controls from probes.
     preprocessing : str, optional
         In front of every probe, instead of its own standardisation: "standard", "per_layer", "pca:50", or several with "+".
     strengths : sequence of float, optional
@@ -145,8 +150,11 @@ def sweep(
         ``fit_seconds`` (wall time of the fit alone), ``converged`` (False: stopped at its iteration limit), each over layer, probe,
         fold and the further dims that the arguments add; ``n_train`` and ``n_test`` (fold). With `choose` also what was chosen, and
         ``inner_score``, the score that it was chosen by. Coordinates ``kind`` and ``control`` over
-        ``probe``. Attributes name labels, groups, classes, class counts, the share of the largest class
-        (``majority_share``), folds, estimators and versions.
+        ``probe``. Where labels are shuffled many times, that control is the mean over the shuffles, and each metric has
+        ``<metric>_shuffled`` (over ``shuffle``, the mean over the folds) with ``_mean`` and ``_std``; ``<metric>_p_value``, the
+        permutation p-value, (1 + shuffles that are at least as good) / (1 + shuffles); and ``<metric>_p_any_layer``, where a shuffle
+        counts that is as good in any layer, for a layer that was chosen by its score. Attributes name labels, groups, classes, class
+        counts, the share of the largest class (``majority_share``), folds, estimators and versions.
 
     Raises
     ------
@@ -164,6 +172,9 @@ def sweep(
     -----
     ConvergenceWarning
         scikit-learn's own, but once per sweep with the number of fits.
+    UserWarning
+        A control scores clearly below chance: prompts that are nearly alike and have different labels, such as the two of a pair, are
+        probably on two sides of a fold. `groups` keeps them together.
     FitFailedWarning
         scikit-learn's own, once per sweep: some fits ended in an error, so their scores are NaN. ``nan_reasons`` says which and why. If
         every fit of every probe failed, it is an InvalidArgumentError.
@@ -196,9 +207,20 @@ def sweep(
     if place is not None:
         # The place holds every layer, so that it is complete whatever was chosen.
         place.finish(scores.table() if planned.fits.chooses_among_scores else found)
+    _warn_below_chance(planned, found)
     warn_failed(scores.failures())
     warn_unconverged(found, "give an estimator with a larger max_iter, or standardise")
     return found
+
+
+def _warn_below_chance(sweep: Sweep, found: xr.Dataset) -> None:
+    fits = sweep.fits
+    if fits.task != "classification":
+        return
+    first = [fold for fold, repeat in zip(fits.folds, number_repeats(fits.folds), strict=True) if repeat == 0]
+    below = find_below_chance(found, [each.codes for each in fits.labels], first, fits.kept)
+    if below:
+        warnings.warn(describe_below_chance(below, found.attrs["groups"]), UserWarning, stacklevel=3)
 
 
 def _not_finite(sweep: Sweep, problem: NotFiniteError) -> InvalidArgumentError:

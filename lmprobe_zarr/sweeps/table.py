@@ -20,6 +20,8 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.interchange import read_list
+from lmprobe_zarr.sweeps.shuffles import is_of_shuffles
 from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
@@ -167,6 +169,8 @@ def layout_scores(
     if bounds is not None:
         share = "interval" if level is None else f"{100 * float(level):g} % interval"
         caption = f"Mean [lower, upper bound of the {share}]" + (f" over {counted}." if counted else ".")
+        reasons = dict.fromkeys(reason for name in names for reason in read_list(bounds[name].attrs, "nan_reasons") or ())
+        caption += f" Without an interval: {'; '.join(reasons)}." if reasons else ""
     else:
         caption = f"Mean ± standard deviation over {counted}." if n > 1 else "Scores."
     chosen = data.attrs.get("chosen", first.attrs.get("chosen"))
@@ -190,7 +194,11 @@ def _as_dataset(scores: Any) -> xr.Dataset:
 
 def _metrics(data: xr.Dataset, metrics: str | Iterable[str] | None) -> list[str]:
     numbers = [str(name) for name, held in data.data_vars.items() if held.dtype.kind == "f"]
-    fitting = [name for name in numbers if "probe" in data[name].dims and "prompt" not in data[name].dims and name not in _NO_SCORES]
+    fitting = [
+        name
+        for name in numbers
+        if "probe" in data[name].dims and "prompt" not in data[name].dims and name not in _NO_SCORES and not is_of_shuffles(data[name])
+    ]
     if not fitting and len(numbers) == 1 and {"layer"} <= set(data[numbers[0]].dims) and "hidden" not in data[numbers[0]].dims:
         fitting = numbers
     if metrics is None:

@@ -306,6 +306,11 @@ class _Descent:
             )
             for _ in self._wanted
         ]
+        # Of a rare class little can be said in nats: what knows its frequency alone has a small loss already.
+        counts = np.bincount(plan.codes[trained[plan.cell]], minlength=plan.n_classes)[self._wanted]
+        shares = np.clip(counts / max(1, counts.sum() if len(self._wanted) > 1 else int(trained[plan.cell].sum())), 1e-9, 1 - 1e-9)
+        unknown = float(np.mean(-shares * np.log(shares) - (1 - shares) * np.log(1 - shares)))
+        self._tolerance = _TOLERANCE * min(1.0, float(np.sqrt(unknown / np.log(2))))
         self._seen = 0
         # Sums of all steps so far, and rows seen, at passes 1, 2, 4, 8, ….
         self._marks: dict[int, tuple[Floats, int]] = {0: (np.zeros((1, 1)), 0)}
@@ -339,7 +344,7 @@ class _Descent:
         self._epochs = epochs
         if self._candidate is not None:
             loss = self._loss / max(1, self._counted)
-            self.ended = abs(self._best - loss) < _TOLERANCE
+            self.ended = abs(self._best - loss) < self._tolerance
             self._best, self._candidate, self._loss, self._counted = loss, None, 0.0, 0
         if epochs & (epochs - 1) == 0:
             # Compared during the next pass, which reads all rows anyway.

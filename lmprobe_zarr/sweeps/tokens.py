@@ -7,15 +7,16 @@ a plot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import Stage, parse_stage, reduce_scores
+from lmprobe_zarr.batch import Stage, parse_stage
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list, to_interchange
@@ -30,11 +31,21 @@ from lmprobe_zarr.probes import (
     select_labelled_tokens,
     show_rows,
 )
-from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
-from lmprobe_zarr.sweeps.given import check_seed, layer_labels, parse_token_activations, refuse_choice, warn_unconverged
-from lmprobe_zarr.sweeps.token_predictions import Predicted, prediction_variables
-from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, Tested, fit_stream, measure_stream, score_stream
+from lmprobe_zarr.sweeps.below_chance import describe_below_chance, find_below_chance
+from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layer_labels, parse_token_activations, refuse_choice, warn_unconverged
+from lmprobe_zarr.sweeps.token_results import (
+    TokenTrial,
+    add_shuffles,
+    as_objects,
+    describe_labels,
+    make_scores,
+    mean_results,
+    measure,
+    result_of,
+    score_layer,
+)
+from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import pool_tokens, prompts_of, stored_rows, token_texts
 from lmprobe_zarr.typing import Array, Client
@@ -140,7 +151,7 @@ def fit_tokens(
             "converged": ("layer", [fit[0, 0].converged for fit in fits]),
         },
         coords={"layer": layer_labels(array), **({} if two else {"class": examples.classes})},
-        attrs={"probe": probe, **_attributes(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
+        attrs={"probe": probe, **describe_labels(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
     )
     warn_unconverged(found, _EXACT)
     return to_interchange(_name_model(found, array))
@@ -236,7 +247,7 @@ def sweep_tokens(
     missing: str = "raise",
     pooling: str = "all",
     groups: str | xr.DataArray | Mapping[Any, Any] | Iterable[Any] | None = None,
-    controls: str | Iterable[str] | None = None,
+    controls: str | Iterable[str] | Mapping[str, int | None] | None = None,
     predictions: bool = False,
     choose: None = None,
     random_state: int = 0,
@@ -264,10 +275,12 @@ def sweep_tokens(
         of a prompt must have one label.
     groups : str, DataArray, mapping or array, optional
         Prompts of an equal group are never on both sides of a fold.
-    controls : str or iterable of str, optional
+    controls : str, iterable of str, or mapping, optional
         Entries beside the probes that a good score has to beat: "shuffled_labels", "control_task", "token_identity", "position", "layer_0",
         "majority"; see :data:`lmprobe_zarr.probes.token_controls.TOKEN_CONTROLS`. The first two fit every probe on other labels, which
-        takes two more passes each. The coordinates ``kind`` and ``control`` tell controls from probes.
+        takes two more passes each. ``{"shuffled_labels": 100}`` shuffles so many times, with two passes each, and gives p-values as
+        :func:`lmprobe_zarr.sweep` does; other names in a mapping have None. The coordinates ``kind`` and ``control`` tell controls from
+        probes.
     predictions : bool
         Whether ``predicted`` and ``score`` of every labelled token (or prompt, where scores are pooled) are kept, each from the fold that
         tests it, as :func:`lmprobe_zarr.confidence_intervals` needs them; −1 and NaN for controls with labels of their own.
@@ -308,26 +321,50 @@ def sweep_tokens(
     layer_rows, plan = _plan_stream(array, dim, examples, folds, names, seed)
     # Made before activations are read, so that missing token ids or positions are an error at once.
     tables = {name: score_by_counts(name, array, examples, folds) for name in chosen if name not in (*DEALT, _LAYER_0)}
-    dealt = {name: deal_labels(name, array, examples, folds, seed) for name in chosen if name in DEALT}
+    draw = partial(plan_token_folds, array, dim, groups=groups, cv=cv, random_state=seed) if is_drawn(cv) else None
+    dealt = {
+        name: [deal_labels(name, array, examples, folds, seed, draw_folds=draw, number=number) for number in range(max(1, times))]
+        for name, times in chosen.items()
+        if name in DEALT
+    }
     layers = [str(layer) for layer in layer_labels(array)]
     if _LAYER_0 in chosen and "0" not in layers:
         raise InvalidArgumentError(
             f"control {_LAYER_0!r} needs layer 0, and there are layers {', '.join(layers)}: give it too, or leave it out"
         )
     rows, seconds = _run_trials(array, examples, layer_rows, plan, runner, stage, predictions)
-    found = {_Trial(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
+    found = {TokenTrial(name): of_probe for name, of_probe in zip(names, rows, strict=True)}
+    shuffled: dict[str, Array] = {}
     for name in chosen:
         if name in dealt:
-            others, more = _run_trials(array, examples, layer_rows, replace(plan, codes=dealt[name]), runner, stage, False)
-            seconds += more
-            found |= {_Trial(f"{name}:{probe}", name): of_probe for probe, of_probe in zip(names, others, strict=True)}
+            shuffles = []
+            for codes, drawn in dealt[name]:
+                other = _plan_stream(array, dim, examples, drawn, names, seed)[1] if drawn is not folds else plan
+                results, more = _run_trials(array, examples, layer_rows, replace(other, codes=codes), runner, stage, False)
+                shuffles.append(results)
+                seconds += more
+            for place, probe in enumerate(names):
+                of_probe = np.stack([results[place] for results in shuffles])  # shuffle, layer, fold
+                found[TokenTrial(f"{name}:{probe}", name)] = of_probe[0] if not chosen[name] else mean_results(of_probe)
+                if chosen[name]:
+                    shuffled[probe] = of_probe
         elif name == _LAYER_0:
-            found[_Trial(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
+            found[TokenTrial(name, name)] = np.broadcast_to(rows[0][layers.index("0")], rows[0].shape)
         else:
-            measures = [_measure(examples.codes, examples.prompt, stage, predictions, *of_fold) for of_fold in tables[name]]
-            found[_Trial(name, name)] = np.broadcast_to(_as_objects([_result(measured) for measured in measures]), rows[0].shape)
-    scores = _scores(array, examples, folds, plan, stage, found, seconds, predictions=predictions)
+            measures = [measure(examples.codes, examples.prompt, stage, predictions, *of_fold) for of_fold in tables[name]]
+            found[TokenTrial(name, name)] = np.broadcast_to(as_objects([result_of(measured) for measured in measures]), rows[0].shape)
+    scores = make_scores(array, examples, folds, plan, stage, found, seconds, predictions=predictions)
+    if shuffled:
+        scores = add_shuffles(scores, shuffled)
     warn_unconverged(scores, _EXACT)
+    units = examples.prompt if folds.unit is None else folds.unit[examples.prompt]
+    tested = [
+        (np.flatnonzero(learned[examples.prompt]), np.flatnonzero(held[examples.prompt]))
+        for learned, held in zip(folds.train, folds.test, strict=True)
+    ]
+    below = find_below_chance(scores, [examples.codes], tested, units)
+    if below:
+        warnings.warn(describe_below_chance(below, folds.group), UserWarning, stacklevel=2)
     return to_interchange(_name_model(scores, array))
 
 
@@ -402,7 +439,7 @@ def _fit(
         ) from None
 
 
-def _check_by_prompt(examples: LabelledTokens, controls: tuple[str, ...]) -> None:
+def _check_by_prompt(examples: LabelledTokens, controls: Iterable[str]) -> None:
     if "control_task" in controls:
         raise InvalidArgumentError(
             "control 'control_task' gives the tokens of a prompt different labels, so scores that are pooled by prompt have nothing to be "
@@ -441,89 +478,21 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
 # -- results ---------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """One place along ``probe``: its name, and which control it is, if any."""
-
-    name: str
-    control: str = ""
-
-
-class _Result(NamedTuple):
-    """What one probe scored on one layer and fold."""
-
-    accuracy: float
-    auroc: float
-    reason: str
-    seconds: float
-    converged: bool
-    predicted: Predicted | None
-
-
-def _result(measured: tuple[float, float, str, Predicted | None], seconds: float = 0.0, converged: bool = True) -> _Result:
-    return _Result(*measured[:3], seconds, converged, measured[3])
-
-
-def _as_objects(rows: list[_Result]) -> Array:
-    """Results as an array of objects. Without this, numpy would make an axis of their fields."""
-    held = np.empty(len(rows), object)
-    held[:] = rows
-    return held
-
-
 def _run_trials(
     array: xr.DataArray, examples: LabelledTokens, layer_rows: LayerRows, plan: TaskPlan, runner: Runner, stage: Stage, keep: bool
 ) -> tuple[list[Array], Array]:
     """The results of each probe, shape (layer, fold), and the seconds that each layer's pass took."""
     fits, seconds = _fit(array, examples, layer_rows, plan, runner)
-    measured = measure_stream(layer_rows, plan, runner, fits, partial(_score_layer, plan.codes, examples.prompt, stage, keep))
+    measured = measure_stream(layer_rows, plan, runner, fits, partial(score_layer, plan.codes, examples.prompt, stage, keep))
     found = []
     for probe in range(len(plan.probes)):
         rows = [
-            _result(of_layer[probe, fold], fit[probe, fold].seconds, fit[probe, fold].converged)
+            result_of(of_layer[probe, fold], fit[probe, fold].seconds, fit[probe, fold].converged)
             for fit, of_layer in zip(fits, measured, strict=True)
             for fold in range(len(plan.trains))
         ]
-        found.append(_as_objects(rows).reshape(len(plan.layers), -1))
+        found.append(as_objects(rows).reshape(len(plan.layers), -1))
     return found, np.array(seconds)
-
-
-def _score_layer(
-    codes: Array, prompt: Array, stage: Stage, keep: bool, solutions: Mapping[tuple[int, int], Solution], tested: Tested
-) -> dict[tuple[int, int], tuple[float, float, str, Predicted | None]]:
-    """The result of `_measure` for every probe and fold of a layer."""
-    return {
-        key: _measure(codes, prompt, stage, keep, tested.places[key[1]], scores, solutions[key].classes)
-        for key, scores in tested.scores.items()
-    }
-
-
-def _measure(
-    codes: Array, prompt: Array, stage: Stage, keep: bool, places: Array, scores: Array, classes: Array
-) -> tuple[float, float, str, Predicted | None]:
-    """Accuracy, AUROC, and the reason why the AUROC is NaN, of some scores; and the predictions, if they are kept."""
-    true, rows = codes[places], places
-    if stage.of == "score":
-        order = np.argsort(prompt[places], kind="stable")
-        rows, counts = np.unique(prompt[places], return_counts=True)
-        counts = counts.astype(np.int64)
-        scores, true = reduce_scores(scores[order], counts, stage.pooling), true[order][np.cumsum(counts) - 1]
-    predicted = classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
-    return accuracy(predicted, true), *auroc(scores, true, classes), Predicted(rows, predicted, scores) if keep else None
-
-
-def _attributes(array: xr.DataArray, examples: LabelledTokens) -> dict[str, Any]:
-    counts = np.bincount(examples.codes, minlength=len(examples.classes))
-    return {
-        "labels": examples.name,
-        "classes": examples.classes.tolist(),
-        "class_counts": counts.tolist(),
-        "majority_share": float(counts.max() / counts.sum()),
-        "n_tokens": len(examples.rows),
-        "n_prompts": len(np.unique(examples.prompt)),
-        "n_missing": examples.n_missing,
-        "variable": str(array.name) if array.name is not None else "",
-    }
 
 
 def _name_model(found: xr.Dataset, array: xr.DataArray) -> xr.Dataset:
@@ -531,67 +500,3 @@ def _name_model(found: xr.Dataset, array: xr.DataArray) -> xr.Dataset:
         found.attrs["model"] = str(array.coords["model"].item())
         return found.assign_coords(model=found.attrs["model"])
     return found
-
-
-def _scores(
-    array: xr.DataArray,
-    examples: LabelledTokens,
-    folds: TokenFolds,
-    plan: TaskPlan,
-    stage: Stage,
-    found: Mapping[_Trial, Array],
-    seconds: Array,
-    *,
-    predictions: bool,
-) -> xr.Dataset:
-    rows = np.stack(list(found.values()), axis=1)  # layer, probe, fold
-    reasons: dict[str, set[str]] = {}
-    for (_, place, _), row in np.ndenumerate(rows):
-        if row.reason:
-            reasons.setdefault(row.reason, set()).add(list(found)[place].name)
-    nan_reasons = [f"{', '.join(sorted(names))}: {reason}" for reason, names in sorted(reasons.items())]
-    count: Callable[[Any], int] = (
-        (lambda kept: int(kept[examples.prompt].sum()))
-        if stage.of == "nothing"
-        else (lambda kept: len(np.unique(examples.prompt[kept[examples.prompt]])))
-    )
-
-    def column(name: str, dtype: type, attrs: dict[str, Any]) -> tuple[tuple[str, ...], Array, dict[str, Any]]:
-        values = [getattr(row, name) for row in rows.ravel()]
-        return ("layer", "probe", "fold"), np.array(values, dtype).reshape(rows.shape), attrs
-
-    why = {"nan_reasons": nan_reasons} if nan_reasons else {}
-    converged = column("converged", bool, {"long_name": "fit ended before its iteration limit"})
-    scores = xr.Dataset(
-        {
-            "accuracy": column("accuracy", float, {"long_name": "accuracy", "units": "1"}),
-            "auroc": column("auroc", float, {"long_name": "area under the ROC curve", "units": "1", **why}),
-            "fit_seconds": column("seconds", float, {"long_name": "wall time of the fit", "units": "s"}),
-            "converged": converged,
-            "n_train": ("fold", np.array([count(kept) for kept in folds.train])),
-            "n_test": ("fold", np.array([count(kept) for kept in folds.test])),
-            "pass_seconds": ("layer", seconds, {"long_name": "time of the passes that sum, over all tasks", "units": "s"}),
-        },
-        coords={
-            "layer": layer_labels(array),
-            "probe": [trial.name for trial in found],
-            "kind": ("probe", ["control" if trial.control else "probe" for trial in found]),
-            "control": ("probe", [trial.control for trial in found]),
-            "fold": np.arange(len(folds.train)),
-        },
-    )
-    scores.attrs = {
-        **_attributes(array, examples),
-        "task": "classification",
-        "groups": folds.group,
-        "cv": folds.described,
-        "pooling": "all" if stage.of == "nothing" else f"score:{stage.pooling}",
-        "random_state": plan.random_state,
-        "n_unconverged": int((~converged[1]).sum()),
-    }
-    if predictions:
-        held = np.frompyfunc(lambda row: row.predicted, 1, 1)(rows)
-        held[:, [place for place, trial in enumerate(found) if trial.control in DEALT]] = None
-        variables, coords = prediction_variables(array, examples, folds, held, by_prompt=stage.of == "score")
-        scores = scores.assign_coords(coords).assign(variables)
-    return scores

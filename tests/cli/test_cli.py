@@ -245,9 +245,25 @@ def test_sweep_takes_controls_metrics_a_split_and_a_place(stored: str, capsys: p
     assert out.splitlines()[0].split() == ["layer", "probe", "f1", "log_loss"]
 
 
+def test_sweep_shuffles_as_often_as_the_control_says_and_shows_p_values(stored: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["sweep", stored, "--variable", "resid_mean", "--cv", "2", "--layers", "0", "--controls", "majority,shuffled_labels=4"]
+    probe, *controls = call_json(capsys, *options)["scores"]
+    assert probe["accuracy_p_value"] in (0.2, 0.4, 0.6, 0.8, 1.0)
+    assert "auroc_p_value" in probe
+    assert not any("accuracy_p_value" in row for row in controls)
+    lines = call(capsys, *options)[1].splitlines()
+    assert f"p={probe['accuracy_p_value']:.2g}" in lines[1]
+    assert "p=" not in lines[2]
+    counted = call_json(capsys, *options[:-1], "bag_of_tokens")["scores"]
+    assert [row["probe"] for row in counted] == ["logistic_regression", "bag_of_tokens"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["sweep", "{store}", "--variable", "resid_mean", "--controls", "length=3"], "only shuffled_labels takes a number"),
+        (["sweep", "{store}", "--variable", "resid_mean", "--controls", "shuffled_labels=many"], "'shuffled_labels=many' is no control"),
+        (["sweep", "{store}", "--variable", "resid_mean", "--controls", "shuffled_labels=0"], "such as 100, or None for once"),
         (["info", "{tmp}/nowhere"], "there is no store at"),
         (["show", "{store}", "--model", "gpt2"], "model 'gpt2' is not in"),
         (["show", "{store}", "--prompt", "unheard of"], "1 of 1 prompts are not in"),

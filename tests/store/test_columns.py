@@ -294,6 +294,16 @@ def test_categories_of_several_parts_are_joined_and_an_order_is_never_changed(st
         write(store, {"many": pd.Categorical(list(map(str, range(16385))))}, list(map(str, range(16385))))
 
 
+def test_categories_of_texts_stay_categories_whatever_dtype_they_have(store: Store) -> None:
+    prompts = ["a", "bb", "c"]
+    for number, categories in enumerate((pd.Index(["y", "x"], dtype=object), pd.Index(["y", "x"]), pd.Index(["y", "x"], dtype="string"))):
+        given = pd.Series(pd.Categorical(["x", None, "y"], categories=categories, ordered=True), name=f"c{number}")
+        write(store, {given.name: given}, prompts)
+        data = store.dataset("m", prompts=prompts)
+        pd.testing.assert_series_equal(data[given.name].lz.to_series().reset_index(drop=True), given, check_index_type=False)
+        pd.testing.assert_series_equal(data.lz.to_dataframe()[given.name].reset_index(drop=True), given, check_index_type=False)
+
+
 def test_names_that_differ_by_case_alone_are_refused_where_they_would_fall_together(store: Store) -> None:
     for names in (["label", "Label"], ["Text"], ["PROMPT"], ["n_Tokens"], ["Resid_Mean"], ["Perplexity"]):
         with pytest.raises(InvalidArgumentError, match="by case alone"):

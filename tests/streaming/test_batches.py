@@ -377,7 +377,9 @@ def test_mean_and_deviation_come_from_one_pass_and_do_not_suffer_from_a_mean_far
     np.testing.assert_allclose(found.mean_norm, norms.mean(1), rtol=1e-12)
     np.testing.assert_allclose(found.median_norm, np.median(norms, axis=1), rtol=1e-12)
     np.testing.assert_allclose(found.largest_norm, norms.max(1), rtol=1e-12)
-    np.testing.assert_allclose(found.norm_scale, norms.mean(1) / 4, rtol=1e-12)
+    centred = np.linalg.norm(wide - wide.mean(1, keepdims=True), axis=-1)
+    np.testing.assert_allclose(found.norm_scale, centred.mean(1) / 4, rtol=1e-12)
+    np.testing.assert_allclose(found.norm_scale * found.without_mean, norms.mean(1) / 4, rtol=1e-12)
     np.testing.assert_allclose(found.outlier_share, (norms > 1.2 * np.median(norms, axis=1)[:, None]).mean(1))
     assert found.n_rows.values.tolist() == [wide.shape[1]] * 2
     assert found.layer.values.tolist() == [5, 0]

@@ -48,7 +48,10 @@ class Warmed:
         self._folder = tempfile.TemporaryDirectory()
         # What OpenMP starts in the parent would be missing in a child: the parent computes nothing, and starts none.
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, *PACKAGES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-W", "error", *(f"-W{option}" for option in sys.warnoptions), __file__, *PACKAGES],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         return self
 

@@ -358,6 +358,7 @@ def test_a_choice_is_written_and_read_by_xarray(tmp_path: Path) -> None:
         ({"choose": "layer", "inner_cv": 1}, InvalidArgumentError, "inner_cv=1"),
         ({"choose": "layer", "choose_by": "log_loss"}, InvalidArgumentError, "metric 'log_loss' needs probabilities"),
         ({"choose": "layer", "choose_by": "r2"}, InvalidArgumentError, "r2"),
+        ({"choose": "layer", "controls": {"shuffled_labels": 9}}, InvalidArgumentError, "with seeds=100 shuffles once per seed"),
         ({"choose": "probe", "controls": {"chosen": np.arange(24)}}, InvalidArgumentError, "control is called 'chosen'"),
         ({"choose_by": "auroc"}, InvalidArgumentError, "choose='layer'"),
     ],

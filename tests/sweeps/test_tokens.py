@@ -371,17 +371,17 @@ def test_labels_are_dealt_to_prompts_where_these_have_one_and_are_the_seeds() ->
     array = identified()
     examples = select_labelled_tokens(array, "token", "label")
     folds = plan_token_folds(array, "token", examples, None, 5, 0)
-    dealt = deal_labels("shuffled_labels", array, examples, folds, 0)
+    dealt = deal_labels("shuffled_labels", array, examples, folds, 0)[0]
     assert (dealt != examples.codes).any()
     assert all(len(set(dealt[examples.prompt == prompt])) == 1 for prompt in range(PROMPTS))
     first = np.unique(examples.prompt, return_index=True)[1]
     assert sorted(dealt[first]) == sorted(examples.codes[first]), "as many prompts of each class"
-    np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, examples, folds, 0))
-    assert (dealt != deal_labels("shuffled_labels", array, examples, folds, 1)).any()
-    types = deal_labels("control_task", array, examples, folds, 0)
+    np.testing.assert_array_equal(dealt, deal_labels("shuffled_labels", array, examples, folds, 0)[0])
+    assert (dealt != deal_labels("shuffled_labels", array, examples, folds, 1)[0]).any()
+    types = deal_labels("control_task", array, examples, folds, 0)[0]
     assert all(len(set(types[token_id == IDS])) == 1 for token_id in range(30))
     mixed = select_labelled_tokens(array, "token", "kind_of_token")
-    dealt = deal_labels("shuffled_labels", array, mixed, folds, 0)
+    dealt = deal_labels("shuffled_labels", array, mixed, folds, 0)[0]
     assert sorted(dealt) == sorted(mixed.codes)
     assert any(len(set(dealt[mixed.prompt == prompt])) > 1 for prompt in range(PROMPTS))
 

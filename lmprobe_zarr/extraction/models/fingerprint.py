@@ -227,6 +227,9 @@ class _Digest:
             private = attribute.startswith("_") and isinstance(value, Mapping | set | frozenset)
             if private or attribute in ATTRIBUTES_VOLATILE or attribute.endswith(FOLLOWS_LENGTH) or is_placing(value):
                 continue
+            # transformers 4 leaves the class's own forward on a module that it has recorded the states of.
+            if attribute == "forward" and getattr(value, "__func__", None) is type(part).forward and value.__self__ is part:
+                continue
             value = changed.get(attribute, value)  # as it was before the first pass
             if value is dataclasses.MISSING:
                 continue

@@ -238,3 +238,15 @@ def test_a_model_on_the_device_meta_is_refused() -> None:
         model = transformers.LlamaModel(tiny_model("llama").config)
     with pytest.raises(InvalidArgumentError, match="is on the meta device, where it has no values"):
         lz.extract(model, PROMPTS, name="m", tokenizer=tiny_tokenizer(), progress=False)
+
+
+def test_the_own_forward_on_a_module_changes_nothing_and_another_does() -> None:
+    model = tiny_model("llama")
+    first = model_fingerprint(model)
+    block = model.layers[1]
+    block.forward = block.forward  # as transformers 4 leaves it
+    assert model_fingerprint(model) == first
+    block.forward = model.layers[2].forward
+    assert model_fingerprint(model) != first
+    block.forward = lambda *given, **named: type(block).forward(block, *given, **named)
+    assert model_fingerprint(model) != first

@@ -1,0 +1,119 @@
+"""What scores of many shuffled labels say about a score: their mean, their spread and a permutation p-value. Never fits.
+
+Labels without meaning are exchangeable, so the score of the true labels is as likely as that of any shuffle to be the best. Where n
+shuffles are tried and k are at least as good, p is (1 + k) / (1 + n), which is never 0. Source: B. Phipson and G. K. Smyth, "Permutation
+P-values Should Never Be Zero", Statistical Applications in Genetics and Molecular Biology 9 (2010).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+import xarray as xr
+
+__all__ = ["add_p_values", "describe_shuffles", "is_of_shuffles", "shuffled_attributes", "shuffled_name"]
+
+#: The attribute of every variable that this module makes.
+_SHUFFLES: Final = "shuffles"
+#: Means over folds differ by rounding where the scores are equal.
+_ROUNDING: Final = 1e-12
+
+
+def shuffled_name(metric: str) -> str:
+    """The name of the variable that holds a metric's score of each shuffle."""
+    return f"{metric}_shuffled"
+
+
+def is_of_shuffles(variable: xr.DataArray) -> bool:
+    """Whether a variable holds scores of many shuffles, or a statistic of them, and so is no score of its own."""
+    return _SHUFFLES in variable.attrs
+
+
+def shuffled_attributes(long_name: str, n: int, *, larger_is_better: bool) -> dict[str, Any]:
+    """Attributes of the variable that holds the score of each shuffle."""
+    return {
+        "long_name": f"{long_name} of the probe on shuffled labels, mean over the folds",
+        _SHUFFLES: n,
+        "larger_is_better": int(larger_is_better),
+    }
+
+
+def add_p_values(scores: xr.Dataset, metrics: Iterable[str]) -> xr.Dataset:
+    """The scores with mean, spread and p-values for each metric whose shuffles they hold.
+
+    Parameters
+    ----------
+    scores : Dataset
+        With ``<metric>_shuffled`` over ``shuffle`` and all dims of the metric but ``fold``.
+    metrics : iterable of str
+
+    Returns
+    -------
+    Dataset
+        With four variables more for each metric: ``<metric>_shuffled_mean`` and ``<metric>_shuffled_std``; ``<metric>_p_value``, the
+        permutation p-value of each layer by itself; ``<metric>_p_any_layer``, where a shuffle counts that is as good in any layer, so
+        that the best of many layers may be chosen by it. All are NaN for controls.
+    """
+    for metric in metrics:
+        name = shuffled_name(metric)
+        if name not in scores:
+            continue
+        shuffled = scores[name]
+        real = scores[metric].mean("fold")
+        n = shuffled.attrs[_SHUFFLES]
+        larger = bool(shuffled.attrs["larger_is_better"])
+        drawn = int(shuffled.sizes["shuffle"])
+        known = shuffled.notnull().any("shuffle") & real.notnull()
+        best = (shuffled.max if larger else shuffled.min)("layer") if "layer" in shuffled.dims else shuffled
+        found = {
+            f"{name}_mean": (shuffled.mean("shuffle"), f"mean over {drawn} shuffles of the labels"),
+            f"{name}_std": (shuffled.std("shuffle"), f"standard deviation over {drawn} shuffles of the labels"),
+            f"{metric}_p_value": (_p_value(real, shuffled, larger=larger), "permutation p-value of each layer by itself"),
+            f"{metric}_p_any_layer": (
+                _p_value(real, best, larger=larger),
+                "permutation p-value among the best layers of all shuffles: of a layer that was chosen for its score",
+            ),
+        }
+        for new, (values, long_name) in found.items():
+            attrs = {"long_name": long_name, _SHUFFLES: n} | ({} if new.endswith(("_mean", "_std")) else {"units": "1"})
+            scores[new] = values.where(known).transpose(*real.dims).assign_attrs(attrs)
+            scores[new].attrs = attrs
+    return scores
+
+
+def _p_value(real: xr.DataArray, shuffled: xr.DataArray, *, larger: bool) -> xr.DataArray:
+    # A shuffle that has no score counts as at least as good.
+    worse = shuffled < real - _ROUNDING if larger else shuffled > real + _ROUNDING
+    return (1 + (~worse).sum("shuffle")) / (1 + shuffled.sizes["shuffle"])
+
+
+def _of_best_layer(scores: xr.Dataset, metric: str, probe: Any) -> tuple[float, float, float, int] | None:
+    """For the best layer of a probe: mean and spread of the shuffles there, the p-value among the best layers, and their number.
+
+    None where the scores hold no shuffles of this probe, or have dims that a single layer is not chosen from.
+    """
+    name = shuffled_name(metric)
+    if name not in scores or "fold" not in scores[metric].dims or not set(scores[name].dims) <= {"layer", "probe", "shuffle"}:
+        return None
+    of = scores[[metric, name]].sel(probe=probe)
+    of = add_p_values(of, [metric])
+    if not bool(of[f"{metric}_p_value"].notnull().any()):
+        return None
+    means = of[metric].mean("fold")
+    larger = bool(scores[name].attrs["larger_is_better"])
+    at = (means.argmax if larger else means.argmin)("layer")
+    found = of.isel(layer=int(at))
+    values = [float(found[f"{name}_{which}"]) for which in ("mean", "std")]
+    return values[0], values[1], float(found[f"{metric}_p_any_layer"]), int(scores[name].sizes["shuffle"])
+
+
+def describe_shuffles(scores: xr.Dataset, metric: str, probe: Any) -> str:
+    """The same in words; empty where there is nothing to say."""
+    found = _of_best_layer(scores, metric, probe)
+    if found is None:
+        return ""
+    mean, spread, p, n = found
+    layers = scores.sizes.get("layer", 1)
+    chosen = f" among the best of {layers} layers" if layers > 1 else ""
+    return f"{n} shuffles of the labels {mean:.3f} ± {spread:.3f}, p = {p:.2g}{chosen}"
