@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
@@ -697,3 +698,58 @@ def test_a_model_object_under_a_name_of_ones_own(runs: list[int]) -> None:
     probe.predict(POSITIVE)
     assert runs == [16]
     assert lz.cache_info().models[0].model_name == "edited"
+
+
+# ---------------------------------------------------------------------------------------------------------------- protections
+
+
+def test_labels_of_texts_are_matched_by_prompt_and_no_text_has_two(llama: Path) -> None:
+    prompts, y = [*POSITIVE, *NEGATIVE], np.array([1] * 8 + [0] * 8)
+    expected = lz.Probe(str(llama), layers=1).fit(prompts, y).pipeline_[-1].coef_
+    by_text = pd.Series(y, index=prompts)[::-1]
+    by_hash = {lz.prompt_hash(prompt): label for prompt, label in zip(prompts, y.tolist(), strict=True)}
+    array = xr.DataArray(y[::-1], dims="prompt", coords={"prompt": [lz.prompt_hash(prompt) for prompt in prompts[::-1]]})
+    for given in (by_text, by_hash, array):
+        for fitted in (lz.Probe(str(llama), layers=1).fit(prompts, given), lz.Probe(str(llama), layers=1).fit(prompts, labels=given)):
+            np.testing.assert_array_equal(fitted.pipeline_[-1].coef_, expected)
+            assert fitted.score(prompts, given) == fitted.score(prompts, y)
+            assert fitted.evaluate(prompts, given) == fitted.evaluate(prompts, y)
+    probe = lz.Probe(str(llama), layers=1)
+    with pytest.raises(LabelError, match=rf"prompt {lz.prompt_hash(POSITIVE[0])} has two labels, 1 and 0"):
+        probe.fit(POSITIVE, [*NEGATIVE, POSITIVE[0]])
+    probe.fit(POSITIVE, NEGATIVE)
+    for score in (probe.score, probe.evaluate):
+        with pytest.raises(LabelError, match="has two labels"):
+            score([TEST[0], TEST[0]], [0, 1])
+        for missing in (None, np.nan):
+            with pytest.raises(LabelError, match="1 of 2 labels are missing, first row 1"):
+                score(TEST[:2], [0, missing])
+        with pytest.raises(LabelError, match="miss 1 of 2 prompts"):
+            score(TEST[:2], {TEST[0]: 1})
+
+
+def mean_score(fitted: Any) -> float:
+    """Of a LogisticRegressionCV over its inner folds and strengths; by class in some versions of scikit-learn."""
+    held = fitted.scores_
+    return float(np.mean(list(held.values()) if isinstance(held, dict) else held))
+
+
+@pytest.mark.parametrize("given", ["prompts", "groups"])
+def test_a_classifier_that_chooses_within_its_rows_keeps_what_belongs_together(given: str) -> None:
+    # Thirty facts in four wordings with labels at random: among wordings the weakest penalty looks best, among facts none does.
+    rng = np.random.default_rng(0)
+    fact = np.repeat(np.arange(30), 4)
+    y = rng.permutation(np.tile([0, 1], 15))[fact]
+    x = (rng.normal(size=(30, 64))[fact] + 0.3 * rng.normal(size=(120, 64))).astype("f4")
+    prompts = fact if given == "prompts" else np.arange(120)
+    array = xr.DataArray(x, dims=("prompt", "hidden"), coords={"prompt": [lz.prompt_hash(f"p{i}") for i in prompts]})
+    groups = None if given == "prompts" else fact
+    fits = [
+        lz.Probe(classifier="logistic_regression_cv").fit(array, y, groups=groups).pipeline_[-1],
+        lz.Probe(classifier="logistic_regression_cv").fit_from_activations(array, y, groups=groups).pipeline_[-1],
+    ]
+    for fitted in fits:
+        assert mean_score(fitted) < 0.65
+    if groups is not None:
+        leaking = lz.Probe(classifier="logistic_regression_cv").fit(array, y).pipeline_[-1]
+        assert mean_score(leaking) > 0.9
