@@ -14,13 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.metrics import Outcome
 from lmprobe_zarr.typing import Array, Floats
+
+if TYPE_CHECKING:
+    # `folds` fits by way of this module.
+    from lmprobe_zarr.probes.folds import Fold
 
 __all__ = ["RidgeTarget", "Solved", "ridge_coefficients", "solve_ridge"]
 
