@@ -15,7 +15,7 @@ from lmprobe_zarr.display import Html, card, sparkline, table
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes.metrics import parse_metrics
-from lmprobe_zarr.sweeps.shuffles import describe_shuffles
+from lmprobe_zarr.sweeps.shuffles import describe_shuffles, is_of_shuffles
 from lmprobe_zarr.typing import Array
 
 __all__ = ["best_scores", "describe_scores", "scores_card"]
@@ -138,7 +138,10 @@ def best_scores(data: xr.Dataset, metric: str | None = None, along: str | Iterab
     metrics = [
         name
         for name, held in held_by_probe.items()
-        if name not in _NO_SCORES and not name.startswith("chosen_") and not is_of_shuffles(held) and not {"bound", "prompt", "hidden"} & set(held.dims)
+        if name not in _NO_SCORES
+        and not name.startswith("chosen_")
+        and not is_of_shuffles(held)
+        and not {"bound", "prompt", "hidden"} & set(held.dims)
     ]
     if not metrics:
         raise InvalidArgumentError(f"this holds no scores by probe to choose by (dims {dict(data.sizes)}): give what sweep returns")
