@@ -15,14 +15,12 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.probes.labels import Groups, Labels, Sides
-from lmprobe_zarr.probes.ridge import fit_probe, rows_for
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
     "Fold",
     "evaluation_folds",
-    "fit_apart",
     "group_codes",
     "inner_folds",
     "keep_together",
@@ -234,29 +232,6 @@ def keep_together(estimator: Any, probe: Any, codes: Array | None, kept: Array, 
         few = isinstance(probe, str) and codes is not None and _fewest_units(codes, kept) < (value or 5)
         if len(first) < len(kept) or few:
             estimator.set_params(**{name: inner_folds(codes, kept, int(value or 5), random_state)})
-
-
-def fit_apart(
-    estimator: Any, probe: Any, rows: Array, values: Array, kept: Array, random_state: int, *, task: str = "classification"
-) -> Any:
-    """An estimator fitted on rows; one that cross-validates within them keeps prompts and groups together, see `keep_together`.
-
-    Parameters
-    ----------
-    estimator : estimator
-    probe : str or estimator
-        What it was made from.
-    rows : ndarray, shape (row, hidden)
-    values : ndarray, shape (row,)
-        Classes, or numbers of a regression.
-    kept : ndarray of int, shape (row,)
-        Rows of an equal number stay on one side.
-    random_state : int
-    task : {"classification", "regression"}
-    """
-    codes = np.unique(values, return_inverse=True)[1] if task == "classification" else None
-    keep_together(estimator, probe, codes, kept, random_state)
-    return fit_probe(probe, estimator, rows_for(probe, rows, values if task == "regression" else None), values)
 
 
 def _fewest_units(codes: Array, kept: Array) -> int:
