@@ -728,10 +728,10 @@ def test_labels_of_texts_are_matched_by_prompt_and_no_text_has_two(llama: Path) 
             score(TEST[:2], {TEST[0]: 1})
 
 
-def mean_score(fitted: Any) -> float:
-    """Of a LogisticRegressionCV over its inner folds and strengths; by class in some versions of scikit-learn."""
-    held = fitted.scores_
-    return float(np.mean(list(held.values()) if isinstance(held, dict) else held))
+def best_score(fitted: Any) -> float:
+    """The mean over the inner folds of a LogisticRegressionCV, for the best strength; in some versions of scikit-learn it is by class."""
+    held = np.asarray(next(iter(fitted.scores_.values())) if isinstance(fitted.scores_, dict) else fitted.scores_)
+    return float(held.reshape(len(held), -1).mean(axis=0).max())
 
 
 @pytest.mark.parametrize("given", ["prompts", "groups"])
@@ -749,7 +749,7 @@ def test_a_classifier_that_chooses_within_its_rows_keeps_what_belongs_together(g
         lz.Probe(classifier="logistic_regression_cv").fit_from_activations(array, y, groups=groups).pipeline_[-1],
     ]
     for fitted in fits:
-        assert mean_score(fitted) < 0.65
+        assert best_score(fitted) < 0.65
     if groups is not None:
         leaking = lz.Probe(classifier="logistic_regression_cv").fit(array, y).pipeline_[-1]
-        assert mean_score(leaking) > 0.9
+        assert best_score(leaking) > 0.9

@@ -14,6 +14,7 @@ or from ``controls``, ``curves``, ``metrics`` and ``token_controls``.
 from __future__ import annotations
 
 from lmprobe_zarr.probes.absent import describe_unfit
+from lmprobe_zarr.probes.apart import fit_apart
 from lmprobe_zarr.probes.classifiers import check_task, converged, fit_in_place, has_strength, make_probe, named_probes
 from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves

@@ -10,7 +10,7 @@ import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 from lmprobe_zarr.interchange import to_interchange
-from lmprobe_zarr.probes.labels import align_labels, two_classes
+from lmprobe_zarr.probes.labels import align_labels, labels_of_one_kind
 from lmprobe_zarr.typing import Array
 
 __all__ = ["calibration_curves", "roc_curves"]
@@ -140,7 +140,7 @@ def _check_curve(name: str, values: Array, labels: Any) -> tuple[Array, Array]:
         raise LabelError(f"{name!r} has no coordinate {labels!r}: give the labels themselves")
     if not isinstance(labels, Iterable) or isinstance(labels, Mapping):
         raise LabelError(f"labels of {name!r} are {type(labels).__name__}: give a coordinate's name, or one label per score")
-    truth = two_classes(name, labels) if len(labels := list(labels)) else np.zeros(0)
+    truth = labels_of_one_kind(name, labels) if len(labels := list(labels)) else np.zeros(0)
     if values.ndim != 1 or truth.shape != values.shape:
         raise LabelError(f"there are {len(truth)} labels for scores of shape {values.shape} in {name!r}: give one label per score")
     kept = np.isfinite(values)

@@ -31,11 +31,11 @@ __all__ = [
     "bare_variable",
     "check_missing",
     "check_width",
+    "labels_of_one_kind",
     "parse_groups",
     "parse_label_sets",
     "parse_labels",
     "parse_sides",
-    "two_classes",
 ]
 
 
@@ -356,13 +356,13 @@ def _named_rows(prompts: list[str]) -> xr.DataArray:
     return xr.DataArray(np.zeros(len(prompts), np.int8), dims="prompt", coords={"prompt": np.array(prompts, object)})
 
 
-def two_classes(name: str, labels: Iterable[Any]) -> Array:
+def labels_of_one_kind(name: str, labels: Iterable[Any]) -> Array:
     """Labels of one kind, none of which is missing, as an array: the check that all calls share, for values without prompts."""
     column = LabelColumn(name, _plain(labels))
     lacking = _missing_rows(column)
     if lacking:
         raise LabelError(f"labels of {name!r} miss {len(lacking)} of {len(column.values)} rows, first row {lacking[0]}: {_LEAVE_OUT}")
-    return _classes(column)
+    return _classes(column, least=1)
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:
@@ -439,7 +439,7 @@ def check_width(name: str, values: Iterable[Any]) -> None:
         raise LabelError(f"labels {name!r} hold numbers beyond 64 bits: give classes as texts, and the values of a regression as floats")
 
 
-def _classes(column: LabelColumn) -> Array:
+def _classes(column: LabelColumn, least: int = 2) -> Array:
     """The labels as a plain array of truth values, whole numbers or texts."""
     name, values = column.name, column.values
     if not all(pd.api.types.is_scalar(value) for value in values):
@@ -454,7 +454,7 @@ def _classes(column: LabelColumn) -> Array:
         listed = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise LabelError(f"labels {name!r} hold {listed}: give truth values, whole numbers or texts, one kind only")
     y = np.array(values) if float not in kinds else np.array([int(value) for value in values])
-    if len(set(values)) < 2:
+    if len(set(values)) < least:
         raise LabelError(f"all {len(values)} labels {name!r} are {values[0]!r}: a probe needs prompts of at least two classes")
     return y
 
