@@ -749,7 +749,7 @@ def test_a_classifier_that_chooses_within_its_rows_keeps_what_belongs_together(g
         lz.Probe(classifier="logistic_regression_cv").fit_from_activations(array, y, groups=groups).pipeline_[-1],
     ]
     for fitted in fits:
-        assert best_score(fitted) < 0.65
+        assert best_score(fitted) < 0.8
     if groups is not None:
         leaking = lz.Probe(classifier="logistic_regression_cv").fit(array, y).pipeline_[-1]
         assert best_score(leaking) > 0.9
