@@ -738,7 +738,7 @@ def best_score(fitted: Any) -> float:
 def test_a_classifier_that_chooses_within_its_rows_keeps_what_belongs_together(given: str) -> None:
     # Thirty facts in four wordings with labels at random: among wordings the weakest penalty looks best, among facts none does.
     rng = np.random.default_rng(0)
-    fact = np.repeat(np.arange(30), 4)
+    fact = np.tile(np.arange(30), 4)  # the folds of scikit-learn are runs of rows
     y = rng.permutation(np.tile([0, 1], 15))[fact]
     x = (rng.normal(size=(30, 64))[fact] + 0.3 * rng.normal(size=(120, 64))).astype("f4")
     prompts = fact if given == "prompts" else np.arange(120)
