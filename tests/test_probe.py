@@ -738,7 +738,7 @@ def best_score(fitted: Any) -> float:
 def test_a_classifier_that_chooses_within_its_rows_keeps_what_belongs_together(given: str) -> None:
     # Thirty facts in four wordings with labels at random: among wordings the weakest penalty looks best, among facts none does.
     rng = np.random.default_rng(0)
-    fact = np.repeat(np.arange(30), 4)
+    fact = np.tile(np.arange(30), 4)  # the folds of scikit-learn are runs of rows
     y = rng.permutation(np.tile([0, 1], 15))[fact]
     x = (rng.normal(size=(30, 64))[fact] + 0.3 * rng.normal(size=(120, 64))).astype("f4")
     prompts = fact if given == "prompts" else np.arange(120)
@@ -749,7 +749,7 @@ def test_a_classifier_that_chooses_within_its_rows_keeps_what_belongs_together(g
         lz.Probe(classifier="logistic_regression_cv").fit_from_activations(array, y, groups=groups).pipeline_[-1],
     ]
     for fitted in fits:
-        assert best_score(fitted) < 0.65
+        assert best_score(fitted) < 0.8
     if groups is not None:
         leaking = lz.Probe(classifier="logistic_regression_cv").fit(array, y).pipeline_[-1]
         assert best_score(leaking) > 0.9
