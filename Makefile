@@ -85,9 +85,9 @@ $(CORE)/ready: pyproject.toml
 # torch is that of constraints.txt: its old releases bring gigabytes of CUDA packages from the index.
 LOWEST_TESTS := $(CORE_TESTS) tests/extraction/test_extract.py tests/test_plots.py
 
-# Old releases use what newer ones of their own dependencies deprecate: that is no fault.
+# Old releases use what newer ones of their own dependencies deprecate, and dask warned of a scheduler that a test chooses: neither is a fault.
 test-lowest: $(LOWEST)/ready
-	$(LOWEST)/bin/python -W ignore::DeprecationWarning -m pytest -W ignore::DeprecationWarning -n 2 --dist worksteal -k "$(CORE_SKIPS)" -p no:cacheprovider $(LOWEST_TESTS) --ignore tests/store/upkeep
+	$(LOWEST)/bin/python -W ignore::DeprecationWarning -m pytest -W ignore::DeprecationWarning -W "ignore:Running on a single-machine scheduler" -n 2 --dist worksteal -k "$(CORE_SKIPS)" -p no:cacheprovider $(LOWEST_TESTS) --ignore tests/store/upkeep
 
 $(LOWEST)/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(LOWEST)
