@@ -128,9 +128,9 @@ def test_batch_size_is_the_most_that_a_pass_takes(llama: Path, monkeypatch: pyte
     sizes: list[int] = []
     real = run_forward_pass
 
-    def forward(loaded: Any, calling: Any, request: Any, ids: Any, *rest: Any) -> Any:
+    def forward(loaded: Any, calling: Any, request: Any, ids: Any, **rest: Any) -> Any:
         sizes.append(len(ids))
-        return real(loaded, calling, request, ids, *rest)
+        return real(loaded, calling, request, ids, **rest)
 
     monkeypatch.setattr(capture, "run_forward_pass", forward)
     lz.Probe(str(llama), layers=0, batch_size=3).warmup(POSITIVE)

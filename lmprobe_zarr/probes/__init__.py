@@ -57,7 +57,7 @@ from lmprobe_zarr.probes.labels import (
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_classification, evaluate_regression
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
-from lmprobe_zarr.probes.ridge import fit_apart, fit_probe, rows_for
+from lmprobe_zarr.probes.ridge import fit_probe, rows_for
 from lmprobe_zarr.probes.sufficient import (
     EXACT,
     ClassSums,

@@ -138,7 +138,7 @@ def true_labels(given: Any, labels: Any) -> Array:
     lacking = [row for row, value in enumerate(found.tolist()) if is_missing(value)]
     if lacking:
         raise LabelError(f"{len(lacking)} of {len(found)} labels are missing, first row {lacking[0]}: leave these prompts out")
-    check_width("labels", found.tolist())
+    check_width("labels", [value for value in found.tolist() if isinstance(value, int)])
     if isinstance(given, list | tuple) and not is_matrix(given):
         check_agreement(list(given), found)
     return found

@@ -10,11 +10,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.probes.folds import keep_together
 from lmprobe_zarr.probes.gram import ridge_coefficients
 from lmprobe_zarr.typing import Array, Estimator, Floats
 
-__all__ = ["RIDGES", "fit_apart", "fit_probe", "is_ridge", "needs_float64", "rows_for"]
+__all__ = ["RIDGES", "fit_probe", "is_ridge", "needs_float64", "rows_for"]
 
 #: The named probes that are ridges.
 RIDGES: Final = ("ridge", "ridge_regression")
@@ -80,29 +79,6 @@ def fit_probe(probe: str | Estimator, estimator: Any, rows: Any, labels: Array, 
         return estimator
     key = f"{name}__sample_weight" if name else "sample_weight"
     return estimator.fit(rows, labels, **({} if weights is None else {key: weights}))
-
-
-def fit_apart(
-    estimator: Any, probe: Any, rows: Array, values: Array, kept: Array, random_state: int, *, task: str = "classification"
-) -> Any:
-    """An estimator fitted on rows; one that cross-validates within them keeps prompts and groups together, see `keep_together`.
-
-    Parameters
-    ----------
-    estimator : estimator
-    probe : str or estimator
-        What it was made from.
-    rows : ndarray, shape (row, hidden)
-    values : ndarray, shape (row,)
-        Classes, or numbers of a regression.
-    kept : ndarray of int, shape (row,)
-        Rows of an equal number stay on one side.
-    random_state : int
-    task : {"classification", "regression"}
-    """
-    codes = np.unique(values, return_inverse=True)[1] if task == "classification" else None
-    keep_together(estimator, probe, codes, kept, random_state)
-    return fit_probe(probe, estimator, rows_for(probe, rows, values if task == "regression" else None), values)
 
 
 def _fit_ridge(ridge: Any, rows: Floats, labels: Array, weights: Array | None) -> None:

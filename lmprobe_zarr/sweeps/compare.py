@@ -93,10 +93,16 @@ def confidence_intervals(
     reasons: dict[str, dict[str, None]] = {metric.name: {} for metric in chosen}
     for place in product(*(range(size) for size in shape)):
         cell = scores.isel(dict(zip(dims, place, strict=True)))
-        if str(cell["control"].item()) == "shuffled_labels" and "dealt" not in cell:
-            # Many shuffles, of which no predictions are kept.
+        if str(cell["control"].item()) in ("shuffled_labels", "control_task") and "dealt" not in cell:
+            # Of many shuffles, and of tokens' other labels, no predictions are kept.
             for metric in chosen:
-                reasons[metric.name][f"{cell['probe'].item()} is a mean over many shuffles: see {metric.name}_shuffled_std"] = None
+                many = shuffled_name(metric.name) in cell
+                why = (
+                    f"is a mean over many shuffles: see {metric.name}_shuffled_std"
+                    if many
+                    else "has labels of its own: no predictions are kept"
+                )
+                reasons[metric.name][f"{cell['probe'].item()} {why}"] = None
                 estimate = float(cell[metric.name].mean("fold")) if metric.name in cell else np.nan
                 found[metric.name][place] = np.nan, estimate, np.nan
             continue

@@ -784,7 +784,9 @@ def test_intervals_of_tokens_draw_whole_prompts_and_are_around_the_score(pooling
     assert found.attrs["resampled"] == "prompt"
     for metric in ("accuracy", "auroc"):
         np.testing.assert_allclose(found[metric].sel(bound="estimate"), scores[metric].sel(probe="ridge").mean("fold"))
-        assert (found[metric].sel(bound="lower") <= found[metric].sel(bound="estimate")).all()
+        # Where every resample is perfect there is no interval.
+        low, estimate = found[metric].sel(bound="lower"), found[metric].sel(bound="estimate")
+        assert ((low <= estimate) | (low.isnull() & (estimate == 1))).all()
     # Five times as many tokens of each prompt, all alike, tell no more than before.
     dim = scores.predicted.dims[-1]
     again = scores.isel({dim: np.repeat(np.arange(scores.sizes[dim]), 5)})
