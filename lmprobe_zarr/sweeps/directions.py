@@ -30,7 +30,15 @@ from lmprobe_zarr.probes import (
     parse_label_sets,
     read_layer,
 )
-from lmprobe_zarr.sweeps.given import check_activations, check_seed, check_several, layers_of, warn_unconverged
+from lmprobe_zarr.sweeps.given import (
+    check_activations,
+    check_seed,
+    check_several,
+    describe_failed_layers,
+    layers_of,
+    warn_failed_layers,
+    warn_unconverged,
+)
 from lmprobe_zarr.tasks import parse_runner
 from lmprobe_zarr.typing import Array
 
@@ -81,12 +89,12 @@ def fit_directions(
     Raises
     ------
     InvalidTypeError, InvalidArgumentError, LabelError
-        As for :func:`lmprobe_zarr.sweep`, or the probe is not linear, or a fit ended in an error.
+        As for :func:`lmprobe_zarr.sweep`, or the probe is not linear, or the fit of every layer ended in an error.
 
     Warns
     -----
-    ConvergenceWarning
-        As :func:`lmprobe_zarr.sweep`.
+    ConvergenceWarning, FitFailedWarning
+        As :func:`lmprobe_zarr.sweep`. Layers whose fit ended in an error are NaN, and the attribute ``nan_reasons`` of ``coef`` says why.
     """
     if not isinstance(activations, xr.DataArray):
         raise InvalidTypeError(f"activations are one xarray.DataArray, not {type(activations).__name__}: give ds[name]")
@@ -105,7 +113,7 @@ def fit_directions(
     make()
     prompts = list_prompts(array)
     kept = group_codes(prompts, None if groups is None else parse_groups(array, groups, only.rows).codes)
-    fit = partial(_fit_layer, make, probe, only, kept, seed, task)
+    fit = partial(_fit_layer, make, name, only, kept, seed, task)
     layers = layers_of(array) or [0]
     variable = array.variable
     lazy = variable.chunks is None and not variable._in_memory
@@ -118,9 +126,12 @@ def fit_directions(
     for place, fitted in enumerate(found):
         if isinstance(fitted, list):
             raise InvalidArgumentError(describe_unfit(array, place if "layer" in array.dims else None, fitted, len(only.rows)))
-        if isinstance(fitted, str):
-            raise InvalidArgumentError(f"{probe!r} cannot be fitted on the {len(only.rows)} prompts of layer {layers[place]}: {fitted}")
+    failed = {layers[place]: fitted for place, fitted in enumerate(found) if isinstance(fitted, str)}
+    if len(failed) == len(layers):
+        layer, problem = next(iter(failed.items()))
+        raise InvalidArgumentError(f"{probe!r} cannot be fitted on the {len(only.rows)} prompts of layer {layer}: {problem}")
     data = _dataset(array, only, task, repr(make()), layers, found)
+    warn_failed_layers(probe, failed, len(layers))
     warn_unconverged(data, "give an estimator with a larger max_iter, or standardise")
     return data
 
@@ -162,6 +173,10 @@ def _fit_layer(
 
 
 def _dataset(array: xr.DataArray, labels: Labels, task: str, estimator: str, layers: list[Any], found: Any) -> xr.Dataset:
+    failed = {layer: fitted for layer, fitted in zip(layers, found, strict=True) if isinstance(fitted, str)}
+    shown = next(fitted for fitted in found if not isinstance(fitted, str))
+    nothing = np.full_like(shown[0], np.nan), np.full_like(shown[1], np.nan), True
+    found = [nothing if isinstance(fitted, str) else fitted for fitted in found]
     coef, intercept = (np.stack([fitted[place] for fitted in found]) for place in (0, 1))
     two = coef.shape[1] == 1
     dims = ("layer", "hidden") if two else ("layer", "class", "hidden")
@@ -181,6 +196,8 @@ def _dataset(array: xr.DataArray, labels: Labels, task: str, estimator: str, lay
         "variable": "" if array.name is None else str(array.name),
         **({} if labels.classes is None else {"classes": labels.classes.tolist()}),
     }
+    if failed:
+        data["coef"].attrs["nan_reasons"] = data["intercept"].attrs["nan_reasons"] = describe_failed_layers(failed)
     if "model" in array.coords and array.coords["model"].ndim == 0:
         data = data.assign_coords(model=str(array.coords["model"].item()))
     return to_interchange(data)

@@ -178,6 +178,25 @@ def warn_unconverged(found: xr.Dataset, remedy: str, *, stacklevel: int = 3) -> 
         )
 
 
+def describe_failed_layers(failed: Mapping[Any, str]) -> list[str]:
+    """Why layers are NaN, for the attribute ``nan_reasons``: by layer the error that its fit ended in."""
+    return [f"layer {layer}: the fit failed ({problem})" for layer, problem in failed.items()]
+
+
+def warn_failed_layers(probe: Any, failed: Mapping[Any, str], n_layers: int) -> None:
+    """Warn once of layers that are NaN because their fits ended in an error."""
+    if failed:
+        from sklearn.exceptions import FitFailedWarning
+
+        layer, problem = next(iter(failed.items()))
+        warnings.warn(
+            f"{probe!r} could not be fitted on {len(failed)} of {n_layers} layers, which are NaN (layer {layer}: {problem}): "
+            "the attribute nan_reasons says which",
+            FitFailedWarning,
+            stacklevel=3,
+        )
+
+
 def warn_failed(failures: str, *, stacklevel: int = 3) -> None:
     """Warn once of fits that ended in an error, so that their scores are NaN."""
     if failures:

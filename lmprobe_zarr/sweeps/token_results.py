@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.batch import Stage, reduce_scores
+from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.probes import LabelledTokens, Solution, TokenFolds
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT
@@ -20,9 +21,10 @@ from lmprobe_zarr.sweeps.token_stream import TaskPlan, Tested
 from lmprobe_zarr.typing import Array
 
 __all__ = [
-    "TokenResult", "TokenTrial", "add_shuffles", "as_objects", "describe_labels", "make_scores", "mean_results", "measure", "result_of",
-    "score_layer",
+    "TokenResult", "TokenTrial", "add_shuffles", "as_objects", "describe_labels", "failed_result", "failures_of", "make_scores",
+    "mean_results", "measure", "result_of", "score_layer",
 ]  # fmt: skip
+_FAILED: Final = "the fit failed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,20 @@ class TokenResult(NamedTuple):
 
 def result_of(measured: tuple[float, float, str, Predicted | None], seconds: float = 0.0, converged: bool = True) -> TokenResult:
     return TokenResult(*measured[:3], seconds, converged, measured[3])
+
+
+def failed_result(problem: str, seconds: float) -> TokenResult:
+    """That of a fit that ended in an error."""
+    return TokenResult(np.nan, np.nan, f"{_FAILED} ({problem})", seconds, True)
+
+
+def failures_of(scores: xr.Dataset) -> str:
+    """How many scores are NaN because their fits failed, and why; empty if none are."""
+    bad = np.isnan(scores["accuracy"].values)
+    if not bad.any():
+        return ""
+    reasons = [reason for reason in read_list(scores["accuracy"].attrs, "nan_reasons") or () if _FAILED in reason]
+    return f"{int(bad.sum())} of {bad.size} scores are NaN because their fits failed ({'; '.join(reasons[:3])})"
 
 
 def as_objects(rows: list[TokenResult]) -> Array:
@@ -156,10 +172,12 @@ def make_scores(
         return ("layer", "probe", "fold"), np.array(values, dtype).reshape(rows.shape), attrs
 
     why = {"nan_reasons": nan_reasons} if nan_reasons else {}
+    failed = [reason for reason in nan_reasons if f": {_FAILED}" in reason]
+    lost = {"nan_reasons": failed} if failed else {}
     converged = column("converged", bool, {"long_name": "fit ended before its iteration limit"})
     scores = xr.Dataset(
         {
-            "accuracy": column("accuracy", float, {"long_name": "accuracy", "units": "1"}),
+            "accuracy": column("accuracy", float, {"long_name": "accuracy", "units": "1", **lost}),
             "auroc": column("auroc", float, {"long_name": "area under the ROC curve", "units": "1", **why}),
             "fit_seconds": column("seconds", float, {"long_name": "wall time of the fit", "units": "s"}),
             "converged": converged,

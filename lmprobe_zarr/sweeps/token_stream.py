@@ -148,6 +148,8 @@ class Fitted:
     solution: Solution
     seconds: float
     converged: bool
+    #: The error that the fit ended in; its solution then is NaN.
+    problem: str = ""
 
 
 # -- tasks -----------------------------------------------------------------------------------------------------------------
@@ -225,10 +227,32 @@ def _solve_layer(plan: TaskPlan, layer: int, sums: Sequence[_SpanSums]) -> tuple
             scaling.append(tuple(each.astype(np.float32).astype(np.float64) for each in scaling_of(class_sums)) if inexact else None)
             for number, probe in enumerate(plan.probes):
                 if probe in EXACT:
-                    began = time.perf_counter()
-                    solution = solve(probe, class_sums)
-                    found[number, fold] = Fitted(solution, time.perf_counter() - began, True)
+                    found[number, fold] = _solve_one(probe, class_sums)
     return found, scaling, whole.seconds
+
+
+def _solve_one(probe: str, class_sums: ClassSums) -> Fitted:
+    """One exact probe; NaN with its error where it cannot be solved, so that all other fits are kept."""
+    began = time.perf_counter()
+    try:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            solution = solve(probe, class_sums)
+        if np.isfinite(solution.coef).all() and np.isfinite(solution.intercept).all():
+            return Fitted(solution, time.perf_counter() - began, True)
+        problem = "the solution is not finite"
+    except (ArithmeticError, ValueError) as error:  # LinAlgError is a ValueError
+        problem = _describe(error)
+    nothing = _no_solution(np.flatnonzero(class_sums.counts[0]), len(class_sums.unit.origin))
+    return Fitted(nothing, time.perf_counter() - began, True, problem)
+
+
+def _no_solution(classes: Array, hidden: int) -> Solution:
+    rows = 1 if len(classes) == 2 else len(classes)
+    return Solution(np.full((rows, hidden), np.nan), np.full(rows, np.nan), classes)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _seed_of(plan: TaskPlan, layer: int, probe: str, fold: int) -> int:
@@ -266,7 +290,7 @@ def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) ->
                 for descent, (mean, scale) in zip(descents, scaling, strict=True):
                     mine = order[descent.trained[cells[order]]]
                     if len(mine) and not descent.ended:
-                        descent.learn((rows[mine] - mean) / scale, codes[mine])
+                        descent.learn_or_end((rows[mine] - mean) / scale, codes[mine])
             for descent in descents:
                 descent.end_epoch(epoch + 1)
             if all(descent.ended for descent in descents):
@@ -274,6 +298,9 @@ def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) ->
     seconds = (time.perf_counter() - began) / len(descents)
     found = {}
     for fold, (descent, (mean, scale)) in enumerate(zip(descents, scaling, strict=True)):
+        if descent.problem:
+            found[fold] = Fitted(_no_solution(descent.classes, plan.hidden), seconds, True, descent.problem)
+            continue
         solution = descent.mean()
         coef = solution[:, :-1] / scale
         found[fold] = Fitted(Solution(coef, solution[:, -1] - coef @ mean, descent.classes), seconds, descent.ended)
@@ -298,6 +325,7 @@ class _Descent:
         self.trained = trained
         self.classes = np.unique(plan.codes[trained[plan.cell]])
         self.ended = False
+        self.problem = ""
         # One regression per class against the rest: in scikit-learn's own of several classes, the intercept is no mean.
         self._wanted = self.classes[1:] if len(self.classes) == 2 else self.classes
         self._estimators = [
@@ -327,6 +355,13 @@ class _Descent:
         first = max(mark for mark in self._marks if 2 * mark <= self._epochs)
         before, seen = self._marks[first]
         return np.asarray((self._sums() - before) / max(1, self._seen - seen))
+
+    def learn_or_end(self, x: Floats, y: Array) -> None:
+        """Learn from some rows; an error ends this descent, and no other one."""
+        try:
+            self.learn(x, y)
+        except (ArithmeticError, ValueError) as error:
+            self.ended, self.problem = True, _describe(error)
 
     def learn(self, x: Floats, y: Array) -> None:
         hits = y[:, None] == self._wanted

@@ -33,12 +33,24 @@ from lmprobe_zarr.probes import (
 )
 from lmprobe_zarr.probes.token_controls import DEALT, deal_labels, parse_token_controls, score_by_counts
 from lmprobe_zarr.sweeps.below_chance import describe_below_chance, find_below_chance
-from lmprobe_zarr.sweeps.given import check_seed, is_drawn, layer_labels, parse_token_activations, refuse_choice, warn_unconverged
+from lmprobe_zarr.sweeps.given import (
+    check_seed,
+    describe_failed_layers,
+    is_drawn,
+    layer_labels,
+    parse_token_activations,
+    refuse_choice,
+    warn_failed,
+    warn_failed_layers,
+    warn_unconverged,
+)
 from lmprobe_zarr.sweeps.token_results import (
     TokenTrial,
     add_shuffles,
     as_objects,
     describe_labels,
+    failed_result,
+    failures_of,
     make_scores,
     mean_results,
     measure,
@@ -153,6 +165,12 @@ def fit_tokens(
         coords={"layer": layer_labels(array), **({} if two else {"class": examples.classes})},
         attrs={"probe": probe, **describe_labels(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))},
     )
+    failed = {layer: fit[0, 0].problem for layer, fit in zip(layer_labels(array).tolist(), fits, strict=True) if fit[0, 0].problem}
+    if failed:
+        if len(failed) == len(fits):
+            raise InvalidArgumentError(f"{probe!r} cannot be fitted on any layer: {'; '.join(describe_failed_layers(failed)[:3])}")
+        found["coef"].attrs["nan_reasons"] = found["intercept"].attrs["nan_reasons"] = describe_failed_layers(failed)
+        warn_failed_layers(probe, failed, len(fits))
     warn_unconverged(found, _EXACT)
     return to_interchange(_name_model(found, array))
 
@@ -356,6 +374,10 @@ def sweep_tokens(
     scores = make_scores(array, examples, folds, plan, stage, found, seconds, predictions=predictions)
     if shuffled:
         scores = add_shuffles(scores, shuffled)
+    failures = failures_of(scores)
+    if np.isnan(scores["accuracy"].values[:, : len(names)]).all():
+        raise InvalidArgumentError(f"{failures}: give activations whose squares are finite numbers")
+    warn_failed(failures)
     warn_unconverged(scores, _EXACT)
     units = examples.prompt if folds.unit is None else folds.unit[examples.prompt]
     tested = [
@@ -487,7 +509,9 @@ def _run_trials(
     found = []
     for probe in range(len(plan.probes)):
         rows = [
-            result_of(of_layer[probe, fold], fit[probe, fold].seconds, fit[probe, fold].converged)
+            failed_result(fit[probe, fold].problem, fit[probe, fold].seconds)
+            if fit[probe, fold].problem
+            else result_of(of_layer[probe, fold], fit[probe, fold].seconds, fit[probe, fold].converged)
             for fit, of_layer in zip(fits, measured, strict=True)
             for fold in range(len(plan.trains))
         ]

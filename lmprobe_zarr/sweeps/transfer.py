@@ -33,6 +33,7 @@ from lmprobe_zarr.probes import (
     plan_folds,
     prompt_names,
     read_layer,
+    rows_for,
     unseen_rows,
 )
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
@@ -341,13 +342,13 @@ def _fit_on(fits: _Fits, probe: Any, matrices: list[Array], i: int, at: tuple[in
     for j, other in enumerate(matrices):
         rows = fits.unseen[i][j]
         if j != i and len(rows) and other.shape[1] == x.shape[1]:
-            scores.accuracy[*at, j], scores.auroc[*at, j] = _tested(fitted, other[rows], fits.labels[j].values[rows])
+            scores.accuracy[*at, j], scores.auroc[*at, j] = _tested(probe, fitted, other[rows], fits.labels[j].values[rows])
             scores.converged[*at, j] = converged(fitted)
 
 
 def _fit_fold(fits: _Fits, probe: Any, i: int, x: Array, train: Array, test: Array) -> tuple[float, float, bool]:
     fitted = _fit_rows(fits, probe, i, x, train)
-    return (*_tested(fitted, x[test], fits.labels[i].values[test]), converged(fitted))
+    return (*_tested(probe, fitted, x[test], fits.labels[i].values[test]), converged(fitted))
 
 
 def _fit_rows(fits: _Fits, probe: Any, i: int, x: Array, rows: Array) -> Any:
@@ -355,7 +356,8 @@ def _fit_rows(fits: _Fits, probe: Any, i: int, x: Array, rows: Array) -> Any:
     return fit_apart(estimator, probe, x[rows], fits.labels[i].values[rows], fits.kept[i][rows], fits.seed)
 
 
-def _tested(fitted: Any, x: Array, y: Array) -> tuple[float, float]:
+def _tested(probe: Any, fitted: Any, x: Array, y: Array) -> tuple[float, float]:
+    x = rows_for(probe, x)
     return accuracy(fitted.predict(x), y), auroc(class_scores(fitted, x), y, fitted.classes_)[0]
 
 
