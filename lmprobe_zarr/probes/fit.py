@@ -280,7 +280,8 @@ def _fit_and_predict(
     train, test = fold
     estimator = make_estimator(trial, seed, plan.task, preprocessing=plan.preprocessing, strength=strength)
     codes = None if labels.classes is None else np.searchsorted(labels.classes, values[train])
-    keep_together(estimator, trial.probe, codes, plan.kept[train], seed)
+    # On the folds that `choose` draws too, so that both choose alike.
+    keep_together(estimator, trial.probe, codes, plan.kept[train], plan.random_state)
     rows = matrix[train]
     started = time.perf_counter()
     estimator = _fit(plan, trial, estimator, rows, values[train])
