@@ -9,14 +9,13 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
 from lmprobe_zarr.display import card, definitions
 from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
 from lmprobe_zarr.store.format import FORMAT_COLUMNS
-from lmprobe_zarr.store.parts import shown_column
+from lmprobe_zarr.store.parts import as_series, prompt_index
 from lmprobe_zarr.streaming import Batches, BatchOptions, norms_of, open_batches, statistics_of
 from lmprobe_zarr.tokens import pad_tokens, pool_tokens, tokens_at
 
@@ -94,7 +93,7 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         InvalidArgumentError
             It is not one-dimensional.
         """
-        return _as_series(self._data)
+        return as_series(self._data)
 
     def plot_tokens(self, prompt: str | None = None, **kwargs: Any) -> Axes:
         """Scores of one prompt's tokens by layer; see `lmprobe_zarr.plots.plot_tokens`.
@@ -392,7 +391,7 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         """
         dims = [dim for dim in ("token", "prompt") if dim in self._data.dims][:1]
         own = {str(n): c for n, c in self._data.coords.items() if list(c.dims) == dims and n not in FORMAT_COLUMNS}
-        return pd.DataFrame({name: _as_series(column) for name, column in own.items()}, index=_index_of(self._data, dims))
+        return pd.DataFrame({name: as_series(column) for name, column in own.items()}, index=prompt_index(self._data, dims))
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:
         """`ArrayAccessor.to_torch` of every variable, by name.
@@ -612,20 +611,3 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         from lmprobe_zarr.plots import plot_calibration
 
         return plot_calibration(self._data, **kwargs)
-
-
-# -- columns as pandas holds them ------------------------------------------------------------------------------------
-
-
-def _as_series(column: xr.DataArray) -> pd.Series[Any]:
-    if column.ndim != 1:
-        raise InvalidArgumentError(f"{column.name!r} has dims {column.dims}: a column has one; select or stack the others first")
-    shown = shown_column(column.values, column.attrs)
-    dtype = object if shown.kind.categories is None and (shown.kind.dtype == "object" or shown.kind.name == "date") else None
-    return pd.Series(shown.to_pandas(), index=_index_of(column, list(column.dims)), name=column.name, dtype=dtype)
-
-
-def _index_of(data: xr.DataArray | xr.Dataset, dims: list[Any]) -> pd.Index[Any] | None:
-    """The hashes of the prompts along a dimension; None where they are not known."""
-    prompts = data.coords.get("prompt")
-    return pd.Index(np.asarray(prompts.values, object), name="prompt") if prompts is not None and list(prompts.dims) == dims else None

@@ -18,6 +18,7 @@ from lmprobe_zarr.probes.apart import fit_apart
 from lmprobe_zarr.probes.classifiers import check_task, converged, fit_in_place, has_strength, make_probe, named_probes
 from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
+from lmprobe_zarr.probes.evaluation import evaluate_classification, evaluate_regression
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
 from lmprobe_zarr.probes.fit import draw_within, fit_task
 from lmprobe_zarr.probes.folds import (
@@ -55,7 +56,7 @@ from lmprobe_zarr.probes.labels import (
     parse_sides,
 )
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
-from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores, evaluate_classification, evaluate_regression
+from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.probes.ridge import fit_probe, rows_for
 from lmprobe_zarr.probes.sufficient import (

@@ -3,6 +3,7 @@
 Other rooms import from this face. Never upkeep, models or xarray datasets.
 """
 
+from lmprobe_zarr.store.parts.as_pandas import as_series, prompt_index
 from lmprobe_zarr.store.parts.call_order import CallOrder, merged_order
 from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, urls_of, visible_parts
 from lmprobe_zarr.store.parts.columns import column_attrs, column_of, holds_texts_only, merged_kind, shown_column
@@ -37,6 +38,7 @@ __all__ = [
     "View",
     "VirtualArray",
     "any_holds_parts",
+    "as_series",
     "as_stored",
     "blocks_of",
     "column_attrs",
@@ -52,6 +54,7 @@ __all__ = [
     "open_view",
     "part_bytes_within",
     "part_nbytes",
+    "prompt_index",
     "read_batches",
     "read_column",
     "read_values",
