@@ -435,7 +435,10 @@ def places_of(operation: Operation, template: Path, most: int | None) -> list[in
         storage = Stops(LocalStorage(base / operation.place), _NEVER)
         operation.run(base, Store(storage, durable=False))
     calls = _NEVER - storage.after
-    chosen = range(calls) if most is None or most >= calls else [round(k * (calls - 1) / (most - 1)) for k in range(most)]
+    if most is None or most >= calls:
+        chosen = list(range(calls))
+    else:  # the first and the last too, or the middle alone
+        chosen = [round(k * (calls - 1) / (most - 1)) for k in range(most)] if most > 1 else [calls // 2]
     return [*chosen, _NEVER]
 
 

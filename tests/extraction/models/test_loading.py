@@ -845,7 +845,7 @@ def test_a_group_that_was_made_with_named_modules_is_used_further(llama: Path, t
     names = {"layers": "layers", "mlp": "mlp"}
     store = lz.open_store(tmp_path / "acts", durable=False)
     with monkeypatch.context() as earlier:  # as the first version did
-        earlier.setattr(loading, "_located", lambda module, modules: (locate(module, modules), modules))
+        earlier.setattr(loading, "_located", lambda module, modules, _kind: (locate(module, modules), modules))
         earlier.setattr("lmprobe_zarr.extraction.models.identity.are_known", lambda *_: False)
         lz.extract(llama, PROMPTS[:2], store=store, modules=names, device="cpu", progress=False)
     (before,) = store.groups().values()
