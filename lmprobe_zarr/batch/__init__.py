@@ -18,7 +18,7 @@ from lmprobe_zarr.batch.columns import (
     merge_kinds,
     show_value,
 )
-from lmprobe_zarr.batch.given import PROMPT_KINDS, PromptKind, given_prompts, shorten
+from lmprobe_zarr.batch.given import PROMPT_KINDS, PromptKind, given_prompts, is_pair, shorten
 from lmprobe_zarr.batch.hashes import (
     HASH_DIGITS,
     UNKNOWN_DIGITS,
@@ -101,6 +101,7 @@ __all__ = [
     "has_utf8",
     "hashes_of",
     "is_hash",
+    "is_pair",
     "is_top_k",
     "is_wide",
     "join_columns",

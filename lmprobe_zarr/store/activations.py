@@ -16,6 +16,7 @@ from lmprobe_zarr.batch import (
     align_columns,
     check_texts,
     given_prompts,
+    is_pair,
     parse_column,
     prompt_sha256,
     split_variable,
@@ -34,7 +35,7 @@ def write_activations(
     store: Place,
     *,
     model: Model,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[str | Sequence[int] | tuple[str, str]],
     activations: Mapping[str, Any] | None = None,
     pooled: Mapping[str, Any] | None = None,
     token_ids: Sequence[Sequence[int]] | None = None,
@@ -51,7 +52,7 @@ def write_activations(
         The store to write to.
     model : str or path
         Name of the model.
-    prompts : sequence of str or of token ids, no prompt twice
+    prompts : sequence of str, of token ids or of pairs of str, no prompt twice
         What the activations belong to, in the order of every array below.
     activations : mapping of str to mapping of int to list of array, optional
         Site (``resid``, ``attn``, ``mlp``) to ``{layer: [array(token, hidden), …]}``, one array per prompt, without padding;
@@ -91,7 +92,7 @@ def write_activations(
     store = open_again(store)
     store.check_writable()
     given, prompts = prompts, given_prompts(prompts)
-    check_texts(prompts)
+    check_texts([text for p in prompts for text in (p if is_pair(p) else (p,))])
     for what, values in (("activations", activations), ("pooled", pooled)):
         if values is not None and not isinstance(values, Mapping):
             raise InvalidTypeError(f"{what} is a {type(values).__name__}: give {{variable: …}}")
@@ -115,9 +116,10 @@ def write_activations(
     aligned = align_columns(coords, given, prompts)
     validate_column_names(aligned, new=True)
     columns = {name: parse_column(name, values) for name, values in aligned.items()}
-    texts = (
-        [str.__str__(p) if isinstance(p, str) else "" for p in prompts] if store_text and any(isinstance(p, str) for p in prompts) else None
-    )
+    listed = [str.__str__(p) if isinstance(p, str) else str.__str__(p[1]) if is_pair(p) else "" for p in prompts]
+    texts = listed if store_text and any(listed) else None
+    if store_text and prompts and all(map(is_pair, prompts)):
+        columns.setdefault("encoder_text", parse_column("encoder_text", [str.__str__(p[0]) for p in prompts]))
     batch = TokenBatch(
         sha256=[prompt_sha256(p) for p in prompts],
         text=texts,

@@ -48,6 +48,17 @@ def test_token_ids_are_prompts_too(store: Store) -> None:
 
 
 @pytest.mark.model
+def test_pairs_are_prompts_with_both_texts(store: Store) -> None:
+    pairs = [("Rain", "Regen"), ("Snow", "Schnee")]
+    values = np.arange(8, dtype="f4").reshape(2, 4)
+    lz.write_activations(store, model="m", prompts=pairs, pooled={"resid_mean": {0: values}})
+    data = store.dataset(prompts=pairs[::-1])
+    assert (data.text.values.tolist(), data.encoder_text.values.tolist()) == (["Schnee", "Regen"], ["Snow", "Rain"])
+    np.testing.assert_array_equal(data.resid_mean.isel(layer=0), values[::-1])
+    with pytest.raises(InvalidArgumentError, match="lone surrogate"):
+        lz.write_activations(store, model="m", prompts=[("Rain \ud83d", "Regen")], pooled={"resid_mean": {0: values[:1]}})
+
+
 def test_torch_tensors_are_taken_bfloat16_exactly(store: Store) -> None:
     torch = pytest.importorskip("torch")
     values = torch.randn(3, 4).to(torch.bfloat16)
