@@ -33,7 +33,7 @@ from lmprobe_zarr.batch.hashes import (
     sha256_of,
 )
 from lmprobe_zarr.batch.layers import LayerSpec, choose_layers, describe_layers, parse_sweep, resolve_layers
-from lmprobe_zarr.batch.parse_column import parse_column
+from lmprobe_zarr.batch.parse_column import parse_column, with_encoder_texts
 from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
 from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
 from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompts_kind
@@ -133,4 +133,5 @@ __all__ = [
     "store_as",
     "unused_arguments",
     "widen",
+    "with_encoder_texts",
 ]

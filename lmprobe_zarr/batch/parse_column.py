@@ -17,7 +17,7 @@ from lmprobe_zarr.batch.columns import EXACT_FLOAT, FILLS, Column, ColumnKind, K
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Array, Mask
 
-__all__ = ["parse_column"]
+__all__ = ["parse_column", "with_encoder_texts"]
 
 # More categories than these are no categories, and would make every document of a part large.
 MOST_CATEGORIES: Final = 2**14
@@ -67,6 +67,19 @@ def parse_column(name: str, values: object) -> Column:
     if isinstance(given, np.ma.MaskedArray):
         return _without(_of_numpy(name, np.asarray(given.data)), np.ma.getmaskarray(given))
     return _of_numpy(name, given) if isinstance(given, np.ndarray) else _of_objects(name, list(given))
+
+
+def with_encoder_texts(columns: Mapping[str, Column], pairs: Sequence[tuple[str, str]]) -> dict[str, Column]:
+    """Columns and, as ``encoder_text``, the first text of every pair; the second is the prompt's text.
+
+    Raises
+    ------
+    InvalidArgumentError
+        A column of the caller's has that name.
+    """
+    if "encoder_text" in columns:
+        raise InvalidArgumentError("coords names 'encoder_text', which is the first text of every pair: give the column another name")
+    return {**columns, "encoder_text": parse_column("encoder_text", [text for text, _ in pairs])}
 
 
 def _without(column: Column, missing: Mask) -> Column:

@@ -16,7 +16,7 @@ from lmprobe_zarr.store.format import validate_column_names
 from lmprobe_zarr.store.parts import View, kinds_of_column, read_column
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["Columns", "annotate", "check_columns", "columns_by_prompt", "fit_columns", "with_columns", "with_encoder_texts"]
+__all__ = ["Columns", "annotate", "check_columns", "columns_by_prompt", "fit_columns", "with_columns"]
 
 Columns = Mapping[str, Sequence[Any] | Array] | pd.DataFrame
 
@@ -49,19 +49,6 @@ def check_columns(columns: Columns | None, given: object, prompts: Sequence[Any]
             )
         checked[name] = column
     return checked
-
-
-def with_encoder_texts(columns: Mapping[str, Column], pairs: Sequence[tuple[str, str]]) -> dict[str, Column]:
-    """Columns and, as ``encoder_text``, the first text of every pair; the second is the prompt's text.
-
-    Raises
-    ------
-    InvalidArgumentError
-        A column of the caller's has that name.
-    """
-    if "encoder_text" in columns:
-        raise InvalidArgumentError("coords names 'encoder_text', which is the first text of every pair: give the column another name")
-    return {**columns, "encoder_text": parse_column("encoder_text", [text for text, _ in pairs])}
 
 
 def fit_columns(columns: Mapping[str, Column], view: View | None) -> dict[str, Column]:

@@ -20,9 +20,10 @@ from lmprobe_zarr.batch import (
     parse_poolings,
     parse_sites,
     prompts_kind,
+    with_encoder_texts,
 )
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.extraction.columns import Columns, check_columns, with_encoder_texts
+from lmprobe_zarr.extraction.columns import Columns, check_columns
 from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.models import PromptKind
 from lmprobe_zarr.store import Store

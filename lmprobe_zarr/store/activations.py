@@ -20,6 +20,7 @@ from lmprobe_zarr.batch import (
     parse_column,
     prompt_sha256,
     split_variable,
+    with_encoder_texts,
 )
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store.format import GroupInfo, Provenance, validate_column_names
@@ -92,7 +93,8 @@ def write_activations(
     store = open_again(store)
     store.check_writable()
     given, prompts = prompts, given_prompts(prompts)
-    check_texts([text for p in prompts for text in (p if is_pair(p) else (p,))])
+    for side in (0, 1):
+        check_texts([p[side] if is_pair(p) else p for p in prompts])
     for what, values in (("activations", activations), ("pooled", pooled)):
         if values is not None and not isinstance(values, Mapping):
             raise InvalidTypeError(f"{what} is a {type(values).__name__}: give {{variable: …}}")
@@ -116,10 +118,11 @@ def write_activations(
     aligned = align_columns(coords, given, prompts)
     validate_column_names(aligned, new=True)
     columns = {name: parse_column(name, values) for name, values in aligned.items()}
-    listed = [str.__str__(p) if isinstance(p, str) else str.__str__(p[1]) if is_pair(p) else "" for p in prompts]
-    texts = listed if store_text and any(listed) else None
+    # What stands as the text of a pair is what the decoder reads.
+    known = [p[1] if is_pair(p) else p for p in prompts]
+    texts = [str.__str__(p) if isinstance(p, str) else "" for p in known] if store_text and any(isinstance(p, str) for p in known) else None
     if store_text and prompts and all(map(is_pair, prompts)):
-        columns.setdefault("encoder_text", parse_column("encoder_text", [str.__str__(p[0]) for p in prompts]))
+        columns = with_encoder_texts(columns, prompts)
     batch = TokenBatch(
         sha256=[prompt_sha256(p) for p in prompts],
         text=texts,

@@ -18,6 +18,7 @@ __all__ = [
     "check_activations",
     "check_seed",
     "check_several",
+    "describe_failed_layers",
     "is_drawn",
     "layer_labels",
     "layers_of",
@@ -26,8 +27,9 @@ __all__ = [
     "parse_token_activations",
     "refuse_choice",
     "warn_failed",
+    "warn_failed_layers",
     "warn_unconverged",
-]  # fmt: skip
+]
 
 _DIMS = ("layer", "prompt", "hidden")
 

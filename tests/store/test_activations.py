@@ -55,8 +55,11 @@ def test_pairs_are_prompts_with_both_texts(store: Store) -> None:
     data = store.dataset(prompts=pairs[::-1])
     assert (data.text.values.tolist(), data.encoder_text.values.tolist()) == (["Schnee", "Regen"], ["Snow", "Rain"])
     np.testing.assert_array_equal(data.resid_mean.isel(layer=0), values[::-1])
-    with pytest.raises(InvalidArgumentError, match="lone surrogate"):
-        lz.write_activations(store, model="m", prompts=[("Rain \ud83d", "Regen")], pooled={"resid_mean": {0: values[:1]}})
+    for bad in [("Rain", "Regen \ud83d"), ("Rain \ud83d", "Regen")]:
+        with pytest.raises(InvalidArgumentError, match=r"prompts\[1\] .* holds a lone surrogate"):
+            lz.write_activations(store, model="m", prompts=[("a", "b"), bad], pooled={"resid_mean": {0: values}})
+    with pytest.raises(InvalidArgumentError, match="coords names 'encoder_text'"):
+        lz.write_activations(store, model="m", prompts=pairs, pooled={"resid_mean": {0: values}}, coords={"encoder_text": ["x", "y"]})
 
 
 def test_torch_tensors_are_taken_bfloat16_exactly(store: Store) -> None:

@@ -168,7 +168,7 @@ def run(
         most = batch_prompts if most is None else min(most, batch_prompts)
     call = ModelCall.of(loaded, request, conduct)
     nbytes = collected.prompt + collected.token * tokenized.lengths
-    bounds = [(0, len(tokenized))] if windows is None else windows.cut(nbytes, tokenized.rows, batch_tokens, most)
+    bounds = [(0, len(tokenized))] if windows is None else windows.cut(nbytes, tokenized.run_lengths, batch_tokens, most)
     return _run_all(loaded, call, tokenized, request, batch_tokens, most, progress, bounds, after_window)
 
 
@@ -195,16 +195,16 @@ def _run_all(
     for start, stop in windows:
         # The longest prompts come first, so that memory runs out early. A model whose state grows with the longest prompt so far needs them
         # in ascending order.
-        lengths = tokenized.rows[start:stop]
+        lengths = tokenized.run_lengths[start:stop]
         order = start + np.argsort(lengths if call.uniform_above is not None else -lengths, kind="stable")
         done = 0
         previous: _Copying | None = None
         while done < len(order):
-            count = next_batch(tokenized.rows[order[done:]], budget, call.uniform_above, most)
+            count = next_batch(tokenized.run_lengths[order[done:]], budget, call.uniform_above, most)
             rows = np.sort(order[done : done + count])
             copying = _run_batch(loaded, call, request, tokenized, starts, rows)
             if copying is None:
-                budget = max(1, count * int(tokenized.rows[rows].max()) // 2)
+                budget = max(1, count * int(tokenized.run_lengths[rows].max()) // 2)
                 free_memory(loaded.device)
                 continue
             done += count

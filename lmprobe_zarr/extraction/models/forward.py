@@ -157,7 +157,8 @@ def run_forward_pass(
         # GPT-2 warns about a missing mask, which a causal model does not need here.
         stack.enter_context(quiet_logging())
         _forget_lengths(call.rotary)
-        if isinstance(call.module, PairedBody) and encoder_ids is not None:
+        if isinstance(call.module, PairedBody):
+            assert encoder_ids is not None  # noqa: S101 - otherwise the encoder would read what the decoder does
             stack.enter_context(call.module.reading(encoder_ids, loaded.pad_id if pad_id is None else pad_id))
         sliced = _sliced(loaded, call, collected, options)
         register_hooks(loaded, collected, stack)

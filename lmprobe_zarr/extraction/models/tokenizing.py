@@ -66,7 +66,7 @@ class TokenizedPrompts:
         return int(self.lengths.sum())
 
     @property
-    def rows(self) -> Ints:
+    def run_lengths(self) -> Ints:
         """How many tokens of every prompt are run, those of its encoder included, shape (prompt,)."""
         return self.lengths if self.encoder_ids is None else self.lengths + np.array([len(ids) for ids in self.encoder_ids], np.int64)
 
@@ -225,9 +225,8 @@ def _tokenize_pairs(
     assert prompts.encoder_text is not None  # noqa: S101 - that is what the kind says
     read = replace(prompts, text=prompts.encoder_text)
     (encoder_ids, _), long = _tokenize_texts(read, tokenizer, limit, truncation, special)
-    room = None if limit is None else max(1, limit - (not start.wraps))
     with _as_targets(tokenizer):
-        (labels, places), long_labels = _tokenize_texts(prompts, tokenizer, room, truncation, special)
+        (labels, places), long_labels = _tokenize_texts(prompts, tokenizer, limit, truncation, special)
     end = {special_id(tokenizer, name) for name in ("eos_token", "sep_token")} - {None} if special else set()
     ids, shifted = [], []
     for number, tokens in enumerate(labels):
@@ -236,6 +235,12 @@ def _tokenize_pairs(
         if places is not None:
             place = places[number]
             shifted.append(np.roll(place, 1, axis=0) if start.wraps else np.vstack([[[-1, -1]], place[:-1] if ends else place]))
+        if limit is not None and len(ids[number]) > limit:  # by the token that the decoder reads first
+            long_labels[number] = True
+            if truncation:
+                ids[number] = ids[number][:limit]
+                if places is not None:
+                    shifted[number] = shifted[number][:limit]
     return (ids, shifted if places is not None else None), long | long_labels, tuple(encoder_ids)
 
 

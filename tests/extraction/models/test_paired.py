@@ -227,6 +227,13 @@ def test_long_texts_on_either_side_are_refused_or_cut(bart: Any, tokenizer: Any,
     for pair in (("Rain", long), (long, "Rain")):
         with pytest.raises(PromptTooLongError, match="the limit is"):
             extracted(bart, tokenizer, tmp_path, pairs=[pair])
+    # The decoder reads as many tokens as the text has with its special ones: the first comes, the end goes.
+    exact = len(tokenizer("It rained for days.")["input_ids"])
+    extracted(bart, tokenizer, tmp_path / "exact", pairs=[("Rain", "It rained for days.")], max_length=exact)
+    with pytest.raises(PromptTooLongError, match=f"the limit is {exact - 1}"):
+        extracted(bart, tokenizer, tmp_path, pairs=[("Rain", "It rained for days!")], max_length=exact - 1)
+    with pytest.raises(PromptTooLongError, match="the limit is 3"):
+        extracted(bart, tokenizer, tmp_path, pairs=[("Rain", "It rained for days?")], max_length=3, add_special_tokens=False)
     store = extracted(bart, tokenizer, tmp_path, pairs=[("Rain", long), (long, "Rain")], truncation=True, max_length=16)
     tokens = store.tokens("m").load()
     assert int((tokens.prompt.values == lz.prompt_hash(("Rain", long))).sum()) <= 16
