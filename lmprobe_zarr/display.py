@@ -20,6 +20,7 @@ __all__ = [
     "Html",
     "card",
     "definitions",
+    "describe_error",
     "escape",
     "format_bytes",
     "format_table",
@@ -35,6 +36,11 @@ __all__ = [
 # Unicode categories of format characters (such as direction marks), surrogates, controls and line breaks. They are invisible, and some
 # control a terminal.
 _UNSEEN: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def describe_error(error: BaseException) -> str:
+    """The kind of an error that code from elsewhere raised, and the beginning of its message, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def visible(text: object, *, lines: bool = False) -> str:

@@ -485,7 +485,7 @@ class Probe:
         if weights is not None and not has_weights(estimator):
             raise InvalidArgumentError(f"{self.classifier!r} takes no sample_weight: leave it out, or use 'logistic_regression' or 'ridge'")
         codes = np.unique(labels, return_inverse=True)[1] if self.task == "classification" else None
-        keep_together(pipeline, self.classifier, codes, together, 0 if self.random_state is None else self.random_state)
+        keep_together(pipeline, self._classifier, codes, together, 0 if self.random_state is None else self.random_state)
         try:
             rows = rows_for(self._classifier, features, labels if self.task == "regression" else None)
             fit_probe(self._classifier, pipeline, rows, labels, weights)

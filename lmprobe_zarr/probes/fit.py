@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.display import describe_error
 from lmprobe_zarr.probes.classifiers import converged, fit_in_place
 from lmprobe_zarr.probes.controls import DIRECTION, Trial, make_estimator
 from lmprobe_zarr.probes.folds import Fold, inner_folds, keep_together
@@ -253,12 +254,8 @@ def _fit_fold(
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
-        return _failed(plan, at, _describe(error))
+        return _failed(plan, at, describe_error(error))
     return _score(plan, at, outcome, seconds, ended=ended)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _failed(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], problem: str) -> Fit:
@@ -341,7 +338,7 @@ def _score_within(
                 except MemoryError:
                     raise
                 except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
-                    problems[place] = _describe(error)
+                    problems[place] = describe_error(error)
                     continue
                 scores = np.array([score_outcome(outcome, [metric])[0][0] for outcome in outcomes])
                 # Undefined for a fold, as AUROC is where it tests a single class: undefined for all that could be chosen.
@@ -352,7 +349,7 @@ def _score_within(
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001
-        problems = [_describe(error)] * len(strengths)
+        problems = [describe_error(error)] * len(strengths)
     return found, problems
 
 

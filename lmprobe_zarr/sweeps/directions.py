@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.display import describe_error
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import (
@@ -167,7 +168,7 @@ def _fit_layer(
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return describe_error(error)
     coef, intercept = coefficients(estimator)
     return coef[:, 0], intercept, converged(estimator)
 

@@ -112,8 +112,6 @@ def scores_card(data: xr.Dataset) -> Html | None:
         curve = sparkline(values.tolist(), low, high, label=label) if len(layers) > 1 else Html("")
         beside = describe_shuffles(data, metric, probe)
         body.append((f"{probe} ({beside})" if beside else probe, metric, Html(f"{high:.3f}"), str(layers[best]), curve))
-    origin = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
-    note = " · ".join(part for part in (str(attrs.get("model", "")), origin) if part)
     if data.sizes["layer"] > 1:
         note = " · ".join(part for part in (note, _describe_best(data.sizes["layer"])) if part)
     return card("scores of a sweep", note, table(("probe", "score", "best", "at layer", "by layer"), body))

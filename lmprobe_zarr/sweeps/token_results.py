@@ -76,10 +76,11 @@ def mean_results(results: Array) -> Array:
     rows = []
     for place in np.ndindex(results.shape[1:]):
         some: list[TokenResult] = list(results[(slice(None), *place)])
-        shares, areas = [each.accuracy for each in some], [each.auroc for each in some if np.isfinite(each.auroc)]
-        area, reason = (float(np.mean(areas)), "") if areas else (np.nan, some[0].reason)
+        # A shuffle whose fit failed is left out.
+        shares, areas = ([value for each in some if np.isfinite(value := getattr(each, name))] for name in ("accuracy", "auroc"))
+        share, area = (float(np.mean(known)) if known else np.nan for known in (shares, areas))
         seconds, ended = sum(each.seconds for each in some), all(each.converged for each in some)
-        rows.append(TokenResult(float(np.mean(shares)), area, reason, seconds, ended))
+        rows.append(TokenResult(share, area, "" if areas else some[0].reason, seconds, ended))
     return as_objects(rows).reshape(results.shape[1:])
 
 

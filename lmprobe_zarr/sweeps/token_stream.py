@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.batch import as_slice
+from lmprobe_zarr.display import describe_error
 from lmprobe_zarr.probes import (
     EXACT,
     ClassSums,
@@ -241,7 +242,7 @@ def _solve_one(probe: str, class_sums: ClassSums) -> Fitted:
             return Fitted(solution, time.perf_counter() - began, True)
         problem = "the solution is not finite"
     except (ArithmeticError, ValueError) as error:  # LinAlgError is a ValueError
-        problem = _describe(error)
+        problem = describe_error(error)
     nothing = _no_solution(np.flatnonzero(class_sums.counts[0]), len(class_sums.unit.origin))
     return Fitted(nothing, time.perf_counter() - began, True, problem)
 
@@ -249,10 +250,6 @@ def _solve_one(probe: str, class_sums: ClassSums) -> Fitted:
 def _no_solution(classes: Array, hidden: int) -> Solution:
     rows = 1 if len(classes) == 2 else len(classes)
     return Solution(np.full((rows, hidden), np.nan), np.full(rows, np.nan), classes)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _seed_of(plan: TaskPlan, layer: int, probe: str, fold: int) -> int:
@@ -361,7 +358,7 @@ class _Descent:
         try:
             self.learn(x, y)
         except (ArithmeticError, ValueError) as error:
-            self.ended, self.problem = True, _describe(error)
+            self.ended, self.problem = True, describe_error(error)
 
     def learn(self, x: Floats, y: Array) -> None:
         hits = y[:, None] == self._wanted

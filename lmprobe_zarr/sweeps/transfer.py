@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.display import name_in_messages
+from lmprobe_zarr.display import describe_error, name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, LmprobeZarrError
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import (
@@ -323,7 +323,7 @@ def _transfer_layer(fits: _Fits, *variables: xr.Variable) -> _LayerScores | _Not
                 except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
                     for values in (scores.accuracy, scores.auroc):
                         values[p, i] = np.nan
-                    scores.failed.setdefault(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                    scores.failed.setdefault(name, describe_error(error))
     return scores
 
 

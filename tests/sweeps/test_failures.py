@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import solve
+from lmprobe_zarr.sweeps.token_results import TokenResult, as_objects, failed_result, mean_results
 
 Array = npt.NDArray[Any]
 
@@ -143,3 +144,13 @@ def test_directions_of_targets_far_from_zero_are_those_of_float64(probe: str) ->
     expected = plain.fit(x.astype("f8"), y - 1.7e9).predict(x.astype("f8"))
     predicted = x.astype("f8") @ found.coef.values + (float(found.intercept) - 1.7e9)
     np.testing.assert_allclose(predicted, expected, atol=1e-4)
+
+
+def test_a_shuffle_of_tokens_that_cannot_be_fitted_is_left_out_of_their_mean() -> None:
+    good = [TokenResult(share, area, "", 1.0, True) for share, area in ((0.5, 0.4), (0.7, 0.6))]
+    results = as_objects([good[0], failed_result("LinAlgError: singular", 1.0), good[1]]).reshape(3, 1, 1)
+    mean = mean_results(results)[0, 0]
+    assert (mean.accuracy, mean.auroc, mean.reason, mean.seconds) == (pytest.approx(0.6), pytest.approx(0.5), "", 3.0)
+    nothing = mean_results(as_objects([failed_result("LinAlgError: singular", 1.0)] * 2).reshape(2, 1, 1))[0, 0]
+    assert np.isnan([nothing.accuracy, nothing.auroc]).all()
+    assert "LinAlgError: singular" in nothing.reason
