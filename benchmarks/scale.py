@@ -12,7 +12,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -89,6 +89,11 @@ class Counting(LocalStorage):
         data = super().read_view(key)
         self.reads, self.nbytes = self.reads + 1, self.nbytes + len(data)
         return data
+
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        found = super().read_ranges(key, ranges)
+        self.reads, self.nbytes = self.reads + 1, self.nbytes + sum(map(len, found))
+        return found
 
 
 @contextmanager

@@ -54,7 +54,14 @@ settings.register_profile("exploring", deadline=None, print_blob=True)
 settings.load_profile("exploring" if os.environ.get("LMPROBE_ZARR_STRESS") else "steady")
 
 # The contracts, which S3 must keep too; the other tests take a place that needs no server.
-ON_S3_TOO = ("storage/test_storage.py", "storage/test_special_characters.py", "promises/test_loops.py", "store/test_store.py")
+ON_S3_TOO = (
+    "storage/test_storage.py",
+    "storage/test_ranges.py",
+    "storage/test_pieces.py",
+    "storage/test_special_characters.py",
+    "promises/test_loops.py",
+    "store/test_store.py",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,21 @@ Never what the bytes mean: no format, no chunk, no prompt. What every place prom
 
 from lmprobe_zarr.storage.address import local_path
 from lmprobe_zarr.storage.base import FileInfo, Storage
-from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.storage.local import LocalStorage, read_at
 from lmprobe_zarr.storage.open import open_storage
+from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.storage.threads import run_all
 
-__all__ = ["FileInfo", "FsspecStorage", "LocalStorage", "Storage", "local_path", "open_storage", "run_all"]
+__all__ = [
+    "FileInfo",
+    "FsspecStorage",
+    "LocalStorage",
+    "PieceWriter",
+    "Storage",
+    "StrayUpload",
+    "local_path",
+    "open_storage",
+    "read_at",
+    "run_all",
+]

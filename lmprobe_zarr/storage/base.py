@@ -3,6 +3,7 @@
 A storage holds files by key. It does not know what their bytes mean. What is promised, and where:
 
 * ``write`` makes a file whole or raises. Readers may see it half written, so it is only used for files that no commit names yet.
+* ``open_pieces`` writes a file as ``write`` does, piece by piece: it is whole once it is closed. Object stores show it only then.
 * ``commit`` makes a file appear whole, at once and for good: on a local folder by temporary file, fsync and rename, on an
   object store by one put, which object stores make atomic. With ``replace=False`` it never replaces another writer's file. Local folders
   and S3 decide that in one step. Elsewhere the file is looked for first, and the random digits in a part's name keep two writers apart.
@@ -14,11 +15,12 @@ A storage holds files by key. It does not know what their bytes mean. What is pr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.errors import AlreadyCommittedError
+from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
 from lmprobe_zarr.typing import Buffer
 
 __all__ = ["REMOTE_THREADS", "FileInfo", "Storage", "check_same"]
@@ -87,11 +89,51 @@ class Storage(ABC):
         return len(data)
 
     @abstractmethod
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        """Several ranges of one file, neighbours in one request and the others at the same time.
+
+        Nothing is requested where no range has a byte. Memory is taken for bytes that the file has, whatever the ranges say.
+
+        Parameters
+        ----------
+        key : str
+        ranges : sequence of (int, int)
+            Start and stop in bytes, in any order; they may touch, overlap, and reach beyond the end of the file.
+
+        Returns
+        -------
+        list of Buffer
+            One for each range, with stop - start bytes, or fewer where the file ends earlier: compare the length. They share memory.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        InvalidArgumentError
+            A range begins before the file, or ends before it begins.
+        """
+
+    @abstractmethod
     def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         """Write a file, given whole or in pieces, and the folders above it.
 
         With `durable`, it is flushed to the medium where the place knows what that is.
         """
+
+    @abstractmethod
+    def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
+        """A file that is written piece by piece, as with `write`. Nothing is written before the first piece.
+
+        Hundreds may be open at the same time: a local one holds no file open between two pieces. On S3 each holds up to 16 MiB in memory.
+        """
+
+    def stray_uploads(self, key: str) -> list[StrayUpload]:
+        """Uploads below a folder that were never finished, of this or any other writer; none where the place has none or does not say."""
+        return []
+
+    def abort_uploads(self, uploads: Iterable[StrayUpload]) -> None:
+        """Abort uploads that `stray_uploads` has returned; one that was finished meanwhile is no error, and its file stays."""
+        return
 
     @abstractmethod
     def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:

@@ -16,7 +16,7 @@ from lmprobe_zarr.errors import (
     UnreachableError,
 )
 
-__all__ = ["as_our_error", "is_passing", "response_code", "without_secrets"]
+__all__ = ["CutShortError", "as_our_error", "is_passing", "response_code", "without_secrets"]
 
 _EXPIRED: Final = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
 _UNKNOWN_KEY: Final = {"InvalidAccessKeyId", "InvalidClientTokenId", "SignatureDoesNotMatch"}
@@ -33,7 +33,11 @@ _PASSING: Final = {
     "BandwidthLimitExceeded", "InternalError", "OperationAborted", "PriorRequestNotComplete", "RequestLimitExceeded", "RequestTimeout",
     "RequestTimeoutException", "ServiceUnavailable", "rateLimitExceeded", "userRateLimitExceeded",
 }  # fmt: skip
-_CUT_SHORT: Final = {"ClientPayloadError", "IncompleteRead", "ResponseParserError", "ResponseStreamingError"}
+_CUT_SHORT: Final = {"ClientPayloadError", "CutShortError", "IncompleteRead", "ResponseParserError", "ResponseStreamingError"}
+
+
+class CutShortError(OSError):
+    """The answer to a request has fewer bytes than it should have, so that the same request may succeed a little later."""
 
 
 def response_code(error: BaseException | None) -> tuple[str, int]:

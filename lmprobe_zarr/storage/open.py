@@ -13,6 +13,7 @@ from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage.address import parse_address, unfilled, unfilled_name
 from lmprobe_zarr.storage.base import REMOTE_THREADS, Storage
 from lmprobe_zarr.storage.client_errors import without_secrets
+from lmprobe_zarr.storage.http import HttpStorage
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.storage.memory import MemoryStorage
 from lmprobe_zarr.storage.remote import FsspecStorage
@@ -53,6 +54,8 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
     kind = type(filesystem)
     if hasattr(kind, "call_s3"):
         storage: Storage = S3Storage(filesystem, root, place)
+    elif any(base.__name__ == "HTTPFileSystem" and base.__module__ == "fsspec.implementations.http" for base in kind.__mro__):
+        storage = HttpStorage(filesystem, root, place)
     else:
         storage = (MemoryStorage if issubclass(kind, MemoryFileSystem) else FsspecStorage)(filesystem, root, place)
     if (name := unfilled_name(place)) and not storage.list(""):

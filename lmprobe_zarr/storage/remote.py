@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -15,6 +17,8 @@ from fsspec.implementations.cached import CachingFileSystem
 from lmprobe_zarr.errors import AccessDeniedError, LmprobeZarrError, ReadOnlyError, StoreNotFoundError, UnreachableError
 from lmprobe_zarr.storage.base import REMOTE_THREADS, FileInfo, Storage, check_same
 from lmprobe_zarr.storage.client_errors import as_our_error, is_passing, response_code, without_secrets
+from lmprobe_zarr.storage.pieces import PieceWriter
+from lmprobe_zarr.storage.ranges import REMOTE_GAP, Answer, Run, cut, joined
 from lmprobe_zarr.storage.threads import run_all
 from lmprobe_zarr.typing import Buffer
 
@@ -24,6 +28,12 @@ __all__ = ["FsspecStorage", "modified_at"]
 _WAITS: Final = (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0)
 _TRIED_SECONDS: Final = 5.0
 _PUT_ATTEMPTS: Final = 6  # at a conditional put while other writers try the same
+_LARGE_BYTES: Final = 2**26  # for longer runs the file's size is looked up first: clients may take memory for what is requested
+_BITE_BYTES: Final = 2**20
+
+_LOGGER: Final = logging.getLogger("lmprobe_zarr.storage")
+_without_ranges: Final[set[str]] = set()  # places of which it was logged that they send whole files
+_lock: Final = threading.Lock()
 
 
 class FsspecStorage(Storage):
@@ -41,6 +51,8 @@ class FsspecStorage(Storage):
 
     is_local = False
     is_slow = True
+    # Whether the client is known to return ranges, and not whole files in their place.
+    sends_ranges = True
 
     def __init__(self, filesystem: Any, root: str, url: str) -> None:
         self.filesystem = filesystem
@@ -112,9 +124,78 @@ class FsspecStorage(Storage):
     def read_view(self, key: str) -> Buffer:
         return self.read(key)
 
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        runs = joined(ranges, REMOTE_GAP)
+        answers: dict[Run, Answer] = {}
+        if self.keeps_copies and runs:
+            answers = self.call(self._read_copy, key, runs, key=key)
+            return cut(ranges, runs, answers)
+
+        def read(run: Run) -> None:
+            answers[run] = self._read_run(key, run)
+
+        rest = runs
+        if not self.sends_ranges and runs:
+            read(runs[0])
+            rest = runs[1:]
+            if answers[runs[0]].is_whole:
+                return cut(ranges, runs, dict.fromkeys(runs, answers[runs[0]]))
+        run_all([partial(read, run) for run in rest], local=False)
+        return cut(ranges, runs, answers)
+
+    def _read_copy(self, key: str, runs: Sequence[Run]) -> dict[Run, Answer]:
+        """Runs of a file that a caching file system keeps; it fetches the file, or its blocks, when they are read from an opened file."""
+        answers = {}
+        with self.filesystem.open(self._path(key), "rb") as file:
+            size = file.seek(0, 2)
+            for run in runs:
+                file.seek(min(run.start, size))
+                left, pieces = min(run.stop, size) - run.start, list[bytes]()
+                while left > 0 and (piece := file.read(min(left, _BITE_BYTES))):
+                    pieces.append(piece)
+                    left -= len(piece)
+                answers[run] = Answer(run.start, b"".join(pieces))
+        return answers
+
+    def _read_run(self, key: str, run: Run) -> Answer:
+        try:
+            answer = self._request(key, run)
+        except Exception as error:
+            if response_code(error)[1] != 416:
+                raise
+            # The range begins behind the end of the file, or the server takes no ranges.
+            if (self._length(key) or 0) <= run.start:
+                return Answer(run.start, b"")
+            answer = None
+        if answer is None:
+            answer = Answer(0, self.read(key), is_whole=True)
+        if answer.is_whole and len(answer.data) > run.nbytes:
+            self._log_whole()
+        return answer
+
+    def _request(self, key: str, run: Run) -> Answer | None:
+        """What the client returns for a run; None where it is no use, and the file has to be read whole."""
+        stop = run.stop
+        if run.nbytes > _LARGE_BYTES and (size := self._length(key)) is not None:
+            stop = min(stop, size)
+            if stop <= run.start:
+                return Answer(run.start, b"")
+        data: bytes = self.call(self.filesystem.cat_file, self._path(key), key=key, start=run.start, end=stop)
+        return Answer(0, data, is_whole=True) if len(data) > run.nbytes else Answer(run.start, data)
+
+    def _log_whole(self) -> None:
+        with _lock:
+            is_new = self.url not in _without_ranges
+            _without_ranges.add(self.url)
+        if is_new:
+            _LOGGER.warning("%s sends whole files where ranges are requested: every read of some rows transfers whole files", self.url)
+
     def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         whole = b"".join(data) if isinstance(data, tuple) else bytes(data)
         self.call(self.filesystem.pipe_file, self._path(key), whole, key=key, writing=True)
+
+    def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
+        return _OpenedPieces(self, key)
 
     def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
         if replace or not self._put_if_absent(key, data):
@@ -179,11 +260,15 @@ class FsspecStorage(Storage):
 
     def _size(self, key: str, name: str) -> int | None:
         try:
-            size = self.call(self.filesystem.info, self._path(f"{key}/{name}"), key=f"{key}/{name}").get("size")
+            size = self._length(f"{key}/{name}")
             # A server need not send the size; then the whole file is read.
-            return len(self.read(f"{key}/{name}")) if size is None else int(size)
+            return len(self.read(f"{key}/{name}")) if size is None else size
         except FileNotFoundError:
             return None
+
+    def _length(self, key: str) -> int | None:
+        size = self.call(self.filesystem.info, self._path(key), key=key).get("size")
+        return None if size is None else int(size)
 
     def remove(self, keys: Iterable[str]) -> None:
         run_all([partial(self._remove_file, self._path(key)) for key in keys], local=False)
@@ -240,6 +325,44 @@ class FsspecStorage(Storage):
             raise
         except (FileNotFoundError, NotADirectoryError):
             return False
+
+
+class _OpenedPieces(PieceWriter):
+    """A file of a file system that is written through its own opened file."""
+
+    def __init__(self, storage: FsspecStorage, key: str) -> None:
+        super().__init__(f"{storage.url}/{key}")
+        self._storage, self._key = storage, key
+        self._file: Any = None
+
+    def _opened(self) -> Any:
+        if self._file is None:
+            try:
+                self._file = self._storage.filesystem.open(self._storage._path(self._key), "wb")
+            except NotImplementedError as error:
+                raise ReadOnlyError(f"{self.name} cannot be written piece by piece: its file system opens no files for writing") from error
+        return self._file
+
+    def _append(self, view: memoryview) -> None:
+        with self._storage.translating_errors(self._key, writing=True):
+            self._opened().write(view)
+
+    def _close(self) -> None:
+        with self._storage.translating_errors(self._key, writing=True):
+            self._opened().close()
+
+    def _abort(self) -> None:
+        if self._file is None:
+            return
+        with self._storage.translating_errors(self._key, writing=True):
+            # By whatever its kind of file is given up; closed, it would become whole, even where that is done as it is collected.
+            with suppress(Exception):
+                self._file.discard()
+            try:
+                self._file.closed = True
+            except AttributeError:
+                self._file.close()
+        self._storage.remove([self._key])
 
 
 def modified_at(entry: Mapping[str, Any]) -> float | None:

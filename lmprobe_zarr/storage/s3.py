@@ -7,10 +7,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
+from fsspec.asyn import sync
+
 from lmprobe_zarr.errors import AccessDeniedError, NoSpaceError, ReadOnlyError, StoreNotFoundError
 from lmprobe_zarr.storage.base import FileInfo
-from lmprobe_zarr.storage.client_errors import is_passing, response_code
+from lmprobe_zarr.storage.client_errors import CutShortError, is_passing, response_code
+from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
+from lmprobe_zarr.storage.ranges import Answer, Run, answered
 from lmprobe_zarr.storage.remote import FsspecStorage, modified_at
+from lmprobe_zarr.storage.s3_uploads import S3Pieces
 from lmprobe_zarr.storage.threads import run_all
 
 __all__ = ["S3Storage"]
@@ -29,17 +34,69 @@ class S3Storage(FsspecStorage):
     # Set where the server refused to delete several objects in one request.
     _deletes_singly = False
 
-    def _object(self, key: str) -> dict[str, str]:
+    def object_of(self, key: str) -> dict[str, str]:
         bucket, name, _ = self.filesystem.split_path(self._path(key))
         return {"Bucket": bucket, "Key": name}
 
+    def _request(self, key: str, run: Run) -> Answer | None:
+        answer: Answer | None = self.call(self._get, self.object_of(key), run, key=key)
+        return answer
+
+    def _get(self, where: dict[str, str], run: Run) -> Answer | None:
+        answer = self.filesystem.call_s3("get_object", **where, Range=run.header)
+
+        async def read() -> bytes:
+            async with answer["Body"] as body:
+                data: bytes = await body.read()
+            return data
+
+        try:
+            data = sync(self.filesystem.loop, read)
+        except Exception as error:
+            # The client repeats requests that fail, but not one whose body ends early.
+            raise CutShortError(str(error)) from error
+        is_partial = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 206) == 206
+        return answered(run, data, is_partial=is_partial, content_range=answer.get("ContentRange"))
+
+    def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
+        return S3Pieces(self, key)
+
+    def stray_uploads(self, key: str) -> list[StrayUpload]:
+        bucket, prefix = self._folder(key)
+        root = self._folder("")[1]
+        found: list[StrayUpload] = []
+        request = {"Bucket": bucket, "Prefix": prefix}
+        # Some servers list no uploads, and some accounts may not list them.
+        with suppress(OSError, NotImplementedError, ValueError):
+            while True:
+                page = self.call(partial(self.filesystem.call_s3, "list_multipart_uploads", **request), key=key, listing=True)
+                for entry in page.get("Uploads") or ():
+                    if entry["Key"].startswith(prefix):  # not every server looks at the prefix
+                        began = {"LastModified": entry.get("Initiated")}
+                        found.append(StrayUpload(entry["Key"].removeprefix(root), entry["UploadId"], modified_at(began)))
+                markers = {"KeyMarker": page.get("NextKeyMarker") or "", "UploadIdMarker": page.get("NextUploadIdMarker") or ""}
+                if not page.get("IsTruncated") or request.items() >= markers.items():
+                    break
+                request |= markers
+        return found
+
+    def abort_uploads(self, uploads: Iterable[StrayUpload]) -> None:
+        run_all([partial(self._abort_upload, upload) for upload in uploads], local=False)
+
+    def _abort_upload(self, upload: StrayUpload) -> None:
+        request = {**self.object_of(upload.key), "UploadId": upload.name}
+        with suppress(FileNotFoundError):
+            self.call(partial(self.filesystem.call_s3, "abort_multipart_upload", **request), key=upload.key, writing=True)
+
     def _was_repeated(self, error: BaseException | None, seconds: float) -> bool:
+        if isinstance(error, CutShortError):
+            return super()._was_repeated(error, seconds)
         # botocore and s3fs repeat these, up to 15 times together.
         code, status = response_code(error)
         return status in (500, 502, 503, 504) or "SlowDown" in code or not status
 
     def is_file(self, key: str) -> bool:
-        where = self._object(key)
+        where = self.object_of(key)
         if not where["Key"]:
             return False
         try:
@@ -70,7 +127,7 @@ class S3Storage(FsspecStorage):
         return {name: size for name, size in found.items() if name in wanted}
 
     def _folder(self, key: str) -> tuple[str, str]:
-        where = self._object(key)
+        where = self.object_of(key)
         return where["Bucket"], f"{where['Key']}/" if where["Key"] else ""
 
     def _pages(self, key: str, **request: str) -> Iterator[dict[str, Any]]:
@@ -82,7 +139,7 @@ class S3Storage(FsspecStorage):
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def remove(self, keys: Iterable[str]) -> None:
-        self._delete([self._object(key) for key in keys])
+        self._delete([self.object_of(key) for key in keys])
 
     def remove_folders(self, keys: Iterable[str]) -> None:
         # Some servers keep folders and list empty ones; they remove a folder when its name, with a slash at the end, is deleted. On other

@@ -76,6 +76,11 @@ class Counting(Wrapped):
     def read_view(self, key: str) -> Any:
         return self._read("read", key, super().read_view(key))
 
+    def read_ranges(self, key: str, ranges: Any) -> Any:
+        found = super().read_ranges(key, ranges)
+        self._read("read", key, b"".join(found))
+        return found
+
     def scan(self, key: str) -> Any:
         self.verbs["list"] += 1
         return super().scan(key)

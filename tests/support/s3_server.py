@@ -194,6 +194,7 @@ class Request:
     method: str
     path: str
     query: str
+    range: str = ""
 
     @property
     def kind(self) -> str:
@@ -215,6 +216,8 @@ class Fault:
         Hand the request on, and close the connection instead of answering.
     delay : float
         Seconds to wait first.
+    whole : bool
+        Hand the request on without its header Range, as servers do that know none.
     """
 
     status: int = 0
@@ -222,6 +225,7 @@ class Fault:
     cut: int | None = None
     lose_answer: bool = False
     delay: float = 0.0
+    whole: bool = False
 
 
 class Proxy(ThreadingHTTPServer):
@@ -234,6 +238,7 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.target = urlsplit(endpoint).netloc
         self.requests: list[Request] = []
+        self.bytes_sent = 0
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
         self.fault: Callable[[Request], Fault | None] = lambda request: None
@@ -253,6 +258,7 @@ class Proxy(ThreadingHTTPServer):
         """Count from zero, without faults."""
         with self.lock:
             self.requests.clear()
+            self.bytes_sent = 0
             self.most_at_once = 0
             self.fault = lambda request: None
 
@@ -307,7 +313,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         parts = urlsplit(self.path)
-        request = Request(self.command, parts.path, parts.query)
+        request = Request(self.command, parts.path, parts.query, self.headers.get("Range") or "")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.server.lock:
             self.server.requests.append(request)
@@ -328,6 +334,8 @@ class _Handler(BaseHTTPRequestHandler):
             text = b"" if self.command == "HEAD" else text
             self._send(fault.status, [("Content-Type", "application/xml")], len(text), text)
             return
+        if fault.whole:
+            del self.headers["Range"]
         status, headers, length, data = self._ask(body)
         if fault.lose_answer:
             self._hang_up()
@@ -360,6 +368,8 @@ class _Handler(BaseHTTPRequestHandler):
         return answer.status, kept, length, data
 
     def _send(self, status: int, headers: list[tuple[str, str]], length: int, data: bytes) -> None:
+        with self.server.lock:
+            self.server.bytes_sent += len(data)
         self.send_response_only(status)
         for name, value in headers:
             self.send_header(name, value)

@@ -15,6 +15,7 @@ from lmprobe_zarr.batch.hashes import prompt_sha256
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import MissingPromptsError
 from lmprobe_zarr.storage.base import Storage
+from lmprobe_zarr.storage.pieces import PieceWriter
 from lmprobe_zarr.store.format.group import GroupInfo
 from lmprobe_zarr.store.store import Store
 
@@ -35,6 +36,18 @@ class Wrapped(Storage):
 
     def read_view(self, key: str) -> Any:
         return self.inner.read_view(key)
+
+    def read_ranges(self, key: str, ranges: Any) -> Any:
+        return self.inner.read_ranges(key, ranges)
+
+    def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
+        return self.inner.open_pieces(key, durable=durable)
+
+    def stray_uploads(self, key: str) -> Any:
+        return self.inner.stray_uploads(key)
+
+    def abort_uploads(self, uploads: Any) -> None:
+        self.inner.abort_uploads(uploads)
 
     def scan(self, key: str) -> Any:
         return self.inner.scan(key)
@@ -119,6 +132,9 @@ class Stops(Wrapped):
         half = partial(self.inner.write, staged, data[: len(data) // 2], durable=False)
         self._do(partial(super().commit, key, data, durable=durable, replace=replace), half)
 
+    def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
+        return _StopsPieces(self, super().open_pieces(key, durable=durable))
+
     def remove(self, keys: Any) -> None:
         for key in keys:  # each file of its own is a place to stop
             self._do(partial(super().remove, [key]))
@@ -128,6 +144,23 @@ class Stops(Wrapped):
 
     def remove_tree(self, key: str) -> None:
         self._do(partial(super().remove_tree, key))
+
+
+class _StopsPieces(PieceWriter):
+    """A file in pieces of a storage that stops: each piece, the end of the file and its removal are calls of their own."""
+
+    def __init__(self, storage: Stops, inner: PieceWriter) -> None:
+        super().__init__(inner.name)
+        self._storage, self._inner = storage, inner
+
+    def _append(self, view: memoryview) -> None:
+        self._storage._do(partial(self._inner.append, view), partial(self._inner.append, view[: len(view) // 2]))
+
+    def _close(self) -> None:
+        self._storage._do(self._inner.close)
+
+    def _abort(self) -> None:
+        self._storage._do(self._inner.abort)
 
 
 def make_batch(

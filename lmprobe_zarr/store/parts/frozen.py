@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from lmprobe_zarr.errors import ReadOnlyError
-from lmprobe_zarr.storage import FileInfo, Storage
+from lmprobe_zarr.storage import FileInfo, PieceWriter, Storage
 from lmprobe_zarr.store.format import Published
 from lmprobe_zarr.typing import Buffer
 
@@ -55,6 +55,9 @@ class FrozenStorage(Storage):
     def read_view(self, key: str) -> Buffer:
         return self.inner.read_view(key)
 
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        return self.inner.read_ranges(key, ranges)
+
     def list(self, key: str) -> list[str]:
         return sorted(self._folders.get(key, ()))
 
@@ -74,6 +77,9 @@ class FrozenStorage(Storage):
         raise ReadOnlyError(f"{self.url} is a published copy, which never changes: write to the store that it was made from")
 
     def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
+        self._refuse()
+
+    def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
         self._refuse()
 
     def commit(self, key: str, data: Buffer, *, durable: bool, replace: bool = True) -> None:
