@@ -101,7 +101,7 @@ def add_gc(commands: Any) -> None:
 def _gc(options: argparse.Namespace) -> None:
     store = open_store(options.store)
     summary = store.gc(max_age=options.max_age, dry_run=True)
-    count = len(summary.replaced) + len(summary.unfinished) + len(summary.partials) + len(summary.stamps)
+    count = sum(map(len, (summary.replaced, summary.unfinished, summary.partials, summary.stamps, summary.uploads)))
     if count and not options.dry_run:
         confirm(options, f"{summary.freed} bytes in {count} entries would be deleted.")
         summary = store.gc(max_age=options.max_age)
@@ -114,6 +114,7 @@ def _document(summary: GcSummary, dry_run: bool) -> dict[str, Any]:
         "replaced": [part.path for part in summary.replaced],
         "unfinished": [left.folder for left in summary.unfinished],
         "files": [*summary.partials, *summary.stamps],
+        "uploads": [upload.key for upload in summary.uploads],
         "freed": summary.freed,
         "young": summary.young,
         "dry_run": dry_run,

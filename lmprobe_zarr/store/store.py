@@ -816,7 +816,8 @@ class Store:
         max_age : float
             Seconds. A replaced part is removed when it was replaced longer ago than this, so that views which were open then can go on
             reading. A part without a commit is removed when nothing was written to it for this long. A writer that pauses for longer loses
-            its part: give no age below that of your longest run.
+            its part: give no age below that of your longest run. An upload to an object store that was never finished is aborted when it
+            was begun longer ago.
         dry_run : bool
             Only plan: nothing is removed.
 

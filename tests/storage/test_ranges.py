@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import pickle
@@ -140,7 +141,7 @@ some_ranges = st.lists(st.tuples(positions, st.integers(0, 300_000) | st.integer
 def test_runs_cover_the_ranges_and_no_gap_that_is_wider(ranges: list[tuple[int, int]], gap: int) -> None:
     runs = joined(ranges, gap)
     assert all(run.start < run.stop for run in runs)
-    assert all(before.stop <= after.start for before, after in zip(runs, runs[1:], strict=False))
+    assert all(before.stop <= after.start for before, after in itertools.pairwise(runs))
     wanted = sorted(each for each in ranges if each[0] < each[1])
     assert all(sum(run.start <= start and stop <= run.stop for run in runs) == 1 for start, stop in wanted)
     # Every byte of a run that no range has lies in a gap between two ranges that is no wider.
@@ -174,8 +175,15 @@ def test_whatever_a_server_sends_with_its_place_is_put_there(ranges: list[tuple[
 
 @pytest.mark.parametrize(
     ("body", "content_range", "start"),
-    [(b"ab", "bytes 5-6/10", 5), (b"ab", "bytes 4-5/6", 4), (b"ab", None, 5), (b"ab", "nonsense", 5), (b"abc", None, 0), (b"ab", "bytes 5-6/*", 5)],
-)  # fmt: skip
+    [
+        (b"ab", "bytes 5-6/10", 5),
+        (b"ab", "bytes 4-5/6", 4),
+        (b"ab", None, 5),
+        (b"ab", "nonsense", 5),
+        (b"abc", None, 0),
+        (b"ab", "bytes 5-6/*", 5),
+    ],
+)
 def test_an_answer_says_where_its_bytes_are(body: bytes, content_range: str | None, start: int) -> None:
     answer = answered(Run(5, 7), body, is_partial=True, content_range=content_range)
     assert answer is not None
@@ -255,8 +263,9 @@ def test_a_file_that_becomes_shorter_meanwhile_gives_what_it_has(tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(errno.ESTALE, UnreachableError), (errno.EACCES, AccessDeniedError), (errno.EIO, OSError), (errno.EMFILE, UnreachableError)]
-)  # fmt: skip
+    ("number", "kind"),
+    [(errno.ESTALE, UnreachableError), (errno.EACCES, AccessDeniedError), (errno.EIO, OSError), (errno.EMFILE, UnreachableError)],
+)
 @pytest.mark.parametrize("call", ["open", "preadv"])
 def test_errors_of_the_system_are_those_of_reading(
     filled: LocalStorage, monkeypatch: pytest.MonkeyPatch, call: str, number: int, kind: type[Exception]

@@ -1,6 +1,7 @@
 """Garbage collection: parts that others replaced long ago, and what killed writers left. Plans on records, then removes.
 
-Only files with names that our writer makes are ever removed, and only below folders with names that it makes. Ages come from the storage's
+Only files, and unfinished uploads of files, with names that our writer makes are ever removed, and only below folders with names that it
+makes. Ages come from the storage's
 own times; what has no time stays.
 """
 
@@ -15,7 +16,7 @@ from typing import Final
 
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.storage import FileInfo, Storage
+from lmprobe_zarr.storage import FileInfo, Storage, StrayUpload
 from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, PART_NAME, STAMPS, GroupInfo
 from lmprobe_zarr.store.parts import Catalog, Listing, Part
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
@@ -67,6 +68,8 @@ class GcSummary:
         Bytes.
     young : int
         Replaced and unfinished parts that stay because they, or what replaced them, are not old enough.
+    uploads : tuple of StrayUpload
+        Uploads to an object store that killed writers began and never finished. What they hold is not counted as freed.
     """
 
     url: str
@@ -76,10 +79,13 @@ class GcSummary:
     stamps: tuple[str, ...]
     freed: int
     young: int
+    uploads: tuple[StrayUpload, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.url}: {len(self.replaced)} replaced parts, {len(self.unfinished)} unfinished ones"
         text += f" and {len(self.partials) + len(self.stamps)} single files, {format_bytes(self.freed)}"
+        if self.uploads:
+            text += f"; and {len(self.uploads)} unfinished upload{'s' if len(self.uploads) > 1 else ''}"
         return text + (f"; {self.young} are too young to go" if self.young else "")
 
 
@@ -99,7 +105,8 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
     """
     # With an age of 0 everything is removed, even what has a time in the future: a clock may have been set back.
     before = time.time() - max_age if max_age else math.inf
-    found = [_plan_group(storage, group, listing, before) for group, listing in groups]
+    planned_groups = list(groups)
+    found = [_plan_group(storage, group, listing, before) for group, listing in planned_groups]
     root = tuple(_old_partials("", storage.scan(""), before))
     return GcSummary(
         url=storage.url,
@@ -109,6 +116,7 @@ def plan_gc(storage: Storage, groups: Iterable[tuple[GroupInfo, Listing]], *, ma
         stamps=tuple(key for planned in found for key in planned.stamps),
         freed=sum(planned.freed for planned in found),
         young=sum(planned.young for planned in found),
+        uploads=tuple(_old_uploads(storage, [group.name for group, _ in planned_groups], before)),
     )
 
 
@@ -189,6 +197,15 @@ def _old_partials(folder: str, entries: dict[str, FileInfo], before: float) -> I
             yield f"{folder}/{name}" if folder else name
 
 
+def _old_uploads(storage: Storage, groups: Iterable[str], before: float) -> Iterator[StrayUpload]:
+    folders = {folder for group in groups for folder in (group, f"{group}/{ANNOTATIONS}")}
+    for upload in storage.stray_uploads("") if folders else ():
+        *above, name = upload.key.split("/")
+        in_part = any("/".join(above[:n]) in folders and PART_NAME.fullmatch(above[n]) for n in range(1, len(above)))
+        if in_part and _CHUNK.fullmatch(name) and upload.began is not None and upload.began <= before:
+            yield upload
+
+
 def find_leftover(storage: Storage, folder: str, entry: FileInfo) -> tuple[Leftover, float | None]:
     """What is ours in a part's folder, and when anything in it was last written; None where a file has no time."""
     files: list[str] = []
@@ -235,6 +252,7 @@ def remove_garbage(storage: Storage, summary: GcSummary) -> None:
         empty |= set(left.folders)
     storage.remove_folders(empty)
     storage.remove([*summary.partials, *summary.stamps])
+    storage.abort_uploads(summary.uploads)
 
 
 def collect_garbage(catalog: Catalog, *, max_age: float, dry_run: bool) -> GcSummary:
