@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, LmprobeZarrError
-from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage, open_storage
+from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage, open_storage, read_at
+from lmprobe_zarr.typing import Buffer
 
 __all__ = ["Files", "Listed", "LocalFiles", "RemoteFiles", "Want", "map_files", "open_files"]
 
-# Ranges of a remote file that are closer than this are fetched in one request: a request costs more than these bytes.
-GAP_BYTES: Final = 2**18
-MERGED_BYTES: Final = 2**26
+FETCHED_BYTES: Final = 2**26  # of one remote file at a time, before they are copied to where they are wanted
 LOCAL_THREADS: Final = 4
 REMOTE_THREADS: Final = 32
 LOCAL_WINDOW: Final = 64
@@ -203,7 +202,7 @@ class LocalFiles(Files):
             for want in wants:
                 filled = 0
                 while filled < want.buffer.nbytes:
-                    count = os.preadv(descriptor, [want.buffer[filled:]], want.start + filled)
+                    count = read_at(descriptor, [want.buffer[filled:]], want.start + filled)
                     if not count:
                         raise CorruptFileError(f"{self.root}/{key} ends before byte {want.stop}: it was cut off")
                     filled += count
@@ -229,9 +228,6 @@ class RemoteFiles(Files):
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFiles, (self.storage,)
 
-    def _path(self, key: str) -> str:
-        return f"{self.storage.root}/{key}" if key else self.storage.root
-
     def list(self, key: str) -> list[Listed]:
         found = self.storage.scan(key)
         return [
@@ -239,52 +235,42 @@ class RemoteFiles(Files):
         ]
 
     def head(self, key: str) -> tuple[bytes, int | None]:
-        return self._range(key, 0, self.head_bytes), None
+        return bytes(self._ranges(key, [(0, self.head_bytes)])[0]), None
 
-    def _range(self, key: str, start: int, stop: int) -> bytes:
+    def _ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> Sequence[Buffer]:
         try:
-            data: bytes = self.storage.call(self.storage.filesystem.cat_file, self._path(key), key=key, start=start, end=stop)
+            return self.storage.read_ranges(key, ranges)
         except (LmprobeZarrError, FileNotFoundError, IsADirectoryError):
             raise
         except OSError as error:
-            # An object store answers a range beyond the end with an error (416).
-            if self._length(key) <= start:
-                return b""
             raise CorruptFileError(f"{self.url}/{key} cannot be read: {error}") from error
-        return data[: stop - start]
-
-    def _length(self, key: str) -> int:
-        return int(self.storage.filesystem.size(self._path(key)) or 0)
 
     def read(self, key: str, *, at_most: int) -> bytes:
-        data = self._range(key, 0, at_most + 1)
+        data = bytes(self._ranges(key, [(0, at_most + 1)])[0])
         if len(data) > at_most:
             raise CorruptFileError(f"{self.url}/{key} has more than {at_most} bytes, which is too large for this kind of file")
         return data
 
     def fill(self, key: str, wants: Sequence[Want]) -> None:
-        for start, stop, members in _merged(wants):
-            data = memoryview(self._range(key, start, stop))
-            if len(data) < stop - start:
-                raise CorruptFileError(f"{self.url}/{key} ends before byte {stop}: it was cut off")
-            for want in members:
-                want.buffer[:] = data[want.start - start : want.stop - start]
+        for some in _in_groups(wants):
+            for want, data in zip(some, self._ranges(key, [(want.start, want.stop) for want in some]), strict=True):
+                if len(data) < want.buffer.nbytes:
+                    raise CorruptFileError(f"{self.url}/{key} ends before byte {want.stop}: it was cut off")
+                want.buffer[:] = data
 
 
-def _merged(wants: Sequence[Want]) -> Iterator[tuple[int, int, list[Want]]]:
-    """The ranges to fetch, in the order of the file, each with the buffers that it fills. Ranges close to each other are joined."""
+def _in_groups(wants: Sequence[Want]) -> Iterator[list[Want]]:
+    """Buffers in the order of the file, as many at a time as are fetched before any is filled."""
     group: list[Want] = []
-    start = stop = 0
+    nbytes = 0
     for want in sorted(wants, key=lambda want: want.start):
-        if group and want.start - stop <= GAP_BYTES and want.stop - start <= MERGED_BYTES:
-            group.append(want)
-            stop = max(stop, want.stop)
-            continue
-        if group:
-            yield start, stop, group
-        group, start, stop = [want], want.start, want.stop
+        if group and nbytes + want.buffer.nbytes > FETCHED_BYTES:
+            yield group
+            group, nbytes = [], 0
+        group.append(want)
+        nbytes += want.buffer.nbytes
     if group:
-        yield start, stop, group
+        yield group
 
 
 def open_files(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Files:

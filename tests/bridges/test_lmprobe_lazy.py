@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import uuid
 from collections.abc import Iterator
@@ -114,6 +115,11 @@ def test_read_values_equal_those_in_the_files(tmp_path: Path) -> None:
             expected = tensors[f"layer_{layer}"][0, kept] if f"layer_{layer}" in tensors else np.full((kept.sum(), 3), np.nan)
             np.testing.assert_array_equal(toks.resid.sel(layer=layer, prompt=sha16(text)), expected)
     assert toks.resid.dims == ("layer", "token", "hidden")
+
+
+def test_read_values_are_the_same_on_a_system_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "preadv")
+    test_read_values_equal_those_in_the_files(tmp_path)
 
 
 def test_it_is_sliced_as_a_store_is(filled: Path) -> None:
