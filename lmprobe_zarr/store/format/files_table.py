@@ -25,6 +25,8 @@ _FILE_KEY: Final = re.compile(rb"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-
 # `_FILE_KEY` does not tell digits apart, so keys that differ in digits alone are matched once.
 _DIGITS: Final = bytes.maketrans(b"123456789", b"000000000")
 _Parsed: TypeAlias = tuple[dict[str, int], Ints]
+# The shortest entry, with the comma or the brace that ends it.
+_ENTRY_BYTES: Final = len('"tokens/a/c.0":[0,0],')
 #: What a malformed document raises while it is parsed.
 PARSE_ERRORS: Final = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError)
 
@@ -58,9 +60,9 @@ class FilesTable(Mapping[str, tuple[int, int]]):
         self._place: tuple[str | None, str | None] = None, None
         self._nbytes: int | None = None
 
-    def of_part(self, root: str, part: str) -> FilesTable:
-        """The same table, whose errors name the part: by the URL of its root, and its key below that."""
-        return _restore(self._held, self._where, self._least, (root, part))
+    def name_part(self, root: str, part: str) -> None:
+        """Let errors name the part, by the URL of its root and its key below that."""
+        self._place = root, part
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self._held, self._where, self._least, self._place)
@@ -70,9 +72,9 @@ class FilesTable(Mapping[str, tuple[int, int]]):
 
     @property
     def at_most(self) -> int:
-        """At least as many as there are entries, without parsing them: each has a bracket."""
+        """At least as many as there are entries, without parsing them."""
         held = self._held
-        return int(np.count_nonzero(np.frombuffer(held, np.uint8) == ord("["))) if isinstance(held, bytes) else len(held[0])
+        return len(held) // _ENTRY_BYTES if isinstance(held, bytes) else len(held[0])
 
     @property
     def _parsed(self) -> _Parsed:

@@ -14,7 +14,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import digests_of, sha256_of
+from lmprobe_zarr.batch import digests_of, keys_of, sha256_of
 from lmprobe_zarr.errors import CorruptPartError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo, is_variable, lengths_of, parse_array
 from lmprobe_zarr.store.format.files_table import PARSE_ERRORS, FilesTable, check_table, damaged_part
@@ -192,8 +192,8 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             raise ValueError("its digest does not hold")
         if attributes["format"] != FORMAT or attributes["kind"] not in {"part", "annotation"}:
             raise ValueError(f"it is a {attributes['kind']!r} of {attributes['format']!r}")
-        arrays = _parse_arrays(content.metadata)
-        table = FilesTable(content.files, where, least=max((array.n_chunks for array in arrays.values()), default=0))
+        known = _parse_arrays(content.metadata)
+        table = FilesTable(content.files, where, least=known.n_chunks)
         if content.digests is None:
             check_table(table)
         info = PartInfo(
@@ -203,14 +203,14 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             digests=digests_of([attributes["prompt_sha256"]]) if content.digests is None else content.digests,
             n_tokens=None if attributes["n_tokens"] is None else _counts(attributes["n_tokens"]),
             layers=lengths_of(attributes["layers"]),
-            arrays=arrays,
+            arrays=known.arrays,
             files=table,
             recorded=dict(attributes["recorded"]),
             replaces=tuple(_text(name) for name in attributes["replaces"]),
             odd=None if (odd := attributes.get("odd")) is None else {key: lengths_of(counts) for key, counts in odd.items()},
             removed=parse_removed(attributes.get("removed", {})),
         )
-        _check_part(info, table.at_most)
+        _check_part(info, known, table.at_most)
     except (UnsupportedVersionError, CorruptPartError):
         raise
     except PARSE_ERRORS as error:
@@ -239,15 +239,40 @@ def _whole_document(data: bytes) -> _Content:
     return _Content(attributes, metadata, files, None)
 
 
-def _parse_arrays(metadata: bytes) -> Mapping[str, ArrayInfo]:
+class _Arrays(NamedTuple):
+    """The arrays of a part, and what they require of the rest of its document."""
+
+    arrays: Mapping[str, ArrayInfo]
+    #: Every length that an array states of each dimension, by its name.
+    lengths: Mapping[str, frozenset[int]]
+    #: The chunks of the array that has most.
+    n_chunks: int
+
+
+def _parse_arrays(metadata: bytes) -> _Arrays:
     """The arrays in consolidated metadata, from its JSON. Parts with equal metadata share the records."""
     return _kept_arrays(metadata) if len(metadata) <= _KEPT_BYTES else _kept_arrays.__wrapped__(metadata)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_arrays(metadata: bytes) -> Mapping[str, ArrayInfo]:
+def _kept_arrays(metadata: bytes) -> _Arrays:
     documents = json.loads(metadata.decode("utf-8", "surrogatepass"))["metadata"]
-    return {key: parse_array(document) for key, document in documents.items() if "/" in key}
+    arrays = {key: parse_array(document) for key, document in documents.items() if "/" in key}
+    lengths: dict[str, set[int]] = {}
+    for key, array in arrays.items():
+        match = _ARRAY_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"array name {key!r}")
+        sample = "token" if match[1] == "tokens" else "prompt"
+        layered = array.dims[0] == "layer"
+        if array.dims != ("layer",) if match[2] == "layer" else array.dims[layered : layered + 1] != (sample,):
+            raise ValueError(f"{key} has dimensions {array.dims}")
+        if layered and f"{match[1]}/layer" not in arrays:
+            raise ValueError(f"{key} has layers without numbers")
+        for dim, length in zip(array.dims, array.shape, strict=True):
+            lengths.setdefault(dim, set()).add(length)
+    n_chunks = max((array.n_chunks for array in arrays.values()), default=0)
+    return _Arrays(arrays, {dim: frozenset(found) for dim, found in lengths.items()}, n_chunks)
 
 
 def _cut_document(data: bytes) -> _Content | None:
@@ -259,13 +284,11 @@ def _cut_document(data: bytes) -> _Content | None:
     so it cannot end early, and hide keys behind it.
     """
     end = data.rfind(_METADATA)
-    start = data.rfind(_FILES, 0, max(end, 0))
-    if start < 0 or not data.endswith(b"}"):
+    table = data.rfind(b"{", 0, max(end, 0))
+    start = table - len(_FILES)
+    if start < 0 or not data.startswith(_FILES, start) or data.find(b"}", table, end) != end - 1 or not data.endswith(b"}"):
         return None
-    files, metadata = data[start + len(_FILES) : end], data[end + len(_METADATA) : -1]
-    table = np.frombuffer(files, np.uint8)
-    if files[:1] != b"{" or files[-1:] != b"}" or np.count_nonzero(table == ord("{")) != 1 or np.count_nonzero(table == ord("}")) != 1:
-        return None
+    files, metadata = data[table:end], data[end + len(_METADATA) : -1]
     begin = data.find(_SHA256, _ATTRIBUTES, start) + len(_SHA256)
     stop = data.find(b'"', begin, start)
     if begin < _ATTRIBUTES or stop < 0:
@@ -277,7 +300,7 @@ def _cut_document(data: bytes) -> _Content | None:
         return _CUT
 
     try:
-        digests = np.frombuffer(binascii.unhexlify(data[begin:stop]), np.uint8).reshape(-1, 32)
+        digests = np.frombuffer(binascii.unhexlify(memoryview(data)[begin:stop]), np.uint8).reshape(-1, 32)
         # In the place of the digests stands a value that `part_document` never writes. One elsewhere would be another's.
         rest = data[_ATTRIBUTES : begin - 1] + b"NaN" + data[stop + 1 : start] + b"}"
         attributes = json.loads(rest.decode("utf-8", "surrogatepass"), parse_constant=cut)
@@ -327,19 +350,16 @@ def _text(value: object) -> str:
 
 def _counts(values: object) -> Ints:
     """Numbers of tokens that a document lists; ValueError where they are none."""
-    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
-        return np.array(lengths_of(values), np.int64)
-    counts = np.array(values, np.int64)
-    if ((counts < 0) | (counts >= 2**53)).any():
-        raise ValueError("n_tokens that cannot be")
-    return counts
+    if isinstance(values, list) and set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 2**53:
+        return np.array(values, np.int64)
+    return np.array(lengths_of(values), np.int64)
 
 
-def _check_part(info: PartInfo, n_files: int) -> None:
-    """Raise ValueError where parts of a document contradict one another; `n_files` is at least the number of its files."""
+def _check_part(info: PartInfo, known: _Arrays, n_files: int) -> None:
+    """Raise ValueError where pieces of a document contradict one another; `n_files` is at least the number of its files."""
     n = len(info.digests)
     # Sorting numbers is much faster than np.unique of rows of bytes. Whole digests are compared only where two begin with the same number.
-    begins = np.sort(np.ascontiguousarray(info.digests[:, :8]).view(np.uint64), axis=None)
+    begins = np.sort(keys_of(info.digests))
     if not n or (bool((begins[1:] == begins[:-1]).any()) and len(np.unique(info.digests, axis=0)) != n):
         raise ValueError("a prompt occurs twice, or there is none")
     if list(info.layers) != sorted(set(info.layers)) or (info.layers and info.layers[-1] >= 2**31):
@@ -352,18 +372,9 @@ def _check_part(info: PartInfo, n_files: int) -> None:
     if counts is not None and (counts.shape != (n,) or (counts < 1).any() or ("tokens/position" not in info.arrays and not info.removed)):
         raise ValueError("n_tokens does not fit the prompts")
     sizes = {"prompt": n, "layer": len(info.layers), "token": 0 if counts is None else int(counts.sum())}
-    for key, array in info.arrays.items():
-        match = _ARRAY_KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"array name {key!r}")
-        sample = "token" if match[1] == "tokens" else "prompt"
-        layered = array.dims[0] == "layer"
-        if array.dims != ("layer",) if match[2] == "layer" else array.dims[layered : layered + 1] != (sample,):
-            raise ValueError(f"{key} has dimensions {array.dims}")
-        if layered and f"{match[1]}/layer" not in info.arrays:
-            raise ValueError(f"{key} has layers without numbers")
-        for dim, length in zip(array.dims, array.shape, strict=True):
-            if sizes.get(dim, length) != length or not length:
-                raise ValueError(f"{dim} has {length} rows in {key} but {sizes.get(dim, length)} in the index")
-        if array.n_chunks > n_files:
-            raise ValueError(f"{key} has more chunks than there are files")
+    for dim, lengths in known.lengths.items():
+        wrong = lengths - {sizes[dim] or None} if dim in sizes else lengths & {0}
+        if wrong:
+            raise ValueError(f"{dim} has {min(wrong)} rows in an array but {sizes.get(dim)} in the index")
+    if known.n_chunks > n_files:
+        raise ValueError("an array has more chunks than there are files")

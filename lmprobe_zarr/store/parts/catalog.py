@@ -288,7 +288,7 @@ class Catalog:
             self.set_aside(error)
             return None
         if isinstance(info.files, FilesTable):
-            info = replace(info, files=info.files.of_part(self.url, path))
+            info.files.name_part(self.url, path)
         part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses)
         return part
 
