@@ -201,7 +201,7 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             name=_text(attributes["name"]),
             kind=attributes["kind"],
             digests=digests_of([attributes["prompt_sha256"]]) if content.digests is None else content.digests,
-            n_tokens=None if attributes["n_tokens"] is None else _counts(attributes["n_tokens"]),
+            n_tokens=None if attributes["n_tokens"] is None else np.array(lengths_of(attributes["n_tokens"]), np.int64),
             layers=lengths_of(attributes["layers"]),
             arrays=known.arrays,
             files=table,
@@ -346,13 +346,6 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r:.40} is no text")
     return value
-
-
-def _counts(values: object) -> Ints:
-    """Numbers of tokens that a document lists; ValueError where they are none."""
-    if isinstance(values, list) and set(map(type, values)) == {int} and min(values) >= 0 and max(values) < 2**53:
-        return np.array(values, np.int64)
-    return np.array(lengths_of(values), np.int64)
 
 
 def _check_part(info: PartInfo, known: _Arrays, n_files: int) -> None:
