@@ -319,7 +319,7 @@ def open_view(
     bounds = offsets_of([len(part.info.digests) for part in shown])
     hashes = np.concatenate([np.zeros(0, np.uint64), *(keys_of(part.info.digests) for part in shown)])
     # Mostly no prompt is in two parts. Sorting shows that in less time than a hash table takes, and then each prompt is its own first.
-    codes, first = (np.arange(len(hashes)), None) if _all_differ(hashes) else _first_appearance(hashes)
+    codes, first = (np.arange(len(hashes), dtype=np.int64), None) if _all_differ(hashes) else _first_appearance(hashes)
     del hashes  # of ten million prompts, each of these arrays is 80 MB
     places = places_in_one_call([part.info for part in shown])
     one_call = places is not None

@@ -197,7 +197,7 @@ def test_a_false_table_is_an_error_when_a_chunk_is_read_and_is_found_by_verify(t
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_what_an_array_requires_of_its_part_is_asked_of_every_part(tmp_path: Path) -> None:
+def test_what_an_array_requires_of_its_part_is_checked_for_every_part(tmp_path: Path) -> None:
     """Parts with equal metadata share its records, but not the verdict."""
     part = many_parts(tmp_path, 2, 0).view(GROUP).parts[1].info
     whole = part_document(part, GROUP)
