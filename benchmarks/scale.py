@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -19,21 +20,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 import lmprobe_zarr as lz
+from benchmarks.opening import GIB, Counting
 from lmprobe_zarr.batch.token_batch import TokenBatch
-from lmprobe_zarr.storage.base import Buffer
-from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.store.format.group import GroupInfo
-from lmprobe_zarr.store.format.part import PartInfo, parse_part, part_document
+from lmprobe_zarr.store.format.part import parse_part, part_document
 from lmprobe_zarr.store.format.part_names import new_part_name
 from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
 
 LAYERS, HIDDEN, ITEMSIZE = 80, 8192, 2
 GROUP = GroupInfo(model="scale", num_layers=LAYERS, hidden_size=1)
-GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,29 +71,6 @@ class Paper:
     @property
     def nbytes(self) -> int:
         return self.prompts * self.per_prompt * LAYERS * HIDDEN * ITEMSIZE
-
-
-class Counting(LocalStorage):
-    """A folder that counts what is read."""
-
-    def __init__(self, path: Any) -> None:
-        super().__init__(path)
-        self.reads = self.nbytes = 0
-
-    def read(self, key: str) -> bytes:
-        data = super().read(key)
-        self.reads, self.nbytes = self.reads + 1, self.nbytes + len(data)
-        return data
-
-    def read_view(self, key: str) -> Buffer:
-        data = super().read_view(key)
-        self.reads, self.nbytes = self.reads + 1, self.nbytes + len(data)
-        return data
-
-    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
-        found = super().read_ranges(key, ranges)
-        self.reads, self.nbytes = self.reads + 1, self.nbytes + sum(map(len, found))
-        return found
 
 
 @contextmanager
@@ -165,66 +142,54 @@ def simulate(paper: Paper, folder: str) -> None:
     store = lz.open_store(root, durable=False)
     rng = np.random.default_rng(0)
     path = write_part(store, paper, rng)
-    model = parse_part((root / path / "zarr.json").read_bytes(), path)
+    whole = (root / path / "zarr.json").read_bytes()
+    model = parse_part(whole, path)
     name = model.name
-    for _ in range(paper.parts - 1):
+
+    def another(name: str, digests: Any) -> bytes:
+        """The document of a part like the first: its name, digests and checksum in the place of the first one's."""
+        old, new = model.digests.tobytes().hex(), digests.tobytes().hex()
+        data = whole.replace(old.encode(), new.encode()).replace(f'"name":"{model.name}"'.encode(), f'"name":"{name}"'.encode())
+        at = data.index(b'"crc32c:') + len(b'"crc32c:')
+        blank = data[:at] + b"0" * 8 + data[at + 8 :]
+        return data[:at] + b"%08x" % google_crc32c.value(blank) + data[at + 8 :]
+
+    for number in range(paper.parts - 1):
         name = new_part_name(name)
         digests = rng.integers(0, 256, model.digests.shape, np.uint8)
-        info: PartInfo = replace(model, name=name, digests=digests)
+        data = another(name, digests)
+        if number < 3:  # millions of entries are written once, and the result is that of the package's own writer
+            assert data == part_document(replace(model, name=name, digests=digests), GROUP)
         target = root / GROUP.name / name
         target.mkdir()
-        (target / "zarr.json").write_bytes(part_document(info, GROUP))
+        (target / "zarr.json").write_bytes(data)
 
 
-def measure(paper: Paper, folder: str) -> dict[str, Any]:
-    """What opening costs, in a process of its own so that its peak of memory is this one's."""
-    before = peak()
-    storage = Counting(folder)
-    began = time.perf_counter()
-    store = Store(storage, mode="r")
-    view = store.view(store.find_group("scale"))
-    found = len(view)
-    opened = time.perf_counter() - began
-    digests = view.digests[np.random.default_rng(1).integers(0, found, 10_000)]
-    wanted = [row.tobytes().hex() for row in digests]
-    view.find(wanted[:1])  # builds the table
-    began = time.perf_counter()
-    assert (view.find(wanted) >= 0).all()
-    looked = time.perf_counter() - began
+def opened(paper: Paper, folder: str, checkout: Path) -> dict[str, Any]:
+    """What opening costs with the package of one checkout, in a process of its own so that its peak of memory is this one's."""
+    command = [sys.executable, "-P", str(Path(__file__).with_name("opening.py")), folder]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(checkout)}, capture_output=True, check=True)
     return {
-        "prompts": found,
+        "checkout": str(checkout),
         "per_prompt": paper.per_prompt,
         "part_gib": paper.part_bytes / GIB,
         "parts": paper.parts,
         "objects": paper.objects,
         "bytes": paper.nbytes,
-        "requests_to_open": storage.reads,
-        "document_bytes": storage.nbytes,
-        "open_s": opened,
-        "open_gib": (peak() - before) / GIB,
-        "lookup_10000_ms": 1e3 * looked,
         "requests_of_a_layer": paper.parts * paper.chunks_of_a_layer,
         "layer_bytes": paper.nbytes // LAYERS,
+        **json.loads(done.stdout),
     }
 
 
-def peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this machine does not tell a process's peak of memory")
-
-
-def run(paper: Paper) -> dict[str, Any]:
-    """Simulate and measure, each in a process of its own."""
+def run(paper: Paper, checkouts: Sequence[Path], repeats: int) -> list[dict[str, Any]]:
+    """Simulate once and measure every checkout in turn; of each the fastest of some runs, since others may use the machine."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             pool.submit(simulate, paper, folder).result()
-        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            measured = pool.submit(measure, paper, folder).result()
-    return measured
+        found = [[opened(paper, folder, checkout) for checkout in checkouts] for _ in range(repeats)]
+    return [min(runs, key=lambda run: run["open_s"]) for runs in zip(*found, strict=True)]
 
 
 def main() -> int:
@@ -232,25 +197,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="up to a hundred thousand prompts")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--opening", action="store_true", help="only the four stores whose opening docs/design/performance.md shows")
+    parser.add_argument("--beside", type=Path, help="another checkout, whose package opens the same documents")
+    parser.add_argument("--repeats", type=int, default=1, help="openings of each store, of which the fastest is shown")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        check_paper(Path(folder))
+    checkouts = [Path(__file__).parents[1], *([] if options.beside is None else [options.beside])]
+    if not options.opening:
+        with tempfile.TemporaryDirectory() as folder:
+            check_paper(Path(folder))
     pooled = [10**4, 10**5] if options.quick else [10**4, 10**5, 10**6, 10**7]
     papers = [Paper(prompts=n, per_prompt=1, part_bytes=gib * GIB) for n in pooled for gib in (1, 8)]
-    papers += [Paper(prompts=n, per_prompt=100, part_bytes=8 * GIB) for n in (pooled[:1] if options.quick else pooled[:2])]
-    if not options.json:
+    papers += [Paper(prompts=n, per_prompt=100, part_bytes=8 * GIB) for n in (pooled[:1] if options.quick else pooled[:3])]
+    if options.opening:
+        sizes = [(10**4, 1), (10**4, 100)] if options.quick else [(10**6, 1), (10**7, 1), (10**5, 100), (10**6, 100)]
+        papers = [Paper(prompts=prompts, per_prompt=rows, part_bytes=8 * GIB) for prompts, rows in sizes]
+    elif not options.json:
         print_paper()
-    rows = [run(paper) for paper in papers]
+    rows = [row for paper in papers for row in run(paper, checkouts, options.repeats)]
     if options.json:
         json.dump(rows, sys.stdout, indent=2)
         return 0
-    print("   prompts rows of    parts       objects      bytes   documents   to open    memory   10,000   a layer:     bytes")
-    print("             each                                                                     lookups   requests")
+    print(
+        "   prompts rows of    parts       objects      bytes   documents   to open       CPU    memory   first  10,000   a layer:", end=""
+    )
+    print(f"     bytes\n             each{'lookup lookups  requests':>102}")
     for r in rows:
         print(
             f"{r['prompts']:>10,} {r['per_prompt']:>4} {r['part_gib']:>2.0f} GiB {r['parts']:>6,} {r['objects']:>11,}"
-            f" {r['bytes'] / 1e12:>7.3f} TB {r['document_bytes'] / 1e6:>7.1f} MB {r['open_s']:>7.2f} s {r['open_gib']:>5.2f} GiB"
-            f" {r['lookup_10000_ms']:>5.1f} ms {r['requests_of_a_layer']:>10,} {r['layer_bytes'] / 1e9:>7.1f} GB"
+            f" {r['bytes'] / 1e12:>7.3f} TB {r['document_bytes'] / 1e6:>7.1f} MB {r['open_s']:>7.2f} s {r['open_cpu_s']:>7.2f} s"
+            f" {r['open_gib']:>5.2f} GiB {r['first_lookup_s']:>5.2f} s {r['lookup_10000_ms']:>4.1f} ms {r['requests_of_a_layer']:>10,}"
+            f" {r['layer_bytes'] / 1e9:>7.1f} GB{'' if options.beside is None else '  ' + r['checkout']}"
         )
     return 0
 

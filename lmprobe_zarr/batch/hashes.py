@@ -144,5 +144,5 @@ def rows_differ(some: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> M
 
 def keys_of(digests: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     """The hash of each digest as a number, by which prompts are looked up."""
-    keys = np.ascontiguousarray(digests[:, : HASH_DIGITS // 2]).view(">u8").reshape(-1)
-    return keys.astype(np.uint64)
+    # The first of four numbers per digest: much faster than a copy of the first eight bytes of each.
+    return np.ascontiguousarray(digests).view(">u8")[:, 0].astype(np.uint64)

@@ -60,8 +60,11 @@ def test_a_part_that_names_files_outside_of_itself_is_refused_whole(tmp_path: Pa
     reseal(part / "zarr.json", lambda d: d["attributes"]["files"].update({name: [4, google_crc32c.value(b"mine")]}))
     before = state_of(tmp_path)
     fresh = lz.open_store(tmp_path / "s", durable=False)
-    with pytest.raises(CorruptPartError, match="is no file of a part"):
-        fresh.dataset()
+    # The table of files stays bytes while a view is opened; whatever uses any of it finds the whole of it false.
+    for read in (lambda: fresh.dataset().load(), lambda: fresh.tokens().resid.isel(layer=0, token=0).values):
+        with pytest.raises(CorruptPartError, match="is no file of a part") as caught:
+            read()
+        assert caught.value.part == str(part.relative_to(tmp_path / "s"))
     for act in (
         lambda: fresh.delete("acme/toy", ["a", "b"]),
         lambda: fresh.drop("acme/toy", ["resid"]),

@@ -9,6 +9,7 @@ from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
 from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
 from lmprobe_zarr.store.format.chunk import TEXT_BYTES, encode_chunk, file_entry, holds_checksum, is_intact
 from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field, describe_unrecorded, unrecorded_fields
+from lmprobe_zarr.store.format.files_table import FilesTable, bytes_by_folder, bytes_of_files, check_table
 from lmprobe_zarr.store.format.group import GroupInfo, Provenance, check_new_provenance, parse_group
 from lmprobe_zarr.store.format.names import (
     ANNOTATIONS,
@@ -58,15 +59,19 @@ __all__ = [
     "TOKEN_COLUMNS",
     "ArrayInfo",
     "CallPlaces",
+    "FilesTable",
     "GroupInfo",
     "Level",
     "PartInfo",
     "Provenance",
     "Published",
     "array_dims",
+    "bytes_by_folder",
+    "bytes_of_files",
     "call_of",
     "check_frame",
     "check_new_provenance",
+    "check_table",
     "decode_range",
     "describe_field",
     "describe_unrecorded",

@@ -211,6 +211,7 @@ def _check_column(info: ArrayInfo, described: object) -> None:
 
 def lengths_of(values: object) -> tuple[int, ...]:
     """Lengths that a document lists, as a tuple; ValueError where they are none."""
-    if not isinstance(values, list) or not all(type(v) is int and 0 <= v < 2**53 for v in values):
+    # No comparison before all are known to be integers, and none in Python: some lists are as long as a part has prompts.
+    if not isinstance(values, list) or not set(map(type, values)) <= {int} or (values and not 0 <= min(values) <= max(values) < 2**53):
         raise ValueError(f"lengths {values!r}")
     return tuple(values)

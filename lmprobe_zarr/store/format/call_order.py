@@ -64,5 +64,7 @@ def parse_places(recorded: Mapping[str, Any], n_prompts: int) -> CallPlaces | No
         return None
     if not isinstance(call, str) or (pairs < 0).any() or (pairs > 2**40).any() or int(pairs[:, 1].sum()) != n_prompts:
         return None
+    if len(pairs) == 1:
+        return CallPlaces(call, np.arange(pairs[0, 0], pairs[0, 0] + n_prompts, dtype=np.int64))
     starts = np.repeat(pairs[:, 0] - np.concatenate([[0], np.cumsum(pairs[:, 1])[:-1]]), pairs[:, 1])
     return CallPlaces(call, (starts + np.arange(n_prompts)).astype(np.int64))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import binascii
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import digests_of, sha256_of
+from lmprobe_zarr.batch import digests_of, keys_of, sha256_of
 from lmprobe_zarr.errors import CorruptPartError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo, is_variable, lengths_of, parse_array
+from lmprobe_zarr.store.format.files_table import PARSE_ERRORS, FilesTable, check_table, damaged_part
 from lmprobe_zarr.store.format.group import GroupInfo
 from lmprobe_zarr.store.format.names import (
     FORMAT,
@@ -28,19 +31,24 @@ from lmprobe_zarr.store.format.names import (
     check_version,
     consolidated,
     dump,
-    reason_of,
 )
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["PartInfo", "level_document", "parse_part", "parse_part_group", "parse_removed", "part_document", "removed_document"]
 
-# A part's document decides which files are copied and removed. Only such keys are accepted: one with ".." would point outside the store.
-_FILE_KEY: Final = re.compile(r"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
 _ARRAY_KEY: Final = re.compile(r"(prompts|tokens)/([A-Za-z][A-Za-z0-9_]*)")
 
 # The digest is at a fixed place, so that it can be checked on the bytes as they are, without writing the document again.
 _PREFIX: Final = b'{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
 _DIGEST: Final = slice(len(_PREFIX), len(_PREFIX) + 8)
+_UP_TO_DIGEST: Final = google_crc32c.value(_PREFIX + b"00000000")
+# Where `part_document` puts what takes the most bytes.
+_ATTRIBUTES: Final = _PREFIX.index(b'{"digest"')
+_SHA256: Final = b',"prompt_sha256":"'
+_FILES: Final = b',"files":'
+_METADATA: Final = b'},"consolidated_metadata":'
+_CUT: Final = object()
+_KEPT_BYTES: Final = 2**16  # longer metadata is not remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +70,8 @@ class PartInfo:
     arrays : mapping of str to ArrayInfo
         ``"prompts/<name>"`` and ``"tokens/<name>"``.
     files : mapping of str to (int, int)
-        Every other file of the part: length in bytes and crc32c. For a chunk it is the crc32c that the chunk ends with,
+        Every other file of the part: length in bytes and crc32c. Of a stored part it is a `FilesTable`, which is checked when it is first
+        used, and raises `CorruptPartError` then. For a chunk it is the crc32c that the chunk ends with,
         that is, of all but the last four bytes (over the whole, the crc32c of anything with its own crc32c appended is one constant).
     recorded : mapping
         What is only noted: versions, device, time.
@@ -170,10 +179,11 @@ def parse_part(data: bytes, where: str) -> PartInfo:
         It is of a version that this release does not know.
     """
     try:
-        zeroed = bytearray(data)
-        zeroed[_DIGEST] = b"00000000"
-        intact = data.startswith(_PREFIX) and data[_DIGEST] == b"%08x" % google_crc32c.value(bytes(zeroed))
-        attributes = (document := json.loads(data))["attributes"]
+        # The digest is that of the document with zeros in its place.
+        checksum = google_crc32c.extend(_UP_TO_DIGEST, np.frombuffer(data, np.uint8, offset=_DIGEST.stop))
+        intact = data.startswith(_PREFIX) and data[_DIGEST] == b"%08x" % checksum
+        content = (_cut_document(data) if intact else None) or _whole_document(data)
+        attributes = content.attributes
         if attributes["format"] == FORMAT:
             # Only a tombstone has its own version.
             version = attributes["format_version"]
@@ -182,31 +192,124 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             raise ValueError("its digest does not hold")
         if attributes["format"] != FORMAT or attributes["kind"] not in {"part", "annotation"}:
             raise ValueError(f"it is a {attributes['kind']!r} of {attributes['format']!r}")
-        metadata = document["consolidated_metadata"]["metadata"]
-        counts = attributes["n_tokens"]
+        known = _parse_arrays(content.metadata)
+        table = FilesTable(content.files, where, least=known.n_chunks)
+        if content.digests is None:
+            check_table(table)
         info = PartInfo(
             group=_text(attributes["group"]),
             name=_text(attributes["name"]),
             kind=attributes["kind"],
-            digests=digests_of([attributes["prompt_sha256"]]),
-            n_tokens=None if counts is None else np.array(lengths_of(counts), np.int64),
+            digests=digests_of([attributes["prompt_sha256"]]) if content.digests is None else content.digests,
+            n_tokens=None if attributes["n_tokens"] is None else np.array(lengths_of(attributes["n_tokens"]), np.int64),
             layers=lengths_of(attributes["layers"]),
-            arrays={key: parse_array(doc) for key, doc in metadata.items() if "/" in key},
-            files={_text(key): lengths_of(entry) for key, entry in attributes["files"].items()},
+            arrays=known.arrays,
+            files=table,
             recorded=dict(attributes["recorded"]),
             replaces=tuple(_text(name) for name in attributes["replaces"]),
             odd=None if (odd := attributes.get("odd")) is None else {key: lengths_of(counts) for key, counts in odd.items()},
             removed=parse_removed(attributes.get("removed", {})),
         )
-        _check_part(info)
-    except UnsupportedVersionError:
+        _check_part(info, known, table.at_most)
+    except (UnsupportedVersionError, CorruptPartError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-        raise CorruptPartError(
-            f"{where}/zarr.json is damaged ({reason_of(error)}): none of this part can be trusted\n"
-            "delete that folder, and extract its prompts again"
-        ) from error
+    except PARSE_ERRORS as error:
+        raise damaged_part(where, error) from error
     return info
+
+
+class _Content(NamedTuple):
+    """A part's document, its largest pieces apart."""
+
+    attributes: Any
+    #: The consolidated metadata, as JSON.
+    metadata: bytes
+    #: The table of files, as JSON.
+    files: bytes
+    #: None where `attributes` has them as text, of a document that was parsed as a whole.
+    digests: npt.NDArray[np.uint8] | None
+
+
+def _whole_document(data: bytes) -> _Content:
+    """The content of any document, whatever the order of its keys."""
+    document = json.loads(data)
+    attributes = document["attributes"]
+    # Written again from what was parsed, so that there is one way from JSON to arrays and tables.
+    files, metadata = (json.dumps(part).encode() for part in (attributes["files"], document["consolidated_metadata"]))
+    return _Content(attributes, metadata, files, None)
+
+
+class _Arrays(NamedTuple):
+    """The arrays of a part, and what they require of the rest of its document."""
+
+    arrays: Mapping[str, ArrayInfo]
+    #: Every length that an array states of each dimension, by its name.
+    lengths: Mapping[str, frozenset[int]]
+    #: The chunks of the array that has most.
+    n_chunks: int
+
+
+def _parse_arrays(metadata: bytes) -> _Arrays:
+    """The arrays in consolidated metadata, from its JSON. Parts with equal metadata share the records."""
+    return _kept_arrays(metadata) if len(metadata) <= _KEPT_BYTES else _kept_arrays.__wrapped__(metadata)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_arrays(metadata: bytes) -> _Arrays:
+    documents = json.loads(metadata.decode("utf-8", "surrogatepass"))["metadata"]
+    arrays = {key: parse_array(document) for key, document in documents.items() if "/" in key}
+    lengths: dict[str, set[int]] = {}
+    for key, array in arrays.items():
+        match = _ARRAY_KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f"array name {key!r}")
+        sample = "token" if match[1] == "tokens" else "prompt"
+        layered = array.dims[0] == "layer"
+        if array.dims != ("layer",) if match[2] == "layer" else array.dims[layered : layered + 1] != (sample,):
+            raise ValueError(f"{key} has dimensions {array.dims}")
+        if layered and f"{match[1]}/layer" not in arrays:
+            raise ValueError(f"{key} has layers without numbers")
+        for dim, length in zip(array.dims, array.shape, strict=True):
+            lengths.setdefault(dim, set()).add(length)
+    n_chunks = max((array.n_chunks for array in arrays.values()), default=0)
+    return _Arrays(arrays, {dim: frozenset(found) for dim, found in lengths.items()}, n_chunks)
+
+
+def _cut_document(data: bytes) -> _Content | None:
+    """The content of a document whose keys are where `part_document` puts them, without parsing its table of files; None for any other.
+
+    The document is taken as ``HEAD attributes ,"files": table },"consolidated_metadata": metadata }``. This is how a JSON parser would
+    read the whole of it, whatever the pieces hold: ``attributes }`` and ``metadata`` are parsed as one value each, so the cuts are between
+    values and not inside of a text. The table is one object if it is JSON at all, since it has no braces but its first and its last byte;
+    so it cannot end early, and hide keys behind it.
+    """
+    end = data.rfind(_METADATA)
+    table = data.rfind(b"{", 0, max(end, 0))
+    start = table - len(_FILES)
+    if start < 0 or not data.startswith(_FILES, start) or data.find(b"}", table, end) != end - 1 or not data.endswith(b"}"):
+        return None
+    files, metadata = data[table:end], data[end + len(_METADATA) : -1]
+    begin = data.find(_SHA256, _ATTRIBUTES, start) + len(_SHA256)
+    stop = data.find(b'"', begin, start)
+    if begin < _ATTRIBUTES or stop < 0:
+        return None
+    cuts: list[str] = []
+
+    def cut(constant: str) -> object:
+        cuts.append(constant)
+        return _CUT
+
+    try:
+        digests = np.frombuffer(binascii.unhexlify(memoryview(data)[begin:stop]), np.uint8).reshape(-1, 32)
+        # In the place of the digests stands a value that `part_document` never writes. One elsewhere would be another's.
+        rest = data[_ATTRIBUTES : begin - 1] + b"NaN" + data[stop + 1 : start] + b"}"
+        attributes = json.loads(rest.decode("utf-8", "surrogatepass"), parse_constant=cut)
+        _parse_arrays(metadata)
+    except PARSE_ERRORS:
+        return None
+    if len(cuts) != 1 or attributes.get("prompt_sha256") is not _CUT or "files" in attributes:
+        return None
+    return _Content(attributes, metadata, files, digests)
 
 
 def removed_document(removed: Mapping[str, tuple[int, ...] | None]) -> Json:
@@ -245,38 +348,26 @@ def _text(value: object) -> str:
     return value
 
 
-def _check_part(info: PartInfo) -> None:
-    """Raise ValueError where parts of a document contradict one another."""
+def _check_part(info: PartInfo, known: _Arrays, n_files: int) -> None:
+    """Raise ValueError where pieces of a document contradict one another; `n_files` is at least the number of its files."""
     n = len(info.digests)
     # Sorting numbers is much faster than np.unique of rows of bytes. Whole digests are compared only where two begin with the same number.
-    begins = np.sort(np.ascontiguousarray(info.digests[:, :8]).view(np.uint64), axis=None)
+    begins = np.sort(keys_of(info.digests))
     if not n or (bool((begins[1:] == begins[:-1]).any()) and len(np.unique(info.digests, axis=0)) != n):
         raise ValueError("a prompt occurs twice, or there is none")
     if list(info.layers) != sorted(set(info.layers)) or (info.layers and info.layers[-1] >= 2**31):
         raise ValueError("layers are not ascending")
-    if info.name in info.replaces or any(len(entry) != 2 for entry in (*info.files.values(), *(info.odd or {}).values())):
-        raise ValueError("it replaces itself, or its table of files is none")
-    strange = next((key for key in info.files if not _FILE_KEY.fullmatch(key)), None)
-    if strange is not None:
-        raise ValueError(f"{strange[:80]!r} is no file of a part")
+    if info.name in info.replaces or any(len(counted) != 2 for counted in (info.odd or {}).values()):
+        raise ValueError("it replaces itself, or what it counts of a variable is not two numbers")
     counts = info.n_tokens
     if info.removed and (info.kind != "annotation" or info.own_columns or info.activations):
         raise ValueError("it removes values and holds some")
     if counts is not None and (counts.shape != (n,) or (counts < 1).any() or ("tokens/position" not in info.arrays and not info.removed)):
         raise ValueError("n_tokens does not fit the prompts")
     sizes = {"prompt": n, "layer": len(info.layers), "token": 0 if counts is None else int(counts.sum())}
-    for key, array in info.arrays.items():
-        match = _ARRAY_KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(f"array name {key!r}")
-        sample = "token" if match[1] == "tokens" else "prompt"
-        layered = array.dims[0] == "layer"
-        if array.dims != ("layer",) if match[2] == "layer" else array.dims[layered : layered + 1] != (sample,):
-            raise ValueError(f"{key} has dimensions {array.dims}")
-        if layered and f"{match[1]}/layer" not in info.arrays:
-            raise ValueError(f"{key} has layers without numbers")
-        for dim, length in zip(array.dims, array.shape, strict=True):
-            if sizes.get(dim, length) != length or not length:
-                raise ValueError(f"{dim} has {length} rows in {key} but {sizes.get(dim, length)} in the index")
-        if array.n_chunks > len(info.files):
-            raise ValueError(f"{key} has more chunks than there are files")
+    for dim, lengths in known.lengths.items():
+        wrong = lengths - {sizes[dim] or None} if dim in sizes else lengths & {0}
+        if wrong:
+            raise ValueError(f"{dim} has {min(wrong)} rows in an array but {sizes.get(dim)} in the index")
+    if known.n_chunks > n_files:
+        raise ValueError("an array has more chunks than there are files")

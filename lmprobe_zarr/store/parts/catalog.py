@@ -13,7 +13,18 @@ from typing import Any, Literal
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, ReadOnlyError, UnreachableError
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import ANNOTATIONS, GROUP_NAME, PART_NAME, STAMPS, GroupInfo, new_part_name, parse_group, parse_part
+from lmprobe_zarr.store.format import (
+    ANNOTATIONS,
+    GROUP_NAME,
+    PART_NAME,
+    STAMPS,
+    FilesTable,
+    GroupInfo,
+    check_table,
+    new_part_name,
+    parse_group,
+    parse_part,
+)
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.listing import Listing, list_names
 from lmprobe_zarr.store.parts.part import Part
@@ -192,7 +203,7 @@ class Catalog:
 
     # ---------------------------------------------------------------------------------------------------------- parts
 
-    def list_parts(self, folder: str, *, whole: bool = True, listed: Sequence[str] | None = None) -> list[Part]:
+    def list_parts(self, folder: str, *, whole: bool = True, listed: Sequence[str] | None = None, tables: bool = True) -> list[Part]:
         """Committed parts of a group's folder, or annotations of its folder for them, replaced ones too, in the order of their names.
 
         Parameters
@@ -203,6 +214,9 @@ class Catalog:
             Whether what is damaged is an error. Otherwise it is left out, with a warning.
         listed : sequence of str, optional
             Names that were just listed there, which are not listed again.
+        tables : bool
+            Whether tables of files are checked now, as is needed to copy or remove files. Otherwise each is checked when a chunk of its
+            part is first read.
         """
         paths = [f"{folder}/{name}" for name in self._part_names(folder, listed)]
         # A copy, since other threads remove parts from the catalog as they remove them from the storage.
@@ -239,6 +253,14 @@ class Catalog:
         for path in [*self._parts]:  # or a long-running process would remember every part there ever was
             if path not in there and path.rpartition("/")[0] == folder:
                 self.forget(path)
+        for path in paths if tables else ():
+            if path in held and path not in self._damaged:
+                try:
+                    check_table(held[path].info.files)
+                except CorruptPartError as error:
+                    if whole:
+                        raise
+                    self.set_aside(error)
         if whole and (damaged := next((self._damaged[path] for path in paths if path in self._damaged), None)):
             raise damaged
         return [held[path] for path in paths if path in held and path not in self._damaged]
@@ -265,15 +287,17 @@ class Catalog:
             error.root, error.part = self.url, path
             self.set_aside(error)
             return None
+        if isinstance(info.files, FilesTable):
+            info.files.name_part(self.url, path)
         part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses)
         return part
 
-    def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True) -> tuple[list[Part], list[Part]]:
-        """Committed parts and annotations of a group, replaced ones too; `whole` as in `list_parts`."""
+    def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True, tables: bool = False) -> tuple[list[Part], list[Part]]:
+        """Committed parts and annotations of a group, replaced ones too; `whole` and `tables` as in `list_parts`."""
         # The list of the group's folder says whether it has annotations. Most have none, and then this one list, or request, is enough.
         names = self.storage.list(info.name)
-        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole) if ANNOTATIONS in names else []
-        return self.list_parts(info.name, whole=whole, listed=names), notes
+        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole, tables=tables) if ANNOTATIONS in names else []
+        return self.list_parts(info.name, whole=whole, listed=names, tables=tables), notes
 
     def listing(self, info: GroupInfo, *, whole: bool = True) -> Listing:
         """Everything in a group's folder now, unfinished parts too; `whole` as in `list_parts`."""

@@ -316,24 +316,26 @@ def open_view(
     shown = tuple(part for part in parts if part.order not in replaced)
     noted = tuple(part for part in annotations if part.order not in replaced)
     # Parts and annotations in their order decide together which column is the last; see `View.source`.
-    every = np.concatenate([np.zeros((0, 32), np.uint8), *(part.info.digests for part in shown)])
-    codes, first = _first_appearance(keys_of(every))
-    places = places_in_one_call([part.info for part in shown])
-    if in_call_order and places is not None and len(first):
-        # The place of every prompt, which is the same in each part that holds it.
-        order = np.argsort(np.concatenate(places)[first], kind="stable")
-        first, codes = first[order], np.argsort(order, kind="stable")[codes]
-    digests = every[first]
-    whole = every[:, HASH_DIGITS // 2 :].any(axis=1)
-    digests[codes[whole]] = every[whole]
-    differ = rows_differ(digests[codes], every)
-    if differ.any():
-        shared = hashes_of(every[differ][:1])[0]
-        raise PromptCollisionError(
-            f"two different prompts in {storage.url}/{group.name} share the hash {shared}: delete it there, and write one of them again"
-        )
     bounds = offsets_of([len(part.info.digests) for part in shown])
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(keys_of(part.info.digests) for part in shown)])
+    # Mostly no prompt is in two parts. Sorting shows that in less time than a hash table takes, and then each prompt is its own first.
+    codes, first = (np.arange(len(hashes), dtype=np.int64), None) if _all_differ(hashes) else _first_appearance(hashes)
+    del hashes  # of ten million prompts, each of these arrays is 80 MB
+    places = places_in_one_call([part.info for part in shown])
+    one_call = places is not None
+    if in_call_order and places is not None and len(codes):
+        # The place of every prompt, which is the same in each part that holds it.
+        codes, first = _reordered(np.concatenate(places), codes, first)
+    del places
     members = [codes[a:b] for a, b in itertools.pairwise(bounds)]
+    if first is None:
+        digests = np.empty((len(codes), 32), np.uint8)
+        # As one value each: rows of bytes are set one by one.
+        slots = digests.view("V32").reshape(-1)
+        for part, member in zip(shown, members, strict=True):
+            slots[member] = np.ascontiguousarray(part.info.digests).view("V32").reshape(-1)
+    else:
+        digests = _merged_digests(shown, codes, first, f"{storage.url}/{group.name}")
     keys: pd.Index[Any] = pd.Index(keys_of(digests))
     for note in noted:
         rows = np.asarray(keys.get_indexer(pd.Index(keys_of(note.info.digests))), np.int64)
@@ -342,7 +344,7 @@ def open_view(
                 f"the annotation {note.info.name} of {storage.url}/{group.name} is of another prompt with the same hash"
             )
         members.append(rows)
-    view = View(storage, group, shown, noted, digests, tuple(members), keys, one_call=places is not None)
+    view = View(storage, group, shown, noted, digests, tuple(members), keys, one_call=one_call)
     return _without_removed(view) if any(note.info.is_tombstone for note in noted) else view
 
 
@@ -363,6 +365,37 @@ def _without_removed(view: View) -> View:
     new = np.where(stays, np.cumsum(stays) - 1, -1)
     members = tuple(np.where(member >= 0, new[member], -1) for member in view.members)
     return replace(view, digests=view.digests[stays], members=members, keys=view.keys[stays])
+
+
+def _all_differ(keys: npt.NDArray[np.uint64]) -> bool:
+    """Whether no key is there twice."""
+    ascending = np.sort(keys)
+    return not bool((ascending[1:] == ascending[:-1]).any())
+
+
+def _merged_digests(shown: Sequence[Part], codes: Ints, first: Ints, where: str) -> npt.NDArray[np.uint8]:
+    """The digest of each prompt, the whole one where any part has it; `PromptCollisionError` where two prompts share a hash."""
+    every = np.concatenate([part.info.digests for part in shown])
+    out = every[first]
+    whole = every[:, HASH_DIGITS // 2 :].any(axis=1)
+    out[codes[whole]] = every[whole]
+    differ = rows_differ(out[codes], every)
+    if differ.any():
+        shared = hashes_of(every[differ][:1])[0]
+        raise PromptCollisionError(
+            f"two different prompts in {where} share the hash {shared}: delete it there, and write one of them again"
+        )
+    return out
+
+
+def _reordered(places: Ints, codes: Ints, first: Ints | None) -> tuple[Ints, Ints | None]:
+    """Codes and first appearances of prompts in the order of their places; without first appearances where each prompt is there once."""
+    if first is None and (places[1:] > places[:-1]).all():
+        return codes, None
+    order = np.argsort(places if first is None else places[first], kind="stable")
+    number = np.empty_like(order)
+    number[order] = np.arange(len(order))
+    return (number, None) if first is None else (number[codes], first[order])
 
 
 def _first_appearance(keys: npt.NDArray[np.uint64]) -> tuple[Ints, Ints]:

@@ -41,6 +41,7 @@ from lmprobe_zarr.store.format import (
     Level,
     PartInfo,
     array_dims,
+    check_table,
     encode_chunk,
     file_entry,
     level_document,
@@ -308,7 +309,7 @@ class PartWriter:
             removed=self.removed,
         )
         document = part_document(info, self.group)
-        parse_part(document, self.path)  # a part that could not be read must not become visible
+        check_table(parse_part(document, self.path).files)  # a part that could not be read must not become visible
         if not self.alone:
             # Another process may have emptied the group meanwhile, and a part cannot be used without the document of its group.
             write_group(self.storage, self.group, durable=self.durable)

@@ -17,7 +17,7 @@ from typing import Final
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage import FileInfo, Storage, StrayUpload
-from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, PART_NAME, STAMPS, GroupInfo
+from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, PART_NAME, STAMPS, GroupInfo, bytes_of_files
 from lmprobe_zarr.store.parts import Catalog, Listing, Part
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 from lmprobe_zarr.store.upkeep.tombstones import drop_useless
@@ -125,7 +125,7 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: fl
     committed = {part.info.name for part in (*listing.parts, *listing.annotations)}
     unfinished: list[Leftover] = []
     partials: list[str] = []
-    freed = sum(int(entry[0]) for part in replaced for entry in part.info.files.values()) + sum(p.document_nbytes for p in replaced)
+    freed = sum(bytes_of_files(part.info.files) + part.document_nbytes for part in replaced)
     for folder in (group.name, f"{group.name}/{ANNOTATIONS}"):
         entries = storage.scan(folder)
         partials += _old_partials(folder, entries, before)

@@ -30,6 +30,7 @@ from lmprobe_zarr.store.format import (
     GroupInfo,
     PartInfo,
     Published,
+    bytes_of_files,
     parse_group,
     parse_part,
     parse_root,
@@ -186,7 +187,7 @@ def publish_groups(
     target.commit("zarr.json", published_document(copy.published, copy.groups, copy.parts), durable=durable)
     if old is not None:
         _remove_old(target, old, copy)
-    nbytes = sum(int(entry[0]) for info in copy.parts.values() for entry in info.files.values())
+    nbytes = sum(bytes_of_files(info.files) for info in copy.parts.values())
     prompts = sum(group.prompts for group in described)
     return PublishSummary(url=target.url, groups=len(copy.groups), parts=len(copy.parts), prompts=prompts, nbytes=nbytes)
 
@@ -247,7 +248,7 @@ def _write(
 def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
     mine = [Part(target, key, info) for key, info in copy.parts.items() if info.group == group.name]
     view = open_view(target, group, [p for p in mine if p.info.kind == "part"], [p for p in mine if p.info.kind == "annotation"])
-    return CardGroup.of(view, sum(int(entry[0]) for part in mine for entry in part.info.files.values()))
+    return CardGroup.of(view, sum(bytes_of_files(part.info.files) for part in mine))
 
 
 def _prepare(target: Storage, *, overwrite: bool) -> Published | None:

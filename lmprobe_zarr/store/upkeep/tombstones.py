@@ -161,7 +161,7 @@ def drop_useless(catalog: Catalog, group: GroupInfo, *, below: Sequence[Catalog]
 
     Replaced parts that are still stored count as well, since they are visible again if the part that replaced them is lost.
     """
-    parts, notes = catalog.parts_and_annotations(group, whole=False)
+    parts, notes = catalog.parts_and_annotations(group, whole=False, tables=True)
     tombstones = [note for note in notes if note.info.is_tombstone]
     gone = []
     for tombstone in tombstones:

@@ -28,6 +28,8 @@ from lmprobe_zarr.store.format import (
     GroupInfo,
     PartInfo,
     Published,
+    bytes_of_files,
+    check_table,
     is_intact,
     is_variable,
     parse_group,
@@ -139,7 +141,7 @@ class StoreScan:
 
 
 def _part_bytes(info: PartInfo) -> int:
-    return sum(int(entry[0]) for entry in info.files.values())
+    return bytes_of_files(info.files)
 
 
 # --------------------------------------------------------------------------------------------------------------- documents
@@ -253,6 +255,7 @@ def _scan_part(storage: Storage, path: str, frozen: bool, documents: dict[str, b
         return None if missing and not frozen else FoundPart(path=path, part=None, fault=fault)
     try:
         info = parse_part(data, path)
+        check_table(info.files)
         folder = f"{info.group}/{ANNOTATIONS}" if info.kind == "annotation" else info.group
         if path != f"{folder}/{info.name}":
             what = f"is that of {folder}/{info.name}: it was exchanged, or the folder renamed, moved or copied"
