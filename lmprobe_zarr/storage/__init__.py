@@ -4,10 +4,11 @@ Never what the bytes mean: no format, no chunk, no prompt. What every place prom
 """
 
 from lmprobe_zarr.storage.address import local_path
+from lmprobe_zarr.storage.aligned import empty_aligned
 from lmprobe_zarr.storage.base import FileInfo, Storage
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.storage.threads import run_all
 
-__all__ = ["FileInfo", "FsspecStorage", "LocalStorage", "Storage", "local_path", "open_storage", "run_all"]
+__all__ = ["FileInfo", "FsspecStorage", "LocalStorage", "Storage", "empty_aligned", "local_path", "open_storage", "run_all"]

@@ -19,7 +19,7 @@ from numcodecs.vlen import VLenUTF8
 
 from lmprobe_zarr.batch import copy_rows, fill_value
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
-from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.storage import Storage, empty_aligned, run_all
 from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
 from lmprobe_zarr.store.parts.columns import decode_column
 from lmprobe_zarr.store.parts.kept_chunks import kept_chunk
@@ -74,7 +74,7 @@ class StoredArray:
         nbytes = math.prod(self._chunk_shape) * self.dtype.itemsize
         room: Array = getattr(_room, "bytes", np.empty(0, np.uint8))
         if len(room) < nbytes:
-            room = _room.bytes = np.empty(nbytes, np.uint8)
+            room = _room.bytes = empty_aligned((nbytes,), np.dtype(np.uint8))
         return room[:nbytes]
 
     def corrupt(self, key: str, what: str) -> CorruptPartError:
@@ -108,7 +108,7 @@ class StoredArray:
         key = self.info.chunk_key(layer, block)
         is_text = self.info.dtype == "string"
         if self.info.shuffle is None and not is_text and np.little_endian:
-            return self._read_raw(key, np.empty(self._chunk_shape, self.dtype) if out is None else out)
+            return self._read_raw(key, empty_aligned(self._chunk_shape, self.dtype) if out is None else out)
         # Texts are decoded as a whole, so every read of some is one of the whole chunk.
         body = self._read_kept(key) if is_text else self._read_body(key)
         try:

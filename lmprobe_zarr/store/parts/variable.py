@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import as_slice, concat_ranges, fill_value, offsets_of
+from lmprobe_zarr.storage import empty_aligned
 from lmprobe_zarr.store.parts.columns import absent_value, as_shown, kind_of
 from lmprobe_zarr.store.parts.stored_array import Piece, StoredArray, read_pieces
 from lmprobe_zarr.store.parts.uses import note_uses
@@ -120,7 +121,7 @@ class VirtualArray:
         row_shape = self.row_shape
         tail = np.empty((0, *row_shape), bool)[(slice(None), *columns)].shape[1:]
         dtype = self.dtype
-        out = np.empty((len(layers), n, *tail), dtype)
+        out = empty_aligned((len(layers), n, *tail), dtype)
         absent = fill_value(dtype)
         if self.absent_as_nan:
             absent = absent_value([array.info for array in self.arrays], dtype)
