@@ -190,15 +190,19 @@ class VirtualArray:
 
     def _locate(self, group: int, rows: slice | Ints) -> list[_Place]:
         """Where rows are stored, each chunk once, those of one array together and in their order."""
+        single = self._run_of_prompt(group, rows) if isinstance(rows, slice) else None
+        if single is not None:
+            return self._cut_few([single]) or []
         runs = self._runs(group, rows)
-        few = len(runs.source) <= _LOOPED * len(self.arrays)
-        found = self._cut_few(runs) if few else None
+        found = None
+        if len(runs.source) <= _LOOPED * len(self.arrays):
+            found = self._cut_few([*zip(*(part.tolist() for part in runs), strict=True)])
         return self._cut(runs) if found is None else found
 
-    def _cut_few(self, runs: _Runs) -> list[_Place] | None:
-        """The places of a few runs; None where two of them have rows in the same chunk, which is read once for both."""
+    def _cut_few(self, runs: list[tuple[int, int, int, int]]) -> list[_Place] | None:
+        """The places of a few runs, each as in `_Runs`; None where two have rows in the same chunk, which is read once for both."""
         out: list[_Place] = []
-        for array, start, target, length in zip(*(part.tolist() for part in runs), strict=True):
+        for array, start, target, length in runs:
             if array == NOWHERE:
                 out.append(_Place(NOWHERE, 0, slice(0), slice(target, target + length)))
                 continue
@@ -207,7 +211,7 @@ class VirtualArray:
                 base = block * size
                 low, high = max(start, base), min(end, base + size)
                 out.append(_Place(array, block, slice(low - base, high - base), slice(low + shift, high + shift)))
-        if len(runs.source) > 1:
+        if len(runs) > 1:
             chunks = [place[:2] for place in out if place.array != NOWHERE]
             if len(set(chunks)) < len(chunks):
                 return None
@@ -248,16 +252,24 @@ class VirtualArray:
         begin, end, _ = rows.indices(self.n_rows)
         if end <= begin:
             return _Runs(*(np.zeros(0, np.int64) for _ in _Runs._fields))
-        first, last = (begin, end - 1) if self.offsets is None else (self.offsets.searchsorted((begin, end - 1), "right") - 1).tolist()
-        if first == last:  # rows of a single prompt
-            within = 0 if self.offsets is None else begin - int(self.offsets[first])
-            there = int(self.start[group, first]) + within
-            return _Runs(*np.array([[self.source[group, first]], [there], [0], [end - begin]], np.int64))
         runs = self._runs_of_all.get(group)
         # Looking at all prompts pays where a selection is a large part of them: others of its size are likely to follow.
-        if runs is None and group not in self._runs_of_all and 4 * (last - first) >= self.source.shape[1]:
+        if runs is None and group not in self._runs_of_all and 4 * (end - begin) >= self.n_rows:
             runs = self._runs_of_all[group] = self._all_runs(group)
         return self._runs_of_slice(group, begin, end) if runs is None else _clipped(runs, begin, end)
+
+    def _run_of_prompt(self, group: int, rows: slice) -> tuple[int, int, int, int] | None:
+        """The run of some rows of a single prompt, which needs no look at another; None for the rows of several, or none."""
+        begin, end, _ = rows.indices(self.n_rows)
+        if self.offsets is None:
+            if end - begin != 1:
+                return None
+            return int(self.source[group, begin]), int(self.start[group, begin]), 0, 1
+        prompt = int(self.offsets.searchsorted(begin, "right")) - 1
+        if end <= begin or end > self.offsets[prompt + 1]:
+            return None
+        within = begin - int(self.offsets[prompt])
+        return int(self.source[group, prompt]), int(self.start[group, prompt]) + within, 0, end - begin
 
     def _all_runs(self, group: int) -> _Runs | None:
         """The runs of all rows; None where they are so many that keeping them would take much memory."""

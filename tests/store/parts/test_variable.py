@@ -102,6 +102,7 @@ def long_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def take() -> None:
         monkeypatch.setattr(LazyArray, "_read_neighbours", lambda *_: None)
+        monkeypatch.setattr(VirtualArray, "_run_of_prompt", lambda *_: None)
         monkeypatch.setattr(VirtualArray, "_cut_few", lambda *_: None)
         monkeypatch.setattr(VirtualArray, "_runs", each_row)
 
@@ -184,7 +185,11 @@ def test_the_places_of_a_slice_are_those_of_its_rows_whatever_is_kept(
                 np.testing.assert_array_equal((runs.source, runs.target, runs.length), (each.source, each.target, each.length))
                 held = each.source != variable.NOWHERE
                 np.testing.assert_array_equal(runs.start[held], each.start[held])
-                few_places = array._cut_few(runs)
+                single = array._run_of_prompt(group, slice(begin, end))
+                if single is not None and single[0] != variable.NOWHERE:
+                    assert single == tuple(int(part[0]) for part in each)
+                assert (single is not None) == (level == "prompts" and end - begin == 1) or level == "tokens"
+                few_places = array._cut_few([*zip(*(part.tolist() for part in runs), strict=True)])
                 if few_places is not None:
                     placed = [place for place in array._cut(runs) if place.array != variable.NOWHERE]
                     assert [place for place in few_places if place.array != variable.NOWHERE] == placed
