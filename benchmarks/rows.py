@@ -9,8 +9,10 @@ keeps what it has read.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from lmprobe_zarr.store.format.group import GroupInfo
 LAYERS, PER_PROMPT = 4, 66
 #: Short calls that one side makes before it is the turn of the other: the first of them finds the processor's caches cold.
 IN_A_ROW = 15
+PROFILED = 40
 GROUP = GroupInfo(model="bench", num_layers=LAYERS, hidden_size=2048)
 
 
@@ -104,12 +107,29 @@ def serve(folder: Path, parts: int) -> None:
     made = cases(folder, parts)
     print(json.dumps(list(made)), flush=True)
     for line in sys.stdin:
-        call, seconds = made[line.rstrip("\n")], []
+        kind, _, name = line.rstrip("\n").partition(" ")
+        if kind == "profile":
+            print(json.dumps(profile(made[name])), flush=True)
+            continue
+        call, seconds, processor = made[name], [], []
         while not seconds or (len(seconds) < IN_A_ROW and sum(seconds) < 0.02):
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             call()
+            processor.append(time.process_time() - used)
             seconds.append(time.perf_counter() - began)
-        print(statistics.median(seconds), flush=True)
+        print(json.dumps((statistics.median(seconds), statistics.median(processor))), flush=True)
+
+
+def profile(call: Callable[[], Any]) -> dict[str, tuple[float, float]]:
+    """Microseconds and calls of Python functions on the caller's thread for one call of a case, by the package that they belong to."""
+    profiler = cProfile.Profile()
+    profiler.runcall(lambda: [call() for _ in range(PROFILED)])
+    found: dict[str, tuple[float, float]] = {}
+    for (file, _, _), (_, count, own, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        whose = next((name for name in ("lmprobe_zarr", "xarray", "pandas") if f"/{name}/" in file), "numpy, the system and others")
+        seconds, calls = found.get(whose, (0.0, 0.0))
+        found[whose] = seconds + 1e6 * own / PROFILED, calls + count / PROFILED
+    return found
 
 
 class Side:
@@ -126,11 +146,21 @@ class Side:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
-    def __call__(self, name: str) -> float:
+    def _answer(self, request: str) -> str:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{name}\n")
+        self.process.stdin.write(f"{request}\n")
         self.process.stdin.flush()
-        return float(self._line())
+        return self._line()
+
+    def __call__(self, name: str) -> tuple[float, float]:
+        """Seconds of a case, and seconds of the processor, of all threads together."""
+        wall, processor = json.loads(self._answer(f"time {name}"))
+        return wall, processor
+
+    def profile(self, name: str) -> dict[str, tuple[float, float]]:
+        """See `profile`."""
+        found: dict[str, tuple[float, float]] = json.loads(self._answer(f"profile {name}"))
+        return found
 
     def close(self) -> None:
         """End the process."""
@@ -139,18 +169,29 @@ class Side:
         self.process.wait()
 
 
+def print_profiles(folder: Path, parts: int, checkouts: dict[str, Path]) -> None:
+    """Where the time of three cases goes; cProfile makes functions of Python look dearer than they are."""
+    for label, checkout in checkouts.items():
+        side = Side(checkout, folder, parts)
+        for name in ("row", "tokens of a prompt", "pooled layer"):
+            shares = ", ".join(f"{whose} {us:,.0f} µs in {calls:.0f} calls" for whose, (us, calls) in sorted(side.profile(name).items()))
+            print(f"{parts:>3} parts, {label:<6} {name:<20} {shares}")
+        side.close()
+
+
 def measure(folder: Path, parts: int, checkouts: dict[str, Path], *, runs: int) -> list[dict[str, Any]]:
-    """Seconds of each case by checkout: median and least."""
+    """Seconds of each case by checkout, median and least, and of the processor, which those of others on the machine change less."""
     sides = {name: Side(checkout, folder, parts) for name, checkout in checkouts.items()}
     rows = []
     for name in sides["now"].names:
-        times: dict[str, list[float]] = {side: [] for side in sides}
+        times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for _ in range(runs + 1):
             for side, call in sides.items():
                 times[side].append(call(name))
         row: dict[str, Any] = {"parts": parts, "case": name}
         for side, seconds in times.items():
-            row |= {side: statistics.median(seconds[1:]), f"{side}_least": min(seconds[1:])}
+            wall, processor = zip(*seconds[1:], strict=True)
+            row |= {side: statistics.median(wall), f"{side}_least": min(wall), f"{side}_processor": statistics.median(processor)}
         rows.append(row)
     for side in sides.values():
         side.close()
@@ -163,28 +204,34 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the prompts, a fifth of the runs")
     parser.add_argument("--before", type=Path, help="another checkout of this repository to compare with")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, by cProfile, instead of the times")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--parts", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve(options.serve, options.parts)
         return 0
-    checkouts = {"before": options.before.resolve()} if options.before else {}
+    checkouts = ({"before": options.before.resolve()} if options.before else {}) | {"now": ROOT}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for parts in (1, 50):
             write(Path(folder), parts=parts, quick=options.quick)
             os.sync()
-            rows += measure(Path(folder), parts, checkouts | {"now": ROOT}, runs=5 if options.quick else 25)
+            if options.profile:
+                print_profiles(Path(folder), parts, checkouts)
+            else:
+                rows += measure(Path(folder), parts, checkouts, runs=5 if options.quick else 25)
+    if options.profile:
+        return 0
     if options.json:
         json.dump(rows, sys.stdout, indent=2)
         return 0
-    shown = (*checkouts, "now")
-    ratios = "  before / now, median and least" if checkouts else ""
-    print(f"{'parts':>5}  {'read':<26}" + "".join(f"{side:>12}{'least':>10}" for side in shown) + ratios)
+    kinds = ("", "_least", "_processor")
+    print(f"{'parts':>5}  {'read':<26}" + "".join(f"{side:>12}{'least':>10}{'processor':>10}" for side in checkouts), end="")
+    print("  before / now of each" if options.before else "")
     for row in rows:
-        times = "".join(f"{ms(row[side]):>12}{ms(row[f'{side}_least']):>10}" for side in shown)
-        ratios = f"{row['before'] / row['now']:>8.2f}{row['before_least'] / row['now_least']:>8.2f}" if checkouts else ""
+        times = "".join(f"{ms(row[side]):>12}{ms(row[f'{side}_least']):>10}{ms(row[f'{side}_processor']):>10}" for side in checkouts)
+        ratios = "".join(f"{row[f'before{kind}'] / row[f'now{kind}']:>8.2f}" for kind in kinds) if options.before else ""
         print(f"{row['parts']:>5}  {row['case']:<26}{times}{ratios}")
     return 0
 
