@@ -34,6 +34,11 @@ class Counting(LocalStorage):
         self.reads, self.nbytes = self.reads + 1, self.nbytes + len(data)
         return data
 
+    def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        found = super().read_ranges(key, ranges)
+        self.reads, self.nbytes = self.reads + 1, self.nbytes + sum(map(len, found))
+        return found
+
 
 def peak() -> int:
     """The most memory that this process has had, in bytes."""

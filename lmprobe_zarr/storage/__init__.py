@@ -4,6 +4,7 @@ Never what the bytes mean: no format, no chunk, no prompt. What every place prom
 """
 
 from lmprobe_zarr.storage.address import local_path
+from lmprobe_zarr.storage.aligned import empty_aligned
 from lmprobe_zarr.storage.base import FileInfo, Storage
 from lmprobe_zarr.storage.local import LocalStorage, read_at
 from lmprobe_zarr.storage.open import open_storage
@@ -18,6 +19,7 @@ __all__ = [
     "PieceWriter",
     "Storage",
     "StrayUpload",
+    "empty_aligned",
     "local_path",
     "open_storage",
     "read_at",

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+import numpy as np
+
 from lmprobe_zarr.errors import (
     AccessDeniedError,
     InvalidArgumentError,
@@ -23,6 +25,7 @@ from lmprobe_zarr.errors import (
     ReadOnlyError,
     UnreachableError,
 )
+from lmprobe_zarr.storage.aligned import empty_aligned
 from lmprobe_zarr.storage.base import FileInfo, Storage, check_same
 from lmprobe_zarr.storage.pieces import PieceWriter
 from lmprobe_zarr.storage.ranges import LOCAL_GAP, Answer, cut, joined
@@ -99,11 +102,11 @@ class LocalStorage(Storage):
         descriptor = self._open(key)
         try:
             size = os.fstat(descriptor).st_size
-            buffer: bytearray = getattr(self._buffers, "buffer", bytearray())
+            buffer: memoryview = getattr(self._buffers, "buffer", memoryview(b""))
             if len(buffer) < size:
                 # A buffer kept per thread saves the page faults of a fresh allocation for every chunk.
-                buffer = self._buffers.buffer = bytearray(size + 4096)
-            view = memoryview(buffer)[:size]
+                buffer = self._buffers.buffer = empty_aligned((size + 4096,), np.dtype(np.uint8)).data
+            view = buffer[:size]
             return view[: _fill(descriptor, view, 0)]
         except OSError as error:
             _raise_reading_error(error, self._path(key))

@@ -6,7 +6,7 @@ import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 
 from lmprobe_zarr.storage.base import REMOTE_THREADS
 
@@ -33,8 +33,10 @@ def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
     others = min(len(todo), _threads(local)) - 1
     futures = [_pool(os.getpid(), local).submit(work) for _ in range(others)]
     work()
-    # A future that no thread has taken yet has nothing left to do.
-    wait([future for future in futures if not future.cancel()])
+    for future in futures:
+        # A future that no thread has taken yet has nothing left to do. `work` raises nothing.
+        if not future.cancel():
+            future.exception()
     if errors:
         raise errors[0]
 

@@ -59,8 +59,7 @@ class TokenIndex(Index):
         # The coordinate and all selections share this array's memory, so a write to one would change them all.
         self.positions = positions.view()
         self.positions.flags.writeable = False
-        self._rows_by_code: tuple[Array, Array] | None = None
-        self._lookup: pd.Index[Any] | None = None
+        self._found: tuple[pd.Index[Any], Array | None, Array] | None = None
 
     def _like(self, codes: Array, positions: Array) -> TokenIndex:
         return TokenIndex(self.labels, codes, positions, self.dim, self.names)
@@ -106,16 +105,34 @@ class TokenIndex(Index):
             verify_integrity=False,
         )
 
+    def _by_prompt(self) -> tuple[pd.Index[Any], Array | None, Array]:
+        """The labels, the rows by prompt (None where they are in that order anyway), and where each prompt's begin among these."""
+        if self._found is None:
+            ordered = len(self.codes) < 2 or bool((self.codes[1:] >= self.codes[:-1]).all())
+            order = None if ordered else np.argsort(self.codes, kind="stable")
+            codes = self.codes if order is None else self.codes[order]
+            bounds = np.searchsorted(codes, np.arange(len(self.labels) + 1, dtype=codes.dtype))
+            self._found = as_prompt_labels(self.labels), order, bounds
+        return self._found
+
+    def _slice_of(self, prompt: str) -> slice | None:
+        """The rows of a single prompt without the arrays that a list of them needs; None where they are no slice."""
+        lookup, order, bounds = self._by_prompt()
+        try:
+            code = lookup.get_loc(prompt)
+        except KeyError:
+            return None
+        if order is not None or not isinstance(code, int) or bounds[code] == bounds[code + 1]:
+            return None
+        return slice(int(bounds[code]), int(bounds[code + 1]))
+
     def _rows_of(self, prompts: Iterable[Any]) -> list[Array]:
-        if self._lookup is None or self._rows_by_code is None:
-            self._lookup = as_prompt_labels(self.labels)
-            ordered = len(self.codes) < 2 or bool((np.diff(self.codes) >= 0).all())
-            order = np.arange(len(self.codes)) if ordered else np.argsort(self.codes, kind="stable")
-            self._rows_by_code = order, np.searchsorted(self.codes[order], np.arange(len(self.labels) + 1))
-        order, bounds = self._rows_by_code
+        lookup, order, bounds = self._by_prompt()
         wanted = np.asarray(list(prompts), object)
-        codes = self._lookup.get_indexer(pd.Index(wanted, dtype=object))
-        rows = [order[bounds[c] : bounds[c + 1]] if c >= 0 else order[:0] for c in codes]
+        codes = lookup.get_indexer(pd.Index(wanted, dtype=object))
+        rows = [np.arange(bounds[c], bounds[c + 1]) if c >= 0 else np.zeros(0, np.int64) for c in codes]
+        if order is not None:
+            rows = [order[some] for some in rows]
         missing = [str(label) for label, found in zip(wanted, rows, strict=True) if not len(found)]
         if missing:
             raise MissingPromptsError(
@@ -141,6 +158,10 @@ class TokenIndex(Index):
         if method is not None or tolerance is not None:
             raise InvalidArgumentError("prompt and position are selected exactly: leave out method and tolerance")
         prompt, position = self.names
+        if len(labels) == 1 and isinstance(labels.get(prompt), str):
+            single = self._slice_of(labels[prompt])
+            if single is not None:
+                return IndexSelResult({self.dim: single})
         if len(labels) == 2 and all(isinstance(value, (DataArray, Variable)) and value.ndim for value in labels.values()):
             return IndexSelResult({self.dim: self._pairs(labels[prompt], labels[position])})
         plain = {name: _plain(name, value, numbers=name == position) for name, value in labels.items()}

@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 from stores import Wrapped
 
 import lmprobe_zarr as lz
@@ -196,6 +198,50 @@ def test_one_layer_costs_its_chunks_and_nothing_else(opened: Callable[[], tuple[
     assert len(counting.reads) == 2 * 3 * TOKEN_CHUNKS
     assert counting.bytes_read == stored_bytes(store, "*/*/tokens/resid/c.1.*", "*/*/tokens/resid/c.4.*")
     assert set(counting.verbs) == {"read"}
+
+
+def calls_of_ours(select: Callable[[], xr.DataArray]) -> Counter[str]:
+    """Calls of functions of this package, on this thread, by file and name, while a selection is made and read."""
+    root, calls = str(Path(lz.__file__).parent), Counter[str]()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            calls[f"{frame.f_code.co_filename[len(root) :]}:{frame.f_code.co_name}"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        assert len(select().values)
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def test_one_row_takes_few_calls_however_many_parts_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "CHUNK_BYTES", ROWS * HIDDEN * 2)
+    monkeypatch.setattr(writer, "MIN_CHUNK_BYTES", ROWS * HIDDEN * 2)
+    found: dict[str, list[int]] = {}
+    for parts in (1, 3, 12):
+        store = lz.open_store(tmp_path / str(parts), durable=False)
+        for part in range(parts):
+            store.write(GROUP, batch_of(part))
+        data, tokens, label = store.dataset(dtype="stored"), store.tokens(dtype="stored"), lz.prompt_hash("0.2")
+        selections: dict[str, Callable[[], xr.DataArray]] = {
+            "row": partial(data.resid_mean.isel, layer=3, prompt=17),
+            "row by prompt": partial(data.resid_mean.sel, layer=3, prompt=label),
+            "token": partial(tokens.resid.isel, layer=3, token=57),
+            "prompt": partial(tokens.resid.sel, layer=3, prompt=label),
+            "layer": partial(data.resid_mean.isel, layer=3),
+        }
+        for name, select in selections.items():
+            assert len(select().values), "warm: what is computed once has been"
+            found.setdefault(name, []).append(calls_of_ours(select).total())
+    # Before there was a way for rows that follow one another: 112, 113, 117, 137 in one part, and 60 more in twelve.
+    limits = {"row": 60, "row by prompt": 62, "token": 66, "prompt": 78}
+    for name, limit in limits.items():
+        assert len(set(found[name])) == 1, f"{name}: {found[name]} calls in 1, 3 and 12 parts"
+        assert found[name][0] <= limit, (name, found[name])
+    assert found["layer"][2] - found["layer"][1] <= 9 * 50, "by part one chunk, which is read as a row is"
 
 
 def test_reading_one_prompt_over_all_layers_reads_only_its_chunks(opened: Callable[[], tuple[Store, Counting]]) -> None:

@@ -17,6 +17,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
 from lmprobe_zarr.tokens.index import TokenIndex
 
@@ -29,7 +30,7 @@ def dataset(rows: list[tuple[str, int]]) -> xr.Dataset:
     return xr.Dataset(
         {"number": ("token", np.arange(len(rows)))},
         {
-            "prompt": ("token", np.array([p for p, _ in rows], "U2")),
+            "prompt": ("token", np.array([p for p, _ in rows], "U16" if any(len(p) > 2 for p, _ in rows) else "U2")),
             "position": ("token", np.array([i for _, i in rows], np.int64)),
         },
     )
@@ -68,6 +69,30 @@ def test_a_list_of_prompts_gives_their_tokens_in_the_order_of_the_list(rows: lis
     assert numbers(got) == expected
     assert [(str(p), int(i)) for p, i in zip(got.prompt.values, got.position.values, strict=True)] == [rows[i] for i in expected]
     assert isinstance(got.xindexes["prompt"], TokenIndex)
+
+
+@given(any_rows)
+@settings(deadline=None)
+def test_a_single_prompt_gives_its_tokens_whether_rows_are_in_the_order_of_prompts_or_not(rows: list[tuple[str, int]]) -> None:
+    for ordered in (rows, sorted(rows)):
+        data = indexed(ordered)
+        for wanted in (*LABELS, np.str_("cc")):
+            expected = [i for i, (p, _) in enumerate(ordered) if p == wanted]
+            if not expected:
+                with pytest.raises(MissingPromptsError, match="1 of 1 prompts"):
+                    data.sel(prompt=wanted)
+                continue
+            got = data.sel(prompt=wanted)
+            assert numbers(got) == expected
+            assert got.sizes["token"] == len(expected), "the dimension stays"
+            assert isinstance(got.xindexes["prompt"], TokenIndex)
+
+
+def test_a_single_prompt_is_found_by_its_text() -> None:
+    data = indexed([(p, i) for p in map(prompt_hash, ("some text", "another")) for i in range(3)])
+    assert numbers(data.sel(prompt="another")) == numbers(data.sel(prompt=prompt_hash("another"))) == [3, 4, 5]
+    with pytest.raises(MissingPromptsError, match="a third"):
+        data.sel(prompt="a third")
 
 
 @given(any_rows, st.lists(st.integers(0, 4), max_size=4))

@@ -82,8 +82,8 @@ class ArrayInfo:
 
     def chunk_key(self, layer: int, block: int) -> str:
         """Key of a chunk, relative to the array: `layer` and `block` count stored layers and chunks of rows."""
-        head = (layer, block) if self.layered else (block,)
-        return ".".join(["c", *map(str, head), *("0" for _ in self.row_shape)])
+        tail = ".0" * (len(self.shape) - self.sample_axis - 1)
+        return f"c.{layer}.{block}{tail}" if self.layered else f"c.{block}{tail}"
 
     @property
     def n_blocks(self) -> int:

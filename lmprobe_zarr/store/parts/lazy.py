@@ -13,7 +13,7 @@ from xarray.core import indexing
 from lmprobe_zarr.batch import as_slice
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
 from lmprobe_zarr.tokens import tidy_key, unwrapped
-from lmprobe_zarr.typing import Ints, Mask
+from lmprobe_zarr.typing import Array, Ints, Mask
 
 __all__ = ["LazyArray", "as_stored"]
 
@@ -29,6 +29,10 @@ class LazyArray(BackendArray):
         return "lmprobe_zarr", self.array.digest()
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        if isinstance(key, indexing.BasicIndexer):
+            values = self._read_neighbours(key.tuple)
+            if values is not None:
+                return values
         return indexing.explicit_indexing_adapter(tidy_key(key, self.shape), self.shape, indexing.IndexingSupport.OUTER, self._read)
 
     def stored_rows(self, key: tuple[Any, ...]) -> Mask:
@@ -38,6 +42,25 @@ class LazyArray(BackendArray):
         rows = np.atleast_1d(np.arange(array.n_rows)[key[0 if array.layers is None else 1]])
         prompts = rows if array.offsets is None else np.searchsorted(array.offsets, rows, "right") - 1
         return np.asarray((array.source[np.unique(array.classes[layers])][:, prompts] != NOWHERE).all(axis=0), bool)
+
+    def _read_neighbours(self, key: tuple[Any, ...]) -> Array | None:
+        """Whole rows that follow one another, of layers that do; None for any other selection, which `_read` and xarray take apart.
+
+        This is what most reads are, and taking it apart would cost more than a small read.
+        """
+        layered = self.array.layers is not None
+        ranges: list[tuple[int, int]] = [] if layered else [(0, 1)]
+        for k, length in zip(key, self.shape, strict=True):
+            begin, end, step = k.indices(length) if isinstance(k, slice) else (int(k), int(k) + 1, 1)
+            if step != 1 or not 0 <= begin < end <= length or (len(ranges) > 1 and end - begin < length):
+                return None
+            ranges.append((begin, end))
+        layers, rows = ranges[:2]
+        values = self.array.read(np.arange(*layers), slice(*rows), note=True)
+        if not layered:
+            values = values[0]
+        drop = tuple(slice(None) if isinstance(k, slice) else 0 for k in key)
+        return np.asarray(values[drop], self.dtype)
 
     def _read(self, key: tuple[Any, ...]) -> Any:
         layered = self.array.layers is not None

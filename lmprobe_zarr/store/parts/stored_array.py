@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from numcodecs import blosc
@@ -19,7 +19,7 @@ from numcodecs.vlen import VLenUTF8
 
 from lmprobe_zarr.batch import copy_rows, fill_value
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
-from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.storage import Storage, empty_aligned, run_all
 from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
 from lmprobe_zarr.store.parts.columns import decode_column
 from lmprobe_zarr.store.parts.kept_chunks import kept_chunk
@@ -29,9 +29,11 @@ __all__ = ["Piece", "StoredArray", "read_pieces"]
 T = TypeVar("T")
 Rows = slice | Ints
 _room = threading.local()
+#: Chunks of a local disk that together have fewer bytes are read by the caller's thread: another one takes some 50 microseconds to start.
+_ALONE: Final = 2**18
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class StoredArray:
     """One array of one part in a storage.
 
@@ -61,30 +63,47 @@ class StoredArray:
         return StoredArray, (self.storage, self.path, self.info, files, self.noted)
 
     def _file_key(self, chunk: str) -> str:
-        level, name = self.path.rsplit("/", 2)[1:]
-        return f"{level}/{name}/{chunk}"
+        return f"{self._name}/{chunk}"
 
-    @property
+    @functools.cached_property
+    def part(self) -> str:
+        """Key of the folder of its part."""
+        return self.path.rsplit("/", 2)[0]
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return "/".join(self.path.rsplit("/", 2)[1:])
+
+    @functools.cached_property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return self.info.row_shape
+
+    @functools.cached_property
+    def nbytes_of_chunk(self) -> int:
+        """Bytes of one decoded chunk; of texts, what its pointers take."""
+        return math.prod(self._chunk_shape) * self.dtype.itemsize
+
+    @functools.cached_property
     def dtype(self) -> np.dtype[Any]:
         """The dtype in memory; strings are objects."""
         return np.dtype(object if self.info.dtype == "string" else self.info.dtype)
 
     def _scratch(self) -> Array:
         """A buffer for one chunk, valid until this thread's next call: reusing it saves the page faults of a new allocation."""
-        nbytes = math.prod(self._chunk_shape) * self.dtype.itemsize
+        nbytes = self.nbytes_of_chunk
         room: Array = getattr(_room, "bytes", np.empty(0, np.uint8))
         if len(room) < nbytes:
-            room = _room.bytes = np.empty(nbytes, np.uint8)
+            room = _room.bytes = empty_aligned((nbytes,), np.dtype(np.uint8))
         return room[:nbytes]
 
     def corrupt(self, key: str, what: str) -> CorruptPartError:
         """The error for a chunk that is damaged."""
-        part, _, variable = self.path.rpartition("/")
-        part = part.rpartition("/")[0]
+        variable = self.path.rpartition("/")[2]
         return CorruptPartError.of(
             self.storage.url,
-            part,
-            f"part {part!r} of {self.storage.url} is damaged: chunk {key} of {variable!r} {what}\n"
+            self.part,
+            f"part {self.part!r} of {self.storage.url} is damaged: chunk {key} of {variable!r} {what}\n"
             "nothing was read from it; extract its prompts again with refresh=True",
         )
 
@@ -108,7 +127,7 @@ class StoredArray:
         key = self.info.chunk_key(layer, block)
         is_text = self.info.dtype == "string"
         if self.info.shuffle is None and not is_text and np.little_endian:
-            return self._read_raw(key, np.empty(self._chunk_shape, self.dtype) if out is None else out)
+            return self._read_raw(key, empty_aligned(self._chunk_shape, self.dtype) if out is None else out)
         # Texts are decoded as a whole, so every read of some is one of the whole chunk.
         body = self._read_kept(key) if is_text else self._read_body(key)
         try:
@@ -125,7 +144,7 @@ class StoredArray:
             return self.read_chunk(layer, block)[rows]
         room = self._scratch()
         key = self.info.chunk_key(layer, block)
-        nbytes = math.prod(self.info.row_shape) * self.dtype.itemsize
+        nbytes = len(room) // self.info.rows_per_chunk
         if self.info.shuffle is None and self.storage.is_slow and np.little_endian:
             body = self._read_kept(key)
             if len(body) != len(room):
@@ -139,7 +158,7 @@ class StoredArray:
             values = decode_range(body, rows.start * nbytes, rows.stop * nbytes, room.data)
         except (ValueError, RuntimeError) as error:
             raise self.corrupt(key, f"cannot be decoded ({error})") from error
-        return np.frombuffer(values, self.dtype).reshape(-1, *self.info.row_shape)
+        return np.frombuffer(values, self.dtype).reshape(-1, *self.row_shape)
 
     def _read_kept(self, key: str) -> memoryview:
         """As `_read_body`, from what an earlier read of this process has kept, where a place is slow."""
@@ -175,10 +194,9 @@ class StoredArray:
         try:
             return call(f"{self.path}/{key}")
         except FileNotFoundError as error:
-            part = self.path.rsplit("/", 2)[0]
-            if not self.storage.is_file(f"{part}/zarr.json"):
+            if not self.storage.is_file(f"{self.part}/zarr.json"):
                 raise PartGoneError(
-                    f"part {part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
+                    f"part {self.part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
                 ) from error
             raise self.corrupt(key, "is missing") from error
         except OSError as error:
@@ -186,7 +204,7 @@ class StoredArray:
                 raise
             raise self.corrupt(key, f"cannot be read ({error.strerror or error})") from error
 
-    @property
+    @functools.cached_property
     def _chunk_shape(self) -> tuple[int, ...]:
         return (self.info.rows_per_chunk, *self.info.row_shape)
 
@@ -213,9 +231,10 @@ class StoredArray:
         return target if np.little_endian else target.byteswap(inplace=True)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``. Rows shorter than `row_shape` are filled up.
+class Piece(NamedTuple):
+    """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``, where `out` is of one layer.
+
+    Rows shorter than `row_shape` are filled up.
 
     `column` is the dtype in which a column of the user's is shown; None for any other array, whose values are taken as they are stored.
     The output may have a wider dtype: each chunk is converted by the thread that reads it, while it is in the cache.
@@ -225,20 +244,19 @@ class Piece:
     layer: int
     block: int
     rows: Rows
+    out: Array
     target: Rows
     row_shape: tuple[int, ...]
     column: np.dtype[Any] | None = None
 
 
-def read_pieces(pieces: Sequence[Piece], outs: Sequence[Array], columns: tuple[Any, ...]) -> None:
-    """Read chunks into arrays, several at a time.
+def read_pieces(pieces: Sequence[Piece], columns: tuple[Any, ...]) -> None:
+    """Read chunks into arrays, several at a time where they are large enough.
 
     Parameters
     ----------
     pieces : sequence of Piece
         What to read; no two write the same rows.
-    outs : sequence of ndarray, shape (row, …)
-        The output of each piece.
     columns : tuple
         Index of the axes after the first; empty for everything.
 
@@ -247,18 +265,22 @@ def read_pieces(pieces: Sequence[Piece], outs: Sequence[Array], columns: tuple[A
     CorruptPartError, PartGoneError
         See `StoredArray.read_chunk`; the first one found.
     """
-    jobs = [functools.partial(_read_piece, piece, out, columns) for piece, out in zip(pieces, outs, strict=True)]
-    run_all(jobs, local=all(piece.array.storage.is_local for piece in pieces))
+    local = all(piece.array.storage.is_local for piece in pieces)
+    if len(pieces) == 1 or (local and sum(piece.array.nbytes_of_chunk for piece in pieces) < _ALONE):
+        for piece in pieces:
+            _read_piece(piece, columns)
+    else:
+        run_all([functools.partial(_read_piece, piece, columns) for piece in pieces], local=local)
 
 
-def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
-    chunk_rows = piece.array.info.rows_per_chunk
+def _read_piece(piece: Piece, columns: tuple[Any, ...]) -> None:
+    chunk_rows, out = piece.array.info.rows_per_chunk, piece.out
     if isinstance(piece.rows, slice) and isinstance(piece.target, slice) and not columns:
         target = out[piece.target]
         whole = piece.rows.start == 0 and piece.rows.stop == chunk_rows
         if (
             whole
-            and target.shape[1:] == piece.array.info.row_shape
+            and target.shape[1:] == piece.array.row_shape
             and target.dtype == piece.array.dtype
             and target.flags.c_contiguous
             and target.dtype != object
@@ -272,9 +294,9 @@ def _read_piece(piece: Piece, out: Array, columns: tuple[Any, ...]) -> None:
             chunk = decode_column(chunk, piece.array.info, piece.column)
         except ValueError as error:
             raise piece.array.corrupt(piece.array.info.chunk_key(piece.layer, piece.block), f"cannot be decoded ({error})") from error
-    if piece.array.info.row_shape != piece.row_shape:
+    if piece.array.row_shape != piece.row_shape:
         filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
-        filled[(slice(None), *map(slice, piece.array.info.row_shape))] = chunk
+        filled[(slice(None), *map(slice, piece.array.row_shape))] = chunk
         chunk = filled
     copy_rows(chunk, out, piece.target, columns)
 

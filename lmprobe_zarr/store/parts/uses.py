@@ -53,7 +53,8 @@ def note_uses(parts: Iterable[tuple[Storage, str]]) -> None:
             use.stamped = now
             due.append(use)
             keys.append(path)
-    _stamp(due, keys)
+    if due:
+        _stamp(due, keys)
 
 
 def stamp_noted(storage: Storage, paths: Container[str], *, group: str) -> None:

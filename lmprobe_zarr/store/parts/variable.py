@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import as_slice, concat_ranges, fill_value, offsets_of
+from lmprobe_zarr.batch import as_slice, concat_ranges, fill_value
+from lmprobe_zarr.storage import empty_aligned
 from lmprobe_zarr.store.parts.columns import absent_value, as_shown, kind_of
 from lmprobe_zarr.store.parts.stored_array import Piece, StoredArray, read_pieces
 from lmprobe_zarr.store.parts.uses import note_uses
@@ -18,8 +20,33 @@ from lmprobe_zarr.typing import Array, Ints
 __all__ = ["NOWHERE", "VirtualArray"]
 NOWHERE: Final = -1
 
+#: Prompts that are looked at together where the runs of all of them are found: few enough that what is computed stays small.
+_PROMPTS_AT_A_TIME: Final = 2**18
+#: Runs of prompts are kept where they are at most this many, or an eighth of the prompts.
+_FEW_RUNS: Final = 1024
+#: Up to this many runs for each array, a loop over them is faster than numpy's calls for each array.
+_LOOPED: Final = 32
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+class _Place(NamedTuple):
+    """Rows of one chunk that are read: ``out[target] = chunk[rows]``. `array` is NOWHERE for rows that no part holds."""
+
+    array: int
+    block: int
+    rows: slice | Ints
+    target: slice | Ints
+
+
+class _Runs(NamedTuple):
+    """Rows as runs of neighbours in one array: the array, the first row there, the first row of the output, the length."""
+
+    source: Ints
+    start: Ints
+    target: Ints
+    length: Ints
+
+
+@dataclass(frozen=True, eq=False)
 class VirtualArray:
     """One variable over all parts, read by selection.
 
@@ -56,12 +83,16 @@ class VirtualArray:
     absent_as_nan: bool = False
     widened: bool = False
 
-    @property
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what is computed from the rest.
+        return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
+
+    @functools.cached_property
     def n_rows(self) -> int:
         """Length of the sample axis."""
         return self.source.shape[1] if self.offsets is None else int(self.offsets[-1])
 
-    @property
+    @functools.cached_property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of one row; where parts keep different numbers of the largest values, that of the widest."""
         return max(array.info.row_shape for array in self.arrays)
@@ -71,7 +102,7 @@ class VirtualArray:
         """Shape of the whole."""
         return (*(() if self.layers is None else (len(self.layers),)), self.n_rows, *self.row_shape)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> np.dtype[Any]:
         """The smallest dtype that holds every part's values and, where some are absent, what stands for them."""
         if self.absent_as_nan:
@@ -83,10 +114,25 @@ class VirtualArray:
         common = np.result_type(*dtypes)
         return np.dtype(np.float32) if common == np.float16 and self.widened else common
 
-    @property
+    @functools.cached_property
     def n_absent(self) -> int:
         """How many (class, prompt) pairs no part holds."""
         return int((self.source == NOWHERE).sum())
+
+    @functools.cached_property
+    def _absent(self) -> Any:
+        """What stands for a value that no part holds."""
+        return absent_value([array.info for array in self.arrays], self.dtype) if self.absent_as_nan else fill_value(self.dtype)
+
+    @functools.cached_property
+    def _empty(self) -> tuple[bool, ...]:
+        """Which arrays hold a column without any value."""
+        return tuple(self.absent_as_nan and kind_of(array.info).name == "missing" for array in self.arrays)
+
+    @functools.cached_property
+    def _runs_of_all(self) -> dict[int, _Runs | None]:
+        """The runs of all rows by class, None where they are too many; filled by `_runs`."""
+        return {}
 
     def digest(self) -> str:
         """32 digits that change with the values: of the parts, whose files never change, and of what is taken from them."""
@@ -117,47 +163,70 @@ class VirtualArray:
         ndarray, shape (len(layers), rows, …)
         """
         n = len(range(*rows.indices(self.n_rows))) if isinstance(rows, slice) else len(rows)
-        row_shape = self.row_shape
-        tail = np.empty((0, *row_shape), bool)[(slice(None), *columns)].shape[1:]
-        dtype = self.dtype
-        out = np.empty((len(layers), n, *tail), dtype)
-        absent = fill_value(dtype)
-        if self.absent_as_nan:
-            absent = absent_value([array.info for array in self.arrays], dtype)
-        empty = [self.absent_as_nan and kind_of(array.info).name == "missing" for array in self.arrays]
+        dtype, row_shape, shown = self.dtype, self.row_shape, self.dtype if self.absent_as_nan else None
+        tail = np.empty((0, *row_shape), bool)[(slice(None), *columns)].shape[1:] if columns else row_shape
+        out = empty_aligned((len(layers), n, *tail), dtype)
         pieces: list[Piece] = []
-        outs: list[Array] = []
-        located: dict[int, list[tuple[int, int, slice | Ints, slice | Ints]]] = {}
-        for i, layer in enumerate(layers):
+        located: dict[int, list[_Place]] = {}
+        for values, layer in zip(out, layers.tolist(), strict=True):
             group = int(self.classes[layer])
             if group not in located:
                 located[group] = self._locate(group, rows)
             for array, block, chunk_rows, target in located[group]:
-                if array == NOWHERE or empty[array]:
-                    out[i][target] = absent
-                    continue
-                shown = dtype if self.absent_as_nan else None
-                pieces.append(Piece(self.arrays[array], int(self.layer_rows[array, layer]), block, chunk_rows, target, row_shape, shown))
-                outs.append(out[i])
-        read_pieces(pieces, outs, columns)
+                if array == NOWHERE or self._empty[array]:
+                    values[target] = self._absent
+                else:
+                    held = int(self.layer_rows[array, layer])
+                    pieces.append(Piece(self.arrays[array], held, block, chunk_rows, values, target, row_shape, shown))
+        read_pieces(pieces, columns)
         if note:
-            read = {place for found in located.values() for place, _, _, _ in found if place != NOWHERE}
-            note_uses((array.storage, array.path.rsplit("/", 2)[0]) for array in map(self.arrays.__getitem__, read) if array.noted)
+            read = {place.array for places in located.values() for place in places if place.array != NOWHERE}
+            note_uses((array.storage, array.part) for array in map(self.arrays.__getitem__, read) if array.noted)
         return out
 
     def blocks(self, layer: int, rows: slice | Ints) -> list[slice | Ints]:
         """The rows of each chunk, as places among `rows`, chunk by chunk; rows that no part holds are left out."""
-        return [target for array, _, _, target in self._locate(int(self.classes[layer]), rows) if array != NOWHERE]
+        return [place.target for place in self._locate(int(self.classes[layer]), rows) if place.array != NOWHERE]
 
-    def _locate(self, group: int, rows: slice | Ints) -> list[tuple[int, int, slice | Ints, slice | Ints]]:
-        """Where rows are stored: (array, chunk, rows in the chunk, rows of the output), each chunk once."""
-        source, start, target, length = self._runs(group, rows)
-        out: list[tuple[int, int, slice | Ints, slice | Ints]] = []
+    def _locate(self, group: int, rows: slice | Ints) -> list[_Place]:
+        """Where rows are stored, each chunk once, those of one array together and in their order."""
+        single = self._run_of_prompt(group, rows) if isinstance(rows, slice) else None
+        if single is not None:
+            return self._cut_few([single]) or []
+        runs = self._runs(group, rows)
+        found = None
+        if len(runs.source) <= _LOOPED * len(self.arrays):
+            found = self._cut_few([*zip(*(part.tolist() for part in runs), strict=True)])
+        return self._cut(runs) if found is None else found
+
+    def _cut_few(self, runs: list[tuple[int, int, int, int]]) -> list[_Place] | None:
+        """The places of a few runs, each as in `_Runs`; None where two have rows in the same chunk, which is read once for both."""
+        out: list[_Place] = []
+        for array, start, target, length in runs:
+            if array == NOWHERE:
+                out.append(_Place(NOWHERE, 0, slice(0), slice(target, target + length)))
+                continue
+            size, end, shift = self.arrays[array].info.rows_per_chunk, start + length, target - start
+            for block in range(start // size, -(-end // size)):
+                base = block * size
+                low, high = max(start, base), min(end, base + size)
+                out.append(_Place(array, block, slice(low - base, high - base), slice(low + shift, high + shift)))
+        if len(runs) > 1:
+            chunks = [place[:2] for place in out if place.array != NOWHERE]
+            if len(set(chunks)) < len(chunks):
+                return None
+            out.sort(key=lambda place: place[:2])
+        return out
+
+    def _cut(self, runs: _Runs) -> list[_Place]:
+        """The places of any runs."""
+        source, start, target, length = runs
+        out: list[_Place] = []
         for array in np.unique(source):
             mine = source == array
             at, to, count = start[mine], target[mine], length[mine]
             if array == NOWHERE:
-                out.append((NOWHERE, 0, slice(0), as_slice(concat_ranges(to, count))))
+                out.append(_Place(NOWHERE, 0, slice(0), as_slice(concat_ranges(to, count))))
                 continue
             size = self.arrays[array].info.rows_per_chunk
             first, last = at // size, (at + count - 1) // size
@@ -173,33 +242,82 @@ class VirtualArray:
             for members in np.split(order, cuts):
                 begins, counts, base = low[members], (high - low)[members], int(block[members[0]]) * size
                 chunk_rows = as_slice(concat_ranges(begins - base, counts))
-                out.append((int(array), base // size, chunk_rows, as_slice(concat_ranges(begins + shift[members], counts))))
+                out.append(_Place(int(array), base // size, chunk_rows, as_slice(concat_ranges(begins + shift[members], counts))))
         return out
 
-    def _runs(self, group: int, rows: slice | Ints) -> tuple[Ints, Ints, Ints, Ints]:
-        """Rows as runs of neighbours in one array: (array, first row there, first row of the output, length)."""
-        if isinstance(rows, slice):
-            begin, end, _ = rows.indices(self.n_rows)
-            if self.offsets is None:
-                prompts = np.arange(begin, end)
-                within, length = np.zeros_like(prompts), np.ones_like(prompts)
-            else:
-                low = int(np.searchsorted(self.offsets, begin, "right")) - 1
-                high = int(np.searchsorted(self.offsets, end, "left"))
-                prompts = np.arange(low, high) if end > begin else np.arange(0)
-                from_, to = np.maximum(self.offsets[prompts], begin), np.minimum(self.offsets[prompts + 1], end)
-                within, length = from_ - self.offsets[prompts], to - from_
-        else:
-            length = np.ones(len(rows), np.int64)
-            if self.offsets is None:
-                prompts, within = rows, np.zeros(len(rows), np.int64)
-            else:
-                prompts = np.searchsorted(self.offsets, rows, "right") - 1
-                within = rows - self.offsets[prompts]
-        source = self.source[group, prompts].astype(np.int64)
+    def _runs(self, group: int, rows: slice | Ints) -> _Runs:
+        """Rows of a class as runs."""
+        if not isinstance(rows, slice):
+            return self._runs_of_each(group, rows)
+        begin, end, _ = rows.indices(self.n_rows)
+        if end <= begin:
+            return _Runs(*(np.zeros(0, np.int64) for _ in _Runs._fields))
+        runs = self._runs_of_all.get(group)
+        # Looking at all prompts pays where a selection is a large part of them: others of its size are likely to follow.
+        if runs is None and group not in self._runs_of_all and 4 * (end - begin) >= self.n_rows:
+            runs = self._runs_of_all[group] = self._all_runs(group)
+        return self._runs_of_slice(group, begin, end) if runs is None else _clipped(runs, begin, end)
+
+    def _run_of_prompt(self, group: int, rows: slice) -> tuple[int, int, int, int] | None:
+        """The run of some rows of a single prompt, which needs no look at another; None for the rows of several, or none."""
+        begin, end, _ = rows.indices(self.n_rows)
+        if self.offsets is None:
+            if end - begin != 1:
+                return None
+            return int(self.source[group, begin]), int(self.start[group, begin]), 0, 1
+        prompt = int(self.offsets.searchsorted(begin, "right")) - 1
+        if end <= begin or end > self.offsets[prompt + 1]:
+            return None
+        within = begin - int(self.offsets[prompt])
+        return int(self.source[group, prompt]), int(self.start[group, prompt]) + within, 0, end - begin
+
+    def _all_runs(self, group: int) -> _Runs | None:
+        """The runs of all rows; None where they are so many that keeping them would take much memory."""
+        n = self.source.shape[1]
+        found: list[_Runs] = []
+        for low in range(0, n, _PROMPTS_AT_A_TIME):
+            high = min(n, low + _PROMPTS_AT_A_TIME)
+            begin, end = (low, high) if self.offsets is None else self.offsets[[low, high]].tolist()
+            runs = self._runs_of_slice(group, begin, end)
+            found.append(runs._replace(target=runs.target + begin))
+            if sum(len(runs.source) for runs in found) > max(_FEW_RUNS, n // 8):
+                return None
+        return found[0] if len(found) == 1 else _joined(*map(np.concatenate, zip(*found, strict=True)))
+
+    def _runs_of_slice(self, group: int, begin: int, end: int) -> _Runs:
+        if self.offsets is None:
+            source, start = self.source[group, begin:end].astype(np.int64), self.start[group, begin:end]
+            return _joined(source, start, np.arange(end - begin), np.ones(end - begin, np.int64))
+        low = int(self.offsets.searchsorted(begin, "right")) - 1
+        high = int(self.offsets.searchsorted(end, "left"))
+        bounds = self.offsets[low : high + 1] - begin
+        start = self.start[group, low:high].copy()
+        start[0] -= bounds[0]
+        bounds[0], bounds[-1] = 0, end - begin
+        return _joined(self.source[group, low:high].astype(np.int64), start, bounds[:-1], np.diff(bounds))
+
+    def _runs_of_each(self, group: int, rows: Ints) -> _Runs:
+        prompts, within = rows, np.zeros(len(rows), np.int64)
+        if self.offsets is not None:
+            prompts = np.searchsorted(self.offsets, rows, "right") - 1
+            within = rows - self.offsets[prompts]
         start = self.start[group, prompts] + within
-        joined = np.ones(len(source), bool)
-        joined[1:] = (source[1:] != source[:-1]) | ((start[1:] != start[:-1] + length[:-1]) & (source[1:] != NOWHERE))
-        heads = np.flatnonzero(joined)
-        target = offsets_of(length)
-        return source[heads], start[heads], target[heads], np.diff(np.append(target[heads], target[-1]))
+        return _joined(self.source[group, prompts].astype(np.int64), start, np.arange(len(rows)), np.ones(len(rows), np.int64))
+
+
+def _joined(source: Ints, start: Ints, target: Ints, length: Ints) -> _Runs:
+    """Runs that follow one another in the output, neighbours in one array joined."""
+    new = np.ones(len(source), bool)
+    new[1:] = (source[1:] != source[:-1]) | ((start[1:] != start[:-1] + length[:-1]) & (source[1:] != NOWHERE))
+    heads = np.flatnonzero(new)
+    end = target[-1:] + length[-1:]
+    return _Runs(source[heads], start[heads], target[heads], np.diff(np.concatenate([target[heads], end])))
+
+
+def _clipped(runs: _Runs, begin: int, end: int) -> _Runs:
+    """The part of the runs that makes the rows from `begin` to `end` of their output, which becomes an output of its own."""
+    low, high = int(runs.target.searchsorted(begin, "right")) - 1, int(runs.target.searchsorted(end, "left"))
+    start, target = runs.start[low:high].copy(), runs.target[low:high] - begin
+    start[0] -= target[0]
+    target[0] = 0
+    return _Runs(runs.source[low:high], start, target, np.diff(np.append(target, end - begin)))
