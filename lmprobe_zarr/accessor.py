@@ -459,8 +459,8 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         names = [str(name) for name, v in self._data.data_vars.items() if {"token", "prompt"} & set(v.dims)]
         if variable is None:
             variable = "resid" if "resid" in names else names[0] if len(names) == 1 else None
-        if variable not in names:
-            raise InvalidArgumentError(f"variable={variable!r}: name one of {names}")
+        if not isinstance(variable, str) or variable not in names:
+            raise InvalidArgumentError(f"variable={variable!r:.60}: name one of {names}")
         return self._data[variable]
 
     def plot(self, metric: str = "accuracy", **kwargs: Any) -> Axes:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import inspect
 import os
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -27,7 +28,7 @@ from lmprobe_zarr.batch import (
     parse_sweep,
     reduce_scores,
 )
-from lmprobe_zarr.display import card, definitions, section, table
+from lmprobe_zarr.display import card, definitions, describe_error, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
 from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supply, SupplyMemory
 from lmprobe_zarr.probes import (
@@ -392,8 +393,15 @@ class Probe:
         ------
         LabelError
             Fewer than two classes, not one label per prompt, or missing labels.
+        InvalidArgumentError
+            The classifier cannot be fitted on these activations; of a sweep, on any of its layers.
         others
             As `lmprobe_zarr.extract` does.
+
+        Warns
+        -----
+        FitFailedWarning
+            scikit-learn's own: some layers of a sweep could not be fitted. ``sweep_result_.failed`` has the reasons.
         """
         if is_matrix(positive_prompts):
             given = negative_prompts if labels is None else labels
@@ -408,6 +416,7 @@ class Probe:
         if sweep is not None:
             return self._fit_sweep(prompts, y, weights, together, sweep, invalidate_cache=invalidate_cache, batch_size=batch_size)
         read = self._supply(batch_size).activations(prompts, stage, self.layers, refresh=invalidate_cache)
+        _check_finite(read)
         self._fit_read(read, y, weights, together)
         return self
 
@@ -415,7 +424,6 @@ class Probe:
         if read.n_tokens is not None:
             y, together = np.repeat(y, read.n_tokens), np.repeat(together, read.n_tokens)
             weights = None if weights is None else np.repeat(weights, read.n_tokens)
-        _check_finite(read)
         self._fit(read.features, y, weights, together, read.layers, len(read.layers))
         self.dtype_ = read.compute_dtype
 
@@ -489,10 +497,11 @@ class Probe:
         try:
             rows = rows_for(self._classifier, features, labels if self.task == "regression" else None)
             fit_probe(self._classifier, pipeline, rows, labels, weights)
-        except (ValueError, TypeError) as error:
-            if isinstance(error, LmprobeZarrError):
-                raise
-            reason = str(error).strip().split("\n")[0][:200]
+        except (LmprobeZarrError, MemoryError):
+            raise
+        except Exception as error:
+            # Whatever the caller's own estimators raise.
+            reason = str(error).strip().split("\n")[0][:200] if isinstance(error, ValueError | TypeError) else describe_error(error)
             raise InvalidArgumentError(f"{self.classifier!r} cannot be fitted on these {len(features)} rows: {reason}") from error
         self.pipeline_, self.layers_, self.n_layers_ = pipeline, layers, n_layers
         self.classes_ = np.asarray(pipeline.classes_) if self.task == "classification" else None
@@ -510,15 +519,26 @@ class Probe:
         batch_size: int | None,
     ) -> Self:
         stage = parse_stage(self.train_pooling or self.pooling, training=True)
-        probes = {}
+        probes: dict[int, Probe] = {}
+        failed: dict[int, InvalidArgumentError] = {}
         with self._supply(batch_size).supplied(prompts, (stage,), sweep, refresh=invalidate_cache) as supplied:
             for layer in supplied.outcome.layers:
                 probe = Probe(**{**self.get_params(), "layers": layer})
                 probe._memory = self._memory
-                probe._fit_read(supplied.read(stage, layer), y, weights, together)
-                probes[layer] = probe
-        self._adopt(probes[min(probes)])
-        self.sweep_result_ = LayerSweep(probes)
+                read = supplied.read(stage, layer)
+                _check_finite(read)
+                try:
+                    probe._fit_read(read, y, weights, together)
+                except InvalidArgumentError as error:
+                    failed[layer] = error
+                else:
+                    probes[layer] = probe
+        if not probes:
+            raise failed[min(failed)]
+        # The first layer is in use until `evaluate` chooses; where it failed, nothing is, rather than another layer.
+        self._adopt(probes.get(min([*probes, *failed]), Probe(**self.get_params())))
+        self.sweep_result_ = LayerSweep(probes, {layer: str(error) for layer, error in failed.items()})
+        _warn_failed(self.sweep_result_)
         return self
 
     def _adopt(self, other: Probe) -> None:
@@ -545,6 +565,7 @@ class Probe:
         Raises
         ------
         NotFittedError
+            Nothing was fitted; or, of a sweep that was not evaluated, not its first layer.
         others
             As `lmprobe_zarr.extract` does.
         """
@@ -695,7 +716,8 @@ class Probe:
             ``mae`` for a regression. Of a sweep: those of the best layer, ``best_layer``, ``best_accuracy``, and ``layer_results`` by
             layer; the probe of the best layer is in use afterwards. The best of many layers scores too high on the prompts that it was
             chosen by, and ``chosen_by`` says so. With `choose` the measures are free of that, ``chosen_layers`` has the layer of each fold,
-            and ``best_layer`` and ``best_accuracy`` are of all prompts as before.
+            and ``best_layer`` and ``best_accuracy`` are of all prompts as before. Layers that could not be fitted are NaN and never
+            chosen; ``failed_layers`` has the reason of each, where there are any.
 
         Raises
         ------
@@ -704,12 +726,12 @@ class Probe:
         LabelError
             With `choose`: fewer than two prompts (or groups) of a class.
         """
-        fitted = self._fitted
         if choose not in (None, "layer") or (choose is not None and self.sweep_result_ is None) or (choose is None and groups is not None):
             problem = "'layer' can be chosen, of a probe that was fitted with layers='sweep'; groups= are for choose='layer'"
             raise InvalidArgumentError(f"choose={choose!r} chooses nothing here: {problem}")
         if self.sweep_result_ is not None:
             return self._evaluate_sweep(self.sweep_result_, prompts, labels, batch_size, choose, groups)
+        fitted = self._fitted
         y = true_labels(prompts, labels)
         if is_matrix(prompts):
             features = self._same_width(prompts)
@@ -723,7 +745,7 @@ class Probe:
         if is_matrix(prompts):
             raise InvalidArgumentError("a sweep has a probe per layer: evaluate one of them on activations, probe.sweep_result_[layer]")
         listed = list_given(prompts)
-        answers = {layer: fitted.answer(read) for layer, fitted, read in sweep._read(listed, batch_size)}
+        answers = {layer: fitted.answer(read) for layer, fitted, read in sweep._read(listed, batch_size) if fitted is not None}
 
         def score(layer: int, rows: Any = slice(None)) -> dict[str, Any]:
             predicted, scores = answers[layer]
@@ -731,24 +753,35 @@ class Probe:
 
         results = {layer: score(layer) for layer in answers}
         measure = "accuracy" if self.task == "classification" else "r2"
-        best = max(results, key=lambda layer: results[layer][measure])
+        best = _best({layer: held[measure] for layer, held in results.items()})
         found, chosen_by = results[best], f"these prompts, on which the best of {len(results)} layers scores too high: give choose='layer'"
         chosen: dict[str, Any] = {}
         if choose is not None:
             together = None if groups is None else rows_together(listed, groups, len(listed))
             folds = evaluation_folds(listed, None if self.task == "regression" else y, together)
-            layers = [max(results, key=lambda layer: score(layer, others)[measure]) for others, _ in folds]
+            layers = [_best({layer: score(layer, others)[measure] for layer in results}) for others, _ in folds]
             by_fold = [score(layer, rows) for layer, (_, rows) in zip(layers, folds, strict=True)]
             names = dict.fromkeys(name for each in by_fold for name in each)
             found = {name: float(np.mean([each[name] for each in by_fold if name in each])) for name in names} | {"n_eval": len(y)}
             chosen, chosen_by = {"chosen_layers": layers}, f"the other prompts, in each of {len(folds)} folds"
         self._adopt(sweep[best])
+        nothing = {name: np.nan for name in results[best] if name != "n_eval"} | {"n_eval": len(y)}
+        results = {layer: results.get(layer, nothing) for layer in sweep.layers}
+        if sweep.failed:
+            chosen["failed_layers"] = dict(sweep.failed)
         shown = {"layer_results": results, "best_layer": best, f"best_{measure}": results[best][measure]}
         return {**found, **shown, **chosen, "chosen_by": chosen_by}
 
     @property
     def _fitted(self) -> _Fitted:
         """What was learned, in a form that scores activations."""
+        if self.pipeline_ is None and self.sweep_result_ is not None:
+            first = self.sweep_result_.layers[0]
+            raise NotFittedError(
+                f"the first layer, which is in use before evaluate chooses the best, could not be fitted (layer {first}: "
+                f"{self.sweep_result_.failed[first]}): call evaluate, or take another layer, "
+                f"probe.sweep_result_[{min(self.sweep_result_.probes)}]"
+            )
         if self.pipeline_ is None:
             raise NotFittedError("this probe has learned nothing yet: call fit first")
         return _Fitted(self.pipeline_, self.classes_, self._classifier)
@@ -771,9 +804,9 @@ class Probe:
         InvalidArgumentError
             The classifier is the caller's own estimator, `layers` is a slice, this is a sweep, or the file cannot be written.
         """
-        pipeline = self._fitted.pipeline
         if self.sweep_result_ is not None:
             raise InvalidArgumentError("a sweep is many probes: save one of them, probe.sweep_result_[layer].save(…)")
+        pipeline = self._fitted.pipeline
         parameters = {name: value for name, value in self.get_params().items() if name not in _NOT_SAVED}
         if self.model is not None and not isinstance(self.model, (str, os.PathLike)):
             parameters["model"] = None
@@ -851,26 +884,33 @@ class LayerSweep:
     Parameters
     ----------
     probes : dict of int to Probe
+        Those that could be fitted.
+    failed : dict of int to str
+        The layers whose fits ended in an error, each with that error. Their scores and predictions are NaN.
     """
 
     probes: dict[int, Probe]
+    failed: dict[int, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[int]:
-        """The layers, ascending."""
-        return sorted(self.probes)
+        """The layers, ascending, those that failed among them."""
+        return sorted({*self.probes, *self.failed})
 
     def __len__(self) -> int:
-        return len(self.probes)
+        return len(self.layers)
 
     def __getitem__(self, layer: int) -> Probe:
+        if layer in self.failed:
+            raise NotFittedError(f"layer {layer} could not be fitted ({self.failed[layer]}): take one of layers {sorted(self.probes)}")
         return self.probes[layer]
 
     def __repr__(self) -> str:
-        return f"<lmprobe_zarr.LayerSweep, {len(self)} probes on layers {describe_layers(self.layers)}>"
+        failed = f"; failed on layers {describe_layers(sorted(self.failed))}" if self.failed else ""
+        return f"<lmprobe_zarr.LayerSweep, {len(self.probes)} probes on layers {describe_layers(sorted(self.probes))}{failed}>"
 
     def _repr_html_(self) -> str:
-        rows = [(layer, repr(self.probes[layer])) for layer in self.layers]
+        rows = [(layer, repr(self.probes[layer]) if layer in self.probes else self.failed[layer]) for layer in self.layers]
         each = section("Probes", table(("layer", "probe"), rows), note=f"({len(rows)})")
         return str(card("lmprobe_zarr.LayerSweep", f"one probe for each of layers {describe_layers(self.layers)}", each))
 
@@ -886,10 +926,13 @@ class LayerSweep:
         Returns
         -------
         dict of int to float
-            By layer.
+            By layer; NaN for a layer that could not be fitted.
         """
         y = true_labels(prompts, labels)
-        return {layer: fitted.score(np.asarray(fitted.predict(read)), y) for layer, fitted, read in self._read(prompts)}
+        return {
+            layer: np.nan if fitted is None else fitted.score(np.asarray(fitted.predict(read)), y)
+            for layer, fitted, read in self._read(prompts)
+        }
 
     def predict(self, prompts: Iterable[Any]) -> dict[int, Any]:
         """What each layer's probe predicts.
@@ -901,9 +944,9 @@ class LayerSweep:
         Returns
         -------
         dict of int to ndarray, shape (prompt,)
-            By layer.
+            By layer; NaN for a layer that could not be fitted.
         """
-        return {layer: fitted.predict(read) for layer, fitted, read in self._read(prompts)}
+        return {layer: _nan(read) if fitted is None else fitted.predict(read) for layer, fitted, read in self._read(prompts)}
 
     def predict_proba(self, prompts: Iterable[Any]) -> dict[int, Any]:
         """The probabilities that each layer's probe gives.
@@ -915,10 +958,15 @@ class LayerSweep:
         Returns
         -------
         dict of int to ndarray of float, shape (prompt, class)
-            By layer.
+            By layer; NaN for a layer that could not be fitted.
         """
-        self.probes[self.layers[0]]._fitted.check_probabilities()
-        return {layer: fitted.probabilities(read) for layer, fitted, read in self._read(prompts)}
+        # All layers learned from the same labels.
+        known = self.probes[min(self.probes)]._fitted
+        known.check_probabilities()
+        return {
+            layer: _nan(read, known.classes) if fitted is None else fitted.probabilities(read)
+            for layer, fitted, read in self._read(prompts)
+        }
 
     def best_layer(self, prompts: Iterable[Any], labels: Any) -> int:
         """The layer with the highest score; that score is too high, as the best of many on the prompts that it was chosen by.
@@ -932,19 +980,22 @@ class LayerSweep:
         Returns
         -------
         int
+            Never a layer that could not be fitted.
         """
-        scores = self.score(prompts, labels)
-        return max(scores, key=lambda layer: scores[layer])
+        return _best({layer: score for layer, score in self.score(prompts, labels).items() if layer in self.probes})
 
-    def _read(self, prompts: Any, batch_size: int | None = None) -> Iterator[tuple[int, _Fitted, Activations]]:
-        """Each layer with what was learned of it and its activations. The model is run at most once; a layer is read when it is needed."""
-        first = self.probes[self.layers[0]]
+    def _read(self, prompts: Any, batch_size: int | None = None) -> Iterator[tuple[int, _Fitted | None, Activations]]:
+        """Each layer with what was learned of it, None where its fit failed, and its activations.
+
+        The model is run at most once; a layer is read when it is needed.
+        """
+        first = self.probes[min(self.probes)]
         stage = parse_stage(first.inference_pooling or first.pooling)
         with first._supply(batch_size, as_fitted=True).supplied(list_given(prompts), (stage,), self.layers) as supplied:
             for layer in self.layers:
                 read = supplied.read(stage, layer)
                 _check_finite(read)
-                yield layer, self.probes[layer]._fitted, read
+                yield layer, self.probes[layer]._fitted if layer in self.probes else None, read
 
 
 @dataclass(frozen=True, slots=True)
@@ -1063,6 +1114,30 @@ def _check_finite(read: Activations) -> None:
             f"layers {list(read.layers)} are NaN or infinite for {len(rows)} of {len(read.hashes)} prompts ({shown}): "
             "leave them out, or compute in another dtype"
         )
+
+
+def _warn_failed(sweep: LayerSweep) -> None:
+    if sweep.failed:
+        from sklearn.exceptions import FitFailedWarning
+
+        layer = min(sweep.failed)
+        warnings.warn(
+            f"{len(sweep.failed)} of {len(sweep)} layers could not be fitted, and their scores are NaN (layer {layer}: "
+            f"{sweep.failed[layer]}): sweep_result_.failed says which",
+            FitFailedWarning,
+            stacklevel=4,
+        )
+
+
+def _best(scores: Mapping[int, float]) -> int:
+    """The layer with the highest score, the first of equal ones; a score that is NaN is below all others."""
+    return max(scores, key=lambda layer: -np.inf if np.isnan(scores[layer]) else scores[layer])
+
+
+def _nan(read: Activations, classes: Array | None = None) -> Any:
+    """NaN in place of the predictions of a layer that could not be fitted, or of its probabilities of some classes."""
+    shape = (len(read.features),) if classes is None else (len(read.features), len(classes))
+    return _pooled(np.full(shape, np.nan), read, classes)
 
 
 def _classes_of(scores: Array, classes: Array) -> Array:

@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from sklearn.exceptions import FitFailedWarning
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 import lmprobe_zarr as lz
@@ -284,6 +286,95 @@ def test_a_sweep_is_evaluated_by_layers_that_were_chosen_on_other_prompts(llama:
             fitted.evaluate(prompts, y, **options)
     with pytest.raises(LabelError, match="groups hold 3 values for 36 prompts"):
         probe.evaluate(prompts, y, choose="layer", groups=[1, 2, 3])
+
+
+class Fragile(LogisticRegression):  # type: ignore[misc]
+    """Cannot be fitted where the first number of the first row is one of `broken`."""
+
+    def __init__(self, broken: tuple[float, ...] = ()) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Fragile:  # noqa: N803
+        if any(abs(X[0, 0] - value) < 1e-4 for value in self.broken):
+            raise RuntimeError("the solver gave up")
+        super().fit(X, y, sample_weight)
+        return self
+
+
+@pytest.fixture(scope="module")
+def by_transformers(llama: Path) -> dict[int, Any]:
+    """The residual stream at the last token of every prompt behind each of the four blocks, by transformers alone, one prompt at a time."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(llama).eval(), AutoTokenizer.from_pretrained(llama)
+    found: dict[int, list[Any]] = {layer: [] for layer in range(4)}
+
+    def keep(layer: int, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        found[layer].append(states.reshape(-1, states.shape[-1])[-1].numpy())
+
+    for layer in range(4):
+        model.layers[layer].register_forward_hook(lambda _m, _a, output, layer=layer: keep(layer, output))
+    with torch.inference_mode():
+        for text in (*POSITIVE, *NEGATIVE, *TEST):
+            model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False))
+    return {layer: np.stack(rows) for layer, rows in found.items()}
+
+
+@pytest.mark.parametrize("broken", [(2,), (0, 3)])
+def test_layers_of_a_sweep_that_cannot_be_fitted_are_nan_and_the_others_are_kept(
+    llama: Path, by_transformers: dict[int, Any], broken: tuple[int, ...]
+) -> None:
+    y = [1, 0, 1, 0]
+    fragile = Fragile(tuple(float(by_transformers[layer][0, 0]) for layer in broken))
+    probe = lz.Probe(str(llama), layers="sweep", classifier=fragile)
+    with pytest.warns(FitFailedWarning, match=rf"{len(broken)} of 4 layers could not be fitted, .*layer {broken[0]}: .*the solver gave up"):
+        probe.fit(POSITIVE, NEGATIVE)
+    sweep = probe.sweep_result_
+    assert sweep is not None
+    assert (sweep.layers, len(sweep), sorted(sweep.failed)) == ([0, 1, 2, 3], 4, list(broken))
+    results, scores = probe.evaluate(TEST, y), sweep.score(TEST, y)
+    predicted, probabilities = sweep.predict(TEST), sweep.predict_proba(TEST)
+    expected = {}
+    for layer, rows in by_transformers.items():
+        if layer in broken:
+            assert np.isnan([scores[layer], *predicted[layer], *probabilities[layer].ravel()]).all()
+            assert (predicted[layer].shape, probabilities[layer].shape) == ((4,), (4, 2))
+            assert np.isnan([value for name, value in results["layer_results"][layer].items() if name != "n_eval"]).all()
+            assert "RuntimeError: the solver gave up" in results["failed_layers"][layer]
+            with pytest.raises(NotFittedError, match=f"layer {layer} could not be fitted .*the solver gave up"):
+                sweep[layer]
+            continue
+        plain = LogisticRegression().fit(rows[:16], [1] * 8 + [0] * 8)
+        expected[layer] = plain.score(rows[16:], y)
+        assert (scores[layer], results["layer_results"][layer]["accuracy"]) == (expected[layer], expected[layer])
+        np.testing.assert_allclose(probabilities[layer], plain.predict_proba(rows[16:]), atol=1e-4)
+    best = max(expected, key=lambda layer: expected[layer])
+    assert (results["best_layer"], sweep.best_layer(TEST, y), probe.layers_) == (best, best, (best,))
+    chosen = probe.evaluate([*POSITIVE, *NEGATIVE], [1] * 8 + [0] * 8, choose="layer")
+    assert not set(chosen["chosen_layers"]) & set(broken)
+    assert "failed on layers" in repr(sweep)
+    assert "the solver gave up" in sweep._repr_html_()
+
+
+def test_no_other_layer_takes_the_place_of_a_first_layer_that_failed(llama: Path, by_transformers: dict[int, Any]) -> None:
+    probe = lz.Probe(str(llama), layers="sweep", classifier=Fragile((float(by_transformers[0][0, 0]),)))
+    with pytest.warns(FitFailedWarning):
+        probe.fit(POSITIVE, NEGATIVE)
+    for call in (probe.predict, probe.predict_proba, lambda prompts: probe.score(prompts, [1, 0, 1, 0])):
+        with pytest.raises(NotFittedError, match=r"layer 0: .*the solver gave up.*call evaluate, or take another layer, .*\[1\]"):
+            call(TEST)
+    probe.evaluate(TEST, [1, 0, 1, 0])
+    assert len(probe.predict(TEST)) == 4
+
+
+def test_where_a_single_probe_or_every_layer_cannot_be_fitted_it_is_an_error(llama: Path, by_transformers: dict[int, Any]) -> None:
+    every = Fragile(tuple(float(rows[0, 0]) for rows in by_transformers.values()))
+    for layers in (1, "sweep", "sweep:2-3"):
+        with pytest.raises(InvalidArgumentError, match="cannot be fitted on these 16 rows: RuntimeError: the solver gave up"):
+            lz.Probe(str(llama), layers=layers, classifier=every).fit(POSITIVE, NEGATIVE)
 
 
 def test_several_layers_are_brought_to_one_scale(llama: Path) -> None:

@@ -33,6 +33,7 @@ from lmprobe_zarr.batch.hashes import (
     sha256_of,
 )
 from lmprobe_zarr.batch.layers import LayerSpec, choose_layers, describe_layers, parse_sweep, resolve_layers
+from lmprobe_zarr.batch.options import check_flag, check_word, list_names
 from lmprobe_zarr.batch.parse_column import parse_column, with_encoder_texts
 from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
 from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
@@ -85,7 +86,9 @@ __all__ = [
     "accepted",
     "align_columns",
     "as_slice",
+    "check_flag",
     "check_texts",
+    "check_word",
     "choose_layers",
     "columns_by_key",
     "concat_ranges",
@@ -106,6 +109,7 @@ __all__ = [
     "is_wide",
     "join_columns",
     "keys_of",
+    "list_names",
     "merge_kinds",
     "offsets_of",
     "parse_chat_options",

@@ -54,14 +54,14 @@ def parse_stage(name: object, *, training: bool = False) -> Stage:
     InvalidArgumentError
         Another name.
     """
-    if training and name not in TRAINING:
+    if training and (not isinstance(name, str) or name not in TRAINING):
         raise InvalidArgumentError(
             f"pooling {name!r} cannot be trained on: train_pooling takes {', '.join(TRAINING)}; give {name!r} as inference_pooling"
         )
-    if name == "all":
+    if isinstance(name, str) and name == "all":
         return Stage("nothing")
     of, _, pooling = str(name).rpartition(":")
-    if pooling not in POOLINGS or of not in ("", "activation", "score") or (not of and ":" in str(name)):
+    if not isinstance(name, str) or pooling not in POOLINGS or of not in ("", "activation", "score") or (not of and ":" in str(name)):
         raise InvalidArgumentError(
             f"unknown pooling {name!r}: use {', '.join(POOLINGS)} or all, with 'activation:' or 'score:' in front to say what is pooled"
         )

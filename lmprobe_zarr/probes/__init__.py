@@ -1,8 +1,8 @@
 """Probes on one matrix of activations with its labels: how they are made, fitted, scored and saved.
 
 What is learned from: ``given``, ``labels`` and ``token_labels`` parse what callers give, ``folds`` splits prompts. Estimators:
-``classifiers`` makes them by name, ``mass_mean``, ``ensemble`` and ``regressors`` hold our own, ``scaling`` and ``pipelines`` what comes
-before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``ridge`` a single probe, ``gram`` and
+``classifiers`` makes them by name, ``mass_mean``, ``ensemble``, ``descent`` and ``regressors`` hold our own, ``scaling`` and
+``pipelines`` what comes before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``ridge`` a single probe, ``gram`` and
 ``sufficient`` solve linear probes from sums. How a
 layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``, ``curves`` and
 ``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes and back.

@@ -90,11 +90,15 @@ def _mass_mean_cov(random_state: int) -> Any:  # noqa: ARG001  (nothing random i
 
 
 def _sgd(random_state: int) -> Any:
-    """Every hidden unit is standardised. Logistic regression by averaged stochastic gradient descent, L2 penalty alpha = 1e-4."""
-    from sklearn.linear_model import SGDClassifier
+    """Every hidden unit is standardised. Logistic regression by stochastic gradient descent, L2 penalty alpha = 1e-4.
 
-    # The last step is noise, which the mean of the steps is not.
-    return SGDClassifier(loss="log_loss", average=True, random_state=random_state)
+    Steps shrink until the loss no longer improves; on tokens they are of one size, and averaged. Where the optimum is not reached,
+    ``converged`` is False, see `DescentClassifier`.
+    """
+    from lmprobe_zarr.probes.descent import DescentClassifier
+
+    options = {"learning_rate": "adaptive", "eta0": 4.0, "tol": 1e-5, "n_iter_no_change": 10, "max_iter": 2000}
+    return DescentClassifier(loss="log_loss", random_state=random_state, **options)
 
 
 def _ensemble(random_state: int) -> Any:
@@ -351,11 +355,13 @@ def _fit_scaler(scaler: Any, activations: Array) -> None:
 
 
 def converged(estimator: Estimator) -> bool:
-    """False if a fitted estimator stopped at its iteration limit; True if it did not, or has no limit."""
+    """False if a fitted estimator stopped at its iteration limit, or says so itself; True if it did not, or has no limit."""
     estimator = getattr(estimator, "best_estimator_", estimator)
     steps = getattr(estimator, "steps", None)
     if steps:
         return converged(steps[-1][1])
+    if hasattr(estimator, "converged_"):
+        return bool(estimator.converged_)
     limit, taken = getattr(estimator, "max_iter", None), getattr(estimator, "n_iter_", None)
     if limit is None or taken is None or limit <= 0:
         return True

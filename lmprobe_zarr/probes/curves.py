@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes.labels import align_labels, labels_of_one_kind
 from lmprobe_zarr.typing import Array
@@ -132,7 +132,14 @@ def _each(scores: Any, labels: Any) -> list[tuple[str, Array, Array]]:
             listed.append((str(name) or "scores", np.asarray(given), labels))
     if not listed:
         raise InvalidArgumentError("scores is empty: give at least one")
-    return [(name, *_check_curve(name, np.asarray(values, np.float64), truth)) for name, values, truth in listed]
+    return [(name, *_check_curve(name, _as_numbers(name, values), truth)) for name, values, truth in listed]
+
+
+def _as_numbers(name: str, values: Any) -> Array:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidTypeError(f"{name!r} is {values!r:.60}: give numbers, one per prompt or token") from error
 
 
 def _check_curve(name: str, values: Array, labels: Any) -> tuple[Array, Array]:

@@ -92,6 +92,8 @@ _KINDS: Mapping[str, _Kind] = {
     "LogisticRegression": _Kind("sklearn.linear_model", _LINEAR, ("n_iter_",), classifies=True),
     "LogisticRegressionCV": _Kind("sklearn.linear_model", _LINEAR, ("n_iter_", "C_", "Cs_"), classifies=True),
     "RidgeClassifier": _Kind("sklearn.linear_model", _LINEAR, ("n_iter_",), classifies=True, negative=-1),
+    "DescentClassifier": _Kind("lmprobe_zarr.probes.descent", _LINEAR, ("n_iter_", "t_", "converged_"), classifies=True),
+    # What 'sgd' was before; saved probes hold it.
     "SGDClassifier": _Kind("sklearn.linear_model", _LINEAR, ("n_iter_", "t_"), classifies=True),
     "LinearSVC": _Kind("sklearn.svm", _LINEAR, ("n_iter_",), classifies=True),
     "LinearDiscriminantAnalysis": _Kind(

@@ -71,6 +71,7 @@ def plan_folds(
     counted = isinstance(cv, int | np.integer) and not isinstance(cv, bool)
     if isinstance(repeats, bool) or not isinstance(repeats, int | np.integer) or repeats < 1:
         raise InvalidArgumentError(f"repeats={repeats!r} is no number of repetitions: give a whole number of at least 1")
+    repeats = int(repeats)
     if repeats > 1 and not counted:
         raise InvalidArgumentError(f"repeats={repeats!r} draws a number of folds anew: give cv as a number, such as 5")
     pairs: Iterable[Any]

@@ -195,6 +195,13 @@ def _matched(array: xr.DataArray, given: xr.DataArray, dim: str) -> Ints | None:
         raise InvalidArgumentError(
             f"there are {given.sizes[dim]} values for {array.sizes[dim]} {dim}s and no index over prompt and position to match them by"
         )
+    for name in ("prompt", "position"):
+        held = [each.coords[name].values for each in (array, given) if name in each.coords and each.coords[name].dims == (dim,)]
+        if len(held) == 2 and not np.array_equal(*held):
+            raise LabelError(
+                f"the values are of other {dim}s than the activations, as their {name} says, and there is no index to match them by: "
+                "make them from the same dataset, in its order"
+            )
     return None
 
 

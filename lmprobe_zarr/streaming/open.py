@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.batch import check_flag, check_word, list_names
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError
 from lmprobe_zarr.streaming.batches import Batches
 from lmprobe_zarr.streaming.order import Blocks, Order
@@ -55,8 +56,9 @@ class BatchOptions:
     prefetch: bool
 
     def __post_init__(self) -> None:
-        if self.framework not in {"numpy", "torch"}:
-            raise InvalidArgumentError(f'framework={self.framework!r}: give "numpy" or "torch"')
+        check_word("framework", self.framework, ("numpy", "torch"))
+        for option in ("shuffle", "drop_last", "prefetch"):
+            check_flag(option, getattr(self, option))
         if self.epochs is not None and (isinstance(self.epochs, bool) or not isinstance(self.epochs, int | np.integer)):
             raise InvalidTypeError(f"epochs={self.epochs!r} is no whole number: give one, or None to go on for ever")
         if self.epochs is not None and self.epochs < 1:
@@ -77,7 +79,7 @@ def open_batches(array: xr.DataArray, options: BatchOptions) -> Batches:
         blocks = _below_norm(source, blocks, options.max_norm)
     if not options.shuffle and blocks.rows is not None and (np.diff(blocks.rows) < 0).any():
         blocks = _in_order(source, blocks)
-    names = [options.labels] if isinstance(options.labels, str) else options.labels
+    names = None if options.labels is None else list_names("labels", options.labels, "prompt")
     labels = None if names is None else {name: open_label_column(array, source, name) for name in names}
     # Values that were loaded as float32 come as those that are read from the store.
     values = np.dtype(np.float16 if options.dtype is None and stored_dtype(source.variable) == "float16" else source.variable.dtype)

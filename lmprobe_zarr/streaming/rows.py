@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.batch import check_word
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
 from lmprobe_zarr.streaming.order import Blocks
 from lmprobe_zarr.streaming.source import RowSource
 from lmprobe_zarr.tokens import TokenIndex
-from lmprobe_zarr.typing import Array, Ints, Mask
+from lmprobe_zarr.typing import Array, Ints, Mask, is_listed
 
 __all__ = ["LabelColumn", "open_label_column", "wanted_rows"]
 
@@ -47,8 +48,7 @@ def wanted_rows(
     InvalidArgumentError, InvalidTypeError
         A filter that does not fit the rows, or filters that leave no row.
     """
-    if missing not in {"raise", "drop"}:
-        raise InvalidArgumentError(f'missing={missing!r}: give "raise" or "drop"')
+    check_word("missing", missing, ("raise", "drop"))
     blocks, n = source.blocks(), source.n_rows
     absent = n - int(blocks.offsets[-1])
     if absent and missing == "raise":
@@ -57,10 +57,14 @@ def wanted_rows(
             'or give missing="drop"'
         )
     kept = np.ones(n, bool)
-    skipped = np.unique(np.atleast_1d(np.asarray(skip_positions if isinstance(skip_positions, int) else list(skip_positions))))
+    given: Any = skip_positions
+    listed = list(given) if is_listed(given) and not isinstance(given, str) else [given]
+    skipped = np.asarray(listed)
+    if skipped.dtype.kind in "iu":
+        skipped = np.unique(skipped)
     if len(skipped):
-        if skipped.dtype.kind not in "iu" or skipped[0] < 0:
-            raise InvalidArgumentError(f"skip_positions={skip_positions!r}: give places counted from 0, such as 0 or [0, 1]")
+        if skipped.dtype.kind not in "iu" or skipped.ndim != 1 or skipped[0] < 0:
+            raise InvalidArgumentError(f"skip_positions={skip_positions!r:.60}: give places counted from 0, such as 0 or [0, 1]")
         if "position" not in array.coords or array.coords["position"].dims != (source.dim,):
             raise InvalidArgumentError("skip_positions needs a position along token, which is not here: open it with store.tokens()")
         kept &= ~np.isin(array.coords["position"].values, skipped)

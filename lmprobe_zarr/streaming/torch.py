@@ -66,4 +66,12 @@ def as_tensor(array: xr.DataArray, *, dtype: torch.dtype | None = None, device: 
         values = values.copy()  # torch has no read-only tensors
     stored = stored_dtype(xr.Variable(variable.dims, values, variable.attrs)) if dtype is None else None
     dtype = getattr(torch, stored) if stored is not None else dtype
-    return torch.from_numpy(values).to(device=device, dtype=dtype)
+    try:
+        return torch.from_numpy(values).to(device=device, dtype=dtype)
+    except (TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InvalidArgumentError(
+            f"values cannot be made a tensor with dtype={dtype!r:.40} and device={device!r:.40} ({str(error).splitlines()[0]:.100}): "
+            "give dtype=torch.float32 or another of torch, and a device that there is, such as 'cpu'"
+        ) from error

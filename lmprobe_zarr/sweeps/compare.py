@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.batch import list_names
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list, to_interchange
 from lmprobe_zarr.probes.metrics import Metric, Outcome, measure_outcome, parse_metrics, score_outcome
+from lmprobe_zarr.sweeps.given import check_seed
 from lmprobe_zarr.sweeps.shuffles import shuffled_name
 from lmprobe_zarr.typing import Array, Floats
 
@@ -72,24 +74,22 @@ def confidence_intervals(
     _check_scores(scores)
     if "predicted" not in scores:
         raise InvalidArgumentError("these scores hold no predictions, which intervals are made of: sweep with predictions=True")
-    if "token" in scores["predicted"].dims:
-        # Tokens are rows of their prompt, which is drawn whole.
-        scores = scores.swap_dims({"token": "prompt"})
-    if not 0 < level < 1:
-        raise InvalidArgumentError(f"level={level!r} is none: give a number between 0 and 1, such as 0.95")
+    scores = _along_prompts(scores)
+    if isinstance(level, bool) or not isinstance(level, int | float | np.integer | np.floating) or not 0 < level < 1:
+        raise InvalidArgumentError(f"level={level!r:.60} is none: give a number between 0 and 1, such as 0.95")
     if isinstance(n_resamples, bool) or not isinstance(n_resamples, int | np.integer) or n_resamples < 2:
-        raise InvalidArgumentError(f"n_resamples={n_resamples!r} are too few: give 1000 or more")
+        raise InvalidArgumentError(f"n_resamples={n_resamples!r:.60} are too few: give 1000 or more")
     classification = scores.attrs["task"] == "classification"
     n_classes = len(read_list(scores.attrs, "classes") or ((0, 1) if classification else ()))
     if metrics is None:
         metrics = [str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and _is_metric(str(name), scores)]
-    chosen = parse_metrics(metrics, scores.attrs["task"], n_classes)
+    chosen = parse_metrics(list_names("metrics", metrics, "accuracy"), scores.attrs["task"], n_classes)
     dims = [str(dim) for dim in scores["predicted"].dims if dim not in ("prompt", "repetition")]
     shape = [scores.sizes[dim] for dim in dims]
     found = {metric.name: np.full((*shape, len(_BOUNDS)), np.nan) for metric in chosen}
     unit = "group" if "group" in scores.coords else "prompt"
     units = _units(scores)
-    weights = _draw(units, int(n_resamples), random_state)
+    weights = _draw(units, int(n_resamples), check_seed(random_state))
     reasons: dict[str, dict[str, None]] = {metric.name: {} for metric in chosen}
     for place in product(*(range(size) for size in shape)):
         cell = scores.isel(dict(zip(dims, place, strict=True)))
@@ -155,10 +155,22 @@ def _tested(cell: xr.Dataset) -> list[tuple[int, Array]]:
     # Folds of shuffled labels are drawn for these labels.
     dealt = str(cell["control"].item()) == "shuffled_labels" and "dealt_fold" in cell
     tests = np.atleast_2d(cell["dealt_fold" if dealt else "test_fold"].values)
-    return [
-        (int(np.flatnonzero((tests == fold).any(axis=1))[0]), np.flatnonzero((tests == fold).any(axis=0)))
-        for fold in range(cell.sizes["fold"])
-    ]
+    found = []
+    # Where some folds were selected, their labels still say which they are.
+    for fold in cell["fold"].values.tolist():
+        repetitions, rows = np.nonzero(tests == fold)
+        if not len(rows):
+            raise InvalidArgumentError(
+                f"fold {fold} tests none of the {tests.shape[1]} prompts that are left: leave it out too, scores.isel(fold=…), "
+                "or give all prompts"
+            )
+        found.append((int(repetitions[0]), np.unique(rows)))
+    return found
+
+
+def _along_prompts(scores: xr.Dataset) -> xr.Dataset:
+    """The scores with predictions along ``prompt``; tokens are rows of their prompt, which is drawn and exchanged whole."""
+    return scores.swap_dims({"token": "prompt"}) if "predicted" in scores and "token" in scores["predicted"].dims else scores
 
 
 def _draw(units: Array, n_resamples: int, random_state: int) -> Floats:
@@ -272,10 +284,15 @@ def compare(
     if along not in held.dims or along == "fold":
         listed = ", ".join(repr(dim) for dim in held.dims if dim != "fold")
         raise InvalidArgumentError(f"{metric!r} has no dim {along!r} to compare along: use one of {listed}")
+    if not isinstance(permutations, int | np.integer) or isinstance(permutations, bool) or permutations < 0:
+        raise InvalidArgumentError(f"permutations={permutations!r:.60} is no number of exchanges: give 999 or more, or 0 for none")
     labels = held.coords[along].values.tolist()
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise InvalidArgumentError(f"{along} {twice!r} is there twice: select each once, so that it is clear what is compared")
     reference = labels[0] if reference is None else reference
-    if reference not in labels:
-        raise InvalidArgumentError(f"there is no {along} {reference!r} to compare with: use one of {', '.join(map(repr, labels))}")
+    if np.ndim(reference) or isinstance(reference, bool) is not isinstance(labels[0], bool) or reference not in labels:
+        raise InvalidArgumentError(f"there is no {along} {reference!r:.60} to compare with: use one of {', '.join(map(repr, labels))}")
     n_folds = scores.sizes["fold"]
     if n_folds < 2:
         raise InvalidArgumentError("a single fold cannot be tested: sweep with more folds, such as cv=5, repeats=10")
@@ -302,9 +319,7 @@ def compare(
             f"a mean over many shuffles has no folds to be paired with: see {metric}_p_value of the scores"
         ]
     if "predicted" in scores and metric in _MEANS and along != "label" and permutations:
-        if isinstance(permutations, bool) or not isinstance(permutations, int | np.integer) or permutations < 1:
-            raise InvalidArgumentError(f"permutations={permutations!r} is no number of exchanges: give 999 or more, or 0 for none")
-        data["p_permutation"] = _exchange(scores, metric, t, along, reference, int(permutations))
+        data["p_permutation"] = _exchange(_along_prompts(scores), metric, t, along, reference, int(permutations))
     return to_interchange(data)
 
 
@@ -405,8 +420,8 @@ def selectivity(scores: xr.Dataset, metric: str = "accuracy", *, control: str = 
     InvalidTypeError, InvalidArgumentError
         Not the scores of a sweep, or no such metric or control.
     """
-    if control not in ("shuffled_labels", "control_task"):
-        raise InvalidArgumentError(f"control={control!r} has no labels of its own: use 'shuffled_labels' or 'control_task'")
+    if not isinstance(control, str) or control not in ("shuffled_labels", "control_task"):
+        raise InvalidArgumentError(f"control={control!r:.60} has no labels of its own: use 'shuffled_labels' or 'control_task'")
     _check_scores(scores)
     held = _metric(scores, metric)
     prefix = f"{control}:"
@@ -424,14 +439,17 @@ def _check_scores(scores: Any) -> None:
         raise InvalidTypeError(f"scores are the xarray.Dataset that sweep gives, not {type(scores).__name__}")
     if not {"fold", "probe"} <= set(scores.dims) or "task" not in scores.attrs:
         raise InvalidArgumentError("this dataset holds no scores over probe and fold: give what sweep returns, with its attributes")
+    empty = [str(dim) for dim, size in scores.sizes.items() if not size and dim in ("layer", "probe", "fold", "prompt", "token")]
+    if empty:
+        raise InvalidArgumentError(f"these scores are of no {' and no '.join(empty)}: select fewer away")
 
 
 def _metric(scores: xr.Dataset, metric: str) -> xr.DataArray:
-    if metric not in scores or "fold" not in scores[metric].dims or scores[metric].dtype.kind != "f":
+    if not isinstance(metric, str) or metric not in scores or "fold" not in scores[metric].dims or scores[metric].dtype.kind != "f":
         listed = [
             str(name) for name, held in scores.data_vars.items() if "fold" in held.dims and "probe" in held.dims and held.dtype.kind == "f"
         ]
         raise InvalidArgumentError(
-            f"there is no score {metric!r} by fold: use one of {', '.join(listed)}, or sweep with metrics={metric!r}"
+            f"there is no score {metric!r:.60} by fold: use one of {', '.join(listed)}, or sweep with metrics={metric!r:.60}"
         )
     return scores[metric]

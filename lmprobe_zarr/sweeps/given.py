@@ -62,6 +62,7 @@ def check_activations(activations: xr.DataArray) -> xr.DataArray:
             f"{name_in_messages(activations)} has dims {dims}, expected layer (or none), prompt and hidden: {remedy}"
         )
     _check_values(activations, "to fit")
+    _check_layers(activations)
     return activations
 
 
@@ -82,6 +83,7 @@ def parse_token_activations(activations: Any) -> tuple[xr.DataArray, str]:
             "select or rename"
         )
     _check_values(activations, "to fit or score")
+    _check_layers(activations)
     return activations, dim
 
 
@@ -93,6 +95,15 @@ def _check_values(activations: xr.DataArray, purpose: str) -> None:
     # ml_dtypes' bfloat16 has kind "V", as structured types have, but no fields.
     if activations.dtype.kind not in "fiub" and not (activations.dtype.kind == "V" and activations.dtype.names is None):
         raise InvalidTypeError(f"{name_in_messages(activations)} has dtype {activations.dtype}, expected real numbers")
+
+
+def _check_layers(activations: xr.DataArray) -> None:
+    """Raise where layers cannot be told apart by their labels."""
+    labels = np.atleast_1d(activations.coords["layer"].values).tolist() if "layer" in activations.coords else []
+    if any(label != label for label in labels):
+        raise InvalidArgumentError(f"{name_in_messages(activations)} has a layer whose label is NaN: give each layer its number")
+    if len(set(labels)) < len(labels):
+        raise InvalidArgumentError(f"{name_in_messages(activations)} holds a layer twice: drop one with .drop_duplicates('layer')")
 
 
 def refuse_choice(choose: Any, instead: str) -> None:

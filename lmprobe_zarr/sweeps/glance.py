@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.batch import list_names
 from lmprobe_zarr.display import Html, card, sparkline, table
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.interchange import to_interchange
@@ -143,11 +144,11 @@ def best_scores(data: xr.Dataset, metric: str | None = None, along: str | Iterab
     ]
     if not metrics:
         raise InvalidArgumentError(f"this holds no scores by probe to choose by (dims {dict(data.sizes)}): give what sweep returns")
-    metric = metric or metrics[0]
-    if metric not in metrics:
-        raise InvalidArgumentError(f"there is no score {metric!r} to choose by: use one of {', '.join(map(repr, metrics))}")
+    metric = metrics[0] if metric is None else metric
+    if not isinstance(metric, str) or metric not in metrics:
+        raise InvalidArgumentError(f"there is no score {metric!r:.60} to choose by: use one of {', '.join(map(repr, metrics))}")
     held = data[metric]
-    dims = [along] if isinstance(along, str) else list(along)
+    dims = list_names("along", along, "layer")
     possible = [str(dim) for dim in held.dims if dim not in _REPEATED]
     wrong = next((dim for dim in dims if dim not in possible), None)
     if wrong is not None or not dims:

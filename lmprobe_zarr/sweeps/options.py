@@ -136,10 +136,12 @@ def _several_sets(array: xr.DataArray, labels: Any) -> bool:
 def parse_seeds(seeds: Any, random_state: int) -> tuple[int, ...]:
     if seeds is None:
         return (random_state,)
-    listed = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else list(seeds) if is_listed(seeds) else []
-    if not listed or len(set(listed)) < len(listed):
-        raise InvalidArgumentError(f"seeds={seeds!r} are no seeds: give a number of them, or different whole numbers such as [0, 1, 2]")
-    return tuple(check_seed(seed) for seed in listed)
+    counted = isinstance(seeds, int | np.integer) and not isinstance(seeds, bool)
+    listed = list(range(int(seeds))) if counted else list(seeds) if is_listed(seeds) else []
+    known = [check_seed(seed) for seed in listed]
+    if not listed or len(set(known)) < len(known):
+        raise InvalidArgumentError(f"seeds={seeds!r:.60} are no seeds: give a number of them, or different whole numbers such as [0, 1, 2]")
+    return tuple(known)
 
 
 def parse_strengths(strengths: Any, trials: tuple[Trial, ...]) -> tuple[float, ...]:

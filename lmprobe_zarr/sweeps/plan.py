@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import split_variable
-from lmprobe_zarr.display import format_bytes, name_in_messages
-from lmprobe_zarr.errors import InvalidArgumentError, LabelError
+from lmprobe_zarr.batch import check_flag, split_variable
+from lmprobe_zarr.display import format_bytes
+from lmprobe_zarr.errors import LabelError
 from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, Labels, bare_variable, draw_within, group_codes, list_prompts, number_repeats
 from lmprobe_zarr.probes.controls import Shuffle, make_estimator, parse_controls, read_features, shuffle_labels
 from lmprobe_zarr.probes.folds import Fold
@@ -315,7 +315,7 @@ def make_sweep(options: SweepOptions) -> Sweep:
         grouped=data.groups is not None,
         preprocessing=design.preprocessing,
         task=options.task,
-        predictions=bool(options.predictions),
+        predictions=check_flag("predictions", options.predictions),
     )
     check_names(fits)
     if inner:
@@ -381,8 +381,6 @@ def _fit_variables(arrays: tuple[xr.DataArray, ...], *, named: bool) -> tuple[Ar
     for array, own in zip(arrays, held, strict=True):
         variable = bare_variable(array.variable)
         in_memory = variable.chunks is None and variable._in_memory
-        if own is not None and len(set(own)) < len(own):
-            raise InvalidArgumentError(f"{name_in_messages(array)} holds a layer twice: drop one with .drop_duplicates('layer')")
         variables.append(
             FitVariable(
                 name=str(array.name) if named else "",

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.batch import list_names
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.sweeps.shuffles import is_of_shuffles
 from lmprobe_zarr.typing import Array
@@ -53,8 +54,9 @@ def table_of_scores(
 ) -> pd.DataFrame | str:
     """The table; see `lmprobe_zarr.accessor.DatasetAccessor.table`."""
     kind = parse_table_path(path) if path is not None and format is None else None
-    if format is not None and format not in _WRITERS:
-        raise InvalidArgumentError(f"format={format!r} is unknown: use one of {', '.join(map(repr, _WRITERS))}, or None for a DataFrame")
+    if format is not None and (not isinstance(format, str) or format not in _WRITERS):
+        known = ", ".join(map(repr, _WRITERS))
+        raise InvalidArgumentError(f"format={format!r:.60} is unknown: use one of {known}, or None for a DataFrame")
     layout = layout_scores(scores, metrics, intervals)
     written = format or kind
     if written is None:
@@ -76,6 +78,8 @@ def parse_table_path(path: str | os.PathLike[str]) -> str:
     InvalidArgumentError
         Another ending, or a folder that does not exist.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidTypeError(f"path={path!r:.60} is no path: give the file to write, such as 'scores.csv'")
     ending = Path(path).suffix.lower()
     if ending not in _ENDINGS:
         raise InvalidArgumentError(
@@ -205,7 +209,7 @@ def _metrics(data: xr.Dataset, metrics: str | Iterable[str] | None) -> list[str]
         if not fitting:
             raise InvalidArgumentError(f"this holds no scores by layer and probe (dims {dict(data.sizes)}): give what sweep returns")
         return fitting
-    names = [metrics] if isinstance(metrics, str) else [str(name) for name in metrics]
+    names = list_names("metrics", metrics, "accuracy")
     unknown = [name for name in names if name not in numbers]
     if unknown or not names:
         raise InvalidArgumentError(f"there is no score {unknown[0] if unknown else ''!r}: use one of {', '.join(fitting or numbers)}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import Stage, parse_stage
+from lmprobe_zarr.batch import Stage, check_flag, list_names, parse_stage
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list, to_interchange
@@ -328,7 +328,8 @@ def sweep_tokens(
     refuse_choice(choose, "sweep pooled tokens, as toks.lz.pool('mean'), or choose with sweep_tokens on some prompts and report others")
     array, dim = parse_token_activations(activations)
     runner = parse_runner(client, scheduler, n_workers, progress=progress)
-    names = _parse_probes([probes] if isinstance(probes, str) else list(probes))
+    names = _parse_probes(list_names("probes", probes, "ridge"))
+    predictions = check_flag("predictions", predictions)
     seed = check_seed(random_state)
     stage = _score_stage(pooling)
     chosen = parse_token_controls(controls)
@@ -397,9 +398,9 @@ def _parse_probes(names: list[Any]) -> tuple[str, ...]:
     if not names:
         raise InvalidArgumentError("probes is empty: name at least one, such as 'ridge'")
     for name in names:
-        if name not in STREAMED:
+        if not isinstance(name, str) or name not in STREAMED:
             raise InvalidArgumentError(
-                f"{name!r} cannot be fitted block by block: use one of {', '.join(STREAMED)}; "
+                f"{name!r:.60} cannot be fitted block by block: use one of {', '.join(STREAMED)}; "
                 "or lz.Probe(train_pooling='all') where the tokens fit into memory"
             )
     if len(set(names)) < len(names):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.display import describe_error, name_in_messages
+from lmprobe_zarr.display import describe_error
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, LmprobeZarrError
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes import (
@@ -285,9 +285,6 @@ def _by_layer(array: xr.DataArray) -> xr.DataArray:
         array = array.expand_dims("layer") if "layer" in array.coords else array.expand_dims(layer=[0])
     if "layer" not in array.coords:
         array = array.assign_coords(layer=np.arange(array.sizes["layer"]))
-    held = array["layer"].values.tolist()
-    if len(set(held)) < len(held):
-        raise InvalidArgumentError(f"{name_in_messages(array)} holds a layer twice: drop one with .drop_duplicates('layer')")
     return array
 
 

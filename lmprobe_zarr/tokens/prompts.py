@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 import xarray as xr
 
-from lmprobe_zarr.batch import as_slice, fill_value, offsets_of, parse_poolings, pool_ragged
+from lmprobe_zarr.batch import POOLINGS, as_slice, fill_value, offsets_of, parse_poolings, pool_ragged
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError
 from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
@@ -69,6 +69,8 @@ def pool_tokens(data: T, pooling: str) -> T:
     pooling : str
         One of `lmprobe_zarr.batch.POOLINGS`.
     """
+    if not isinstance(pooling, str):
+        raise InvalidTypeError(f"pooling={pooling!r:.60} is no name: give one of {', '.join(POOLINGS)}")
     parse_poolings(pooling)
     if isinstance(data, xr.Dataset):
         _, index, _ = _by_prompt(data)

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.accessor import ArrayAccessor, DatasetAccessor
-from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, LmprobeZarrError
 from lmprobe_zarr.interchange import ABSENT_TEXT
 from lmprobe_zarr.probe import LayerSweep
 from lmprobe_zarr.probes import calibration_curves, roc_curves
@@ -81,19 +81,17 @@ FUNCTIONS: dict[str, Any] = {
     "roc_curves": roc_curves,
     "calibration_curves": calibration_curves,
 }
-SCORES = "reads the scores of a sweep, whose labels, groups and folds that sweep has checked"
+SCORES = "draws scores that SCORE_CALLS check"
 NO_LABELS = "takes no labels, and fits nothing"
 #: Public calls that the table leaves out, each with the reason.
 OUTSIDE: dict[str, str] = {
-    **dict.fromkeys(("compare", "confidence_intervals", "selectivity"), SCORES),
-    **dict.fromkeys(("ds.lz.best", "ds.lz.table", "array.lz.table", "ds.lz.plot", "ds.lz.plot_transfer"), SCORES),
+    **dict.fromkeys(("array.lz.table", "ds.lz.plot", "ds.lz.plot_transfer"), SCORES),
     **dict.fromkeys(("ds.lz.plot_roc", "ds.lz.plot_calibration"), "draws curves that were computed"),
     **dict.fromkeys(("array.lz.plot_cosine", "array.lz.plot_tokens"), "draws scores that were computed"),
     **dict.fromkeys(("score_tokens", "cosine_similarity"), NO_LABELS),
-    **{f"{kind}.lz.{name}": NO_LABELS for kind in ("ds", "array") for name in ("at", "pool", "padded", "to_torch", "norms", "statistics")},
+    **{f"{kind}.lz.{name}": NO_LABELS for kind in ("ds", "array") for name in ("at", "pool", "padded", "to_torch", "norms")},
     "array.lz.to_series": NO_LABELS,
     "ds.lz.to_dataframe": NO_LABELS,
-    **{f"{kind}.lz.batches": "labels are columns along the rows themselves, handed out as they are" for kind in ("ds", "array")},
     **{f"LayerSweep.{name}": NO_LABELS for name in ("predict", "predict_proba")},
     **{f"LayerSweep.{name}": "each layer is scored as by Probe.score, on prompts of its model" for name in ("score", "best_layer")},
     **{
@@ -104,6 +102,33 @@ OUTSIDE: dict[str, str] = {
         )
     },
 }  # fmt: skip
+
+
+def of_tokens() -> xr.DataArray:
+    """Two layers of 20 prompts with four tokens each."""
+    rng = np.random.default_rng(2)
+    y = np.repeat(np.arange(20) % 2, 4)
+    x = rng.normal(size=(2, 80, HIDDEN)) + 0.5 * y[:, None]
+    prompts, positions = np.repeat([f"p{i}" for i in range(20)], 4), np.tile(np.arange(4), 20)
+    coords = {"layer": [0, 1], "prompt": ("token", prompts), "position": ("token", positions), "label": ("token", y)}
+    return xr.DataArray(x, dims=("layer", "token", "hidden"), coords=coords, name="resid")
+
+
+#: Calls that are given the scores of a sweep, as (scores, metric).
+SCORE_CALLS: dict[str, Callable[..., Any]] = {
+    "compare": lz.compare,
+    "confidence_intervals": lambda scores, metric="accuracy": lz.confidence_intervals(scores, metric, n_resamples=20),
+    "selectivity": lz.selectivity,
+    "ds.lz.best": lambda scores, metric="accuracy": scores.lz.best(metric),
+    "ds.lz.table": lambda scores, metric="accuracy": scores.lz.table(metric),
+}
+#: Calls that hand out or measure rows, as (array, **options).
+ROW_CALLS: dict[str, Callable[..., Any]] = {
+    "array.lz.batches": lambda array, **given: next(iter(array.lz.batches(batch_tokens=8, **given))),
+    "ds.lz.batches": lambda array, **given: next(iter(array.to_dataset().lz.batches(batch_tokens=8, **given))),
+    "array.lz.statistics": lambda array, **given: array.lz.statistics(**given),
+    "ds.lz.statistics": lambda array, **given: array.to_dataset().lz.statistics(**given),
+}
 
 
 def repeated() -> xr.DataArray:
@@ -264,8 +289,163 @@ def test_the_table_has_every_public_call() -> None:
     for prefix, kind in (("Probe", lz.Probe), ("LayerSweep", LayerSweep), ("array.lz", ArrayAccessor), ("ds.lz", DatasetAccessor)):
         found |= {f"{prefix}.{name}" for name, held in inspect.getmembers(kind) if not name.startswith("_") and callable(held)}
     found |= {"Probe.decision_function"}
-    assert found == set(CALLS) | set(OUTSIDE)
+    assert found == set(CALLS) | set(SCORE_CALLS) | set(ROW_CALLS) | set(OUTSIDE)
     assert set(CALLS) == set(FUNCTIONS)
-    assert not set(CALLS) & set(OUTSIDE)
+    assert not (set(CALLS) | set(SCORE_CALLS) | set(ROW_CALLS)) & set(OUTSIDE)
     assert all(call in CALLS and protection in CHECKS for call, protection in EXEMPT)
     assert all(len(reason) > 10 for reason in OUTSIDE.values())
+
+
+# -- calls on scores, and on rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept() -> dict[str, xr.Dataset]:
+    probes = ["ridge", "mass_mean"]
+    return {
+        "prompts": lz.sweep(activations(), "label", probes, 4, controls="shuffled_labels", predictions=True),
+        "tokens": lz.sweep_tokens(of_tokens(), "label", probes, 4, controls="shuffled_labels", predictions=True),
+    }
+
+
+@pytest.mark.parametrize("kind", ["prompts", "tokens"])
+@pytest.mark.parametrize("call", SCORE_CALLS)
+def test_each_call_on_scores_refuses_what_it_cannot_read(call: str, kind: str, swept: dict[str, xr.Dataset]) -> None:
+    scores, of = swept[kind], SCORE_CALLS[call]
+    of(scores)
+    for metric in ("acuracy", 5, ["accuracy", "x"], np.zeros(2), np.nan):
+        with pytest.raises(LmprobeZarrError, match=r"there is no (score|metric)|no names|holds no metric|unknown"):
+            of(scores, metric)
+    nothing: list[int] = []
+    for dim in ("layer", "probe", "fold"):
+        if not call.startswith("ds"):
+            with pytest.raises(InvalidArgumentError, match=f"these scores are of no {dim}"):
+                of(scores.isel({dim: nothing}))
+    if not call.startswith("ds"):
+        for given in (None, scores.accuracy, scores.drop_attrs(), activations().to_dataset(), scores.rename(probe="p")):
+            with pytest.raises(LmprobeZarrError, match=r"scores are the xarray.Dataset|holds no scores over probe and fold"):
+                of(given)
+
+
+@pytest.mark.parametrize("kind", ["prompts", "tokens"])
+@pytest.mark.parametrize("option", [("reference", "lda"), ("reference", np.array(["ridge", "lda"])), ("reference", True), ("along", "prob"),
+                                    ("along", None), ("permutations", -1), ("permutations", "9"), ("permutations", None)])  # fmt: skip
+def test_options_of_a_comparison_are_refused_where_they_cannot_be(option: tuple[str, Any], kind: str, swept: dict[str, xr.Dataset]) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"use one of|give 999"):
+        lz.compare(swept[kind], **dict([option]))
+    with pytest.raises(InvalidArgumentError, match="'ridge' is there twice"):
+        lz.compare(swept[kind].isel(probe=[0, 0]))
+
+
+@pytest.mark.parametrize("option", [("level", "0.9"), ("level", None), ("level", True), ("n_resamples", 0), ("n_resamples", 1.5),
+                                    ("random_state", -1), ("random_state", None), ("random_state", "x")])  # fmt: skip
+def test_options_of_intervals_are_refused_where_they_cannot_be(option: tuple[str, Any], swept: dict[str, xr.Dataset]) -> None:
+    with pytest.raises(LmprobeZarrError, match="give"):
+        lz.confidence_intervals(swept["prompts"], **dict([option]))
+
+
+def test_numbers_of_numpy_are_numbers(swept: dict[str, xr.Dataset]) -> None:
+    number: Callable[[int], Any] = np.int64
+    plain = lz.sweep(activations(), "label", "ridge", 2, repeats=2, seeds=2)
+    found = lz.sweep(activations(), "label", "ridge", number(2), repeats=number(2), seeds=number(2))
+    xr.testing.assert_identical(found[["accuracy"]], plain[["accuracy"]])
+    half: Any = np.float32(0.5)
+    mine = lz.confidence_intervals(swept["prompts"], level=half, n_resamples=number(20), random_state=number(0))
+    xr.testing.assert_allclose(mine, lz.confidence_intervals(swept["prompts"], level=0.5, n_resamples=20))
+    truth: Any = np.bool_(False)
+    batches = activations().lz.batches(batch_tokens=number(8), shuffle=truth)
+    np.testing.assert_array_equal(next(iter(batches)), next(iter(activations().lz.batches(batch_tokens=8, shuffle=False))))
+    np.testing.assert_array_equal(
+        of_tokens().lz.statistics(skip_positions=number(0)).mean_value, of_tokens().lz.statistics(skip_positions=[0]).mean_value
+    )
+
+
+@pytest.mark.parametrize("call", ROW_CALLS)
+def test_each_call_on_rows_refuses_options_that_it_cannot_follow(call: str) -> None:
+    array, of = of_tokens(), ROW_CALLS[call]
+    of(array)
+    of(array, where=(array.position > 0).drop_vars(["prompt", "position"]), skip_positions=[1], missing="drop")
+    nothing: list[int] = []
+    wrong: list[tuple[str, Any]] = [
+        *(("missing", given) for given in ("maybe", None, ["drop"], np.zeros(2))),
+        *(("skip_positions", given) for given in (-1, None, 1.5, "0", True, np.nan)),
+        *(("where", given) for given in (np.zeros(80, bool), np.ones(3, bool), np.ones(80), "label", array.position)),
+        *(("layer", given) for given in (7, "x", 1.5, nothing)),
+    ]
+    if call.endswith("batches"):
+        wrong += [(name, given) for name in ("shuffle", "drop_last", "prefetch") for given in ("False", None, 2, [True], np.zeros(2))]
+        wrong += [("labels", given) for given in (5, "lable", [["label"]], np.zeros(2), array.label)]
+        wrong += [("framework", given) for given in ("jax", None, ["numpy"])]
+    for name, given in wrong:
+        with pytest.raises(LmprobeZarrError, match=r"give|use|name|there is no|stored|filter less|extract it first"):
+            of(array, **{name: given})
+    variables: tuple[Any, ...] = ("residue", 5, ["resid"], np.zeros(2))
+    for variable in variables:
+        if call.startswith("ds"):
+            with pytest.raises(InvalidArgumentError, match="name one of"):
+                of(array, variable=variable)
+
+
+@pytest.mark.parametrize("call", ["sweep", "plan_sweep", "sweep_tokens"])
+def test_a_text_is_no_truth_value(call: str) -> None:
+    for given in ("False", 1, None, np.zeros(2)):
+        with pytest.raises(InvalidTypeError, match=r"predictions=.* is no truth value: give True or False"):
+            CALLS[call](activations(), "label", predictions=given)
+
+
+@pytest.mark.parametrize("probes", [None, 5, np.nan, ["ridge", None], np.zeros((2, 2)), object()])
+def test_probes_of_tokens_are_names(probes: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="holds no names: give one or several, such as 'ridge'"):
+        lz.sweep_tokens(of_tokens(), "label", probes)
+    with pytest.raises(InvalidArgumentError, match="cannot be fitted block by block"):
+        lz.fit_tokens(of_tokens(), "label", probes)
+
+
+@pytest.mark.parametrize("call", ["sweep", "plan_sweep", "sweep_tokens", "sweep_transfer", "fit_directions", "fit_tokens"])
+def test_layers_that_cannot_be_told_apart_are_refused(call: str) -> None:
+    both = xr.concat([activations(), activations("a", 1)], "layer")
+    for layers, said in (([3, 3], "holds a layer twice"), ([3.0, np.nan], "has a layer whose label is NaN")):
+        with pytest.raises(InvalidArgumentError, match=said):
+            CALLS[call](both.assign_coords(layer=layers), "label")
+
+
+def test_values_of_tokens_of_another_dataset_are_refused() -> None:
+    array = of_tokens()
+    other = array.assign_coords(prompt=("token", np.repeat([f"q{i}" for i in range(20)], 4)))
+    backwards = array.isel(token=slice(None, None, -1))
+    for given in (other, backwards):
+        for options in ({"labels": given.label}, {"labels": "label", "where": given.label >= 0}):
+            for of in (lz.sweep_tokens, lz.fit_tokens):
+                with pytest.raises(LabelError, match="of other tokens than the activations"):
+                    of(array, **options)
+    xr.testing.assert_identical(lz.fit_tokens(array, array.label).coef, lz.fit_tokens(array, "label").coef)
+
+
+@pytest.mark.parametrize("kind", ["prompts", "tokens"])
+def test_intervals_of_selected_folds_are_around_the_scores_of_these_folds(kind: str, swept: dict[str, xr.Dataset]) -> None:
+    scores = swept[kind]
+    for folds in ([2], [3, 1]):
+        found = lz.confidence_intervals(scores.isel(fold=folds), "accuracy", n_resamples=50).accuracy
+        expected = scores.accuracy.isel(fold=folds).mean("fold").isel(probe=slice(2))
+        np.testing.assert_allclose(found.sel(bound="estimate").isel(probe=slice(2)), expected)
+    gone = {"prompt" if kind == "prompts" else "token": np.flatnonzero(np.asarray(scores.test_fold) != 1)}
+    for of in (lz.compare, lz.confidence_intervals):
+        with pytest.raises(InvalidArgumentError, match=r"fold 1 tests none of the \d+ prompts that are left: leave it out too"):
+            of(scores.drop_sel(probe=[name for name in scores.probe.values if "shuffled" in name]).isel(gone))
+
+
+def test_probes_of_tokens_are_compared_by_exchanging_whole_prompts(swept: dict[str, xr.Dataset]) -> None:
+    scores = swept["tokens"]
+    for layer in (0, 1):
+        found = float(lz.compare(scores.sel(layer=[layer])).p_permutation.sel(probe="mass_mean").item())
+        hits = {probe: (scores.predicted.sel(layer=layer, probe=probe) == scores.true).values for probe in ("ridge", "mass_mean")}
+        apart = hits["mass_mean"].astype(float) - hits["ridge"]
+        tests, prompt = scores.test_fold.values, scores.prompt.values
+        # What each prompt adds to the mean over the folds of the difference.
+        adds = np.array(
+            [sum(apart[(prompt == p) & (tests == k)].sum() / (tests == k).sum() for k in range(4)) / 4 for p in np.unique(prompt)]
+        )
+        adds = adds[np.abs(adds) > 1e-12]
+        assert len(adds) <= 12
+        signs = np.array(np.meshgrid(*[[-1, 1]] * len(adds))).reshape(len(adds), -1).T if len(adds) else np.ones((1, 0))
+        assert found == pytest.approx((np.abs(signs @ adds) >= abs(adds.sum()) - 1e-12).mean())
