@@ -18,6 +18,8 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # Workers of pytest and dask share the cores; BLAS and OpenMP threads on top would fight over them.
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where it is set, each of the hundreds of processes that tests start would compile the package again: a third of what an import takes.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-core test-lowest check pages lint bench docs models notebooks stress clean setup
 

@@ -35,7 +35,7 @@ from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.s3 import S3Storage
 from lmprobe_zarr.store.store import Store
 
-# Two tries, and not fifteen: what is tested is what comes after them.
+# One try of botocore's, and of s3fs's where a test sets it: what is tested is what comes after them.
 QUICK: dict[str, Any] = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
 WRITES = ("PUT", "POST", "DELETE")
 
@@ -218,8 +218,11 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
 def test_failed_requests_raise_one_of_our_errors_without_a_secret(
-    s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     kind, given, fault, says = FAILURES[name]
     caplog.set_level(logging.DEBUG, "lmprobe_zarr")
     place = {"wrong bucket": "s3://no-such-bucket/acts", "impossible bucket": "s3://no bucket/acts"}.get(name, "s3://pub/acts")
@@ -305,6 +308,9 @@ def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, fault: Fault) -> N
 
 
 def test_answers_that_are_always_cut_short_are_an_error(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))  # so that a refusal for ever is soon found out
     lz.open_store(url).write(GROUP, make_batch(["a", "b"]))
     data = counted(s3, url, **QUICK).dataset()
