@@ -181,22 +181,21 @@ def test_a_file_system_that_caches_is_chained_before(s3: S3, filled: str, tmp_pa
 OPENS = "import sys, lmprobe_zarr as lz; print(lz.open_store(sys.argv[1], 'r').dataset().sizes['prompt'])"
 
 
-def opened_elsewhere(url: str, **environment: str) -> str:
+def opened_elsewhere(warmed: Warmed, url: str, **environment: str) -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    command = [sys.executable, "-W", "error", "-c", OPENS, url]
-    done = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120, check=False)
+    done = warmed.run(OPENS, url, env={**kept, **environment})
     return done.stdout + done.stderr
 
 
-def test_credentials_come_from_the_environment_and_from_a_profile(s3: S3, url: str, tmp_path: Path) -> None:
+def test_credentials_come_from_the_environment_and_from_a_profile(s3: S3, url: str, warmed: Warmed, tmp_path: Path) -> None:
     lz.open_store(url).write(GROUP, make_batch(["a", "b"]))
     place = {"AWS_ENDPOINT_URL": s3.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
     keys = {"AWS_ACCESS_KEY_ID": READER["key"], "AWS_SECRET_ACCESS_KEY": READER["secret"]}
-    assert opened_elsewhere(url, **place, **keys) == "2\n"
+    assert opened_elsewhere(warmed, url, **place, **keys) == "2\n"
     profile = tmp_path / "credentials"
     profile.write_text(f"[lab]\naws_access_key_id = {READER['key']}\naws_secret_access_key = {READER['secret']}\n")
     variables = {"AWS_SHARED_CREDENTIALS_FILE": str(profile), "AWS_PROFILE": "lab"}
-    assert opened_elsewhere(url, **place, **variables) == "2\n"
+    assert opened_elsewhere(warmed, url, **place, **variables) == "2\n"
 
 
 FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] = {
