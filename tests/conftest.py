@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -64,12 +65,21 @@ ON_S3_TOO = (
 )
 
 
+@pytest.fixture(scope="session")
+def _cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Empty folders. To number one, `mktemp` looks through those of all tests before it, which costs a run seconds."""
+    root = tmp_path_factory.mktemp("lmprobe-caches")
+    return (root / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _own_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_machine(monkeypatch: pytest.MonkeyPatch, _cache_folders: Iterator[Path]) -> Iterator[None]:
     """No test reads or writes the user's cache, none asks the hub, and none leaves behind a client that others' computations wait for."""
     for setting in config.SETTINGS.values():
         monkeypatch.delenv(setting.variable, raising=False)
-    monkeypatch.setenv("LMPROBE_CACHE_DIR", str(tmp_path_factory.mktemp("lmprobe-cache")))
+    cache = next(_cache_folders)
+    cache.mkdir()
+    monkeypatch.setenv("LMPROBE_CACHE_DIR", str(cache))
     config._from_environment.clear()
     config._from_calls.clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.model
 pytest.importorskip("torch")
 
 from tiny_models import SharedModels, save_tiny, tiny_model, tiny_tokenizer  # noqa: E402 — needs torch
+from warmed import Warmed  # noqa: E402
 
 POSITIVE = [f"I love the dog number {i}, what a walk it was" for i in range(8)]
 NEGATIVE = [f"The {i} rainy foxes are sad" for i in range(8)]
@@ -726,20 +727,27 @@ def test_eight_threads_on_the_same_prompts(llama: Path) -> None:
     assert sorted(listed) == sorted([*POSITIVE, *NEGATIVE, *TEST])  # type: ignore[type-var]
 
 
-PROCESS = """
-import json, sys, lmprobe_zarr as lz
+PROCESSES = """
+import json, os, pathlib, sys
+import lmprobe_zarr as lz
 model, positive, negative = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-probe = lz.Probe(model, layers=2).fit(positive, negative)
-print(json.dumps(probe.predict_proba(positive + negative).tolist()))
+children = []
+for place in sys.argv[4:]:
+    children.append(os.fork())
+    if not children[-1]:
+        probe = lz.Probe(model, layers=2).fit(positive, negative)
+        pathlib.Path(place).write_text(json.dumps(probe.predict_proba(positive + negative).tolist()))
+        os._exit(0)
+print([os.waitpid(child, 0)[1] for child in children])
 """
 
 
-def test_two_processes_on_the_same_prompts(llama: Path) -> None:
-    arguments = [sys.executable, "-c", PROCESS, str(llama), json.dumps(POSITIVE), json.dumps(NEGATIVE)]
+def test_two_processes_on_the_same_prompts(llama: Path, warmed: Warmed, tmp_path: Path) -> None:
+    places = [tmp_path / "one", tmp_path / "two"]
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(config.cache_dir()), "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    results = [json.loads(process.communicate(timeout=180)[0]) for process in running]
-    assert [process.returncode for process in running] == [0, 0]
+    done = warmed.run(PROCESSES, str(llama), json.dumps(POSITIVE), json.dumps(NEGATIVE), *map(str, places), env=environment)
+    assert done.stdout == "[0, 0]\n", done.stderr
+    results = [json.loads(place.read_text()) for place in places]
     np.testing.assert_allclose(results[0], results[1], atol=1e-5)
     assert len(lz.list_cached_prompts("llama")) == 16
     assert np.isfinite(lz.open_store().dataset().resid_last_token.values).all()

@@ -32,6 +32,7 @@ from foreign_caches import (
 )
 from paths import DATA
 from stores import GROUP, make_batch
+from warmed import Warmed
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
@@ -869,6 +870,7 @@ def test_a_cache_on_an_object_store_is_written_and_read(filled: Store, tmp_path:
 
 # --------------------------------------------------------------------------------------------------------- lmprobe itself
 
+ITS_WARNINGS = "import warnings; warnings.simplefilter('default')\n"  # which are not ours
 USE_LMPROBE = """
 import os, sys, json
 import numpy as np, torch, lmprobe
@@ -906,7 +908,7 @@ print(json.dumps([int(p) for p in probe.predict(texts)]))
 
 
 @pytest.mark.model
-def test_lmprobe_uses_an_export_as_its_own_without_loading_the_model(tmp_path: Path, store: Store) -> None:
+def test_lmprobe_uses_an_export_as_its_own_without_loading_the_model(tmp_path: Path, store: Store, warmed: Warmed) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("lmprobe")
     rng = np.random.default_rng(0)
@@ -934,8 +936,7 @@ def test_lmprobe_uses_an_export_as_its_own_without_loading_the_model(tmp_path: P
     truth: dict[str, Any] = {"texts": texts, "bounds": [0, *np.cumsum(counts)], "mean": prompts["resid_mean"], "ids": ids, **tokens}
     np.savez(tmp_path / "truth.npz", allow_pickle=False, perplexity=prompts["perplexity"], **truth)
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", USE_LMPROBE, str(tmp_path / "truth.npz"), str(model)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = warmed.run(ITS_WARNINGS + USE_LMPROBE, str(tmp_path / "truth.npz"), str(model), env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [1, 1, 1, 1, 0, 0, 0, 0]
 
@@ -963,11 +964,12 @@ np.savez(sys.argv[1], **out)
 
 
 @pytest.mark.model
-def test_everything_that_lmprobe_writes_now_is_imported(tmp_path: Path, store: Store) -> None:
+def test_everything_that_lmprobe_writes_now_is_imported(tmp_path: Path, store: Store, warmed: Warmed) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("lmprobe")
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", WRITE_LMPROBE, str(tmp_path / "truth.npz")], env=environment, timeout=300, check=True)
+    done = warmed.run(ITS_WARNINGS + WRITE_LMPROBE, str(tmp_path / "truth.npz"), env=environment)
+    assert done.returncode == 0, done.stderr
     truth = np.load(tmp_path / "truth.npz")
     assert quiet_import(tmp_path / "cache", store, strict=True).imported == 3
     toks = store.tokens()

@@ -8,8 +8,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ import numpy as np
 import pytest
 from command_line import call, call_json
 from paths import DATA
+from tiny_models import SharedModels
+from warmed import Warmed
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
@@ -138,6 +138,8 @@ def test_a_backends_root_has_its_own_entries_beside_it() -> None:
 # ---------------------------------------------------------------------------------------------------------------- serving
 
 FILL = """
+import warnings
+warnings.simplefilter("default")  # its warnings are not ours
 import sys, json, lmprobe
 model, positive, negative, pooling = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
 probe = lmprobe.Probe(model=model, layers=[0, 1, 2, 3], pooling=pooling, random_state=0, device="cpu", batch_size=4).fit(positive, negative)
@@ -149,16 +151,15 @@ NEGATIVE = [f"The {i} rainy foxes are sad today" for i in range(5)]
 
 
 @pytest.fixture
-def filled(tmp_path: Path) -> Callable[[str], tuple[Path, list[list[float]]]]:
+def filled(tmp_path: Path, tiny_models: SharedModels, warmed: Warmed) -> Callable[[str], tuple[Path, list[list[float]]]]:
     """A cache that lmprobe has filled for a tiny Llama, whose weights are then taken away; and what lmprobe's probe predicts."""
     pytest.importorskip("torch")
-    from tiny_models import save_tiny
 
     def fill(pooling: str) -> tuple[Path, list[list[float]]]:
-        model = save_tiny("llama", tmp_path / "llama", head="AutoModelForCausalLM")
+        model = Path(shutil.copytree(tiny_models("llama", head="AutoModelForCausalLM"), tmp_path / "llama"))
         environment = {**os.environ, "LMPROBE_CACHE_DIR": str(config.cache_dir()), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", FILL, str(model), json.dumps(POSITIVE), json.dumps(NEGATIVE), pooling]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
+        done = warmed.run(FILL, str(model), json.dumps(POSITIVE), json.dumps(NEGATIVE), pooling, env=environment)
+        assert done.returncode == 0, done.stderr
         (model / "model.safetensors").unlink()
         return model, json.loads(done.stdout.splitlines()[-1])
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from foreign_caches import MODEL, add_folder, add_model, add_prompt, prompt_folder, prompt_tensors, sha16, state_of, torch
+from foreign_caches import MODEL, add_folder, add_model, add_prompt, prompt_folder, prompt_tensors, sha16, state_of
 from paths import DATA
 
 import lmprobe_zarr as lz
@@ -22,6 +22,7 @@ from lmprobe_zarr.bridges.imports import import_pt, import_safetensors
 from lmprobe_zarr.bridges.lmprobe_v1 import LmprobeV1, prompts_hash
 from lmprobe_zarr.errors import CorruptFileError, ModelNotStoredError
 
+torch: Any = pytest.importorskip("torch")
 pytestmark = pytest.mark.model
 
 TOY, OLD = "acme/toy-4l", DATA / "lmprobe-0.4.9"

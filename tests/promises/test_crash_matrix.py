@@ -27,7 +27,7 @@ def test_stopped_at_any_call_only_whole_parts_show_and_the_same_call_completes_i
     operation.prepare(template)
     check_equal(shown(template / operation.place), operation.before)
     stops = 0
-    for moment, most in (("before", 16), ("half", 6), ("after", 5)):
+    for moment, most in (("before", 10), ("half", 4), ("after", 4)):
         for n in places_of(operation, template, None if STRESS else most):
             base = tmp_path / f"{moment}-{n}"
             shutil.copytree(template, base)

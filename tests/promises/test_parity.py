@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ pytestmark = [
 ]
 pytest.importorskip("torch")
 
-from tiny_models import save_tiny, tiny_tokenizer  # noqa: E402 — needs torch
+from tiny_models import SharedModels, tiny_tokenizer  # noqa: E402 — needs torch
+from warmed import Warmed  # noqa: E402
 
 POSITIVE = [f"I love the dog number {i}, what a walk it was" for i in range(6)]
 NEGATIVE = [f"The {i} rainy foxes are sad" for i in range(6)]
@@ -84,24 +84,23 @@ print("RESULT" + json.dumps(found))
 """
 
 
-def run(package: str, model: Path, cache: Path) -> dict[str, Any]:
+def run(package: str, model: Path, cache: Path, warmed: Warmed) -> dict[str, Any]:
     job = {"positive": POSITIVE, "negative": NEGATIVE, "test": TEST, "labels": LABELS, "probes": PROBES}
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT.format(package=package), str(model), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = warmed.run(SCRIPT.format(package=package), str(model), json.dumps(job), env=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout.split("RESULT")[1])
     return found
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def both(tmp_path_factory: pytest.TempPathFactory, tiny_models: SharedModels, warmed: Warmed) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("parity")
-    model = save_tiny("llama", folder / "llama", head="AutoModelForCausalLM")
+    model = Path(shutil.copytree(tiny_models("llama", head="AutoModelForCausalLM"), folder / "llama"))
     caches = {name: folder / name for name in ("lmprobe", "lmprobe_zarr")}
     for cache in caches.values():
         cache.mkdir()
-    return {"folder": folder, "model": model, **{name: run(name, model, cache) for name, cache in caches.items()}}
+    return {"folder": folder, "model": model, **{name: run(name, model, cache, warmed) for name, cache in caches.items()}}
 
 
 @pytest.mark.parametrize("name", list(PROBES))
@@ -157,16 +156,18 @@ def test_layers_and_pooled_vectors_are_lmprobes(both: dict[str, Any]) -> None:
     np.testing.assert_allclose(tokens.resid.sel(layer=2, prompt=lz.prompt_hash(TEST[0])).values, rows, atol=1e-5)
 
 
-def test_lmprobe_leaves_our_store_alone_when_it_evicts(both: dict[str, Any], tmp_path: Path) -> None:
+def test_lmprobe_leaves_our_store_alone_when_it_evicts(tmp_path: Path, warmed: Warmed) -> None:
     lz.write_activations(tmp_path / ".zarr", model="m", prompts=["a"], pooled={"resid_mean": {0: [[1.0, 2.0]]}})
     before = sorted((str(p), p.stat().st_size) for p in (tmp_path / ".zarr").rglob("*"))
     code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
         "import lmprobe, lmprobe.cache as c, torch\n"
         "c.save_prompt_activations('m', 'p', [0], torch.ones(1, 2, 4), torch.ones(1, 2, dtype=torch.long))\n"
         "lmprobe.set_cache_limit(1e-9); lmprobe.evict(); print(len(lmprobe.cache_info().models))\n"
     )
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, timeout=300)
+    done = warmed.run(code, env=environment)
+    assert done.returncode == 0, done.stderr
     assert sorted((str(p), p.stat().st_size) for p in (tmp_path / ".zarr").rglob("*")) == before
 
 

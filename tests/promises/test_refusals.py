@@ -47,7 +47,10 @@ def url(s3: S3) -> str:
 
 @pytest.fixture
 def few_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two short waits, so that a refusal for ever is soon found out."""
+    """Two short waits of ours and none of s3fs, so that a refusal for ever is soon found out."""
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +25,8 @@ import xarray as xr
 from paths import SUPPORT
 from s3_server import ADMIN, ANON, GETTER, READER, S3, Fault, Request
 from stores import GROUP, make_batch
+from tiny_models import SharedModels
+from warmed import Warmed
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import errors
@@ -35,7 +36,7 @@ from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.s3 import S3Storage
 from lmprobe_zarr.store.store import Store
 
-# Two tries, and not fifteen: what is tested is what comes after them.
+# One try of botocore's, and of s3fs's where a test sets it: what is tested is what comes after them.
 QUICK: dict[str, Any] = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
 WRITES = ("PUT", "POST", "DELETE")
 
@@ -180,22 +181,21 @@ def test_a_file_system_that_caches_is_chained_before(s3: S3, filled: str, tmp_pa
 OPENS = "import sys, lmprobe_zarr as lz; print(lz.open_store(sys.argv[1], 'r').dataset().sizes['prompt'])"
 
 
-def opened_elsewhere(url: str, **environment: str) -> str:
+def opened_elsewhere(warmed: Warmed, url: str, **environment: str) -> str:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    command = [sys.executable, "-W", "error", "-c", OPENS, url]
-    done = subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=120, check=False)
+    done = warmed.run(OPENS, url, env={**kept, **environment})
     return done.stdout + done.stderr
 
 
-def test_credentials_come_from_the_environment_and_from_a_profile(s3: S3, url: str, tmp_path: Path) -> None:
+def test_credentials_come_from_the_environment_and_from_a_profile(s3: S3, url: str, warmed: Warmed, tmp_path: Path) -> None:
     lz.open_store(url).write(GROUP, make_batch(["a", "b"]))
     place = {"AWS_ENDPOINT_URL": s3.endpoint, "AWS_EC2_METADATA_DISABLED": "true"}
     keys = {"AWS_ACCESS_KEY_ID": READER["key"], "AWS_SECRET_ACCESS_KEY": READER["secret"]}
-    assert opened_elsewhere(url, **place, **keys) == "2\n"
+    assert opened_elsewhere(warmed, url, **place, **keys) == "2\n"
     profile = tmp_path / "credentials"
     profile.write_text(f"[lab]\naws_access_key_id = {READER['key']}\naws_secret_access_key = {READER['secret']}\n")
     variables = {"AWS_SHARED_CREDENTIALS_FILE": str(profile), "AWS_PROFILE": "lab"}
-    assert opened_elsewhere(url, **place, **variables) == "2\n"
+    assert opened_elsewhere(warmed, url, **place, **variables) == "2\n"
 
 
 FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] = {
@@ -218,8 +218,11 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
 def test_failed_requests_raise_one_of_our_errors_without_a_secret(
-    s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     kind, given, fault, says = FAILURES[name]
     caplog.set_level(logging.DEBUG, "lmprobe_zarr")
     place = {"wrong bucket": "s3://no-such-bucket/acts", "impossible bucket": "s3://no bucket/acts"}.get(name, "s3://pub/acts")
@@ -305,6 +308,9 @@ def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, fault: Fault) -> N
 
 
 def test_answers_that_are_always_cut_short_are_an_error(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     monkeypatch.setattr(remote, "_WAITS", (0.01, 0.01))  # so that a refusal for ever is soon found out
     lz.open_store(url).write(GROUP, make_batch(["a", "b"]))
     data = counted(s3, url, **QUICK).dataset()
@@ -522,19 +528,7 @@ def test_of_many_who_commit_one_name_one_succeeds(s3: S3, url: str) -> None:
     assert open_storage(url).read("g/p/zarr.json") == f"by {won[0]}".encode()
 
 
-WRITES_SOME = """
-import sys, numpy as np, lmprobe_zarr as lz
-who = int(sys.argv[2])
-store = lz.open_store(sys.argv[1])
-for turn in range(6):
-    if turn == 5:
-        sys.stdin.readline()  # the test reads the store meanwhile
-    numbers = [(10 * (who + turn) + k) % 80 for k in range(25)]
-    values = np.repeat(np.array(numbers, 'f4')[:, None], 64, 1)
-    pooled = {'resid_mean': {layer: values + layer / 4 for layer in range(4)}}
-    lz.write_activations(store, model='m', prompts=[f'prompt {n}' for n in numbers], pooled=pooled)
-    print(turn, flush=True)
-"""
+WRITERS = SUPPORT / "s3_writers.py"
 
 
 def check_whole(url: str) -> int:
@@ -548,63 +542,31 @@ def check_whole(url: str) -> int:
     return len(texts)
 
 
-def test_many_processes_write_overlapping_prompts_and_some_are_killed(s3: S3, url: str) -> None:
-    command = [sys.executable, "-W", "error", "-c", WRITES_SOME, url]
-    writers = [subprocess.Popen([*command, str(who)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for who in range(8)]
-    killed, looks = writers[::3], 0
-    try:
-        for writer in killed:
-            assert writer.stdout is not None
-            writer.stdout.readline()
-            time.sleep(0.03)
-            writer.send_signal(signal.SIGKILL)
-        while any(writer.poll() is None for writer in writers):
+def test_many_processes_write_overlapping_prompts_and_some_are_killed(s3: S3, url: str, warmed: Warmed, tmp_path: Path) -> None:
+    looks = 0
+    with ThreadPoolExecutor(1) as pool:
+        ran = pool.submit(warmed.run, WRITERS, "write", url, str(tmp_path))
+        while not ((tmp_path / "killed").exists() or ran.done()):
+            time.sleep(0.02)
+        while not ran.done():
             check_whole(url)
             looks += 1
             if looks == 2:
-                for writer in writers:
-                    assert writer.stdin is not None
-                    if writer not in killed:
-                        writer.stdin.write("\n")
-                        writer.stdin.flush()
-    finally:
-        for writer in writers:
-            writer.kill()
-            writer.communicate()
-    assert [writer.returncode for writer in writers if writer not in killed] == [0] * 5
+                (tmp_path / "go").touch()
+    done = ran.result()
+    assert done.stdout == f"{[0] * 5}\n", done.stderr
     assert looks > 1, "readers looked on meanwhile"
     assert check_whole(url) == 80
 
 
-EXTRACTS = """
-import sys, lmprobe_zarr as lz
-first = 5 * int(sys.argv[3])
-prompts = [f'{n} dogs jump over {n + 1} foxes' for n in range(first, first + 20)]
-print('begins', flush=True)
-lz.extract(sys.argv[2], prompts, store=sys.argv[1], pooling=('mean',), keep_tokens=True, part_bytes=20_000, batch_prompts=2, progress=False)
-"""
-
-
 @pytest.mark.model
-def test_processes_extract_overlapping_prompts_into_one_prefix_and_some_are_killed(s3: S3, url: str, tmp_path: Path) -> None:
+def test_processes_extract_overlapping_prompts_into_one_prefix_and_some_are_killed(
+    s3: S3, url: str, warmed: Warmed, tiny_models: SharedModels
+) -> None:
     pytest.importorskip("torch")
-    from tiny_models import save_tiny
-
-    folder = save_tiny("gpt2", tmp_path / "tiny")
-    command = [sys.executable, "-c", EXTRACTS, url, str(folder)]
     number = 8 if os.environ.get("LMPROBE_ZARR_STRESS") else 3
-    everybody = [subprocess.Popen([*command, str(who)], stdout=subprocess.PIPE, text=True) for who in range(number)]
-    killed = everybody[1::3]
-    for process in killed:
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(2)
-        process.kill()
-    for process in everybody:
-        process.communicate(timeout=240)
-    assert [process.returncode for process in everybody if process not in killed] == [0] * (number - len(killed))
-    again = [subprocess.run([*command, str(everybody.index(process))], stdout=subprocess.PIPE, check=False) for process in killed]
-    assert not any(process.returncode for process in again)
+    done = warmed.run(WRITERS, "extract", url, str(tiny_models("gpt2")), str(number))
+    assert done.stdout == f"{[0] * number}\n", done.stderr
     store = lz.open_store(url, "r")
     data, tokens = store.dataset(), store.tokens()
     texts = [f"{n} dogs jump over {n + 1} foxes" for n in range(5 * number + 15)]

@@ -124,10 +124,8 @@ def state_of(root: Path) -> dict[str, tuple[bytes, int]]:
     } | {".": (b"", root.stat().st_mtime_ns)}
 
 
-torch: Any = pytest.importorskip("torch")
-
-
 def add_folder(root: Path, name: str, tensors: dict[str, Any], model: str = MODEL) -> Path:
+    torch = pytest.importorskip("torch")  # here, since it takes seconds: other files of this module need none
     folder = root / sha16(model) / name
     for key, value in tensors.items():
         path = folder / f"{key}.pt"
@@ -137,6 +135,7 @@ def add_folder(root: Path, name: str, tensors: dict[str, Any], model: str = MODE
 
 
 def prompt_folder(seed: int, *, n: int = 4, pad: int = 2, batch: int = 1, hidden: int = 3) -> dict[str, Any]:
+    torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(seed)
     mask = torch.ones(batch, pad + n, dtype=torch.int64)
     mask[:, :pad] = 0

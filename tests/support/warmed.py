@@ -1,14 +1,15 @@
 """Scripts in children of a process that has imported the heavy packages, so that each script need not import them again.
 
 A child is forked before the process has any thread, runs the script as ``__main__``, and ends as an interpreter does. Its working folder,
-its environment and its warnings are its own. Only what is imported already differs from a new interpreter, so tests of imports, of memory
-and of settings that are read at an import start an interpreter of their own instead.
+its environment, the encoding of its output and its warnings are its own. Only what is imported already differs from a new interpreter, so
+tests of imports, of memory and of settings that are read at an import start an interpreter of their own instead.
 """
 
 from __future__ import annotations
 
 import atexit
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# What the scripts import sooner or later.
+# What the scripts import sooner or later, where it is installed.
 PACKAGES = (
     "torch",
     "transformers.models.gpt2.modeling_gpt2",
@@ -66,21 +67,24 @@ class Warmed:
     ) -> subprocess.CompletedProcess[str]:
         """Run a script: the path of a file, or code; what comes back has `returncode`, `stdout` and `stderr`.
 
-        A script that takes longer than `timeout` seconds is ended by SIGALRM, and returns -14.
+        A script that takes longer than `timeout` seconds is ended by SIGALRM, and returns -14. PYTHONIOENCODING in its environment gives
+        the encoding of its output.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        environment = dict(os.environ if env is None else env)
         request = {
             "script": str(script), "file": isinstance(script, Path), "arguments": arguments, "cwd": str(cwd or Path.cwd()),
-            "env": dict(os.environ if env is None else env), "timeout": timeout, "outputs": [str(path) for path in outputs],
+            "env": environment, "timeout": timeout, "outputs": [str(path) for path in outputs],
         }  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the process that runs scripts has ended with {self._process.wait()}: could it import {PACKAGES}?")
-        return subprocess.CompletedProcess([str(script), *arguments], int(answer), *(path.read_text() for path in outputs))
+        printed = [path.read_bytes().decode(environment.get("PYTHONIOENCODING", "utf-8")) for path in outputs]
+        return subprocess.CompletedProcess([str(script), *arguments], int(answer), *printed)
 
 
 def serve() -> Any:
@@ -107,6 +111,9 @@ def become(request: Any) -> tuple[Any, dict[str, Any]]:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    if encoding := os.environ.get("PYTHONIOENCODING"):
+        for stream, errors in ((sys.stdout, "strict"), (sys.stderr, "backslashreplace")):
+            stream.reconfigure(encoding=encoding, errors=errors)  # type: ignore[union-attr]
     random.seed()
     sys.modules["numpy"].random.seed()
     signal.alarm(request["timeout"])
@@ -135,7 +142,8 @@ def end(status: int) -> None:
 
 if __name__ == "__main__":
     for package in sys.argv[1:]:
-        importlib.import_module(package)
+        if importlib.util.find_spec(package.split(".")[0]):
+            importlib.import_module(package)
     work = serve()
     if work:
         status: Any = 0
