@@ -26,7 +26,13 @@ def add_compact(commands: Any) -> None:
     add_choice(command)
     command.add_argument("--part-bytes", type=int, help="largest uncompressed size of a merged part (default: 1 GiB)")
     command.add_argument("--min-parts", type=int, default=2, help="do not merge runs of fewer parts than this (default: %(default)s)")
+    command.add_argument("--all", action="store_true", help="write every part of format 1 again in format 2, merged or not")
+    _add_no_shards(command)
     _add_dry_run(command)
+
+
+def _add_no_shards(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--no-shards", action="store_true", help="write each chunk to a file of its own")
 
 
 def _compact(options: argparse.Namespace) -> None:
@@ -35,6 +41,8 @@ def _compact(options: argparse.Namespace) -> None:
         group=options.group,
         part_bytes=options.part_bytes,
         min_parts=options.min_parts,
+        shards=not options.no_shards,
+        upgrade=options.all,
         dry_run=options.dry_run,
         progress=not options.json,
     )
@@ -132,6 +140,7 @@ def add_publish(commands: Any) -> None:
     command.add_argument("--layers", help="only these: all, middle, last, 0,4,-1 or 8:24")
     command.add_argument("--no-text", action="store_true", help="do not publish the prompts' texts")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier published copy")
+    _add_no_shards(command)
 
 
 def _publish(options: argparse.Namespace) -> None:
@@ -146,6 +155,7 @@ def _publish(options: argparse.Namespace) -> None:
         layers=None if options.layers is None else parse_layers(options.layers),
         text=not options.no_text,
         overwrite=options.overwrite,
+        shards=not options.no_shards,
         progress=not options.json,
     )
     if options.json:

@@ -18,7 +18,7 @@ from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import Html, card, definitions, escape, format_bytes, section, table, visible
 from lmprobe_zarr.errors import LmprobeZarrError
 from lmprobe_zarr.interchange import to_interchange
-from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level, bytes_by_folder, unrecorded_fields
+from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level, unrecorded_fields
 from lmprobe_zarr.store.parts import Catalog, View, groups_of, open_union, urls_of
 
 __all__ = ["GroupContents", "HeldArray", "StoreContents", "coverage_of", "describe_catalogs", "describe_view"]
@@ -185,7 +185,7 @@ def describe_view(view: View) -> GroupContents:
     # One pass over the tables of files, by far the longest thing in a part's document.
     weights: dict[str, int] = {}
     for part in owners:
-        for key, nbytes in bytes_by_folder(part.info.files).items():
+        for key, nbytes in part.info.nbytes_by_folder().items():
             weights[key] = weights.get(key, 0) + nbytes
 
     def held(level: Level, name: str) -> HeldArray:

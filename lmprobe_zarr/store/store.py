@@ -767,6 +767,8 @@ class Store:
         group: str | None = None,
         part_bytes: int | None = None,
         min_parts: int = 2,
+        shards: bool = True,
+        upgrade: bool = False,
         dry_run: bool = False,
         progress: bool = True,
     ) -> CompactPlan:
@@ -785,6 +787,12 @@ class Store:
             limit. Parts of more than half of it stay as they are.
         min_parts : int
             Fewer neighbours than this stay as they are.
+        shards : bool
+            Write the chunks of a layer to few files, of about 64 MiB on a local disk and 256 MiB elsewhere. False writes each chunk to a
+            file of its own, which other Zarr readers read faster.
+        upgrade : bool
+            Also write every part of format 1 again in format 2, whether it is merged or not. Releases of this package that know only
+            format 1 cannot read the store afterwards. Call it again where it was stopped.
         dry_run : bool
             Only plan: nothing is written.
         progress : bool
@@ -803,7 +811,9 @@ class Store:
         most = self._part_bytes(PART_BYTES if part_bytes is None else part_bytes)
         check_min_parts(min_parts)
         groups = find_groups((self.catalog,), model, provenance, group)
-        return compact_groups(self.catalog, groups, part_bytes=most, min_parts=min_parts, dry_run=dry_run, progress=progress)
+        return compact_groups(
+            self.catalog, groups, part_bytes=most, min_parts=min_parts, shards=shards, upgrade=upgrade, dry_run=dry_run, progress=progress
+        )
 
     def _part_bytes(self, part_bytes: int) -> int:
         return part_bytes_within(part_bytes, config.cache_limit() if self.is_default else None)
@@ -939,6 +949,7 @@ class Store:
         storage_options: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         card: str | bool | None = None,
+        shards: bool = True,
         progress: bool = True,
     ) -> PublishSummary:
         """Write a compacted copy to another place, for others to read: also over plain HTTP, from a server that lists nothing.
@@ -967,6 +978,9 @@ class Store:
             Replace a copy that was published there before. Readers that have the old copy open get `PartGoneError`.
         card : str or bool, optional
             The text of ``README.md``; None makes one, False writes none.
+        shards : bool
+            Write the chunks of a layer to few files, of about 64 MiB on a local disk and 256 MiB elsewhere. False writes each chunk to a
+            file of its own, which other Zarr readers read faster.
         progress : bool
             Show a bar on terminals.
 
@@ -994,6 +1008,7 @@ class Store:
             text=text,
             card=card,
             overwrite=overwrite,
+            shards=shards,
             storage_options=storage_options,
             progress=progress,
         )

@@ -185,8 +185,7 @@ class RowSource:
                 digest.update(repr((member.path, member.info.shape, member.info.chunks)).encode())
                 for layer in np.unique(array.layer_rows[:, places]).tolist():
                     for block in range(member.info.n_blocks if layer >= 0 else 0):
-                        key = member.path.rpartition("/")[0].rpartition("/")[2] + "/" + member.path.rpartition("/")[2]
-                        digest.update(repr(member.files.get(f"{key}/{member.info.chunk_key(layer, block)}")).encode())
+                        digest.update(repr(tuple(member.where.chunk(layer, block)[2:])).encode())
             ints = (places, array.classes, array.source, array.start, array.layer_rows)
             for values in (*ints, *(() if array.offsets is None else (array.offsets,))):
                 digest.update(np.ascontiguousarray(values).tobytes())

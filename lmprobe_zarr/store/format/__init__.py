@@ -5,9 +5,9 @@ A document becomes a frozen record by ``parse_…``, which raises where it is da
 """
 
 from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
-from lmprobe_zarr.store.format.blosc_frame import check_frame, decode_range
+from lmprobe_zarr.store.format.blosc_frame import Frame, check_frame, decode_blocks, decode_range
 from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
-from lmprobe_zarr.store.format.chunk import TEXT_BYTES, encode_chunk, file_entry, holds_checksum, is_intact
+from lmprobe_zarr.store.format.chunk import TEXT_BYTES, crc32c, encode_chunk, file_entry, holds_checksum, is_intact
 from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field, describe_unrecorded, unrecorded_fields
 from lmprobe_zarr.store.format.files_table import FilesTable, bytes_by_folder, bytes_of_files, check_table
 from lmprobe_zarr.store.format.group import GroupInfo, Provenance, check_new_provenance, parse_group
@@ -19,6 +19,7 @@ from lmprobe_zarr.store.format.names import (
     GROUP_NAME,
     LEVELS,
     MADE_BY_WRITER,
+    PART_VERSION,
     PROMPT_COLUMNS,
     SAMPLE_DIM,
     STAMPS,
@@ -38,18 +39,35 @@ from lmprobe_zarr.store.format.part import (
 from lmprobe_zarr.store.format.part_names import PART_NAME, new_part_name, part_milliseconds, replacement_name
 from lmprobe_zarr.store.format.published import PUBLISHED_MARK, published_document
 from lmprobe_zarr.store.format.root import Published, is_root_document, parse_root, root_document
+from lmprobe_zarr.store.format.tables import (
+    BLOCK_TABLE,
+    CHUNK_TABLE,
+    INLINE_BYTES,
+    ArrayTables,
+    BlockTable,
+    ChunkTable,
+    block_nbytes_of,
+    block_record,
+    block_table_nbytes,
+    chunk_table_nbytes,
+    shard_index,
+)
 
 __all__ = [
     "ABSENT_FIELDS",
     "ANNOTATIONS",
+    "BLOCK_TABLE",
     "CALL_ORDER",
+    "CHUNK_TABLE",
     "COLUMN",
     "FORMAT",
     "FORMAT_COLUMNS",
     "GROUP_NAME",
+    "INLINE_BYTES",
     "LEVELS",
     "MADE_BY_WRITER",
     "PART_NAME",
+    "PART_VERSION",
     "PROCESS_FIELDS",
     "PROMPT_COLUMNS",
     "PUBLISHED_MARK",
@@ -58,20 +76,30 @@ __all__ = [
     "TEXT_BYTES",
     "TOKEN_COLUMNS",
     "ArrayInfo",
+    "ArrayTables",
+    "BlockTable",
     "CallPlaces",
+    "ChunkTable",
     "FilesTable",
+    "Frame",
     "GroupInfo",
     "Level",
     "PartInfo",
     "Provenance",
     "Published",
     "array_dims",
+    "block_nbytes_of",
+    "block_record",
+    "block_table_nbytes",
     "bytes_by_folder",
     "bytes_of_files",
     "call_of",
     "check_frame",
     "check_new_provenance",
     "check_table",
+    "chunk_table_nbytes",
+    "crc32c",
+    "decode_blocks",
     "decode_range",
     "describe_field",
     "describe_unrecorded",
@@ -96,6 +124,7 @@ __all__ = [
     "removed_document",
     "replacement_name",
     "root_document",
+    "shard_index",
     "unrecorded_fields",
     "validate_column_names",
 ]

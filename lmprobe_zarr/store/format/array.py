@@ -46,6 +46,8 @@ class ArrayInfo:
         Blosc's filter before lz4 (zstd for strings); None for chunks that are not compressed.
     attributes : mapping
         ``stored_dtype`` and the CF ragged-array attributes.
+    shard_blocks : int
+        How many chunks of rows lie in one file, a shard; 0 where each chunk is a file.
     """
 
     dims: tuple[str, ...]
@@ -54,6 +56,7 @@ class ArrayInfo:
     dtype: str
     shuffle: str | None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    shard_blocks: int = 0
 
     @property
     def layered(self) -> bool:
@@ -95,14 +98,50 @@ class ArrayInfo:
         """Chunks in all."""
         return self.n_blocks * (self.shape[0] if self.layered else 1)
 
-    def chunk_keys(self) -> list[str]:
-        """Keys of all chunks."""
-        layers, blocks = self.shape[0] if self.layered else 1, self.n_blocks
-        return [self.chunk_key(layer, block) for layer in range(layers) for block in range(blocks)]
+    @property
+    def blocks_per_file(self) -> int:
+        """Chunks of rows in one file."""
+        return self.shard_blocks or 1
+
+    def first_in_shard(self, block: int) -> int:
+        """The first chunk of rows in the file that holds one."""
+        return block - block % self.blocks_per_file
+
+    @property
+    def n_files(self) -> int:
+        """Files that hold the chunks of one layer."""
+        return -(-self.n_blocks // self.blocks_per_file)
+
+    def file_name(self, layer: int, file: int) -> str:
+        """Name of a file with chunks: `layer` and `file` count stored layers and the files of each."""
+        return self.chunk_key(layer, file)
+
+    def file_of(self, layer: int, block: int) -> str:
+        """Name of the file that holds a chunk."""
+        return self.chunk_key(layer, block // self.blocks_per_file)
+
+    def file_names(self) -> list[str]:
+        """Names of all files with chunks."""
+        layers, files = self.shape[0] if self.layered else 1, self.n_files
+        return [self.file_name(layer, file) for layer in range(layers) for file in range(files)]
+
+    @property
+    def shard_index_nbytes(self) -> int:
+        """Bytes of the index at the end of each shard; 0 where there are none."""
+        return 16 * self.shard_blocks + 4 if self.shard_blocks else 0
 
     @property
     def codecs(self) -> list[Json]:
-        """The codec chain, as the array's document names it."""
+        """The codec chain of a file, as the array's document names it."""
+        if not self.shard_blocks:
+            return self.chunk_codecs
+        index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        described = {"chunk_shape": list(self.chunks), "codecs": self.chunk_codecs, "index_codecs": index, "index_location": "end"}
+        return [{"name": "sharding_indexed", "configuration": described}]
+
+    @property
+    def chunk_codecs(self) -> list[Json]:
+        """The codec chain of a chunk."""
         text = self.dtype == "string"
         itemsize = 1 if text else np.dtype(self.dtype).itemsize
         codecs: list[Json]
@@ -121,12 +160,14 @@ class ArrayInfo:
     def to_document(self) -> Json:
         """The array's ``zarr.json``, as the Zarr v3 core specification has it."""
         kind = "string" if self.dtype == "string" else np.dtype(self.dtype).kind
+        grid = list(self.chunks)
+        grid[self.sample_axis] *= self.blocks_per_file
         return {
             "zarr_format": 3,
             "node_type": "array",
             "shape": list(self.shape),
             "data_type": self.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(self.chunks)}},
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": grid}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "fill_value": {"string": "", "f": "NaN", "b": False}.get(kind, -1),
             "codecs": self.codecs,
@@ -149,12 +190,17 @@ def parse_array(document: object) -> ArrayInfo:
     """
     if not isinstance(document, dict):
         raise ValueError(f"an array document is an object, not {type(document).__name__}")
-    shape, chunks = (lengths_of(document["shape"]), lengths_of(document["chunk_grid"]["configuration"]["chunk_shape"]))
-    dtype, dims, codecs = document["data_type"], document["dimension_names"], document["codecs"]
+    shape, grid = (lengths_of(document["shape"]), lengths_of(document["chunk_grid"]["configuration"]["chunk_shape"]))
+    dtype, dims, outer = document["data_type"], document["dimension_names"], document["codecs"]
+    sharding = outer[0]["configuration"] if outer[0]["name"] == "sharding_indexed" else None
+    codecs, chunks = (outer, grid) if sharding is None else (sharding["codecs"], lengths_of(sharding["chunk_shape"]))
     if dtype not in _DTYPES:
         raise ValueError(f"data type {dtype!r}")
     if not (len(dims) == len(shape) == len(chunks)) or not shape or not all(isinstance(d, str) for d in dims):
         raise ValueError("dimensions, shape and chunks differ in number")
+    if len(grid) != len(shape) or min(chunks) < 1:
+        raise ValueError(f"chunks {chunks} of shape {shape}")
+    axis = int(len(dims) > 1 and dims[0] == "layer")
     blosc = [c["configuration"]["shuffle"] for c in codecs if c["name"] == "blosc"]
     info = ArrayInfo(
         dims=tuple(dims),
@@ -163,13 +209,16 @@ def parse_array(document: object) -> ArrayInfo:
         dtype=dtype,
         shuffle=blosc[0] if blosc else None,
         attributes=dict(document["attributes"]),
+        shard_blocks=0 if sharding is None else grid[axis] // chunks[axis],
     )
     if not isinstance(info.attributes.get("stored_dtype", ""), str):
         raise ValueError("stored_dtype is no text")
     if COLUMN in info.attributes:
         _check_column(info, info.attributes[COLUMN])
-    if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or codecs != info.codecs:
-        raise ValueError(f"codecs {[c.get('name') for c in codecs]}")
+    if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or outer != info.codecs:
+        raise ValueError(f"codecs {[c.get('name') for c in outer]}")
+    if list(grid) != info.to_document()["chunk_grid"]["configuration"]["chunk_shape"] or (sharding is not None and not info.shard_blocks):
+        raise ValueError(f"shards {grid} of chunks {chunks}")
     if document["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
         raise ValueError("chunk key encoding")
     if info.layered and chunks[0] != 1:

@@ -8,13 +8,16 @@ of ``README_CHUNK_FORMAT.rst`` in c-blosc.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numcodecs import blosc
 
-__all__ = ["check_frame", "decode_range"]
+from lmprobe_zarr.typing import Buffer
+
+__all__ = ["Frame", "check_frame", "decode_blocks", "decode_range", "in_order"]
 
 _HEADER: Final = struct.Struct("<4B3I")  # version, version of the codec, flags, typesize; bytes decoded, of a block, of the frame
 _COPIED: Final = 2  # flag: stored as it was, right behind the header
@@ -80,3 +83,85 @@ def decode_range(frame: memoryview, start: int, stop: int, room: memoryview) -> 
     header = _HEADER.pack(version, codec, flags, typesize, held, block, new[-1])
     blosc.decompress(b"".join([header, np.array(new[:-1], "<i4").tobytes(), *blocks]), room[:held])
     return room[start - first * block : stop - first * block]
+
+
+class Frame(NamedTuple):
+    """What the header of a frame says.
+
+    Parameters
+    ----------
+    head : int
+        Its first four bytes, versions, flags and typesize, as a little-endian number.
+    decoded, block_nbytes : int
+        Bytes of the frame and of a block, decoded.
+    """
+
+    head: int
+    decoded: int
+    block_nbytes: int
+
+    @classmethod
+    def of(cls, frame: memoryview) -> Frame:
+        """The header of a frame that blosc made."""
+        *_, decoded, block, _ = _HEADER.unpack_from(frame)
+        return cls(int.from_bytes(frame[:4], "little"), decoded, block)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the bytes stand behind the header as they were."""
+        return bool(self.head >> 16 & _COPIED)
+
+    def first_byte(self, n_blocks: int) -> int:
+        """Where the first of its blocks begins."""
+        return _HEADER.size + (0 if self.is_copied else 4 * n_blocks)
+
+    def bounds(self, frame: memoryview, block_nbytes: int) -> list[int]:
+        """Where its blocks begin, and its end; of a frame that was copied, as if it had blocks of `block_nbytes`."""
+        if self.is_copied:
+            return [*range(_HEADER.size, len(frame), block_nbytes), len(frame)]
+        places = np.frombuffer(frame, "<i4", -(-self.decoded // self.block_nbytes), _HEADER.size)
+        return [*places.tolist(), len(frame)]
+
+
+def in_order(frame: bytes) -> bytes:
+    """The same frame with its blocks in their order: where several threads compress, they are in the order in which they were ready."""
+    header = Frame.of(memoryview(frame))
+    if header.is_copied:
+        return frame
+    bounds = header.bounds(memoryview(frame), header.block_nbytes)
+    if bounds == sorted(bounds):
+        return frame
+    ends = dict(pairwise(sorted(bounds)))
+    blocks = [frame[place : ends[place]] for place in bounds[:-1]]
+    first = header.first_byte(len(blocks))
+    places = first + np.cumsum([0, *(len(block) for block in blocks[:-1])])
+    return b"".join([frame[: _HEADER.size], places.astype("<i4").tobytes(), *blocks])
+
+
+def decode_blocks(head: int, blocks: Sequence[Buffer], block_nbytes: int, decoded: int, room: memoryview) -> memoryview:
+    """The decoded bytes of some blocks of one frame, end to end.
+
+    Parameters
+    ----------
+    head : int
+        As in `Frame`, of the frame that they are from; one that was not copied.
+    blocks : sequence of bytes-like
+        In their order. A shorter last one of the frame stands behind another.
+    block_nbytes : int
+        Decoded bytes of each but a shorter last one.
+    decoded : int
+        Decoded bytes of all together.
+    room : memoryview of bytes
+        A buffer of at least that size. The result is a view of it.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        The blocks are damaged.
+    """
+    version, codec, flags, typesize = head.to_bytes(4, "little")
+    first = _HEADER.size + 4 * len(blocks)
+    places = [first, *(first + np.cumsum([len(block) for block in blocks])).tolist()]
+    header = _HEADER.pack(version, codec, flags, typesize, decoded, block_nbytes, places[-1])
+    blosc.decompress(b"".join([header, np.array(places[:-1], "<i4").tobytes(), *blocks]), room[:decoded])
+    return room[:decoded]

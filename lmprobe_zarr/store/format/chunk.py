@@ -13,16 +13,17 @@ from numcodecs.vlen import VLenUTF8
 
 from lmprobe_zarr.batch import fill_value
 from lmprobe_zarr.store.format.array import ArrayInfo
+from lmprobe_zarr.store.format.blosc_frame import in_order
 from lmprobe_zarr.typing import Array, Buffer
 
-__all__ = ["CRC", "TEXT_BYTES", "encode_chunk", "file_entry", "holds_checksum", "is_intact"]
+__all__ = ["CRC", "TEXT_BYTES", "crc32c", "encode_chunk", "file_entry", "holds_checksum", "is_intact"]
 
 _SHUFFLES: Final = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 CRC: Final = struct.Struct("<I")
 TEXT_BYTES: Final = 2**28  # the most that the texts of one chunk may have
 
 
-def encode_chunk(values: Array, info: ArrayInfo) -> tuple[Buffer, bytes]:
+def encode_chunk(values: Array, info: ArrayInfo, block_nbytes: int = 0) -> tuple[Buffer, bytes]:
     """The bytes of one chunk file, in two pieces: the body, which may be the values themselves, and its crc32c.
 
     Parameters
@@ -31,6 +32,8 @@ def encode_chunk(values: Array, info: ArrayInfo) -> tuple[Buffer, bytes]:
         A shorter last chunk is filled up with the fill value, as Zarr stores chunks at full size.
     info : ArrayInfo
         Gives the dtype and the codecs.
+    block_nbytes : int
+        Decoded bytes of a block, in their order; 0 for those that blosc chooses.
     """
     missing = info.rows_per_chunk - values.shape[info.sample_axis]
     if missing:
@@ -45,7 +48,10 @@ def encode_chunk(values: Array, info: ArrayInfo) -> tuple[Buffer, bytes]:
         body = np.ascontiguousarray(values, np.dtype(info.dtype).newbyteorder("<")).reshape(-1).view(np.uint8)
         cname = b"lz4"
     if info.shuffle is not None:
-        body = blosc.compress(body, cname, 5, _SHUFFLES[info.shuffle], 0, 1 if info.dtype == "string" else np.dtype(info.dtype).itemsize)
+        itemsize = 1 if info.dtype == "string" else np.dtype(info.dtype).itemsize
+        # Blosc multiplies the size that it is given by the item's, where lz4 compresses the bytes of items apart.
+        body = blosc.compress(body, cname, 5, _SHUFFLES[info.shuffle], block_nbytes // itemsize, itemsize)
+        body = in_order(body) if block_nbytes else body
     checksum = CRC.pack(google_crc32c.value(body))
     return body if isinstance(body, bytes) else body.data, checksum
 
@@ -57,7 +63,7 @@ def file_entry(data: bytes, *, chunk: bool) -> tuple[int, int]:
 
 def holds_checksum(body: Buffer, tail: Buffer, checksum: int) -> bool:
     """Whether a chunk's body has the checksum that the part's table gives for it, and its last four bytes give the same."""
-    return _crc32c(body) == checksum and CRC.unpack(tail)[0] == checksum
+    return crc32c(body) == checksum and CRC.unpack(tail)[0] == checksum
 
 
 def is_intact(name: str, data: Buffer, entry: Sequence[int]) -> bool:
@@ -66,10 +72,11 @@ def is_intact(name: str, data: Buffer, entry: Sequence[int]) -> bool:
     if len(data) != length:
         return False
     if not name.rpartition("/")[2].startswith("c."):
-        return _crc32c(data) == checksum
+        return crc32c(data) == checksum
     whole = memoryview(data)
     return length >= CRC.size and holds_checksum(whole[: -CRC.size], whole[-CRC.size :], checksum)
 
 
-def _crc32c(data: Buffer) -> int:
+def crc32c(data: Buffer) -> int:
+    """The checksum of some bytes."""
     return int(google_crc32c.value(np.frombuffer(data, np.uint8))) if len(data) else 0

@@ -21,7 +21,9 @@ from lmprobe_zarr.typing import Ints
 __all__ = ["FilesTable", "bytes_by_folder", "bytes_of_files", "check_table", "damaged_part"]
 
 # A part's document decides which files are copied and removed. Only such keys are accepted: one with ".." would point outside the store.
-_FILE_KEY: Final = re.compile(rb"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|c(?:\.[0-9]+)+))")
+_FILE_KEY: Final = re.compile(
+    rb"(?:prompts|tokens)/(?:zarr\.json|[A-Za-z][A-Za-z0-9_]*/(?:zarr\.json|(?:chunk|block)_table|c(?:\.[0-9]+)+))"
+)
 # `_FILE_KEY` does not tell digits apart, so keys that differ in digits alone are matched once.
 _DIGITS: Final = bytes.maketrans(b"123456789", b"000000000")
 _Parsed: TypeAlias = tuple[dict[str, int], Ints]

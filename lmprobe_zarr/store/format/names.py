@@ -20,6 +20,7 @@ __all__ = [
     "GROUP_NAME",
     "LEVELS",
     "MADE_BY_WRITER",
+    "PART_VERSION",
     "PROMPT_COLUMNS",
     "SAMPLE_DIM",
     "STAMPS",
@@ -37,8 +38,9 @@ __all__ = [
 STAMPS: Final = ".used"
 
 FORMAT: Final = "lmprobe-zarr"
-FORMAT_VERSION: Final = 1
-TOMBSTONE_VERSION: Final = 2  # of the document of a tombstone, and of nothing else
+FORMAT_VERSION: Final = 1  # of roots and groups, and of the first parts
+PART_VERSION: Final = 2
+TOMBSTONE_VERSION: Final = 2  # a tombstone had this number before other parts did
 
 ANNOTATIONS: Final = "annotations"
 GROUP_NAME: Final = re.compile(r"(?:[a-z0-9.-]+-)?[0-9a-f]{12}")
@@ -87,14 +89,13 @@ def validate_column_names(names: Iterable[str], *, new: bool = False) -> None:
             )
 
 
-def check_version(version: object, where: str) -> None:
+def check_version(version: object, where: str, known: tuple[int, ...] = (FORMAT_VERSION,)) -> None:
     """Raise `UnsupportedVersionError` for another version of the format, TypeError for something that is no version."""
     if type(version) is not int:
         raise TypeError(f"format version {version!r:.40} is no number")
-    if version != FORMAT_VERSION:
-        raise UnsupportedVersionError(
-            f"{where} has format version {version!r}, this release reads version {FORMAT_VERSION}: upgrade lmprobe-zarr to open it"
-        )
+    if version not in known:
+        read = f"version {known[0]}" if len(known) == 1 else f"versions {' and '.join(map(str, known))}"
+        raise UnsupportedVersionError(f"{where} has format version {version!r}, this release reads {read}: upgrade lmprobe-zarr to open it")
 
 
 def consolidated(metadata: Json) -> Json:

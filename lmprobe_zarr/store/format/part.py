@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import binascii
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -17,13 +18,21 @@ import numpy.typing as npt
 from lmprobe_zarr.batch import digests_of, keys_of, sha256_of
 from lmprobe_zarr.errors import CorruptPartError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo, is_variable, lengths_of, parse_array
-from lmprobe_zarr.store.format.files_table import PARSE_ERRORS, FilesTable, check_table, damaged_part
+from lmprobe_zarr.store.format.files_table import (
+    PARSE_ERRORS,
+    FilesTable,
+    bytes_by_folder,
+    bytes_of_files,
+    check_table,
+    damaged_part,
+)
 from lmprobe_zarr.store.format.group import GroupInfo
 from lmprobe_zarr.store.format.names import (
     FORMAT,
     FORMAT_COLUMNS,
     FORMAT_VERSION,
     LEVELS,
+    PART_VERSION,
     SAMPLE_DIM,
     TOMBSTONE_VERSION,
     Json,
@@ -32,6 +41,7 @@ from lmprobe_zarr.store.format.names import (
     consolidated,
     dump,
 )
+from lmprobe_zarr.store.format.tables import ArrayTables, parse_tables, tables_document
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["PartInfo", "level_document", "parse_part", "parse_part_group", "parse_removed", "part_document", "removed_document"]
@@ -45,6 +55,7 @@ _UP_TO_DIGEST: Final = google_crc32c.value(_PREFIX + b"00000000")
 # Where `part_document` puts what takes the most bytes.
 _ATTRIBUTES: Final = _PREFIX.index(b'{"digest"')
 _SHA256: Final = b',"prompt_sha256":"'
+_DIGESTS: Final = b',"prompt_digests":"'
 _FILES: Final = b',"files":'
 _METADATA: Final = b'},"consolidated_metadata":'
 _CUT: Final = object()
@@ -70,9 +81,10 @@ class PartInfo:
     arrays : mapping of str to ArrayInfo
         ``"prompts/<name>"`` and ``"tokens/<name>"``.
     files : mapping of str to (int, int)
-        Every other file of the part: length in bytes and crc32c. Of a stored part it is a `FilesTable`, which is checked when it is first
-        used, and raises `CorruptPartError` then. For a chunk it is the crc32c that the chunk ends with,
-        that is, of all but the last four bytes (over the whole, the crc32c of anything with its own crc32c appended is one constant).
+        Every other file of the part, without the chunks of arrays that have tables: length in bytes and crc32c. Of a stored part it is
+        a `FilesTable`, which is checked when it is first used, and raises `CorruptPartError` then. For a chunk it is the crc32c that the
+        chunk ends with, that is, of all but the last four bytes (over the whole, the crc32c of anything with its own crc32c appended is
+        one constant).
     recorded : mapping
         What is only noted: versions, device, time.
     replaces : tuple of str
@@ -82,6 +94,8 @@ class PartInfo:
     removed : mapping of str to (tuple of int, or None)
         Of a tombstone: the variables and columns, by their keys, whose values were removed for all its prompts, with the layers of each;
         None for a variable without layers, and for a column. Empty for any other part.
+    tables : mapping of str to ArrayTables, optional
+        Of a part of format 2: the arrays whose chunks have tables of their own, and are not in `files`. None for a part of format 1.
     """
 
     group: str
@@ -96,6 +110,39 @@ class PartInfo:
     replaces: tuple[str, ...] = ()
     odd: Mapping[str, Sequence[int]] | None = None
     removed: Mapping[str, tuple[int, ...] | None] = field(default_factory=dict)
+    tables: Mapping[str, ArrayTables] | None = None
+
+    @property
+    def version(self) -> int:
+        """Version of the format that its document has."""
+        if self.removed:
+            return TOMBSTONE_VERSION
+        return FORMAT_VERSION if self.tables is None else PART_VERSION
+
+    def file_names(self) -> Iterator[str]:
+        """Keys of all files but its document."""
+        yield from self.files
+        for key in self.tables or ():
+            for name in self.arrays[key].file_names():
+                yield f"{key}/{name}"
+
+    @property
+    def n_files(self) -> int:
+        """How many files it has beside its document."""
+        arrays = (self.arrays[key] for key in self.tables or ())
+        return len(self.files) + sum(array.n_files * (array.shape[0] if array.layered else 1) for array in arrays)
+
+    @property
+    def files_nbytes(self) -> int:
+        """Bytes of all files but its document."""
+        return bytes_of_files(self.files) + sum(table.nbytes for table in (self.tables or {}).values())
+
+    def nbytes_by_folder(self) -> dict[str, int]:
+        """Bytes of the files of each folder, by its key: those of an array by ``"prompts/<name>"`` or ``"tokens/<name>"``."""
+        found = bytes_by_folder(self.files)
+        for key, table in (self.tables or {}).items():
+            found[key] = found.get(key, 0) + table.nbytes
+        return found
 
     @property
     def is_tombstone(self) -> bool:
@@ -118,6 +165,11 @@ class PartInfo:
         return {f"prompts/{name}": array for name, array in columns.items() if name not in FORMAT_COLUMNS}
 
     @property
+    def has_shards(self) -> bool:
+        """Whether files of some array hold many chunks."""
+        return any(array.shard_blocks for array in self.arrays.values())
+
+    @property
     def compressed(self) -> bool:
         """Whether the part was written with compression."""
         return any(array.shuffle is not None for array in self.arrays.values())
@@ -129,7 +181,7 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
         "digest": "crc32c:00000000",
         "format": FORMAT,
         # A reader that does not know tombstones must refuse one: it would show what it hides.
-        "format_version": TOMBSTONE_VERSION if info.removed else FORMAT_VERSION,
+        "format_version": info.version,
         "kind": info.kind,
         # Everything in the group's own document: where that is lost, any part restores it.
         "model": group.model,
@@ -139,12 +191,12 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
         "group": info.group,
         "name": info.name,
         "layers": list(info.layers),
-        "prompt_sha256": "".join(sha256_of(info.digests)),
-        "n_tokens": None if info.n_tokens is None else info.n_tokens.tolist(),
+        **_index_document(info),
         "replaces": list(info.replaces),
         "odd": None if info.odd is None else {key: list(counts) for key, counts in info.odd.items()},
         **({"removed": removed_document(info.removed)} if info.removed else {}),
         "recorded": dict(info.recorded),
+        **({} if info.tables is None else {"tables": tables_document(info.tables)}),
         "files": {key: list(value) for key, value in info.files.items()},
     }
     metadata: Json = {level: level_document(arrays, level, nested=False) for level in LEVELS if (arrays := info.variables(level))}
@@ -153,6 +205,27 @@ def part_document(info: PartInfo, group: GroupInfo) -> bytes:
     data = bytearray(dump(document, sort=False))
     data[_DIGEST] = b"%08x" % google_crc32c.value(bytes(data))
     return bytes(data)
+
+
+def _index_document(info: PartInfo) -> Json:
+    """The index of the prompts: as text in format 1, as base64 in format 2."""
+    counts = info.n_tokens
+    if info.tables is None:
+        return {"prompt_sha256": "".join(sha256_of(info.digests)), "n_tokens": None if counts is None else counts.tolist()}
+    digests = base64.b64encode(np.ascontiguousarray(info.digests).tobytes()).decode()
+    return {
+        "prompt_digests": digests,
+        "n_tokens": None if counts is None else base64.b64encode(counts.astype("<u4").tobytes()).decode(),
+    }
+
+
+def _parse_counts(counts: object) -> Ints | None:
+    """Token rows of each prompt, from a list or from base64."""
+    if counts is None:
+        return None
+    if isinstance(counts, str):
+        return np.frombuffer(binascii.a2b_base64(counts.encode("ascii"), strict_mode=True), "<u4").astype(np.int64)
+    return np.array(lengths_of(counts), np.int64)
 
 
 def level_document(arrays: Mapping[str, ArrayInfo], level: Level, *, nested: bool = True) -> Json:
@@ -180,28 +253,33 @@ def parse_part(data: bytes, where: str) -> PartInfo:
     """
     try:
         # The digest is that of the document with zeros in its place.
-        checksum = google_crc32c.extend(_UP_TO_DIGEST, np.frombuffer(data, np.uint8, offset=_DIGEST.stop))
-        intact = data.startswith(_PREFIX) and data[_DIGEST] == b"%08x" % checksum
+        intact = data.startswith(_PREFIX) and data[_DIGEST] == b"%08x" % google_crc32c.extend(
+            _UP_TO_DIGEST, np.frombuffer(data, np.uint8, offset=min(_DIGEST.stop, len(data)))
+        )
         content = (_cut_document(data) if intact else None) or _whole_document(data)
         attributes = content.attributes
         if attributes["format"] == FORMAT:
-            # Only a tombstone has its own version.
-            version = attributes["format_version"]
-            check_version(FORMAT_VERSION if version == TOMBSTONE_VERSION and "removed" in attributes else version, where)
+            check_version(attributes["format_version"], where, (FORMAT_VERSION, PART_VERSION))
         if not intact:
             raise ValueError("its digest does not hold")
         if attributes["format"] != FORMAT or attributes["kind"] not in {"part", "annotation"}:
             raise ValueError(f"it is a {attributes['kind']!r} of {attributes['format']!r}")
+        is_binary = "prompt_digests" in attributes
+        # Tombstones had the number of format 2 before it was there, since readers that do not know them must refuse them.
+        if is_binary != (attributes["format_version"] == PART_VERSION and "removed" not in attributes):
+            raise ValueError(f"its index is not that of format {attributes['format_version']}")
         known = _parse_arrays(content.metadata)
-        table = FilesTable(content.files, where, least=known.n_chunks)
+        tables = parse_tables(attributes["tables"], known.arrays) if is_binary else None
+        least = known.n_chunks if not tables else max((a.n_chunks for key, a in known.arrays.items() if key not in tables), default=0)
+        table = FilesTable(content.files, where, least=least)
         if content.digests is None:
             check_table(table)
         info = PartInfo(
             group=_text(attributes["group"]),
             name=_text(attributes["name"]),
             kind=attributes["kind"],
-            digests=digests_of([attributes["prompt_sha256"]]) if content.digests is None else content.digests,
-            n_tokens=None if attributes["n_tokens"] is None else np.array(lengths_of(attributes["n_tokens"]), np.int64),
+            digests=_parse_digests(attributes) if content.digests is None else content.digests,
+            n_tokens=_parse_counts(attributes["n_tokens"]),
             layers=lengths_of(attributes["layers"]),
             arrays=known.arrays,
             files=table,
@@ -209,8 +287,11 @@ def parse_part(data: bytes, where: str) -> PartInfo:
             replaces=tuple(_text(name) for name in attributes["replaces"]),
             odd=None if (odd := attributes.get("odd")) is None else {key: lengths_of(counts) for key, counts in odd.items()},
             removed=parse_removed(attributes.get("removed", {})),
+            tables=tables,
         )
-        _check_part(info, known, table.at_most)
+        _check_part(info, known)
+        if least > table.at_most:
+            raise ValueError("an array has more chunks than there are files")
     except (UnsupportedVersionError, CorruptPartError):
         raise
     except PARSE_ERRORS as error:
@@ -289,9 +370,10 @@ def _cut_document(data: bytes) -> _Content | None:
     if start < 0 or not data.startswith(_FILES, start) or data.find(b"}", table, end) != end - 1 or not data.endswith(b"}"):
         return None
     files, metadata = data[table:end], data[end + len(_METADATA) : -1]
-    begin = data.find(_SHA256, _ATTRIBUTES, start) + len(_SHA256)
+    name = _DIGESTS if data.find(_DIGESTS, _ATTRIBUTES, start) >= 0 else _SHA256
+    begin = data.find(name, _ATTRIBUTES, start) + len(name)
     stop = data.find(b'"', begin, start)
-    if begin < _ATTRIBUTES or stop < 0:
+    if begin < _ATTRIBUTES + len(name) or stop < 0:
         return None
     cuts: list[str] = []
 
@@ -300,14 +382,15 @@ def _cut_document(data: bytes) -> _Content | None:
         return _CUT
 
     try:
-        digests = np.frombuffer(binascii.unhexlify(memoryview(data)[begin:stop]), np.uint8).reshape(-1, 32)
+        text = memoryview(data)[begin:stop]
+        digests = _binary_digests(text) if name is _DIGESTS else np.frombuffer(binascii.unhexlify(text), np.uint8).reshape(-1, 32)
         # In the place of the digests stands a value that `part_document` never writes. One elsewhere would be another's.
         rest = data[_ATTRIBUTES : begin - 1] + b"NaN" + data[stop + 1 : start] + b"}"
         attributes = json.loads(rest.decode("utf-8", "surrogatepass"), parse_constant=cut)
         _parse_arrays(metadata)
     except PARSE_ERRORS:
         return None
-    if len(cuts) != 1 or attributes.get("prompt_sha256") is not _CUT or "files" in attributes:
+    if len(cuts) != 1 or attributes.get(name[2:-3].decode()) is not _CUT or "files" in attributes:
         return None
     return _Content(attributes, metadata, files, digests)
 
@@ -348,8 +431,18 @@ def _text(value: object) -> str:
     return value
 
 
-def _check_part(info: PartInfo, known: _Arrays, n_files: int) -> None:
-    """Raise ValueError where pieces of a document contradict one another; `n_files` is at least the number of its files."""
+def _parse_digests(attributes: Json) -> npt.NDArray[np.uint8]:
+    if "prompt_digests" in attributes:
+        return _binary_digests(attributes["prompt_digests"].encode("ascii"))
+    return digests_of([attributes["prompt_sha256"]])
+
+
+def _binary_digests(text: bytes | memoryview) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(binascii.a2b_base64(text, strict_mode=True), np.uint8).reshape(-1, 32)
+
+
+def _check_part(info: PartInfo, known: _Arrays) -> None:
+    """Raise ValueError where pieces of a document contradict one another."""
     n = len(info.digests)
     # Sorting numbers is much faster than np.unique of rows of bytes. Whole digests are compared only where two begin with the same number.
     begins = np.sort(keys_of(info.digests))
@@ -369,5 +462,3 @@ def _check_part(info: PartInfo, known: _Arrays, n_files: int) -> None:
         wrong = lengths - {sizes[dim] or None} if dim in sizes else lengths & {0}
         if wrong:
             raise ValueError(f"{dim} has {min(wrong)} rows in an array but {sizes.get(dim)} in the index")
-    if known.n_chunks > n_files:
-        raise ValueError("an array has more chunks than there are files")

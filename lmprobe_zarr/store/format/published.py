@@ -30,7 +30,7 @@ def published_document(published: Published, groups: Mapping[str, GroupInfo], pa
         metadata[folder] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
     for key, part in parts.items():
         # The index and the table of files are large, so only the part's own document holds them.
-        few = {"format": FORMAT, "format_version": FORMAT_VERSION, "kind": part.kind, "group": part.group, "name": part.name}
+        few = {"format": FORMAT, "format_version": part.version, "kind": part.kind, "group": part.group, "name": part.name}
         metadata[key] = {"zarr_format": 3, "node_type": "group", "attributes": few}
         levels = {f"{key}/{level}": level_document(arrays, level, nested=False) for level in LEVELS if (arrays := part.variables(level))}
         metadata |= levels | {f"{key}/{name}": array.to_document() for name, array in part.arrays.items()}

@@ -1,7 +1,7 @@
-"""Chunks of slow places that were read in part, kept for the next reads of the same process: the least recently read goes first.
+"""Chunks of slow places that were read in part, and tables of chunks and blocks, kept for the next reads of the same process.
 
-A chunk is kept as it is stored, under its key and the checksum that its part's table gives for it, so what is found is never out of date.
-Whole chunks of activations are not kept, because a pass over a layer reads each once.
+The least recently read goes first. What is kept is kept as it is stored, under its key and its checksum, so what is found is never out of
+date. Whole chunks of activations are not kept, because a pass over a layer reads each once.
 """
 
 from __future__ import annotations
@@ -12,11 +12,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
+from typing import Final
 
 from lmprobe_zarr import config
 from lmprobe_zarr.typing import Buffer
 
-__all__ = ["kept_chunk"]
+__all__ = ["is_wanted_whole", "kept_chunk", "kept_table"]
+
+#: Bytes of tables that are kept: those of half a terabyte of activations.
+_TABLE_BYTES: Final = 2**26
+#: Chunks of which it is remembered that some blocks were read.
+_TOUCHED: Final = 2**14
 
 
 class _KeptChunks:
@@ -27,6 +33,16 @@ class _KeptChunks:
         self._bodies: OrderedDict[Hashable, Buffer] = OrderedDict()
         self._pending: dict[Hashable, Future[Buffer]] = {}
         self._nbytes = 0
+        self._touched: OrderedDict[Hashable, None] = OrderedDict()
+
+    def is_wanted(self, key: Hashable) -> bool:
+        with self._lock:
+            if key in self._bodies or key in self._pending or key in self._touched:
+                return True
+            self._touched[key] = None
+            if len(self._touched) > _TOUCHED:
+                self._touched.popitem(last=False)
+            return False
 
     def get(self, key: Hashable, fetch: Callable[[], Buffer], most: int) -> Buffer:
         with self._lock:
@@ -57,11 +73,21 @@ class _KeptChunks:
 
 
 @functools.cache
-def _kept(pid: int) -> _KeptChunks:  # noqa: ARG001 — a lock that another thread holds at a fork is held in the child for ever
+def _kept(pid: int, what: str) -> _KeptChunks:  # noqa: ARG001 — a lock that another thread holds at a fork is held in the child for ever
     return _KeptChunks()
 
 
 def kept_chunk(key: Hashable, fetch: Callable[[], Buffer]) -> Buffer:
     """A chunk's body, kept from an earlier read or else fetched; `fetch` must return bytes of their own that it has checked."""
     most = config.kept_chunk_bytes()
-    return _kept(os.getpid()).get(key, fetch, most) if most else fetch()
+    return _kept(os.getpid(), "chunks").get(key, fetch, most) if most else fetch()
+
+
+def is_wanted_whole(key: Hashable) -> bool:
+    """Whether a chunk is kept, or was asked about before: who reads of it again is likely to go on, and one request brings all of it."""
+    return bool(config.kept_chunk_bytes()) and _kept(os.getpid(), "chunks").is_wanted(key)
+
+
+def kept_table(key: Hashable, fetch: Callable[[], Buffer]) -> Buffer:
+    """A table's bytes, kept from an earlier read or else fetched; `fetch` must return bytes of their own that it has checked."""
+    return _kept(os.getpid(), "tables").get(key, fetch, _TABLE_BYTES)

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store.format import ANNOTATIONS, PART_NAME, PartInfo, bytes_by_folder, is_variable, part_milliseconds
+from lmprobe_zarr.store.format import ANNOTATIONS, PART_NAME, PartInfo, is_variable, part_milliseconds
 from lmprobe_zarr.store.parts.part import Part
 
 __all__ = ["Listing", "committed_at", "list_names", "part_nbytes"]
@@ -48,7 +48,7 @@ def part_nbytes(part: Part) -> int:
     info = part.info
     inside = {key for key, array in info.arrays.items() if is_variable(key.split("/")[1], array)}
     held = sum(int(np.prod(info.arrays[key].shape)) * np.dtype(info.arrays[key].dtype).itemsize for key in inside)
-    return held + sum(nbytes for folder, nbytes in bytes_by_folder(info.files).items() if folder not in inside)
+    return held + sum(nbytes for folder, nbytes in info.nbytes_by_folder().items() if folder not in inside)
 
 
 def list_names(storage: Storage, group: str) -> frozenset[str]:

@@ -8,6 +8,7 @@ from typing import Final
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import Level, PartInfo
+from lmprobe_zarr.store.parts.array_files import ArrayFiles
 from lmprobe_zarr.store.parts.stored_array import StoredArray
 
 __all__ = ["PART_BYTES", "Part", "part_bytes_within"]
@@ -49,10 +50,29 @@ class Part:
         """A key that sorts after those of all parts over which this one wins."""
         return self.rank, self.info.name
 
+    def sizes(self) -> dict[str, int]:
+        """Length of every file but its document, by its key below the part.
+
+        Raises
+        ------
+        CorruptPartError, PartGoneError
+            A table of chunks is missing or damaged.
+        """
+        found = {name: int(entry[0]) for name, entry in self.info.files.items()}
+        for key in self.info.tables or ():
+            found |= {f"{key}/{name}": nbytes for name, nbytes in self.files_of(key).file_sizes().items()}
+        return found
+
+    def files_of(self, key: str) -> ArrayFiles:
+        """The files of one of its arrays, given by its key."""
+        level, _, name = key.partition("/")
+        return self.array("tokens" if level == "tokens" else "prompts", name).where
+
     def array(self, level: Level, name: str) -> StoredArray:
         """One of its arrays."""
         path = f"{level}/{name}"
-        return StoredArray(self.storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files, self.noted)
+        tables = None if self.info.tables is None else self.info.tables.get(path)
+        return StoredArray(self.storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files, self.noted, tables)
 
 
 def part_bytes_within(part_bytes: int, limit: int | None) -> int:

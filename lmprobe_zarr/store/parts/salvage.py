@@ -103,6 +103,6 @@ def salvage(storage: Storage, path: str) -> Salvaged | None:
 def _read_column(storage: Storage, path: str, key: str) -> list[Any]:
     """Read a column without the part's table: its chunks still end in their own checksums."""
     array = parse_array(json.loads(storage.read(f"{path}/{key}/zarr.json")))
-    files = {f"{key}/{chunk}": file_entry(storage.read(f"{path}/{key}/{chunk}"), chunk=True) for chunk in array.chunk_keys()}
+    files = {f"{key}/{chunk}": file_entry(storage.read(f"{path}/{key}/{chunk}"), chunk=True) for chunk in array.file_names()}
     stored = StoredArray(storage, f"{path}/{key}", array, files)
     return [value for block in range(array.n_blocks) for value in stored.read_chunk(0, block).tolist()][: array.shape[0]]

@@ -1,7 +1,7 @@
 """`StoredArray`, one array of one part: its chunks checked and decoded into arrays, several at a time. Knows no prompt.
 
 Chunks are read by key and decoded straight into the output array. That is faster than a general reader, and a missing chunk is an error,
-never fill values.
+never fill values. Where a part has a table of blocks, a few rows cost the blocks that hold them.
 """
 
 from __future__ import annotations
@@ -9,27 +9,37 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
 from lmprobe_zarr.batch import copy_rows, fill_value
-from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
+from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage import Storage, empty_aligned, run_all
-from lmprobe_zarr.store.format import TEXT_BYTES, ArrayInfo, check_frame, decode_range, holds_checksum
+from lmprobe_zarr.store.format import (
+    TEXT_BYTES,
+    ArrayInfo,
+    ArrayTables,
+    Frame,
+    check_frame,
+    crc32c,
+    decode_blocks,
+    decode_range,
+    holds_checksum,
+)
+from lmprobe_zarr.store.parts.array_files import ArrayFiles, ChunkPlace
 from lmprobe_zarr.store.parts.columns import decode_column
-from lmprobe_zarr.store.parts.kept_chunks import kept_chunk
+from lmprobe_zarr.store.parts.kept_chunks import is_wanted_whole, kept_chunk
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Piece", "StoredArray", "read_pieces"]
-T = TypeVar("T")
 Rows = slice | Ints
 _room = threading.local()
-#: Chunks of a local disk that together have fewer bytes are read by the caller's thread: another one takes some 50 microseconds to start.
+#: Reads of a local disk that together take fewer bytes are done by the caller's thread: another one takes some 50 microseconds to start.
 _ALONE: Final = 2**18
 
 
@@ -49,6 +59,8 @@ class StoredArray:
         The part's table of files, by their keys below the part; only this array's are used.
     noted : bool
         Whether a reading of it is noted as a use of the part.
+    tables : ArrayTables, optional
+        What the part's document says of the array's own tables; None where its chunks are in `files`.
     """
 
     storage: Storage
@@ -56,28 +68,30 @@ class StoredArray:
     info: ArrayInfo
     files: Mapping[str, Sequence[int]]
     noted: bool = False
+    tables: ArrayTables | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Only this array's entries are sent to another process.
-        files = {key: self.files[key] for key in map(self._file_key, self.info.chunk_keys()) if key in self.files}
-        return StoredArray, (self.storage, self.path, self.info, files, self.noted)
+        return _restore, (self.where, self.noted)
 
-    def _file_key(self, chunk: str) -> str:
-        return f"{self._name}/{chunk}"
+    @functools.cached_property
+    def where(self) -> ArrayFiles:
+        """Where its chunks and blocks lie."""
+        return ArrayFiles(self.storage, self.path, self.info, self.files, self.tables)
 
     @functools.cached_property
     def part(self) -> str:
         """Key of the folder of its part."""
-        return self.path.rsplit("/", 2)[0]
-
-    @functools.cached_property
-    def _name(self) -> str:
-        return "/".join(self.path.rsplit("/", 2)[1:])
+        return self.where.part
 
     @functools.cached_property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of one row."""
         return self.info.row_shape
+
+    @functools.cached_property
+    def row_nbytes(self) -> int:
+        """Bytes of one row; of texts, what its pointers take."""
+        return math.prod(self.row_shape) * self.dtype.itemsize
 
     @functools.cached_property
     def nbytes_of_chunk(self) -> int:
@@ -89,6 +103,13 @@ class StoredArray:
         """The dtype in memory; strings are objects."""
         return np.dtype(object if self.info.dtype == "string" else self.info.dtype)
 
+    def nbytes_to_read(self, rows: Rows) -> int:
+        """About how many decoded bytes reading some rows of a chunk takes."""
+        if self.tables is None or not self.tables.block_nbytes:
+            return self.nbytes_of_chunk
+        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        return min(self.nbytes_of_chunk, n * self.row_nbytes + self.tables.block_nbytes)
+
     def _scratch(self) -> Array:
         """A buffer for one chunk, valid until this thread's next call: reusing it saves the page faults of a new allocation."""
         nbytes = self.nbytes_of_chunk
@@ -96,16 +117,6 @@ class StoredArray:
         if len(room) < nbytes:
             room = _room.bytes = empty_aligned((nbytes,), np.dtype(np.uint8))
         return room[:nbytes]
-
-    def corrupt(self, key: str, what: str) -> CorruptPartError:
-        """The error for a chunk that is damaged."""
-        variable = self.path.rpartition("/")[2]
-        return CorruptPartError.of(
-            self.storage.url,
-            self.part,
-            f"part {self.part!r} of {self.storage.url} is damaged: chunk {key} of {variable!r} {what}\n"
-            "nothing was read from it; extract its prompts again with refresh=True",
-        )
 
     def read_chunk(self, layer: int, block: int, out: Array | None = None) -> Array:
         """One decoded chunk, shape (rows_per_chunk, …) without the layer axis.
@@ -124,35 +135,85 @@ class StoredArray:
         PartGoneError
             The whole part has been deleted since it was opened.
         """
-        key = self.info.chunk_key(layer, block)
+        try:
+            return self._read_whole(layer, block, out)
+        except CorruptPartError:
+            # Where only the table of chunks, the checksum of the chunk or what stands before its blocks is damaged, nothing is lost.
+            found = self._read_by_blocks(layer, block, slice(0, self.info.rows_per_chunk), only=True) if self.where.has_blocks else None
+            if found is None:
+                raise
+        if out is None:
+            return found.copy()
+        out[:] = found
+        return out
+
+    def _read_whole(self, layer: int, block: int, out: Array | None) -> Array:
+        key, place = self.info.chunk_key(layer, block), self.where.chunk(layer, block)
         is_text = self.info.dtype == "string"
         if self.info.shuffle is None and not is_text and np.little_endian:
-            return self._read_raw(key, empty_aligned(self._chunk_shape, self.dtype) if out is None else out)
+            return self._read_raw(key, place, empty_aligned(self._chunk_shape, self.dtype) if out is None else out)
         # Texts are decoded as a whole, so every read of some is one of the whole chunk.
-        body = self._read_kept(key) if is_text else self._read_body(key)
+        body = self._read_kept(key, place) if is_text else self._read_body(key, place)
         try:
             return self._decode(body, out)
         except (ValueError, RuntimeError, UnicodeDecodeError) as error:
             raise self.corrupt(key, f"cannot be decoded ({error})") from error
 
-    def read_rows(self, layer: int, block: int, rows: slice) -> Array:
+    def read_rows(self, layer: int, block: int, rows: Rows) -> Array:
         """Some rows of one chunk, shape (row, …), valid until this thread reads another.
 
-        The whole chunk is checked, but only the blocks of these rows are decoded. Errors are those of `read_chunk`.
+        Only the blocks of these rows are read, where the part has a table of blocks and they are few. Otherwise the whole chunk is read
+        and checked, and the blocks between the first and the last row are decoded. Errors are those of `read_chunk`.
         """
         if self.info.dtype == "string":
             return self.read_chunk(layer, block)[rows]
+        found = self._read_by_blocks(layer, block, rows) if self.where.has_blocks and np.little_endian else None
+        if found is not None:
+            return found
+        try:
+            return self._read_some(layer, block, rows)
+        except CorruptPartError:
+            found = self._read_by_blocks(layer, block, rows, only=True) if self.where.has_blocks and np.little_endian else None
+            if found is None:
+                raise
+            return found
+
+    def damaged_rows(self, layer: int, block: int) -> list[slice]:
+        """The rows of a damaged chunk that cannot be read."""
+        every = slice(0, self.info.rows_per_chunk)
+        if not self.where.has_blocks:
+            return [every]
+        size, found = self.where.block_nbytes, []
+        for start in range(0, self.nbytes_of_chunk, size):
+            stop = min(start + size, self.nbytes_of_chunk)
+            rows = slice(start // self.row_nbytes, -(-stop // self.row_nbytes))
+            try:
+                if self._read_by_blocks(layer, block, rows, only=True) is None:
+                    return [every]
+            except CorruptPartError:
+                found.append(rows)
+        return found
+
+    def _read_some(self, layer: int, block: int, rows: Rows) -> Array:
+        """Some rows from the whole chunk."""
+        if isinstance(rows, slice):
+            return self._read_range(layer, block, rows)
+        start, stop = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+        return self._read_range(layer, block, slice(start, stop))[rows - start]
+
+    def _read_range(self, layer: int, block: int, rows: slice) -> Array:
+        """Neighbouring rows, from the whole chunk."""
         room = self._scratch()
         key = self.info.chunk_key(layer, block)
         nbytes = len(room) // self.info.rows_per_chunk
         if self.info.shuffle is None and self.storage.is_slow and np.little_endian:
-            body = self._read_kept(key)
+            body = self._read_kept(key, self.where.chunk(layer, block))
             if len(body) != len(room):
                 raise self.corrupt(key, f"holds {len(body)} bytes instead of {len(room)}")
             return np.frombuffer(body, self.dtype).reshape(self._chunk_shape)[rows]
         if self.info.shuffle is None or not np.little_endian:
             return self.read_chunk(layer, block, room.view(self.dtype).reshape(self._chunk_shape))[rows]
-        body = self._read_kept(key)
+        body = self._read_kept(key, self.where.chunk(layer, block))
         try:
             check_frame(body, exactly=len(room))
             values = decode_range(body, rows.start * nbytes, rows.stop * nbytes, room.data)
@@ -160,49 +221,128 @@ class StoredArray:
             raise self.corrupt(key, f"cannot be decoded ({error})") from error
         return np.frombuffer(values, self.dtype).reshape(-1, *self.row_shape)
 
-    def _read_kept(self, key: str) -> memoryview:
+    # ----------------------------------------------------------------------------------------------------------- blocks
+
+    def _read_by_blocks(self, layer: int, block: int, rows: Rows, *, only: bool = False) -> Array | None:
+        """Some rows from the blocks that hold them; None where the whole chunk is the better way, unless `only` this one is left."""
+        size, nbytes = self.where.block_nbytes, self.row_nbytes
+        n_blocks = -(-self.nbytes_of_chunk // size)
+        if isinstance(rows, slice):
+            wanted: Sequence[int] = range(rows.start * nbytes // size, -(-rows.stop * nbytes // size))
+        else:
+            mask = np.zeros(n_blocks + 1, np.int64)
+            np.add.at(mask, rows * nbytes // size, 1)
+            np.add.at(mask, -(-(rows + 1) * nbytes // size), -1)
+            wanted = np.flatnonzero(mask.cumsum()).tolist()
+        # What the rest of a chunk costs to decode is about what it costs to read it in pieces.
+        if 4 * len(wanted) > 3 * n_blocks and not only:
+            return None
+        if not len(wanted):
+            return np.empty((0, *self.row_shape), self.dtype)
+        # A shorter last block is coded differently. Blosc recognises it as the rest after whole blocks, so it is never decoded alone.
+        if wanted[-1] == n_blocks - 1 and len(wanted) == 1:
+            wanted = range(n_blocks - 2, n_blocks)
+        if self.storage.is_slow and not only and is_wanted_whole((self.storage.url, self.path, layer, block)):
+            return None
+        try:
+            table = self.where.block_table()
+        except CorruptPartError:
+            return None  # the chunk has a checksum of its own, in the other table
+        data = self._fetch_blocks(layer, block, wanted, table.place(layer, block), table.record(layer, block).tolist())
+        if isinstance(rows, slice):
+            begin = rows.start * nbytes - wanted[0] * size
+            return np.frombuffer(data[begin : begin + (rows.stop - rows.start) * nbytes], self.dtype).reshape(-1, *self.row_shape)
+        places = np.zeros(n_blocks, np.int64)
+        places[wanted] = np.arange(len(wanted))
+        held = rows * nbytes // size
+        begins = places[held] * size + rows * nbytes - held * size
+        if size % nbytes == 0:
+            return np.frombuffer(data, self.dtype).reshape(-1, *self.row_shape).take(begins // nbytes, axis=0)
+        taken = np.frombuffer(b"".join([data[begin : begin + nbytes] for begin in begins.tolist()]), self.dtype)
+        return taken.reshape(-1, *self.row_shape)
+
+    def _fetch_blocks(self, layer: int, block: int, wanted: Sequence[int], start: int, record: list[int]) -> memoryview:
+        """The decoded bytes of some blocks of a chunk, end to end; each is checked."""
+        key = self.info.chunk_key(layer, block)
+        head, lengths, checksums = record[1], record[2::2], record[3::2]
+        frame = None if self.info.shuffle is None else Frame(head, self.nbytes_of_chunk, self.where.block_nbytes)
+        place = start + (0 if frame is None else frame.first_byte(len(lengths)))
+        # Blocks that follow one another are one range.
+        ranges: list[tuple[int, int]] = []
+        bounds: list[tuple[int, int, int]] = []
+        at = 0
+        for number, before in zip(wanted, (-1, *wanted), strict=False):
+            place += sum(lengths[at:number])
+            at, end = number + 1, place + lengths[number]
+            if number == before + 1 and ranges:
+                ranges[-1] = ranges[-1][0], end
+            else:
+                ranges.append((place, end))
+            bounds.append((len(ranges) - 1, place - ranges[-1][0], end - ranges[-1][0]))
+            place = end
+        found = [memoryview(data) for data in self.where.fetch(self.info.file_of(layer, block), self._reader_of(ranges))]
+        blocks = [found[i][begin:end] for i, begin, end in bounds]
+        for number, data in zip(wanted, blocks, strict=True):
+            if len(data) != lengths[number]:
+                raise self.corrupt(key, f"ends in block {number}, or before it")
+            if crc32c(data) != checksums[number]:
+                raise self.corrupt(key, f"does not hold the checksum of block {number}")
+        if frame is None or frame.is_copied:
+            return found[0] if len(found) == 1 else memoryview(b"".join(found))
+        rest = self.nbytes_of_chunk - wanted[-1] * self.where.block_nbytes
+        decoded = (len(wanted) - 1) * self.where.block_nbytes + min(rest, self.where.block_nbytes)
+        try:
+            return decode_blocks(head, blocks, self.where.block_nbytes, decoded, self._scratch().data)
+        except (ValueError, RuntimeError) as error:
+            raise self.corrupt(key, f"cannot be decoded ({error})") from error
+
+    def _reader_of(self, ranges: list[tuple[int, int]]) -> Any:
+        return lambda path: self.storage.read_ranges(path, ranges)
+
+    # ----------------------------------------------------------------------------------------------------------- chunks
+
+    def _read_kept(self, key: str, place: ChunkPlace) -> memoryview:
         """As `_read_body`, from what an earlier read of this process has kept, where a place is slow."""
         if not self.storage.is_slow:
-            return self._read_body(key)
-        where = (self.storage.url, self.path, key, *self.files.get(self._file_key(key), ()))
-        return memoryview(kept_chunk(where, lambda: bytes(self._read_body(key))))
+            return self._read_body(key, place)
+        where = (self.storage.url, self.path, *place)
+        return memoryview(kept_chunk(where, lambda: bytes(self._read_body(key, place))))
 
-    def _read_body(self, key: str) -> memoryview:
+    def _fetch_chunk(self, place: ChunkPlace) -> memoryview:
+        """The bytes of a chunk, valid until this thread reads another."""
+        if not self.info.shard_blocks:
+            return memoryview(self.where.fetch(place.file, self.storage.read_view))
+        return memoryview(self.where.fetch(place.file, self._reader_of([(place.start, place.start + place.length)]))[0])
+
+    def _read_body(self, key: str, place: ChunkPlace) -> memoryview:
         """The encoded bytes of a chunk, with their checksum verified; valid until this thread reads another."""
-        length, checksum = self.files.get(self._file_key(key), (-1, -1))
-        data = memoryview(self._fetch(key, self.storage.read_view))
-        if len(data) != length or length < 4:
-            raise self.corrupt(key, f"has {len(data)} bytes instead of {length}")
+        data = self._fetch_chunk(place)
+        if len(data) != place.length or place.length < 4:
+            raise self.corrupt(key, f"has {len(data)} bytes instead of {place.length}")
         body = data[:-4]
-        if not holds_checksum(body, data[-4:], checksum):
+        if not holds_checksum(body, data[-4:], place.checksum):
             raise self.corrupt(key, "does not hold its checksum")
         return body
 
-    def _read_raw(self, key: str, out: Array) -> Array:
+    def _read_raw(self, key: str, place: ChunkPlace, out: Array) -> Array:
         """A chunk that is not encoded, read from the file into the array without a copy in between."""
-        length, checksum = self.files.get(self._file_key(key), (-1, -1))
         body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
-        found = self._fetch(key, lambda path: self.storage.read_into(path, body.data, memoryview(tail)))
-        if found != length or length != len(body) + 4:
-            raise self.corrupt(key, f"has {found} bytes instead of {length}")
-        if not holds_checksum(body.data, memoryview(tail), checksum):
+        if self.info.shard_blocks:
+            data = self._fetch_chunk(place)
+            found = len(data)
+            if found == len(body) + 4:
+                body[:], tail[:] = np.frombuffer(data[:-4], np.uint8), data[-4:]
+        else:
+            found = self.where.fetch(place.file, lambda path: self.storage.read_into(path, body.data, memoryview(tail)))
+        if found != place.length or place.length != len(body) + 4:
+            raise self.corrupt(key, f"has {found} bytes instead of {place.length}")
+        if not holds_checksum(body.data, memoryview(tail), place.checksum):
             raise self.corrupt(key, "does not hold its checksum")
         return out
 
-    def _fetch(self, key: str, call: Callable[[str], T]) -> T:
-        """The result of a call for a chunk's file; its errors name the part."""
-        try:
-            return call(f"{self.path}/{key}")
-        except FileNotFoundError as error:
-            if not self.storage.is_file(f"{self.part}/zarr.json"):
-                raise PartGoneError(
-                    f"part {self.part!r} of {self.storage.url} was deleted after this view was opened: open the store again"
-                ) from error
-            raise self.corrupt(key, "is missing") from error
-        except OSError as error:
-            if isinstance(error, LmprobeZarrError | PermissionError):
-                raise
-            raise self.corrupt(key, f"cannot be read ({error.strerror or error})") from error
+    def corrupt(self, key: str, what: str) -> CorruptPartError:
+        """The error for a chunk that is damaged."""
+        return self.where.corrupt(key, what)
 
     @functools.cached_property
     def _chunk_shape(self) -> tuple[int, ...]:
@@ -229,6 +369,10 @@ class StoredArray:
             check_frame(body, exactly=target.nbytes)
             blosc.decompress(body, target)
         return target if np.little_endian else target.byteswap(inplace=True)
+
+
+def _restore(where: ArrayFiles, noted: bool) -> StoredArray:
+    return StoredArray(where.storage, where.path, where.info, where.files, noted, where.tables)
 
 
 class Piece(NamedTuple):
@@ -266,7 +410,7 @@ def read_pieces(pieces: Sequence[Piece], columns: tuple[Any, ...]) -> None:
         See `StoredArray.read_chunk`; the first one found.
     """
     local = all(piece.array.storage.is_local for piece in pieces)
-    if len(pieces) == 1 or (local and sum(piece.array.nbytes_of_chunk for piece in pieces) < _ALONE):
+    if len(pieces) == 1 or (local and sum(piece.array.nbytes_to_read(piece.rows) for piece in pieces) < _ALONE):
         for piece in pieces:
             _read_piece(piece, columns)
     else:
@@ -288,7 +432,7 @@ def _read_piece(piece: Piece, columns: tuple[Any, ...]) -> None:
         ):
             piece.array.read_chunk(piece.layer, piece.block, target)
             return
-    chunk = _chunk_rows(piece)
+    chunk = piece.array.read_rows(piece.layer, piece.block, piece.rows)
     if piece.column is not None:
         try:
             chunk = decode_column(chunk, piece.array.info, piece.column)
@@ -299,11 +443,3 @@ def _read_piece(piece: Piece, columns: tuple[Any, ...]) -> None:
         filled[(slice(None), *map(slice, piece.array.row_shape))] = chunk
         chunk = filled
     copy_rows(chunk, out, piece.target, columns)
-
-
-def _chunk_rows(piece: Piece) -> Array:
-    rows = piece.rows
-    if isinstance(rows, slice):
-        return piece.array.read_rows(piece.layer, piece.block, rows)
-    start, stop = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
-    return piece.array.read_rows(piece.layer, piece.block, slice(start, stop))[rows - start]

@@ -10,6 +10,7 @@ import json
 import platform
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
@@ -30,17 +31,24 @@ from lmprobe_zarr.batch import (
     positions_of,
 )
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
-from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.storage import PieceWriter, Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
+    BLOCK_TABLE,
     CALL_ORDER,
+    CHUNK_TABLE,
+    INLINE_BYTES,
     LEVELS,
+    PART_VERSION,
     SAMPLE_DIM,
     ArrayInfo,
+    ArrayTables,
     GroupInfo,
     Level,
     PartInfo,
     array_dims,
+    block_nbytes_of,
+    block_record,
     check_table,
     encode_chunk,
     file_entry,
@@ -51,11 +59,12 @@ from lmprobe_zarr.store.format import (
     part_document,
     removed_document,
     root_document,
+    shard_index,
     validate_column_names,
 )
 from lmprobe_zarr.store.parts.call_order import CallOrder
 from lmprobe_zarr.store.parts.columns import encode_column, text_rows
-from lmprobe_zarr.typing import Array, Ints
+from lmprobe_zarr.typing import Array, Buffer, Ints
 
 __all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
 
@@ -68,6 +77,9 @@ MIN_CHUNK_BYTES: Final = 2**18
 # The most that all chunks being filled hold together; with many layers each gets a smaller share.
 BUFFER_BYTES: Final = 256 * 2**20
 COLUMN_ROWS: Final = 2**20
+# Files of a part that is written with shards: few for an object store, and still several that can be read at the same time.
+SHARD_BYTES: Final = 64 * 2**20
+REMOTE_SHARD_BYTES: Final = 256 * 2**20
 
 
 def write_group(storage: Storage, group: GroupInfo, *, durable: bool) -> None:
@@ -124,6 +136,8 @@ class PartWriter:
         Token rows that each prompt of a tombstone had.
     order : CallOrder, optional
         Where the prompts are in the list of their call, which the part records. None for a part that is a call of its own.
+    shards : bool
+        Write many chunks of a layer to one file, of about 64 MiB on a local disk and 256 MiB elsewhere.
 
     Notes
     -----
@@ -145,6 +159,7 @@ class PartWriter:
         removed: Mapping[str, tuple[int, ...] | None] | None = None,
         removed_counts: Ints | None = None,
         order: CallOrder | None = None,
+        shards: bool = False,
     ) -> None:
         self.removed, self.removed_counts = dict(removed or {}), removed_counts
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
@@ -153,7 +168,14 @@ class PartWriter:
         self.recorded = {"python": platform.python_version(), **{k: v for k, v in (recorded or {}).items() if k != CALL_ORDER}}
         self.order = order
         self.nbytes = self.held_nbytes = 0
+        # A tombstone stays readable for readers that know nothing else of format 2.
+        self.version = 1 if self.removed else PART_VERSION
+        self.shard_bytes = 0
+        if shards and self.version > 1:
+            self.shard_bytes = SHARD_BYTES if storage.is_local else REMOTE_SHARD_BYTES
         self._files: dict[str, tuple[int, int]] = {}
+        self._tables: dict[str, ArrayTables] = {}
+        self._first_file = ""
         self._arrays: dict[str, ArrayInfo] = {}
         self._variables: dict[str, _RowBuffer] = {}
         self._columns: dict[str, list[Any]] = {}
@@ -254,6 +276,8 @@ class PartWriter:
             most = CHUNK_BYTES if self.storage.is_local else REMOTE_CHUNK_BYTES
             chunk_bytes = max(MIN_CHUNK_BYTES, min(most, BUFFER_BYTES // buffers))
             rows = max(1, chunk_bytes // max(1, int(np.prod(row_shape)) * wide.itemsize))
+            if self.version > 1:
+                rows = _whole_blocks(rows, int(np.prod(row_shape)) * wide.itemsize)
             info = ArrayInfo(
                 dims=array_dims(name, level, array.ndim, layered),
                 shape=((len(self._layers),) if layered else ()) + (0, *row_shape),
@@ -270,8 +294,21 @@ class PartWriter:
         """Encode and write one chunk."""
         name = f"{key}/{info.chunk_key(layer, block)}"
         body, checksum = encode_chunk(values, info)
-        self.storage.write(f"{self.path}/{name}", (body, checksum), durable=self.durable)
+        self.write_file(name, (body, checksum))
         self._files[name] = memoryview(body).nbytes + len(checksum), int.from_bytes(checksum, "little")
+
+    def write_file(self, name: str, data: Buffer | tuple[Buffer, ...]) -> None:
+        """Write one file of the part."""
+        self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
+        self.note_file(name)
+
+    def note_file(self, name: str) -> None:
+        """Remember the first file that was written."""
+        self._first_file = self._first_file or name
+
+    def open_shard(self, name: str) -> PieceWriter:
+        """A file of the part that is written piece by piece."""
+        return self.storage.open_pieces(f"{self.path}/{name}", durable=self.durable)
 
     def commit(self) -> PartInfo:
         """Make the part visible; the writer cannot be used afterwards.
@@ -290,6 +327,8 @@ class PartWriter:
             raise InvalidArgumentError(f"a part {what} cannot be committed: abort it, and start another")
         for key, buffer in self._variables.items():
             self._arrays[key] = buffer.finish()
+            if self.version > 1:
+                self._write_tables(key, buffer)
         self._write_columns()
         self._write_documents()
         digests = digests_of(self._digests)
@@ -307,6 +346,7 @@ class PartWriter:
             replaces=self.replaces,
             odd={key: buffer.odd for key, buffer in sorted(self._variables.items()) if any(buffer.odd)},
             removed=self.removed,
+            tables=dict(sorted(self._tables.items())) if self.version > 1 else None,
         )
         document = part_document(info, self.group)
         check_table(parse_part(document, self.path).files)  # a part that could not be read must not become visible
@@ -314,7 +354,7 @@ class PartWriter:
             # Another process may have emptied the group meanwhile, and a part cannot be used without the document of its group.
             write_group(self.storage, self.group, durable=self.durable)
         # `gc` removes all files of a part that was untouched for too long at once, so it is enough to check the oldest file.
-        if not self.storage.is_file(f"{self.path}/{next(iter(self._files))}"):
+        if not self.storage.is_file(f"{self.path}/{self._first_file}"):
             raise PartGoneError(
                 f"part {self.path!r} of {self.storage.url} was removed while it was being written: collect garbage with a greater max_age\n"
                 "than the longest pause of a writer, and write it again"
@@ -326,6 +366,8 @@ class PartWriter:
     def abort(self) -> None:
         """Remove what was written, unless it is visible: an interruption may come between the commit and its return."""
         self._ended = True
+        for buffer in self._variables.values():
+            buffer.abort()
         if not self.storage.is_file(f"{self.path}/zarr.json"):
             self.storage.remove_tree(self.path)
 
@@ -348,8 +390,21 @@ class PartWriter:
                 documents[f"{level}/zarr.json"] = level_document(of_level, level)
         for name, document in documents.items():
             data = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
-            self.storage.write(f"{self.path}/{name}", data, durable=self.durable)
+            self.write_file(name, data)
             self._files[name] = file_entry(data, chunk=False)
+
+    def _write_tables(self, key: str, buffer: _RowBuffer) -> None:
+        """The tables of one variable, as files where they are too long for the part's document."""
+        nbytes, chunks, blocks = buffer.tables()
+        held: list[bytes | None] = []
+        for name, data in ((CHUNK_TABLE, chunks), (BLOCK_TABLE, blocks)):
+            is_file = len(data) > INLINE_BYTES
+            held.append(None if is_file else data)
+            if is_file:
+                self.write_file(f"{key}/{name}", data)
+                self._files[f"{key}/{name}"] = file_entry(data, chunk=False)
+        block_nbytes = buffer.block_nbytes
+        self._tables[key] = ArrayTables(nbytes=nbytes, chunks=held[0], block_nbytes=block_nbytes, blocks=held[1] if block_nbytes else None)
 
     def _write_columns(self) -> None:
         attributes: dict[str, dict[str, Any]] = {
@@ -392,6 +447,14 @@ class PartWriter:
             self._arrays[key] = info
 
 
+def _whole_blocks(rows: int, row_nbytes: int) -> int:
+    """At most as many rows, that fill whole blocks: a shorter last block costs one more for each read of it."""
+    info = ArrayInfo(dims=("row", "byte"), shape=(rows, row_nbytes), chunks=(rows, row_nbytes), dtype="int8", shuffle=None)
+    block_nbytes = block_nbytes_of(info) if row_nbytes else 0
+    each = block_nbytes // row_nbytes if block_nbytes and block_nbytes % row_nbytes == 0 else 1
+    return rows - rows % each if rows > each else rows
+
+
 class _RowBuffer:
     """Holds rows of one variable until a chunk is full, and then writes one chunk per layer."""
 
@@ -405,6 +468,12 @@ class _RowBuffer:
         self.odd = (0, 0)
         # Scalars are not counted: the probability of a first token is NaN, and a single number is no row that could be all zeros.
         self.counted = np.dtype(info.dtype).kind == "f" and key.partition("/")[2] not in SCALARS
+        self.block_nbytes = 0
+        self._lengths: list[Ints] = []  # of each chunk of rows: length and crc32c by layer
+        self._records: list[list[Array | None]] = []  # and the numbers of its blocks
+        self._index_nbytes = 0
+        self._shard_blocks = 0
+        self._shards: list[PieceWriter] = []
 
     @property
     def waiting_nbytes(self) -> int:
@@ -429,34 +498,98 @@ class _RowBuffer:
                 self.filled = 0
 
     def _flush(self, values: Array) -> None:
+        if self.writer.version > 1:
+            self._begin_block()
         odd = [(0, 0)] * self.layers
         run_all([partial(self._write, layer, values, odd) for layer in range(self.layers)], local=self.writer.storage.is_local)
         self.odd = self.odd[0] + sum(counts[0] for counts in odd), self.odd[1] + sum(counts[1] for counts in odd)
         self.blocks += 1
 
+    def _begin_block(self) -> None:
+        """Make room for what is noted of the next chunk of each layer, and open the next shards where the last ones are full."""
+        if not self.blocks:
+            self.block_nbytes = block_nbytes_of(self.info)
+            self._shard_blocks = self.writer.shard_bytes // max(1, self.info.chunk_nbytes)
+        self._lengths.append(np.zeros((self.layers, 2), np.int64))
+        self._records.append([None] * self.layers)
+        if self._shard_blocks > 1 and self.blocks % self._shard_blocks == 0:
+            self._end_shards()
+            file = self.blocks // self._shard_blocks
+            names = [f"{self.key}/{self.info.file_name(layer, file)}" for layer in range(self.layers)]
+            self._shards = [self.writer.open_shard(name) for name in names]
+
     def _write(self, layer: int, values: Array, odd: list[tuple[int, int]]) -> None:
         rows = values[layer : layer + 1] if self.info.layered else values[0]
-        self.writer.write_chunk(self.key, self.info, layer, self.blocks, rows)
+        if self.writer.version > 1:
+            self._write_chunk(layer, rows)
+        else:
+            self.writer.write_chunk(self.key, self.info, layer, self.blocks, rows)
         if self.counted:
             odd[layer] = count_odd(rows, self.info.row_shape)
+
+    def _write_chunk(self, layer: int, rows: Array) -> None:
+        body, checksum = encode_chunk(rows, self.info, self.block_nbytes)
+        name = f"{self.key}/{self.info.file_name(layer, self.blocks)}"
+        if self._shards:
+            self._shards[layer].append((body, checksum))
+            self.writer.note_file(f"{self.key}/{self.info.file_name(layer, 0)}")
+        else:
+            self.writer.write_file(name, (body, checksum))
+        self._lengths[-1][layer] = memoryview(body).nbytes + len(checksum), int.from_bytes(checksum, "little")
+        if self.block_nbytes:
+            self._records[-1][layer] = block_record(body, self.info, self.block_nbytes)
+
+    def _end_shards(self) -> None:
+        """Append their index to the open shards, and make them whole. A shard of a single chunk, the only one, is its chunk and no more."""
+        if not self._shards:
+            return
+        first = (self.blocks - 1) // self._shard_blocks * self._shard_blocks
+        whole = min(self._shard_blocks, self.blocks)  # the only shard has no more room than it needs
+        lengths = np.array(self._lengths[first : self.blocks])[:, :, 0]
+
+        def end(layer: int) -> None:
+            if whole > 1:
+                index = shard_index(lengths[:, layer].tolist(), whole)
+                self._shards[layer].append(index)
+            self._shards[layer].close()
+
+        run_all([partial(end, layer) for layer in range(self.layers)], local=self.writer.storage.is_local)
+        if whole > 1:
+            self._index_nbytes += self.layers * (16 * whole + 4)
+        self._shards = []
 
     def finish(self) -> ArrayInfo:
         """Write the remaining rows; returns the final metadata of the array."""
         rows = self.blocks * self.capacity + self.filled
         axis = self.info.sample_axis
         chunk_rows = self.capacity if self.blocks else self.filled
-        self.info = ArrayInfo(
-            dims=self.info.dims,
+        self.info = replace(
+            self.info,
             shape=(*self.info.shape[:axis], rows, *self.info.shape[axis + 1 :]),
             chunks=(*self.info.chunks[:axis], chunk_rows, *self.info.chunks[axis + 1 :]),
-            dtype=self.info.dtype,
-            shuffle=self.info.shuffle,
-            attributes=self.info.attributes,
         )
         if self.filled and self.held is not None:
             self._flush(self.held[:, : self.filled])
         self.held = None
+        self._end_shards()
+        if self._shard_blocks > 1 and self.blocks > 1:
+            self.info = replace(self.info, shard_blocks=min(self._shard_blocks, self.blocks))
         return self.info
+
+    def tables(self) -> tuple[int, bytes, bytes]:
+        """Bytes of all files with chunks, the table of chunks, and that of blocks, which is empty where there are none."""
+        chunks = np.array(self._lengths).swapaxes(0, 1)
+        records = [record for layer in range(self.layers) for block in self._records if (record := block[layer]) is not None]
+        if len(records) < self.blocks * self.layers:
+            self.block_nbytes = 0  # blosc has made other blocks in some chunk
+        blocks = b"".join(record.tobytes() for record in records) if self.block_nbytes else b""
+        return int(chunks[:, :, 0].sum()) + self._index_nbytes, chunks.astype("<u4").tobytes(), blocks
+
+    def abort(self) -> None:
+        """Give up the shards that are being written."""
+        for shard in self._shards:
+            with suppress(Exception):  # the others must be given up too; `gc` finds what stays
+                shard.abort()
 
 
 def shape_of(batch: TokenBatch) -> tuple[Hashable, ...]:

@@ -23,7 +23,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import COLUMN, MADE_BY_WRITER, STAMPS, GroupInfo, PartInfo, replacement_name
+from lmprobe_zarr.store.format import COLUMN, MADE_BY_WRITER, PART_VERSION, STAMPS, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import new_writer
@@ -73,7 +73,7 @@ class CompactPlan:
     parts : int
         Visible parts and annotations before.
     runs : tuple of MergeRun
-        Each is merged into one part.
+        Each is merged into one part. A run of one part is written again in the newest format.
     left : tuple of MergeRun
         Planned runs that were not merged, because another process changed them meanwhile.
     """
@@ -95,6 +95,9 @@ class CompactPlan:
 
     def __str__(self) -> str:
         text = f"{self.url}: {self.parts} parts become {self.parts_after}, {format_bytes(self.nbytes)} written again"
+        upgraded = sum(len(run.parts) == 1 for run in self.runs)
+        if upgraded:
+            text += f"; {upgraded} of them only change their format"
         if self.left:
             text += f"; {len(self.left)} runs were changed by another process meanwhile and stay as they are"
         return text
@@ -231,7 +234,14 @@ def _note_runs(timeline: _Timeline, parts: Sequence[Part], notes: Sequence[Part]
 
 
 def merge_run(
-    storage: Storage, group: GroupInfo, run: MergeRun, list_parts: Callable[[], Listing], *, durable: bool, known: set[str]
+    storage: Storage,
+    group: GroupInfo,
+    run: MergeRun,
+    list_parts: Callable[[], Listing],
+    *,
+    durable: bool,
+    known: set[str],
+    shards: bool = False,
 ) -> tuple[list[MergeRun], list[MergeRun]]:
     """Write a run as one part that replaces it; returns the merged runs and those that were not merged.
 
@@ -247,24 +257,26 @@ def merge_run(
         Flush what is written before it is committed.
     known : set of str
         All names in the group's folder when the run was planned; that of the new part is added.
+    shards : bool
+        Write many chunks of a layer to one file.
     """
     infos = [part.info for part in run.parts]
     there = list_parts().names
     replaced = (name for info in infos for name in info.replaces if name in there)
     replaces = tuple(dict.fromkeys([*(info.name for info in infos), *replaced]))
-    writer = new_writer(storage, group, infos, replacement_name(infos[-1].name), durable=durable, replaces=replaces)
+    writer = new_writer(storage, group, infos, replacement_name(infos[-1].name), durable=durable, replaces=replaces, shards=shards)
     known.add(writer.name)
     info, too_large = None, False
     with suppress(PartGoneError), writer:
         view = open_view(storage, group, run.parts, [])
         for batch in read_batches(view, np.arange(len(view))):
             writer.append(batch)
-            if too_large := writer.held_nbytes > COLUMN_BYTES:
+            if too_large := writer.held_nbytes > COLUMN_BYTES and len(run.parts) > 1:
                 break
         if not too_large and _unchanged(storage, run, list_parts(), known):
             info = writer.commit()
     if too_large:
-        results = [merge_run(storage, group, half, list_parts, durable=durable, known=known) for half in run.halves()]
+        results = [merge_run(storage, group, half, list_parts, durable=durable, known=known, shards=shards) for half in run.halves()]
         return [merged for done, _ in results for merged in done], [half for _, left in results for half in left]
     if info is None:
         return [], [run]
@@ -307,8 +319,24 @@ def check_min_parts(min_parts: int) -> None:
         raise InvalidArgumentError(f"min_parts={min_parts!r} is no number of parts to merge: give at least 2")
 
 
+def _upgrades(group: GroupInfo, listing: Listing, runs: Sequence[MergeRun]) -> list[MergeRun]:
+    """A run for each visible part of an older format that no run merges."""
+    merged = {part.path for run in runs for part in run.parts}
+    every = (part for part in (*listing.parts, *listing.annotations) if part.info.name not in listing.replaced)
+    old = [part for part in every if part.path not in merged and part.info.version < PART_VERSION]
+    return [MergeRun(group=group.name, parts=(part,), nbytes=part_nbytes(part)) for part in old]
+
+
 def compact_groups(
-    catalog: Catalog, groups: Sequence[GroupInfo], *, part_bytes: int, min_parts: int, dry_run: bool, progress: bool
+    catalog: Catalog,
+    groups: Sequence[GroupInfo],
+    *,
+    part_bytes: int,
+    min_parts: int,
+    shards: bool,
+    upgrade: bool,
+    dry_run: bool,
+    progress: bool,
 ) -> CompactPlan:
     """Merge the small parts of some groups of one root; with `dry_run` only plan it.
 
@@ -317,6 +345,10 @@ def compact_groups(
     catalog, groups
     part_bytes, min_parts : int
         See `plan_runs`.
+    shards : bool
+        Write many chunks of a layer to one file.
+    upgrade : bool
+        Write every part of an older format again, whether it is merged or not.
     dry_run : bool
         Only report what would be merged.
     progress : bool
@@ -324,6 +356,8 @@ def compact_groups(
     """
     found = [(info, catalog.listing(info)) for info in groups]
     planned = [(info, listing, plan_runs(info, listing, part_bytes=part_bytes, min_parts=min_parts)) for info, listing in found]
+    if upgrade:
+        planned = [(info, listing, [*runs, *_upgrades(info, listing, runs)]) for info, listing, runs in planned]
     visible = sum(part.info.name not in listing.replaced for _, listing in found for part in (*listing.parts, *listing.annotations))
     runs = tuple(run for _, _, runs in planned for run in runs)
     if dry_run:
@@ -335,7 +369,7 @@ def compact_groups(
             known = set(listing.names)
             for run in group_runs:
                 list_parts = partial(catalog.listing, info)
-                merged, stayed = merge_run(catalog.storage, info, run, list_parts, durable=catalog.durable, known=known)
+                merged, stayed = merge_run(catalog.storage, info, run, list_parts, durable=catalog.durable, known=known, shards=shards)
                 done += merged
                 left += stayed
                 advance(run.nbytes)

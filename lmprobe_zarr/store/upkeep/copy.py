@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,13 @@ from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, o
 from lmprobe_zarr.store.upkeep.publish import Selection, total_nbytes
 from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces, write_rows
 from lmprobe_zarr.store.upkeep.tombstones import hidden_in, rows_over, write_tombstone
-from lmprobe_zarr.typing import Ints, Mask
+from lmprobe_zarr.typing import Buffer, Ints, Mask
 
 __all__ = ["CopySummary", "check_copy", "copy_group", "copy_selections"]
 Keys = npt.NDArray[np.uint64]
 
 _MARK = "copied_from"
+_SHARDS_AT_A_TIME: Final = 2
 
 
 class MakeWriter(Protocol):
@@ -268,14 +269,27 @@ def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *
     if target.is_file(f"{part.path}/zarr.json"):
         return
 
-    def copy(name: str) -> None:
+    def copy(name: str, check: Callable[[Buffer], bool]) -> None:
         data = source.read(f"{part.path}/{name}")
-        if not is_intact(name, data, part.info.files[name]):
+        if not check(data):
             raise CorruptPartError.of(source.url, part.path, f"{name} of part {part.path!r} of {source.url} is damaged: it was not copied")
         target.commit(f"{part.path}/{name}", data, durable=durable)
 
-    run_all([partial(copy, name) for name in part.info.files], local=source.is_local and target.is_local)
+    jobs = [partial(copy, name, partial(_is_intact, name, entry)) for name, entry in part.info.files.items()]
+    shards: list[Callable[[], None]] = []
+    for key, array in ((key, part.files_of(key)) for key in part.info.tables or ()):
+        chunks = [partial(copy, f"{key}/{file}", partial(array.is_intact, file)) for file in array.info.file_names()]
+        (shards if array.info.shard_blocks else jobs).extend(chunks)
+    is_local = source.is_local and target.is_local
+    run_all(jobs, local=is_local)
+    # Each is held in memory, and may have hundreds of MiB.
+    for each in range(0, len(shards), _SHARDS_AT_A_TIME):
+        run_all(shards[each : each + _SHARDS_AT_A_TIME], local=is_local)
     target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)
+
+
+def _is_intact(name: str, entry: Sequence[int], data: Buffer) -> bool:
+    return is_intact(name, data, entry)
 
 
 def _copy_visible(source: Storage, target: Storage, group: GroupInfo, part: Part, pieces: Sequence[NewPart], *, durable: bool) -> None:

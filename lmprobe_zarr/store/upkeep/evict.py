@@ -18,7 +18,7 @@ from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import CorruptPartError, NoSpaceError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo, bytes_of_files
+from lmprobe_zarr.store.format import STAMPS, GroupInfo, PartInfo
 from lmprobe_zarr.store.parts import Catalog, Part, committed_at, stamp_noted, visible_parts
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 from lmprobe_zarr.store.upkeep.tombstones import BELOW, drop_useless, keep_columns, removed_of, rows_over, write_tombstone
@@ -153,7 +153,7 @@ def describe_entries(parts: Sequence[Part], *, group: str, stamps: Mapping[str, 
     entries = []
     for part in parts:
         name = part.info.name
-        size = part.document_nbytes + bytes_of_files(part.info.files)
+        size = part.document_nbytes + part.info.files_nbytes
         used = stamps.get(name) or 0.0
         committed = committed_at(part.info)
         entries.append(EvictionEntry(part=part, group=group, nbytes=size, committed=committed, used=used, replaced=name in replaced))
@@ -333,7 +333,7 @@ def _keep(catalog: Catalog, group: GroupInfo, part: Part, lower: Sequence[Part],
 
 def _nbytes(info: PartInfo) -> int:
     # The document holds the digest of each prompt, and an entry for each file.
-    return bytes_of_files(info.files) + 64 * len(info.files) + 70 * len(info.digests) + 1000
+    return info.files_nbytes + 64 * len(info.files) + 70 * len(info.digests) + 1000
 
 
 def list_entries(catalog: Catalog, group: GroupInfo) -> list[EvictionEntry]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.display import format_bytes
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
 from lmprobe_zarr.storage import FileInfo, Storage, StrayUpload
-from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, PART_NAME, STAMPS, GroupInfo, bytes_of_files
+from lmprobe_zarr.store.format import ANNOTATIONS, BLOCK_TABLE, CHUNK_TABLE, LEVELS, PART_NAME, STAMPS, GroupInfo
 from lmprobe_zarr.store.parts import Catalog, Listing, Part
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 from lmprobe_zarr.store.upkeep.tombstones import drop_useless
@@ -25,7 +25,8 @@ from lmprobe_zarr.store.upkeep.tombstones import drop_useless
 __all__ = ["PARTIAL", "GcSummary", "Leftover", "collect_garbage", "find_leftover", "plan_gc", "remove_garbage"]
 
 _CHUNK: Final = re.compile(r"c(?:\.\d+)+")
-PARTIAL: Final = re.compile(rf"\.(?:zarr\.json|{_CHUNK.pattern})\.[0-9a-f]{{12}}\.partial")
+_FILE: Final = rf"zarr\.json|{CHUNK_TABLE}|{BLOCK_TABLE}|{_CHUNK.pattern}"
+PARTIAL: Final = re.compile(rf"\.(?:{_FILE})\.[0-9a-f]{{12}}\.partial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +126,7 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: fl
     committed = {part.info.name for part in (*listing.parts, *listing.annotations)}
     unfinished: list[Leftover] = []
     partials: list[str] = []
-    freed = sum(bytes_of_files(part.info.files) + part.document_nbytes for part in replaced)
+    freed = sum(part.info.files_nbytes + part.document_nbytes for part in replaced)
     for folder in (group.name, f"{group.name}/{ANNOTATIONS}"):
         entries = storage.scan(folder)
         partials += _old_partials(folder, entries, before)
@@ -188,7 +189,11 @@ def _commit_time(storage: Storage, part: Part) -> float | None:
 
 def _all_there(storage: Storage, part: Part) -> bool:
     """Whether every file that a part's commit names is there with its length."""
-    return storage.sizes(part.path, part.info.files) == {name: entry[0] for name, entry in part.info.files.items()}
+    try:
+        sizes = part.sizes()
+    except CorruptPartError:
+        return False
+    return storage.sizes(part.path, sizes) == sizes
 
 
 def _old_partials(folder: str, entries: dict[str, FileInfo], before: float) -> Iterator[str]:
@@ -231,7 +236,7 @@ def find_leftover(storage: Storage, folder: str, entry: FileInfo) -> tuple[Lefto
         take(level, arrays, re.compile(rf"zarr\.json|{PARTIAL.pattern}"))
         inner = [f"{level}/{name}" for name, info in arrays.items() if not info.is_file and not storage.leads_out(f"{level}/{name}")]
         for array in inner:
-            take(array, storage.scan(array), re.compile(rf"zarr\.json|{_CHUNK.pattern}|{PARTIAL.pattern}"))
+            take(array, storage.scan(array), re.compile(rf"{_FILE}|{PARTIAL.pattern}"))
         folders += [level, *inner]
     known = [moment for moment in times if moment is not None]
     newest = max(known, default=0.0) if len(known) == len(times) else None
@@ -243,7 +248,7 @@ def remove_garbage(storage: Storage, summary: GcSummary) -> None:
     # Parts that replace others last, so that nothing becomes visible again wherever this stops.
     for part in sorted(summary.replaced, key=lambda part: len(part.info.replaces)):
         remove_part(storage, part)
-    empty = {f"{part.path}/{name}".rpartition("/")[0] for part in summary.replaced for name in part.info.files}
+    empty = {f"{part.path}/{name}".rpartition("/")[0] for part in summary.replaced for name in part.info.file_names()}
     empty |= {folder for part in summary.replaced for folder in (part.path, *(f"{part.path}/{level}" for level in LEVELS))}
     for left in summary.unfinished:
         if storage.is_file(f"{left.folder}/zarr.json"):

@@ -30,7 +30,6 @@ from lmprobe_zarr.store.format import (
     GroupInfo,
     PartInfo,
     Published,
-    bytes_of_files,
     parse_group,
     parse_part,
     parse_root,
@@ -126,6 +125,7 @@ def publish_groups(
     text: bool,
     card: str | bool | None,
     overwrite: bool,
+    shards: bool,
     durable: bool,
     advance: Callable[[int], None],
 ) -> PublishSummary:
@@ -144,6 +144,8 @@ def publish_groups(
         The text of the card; None makes one, False leaves it out.
     overwrite : bool
         Whether a copy that is already published there is replaced.
+    shards : bool
+        Write many chunks of a layer to one file.
     durable : bool
         Flush every file.
     advance : callable
@@ -168,7 +170,7 @@ def publish_groups(
         view = open_view(source, group, selection.listing.parts, selection.listing.annotations)
         shown = {part.path: member >= 0 for part, member in zip(view.parts, view.members, strict=False)}
         tombstones = [note for note in view.annotations if note.info.is_tombstone]
-        write = partial(_write, source, target, selection, part_bytes=part_bytes, text=text, durable=durable)
+        write = partial(_write, source, target, selection, part_bytes=part_bytes, text=text, shards=shards, durable=durable)
         for run in _runs(selection, part_bytes):
             pieces = {part.path: visible_pieces(part, tombstones, shown[part.path]) for part in run.parts if part.path in shown}
             if not any(found is not None for found in pieces.values()):
@@ -187,7 +189,7 @@ def publish_groups(
     target.commit("zarr.json", published_document(copy.published, copy.groups, copy.parts), durable=durable)
     if old is not None:
         _remove_old(target, old, copy)
-    nbytes = sum(bytes_of_files(info.files) for info in copy.parts.values())
+    nbytes = sum(info.files_nbytes for info in copy.parts.values())
     prompts = sum(group.prompts for group in described)
     return PublishSummary(url=target.url, groups=len(copy.groups), parts=len(copy.parts), prompts=prompts, nbytes=nbytes)
 
@@ -215,6 +217,7 @@ def _write(
     *,
     part_bytes: int,
     text: bool,
+    shards: bool,
     durable: bool,
 ) -> Iterator[tuple[str, PartInfo]]:
     """Write the parts of a run as one behind a name, or as several where they are too large; yields their keys and records.
@@ -235,7 +238,8 @@ def _write(
     while batch is not None:
         # Each part sorts right behind the one before, and all of them at the place of the run.
         name = replacement_name(name)
-        with new_writer(target, selection.group, infos, name, durable=durable, recorded={PUBLISHED_MARK: True}, alone=True) as writer:
+        recorded = {PUBLISHED_MARK: True}
+        with new_writer(target, selection.group, infos, name, durable=durable, recorded=recorded, alone=True, shards=shards) as writer:
             while batch is not None:
                 writer.append(batch)
                 batch = next(batches, None)
@@ -248,7 +252,7 @@ def _write(
 def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
     mine = [Part(target, key, info) for key, info in copy.parts.items() if info.group == group.name]
     view = open_view(target, group, [p for p in mine if p.info.kind == "part"], [p for p in mine if p.info.kind == "annotation"])
-    return CardGroup.of(view, sum(bytes_of_files(part.info.files) for part in mine))
+    return CardGroup.of(view, sum(part.info.files_nbytes for part in mine))
 
 
 def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
@@ -344,6 +348,7 @@ def publish_to(
     text: bool,
     card: str | bool | None,
     overwrite: bool,
+    shards: bool,
     storage_options: Mapping[str, Any] | None,
     progress: bool,
 ) -> PublishSummary:
@@ -366,6 +371,7 @@ def publish_to(
             text=text,
             card=card,
             overwrite=overwrite,
+            shards=shards,
             durable=catalog.durable,
             advance=advance,
         )

@@ -14,7 +14,7 @@ __all__ = ["check_removable", "lies_within", "remove_part"]
 
 def lies_within(storage: Storage, part: Part) -> bool:
     """Whether all files of a part are inside the store, none of them behind a link that leads out of it."""
-    folders = {f"{part.path}/{name}".rpartition("/")[0] for name in part.info.files}
+    folders = {f"{part.path}/{name}".rpartition("/")[0] for name in part.info.file_names()}
     return not any(storage.leads_out(folder) for folder in (part.path, *folders))
 
 
@@ -31,6 +31,6 @@ def remove_part(storage: Storage, part: Part) -> None:
     """Remove one part: its commit first, then the files that its commit names, and its stamp."""
     check_removable(storage, [part])
     storage.remove([f"{part.path}/zarr.json"])
-    files = [f"{part.path}/{name}" for name in part.info.files]
+    files = [f"{part.path}/{name}" for name in part.info.file_names()]
     stamp = f"{part.info.group}/{STAMPS}/{part.info.name}"
     storage.remove([*files, stamp])

@@ -19,6 +19,8 @@ from lmprobe_zarr.errors import CorruptPartError, PartGoneError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import FileInfo, Storage
 from lmprobe_zarr.store.format import (
+    BLOCK_TABLE,
+    CHUNK_TABLE,
     FORMAT,
     MADE_BY_WRITER,
     GroupInfo,
@@ -198,7 +200,7 @@ def _plan_group(storage: Storage, group: FoundGroup) -> list[_PartRepair]:
         if is_replaced or _covered_by_replaced(found.part.info, group):
             repairs.append(_PartRepair(found=found, covered=not is_replaced))
         else:
-            repairs.append(_plan_part(found, found.part.info))
+            repairs.append(_plan_part(found, found.part))
         if not repairs[-1].stays:
             del kept[found.path]
     return repairs
@@ -216,45 +218,50 @@ def _covered_by_replaced(info: PartInfo, group: FoundGroup) -> bool:
     return {row.tobytes() for each in infos for row in each.digests} == {row.tobytes() for row in info.digests}
 
 
-def _plan_part(found: FoundPart, info: PartInfo) -> _PartRepair:
+def _plan_part(found: FoundPart, part: Part) -> _PartRepair:
     """What is kept of a part: everything but the broken chunks, to the prompt and the layer."""
-    broken = [name for name in found.faults if not name.endswith("zarr.json")]
+    info = part.info
+    broken = [name for name in found.faults if not name.endswith(("zarr.json", CHUNK_TABLE, BLOCK_TABLE))]
     if info.is_tombstone:
         # Its document says everything; the files beside it are written anew.
         return _PartRepair(found=found, replacement=NewPart(rows=np.arange(len(info.digests)), without=frozenset(), layers=None))
     if not broken:
-        documents = {name: _document(info, name) for name in found.faults}
-        if all(file_entry(data, chunk=False) == tuple(info.files[name]) for name, data in documents.items()):
-            return _PartRepair(found=found, documents=documents)
+        documents = {name: _document(part, name) for name in found.faults}
+        made = {name: data for name, data in documents.items() if data is not None}
+        if len(made) == len(found.faults) and all(file_entry(data, chunk=False) == tuple(info.files[name]) for name, data in made.items()):
+            return _PartRepair(found=found, documents=made)
     arrays = {name.rpartition("/")[0] for name in broken}
     variables = set(info.activations)
     columns = arrays - variables - MADE_BY_WRITER
     own = set(info.own_columns)
-    made: set[str] = set()
+    again: set[str] = set()
     if "tokens/position" in columns:
         if not info.arrays["tokens/position"].attributes.get("whole_prompts"):
             # It is unknown which tokens of its prompts the part holds.
             return _PartRepair(found=found, lost=_all_cells(info), columns=tuple(sorted(own)))
-        made = {"tokens/position"}
-    columns -= made
+        again = {"tokens/position"}
+    columns -= again
     lost: dict[Cell, Ints] = {}
     for key in sorted(arrays & variables):
-        lost |= {cell: gone for cell, gone in _broken_rows(info, key, broken).items() if len(gone)}
-    replacement, others = split_part(info, lost, columns=columns, made=made)
+        lost |= {cell: gone for cell, gone in _broken_rows(part, key, broken).items() if len(gone)}
+    replacement, others = split_part(info, lost, columns=columns, made=again)
     return _PartRepair(found=found, replacement=replacement, others=others, lost=lost, columns=tuple(sorted(columns)))
 
 
-def _broken_rows(info: PartInfo, key: str, broken: Iterable[str]) -> dict[Cell, Ints]:
+def _broken_rows(part: Part, key: str, broken: Iterable[str]) -> dict[Cell, Ints]:
     """For every layer of a variable the prompts of which a value is lost."""
-    array = info.arrays[key]
+    info, array = part.info, part.info.arrays[key]
+    stored = part.array("tokens" if key.startswith("tokens/") else "prompts", key.partition("/")[2])
     chunks = {name.rpartition("/")[2] for name in broken if name.rpartition("/")[0] == key}
     bounds = np.arange(len(info.digests) + 1) if info.n_tokens is None or key.startswith("prompts/") else offsets_of(info.n_tokens)
     found: dict[Cell, Ints] = {}
     for place, layer in enumerate(info.layers if array.layered else [NO_LAYER]):
         gone = np.zeros(len(info.digests), bool)
         for block in range(array.n_blocks):
-            if array.chunk_key(place, block) in chunks:
-                start, stop = block * array.rows_per_chunk, (block + 1) * array.rows_per_chunk
+            if array.file_of(place, block) not in chunks:
+                continue
+            for rows in stored.damaged_rows(place, block):
+                start, stop = block * array.rows_per_chunk + rows.start, block * array.rows_per_chunk + rows.stop
                 gone |= (bounds[:-1] < stop) & (bounds[1:] > start)
         found[key, layer] = np.flatnonzero(gone)
     return found
@@ -266,9 +273,12 @@ def _all_cells(info: PartInfo) -> dict[Cell, Ints]:
     return {(key, layer): every for key, array in info.activations.items() for layer in (info.layers if array.layered else (NO_LAYER,))}
 
 
-def _document(info: PartInfo, name: str) -> bytes:
-    """A ``zarr.json`` below a part, as the writer makes it."""
-    folder = name.rpartition("/")[0]
+def _document(part: Part, name: str) -> bytes | None:
+    """A ``zarr.json`` or a table below a part, as the writer makes it; None for a table that cannot be made again."""
+    folder, _, file = name.rpartition("/")
+    if file in (CHUNK_TABLE, BLOCK_TABLE):
+        return part.files_of(folder).remade_table(file)
+    info = part.info
     level: Level = "tokens" if folder == "tokens" else "prompts"
     document = info.arrays[folder].to_document() if "/" in folder else level_document(info.variables(level), level)
     return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()

@@ -114,6 +114,7 @@ def new_writer(
     replaces: tuple[str, ...] = (),
     recorded: Mapping[str, Any] | None = None,
     alone: bool = False,
+    shards: bool | None = None,
 ) -> PartWriter:
     """A writer for a part that is made from others of one kind and shape.
 
@@ -127,6 +128,8 @@ def new_writer(
         The new part's name.
     durable, replaces, alone
         As for `store.parts.PartWriter`.
+    shards : bool, optional
+        Likewise; by default as the old parts are written.
     recorded : mapping, optional
         Recorded in addition to what all of the old parts record alike, and to when the last of them was written.
     """
@@ -147,6 +150,7 @@ def new_writer(
         recorded={**alike, **written, **(recorded or {})},
         alone=alone,
         order=merged_order(infos),
+        shards=any(info.has_shards for info in infos) if shards is None else shards,
     )
 
 

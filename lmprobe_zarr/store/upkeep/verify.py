@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,8 @@ from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
+    BLOCK_TABLE,
+    CHUNK_TABLE,
     GROUP_NAME,
     LEVELS,
     MADE_BY_WRITER,
@@ -28,7 +31,6 @@ from lmprobe_zarr.store.format import (
     GroupInfo,
     PartInfo,
     Published,
-    bytes_of_files,
     check_table,
     is_intact,
     is_variable,
@@ -141,7 +143,7 @@ class StoreScan:
 
 
 def _part_bytes(info: PartInfo) -> int:
-    return bytes_of_files(info.files)
+    return info.files_nbytes
 
 
 # --------------------------------------------------------------------------------------------------------------- documents
@@ -338,30 +340,53 @@ def check_files(scan: StoreScan, *, full: bool, advance: Callable[[int], None] =
 
 
 def _sizes(storage: Storage, part: Part) -> dict[str, Fault]:
-    there = storage.sizes(part.path, part.info.files)
-    faults = {name: _size_fault(there.get(name), int(entry[0])) for name, entry in part.info.files.items()}
-    return {name: fault for name, fault in faults.items() if fault is not None}
+    faults: dict[str, Fault | None] = {}
+    wanted: dict[str, int | None] = {name: int(entry[0]) for name, entry in part.info.files.items()}
+    for key in part.info.tables or ():
+        array = part.files_of(key)
+        try:
+            wanted |= {f"{key}/{name}": nbytes for name, nbytes in array.file_sizes().items()}
+        except CorruptPartError as error:
+            # Nobody knows the lengths of the chunks now, only which there should be.
+            wanted |= dict.fromkeys((f"{key}/{name}" for name in array.info.file_names()), None)
+            faults[f"{key}/{CHUNK_TABLE}"] = Fault("content", _shorter(error, part.path))
+    there = storage.sizes(part.path, wanted)
+    for name, nbytes in wanted.items():
+        fault = _size_fault(there.get(name), nbytes)
+        faults[name] = fault or faults.get(name)
+    return {name: fault for name, fault in sorted(faults.items()) if fault is not None}
 
 
-def _size_fault(there: int | None, wanted: int) -> Fault | None:
+def _size_fault(there: int | None, wanted: int | None) -> Fault | None:
     if there is None:
         return Fault("missing", "is missing")
-    return None if there == wanted else Fault("size", f"has {there} bytes instead of {wanted}")
+    return None if wanted is None or there == wanted else Fault("size", f"has {there} bytes instead of {wanted}")
 
 
 def _checksums(storage: Storage, part: Part) -> dict[str, Fault]:
     faults: dict[str, Fault] = {}
 
-    def check(name: str) -> None:
-        fault = _file_fault(storage, f"{part.path}/{name}", part.info.files[name])
+    def check(name: str, is_whole: Callable[[Buffer], bool], nbytes: int | None) -> None:
+        fault = _file_fault(storage, f"{part.path}/{name}", is_whole, nbytes)
         if fault is not None:
             faults[name] = fault
 
-    run_all([partial(check, name) for name in part.info.files], local=storage.is_local)
+    jobs = [partial(check, name, partial(_is_intact, name, entry), int(entry[0])) for name, entry in part.info.files.items()]
+    for key in part.info.tables or ():
+        array = part.files_of(key)
+        sizes: dict[str, int] = {}
+        with suppress(CorruptPartError):
+            sizes = array.file_sizes()
+        jobs += [partial(check, f"{key}/{file}", partial(array.is_intact, file), sizes.get(file)) for file in array.info.file_names()]
+    run_all(jobs, local=storage.is_local)
     return dict(sorted(faults.items()))
 
 
-def _file_fault(storage: Storage, key: str, entry: Sequence[int]) -> Fault | None:
+def _is_intact(name: str, entry: Sequence[int], data: Buffer) -> bool:
+    return is_intact(name, data, entry)
+
+
+def _file_fault(storage: Storage, key: str, is_whole: Callable[[Buffer], bool], nbytes: int | None) -> Fault | None:
     try:
         data: Buffer = storage.read_view(key)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -374,9 +399,9 @@ def _file_fault(storage: Storage, key: str, entry: Sequence[int]) -> Fault | Non
         if isinstance(error, LmprobeZarrError):
             raise
         return Fault("unreadable", f"cannot be read ({error.strerror or error})")
-    if len(data) != entry[0]:
-        return _size_fault(len(data), int(entry[0]))
-    return None if is_intact(key, data, entry) else Fault("content", "does not hold the checksum that it was committed with")
+    if nbytes is not None and len(data) != nbytes:
+        return _size_fault(len(data), nbytes)
+    return None if is_whole(data) else Fault("content", "does not hold the checksum that it was committed with")
 
 
 # ------------------------------------------------------------------------------------------------------------------ summary
@@ -417,7 +442,7 @@ def problems_of(scan: StoreScan) -> Iterator[Problem]:
 def _advice(found: FoundPart, name: str, variable: str) -> str:
     if found.replaced:
         return "another part stands for it: repair() removes it"
-    if name.endswith("zarr.json") or variable in MADE_BY_WRITER:
+    if name.endswith(("zarr.json", CHUNK_TABLE, BLOCK_TABLE)) or variable in MADE_BY_WRITER:
         return "repair() writes it again"
     info = found.part.info.arrays.get(variable) if found.part is not None else None
     if info is not None and not is_variable(variable.partition("/")[2], info):
@@ -457,7 +482,7 @@ def _count(part: Part, faults: Mapping[str, Fault]) -> dict[str, tuple[int, int]
     def count(key: str, layer: int, block: int) -> None:
         level, _, name = key.partition("/")
         array = part.array(level, name)  # type: ignore[arg-type]
-        if f"{key}/{array.info.chunk_key(layer, block)}" in faults:
+        if f"{key}/{array.info.file_of(layer, block)}" in faults:
             return
         rows = array.info.shape[array.info.sample_axis] - block * array.info.rows_per_chunk
         totals[key].append(count_odd(array.read_chunk(layer, block)[:rows], array.info.row_shape))
@@ -506,7 +531,7 @@ def verify_stores(
         groups=sum(len(scan.groups) for scan in checked),
         parts=len(every) - notes,
         annotations=notes,
-        files=sum(len(info.files) for info in infos),
+        files=sum(info.n_files for info in infos),
         nbytes=sum(map(_part_bytes, infos)),
         problems=tuple(problem for scan in checked for problem in problems_of(scan)),
         odd=tuple(odd),
