@@ -230,6 +230,9 @@ class StoredArray:
         size, nbytes = self.where.block_nbytes, self.row_nbytes
         n_blocks = -(-self.nbytes_of_chunk // size)
         if isinstance(rows, slice):
+            # All that a last chunk holds: a read of a whole layer never needs the table of blocks.
+            if not only and rows.start == 0 and rows.stop + block * self.info.rows_per_chunk == self.info.shape[self.info.sample_axis]:
+                return None
             wanted = np.arange(rows.start * nbytes // size, -(-rows.stop * nbytes // size))
         else:
             wanted = _blocks_of_rows(rows, nbytes, size, n_blocks)
