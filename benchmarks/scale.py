@@ -7,6 +7,8 @@ reading any), except for one small store that is written whole, whose files and 
 from __future__ import annotations
 
 import argparse
+import base64
+import binascii
 import json
 import multiprocessing
 import os
@@ -33,6 +35,7 @@ from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
 
 LAYERS, HIDDEN, ITEMSIZE = 80, 8192, 2
+_CHOICES = ("CHUNK_BYTES", "MIN_CHUNK_BYTES", "PART_VERSION")
 GROUP = GroupInfo(model="scale", num_layers=LAYERS, hidden_size=1)
 
 
@@ -43,6 +46,7 @@ class Paper:
     prompts: int
     per_prompt: int
     part_bytes: int
+    version: int = 2
 
     @property
     def chunk_rows(self) -> int:
@@ -69,19 +73,30 @@ class Paper:
         return self.parts * LAYERS * self.chunks_of_a_layer
 
     @property
+    def published(self) -> int:
+        """Files of all layers in a published copy on an object store, in shards."""
+        of_layer = self.prompts_per_part * self.per_prompt * HIDDEN * ITEMSIZE
+        return self.parts * LAYERS * -(-of_layer // writer.REMOTE_SHARD_BYTES)
+
+    @property
     def nbytes(self) -> int:
         return self.prompts * self.per_prompt * LAYERS * HIDDEN * ITEMSIZE
 
 
 @contextmanager
 def narrow(paper: Paper) -> Iterator[None]:
-    """As many chunks at one number per row as there would be at 8192."""
-    before = writer.CHUNK_BYTES, writer.MIN_CHUNK_BYTES
-    writer.CHUNK_BYTES, writer.MIN_CHUNK_BYTES = paper.chunk_rows * ITEMSIZE, 1  # type: ignore[misc]
+    """As many chunks at one number per row as there would be at 8192, in the paper's version of the format."""
+    before = [getattr(writer, name) for name in _CHOICES]
+    _set(paper.chunk_rows * ITEMSIZE, 1, paper.version)
     try:
         yield
     finally:
-        writer.CHUNK_BYTES, writer.MIN_CHUNK_BYTES = before  # type: ignore[misc]
+        _set(*before)
+
+
+def _set(*values: int) -> None:
+    for name, value in zip(_CHOICES, values, strict=True):
+        setattr(writer, name, value)
 
 
 def write_part(store: Store, paper: Paper, rng: np.random.Generator) -> str:
@@ -101,16 +116,16 @@ def write_part(store: Store, paper: Paper, rng: np.random.Generator) -> str:
 def print_paper() -> None:
     """What needs no measurement: objects, bytes, and requests of one layer and of a sweep over all."""
     print("on paper, float16")
-    print("   prompts rows of    parts       objects         bytes   a layer:     bytes")
-    print("             each                                         requests")
+    print("   prompts rows of    parts       objects  published         bytes   a layer:     bytes")
+    print("             each                                                    requests")
     for per_prompt in (1, 100):
         for prompts in (10**4, 10**5, 10**6, 10**7):
             for gib in (1, 8):
                 p = Paper(prompts=prompts, per_prompt=per_prompt, part_bytes=gib * GIB)
                 requests = p.parts * p.chunks_of_a_layer
                 print(
-                    f"{prompts:>10,} {per_prompt:>4} {gib:>2} GiB {p.parts:>9,} {p.objects:>11,} {p.nbytes / 1e12:>10.3f} TB"
-                    f" {requests:>10,} {p.nbytes / LAYERS / 1e9:>9.1f} GB"
+                    f"{prompts:>10,} {per_prompt:>4} {gib:>2} GiB {p.parts:>9,} {p.objects:>11,} {p.published:>10,}"
+                    f" {p.nbytes / 1e12:>10.3f} TB {requests:>10,} {p.nbytes / LAYERS / 1e9:>9.1f} GB"
                 )
     print()
 
@@ -133,7 +148,8 @@ def check_paper(folder: Path) -> None:
         values = data["resid_mean" if per_prompt == 1 else "resid"].isel(layer=7).values
         assert np.isfinite(values).all()
         assert opened == paper.parts + 1, (opened, paper.parts)  # each part's document and the group's
-        assert storage.reads - opened == paper.parts * paper.chunks_of_a_layer, storage.reads
+        # And the table of chunks of each part.
+        assert storage.reads - opened == paper.parts * (paper.chunks_of_a_layer + 1), storage.reads
 
 
 def simulate(paper: Paper, folder: str) -> None:
@@ -145,11 +161,12 @@ def simulate(paper: Paper, folder: str) -> None:
     whole = (root / path / "zarr.json").read_bytes()
     model = parse_part(whole, path)
     name = model.name
+    text = base64.b64encode if paper.version > 1 else binascii.hexlify
 
     def another(name: str, digests: Any) -> bytes:
         """The document of a part like the first: its name, digests and checksum in the place of the first one's."""
-        old, new = model.digests.tobytes().hex(), digests.tobytes().hex()
-        data = whole.replace(old.encode(), new.encode()).replace(f'"name":"{model.name}"'.encode(), f'"name":"{name}"'.encode())
+        old, new = (text(each.tobytes()) for each in (model.digests, digests))
+        data = whole.replace(old, new).replace(f'"name":"{model.name}"'.encode(), f'"name":"{name}"'.encode())
         at = data.index(b'"crc32c:') + len(b'"crc32c:')
         blank = data[:at] + b"0" * 8 + data[at + 8 :]
         return data[:at] + b"%08x" % google_crc32c.value(blank) + data[at + 8 :]
@@ -200,6 +217,7 @@ def main() -> int:
     parser.add_argument("--opening", action="store_true", help="only the four stores whose opening docs/design/performance.md shows")
     parser.add_argument("--beside", type=Path, help="another checkout, whose package opens the same documents")
     parser.add_argument("--repeats", type=int, default=1, help="openings of each store, of which the fastest is shown")
+    parser.add_argument("--format", type=int, choices=(1, 2), default=2, help="of the parts (default: %(default)s)")
     options = parser.parse_args()
     checkouts = [Path(__file__).parents[1], *([] if options.beside is None else [options.beside])]
     if not options.opening:
@@ -213,6 +231,7 @@ def main() -> int:
         papers = [Paper(prompts=prompts, per_prompt=rows, part_bytes=8 * GIB) for prompts, rows in sizes]
     elif not options.json:
         print_paper()
+    papers = [replace(paper, version=options.format) for paper in papers]
     rows = [row for paper in papers for row in run(paper, checkouts, options.repeats)]
     if options.json:
         json.dump(rows, sys.stdout, indent=2)

@@ -23,7 +23,8 @@ from warmed import Warmed
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
 from lmprobe_zarr.extraction import models as extraction
-from lmprobe_zarr.store.parts.stored_array import StoredArray
+from lmprobe_zarr.store.parts import writer
+from lmprobe_zarr.store.parts.array_files import ArrayFiles
 from lmprobe_zarr.store.store import Store
 
 # A shell that runs a command in the background has it ignore Ctrl-C, which tests send to themselves and to their children.
@@ -63,6 +64,15 @@ ON_S3_TOO = (
     "promises/test_loops.py",
     "store/test_store.py",
 )
+
+# Parts of format 1 are read and compacted for ever. Only tests write any.
+IN_FORMAT_1_TOO = ("store/test_store.py", "store/upkeep/test_compact.py", "promises/test_loops.py")
+
+
+@pytest.fixture
+def version_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are written in format 1."""
+    monkeypatch.setattr(writer, "PART_VERSION", 1)
 
 
 @pytest.fixture(scope="session")
@@ -159,19 +169,29 @@ def s3(s3_session: s3_server.S3, monkeypatch: pytest.MonkeyPatch) -> s3_server.S
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every test of a place runs on every kind of place."""
+    """Every test of a place runs on every kind of place, and those that write parts in both formats."""
     if "root" in metafunc.fixturenames:
-        places = ["local", "memory", *(["s3"] if str(metafunc.definition.path).endswith(ON_S3_TOO) else [])]
+        path = str(metafunc.definition.path)
+        places = [
+            "local",
+            "memory",
+            *(["s3"] if path.endswith(ON_S3_TOO) else []),
+            *(["format 1"] if path.endswith(IN_FORMAT_1_TOO) else []),
+        ]
+        if "LMPROBE_ZARR_STRESS" in os.environ and path.endswith(ON_S3_TOO) and path.endswith(IN_FORMAT_1_TOO):
+            places.append("format 1 on s3")
         metafunc.parametrize("root", places, indirect=True)
 
 
 @pytest.fixture
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A place for a store: a folder, the memory, or a prefix on the S3 server."""
-    if request.param == "local":
+    if request.param.startswith("format 1"):
+        monkeypatch.setattr(writer, "PART_VERSION", 1)
+    if request.param in ("local", "format 1"):
         yield str(tmp_path / "acts")
         return
-    if request.param == "s3":
+    if request.param.endswith("s3"):
         request.getfixturevalue("s3")
         yield f"s3://team/{uuid.uuid4().hex}/acts"
         return
@@ -196,13 +216,13 @@ def store(root: str) -> Store:
 def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Every chunk of activations with layers that is read from now on: (array, layer, block)."""
     found: list[tuple[str, int, int]] = []
-    fetch = StoredArray._fetch
+    fetch = ArrayFiles.fetch
 
-    def counted(self: StoredArray, key: str, call: Callable[[str], Any]) -> Any:
-        if self.info.layered:
-            layer, block = key.split(".")[1:3]
+    def counted(self: ArrayFiles, file: str, call: Callable[[str], Any]) -> Any:
+        if self.info.layered and file.startswith("c."):
+            layer, block = file.split(".")[1:3]
             found.append((self.path, int(layer), int(block)))
-        return fetch(self, key, call)
+        return fetch(self, file, call)
 
-    monkeypatch.setattr(StoredArray, "_fetch", counted)
+    monkeypatch.setattr(ArrayFiles, "fetch", counted)
     return found

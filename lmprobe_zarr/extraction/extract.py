@@ -140,6 +140,7 @@ def extract(
     store_text: bool = True,
     part_bytes: int = PART_BYTES,
     part_seconds: float = PART_SECONDS,
+    shards: bool = False,
     client: Any = None,
     progress: bool = True,
 ) -> ExtractStats:
@@ -236,6 +237,9 @@ def extract(
         False leaves the texts out of the store; prompts are still found by text or hash.
     part_bytes, part_seconds : int, float
         When to commit; an interruption loses at most this much.
+    shards : bool
+        Write the chunks of a layer to few files, as `Store.compact` does: for parts of many GiB, whose files would be thousands. On S3
+        each layer that is being written takes 16 MiB of memory then.
     client : distributed.Client, optional
         Its workers run the model, each on a share of the missing prompts. They load the model once per process and write directly to the
         store, which they must reach under the same name. The model and a tokenizer must be given by name, not as objects. If a worker
@@ -273,7 +277,7 @@ def extract(
     """
     opened = open_again(store)
     keeping = keeping_of(
-        is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow, part_bytes=part_bytes
+        is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow, part_bytes=part_bytes, shards=shards
     )  # fmt: skip
     fields, any_provenance = parse_provenance(provenance)
     choice = ModelChoice(

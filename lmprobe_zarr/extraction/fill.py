@@ -53,7 +53,7 @@ def fill_here(work: Work, options: Options) -> Written:
     ingest = Ingest(
         target, lookup.makes_group, part_bytes=options.keeping.part_bytes,
         part_seconds=options.part_seconds, precision=options.keeping.precision,
-        recorded=_recorded(lookup),
+        recorded=_recorded(lookup), shards=options.keeping.shards,
         order=lookup.request.order or CallOrder.of(lookup.prompts.sha256),
     )  # fmt: skip
     with progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0) as advance, ingest:

@@ -25,11 +25,14 @@ class Keeping:
         Bytes of activations in one part, at most.
     limit : int, optional
         At most this many bytes in the store; 0 if nothing may be stored.
+    shards : bool
+        Whether many chunks of a layer are written to one file.
     """
 
     precision: Precision
     part_bytes: int = PART_BYTES
     limit: int | None = None
+    shards: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,7 @@ def keeping_of(
     keep_bits: int | None = None,
     overflow: str | None = None,
     part_bytes: int = PART_BYTES,
+    shards: bool = False,
 ) -> Keeping:
     """How a store keeps what is extracted: by these arguments; for the default store, the cache's settings replace those not given.
 
@@ -87,4 +91,4 @@ def keeping_of(
         overflow=overflow or setting.overflow,
     )
     limit = config.cache_limit() if is_default else None
-    return Keeping(precision=precision, part_bytes=part_bytes_within(part_bytes, limit), limit=limit)
+    return Keeping(precision=precision, part_bytes=part_bytes_within(part_bytes, limit), limit=limit, shards=shards)

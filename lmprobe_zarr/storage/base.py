@@ -113,6 +113,17 @@ class Storage(ABC):
             A range begins before the file, or ends before it begins.
         """
 
+    def fill_ranges(self, key: str, ranges: Sequence[tuple[int, int]], target: memoryview) -> int:
+        """Fill `target` with several ranges of one file, end to end; returns how many bytes, fewer where the file ends earlier.
+
+        What a reader calls again and again, with the same memory as target: new memory costs more than the copy.
+        """
+        place = 0
+        for data in self.read_ranges(key, ranges):
+            target[place : place + len(data)] = data
+            place += len(data)
+        return place
+
     @abstractmethod
     def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         """Write a file, given whole or in pieces, and the folders above it.

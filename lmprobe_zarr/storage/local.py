@@ -147,6 +147,20 @@ class LocalStorage(Storage):
             os.close(descriptor)
         return cut(ranges, runs, answers)
 
+    def fill_ranges(self, key: str, ranges: Sequence[tuple[int, int]], target: memoryview) -> int:
+        descriptor, place = self._open(key), 0
+        try:
+            for start, stop in ranges:
+                found = _fill(descriptor, target[place : place + stop - start], start)
+                place += found
+                if found < stop - start:
+                    break
+        except OSError as error:
+            _raise_reading_error(error, self._path(key))
+        finally:
+            os.close(descriptor)
+        return place
+
     def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         path = self._path(key)
         with self._writing(path):

@@ -59,7 +59,7 @@ class Ingest:
         … and is committed once it is this many seconds old: what an interruption can cost at most.
     precision : Precision
         The precision of stored activations; all other values stay as they are.
-    compressed : bool
+    compressed, shards : bool
         See `PartWriter`.
     recorded : mapping
         Noted in every part.
@@ -82,6 +82,7 @@ class Ingest:
     part_seconds: float = PART_SECONDS
     precision: Precision = field(default_factory=Precision)
     compressed: bool = True
+    shards: bool = False
     recorded: Mapping[str, Any] = field(default_factory=dict)
     order: CallOrder | None = None
     parts: list[str] = field(default_factory=list, init=False)
@@ -168,7 +169,7 @@ class Ingest:
             if key not in self._open:
                 if len(self._open) == OPEN_PARTS:
                     self._commit(min(self._open, key=lambda k: self._open[k].opened))
-                writer = self.store.new_part(self.group, compressed=self.compressed, recorded=self.recorded)
+                writer = self.store.new_part(self.group, compressed=self.compressed, recorded=self.recorded, shards=self.shards)
                 self._open[key] = _OpenPart(writer, time.monotonic())
             writer = self._open[key].writer
             writer.append(stored)

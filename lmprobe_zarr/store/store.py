@@ -582,7 +582,13 @@ class Store:
         self.catalog.check_writable()
 
     def new_part(
-        self, info: GroupInfo, *, kind: str = "part", compressed: bool = True, recorded: Mapping[str, Any] | None = None
+        self,
+        info: GroupInfo,
+        *,
+        kind: str = "part",
+        compressed: bool = True,
+        recorded: Mapping[str, Any] | None = None,
+        shards: bool = False,
     ) -> PartWriter:
         """A writer for one part of a group. The group is made where it is new; the part becomes visible with its commit.
 
@@ -596,6 +602,8 @@ class Store:
             False stores raw values, which still end in a checksum.
         recorded : mapping, optional
             What is noted in the part, such as versions and the device. It is never read again.
+        shards : bool
+            Write the chunks of a layer to few files, see `compact`.
 
         Returns
         -------
@@ -605,7 +613,7 @@ class Store:
         ------
         ReadOnlyError, NoSpaceError
         """
-        return self.catalog.new_part(info, kind=kind, compressed=compressed, recorded=recorded)
+        return self.catalog.new_part(info, kind=kind, compressed=compressed, recorded=recorded, shards=shards)
 
     def write(
         self,

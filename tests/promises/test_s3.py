@@ -30,10 +30,12 @@ from warmed import Warmed
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import errors
+from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.errors import AccessDeniedError, AlreadyCommittedError, ReadOnlyError, StoreNotFoundError, UnreachableError
 from lmprobe_zarr.storage import remote
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.s3 import S3Storage
+from lmprobe_zarr.store.format import GroupInfo
 from lmprobe_zarr.store.store import Store
 
 # One try of botocore's, and of s3fs's where a test sets it: what is tested is what comes after them.
@@ -98,6 +100,65 @@ def test_one_prompt_over_all_layers_and_two_layers_cost_one_get_per_chunk(s3: S3
     s3.proxy.reset()
     tokens.resid.sel(layer=[0, 3]).values  # noqa: B018
     assert dict(s3.proxy.kinds()) == {"GET": 20}
+
+
+@pytest.fixture
+def wide(url: str) -> tuple[str, Any]:
+    """A part whose chunks of 4 MiB have 64 blocks each: 16 layers of 3,000 tokens × 1,024 in float16."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(5, 128, 46)
+    values = rng.standard_normal((16, int(counts.sum()), 1024)).astype(np.float16)
+    digests = [lz.prompt_hash(f"prompt {i}").ljust(64, "0") for i in range(len(counts))]
+    group = GroupInfo(model="acme/wide", num_layers=16, hidden_size=1024)
+    lz.open_store(url).write(group, TokenBatch(sha256=digests, n_tokens=counts, layers=tuple(range(16)), tokens={"resid": values}))
+    return url, (values, np.concatenate([[0], np.cumsum(counts)]))
+
+
+def test_one_prompt_over_sixteen_layers_costs_a_range_of_each_and_one_table(s3: S3, wide: tuple[str, Any]) -> None:
+    url, (values, bounds) = wide
+    resid = counted(s3, url).tokens("acme/wide").resid
+    nbytes = {}
+    for prompt in (3, 40):
+        rows = slice(*bounds[prompt : prompt + 2])
+        s3.proxy.reset()
+        np.testing.assert_array_equal(resid.isel(token=rows).values, values[:, rows])
+        nbytes[prompt] = s3.proxy.bytes_sent
+        # The table of blocks is read once.
+        assert dict(s3.proxy.kinds()) == {"GET": 16 + (prompt == 3)}
+    block, row = 2**16, 2048
+    for prompt, sent in nbytes.items():
+        needed = 16 * (int(np.diff(bounds)[prompt]) * row + block)
+        assert sent < 1.3 * needed + 2**16, "the blocks that hold its rows, the table, and headers"
+
+
+def test_scattered_tokens_cost_their_blocks_and_a_whole_layer_never_reads_that_table(s3: S3, wide: tuple[str, Any]) -> None:
+    url, (values, _) = wide
+    resid = counted(s3, url).tokens("acme/wide").resid
+    s3.proxy.reset()
+    np.testing.assert_array_equal(resid.isel(layer=2).values, values[2])
+    assert not [request for request in s3.proxy.requests if "block_table" in request.path]
+    rows = np.array([10, 11, 1500, 2900])
+    s3.proxy.reset()
+    np.testing.assert_array_equal(resid.isel(layer=5, token=rows).values, values[5, rows])
+    blocks = [request for request in s3.proxy.requests if "resid/c." in request.path]
+    assert 3 <= len(blocks) <= 4, "rows that are neighbours lie in one or two blocks, which are one range"
+    assert s3.proxy.bytes_sent < 6 * 2**16 + 2**17
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_published_copy_reads_ranges_of_few_large_objects(s3: S3, wide: tuple[str, Any], shards: bool) -> None:
+    url, (values, bounds) = wide
+    copy = f"{url}-copy"
+    lz.open_store(url, "r").publish(copy, shards=shards, progress=False)
+    store = counted(s3, copy)
+    (info,) = [part.info.arrays["tokens/resid"] for part in store.catalog.view(*store.catalog.groups().values()).parts]
+    assert len(info.file_names()) == 16 * (1 if shards else 2)
+    resid = store.tokens("acme/wide").resid
+    s3.proxy.reset()
+    rows = slice(*bounds[20:22])
+    np.testing.assert_array_equal(resid.isel(token=rows).values, values[:, rows])
+    assert dict(s3.proxy.kinds()) == {"GET": 17}
+    np.testing.assert_array_equal(resid.values, values)
 
 
 def test_cache_info_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -> None:

@@ -5,7 +5,7 @@ A document becomes a frozen record by ``parse_…``, which raises where it is da
 """
 
 from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
-from lmprobe_zarr.store.format.blosc_frame import Frame, check_frame, decode_blocks, decode_range
+from lmprobe_zarr.store.format.blosc_frame import Frame, check_frame, decode_range, header_of
 from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
 from lmprobe_zarr.store.format.chunk import TEXT_BYTES, crc32c, encode_chunk, file_entry, holds_checksum, is_intact
 from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field, describe_unrecorded, unrecorded_fields
@@ -99,12 +99,12 @@ __all__ = [
     "check_table",
     "chunk_table_nbytes",
     "crc32c",
-    "decode_blocks",
     "decode_range",
     "describe_field",
     "describe_unrecorded",
     "encode_chunk",
     "file_entry",
+    "header_of",
     "holds_checksum",
     "is_intact",
     "is_root_document",

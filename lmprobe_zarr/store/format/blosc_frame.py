@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
 import numpy as np
 from numcodecs import blosc
 
-from lmprobe_zarr.typing import Buffer
-
-__all__ = ["Frame", "check_frame", "decode_blocks", "decode_range", "in_order"]
+__all__ = ["Frame", "check_frame", "decode_range", "header_of", "in_order"]
 
 _HEADER: Final = struct.Struct("<4B3I")  # version, version of the codec, flags, typesize; bytes decoded, of a block, of the frame
 _COPIED: Final = 2  # flag: stored as it was, right behind the header
@@ -59,8 +57,9 @@ def decode_range(frame: memoryview, start: int, stop: int, room: memoryview) -> 
     ValueError, RuntimeError
         The frame is damaged.
     """
-    version, codec, flags, typesize, decoded, block, _ = _HEADER.unpack_from(frame)
-    if flags & _COPIED:
+    header = Frame.of(frame)
+    decoded, block = header.decoded, header.block_nbytes
+    if header.is_copied:
         return frame[_HEADER.size + start : _HEADER.size + stop]
     if not block:
         raise ValueError("blocks of no bytes")
@@ -78,10 +77,7 @@ def decode_range(frame: memoryview, start: int, stop: int, room: memoryview) -> 
         return room[start:stop]
     held = min(last * block, decoded) - first * block
     blocks = [frame[place : ends[place]] for place in places[first:last].tolist()]
-    length = _HEADER.size + 4 * len(blocks)
-    new = [length, *(length + np.cumsum([len(each) for each in blocks])).tolist()]
-    header = _HEADER.pack(version, codec, flags, typesize, held, block, new[-1])
-    blosc.decompress(b"".join([header, np.array(new[:-1], "<i4").tobytes(), *blocks]), room[:held])
+    blosc.decompress(b"".join([header_of(header.head, [len(each) for each in blocks], block, held), *blocks]), room[:held])
     return room[start - first * block : stop - first * block]
 
 
@@ -138,30 +134,20 @@ def in_order(frame: bytes) -> bytes:
     return b"".join([frame[: _HEADER.size], places.astype("<i4").tobytes(), *blocks])
 
 
-def decode_blocks(head: int, blocks: Sequence[Buffer], block_nbytes: int, decoded: int, room: memoryview) -> memoryview:
-    """The decoded bytes of some blocks of one frame, end to end.
+def header_of(head: int, lengths: Sequence[int], block_nbytes: int, decoded: int) -> bytes:
+    """What stands before some blocks of a frame, end to end, so that they are a frame again.
 
     Parameters
     ----------
     head : int
         As in `Frame`, of the frame that they are from; one that was not copied.
-    blocks : sequence of bytes-like
-        In their order. A shorter last one of the frame stands behind another.
+    lengths : sequence of int
+        Of each block, in their order. A shorter last one of the frame stands behind another.
     block_nbytes : int
         Decoded bytes of each but a shorter last one.
     decoded : int
         Decoded bytes of all together.
-    room : memoryview of bytes
-        A buffer of at least that size. The result is a view of it.
-
-    Raises
-    ------
-    ValueError, RuntimeError
-        The blocks are damaged.
     """
-    version, codec, flags, typesize = head.to_bytes(4, "little")
-    first = _HEADER.size + 4 * len(blocks)
-    places = [first, *(first + np.cumsum([len(block) for block in blocks])).tolist()]
-    header = _HEADER.pack(version, codec, flags, typesize, decoded, block_nbytes, places[-1])
-    blosc.decompress(b"".join([header, np.array(places[:-1], "<i4").tobytes(), *blocks]), room[:decoded])
-    return room[:decoded]
+    places = [*accumulate(lengths, initial=_HEADER.size + 4 * len(lengths))]
+    header = _HEADER.pack(*head.to_bytes(4, "little"), decoded, block_nbytes, places.pop())
+    return header + np.array(places, "<i4").tobytes()

@@ -77,6 +77,6 @@ def is_intact(name: str, data: Buffer, entry: Sequence[int]) -> bool:
     return length >= CRC.size and holds_checksum(whole[: -CRC.size], whole[-CRC.size :], checksum)
 
 
-def crc32c(data: Buffer) -> int:
+def crc32c(data: Buffer | Array) -> int:
     """The checksum of some bytes."""
-    return int(google_crc32c.value(np.frombuffer(data, np.uint8))) if len(data) else 0
+    return int(google_crc32c.value(data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8))) if len(data) else 0

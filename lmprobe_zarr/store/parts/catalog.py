@@ -393,7 +393,13 @@ class Catalog:
             raise ReadOnlyError(f"{self.url} cannot be written: check permissions, or give another place")
 
     def new_part(
-        self, info: GroupInfo, *, kind: str = "part", compressed: bool = True, recorded: Mapping[str, Any] | None = None
+        self,
+        info: GroupInfo,
+        *,
+        kind: str = "part",
+        compressed: bool = True,
+        recorded: Mapping[str, Any] | None = None,
+        shards: bool = False,
     ) -> PartWriter:
         """A writer for one part of a group, which is made where it is new; see `Store.new_part`."""
         self.check_writable()
@@ -403,7 +409,9 @@ class Catalog:
         # The new name sorts after all others. Only names of parts count: any other could sort so late that the names no longer say how far
         # the clocks of other writers have come.
         name = new_part_name(max((n for n in older if PART_NAME.fullmatch(n)), default=""))
-        return PartWriter(self.storage, info, name, kind=kind, compressed=compressed, durable=self.durable, recorded=recorded)
+        return PartWriter(
+            self.storage, info, name, kind=kind, compressed=compressed, durable=self.durable, recorded=recorded, shards=shards
+        )
 
 
 def _reopen(storage: Storage, mode: Mode, durable: bool, rank: int) -> Catalog:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
-from lmprobe_zarr.batch import copy_rows, fill_value
+from lmprobe_zarr.batch import concat_ranges, copy_rows, fill_value
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage import Storage, empty_aligned, run_all
 from lmprobe_zarr.store.format import (
@@ -27,8 +28,8 @@ from lmprobe_zarr.store.format import (
     Frame,
     check_frame,
     crc32c,
-    decode_blocks,
     decode_range,
+    header_of,
     holds_checksum,
 )
 from lmprobe_zarr.store.parts.array_files import ArrayFiles, ChunkPlace
@@ -110,12 +111,13 @@ class StoredArray:
         n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
         return min(self.nbytes_of_chunk, n * self.row_nbytes + self.tables.block_nbytes)
 
-    def _scratch(self) -> Array:
-        """A buffer for one chunk, valid until this thread's next call: reusing it saves the page faults of a new allocation."""
-        nbytes = self.nbytes_of_chunk
-        room: Array = getattr(_room, "bytes", np.empty(0, np.uint8))
-        if len(room) < nbytes:
-            room = _room.bytes = empty_aligned((nbytes,), np.dtype(np.uint8))
+    def _scratch(self, nbytes: int | None = None, what: str = "decoded") -> Array:
+        """A buffer, by default for one chunk, valid until this thread's next call: reusing it saves the page faults of a new allocation."""
+        nbytes = self.nbytes_of_chunk if nbytes is None else nbytes
+        room: Array | None = getattr(_room, what, None)
+        if room is None or len(room) < nbytes:
+            room = empty_aligned((nbytes,), np.dtype(np.uint8))
+            setattr(_room, what, room)
         return room[:nbytes]
 
     def read_chunk(self, layer: int, block: int, out: Array | None = None) -> Array:
@@ -228,73 +230,74 @@ class StoredArray:
         size, nbytes = self.where.block_nbytes, self.row_nbytes
         n_blocks = -(-self.nbytes_of_chunk // size)
         if isinstance(rows, slice):
-            wanted: Sequence[int] = range(rows.start * nbytes // size, -(-rows.stop * nbytes // size))
+            # All that a last chunk holds: a read of a whole layer never needs the table of blocks.
+            if not only and rows.start == 0 and rows.stop + block * self.info.rows_per_chunk == self.info.shape[self.info.sample_axis]:
+                return None
+            wanted = np.arange(rows.start * nbytes // size, -(-rows.stop * nbytes // size))
         else:
-            mask = np.zeros(n_blocks + 1, np.int64)
-            np.add.at(mask, rows * nbytes // size, 1)
-            np.add.at(mask, -(-(rows + 1) * nbytes // size), -1)
-            wanted = np.flatnonzero(mask.cumsum()).tolist()
+            wanted = _blocks_of_rows(rows, nbytes, size, n_blocks)
         # What the rest of a chunk costs to decode is about what it costs to read it in pieces.
         if 4 * len(wanted) > 3 * n_blocks and not only:
             return None
         if not len(wanted):
             return np.empty((0, *self.row_shape), self.dtype)
         # A shorter last block is coded differently. Blosc recognises it as the rest after whole blocks, so it is never decoded alone.
-        if wanted[-1] == n_blocks - 1 and len(wanted) == 1:
-            wanted = range(n_blocks - 2, n_blocks)
+        if len(wanted) == 1 and wanted[0] == n_blocks - 1:
+            wanted = np.array([n_blocks - 2, n_blocks - 1])
         if self.storage.is_slow and not only and is_wanted_whole((self.storage.url, self.path, layer, block)):
             return None
         try:
             table = self.where.block_table()
         except CorruptPartError:
             return None  # the chunk has a checksum of its own, in the other table
-        data = self._fetch_blocks(layer, block, wanted, table.place(layer, block), table.record(layer, block).tolist())
+        data = self._fetch_blocks(layer, block, wanted, table.place(layer, block), table.record(layer, block))
         if isinstance(rows, slice):
-            begin = rows.start * nbytes - wanted[0] * size
+            begin = rows.start * nbytes - int(wanted[0]) * size
             return np.frombuffer(data[begin : begin + (rows.stop - rows.start) * nbytes], self.dtype).reshape(-1, *self.row_shape)
-        places = np.zeros(n_blocks, np.int64)
-        places[wanted] = np.arange(len(wanted))
         held = rows * nbytes // size
-        begins = places[held] * size + rows * nbytes - held * size
+        begins = (wanted.searchsorted(held) - held) * size + rows * nbytes
         if size % nbytes == 0:
             return np.frombuffer(data, self.dtype).reshape(-1, *self.row_shape).take(begins // nbytes, axis=0)
         taken = np.frombuffer(b"".join([data[begin : begin + nbytes] for begin in begins.tolist()]), self.dtype)
         return taken.reshape(-1, *self.row_shape)
 
-    def _fetch_blocks(self, layer: int, block: int, wanted: Sequence[int], start: int, record: list[int]) -> memoryview:
+    def _fetch_blocks(self, layer: int, block: int, wanted: Ints, start: int, record: npt.NDArray[np.uint32]) -> memoryview:
         """The decoded bytes of some blocks of a chunk, end to end; each is checked."""
-        key = self.info.chunk_key(layer, block)
-        head, lengths, checksums = record[1], record[2::2], record[3::2]
-        frame = None if self.info.shuffle is None else Frame(head, self.nbytes_of_chunk, self.where.block_nbytes)
-        place = start + (0 if frame is None else frame.first_byte(len(lengths)))
+        key, size = self.info.chunk_key(layer, block), self.where.block_nbytes
+        lengths = record[2::2].astype(np.int64)
+        head = int(record[1])
+        frame = None if self.info.shuffle is None else Frame(head, self.nbytes_of_chunk, size)
+        ends = lengths.cumsum() + (start + (0 if frame is None else frame.first_byte(len(lengths))))
+        stops = ends[wanted]
+        begins = stops - lengths[wanted]
         # Blocks that follow one another are one range.
-        ranges: list[tuple[int, int]] = []
-        bounds: list[tuple[int, int, int]] = []
-        at = 0
-        for number, before in zip(wanted, (-1, *wanted), strict=False):
-            place += sum(lengths[at:number])
-            at, end = number + 1, place + lengths[number]
-            if number == before + 1 and ranges:
-                ranges[-1] = ranges[-1][0], end
-            else:
-                ranges.append((place, end))
-            bounds.append((len(ranges) - 1, place - ranges[-1][0], end - ranges[-1][0]))
-            place = end
-        found = [memoryview(data) for data in self.where.fetch(self.info.file_of(layer, block), self._reader_of(ranges))]
-        blocks = [found[i][begin:end] for i, begin, end in bounds]
-        for number, data in zip(wanted, blocks, strict=True):
-            if len(data) != lengths[number]:
+        cuts = np.flatnonzero(wanted[1:] != wanted[:-1] + 1) + 1
+        firsts, lasts = np.append(0, cuts), np.append(cuts, len(wanted)) - 1
+        ranges = list(zip(begins[firsts].tolist(), stops[lasts].tolist(), strict=True))
+        numbers, checksums, sizes = wanted.tolist(), record[3::2][wanted].tolist(), lengths[wanted].tolist()
+        # Read to where blosc looks for them, behind the header of a frame.
+        is_frame = frame is not None and not frame.is_copied
+        decoded = (len(numbers) - 1) * size + min(self.nbytes_of_chunk - numbers[-1] * size, size)
+        header = header_of(head, sizes, size, decoded) if is_frame else b""
+        room = self._scratch(len(header) + sum(sizes), "encoded")
+        data = room[len(header) :]
+        read = functools.partial(self.storage.fill_ranges, ranges=ranges, target=data.data)
+        found, place = self.where.fetch(self.info.file_of(layer, block), read), 0
+        for number, length, checksum in zip(numbers, sizes, checksums, strict=True):
+            place += length
+            if place > found:
                 raise self.corrupt(key, f"ends in block {number}, or before it")
-            if crc32c(data) != checksums[number]:
+            if crc32c(data[place - length : place]) != checksum:
                 raise self.corrupt(key, f"does not hold the checksum of block {number}")
-        if frame is None or frame.is_copied:
-            return found[0] if len(found) == 1 else memoryview(b"".join(found))
-        rest = self.nbytes_of_chunk - wanted[-1] * self.where.block_nbytes
-        decoded = (len(wanted) - 1) * self.where.block_nbytes + min(rest, self.where.block_nbytes)
+        if not is_frame:
+            return data.data
+        room[: len(header)] = np.frombuffer(header, np.uint8)
+        target = self._scratch()[:decoded]
         try:
-            return decode_blocks(head, blocks, self.where.block_nbytes, decoded, self._scratch().data)
+            blosc.decompress(room, target)
         except (ValueError, RuntimeError) as error:
             raise self.corrupt(key, f"cannot be decoded ({error})") from error
+        return target.data
 
     def _reader_of(self, ranges: list[tuple[int, int]]) -> Any:
         return lambda path: self.storage.read_ranges(path, ranges)
@@ -369,6 +372,16 @@ class StoredArray:
             check_frame(body, exactly=target.nbytes)
             blosc.decompress(body, target)
         return target if np.little_endian else target.byteswap(inplace=True)
+
+
+def _blocks_of_rows(rows: Ints, nbytes: int, size: int, n_blocks: int) -> Ints:
+    """The blocks that hold some rows, ascending."""
+    first, last = rows * nbytes // size, (rows * nbytes + nbytes - 1) // size
+    if nbytes <= size:  # a row lies in two blocks at most
+        held = np.zeros(n_blocks, bool)
+        held[first] = held[last] = True
+        return np.flatnonzero(held)
+    return np.unique(concat_ranges(first, last - first + 1))
 
 
 def _restore(where: ArrayFiles, noted: bool) -> StoredArray:
