@@ -113,6 +113,7 @@ bench: setup $(PEER)/ready
 	$(VENV)/bin/python -m benchmarks.curves --picture docs/assets/cost-curves.png --page docs/benchmarks.md
 	$(VENV)/bin/python -m benchmarks.reading
 	$(VENV)/bin/python -m benchmarks.rows
+	$(VENV)/bin/python -m benchmarks.blocks
 	$(VENV)/bin/python -m benchmarks.streaming
 	$(VENV)/bin/python -m benchmarks.scale
 	$(VENV)/bin/python -m benchmarks.sweeps

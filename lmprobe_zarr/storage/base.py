@@ -54,6 +54,8 @@ class Storage(ABC):
     is_local: bool
     # Whether reading a file takes so long that it is worth keeping what was read.
     is_slow: bool = False
+    # Whether the place was seen to send whole files where ranges were requested.
+    sends_whole_files: bool = False
     # Whether `read` may answer from copies that are not compared with the place itself, as fsspec's caching file systems do.
     keeps_copies: bool = False
 

@@ -183,6 +183,10 @@ class FsspecStorage(Storage):
         data: bytes = self.call(self.filesystem.cat_file, self._path(key), key=key, start=run.start, end=stop)
         return Answer(0, data, is_whole=True) if len(data) > run.nbytes else Answer(run.start, data)
 
+    @property
+    def sends_whole_files(self) -> bool:  # type: ignore[override]
+        return self.url in _without_ranges
+
     def _log_whole(self) -> None:
         with _lock:
             is_new = self.url not in _without_ranges

@@ -410,7 +410,8 @@ def test_each_file_is_opened_once_and_memory_is_that_of_what_is_returned(tmp_pat
     layer, chunk, chunks = values[0].nbytes, 2**21, -(-prompts * per_prompt // 1024)
     documents = ["zarr.json", f"{group.name}/zarr.json", f"{here}/zarr.json"]
     assert sorted(cost["store"]["opened"] + cost["open"]["opened"]) == sorted(documents)
-    assert cost["prompt"]["opened"] == [f"{here}/tokens/resid/c.{i}.0.0" for i in (0, 1)], "rows 240 to 319"
+    table = f"{here}/tokens/resid/block_table"
+    assert cost["prompt"]["opened"] == [table, *(f"{here}/tokens/resid/c.{i}.0.0" for i in (0, 1))], "rows 240 to 319"
     assert cost["layer"]["opened"] == sorted(f"{here}/tokens/resid/c.1.{i}.0" for i in range(chunks))
     for name in ("batches", "statistics"):
         assert cost[name]["opened"] == sorted(f"{here}/tokens/resid/c.0.{i}.0" for i in range(chunks))

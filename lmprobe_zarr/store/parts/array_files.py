@@ -104,17 +104,22 @@ class ArrayFiles:
             The table of chunks is missing or damaged.
         PartGoneError
         """
-        file = self.info.file_of(layer, block)
         if self.tables is None:
+            file = self.info.chunk_key(layer, block)
             return ChunkPlace(file, 0, *self.files.get(f"{self.name}/{file}", _UNKNOWN))
-        table = self.chunk_table()
-        return ChunkPlace(file, table.place(layer, block), *table.entry(layer, block))
+        table = self._chunks_in_document or self.chunk_table()
+        if not self.info.shard_blocks:
+            return ChunkPlace(self.info.chunk_key(layer, block), 0, *table.entry(layer, block))
+        return ChunkPlace(self.info.file_of(layer, block), table.place(layer, block), *table.entry(layer, block))
+
+    @functools.cached_property
+    def _chunks_in_document(self) -> ChunkTable | None:
+        """The table of chunks where it stands in the part's document."""
+        return None if self.tables is None or self.tables.chunks is None else ChunkTable(self.tables.chunks, self.info)
 
     def chunk_table(self) -> ChunkTable:
         """The table of chunks of an array that has one."""
-        held = self._tables
-        data = self._read_table(CHUNK_TABLE, chunk_table_nbytes(self.info)) if held.chunks is None else held.chunks
-        return ChunkTable(data, self.info)
+        return self._chunks_in_document or ChunkTable(self._read_table(CHUNK_TABLE, chunk_table_nbytes(self.info)), self.info)
 
     def block_table(self) -> BlockTable:
         """The table of blocks of an array that has one."""

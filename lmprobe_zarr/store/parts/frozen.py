@@ -58,6 +58,13 @@ class FrozenStorage(Storage):
     def read_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         return self.inner.read_ranges(key, ranges)
 
+    def fill_ranges(self, key: str, ranges: Sequence[tuple[int, int]], target: memoryview) -> int:
+        return self.inner.fill_ranges(key, ranges, target)
+
+    @property
+    def sends_whole_files(self) -> bool:  # type: ignore[override]
+        return self.inner.sends_whole_files
+
     def list(self, key: str) -> list[str]:
         return sorted(self._folders.get(key, ()))
 

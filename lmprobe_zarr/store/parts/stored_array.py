@@ -22,6 +22,7 @@ from lmprobe_zarr.batch import concat_ranges, copy_rows, fill_value
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage import Storage, empty_aligned, run_all
 from lmprobe_zarr.store.format import (
+    BLOCK_TABLE,
     TEXT_BYTES,
     ArrayInfo,
     ArrayTables,
@@ -42,6 +43,8 @@ Rows = slice | Ints
 _room = threading.local()
 #: Reads of a local disk that together take fewer bytes are done by the caller's thread: another one takes some 50 microseconds to start.
 _ALONE: Final = 2**18
+#: What an encoded chunk or block may have beyond its decoded bytes: blosc stores as it is what would grow.
+_OVERHEAD: Final = 2**10
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +247,8 @@ class StoredArray:
         # A shorter last block is coded differently. Blosc recognises it as the rest after whole blocks, so it is never decoded alone.
         if len(wanted) == 1 and wanted[0] == n_blocks - 1:
             wanted = np.array([n_blocks - 2, n_blocks - 1])
+        if not only and self.storage.sends_whole_files and not self.info.shard_blocks:
+            return None
         if self.storage.is_slow and not only and is_wanted_whole((self.storage.url, self.path, layer, block)):
             return None
         try:
@@ -278,6 +283,8 @@ class StoredArray:
         # Read to where blosc looks for them, behind the header of a frame.
         is_frame = frame is not None and not frame.is_copied
         decoded = (len(numbers) - 1) * size + min(self.nbytes_of_chunk - numbers[-1] * size, size)
+        if sum(sizes) > decoded + _OVERHEAD * len(sizes):
+            raise self.where.corrupt(BLOCK_TABLE, f"has blocks of {max(sizes)} bytes, more than they can have")
         header = header_of(head, sizes, size, decoded) if is_frame else b""
         room = self._scratch(len(header) + sum(sizes), "encoded")
         data = room[len(header) :]
@@ -299,9 +306,6 @@ class StoredArray:
             raise self.corrupt(key, f"cannot be decoded ({error})") from error
         return target.data
 
-    def _reader_of(self, ranges: list[tuple[int, int]]) -> Any:
-        return lambda path: self.storage.read_ranges(path, ranges)
-
     # ----------------------------------------------------------------------------------------------------------- chunks
 
     def _read_kept(self, key: str, place: ChunkPlace) -> memoryview:
@@ -315,7 +319,11 @@ class StoredArray:
         """The bytes of a chunk, valid until this thread reads another."""
         if not self.info.shard_blocks:
             return memoryview(self.where.fetch(place.file, self.storage.read_view))
-        return memoryview(self.where.fetch(place.file, self._reader_of([(place.start, place.start + place.length)]))[0])
+        if place.length > self.nbytes_of_chunk + _OVERHEAD:
+            raise self.where.corrupt(place.file, f"should hold {place.length} bytes of one chunk, more than it can have")
+        room = self._scratch(place.length, "encoded")
+        read = functools.partial(self.storage.fill_ranges, ranges=[(place.start, place.start + place.length)], target=room.data)
+        return memoryview(room.data)[: self.where.fetch(place.file, read)]
 
     def _read_body(self, key: str, place: ChunkPlace) -> memoryview:
         """The encoded bytes of a chunk, with their checksum verified; valid until this thread reads another."""
@@ -330,7 +338,13 @@ class StoredArray:
     def _read_raw(self, key: str, place: ChunkPlace, out: Array) -> Array:
         """A chunk that is not encoded, read from the file into the array without a copy in between."""
         body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
-        if self.info.shard_blocks:
+        if self.info.shard_blocks and self.storage.is_local:
+            end = place.start + len(body)
+            read = functools.partial(self.storage.fill_ranges, ranges=[(place.start, end)], target=body.data)
+            found = self.where.fetch(place.file, read)
+            read = functools.partial(self.storage.fill_ranges, ranges=[(end, end + 4)], target=memoryview(tail))
+            found += self.where.fetch(place.file, read)
+        elif self.info.shard_blocks:
             data = self._fetch_chunk(place)
             found = len(data)
             if found == len(body) + 4:
