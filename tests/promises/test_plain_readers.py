@@ -19,7 +19,6 @@ from versions import small_chunks, write_part, write_version
 import lmprobe_zarr as lz
 from lmprobe_zarr.store.store import Store
 
-
 # Version of the format, whether it is compressed, whether it has shards, and the bytes of a chunk; two rows have 64.
 LAYOUTS = {
     "version 1": (1, True, False, 2**21),
