@@ -149,7 +149,7 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
     variables, coords = {}, {}
     for variable in _variables(entries, level, layers):
         array = _EntriesArray(source, entries, offsets, variable, stored=stored)
-        dims = array_dims(variable.name, level, len(array.shape), variable.layers is not None)
+        dims = array_dims(variable.name, level, array.shape, variable.layers is not None, None)
         if variable.name == "token_id":
             coords["token_id"] = lazy_variable((sample,), array, column=True)
             continue

@@ -14,6 +14,7 @@ from lmprobe_zarr.store.format.group import GroupInfo, Provenance, check_new_pro
 from lmprobe_zarr.store.format.names import (
     ANNOTATIONS,
     COLUMN,
+    COLUMN_NAME,
     FORMAT,
     FORMAT_COLUMNS,
     GROUP_NAME,
@@ -60,6 +61,7 @@ __all__ = [
     "CALL_ORDER",
     "CHUNK_TABLE",
     "COLUMN",
+    "COLUMN_NAME",
     "FORMAT",
     "FORMAT_COLUMNS",
     "GROUP_NAME",

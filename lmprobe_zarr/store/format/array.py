@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import INNER_DIMS, SCALARS
+from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, split_variable
 from lmprobe_zarr.store.format.names import COLUMN, SAMPLE_DIM, Json, Level
 
 __all__ = ["ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
@@ -18,11 +18,19 @@ _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "i
 _BLOSC_LIMIT: Final = 2**31 - 17  # bytes, the most that blosc compresses at once
 
 
-def array_dims(variable: str, level: Level, ndim: int, layered: bool) -> tuple[str, ...]:
-    """Dimension names of an activation variable."""
+def array_dims(variable: str, level: Level, shape: tuple[int, ...], layered: bool, hidden_size: int | None) -> tuple[str, ...]:
+    """Dimension names of an activation variable.
+
+    A site that is none of those that extraction knows has the inner dimension ``hidden`` where it is as wide as the residual stream, and a
+    dimension of its own elsewhere: one dataset holds variables of several widths.
+    """
     head = (("layer",) if layered else ()) + (SAMPLE_DIM[level],)
-    tail = ndim - len(head)
-    return head + ((INNER_DIMS.get(variable, "hidden"),) if tail == 1 else tuple(f"{variable}_dim{i}" for i in range(tail)))
+    tail = len(shape) - len(head)
+    if tail != 1:
+        return head + tuple(f"{variable}_dim{i}" for i in range(tail))
+    site = split_variable(variable)[0]
+    own = "hidden" if site in SITES or shape[-1] == hidden_size else f"{site}_unit"
+    return (*head, INNER_DIMS.get(variable, own))
 
 
 def is_variable(name: str, info: ArrayInfo) -> bool:

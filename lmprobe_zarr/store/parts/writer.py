@@ -38,6 +38,7 @@ from lmprobe_zarr.store.format import (
     CALL_ORDER,
     CHUNK_TABLE,
     COLUMN,
+    COLUMN_NAME,
     INLINE_BYTES,
     LEVELS,
     PART_VERSION,
@@ -241,6 +242,11 @@ class PartWriter:
         shape = shape_of(batch)
         if self._shape is None:
             validate_column_names(batch.prompt_columns)
+            for name in (*batch.prompts, *batch.tokens, *batch.token_columns):
+                if not COLUMN_NAME.fullmatch(name):
+                    raise InvalidArgumentError(
+                        f"{name!r:.80} is no name of a variable: use letters, digits and _, a letter first, at most 64"
+                    )
             for name, array in (*batch.prompts.items(), *batch.tokens.items()):
                 dtype = array.dtype
                 if dtype.kind not in "fiub" or dtype.itemsize > 8 or dtype == np.uint64:
@@ -284,7 +290,7 @@ class PartWriter:
             if self.version > 1:
                 rows = _whole_blocks(rows, int(np.prod(row_shape)) * wide.itemsize)
             info = ArrayInfo(
-                dims=array_dims(name, level, array.ndim, layered),
+                dims=array_dims(name, level, array.shape, layered, self.group.hidden_size),
                 shape=((len(self._layers),) if layered else ()) + (0, *row_shape),
                 chunks=((1,) if layered else ()) + (rows, *row_shape),
                 dtype=wide.name,
