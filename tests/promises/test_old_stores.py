@@ -6,6 +6,7 @@ The files in ``old_stores/`` were written once by the code of their time (`make_
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from paths import OLD_STORES
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import ReadOnlyError, UnsupportedVersionError
-from lmprobe_zarr.store.format.names import FORMAT_VERSION
+from lmprobe_zarr.store.format.names import PART_VERSION
 
 OLD = OLD_STORES
-VERSIONS = [f"version-{number}" for number in range(1, FORMAT_VERSION + 1)]
+VERSIONS = [f"version-{number}" for number in range(1, PART_VERSION + 1)]
 DTYPES = {"resid": "float16", "resid_mean": "float32", "logits_last_token_top_k_indices": "int32"}
 
 
@@ -82,12 +83,30 @@ def test_an_old_store_opens_with_the_values_that_were_written(old: Path, mode: A
 
 def test_an_old_published_copy_opens_too_and_stays_frozen(old: Path) -> None:
     expected = load(old)
-    store = lz.open_store(old / "published")
-    (group,) = store.groups()
-    check(store, expected, group)
-    assert store.dataset().label.values.tolist()[1] == 3
-    with pytest.raises(ReadOnlyError):
-        lz.open_store(old / "published", mode="a")
+    assert lz.open_store(old / "published").dataset().label.values.tolist()[1] == 3
+    for copy in sorted(old.glob("published*")):
+        store = lz.open_store(copy)
+        (group,) = store.groups()
+        check(store, expected, group)
+        assert store.verify().ok
+        with pytest.raises(ReadOnlyError):
+            lz.open_store(copy, mode="a")
+
+
+def test_the_store_of_version_2_has_what_version_2_has() -> None:
+    folder = OLD / "version-2"
+    store = lz.open_store(folder / "store", mode="r")
+    view = store.view(store.find_group("acme/large"))
+    tables = [(part, key, table) for part in view.parts for key, table in (part.info.tables or {}).items()]
+    blocks = [(part.info.arrays[key], table) for part, key, table in tables if table.block_nbytes]
+    assert {table.chunks is None for _, _, table in tables} == {True, False}, "in the document and as a file"
+    assert {table.blocks is None for _, table in blocks} == {True, False}
+    assert {info.shuffle is None for info, _ in blocks} == {True, False}, "in compressed chunks and in raw ones"
+    assert {info.shard_blocks > 0 for info, _ in blocks} == {True, False}
+    assert any(note.info.is_tombstone for note in view.annotations)
+    assert {part.info.version for name in store.groups() for part in store.view(store.find_group(group=name)).parts} == {2}
+    assert lz.open_store(folder / "published-large").view(store.find_group("acme/large")).parts[1].info.has_shards
+    assert sum(len(data) for data in files_of(folder).values()) < 2 * 2**20
 
 
 def test_plain_xarray_reads_a_part_of_an_old_store(old: Path) -> None:
@@ -111,12 +130,13 @@ def test_an_old_store_grows_and_is_compacted_and_verified(old: Path) -> None:
 
 @pytest.mark.parametrize("document", ["zarr.json", "*/zarr.json", "*/*/zarr.json"])
 def test_a_newer_version_is_refused_with_a_sentence(old: Path, document: str) -> None:
+    before = files_of(old)
     for path in (old / "store").glob(document):
-        text = path.read_text().replace(f'"format_version":{FORMAT_VERSION}', f'"format_version":{FORMAT_VERSION + 1}')
-        path.write_text(text)
+        path.write_text(re.sub(r'"format_version":\d', f'"format_version":{PART_VERSION + 1}', path.read_text()))
+    assert files_of(old) != before
     with pytest.raises(UnsupportedVersionError) as error:
         lz.open_store(old / "store").dataset("acme/toy")
-    assert f"format version {FORMAT_VERSION + 1}" in str(error.value)
-    assert f"reads version {FORMAT_VERSION}" in str(error.value)
+    assert f"format version {PART_VERSION + 1}" in str(error.value)
+    assert ("reads versions 1 and 2:" if document == "*/*/zarr.json" else "reads version 1:") in str(error.value)
     assert "upgrade lmprobe-zarr" in str(error.value)
     assert len(str(error.value).splitlines()) <= 2

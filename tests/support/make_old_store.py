@@ -3,7 +3,8 @@
     python tests/support/make_old_store.py tests/old_stores/version-1
 
 What is made is never made again: files of an old version are what only old code can write. The values that it must show are kept beside it,
-computed here from what was written, by loops and not by the reader.
+computed here from what was written, by loops and not by the reader. `version-1` was made before there was the group `LARGE`, whose parts
+have tables of chunks and of blocks, in their documents and as files, and shards.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import lmprobe_zarr as lz
 from lmprobe_zarr.batch.hashes import prompt_sha256
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.parts import writer
+from lmprobe_zarr.store.upkeep.evict import remove_entries
 
 KNOWN = GroupInfo(
     model="acme/toy",
@@ -29,6 +32,7 @@ KNOWN = GroupInfo(
     hidden_size=4,
 )
 UNKNOWN = GroupInfo(model="acme/ids")
+LARGE = GroupInfo(model="acme/large", num_layers=4, hidden_size=2048)
 
 rng = np.random.default_rng(20)
 
@@ -109,6 +113,53 @@ def ids_batch(*, hash_only: bool) -> TokenBatch:
     )
 
 
+def large_batch(which: range, name: str, layers: tuple[int, ...], dtype: str) -> TokenBatch:
+    """Rows of 2048 equal values, which take few bytes once they are compressed."""
+    texts = [f"q{number}" for number in which]
+    rows = np.repeat(values(len(layers), len(texts), 1, dtype=dtype), 2048, axis=2)
+    return TokenBatch(sha256=[prompt_sha256(t) for t in texts], text=texts, layers=layers, prompts={name: rows})
+
+
+def raw_batch() -> TokenBatch:
+    texts = ["q0", "q1", "q2", "q3"]
+    rows = np.repeat(values(1, 40, 1, dtype="float16"), 2048, axis=2)
+    return TokenBatch(
+        sha256=[prompt_sha256(t) for t in texts], text=texts, n_tokens=np.full(4, 10), layers=(2,), tokens={"resid": rows}
+    )  # fmt: skip
+
+
+def chunks_of(nbytes: int, *, in_shard: int) -> None:
+    """Smaller chunks and shards from now on, so that a small store has many."""
+    writer.CHUNK_BYTES = writer.MIN_CHUNK_BYTES = nbytes  # type: ignore[misc]
+    writer.SHARD_BYTES = nbytes * in_shard  # type: ignore[misc]
+
+
+def write_large(store: lz.Store) -> dict[str, npt.NDArray[Any]]:
+    """Write the group with tables and shards; returns what it must show."""
+    chunks_of(2**13, in_shard=20)  # 68 chunks in each of two layers: the table of chunks is a file
+    small = [large_batch(range(68), "attn_mean", (0, 1), "float16"), large_batch(range(68, 136), "attn_mean", (0, 1), "float16")]
+    for batch in small:
+        store.write(LARGE, batch)
+    store.compact("acme/large")
+    chunks_of(2**18, in_shard=2)  # 7 chunks of four blocks in each of four layers: the table of blocks is a file
+    wide = [large_batch(range(a, a + 56), "resid_mean", (0, 1, 2, 3), "float64") for a in (0, 56)]
+    for batch in wide:
+        store.write(LARGE, batch)
+    store.compact("acme/large")
+    raw = raw_batch()
+    store.write(LARGE, raw, compressed=False)
+    hidden = large_batch(range(3), "mlp_mean", (1,), "float32")
+    store.write(LARGE, hidden)
+    name = store.write(LARGE, large_batch(range(1, 2), "mlp_mean", (1,), "float32"))
+    remove_entries(store.catalog, [entry for entry in store.entries(LARGE) if entry.part.info.name == name])  # leaves a tombstone
+    hidden.prompts["mlp_mean"][:, 1] = np.nan
+    store.annotate("acme/large", {"label": {"q2": 5, "q135": 6}})
+    found = shown([*small, *wide, raw, hidden])
+    found["prompts/label"] = np.full(136, np.nan)
+    found["prompts/label"][[2, 135]] = 5, 6
+    return found
+
+
 def shown(batches: Sequence[TokenBatch]) -> dict[str, npt.NDArray[Any]]:
     """What a store that was written batch by batch must show: for each variable and prompt the last that holds it, else NaN or −1."""
     digests = list(dict.fromkeys(digest for batch in batches for digest in batch.sha256))
@@ -159,9 +210,12 @@ def main(folder: Path) -> None:
         store.write(UNKNOWN, batch)
     store.annotate("acme/toy", {"label": {"a": 7, "e": 8}, "note": {"a": "ä", "g": "n"}})
     store.annotate("acme/ids", {"label": {unknown[1].sha256[0][:16]: 3}})
+    large = write_large(store)
     store.publish(folder / "published", model="acme/ids")
+    store.publish(folder / "published-large", model="acme/large", shards=True)
     groups = {KNOWN.name: [*merged, *known], UNKNOWN.name: unknown}
     arrays = {f"{name}/{key}": array for name, batches in groups.items() for key, array in shown(batches).items()}
+    arrays |= {f"{LARGE.name}/{key}": array for key, array in large.items()}
     np.savez_compressed(folder / "expected.npz", **arrays)  # type: ignore[arg-type]
     # Per-prompt columns of the first group, in the order f g a bé c d e; None is absent.
     columns = {
@@ -170,8 +224,9 @@ def main(folder: Path) -> None:
         "label": [None, None, 7, 0, 1, None, 8],
         "weight": [None, None, 0.5, 1.5, 2.5, None, None],
         "seen": [None, None, 1, 0, 1, None, None],
-        "split": ["", "", "train", "tést", "train", "", ""],
-        "note": ["", "n", "ä", "", "", "", ""],
+        # Where no part says of a column of texts what is missing, as in version-1, it is shown as "".
+        "split": [None, None, "train", "tést", "train", None, None],
+        "note": [None, "n", "ä", None, None, None, None],
     }
     (folder / "expected.json").write_text(json.dumps(columns, ensure_ascii=False, indent=1) + "\n")
 

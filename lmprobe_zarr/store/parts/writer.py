@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -37,6 +37,7 @@ from lmprobe_zarr.store.format import (
     BLOCK_TABLE,
     CALL_ORDER,
     CHUNK_TABLE,
+    COLUMN,
     COLUMN_NAME,
     INLINE_BYTES,
     LEVELS,
@@ -139,6 +140,9 @@ class PartWriter:
         Where the prompts are in the list of their call, which the part records. None for a part that is a call of its own.
     shards : bool
         Write many chunks of a layer to one file, of about 64 MiB on a local disk and 256 MiB elsewhere.
+    bare_texts : collection of str
+        Keys of columns of texts that do not say so, as of earlier versions, and must not: what other parts lack of them is shown as an
+        empty text, and not as missing.
 
     Notes
     -----
@@ -161,13 +165,14 @@ class PartWriter:
         removed_counts: Ints | None = None,
         order: CallOrder | None = None,
         shards: bool = False,
+        bare_texts: Collection[str] = (),
     ) -> None:
         self.removed, self.removed_counts = dict(removed or {}), removed_counts
         self.storage, self.group, self.name, self.kind = storage, group, name, kind
         self.path = f"{group.name}/{f'{ANNOTATIONS}/' if kind == 'annotation' else ''}{name}"
         self.compressed, self.durable, self.replaces, self.alone = compressed, durable, replaces, alone
         self.recorded = {"python": platform.python_version(), **{k: v for k, v in (recorded or {}).items() if k != CALL_ORDER}}
-        self.order = order
+        self.order, self.bare_texts = order, bare_texts
         self.nbytes = self.held_nbytes = 0
         # A tombstone stays readable for readers that know nothing else of format 2.
         self.version = 1 if self.removed else PART_VERSION
@@ -422,7 +427,8 @@ class PartWriter:
         for key, parts in self._columns.items():
             if isinstance(parts[0], Column):
                 name = key.partition("/")[2]
-                columns[key], attributes[name] = encode_column(join_columns(name, parts))
+                columns[key], described = encode_column(join_columns(name, parts))
+                attributes[name] = {} if key in self.bare_texts and described == {COLUMN: {"kind": "text"}} else described
             else:
                 columns[key] = np.concatenate(parts)
         columns["prompts/prompt"] = np.array([d[:HASH_DIGITS] for d in self._digests], object)

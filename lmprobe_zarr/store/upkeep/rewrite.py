@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store.format import GroupInfo, PartInfo, replacement_name
+from lmprobe_zarr.store.format import COLUMN, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import NO_LAYER, Cell, Part, PartWriter, committed_at, merged_order, open_view, read_batches
 from lmprobe_zarr.store.upkeep.tombstones import hidden_in, write_tombstone
 from lmprobe_zarr.typing import Ints, Mask
@@ -151,7 +151,14 @@ def new_writer(
         alone=alone,
         order=merged_order(infos),
         shards=any(info.has_shards for info in infos) if shards is None else shards,
+        bare_texts=_bare_texts(infos),
     )
+
+
+def _bare_texts(infos: Sequence[PartInfo]) -> set[str]:
+    """Columns of texts of which no part says so: early writers did not."""
+    texts = [(key, COLUMN in array.attributes) for info in infos for key, array in info.own_columns.items() if array.dtype == "string"]
+    return {key for key, _ in texts} - {key for key, is_told in texts if is_told}
 
 
 def write_again(

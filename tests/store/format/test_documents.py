@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +16,13 @@ from stores import GROUP
 from lmprobe_zarr.batch.sites import split_variable
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, NotAStoreError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo, parse_array
+from lmprobe_zarr.store.format.files_table import check_table
 from lmprobe_zarr.store.format.group import GroupInfo, parse_group
 from lmprobe_zarr.store.format.names import PROMPT_COLUMNS, validate_column_names
 from lmprobe_zarr.store.format.part import PartInfo, parse_part, part_document
 from lmprobe_zarr.store.format.part_names import new_part_name
 from lmprobe_zarr.store.format.root import parse_root, root_document
+from lmprobe_zarr.store.format.tables import ArrayTables
 
 ARRAY = ArrayInfo(dims=("layer", "prompt", "hidden"), shape=(2, 3, 8), chunks=(1, 3, 8), dtype="float16", shuffle="shuffle")
 LAYER = ArrayInfo(dims=("layer",), shape=(2,), chunks=(2,), dtype="int64", shuffle="shuffle")
@@ -33,17 +36,54 @@ PART = PartInfo(
     arrays={"prompts/resid_mean": ARRAY, "prompts/layer": LAYER, "tokens/position": POSITION},
     files={"prompts/resid_mean/c.0.0.0": (10, 77), "prompts/resid_mean/c.1.0.0": (10, 78)},
 )
+# Of version 2: small chunks, chunks of three blocks, and two shards of chunks, with tables in the document and as files.
+BLOCKS = ArrayInfo(dims=("layer", "prompt", "hidden"), shape=(2, 3, 20_000), chunks=(1, 3, 20_000), dtype="float32", shuffle=None)
+SHARDS = ArrayInfo(
+    dims=("layer", "prompt", "hidden"), shape=(2, 3, 8), chunks=(1, 1, 8), dtype="float16", shuffle="shuffle", shard_blocks=2
+)
+PART_2 = replace(
+    PART,
+    arrays={**PART.arrays, "prompts/attn_mean": BLOCKS, "prompts/mlp_mean": SHARDS},
+    files={"prompts/layer/c.0": (10, 77), "prompts/mlp_mean/chunk_table": (48, 5), "prompts/attn_mean/zarr.json": (100, 6)},
+    tables={
+        "prompts/attn_mean": ArrayTables(nbytes=480_008, chunks=bytes(16), block_nbytes=80_000, blocks=bytes(range(64))),
+        "prompts/mlp_mean": ArrayTables(nbytes=300, chunks=None),
+        "prompts/resid_mean": ArrayTables(nbytes=30, chunks=bytes(range(16))),
+    },
+)
+PARTS = {1: PART, 2: PART_2}
+of_every_version = pytest.mark.parametrize("version", PARTS)
 
 
-def test_a_part_document_reads_back_as_what_was_written() -> None:
-    read = parse_part(part_document(PART, GROUP), "store/group/p")
+@of_every_version
+def test_a_part_document_reads_back_as_what_was_written(version: int) -> None:
+    part = PARTS[version]
+    read = parse_part(part_document(part, GROUP), "store/group/p")
+    assert read.version == part.version == version
     assert read.name == "p"
-    assert (read.digests == PART.digests).all()
+    assert (read.digests == part.digests).all()
     assert read.n_tokens is not None
     assert read.n_tokens.tolist() == [1, 2, 3]
     assert read.layers == (0, 5)
-    assert read.arrays == PART.arrays
-    assert {k: tuple(v) for k, v in read.files.items()} == PART.files
+    assert read.arrays == part.arrays
+    assert {k: tuple(v) for k, v in read.files.items()} == part.files
+    assert read.tables == part.tables
+
+
+def test_a_part_of_version_2_knows_all_its_files() -> None:
+    document = json.loads(part_document(PART_2, GROUP))["attributes"]
+    assert "prompt_sha256" not in document
+    assert base64.b64decode(document["prompt_digests"]) == bytes(range(96))
+    assert base64.b64decode(document["n_tokens"]) == np.array([1, 2, 3], "<u4").tobytes()
+    read = parse_part(part_document(PART_2, GROUP), "store/p")
+    chunks = ["resid_mean/c.0.0.0", "resid_mean/c.1.0.0", "attn_mean/c.0.0.0", "attn_mean/c.1.0.0"]
+    shards = [f"mlp_mean/c.{layer}.{shard}.0" for layer in (0, 1) for shard in (0, 1)]
+    assert sorted(read.file_names()) == sorted([*PART_2.files, *(f"prompts/{name}" for name in (*chunks, *shards))])
+    assert read.n_files == 11
+    assert read.files_nbytes == 158 + 480_008 + 300 + 30
+    assert read.nbytes_by_folder()["prompts/mlp_mean"] == 348
+    assert read.has_shards
+    assert not parse_part(part_document(PART, GROUP), "store/p").has_shards
 
 
 def test_a_part_knows_its_activations_and_the_users_own_columns() -> None:
@@ -58,8 +98,9 @@ def test_a_part_knows_its_activations_and_the_users_own_columns() -> None:
     assert not replace(PART, arrays=columns).compressed
 
 
-def test_any_changed_byte_of_a_part_document_is_noticed() -> None:
-    whole = part_document(PART, GROUP)
+@of_every_version
+def test_any_changed_byte_of_a_part_document_is_noticed(version: int) -> None:
+    whole = part_document(PARTS[version], GROUP)
     for position in range(len(whole)):
         changed = bytearray(whole)
         changed[position] ^= 1
@@ -67,9 +108,9 @@ def test_any_changed_byte_of_a_part_document_is_noticed() -> None:
             parse_part(bytes(changed), "p")
 
 
-def resealed(change: Callable[[dict[str, Any]], None]) -> bytes:
+def resealed(change: Callable[[dict[str, Any]], object], part: PartInfo = PART) -> bytes:
     """A part document with a change, and a digest that holds."""
-    document = json.loads(part_document(PART, GROUP))
+    document = json.loads(part_document(part, GROUP))
     change(document)
     document["attributes"]["digest"] = "crc32c:00000000"
     data = json.dumps(document, separators=(",", ":")).encode()
@@ -112,21 +153,96 @@ def test_a_false_part_document_with_a_valid_digest_is_refused(lie: str) -> None:
         parse_part(resealed(LIES[lie]), "store/p")
 
 
-def test_an_unchanged_part_document_with_a_new_digest_is_accepted() -> None:
-    assert parse_part(resealed(lambda _: None), "store/p").layers == (0, 5)
+def table(key: str, **what: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda document: document["attributes"]["tables"][f"prompts/{key}"].update(what)
 
 
-@given(st.integers(min_value=0))
-def test_a_truncated_part_document_is_noticed(length: int) -> None:
-    whole = part_document(PART, GROUP)
+def text_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+WRONG_2: dict[str, list[Any]] = {
+    **{name: WRONG[name] for name in ("layers", "replaces", "kind", "format", "recorded", "name", "group")},
+    "prompt_digests": ["", text_of(bytes(32)), text_of(bytes(96)), text_of(bytes(95)), "ä" * 128, "+" * 127, "AAAA\n" * 32, 5, None, [1]],
+    "n_tokens": [text_of(bytes(12)), text_of(np.array([1, 2], "<u4").tobytes()), text_of(bytes(11)), "?", [1, 2], 6, {}],
+    "files": [[], None, {"a": 3}, {}, {"prompts/layer/c.0": [10, -7]}, {"prompts/layer/c.0": [1, 2], "prompts/layer/other_table": [1, 2]}],
+    "tables": [None, [], 3, {}, {"prompts/x": {}}, {"prompts/mlp_mean": {}}, {"prompts/mlp_mean": 5}],
+    "format_version": [1],
+}
+LIES_2: dict[str, Callable[[dict[str, Any]], object]] = {
+    **{f"{name}={value!r:.30}": attribute(name, value) for name, values in WRONG_2.items() for value in values},
+    "the index of version 1 too, and no other": lambda d: d["attributes"].update(prompt_sha256="00" * 96, prompt_digests=None),
+    "no index": lambda d: d["attributes"].pop("prompt_digests"),
+    "no tables": lambda d: d["attributes"].pop("tables"),
+    "shards without a table": lambda d: d["attributes"]["tables"].pop("prompts/mlp_mean"),
+    "chunks that nobody knows": lambda d: (d["attributes"]["tables"].pop("prompts/resid_mean"), d["attributes"].update(files={})),
+    "a table that is no text": table("resid_mean", chunk_table=[1]),
+    "a table that is no base64": table("resid_mean", chunk_table="?" * 24),
+    "a short chunk table": table("resid_mean", chunk_table=text_of(bytes(15))),
+    "a long chunk table": table("resid_mean", chunk_table=text_of(bytes(24))),
+    "a short block table": table("attn_mean", block_table=text_of(bytes(63))),
+    "a long block table": table("attn_mean", block_table=text_of(bytes(72))),
+    "no block table": lambda d: d["attributes"]["tables"]["prompts/attn_mean"].pop("block_table"),
+    "blocks that are too small": table("attn_mean", block_nbytes=1),
+    "blocks below zero": table("attn_mean", block_nbytes=-80_000),
+    "blocks as large as a chunk": table("attn_mean", block_nbytes=240_000),
+    "blocks that are no number": table("attn_mean", block_nbytes="80000"),
+    "blocks that are a truth value": table("resid_mean", block_nbytes=False),
+    "blocks in small chunks": table("resid_mean", block_nbytes=65_536, block_table=text_of(bytes(64))),
+    "bytes below zero": table("mlp_mean", nbytes=-1),
+    "very many bytes": table("mlp_mean", nbytes=2**60),
+    "bytes that are no number": table("mlp_mean", nbytes="300"),
+    "chunks without number": lambda d: (
+        d["consolidated_metadata"]["metadata"]["prompts/mlp_mean"].update(shape=[2, 3, 2**40]),
+        d["consolidated_metadata"]["metadata"]["prompts/mlp_mean"]["codecs"][0]["configuration"].update(chunk_shape=[1, 1, 2**40]),
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES_2)
+def test_a_false_part_document_of_version_2_is_refused(lie: str) -> None:
+    with pytest.raises(CorruptPartError, match="damaged"):
+        check_table(parse_part(resealed(LIES_2[lie], PART_2), "store/p").files)
+
+
+@of_every_version
+def test_an_unchanged_part_document_with_a_new_digest_is_accepted(version: int) -> None:
+    assert parse_part(resealed(lambda _: None, PARTS[version]), "store/p").layers == (0, 5)
+
+
+@of_every_version
+def test_keys_in_another_order_say_the_same(version: int) -> None:
+    def turn(document: dict[str, Any]) -> None:
+        digest = document["attributes"].pop("digest")
+        document["attributes"] = {"digest": digest, **dict(reversed(document["attributes"].items()))}
+
+    read = parse_part(resealed(turn, PARTS[version]), "store/p")
+    assert read.tables == PARTS[version].tables
+    assert (read.digests == PARTS[version].digests).all()
+    assert dict(read.files) == PARTS[version].files
+
+
+@of_every_version
+@given(length=st.integers(min_value=0))
+def test_a_truncated_part_document_is_noticed(version: int, length: int) -> None:
+    whole = part_document(PARTS[version], GROUP)
     with pytest.raises(CorruptPartError):
         parse_part(whole[: length % len(whole)], "p")
 
 
-def test_a_newer_part_is_refused_as_newer_not_as_damaged() -> None:
-    newer = part_document(PART, GROUP).replace(b'"format_version":1', b'"format_version":2')
-    with pytest.raises(UnsupportedVersionError, match="upgrade"):
+@of_every_version
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_newer_part_is_refused_as_newer_not_as_damaged(version: int, sealed: bool) -> None:
+    newer = part_document(PARTS[version], GROUP).replace(b'"format_version":%d' % version, b'"format_version":3', 1)
+    if sealed:
+        newer = resealed(attribute("format_version", 3), PARTS[version])
+    with pytest.raises(UnsupportedVersionError, match="p has format version 3, this release reads versions 1 and 2: upgrade"):
         parse_part(newer, "p")
+
+
+def test_a_part_of_version_1_that_says_it_is_of_version_2_is_damaged() -> None:
+    with pytest.raises(CorruptPartError, match="index is not that of format 2"):
+        parse_part(resealed(attribute("format_version", 2)), "p")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +264,47 @@ def test_a_newer_part_is_refused_as_newer_not_as_damaged() -> None:
 def test_array_documents_that_we_do_not_write_are_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_array(ARRAY.to_document() | {field: value})
+
+
+@pytest.mark.parametrize("info", [ARRAY, LAYER, BLOCKS, SHARDS], ids=["chunk", "column", "blocks", "shards"])
+def test_an_array_document_reads_back(info: ArrayInfo) -> None:
+    assert parse_array(json.loads(json.dumps(info.to_document()))) == info
+
+
+def inner(**what: Any) -> list[Any]:
+    """The codecs of shards, with a change."""
+    document: Any = SHARDS.to_document()
+    return [{"name": "sharding_indexed", "configuration": document["codecs"][0]["configuration"] | what}]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("codecs", inner(index_location="start")),
+        ("codecs", inner(index_codecs=[{"name": "bytes", "configuration": {"endian": "little"}}])),
+        ("codecs", inner(codecs=SHARDS.to_document()["codecs"])),
+        ("codecs", inner(codecs=[])),
+        ("codecs", inner(chunk_shape=[1, 0, 8])),
+        ("codecs", inner(chunk_shape=[1, 3, 8])),
+        ("codecs", inner(chunk_shape=[1, 1, 4])),
+        ("codecs", inner(chunk_shape=[1, 1])),
+        ("codecs", [*inner(), {"name": "crc32c"}]),
+        ("codecs", []),
+        ("chunk_grid", {"name": "regular", "configuration": {"chunk_shape": [2, 2, 8]}}),
+        ("chunk_grid", {"name": "regular", "configuration": {"chunk_shape": [1, 2, 16]}}),
+        ("chunk_grid", {"name": "regular", "configuration": {"chunk_shape": [1, 0, 8]}}),
+    ],
+)
+def test_shards_that_we_do_not_write_are_refused(field: str, value: object) -> None:
+    with pytest.raises((ValueError, LookupError), match=r"."):
+        parse_array(SHARDS.to_document() | {field: value})
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_newer_group_is_refused_as_newer(version: int) -> None:
+    newer = GROUP.to_document().replace(b'"format_version":1', b'"format_version":%d' % version)
+    with pytest.raises(UnsupportedVersionError, match=f"g has format version {version}, this release reads version 1: upgrade"):
+        parse_group(newer, "g")
 
 
 def test_a_group_reads_back_and_its_name_tells_every_field_apart() -> None:
@@ -181,10 +338,11 @@ def test_another_document_at_the_root_is_not_taken_for_a_store(document: bytes) 
         parse_root(document, "here")
 
 
-def test_a_newer_store_is_refused_with_what_to_do() -> None:
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_newer_store_is_refused_with_what_to_do(version: int) -> None:
     newer = json.loads(root_document())
-    newer["attributes"]["format_version"] = 2
-    with pytest.raises(UnsupportedVersionError, match="here has format version 2, this release reads version 1: upgrade"):
+    newer["attributes"]["format_version"] = version
+    with pytest.raises(UnsupportedVersionError, match=f"here has format version {version}, this release reads version 1: upgrade"):
         parse_root(json.dumps(newer).encode(), "here")
 
 

@@ -13,12 +13,14 @@ import independent_reader
 import numpy as np
 import pytest
 from stores import GROUP, kept_tokens
+from versions import write_version
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch.hashes import prompt_sha256
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import CacheWarning, CorruptPartError, UnsupportedVersionError
 from lmprobe_zarr.store.format import part as part_module
+from lmprobe_zarr.store.format.names import check_version
 from lmprobe_zarr.store.format.part import parse_part, part_document
 from lmprobe_zarr.store.store import Store
 from lmprobe_zarr.store.upkeep.evict import remove_entries
@@ -312,6 +314,7 @@ def test_a_damaged_tombstone_still_hides(two: tuple[Store, str, Versions], newer
 
 def test_a_reader_that_knows_no_tombstones_refuses_one(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would show what is hidden. Its version is read before anything else of it."""
+    write_version(monkeypatch, 1)
     store = lz.open_store(root, durable=False)
     store.write(GROUP, OLDER[0])
     take(store, store.write(GROUP, NEWER["one layer"][0]))
@@ -319,14 +322,37 @@ def test_a_reader_that_knows_no_tombstones_refuses_one(root: str, monkeypatch: p
     document = store.storage.read(f"{tombstone.path}/zarr.json")
     assert b'"format_version":2' in document
     assert part_document(parse_part(document, "here"), GROUP) == document
-    monkeypatch.setattr(part_module, "TOMBSTONE_VERSION", 3)  # as in a release that has none
-    with pytest.raises(UnsupportedVersionError, match="format version 2"):
+    # As in a release that has none, which reads parts of version 1 alone.
+    monkeypatch.setattr(part_module, "check_version", lambda version, where, _: check_version(version, where, (1,)))
+    with pytest.raises(UnsupportedVersionError, match=f"{tombstone.path} has format version 2"):
         lz.open_store(root).dataset()
 
 
-def test_a_reader_written_from_the_page_on_the_format_shows_the_same(two: tuple[Store, str, Versions]) -> None:
-    store, name, _ = two
-    take(store, name)
+def test_a_newer_tombstone_is_refused_as_newer(root: str) -> None:
+    store = lz.open_store(root, durable=False)
+    store.write(GROUP, OLDER[0])
+    take(store, store.write(GROUP, NEWER["one layer"][0]))
+    (tombstone,) = (note for note in store.view(GROUP).annotations if note.info.is_tombstone)
+    key = f"{tombstone.path}/zarr.json"
+    newer = store.storage.read(key).replace(b'"format_version":2', b'"format_version":3', 1)
+    store.storage.commit(key, newer, durable=False)
+    with pytest.raises(UnsupportedVersionError, match="format version 3, this release reads versions 1 and 2"):
+        lz.open_store(root).dataset()
+    (problem,) = lz.open_store(root).verify(progress=False).problems
+    assert (problem.kind, problem.file) == ("version", key)
+    assert lz.open_store(root).repair(progress=False).changes == 0, "nothing that a newer release wrote is touched"
+    assert store.storage.read(key) == newer
+
+
+@pytest.mark.parametrize("versions", [(1, 1), (2, 2), (1, 2), (2, 1)])
+def test_a_reader_written_from_the_page_on_the_format_shows_the_same(
+    place: str, newer: tuple[TokenBatch, Versions], monkeypatch: pytest.MonkeyPatch, versions: tuple[int, int]
+) -> None:
+    write_version(monkeypatch, versions[0])
+    store = lz.open_store(place, durable=False)
+    store.write(GROUP, OLDER[0])
+    write_version(monkeypatch, versions[1])
+    take(store, store.write(GROUP, newer[0]))
     if not store.models():
         return
     read = independent_reader.read_group(Path(store.url) / GROUP.name)
