@@ -21,6 +21,7 @@ __all__ = ["Frame", "check_frame", "decode_blocks", "decode_range", "in_order"]
 
 _HEADER: Final = struct.Struct("<4B3I")  # version, version of the codec, flags, typesize; bytes decoded, of a block, of the frame
 _COPIED: Final = 2  # flag: stored as it was, right behind the header
+_UNSPLIT: Final = 16  # flag: the bytes of the items of a block are compressed together, as those of a shorter last block always are
 
 
 def check_frame(frame: memoryview, *, exactly: int | None = None, at_most: int = 0) -> None:
@@ -146,7 +147,7 @@ def decode_blocks(head: int, blocks: Sequence[Buffer], block_nbytes: int, decode
     head : int
         As in `Frame`, of the frame that they are from; one that was not copied.
     blocks : sequence of bytes-like
-        In their order. A shorter last one of the frame stands behind another.
+        In their order. A shorter last one of the frame may stand alone.
     block_nbytes : int
         Decoded bytes of each but a shorter last one.
     decoded : int
@@ -160,6 +161,9 @@ def decode_blocks(head: int, blocks: Sequence[Buffer], block_nbytes: int, decode
         The blocks are damaged.
     """
     version, codec, flags, typesize = head.to_bytes(4, "little")
+    if len(blocks) == 1 and decoded < block_nbytes:
+        # Alone it is no rest after whole blocks, by which blosc would recognise how it is coded.
+        flags, block_nbytes = flags | _UNSPLIT, decoded
     first = _HEADER.size + 4 * len(blocks)
     places = [first, *(first + np.cumsum([len(block) for block in blocks])).tolist()]
     header = _HEADER.pack(version, codec, flags, typesize, decoded, block_nbytes, places[-1])

@@ -86,7 +86,8 @@ def block_nbytes_of(info: ArrayInfo) -> int:
         return 0
     row = info.chunk_nbytes // info.rows_per_chunk
     whole = -(-_BLOCK_BYTES // row) * row
-    return whole if whole <= _LARGEST_BLOCK else _BLOCK_BYTES
+    nbytes = whole if whole <= _LARGEST_BLOCK else _BLOCK_BYTES
+    return nbytes if nbytes < info.chunk_nbytes else 0  # a single row may be one block
 
 
 def _blocks_per_chunk(info: ArrayInfo, block_nbytes: int) -> int:

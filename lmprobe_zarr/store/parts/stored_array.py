@@ -167,6 +167,8 @@ class StoredArray:
         """
         if self.info.dtype == "string":
             return self.read_chunk(layer, block)[rows]
+        if (rows.stop <= rows.start) if isinstance(rows, slice) else not len(rows):
+            return np.empty((0, *self.row_shape), self.dtype)
         found = self._read_by_blocks(layer, block, rows) if self.where.has_blocks and np.little_endian else None
         if found is not None:
             return found
@@ -179,14 +181,18 @@ class StoredArray:
             return found
 
     def damaged_rows(self, layer: int, block: int) -> list[slice]:
-        """The rows of a damaged chunk that cannot be read."""
+        """The rows of a chunk that cannot be read in any way."""
         every = slice(0, self.info.rows_per_chunk)
-        if not self.where.has_blocks:
-            return [every]
-        size, found = self.where.block_nbytes, []
-        for start in range(0, self.nbytes_of_chunk, size):
-            stop = min(start + size, self.nbytes_of_chunk)
-            rows = slice(start // self.row_nbytes, -(-stop // self.row_nbytes))
+        try:
+            self._read_whole(layer, block, None)
+        except CorruptPartError:
+            if not self.where.has_blocks or not np.little_endian:
+                return [every]
+        else:
+            return []  # its file is damaged elsewhere: in another chunk of the shard, or in the shard's index
+        each, found = max(1, self.where.block_nbytes // self.row_nbytes), []
+        for start in range(0, every.stop, each):
+            rows = slice(start, min(start + each, every.stop))
             try:
                 if self._read_by_blocks(layer, block, rows, only=True) is None:
                     return [every]
@@ -198,7 +204,7 @@ class StoredArray:
         """Some rows from the whole chunk."""
         if isinstance(rows, slice):
             return self._read_range(layer, block, rows)
-        start, stop = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+        start, stop = int(rows.min()), int(rows.max()) + 1
         return self._read_range(layer, block, slice(start, stop))[rows - start]
 
     def _read_range(self, layer: int, block: int, rows: slice) -> Array:
@@ -237,11 +243,6 @@ class StoredArray:
         # What the rest of a chunk costs to decode is about what it costs to read it in pieces.
         if 4 * len(wanted) > 3 * n_blocks and not only:
             return None
-        if not len(wanted):
-            return np.empty((0, *self.row_shape), self.dtype)
-        # A shorter last block is coded differently. Blosc recognises it as the rest after whole blocks, so it is never decoded alone.
-        if wanted[-1] == n_blocks - 1 and len(wanted) == 1:
-            wanted = range(n_blocks - 2, n_blocks)
         if self.storage.is_slow and not only and is_wanted_whole((self.storage.url, self.path, layer, block)):
             return None
         try:
@@ -282,17 +283,19 @@ class StoredArray:
             place = end
         found = [memoryview(data) for data in self.where.fetch(self.info.file_of(layer, block), self._reader_of(ranges))]
         blocks = [found[i][begin:end] for i, begin, end in bounds]
+        size, is_copied = self.where.block_nbytes, frame is None or frame.is_copied
         for number, data in zip(wanted, blocks, strict=True):
             if len(data) != lengths[number]:
                 raise self.corrupt(key, f"ends in block {number}, or before it")
             if crc32c(data) != checksums[number]:
                 raise self.corrupt(key, f"does not hold the checksum of block {number}")
-        if frame is None or frame.is_copied:
+            if is_copied and len(data) != min(size, self.nbytes_of_chunk - number * size):
+                raise self.corrupt(key, f"has another size of block {number} in its table")
+        if is_copied:
             return found[0] if len(found) == 1 else memoryview(b"".join(found))
-        rest = self.nbytes_of_chunk - wanted[-1] * self.where.block_nbytes
-        decoded = (len(wanted) - 1) * self.where.block_nbytes + min(rest, self.where.block_nbytes)
+        decoded = (len(wanted) - 1) * size + min(size, self.nbytes_of_chunk - wanted[-1] * size)
         try:
-            return decode_blocks(head, blocks, self.where.block_nbytes, decoded, self._scratch().data)
+            return decode_blocks(head, blocks, size, decoded, self._scratch().data)
         except (ValueError, RuntimeError) as error:
             raise self.corrupt(key, f"cannot be decoded ({error})") from error
 
