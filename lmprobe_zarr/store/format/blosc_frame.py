@@ -22,6 +22,8 @@ __all__ = ["Frame", "check_frame", "decode_blocks", "decode_range", "in_order"]
 _HEADER: Final = struct.Struct("<4B3I")  # version, version of the codec, flags, typesize; bytes decoded, of a block, of the frame
 _COPIED: Final = 2  # flag: stored as it was, right behind the header
 _UNSPLIT: Final = 16  # flag: the bytes of the items of a block are compressed together, as those of a shorter last block always are
+_FILTERS: Final = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 4}  # flags
+_LZ4: Final = 1 << 5  # flag
 
 
 def check_frame(frame: memoryview, *, exactly: int | None = None, at_most: int = 0) -> None:
@@ -111,6 +113,11 @@ class Frame(NamedTuple):
     def is_copied(self) -> bool:
         """Whether the bytes stand behind the header as they were."""
         return bool(self.head >> 16 & _COPIED)
+
+    def is_of(self, shuffle: str, itemsize: int) -> bool:
+        """Whether its head is one that our writer's blosc makes: lz4 with that filter, of items of that size."""
+        flags = _FILTERS[shuffle] | _LZ4
+        return self.head & ~((_COPIED | _UNSPLIT) << 16) == int.from_bytes(bytes([2, 1, flags, itemsize]), "little")
 
     def first_byte(self, n_blocks: int) -> int:
         """Where the first of its blocks begins."""

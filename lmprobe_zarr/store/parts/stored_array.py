@@ -139,7 +139,8 @@ class StoredArray:
             return self._read_whole(layer, block, out)
         except CorruptPartError:
             # Where only the table of chunks, the checksum of the chunk or what stands before its blocks is damaged, nothing is lost.
-            found = self._read_by_blocks(layer, block, slice(0, self.info.rows_per_chunk), only=True) if self.where.has_blocks else None
+            every = slice(0, self.info.rows_per_chunk)
+            found = self._read_by_blocks(layer, block, every, only=True) if self.where.has_blocks and np.little_endian else None
             if found is None:
                 raise
         if out is None:
@@ -169,13 +170,22 @@ class StoredArray:
             return self.read_chunk(layer, block)[rows]
         if (rows.stop <= rows.start) if isinstance(rows, slice) else not len(rows):
             return np.empty((0, *self.row_shape), self.dtype)
-        found = self._read_by_blocks(layer, block, rows) if self.where.has_blocks and np.little_endian else None
+        if not self.where.has_blocks or not np.little_endian:
+            return self._read_some(layer, block, rows)
+        # Where one of both ways is damaged, the other is left.
+        try:
+            found = self._read_by_blocks(layer, block, rows)
+        except CorruptPartError as error:
+            try:
+                return self._read_some(layer, block, rows)
+            except CorruptPartError:
+                raise error from None
         if found is not None:
             return found
         try:
             return self._read_some(layer, block, rows)
         except CorruptPartError:
-            found = self._read_by_blocks(layer, block, rows, only=True) if self.where.has_blocks and np.little_endian else None
+            found = self._read_by_blocks(layer, block, rows, only=True)
             if found is None:
                 raise
             return found
@@ -267,6 +277,8 @@ class StoredArray:
         key = self.info.chunk_key(layer, block)
         head, lengths, checksums = record[1], record[2::2], record[3::2]
         frame = None if self.info.shuffle is None else Frame(head, self.nbytes_of_chunk, self.where.block_nbytes)
+        if frame is not None and self.info.shuffle is not None and not frame.is_of(self.info.shuffle, self.dtype.itemsize):
+            raise self.corrupt(key, "has another header in the table of blocks")
         place = start + (0 if frame is None else frame.first_byte(len(lengths)))
         # Blocks that follow one another are one range.
         ranges: list[tuple[int, int]] = []
