@@ -63,12 +63,12 @@ SELECTIONS: Final[list[Any]] = [slice(0, 1), slice(60, 70), slice(299, 300), [3,
 def outcomes(root: Path) -> list[bool]:
     """Whether each of several reads gives what was written; those that do not raise our error, and nothing else is ever read."""
     found = []
+    view = lz.open_store(root, "r").tokens(dtype="stored").resid
     for layer in (0, 1):
         for rows in SELECTIONS:
             try:
-                read = lz.open_store(root, "r").tokens(dtype="stored").resid.isel(layer=layer, token=rows).values
-            except LmprobeZarrError as error:
-                assert isinstance(error, CorruptPartError), error
+                read = view.isel(layer=layer, token=rows).values
+            except CorruptPartError:
                 found.append(False)
             else:
                 np.testing.assert_array_equal(read, VALUES[layer, rows])
@@ -136,7 +136,7 @@ CHUNK_LIES: Final = {
     "checksums of chunks": every(1, lambda n: n ^ 1, 2),
     "chunks in another order": lambda words: words.reshape(-1, 2)[::-1].ravel(),
     "all zeros": lambda words: words * 0,
-    "all ones": lambda words: words * 0 + 2**32 - 1,
+    "all ones": lambda words: np.full_like(words, 2**32 - 1),
 }
 BLOCK_LIES: Final = {
     **{f"lengths of chunks: {name}": every(0, value, RECORD) for name, value in LENGTHS.items()},
@@ -146,7 +146,7 @@ BLOCK_LIES: Final = {
     "checksums of the first blocks": every(3, lambda n: n ^ 1, RECORD),
     "chunks in another order": lambda words: words.reshape(-1, RECORD)[::-1].ravel(),
     "all zeros": lambda words: words * 0,
-    "all ones": lambda words: words * 0 + 2**32 - 1,
+    "all ones": lambda words: np.full_like(words, 2**32 - 1),
 }  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def few_bytes() -> Iterator[None]:
         tracemalloc.stop()
 
 
-def test_unchanged_everything_is_read(template: tuple[Path, Part], few_bytes: None) -> None:
+def test_unchanged_everything_is_read(template: tuple[Path, Part]) -> None:
     root, part = template
     assert part.info.tables is not None
     assert part.info.tables[KEY].block_nbytes == 2**16
@@ -169,52 +169,74 @@ def test_unchanged_everything_is_read(template: tuple[Path, Part], few_bytes: No
     assert lz.open_store(root, "r").verify(progress=False).ok
 
 
-@pytest.mark.parametrize("lie", CHUNK_LIES)
-def test_where_the_chunk_table_lies_values_come_by_the_blocks_or_not_at_all(copied: tuple[Path, Part], lie: str, few_bytes: None) -> None:
+def restored(root: Path, part: Part) -> Callable[[], None]:
+    """What puts the part's document and its tables back as they are now."""
+    files = [root / part.path / "zarr.json", *(path for path in (root / part.path / KEY).iterdir() if path.name.endswith("_table"))]
+    kept = {path: path.read_bytes() for path in files}
+    return lambda: [path.write_bytes(data) for path, data in kept.items()] and None
+
+
+def test_where_the_chunk_table_lies_values_come_by_the_blocks(copied: tuple[Path, Part]) -> None:
     root, part = copied
-    change_table(root, part, "chunk_table", CHUNK_LIES[lie])
-    assert all(outcomes(root)), "the blocks have checksums of their own"
-    assert not lz.open_store(root, "r").verify(progress=False).ok
+    restore, before = restored(root, part), (root / part.path / "zarr.json").read_bytes()
+    for name, lie in CHUNK_LIES.items():
+        change_table(root, part, "chunk_table", lie)
+        if (root / part.path / "zarr.json").read_bytes() == before:
+            assert "neighbour" in name, "all chunks have one length"
+            continue
+        assert all(outcomes(root)), f"{name}: the blocks have checksums of their own"
+        assert not lz.open_store(root, "r").verify(progress=False).ok, name
+        restore()
 
 
-@pytest.mark.parametrize("lie", BLOCK_LIES)
-def test_where_the_block_table_lies_values_come_by_the_chunks_or_not_at_all(copied: tuple[Path, Part], lie: str, few_bytes: None) -> None:
+def test_where_the_block_table_lies_values_come_by_the_chunks(copied: tuple[Path, Part]) -> None:
     root, part = copied
-    change_table(root, part, "block_table", BLOCK_LIES[lie])
-    assert all(outcomes(root)), "the chunks have checksums of their own"
+    restore = restored(root, part)
+    for name, lie in BLOCK_LIES.items():
+        change_table(root, part, "block_table", lie)
+        assert all(outcomes(root)), f"{name}: the chunks have checksums of their own"
+        restore()
 
 
-@pytest.mark.parametrize("lie", sorted(CHUNK_LIES.keys() & BLOCK_LIES.keys()))
-def test_where_both_tables_lie_nothing_is_read(copied: tuple[Path, Part], lie: str, few_bytes: None) -> None:
+def test_where_both_tables_lie_nothing_is_read(copied: tuple[Path, Part]) -> None:
     root, part = copied
-    compressed, shards = part.info.compressed, part.info.has_shards
-    change_table(root, part, "chunk_table", CHUNK_LIES[lie])
-    change_table(root, part, "block_table", BLOCK_LIES[lie])
-    found = outcomes(root)
-    if lie.startswith("lengths of chunks") and not shards:
-        return  # the places of blocks do not depend on it where each chunk is a file
-    if "order" in lie:
-        return  # blocks are found where the chunks that are exchanged have equal lengths
-    first = SELECTIONS.index(slice(0, 1))
-    assert not all(found), (compressed, shards)
-    assert found[first] == (lie.startswith("lengths")), "of the first chunk in a file the place is known"
+    restore, shards = restored(root, part), part.info.has_shards
+    first, later = SELECTIONS.index(slice(0, 1)), SELECTIONS.index(slice(299, 300))
+    for name in sorted(CHUNK_LIES.keys() & BLOCK_LIES.keys()):
+        change_table(root, part, "chunk_table", CHUNK_LIES[name])
+        change_table(root, part, "block_table", BLOCK_LIES[name])
+        found = outcomes(root)
+        if name.startswith("lengths"):
+            assert found[first], "of the first chunk in a file the place of the blocks is known"
+            assert found[later] or shards, "and so it is where each chunk is a file"
+        elif name.startswith("all"):
+            assert not any(found), name
+        restore()
+
+
+def test_tables_that_lie_take_no_memory(copied: tuple[Path, Part], few_bytes: None) -> None:
+    root, part = copied
+    for name in ("lengths of chunks: four gigabytes", "all ones"):
+        change_table(root, part, "chunk_table", CHUNK_LIES[name])
+        change_table(root, part, "block_table", BLOCK_LIES[name])
+        array = lz.open_store(root, "r").listing(GROUP).parts[0].array("tokens", "resid")
+        for rows in (slice(3, 4), slice(0, 64), np.array([1, 60])):
+            with suppress(CorruptPartError):
+                np.testing.assert_array_equal(array.read_rows(1, 1, rows), VALUES[1, 64:128][rows])
 
 
 @pytest.mark.parametrize("change", [-1, 1, 2**20])
-def test_tables_of_another_length_are_refused(copied: tuple[Path, Part], change: int, few_bytes: None) -> None:
+def test_tables_of_another_length_are_refused(copied: tuple[Path, Part], change: int) -> None:
+    root, part = copied
+    restore = restored(root, part)
     for name in ("chunk_table", "block_table"):
-        root, part = copied
-        before = (root / part.path / "zarr.json").read_bytes()
-        kept = {path: path.read_bytes() for path in (root / part.path / KEY).iterdir()}
         change_table(root, part, name, lambda words: words[:change] if change < 0 else np.concatenate([words, np.zeros(change, "<u4")]))
         if part.info.tables is not None and part.info.tables[KEY].chunks is not None:
             with pytest.raises(CorruptPartError):
                 lz.open_store(root, "r").tokens()
         else:
             assert all(outcomes(root)), "the other table is one way to everything"
-        (root / part.path / "zarr.json").write_bytes(before)
-        for path, data in kept.items():
-            path.write_bytes(data)
+        restore()
 
 
 TABLES_LIES: Final[dict[str, Callable[[Any], object]]] = {
@@ -242,7 +264,7 @@ TABLES_LIES: Final[dict[str, Callable[[Any], object]]] = {
     "counts of no tokens": lambda d: d["attributes"].update(n_tokens=base64.b64encode(bytes(40)).decode()),
     "counts of four billion tokens": lambda d: d["attributes"].update(n_tokens=base64.b64encode(b"\xff" * 40).decode()),
     "half a count": lambda d: d["attributes"].update(n_tokens=base64.b64encode(bytes(38)).decode()),
-    "an index as text": lambda d: d["attributes"].update(prompt_sha256="00" * 320),
+    "an index as text": lambda d: d["attributes"].update(prompt_sha256=base64.b64decode(d["attributes"].pop("prompt_digests")).hex()),
     "version 1": lambda d: d["attributes"].update(format_version=1),
 }
 
@@ -260,7 +282,7 @@ def test_documents_that_contradict_themselves_are_refused_whole(copied: tuple[Pa
     reseal(root / part.path / "zarr.json", TABLES_LIES[lie])
     with pytest.raises(CorruptPartError) as caught:
         lz.open_store(root, "r").tokens()
-    assert caught.value.part == part.path
+    assert part.path in str(caught.value)
     assert len(str(caught.value)) < 600
     (problem,) = lz.open_store(root, "r").verify(progress=False).problems
     assert (problem.part, problem.kind) == (part.path, "document")
