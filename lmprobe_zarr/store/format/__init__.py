@@ -50,6 +50,7 @@ from lmprobe_zarr.store.format.tables import (
     block_record,
     block_table_nbytes,
     chunk_table_nbytes,
+    lengths_in_index,
     shard_index,
 )
 
@@ -109,6 +110,7 @@ __all__ = [
     "is_intact",
     "is_root_document",
     "is_variable",
+    "lengths_in_index",
     "level_document",
     "new_part_name",
     "parse_array",
