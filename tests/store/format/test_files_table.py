@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 import threading
@@ -22,6 +23,7 @@ from lmprobe_zarr.errors import CorruptPartError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo
 from lmprobe_zarr.store.format.files_table import FilesTable, bytes_by_folder, bytes_of_files, check_table
 from lmprobe_zarr.store.format.part import PartInfo, parse_part, part_document
+from lmprobe_zarr.store.format.tables import tables_document
 
 HEAD = '{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
 DOCUMENTS = sorted(path for path in OLD_STORES.rglob("zarr.json") if path.read_bytes().startswith(HEAD.encode()))
@@ -58,11 +60,19 @@ def laid_out_anew(data: bytes, *, indent: int | None = None) -> bytes:
 def whole(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a plain JSON parser finds in a document, in the form of `shown`."""
     attributes = document["attributes"]
+    counts = attributes["n_tokens"]
+    if isinstance(counts, str):
+        counts = np.frombuffer(base64.b64decode(counts), "<u4").tolist()
+    digests = (
+        base64.b64decode(attributes["prompt_digests"]) if "prompt_digests" in attributes else bytes.fromhex(attributes["prompt_sha256"])
+    )
     return {
         "files": {key: tuple(entry) for key, entry in attributes["files"].items()},
-        "digests": bytes.fromhex(attributes["prompt_sha256"]).hex(),
+        "digests": digests.hex(),
+        "n_tokens": counts,
+        "tables": attributes.get("tables"),
         "arrays": {key: doc["shape"] for key, doc in document["consolidated_metadata"]["metadata"].items() if "/" in key},
-        **{key: attributes[key] for key in ("group", "name", "kind", "layers", "n_tokens", "replaces", "recorded")},
+        **{key: attributes[key] for key in ("group", "name", "kind", "layers", "replaces", "recorded")},
     }
 
 
@@ -70,6 +80,7 @@ def shown(info: PartInfo) -> dict[str, Any]:
     return {
         "files": dict(info.files),
         "digests": info.digests.tobytes().hex(),
+        "tables": None if info.tables is None else tables_document(info.tables),
         "arrays": {key: list(array.shape) for key, array in info.arrays.items()},
         "group": info.group,
         "name": info.name,
