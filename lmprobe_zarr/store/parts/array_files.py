@@ -114,6 +114,15 @@ class ArrayFiles:
             return ChunkPlace(self.info.chunk_key(layer, block), 0, *table.entry(layer, block))
         return ChunkPlace(self.info.file_of(layer, block), table.place(layer, block), *table.entry(layer, block))
 
+    def read_chunk(self, layer: int, block: int) -> Buffer:
+        """A chunk as it is stored, with its checksum, which is verified; errors as of `chunk`."""
+        place = self.chunk(layer, block)
+        end = place.start + place.length
+        data = self.fetch(place.file, lambda key: self.storage.read_ranges(key, [(place.start, end)]))[0] if place.length > 0 else b""
+        if not is_intact("c.", data, place[2:]):
+            raise self.corrupt(self.info.chunk_key(layer, block), "does not hold what the part's table says of it")
+        return data
+
     @functools.cached_property
     def _chunks_in_document(self) -> ChunkTable | None:
         """The table of chunks where it stands in the part's document."""

@@ -65,8 +65,12 @@ class Part:
 
     def files_of(self, key: str) -> ArrayFiles:
         """The files of one of its arrays, given by its key."""
+        return self.array_of(key).where
+
+    def array_of(self, key: str) -> StoredArray:
+        """One of its arrays, given by its key."""
         level, _, name = key.partition("/")
-        return self.array("tokens" if level == "tokens" else "prompts", name).where
+        return self.array("tokens" if level == "tokens" else "prompts", name)
 
     def array(self, level: Level, name: str) -> StoredArray:
         """One of its arrays."""

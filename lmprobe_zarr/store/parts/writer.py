@@ -50,7 +50,6 @@ from lmprobe_zarr.store.format import (
     PartInfo,
     array_dims,
     block_nbytes_of,
-    block_record,
     check_table,
     encode_chunk,
     file_entry,
@@ -61,11 +60,12 @@ from lmprobe_zarr.store.format import (
     part_document,
     removed_document,
     root_document,
-    shard_index,
     validate_column_names,
 )
 from lmprobe_zarr.store.parts.call_order import CallOrder
+from lmprobe_zarr.store.parts.chunk_files import ChunkFiles
 from lmprobe_zarr.store.parts.columns import encode_column, text_rows
+from lmprobe_zarr.store.parts.stored_array import StoredArray
 from lmprobe_zarr.typing import Array, Buffer, Ints
 
 __all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
@@ -183,7 +183,7 @@ class PartWriter:
         self._tables: dict[str, ArrayTables] = {}
         self._first_file = ""
         self._arrays: dict[str, ArrayInfo] = {}
-        self._variables: dict[str, _RowBuffer] = {}
+        self._variables: dict[str, _RowBuffer | _MovedArray] = {}
         self._columns: dict[str, list[Any]] = {}
         self._digests: list[str] = []
         self._seen: set[str] = set()
@@ -278,9 +278,28 @@ class PartWriter:
             columns |= {f"tokens/{name}": np.asarray(values, np.int64) for name, values in token_columns.items()}
         return columns
 
+    def adopt(self, source: StoredArray, layers: tuple[int, ...], odd: tuple[int, int]) -> None:
+        """Take over a variable of another part that has the same prompts in the same order, without decoding it.
+
+        Its chunks are read and checked when the part is committed. No batch may hold this variable.
+
+        Parameters
+        ----------
+        source : StoredArray
+            One that has tables.
+        layers : tuple of int
+            The layers of that part.
+        odd : (int, int)
+            What that part says of its values, see `PartInfo`.
+        """
+        if source.info.layered:
+            self._layers = layers
+        self._variables[source.where.name] = _MovedArray(self, source.where.name, source, odd)
+
     def _buffer(self, level: Level, name: str, array: Array, layered: bool, batch: TokenBatch) -> _RowBuffer:
         key = f"{level}/{name}"
-        if key not in self._variables:
+        buffer = self._variables.get(key)
+        if not isinstance(buffer, _RowBuffer):
             wide = array.dtype if array.dtype.kind in "fbi" else np.dtype(np.int64)
             row_shape = array.shape[2 if layered else 1 :]
             buffers = sum(a.shape[0] for v in (batch.prompts, batch.tokens) for n, a in v.items() if n not in batch.unlayered) or 1
@@ -298,8 +317,8 @@ class PartWriter:
                 shuffle=("shuffle" if level == "prompts" else "bitshuffle") if self.compressed else None,
                 attributes={"stored_dtype": batch.stored_dtype.get(name, wide.name)},
             )
-            self._variables[key] = _RowBuffer(self, key, info)
-        return self._variables[key]
+            buffer = self._variables[key] = _RowBuffer(self, key, info)
+        return buffer
 
     def write_chunk(self, key: str, info: ArrayInfo, layer: int, block: int, values: Array) -> None:
         """Encode and write one chunk."""
@@ -338,8 +357,8 @@ class PartWriter:
             raise InvalidArgumentError(f"a part {what} cannot be committed: abort it, and start another")
         for key, buffer in self._variables.items():
             self._arrays[key] = buffer.finish()
-            if self.version > 1:
-                self._write_tables(key, buffer)
+            if buffer.files is not None:
+                self._write_tables(key, buffer.files)
         self._write_columns()
         self._write_documents()
         digests = digests_of(self._digests)
@@ -378,7 +397,8 @@ class PartWriter:
         """Remove what was written, unless it is visible: an interruption may come between the commit and its return."""
         self._ended = True
         for buffer in self._variables.values():
-            buffer.abort()
+            if buffer.files is not None:
+                buffer.files.abort()
         if not self.storage.is_file(f"{self.path}/zarr.json"):
             self.storage.remove_tree(self.path)
 
@@ -404,9 +424,9 @@ class PartWriter:
             self.write_file(name, data)
             self._files[name] = file_entry(data, chunk=False)
 
-    def _write_tables(self, key: str, buffer: _RowBuffer) -> None:
+    def _write_tables(self, key: str, written: ChunkFiles) -> None:
         """The tables of one variable, as files where they are too long for the part's document."""
-        nbytes, chunks, blocks = buffer.tables()
+        nbytes, chunks, blocks = written.tables()
         held: list[bytes | None] = []
         for name, data in ((CHUNK_TABLE, chunks), (BLOCK_TABLE, blocks)):
             is_file = len(data) > INLINE_BYTES
@@ -414,7 +434,7 @@ class PartWriter:
             if is_file:
                 self.write_file(f"{key}/{name}", data)
                 self._files[f"{key}/{name}"] = file_entry(data, chunk=False)
-        block_nbytes = buffer.block_nbytes
+        block_nbytes = written.block_nbytes
         self._tables[key] = ArrayTables(nbytes=nbytes, chunks=held[0], block_nbytes=block_nbytes, blocks=held[1] if block_nbytes else None)
 
     def _write_columns(self) -> None:
@@ -480,12 +500,7 @@ class _RowBuffer:
         self.odd = (0, 0)
         # Scalars are not counted: the probability of a first token is NaN, and a single number is no row that could be all zeros.
         self.counted = np.dtype(info.dtype).kind == "f" and key.partition("/")[2] not in SCALARS
-        self.block_nbytes = 0
-        self._lengths: list[Ints] = []  # of each chunk of rows: length and crc32c by layer
-        self._records: list[list[Array | None]] = []  # and the numbers of its blocks
-        self._index_nbytes = 0
-        self._shard_blocks = 0
-        self._shards: list[PieceWriter] = []
+        self.files: ChunkFiles | None = None  # known once it is known how many rows a chunk has
 
     @property
     def waiting_nbytes(self) -> int:
@@ -511,64 +526,22 @@ class _RowBuffer:
 
     def _flush(self, values: Array) -> None:
         if self.writer.version > 1:
-            self._begin_block()
+            if self.files is None:
+                self.files = ChunkFiles(self.writer, self.key, self.info, block_nbytes_of(self.info))
+            self.files.begin()
         odd = [(0, 0)] * self.layers
         run_all([partial(self._write, layer, values, odd) for layer in range(self.layers)], local=self.writer.storage.is_local)
         self.odd = self.odd[0] + sum(counts[0] for counts in odd), self.odd[1] + sum(counts[1] for counts in odd)
         self.blocks += 1
 
-    def _begin_block(self) -> None:
-        """Make room for what is noted of the next chunk of each layer, and open the next shards where the last ones are full."""
-        if not self.blocks:
-            self.block_nbytes = block_nbytes_of(self.info)
-            self._shard_blocks = self.writer.shard_bytes // max(1, self.info.chunk_nbytes)
-        self._lengths.append(np.zeros((self.layers, 2), np.int64))
-        self._records.append([None] * self.layers)
-        if self._shard_blocks > 1 and self.blocks % self._shard_blocks == 0:
-            self._end_shards()
-            file = self.blocks // self._shard_blocks
-            names = [f"{self.key}/{self.info.file_name(layer, file)}" for layer in range(self.layers)]
-            self._shards = [self.writer.open_shard(name) for name in names]
-
     def _write(self, layer: int, values: Array, odd: list[tuple[int, int]]) -> None:
         rows = values[layer : layer + 1] if self.info.layered else values[0]
-        if self.writer.version > 1:
-            self._write_chunk(layer, rows)
-        else:
+        if self.files is None:
             self.writer.write_chunk(self.key, self.info, layer, self.blocks, rows)
+        else:
+            self.files.write(layer, *encode_chunk(rows, self.info, self.files.block_nbytes))
         if self.counted:
             odd[layer] = count_odd(rows, self.info.row_shape)
-
-    def _write_chunk(self, layer: int, rows: Array) -> None:
-        body, checksum = encode_chunk(rows, self.info, self.block_nbytes)
-        name = f"{self.key}/{self.info.file_name(layer, self.blocks)}"
-        if self._shards:
-            self._shards[layer].append((body, checksum))
-            self.writer.note_file(f"{self.key}/{self.info.file_name(layer, 0)}")
-        else:
-            self.writer.write_file(name, (body, checksum))
-        self._lengths[-1][layer] = memoryview(body).nbytes + len(checksum), int.from_bytes(checksum, "little")
-        if self.block_nbytes:
-            self._records[-1][layer] = block_record(body, self.info, self.block_nbytes)
-
-    def _end_shards(self) -> None:
-        """Append their index to the open shards, and make them whole. A shard of a single chunk, the only one, is its chunk and no more."""
-        if not self._shards:
-            return
-        first = (self.blocks - 1) // self._shard_blocks * self._shard_blocks
-        whole = min(self._shard_blocks, self.blocks)  # the only shard has no more room than it needs
-        lengths = np.array(self._lengths[first : self.blocks])[:, :, 0]
-
-        def end(layer: int) -> None:
-            if whole > 1:
-                index = shard_index(lengths[:, layer].tolist(), whole)
-                self._shards[layer].append(index)
-            self._shards[layer].close()
-
-        run_all([partial(end, layer) for layer in range(self.layers)], local=self.writer.storage.is_local)
-        if whole > 1:
-            self._index_nbytes += self.layers * (16 * whole + 4)
-        self._shards = []
 
     def finish(self) -> ArrayInfo:
         """Write the remaining rows; returns the final metadata of the array."""
@@ -583,25 +556,40 @@ class _RowBuffer:
         if self.filled and self.held is not None:
             self._flush(self.held[:, : self.filled])
         self.held = None
-        self._end_shards()
-        if self._shard_blocks > 1 and self.blocks > 1:
-            self.info = replace(self.info, shard_blocks=min(self._shard_blocks, self.blocks))
+        if self.files is not None:
+            self.info = replace(self.info, shard_blocks=self.files.end())
         return self.info
 
-    def tables(self) -> tuple[int, bytes, bytes]:
-        """Bytes of all files with chunks, the table of chunks, and that of blocks, which is empty where there are none."""
-        chunks = np.array(self._lengths).swapaxes(0, 1)
-        records = [record for layer in range(self.layers) for block in self._records if (record := block[layer]) is not None]
-        if len(records) < self.blocks * self.layers:
-            self.block_nbytes = 0  # blosc has made other blocks in some chunk
-        blocks = b"".join(record.tobytes() for record in records) if self.block_nbytes else b""
-        return int(chunks[:, :, 0].sum()) + self._index_nbytes, chunks.astype("<u4").tobytes(), blocks
 
-    def abort(self) -> None:
-        """Give up the shards that are being written."""
-        for shard in self._shards:
-            with suppress(Exception):  # the others must be given up too; `gc` finds what stays
-                shard.abort()
+class _MovedArray:
+    """One variable of another part with the same prompts: its chunks as they are stored there, checked and not decoded."""
+
+    def __init__(self, writer: PartWriter, key: str, source: StoredArray, odd: tuple[int, int]) -> None:
+        self.writer, self.source, self.odd = writer, source, odd
+        self.info = replace(source.info, shard_blocks=0)
+        self.layers = self.info.shape[0] if self.info.layered else 1
+        self.files = ChunkFiles(writer, key, self.info, source.where.block_nbytes)
+        self.waiting_nbytes = 0
+
+    def finish(self) -> ArrayInfo:
+        """Move all chunks; returns the final metadata of the array."""
+        is_local = self.writer.storage.is_local and self.source.storage.is_local
+        for block in range(self.info.n_blocks):
+            self.files.begin()
+            run_all([partial(self._move, layer, block) for layer in range(self.layers)], local=is_local)
+        self.info = replace(self.info, shard_blocks=self.files.end())
+        return self.info
+
+    def _move(self, layer: int, block: int) -> None:
+        try:
+            data = self.source.where.read_chunk(layer, block)
+        except CorruptPartError:
+            # It may be whole but for what stands around its blocks, or come from the table of blocks alone.
+            values = self.source.read_chunk(layer, block)
+            rows = values[None] if self.info.layered else values
+            self.files.write(layer, *encode_chunk(rows, self.info, self.files.block_nbytes))
+        else:
+            self.files.write(layer, data[:-4], bytes(data[-4:]))
 
 
 def shape_of(batch: TokenBatch) -> tuple[Hashable, ...]:

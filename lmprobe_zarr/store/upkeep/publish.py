@@ -41,7 +41,7 @@ from lmprobe_zarr.store.upkeep.card import CardGroup, write_card
 from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, plan_runs
 from lmprobe_zarr.store.upkeep.gc import PARTIAL, plan_gc, remove_garbage
 from lmprobe_zarr.store.upkeep.removal import remove_part
-from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces
+from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces, write_rows
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["PublishSummary", "Selection", "publish_groups", "publish_to", "select_from", "total_nbytes"]
@@ -232,6 +232,19 @@ def _write(
         if piece.layers is not None:
             layers = piece.layers if layers is None else frozenset(layer for layer in piece.layers if layer in layers)
     if not len(rows) or (piece is not None and piece.layers is not None and not layers):
+        return
+    if len(parts) == 1 and part_nbytes(parts[0]) <= part_bytes:
+        writer = new_writer(
+            target,
+            selection.group,
+            infos,
+            replacement_name(name),
+            durable=durable,
+            recorded={PUBLISHED_MARK: True},
+            alone=True,
+            shards=shards,
+        )
+        yield writer.path, write_rows(writer, source, parts[0], rows, without=without, layers=layers)
         return
     batches = read_batches(view, rows, layers=layers, without=without)
     batch = next(batches, None)

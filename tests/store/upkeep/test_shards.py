@@ -161,3 +161,70 @@ def test_a_part_of_one_chunk_per_layer_has_no_shards(root: str, monkeypatch: pyt
     assert not info.has_shards
     np.testing.assert_array_equal(lz.open_store(root).tokens("acme/toy").resid.values, batch.tokens["resid"])
     assert lz.open_store(root).verify(progress=False).ok
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[ArrayInfo]:
+    """The variables of which chunks are encoded from now on."""
+    found: list[ArrayInfo] = []
+    encode: Any = vars(writer)["encode_chunk"]
+
+    def noted(values: Any, info: ArrayInfo, *more: Any) -> Any:
+        found.extend([info] if len(info.dims) > 1 else [])
+        return encode(values, info, *more)
+
+    monkeypatch.setattr(writer, "encode_chunk", noted)
+    return found
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_chunks_move_whole_where_all_prompts_stay(tmp_path: Path, encoded: list[ArrayInfo], shards: bool) -> None:
+    store = filled(str(tmp_path / "acts"))
+    store.compact(shards=shards, progress=False)
+    store.gc(max_age=0)
+    store = lz.open_store(store.url)
+    (old,) = store.view(GROUP).parts
+    kept = {
+        name: (tmp_path / "acts" / old.path / name).read_bytes()
+        for name in old.info.file_names()
+        if name.startswith("prompts/resid_mean/c.")
+    }
+    expected = store.dataset("acme/toy").load()
+    encoded.clear()
+    store.drop("acme/toy", ["resid"])
+    store = lz.open_store(store.url)
+    (new,) = store.view(GROUP).parts
+    assert not encoded
+    assert kept == {name: (tmp_path / "acts" / new.path / name).read_bytes() for name in kept}
+    np.testing.assert_array_equal(store.dataset("acme/toy").resid_mean.values, expected.resid_mean.values)
+    store.publish(str(tmp_path / "copy"), shards=not shards, progress=False)
+    assert not encoded, "from shards to single files and back"
+    copy = lz.open_store(str(tmp_path / "copy"))
+    assert any(array.shard_blocks for array in arrays(copy).values()) != shards
+    np.testing.assert_array_equal(copy.dataset("acme/toy").resid_mean.values, expected.resid_mean.values)
+    assert copy.verify(progress=False).ok
+    assert new.info.odd == arrays_odd(copy)
+    store.delete("acme/toy", TEXTS[:3])
+    assert encoded, "where prompts go, chunks are made anew"
+
+
+def arrays_odd(store: Store) -> Any:
+    (part,) = store.view(GROUP).parts
+    return part.info.odd
+
+
+def test_a_damaged_chunk_does_not_move(tmp_path: Path) -> None:
+    store = filled(str(tmp_path / "acts"))
+    store.compact(progress=False)
+    store.gc(max_age=0)
+    store = lz.open_store(store.url)
+    (part,) = store.view(GROUP).parts
+    path = tmp_path / "acts" / part.path / "prompts/resid_mean/c.1.0.0"
+    data = bytearray(path.read_bytes())
+    data[30] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CorruptPartError, match="resid_mean"):
+        store.drop("acme/toy", ["resid"])
+    with pytest.raises(CorruptPartError, match="resid_mean"):
+        store.publish(str(tmp_path / "copy"), progress=False)
+    assert not (tmp_path / "copy" / "zarr.json").exists()
