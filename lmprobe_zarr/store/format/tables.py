@@ -78,11 +78,11 @@ class ArrayTables:
 
 
 def block_nbytes_of(info: ArrayInfo) -> int:
-    """Decoded bytes of the blocks that a writer makes; 0 where a chunk is so small, or a single row, that reading a part gains nothing.
+    """Decoded bytes of the blocks that a writer makes; 0 where a chunk is so small that reading a part of it would gain nothing.
 
     Whole rows where blosc lets us choose: it makes no blocks below 64 KiB.
     """
-    if info.dtype == "string" or info.rows_per_chunk == 1 or info.chunk_nbytes <= 2 * _BLOCK_BYTES:
+    if info.dtype == "string" or info.chunk_nbytes <= 2 * _BLOCK_BYTES:
         return 0
     row = info.chunk_nbytes // info.rows_per_chunk
     whole = -(-_BLOCK_BYTES // row) * row
