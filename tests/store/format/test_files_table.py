@@ -266,7 +266,8 @@ def test_a_document_made_to_be_read_in_two_ways_is_refused_or_read_as_a_json_par
 
 
 READABLE = [
-    "files twice", "2: files twice", "2: an escaped key", "2: digests with an escape", "an escaped key", "blanks in the table", "blanks behind", "a negative nothing",
+    "files twice", "2: files twice", "2: an escaped key", "2: digests with an escape", "an escaped key",
+    "blanks in the table", "blanks behind", "a negative nothing",
 ]  # fmt: skip
 
 
@@ -276,7 +277,8 @@ def test_an_unusual_document_that_says_nothing_wrong_is_read(name: str) -> None:
 
 
 SNIPPETS = [
-    ',"prompt_digests":"', ',"prompt_digests":"AAAA"', ',"tables":{', ',"files":{', '"files":', '},"consolidated_metadata":{', ',"prompt_sha256":"00"', ',"prompt_sha256":"', "NaN", "{", "}", "[", "]", '"',
+    ',"prompt_digests":"', ',"prompt_digests":"AAAA"', ',"tables":{',
+    ',"files":{', '"files":', '},"consolidated_metadata":{', ',"prompt_sha256":"00"', ',"prompt_sha256":"', "NaN", "{", "}", "[", "]", '"',
     "\\", ",", ',"name":"q"', " ", '},"attributes":{', "\u00e9", "1", '"a":', "null",
 ]  # fmt: skip
 EDITS = st.lists(st.tuples(st.integers(0), st.sampled_from(SNIPPETS), st.integers(0, 3)), min_size=1, max_size=4)
