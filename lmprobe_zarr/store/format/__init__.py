@@ -51,6 +51,7 @@ from lmprobe_zarr.store.format.tables import (
     block_record,
     block_table_nbytes,
     chunk_table_nbytes,
+    lengths_in_index,
     shard_index,
 )
 
@@ -111,6 +112,7 @@ __all__ = [
     "is_intact",
     "is_root_document",
     "is_variable",
+    "lengths_in_index",
     "level_document",
     "new_part_name",
     "parse_array",

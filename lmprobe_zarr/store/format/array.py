@@ -227,6 +227,8 @@ def parse_array(document: object) -> ArrayInfo:
         raise ValueError(f"codecs {[c.get('name') for c in outer]}")
     if list(grid) != info.to_document()["chunk_grid"]["configuration"]["chunk_shape"] or (sharding is not None and not info.shard_blocks):
         raise ValueError(f"shards {grid} of chunks {chunks}")
+    if info.shard_blocks > info.n_blocks:
+        raise ValueError(f"shards of {info.shard_blocks} chunks, of which there are {info.n_blocks}")
     if document["chunk_key_encoding"] != {"name": "default", "configuration": {"separator": "."}}:
         raise ValueError("chunk key encoding")
     if info.layered and chunks[0] != 1:

@@ -19,6 +19,9 @@ __all__ = ["Frame", "check_frame", "decode_range", "header_of", "in_order"]
 
 _HEADER: Final = struct.Struct("<4B3I")  # version, version of the codec, flags, typesize; bytes decoded, of a block, of the frame
 _COPIED: Final = 2  # flag: stored as it was, right behind the header
+_UNSPLIT: Final = 16  # flag: the bytes of the items of a block are compressed together, as those of a shorter last block always are
+_FILTERS: Final = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 4}  # flags
+_LZ4: Final = 1 << 5  # flag
 
 
 def check_frame(frame: memoryview, *, exactly: int | None = None, at_most: int = 0) -> None:
@@ -107,6 +110,11 @@ class Frame(NamedTuple):
         """Whether the bytes stand behind the header as they were."""
         return bool(self.head >> 16 & _COPIED)
 
+    def is_of(self, shuffle: str, itemsize: int) -> bool:
+        """Whether its head is one that our writer's blosc makes: lz4 with that filter, of items of that size."""
+        flags = _FILTERS[shuffle] | _LZ4
+        return self.head & ~((_COPIED | _UNSPLIT) << 16) == int.from_bytes(bytes([2, 1, flags, itemsize]), "little")
+
     def first_byte(self, n_blocks: int) -> int:
         """Where the first of its blocks begins."""
         return _HEADER.size + (0 if self.is_copied else 4 * n_blocks)
@@ -142,12 +150,16 @@ def header_of(head: int, lengths: Sequence[int], block_nbytes: int, decoded: int
     head : int
         As in `Frame`, of the frame that they are from; one that was not copied.
     lengths : sequence of int
-        Of each block, in their order. A shorter last one of the frame stands behind another.
+        Of each block, in their order. A shorter last one of the frame may stand alone.
     block_nbytes : int
         Decoded bytes of each but a shorter last one.
     decoded : int
         Decoded bytes of all together.
     """
+    version, codec, flags, typesize = head.to_bytes(4, "little")
+    if len(lengths) == 1 and decoded < block_nbytes:
+        # Alone it is no rest after whole blocks, by which blosc would recognise how it is coded.
+        flags, block_nbytes = flags | _UNSPLIT, decoded
     places = [*accumulate(lengths, initial=_HEADER.size + 4 * len(lengths))]
-    header = _HEADER.pack(*head.to_bytes(4, "little"), decoded, block_nbytes, places.pop())
+    header = _HEADER.pack(version, codec, flags, typesize, decoded, block_nbytes, places.pop())
     return header + np.array(places, "<i4").tobytes()

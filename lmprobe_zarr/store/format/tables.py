@@ -35,6 +35,7 @@ __all__ = [
     "block_record",
     "block_table_nbytes",
     "chunk_table_nbytes",
+    "lengths_in_index",
     "parse_tables",
     "shard_index",
     "tables_document",
@@ -78,15 +79,16 @@ class ArrayTables:
 
 
 def block_nbytes_of(info: ArrayInfo) -> int:
-    """Decoded bytes of the blocks that a writer makes; 0 where a chunk is so small that reading a part of it would gain nothing.
+    """Decoded bytes of the blocks that a writer makes; 0 where a chunk is so small, or a single row, that reading a part gains nothing.
 
     Whole rows where blosc lets us choose: it makes no blocks below 64 KiB.
     """
-    if info.dtype == "string" or info.chunk_nbytes <= 2 * _BLOCK_BYTES:
+    if info.dtype == "string" or info.rows_per_chunk == 1 or info.chunk_nbytes <= 2 * _BLOCK_BYTES:
         return 0
     row = info.chunk_nbytes // info.rows_per_chunk
     whole = -(-_BLOCK_BYTES // row) * row
-    return whole if whole <= _LARGEST_BLOCK else _BLOCK_BYTES
+    nbytes = whole if whole <= _LARGEST_BLOCK else _BLOCK_BYTES
+    return nbytes if nbytes < info.chunk_nbytes else 0  # a single row may be one block
 
 
 def _blocks_per_chunk(info: ArrayInfo, block_nbytes: int) -> int:
@@ -217,6 +219,14 @@ def shard_index(lengths: Sequence[int], blocks_per_file: int) -> bytes:
         place += length
     index += b"\xff" * (_INDEX_ENTRY.size * (blocks_per_file - len(lengths)))  # rows beyond the end of the array
     return bytes(index) + struct.pack("<I", google_crc32c.value(bytes(index)))
+
+
+def lengths_in_index(index: Buffer, n_chunks: int) -> list[int] | None:
+    """Lengths of the chunks of a shard by its index; None where that is damaged, or is not one that `shard_index` makes."""
+    entries = np.frombuffer(index, "<u8", len(index) // _INDEX_ENTRY.size * 2).reshape(-1, 2)
+    lengths: list[int] = entries[:n_chunks, 1].tolist()
+    is_ours = max(lengths, default=0) < 2**32 and shard_index(lengths, len(entries)) == bytes(index)
+    return lengths if is_ours else None
 
 
 # ------------------------------------------------------------------------------------------------------------- document

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ from lmprobe_zarr.store.format import (
     chunk_table_nbytes,
     crc32c,
     is_intact,
+    lengths_in_index,
     shard_index,
 )
 from lmprobe_zarr.store.parts.kept_chunks import kept_table
@@ -179,17 +181,23 @@ class ArrayFiles:
         try:
             table = self.chunk_table()
         except CorruptPartError:
-            lengths = [len(view)]
-            if self.has_blocks:
-                try:
-                    lengths = [int(self.block_table().record(layer, block)[0]) for block in blocks]
-                except CorruptPartError:
-                    lengths = [len(view)]
-            if len(lengths) != len(blocks) or min(lengths) < 4:
+            lengths = self._lengths_without_table(layer, blocks, view)
+            if lengths is None or min(lengths) < 4:
                 return None
             ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
             return [(n, int.from_bytes(view[end - 4 : end], "little")) for n, end in zip(lengths, ends, strict=True)]
         return [table.entry(layer, block) for block in blocks]
+
+    def _lengths_without_table(self, layer: int, blocks: range, view: memoryview) -> list[int] | None:
+        """Lengths of the chunks of one file where the table of chunks is damaged: by that of blocks, or by the shard's index."""
+        if self.has_blocks:
+            with suppress(CorruptPartError):
+                table = self.block_table()
+                return [int(table.record(layer, block)[0]) for block in blocks]
+        if not self.info.shard_blocks:
+            return [len(view)]
+        nbytes = self.info.shard_index_nbytes
+        return lengths_in_index(view[-nbytes:], len(blocks)) if len(view) >= nbytes else None
 
     def numbers_of(self, file: str) -> tuple[int, int]:
         """Layer and number of a file, by its name."""
@@ -225,7 +233,7 @@ class ArrayFiles:
         return bytes(made) if (len(made), crc32c(bytes(made))) == tuple(entry) else None
 
     def _lengths_of_chunks(self, lost: str) -> dict[tuple[int, int], int] | None:
-        """Length of each chunk without one of the tables: from the other, or from the files where each holds one chunk."""
+        """Length of each chunk without one of the tables: by the other, by the files where each holds one chunk, or by their indexes."""
         info = self.info
         every = [(layer, block) for layer in range(info.shape[0] if info.layered else 1) for block in range(info.n_blocks)]
         try:
@@ -237,10 +245,23 @@ class ArrayFiles:
                 return {at: int(blocks.record(*at)[0]) for at in every}
         except CorruptPartError:
             pass
-        if info.shard_blocks:
-            return None
         sizes = self.storage.sizes(self.path, info.file_names())
-        return {at: sizes.get(info.file_of(*at), 0) for at in every}
+        if not info.shard_blocks:
+            return {at: sizes.get(info.file_of(*at), 0) for at in every}
+        found: dict[tuple[int, int], int] = {}
+        for layer, block in every:
+            if block != info.first_in_shard(block):
+                continue
+            file, n = info.file_of(layer, block), min(info.shard_blocks, info.n_blocks - block)
+            end = sizes.get(file, 0)
+            if end < info.shard_index_nbytes:
+                return None
+            tail = self.storage.read_ranges(f"{self.path}/{file}", [(end - info.shard_index_nbytes, end)])[0]
+            lengths = lengths_in_index(tail, n)
+            if lengths is None:
+                return None
+            found |= {(layer, block + i): length for i, length in enumerate(lengths)}
+        return found
 
     def corrupt(self, file: str, what: str) -> CorruptPartError:
         """The error for a file that is damaged."""

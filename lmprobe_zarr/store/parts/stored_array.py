@@ -144,7 +144,8 @@ class StoredArray:
             return self._read_whole(layer, block, out)
         except CorruptPartError:
             # Where only the table of chunks, the checksum of the chunk or what stands before its blocks is damaged, nothing is lost.
-            found = self._read_by_blocks(layer, block, slice(0, self.info.rows_per_chunk), only=True) if self.where.has_blocks else None
+            every = slice(0, self.info.rows_per_chunk)
+            found = self._read_by_blocks(layer, block, every, only=True) if self.where.has_blocks and np.little_endian else None
             if found is None:
                 raise
         if out is None:
@@ -172,26 +173,41 @@ class StoredArray:
         """
         if self.info.dtype == "string":
             return self.read_chunk(layer, block)[rows]
-        found = self._read_by_blocks(layer, block, rows) if self.where.has_blocks and np.little_endian else None
+        if (rows.stop <= rows.start) if isinstance(rows, slice) else not len(rows):
+            return np.empty((0, *self.row_shape), self.dtype)
+        if not self.where.has_blocks or not np.little_endian:
+            return self._read_some(layer, block, rows)
+        # Where one of both ways is damaged, the other is left.
+        try:
+            found = self._read_by_blocks(layer, block, rows)
+        except CorruptPartError as error:
+            try:
+                return self._read_some(layer, block, rows)
+            except CorruptPartError:
+                raise error from None
         if found is not None:
             return found
         try:
             return self._read_some(layer, block, rows)
         except CorruptPartError:
-            found = self._read_by_blocks(layer, block, rows, only=True) if self.where.has_blocks and np.little_endian else None
+            found = self._read_by_blocks(layer, block, rows, only=True)
             if found is None:
                 raise
             return found
 
     def damaged_rows(self, layer: int, block: int) -> list[slice]:
-        """The rows of a damaged chunk that cannot be read."""
+        """The rows of a chunk that cannot be read in any way."""
         every = slice(0, self.info.rows_per_chunk)
-        if not self.where.has_blocks:
-            return [every]
-        size, found = self.where.block_nbytes, []
-        for start in range(0, self.nbytes_of_chunk, size):
-            stop = min(start + size, self.nbytes_of_chunk)
-            rows = slice(start // self.row_nbytes, -(-stop // self.row_nbytes))
+        try:
+            self._read_whole(layer, block, None)
+        except CorruptPartError:
+            if not self.where.has_blocks or not np.little_endian:
+                return [every]
+        else:
+            return []  # its file is damaged elsewhere: in another chunk of the shard, or in the shard's index
+        each, found = max(1, self.where.block_nbytes // self.row_nbytes), []
+        for start in range(0, every.stop, each):
+            rows = slice(start, min(start + each, every.stop))
             try:
                 if self._read_by_blocks(layer, block, rows, only=True) is None:
                     return [every]
@@ -203,7 +219,7 @@ class StoredArray:
         """Some rows from the whole chunk."""
         if isinstance(rows, slice):
             return self._read_range(layer, block, rows)
-        start, stop = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+        start, stop = int(rows.min()), int(rows.max()) + 1
         return self._read_range(layer, block, slice(start, stop))[rows - start]
 
     def _read_range(self, layer: int, block: int, rows: slice) -> Array:
@@ -242,11 +258,6 @@ class StoredArray:
         # What the rest of a chunk costs to decode is about what it costs to read it in pieces.
         if 4 * len(wanted) > 3 * n_blocks and not only:
             return None
-        if not len(wanted):
-            return np.empty((0, *self.row_shape), self.dtype)
-        # A shorter last block is coded differently. Blosc recognises it as the rest after whole blocks, so it is never decoded alone.
-        if len(wanted) == 1 and wanted[0] == n_blocks - 1:
-            wanted = np.array([n_blocks - 2, n_blocks - 1])
         if not only and self.storage.sends_whole_files and not self.info.shard_blocks:
             return None
         if self.storage.is_slow and not only and is_wanted_whole((self.storage.url, self.path, layer, block)):
@@ -272,6 +283,8 @@ class StoredArray:
         lengths = record[2::2].astype(np.int64)
         head = int(record[1])
         frame = None if self.info.shuffle is None else Frame(head, self.nbytes_of_chunk, size)
+        if frame is not None and self.info.shuffle is not None and not frame.is_of(self.info.shuffle, self.dtype.itemsize):
+            raise self.corrupt(key, "has another header in the table of blocks")
         ends = lengths.cumsum() + (start + (0 if frame is None else frame.first_byte(len(lengths))))
         stops = ends[wanted]
         begins = stops - lengths[wanted]
@@ -296,6 +309,8 @@ class StoredArray:
                 raise self.corrupt(key, f"ends in block {number}, or before it")
             if crc32c(data[place - length : place]) != checksum:
                 raise self.corrupt(key, f"does not hold the checksum of block {number}")
+            if not is_frame and length != min(size, self.nbytes_of_chunk - number * size):
+                raise self.corrupt(key, f"has another size of block {number} in its table")
         if not is_frame:
             return data.data
         room[: len(header)] = np.frombuffer(header, np.uint8)

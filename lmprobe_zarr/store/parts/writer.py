@@ -245,7 +245,7 @@ class PartWriter:
             for name in (*batch.prompts, *batch.tokens, *batch.token_columns):
                 if not COLUMN_NAME.fullmatch(name):
                     raise InvalidArgumentError(
-                        f"{name!r:.80} is no name of a variable: use letters, digits and _, a letter first, at most 64"
+                        f"{name!r:.80} is no name of a variable: use the letters a to z, digits and _, a letter first"
                     )
             for name, array in (*batch.prompts.items(), *batch.tokens.items()):
                 dtype = array.dtype

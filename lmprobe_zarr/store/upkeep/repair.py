@@ -242,23 +242,26 @@ def _plan_part(found: FoundPart, part: Part) -> _PartRepair:
         again = {"tokens/position"}
     columns -= again
     lost: dict[Cell, Ints] = {}
-    for key in sorted(arrays & variables):
-        lost |= {cell: gone for cell, gone in _broken_rows(part, key, broken).items() if len(gone)}
+    tables = {name.rpartition("/")[0] for name in found.faults if name.endswith((CHUNK_TABLE, BLOCK_TABLE))}
+    for key in sorted((arrays | tables) & variables):
+        lost |= {cell: gone for cell, gone in _broken_rows(part, key, broken, found.faults).items() if len(gone)}
     replacement, others = split_part(info, lost, columns=columns, made=again)
     return _PartRepair(found=found, replacement=replacement, others=others, lost=lost, columns=tuple(sorted(columns)))
 
 
-def _broken_rows(part: Part, key: str, broken: Iterable[str]) -> dict[Cell, Ints]:
+def _broken_rows(part: Part, key: str, broken: Iterable[str], faults: Mapping[str, object]) -> dict[Cell, Ints]:
     """For every layer of a variable the prompts of which a value is lost."""
     info, array = part.info, part.info.arrays[key]
     stored = part.array("tokens" if key.startswith("tokens/") else "prompts", key.partition("/")[2])
     chunks = {name.rpartition("/")[2] for name in broken if name.rpartition("/")[0] == key}
+    # Then a chunk may be whole, and nothing be left to find it by.
+    is_table_damaged = bool({f"{key}/{CHUNK_TABLE}", f"{key}/{BLOCK_TABLE}"} & faults.keys())
     bounds = np.arange(len(info.digests) + 1) if info.n_tokens is None or key.startswith("prompts/") else offsets_of(info.n_tokens)
     found: dict[Cell, Ints] = {}
     for place, layer in enumerate(info.layers if array.layered else [NO_LAYER]):
         gone = np.zeros(len(info.digests), bool)
         for block in range(array.n_blocks):
-            if array.file_of(place, block) not in chunks:
+            if not is_table_damaged and array.file_of(place, block) not in chunks:
                 continue
             for rows in stored.damaged_rows(place, block):
                 start, stop = block * array.rows_per_chunk + rows.start, block * array.rows_per_chunk + rows.stop

@@ -570,7 +570,9 @@ def test_foreign_folders_are_named_and_stay(place: Path) -> None:
 def test_repair_reports_and_keeps_a_part_of_a_newer_version(place: Path) -> None:
     part = parts_of(lz.open_store(place))[0]
     path = place / part / "zarr.json"
-    path.write_text(path.read_text().replace('"format_version":1', '"format_version":2'))
+    changed = path.read_text().replace('"format_version":2', '"format_version":3')
+    assert changed != path.read_text()
+    path.write_text(changed)
     (problem,) = lz.open_store(place).repair(progress=False).left
     assert (problem.kind, "upgrade" in problem.advice) == ("version", True)
     assert path.exists()
