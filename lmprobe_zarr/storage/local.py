@@ -39,6 +39,7 @@ _ABSENT: Final = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}  # gone, below a fil
 # As file systems answer that do not flush folders, or files, on request: CIFS before Linux 4.17, FUSE, WSL.
 _NOT_FLUSHED: Final = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EROFS}
 _NO_LINKS: Final = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EINVAL, errno.EXDEV}
+_KEPT_BUFFER: Final = 2**24  # bytes; what is longer, as a file with many chunks, is given back, or every thread would go on to hold as much
 _CREATE_ATTEMPTS: Final = 100  # at a file whose folder others may remove while it is empty
 
 
@@ -103,7 +104,9 @@ class LocalStorage(Storage):
         try:
             size = os.fstat(descriptor).st_size
             buffer: memoryview = getattr(self._buffers, "buffer", memoryview(b""))
-            if len(buffer) < size:
+            if size > _KEPT_BUFFER:
+                buffer = empty_aligned((size + 4096,), np.dtype(np.uint8)).data
+            elif len(buffer) < size:
                 # A buffer kept per thread saves the page faults of a fresh allocation for every chunk.
                 buffer = self._buffers.buffer = empty_aligned((size + 4096,), np.dtype(np.uint8)).data
             view = buffer[:size]

@@ -180,6 +180,40 @@ def with_logits(batch: TokenBatch, k: int) -> TokenBatch:
     return replace(batch, prompts={**batch.prompts, **logits}, unlayered=frozenset(logits))
 
 
+def test_variables_of_any_name_and_columns_of_tokens_are_read(tmp_path: Path) -> None:
+    batch = make_batch(["a", "bb", "ccc"])
+    n, rng = int(batch.token_columns["token_id"].size), np.random.default_rng(1)
+    wide = {"attn_z": rng.standard_normal((3, n, 8)).astype("f4"), "head_scores_7": rng.standard_normal((3, n, 5)).astype("f2")}
+    pooled = {"attn_z_max": rng.standard_normal((3, 3, 8)).astype("f4"), "probe_mean": rng.integers(0, 9, (3, 2), np.int32)}
+    columns = {"role": rng.integers(0, 3, n), "turn": np.arange(n) // 4, "generated": np.arange(n) % 2}
+    store = lz.open_store(tmp_path / "s")
+    first = replace(
+        batch,
+        tokens={**batch.tokens, **wide},
+        prompts={**batch.prompts, **pooled},
+        token_columns={**batch.token_columns, **columns},
+        unlayered=frozenset({"probe_mean"}),
+    )
+    name = store.write(GROUP, first)
+    document = independent_reader.parse_part((tmp_path / "s" / GROUP.name / name / "zarr.json").read_bytes())
+    variables = {f"tokens/{name}" for name in ("resid", *wide)} | {f"prompts/{name}" for name in ("resid_mean", *pooled)}
+    assert document["tables"].keys() == independent_reader.holds(document).keys() == variables
+    dims = {key.partition("/")[2]: document["arrays"][key]["dimension_names"][-1] for key in variables}
+    assert (dims["attn_z"], dims["attn_z_max"], dims["head_scores_7"], dims["probe_mean"]) == (
+        "hidden",
+        "hidden",
+        "head_scores_7_unit",
+        "probe_unit",
+    )
+    store.write(GROUP, make_batch(["dddd"], seed=3))  # without any of these
+    check_same(tmp_path / "s" / GROUP.name, store)
+    read = independent_reader.read_group(tmp_path / "s" / GROUP.name)
+    for key, values in columns.items():
+        assert read[f"tokens.{key}"].tolist() == [*values.tolist(), *[-1] * 5]
+    np.testing.assert_array_equal(read["tokens.head_scores_7"][:n].swapaxes(0, 1), wide["head_scores_7"])
+    np.testing.assert_array_equal(read["prompts.probe_mean"][:3], pooled["probe_mean"])
+
+
 @pytest.mark.usefixtures("version")
 def test_a_view_of_many_parts_is_the_same(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s")

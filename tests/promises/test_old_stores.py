@@ -104,6 +104,9 @@ def test_the_store_of_version_2_has_what_version_2_has() -> None:
     assert {info.shuffle is None for info, _ in blocks} == {True, False}, "in compressed chunks and in raw ones"
     assert {info.shard_blocks > 0 for info, _ in blocks} == {True, False}
     assert any(note.info.is_tombstone for note in view.annotations)
+    tokens = store.tokens("acme/large")
+    assert tokens.head_scores.dims == ("layer", "token", "head_scores_unit")
+    assert {"role", "turn", "generated"} <= set(tokens.coords)
     assert {part.info.version for name in store.groups() for part in store.view(store.find_group(group=name)).parts} == {2}
     assert lz.open_store(folder / "published-large").view(store.find_group("acme/large")).parts[1].info.has_shards
     assert sum(len(data) for data in files_of(folder).values()) < 2 * 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,19 @@ def test_files_are_read_to_a_page_and_whole(tmp_path: Path, nbytes: int) -> None
         assert bytes(view) == (data if key == "file" else bytes(2**22))
         if len(view) >= 2**16:
             assert address(np.frombuffer(view, np.uint8)) % mmap.PAGESIZE == 0
+
+
+def test_what_a_long_file_takes_is_given_back(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    for key, nbytes in (("chunk", 2**21), ("shard", 2**26)):
+        storage.write(key, bytes(nbytes), durable=False)
+    tracemalloc.start()
+    try:
+        assert len(storage.read_view("chunk")) == 2**21
+        assert tracemalloc.get_traced_memory()[0] > 2**21, "kept for the next chunk"
+        assert not any(storage.read_view("shard")[:: 2**16])
+        assert tracemalloc.get_traced_memory()[1] > 2**26
+        assert tracemalloc.get_traced_memory()[0] < 2**22
+        assert len(storage.read_view("chunk")) == 2**21
+    finally:
+        tracemalloc.stop()

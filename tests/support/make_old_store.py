@@ -121,11 +121,17 @@ def large_batch(which: range, name: str, layers: tuple[int, ...], dtype: str) ->
 
 
 def raw_batch() -> TokenBatch:
+    """With a variable of a name and width of its own, and columns of tokens that chats have."""
     texts = ["q0", "q1", "q2", "q3"]
     rows = np.repeat(values(1, 40, 1, dtype="float16"), 2048, axis=2)
     return TokenBatch(
-        sha256=[prompt_sha256(t) for t in texts], text=texts, n_tokens=np.full(4, 10), layers=(2,), tokens={"resid": rows}
-    )  # fmt: skip
+        sha256=[prompt_sha256(t) for t in texts],
+        text=texts,
+        n_tokens=np.full(4, 10),
+        layers=(2,),
+        tokens={"resid": rows, "head_scores": values(1, 40, 3)},
+        token_columns={"role": rng.integers(0, 3, 40), "turn": np.arange(40) % 10 // 4, "generated": rng.integers(0, 2, 40)},
+    )
 
 
 def chunks_of(nbytes: int, *, in_shard: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -56,6 +56,7 @@ __all__ = [
     "verify_scans",
     "verify_stores",
 ]
+_SHARDS_AT_A_TIME: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,13 +373,18 @@ def _checksums(storage: Storage, part: Part) -> dict[str, Fault]:
             faults[name] = fault
 
     jobs = [partial(check, name, partial(_is_intact, name, entry), int(entry[0])) for name, entry in part.info.files.items()]
+    shards: list[Callable[[], None]] = []
     for key in part.info.tables or ():
         array = part.files_of(key)
         sizes: dict[str, int] = {}
         with suppress(CorruptPartError):
             sizes = array.file_sizes()
-        jobs += [partial(check, f"{key}/{file}", partial(array.is_intact, file), sizes.get(file)) for file in array.info.file_names()]
+        found = [partial(check, f"{key}/{file}", partial(array.is_intact, file), sizes.get(file)) for file in array.info.file_names()]
+        (shards if array.info.shard_blocks else jobs).extend(found)
     run_all(jobs, local=storage.is_local)
+    # Each is held in memory, and may have hundreds of MiB.
+    for each in range(0, len(shards), _SHARDS_AT_A_TIME):
+        run_all(shards[each : each + _SHARDS_AT_A_TIME], local=storage.is_local)
     return dict(sorted(faults.items()))
 
 

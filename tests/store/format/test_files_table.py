@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 import pickle
 import threading
@@ -23,7 +24,7 @@ from lmprobe_zarr.errors import CorruptPartError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo
 from lmprobe_zarr.store.format.files_table import FilesTable, bytes_by_folder, bytes_of_files, check_table
 from lmprobe_zarr.store.format.part import PartInfo, parse_part, part_document
-from lmprobe_zarr.store.format.tables import tables_document
+from lmprobe_zarr.store.format.tables import ArrayTables
 
 HEAD = '{"zarr_format":3,"node_type":"group","attributes":{"digest":"crc32c:'
 DOCUMENTS = sorted(path for path in OLD_STORES.rglob("zarr.json") if path.read_bytes().startswith(HEAD.encode()))
@@ -36,6 +37,21 @@ PART = PartInfo(
     layers=(0, 5),
     arrays={"prompts/resid_mean": ARRAY, "prompts/layer": LAYER},
     files={"prompts/zarr.json": (7, 2**32 - 1), "prompts/resid_mean/c.0.0.0": (10, 77), "prompts/resid_mean/c.1.0.0": (2**40, 78)},
+)
+# Of version 2: a table of chunks in the document, and tables of chunks and blocks as files.
+PART_2 = replace(
+    PART,
+    n_tokens=np.array([1, 2, 3]),
+    arrays={
+        **PART.arrays,
+        "tokens/position": ArrayInfo(dims=("token",), shape=(6,), chunks=(6,), dtype="int64", shuffle=None),
+        "prompts/attn_mean": replace(ARRAY, shape=(2, 3, 40_000), chunks=(1, 3, 40_000)),
+    },
+    files={"prompts/zarr.json": (7, 2**32 - 1), "prompts/layer/c.0": (10, 77), "prompts/attn_mean/block_table": (10, 78)},
+    tables={
+        "prompts/attn_mean": ArrayTables(nbytes=7, chunks=None, block_nbytes=80_000),
+        "prompts/resid_mean": ArrayTables(nbytes=30, chunks=bytes(range(16))),
+    },
 )
 
 
@@ -60,27 +76,32 @@ def laid_out_anew(data: bytes, *, indent: int | None = None) -> bytes:
 def whole(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a plain JSON parser finds in a document, in the form of `shown`."""
     attributes = document["attributes"]
+    is_2 = attributes["format_version"] == 2 and "removed" not in attributes
     counts = attributes["n_tokens"]
-    if isinstance(counts, str):
-        counts = np.frombuffer(base64.b64decode(counts), "<u4").tolist()
-    digests = (
-        base64.b64decode(attributes["prompt_digests"]) if "prompt_digests" in attributes else bytes.fromhex(attributes["prompt_sha256"])
-    )
     return {
         "files": {key: tuple(entry) for key, entry in attributes["files"].items()},
-        "digests": digests.hex(),
-        "n_tokens": counts,
-        "tables": attributes.get("tables"),
+        "digests": (from_base64(attributes["prompt_digests"]) if is_2 else bytes.fromhex(attributes["prompt_sha256"])).hex(),
+        "n_tokens": np.frombuffer(from_base64(counts), "<u4").tolist() if is_2 and counts is not None else counts,
         "arrays": {key: doc["shape"] for key, doc in document["consolidated_metadata"]["metadata"].items() if "/" in key},
+        "tables": {key: table_of(described) for key, described in attributes["tables"].items()} if is_2 else None,
         **{key: attributes[key] for key in ("group", "name", "kind", "layers", "replaces", "recorded")},
     }
+
+
+def from_base64(text: str) -> bytes:
+    return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+
+
+def table_of(described: Mapping[str, Any]) -> tuple[int, bytes | None, int, bytes | None]:
+    """What a document says of the tables of one array."""
+    held = [None if described.get(name) is None else from_base64(described[name]) for name in ("chunk_table", "block_table")]
+    return described["nbytes"], held[0], described["block_nbytes"], held[1]
 
 
 def shown(info: PartInfo) -> dict[str, Any]:
     return {
         "files": dict(info.files),
         "digests": info.digests.tobytes().hex(),
-        "tables": None if info.tables is None else tables_document(info.tables),
         "arrays": {key: list(array.shape) for key, array in info.arrays.items()},
         "group": info.group,
         "name": info.name,
@@ -89,6 +110,7 @@ def shown(info: PartInfo) -> dict[str, Any]:
         "n_tokens": None if info.n_tokens is None else info.n_tokens.tolist(),
         "replaces": list(info.replaces),
         "recorded": dict(info.recorded),
+        "tables": None if info.tables is None else {key: (t.nbytes, t.chunks, t.block_nbytes, t.blocks) for key, t in info.tables.items()},
     }
 
 
@@ -103,8 +125,12 @@ def test_every_document_of_the_old_stores_reads_as_a_json_parser_reads_it(path: 
     assert info.files == parse_part(data, "p").files
 
 
-def test_there_are_documents_to_compare() -> None:
-    assert len(DOCUMENTS) > 4
+def test_there_are_documents_of_every_version_to_compare() -> None:
+    found = [json.loads(path.read_bytes())["attributes"] for path in DOCUMENTS]
+    for version, index in ((1, "prompt_sha256"), (2, "prompt_digests"), (2, "removed")):
+        assert sum(attributes["format_version"] == version and index in attributes for attributes in found) >= (
+            1 if index == "removed" else 5
+        )
 
 
 NAMES = st.from_regex(r"\A[A-Za-z][A-Za-z0-9_]{0,6}\Z")
@@ -120,11 +146,15 @@ RECORDED = st.dictionaries(
 )
 
 
-@given(TABLES, RECORDED, st.text(max_size=5))
-@example({}, {"files": {}, '},"consolidated_metadata":': ',"files":{"a":[1,2]}'}, "}")
-@example({}, {"x": {"a": 1, "files": {"b": {}}, "prompt_sha256": "00"}}, ',"files":{')
-def test_a_document_reads_back_whatever_its_texts_hold(files: dict[str, tuple[int, int]], recorded: dict[str, Any], group: str) -> None:
-    part = replace(PART, files={**PART.files, **files}, recorded=recorded, group=group)
+@given(files=TABLES, recorded=RECORDED, group=st.text(max_size=5))
+@example(files={}, recorded={"files": {}, '},"consolidated_metadata":': ',"files":{"a":[1,2]}'}, group="}")
+@example(files={}, recorded={"x": {"a": 1, "files": {"b": {}}, "prompt_sha256": "00"}}, group=',"files":{')
+@example(files={}, recorded={"x": ',"prompt_digests":"', "prompt_digests": "AAAA"}, group=',"prompt_digests":"AAAA"')
+@pytest.mark.parametrize("of", [PART, PART_2], ids=["1", "2"])
+def test_a_document_reads_back_whatever_its_texts_hold(
+    of: PartInfo, files: dict[str, tuple[int, int]], recorded: dict[str, Any], group: str
+) -> None:
+    part = replace(of, files={**of.files, **files}, recorded=recorded, group=group)
     data = part_document(part, GROUP)
     for document in (data, laid_out_anew(data)):
         info = parse_part(document, "p")
@@ -135,6 +165,8 @@ def test_a_document_reads_back_whatever_its_texts_hold(files: dict[str, tuple[in
 
 
 BASE = part_document(PART, GROUP).decode()
+BASE_2 = part_document(PART_2, GROUP).decode()
+DIGESTS_2 = base64.b64encode(PART_2.digests.tobytes()).decode()
 TABLE = BASE[BASE.index('"files":') + 8 : BASE.index('},"consolidated_metadata"')]
 FILES = '"prompts/resid_mean/c.0.0.0":[10,77],"prompts/resid_mean/c.1.0.0":[10,78]'
 HOSTILE = {
@@ -187,6 +219,23 @@ HOSTILE = {
     "something behind": BASE + "{}",
     "blanks behind": BASE + " \n",
     "a mark of byte order": BASE.replace('"consolidated_metadata":', '"consolidated_metadata":\ufeff'),
+    "2: digests elsewhere": BASE_2.replace('"prompt_digests"', '"prompt_digests":"","x":{"a":1,"prompt_digests"').replace(
+        ',"n_tokens"', '},"n_tokens"'
+    ),
+    "2: digests twice": BASE_2.replace('"n_tokens"', f'"prompt_digests":"{"AQID" * 32}","n_tokens"'),
+    "2: the digests of version 1 before": BASE_2.replace('"prompt_digests"', f'"prompt_sha256":"{"ab" * 32}","prompt_digests"'),
+    "2: the digests of version 1 behind": BASE_2.replace('"n_tokens"', f'"prompt_sha256":"{"ab" * 32}","n_tokens"'),
+    "2: digests in version 1": BASE.replace('"n_tokens"', f'"prompt_digests":"{"AQID" * 32}","n_tokens"'),
+    "2: digests as NaN": BASE_2.replace(f'"{DIGESTS_2}"', "NaN"),
+    "2: digests with a blank": BASE_2.replace(DIGESTS_2, f" {DIGESTS_2}"),
+    "2: digests with an escape": BASE_2.replace(DIGESTS_2, f"\\u0041{DIGESTS_2[1:]}"),
+    "2: digests with a line break": BASE_2.replace(DIGESTS_2, f"{DIGESTS_2[:4]}\\n{DIGESTS_2[4:]}"),
+    "2: an escaped key": BASE_2.replace('"prompt_digests"', '"prompt\\u005fdigests"'),
+    "2: tables twice": BASE_2.replace(',"files":', ',"tables":{},"files":'),
+    "2: tables behind the files": BASE_2.replace('},"consolidated', ',"tables":{}},"consolidated'),
+    "2: files in the tables": BASE_2.replace('"tables":{', '"tables":{"files":{},'),
+    "2: the table in another object": BASE_2.replace('"tables":{', '"tables":{"a":1,', 1),
+    "2: files twice": BASE_2.replace(',"files":', ',"files":{"../a":[1,2]},"files":'),
 }  # fmt: skip
 
 
@@ -211,12 +260,15 @@ def must_read(data: bytes) -> dict[str, Any] | None:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_document_made_to_be_read_in_two_ways_is_refused_or_read_as_a_json_parser_reads_it(name: str) -> None:
     data = sealed(HOSTILE[name])
-    assert data != sealed(BASE)
+    assert data not in (sealed(BASE), sealed(BASE_2))
     found = read(data)
     assert found is None or found == must_read(data)
 
 
-READABLE = ["files twice", "an escaped key", "blanks in the table", "blanks behind", "a negative nothing"]
+READABLE = [
+    "files twice", "2: files twice", "2: an escaped key", "2: digests with an escape", "an escaped key",
+    "blanks in the table", "blanks behind", "a negative nothing",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READABLE)
@@ -225,15 +277,17 @@ def test_an_unusual_document_that_says_nothing_wrong_is_read(name: str) -> None:
 
 
 SNIPPETS = [
+    ',"prompt_digests":"', ',"prompt_digests":"AAAA"', ',"tables":{',
     ',"files":{', '"files":', '},"consolidated_metadata":{', ',"prompt_sha256":"00"', ',"prompt_sha256":"', "NaN", "{", "}", "[", "]", '"',
     "\\", ",", ',"name":"q"', " ", '},"attributes":{', "\u00e9", "1", '"a":', "null",
 ]  # fmt: skip
 EDITS = st.lists(st.tuples(st.integers(0), st.sampled_from(SNIPPETS), st.integers(0, 3)), min_size=1, max_size=4)
 
 
-@given(EDITS)
-def test_a_document_changed_at_random_is_refused_or_read_as_a_json_parser_reads_it(edits: list[tuple[int, str, int]]) -> None:
-    text = BASE
+@pytest.mark.parametrize("base", [BASE, BASE_2], ids=["1", "2"])
+@given(edits=EDITS)
+def test_a_document_changed_at_random_is_refused_or_read_as_a_json_parser_reads_it(base: str, edits: list[tuple[int, str, int]]) -> None:
+    text = base
     for place, snippet, cut in edits:
         marks = [i for i in range(len(HEAD) + 9, len(text)) if text[i] in '{}[]",:']
         at = marks[place % len(marks)]

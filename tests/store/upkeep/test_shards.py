@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.store.format import ArrayInfo
 from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
+from lmprobe_zarr.store.upkeep import verify
 
 TEXTS = [f"prompt {i}" for i in range(60)]
 
@@ -228,3 +231,27 @@ def test_a_damaged_chunk_does_not_move(tmp_path: Path) -> None:
     with pytest.raises(CorruptPartError, match="resid_mean"):
         store.publish(str(tmp_path / "copy"), progress=False)
     assert not (tmp_path / "copy" / "zarr.json").exists()
+
+
+def test_verify_holds_few_shards_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch, root: str) -> None:
+    store = filled(root)
+    store.compact(progress=False)
+    store.gc(max_age=0)  # whose parts had no shards
+    assert all(array.shard_blocks for array in arrays(store).values())
+    reading, most, lock = [0], [0], threading.Lock()
+    real = verify._file_fault
+
+    def counted(storage: Any, key: str, *rest: Any) -> Any:
+        is_shard = key.split("/")[-2] in ("resid", "resid_mean") and "/c." in key
+        with lock:
+            reading[0] += is_shard
+            most[0] = max(most[0], reading[0])
+        time.sleep(0.002)
+        fault = real(storage, key, *rest)
+        with lock:
+            reading[0] -= is_shard
+        return fault
+
+    monkeypatch.setattr(verify, "_file_fault", counted)
+    assert lz.open_store(root).verify(progress=False).ok
+    assert 1 <= most[0] <= 2
