@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import xarray as xr
 
 from lmprobe_zarr.batch.hashes import prompt_sha256
@@ -17,6 +19,7 @@ from lmprobe_zarr.errors import MissingPromptsError
 from lmprobe_zarr.storage.base import Storage
 from lmprobe_zarr.storage.pieces import PieceWriter
 from lmprobe_zarr.store.format.group import GroupInfo
+from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
 
 GROUP = GroupInfo(model="acme/toy", provenance={"revision": "abc"}, num_layers=4, hidden_size=8)
@@ -84,6 +87,14 @@ class Wrapped(Storage):
 
     def remove_tree(self, key: str) -> None:
         self.inner.remove_tree(key)
+
+
+@contextmanager
+def old_format() -> Iterator[None]:
+    """Writers write parts of format 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "PART_VERSION", 1)
+        yield
 
 
 def pull_the_plug() -> None:
