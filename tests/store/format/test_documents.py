@@ -124,7 +124,7 @@ def test_a_truncated_part_document_is_noticed(length: int) -> None:
 
 
 def test_a_newer_part_is_refused_as_newer_not_as_damaged() -> None:
-    newer = part_document(PART, GROUP).replace(b'"format_version":1', b'"format_version":2')
+    newer = part_document(PART, GROUP).replace(b'"format_version":1', b'"format_version":3')
     with pytest.raises(UnsupportedVersionError, match="upgrade"):
         parse_part(newer, "p")
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import independent_reader
 import numpy as np
 import pytest
-from stores import GROUP, kept_tokens
+from stores import GROUP, kept_tokens, old_format
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch.hashes import prompt_sha256
@@ -313,13 +313,15 @@ def test_a_damaged_tombstone_still_hides(two: tuple[Store, str, Versions], newer
 def test_a_reader_that_knows_no_tombstones_refuses_one(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would show what is hidden. Its version is read before anything else of it."""
     store = lz.open_store(root, durable=False)
-    store.write(GROUP, OLDER[0])
-    take(store, store.write(GROUP, NEWER["one layer"][0]))
+    with old_format():
+        store.write(GROUP, OLDER[0])
+        take(store, store.write(GROUP, NEWER["one layer"][0]))
     (tombstone,) = (note for note in store.view(GROUP).annotations if note.info.is_tombstone)
+    assert {part.info.version for part in store.view(GROUP).parts} == {1}
     document = store.storage.read(f"{tombstone.path}/zarr.json")
     assert b'"format_version":2' in document
     assert part_document(parse_part(document, "here"), GROUP) == document
-    monkeypatch.setattr(part_module, "TOMBSTONE_VERSION", 3)  # as in a release that has none
+    monkeypatch.setattr(part_module, "PART_VERSION", 1)  # as in a release that knows no other
     with pytest.raises(UnsupportedVersionError, match="format version 2"):
         lz.open_store(root).dataset()
 
