@@ -38,7 +38,7 @@ def test_a_view_whose_part_was_deleted_raises_an_error(local: Store) -> None:
 
 
 def rewrite_chunk(store: Store, chunk: str, body: bytes) -> None:
-    """Replace a chunk by hostile bytes whose checksum holds, in the file and in the part's table; of a variable, that of its first layer."""
+    """Replace a chunk by hostile bytes whose checksum holds, in the file and in the part's table; of a variable, its first chunk."""
     folder = part_folder(store)
     checksum = google_crc32c.value(body)
     (folder / chunk).write_bytes(body + checksum.to_bytes(4, "little"))
