@@ -23,7 +23,7 @@ from warmed import Warmed
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
 from lmprobe_zarr.extraction import models as extraction
-from lmprobe_zarr.store.parts.stored_array import StoredArray
+from lmprobe_zarr.store.parts.array_files import ArrayFiles
 from lmprobe_zarr.store.store import Store
 
 # A shell that runs a command in the background has it ignore Ctrl-C, which tests send to themselves and to their children.
@@ -196,13 +196,13 @@ def store(root: str) -> Store:
 def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Every chunk of activations with layers that is read from now on: (array, layer, block)."""
     found: list[tuple[str, int, int]] = []
-    fetch = StoredArray._fetch
+    fetch = ArrayFiles.fetch
 
-    def counted(self: StoredArray, key: str, call: Callable[[str], Any]) -> Any:
-        if self.info.layered:
-            layer, block = key.split(".")[1:3]
+    def counted(self: ArrayFiles, file: str, call: Callable[[str], Any]) -> Any:
+        if self.info.layered and file.startswith("c."):
+            layer, block = file.split(".")[1:3]
             found.append((self.path, int(layer), int(block)))
-        return fetch(self, key, call)
+        return fetch(self, file, call)
 
-    monkeypatch.setattr(StoredArray, "_fetch", counted)
+    monkeypatch.setattr(ArrayFiles, "fetch", counted)
     return found

@@ -173,7 +173,12 @@ def restored(root: Path, part: Part) -> Callable[[], None]:
     """What puts the part's document and its tables back as they are now."""
     files = [root / part.path / "zarr.json", *(path for path in (root / part.path / KEY).iterdir() if path.name.endswith("_table"))]
     kept = {path: path.read_bytes() for path in files}
-    return lambda: [path.write_bytes(data) for path, data in kept.items()] and None
+
+    def restore() -> None:
+        for path, data in kept.items():
+            path.write_bytes(data)
+
+    return restore
 
 
 def test_where_the_chunk_table_lies_values_come_by_the_blocks(copied: tuple[Path, Part]) -> None:

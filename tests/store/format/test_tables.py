@@ -19,6 +19,7 @@ from block_stores import small_chunks, values_of, write_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numcodecs import blosc
+from zarr.codecs import Crc32cCodec
 
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.store.format.array import ArrayInfo
@@ -310,7 +311,7 @@ def test_a_shard_is_byte_for_byte_what_zarr_writes_for_the_same_chunks(tmp_path:
     assert info.shard_blocks >= 2
     theirs = zarr.create_array(
         tmp_path / "z", shape=values.shape, dtype="float32", chunks=info.chunks,
-        shards=(1, info.rows_per_chunk * info.shard_blocks, width), compressors=[zarr.codecs.Crc32cCodec()],
+        shards=(1, info.rows_per_chunk * info.shard_blocks, width), compressors=[Crc32cCodec()],
         chunk_key_encoding={"name": "default", "separator": "."}, fill_value=np.nan,
     )  # fmt: skip
     theirs[:] = values

@@ -25,7 +25,6 @@ from lmprobe_zarr.errors import LmprobeZarrError
 from lmprobe_zarr.storage import s3_uploads
 from lmprobe_zarr.storage.base import Storage
 from lmprobe_zarr.storage.open import open_storage
-from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
 
 Shown = tuple[xr.Dataset, xr.Dataset]
@@ -258,7 +257,8 @@ def test_a_refused_upload_ends_the_upgrade_and_leaves_the_store_as_it_was(s3: S3
 
 
 def test_format_1_is_written_where_a_test_asks_for_it(tmp_path: Path) -> None:
-    assert writer.PART_VERSION == 2
+    lz.open_store(tmp_path / "new", durable=False).write(GROUP, make_batch(["a"]))
+    assert [part.info.version for part in parts(tmp_path / "new")] == [2]
     with old_format():
         lz.open_store(tmp_path / "s", durable=False).write(GROUP, make_batch(["a"]))
     assert [part.info.version for part in parts(tmp_path / "s")] == [1]
