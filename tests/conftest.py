@@ -69,12 +69,6 @@ ON_S3_TOO = (
 IN_FORMAT_1_TOO = ("store/test_store.py", "store/upkeep/test_compact.py", "promises/test_loops.py")
 
 
-@pytest.fixture
-def version_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts are written in format 1."""
-    monkeypatch.setattr(writer, "PART_VERSION", 1)
-
-
 @pytest.fixture(scope="session")
 def _cache_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Empty folders. To number one, `mktemp` looks through those of all tests before it, which costs a run seconds."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import pytest
+from block_stores import reseal, text_of, words_of
 from numcodecs import blosc
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import CorruptPartError, PartGoneError
+from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.store import Store
 
 
@@ -36,16 +38,23 @@ def test_a_view_whose_part_was_deleted_raises_an_error(local: Store) -> None:
 
 
 def rewrite_chunk(store: Store, chunk: str, body: bytes) -> None:
-    """Replace a chunk by hostile bytes whose checksum holds, in the file and in the part's table."""
+    """Replace a chunk by hostile bytes whose checksum holds, in the file and in the part's table; of a variable, its first chunk."""
     folder = part_folder(store)
     checksum = google_crc32c.value(body)
     (folder / chunk).write_bytes(body + checksum.to_bytes(4, "little"))
-    document = json.loads((folder / "zarr.json").read_bytes())
-    document["attributes"]["files"][chunk] = [len(body) + 4, checksum]
-    document["attributes"]["digest"] = "crc32c:00000000"
-    data = json.dumps(document, separators=(",", ":")).encode()
-    sealed = data.replace(b"crc32c:00000000", b"crc32c:%08x" % google_crc32c.value(data), 1)
-    (folder / "zarr.json").write_bytes(sealed)
+
+    def rename(document: Any) -> None:
+        attributes = document["attributes"]
+        table = attributes.get("tables", {}).get(chunk.rpartition("/")[0])
+        if table is None:
+            assert chunk in attributes["files"]
+            attributes["files"][chunk] = [len(body) + 4, checksum]
+        else:
+            words = words_of(table["chunk_table"])
+            words[:2] = len(body) + 4, checksum
+            table["chunk_table"] = text_of(words)
+
+    reseal(folder / "zarr.json", rename)
 
 
 def header(decoded: int, encoded: int, flags: int = 0) -> bytes:
@@ -67,9 +76,13 @@ CHUNK = 3 * 8 * 4  # bytes of resid_mean in one layer
         header(CHUNK - 1, 36) + b"\0" * 20,
     ],
 )
-def test_a_lying_blosc_header_is_not_believed(local: Store, body: bytes) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_lying_blosc_header_is_not_believed(tmp_path: Path, body: bytes, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "PART_VERSION", version)
+    local = lz.open_store(tmp_path / "s")
+    local.write(GROUP, make_batch(["a", "b", "c"], columns={"label": [0, 1, 0]}))
     rewrite_chunk(local, "prompts/resid_mean/c.0.0.0", body)
-    with pytest.raises(CorruptPartError, match=r"c\.0\.0\.0 of 'resid_mean'"):
+    with pytest.raises(CorruptPartError, match=r"c\.0\.0\.0 of 'resid_mean' cannot be decoded"):
         _ = lz.open_store(local.url).dataset().resid_mean.sel(layer=0).values
 
 

@@ -28,10 +28,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+from block_stores import small_chunks, values_of, write_values
 from foreign_caches import CODES, add_model, prompt_tensors, safetensors_bytes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stores import GROUP, make_batch
+from versions import old_format
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.bridges.files import open_files
@@ -285,8 +287,18 @@ def parts() -> list[tuple[Part, bytes]]:
     store.write(GROUP, make_batch(["dd"], tokens=False, layers=(2,)), compressed=False)
     store.annotate(GROUP.model, {"note": {"a": "x"}})
     store.compact(progress=False)
+    with old_format():
+        store.write(GROUP, make_batch(["e", "bb"], seed=1, columns={"label": [4, 5]}))
+    for i in range(2):
+        store.write(GROUP, make_batch([f"shards {i}"], seed=2 + i, layers=(0,)))
+    with small_chunks(64, 150):
+        store.compact(progress=False, part_bytes=2**20)
+    write_values(store.storage, values_of("normal", (2, 4200, 8), "float32"), prompts=3)  # chunks of several blocks
     listing = store.listing(GROUP)
     found = [(part, store.storage.read(f"{part.path}/zarr.json")) for part in (*listing.parts, *listing.annotations)]
+    assert {part.info.version for part, _ in found} == {1, 2}
+    assert any(part.info.has_shards for part, _ in found)
+    assert any(table.block_nbytes for part, _ in found for table in (part.info.tables or {}).values())
     for part, data in found:  # what is imported late is imported now, by unpickling tables of its own perhaps
         use(part, data, found)
     return found

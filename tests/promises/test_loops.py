@@ -208,11 +208,12 @@ import os, threading, time, numpy as np
 import lmprobe_zarr as lz
 from lmprobe_zarr.store import reopen
 from lmprobe_zarr.store.parts import kept_chunks
-kept_chunks._kept(os.getpid(), "chunks")._lock.acquire()
+for what in ("chunks", "tables"):
+    kept_chunks._kept(os.getpid(), what)._lock.acquire()
 reopen._lock.acquire()
 child = os.fork()
 if child == 0:
-    assert kept_chunks.kept_chunk("a", lambda: b"1") == b"1"
+    assert kept_chunks.kept_chunk("a", lambda: b"1") == kept_chunks.kept_table("a", lambda: b"1") == b"1"
     lz.write_activations({str(tmp_path / "acts")!r}, model="m", prompts=["a"], pooled={{"resid_mean": {{0: np.ones((1, 4), "float32")}}}})
     os._exit(0)
 until = time.monotonic() + 60

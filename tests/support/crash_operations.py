@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import xarray as xr
+from block_stores import small_chunks
 from foreign_caches import add_model, add_prompt, prompt_tensors
 from stores import GROUP, Stops, kept_tokens, make_batch
+from versions import old_format
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch.token_batch import TokenBatch
@@ -208,6 +210,41 @@ def check_merged(base: Path) -> None:
     check_identical(base)
 
 
+def compact_into_shards(base: Path, store: Store) -> None:
+    """Two rows of each layer in a chunk, and three chunks in a file: the 14 rows of the tokens take three files of each layer."""
+    with small_chunks(64, 192):
+        store.compact(progress=False)
+
+
+def check_sharded(base: Path) -> None:
+    check_merged(base)
+    (part,) = lz.open_store(base / "s").view(GROUP).parts
+    tokens = part.info.arrays["tokens/resid"]
+    assert (tokens.shard_blocks, tokens.n_files) == (3, 3)
+    assert not {name for name in part.info.file_names() if not (base / "s" / part.path / name).is_file()}
+
+
+def fill_old(base: Path) -> Store:
+    with old_format():
+        return fill(base)
+
+
+def upgrade(base: Path, store: Store) -> None:
+    """Every part by itself."""
+    store.compact(progress=False, upgrade=True, min_parts=1000)
+
+
+def check_upgraded(base: Path) -> None:
+    check_identical(base)
+    store = lz.open_store(base / "s")
+    store.gc(max_age=0)
+    listing = store.listing(GROUP)
+    assert (len(listing.parts), len(listing.annotations), listing.unfinished) == (2, 1, ())
+    assert {part.info.version for part in (*listing.parts, *listing.annotations)} == {2}
+    assert store.compact(progress=False, upgrade=True, min_parts=1000).runs == ()
+    check_identical(base)
+
+
 def check_collected(base: Path) -> None:
     check_identical(base)
     store = lz.open_store(base / "s")
@@ -370,6 +407,8 @@ OPERATIONS: dict[str, Operation] = {
         annotated(BEFORE, "split", {"bb": "dev", "a": "test"}), BEFORE, fill,
     ),
     "compact": Operation(lambda base, s: s.compact(progress=False), BEFORE, BEFORE, fill, between=check_identical, done=check_merged),
+    "compact into shards": Operation(compact_into_shards, BEFORE, BEFORE, fill, between=check_identical, done=check_sharded),
+    "upgrade": Operation(upgrade, BEFORE, BEFORE, fill_old, between=check_identical, done=check_upgraded),
     "gc": Operation(lambda base, s: s.gc(max_age=0), BEFORE, BEFORE, fill_for_gc, between=check_identical, done=check_collected),
     "evict": Operation(lambda base, s: lz.evict(s, max_gb=0, min_age=0), {}, BEFORE, fill_for_gc, done=check_evicted),
     "evict columns too": Operation(
@@ -513,13 +552,13 @@ TEXTS = ("a", "bb", "ccc", "dddd", "eeeee", "f")
 
 def random_step(rng: random.Random, truth: Truth) -> tuple[str, Truth, Callable[[Store], object]]:
     """Something to do, what the store shows then, and how it is done."""
-    kinds = ["write", "write", "pooled", "compact", "gc", *(["annotate", "delete", "drop", "evict"] if truth else [])]
+    kinds = ["write", "write", "pooled", "old", "compact", "upgrade", "gc", *(["annotate", "delete", "drop", "evict"] if truth else [])]
     kind = rng.choice(kinds)
     texts = rng.sample(TEXTS, rng.randint(1, 4))
     seed = rng.randrange(10**6)
-    if kind in ("write", "pooled"):
-        batch = make_batch(texts, seed=seed, tokens=kind == "write", columns={"label": [seed] * len(texts)})
-        return kind, written(truth, batch), lambda s: s.write(GROUP, batch)
+    if kind in ("write", "pooled", "old"):
+        batch = make_batch(texts, seed=seed, tokens=kind != "pooled", columns={"label": [seed] * len(texts)})
+        return kind, written(truth, batch), partial(write_old if kind == "old" else write_new, batch)
     if kind == "annotate":
         values = {text: str(seed) for text in rng.sample(sorted(truth), rng.randint(1, len(truth)))}
         return kind, annotated(truth, "split", values), lambda s: s.annotate(MODEL, {"split": values})
@@ -533,7 +572,18 @@ def random_step(rng: random.Random, truth: Truth) -> tuple[str, Truth, Callable[
         return kind, {}, lambda s: lz.evict(s, max_gb=0, min_age=0, annotations=True)
     if kind == "gc":
         return kind, truth, lambda s: s.gc(max_age=0)
+    if kind == "upgrade":
+        return kind, truth, lambda s: s.compact(progress=False, upgrade=True, min_parts=1000)
     return "compact", truth, lambda s: s.compact(progress=False)
+
+
+def write_new(batch: TokenBatch, store: Store) -> None:
+    store.write(GROUP, batch)
+
+
+def write_old(batch: TokenBatch, store: Store) -> None:
+    with old_format():
+        store.write(GROUP, batch)
 
 
 def drop_if_there(store: Store) -> None:
@@ -569,9 +619,10 @@ def kill_at_random(base: Path, rounds: int, seed: int) -> int:
             try:
                 store = lz.open_store(root, durable=number % 4 == 0)
                 os.write(send, b"r")
-                for _, _, do in todo:
-                    repeated(do, store)
-                    os.write(send, b"d")
+                with small_chunks(64, 192):
+                    for _, _, do in todo:
+                        repeated(do, store)
+                        os.write(send, b"d")
             except BaseException:  # noqa: BLE001 — it must not come to the parent's code
                 import traceback
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from lmprobe_zarr.batch.token_batch import TokenBatch
@@ -16,6 +19,14 @@ from lmprobe_zarr.store.store import Store
 def write_version(monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     """From now on, parts are written in this version of the format."""
     monkeypatch.setattr(writer, "PART_VERSION", version)
+
+
+@contextmanager
+def old_format() -> Iterator[None]:
+    """Parts are written in format 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        write_version(patch, 1)
+        yield
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, nbytes: int, *, in_shard: int = 3) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.display import format_bytes
-from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
+from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError
 from lmprobe_zarr.storage import FileInfo, Storage, StrayUpload
 from lmprobe_zarr.store.format import ANNOTATIONS, BLOCK_TABLE, CHUNK_TABLE, LEVELS, PART_NAME, STAMPS, GroupInfo
 from lmprobe_zarr.store.parts import Catalog, Listing, Part
@@ -191,7 +191,7 @@ def _all_there(storage: Storage, part: Part) -> bool:
     """Whether every file that a part's commit names is there with its length."""
     try:
         sizes = part.sizes()
-    except CorruptPartError:
+    except (CorruptPartError, PartGoneError):
         return False
     return storage.sizes(part.path, sizes) == sizes
 

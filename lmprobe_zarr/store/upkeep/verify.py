@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.batch import SCALARS, count_odd
-from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, UnsupportedVersionError
+from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError, UnsupportedVersionError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
@@ -329,8 +329,11 @@ def check_files(scan: StoreScan, *, full: bool, advance: Callable[[int], None] =
         parts = []
         for found in group.parts:
             if found.part is not None:
-                faults = check(scan.storage, found.part)
                 # A part that was removed meanwhile, by eviction or a compaction, is no damage.
+                try:
+                    faults = check(scan.storage, found.part)
+                except PartGoneError:
+                    continue
                 if any(f.kind == "missing" for f in faults.values()) and not scan.storage.is_file(f"{found.path}/zarr.json"):
                     continue
                 found = replace(found, faults=faults)

@@ -14,13 +14,14 @@ from typing import Any, Final
 import numpy as np
 import pytest
 from block_stores import LAYERS, small_chunks, values_of, write_values
-from stores import GROUP
+from stores import GROUP, Wrapped
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch.hashes import prompt_hash
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.store.parts import Part, kept_chunks, writer
+from lmprobe_zarr.store.store import Store
 from lmprobe_zarr.store.upkeep.losses import RepairSummary
 
 KEY: Final = "tokens/resid"
@@ -327,3 +328,34 @@ def test_a_store_of_chunks_without_blocks_keeps_the_other_chunks_of_a_damaged_sh
     np.testing.assert_array_equal(np.delete(read, slice(50, 60), axis=0), np.delete(values[0], slice(50, 60), axis=0))
     np.testing.assert_array_equal(view.sel(layer=3).values, values[1])
     assert GROUP.name in part.path
+
+
+# ---------------------------------------------------------------------------------------------------- parts that go meanwhile
+
+
+class Going(Wrapped):
+    """A storage from which another process removes a part, right before its table of chunks is read."""
+
+    def read(self, key: str) -> bytes:
+        if key.endswith("chunk_table"):
+            self.inner.remove_tree(key.removesuffix(f"/{KEY}/chunk_table"))
+        return super().read(key)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_part_that_goes_while_it_is_verified_is_no_damage(place: Path, full: bool) -> None:
+    kept_chunks._kept.cache_clear()
+    summary = Store(Going(LocalStorage(place))).verify(full=full, progress=False)
+    assert (summary.ok, summary.problems) == (True, ())
+
+
+def test_garbage_is_collected_though_the_part_that_replaces_others_goes_meanwhile(tmp_path: Path) -> None:
+    with small_chunks(2**19), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "INLINE_BYTES", 0)
+        for i in range(2):
+            write_values(LocalStorage(tmp_path / "s"), VALUES[:, :100], first=i)
+        lz.open_store(tmp_path / "s", durable=False).compact(progress=False)
+    kept_chunks._kept.cache_clear()
+    summary = Store(Going(LocalStorage(tmp_path / "s")), durable=False).gc(max_age=0)
+    assert summary.replaced == ()
+    assert lz.open_store(tmp_path / "s").dataset().text.values.tolist() == ["p0", "p1"], "what was replaced shows again"

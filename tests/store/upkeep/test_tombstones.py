@@ -319,6 +319,7 @@ def test_a_reader_that_knows_no_tombstones_refuses_one(root: str, monkeypatch: p
     store.write(GROUP, OLDER[0])
     take(store, store.write(GROUP, NEWER["one layer"][0]))
     (tombstone,) = (note for note in store.view(GROUP).annotations if note.info.is_tombstone)
+    assert {part.info.version for part in store.view(GROUP).parts} == {1}
     document = store.storage.read(f"{tombstone.path}/zarr.json")
     assert b'"format_version":2' in document
     assert part_document(parse_part(document, "here"), GROUP) == document
