@@ -142,13 +142,22 @@ def objects_of(act: Callable[[], Any]) -> int:
 
 
 def test_an_opened_part_is_a_bounded_number_of_objects_however_many_files_it_has(tmp_path: Path) -> None:
-    stores = {shape: many_parts(tmp_path / str(shape), *shape) for shape in ((40, 0), (40, 500), (80, 500))}
-    for store in stores.values():
-        store.groups()
-    counts = {shape: objects_of(lambda store=store: store.view(GROUP)) for shape, store in stores.items()}  # type: ignore[misc]
-    assert abs(counts[40, 500] - counts[40, 0]) < 40, "entries are no objects"
-    assert (counts[80, 500] - counts[40, 500]) / 40 < 25, counts
-    view = stores[80, 500].view(GROUP)
+    for shape in ((40, 0), (40, 500), (80, 500)):
+        many_parts(tmp_path / str(shape), *shape)
+
+    def opened(shape: tuple[int, int]) -> int:
+        # The most of three: what tests before this one left behind may go meanwhile, and is counted as fewer.
+        found = []
+        for _ in range(3):
+            store = lz.open_store(tmp_path / str(shape), mode="r", durable=False)
+            store.groups()
+            found.append(objects_of(lambda store=store: store.view(GROUP)))  # type: ignore[misc]
+        return max(found)
+
+    few, many, twice = opened((40, 0)), opened((40, 500)), opened((80, 500))
+    assert abs(many - few) < 40, "entries are no objects"
+    assert 0 < (twice - many) / 40 < 25, (few, many, twice)
+    view = lz.open_store(tmp_path / str((80, 500)), mode="r").view(GROUP)
     assert objects_of(lambda: [len(part.info.files) for part in view.parts]) < 80 * 4, "nor are they once they have been used"
 
 
