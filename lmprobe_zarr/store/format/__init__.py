@@ -7,7 +7,7 @@ A document becomes a frozen record by ``parse_…``, which raises where it is da
 from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
 from lmprobe_zarr.store.format.blosc_frame import Frame, check_frame, decode_range, header_of
 from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
-from lmprobe_zarr.store.format.chunk import TEXT_BYTES, crc32c, encode_chunk, file_entry, holds_checksum, is_intact
+from lmprobe_zarr.store.format.chunk import CRC, TEXT_BYTES, crc32c, encode_body, encode_chunk, file_entry, holds_checksum, is_intact
 from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field, describe_unrecorded, unrecorded_fields
 from lmprobe_zarr.store.format.files_table import FilesTable, bytes_by_folder, bytes_of_files, check_table
 from lmprobe_zarr.store.format.group import GroupInfo, Provenance, check_new_provenance, parse_group
@@ -50,6 +50,7 @@ from lmprobe_zarr.store.format.tables import (
     block_nbytes_of,
     block_record,
     block_table_nbytes,
+    body_checksum,
     chunk_table_nbytes,
     lengths_in_index,
     shard_index,
@@ -63,6 +64,7 @@ __all__ = [
     "CHUNK_TABLE",
     "COLUMN",
     "COLUMN_NAME",
+    "CRC",
     "FORMAT",
     "FORMAT_COLUMNS",
     "GROUP_NAME",
@@ -94,6 +96,7 @@ __all__ = [
     "block_nbytes_of",
     "block_record",
     "block_table_nbytes",
+    "body_checksum",
     "bytes_by_folder",
     "bytes_of_files",
     "call_of",
@@ -105,6 +108,7 @@ __all__ = [
     "decode_range",
     "describe_field",
     "describe_unrecorded",
+    "encode_body",
     "encode_chunk",
     "file_entry",
     "header_of",

@@ -16,15 +16,21 @@ from lmprobe_zarr.store.format.array import ArrayInfo
 from lmprobe_zarr.store.format.blosc_frame import in_order
 from lmprobe_zarr.typing import Array, Buffer
 
-__all__ = ["CRC", "TEXT_BYTES", "crc32c", "encode_chunk", "file_entry", "holds_checksum", "is_intact"]
+__all__ = ["CRC", "TEXT_BYTES", "crc32c", "encode_body", "encode_chunk", "file_entry", "holds_checksum", "is_intact"]
 
 _SHUFFLES: Final = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 CRC: Final = struct.Struct("<I")
 TEXT_BYTES: Final = 2**28  # the most that the texts of one chunk may have
 
 
-def encode_chunk(values: Array, info: ArrayInfo, block_nbytes: int = 0) -> tuple[Buffer, bytes]:
-    """The bytes of one chunk file, in two pieces: the body, which may be the values themselves, and its crc32c.
+def encode_chunk(values: Array, info: ArrayInfo) -> tuple[Buffer, bytes]:
+    """The bytes of one chunk file, in two pieces: the body, as `encode_body` makes it, and its crc32c."""
+    body = encode_body(values, info)
+    return body, CRC.pack(crc32c(body))
+
+
+def encode_body(values: Array, info: ArrayInfo, block_nbytes: int = 0) -> Buffer:
+    """The bytes of one chunk without its checksum, which may be the values themselves.
 
     Parameters
     ----------
@@ -52,8 +58,7 @@ def encode_chunk(values: Array, info: ArrayInfo, block_nbytes: int = 0) -> tuple
         # Blosc multiplies the size that it is given by the item's, where lz4 compresses the bytes of items apart.
         body = blosc.compress(body, cname, 5, _SHUFFLES[info.shuffle], block_nbytes // itemsize, itemsize)
         body = in_order(body) if block_nbytes else body
-    checksum = CRC.pack(google_crc32c.value(body))
-    return body if isinstance(body, bytes) else body.data, checksum
+    return body if isinstance(body, bytes) else body.data
 
 
 def file_entry(data: bytes, *, chunk: bool) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.store.format.array import ArrayInfo
 from lmprobe_zarr.store.format.blosc_frame import Frame
+from lmprobe_zarr.store.format.crc import crc32c_of_pieces
 from lmprobe_zarr.store.format.names import Json
 from lmprobe_zarr.typing import Buffer
 
@@ -34,6 +35,7 @@ __all__ = [
     "block_nbytes_of",
     "block_record",
     "block_table_nbytes",
+    "body_checksum",
     "chunk_table_nbytes",
     "lengths_in_index",
     "parse_tables",
@@ -207,8 +209,17 @@ def block_record(body: Buffer, info: ArrayInfo, block_nbytes: int) -> Words | No
         return None
     record[:2] = len(data) + _WORD, head
     record[2::2] = np.diff(bounds)
-    record[3::2] = [google_crc32c.value(bytes(data[a:b])) for a, b in pairwise(bounds)]
+    array = np.frombuffer(data, np.uint8)
+    record[3::2] = [google_crc32c.value(array[a:b]) for a, b in pairwise(bounds)]
     return record
+
+
+def body_checksum(body: Buffer, record: Words) -> int:
+    """The crc32c of a chunk's body, from its numbers in a block table: only what stands before the blocks is read."""
+    data = memoryview(body)
+    lengths, checksums = record[2::2].tolist(), record[3::2].tolist()
+    first = len(data) - sum(lengths)
+    return crc32c_of_pieces([(google_crc32c.value(bytes(data[:first])), first), *zip(checksums, lengths, strict=True)])
 
 
 def shard_index(lengths: Sequence[int], blocks_per_file: int) -> bytes:

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from lmprobe_zarr.storage import PieceWriter, Storage, run_all
-from lmprobe_zarr.store.format import ArrayInfo, block_record, shard_index
+from lmprobe_zarr.store.format import CRC, ArrayInfo, block_record, body_checksum, crc32c, shard_index
 from lmprobe_zarr.typing import Array, Buffer, Ints
 
 __all__ = ["ChunkFiles", "FileWriter"]
@@ -71,16 +71,18 @@ class ChunkFiles:
             self._shards = [self.writer.open_shard(name) for name in names]
         self.blocks += 1
 
-    def write(self, layer: int, body: Buffer, checksum: bytes) -> None:
-        """Write the chunk of one layer; layers may be written by several threads."""
+    def write(self, layer: int, body: Buffer, checksum: bytes | None = None) -> None:
+        """Write the chunk of one layer, with its checksum where it is known; layers may be written by several threads."""
+        record = block_record(body, self.info, self.block_nbytes) if self.block_nbytes else None
+        if checksum is None:
+            checksum = CRC.pack(crc32c(body) if record is None else body_checksum(body, record))
         if self._shards:
             self._shards[layer].append((body, checksum))
             self.writer.note_file(f"{self.key}/{self.info.file_name(layer, 0)}")
         else:
             self.writer.write_file(f"{self.key}/{self.info.file_name(layer, self.blocks - 1)}", (body, checksum))
         self._lengths[-1][layer] = memoryview(body).nbytes + len(checksum), int.from_bytes(checksum, "little")
-        if self.block_nbytes:
-            self._records[-1][layer] = block_record(body, self.info, self.block_nbytes)
+        self._records[-1][layer] = record
 
     def end(self) -> int:
         """Make the last shards whole; returns how many chunks of rows lie in a shard, 0 where each is a file."""

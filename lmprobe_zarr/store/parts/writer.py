@@ -51,6 +51,7 @@ from lmprobe_zarr.store.format import (
     array_dims,
     block_nbytes_of,
     check_table,
+    encode_body,
     encode_chunk,
     file_entry,
     level_document,
@@ -539,7 +540,7 @@ class _RowBuffer:
         if self.files is None:
             self.writer.write_chunk(self.key, self.info, layer, self.blocks, rows)
         else:
-            self.files.write(layer, *encode_chunk(rows, self.info, self.files.block_nbytes))
+            self.files.write(layer, encode_body(rows, self.info, self.files.block_nbytes))
         if self.counted:
             odd[layer] = count_odd(rows, self.info.row_shape)
 
@@ -587,7 +588,7 @@ class _MovedArray:
             # It may be whole but for what stands around its blocks, or come from the table of blocks alone.
             values = self.source.read_chunk(layer, block)
             rows = values[None] if self.info.layered else values
-            self.files.write(layer, *encode_chunk(rows, self.info, self.files.block_nbytes))
+            self.files.write(layer, encode_body(rows, self.info, self.files.block_nbytes))
         else:
             self.files.write(layer, data[:-4], bytes(data[-4:]))
 

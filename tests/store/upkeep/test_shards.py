@@ -170,13 +170,13 @@ def test_a_part_of_one_chunk_per_layer_has_no_shards(root: str, monkeypatch: pyt
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[ArrayInfo]:
     """The variables of which chunks are encoded from now on."""
     found: list[ArrayInfo] = []
-    encode: Any = vars(writer)["encode_chunk"]
+    encode: Any = vars(writer)["encode_body"]
 
     def noted(values: Any, info: ArrayInfo, *more: Any) -> Any:
         found.extend([info] if len(info.dims) > 1 else [])
         return encode(values, info, *more)
 
-    monkeypatch.setattr(writer, "encode_chunk", noted)
+    monkeypatch.setattr(writer, "encode_body", noted)
     return found
 
 
