@@ -6,13 +6,15 @@ Behind a piece, the checksum of what is before it is what it would be with as ma
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypeAlias
 
 __all__ = ["crc32c_of_pieces"]
 
 _POLYNOMIAL: Final = 0x82F63B78  # Castagnoli's, reflected
 Columns = tuple[int, ...]
+Table: TypeAlias = "array[int]"
 
 
 def crc32c_of_pieces(pieces: Iterable[tuple[int, int]]) -> int:
@@ -37,7 +39,7 @@ def crc32c_of_pieces(pieces: Iterable[tuple[int, int]]) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _tables(position: int, digit: int) -> tuple[list[int], list[int], list[int], list[int]]:
+def _tables(position: int, digit: int) -> tuple[Table, Table, Table, Table]:
     """What ``digit * 256**position`` zeros make of a checksum: for each value of each of its four bytes."""
     columns: Columns = tuple(1 << i for i in range(32))
     for bit in range(8):
@@ -45,9 +47,9 @@ def _tables(position: int, digit: int) -> tuple[list[int], list[int], list[int],
             columns = _after(_zeros(8 * position + bit), columns)
     found = []
     for byte in range(4):
-        table = [0]
+        table = array("I", [0])  # not a list: the processor's caches hold a thousand of these
         for column in columns[8 * byte : 8 * byte + 8]:
-            table += [value ^ column for value in table]
+            table.extend([value ^ column for value in table])
         found.append(table)
     return found[0], found[1], found[2], found[3]
 
