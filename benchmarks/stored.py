@@ -77,14 +77,14 @@ def pooled(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     stores = {"default": stored(), "raw": stored(compressed=False)}
     place = str(folder / "peer-read")
     peer("save_pooled", place=place, values=str(folder / "pooled.npy"), layers=layers)
-    data = {name: store.dataset().resid_mean.sel(layer=layer) for name, store in stores.items()}
-    assert all((one.values == values[layer]).all() for one in data.values())
+    views = {name: store.dataset(dtype="stored") for name, store in stores.items()}
+    assert all((view.resid_mean.sel(layer=layer).values == values[layer]).all() for view in views.values())
     part = next(Path(stores["raw"].url).glob("*/*/prompts/resid_mean"))
     plain = zarr.open_array(part, mode="r")
     read = alternate(
         {
-            "default": lambda: data["default"].values,
-            "raw": lambda: data["raw"].values,
+            "default": lambda: views["default"].resid_mean.sel(layer=layer).values,
+            "raw": lambda: views["raw"].resid_mean.sel(layer=layer).values,
             "fromfile": lambda: np.fromfile(folder / "raw", np.float16),
             "zarr": lambda: plain[layer],
             "lmprobe": peer.seconds("read_pooled", place=place, count=n, layers=[layer]),
@@ -174,13 +174,13 @@ def tokens(folder: Path, peer: Peer, *, quick: bool, runs: int) -> list[Figure]:
     stores = {"default": fresh(keep=True), "raw": fresh(compressed=False, keep=True)}
     place = str(folder / "peer-read")
     peer("save_tokens", place=place, batch=BATCH, **given)
-    views = {name: store.tokens() for name, store in stores.items() if isinstance(store, Store)}
-    data = {name: view.resid.sel(layer=layer) for name, view in views.items()}
-    assert all((one.values == values[layer]).all() for one in data.values())
+    # In the dtype that lmprobe hands out too. Selected anew each time, since xarray keeps what it has read.
+    views = {name: store.tokens(dtype="stored") for name, store in stores.items() if isinstance(store, Store)}
+    assert all((view.resid.sel(layer=layer).values == values[layer]).all() for view in views.values())
     read = alternate(
         {
-            "default": lambda: data["default"].values,
-            "raw": lambda: data["raw"].values,
+            "default": lambda: views["default"].resid.sel(layer=layer).values,
+            "raw": lambda: views["raw"].resid.sel(layer=layer).values,
             "fromfile": lambda: np.fromfile(folder / "raw", np.float16),
             "lmprobe": peer.seconds("read_tokens", place=place, count=n, layer=layer),
         },

@@ -5,7 +5,7 @@ A document becomes a frozen record by ``parse_…``, which raises where it is da
 """
 
 from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
-from lmprobe_zarr.store.format.blosc_frame import Frame, check_frame, decode_range, header_of
+from lmprobe_zarr.store.format.blosc_frame import Frame, check_frame, decode_range, header_of, in_one_thread
 from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
 from lmprobe_zarr.store.format.chunk import CRC, TEXT_BYTES, crc32c, encode_body, encode_chunk, file_entry, holds_checksum, is_intact
 from lmprobe_zarr.store.format.fields import ABSENT_FIELDS, PROCESS_FIELDS, describe_field, describe_unrecorded, unrecorded_fields
@@ -113,6 +113,7 @@ __all__ = [
     "file_entry",
     "header_of",
     "holds_checksum",
+    "in_one_thread",
     "is_intact",
     "is_root_document",
     "is_variable",

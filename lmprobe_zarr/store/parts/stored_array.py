@@ -32,6 +32,7 @@ from lmprobe_zarr.store.format import (
     decode_range,
     header_of,
     holds_checksum,
+    in_one_thread,
 )
 from lmprobe_zarr.store.parts.array_files import ArrayFiles, ChunkPlace
 from lmprobe_zarr.store.parts.columns import decode_column
@@ -321,7 +322,8 @@ class StoredArray:
         room[: len(header)] = np.frombuffer(header, np.uint8)
         target = self._scratch()[:decoded]
         try:
-            blosc.decompress(room, target)
+            with in_one_thread():
+                blosc.decompress(room, target)
         except (ValueError, RuntimeError) as error:
             raise self.corrupt(key, f"cannot be decoded ({error})") from error
         return target.data
