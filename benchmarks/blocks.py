@@ -60,7 +60,7 @@ def cases(place: Path, counts: Any) -> dict[str, Callable[[], Any]]:
     bounds = np.concatenate([[0], np.cumsum(counts)])
     rng = np.random.default_rng(1)
     prompts = iter(rng.integers(0, len(counts), 100_000).tolist())
-    some = np.sort(rng.choice(tokens.sizes["token"], 256, replace=False))
+    some, few = (np.sort(rng.choice(tokens.sizes["token"], n, replace=False)) for n in (256, 32))
 
     def prompt() -> Any:
         i = next(prompts)
@@ -71,6 +71,7 @@ def cases(place: Path, counts: Any) -> dict[str, Callable[[], Any]]:
     return {
         "one prompt, all layers": prompt,
         "256 tokens at random, one layer": lambda: tokens.variable[3, some].values,
+        "32 tokens at random, one layer": lambda: tokens.variable[3, few].values,
         "one layer of tokens": lambda: tokens.variable[2].values,
         "one layer, pooled": lambda: pooled.variable[2].values,
         "one layer of tokens, plain zarr": lambda: plain[2],
