@@ -5,8 +5,10 @@ These files do not hold the prompts: the caller gives them, in the order of the 
 
 from __future__ import annotations
 
+import functools
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,38 +21,55 @@ from lmprobe_zarr.bridges.files import Files, Want
 from lmprobe_zarr.bridges.lmprobe_folders import DAMAGED, FLOATS, NOTHING, OUTSIDE, SHAPES
 from lmprobe_zarr.bridges.tensors import read_header, read_tensor
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError
-from lmprobe_zarr.safetensors_file import itemsize_of, widen_bfloat16
+from lmprobe_zarr.safetensors_file import Header, Tensor, itemsize_of, widen_bfloat16
 from lmprobe_zarr.store.format import Level
 from lmprobe_zarr.typing import Array
 
 __all__ = ["Prompt", "RowTables", "VllmFiles", "npy_layers", "tensor_file"]
 Prompt = str | Sequence[int]
-VLLM_FILE: Final = re.compile(r"hs_(\d{1,12})\.safetensors")
+SAFETENSORS: Final = ".safetensors"
+LOCK: Final = ".lock"
+VLLM_FILE: Final = re.compile(r"(?:hs_(\d{1,12})|(\d{1,12})-[0-9a-f]{8})\.safetensors")
+#: How safetensors names float8 e4m3fn, and the tensor of the scales that its values are multiplied with.
+FP8: Final = "F8_E4M3"
+SCALES: Final = "hidden_states_scales"
+#: The slot that holds what goes into the first block.
+EMBEDDINGS: Final = -1
 
 
 # ---------------------------------------------------------------------------------------------------- one file per prompt
 
 
 class VllmFiles:
-    """Hidden states as vLLM's connector and speculators write them: ``hs_<number>.safetensors``, one file per prompt.
+    """Hidden states as vLLM's connector and speculators write them: one safetensors file per prompt.
+
+    The names are ``hs_<number>.safetensors`` or ``<number>-<8 hex digits>.safetensors``; files of other names are taken for what is in
+    them. ``hidden_states`` has shape (token, slot, hidden), and its slots are in ascending order of vLLM's layer ids, whatever order was
+    asked for. Id 0 is what goes into the first block, the embeddings; id n is what goes into block n, the output of block n − 1.
 
     Parameters
     ----------
     files : Files
         The folder.
-    layers : sequence of int
-        For each slot of ``hidden_states`` (token, slot, hidden), the block whose output it holds, counted from 0. vLLM numbers the
-        inputs of blocks: its ``eagle_aux_hidden_state_layer_ids`` are one more than these.
+    layers : sequence of int, optional
+        For each slot the block whose output it holds, counted from 0, ascending: one less than vLLM's layer ids.
+    layer_ids : sequence of int, optional
+        Instead of these, vLLM's own layer ids, in any order.
     prompts : mapping of int to str, or sequence of str, optional
         The text of each file, by its number. A prompt without a text is identified by the ``token_ids`` of its file.
     """
 
-    def __init__(self, files: Files, layers: Sequence[int], *, prompts: Mapping[int, str] | Sequence[str] | None = None) -> None:
-        self.files, self.layers = files, tuple(int(layer) for layer in layers)
+    def __init__(
+        self,
+        files: Files,
+        layers: Sequence[int] | None = None,
+        *,
+        layer_ids: Sequence[int] | None = None,
+        prompts: Mapping[int, str] | Sequence[str] | None = None,
+    ) -> None:
+        self.files, self.slots = files, _slots(layers, layer_ids)
         listed = () if prompts is None or isinstance(prompts, Mapping) else given_prompts(prompts)
         self.prompts = dict(prompts) if isinstance(prompts, Mapping) else dict(enumerate(listed))
-        if len(set(self.layers)) != len(self.layers) or not self.layers or min(self.layers) < 0:
-            raise InvalidArgumentError(f"layers={layers!r}: give one block for each slot of hidden_states, no block twice")
         self._holds: dict[tuple[Held, ...], tuple[Held, ...]] = {}
 
     @property
@@ -60,28 +79,46 @@ class VllmFiles:
 
     def entries(self) -> Iterator[Entry | Skipped]:
         """One entry per file, described from its header and its token ids."""
-        found = [(int(match[1]), item) for item in self.files.list("") if (match := VLLM_FILE.fullmatch(item.name))]
-        for number, item in sorted(found, key=lambda pair: pair[0]):
+        items = {item.name: item for item in self.files.list("") if not item.is_folder}
+        numbers = {name: _number_of(name) for name in items if name.endswith(SAFETENSORS)}
+        times = Counter(number for number in numbers.values() if number is not None)
+        for name in sorted(numbers, key=lambda name: (numbers[name] is None, numbers[name] or 0, name)):
+            number, item = numbers[name], items[name]
             if item.outside:
-                yield Skipped(name=item.name, reason=OUTSIDE)
-                continue
-            try:
-                yield self._entry(number, item.name, item.size)
-            except (CorruptFileError, FileNotFoundError) as error:
-                yield Skipped(name=item.name, reason=DAMAGED, detail=str(error))
+                yield Skipped(name=name, reason=OUTSIDE)
+            elif number is not None and times[number] > 1 and number in self.prompts:
+                reason = "files of one number, of which nobody knows whose text is given: import each run's folder alone"
+                yield Skipped(name=name, reason=reason)
+            else:
+                try:
+                    yield self._entry(number, name, item.size)
+                except (CorruptFileError, FileNotFoundError) as error:
+                    yield Skipped(name=name, reason=DAMAGED, detail=str(error))
+        for name in sorted(items):
+            whole = name.removesuffix(LOCK)
+            if name != whole and whole.endswith(SAFETENSORS) and whole not in items:
+                yield Skipped(name=whole, reason="files that are still being written, or whose writer ended: only their lock is there")
 
-    def _entry(self, number: int, name: str, size: int | None) -> Entry | Skipped:
+    def _entry(self, number: int | None, name: str, size: int | None) -> Entry | Skipped:
         header, _ = read_header(self.files, name, size=size)
         values, ids = header.tensors.get("hidden_states"), header.tensors.get("token_ids")
-        if values is None or values.dtype not in FLOATS:
+        scales = header.tensors.get(SCALES)
+        if values is None or values.dtype not in {*FLOATS, FP8}:
             return Skipped(name=name, reason=NOTHING, detail="hidden_states is missing, or does not hold floats")
-        if len(values.shape) != 3 or 0 in values.shape or values.shape[1] != len(self.layers):
-            detail = f"hidden_states has shape {values.shape}, not (tokens, {len(self.layers)} layers, hidden)"
+        if len(values.shape) != 3 or 0 in values.shape or values.shape[1] != len(self.slots):
+            detail = f"hidden_states has shape {values.shape}, not (tokens, {len(self.slots)} layers, hidden)"
             return Skipped(name=name, reason=SHAPES, detail=detail)
-        n_tokens, text = values.shape[0], self.prompts.get(number)
-        layers = tuple(sorted(self.layers))
-        holds = [Held(level="tokens", variable="resid", layers=layers, dtype=values.dtype, row_shape=values.shape[2:])]
+        n_tokens, text = values.shape[0], self.prompts.get(-1 if number is None else number)
         notes = []
+        if values.dtype == FP8:
+            if scales is None or scales.dtype != "float32" or scales.shape not in {(n_tokens, 1, 1), (n_tokens, len(self.slots), 1)}:
+                return Skipped(name=name, reason=SHAPES, detail=f"{SCALES} is missing, or has not one float32 for each token")
+            notes.append("values of 8 bits with scales, which are stored as the float32 that they stand for")
+        blocks = tuple(layer for layer in self.slots if layer != EMBEDDINGS)
+        dtype, width = "float32" if values.dtype == FP8 else values.dtype, values.shape[2:]
+        holds = [Held(level="tokens", variable="resid", layers=blocks, dtype=dtype, row_shape=width)] if blocks else []
+        if EMBEDDINGS in self.slots:
+            holds.append(Held(level="tokens", variable="embed", layers=None, dtype=dtype, row_shape=width))
         numbers: Array | None = None
         if ids is not None and ids.shape == (n_tokens,) and ids.dtype in {"int32", "int64"}:
             holds.append(Held(level="tokens", variable="token_id", layers=None, dtype=ids.dtype, row_shape=()))
@@ -100,16 +137,69 @@ class VllmFiles:
         arrays = {held: held.empty(int(bounds[-1])) for held in holds}
         for entry, a, b in zip(entries, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             header, _ = read_header(self.files, entry.place)
+            states: Array | None = None
             for held, array in arrays.items():
                 name = "token_ids" if held.variable == "token_id" else "hidden_states"
                 tensor = header.tensors.get(name)
-                width = () if held.variable == "token_id" else (len(self.layers), *held.row_shape)
-                if tensor is None or tensor.shape != (b - a, *width) or tensor.dtype != held.dtype:
+                width = () if held.variable == "token_id" else (len(self.slots), *held.row_shape)
+                is_same = tensor is not None and tensor.dtype in {held.dtype, *({FP8} if held.dtype == "float32" else ())}
+                if tensor is None or not is_same or tensor.shape != (b - a, *width):
                     raise CorruptFileError(f"{self.url}/{entry.place} has changed since its header was read")
-                values, _ = read_tensor(self.files, entry.place, tensor)
-                for j, layer in enumerate(held.layers or (None,)):
-                    array[j, a:b] = values if layer is None else values[:, self.layers.index(layer)]
+                if held.variable == "token_id":
+                    array[0, a:b], _ = read_tensor(self.files, entry.place, tensor)
+                    continue
+                if states is None:
+                    states = self._states(entry.place, header, tensor)
+                for j, layer in enumerate(held.layers or (EMBEDDINGS,)):
+                    array[j, a:b] = states[:, self.slots.index(layer)]
         return batch_of(entries, arrays)
+
+    def _states(self, name: str, header: Header, tensor: Tensor) -> Array:
+        """The values of a file, shape (token, slot, hidden)."""
+        if tensor.dtype != FP8:
+            return read_tensor(self.files, name, tensor)[0]
+        scales = header.tensors.get(SCALES)
+        if scales is None:
+            raise CorruptFileError(f"{self.url}/{name} has changed since its header was read")
+        codes = np.empty(tensor.shape, np.uint8)
+        self.files.fill(name, [Want(tensor.start, codes.reshape(-1).data)])
+        return float8_e4m3()[codes] * read_tensor(self.files, name, scales)[0]
+
+
+def _slots(layers: Sequence[int] | None, layer_ids: Sequence[int] | None) -> tuple[int, ...]:
+    """The block whose output each slot holds, `EMBEDDINGS` for the input of the first."""
+    if (layers is None) == (layer_ids is None):
+        raise InvalidArgumentError(
+            "each slot of hidden_states holds one layer: give layers=, the blocks, or layer_ids=, as vLLM numbers them"
+        )
+    name, given = ("layers", layers) if layer_ids is None else ("layer_ids", layer_ids)
+    found = tuple(int(layer) for layer in given or ())
+    if len(set(found)) != len(found) or not found or min(found) < 0:
+        what = "block" if layer_ids is None else "layer id"
+        raise InvalidArgumentError(f"{name}={given!r}: give one {what} for each slot of hidden_states, none twice")
+    if layer_ids is not None:
+        return tuple(layer - 1 for layer in sorted(found))
+    if list(found) != sorted(found):
+        raise InvalidArgumentError(
+            f"layers={given!r}: the slots of hidden_states ascend, whatever order vLLM was asked for: give the blocks ascending, "
+            "or layer_ids= as vLLM numbers them"
+        )
+    return found
+
+
+def _number_of(name: str) -> int | None:
+    match = VLLM_FILE.fullmatch(name)
+    return None if match is None else int(match[1] or match[2])
+
+
+@functools.cache
+def float8_e4m3() -> Array:
+    """What each of the 256 codes of float8 e4m3fn stands for: a sign, four bits of exponent, three of mantissa, no infinity."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, (codes & 7) / 8
+    sizes = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+    sizes[codes & 127 == 127] = np.nan
+    return np.where(codes & 128, -sizes, sizes).astype(np.float32)
 
 
 # ----------------------------------------------------------------------------------------------- all prompts in each array

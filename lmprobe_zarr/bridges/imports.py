@@ -188,7 +188,8 @@ def import_vllm(
     store: Place = None,
     *,
     model: Model,
-    layers: Sequence[int],
+    layers: Sequence[int] | None = None,
+    layer_ids: Sequence[int] | None = None,
     prompts: Mapping[int, str] | Sequence[str] | None = None,
     dry_run: bool = False,
     strict: bool = False,
@@ -197,14 +198,19 @@ def import_vllm(
     progress: bool = True,
     part_bytes: int = PART_BYTES,
 ) -> ImportSummary:
-    """Import hidden states that vLLM or speculators wrote (``hs_<number>.safetensors``) into a store.
+    """Import hidden states that vLLM or speculators wrote, one safetensors file per prompt, into a store.
+
+    The files are ``hs_<number>.safetensors`` or ``<number>-<8 hex digits>.safetensors``, with tensors ``hidden_states`` and ``token_ids``.
+    Values of 8 bits (float8 e4m3fn with ``hidden_states_scales``) are stored as the float32 that they stand for.
 
     Parameters
     ----------
     folder : path or URL
         The folder of the files.
-    layers : sequence of int
-        For each slot, the block whose output it holds, counted from 0; vLLM's own layer ids are one more.
+    layers : sequence of int, optional
+        For each slot the block whose output it holds, counted from 0, ascending: one less than vLLM's layer ids.
+    layer_ids : sequence of int, optional
+        Instead of these vLLM's own layer ids, in any order: id 0 is the embeddings (``embed``), id n the output of block n − 1.
     prompts : mapping of int to str, or sequence of str, optional
         Texts by the numbers of the files; a prompt without a text is identified by its token ids.
     store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
@@ -214,8 +220,13 @@ def import_vllm(
     -------
     ImportSummary
         What was imported, what was stored already, and what was skipped and why.
+
+    Raises
+    ------
+    InvalidArgumentError
+        `layers` that do not ascend, since the slots always do; or neither `layers` nor `layer_ids`, or both.
     """
-    source = arrays.VllmFiles(open_files(folder, storage_options), layers, prompts=prompts)
+    source = arrays.VllmFiles(open_files(folder, storage_options), layers, layer_ids=layer_ids, prompts=prompts)
     options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
     return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
 

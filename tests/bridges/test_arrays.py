@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from foreign_caches import of_bits, safetensors_bytes, to_bits
 
 import lmprobe_zarr as lz
+from lmprobe_zarr.bridges.arrays import float8_e4m3
 from lmprobe_zarr.bridges.imports import import_npy, import_tensors, import_vllm
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError
 from lmprobe_zarr.store.store import Store
@@ -61,9 +63,9 @@ def test_hidden_states_of_vllm_are_imported_and_known_by_their_token_ids(tmp_pat
     values = of_bits(to_bits(values))
     ids = add_hidden_states(tmp_path / "hs", values)
     (tmp_path / "hs" / "hs_0.safetensors.lock").touch()
-    summary = import_vllm(tmp_path / "hs", store, model="m", layers=[7, 2], progress=False, strict=True)
+    summary = import_vllm(tmp_path / "hs", store, model="m", layers=[2, 7], progress=False, strict=True)
     assert summary.imported == 3
-    check(store, values[::-1], [2, 7], ids)
+    check(store, values, [2, 7], ids)
     toks = store.tokens("m", prompts=ids)
     assert toks.resid.attrs["stored_dtype"] == "bfloat16"
     assert toks.token_id.values.tolist() == [i for numbers in ids for i in numbers]
@@ -95,10 +97,131 @@ def test_bad_files_of_vllm_are_skipped_with_a_reason(tmp_path: Path, store: Stor
     assert len(summary.skipped) == 5, "each for its own reason"
 
 
-@pytest.mark.parametrize("layers", [[], [1, 1], [-1, 0]])
-def test_slots_need_a_layer_each(tmp_path: Path, store: Store, layers: list[int]) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [{"layers": []}, {"layers": [1, 1]}, {"layers": [-1, 0]}, {"layer_ids": []}, {"layer_ids": [2, 2]}, {"layer_ids": [-1]}, {},
+     {"layers": [0], "layer_ids": [1]}],
+)  # fmt: skip
+def test_slots_need_a_layer_each(tmp_path: Path, store: Store, given: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match="slot"):
-        import_vllm(tmp_path, store, model="m", layers=layers)
+        import_vllm(tmp_path, store, model="m", **given)
+
+
+@pytest.mark.parametrize("layers", [[7, 4, 1, 0], [1, 0], [0, 2, 1]])
+def test_layers_that_do_not_ascend_are_refused_since_slots_do(tmp_path: Path, store: Store, values: Array, layers: list[int]) -> None:
+    add_hidden_states(tmp_path / "hs", values)
+    with pytest.raises(InvalidArgumentError, match=r"the slots of hidden_states ascend.*\n?.*layer_ids="):
+        import_vllm(tmp_path / "hs", store, model="m", layers=layers)
+    assert not store.models()
+
+
+@pytest.mark.parametrize("layer_ids", [[3, 8], [8, 3]])
+def test_layer_ids_are_those_of_vllm_in_any_order(tmp_path: Path, store: Store, values: Array, layer_ids: list[int]) -> None:
+    ids = add_hidden_states(tmp_path / "hs", values, brain=False)
+    import_vllm(tmp_path / "hs", store, model="m", layer_ids=layer_ids, progress=False)
+    check(store, values, [2, 7], ids)
+
+
+def test_layer_id_0_is_the_embeddings(tmp_path: Path, store: Store) -> None:
+    three = np.random.default_rng(1).standard_normal((3, 10, 4)).astype("float32")
+    ids = add_hidden_states(tmp_path / "hs", three, brain=False)
+    import_vllm(tmp_path / "hs", store, model="m", layer_ids=[5, 0, 1], progress=False)
+    toks = store.tokens("m", prompts=ids)
+    assert toks.layer.values.tolist() == [0, 4]
+    np.testing.assert_array_equal(toks.resid.values, three[1:])
+    np.testing.assert_array_equal(toks.embed.values, three[0])
+    assert toks.embed.dims == ("token", "hidden")
+    only = lz.open_store(tmp_path / "only")
+    add_hidden_states(tmp_path / "one", three[:1], brain=False)
+    import_vllm(tmp_path / "one", only, model="m", layer_ids=[0], progress=False)
+    np.testing.assert_array_equal(only.tokens("m", prompts=ids).embed.values, three[0])
+
+
+def renamed(folder: Path, names: Sequence[str]) -> None:
+    for i, name in enumerate(names):
+        (folder / f"hs_{i}.safetensors").rename(folder / name)
+
+
+@pytest.mark.parametrize("names", [["0-a2427cb0", "1-00c0ffee", "2-1234abcd"], ["10-a2427cb0", "hs_9", "2-1234abcd"], ["a", "b", "hs_1x"]])
+def test_files_as_vllm_names_them_and_of_any_name_are_imported(tmp_path: Path, store: Store, values: Array, names: list[str]) -> None:
+    ids = add_hidden_states(tmp_path / "hs", values, brain=False)
+    renamed(tmp_path / "hs", [f"{name}.safetensors" for name in names])
+    (tmp_path / "hs" / f"{names[0]}.safetensors.lock").touch()
+    summary = import_vllm(tmp_path / "hs", store, model="m", layers=[0, 1], progress=False, strict=True)
+    assert (summary.found, summary.imported) == (3, 3)
+    check(store, values, prompts=ids)
+
+
+def test_texts_go_to_the_numbers_of_vllms_own_names_and_never_to_one_of_two(tmp_path: Path, store: Store, values: Array) -> None:
+    folder = tmp_path / "hs"
+    add_hidden_states(folder, values, brain=False)
+    renamed(folder, ["2-1234abcd.safetensors", "0-a2427cb0.safetensors", "1-00c0ffee.safetensors"])
+    import_vllm(folder, store, model="m", layers=[0, 1], prompts={2: PROMPTS[0], 0: PROMPTS[1], 1: PROMPTS[2]}, progress=False)
+    check(store, values)
+    (folder / "2-ffffffff.safetensors").write_bytes((folder / "2-1234abcd.safetensors").read_bytes())
+    other = lz.open_store(tmp_path / "other")
+    summary = import_vllm(folder, other, model="m", layers=[0, 1], prompts={2: "a", 0: "b", 1: "c"}, progress=False)
+    assert summary.imported == 2
+    (skipped,) = summary.skipped
+    assert sorted(skipped.names) == ["2-1234abcd.safetensors", "2-ffffffff.safetensors"]
+    assert "one number" in skipped.text
+
+
+def test_a_lock_without_its_file_is_named(tmp_path: Path, store: Store, values: Array) -> None:
+    add_hidden_states(tmp_path / "hs", values)
+    for name in ("3-deadbeef.safetensors.lock", "0-a2427cb0.safetensors.lock", "hs_0.safetensors.lock", "notes.lock"):
+        (tmp_path / "hs" / name).touch()
+    summary = import_vllm(tmp_path / "hs", store, model="m", layers=[0, 1], progress=False)
+    assert summary.imported == 3
+    (skipped,) = summary.skipped
+    assert sorted(skipped.names) == ["0-a2427cb0.safetensors", "3-deadbeef.safetensors"]
+    assert "still being written" in skipped.text
+
+
+def test_codes_of_8_bits_are_those_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(float8_e4m3(), expected)
+    assert float8_e4m3().max(where=~np.isnan(expected), initial=0) == 448
+    assert np.isnan(expected).sum() == 2
+
+
+@pytest.mark.parametrize("per_slot", [False, True])
+def test_values_of_8_bits_are_multiplied_with_their_scales(tmp_path: Path, store: Store, per_slot: bool) -> None:
+    rng, folder = np.random.default_rng(0), tmp_path / "hs"
+    folder.mkdir()
+    expected = []
+    for i, n in enumerate(COUNTS):
+        codes = rng.integers(0, 127, (n, 2, 4)).astype(np.uint8) | (rng.integers(0, 2, (n, 2, 4)) << 7).astype(np.uint8)
+        scales = rng.uniform(0.01, 3, (n, 2 if per_slot else 1, 1)).astype(np.float32)
+        header = {
+            "hidden_states": {"dtype": "F8_E4M3", "shape": [n, 2, 4], "data_offsets": [0, 8 * n]},
+            "hidden_states_scales": {"dtype": "F32", "shape": list(scales.shape), "data_offsets": [8 * n, 8 * n + scales.nbytes]},
+            "token_ids": {"dtype": "I64", "shape": [n], "data_offsets": [8 * n + scales.nbytes, 16 * n + scales.nbytes]},
+        }
+        text = json.dumps(header).encode()
+        ids = np.arange(100 * i, 100 * i + n, dtype=np.int64)
+        data = len(text).to_bytes(8, "little") + text + codes.tobytes() + scales.tobytes() + ids.tobytes()
+        (folder / f"{i}-0000000{i}.safetensors").write_bytes(data)
+        sign, exponent, mantissa = codes >> 7, (codes >> 3 & 15).astype(float), (codes & 7) / 8
+        sizes = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2 ** (exponent - 7))
+        expected.append(((1 - 2.0 * sign) * sizes).astype(np.float32) * scales)
+    summary = import_vllm(folder, store, model="m", layer_ids=[1, 2], progress=False)
+    assert summary.imported == 3
+    assert summary.notes[0].count == 3, "values of 8 bits"
+    ids_of = [list(range(100 * i, 100 * i + n)) for i, n in enumerate(COUNTS)]
+    np.testing.assert_array_equal(store.tokens("m", prompts=ids_of).resid.values, np.concatenate(expected).swapaxes(0, 1))
+
+
+def test_values_of_8_bits_without_scales_are_not_guessed(tmp_path: Path, store: Store) -> None:
+    header = {"hidden_states": {"dtype": "F8_E4M3", "shape": [2, 2, 4], "data_offsets": [0, 16]},
+              "token_ids": {"dtype": "I64", "shape": [2], "data_offsets": [16, 32]}}  # fmt: skip
+    text = json.dumps(header).encode()
+    (tmp_path / "hs").mkdir()
+    (tmp_path / "hs" / "hs_0.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(32))
+    summary = import_vllm(tmp_path / "hs", store, model="m", layers=[0, 1], progress=False)
+    assert summary.imported == 0
+    assert summary.skipped[0].names == ("hs_0.safetensors",)
 
 
 # --------------------------------------------------------------------------------------------------- one array per layer
