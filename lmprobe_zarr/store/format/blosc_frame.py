@@ -74,9 +74,7 @@ def decode_range(frame: memoryview, start: int, stop: int, room: memoryview) -> 
     if bounds[0] < _HEADER.size + places.nbytes or bounds[-1] > len(frame):
         raise ValueError("blocks that lie elsewhere")
     ends = dict(pairwise(bounds))
-    # A shorter last block is coded differently. Blosc recognises it as the rest after whole blocks, so it is never decoded alone.
-    first = min(start // block, max(decoded // block - 1, 0))
-    last = -(-stop // block)
+    first, last = start // block, -(-stop // block)
     if 2 * (last - first) > len(places):  # copying so many blocks costs as much as decoding the others
         blosc.decompress(frame, room)
         return room[start:stop]

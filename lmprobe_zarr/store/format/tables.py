@@ -107,7 +107,22 @@ def block_table_nbytes(info: ArrayInfo, block_nbytes: int) -> int:
     return _WORD * (2 + 2 * _blocks_per_chunk(info, block_nbytes)) * info.n_chunks
 
 
-class ChunkTable:
+class _Table:
+    """Numbers of every chunk of an array, of which the first is the chunk's length."""
+
+    __slots__ = ("info", "words")
+
+    def __init__(self, data: Buffer, info: ArrayInfo, n_words: int) -> None:
+        self.info = info
+        self.words: Words = np.frombuffer(data, "<u4").reshape(-1, info.n_blocks, n_words)
+
+    def place(self, layer: int, block: int) -> int:
+        """Where a chunk begins in its file."""
+        first = self.info.first_in_shard(block)
+        return int(self.words[layer, first:block, 0].sum(dtype=np.int64)) if first < block else 0
+
+
+class ChunkTable(_Table):
     """Length and crc32c of every chunk of an array.
 
     Parameters
@@ -117,26 +132,15 @@ class ChunkTable:
     info : ArrayInfo
     """
 
-    __slots__ = ("info", "words")
+    __slots__ = ()
 
     def __init__(self, data: Buffer, info: ArrayInfo) -> None:
-        self.info = info
-        self.words: Words = np.frombuffer(data, "<u4").reshape(-1, info.n_blocks, 2)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return self.words.nbytes
+        super().__init__(data, info, 2)
 
     def entry(self, layer: int, block: int) -> tuple[int, int]:
         """Length and crc32c of a chunk."""
         length, checksum = self.words[layer, block].tolist()
         return length, checksum
-
-    def place(self, layer: int, block: int) -> int:
-        """Where a chunk begins in its file."""
-        first = self.info.first_in_shard(block)
-        return int(self.words[layer, first:block, 0].sum(dtype=np.int64)) if first < block else 0
 
     def file_sizes(self) -> dict[str, int]:
         """Length of every file that holds chunks, by its name in the array's folder."""
@@ -149,7 +153,7 @@ class ChunkTable:
         return found
 
 
-class BlockTable:
+class BlockTable(_Table):
     """Of every chunk of an array its length, the first four bytes of its blosc header, and length and crc32c of every block.
 
     Parameters
@@ -161,22 +165,10 @@ class BlockTable:
         Decoded bytes of a block.
     """
 
-    __slots__ = ("block_nbytes", "info", "words")
+    __slots__ = ()
 
     def __init__(self, data: Buffer, info: ArrayInfo, block_nbytes: int) -> None:
-        self.info, self.block_nbytes = info, block_nbytes
-        words = 2 + 2 * _blocks_per_chunk(info, block_nbytes)
-        self.words: Words = np.frombuffer(data, "<u4").reshape(-1, info.n_blocks, words)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return self.words.nbytes
-
-    def place(self, layer: int, block: int) -> int:
-        """Where a chunk begins in its file."""
-        first = self.info.first_in_shard(block)
-        return int(self.words[layer, first:block, 0].sum(dtype=np.int64)) if first < block else 0
+        super().__init__(data, info, 2 + 2 * _blocks_per_chunk(info, block_nbytes))
 
     def record(self, layer: int, block: int) -> Words:
         """The numbers of one chunk."""

@@ -275,7 +275,7 @@ def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *
             raise CorruptPartError.of(source.url, part.path, f"{name} of part {part.path!r} of {source.url} is damaged: it was not copied")
         target.commit(f"{part.path}/{name}", data, durable=durable)
 
-    jobs = [partial(copy, name, partial(_is_intact, name, entry)) for name, entry in part.info.files.items()]
+    jobs = [partial(copy, name, partial(is_intact, name, entry=entry)) for name, entry in part.info.files.items()]
     shards: list[Callable[[], None]] = []
     for key, array in ((key, part.files_of(key)) for key in part.info.tables or ()):
         chunks = [partial(copy, f"{key}/{file}", partial(array.is_intact, file)) for file in array.info.file_names()]
@@ -286,10 +286,6 @@ def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *
     for each in range(0, len(shards), _SHARDS_AT_A_TIME):
         run_all(shards[each : each + _SHARDS_AT_A_TIME], local=is_local)
     target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)
-
-
-def _is_intact(name: str, entry: Sequence[int], data: Buffer) -> bool:
-    return is_intact(name, data, entry)
 
 
 def _copy_visible(source: Storage, target: Storage, group: GroupInfo, part: Part, pieces: Sequence[NewPart], *, durable: bool) -> None:

@@ -375,7 +375,7 @@ def _checksums(storage: Storage, part: Part) -> dict[str, Fault]:
         if fault is not None:
             faults[name] = fault
 
-    jobs = [partial(check, name, partial(_is_intact, name, entry), int(entry[0])) for name, entry in part.info.files.items()]
+    jobs = [partial(check, name, partial(is_intact, name, entry=entry), int(entry[0])) for name, entry in part.info.files.items()]
     shards: list[Callable[[], None]] = []
     for key in part.info.tables or ():
         array = part.files_of(key)
@@ -389,10 +389,6 @@ def _checksums(storage: Storage, part: Part) -> dict[str, Fault]:
     for each in range(0, len(shards), _SHARDS_AT_A_TIME):
         run_all(shards[each : each + _SHARDS_AT_A_TIME], local=storage.is_local)
     return dict(sorted(faults.items()))
-
-
-def _is_intact(name: str, entry: Sequence[int], data: Buffer) -> bool:
-    return is_intact(name, data, entry)
 
 
 def _file_fault(storage: Storage, key: str, is_whole: Callable[[Buffer], bool], nbytes: int | None) -> Fault | None:

@@ -197,7 +197,7 @@ def test_places_are_the_sums_of_the_lengths_before(layers: int, blocks: int, sha
     words = rng.integers(0, 2**32, (layers, blocks, 2 + 2 * n)).astype("<u4")
     words[..., 0] = lengths
     by_block = BlockTable(words.tobytes(), info, 65536)
-    assert (table.nbytes, by_block.nbytes) == (chunk_table_nbytes(info), block_table_nbytes(info, 65536))
+    assert (table.words.nbytes, by_block.words.nbytes) == (chunk_table_nbytes(info), block_table_nbytes(info, 65536))
     each = shard or 1
     sizes = {}
     for layer in range(layers):
