@@ -108,7 +108,7 @@ class VllmFiles:
         if len(values.shape) != 3 or 0 in values.shape or values.shape[1] != len(self.slots):
             detail = f"hidden_states has shape {values.shape}, not (tokens, {len(self.slots)} layers, hidden)"
             return Skipped(name=name, reason=SHAPES, detail=detail)
-        n_tokens, text = values.shape[0], self.prompts.get(-1 if number is None else number)
+        n_tokens, text = values.shape[0], None if number is None else self.prompts.get(number)
         notes = []
         if values.dtype == FP8:
             if scales is None or scales.dtype != "float32" or scales.shape not in {(n_tokens, 1, 1), (n_tokens, len(self.slots), 1)}:

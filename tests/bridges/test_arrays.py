@@ -167,6 +167,13 @@ def test_texts_go_to_the_numbers_of_vllms_own_names_and_never_to_one_of_two(tmp_
     assert "one number" in skipped.text
 
 
+def test_a_file_without_a_number_takes_no_text(tmp_path: Path, store: Store, values: Array) -> None:
+    ids = add_hidden_states(tmp_path / "hs", values, brain=False)
+    renamed(tmp_path / "hs", ["a.safetensors", "b.safetensors", "c.safetensors"])
+    import_vllm(tmp_path / "hs", store, model="m", layers=[0, 1], prompts={-1: "one", 0: "two"}, progress=False)
+    check(store, values, prompts=ids)
+
+
 def test_a_lock_without_its_file_is_named(tmp_path: Path, store: Store, values: Array) -> None:
     add_hidden_states(tmp_path / "hs", values)
     for name in ("3-deadbeef.safetensors.lock", "0-a2427cb0.safetensors.lock", "hs_0.safetensors.lock", "notes.lock"):
