@@ -381,7 +381,7 @@ def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: Capt
     stored: dict[str, str] = {}
     columns: dict[str, Array] = {}
     if request.token_level:
-        columns = {"position": positions_of(part.lengths), "token_id": part.token_ids}
+        columns = {"position": positions_of(part.lengths), "token_id": part.token_ids, **part.columns}
         if part.char_start is not None and part.char_end is not None:
             columns |= {"char_start": part.char_start, "char_end": part.char_end}
     tokens, prompts = _to_numpy(copying.tokens, stored), _to_numpy(copying.prompts, stored)

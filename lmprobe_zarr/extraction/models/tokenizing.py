@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -45,6 +45,8 @@ class TokenizedPrompts:
         Place of each prompt in the caller's list, for messages.
     encoder_ids : tuple of ndarray of int64, or None
         For pairs, the tokens that the encoder reads; all else is of what the decoder reads.
+    columns : mapping of str to ndarray of int64, shape (token,)
+        Further columns of the tokens, such as ``generated``; stored where anything is stored by token.
     """
 
     sha256: tuple[str, ...]
@@ -56,6 +58,7 @@ class TokenizedPrompts:
     truncated: npt.NDArray[np.bool_]
     first: Ints
     encoder_ids: tuple[Ints, ...] | None = None
+    columns: Mapping[str, Ints] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sha256)
@@ -84,6 +87,7 @@ class TokenizedPrompts:
             truncated=self.truncated[chosen],
             first=self.first[chosen],
             encoder_ids=None if self.encoder_ids is None else tuple(self.encoder_ids[i] for i in chosen),
+            columns={name: column[tokens] for name, column in self.columns.items()},
         )
 
 
