@@ -40,6 +40,7 @@ from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round
 from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.batch.ragged import as_slice, concat_ranges, offsets_of, positions_of
 from lmprobe_zarr.batch.sites import (
+    BUILT_IN_SITES,
     INNER_DIMS,
     LAYERED_SITES,
     LOGITS_POSITIONS,
@@ -48,10 +49,13 @@ from lmprobe_zarr.batch.sites import (
     SITES,
     STATISTICS,
     Outputs,
+    Sites,
+    SitesSpec,
     is_top_k,
     parse_sites,
     row_bytes,
     split_variable,
+    variable_problem,
 )
 from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.batch.token_batch import TokenBatch
@@ -60,6 +64,7 @@ from lmprobe_zarr.batch.widening import copy_rows, widen
 
 __all__ = [
     "ANY_KIND",
+    "BUILT_IN_SITES",
     "HASH_DIGITS",
     "INNER_DIMS",
     "LAYERED_SITES",
@@ -81,6 +86,8 @@ __all__ = [
     "Precision",
     "PromptKind",
     "Prompts",
+    "Sites",
+    "SitesSpec",
     "Stage",
     "TokenBatch",
     "accepted",
@@ -136,6 +143,7 @@ __all__ = [
     "split_variable",
     "store_as",
     "unused_arguments",
+    "variable_problem",
     "widen",
     "with_encoder_texts",
 ]

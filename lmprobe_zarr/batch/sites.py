@@ -12,14 +12,16 @@ A site is a place in a model where activations are taken. Outputs are what the m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, TypeAlias
 
 from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
+    "BUILT_IN_SITES",
     "INNER_DIMS",
     "LAYERED_SITES",
     "LOGITS_POSITIONS",
@@ -28,10 +30,13 @@ __all__ = [
     "STATISTICS",
     "Outputs",
     "RowBytes",
+    "Sites",
+    "SitesSpec",
     "is_top_k",
     "parse_sites",
     "row_bytes",
     "split_variable",
+    "variable_problem",
 ]
 
 
@@ -43,8 +48,11 @@ def split_variable(variable: str) -> tuple[str, str | None]:
     return variable, None
 
 
+# The sites of the first version of the format, whose names are variables wherever they stand.
 LAYERED_SITES: Final = ("resid", "attn", "mlp")
 SITES: Final = (*LAYERED_SITES, "embed")
+# Those that extraction finds by itself; the router's scores are an output, see `Outputs`.
+BUILT_IN_SITES: Final = ("resid", "resid_mid", "attn", "mlp", "embed", "neurons", "heads", "router")
 # lmprobe's three, in its order: the exponential of the mean, the least and the greatest negative log-probability of the tokens.
 STATISTICS: Final = ("mean", "min", "max")
 # Variables with one number per token, and so without a further axis.
@@ -132,21 +140,124 @@ class Outputs:
 NO_OUTPUTS: Final = Outputs()
 
 
-def parse_sites(sites: str | Sequence[str], outputs: Outputs = NO_OUTPUTS) -> tuple[str, ...]:
-    """Site names as a tuple without repeats, in the given order. May be empty only if `outputs` are kept.
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Which sites of a model are taken; made by `parse_sites`.
+
+    Parameters
+    ----------
+    names : tuple of str
+        In the order asked for.
+    paths : mapping of str to str
+        Of those that the caller named by path: ``"self_attn.o_proj:input"`` in every block, or ``"/model.norm"`` outside of them.
+    """
+
+    names: tuple[str, ...] = ()
+    paths: Mapping[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def layered(self, site: str) -> bool:
+        """Whether a site is taken in every block that has it, so that its variable has layers."""
+        return site != "embed" and not self.paths.get(site, "").startswith("/")
+
+    @property
+    def any_layered(self) -> bool:
+        """Whether a site has layers."""
+        return any(map(self.layered, self.names))
+
+    @staticmethod
+    def parse_path(path: str) -> tuple[str, bool]:
+        """The path of the module, and whether its input is taken rather than its output."""
+        where, _, point = path.partition(":")
+        return where, point == "input"
+
+
+SitesSpec: TypeAlias = str | Sequence[str] | Mapping[str, str]
+
+
+def parse_sites(sites: SitesSpec | Sites, outputs: Outputs = NO_OUTPUTS) -> tuple[Sites, Outputs]:
+    """The sites in the given order without repeats, and the outputs with ``router`` where it stands among the sites.
+
+    Parameters
+    ----------
+    sites : str, sequence of str, or mapping of str to str
+        Names of `BUILT_IN_SITES`; or names of the caller's own, with the path of a module. In a mapping, a built-in site stands for itself,
+        ``{"resid": "resid"}``. May be empty only if `outputs` are kept.
+    outputs : Outputs
 
     Raises
     ------
     InvalidArgumentError
-        A name is none of ``resid, attn, mlp, embed``, or there is no name.
+        An unknown name in a list, a name that no variable can have, a path that is none, or no name at all.
     """
-    names = (sites,) if isinstance(sites, str) else tuple(sites)
-    for name in names:
-        if name not in SITES:
-            raise InvalidArgumentError(f"unknown site {name!r}: choose from {', '.join(SITES)}")
-    if not names and not outputs:
-        raise InvalidArgumentError(f"sites is empty: choose from {', '.join(SITES)}")
-    return tuple(dict.fromkeys(names))
+    if isinstance(sites, Sites):
+        return sites, outputs
+    if isinstance(sites, Mapping):
+        given = dict(sites)
+    else:
+        names = (sites,) if isinstance(sites, str) else tuple(sites)
+        unknown = [name for name in names if name not in BUILT_IN_SITES]
+        if unknown:
+            raise InvalidArgumentError(
+                f"unknown site {unknown[0]!r}: choose from {', '.join(BUILT_IN_SITES)}, or name a module, "
+                "sites={'z': 'self_attn.o_proj:input'}"
+            )
+        given = {name: name for name in names}
+    paths = {name: _checked_path(name, path) for name, path in given.items() if name not in BUILT_IN_SITES or path != name}
+    if not given and not outputs:
+        raise InvalidArgumentError(f"sites is empty: choose from {', '.join(BUILT_IN_SITES)}")
+    lower: dict[str, str] = {}
+    for name in given:
+        if lower.setdefault(name.lower(), name) != name:
+            raise InvalidArgumentError(
+                f"the sites {lower[name.lower()]!r} and {name!r} differ by case alone, and some file systems ignore case"
+            )
+    if "router" in given:
+        outputs = replace(outputs, router=True)
+    return Sites(tuple(name for name in given if name != "router"), paths), outputs
+
+
+def _checked_path(name: object, path: object) -> str:
+    """The path of a site of the caller's own, checked; what the model has there is seen once it is loaded."""
+    if name in BUILT_IN_SITES:
+        raise InvalidArgumentError(f"sites={{{name!r}: {path!r}}} gives the path of a built-in site: choose another name for that module")
+    if problem := variable_problem(name):
+        raise InvalidArgumentError(f"{name!r:.80} is no name of a site: {problem}")
+    if not isinstance(path, str):
+        raise InvalidTypeError(f"sites={{{name!r}: …}} is a {type(path).__name__}: give the path of a module, 'self_attn.o_proj:input'")
+    where, colon, point = path.partition(":")
+    if (colon and point not in ("input", "output")) or where.endswith((".", "/")) or not (where or colon):
+        raise InvalidArgumentError(
+            f"sites={{{name!r}: {path!r}}} is no path of a module: give 'mlp.gate_proj' or 'self_attn.o_proj:input', in a block, or "
+            "'/model.norm' outside of the blocks, with ':input' for what the module is given"
+        )
+    return path if point != "output" else where
+
+
+def variable_problem(name: object) -> str | None:
+    """Why a name can be no site's, as text; None if it can."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
+        return "use the letters a to z, digits and _, a letter first, at most 64"
+    pooling = next((pooling for pooling in POOLINGS if name.endswith(f"_{pooling}")), None)
+    if pooling is not None:
+        return f"it ends like a pooling, _{pooling}"
+    if name.lower() in _TAKEN:
+        return "it is a name of the format itself"
+    return None
+
+
+# Names that columns and dimensions of every store have.
+_TAKEN: Final = frozenset(
+    {
+        "prompt", "prompt_sha256", "prompt_row", "prompt_length", "text", "n_tokens", "token", "position", "token_id", "char_start",
+        "char_end", "role", "turn", "generated", "layer", "hidden", "model", "mixer", *INNER_DIMS, *INNER_DIMS.values(), *SCALARS,
+    }
+)  # fmt: skip
 
 
 def is_top_k(variable: str) -> bool:
@@ -185,12 +296,14 @@ def row_bytes(
     layers: int,
     hidden_size: int,
     dtype: str,
-    sites: str | Sequence[str],
+    sites: SitesSpec | Sites,
     pooling: str | Sequence[str],
     keep_tokens: bool,
     outputs: Outputs = NO_OUTPUTS,
     vocab_size: int | None = None,
     experts: int | None = None,
+    widths: Mapping[str, int] | None = None,
+    site_layers: Mapping[str, int] | None = None,
 ) -> RowBytes:
     """Bytes of one token and of one prompt, from a model's size alone.
 
@@ -207,6 +320,10 @@ def row_bytes(
         Logits per row. Without it, logits without `top_k` count as 0 bytes.
     experts : int, optional
         Scores per router; every layer is assumed to have a router. Without it, they count as 0 bytes.
+    widths : mapping of str to int, optional
+        Values of one token at a site, where they are not `hidden_size`.
+    site_layers : mapping of str to int, optional
+        How many of the layers have a site, where it is not all of them.
 
     Raises
     ------
@@ -215,11 +332,12 @@ def row_bytes(
     """
     if dtype not in ITEM_BYTES:
         raise InvalidArgumentError(f"dtype={dtype!r} is unknown: use one of {', '.join(map(repr, ITEM_BYTES))}")
-    names = parse_sites(sites, outputs)
+    chosen, outputs = parse_sites(sites, outputs)
     poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling))
     stored_dtype = "float32" if dtype == "bfloat16" else dtype
     item = ITEM_BYTES[stored_dtype]
-    row = sum(layers if name in LAYERED_SITES else 1 for name in names) * hidden_size * item
+    counts = {site: (site_layers or {}).get(site, layers) if chosen.layered(site) else 1 for site in chosen}
+    row = sum(counts[site] * (widths or {}).get(site, hidden_size) for site in chosen) * item
     logits = (vocab_size or 0) * item if outputs.top_k is None else outputs.top_k * (item + INDEX_BYTES)
     token, prompt = row if keep_tokens else 0, row * len(poolings)
     if outputs.perplexity:

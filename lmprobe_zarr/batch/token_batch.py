@@ -48,6 +48,8 @@ class TokenBatch:
         Variables without a layer axis.
     stored_dtype : mapping of str to str
         The dtype of a variable at its source where numpy has no such dtype: ``bfloat16`` for float32 arrays that hold its numbers.
+    site_attributes : mapping of str to mapping
+        What is noted of a site in its arrays, see ``docs/format.md``: ``site_path``, ``num_heads``, ``site_layers``.
 
     Raises
     ------
@@ -66,6 +68,7 @@ class TokenBatch:
     prompt_columns: Mapping[str, Column | Sequence[Any] | Array] = field(default_factory=dict)
     unlayered: frozenset[str] = frozenset()
     stored_dtype: Mapping[str, str] = field(default_factory=dict)
+    site_attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         problems = validate_batch(self)
@@ -104,6 +107,7 @@ class TokenBatch:
             prompt_columns={name: column[rows] for name, column in self.prompt_columns.items()},
             unlayered=self.unlayered,
             stored_dtype=self.stored_dtype,
+            site_attributes=self.site_attributes,
         )
 
 

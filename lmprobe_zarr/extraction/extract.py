@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmprobe_zarr.batch import LayerSpec, Outputs, parse_chat_options
+from lmprobe_zarr.batch import LayerSpec, Outputs, SitesSpec, parse_chat_options
 from lmprobe_zarr.extraction.columns import Columns
 from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.options import Options, keeping_of
@@ -31,7 +31,7 @@ def plan_extract(
     *,
     store: Place = None,
     layers: LayerSpec = "all",
-    sites: str | Sequence[str] = ("resid",),
+    sites: SitesSpec = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
     keep_tokens: bool = False,
     perplexity: bool = False,
@@ -106,7 +106,7 @@ def extract(
     *,
     store: Place = None,
     layers: LayerSpec = "all",
-    sites: str | Sequence[str] = ("resid",),
+    sites: SitesSpec = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
     keep_tokens: bool = False,
     perplexity: bool = False,
@@ -163,8 +163,12 @@ def extract(
         Where activations are stored; None is the default root, ``$LMPROBE_CACHE_DIR/.zarr``.
     layers : "all", "middle", "last", int, sequence of int or slice
         Negative numbers count from the end. Nothing after the deepest layer is computed.
-    sites : str or sequence of {"resid", "attn", "mlp", "embed"}
-        What is taken of each block: its output, or the contribution of its attention or MLP; ``embed`` is taken once per model.
+    sites : str, sequence of str, or mapping of str to str
+        What is taken of each block: ``resid`` is its output, ``resid_mid`` the residual stream between attention and MLP, ``attn`` and
+        ``mlp`` are what these add to it, ``heads`` is the input of attention's output projection, ``neurons`` that of the MLP's last
+        projection, ``router`` the scores of a mixture of experts; ``embed`` is taken once per model. A mapping names modules by path:
+        ``{"resid": "resid", "z": "self_attn.o_proj:input", "final_norm": "/model.norm"}``, in a block or, with a slash, outside of the
+        blocks; ``:input`` takes what the module is given. Layers that lack a site are left out of it. See :func:`list_sites`.
     pooling : str or sequence of {"last_token", "first_token", "mean", "max", "min"}
         What is stored per prompt, as ``<site>_<pooling>``; may be empty if tokens are kept.
     keep_tokens : bool

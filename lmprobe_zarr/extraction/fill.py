@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
@@ -21,7 +21,9 @@ from lmprobe_zarr.extraction.options import Options
 from lmprobe_zarr.extraction.work import Work
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Ingest, Store
+from lmprobe_zarr.store.format import SITE_ATTRIBUTES
 from lmprobe_zarr.store.parts import CallOrder, blocks_of, read_values
+from lmprobe_zarr.typing import Ints
 
 __all__ = ["Written", "fill_here"]
 
@@ -120,28 +122,36 @@ def _run_model(
 
 def _pooled_from_tokens(lookup: Lookup) -> Iterator[TokenBatch]:
     """Batches of missing poolings, computed from the stored tokens of their prompts."""
-    view, layers = lookup.view, lookup.layers
-    if view is None:
-        return
-    stored = view.variables("tokens")
+    layers_of = {variable.name: variable.layers for variable in lookup.wanted}
     for names, places in lookup.derived.items():
-        rows = view.find([lookup.prompts.sha256[i] for i in places])
-        counts = view.token_counts()[rows]
-        sites = dict.fromkeys(split_variable(name)[0] for name in names)
-        token_bytes = sum(int(np.prod(stored[site].row_shape)) * 4 * max(1, len(layers)) for site in sites)
-        for block in blocks_of(counts * token_bytes):
-            tokens = {site: read_values(view, "tokens", site, rows[block], layers) for site in sites}
-            arrays, dtypes = {}, {}
-            for name in names:
-                site, pooling = split_variable(name)
-                dtype = str(stored[site].attributes.get("stored_dtype", stored[site].dtype))
-                pooled = pool_ragged(tokens[site], counts[block], str(pooling))
-                # Rounded as the model's own result would be: the mean of bfloat16 numbers is a bfloat16 number again.
-                arrays[name], dtypes[name] = (round_bits(pooled, 7) if dtype == "bfloat16" else pooled), dtype
-            yield TokenBatch(
-                sha256=[lookup.prompts.sha256[i] for i in places[block]],
-                layers=layers,
-                prompts=arrays,
-                unlayered=frozenset(name for name in names if not stored[split_variable(name)[0]].layered),
-                stored_dtype=dtypes,
-            )
+        for layers in dict.fromkeys(layers_of[name] for name in names):
+            yield from _pooled(lookup, [name for name in names if layers_of[name] == layers], layers, places)
+
+
+def _pooled(lookup: Lookup, names: Sequence[str], layers: tuple[int, ...], places: Ints) -> Iterator[TokenBatch]:
+    """As `_pooled_from_tokens`, for variables of the same layers."""
+    view = lookup.view
+    assert view is not None  # noqa: S101 - nothing is derived without one
+    stored = view.variables("tokens")
+    rows = view.find([lookup.prompts.sha256[i] for i in places])
+    counts = view.token_counts()[rows]
+    sites = dict.fromkeys(split_variable(name)[0] for name in names)
+    token_bytes = sum(int(np.prod(stored[site].row_shape)) * 4 * max(1, len(layers)) for site in sites)
+    noted = {site: {key: stored[site].attributes[key] for key in SITE_ATTRIBUTES if key in stored[site].attributes} for site in sites}
+    for block in blocks_of(counts * token_bytes):
+        tokens = {site: read_values(view, "tokens", site, rows[block], layers) for site in sites}
+        arrays, dtypes = {}, {}
+        for name in names:
+            site, pooling = split_variable(name)
+            dtype = str(stored[site].attributes.get("stored_dtype", stored[site].dtype))
+            pooled = pool_ragged(tokens[site], counts[block], str(pooling))
+            # Rounded as the model's own result would be: the mean of bfloat16 numbers is a bfloat16 number again.
+            arrays[name], dtypes[name] = (round_bits(pooled, 7) if dtype == "bfloat16" else pooled), dtype
+        yield TokenBatch(
+            sha256=[lookup.prompts.sha256[i] for i in places[block]],
+            layers=layers,
+            prompts=arrays,
+            unlayered=frozenset(name for name in names if not stored[split_variable(name)[0]].layered),
+            stored_dtype=dtypes,
+            site_attributes={site: values for site, values in noted.items() if values},
+        )

@@ -10,12 +10,14 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidArgumentError
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.models import ModelIdentity
 from lmprobe_zarr.extraction.request import Request
+from lmprobe_zarr.log import warn
 from lmprobe_zarr.store import NamedModel, ambiguous
-from lmprobe_zarr.store.format import GroupInfo, unrecorded_fields
+from lmprobe_zarr.store.format import LEVELS, GroupInfo, unrecorded_fields
 
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models import LoadedModel
@@ -40,6 +42,7 @@ def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[Gro
         The group that the call names says that it is of another model, or that it was computed otherwise.
     """
     known = _find_known(request, model) if isinstance(model, ModelIdentity) else _find_own(request, model)
+    known = None if known is None else request.store.groups(whole=False).get(_for_sites(request, known).name)
     certain = [known] if known is not None and request.group in (None, known.name) else []
     if request.group is not None:
         named = request.store.groups(whole=False).get(request.group)
@@ -55,11 +58,16 @@ def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[Gro
                 f"group={request.group!r} was asked for, but it says otherwise than this call: {'; '.join(problems.values())}\n"
                 "give the same here, or leave group out"
             )
+        if other := _other_paths(request, named):
+            raise InvalidArgumentError(
+                f"group={request.group!r} was asked for, but it holds {other}: choose another name for the site, or leave group out"
+            )
         return [named]
     if not request.any_provenance:
         return certain
     held = [info for info in request.store.groups(whole=False).values() if info not in certain and is_alike(request, model.name, info)]
     taken = [info for info in held if not contradictions(request, model, info) and request.store.holds_parts(info.name)]
+    taken = [info for info in taken if not _other_paths(request, info)]
     taken = [info for info in taken if _is_named(request, model.name, info)] or taken
     if len(names := sorted({info.model for info in taken if not _is_named(request, model.name, info)})) > 1:
         raise AmbiguousProvenanceError(
@@ -77,11 +85,49 @@ def group_of(loaded: LoadedModel, request: Request) -> GroupInfo:
     depth = {"num_layers": loaded.num_layers, "hidden_size": loaded.hidden_size}
     group = GroupInfo(model=loaded.name, provenance=loaded.provenance, **depth)
     named = models.modules_field(request.choice.modules)
-    if named is None or loaded.provenance.get("modules") == named:
-        return group
-    earlier = GroupInfo(model=loaded.name, provenance={**loaded.provenance, "modules": named}, **depth)
-    held = request.store.groups(whole=False)
-    return earlier if earlier.name in held and group.name not in held else group
+    if named is not None and loaded.provenance.get("modules") != named:
+        earlier = GroupInfo(model=loaded.name, provenance={**loaded.provenance, "modules": named}, **depth)
+        held = request.store.groups(whole=False)
+        group = earlier if earlier.name in held and group.name not in held else group
+    return _for_sites(request, group)
+
+
+def _for_sites(request: Request, info: GroupInfo) -> GroupInfo:
+    """The group; or, where it holds another module under the name of a requested site, one whose provenance has the requested path."""
+    other = _other_paths(request, info)
+    if not other:
+        return info
+    paths = {f"site_{site}": request.sites.paths[site] for site in sorted(other)}
+    made = GroupInfo(
+        model=info.model, provenance={**info.provenance, **paths}, num_layers=info.num_layers, hidden_size=info.hidden_size
+    )  # fmt: skip
+    warn(f"group {info.name!r} holds {other}: what this call asks for is kept in a group of its own, {made.name!r}", UserWarning)
+    return made
+
+
+class _OtherPaths(dict[str, str]):
+    """Requested sites, with the paths that a group holds under their names."""
+
+    def __str__(self) -> str:
+        return " and ".join(
+            f"{site!r} of {f'the module {path!r}' if path else 'a module that is not recorded'}" for site, path in self.items()
+        )
+
+
+def _other_paths(request: Request, info: GroupInfo) -> _OtherPaths:
+    """The sites that a group holds of another module than the one that is requested."""
+    found = _OtherPaths()
+    paths = request.sites.paths
+    if not paths or not request.store.holds_parts(info.name):
+        return found
+    view = request.store.view(info, whole=False)
+    for level in LEVELS:
+        for name, array in view.variables(level).items():
+            site = split_variable(name)[0]
+            held = str(array.attributes.get("site_path", ""))
+            if site in paths and held != paths[site]:
+                found[site] = held
+    return found
 
 
 def is_alike(request: Request, name: str, info: GroupInfo) -> bool:

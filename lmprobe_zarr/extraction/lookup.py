@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, unused_arguments
+from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, split_variable, unused_arguments
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.extraction import models
@@ -118,6 +118,19 @@ class Lookup:
             held = {str(array.attributes.get("stored_dtype", array.dtype)) for array in arrays}
             recorded = held.pop() if len(held) == 1 and held <= set(DTYPES) else None
         return str(recorded or "float32")
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Values of one token at every requested site, as far as is known: of the loaded model, or as stored."""
+        found = {}
+        for level in LEVELS if self.view is not None else ():
+            for name, array in self.view.variables(level).items():  # type: ignore[union-attr]
+                if (site := split_variable(name)[0]) in self.request.sites.names:
+                    found[site] = int(np.prod(array.row_shape))
+        if self.loaded is not None:
+            places = models.places_of(self.loaded, self.request.sites, self.layers)
+            found |= {site: place.width for site, place in places.items() if place.width}
+        return found
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -243,7 +256,9 @@ def _compare(
                 f"how many layers {known.name!r} has is not known without its configuration: check the name, or go online"
             )
         layers = resolve_layers(request.layers, depth) if request.layered else ()
-        wanted = request.wanted(layers, None if loaded is None else loaded.router_layers)
+        has = _noted_layers(view) if loaded is None else _model_layers(loaded, request, layers)
+        wanted = request.wanted(layers, has)
+        _check_names(request, wanted, view)
         stored, without_text = _as_stored(view, prompts)
         missing, derived = _find_gaps(request, wanted, view, stored)
         lookup = Lookup(
@@ -256,6 +271,36 @@ def _compare(
     if not len(chosen.missing) or request.refresh:
         return chosen
     return replace(chosen, elsewhere=_held_elsewhere(chosen), in_lmprobe=_count_in_lmprobe(chosen))
+
+
+def _noted_layers(view: View | None) -> dict[str, tuple[int, ...]]:
+    """The layers of the model that have each site, where the store says that some lack it."""
+    found = {}
+    for level in LEVELS if view is not None else ():
+        for name, array in view.variables(level).items():  # type: ignore[union-attr]
+            if "site_layers" in array.attributes:
+                found[split_variable(name)[0]] = tuple(array.attributes["site_layers"])
+    return found
+
+
+def _model_layers(loaded: LoadedModel, request: Request, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """The layers of a loaded model that have each requested site."""
+    places = models.places_of(loaded, request.sites, layers)
+    return {site: place.layers for site, place in places.items() if place.layered} | {"router": loaded.router_layers}
+
+
+def _check_names(request: Request, wanted: Sequence[Wanted], view: View | None) -> None:
+    """Raise if a variable would have the name of a column in the store, or a column that of a variable."""
+    if view is None:
+        return
+    variables, columns = {variable.name for variable in wanted}, set(view.columns("prompts"))
+    if same := sorted(variables & columns):
+        raise InvalidArgumentError(
+            f"{same[0]!r} is a column of {view.where}, and would be the name of a variable too: choose another name for the site"
+        )
+    held = {name for level in LEVELS for name in view.variables(level)}
+    if same := sorted(held & set(request.columns)):
+        raise InvalidArgumentError(f"{same[0]!r} is a variable of {view.where}: choose another name for that column")
 
 
 def _held_elsewhere(lookup: Lookup) -> tuple[HeldElsewhere, ...]:

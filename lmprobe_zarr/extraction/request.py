@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmprobe_zarr.batch import (
-    LAYERED_SITES,
     NO_CHAT_OPTIONS,
     ChatOptions,
     Column,
     LayerSpec,
     Outputs,
+    Sites,
+    SitesSpec,
     check_texts,
     given_prompts,
     is_top_k,
@@ -48,7 +49,8 @@ class Request:
     store : Store
         Where activations are looked up, and stored unless `Options` has a sink.
     layers : "all", "middle", "last", int, sequence of int or slice
-    sites, poolings : tuple of str
+    sites : Sites
+    poolings : tuple of str
     keep_tokens : bool
     outputs : Outputs
     keep_passed : bool
@@ -70,7 +72,7 @@ class Request:
     kind: PromptKind
     store: Store
     layers: LayerSpec
-    sites: tuple[str, ...]
+    sites: Sites
     poolings: tuple[str, ...]
     keep_tokens: bool
     outputs: Outputs
@@ -90,31 +92,36 @@ class Request:
     @property
     def layered(self) -> bool:
         """Whether any requested variable has layers."""
-        return self.outputs.router or bool(set(self.sites) & set(LAYERED_SITES))
+        return self.outputs.router or self.sites.any_layered
 
     def kept_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """The layers to store when `layers` are requested: with `keep_passed` also those below, where they cost no more time."""
         passed = layers and self.keep_passed and not self.keep_tokens and not self.outputs.router
         return tuple(range(max(layers) + 1)) if passed else layers
 
-    def wanted(self, layers: tuple[int, ...], routers: tuple[int, ...] | None = None) -> list[Wanted]:
+    def wanted(self, layers: tuple[int, ...], site_layers: Mapping[str, Collection[int]]) -> list[Wanted]:
         """Every requested variable.
 
         Parameters
         ----------
         layers : tuple of int
             Requested layers.
-        routers : tuple of int, optional
-            Layers that have a router; None if that is unknown, and then all are assumed to have one.
+        site_layers : mapping of str to collection of int
+            The layers of the model that have a site, the router among them. All are assumed to have a site that it does not name.
         """
+
+        def having(site: str) -> tuple[int, ...]:
+            # Where none of them has it, all are wanted still, so that the model is asked and says so.
+            return tuple(layer for layer in layers if layer in site_layers.get(site, layers)) or layers
+
         found = []
         for site in self.sites:
-            own_layers = layers if site in LAYERED_SITES else ()
+            own_layers = having(site) if self.sites.layered(site) else ()
             found += [Wanted(level="prompts", name=f"{site}_{pooling}", layers=own_layers, pooled_from=site) for pooling in self.poolings]
             found += [Wanted(level="tokens", name=site, layers=own_layers)] if self.keep_tokens else []
         for place, name, layered in self.outputs.variables():
             level: Level = "tokens" if place == "tokens" else "prompts"
-            own_layers = tuple(layer for layer in layers if routers is None or layer in routers) if layered else ()
+            own_layers = having(name) if layered else ()
             top_k = self.outputs.top_k if is_top_k(name) else None
             found.append(Wanted(level=level, name=name, layers=own_layers, at_least=top_k))
         return found
@@ -148,7 +155,7 @@ def check_request(
     store: Store,
     *,
     layers: LayerSpec,
-    sites: str | Sequence[str],
+    sites: SitesSpec,
     pooling: str | Sequence[str],
     keep_tokens: bool,
     outputs: Outputs,
@@ -172,13 +179,16 @@ def check_request(
     kind = prompts_kind(given)
     check_texts(given)
     _check_options(choice, kind, chat)
-    names = parse_sites(sites, outputs)
+    names, outputs = parse_sites(sites, outputs)
     poolings = parse_poolings(pooling if isinstance(pooling, str) else tuple(pooling or ()))
     if not poolings and not keep_tokens:
         if not outputs:
             raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
-        names = ()
+        names = Sites()
     own = check_columns(columns, prompts, given)
+    variables = {*names, *(f"{site}_{each}" for site in names for each in poolings)}
+    if same := sorted(variables & set(own)):
+        raise InvalidArgumentError(f"{same[0]!r} is a column of coords= and a variable of sites=: choose another name for one of them")
     if kind == "pair" and store_text:
         own = with_encoder_texts(own, given)
     return Request(

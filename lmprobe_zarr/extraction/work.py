@@ -97,6 +97,8 @@ def _sizes(lookup: Lookup, precision: Precision, tokens: int) -> tuple[int, int]
         outputs=request.outputs,
         vocab_size=model.vocab_size,
         experts=model.num_experts,
+        widths=lookup.widths,
+        site_layers={variable.pooled_from or variable.name: len(variable.layers) for variable in lookup.wanted if variable.layers},
     )
     stored_tokens = 0 if lookup.view is None else int(lookup.view.token_counts()[lookup.found_rows].sum())
     return size.total(len(lookup.missing), tokens), size.total(len(lookup.prompts), tokens + stored_tokens)

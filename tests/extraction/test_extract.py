@@ -429,7 +429,7 @@ def test_labels_that_do_not_fit_are_refused_before_anything_runs(llama: Path, ac
         (["the"], {"layers": []}, LayerOutOfRangeError, "selects none"),
         (["the"], {"pooling": "median"}, InvalidArgumentError, "unknown pooling 'median'"),
         (["the"], {"pooling": ()}, InvalidArgumentError, "nothing would be stored"),
-        (["the"], {"sites": "heads"}, InvalidArgumentError, "unknown site 'heads'"),
+        (["the"], {"sites": "head_z"}, InvalidArgumentError, "unknown site 'head_z'"),
         (["the"], {"dtype": "int8"}, InvalidArgumentError, "int8"),
         (["the"], {"max_length": 0}, InvalidArgumentError, "max_length=0"),
         (["the"], {"revision": "v2"}, InvalidArgumentError, "revision"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.batching import Windows, default_batch_tokens
     from lmprobe_zarr.extraction.models.capture import Progress, run
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
+    from lmprobe_zarr.extraction.models.places import places_of
 
 __all__ = [
     "DTYPES",
@@ -52,6 +53,7 @@ __all__ = [
     "model_name",
     "modules_field",
     "parse_prompts",
+    "places_of",
     "prompts_kind",
     "run",
     "tokenize",
@@ -65,6 +67,7 @@ _NEEDS_TORCH: Final = {
     "default_batch_tokens": "batching",
     "load_model": "loading",
     "load_tokenizer": "loading",
+    "places_of": "places",
     "run": "capture",
 }
 

@@ -43,10 +43,11 @@ class Addition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSites:
-    """What is added by the token mixer and by the MLP of a block; None where it was not found."""
+    """What is added by the token mixer and by the MLP of a block; None where it was not found, or where a `whole` block has none."""
 
     attn: Addition | None = None
     mlp: Addition | None = None
+    whole: bool = False
 
 
 def sites_of(call: Call, constants: Sequence[float] = ()) -> BlockSites:
@@ -66,7 +67,7 @@ def sites_of(call: Call, constants: Sequence[float] = ()) -> BlockSites:
         only = single[0]
         if only is None:
             return BlockSites()
-        return BlockSites(mlp=only) if _is_mlp(only.path) else BlockSites(attn=only)
+        return BlockSites(mlp=only, whole=True) if _is_mlp(only.path) else BlockSites(attn=only, whole=True)
     first, last = single[0], single[-1]
     if first is not None and last is not None and _is_mlp(first.path) and not _is_mlp(last.path):
         first, last = last, first

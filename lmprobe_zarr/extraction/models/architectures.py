@@ -24,7 +24,6 @@ In pre-norm decoders, therefore, ``resid[i] == resid[i - 1] + attn[i] + mlp[i]``
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,11 +48,13 @@ from lmprobe_zarr.extraction.models.structure import (
     first_line,
     is_decoder_of_encoder,
     plain_ids,
+    signature,
     text_settings,
     trace,
+    without_cache,
 )
 
-__all__ = ["Located", "Router", "Site", "locate"]
+__all__ = ["Located", "Place", "Router", "Site", "locate", "submodule"]
 
 MODULE_NAMES: Final = ("layers", "attn", "mlp", "router")
 SHOWN_LISTS: Final = 6
@@ -85,6 +86,55 @@ class Site:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the values of one site are.
+
+    Parameters
+    ----------
+    modules : mapping of int or None to Module
+        By layer, ascending; a layer that lacks the site is left out. By None for a site that is outside of the blocks.
+    given : bool
+        Whether it is the first floating-point tensor that the module is given, rather than what it returns.
+    scales : mapping of int to float
+        What the values of a layer are multiplied by, where that is not 1.
+    token_axis : int
+        Which axis of the module's tensor counts the tokens of a prompt; axis 0 counts prompts. All axes after the first two become one.
+    width : int, optional
+        Values of a token.
+    heads : int, optional
+        How many heads these values are of, end to end.
+    path : str
+        As the caller named it; empty for a site that is known by its own name.
+    """
+
+    modules: Mapping[int | None, nn.Module]
+    given: bool = False
+    scales: Mapping[int, float] = field(default_factory=dict)
+    token_axis: int = 1
+    width: int | None = None
+    heads: int | None = None
+    path: str = ""
+
+    @property
+    def layered(self) -> bool:
+        """Whether it is inside of the blocks."""
+        return None not in self.modules
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have the site; none where it is outside of the blocks."""
+        return tuple(layer for layer in self.modules if layer is not None)
+
+    @staticmethod
+    def of(sites: Mapping[int, Site]) -> Place:
+        """The place of what is added to the residual stream."""
+        return Place(
+            modules={layer: site.module for layer, site in sites.items()},
+            scales={layer: site.scale for layer, site in sites.items() if site.scale != 1},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
     """The modules of one model that are captured or run.
 
@@ -94,8 +144,8 @@ class Located:
         The smallest part that takes token ids and runs every block: no head, no vocabulary projection.
     blocks : tuple of Module
         One per layer. A module that one pass calls several times stands here once for each call.
-    attn, mlp : tuple of Site, one per block, or None
-        None where they are not known.
+    attn, mlp : mapping of int to Site, or None
+        By layer; a block that has no attention, or no MLP, is left out. None where they are not known.
     routers : mapping of int to Router
         By layer; only those that have one.
     whole, head : Module or None
@@ -111,8 +161,8 @@ class Located:
 
     body: nn.Module
     blocks: tuple[nn.Module, ...]
-    attn: tuple[Site, ...] | None
-    mlp: tuple[Site, ...] | None
+    attn: Mapping[int, Site] | None
+    mlp: Mapping[int, Site] | None
     routers: Mapping[int, Router] = field(default_factory=dict)
     whole: nn.Module | None = None
     head: nn.Module | None = None
@@ -121,9 +171,12 @@ class Located:
     mixers: tuple[str, ...] = ()
 
 
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """As ``get_submodule``, but never through a wrapper's ``__getattr__``: PEFT models pass every name on to what they wrap."""
-    for name in path.split("."):
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path, itself at an empty one; None where there is none.
+
+    As ``get_submodule``, but never through a wrapper's ``__getattr__``: PEFT models pass every name on to what they wrap.
+    """
+    for name in path.split(".") if path else ():
         children = dict(module.named_children())
         if name not in children:
             return None
@@ -183,11 +236,11 @@ def _needs_encoder(model: nn.Module, path: str) -> UnknownArchitectureError:
 # ------------------------------------------------------------------------------------------------------------ inside a block
 
 
-def _located_parts(model: nn.Module, blocks: Sequence[nn.Module], paths: Sequence[str], site: str) -> tuple[Site, ...]:
+def _located_parts(model: nn.Module, blocks: Sequence[nn.Module], paths: Sequence[str], site: str) -> dict[int, Site]:
     for path in paths:
-        parts = [_submodule(block, path) for block in blocks]
+        parts = [submodule(block, path) for block in blocks]
         if None not in parts:
-            return tuple(Site(module=part) for part in parts if part is not None)
+            return {layer: Site(module=part) for layer, part in enumerate(parts) if part is not None}
     children = ", ".join(repr(name) for name, _ in blocks[0].named_children())
     raise _unknown(model, f"no {site} {' or '.join(map(repr, paths))} in every block of {type(model).__name__}; a block holds {children}")
 
@@ -196,9 +249,9 @@ def _located_routers(blocks: Sequence[nn.Module], paths: Sequence[str]) -> dict[
     found = {}
     for layer, block in enumerate(blocks):
         for path in paths:
-            gate, (around, _, _) = _submodule(block, path), path.rpartition(".")
+            gate, (around, _, _) = submodule(block, path), path.rpartition(".")
             if gate is not None:
-                found[layer] = Router(gate=gate, around=_submodule(block, around) if around else None)
+                found[layer] = Router(gate=gate, around=submodule(block, around) if around else None)
                 break
     return found
 
@@ -259,7 +312,7 @@ def _by_hand(model: nn.Module, modules: Mapping[str, str], paired: bool) -> Loca
     # A model loaded without its head has paths that are shorter by the base model's prefix. Both forms are accepted.
     prefix = getattr(model, "base_model_prefix", "")
     others = (path.removeprefix(prefix + "."), f"{prefix}.{path}") if prefix else ()
-    found, where = next(((m, p) for p in (path, *others) if (m := _submodule(model, p)) is not None), (None, path))
+    found, where = next(((m, p) for p in (path, *others) if (m := submodule(model, p)) is not None), (None, path))
     if not isinstance(found, nn.ModuleList | nn.Sequential) or not len(found):
         raise _unknown(model, f"modules['layers']={path!r} is no list of modules in {type(model).__name__}")
     body = body_of(model, where)
@@ -284,14 +337,10 @@ def _by_hand(model: nn.Module, modules: Mapping[str, str], paired: bool) -> Loca
 def _as_called(body: nn.Module, listed: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
     """The blocks in the order of a pass, which may call some of them several times."""
     try:
-        calls, _ = trace(body, listed, plain_ids(body, TRACED_TOKENS), **_without_cache(body))
+        calls, _ = trace(body, listed, plain_ids(body, TRACED_TOKENS), **without_cache(body))
     except Exception:  # noqa: BLE001 — whether the model runs at all is examined before its first prompt
         return listed
     return _layers_of(listed, calls) or listed
-
-
-def _without_cache(body: nn.Module) -> dict[str, Any]:
-    return {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
 
 
 def _layers_of(listed: tuple[nn.Module, ...], calls: Sequence[Call]) -> tuple[nn.Module, ...] | None:
@@ -320,15 +369,15 @@ def _named(model: nn.Module, found: BlockList) -> Located | None:
 
 
 def _first_path(blocks: Sequence[nn.Module], paths: Sequence[str]) -> str:
-    return next(path for path in paths if all(_submodule(block, path) is not None for block in blocks))
+    return next(path for path in paths if all(submodule(block, path) is not None for block in blocks))
 
 
 def _assembled(
     model: nn.Module,
     found: BlockList,
     blocks: tuple[nn.Module, ...],
-    attn: tuple[Site, ...] | None,
-    mlp: tuple[Site, ...] | None,
+    attn: Mapping[int, Site] | None,
+    mlp: Mapping[int, Site] | None,
     routers: Sequence[str],
     paths: Mapping[str, str],
     mixers: tuple[str, ...] = (),
@@ -337,21 +386,16 @@ def _assembled(
     scored = _located_routers(blocks, routers)
     known = {"layers": found.path, **{site: path for site, path in paths.items() if path}}
     if scored:
-        known["router"] = " | ".join(path for path in routers if any(_submodule(block, path) is not None for block in blocks))
+        known["router"] = " | ".join(path for path in routers if any(submodule(block, path) is not None for block in blocks))
     return Located(
         body=found.body, blocks=blocks, attn=attn, mlp=mlp, routers=scored, whole=whole, head=head, paths=known, mixers=mixers,
     )  # fmt: skip
 
 
-def _signature(block: nn.Module) -> tuple[str, ...]:
-    """Blocks with the same signature are built alike, so what holds for one holds for all."""
-    return (type(block).__name__, *(f"{name}:{type(part).__name__}" for name, part in block.named_children()))
-
-
 def _traced(model: nn.Module, found: BlockList) -> Located | str:
     """The sites of a list whose blocks are verified by a pass, or why they are not the blocks."""
     try:
-        calls, _ = trace(found.body, found.modules, plain_ids(found.body, TRACED_TOKENS), inside=True, **_without_cache(found.body))
+        calls, _ = trace(found.body, found.modules, plain_ids(found.body, TRACED_TOKENS), inside=True, **without_cache(found.body))
     except Exception as error:  # noqa: BLE001 — any error of a model's own code
         return f"{type(found.body).__name__} does not run on token ids alone ({first_line(error)})"
     blocks = _layers_of(found.modules, calls)
@@ -368,9 +412,9 @@ def _traced(model: nn.Module, found: BlockList) -> Located | str:
     constants = _constants(model, len(blocks))
     sites: dict[tuple[str, ...], BlockSites] = {}
     for call in calls:
-        sites.setdefault(_signature(found.modules[call.index]), sites_of(call, constants))
-    per_layer = [sites.get(_signature(block), BlockSites()) for block in blocks]
-    attn, mlp = (_sites(blocks, [getattr(each, site) for each in per_layer]) for site in ("attn", "mlp"))
+        sites.setdefault(signature(found.modules[call.index]), sites_of(call, constants))
+    per_layer = [sites.get(signature(block), BlockSites()) for block in blocks]
+    attn, mlp = (_sites(blocks, per_layer, site) for site in ("attn", "mlp"))
     paths = {site: _joined([getattr(each, site) for each in per_layer]) for site, known in (("attn", attn), ("mlp", mlp)) if known}
     mixers = tuple("" if each.attn is None else each.attn.path for each in per_layer) if attn else ()
     width = None if calls[0].output is None else int(calls[0].output.shape[-1])
@@ -392,14 +436,20 @@ def _depth(model: nn.Module) -> int | None:
     return depth if isinstance(depth, int) else None
 
 
-def _sites(blocks: Sequence[nn.Module], additions: Sequence[Addition | None]) -> tuple[Site, ...] | None:
-    found = []
-    for block, addition in zip(blocks, additions, strict=True):
-        part = None if addition is None else _submodule(block, addition.path)
-        if part is None or addition is None:
+def _sites(blocks: Sequence[nn.Module], per_layer: Sequence[BlockSites], site: str) -> dict[int, Site] | None:
+    """What is added at a site, by layer; None where what some block adds is not known, or no block adds anything there.
+
+    A block whose only addition is the token mixer's has no MLP, and the other way round (Nemotron-H).
+    """
+    found = {}
+    for layer, (block, known) in enumerate(zip(blocks, per_layer, strict=True)):
+        addition = getattr(known, site)
+        if addition is None and not known.whole:
             return None
-        found.append(Site(module=part, scale=addition.scale))
-    return tuple(found)
+        part = None if addition is None else submodule(block, addition.path)
+        if part is not None and addition is not None:
+            found[layer] = Site(module=part, scale=addition.scale)
+    return found or None
 
 
 def _joined(additions: Sequence[Addition | None]) -> str:

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from lmprobe_zarr.batch import (
-    LAYERED_SITES,
     NO_OUTPUTS,
     SCALARS,
     LayerSpec,
     Outputs,
+    Sites,
+    SitesSpec,
     TokenBatch,
     describe_layers,
     offsets_of,
@@ -28,6 +29,7 @@ from lmprobe_zarr.batch import (
     resolve_layers,
     row_bytes,
     shorten,
+    split_variable,
 )
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.batching import (
@@ -46,6 +48,7 @@ from lmprobe_zarr.extraction.models.forward import ModelCall, run_forward_pass
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
 from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width, perplexity_of
 from lmprobe_zarr.extraction.models.paired import PairedBody
+from lmprobe_zarr.extraction.models.places import places_of
 from lmprobe_zarr.extraction.models.structure import evaluating, input_embeddings
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
 from lmprobe_zarr.extraction.models.turns import running
@@ -65,7 +68,7 @@ def run(
     tokenized: TokenizedPrompts,
     *,
     layers: LayerSpec = "all",
-    sites: str | Sequence[str] = ("resid",),
+    sites: SitesSpec | Sites = ("resid",),
     poolings: str | Sequence[str] = ("last_token",),
     keep_tokens: bool = False,
     outputs: Outputs = NO_OUTPUTS,
@@ -84,7 +87,7 @@ def run(
     layers : LayerSpec
         Nothing after the deepest of them is computed, unless `outputs` need the head. Ignored where no variable has layers. The
         router is taken from those layers that have one.
-    sites : sequence of {"resid", "attn", "mlp", "embed"}
+    sites : Sites, or as for `lmprobe_zarr.batch.parse_sites`
         May be empty where `outputs` are asked for.
     poolings : sequence of {"last_token", "first_token", "mean", "max", "min"}
         Pooled on the device; variables ``<site>_<pooling>``, (layer, prompt, hidden).
@@ -108,8 +111,8 @@ def run(
     ------
     TokenBatch
         Float32, float16 and float64 as the model computed them; bfloat16 as float32 of the same values, named in ``stored_dtype``.
-        Where the router has other layers than the other variables, it comes in a batch of its own, directly after theirs, with the same
-        prompts and columns.
+        Variables that are in other layers than the first come in batches of their own, directly after it, with the same prompts and
+        columns.
 
     Raises
     ------
@@ -125,20 +128,21 @@ def run(
     PromptTooLongError
         A prompt has more tokens than the model has positions.
     """
-    names = parse_sites(sites, outputs)
+    names, outputs = parse_sites(sites, outputs)
     pooled = parse_poolings(poolings if isinstance(poolings, str) else tuple(poolings))
     if outputs and not pooled and not keep_tokens:
-        names = ()  # no site would be kept
-    layered = any(site in LAYERED_SITES for site in names)
+        names = Sites()  # no site would be kept
     # numpy numbers and arrays are accepted too.
     chosen = resolve_layers(layers.tolist() if isinstance(layers, np.ndarray | np.generic) else layers, loaded.num_layers)
+    places = places_of(loaded, names, chosen)
     request = CaptureRequest(
-        layers=chosen if layered else (),
-        sites=names,
+        layers=chosen if names.any_layered else (),
+        places=places,
         poolings=pooled,
         keep_tokens=keep_tokens and bool(names),
         outputs=outputs,
         routers=tuple(layer for layer in chosen if layer in loaded.located.routers) if outputs.router else (),
+        routers_of_model=loaded.router_layers if outputs.router else (),
     )
     _check(loaded, tokenized, request, batch_tokens, batch_prompts)
     _check_outputs(loaded, tokenized, request, chosen)
@@ -151,6 +155,8 @@ def run(
     collected = row_bytes(
         layers=max(len(request.layers), len(request.routers)), hidden_size=loaded.hidden_size or 0, dtype=loaded.dtype, sites=names,
         pooling=pooled, keep_tokens=request.keep_tokens, outputs=outputs, vocab_size=width, experts=loaded.num_experts,
+        widths={site: place.width for site, place in places.items() if place.width},
+        site_layers={site: len(request.layers_of(site)) for site, place in places.items() if place.layered},
     )  # fmt: skip
     if batch_tokens is None:
         weight = collected.token
@@ -190,7 +196,7 @@ def _run_all(
         if copying.arrived is not None:
             copying.arrived.synchronize()
         _check_finite(loaded, copying, weights)
-        return _token_batches(copying, tokenized, request)
+        return _token_batches(copying, tokenized, request, loaded.num_layers)
 
     for start, stop in windows:
         # The longest prompts come first, so that memory runs out early. A model whose state grows with the longest prompt so far needs them
@@ -294,11 +300,6 @@ def _check(
     if loaded.window.fixed and loaded.window.tokens is not None and len(tokenized) and tokenized.lengths.max() > loaded.window.tokens:
         row = int(tokenized.lengths.argmax())
         raise too_long(int(tokenized.first[row]), tokenized.text[row], int(tokenized.lengths[row]), loaded.window.tokens, loaded.window)
-    for site in ("attn", "mlp"):
-        if site in request.sites and getattr(loaded.located, site) is None:
-            raise UnknownArchitectureError(
-                f"site {site!r} of {loaded.name!r} is not known: name it, modules={{'layers': '…', {site!r}: '…'}}"
-            )
 
 
 @dataclass(slots=True)
@@ -375,8 +376,8 @@ def _check_finite(loaded: LoadedModel, copying: _Copying, weights: _Weights) -> 
         )
 
 
-def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: CaptureRequest) -> Iterator[TokenBatch]:
-    """The batch. Where the router has other layers than the other variables, a second batch holds the router."""
+def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: CaptureRequest, num_layers: int) -> Iterator[TokenBatch]:
+    """One batch for every set of layers that variables are in; those without layers come with the first."""
     part = tokenized.take(copying.rows)
     stored: dict[str, str] = {}
     columns: dict[str, Array] = {}
@@ -384,27 +385,57 @@ def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: Capt
         columns = {"position": positions_of(part.lengths), "token_id": part.token_ids, **part.columns}
         if part.char_start is not None and part.char_end is not None:
             columns |= {"char_start": part.char_start, "char_end": part.char_end}
-    tokens, prompts = _to_numpy(copying.tokens, stored), _to_numpy(copying.prompts, stored)
+    levels = {"tokens": _to_numpy(copying.tokens, stored), "prompts": _to_numpy(copying.prompts, stored)}
     if request.outputs.perplexity:
-        prompts["perplexity"], tokens["token_perplexity"] = perplexity_of(tokens["token_log_prob"], part.lengths)
+        levels["prompts"]["perplexity"], levels["tokens"]["token_perplexity"] = perplexity_of(
+            levels["tokens"]["token_log_prob"], part.lengths
+        )  # fmt: skip
     flat = {name for _, name, layered in request.outputs.variables() if not layered}
-
-    def batch(layers: tuple[int, ...], tokens: dict[str, Array], prompts: dict[str, Array]) -> TokenBatch:
-        names = {*tokens, *prompts}
-        return TokenBatch(
+    flat |= {name for arrays in levels.values() for name in arrays if _is_outside(request, split_variable(name)[0])}
+    # The router's own last: its layers are those that have one.
+    names = sorted((name for arrays in levels.values() for name in arrays if name not in flat), key="router".__eq__)
+    layers_of = {name: request.layers_of(split_variable(name)[0]) for name in names}
+    kinds = list(dict.fromkeys(layers_of.values())) or [()]
+    for number, layers in enumerate(kinds):
+        held = {
+            level: {name: array for name, array in arrays.items() if layers_of.get(name) == layers or (number == 0 and name in flat)}
+            for level, arrays in levels.items()
+        }
+        kept = {*held["tokens"], *held["prompts"]}
+        by_token = bool(held["tokens"]) or (request.token_level and number == 0)
+        yield TokenBatch(
             sha256=part.sha256,
             text=part.text,
             prompt_length=part.lengths,
-            n_tokens=part.lengths if request.token_level else None,
+            n_tokens=part.lengths if by_token else None,
             layers=layers,
-            tokens=tokens,
-            token_columns=columns,
-            prompts=prompts,
-            unlayered=frozenset(name for name in names if name in flat or name.split("_")[0] == "embed"),
-            stored_dtype={name: dtype for name, dtype in stored.items() if name in names},
+            tokens=held["tokens"],
+            token_columns=columns if by_token else {},
+            prompts=held["prompts"],
+            unlayered=frozenset(kept & flat),
+            stored_dtype={name: dtype for name, dtype in stored.items() if name in kept},
+            site_attributes=_site_attributes(request, {split_variable(name)[0] for name in kept}, num_layers),
         )
 
-    router = {"router": tokens.pop("router")} if request.router_apart else {}
-    yield batch(request.layers or request.routers, tokens, prompts)
-    if router:
-        yield batch(request.routers, router, {})
+
+def _is_outside(request: CaptureRequest, site: str) -> bool:
+    """Whether a variable is of a site that has no layers."""
+    return site in request.places and not request.places[site].layered
+
+
+def _site_attributes(request: CaptureRequest, sites: set[str], num_layers: int) -> dict[str, dict[str, Any]]:
+    """What is noted of the sites in their arrays: the path that the caller named, the heads, and the layers of the model that have it."""
+    found: dict[str, dict[str, Any]] = {}
+    for site in sorted(sites):
+        place = request.places.get(site)
+        has = request.routers_of_model if site == "router" else () if place is None else place.layers
+        noted: dict[str, Any] = {}
+        if place is not None and place.path:
+            noted["site_path"] = place.path
+        if place is not None and place.heads:
+            noted["num_heads"] = place.heads
+        if has and len(has) < num_layers:
+            noted["site_layers"] = list(has)
+        if noted:
+            found[site] = noted
+    return found

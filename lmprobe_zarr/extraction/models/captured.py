@@ -5,14 +5,16 @@ Pooling and the removal of padding happen here, on the device. Never runs a mode
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from lmprobe_zarr.batch import NO_OUTPUTS, Outputs, concat_ranges, offsets_of
+from lmprobe_zarr.batch import NO_OUTPUTS, Outputs, concat_ranges, offsets_of, split_variable
 from lmprobe_zarr.errors import UnknownArchitectureError
+from lmprobe_zarr.extraction.models.architectures import Place
 from lmprobe_zarr.extraction.models.conduct import Layout
 from lmprobe_zarr.extraction.models.outputs import KeptLogits
 from lmprobe_zarr.extraction.models.padded_pooling import POOL_PADDED
@@ -30,15 +32,32 @@ def logits_of(output: Any) -> torch.Tensor | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureRequest:
-    """What is kept of a forward pass: layers, sites, poolings and outputs."""
+    """What is kept of a forward pass.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        Of sites inside of the blocks. A layer that lacks a site is left out of it.
+    places : mapping of str to Place
+        The sites.
+    poolings : tuple of str
+    keep_tokens : bool
+    outputs : Outputs
+    routers : tuple of int
+        Layers whose router is kept.
+    routers_of_model : tuple of int
+        All layers that have one.
+    routers_raw : bool
+        Whether the output of the gate module already is the raw scores.
+    """
 
     layers: tuple[int, ...]
-    sites: tuple[str, ...]
+    places: Mapping[str, Place]
     poolings: tuple[str, ...]
     keep_tokens: bool
     outputs: Outputs = NO_OUTPUTS
-    # Layers whose router is kept, and whether the output of the gate module already is the raw scores.
     routers: tuple[int, ...] = ()
+    routers_of_model: tuple[int, ...] = ()
     routers_raw: bool = True
 
     @property
@@ -51,15 +70,31 @@ class CaptureRequest:
         """Whether anything is kept per token."""
         return self.keep_tokens or self.outputs.token_level
 
+    def layers_of(self, site: str) -> tuple[int, ...]:
+        """The layers that are kept of a site, ascending; none where it is outside of the blocks."""
+        if site == "router":
+            return self.routers
+        modules = self.places[site].modules
+        return tuple(layer for layer in self.layers if layer in modules)
+
     @property
-    def router_apart(self) -> bool:
-        """Whether the router needs a batch of its own, because other variables have other layers."""
-        return bool(self.layers) and bool(self.routers) and self.layers != self.routers
+    def wanted(self) -> set[tuple[str, int | None]]:
+        """Every site with every layer that is kept of it; None for the layer of one outside of the blocks."""
+        found: set[tuple[str, int | None]] = {("router", layer) for layer in self.routers}
+        for site, place in self.places.items():
+            found |= {(site, layer) for layer in self.layers_of(site)} if place.layered else {(site, None)}
+        return found
 
     @property
     def deepest(self) -> int | None:
         """The last block that is needed; None if no block is."""
-        return max((*self.layers, *self.routers), default=None)
+        return max((layer for _, layer in self.wanted if layer is not None), default=None)
+
+    @property
+    def stops(self) -> bool:
+        """Whether nothing after the deepest layer is needed: neither the head, nor another module outside of the blocks."""
+        outside = any(not place.layered and site != "embed" for site, place in self.places.items())
+        return not self.outputs.needs_head and not outside
 
 
 @dataclass(slots=True)
@@ -122,6 +157,9 @@ class Collected:
         """
         batch, longest = len(self.padded.lengths), self.padded.longest
         found = first_tensor(output)
+        place = self.request.places.get(site)
+        if found is not None and place is not None and found.ndim > 3:
+            found = found.movedim(place.token_axis, 1).flatten(2)
         hidden = None if found is None else self.layout.apply(found, batch, longest)
         # Older OPT runs its MLP on (batch × longest, width).
         if hidden is None or hidden.ndim not in {2, 3} or hidden.shape[:-1].numel() != batch * longest:
@@ -183,7 +221,7 @@ class Collected:
         buffer[self._layers(variable).index(layer)].copy_(rows)
 
     def _layers(self, variable: str) -> tuple[int, ...]:
-        return self.request.routers if variable == "router" else self.request.layers
+        return self.request.layers_of(split_variable(variable)[0])
 
     def _buffer(self, buffers: dict[str, torch.Tensor], variable: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         if variable not in buffers:

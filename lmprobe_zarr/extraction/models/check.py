@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lmprobe_zarr.errors import DeviceMemoryError, UnknownArchitectureError
+from lmprobe_zarr.extraction.models.architectures import Place
 from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
 from lmprobe_zarr.extraction.models.conduct import Conduct, Layout, Padding
@@ -95,7 +96,12 @@ def _examine(loaded: LoadedModel) -> Conduct:
         alone = _alone(loaded, calls, long, layout)
         _check_states(loaded, alone, states)
         short = _alone(loaded, _own_pass(loaded, ids[LONG:-1])[0], ids[LONG:-1], layout)
-    request = CaptureRequest(layers=_called_layers(loaded, calls), sites=("resid",), poolings=(), keep_tokens=True)
+    request = CaptureRequest(
+        layers=_called_layers(loaded, calls),
+        places={"resid": Place(modules=dict(enumerate(loaded.located.blocks)))},
+        poolings=(),
+        keep_tokens=True,
+    )
     conduct, captured = _whole_or_body(loaded, request, Conduct(layout=layout, extra_rows=extra, layers=request.layers), alone)
     conduct = replace(conduct, causal=_is_causal(loaded, request, conduct, captured, other))
     return replace(conduct, padding=_padding(loaded, request, conduct, (alone, short), other))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lmprobe_zarr.batch import LAYERED_SITES, describe_layers
+from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected, PaddedBatch
 from lmprobe_zarr.extraction.models.conduct import Conduct
@@ -172,8 +172,7 @@ def run_forward_pass(
                 collected.take_logits(output)
         if sliced is not None:
             sliced[0].run(sliced[1])
-    wanted: set[tuple[str, int | None]] = {(site, layer) for site in request.sites if site in LAYERED_SITES for layer in request.layers}
-    wanted |= {(site, None) for site in request.sites if site not in LAYERED_SITES} | {("router", layer) for layer in request.routers}
+    wanted = request.wanted
     absent = wanted - collected.seen
     if absent:
         raise _not_called(absent, wanted)

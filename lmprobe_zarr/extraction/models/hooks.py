@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lmprobe_zarr.errors import UnknownArchitectureError
-from lmprobe_zarr.extraction.models.architectures import Site
+from lmprobe_zarr.extraction.models.architectures import Place
 from lmprobe_zarr.extraction.models.captured import Collected
 from lmprobe_zarr.extraction.models.loading import LoadedModel
 from lmprobe_zarr.extraction.models.outputs import raw_scores
@@ -26,20 +26,21 @@ class DeepestLayerDoneError(Exception):
 class _Turns:
     """Which layer a call of a module belongs to: a module that stands for several layers is called once for each, in their order."""
 
-    def __init__(self, modules: Sequence[nn.Module], name: str) -> None:
+    def __init__(self, modules: Mapping[int | None, nn.Module], name: str) -> None:
         self._name = name
-        self._layers: dict[int, list[int]] = {}
+        self._layers: dict[int, list[int | None]] = {}
         self._calls: dict[int, int] = {}
-        for layer, module in enumerate(modules):
+        for layer, module in modules.items():
             self._layers.setdefault(id(module), []).append(layer)
 
-    def next(self, module: nn.Module) -> int:
+    def next(self, module: nn.Module) -> int | None:
         """The layer of the call that is being made."""
         layers, number = self._layers[id(module)], self._calls.get(id(module), 0)
         if number >= len(layers):
             times = "once" if len(layers) == 1 else f"{len(layers)} times"
+            where = "" if layers[0] is None else f" of layer {layers[0]}"
             raise UnknownArchitectureError(
-                f"the module at site {self._name!r} of layer {layers[0]} ({type(module).__name__}) is called more than {times} in "
+                f"the module at site {self._name!r}{where} ({type(module).__name__}) is called more than {times} in "
                 "one pass, and which values are those of the layer is not clear"
             )
         self._calls[id(module)] = number + 1
@@ -52,29 +53,35 @@ def register_hooks(loaded: LoadedModel, collected: Collected, stack: ExitStack) 
     The last hook that is reached stops the pass, unless the head is needed.
     """
     request, located = collected.request, loaded.located
-    stops = not request.outputs.needs_head
 
-    def keep(site: str, modules: Sequence[nn.Module], scales: Sequence[float]) -> Callable[..., None]:
-        turns, wanted = _Turns(modules, site), set(request.layers)
+    def keep(site: str, place: Place) -> tuple[Callable[..., None], Callable[..., None]]:
+        turns, wanted = _Turns(place.modules, site), {layer for name, layer in request.wanted if name == site}
 
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+        def take(module: nn.Module, values: Any) -> None:
             layer = turns.next(module)
             if layer in wanted:
-                added = output if scales[layer] == 1 else first_tensor(output)
-                collected.take(site, layer, added if scales[layer] == 1 or added is None else added * scales[layer])
+                scale = 1.0 if layer is None else place.scales.get(layer, 1.0)
+                added = values if scale == 1 else first_tensor(values)
+                collected.take(site, layer, added if scale == 1 or added is None else added * scale)
 
-        return hook
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            take(module, input_tensor(args, kwargs))
+
+        def after(module: nn.Module, _args: Any, output: Any) -> None:
+            take(module, output)
+
+        return before, after
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if ("embed", None) not in collected.seen:
             collected.take("embed", None, input_tensor(args, kwargs))
-        if stops and request.deepest is None:
+        if request.stops and request.deepest is None:
             raise DeepestLayerDoneError
 
     def score(turns: _Turns) -> Callable[..., None]:
         def hook(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             scores = raw_scores(gate, (*args, *kwargs.values()), output if request.routers_raw else None)
-            collected.take("router", routed[turns.next(gate)], scores)
+            collected.take("router", turns.next(gate), scores)
 
         return hook
 
@@ -100,31 +107,29 @@ def register_hooks(loaded: LoadedModel, collected: Collected, stack: ExitStack) 
         return hook
 
     handles = []
-    if "embed" in request.sites:
+    if "embed" in request.places:
         handles.append(located.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
-    sites: dict[str, tuple[Site, ...] | None] = {
-        "resid": tuple(Site(module=block) for block in located.blocks), "attn": located.attn, "mlp": located.mlp
-    }  # fmt: skip
-    for site in request.sites:
-        parts = sites.get(site)
-        if parts is None:
+    for site, place in request.places.items():
+        if site == "embed":
             continue
-        modules, scales = [part.module for part in parts], [part.scale for part in parts]
-        hook = keep(site, modules, scales)
-        chosen = {id(modules[layer]): modules[layer] for layer in request.layers}
-        handles += [module.register_forward_hook(hook) for module in chosen.values()]
-    routed = list(request.routers)
-    turns = _Turns([located.routers[layer].gate for layer in routed], "router")
-    for layer in routed:
+        before, after = keep(site, place)
+        kept: tuple[int | None, ...] = request.layers_of(site) if place.layered else (None,)
+        for module in {id(place.modules[layer]): place.modules[layer] for layer in kept}.values():
+            if place.given:
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(after))
+    turns = _Turns({layer: located.routers[layer].gate for layer in request.routers}, "router")
+    for layer in request.routers:
         router = located.routers[layer]
-        if layer == next(other for other in routed if located.routers[other].gate is router.gate):
+        if layer == next(other for other in request.routers if located.routers[other].gate is router.gate):
             handles.append(router.gate.register_forward_hook(score(turns), with_kwargs=True))
         if router.around is not None:
             handles.append(router.around.register_forward_hook(score_unseen(layer), with_kwargs=True))
-    if stops and request.deepest is not None:
-        ends = stop(_Turns(located.blocks, "resid"), request.deepest)
+    if request.stops and request.deepest is not None:
+        ends = stop(_Turns(dict(enumerate(located.blocks)), "resid"), request.deepest)
         handles.append(located.blocks[request.deepest].register_forward_hook(ends))
-    elif not stops and located.head is not None:
+    elif request.outputs.needs_head and located.head is not None:
         handles.append(located.head.register_forward_pre_hook(leave_padding_out))
     for handle in handles:
         stack.callback(handle.remove)

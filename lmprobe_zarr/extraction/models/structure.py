@@ -37,9 +37,11 @@ __all__ = [
     "leaving_no_hooks",
     "original_attention",
     "plain_ids",
+    "signature",
     "takes_ids",
     "text_settings",
     "trace",
+    "without_cache",
 ]
 
 # A decoder of an encoder-decoder is a candidate too, so that it can be refused by name.
@@ -272,6 +274,16 @@ def input_device(body: nn.Module) -> torch.device:
     if device.type == "meta":
         device = torch.device(getattr(getattr(reader, "_hf_hook", None), "execution_device", "cpu"))
     return device
+
+
+def without_cache(body: nn.Module) -> dict[str, Any]:
+    """The argument that keeps a model from making a cache of keys and values; none where it takes none."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(body.forward).parameters else {}
+
+
+def signature(block: nn.Module) -> tuple[str, ...]:
+    """Blocks with the same signature are built alike, so what holds for one holds for all."""
+    return (type(block).__name__, *(f"{name}:{type(part).__name__}" for name, part in block.named_children()))
 
 
 def _copied(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ A document becomes a frozen record by ``parse_…``, which raises where it is da
 ``…_document``. Pure functions and records: never reads or writes a file. Other rooms import from this face.
 """
 
-from lmprobe_zarr.store.format.array import ArrayInfo, array_dims, is_variable, parse_array
+from lmprobe_zarr.store.format.array import SITE_ATTRIBUTES, ArrayInfo, array_dims, is_variable, parse_array
 from lmprobe_zarr.store.format.blosc_frame import Frame, check_frame, decode_range, header_of, in_one_thread
 from lmprobe_zarr.store.format.call_order import CALL_ORDER, CallPlaces, call_of, parse_places
 from lmprobe_zarr.store.format.chunk import CRC, TEXT_BYTES, crc32c, encode_body, encode_chunk, file_entry, holds_checksum, is_intact
@@ -77,6 +77,7 @@ __all__ = [
     "PROMPT_COLUMNS",
     "PUBLISHED_MARK",
     "SAMPLE_DIM",
+    "SITE_ATTRIBUTES",
     "STAMPS",
     "TEXT_BYTES",
     "TOKEN_COLUMNS",

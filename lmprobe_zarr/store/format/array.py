@@ -12,10 +12,13 @@ import numpy as np
 from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, split_variable
 from lmprobe_zarr.store.format.names import COLUMN, SAMPLE_DIM, Json, Level
 
-__all__ = ["ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
+__all__ = ["SITE_ATTRIBUTES", "ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
 
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
 _BLOSC_LIMIT: Final = 2**31 - 17  # bytes, the most that blosc compresses at once
+# What the arrays of a site say of it: the path that the caller named it by, how many heads its values are of, and the layers of the model
+# that have it, where some lack it.
+SITE_ATTRIBUTES: Final = ("site_path", "num_heads", "site_layers")
 
 
 def array_dims(variable: str, level: Level, shape: tuple[int, ...], layered: bool, hidden_size: int | None) -> tuple[str, ...]:
@@ -221,6 +224,10 @@ def parse_array(document: object) -> ArrayInfo:
     )
     if not isinstance(info.attributes.get("stored_dtype", ""), str):
         raise ValueError("stored_dtype is no text")
+    if not isinstance(info.attributes.get("site_path", ""), str):
+        raise ValueError("site_path is no text")
+    lengths_of([info.attributes.get("num_heads", 1)])
+    lengths_of(info.attributes.get("site_layers", []))
     if COLUMN in info.attributes:
         _check_column(info, info.attributes[COLUMN])
     if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or outer != info.codecs:

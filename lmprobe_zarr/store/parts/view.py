@@ -181,6 +181,11 @@ class View:
         shapes = sorted({a.info.row_shape for a in arrays})
         if len({a.info.layered for a in arrays}) > 1 or (len(shapes) > 1 and not is_top_k(name)):
             raise CorruptPartError(f"the parts of {self.where} disagree on the shape of {name!r}: {shapes}")
+        if len(named := sorted({str(a.info.attributes.get("site_path", "")) for a in arrays})) > 1:
+            raise InvalidArgumentError(
+                f"the parts of {self.where} hold {name!r} of different modules ({', '.join(map(repr, named))}), as two calls at the same "
+                f"time leave it: remove it, store.drop(…, [{name!r}]), and extract it again"
+            )
         if layered and not layers:
             raise CorruptPartError(f"the parts of {self.where} hold {name!r} by layer, which it never is")
         places = np.zeros((len(holding), 1), np.int32)

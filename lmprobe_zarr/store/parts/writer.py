@@ -29,6 +29,7 @@ from lmprobe_zarr.batch import (
     join_columns,
     parse_column,
     positions_of,
+    split_variable,
 )
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
 from lmprobe_zarr.storage import PieceWriter, Storage, run_all
@@ -316,7 +317,10 @@ class PartWriter:
                 dtype=wide.name,
                 # Byte shuffle decodes twice as fast and costs a tenth in size: the better trade for small pooled arrays.
                 shuffle=("shuffle" if level == "prompts" else "bitshuffle") if self.compressed else None,
-                attributes={"stored_dtype": batch.stored_dtype.get(name, wide.name)},
+                attributes={
+                    "stored_dtype": batch.stored_dtype.get(name, wide.name),
+                    **batch.site_attributes.get(split_variable(name)[0], {}),
+                },
             )
             buffer = self._variables[key] = _RowBuffer(self, key, info)
         return buffer
@@ -601,4 +605,5 @@ def shape_of(batch: TokenBatch) -> tuple[Hashable, ...]:
         for name, array in values.items()
     )
     optional = (batch.text is None, batch.prompt_length is None, batch.n_tokens is None)
-    return batch.layers, variables, optional, frozenset(batch.token_columns), frozenset(batch.prompt_columns)
+    noted = json.dumps({site: dict(values) for site, values in batch.site_attributes.items()}, sort_keys=True)
+    return batch.layers, variables, optional, frozenset(batch.token_columns), frozenset(batch.prompt_columns), noted

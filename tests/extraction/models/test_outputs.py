@@ -14,7 +14,7 @@ import pytest
 from loaded_models import Scarce, by_prompt, checked_from, loaded_from
 from tiny_models import PROMPTS, TINY, save_tiny, tiny_model, tiny_tokenizer
 
-from lmprobe_zarr.batch.sites import INNER_DIMS, SCALARS, Outputs, parse_sites, row_bytes
+from lmprobe_zarr.batch.sites import INNER_DIMS, SCALARS, Outputs, Sites, parse_sites, row_bytes
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotFoundError, UnknownArchitectureError
 from lmprobe_zarr.extraction import models as extraction
@@ -764,7 +764,8 @@ def test_outputs_say_what_they_store() -> None:
     assert {name for outputs in every for _, name, _ in outputs.variables()} == {*INNER_DIMS, *SCALARS}
     with pytest.raises(InvalidArgumentError, match="sites is empty"):
         parse_sites(())
-    assert parse_sites((), Outputs(router=True)) == ()
+    assert parse_sites((), Outputs(router=True)) == (Sites(), Outputs(router=True))
+    assert parse_sites(("router", "resid")) == (Sites(("resid",)), Outputs(router=True))
 
 
 def test_bad_arguments_are_errors_before_any_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_a_constant_before_the_sum_is_known_in_any_precision(multiplier: float, 
     located = locate(random_model("GraniteModel", "GraniteConfig", **options).to(getattr(torch, dtype)))
     assert located.attn is not None
     assert located.mlp is not None
-    assert [site.scale for site in (*located.attn, *located.mlp)] == [multiplier] * 8
+    assert [site.scale for site in (*located.attn.values(), *located.mlp.values())] == [multiplier] * 8
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -103,7 +103,7 @@ def test_in_post_norm_blocks_attn_and_mlp_are_added_before_the_norm(name: str, c
     located = locate(random_model(name, config, **options))
     assert located.attn is not None
     assert located.mlp is not None
-    for site in (*located.attn, *located.mlp):
+    for site in (*located.attn.values(), *located.mlp.values()):
         assert not isinstance(site.module, torch.nn.LayerNorm | torch.nn.Dropout)
 
 

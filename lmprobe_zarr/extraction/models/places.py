@@ -1,0 +1,410 @@
+"""Where the sites of a model are that no name tells: found in one or two short passes, by structure or by the caller's path.
+
+``resid_mid`` is the input of the module that is given the residual stream between attention and MLP. ``heads`` is the input of the
+attention's output projection, and ``neurons`` that of the MLP's last projection: the projection whose output, perhaps behind a norm, is
+what attention or MLP add to the residual stream. A path names a module inside each block, or with a leading slash one outside of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from lmprobe_zarr.batch import Sites, describe_layers
+from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
+from lmprobe_zarr.extraction.models.architectures import Place, Site, submodule
+from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loading_report import quiet_logging
+from lmprobe_zarr.extraction.models.structure import (
+    Call,
+    Part,
+    evaluating,
+    first_line,
+    first_tensor,
+    input_device,
+    input_tensor,
+    original_attention,
+    plain_ids,
+    signature,
+    text_settings,
+    trace,
+    without_cache,
+)
+from lmprobe_zarr.extraction.models.turns import running
+from lmprobe_zarr.extraction.models.wrappers import uncompiled
+
+__all__ = ["SHORT_PASS", "Given", "given_and_returned", "places_of"]
+
+# Tokens of the two prompts whose shapes tell which axis counts tokens.
+SHORT_PASS: Final = (6, 11)
+# How far two tensors of one value may differ, relative to their norm; and how far the stream may be from a sum, relative to what was added.
+ALIKE: Final = {torch.float64: 1e-9, torch.float32: 1e-5}
+ALIKE_COARSE: Final = 2e-2
+SUM: Final = {torch.float64: 1e-6, torch.float32: 1e-3}
+SUM_COARSE: Final = 0.5
+# Modules between a projection and the sum: norms, dropout.
+BETWEEN: Final = 4
+ATTENTION: Final = re.compile(r"att", re.IGNORECASE)
+OTHER_MIXERS: Final = re.compile(r"linear_?att|mamba|ssm|rwkv|delta|conv|recurrent|retention|mixer2|lightning", re.IGNORECASE)
+NEAREST: Final = 5
+
+
+def places_of(loaded: LoadedModel, sites: Sites, layers: Sequence[int]) -> dict[str, Place]:
+    """Where each site is.
+
+    Parameters
+    ----------
+    loaded : LoadedModel
+    sites : Sites
+    layers : sequence of int
+        Layers that are wanted; the width of a site must be the same in all of these that have it.
+
+    Raises
+    ------
+    UnknownArchitectureError
+        The model has no such site, as far as is known; or what is there has no row for every token.
+    InvalidArgumentError
+        A path names no module, or no layer that is wanted has the site; or its width differs between layers.
+    """
+    key = f"places {sorted(sites.names)} {sorted(sites.paths.items())} {list(layers)}"
+    if key not in loaded.checked:
+        loaded.checked[key] = _find(loaded, sites, layers)
+    places: dict[str, Place] = loaded.checked[key]
+    return {site: places[site] for site in sites}
+
+
+def _find(loaded: LoadedModel, sites: Sites, layers: Sequence[int]) -> dict[str, Place]:
+    found = {site: place for site in sites if (place := _known(loaded, site, sites.paths)) is not None}
+    rest = [site for site in sites if site not in found]
+    named = {site: sites.paths[site] for site in rest if site in sites.paths}
+    by_structure = [site for site in rest if site not in named]
+    if not rest:
+        return found
+    with _short_pass(loaded):
+        inner = _by_structure(loaded, by_structure) if by_structure else {}
+        for site, path in named.items():
+            inner[site] = _by_path(loaded, site, path)
+        shaped = _with_shapes(loaded, inner, layers)
+    return found | shaped
+
+
+def _known(loaded: LoadedModel, site: str, paths: Mapping[str, str]) -> Place | None:
+    """The place of a site that is known without a pass; None of one that is not."""
+    blocks = loaded.located.blocks
+    if site in paths:
+        return None
+    if site == "resid":
+        return Place(modules=dict(enumerate(blocks)), width=loaded.hidden_size)
+    if site == "embed":
+        return Place(modules={None: blocks[0]}, given=True, width=loaded.hidden_size)
+    if site not in ("attn", "mlp"):
+        return None
+    added = loaded.located.attn if site == "attn" else loaded.located.mlp
+    if added is None:
+        raise UnknownArchitectureError(f"site {site!r} of {loaded.name!r} is not known: name it, modules={{'layers': '…', {site!r}: '…'}}")
+    return replace(Place.of(added), width=loaded.hidden_size)
+
+
+@contextmanager
+def _short_pass(loaded: LoadedModel) -> Iterator[None]:
+    with running(loaded.turn), uncompiled(loaded.module), quiet_logging():
+        yield
+
+
+# ------------------------------------------------------------------------------------------------------------ by structure
+
+
+def _by_structure(loaded: LoadedModel, sites: Sequence[str]) -> dict[str, Place]:
+    located = loaded.located
+    calls, _ = trace(located.body, located.blocks, plain_ids(located.body, SHORT_PASS[0]), inside=True, **without_cache(located.body))
+    # A block that is called several times stands for as many layers, in the order of its calls.
+    in_order = len(set(map(id, located.blocks))) < len(located.blocks)
+    by_layer = {number if in_order else call.index: call for number, call in enumerate(calls)}
+    votes: dict[tuple[tuple[str, ...], str], Counter[str]] = {}
+    for layer, call in by_layer.items():
+        attn, mlp = ((added or {}).get(layer) for added in (located.attn, located.mlp))
+        for site, path in _inside(call, attn, mlp).items():
+            votes.setdefault((signature(located.blocks[layer]), site), Counter())[path] += 1
+    found = {}
+    for site in sites:
+        modules: dict[int | None, nn.Module] = {}
+        for layer, block in enumerate(located.blocks):
+            counted = votes.get((signature(block), site))
+            module = None if counted is None else submodule(block, counted.most_common(1)[0][0])
+            if module is not None:
+                modules[layer] = module
+        if not modules:
+            raise UnknownArchitectureError(
+                f"{loaded.name!r} has no {site!r} that is found by structure ({_LACKING[site]}): leave it out, or name a module, "
+                f"sites={{{site + '_own'!r}: 'path.in.a.block:input'}}; `lmprobe-zarr sites` lists them"
+            )
+        found[site] = Place(modules=modules, given=True)
+    return found
+
+
+_LACKING: Final = {
+    "resid_mid": "its attention and its MLP are added to the residual stream at once, or one of them is not known",
+    "neurons": "its MLP does not end in one projection, as in a mixture of experts, or is not known",
+    "heads": "its blocks have no attention that ends in one projection, or it is not known",
+}
+
+
+def _inside(call: Call, attn: Site | None, mlp: Site | None) -> dict[str, str]:
+    """The paths in a block of the modules whose input the three sites are."""
+    found = {}
+    places = {id(part.module): place for place, part in enumerate(call.parts)}
+    counts = Counter(id(part.module) for part in call.parts)
+
+    def place_of(site: Site | None) -> int | None:
+        return None if site is None or counts[id(site.module)] != 1 else places[id(site.module)]
+
+    mixed, projected = place_of(attn), place_of(mlp)
+    if mixed is not None:
+        heads = _projection(call, mixed)
+        if heads is not None and _is_attention(call.parts[mixed], heads):
+            found["heads"] = heads.path
+        between = _between(call, mixed, 1.0 if attn is None else attn.scale) if projected is not None else None
+        if between is not None:
+            found["resid_mid"] = between.path
+    if projected is not None and (neurons := _projection(call, projected)) is not None:
+        found["neurons"] = neurons.path
+    return found
+
+
+def _is_attention(mixer: Part, projection: Part) -> bool:
+    """Whether a token mixer is attention, and not Mamba, linear attention or a convolution."""
+    names = f"{mixer.path} {type(mixer.module).__name__} {projection.path}"
+    return bool(ATTENTION.search(names)) and not OTHER_MIXERS.search(names)
+
+
+def _projection(call: Call, place: int) -> Part | None:
+    """The projection that the output of a module comes from, straight or through a norm; None where something else computes it."""
+    target = call.parts[place].output
+    for _ in range(BETWEEN):
+        # The innermost module that returns this value returns it first.
+        same = [part for part in call.parts[: place + 1] if _alike(part.output, target)]
+        if not same:
+            return None
+        found = next((part for part in same if _is_projection(part.module) and part.given is not None), None)
+        if found is not None:
+            return found
+        if _has_matrix(same[0].module):
+            return None
+        target = same[0].given
+    return None
+
+
+def _is_projection(module: nn.Module) -> bool:
+    """Whether a module is a matrix product: plain, quantised, or with an adapter around it."""
+    weight = getattr(module, "weight", None)
+    inner = getattr(module, "base_layer", None)
+    named = re.search("Linear|Conv1D", type(module).__name__) is not None
+    plain = isinstance(weight, torch.Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+    return named or plain or (isinstance(inner, nn.Module) and _is_projection(inner))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters())
+
+
+def _between(call: Call, place: int, scale: float) -> Part | None:
+    """The outermost module that is given the residual stream with what attention added, and without what the MLP adds."""
+    added, given = call.parts[place].output, call.given
+    if added is None or given is None or added.numel() != given.numel():
+        return None
+    stream, added = given.float(), scale * added.reshape(given.shape).float()
+    state = stream + added
+    near = SUM.get(given.dtype, SUM_COARSE) * float(added.norm())
+    found = [
+        part
+        for part in call.parts[place + 1 :]
+        if part.given is not None
+        and part.given.numel() == state.numel()
+        and part.given.shape[-1] == state.shape[-1]
+        and float((part.given.reshape(state.shape).float() - state).norm()) <= near
+        and not isinstance(part.module, nn.Identity | nn.Dropout)
+    ]
+    return min(found, key=lambda part: part.path.count("."), default=None)
+
+
+def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None or one.numel() != other.numel() or one.shape[-1] != other.shape[-1]:
+        return False
+    far = float((one.reshape(other.shape).float() - other.float()).norm())
+    return far <= ALIKE.get(other.dtype, ALIKE_COARSE) * float(other.float().norm())
+
+
+# ----------------------------------------------------------------------------------------------------------------- by path
+
+
+def _by_path(loaded: LoadedModel, site: str, path: str) -> Place:
+    where, given = Sites.parse_path(path)
+    if where.startswith("/"):
+        return Place(modules={None: _outside(loaded, site, where[1:])}, given=given, path=path)
+    modules: dict[int | None, nn.Module] = {
+        layer: module for layer, block in enumerate(loaded.located.blocks) if (module := submodule(block, where)) is not None
+    }
+    if not modules:
+        paths = {name for block in loaded.located.blocks for name, _ in block.named_modules() if name}
+        raise InvalidArgumentError(
+            f"sites={{{site!r}: {path!r}}}: no block of {loaded.name!r} has a module {where!r}{_nearest(where, paths)}; a path outside "
+            "of the blocks begins with a slash, and `lmprobe-zarr sites` lists all"
+        )
+    return Place(modules=modules, given=given, path=path)
+
+
+def _outside(loaded: LoadedModel, site: str, where: str) -> nn.Module:
+    """A module outside of the blocks, by its path in the model, which may lack what stands around the model, as a wrapper does."""
+    whole = dict(loaded.module.named_modules())
+    prefix = getattr(loaded.module, "base_model_prefix", "")
+    candidates = [where, *([where.removeprefix(prefix + "."), f"{prefix}.{where}"] if prefix else [])]
+    names = [name for name in candidates if name in whole] or [name for name in whole if name.endswith(f".{where}")]
+    inside = {id(part) for block in loaded.located.blocks for part in block.modules()}
+    outer = {name: module for name, module in whole.items() if id(module) not in inside}
+    chosen = [name for name in names if name in outer]
+    if not chosen and names:
+        raise InvalidArgumentError(
+            f"sites={{{site!r}: '/{where}'}} is inside of a block of {loaded.name!r}: give its path in the block, without a slash, and "
+            "layers="
+        )
+    if not chosen or len({id(outer[name]) for name in chosen}) > 1:
+        several = f", but {len(chosen)} modules end so" if chosen else _nearest(where, outer)
+        raise InvalidArgumentError(f"sites={{{site!r}: '/{where}'}}: no module of {loaded.name!r} has this path{several}")
+    module: nn.Module = outer[chosen[0]]
+    if not any(part is module for part in loaded.located.body.modules()):
+        raise InvalidArgumentError(
+            f"sites={{{site!r}: '/{where}'}} is outside of the part of {loaded.name!r} that runs its blocks, as its head is: logits= keeps "
+            "what the head returns, and its input is what the last norm returns"
+        )
+    return module
+
+
+def _nearest(where: str, paths: set[str] | Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(where, sorted(path for path in paths if path), NEAREST, 0.4)
+    return f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+
+
+# ------------------------------------------------------------------------------------------------------------------ shapes
+
+
+@dataclass(slots=True)
+class Given:
+    """What a module is given and what it returns in a pass: the shapes of the first floating-point tensors, None where there is none."""
+
+    given: tuple[int, ...] | None = None
+    returned: tuple[int, ...] | None = None
+    calls: int = 0
+
+
+def given_and_returned(loaded: LoadedModel, modules: Mapping[int, nn.Module], tokens: int) -> dict[int, Given]:
+    """The shapes of what goes in and out of some modules, by `id`, in one pass over one prompt of this many tokens.
+
+    Raises
+    ------
+    UnknownArchitectureError
+        The model does not run.
+    """
+    found = {key: Given() for key in modules}
+    body = loaded.located.body
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shapes = found[id(module)]
+        shapes.calls += 1
+        tensor = input_tensor(args, kwargs)
+        shapes.given = None if tensor is None else tuple(tensor.shape)
+
+    def after(module: nn.Module, _args: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        found[id(module)].returned = None if tensor is None else tuple(tensor.shape)
+
+    ids = (plain_ids(body, tokens) * tokens)[:tokens]
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(loaded.module))
+        stack.enter_context(original_attention(loaded.module))
+        stack.enter_context(torch.no_grad())
+        for module in modules.values():
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        try:
+            body(input_ids=torch.tensor([ids], device=input_device(body)), **without_cache(body))
+        except Exception as error:
+            raise UnknownArchitectureError(
+                f"{loaded.name!r} does not run on a short prompt ({first_line(error)}), so its sites cannot be examined"
+            ) from error
+    return found
+
+
+def _with_shapes(loaded: LoadedModel, places: Mapping[str, Place], layers: Sequence[int]) -> dict[str, Place]:
+    """The places with the axis of the tokens and the width, which two short passes show."""
+    modules = {id(module): module for place in places.values() for module in place.modules.values()}
+    seen = [given_and_returned(loaded, modules, tokens) for tokens in SHORT_PASS]
+    return {site: _with_shape(loaded, site, place, seen, layers) for site, place in places.items()}
+
+
+def _with_shape(loaded: LoadedModel, site: str, place: Place, seen: Sequence[Mapping[int, Given]], layers: Sequence[int]) -> Place:
+    named = f" ({place.path!r})" if place.path else ""
+    called = {layer: module for layer, module in place.modules.items() if seen[0][id(module)].calls}
+    kept = {layer: module for layer, module in called.items() if layer is None or layer in layers}
+    if not called:
+        raise UnknownArchitectureError(f"the model ran without calling the module of site {site!r}{named} of {loaded.name!r}: name another")
+    if not kept:
+        has = describe_layers(sorted(layer for layer in called if layer is not None))
+        raise InvalidArgumentError(
+            f"site {site!r}{named} is in layers {has} of {loaded.name!r}, and none of them is asked for: ask for some of them, or "
+            "leave it out"
+        )
+    axes: dict[int, list[int | None]] = {}
+    widths: dict[int, list[int | None]] = {}
+    for layer, module in kept.items():
+        shapes = [each[id(module)].given if place.given else each[id(module)].returned for each in seen]
+        axis = _token_axis(shapes)
+        if axis is None or shapes[0] is None:
+            what = "is given" if place.given else "returns"
+            got = " and ".join("nothing with a fraction" if shape is None else str(shape) for shape in shapes)
+            raise UnknownArchitectureError(
+                f"the module of site {site!r}{named} of {loaded.name!r} {what} {got} for prompts of {SHORT_PASS[0]} and "
+                f"{SHORT_PASS[1]} tokens, which is not a row for every token: choose another module"
+            )
+        axes.setdefault(axis, []).append(layer)
+        width = 1
+        for place_of_axis, size in enumerate(shapes[0]):
+            width *= 1 if place_of_axis == axis or (len(shapes[0]) > 2 and place_of_axis == _batch_axis(axis)) else size
+        widths.setdefault(width, []).append(layer)
+    if len(widths) > 1 or len(axes) > 1:
+        told = "; ".join(
+            f"{width} in layers {describe_layers([layer for layer in held if layer is not None])}" for width, held in widths.items()
+        )
+        raise InvalidArgumentError(
+            f"the width of site {site!r}{named} of {loaded.name!r} differs between layers ({told}): ask for layers of one width at a time"
+        )
+    width = next(iter(widths))
+    heads = getattr(text_settings(loaded.located.body), "num_attention_heads", None) if site == "heads" else None
+    known = isinstance(heads, int) and heads > 0 and width % heads == 0
+    return replace(place, modules=called, token_axis=next(iter(axes)), width=width, heads=heads if known else None)
+
+
+def _batch_axis(token_axis: int) -> int:
+    """The axis that counts prompts: the first, or the second where tokens come first."""
+    return 1 if token_axis == 0 else 0
+
+
+def _token_axis(shapes: Sequence[tuple[int, ...] | None]) -> int | None:
+    """The axis that counts tokens; None where none or several do, or where prompts have no axis of their own."""
+    short, long = shapes
+    if short is None or long is None or len(short) != len(long) or len(short) < 2:
+        return None
+    differ = [axis for axis, (a, b) in enumerate(zip(short, long, strict=True)) if a != b]
+    if len(differ) != 1 or (short[differ[0]], long[differ[0]]) != SHORT_PASS:
+        return None
+    axis = differ[0]
+    if len(short) == 2:
+        return axis if axis == 0 else None  # all tokens of all prompts, end to end
+    return axis if short[_batch_axis(axis)] == 1 and axis < len(short) - 1 and (axis < 2 or len(short) > 3) else None
