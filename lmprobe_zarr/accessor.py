@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 
@@ -82,6 +83,35 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         ``position`` has only positions that occur, so each token keeps its position after a selection.
         """
         return pad_tokens(self._data)
+
+    def heads(self, num_heads: int | None = None) -> xr.DataArray:
+        """The values of every attention head by themselves, such as those of the site ``heads``.
+
+        Parameters
+        ----------
+        num_heads : int, optional
+            By default what is stored with the variable, which a computation may lose.
+
+        Returns
+        -------
+        xarray.DataArray
+            With the last dimension replaced by ``head`` and ``head_dim``. In memory, unless the data are Dask arrays.
+
+        Raises
+        ------
+        InvalidArgumentError
+            The number of heads is not known, or does not divide the width.
+        """
+        dim, known = self._data.dims[-1] if self._data.dims else None, self._data.attrs.get("num_heads") if num_heads is None else num_heads
+        if known is None or isinstance(known, bool) or not isinstance(known, int | np.integer) or known < 1:
+            raise InvalidArgumentError(
+                f"how many heads {self._data.name!r} is of is not known ({known!r}): give their number, .lz.heads(32)"
+            )
+        if dim in (None, "layer", "prompt", "token") or self._data.sizes[dim] % int(known):
+            width = "no width" if dim is None else f"the dimension {dim!r} of {self._data.sizes[dim]}"
+            raise InvalidArgumentError(f"{self._data.name!r} has {width} at its end, which is not {known} heads of one size")
+        bare = self._data.drop_vars([name for name, coord in self._data.coords.items() if dim in coord.dims])
+        return bare.coarsen({dim: self._data.sizes[dim] // int(known)}).construct({dim: ("head", "head_dim")})
 
     def to_series(self) -> pd.Series[Any]:
         """A column as it was given: a pandas Series with its dtype, categories and time zone, by prompt.

@@ -41,6 +41,7 @@ from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.batch.ragged import as_slice, concat_ranges, offsets_of, positions_of
 from lmprobe_zarr.batch.sites import (
     BUILT_IN_SITES,
+    HIDDEN_SITES,
     INNER_DIMS,
     LAYERED_SITES,
     LOGITS_POSITIONS,
@@ -66,6 +67,7 @@ __all__ = [
     "ANY_KIND",
     "BUILT_IN_SITES",
     "HASH_DIGITS",
+    "HIDDEN_SITES",
     "INNER_DIMS",
     "LAYERED_SITES",
     "LOGITS_POSITIONS",

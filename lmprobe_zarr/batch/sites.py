@@ -22,6 +22,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
     "BUILT_IN_SITES",
+    "HIDDEN_SITES",
     "INNER_DIMS",
     "LAYERED_SITES",
     "LOGITS_POSITIONS",
@@ -51,6 +52,8 @@ def split_variable(variable: str) -> tuple[str, str | None]:
 # The sites of the first version of the format, whose names are variables wherever they stand.
 LAYERED_SITES: Final = ("resid", "attn", "mlp")
 SITES: Final = (*LAYERED_SITES, "embed")
+# Sites whose values are as wide as the residual stream.
+HIDDEN_SITES: Final = (*SITES, "resid_mid")
 # Those that extraction finds by itself; the router's scores are an output, see `Outputs`.
 BUILT_IN_SITES: Final = ("resid", "resid_mid", "attn", "mlp", "embed", "neurons", "heads", "router")
 # lmprobe's three, in its order: the exponential of the mean, the least and the greatest negative log-probability of the tokens.

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lmprobe_zarr import config
+from lmprobe_zarr.batch import HIDDEN_SITES, split_variable
 from lmprobe_zarr.bridges.entry import Entry
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import Model
@@ -53,7 +54,7 @@ def group_as_extracted(model: Model, provenance: Provenance) -> GroupInfo:
 
 def width_of(entries: Iterable[Entry]) -> int | None:
     """The most frequent width of the entries' residual streams; None where there are none."""
-    widths = Counter(held.row_shape[-1] for entry in entries for held in entry.holds if held.variable.startswith("resid"))
+    widths = Counter(held.row_shape[-1] for entry in entries for held in entry.holds if split_variable(held.variable)[0] in HIDDEN_SITES)
     return widths.most_common(1)[0][0] if widths else None
 
 

@@ -15,6 +15,7 @@ from lmprobe_zarr.cli.exchange import add_export, add_import
 from lmprobe_zarr.cli.extract import add_extract
 from lmprobe_zarr.cli.report import add_report
 from lmprobe_zarr.cli.show import add_info, add_show
+from lmprobe_zarr.cli.sites import add_sites
 from lmprobe_zarr.cli.sweep import add_sweep
 from lmprobe_zarr.cli.upkeep import add_compact, add_gc, add_publish, add_repair, add_verify
 from lmprobe_zarr.display import visible
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_demo(commands)
     add_extract(commands)
+    add_sites(commands)
     add_info(commands)
     add_show(commands)
     add_sweep(commands)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lmprobe_zarr.batch import LOGITS_POSITIONS, POOLINGS, SITES
+from lmprobe_zarr.batch import BUILT_IN_SITES, LOGITS_POSITIONS, POOLINGS
 from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, parse_object, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
@@ -25,7 +25,7 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
     command.add_argument("--coords", default="", metavar="NAMES", help="columns to store with the prompts, separated by commas")
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
-    command.add_argument("--sites", default="resid", help=f"any of {','.join(SITES)} (default: %(default)s)")
+    command.add_argument("--sites", default="resid", help=f"any of {','.join(BUILT_IN_SITES)}, or NAME=PATH (default: %(default)s)")
     command.add_argument("--pooling", default="last_token", help=f"any of {','.join(POOLINGS)}, or none (default: %(default)s)")
     command.add_argument("--keep-tokens", action="store_true", help="also store every token")
     command.add_argument("--perplexity", action="store_true", help="also store perplexities, per prompt and per token")
@@ -55,6 +55,11 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
 
+def _parse_sites(names: list[str]) -> dict[str, str]:
+    """``resid,z=self_attn.o_proj:input`` as `extract` takes it."""
+    return {name: path if equals else name for name, equals, path in (each.partition("=") for each in names)}
+
+
 def _extract(options: argparse.Namespace) -> None:
     names = split_names(options.coords)
     prompts, columns = read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=names)
@@ -62,7 +67,7 @@ def _extract(options: argparse.Namespace) -> None:
     request: dict[str, Any] = {
         "store": store,
         "layers": parse_layers(options.layers),
-        "sites": split_names(options.sites),
+        "sites": _parse_sites(split_names(options.sites)),
         "pooling": [] if options.pooling == "none" else split_names(options.pooling),
         "keep_tokens": options.keep_tokens,
         "perplexity": options.perplexity,

@@ -42,8 +42,9 @@ def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[Gro
         The group that the call names says that it is of another model, or that it was computed otherwise.
     """
     known = _find_known(request, model) if isinstance(model, ModelIdentity) else _find_own(request, model)
-    known = None if known is None else request.store.groups(whole=False).get(_for_sites(request, known).name)
-    certain = [known] if known is not None and request.group in (None, known.name) else []
+    if known is not None and request.group is None:
+        known = request.store.groups(whole=False).get(_for_sites(request, known).name)
+    certain = [known] if known is not None and request.group in (None, known.name) and not _other_paths(request, known) else []
     if request.group is not None:
         named = request.store.groups(whole=False).get(request.group)
         if certain or named is None:
@@ -125,7 +126,7 @@ def _other_paths(request: Request, info: GroupInfo) -> _OtherPaths:
         for name, array in view.variables(level).items():
             site = split_variable(name)[0]
             held = str(array.attributes.get("site_path", ""))
-            if site in paths and held != paths[site]:
+            if site in paths and not _same_module(held, paths[site]):
                 found[site] = held
     return found
 
@@ -187,3 +188,10 @@ def _find_known(request: Request, identity: ModelIdentity) -> GroupInfo | None:
     if len(found) > 1:
         raise ambiguous(found, request.store.where)
     return found[0] if found else None
+
+
+def _same_module(held: str, asked: str) -> bool:
+    """Whether two paths name one module: outside of the blocks the path of the whole model is longer than that of its body."""
+    if not (held.startswith("/") and asked.startswith("/")):
+        return held == asked
+    return f".{asked[1:]}".endswith(f".{held[1:]}") or f".{held[1:]}".endswith(f".{asked[1:]}")

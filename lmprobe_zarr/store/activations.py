@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lmprobe_zarr.batch import (
+    HIDDEN_SITES,
     LAYERED_SITES,
     SITES,
     TokenBatch,
@@ -20,6 +21,7 @@ from lmprobe_zarr.batch import (
     parse_column,
     prompt_sha256,
     split_variable,
+    variable_problem,
     with_encoder_texts,
 )
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
@@ -43,6 +45,7 @@ def write_activations(
     coords: Mapping[str, Any] | pd.DataFrame | None = None,
     provenance: Provenance | None = None,
     num_layers: int | None = None,
+    hidden_size: int | None = None,
     store_text: bool = True,
 ) -> str:
     """Store activations that you already have, as one part, visible as a whole or not at all.
@@ -56,10 +59,10 @@ def write_activations(
     prompts : sequence of str, of token ids or of pairs of str, no prompt twice
         What the activations belong to, in the order of every array below.
     activations : mapping of str to mapping of int to list of array, optional
-        Site (``resid``, ``attn``, ``mlp``) to ``{layer: [array(token, hidden), …]}``, one array per prompt, without padding;
-        ``embed`` to the list itself, as it has no layers.
+        Site to ``{layer: [array(token, width), …]}``, one array per prompt, without padding; a site that has no layers, such as ``embed``,
+        to the list itself. Any name of letters, digits and underscores is a site, and each may have a width of its own.
     pooled : mapping of str to mapping of int to array, optional
-        ``<site>_<pooling>`` to ``{layer: array(prompt, hidden)}``; ``embed_<pooling>`` to the array itself.
+        ``<site>_<pooling>`` to ``{layer: array(prompt, width)}``; for a site without layers to the array itself.
     token_ids : sequence of sequence of int, optional
         Token ids of each prompt.
     coords : mapping of str to sequence, optional
@@ -70,6 +73,9 @@ def write_activations(
         How the activations were computed. Other provenance is another group, and so is none.
     num_layers : int, optional
         Blocks of the model, where known.
+    hidden_size : int, optional
+        Width of the residual stream; by default that of ``resid``, ``resid_mid``, ``attn``, ``mlp`` or ``embed`` where one is given. A
+        variable of this width has the dimension ``hidden``, any other ``<site>_unit``.
     store_text : bool
         False leaves the texts out; prompts are then found by text or hash, but no longer read back.
 
@@ -108,15 +114,16 @@ def write_activations(
     layered = {name: layers for name, layers in layers_of.items() if layers is not None}
     if len(set(layered.values())) > 1:
         raise InvalidArgumentError(f"the variables hold different layers ({layered}): write each set of layers in a call of its own")
-    hidden = {a.shape[-1] for a in (*tokens.values(), *per_prompt.values())}
-    if len(hidden) > 1:
-        raise InvalidArgumentError(f"the variables differ in hidden size ({sorted(hidden)}): one model has one")
+    hidden = _hidden_size(hidden_size, {**tokens, **per_prompt})
+    _check_widths({**tokens, **per_prompt})
     layers = next(iter(layered.values()), ())
     lengths = _lengths(token_ids, counts, len(prompts))
     if num_layers is not None and layers and layers[-1] >= num_layers:
         raise InvalidArgumentError(f"layer {layers[-1]} was given for a model of num_layers={num_layers}")
     aligned = align_columns(coords, given, prompts)
     validate_column_names(aligned, new=True)
+    if same := sorted({*tokens, *per_prompt} & set(aligned)):
+        raise InvalidArgumentError(f"{same[0]!r} is a column of coords= and a variable: choose another name for one of them")
     columns = {name: parse_column(name, values) for name, values in aligned.items()}
     # What stands as the text of a pair is what the decoder reads.
     known = [p[1] if is_pair(p) else p for p in prompts]
@@ -138,16 +145,45 @@ def write_activations(
         unlayered=frozenset(name for name, held in layers_of.items() if held is None),
         stored_dtype={name: dtype for name, dtype in dtypes.items() if dtype == "bfloat16"},
     )
-    info = GroupInfo(model=os.fspath(model), provenance=provenance or {}, num_layers=num_layers, hidden_size=int(hidden.pop()))
+    info = GroupInfo(model=os.fspath(model), provenance=provenance or {}, num_layers=num_layers, hidden_size=hidden)
     store.write(info, batch, recorded={"written_by": "write_activations"})
     return info.name
 
 
-def _check_name(name: str, *, pooling: bool) -> None:
-    site, how = split_variable(name)
-    if site not in SITES or (how is not None) != pooling:
-        wanted = "<site>_<pooling>, such as resid_last_token" if pooling else f"one of {', '.join(SITES)}"
-        raise InvalidArgumentError(f"{name!r} is no {'pooled variable' if pooling else 'site'}: use {wanted}")
+def _hidden_size(given: int | None, arrays: Mapping[str, Array]) -> int | None:
+    """The width of the residual stream: as given, or that of the sites that have it."""
+    widths = {name: int(array.shape[-1]) for name, array in arrays.items() if split_variable(name)[0] in HIDDEN_SITES}
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (int, np.integer)) or given < 1):
+        raise InvalidArgumentError(f"hidden_size={given!r} is no width: give a whole number of at least 1, or None")
+    if len({*widths.values(), *([] if given is None else [int(given)])}) > 1:
+        own = {} if given is None else {"hidden_size": int(given)}
+        raise InvalidArgumentError(f"the variables differ in hidden size ({own | widths}): one model has one; name another site otherwise")
+    return int(given) if given is not None else next(iter(widths.values()), None)
+
+
+def _check_widths(arrays: Mapping[str, Array]) -> None:
+    """Raise where a site has one width by token and another pooled: they share a dimension."""
+    widths: dict[str, tuple[str, int]] = {}
+    for name, array in arrays.items():
+        first, width = widths.setdefault(split_variable(name)[0], (name, int(array.shape[-1])))
+        if width != array.shape[-1]:
+            raise InvalidArgumentError(f"{first!r} is {width} wide and {name!r} is {array.shape[-1]}: a site has one width")
+
+
+def _check_name(name: object, *, pooling: bool) -> None:
+    site, how = split_variable(name) if isinstance(name, str) else ("", None)
+    problem = None if site in SITES else variable_problem(site)
+    if problem is not None or (how is not None) != pooling:
+        wanted = "<site>_<pooling>, such as resid_last_token" if pooling else "such as resid, without a pooling"
+        raise InvalidArgumentError(
+            f"{name!r:.80} is no {'pooled variable' if pooling else 'site'}: give {wanted}{f' ({problem})' if problem else ''}"
+        )
+
+
+def _is_unlayered(name: str, values: Any) -> bool:
+    """Whether a variable has no layers, which the names of format 1 say themselves."""
+    site = split_variable(name)[0]
+    return site not in LAYERED_SITES and (site == "embed" or not isinstance(values, Mapping))
 
 
 def _lengths(token_ids: Sequence[Sequence[int]] | None, counts: Array | None, n_prompts: int) -> Array | None:
@@ -172,7 +208,7 @@ def _read_tokens(
     counts: Array | None = None
     for name, values in activations.items():
         _check_name(name, pooling=False)
-        unlayered = name not in LAYERED_SITES
+        unlayered = _is_unlayered(name, values)
         by_layer = {0: values} if unlayered else _by_layer(name, values)
         stacked = []
         for layer, arrays in by_layer.items():
@@ -201,7 +237,7 @@ def _read_tokens(
 
 
 def _read_pooled(name: str, values: Any) -> tuple[Array, tuple[int, ...] | None, str]:
-    if split_variable(name)[0] not in LAYERED_SITES:
+    if _is_unlayered(name, values):
         array, dtype = as_array(values)
         _check_alike(name, [array])
         return array, None, dtype

@@ -179,7 +179,8 @@ def _activation_variables(
     for name, info in view.variables(level).items():
         array = view.source(level, name, rows, layers, lengths, widened=not stored)
         kinds = sorted({str(a.info.attributes.get("stored_dtype", a.info.dtype)) for a in array.arrays})
-        variables[name] = lazy_variable(info.dims, LazyArray(array), {"stored_dtype": ", ".join(kinds)})
+        noted = {key: info.attributes[key] for key in ("site_path", "num_heads") if key in info.attributes}
+        variables[name] = lazy_variable(info.dims, LazyArray(array), {"stored_dtype": ", ".join(kinds), **noted})
         rows_per_chunk.append(array.arrays[0].info.rows_per_chunk)
     for variable in variables.values():
         # Of the variable with the widest rows, so that all have the same chunks, as `Dataset.chunks` and data frames of Dask need.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.capture import Progress, run
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
     from lmprobe_zarr.extraction.models.places import places_of
+    from lmprobe_zarr.extraction.models.site_table import SiteRow, site_rows
 
 __all__ = [
     "DTYPES",
@@ -42,6 +43,7 @@ __all__ = [
     "PromptKind",
     "Prompts",
     "Provenance",
+    "SiteRow",
     "TokenizedPrompts",
     "Windows",
     "default_batch_tokens",
@@ -56,6 +58,7 @@ __all__ = [
     "places_of",
     "prompts_kind",
     "run",
+    "site_rows",
     "tokenize",
     "weights_digest",
 ]
@@ -68,7 +71,9 @@ _NEEDS_TORCH: Final = {
     "load_model": "loading",
     "load_tokenizer": "loading",
     "places_of": "places",
+    "SiteRow": "site_table",
     "run": "capture",
+    "site_rows": "site_table",
 }
 
 

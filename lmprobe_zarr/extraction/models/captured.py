@@ -161,6 +161,8 @@ class Collected:
         if found is not None and place is not None and found.ndim > 3:
             found = found.movedim(place.token_axis, 1).flatten(2)
         hidden = None if found is None else self.layout.apply(found, batch, longest)
+        if hidden is not None and hidden.ndim == 3 and hidden.shape[:2] == (1, longest):
+            hidden = hidden.expand(batch, -1, -1)  # one row per position for all prompts, as embeddings of positions are
         # Older OPT runs its MLP on (batch × longest, width).
         if hidden is None or hidden.ndim not in {2, 3} or hidden.shape[:-1].numel() != batch * longest:
             got = type(output).__name__ if found is None else tuple(found.shape)

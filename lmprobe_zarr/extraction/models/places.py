@@ -8,6 +8,7 @@ what attention or MLP add to the residual stream. A path names a module inside e
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from lmprobe_zarr.extraction.models.structure import (
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.wrappers import uncompiled
 
-__all__ = ["SHORT_PASS", "Given", "given_and_returned", "places_of"]
+__all__ = ["SHORT_PASS", "Given", "given_and_returned", "places_of", "row_of", "short_pass"]
 
 # Tokens of the two prompts whose shapes tell which axis counts tokens.
 SHORT_PASS: Final = (6, 11)
@@ -88,7 +89,7 @@ def _find(loaded: LoadedModel, sites: Sites, layers: Sequence[int]) -> dict[str,
     by_structure = [site for site in rest if site not in named]
     if not rest:
         return found
-    with _short_pass(loaded):
+    with short_pass(loaded):
         inner = _by_structure(loaded, by_structure) if by_structure else {}
         for site, path in named.items():
             inner[site] = _by_path(loaded, site, path)
@@ -114,7 +115,8 @@ def _known(loaded: LoadedModel, site: str, paths: Mapping[str, str]) -> Place | 
 
 
 @contextmanager
-def _short_pass(loaded: LoadedModel) -> Iterator[None]:
+def short_pass(loaded: LoadedModel) -> Iterator[None]:
+    """The turn of a model for a pass outside of a run; compiled code runs as it was written, so that hooks are called."""
     with running(loaded.turn), uncompiled(loaded.module), quiet_logging():
         yield
 
@@ -248,7 +250,8 @@ def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 def _by_path(loaded: LoadedModel, site: str, path: str) -> Place:
     where, given = Sites.parse_path(path)
     if where.startswith("/"):
-        return Place(modules={None: _outside(loaded, site, where[1:])}, given=given, path=path)
+        outside, own = _outside(loaded, site, where[1:])
+        return Place(modules={None: outside}, given=given, path=f"/{own}:input" if given else f"/{own}")
     modules: dict[int | None, nn.Module] = {
         layer: module for layer, block in enumerate(loaded.located.blocks) if (module := submodule(block, where)) is not None
     }
@@ -261,8 +264,11 @@ def _by_path(loaded: LoadedModel, site: str, path: str) -> Place:
     return Place(modules=modules, given=given, path=path)
 
 
-def _outside(loaded: LoadedModel, site: str, where: str) -> nn.Module:
-    """A module outside of the blocks, by its path in the model, which may lack what stands around the model, as a wrapper does."""
+def _outside(loaded: LoadedModel, site: str, where: str) -> tuple[nn.Module, str]:
+    """A module outside of the blocks, and its path in the part that runs them.
+
+    It is found by its path in the model, which may lack what stands around the model, as a wrapper or a head does.
+    """
     whole = dict(loaded.module.named_modules())
     prefix = getattr(loaded.module, "base_model_prefix", "")
     candidates = [where, *([where.removeprefix(prefix + "."), f"{prefix}.{where}"] if prefix else [])]
@@ -279,12 +285,13 @@ def _outside(loaded: LoadedModel, site: str, where: str) -> nn.Module:
         several = f", but {len(chosen)} modules end so" if chosen else _nearest(where, outer)
         raise InvalidArgumentError(f"sites={{{site!r}: '/{where}'}}: no module of {loaded.name!r} has this path{several}")
     module: nn.Module = outer[chosen[0]]
-    if not any(part is module for part in loaded.located.body.modules()):
+    own = next((path for path, part in loaded.located.body.named_modules() if part is module), None)
+    if own is None:
         raise InvalidArgumentError(
             f"sites={{{site!r}: '/{where}'}} is outside of the part of {loaded.name!r} that runs its blocks, as its head is: logits= keeps "
             "what the head returns, and its input is what the last norm returns"
         )
-    return module
+    return module, own
 
 
 def _nearest(where: str, paths: set[str] | Mapping[str, object]) -> str:
@@ -361,34 +368,43 @@ def _with_shape(loaded: LoadedModel, site: str, place: Place, seen: Sequence[Map
             f"site {site!r}{named} is in layers {has} of {loaded.name!r}, and none of them is asked for: ask for some of them, or "
             "leave it out"
         )
-    axes: dict[int, list[int | None]] = {}
-    widths: dict[int, list[int | None]] = {}
+    rows: dict[tuple[int, int], list[int | None]] = {}
     for layer, module in kept.items():
         shapes = [each[id(module)].given if place.given else each[id(module)].returned for each in seen]
-        axis = _token_axis(shapes)
-        if axis is None or shapes[0] is None:
+        row = row_of(shapes)
+        if row is None:
             what = "is given" if place.given else "returns"
             got = " and ".join("nothing with a fraction" if shape is None else str(shape) for shape in shapes)
             raise UnknownArchitectureError(
                 f"the module of site {site!r}{named} of {loaded.name!r} {what} {got} for prompts of {SHORT_PASS[0]} and "
                 f"{SHORT_PASS[1]} tokens, which is not a row for every token: choose another module"
             )
-        axes.setdefault(axis, []).append(layer)
-        width = 1
-        for place_of_axis, size in enumerate(shapes[0]):
-            width *= 1 if place_of_axis == axis or (len(shapes[0]) > 2 and place_of_axis == _batch_axis(axis)) else size
-        widths.setdefault(width, []).append(layer)
-    if len(widths) > 1 or len(axes) > 1:
-        told = "; ".join(
-            f"{width} in layers {describe_layers([layer for layer in held if layer is not None])}" for width, held in widths.items()
-        )
+        rows.setdefault(row, []).append(layer)
+    if len(rows) > 1:
+        numbers = {row: [layer for layer in held if layer is not None] for row, held in rows.items()}
+        told = "; ".join(f"{width} in layers {describe_layers(held)}" for (_, width), held in numbers.items())
         raise InvalidArgumentError(
             f"the width of site {site!r}{named} of {loaded.name!r} differs between layers ({told}): ask for layers of one width at a time"
         )
-    width = next(iter(widths))
+    axis, width = next(iter(rows))
     heads = getattr(text_settings(loaded.located.body), "num_attention_heads", None) if site == "heads" else None
     known = isinstance(heads, int) and heads > 0 and width % heads == 0
-    return replace(place, modules=called, token_axis=next(iter(axes)), width=width, heads=heads if known else None)
+    return replace(place, modules=called, token_axis=axis, width=width, heads=heads if known else None)
+
+
+def row_of(shapes: Sequence[tuple[int, ...] | None]) -> tuple[int, int] | None:
+    """The axis that counts tokens, and how many values a token has; None where there is no row for every token.
+
+    Parameters
+    ----------
+    shapes : sequence of tuple of int or None
+        Of one tensor, for prompts of as many tokens as `SHORT_PASS` says.
+    """
+    axis = _token_axis(shapes)
+    if axis is None or shapes[0] is None:
+        return None
+    others = (size for place, size in enumerate(shapes[0]) if place != axis and not (len(shapes[0]) > 2 and place == _batch_axis(axis)))
+    return axis, math.prod(others)
 
 
 def _batch_axis(token_axis: int) -> int:

@@ -72,10 +72,10 @@ def hooked(model: Any, at: dict[tuple[str, int | None], tuple[str, bool]]) -> li
         for key, (path, given) in at.items():
             module = model.get_submodule(path)
 
-            def before(_: Any, args: Any, kwargs: Any, key: Any = key) -> None:
+            def before(_: Any, args: Any, kwargs: Any, key: Any = key, values: Any = values) -> None:
                 values[key] = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()).clone()
 
-            def after(_: Any, _args: Any, output: Any, key: Any = key) -> None:
+            def after(_: Any, _args: Any, output: Any, key: Any = key, values: Any = values) -> None:
                 values[key] = (output if isinstance(output, torch.Tensor) else output[0]).clone()
 
             handles.append(
@@ -97,7 +97,7 @@ def captured(model: Any, sites: Any, *, encoder: bool = False, **options: Any) -
     for batch in extraction.run(loaded, tokenized, sites=sites, poolings=POOLINGS, keep_tokens=True, **options):
         for digest, values in by_prompt([batch]).items():
             merged.setdefault(digest, {}).update(values)
-            merged[digest].setdefault("layers", {}).update({name: batch.layers for name in (*batch.tokens, *batch.prompts)})
+            merged[digest].setdefault("layers", {}).update(dict.fromkeys((*batch.tokens, *batch.prompts), batch.layers))
     return [merged[digest] for digest in prompts.sha256]
 
 
@@ -244,7 +244,7 @@ def test_a_width_that_differs_between_layers_is_an_error_that_names_the_layers()
         close(values["neurons"], np.stack([prompt["neurons", layer] for layer in (1, 3)]))
 
 
-class Pooled(torch.nn.Module):
+class Pooled(torch.nn.Module):  # type: ignore[misc,name-defined]
     """An MLP whose inner module is given one row per prompt."""
 
     def __init__(self) -> None:
