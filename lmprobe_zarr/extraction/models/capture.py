@@ -399,6 +399,7 @@ def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: Capt
             layers=layers,
             tokens=tokens,
             token_columns=columns,
+            role_names=part.role_names if request.token_level else (),
             prompts=prompts,
             unlayered=frozenset(name for name in names if name in flat or name.split("_")[0] == "embed"),
             stored_dtype={name: dtype for name, dtype in stored.items() if name in names},
