@@ -4,7 +4,7 @@ Numpy and names only: never files, xarray, torch or zarr. Other rooms import fro
 """
 
 from lmprobe_zarr.batch.aligned import align_columns, columns_by_key
-from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, parse_chat_options, unused_arguments
+from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, apply_template, parse_chat_options, template_of, unused_arguments
 from lmprobe_zarr.batch.columns import (
     ANY_KIND,
     Column,
@@ -39,6 +39,20 @@ from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
 from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
 from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.batch.ragged import as_slice, concat_ranges, offsets_of, positions_of
+from lmprobe_zarr.batch.roles import (
+    NO_ROLE,
+    ROLES,
+    chat_spans,
+    decode_role_names,
+    encode_role_names,
+    ids_spans,
+    kept_tokens,
+    marked_tokens,
+    role_code,
+    role_names,
+    roles_of_tokens,
+    with_marks,
+)
 from lmprobe_zarr.batch.sites import (
     BUILT_IN_SITES,
     HIDDEN_SITES,
@@ -73,8 +87,10 @@ __all__ = [
     "LOGITS_POSITIONS",
     "NO_CHAT_OPTIONS",
     "NO_OUTPUTS",
+    "NO_ROLE",
     "POOLINGS",
     "PROMPT_KINDS",
+    "ROLES",
     "SCALARS",
     "SITES",
     "STATISTICS",
@@ -94,7 +110,9 @@ __all__ = [
     "TokenBatch",
     "accepted",
     "align_columns",
+    "apply_template",
     "as_slice",
+    "chat_spans",
     "check_flag",
     "check_texts",
     "check_word",
@@ -104,21 +122,26 @@ __all__ = [
     "copy_rows",
     "count_odd",
     "decode_ids",
+    "decode_role_names",
     "describe_layers",
     "digest_of_hash",
     "digests_of",
+    "encode_role_names",
     "fill_value",
     "fit_column",
     "given_prompts",
     "has_utf8",
     "hashes_of",
+    "ids_spans",
     "is_hash",
     "is_pair",
     "is_top_k",
     "is_wide",
     "join_columns",
+    "kept_tokens",
     "keys_of",
     "list_names",
+    "marked_tokens",
     "merge_kinds",
     "offsets_of",
     "parse_chat_options",
@@ -135,6 +158,9 @@ __all__ = [
     "prompts_kind",
     "reduce_scores",
     "resolve_layers",
+    "role_code",
+    "role_names",
+    "roles_of_tokens",
     "round_bits",
     "row_bytes",
     "rows_differ",
@@ -144,8 +170,10 @@ __all__ = [
     "special_id",
     "split_variable",
     "store_as",
+    "template_of",
     "unused_arguments",
     "variable_problem",
     "widen",
     "with_encoder_texts",
+    "with_marks",
 ]

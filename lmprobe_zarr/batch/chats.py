@@ -21,7 +21,18 @@ from lmprobe_zarr.batch.tokenizer_calls import decode_ids
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["NO_CHAT_OPTIONS", "ChatOptions", "RenderedChat", "check_renders_chats", "parse_chat_options", "render_chat", "unused_arguments"]
+__all__ = [
+    "NO_CHAT_OPTIONS",
+    "ChatOptions",
+    "RenderedChat",
+    "apply_template",
+    "check_renders_chats",
+    "frozen_template",
+    "parse_chat_options",
+    "render_chat",
+    "template_of",
+    "unused_arguments",
+]
 
 # Arguments of apply_chat_template that do not belong to the template, or that would change what it returns.
 _NOT_OF_TEMPLATE: Final = (
@@ -175,12 +186,15 @@ class RenderedChat(NamedTuple):
         Where the tokenizer alone can make them, not from the text.
     timed : bool
         Whether the text depends on the time. The digest then does not depend on the text.
+    messages : list of dict
+        As the template has got them: contents that are lists of parts may be joined.
     """
 
     text: str
     sha256: str
     token_ids: Ints | None
     timed: bool
+    messages: list[dict[str, Any]]
 
 
 def check_renders_chats(tokenizer: Any) -> None:
@@ -206,7 +220,7 @@ def _renders_by_itself(tokenizer: Any) -> bool:
     return owner is not None and owner.__module__ != "transformers.tokenization_utils_base"
 
 
-def _template_of(tokenizer: Any, options: ChatOptions) -> str | None:
+def template_of(tokenizer: Any, options: ChatOptions) -> str | None:
     """The template that a tokenizer uses; None where it has none."""
     template = getattr(tokenizer, "chat_template", None)
     if not template or isinstance(template, str):
@@ -220,7 +234,7 @@ def _template_of(tokenizer: Any, options: ChatOptions) -> str | None:
 
 def unused_arguments(tokenizer: Any, options: ChatOptions) -> list[str]:
     """Names of arguments that a tokenizer's template never mentions, so that they change nothing."""
-    template = _template_of(tokenizer, options)
+    template = template_of(tokenizer, options)
     return [] if template is None else [name for name in options.arguments if name not in template]
 
 
@@ -243,15 +257,15 @@ def render_chat(messages: Any, number: int, tokenizer: Any, options: ChatOptions
         A part that is no text, or a chat that the template refuses.
     """
     given = _checked(messages, number)
-    template = _template_of(tokenizer, options)
+    template = template_of(tokenizer, options)
     if template is None and not getattr(tokenizer, "chat_template", None):
         return _render_ids(given, number, tokenizer, options)
-    chosen, text = _render_parts(given, number, lambda some: _apply(some, tokenizer, options))
+    chosen, text = _render_parts(given, number, lambda some: apply_template(some, tokenizer, options))
     timed = template is not None and _CLOCK in template and _depends_on_time(chosen, tokenizer, options, template)
-    return RenderedChat(text, _sha256_of(given, template, options) if timed else prompt_sha256(text), None, timed)
+    return RenderedChat(text, _sha256_of(given, template, options) if timed else prompt_sha256(text), None, timed, chosen)
 
 
-def _apply(messages: list[dict[str, Any]], tokenizer: Any, options: ChatOptions, **more: Any) -> Any:
+def apply_template(messages: list[dict[str, Any]], tokenizer: Any, options: ChatOptions, **more: Any) -> Any:
     """What the tokenizer makes of the messages. Only arguments that are needed are passed: some tokenizers refuse others."""
     arguments = {**options.arguments, "tokenize": False, **more}
     if options.opens(messages):
@@ -309,7 +323,7 @@ def _render_ids(messages: list[dict[str, Any]], number: int, tokenizer: Any, opt
 
     def apply() -> str:
         nonlocal found
-        found = _apply(messages, tokenizer, options, tokenize=True)
+        found = apply_template(messages, tokenizer, options, tokenize=True)
         if isinstance(found, str):
             return found
         ids = found["input_ids"] if isinstance(found, Mapping) else found
@@ -321,7 +335,7 @@ def _render_ids(messages: list[dict[str, Any]], number: int, tokenizer: Any, opt
     # Control tokens written out in a message look the same in the text, but are other tokens.
     control = [token for token in getattr(tokenizer, "all_special_tokens", ()) if isinstance(token, str) and token]
     written = any(token in content for content in _contents_of(messages) for token in control)
-    return RenderedChat(text, _sha256_of(messages, None, options) if written else prompt_sha256(text), ids, timed=False)
+    return RenderedChat(text, _sha256_of(messages, None, options) if written else prompt_sha256(text), ids, timed=False, messages=messages)
 
 
 # ------------------------------------------------------------------------------------------------------------------ messages
@@ -381,19 +395,19 @@ def _contents_of(messages: Sequence[dict[str, Any]]) -> list[str]:
 def _depends_on_time(messages: list[Any], tokenizer: Any, options: ChatOptions, template: str) -> bool:
     """Whether a chat has another text at another time: it is rendered at two moments by a clock that is put into its template."""
     try:
-        texts = [_apply(messages, tokenizer, options, chat_template=_clock(moment) + template) for moment in _MOMENTS]
+        texts = [apply_template(messages, tokenizer, options, chat_template=frozen_template(template, moment)) for moment in _MOMENTS]
     except Exception:  # noqa: BLE001 - a template that calls the clock in a way of its own
         return True
     return bool(texts[0] != texts[1])
 
 
-def _clock(moment: datetime.datetime) -> str:
-    """A definition, for the beginning of a template, of a clock that always shows one moment."""
+def frozen_template(template: str, moment: datetime.datetime) -> str:
+    """The template with a clock that always shows one moment."""
     # Without its leading zero, as glibc writes a directive with a dash; other platforms raise for it.
     values = {f"%-{letter}": moment.strftime(f"%{letter}").lstrip("0") for letter in "dmHIMSjy"}
     values |= {f"%{letter}": moment.strftime(f"%{letter}") for letter in _DIRECTIVES}
     shown = "".join(f"|replace({directive!r}, {value!r})" for directive, value in values.items())
-    return f"{{%- macro {_CLOCK}(format) -%}}{{{{ format{shown} }}}}{{%- endmacro -%}}"
+    return f"{{%- macro {_CLOCK}(format) -%}}{{{{ format{shown} }}}}{{%- endmacro -%}}{template}"
 
 
 def _sha256_of(messages: list[dict[str, Any]], template: str | None, options: ChatOptions) -> str:

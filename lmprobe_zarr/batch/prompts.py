@@ -45,6 +45,10 @@ class Prompts:
         For each distinct prompt, its first index among those that the caller gave.
     timed : ndarray of bool, shape (prompt,), or None
         Which chats have a text that depends on the time; their digests do not depend on it. None where none has.
+    messages : tuple of lists of dict, or None
+        For chats, the messages as the template has got them, by which `chat_roles` finds out whose tokens are whose.
+    chat : ChatOptions
+        How chats were rendered.
     """
 
     kind: PromptKind
@@ -55,6 +59,8 @@ class Prompts:
     row: Ints
     first: Ints
     timed: Mask | None = None
+    messages: tuple[list[dict[str, Any]], ...] | None = None
+    chat: ChatOptions = NO_CHAT_OPTIONS
 
     def __len__(self) -> int:
         return len(self.sha256)
@@ -71,6 +77,8 @@ class Prompts:
             row=np.arange(len(chosen), dtype=np.int64),
             first=self.first[chosen],
             timed=None if self.timed is None else self.timed[chosen],
+            messages=None if self.messages is None else tuple(self.messages[i] for i in chosen),
+            chat=self.chat,
         )
 
     def with_texts(self, texts: Mapping[int, str]) -> Prompts:
@@ -176,6 +184,7 @@ def parse_prompts(
     texts: list[str] | None = None
     read: list[str] | None = None
     timed: Mask | None = None
+    messages: list[list[dict[str, Any]]] | None = None
     if kind == "ids":
         ids = [_parse_ids(prompt, number) for number, prompt in enumerate(given)]
         digests = [prompt_sha256(i) for i in ids]
@@ -188,6 +197,7 @@ def parse_prompts(
         texts, digests = [rendered.text for rendered in chats], [rendered.sha256 for rendered in chats]
         check_texts(texts)
         ids, timed = _ids_of(chats), np.array([rendered.timed for rendered in chats])
+        messages = [rendered.messages for rendered in chats]
     elif kind == "pair":
         read, texts = ([str.__str__(pair[side]) for pair in given] for side in (0, 1))
         check_texts(read)
@@ -210,6 +220,7 @@ def parse_prompts(
         kind=kind, sha256=tuple(place), text=text, token_ids=chosen, row=row, first=first,
         encoder_text=None if read is None else tuple(read[i] for i in first),
         timed=timed[first] if timed is not None and timed.any() else None,
+        messages=None if messages is None else tuple(messages[i] for i in first), chat=chat,
     )  # fmt: skip
 
 

@@ -39,7 +39,9 @@ class TokenBatch:
     tokens : mapping of str to ndarray
         Variable to (layer, token, …), or (token, …) for those in `unlayered`.
     token_columns : mapping of str to ndarray, shape (token,)
-        ``position``, ``token_id``, ``char_start``, ``char_end``.
+        ``position``, ``token_id``, ``char_start``, ``char_end``, ``role``, ``turn``, ``generated``; −1 where unknown.
+    role_names : tuple of str
+        The names of roles by their code in ``role``. Without them the codes mean what the caller says.
     prompts : mapping of str to ndarray
         Variable to (layer, prompt, …), or (prompt, …) for those in `unlayered`.
     prompt_columns : mapping of str to Column or sequence, shape (prompt,)
@@ -64,6 +66,7 @@ class TokenBatch:
     layers: tuple[int, ...] = ()
     tokens: Mapping[str, Array] = field(default_factory=dict)
     token_columns: Mapping[str, Array] = field(default_factory=dict)
+    role_names: tuple[str, ...] = ()
     prompts: Mapping[str, Array] = field(default_factory=dict)
     prompt_columns: Mapping[str, Column | Sequence[Any] | Array] = field(default_factory=dict)
     unlayered: frozenset[str] = frozenset()
@@ -103,6 +106,7 @@ class TokenBatch:
             layers=self.layers,
             tokens={name: cut(name, array, tokens) for name, array in self.tokens.items()},
             token_columns={name: column[tokens] for name, column in self.token_columns.items()},
+            role_names=self.role_names,
             prompts={name: cut(name, array, rows) for name, array in self.prompts.items()},
             prompt_columns={name: column[rows] for name, column in self.prompt_columns.items()},
             unlayered=self.unlayered,
@@ -143,6 +147,9 @@ def validate_batch(batch: TokenBatch) -> list[str]:
     for name, column in batch.token_columns.items():
         if len(column) != total:
             problems.append(f"{name} has {len(column)} rows but n_tokens sums to {total}")
+    codes = batch.token_columns.get("role")
+    if batch.role_names and codes is not None and len(codes) and int(np.max(codes)) >= len(batch.role_names):
+        problems.append(f"role holds the code {int(np.max(codes))}, but there are {len(batch.role_names)} role_names")
     for values, rows, counted in ((batch.tokens, total, f"n_tokens sums to {total}"), (batch.prompts, n, f"there are {n} prompts")):
         for name, array in values.items():
             axis = 0 if name in batch.unlayered else 1

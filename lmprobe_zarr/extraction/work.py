@@ -118,4 +118,5 @@ def _tokenize(lookup: Lookup) -> TokenizedPrompts:
         vocab_size=lookup.model.vocab_size,
         add_special_tokens=request.choice.add_special_tokens,
         decoder_start=None if lookup.loaded is None else lookup.loaded.decoder_start,
+        roles=request.keep_tokens or request.outputs.token_level,
     )

@@ -17,13 +17,24 @@ from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_o
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingPromptsError
 from lmprobe_zarr.interchange import MISSING_TEXT, TEXT, as_texts, to_interchange
 from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, Level
-from lmprobe_zarr.store.parts import LazyArray, View, column_attrs, holds_texts_only, merged_kind
+from lmprobe_zarr.store.parts import (
+    FlagArray,
+    LazyArray,
+    RoleArray,
+    View,
+    column_attrs,
+    has_role_names,
+    holds_texts_only,
+    merged_kind,
+)
 from lmprobe_zarr.store.requested import requested_otherwise
 from lmprobe_zarr.tokens import (
+    INDEXED_COLUMNS,
     SEVERAL_CALLS,
     ColumnVariable,
     TakenArray,
     TokenIndex,
+    kept_in_memory,
     lazy_variable,
     prompt_coordinates,
     protect,
@@ -244,18 +255,31 @@ def _token_dataset(view: View, rows: Ints, counts: Ints, layers: tuple[int, ...]
     uniques, codes = np.unique(rows, return_inverse=True)
     by_token = np.repeat(codes.astype(np.int32), counts)
     order = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    index = TokenIndex(as_texts(view.hashes[uniques]), by_token, _positions(view, rows, counts))
     coords: dict[str, Any] = {}
     coords |= _layer_coords(view, layers)
+    selectable: dict[Hashable, xr.Variable] = {}
     for name in view.columns("tokens"):
-        if name not in {"prompt_row", "position"}:
+        if name in INDEXED_COLUMNS:
+            selectable[name] = kept_in_memory(_indexed_column(view, name, rows, counts))
+        elif name not in {"prompt_row", "position"}:
             column = LazyArray(view.source("tokens", name, rows, (), counts, widened=not stored))
             coords[name] = lazy_variable(("token",), column, column=True)
+    index = TokenIndex(as_texts(view.hashes[uniques]), by_token, _positions(view, rows, counts), columns=selectable)
     for name, (array, attrs) in _prompt_columns(view, rows, stored=stored).items():
-        coords[name] = _column("token", TakenArray(array, order), attrs)
+        if name not in selectable:  # a column of the user's may have the name of one that chats have
+            coords[name] = _column("token", TakenArray(array, order), attrs)
     coords["prompt_sha256"] = lazy_variable(("token",), TakenArray(_digest_texts(view), rows[order]), column=True)
     data = with_columns(xr.Dataset(variables), coords)
-    return data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
+    variables_of_index = index.create_variables()
+    return data.assign_coords(xr.Coordinates(variables_of_index, indexes=dict.fromkeys(variables_of_index, index)))
+
+
+def _indexed_column(view: View, name: str, rows: Ints, counts: Ints) -> xr.Variable:
+    """A column of tokens by which they are selected: roles by their names, and whether a token was generated as a truth value."""
+    array = view.source("tokens", name, rows, (), counts)
+    if name == "role" and has_role_names(array):
+        return lazy_variable(("token",), RoleArray(array), column=True)
+    return lazy_variable(("token",), FlagArray(array) if name == "generated" else LazyArray(array), column=True)
 
 
 def _positions(view: View, rows: Ints, counts: Ints) -> Ints:

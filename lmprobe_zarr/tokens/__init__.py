@@ -3,11 +3,12 @@
 Never a store, never a fit. Everything that others use is in this face.
 """
 
-from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
+from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance
 from lmprobe_zarr.tokens.lazy import (
     ColumnVariable,
     LazyVariable,
     TakenArray,
+    kept_in_memory,
     lazy_variable,
     protect,
     stored_rows,
@@ -21,6 +22,7 @@ from lmprobe_zarr.tokens.prompts import pad_tokens, pool_tokens, prompts_of, tok
 from lmprobe_zarr.tokens.row_order import SEVERAL_CALLS, check_listed, is_in_known_order, order_attributes
 
 __all__ = [
+    "INDEXED_COLUMNS",
     "SEVERAL_CALLS",
     "ColumnVariable",
     "LazyVariable",
@@ -29,6 +31,7 @@ __all__ = [
     "by_appearance",
     "check_listed",
     "is_in_known_order",
+    "kept_in_memory",
     "lazy_variable",
     "mask_tokens",
     "order_attributes",

@@ -1,5 +1,8 @@
 """An xarray index over ``prompt(token)`` and ``position(token)``, so that tokens are selected by prompt and by position.
 
+Where a store has them, it also covers ``role``, ``turn`` and ``generated``: xarray selects by one index for each dimension. These are read
+when they are selected by, and never tell tokens apart.
+
 It behaves as a pandas MultiIndex over both coordinates, with three differences. It keeps one int32 per token instead of one label, it
 selects lists of prompts in the given order, and an operation that it cannot follow drops it instead of leaving it stale.
 """
@@ -7,7 +10,7 @@ selects lists of prompts in the given order, and an operation that it cannot fol
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +25,10 @@ from lmprobe_zarr.tokens.lazy import ColumnVariable, TakenArray, lazy_variable
 from lmprobe_zarr.tokens.prompt_labels import as_prompt_labels
 from lmprobe_zarr.typing import Array
 
-__all__ = ["TokenIndex", "by_appearance"]
+__all__ = ["INDEXED_COLUMNS", "TokenIndex", "by_appearance"]
+
+#: Columns of tokens that can be selected by, in the order in which an index has them.
+INDEXED_COLUMNS: Final = ("role", "turn", "generated")
 
 
 class TokenIndex(Index):
@@ -40,6 +46,8 @@ class TokenIndex(Index):
         Name of the token dimension.
     names : (str, str)
         Names of the two coordinates.
+    columns : mapping of str to Variable, optional
+        Further coordinates of the tokens to select by, usually lazy: texts, whole numbers or truth values.
 
     Examples
     --------
@@ -54,45 +62,60 @@ class TokenIndex(Index):
         positions: Array,
         dim: Hashable = "token",
         names: tuple[Hashable, Hashable] = ("prompt", "position"),
+        columns: Mapping[Hashable, Variable] | None = None,
     ) -> None:
         self.labels, self.codes, self.dim, self.names = labels, codes, dim, names
+        self.columns = dict(columns or {})
         # The coordinate and all selections share this array's memory, so a write to one would change them all.
         self.positions = positions.view()
         self.positions.flags.writeable = False
         self._found: tuple[pd.Index[Any], Array | None, Array] | None = None
 
-    def _like(self, codes: Array, positions: Array) -> TokenIndex:
-        return TokenIndex(self.labels, codes, positions, self.dim, self.names)
+    def _like(self, codes: Array, positions: Array, columns: Mapping[Hashable, Variable]) -> TokenIndex:
+        return TokenIndex(self.labels, codes, positions, self.dim, self.names, columns)
+
+    @property
+    def coord_names(self) -> tuple[Hashable, ...]:
+        """Names of all coordinates of this index."""
+        return (*self.names, *self.columns)
 
     @classmethod
     def from_variables(cls, variables: Mapping[Any, Variable], *, options: Mapping[str, Any]) -> TokenIndex:
-        """The index of two coordinates named ``prompt`` and ``position`` on one dimension."""
-        if set(variables) != {"prompt", "position"} or options:
-            raise InvalidArgumentError(f"a TokenIndex takes the coordinates prompt and position, not {sorted(map(str, variables))}")
+        """The index of two coordinates named ``prompt`` and ``position`` on one dimension, and of those of `INDEXED_COLUMNS` if given."""
+        if not {"prompt", "position"} <= set(variables) <= {"prompt", "position", *INDEXED_COLUMNS} or options:
+            raise InvalidArgumentError(
+                f"a TokenIndex takes the coordinates prompt and position, and perhaps {', '.join(INDEXED_COLUMNS)}, "
+                f"not {sorted(map(str, variables))}"
+            )
         prompt, position = variables["prompt"], variables["position"]
-        if prompt.dims != position.dims or prompt.ndim != 1:
-            raise InvalidArgumentError(f"prompt{prompt.dims} and position{position.dims} must lie on one dimension")
+        if len({variable.dims for variable in variables.values()}) > 1 or prompt.ndim != 1:
+            dims = " and ".join(f"{name}{variable.dims}" for name, variable in variables.items())
+            raise InvalidArgumentError(f"{dims} must lie on one dimension")
         labels, places = np.asarray(prompt.values), np.asarray(position.values)
         codes, uniques = pd.factorize(labels.astype(object))
         if (codes < 0).any() or places.dtype.kind not in "iu":
             raise InvalidArgumentError(
                 f"some tokens have no prompt, or no whole number as position (dtype {places.dtype}), as after pad: leave them out first"
             )
-        return cls(np.asarray(uniques).astype(labels.dtype), codes.astype(np.int32), places.astype(np.int64), prompt.dims[0])
+        columns: dict[Hashable, Variable] = {name: variables[name] for name in INDEXED_COLUMNS if name in variables}
+        return cls(
+            np.asarray(uniques).astype(labels.dtype), codes.astype(np.int32), places.astype(np.int64), prompt.dims[0], columns=columns
+        )
 
     def create_variables(self, variables: Mapping[Any, Variable] | None = None) -> dict[Hashable, Variable]:
-        """The two coordinates; the labels of ``prompt`` are made only when they are read."""
+        """The coordinates; the labels of ``prompt`` are made only when they are read."""
         old = variables or {}
-        if any(name in old and old[name].dims == (name,) != (self.dim,) for name in self.names):
+        if any(name in old and old[name].dims == (name,) != (self.dim,) for name in self.coord_names):
             raise InvalidArgumentError(
                 f"swap_dims has put {self.dim!r} on {' or '.join(map(repr, self.names))}, and no index of tokens can follow: "
-                f"call drop_indexes({list(self.names)}) before it"
+                f"call drop_indexes({list(self.coord_names)}) before it"
             )
         prompt, position = self.names
         attrs = {name: old[name].attrs if name in old else None for name in self.names}
         return {
             prompt: lazy_variable((self.dim,), TakenArray(self.labels, self.codes), attrs[prompt], column=True),
             position: ColumnVariable((self.dim,), self.positions, attrs[position]),
+            **{name: column.copy(deep=False) for name, column in self.columns.items()},
         }
 
     def to_pandas_index(self) -> pd.Index[Any]:
@@ -142,7 +165,7 @@ class TokenIndex(Index):
         return rows
 
     def sel(self, labels: dict[Any, Any], method: Any = None, tolerance: Any = None) -> IndexSelResult:
-        """Rows of the given prompts, in the given order, and of the given positions in them.
+        """Rows of the given prompts, in the given order, of the given positions in them, and with the given values of other columns.
 
         A list of positions gives the tokens of each prompt in the order of that list; a slice or a single position keeps the order
         of the rows. A prompt that ends before a position gives no token for it. Two DataArrays are taken pair by pair, as
@@ -151,12 +174,14 @@ class TokenIndex(Index):
         Raises
         ------
         MissingPromptsError
-            A prompt has no tokens here, or no token stands at a position.
+            A prompt has no tokens here, no token stands at a position, or none has a value.
         InvalidArgumentError
             Something that selects no prompts or positions: a slice of prompts, a mask, `method` or `tolerance`.
         """
         if method is not None or tolerance is not None:
             raise InvalidArgumentError("prompt and position are selected exactly: leave out method and tolerance")
+        if self.columns.keys() & labels.keys():
+            return self._sel_columns(labels)
         prompt, position = self.names
         if len(labels) == 1 and isinstance(labels.get(prompt), str):
             single = self._slice_of(labels[prompt])
@@ -180,6 +205,18 @@ class TokenIndex(Index):
             # Two scalars select one token and drop the dimension, as with a MultiIndex.
             return IndexSelResult({self.dim: int(rows[0])})
         return IndexSelResult({self.dim: as_slice(rows)})
+
+    def _sel_columns(self, labels: Mapping[Any, Any]) -> IndexSelResult:
+        """What `sel` selects by prompt and position, of which only the tokens whose other columns have the given values."""
+        others = {name: value for name, value in labels.items() if name not in self.columns}
+        rows: Any = self.sel(others).dim_indexers[self.dim] if others else np.arange(len(self.codes))
+        if isinstance(rows, DataArray):
+            raise InvalidArgumentError(f"pairs of {self.names[0]} and {self.names[1]} are selected alone: leave out {[*self.columns]}")
+        found = np.arange(*rows.indices(len(self.codes))) if isinstance(rows, slice) else np.atleast_1d(rows)
+        for name, column in self.columns.items():
+            if name in labels:
+                found = found[_has_value(name, _taken(column, self.dim, found), labels[name])]
+        return IndexSelResult({self.dim: int(found[0]) if np.ndim(rows) == 0 and not isinstance(rows, slice) else as_slice(found)})
 
     def _at(self, wanted: Any, rows: Array, groups: Array | None) -> Array:
         """Which of `rows` have the wanted positions; `groups` is the number of each row's prompt in the selection."""
@@ -239,7 +276,8 @@ class TokenIndex(Index):
             indexer = indexer.values
         if indexer is None or (not isinstance(indexer, slice) and np.ndim(indexer) != 1):
             return None  # one token, or swap_dims has moved the coordinates to another dimension
-        return self._like(self.codes[indexer], self.positions[indexer])
+        columns = {name: column.isel({self.dim: indexer}) for name, column in self.columns.items()}
+        return self._like(self.codes[indexer], self.positions[indexer], columns)
 
     def equals(self, other: Index, *, exclude: frozenset[Hashable] | None = None) -> bool:
         """Whether the other index has the same prompts and positions in the same order."""
@@ -258,7 +296,15 @@ class TokenIndex(Index):
         joined = cast(pd.MultiIndex, mine.intersection(theirs, sort=False) if how == "inner" else mine.union(theirs))
         labels = np.asarray(joined.levels[0], object).astype(np.result_type(self.labels, other.labels))
         places = np.asarray(joined.get_level_values(1), np.int64)
-        return TokenIndex(labels, np.asarray(joined.codes[0], np.int32), places, self.dim, self.names)
+        columns = {}
+        if self.columns:
+            here, there = mine.get_indexer(joined), theirs.get_indexer(joined)
+            for name, column in self.columns.items():
+                # What both have is taken from this one; xarray joins indexes of the same coordinates only.
+                values = other.columns[name].values[there]
+                values[here >= 0] = column.values[here[here >= 0]]
+                columns[name] = ColumnVariable((self.dim,), values, column.attrs)
+        return TokenIndex(labels, np.asarray(joined.codes[0], np.int32), places, self.dim, self.names, columns)
 
     def reindex_like(self, other: TokenIndex) -> dict[Hashable, Any]:
         """The row in this index of each token of the other one; −1 where this index lacks it."""
@@ -271,12 +317,18 @@ class TokenIndex(Index):
         """The index after ``roll(token=…, roll_coords=True)``; xarray takes None for no index, as from `isel`."""
         if self.dim not in shifts:
             return None  # see isel
-        return self._like(np.roll(self.codes, shifts[self.dim]), np.roll(self.positions, shifts[self.dim]))
+        shift = shifts[self.dim]
+        columns: dict[Hashable, Variable] = {
+            name: ColumnVariable((self.dim,), np.roll(column.values, shift), column.attrs) for name, column in self.columns.items()
+        }
+        return self._like(np.roll(self.codes, shift), np.roll(self.positions, shift), columns)
 
     def rename(self, name_dict: Mapping[Any, Hashable], dims_dict: Mapping[Any, Hashable]) -> TokenIndex:
         """The index after the token dimension or the coordinates were renamed."""
         prompt, position = (name_dict.get(name, name) for name in self.names)
-        return TokenIndex(self.labels, self.codes, self.positions, dims_dict.get(self.dim, self.dim), (prompt, position))
+        dim = dims_dict.get(self.dim, self.dim)
+        columns = {name_dict.get(name, name): _on(column, dim) for name, column in self.columns.items()}
+        return TokenIndex(self.labels, self.codes, self.positions, dim, (prompt, position), columns)
 
     def unstack(self) -> tuple[dict[Hashable, Index], pd.MultiIndex]:
         """Sorted indexes of prompts and of positions, and the MultiIndex that places each token between them."""
@@ -304,14 +356,62 @@ class TokenIndex(Index):
         if positions is not None:
             order = np.argsort(np.concatenate([np.asarray(list(p)) for p in positions]), kind="stable")
             codes, places = codes[order], places[order]
-        return cls(np.asarray(labels).astype(spelled.dtype), codes.astype(np.int32), places, dim, indexes[0].names)
+        columns = {}
+        for name in indexes[0].columns:
+            if all(name in index.columns for index in indexes):
+                values = np.concatenate([index.columns[name].values for index in indexes])
+                columns[name] = ColumnVariable((dim,), values if positions is None else values[order], indexes[0].columns[name].attrs)
+        return cls(np.asarray(labels).astype(spelled.dtype), codes.astype(np.int32), places, dim, indexes[0].names, columns)
 
     def should_add_coord_to_array(self, name: Hashable, var: Variable, dims: set[Hashable]) -> bool:
-        """Both coordinates stay on every array along the token dimension."""
+        """All coordinates stay on every array along the token dimension."""
         return self.dim in dims
 
     def __repr__(self) -> str:
         return f"TokenIndex({len(self.codes)} tokens of {len(self.labels)} prompts, dim={self.dim!r})"
+
+
+def _on(column: Variable, dim: Hashable) -> Variable:
+    """The column on a dimension of another name."""
+    return type(column)((dim,), cast(Any, column._data), column.attrs, column.encoding, fastpath=True)
+
+
+def _taken(column: Variable, dim: Hashable, rows: Array) -> Array:
+    """Some values of a column; all of them are kept in memory once they are read."""
+    if len(rows) == column.size:
+        return np.asarray(column.values)[rows]
+    return np.asarray(column.isel({dim: as_slice(rows)}).values)
+
+
+def _has_value(name: Hashable, values: Array, wanted: Any) -> Array:
+    """Which values are among those that are selected: one, a flat list of them, or a slice of numbers, both ends included."""
+    wanted = getattr(wanted, "values", wanted)
+    if isinstance(wanted, slice):
+        bounds = [end for end in (wanted.start, wanted.stop) if end is not None]
+        if wanted.step not in {None, 1} or values.dtype.kind not in "iu" or not all(np.asarray(end).dtype.kind in "iu" for end in bounds):
+            raise InvalidArgumentError(f"{name!r} is selected by one value or a flat list of them, not by {wanted!r}")
+        low = -np.inf if wanted.start is None else wanted.start
+        high = np.inf if wanted.stop is None else wanted.stop
+        return np.asarray((values >= low) & (values <= high), bool)
+    listed = np.atleast_1d(np.asarray(wanted, object))
+    if listed.ndim > 1 or any(isinstance(item, set | frozenset | dict | list | tuple) for item in listed.tolist()):
+        raise InvalidArgumentError(f"{name!r} is selected by one value or a flat list of them, not by {type(wanted).__name__}")
+    kind, which = {"b": ((bool, np.bool_), "True or False"), "i": ((int, np.integer), "whole numbers")}.get(
+        values.dtype.kind, ((str,), "texts")
+    )
+    if not all(isinstance(item, kind) and (kind[0] is bool or not isinstance(item, bool)) for item in listed.tolist()):
+        raise InvalidArgumentError(f"{name!r} is selected by {which}, not {wanted!r}")
+    there = set(np.unique(values).tolist()) if values.dtype.kind in "biu" else set(values.tolist())
+    absent = [item for item in listed.tolist() if item not in there]
+    if absent:
+        known = ", ".join(repr(item) for item in sorted(there) if item != "") or "no other"
+        raise MissingPromptsError(f"no token here has {name}={absent[0]!r}: there are {known}")
+    found: Array = (
+        np.isin(values, listed.astype(values.dtype))
+        if values.dtype.kind in "biu"
+        else np.array([value in set(listed.tolist()) for value in values.tolist()], bool)
+    )
+    return found
 
 
 def _plain(name: Hashable, value: Any, *, numbers: bool) -> Any:

@@ -18,6 +18,7 @@ __all__ = [
     "ColumnVariable",
     "LazyVariable",
     "TakenArray",
+    "kept_in_memory",
     "lazy_variable",
     "protect",
     "stored_rows",
@@ -130,6 +131,11 @@ def lazy_variable(
     """An xarray variable that reads only what is taken from it; a column is never chunked."""
     kind = ColumnVariable if column else LazyVariable
     return kind(dims, indexing.LazilyIndexedArray(array), attrs, fastpath=True)
+
+
+def kept_in_memory(variable: Variable) -> Variable:
+    """The lazy variable, of which what was read once stays in memory."""
+    return type(variable)(variable.dims, indexing.MemoryCachedArray(variable._data), variable.attrs, variable.encoding, fastpath=True)  # type: ignore[no-untyped-call]
 
 
 def with_columns(data: xr.Dataset, coords: Mapping[str, Any]) -> xr.Dataset:

@@ -16,7 +16,7 @@ import xarray as xr
 from lmprobe_zarr.batch import POOLINGS, as_slice, fill_value, offsets_of, parse_poolings, pool_ragged
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError
-from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
+from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["pad_tokens", "pool_tokens", "prompts_of", "token_texts", "tokens_at"]
@@ -129,14 +129,26 @@ def _indexed(data: T) -> T:
 
 def _one_per_prompt(data: T, dim: Hashable) -> T:
     """One token per prompt, now along ``prompt`` with its ordinary index."""
-    plain = data.drop_indexes(["prompt", "position"]) if isinstance(data.xindexes.get("prompt"), TokenIndex) else data
+    index = data.xindexes.get("prompt")
+    plain = data.drop_indexes(list(index.coord_names)) if isinstance(index, TokenIndex) else data
     swapped: T = plain.swap_dims({dim: "prompt"})
     return swapped
 
 
+def _of_tokens(data: xr.DataArray, index: TokenIndex) -> list[Hashable]:
+    """Coordinates of single tokens. A column of prompts may have the name of one: then all tokens of a prompt have the same value."""
+    found: list[Hashable] = [*_OF_TOKENS, *index.columns]
+    for name in INDEXED_COLUMNS:
+        if name not in index.columns and name in data.coords and data.coords[name].dims == (index.dim,):
+            values = np.asarray(data.coords[name].values)
+            if (values[1:] != values[:-1])[index.codes[1:] == index.codes[:-1]].any():
+                found.append(name)
+    return found
+
+
 def _pool_array(array: xr.DataArray, pooling: str) -> xr.DataArray:
     data, index, counts = _by_prompt(array)
-    first = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(_OF_TOKENS, errors="ignore")
+    first = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(_of_tokens(data, index), errors="ignore")
     rest = [dim for dim in data.dims if dim not in ("layer", index.dim)]
     ordered: xr.DataArray = data.transpose("layer", index.dim, *rest, missing_dims="ignore")
     # One layer at a time, so that the tokens of one layer are in memory, whatever the number of layers.
@@ -177,7 +189,8 @@ def _pad_array(array: xr.DataArray) -> xr.DataArray:
     lead: tuple[Any, ...] = (slice(None),) * axis
     out[(*lead, np.repeat(np.arange(len(counts)), counts), columns)] = values
     first = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim)
-    kept = {name: coord for name, coord in first.coords.items() if name not in _OF_TOKENS}
+    dropped = _of_tokens(data, index)
+    kept = {name: coord for name, coord in first.coords.items() if name not in dropped}
     dims = [d for dim in data.dims for d in (("prompt", "position") if dim == index.dim else (dim,))]
     return xr.DataArray(out, coords={**kept, "position": positions}, dims=dims, name=array.name, attrs=array.attrs)
 

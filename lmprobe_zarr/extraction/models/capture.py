@@ -411,6 +411,7 @@ def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: Capt
             layers=layers,
             tokens=held["tokens"],
             token_columns=columns if by_token else {},
+            role_names=part.role_names if by_token else (),
             prompts=held["prompts"],
             unlayered=frozenset(kept & flat),
             stored_dtype={name: dtype for name, dtype in stored.items() if name in kept},

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.batch import Prompts, accepted, concat_ranges, decode_ids, offsets_of, shorten, special_id
 from lmprobe_zarr.errors import InvalidArgumentError, PromptTooLongError
+from lmprobe_zarr.extraction.models.chat_roles import role_columns
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.window import Window
 from lmprobe_zarr.log import warn
@@ -46,7 +47,10 @@ class TokenizedPrompts:
     encoder_ids : tuple of ndarray of int64, or None
         For pairs, the tokens that the encoder reads; all else is of what the decoder reads.
     columns : mapping of str to ndarray of int64, shape (token,)
-        Further columns of the tokens, such as ``generated``; stored where anything is stored by token.
+        Further columns of the tokens, such as ``generated``; stored where anything is stored by token. Chats have ``role``, a code, and
+        ``turn``, where they were asked for.
+    role_names : tuple of str
+        The names of roles by their code in ``columns["role"]``; `role_code` finds the code of a name.
     """
 
     sha256: tuple[str, ...]
@@ -59,6 +63,7 @@ class TokenizedPrompts:
     first: Ints
     encoder_ids: tuple[Ints, ...] | None = None
     columns: Mapping[str, Ints] = field(default_factory=dict)
+    role_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sha256)
@@ -88,6 +93,7 @@ class TokenizedPrompts:
             first=self.first[chosen],
             encoder_ids=None if self.encoder_ids is None else tuple(self.encoder_ids[i] for i in chosen),
             columns={name: column[tokens] for name, column in self.columns.items()},
+            role_names=self.role_names,
         )
 
 
@@ -326,6 +332,7 @@ def tokenize(
     vocab_size: int | None = None,
     add_special_tokens: bool = True,
     decoder_start: DecoderStart | None = None,
+    roles: bool = False,
 ) -> TokenizedPrompts:
     """The tokens of every prompt, as the model will see them.
 
@@ -348,6 +355,8 @@ def tokenize(
         Whether texts get the tokenizer's special tokens. Rendered chats and token ids never do.
     decoder_start : DecoderStart, optional
         For pairs, what the decoder reads first; without it the number of tokens is right, and the first is not.
+    roles : bool
+        Whether to find out the role and the turn of the tokens of chats, for which each is rendered several times more.
 
     Raises
     ------
@@ -360,7 +369,8 @@ def tokenize(
     Warns
     -----
     UserWarning
-        Texts begin or end with a special token that the tokenizer adds once more; token ids that may hold padding.
+        Texts begin or end with a special token that the tokenizer adds once more; token ids that may hold padding; contents of chats whose
+        tokens cannot be told.
     """
     limit = length_limit(context_length, max_length, tokenizer)
     special = add_special_tokens and prompts.kind in ("text", "pair")
@@ -393,6 +403,11 @@ def tokenize(
         if vocab_size is not None and tokens.max() >= vocab_size:
             raise outside_vocabulary(int(prompts.first[number]), int(tokens.max()), vocab_size, given=prompts.kind == "ids")
     joined = None if places is None else np.concatenate(places)
+    columns: dict[str, Ints] = {}
+    names: tuple[str, ...] = ()
+    if roles and prompts.kind == "chat":
+        with running(tokenizer), _unchanged(tokenizer):
+            columns, names = role_columns(prompts, ids, places, tokenizer)
     return TokenizedPrompts(
         sha256=prompts.sha256,
         text=text,
@@ -403,4 +418,6 @@ def tokenize(
         truncated=long & truncation,
         first=prompts.first,
         encoder_ids=encoder_ids,
+        columns=columns,
+        role_names=names,
     )

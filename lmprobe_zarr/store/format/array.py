@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, split_variable
+from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, decode_role_names, split_variable
 from lmprobe_zarr.store.format.names import COLUMN, SAMPLE_DIM, Json, Level
 
 __all__ = ["SITE_ATTRIBUTES", "ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
@@ -56,7 +56,7 @@ class ArrayInfo:
     shuffle : {None, "noshuffle", "shuffle", "bitshuffle"}
         Blosc's filter before lz4 (zstd for strings); None for chunks that are not compressed.
     attributes : mapping
-        ``stored_dtype`` and the CF ragged-array attributes.
+        ``stored_dtype``, the CF ragged-array attributes, and the names of roles as CF flags.
     shard_blocks : int
         How many chunks of rows lie in one file, a shard; 0 where each chunk is a file.
     """
@@ -230,6 +230,8 @@ def parse_array(document: object) -> ArrayInfo:
     lengths_of(info.attributes.get("site_layers", []))
     if COLUMN in info.attributes:
         _check_column(info, info.attributes[COLUMN])
+    if info.dims == ("token",):
+        decode_role_names(info.attributes)
     if info.shuffle not in {None, "noshuffle", "shuffle", "bitshuffle"} or outer != info.codecs:
         raise ValueError(f"codecs {[c.get('name') for c in outer]}")
     if list(grid) != info.to_document()["chunk_grid"]["configuration"]["chunk_shape"] or (sharding is not None and not info.shard_blocks):

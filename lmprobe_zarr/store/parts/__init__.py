@@ -12,6 +12,7 @@ from lmprobe_zarr.store.parts.lazy import LazyArray, as_stored
 from lmprobe_zarr.store.parts.listing import Listing, committed_at, list_names, part_nbytes
 from lmprobe_zarr.store.parts.part import PART_BYTES, Part, part_bytes_within
 from lmprobe_zarr.store.parts.reading import blocks_of, kinds_of_column, read_batches, read_column, read_values
+from lmprobe_zarr.store.parts.roles import FlagArray, RoleArray, has_role_names
 from lmprobe_zarr.store.parts.salvage import NO_LAYER, Cell, Salvaged, salvage
 from lmprobe_zarr.store.parts.stored_array import StoredArray
 from lmprobe_zarr.store.parts.uses import stamp_noted
@@ -27,12 +28,14 @@ __all__ = [
     "CallOrder",
     "Catalog",
     "Cell",
+    "FlagArray",
     "FrozenStorage",
     "LazyArray",
     "Listing",
     "Mode",
     "Part",
     "PartWriter",
+    "RoleArray",
     "Salvaged",
     "StoredArray",
     "View",
@@ -45,6 +48,7 @@ __all__ = [
     "column_of",
     "committed_at",
     "groups_of",
+    "has_role_names",
     "holds_texts_only",
     "kinds_of_column",
     "list_names",

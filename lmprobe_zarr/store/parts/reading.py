@@ -10,6 +10,7 @@ import numpy as np
 from lmprobe_zarr.batch import Column, ColumnKind, TokenBatch, parse_column, split_variable
 from lmprobe_zarr.store.format import LEVELS, MADE_BY_WRITER, PROMPT_COLUMNS, SITE_ATTRIBUTES, ArrayInfo, Level
 from lmprobe_zarr.store.parts.columns import column_of, kind_of, merged_kind
+from lmprobe_zarr.store.parts.roles import RoleArray, has_role_names
 from lmprobe_zarr.store.parts.view import View
 from lmprobe_zarr.typing import Array, Ints
 
@@ -111,6 +112,7 @@ def read_batches(
             for name in columns["prompts"]
         }
         text = described.pop("text", None)
+        token_columns, role_names = _token_columns(view, columns["tokens"], chosen)
         yield TokenBatch(
             sha256=[view.digests[row].tobytes().hex() for row in chosen],
             text=None if text is None else text.tolist(),
@@ -118,13 +120,26 @@ def read_batches(
             n_tokens=counts[block] if has_tokens else None,
             layers=kept,
             tokens={name: read_values(view, "tokens", name, chosen, kept) for name in found["tokens"]},
-            token_columns={name: read_values(view, "tokens", name, chosen, ()) for name in columns["tokens"]},
+            token_columns=token_columns,
+            role_names=role_names,
             prompts={name: read_values(view, "prompts", name, chosen, kept) for name in found["prompts"]},
             prompt_columns=described,
             unlayered=unlayered,
             stored_dtype=dtypes,
             site_attributes={site: values for site, values in noted.items() if values},
         )
+
+
+def _token_columns(view: View, names: Collection[str], rows: Ints) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """Columns of the tokens of some prompts, and the names of roles where parts have them."""
+    found = {name: read_values(view, "tokens", name, rows, ()) for name in names if name != "role"}
+    if "role" not in names:
+        return found, ()
+    array = view.source("tokens", "role", rows, (), view.token_counts()[rows])
+    if not has_role_names(array):
+        return {**found, "role": read_values(view, "tokens", "role", rows, ())}, ()
+    roles = RoleArray(array)
+    return {**found, "role": roles.codes(slice(0, array.n_rows))}, roles.names
 
 
 def _row_bytes(variables: dict[str, ArrayInfo], layers: int) -> int:

@@ -20,12 +20,15 @@ import numpy as np
 
 from lmprobe_zarr.batch import (
     HASH_DIGITS,
+    NO_ROLE,
+    ROLES,
     SCALARS,
     Column,
     TokenBatch,
     check_texts,
     count_odd,
     digests_of,
+    encode_role_names,
     join_columns,
     parse_column,
     positions_of,
@@ -193,6 +196,7 @@ class PartWriter:
         self._shape: tuple[Any, ...] | None = None
         self._layers: tuple[int, ...] = ()
         self._whole_prompts = True
+        self._roles: list[str] = []
         self._unfinished = False
         self._ended = False  # committed or aborted
 
@@ -278,7 +282,17 @@ class PartWriter:
             token_columns = {"position": whole, **batch.token_columns}
             self._whole_prompts &= bool(np.array_equal(token_columns["position"], whole))
             columns |= {f"tokens/{name}": np.asarray(values, np.int64) for name, values in token_columns.items()}
+            if "role" in token_columns and batch.role_names:
+                columns["tokens/role"] = self._role_codes(columns["tokens/role"], batch.role_names)
         return columns
+
+    def _role_codes(self, codes: Ints, names: tuple[str, ...]) -> Ints:
+        """Codes of a batch as those of the part, in which the names that a batch has first follow one another."""
+        self._roles = self._roles or list(ROLES)
+        self._roles += [names[code] for code in np.unique(codes[codes >= 0]) if names[code] not in self._roles]
+        # What is not used has no code, and -1 stays what it is, as the last.
+        known = [self._roles.index(name) if name in self._roles else NO_ROLE for name in names]
+        return np.array([*known, NO_ROLE], np.int64)[codes]
 
     def adopt(self, source: StoredArray, layers: tuple[int, ...], odd: tuple[int, int]) -> None:
         """Take over a variable of another part that has the same prompts in the same order, without decoding it.
@@ -477,7 +491,7 @@ class PartWriter:
                 chunks=(rows,),
                 dtype="string" if text else values.dtype.name,
                 shuffle=shuffle,
-                attributes=attributes.get(name, {}),
+                attributes=encode_role_names(self._roles) if key == "tokens/role" and self._roles else attributes.get(name, {}),
             )
             for block in range(-(-len(values) // rows)):
                 self.write_chunk(key, info, 0, block, values[block * rows : (block + 1) * rows])
@@ -604,6 +618,6 @@ def shape_of(batch: TokenBatch) -> tuple[Hashable, ...]:
         for level, values in (("prompts", batch.prompts), ("tokens", batch.tokens))
         for name, array in values.items()
     )
-    optional = (batch.text is None, batch.prompt_length is None, batch.n_tokens is None)
+    optional = (batch.text is None, batch.prompt_length is None, batch.n_tokens is None, bool(batch.role_names))
     noted = json.dumps({site: dict(values) for site, values in batch.site_attributes.items()}, sort_keys=True)
     return batch.layers, variables, optional, frozenset(batch.token_columns), frozenset(batch.prompt_columns), noted

@@ -17,13 +17,13 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from lmprobe_zarr.batch import keys_of
+from lmprobe_zarr.batch import decode_role_names, keys_of
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import InvalidArgumentError, PartGoneError
 from lmprobe_zarr.log import LOGGER_NAME
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
-from lmprobe_zarr.store.format import COLUMN, MADE_BY_WRITER, PART_VERSION, STAMPS, GroupInfo, PartInfo, replacement_name
+from lmprobe_zarr.store.format import COLUMN, MADE_BY_WRITER, PART_VERSION, STAMPS, ArrayInfo, GroupInfo, PartInfo, replacement_name
 from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.removal import remove_part
 from lmprobe_zarr.store.upkeep.rewrite import new_writer
@@ -106,11 +106,16 @@ class CompactPlan:
 def shape_key(info: PartInfo) -> tuple[Any, ...]:
     """What parts must have in common to be merged: kind, layers, and the name, dimensions, dtypes and row shape of every array."""
     arrays = frozenset(
-        (key, a.dims, a.dtype, a.row_shape, a.attributes.get("stored_dtype"), _described(a.attributes.get(COLUMN)))
+        (key, a.dims, a.dtype, a.row_shape, a.attributes.get("stored_dtype"), _described(a.attributes.get(COLUMN)), _names_roles(a))
         for key, a in info.arrays.items()
     )
     compressed = frozenset(a.shuffle is not None for a in info.arrays.values())
     return info.kind, info.layers, info.n_tokens is None, arrays, compressed
+
+
+def _names_roles(info: ArrayInfo) -> bool:
+    """Whether an array says which roles its codes mean. Which these are may differ: a merged part has codes for all."""
+    return info.dims == ("token",) and decode_role_names(info.attributes) is not None
 
 
 def _described(column: object) -> str:

@@ -1,0 +1,242 @@
+"""Parts of a prompt's tokens that are pooled by themselves: a role, the answer, the last n tokens, a text, what comes after a marker.
+
+Names, texts and numpy only. The criteria have the names that they have in `lmprobe_zarr.mask_tokens`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from lmprobe_zarr.batch.pooling import POOLINGS
+from lmprobe_zarr.batch.ragged import offsets_of, positions_of
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.typing import Array, Ints, Mask
+
+__all__ = ["ALL", "OverSpec", "TokenPart", "TokensOfPrompts", "parse_over", "split_pooled"]
+
+#: The part that is all tokens of a prompt, whose variables are ``<site>_<pooling>``.
+ALL: Final = "all"
+_GENERATED: Final = "generated"
+_CRITERIA: Final = ("role", "generated", "position", "span", "after")
+_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
+OverSpec: TypeAlias = str | Sequence[str] | Mapping[str, str | Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensOfPrompts:
+    """What is known of the tokens of some prompts, end to end.
+
+    Parameters
+    ----------
+    text : sequence of str, shape (prompt,)
+    lengths : ndarray of int, shape (prompt,)
+    char_start, char_end : ndarray of int, shape (token,), optional
+        −1 for tokens that the tokenizer added.
+    role : ndarray of int, shape (token,), optional
+        Codes of `role_names`, −1 unknown.
+    role_names : sequence of str
+    generated : ndarray of int, shape (token,), optional
+        1 for tokens that the model has generated.
+    """
+
+    text: Sequence[str]
+    lengths: Ints
+    char_start: Ints | None = None
+    char_end: Ints | None = None
+    role: Array | None = None
+    role_names: Sequence[str] = ()
+    generated: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPart:
+    """One part of a prompt's tokens; those that all of its criteria select.
+
+    Parameters
+    ----------
+    name : str
+        What stands behind the pooling in the name of a variable, ``<site>_<pooling>_<name>``.
+    role : tuple of str
+        Roles, of which any is right; empty for no criterion.
+    generated : bool, optional
+        Whether the model has generated the token.
+    position : tuple of int or None, length 2, optional
+        First and last position, the last excluded; negative ones count from the end of the prompt.
+    span : str, optional
+        A text; a token is in the part if it shares a character with a place where the text occurs.
+    after : str, optional
+        A text; a token is in the part if it begins at or after the end of the last place where the text occurs.
+    """
+
+    name: str
+    role: tuple[str, ...] = ()
+    generated: bool | None = None
+    position: tuple[int | None, int | None] | None = None
+    span: str | None = None
+    after: str | None = None
+    described: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        given = {"role": list(self.role) or None, "generated": self.generated, "position": self.position, "span": self.span, "after": self.after}
+        object.__setattr__(self, "described", json.dumps({key: value for key, value in given.items() if value is not None}))
+
+    @property
+    def needs_roles(self) -> bool:
+        """Whether the roles of tokens have to be known."""
+        return bool(self.role)
+
+    def mask(self, tokens: TokensOfPrompts) -> Mask:
+        """Which tokens are in the part, shape (token,).
+
+        Raises
+        ------
+        InvalidArgumentError
+            What a criterion needs is not known of these tokens.
+        """
+        total = int(tokens.lengths.sum())
+        mask = np.ones(total, bool)
+        if self.role:
+            mask &= self._of_roles(tokens)
+        if self.generated is not None:
+            made = np.zeros(total, bool) if tokens.generated is None else np.asarray(tokens.generated) == 1
+            mask &= made == self.generated
+        if self.position is not None:
+            places, start, stop = positions_of(tokens.lengths), *self.position
+            from_end = places - np.repeat(tokens.lengths, tokens.lengths)
+            if start is not None:
+                mask &= (places if start >= 0 else from_end) >= start
+            if stop is not None:
+                mask &= (places if stop >= 0 else from_end) < stop
+        if self.span is not None:
+            mask &= self._in_text(tokens, self.span, after=False)
+        if self.after is not None:
+            mask &= self._in_text(tokens, self.after, after=True)
+        return mask
+
+    def _of_roles(self, tokens: TokensOfPrompts) -> Mask:
+        if tokens.role is None:
+            raise InvalidArgumentError(
+                f"over={self.name!r} is the role {' or '.join(map(repr, self.role))}, and roles are of chats: give lists of messages, or "
+                "another part, over={'tail': {'position': slice(-8, None)}}"
+            )
+        codes = [code for code, name in enumerate(tokens.role_names) if name in self.role]
+        return np.isin(np.asarray(tokens.role), codes)
+
+    def _in_text(self, tokens: TokensOfPrompts, wanted: str, *, after: bool) -> Mask:
+        if tokens.char_start is None or tokens.char_end is None:
+            raise InvalidArgumentError(
+                f"over={self.name!r} is a place in the text, and this tokenizer does not say which characters a token has: use a fast "
+                "tokenizer, or position="
+            )
+        mask = np.zeros(int(tokens.lengths.sum()), bool)
+        bounds = offsets_of(tokens.lengths)
+        for text, first, stop in zip(tokens.text, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            starts, ends = tokens.char_start[first:stop], tokens.char_end[first:stop]
+            if after:
+                place = text.rfind(wanted)
+                if place >= 0:
+                    mask[first:stop] = starts >= place + len(wanted)
+                continue
+            for found in re.finditer(re.escape(wanted), text):
+                mask[first:stop] |= (starts >= 0) & (starts < found.end()) & (ends > found.start())
+        return mask
+
+
+def parse_over(over: OverSpec) -> tuple[TokenPart | None, ...]:
+    """The parts that poolings are over, without repeats; None stands for all tokens.
+
+    Parameters
+    ----------
+    over : str, sequence of str, or mapping
+        ``"all"``, ``"generated"``, or a role such as ``"assistant"``. A mapping gives a part a name of its own: ``{"tail": {"position":
+        slice(-8, None)}}``, with the criteria ``role``, ``generated``, ``position`` (a slice), ``span`` and ``after`` (texts), all of which
+        a token has to meet.
+
+    Raises
+    ------
+    InvalidArgumentError, InvalidTypeError
+        A name that no variable can end with, an unknown criterion, or nothing at all.
+    """
+    given: dict[str, Any]
+    if isinstance(over, str):
+        given = {over: over}
+    elif isinstance(over, Mapping):
+        given = dict(over)
+    else:
+        given = {name: name for name in over}
+    if not given:
+        raise InvalidArgumentError("over is empty: give 'all', or a part of the tokens")
+    return tuple(None if name == ALL and criteria == ALL else _part(name, criteria) for name, criteria in given.items())
+
+
+def _part(name: object, criteria: object) -> TokenPart:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InvalidArgumentError(f"over={name!r:.80} is no name of a part: use the letters a to z, digits and _, a letter first, at most 32")
+    if name in (ALL, *POOLINGS) or any(name.endswith(f"_{pooling}") for pooling in POOLINGS):
+        raise InvalidArgumentError(f"over={name!r} is a name that poolings or all tokens have: choose another name")
+    if isinstance(criteria, str):
+        criteria = {"generated": True} if criteria == _GENERATED else {"role": criteria}
+    if not isinstance(criteria, Mapping) or not criteria:
+        raise InvalidTypeError(f"over={{{name!r}: …}} is a {type(criteria).__name__}: give a role, or criteria such as {{'span': 'Paris'}}")
+    unknown = sorted(set(criteria) - set(_CRITERIA))
+    if unknown:
+        raise InvalidArgumentError(f"over={{{name!r}: …}} has the criterion {unknown[0]!r}: use {', '.join(_CRITERIA)}")
+    return TokenPart(
+        name=name, role=_roles(name, criteria.get("role")), generated=_generated(name, criteria.get("generated")),
+        position=_position(name, criteria.get("position")), span=_text(name, "span", criteria.get("span")),
+        after=_text(name, "after", criteria.get("after")),
+    )  # fmt: skip
+
+
+def _roles(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    roles = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else ()
+    if not roles or not all(isinstance(role, str) and role for role in roles):
+        raise InvalidTypeError(f"over={{{name!r}: {{'role': {value!r}}}}} is no role: give a text or several")
+    return tuple(dict.fromkeys(roles))
+
+
+def _generated(name: str, value: Any) -> bool | None:
+    if value is not None and not isinstance(value, bool | np.bool_):
+        raise InvalidTypeError(f"over={{{name!r}: {{'generated': {value!r}}}}} is no truth value: give True or False")
+    return None if value is None else bool(value)
+
+
+def _position(name: str, value: Any) -> tuple[int | None, int | None] | None:
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and len(value) == 2:  # as `TokenPart.described` has it
+        value = slice(*value)
+    whole = isinstance(value, slice) and value.step in (None, 1)
+    if not whole or any(b is not None and (isinstance(b, bool) or not isinstance(b, int | np.integer)) for b in (value.start, value.stop)):
+        raise InvalidTypeError(f"over={{{name!r}: {{'position': {value!r}}}}} is no run of positions: give a slice, slice(-8, None)")
+    return (None if value.start is None else int(value.start), None if value.stop is None else int(value.stop))
+
+
+def _text(name: str, what: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise InvalidTypeError(f"over={{{name!r}: {{{what!r}: {value!r}}}}} is no text: give some characters")
+    return value
+
+
+def split_pooled(variable: str) -> tuple[str, str | None, str]:
+    """Site, pooling and part of the name of a pooled variable; no pooling where it is none, and `ALL` for all tokens.
+
+    >>> split_pooled("resid_mean_assistant")
+    ('resid', 'mean', 'assistant')
+    """
+    for pooling in POOLINGS:
+        if variable.endswith(f"_{pooling}"):
+            return variable.removesuffix(f"_{pooling}"), pooling, ALL
+    for pooling in POOLINGS:
+        site, found, part = variable.partition(f"_{pooling}_")
+        if site and found and part:
+            return site, pooling, part
+    return variable, None, ALL
