@@ -74,10 +74,12 @@ from lmprobe_zarr.batch.sites import (
 )
 from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.batch.token_batch import TokenBatch
+from lmprobe_zarr.batch.token_parts import ALL, OverSpec, TokenPart, TokensOfPrompts, parse_over, pooled_name, split_pooled
 from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids, special_id
 from lmprobe_zarr.batch.widening import copy_rows, widen
 
 __all__ = [
+    "ALL",
     "ANY_KIND",
     "BUILT_IN_SITES",
     "HASH_DIGITS",
@@ -101,6 +103,7 @@ __all__ = [
     "KindName",
     "LayerSpec",
     "Outputs",
+    "OverSpec",
     "Precision",
     "PromptKind",
     "Prompts",
@@ -108,6 +111,8 @@ __all__ = [
     "SitesSpec",
     "Stage",
     "TokenBatch",
+    "TokenPart",
+    "TokensOfPrompts",
     "accepted",
     "align_columns",
     "apply_template",
@@ -146,12 +151,14 @@ __all__ = [
     "offsets_of",
     "parse_chat_options",
     "parse_column",
+    "parse_over",
     "parse_poolings",
     "parse_prompts",
     "parse_sites",
     "parse_stage",
     "parse_sweep",
     "pool_ragged",
+    "pooled_name",
     "positions_of",
     "prompt_hash",
     "prompt_sha256",
@@ -168,6 +175,7 @@ __all__ = [
     "shorten",
     "show_value",
     "special_id",
+    "split_pooled",
     "split_variable",
     "store_as",
     "template_of",

@@ -246,9 +246,9 @@ def variable_problem(name: object) -> str | None:
     """Why a name can be no site's, as text; None if it can."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
         return "use the letters a to z, digits and _, a letter first, at most 64"
-    pooling = next((pooling for pooling in POOLINGS if name.endswith(f"_{pooling}")), None)
+    pooling = next((pooling for pooling in POOLINGS if f"_{pooling}_" in f"{name}_"), None)
     if pooling is not None:
-        return f"it ends like a pooling, _{pooling}"
+        return f"it {'ends like' if name.endswith(pooling) else 'holds'} a pooling, _{pooling}"
     if name.lower() in _TAKEN:
         return "it is a name of the format itself"
     return None
@@ -307,6 +307,7 @@ def row_bytes(
     experts: int | None = None,
     widths: Mapping[str, int] | None = None,
     site_layers: Mapping[str, int] | None = None,
+    parts: int = 1,
 ) -> RowBytes:
     """Bytes of one token and of one prompt, from a model's size alone.
 
@@ -327,6 +328,8 @@ def row_bytes(
         Values of one token at a site, where they are not `hidden_size`.
     site_layers : mapping of str to int, optional
         How many of the layers have a site, where it is not all of them.
+    parts : int
+        Over how many parts of the tokens each pooling is.
 
     Raises
     ------
@@ -342,7 +345,7 @@ def row_bytes(
     counts = {site: (site_layers or {}).get(site, layers) if chosen.layered(site) else 1 for site in chosen}
     row = sum(counts[site] * (widths or {}).get(site, hidden_size) for site in chosen) * item
     logits = (vocab_size or 0) * item if outputs.top_k is None else outputs.top_k * (item + INDEX_BYTES)
-    token, prompt = row if keep_tokens else 0, row * len(poolings)
+    token, prompt = row if keep_tokens else 0, row * len(poolings) * parts
     if outputs.perplexity:
         token += len(SCALARS) * SCALAR_BYTES
         prompt += len(STATISTICS) * SCALAR_BYTES

@@ -51,7 +51,8 @@ class TokenBatch:
     stored_dtype : mapping of str to str
         The dtype of a variable at its source where numpy has no such dtype: ``bfloat16`` for float32 arrays that hold its numbers.
     site_attributes : mapping of str to mapping
-        What is noted of a site in its arrays, see ``docs/format.md``: ``site_path``, ``num_heads``, ``site_layers``.
+        What is noted in the arrays of a site, or of one variable, see ``docs/format.md``: ``site_path``, ``num_heads``, ``site_layers``,
+        ``over``.
 
     Raises
     ------

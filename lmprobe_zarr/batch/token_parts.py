@@ -18,7 +18,7 @@ from lmprobe_zarr.batch.ragged import offsets_of, positions_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["ALL", "OverSpec", "TokenPart", "TokensOfPrompts", "parse_over", "split_pooled"]
+__all__ = ["ALL", "OverSpec", "TokenPart", "TokensOfPrompts", "parse_over", "pooled_name", "split_pooled"]
 
 #: The part that is all tokens of a prompt, whose variables are ``<site>_<pooling>``.
 ALL: Final = "all"
@@ -43,6 +43,10 @@ class TokensOfPrompts:
     role_names : sequence of str
     generated : ndarray of int, shape (token,), optional
         1 for tokens that the model has generated.
+    first : sequence of int, shape (prompt,), optional
+        Place of each prompt in the caller's list, for messages.
+    spans : mapping of str to sequence, optional
+        By the name of a part, the span of each prompt as it is stored, ``"3:9"``; None for a prompt that has none.
     """
 
     text: Sequence[str]
@@ -52,6 +56,8 @@ class TokensOfPrompts:
     role: Array | None = None
     role_names: Sequence[str] = ()
     generated: Array | None = None
+    first: Sequence[int] | Ints | None = None
+    spans: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +74,11 @@ class TokenPart:
         Whether the model has generated the token.
     position : tuple of int or None, length 2, optional
         First and last position, the last excluded; negative ones count from the end of the prompt.
-    span : str, optional
-        A text; a token is in the part if it shares a character with a place where the text occurs.
+    span : str or tuple of int, optional
+        A text, or first and last character, the last excluded; a token is in the part if it shares a character with them, or with a place
+        where the text occurs.
+    span_column : str
+        The column of prompts that holds a span of each; empty for no criterion.
     after : str, optional
         A text; a token is in the part if it begins at or after the end of the last place where the text occurs.
     """
@@ -78,12 +87,16 @@ class TokenPart:
     role: tuple[str, ...] = ()
     generated: bool | None = None
     position: tuple[int | None, int | None] | None = None
-    span: str | None = None
+    span: str | tuple[int, int] | None = None
+    span_column: str = ""
     after: str | None = None
     described: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
-        given = {"role": list(self.role) or None, "generated": self.generated, "position": self.position, "span": self.span, "after": self.after}
+        given = {
+            "role": list(self.role) or None, "generated": self.generated, "position": self.position,
+            "span": {"column": self.span_column} if self.span_column else self.span, "after": self.after,
+        }  # fmt: skip
         object.__setattr__(self, "described", json.dumps({key: value for key, value in given.items() if value is not None}))
 
     @property
@@ -113,10 +126,8 @@ class TokenPart:
                 mask &= (places if start >= 0 else from_end) >= start
             if stop is not None:
                 mask &= (places if stop >= 0 else from_end) < stop
-        if self.span is not None:
-            mask &= self._in_text(tokens, self.span, after=False)
-        if self.after is not None:
-            mask &= self._in_text(tokens, self.after, after=True)
+        if self.span_column or self.span is not None or self.after is not None:
+            mask &= self._in_text(tokens)
         return mask
 
     def _of_roles(self, tokens: TokensOfPrompts) -> Mask:
@@ -128,7 +139,7 @@ class TokenPart:
         codes = [code for code, name in enumerate(tokens.role_names) if name in self.role]
         return np.isin(np.asarray(tokens.role), codes)
 
-    def _in_text(self, tokens: TokensOfPrompts, wanted: str, *, after: bool) -> Mask:
+    def _in_text(self, tokens: TokensOfPrompts) -> Mask:
         if tokens.char_start is None or tokens.char_end is None:
             raise InvalidArgumentError(
                 f"over={self.name!r} is a place in the text, and this tokenizer does not say which characters a token has: use a fast "
@@ -136,27 +147,55 @@ class TokenPart:
             )
         mask = np.zeros(int(tokens.lengths.sum()), bool)
         bounds = offsets_of(tokens.lengths)
-        for text, first, stop in zip(tokens.text, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            starts, ends = tokens.char_start[first:stop], tokens.char_end[first:stop]
-            if after:
-                place = text.rfind(wanted)
-                if place >= 0:
-                    mask[first:stop] = starts >= place + len(wanted)
-                continue
-            for found in re.finditer(re.escape(wanted), text):
-                mask[first:stop] |= (starts >= 0) & (starts < found.end()) & (ends > found.start())
+        for number, (first, stop) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+            text, starts, ends = tokens.text[number], tokens.char_start[first:stop], tokens.char_end[first:stop]
+            inside = np.ones(stop - first, bool)
+            if self.span_column or self.span is not None:
+                inside &= False
+                for begin, end in self._spans(tokens, number):
+                    inside |= (starts >= 0) & (starts < end) & (ends > begin)
+            if self.after is not None:
+                place = text.rfind(self.after)
+                inside &= (starts >= place + len(self.after)) if place >= 0 else False
+            mask[first:stop] = inside
         return mask
 
+    def _spans(self, tokens: TokensOfPrompts, number: int) -> list[tuple[int, int]]:
+        """The characters of one prompt that the criterion names."""
+        text = tokens.text[number]
+        if isinstance(self.span, str):
+            return [found.span() for found in re.finditer(re.escape(self.span), text)]
+        span = parse_span(tokens.spans[self.name][number]) if self.span_column else self.span
+        if span is None:
+            return []
+        if span[1] > len(text):
+            place = number if tokens.first is None else int(tokens.first[number])
+            raise InvalidArgumentError(
+                f"over={self.name!r} has the span {span[0]}:{span[1]} for prompts[{place}], whose text has {len(text)} characters: give "
+                "first and last character in it, the last excluded"
+            )
+        return [span]
 
-def parse_over(over: OverSpec) -> tuple[TokenPart | None, ...]:
-    """The parts that poolings are over, without repeats; None stands for all tokens.
+
+def parse_span(written: object) -> tuple[int, int] | None:
+    """``"3:9"`` as first and last character; None for no text."""
+    if not isinstance(written, str):
+        return None
+    begin, _, end = written.partition(":")
+    return int(begin), int(end)
+
+
+def parse_over(over: OverSpec, prompts: int) -> tuple[tuple[TokenPart | None, ...], dict[str, list[str | None]]]:
+    """The parts that poolings are over, without repeats, and the columns of spans; None stands for all tokens.
 
     Parameters
     ----------
     over : str, sequence of str, or mapping
         ``"all"``, ``"generated"``, or a role such as ``"assistant"``. A mapping gives a part a name of its own: ``{"tail": {"position":
-        slice(-8, None)}}``, with the criteria ``role``, ``generated``, ``position`` (a slice), ``span`` and ``after`` (texts), all of which
-        a token has to meet.
+        slice(-8, None)}}``, with the criteria ``role``, ``generated``, ``position`` (a slice), ``span`` (a text; first and last character;
+        or a list of these, one pair or None for each prompt) and ``after`` (a text), all of which a token has to meet.
+    prompts : int
+        How many prompts there are.
 
     Raises
     ------
@@ -172,12 +211,16 @@ def parse_over(over: OverSpec) -> tuple[TokenPart | None, ...]:
         given = {name: name for name in over}
     if not given:
         raise InvalidArgumentError("over is empty: give 'all', or a part of the tokens")
-    return tuple(None if name == ALL and criteria == ALL else _part(name, criteria) for name, criteria in given.items())
+    columns: dict[str, list[str | None]] = {}
+    parts = tuple(None if name == ALL and criteria == ALL else _part(name, criteria, prompts, columns) for name, criteria in given.items())
+    return parts, columns
 
 
-def _part(name: object, criteria: object) -> TokenPart:
+def _part(name: object, criteria: object, prompts: int, columns: dict[str, list[str | None]]) -> TokenPart:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise InvalidArgumentError(f"over={name!r:.80} is no name of a part: use the letters a to z, digits and _, a letter first, at most 32")
+        raise InvalidArgumentError(
+            f"over={name!r:.80} is no name of a part: use the letters a to z, digits and _, a letter first, at most 32"
+        )
     if name in (ALL, *POOLINGS) or any(name.endswith(f"_{pooling}") for pooling in POOLINGS):
         raise InvalidArgumentError(f"over={name!r} is a name that poolings or all tokens have: choose another name")
     if isinstance(criteria, str):
@@ -187,9 +230,13 @@ def _part(name: object, criteria: object) -> TokenPart:
     unknown = sorted(set(criteria) - set(_CRITERIA))
     if unknown:
         raise InvalidArgumentError(f"over={{{name!r}: …}} has the criterion {unknown[0]!r}: use {', '.join(_CRITERIA)}")
+    span, listed = _span(name, criteria.get("span"), prompts)
+    column = f"{name}_span" if listed is not None else ""
+    if listed is not None:
+        columns[column] = listed
     return TokenPart(
         name=name, role=_roles(name, criteria.get("role")), generated=_generated(name, criteria.get("generated")),
-        position=_position(name, criteria.get("position")), span=_text(name, "span", criteria.get("span")),
+        position=_position(name, criteria.get("position")), span=span, span_column=column,
         after=_text(name, "after", criteria.get("after")),
     )  # fmt: skip
 
@@ -220,10 +267,44 @@ def _position(name: str, value: Any) -> tuple[int | None, int | None] | None:
     return (None if value.start is None else int(value.start), None if value.stop is None else int(value.stop))
 
 
+def _span(name: str, value: Any, prompts: int) -> tuple[str | tuple[int, int] | None, list[str | None] | None]:
+    """A span that is the same for all prompts, or one of each."""
+    if value is None or isinstance(value, str):
+        return _text(name, "span", value), None
+    if isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(bound, int | np.integer) for bound in value):
+        return _pair(name, value), None
+    if isinstance(value, Mapping) or not isinstance(value, Iterable):
+        raise InvalidTypeError(
+            f"over={{{name!r}: {{'span': …}}}} is a {type(value).__name__}: give a text, (start, end), or a list of pairs"
+        )
+    listed = list(value)
+    if len(listed) != prompts:
+        raise InvalidArgumentError(
+            f"over={{{name!r}: {{'span': …}}}} has {len(listed)} spans for {prompts} prompts: give one each, or None"
+        )
+    pairs = [None if pair is None else _pair(name, pair) for pair in listed]
+    return None, [None if pair is None else f"{pair[0]}:{pair[1]}" for pair in pairs]
+
+
+def _pair(name: str, pair: Any) -> tuple[int, int]:
+    try:
+        start, end = (int(bound) for bound in pair)
+    except (TypeError, ValueError) as error:
+        raise InvalidTypeError(f"over={{{name!r}: …}} has the span {pair!r}, expected (start, end) in characters") from error
+    if not 0 <= start < end:
+        raise InvalidArgumentError(f"over={{{name!r}: …}} has the span ({start}, {end}), which has no characters: give 0 <= start < end")
+    return start, end
+
+
 def _text(name: str, what: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise InvalidTypeError(f"over={{{name!r}: {{{what!r}: {value!r}}}}} is no text: give some characters")
     return value
+
+
+def pooled_name(site: str, pooling: str, part: str = ALL) -> str:
+    """The name of a pooled variable."""
+    return f"{site}_{pooling}" if part == ALL else f"{site}_{pooling}_{part}"
 
 
 def split_pooled(variable: str) -> tuple[str, str | None, str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmprobe_zarr.batch import LayerSpec, Outputs, SitesSpec, parse_chat_options
+from lmprobe_zarr.batch import LayerSpec, Outputs, OverSpec, SitesSpec, parse_chat_options
 from lmprobe_zarr.extraction.columns import Columns
 from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.options import Options, keeping_of
@@ -33,6 +33,7 @@ def plan_extract(
     layers: LayerSpec = "all",
     sites: SitesSpec = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
+    over: OverSpec = "all",
     keep_tokens: bool = False,
     perplexity: bool = False,
     logits: LogitsPositions | None = None,
@@ -62,7 +63,7 @@ def plan_extract(
 
     Parameters
     ----------
-    model, prompts, store, layers, sites, pooling, keep_tokens, perplexity, logits, logits_top_k
+    model, prompts, store, layers, sites, pooling, over, keep_tokens, perplexity, logits, logits_top_k
         As for `extract`.
     router, name, tokenizer, revision, dtype, storage_dtype, keep_bits, overflow, max_length
         As for `extract`.
@@ -93,7 +94,7 @@ def plan_extract(
         chat_template_kwargs=chat_template_kwargs,
     )  # fmt: skip
     request = check_request(
-        choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
+        choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, over=over, keep_tokens=keep_tokens, refresh=refresh,
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), group=group,
         any_provenance=any_provenance,
     )  # fmt: skip
@@ -108,6 +109,7 @@ def extract(
     layers: LayerSpec = "all",
     sites: SitesSpec = ("resid",),
     pooling: str | Sequence[str] = ("last_token",),
+    over: OverSpec = "all",
     keep_tokens: bool = False,
     perplexity: bool = False,
     logits: LogitsPositions | None = None,
@@ -171,6 +173,12 @@ def extract(
         blocks; ``:input`` takes what the module is given. Layers that lack a site are left out of it. See :func:`list_sites`.
     pooling : str or sequence of {"last_token", "first_token", "mean", "max", "min"}
         What is stored per prompt, as ``<site>_<pooling>``; may be empty if tokens are kept.
+    over : str, sequence of str, or mapping
+        Which tokens each pooling is over: ``"all"``; ``"generated"``, the tokens of an answer; or a role of chats, such as ``"assistant"``.
+        What is pooled over a part is ``<site>_<pooling>_<part>``, NaN where a prompt has no such token. A mapping names parts by criteria:
+        ``{"tail": {"position": slice(-8, None)}, "name": {"span": [(3, 9), …]}, "after": {"after": "Answer:"}}``: ``role``, ``generated``,
+        ``position`` (a slice), ``span`` (a text; first and last character; or one pair for each prompt) and ``after`` (a text, after whose
+        last place the tokens begin). A token has to meet all of them.
     keep_tokens : bool
         Whether every token is stored too, as ``<site>``.
     perplexity : bool
@@ -294,7 +302,7 @@ def extract(
         chat_template_kwargs=chat_template_kwargs,
     )  # fmt: skip
     request = check_request(
-        choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, keep_tokens=keep_tokens, refresh=refresh,
+        choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, over=over, keep_tokens=keep_tokens, refresh=refresh,
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), columns=coords,
         group=group, any_provenance=any_provenance, store_text=store_text,
     )  # fmt: skip

@@ -108,6 +108,7 @@ def _run_model(
         layers=request.kept_layers(lookup.layers) or "all",
         sites=request.sites,
         poolings=request.poolings,
+        parts=request.part_names,
         keep_tokens=request.keep_tokens,
         outputs=request.outputs,
         batch_tokens=options.batch_tokens,

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lmprobe_zarr.batch import split_variable
+from lmprobe_zarr.batch import ALL, split_pooled
 from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidArgumentError
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.models import ModelIdentity
@@ -44,7 +44,7 @@ def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[Gro
     known = _find_known(request, model) if isinstance(model, ModelIdentity) else _find_own(request, model)
     if known is not None and request.group is None:
         known = request.store.groups(whole=False).get(_for_sites(request, known).name)
-    certain = [known] if known is not None and request.group in (None, known.name) and not _other_paths(request, known) else []
+    certain = [known] if known is not None and request.group in (None, known.name) and not _others(request, known) else []
     if request.group is not None:
         named = request.store.groups(whole=False).get(request.group)
         if certain or named is None:
@@ -59,16 +59,16 @@ def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[Gro
                 f"group={request.group!r} was asked for, but it says otherwise than this call: {'; '.join(problems.values())}\n"
                 "give the same here, or leave group out"
             )
-        if other := _other_paths(request, named):
+        if other := _others(request, named):
             raise InvalidArgumentError(
-                f"group={request.group!r} was asked for, but it holds {other}: choose another name for the site, or leave group out"
+                f"group={request.group!r} was asked for, but it holds {_told(other)}: choose another name for it, or leave group out"
             )
         return [named]
     if not request.any_provenance:
         return certain
     held = [info for info in request.store.groups(whole=False).values() if info not in certain and is_alike(request, model.name, info)]
     taken = [info for info in held if not contradictions(request, model, info) and request.store.holds_parts(info.name)]
-    taken = [info for info in taken if not _other_paths(request, info)]
+    taken = [info for info in taken if not _others(request, info)]
     taken = [info for info in taken if _is_named(request, model.name, info)] or taken
     if len(names := sorted({info.model for info in taken if not _is_named(request, model.name, info)})) > 1:
         raise AmbiguousProvenanceError(
@@ -94,40 +94,42 @@ def group_of(loaded: LoadedModel, request: Request) -> GroupInfo:
 
 
 def _for_sites(request: Request, info: GroupInfo) -> GroupInfo:
-    """The group; or, where it holds another module under the name of a requested site, one whose provenance has the requested path."""
-    other = _other_paths(request, info)
+    """The group; or, where it holds something else under a name that is requested, one whose provenance says what is requested."""
+    other = _others(request, info)
     if not other:
         return info
-    paths = {f"site_{site}": request.sites.paths[site] for site in sorted(other)}
     made = GroupInfo(
-        model=info.model, provenance={**info.provenance, **paths}, num_layers=info.num_layers, hidden_size=info.hidden_size
-    )  # fmt: skip
-    warn(f"group {info.name!r} holds {other}: what this call asks for is kept in a group of its own, {made.name!r}", UserWarning)
+        model=info.model,
+        provenance={**info.provenance, **{name: wanted for name, (_, wanted) in sorted(other.items())}},
+        num_layers=info.num_layers,
+        hidden_size=info.hidden_size,
+    )
+    warn(f"group {info.name!r} holds {_told(other)}: what this call asks for is kept in a group of its own, {made.name!r}", UserWarning)
     return made
 
 
-class _OtherPaths(dict[str, str]):
-    """Requested sites, with the paths that a group holds under their names."""
-
-    def __str__(self) -> str:
-        return " and ".join(
-            f"{site!r} of {f'the module {path!r}' if path else 'a module that is not recorded'}" for site, path in self.items()
-        )
+def _told(other: Mapping[str, tuple[str, str]]) -> str:
+    return " and ".join(held for held, _ in other.values())
 
 
-def _other_paths(request: Request, info: GroupInfo) -> _OtherPaths:
-    """The sites that a group holds of another module than the one that is requested."""
-    found = _OtherPaths()
-    paths = request.sites.paths
-    if not paths or not request.store.holds_parts(info.name):
+def _others(request: Request, info: GroupInfo) -> dict[str, tuple[str, str]]:
+    """What a group holds of another module or other tokens than requested under the same name.
+
+    By the field of a provenance that tells them apart: what is held, in words, and what is requested.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    paths, parts = request.sites.paths, {name: text for name, text in request.part_names.items() if text}
+    if not (paths or parts) or not request.store.holds_parts(info.name):
         return found
     view = request.store.view(info, whole=False)
     for level in LEVELS:
         for name, array in view.variables(level).items():
-            site = split_variable(name)[0]
-            held = str(array.attributes.get("site_path", ""))
-            if site in paths and not _same_module(held, paths[site]):
-                found[site] = held
+            site, _, part = split_pooled(name) if level == "prompts" else (name, None, ALL)
+            path, over = (str(array.attributes.get(key, "")) for key in ("site_path", "over"))
+            if site in paths and not _same_module(path, paths[site]):
+                found[f"site_{site}"] = f"{site!r} of {f'the module {path!r}' if path else 'a module that is not recorded'}", paths[site]
+            if part in parts and over != parts[part]:
+                found[f"over_{part}"] = f"what is pooled over {part!r} of {over or 'tokens that are not recorded'}", parts[part]
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, split_variable, unused_arguments
+from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, split_pooled, unused_arguments
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.extraction import models
@@ -20,7 +20,7 @@ from lmprobe_zarr.extraction.plan import HeldElsewhere
 from lmprobe_zarr.extraction.request import Request, Wanted
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.store.format import LEVELS, GroupInfo
-from lmprobe_zarr.store.parts import View
+from lmprobe_zarr.store.parts import View, read_column
 from lmprobe_zarr.typing import Ints, Mask
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Lookup:
         found = {}
         for level in LEVELS if self.view is not None else ():
             for name, array in self.view.variables(level).items():  # type: ignore[union-attr]
-                if (site := split_variable(name)[0]) in self.request.sites.names:
+                if (site := split_pooled(name)[0]) in self.request.sites.names:
                     found[site] = int(np.prod(array.row_shape))
         if self.loaded is not None:
             places = models.places_of(self.loaded, self.request.sites, self.layers)
@@ -279,7 +279,7 @@ def _noted_layers(view: View | None) -> dict[str, tuple[int, ...]]:
     for level in LEVELS if view is not None else ():
         for name, array in view.variables(level).items():  # type: ignore[union-attr]
             if "site_layers" in array.attributes:
-                found[split_variable(name)[0]] = tuple(array.attributes["site_layers"])
+                found[split_pooled(name)[0]] = tuple(array.attributes["site_layers"])
     return found
 
 
@@ -378,6 +378,8 @@ def _find_gaps(request: Request, wanted: Sequence[Wanted], view: View | None, pr
     to_pool: dict[str, Mask] = {}
     for variable in wanted:
         stored = _has_all(view, variable, known)
+        if variable.part is not None and variable.part.span_column:
+            stored &= _same_spans(request, view, variable.part.span_column, prompts.first[places], known)
         if variable.pooled_from is not None and view.holds_whole_prompts:
             from_tokens = view.covers("tokens", variable.pooled_from, known, variable.layers).all(axis=0)
             to_pool[variable.name] = from_tokens & ~stored
@@ -389,6 +391,14 @@ def _find_gaps(request: Request, wanted: Sequence[Wanted], view: View | None, pr
         if names:
             derived.setdefault(names, []).append(int(places[i]))
     return np.setdiff1d(everything, places[~lacking]), {names: np.array(chosen) for names, chosen in derived.items()}
+
+
+def _same_spans(request: Request, view: View, column: str, places: Ints, rows: Ints) -> Mask:
+    """Which prompts are stored with the span that is asked for now."""
+    wanted = request.columns[column][places]
+    if column not in view.columns("prompts"):
+        return np.zeros(len(rows), bool)
+    return np.asarray(view.covers("prompts", column, rows, ())[0] & read_column(view, column, rows).equals(wanted))
 
 
 def _has_all(view: View, variable: Wanted, rows: Ints) -> Mask:

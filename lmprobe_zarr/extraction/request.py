@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmprobe_zarr.batch import (
+    ALL,
     NO_CHAT_OPTIONS,
     ChatOptions,
     Column,
     LayerSpec,
     Outputs,
+    OverSpec,
     Sites,
     SitesSpec,
+    TokenPart,
     check_texts,
     given_prompts,
     is_top_k,
+    parse_column,
+    parse_over,
     parse_poolings,
     parse_sites,
+    pooled_name,
     prompts_kind,
     with_encoder_texts,
 )
@@ -51,6 +58,8 @@ class Request:
     layers : "all", "middle", "last", int, sequence of int or slice
     sites : Sites
     poolings : tuple of str
+    parts : tuple of TokenPart or None
+        The parts of the tokens that are pooled; None stands for all of them.
     keep_tokens : bool
     outputs : Outputs
     keep_passed : bool
@@ -83,6 +92,12 @@ class Request:
     any_provenance: bool = False
     chat: ChatOptions = NO_CHAT_OPTIONS
     order: CallOrder | None = None
+    parts: tuple[TokenPart | None, ...] = (None,)
+
+    @property
+    def part_names(self) -> dict[str, str]:
+        """The parts of the tokens that are pooled, by name, with what is noted of each."""
+        return {ALL if part is None else part.name: "" if part is None else part.described for part in self.parts}
 
     @property
     def any_dtype(self) -> bool:
@@ -117,13 +132,16 @@ class Request:
         found = []
         for site in self.sites:
             own_layers = having(site) if self.sites.layered(site) else ()
-            found += [Wanted(level="prompts", name=f"{site}_{pooling}", layers=own_layers, pooled_from=site) for pooling in self.poolings]
-            found += [Wanted(level="tokens", name=site, layers=own_layers)] if self.keep_tokens else []
+            for pooling, part in itertools.product(self.poolings, self.parts):
+                name = pooled_name(site, pooling, ALL if part is None else part.name)
+                pooled_from = site if part is None else None
+                found.append(Wanted(level="prompts", name=name, layers=own_layers, site=site, pooled_from=pooled_from, part=part))
+            found += [Wanted(level="tokens", name=site, layers=own_layers, site=site)] if self.keep_tokens else []
         for place, name, layered in self.outputs.variables():
             level: Level = "tokens" if place == "tokens" else "prompts"
             own_layers = having(name) if layered else ()
             top_k = self.outputs.top_k if is_top_k(name) else None
-            found.append(Wanted(level=level, name=name, layers=own_layers, at_least=top_k))
+            found.append(Wanted(level=level, name=name, layers=own_layers, site=name, at_least=top_k))
         return found
 
 
@@ -136,6 +154,10 @@ class Wanted:
     level, name : str
     layers : tuple of int
         Empty for variables without layers.
+    site : str
+        The site or output that it is of.
+    part : TokenPart, optional
+        The part of the tokens that it is pooled over, where that is not all of them.
     pooled_from : str, optional
         The site whose stored tokens it can be pooled from instead.
     at_least : int, optional
@@ -145,6 +167,8 @@ class Wanted:
     level: Level
     name: str
     layers: tuple[int, ...]
+    site: str = ""
+    part: TokenPart | None = None
     pooled_from: str | None = None
     at_least: int | None = None
 
@@ -159,6 +183,7 @@ def check_request(
     pooling: str | Sequence[str],
     keep_tokens: bool,
     outputs: Outputs,
+    over: OverSpec = ALL,
     columns: Columns | None = None,
     keep_passed: bool = False,
     refresh: bool = False,
@@ -185,8 +210,16 @@ def check_request(
         if not outputs:
             raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
         names = Sites()
+    parts, spans = parse_over(over, len(given))
+    _check_parts(parts, kind, poolings)
     own = check_columns(columns, prompts, given)
-    variables = {*names, *(f"{site}_{each}" for site in names for each in poolings)}
+    if same := sorted(set(spans) & set(own)):
+        raise InvalidArgumentError(
+            f"{same[0]!r} is a column of coords=, and that of the spans of over=: choose another name for one of them"
+        )
+    own |= {name: parse_column(name, values) for name, values in spans.items()}
+    every = [pooled_name(site, each, ALL if part is None else part.name) for site in names for each in poolings for part in parts]
+    variables = {*names, *every}
     if same := sorted(variables & set(own)):
         raise InvalidArgumentError(f"{same[0]!r} is a column of coords= and a variable of sites=: choose another name for one of them")
     if kind == "pair" and store_text:
@@ -194,8 +227,20 @@ def check_request(
     return Request(
         choice=choice, given=given, kind=kind, columns=own, store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
-        any_provenance=any_provenance,
+        any_provenance=any_provenance, parts=parts if poolings else (None,),
     )  # fmt: skip
+
+
+def _check_parts(parts: Sequence[TokenPart | None], kind: PromptKind, poolings: Sequence[str]) -> None:
+    """Raise for parts of the tokens that prompts of this kind do not have."""
+    for part in parts:
+        if part is not None and not poolings:
+            raise InvalidArgumentError(f"over={part.name!r} was given without a pooling: it says which tokens are pooled")
+        if part is not None and part.role and kind != "chat":
+            raise InvalidArgumentError(
+                f"over={part.name!r} is the role {' or '.join(map(repr, part.role))}, and roles are of chats: give lists of messages, or "
+                "another part, over={'tail': {'position': slice(-8, None)}}"
+            )
 
 
 def _check_options(choice: ModelChoice, kind: PromptKind, chat: ChatOptions) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmprobe_zarr.batch import Column, Precision, parse_prompts, row_bytes
+from lmprobe_zarr.batch import Column, Precision, TokenPart, TokensOfPrompts, offsets_of, parse_prompts, row_bytes
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.columns import columns_by_prompt, fit_columns
 from lmprobe_zarr.extraction.lookup import Lookup
 from lmprobe_zarr.extraction.models import TokenizedPrompts
 from lmprobe_zarr.extraction.plan import ExtractPlan
+from lmprobe_zarr.log import warn
+from lmprobe_zarr.typing import Mask
 
 __all__ = ["Work", "decide"]
 
@@ -59,7 +62,7 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
     if before is not None and lookup.request.kind != "pair" and np.array_equal(before.lookup.missing, lookup.missing):
         tokenized = before.tokenized
     else:
-        tokenized = _tokenize(lookup) if len(lookup.missing) else None
+        tokenized = _tokenize(lookup, columns) if len(lookup.missing) else None
     tokens = 0 if tokenized is None else tokenized.num_tokens
     nbytes, needed_bytes = _sizes(lookup, precision, tokens)
     plan = ExtractPlan(
@@ -98,18 +101,19 @@ def _sizes(lookup: Lookup, precision: Precision, tokens: int) -> tuple[int, int]
         vocab_size=model.vocab_size,
         experts=model.num_experts,
         widths=lookup.widths,
-        site_layers={variable.pooled_from or variable.name: len(variable.layers) for variable in lookup.wanted if variable.layers},
+        site_layers={variable.site: len(variable.layers) for variable in lookup.wanted if variable.layers},
+        parts=len(request.parts),
     )
     stored_tokens = 0 if lookup.view is None else int(lookup.view.token_counts()[lookup.found_rows].sum())
     return size.total(len(lookup.missing), tokens), size.total(len(lookup.prompts), tokens + stored_tokens)
 
 
-def _tokenize(lookup: Lookup) -> TokenizedPrompts:
-    """Tokens of the missing prompts."""
+def _tokenize(lookup: Lookup, columns: Mapping[str, Column]) -> TokenizedPrompts:
+    """Tokens of the missing prompts, and which of them are in the parts that are pooled."""
     request, prompts = lookup.request, lookup.prompts
     if prompts.text is None:
         prompts = parse_prompts(request.given, tokenizer=lookup.tokenizer, chat=request.chat)
-    return models.tokenize(
+    tokenized = models.tokenize(
         prompts.take(lookup.missing),
         lookup.tokenizer,
         context_length=lookup.model.window,
@@ -118,5 +122,40 @@ def _tokenize(lookup: Lookup) -> TokenizedPrompts:
         vocab_size=lookup.model.vocab_size,
         add_special_tokens=request.choice.add_special_tokens,
         decoder_start=None if lookup.loaded is None else lookup.loaded.decoder_start,
-        roles=request.keep_tokens or request.outputs.token_level,
+        roles=request.keep_tokens or request.outputs.token_level or any(part is not None and part.needs_roles for part in request.parts),
+    )
+    parts = [part for part in request.parts if part is not None]
+    if not parts:
+        return tokenized
+    spans = {part.name: _listed(columns[part.span_column][lookup.missing]) for part in parts if part.span_column}
+    known = TokensOfPrompts(
+        text=tokenized.text, lengths=tokenized.lengths, char_start=tokenized.char_start, char_end=tokenized.char_end,
+        role=tokenized.columns.get("role"), role_names=tokenized.role_names, generated=tokenized.columns.get("generated"),
+        first=tokenized.first, spans=spans,
+    )  # fmt: skip
+    masks = {part.name: part.mask(known) for part in parts}
+    for part in parts:
+        _note_empty(part, masks[part.name], known, lookup)
+    return replace(tokenized, parts=masks)
+
+
+def _listed(column: Column) -> list[str | None]:
+    there = np.ones(len(column), bool) if column.missing is None else ~column.missing
+    return [str(value) if known else None for value, known in zip(column.values.tolist(), there.tolist(), strict=True)]
+
+
+def _note_empty(part: TokenPart, mask: Mask, tokens: TokensOfPrompts, lookup: Lookup) -> None:
+    """Warn of prompts that have no token in a part, and raise if that is so of all prompts of the call."""
+    held = np.add.reduceat(mask.astype(np.int64), offsets_of(tokens.lengths)[:-1])
+    empty = np.flatnonzero(held == 0)
+    if not len(empty) or lookup.request.order is not None:  # a worker's share is counted with the others
+        return
+    first = lookup.prompts.first[lookup.missing[empty[0]]]
+    if len(empty) == len(held) and not len(lookup.found):
+        codes = np.unique(tokens.role[tokens.role >= 0]).tolist() if part.role and tokens.role is not None else []
+        told = f": the roles there are {', '.join(tokens.role_names[code] for code in codes)}" if codes else ""
+        raise InvalidArgumentError(f"no token of the {len(held)} prompts is in over={part.name!r}, {part.described}{told}")
+    warn(
+        f"{len(empty)} of {len(held)} prompts, first prompts[{first}], have no token in over={part.name!r}: what is pooled over it is NaN",
+        UserWarning,
     )

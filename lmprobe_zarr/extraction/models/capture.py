@@ -6,7 +6,7 @@ logits are scaled and capped as it does itself; but its head sees no padding, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lmprobe_zarr.batch import (
+    ALL,
     NO_OUTPUTS,
     SCALARS,
     LayerSpec,
@@ -21,6 +22,7 @@ from lmprobe_zarr.batch import (
     Sites,
     SitesSpec,
     TokenBatch,
+    concat_ranges,
     describe_layers,
     offsets_of,
     parse_poolings,
@@ -29,7 +31,7 @@ from lmprobe_zarr.batch import (
     resolve_layers,
     row_bytes,
     shorten,
-    split_variable,
+    split_pooled,
 )
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.batching import (
@@ -70,6 +72,7 @@ def run(
     layers: LayerSpec = "all",
     sites: SitesSpec | Sites = ("resid",),
     poolings: str | Sequence[str] = ("last_token",),
+    parts: Mapping[str, str] | None = None,
     keep_tokens: bool = False,
     outputs: Outputs = NO_OUTPUTS,
     batch_tokens: int | None = None,
@@ -91,6 +94,9 @@ def run(
         May be empty where `outputs` are asked for.
     poolings : sequence of {"last_token", "first_token", "mean", "max", "min"}
         Pooled on the device; variables ``<site>_<pooling>``, (layer, prompt, hidden).
+    parts : mapping of str to str, optional
+        Which parts of the tokens are pooled, with what is noted of each: `ALL`, and names of ``tokenized.parts``, whose variables are
+        ``<site>_<pooling>_<part>``. By default all tokens. NaN where a prompt has no token in a part.
     keep_tokens : bool
         Whether every token is kept too; variables ``<site>``, (layer, token, hidden).
     outputs : Outputs
@@ -139,6 +145,7 @@ def run(
         layers=chosen if names.any_layered else (),
         places=places,
         poolings=pooled,
+        parts={ALL: ""} if parts is None else parts,
         keep_tokens=keep_tokens and bool(names),
         outputs=outputs,
         routers=tuple(layer for layer in chosen if layer in loaded.located.routers) if outputs.router else (),
@@ -155,7 +162,7 @@ def run(
     collected = row_bytes(
         layers=max(len(request.layers), len(request.routers)), hidden_size=loaded.hidden_size or 0, dtype=loaded.dtype, sites=names,
         pooling=pooled, keep_tokens=request.keep_tokens, outputs=outputs, vocab_size=width, experts=loaded.num_experts,
-        widths={site: place.width for site, place in places.items() if place.width},
+        parts=len(request.parts), widths={site: place.width for site, place in places.items() if place.width},
         site_layers={site: len(request.layers_of(site)) for site, place in places.items() if place.layered},
     )  # fmt: skip
     if batch_tokens is None:
@@ -234,8 +241,10 @@ def _run_batch(
     """One batch, or None where the device has too little memory for it. Nothing of it is referenced after the return."""
     ids = [tokenized.token_ids[starts[i] : starts[i + 1]] for i in rows]
     read = None if tokenized.encoder_ids is None else [tokenized.encoder_ids[i] for i in rows]
+    places = concat_ranges(starts[rows], tokenized.lengths[rows]) if tokenized.parts else None
+    parts = {name: mask[places] for name, mask in tokenized.parts.items()}
     try:
-        return _copy_to_host(run_forward_pass(loaded, call, request, ids, encoder_ids=read), rows)
+        return _copy_to_host(run_forward_pass(loaded, call, request, ids, encoder_ids=read, parts=parts), rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -391,10 +400,10 @@ def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: Capt
             levels["tokens"]["token_log_prob"], part.lengths
         )  # fmt: skip
     flat = {name for _, name, layered in request.outputs.variables() if not layered}
-    flat |= {name for arrays in levels.values() for name in arrays if _is_outside(request, split_variable(name)[0])}
+    flat |= {name for arrays in levels.values() for name in arrays if _is_outside(request, split_pooled(name)[0])}
     # The router's own last: its layers are those that have one.
     names = sorted((name for arrays in levels.values() for name in arrays if name not in flat), key="router".__eq__)
-    layers_of = {name: request.layers_of(split_variable(name)[0]) for name in names}
+    layers_of = {name: request.layers_of(split_pooled(name)[0]) for name in names}
     kinds = list(dict.fromkeys(layers_of.values())) or [()]
     for number, layers in enumerate(kinds):
         held = {
@@ -415,8 +424,15 @@ def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: Capt
             prompts=held["prompts"],
             unlayered=frozenset(kept & flat),
             stored_dtype={name: dtype for name, dtype in stored.items() if name in kept},
-            site_attributes=_site_attributes(request, {split_variable(name)[0] for name in kept}, num_layers),
+            site_attributes=_site_attributes(request, {split_pooled(name)[0] for name in kept}, num_layers)
+            | _part_attributes(request, kept),
         )
+
+
+def _part_attributes(request: CaptureRequest, names: set[str]) -> dict[str, dict[str, Any]]:
+    """What is noted of the variables that are pooled over a part of the tokens."""
+    described = {name: request.parts.get(split_pooled(name)[2], "") for name in sorted(names)}
+    return {name: {"over": text} for name, text in described.items() if text}
 
 
 def _is_outside(request: CaptureRequest, site: str) -> bool:

@@ -5,14 +5,16 @@ Pooling and the removal of padding happen here, on the device. Never runs a mode
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from lmprobe_zarr.batch import NO_OUTPUTS, Outputs, concat_ranges, offsets_of, split_variable
+from lmprobe_zarr.batch import ALL, NO_OUTPUTS, Outputs, concat_ranges, offsets_of, pooled_name, split_pooled
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.architectures import Place
 from lmprobe_zarr.extraction.models.conduct import Layout
@@ -41,6 +43,8 @@ class CaptureRequest:
     places : mapping of str to Place
         The sites.
     poolings : tuple of str
+    parts : mapping of str to str
+        The parts of the tokens that are pooled, by name, with what is noted of each: all, or those in a mask of the batch.
     keep_tokens : bool
     outputs : Outputs
     routers : tuple of int
@@ -56,6 +60,7 @@ class CaptureRequest:
     poolings: tuple[str, ...]
     keep_tokens: bool
     outputs: Outputs = NO_OUTPUTS
+    parts: Mapping[str, str] = field(default_factory=lambda: {ALL: ""})
     routers: tuple[int, ...] = ()
     routers_of_model: tuple[int, ...] = ()
     routers_raw: bool = True
@@ -104,6 +109,7 @@ class PaddedBatch:
     lengths: Ints
     longest: int
     token_ids: Ints
+    parts: Mapping[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
     copies: dict[tuple[str, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def index(self, what: str, device: torch.device) -> torch.Tensor:
@@ -127,9 +133,31 @@ class PaddedBatch:
             self.copies[what, device] = torch.from_numpy(values).to(device)
         return self.copies[what, device]
 
-    def pool(self, hidden: torch.Tensor, pooling: str) -> torch.Tensor:
-        """(batch, longest, width) to (batch, width), as `lmprobe_zarr.batch.pool_ragged` does it."""
-        return POOL_PADDED[pooling](hidden, self.index)
+    def _index_of_part(self, part: str, what: str, device: torch.device) -> torch.Tensor:
+        """As `index`, of one part of the tokens; and ``none``, the prompts that have no token in it, whose last and first is any row."""
+        key = f"{what} of {part}", device
+        if key not in self.copies:
+            mask = np.zeros((len(self.lengths), self.longest), bool)
+            mask[np.arange(self.longest) < self.lengths[:, None]] = self.parts[part]
+            starts = np.arange(len(self.lengths), dtype=np.int64) * self.longest
+            values: Array
+            if what == "mask":
+                values = mask[..., None]
+            elif what == "none":
+                values = np.flatnonzero(~mask.any(axis=1))
+            elif what == "last_token":
+                values = starts + self.longest - 1 - mask[:, ::-1].argmax(axis=1)
+            else:
+                values = starts + mask.argmax(axis=1)
+            self.copies[key] = torch.from_numpy(values).to(device)
+        return self.copies[key]
+
+    def pool(self, hidden: torch.Tensor, pooling: str, part: str = ALL) -> torch.Tensor:
+        """(batch, longest, width) to (batch, width), as `lmprobe_zarr.batch.pool_ragged` does it; NaN where a prompt has no such token."""
+        if part == ALL:
+            return POOL_PADDED[pooling](hidden, self.index)
+        pooled = POOL_PADDED[pooling](hidden, functools.partial(self._index_of_part, part))
+        return pooled.index_fill(0, self._index_of_part(part, "none", hidden.device), torch.nan)
 
 
 @dataclass(slots=True)
@@ -179,7 +207,8 @@ class Collected:
             else:
                 torch.index_select(flat, 0, wanted, out=room)
         for pooling in self.request.poolings if site != "router" else ():
-            self._put(self.prompts, f"{site}_{pooling}", layer, self.padded.pool(hidden, pooling))
+            for part in self.request.parts:
+                self._put(self.prompts, pooled_name(site, pooling, part), layer, self.padded.pool(hidden, pooling, part))
 
     def take_logits(self, output: Any) -> None:
         """Keep the requested parts of the whole model's output."""
@@ -223,7 +252,7 @@ class Collected:
         buffer[self._layers(variable).index(layer)].copy_(rows)
 
     def _layers(self, variable: str) -> tuple[int, ...]:
-        return self.request.layers_of(split_variable(variable)[0])
+        return self.request.layers_of(split_pooled(variable)[0])
 
     def _buffer(self, buffers: dict[str, torch.Tensor], variable: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         if variable not in buffers:

@@ -7,12 +7,13 @@ nothing, needs no mask, and leaves every token at the position that it has alone
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -128,11 +129,13 @@ def run_forward_pass(
     ids: Sequence[Ints],
     *,
     encoder_ids: Sequence[Ints] | None = None,
+    parts: Mapping[str, npt.NDArray[np.bool_]] | None = None,
     pad_id: int | None = None,
 ) -> Collected:
     """The activations of one batch, given as the token ids of each prompt, and of its encoder's prompt where there is one.
 
-    `pad_id` is the token id of the padding, if it is not the model's.
+    `parts` are the masks of the parts of all these tokens that are pooled, and `pad_id` is the token id of the padding, if it is not the
+    model's.
 
     Raises
     ------
@@ -144,7 +147,9 @@ def run_forward_pass(
     padded = np.full((len(ids), longest), loaded.pad_id if pad_id is None else pad_id, np.int64)
     for row, tokens in zip(padded, ids, strict=True):
         row[: len(tokens)] = tokens
-    collected = Collected(request, PaddedBatch(lengths, longest, np.concatenate(ids)), on_host=loaded.spread, layout=call.conduct.layout)
+    collected = Collected(
+        request, PaddedBatch(lengths, longest, np.concatenate(ids), parts or {}), on_host=loaded.spread, layout=call.conduct.layout
+    )
     options: dict[str, Any] = {"use_cache": False} if call.takes_cache else {}
     if call.takes_mask and call.conduct.padding == "masked" and lengths.min() < longest:
         options["attention_mask"] = collected.padded.index("mask", loaded.device)[..., 0].to(torch.int64)

@@ -51,6 +51,8 @@ class TokenizedPrompts:
         ``turn``, where they were asked for.
     role_names : tuple of str
         The names of roles by their code in ``columns["role"]``; `role_code` finds the code of a name.
+    parts : mapping of str to ndarray of bool, shape (token,)
+        By name, which tokens are in a part that is pooled by itself.
     """
 
     sha256: tuple[str, ...]
@@ -64,6 +66,7 @@ class TokenizedPrompts:
     encoder_ids: tuple[Ints, ...] | None = None
     columns: Mapping[str, Ints] = field(default_factory=dict)
     role_names: tuple[str, ...] = ()
+    parts: Mapping[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sha256)
@@ -94,6 +97,7 @@ class TokenizedPrompts:
             encoder_ids=None if self.encoder_ids is None else tuple(self.encoder_ids[i] for i in chosen),
             columns={name: column[tokens] for name, column in self.columns.items()},
             role_names=self.role_names,
+            parts={name: mask[tokens] for name, mask in self.parts.items()},
         )
 
 

@@ -9,16 +9,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, decode_role_names, split_variable
+from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, decode_role_names, split_pooled
 from lmprobe_zarr.store.format.names import COLUMN, SAMPLE_DIM, Json, Level
 
 __all__ = ["SITE_ATTRIBUTES", "ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
 
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
 _BLOSC_LIMIT: Final = 2**31 - 17  # bytes, the most that blosc compresses at once
-# What the arrays of a site say of it: the path that the caller named it by, how many heads its values are of, and the layers of the model
-# that have it, where some lack it.
-SITE_ATTRIBUTES: Final = ("site_path", "num_heads", "site_layers")
+# What the arrays of a site say of it: the path that the caller named it by, how many heads its values are of, the layers of the model that
+# have it, where some lack it; and the part of the tokens that a variable is pooled over, where it is not all of them.
+SITE_ATTRIBUTES: Final = ("site_path", "num_heads", "site_layers", "over")
 
 
 def array_dims(variable: str, level: Level, shape: tuple[int, ...], layered: bool, hidden_size: int | None) -> tuple[str, ...]:
@@ -31,7 +31,7 @@ def array_dims(variable: str, level: Level, shape: tuple[int, ...], layered: boo
     tail = len(shape) - len(head)
     if tail != 1:
         return head + tuple(f"{variable}_dim{i}" for i in range(tail))
-    site = split_variable(variable)[0]
+    site = split_pooled(variable)[0] if level == "prompts" else variable
     own = "hidden" if site in SITES or shape[-1] == hidden_size else f"{site}_unit"
     return (*head, INNER_DIMS.get(variable, own))
 
@@ -224,8 +224,9 @@ def parse_array(document: object) -> ArrayInfo:
     )
     if not isinstance(info.attributes.get("stored_dtype", ""), str):
         raise ValueError("stored_dtype is no text")
-    if not isinstance(info.attributes.get("site_path", ""), str):
-        raise ValueError("site_path is no text")
+    for name in ("site_path", "over"):
+        if not isinstance(info.attributes.get(name, ""), str):
+            raise ValueError(f"{name} is no text")
     lengths_of([info.attributes.get("num_heads", 1)])
     lengths_of(info.attributes.get("site_layers", []))
     if COLUMN in info.attributes:

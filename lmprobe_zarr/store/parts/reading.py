@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import Column, ColumnKind, TokenBatch, parse_column, split_variable
+from lmprobe_zarr.batch import Column, ColumnKind, TokenBatch, parse_column
 from lmprobe_zarr.store.format import LEVELS, MADE_BY_WRITER, PROMPT_COLUMNS, SITE_ATTRIBUTES, ArrayInfo, Level
 from lmprobe_zarr.store.parts.columns import column_of, kind_of, merged_kind
 from lmprobe_zarr.store.parts.roles import RoleArray, has_role_names
@@ -99,11 +99,7 @@ def read_batches(
     columns = {level: [n for n in view.columns(level) if f"{level}/{n}" not in left_out_columns] for level in LEVELS}
     unlayered = frozenset(name for variables in found.values() for name, info in variables.items() if not info.layered)
     dtypes = {n: str(i.attributes["stored_dtype"]) for v in found.values() for n, i in v.items() if "stored_dtype" in i.attributes}
-    noted = {
-        split_variable(n)[0]: {key: i.attributes[key] for key in SITE_ATTRIBUTES if key in i.attributes}
-        for v in found.values()
-        for n, i in v.items()
-    }
+    noted = {n: {key: i.attributes[key] for key in SITE_ATTRIBUTES if key in i.attributes} for v in found.values() for n, i in v.items()}
     has_tokens = any(part.info.n_tokens is not None for part in view.parts)
     for block in blocks_of(weights, most):
         chosen = rows[block]
@@ -126,7 +122,7 @@ def read_batches(
             prompt_columns=described,
             unlayered=unlayered,
             stored_dtype=dtypes,
-            site_attributes={site: values for site, values in noted.items() if values},
+            site_attributes={name: values for name, values in noted.items() if values},
         )
 
 

@@ -181,9 +181,9 @@ class View:
         shapes = sorted({a.info.row_shape for a in arrays})
         if len({a.info.layered for a in arrays}) > 1 or (len(shapes) > 1 and not is_top_k(name)):
             raise CorruptPartError(f"the parts of {self.where} disagree on the shape of {name!r}: {shapes}")
-        if len(named := sorted({str(a.info.attributes.get("site_path", "")) for a in arrays})) > 1:
+        if len(named := sorted({str([a.info.attributes.get(key, "") for key in ("site_path", "over")]) for a in arrays})) > 1:
             raise InvalidArgumentError(
-                f"the parts of {self.where} hold {name!r} of different modules ({', '.join(map(repr, named))}), as two calls at the same "
+                f"the parts of {self.where} hold {name!r} of different modules or tokens ({', '.join(named)}), as two calls at the same "
                 f"time leave it: remove it, store.drop(…, [{name!r}]), and extract it again"
             )
         if layered and not layers:

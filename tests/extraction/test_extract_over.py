@@ -1,0 +1,227 @@
+"""Poolings over a part of the tokens, against numpy on one prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lmprobe_zarr as lz
+from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.store.store import Store
+
+pytestmark = pytest.mark.model
+torch = pytest.importorskip("torch")
+
+from tiny_models import PROMPTS, SharedModels, tiny_tokenizer  # noqa: E402 — needs torch
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHATS = [
+    [{"role": "user", "content": "Where is the cat?"}, {"role": "assistant", "content": "he is on the mat"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "he"}],
+    [
+        {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"}, {"role": "assistant", "content": "four and five"},
+    ],
+    [{"role": "user", "content": "no answer yet"}],
+]  # fmt: skip
+POOL: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda rows: rows.mean(0), "max": lambda rows: rows.max(0), "min": lambda rows: rows.min(0),
+    "last_token": lambda rows: rows[-1], "first_token": lambda rows: rows[0],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model(tiny_models: SharedModels) -> Path:
+    return tiny_models("llama", head="AutoModelForCausalLM")
+
+
+@pytest.fixture
+def acts(tmp_path: Path) -> Store:
+    return lz.open_store(tmp_path / "acts")
+
+
+@pytest.fixture
+def run(model: Path, acts: Store) -> Callable[..., lz.ExtractStats]:
+    return partial(lz.extract, model, store=acts, device="cpu", progress=False)
+
+
+def chatting() -> Any:
+    return tiny_tokenizer(chat_template=TEMPLATE)
+
+
+def rendered(chat: list[dict[str, str]]) -> tuple[str, list[tuple[int, int, str]]]:
+    """A chat as the template prints it, and where each content is; written by hand, with the beginning of an answer where none is."""
+    text, places = "", []
+    for message in chat:
+        text += f"<{message['role']}>"
+        places.append((len(text), len(text) + len(message["content"]), message["role"]))
+        text += message["content"] + f"</{message['role']}>"
+    return text + ("" if chat[-1]["role"] == "assistant" else "<assistant>"), places
+
+
+def values_of(model: Path, text: str, special: bool) -> tuple[Any, Any, Any]:
+    """The residual stream of every token, (layer, token, hidden), and the characters of each token; straight from transformers."""
+    transformers = pytest.importorskip("transformers")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    encoded = tiny_tokenizer()(text, return_offsets_mapping=True, add_special_tokens=special)
+    kept: list[Any] = []
+    handles = [
+        block.register_forward_hook(lambda _, args, out: kept.append(out if isinstance(out, torch.Tensor) else out[0]))
+        for block in whole.model.layers
+    ]
+    with torch.inference_mode():
+        whole(input_ids=torch.tensor([encoded["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    starts, ends = np.array(encoded["offset_mapping"]).T
+    added = starts == ends
+    return torch.stack([each[0] for each in kept]).double().numpy(), np.where(added, -1, starts), np.where(added, -1, ends)
+
+
+def check(ds: Any, model: Path, name: str, selected: list[Any], texts: list[str], *, special: bool) -> None:
+    """Each pooling of a part equals numpy's over the selected tokens; NaN where none is selected."""
+    for number, (text, choose) in enumerate(zip(texts, selected, strict=True)):
+        values, starts, ends = values_of(model, text, special)
+        mask = choose(starts, ends, text)
+        for pooling, pool in POOL.items():
+            found = ds[f"resid_{pooling}_{name}"].isel(prompt=number).values
+            if not mask.any():
+                assert np.isnan(found).all(), (name, pooling, number)
+                continue
+            right = np.stack([pool(layer[mask]) for layer in values])
+            np.testing.assert_allclose(found, right, atol=1e-5, err_msg=f"{name} {pooling} {number}")
+
+
+def test_a_role_is_pooled_at_extraction_without_its_tokens_being_kept(model: Path, acts: Store, run: Any) -> None:
+    with pytest.warns(UserWarning, match=r"1 of 4 prompts, first prompts\[3\], have no token in over='assistant'"):
+        stats = run(CHATS, tokenizer=chatting(), pooling=list(POOL), over=["all", "assistant", "user"])
+    assert stats.extracted == 4
+    ds = acts.dataset(prompts=[rendered(chat)[0] for chat in CHATS])
+    assert set(ds.data_vars) == {f"resid_{pooling}{part}" for pooling in POOL for part in ("", "_assistant", "_user")}
+    assert ds.resid_mean_assistant.dims == ("layer", "prompt", "hidden")
+
+    def of(role: str, chat: Any) -> Any:
+        places = [(a, b) for a, b, who in rendered(chat)[1] if who == role]
+        return lambda starts, ends, _: np.any(
+            [(starts >= 0) & (starts < b) & (ends > a) for a, b in places] or [np.zeros(len(starts), bool)], axis=0
+        )
+
+    texts = [rendered(chat)[0] for chat in CHATS]
+    for role in ("assistant", "user"):
+        check(ds, model, role, [of(role, chat) for chat in CHATS], texts, special=False)
+    again = run(CHATS, tokenizer=chatting(), pooling=list(POOL), over=["all", "assistant", "user"])
+    assert (again.extracted, again.model_loaded) == (0, False)
+    with pytest.raises(InvalidArgumentError, match=r"no token of the 4 prompts is in over='tool'.*the roles there are"):
+        run(CHATS, tokenizer=chatting(), over="tool")
+
+
+def test_last_tokens_spans_and_what_follows_a_marker(model: Path, acts: Store, run: Any) -> None:
+    texts = [text for text in PROMPTS if len(text) > 12][:4]
+    spans = [(1, 5), (0, 2), None, (3, 12)]
+    over = {
+        "tail": {"position": slice(-3, None)}, "head": {"position": slice(0, 2)}, "word": {"span": "the"}, "own": {"span": spans},
+        "same": {"span": (2, 6)}, "later": {"after": " "}, "both": {"span": "e", "position": slice(-6, None)},
+    }  # fmt: skip
+    run_ = partial(run, texts, pooling=list(POOL), over=over)
+    with pytest.warns(UserWarning, match="have no token in over="):
+        run_()
+    ds = acts.dataset(prompts=texts)
+
+    def inside(pairs: list[tuple[int, int]]) -> Any:
+        return lambda starts, ends, _: np.any(
+            [(starts >= 0) & (starts < b) & (ends > a) for a, b in pairs] or [np.zeros(len(starts), bool)], axis=0
+        )
+
+    def occurrences(text: str, wanted: str) -> list[tuple[int, int]]:
+        return [(at, at + len(wanted)) for at in range(len(text)) if text.startswith(wanted, at)]
+
+    def last(n: int) -> Any:
+        return lambda starts, _ends, _text: np.arange(len(starts)) >= len(starts) - n
+
+    right = {
+        "tail": [last(3)] * 4,
+        "head": [lambda starts, _ends, _text: np.arange(len(starts)) < 2] * 4,
+        "word": [inside(occurrences(text, "the")) for text in texts],
+        "own": [inside([] if span is None else [span]) for span in spans],
+        "same": [inside([(2, 6)])] * 4,
+        "later": [lambda starts, _ends, text: starts >= (text.rindex(" ") + 1 if " " in text else 10**6)] * 4,
+        "both": [lambda s, e, text: inside(occurrences(text, "e"))(s, e, text) & last(6)(s, e, text)] * 4,
+    }
+    for name, selected in right.items():
+        check(ds, model, name, selected, texts, special=True)
+    assert ds.own_span.values.tolist()[:2] == ["1:5", "0:2"]
+    assert run_().extracted == 0
+
+
+def test_another_span_of_a_stored_prompt_is_computed_anew(model: Path, acts: Store, run: Any) -> None:
+    texts = [text for text in PROMPTS if len(text) > 12][:3]
+    run(texts, pooling="mean", over={"own": {"span": [(0, 4), (1, 5), (2, 6)]}})
+    stats = run(texts, pooling="mean", over={"own": {"span": [(0, 4), (6, 11), (2, 6)]}})
+    assert stats.extracted == 1
+    values, starts, ends = values_of(model, texts[1], True)
+    mask = (starts >= 0) & (starts < 11) & (ends > 6)
+    ds = acts.dataset(prompts=texts)
+    np.testing.assert_allclose(ds.resid_mean_own.isel(prompt=1).values, values[:, mask].mean(1), atol=1e-5)
+    assert ds.own_span.values.tolist() == ["0:4", "6:11", "2:6"]
+
+
+def test_other_tokens_under_the_same_name_go_into_another_group(acts: Store, run: Any) -> None:
+    first = run(PROMPTS, pooling="mean", over={"tail": {"position": slice(-3, None)}})
+    with pytest.warns(UserWarning, match=r"what is pooled over 'tail' of .*a group of its own"):
+        second = run(PROMPTS, pooling="mean", over={"tail": {"position": slice(-2, None)}})
+    assert first.group != second.group
+    assert run(PROMPTS, pooling="mean", over={"tail": {"position": slice(-3, None)}}).extracted == 0
+    three, two = (acts.dataset(group=stats.group, prompts=PROMPTS).resid_mean_tail for stats in (first, second))
+    assert not np.allclose(three.values, two.values)
+
+
+def test_parts_hold_for_sites_of_any_width_and_survive_compaction(acts: Store, run: Any) -> None:
+    options: dict[str, Any] = {
+        "sites": ["resid", "neurons"],
+        "pooling": ["mean", "last_token"],
+        "over": {"tail": {"position": slice(-2, None)}},
+    }
+    run(PROMPTS[:3], **options)
+    run(PROMPTS, **options)
+    acts.compact(progress=False)
+    ds = acts.dataset(prompts=PROMPTS)
+    assert ds.neurons_mean_tail.dims == ("layer", "prompt", "neurons_unit")
+    assert run(PROMPTS, **options).extracted == 0
+
+
+@pytest.mark.parametrize(
+    ("over", "error", "message"),
+    [
+        ("assistant", InvalidArgumentError, "roles are of chats"),
+        ({"own": {"span": [(0, 4)]}}, InvalidArgumentError, "1 spans for 3 prompts"),
+        ({"own": {"span": [(0, 4), (0, 10**6), (0, 1)]}}, InvalidArgumentError, r"span 0:1000000 for prompts\[1\], whose text has"),
+        ({"own": {"span": (5, 5)}}, InvalidArgumentError, "no characters"),
+        ({"own": {"spann": "x"}}, InvalidArgumentError, "criterion 'spann': use role, generated"),
+        ({"x_mean": {"span": "a"}}, InvalidArgumentError, "choose another name"),
+        ({"a b": {"span": "a"}}, InvalidArgumentError, "letters a to z"),
+        ({"own": {}}, InvalidTypeError, "give a role, or criteria"),
+        ({"own": {"position": 3}}, InvalidTypeError, "give a slice"),
+        ({"own": {"after": ""}}, InvalidTypeError, "some characters"),
+        ({"own": {"after": "nowhere at all"}}, InvalidArgumentError, "no token of the 3 prompts"),
+        ("generated", InvalidArgumentError, "no token of the 3 prompts"),
+        ([], InvalidArgumentError, "over is empty"),
+    ],
+)
+def test_parts_that_cannot_be_are_errors_before_anything_is_run(
+    over: Any, error: type[Exception], message: str, acts: Store, run: Any
+) -> None:
+    with pytest.raises(error, match=message):
+        run(PROMPTS[:3], pooling="mean", over=over)
+    assert not acts.models()
+
+
+def test_a_part_without_a_pooling_is_refused(run: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="without a pooling"):
+        run(PROMPTS, pooling=[], keep_tokens=True, over={"tail": {"position": slice(-2, None)}})
