@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import uuid
 import warnings
@@ -21,8 +22,11 @@ import xarray as xr
 from lmprobe_zarr.batch import (
     ChatOptions,
     LayerSpec,
+    OverSpec,
+    Stage,
     concat_ranges,
     describe_layers,
+    one_part,
     parse_chat_options,
     parse_stage,
     parse_sweep,
@@ -88,6 +92,9 @@ class Probe:
         score per token.
     train_pooling, inference_pooling : str, optional
         If the two differ. Training takes ``last_token``, ``first_token``, ``mean`` and ``all`` (every token is a row of its own).
+    over : str or mapping
+        Which tokens activations are pooled over: ``"all"``, ``"generated"``, a role of chats such as ``"assistant"``, or one part by
+        criteria, ``{"tail": {"position": slice(-8, None)}}``; see `lmprobe_zarr.extract`. For poolings of activations only.
     classifier : str or scikit-learn estimator
         See `lmprobe_zarr.probes.named_probes`; for regression the default is ``ridge_regression``.
     task : {"classification", "regression"}
@@ -174,6 +181,7 @@ class Probe:
         continue_final_message: bool | str | None = None,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        over: OverSpec = "all",
     ) -> None:
         self.model = model
         self.layers = layers
@@ -207,6 +215,7 @@ class Probe:
         self.add_generation_prompt = add_generation_prompt
         self.continue_final_message = continue_final_message
         self.tools = tools
+        self.over = over
         self.chat_template_kwargs = chat_template_kwargs
         self.pipeline_: Any = None
         self.classes_: Array | None = None
@@ -225,10 +234,21 @@ class Probe:
             raise InvalidArgumentError(f"legacy={self.legacy!r} is unknown: use {' or '.join(map(repr, LEGACY))}")
         parse_stage(self.train_pooling or self.pooling, training=True)
         parse_stage(self.inference_pooling or self.pooling)
+        for stage in self._stages():
+            if stage.needs_tokens and one_part(self.over) is not None:
+                raise InvalidArgumentError(
+                    f"over={self.over!r} is for pooled activations, and this probe classifies every token: leave over= out, or fit tokens "
+                    "with sweep_tokens(…, where=mask_tokens(tokens, role=…))"
+                )
+        one_part(self.over)
         if self.batch_size is not None:
             check_batch_size(self.batch_size)
         self._chat_options()
         self._new_pipeline(1)
+
+    def _stages(self) -> tuple[Stage, Stage]:
+        """What is pooled to train, and to predict."""
+        return parse_stage(self.train_pooling or self.pooling), parse_stage(self.inference_pooling or self.pooling)
 
     def _chat_options(self) -> ChatOptions:
         return parse_chat_options(
@@ -328,7 +348,7 @@ class Probe:
         As `lmprobe_zarr.extract` does.
         """
         given = list_given(prompts)
-        stages = (parse_stage(self.train_pooling or self.pooling), parse_stage(self.inference_pooling or self.pooling))
+        stages = self._stages()
         sweep = parse_sweep(self.layers)
         with self._supply(batch_size).supplied(given, stages, self.layers if sweep is None else sweep) as supplied:
             return supplied.outcome.stats
@@ -347,7 +367,7 @@ class Probe:
         return Supply(
             choice=choice, store=self.store, device=self.device, device_map=self.device_map, batch_size=batch_size or self.batch_size,
             cache_only=self.cache_only, legacy=self.legacy, group=self.group,
-            any_provenance=any_provenance, memory=self._memory, chat=self._chat_options(),
+            any_provenance=any_provenance, memory=self._memory, chat=self._chat_options(), over=self.over,
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------------- fitting
@@ -812,6 +832,8 @@ class Probe:
             parameters["model"] = None
         if self.tools is not None:
             parameters["tools"] = self._chat_options().arguments["tools"]  # schemas instead of functions
+        part = one_part(self.over)
+        parameters["over"] = "all" if part is None else {part.name: json.loads(part.described)}
         header = {
             "parameters": {name: _as_json(value) for name, value in parameters.items()},
             "layers": list(self.layers_),

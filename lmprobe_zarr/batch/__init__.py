@@ -74,7 +74,7 @@ from lmprobe_zarr.batch.sites import (
 )
 from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.batch.token_batch import TokenBatch
-from lmprobe_zarr.batch.token_parts import ALL, OverSpec, TokenPart, TokensOfPrompts, parse_over, pooled_name, split_pooled
+from lmprobe_zarr.batch.token_parts import ALL, OverSpec, TokenPart, TokensOfPrompts, one_part, parse_over, pooled_name, split_pooled
 from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids, special_id
 from lmprobe_zarr.batch.widening import copy_rows, widen
 
@@ -149,6 +149,7 @@ __all__ = [
     "marked_tokens",
     "merge_kinds",
     "offsets_of",
+    "one_part",
     "parse_chat_options",
     "parse_column",
     "parse_over",

@@ -18,7 +18,7 @@ from lmprobe_zarr.batch.ragged import offsets_of, positions_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["ALL", "OverSpec", "TokenPart", "TokensOfPrompts", "parse_over", "pooled_name", "split_pooled"]
+__all__ = ["ALL", "OverSpec", "TokenPart", "TokensOfPrompts", "one_part", "parse_over", "pooled_name", "split_pooled"]
 
 #: The part that is all tokens of a prompt, whose variables are ``<site>_<pooling>``.
 ALL: Final = "all"
@@ -214,6 +214,22 @@ def parse_over(over: OverSpec, prompts: int) -> tuple[tuple[TokenPart | None, ..
     columns: dict[str, list[str | None]] = {}
     parts = tuple(None if name == ALL and criteria == ALL else _part(name, criteria, prompts, columns) for name, criteria in given.items())
     return parts, columns
+
+
+def one_part(over: OverSpec) -> TokenPart | None:
+    """The only part that `over` names, None for all tokens.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There are several, or it has a span for each prompt.
+    """
+    if isinstance(over, Mapping) and any(isinstance(each, Mapping) and isinstance(each.get("span"), list) for each in over.values()):
+        raise InvalidArgumentError("over= has a span for each prompt, and the prompts of a probe change: give a text, or (start, end)")
+    parts, _ = parse_over(over, 0)
+    if len(parts) > 1:
+        raise InvalidArgumentError(f"over={over!r} names {len(parts)} parts: give the one that activations are pooled over")
+    return parts[0]
 
 
 def _part(name: object, criteria: object, prompts: int, columns: dict[str, list[str | None]]) -> TokenPart:

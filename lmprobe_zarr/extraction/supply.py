@@ -19,15 +19,19 @@ import numpy.typing as npt
 
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import (
+    ALL,
     NO_CHAT_OPTIONS,
     NO_OUTPUTS,
     ChatOptions,
     LayerSpec,
+    OverSpec,
     Stage,
     concat_ranges,
     describe_layers,
     hashes_of,
     offsets_of,
+    one_part,
+    pooled_name,
 )
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import (
@@ -111,6 +115,7 @@ class Supply:
     any_provenance: bool
     memory: SupplyMemory
     chat: ChatOptions = NO_CHAT_OPTIONS
+    over: OverSpec = ALL
 
     def activations(self, prompts: list[Any], stage: Stage, layers: LayerSpec, *, refresh: bool = False) -> Activations:
         """The activations of prompts, in their order, repeats included.
@@ -170,6 +175,7 @@ class Supply:
         pooling = tuple(dict.fromkeys(stage.pooling for stage in stages if not stage.needs_tokens))
         return check_request(
             self.choice, prompts, store, layers=layers, sites=("resid",), pooling=pooling, outputs=NO_OUTPUTS, keep_passed=True,
+            over=self.over,
             keep_tokens=any(stage.needs_tokens for stage in stages), refresh=refresh, group=self.group,
             any_provenance=self.any_provenance, chat=self.chat,
         )  # fmt: skip
@@ -193,7 +199,7 @@ class Supply:
         choice = self.choice
         if self.legacy != "auto" or request.refresh or request.kind != "text" or not choice.by_name:
             return False
-        if choice.truncation or not choice.add_special_tokens:
+        if choice.truncation or not choice.add_special_tokens or self.over != ALL:
             return False
         given = (choice.name, choice.revision, choice.tokenizer, choice.provenance or None, choice.modules, choice.max_length, self.group)
         return all(value is None for value in given) and str(choice.dtype or "float32").removeprefix("torch.") == "float32"
@@ -308,7 +314,7 @@ class Supplied:
         try:
             if self.entries is not None:
                 return _from_entries(self.outcome, self.entries[stage], stage, (layer,))
-            return read_activations(self.outcome, self.stores, stage, (layer,))
+            return read_activations(self.outcome, self.stores, stage, (layer,), part=self.part)
         except (CorruptPartError, PartGoneError) as error:
             self.leave_out(error)
             return self.supply.activations(self.prompts, stage, [layer])
@@ -323,7 +329,13 @@ class Supplied:
         """
         if self.entries is not None:
             return _from_entries(self.outcome, self.entries[stage], stage, self.outcome.layers)
-        return read_activations(self.outcome, self.stores, stage, self.outcome.layers)
+        return read_activations(self.outcome, self.stores, stage, self.outcome.layers, part=self.part)
+
+    @property
+    def part(self) -> str:
+        """The name of the part of the tokens that is pooled."""
+        part = one_part(self.supply.over)
+        return ALL if part is None else part.name
 
     def leave_out(self, error: CorruptPartError | PartGoneError) -> None:
         """Go on without what could not be read: other parts serve what it held, or the model is run again."""
@@ -349,8 +361,10 @@ def _from_entries(outcome: Outcome, entries: list[Array], stage: Stage, layers: 
     return _in_order(outcome, {i: entry[at] for i, entry in enumerate(entries)}, stage, layers)
 
 
-def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage, layers: tuple[int, ...]) -> Activations:
+def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage, layers: tuple[int, ...], *, part: str = ALL) -> Activations:
     """Layers that an extraction has provided, read from the stores that hold them, in the order of the given prompts.
+
+    What is pooled is pooled over a `part` of the tokens.
 
     Raises
     ------
@@ -359,7 +373,7 @@ def read_activations(outcome: Outcome, stores: Sequence[Store], stage: Stage, la
     """
     prompts = outcome.prompts
     level: Level = "tokens" if stage.needs_tokens else "prompts"
-    name = "resid" if stage.needs_tokens else f"resid_{stage.pooling}"
+    name = "resid" if stage.needs_tokens else pooled_name("resid", stage.pooling, part)
     pieces: dict[int, Array] = {}
     for store in stores:
         info = store.groups(whole=False).get(outcome.group.name)

@@ -225,3 +225,45 @@ def test_parts_that_cannot_be_are_errors_before_anything_is_run(
 def test_a_part_without_a_pooling_is_refused(run: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="without a pooling"):
         run(PROMPTS, pooling=[], keep_tokens=True, over={"tail": {"position": slice(-2, None)}})
+
+
+def test_a_probe_learns_from_a_part_of_the_tokens_and_is_saved_with_it(model: Path, acts: Store, tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    chats = [
+        [{"role": "user", "content": f"ask {n} {word}"}, {"role": "assistant", "content": f"{word} is what he said {n}"}]
+        for n in range(6)
+        for word in ("yes", "no")
+    ]
+    labels = np.array([0, 1] * 6)
+    probe = lz.Probe(str(model), layers=2, pooling="mean", over="assistant", tokenizer=chatting(), store=acts, device="cpu", random_state=0)
+    probe.fit(chats, labels=labels)
+    texts = [rendered(chat)[0] for chat in chats]
+    rows = []
+    for text, chat in zip(texts, chats, strict=True):
+        values, starts, ends = values_of(model, text, False)
+        a, b, _ = rendered(chat)[1][1]
+        rows.append(values[2][(starts >= 0) & (starts < b) & (ends > a)].mean(0))
+    np.testing.assert_allclose(acts.dataset(prompts=texts).resid_mean_assistant.sel(layer=2).values, np.array(rows), atol=1e-5)
+    plain = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(np.array(rows), labels)
+    np.testing.assert_array_equal(probe.predict(chats), plain.predict(np.array(rows)))
+    assert set(acts.dataset().data_vars) == {"resid_mean_assistant"}
+    probe.save(tmp_path / "probe.safetensors")
+    loaded = lz.Probe.load(tmp_path / "probe.safetensors", store=acts)
+    loaded.set_params(tokenizer=chatting())
+    np.testing.assert_allclose(loaded.predict_proba(chats), probe.predict_proba(chats))
+    over = {"tail": {"position": slice(-2, None)}}
+    tail = lz.Probe(str(model), layers=2, over=over, store=acts, device="cpu").fit(PROMPTS, labels=[0, 1] * 3)
+    tail.save(tmp_path / "tail.safetensors")
+    again = lz.Probe.load(tmp_path / "tail.safetensors", store=acts)
+    np.testing.assert_allclose(again.predict_proba(PROMPTS), tail.predict_proba(PROMPTS))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"inference_pooling": "max"}, "classifies every token"),
+        ({"over": ["assistant", "user"]}, "2 parts"),
+        ({"over": {"x": {"span": [(0, 1)]}}}, "span for each"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(InvalidArgumentError, match=message):
+            lz.Probe(str(model), **{"pooling": "mean", "over": "assistant"} | options)
