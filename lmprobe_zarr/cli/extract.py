@@ -27,6 +27,7 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
     command.add_argument("--sites", default="resid", help=f"any of {','.join(BUILT_IN_SITES)}, or NAME=PATH (default: %(default)s)")
     command.add_argument("--pooling", default="last_token", help=f"any of {','.join(POOLINGS)}, or none (default: %(default)s)")
+    command.add_argument("--over", default="all", metavar="PARTS", help="tokens to pool over: all, generated, roles, or a JSON object")
     command.add_argument("--keep-tokens", action="store_true", help="also store every token")
     command.add_argument("--perplexity", action="store_true", help="also store perplexities, per prompt and per token")
     command.add_argument("--logits", choices=LOGITS_POSITIONS, help="also store the logits at these tokens")
@@ -69,6 +70,7 @@ def _extract(options: argparse.Namespace) -> None:
         "layers": parse_layers(options.layers),
         "sites": _parse_sites(split_names(options.sites)),
         "pooling": [] if options.pooling == "none" else split_names(options.pooling),
+        "over": parse_object(options.over, "--over") if options.over.lstrip().startswith("{") else split_names(options.over),
         "keep_tokens": options.keep_tokens,
         "perplexity": options.perplexity,
         "logits": options.logits,

@@ -33,6 +33,7 @@ EXAMPLES = {
     "info": "lmprobe-zarr info acts",
     "show": "lmprobe-zarr show acts --list 5",
     "sweep": "lmprobe-zarr sweep acts --variable resid_mean --labels label --plot scores.png",
+    "sites": "lmprobe-zarr sites gpt2",
     "report": "lmprobe-zarr report acts --labels label -o report.html",
     "cache info": "lmprobe-zarr cache info --json",
     "evict": "lmprobe-zarr evict --max-gb 50",

@@ -225,3 +225,28 @@ def test_list_sites_names_what_extract_takes(saved: Callable[[str], Path], acts:
     assert listed[listed.site == "heads"].layers.tolist() == ["1, 3"]
     assert listed[listed.path == "linear_attn.out_proj:input"].layers.tolist() == ["0, 2"]
     assert listed[listed.path == "/model.norm"].width.tolist() == [32]
+
+
+def test_the_command_line_takes_paths_and_parts_and_lists_sites(
+    saved: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from command_line import call, call_json
+
+    model, prompts, url = str(saved("llama")), tmp_path / "p.txt", str(tmp_path / "acts")
+    prompts.write_text("the cat sat\non the mat\n", encoding="utf-8")
+    over = '{"all": "all", "tail": {"position": [-2, null]}}'
+    extract = ("extract", model, str(prompts), "--store", url, "--pooling", "mean")
+    code, _, err = call(capsys, *extract, "--sites", "resid,z=self_attn.o_proj:input", "--over", over)
+    assert code == 0, err
+    ds = lz.open_store(url).dataset()
+    assert set(ds.data_vars) == {"resid_mean", "resid_mean_tail", "z_mean", "z_mean_tail"}
+    right = truth(Path(model), "model.layers.1.self_attn.o_proj", "the cat sat")[-2:].mean(0)
+    np.testing.assert_allclose(ds.z_mean_tail.sel(layer=1, prompt=lz.prompt_hash("the cat sat")).values, right, atol=1e-5)
+    code, out, _ = call(capsys, "sites", model)
+    assert code == 0
+    assert "self_attn.o_proj:input" in out
+    assert "(token, 48)" in out
+    assert call_json(capsys, "sites", model)[0] == {"site": "resid", "path": "", "layers": "0-3", "width": 32, "nbytes": 128}
+    code, _, err = call(capsys, *extract, "--over", "assistant")
+    assert code == 1
+    assert "roles are of chats" in err
