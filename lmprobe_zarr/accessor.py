@@ -18,7 +18,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
 from lmprobe_zarr.store.format import FORMAT_COLUMNS
 from lmprobe_zarr.store.parts import as_series, prompt_index
 from lmprobe_zarr.streaming import Batches, BatchOptions, norms_of, open_batches, statistics_of
-from lmprobe_zarr.tokens import pad_tokens, pool_tokens, tokens_at
+from lmprobe_zarr.tokens import TokenIndex, pad_tokens, pool_tokens, tokens_at
 
 if TYPE_CHECKING:
     import torch
@@ -37,13 +37,18 @@ class _TokenAccessor(Generic[T]):
     def __init__(self, data: T) -> None:
         self._data = data
 
-    def at(self, position: int) -> T:
+    def at(self, position: int, *, of: str | None = None, turn: int | None = None) -> T:
         """The values at one position of each prompt, one row per prompt.
 
         Parameters
         ----------
         position : int
             Counted from the prompt's first token in the data; if negative, from its last: ``-1`` is the last token.
+        of : str, optional
+            Count only the tokens of a role, such as ``"assistant"`` or ``"reasoning"``, over all turns that have it; ``"generated"`` counts
+            the tokens that the model generated.
+        turn : int, optional
+            Count only the tokens of one message, from 0; with `of`, those of its content, and without it, its header too.
 
         Returns
         -------
@@ -54,8 +59,17 @@ class _TokenAccessor(Generic[T]):
         ------
         LayerOutOfRangeError
             A prompt has fewer tokens (an `IndexError`, as for any sequence).
+        MissingPromptsError
+            No token at all has the role, or the turn.
+        InvalidArgumentError
+            Roles, turns, or what was generated are not stored.
+
+        Examples
+        --------
+        >>> toks.lz.at(0, of="generated")  # doctest: +SKIP
+        >>> toks.resid.lz.at(-1, of="assistant", turn=2)  # doctest: +SKIP
         """
-        return tokens_at(self._data, position)
+        return tokens_at(self._data, position, of=of, turn=turn)
 
 
 @xr.register_dataarray_accessor("lz")  # type: ignore[no-untyped-call]
@@ -420,7 +434,9 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
             One row per prompt (of a dataset of tokens: per token), its hash as the index; without the format's own columns.
         """
         dims = [dim for dim in ("token", "prompt") if dim in self._data.dims][:1]
-        own = {str(n): c for n, c in self._data.coords.items() if list(c.dims) == dims and n not in FORMAT_COLUMNS}
+        index = self._data.xindexes.get("prompt")
+        others = FORMAT_COLUMNS.union(index.columns if isinstance(index, TokenIndex) else ())
+        own = {str(n): c for n, c in self._data.coords.items() if list(c.dims) == dims and n not in others}
         return pd.DataFrame({name: as_series(column) for name, column in own.items()}, index=prompt_index(self._data, dims))
 
     def to_torch(self, *, dtype: torch.dtype | None = None, device: Any = None) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from lmprobe_zarr.batch import LayerSpec
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import Dtype, Model, Store, open_to_read, to_dataset
 from lmprobe_zarr.store.format import LEVELS, Level, Provenance, is_root_document
+from lmprobe_zarr.tokens import without_coordinates
 
 __all__ = ["LmprobeZarrBackend"]
 
@@ -67,7 +68,7 @@ class LmprobeZarrBackend(BackendEntrypoint):
         view = store.view(store.find_group(model, provenance=provenance, group=group))
         data = to_dataset(view, level, prompts=prompts, layers=layers, dtype=dtype)
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
-        return data.drop_vars(dropped, errors="ignore")
+        return without_coordinates(data, dropped)
 
     def open_datatree(
         self,
@@ -97,7 +98,7 @@ class LmprobeZarrBackend(BackendEntrypoint):
         """All groups, or those that match, as datasets by path."""
         dropped = [drop_variables] if isinstance(drop_variables, str) else list(drop_variables or ())
         tree = _open(filename_or_obj, storage_options).datatree(model, provenance=provenance, group=group, dtype=dtype)
-        return {node.path: node.to_dataset().drop_vars(dropped, errors="ignore") for node in tree.subtree}
+        return {node.path: without_coordinates(node.to_dataset(), dropped) for node in tree.subtree}
 
     def guess_can_open(self, filename_or_obj: Any) -> bool:
         """Whether a local folder is the root of a store. False for URLs, which are not read: name the engine for them."""

@@ -3,7 +3,7 @@
 Never a store, never a fit. Everything that others use is in this face.
 """
 
-from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance
+from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance, without_coordinates
 from lmprobe_zarr.tokens.lazy import (
     ColumnVariable,
     LazyVariable,
@@ -46,4 +46,5 @@ __all__ = [
     "tokens_at",
     "unwrapped",
     "with_columns",
+    "without_coordinates",
 ]

@@ -15,17 +15,17 @@ from typing import Any, Final, cast
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from xarray import DataArray, Index, Variable, align, broadcast
+from xarray import Coordinates, DataArray, Dataset, Index, Variable, align, broadcast
 from xarray.core.indexing import IndexSelResult
 from xarray.indexes import PandasIndex
 
 from lmprobe_zarr.batch import as_slice, concat_ranges, offsets_of, prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
-from lmprobe_zarr.tokens.lazy import ColumnVariable, TakenArray, lazy_variable
+from lmprobe_zarr.tokens.lazy import ColumnVariable, SharedVariable, TakenArray, lazy_variable
 from lmprobe_zarr.tokens.prompt_labels import as_prompt_labels
 from lmprobe_zarr.typing import Array
 
-__all__ = ["INDEXED_COLUMNS", "TokenIndex", "by_appearance"]
+__all__ = ["INDEXED_COLUMNS", "TokenIndex", "by_appearance", "has_value", "without_coordinates"]
 
 #: Columns of tokens that can be selected by, in the order in which an index has them.
 INDEXED_COLUMNS: Final = ("role", "turn", "generated")
@@ -115,7 +115,8 @@ class TokenIndex(Index):
         return {
             prompt: lazy_variable((self.dim,), TakenArray(self.labels, self.codes), attrs[prompt], column=True),
             position: ColumnVariable((self.dim,), self.positions, attrs[position]),
-            **{name: column.copy(deep=False) for name, column in self.columns.items()},
+            # With the same data, and not as a copy of xarray's, so that what either has read is in the memory of both.
+            **{name: _on(column, self.dim, old[name].attrs if name in old else column.attrs) for name, column in self.columns.items()},
         }
 
     def to_pandas_index(self) -> pd.Index[Any]:
@@ -215,7 +216,7 @@ class TokenIndex(Index):
         found = np.arange(*rows.indices(len(self.codes))) if isinstance(rows, slice) else np.atleast_1d(rows)
         for name, column in self.columns.items():
             if name in labels:
-                found = found[_has_value(name, _taken(column, self.dim, found), labels[name])]
+                found = found[has_value(name, _taken(column, self.dim, found), labels[name])]
         return IndexSelResult({self.dim: int(found[0]) if np.ndim(rows) == 0 and not isinstance(rows, slice) else as_slice(found)})
 
     def _at(self, wanted: Any, rows: Array, groups: Array | None) -> Array:
@@ -371,9 +372,22 @@ class TokenIndex(Index):
         return f"TokenIndex({len(self.codes)} tokens of {len(self.labels)} prompts, dim={self.dim!r})"
 
 
-def _on(column: Variable, dim: Hashable) -> Variable:
-    """The column on a dimension of another name."""
-    return type(column)((dim,), cast(Any, column._data), column.attrs, column.encoding, fastpath=True)
+def without_coordinates(data: Dataset, names: Iterable[Hashable]) -> Dataset:
+    """The dataset without some variables; of columns that an index can go without, it is one without them."""
+    dropped = set(names)
+    index = data.xindexes.get("prompt")
+    if isinstance(index, TokenIndex) and dropped & index.columns.keys() and not dropped & set(index.names):
+        columns = {name: column for name, column in index.columns.items() if name not in dropped}
+        left = TokenIndex(index.labels, index.codes, index.positions, index.dim, index.names, columns)
+        variables = left.create_variables({name: data.variables[name] for name in left.coord_names})
+        bare = data.drop_vars(list(index.coord_names))
+        data = bare.assign_coords(Coordinates(variables, indexes=dict.fromkeys(variables, left)))
+    return data.drop_vars(list(dropped), errors="ignore")
+
+
+def _on(column: Variable, dim: Hashable, attrs: Mapping[Any, Any] | None = None) -> Variable:
+    """The data of a column as a variable on a dimension of another name."""
+    return SharedVariable((dim,), cast(Any, column._data), column.attrs if attrs is None else attrs, column.encoding, fastpath=True)
 
 
 def _taken(column: Variable, dim: Hashable, rows: Array) -> Array:
@@ -383,8 +397,16 @@ def _taken(column: Variable, dim: Hashable, rows: Array) -> Array:
     return np.asarray(column.isel({dim: as_slice(rows)}).values)
 
 
-def _has_value(name: Hashable, values: Array, wanted: Any) -> Array:
-    """Which values are among those that are selected: one, a flat list of them, or a slice of numbers, both ends included."""
+def has_value(name: Hashable, values: Array, wanted: Any) -> Array:
+    """Which values of a column are among those that are selected: one, a flat list of them, or a slice of numbers, both ends included.
+
+    Raises
+    ------
+    MissingPromptsError
+        No token has one of them.
+    InvalidArgumentError
+        Values of another kind than those of the column.
+    """
     wanted = getattr(wanted, "values", wanted)
     if isinstance(wanted, slice):
         bounds = [end for end in (wanted.start, wanted.stop) if end is not None]
@@ -401,17 +423,13 @@ def _has_value(name: Hashable, values: Array, wanted: Any) -> Array:
     )
     if not all(isinstance(item, kind) and (kind[0] is bool or not isinstance(item, bool)) for item in listed.tolist()):
         raise InvalidArgumentError(f"{name!r} is selected by {which}, not {wanted!r}")
-    there = set(np.unique(values).tolist()) if values.dtype.kind in "biu" else set(values.tolist())
+    codes, uniques = pd.factorize(values)
+    there = {value: code for code, value in enumerate(uniques.tolist())}
     absent = [item for item in listed.tolist() if item not in there]
     if absent:
         known = ", ".join(repr(item) for item in sorted(there) if item != "") or "no other"
         raise MissingPromptsError(f"no token here has {name}={absent[0]!r}: there are {known}")
-    found: Array = (
-        np.isin(values, listed.astype(values.dtype))
-        if values.dtype.kind in "biu"
-        else np.array([value in set(listed.tolist()) for value in values.tolist()], bool)
-    )
-    return found
+    return np.isin(codes, [there[item] for item in listed.tolist()])
 
 
 def _plain(name: Hashable, value: Any, *, numbers: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import xarray as xr
@@ -17,6 +17,7 @@ from lmprobe_zarr.typing import Array
 __all__ = [
     "ColumnVariable",
     "LazyVariable",
+    "SharedVariable",
     "TakenArray",
     "kept_in_memory",
     "lazy_variable",
@@ -78,6 +79,21 @@ class ColumnVariable(Variable):
         return self.copy(deep=False)
 
 
+class SharedVariable(ColumnVariable):
+    """A column of an index whose shallow copies share what was read: an index keeps one, and datasets have copies of it.
+
+    xarray lets copies of other variables read for themselves, because they can be written to.
+    """
+
+    __slots__ = ()
+
+    def copy(self, deep: bool = True, data: Any = None) -> Any:
+        """As `xarray.Variable.copy`."""
+        if deep or data is not None:
+            return super().copy(deep, data)
+        return type(self)(self.dims, cast(Any, self._data), self._attrs, self._encoding, fastpath=True)
+
+
 class TakenArray(BackendArray):
     """``labels[codes]``, one-dimensional, computed only when it is read.
 
@@ -133,9 +149,10 @@ def lazy_variable(
     return kind(dims, indexing.LazilyIndexedArray(array), attrs, fastpath=True)
 
 
-def kept_in_memory(variable: Variable) -> Variable:
+def kept_in_memory(variable: Variable) -> SharedVariable:
     """The lazy variable, of which what was read once stays in memory."""
-    return type(variable)(variable.dims, indexing.MemoryCachedArray(variable._data), variable.attrs, variable.encoding, fastpath=True)  # type: ignore[no-untyped-call]
+    held = indexing.MemoryCachedArray(variable._data)  # type: ignore[no-untyped-call]
+    return SharedVariable(variable.dims, held, variable.attrs, variable.encoding, fastpath=True)
 
 
 def with_columns(data: xr.Dataset, coords: Mapping[str, Any]) -> xr.Dataset:

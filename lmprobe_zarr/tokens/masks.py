@@ -10,6 +10,7 @@ import xarray as xr
 
 from lmprobe_zarr.batch import given_prompts, parse_chat_options, parse_prompts, prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingPromptsError
+from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex
 from lmprobe_zarr.tokens.prompts import prompts_of
 from lmprobe_zarr.typing import Array, Mask
 
@@ -39,10 +40,11 @@ def mask_tokens(
         Characters of the text. A text selects every place where it occurs. A mapping has (start, end), or a list of such pairs, for each
         prompt text or hash; prompts that it lacks have no span. A token is selected if it shares a character with a span.
     role : str or iterable of str, optional
-        Whose messages, such as "assistant"; needs `chats`. Selects the contents of the messages, not what the template adds around them.
+        Whose messages, such as "assistant", or "reasoning". Selects the contents of the messages, not what the template adds around them:
+        the tokens that have the role in the store, or, with `chats`, the contents of its messages in the text.
     chats : list of chats, or {text or hash: chat}, optional
-        The messages of each prompt, ``{"role": …, "content": …}``. A list is matched through `tokenizer`; without it, it must have the
-        order of the prompts.
+        The messages of each prompt, ``{"role": …, "content": …}``, for stores without roles. A list is matched through `tokenizer`;
+        without it, it must have the order of the prompts.
     tokenizer : transformers tokenizer, optional
         The tokenizer whose template rendered the chats.
     chat_template_kwargs : mapping, optional
@@ -56,8 +58,9 @@ def mask_tokens(
     Raises
     ------
     InvalidArgumentError
-        No criterion is given, a coordinate that it needs is missing (``text``, ``char_start``, ``char_end``), a role is given without
-        chats, no message has the role, or the contents of messages do not occur in the prompt's text in their order.
+        No criterion is given, a coordinate that it needs is missing (``text``, ``char_start``, ``char_end``), a role is given that is
+        neither stored nor in chats, no token or message has the role, or the contents of messages do not occur in the prompt's text in
+        their order.
     MissingPromptsError
         A span or a chat belongs to a prompt that the data lack.
     InvalidTypeError
@@ -65,7 +68,8 @@ def mask_tokens(
 
     Notes
     -----
-    Contents are searched for in order in the rendered text, without surrounding white space, which templates may strip.
+    Stored roles were told by the chat template. With `chats`, contents are searched for in order in the rendered text, without surrounding
+    white space, which templates may strip: a content that is also in a header before it is found there.
     """
     if position is None and span is None and role is None:
         raise InvalidArgumentError("nothing says which tokens to select: give position=, span= or role=")
@@ -82,6 +86,9 @@ def mask_tokens(
         mask &= _inside(bare, numbers, spans)
     if role is not None:
         roles = {role} if isinstance(role, str) else set(role)
+    if role is not None and chats is None:
+        mask &= _stored_roles(bare, roles)
+    elif role is not None:
         mask &= _inside(bare, numbers, _turns(chats, roles, prompts, _texts(bare, numbers), tokenizer, chat_template_kwargs))
     return bare.copy(data=mask).rename("mask")
 
@@ -91,12 +98,29 @@ def _coordinates(tokens: xr.Dataset | xr.DataArray) -> xr.DataArray:
     if "token" not in tokens.dims:
         raise InvalidArgumentError(f"this has dims {tuple(tokens.sizes)}, expected token: open it with store.tokens()")
     columns = tokens.coords.to_dataset() if isinstance(tokens, xr.DataArray) else tokens.drop_vars(list(tokens.data_vars))
-    kept = [name for name, c in columns.coords.items() if c.dims == ("token",) and name in ("prompt", "position", *_OF_TEXT)]
+    index = columns.xindexes.get("prompt")
+    indexed = index.coord_names if isinstance(index, TokenIndex) else ("prompt", "position", *INDEXED_COLUMNS)
+    kept = [name for name, c in columns.coords.items() if c.dims == ("token",) and name in (*indexed, *_OF_TEXT)]
     columns = columns.drop_vars([name for name in columns.coords if name not in kept])
     return xr.DataArray(np.zeros(tokens.sizes["token"], bool), dims="token").assign_coords(columns.coords)
 
 
 _OF_TEXT = ("text", "char_start", "char_end")
+
+
+def _stored_roles(bare: xr.DataArray, roles: set[str]) -> Mask:
+    """The tokens of some roles, by what is stored."""
+    stored = np.asarray(bare.coords["role"].values) if "role" in bare.coords else None
+    if stored is None or stored.dtype.kind not in "OUT":
+        raise InvalidArgumentError(
+            "roles are not stored with these tokens: extract the chats again, or give chats=, the messages of each prompt, or a mapping "
+            "from prompt to its messages"
+        )
+    there = set(map(str, stored.tolist()))
+    if not roles <= there:
+        known = ", ".join(sorted(there - {""})) or "none"
+        raise InvalidArgumentError(f"no token has the role {', '.join(map(repr, sorted(map(str, roles - there))))}: there are {known}")
+    return np.isin(stored.astype(str), list(roles))
 
 
 def _at(places: Array, numbers: Array, position: Any) -> Mask:
@@ -199,10 +223,6 @@ def _turns(
     chats: Any, roles: set[str], prompts: Array, texts: Sequence[str], tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None
 ) -> list[list[Span]]:
     """The places of the messages of some roles in every prompt's text."""
-    if chats is None:
-        raise InvalidArgumentError(
-            "roles are not stored with tokens: give chats=, the messages of each prompt, or a mapping from prompt to its messages"
-        )
     by_hash, by_text = {str(p): n for n, p in enumerate(prompts)}, {t: n for n, t in enumerate(texts) if t}
     found: dict[int, Any] = {}
     if isinstance(chats, Mapping):

@@ -16,7 +16,7 @@ import xarray as xr
 from lmprobe_zarr.batch import POOLINGS, as_slice, fill_value, offsets_of, parse_poolings, pool_ragged
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError
-from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance
+from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance, has_value
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["pad_tokens", "pool_tokens", "prompts_of", "token_texts", "tokens_at"]
@@ -30,7 +30,7 @@ _OF_TOKENS: Final = ("position", "token_id", "char_start", "char_end")
 # -- one row per prompt ----------------------------------------------------------------------------------------------------
 
 
-def tokens_at(data: T, position: int) -> T:
+def tokens_at(data: T, position: int, *, of: str | None = None, turn: int | None = None) -> T:
     """The values at one position of every prompt, one row per prompt; lazy where the data are.
 
     Parameters
@@ -39,24 +39,56 @@ def tokens_at(data: T, position: int) -> T:
         With a `TokenIndex`.
     position : int
         Counted from the prompt's first token in the data, or, if negative, from its last.
+    of : str, optional
+        Count only tokens with this role, or, as ``"generated"``, those that were generated.
+    turn : int, optional
+        Count only tokens of this message.
 
     Raises
     ------
     LayerOutOfRangeError
         A prompt has fewer tokens.
+    MissingPromptsError
+        No token at all has the role or the turn.
+    InvalidArgumentError
+        Roles, turns, or what was generated are not stored.
     """
     if isinstance(position, bool) or not isinstance(position, int | np.integer):
         raise InvalidTypeError(f"position={position!r} is no whole number: give one, such as 0 or -1; sel(position=[…]) takes several")
     ordered, index, counts = _by_prompt(data)
+    chosen: Ints | None = None
+    which = "tokens"
+    if of is not None or turn is not None:
+        mask = np.ones(int(counts.sum()), bool)
+        if of is not None:
+            name, wanted = ("generated", True) if of == "generated" else ("role", of)
+            mask &= has_value(name, _column(ordered, index, name), wanted)
+            which = f"tokens of {of!r}"
+        if turn is not None:
+            mask &= has_value("turn", _column(ordered, index, "turn"), turn)
+            which += f" in turn {turn}"
+        chosen = np.flatnonzero(mask)
+        counts = np.bincount(by_appearance(index.codes)[chosen], minlength=len(counts)).astype(np.int64)
     short = counts < (position + 1 if position >= 0 else -position)
     if short.any():
+        first = index.labels[index.codes[np.unique(by_appearance(index.codes), return_index=True)[1][int(short.argmax())]]]
+        way_out = "sel(position=…)" if chosen is None else "sel(prompt=[…])"
         raise LayerOutOfRangeError(
-            f"{int(short.sum())} of {len(counts)} prompts have fewer tokens than position {position} needs, the shortest "
-            f"{int(counts.min())}: use sel(position=…) for those that have it"
+            f"{int(short.sum())} of {len(counts)} prompts have fewer {which} than position {position} needs, the shortest "
+            f"{int(counts.min())}, first prompt {first}: use {way_out} for those that have it"
         )
     offsets = offsets_of(counts)
     rows = (offsets[:-1] if position >= 0 else offsets[1:]) + position
-    return _one_per_prompt(ordered.isel({index.dim: as_slice(rows)}), index.dim)
+    return _one_per_prompt(ordered.isel({index.dim: as_slice(rows if chosen is None else chosen[rows])}), index.dim)
+
+
+def _column(data: xr.Dataset | xr.DataArray, index: TokenIndex, name: str) -> Array:
+    """The values of a column of tokens, which may have come from a file."""
+    stored = index.columns.get(name)
+    if stored is None and not (name in data.coords and data.coords[name].dims == (index.dim,)):
+        what = {"role": "roles are", "turn": "turns are", "generated": "what was generated is"}[name]
+        raise InvalidArgumentError(f"{what} not stored with these tokens: extract the chats again, or select tokens with mask_tokens")
+    return np.asarray(data.coords[name].values if stored is None else stored.values)
 
 
 def pool_tokens(data: T, pooling: str) -> T:

@@ -204,7 +204,7 @@ def test_a_token_has_the_role_of_the_first_content_that_it_shares_a_character_wi
     spans = ChatSpans((Span(2, 4, 0, "user"), Span(6, 9, 1, "critic")), (Span(0, 5, 0, None), Span(5, 10, 1, None)), ())
     names = role_names([[said("critic", ""), said("user", "")]])
     places = np.array([(-1, -1), (0, 1), (1, 3), (3, 7), (4, 5), (5, 6), (8, 8), (8, 10), (9, 10), (10, 11)])
-    roles, turns = roles_of_tokens(spans, *places.T, names)
+    roles, turns = roles_of_tokens(spans, places[:, 0], places[:, 1], names)
     shown_roles = ["" if code < 0 else names[code] for code in roles.tolist()]
     assert shown_roles == ["", "", "user", "user", "", "", "", "critic", "", ""]
     assert turns.tolist() == [-1, 0, 0, 0, 0, 1, -1, 1, 1, -1]

@@ -71,9 +71,9 @@ def contents(name: str, chat: list[dict[str, Any]], **options: Any) -> list[tupl
 def test_turns_that_look_like_headers(name: str) -> None:
     chat = [system("user"), user("he"), assistant("he"), user("assistant"), assistant("end")]
     expected = [(m["role"], turn, m["content"]) for turn, m in enumerate(chat)]
-    # Some templates print a system text only where the user has the last word.
+    # One template prints the system text in the last message, and only where that is the user's.
     assert contents(name, chat)[-4:] == expected[1:]
-    assert contents(name, chat[:-1]) == expected[:-1]
+    assert sorted(contents(name, chat[:-1]), key=lambda piece: piece[1]) == expected[:-1]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -209,9 +209,32 @@ def test_variables_of_any_name_and_columns_of_tokens_are_read(tmp_path: Path) ->
     check_same(tmp_path / "s" / GROUP.name, store)
     read = independent_reader.read_group(tmp_path / "s" / GROUP.name)
     for key, values in columns.items():
-        assert read[f"tokens.{key}"].tolist() == [*values.tolist(), *[-1] * 5]
+        assert read[f"tokens.{key}"].tolist() == [*values.tolist(), *[0 if key == "generated" else -1] * 5]
     np.testing.assert_array_equal(read["tokens.head_scores_7"][:n].swapaxes(0, 1), wide["head_scores_7"])
     np.testing.assert_array_equal(read["prompts.probe_mean"][:3], pooled["probe_mean"])
+
+
+def test_roles_are_read_by_the_names_that_each_part_has(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "s")
+    group = tmp_path / "s" / GROUP.name
+
+    def write(texts: list[str], names: tuple[str, ...], seed: int) -> None:
+        batch = make_batch(texts, seed=seed)
+        codes = np.arange(batch.token_columns["token_id"].size) % (len(names) + 1) - 1
+        store.write(GROUP, replace(batch, token_columns={**batch.token_columns, "role": codes}, role_names=names))
+
+    write(["a", "bb"], ("user", "assistant"), 1)
+    check_same(group, store)
+    write(["ccc"], ("my critic", "user"), 2)
+    write(["dddd"], ("judge", "my critic", "50%"), 3)
+    store.write(GROUP, make_batch(["eeeee"], seed=4))  # without roles
+    check_same(group, store)
+    before = store.tokens().load()
+    assert {*before.role.values.tolist()} == {"", "user", "assistant", "my critic", "judge", "50%"}
+    store.compact()
+    check_same(group, lz.open_store(tmp_path / "s"))
+    assert before.identical(lz.open_store(tmp_path / "s").tokens().load())
+    assert store.verify().ok
 
 
 @pytest.mark.usefixtures("version")

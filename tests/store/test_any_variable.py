@@ -60,10 +60,12 @@ def test_role_turn_and_generated_are_columns_of_tokens(tmp_path: Path) -> None:
     store.write(GROUP, TokenBatch(sha256=[prompt_sha256("four")], n_tokens=np.array([1]), layers=(0, 1),
                                   tokens={name: values[:, :1] for name, values in batch().tokens.items()}))  # fmt: skip
     tokens = lz.open_store(tmp_path / "acts").tokens("acme/free")
-    for name, values in columns.items():
+    for name in ("role", "turn"):
         assert tokens[name].dims == ("token",)
-        np.testing.assert_array_equal(tokens[name].values, [*values, -1], err_msg="-1 where a prompt has none")
-    answer = tokens.mlp_hidden_7B[:, np.flatnonzero(tokens.generated.values == 1)]
+        np.testing.assert_array_equal(tokens[name].values, [*columns[name], -1], err_msg="-1 where a prompt has none")
+    assert tokens.generated.dtype == bool
+    np.testing.assert_array_equal(tokens.generated.values, [*(columns["generated"] == 1), False])
+    answer = tokens.mlp_hidden_7B.sel(generated=True)
     np.testing.assert_array_equal(answer.values, batch().tokens["mlp_hidden_7B"].astype(np.float32)[:, columns["generated"] == 1])
 
 

@@ -12,6 +12,7 @@ import json
 import re
 import struct
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -412,6 +413,10 @@ def read_group(group: Path) -> dict[str, Any]:
             if name in ("layer", "n_tokens", "prompt_row", "prompt_sha256"):
                 continue
             values, dims = read_array(folder, key, document)
+            if key == "tokens/role" and any("flag_meanings" in role_flags(found[f]) for f in order):
+                values = role_texts(values, role_flags(document))
+            elif key == "tokens/generated":
+                values = values == 1
             if "column" in document["arrays"][key]["attributes"]:
                 described.add(f"{level}.{name}")
             values = np.moveaxis(values, dims.index(LEVELS[level]), 0)  # (row, layer, …) or (row, …)
@@ -443,6 +448,18 @@ def read_group(group: Path) -> dict[str, Any]:
                 continue
             out[key] = np.where(filled, out[key] if out[key].dtype.kind == "O" else out[key].astype(float), np.nan)
     return out
+
+
+def role_flags(document: Document) -> dict[str, Any]:
+    """What a part says of its codes of roles."""
+    return document["arrays"].get("tokens/role", {}).get("attributes", {})  # type: ignore[no-any-return]
+
+
+def role_texts(codes: Any, flags: dict[str, Any]) -> Any:
+    """Codes as the names that a part gives them, "" for those without one."""
+    names = [urllib.parse.unquote(name) for name in flags.get("flag_meanings", "").split(" ")]
+    known = dict(zip(flags.get("flag_values", []), names, strict=False))
+    return np.array([known.get(code, "") for code in codes.tolist()], object)
 
 
 def holds(document: Document) -> dict[str, list[int] | None]:

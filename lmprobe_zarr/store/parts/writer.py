@@ -289,7 +289,7 @@ class PartWriter:
     def _role_codes(self, codes: Ints, names: tuple[str, ...]) -> Ints:
         """Codes of a batch as those of the part, in which the names that a batch has first follow one another."""
         self._roles = self._roles or list(ROLES)
-        self._roles += [names[code] for code in np.unique(codes[codes >= 0]) if names[code] not in self._roles]
+        self._roles += [names[code] for code in np.unique(codes[codes >= 0]) if names[code] and names[code] not in self._roles]
         # What is not used has no code, and -1 stays what it is, as the last.
         known = [self._roles.index(name) if name in self._roles else NO_ROLE for name in names]
         return np.array([*known, NO_ROLE], np.int64)[codes]
