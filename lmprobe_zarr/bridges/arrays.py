@@ -84,12 +84,7 @@ class VllmFiles:
     ) -> None:
         self.folders = (files,) if isinstance(files, Files) else tuple(files)
         self.slots = _slots(layers, layer_ids)
-        listed = () if prompts is None or isinstance(prompts, Mapping) else given_prompts(prompts)
-        given = dict(prompts) if isinstance(prompts, Mapping) else dict(enumerate(listed))
-        self.texts = {number: prompt for number, prompt in given.items() if isinstance(prompt, str)}
-        self.ids = {number: np.asarray(prompt) for number, prompt in given.items() if not isinstance(prompt, str)}
-        for ids in self.ids.values():
-            prompt_sha256(ids)  # which refuses what are no token ids
+        self.texts, self.ids = _texts_and_ids(prompts)
         if self.ids and n_prompt is not None:
             raise InvalidArgumentError("prompts holds token ids, which say where each prompt ends: leave n_prompt out, or give texts")
         self.n_prompt = _lengths(n_prompt)
@@ -246,6 +241,27 @@ def _why_damaged(files: Files, name: str) -> str:
     except ValueError:
         return DAMAGED
     return half if is_half else DAMAGED
+
+
+def _texts_and_ids(prompts: Any) -> tuple[dict[int, str], dict[int, Array]]:
+    """The prompts that are given as texts, and those that are given as token ids, by the numbers of their files."""
+    given = dict(prompts) if isinstance(prompts, Mapping) else dict(enumerate(() if prompts is None else given_prompts(prompts)))
+    texts: dict[int, str] = {}
+    ids: dict[int, Array] = {}
+    for number, prompt in given.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise InvalidTypeError(f"prompts has a key {number!r}: give the number of each file, such as 0 for 0-a2427cb0.safetensors")
+        if isinstance(prompt, str):
+            texts[int(number)] = prompt
+            continue
+        try:
+            held = np.asarray(prompt)
+        except ValueError:  # lists of different lengths
+            held = np.empty((0, 0))
+        if held.ndim != 1 or held.dtype.kind not in "iu" or not len(held):
+            raise InvalidTypeError(f"prompts[{number}]={prompt!r:.60} is no prompt: give a text, or token ids in a flat list")
+        ids[int(number)] = held
+    return texts, ids
 
 
 def _lengths(n_prompt: Any) -> int | Mapping[int, int]:

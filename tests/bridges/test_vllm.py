@@ -141,7 +141,9 @@ def test_a_second_import_adds_which_tokens_were_generated(store: Store) -> None:
     ("given", "error"),
     [({"n_prompt": 0}, InvalidArgumentError), ({"n_prompt": [3, -1]}, InvalidArgumentError), ({"n_prompt": True}, InvalidTypeError),
      ({"n_prompt": [2.5]}, InvalidTypeError), ({"n_prompt": "3"}, InvalidTypeError), ({"n_prompt": {0: None}}, InvalidTypeError),
-     ({"n_prompt": 3, "prompts": PROMPTS}, InvalidArgumentError), ({"prompts": [[1.5]]}, InvalidTypeError)],
+     ({"n_prompt": 3, "prompts": PROMPTS}, InvalidArgumentError), ({"prompts": [[1.5]]}, InvalidTypeError),
+     ({"prompts": [[]]}, InvalidTypeError), ({"prompts": [[[1], [2, 3]]]}, InvalidTypeError), ({"prompts": {"0": "a"}}, InvalidTypeError),
+     ({"prompts": {0: None}}, InvalidTypeError)],
 )  # fmt: skip
 def test_lengths_that_cannot_be_are_refused(store: Store, given: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
