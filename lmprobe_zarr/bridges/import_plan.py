@@ -54,6 +54,8 @@ class ImportOptions:
         Bytes of activations after which a part is committed.
     group : GroupInfo, optional
         The group to write to; None for one that records `provenance` only.
+    before : mapping, optional
+        The provenance that an earlier version recorded of the same import: what it brought over from the same place is continued.
     """
 
     dry_run: bool
@@ -62,6 +64,7 @@ class ImportOptions:
     progress: bool
     part_bytes: int
     group: GroupInfo | None = None
+    before: Provenance | None = None
 
 
 @dataclass
@@ -166,7 +169,7 @@ def plan_import(model: str, source: Source, store: Store, options: ImportOptions
                 entries[found.hash] = found
     if options.group is not None:
         check_fits(options.group, entries.values())
-    group = options.group or _group(store, model, options.provenance, entries.values())
+    group = options.group or _group(store, model, options, entries.values(), source.url)
     view = store.view(group) if group.name in store.groups() else None
     fitting = of_one_width(entries.values(), view, skipped)
     fitting = fitting if view is None else _with_stored_digests(fitting, view, skipped)
@@ -191,10 +194,10 @@ def _with_new_text(entries: Sequence[Entry], missing: Sequence[Entry], view: Vie
     return [entry for entry, row in zip(listed, rows, strict=True) if not view.digests[row, HASH_DIGITS // 2 :].any()]
 
 
-def _group(store: Store, model: str, provenance: Provenance, entries: Iterable[Entry]) -> GroupInfo:
+def _group(store: Store, model: str, options: ImportOptions, entries: Iterable[Entry], origin: str) -> GroupInfo:
     """The group to import into: an existing one with the same provenance, even if the store or the source does not know the hidden size."""
     hidden = width_of(entries)
-    wanted = GroupInfo(model=model, provenance=provenance, num_layers=None, hidden_size=hidden)
+    wanted = GroupInfo(model=model, provenance=options.provenance, num_layers=None, hidden_size=hidden)
     groups = store.groups()
     if wanted.name in groups:
         return wanted
@@ -202,7 +205,18 @@ def _group(store: Store, model: str, provenance: Provenance, entries: Iterable[E
         alike = (info.model, info.provenance, info.num_layers) == (model, wanted.provenance, None)
         if alike and None in (info.hidden_size, hidden):
             return info
+    if options.before is not None:
+        older = GroupInfo(model=model, provenance=options.before)
+        for info in groups.values():
+            alike = (info.model, info.provenance, info.num_layers) == (model, older.provenance, None)
+            if alike and info.hidden_size in (None, hidden) and _came_from(store.view(info), origin):
+                return info
     return wanted
+
+
+def _came_from(view: View, origin: str) -> bool:
+    """Whether anything of a group was imported from this place, or from one of these."""
+    return any(part.info.recorded.get("imported_from") in {origin, *origin.split(", ")} for part in view.parts)
 
 
 def of_one_width(entries: Iterable[Entry], view: View | None, skipped: Tally) -> list[Entry]:

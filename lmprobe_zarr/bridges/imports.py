@@ -184,13 +184,14 @@ def import_pt(
 
 
 def import_vllm(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     store: Place = None,
     *,
     model: Model,
     layers: Sequence[int] | None = None,
     layer_ids: Sequence[int] | None = None,
-    prompts: Mapping[int, str] | Sequence[str] | None = None,
+    prompts: Mapping[int, str | Sequence[int]] | Sequence[str | Sequence[int]] | None = None,
+    n_prompt: int | Mapping[int, int] | Sequence[int] | None = None,
     dry_run: bool = False,
     strict: bool = False,
     provenance: Provenance | None = None,
@@ -205,16 +206,21 @@ def import_vllm(
 
     Parameters
     ----------
-    folder : path or URL
-        The folder of the files.
+    folder : path or URL, or sequence of these
+        The folder of the files, or several, of which the first wins where two hold the same prompt.
     layers : sequence of int, optional
         For each slot the block whose output it holds, counted from 0, ascending: one less than vLLM's layer ids.
     layer_ids : sequence of int, optional
         Instead of these vLLM's own layer ids, in any order: id 0 is the embeddings (``embed``), id n the output of block n − 1.
-    prompts : mapping of int to str, or sequence of str, optional
-        Texts by the numbers of the files; a prompt without a text is identified by its token ids.
+    prompts : mapping of int to (str or sequence of int), or sequence of these, optional
+        Texts, or token ids without those that were generated, by the numbers of the files; a prompt without a text is identified by the
+        token ids of its file.
+    n_prompt : int, or mapping of int to int, or sequence of int, optional
+        How many tokens of every file, or of each by its number, are the prompt's: for files with ``include_output_tokens``. Token ids in
+        `prompts` say that too. Then there is a column of tokens ``generated``, 0 for the prompt's and 1 for those that were generated,
+        and a file with any is identified by the token ids of both. vLLM writes no row for the last token that it generates.
     store, model, dry_run, strict, provenance, storage_options, progress, part_bytes
-        As for `import_safetensors`.
+        As for `import_safetensors`. The provenance has ``engine="vllm"`` unless you say otherwise.
 
     Returns
     -------
@@ -224,10 +230,24 @@ def import_vllm(
     Raises
     ------
     InvalidArgumentError
-        `layers` that do not ascend, since the slots always do; or neither `layers` nor `layer_ids`, or both.
+        `layers` that do not ascend, since the slots always do; or neither `layers` nor `layer_ids`, or both; or no folder; or `n_prompt`
+        beside token ids in `prompts`.
+
+    Notes
+    -----
+    Files that are still being written (another process holds their lock), that are empty or that end too early are passed by and named;
+    import again when they are done. An engine rounds in other ways than transformers does, so its values are in a group of their own. A
+    folder of which an earlier version of this package imported something, without that field, is continued in that version's group.
     """
-    source = arrays.VllmFiles(open_files(folder, storage_options), layers, layer_ids=layer_ids, prompts=prompts)
-    options = ImportOptions(dry_run=dry_run, strict=strict, provenance=provenance or {}, progress=progress, part_bytes=part_bytes)
+    given = [folder] if isinstance(folder, str | os.PathLike) or not isinstance(folder, Sequence) else folder
+    if not given:
+        raise InvalidArgumentError("folder=[] names no folder: give the folder of the files, or a list of them")
+    files = [open_files(each, storage_options) for each in given]
+    source = arrays.VllmFiles(files, layers, layer_ids=layer_ids, prompts=prompts, n_prompt=n_prompt)
+    before = provenance or {}
+    options = ImportOptions(
+        dry_run=dry_run, strict=strict, provenance={"engine": "vllm", **before}, progress=progress, part_bytes=part_bytes, before=before
+    )
     return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
 
 

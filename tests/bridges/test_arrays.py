@@ -182,7 +182,7 @@ def test_a_lock_without_its_file_is_named(tmp_path: Path, store: Store, values: 
     assert summary.imported == 3
     (skipped,) = summary.skipped
     assert sorted(skipped.names) == ["0-a2427cb0.safetensors", "3-deadbeef.safetensors"]
-    assert "still being written" in skipped.text
+    assert "nobody holds it" in skipped.text
 
 
 def test_codes_of_8_bits_are_those_of_torch() -> None:
