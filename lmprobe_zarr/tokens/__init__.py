@@ -1,9 +1,11 @@
-"""Ragged token axes in xarray: the index over prompt and position, lazy labels, tokens back to prompts, masks of tokens, order of rows.
+"""Ragged token axes in xarray: the index over prompt and position, lazy labels, tokens back to prompts, masks of tokens, order of rows, the
+inner dimension.
 
 Never a store, never a fit. Everything that others use is in this face.
 """
 
 from lmprobe_zarr.tokens.index import TokenIndex, by_appearance
+from lmprobe_zarr.tokens.inner import find_inner_dim, inner_dim, is_inner_dim, without_absent_layers
 from lmprobe_zarr.tokens.lazy import (
     ColumnVariable,
     LazyVariable,
@@ -28,7 +30,10 @@ __all__ = [
     "TokenIndex",
     "by_appearance",
     "check_listed",
+    "find_inner_dim",
+    "inner_dim",
     "is_in_known_order",
+    "is_inner_dim",
     "lazy_variable",
     "mask_tokens",
     "order_attributes",
@@ -43,4 +48,5 @@ __all__ = [
     "tokens_at",
     "unwrapped",
     "with_columns",
+    "without_absent_layers",
 ]
