@@ -35,6 +35,7 @@ __all__ = [
     "SitesSpec",
     "is_top_k",
     "parse_sites",
+    "pooled_name_problem",
     "row_bytes",
     "split_variable",
     "variable_problem",
@@ -252,6 +253,16 @@ def variable_problem(name: object) -> str | None:
     if name.lower() in _TAKEN:
         return "it is a name of the format itself"
     return None
+
+
+def pooled_name_problem(name: object, *, pooled: bool) -> str | None:
+    """Why a name can be no variable's, with one row per prompt (`pooled`) or per token, as text; None if it can. For sites, not outputs."""
+    site, pooling = split_variable(name) if isinstance(name, str) else ("", None)
+    problem = None if site in SITES else variable_problem(site)
+    if problem is None and (pooling is not None) == pooled:
+        return None
+    wanted = "<site>_<pooling>, such as resid_last_token" if pooled else "such as resid, without a pooling"
+    return f"give {wanted}{f' ({problem})' if problem else ''}"
 
 
 # Names that columns and dimensions of every store have.

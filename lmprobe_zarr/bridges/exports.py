@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, LayerSpec, choose_layers, is_top_k, offsets_of, prompt_sha256
+from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, LayerSpec, choose_layers, is_top_k, list_names, offsets_of, prompt_sha256
 from lmprobe_zarr.bridges import lmprobe_write
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.lmprobe_folders import read_manifest
@@ -34,6 +34,7 @@ EXPORT_BYTES: Final = 2**27
 EXPORT_PROMPTS: Final = 4096
 FLOAT_DTYPES: Final = ("float32", "float16", "bfloat16", "float64")
 MANIFEST_LINES: Final = 2048
+_EXPORTABLE: Final = "it holds resid, what is pooled from it, logits, perplexities and router"
 
 
 class ManifestLines:
@@ -61,7 +62,9 @@ class ExportRows:
     `no_place` names the variables that lmprobe's format cannot hold.
     """
 
-    def __init__(self, view: View, rows: Ints, layers: Mapping[Level, tuple[int, ...]], dtype: str | None) -> None:
+    def __init__(
+        self, view: View, rows: Ints, layers: Mapping[Level, tuple[int, ...]], dtype: str | None, variables: Collection[str] | None = None
+    ) -> None:
         self.view, self.rows, self.layers, self.dtype = view, rows, layers, dtype
         self.counts = view.token_counts()[rows]
         self.offsets = offsets_of(self.counts)
@@ -71,6 +74,8 @@ class ExportRows:
         self.no_place: list[str] = []
         for level in LEVELS:
             for name, info in view.variables(level).items():
+                if variables is not None and name not in variables:
+                    continue
                 if not has_place(name):
                     self.no_place.append(name)
                 elif not info.layered or layers[level]:
@@ -190,6 +195,7 @@ def export_safetensors(
     model: Model | None = None,
     prompts: Iterable[Any] | None = None,
     layers: LayerSpec | None = None,
+    variables: str | Iterable[str] | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
     provenance: Provenance | None = None,
@@ -211,6 +217,8 @@ def export_safetensors(
         Only these; None for all.
     layers : int, sequence of int, slice or word, optional
         Only these; None for all that are stored.
+    variables : str or iterable of str, optional
+        Only these; None for all that lmprobe's format has a name for, which the summary says of the others.
     dtype : {"float32", "float16", "bfloat16", "float64"}, optional
         Convert activations, logits and router scores to this dtype; None keeps the stored dtype, bfloat16 too.
     overwrite : bool
@@ -227,8 +235,10 @@ def export_safetensors(
 
     Raises
     ------
-    ModelNotStoredError, AmbiguousProvenanceError, MissingPromptsError, LayerOutOfRangeError, InvalidArgumentError
+    ModelNotStoredError, AmbiguousProvenanceError, MissingPromptsError, LayerOutOfRangeError
         Nothing is written.
+    InvalidArgumentError
+        Nothing is written. Also where lmprobe's format has no name for one of `variables`, or for anything that is stored.
     NoSpaceError, ReadOnlyError
         The files of prompts written before the error are complete.
 
@@ -246,7 +256,7 @@ def export_safetensors(
     info = source.find_group(model, provenance=provenance, group=group)
     view = source.view(info)
     rows = np.arange(len(view)) if prompts is None else np.array(list(dict.fromkeys(view.select(prompts).tolist())), np.int64)
-    export = ExportRows(view, rows, _export_layers(view, layers), dtype)
+    export = ExportRows(view, rows, _export_layers(view, layers), dtype, _chosen_variables(view, variables))
     target = open_storage(cache_dir, storage_options)
     skipped, notes = Tally(), Tally()
     for variable in export.no_place:
@@ -301,6 +311,30 @@ def export_safetensors(
         notes=notes.reasons(),
         seconds=time.monotonic() - began,
     )
+
+
+def _chosen_variables(view: View, given: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """The variables to write, None for all; an error where lmprobe's format has no name for one, or for any that is stored."""
+    stored = list(dict.fromkeys(name for level in LEVELS for name in view.variables(level)))
+    there = [name for name in stored if has_place(name)]
+    if given is None:
+        if stored and not there:
+            raise InvalidArgumentError(
+                f"lmprobe's format has no name for anything that {view.where} holds ({', '.join(stored)}): {_EXPORTABLE}; "
+                "store.copy_to(…) takes the rest to another store"
+            )
+        return None
+    chosen = tuple(list_names("variables", given, "resid"))
+    for name in chosen:
+        if name not in stored:
+            raise InvalidArgumentError(f"{name!r:.80} is not stored in {view.where}: there is {', '.join(stored) or 'none'}")
+        if name not in there:
+            raise InvalidArgumentError(
+                f"lmprobe's format has no name for {name!r}: {_EXPORTABLE}; of what is stored here, {', '.join(there) or 'none'}"
+            )
+    if not chosen:
+        raise InvalidArgumentError(f"variables is empty: give some of {', '.join(there) or 'none'}, or None for all")
+    return chosen
 
 
 def _export_layers(view: View, layers: LayerSpec | None) -> dict[Level, tuple[int, ...]]:

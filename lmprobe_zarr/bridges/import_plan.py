@@ -14,7 +14,20 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from lmprobe_zarr.batch import HASH_DIGITS, UNKNOWN_DIGITS, TokenBatch, given_prompts, has_utf8, is_top_k
+from lmprobe_zarr.batch import (
+    HASH_DIGITS,
+    INNER_DIMS,
+    LAYERED_SITES,
+    SCALARS,
+    SITES,
+    UNKNOWN_DIGITS,
+    TokenBatch,
+    given_prompts,
+    has_utf8,
+    is_top_k,
+    pooled_name_problem,
+    split_variable,
+)
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, Source
 from lmprobe_zarr.bridges.same_model import check_fits, width_of
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
@@ -29,11 +42,13 @@ from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, Provenance, unre
 from lmprobe_zarr.store.parts import View
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["BATCH_PROMPTS", "ImportOptions", "ImportPlan", "of_one_width", "plan_import", "prompt_list", "run_import"]
+__all__ = ["BATCH_PROMPTS", "ImportOptions", "ImportPlan", "check_variables", "of_one_width", "plan_import", "prompt_list", "run_import"]
 
 # One batch is read while two wait and one is written: with the writer's buffers, well below a gigabyte in all.
 BATCH_BYTES: Final = 2**26
 BATCH_PROMPTS: Final = 4096
+# What is no site, and so has a name of the format itself.
+_OUTPUTS: Final = frozenset({*INNER_DIMS, *SCALARS, "token_id"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,10 +182,12 @@ def plan_import(model: str, source: Source, store: Store, options: ImportOptions
                 skipped.add("prompts that the source holds twice: the first is imported", found.name)
             else:
                 entries[found.hash] = found
+    check_variables(held for entry in entries.values() for held in entry.holds)
     if options.group is not None:
         check_fits(options.group, entries.values())
     group = options.group or _group(store, model, options, entries.values(), source.url)
     view = store.view(group) if group.name in store.groups() else None
+    _check_columns(entries.values(), view)
     fitting = of_one_width(entries.values(), view, skipped)
     fitting = fitting if view is None else _with_stored_digests(fitting, view, skipped)
     for entry in fitting:
@@ -184,6 +201,38 @@ def plan_import(model: str, source: Source, store: Store, options: ImportOptions
     for entry in named:
         notes.add("prompts that are stored already, and whose text is known only now", entry.name)
     return ImportPlan(model, source, group, missing, len(entries), len(fitting) - len(missing), named)
+
+
+def check_variables(holds: Iterable[Held]) -> None:
+    """Raise where something has a name that no variable can have, has layers where its name says that it has none, or two widths."""
+    widths: dict[str, tuple[str, tuple[int, ...]]] = {}
+    lower: dict[str, str] = {}
+    for held in dict.fromkeys(holds):
+        name, (site, _) = held.variable, split_variable(held.variable)
+        if lower.setdefault(name.lower(), name) != name:
+            raise InvalidArgumentError(
+                f"{lower[name.lower()]!r} and {name!r} differ by case alone, and some file systems ignore case: choose another name"
+            )
+        if name in _OUTPUTS:
+            continue
+        if problem := pooled_name_problem(name, pooled=held.level == "prompts"):
+            raise InvalidArgumentError(f"{name!r:.80} is no name of a variable with one row per {held.level.rstrip('s')}: {problem}")
+        if site in SITES and (held.layers is not None) != (site in LAYERED_SITES):
+            wanted = "give {layer: …}, or a name with {layer}" if site in LAYERED_SITES else "give it without layers"
+            raise InvalidArgumentError(
+                f"{name!r} {'has' if site in LAYERED_SITES else 'has no'} layers: {wanted}, or choose another name for the site"
+            )
+        # Prompts of another width than most are skipped and named, so that only those of one site are compared.
+        first, shape = widths.setdefault(site, (name, held.row_shape))
+        if first != name and shape != held.row_shape and site not in SITES:
+            raise InvalidArgumentError(f"{first!r} has rows of shape {shape} and {name!r} of {held.row_shape}: a site has one width")
+
+
+def _check_columns(entries: Iterable[Entry], view: View | None) -> None:
+    """Raise where a variable would have the name of a column that the store holds."""
+    names = {held.variable for entry in entries for held in entry.holds if held.variable not in _OUTPUTS}
+    if view is not None and (same := sorted(names & {*view.columns("prompts"), *view.columns("tokens")})):
+        raise InvalidArgumentError(f"{same[0]!r} is a column of {view.where}: choose another name for the variable")
 
 
 def _with_new_text(entries: Sequence[Entry], missing: Sequence[Entry], view: View) -> list[Entry]:

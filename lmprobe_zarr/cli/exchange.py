@@ -7,7 +7,7 @@ from typing import Any
 
 from lmprobe_zarr import config
 from lmprobe_zarr.bridges import ImportSummary, export_safetensors, import_pt, import_safetensors
-from lmprobe_zarr.cli.arguments import add_choice, add_command, parse_layers
+from lmprobe_zarr.cli.arguments import add_choice, add_command, parse_layers, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
@@ -66,6 +66,7 @@ def add_export(commands: Any) -> None:
     command.add_argument("--to", dest="target", metavar="CACHE", required=True, help="folder or URL of the cache to write into")
     add_choice(command)
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
+    command.add_argument("--variables", help="only these, separated by commas (default: all that lmprobe's format has a name for)")
     command.add_argument("--dtype", help="float16, bfloat16 or float32 (default: as stored)")
     command.add_argument("--overwrite", action="store_true", help="replace existing files")
     _add_prompts(command, "only these prompts")
@@ -80,5 +81,6 @@ def _export(options: argparse.Namespace) -> None:
     summary = export_safetensors(
         store, options.target, model=model, prompts=_prompts(options), group=options.group, dtype=options.dtype,
         layers=None if options.layers == "all" else parse_layers(options.layers), overwrite=options.overwrite, progress=not options.json,
+        variables=split_names(options.variables) if options.variables else None,
     )  # fmt: skip
     print_json(as_json(summary)) if options.json else print(summary)

@@ -57,15 +57,39 @@ def describe_unfit(array: xr.DataArray, layer: Any, rows: list[int], n: int, *, 
         other = len(rows) - len(absent)
         more = f", and is NaN or infinite for {other} more" if other else ""
         if held is not None and not held.any():
-            where = "select the layers that are stored, .sel(layer=…)" if label is not None else "choose another variable"
+            where = f"select the layers that are stored, {_selection(array)}" if label is not None else "choose another variable"
             return f"{of} was never extracted for any of these {noun}s, so that it has no values: {extract}, or {where}"
         return (
             f"{of} was never extracted for {len(absent)} of {n} {noun}s{shown}{more}: {extract}, or leave these {noun}s out with "
             f".dropna({noun!r})"
         )
+    if layer is not None and len(rows) == n and (others := _layers_with_values(array)):
+        # A site that some layers lack, in an array that has lost what it knew of that.
+        return (
+            f"{of} is NaN or infinite for all {n} {noun}s: its site may not be in this layer, store.coverage() tells: select the layers "
+            f"that have values, .sel(layer={others})"
+        )
     remedy = f"drop them with .dropna({noun!r}), or extract them again (float16 overflows at 65504)"
     unknown = "\nwhat was never extracted reads as NaN too, and store.coverage() tells which it is"
     return f"{of} is NaN or infinite for {len(rows)} of {n} {noun}s{shown}: {remedy}{unknown if _may_be_absent(array, layer, rows) else ''}"
+
+
+def _selection(array: xr.DataArray) -> str:
+    others = _layers_with_values(array)
+    return f".sel(layer={others or '…'})"
+
+
+def _layers_with_values(array: xr.DataArray) -> list[Any]:
+    """Labels of the layers that are stored for every row, or that are in memory and hold a finite value; empty if that is not known."""
+    if "layer" not in array.dims or "layer" not in array.coords:
+        return []
+    in_memory = array.variable.chunks is None and bool(array.variable._in_memory)
+    found = []
+    for place, label in enumerate(array.coords["layer"].values.tolist()):
+        held = is_stored(array, place)
+        if held.all() if held is not None else in_memory and np.isfinite(array.variable.isel(layer=place).values).any():
+            found.append(label)
+    return found
 
 
 def _may_be_absent(array: xr.DataArray, layer: Any, rows: list[int]) -> bool:

@@ -17,6 +17,7 @@ from lmprobe_zarr.probes.folds import group_codes, number_units
 from lmprobe_zarr.probes.identity import by_prompt, is_missing, list_prompts
 from lmprobe_zarr.probes.labels import align_labels, check_width
 from lmprobe_zarr.probes.layer import not_finite_rows
+from lmprobe_zarr.tokens import find_inner_dim, without_absent_layers
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = [
@@ -71,16 +72,19 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int
     layers: tuple[int, ...] = ()
     if isinstance(given, xr.DataArray):
         rows = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
-        if rows is None or "hidden" not in given.dims:
+        inner = find_inner_dim(given.dims)
+        if rows is None or inner is None or not {str(dim) for dim in given.dims} <= {rows, inner, "layer"}:
             raise InvalidArgumentError(
-                f"activations have dims {given.dims}, expected prompt (or token), hidden, perhaps layer: rename or select"
+                f"activations have dims {given.dims}, expected prompt (or token), one inner dimension such as hidden, perhaps layer: "
+                "rename or select"
             )
+        given = without_absent_layers(given)
         if "layer" in given.coords:
             # Stored layers are always read in ascending order.
             given = given.sortby("layer") if "layer" in given.dims else given
             layers = tuple(int(layer) for layer in np.atleast_1d(given.coords["layer"].values))
         n_layers = given.sizes.get("layer", 1)
-        values = given.transpose(rows, "layer", "hidden", missing_dims="ignore").values
+        values = given.transpose(rows, "layer", inner, missing_dims="ignore").values
     else:
         tensor = given.detach().cpu() if hasattr(given, "detach") else given
         values = np.asarray(tensor.float().numpy() if hasattr(tensor, "float") and str(tensor.dtype) == "torch.bfloat16" else tensor)

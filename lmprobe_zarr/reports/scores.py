@@ -12,6 +12,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.reports.pictures import Chart, Series
 from lmprobe_zarr.store.format import GroupInfo
 from lmprobe_zarr.sweeps.shuffles import describe_shuffles, is_of_shuffles
+from lmprobe_zarr.tokens import is_inner_dim
 from lmprobe_zarr.typing import Array
 
 __all__ = ["SHOWN_LAYERS", "choose_layer", "describe_scores", "draw_scores", "find_scored_group"]
@@ -64,7 +65,8 @@ def _list_metrics(scores: xr.Dataset) -> list[str]:
         if {"layer", "probe"} <= set(v.dims)
         and v.dtype.kind == "f"
         and name not in _NO_SCORES
-        and v.dims[-1] not in ("prompt", "hidden")
+        and v.dims[-1] != "prompt"
+        and not is_inner_dim(v.dims[-1])
         and not is_of_shuffles(v)
     ]
     known = list(_TITLES)

@@ -12,16 +12,15 @@ import pandas as pd
 from lmprobe_zarr.batch import (
     HIDDEN_SITES,
     LAYERED_SITES,
-    SITES,
     TokenBatch,
     align_columns,
     check_texts,
     given_prompts,
     is_pair,
     parse_column,
+    pooled_name_problem,
     prompt_sha256,
     split_variable,
-    variable_problem,
     with_encoder_texts,
 )
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
@@ -162,22 +161,22 @@ def _hidden_size(given: int | None, arrays: Mapping[str, Array]) -> int | None:
 
 
 def _check_widths(arrays: Mapping[str, Array]) -> None:
-    """Raise where a site has one width by token and another pooled: they share a dimension."""
+    """Raise where a site has one width by token and another pooled, which share a dimension, or two sites a name but for its case."""
     widths: dict[str, tuple[str, int]] = {}
+    lower: dict[str, str] = {}
     for name, array in arrays.items():
+        if lower.setdefault(name.lower(), name) != name:
+            raise InvalidArgumentError(
+                f"{lower[name.lower()]!r} and {name!r} differ by case alone, and some file systems ignore case: choose another name"
+            )
         first, width = widths.setdefault(split_variable(name)[0], (name, int(array.shape[-1])))
         if width != array.shape[-1]:
             raise InvalidArgumentError(f"{first!r} is {width} wide and {name!r} is {array.shape[-1]}: a site has one width")
 
 
 def _check_name(name: object, *, pooling: bool) -> None:
-    site, how = split_variable(name) if isinstance(name, str) else ("", None)
-    problem = None if site in SITES else variable_problem(site)
-    if problem is not None or (how is not None) != pooling:
-        wanted = "<site>_<pooling>, such as resid_last_token" if pooling else "such as resid, without a pooling"
-        raise InvalidArgumentError(
-            f"{name!r:.80} is no {'pooled variable' if pooling else 'site'}: give {wanted}{f' ({problem})' if problem else ''}"
-        )
+    if problem := pooled_name_problem(name, pooled=pooling):
+        raise InvalidArgumentError(f"{name!r:.80} is no {'pooled variable' if pooling else 'site'}: {problem}")
 
 
 def _is_unlayered(name: str, values: Any) -> bool:

@@ -191,6 +191,8 @@ def _activation_variables(
         array = view.source(level, name, rows, layers, lengths, widened=not stored)
         kinds = sorted({str(a.info.attributes.get("stored_dtype", a.info.dtype)) for a in array.arrays})
         noted = {key: info.attributes[key] for key in ("site_path", "num_heads") if key in info.attributes}
+        if array.layers is not None and 0 < len(held := array.held_layers) < len(array.layers):
+            noted["stored_layers"] = list(held)
         variables[name] = lazy_variable(info.dims, LazyArray(array), {"stored_dtype": ", ".join(kinds), **noted})
         rows_per_chunk.append(array.arrays[0].info.rows_per_chunk)
     for variable in variables.values():

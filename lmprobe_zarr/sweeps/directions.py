@@ -41,6 +41,7 @@ from lmprobe_zarr.sweeps.given import (
     warn_unconverged,
 )
 from lmprobe_zarr.tasks import parse_runner
+from lmprobe_zarr.tokens import find_inner_dim, inner_dim
 from lmprobe_zarr.typing import Array
 
 __all__ = ["cosine_similarity", "fit_directions"]
@@ -120,7 +121,7 @@ def fit_directions(
     lazy = variable.chunks is None and not variable._in_memory
 
     def start(place: int) -> Any:
-        values = None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", "hidden").data
+        values = None if lazy else variable.isel(layer=place, missing_dims="ignore").transpose("prompt", ...).data
         return runner.call(fit, variable if lazy else None, place, values)
 
     found = runner.run([partial(start, place) for place in range(len(layers))], "fit")
@@ -180,7 +181,8 @@ def _dataset(array: xr.DataArray, labels: Labels, task: str, estimator: str, lay
     found = [nothing if isinstance(fitted, str) else fitted for fitted in found]
     coef, intercept = (np.stack([fitted[place] for fitted in found]) for place in (0, 1))
     two = coef.shape[1] == 1
-    dims = ("layer", "hidden") if two else ("layer", "class", "hidden")
+    inner = inner_dim(array)
+    dims = ("layer", inner) if two else ("layer", "class", inner)
     data = xr.Dataset(
         {
             "coef": (dims, coef[:, 0] if two else coef, {"long_name": "coefficients, in the units of the activations"}),
@@ -232,9 +234,13 @@ def cosine_similarity(directions: Mapping[str, xr.DataArray | xr.Dataset] | xr.D
     rows: list[tuple[str, Any, str, Array]] = []
     for name, held in given.items():
         coef = held["coef"] if isinstance(held, xr.Dataset) and "coef" in held else held
-        if not isinstance(coef, xr.DataArray) or "hidden" not in coef.dims:
-            raise InvalidTypeError(f"directions[{name!r}] has no coefficients over hidden: give fit_tokens(…).coef")
-        rest = [str(dim) for dim in coef.dims if dim != "hidden"]
+        inner = find_inner_dim(coef.dims) if isinstance(coef, xr.DataArray) else None
+        if not isinstance(coef, xr.DataArray) or inner is None:
+            raise InvalidTypeError(
+                f"directions[{name!r}] has no coefficients over hidden, or over another inner dimension: give fit_tokens(…).coef"
+            )
+        coef = coef.transpose(..., inner)
+        rest = [str(dim) for dim in coef.dims if dim != inner]
         layered = "layer" in coef.coords
         many = coef.sizes.get("layer", 1) > 1
         for place in np.ndindex(*(coef.sizes[dim] for dim in rest)):

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from lmprobe_zarr.batch import INNER_DIMS
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import Labels, make_probe
+from lmprobe_zarr.tokens import find_inner_dim, without_absent_layers
 from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
@@ -32,20 +34,24 @@ __all__ = [
 ]
 
 _DIMS = ("layer", "prompt", "hidden")
+#: Inner dimensions of what is no activations, and so is left out where a whole dataset is given.
+_OUTPUTS = frozenset(INNER_DIMS.values())
 
 
 def parse_activations(activations: Any, controls: Mapping[str, Any]) -> tuple[xr.Dataset | None, tuple[xr.DataArray, ...]]:
     """The dataset, or None where an array was given, and its variables of activations; no values are read."""
     if isinstance(activations, xr.Dataset):
-        held = {str(name): array for name, array in activations.data_vars.items() if {"prompt", "hidden"} <= set(array.dims)}
+        held = {str(name): array for name, array in activations.data_vars.items() if _holds_activations(array)}
         if controls.get("embed", ()) is None:
             held = {name: array for name, array in held.items() if name.partition("_")[0] != "embed"}
         if not held:
             listed = ", ".join(f"{name} {array.dims}" for name, array in activations.data_vars.items())
             raise InvalidArgumentError(
-                f"the dataset holds no activations over prompt and hidden, only {listed or 'nothing'}: pool tokens first"
+                f"the dataset holds no activations over prompt and an inner dimension such as hidden, only {listed or 'nothing'}: "
+                "pool tokens first"
             )
-        return activations, tuple(check_activations(array) for array in held.values())
+        # Layers that a variable lacks stay: other variables may have them, and their scores say that they are not stored.
+        return activations, tuple(_checked(array) for array in held.values())
     if not isinstance(activations, xr.DataArray):
         raise InvalidTypeError(
             f"activations are an xarray.DataArray with dims {_DIMS}, or a Dataset of such, not {type(activations).__name__}"
@@ -53,13 +59,24 @@ def parse_activations(activations: Any, controls: Mapping[str, Any]) -> tuple[xr
     return None, (check_activations(activations),)
 
 
+def _holds_activations(array: xr.DataArray) -> bool:
+    """Whether a variable has values of several units for each prompt, which are not an output of the model such as its logits."""
+    return "prompt" in array.dims and find_inner_dim(array.dims) not in (None, *_OUTPUTS) and array.dtype.kind not in "OUSmM"
+
+
 def check_activations(activations: xr.DataArray) -> xr.DataArray:
-    """The array unchanged, if it holds activations of prompts; nothing is read."""
+    """The array without layers that are nowhere stored, if it holds activations of prompts; nothing is read."""
+    return without_absent_layers(_checked(activations))
+
+
+def _checked(activations: xr.DataArray) -> xr.DataArray:
     dims = tuple(str(dim) for dim in activations.dims)
-    if set(dims) not in (set(_DIMS), {"prompt", "hidden"}):
+    inner = find_inner_dim(dims)
+    if inner is None or set(dims) not in ({"layer", "prompt", inner}, {"prompt", inner}):
         remedy = "pool the tokens first, as in toks.lz.pool('mean')" if "token" in dims else "select or rename"
         raise InvalidArgumentError(
-            f"{name_in_messages(activations)} has dims {dims}, expected layer (or none), prompt and hidden: {remedy}"
+            f"{name_in_messages(activations)} has dims {dims}, expected layer (or none), prompt and one inner dimension "
+            f"such as hidden: {remedy}"
         )
     _check_values(activations, "to fit")
     _check_layers(activations)
@@ -74,17 +91,18 @@ def parse_token_activations(activations: Any) -> tuple[xr.DataArray, str]:
     if not isinstance(activations, xr.DataArray):
         raise InvalidTypeError(f"activations are an xarray.DataArray with dims (layer, token, hidden), not {type(activations).__name__}")
     dims = {str(dim) for dim in activations.dims}
+    inner = find_inner_dim(activations.dims)
     for dim in ("token", "prompt"):
-        if dims in ({"layer", dim, "hidden"}, {dim, "hidden"}):
+        if inner is not None and dims in ({"layer", dim, inner}, {dim, inner}):
             break
     else:
         raise InvalidArgumentError(
-            f"{name_in_messages(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and hidden: "
-            "select or rename"
+            f"{name_in_messages(activations)} has dims {tuple(activations.dims)}, expected layer (or none), token and one inner dimension "
+            "such as hidden: select or rename"
         )
     _check_values(activations, "to fit or score")
     _check_layers(activations)
-    return activations, dim
+    return without_absent_layers(activations), dim
 
 
 def _check_values(activations: xr.DataArray, purpose: str) -> None:

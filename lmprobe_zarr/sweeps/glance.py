@@ -17,6 +17,7 @@ from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.interchange import to_interchange
 from lmprobe_zarr.probes.metrics import parse_metrics
 from lmprobe_zarr.sweeps.shuffles import describe_shuffles, is_of_shuffles
+from lmprobe_zarr.tokens import is_inner_dim
 from lmprobe_zarr.typing import Array
 
 __all__ = ["best_scores", "describe_scores", "scores_card"]
@@ -140,7 +141,8 @@ def best_scores(data: xr.Dataset, metric: str | None = None, along: str | Iterab
         if name not in _NO_SCORES
         and not name.startswith("chosen_")
         and not is_of_shuffles(held)
-        and not {"bound", "prompt", "hidden"} & set(held.dims)
+        and not {"bound", "prompt"} & set(held.dims)
+        and not any(map(is_inner_dim, held.dims))
     ]
     if not metrics:
         raise InvalidArgumentError(f"this holds no scores by probe to choose by (dims {dict(data.sizes)}): give what sweep returns")

@@ -24,6 +24,7 @@ from lmprobe_zarr.sweeps.plan import Sweep, make_sweep
 from lmprobe_zarr.sweeps.score_store import ScoreStore
 from lmprobe_zarr.sweeps.scores import Scores
 from lmprobe_zarr.tasks import Runner, parse_runner
+from lmprobe_zarr.tokens import inner_dim
 from lmprobe_zarr.typing import Array, Client
 
 __all__ = ["sweep"]
@@ -241,7 +242,7 @@ def _sample(sweep: Sweep) -> list[Array]:
     features = [values for values in sweep.fits.features.values() if isinstance(values, xr.Variable)]
     found = []
     for variable in (*(array.variable for array in sweep.arrays), *features):
-        values = variable.isel(prompt=some).transpose(..., "prompt", "hidden").values.astype(np.float64)
+        values = variable.isel(prompt=some).transpose(..., "prompt", inner_dim(variable)).values.astype(np.float64)
         # With a pattern of signs, so that shifted or reversed values give other numbers too.
         signs = np.where(np.arange(values.shape[-1]) % 3 == 0, -1.0, 1.0)
         found.append(np.stack([np.sqrt((values**2).mean(-1)), (values * signs).mean(-1)]))
@@ -296,4 +297,4 @@ def _layer_values(sweep: Sweep, task: FitTask) -> Any:
     if task.variable < 0 or sweep.fits.variables[task.variable].activations is not None:
         return None
     variable = sweep.arrays[task.variable].variable
-    return variable.isel(layer=task.layer, missing_dims="ignore").transpose("prompt", "hidden").data
+    return variable.isel(layer=task.layer, missing_dims="ignore").transpose("prompt", ...).data

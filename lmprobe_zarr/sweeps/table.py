@@ -23,6 +23,7 @@ from lmprobe_zarr.batch import list_names
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.sweeps.shuffles import is_of_shuffles
+from lmprobe_zarr.tokens import is_inner_dim
 from lmprobe_zarr.typing import Array
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _metrics(data: xr.Dataset, metrics: str | Iterable[str] | None) -> list[str]
         for name in numbers
         if "probe" in data[name].dims and "prompt" not in data[name].dims and name not in _NO_SCORES and not is_of_shuffles(data[name])
     ]
-    if not fitting and len(numbers) == 1 and {"layer"} <= set(data[numbers[0]].dims) and "hidden" not in data[numbers[0]].dims:
+    if not fitting and len(numbers) == 1 and {"layer"} <= set(data[numbers[0]].dims) and not any(map(is_inner_dim, data[numbers[0]].dims)):
         fitting = numbers
     if metrics is None:
         if not fitting:

@@ -34,6 +34,7 @@ from lmprobe_zarr.probes import (
     unit_of,
 )
 from lmprobe_zarr.tasks import Runner
+from lmprobe_zarr.tokens import inner_dim
 from lmprobe_zarr.typing import Array, Floats, Ints, Mask
 
 __all__ = ["BLOCK_BYTES", "STREAMED", "Fitted", "LayerRows", "TaskPlan", "fit_stream", "measure_stream", "score_stream"]
@@ -73,7 +74,7 @@ class LayerRows:
     @property
     def hidden(self) -> int:
         """Width of a row."""
-        return int(self.variable.sizes["hidden"])
+        return int(self.variable.sizes[inner_dim(self.variable)])
 
     @property
     def block_rows(self) -> int:

@@ -59,7 +59,7 @@ from lmprobe_zarr.sweeps.token_results import (
 )
 from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, fit_stream, measure_stream, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
-from lmprobe_zarr.tokens import pool_tokens, prompts_of, stored_rows, token_texts
+from lmprobe_zarr.tokens import inner_dim, pool_tokens, prompts_of, stored_rows, token_texts
 from lmprobe_zarr.typing import Array, Client
 
 __all__ = ["fit_tokens", "score_tokens", "sweep_tokens"]
@@ -154,7 +154,8 @@ def fit_tokens(
     fits, seconds = _fit(array, examples, layer_rows, plan, runner)
     solutions = [fit[0, 0].solution for fit in fits]
     two = len(examples.classes) == 2
-    dims = ("layer", "hidden") if two else ("layer", "class", "hidden")
+    inner = inner_dim(array)
+    dims = ("layer", inner) if two else ("layer", "class", inner)
     coef, intercept = np.stack([each.coef for each in solutions]), np.stack([each.intercept for each in solutions])
     found = xr.Dataset(
         {
@@ -237,7 +238,7 @@ def score_tokens(
     scores = np.stack(list(score_stream(layer_rows, plan, runner, solutions)))
     dims = ("layer", dim) if scores.ndim == 2 else ("layer", dim, "class")
     coords = {"layer": layer_labels(array), **({} if scores.ndim == 2 else {"class": chosen["class"].values})}
-    columns = array.coords.to_dataset().drop_vars(["layer", "hidden"], errors="ignore")
+    columns = array.coords.to_dataset().drop_vars(["layer", inner_dim(array)], errors="ignore")
     scored = xr.DataArray(scores, dims=dims, coords=coords, name="score").assign_coords(columns.coords)
     scored.attrs = {
         "long_name": "score",
@@ -475,6 +476,10 @@ def _check_by_prompt(examples: LabelledTokens, controls: Iterable[str]) -> None:
         )
 
 
+def _units(dim: str) -> str:
+    return "hidden units" if dim == "hidden" else f"units along {dim}"
+
+
 def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dataset]:
     if not isinstance(probes, xr.Dataset) or "coef" not in probes or "intercept" not in probes or "classes" not in probes.attrs:
         raise InvalidTypeError(f"probes are the xarray.Dataset that fit_tokens gives, not {type(probes).__name__}")
@@ -483,9 +488,10 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
     strange = [layer for layer in wanted if layer not in fitted]
     if strange:
         raise InvalidArgumentError(f"layers {strange} have no probe: there are probes of layers {fitted}, select these of the activations")
-    if probes.sizes["hidden"] != array.sizes["hidden"]:
+    fitted_on, inner = inner_dim(probes["coef"]), inner_dim(array)
+    if probes.sizes[fitted_on] != array.sizes[inner]:
         raise InvalidArgumentError(
-            f"the probes were fitted on {probes.sizes['hidden']} hidden units, and these activations have {array.sizes['hidden']}: "
+            f"the probes were fitted on {probes.sizes[fitted_on]} {_units(fitted_on)}, and these activations have {array.sizes[inner]}: "
             "give the same site of the same model"
         )
     chosen = probes.sel(layer=wanted) if "layer" in probes.dims else probes.expand_dims("layer")
@@ -493,7 +499,7 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution], xr.Dat
     found = []
     for n in range(len(wanted)):
         of_layer = chosen.isel(layer=n)
-        coef = np.atleast_2d(of_layer["coef"].transpose(..., "hidden").values)
+        coef = np.atleast_2d(of_layer["coef"].transpose(..., fitted_on).values)
         found.append(Solution(coef, np.atleast_1d(of_layer["intercept"].values), classes))
     return found, chosen
 

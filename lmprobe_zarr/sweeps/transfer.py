@@ -47,6 +47,7 @@ from lmprobe_zarr.sweeps.given import (
     warn_unconverged,
 )
 from lmprobe_zarr.tasks import parse_runner
+from lmprobe_zarr.tokens import inner_dim
 from lmprobe_zarr.typing import Array
 
 __all__ = ["sweep_transfer"]
@@ -414,7 +415,7 @@ def _nan_reasons(transfer: _Transfer, found: list[_LayerScores]) -> dict[str, An
         reasons += [f"train {train}, test {', '.join(empty)}: every {shared} is in both{apart}"] if empty else []
         wide = [
             test for test, array in zip(transfer.names, transfer.arrays, strict=True)
-            if array.sizes["hidden"] != transfer.arrays[i].sizes["hidden"]
+            if array.sizes[inner_dim(array)] != transfer.arrays[i].sizes[inner_dim(transfer.arrays[i])]
         ]  # fmt: skip
         reasons += [f"train {train}, test {', '.join(wide)}: the hidden sizes differ"] if wide else []
     problems = {name: problem for layer in reversed(found) for name, problem in layer.failed.items()}

@@ -1,9 +1,11 @@
-"""Ragged token axes in xarray: the index over prompt and position, lazy labels, tokens back to prompts, masks of tokens, order of rows.
+"""Ragged token axes in xarray: the index over prompt and position, lazy labels, tokens back to prompts, masks of tokens, order of rows, the
+inner dimension.
 
 Never a store, never a fit. Everything that others use is in this face.
 """
 
 from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance, without_coordinates
+from lmprobe_zarr.tokens.inner import find_inner_dim, inner_dim, is_inner_dim, without_absent_layers
 from lmprobe_zarr.tokens.lazy import (
     ColumnVariable,
     LazyVariable,
@@ -30,7 +32,10 @@ __all__ = [
     "TokenIndex",
     "by_appearance",
     "check_listed",
+    "find_inner_dim",
+    "inner_dim",
     "is_in_known_order",
+    "is_inner_dim",
     "kept_in_memory",
     "lazy_variable",
     "mask_tokens",
@@ -46,5 +51,6 @@ __all__ = [
     "tokens_at",
     "unwrapped",
     "with_columns",
+    "without_absent_layers",
     "without_coordinates",
 ]

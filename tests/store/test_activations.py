@@ -132,3 +132,88 @@ def test_repeated_prompts_and_a_bare_text_are_refused(store: Store) -> None:
         lz.write_activations(store, model="m", prompts=[1.0, 2.0, 3.0], pooled=POOLED)  # type: ignore[list-item]
     with pytest.raises(InvalidArgumentError, match="no name of a model"):
         lz.write_activations(store, model=" ", prompts=PROMPTS, pooled=POOLED)
+
+
+# -- sites of any name and width -------------------------------------------------------------------------------------------
+
+
+def test_sites_of_several_widths_are_written_in_one_call(store: Store) -> None:
+    sites = {"resid": ragged(hidden=4), "neurons": ragged(hidden=9, seed=1), "attn_z": ragged(hidden=4, seed=2)}
+    final = [array[0] for array in zip(*ragged(hidden=5, seed=3).values(), strict=True)]
+    pooled: dict[str, Any] = {
+        "neurons_max": {layer: np.stack([a.max(0) for a in arrays]) for layer, arrays in sites["neurons"].items()},
+        "final_mean": np.stack([a.mean(0) for a in final]),
+    }
+    group = lz.write_activations(store, model="m", prompts=PROMPTS, activations={**sites, "final": final}, pooled=pooled)
+    tokens, data = store.tokens("m", dtype="stored", prompts=PROMPTS), store.dataset("m", dtype="stored", prompts=PROMPTS)
+    assert store.groups()[group].hidden_size == 4
+    assert (tokens.resid.dims, tokens.attn_z.dims) == (("layer", "token", "hidden"),) * 2
+    assert tokens.neurons.dims == ("layer", "token", "neurons_unit")
+    assert tokens.final.dims == ("token", "final_unit")
+    assert data.neurons_max.dims == ("layer", "prompt", "neurons_unit")
+    assert data.final_mean.dims == ("prompt", "final_unit")
+    for name, by_layer in sites.items():
+        for layer, arrays in by_layer.items():
+            np.testing.assert_array_equal(tokens[name].sel(layer=layer).values, np.concatenate(arrays))
+            assert tokens[name].dtype == np.float16
+    np.testing.assert_array_equal(tokens.final.values, np.concatenate(final))
+    np.testing.assert_array_equal(data.final_mean.values, pooled["final_mean"])
+    np.testing.assert_array_equal(data.neurons_max.sel(layer=2).values, pooled["neurons_max"][2])
+    assert store.verify(progress=False).ok
+    store.compact(progress=False)
+    np.testing.assert_array_equal(lz.open_store(store.url).tokens("m", dtype="stored", prompts=PROMPTS).final.values, tokens.final.values)
+
+
+def test_the_width_of_the_model_may_be_said_where_no_site_has_it(store: Store) -> None:
+    pooled = {"neurons_mean": {0: np.ones((3, 9), "f4")}, "z_mean": {0: np.ones((3, 4), "f4")}}
+    known = lz.write_activations(store, model="said", prompts=PROMPTS, pooled=pooled, hidden_size=4)
+    assert store.groups()[known].hidden_size == 4
+    assert store.dataset("said").z_mean.dims == ("layer", "prompt", "hidden")
+    assert store.dataset("said").neurons_mean.dims == ("layer", "prompt", "neurons_unit")
+    unknown = lz.write_activations(store, model="unsaid", prompts=PROMPTS, pooled=pooled)
+    assert store.groups()[unknown].hidden_size is None
+    assert store.dataset("unsaid").z_mean.dims == ("layer", "prompt", "z_unit")
+    for size in (0, True, 1.5, "4"):
+        with pytest.raises(InvalidArgumentError, match="is no width: give a whole number"):
+            lz.write_activations(store, model="bad", prompts=PROMPTS, pooled=pooled, hidden_size=size)  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match=r"differ in hidden size \({'hidden_size': 5, 'resid_mean': 4}\).*name another site"):
+        lz.write_activations(store, model="bad", prompts=PROMPTS, pooled={"resid_mean": {0: np.ones((3, 4), "f4")}}, hidden_size=5)
+    assert store.models() == ["said", "unsaid"]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"activations": {"a b": ragged()}}, "'a b' is no site: .*letters a to z"),
+        ({"activations": {"z_mean": ragged()}}, "'z_mean' is no site: .*without a pooling"),
+        ({"activations": {"hidden": ragged()}}, "'hidden' is no site: .*a name of the format itself"),
+        ({"activations": {"token_id": ragged()}}, "a name of the format itself"),
+        ({"activations": {1: ragged()}}, "1 is no site"),
+        ({"activations": {"z" * 65: ragged()}}, "at most 64"),
+        ({"pooled": {"z": {0: np.ones((3, 4))}}}, "'z' is no pooled variable: give <site>_<pooling>"),
+        ({"pooled": {"layer_mean": {0: np.ones((3, 4))}}}, "'layer_mean' is no pooled variable: .*a name of the format itself"),
+        ({"activations": {"z": ragged((0,))}, "pooled": {"z_mean": {0: np.ones((3, 5))}}}, "'z' is 4 wide and 'z_mean' is 5"),
+        ({"activations": {"z": ragged(), "Z": ragged()}}, "'z' and 'Z' differ by case alone"),
+        ({"activations": {"z": ragged()}, "coords": {"z": [1, 2, 3]}}, "'z' is a column of coords= and a variable"),
+        ({"activations": {"z": ragged(), "y": ragged((0, 1))}}, "hold different layers.*a call of its own"),
+        ({"activations": {"mlp": [np.ones((n, 4)) for n in COUNTS]}}, "'mlp' has layers: give {layer: …}"),
+    ],
+)  # fmt: skip
+def test_names_and_widths_that_cannot_be_are_refused_and_nothing_is_written(store: Store, given: Any, problem: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=problem):
+        lz.write_activations(store, model="m", prompts=PROMPTS, **given)
+    assert not lz.open_store(store.url).groups()
+
+
+@pytest.mark.model
+def test_tensors_of_any_site_keep_their_numbers(store: Store) -> None:
+    torch = pytest.importorskip("torch")
+    values = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    pooled = {"z_mean": {0: values}, "norm_mean": values.float().numpy(), "half_mean": {0: values.half()}}
+    lz.write_activations(store, model="m", prompts=PROMPTS, pooled=pooled, hidden_size=32)
+    data = store.dataset("m", prompts=PROMPTS)
+    assert data.z_mean.attrs["stored_dtype"] == "bfloat16"
+    np.testing.assert_array_equal(data.z_mean.values[0], values.float().numpy())
+    assert torch.equal(data.z_mean.lz.to_torch()[0], values)
+    np.testing.assert_array_equal(data.norm_mean.values, values.float().numpy())
+    assert store.dataset("m", dtype="stored").half_mean.dtype == np.float16

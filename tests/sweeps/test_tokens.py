@@ -520,7 +520,7 @@ def test_activations_of_another_kind_are_refused() -> None:
     with pytest.raises(InvalidTypeError, match=r"give toks\[name\]"):
         lz.fit_tokens(tokens().to_dataset(), "label")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgumentError, match="expected layer"):
-        lz.fit_tokens(tokens().rename(hidden="unit"), "label")
+        lz.fit_tokens(tokens().rename(hidden="head"), "label")
     with pytest.raises(InvalidArgumentError, match="no token"):
         lz.fit_tokens(tokens().isel(token=slice(0)), "label")
     with pytest.raises(InvalidArgumentError, match="no prompt coordinate"):

@@ -174,7 +174,7 @@ def test_directions_of_other_widths_and_of_no_length_have_no_cosine() -> None:
     by_class = lz.cosine_similarity(xr.DataArray(np.eye(2), dims=("class", "hidden"), coords={"class": ["x", "y"]}))
     assert by_class.direction.values.tolist() == ["x", "y"]
     with pytest.raises(InvalidTypeError, match="no coefficients over hidden"):
-        lz.cosine_similarity({"a": directions.rename(hidden="unit")})
+        lz.cosine_similarity({"a": directions.rename(hidden="class")})
     with pytest.raises(InvalidArgumentError, match="empty"):
         lz.cosine_similarity({})
 

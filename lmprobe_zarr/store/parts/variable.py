@@ -98,6 +98,11 @@ class VirtualArray:
         return max(array.info.row_shape for array in self.arrays)
 
     @property
+    def held_layers(self) -> tuple[int, ...]:
+        """The layers that any part holds, of whichever prompts; empty where there is no layer axis."""
+        return tuple(layer for layer, places in zip(self.layers or (), self.layer_rows.T, strict=False) if (places >= 0).any())
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole."""
         return (*(() if self.layers is None else (len(self.layers),)), self.n_rows, *self.row_shape)
