@@ -120,7 +120,7 @@
         if (value === undefined) return hide();
         words.forEach((word, i) => word.classList.toggle("at", i === token));
         map.token = token;
-        show(`${of.tokens[token]}\nlayer ${of.layers[row]}, ${of.what}: ${format(value)}`, x, y);
+        show(`${of.tokens[token]}${of.marks[token] ? ` (${of.marks[token]})` : ""}\nlayer ${of.layers[row]}, ${of.what}: ${format(value)}`, x, y);
       };
       const leave = () => { hide(); words.forEach((word) => word.classList.remove("at")); };
       svg.addEventListener("pointermove", (event) => {

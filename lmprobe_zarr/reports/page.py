@@ -41,6 +41,10 @@ class ShownPrompt:
         For each token shown: the text between it and the token before, and its own text, which is empty if unknown.
     names : tuple of str
         What each token is called: its text, id or position.
+    roles : tuple of str
+        The role of each token, empty where it is unknown; none where nothing is known of any.
+    generated : tuple of bool
+        Whether the model has generated each token; none where it has generated none.
     """
 
     hash: str
@@ -48,6 +52,8 @@ class ShownPrompt:
     text: str
     pieces: tuple[tuple[str, str], ...]
     names: tuple[str, ...]
+    roles: tuple[str, ...] = ()
+    generated: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,7 +390,8 @@ def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
     ends = f"below 0 {bar} above 0 (full colour: twice the layer's root mean square)" if shown.two else f"{low} {bar} {high} (logarithmic)"
     scale = f'<span class="scale">{escape(shown.what)}: {ends}</span>'
     row = layers.index(start) if start in layers else len(layers) - 1
-    out = [scale]
+    roles = list(dict.fromkeys(role for prompt in shown.prompts for role in prompt.roles if role))
+    out = [scale, _role_legend(roles, any(any(prompt.generated) for prompt in shown.prompts))]
     end = 0
     for number, (prompt, count, of) in enumerate(zip(shown.prompts, shown.values.counts, shown.values.of_counts, strict=True)):
         begin, end = end, end + int(count)
@@ -393,18 +400,23 @@ def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
             {
                 "layers": list(layers), "what": shown.what, "two": shown.two, "tokens": [visible(name) for name in prompt.names],
                 "values": values.tolist(), "shares": np.round(part, 3).tolist(),
+                "marks": [visible(mark) for mark in _marks(prompt)],
             }
         )  # fmt: skip
+        kinds = [_word_class(prompt, place, roles) for place in range(len(prompt.names))]
         words = "".join(
-            _word(piece, name, colour) for piece, name, colour in zip(prompt.pieces, prompt.names, paint(part[row]), strict=True)
+            _word(piece, name, colour, kind)
+            for piece, name, colour, kind in zip(prompt.pieces, prompt.names, paint(part[row]), kinds, strict=True)
         )
         width = max(4.0, min(18.0, 680 / max(1, count)))
         height = max(3.0, min(14.0, GRID_HEIGHT / len(layers)))
         label = f"{shown.what} of each token by layer, prompt {prompt.hash}; the table below has the values of layer {layers[row]}"
         picture = draw_grid(paint(part), label=label, describe_rows=_label_rows(layers, height), cell=(width, height))
+        told = bool(prompt.roles or prompt.generated)
+        head = ("position", "token", *(("role",) if told else ()), shown.what)
         rows = [
-            (i, visible(name), Html(_format(float(v))) if math.isfinite(v) else "—")
-            for i, (name, v) in enumerate(zip(prompt.names, values[row], strict=True))
+            (i, visible(name), *([visible(mark)] if told else []), Html(_format(float(v))) if math.isfinite(v) else "—")
+            for i, (name, mark, v) in enumerate(zip(prompt.names, _marks(prompt), values[row], strict=True))
         ]
         cut = f" · the first {count} of {of} tokens" if count < of else ""
         labelled = f" · {escape(prompt.label)}" if prompt.label else ""
@@ -414,7 +426,7 @@ def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
             f'{whole}<p class="words">{words}</p>'
             f'<div class="walk" tabindex="0" role="application" aria-label="Tokens by layer: arrow keys, left and right for the token, '
             f'up and down for the layer">{picture}</div><details><summary>Layer {layers[row]} as a table</summary>'
-            f"<div>{table(('position', 'token', shown.what), rows)}</div></details></figure>"
+            f"<div>{table(head, rows)}</div></details></figure>"
         )
     return "".join(out)
 
@@ -424,10 +436,38 @@ def _css(colour: Array) -> str:
     return f"rgba({red},{green},{blue},{alpha / 255:.3f})"
 
 
-def _word(piece: tuple[str, str], name: str, colour: Array) -> str:
+# Colours of the style for roles; further roles begin again.
+ROLE_COLOURS: Final = 6
+
+
+def _marks(prompt: ShownPrompt) -> list[str]:
+    """What is known of each token beside its value: its role, and whether it was generated."""
+    roles = prompt.roles or ("",) * len(prompt.names)
+    made = prompt.generated or (False,) * len(prompt.names)
+    return [", ".join(([role] if role else []) + (["generated"] if own else [])) for role, own in zip(roles, made, strict=True)]
+
+
+def _word_class(prompt: ShownPrompt, place: int, roles: list[str]) -> list[str]:
+    """The classes of a word: its role by number, and whether it was generated."""
+    role = prompt.roles[place] if prompt.roles else ""
+    made = bool(prompt.generated) and prompt.generated[place]
+    return ([f"r{roles.index(role) % ROLE_COLOURS}"] if role else []) + (["made"] if made else [])
+
+
+def _role_legend(roles: list[str], generated: bool) -> str:
+    """Which line under a word stands for which role, and what marks the generated ones."""
+    kinds = [(f"r{number % ROLE_COLOURS}", role) for number, role in enumerate(roles)] + ([("made", "generated")] if generated else [])
+    if not kinds:
+        return ""
+    shown = "".join(f'<b class="{kind}">{escape(visible(name))}</b> ' for kind, name in kinds)
+    return f'<p class="words roles">{shown}</p>'
+
+
+def _word(piece: tuple[str, str], name: str, colour: Array, kinds: list[str]) -> str:
     between, text = piece
     shown = visible(text, lines=True) if text else visible(name)
-    kind = "" if text else ' class="id"'
+    classes = [*([] if text else ["id"]), *kinds]
+    kind = f' class="{" ".join(classes)}"' if classes else ""
     return f'{_escape_lines(between)}<b{kind} style="background:{_css(colour)}">{_escape_lines(shown)}</b>'
 
 

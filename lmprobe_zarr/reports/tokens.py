@@ -13,7 +13,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.reports.page import ShownPrompt, ShownTokens
 from lmprobe_zarr.reports.profiles import Score, fit_by_layer, map_tokens, score_of
-from lmprobe_zarr.store.parts import View, read_values
+from lmprobe_zarr.store.parts import RoleArray, View, has_role_names, read_values
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["SHOWN_PROMPTS", "PromptLabels", "choose_prompts", "show_tokens"]
@@ -205,4 +205,19 @@ def _show_prompt(view: View, row: int, count: int, labels: PromptLabels | None, 
         names.append(own or (f"#{ids[position]}" if ids[position] >= 0 else str(position)))
     label = "" if labels is None else f"{labels.name} {labels.values[row]}"
     unplaced = whole if not any(own for _, own in pieces) else ""
-    return ShownPrompt(hash=str(view.hashes[row]), label=label, text=unplaced, pieces=tuple(pieces), names=tuple(names))
+    made = tuple(flag == 1 for flag in column("generated"))
+    return ShownPrompt(
+        hash=str(view.hashes[row]), label=label, text=unplaced, pieces=tuple(pieces), names=tuple(names),
+        roles=_roles(view, rows, count), generated=made if any(made) else (),
+    )  # fmt: skip
+
+
+def _roles(view: View, rows: Ints, count: int) -> tuple[str, ...]:
+    """The roles of a prompt's first tokens, empty where unknown; none where none is known."""
+    if "role" not in view.columns("tokens"):
+        return ()
+    source = view.source("tokens", "role", rows, (), view.token_counts()[rows])
+    if not has_role_names(source):
+        return ()
+    names = tuple(str(name) for name in RoleArray(source).values(slice(0, count)).tolist())
+    return names if any(names) else ()

@@ -15,6 +15,7 @@ from html_tags import Tags
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
+from lmprobe_zarr.batch import ROLES, TokenBatch, prompt_sha256
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, ModelNotStoredError
 from lmprobe_zarr.reports.page import embed_json
 from lmprobe_zarr.reports.profiles import bin_coverage, map_tokens, profile_layers
@@ -107,6 +108,28 @@ def test_tokens_show_their_norms_where_there_is_nothing_else(stored: Store) -> N
     assert np.array(data["maps"][0]["values"]) == pytest.approx(norms, rel=1e-3)
     assert len(data["maps"]) == 2
     assert data["maps"][0]["what"] == "norm of resid"
+
+
+def test_tokens_show_their_role_and_which_were_generated(tmp_path: Path) -> None:
+    texts = ["ask: yes", "ask: no"]
+    role = np.array([-1, 2, 3, 3, -1, 2, 3, 3])
+    made = np.array([0, 0, 0, 1, 0, 0, 0, 0])
+    batch = TokenBatch(
+        sha256=[prompt_sha256(text) for text in texts], text=texts, n_tokens=np.array([4, 4]), layers=(0,),
+        tokens={"resid": np.ones((1, 8, 4), np.float32)}, token_columns={"role": role, "turn": np.zeros(8, int), "generated": made},
+        role_names=ROLES,
+    )  # fmt: skip
+    store = lz.open_store(tmp_path / "s")
+    store.write(GroupInfo(model="acme/chat", num_layers=1, hidden_size=4), batch)
+    page = lz.report(store)
+    (data,) = data_of(page)
+    assert [shown["marks"] for shown in data["maps"]] == [
+        ["", "user", "assistant", "assistant, generated"], ["", "user", "assistant", "assistant"],
+    ]  # fmt: skip
+    words = re.findall(r'<b(?: class="([^"]*)")? style=', page.html)
+    assert words == ["id", "id r0", "id r1", "id r1 made", "id", "id r0", "id r1", "id r1"]
+    assert '<b class="r0">user</b> <b class="r1">assistant</b> <b class="made">generated</b>' in page.html
+    assert page.html.count("assistant, generated</td>") == 1, "in the table of the prompt"
 
 
 def test_tokens_show_the_log_odds_of_a_regression_on_the_other_prompts(stored: Store) -> None:
