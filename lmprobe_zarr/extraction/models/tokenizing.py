@@ -10,14 +10,23 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import Prompts, accepted, concat_ranges, decode_ids, offsets_of, shorten, special_id
+from lmprobe_zarr.batch import Prompts, accepted, concat_ranges, decode_ids, offsets_of, positions_of, shorten, special_id
 from lmprobe_zarr.errors import InvalidArgumentError, PromptTooLongError
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.window import Window
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["DecoderStart", "TokenizedPrompts", "length_limit", "outside_vocabulary", "tokenize", "too_long"]
+__all__ = [
+    "DecoderStart",
+    "TokenizedPrompts",
+    "length_limit",
+    "no_room",
+    "outside_vocabulary",
+    "tokenize",
+    "too_long",
+    "with_answers",
+]
 
 CHUNK_PROMPTS: Final = 512
 # Tokenizers without a limit have a number such as 1e30.
@@ -147,6 +156,15 @@ def too_long(number: int, text: str, length: int, limit: int | None, window: Win
     longer = "" if window.fixed else ", pass max_length= for a larger one"
     return PromptTooLongError(
         f"prompts[{number}] {shorten(text)} has {length} tokens, but the limit is {limit}: shorten it{longer}, or pass truncation=True"
+    )
+
+
+def no_room(number: int, text: str, length: int, new: int, limit: int, window: Window) -> PromptTooLongError:
+    """The error for a prompt whose answer could go beyond the limit."""
+    longer = "" if window.fixed else ", pass max_length= for a larger limit"
+    return PromptTooLongError(
+        f"prompts[{number}] {shorten(text)} has {length} tokens, and an answer of {new} more would go beyond the limit of {limit}: "
+        f"give a smaller max_new_tokens, shorten the prompt{longer}"
     )
 
 
@@ -403,4 +421,36 @@ def tokenize(
         truncated=long & truncation,
         first=prompts.first,
         encoder_ids=encoder_ids,
+    )
+
+
+def with_answers(prompts: TokenizedPrompts, answers: Sequence[Ints], texts: Sequence[str]) -> TokenizedPrompts:
+    """Prompts, each with the tokens of an answer behind its own; the column ``generated`` is 1 for these, and 0 for the prompt's.
+
+    Parameters
+    ----------
+    prompts : TokenizedPrompts
+    answers : sequence of ndarray of int64
+        Token ids of the answer to each prompt.
+    texts : sequence of str
+        The text of each answer as the model saw it, special tokens included.
+    """
+    counts = np.array([len(ids) for ids in answers], np.int64)
+    lengths = prompts.lengths + counts
+    generated = positions_of(lengths) >= np.repeat(prompts.lengths, lengths)
+
+    def joined(before: Ints, behind: Ints | int) -> Ints:
+        column = np.empty(len(generated), np.int64)
+        column[~generated], column[generated] = before, behind
+        return column
+
+    # An answer's tokens are not made by cutting a text, so nobody knows their characters: -1, as for every other column.
+    return replace(
+        prompts,
+        text=tuple(text + more for text, more in zip(prompts.text, texts, strict=True)),
+        lengths=lengths,
+        token_ids=joined(prompts.token_ids, np.concatenate([np.zeros(0, np.int64), *answers])),
+        char_start=None if prompts.char_start is None else joined(prompts.char_start, -1),
+        char_end=None if prompts.char_end is None else joined(prompts.char_end, -1),
+        columns={**{name: joined(column, -1) for name, column in prompts.columns.items()}, "generated": generated.astype(np.int64)},
     )
