@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from lmprobe_zarr.batch import (
     LAYERED_SITES,
     NO_CHAT_OPTIONS,
     ChatOptions,
     Column,
+    Generate,
     LayerSpec,
     Outputs,
+    check_answer_columns,
     check_texts,
     given_prompts,
     is_top_k,
@@ -31,6 +34,9 @@ from lmprobe_zarr.store.format import Level
 from lmprobe_zarr.store.parts import CallOrder
 
 __all__ = ["Request", "Wanted", "check_request"]
+
+# Seeds that are drawn are short enough to be typed again.
+DRAWN_SEEDS: Final = 2**32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +69,10 @@ class Request:
         How chats are rendered.
     order : CallOrder, optional
         Where the prompts are in the list of the call, if they are not all of it.
+    generate : Generate, optional
+        How the model answers the prompts; None where they are run as they are.
+    drawn_seed : int
+        What sampling starts from where the caller names no seed; one for the whole call.
     """
 
     choice: ModelChoice
@@ -81,6 +91,13 @@ class Request:
     any_provenance: bool = False
     chat: ChatOptions = NO_CHAT_OPTIONS
     order: CallOrder | None = None
+    generate: Generate | None = None
+    drawn_seed: int = 0
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the projection onto the vocabulary has to run."""
+        return self.outputs.needs_head or self.generate is not None
 
     @property
     def any_dtype(self) -> bool:
@@ -159,6 +176,7 @@ def check_request(
     any_provenance: bool = False,
     chat: ChatOptions = NO_CHAT_OPTIONS,
     store_text: bool = True,
+    generate: Generate | None = None,
 ) -> Request:
     """The request that these arguments describe.
 
@@ -179,13 +197,25 @@ def check_request(
             raise InvalidArgumentError("nothing would be stored: give a pooling, or keep_tokens=True")
         names = ()
     own = check_columns(columns, prompts, given)
+    if generate is not None:
+        _check_generate(generate, kind, own)
     if kind == "pair" and store_text:
         own = with_encoder_texts(own, given)
     return Request(
         choice=choice, given=given, kind=kind, columns=own, store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
-        any_provenance=any_provenance,
+        any_provenance=any_provenance, generate=generate, drawn_seed=secrets.randbelow(DRAWN_SEEDS),
     )  # fmt: skip
+
+
+def _check_generate(generate: object, kind: PromptKind, columns: Mapping[str, Column]) -> None:
+    if not isinstance(generate, Generate):
+        raise InvalidTypeError(f"generate is a {type(generate).__name__}: give lz.Generate(max_new_tokens=…)")
+    if kind == "pair":
+        raise InvalidArgumentError(
+            "generate= was given with pairs of texts, whose second text is the answer of an encoder-decoder already: leave generate out"
+        )
+    check_answer_columns(columns)
 
 
 def _check_options(choice: ModelChoice, kind: PromptKind, chat: ChatOptions) -> None:

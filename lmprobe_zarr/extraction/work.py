@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +28,7 @@ class Work:
     plan : ExtractPlan
         The same work in numbers.
     tokenized : TokenizedPrompts, optional
-        Tokens of the missing prompts; None if none is missing.
+        Tokens of the missing prompts, without their answers; None if none is missing.
     columns : mapping of str to Column
         The caller's columns, one value per distinct prompt.
     """
@@ -54,13 +54,23 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
     before : Work, optional
         The work decided before the model was loaded; its tokens are used again if the same prompts are missing.
     """
-    columns = columns_by_prompt(fit_columns(lookup.request.columns, lookup.view), lookup.prompts)
+    answers = lookup.answers
+    columns = columns_by_prompt(
+        fit_columns(lookup.request.columns, lookup.view), lookup.prompts if answers is None else answers.plain
+    )  # fmt: skip
+    if answers is not None:
+        columns = {name: values[answers.of] for name, values in columns.items()}
     # What a decoder reads first is known only of the loaded model.
     if before is not None and lookup.request.kind != "pair" and np.array_equal(before.lookup.missing, lookup.missing):
         tokenized = before.tokenized
     else:
         tokenized = _tokenize(lookup) if len(lookup.missing) else None
     tokens = 0 if tokenized is None else tokenized.num_tokens
+    to_generate = 0
+    if answers is not None and tokenized is not None:
+        answers.check_lengths(lookup.missing, tokenized, lookup.model.window, lookup.request.choice.max_length, lookup.tokenizer)
+        to_generate = len(answers.unknown(lookup.missing))
+        tokens += to_generate * answers.settings.max_new_tokens + sum(len(answer.token_ids) for answer in answers.known.values())
     nbytes, needed_bytes = _sizes(lookup, precision, tokens)
     plan = ExtractPlan(
         model=lookup.model.name,
@@ -80,6 +90,8 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         unknown=lookup.unknown,
         elsewhere=lookup.elsewhere,
         in_lmprobe=lookup.in_lmprobe,
+        to_generate=to_generate,
+        max_new_tokens=0 if answers is None else answers.settings.max_new_tokens,
     )
     return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
 
@@ -106,7 +118,8 @@ def _tokenize(lookup: Lookup) -> TokenizedPrompts:
     """Tokens of the missing prompts."""
     request, prompts = lookup.request, lookup.prompts
     if prompts.text is None:
-        prompts = parse_prompts(request.given, tokenizer=lookup.tokenizer, chat=request.chat)
+        plain = parse_prompts(request.given, tokenizer=lookup.tokenizer, chat=request.chat)
+        prompts = plain if lookup.answers is None else replace(plain.take(lookup.answers.of), sha256=prompts.sha256)
     return models.tokenize(
         prompts.take(lookup.missing),
         lookup.tokenizer,

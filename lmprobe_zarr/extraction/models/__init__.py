@@ -1,7 +1,8 @@
 """The model side of an extraction: prompts to an iterator of `TokenBatch`. Never a store.
 
-``identity``, ``tokenizing`` and ``window`` need no torch. ``loading`` and ``capture`` need torch and transformers, so their names are
-imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``, ``head``, ``batching`` and ``outputs``.
+``identity``, ``own_generation``, ``tokenizing`` and ``window`` need no torch. ``loading``, ``capture`` and ``generating`` need torch and
+transformers, so their names are imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``, ``head``,
+``batching`` and ``outputs``.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from lmprobe_zarr.extraction.models.identity import (
     model_name,
     modules_field,
 )
-from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, tokenize
+from lmprobe_zarr.extraction.models.own_generation import own_generation
+from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, no_room, tokenize, with_answers
+from lmprobe_zarr.extraction.models.window import Window
 
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.batching import Windows, default_batch_tokens
     from lmprobe_zarr.extraction.models.capture import Progress, run
+    from lmprobe_zarr.extraction.models.generating import check_can_generate, generate_answers
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
 
 __all__ = [
@@ -42,27 +46,35 @@ __all__ = [
     "Prompts",
     "Provenance",
     "TokenizedPrompts",
+    "Window",
     "Windows",
+    "check_can_generate",
     "default_batch_tokens",
     "folder_name",
+    "generate_answers",
     "identify",
     "length_limit",
     "load_model",
     "load_tokenizer",
     "model_name",
     "modules_field",
+    "no_room",
+    "own_generation",
     "parse_prompts",
     "prompts_kind",
     "run",
     "tokenize",
     "weights_digest",
+    "with_answers",
 ]
 
 _NEEDS_TORCH: Final = {
     "LoadedModel": "loading",
     "Progress": "capture",
     "Windows": "batching",
+    "check_can_generate": "generating",
     "default_batch_tokens": "batching",
+    "generate_answers": "generating",
     "load_model": "loading",
     "load_tokenizer": "loading",
     "run": "capture",

@@ -31,6 +31,7 @@ from lmprobe_zarr.extraction.models.batching import (
     next_batch,
 )
 from lmprobe_zarr.extraction.models.check import ROUNDING, check_model
+from lmprobe_zarr.extraction.models.forward import lengths_that_matter
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.outputs import head_width
@@ -42,7 +43,7 @@ from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["generate_answers"]
+__all__ = ["check_can_generate", "generate_answers"]
 
 # Settings under which padding on the left changes nothing: they look at the logits of one token, or at tokens that were generated.
 _BLIND_TO_PADDING: Final = (
@@ -108,7 +109,10 @@ def generate_answers(
     conduct = check_model(loaded)
     if conduct.causal is False:
         raise no_prediction(loaded.name, f"{type(loaded.module).__name__}, whose tokens see those after them")
-    mixed = conduct.padding in ("masked", "unmasked") and set(settings.values) <= {*_BLIND_TO_PADDING} and _pads_left(loaded)
+    body = loaded.located.body
+    by_longest = lengths_that_matter(body, getattr(body, "config", None))[0] is not None
+    blind = set(settings.values) <= {*_BLIND_TO_PADDING} and not by_longest
+    mixed = conduct.padding in ("masked", "unmasked") and blind and _pads_left(loaded)
     width = head_width(loaded.located.head, loaded.vocab_size) or 0
     most = 1 if conduct.padding == "single" else most_prompts_with_logits(width)
     most = most if batch_prompts is None else min(most, batch_prompts)
@@ -134,8 +138,9 @@ def generate_answers(
                 raise
             if count == 1:
                 raise DeviceMemoryError(
-                    f"prompts[{int(prompts.first[rows[0]])}] with {len(ids[rows[0]])} tokens and an answer of {settings.max_new_tokens} does "
-                    f"not fit into the memory of {str(loaded.device)!r}: use a smaller dtype, a smaller max_new_tokens, or device_map='auto'"
+                    f"prompts[{int(prompts.first[rows[0]])}] with {len(ids[rows[0]])} tokens and an answer of at most "
+                    f"{settings.max_new_tokens} does not fit into the memory of {str(loaded.device)!r}: use a smaller dtype, a smaller "
+                    "max_new_tokens, or device_map='auto'"
                 ) from error
             most = max(1, count // 2)
             free_memory(loaded.device)
@@ -206,7 +211,7 @@ def _run_batch(loaded: LoadedModel, ids: Sequence[Ints], settings: Settings, uni
         recorded["seed"] = seed
     found = []
     for row, end in zip(generated, watch.ended, strict=True):
-        tokens = row[: end if end else settings.max_new_tokens]
+        tokens = row[: end or settings.max_new_tokens]
         found.append(
             Answer(
                 token_ids=tokens,
@@ -252,7 +257,7 @@ def _completion(tokenizer: Any, ids: Ints) -> str:
     return str(tokenizer.decode(ids.tolist(), **options))
 
 
-class _Ends(stopping_criteria.StoppingCriteria):  # type: ignore[misc]
+class _Ends(stopping_criteria.StoppingCriteria):
     """Ends the answers, and knows after how many tokens each ended; 0 where none has."""
 
     def __init__(self, rows: int, start: int, end_ids: Sequence[int], others: Sequence[Any]) -> None:
@@ -291,7 +296,7 @@ def _warpers(settings: Settings, device: torch.device) -> list[Any]:
     return found
 
 
-class _Sampler(logits_process.LogitsProcessor):  # type: ignore[misc]
+class _Sampler(logits_process.LogitsProcessor):
     """Leaves one token of each row: the first at which the sum of probabilities goes beyond the row's random number."""
 
     def __init__(self, warpers: Sequence[Any], uniform: Any, start: int) -> None:
@@ -324,7 +329,7 @@ def _pads_left(loaded: LoadedModel) -> bool:
                 together = _scores(loaded, prompts)
                 alone = [_scores(loaded, [each])[:, 0] for each in prompts]
             known = all(_alike(together[:, row], each, loaded.dtype) for row, each in enumerate(alone))
-        except Exception as error:  # noqa: BLE001 - any error of a model's own code; equal lengths may do
+        except Exception as error:  # any error of a model's own code; equal lengths may do
             if is_out_of_memory(error):
                 raise
             known = False
@@ -339,7 +344,7 @@ def _scores(loaded: LoadedModel, ids: Sequence[Ints]) -> torch.Tensor:
     return torch.stack(forced.seen)
 
 
-class _Forced(logits_process.LogitsProcessor):  # type: ignore[misc]
+class _Forced(logits_process.LogitsProcessor):
     """Takes the same token at each step, and keeps the logits."""
 
     def __init__(self, token_id: int) -> None:

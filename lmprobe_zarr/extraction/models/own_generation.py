@@ -37,7 +37,7 @@ def own_generation(model: Any, revision: str | None = None) -> dict[str, Any]:
         A path without a model.
     """
     if not isinstance(model, str | os.PathLike):
-        found = getattr(model, "generation_config", None)
+        found: Any = getattr(model, "generation_config", None)
         values = found.to_dict() if hasattr(found, "to_dict") else {}
         return {str(name): value for name, value in values.items() if value is not None}
     folder = local_folder(model)
