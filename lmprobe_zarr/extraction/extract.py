@@ -185,9 +185,9 @@ def extract(
     generate : Generate, optional
         Has the model answer the prompts first. What is stored are then prompts with their answers, each a prompt of its own beside the
         plain one: values are those of one pass over both, text and token ids are of both, and ``generated`` marks the answer's tokens.
-        Columns say what the answer is: ``completion``, ``completion_ids``, ``prompt_of``, ``finish_reason``, ``generation``, ``generation_seed`` and
-        ``generation_sample``. An answer is generated once: the same call finds it without the model, and a call for other layers, or with
-        `refresh`, runs the model over the stored answer.
+        Columns say what the answer is: ``completion``, ``completion_ids``, ``prompt_of``, ``finish_reason``, ``generation``,
+        ``generation_seed`` and ``generation_sample``. An answer is generated once: the same call finds it without the model, and a call for
+        other layers, or with `refresh`, runs the model over the stored answer.
     coords : mapping of str to sequence, optional
         Columns aligned with `prompts`, such as ``{"label": y}``. For prompts that are stored already, new values are added as an
         annotation.

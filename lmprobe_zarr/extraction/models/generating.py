@@ -326,8 +326,8 @@ def _pads_left(loaded: LoadedModel) -> bool:
         prompts = [ids[:LONG], ids[LONG:]]
         try:
             with _as_run(loaded):
-                together = _scores(loaded, prompts)
-                alone = [_scores(loaded, [each])[:, 0] for each in prompts]
+                together = _scores(loaded, prompts, int(ids[0]))
+                alone = [_scores(loaded, [each], int(ids[0]))[:, 0] for each in prompts]
             known = all(_alike(together[:, row], each, loaded.dtype) for row, each in enumerate(alone))
         except Exception as error:  # any error of a model's own code; equal lengths may do
             if is_out_of_memory(error):
@@ -337,9 +337,9 @@ def _pads_left(loaded: LoadedModel) -> bool:
     return bool(known)
 
 
-def _scores(loaded: LoadedModel, ids: Sequence[Ints]) -> torch.Tensor:
-    """The logits of the first few steps, shape (step, row, vocab), as if the same tokens had been chosen whatever they are."""
-    forced = _Forced(int(ids[0][0]))
+def _scores(loaded: LoadedModel, ids: Sequence[Ints], token_id: int) -> torch.Tensor:
+    """The logits of the first few steps, shape (step, row, vocab), where each answer is this token again and again."""
+    forced = _Forced(token_id)
     _call(loaded, ids, logits_processor=[forced], stopping_criteria=[], do_sample=False, max_new_tokens=CHECKED_STEPS, eos_token_id=None)
     return torch.stack(forced.seen)
 
