@@ -161,7 +161,7 @@ def as_stored(answers: Answers, prompts: Prompts, view: View | None, missing: In
         first = 0 if gone is None else int(np.argmax(gone))
         raise InvalidArgumentError(
             f"the answer of the stored prompt {view.hashes[rows[first]]} is not stored with it ({', '.join(lost) or 'completion_ids'}), so "
-            "further values of it cannot be computed: delete it, store.delete(prompts=[…]), and extract it again"
+            "further values of it cannot be computed: delete it, store.delete(…, prompts=[…]), and extract it again"
         )
     seeds = columns["generation_seed"]
     known = {}
@@ -171,7 +171,7 @@ def as_stored(answers: Answers, prompts: Prompts, view: View | None, missing: In
         except ValueError as error:
             raise InvalidArgumentError(
                 f"completion_ids of the stored prompt {view.hashes[rows[number]]} is no list of token ids ({error}): delete that prompt, "
-                "store.delete(prompts=[…]), and extract it again"
+                "store.delete(…, prompts=[…]), and extract it again"
             ) from error
         without_seed = seeds.kind.name == "missing" or (seeds.missing is not None and bool(seeds.missing[number]))
         known[i] = Answer(
