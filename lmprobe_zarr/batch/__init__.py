@@ -28,6 +28,7 @@ from lmprobe_zarr.batch.generate import (
     answer_columns,
     answer_sha256,
     check_answer_columns,
+    decide_settings,
     draw_uniform,
     parse_ids,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "concat_ranges",
     "copy_rows",
     "count_odd",
+    "decide_settings",
     "decode_ids",
     "describe_layers",
     "digest_of_hash",

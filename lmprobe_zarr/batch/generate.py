@@ -31,6 +31,7 @@ __all__ = [
     "answer_columns",
     "answer_sha256",
     "check_answer_columns",
+    "decide_settings",
     "draw_uniform",
     "parse_ids",
 ]
@@ -184,40 +185,41 @@ class Generate:
         if greedy and self.n > 1:
             raise InvalidArgumentError(_all_alike(self.n))
 
-    def decide(self, own: Mapping[str, Any]) -> Settings:
-        """What this comes to with a model's own generation configuration, given as the names and values that it sets.
 
-        Raises
-        ------
-        InvalidArgumentError
-            The model's configuration asks for a kind of search that is none of these, nobody says how long an answer may be, or several
-            greedy answers of one prompt would be asked for.
-        """
-        given = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "do_sample")}
-        asked = {**{name: value for name, value in given.items() if value is not None}, **self.settings}
-        if self.temperature == 0:
-            asked["do_sample"] = False
-            del asked["temperature"]
-        elif any(value is not None for name, value in asked.items() if name in SAMPLING):
-            asked.setdefault("do_sample", True)
-        for name, neutral in _REFUSED.items():
-            value = own.get(name)
-            if value is not None and value not in neutral and name not in asked:
-                raise InvalidArgumentError(
-                    f"this model's own generation configuration has {name}={value!r:.60}, and answers here are greedy or sampled token by "
-                    f"token: switch it off, settings={{{name!r}: {neutral[0] if neutral else None!r}}}"
-                )
-        values = _effective(own, asked)
-        alone = _effective(own, {})
-        if "max_new_tokens" not in values:
+def decide_settings(generate: Generate, own: Mapping[str, Any]) -> Settings:
+    """What a call comes to with a model's own generation configuration, given as the names and values that it sets.
+
+    Raises
+    ------
+    InvalidArgumentError
+        The model's configuration asks for a kind of search that is none of these, nobody says how long an answer may be, or several
+        greedy answers of one prompt would be asked for.
+    """
+    given = {name: getattr(generate, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "do_sample")}
+    asked = {**{name: value for name, value in given.items() if value is not None}, **generate.settings}
+    if generate.temperature == 0:
+        asked["do_sample"] = False
+        del asked["temperature"]
+    elif any(value is not None for name, value in asked.items() if name in SAMPLING):
+        asked.setdefault("do_sample", True)
+    for name, neutral in _REFUSED.items():
+        value = own.get(name)
+        if value is not None and value not in neutral and name not in asked:
             raise InvalidArgumentError(
-                "nobody says how long an answer may be: this model's own generation configuration has no max_new_tokens, so give "
-                "Generate(max_new_tokens=…)"
+                f"this model's own generation configuration has {name}={value!r:.60}, and answers here are greedy or sampled token by "
+                f"token: switch it off, settings={{{name!r}: {neutral[0] if neutral else None!r}}}"
             )
-        if not values["do_sample"] and self.n > 1:
-            raise InvalidArgumentError(_all_alike(self.n))
-        names = [name for name in sorted({*values, *alone}) if values.get(name) != alone.get(name)]
-        return Settings(values=values, deviations=tuple(names))
+    values = _effective(own, asked)
+    alone = _effective(own, {})
+    if "max_new_tokens" not in values:
+        raise InvalidArgumentError(
+            "nobody says how long an answer may be: this model's own generation configuration has no max_new_tokens, so give "
+            "Generate(max_new_tokens=…)"
+        )
+    if not values["do_sample"] and generate.n > 1:
+        raise InvalidArgumentError(_all_alike(generate.n))
+    names = [name for name in sorted({*values, *alone}) if values.get(name) != alone.get(name)]
+    return Settings(values=values, deviations=tuple(names))
 
 
 def _all_alike(n: int) -> str:

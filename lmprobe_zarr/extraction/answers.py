@@ -21,6 +21,7 @@ from lmprobe_zarr.batch import (
     Settings,
     answer_columns,
     answer_sha256,
+    decide_settings,
     decode_ids,
     fit_column,
     parse_ids,
@@ -122,7 +123,7 @@ def ask(generate: Generate, plain: Prompts, own: Mapping[str, object], drawn: in
         Those of one prompt stand together. Their texts and token ids are those of the plain prompts.
     answers : Answers
     """
-    settings = generate.decide(own)
+    settings = decide_settings(generate, own)
     n = generate.n
     of, sample = np.repeat(np.arange(len(plain)), n), np.tile(np.arange(n), len(plain))
     digests = [answer_sha256(plain.sha256[i], settings, generate.seed, int(s)) for i, s in zip(of, sample, strict=True)]

@@ -69,7 +69,7 @@ def alone(model: Any, ids: list[int], **options: Any) -> list[int]:
     options = {"do_sample": False, "pad_token_id": 1, **options}
     with torch.inference_mode():
         found = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), **options)
-    return found[0, len(ids) :].tolist()
+    return [int(token) for token in found[0, len(ids) :]]
 
 
 def by_hand(model: Any, ids: list[int], count: int) -> list[int]:
@@ -91,7 +91,7 @@ def answers(store: Store, prompts: list[Any] | None = None, **where: Any) -> dic
 
 def recorded(store: Store) -> list[dict[str, Any]]:
     (info,) = store.groups().values()
-    return [part.info.recorded for part in store.view(info).parts]
+    return [dict(part.info.recorded) for part in store.view(info).parts]
 
 
 @contextmanager
@@ -638,8 +638,8 @@ def test_values_of_another_type() -> None:
     for options in ({"settings": [1]}, {"do_sample": "False"}, {"settings": {"sequence_bias": {(1, 2): 0.5}}}):
         with pytest.raises(InvalidTypeError):
             lz.Generate(**options)
-    numbers = lz.Generate(max_new_tokens=np.int64(4), temperature=1, top_p=np.float32(0.5), seed=np.uint8(3))
-    assert numbers == lz.Generate(max_new_tokens=4, temperature=1.0, top_p=0.5, seed=3)
+    numbers: dict[str, Any] = {"max_new_tokens": np.int64(4), "temperature": 1, "top_p": np.float32(0.5), "seed": np.uint8(3)}
+    assert lz.Generate(**numbers) == lz.Generate(max_new_tokens=4, temperature=1.0, top_p=0.5, seed=3)
 
 
 def test_calls_that_cannot_be_answered(llama: Any, acts: Store, tmp_path: Path) -> None:
