@@ -60,7 +60,8 @@ _SWITCHED_OFF: Final = {
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": None, "guidance_scale": None, "constraints": None,
     "force_words_ids": None, "watermarking_config": None, "top_h": None, "dola_layers": None, "max_time": None, "token_healing": False,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
-    "use_mtp": False, "renormalize_logits": False, "return_dict_in_generate": False, "output_scores": False, "disable_compile": True,
+    "use_mtp": False, "renormalize_logits": False, "return_dict_in_generate": False, "output_scores": False, "output_logits": False,
+    "output_attentions": False, "output_hidden_states": False, "disable_compile": True,
 }  # fmt: skip
 LONG: Final = 7
 SHORT: Final = 3
