@@ -56,17 +56,18 @@ def fill_here(work: Work, options: Options) -> Written:
     """Run the loaded model on the missing prompts, pool what stored tokens suffice for, and store both."""
     lookup, tokens = work.lookup, work.plan.tokens
     target = options.sink or lookup.request.store
+    recorded = _recorded(lookup)
     ingest = Ingest(
         target, lookup.makes_group, part_bytes=options.keeping.part_bytes,
         part_seconds=options.part_seconds, precision=options.keeping.precision,
-        recorded=_recorded(lookup), shards=options.keeping.shards,
+        recorded=recorded, shards=options.keeping.shards,
         order=lookup.request.order or CallOrder.of(lookup.prompts.sha256),
     )  # fmt: skip
     with progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0) as advance, ingest:
         for batch in _pooled_from_tokens(lookup):
             ingest.put(batch)
         rows = {digest: row for row, digest in enumerate(lookup.prompts.sha256)}
-        written = _Answered(work, options)
+        written = _Answered(work, options, recorded)
 
         def put(batch: TokenBatch) -> None:
             more = written.columns(rows[digest] for digest in batch.sha256)
@@ -89,6 +90,7 @@ class _Answered:
 
     work: Work
     options: Options
+    recorded: Mapping[str, Any]
     count: int = 0
     tokens: int = 0
     _answers: dict[int, Answer] = field(default_factory=dict)
@@ -127,6 +129,7 @@ class _Answered:
             samples=answers.sample[unknown].tolist(), seed=answers.seed, batch_tokens=options.batch_tokens,
             batch_prompts=options.batch_prompts, progress=after_batch,
         )  # fmt: skip
+        self.recorded["generation"]["batches"] = loaded.checked["generation_batches"]  # before the first part is committed
         self._answers |= dict(zip(unknown.tolist(), made, strict=True))
         self.count, self.tokens = self.count + len(made), self.tokens + sum(len(answer.token_ids) for answer in made)
 

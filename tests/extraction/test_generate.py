@@ -123,7 +123,7 @@ def test_greedy_answers_are_those_of_each_prompt_alone(kind: str, acts: Store) -
         assert found[lz.prompt_hash(text), 0] == expected == alone(model, ids_of(text), max_new_tokens=8)
     assert stats.generated == len(PROMPTS) == len(found)
     assert stats.generated_tokens == sum(map(len, found.values()))
-    assert {part["generation_batches"] for part in recorded(acts)} == {"padded"}
+    assert {part["generation"]["batches"] for part in recorded(acts)} == {"padded"}
 
 
 def test_settings_that_look_at_earlier_tokens_do_not_see_padding(llama: Any, acts: Store) -> None:
@@ -131,7 +131,7 @@ def test_settings_that_look_at_earlier_tokens_do_not_see_padding(llama: Any, act
     run(llama, [*PROMPTS, "Why?"], acts, lz.Generate(max_new_tokens=8, settings=settings))
     for text in (*PROMPTS, "Why?"):
         assert answers(acts)[lz.prompt_hash(text), 0] == alone(llama, ids_of(text), max_new_tokens=8, **settings)
-    assert recorded(acts)[0]["generation_batches"] == "equal"
+    assert recorded(acts)[0]["generation"]["batches"] == "equal"
 
 
 @pytest.mark.parametrize(

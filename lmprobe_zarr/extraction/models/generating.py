@@ -118,7 +118,7 @@ def generate_answers(
     most = 1 if conduct.padding == "single" else most_prompts_with_logits(width)
     most = most if batch_prompts is None else min(most, batch_prompts)
     budget = default_batch_tokens(loaded.device.type) if batch_tokens is None else batch_tokens
-    loaded.recorded["generation_batches"] = "padded" if mixed else "single" if most == 1 else "equal"
+    loaded.checked["generation_batches"] = "padded" if mixed else "single" if most == 1 else "equal"
     starts = offsets_of(prompts.lengths)
     ids = [prompts.token_ids[starts[i] : starts[i + 1]] for i in range(len(prompts))]
     # The longest first, so that memory runs out early.
