@@ -649,6 +649,9 @@ def test_calls_that_cannot_be_answered(llama: Any, acts: Store, tmp_path: Path) 
         run(llama, PROMPTS, acts, lz.Generate(max_new_tokens=4, n=2))
     with pytest.raises(InvalidTypeError, match=r"generate is a dict: give lz.Generate"):
         run(llama, PROMPTS, acts, {"max_new_tokens": 4})
+    for size in ({"batch_tokens": "all"}, {"batch_prompts": 0}):
+        with pytest.raises(InvalidArgumentError, match=f"{next(iter(size))}=.* is no number of"):
+            run(llama, PROMPTS, acts, SAMPLED, **size)
     with pytest.raises(InvalidArgumentError, match="pairs of texts"):
         run(llama, [("a", "b")], acts, SAMPLED)
     with pytest.raises(InvalidArgumentError, match="coords names 'completion'"):

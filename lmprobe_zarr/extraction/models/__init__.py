@@ -31,7 +31,7 @@ from lmprobe_zarr.extraction.models.window import Window
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.batching import Windows, default_batch_tokens
     from lmprobe_zarr.extraction.models.capture import Progress, run
-    from lmprobe_zarr.extraction.models.generating import check_can_generate, generate_answers
+    from lmprobe_zarr.extraction.models.generating import generate_answers
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
 
 __all__ = [
@@ -48,7 +48,6 @@ __all__ = [
     "TokenizedPrompts",
     "Window",
     "Windows",
-    "check_can_generate",
     "default_batch_tokens",
     "folder_name",
     "generate_answers",
@@ -72,7 +71,6 @@ _NEEDS_TORCH: Final = {
     "LoadedModel": "loading",
     "Progress": "capture",
     "Windows": "batching",
-    "check_can_generate": "generating",
     "default_batch_tokens": "batching",
     "generate_answers": "generating",
     "load_model": "loading",

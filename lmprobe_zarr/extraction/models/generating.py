@@ -24,6 +24,7 @@ from transformers.generation import logits_process, stopping_criteria
 from lmprobe_zarr.batch import NEUTRAL, SAMPLING, Answer, Settings, accepted, draw_uniform, offsets_of
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError
 from lmprobe_zarr.extraction.models.batching import (
+    check_batch_sizes,
     default_batch_tokens,
     free_memory,
     is_out_of_memory,
@@ -43,7 +44,7 @@ from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["check_can_generate", "generate_answers"]
+__all__ = ["generate_answers"]
 
 # Settings under which padding on the left changes nothing: they look at the logits of one token, or at tokens that were generated.
 _BLIND_TO_PADDING: Final = (
@@ -63,6 +64,9 @@ _SWITCHED_OFF: Final = {
     "use_mtp": False, "renormalize_logits": False, "return_dict_in_generate": False, "output_scores": False, "output_logits": False,
     "output_attentions": False, "output_hidden_states": False, "disable_compile": True,
 }  # fmt: skip
+# A step of generation reads all weights for a single token of each prompt, so a batch may be larger than one whose activations are kept: it
+# holds keys and values only. It is halved where the device runs out of memory.
+MORE_TOKENS: Final = 4
 LONG: Final = 7
 SHORT: Final = 3
 CHECKED_STEPS: Final = 3
@@ -106,7 +110,8 @@ def generate_answers(
     DeviceMemoryError
         The device cannot hold a single prompt with its answer.
     """
-    check_can_generate(loaded)
+    check_batch_sizes(batch_tokens, batch_prompts)
+    _check_can_generate(loaded)
     conduct = check_model(loaded)
     if conduct.causal is False:
         raise no_prediction(loaded.name, f"{type(loaded.module).__name__}, whose tokens see those after them")
@@ -117,7 +122,7 @@ def generate_answers(
     width = head_width(loaded.located.head, loaded.vocab_size) or 0
     most = 1 if conduct.padding == "single" else most_prompts_with_logits(width)
     most = most if batch_prompts is None else min(most, batch_prompts)
-    budget = default_batch_tokens(loaded.device.type) if batch_tokens is None else batch_tokens
+    budget = MORE_TOKENS * default_batch_tokens(loaded.device.type) if batch_tokens is None else batch_tokens
     loaded.checked["generation_batches"] = "padded" if mixed else "single" if most == 1 else "equal"
     starts = offsets_of(prompts.lengths)
     ids = [prompts.token_ids[starts[i] : starts[i + 1]] for i in range(len(prompts))]
@@ -152,7 +157,7 @@ def generate_answers(
     return [answers[i] for i in range(len(prompts))]
 
 
-def check_can_generate(loaded: LoadedModel) -> None:
+def _check_can_generate(loaded: LoadedModel) -> None:
     """Check that a model can answer.
 
     Raises
