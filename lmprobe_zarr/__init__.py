@@ -10,7 +10,7 @@ from __future__ import annotations
 
 # Imported for what it does: it registers ``.lz`` with xarray.
 import lmprobe_zarr.accessor  # noqa: F401
-from lmprobe_zarr.batch import prompt_hash
+from lmprobe_zarr.batch import Generate, prompt_hash
 from lmprobe_zarr.bridges import (
     ExportSummary,
     ImportSummary,
@@ -64,6 +64,7 @@ __all__ = [
     "ExportSummary",
     "ExtractPlan",
     "ExtractStats",
+    "Generate",
     "ImportSummary",
     "LayerSweep",
     "ModelCacheInfo",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lmprobe_zarr.batch import BUILT_IN_SITES, LOGITS_POSITIONS, POOLINGS
+from lmprobe_zarr.batch import BUILT_IN_SITES, LOGITS_POSITIONS, POOLINGS, Generate
 from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, parse_object, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.extraction import extract, plan_extract
 from lmprobe_zarr.store import open_store
 from lmprobe_zarr.tasks import own_client
@@ -33,6 +34,14 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--logits", choices=LOGITS_POSITIONS, help="also store the logits at these tokens")
     command.add_argument("--logits-top-k", type=int, metavar="K", help="store only the K largest logits")
     command.add_argument("--router", action="store_true", help="also store the router's scores of all experts")
+    command.add_argument("--generate", action="store_true", help="have the model answer the prompts, and store prompts with answers")
+    command.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer at most (default: as the model has it)")
+    command.add_argument("--temperature", type=float, metavar="T", help="0 for the likeliest tokens (default: as the model has it)")
+    command.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of this probability")
+    command.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens, 0 for all")
+    command.add_argument("--seed", type=int, metavar="S", help="what sampling starts from (default: drawn, and recorded)")
+    command.add_argument("-n", "--samples", type=int, metavar="N", help="answers per prompt (default: 1)")
+    command.add_argument("--generation-settings", metavar="JSON", help="an object of further settings, such as repetition_penalty")
     command.add_argument("--name", help="name of the model in the store")
     command.add_argument("--revision", help="branch, tag or commit of a hub model")
     command.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: %(default)s)")
@@ -76,6 +85,7 @@ def _extract(options: argparse.Namespace) -> None:
         "logits": options.logits,
         "logits_top_k": options.logits_top_k,
         "router": options.router,
+        "generate": _generate(options),
         "name": options.name,
         "revision": options.revision,
         "dtype": options.dtype,
@@ -109,3 +119,18 @@ def _extract(options: argparse.Namespace) -> None:
             **request,
         )
     print_json(as_json(stats)) if options.json else print(stats)
+
+
+def _generate(options: argparse.Namespace) -> Generate | None:
+    """How the prompts are answered; None where they are run as they are."""
+    given = {
+        "max_new_tokens": options.max_new_tokens, "temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k,
+        "seed": options.seed, "n": options.samples, "settings": parse_object(options.generation_settings, "--generation-settings"),
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.generate:
+        return Generate(**given)
+    if given:
+        option = {"n": "samples", "settings": "generation-settings"}.get(name := next(iter(given)), name.replace("_", "-"))
+        raise InvalidArgumentError(f"--{option} is for answers: add --generate, or leave it out")
+    return None

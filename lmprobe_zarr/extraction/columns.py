@@ -77,7 +77,9 @@ def columns_by_prompt(columns: Mapping[str, Column], prompts: Prompts) -> dict[s
     return {name: values[prompts.first] for name, values in columns.items()}
 
 
-def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[str, Column], *, store_text: bool) -> TokenBatch:
+def with_columns(
+    batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[str, Column], *, store_text: bool, more: Mapping[str, Column] | None = None
+) -> TokenBatch:
     """A copy of a batch to which the columns of its prompts are added; its texts are left out unless they are stored.
 
     Parameters
@@ -87,11 +89,13 @@ def with_columns(batch: TokenBatch, rows: Mapping[str, int], columns: Mapping[st
         Row of each digest in the columns.
     columns : mapping of str to Column
     store_text : bool
+    more : mapping of str to Column, optional
+        Columns of just these prompts.
     """
     chosen = np.array([rows[digest] for digest in batch.sha256])
     return replace(
         batch,
-        prompt_columns={name: values[chosen] for name, values in columns.items()},
+        prompt_columns={**{name: values[chosen] for name, values in columns.items()}, **(more or {})},
         text=batch.text if store_text else None,
     )
 

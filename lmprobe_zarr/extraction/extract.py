@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmprobe_zarr.batch import LayerSpec, Outputs, OverSpec, SitesSpec, parse_chat_options
+from lmprobe_zarr.batch import Generate, LayerSpec, Outputs, OverSpec, SitesSpec, parse_chat_options
 from lmprobe_zarr.extraction.columns import Columns
 from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.options import Options, keeping_of
@@ -39,6 +39,7 @@ def plan_extract(
     logits: LogitsPositions | None = None,
     logits_top_k: int | None = None,
     router: bool = False,
+    generate: Generate | None = None,
     name: str | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
@@ -65,7 +66,7 @@ def plan_extract(
     ----------
     model, prompts, store, layers, sites, pooling, over, keep_tokens, perplexity, logits, logits_top_k
         As for `extract`.
-    router, name, tokenizer, revision, dtype, storage_dtype, keep_bits, overflow, max_length
+    router, generate, name, tokenizer, revision, dtype, storage_dtype, keep_bits, overflow, max_length
         As for `extract`.
     truncation, add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
         As for `extract`.
@@ -75,7 +76,8 @@ def plan_extract(
     Returns
     -------
     ExtractPlan
-        Prompts found and missing, tokens, bytes, free space; prints as a table.
+        Prompts found and missing, tokens, bytes, free space; prints as a table. Where answers are to be generated, tokens and bytes are
+        upper bounds.
 
     Raises
     ------
@@ -96,7 +98,7 @@ def plan_extract(
     request = check_request(
         choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, over=over, keep_tokens=keep_tokens, refresh=refresh,
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), group=group,
-        any_provenance=any_provenance,
+        any_provenance=any_provenance, generate=generate,
     )  # fmt: skip
     return prepare(request, Options(keeping=keeping)).plan
 
@@ -115,6 +117,7 @@ def extract(
     logits: LogitsPositions | None = None,
     logits_top_k: int | None = None,
     router: bool = False,
+    generate: Generate | None = None,
     coords: Columns | None = None,
     name: str | None = None,
     tokenizer: Any = None,
@@ -191,6 +194,12 @@ def extract(
         stored serves a smaller one.
     router : bool
         Whether the raw scores of all experts are stored too, as ``router(layer, token, expert)``, for mixtures of experts.
+    generate : Generate, optional
+        Has the model answer the prompts first. What is stored are then prompts with their answers, each a prompt of its own beside the
+        plain one: values are those of one pass over both, text and token ids are of both, and ``generated`` marks the answer's tokens.
+        Columns say what the answer is: ``completion``, ``completion_ids``, ``prompt_of``, ``finish_reason``, ``generation``,
+        ``generation_seed`` and ``generation_sample``. An answer is generated once: the same call finds it without the model, and a call for
+        other layers, or with `refresh`, runs the model over the stored answer.
     coords : mapping of str to sequence, optional
         Columns aligned with `prompts`, such as ``{"label": y}``. For prompts that are stored already, new values are added as an
         annotation.
@@ -246,7 +255,7 @@ def extract(
     trust_remote_code : bool
         Whether code that comes with the model may run.
     store_text : bool
-        False leaves the texts out of the store; prompts are still found by text or hash.
+        False leaves the texts out of the store; prompts are still found by text or hash. Answers, which cannot be had again, stay.
     part_bytes, part_seconds : int, float
         When to commit; an interruption loses at most this much.
     shards : bool
@@ -304,7 +313,7 @@ def extract(
     request = check_request(
         choice, prompts, opened, layers=layers, sites=sites, pooling=pooling, over=over, keep_tokens=keep_tokens, refresh=refresh,
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), columns=coords,
-        group=group, any_provenance=any_provenance, store_text=store_text,
+        group=group, any_provenance=any_provenance, store_text=store_text, generate=generate,
     )  # fmt: skip
     options = Options(
         keeping=keeping, device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts,

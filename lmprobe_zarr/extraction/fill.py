@@ -5,19 +5,21 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import TokenBatch, pool_ragged, round_bits, split_variable
+from lmprobe_zarr.batch import Answer, Column, TokenBatch, pool_ragged, round_bits, split_variable
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.columns import with_columns
 from lmprobe_zarr.extraction.in_order import InOrder
 from lmprobe_zarr.extraction.lookup import Lookup
+from lmprobe_zarr.extraction.models import TokenizedPrompts
 from lmprobe_zarr.extraction.options import Options
+from lmprobe_zarr.extraction.over import with_parts
 from lmprobe_zarr.extraction.work import Work
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.store import Ingest, Store
@@ -36,6 +38,8 @@ BATCH_SECONDS: Final = 60 / 64
 WINDOW_BYTES: Final = 128 << 20
 SCRATCH_BYTES: Final = 4 << 30
 SCRATCH_SHARE: Final = 8
+# Answers that are generated before the model is run over them. Of a killed process these are lost; part_seconds shortens them likewise.
+WINDOW_ANSWERS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,31 +50,96 @@ class Written:
     parts: int = 0
     not_finite: int = 0
     blank: int = 0
+    generated: int = 0
+    generated_tokens: int = 0
 
 
 def fill_here(work: Work, options: Options) -> Written:
     """Run the loaded model on the missing prompts, pool what stored tokens suffice for, and store both."""
     lookup, tokens = work.lookup, work.plan.tokens
     target = options.sink or lookup.request.store
+    recorded = _recorded(lookup)
     ingest = Ingest(
         target, lookup.makes_group, part_bytes=options.keeping.part_bytes,
         part_seconds=options.part_seconds, precision=options.keeping.precision,
-        recorded=_recorded(lookup), shards=options.keeping.shards,
+        recorded=recorded, shards=options.keeping.shards,
         order=lookup.request.order or CallOrder.of(lookup.prompts.sha256),
     )  # fmt: skip
     with progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0) as advance, ingest:
         for batch in _pooled_from_tokens(lookup):
             ingest.put(batch)
         rows = {digest: row for row, digest in enumerate(lookup.prompts.sha256)}
+        written = _Answered(work, options, recorded)
 
         def put(batch: TokenBatch) -> None:
-            ingest.put(with_columns(batch, rows, work.columns, store_text=options.store_text))
+            more = written.columns(rows[digest] for digest in batch.sha256)
+            ingest.put(with_columns(batch, rows, work.columns, store_text=options.store_text, more=more))
 
         scratch, folder = _scratch(target)
         with InOrder(put, rows, memory=WINDOW_BYTES, folder=folder) as in_order:
-            for batch in _run_model(work, options, advance, in_order.flush, scratch):
-                in_order.take(batch)
-    return Written(nbytes=ingest.nbytes, parts=len(ingest.parts), not_finite=ingest.not_finite, blank=ingest.blank)
+            for tokenized in written.pieces(advance):
+                for batch in _run_model(work, tokenized, options, advance, in_order.flush, scratch):
+                    in_order.take(batch)
+    return Written(
+        nbytes=ingest.nbytes, parts=len(ingest.parts), not_finite=ingest.not_finite, blank=ingest.blank, generated=written.count,
+        generated_tokens=written.tokens,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Answered:
+    """The missing prompts as the model is run over them: as they are, or with their answers, which are generated a window at a time."""
+
+    work: Work
+    options: Options
+    recorded: Mapping[str, Any]
+    count: int = 0
+    tokens: int = 0
+    _answers: dict[int, Answer] = field(default_factory=dict)
+
+    def pieces(self, advance: Callable[[int], None]) -> Iterator[TokenizedPrompts]:
+        """The tokens of the missing prompts, if there are any."""
+        tokenized, lookup, answers = self.work.tokenized, self.work.lookup, self.work.lookup.answers
+        if tokenized is None or lookup.loaded is None:
+            return
+        if answers is None:
+            yield tokenized
+            return
+        size = max(1, min(WINDOW_ANSWERS, int(WINDOW_ANSWERS * self.options.part_seconds / (WINDOW_BATCHES * BATCH_SECONDS))))
+        for start in range(0, len(lookup.missing), size):
+            places = lookup.missing[start : start + size]
+            prompts = tokenized.take(np.arange(start, start + len(places)))
+            self._answers = {i: answers.known[i] for i in places.tolist() if i in answers.known}
+            self._generate(places, prompts, advance)
+            complete = answers.complete(prompts, places, [self._answers[i] for i in places.tolist()], lookup.loaded.tokenizer)
+            yield with_parts(complete, lookup.request, self.work.columns, places, every=False)
+
+    def _generate(self, places: Ints, prompts: TokenizedPrompts, advance: Callable[[int], None]) -> None:
+        """Generate those answers of a window that are not known."""
+        loaded, answers, options = self.work.lookup.loaded, self.work.lookup.answers, self.options
+        assert loaded is not None and answers is not None  # noqa: S101, PT018 - as in `pieces`
+        unknown = answers.unknown(places)
+        if not len(unknown):
+            return
+
+        def after_batch(count: int, tokens: int) -> None:
+            advance(count * answers.settings.max_new_tokens - tokens)  # these will not be run
+            if options.watch is not None:
+                options.watch()
+
+        made = models.generate_answers(
+            loaded, prompts.take(np.searchsorted(places, unknown)), answers.settings, of=answers.digests_of(unknown),
+            samples=answers.sample[unknown].tolist(), seed=answers.seed, batch_tokens=options.batch_tokens,
+            batch_prompts=options.batch_prompts, progress=after_batch,
+        )  # fmt: skip
+        self.recorded["generation"]["batches"] = loaded.checked["generation_batches"]  # before the first part is committed
+        self._answers |= dict(zip(unknown.tolist(), made, strict=True))
+        self.count, self.tokens = self.count + len(made), self.tokens + sum(len(answer.token_ids) for answer in made)
+
+    def columns(self, rows: Iterable[int]) -> dict[str, Column]:
+        """The columns of these answers, which are of the window at hand; none where no answers were asked for."""
+        answers = self.work.lookup.answers
+        return {} if answers is None else answers.columns({row: self._answers[row] for row in rows})
 
 
 def _scratch(target: Store) -> tuple[int, str | None]:
@@ -85,17 +154,27 @@ def _recorded(lookup: Lookup) -> Mapping[str, Any]:
     """What is noted in the parts; with the whole provenance of the model where their group does not record it."""
     if lookup.loaded is None:
         return {}
-    whole = {"provenance": dict(lookup.loaded.provenance)} if lookup.unknown else {}
+    whole: dict[str, Any] = {"provenance": dict(lookup.loaded.provenance)} if lookup.unknown else {}
+    if lookup.answers is not None:
+        settings = lookup.answers.settings
+        seed = "drawn" if lookup.request.generate is not None and lookup.request.generate.seed is None else "given"
+        whole["generation"] = {
+            "settings": dict(settings.values), "deviations": list(settings.deviations), **({"seed": seed} if settings.samples else {}),
+        }  # fmt: skip
     return ChainMap(whole, lookup.loaded.recorded)  # the check of the model adds to it before the first part is committed
 
 
 def _run_model(
-    work: Work, options: Options, advance: Callable[[int], None], after_window: Callable[[], None], scratch: int
+    work: Work,
+    tokenized: TokenizedPrompts,
+    options: Options,
+    advance: Callable[[int], None],
+    after_window: Callable[[], None],
+    scratch: int,
 ) -> Iterator[TokenBatch]:
-    """The model's batches for the missing prompts, if there are any."""
+    """The model's batches for some of the missing prompts."""
     lookup, request = work.lookup, work.lookup.request
-    if lookup.loaded is None or work.tokenized is None:
-        return iter(())
+    assert lookup.loaded is not None  # noqa: S101 - prompts are missing
 
     def after_batch(_prompts: int, tokens: int) -> None:
         advance(tokens)
@@ -104,7 +183,7 @@ def _run_model(
 
     return models.run(
         lookup.loaded,
-        work.tokenized,
+        tokenized,
         layers=request.kept_layers(lookup.layers) or "all",
         sites=request.sites,
         poolings=request.poolings,

@@ -13,6 +13,7 @@ from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_laye
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.extraction import models
+from lmprobe_zarr.extraction.answers import Answers, as_stored, ask
 from lmprobe_zarr.extraction.groups import candidates, contradictions, group_of, is_alike, unrecorded
 from lmprobe_zarr.extraction.model_choice import LoadingOptions, ModelMemory
 from lmprobe_zarr.extraction.models import DTYPES, ModelIdentity
@@ -61,6 +62,8 @@ class Lookup:
         How many of the missing prompts are among lmprobe's own entries beside the store, with whatever values.
     began : float
         When the lookup began, in seconds of `time.perf_counter`.
+    answers : Answers, optional
+        What `prompts` are answers to, where answers were asked for; stored ones of missing prompts are known.
     """
 
     request: Request
@@ -77,6 +80,7 @@ class Lookup:
     elsewhere: tuple[HeldElsewhere, ...]
     in_lmprobe: int
     began: float
+    answers: Answers | None = None
 
     @property
     def model(self) -> LoadedModel | ModelIdentity:
@@ -179,8 +183,10 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
         return _look_up_loaded(request, memory.load(request.choice, _options(request, dtype, device, device_map), identity), None, began)
     if request.kind == "chat" and tokenizer is None:
         tokenizer = request.choice.load_tokenizer()
-    prompts = _parse(request, tokenizer if request.kind == "chat" else None)
-    lookup = _compare(request, identity=identity, loaded=None, tokenizer=tokenizer, prompts=prompts, groups=groups, began=began)
+    prompts, answers = _parse(request, tokenizer if request.kind == "chat" else None)
+    lookup = _compare(
+        request, identity=identity, loaded=None, tokenizer=tokenizer, prompts=prompts, answers=answers, groups=groups, began=began
+    )  # fmt: skip
     if len(lookup.missing) and tokenizer is None:
         return replace(lookup, tokenizer=request.choice.load_tokenizer())
     return lookup
@@ -209,24 +215,33 @@ def _look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None
             f"group={request.group!r} was asked for, but this model as it is loaded makes {own.name!r}: leave group out, or read only"
         )
     known = before is not None and request.kind != "ids"  # texts of token ids need the model's own tokenizer
-    prompts = before.prompts if before is not None and known else _parse(request, loaded.tokenizer)
+    if before is not None and known:
+        prompts, answers = before.prompts, before.answers
+    else:
+        prompts, answers = _parse(request, loaded.tokenizer, loaded)
     return _compare(
         request, identity=None if before is None else before.identity, loaded=loaded, tokenizer=loaded.tokenizer, prompts=prompts,
-        groups=groups, began=began,
+        answers=answers, groups=groups, began=began,
     )  # fmt: skip
 
 
-def _parse(request: Request, tokenizer: Any) -> Prompts:
-    """The prompts; with a warning for arguments of a chat template that change nothing."""
+def _parse(request: Request, tokenizer: Any, loaded: LoadedModel | None = None) -> tuple[Prompts, Answers | None]:
+    """The prompts, with their answers if these were asked for; with a warning for arguments of a chat template that change nothing."""
     prompts = parse_prompts(request.given, tokenizer=tokenizer, chat=request.chat)
     unused = unused_arguments(tokenizer, request.chat) if request.kind == "chat" else []
     if unused:
         warn(f"this tokenizer's chat template never uses {', '.join(map(repr, unused))}: check the name, or leave it out", UserWarning)
-    return prompts
+    if request.generate is None:
+        return prompts, None
+    # A named model is described by its files, whether it is loaded or not, so that both ways find the same answers.
+    model = request.choice.model
+    if loaded is not None and not request.choice.by_name:
+        model = loaded.module if loaded.located.whole is None else loaded.located.whole
+    return ask(request.generate, prompts, models.own_generation(model, request.choice.revision), request.drawn_seed)
 
 
 def _options(request: Request, dtype: Any, device: Any, device_map: Any) -> LoadingOptions:
-    return LoadingOptions(kind=request.kind, dtype=dtype, device=device, device_map=device_map, head=request.outputs.needs_head)
+    return LoadingOptions(kind=request.kind, dtype=dtype, device=device, device_map=device_map, head=request.needs_head)
 
 
 # ------------------------------------------------------------------------------------------------------ what is missing
@@ -239,6 +254,7 @@ def _compare(
     loaded: LoadedModel | None,
     tokenizer: Any,
     prompts: Prompts,
+    answers: Answers | None,
     groups: Sequence[GroupInfo],
     began: float,
 ) -> Lookup:
@@ -264,10 +280,14 @@ def _compare(
         lookup = Lookup(
             request=request, identity=identity, loaded=loaded, tokenizer=tokenizer, prompts=stored, group=group, view=view, layers=layers,
             wanted=wanted, missing=missing, derived=derived, elsewhere=(), in_lmprobe=0, began=began,
+            answers=answers,
         )  # fmt: skip
         compared.append((lookup, without_text))
     chosen, without_text = min(compared, key=lambda pair: len(pair[0].missing))
     _check_texts(without_text, chosen.missing, chosen.prompts)
+    if answers is not None:
+        stored, answers = as_stored(answers, chosen.prompts, chosen.view, chosen.missing, tokenizer)
+        chosen = replace(chosen, prompts=stored, answers=answers)
     if not len(chosen.missing) or request.refresh:
         return chosen
     return replace(chosen, elsewhere=_held_elsewhere(chosen), in_lmprobe=_count_in_lmprobe(chosen))

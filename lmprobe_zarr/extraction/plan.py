@@ -86,6 +86,11 @@ class ExtractPlan:
         Other groups of a model of this name that hold some of the missing prompts.
     in_lmprobe : int
         How many of the missing prompts lmprobe's own entries beside the store have, which can be imported.
+    to_generate : int
+        How many answers have to be generated. Where there are any, `tokens`, `nbytes` and `needed_bytes` are upper bounds, since nobody
+        knows yet how long these are.
+    max_new_tokens : int
+        Tokens of an answer at most; 0 where none was asked for.
     """
 
     model: str
@@ -105,6 +110,8 @@ class ExtractPlan:
     unknown: tuple[str, ...] = ()
     elsewhere: tuple[HeldElsewhere, ...] = ()
     in_lmprobe: int = 0
+    to_generate: int = 0
+    max_new_tokens: int = 0
 
     @property
     def missing(self) -> int:
@@ -117,19 +124,22 @@ class ExtractPlan:
         return self.free_bytes is None or self.nbytes <= self.free_bytes
 
     def __str__(self) -> str:
+        bound = "at most " if self.to_generate else ""
         free = "unknown" if self.free_bytes is None else format_bytes(self.free_bytes)
         pooled = f", {self.derived} of them to be pooled from stored tokens" if self.derived else ""
         rows = {
             "model": self.model,
             "store": self.url,
             "prompts": f"{self.prompts} ({self.found} found{pooled}, {self.missing} to extract)",
-            "tokens": f"{self.tokens} to run",
+            "tokens": f"{bound}{self.tokens} to run",
             "layers": describe_layers(self.layers) if self.layers else "none",
             "modules": self.modules or "found when the model is loaded",
             "variables": ", ".join(self.variables),
-            "size": f"{format_bytes(self.nbytes)} of {self.dtype}, before compression",
+            "size": f"{bound}{format_bytes(self.nbytes)} of {self.dtype}, before compression",
             "free": f"{free}{'' if self.fits else ', which is too little'}",
         }
+        if self.max_new_tokens:
+            rows["answers"] = f"{self.to_generate} to generate, of at most {self.max_new_tokens} tokens each"
         if self.unknown:
             rows["unknown"] = f"{', '.join(self.unknown)}: not recorded by group {self.group!r}, which is taken on your word"
         lines = [f"{name:<10}{value}" for name, value in rows.items()]
@@ -172,6 +182,9 @@ class ExtractStats:
         Stored rows, one for each layer of a prompt or token, that hold only zeros.
     unknown : tuple of str
         Fields of the provenance that the group does not record, and that were taken on the caller's word.
+    generated, generated_tokens : int
+        How many answers were generated, and their tokens. With `extract(generate=…)` a prompt is one with its answer: all that are not
+        generated were found, those of `extracted` included that lacked other values.
     """
 
     model: str
@@ -188,6 +201,8 @@ class ExtractStats:
     not_finite: int = 0
     blank: int = 0
     unknown: tuple[str, ...] = ()
+    generated: int = 0
+    generated_tokens: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -196,12 +211,13 @@ class ExtractStats:
 
     def __str__(self) -> str:
         loaded = "" if self.model_loaded else "; the model was not loaded"
+        answers = f", {self.generated} answers of {self.generated_tokens} tokens generated" if self.generated else ""
         odd = f"; {self.not_finite} values are not finite" if self.not_finite else ""
         odd += f"; {self.blank} rows are all zeros" if self.blank else ""
         odd += f"; group {self.group!r} does not record {describe_unrecorded(self.unknown)}" if self.unknown else ""
         return (
             f"{self.model}: {self.prompts} prompts, {self.found} found in the store, {self.extracted} extracted "
-            f"({self.tokens} tokens, {format_bytes(self.nbytes)}) in {self.seconds:.1f} s{loaded}{odd}"
+            f"({self.tokens} tokens, {format_bytes(self.nbytes)}){answers} in {self.seconds:.1f} s{loaded}{odd}"
         )
 
 

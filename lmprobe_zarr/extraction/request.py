@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import itertools
 import os
+import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from lmprobe_zarr.batch import (
     ALL,
     NO_CHAT_OPTIONS,
     ChatOptions,
     Column,
+    Generate,
     LayerSpec,
     Outputs,
     OverSpec,
     Sites,
     SitesSpec,
     TokenPart,
+    check_answer_columns,
     check_texts,
     given_prompts,
     is_top_k,
@@ -39,6 +42,9 @@ from lmprobe_zarr.store.format import Level
 from lmprobe_zarr.store.parts import CallOrder
 
 __all__ = ["Request", "Wanted", "check_request"]
+
+# Seeds that are drawn are short enough to be typed again.
+DRAWN_SEEDS: Final = 2**32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +80,10 @@ class Request:
         How chats are rendered.
     order : CallOrder, optional
         Where the prompts are in the list of the call, if they are not all of it.
+    generate : Generate, optional
+        How the model answers the prompts; None where they are run as they are.
+    drawn_seed : int
+        What sampling starts from where the caller names no seed; one for the whole call.
     """
 
     choice: ModelChoice
@@ -93,6 +103,13 @@ class Request:
     chat: ChatOptions = NO_CHAT_OPTIONS
     order: CallOrder | None = None
     parts: tuple[TokenPart | None, ...] = (None,)
+    generate: Generate | None = None
+    drawn_seed: int = 0
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the projection onto the vocabulary has to run."""
+        return self.outputs.needs_head or self.generate is not None
 
     @property
     def part_names(self) -> dict[str, str]:
@@ -191,6 +208,7 @@ def check_request(
     any_provenance: bool = False,
     chat: ChatOptions = NO_CHAT_OPTIONS,
     store_text: bool = True,
+    generate: Generate | None = None,
 ) -> Request:
     """The request that these arguments describe.
 
@@ -222,12 +240,14 @@ def check_request(
     variables = {*names, *every}
     if same := sorted(variables & set(own)):
         raise InvalidArgumentError(f"{same[0]!r} is a column of coords= and a variable of sites=: choose another name for one of them")
+    if generate is not None:
+        _check_generate(generate, kind, own)
     if kind == "pair" and store_text:
         own = with_encoder_texts(own, given)
     return Request(
         choice=choice, given=given, kind=kind, columns=own, store=store, layers=layers, chat=chat,
         sites=names, poolings=poolings, keep_tokens=keep_tokens, outputs=outputs, keep_passed=keep_passed, refresh=refresh, group=group,
-        any_provenance=any_provenance, parts=parts if poolings else (None,),
+        any_provenance=any_provenance, parts=parts if poolings else (None,), generate=generate, drawn_seed=secrets.randbelow(DRAWN_SEEDS),
     )  # fmt: skip
 
 
@@ -241,6 +261,16 @@ def _check_parts(parts: Sequence[TokenPart | None], kind: PromptKind, poolings: 
                 f"over={part.name!r} is the role {' or '.join(map(repr, part.role))}, and roles are of chats: give lists of messages, or "
                 "another part, over={'tail': {'position': slice(-8, None)}}"
             )
+
+
+def _check_generate(generate: object, kind: PromptKind, columns: Mapping[str, Column]) -> None:
+    if not isinstance(generate, Generate):
+        raise InvalidTypeError(f"generate is a {type(generate).__name__}: give lz.Generate(max_new_tokens=…)")
+    if kind == "pair":
+        raise InvalidArgumentError(
+            "generate= was given with pairs of texts, whose second text is the answer of an encoder-decoder already: leave generate out"
+        )
+    check_answer_columns(columns)
 
 
 def _check_options(choice: ModelChoice, kind: PromptKind, chat: ChatOptions) -> None:

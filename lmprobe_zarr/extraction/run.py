@@ -123,7 +123,8 @@ def _check(work: Work, options: Options) -> None:
     if not work.changes_store:
         return
     _check_may_store(options.sink or work.lookup.request.store, options.keeping)
-    if options.sink is None:
+    # Of answers that are still to be written nobody knows the size: the bound alone is no reason to refuse or to warn.
+    if options.sink is None and not work.plan.to_generate:
         _check_space(work.plan)
         _check_limit(work.plan, options.keeping)
 
@@ -205,7 +206,7 @@ def _stats(work: Work, group: GroupInfo, written: Written | None = None) -> Extr
         found=plan.found,
         derived=plan.derived,
         extracted=plan.missing,
-        tokens=plan.tokens,
+        tokens=plan.tokens - plan.to_generate * plan.max_new_tokens + (0 if written is None else written.generated_tokens),
         model_loaded=work.lookup.loaded is not None,
         seconds=time.perf_counter() - work.lookup.began,
         unknown=work.lookup.unknown,
@@ -270,5 +271,7 @@ def _fill_on_workers(work: Work, options: Options) -> tuple[ExtractStats, GroupI
         parts=sum(stats.parts for stats, _ in done),
         not_finite=sum(stats.not_finite for stats, _ in done),
         blank=sum(stats.blank for stats, _ in done),
+        generated=sum(stats.generated for stats, _ in done),
+        generated_tokens=sum(stats.generated_tokens for stats, _ in done),
     )
     return replace(_stats(work, group, written), model_loaded=any(stats.model_loaded for stats, _ in done)), group

@@ -7,15 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmprobe_zarr.batch import Column, Precision, TokenPart, TokensOfPrompts, offsets_of, parse_prompts, row_bytes
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.batch import Column, Precision, parse_prompts, row_bytes
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.columns import columns_by_prompt, fit_columns
 from lmprobe_zarr.extraction.lookup import Lookup
 from lmprobe_zarr.extraction.models import TokenizedPrompts
+from lmprobe_zarr.extraction.over import with_parts
 from lmprobe_zarr.extraction.plan import ExtractPlan
-from lmprobe_zarr.log import warn
-from lmprobe_zarr.typing import Mask
 
 __all__ = ["Work", "decide"]
 
@@ -31,7 +29,7 @@ class Work:
     plan : ExtractPlan
         The same work in numbers.
     tokenized : TokenizedPrompts, optional
-        Tokens of the missing prompts; None if none is missing.
+        Tokens of the missing prompts, without their answers; None if none is missing.
     columns : mapping of str to Column
         The caller's columns, one value per distinct prompt.
     """
@@ -57,13 +55,23 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
     before : Work, optional
         The work decided before the model was loaded; its tokens are used again if the same prompts are missing.
     """
-    columns = columns_by_prompt(fit_columns(lookup.request.columns, lookup.view), lookup.prompts)
+    answers = lookup.answers
+    columns = columns_by_prompt(
+        fit_columns(lookup.request.columns, lookup.view), lookup.prompts if answers is None else answers.plain
+    )  # fmt: skip
+    if answers is not None:
+        columns = {name: values[answers.of] for name, values in columns.items()}
     # What a decoder reads first is known only of the loaded model.
     if before is not None and lookup.request.kind != "pair" and np.array_equal(before.lookup.missing, lookup.missing):
         tokenized = before.tokenized
     else:
         tokenized = _tokenize(lookup, columns) if len(lookup.missing) else None
     tokens = 0 if tokenized is None else tokenized.num_tokens
+    to_generate = 0
+    if answers is not None and tokenized is not None:
+        answers.check_lengths(lookup.missing, tokenized, lookup.model.window, lookup.request.choice.max_length, lookup.tokenizer)
+        to_generate = len(answers.unknown(lookup.missing))
+        tokens += to_generate * answers.settings.max_new_tokens + sum(len(answer.token_ids) for answer in answers.known.values())
     nbytes, needed_bytes = _sizes(lookup, precision, tokens)
     plan = ExtractPlan(
         model=lookup.model.name,
@@ -83,6 +91,8 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         unknown=lookup.unknown,
         elsewhere=lookup.elsewhere,
         in_lmprobe=lookup.in_lmprobe,
+        to_generate=to_generate,
+        max_new_tokens=0 if answers is None else answers.settings.max_new_tokens,
     )
     return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
 
@@ -112,7 +122,8 @@ def _tokenize(lookup: Lookup, columns: Mapping[str, Column]) -> TokenizedPrompts
     """Tokens of the missing prompts, and which of them are in the parts that are pooled."""
     request, prompts = lookup.request, lookup.prompts
     if prompts.text is None:
-        prompts = parse_prompts(request.given, tokenizer=lookup.tokenizer, chat=request.chat)
+        plain = parse_prompts(request.given, tokenizer=lookup.tokenizer, chat=request.chat)
+        prompts = plain if lookup.answers is None else replace(plain.take(lookup.answers.of), sha256=prompts.sha256)
     tokenized = models.tokenize(
         prompts.take(lookup.missing),
         lookup.tokenizer,
@@ -124,38 +135,6 @@ def _tokenize(lookup: Lookup, columns: Mapping[str, Column]) -> TokenizedPrompts
         decoder_start=None if lookup.loaded is None else lookup.loaded.decoder_start,
         roles=request.keep_tokens or request.outputs.token_level or any(part is not None and part.needs_roles for part in request.parts),
     )
-    parts = [part for part in request.parts if part is not None]
-    if not parts:
-        return tokenized
-    spans = {part.name: _listed(columns[part.span_column][lookup.missing]) for part in parts if part.span_column}
-    known = TokensOfPrompts(
-        text=tokenized.text, lengths=tokenized.lengths, char_start=tokenized.char_start, char_end=tokenized.char_end,
-        role=tokenized.columns.get("role"), role_names=tokenized.role_names, generated=tokenized.columns.get("generated"),
-        first=tokenized.first, spans=spans,
-    )  # fmt: skip
-    masks = {part.name: part.mask(known) for part in parts}
-    for part in parts:
-        _note_empty(part, masks[part.name], known, lookup)
-    return replace(tokenized, parts=masks)
-
-
-def _listed(column: Column) -> list[str | None]:
-    there = np.ones(len(column), bool) if column.missing is None else ~column.missing
-    return [str(value) if known else None for value, known in zip(column.values.tolist(), there.tolist(), strict=True)]
-
-
-def _note_empty(part: TokenPart, mask: Mask, tokens: TokensOfPrompts, lookup: Lookup) -> None:
-    """Warn of prompts that have no token in a part, and raise if that is so of all prompts of the call."""
-    held = np.add.reduceat(mask.astype(np.int64), offsets_of(tokens.lengths)[:-1])
-    empty = np.flatnonzero(held == 0)
-    if not len(empty) or lookup.request.order is not None:  # a worker's share is counted with the others
-        return
-    first = lookup.prompts.first[lookup.missing[empty[0]]]
-    if len(empty) == len(held) and not len(lookup.found):
-        codes = np.unique(tokens.role[tokens.role >= 0]).tolist() if part.role and tokens.role is not None else []
-        told = f": the roles there are {', '.join(tokens.role_names[code] for code in codes)}" if codes else ""
-        raise InvalidArgumentError(f"no token of the {len(held)} prompts is in over={part.name!r}, {part.described}{told}")
-    warn(
-        f"{len(empty)} of {len(held)} prompts, first prompts[{first}], have no token in over={part.name!r}: what is pooled over it is NaN",
-        UserWarning,
-    )
+    if lookup.answers is not None:
+        return tokenized  # the parts are those of prompts with answers
+    return with_parts(tokenized, request, columns, lookup.missing, every=not len(lookup.found))

@@ -130,6 +130,7 @@ def test_the_surface_is_pinned() -> None:
         "ExportSummary",
         "ExtractPlan",
         "ExtractStats",
+        "Generate",
         "ImportSummary",
         "LayerSweep",
         "ModelCacheInfo",

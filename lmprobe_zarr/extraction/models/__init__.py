@@ -1,7 +1,8 @@
 """The model side of an extraction: prompts to an iterator of `TokenBatch`. Never a store.
 
-``identity``, ``tokenizing`` and ``window`` need no torch. ``loading`` and ``capture`` need torch and transformers, so their names are
-imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``, ``head``, ``batching`` and ``outputs``.
+``identity``, ``own_generation``, ``tokenizing`` and ``window`` need no torch. ``loading``, ``capture`` and ``generating`` need torch and
+transformers, so their names are imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``, ``head``,
+``batching`` and ``outputs``.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from lmprobe_zarr.extraction.models.identity import (
     model_name,
     modules_field,
 )
-from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, tokenize
+from lmprobe_zarr.extraction.models.own_generation import own_generation
+from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, no_room, tokenize, with_answers
+from lmprobe_zarr.extraction.models.window import Window
 
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.batching import Windows, default_batch_tokens
     from lmprobe_zarr.extraction.models.capture import Progress, run
+    from lmprobe_zarr.extraction.models.generating import generate_answers
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
     from lmprobe_zarr.extraction.models.places import places_of
     from lmprobe_zarr.extraction.models.site_table import SiteRow, site_rows
@@ -45,15 +49,19 @@ __all__ = [
     "Provenance",
     "SiteRow",
     "TokenizedPrompts",
+    "Window",
     "Windows",
     "default_batch_tokens",
     "folder_name",
+    "generate_answers",
     "identify",
     "length_limit",
     "load_model",
     "load_tokenizer",
     "model_name",
     "modules_field",
+    "no_room",
+    "own_generation",
     "parse_prompts",
     "places_of",
     "prompts_kind",
@@ -61,6 +69,7 @@ __all__ = [
     "site_rows",
     "tokenize",
     "weights_digest",
+    "with_answers",
 ]
 
 _NEEDS_TORCH: Final = {
@@ -68,6 +77,7 @@ _NEEDS_TORCH: Final = {
     "Progress": "capture",
     "Windows": "batching",
     "default_batch_tokens": "batching",
+    "generate_answers": "generating",
     "load_model": "loading",
     "load_tokenizer": "loading",
     "places_of": "places",

@@ -8,9 +8,19 @@ from typing import Final
 import numpy as np
 import torch
 
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["LOGIT_BYTES", "Windows", "default_batch_tokens", "free_memory", "is_out_of_memory", "most_prompts_with_logits", "next_batch"]
+__all__ = [
+    "LOGIT_BYTES",
+    "Windows",
+    "check_batch_sizes",
+    "default_batch_tokens",
+    "free_memory",
+    "is_out_of_memory",
+    "most_prompts_with_logits",
+    "next_batch",
+]
 
 DEVICE_TOKENS: Final = {"cuda": 16384, "mps": 4096, "cpu": 1024}  # on two cores, 1,024 to 1,536 tokens stay in the caches
 # Bounds the activations that are kept of one batch. They exist on the device, and on the host while they are written.
@@ -62,6 +72,14 @@ class Windows:
             windows.append((start, stop))
             start = stop
         return windows
+
+
+def check_batch_sizes(batch_tokens: int | None, batch_prompts: int | None) -> None:
+    """Raise `InvalidArgumentError` for sizes of batches that are no numbers."""
+    if batch_prompts is not None and (isinstance(batch_prompts, bool) or not isinstance(batch_prompts, int) or batch_prompts < 1):
+        raise InvalidArgumentError(f"batch_prompts={batch_prompts!r} is no number of prompts: give a whole number of at least 1, or None")
+    if batch_tokens is not None and (isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1):
+        raise InvalidArgumentError(f"batch_tokens={batch_tokens!r} is no number of tokens: give a whole number of at least 1, or None")
 
 
 def default_batch_tokens(device: str, bytes_per_token: int = 0) -> int:

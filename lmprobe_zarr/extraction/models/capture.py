@@ -37,6 +37,7 @@ from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, Unknown
 from lmprobe_zarr.extraction.models.batching import (
     LOGIT_BYTES,
     Windows,
+    check_batch_sizes,
     default_batch_tokens,
     free_memory,
     is_out_of_memory,
@@ -298,10 +299,7 @@ def _check(
 ) -> None:
     if not request.keep_tokens and not request.poolings and not request.outputs:
         raise InvalidArgumentError("nothing would be kept: give a pooling, keep_tokens=True or outputs=")
-    if batch_prompts is not None and (isinstance(batch_prompts, bool) or not isinstance(batch_prompts, int) or batch_prompts < 1):
-        raise InvalidArgumentError(f"batch_prompts={batch_prompts!r} is no number of prompts: give a whole number of at least 1, or None")
-    if batch_tokens is not None and (isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1):
-        raise InvalidArgumentError(f"batch_tokens={batch_tokens!r} is no number of tokens: give a whole number of at least 1, or None")
+    check_batch_sizes(batch_tokens, batch_prompts)
     _check_vocabulary(tokenized, loaded.vocab_size)
     body = loaded.located.body
     if isinstance(body, PairedBody):

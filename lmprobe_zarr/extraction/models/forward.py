@@ -33,7 +33,7 @@ from lmprobe_zarr.extraction.models.window import rope_kind, rope_settings
 from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["ModelCall", "run_forward_pass"]
+__all__ = ["ModelCall", "lengths_that_matter", "run_forward_pass"]
 
 # These scalings of rotary positions depend on the longest prompt of the batch, once it exceeds the original window.
 LENGTH_SCALINGS: Final = ("dynamic", "longrope", "su")
@@ -74,7 +74,7 @@ class ModelCall:
         names = inspect.signature(module.forward).parameters
         takes_mask = "attention_mask" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
         config = getattr(loaded.located.body, "config", None)
-        uniform, rotary = _lengths_that_matter(loaded.located.body, config)
+        uniform, rotary = lengths_that_matter(loaded.located.body, config)
         if conduct.padding in ("equal", "single") or conduct.extra_rows:
             uniform = 0
         takes_cache = "use_cache" in names and not conduct.cache
@@ -83,7 +83,7 @@ class ModelCall:
         )  # fmt: skip
 
 
-def _lengths_that_matter(body: nn.Module, config: Any) -> tuple[int | None, tuple[nn.Module, ...]]:
+def lengths_that_matter(body: nn.Module, config: Any) -> tuple[int | None, tuple[nn.Module, ...]]:
     """From which length on values depend on the longest prompt of the batch, and the modules that keep the longest prompt so far."""
     settings = rope_settings({name: getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")})
     starts = []

@@ -333,7 +333,7 @@ def _check_predicts(source: str, config: Mapping[str, Any], paired: bool) -> Non
 def no_prediction(name: str, kind: str) -> InvalidArgumentError:
     """The error for logits or perplexity of a model that does not predict the next token."""
     return InvalidArgumentError(
-        f"{name!r} ({kind}) does not predict the next token, so it has no logits or perplexity of its prompts: "
+        f"{name!r} ({kind}) does not predict the next token, so it has no logits, no perplexity and no answers: "
         "ask for activations only, or use a causal language model"
     )
 

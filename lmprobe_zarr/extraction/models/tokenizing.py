@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from lmprobe_zarr.batch import Prompts, accepted, concat_ranges, decode_ids, offsets_of, shorten, special_id
+from lmprobe_zarr.batch import Prompts, accepted, concat_ranges, decode_ids, offsets_of, positions_of, role_code, shorten, special_id
 from lmprobe_zarr.errors import InvalidArgumentError, PromptTooLongError
 from lmprobe_zarr.extraction.models.chat_roles import role_columns
 from lmprobe_zarr.extraction.models.turns import running
@@ -18,7 +18,16 @@ from lmprobe_zarr.extraction.models.window import Window
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["DecoderStart", "TokenizedPrompts", "length_limit", "outside_vocabulary", "tokenize", "too_long"]
+__all__ = [
+    "DecoderStart",
+    "TokenizedPrompts",
+    "length_limit",
+    "no_room",
+    "outside_vocabulary",
+    "tokenize",
+    "too_long",
+    "with_answers",
+]
 
 CHUNK_PROMPTS: Final = 512
 # Tokenizers without a limit have a number such as 1e30.
@@ -157,6 +166,15 @@ def too_long(number: int, text: str, length: int, limit: int | None, window: Win
     longer = "" if window.fixed else ", pass max_length= for a larger one"
     return PromptTooLongError(
         f"prompts[{number}] {shorten(text)} has {length} tokens, but the limit is {limit}: shorten it{longer}, or pass truncation=True"
+    )
+
+
+def no_room(number: int, text: str, length: int, new: int, limit: int, window: Window) -> PromptTooLongError:
+    """The error for a prompt whose answer could go beyond the limit."""
+    longer = "" if window.fixed else ", pass max_length= for a larger limit"
+    return PromptTooLongError(
+        f"prompts[{number}] {shorten(text)} has {length} tokens, and an answer of {new} more would go beyond the limit of {limit}: "
+        f"give a smaller max_new_tokens, shorten the prompt{longer}"
     )
 
 
@@ -425,3 +443,68 @@ def tokenize(
         columns=columns,
         role_names=names,
     )
+
+
+def with_answers(
+    prompts: TokenizedPrompts, answers: Sequence[Ints], tokenizer: Any, *, turns: Sequence[int] | None = None
+) -> TokenizedPrompts:
+    """Prompts, each with the tokens of an answer behind its own; the column ``generated`` is 1 for these, and 0 for the prompt's.
+
+    Parameters
+    ----------
+    prompts : TokenizedPrompts
+    answers : sequence of ndarray of int64
+        Token ids of the answer to each prompt.
+    tokenizer : transformers tokenizer
+        Says which characters of the answer, special tokens included, each token has.
+    turns : sequence of int, optional
+        For chats, the turn of each answer, whose role is the assistant's.
+    """
+    counts = np.array([len(ids) for ids in answers], np.int64)
+    lengths = prompts.lengths + counts
+    generated = positions_of(lengths) >= np.repeat(prompts.lengths, lengths)
+
+    def joined(before: Ints, behind: Ints | int) -> Ints:
+        column = np.empty(len(generated), np.int64)
+        column[~generated], column[generated] = before, behind
+        return column
+
+    texts = [decode_ids(tokenizer, ids) for ids in answers]
+    ends = np.array([len(text) for text in prompts.text], np.int64)
+    places = [_pieces(tokenizer, ids, text) for ids, text in zip(answers, texts, strict=True)]
+    spans = np.concatenate([np.zeros((0, 2), np.int64), *(np.where(p < 0, -1, p + end) for p, end in zip(places, ends, strict=True))])
+    columns = {name: joined(column, -1) for name, column in prompts.columns.items()}
+    if turns is not None and "role" in columns:
+        columns["role"][generated] = role_code("assistant", prompts.role_names)
+        columns["turn"][generated] = np.repeat(np.asarray(turns, np.int64), counts)
+    return replace(
+        prompts,
+        text=tuple(text + more for text, more in zip(prompts.text, texts, strict=True)),
+        lengths=lengths,
+        token_ids=joined(prompts.token_ids, np.concatenate([np.zeros(0, np.int64), *answers])),
+        char_start=None if prompts.char_start is None else joined(prompts.char_start, spans[:, 0]),
+        char_end=None if prompts.char_end is None else joined(prompts.char_end, spans[:, 1]),
+        columns={**columns, "generated": generated.astype(np.int64)},
+    )
+
+
+def _pieces(tokenizer: Any, ids: Ints, text: str) -> Ints:
+    """The characters of each token in the text that the tokens are decoded to, (token, 2); -1 where they cannot be told.
+
+    A token is decoded together with a few before it, since tokenizers leave out blanks at the beginning of a text. Tokens that are a part
+    of one character are known once it is whole: the last of them has it.
+    """
+    found = np.full((len(ids), 2), -1, np.int64)
+    start = known = at = 0
+    for number in range(len(ids)):
+        before = decode_ids(tokenizer, ids[start:known]) if known > start else ""
+        now = decode_ids(tokenizer, ids[start : number + 1])
+        if len(now) <= len(before) or now.endswith("\ufffd") or not now.startswith(before):
+            continue
+        more = now[len(before) :]
+        if not text.startswith(more, at):
+            return np.full((len(ids), 2), -1, np.int64)
+        found[number] = at, at + len(more)
+        at += len(more)
+        start, known = known, number + 1
+    return found if at == len(text) else np.full((len(ids), 2), -1, np.int64)
