@@ -109,7 +109,7 @@ def open_label_column(array: xr.DataArray, source: RowSource, name: str) -> Labe
     if name == "row":
         return LabelColumn(np.arange(source.n_rows))
     index = array.xindexes.get(name)
-    if isinstance(index, TokenIndex) and index.dim == source.dim:
+    if isinstance(index, TokenIndex) and index.dim == source.dim and name in index.names:
         return LabelColumn(index.labels, index.codes) if name == index.names[0] else LabelColumn(index.positions)
     if name not in array.coords or array.coords[name].dims != (source.dim,):
         along = sorted(str(n) for n, c in array.coords.items() if c.dims == (source.dim,))

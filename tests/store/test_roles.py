@@ -339,3 +339,18 @@ def test_a_role_is_pooled_by_selecting_it(toks: xr.Dataset) -> None:
     assert not {"role", "turn", "generated"} & set(toks.resid.lz.padded().coords)
     frame = toks.resid.sel(role="user").unstack("token")
     assert frame.sizes["prompt"] == 3
+
+
+def test_batches_bring_roles_along(toks: xr.Dataset) -> None:
+    labels = ["role", "turn", "generated", "position", "prompt"]
+    ((_, found),) = toks.resid.lz.batches(shuffle=False, labels=labels, where=lz.mask_tokens(toks, role=["user", "assistant"]))
+    chosen = toks.sel(role=["user", "assistant"])
+    for name in labels:
+        assert found[name].tolist() == chosen[name].values.tolist(), name
+
+
+def test_probes_learn_from_tokens_of_a_role(toks: xr.Dataset) -> None:
+    probes = lz.fit_tokens(toks.resid, toks.role == "user", probe="mass_mean", where=lz.mask_tokens(toks, role=["user", "assistant"]))
+    scored = lz.score_tokens(probes, toks.resid)
+    assert of(scored) == all_tokens()
+    assert of(scored.sel(role="assistant")) == of(toks.sel(role="assistant"))
