@@ -507,4 +507,4 @@ def _pieces(tokenizer: Any, ids: Ints, text: str) -> Ints:
         found[number] = at, at + len(more)
         at += len(more)
         start, known = known, number + 1
-    return found if at == len(text) else np.full((len(ids), 2), -1, np.int64)
+    return found
