@@ -55,7 +55,9 @@ def wanted_rows(
     if absent and missing == "raise":
         held = read_list(array.attrs, "stored_layers")
         if held is not None and (lacking := [label for label in source.labels if label not in held]):
-            raise MissingPromptsError(f"{array.name!r} is not stored in the layers {lacking}: choose those that it is stored in, layer={held}")
+            raise MissingPromptsError(
+                f"{array.name!r} is not stored in the layers {lacking}: choose those that it is stored in, layer={held}"
+            )
         raise MissingPromptsError(
             f"{absent} of {n} rows are not stored in all of layers {list(source.labels)}: extract them, select prompts that have them, "
             'or give missing="drop"'

@@ -32,7 +32,8 @@ def toks(tmp_path: Path) -> xr.Dataset:
 def test_batches_are_rows_of_the_site(toks: xr.Dataset) -> None:
     array, same = toks.neurons, toks.neurons.load().rename(neurons_unit="hidden")
     assert array.dims == ("layer", "token", "neurons_unit")
-    for options in ({"layer": 1}, {"layer": [1, 0], "seed": 3}, {"layer": 1, "labels": "row", "skip_positions": 0}):
+    choices: list[dict[str, Any]] = [{"layer": 1}, {"layer": [1, 0], "seed": 3}, {"layer": 1, "labels": "row", "skip_positions": 0}]
+    for options in choices:
         batches = list(array.lz.batches(batch_tokens=4, **options))
         rows = np.concatenate([batch[0] if "labels" in options else batch for batch in batches], axis=-2)
         expected = VALUES[options["layer"]]
@@ -71,7 +72,9 @@ def test_pooled_and_padded_keep_the_dimension(toks: xr.Dataset) -> None:
 
 
 def test_a_layer_that_lacks_the_site_has_no_rows_to_give(toks: xr.Dataset) -> None:
-    with pytest.raises(MissingPromptsError, match=r"'gate' is not stored in the layers \[0\]: choose those that it is stored in, layer=\[1\]"):
+    with pytest.raises(
+        MissingPromptsError, match=r"'gate' is not stored in the layers \[0\]: choose those that it is stored in, layer=\[1\]"
+    ):
         list(toks.gate.lz.batches(batch_tokens=4))
     np.testing.assert_array_equal(np.concatenate(list(toks.gate.lz.batches(layer=1, shuffle=False))), VALUES[1])
     np.testing.assert_allclose(toks.gate.lz.statistics(layer=[1]).mean_value.values[0], VALUES[1].astype("f8").mean(0), rtol=1e-6)
