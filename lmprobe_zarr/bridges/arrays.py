@@ -595,8 +595,8 @@ def tensor_file(
     prompts : sequence of str or of token ids
         In the order of the rows.
     mapping : mapping of str to (str or mapping of int to str)
-        Variable (``resid``, ``resid_mean``, …) to ``{layer: name of its tensor}``, or to a name that contains ``{layer}``, such as
-        ``"blocks.{layer}.hook_resid_post"``.
+        Variable (``resid``, ``resid_mean``, or a site of any name and width) to ``{layer: name of its tensor}``, or to a name that contains
+        ``{layer}``, such as ``"blocks.{layer}.hook_resid_post"``; the name of one tensor for a site without layers.
     offsets : str, optional
         For tensors (token, hidden): the tensor with the first row of every prompt and the end of the last, or their numbers of tokens.
     mask : str, optional

@@ -11,10 +11,10 @@ from typing import Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import LAYERED_SITES, POOLINGS
+from lmprobe_zarr.batch import INNER_DIMS, LAYERED_SITES, POOLINGS, SCALARS
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probes import class_scores, fit_in_place, make_probe
-from lmprobe_zarr.store.format import LEVELS, Level
+from lmprobe_zarr.store.format import Level
 from lmprobe_zarr.store.parts import View, read_values
 from lmprobe_zarr.typing import Array, Estimator, Ints
 
@@ -25,6 +25,7 @@ __all__ = [
     "bin_coverage",
     "choose_profiled",
     "fit_by_layer",
+    "list_sites",
     "map_tokens",
     "profile_layers",
     "score_of",
@@ -93,10 +94,17 @@ class LayerProfile:
 
 def choose_profiled(view: View) -> tuple[Level, str] | None:
     """The most informative variable of a group: its residual stream by token, else another site by token, else a pooled variable."""
-    wanted: list[tuple[Level, str]] = [("tokens", site) for site in LAYERED_SITES]
-    wanted += [("prompts", f"{site}_{pooling}") for site in LAYERED_SITES for pooling in POOLINGS]
-    held = {(level, name) for level in LEVELS for name in view.variables(level)}
-    return next((variable for variable in wanted if variable in held), None)
+    levels: tuple[Level, ...] = ("tokens", "prompts")
+    found = ((level, name) for level in levels for name in list_sites(view, level) if view.variables(level)[name].layered)
+    return next(found, None)
+
+
+def list_sites(view: View, level: Level) -> list[str]:
+    """The variables of a level that hold a site, and no output of the model: those of the residual stream first."""
+    poolings = ("",) if level == "tokens" else tuple(f"_{pooling}" for pooling in POOLINGS)
+    known = [f"{site}{pooling}" for site in LAYERED_SITES for pooling in poolings]
+    held = [name for name in view.variables(level) if name not in INNER_DIMS and name not in SCALARS]
+    return [*(name for name in known if name in held), *(name for name in held if name not in known)]
 
 
 def _sample(weights: Ints, most: int) -> Ints:

@@ -11,12 +11,11 @@ from typing import Any, Final
 
 import xarray as xr
 
-from lmprobe_zarr.batch import LAYERED_SITES, POOLINGS
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.probes import parse_labels
 from lmprobe_zarr.reports.page import GroupPage, ShownTokens, write_page
-from lmprobe_zarr.reports.profiles import Coverage, LayerProfile, bin_coverage, choose_profiled, profile_layers
+from lmprobe_zarr.reports.profiles import Coverage, LayerProfile, bin_coverage, choose_profiled, list_sites, profile_layers
 from lmprobe_zarr.reports.scores import SHOWN_LAYERS, choose_layer, describe_scores, draw_scores, find_scored_group
 from lmprobe_zarr.reports.tokens import SHOWN_PROMPTS, PromptLabels, choose_prompts, show_tokens
 from lmprobe_zarr.store import GroupContents, Model, Place, Store, describe_view, open_to_read, to_dataset
@@ -123,7 +122,7 @@ def report(
     probe : Probe or LayerSweep, optional
         Fitted on one layer, or swept over layers: tokens show its scores.
     variable : str, optional
-        The variable that `labels` are fitted on: a pooled one with layers. By default the pooled residual stream.
+        The variable that `labels` are fitted on: a site that is stored pooled, of any width. By default the pooled residual stream.
     prompts : int or iterable of texts, hashes or token ids
         Whose tokens are shown, at most 12; a number means the first ones, equally many of each class.
     text : bool
@@ -228,15 +227,15 @@ def _describe_group(view: View, contents: GroupContents, scores: xr.Dataset | No
 
 def _choose_pooled(view: View, variable: str | None) -> str | None:
     """The variable that labels are fitted on: the given one, else the pooled residual stream, else any; None if none is stored."""
-    stored = [name for name, info in view.variables("prompts").items() if info.layered]
+    stored = list_sites(view, "prompts")
     if variable is not None:
         if variable not in stored:
             raise InvalidArgumentError(
-                f"{variable!r} is not stored per prompt and layer in {view.where}: there is {', '.join(stored) or 'none'}"
+                f"{variable!r} is no site that is stored per prompt in {view.where}: there is {', '.join(stored) or 'none'}"
             )
         return variable
-    wanted = [f"{site}_{pooling}" for site in LAYERED_SITES for pooling in POOLINGS]
-    return next((name for name in wanted if name in stored), stored[0] if stored else None)
+    layered = [name for name in stored if view.variables("prompts")[name].layered]
+    return next(iter([*layered, *stored]), None)
 
 
 def _score_labels(
@@ -246,21 +245,23 @@ def _score_labels(
     if options.labels is None:
         return None, scores
     if pooled is None:
-        raise InvalidArgumentError(
-            f"{view.where} holds nothing pooled with layers to fit labels on: extract with pooling=, or give scores="
-        )
+        raise InvalidArgumentError(f"{view.where} holds no pooled site to fit labels on: extract with pooling=, or give scores=")
     data = to_dataset(view, "prompts")
     labels = PromptLabels(*parse_labels(data[pooled], options.labels), variable=pooled)
     if scores is None:
         # A curve alone says little: if the texts are stored, scores from the words alone, without the model, are drawn beside it.
         controls = ["shuffled_labels", *(["bag_of_words"] if "text" in data.coords and (data.text.values != "").all() else [])]
-        scores = sweep(data[pooled].sel(layer=list(layers)), labels=options.labels, controls=controls)
+        array = data[pooled]
+        if "layer" in array.dims:
+            held = view.layers_with("prompts", pooled)
+            array = array.sel(layer=[layer for layer in layers if layer in held])
+        scores = sweep(array, labels=options.labels, controls=controls)
     return labels, scores
 
 
 def _profile(view: View, level: Level, variable: str, layers: Sequence[int], sample_bytes: int) -> LayerProfile:
     """Norms and outliers of a variable in the shown layers that are stored on its level."""
-    stored = view.layers(level)
+    stored = view.layers_with(level, variable)
     return profile_layers(view, level, variable, tuple(layer for layer in layers if layer in stored), sample_bytes=sample_bytes)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import LAYERED_SITES
+from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.reports.page import ShownPrompt, ShownTokens
@@ -35,7 +35,7 @@ class PromptLabels:
         What the labels are called.
     values : ndarray, shape (prompt,)
     variable : str
-        The variable that a probe of these labels is fitted on: a pooled one with layers.
+        The variable that a probe of these labels is fitted on: a pooled one.
     """
 
     name: str
@@ -118,8 +118,9 @@ def show_tokens(
     """
     if not len(rows):
         return None
-    stored = tuple(layer for layer in layers if layer in view.layers("tokens"))
-    scores = _choose_scores(view, variable, rows, stored, probe, labels)
+    scores = _choose_scores(view, variable, rows, layers, probe, labels)
+    held = view.layers_with("tokens", scores.variable)
+    stored = tuple(layer for layer in layers if layer in held)
     if scores.by_layer is not None:
         stored = tuple(layer for layer in stored if layer in scores.by_layer)
         if not stored:
@@ -137,28 +138,51 @@ def _choose_scores(
 ) -> _TokenScores:
     """Scores by the given probe; else by regressions on the labels of the prompts that are not shown; else norms."""
     if probe is not None:
-        by_layer, positive = _score_by_layer(probe)
+        by_layer, positive, widths = _score_by_layer(probe)
+        _check_width(view, variable, widths)
         note = f"Score of each token by the probe that was given: above 0 for {positive}, below for the other class."
         return _TokenScores(variable=variable, what=f"score of {positive}", note=note, by_layer=by_layer)
     if labels is not None:
         y = labels.values
         others = np.setdiff1d(np.arange(len(view)), rows)
         if len(np.unique(y)) == len(np.unique(y[others])) == 2:
-            # The probe learns from one site, so it scores tokens of the same site.
-            site = next((site for site in LAYERED_SITES if labels.variable.startswith(f"{site}_")), None)
-            scored = site if site in view.variables("tokens") else variable
-            positive = f"{labels.name} = {np.unique(y)[1]}"
-            note = (
-                f"Log-odds of {positive} for each token of {scored}, by a logistic regression of each layer on {labels.variable} of the "
-                "other prompts. It learned from whole prompts and is asked about tokens: a direction, not a calibrated chance."
-            )
-            by_layer = fit_by_layer(view, labels.variable, others, y[others], layers)
-            return _TokenScores(variable=scored, what=f"log-odds of {positive}", note=note, by_layer=by_layer)
+            scored, shared = _scored_site(view, variable, labels.variable, layers)
+            by_layer = fit_by_layer(view, labels.variable, others, y[others], shared)
+            if by_layer:
+                positive = f"{labels.name} = {np.unique(y)[1]}"
+                note = (
+                    f"Log-odds of {positive} for each token of {scored}, by a logistic regression of each layer on {labels.variable} of "
+                    "the other prompts. It learned from whole prompts and is asked about tokens: a direction, not a calibrated chance."
+                )
+                return _TokenScores(variable=scored, what=f"log-odds of {positive}", note=note, by_layer=by_layer)
     return _TokenScores(variable=variable, what=f"norm of {variable}", note=f"Euclidean norm of {variable} for each token.")
 
 
-def _score_by_layer(probe: Any) -> tuple[dict[int, Score], str]:
-    """A scoring function for each layer of a fitted probe, and the class that scores above 0 mean."""
+def _scored_site(view: View, variable: str, learned: str, layers: Sequence[int]) -> tuple[str, list[int]]:
+    """The tokens that a probe on a pooled variable scores, and the layers that both are stored in; none where their rows differ in width.
+
+    The probe learns from one site, so it scores tokens of the same site, or else those of `variable`.
+    """
+    tokens, pooled = view.variables("tokens"), view.variables("prompts")[learned]
+    scored = site if (site := split_variable(learned)[0]) in tokens else variable
+    if not (pooled.layered and tokens[scored].layered and tokens[scored].row_shape == pooled.row_shape):
+        return scored, []
+    held = {*view.layers_with("tokens", scored)} & {*view.layers_with("prompts", learned)}
+    return scored, [layer for layer in layers if layer in held]
+
+
+def _check_width(view: View, variable: str, widths: set[int]) -> None:
+    """Raise where a probe was fitted on rows of another width than the tokens that it is to score."""
+    width = int(np.prod(view.variables("tokens")[variable].row_shape))
+    if widths != {width}:
+        raise InvalidArgumentError(
+            f"the probe was fitted on rows of {', '.join(map(str, sorted(widths)))} values, and the tokens of {variable!r} have {width}: "
+            "give a probe of that site, or store the tokens of its own"
+        )
+
+
+def _score_by_layer(probe: Any) -> tuple[dict[int, Score], str, set[int]]:
+    """A scoring function for each layer of a fitted probe, the class that scores above 0 mean, and the widths of its rows."""
     if isinstance(probe, LayerSweep):
         by_layer = dict(probe.probes)
     elif isinstance(probe, Probe):
@@ -179,7 +203,8 @@ def _score_by_layer(probe: Any) -> tuple[dict[int, Score], str]:
             f"the probe has {'no classes' if classes is None else f'{len(classes)} classes'}: give one of two classes"
         )
 
-    return {layer: score_of(fitted.pipeline_) for layer, fitted in by_layer.items()}, str(classes[1])
+    widths = {int(fitted.pipeline_.n_features_in_) for fitted in by_layer.values()}
+    return {layer: score_of(fitted.pipeline_) for layer, fitted in by_layer.items()}, str(classes[1]), widths
 
 
 def _show_prompt(view: View, row: int, count: int, labels: PromptLabels | None, *, text: bool) -> ShownPrompt:

@@ -11,6 +11,7 @@ import xarray as xr
 
 from lmprobe_zarr.batch import check_word
 from lmprobe_zarr.errors import InvalidArgumentError, MissingPromptsError
+from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.streaming.order import Blocks
 from lmprobe_zarr.streaming.source import RowSource
 from lmprobe_zarr.tokens import TokenIndex
@@ -52,6 +53,11 @@ def wanted_rows(
     blocks, n = source.blocks(), source.n_rows
     absent = n - int(blocks.offsets[-1])
     if absent and missing == "raise":
+        held = read_list(array.attrs, "stored_layers")
+        if held is not None and (lacking := [label for label in source.labels if label not in held]):
+            raise MissingPromptsError(
+                f"{array.name!r} is not stored in the layers {lacking}: choose those that it is stored in, layer={held}"
+            )
         raise MissingPromptsError(
             f"{absent} of {n} rows are not stored in all of layers {list(source.labels)}: extract them, select prompts that have them, "
             'or give missing="drop"'

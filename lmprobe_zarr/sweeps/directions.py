@@ -69,6 +69,7 @@ def fit_directions(
     Parameters
     ----------
     activations : DataArray of float, dims (layer, prompt, hidden) in any order, or without layer
+        Instead of ``hidden`` any inner dimension, such as ``neurons_unit``, which the coefficients then have.
     labels : str, DataArray, mapping or array
         One set, as for :func:`lmprobe_zarr.sweep`.
     probe : str or scikit-learn estimator

@@ -65,8 +65,9 @@ def sweep(
     activations : DataArray of float, dims (layer, prompt, hidden) in any order; or Dataset of such
         What is fitted, exactly as given. Without ``layer`` it is one layer. A lazy array stays lazy: each task reads its own
         layer, one copy of which it holds at a time (float16 is computed in float32). Coordinates used where present:
-        ``layer``, ``prompt``, ``text``, ``model`` and the labels. Of a dataset every variable over ``prompt`` and ``hidden`` is
-        fitted, and the result has the dim ``variable``.
+        ``layer``, ``prompt``, ``text``, ``model`` and the labels. Of a dataset every variable over ``prompt`` and an inner dimension
+        is fitted, but for logits and perplexities, and the result has the dim ``variable``. Instead of ``hidden`` any inner dimension will
+        do, such as ``neurons_unit``.
     labels : str, DataArray, mapping or array
         The name of a coordinate over ``prompt``; a DataArray over ``prompt``, matched by prompt, whatever its order; a
         mapping from text or prompt hash to label; or values in the order of ``activations.prompt``. Several sets, each
@@ -175,7 +176,7 @@ def sweep(
         scikit-learn's own, but once per sweep with the number of fits.
     UserWarning
         A control scores clearly below chance: prompts that are nearly alike and have different labels, such as the two of a pair, are
-        probably on two sides of a fold. `groups` keeps them together.
+        probably on two sides of a fold. `groups` keeps them together. Or layers are left out, because nothing is stored of an array there.
     FitFailedWarning
         scikit-learn's own, once per sweep: some fits ended in an error, so their scores are NaN. ``nan_reasons`` says which and why. If
         every fit of every probe failed, it is an InvalidArgumentError.

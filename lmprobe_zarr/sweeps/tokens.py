@@ -89,7 +89,8 @@ def fit_tokens(
     ----------
     activations : DataArray of real numbers, dims (layer, token, hidden) in any order
         As ``store.tokens()`` has them, lazy, of Dask arrays, or in memory. Without ``layer`` it is one layer; with ``prompt`` for ``token``
-        every prompt is one row.
+        every prompt is one row. Instead of ``hidden`` any inner dimension, which the coefficients then have. Layers that nothing is
+        stored of are left out.
     labels : str, DataArray, mapping or array
         The name of a coordinate along ``token`` (such as a per-prompt column); a DataArray over ``token`` or ``prompt``, matched by its
         index; a mapping from text or prompt hash to a label or to a list of one label per token; or one value per token, or per prompt.

@@ -250,3 +250,22 @@ def test_the_command_line_takes_paths_and_parts_and_lists_sites(
     code, _, err = call(capsys, *extract, "--over", "assistant")
     assert code == 1
     assert "roles are of chats" in err
+
+
+def test_what_extract_wrote_of_any_site_is_swept(saved: Callable[[str], Path], tmp_path: Path, acts: Store) -> None:
+    model, prompts, label = saved("qwen3"), [f"a text of number {i}" for i in range(20)], [0, 1] * 10
+    run(model, acts, prompts, sites=["neurons", "heads"], pooling=["mean"], coords={"label": label})
+    ds = acts.dataset(prompts=prompts)
+    assert lz.fit_directions(ds.neurons_mean, "label", "ridge").coef.dims == ("layer", "neurons_unit")
+    one = lz.sweep(ds.heads_mean.lz.heads().isel(head=1), "label", "ridge", cv=2)
+    right = lz.sweep(ds.heads_mean.load()[..., 8:16], "label", "ridge", cv=2)
+    np.testing.assert_array_equal(one.accuracy.values, right.accuracy.values)
+    folder = tmp_path / "hybrid"
+    made = hybrid()
+    made.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    other = lz.open_store(tmp_path / "other")
+    run(folder, other, prompts, sites=["resid", "heads"], pooling=["mean"], coords={"label": label})
+    with pytest.warns(UserWarning, match=r"'heads_mean' is not stored in the layers \[0, 2\], which are left out"):
+        scores = lz.sweep(other.dataset(prompts=prompts).heads_mean, "label", "ridge", cv=2)
+    assert scores.layer.values.tolist() == [1, 3]

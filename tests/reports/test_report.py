@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -313,3 +314,71 @@ def test_the_command_draws_scores_that_were_saved(stored: Store, tmp_path: Path,
     assert code == 0, err
     (data,) = data_of(lz.Report((tmp_path / "r.html").read_text(encoding="utf-8")))
     assert data["charts"][0]["series"][0][1] == pytest.approx(scores.accuracy.mean("fold").values[:, 0].tolist(), rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- sites of any name
+
+
+def free_sites(root: Path) -> Store:
+    """No residual stream: `neurons` in one layer of two and by token, `gate_mean` in both, `last_mean` without layers."""
+    rng = np.random.default_rng(0)
+    labels = [i % 2 for i in range(40)]
+    tokens = [rng.standard_normal((3, 7)).astype("float32") + 2 * label for label in labels]
+    gate = {layer: rng.standard_normal((40, 5)).astype("float32") for layer in (0, 1)}
+    last = rng.standard_normal((40, 6)).astype("float32") + np.array(labels)[:, None]
+    store = lz.open_store(root)
+    texts = [f"prompt {i}" for i in range(40)]
+    lz.write_activations(
+        store, model="m", prompts=texts, coords={"label": labels}, activations={"neurons": {1: tokens}},
+        pooled={"neurons_mean": {1: np.stack([t.mean(0) for t in tokens])}, "last_mean": last},
+    )  # fmt: skip
+    lz.write_activations(store, model="m", prompts=texts, pooled={"gate_mean": gate})
+    return store
+
+
+def test_a_store_without_a_residual_stream_is_shown_by_the_sites_that_it_holds(tmp_path: Path) -> None:
+    store = free_sites(tmp_path / "s")
+    page = lz.report(store)
+    assert "Norm of neurons" in page.html
+    assert "norm of neurons" in page.html
+    for name in ("neurons", "neurons_mean", "gate_mean", "last_mean"):
+        assert name in page.html
+    profile = profile_layers(store.view(store.find_group("m")), "tokens", "neurons", (1,), sample_bytes=2**20)
+    values = store.tokens("m").neurons.sel(layer=1).values.astype(float)
+    assert profile.norms[:, 0] == pytest.approx(np.percentile(np.linalg.norm(values, axis=1), [5, 50, 95]), rel=1e-5)
+
+
+@pytest.mark.parametrize("variable", ["neurons_mean", "gate_mean", "last_mean"])
+def test_labels_are_fitted_on_any_pooled_site(tmp_path: Path, variable: str) -> None:
+    store = free_sites(tmp_path / "s")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        page = lz.report(store, labels="label", variable=variable)
+    assert f"from {variable}" in page.html
+    # Tokens are scored by a probe of their own site, and are not where no probe has learned from rows like theirs.
+    assert ("log-odds of label = 1" in page.html) == (variable == "neurons_mean")
+    assert ("norm of neurons" in page.html) == (variable != "neurons_mean")
+    with pytest.raises(InvalidArgumentError, match=r"'neurons' is no site that is stored per prompt in .*: there is .*gate_mean"):
+        lz.report(store, labels="label", variable="neurons")
+
+
+def test_a_probe_of_another_width_than_the_tokens_is_refused(tmp_path: Path) -> None:
+    store = free_sites(tmp_path / "s")
+    ds = store.dataset("m")
+    fits = lz.Probe(model="m", classifier="ridge").fit_from_activations(ds.neurons_mean.sel(layer=[1]), ds.label.values)
+    assert "score of 1" in lz.report(store, probe=fits).html
+    other = lz.Probe(model="m", classifier="ridge").fit_from_activations(ds.gate_mean.sel(layer=[1]), ds.label.values)
+    with pytest.raises(InvalidArgumentError, match="fitted on rows of 5 values, and the tokens of 'neurons' have 7"):
+        lz.report(store, probe=other)
+
+
+def test_the_command_line_takes_any_site(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    free_sites(tmp_path / "s")
+    out = tmp_path / "page.html"
+    assert call(capsys, "report", str(tmp_path / "s"), "-o", str(out), "--labels", "label", "--variable", "neurons_mean")[0] == 0
+    assert "log-odds of label = 1" in out.read_text()
+    with pytest.warns(UserWarning, match=r"'neurons_mean' is not stored in the layers \[0\], which are left out"):
+        swept = call_json(capsys, "sweep", str(tmp_path / "s"), "--labels", "label", "--variable", "neurons_mean", "--probes", "ridge")
+    assert swept["variable"] == "neurons_mean"
+    assert {row["layer"] for row in swept["scores"]} == {1}
+    assert max(row["accuracy"] for row in swept["scores"]) > 0.9

@@ -220,6 +220,10 @@ class View:
             widened=widened,
         )
 
+    def layers_with(self, level: Level, name: str) -> tuple[int, ...]:
+        """The layers that a variable is stored in for some prompt, of those of its level; empty for a variable without layers."""
+        return self.source(level, name, np.zeros(0, np.int64), self.layers(level)).held_layers
+
     def locate(self, prompt: Any) -> int | None:
         """The number of the prompt with this text, hash or token ids; None where there is none."""
         try:
