@@ -84,7 +84,7 @@ def without_absent_layers(array: xr.DataArray) -> xr.DataArray:
 
 
 def _callers_level() -> int:
-    """How many frames the caller of this package is above `without_absent_layers`, which several calls reach by ways of different lengths."""
+    """How many frames the caller of this package is above `without_absent_layers`, which calls reach by ways of different lengths."""
     level, frame = 1, inspect.currentframe()
     frame = None if frame is None else frame.f_back
     while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("lmprobe_zarr."):
