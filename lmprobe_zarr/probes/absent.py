@@ -63,7 +63,7 @@ def describe_unfit(array: xr.DataArray, layer: Any, rows: list[int], n: int, *, 
             f"{of} was never extracted for {len(absent)} of {n} {noun}s{shown}{more}: {extract}, or leave these {noun}s out with "
             f".dropna({noun!r})"
         )
-    if layer is not None and len(rows) == n and (others := _layers_with_values(array)):
+    if held is None and layer is not None and len(rows) == n and (others := _layers_with_values(array)):
         # A site that some layers lack, in an array that has lost what it knew of that.
         return (
             f"{of} is NaN or infinite for all {n} {noun}s: its site may not be in this layer, store.coverage() tells: select the layers "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Hashable, Iterable
 from typing import Any, Final
@@ -77,9 +78,18 @@ def without_absent_layers(array: xr.DataArray) -> xr.DataArray:
         f"{name_in_messages(array)} is not stored in the layers {shown}, which are left out: select the others by .sel(layer="
         f"{[labels[place] for place in kept]})",
         UserWarning,
-        stacklevel=5,
+        stacklevel=_callers_level(),
     )
     return array.isel(layer=kept)
+
+
+def _callers_level() -> int:
+    """How many frames the caller of this package is above `without_absent_layers`, which calls reach by ways of different lengths."""
+    level, frame = 1, inspect.currentframe()
+    frame = None if frame is None else frame.f_back
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("lmprobe_zarr."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _has_values(variable: xr.Variable, place: int) -> bool:

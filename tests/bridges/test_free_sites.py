@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import call, call_json
 from foreign_caches import safetensors_bytes
 
 import lmprobe_zarr as lz
@@ -175,3 +176,13 @@ def test_a_group_of_which_lmprobe_has_no_name_for_anything_is_an_error(store: St
     with pytest.raises(InvalidArgumentError, match=r"no name for anything that .* holds \(z\): it holds resid, .*copy_to"):
         lz.export_safetensors(store, tmp_path / "cache", model="m", progress=False)
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_command_line_names_variables(store: Store, tensors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mapping = {"resid": "resid.{layer}", "z": "z.{layer}"}
+    import_tensors(tensors, store, model="m", prompts=PROMPTS, mapping=mapping, offsets="counts", progress=False)
+    command = ("export", "--from", store.url, "--to", str(tmp_path / "cache"), "--variables")
+    code, _, problem = call(capsys, *command, "resid,z")
+    assert code == 1
+    assert "no name for 'z'" in problem
+    assert call_json(capsys, *command, "resid")["exported"] == 3

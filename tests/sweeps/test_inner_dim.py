@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -173,8 +173,9 @@ def test_layers_that_lack_a_site_are_left_out_and_named(store: Store) -> None:
     assert array.sizes["layer"] == 2
     named = r"'gate_mean' is not stored in the layers \[0\], which are left out: select the others by .sel\(layer=\[1\]\)"
     for given in (array, array.load(), array.chunk({"prompt": 9})):
-        with pytest.warns(UserWarning, match=named):
+        with pytest.warns(UserWarning, match=named) as caught:
             scores = lz.sweep(given, "label", "ridge", cv=3)
+        assert [warning.filename for warning in caught] == [__file__], "it points to the call"
         assert scores.layer.values.tolist() == [1]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -205,6 +206,25 @@ def test_values_are_never_left_out_for_what_an_attribute_says() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert lz.sweep(array, "label", "ridge", cv=3).layer.values.tolist() == [0, 1]
+
+
+def test_tokens_of_layers_that_lack_a_site_are_left_out_and_named(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "acts", durable=False)
+    gate = neurons((1,), width=7)
+    lz.write_activations(store, model="m", prompts=TEXTS, activations={"resid": neurons((0, 1), width=HIDDEN)}, coords={"label": Y})
+    lz.write_activations(store, model="m", prompts=TEXTS, activations={"gate": gate}, hidden_size=HIDDEN)
+    array = store.tokens(prompts=TEXTS).gate
+    named = r"'gate' is not stored in the layers \[0\], which are left out"
+    with pytest.warns(UserWarning, match=named):
+        probes = lz.fit_tokens(array, "label", "ridge")
+    assert probes.layer.values.tolist() == [1]
+    with pytest.warns(UserWarning, match=named):
+        scores = lz.score_tokens(probes, array)
+    x = np.concatenate(gate[1]).astype(np.float64)
+    right = make_pipeline(StandardScaler(), RidgeClassifier()).fit(x, np.repeat(Y, COUNTS)).decision_function(x)
+    np.testing.assert_allclose(scores.sel(layer=1).values, right, atol=1e-4)
+    with pytest.warns(UserWarning, match=named):
+        assert lz.sweep_tokens(array, "label", "ridge", 3).layer.values.tolist() == [1]
 
 
 def test_a_site_without_layers_is_one_layer(store: Store) -> None:
