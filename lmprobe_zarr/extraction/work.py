@@ -111,7 +111,7 @@ def _sizes(lookup: Lookup, precision: Precision, tokens: int) -> tuple[int, int]
         vocab_size=model.vocab_size,
         experts=model.num_experts,
         widths=lookup.widths,
-        site_layers={variable.site: len(variable.layers) for variable in lookup.wanted if variable.layers},
+        site_layers={each.site: len(each.layers) for each in lookup.wanted if each.layers and each.layers != lookup.layers},
         parts=len(request.parts),
     )
     stored_tokens = 0 if lookup.view is None else int(lookup.view.token_counts()[lookup.found_rows].sum())
