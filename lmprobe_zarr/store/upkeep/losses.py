@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from lmprobe_zarr.batch import POOLINGS, SCALARS, SITES, describe_layers, is_top_k
+from lmprobe_zarr.batch import ALL, BUILT_IN_SITES, SCALARS, describe_layers, is_top_k, split_pooled
 from lmprobe_zarr.display import shortened
 from lmprobe_zarr.store.upkeep.problems import Problem
 
@@ -28,6 +30,8 @@ class LostValues:
         The prompts, by their labels of 16 digits.
     texts : tuple of str or None
         Their texts, where these are known.
+    noted : mapping of str to mapping
+        What the arrays of a variable say of its site and of the tokens that it is pooled over.
     """
 
     model: str
@@ -36,6 +40,7 @@ class LostValues:
     layers: tuple[int, ...]
     hashes: tuple[str, ...]
     texts: tuple[str | None, ...]
+    noted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def prompts(self) -> list[str]:
@@ -44,24 +49,33 @@ class LostValues:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `extract` beside model and prompts: ``extract(model, lost.prompts, store=store, **lost.arguments)``."""
-        found: dict[str, Any] = {"sites": [], "pooling": [], "keep_tokens": False}
+        """Arguments of `extract` beside model and prompts: ``extract(model, lost.prompts, store=store, **lost.arguments)``.
+
+        Variables of which nobody knows what they are of, as those of a caller's own arrays, are not among them.
+        """
+        found: dict[str, Any] = {"keep_tokens": False}
+        sites: dict[str, str] = {}
+        poolings: dict[str, None] = {}
+        over: dict[str, Any] = {}
         for name in self.variables:
-            pooling = next((p for p in POOLINGS if name.endswith(f"_{p}") and name.removesuffix(f"_{p}") in SITES), None)
-            if pooling is not None:
-                found["sites"].append(name.removesuffix(f"_{pooling}"))
-                found["pooling"].append(pooling)
-            elif name in SITES:
-                found["sites"].append(name)
-                found["keep_tokens"] = True
-            elif name in ("perplexity", *SCALARS):
+            site, pooling, part = split_pooled(name)
+            noted = self.noted.get(name, {})
+            path = noted.get("site_path") or (site if site in BUILT_IN_SITES else None)
+            if name in ("perplexity", *SCALARS):
                 found["perplexity"] = True
             elif name == "router":
                 found["router"] = True
             elif name.startswith("logits"):
                 found["logits"] = "last_token" if name.startswith("logits_last_token") else "all"
                 found["logits_top_k"] = found.get("logits_top_k") or (1 if is_top_k(name) else None)
-        found |= {key: list(dict.fromkeys(found[key])) for key in ("sites", "pooling")}
+            elif path is not None and (part == ALL or "over" in noted):
+                sites[site] = path
+                found["keep_tokens"] |= pooling is None
+                poolings |= {} if pooling is None else {pooling: None}
+                over |= {} if pooling is None else {part: ALL if part == ALL else json.loads(noted["over"])}
+        plain = all(site == path for site, path in sites.items())
+        found |= {"sites": list(sites) if plain else sites, "pooling": list(poolings)}
+        found |= {} if set(over) <= {ALL} else {"over": over}
         return found | ({"layers": list(self.layers)} if self.layers else {})
 
     def __str__(self) -> str:

@@ -311,6 +311,11 @@ def _plan_lost(group: FoundGroup, info: GroupInfo, repairs: Sequence[_PartRepair
             digests.setdefault(row.tobytes()[:_HASH_BYTES], row.tobytes())
         losing.append((held, repair.gone))
     columns = sorted({cell for _, cells in losing for cell in cells})
+    noted = {
+        key.partition("/")[2]: {name: array.attributes[name] for name in ("site_path", "over") if name in array.attributes}
+        for held, _ in losing
+        for key, array in held.arrays.items()
+    }
     if not columns:
         return [], unknown
     place = {cell: j for j, cell in enumerate(columns)}
@@ -356,6 +361,7 @@ def _plan_lost(group: FoundGroup, info: GroupInfo, repairs: Sequence[_PartRepair
             layers=numbers,
             hashes=tuple(keys[i].hex() for i in sorted(which)),
             texts=tuple(_checked(texts.get(keys[i]), whole[i]) for i in sorted(which)),
+            noted={name: noted[name] for name in variables if name in noted},
         )
         for (variables, numbers), which in found.items()
     ], unknown

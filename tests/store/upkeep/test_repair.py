@@ -806,9 +806,46 @@ def test_an_extraction_of_what_is_lost_completes_the_store(tmp_path: Path) -> No
     assert (stats.found, stats.model_loaded) == (4, False)
 
 
-def shown_values(store: Store) -> dict[str, npt.NDArray[Any]]:
+@pytest.mark.model
+def test_what_is_lost_of_a_module_and_of_a_part_of_the_tokens_is_extracted_again(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from tiny_models import save_tiny
+
+    model = str(tmp_path / "toy")
+    save_tiny("gpt2", Path(model), n_layer=3)
+    texts = ["a walk in the sun", "the soup was cold"]
+    what: dict[str, Any] = {
+        "sites": {"z": "attn.c_proj:input", "neurons": "neurons", "end": "/ln_f"}, "pooling": ["mean"], "keep_tokens": True,
+        "over": {"all": "all", "tail": {"position": slice(-2, None)}}, "dtype": "float32",
+    }  # fmt: skip
+    store = lz.open_store(tmp_path / "s", durable=False)
+    lz.extract(model, texts, store=store, progress=False, **what)
+    lz.write_activations(
+        store, model="toy", prompts=["mine"], pooled={"own_mean": {0: np.ones((1, 3), np.float32)}}, provenance={"note": "mine"}
+    )  # fmt: skip
+    group = next(name for name, info in store.groups().items() if "note" not in info.provenance)
+    before = shown_values(store, group=group)
+    (part,) = [part.path for part in store.view(store.groups()[group]).parts]
+    for chunk in ("prompts/z_mean_tail/c.1.0.0", "prompts/end_mean/c.0.0", "tokens/neurons/c.2.0.0"):
+        chunk_of(store, part, chunk).write_bytes(b"")
+    (own,) = [part.path for part in store.view(next(info for name, info in store.groups().items() if name != group)).parts]
+    chunk_of(store, own, "prompts/own_mean/c.0.0.0").write_bytes(b"")
+    summary = store.repair(progress=False)
+    assert {name for lost in summary.lost for name in lost.variables} == {"z_mean_tail", "end_mean", "neurons", "own_mean"}
+    for lost in summary.lost:
+        if "own_mean" in lost.variables:
+            assert lost.arguments["sites"] == [], "nobody knows what it is of"
+            continue
+        lz.extract(model, lost.prompts, store=store, progress=False, dtype="float32", **lost.arguments)
+    after = shown_values(lz.open_store(store.url), group=group)
+    assert set(after) == set(before)
+    for name, array in before.items():
+        np.testing.assert_allclose(after[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def shown_values(store: Store, group: str | None = None) -> dict[str, npt.NDArray[Any]]:
     found: dict[str, npt.NDArray[Any]] = {}
-    for data in (store.dataset(), store.tokens()):
+    for data in (store.dataset(group=group), store.tokens(group=group)):
         for name, array in data.data_vars.items():
             found[str(name)] = array.values[..., :1] if "top_k" in str(name) else array.values
     return found
