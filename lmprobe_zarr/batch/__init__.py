@@ -49,7 +49,7 @@ from lmprobe_zarr.batch.hashes import (
 from lmprobe_zarr.batch.layers import LayerSpec, choose_layers, describe_layers, parse_sweep, resolve_layers
 from lmprobe_zarr.batch.options import check_flag, check_word, list_names
 from lmprobe_zarr.batch.parse_column import parse_column, with_encoder_texts
-from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings, pool_ragged
+from lmprobe_zarr.batch.pooling import ALL, POOLINGS, parse_poolings, pool_ragged, pooled_name, split_variable
 from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
 from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.batch.ragged import as_slice, concat_ranges, offsets_of, positions_of
@@ -84,12 +84,11 @@ from lmprobe_zarr.batch.sites import (
     parse_sites,
     pooled_name_problem,
     row_bytes,
-    split_variable,
     variable_problem,
 )
 from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
 from lmprobe_zarr.batch.token_batch import TokenBatch
-from lmprobe_zarr.batch.token_parts import ALL, OverSpec, TokenPart, TokensOfPrompts, one_part, parse_over, pooled_name, split_pooled
+from lmprobe_zarr.batch.token_parts import OverSpec, TokenPart, TokensOfPrompts, one_part, parse_over
 from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids, special_id
 from lmprobe_zarr.batch.widening import copy_rows, widen
 
@@ -204,7 +203,6 @@ __all__ = [
     "shorten",
     "show_value",
     "special_id",
-    "split_pooled",
     "split_variable",
     "store_as",
     "template_of",

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["POOLINGS", "parse_poolings", "pool_ragged"]
+__all__ = ["ALL", "POOLINGS", "parse_poolings", "pool_ragged", "pooled_name", "split_variable"]
 
 
 def _last_token(values: Array, starts: Ints, counts: Ints) -> Array:
@@ -49,6 +49,8 @@ _POOL_RAGGED: Final[Mapping[str, Callable[[Array, Ints, Ints], Array]]] = {
     "min": _min,
 }
 POOLINGS: Final = tuple(_POOL_RAGGED)
+#: The part that is all tokens of a prompt, whose variables are ``<site>_<pooling>``.
+ALL: Final = "all"
 
 
 def parse_poolings(poolings: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
@@ -96,3 +98,24 @@ def pool_ragged(values: Array, n_tokens: npt.ArrayLike, pooling: str) -> Array:
     if not len(counts):
         return values[..., :0, :]
     return _POOL_RAGGED[pooling](values, np.cumsum(counts) - counts, counts)
+
+
+def pooled_name(site: str, pooling: str, part: str = ALL) -> str:
+    """The name of a pooled variable."""
+    return f"{site}_{pooling}" if part == ALL else f"{site}_{pooling}_{part}"
+
+
+def split_variable(variable: str) -> tuple[str, str | None, str]:
+    """Site, pooling and part of the name of a pooled variable; no pooling where it is none, and `ALL` for all tokens.
+
+    >>> split_variable("resid_mean_assistant")
+    ('resid', 'mean', 'assistant')
+    """
+    for pooling in POOLINGS:
+        if variable.endswith(f"_{pooling}"):
+            return variable.removesuffix(f"_{pooling}"), pooling, ALL
+    for pooling in POOLINGS:
+        site, found, part = variable.partition(f"_{pooling}_")
+        if site and found and part:
+            return site, pooling, part
+    return variable, None, ALL

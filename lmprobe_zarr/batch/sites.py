@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
-from lmprobe_zarr.batch.pooling import POOLINGS, parse_poolings
+from lmprobe_zarr.batch.pooling import ALL, POOLINGS, parse_poolings, split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
@@ -37,17 +37,8 @@ __all__ = [
     "parse_sites",
     "pooled_name_problem",
     "row_bytes",
-    "split_variable",
     "variable_problem",
 ]
-
-
-def split_variable(variable: str) -> tuple[str, str | None]:
-    """Site and pooling of a variable's name: ``"resid_last_token"`` gives ``("resid", "last_token")``."""
-    for pooling in POOLINGS:
-        if variable.endswith(f"_{pooling}"):
-            return variable.removesuffix(f"_{pooling}"), pooling
-    return variable, None
 
 
 # The sites of the first version of the format, whose names are variables wherever they stand.
@@ -257,7 +248,7 @@ def variable_problem(name: object) -> str | None:
 
 def pooled_name_problem(name: object, *, pooled: bool) -> str | None:
     """Why a name can be no variable's, with one row per prompt (`pooled`) or per token, as text; None if it can. For sites, not outputs."""
-    site, pooling = split_variable(name) if isinstance(name, str) else ("", None)
+    site, pooling, _ = split_variable(name) if pooled and isinstance(name, str) else (name, None, ALL)
     problem = None if site in SITES else variable_problem(site)
     if problem is None and (pooling is not None) == pooled:
         return None

@@ -13,15 +13,13 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from lmprobe_zarr.batch.pooling import POOLINGS
+from lmprobe_zarr.batch.pooling import ALL, POOLINGS
 from lmprobe_zarr.batch.ragged import offsets_of, positions_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["ALL", "OverSpec", "TokenPart", "TokensOfPrompts", "one_part", "parse_over", "pooled_name", "split_pooled"]
+__all__ = ["OverSpec", "TokenPart", "TokensOfPrompts", "one_part", "parse_over"]
 
-#: The part that is all tokens of a prompt, whose variables are ``<site>_<pooling>``.
-ALL: Final = "all"
 _GENERATED: Final = "generated"
 _CRITERIA: Final = ("role", "generated", "position", "span", "after")
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
@@ -316,24 +314,3 @@ def _text(name: str, what: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise InvalidTypeError(f"over={{{name!r}: {{{what!r}: {value!r}}}}} is no text: give some characters")
     return value
-
-
-def pooled_name(site: str, pooling: str, part: str = ALL) -> str:
-    """The name of a pooled variable."""
-    return f"{site}_{pooling}" if part == ALL else f"{site}_{pooling}_{part}"
-
-
-def split_pooled(variable: str) -> tuple[str, str | None, str]:
-    """Site, pooling and part of the name of a pooled variable; no pooling where it is none, and `ALL` for all tokens.
-
-    >>> split_pooled("resid_mean_assistant")
-    ('resid', 'mean', 'assistant')
-    """
-    for pooling in POOLINGS:
-        if variable.endswith(f"_{pooling}"):
-            return variable.removesuffix(f"_{pooling}"), pooling, ALL
-    for pooling in POOLINGS:
-        site, found, part = variable.partition(f"_{pooling}_")
-        if site and found and part:
-            return site, pooling, part
-    return variable, None, ALL

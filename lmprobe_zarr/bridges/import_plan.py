@@ -208,7 +208,7 @@ def check_variables(holds: Iterable[Held]) -> None:
     widths: dict[str, tuple[str, tuple[int, ...]]] = {}
     lower: dict[str, str] = {}
     for held in dict.fromkeys(holds):
-        name, (site, _) = held.variable, split_variable(held.variable)
+        name, site = held.variable, split_variable(held.variable)[0]
         if lower.setdefault(name.lower(), name) != name:
             raise InvalidArgumentError(
                 f"{lower[name.lower()]!r} and {name!r} differ by case alone, and some file systems ignore case: choose another name"

@@ -222,7 +222,7 @@ def _pooled(lookup: Lookup, names: Sequence[str], layers: tuple[int, ...], place
         tokens = {site: read_values(view, "tokens", site, rows[block], layers) for site in sites}
         arrays, dtypes = {}, {}
         for name in names:
-            site, pooling = split_variable(name)
+            site, pooling, _ = split_variable(name)
             dtype = str(stored[site].attributes.get("stored_dtype", stored[site].dtype))
             pooled = pool_ragged(tokens[site], counts[block], str(pooling))
             # Rounded as the model's own result would be: the mean of bfloat16 numbers is a bfloat16 number again.

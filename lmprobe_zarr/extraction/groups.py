@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lmprobe_zarr.batch import ALL, split_pooled
+from lmprobe_zarr.batch import ALL, split_variable
 from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidArgumentError
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.models import ModelIdentity
@@ -124,7 +124,7 @@ def _others(request: Request, info: GroupInfo) -> dict[str, tuple[str, str]]:
     view = request.store.view(info, whole=False)
     for level in LEVELS:
         for name, array in view.variables(level).items():
-            site, _, part = split_pooled(name) if level == "prompts" else (name, None, ALL)
+            site, _, part = split_variable(name) if level == "prompts" else (name, None, ALL)
             path, over = (str(array.attributes.get(key, "")) for key in ("site_path", "over"))
             if site in paths and not _same_module(path, paths[site]):
                 found[f"site_{site}"] = f"{site!r} of {f'the module {path!r}' if path else 'a module that is not recorded'}", paths[site]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, split_pooled, unused_arguments
+from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, split_variable, unused_arguments
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.extraction import models
@@ -129,7 +129,7 @@ class Lookup:
         found = {}
         for level in LEVELS if self.view is not None else ():
             for name, array in self.view.variables(level).items():  # type: ignore[union-attr]
-                if (site := split_pooled(name)[0]) in self.request.sites.names:
+                if (site := split_variable(name)[0]) in self.request.sites.names:
                     found[site] = int(np.prod(array.row_shape))
         if self.loaded is not None:
             places = models.places_of(self.loaded, self.request.sites, self.layers)
@@ -299,7 +299,7 @@ def _noted_layers(view: View | None) -> dict[str, tuple[int, ...]]:
     for level in LEVELS if view is not None else ():
         for name, array in view.variables(level).items():  # type: ignore[union-attr]
             if "site_layers" in array.attributes:
-                found[split_pooled(name)[0]] = tuple(array.attributes["site_layers"])
+                found[split_variable(name)[0]] = tuple(array.attributes["site_layers"])
     return found
 
 

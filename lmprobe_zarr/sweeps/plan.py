@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import check_flag, split_variable
+from lmprobe_zarr.batch import ALL, check_flag, split_variable
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import LabelError
 from lmprobe_zarr.probes import FitPlan, FitTask, FitVariable, Labels, bare_variable, draw_within, group_codes, list_prompts, number_repeats
@@ -465,8 +465,10 @@ def _coordinates(fits: FitPlan, data: Data, dims: Mapping[str, Array]) -> dict[s
         coords["repeat"] = ("fold", repeats)
     if "variable" in dims:
         parts = [split_variable(str(each.name)) for each in data.arrays]
-        coords["site"] = ("variable", np.array([site for site, _ in parts]))
-        coords["pooling"] = ("variable", np.array([pooling or "" for _, pooling in parts]))
+        coords["site"] = ("variable", np.array([site for site, _, _ in parts]))
+        coords["pooling"] = ("variable", np.array([pooling or "" for _, pooling, _ in parts]))
+        if any(part != ALL for _, _, part in parts):
+            coords["over"] = ("variable", np.array([part for _, _, part in parts]))
     if "model" in array.coords and array.coords["model"].ndim == 0:
         coords["model"] = str(array.coords["model"].item())
     return coords | _prompt_coordinates(fits, data, dims) if fits.predictions else coords

@@ -193,6 +193,10 @@ def test_parts_hold_for_sites_of_any_width_and_survive_compaction(acts: Store, r
     acts.compact(progress=False)
     ds = acts.dataset(prompts=PROMPTS)
     assert ds.neurons_mean_tail.dims == ("layer", "prompt", "neurons_unit")
+    scores = lz.sweep(ds[["resid_mean_tail", "resid_last_token_tail"]], [0, 1] * 3, "ridge", cv=3)
+    assert scores.site.values.tolist() == ["resid", "resid"]
+    assert scores.pooling.values.tolist() == ["mean", "last_token"]
+    assert scores.over.values.tolist() == ["tail", "tail"]
     assert run(PROMPTS, **options).extracted == 0
 
 

@@ -217,3 +217,12 @@ def test_tensors_of_any_site_keep_their_numbers(store: Store) -> None:
     assert torch.equal(data.z_mean.lz.to_torch()[0], values)
     np.testing.assert_array_equal(data.norm_mean.values, values.float().numpy())
     assert store.dataset("m", dtype="stored").half_mean.dtype == np.float16
+
+
+def test_what_is_pooled_over_a_part_of_the_tokens_is_named_as_extraction_names_it(tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "acts")
+    pooled = {"resid_mean_assistant": {0: np.ones((2, 4), np.float32)}, "wide_mean_assistant": {0: np.ones((2, 6), np.float32)}}
+    lz.write_activations(store, model="m", prompts=["a", "b"], pooled=pooled)
+    ds = store.dataset()
+    assert ds.resid_mean_assistant.dims == ("layer", "prompt", "hidden")
+    assert ds.wide_mean_assistant.dims == ("layer", "prompt", "wide_unit")

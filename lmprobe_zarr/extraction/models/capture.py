@@ -31,7 +31,7 @@ from lmprobe_zarr.batch import (
     resolve_layers,
     row_bytes,
     shorten,
-    split_pooled,
+    split_variable,
 )
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.batching import (
@@ -398,10 +398,10 @@ def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: Capt
             levels["tokens"]["token_log_prob"], part.lengths
         )  # fmt: skip
     flat = {name for _, name, layered in request.outputs.variables() if not layered}
-    flat |= {name for arrays in levels.values() for name in arrays if _is_outside(request, split_pooled(name)[0])}
+    flat |= {name for arrays in levels.values() for name in arrays if _is_outside(request, split_variable(name)[0])}
     # The router's own last: its layers are those that have one.
     names = sorted((name for arrays in levels.values() for name in arrays if name not in flat), key="router".__eq__)
-    layers_of = {name: request.layers_of(split_pooled(name)[0]) for name in names}
+    layers_of = {name: request.layers_of(split_variable(name)[0]) for name in names}
     kinds = list(dict.fromkeys(layers_of.values())) or [()]
     for number, layers in enumerate(kinds):
         held = {
@@ -422,14 +422,14 @@ def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: Capt
             prompts=held["prompts"],
             unlayered=frozenset(kept & flat),
             stored_dtype={name: dtype for name, dtype in stored.items() if name in kept},
-            site_attributes=_site_attributes(request, {split_pooled(name)[0] for name in kept}, num_layers)
+            site_attributes=_site_attributes(request, {split_variable(name)[0] for name in kept}, num_layers)
             | _part_attributes(request, kept),
         )
 
 
 def _part_attributes(request: CaptureRequest, names: set[str]) -> dict[str, dict[str, Any]]:
     """What is noted of the variables that are pooled over a part of the tokens."""
-    described = {name: request.parts.get(split_pooled(name)[2], "") for name in sorted(names)}
+    described = {name: request.parts.get(split_variable(name)[2], "") for name in sorted(names)}
     return {name: {"over": text} for name, text in described.items() if text}
 
 

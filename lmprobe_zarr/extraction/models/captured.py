@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lmprobe_zarr.batch import ALL, NO_OUTPUTS, Outputs, concat_ranges, offsets_of, pooled_name, split_pooled
+from lmprobe_zarr.batch import ALL, NO_OUTPUTS, Outputs, concat_ranges, offsets_of, pooled_name, split_variable
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.architectures import Place
 from lmprobe_zarr.extraction.models.conduct import Layout
@@ -252,7 +252,7 @@ class Collected:
         buffer[self._layers(variable).index(layer)].copy_(rows)
 
     def _layers(self, variable: str) -> tuple[int, ...]:
-        return self.request.layers_of(split_pooled(variable)[0])
+        return self.request.layers_of(split_variable(variable)[0])
 
     def _buffer(self, buffers: dict[str, torch.Tensor], variable: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         if variable not in buffers:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, decode_role_names, split_pooled
+from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, decode_role_names, split_variable
 from lmprobe_zarr.store.format.names import COLUMN, SAMPLE_DIM, Json, Level
 
 __all__ = ["SITE_ATTRIBUTES", "ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
@@ -31,7 +31,7 @@ def array_dims(variable: str, level: Level, shape: tuple[int, ...], layered: boo
     tail = len(shape) - len(head)
     if tail != 1:
         return head + tuple(f"{variable}_dim{i}" for i in range(tail))
-    site = split_pooled(variable)[0] if level == "prompts" else variable
+    site = split_variable(variable)[0] if level == "prompts" else variable
     own = "hidden" if site in SITES or shape[-1] == hidden_size else f"{site}_unit"
     return (*head, INNER_DIMS.get(variable, own))
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Literal, TypeAlias
 
-from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, split_variable
+from lmprobe_zarr.batch import ALL, INNER_DIMS, SCALARS, SITES, split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, UnsupportedVersionError
 
 __all__ = [
@@ -76,17 +76,23 @@ def validate_column_names(names: Iterable[str], *, new: bool = False) -> None:
         if not isinstance(name, str) or not COLUMN_NAME.fullmatch(name):
             raise InvalidArgumentError(f"{name!r:.80} is no column name: use the letters a to z, digits and _, a letter first, at most 64")
         taken = (*PROMPT_COLUMNS, *TOKEN_COLUMNS, *DIMENSIONS, *INNER_DIMS, *INNER_DIMS.values(), *SCALARS, "model")
-        if name in taken or split_variable(name)[0] in SITES:
+        if name in taken or _is_variable(name, new=new):
             raise InvalidArgumentError(f"{name!r} is a name of the format itself: choose another name for that column")
         if not new:
             continue
         other = lower.setdefault(name.lower(), name)
-        if other == name and (name.lower() in taken or split_variable(name.lower())[0] in SITES):
+        if other == name and (name.lower() in taken or _is_variable(name.lower(), new=True)):
             other = name.lower()
         if other != name:
             raise InvalidArgumentError(
                 f"the column name {name!r} differs from {other!r} by case alone, and some file systems ignore case: choose another name"
             )
+
+
+def _is_variable(name: str, *, new: bool) -> bool:
+    """Whether a name is that of a variable of a site of format 1. What is pooled over a part of the tokens counts in `new` names only."""
+    site, _, part = split_variable(name)
+    return site in SITES and (new or part == ALL)
 
 
 def check_version(version: object, where: str, known: tuple[int, ...] = (FORMAT_VERSION,)) -> None:

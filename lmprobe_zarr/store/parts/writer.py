@@ -32,7 +32,7 @@ from lmprobe_zarr.batch import (
     join_columns,
     parse_column,
     positions_of,
-    split_pooled,
+    split_variable,
 )
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
 from lmprobe_zarr.storage import PieceWriter, Storage, run_all
@@ -333,7 +333,7 @@ class PartWriter:
                 shuffle=("shuffle" if level == "prompts" else "bitshuffle") if self.compressed else None,
                 attributes={
                     "stored_dtype": batch.stored_dtype.get(name, wide.name),
-                    **batch.site_attributes.get(split_pooled(name)[0] if level == "prompts" else name, {}),
+                    **batch.site_attributes.get(split_variable(name)[0] if level == "prompts" else name, {}),
                     **batch.site_attributes.get(name, {}),
                 },
             )

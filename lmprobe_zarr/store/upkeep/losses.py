@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmprobe_zarr.batch import ALL, BUILT_IN_SITES, SCALARS, describe_layers, is_top_k, split_pooled
+from lmprobe_zarr.batch import ALL, BUILT_IN_SITES, SCALARS, describe_layers, is_top_k, split_variable
 from lmprobe_zarr.display import shortened
 from lmprobe_zarr.store.upkeep.problems import Problem
 
@@ -58,7 +58,7 @@ class LostValues:
         poolings: dict[str, None] = {}
         over: dict[str, Any] = {}
         for name in self.variables:
-            site, pooling, part = split_pooled(name)
+            site, pooling, part = split_variable(name)
             noted = self.noted.get(name, {})
             path = noted.get("site_path") or (site if site in BUILT_IN_SITES else None)
             if name in ("perplexity", *SCALARS):

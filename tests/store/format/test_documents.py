@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import GROUP
 
-from lmprobe_zarr.batch.sites import split_variable
+from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, NotAStoreError, UnsupportedVersionError
 from lmprobe_zarr.store.format.array import ArrayInfo, parse_array
 from lmprobe_zarr.store.format.files_table import check_table
@@ -370,9 +370,12 @@ def test_columns_cannot_take_a_name_of_the_format_or_a_path(name: str) -> None:
 
 
 def test_variable_names_split_into_site_and_pooling() -> None:
-    assert split_variable("resid_last_token") == ("resid", "last_token")
-    assert split_variable("attn_mean") == ("attn", "mean")
-    assert split_variable("mlp") == ("mlp", None)
+    assert split_variable("resid_last_token") == ("resid", "last_token", "all")
+    assert split_variable("attn_mean") == ("attn", "mean", "all")
+    assert split_variable("mlp") == ("mlp", None, "all")
+    assert split_variable("resid_mean_assistant") == ("resid", "mean", "assistant")
+    assert split_variable("my_site_last_token_tail_8") == ("my_site", "last_token", "tail_8")
+    assert split_variable("max_pool") == ("max_pool", None, "all")
 
 
 def test_provenance_takes_json_scalars_only() -> None:
