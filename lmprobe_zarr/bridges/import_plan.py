@@ -48,7 +48,7 @@ __all__ = ["BATCH_PROMPTS", "ImportOptions", "ImportPlan", "check_variables", "o
 BATCH_BYTES: Final = 2**26
 BATCH_PROMPTS: Final = 4096
 # What is no site, and so has a name of the format itself.
-_OUTPUTS: Final = frozenset({*INNER_DIMS, *SCALARS, "token_id"})
+_OUTPUTS: Final = frozenset({*INNER_DIMS, *SCALARS, "token_id", "generated"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

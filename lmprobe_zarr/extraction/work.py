@@ -124,8 +124,12 @@ def _tokenize(lookup: Lookup, columns: Mapping[str, Column]) -> TokenizedPrompts
     if prompts.text is None:
         plain = parse_prompts(request.given, tokenizer=lookup.tokenizer, chat=request.chat)
         prompts = plain if lookup.answers is None else replace(plain.take(lookup.answers.of), sha256=prompts.sha256)
+    missing = prompts.take(lookup.missing)
+    if lookup.answers is not None and lookup.answers.plain.timed is not None:
+        # Answers are not known by their text, but what they answer may have been rendered on another day.
+        missing = replace(missing, timed=lookup.answers.plain.timed[lookup.answers.of[lookup.missing]])
     tokenized = models.tokenize(
-        prompts.take(lookup.missing),
+        missing,
         lookup.tokenizer,
         context_length=lookup.model.window,
         max_length=request.choice.max_length,

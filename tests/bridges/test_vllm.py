@@ -75,9 +75,9 @@ def test_real_files_with_generated_tokens_say_which_these_are(store: Store) -> N
     expected, found = truth([len(ids) for ids in WHOLE]), slots(store, WHOLE)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     toks = store.tokens("m", prompts=WHOLE)
-    assert toks.generated.dtype == np.int64
+    assert toks.generated.dtype == bool
     assert toks.generated.values.tolist() == [int(i >= n) for n, ids in zip(LENGTHS, WHOLE, strict=True) for i in range(len(ids))]
-    assert toks.token_id.values[toks.generated.values == 1].tolist() == [i for answer in ABOUT["generated"] for i in answer[:-1]]
+    assert toks.token_id.values[toks.generated.values].tolist() == [i for answer in ABOUT["generated"] for i in answer[:-1]]
 
 
 def test_real_files_of_8_bits_are_as_near_as_these_can_be(store: Store) -> None:

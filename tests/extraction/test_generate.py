@@ -233,7 +233,7 @@ def test_answers_stay_through_compaction_and_plain_prompts_beside_them(llama: An
     mine = data.where((data.prompt_of == lz.prompt_hash(PROMPTS[1])).compute(), drop=True)
     assert mine.group.values.tolist() == ["b"]
     tokens = acts.tokens("m")
-    assert set(tokens.sel(prompt=lz.prompt_hash(PROMPTS[1])).generated.values.tolist()) == {-1}
+    assert set(tokens.sel(prompt=lz.prompt_hash(PROMPTS[1])).generated.values.tolist()) == {False}
     with no_generating():
         assert run(llama, PROMPTS, acts, SAMPLED, keep_tokens=True).found == len(PROMPTS)
 

@@ -91,6 +91,7 @@ OUTSIDE: dict[str, str] = {
     **dict.fromkeys(("score_tokens", "cosine_similarity"), NO_LABELS),
     **{f"{kind}.lz.{name}": NO_LABELS for kind in ("ds", "array") for name in ("at", "pool", "padded", "to_torch", "norms")},
     "array.lz.to_series": NO_LABELS,
+    "array.lz.heads": NO_LABELS,
     "ds.lz.to_dataframe": NO_LABELS,
     **{f"LayerSweep.{name}": NO_LABELS for name in ("predict", "predict_proba")},
     **{f"LayerSweep.{name}": "each layer is scored as by Probe.score, on prompts of its model" for name in ("score", "best_layer")},

@@ -97,8 +97,9 @@ class Place:
         Whether it is the first floating-point tensor that the module is given, rather than what it returns.
     scales : mapping of int to float
         What the values of a layer are multiplied by, where that is not 1.
-    token_axis : int
-        Which axis of the module's tensor counts the tokens of a prompt; axis 0 counts prompts. All axes after the first two become one.
+    token_axis : int, optional
+        Which axis of the module's tensor counts the tokens of a prompt, where that was seen; axis 0 counts prompts. All further axes become
+        one.
     width : int, optional
         Values of a token.
     heads : int, optional
@@ -110,7 +111,7 @@ class Place:
     modules: Mapping[int | None, nn.Module]
     given: bool = False
     scales: Mapping[int, float] = field(default_factory=dict)
-    token_axis: int = 1
+    token_axis: int | None = None
     width: int | None = None
     heads: int | None = None
     path: str = ""

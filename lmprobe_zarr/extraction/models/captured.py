@@ -186,7 +186,7 @@ class Collected:
         batch, longest = len(self.padded.lengths), self.padded.longest
         found = first_tensor(output)
         place = self.request.places.get(site)
-        if found is not None and place is not None and found.ndim > 3:
+        if found is not None and place is not None and place.token_axis is not None and found.ndim > 3:
             found = found.movedim(place.token_axis, 1).flatten(2)
         hidden = None if found is None else self.layout.apply(found, batch, longest)
         if hidden is not None and hidden.ndim == 3 and hidden.shape[:2] == (1, longest):
