@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,10 +67,16 @@ def rendered(chat: list[dict[str, str]]) -> tuple[str, list[tuple[int, int, str]
     return text + ("" if chat[-1]["role"] == "assistant" else "<assistant>"), places
 
 
+@functools.cache
+def loaded(model: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+@functools.cache
 def values_of(model: Path, text: str, special: bool) -> tuple[Any, Any, Any]:
     """The residual stream of every token, (layer, token, hidden), and the characters of each token; straight from transformers."""
-    transformers = pytest.importorskip("transformers")
-    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    whole = loaded(model)
     encoded = tiny_tokenizer()(text, return_offsets_mapping=True, add_special_tokens=special)
     kept: list[Any] = []
     handles = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,10 +37,15 @@ def run(model: Any, acts: Store, prompts: list[str] = PROMPTS, **options: Any) -
     return lz.extract(model, prompts, store=acts, device="cpu", progress=False, **options)
 
 
+@functools.cache
+def loaded(model: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
 def truth(model: Any, path: str, prompt: str, *, given: bool = True) -> Any:
     """What one module is given or returns for one prompt by itself, straight from transformers, (token, width)."""
-    transformers = pytest.importorskip("transformers")
-    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval() if isinstance(model, Path) else model
+    whole = loaded(model) if isinstance(model, Path) else model
     found: list[Any] = []
     module = whole.get_submodule(path)
     if given:
