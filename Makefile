@@ -69,8 +69,8 @@ NEWER := $(shell for python in python3.14 python3.13 python3.12 $$(ls -d $$HOME/
 
 # Not again on the second interpreter: servers, documents, foreign files, processes that are killed, and each way in which sweeps may differ.
 CORE_SKIPS := not (kill_9 or remote_places or another_sweep)
-CORE_TESTS := tests/batch tests/cli tests/probes tests/storage tests/store tests/streaming tests/tokens tests/sweeps/test_sweep.py \
-	tests/sweeps/test_score_store.py tests/test_accessor.py tests/test_backend.py tests/test_config.py tests/test_display.py \
+CORE_TESTS := tests/batch tests/cli tests/probes/test_files.py tests/storage tests/store tests/streaming tests/tokens tests/sweeps/test_sweep.py \
+	tests/test_accessor.py tests/test_backend.py tests/test_config.py tests/test_display.py \
 	$(addprefix tests/promises/test_,$(addsuffix .py,damage hostile independent_reader numeric_limits old_stores package packaging plain_readers))
 
 test-core:
@@ -89,7 +89,7 @@ $(CORE)/ready: pyproject.toml
 	touch $@
 
 # torch is that of constraints.txt: its old releases bring gigabytes of CUDA packages from the index.
-LOWEST_TESTS := $(CORE_TESTS) tests/extraction/test_extract.py tests/test_plots.py
+LOWEST_TESTS := $(CORE_TESTS) tests/probes tests/sweeps/test_score_store.py tests/extraction/test_extract.py tests/test_plots.py
 
 # Old releases use what newer ones of their own dependencies deprecate, and dask warned of a scheduler that a test chooses: neither is a fault.
 test-lowest: $(LOWEST)/ready
