@@ -160,6 +160,8 @@ def test_the_surface_is_pinned() -> None:
         "import_tensors",
         "import_vllm",
         "list_cached_prompts",
+        "list_sites",
+        "logit_lens",
         "mask_tokens",
         "open_legacy",
         "open_store",
