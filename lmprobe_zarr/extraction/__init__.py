@@ -1,10 +1,11 @@
 """From prompts to stored activations: looks a request up in the store, runs the model on what is missing, and writes the result.
 
 One module per step: ``model_choice`` (which model), ``request`` (what is requested), ``options`` (how it is carried out), ``answers``
-(what answers are asked for), ``lookup`` (what the store has), ``work`` (what is to be done), ``fill`` (doing it in this process),
-``shares`` (cutting it for workers), ``run`` (the steps in order), ``extract`` (the public calls), ``supply`` (activations for a probe),
-``list_sites`` (what can be taken of a model), ``lens`` (what its head makes of stored rows). The inner room ``models`` is the model side,
-which knows no store; other rooms may import from it. Never chunks, never probes.
+(what answers are asked for), ``lookup`` (what the store has), ``continued`` (from which stored layer the model can go on), ``work`` (what
+is to be done), ``fill`` (doing it in this process), ``shares`` (cutting it for workers), ``run`` (the steps in order), ``extract`` (the
+public calls), ``supply`` (activations for a probe), ``list_sites`` (what can be taken of a model), ``lens`` (what its head makes of
+stored rows). The inner room ``models`` is the model side, which knows no store; other rooms may import from it. Never chunks, never
+probes.
 """
 
 from lmprobe_zarr.extraction.extract import extract, plan_extract

@@ -2,7 +2,7 @@
 
 ``identity``, ``own_generation``, ``tokenizing`` and ``window`` need no torch. ``loading``, ``capture``, ``generating`` and ``lens`` need
 torch and transformers, so their names are imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``,
-``head``, ``batching`` and ``outputs``; behind ``lens`` is ``standing_in``.
+``head``, ``batching``, ``outputs`` and ``continuing``; behind ``lens`` and ``continuing`` is ``standing_in``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lmprobe_zarr.extraction.models.window import Window
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.batching import Windows, default_batch_tokens
     from lmprobe_zarr.extraction.models.capture import Progress, run
+    from lmprobe_zarr.extraction.models.continuing import StoredRows
     from lmprobe_zarr.extraction.models.generating import generate_answers
     from lmprobe_zarr.extraction.models.lens import Lens, load_lens
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
@@ -50,6 +51,7 @@ __all__ = [
     "Prompts",
     "Provenance",
     "SiteRow",
+    "StoredRows",
     "TokenizedPrompts",
     "Window",
     "Windows",
@@ -87,6 +89,7 @@ _NEEDS_TORCH: Final = {
     "load_tokenizer": "loading",
     "places_of": "places",
     "SiteRow": "site_table",
+    "StoredRows": "continuing",
     "run": "capture",
     "site_rows": "site_table",
 }
