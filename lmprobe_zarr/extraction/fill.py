@@ -15,6 +15,7 @@ import numpy as np
 from lmprobe_zarr.batch import Answer, Column, TokenBatch, pool_ragged, round_bits, split_variable
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.columns import with_columns
+from lmprobe_zarr.extraction.continued import stored_rows_of
 from lmprobe_zarr.extraction.in_order import InOrder
 from lmprobe_zarr.extraction.lookup import Lookup
 from lmprobe_zarr.extraction.models import TokenizedPrompts
@@ -197,6 +198,7 @@ def _run_model(
             nbytes=WINDOW_BYTES, scratch_nbytes=scratch, batches=max(1, min(WINDOW_BATCHES, int(options.part_seconds / BATCH_SECONDS)))
         ),
         after_window=after_window,
+        start=None if work.plan.continued_from is None else stored_rows_of(lookup, work.plan.continued_from),
     )
 
 

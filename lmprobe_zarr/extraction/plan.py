@@ -91,6 +91,11 @@ class ExtractPlan:
         knows yet how long these are.
     max_new_tokens : int
         Tokens of an answer at most; 0 where none was asked for.
+    continued_from : int, optional
+        The stored layer from which the model goes on, so that only the blocks after it run; None where all have to. Where the loaded model
+        turns out not to give the same so, or the stored values to be rounded, all run after all.
+    work_share : float
+        How many of the blocks are run, of those that would be run otherwise.
     """
 
     model: str
@@ -112,6 +117,8 @@ class ExtractPlan:
     in_lmprobe: int = 0
     to_generate: int = 0
     max_new_tokens: int = 0
+    continued_from: int | None = None
+    work_share: float = 1.0
 
     @property
     def missing(self) -> int:
@@ -138,6 +145,8 @@ class ExtractPlan:
             "size": f"{bound}{format_bytes(self.nbytes)} of {self.dtype}, before compression",
             "free": f"{free}{'' if self.fits else ', which is too little'}",
         }
+        if self.continued_from is not None:
+            rows["tokens"] += f", continued from layer {self.continued_from}: {100 * self.work_share:.0f} % of the work"
         if self.max_new_tokens:
             rows["answers"] = f"{self.to_generate} to generate, of at most {self.max_new_tokens} tokens each"
         if self.unknown:

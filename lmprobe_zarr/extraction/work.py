@@ -10,6 +10,7 @@ import numpy as np
 from lmprobe_zarr.batch import Column, Precision, parse_prompts, row_bytes
 from lmprobe_zarr.extraction import models
 from lmprobe_zarr.extraction.columns import columns_by_prompt, fit_columns
+from lmprobe_zarr.extraction.continued import share_of_work, start_layer
 from lmprobe_zarr.extraction.lookup import Lookup
 from lmprobe_zarr.extraction.models import TokenizedPrompts
 from lmprobe_zarr.extraction.over import with_parts
@@ -73,6 +74,7 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         to_generate = len(answers.unknown(lookup.missing))
         tokens += to_generate * answers.settings.max_new_tokens + sum(len(answer.token_ids) for answer in answers.known.values())
     nbytes, needed_bytes = _sizes(lookup, precision, tokens)
+    start = start_layer(lookup)
     plan = ExtractPlan(
         model=lookup.model.name,
         url=lookup.request.store.url,
@@ -93,6 +95,8 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         in_lmprobe=lookup.in_lmprobe,
         to_generate=to_generate,
         max_new_tokens=0 if answers is None else answers.settings.max_new_tokens,
+        continued_from=start,
+        work_share=1.0 if start is None else share_of_work(lookup, start),
     )
     return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
 

@@ -161,6 +161,7 @@ def test_the_surface_is_pinned() -> None:
         "import_vllm",
         "list_cached_prompts",
         "list_sites",
+        "logit_lens",
         "mask_tokens",
         "open_legacy",
         "open_store",

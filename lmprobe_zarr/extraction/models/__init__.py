@@ -1,8 +1,8 @@
 """The model side of an extraction: prompts to an iterator of `TokenBatch`. Never a store.
 
-``identity``, ``own_generation``, ``tokenizing`` and ``window`` need no torch. ``loading``, ``capture`` and ``generating`` need torch and
-transformers, so their names are imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``, ``head``,
-``batching`` and ``outputs``.
+``identity``, ``own_generation``, ``tokenizing`` and ``window`` need no torch. ``loading``, ``capture``, ``generating`` and ``lens`` need
+torch and transformers, so their names are imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``,
+``head``, ``batching``, ``outputs`` and ``continuing``; behind ``lens`` and ``continuing`` is ``standing_in``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from lmprobe_zarr.extraction.models.window import Window
 if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.batching import Windows, default_batch_tokens
     from lmprobe_zarr.extraction.models.capture import Progress, run
+    from lmprobe_zarr.extraction.models.continuing import StoredRows
     from lmprobe_zarr.extraction.models.generating import generate_answers
+    from lmprobe_zarr.extraction.models.lens import Lens, load_lens
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
     from lmprobe_zarr.extraction.models.places import places_of
     from lmprobe_zarr.extraction.models.site_table import SiteRow, site_rows
@@ -41,6 +43,7 @@ __all__ = [
     "FIXED_FIELDS",
     "PROMPT_KINDS",
     "PROVENANCE_FIELDS",
+    "Lens",
     "LoadedModel",
     "ModelIdentity",
     "Progress",
@@ -48,6 +51,7 @@ __all__ = [
     "Prompts",
     "Provenance",
     "SiteRow",
+    "StoredRows",
     "TokenizedPrompts",
     "Window",
     "Windows",
@@ -56,6 +60,7 @@ __all__ = [
     "generate_answers",
     "identify",
     "length_limit",
+    "load_lens",
     "load_model",
     "load_tokenizer",
     "model_name",
@@ -73,15 +78,18 @@ __all__ = [
 ]
 
 _NEEDS_TORCH: Final = {
+    "Lens": "lens",
     "LoadedModel": "loading",
     "Progress": "capture",
     "Windows": "batching",
     "default_batch_tokens": "batching",
     "generate_answers": "generating",
+    "load_lens": "lens",
     "load_model": "loading",
     "load_tokenizer": "loading",
     "places_of": "places",
     "SiteRow": "site_table",
+    "StoredRows": "continuing",
     "run": "capture",
     "site_rows": "site_table",
 }

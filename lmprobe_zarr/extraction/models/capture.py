@@ -47,15 +47,18 @@ from lmprobe_zarr.extraction.models.batching import (
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
 from lmprobe_zarr.extraction.models.check import check_model
 from lmprobe_zarr.extraction.models.conduct import Conduct
-from lmprobe_zarr.extraction.models.forward import ModelCall, run_forward_pass
+from lmprobe_zarr.extraction.models.continuing import StoredRows, forms_for, is_rounded
+from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall, run_forward_pass
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
 from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width, perplexity_of
 from lmprobe_zarr.extraction.models.paired import PairedBody
 from lmprobe_zarr.extraction.models.places import places_of
+from lmprobe_zarr.extraction.models.standing_in import Forms
 from lmprobe_zarr.extraction.models.structure import evaluating, input_embeddings
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.wrappers import broken_weights
+from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Progress", "run"]
@@ -81,6 +84,7 @@ def run(
     progress: Progress | None = None,
     windows: Windows | None = None,
     after_window: Callable[[], None] | None = None,
+    start: StoredRows | None = None,
 ) -> Iterator[TokenBatch]:
     """The activations of every prompt, batch by batch, the longest prompts of each window first.
 
@@ -113,6 +117,9 @@ def run(
         How many consecutive prompts are sorted by length at a time; by default all.
     after_window : callable, optional
         Called when all batches of a window have been taken.
+    start : StoredRows, optional
+        What is known of a layer before all that are asked for. The blocks up to it do not run, where the model can be run so and the
+        values are as it computed them; otherwise they do.
 
     Yields
     ------
@@ -181,9 +188,15 @@ def run(
     if batch_prompts is not None:
         most = batch_prompts if most is None else min(most, batch_prompts)
     call = ModelCall.of(loaded, request, conduct)
+    forms = None
+    if start is not None and len(tokenized):
+        forms = forms_for(loaded, conduct, start.layer, head=outputs.needs_head)
+        if forms is None:
+            cache_logger().info("[cache] %r is run from its first block: it cannot be continued from layer %d", loaded.name, start.layer)
+    known = _Known(start, forms, loaded) if start is not None and forms is not None else None
     nbytes = collected.prompt + collected.token * tokenized.lengths
     bounds = [(0, len(tokenized))] if windows is None else windows.cut(nbytes, tokenized.run_lengths, batch_tokens, most)
-    return _run_all(loaded, call, tokenized, request, batch_tokens, most, progress, bounds, after_window)
+    return _run_all(loaded, call, tokenized, request, batch_tokens, most, progress, bounds, after_window, known)
 
 
 def _run_all(
@@ -196,6 +209,7 @@ def _run_all(
     progress: Progress | None,
     windows: list[tuple[int, int]],
     after_window: Callable[[], None] | None,
+    known: _Known | None,
 ) -> Iterator[TokenBatch]:
     starts = offsets_of(tokenized.lengths)
     weights = _Weights()
@@ -216,7 +230,7 @@ def _run_all(
         while done < len(order):
             count = next_batch(tokenized.run_lengths[order[done:]], budget, call.uniform_above, most)
             rows = np.sort(order[done : done + count])
-            copying = _run_batch(loaded, call, request, tokenized, starts, rows)
+            copying = _run_batch(loaded, call, request, tokenized, starts, rows, known)
             if copying is None:
                 budget = max(1, count * int(tokenized.run_lengths[rows].max()) // 2)
                 free_memory(loaded.device)
@@ -237,15 +251,22 @@ def _run_all(
 
 
 def _run_batch(
-    loaded: LoadedModel, call: ModelCall, request: CaptureRequest, tokenized: TokenizedPrompts, starts: Ints, rows: Ints
+    loaded: LoadedModel,
+    call: ModelCall,
+    request: CaptureRequest,
+    tokenized: TokenizedPrompts,
+    starts: Ints,
+    rows: Ints,
+    known: _Known | None,
 ) -> _Copying | None:
     """One batch, or None where the device has too little memory for it. Nothing of it is referenced after the return."""
     ids = [tokenized.token_ids[starts[i] : starts[i + 1]] for i in rows]
     read = None if tokenized.encoder_ids is None else [tokenized.encoder_ids[i] for i in rows]
     places = concat_ranges(starts[rows], tokenized.lengths[rows]) if tokenized.parts else None
     parts = {name: mask[places] for name, mask in tokenized.parts.items()}
+    held = None if known is None else known.of([tokenized.sha256[i] for i in rows], sum(map(len, ids)))
     try:
-        return _copy_to_host(run_forward_pass(loaded, call, request, ids, encoder_ids=read, parts=parts), rows)
+        return _copy_to_host(run_forward_pass(loaded, call, request, ids, encoder_ids=read, parts=parts, known=held), rows)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -257,6 +278,24 @@ def _run_batch(
                 "use a smaller dtype or fewer layers, device_map='auto', or truncation=True with max_length="
             ) from error
         return None
+
+
+@dataclass(slots=True)
+class _Known:
+    """The stored rows of each batch, as long as they are what the model computed."""
+
+    start: StoredRows
+    forms: Forms
+    loaded: LoadedModel
+
+    def of(self, digests: Sequence[str], tokens: int) -> KnownRows | None:
+        """The rows of some prompts; None where they are other tokens, are not finite or were rounded, so that the whole pass runs."""
+        values = self.start.read(digests)
+        dtype = self.loaded.dtype
+        if len(values) != tokens or not np.isfinite(values).all() or is_rounded(values, dtype):
+            return None
+        rows = torch.from_numpy(np.array(values)).to(getattr(torch, dtype))
+        return KnownRows(layer=self.start.layer, rows=rows, forms=self.forms)
 
 
 def _check_outputs(loaded: LoadedModel, tokenized: TokenizedPrompts, request: CaptureRequest, chosen: tuple[int, ...]) -> None:

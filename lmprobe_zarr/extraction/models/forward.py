@@ -26,6 +26,7 @@ from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, register
 from lmprobe_zarr.extraction.models.loading import LoadedModel
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.paired import PairedBody
+from lmprobe_zarr.extraction.models.standing_in import Forms, standing_in
 from lmprobe_zarr.extraction.models.structure import evaluating, original_attention
 from lmprobe_zarr.extraction.models.tensor_bits import without_gradients
 from lmprobe_zarr.extraction.models.turns import running
@@ -33,7 +34,7 @@ from lmprobe_zarr.extraction.models.window import rope_kind, rope_settings
 from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["ModelCall", "lengths_that_matter", "run_forward_pass"]
+__all__ = ["KnownRows", "ModelCall", "lengths_that_matter", "run_forward_pass"]
 
 # These scalings of rotary positions depend on the longest prompt of the batch, once it exceeds the original window.
 LENGTH_SCALINGS: Final = ("dynamic", "longrope", "su")
@@ -81,6 +82,31 @@ class ModelCall:
         return ModelCall(
             module=module, takes_mask=takes_mask, takes_cache=takes_cache, conduct=conduct, uniform_above=uniform, rotary=rotary
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownRows:
+    """Rows of one batch that need not be computed.
+
+    Parameters
+    ----------
+    layer : int
+        The block that they come from; it and those before it do not run.
+    rows : Tensor, (token, hidden)
+        One prompt after the other, without padding, in the dtype that the block gives.
+    forms : dict
+        What these blocks return beside their rows.
+    """
+
+    layer: int
+    rows: torch.Tensor
+    forms: Forms
+
+    def padded(self, batch: PaddedBatch, device: torch.device) -> torch.Tensor:
+        """The rows as the block would return them: (batch, longest, hidden). Padding is zero, and no token sees it."""
+        found = torch.zeros((len(batch.lengths) * batch.longest, self.rows.shape[-1]), dtype=self.rows.dtype, device=device)
+        found[batch.index("tokens", device)] = self.rows.to(device)
+        return found.view(len(batch.lengths), batch.longest, -1)
 
 
 def lengths_that_matter(body: nn.Module, config: Any) -> tuple[int | None, tuple[nn.Module, ...]]:
@@ -131,11 +157,12 @@ def run_forward_pass(
     encoder_ids: Sequence[Ints] | None = None,
     parts: Mapping[str, npt.NDArray[np.bool_]] | None = None,
     pad_id: int | None = None,
+    known: KnownRows | None = None,
 ) -> Collected:
     """The activations of one batch, given as the token ids of each prompt, and of its encoder's prompt where there is one.
 
     `parts` are the masks of the parts of all these tokens that are pooled, and `pad_id` is the token id of the padding, if it is not the
-    model's.
+    model's. With `known`, the pass goes on from there.
 
     Raises
     ------
@@ -167,6 +194,9 @@ def run_forward_pass(
             stack.enter_context(call.module.reading(encoder_ids, loaded.pad_id if pad_id is None else pad_id))
         sliced = _sliced(loaded, call, collected, options)
         register_hooks(loaded, collected, stack)
+        if known is not None:
+            rows = known.padded(collected.padded, loaded.device)
+            stack.enter_context(standing_in(loaded.located.blocks[: known.layer + 1], rows, known.forms))
         if sliced is not None:
             stack.enter_context(sliced[0].hooks)
             sliced[0].stop_after_body()

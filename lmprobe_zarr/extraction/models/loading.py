@@ -35,10 +35,10 @@ from lmprobe_zarr.extraction.models.paired import PairedBody, decoder_start
 from lmprobe_zarr.extraction.models.structure import input_device, input_embeddings, text_settings
 from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
 from lmprobe_zarr.extraction.models.tokenizing import DecoderStart
-from lmprobe_zarr.extraction.models.window import Window, refine_window, window_of
+from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW, Window, refine_window, window_of
 from lmprobe_zarr.extraction.models.wrappers import check_complete, uncompiled, unwrapped
 
-__all__ = ["LoadedModel", "check_head", "load_model", "load_tokenizer", "no_prediction"]
+__all__ = ["LoadedModel", "as_it_is", "check_head", "depth_of", "load_model", "load_module", "load_tokenizer", "no_prediction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +208,17 @@ def _raw_config(source: str, folder: Path | None, revision: str | None) -> dict[
     return dict(content)
 
 
+def _cut(config: Any, depth: int) -> None:
+    """Change a configuration to that of a model with fewer blocks, the first ones."""
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        # What differs between layers is listed by layer.
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = depth
+
+
 def _load_weights(
     source: str,
     folder: Path | None,
@@ -217,8 +228,12 @@ def _load_weights(
     trust_remote_code: bool,
     head: bool = False,
     paired: bool = False,
+    depth: int | None = None,
 ) -> tuple[nn.Module, str | None]:
-    """The base model, with the head that predicts the next token or without one, in evaluation mode, and its commit."""
+    """The base model, with the head that predicts the next token or without one, in evaluation mode, and its commit.
+
+    With `depth`, only so many of its blocks are loaded.
+    """
     if device_map is not None:
         try:
             importlib.metadata.version("accelerate")
@@ -227,6 +242,8 @@ def _load_weights(
     with _loading("model", source, folder, revision):
         options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
         config = transformers.AutoConfig.from_pretrained(source, **options)
+        if depth is not None:
+            _cut(config, depth)
         own = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
         # Where only the class with a head comes with the model, one without would be another program.
         whole = head or ("AutoModelForCausalLM" in own and "AutoModel" not in own)
@@ -238,7 +255,8 @@ def _load_weights(
         )
     if getattr(module, "_hf_peft_config_loaded", False):
         raise ModelNotFoundError(f"{source!r} holds an adapter beside the model: load both with peft, and pass that object with name='…'")
-    check_weights(source, module, report, head=head)
+    # The blocks that were left out are no tensors without a place.
+    check_weights(source, module, report if depth is None else {**report, "unexpected_keys": ()}, head=head)
     return module.eval(), getattr(module.config, "_commit_hash", None)
 
 
@@ -434,6 +452,62 @@ def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], loca
 def _check_prompts_kind(kind: str) -> None:
     if kind not in PROMPT_KINDS:
         raise InvalidArgumentError(f"prompts_kind={kind!r} is unknown: use one of {', '.join(map(repr, PROMPT_KINDS))}")
+
+
+def as_it_is(model: nn.Module, *, modules: Mapping[str, str] | None = None, name: str | None = None) -> LoadedModel:
+    """A model object as far as a short pass needs it: no tokenizer, and no digest of its weights."""
+    located = locate(model, modules)
+    weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    config: Any = getattr(located.body, "config", None)
+    size = getattr(config, "hidden_size", None)
+    return LoadedModel(
+        name=str(name or type(model).__name__),
+        module=model,
+        tokenizer=None,
+        located=located,
+        num_layers=len(located.blocks),
+        hidden_size=size if isinstance(size, int) else None,
+        window=UNKNOWN_WINDOW,
+        vocab_size=None,
+        num_experts=None if config is None else identity.num_experts_of(config.to_dict()),
+        dtype=str(torch.float32 if weight is None else weight.dtype).removeprefix("torch."),
+        device=torch.device("cpu") if weight is None else weight.device,
+    )
+
+
+def depth_of(model: str | os.PathLike[str], *, revision: str | None = None) -> int | None:
+    """How many blocks the configuration of a named model says that it has; None where it does not."""
+    where, folder, revision = _source(model, revision)
+    with _loading("configuration", where, folder, revision):
+        return identity.num_layers_of(_raw_config(where, folder, revision))
+
+
+def load_module(
+    model: str | os.PathLike[str], *, revision: str | None = None, dtype: object = "auto", device: str | torch.device = "auto",
+    trust_remote_code: bool = False, depth: int | None = None,
+) -> nn.Module:  # fmt: skip
+    """A named model with its head, without a tokenizer and without a provenance: for what is never stored.
+
+    Parameters
+    ----------
+    model, revision, dtype, device, trust_remote_code
+        As for `load_model`.
+    depth : int, optional
+        Load only so many of its blocks, the first ones. What lies outside of the blocks is complete.
+
+    Raises
+    ------
+    ModelNotFoundError, InvalidArgumentError
+        As `load_model` with a head.
+    """
+    where, folder, revision = _source(model, revision)
+    chosen = _pick_device(device)
+    with _loading("configuration", where, folder, revision):
+        config = _raw_config(where, folder, revision)
+    _check_predicts(where, config, False)
+    computed = identity.resolve_dtype(config, dtype) or "float32"
+    module, _ = _load_weights(where, folder, revision, computed, None, trust_remote_code, head=True, depth=depth)
+    return module.to(chosen)
 
 
 def load_model(

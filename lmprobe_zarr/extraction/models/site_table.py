@@ -12,11 +12,9 @@ from torch import nn
 
 from lmprobe_zarr.batch import BUILT_IN_SITES, Sites
 from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
-from lmprobe_zarr.extraction.models.architectures import Place, locate
-from lmprobe_zarr.extraction.models.identity import num_experts_of
-from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model
+from lmprobe_zarr.extraction.models.architectures import Place
+from lmprobe_zarr.extraction.models.loading import LoadedModel, as_it_is, load_model
 from lmprobe_zarr.extraction.models.places import SHORT_PASS, given_and_returned, places_of, row_of, short_pass
-from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW
 
 __all__ = ["SiteRow", "site_rows"]
 
@@ -59,7 +57,7 @@ def site_rows(model: str | os.PathLike[str] | nn.Module, **options: Any) -> list
     ------
     As `load_model` and `locate`.
     """
-    loaded = _as_it_is(model, options) if isinstance(model, nn.Module) else load_model(model, **options)
+    loaded = _of_object(model, options) if isinstance(model, nn.Module) else load_model(model, **options)
     blocks = loaded.located.blocks
     inside = [dict(block.named_modules()) for block in blocks]
     in_blocks = {id(module) for paths in inside for module in paths.values()}
@@ -94,27 +92,10 @@ def site_rows(model: str | os.PathLike[str] | nn.Module, **options: Any) -> list
     return rows
 
 
-def _as_it_is(model: nn.Module, options: Mapping[str, Any]) -> LoadedModel:
-    """A model object as far as a short pass needs it: no tokenizer, and no digest of its weights."""
+def _of_object(model: nn.Module, options: Mapping[str, Any]) -> LoadedModel:
     if strange := sorted(set(options) - {"modules", "name"}):
         raise InvalidArgumentError(f"{strange[0]}= is for a model that is loaded by its name, and this one is an object: leave it out")
-    located = locate(model, options.get("modules"))
-    weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
-    config: Any = getattr(located.body, "config", None)
-    size = getattr(config, "hidden_size", None)
-    return LoadedModel(
-        name=str(options.get("name") or type(model).__name__),
-        module=model,
-        tokenizer=None,
-        located=located,
-        num_layers=len(located.blocks),
-        hidden_size=size if isinstance(size, int) else None,
-        window=UNKNOWN_WINDOW,
-        vocab_size=None,
-        num_experts=None if config is None else num_experts_of(config.to_dict()),
-        dtype=str(torch.float32 if weight is None else weight.dtype).removeprefix("torch."),
-        device=torch.device("cpu") if weight is None else weight.device,
-    )
+    return as_it_is(model, modules=options.get("modules"), name=options.get("name"))
 
 
 def _built_in(loaded: LoadedModel) -> dict[str, Place]:
