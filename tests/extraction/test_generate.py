@@ -233,7 +233,7 @@ def test_answers_stay_through_compaction_and_plain_prompts_beside_them(llama: An
     mine = data.where((data.prompt_of == lz.prompt_hash(PROMPTS[1])).compute(), drop=True)
     assert mine.group.values.tolist() == ["b"]
     tokens = acts.tokens("m")
-    assert set(tokens.sel(prompt=lz.prompt_hash(PROMPTS[1])).generated.values.tolist()) == {-1}
+    assert set(tokens.sel(prompt=lz.prompt_hash(PROMPTS[1])).generated.values.tolist()) == {False}
     with no_generating():
         assert run(llama, PROMPTS, acts, SAMPLED, keep_tokens=True).found == len(PROMPTS)
 
@@ -404,6 +404,23 @@ def test_answers_that_end_and_answers_that_are_cut(llama: Any, acts: Store) -> N
         assert data.finish_reason.values[row] == reasons[text]
         assert data.prompt_length.values[row] == len(ids_of(text)) + len(expected[text])
         assert data.text.values[row].startswith(text)
+
+
+def test_no_token_ends_answers_where_the_caller_switches_it_off(acts: Store, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    model = tiny_model("llama", "AutoModelForCausalLM")
+    end = by_hand(model, ids_of(PROMPTS[0]), 8)[3]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "pad_token_id": 1}))
+    run(folder, PROMPTS, acts, lz.Generate(max_new_tokens=8))
+    assert "stop" in acts.dataset().finish_reason.values
+    run(folder, PROMPTS, acts, lz.Generate(max_new_tokens=8, settings={"eos_token_id": None}))
+    data = acts.dataset()
+    off = ["eos_token_id" not in json.loads(text) for text in data.generation.values]
+    assert sum(off) == len(PROMPTS)
+    assert (data.finish_reason[off] == "length").all()
+    for text, ids in zip(data.text[off].values, data.completion_ids[off].values, strict=True):
+        prompt = next(each for each in PROMPTS if text.startswith(each))
+        assert [int(i) for i in ids.split()] == by_hand(model, ids_of(prompt), 8)
 
 
 def test_an_answer_that_ends_in_its_very_last_token_has_ended(llama: Any, acts: Store) -> None:
