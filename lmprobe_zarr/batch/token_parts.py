@@ -141,8 +141,8 @@ class TokenPart:
     def _in_text(self, tokens: TokensOfPrompts) -> Mask:
         if tokens.char_start is None or tokens.char_end is None:
             raise InvalidArgumentError(
-                f"over={self.name!r} is a place in the text, and this tokenizer does not say which characters a token has: use a fast "
-                "tokenizer, or position="
+                f"over={self.name!r} is a place in the text, and which characters each token has is not known, as of token ids and "
+                "of slow tokenizers: use position=, or give texts and a fast tokenizer"
             )
         mask = np.zeros(int(tokens.lengths.sum()), bool)
         bounds = offsets_of(tokens.lengths)

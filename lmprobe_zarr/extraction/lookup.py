@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, Prompts, describe_layers, parse_prompts, resolve_layers, split_variable, unused_arguments
+from lmprobe_zarr.batch import (
+    HASH_DIGITS,
+    Prompts,
+    describe_layers,
+    parse_prompts,
+    render_chat,
+    resolve_layers,
+    split_variable,
+    unused_arguments,
+)
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.extraction import models
@@ -231,6 +240,8 @@ def _parse(request: Request, tokenizer: Any, loaded: LoadedModel | None = None) 
     unused = unused_arguments(tokenizer, request.chat) if request.kind == "chat" else []
     if unused:
         warn(f"this tokenizer's chat template never uses {', '.join(map(repr, unused))}: check the name, or leave it out", UserWarning)
+    if request.kind == "chat":
+        _check_roles(request, prompts, tokenizer)
     if request.generate is None:
         return prompts, None
     # A named model is described by its files, whether it is loaded or not, so that both ways find the same answers.
@@ -238,6 +249,25 @@ def _parse(request: Request, tokenizer: Any, loaded: LoadedModel | None = None) 
     if loaded is not None and not request.choice.by_name:
         model = loaded.module if loaded.located.whole is None else loaded.located.whole
     return ask(request.generate, prompts, models.own_generation(model, request.choice.revision), request.drawn_seed)
+
+
+def _check_roles(request: Request, prompts: Prompts, tokenizer: Any) -> None:
+    """Raise if two chats of one text have other roles and these are asked for: a text is one prompt, and has one set of values."""
+    part = next((part for part in request.parts if part is not None and part.needs_roles), None)
+    if part is None or prompts.text is None or len(prompts) == len(request.given):
+        return
+    for number, place in enumerate(prompts.row.tolist()):
+        first = int(prompts.first[place])
+        if first == number or prompts.messages is None:
+            continue
+        one, other = prompts.messages[place], render_chat(request.given[number], number, tokenizer, prompts.chat).messages
+        if one == other or models.have_same_roles(one, other, prompts.text[place], tokenizer, prompts.chat):
+            continue
+        raise InvalidArgumentError(
+            f"prompts[{first}] and prompts[{number}] are chats that the template renders to the same text, in which other characters are "
+            f"those of over={part.name!r}, and a text is one prompt: leave one of them out, or give the characters of each in calls of "
+            "their own with other names, over={'name': {'span': (start, end)}}"
+        )
 
 
 def _options(request: Request, dtype: Any, device: Any, device_map: Any) -> LoadingOptions:

@@ -122,6 +122,18 @@ def test_a_role_is_pooled_at_extraction_without_its_tokens_being_kept(model: Pat
         run(CHATS, tokenizer=chatting(), over="tool")
 
 
+def test_chats_of_one_text_with_other_roles_are_not_taken_for_one(acts: Store, run: Any) -> None:
+    tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}{{ m.content }} {% endfor %}")
+    one = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]
+    other = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two three"}]
+    options: dict[str, Any] = {"tokenizer": tokenizer, "pooling": "mean"}
+    with pytest.raises(InvalidArgumentError, match=r"prompts\[0\] and prompts\[2\] are chats that .* over='assistant'"):
+        run([one, one, other], over=["all", "assistant"], **options)
+    same = [one[0], {"role": "assistant", "content": [{"type": "text", "text": "three"}]}]
+    assert run([one, same, one], over=["all", "assistant"], **options).extracted == 1
+    assert run([one, other], over="all", **options).found == 1
+
+
 def test_last_tokens_spans_and_what_follows_a_marker(model: Path, acts: Store, run: Any) -> None:
     texts = [text for text in PROMPTS if len(text) > 12][:4]
     spans = [(1, 5), (0, 2), None, (3, 12)]
