@@ -171,9 +171,9 @@ def load_tokenizer(model: str | os.PathLike[str], *, revision: str | None = None
     ModelNotFoundError
         There is none.
     """
-    own = Path(model).expanduser() if isinstance(model, str | os.PathLike) else None
-    if own is not None and not (own / "config.json").is_file() and any((own / name).is_file() for name in TOKENIZER_FILES):
-        source, folder, revision = str(own.resolve()), own.resolve(), None  # as a tokenizer's own save_pretrained writes it
+    folder: Path | None = Path(model).expanduser().resolve() if isinstance(model, str | os.PathLike) else None
+    if folder is not None and not (folder / "config.json").is_file() and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        source, revision = str(folder), None  # as a tokenizer's own save_pretrained writes it
     else:
         source, folder, revision = _source(model, revision)
     with _loading("tokenizer", source, folder, revision):
