@@ -124,6 +124,8 @@ def _tokenize(lookup: Lookup, columns: Mapping[str, Column]) -> TokenizedPrompts
     if prompts.text is None:
         plain = parse_prompts(request.given, tokenizer=lookup.tokenizer, chat=request.chat)
         prompts = plain if lookup.answers is None else replace(plain.take(lookup.answers.of), sha256=prompts.sha256)
+    if lookup.answers is not None and lookup.answers.plain.timed is not None:
+        prompts = replace(prompts, timed=lookup.answers.plain.timed[lookup.answers.of])  # whose template is asked for their roles
     tokenized = models.tokenize(
         prompts.take(lookup.missing),
         lookup.tokenizer,

@@ -533,6 +533,8 @@ def test_chats_are_answered_and_keep_the_date_of_their_answer(llama: Any, acts: 
     for label, prompt in zip(acts.dataset("m").prompt.values, rendered, strict=True):
         one = acts.tokens("m").sel(prompt=str(label))
         assert one.token_id.values[one.generated.values == 0].tolist() == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert set(one.role.values) == {"", "user", "assistant"}
+        assert (one.role.values == "assistant").tolist() == (one.generated.values == 1).tolist()
 
 
 def test_token_ids_are_answered_as_they_are(acts: Store, tmp_path: Path) -> None:
