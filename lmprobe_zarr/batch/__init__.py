@@ -4,7 +4,15 @@ Numpy and names only: never files, xarray, torch or zarr. Other rooms import fro
 """
 
 from lmprobe_zarr.batch.aligned import align_columns, columns_by_key
-from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, apply_template, parse_chat_options, template_of, unused_arguments
+from lmprobe_zarr.batch.chats import (
+    NO_CHAT_OPTIONS,
+    ChatOptions,
+    apply_template,
+    parse_chat_options,
+    render_chat,
+    template_of,
+    unused_arguments,
+)
 from lmprobe_zarr.batch.columns import (
     ANY_KIND,
     Column,
@@ -192,6 +200,7 @@ __all__ = [
     "prompt_sha256",
     "prompts_kind",
     "reduce_scores",
+    "render_chat",
     "resolve_layers",
     "role_code",
     "role_names",

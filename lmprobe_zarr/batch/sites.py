@@ -13,7 +13,7 @@ A site is a place in a model where activations are taken. Outputs are what the m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
@@ -194,6 +194,8 @@ def parse_sites(sites: SitesSpec | Sites, outputs: Outputs = NO_OUTPUTS) -> tupl
         return sites, outputs
     if isinstance(sites, Mapping):
         given = dict(sites)
+    elif not isinstance(sites, Iterable):
+        raise InvalidTypeError(f"sites is a {type(sites).__name__}: give {', '.join(BUILT_IN_SITES)}, or {{'z': 'self_attn.o_proj:input'}}")
     else:
         names = (sites,) if isinstance(sites, str) else tuple(sites)
         unknown = [name for name in names if name not in BUILT_IN_SITES]

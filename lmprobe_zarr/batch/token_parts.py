@@ -6,6 +6,7 @@ Names, texts and numpy only. The criteria have the names that they have in `lmpr
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,8 +141,8 @@ class TokenPart:
     def _in_text(self, tokens: TokensOfPrompts) -> Mask:
         if tokens.char_start is None or tokens.char_end is None:
             raise InvalidArgumentError(
-                f"over={self.name!r} is a place in the text, and this tokenizer does not say which characters a token has: use a fast "
-                "tokenizer, or position="
+                f"over={self.name!r} is a place in the text, and which characters each token has is not known, as of token ids and "
+                "of slow tokenizers: use position=, or give texts and a fast tokenizer"
             )
         mask = np.zeros(int(tokens.lengths.sum()), bool)
         bounds = offsets_of(tokens.lengths)
@@ -205,10 +206,18 @@ def parse_over(over: OverSpec, prompts: int) -> tuple[tuple[TokenPart | None, ..
         given = {over: over}
     elif isinstance(over, Mapping):
         given = dict(over)
-    else:
+    elif isinstance(over, Iterable):
         given = {name: name for name in over}
+    else:
+        raise InvalidTypeError(f"over is a {type(over).__name__}: give 'all', a role, several of these, or a mapping of names to criteria")
     if not given:
         raise InvalidArgumentError("over is empty: give 'all', or a part of the tokens")
+    lower: dict[str, str] = {}
+    for name in map(str, given):
+        if lower.setdefault(name.lower(), name) != name:
+            raise InvalidArgumentError(
+                f"the parts {lower[name.lower()]!r} and {name!r} of over= differ by case alone, and some file systems ignore case"
+            )
     columns: dict[str, list[str | None]] = {}
     parts = tuple(None if name == ALL and criteria == ALL else _part(name, criteria, prompts, columns) for name, criteria in given.items())
     return parts, columns
@@ -235,8 +244,8 @@ def _part(name: object, criteria: object, prompts: int, columns: dict[str, list[
         raise InvalidArgumentError(
             f"over={name!r:.80} is no name of a part: use the letters a to z, digits and _, a letter first, at most 32"
         )
-    if name in (ALL, *POOLINGS) or any(name.endswith(f"_{pooling}") for pooling in POOLINGS):
-        raise InvalidArgumentError(f"over={name!r} is a name that poolings or all tokens have: choose another name")
+    if name == ALL or any(f"_{pooling}_" in f"_{name}_" for pooling in POOLINGS):
+        raise InvalidArgumentError(f"over={name!r} is, or holds, a name that poolings or all tokens have: choose another name")
     if isinstance(criteria, str):
         criteria = {"generated": True} if criteria == _GENERATED else {"role": criteria}
     if not isinstance(criteria, Mapping) or not criteria:
@@ -302,9 +311,9 @@ def _span(name: str, value: Any, prompts: int) -> tuple[str | tuple[int, int] | 
 
 def _pair(name: str, pair: Any) -> tuple[int, int]:
     try:
-        start, end = (int(bound) for bound in pair)
+        start, end = (operator.index(bound.item() if isinstance(bound, np.generic) else bound) for bound in pair)
     except (TypeError, ValueError) as error:
-        raise InvalidTypeError(f"over={{{name!r}: …}} has the span {pair!r}, expected (start, end) in characters") from error
+        raise InvalidTypeError(f"over={{{name!r}: …}} has the span {pair!r}: give (start, end) in whole characters") from error
     if not 0 <= start < end:
         raise InvalidArgumentError(f"over={{{name!r}: …}} has the span ({start}, {end}), which has no characters: give 0 <= start < end")
     return start, end

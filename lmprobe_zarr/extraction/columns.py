@@ -72,7 +72,8 @@ def columns_by_prompt(columns: Mapping[str, Column], prompts: Prompts) -> dict[s
             i = int(np.argmax(differs))
             first = int(prompts.first[prompts.row[i]])
             raise InvalidArgumentError(
-                f"coords[{name!r}] gives the same prompt two values: {values.show(first)} at number {first}, {values.show(i)} at number {i}"
+                f"the column {name!r} gives the same prompt two values: {values.show(first)} at number {first}, "
+                f"{values.show(i)} at number {i}"
             )
     return {name: values[prompts.first] for name, values in columns.items()}
 

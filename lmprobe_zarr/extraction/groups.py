@@ -94,17 +94,27 @@ def group_of(loaded: LoadedModel, request: Request) -> GroupInfo:
 
 
 def _for_sites(request: Request, info: GroupInfo) -> GroupInfo:
-    """The group; or, where it holds something else under a name that is requested, one whose provenance says what is requested."""
-    other = _others(request, info)
-    if not other:
-        return info
-    made = GroupInfo(
-        model=info.model,
-        provenance={**info.provenance, **{name: wanted for name, (_, wanted) in sorted(other.items())}},
-        num_layers=info.num_layers,
-        hidden_size=info.hidden_size,
-    )
-    warn(f"group {info.name!r} holds {_told(other)}: what this call asks for is kept in a group of its own, {made.name!r}", UserWarning)
+    """The group; or, where it holds something else under a name that is requested, one whose provenance says what is requested.
+
+    That one may exist, and hold something else under another name that is requested now.
+    """
+    made, told = info, []
+    while other := _others(request, made):
+        further = {name: wanted for name, (_, wanted) in sorted(other.items())}
+        if all(made.provenance.get(name) == wanted for name, wanted in further.items()):
+            raise InvalidArgumentError(
+                f"group {made.name!r} holds {_told(other)}, though its provenance says otherwise: choose another name for what this call "
+                "asks for"
+            )
+        told.append(f"{made.name!r} holds {_told(other)}")
+        made = GroupInfo(
+            model=info.model,
+            provenance={**made.provenance, **further},
+            num_layers=info.num_layers,
+            hidden_size=info.hidden_size,
+        )
+    if told:
+        warn(f"group {', and '.join(told)}: what this call asks for is kept in a group of its own, {made.name!r}", UserWarning)
     return made
 
 

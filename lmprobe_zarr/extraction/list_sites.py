@@ -41,7 +41,7 @@ def list_sites(
         One row for each built-in site, then one for what each module is given (``path:input``) and one for what it returns (``path``):
         ``site``, the built-in name, or empty; ``path``, for ``sites={name: path}``; ``layers``, empty outside of the blocks; ``width``,
         values of a token; ``nbytes``, bytes of a token in one layer as the model computes it. Modules that have no row for every token, or
-        that one pass calls several times, are left out.
+        that one pass calls more often than there are layers of them, are left out.
 
     Raises
     ------

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmprobe_zarr.batch import HASH_DIGITS, Prompts, parse_prompts, resolve_layers, split_variable, unused_arguments
+from lmprobe_zarr.batch import (
+    HASH_DIGITS,
+    Prompts,
+    describe_layers,
+    parse_prompts,
+    render_chat,
+    resolve_layers,
+    split_variable,
+    unused_arguments,
+)
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError
 from lmprobe_zarr.extraction import models
@@ -231,6 +240,8 @@ def _parse(request: Request, tokenizer: Any, loaded: LoadedModel | None = None) 
     unused = unused_arguments(tokenizer, request.chat) if request.kind == "chat" else []
     if unused:
         warn(f"this tokenizer's chat template never uses {', '.join(map(repr, unused))}: check the name, or leave it out", UserWarning)
+    if request.kind == "chat":
+        _check_roles(request, prompts, tokenizer)
     if request.generate is None:
         return prompts, None
     # A named model is described by its files, whether it is loaded or not, so that both ways find the same answers.
@@ -238,6 +249,25 @@ def _parse(request: Request, tokenizer: Any, loaded: LoadedModel | None = None) 
     if loaded is not None and not request.choice.by_name:
         model = loaded.module if loaded.located.whole is None else loaded.located.whole
     return ask(request.generate, prompts, models.own_generation(model, request.choice.revision), request.drawn_seed)
+
+
+def _check_roles(request: Request, prompts: Prompts, tokenizer: Any) -> None:
+    """Raise if two chats of one text have other roles and these are asked for: a text is one prompt, and has one set of values."""
+    part = next((part for part in request.parts if part is not None and part.needs_roles), None)
+    if part is None or prompts.text is None or len(prompts) == len(request.given):
+        return
+    for number, place in enumerate(prompts.row.tolist()):
+        first = int(prompts.first[place])
+        if first == number or prompts.messages is None:
+            continue
+        one, other = prompts.messages[place], render_chat(request.given[number], number, tokenizer, prompts.chat).messages
+        if one == other or models.have_same_roles(one, other, prompts.text[place], tokenizer, prompts.chat):
+            continue
+        raise InvalidArgumentError(
+            f"prompts[{first}] and prompts[{number}] are chats that the template renders to the same text, in which other characters are "
+            f"those of over={part.name!r}, and a text is one prompt: leave one of them out, or give the characters of each in calls of "
+            "their own with other names, over={'name': {'span': (start, end)}}"
+        )
 
 
 def _options(request: Request, dtype: Any, device: Any, device_map: Any) -> LoadingOptions:
@@ -285,6 +315,7 @@ def _compare(
         compared.append((lookup, without_text))
     chosen, without_text = min(compared, key=lambda pair: len(pair[0].missing))
     _check_texts(without_text, chosen.missing, chosen.prompts)
+    _check_spans(chosen)
     if answers is not None:
         stored, answers = as_stored(answers, chosen.prompts, chosen.view, chosen.missing, tokenizer)
         chosen = replace(chosen, prompts=stored, answers=answers)
@@ -317,6 +348,12 @@ def _check_names(request: Request, wanted: Sequence[Wanted], view: View | None) 
     if same := sorted(variables & columns):
         raise InvalidArgumentError(
             f"{same[0]!r} is a column of {view.where}, and would be the name of a variable too: choose another name for the site"
+        )
+    spans = {part.span_column for part in request.parts if part is not None}
+    if pooled := next((name for name in sorted(set(request.columns) - spans) if view.pooled_by(name)), None):
+        raise InvalidArgumentError(
+            f"coords names {pooled!r}, the characters that {next(iter(view.pooled_by(pooled)))!r} of {view.where} is pooled over: give the "
+            "column another name, or other spans with over="
         )
     held = {name for level in LEVELS for name in view.variables(level)}
     if same := sorted(held & set(request.columns)):
@@ -419,6 +456,34 @@ def _same_spans(request: Request, view: View, column: str, places: Ints, rows: I
     if column not in view.columns("prompts"):
         return np.zeros(len(rows), bool)
     return np.asarray(view.covers("prompts", column, rows, ())[0] & read_column(view, column, rows).equals(wanted))
+
+
+def _check_spans(lookup: Lookup) -> None:
+    """Raise if stored values of a part would be left with another span than the one that is asked for now.
+
+    A prompt has one span of a part, so all that is pooled over the part has to be computed anew with it.
+    """
+    request, view, prompts = lookup.request, lookup.view, lookup.prompts
+    for part in request.parts:
+        if view is None or part is None or not part.span_column or part.span_column not in view.columns("prompts"):
+            continue
+        rows = view.find([prompts.sha256[i] for i in lookup.missing])
+        places, rows = lookup.missing[rows >= 0], rows[rows >= 0]
+        other = ~_same_spans(request, view, part.span_column, prompts.first[places], rows)
+        places, rows = places[other], rows[other]
+        wanted = {variable.name: variable.layers for variable in lookup.wanted}
+        for name, info in view.pooled_by(part.span_column).items():
+            layers = tuple(np.setdiff1d(view.layers("prompts"), wanted.get(name, ())).tolist()) if info.layered else ()
+            if not len(rows) or (name in wanted and not layers):
+                continue
+            stale = view.covers("prompts", name, rows, layers)
+            if not stale.any():
+                continue
+            where = f" in layers {describe_layers([layers[i] for i in np.flatnonzero(stale.any(axis=1))])}" if layers else ""
+            raise InvalidArgumentError(
+                f"prompts[{prompts.first[places[np.argmax(stale.any(axis=0))]]}] is stored with another span of over={part.name!r}, and "
+                f"{name!r}{where} would be left with it: ask for that too, in this call, or give the part another name"
+            )
 
 
 def _has_all(view: View, variable: Wanted, rows: Ints) -> Mask:

@@ -70,8 +70,9 @@ class ModelChoice:
         """The tokenizer: the caller's object, or the named one, or the model's own."""
         if self.tokenizer is not None and not isinstance(self.tokenizer, (str, os.PathLike)):
             return self.tokenizer
-        source = self.model if self.tokenizer is None else self.tokenizer
-        return models.load_tokenizer(source, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        if self.tokenizer is not None:  # which has no revision of the model's
+            return models.load_tokenizer(self.tokenizer, trust_remote_code=self.trust_remote_code)
+        return models.load_tokenizer(self.model, revision=self.revision, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

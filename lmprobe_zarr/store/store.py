@@ -692,6 +692,11 @@ class Store:
         self.check_writable()
         columns = check_columns(columns)
         view = self.view(self.find_group(model, provenance=provenance, group=group))
+        if spans := next((name for name in columns if view.pooled_by(name)), None):
+            raise InvalidArgumentError(
+                f"{spans!r} says which characters {next(iter(view.pooled_by(spans)))!r} is pooled over: give the column another name, or "
+                "other spans with over= of extract"
+            )
         self.write_columns(view, find_rows(view, columns))
 
     def write_columns(self, view: View, columns: Mapping[str, tuple[Ints, Sequence[Any] | Column]]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import (
@@ -238,6 +239,20 @@ def test_a_model_object_is_known_by_a_name_of_ones_own(acts: Store) -> None:
     edited = run(model, PROMPTS, acts, name="mine", tokenizer=tokenizer)
     assert edited.extracted == len(PROMPTS)
     assert edited.group != first.group
+
+
+def test_a_folder_may_hold_a_tokenizer_alone(llama: Path, acts: Store, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer" / "config.json").exists()
+    with pytest.warns(UserWarning, match="the tokenizer was loaded from"):
+        assert run(llama, PROMPTS, acts, tokenizer=tmp_path / "tokenizer").extracted == len(PROMPTS)
+    assert run(llama, PROMPTS, acts, tokenizer=tmp_path / "tokenizer").found == len(PROMPTS)
+    own = lz.open_store(tmp_path / "own", durable=False)
+    run(llama, PROMPTS, own)
+    xr.testing.assert_equal(acts.dataset().resid_last_token.drop_vars("model"), own.dataset().resid_last_token.drop_vars("model"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelNotFoundError, match="without config"):
+        run(llama, PROMPTS, acts, tokenizer=tmp_path / "empty")
 
 
 def test_a_model_with_hooks_needs_a_word_of_its_own_and_then_has_its_own_group(llama: Path, acts: Store) -> None:

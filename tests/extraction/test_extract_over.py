@@ -129,6 +129,18 @@ def test_a_role_is_pooled_at_extraction_without_its_tokens_being_kept(model: Pat
         run(CHATS, tokenizer=chatting(), over="tool")
 
 
+def test_chats_of_one_text_with_other_roles_are_not_taken_for_one(acts: Store, run: Any) -> None:
+    tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}{{ m.content }} {% endfor %}")
+    one = [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]
+    other = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two three"}]
+    options: dict[str, Any] = {"tokenizer": tokenizer, "pooling": "mean"}
+    with pytest.raises(InvalidArgumentError, match=r"prompts\[0\] and prompts\[2\] are chats that .* over='assistant'"):
+        run([one, one, other], over=["all", "assistant"], **options)
+    same = [one[0], {"role": "assistant", "content": [{"type": "text", "text": "three"}]}]
+    assert run([one, same, one], over=["all", "assistant"], **options).extracted == 1
+    assert run([one, other], over="all", **options).found == 1
+
+
 def test_last_tokens_spans_and_what_follows_a_marker(model: Path, acts: Store, run: Any) -> None:
     texts = [text for text in PROMPTS if len(text) > 12][:4]
     spans = [(1, 5), (0, 2), None, (3, 12)]
@@ -179,6 +191,49 @@ def test_another_span_of_a_stored_prompt_is_computed_anew(model: Path, acts: Sto
     assert ds.own_span.values.tolist() == ["0:4", "6:11", "2:6"]
 
 
+def test_what_would_be_left_with_another_span_is_an_error_before_anything_is_run(acts: Store, run: Any) -> None:
+    texts = [text for text in PROMPTS if len(text) > 12][:3]
+    first, second = ({"own": {"span": [(0, 4), span, None]}} for span in ((1, 5), (6, 11)))
+    with pytest.warns(UserWarning, match="no token"):
+        run(texts, pooling=["mean", "max"], over=first)
+    with pytest.raises(InvalidArgumentError, match=r"prompts\[1\].*'resid_max_own'.*would be left with it"):
+        run(texts, pooling="mean", over=second)
+    with pytest.raises(InvalidArgumentError, match=r"prompts\[0\].*'resid_max_own' in layers 1-3"):
+        run(texts[1:2], pooling=["max", "mean"], over={"own": {"span": [(6, 11)]}}, layers=0, refresh=True)
+    assert run(texts[:1], pooling="mean", over={"own": {"span": [(0, 4)]}}, layers=0).extracted == 0
+    with pytest.warns(UserWarning, match="no token"):
+        assert run(texts, pooling=["mean", "max", "min"], over=second).extracted == 3
+    ds = acts.dataset(prompts=texts)
+    assert ds.own_span.values.tolist()[:2] == ["0:4", "6:11"]
+    assert (ds.resid_min_own.isel(prompt=1) <= ds.resid_max_own.isel(prompt=1)).all()
+    assert np.isnan(ds.resid_max_own.isel(prompt=2)).all()
+
+
+def test_the_column_of_spans_is_not_the_callers_to_change(acts: Store, run: Any) -> None:
+    texts = [text for text in PROMPTS if len(text) > 12][:2]
+    run(texts, pooling="mean", over={"own": {"span": [(0, 4), (1, 5)]}})
+    with pytest.raises(InvalidArgumentError, match=r"'own_span', the characters that 'resid_mean_own'.*pooled over"):
+        run(texts, pooling="mean", coords={"own_span": ["0:9", "1:9"]})
+    with pytest.raises(InvalidArgumentError, match=r"'own_span' says which characters 'resid_mean_own' is pooled over"):
+        acts.annotate(None, {"own_span": {texts[0]: "0:9"}})
+
+
+def test_a_group_of_its_own_may_hold_something_else_under_another_name(acts: Store, run: Any) -> None:
+    tail: dict[str, Any] = {"tail": {"position": slice(-2, None)}}
+    run(PROMPTS, pooling="mean", over={"tail": {"position": slice(-3, None)}})
+    with pytest.warns(UserWarning, match="a group of its own"):
+        gate = run(PROMPTS, pooling="mean", over=tail, sites={"z": "mlp.gate_proj"})
+    with pytest.warns(UserWarning, match=r"'tail' of .* and .* holds 'z' of the module 'mlp.gate_proj'.*a group of its own"):
+        up = run(PROMPTS, pooling="mean", over=tail, sites={"z": "mlp.up_proj"})
+    assert gate.group != up.group
+    for stats, path in ((gate, "mlp.gate_proj"), (up, "mlp.up_proj")):
+        with pytest.warns(UserWarning, match="a group of its own"):
+            again = run(PROMPTS, pooling="mean", over=tail, sites={"z": path})
+        assert (again.group, again.extracted) == (stats.group, 0)
+    held = [acts.dataset(group=stats.group, prompts=PROMPTS).z_mean_tail for stats in (gate, up)]
+    assert not np.allclose(*held)
+
+
 def test_other_tokens_under_the_same_name_go_into_another_group(acts: Store, run: Any) -> None:
     first = run(PROMPTS, pooling="mean", over={"tail": {"position": slice(-3, None)}})
     with pytest.warns(UserWarning, match=r"what is pooled over 'tail' of .*a group of its own"):
@@ -216,6 +271,10 @@ def test_parts_hold_for_sites_of_any_width_and_survive_compaction(acts: Store, r
         ({"own": {"span": (5, 5)}}, InvalidArgumentError, "no characters"),
         ({"own": {"spann": "x"}}, InvalidArgumentError, "criterion 'spann': use role, generated"),
         ({"x_mean": {"span": "a"}}, InvalidArgumentError, "choose another name"),
+        ({"first_token_x": {"span": "a"}}, InvalidArgumentError, "choose another name"),
+        ({"Own": {"span": "a"}, "own": {"span": "e"}}, InvalidArgumentError, "'Own' and 'own' of over= differ by case alone"),
+        ({"own": {"span": [(0.5, 4), (0, 1), (0, 1)]}}, InvalidTypeError, "whole characters"),
+        (None, InvalidTypeError, "over is a NoneType"),
         ({"a b": {"span": "a"}}, InvalidArgumentError, "letters a to z"),
         ({"own": {}}, InvalidTypeError, "give a role, or criteria"),
         ({"own": {"position": 3}}, InvalidTypeError, "give a slice"),

@@ -18,7 +18,7 @@ from lmprobe_zarr.store.store import Store
 pytestmark = pytest.mark.model
 torch = pytest.importorskip("torch")
 
-from tiny_models import GROUPED, PROMPTS, SharedModels, random_model, tiny_tokenizer  # noqa: E402 — needs torch
+from tiny_models import GROUPED, PROMPTS, SharedModels, random_model, tiny_model, tiny_tokenizer  # noqa: E402 — needs torch
 
 Z = {"z": "self_attn.o_proj:input"}
 
@@ -231,6 +231,45 @@ def test_list_sites_names_what_extract_takes(saved: Callable[[str], Path], acts:
     assert listed[listed.site == "heads"].layers.tolist() == ["1, 3"]
     assert listed[listed.path == "linear_attn.out_proj:input"].layers.tolist() == ["0, 2"]
     assert listed[listed.path == "/model.norm"].width.tolist() == [32]
+
+
+def test_modules_of_a_block_that_is_called_for_every_layer_are_listed(acts: Store) -> None:
+    config = {"vocab_size": 300, "embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = random_model("AlbertModel", "AlbertConfig", **config, intermediate_size=48, max_position_embeddings=128)
+    listed = lz.list_sites(model)
+    path = "albert_layers.0.attention.query"
+    assert listed[listed.path == path].layers.tolist() == ["0-2"]
+    lz.extract(
+        model, PROMPTS, store=acts, sites={"q": path}, pooling="mean", layers=[2], name="m", tokenizer=tiny_tokenizer(), progress=False
+    )
+    kept: list[Any] = []
+    module = model.encoder.albert_layer_groups[0].get_submodule(path)
+    handle = module.register_forward_hook(lambda _, _args, out: kept.append(out[0].mean(0)))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([tiny_tokenizer()(PROMPTS[0])["input_ids"]]))
+    handle.remove()
+    np.testing.assert_allclose(acts.dataset(prompts=PROMPTS[:1]).q_mean.values[0, 0], kept[2].numpy(), atol=1e-5)
+
+
+def test_sites_of_blocks_that_share_their_modules_are_found_in_every_layer(acts: Store) -> None:
+    model = tiny_model("llama", "AutoModelForCausalLM")
+    blocks = model.model.layers
+    blocks[2].mlp, blocks[3].self_attn = blocks[0].mlp, blocks[1].self_attn
+    sites = {"resid_mid": "post_attention_layernorm", "neurons": "mlp.down_proj", "heads": "self_attn.o_proj"}
+    lz.extract(model, PROMPTS, store=acts, sites=list(sites), pooling="mean", name="m", tokenizer=tiny_tokenizer(), progress=False)
+    kept: dict[str, list[Any]] = {site: [] for site in sites}
+    modules = {id(block.get_submodule(path)): (site, block.get_submodule(path)) for block in blocks for site, path in sites.items()}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, site=site: kept[site].append(args[0][0].mean(0)))
+        for site, module in modules.values()
+    ]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([tiny_tokenizer()(PROMPTS[0])["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    ds = acts.dataset(prompts=PROMPTS[:1])
+    for site, values in kept.items():
+        np.testing.assert_allclose(ds[f"{site}_mean"].values[:, 0], torch.stack(values).numpy(), atol=1e-5)
 
 
 def test_the_command_line_takes_paths_and_parts_and_lists_sites(

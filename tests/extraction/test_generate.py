@@ -406,6 +406,23 @@ def test_answers_that_end_and_answers_that_are_cut(llama: Any, acts: Store) -> N
         assert data.text.values[row].startswith(text)
 
 
+def test_no_token_ends_answers_where_the_caller_switches_it_off(acts: Store, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    model = tiny_model("llama", "AutoModelForCausalLM")
+    end = by_hand(model, ids_of(PROMPTS[0]), 8)[3]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end, "pad_token_id": 1}))
+    run(folder, PROMPTS, acts, lz.Generate(max_new_tokens=8))
+    assert "stop" in acts.dataset().finish_reason.values
+    run(folder, PROMPTS, acts, lz.Generate(max_new_tokens=8, settings={"eos_token_id": None}))
+    data = acts.dataset()
+    off = ["eos_token_id" not in json.loads(text) for text in data.generation.values]
+    assert sum(off) == len(PROMPTS)
+    assert (data.finish_reason[off] == "length").all()
+    for text, ids in zip(data.text[off].values, data.completion_ids[off].values, strict=True):
+        prompt = next(each for each in PROMPTS if text.startswith(each))
+        assert [int(i) for i in ids.split()] == by_hand(model, ids_of(prompt), 8)
+
+
 def test_an_answer_that_ends_in_its_very_last_token_has_ended(llama: Any, acts: Store) -> None:
     ids = alone(llama, ids_of("Who?"), max_new_tokens=4)
     assert ids.index(ids[3]) == 3
@@ -516,6 +533,8 @@ def test_chats_are_answered_and_keep_the_date_of_their_answer(llama: Any, acts: 
     for label, prompt in zip(acts.dataset("m").prompt.values, rendered, strict=True):
         one = acts.tokens("m").sel(prompt=str(label))
         assert one.token_id.values[one.generated.values == 0].tolist() == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert set(one.role.values) == {"", "user", "assistant"}
+        assert (one.role.values == "assistant").tolist() == (one.generated.values == 1).tolist()
 
 
 def test_token_ids_are_answered_as_they_are(acts: Store, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.errors import MissingDependencyError
+from lmprobe_zarr.extraction.models.chat_roles import have_same_roles
 from lmprobe_zarr.extraction.models.files import weights_digest
 from lmprobe_zarr.extraction.models.identity import (
     DTYPES,
@@ -58,6 +59,7 @@ __all__ = [
     "default_batch_tokens",
     "folder_name",
     "generate_answers",
+    "have_same_roles",
     "identify",
     "length_limit",
     "load_lens",

@@ -8,6 +8,7 @@ factor that is neither 1 nor a constant of the configuration is believed only wh
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,9 +156,10 @@ def _steps(call: Call, candidates: Sequence[_Candidate], constants: tuple[float,
     exact = given.dtype in TOLERANCE
     factors = _Factors(tolerance=tolerance, near=NEAR.get(given.dtype, ROUGHLY), exact=exact, constants=constants)
     stream, end = given.to(wide), output.to(wide)
-    # What each module was given, a later state of the stream perhaps, and what it returned.
+    # What each module was given, a later state of the stream perhaps, and what it returned, where that may be its norm. A module with a
+    # matrix may have added something itself: the last part of a T5 block is given the stream, and returns it with the MLP's output.
     goals = [
-        (order, part.given.reshape(stream.shape).to(wide), part.output)
+        (order, part.given.reshape(stream.shape).to(wide), None if _has_matrix(part.module) else part.output)
         for order, part in enumerate(call.parts)
         if part.given is not None and part.given.numel() == stream.numel() and part.given.shape[-1] == stream.shape[-1]
     ]
@@ -188,6 +190,10 @@ def _steps(call: Call, candidates: Sequence[_Candidate], constants: tuple[float,
 
     # Some blocks replace the stream by its norm before anything is added (the first of RWKV).
     return follow([stream], 0) or follow(_returned(goals, -1, stream, alike), 0) or []
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(tensor.ndim > 1 for tensor in itertools.chain(module.parameters(), module.buffers()))
 
 
 def _picked(candidates: Sequence[_Candidate], width: int) -> list[tuple[_Candidate, ...]]:

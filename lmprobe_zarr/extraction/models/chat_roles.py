@@ -24,7 +24,7 @@ from lmprobe_zarr.batch import (
 from lmprobe_zarr.log import warn
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["role_columns"]
+__all__ = ["have_same_roles", "role_columns"]
 
 
 def role_columns(
@@ -73,6 +73,11 @@ def role_columns(
         untold.append(len(missed))
     _warn_of_untold(prompts, untold)
     return {"role": np.concatenate(roles), "turn": np.concatenate(turns)}, names
+
+
+def have_same_roles(one: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], text: str, tokenizer: Any, chat: ChatOptions) -> bool:
+    """Whether the same characters have the same roles in two chats that the template renders to one text."""
+    return chat_spans(one, text, tokenizer, chat).contents == chat_spans(other, text, tokenizer, chat).contents
 
 
 def _made_ids(prompts: Prompts, number: int, tokenizer: Any) -> Ints:

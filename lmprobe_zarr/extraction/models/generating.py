@@ -198,8 +198,9 @@ def _as_run(loaded: LoadedModel) -> Iterator[None]:
 
 def _run_batch(loaded: LoadedModel, ids: Sequence[Ints], settings: Settings, uniform: Any, seed: int | None) -> list[Answer]:
     longest = max(map(len, ids))
-    own = getattr(loaded.located.whole, "generation_config", None)
-    ends = settings.values.get("eos_token_id", getattr(own, "eos_token_id", None))
+    ends = settings.values.get("eos_token_id")
+    if ends is None and "eos_token_id" not in settings.deviations:  # otherwise the caller has switched it off
+        ends = getattr(getattr(loaded.located.whole, "generation_config", None), "eos_token_id", None)
     ends = [] if ends is None else [int(each) for each in (ends if isinstance(ends, list | tuple) else [ends])]
     watch = _Ends(len(ids), longest, ends, _stop_criteria(loaded, settings))
     processors: list[Any] = []

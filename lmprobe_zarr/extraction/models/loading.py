@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -144,6 +144,10 @@ def _loading(what: str, source: str, folder: Path | None, revision: str | None) 
         raise ModelNotFoundError(f"cannot load the {what} of {source!r} (tried {tried}): {_first_line(error)}") from error
 
 
+# Any of these makes a folder one of a tokenizer.
+TOKENIZER_FILES: Final = ("tokenizer_config.json", "tokenizer.json")
+
+
 def _source(model: str | os.PathLike[str], revision: str | None) -> tuple[str, Path | None, str | None]:
     """The argument of ``from_pretrained``, the folder if it is one, and the revision: the commit where the local cache knows it.
 
@@ -167,7 +171,11 @@ def load_tokenizer(model: str | os.PathLike[str], *, revision: str | None = None
     ModelNotFoundError
         There is none.
     """
-    source, folder, revision = _source(model, revision)
+    folder: Path | None = Path(model).expanduser().resolve() if isinstance(model, str | os.PathLike) else None
+    if folder is not None and not (folder / "config.json").is_file() and any((folder / name).is_file() for name in TOKENIZER_FILES):
+        source, revision = str(folder), None  # as a tokenizer's own save_pretrained writes it
+    else:
+        source, folder, revision = _source(model, revision)
     with _loading("tokenizer", source, folder, revision):
         return transformers.AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=trust_remote_code)
 

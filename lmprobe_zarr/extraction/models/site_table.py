@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,11 +77,13 @@ def site_rows(model: str | os.PathLike[str] | nn.Module, **options: Any) -> list
     found: list[tuple[str, dict[int | None, nn.Module]]] = [*_rows_inside(inside)]
     found += [(f"/{prefix}{path}", {None: module}) for path, module in outside.items()]
     for path, held in found:
+        # A block that is called several times stands for as many layers.
+        turns = Counter(map(id, held.values()))
         for given in (True, False):
             widths: dict[int, list[int | None]] = {}
             for layer, module in held.items():
                 shapes = [each[id(module)].given if given else each[id(module)].returned for each in seen]
-                if (row := row_of(shapes)) is not None and seen[0][id(module)].calls == 1:
+                if (row := row_of(shapes)) is not None and seen[0][id(module)].calls == turns[id(module)]:
                     widths.setdefault(row[1], []).append(layer)
             for width, layers in widths.items():
                 rows.append(

@@ -326,9 +326,10 @@ def trace(
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         running.pop().output = _copied(first_tensor(output))
 
-    def note(path: str) -> Any:
+    def note(path: str, block: nn.Module) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if running:
+            # Blocks may share a module, which is noted in the block that calls it.
+            if running and modules[running[-1].index] is block:
                 given = _copied(input_tensor(args, kwargs))
                 running[-1].parts.append(Part(path=path, module=module, given=given, output=_copied(first_tensor(output))))
 
@@ -344,7 +345,7 @@ def trace(
             stack.callback(module.register_forward_hook(leave).remove)
             for path, part in module.named_modules() if inside else ():
                 if path:
-                    stack.callback(part.register_forward_hook(note(path), with_kwargs=True).remove)
+                    stack.callback(part.register_forward_hook(note(path, module), with_kwargs=True).remove)
         output = body(input_ids=torch.tensor([list(ids)], device=input_device(body) if device is None else device), **options)
     return calls, output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -93,6 +94,11 @@ class View:
             held = part.info.variables(level).items()
             found |= {name: a for name, a in held if a.dims == (SAMPLE_DIM[level],) and not is_variable(name, a)}
         return dict(sorted(found.items()))
+
+    def pooled_by(self, column: str) -> dict[str, ArrayInfo]:
+        """The variables that are pooled over the characters that a column names for each prompt."""
+        span = json.dumps({"span": {"column": column}})[1:-1]
+        return {name: info for name, info in self.variables("prompts").items() if span in str(info.attributes.get("over", ""))}
 
     def column_parts(self, name: str) -> list[ArrayInfo]:
         """What each part and annotation holds of a column of prompts, in their order; empty where there is no such column."""

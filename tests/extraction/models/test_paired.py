@@ -113,6 +113,31 @@ def test_values_of_the_decoders_of_more_types_are_transformers_own(kind: str, tm
     check_values(kind, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "mlp", "projection"), [("t5", "layer.2.DenseReluDense", "layer.2.DenseReluDense.wo"), ("bart", "fc2", "fc2")]
+)
+def test_the_mlp_of_a_decoder_is_not_its_attention_to_the_encoder(kind: str, mlp: str, projection: str, tmp_path: Path) -> None:
+    model, tokenizer = built(kind), tiny_tokenizer(encoder=True)
+    store = extracted(model, tokenizer, tmp_path, sites=["mlp", "neurons"], keep_tokens=False, pooling="mean")
+    blocks = model.get_decoder().block if kind == "t5" else model.get_decoder().layers
+    data = store.dataset("m", prompts=PAIRS).load()
+    for row, pair in enumerate(PAIRS):
+        kept: dict[str, list[Any]] = {"mlp": [], "neurons": []}
+        handles = [b.get_submodule(mlp).register_forward_hook(lambda _, _a, out, kept=kept: kept["mlp"].append(out[0])) for b in blocks]
+        handles += [
+            b.get_submodule(projection).register_forward_pre_hook(lambda _, args, kept=kept: kept["neurons"].append(args[0][0]))
+            for b in blocks
+        ]
+        own_output(model, tokenizer, pair)
+        for handle in handles:
+            handle.remove()
+        for site, values in kept.items():
+            right = torch.stack(values).mean(1).numpy()
+            np.testing.assert_allclose(
+                data[f"{site}_mean"].isel(prompt=row).values, right, atol=1e-5 * max(1.0, float(np.abs(right).max()))
+            )
+
+
 @pytest.fixture(scope="module")
 def bart() -> Any:
     return built("bart")
