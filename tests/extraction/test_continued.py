@@ -148,6 +148,19 @@ def test_rounded_values_are_never_gone_on_from(options: dict[str, Any], saved: C
     np.testing.assert_array_equal(found.values, right.values)
 
 
+def test_rounded_prompts_in_a_batch_with_others_are_not_gone_on_from_either(saved: Callable[..., Path], tmp_path: Path) -> None:
+    """Two calls, of which one kept fewer bits: the batch of the next one holds prompts of both."""
+    model = saved("llama")
+    plain, store = lz.open_store(tmp_path / "plain"), lz.open_store(tmp_path / "mixed")
+    run(model, plain)
+    given: dict[str, Any] = {"store": store, "layers": [1], "pooling": [], "keep_tokens": True, "progress": False}
+    lz.extract(model, PROMPTS[::2], keep_bits=4, **given)
+    lz.extract(model, PROMPTS[1::2], **given)
+    run(model, store, layers=[3])
+    found, right = store.tokens(prompts=PROMPTS).resid.sel(layer=3), plain.tokens(prompts=PROMPTS).resid.sel(layer=3)
+    assert_same(found, right)
+
+
 def test_rounding_is_seen_in_the_values() -> None:
     from lmprobe_zarr.batch import round_bits
 

@@ -264,7 +264,7 @@ def _run_batch(
     read = None if tokenized.encoder_ids is None else [tokenized.encoder_ids[i] for i in rows]
     places = concat_ranges(starts[rows], tokenized.lengths[rows]) if tokenized.parts else None
     parts = {name: mask[places] for name, mask in tokenized.parts.items()}
-    held = None if known is None else known.of([tokenized.sha256[i] for i in rows], sum(map(len, ids)))
+    held = None if known is None else known.of([tokenized.sha256[i] for i in rows], tokenized.lengths[rows])
     try:
         return _copy_to_host(run_forward_pass(loaded, call, request, ids, encoder_ids=read, parts=parts, known=held), rows)
     except (RuntimeError, MemoryError) as error:
@@ -288,11 +288,14 @@ class _Known:
     forms: Forms
     loaded: LoadedModel
 
-    def of(self, digests: Sequence[str], tokens: int) -> KnownRows | None:
-        """The rows of some prompts; None where they are other tokens, are not finite or were rounded, so that the whole pass runs."""
+    def of(self, digests: Sequence[str], lengths: Ints) -> KnownRows | None:
+        """The rows of some prompts; None where one has other tokens, is not finite or was rounded, so that the whole pass runs."""
         values = self.start.read(digests)
         dtype = self.loaded.dtype
-        if len(values) != tokens or not np.isfinite(values).all() or is_rounded(values, dtype):
+        if len(values) != int(lengths.sum()) or not np.isfinite(values).all():
+            return None
+        # Prompt by prompt: one that was stored exactly would hide that another was rounded.
+        if any(is_rounded(own, dtype) for own in np.split(values, offsets_of(lengths)[1:-1])):
             return None
         rows = torch.from_numpy(np.array(values)).to(getattr(torch, dtype))
         return KnownRows(layer=self.start.layer, rows=rows, forms=self.forms)
