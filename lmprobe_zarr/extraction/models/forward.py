@@ -7,8 +7,8 @@ nothing, needs no mask, and leaves every token at the position that it has alone
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -34,7 +34,7 @@ from lmprobe_zarr.extraction.models.window import rope_kind, rope_settings
 from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["KnownRows", "ModelCall", "lengths_that_matter", "run_forward_pass"]
+__all__ = ["KnownRows", "ModelCall", "as_run", "lengths_that_matter", "run_forward_pass"]
 
 # These scalings of rotary positions depend on the longest prompt of the batch, once it exceeds the original window.
 LENGTH_SCALINGS: Final = ("dynamic", "longrope", "su")
@@ -148,6 +148,17 @@ def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, options:
     return (sliced, step) if call.slices.allowed else None
 
 
+@contextmanager
+def as_run(loaded: LoadedModel) -> Iterator[None]:
+    """Inside, a model computes as its passes are run: in evaluation mode, uncompiled, without gradients, and for one caller at a time."""
+    with (
+        running(loaded.turn), evaluating(loaded.module), uncompiled(loaded.module), original_attention(loaded.module),
+        without_gradients(loaded.module),
+        quiet_logging(),  # GPT-2 warns about a missing mask, which a causal model does not need here
+    ):  # fmt: skip
+        yield
+
+
 def run_forward_pass(
     loaded: LoadedModel,
     call: ModelCall,
@@ -181,13 +192,7 @@ def run_forward_pass(
     if call.takes_mask and call.conduct.padding == "masked" and lengths.min() < longest:
         options["attention_mask"] = collected.padded.index("mask", loaded.device)[..., 0].to(torch.int64)
     with ExitStack() as stack:
-        stack.enter_context(running(loaded.turn))
-        stack.enter_context(evaluating(loaded.module))
-        stack.enter_context(uncompiled(loaded.module))
-        stack.enter_context(original_attention(loaded.module))
-        stack.enter_context(without_gradients(loaded.module))
-        # GPT-2 warns about a missing mask, which a causal model does not need here.
-        stack.enter_context(quiet_logging())
+        stack.enter_context(as_run(loaded))
         _forget_lengths(call.rotary)
         if isinstance(call.module, PairedBody):
             assert encoder_ids is not None  # noqa: S101 - otherwise the encoder would read what the decoder does

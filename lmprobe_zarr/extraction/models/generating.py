@@ -14,7 +14,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -32,16 +32,12 @@ from lmprobe_zarr.extraction.models.batching import (
     next_batch,
 )
 from lmprobe_zarr.extraction.models.check import ROUNDING, check_model
-from lmprobe_zarr.extraction.models.forward import lengths_that_matter
+from lmprobe_zarr.extraction.models.forward import as_run, lengths_that_matter
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
-from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.outputs import head_width
 from lmprobe_zarr.extraction.models.paired import PairedBody
-from lmprobe_zarr.extraction.models.structure import evaluating, original_attention, plain_ids
-from lmprobe_zarr.extraction.models.tensor_bits import without_gradients
+from lmprobe_zarr.extraction.models.structure import plain_ids
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts
-from lmprobe_zarr.extraction.models.turns import running
-from lmprobe_zarr.extraction.models.wrappers import uncompiled
 from lmprobe_zarr.typing import Ints
 
 __all__ = ["generate_answers"]
@@ -182,17 +178,10 @@ def _check_can_generate(loaded: LoadedModel) -> None:
 
 
 @contextmanager
-def _as_run(loaded: LoadedModel) -> Iterator[None]:
-    """The model as its passes are run: in evaluation mode, uncompiled, without gradients, and for one caller at a time."""
-    with ExitStack() as stack:
-        stack.enter_context(running(loaded.turn))
-        stack.enter_context(evaluating(loaded.module))
-        stack.enter_context(uncompiled(loaded.module))
-        stack.enter_context(original_attention(loaded.module))
-        stack.enter_context(without_gradients(loaded.module))
-        stack.enter_context(quiet_logging())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # of settings that this model's configuration has, and of padding, which is looked after here
+def _quietly(loaded: LoadedModel) -> Iterator[None]:
+    """As passes are run, without warnings of settings that this model's configuration has, and of padding, which is looked after here."""
+    with as_run(loaded), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -210,7 +199,7 @@ def _run_batch(loaded: LoadedModel, ids: Sequence[Ints], settings: Settings, uni
         name: value for name, value in {**NEUTRAL, **settings.values}.items() if name not in ("do_sample", "stop_strings", *SAMPLING)
     }
     options |= {"eos_token_id": ends or None, "stop_strings": None, "do_sample": False, **SAMPLING}
-    with _as_run(loaded):
+    with _quietly(loaded):
         output = _call(loaded, ids, logits_processor=processors, stopping_criteria=[watch], **options)
     generated = output[:, longest:].cpu().numpy().astype(np.int64)
     recorded = dict(settings.values) | ({"eos_token_id": ends} if ends else {})
@@ -332,7 +321,7 @@ def _pads_left(loaded: LoadedModel) -> bool:
         ids = np.array(plain_ids(loaded.located.body, LONG + SHORT), np.int64)
         prompts = [ids[:LONG], ids[LONG:]]
         try:
-            with _as_run(loaded):
+            with _quietly(loaded):
                 together = _scores(loaded, prompts, int(ids[0]))
                 alone = [_scores(loaded, [each], int(ids[0]))[:, 0] for each in prompts]
             known = all(_alike(together[:, row], each, loaded.dtype) for row, each in enumerate(alone))

@@ -7,7 +7,6 @@ after the last block of a short prompt have to give the logits that the model gi
 
 from __future__ import annotations
 
-import inspect
 import os
 import uuid
 from collections.abc import Mapping
@@ -23,12 +22,18 @@ from torch import nn
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 from lmprobe_zarr.extraction.models.captured import logits_of
+from lmprobe_zarr.extraction.models.forward import as_run
 from lmprobe_zarr.extraction.models.loading import LoadedModel, as_it_is, depth_of, load_module
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.outputs import largest
 from lmprobe_zarr.extraction.models.standing_in import Forms, form_of, standing_in
-from lmprobe_zarr.extraction.models.structure import evaluating, first_line, first_tensor, input_device, original_attention, plain_ids
-from lmprobe_zarr.extraction.models.tensor_bits import without_gradients
+from lmprobe_zarr.extraction.models.structure import (
+    first_line,
+    first_tensor,
+    input_device,
+    plain_ids,
+    without_cache,
+)
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.wrappers import check_complete, uncompiled, unwrapped
 
@@ -80,7 +85,7 @@ class Lens:
         """The logits of each row: shapes (row, hidden) and (row, vocab)."""
         loaded = self.loaded
         held = rows.to(self.device, self.dtype)[:, None]
-        with _at_rest(loaded), standing_in(loaded.located.blocks, held, self.forms):
+        with as_run(loaded), standing_in(loaded.located.blocks, held, self.forms):
             found = logits_of(_call(loaded, torch.full((len(rows), 1), _filler(loaded))))
         if found is None or found.shape[:2] != (len(rows), 1):
             raise _refused(loaded, f"for rows of shape {tuple(rows.shape)} its head gives {None if found is None else tuple(found.shape)}")
@@ -130,21 +135,9 @@ def _whole(loaded: LoadedModel) -> nn.Module:
     return whole
 
 
-def _at_rest(loaded: LoadedModel) -> ExitStack:
-    """Inside, the model computes as in evaluation: no dropout, no gradients, for one caller at a time."""
-    with ExitStack() as stack:
-        for each in (
-            running(loaded.turn), evaluating(loaded.module), uncompiled(loaded.module), original_attention(loaded.module),
-            without_gradients(loaded.module), quiet_logging(),
-        ):  # fmt: skip
-            stack.enter_context(each)
-        return stack.pop_all()
-
-
 def _call(loaded: LoadedModel, ids: torch.Tensor) -> Any:
     whole = _whole(loaded)
-    options = {"use_cache": False} if "use_cache" in inspect.signature(whole.forward).parameters else {}
-    return whole(input_ids=ids.to(_device(loaded)), **options)
+    return whole(input_ids=ids.to(_device(loaded)), **without_cache(whole))
 
 
 def _refused(loaded: LoadedModel, why: str) -> UnknownArchitectureError:
@@ -169,7 +162,7 @@ def _checked(loaded: LoadedModel, num_layers: int) -> Lens:
 
     ids = torch.tensor([plain_ids(loaded.located.body, COMPARED_TOKENS + 1)[:-1]])
     with ExitStack() as stack:
-        stack.enter_context(_at_rest(loaded))
+        stack.enter_context(as_run(loaded))
         for block in {id(block): block for block in blocks}.values():
             stack.callback(block.register_forward_hook(keep).remove)
         right = logits_of(_call(loaded, ids))
