@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clusters import local_client
 from command_line import call
 
 import lmprobe_zarr as lz
@@ -601,13 +602,9 @@ def test_a_plan_says_that_it_is_a_bound(acts: Store, tmp_path: Path) -> None:
 
 
 def test_workers_write_the_same_answers(acts: Store, tmp_path: Path) -> None:
-    distributed = pytest.importorskip("distributed")
     folder = saved(tmp_path / "m")
     generate = lz.Generate(max_new_tokens=6, temperature=1.5, n=2)
-    with (
-        distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    with local_client(workers=1, threads=2) as client:
         stats = run(folder, PROMPTS, acts, generate, client=client, coords={"label": list(range(len(PROMPTS)))})
     assert (stats.prompts, stats.generated, stats.extracted) == (12, 12, 12)
     data = acts.dataset()

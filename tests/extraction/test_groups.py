@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clusters import local_client
 from command_line import call, call_json
 
 import lmprobe_zarr as lz
@@ -157,13 +158,9 @@ def test_a_model_object_is_served_too(moved: tuple[Store, str], llama: Path, run
 
 
 def test_workers_add_to_the_group_that_was_found(tmp_path: Path, truth: dict[str, list[Any]], llama: Path) -> None:
-    distributed: Any = pytest.importorskip("distributed")
     store = lz.open_store(tmp_path)
     group = write(store, truth, llama.name)
-    with (
-        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    with local_client(workers=1) as client:
         stats = lz.extract(llama, [*PROMPTS, *NEW], store=store, device="cpu", client=client, provenance="any", progress=False)
     assert (stats.found, stats.extracted, stats.group) == (10, 2, group)
     assert list(lz.open_store(tmp_path).groups()) == [group]

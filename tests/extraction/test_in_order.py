@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clusters import local_client
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,9 +127,7 @@ def test_an_interruption_keeps_what_has_arrived_and_the_next_call_completes_the_
 
 
 def test_the_shares_of_workers_are_shown_in_the_callers_order(llama: Path, acts: Store) -> None:
-    distributed = pytest.importorskip("distributed")
-    options: dict[str, Any] = {"n_workers": 2, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
+    with local_client(workers=2) as client:
         run(llama, PROMPTS, acts, client=client)
     data = acts.dataset()
     assert data.text.values.tolist() == PROMPTS

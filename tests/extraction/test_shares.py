@@ -20,6 +20,7 @@ import fsspec
 import numpy as np
 import pytest
 import xarray as xr
+from clusters import local_client
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,8 +58,7 @@ def processes() -> Iterator[Any]:
     with (
         # By default the cluster gives up a worker that is not back 15 seconds after its death; on a busy machine starting one takes longer.
         dask.config.set({"distributed.deploy.lost-worker-timeout": "180s"}),
-        distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0") as local,
-        distributed.Client(local, set_as_default=False) as client,
+        local_client(workers=2, threads=2, processes=True, set_as_default=False) as client,
     ):
         yield client
 
@@ -66,10 +66,7 @@ def processes() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def threads() -> Iterator[Any]:
     """Two workers in this process."""
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=False, dashboard_address=":0") as local,
-        distributed.Client(local, set_as_default=False) as client,
-    ):
+    with local_client(workers=2, threads=2, set_as_default=False) as client:
         yield client
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+from clusters import local_client
 from sklearn.exceptions import FitFailedWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
@@ -289,9 +290,7 @@ def test_choices_are_the_same_wherever_they_are_made(way: str, tmp_path: Path) -
     elif way == "dask array":
         found = lz.sweep(array.chunk(layer=1, prompt=7), **options)
     elif way == "client":
-        import distributed
-
-        with distributed.Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:  # type: ignore[no-untyped-call]
+        with local_client(workers=1, threads=2) as client:
             found = lz.sweep(array.chunk(layer=1), **options, client=client)
     elif way == "store":
         store = lz.open_store(tmp_path / "acts")

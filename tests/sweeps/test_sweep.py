@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from clusters import local_client
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -508,11 +509,7 @@ def opened(store: Store, model: str = "a/model") -> xr.DataArray:
 
 @pytest.fixture
 def in_process_client() -> Iterator[Any]:
-    distributed = pytest.importorskip("distributed")
-    with (
-        distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    with local_client(workers=1, threads=2) as client:
         yield client
 
 
@@ -547,10 +544,7 @@ def test_worker_processes_read_the_store_themselves_and_score_the_same(stored: S
     dumps: Any = pickle.dumps
     wide = opened(stored, "wide")
     sent: list[int] = []
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    with local_client(workers=2, processes=True) as client:
         submit = client.submit
 
         def counted(function: Any, *args: Any, **kwargs: Any) -> Any:

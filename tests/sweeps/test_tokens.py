@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from clusters import local_client
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import KFold, StratifiedGroupKFold, StratifiedKFold
 from xarray.backends import BackendArray
@@ -159,17 +160,13 @@ def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_processes_and_a_client_give_the_same(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_stream, "_EPOCHS", (4, 4))
-    distributed: Any = pytest.importorskip("distributed")
     memory = stored.tokens().resid.load()
     names = ["ridge", "lda", "sgd"]
     expected = lz.sweep_tokens(memory, "label", names, 3)
     got = []
     apart = lz.fit_tokens(stored.tokens().resid, "label", "lda", scheduler="processes", n_workers=2)
     np.testing.assert_allclose(apart.coef, lz.fit_tokens(memory, "label", "lda").coef, rtol=1e-9)
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
-        distributed.Client(cluster) as client,
-    ):
+    with local_client(workers=2) as client:
         for given in (stored.tokens().resid, stored.tokens(chunks={"token": 50}).resid, memory):
             got.append(lz.sweep_tokens(given, "label", names, 3, client=client))
             scored = lz.score_tokens(lz.fit_tokens(given, "label", client=client), given, client=client)

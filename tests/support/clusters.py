@@ -1,0 +1,21 @@
+"""Clusters of `distributed` on this machine."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def local_client(*, workers: int, threads: int = 1, processes: bool = False, set_as_default: bool = True) -> Iterator[Any]:
+    """A client of a cluster whose dashboard has a port of its own.
+
+    `dashboard_address=None` would open the default port all the same, so two tests that run at once would collide.
+    """
+    distributed: Any = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(n_workers=workers, threads_per_worker=threads, processes=processes, dashboard_address=":0") as cluster,
+        distributed.Client(cluster, set_as_default=set_as_default) as client,
+    ):
+        yield client
