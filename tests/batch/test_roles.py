@@ -62,6 +62,15 @@ CALLING = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content if m.content else '' }}"
     "{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|end|>{% endfor %}"
 )
+# A header with a date stands in every chat, what the system text asks of the template is taken out of it, and answers are marked.
+DIRECTED = (
+    "{% set first = messages[0].content if messages[0].role == 'system' else '' %}"
+    "<|system|>\n# About\nToday: {{ strftime_now('%d %B %Y') }}\nMode: {{ '/off' if '/off' in first else '/on' }}\n\n# Asked\n"
+    "{{ first.replace('/off', '').replace('/on', '').rstrip() or 'You help.' }}<|end|>\n"
+    "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content.lstrip('\n') ~ '<|end|>' }}{% endgeneration %}{% else %}{{ m.content ~ '<|end|>' }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 ESCAPED = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | tojson if m.role == 'tool' else m.content }}<|end|>{% endfor %}"
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "the sky"}}}
 
@@ -190,6 +199,26 @@ def test_a_date_moves_nothing() -> None:
         spans = chat_spans(prompts.messages[0], text, tokenizer, options, timed=True)
         assert [piece for piece in pieces_of(text, spans) if piece[0]] == [("user", 0, "Hi"), ("assistant", 1, "Ho")]
         assert spans.untold == ()
+
+
+@pytest.mark.parametrize(
+    ("system", "mode", "kept"),
+    [(None, "on", ""), ("", "on", ""), ("About", "on", "About"), ("Be brief. /off", "off", "Be brief."), ("/off", "off", "")],
+)
+def test_a_system_text_that_directs_the_template(system: str | None, mode: str, kept: str) -> None:
+    chat = [] if system is None else [said("system", system)]
+    chat += [user("/off"), said("assistant", "# About"), user("You help."), said("assistant", "Today")]
+    turn = len(chat) - 4
+    pieces, untold = shown(chat, DIRECTED)
+    assert f"Mode: /{mode}\n" in "".join(text for _, _, text in pieces)
+    assert [piece for piece in pieces if piece[0] in ("user", "assistant")] == [
+        ("user", turn, "/off"), ("assistant", turn + 1, "# About"), ("user", turn + 2, "You help."), ("assistant", turn + 3, "Today")
+    ]  # fmt: skip
+    # What was taken out of a text leaves it untold; nothing else may have its role.
+    told = [text for role, _, text in pieces if role == "system"]
+    assert told in ([kept] if kept else [], [])
+    assert bool(told) or untold in ((0,), ()), pieces
+    assert ("system" in {role for role, _, _ in pieces}) == (kept == system and bool(kept))
 
 
 def test_contents_in_parts_are_one_content() -> None:

@@ -1,6 +1,6 @@
 """Roles by the chat templates of models, with turns that look like what stands around them.
 
-The templates are those that TRL ships, where it is installed, and those of a folder that LMPROBE_ZARR_CHAT_TEMPLATES names.
+The templates are those that TRL and axolotl ship, where they are installed, and those of a folder that LMPROBE_ZARR_CHAT_TEMPLATES names.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def assistant(content: str, **more: Any) -> dict[str, Any]:
 
 def test_some_templates_are_installed() -> None:
     if not model_templates():
-        pytest.skip("no chat templates of models: pip install trl")
+        pytest.skip("no chat templates of models: pip install --no-deps trl axolotl")
     assert len(TEMPLATES) > 5
 
 

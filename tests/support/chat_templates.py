@@ -11,6 +11,8 @@ from lmprobe_zarr.batch.roles import ChatSpans
 
 #: A folder of files `*.jinja`, for templates that no installed package has.
 FOLDER = "LMPROBE_ZARR_CHAT_TEMPLATES"
+#: Where packages that ship chat templates of models keep them.
+PACKAGES = {"trl": "chat_templates", "axolotl": "utils/chat_templates/templates"}
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -33,8 +35,10 @@ def pieces_of(text: str, spans: ChatSpans) -> list[tuple[str, int, str]]:
 
 
 def model_templates() -> dict[str, str]:
-    """Templates by name: those that TRL ships, whose files need no import of it, and those of a folder that the environment names."""
-    found = find_spec("trl")
-    folders = [] if found is None else [Path(place) / "chat_templates" for place in found.submodule_search_locations or ()]
-    folders += [Path(os.environ[FOLDER])] if os.environ.get(FOLDER) else []
-    return {file.stem: file.read_text(encoding="utf-8") for folder in folders for file in sorted(folder.glob("*.jinja"))}
+    """Templates by package and name: those of `PACKAGES`, whose files need no import of them, and those of the folder in the environment."""
+    folders = {"": Path(os.environ[FOLDER])} if os.environ.get(FOLDER) else {}
+    for package, below in PACKAGES.items():
+        found = find_spec(package)
+        if found is not None and found.submodule_search_locations:
+            folders[f"{package}: "] = Path(found.submodule_search_locations[0]) / below
+    return {prefix + file.stem: file.read_text(encoding="utf-8") for prefix, folder in folders.items() for file in sorted(folder.glob("*.jinja"))}
