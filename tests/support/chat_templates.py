@@ -35,10 +35,11 @@ def pieces_of(text: str, spans: ChatSpans) -> list[tuple[str, int, str]]:
 
 
 def model_templates() -> dict[str, str]:
-    """Templates by package and name: those of `PACKAGES`, whose files need no import of them, and those of the folder in the environment."""
+    """Templates by package and name: those of `PACKAGES`, which need not be imported, and those of the folder in the environment."""
     folders = {"": Path(os.environ[FOLDER])} if os.environ.get(FOLDER) else {}
     for package, below in PACKAGES.items():
         found = find_spec(package)
         if found is not None and found.submodule_search_locations:
             folders[f"{package}: "] = Path(found.submodule_search_locations[0]) / below
-    return {prefix + file.stem: file.read_text(encoding="utf-8") for prefix, folder in folders.items() for file in sorted(folder.glob("*.jinja"))}
+    files = {prefix + file.stem: file for prefix, folder in folders.items() for file in sorted(folder.glob("*.jinja"))}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
