@@ -118,9 +118,9 @@ class ArrayAccessor(_TokenAccessor[xr.DataArray]):
         """
         dim, known = self._data.dims[-1] if self._data.dims else None, self._data.attrs.get("num_heads") if num_heads is None else num_heads
         if known is None or isinstance(known, bool) or not isinstance(known, int | np.integer) or known < 1:
-            raise InvalidArgumentError(
-                f"how many heads {self._data.name!r} is of is not known ({known!r}): give their number, .lz.heads(32)"
-            )
+            if known is None:
+                raise InvalidArgumentError(f"the number of heads of {self._data.name!r} is not recorded: give it, .lz.heads(32)")
+            raise InvalidArgumentError(f"num_heads={known!r} is no number of heads: give a positive integer, .lz.heads(32)")
         if dim in (None, "layer", "prompt", "token") or self._data.sizes[dim] % int(known):
             width = "no width" if dim is None else f"the dimension {dim!r} of {self._data.sizes[dim]}"
             raise InvalidArgumentError(f"{self._data.name!r} has {width} at its end, which is not {known} heads of one size")

@@ -175,11 +175,11 @@ def test_heads_are_apart_with_the_stored_number_of_them(saved: Callable[[str], P
         assert (apart.sizes["head"], apart.sizes["head_dim"]) == (4, 8)
         np.testing.assert_array_equal(apart.isel(head=2).values, array.values[..., 16:24])
     assert ds.heads_mean.mean("prompt", keep_attrs=False).lz.heads(4).sizes["head"] == 4
-    with pytest.raises(InvalidArgumentError, match=r"is not known .*give their number"):
+    with pytest.raises(InvalidArgumentError, match=r"is not recorded: give it"):
         ds.heads_mean.mean("prompt", keep_attrs=False).lz.heads()
     with pytest.raises(InvalidArgumentError, match="is not 5 heads of one size"):
         ds.heads_mean.lz.heads(5)
-    with pytest.raises(InvalidArgumentError, match="give their number"):
+    with pytest.raises(InvalidArgumentError, match="num_heads=0 is no number of heads"):
         ds.heads_mean.lz.heads(0)
 
 
