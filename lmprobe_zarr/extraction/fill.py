@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -31,12 +31,13 @@ from lmprobe_zarr.typing import Ints
 __all__ = ["Written", "fill_here"]
 
 # Prompts are sorted by length within windows of this many batches, which costs at most 3 percent of padding more than sorting all prompts
-# (docs/design/decisions.md). Of a killed process the rows of one window are lost.
+# (docs/design/decisions.md). Of a killed process the rows of two windows are lost.
 WINDOW_BATCHES: Final = 64
 # The caller's part_seconds shortens windows, as if each batch took this long: at 0 a window is one batch.
 BATCH_SECONDS: Final = 60 / 64
-# What is held of one window in memory, and beyond that in a scratch file, of which there must be this many times as much free space.
-WINDOW_BYTES: Final = 128 << 20
+# What is held of one window in memory, and beyond that in a scratch file. There are two windows: one fills while one is written. Of all
+# scratch files together there must be this many times as much free space.
+WINDOW_BYTES: Final = 64 << 20
 SCRATCH_BYTES: Final = 4 << 30
 SCRATCH_SHARE: Final = 8
 # Answers that are generated before the model is run over them. Of a killed process these are lost; part_seconds shortens them likewise.
@@ -66,18 +67,19 @@ def fill_here(work: Work, options: Options) -> Written:
         recorded=recorded, shards=options.keeping.shards,
         order=lookup.request.order or CallOrder.of(lookup.prompts.sha256),
     )  # fmt: skip
-    with progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0) as advance, ingest:
+    rows = {digest: row for row, digest in enumerate(lookup.prompts.sha256)}
+    written = _Answered(work, options, recorded)
+
+    def put(window: Iterator[TokenBatch]) -> None:
+        ingest.put_all(_with_columns(window, rows, work, written.columns_of_window(), store_text=options.store_text))
+
+    scratch, folder = _scratch(target)
+    in_order = InOrder(put, rows, memory=WINDOW_BYTES, folder=folder)
+    bar = progress_bar(tokens, description="extract", unit="tok", enabled=options.progress and tokens > 0)
+    with bar as advance, closing(in_order), ingest:
         for batch in _pooled_from_tokens(lookup):
             ingest.put(batch)
-        rows = {digest: row for row, digest in enumerate(lookup.prompts.sha256)}
-        written = _Answered(work, options, recorded)
-
-        def put(batch: TokenBatch) -> None:
-            more = written.columns(rows[digest] for digest in batch.sha256)
-            ingest.put(with_columns(batch, rows, work.columns, store_text=options.store_text, more=more))
-
-        scratch, folder = _scratch(target)
-        with InOrder(put, rows, memory=WINDOW_BYTES, folder=folder) as in_order:
+        with in_order:
             for tokenized in written.pieces(advance):
                 for batch in _run_model(work, tokenized, options, advance, in_order.flush, scratch):
                     in_order.take(batch)
@@ -137,10 +139,23 @@ class _Answered:
         self._answers |= dict(zip(unknown.tolist(), made, strict=True))
         self.count, self.tokens = self.count + len(made), self.tokens + sum(len(answer.token_ids) for answer in made)
 
-    def columns(self, rows: Iterable[int]) -> dict[str, Column]:
-        """The columns of these answers, which are of the window at hand; none where no answers were asked for."""
-        answers = self.work.lookup.answers
-        return {} if answers is None else answers.columns({row: self._answers[row] for row in rows})
+    def columns_of_window(self) -> Callable[[Iterable[int]], dict[str, Column]]:
+        """Gives the columns of answers of the window at hand, also after it; none where no answers were asked for."""
+        answers, known = self.work.lookup.answers, self._answers
+        return lambda rows: {} if answers is None else answers.columns({row: known[row] for row in rows})
+
+
+def _with_columns(
+    batches: Iterator[TokenBatch],
+    rows: Mapping[str, int],
+    work: Work,
+    columns: Callable[[Iterable[int]], dict[str, Column]],
+    *,
+    store_text: bool,
+) -> Iterator[TokenBatch]:
+    for batch in batches:
+        more = columns(rows[digest] for digest in batch.sha256)
+        yield with_columns(batch, rows, work.columns, store_text=store_text, more=more)
 
 
 def _scratch(target: Store) -> tuple[int, str | None]:
@@ -195,7 +210,7 @@ def _run_model(
         batch_prompts=options.batch_prompts,
         progress=after_batch,
         windows=models.Windows(
-            nbytes=WINDOW_BYTES, scratch_nbytes=scratch, batches=max(1, min(WINDOW_BATCHES, int(options.part_seconds / BATCH_SECONDS)))
+            nbytes=WINDOW_BYTES, scratch_nbytes=scratch // 2, batches=max(1, min(WINDOW_BATCHES, int(options.part_seconds / BATCH_SECONDS)))
         ),
         after_window=after_window,
         start=None if work.plan.continued_from is None else stored_rows_of(lookup, work.plan.continued_from),

@@ -1,13 +1,14 @@
 """`InOrder`: puts batches, whose prompts are sorted by length, back into the order of the prompts. Knows no model and no store.
 
-Only one window of prompts is held at a time: in memory up to a number of bytes, beyond it in a scratch file without a name.
+A window of prompts is held in memory up to a number of bytes, beyond it in a scratch file without a name. Its prompts are gathered by
+whoever takes them: the thread that writes, while the next window fills.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import IO, Any, Final, Self
 
@@ -32,22 +33,25 @@ class InOrder:
     Parameters
     ----------
     put : callable
-        Takes batches of prompts in order.
+        Takes an iterator over a window's batches of prompts in order. Each batch is gathered when the iterator is asked for it, on any
+        thread.
     places : mapping of str to int
         The place of each prompt, by digest.
     memory : int
-        Bytes of activations that are held in memory.
+        Bytes of activations of a window that are held in memory.
     folder : str, optional
-        Where the scratch file goes; None for the system's folder of temporary files.
+        Where scratch files go; None for the system's folder of temporary files.
     """
 
-    def __init__(self, put: Callable[[TokenBatch], None], places: Mapping[str, int], *, memory: int, folder: str | None = None) -> None:
+    def __init__(
+        self, put: Callable[[Iterator[TokenBatch]], None], places: Mapping[str, int], *, memory: int, folder: str | None = None
+    ) -> None:
         self._put, self._places, self._memory, self._folder = put, places, memory, folder
         self._held: dict[Hashable, list[TokenBatch]] = {}
-        self._pending: list[Iterator[TokenBatch]] = []
-        self._spilled: dict[int, _Spilled] = {}
         self._nbytes = 0
-        self._file: IO[bytes] | None = None
+        self._scratch = _Scratch(folder)
+        self._used: list[_Scratch] = []
+        self._ready: list[Iterator[TokenBatch]] = []
         self._failed = False
 
     def take(self, batch: TokenBatch) -> None:
@@ -60,82 +64,107 @@ class InOrder:
         """
         kind = shape_of(batch)
         if self._nbytes + batch.nbytes > self._memory and self._nbytes:
-            batch = self._spill(batch)
+            batch = self._scratch.spill(batch)
         else:
             self._nbytes += batch.nbytes
         self._held.setdefault(kind, []).append(batch)
 
     def flush(self) -> None:
         """Hand on everything that is held, in order."""
-        self._pending += [self._ordered(batches) for batches in self._held.values()]
-        self._held.clear()
-        self._nbytes = 0
+        if self._held:
+            self._used = [scratch for scratch in self._used if scratch.is_open] + [self._scratch]
+            self._ready.append(_in_order(list(self._held.values()), self._places, self._scratch))
+            self._held, self._nbytes, self._scratch = {}, 0, _Scratch(self._folder)
         try:
-            while self._pending:
-                for batch in self._pending[0]:
-                    self._put(batch)
-                self._pending.pop(0)
+            while self._ready:
+                self._put(self._ready[0])
+                self._ready.pop(0)
         except Exception:
-            self._failed = True  # after an interruption, leaving the context goes on with the rest
+            self._failed = True
             raise
-        self._close()
+        # After an interruption, leaving the context puts the same iterator again, which then gives what is left of it.
+
+    def close(self) -> None:
+        """Close the scratch files. What was handed on gives nothing from then on."""
+        for scratch in (*self._used, self._scratch):
+            scratch.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if not self._failed:
-                self.flush()
-        finally:
-            self._close()
+        if not self._failed:
+            self.flush()
 
-    def _close(self) -> None:
+
+def _in_order(kinds: Sequence[list[TokenBatch]], places: Mapping[str, int], scratch: _Scratch) -> Iterator[TokenBatch]:
+    """The batches of a window in order, one kind after the other; its scratch file is closed at the end."""
+    try:
+        for batches in kinds:
+            yield from _ordered(batches, places, scratch)
+    finally:
+        scratch.close()
+
+
+def _ordered(batches: list[TokenBatch], places: Mapping[str, int], scratch: _Scratch) -> Iterator[TokenBatch]:
+    if len(batches) == 1 and not scratch.is_open:
+        yield batches[0]  # rows of a batch are in order
+        return
+    first = batches[0]
+    sizes = [len(batch.sha256) for batch in batches]
+    number = np.repeat(np.arange(len(batches)), sizes)
+    row = concat_ranges(np.zeros(len(sizes), np.int64), sizes)
+    order = np.argsort([places[digest] for batch in batches for digest in batch.sha256], kind="stable")
+    number, row = number[order], row[order]
+    counts = [np.ones(len(b.sha256), np.int64) if b.n_tokens is None else np.asarray(b.n_tokens, np.int64) for b in batches]
+    tokens = np.array([counts[j][i] for j, i in zip(number.tolist(), row.tolist(), strict=True)], np.int64)
+    starts = [offsets_of(each) for each in counts]
+    weights = tokens * _row_nbytes(first.tokens, sum(map(int, counts[0]))) + _row_nbytes(first.prompts, sizes[0])
+    for start, stop in _slices(weights):
+        chosen = [(j, np.flatnonzero(number[start:stop] == j)) for j in np.unique(number[start:stop]).tolist()]
+        by_prompt = [(j, at, row[start:stop][at]) for j, at in chosen]
+        lengths = tokens[start:stop]
+        ends = offsets_of(lengths)
+        by_token = [
+            (j, concat_ranges(ends[:-1][at], lengths[at]), concat_ranges(starts[j][rows], lengths[at])) for j, at, rows in by_prompt
+        ]
+        gathered = _Gathered(batches, scratch, by_prompt, by_token, stop - start, int(ends[-1]))
+        yield replace(
+            first,
+            sha256=gathered.listed([batch.sha256 for batch in batches]),
+            text=None if first.text is None else gathered.listed([batch.text for batch in batches]),
+            prompt_length=None if first.prompt_length is None else gathered.column([b.prompt_length for b in batches], by_prompt),
+            n_tokens=None if first.n_tokens is None else lengths,
+            tokens={name: gathered.variable("tokens", name) for name in first.tokens},
+            token_columns={n: gathered.column([b.token_columns[n] for b in batches], by_token) for n in first.token_columns},
+            prompts={name: gathered.variable("prompts", name) for name in first.prompts},
+            prompt_columns={n: gathered.column([b.prompt_columns[n] for b in batches], by_prompt) for n in first.prompt_columns},
+        )
+
+
+@dataclass(slots=True)
+class _Scratch:
+    """A file without a name for the arrays of a window that find no room in memory. It is made when the first of them comes."""
+
+    folder: str | None
+    _file: IO[bytes] | None = None
+    _spilled: dict[int, _Spilled] = field(default_factory=dict)
+
+    @property
+    def is_open(self) -> bool:
+        return self._file is not None
+
+    def close(self) -> None:
         self._spilled.clear()
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _ordered(self, batches: list[TokenBatch]) -> Iterator[TokenBatch]:
-        if len(batches) == 1 and not self._spilled:
-            yield batches[0]  # rows of a batch are in order
-            return
-        first = batches[0]
-        sizes = [len(batch.sha256) for batch in batches]
-        number = np.repeat(np.arange(len(batches)), sizes)
-        row = concat_ranges(np.zeros(len(sizes), np.int64), sizes)
-        order = np.argsort([self._places[digest] for batch in batches for digest in batch.sha256], kind="stable")
-        number, row = number[order], row[order]
-        counts = [np.ones(len(b.sha256), np.int64) if b.n_tokens is None else np.asarray(b.n_tokens, np.int64) for b in batches]
-        tokens = np.array([counts[j][i] for j, i in zip(number.tolist(), row.tolist(), strict=True)], np.int64)
-        starts = [offsets_of(each) for each in counts]
-        weights = tokens * _row_nbytes(first.tokens, sum(map(int, counts[0]))) + _row_nbytes(first.prompts, sizes[0])
-        for start, stop in _slices(weights):
-            chosen = [(j, np.flatnonzero(number[start:stop] == j)) for j in np.unique(number[start:stop]).tolist()]
-            by_prompt = [(j, at, row[start:stop][at]) for j, at in chosen]
-            lengths = tokens[start:stop]
-            ends = offsets_of(lengths)
-            by_token = [
-                (j, concat_ranges(ends[:-1][at], lengths[at]), concat_ranges(starts[j][rows], lengths[at])) for j, at, rows in by_prompt
-            ]
-            gathered = _Gathered(batches, self._spilled, by_prompt, by_token, stop - start, int(ends[-1]))
-            yield replace(
-                first,
-                sha256=gathered.listed([batch.sha256 for batch in batches]),
-                text=None if first.text is None else gathered.listed([batch.text for batch in batches]),
-                prompt_length=None if first.prompt_length is None else gathered.column([b.prompt_length for b in batches], by_prompt),
-                n_tokens=None if first.n_tokens is None else lengths,
-                tokens={name: gathered.variable("tokens", name) for name in first.tokens},
-                token_columns={n: gathered.column([b.token_columns[n] for b in batches], by_token) for n in first.token_columns},
-                prompts={name: gathered.variable("prompts", name) for name in first.prompts},
-                prompt_columns={n: gathered.column([b.prompt_columns[n] for b in batches], by_prompt) for n in first.prompt_columns},
-            )
-
-    def _spill(self, batch: TokenBatch) -> TokenBatch:
-        """The batch with arrays that stand for values in the scratch file."""
+    def spill(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with arrays that stand for values in the file."""
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder, prefix="lmprobe-zarr-")  # noqa: SIM115 — closed by _close
+                self._file = tempfile.TemporaryFile(dir=self.folder, prefix="lmprobe-zarr-")  # noqa: SIM115 — closed by close
             return replace(
                 batch,
                 tokens={name: self._written(self._file, array) for name, array in batch.tokens.items()},
@@ -143,9 +172,14 @@ class InOrder:
             )
         except OSError as error:
             raise NoSpaceError(
-                f"the activations of one window do not fit into memory, and its scratch file in {self._folder or tempfile.gettempdir()} "
+                f"the activations of one window do not fit into memory, and its scratch file in {self.folder or tempfile.gettempdir()} "
                 f"cannot be written ({error}): free some space there, or use a smaller batch_tokens="
             ) from error
+
+    def take(self, array: Array, rows: Ints, axis: int) -> Array:
+        """Some rows of an array of the window, in memory or in the file."""
+        spilled = self._spilled.get(id(array))
+        return spilled.take(rows, axis) if spilled is not None else array[:, rows] if axis else array[rows]
 
     def _written(self, file: IO[bytes], array: Array) -> Array:
         offset = file.seek(0, 2)
@@ -181,7 +215,7 @@ class _Gathered:
     """One slice of prompts, gathered from the batches that hold them: from which batch, to which places, from which rows."""
 
     batches: list[TokenBatch]
-    spilled: Mapping[int, _Spilled]
+    scratch: _Scratch
     by_prompt: Rows
     by_token: Rows
     n_prompts: int
@@ -196,9 +230,7 @@ class _Gathered:
         shape[axis] = total
         found = np.empty(shape, arrays[0].dtype)
         for j, there, here in rows:
-            array = arrays[j]
-            spilled = self.spilled.get(id(array))
-            values = spilled.take(here, axis) if spilled is not None else array[:, here] if axis else array[here]
+            values = self.scratch.take(arrays[j], here, axis)
             if axis:
                 found[:, there] = values
             else:

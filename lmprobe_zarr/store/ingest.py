@@ -39,6 +39,14 @@ OPEN_PARTS: Final = 64
 EXACT: Final = (*SCALARS, "perplexity")
 
 
+@dataclass(frozen=True, slots=True)
+class _MadeHere:
+    """Batches that the thread of an `Ingest` makes; `taken` is set after the last of them."""
+
+    batches: Iterator[TokenBatch]
+    taken: threading.Event = field(default_factory=threading.Event)
+
+
 @dataclass
 class Ingest:
     """Writes the batches that are put into it as parts of one group.
@@ -91,7 +99,8 @@ class Ingest:
     blank: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._queue: queue.Queue[TokenBatch] = queue.Queue(QUEUED_BATCHES)
+        self._queue: queue.Queue[TokenBatch | _MadeHere] = queue.Queue(QUEUED_BATCHES)
+        self._made_here: _MadeHere | None = None
         self._closing = threading.Event()
         self._error: BaseException | None = None
         self._open: dict[Hashable, _OpenPart] = {}
@@ -118,16 +127,37 @@ class Ingest:
         NoSpaceError, ReadOnlyError, InvalidArgumentError
             The error with which writing failed; no more batches are taken. `InvalidArgumentError` also outside of the context.
         """
+        self._queued(batch)
+
+    def put_all(self, batches: Iterator[TokenBatch]) -> None:
+        """Hand over batches that are made on the thread that writes them, when their turn comes.
+
+        Waits until the batches of the call before have been taken, so those of at most two calls are held: the ones that are being written,
+        and the ones that the caller prepares.
+
+        Raises
+        ------
+        NoSpaceError, ReadOnlyError, InvalidArgumentError
+            As `put`; also the error with which a batch could not be made.
+        """
+        while self._made_here is not None and not self._made_here.taken.wait(POLL_SECONDS):
+            self._check()
+        made = _MadeHere(batches)
+        self._queued(made)
+        self._made_here = made
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closing.is_set() or not self._thread.is_alive():
+            raise InvalidArgumentError("batches are taken inside of the context only: with Ingest(…) as ingest: ingest.put(batch)")
+
+    def _queued(self, given: TokenBatch | _MadeHere) -> None:
         while True:
-            if self._error is not None:
-                raise self._error
-            if self._closing.is_set() or not self._thread.is_alive():
-                raise InvalidArgumentError("batches are taken inside of the context only: with Ingest(…) as ingest: ingest.put(batch)")
-            try:
-                self._queue.put(batch, timeout=POLL_SECONDS)
+            self._check()
+            with suppress(queue.Full):
+                self._queue.put(given, timeout=POLL_SECONDS)
                 return
-            except queue.Full:
-                continue
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # An event, not a sentinel in the queue: setting it never waits, so a second Ctrl-C cannot interrupt it.
@@ -141,13 +171,17 @@ class Ingest:
             while True:
                 closing = self._closing.is_set()
                 try:
-                    self._take(self._queue.get(timeout=0.001 if closing else POLL_SECONDS))
+                    given = self._queue.get(timeout=0.001 if closing else POLL_SECONDS)
                 except queue.Empty:
                     if closing:
                         break
-                now = time.monotonic()
-                for key in [key for key, part in self._open.items() if now - part.opened >= self.part_seconds]:
-                    self._commit(key)
+                    self._commit_old()
+                    continue
+                for batch in given.batches if isinstance(given, _MadeHere) else (given,):
+                    self._take(batch)
+                    self._commit_old()
+                if isinstance(given, _MadeHere):
+                    given.taken.set()
             for key in list(self._open):
                 self._commit(key)
         except BaseException as failure:  # noqa: BLE001 — raised again by the thread that puts, or leaves
@@ -178,6 +212,11 @@ class Ingest:
         # Each open part fills chunks of its own; together these hold no more than one part may.
         while len(self._open) > 1 and sum(part.writer.waiting_nbytes for part in self._open.values()) > BUFFER_BYTES:
             self._commit(max(self._open, key=lambda k: self._open[k].writer.waiting_nbytes))
+
+    def _commit_old(self) -> None:
+        now = time.monotonic()
+        for key in [key for key, part in self._open.items() if now - part.opened >= self.part_seconds]:
+            self._commit(key)
 
     def _commit(self, key: Hashable) -> None:
         writer = self._open[key].writer

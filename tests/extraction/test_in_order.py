@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from clusters import local_client
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import make_batch
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch import TokenBatch, prompt_sha256
-from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.errors import InvalidArgumentError, NoSpaceError
 from lmprobe_zarr.extraction import fill, in_order
 from lmprobe_zarr.extraction.in_order import InOrder
 from lmprobe_zarr.store.store import Store
@@ -126,6 +128,42 @@ def test_an_interruption_keeps_what_has_arrived_and_the_next_call_completes_the_
     lz.sweep(data.resid_last_token, LABELS, cv=2)
 
 
+def test_an_interruption_while_a_window_is_handed_on_hands_it_on_again() -> None:
+    batch = make_batch(["a", "b"])
+    other = make_batch(["c"])
+    taken: list[str] = []
+    calls = 0
+
+    def put(window: Iterator[TokenBatch]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        taken.extend(text for each in window for text in each.text or ())
+
+    places = {digest: i for i, digest in enumerate([*batch.sha256, *other.sha256])}
+    with pytest.raises(KeyboardInterrupt), closing(InOrder(put, places, memory=1)) as ordered, ordered:
+        ordered.take(batch)
+        ordered.take(other)  # into the scratch file
+        ordered.flush()
+    assert taken == ["a", "b", "c"]
+
+
+def test_a_failure_of_the_writing_ends_the_run_without_another_try() -> None:
+    calls = 0
+
+    def put(_: Iterator[TokenBatch]) -> None:
+        nonlocal calls
+        calls += 1
+        raise NoSpaceError("full")
+
+    batch = make_batch(["a"])
+    with pytest.raises(NoSpaceError), closing(InOrder(put, {batch.sha256[0]: 0}, memory=1)) as ordered, ordered:
+        ordered.take(batch)
+        ordered.flush()
+    assert calls == 1
+
+
 def test_the_shares_of_workers_are_shown_in_the_callers_order(llama: Path, acts: Store) -> None:
     with local_client(workers=2) as client:
         run(llama, PROMPTS, acts, client=client)
@@ -192,7 +230,7 @@ def test_any_batches_come_out_in_order_with_their_own_values(data: st.DataObject
     taken: list[TokenBatch] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_order, "SLICE_BYTES", slice_bytes)
-        with InOrder(taken.append, {digest: i for i, digest in enumerate(digests)}, memory=memory) as ordered:
+        with closing(InOrder(taken.extend, {digest: i for i, digest in enumerate(digests)}, memory=memory)) as ordered, ordered:
             for a, b in itertools.pairwise(cuts):
                 ordered.take(batch(sorted(order[a:b])))
     assert [digest for each in taken for digest in each.sha256] == digests

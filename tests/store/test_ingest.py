@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
+from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.errors import InvalidArgumentError, NoSpaceError
 from lmprobe_zarr.store.ingest import Ingest
 from lmprobe_zarr.store.store import Store
@@ -73,6 +75,59 @@ def test_a_failing_source_keeps_what_was_put(store: Store) -> None:
     assert not alive()
 
 
+def test_batches_are_made_on_the_thread_that_writes_them_in_the_order_in_which_they_were_put(store: Store) -> None:
+    threads: set[str] = set()
+
+    def made(names: str) -> Iterator[TokenBatch]:
+        for name in names:
+            threads.add(threading.current_thread().name)
+            yield make_batch([name])
+
+    with Ingest(store, GROUP) as ingest:
+        ingest.put(make_batch(["a"]))
+        ingest.put_all(made("bcd"))
+        ingest.put_all(made("ef"))
+        ingest.put(make_batch(["g"]))
+    assert threads == {"lmprobe-zarr-ingest"}
+    assert store.dataset().text.values.tolist() == list("abcdefg")
+
+
+def test_no_more_batches_are_handed_over_than_those_that_are_made_already(store: Store) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def waiting() -> Iterator[TokenBatch]:
+        begun.set()
+        go_on.wait(30)
+        yield make_batch(["a"])
+
+    with Ingest(store, GROUP) as ingest:
+        ingest.put_all(waiting())
+        begun.wait(30)
+        second = threading.Thread(target=ingest.put_all, args=(iter([make_batch(["b"])]),))
+        second.start()
+        second.join(0.3)
+        assert second.is_alive(), "it waits until the first ones have been taken"
+        go_on.set()
+        second.join(30)
+        assert not second.is_alive()
+    assert store.dataset().text.values.tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("failure", [NoSpaceError("full"), RuntimeError("anything")])
+def test_a_batch_that_cannot_be_made_fails_the_writing(store: Store, failure: Exception) -> None:
+    store.write(GROUP, make_batch(["before"]))
+
+    def failing() -> Iterator[TokenBatch]:
+        yield make_batch(["a"])
+        raise failure
+
+    with pytest.raises(type(failure), match=str(failure)), Ingest(store, GROUP) as ingest:
+        for _ in range(50):
+            ingest.put_all(failing())
+    assert not alive()
+    assert lz.open_store(store.url).dataset().text.values.tolist() == ["before"]
+
+
 def test_nothing_is_taken_outside_of_the_context(store: Store) -> None:
     ingest = Ingest(store, GROUP)
     with pytest.raises(InvalidArgumentError, match="inside of the context"):
@@ -81,6 +136,8 @@ def test_nothing_is_taken_outside_of_the_context(store: Store) -> None:
         ingest.put(make_batch(["a"]))
     with pytest.raises(InvalidArgumentError, match="inside of the context"):
         ingest.put(make_batch(["b"]))
+    with pytest.raises(InvalidArgumentError, match="inside of the context"):
+        ingest.put_all(iter([make_batch(["b"])]))
     assert store.dataset().text.values.tolist() == ["a"]
 
 
