@@ -4,6 +4,7 @@
 #   make test-core   what depends on the interpreter, numpy, zarr and xarray, on Python 3.12+ with the newest zarr and without torch
 #   make test-lowest the same tests, and those of extraction, with the lowest versions that pyproject.toml allows; no part of make test
 #   make test-engines what vLLM and hs-connectors write, imported: an environment of their own, 3.4 GB and ten minutes; no part of make test
+#   make test-gpu    tests and a table of speeds on a GPU, skipped without one; no part of make test
 #   make check       the inner loop: lint, and the tests of the rooms that changed since the last commit
 #   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
 #   make models      write docs/models.md again: every model type of the installed transformers, found and compared (20 minutes)
@@ -23,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Where it is set, each of the hundreds of processes that tests start would compile the package again: a third of what an import takes.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-core test-lowest test-engines check pages lint bench docs models notebooks stress clean setup
+.PHONY: demo test test-core test-lowest test-engines test-gpu check pages lint bench docs models notebooks stress clean setup
 
 setup: $(VENV)/ready
 
@@ -116,6 +117,11 @@ $(ENGINES)/ready: Makefile
 	$(ENGINES)/bin/python tests/engines/requirements.py > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install --quiet --requirement $(ENGINES)/requirements.txt
 	touch $@
+
+# torch of constraints.txt is the one of the machine's processor or card, whichever its index gives.
+test-gpu: setup
+	$(VENV)/bin/python -m pytest -p no:cacheprovider --durations 10 tests/gpu
+	$(VENV)/bin/python -m benchmarks.gpu --page docs/design/gpu.md
 
 # lmprobe lives apart: its S3 client and ours want different versions of one package. `make bench BENCH=--quick` for the short form of the table.
 PEER := .venv-lmprobe
