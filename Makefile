@@ -68,7 +68,8 @@ test:
 NEWER := $(shell for python in python3.14 python3.13 python3.12 $$(ls -d $$HOME/.pyenv/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -rV); do \
 	"$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && { echo "$$python"; break; }; done)
 
-# Not again on the second interpreter: servers, documents, foreign files, processes that are killed, and each way in which sweeps may differ.
+# Not again on the second interpreter: servers, documents, foreign files, processes that are killed, each way in which sweeps may differ, and more
+# than three parameter sets of a test.
 CORE_SKIPS := not (kill_9 or remote_places or another_sweep)
 CORE_TESTS := tests/batch tests/cli tests/probes/test_files.py tests/storage tests/store tests/streaming tests/tokens tests/sweeps/test_sweep.py \
 	tests/test_accessor.py tests/test_backend.py tests/test_config.py tests/test_display.py \
@@ -80,7 +81,7 @@ ifeq ($(NEWER),)
 else
 	@$(MAKE) --no-print-directory $(CORE)/ready
 	$(CORE)/bin/python -c 'import zarr; print("test-core: zarr", zarr.__version__)'
-	$(CORE)/bin/python -m pytest -n 2 --dist worksteal -m "not model" -k "$(CORE_SKIPS)" -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
+	$(CORE)/bin/python -m pytest -n 2 --dist worksteal -m "not model" -k "$(CORE_SKIPS)" --few 3 -p no:cacheprovider $(CORE_TESTS) --ignore tests/store/upkeep
 endif
 
 $(CORE)/ready: pyproject.toml

@@ -16,6 +16,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 import s3_server
+from few import few_of
 from hypothesis import settings
 from tiny_models import SharedModels
 from warmed import Warmed
@@ -67,6 +68,20 @@ ON_S3_TOO = (
 
 # Parts of format 1 are read and compacted for ever. Only tests write any.
 IN_FORMAT_1_TOO = ("store/test_store.py", "store/upkeep/test_compact.py", "promises/test_loops.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A short form of parametrized tests, for a second interpreter."""
+    parser.addoption("--few", type=int, metavar="N", help="of each parametrized test, run N parameter sets from the first to the last")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what `--few` says."""
+    most = config.getoption("few")
+    if most is not None:
+        kept, left = few_of(items, [item.nodeid.partition("[")[0] for item in items], most)
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")
