@@ -91,7 +91,7 @@ class Ingest:
     blank: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._queue: queue.Queue[TokenBatch] = queue.Queue(QUEUED_BATCHES)
+        self._queue: queue.Queue[TokenBatch | threading.Event] = queue.Queue(QUEUED_BATCHES)
         self._closing = threading.Event()
         self._error: BaseException | None = None
         self._open: dict[Hashable, _OpenPart] = {}
@@ -110,8 +110,8 @@ class Ingest:
         self._thread.start()
         return self
 
-    def put(self, batch: TokenBatch) -> None:
-        """Hand over a batch; waits while the writing is behind.
+    def put(self, batch: TokenBatch | threading.Event) -> None:
+        """Hand over a batch; waits while the writing is behind. An event is set once all that was put before it is committed.
 
         Raises
         ------
@@ -129,6 +129,19 @@ class Ingest:
             except queue.Full:
                 continue
 
+    def flush(self) -> None:
+        """Commit everything that was put so far; returns when it is committed.
+
+        Raises
+        ------
+        As `put` does.
+        """
+        done = threading.Event()
+        self.put(done)
+        while not done.wait(POLL_SECONDS):
+            if self._error is not None:
+                raise self._error
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # An event, not a sentinel in the queue: setting it never waits, so a second Ctrl-C cannot interrupt it.
         self._closing.set()
@@ -141,15 +154,19 @@ class Ingest:
             while True:
                 closing = self._closing.is_set()
                 try:
-                    self._take(self._queue.get(timeout=0.001 if closing else POLL_SECONDS))
+                    given = self._queue.get(timeout=0.001 if closing else POLL_SECONDS)
+                    if isinstance(given, threading.Event):
+                        self._commit_all()
+                        given.set()
+                    else:
+                        self._take(given)
                 except queue.Empty:
                     if closing:
                         break
                 now = time.monotonic()
                 for key in [key for key, part in self._open.items() if now - part.opened >= self.part_seconds]:
                     self._commit(key)
-            for key in list(self._open):
-                self._commit(key)
+            self._commit_all()
         except BaseException as failure:  # noqa: BLE001 — raised again by the thread that puts, or leaves
             self._error = failure
             # They were never visible: files that stay are garbage, and the first failure is the one to raise.
@@ -178,6 +195,10 @@ class Ingest:
         # Each open part fills chunks of its own; together these hold no more than one part may.
         while len(self._open) > 1 and sum(part.writer.waiting_nbytes for part in self._open.values()) > BUFFER_BYTES:
             self._commit(max(self._open, key=lambda k: self._open[k].writer.waiting_nbytes))
+
+    def _commit_all(self) -> None:
+        for key in list(self._open):
+            self._commit(key)
 
     def _commit(self, key: Hashable) -> None:
         writer = self._open[key].writer

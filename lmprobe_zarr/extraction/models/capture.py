@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from lmprobe_zarr.batch import (
     ALL,
@@ -189,7 +190,8 @@ def run(
 
     job = Job(
         loaded=loaded, conduct=conduct, call=ModelCall.of(loaded, request, conduct), request=request, tokenized=tokenized,
-        starts=offsets_of(tokenized.lengths), batch_tokens=batch_tokens, batch_prompts=most, cut=cut, progress=progress, after_window=after_window,
+        starts=offsets_of(tokenized.lengths),
+        batch_tokens=batch_tokens, batch_prompts=most, cut=cut, progress=progress, after_window=after_window,
     )  # fmt: skip
     if loaded.streamed is not None:
         return run_by_block(job, loaded.streamed, scratch, nbytes, start)

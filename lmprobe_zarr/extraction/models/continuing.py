@@ -187,7 +187,9 @@ def _examine_blocks(loaded: LoadedModel, conduct: Conduct, head: bool) -> BlockF
     streamed = loaded.streamed
     assert streamed is not None  # noqa: S101 - asked of such models only
     if loaded.located.blocks != streamed.blocks:
-        raise not_streamed(loaded.name, f"its blocks {loaded.located.paths.get('layers')!r} are not those of {streamed.path!r}, or run twice")
+        raise not_streamed(
+            loaded.name, f"its blocks {loaded.located.paths.get('layers')!r} are not those of {streamed.path!r}, or run twice"
+        )
     if _unusual(loaded, conduct):
         raise not_streamed(loaded.name, "its blocks return more, or something else, than one row for each token")
     before = streamed.digest()

@@ -68,4 +68,4 @@ class FiniteWeights:
 
 
 def _path_of(module: nn.Module, block: nn.Module) -> str:
-    return next(name for name, part in module.named_modules() if part is block)
+    return next((name for name, part in module.named_modules() if part is block), "")

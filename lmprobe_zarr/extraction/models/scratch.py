@@ -1,8 +1,8 @@
-"""What a streamed run has computed so far, in files that outlive the process: a folder for each window of prompts. Never a model or a store.
+"""What a streamed run has computed so far, in files that outlive the process: a folder for each window of prompts.
 
 A pass over one block writes the rows that go on to the next block, and what is kept of its own. Its index is written last, and renamed: a
-pass without one was never made. Checksums in the index tell whether all of it arrived. Who finds a folder takes it only if nobody else holds
-its lock, and it is this user's.
+pass without one was never made. Checksums in the index tell whether all of it arrived. Who finds a folder takes it only if nobody else
+holds its lock, and it is this user's. Never a model or a store.
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ def _opened(folder: Path, key: str, lock: int) -> Scratch | None:
         return None
     plan = WindowPlan(**{each.name: document[each.name] for each in fields(WindowPlan)})
     found = Scratch(folder, plan, lock)
-    indexes = []
+    indexes: list[dict[str, Any]] = []
     while (index := _read_document(folder / _index(len(indexes)))) is not None:
         indexes.append(index)
     for number, index in enumerate(indexes):

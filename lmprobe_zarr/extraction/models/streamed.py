@@ -23,9 +23,10 @@ from torch import nn
 
 from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.architectures import submodule
-from lmprobe_zarr.extraction.models.checkpoint import Checkpoint, open_checkpoint
+from lmprobe_zarr.extraction.models.checkpoint import Checkpoint
 from lmprobe_zarr.extraction.models.structure import block_lists
 from lmprobe_zarr.extraction.models.tensor_bits import TensorBits
+from lmprobe_zarr.extraction.models.weight_files import weight_files
 
 __all__ = ["StreamedBlocks", "build", "downloaded", "not_streamed"]
 
@@ -37,7 +38,9 @@ Kind = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
 
 def not_streamed(name: str, why: str) -> UnknownArchitectureError:
     """The error for a model whose weights cannot be streamed."""
-    return UnknownArchitectureError(f"the weights of {name!r} cannot be streamed: {why}. Nothing was stored; weights='loaded' loads it whole")
+    return UnknownArchitectureError(
+        f"the weights of {name!r} cannot be streamed: {why}. Nothing was stored; weights='loaded' loads it whole"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,7 @@ class _Absent:
     def __getitem__(self, _key: Any) -> _Absent:
         return self
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:  # noqa: ARG002 - as transformers calls it
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.tensor if dtype is None else self.tensor.to(dtype)
 
 
@@ -187,7 +190,9 @@ class StreamedBlocks:
                     continue
                 for target, values in self._converted(source):
                     if target not in rooms or values.shape != rooms[target].shape:
-                        raise not_streamed(self.name, f"transformers converts a tensor to {target!r} {list(values.shape)}, which has no place")
+                        raise not_streamed(
+                            self.name, f"transformers converts a tensor to {target!r} {list(values.shape)}, which has no place"
+                        )
                     rooms[target].copy_(values)
                     left.discard(target)
         if left:
@@ -240,7 +245,9 @@ def downloaded(source: str, revision: str | None) -> Path:
     return Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def build(name: str, folder: Path, config: Any, kind: Any, dtype: str, *, layers: str | None, **options: Any) -> tuple[Any, Any, StreamedBlocks]:
+def build(
+    name: str, folder: Path, config: Any, kind: Any, dtype: str, *, layers: str | None, **options: Any
+) -> tuple[Any, Any, StreamedBlocks]:
     """The model in a folder without the weights of its blocks, what transformers reports of loading it, and its blocks.
 
     Parameters
@@ -268,22 +275,25 @@ def build(name: str, folder: Path, config: Any, kind: Any, dtype: str, *, layers
             f"the weights of {name!r} are quantised, and what is kept beside packed numbers cannot be read one block at a time: give "
             "weights='loaded', or the model that it was made of"
         )
-    checkpoint = open_checkpoint(folder)
-    if checkpoint is None:
+    weights = weight_files(folder)
+    if weights is None:
         raise ModelNotFoundError(f"the weights of {name!r} are in no safetensors files, which alone can be read one block at a time")
+    checkpoint = Checkpoint(weights)
     with torch.device("meta"):
         empty = kind.from_config(config, dtype=getattr(torch, dtype), **options)
     lists = [found.path for found in block_lists(empty)]
     path = layers if layers is not None and submodule(empty, layers) is not None else next(iter(lists), None)
     if path is None:
         raise not_streamed(name, "its blocks are not found")
-    sources, given = _sources(name, empty, path, checkpoint)
-    module, report = type(empty).from_pretrained(None, config=config, dtype=getattr(torch, dtype), state_dict=given, output_loading_info=True)
+    sources, given = _sources(empty, path, checkpoint)
+    module, report = type(empty).from_pretrained(
+        None, config=config, dtype=getattr(torch, dtype), state_dict=given, output_loading_info=True
+    )
     module.config._name_or_path = name
     return module, report, StreamedBlocks(name=name, model=module, path=path, checkpoint=checkpoint, sources=sources)
 
 
-def _sources(name: str, empty: Any, path: str, checkpoint: Checkpoint) -> tuple[list[list[_Source]], dict[str, Any]]:
+def _sources(empty: Any, path: str, checkpoint: Checkpoint) -> tuple[list[list[_Source]], dict[str, Any]]:
     """What the parameters of each block come from, and what transformers is given instead of the checkpoint's tensors."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
