@@ -19,6 +19,7 @@ from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.errors import (
     InvalidArgumentError,
     InvalidTypeError,
+    LmprobeZarrError,
     MissingDependencyError,
     ModelNotFoundError,
     UnknownArchitectureError,
@@ -137,6 +138,8 @@ def _loading(what: str, source: str, folder: Path | None, revision: str | None) 
     try:
         with turns.loading(), listening(source):
             yield
+    except LmprobeZarrError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(f"the {what} of {source!r} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
