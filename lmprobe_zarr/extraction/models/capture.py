@@ -49,6 +49,7 @@ from lmprobe_zarr.extraction.models.paired import PairedBody
 from lmprobe_zarr.extraction.models.passes import Job, Known, Progress
 from lmprobe_zarr.extraction.models.places import places_of
 from lmprobe_zarr.extraction.models.scratch import ScratchPlace
+from lmprobe_zarr.extraction.models.streamed import explained
 from lmprobe_zarr.extraction.models.structure import evaluating, input_embeddings
 from lmprobe_zarr.extraction.models.token_batches import Copying, copy_to_host, token_batches
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
@@ -173,7 +174,8 @@ def run(
         elif outputs.needs_head:
             most = most_prompts_with_logits(width)
         batch_tokens = default_batch_tokens(loaded.device.type, weight)
-    conduct = check_model(loaded) if len(tokenized) else Conduct()
+    with explained(loaded.name, loaded.streamed):
+        conduct = check_model(loaded) if len(tokenized) else Conduct()
     if outputs.needs_head and conduct.causal is False:
         raise no_prediction(loaded.name, f"{type(loaded.module).__name__}, whose tokens see those after them")
     if conduct.padding == "single":

@@ -682,7 +682,7 @@ def load_model(
         source |= identity.remote_code_field(config, at, folder, tokenizer, trusted=trust_remote_code)
         with turns.between_loads():
             code, kinds = code_of_named(config), set(device_types(device, device_map))
-        with quiet_logging(), turns.running(module):
+        with quiet_logging(), turns.running(module), streamed.explained(name, blocks):
             located, by_hand = _located(module, modules, prompts_kind)
     source |= settings_fields(sorted(kinds)) | ({} if code is None else {"model_code": code})
     window = _window(module, config, full)

@@ -24,11 +24,11 @@ from torch import nn
 from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError, ModelNotFoundError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.architectures import submodule
 from lmprobe_zarr.extraction.models.checkpoint import Checkpoint
-from lmprobe_zarr.extraction.models.structure import block_lists
+from lmprobe_zarr.extraction.models.structure import block_lists, first_line
 from lmprobe_zarr.extraction.models.tensor_bits import TensorBits
 from lmprobe_zarr.extraction.models.weight_files import weight_files
 
-__all__ = ["StreamedBlocks", "build", "downloaded", "not_streamed"]
+__all__ = ["StreamedBlocks", "build", "downloaded", "explained", "not_streamed"]
 
 # Sets of tensors that blocks of one kind share: one that computes, and one that is being read.
 ROOMS: Final = 2
@@ -41,6 +41,17 @@ def not_streamed(name: str, why: str) -> UnknownArchitectureError:
     return UnknownArchitectureError(
         f"the weights of {name!r} cannot be streamed: {why}. Nothing was stored; weights='loaded' loads it whole"
     )
+
+
+@contextmanager
+def explained(name: str, blocks: StreamedBlocks | None) -> Iterator[None]:
+    """What is wrong with a model whose blocks share their memory may be only that they do: then its error says how to load it whole."""
+    try:
+        yield
+    except UnknownArchitectureError as error:
+        if blocks is None:
+            raise
+        raise not_streamed(name, f"run by blocks that share their memory, it is refused ({first_line(error)})") from error
 
 
 @dataclass(frozen=True, slots=True)
