@@ -32,6 +32,7 @@ transformers = pytest.importorskip("transformers", minversion="5")
 from tiny_models import GROUPED, PROMPTS, SIZES, TINY, SharedModels, random_model, save_tiny, tiny_model, tiny_tokenizer  # noqa: E402
 from warmed import Warmed  # noqa: E402
 
+from lmprobe_zarr.extraction import fill  # noqa: E402
 from lmprobe_zarr.extraction import models as extraction  # noqa: E402
 from lmprobe_zarr.extraction.models import scratch as scratch_files  # noqa: E402
 from lmprobe_zarr.extraction.models.check import check_model  # noqa: E402
@@ -176,7 +177,7 @@ def test_rounded_rows_are_not_gone_on_from(llama: Path, tmp_path: Path) -> None:
 
 def test_windows_of_a_small_scratch_folder(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(llama, tmp_path / "plain", MANY, weights="loaded", **EVERY_SITE, part_seconds=0)
-    monkeypatch.setattr(scratch_files.ScratchPlace, "nbytes", property(lambda _: 300_000, lambda *_: None), raising=False)
+    monkeypatch.setattr(fill, "STREAMED_SHARE", 1 << 60)
     begun: list[int] = []
     create = scratch_files.Scratch.create
     monkeypatch.setattr(scratch_files.Scratch, "create", lambda *given: begun.append(len(given[2].digests)) or create(*given))
