@@ -43,7 +43,7 @@ def save_model(folder: Path, width: int, inner: int) -> int:
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, "w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)

@@ -110,9 +110,9 @@ class ModelMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights of a named model that is kept, whose memory the next one takes."""
-        kept = self.loaded is not None and self.loaded.provenance.get("weights") is not None
-        return sum(weight.nbytes for weight in self.loaded.module.parameters()) if kept and self.loaded is not None else 0
+        """Bytes of the weights of the model that is kept, whose memory the next one takes."""
+        weights = () if self.loaded is None else self.loaded.module.parameters()
+        return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
     def load(self, choice: ModelChoice, options: LoadingOptions, identity: ModelIdentity | None) -> LoadedModel:
         """The chosen model, loaded only if it is not the last one or has changed since.

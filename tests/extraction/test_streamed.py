@@ -197,17 +197,19 @@ def test_batches_that_do_not_fit_are_halved(llama: Path, tmp_path: Path, monkeyp
         return forward(self, x)
 
     loaded = extraction.load_model(llama, device="cpu", stream=True)
-    for block in loaded.located.blocks:
-        monkeypatch.setattr(block.mlp, "forward", partial(small, block.mlp))
+    mlps: list[Any] = [block.mlp for block in loaded.located.blocks]
+    for mlp in mlps:
+        monkeypatch.setattr(mlp, "forward", partial(small, mlp))
     tokens = {}
     place = extraction.ScratchPlace(folder=str(tmp_path), nbytes=1 << 30, key={}, committed=lambda: None)
     from lmprobe_zarr.batch import parse_prompts
 
     tokenized = extraction.tokenize(parse_prompts(PROMPTS, tokenizer=loaded.tokenizer), loaded.tokenizer)
     for batch in extraction.run(loaded, tokenized, poolings=(), keep_tokens=True, batch_tokens=400, scratch=place):
-        ends = np.cumsum(batch.n_tokens)
+        counts = np.asarray(batch.n_tokens)
+        ends = np.cumsum(counts)
         for number, digest in enumerate(batch.sha256):
-            tokens[digest] = batch.tokens["resid"][:, ends[number] - batch.n_tokens[number] : ends[number]]
+            tokens[digest] = batch.tokens["resid"][:, ends[number] - counts[number] : ends[number]]
     right = lz.open_store(tmp_path / "plain")
     for text in PROMPTS:
         values = right.tokens(prompts=[text]).resid.values
@@ -308,9 +310,8 @@ def test_another_run_does_not_go_on_from_it(change: str, llama: Path, tmp_path: 
     stopped_after(monkeypatch, 2 * n + 3, model, store, batch_prompts=1)
     if change == "weights":
         tiny_model("llama", "AutoModelForCausalLM", rms_norm_eps=1e-3).save_pretrained(model)
-    options: dict[str, Any] = {"prompts": {"prompts": PROMPTS[1:]}, "layers": {"layers": [0, 3]}, "dtype": {"dtype": "float64"}}.get(
-        change, {}
-    )
+    changed: dict[str, dict[str, Any]] = {"prompts": {"prompts": PROMPTS[1:]}, "layers": {"layers": [0, 3]}, "dtype": {"dtype": "float64"}}
+    options = changed.get(change, {})
     run(model, tmp_path / "plain", weights="loaded", batch_prompts=1, **options)
     run(model, store, batch_prompts=1, **options)
     assert_same(store, tmp_path / "plain")
@@ -596,7 +597,7 @@ def test_a_block_that_runs_several_times_is_refused(tmp_path: Path) -> None:
 
 def test_a_pass_that_changes_its_weights_is_refused(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = extraction.load_model(llama, device="cpu", stream=True)
-    mlp = loaded.located.blocks[1].mlp
+    mlp: Any = loaded.located.blocks[1].mlp
     forward = mlp.forward
 
     def changing(x: Any) -> Any:
@@ -656,6 +657,25 @@ def test_files_that_are_missing_or_cut_are_named(tmp_path: Path) -> None:
         run(model, tmp_path / "acts")
     with pytest.raises(ModelNotFoundError):
         run(model, tmp_path / "acts", weights="loaded")
+
+
+def test_files_that_change_in_the_middle_of_a_run_are_noticed(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "llama"
+    shutil.copytree(llama, model)
+    collect, calls = Job.collect, 0
+
+    def changing(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == len(PROMPTS) + 1:
+            tiny_model("llama", "AutoModelForCausalLM").save_pretrained(model)
+        return collect(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "collect", changing)
+        with pytest.raises(ModelNotFoundError, match="was changed while its model was running"):
+            run(model, tmp_path / "acts", batch_prompts=1)
+    assert not lz.open_store(tmp_path / "acts").models()
 
 
 def test_tensors_that_no_block_owns_are_refused_as_ever(llama: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Never a module of a model, a store, or the network.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ class Checkpoint:
     """
 
     weights: WeightFiles
-    nbytes_read: int = field(default=0)
+    nbytes_read: int = 0
+    _states: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -78,7 +80,8 @@ class Checkpoint:
         Raises
         ------
         ModelNotFoundError
-            It has another shape, or its file is shorter than it says.
+            It has another shape, its file is shorter than it says, or has changed since it was first read: then blocks of two models would
+            be mixed.
         """
         entry, dtype = self.tensors[name], self.dtype(name)
         path = self.path(name)
@@ -86,6 +89,7 @@ class Checkpoint:
             raise ModelNotFoundError(f"the tensor {name!r} in {str(path)!r} has the shape {list(entry.shape)}, not {list(room.shape)}")
         try:
             with path.open("rb", buffering=0) as file:
+                self._check_unchanged(path, os.fstat(file.fileno()))
                 file.seek(entry.start)
                 if room.device.type == "cpu" and room.dtype == dtype and room.is_contiguous():
                     _fill(file, raw_bytes(room))
@@ -96,6 +100,11 @@ class Checkpoint:
                 f"the tensor {name!r} cannot be read from {str(path)!r} ({error}): download the model again"
             ) from error
         self.nbytes_read += entry.stop - entry.start
+
+    def _check_unchanged(self, path: Path, found: os.stat_result) -> None:
+        state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+        if self._states.setdefault(path.name, state) != state:
+            raise ModelNotFoundError(f"{str(path)!r} was changed while its model was running: call again, and leave the folder as it is")
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
