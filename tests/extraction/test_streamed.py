@@ -180,7 +180,12 @@ def test_windows_of_a_small_scratch_folder(llama: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(fill, "STREAMED_SHARE", 1 << 60)
     begun: list[int] = []
     create = scratch_files.Scratch.create
-    monkeypatch.setattr(scratch_files.Scratch, "create", lambda *given: begun.append(len(given[2].digests)) or create(*given))
+
+    def counting(*given: Any) -> Any:
+        begun.append(len(given[2].digests))
+        return create(*given)
+
+    monkeypatch.setattr(scratch_files.Scratch, "create", counting)
     run(llama, tmp_path / "streamed", MANY, **EVERY_SITE, part_seconds=0)
     assert len(begun) > 2
     assert sum(begun) == len(MANY)
