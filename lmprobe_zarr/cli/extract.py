@@ -10,7 +10,7 @@ from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, par
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction import extract, plan_extract
+from lmprobe_zarr.extraction import WEIGHTS, extract, plan_extract
 from lmprobe_zarr.store import open_store
 from lmprobe_zarr.tasks import own_client
 
@@ -48,6 +48,9 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--storage-dtype", help="store as float16, bfloat16 or float32 (default: as computed)")
     command.add_argument("--keep-bits", type=int, metavar="N", help="round to N bits after the leading bit")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: %(default)s)")
+    command.add_argument(
+        "--weights", choices=WEIGHTS, default="auto", help="streamed: one block in memory at a time (default: %(default)s)"
+    )
     command.add_argument("--batch-tokens", type=int, help="padded tokens per batch")
     command.add_argument("--max-length", type=int, help="largest number of tokens per prompt")
     command.add_argument("--truncation", action="store_true", help="truncate longer prompts instead of raising an error")
@@ -101,6 +104,8 @@ def _extract(options: argparse.Namespace) -> None:
         "group": options.group,
         "provenance": "any" if options.any_provenance else None,
         "trust_remote_code": options.trust_remote_code,
+        "device": options.device,
+        "weights": options.weights,
     }
     if options.dry_run:
         plan = plan_extract(options.model, prompts, **request)
@@ -111,7 +116,6 @@ def _extract(options: argparse.Namespace) -> None:
             options.model,
             prompts,
             coords=columns,
-            device=options.device,
             batch_tokens=options.batch_tokens,
             store_text=not options.no_text,
             client=client,

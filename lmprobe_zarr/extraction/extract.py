@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lmprobe_zarr.batch import Generate, LayerSpec, Outputs, OverSpec, SitesSpec, parse_chat_options
 from lmprobe_zarr.extraction.columns import Columns
 from lmprobe_zarr.extraction.model_choice import ModelChoice
-from lmprobe_zarr.extraction.options import Options, keeping_of
+from lmprobe_zarr.extraction.options import Options, Weights, keeping_of
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.request import check_request
 from lmprobe_zarr.extraction.run import carry_out, prepare
@@ -59,6 +59,8 @@ def plan_extract(
     group: str | None = None,
     modules: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
+    device: Any = "auto",
+    weights: Weights = "auto",
 ) -> ExtractPlan:
     """What `extract` would do with the same arguments; loads a tokenizer at most, and writes nothing.
 
@@ -70,7 +72,7 @@ def plan_extract(
         As for `extract`.
     truncation, add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
         As for `extract`.
-    refresh, provenance, group, modules, trust_remote_code
+    refresh, provenance, group, modules, trust_remote_code, device, weights
         As for `extract`.
 
     Returns
@@ -100,7 +102,7 @@ def plan_extract(
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), group=group,
         any_provenance=any_provenance, generate=generate,
     )  # fmt: skip
-    return prepare(request, Options(keeping=keeping)).plan
+    return prepare(request, Options(keeping=keeping, device=device, weights=weights)).plan
 
 
 def extract(
@@ -142,6 +144,7 @@ def extract(
     group: str | None = None,
     modules: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
+    weights: Weights = "auto",
     store_text: bool = True,
     part_bytes: int = PART_BYTES,
     part_seconds: float = PART_SECONDS,
@@ -254,6 +257,11 @@ def extract(
         For unknown architectures, ``{"layers": "model.layers", "attn": "self_attn", "mlp": "mlp"}``.
     trust_remote_code : bool
         Whether code that comes with the model may run.
+    weights : {"auto", "loaded", "streamed"}
+        ``"streamed"`` has the weights of two blocks in memory, not of all: the safetensors files of a named model are read block by
+        block, and all prompts go through a block before the next is read. Values are the same. What was computed lies in files beside a
+        local store, otherwise among temporary files, until it is stored; a call that is stopped and made again goes on from there.
+        ``"auto"`` streams where the weights are larger than what is free on the device; `plan_extract` says so.
     store_text : bool
         False leaves the texts out of the store; prompts are still found by text or hash. Answers, which cannot be had again, stay.
     part_bytes, part_seconds : int, float
@@ -277,7 +285,7 @@ def extract(
     InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError, PromptTooLongError
         The arguments or the prompts are invalid; raised before anything is run or written.
     ModelNotFoundError, UnknownArchitectureError, MissingDependencyError
-        The model cannot be loaded, or its blocks are not found.
+        The model cannot be loaded, or its blocks are not found; or its weights are to be streamed and cannot be, with the reason.
     AmbiguousProvenanceError
         Several stored groups match what is known of the model.
     NoSpaceError
@@ -317,7 +325,7 @@ def extract(
     )  # fmt: skip
     options = Options(
         keeping=keeping, device=device, device_map=device_map, batch_tokens=batch_tokens, batch_prompts=batch_prompts,
-        part_seconds=part_seconds, store_text=store_text, client=client, progress=progress,
+        part_seconds=part_seconds, store_text=store_text, client=client, progress=progress, weights=weights,
     )  # fmt: skip
     if client is not None:
         check_client(client)

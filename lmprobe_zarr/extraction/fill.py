@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -28,6 +30,9 @@ from lmprobe_zarr.store.format import SITE_ATTRIBUTES
 from lmprobe_zarr.store.parts import CallOrder, blocks_of, read_values
 from lmprobe_zarr.typing import Ints
 
+if TYPE_CHECKING:
+    from lmprobe_zarr.extraction.models import ScratchPlace
+
 __all__ = ["Written", "fill_here"]
 
 # Prompts are sorted by length within windows of this many batches, which costs at most 3 percent of padding more than sorting all prompts
@@ -40,6 +45,8 @@ BATCH_SECONDS: Final = 60 / 64
 WINDOW_BYTES: Final = 64 << 20
 SCRATCH_BYTES: Final = 4 << 30
 SCRATCH_SHARE: Final = 8
+# What a streamed run may take of the free space.
+STREAMED_SHARE: Final = 4
 # Answers that are generated before the model is run over them. Of a killed process these are lost; part_seconds shortens them likewise.
 WINDOW_ANSWERS: Final = 256
 
@@ -79,9 +86,10 @@ def fill_here(work: Work, options: Options) -> Written:
     with bar as advance, closing(in_order), ingest:
         for batch in _pooled_from_tokens(lookup):
             ingest.put(batch)
+        place = _streamed_scratch(target, folder, ingest.flush)
         with in_order:
             for tokenized in written.pieces(advance):
-                for batch in _run_model(work, tokenized, options, advance, in_order.flush, scratch):
+                for batch in _run_model(work, tokenized, options, advance, in_order.flush, scratch, place):
                     in_order.take(batch)
     return Written(
         nbytes=ingest.nbytes, parts=len(ingest.parts), not_finite=ingest.not_finite, blank=ingest.blank, generated=written.count,
@@ -166,6 +174,19 @@ def _scratch(target: Store) -> tuple[int, str | None]:
     return 0, folder
 
 
+def _streamed_scratch(target: Store, folder: str | None, committed: Callable[[], None]) -> ScratchPlace:
+    """Where a model whose weights are streamed keeps what it has computed: beside a local store, otherwise among temporary files."""
+    place = Path(tempfile.gettempdir() if folder is None else folder)
+    if str(place) == target.url:
+        place = place.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        place = Path(tempfile.gettempdir())
+    nbytes = 0
+    with suppress(OSError):
+        nbytes = shutil.disk_usage(place).free // STREAMED_SHARE
+    return models.ScratchPlace(folder=str(place), nbytes=nbytes, key={"store": target.url}, committed=committed)
+
+
 def _recorded(lookup: Lookup) -> Mapping[str, Any]:
     """What is noted in the parts; with the whole provenance of the model where their group does not record it."""
     if lookup.loaded is None:
@@ -187,6 +208,7 @@ def _run_model(
     advance: Callable[[int], None],
     after_window: Callable[[], None],
     scratch: int,
+    place: ScratchPlace,
 ) -> Iterator[TokenBatch]:
     """The model's batches for some of the missing prompts."""
     lookup, request = work.lookup, work.lookup.request
@@ -214,6 +236,7 @@ def _run_model(
         ),
         after_window=after_window,
         start=None if work.plan.continued_from is None else stored_rows_of(lookup, work.plan.continued_from),
+        scratch=place,
     )
 
 

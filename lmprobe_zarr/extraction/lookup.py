@@ -201,14 +201,15 @@ def look_up(request: Request, memory: ModelMemory, device: Any = "auto", device_
     return lookup
 
 
-def load_and_look_up(before: Lookup, memory: ModelMemory, device: Any, device_map: Any) -> Lookup:
+def load_and_look_up(before: Lookup, memory: ModelMemory, device: Any, device_map: Any, *, stream: bool = False) -> Lookup:
     """What the store has of a named model, now that the model is loaded.
 
     Only the loaded model has its whole provenance and knows which layers have routers, so another group may match now.
     """
     request = before.request
     dtype = before.stored_dtype if before.takes_dtype else request.choice.dtype
-    loaded = memory.load(request.choice, _options(request, dtype, device, device_map), before.identity)
+    options = replace(_options(request, dtype, device, device_map), stream=stream)
+    loaded = memory.load(request.choice, options, before.identity)
     return _look_up_loaded(request, loaded, before, before.began)
 
 

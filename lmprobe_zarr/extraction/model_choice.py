@@ -89,6 +89,8 @@ class LoadingOptions:
         As for `lmprobe_zarr.extract`.
     head : bool
         Whether its head is needed.
+    stream : bool
+        Whether the weights of a block are in memory only when it is its turn.
     """
 
     kind: PromptKind
@@ -96,6 +98,7 @@ class LoadingOptions:
     device: Any
     device_map: Any
     head: bool
+    stream: bool = False
 
 
 @dataclass(slots=True)
@@ -104,6 +107,12 @@ class ModelMemory:
 
     loaded: LoadedModel | None = None
     key: tuple[Any, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of the model that is kept, whose memory the next one takes."""
+        weights = () if self.loaded is None else self.loaded.module.parameters()
+        return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
     def load(self, choice: ModelChoice, options: LoadingOptions, identity: ModelIdentity | None) -> LoadedModel:
         """The chosen model, loaded only if it is not the last one or has changed since.
@@ -128,6 +137,7 @@ def _key_of(choice: ModelChoice, options: LoadingOptions) -> tuple[Any, ...]:
     return (
         choice.model if choice.by_name else id(choice.model), choice.name, choice.revision, str(options.dtype), options.kind,
         choice.max_length, choice.truncation, choice.add_special_tokens, str(options.device), str(options.device_map), options.head,
+        options.stream,
         id(choice.tokenizer) if choice.tokenizer is not None else None, repr(choice.modules), repr(choice.own_provenance),
         choice.trust_remote_code,
     )  # fmt: skip
@@ -148,5 +158,5 @@ def _load(choice: ModelChoice, options: LoadingOptions) -> LoadedModel:
         choice.model, name=choice.name, tokenizer=choice.tokenizer, revision=choice.revision, dtype=options.dtype, device=options.device,
         device_map=options.device_map, trust_remote_code=choice.trust_remote_code, modules=choice.modules, prompts_kind=options.kind,
         max_length=choice.max_length, truncation=choice.truncation, memory=config.weights_memory(), provenance=choice.own_provenance,
-        head=options.head, add_special_tokens=choice.add_special_tokens,
+        head=options.head, add_special_tokens=choice.add_special_tokens, stream=options.stream,
     )  # fmt: skip

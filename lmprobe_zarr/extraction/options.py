@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import Precision
 from lmprobe_zarr.extraction.model_choice import ModelMemory
 from lmprobe_zarr.store import PART_BYTES, PART_SECONDS, Store, part_bytes_within
 
-__all__ = ["Keeping", "Options", "keeping_of"]
+__all__ = ["WEIGHTS", "Keeping", "Options", "Weights", "keeping_of"]
+
+Weights = Literal["auto", "loaded", "streamed"]
+WEIGHTS: Final = get_args(Weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +55,8 @@ class Options:
         Its workers run the model.
     watch : callable, optional
         Called after every batch; may raise.
+    weights : {"auto", "loaded", "streamed"}
+        Whether the weights of a block are in memory only when it is its turn; ``"auto"``: where all do not fit.
     memory : ModelMemory
         Where the model is kept for the next call.
     """
@@ -67,6 +72,7 @@ class Options:
     progress: bool = True
     cache_only: bool = False
     client: Any = None
+    weights: Weights = "auto"
     watch: Callable[[], None] | None = None
     memory: ModelMemory = field(default_factory=ModelMemory)
 

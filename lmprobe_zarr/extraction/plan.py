@@ -96,6 +96,10 @@ class ExtractPlan:
         turns out not to give the same so, or the stored values to be rounded, all run after all.
     work_share : float
         How many of the blocks are run, of those that would be run otherwise.
+    weights : str
+        ``"streamed"`` where the weights of a block are in memory only when it is its turn, otherwise ``"loaded"``.
+    weights_why : str
+        Why they are streamed; empty where they are not.
     """
 
     model: str
@@ -119,6 +123,8 @@ class ExtractPlan:
     max_new_tokens: int = 0
     continued_from: int | None = None
     work_share: float = 1.0
+    weights: str = "loaded"
+    weights_why: str = ""
 
     @property
     def missing(self) -> int:
@@ -147,6 +153,8 @@ class ExtractPlan:
         }
         if self.continued_from is not None:
             rows["tokens"] += f", continued from layer {self.continued_from}: {100 * self.work_share:.0f} % of the work"
+        if self.weights_why:
+            rows["weights"] = f"{self.weights}, one block at a time ({self.weights_why})"
         if self.max_new_tokens:
             rows["answers"] = f"{self.to_generate} to generate, of at most {self.max_new_tokens} tokens each"
         if self.unknown:

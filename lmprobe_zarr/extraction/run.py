@@ -25,6 +25,7 @@ from lmprobe_zarr.extraction.options import Keeping, Options
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats, describe_elsewhere
 from lmprobe_zarr.extraction.request import Request
 from lmprobe_zarr.extraction.shares import Share, cut_shares
+from lmprobe_zarr.extraction.weights import ChosenWeights, check_weights_choice, choose_weights
 from lmprobe_zarr.extraction.work import Work, decide
 from lmprobe_zarr.log import cache_logger, warn
 from lmprobe_zarr.progress import progress_bar
@@ -86,8 +87,9 @@ def without_damaged_parts(store: Store, attempt: Callable[[], T]) -> T:
 
 def prepare(request: Request, options: Options) -> Work:
     """The work that a request needs: look up, then decide. Loads a tokenizer at most, unless the model is an object."""
+    check_weights_choice(options.weights, request, options.device_map)
     lookup = look_up(request, options.memory, options.device, options.device_map)
-    return decide(lookup, options.keeping.precision)
+    return decide(lookup, options.keeping.precision, weights=choose_weights(lookup, options))
 
 
 def complete(work: Work, options: Options) -> Outcome:
@@ -99,8 +101,11 @@ def complete(work: Work, options: Options) -> Outcome:
     """
     _check(work, options)
     if len(work.lookup.missing) and work.lookup.loaded is None and options.client is None:
-        lookup = load_and_look_up(work.lookup, options.memory, options.device, options.device_map)
-        work = decide(lookup, options.keeping.precision, before=work)
+        weights = ChosenWeights(streamed=work.plan.weights == "streamed", why=work.plan.weights_why)
+        if weights.streamed:
+            cache_logger().info("[cache] the weights of %r are streamed, one block at a time (%s)", work.plan.model, weights.why)
+        lookup = load_and_look_up(work.lookup, options.memory, options.device, options.device_map, stream=weights.streamed)
+        work = decide(lookup, options.keeping.precision, before=work, weights=weights)
     _note_unknown(work)
     _update_found(work, options)
     if not work.changes_store:

@@ -65,7 +65,11 @@ def _absolute(source: str | os.PathLike[str]) -> str:
 
 
 def cut_shares(work: Work, *, workers: int) -> list[Share]:
-    """The work, cut for this number of workers into shares that take about equally long."""
+    """The work, cut for this number of workers into shares that take about equally long.
+
+    Where weights are streamed, each worker has one share, since each share reads all of them.
+    """
+    per_worker = 1 if work.plan.weights == "streamed" else PER_WORKER
     lookup, request, prompts = work.lookup, work.lookup.request, work.lookup.prompts
     lengths = np.zeros(len(prompts), np.int64)
     if work.tokenized is not None:
@@ -97,7 +101,7 @@ def cut_shares(work: Work, *, workers: int) -> list[Share]:
             ),
             tokens=int(per_prompt[places].sum()),
         )
-        for places in (np.sort(todo[share]) for share in cut(per_prompt[todo], weights, count=workers * PER_WORKER, most=SHARE_BYTES))
+        for places in (np.sort(todo[share]) for share in cut(per_prompt[todo], weights, count=workers * per_worker, most=SHARE_BYTES))
     ]
 
 

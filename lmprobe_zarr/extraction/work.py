@@ -15,6 +15,7 @@ from lmprobe_zarr.extraction.lookup import Lookup
 from lmprobe_zarr.extraction.models import TokenizedPrompts
 from lmprobe_zarr.extraction.over import with_parts
 from lmprobe_zarr.extraction.plan import ExtractPlan
+from lmprobe_zarr.extraction.weights import LOADED, ChosenWeights
 
 __all__ = ["Work", "decide"]
 
@@ -46,7 +47,7 @@ class Work:
         return bool(len(self.lookup.missing) or self.lookup.derived)
 
 
-def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> Work:
+def decide(lookup: Lookup, precision: Precision, before: Work | None = None, weights: ChosenWeights = LOADED) -> Work:
     """The work that a lookup leaves to do, and its size when it is stored with a precision.
 
     Parameters
@@ -55,6 +56,8 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
     precision : Precision
     before : Work, optional
         The work decided before the model was loaded; its tokens are used again if the same prompts are missing.
+    weights : ChosenWeights
+        How the weights come into memory.
     """
     answers = lookup.answers
     columns = columns_by_prompt(
@@ -97,6 +100,8 @@ def decide(lookup: Lookup, precision: Precision, before: Work | None = None) -> 
         max_new_tokens=0 if answers is None else answers.settings.max_new_tokens,
         continued_from=start,
         work_share=1.0 if start is None else share_of_work(lookup, start),
+        weights="streamed" if weights.streamed else "loaded",
+        weights_why=weights.why,
     )
     return Work(lookup=lookup, plan=plan, tokenized=tokenized, columns=columns)
 

@@ -99,7 +99,7 @@ class Ingest:
     blank: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._queue: queue.Queue[TokenBatch | _MadeHere] = queue.Queue(QUEUED_BATCHES)
+        self._queue: queue.Queue[TokenBatch | _MadeHere | threading.Event] = queue.Queue(QUEUED_BATCHES)
         self._made_here: _MadeHere | None = None
         self._closing = threading.Event()
         self._error: BaseException | None = None
@@ -152,12 +152,25 @@ class Ingest:
         if self._closing.is_set() or not self._thread.is_alive():
             raise InvalidArgumentError("batches are taken inside of the context only: with Ingest(…) as ingest: ingest.put(batch)")
 
-    def _queued(self, given: TokenBatch | _MadeHere) -> None:
+    def _queued(self, given: TokenBatch | _MadeHere | threading.Event) -> None:
         while True:
             self._check()
             with suppress(queue.Full):
                 self._queue.put(given, timeout=POLL_SECONDS)
                 return
+
+    def flush(self) -> None:
+        """Commit everything that was put so far; returns when it is committed.
+
+        Raises
+        ------
+        As `put` does.
+        """
+        done = threading.Event()
+        self._queued(done)
+        while not done.wait(POLL_SECONDS):
+            if self._error is not None:
+                raise self._error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # An event, not a sentinel in the queue: setting it never waits, so a second Ctrl-C cannot interrupt it.
@@ -177,13 +190,16 @@ class Ingest:
                         break
                     self._commit_old()
                     continue
+                if isinstance(given, threading.Event):
+                    self._commit_all()
+                    given.set()
+                    continue
                 for batch in given.batches if isinstance(given, _MadeHere) else (given,):
                     self._take(batch)
                     self._commit_old()
                 if isinstance(given, _MadeHere):
                     given.taken.set()
-            for key in list(self._open):
-                self._commit(key)
+            self._commit_all()
         except BaseException as failure:  # noqa: BLE001 — raised again by the thread that puts, or leaves
             self._error = failure
             # They were never visible: files that stay are garbage, and the first failure is the one to raise.
@@ -216,6 +232,10 @@ class Ingest:
     def _commit_old(self) -> None:
         now = time.monotonic()
         for key in [key for key, part in self._open.items() if now - part.opened >= self.part_seconds]:
+            self._commit(key)
+
+    def _commit_all(self) -> None:
+        for key in list(self._open):
             self._commit(key)
 
     def _commit(self, key: Hashable) -> None:

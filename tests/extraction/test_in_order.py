@@ -104,9 +104,9 @@ def test_a_prompt_that_is_given_twice_is_stored_where_it_came_first(llama: Path,
 def test_an_interruption_keeps_what_has_arrived_and_the_next_call_completes_the_callers_order(
     llama: Path, acts: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmprobe_zarr.extraction.models import capture
+    from lmprobe_zarr.extraction.models.passes import Job
 
-    real, calls = capture._run_batch, 0
+    real, calls = Job.collect, 0
 
     def interrupted(*given: Any) -> Any:
         nonlocal calls
@@ -116,7 +116,7 @@ def test_an_interruption_keeps_what_has_arrived_and_the_next_call_completes_the_
         return real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "_run_batch", interrupted)
+        patch.setattr(Job, "collect", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(llama, PROMPTS, acts, keep_tokens=True, batch_prompts=3)
     assert acts.dataset().sizes["prompt"] == 12

@@ -113,7 +113,7 @@ def test_values_are_copied_to_pinned_memory_while_the_next_batch_runs(acts: Stor
 
     pinned: list[bool] = []
     waiting: list[bool] = []
-    real = capture._copy_to_host
+    real = capture.copy_to_host
 
     def seen(*given: Any) -> Any:
         copying = real(*given)
@@ -121,7 +121,7 @@ def test_values_are_copied_to_pinned_memory_while_the_next_batch_runs(acts: Stor
         waiting.append(copying.arrived is not None)
         return copying
 
-    monkeypatch.setattr(capture, "_copy_to_host", seen)
+    monkeypatch.setattr(capture, "copy_to_host", seen)
     run(saved(tmp_path / "llama", "llama"), acts, batch_prompts=1)
     assert set(pinned) == {True}
     assert set(waiting) == {True}
@@ -155,6 +155,39 @@ def test_batches_are_halved_where_the_device_runs_out_of_memory(acts: Store, tmp
     found, expected = (store.tokens(prompts=prompts).resid.values for store in (acts, right))
     off = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert off.max() <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_streamed_weights_give_the_same_to_the_last_bit(dtype: str, acts: Store, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "llama", "llama")
+    loaded = lz.open_store(tmp_path / "loaded", durable=False)
+    run(folder, loaded, dtype=dtype, batch_tokens=64)
+    run(folder, acts, dtype=dtype, batch_tokens=64, weights="streamed")
+    np.testing.assert_array_equal(acts.tokens(prompts=PROMPTS).resid.values, loaded.tokens(prompts=PROMPTS).resid.values)
+
+
+@needs_cuda
+def test_a_model_larger_than_the_device_is_streamed(acts: Store, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=8, vocab_size=300,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    folder = tmp_path / "deep"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200MB")  # 1.6 GB of float32
+    tiny_tokenizer().save_pretrained(folder)
+    expected = alone(folder, "float32")
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (512 << 20)) / total)
+    try:
+        with pytest.raises((lz.errors.DeviceMemoryError, torch.OutOfMemoryError)):
+            run(folder, acts, weights="loaded")
+        torch.cuda.empty_cache()
+        run(folder, acts, weights="streamed")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert largest_difference(acts, expected) <= TOLERANCE["float32"]
 
 
 @needs_cuda

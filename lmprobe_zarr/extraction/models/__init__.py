@@ -1,8 +1,10 @@
 """The model side of an extraction: prompts to an iterator of `TokenBatch`. Never a store.
 
-``identity``, ``own_generation``, ``tokenizing`` and ``window`` need no torch. ``loading``, ``capture``, ``generating`` and ``lens`` need
-torch and transformers, so their names are imported when they are first used. Behind ``capture`` are ``captured``, ``hooks``, ``forward``,
-``head``, ``batching``, ``outputs`` and ``continuing``; behind ``lens`` and ``continuing`` is ``standing_in``.
+``identity``, ``own_generation``, ``tokenizing``, ``weight_files`` and ``window`` need no torch. ``loading``, ``capture``, ``generating``
+and ``lens`` need torch and transformers, so their names are imported when they are first used. Behind ``capture`` are ``captured``,
+``hooks``, ``forward``, ``head``, ``batching``, ``passes``, ``outputs``, ``continuing`` and, for models whose weights are streamed,
+``by_block`` and ``scratch``, with ``streamed`` and ``checkpoint`` behind ``loading``; behind ``lens`` and ``continuing`` is
+``standing_in``.
 """
 
 from __future__ import annotations
@@ -14,19 +16,23 @@ from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind, Prompts, parse_prompts,
 from lmprobe_zarr.errors import MissingDependencyError
 from lmprobe_zarr.extraction.models.chat_roles import have_same_roles
 from lmprobe_zarr.extraction.models.files import weights_digest
+from lmprobe_zarr.extraction.models.free_memory import free_on
 from lmprobe_zarr.extraction.models.identity import (
     DTYPES,
     FIXED_FIELDS,
     PROVENANCE_FIELDS,
     ModelIdentity,
     Provenance,
+    cached_snapshot,
     folder_name,
     identify,
     model_name,
     modules_field,
 )
+from lmprobe_zarr.extraction.models.numerics import device_types
 from lmprobe_zarr.extraction.models.own_generation import own_generation
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, length_limit, no_room, tokenize, with_answers
+from lmprobe_zarr.extraction.models.weight_files import weight_files
 from lmprobe_zarr.extraction.models.window import Window
 
 if TYPE_CHECKING:
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.lens import Lens, load_lens
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
     from lmprobe_zarr.extraction.models.places import places_of
+    from lmprobe_zarr.extraction.models.scratch import ScratchPlace
     from lmprobe_zarr.extraction.models.site_table import SiteRow, site_rows
 
 __all__ = [
@@ -51,13 +58,17 @@ __all__ = [
     "PromptKind",
     "Prompts",
     "Provenance",
+    "ScratchPlace",
     "SiteRow",
     "StoredRows",
     "TokenizedPrompts",
     "Window",
     "Windows",
+    "cached_snapshot",
     "default_batch_tokens",
+    "device_types",
     "folder_name",
+    "free_on",
     "generate_answers",
     "have_same_roles",
     "identify",
@@ -75,6 +86,7 @@ __all__ = [
     "run",
     "site_rows",
     "tokenize",
+    "weight_files",
     "weights_digest",
     "with_answers",
 ]
@@ -83,6 +95,7 @@ _NEEDS_TORCH: Final = {
     "Lens": "lens",
     "LoadedModel": "loading",
     "Progress": "capture",
+    "ScratchPlace": "scratch",
     "Windows": "batching",
     "default_batch_tokens": "batching",
     "generate_answers": "generating",

@@ -7,8 +7,7 @@ logits are scaled and capped as it does itself; but its head sees no padding, an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,57 +15,49 @@ import torch
 from lmprobe_zarr.batch import (
     ALL,
     NO_OUTPUTS,
-    SCALARS,
     LayerSpec,
     Outputs,
     Sites,
     SitesSpec,
     TokenBatch,
-    concat_ranges,
     describe_layers,
     offsets_of,
     parse_poolings,
     parse_sites,
-    positions_of,
     resolve_layers,
     row_bytes,
-    shorten,
-    split_variable,
 )
-from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
+from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.batching import (
     LOGIT_BYTES,
     Windows,
     check_batch_sizes,
     default_batch_tokens,
     free_memory,
-    is_out_of_memory,
     most_prompts_with_logits,
-    next_batch,
 )
-from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
+from lmprobe_zarr.extraction.models.by_block import run_by_block
+from lmprobe_zarr.extraction.models.captured import CaptureRequest
 from lmprobe_zarr.extraction.models.check import check_model
 from lmprobe_zarr.extraction.models.conduct import Conduct
-from lmprobe_zarr.extraction.models.continuing import StoredRows, forms_for, is_rounded
-from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall, run_forward_pass
+from lmprobe_zarr.extraction.models.continuing import StoredRows, forms_for
+from lmprobe_zarr.extraction.models.finite import FiniteWeights
+from lmprobe_zarr.extraction.models.forward import ModelCall
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
-from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width, perplexity_of
+from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width
 from lmprobe_zarr.extraction.models.paired import PairedBody
+from lmprobe_zarr.extraction.models.passes import Job, Known, Progress
 from lmprobe_zarr.extraction.models.places import places_of
-from lmprobe_zarr.extraction.models.standing_in import Forms
+from lmprobe_zarr.extraction.models.scratch import ScratchPlace
+from lmprobe_zarr.extraction.models.streamed import explained
 from lmprobe_zarr.extraction.models.structure import evaluating, input_embeddings
+from lmprobe_zarr.extraction.models.token_batches import Copying, copy_to_host, token_batches
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
 from lmprobe_zarr.extraction.models.turns import running
-from lmprobe_zarr.extraction.models.wrappers import broken_weights
 from lmprobe_zarr.log import cache_logger
-from lmprobe_zarr.typing import Array, Ints
+from lmprobe_zarr.typing import Ints
 
 __all__ = ["Progress", "run"]
-
-Progress = Callable[[int, int], None]
-
-# The dtypes that numpy has too.
-NUMPY_DTYPES: Final = (torch.float32, torch.float16, torch.float64, torch.int32)
 
 
 def run(
@@ -85,6 +76,7 @@ def run(
     windows: Windows | None = None,
     after_window: Callable[[], None] | None = None,
     start: StoredRows | None = None,
+    scratch: ScratchPlace | None = None,
 ) -> Iterator[TokenBatch]:
     """The activations of every prompt, batch by batch, the longest prompts of each window first.
 
@@ -120,6 +112,8 @@ def run(
     start : StoredRows, optional
         What is known of a layer before all that are asked for. The blocks up to it do not run, where the model can be run so and the
         values are as it computed them; otherwise they do.
+    scratch : ScratchPlace, optional
+        Where a model whose weights are streamed keeps what it has computed so far.
 
     Yields
     ------
@@ -180,125 +174,79 @@ def run(
         elif outputs.needs_head:
             most = most_prompts_with_logits(width)
         batch_tokens = default_batch_tokens(loaded.device.type, weight)
-    conduct = check_model(loaded) if len(tokenized) else Conduct()
+    with explained(loaded.name, loaded.streamed):
+        conduct = check_model(loaded) if len(tokenized) else Conduct()
     if outputs.needs_head and conduct.causal is False:
         raise no_prediction(loaded.name, f"{type(loaded.module).__name__}, whose tokens see those after them")
     if conduct.padding == "single":
         batch_prompts = 1
     if batch_prompts is not None:
         most = batch_prompts if most is None else min(most, batch_prompts)
-    call = ModelCall.of(loaded, request, conduct)
-    forms = None
-    if start is not None and len(tokenized):
-        forms = forms_for(loaded, conduct, start.layer, head=outputs.needs_head)
-        if forms is None:
-            cache_logger().info("[cache] %r is run from its first block: it cannot be continued from layer %d", loaded.name, start.layer)
-    known = _Known(start, forms, loaded) if start is not None and forms is not None else None
     nbytes = collected.prompt + collected.token * tokenized.lengths
-    bounds = [(0, len(tokenized))] if windows is None else windows.cut(nbytes, tokenized.run_lengths, batch_tokens, most)
-    return _run_all(loaded, call, tokenized, request, batch_tokens, most, progress, bounds, after_window, known)
+
+    def cut(places: Ints) -> list[Ints]:
+        if windows is None:
+            return [places] if len(places) else []
+        bounds = windows.cut(nbytes[places], tokenized.run_lengths[places], batch_tokens, most)
+        return [places[first:last] for first, last in bounds]
+
+    job = Job(
+        loaded=loaded, conduct=conduct, call=ModelCall.of(loaded, request, conduct), request=request, tokenized=tokenized,
+        starts=offsets_of(tokenized.lengths),
+        batch_tokens=batch_tokens, batch_prompts=most, cut=cut, progress=progress, after_window=after_window,
+    )  # fmt: skip
+    if loaded.streamed is not None:
+        return run_by_block(job, loaded.streamed, scratch, nbytes, start)
+    return _run_all(job, _known(job, start))
 
 
-def _run_all(
-    loaded: LoadedModel,
-    call: ModelCall,
-    tokenized: TokenizedPrompts,
-    request: CaptureRequest,
-    budget: int,
-    most: int | None,
-    progress: Progress | None,
-    windows: list[tuple[int, int]],
-    after_window: Callable[[], None] | None,
-    known: _Known | None,
-) -> Iterator[TokenBatch]:
-    starts = offsets_of(tokenized.lengths)
-    weights = _Weights()
+def _known(job: Job, start: StoredRows | None) -> Known | None:
+    """What is known of the blocks up to a stored layer, if the model can be continued from there."""
+    if start is None or not len(job.tokenized):
+        return None
+    forms = forms_for(job.loaded, job.conduct, start.layer, head=job.request.outputs.needs_head)
+    if forms is None:
+        cache_logger().info("[cache] %r is run from its first block: it cannot be continued from layer %d", job.loaded.name, start.layer)
+        return None
+    return Known(start, forms, job.loaded)
 
-    def token_batches(copying: _Copying) -> Iterator[TokenBatch]:
+
+def _run_all(job: Job, known: Known | None) -> Iterator[TokenBatch]:
+    loaded, tokenized, batch_tokens = job.loaded, job.tokenized, job.batch_tokens
+    weights = FiniteWeights(loaded)
+
+    def finished(copying: Copying) -> Iterator[TokenBatch]:
         if copying.arrived is not None:
             copying.arrived.synchronize()
-        _check_finite(loaded, copying, weights)
-        return _token_batches(copying, tokenized, request, loaded.num_layers)
+        weights.check((*copying.tokens.items(), *copying.prompts.items()), len(copying.rows))
+        return token_batches(copying, tokenized, job.request, loaded.num_layers)
 
-    for start, stop in windows:
-        # The longest prompts come first, so that memory runs out early. A model whose state grows with the longest prompt so far needs them
-        # in ascending order.
-        lengths = tokenized.run_lengths[start:stop]
-        order = start + np.argsort(lengths if call.uniform_above is not None else -lengths, kind="stable")
-        done = 0
-        previous: _Copying | None = None
-        while done < len(order):
-            count = next_batch(tokenized.run_lengths[order[done:]], budget, call.uniform_above, most)
-            rows = np.sort(order[done : done + count])
-            copying = _run_batch(loaded, call, request, tokenized, starts, rows, known)
-            if copying is None:
-                budget = max(1, count * int(tokenized.run_lengths[rows].max()) // 2)
+    for window in job.cut(np.arange(len(tokenized))):
+        left = job.in_order(window)
+        previous: Copying | None = None
+        while len(left):
+            rows = job.next_batch(left, batch_tokens)
+            held = None if known is None else known.of([tokenized.sha256[i] for i in rows], tokenized.lengths[rows])
+            collected = job.collect(job.call, job.request, rows, held)
+            if collected is None:
+                batch_tokens = job.halved(rows)
                 free_memory(loaded.device)
                 continue
-            done += count
+            copying = copy_to_host(collected, rows)
+            del collected
+            left = left[len(rows) :]
             # The previous batch is converted while the device works on this one.
             if previous is not None:
-                yield from token_batches(previous)
+                yield from finished(previous)
             previous = copying if copying.arrived is not None else None
-            if progress is not None:
-                progress(count, int(tokenized.lengths[rows].sum()))
+            if job.progress is not None:
+                job.progress(len(rows), int(tokenized.lengths[rows].sum()))
             if previous is None:
-                yield from token_batches(copying)
+                yield from finished(copying)
         if previous is not None:
-            yield from token_batches(previous)
-        if after_window is not None:
-            after_window()
-
-
-def _run_batch(
-    loaded: LoadedModel,
-    call: ModelCall,
-    request: CaptureRequest,
-    tokenized: TokenizedPrompts,
-    starts: Ints,
-    rows: Ints,
-    known: _Known | None,
-) -> _Copying | None:
-    """One batch, or None where the device has too little memory for it. Nothing of it is referenced after the return."""
-    ids = [tokenized.token_ids[starts[i] : starts[i + 1]] for i in rows]
-    read = None if tokenized.encoder_ids is None else [tokenized.encoder_ids[i] for i in rows]
-    places = concat_ranges(starts[rows], tokenized.lengths[rows]) if tokenized.parts else None
-    parts = {name: mask[places] for name, mask in tokenized.parts.items()}
-    held = None if known is None else known.of([tokenized.sha256[i] for i in rows], tokenized.lengths[rows])
-    try:
-        return _copy_to_host(run_forward_pass(loaded, call, request, ids, encoder_ids=read, parts=parts, known=held), rows)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(rows) == 1:
-            number = int(tokenized.first[rows[0]])
-            raise DeviceMemoryError(
-                f"prompts[{number}] {shorten(tokenized.text[rows[0]])} with {len(ids[0])} tokens does not fit into the memory "
-                f"of {str(loaded.device)!r}: "
-                "use a smaller dtype or fewer layers, device_map='auto', or truncation=True with max_length="
-            ) from error
-        return None
-
-
-@dataclass(slots=True)
-class _Known:
-    """The stored rows of each batch, as long as they are what the model computed."""
-
-    start: StoredRows
-    forms: Forms
-    loaded: LoadedModel
-
-    def of(self, digests: Sequence[str], lengths: Ints) -> KnownRows | None:
-        """The rows of some prompts; None where one has other tokens, is not finite or was rounded, so that the whole pass runs."""
-        values = self.start.read(digests)
-        dtype = self.loaded.dtype
-        if len(values) != int(lengths.sum()) or not np.isfinite(values).all():
-            return None
-        # Prompt by prompt: one that was stored exactly would hide that another was rounded.
-        if any(is_rounded(own, dtype) for own in np.split(values, offsets_of(lengths)[1:-1])):
-            return None
-        rows = torch.from_numpy(np.array(values)).to(getattr(torch, dtype))
-        return KnownRows(layer=self.start.layer, rows=rows, forms=self.forms)
+            yield from finished(previous)
+        if job.after_window is not None:
+            job.after_window()
 
 
 def _check_outputs(loaded: LoadedModel, tokenized: TokenizedPrompts, request: CaptureRequest, chosen: tuple[int, ...]) -> None:
@@ -349,150 +297,3 @@ def _check(
     if loaded.window.fixed and loaded.window.tokens is not None and len(tokenized) and tokenized.lengths.max() > loaded.window.tokens:
         row = int(tokenized.lengths.argmax())
         raise too_long(int(tokenized.first[row]), tokenized.text[row], int(tokenized.lengths[row]), loaded.window.tokens, loaded.window)
-
-
-@dataclass(slots=True)
-class _Copying:
-    """One batch whose arrays are being copied to the host; `arrived` is the CUDA event after the copies, None without CUDA."""
-
-    rows: Ints
-    tokens: dict[str, torch.Tensor]
-    prompts: dict[str, torch.Tensor]
-    arrived: Any
-
-
-def _copy_to_host(collected: Collected, rows: Ints) -> _Copying:
-    """Start copying all variables of a batch to the host. On CUDA this uses pinned memory and does not wait."""
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type != "cuda":
-            return tensor.cpu()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-    tokens = {name: copied(tensor) for name, tensor in collected.tokens.items()}
-    prompts = {name: copied(tensor) for name, tensor in collected.prompts.items()}
-    arrived: Any = None
-    device = next((t.device for t in (*collected.tokens.values(), *collected.prompts.values()) if t.device.type == "cuda"), None)
-    if device is not None:
-        with torch.cuda.device(device):
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-    return _Copying(rows, tokens, prompts, arrived)
-
-
-def _to_numpy(tensors: dict[str, torch.Tensor], stored: dict[str, str]) -> dict[str, Array]:
-    arrays: dict[str, Array] = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype in NUMPY_DTYPES:
-            arrays[name] = tensor.numpy()
-        else:
-            # numpy has no bfloat16. float32 holds its values exactly; widening after the copy moves half the bytes.
-            stored[name] = str(tensor.dtype).removeprefix("torch.")
-            arrays[name] = tensor.float().numpy()
-    return arrays
-
-
-@dataclass(slots=True)
-class _Weights:
-    """Whether the weights of the model are known to be finite. They are examined only where values are not."""
-
-    finite: bool = False
-
-
-def _is_finite(name: str, tensor: torch.Tensor, prompts: int) -> bool:
-    if name in SCALARS:
-        # The first token of a prompt has no probability, which is NaN.
-        return int(torch.isnan(tensor).sum()) <= prompts
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
-
-
-def _check_finite(loaded: LoadedModel, copying: _Copying, weights: _Weights) -> None:
-    """Raise if values are NaN or infinite because a weight is. What only the computation makes so is kept, and counted as it is stored."""
-    values = (*copying.tokens.items(), *copying.prompts.items())
-    if weights.finite or all(_is_finite(name, tensor, len(copying.rows)) for name, tensor in values):
-        return
-    with running(loaded.turn):
-        found = broken_weights(loaded.module)
-    weights.finite = found is None
-    if found is not None:
-        name, wrong, size = found
-        part = loaded.module.get_submodule(name.rpartition(".")[0])
-        layer = next((i for i, block in enumerate(loaded.located.blocks) if any(each is part for each in block.modules())), None)
-        where = "" if layer is None else f" of layer {layer}"
-        raise InvalidArgumentError(
-            f"{wrong} of the {size} values of the weight {name!r}{where} of {loaded.name!r} are NaN or infinite, and so is what is "
-            "computed with it: load the model again, or take only layers before it"
-        )
-
-
-def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: CaptureRequest, num_layers: int) -> Iterator[TokenBatch]:
-    """One batch for every set of layers that variables are in; those without layers come with the first."""
-    part = tokenized.take(copying.rows)
-    stored: dict[str, str] = {}
-    columns: dict[str, Array] = {}
-    if request.token_level:
-        columns = {"position": positions_of(part.lengths), "token_id": part.token_ids, **part.columns}
-        if part.char_start is not None and part.char_end is not None:
-            columns |= {"char_start": part.char_start, "char_end": part.char_end}
-    levels = {"tokens": _to_numpy(copying.tokens, stored), "prompts": _to_numpy(copying.prompts, stored)}
-    if request.outputs.perplexity:
-        levels["prompts"]["perplexity"], levels["tokens"]["token_perplexity"] = perplexity_of(
-            levels["tokens"]["token_log_prob"], part.lengths
-        )  # fmt: skip
-    flat = {name for _, name, layered in request.outputs.variables() if not layered}
-    flat |= {name for arrays in levels.values() for name in arrays if _is_outside(request, split_variable(name)[0])}
-    # The router's own last: its layers are those that have one.
-    names = sorted((name for arrays in levels.values() for name in arrays if name not in flat), key="router".__eq__)
-    layers_of = {name: request.layers_of(split_variable(name)[0]) for name in names}
-    kinds = list(dict.fromkeys(layers_of.values())) or [()]
-    for number, layers in enumerate(kinds):
-        held = {
-            level: {name: array for name, array in arrays.items() if layers_of.get(name) == layers or (number == 0 and name in flat)}
-            for level, arrays in levels.items()
-        }
-        kept = {*held["tokens"], *held["prompts"]}
-        by_token = bool(held["tokens"]) or (request.token_level and number == 0)
-        yield TokenBatch(
-            sha256=part.sha256,
-            text=part.text,
-            prompt_length=part.lengths,
-            n_tokens=part.lengths if by_token else None,
-            layers=layers,
-            tokens=held["tokens"],
-            token_columns=columns if by_token else {},
-            role_names=part.role_names if by_token else (),
-            prompts=held["prompts"],
-            unlayered=frozenset(kept & flat),
-            stored_dtype={name: dtype for name, dtype in stored.items() if name in kept},
-            site_attributes=_site_attributes(request, {split_variable(name)[0] for name in kept}, num_layers)
-            | _part_attributes(request, kept),
-        )
-
-
-def _part_attributes(request: CaptureRequest, names: set[str]) -> dict[str, dict[str, Any]]:
-    """What is noted of the variables that are pooled over a part of the tokens."""
-    described = {name: request.parts.get(split_variable(name)[2], "") for name in sorted(names)}
-    return {name: {"over": text} for name, text in described.items() if text}
-
-
-def _is_outside(request: CaptureRequest, site: str) -> bool:
-    """Whether a variable is of a site that has no layers."""
-    return site in request.places and not request.places[site].layered
-
-
-def _site_attributes(request: CaptureRequest, sites: set[str], num_layers: int) -> dict[str, dict[str, Any]]:
-    """What is noted of the sites in their arrays: the path that the caller named, the heads, and the layers of the model that have it."""
-    found: dict[str, dict[str, Any]] = {}
-    for site in sorted(sites):
-        place = request.places.get(site)
-        has = request.routers_of_model if site == "router" else () if place is None else place.layers
-        noted: dict[str, Any] = {}
-        if place is not None and place.path:
-            noted["site_path"] = place.path
-        if place is not None and place.heads:
-            noted["num_heads"] = place.heads
-        if has and len(has) < num_layers:
-            noted["site_layers"] = list(has)
-        if noted:
-            found[site] = noted
-    return found

@@ -53,6 +53,8 @@ class CaptureRequest:
         All layers that have one.
     routers_raw : bool
         Whether the output of the gate module already is the raw scores.
+    ends : int, optional
+        The block after which the pass ends, and whose rows of all tokens are handed on, so that a later pass goes on from them.
     """
 
     layers: tuple[int, ...]
@@ -64,6 +66,7 @@ class CaptureRequest:
     routers: tuple[int, ...] = ()
     routers_of_model: tuple[int, ...] = ()
     routers_raw: bool = True
+    ends: int | None = None
 
     @property
     def head_rows(self) -> str:
@@ -93,7 +96,7 @@ class CaptureRequest:
     @property
     def deepest(self) -> int | None:
         """The last block that is needed; None if no block is."""
-        return max((layer for _, layer in self.wanted if layer is not None), default=None)
+        return max((layer for _, layer in self.wanted if layer is not None), default=None) if self.ends is None else self.ends
 
     @property
     def stops(self) -> bool:
@@ -174,6 +177,18 @@ class Collected:
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     prompts: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: set[tuple[str, int | None]] = field(default_factory=set)
+    handed_on: torch.Tensor | None = None
+
+    def hand_on(self, output: Any) -> None:
+        """Keep the rows that a block returns, one prompt after the other, beside all that is requested.
+
+        Raises
+        ------
+        UnknownArchitectureError
+            As `take` does.
+        """
+        hidden = self._by_token("resid", output)
+        self.handed_on = hidden.flatten(0, 1).index_select(0, self.padded.index("tokens", hidden.device))
 
     def take(self, site: str, layer: int | None, output: Any) -> None:
         """Keep the output of a module: its tokens, its poolings, or both.
@@ -183,6 +198,21 @@ class Collected:
         UnknownArchitectureError
             It has another shape than a row for every token.
         """
+        hidden = self._by_token(site, output)
+        self.seen.add((site, layer))
+        if self.request.keep_tokens or site == "router":
+            flat, wanted = hidden.flatten(0, 1), self.padded.index("tokens", hidden.device)
+            room = self._room(self.tokens, site, layer, (len(wanted), flat.shape[1]), flat)
+            if room is None:
+                self._put(self.tokens, site, layer, flat.index_select(0, wanted))
+            else:
+                torch.index_select(flat, 0, wanted, out=room)
+        for pooling in self.request.poolings if site != "router" else ():
+            for part in self.request.parts:
+                self._put(self.prompts, pooled_name(site, pooling, part), layer, self.padded.pool(hidden, pooling, part))
+
+    def _by_token(self, site: str, output: Any) -> torch.Tensor:
+        """The output of a module as (batch, longest, width)."""
         batch, longest = len(self.padded.lengths), self.padded.longest
         found = first_tensor(output)
         place = self.request.places.get(site)
@@ -197,18 +227,7 @@ class Collected:
             raise UnknownArchitectureError(
                 f"the module at site {site!r} gives {got}, not (batch {batch}, token {longest}, hidden): name the right one with modules="
             )
-        hidden = hidden.reshape(batch, longest, hidden.shape[-1])
-        self.seen.add((site, layer))
-        if self.request.keep_tokens or site == "router":
-            flat, wanted = hidden.flatten(0, 1), self.padded.index("tokens", hidden.device)
-            room = self._room(self.tokens, site, layer, (len(wanted), flat.shape[1]), flat)
-            if room is None:
-                self._put(self.tokens, site, layer, flat.index_select(0, wanted))
-            else:
-                torch.index_select(flat, 0, wanted, out=room)
-        for pooling in self.request.poolings if site != "router" else ():
-            for part in self.request.parts:
-                self._put(self.prompts, pooled_name(site, pooling, part), layer, self.padded.pool(hidden, pooling, part))
+        return hidden.reshape(batch, longest, hidden.shape[-1])
 
     def take_logits(self, output: Any) -> None:
         """Keep the requested parts of the whole model's output."""

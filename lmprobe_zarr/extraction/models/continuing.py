@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import nn
 
 from lmprobe_zarr.batch import Outputs
@@ -23,10 +24,14 @@ from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall, run_for
 from lmprobe_zarr.extraction.models.loading import LoadedModel
 from lmprobe_zarr.extraction.models.paired import PairedBody
 from lmprobe_zarr.extraction.models.standing_in import Forms, form_of
-from lmprobe_zarr.extraction.models.structure import plain_ids
+from lmprobe_zarr.extraction.models.streamed import not_streamed
+from lmprobe_zarr.extraction.models.structure import first_line, plain_ids
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["StoredRows", "forms_for", "is_rounded"]
+__all__ = ["BlockForms", "StoredRows", "forms_by_block", "forms_for", "is_rounded"]
+
+# What a model's own code may raise where blocks are given other values than it expects.
+ERRORS: Final = (LmprobeZarrError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 # The largest difference of a row, relative to the length of its vector, or of logits to the largest of them, that is rounding.
 ROUNDING: Final = {"float64": 1e-9, "float32": 1e-5, "float16": 5e-3, "bfloat16": 2e-2}
@@ -78,43 +83,144 @@ def forms_for(loaded: LoadedModel, conduct: Conduct, layer: int, *, head: bool) 
 def _examine(loaded: LoadedModel, conduct: Conduct, layer: int, head: bool) -> Forms | None:
     blocks = loaded.located.blocks
     shared = {id(block) for block in blocks[: layer + 1]} & {id(block) for block in blocks[layer + 1 :]}
-    unusual = conduct.layout != Layout() or conduct.extra_rows or conduct.layers != tuple(range(len(blocks)))
-    if shared or unusual or isinstance(loaded.located.body, PairedBody) or not (head or layer + 1 < len(blocks)):
+    if shared or _unusual(loaded, conduct) or not (head or layer + 1 < len(blocks)):
         return None
-    plain = CaptureRequest(
-        layers=tuple(range(len(blocks))), places={"resid": Place(modules=dict(enumerate(blocks)))}, poolings=(), keep_tokens=True,
-        outputs=Outputs(logits="all") if head else Outputs(),
-    )  # fmt: skip
+    plain = _plain_request(loaded, head)
     after = replace(plain, layers=plain.layers[layer + 1 :])
     if not after.layers:
         after = replace(after, places={}, keep_tokens=False)
+    prompts = _examples(loaded, conduct)
+    try:
+        right, forms = _with_forms(loaded, conduct, plain, prompts, layer + 1)
+        known = KnownRows(layer=layer, rows=right.tokens["resid"][layer], forms=forms)
+        found: Collected = run_forward_pass(loaded, ModelCall.of(loaded, after, conduct), after, prompts, known=known)
+    except ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    same = not after.layers or _same_rows(loaded, right.tokens["resid"][layer + 1 :], found.tokens["resid"])
+    return forms if same and (not head or _same_logits(loaded, right, found)) else None
+
+
+def _unusual(loaded: LoadedModel, conduct: Conduct) -> bool:
+    """Whether the blocks of a model return more, or something else, than one row for each token."""
+    every = conduct.layers == tuple(range(len(loaded.located.blocks)))
+    return conduct.layout != Layout() or conduct.extra_rows or not every or isinstance(loaded.located.body, PairedBody)
+
+
+def _plain_request(loaded: LoadedModel, head: bool) -> CaptureRequest:
+    """The rows of all tokens after every block, and all logits."""
+    blocks = loaded.located.blocks
+    return CaptureRequest(
+        layers=tuple(range(len(blocks))), places={"resid": Place(modules=dict(enumerate(blocks)))}, poolings=(), keep_tokens=True,
+        outputs=Outputs(logits="all") if head else Outputs(),
+    )  # fmt: skip
+
+
+def _examples(loaded: LoadedModel, conduct: Conduct) -> list[Ints]:
+    """Two short prompts, or one where prompts of different lengths do not share a batch."""
     every = plain_ids(loaded.located.body, LONG + SHORT)
-    prompts: list[Ints] = [np.array(every[:LONG], np.int64)]
-    if conduct.padding not in ("equal", "single"):
-        prompts.append(np.array(every[LONG:], np.int64))
+    together = conduct.padding not in ("equal", "single")
+    return [np.array(ids, np.int64) for ids in (every[:LONG], every[LONG:])[: 2 if together else 1]]
+
+
+def _with_forms(
+    loaded: LoadedModel, conduct: Conduct, request: CaptureRequest, prompts: Sequence[Ints], blocks: int
+) -> tuple[Collected, Forms]:
+    """A plain pass, and what the first blocks return in it beside their rows."""
     forms: Forms = {}
 
     def note(block: nn.Module, _args: Any, output: Any) -> None:
         forms[id(block)] = form_of(output)
 
+    with ExitStack() as stack:
+        for block in loaded.located.blocks[:blocks]:
+            stack.callback(block.register_forward_hook(note).remove)
+        return run_forward_pass(loaded, ModelCall.of(loaded, request, conduct), request, prompts), forms
+
+
+def _same_rows(loaded: LoadedModel, right: torch.Tensor, found: torch.Tensor) -> bool:
+    """Whether rows are equal but for rounding. What is not finite in the plain pass is not compared."""
+    right, found = right.double(), found.double()
+    off = (right - found).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-30)
+    off = torch.where(torch.isfinite(right).all(dim=-1), off, torch.zeros_like(off))
+    return bool((off <= ROUNDING.get(loaded.dtype, 1e-5)).all())
+
+
+def _same_logits(loaded: LoadedModel, right: Collected, found: Collected) -> bool:
+    logits, others = right.tokens["logits"].double(), found.tokens["logits"].double()
+    finite = torch.isfinite(logits)
+    most = logits[finite].abs().max() if bool(finite.any()) else 0.0
+    return bool(((logits - others)[finite].abs() <= ROUNDING.get(loaded.dtype, 1e-5) * most).all())
+
+
+# ------------------------------------------------------------------------------------------------------ block by block
+
+
+@dataclass(frozen=True, slots=True)
+class BlockForms:
+    """What is known of a model that runs block by block: what its blocks return beside their rows, and the bytes of a row."""
+
+    forms: Forms
+    row_nbytes: int
+
+
+def forms_by_block(loaded: LoadedModel, conduct: Conduct, *, head: bool) -> BlockForms:
+    """What the blocks of a model whose weights are streamed return beside their rows; examined once for each loaded model.
+
+    Block by block, a short batch has to give the rows, and the logits, of a plain pass over the same blocks. Which weights these have
+    does not matter for that.
+
+    Raises
+    ------
+    UnknownArchitectureError
+        It gives others: blocks need more from those before them than rows, or a pass changes weights.
+    """
+    key = f"by block {head}"
+    if key not in loaded.checked:
+        loaded.checked[key] = _examine_blocks(loaded, conduct, head)
+    found: BlockForms = loaded.checked[key]
+    return found
+
+
+def _examine_blocks(loaded: LoadedModel, conduct: Conduct, head: bool) -> BlockForms:
+    streamed = loaded.streamed
+    assert streamed is not None  # noqa: S101 - asked of such models only
+    if loaded.located.blocks != streamed.blocks:
+        raise not_streamed(
+            loaded.name, f"its blocks {loaded.located.paths.get('layers')!r} are not those of {streamed.path!r}, or run twice"
+        )
+    if _unusual(loaded, conduct):
+        raise not_streamed(loaded.name, "its blocks return more, or something else, than one row for each token")
+    before = streamed.digest()
     try:
-        with ExitStack() as stack:
-            for block in blocks[: layer + 1]:
-                stack.callback(block.register_forward_hook(note).remove)
-            right: Collected = run_forward_pass(loaded, ModelCall.of(loaded, plain, conduct), plain, prompts)
-        known = KnownRows(layer=layer, rows=right.tokens["resid"][layer], forms=forms)
-        found: Collected = run_forward_pass(loaded, ModelCall.of(loaded, after, conduct), after, prompts, known=known)
-    except (LmprobeZarrError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        found = _compare_blocks(loaded, conduct, head)
+    except ERRORS as error:
         if is_out_of_memory(error):
             raise
-        return None
-    tolerance = ROUNDING.get(loaded.dtype, 1e-5)
-    same = True
-    if after.layers:
-        rows, others = right.tokens["resid"][layer + 1 :].double(), found.tokens["resid"].double()
-        off = (rows - others).norm(dim=-1) / rows.norm(dim=-1).clamp_min(1e-30)
-        same = bool((off <= tolerance).all())
+        raise not_streamed(loaded.name, f"it does not run block by block ({first_line(error)})") from error
+    if isinstance(found, str):
+        raise not_streamed(loaded.name, found)
+    if streamed.digest() != before:
+        raise not_streamed(loaded.name, "a pass changes its weights")
+    return found
+
+
+def _compare_blocks(loaded: LoadedModel, conduct: Conduct, head: bool) -> BlockForms | str:
+    """What blocks return beside their rows, or why a model does not run block by block."""
+    layers, plain, prompts = range(len(loaded.located.blocks)), _plain_request(loaded, head), _examples(loaded, conduct)
+    right, forms = _with_forms(loaded, conduct, plain, prompts, len(layers))
+    known: KnownRows | None = None
+    nbytes = 0
+    for layer in layers:
+        one = replace(plain, layers=(layer,), outputs=Outputs(), ends=layer)
+        found: Collected = run_forward_pass(loaded, ModelCall.of(loaded, one, conduct), one, prompts, known=known)
+        rows = found.handed_on
+        if rows is None or not _same_rows(loaded, right.tokens["resid"][layer : layer + 1], rows[None]):
+            return f"block {layer} needs more from the blocks before it than their rows"
+        known, nbytes = KnownRows(layer=layer, rows=rows, forms=forms), rows.shape[-1] * rows.element_size()
     if head:
-        logits, others = right.tokens["logits"].double(), found.tokens["logits"].double()
-        same = same and bool(((logits - others).abs() <= tolerance * logits.abs().max()).all())
-    return forms if same else None
+        last = replace(plain, layers=(), places={}, keep_tokens=False)
+        if not _same_logits(loaded, right, run_forward_pass(loaded, ModelCall.of(loaded, last, conduct), last, prompts, known=known)):
+            return "its head needs more than the rows of its last block"
+    return BlockForms(forms, nbytes)

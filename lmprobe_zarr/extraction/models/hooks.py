@@ -106,6 +106,9 @@ def register_hooks(loaded: LoadedModel, collected: Collected, stack: ExitStack) 
 
         return hook
 
+    def hand_on(_module: nn.Module, _args: Any, output: Any) -> None:
+        collected.hand_on(output)
+
     handles = []
     if "embed" in request.places:
         handles.append(located.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
@@ -126,6 +129,8 @@ def register_hooks(loaded: LoadedModel, collected: Collected, stack: ExitStack) 
             handles.append(router.gate.register_forward_hook(score(turns), with_kwargs=True))
         if router.around is not None:
             handles.append(router.around.register_forward_hook(score_unseen(layer), with_kwargs=True))
+    if request.ends is not None:
+        handles.append(located.blocks[request.ends].register_forward_hook(hand_on))
     if request.stops and request.deepest is not None:
         ends = stop(_Turns(dict(enumerate(located.blocks)), "resid"), request.deepest)
         handles.append(located.blocks[request.deepest].register_forward_hook(ends))

@@ -78,6 +78,7 @@ __all__ = [
     "PROVENANCE_FIELDS",
     "ModelIdentity",
     "Provenance",
+    "cached_snapshot",
     "folder_name",
     "identify",
     "model_name",

@@ -19,11 +19,12 @@ from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.errors import (
     InvalidArgumentError,
     InvalidTypeError,
+    LmprobeZarrError,
     MissingDependencyError,
     ModelNotFoundError,
     UnknownArchitectureError,
 )
-from lmprobe_zarr.extraction.models import files, identity, turns
+from lmprobe_zarr.extraction.models import files, identity, streamed, turns
 from lmprobe_zarr.extraction.models.architectures import Located, locate
 from lmprobe_zarr.extraction.models.families import is_encoder
 from lmprobe_zarr.extraction.models.fingerprint import ATTRIBUTES_VOLATILE, foreign_code, global_hooks, model_fingerprint
@@ -32,6 +33,7 @@ from lmprobe_zarr.extraction.models.loading_report import check_weights, listeni
 from lmprobe_zarr.extraction.models.model_code import code_of_named, code_of_object
 from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
 from lmprobe_zarr.extraction.models.paired import PairedBody, decoder_start
+from lmprobe_zarr.extraction.models.streamed import StreamedBlocks
 from lmprobe_zarr.extraction.models.structure import input_device, input_embeddings, text_settings
 from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
 from lmprobe_zarr.extraction.models.tokenizing import DecoderStart
@@ -75,6 +77,8 @@ class LoadedModel:
         The token id that pads shorter prompts of a batch; no token of a prompt sees it.
     decoder_start : DecoderStart, optional
         For the decoder of an encoder-decoder, what it reads first.
+    streamed : StreamedBlocks, optional
+        What reads the weights of its blocks, where these are not all in memory.
     provenance : dict
         Every field; see :mod:`lmprobe_zarr.extraction.models.identity`.
     recorded : dict
@@ -98,6 +102,7 @@ class LoadedModel:
     num_experts: int | None = None
     pad_id: int = 0
     decoder_start: DecoderStart | None = None
+    streamed: StreamedBlocks | None = None
     provenance: Provenance = field(default_factory=dict)
     recorded: dict[str, Any] = field(default_factory=dict)
     checked: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +138,8 @@ def _loading(what: str, source: str, folder: Path | None, revision: str | None) 
     try:
         with turns.loading(), listening(source):
             yield
+    except LmprobeZarrError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(f"the {what} of {source!r} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -252,12 +259,7 @@ def _load_weights(
         config = transformers.AutoConfig.from_pretrained(source, **options)
         if depth is not None:
             _cut(config, depth)
-        own = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
-        # Where only the class with a head comes with the model, one without would be another program.
-        whole = head or ("AutoModelForCausalLM" in own and "AutoModel" not in own)
-        with_head: Any = transformers.AutoModelForSeq2SeqLM if paired else transformers.AutoModelForCausalLM
-        # Only the class with a head has a method that shifts labels, and some (Marian) have no other.
-        kind: Any = with_head if whole or paired else transformers.AutoModel
+        kind = _class_of(config, head=head, paired=paired, trust_remote_code=trust_remote_code)
         module, report = kind.from_pretrained(
             source, config=config, dtype=getattr(torch, dtype), device_map=device_map, output_loading_info=True, **options
         )
@@ -266,6 +268,32 @@ def _load_weights(
     # The blocks that were left out are no tensors without a place.
     check_weights(source, module, report if depth is None else {**report, "unexpected_keys": ()}, head=head)
     return module.eval(), getattr(module.config, "_commit_hash", None)
+
+
+def _class_of(config: Any, *, head: bool, paired: bool, trust_remote_code: bool) -> Any:
+    """The auto class that builds a model of this configuration."""
+    own = (getattr(config, "auto_map", None) or {}) if trust_remote_code else {}
+    # Where only the class with a head comes with the model, one without would be another program.
+    whole = head or ("AutoModelForCausalLM" in own and "AutoModel" not in own)
+    with_head: Any = transformers.AutoModelForSeq2SeqLM if paired else transformers.AutoModelForCausalLM
+    # Only the class with a head has a method that shifts labels, and some (Marian) have no other.
+    return with_head if whole or paired else transformers.AutoModel
+
+
+def _load_streamed(
+    source: str, folder: Path | None, revision: str | None, dtype: str, device: torch.device, trust_remote_code: bool, head: bool,
+    layers: str | None,
+) -> tuple[nn.Module, str | None, StreamedBlocks]:  # fmt: skip
+    """As `_load_weights`, a model whose blocks read their weights when it is their turn, on a device."""
+    with _loading("model", source, folder, revision):
+        options = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        kind = _class_of(config, head=head, paired=False, trust_remote_code=trust_remote_code)
+        files_of = folder if folder is not None else streamed.downloaded(source, revision)
+        module, report, blocks = streamed.build(source, files_of, config, kind, dtype, layers=layers, trust_remote_code=trust_remote_code)
+    check_weights(source, module, report, head=head)
+    blocks.share(device)
+    return module.eval(), getattr(config, "_commit_hash", None), blocks
 
 
 # ---------------------------------------------------------------- model objects
@@ -536,6 +564,7 @@ def load_model(
     truncation: bool = False,
     provenance: Mapping[str, Any] | None = None,
     memory: Path | None = None,
+    stream: bool = False,
 ) -> LoadedModel:
     """A model with its tokenizer, its parts located and its provenance complete.
 
@@ -571,6 +600,8 @@ def load_model(
         Needed where hooks or replaced methods change what an object computes, because their code is not part of the fingerprint.
     memory : Path, optional
         A JSON file that remembers the digests of weight files.
+    stream : bool
+        Whether the weights of a block are in memory only when it is its turn. The provenance is the same either way.
 
     Raises
     ------
@@ -601,6 +632,12 @@ def load_model(
     _check_code(global_hooks(), own)
     if device_map is not None and str(device) != "auto":
         raise InvalidArgumentError(f"device={str(device)!r} and device_map={device_map!r} were both given: give one")
+    if stream and (isinstance(model, nn.Module) or device_map is not None or prompts_kind == "pair"):
+        raise InvalidArgumentError(
+            "weights='streamed' is for models that are loaded by their name onto one device, and for one text at a time: leave it out for "
+            "model objects, device_map= and pairs"
+        )
+    blocks: StreamedBlocks | None = None
     if isinstance(model, nn.Module):
         if name is None:
             raise InvalidArgumentError(f"a model object ({type(model).__name__}) needs a name of your choosing: name='…'")
@@ -631,8 +668,12 @@ def load_model(
             _check_predicts(where, config, prompts_kind == "pair")
         computed = identity.resolve_dtype(config, dtype) or "float32"
         held = _tokenizer_for(tokenizer, model, revision, trust_remote_code)
-        module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code, head, prompts_kind == "pair")
-        module = module if chosen is None else module.to(chosen)
+        if stream and chosen is not None:
+            layers = None if modules is None else modules.get("layers")
+            module, commit, blocks = _load_streamed(where, folder, revision, computed, chosen, trust_remote_code, head, layers)
+        else:
+            module, commit = _load_weights(where, folder, revision, computed, device_map, trust_remote_code, head, prompts_kind == "pair")
+            module = module if chosen is None else module.to(chosen)
         full = _object_config(module)
         source = {"revision": None if folder is not None else commit or revision, "adapter": None}
         source["weights"] = None if folder is None else files.weights_digest(folder, memory)
@@ -641,7 +682,7 @@ def load_model(
         source |= identity.remote_code_field(config, at, folder, tokenizer, trusted=trust_remote_code)
         with turns.between_loads():
             code, kinds = code_of_named(config), set(device_types(device, device_map))
-        with quiet_logging(), turns.running(module):
+        with quiet_logging(), turns.running(module), streamed.explained(name, blocks):
             located, by_hand = _located(module, modules, prompts_kind)
     source |= settings_fields(sorted(kinds)) | ({} if code is None else {"model_code": code})
     window = _window(module, config, full)
@@ -659,6 +700,7 @@ def load_model(
         identity.read_config(full or config, prompts_kind),
         located,
         decoder_start=start,
+        streamed=blocks,
         name=identity.model_name("", name),
         window=window,
         dtype=computed,
