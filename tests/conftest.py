@@ -76,10 +76,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what `--few` says."""
-    most = config.getoption("few")
-    if most is not None:
-        kept, left = few_of(items, [item.nodeid.partition("[")[0] for item in items], most)
+    """Leave out parameter sets: what ``--few`` says of every test, and but for `make stress` what a test's mark ``few`` says of it."""
+    wanted = config.getoption("few")
+
+    def most(item: pytest.Item) -> int | None:
+        mark = None if "LMPROBE_ZARR_STRESS" in os.environ else item.get_closest_marker("few")
+        limits = [limit for limit in (wanted, mark.args[0] if mark else None) if limit is not None]
+        return min(limits, default=None)
+
+    kept, left = few_of(items, [item.nodeid.partition("[")[0] for item in items], [most(item) for item in items])
+    if left:
         config.hook.pytest_deselected(items=left)
         items[:] = kept
 

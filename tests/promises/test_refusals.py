@@ -71,6 +71,7 @@ def only(method: str, fault: Fault, times: int = 10**9, where: str = "") -> Call
 
 
 @pytest.mark.parametrize(("status", "code"), PASSING)
+@pytest.mark.few(2)
 def test_a_refusal_that_passes_is_tried_again_in_every_verb(s3: S3, url: str, status: int, code: str) -> None:
     lz.open_store(url).write(GROUP, make_batch(["a", "b"]))
     for method in ("GET", "LIST"):
@@ -87,6 +88,7 @@ def test_a_refusal_that_passes_is_tried_again_in_every_verb(s3: S3, url: str, st
 
 @pytest.mark.usefixtures("few_waits")
 @pytest.mark.parametrize(("status", "code", "kind", "says"), [*REPEATED, *LASTING])
+@pytest.mark.few(4)
 def test_no_refusal_is_taken_for_damage_or_for_nothing_stored(
     s3: S3, url: str, status: int, code: str, kind: type[Exception], says: str
 ) -> None:
@@ -122,6 +124,7 @@ def test_no_refusal_is_taken_for_damage_or_for_nothing_stored(
         (400, "InsufficientStorageSpace"),
     ],
 )
+@pytest.mark.few(2)
 def test_a_quota_is_no_space_as_on_a_disk(s3: S3, url: str, status: int, code: str) -> None:
     s3.proxy.fault = only("PUT", Fault(status=status, code=code))
     with pytest.raises(NoSpaceError, match="raise the quota"):
@@ -133,6 +136,7 @@ def test_a_quota_is_no_space_as_on_a_disk(s3: S3, url: str, status: int, code: s
 @pytest.mark.parametrize(
     ("status", "code"), [(400, "MissingContentMD5"), (501, "NotImplemented"), (405, "MethodNotAllowed"), (411, "MissingContentLength")]
 )
+@pytest.mark.few(2)
 def test_where_many_cannot_be_deleted_in_one_request_they_are_deleted_singly(s3: S3, url: str, status: int, code: str) -> None:
     store = opened(s3, url)
     store.write(GROUP, make_batch(["a", "b"]))
