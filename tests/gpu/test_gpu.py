@@ -109,11 +109,11 @@ def test_pooled_values_and_outputs_are_those_of_the_device(dtype: str, acts: Sto
 
 @needs_cuda
 def test_values_are_copied_to_pinned_memory_while_the_next_batch_runs(acts: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction.models import capture
+    from lmprobe_zarr.extraction.models import capture, token_batches
 
     pinned: list[bool] = []
     waiting: list[bool] = []
-    real = capture.copy_to_host
+    real = token_batches.copy_to_host
 
     def seen(*given: Any) -> Any:
         copying = real(*given)
