@@ -27,11 +27,9 @@ from lmprobe_zarr.batch import (
     offsets_of,
     parse_poolings,
     parse_sites,
-    positions_of,
     resolve_layers,
     row_bytes,
     shorten,
-    split_variable,
 )
 from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.batching import (
@@ -55,6 +53,7 @@ from lmprobe_zarr.extraction.models.paired import PairedBody
 from lmprobe_zarr.extraction.models.places import places_of
 from lmprobe_zarr.extraction.models.standing_in import Forms
 from lmprobe_zarr.extraction.models.structure import evaluating, input_embeddings
+from lmprobe_zarr.extraction.models.token_batches import Kept, token_batches
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.wrappers import broken_weights
@@ -213,12 +212,13 @@ def _run_all(
 ) -> Iterator[TokenBatch]:
     starts = offsets_of(tokenized.lengths)
     weights = _Weights()
+    kept = request.kept(loaded.num_layers)
 
-    def token_batches(copying: _Copying) -> Iterator[TokenBatch]:
+    def batches(copying: _Copying) -> Iterator[TokenBatch]:
         if copying.arrived is not None:
             copying.arrived.synchronize()
         _check_finite(loaded, copying, weights)
-        return _token_batches(copying, tokenized, request, loaded.num_layers)
+        return _batches_of(copying, tokenized, kept)
 
     for start, stop in windows:
         # The longest prompts come first, so that memory runs out early. A model whose state grows with the longest prompt so far needs them
@@ -238,14 +238,14 @@ def _run_all(
             done += count
             # The previous batch is converted while the device works on this one.
             if previous is not None:
-                yield from token_batches(previous)
+                yield from batches(previous)
             previous = copying if copying.arrived is not None else None
             if progress is not None:
                 progress(count, int(tokenized.lengths[rows].sum()))
             if previous is None:
-                yield from token_batches(copying)
+                yield from batches(copying)
         if previous is not None:
-            yield from token_batches(previous)
+            yield from batches(previous)
         if after_window is not None:
             after_window()
 
@@ -425,74 +425,13 @@ def _check_finite(loaded: LoadedModel, copying: _Copying, weights: _Weights) -> 
         )
 
 
-def _token_batches(copying: _Copying, tokenized: TokenizedPrompts, request: CaptureRequest, num_layers: int) -> Iterator[TokenBatch]:
-    """One batch for every set of layers that variables are in; those without layers come with the first."""
+def _batches_of(copying: _Copying, tokenized: TokenizedPrompts, kept: Kept) -> Iterator[TokenBatch]:
+    """The batches of what has arrived on the host."""
     part = tokenized.take(copying.rows)
     stored: dict[str, str] = {}
-    columns: dict[str, Array] = {}
-    if request.token_level:
-        columns = {"position": positions_of(part.lengths), "token_id": part.token_ids, **part.columns}
-        if part.char_start is not None and part.char_end is not None:
-            columns |= {"char_start": part.char_start, "char_end": part.char_end}
     levels = {"tokens": _to_numpy(copying.tokens, stored), "prompts": _to_numpy(copying.prompts, stored)}
-    if request.outputs.perplexity:
+    if kept.outputs.perplexity:
         levels["prompts"]["perplexity"], levels["tokens"]["token_perplexity"] = perplexity_of(
             levels["tokens"]["token_log_prob"], part.lengths
         )  # fmt: skip
-    flat = {name for _, name, layered in request.outputs.variables() if not layered}
-    flat |= {name for arrays in levels.values() for name in arrays if _is_outside(request, split_variable(name)[0])}
-    # The router's own last: its layers are those that have one.
-    names = sorted((name for arrays in levels.values() for name in arrays if name not in flat), key="router".__eq__)
-    layers_of = {name: request.layers_of(split_variable(name)[0]) for name in names}
-    kinds = list(dict.fromkeys(layers_of.values())) or [()]
-    for number, layers in enumerate(kinds):
-        held = {
-            level: {name: array for name, array in arrays.items() if layers_of.get(name) == layers or (number == 0 and name in flat)}
-            for level, arrays in levels.items()
-        }
-        kept = {*held["tokens"], *held["prompts"]}
-        by_token = bool(held["tokens"]) or (request.token_level and number == 0)
-        yield TokenBatch(
-            sha256=part.sha256,
-            text=part.text,
-            prompt_length=part.lengths,
-            n_tokens=part.lengths if by_token else None,
-            layers=layers,
-            tokens=held["tokens"],
-            token_columns=columns if by_token else {},
-            role_names=part.role_names if by_token else (),
-            prompts=held["prompts"],
-            unlayered=frozenset(kept & flat),
-            stored_dtype={name: dtype for name, dtype in stored.items() if name in kept},
-            site_attributes=_site_attributes(request, {split_variable(name)[0] for name in kept}, num_layers)
-            | _part_attributes(request, kept),
-        )
-
-
-def _part_attributes(request: CaptureRequest, names: set[str]) -> dict[str, dict[str, Any]]:
-    """What is noted of the variables that are pooled over a part of the tokens."""
-    described = {name: request.parts.get(split_variable(name)[2], "") for name in sorted(names)}
-    return {name: {"over": text} for name, text in described.items() if text}
-
-
-def _is_outside(request: CaptureRequest, site: str) -> bool:
-    """Whether a variable is of a site that has no layers."""
-    return site in request.places and not request.places[site].layered
-
-
-def _site_attributes(request: CaptureRequest, sites: set[str], num_layers: int) -> dict[str, dict[str, Any]]:
-    """What is noted of the sites in their arrays: the path that the caller named, the heads, and the layers of the model that have it."""
-    found: dict[str, dict[str, Any]] = {}
-    for site in sorted(sites):
-        place = request.places.get(site)
-        has = request.routers_of_model if site == "router" else () if place is None else place.layers
-        noted: dict[str, Any] = {}
-        if place is not None and place.path:
-            noted["site_path"] = place.path
-        if place is not None and place.heads:
-            noted["num_heads"] = place.heads
-        if has and len(has) < num_layers:
-            noted["site_layers"] = list(has)
-        if noted:
-            found[site] = noted
-    return found
+    return token_batches(part, levels, stored, kept)
