@@ -32,7 +32,6 @@ from lmprobe_zarr.extraction.models.engines import Engine, check_installed
 from lmprobe_zarr.extraction.models.families import is_encoder
 from lmprobe_zarr.extraction.models.files import template_digest
 from lmprobe_zarr.extraction.models.identity import PROVENANCE_FIELDS, ModelIdentity, Provenance, local_folder, prompt_fields
-from lmprobe_zarr.extraction.models.structure import first_line
 from lmprobe_zarr.extraction.models.token_batches import Kept, KeptSite, token_batches
 from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, check_vocabulary, too_long
@@ -48,6 +47,8 @@ BATCH_TOKENS: Final = 65_536
 BATCH_BYTES: Final = 512 << 20
 # Token ids of the pass that shows where the sites are.
 SHORT_PROMPT: Final = 7
+# Characters of an error of the engine's own.
+SHOWN: Final = 400
 FIRST_ID: Final = 5
 
 
@@ -314,7 +315,8 @@ def _failing(doing: str) -> Iterator[None]:
     except LmprobeZarrError:
         raise
     except Exception as error:  # whatever the engine and its processes raise
-        raise EngineError(f"vLLM failed while {doing}: {first_line(error)}; what was committed is kept") from error
+        told = " ".join(str(error).split())[:SHOWN] or "-"
+        raise EngineError(f"vLLM failed while {doing}: {type(error).__name__}: {told}") from error
 
 
 def _batches(lengths: Ints, tokens: int, prompts: int | None) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ from lmprobe_zarr.extraction.models.inside import inside_of
 from lmprobe_zarr.extraction.models.structure import CHAIN_TOLERANCE, Call, Part, chained, text_settings
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["REQUEST_ARGUMENT", "Extension"]
+__all__ = ["REQUEST_ARGUMENT", "Extension", "answer_of"]
 
 #: The key of ``SamplingParams.extra_args`` under which a request has the number of its prompt.
 REQUEST_ARGUMENT: Final = "lmprobe_zarr_prompt"
@@ -420,6 +420,16 @@ def _as_bytes(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "values": flat.tobytes()}
 
 
+def answer_of(gathered: Gathered) -> dict[str, Any]:
+    """What was gathered, in the form in which it goes to the process that asked."""
+    return {
+        "seen": gathered.seen.tolist(),
+        "token_ids": gathered.token_ids.tobytes(),
+        "problem": gathered.problem,
+        "arrays": {level: {name: _as_bytes(tensor) for name, tensor in held.items()} for level, held in gathered.arrays().items()},
+    }
+
+
 class Extension:
     """Methods that vLLM gives its workers. What they take and return is numbers, texts, bytes, lists and dicts."""
 
@@ -450,11 +460,14 @@ class Extension:
     def lmprobe_zarr_trace(self, paths: Sequence[str]) -> None:
         """Note the next pass."""
         worker: Any = self
-        worker.lmprobe_zarr_inside.trace(paths)
+        if worker.rank == 0:  # of processes that share each layer, all have the same stream
+            worker.lmprobe_zarr_inside.trace(paths)
 
     def lmprobe_zarr_places(self, paths: Mapping[str, str]) -> dict[str, Any]:
         """Where the sites are, as ``places``, or the ``problem``."""
         worker: Any = self
+        if worker.rank:
+            return {}
         try:
             return {"places": worker.lmprobe_zarr_inside.places(paths)}
         except _UnknownError as error:
@@ -463,6 +476,8 @@ class Extension:
     def lmprobe_zarr_begin(self, wish: Mapping[str, Any]) -> None:
         """Take the rows of the prompts that come next: what `Wish` holds, with lists for arrays and bytes for masks."""
         worker: Any = self
+        if worker.rank:
+            return
         worker.lmprobe_zarr_inside.begin(
             Wish(
                 lengths=np.array(wish["lengths"], np.int64),
@@ -476,11 +491,4 @@ class Extension:
     def lmprobe_zarr_take(self) -> dict[str, Any]:
         """What has come: rows of each prompt, token ids, the first problem, and the arrays by level and variable."""
         worker: Any = self
-        gathered: Gathered = worker.lmprobe_zarr_inside.take()
-        arrays = {level: {name: _as_bytes(tensor) for name, tensor in held.items()} for level, held in gathered.arrays().items()}
-        return {
-            "seen": gathered.seen.tolist(),
-            "token_ids": gathered.token_ids.tobytes(),
-            "problem": gathered.problem,
-            "arrays": arrays,
-        }
+        return {} if worker.rank else answer_of(worker.lmprobe_zarr_inside.take())
