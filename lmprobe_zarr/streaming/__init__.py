@@ -5,7 +5,7 @@ torch. Others may import from ``order`` and ``torch``.
 """
 
 from lmprobe_zarr.streaming.batches import Batches
-from lmprobe_zarr.streaming.compare_groups import compare_groups
+from lmprobe_zarr.streaming.differences import compare_groups
 from lmprobe_zarr.streaming.open import BatchOptions, open_batches
 from lmprobe_zarr.streaming.statistics import norms_of, statistics_of
 
