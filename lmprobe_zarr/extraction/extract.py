@@ -106,7 +106,11 @@ def plan_extract(
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), group=group,
         any_provenance=any_provenance, generate=generate,
     )  # fmt: skip
-    return prepare(request, Options(keeping=keeping)).plan
+    options = Options(keeping=keeping)
+    try:
+        return prepare(request, options).plan
+    finally:
+        options.memory.release()
 
 
 def extract(

@@ -67,7 +67,7 @@ class ModelChoice:
         )  # fmt: skip
         provenance = identity.provenance | ({} if self.engine is None else self.engine.provenance)
         if self.dtype is None:  # stored activations of any dtype are accepted
-            del provenance["compute_dtype"]
+            provenance.pop("compute_dtype", None)
         return replace(identity, provenance=provenance)
 
     def load_tokenizer(self) -> Any:

@@ -136,7 +136,7 @@ def test_rows_of_cached_tokens_are_missed_and_nothing_is_stored(extracted: Path,
         "prompts": [long * 2 + end for end in ("one", "two", "three")],
         "store": str(tmp_path / "acts"),
     }
-    settings = {**SETTINGS, "max_num_seqs": 1, "max_model_len": 128}
+    settings = {**SETTINGS, "max_num_seqs": 1, "block_size": 32}  # a prompt of whole blocks is found in the cache
     done = run([{**call, "engine": "vllm", "engine_options": settings, "forced": {"enable_prefix_caching": True}}])[0]
     assert done["error"] == "EngineError"
     assert "so nothing of them is stored" in done["message"]
@@ -192,7 +192,7 @@ def test_with_processes_of_its_own_in_bfloat16_and_by_path(extracted: Path, tmp_
     assert toks.resid.attrs["stored_dtype"] == "bfloat16"
     assert toks.z.attrs["site_path"] == "self_attn.o_proj:input"
     assert np.array_equal(toks.z.values, toks.heads.values)
-    assert toks["last"].dims == ("token", "last_unit")
+    assert toks["last"].dims == ("token", "hidden")
     for found in compared(store, "qwen3"):
         assert set(map(str, found.data_vars)) <= {"resid", "resid_last_token"}
         for held in found.data_vars.values():
