@@ -269,7 +269,9 @@ def _taps_by_structure(blocks: Sequence[nn.Module], anatomy: _Anatomy) -> dict[s
         for name, path in inside_of(call.as_call(anatomy.both), sites["attn"], sites["mlp"]).items():
             if (module := submodule(block, path)) is not None:
                 found.setdefault(name, {})[layer] = _Tap(module=module, given=True, both=path in call.adding)
-    return found
+    # A block that is explained by one of them alone has no other; of any other block, what it adds there is not known.
+    uncertain = [name for name in ("attn", "mlp") if any(getattr(each, name) is None and not each.whole for each in anatomy.added)]
+    return {name: taps for name, taps in found.items() if name not in uncertain}
 
 
 def _taps_by_path(model: nn.Module, blocks: Sequence[nn.Module], path: str) -> dict[int | None, _Tap]:

@@ -110,6 +110,21 @@ class ScaledBlock(Block):
         return hidden_states * torch.linspace(0.5, 2, WIDTH), residual
 
 
+class OneTensorBlock(Block):
+    """Hands on the stream alone, of which one block is not explained by what its modules return."""
+
+    number = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.linspace(0.5, 2, WIDTH) if OneTensorBlock.number % DEPTH == 1 else 1.0
+        OneTensorBlock.number += 1
+
+    def forward(self, positions: Any, hidden_states: Any, residual: Any) -> Any:
+        middle = hidden_states + self.self_attn(positions=positions, hidden_states=self.input_layernorm(hidden_states))
+        return middle + self.mlp(self.post_attention_layernorm(middle)) * self.factor
+
+
 class Model(nn.Module):
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -121,8 +136,10 @@ class Model(nn.Module):
     def forward(self, input_ids: Any, positions: Any) -> Any:
         hidden_states, residual = self.embed(input_ids), None
         for layer in self.layers:
-            hidden_states, residual = layer(positions, hidden_states, residual)
-        return self.norm(hidden_states, residual)[0]
+            returned = layer(positions, hidden_states, residual)
+            hidden_states, residual = returned if isinstance(returned, tuple) else (returned, None)
+        normed = self.norm(hidden_states, residual)
+        return normed[0] if isinstance(normed, tuple) else normed
 
 
 class Runner:
@@ -256,6 +273,13 @@ def test_blocks_whose_change_is_not_explained_are_refused() -> None:
     assert found == {
         "problem": "its blocks return two tensors, and what its modules add does not explain the difference that layer 0 makes"
     }  # fmt: skip
+
+
+def test_what_one_block_adds_and_is_not_known_is_a_site_of_no_layer() -> None:
+    _, found = started(OneTensorBlock)
+    assert {"resid", "embed"} <= set(found["places"])
+    assert found["places"]["resid"]["layers"] == [0, 1, 2]
+    assert "mlp" not in found["places"]
 
 
 def test_a_pass_without_requests_is_not_taken() -> None:
