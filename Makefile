@@ -3,7 +3,7 @@
 #   make test        set up, then lint and docs, then all tests, then the core suite on a newer Python if there is one
 #   make test-core   what depends on the interpreter, numpy, zarr and xarray, on Python 3.12+ with the newest zarr and without torch
 #   make test-lowest the same tests, and those of extraction, with the lowest versions that pyproject.toml allows; no part of make test
-#   make test-engines what vLLM and hs-connectors write, imported: an environment of their own, 3.4 GB and ten minutes; no part of make test
+#   make test-engines vLLM as an engine, and what it and hs-connectors write, imported: an environment of their own, 3.4 GB; no part of make test
 #   make test-gpu    tests and a table of speeds on a GPU, skipped without one; no part of make test
 #   make check       the inner loop: lint, and the tests of the rooms that changed since the last commit
 #   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
@@ -117,6 +117,7 @@ $(ENGINES)/ready: Makefile
 	$(ENGINES)/bin/python -m pip install --quiet --no-deps $(VLLM)
 	$(ENGINES)/bin/python tests/engines/requirements.py > $(ENGINES)/requirements.txt
 	$(ENGINES)/bin/python -m pip install --quiet --requirement $(ENGINES)/requirements.txt
+	$(ENGINES)/bin/python -m pip install --quiet --editable ".[models]"
 	touch $@
 
 # torch of constraints.txt is the one of the machine's processor or card, whichever its index gives.

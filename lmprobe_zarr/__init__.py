@@ -40,6 +40,7 @@ from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.reports import Report, report
 from lmprobe_zarr.store import Store, open_store, write_activations
+from lmprobe_zarr.streaming import compare_groups
 from lmprobe_zarr.sweeps import (
     SweepPlan,
     compare,
@@ -76,6 +77,7 @@ __all__ = [
     "cache_info",
     "clear_cache",
     "compare",
+    "compare_groups",
     "confidence_intervals",
     "config",
     "cosine_similarity",

@@ -14,6 +14,7 @@ __all__ = [
     "CorruptFileError",
     "CorruptPartError",
     "DeviceMemoryError",
+    "EngineError",
     "InvalidArgumentError",
     "InvalidTypeError",
     "LabelError",
@@ -171,6 +172,10 @@ class UnknownArchitectureError(LmprobeZarrError, ValueError):
 
 class DeviceMemoryError(LmprobeZarrError, MemoryError):
     """The device has too little memory for a single prompt."""
+
+
+class EngineError(LmprobeZarrError, RuntimeError):
+    """An engine that runs the model failed, or did not give one row for every token."""
 
 
 class MissingDependencyError(LmprobeZarrError, ImportError):

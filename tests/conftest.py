@@ -117,13 +117,13 @@ def _own_machine(monkeypatch: pytest.MonkeyPatch, _cache_folders: Iterator[Path]
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts the model was run on, call by call."""
     seen: list[int] = []
-    real = extraction.run
+    real = extraction.run_ready
 
     def run(loaded: Any, tokenized: Any, **options: Any) -> Any:
         seen.append(len(tokenized))
         return real(loaded, tokenized, **options)
 
-    monkeypatch.setattr(extraction, "run", run)
+    monkeypatch.setattr(extraction, "run_ready", run)
     return seen
 
 

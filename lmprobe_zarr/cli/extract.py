@@ -10,7 +10,7 @@ from lmprobe_zarr.cli.arguments import add_command, add_store, parse_layers, par
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction import WEIGHTS, extract, plan_extract
+from lmprobe_zarr.extraction import ENGINES, WEIGHTS, extract, plan_extract
 from lmprobe_zarr.store import open_store
 from lmprobe_zarr.tasks import own_client
 
@@ -63,6 +63,8 @@ def add_extract(commands: Any) -> None:
     command.add_argument("--refresh", action="store_true", help="run the model on all prompts, even if they are stored")
     command.add_argument("--no-text", action="store_true", help="do not store the texts")
     command.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    command.add_argument("--engine", choices=ENGINES, help="run the model with this engine instead of transformers")
+    command.add_argument("--engine-options", metavar="JSON", help="an object of the engine's settings, such as tensor_parallel_size")
     command.add_argument("--workers", type=int, metavar="N", help="run in N processes on this machine, each with its own copy of the model")
     command.add_argument("--scheduler", metavar="ADDRESS", help="run on the workers of a Dask scheduler, such as tcp://host:8786")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -106,6 +108,8 @@ def _extract(options: argparse.Namespace) -> None:
         "trust_remote_code": options.trust_remote_code,
         "device": options.device,
         "weights": options.weights,
+        "engine": options.engine,
+        "engine_options": parse_object(options.engine_options, "--engine-options"),
     }
     if options.dry_run:
         plan = plan_extract(options.model, prompts, **request)

@@ -12,11 +12,13 @@ from lmprobe_zarr.extraction.extract import extract, plan_extract
 from lmprobe_zarr.extraction.lens import logit_lens
 from lmprobe_zarr.extraction.list_sites import list_sites
 from lmprobe_zarr.extraction.model_choice import ModelChoice
+from lmprobe_zarr.extraction.models import ENGINES
 from lmprobe_zarr.extraction.options import WEIGHTS
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.supply import Activations, Supply, SupplyMemory
 
 __all__ = [
+    "ENGINES",
     "WEIGHTS",
     "Activations",
     "ExtractPlan",

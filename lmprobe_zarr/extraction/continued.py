@@ -21,11 +21,13 @@ __all__ = ["share_of_work", "start_layer", "stored_rows_of"]
 def start_layer(lookup: Lookup) -> int | None:
     """The deepest layer before all that is requested whose residual stream is stored for every token of every missing prompt.
 
-    None where there is none, where its values are stored in another dtype than the model computes in, or where something is asked for that
-    comes before the blocks.
+    None where there is none, where its values are stored in another dtype than the model computes in, where something is asked for that
+    comes before the blocks, or where an engine runs the model.
     """
     request, view, group = lookup.request, lookup.view, lookup.group
-    if view is None or group is None or lookup.unknown or request.refresh or lookup.answers is not None or not len(lookup.missing):
+    if view is None or group is None or lookup.unknown or request.refresh or request.choice.engine is not None:
+        return None
+    if lookup.answers is not None or not len(lookup.missing):
         return None
     info = view.variables("tokens").get("resid")
     if info is None or not info.layered or "site_path" in info.attributes or not view.holds_whole_prompts or request.kind == "pair":

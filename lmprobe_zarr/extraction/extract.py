@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lmprobe_zarr.batch import Generate, LayerSpec, Outputs, OverSpec, SitesSpec, parse_chat_options
 from lmprobe_zarr.extraction.columns import Columns
 from lmprobe_zarr.extraction.model_choice import ModelChoice
+from lmprobe_zarr.extraction.models import parse_engine
 from lmprobe_zarr.extraction.options import Options, Weights, keeping_of
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.request import check_request
@@ -61,6 +62,8 @@ def plan_extract(
     trust_remote_code: bool = False,
     device: Any = "auto",
     weights: Weights = "auto",
+    engine: str | None = None,
+    engine_options: Mapping[str, Any] | None = None,
 ) -> ExtractPlan:
     """What `extract` would do with the same arguments; loads a tokenizer at most, and writes nothing.
 
@@ -72,7 +75,7 @@ def plan_extract(
         As for `extract`.
     truncation, add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
         As for `extract`.
-    refresh, provenance, group, modules, trust_remote_code, device, weights
+    refresh, provenance, group, modules, trust_remote_code, device, weights, engine, engine_options
         As for `extract`.
 
     Returns
@@ -88,10 +91,13 @@ def plan_extract(
     opened = open_again(store)
     keeping = keeping_of(is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow)
     fields, any_provenance = parse_provenance(provenance)
+    runner = parse_engine(engine, engine_options)
+    if runner is not None:
+        runner.check_choice(model, modules=modules)
     choice = ModelChoice(
         model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
         provenance=dict(fields), modules=modules, trust_remote_code=trust_remote_code,
-        add_special_tokens=add_special_tokens,
+        add_special_tokens=add_special_tokens, engine=runner,
     )  # fmt: skip
     chat = parse_chat_options(
         add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, tools=tools,
@@ -102,7 +108,11 @@ def plan_extract(
         chat=chat, outputs=Outputs(perplexity=perplexity, logits=logits, top_k=logits_top_k, router=router), group=group,
         any_provenance=any_provenance, generate=generate,
     )  # fmt: skip
-    return prepare(request, Options(keeping=keeping, device=device, weights=weights)).plan
+    options = Options(keeping=keeping, device=device, weights=weights)
+    try:
+        return prepare(request, options).plan
+    finally:
+        options.memory.release()
 
 
 def extract(
@@ -145,6 +155,8 @@ def extract(
     modules: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     weights: Weights = "auto",
+    engine: str | None = None,
+    engine_options: Mapping[str, Any] | None = None,
     store_text: bool = True,
     part_bytes: int = PART_BYTES,
     part_seconds: float = PART_SECONDS,
@@ -262,6 +274,13 @@ def extract(
         block, and all prompts go through a block before the next is read. Values are the same. What was computed lies in files beside a
         local store, otherwise among temporary files, until it is stored; a call that is stopped and made again goes on from there.
         ``"auto"`` streams where the weights are larger than what is free on the device; `plan_extract` says so.
+    engine : {"vllm"}, optional
+        What runs the model in the place of transformers, on the same tokens. Its values differ from those of transformers by rounding, so
+        they are a group of their own; :func:`compare_groups` says how far. Sites are found in its own modules. Outputs of the head,
+        `router` and `generate` cannot be had of it, and it takes no `device`, `device_map`, `modules` or `client`.
+    engine_options : mapping of str to object, optional
+        Settings of the engine, such as ``{"tensor_parallel_size": 4, "gpu_memory_utilization": 0.8}``. ``quantization`` and
+        ``kv_cache_dtype`` are part of the group's provenance.
     store_text : bool
         False leaves the texts out of the store; prompts are still found by text or hash. Answers, which cannot be had again, stay.
     part_bytes, part_seconds : int, float
@@ -294,6 +313,8 @@ def extract(
         A value is beyond the range of float16, and ``overflow="raise"``.
     UnreachableError
         Workers died repeatedly on the same prompts.
+    EngineError
+        The engine failed, or did not give one row for every token; nothing of that batch is stored.
     ReadOnlyError, DeviceMemoryError
 
     Warns
@@ -309,10 +330,13 @@ def extract(
         is_default=opened.is_default, dtype=storage_dtype, keep_bits=keep_bits, overflow=overflow, part_bytes=part_bytes, shards=shards
     )  # fmt: skip
     fields, any_provenance = parse_provenance(provenance)
+    runner = parse_engine(engine, engine_options)
+    if runner is not None:
+        runner.check_choice(model, modules=modules, device=device, device_map=device_map, client=client)
     choice = ModelChoice(
         model=model, name=name, tokenizer=tokenizer, revision=revision, dtype=dtype, max_length=max_length, truncation=truncation,
         provenance=dict(fields), modules=modules, trust_remote_code=trust_remote_code,
-        add_special_tokens=add_special_tokens,
+        add_special_tokens=add_special_tokens, engine=runner,
     )  # fmt: skip
     chat = parse_chat_options(
         add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, tools=tools,
@@ -333,7 +357,10 @@ def extract(
         if not is_in_process(client):
             for root in opened.stack:
                 root.storage.check_reach()  # here, since a worker that cannot unpickle its task reports nothing
-    outcome = carry_out(request, options)
+    try:
+        outcome = carry_out(request, options)
+    finally:
+        options.memory.release()
     if len(outcome.prompts.row) == len(outcome.prompts):
         note_request(opened.url, outcome.group.name, outcome.prompts.sha256)
     return outcome.stats

@@ -128,7 +128,7 @@ class _Answered:
     def _generate(self, places: Ints, prompts: TokenizedPrompts, advance: Callable[[int], None]) -> None:
         """Generate those answers of a window that are not known."""
         loaded, answers, options = self.work.lookup.loaded, self.work.lookup.answers, self.options
-        assert loaded is not None and answers is not None  # noqa: S101, PT018 - as in `pieces`
+        assert isinstance(loaded, models.LoadedModel) and answers is not None  # noqa: S101, PT018 - as in `pieces`; no engine generates
         unknown = answers.unknown(places)
         if not len(unknown):
             return
@@ -219,7 +219,7 @@ def _run_model(
         if options.watch is not None:
             options.watch()
 
-    return models.run(
+    return models.run_ready(
         lookup.loaded,
         tokenized,
         layers=request.kept_layers(lookup.layers) or "all",

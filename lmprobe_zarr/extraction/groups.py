@@ -20,18 +20,18 @@ from lmprobe_zarr.store import NamedModel, ambiguous
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, unrecorded_fields
 
 if TYPE_CHECKING:
-    from lmprobe_zarr.extraction.models import LoadedModel
+    from lmprobe_zarr.extraction.models import ReadyModel
 
 __all__ = ["candidates", "contradictions", "group_of", "is_alike", "unrecorded"]
 
 
-def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[GroupInfo]:
+def candidates(request: Request, model: ModelIdentity | ReadyModel) -> list[GroupInfo]:
     """The stored groups that may serve a request, the most certain first. Of those that record everything there is one at most.
 
     Parameters
     ----------
     request : Request
-    model : ModelIdentity or LoadedModel
+    model : ModelIdentity or ReadyModel
         What is known of the model; a loaded one is known altogether.
 
     Raises
@@ -77,7 +77,7 @@ def candidates(request: Request, model: ModelIdentity | LoadedModel) -> list[Gro
     return certain + sorted(taken, key=lambda info: (len(unrecorded(info)), len(info.provenance), info.name))
 
 
-def group_of(loaded: LoadedModel, request: Request) -> GroupInfo:
+def group_of(loaded: ReadyModel, request: Request) -> GroupInfo:
     """The group of a loaded model.
 
     Modules that were named although they are found anyway make no group of their own. A group that an earlier version made of them is
@@ -155,7 +155,7 @@ def _is_named(request: Request, name: str, info: GroupInfo) -> bool:
     return info.model == name or by_path
 
 
-def contradictions(request: Request, model: ModelIdentity | LoadedModel, info: GroupInfo) -> dict[str, str]:
+def contradictions(request: Request, model: ModelIdentity | ReadyModel, info: GroupInfo) -> dict[str, str]:
     """The fields in which a group says otherwise than is known of the model, with both values in words."""
     known: Mapping[str, Any] = {**model.provenance, **request.choice.provenance}
     found = {}
@@ -170,6 +170,8 @@ def contradictions(request: Request, model: ModelIdentity | LoadedModel, info: G
         if differs and not (name == "compute_dtype" and request.any_dtype):
             found[name] = f"{name} is {held!r} there, and {value!r} here"
     for name in set(info.provenance) & set(models.FIXED_FIELDS) - set(models.PROVENANCE_FIELDS) - set(known):
+        if name == "engine" and unrecorded(info):
+            continue  # an import says what computed it, and is taken on the caller's word
         found[name] = f"{name} is {info.provenance[name]!r} there, and nothing here"
     return found
 
@@ -179,7 +181,7 @@ def unrecorded(info: GroupInfo) -> tuple[str, ...]:
     return unrecorded_fields(info.provenance)
 
 
-def _find_own(request: Request, loaded: LoadedModel) -> GroupInfo | None:
+def _find_own(request: Request, loaded: ReadyModel) -> GroupInfo | None:
     return request.store.groups(whole=False).get(group_of(loaded, request).name)
 
 

@@ -34,7 +34,7 @@ from lmprobe_zarr.store.parts import View, read_column
 from lmprobe_zarr.typing import Ints, Mask
 
 if TYPE_CHECKING:
-    from lmprobe_zarr.extraction.models import LoadedModel
+    from lmprobe_zarr.extraction.models import ReadyModel
 
 __all__ = ["Lookup", "load_and_look_up", "look_up"]
 
@@ -48,7 +48,7 @@ class Lookup:
     request : Request
     identity : ModelIdentity, optional
         What is known of a named model without loading it.
-    loaded : LoadedModel, optional
+    loaded : ReadyModel, optional
         The model, if it had to be loaded.
     tokenizer : tokenizer, optional
         Loaded if prompts are missing or chats had to be rendered.
@@ -77,7 +77,7 @@ class Lookup:
 
     request: Request
     identity: ModelIdentity | None
-    loaded: LoadedModel | None
+    loaded: ReadyModel | None
     tokenizer: Any
     prompts: Prompts
     group: GroupInfo | None
@@ -92,7 +92,7 @@ class Lookup:
     answers: Answers | None = None
 
     @property
-    def model(self) -> LoadedModel | ModelIdentity:
+    def model(self) -> ReadyModel | ModelIdentity:
         """The model, or what is known of it."""
         known = self.loaded or self.identity
         assert known is not None  # noqa: S101 — a model is named or loaded
@@ -141,7 +141,7 @@ class Lookup:
                 if (site := split_variable(name)[0]) in self.request.sites.names:
                     found[site] = int(np.prod(array.row_shape))
         if self.loaded is not None:
-            places = models.places_of(self.loaded, self.request.sites, self.layers)
+            places = models.where_sites_are(self.loaded, self.request.sites, self.layers)
             found |= {site: place.width for site, place in places.items() if place.width}
         return found
 
@@ -213,7 +213,7 @@ def load_and_look_up(before: Lookup, memory: ModelMemory, device: Any, device_ma
     return _look_up_loaded(request, loaded, before, before.began)
 
 
-def _look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None, began: float) -> Lookup:
+def _look_up_loaded(request: Request, loaded: ReadyModel, before: Lookup | None, began: float) -> Lookup:
     own, groups = group_of(loaded, request), candidates(request, loaded)
     if before is not None and before.group is not None and before.unknown:
         groups = [info for info in groups if info == before.group]  # whose values were found, and whose dtype the model computes in
@@ -235,7 +235,7 @@ def _look_up_loaded(request: Request, loaded: LoadedModel, before: Lookup | None
     )  # fmt: skip
 
 
-def _parse(request: Request, tokenizer: Any, loaded: LoadedModel | None = None) -> tuple[Prompts, Answers | None]:
+def _parse(request: Request, tokenizer: Any, loaded: ReadyModel | None = None) -> tuple[Prompts, Answers | None]:
     """The prompts, with their answers if these were asked for; with a warning for arguments of a chat template that change nothing."""
     prompts = parse_prompts(request.given, tokenizer=tokenizer, chat=request.chat)
     unused = unused_arguments(tokenizer, request.chat) if request.kind == "chat" else []
@@ -248,6 +248,7 @@ def _parse(request: Request, tokenizer: Any, loaded: LoadedModel | None = None) 
     # A named model is described by its files, whether it is loaded or not, so that both ways find the same answers.
     model = request.choice.model
     if loaded is not None and not request.choice.by_name:
+        assert isinstance(loaded, models.LoadedModel)  # noqa: S101 - engines load models by name
         model = loaded.module if loaded.located.whole is None else loaded.located.whole
     return ask(request.generate, prompts, models.own_generation(model, request.choice.revision), request.drawn_seed)
 
@@ -282,7 +283,7 @@ def _compare(
     request: Request,
     *,
     identity: ModelIdentity | None,
-    loaded: LoadedModel | None,
+    loaded: ReadyModel | None,
     tokenizer: Any,
     prompts: Prompts,
     answers: Answers | None,
@@ -335,9 +336,9 @@ def _noted_layers(view: View | None) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _model_layers(loaded: LoadedModel, request: Request, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def _model_layers(loaded: ReadyModel, request: Request, layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """The layers of a loaded model that have each requested site."""
-    places = models.places_of(loaded, request.sites, layers)
+    places = models.where_sites_are(loaded, request.sites, layers)
     return {site: place.layers for site, place in places.items() if place.layered} | {"router": loaded.router_layers}
 
 

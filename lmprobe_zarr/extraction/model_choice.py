@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lmprobe_zarr import config
 from lmprobe_zarr.extraction import models
-from lmprobe_zarr.extraction.models import ModelIdentity, PromptKind, Provenance
+from lmprobe_zarr.extraction.models import Engine, ModelIdentity, PromptKind, Provenance
 
 if TYPE_CHECKING:
-    from lmprobe_zarr.extraction.models import LoadedModel
+    from lmprobe_zarr.extraction.models import ReadyModel
 
 __all__ = ["LoadingOptions", "ModelChoice", "ModelMemory"]
 
@@ -30,6 +30,8 @@ class ModelChoice:
         None accepts stored activations of any dtype. If the model has to be run, it computes in the same dtype.
     provenance : mapping
         Fields that the caller gave: own ones, such as ``steering``, and fixed ones, such as ``revision``.
+    engine : Engine, optional
+        What runs the model in the place of transformers.
     """
 
     model: Any
@@ -43,6 +45,7 @@ class ModelChoice:
     modules: Mapping[str, str] | None = None
     trust_remote_code: bool = False
     add_special_tokens: bool = True
+    engine: Engine | None = None
 
     @property
     def by_name(self) -> bool:
@@ -62,9 +65,10 @@ class ModelChoice:
             modules=self.modules, provenance=self.own_provenance, trust_remote_code=self.trust_remote_code, device=device,
             device_map=device_map, add_special_tokens=self.add_special_tokens,
         )  # fmt: skip
+        provenance = identity.provenance | ({} if self.engine is None else self.engine.provenance)
         if self.dtype is None:  # stored activations of any dtype are accepted
-            return replace(identity, provenance={k: v for k, v in identity.provenance.items() if k != "compute_dtype"})
-        return identity
+            provenance.pop("compute_dtype", None)
+        return replace(identity, provenance=provenance)
 
     def load_tokenizer(self) -> Any:
         """The tokenizer: the caller's object, or the named one, or the model's own."""
@@ -105,16 +109,16 @@ class LoadingOptions:
 class ModelMemory:
     """Keeps the model that was loaded last for the next call, since loading takes longer than running a few prompts."""
 
-    loaded: LoadedModel | None = None
+    loaded: ReadyModel | None = None
     key: tuple[Any, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights of the model that is kept, whose memory the next one takes."""
-        weights = () if self.loaded is None else self.loaded.module.parameters()
+        """Bytes of the weights of the model that is kept, whose memory the next one takes. An engine has memory of its own."""
+        weights = self.loaded.module.parameters() if isinstance(self.loaded, models.LoadedModel) else ()
         return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
-    def load(self, choice: ModelChoice, options: LoadingOptions, identity: ModelIdentity | None) -> LoadedModel:
+    def load(self, choice: ModelChoice, options: LoadingOptions, identity: ModelIdentity | None) -> ReadyModel:
         """The chosen model, loaded only if it is not the last one or has changed since.
 
         Parameters
@@ -127,9 +131,15 @@ class ModelMemory:
         key = _key_of(choice, options)
         # A model object may have been edited since. Only loading it again, which examines its weights, would reveal that.
         if not choice.by_name or self.loaded is None or key != self.key or _has_changed(self.loaded, identity):
-            self.loaded = None  # frees its memory before the next model is loaded
+            self.release()  # frees its memory before the next model is loaded
             self.loaded, self.key = _load(choice, options), key
         return self.loaded
+
+    def release(self) -> None:
+        """Let go of the model; an engine is ended."""
+        held, self.loaded = self.loaded, None
+        if held is not None:
+            held.close()
 
 
 def _key_of(choice: ModelChoice, options: LoadingOptions) -> tuple[Any, ...]:
@@ -139,11 +149,11 @@ def _key_of(choice: ModelChoice, options: LoadingOptions) -> tuple[Any, ...]:
         choice.max_length, choice.truncation, choice.add_special_tokens, str(options.device), str(options.device_map), options.head,
         options.stream,
         id(choice.tokenizer) if choice.tokenizer is not None else None, repr(choice.modules), repr(choice.own_provenance),
-        choice.trust_remote_code,
+        choice.trust_remote_code, choice.engine,
     )  # fmt: skip
 
 
-def _has_changed(loaded: LoadedModel, identity: ModelIdentity | None) -> bool:
+def _has_changed(loaded: ReadyModel, identity: ModelIdentity | None) -> bool:
     known = {} if identity is None else identity.provenance
     # Of a model that was loaded under other settings of the process, a field may be there that is not known now.
     sometimes = set(models.FIXED_FIELDS) - set(models.PROVENANCE_FIELDS)
@@ -153,10 +163,21 @@ def _has_changed(loaded: LoadedModel, identity: ModelIdentity | None) -> bool:
     return any(name not in ("compute_dtype", "modules") and loaded.provenance.get(name) != value for name, value in known.items())
 
 
-def _load(choice: ModelChoice, options: LoadingOptions) -> LoadedModel:
+def _load(choice: ModelChoice, options: LoadingOptions) -> ReadyModel:
+    if choice.engine is not None:
+        return _start_engine(choice, choice.engine, options)
     return models.load_model(
         choice.model, name=choice.name, tokenizer=choice.tokenizer, revision=choice.revision, dtype=options.dtype, device=options.device,
         device_map=options.device_map, trust_remote_code=choice.trust_remote_code, modules=choice.modules, prompts_kind=options.kind,
         max_length=choice.max_length, truncation=choice.truncation, memory=config.weights_memory(), provenance=choice.own_provenance,
         head=options.head, add_special_tokens=choice.add_special_tokens, stream=options.stream,
+    )  # fmt: skip
+
+
+def _start_engine(choice: ModelChoice, engine: Engine, options: LoadingOptions) -> ReadyModel:
+    tokenizer = choice.load_tokenizer()  # which fetches the configuration of a hub model too
+    return models.start_engine(
+        engine, choice.model, replace(choice, dtype=options.dtype).identify(options.kind), tokenizer, prompts_kind=options.kind,
+        add_special_tokens=choice.add_special_tokens, max_length=choice.max_length, truncation=choice.truncation,
+        trust_remote_code=choice.trust_remote_code, own_tokenizer=choice.tokenizer is None,
     )  # fmt: skip

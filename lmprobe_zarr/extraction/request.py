@@ -216,7 +216,7 @@ def check_request(
     ------
     InvalidArgumentError, InvalidTypeError
         No prompts, or what is no list of prompts; nothing to store, an unknown site or pooling, columns without one value per prompt;
-        options of chats for other prompts, a tokenizer that cannot be called.
+        options of chats for other prompts, a tokenizer that cannot be called; what the chosen engine cannot give.
     """
     given = given_prompts(prompts)
     kind = prompts_kind(given)
@@ -242,6 +242,8 @@ def check_request(
         raise InvalidArgumentError(f"{same[0]!r} is a column of coords= and a variable of sites=: choose another name for one of them")
     if generate is not None:
         _check_generate(generate, kind, own)
+    if choice.engine is not None:
+        choice.engine.check_request(kind, names, outputs, generates=generate is not None)
     if kind == "pair" and store_text:
         own = with_encoder_texts(own, given)
     return Request(

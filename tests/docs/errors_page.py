@@ -137,6 +137,22 @@ def device_memory(_: Path) -> None:
     list(extraction.run(loaded, tokenize(parse_prompts(["Who?", "a prompt of rather more words than fit here"]), loaded.tokenizer)))
 
 
+def engine(_: Path) -> None:
+    import numpy as np
+    from tiny_models import tiny_tokenizer
+
+    from lmprobe_zarr.extraction.models import parse_prompts, tokenize
+    from lmprobe_zarr.extraction.models.gathered import Gathered, Wish
+    from lmprobe_zarr.extraction.models.vllm_engine import checked_answer
+    from lmprobe_zarr.extraction.models.vllm_worker import answer_of
+
+    prompts = tokenize(parse_prompts(["Who?", "Go for a walk"]), tiny_tokenizer())
+    none_came = Gathered(
+        Wish(lengths=np.array(prompts.lengths), layers_of={"resid": (0,)}, poolings=("mean",), parts={"all": None}, keep_tokens=False)
+    )
+    checked_answer(answer_of(none_came), prompts)
+
+
 def invalid_argument(folder: Path) -> None:
     lz.sweep(stored(folder).dataset().resid_mean, labels="label", probes=["random_forest"])
 
@@ -258,7 +274,7 @@ def unsupported_version(folder: Path) -> None:
     lz.open_store(store.url)
 
 
-MODELS = ("DeviceMemoryError", "ModelNotFoundError", "PromptTooLongError", "UnknownArchitectureError")
+MODELS = ("DeviceMemoryError", "EngineError", "ModelNotFoundError", "PromptTooLongError", "UnknownArchitectureError")
 
 
 def provoked() -> dict[str, Callable[[Path], None]]:

@@ -522,7 +522,7 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(llama: Path, ac
 
 
 def test_ctrl_c_keeps_what_was_extracted(llama: Path, acts: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = extraction.run
+    real = extraction.run_ready
 
     def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for count, batch in enumerate(real(*args, **kwargs)):
@@ -530,10 +530,10 @@ def test_ctrl_c_keeps_what_was_extracted(llama: Path, acts: Store, monkeypatch: 
                 raise KeyboardInterrupt
             yield batch
 
-    monkeypatch.setattr(extraction, "run", interrupted)
+    monkeypatch.setattr(extraction, "run_ready", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(llama, PROMPTS, acts, batch_tokens=1)
-    monkeypatch.setattr(extraction, "run", real)
+    monkeypatch.setattr(extraction, "run_ready", real)
     assert acts.dataset().sizes["prompt"] == 3
     assert run(llama, PROMPTS, acts).extracted == len(PROMPTS) - 3
 

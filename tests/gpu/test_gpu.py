@@ -109,17 +109,17 @@ def test_pooled_values_and_outputs_are_those_of_the_device(dtype: str, acts: Sto
 
 @needs_cuda
 def test_values_are_copied_to_pinned_memory_while_the_next_batch_runs(acts: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction.models import capture, token_batches
+    from lmprobe_zarr.extraction.models import capture, copying
 
     pinned: list[bool] = []
     waiting: list[bool] = []
-    real = token_batches.copy_to_host
+    real = copying.copy_to_host
 
     def seen(*given: Any) -> Any:
-        copying = real(*given)
-        pinned.extend(tensor.is_pinned() for tensor in (*copying.tokens.values(), *copying.prompts.values()))
-        waiting.append(copying.arrived is not None)
-        return copying
+        copied = real(*given)
+        pinned.extend(tensor.is_pinned() for tensor in (*copied.tokens.values(), *copied.prompts.values()))
+        waiting.append(copied.arrived is not None)
+        return copied
 
     monkeypatch.setattr(capture, "copy_to_host", seen)
     run(saved(tmp_path / "llama", "llama"), acts, batch_prompts=1)

@@ -142,6 +142,7 @@ def test_the_surface_is_pinned() -> None:
         "cache_info",
         "clear_cache",
         "compare",
+        "compare_groups",
         "confidence_intervals",
         "config",
         "cosine_similarity",

@@ -1,10 +1,11 @@
 """The model side of an extraction: prompts to an iterator of `TokenBatch`. Never a store.
 
-``identity``, ``own_generation``, ``tokenizing``, ``weight_files`` and ``window`` need no torch. ``loading``, ``capture``, ``generating``
-and ``lens`` need torch and transformers, so their names are imported when they are first used. Behind ``capture`` are ``captured``,
-``hooks``, ``forward``, ``head``, ``batching``, ``passes``, ``outputs``, ``continuing`` and, for models whose weights are streamed,
-``by_block`` and ``scratch``, with ``streamed`` and ``checkpoint`` behind ``loading``; behind ``lens`` and ``continuing`` is
-``standing_in``.
+``identity``, ``engines``, ``own_generation``, ``tokenizing``, ``weight_files`` and ``window`` need no torch. ``loading``, ``ready``,
+``generating`` and ``lens`` need torch and transformers, so their names are imported when they are first used. Behind ``ready`` are
+``capture``, which runs transformers, and ``vllm_engine``, which has vLLM run a model. Behind ``capture`` are ``captured``, ``hooks``,
+``forward``, ``head``, ``batching``, ``passes``, ``outputs``, ``continuing`` and, for models whose weights are streamed, ``by_block`` and
+``scratch``, with ``streamed`` and ``checkpoint`` behind ``loading``; behind ``vllm_engine`` are ``vllm_worker`` and ``gathered``; behind
+``lens`` and ``continuing`` is ``standing_in``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind, Prompts, parse_prompts, prompts_kind
 from lmprobe_zarr.errors import MissingDependencyError
 from lmprobe_zarr.extraction.models.chat_roles import have_same_roles
+from lmprobe_zarr.extraction.models.engines import ENGINES, Engine, parse_engine
 from lmprobe_zarr.extraction.models.files import weights_digest
 from lmprobe_zarr.extraction.models.free_memory import free_on
 from lmprobe_zarr.extraction.models.identity import (
@@ -42,15 +44,18 @@ if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.generating import generate_answers
     from lmprobe_zarr.extraction.models.lens import Lens, load_lens
     from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
-    from lmprobe_zarr.extraction.models.places import places_of
+    from lmprobe_zarr.extraction.models.ready import ReadyModel, run_ready, where_sites_are
     from lmprobe_zarr.extraction.models.scratch import ScratchPlace
     from lmprobe_zarr.extraction.models.site_table import SiteRow, site_rows
+    from lmprobe_zarr.extraction.models.vllm_engine import start_engine
 
 __all__ = [
     "DTYPES",
+    "ENGINES",
     "FIXED_FIELDS",
     "PROMPT_KINDS",
     "PROVENANCE_FIELDS",
+    "Engine",
     "Lens",
     "LoadedModel",
     "ModelIdentity",
@@ -58,6 +63,7 @@ __all__ = [
     "PromptKind",
     "Prompts",
     "Provenance",
+    "ReadyModel",
     "ScratchPlace",
     "SiteRow",
     "StoredRows",
@@ -80,14 +86,17 @@ __all__ = [
     "modules_field",
     "no_room",
     "own_generation",
+    "parse_engine",
     "parse_prompts",
-    "places_of",
     "prompts_kind",
     "run",
+    "run_ready",
     "site_rows",
+    "start_engine",
     "tokenize",
     "weight_files",
     "weights_digest",
+    "where_sites_are",
     "with_answers",
 ]
 
@@ -102,11 +111,14 @@ _NEEDS_TORCH: Final = {
     "load_lens": "lens",
     "load_model": "loading",
     "load_tokenizer": "loading",
-    "places_of": "places",
     "SiteRow": "site_table",
     "StoredRows": "continuing",
+    "ReadyModel": "ready",
     "run": "capture",
+    "run_ready": "ready",
     "site_rows": "site_table",
+    "start_engine": "vllm_engine",
+    "where_sites_are": "ready",
 }
 
 

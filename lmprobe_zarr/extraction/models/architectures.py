@@ -54,7 +54,7 @@ from lmprobe_zarr.extraction.models.structure import (
     without_cache,
 )
 
-__all__ = ["Located", "Place", "Router", "Site", "locate", "submodule"]
+__all__ = ["Located", "Place", "Router", "Site", "constants_of", "locate", "submodule"]
 
 MODULE_NAMES: Final = ("layers", "attn", "mlp", "router")
 SHOWN_LISTS: Final = 6
@@ -410,7 +410,7 @@ def _traced(model: nn.Module, found: BlockList) -> Located | str:
     gap = chained(calls)
     if gap > CHAIN_TOLERANCE:
         return f"what goes into a module of {found.path!r} is not what came out of the one before it (relative difference {gap:.2g})"
-    constants = _constants(model, len(blocks))
+    constants = constants_of(model, len(blocks))
     sites: dict[tuple[str, ...], BlockSites] = {}
     for call in calls:
         sites.setdefault(signature(found.modules[call.index]), sites_of(call, constants))
@@ -422,7 +422,7 @@ def _traced(model: nn.Module, found: BlockList) -> Located | str:
     return _assembled(model, found, blocks, attn, mlp, _router_paths(model, blocks, width), paths, mixers)
 
 
-def _constants(model: nn.Module, depth: int) -> list[float]:
+def constants_of(model: nn.Module, depth: int) -> list[float]:
     """The numbers of a configuration that its blocks may multiply by: each, and each over the root of the depth (MiniCPM)."""
     config: Any = text_settings(model)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}

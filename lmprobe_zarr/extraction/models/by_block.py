@@ -22,12 +22,12 @@ from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.extraction.models.batching import free_memory
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
 from lmprobe_zarr.extraction.models.continuing import BlockForms, StoredRows, forms_by_block
+from lmprobe_zarr.extraction.models.copying import Copying, batches_of
 from lmprobe_zarr.extraction.models.finite import FiniteWeights
 from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall
 from lmprobe_zarr.extraction.models.passes import Job, Known
 from lmprobe_zarr.extraction.models.scratch import Kept, Scratch, ScratchPlace, WindowPlan
 from lmprobe_zarr.extraction.models.streamed import StreamedBlocks
-from lmprobe_zarr.extraction.models.token_batches import Copying, token_batches
 from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.typing import Ints
 
@@ -306,7 +306,7 @@ class _Run:
                         "prompts": self._joined("prompts", kept, None if wanted.all() else torch.from_numpy(wanted)),
                     }
                     copying = Copying(rows[batch][wanted], levels["tokens"], levels["prompts"], None)
-                    yield from token_batches(copying, job.tokenized, job.request, job.loaded.num_layers)
+                    yield from batches_of(copying, job.tokenized, job.request.kept(job.loaded.num_layers))
                 number += 1
             if job.after_window is not None:
                 job.after_window()

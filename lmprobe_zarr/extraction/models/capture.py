@@ -41,6 +41,7 @@ from lmprobe_zarr.extraction.models.captured import CaptureRequest
 from lmprobe_zarr.extraction.models.check import check_model
 from lmprobe_zarr.extraction.models.conduct import Conduct
 from lmprobe_zarr.extraction.models.continuing import StoredRows, forms_for
+from lmprobe_zarr.extraction.models.copying import Copying, batches_of, copy_to_host
 from lmprobe_zarr.extraction.models.finite import FiniteWeights
 from lmprobe_zarr.extraction.models.forward import ModelCall
 from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
@@ -51,8 +52,7 @@ from lmprobe_zarr.extraction.models.places import places_of
 from lmprobe_zarr.extraction.models.scratch import ScratchPlace
 from lmprobe_zarr.extraction.models.streamed import explained
 from lmprobe_zarr.extraction.models.structure import evaluating, input_embeddings
-from lmprobe_zarr.extraction.models.token_batches import Copying, copy_to_host, token_batches
-from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, outside_vocabulary, too_long
+from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, check_vocabulary, outside_vocabulary, too_long
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.typing import Ints
@@ -215,11 +215,13 @@ def _run_all(job: Job, known: Known | None) -> Iterator[TokenBatch]:
     loaded, tokenized, batch_tokens = job.loaded, job.tokenized, job.batch_tokens
     weights = FiniteWeights(loaded)
 
+    kept = job.request.kept(loaded.num_layers)
+
     def finished(copying: Copying) -> Iterator[TokenBatch]:
         if copying.arrived is not None:
             copying.arrived.synchronize()
         weights.check((*copying.tokens.items(), *copying.prompts.items()), len(copying.rows))
-        return token_batches(copying, tokenized, job.request, loaded.num_layers)
+        return batches_of(copying, tokenized, kept)
 
     for window in job.cut(np.arange(len(tokenized))):
         left = job.in_order(window)
@@ -257,7 +259,7 @@ def _check_outputs(loaded: LoadedModel, tokenized: TokenizedPrompts, request: Ca
         if outputs.top_k is not None and width is not None and outputs.top_k > width:
             raise InvalidArgumentError(f"top_k={outputs.top_k} is more than the {width} logits of {loaded.name!r}: give at most {width}")
         if outputs.perplexity:
-            _check_vocabulary(tokenized, width)
+            check_vocabulary(tokenized, width)
     if outputs.router and not loaded.router_layers:
         raise UnknownArchitectureError(
             f"{loaded.name!r} has no router that is known: leave router out, or name it where it is a mixture of experts, "
@@ -268,13 +270,6 @@ def _check_outputs(loaded: LoadedModel, tokenized: TokenizedPrompts, request: Ca
             f"layers {describe_layers(chosen)} of {loaded.name!r} have no router: leave router out, or ask for layers among "
             f"{describe_layers(loaded.router_layers)}"
         )
-
-
-def _check_vocabulary(tokenized: TokenizedPrompts, vocab_size: int | None) -> None:
-    if vocab_size is not None and len(tokenized) and tokenized.token_ids.max() >= vocab_size:
-        place = int(tokenized.token_ids.argmax())
-        row = int(np.searchsorted(np.cumsum(tokenized.lengths), place, side="right"))
-        raise outside_vocabulary(int(tokenized.first[row]), int(tokenized.token_ids[place]), vocab_size)
 
 
 def _check_encoder_vocabulary(tokenized: TokenizedPrompts, body: PairedBody) -> None:
@@ -290,7 +285,7 @@ def _check(
     if not request.keep_tokens and not request.poolings and not request.outputs:
         raise InvalidArgumentError("nothing would be kept: give a pooling, keep_tokens=True or outputs=")
     check_batch_sizes(batch_tokens, batch_prompts)
-    _check_vocabulary(tokenized, loaded.vocab_size)
+    check_vocabulary(tokenized, loaded.vocab_size)
     body = loaded.located.body
     if isinstance(body, PairedBody):
         _check_encoder_vocabulary(tokenized, body)

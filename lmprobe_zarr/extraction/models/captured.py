@@ -21,6 +21,7 @@ from lmprobe_zarr.extraction.models.conduct import Layout
 from lmprobe_zarr.extraction.models.outputs import KeptLogits
 from lmprobe_zarr.extraction.models.padded_pooling import POOL_PADDED
 from lmprobe_zarr.extraction.models.structure import first_tensor
+from lmprobe_zarr.extraction.models.token_batches import Kept, KeptSite
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["CaptureRequest", "Collected", "PaddedBatch", "logits_of"]
@@ -103,6 +104,16 @@ class CaptureRequest:
         """Whether nothing after the deepest layer is needed: neither the head, nor another module outside of the blocks."""
         outside = any(not place.layered and site != "embed" for site, place in self.places.items())
         return not self.outputs.needs_head and not outside
+
+    def kept(self, num_layers: int) -> Kept:
+        """The same for what hands the values on, of a model with this many layers."""
+        sites = {
+            site: KeptSite(layers=self.layers_of(site), layered=at.layered, of_model=at.layers, path=at.path, heads=at.heads)
+            for site, at in self.places.items()
+        }
+        if self.outputs.router:
+            sites["router"] = KeptSite(layers=self.routers, of_model=self.routers_of_model)
+        return Kept(sites=sites, outputs=self.outputs, parts=self.parts, token_level=self.token_level, num_layers=num_layers)
 
 
 @dataclass(slots=True)

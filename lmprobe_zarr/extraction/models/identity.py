@@ -24,10 +24,12 @@ The fields, the same whether they come from here or from a loaded model:
 ``modules``
     None, or as JSON the names that the caller gave for the modules of the model.
 
-Six more fields are there only where something is not as it is for a plain model:
+Eight more fields are there only where something is not as it is for a plain model:
 
 ``stack``
     ``decoder``: prompts are pairs, and values are those of the decoder of an encoder-decoder.
+``engine``, ``engine_settings``
+    What ran the model in the place of transformers, such as ``vllm``, and as JSON those of its settings that change what is computed.
 ``model_code``
     Names of functions and classes that were replaced, registered or written by the caller, and a digest of what they compute.
 ``remote_code``
@@ -105,7 +107,9 @@ PROVENANCE_FIELDS: Final = (
     "modules",
 )
 # All fields that come from the model and the process. Those after the first ten are there only where they are not None.
-FIXED_FIELDS: Final = (*PROVENANCE_FIELDS, "stack", "model_code", "remote_code", "autocast", "float32_precision", "default_dtype")
+FIXED_FIELDS: Final = (
+    *PROVENANCE_FIELDS, "stack", "engine", "engine_settings", "model_code", "remote_code", "autocast", "float32_precision", "default_dtype",
+)  # fmt: skip
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 

@@ -128,6 +128,9 @@ class LoadedModel:
         """The layers that have a router, ascending; none in a dense model."""
         return tuple(sorted(self.located.routers))
 
+    def close(self) -> None:
+        """Nothing: the model is in this process, which frees it with the last reference."""
+
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]

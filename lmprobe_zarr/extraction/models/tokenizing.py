@@ -21,6 +21,7 @@ from lmprobe_zarr.typing import Ints
 __all__ = [
     "DecoderStart",
     "TokenizedPrompts",
+    "check_vocabulary",
     "length_limit",
     "no_room",
     "outside_vocabulary",
@@ -342,6 +343,14 @@ def outside_vocabulary(number: int, token_id: int, vocab_size: int, *, given: bo
         f"prompts[{number}] {which} the token id {token_id}, but the vocabulary ends at {vocab_size - 1}: "
         f"{why}use this model's own tokenizer"
     )
+
+
+def check_vocabulary(tokenized: TokenizedPrompts, vocab_size: int | None) -> None:
+    """Raise `InvalidArgumentError` for a token id that a model with a vocabulary of this size does not have."""
+    if vocab_size is not None and len(tokenized) and tokenized.token_ids.max() >= vocab_size:
+        place = int(tokenized.token_ids.argmax())
+        row = int(np.searchsorted(np.cumsum(tokenized.lengths), place, side="right"))
+        raise outside_vocabulary(int(tokenized.first[row]), int(tokenized.token_ids[place]), vocab_size)
 
 
 def tokenize(

@@ -18,6 +18,8 @@ WORDS: Final = {
     "chat_template": "the template that chats were rendered with",
     "truncation": "the tokens that prompts were cut to",
     "modules": "the modules that the caller named",
+    "engine": "what ran the model in the place of transformers",
+    "engine_settings": "settings of the engine that change what is computed",
     "model_code": "functions and classes of the model that were replaced, registered or written by the caller",
     "remote_code": "code that came with the model and was run",
     "autocast": "the dtype of torch.autocast, within which the model was run",
@@ -26,6 +28,8 @@ WORDS: Final = {
 }
 # What it means that one of these is not there.
 ABSENT_FIELDS: Final = {
+    "engine": "transformers",
+    "engine_settings": "none",
     "model_code": "as installed",
     "remote_code": "none",
     "autocast": "off",
