@@ -24,7 +24,7 @@ from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
 from lmprobe_zarr.extraction.models.continuing import BlockForms, StoredRows, forms_by_block
 from lmprobe_zarr.extraction.models.copying import Copying, batches_of
 from lmprobe_zarr.extraction.models.finite import FiniteWeights
-from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall
+from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall, as_run
 from lmprobe_zarr.extraction.models.passes import Job, Known
 from lmprobe_zarr.extraction.models.scratch import Kept, Scratch, ScratchPlace, WindowPlan
 from lmprobe_zarr.extraction.models.streamed import StreamedBlocks
@@ -249,7 +249,7 @@ class _Run:
                     self.streamed.bring(now)
                 if following is not None:
                     self.streamed.read_ahead(following)
-                with scratch.writing() as writer:
+                with scratch.writing() as writer, as_run(self.job.loaded):
                     for place, batch in enumerate(batches):
                         if passes[number].request is None:
                             writer.add(self._stored(batch), {}, {})

@@ -7,6 +7,7 @@ nothing, needs no mask, and leaves every token at the position that it has alone
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,6 +39,10 @@ __all__ = ["KnownRows", "ModelCall", "as_run", "lengths_that_matter", "run_forwa
 
 # These scalings of rotary positions depend on the longest prompt of the batch, once it exceeds the original window.
 LENGTH_SCALINGS: Final = ("dynamic", "longrope", "su")
+
+
+# The model that this thread runs.
+_HERE: Final = threading.local()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,13 +155,23 @@ def _sliced(loaded: LoadedModel, call: ModelCall, collected: Collected, options:
 
 @contextmanager
 def as_run(loaded: LoadedModel) -> Iterator[None]:
-    """Inside, a model computes as its passes are run: in evaluation mode, uncompiled, without gradients, and for one caller at a time."""
+    """Inside, a model computes as its passes are run: in evaluation mode, uncompiled, without gradients, and for one caller at a time.
+
+    Inside of itself it does nothing: going through all modules of a model takes longer than a small pass over one block.
+    """
+    if getattr(_HERE, "module", None) is loaded.module:
+        yield
+        return
     with (
         running(loaded.turn), evaluating(loaded.module), uncompiled(loaded.module), original_attention(loaded.module),
         without_gradients(loaded.module),
         quiet_logging(),  # GPT-2 warns about a missing mask, which a causal model does not need here
     ):  # fmt: skip
-        yield
+        before, _HERE.module = getattr(_HERE, "module", None), loaded.module
+        try:
+            yield
+        finally:
+            _HERE.module = before
 
 
 def run_forward_pass(
