@@ -1,7 +1,7 @@
 """vLLM into a store beside vLLM alone, by the CPU time of one process: run with the Python of an environment that has vLLM.
 
 ``.venv-engines/bin/python -m benchmarks.engine`` makes a random Llama of 8 blocks, 512 wide, and prints tokens per second of CPU time, best
-of five. All in one process with one thread, so that its CPU time is that of everything.
+of three. All in one process with one thread, so that its CPU time is that of everything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import numpy as np
 
 PROMPTS: Final = 96
-REPEATS: Final = 5
+REPEATS: Final = 3
 SETTINGS: Final = {"kv_cache_memory_bytes": 1 << 30, "max_model_len": 256}
 
 

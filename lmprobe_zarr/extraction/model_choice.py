@@ -65,7 +65,7 @@ class ModelChoice:
             modules=self.modules, provenance=self.own_provenance, trust_remote_code=self.trust_remote_code, device=device,
             device_map=device_map, add_special_tokens=self.add_special_tokens,
         )  # fmt: skip
-        provenance = identity.provenance | ({} if self.engine is None else self.engine.provenance)
+        provenance = dict(identity.provenance) if self.engine is None else self.engine.provenance_of(identity.provenance)
         if self.dtype is None:  # stored activations of any dtype are accepted
             provenance.pop("compute_dtype", None)
         return replace(identity, provenance=provenance)

@@ -16,7 +16,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingD
 from lmprobe_zarr.extraction.models import parse_engine
 from lmprobe_zarr.store.format import GroupInfo
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.model
@@ -118,6 +118,8 @@ def test_the_values_of_an_engine_are_found_by_it_alone(llama: Path, tmp_path: Pa
     asked: dict[str, Any] = {"store": store, "progress": False}
     found = lz.extract(llama, PROMPTS, engine="vllm", **asked)
     assert (found.found, found.group, found.model_loaded) == (len(PROMPTS), other, False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # of this process, in which no engine computes
+        assert lz.extract(llama, PROMPTS, engine="vllm", **asked).group == other
     assert lz.extract(llama, PROMPTS, **asked).group == plain
     assert lz.plan_extract(llama, PROMPTS, store=store, engine="vllm", engine_options={"quantization": "fp8"}).missing == len(PROMPTS)
     assert lz.plan_extract(llama, ["another"], store=store, engine="vllm").group != plain

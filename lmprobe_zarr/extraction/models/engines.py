@@ -36,6 +36,8 @@ FIXED: Final[Mapping[str, tuple[Any, str]]] = {
 }
 # Arguments of `extract` that say the same.
 SAID_BY_ARGUMENTS: Final = ("model", "tokenizer", "revision", "dtype", "trust_remote_code")
+# What identifies the code and the settings of this process, in which an engine does not compute. vLLM itself may replace functions here.
+THIS_PROCESS: Final = ("autocast", "default_dtype", "float32_precision", "model_code")
 # Sites whose rows are cut in pieces where several processes share each layer.
 CUT_BY_TENSOR_PARALLEL: Final = ("heads", "neurons")
 
@@ -59,6 +61,10 @@ class Engine:
         """The fields of the provenance that tell its values from those of transformers."""
         computing = {name: str(self.settings[name]) for name in sorted(COMPUTING) if self.settings.get(name) not in (None, "auto")}
         return {"engine": self.name} | ({"engine_settings": json.dumps(computing)} if computing else {})
+
+    def provenance_of(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """The provenance of a model that it runs, from what identifies the model where transformers runs it in this process."""
+        return {name: value for name, value in provenance.items() if name not in THIS_PROCESS} | self.provenance
 
     @property
     def tensor_parallel(self) -> int:
