@@ -88,7 +88,7 @@ OUTSIDE: dict[str, str] = {
     **dict.fromkeys(("array.lz.table", "ds.lz.plot", "ds.lz.plot_transfer"), SCORES),
     **dict.fromkeys(("ds.lz.plot_roc", "ds.lz.plot_calibration"), "draws curves that were computed"),
     **dict.fromkeys(("array.lz.plot_cosine", "array.lz.plot_tokens"), "draws scores that were computed"),
-    **dict.fromkeys(("score_tokens", "cosine_similarity"), NO_LABELS),
+    **dict.fromkeys(("score_tokens", "cosine_similarity", "compare_groups"), NO_LABELS),
     **{f"{kind}.lz.{name}": NO_LABELS for kind in ("ds", "array") for name in ("at", "pool", "padded", "to_torch", "norms")},
     "array.lz.to_series": NO_LABELS,
     "array.lz.heads": NO_LABELS,
