@@ -125,7 +125,7 @@ def test_warmup_extracts_once_and_reports_what_was_stored(llama: Path, runs: lis
 
 
 def test_batch_size_is_the_most_that_a_pass_takes(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction.models import capture
+    from lmprobe_zarr.extraction.models import passes
     from lmprobe_zarr.extraction.models.forward import run_forward_pass
 
     sizes: list[int] = []
@@ -135,7 +135,7 @@ def test_batch_size_is_the_most_that_a_pass_takes(llama: Path, monkeypatch: pyte
         sizes.append(len(ids))
         return real(loaded, calling, request, ids, **rest)
 
-    monkeypatch.setattr(capture, "run_forward_pass", forward)
+    monkeypatch.setattr(passes, "run_forward_pass", forward)
     lz.Probe(str(llama), layers=0, batch_size=3).warmup(POSITIVE)
     assert sizes == [3, 3, 2]
 

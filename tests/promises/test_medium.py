@@ -223,10 +223,15 @@ def test_times_of_a_slow_server_add_up_by_rounds_and_not_by_requests(s3: S3, url
     store = lz.open_store(url, storage_options=s3.options())
     for seed in range(12):
         store.write(GROUP, make_batch([f"p{seed}"], seed=seed, tokens=False))
-    s3.proxy.fault = lambda request: Fault(delay=0.25)
-    began = time.monotonic()
-    data = lz.open_store(url, "r", storage_options=s3.options(counted=True)).dataset().resid_mean.load()
-    took, requests = time.monotonic() - began, sum(s3.proxy.kinds().values())
-    assert np.isfinite(data.values).all()
+    took: list[float] = []
+    for delay in (0, 0.25):
+        s3.proxy.reset()
+        s3.proxy.fault = lambda request, delay=delay: Fault(delay=delay)
+        began = time.monotonic()
+        data = lz.open_store(url, "r", storage_options=s3.options(counted=True)).dataset().resid_mean.load()
+        took.append(time.monotonic() - began)
+        assert np.isfinite(data.values).all()
+    requests = sum(s3.proxy.kinds().values())
     assert requests > 40
-    assert took < 0.25 * requests / 2, "they wait for one another no more than they must"
+    # On a busy machine everything takes longer; what the delays add is what counts.
+    assert took[1] - took[0] < 0.25 * requests / 2, "they wait for one another no more than they must"

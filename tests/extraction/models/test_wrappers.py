@@ -278,7 +278,7 @@ def test_values_that_only_the_computation_makes_infinite_are_kept_and_weights_ar
         looked.append(module)
         return broken_weights(module)
 
-    monkeypatch.setattr("lmprobe_zarr.extraction.models.capture.broken_weights", counted)
+    monkeypatch.setattr("lmprobe_zarr.extraction.models.finite.broken_weights", counted)
     tokenized = tokenize(parse_prompts(PROMPTS), loaded.tokenizer)
     batches = list(extraction.run(loaded, tokenized, layers=[1], batch_tokens=1))
     assert len(batches) == len(PROMPTS)
