@@ -72,9 +72,11 @@ class InOrder:
     def flush(self) -> None:
         """Hand on everything that is held, in order."""
         if self._held:
-            self._used = [scratch for scratch in self._used if scratch.is_open] + [self._scratch]
-            self._ready.append(_in_order(list(self._held.values()), self._places, self._scratch))
+            held, scratch = list(self._held.values()), self._scratch
+            # An interruption in between loses the window, which the next call computes again; it never hands it on twice.
             self._held, self._nbytes, self._scratch = {}, 0, _Scratch(self._folder)
+            self._used = [used for used in self._used if used.is_open] + [scratch]
+            self._ready.append(_in_order(held, self._places, scratch))
         try:
             while self._ready:
                 self._put(self._ready[0])
@@ -85,7 +87,7 @@ class InOrder:
         # After an interruption, leaving the context puts the same iterator again, which then gives what is left of it.
 
     def close(self) -> None:
-        """Close the scratch files. What was handed on gives nothing from then on."""
+        """Close the scratch files. What was handed on and not taken cannot be gathered any more: taking it raises `ValueError`."""
         for scratch in (*self._used, self._scratch):
             scratch.close()
 
@@ -107,7 +109,7 @@ def _in_order(kinds: Sequence[list[TokenBatch]], places: Mapping[str, int], scra
 
 
 def _ordered(batches: list[TokenBatch], places: Mapping[str, int], scratch: _Scratch) -> Iterator[TokenBatch]:
-    if len(batches) == 1 and not scratch.is_open:
+    if len(batches) == 1 and not scratch.is_used:
         yield batches[0]  # rows of a batch are in order
         return
     first = batches[0]
@@ -154,8 +156,12 @@ class _Scratch:
     def is_open(self) -> bool:
         return self._file is not None
 
+    @property
+    def is_used(self) -> bool:
+        """Whether arrays of the window are in the file, which may be closed again: what stands for them holds no values."""
+        return bool(self._spilled)
+
     def close(self) -> None:
-        self._spilled.clear()
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -71,6 +71,8 @@ def choose_weights(lookup: Lookup, options: Options) -> ChosenWeights:
         return ChosenWeights(streamed=True, why="as asked")
     if options.weights == "loaded" or options.client is not None or not _can_stream():
         return LOADED
+    if lookup.model.provenance.get("quantization") is not None:
+        return LOADED  # which cannot be streamed, and whose size in memory the files do not tell
     needed = _nbytes(request, lookup.compute_dtype)
     device = models.device_types(options.device)[0] if str(options.device) == "auto" else str(options.device)
     free = models.free_on(device)

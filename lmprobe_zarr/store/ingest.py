@@ -164,13 +164,13 @@ class Ingest:
 
         Raises
         ------
-        As `put` does.
+        NoSpaceError, ReadOnlyError, InvalidArgumentError
+            As `put`.
         """
         done = threading.Event()
         self._queued(done)
         while not done.wait(POLL_SECONDS):
-            if self._error is not None:
-                raise self._error
+            self._check()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # An event, not a sentinel in the queue: setting it never waits, so a second Ctrl-C cannot interrupt it.

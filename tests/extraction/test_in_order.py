@@ -149,6 +149,19 @@ def test_an_interruption_while_a_window_is_handed_on_hands_it_on_again() -> None
     assert taken == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("second", [["c"], ["c", "d"]], ids=["of one kind", "of two kinds"])
+def test_what_is_taken_after_the_scratch_files_are_closed_is_an_error_and_never_zeros(second: list[str]) -> None:
+    batches = [make_batch(["a", "b"]), make_batch(second, tokens=len(second) < 2)]
+    windows: list[Iterator[TokenBatch]] = []
+    places = {digest: i for i, digest in enumerate(digest for batch in batches for digest in batch.sha256)}
+    with closing(InOrder(windows.append, places, memory=1)) as ordered, ordered:
+        for batch in batches:
+            ordered.take(batch)
+    (window,) = windows
+    with pytest.raises(ValueError, match="closed file"):
+        list(window)
+
+
 def test_a_failure_of_the_writing_ends_the_run_without_another_try() -> None:
     calls = 0
 

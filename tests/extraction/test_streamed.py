@@ -549,6 +549,20 @@ def test_the_plan_says_what_was_asked_for(llama: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("settings", [{"quant_method": "fp8"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}])
+def test_quantised_weights_are_not_streamed_unless_asked(
+    settings: dict[str, Any], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmprobe_zarr.extraction.models.free_on", lambda _device: 1000)
+    assert lz.plan_extract(llama, PROMPTS, store=tmp_path / "acts").weights == "streamed"
+    quantised = tmp_path / "quantised"
+    shutil.copytree(llama, quantised)
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    assert lz.plan_extract(quantised, PROMPTS, store=tmp_path / "acts").weights == "loaded"
+    assert lz.plan_extract(quantised, PROMPTS, store=tmp_path / "acts", weights="streamed").weights == "streamed"
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
