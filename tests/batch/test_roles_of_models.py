@@ -1,6 +1,7 @@
 """Roles by the chat templates of models, with turns that look like what stands around them.
 
-The templates are those that TRL and axolotl ship, where they are installed, and those of a folder that LMPROBE_ZARR_CHAT_TEMPLATES names.
+The templates are those that TRL and axolotl ship, where they are installed, those that `make setup` fetches, and those of a folder that
+LMPROBE_ZARR_CHAT_TEMPLATES names.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from lmprobe_zarr.errors import InvalidArgumentError
 
 pytest.importorskip("transformers")
 
-from chat_templates import model_templates, pieces_of, user
+from chat_templates import FETCHED, model_templates, pieces_of, user
 from tiny_models import tiny_tokenizer
 
 pytestmark = pytest.mark.model
@@ -43,8 +44,15 @@ def assistant(content: str, **more: Any) -> dict[str, Any]:
 
 def test_some_templates_are_installed() -> None:
     if not model_templates():
-        pytest.skip("no chat templates of models: pip install --no-deps trl axolotl")
+        pytest.skip("no chat templates of models: make setup")
     assert len(TEMPLATES) > 5
+
+
+@pytest.mark.parametrize("family", ["llama-3", "qwen3", "gemma3", "gpt-oss", "mistral", "phi", "smollm3"])
+def test_every_family_has_a_template(family: str) -> None:
+    if not FETCHED.is_dir():
+        pytest.skip("the sources of llama-cpp-python could not be fetched: make setup")
+    assert any(family in name.lower() for name in TEMPLATES)
 
 
 def contents(name: str, chat: list[dict[str, Any]], **options: Any) -> list[tuple[str, int, str]]:

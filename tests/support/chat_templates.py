@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lmprobe_zarr.batch.roles import ChatSpans
 
-#: A folder of files `*.jinja`, for templates that no installed package has.
+#: A folder of files `*.jinja`, for templates that are nowhere else.
 FOLDER = "LMPROBE_ZARR_CHAT_TEMPLATES"
+#: Where `make setup` puts those that no package installs; see `fetch_chat_templates`.
+FETCHED = Path(sys.prefix) / "chat-templates"
 #: Where packages that ship chat templates of models keep them.
 PACKAGES = {"trl": "chat_templates", "axolotl": "utils/chat_templates/templates"}
 
@@ -35,8 +38,8 @@ def pieces_of(text: str, spans: ChatSpans) -> list[tuple[str, int, str]]:
 
 
 def model_templates() -> dict[str, str]:
-    """Templates by package and name: those of `PACKAGES`, which need not be imported, and those of the folder in the environment."""
-    folders = {"": Path(os.environ[FOLDER])} if os.environ.get(FOLDER) else {}
+    """Templates by package and name: those of `PACKAGES`, which need not be imported, those of `FETCHED`, and those of `FOLDER`."""
+    folders = {"llama.cpp: ": FETCHED, **({"": Path(os.environ[FOLDER])} if os.environ.get(FOLDER) else {})}
     for package, below in PACKAGES.items():
         found = find_spec(package)
         if found is not None and found.submodule_search_locations:
