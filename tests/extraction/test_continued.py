@@ -62,7 +62,6 @@ def assert_same(found: xr.DataArray, right: xr.DataArray, near: float = 1e-5) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.few(7)
 def test_deeper_layers_equal_those_of_the_plain_pass(kind: str, saved: Callable[..., Path], tmp_path: Path) -> None:
     model = saved(kind)
     plain, store = lz.open_store(tmp_path / "plain"), lz.open_store(tmp_path / "continued")

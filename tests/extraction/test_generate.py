@@ -312,7 +312,6 @@ def interrupt_after(patch: pytest.MonkeyPatch, *, batches: int) -> None:
     ],
     ids="-".join,
 )
-@pytest.mark.few(2)
 def test_samples_have_the_distribution_of_transformers(settings: dict[str, Any], llama: Any, acts: Store) -> None:
     n = 3000
     run(llama, ["Who?"], acts, lz.Generate(max_new_tokens=1, seed=3, n=n, **settings), layers=0)

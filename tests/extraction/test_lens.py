@@ -73,7 +73,6 @@ def assert_is_top_of(lens: xr.Dataset, logits: Any, *, rtol: float = 1e-5) -> No
 
 
 @pytest.mark.parametrize("kind", [*NORMS, *SCALED])
-@pytest.mark.few(7)
 def test_last_layer_gives_the_models_own_logits_and_others_norm_and_head(kind: str, tmp_path: Path) -> None:
     folder = saved(kind, tmp_path)
     toks = stored(folder, tmp_path).tokens()

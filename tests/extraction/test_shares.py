@@ -202,7 +202,6 @@ def test_what_lies_below_is_not_run_again_by_workers(llama: Path, truth: Store, 
 # -- workers that die ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(1)
 def test_a_worker_that_is_killed_in_the_middle_loses_and_doubles_nothing(slow: Path, processes: Any, tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "acts", durable=False)
     plain = lz.open_store(tmp_path / "plain", durable=False)

@@ -76,7 +76,6 @@ def assert_readable(axes: Any) -> None:
 
 
 @pytest.mark.parametrize(("n", "long"), [(1, True), (3, False), (12, True), (40, False), (120, True)])
-@pytest.mark.few(3)
 def test_scores_of_any_number_of_probes_can_be_read(n: int, long: bool) -> None:
     axes: Any = plot_scores(scores(names(n, long=long)))
     assert_readable(axes)
@@ -100,7 +99,6 @@ def test_layers_with_names_and_layers_far_apart_have_ticks_that_do_not_touch() -
 
 
 @pytest.mark.parametrize(("n", "long"), [(1, True), (12, True), (40, False)])
-@pytest.mark.few(2)
 def test_curves_can_be_read(n: int, long: bool) -> None:
     rng = np.random.default_rng(0)
     rates = {name: (("curve", "point"), np.sort(rng.uniform(size=(n, 9)))) for name in ("true_positive_rate", "false_positive_rate")}
@@ -113,7 +111,6 @@ def test_curves_can_be_read(n: int, long: bool) -> None:
 
 
 @pytest.mark.parametrize(("n", "long"), [(1, True), (3, True), (12, False), (40, False), (40, True), (120, True)])
-@pytest.mark.few(2)
 def test_matrices_can_be_read_and_name_every_row_up_to_sixty(n: int, long: bool) -> None:
     values = np.random.default_rng(0).uniform(-1, 1, (n, n))
     given = names(n, long=long)

@@ -67,7 +67,6 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
 # Three classes in 90 rows of 300 units are apart by far, and the way of a descent is long.
 @pytest.mark.filterwarnings("ignore:DescentClassifier has not reached the optimum")
-@pytest.mark.few(8)
 def test_a_named_classifier_comes_back_bit_for_bit(name: str, classes: int, dtype: str) -> None:
     x, y = activations(classes, dtype=dtype)
     for options in OPTIONS:

@@ -20,7 +20,7 @@ SCRIPT = SUPPORT / "crash_operations.py"
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.few(8)
+@pytest.mark.few(11)
 def test_stopped_at_any_call_only_whole_parts_show_and_the_same_call_completes_it(name: str, tmp_path: Path) -> None:
     operation = OPERATIONS[name]
     template = tmp_path / "template"

@@ -102,7 +102,6 @@ def assert_same_bits(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> Non
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("kind", ["constant", "normal", "bits"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.few(8)
 def test_many_chunks_are_read_and_rows_by_their_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, dtype: str, kind: str, compressed: bool, shards: bool
 ) -> None:
@@ -310,7 +309,6 @@ def laid_out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     return part
 
 
-@pytest.mark.few(5)
 def test_a_changed_byte_in_any_file_and_a_file_that_is_missing_are_noticed(laid_out: Path) -> None:
     part, group = laid_out, laid_out.parent
     independent_reader.read_group(group)

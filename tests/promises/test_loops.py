@@ -120,7 +120,6 @@ def test_without_memory_for_them_each_read_fetches(s3: S3, filled: tuple[str, li
     assert s3.proxy.kinds()["GET"] == 4
 
 
-@pytest.mark.few(1)
 def test_threads_that_read_one_chunk_share_one_request(s3: S3, filled: tuple[str, list[Any]]) -> None:
     dataset = lz.open_store(filled[0], "r", storage_options=s3.options(counted=True)).dataset(chunks={"prompt": 1})
     s3.proxy.reset()

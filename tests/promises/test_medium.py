@@ -66,7 +66,6 @@ def test_on_a_full_disk_nothing_half_shows_and_with_some_space_the_next_try_succ
 
 
 @needs_mounts
-@pytest.mark.few(1)
 def test_on_a_disk_that_becomes_read_only_nothing_half_shows(tmp_path: Path) -> None:
     run("read_only", tmp_path, 5 if STRESS else 70, *OWN_MOUNTS)
 
@@ -148,7 +147,6 @@ def some_work(store: Store) -> None:
 
 
 @pytest.mark.parametrize("what", FAULTS if STRESS else ("overloaded", "cut short"))
-@pytest.mark.few(1)
 def test_on_a_flapping_server_everything_comes_out_right(s3: S3, url: str, what: str) -> None:
     """Every few requests fail, of every kind, and never the same one again and again."""
     count = 0
@@ -178,7 +176,7 @@ WORK: dict[str, tuple[Callable[[Store], object], Any]] = {
 
 @pytest.mark.parametrize("name", WORK)
 @pytest.mark.parametrize("fault", ["overloaded", "hung up on"] if STRESS else ["overloaded"])
-@pytest.mark.few(2)
+@pytest.mark.few(4)
 def test_a_server_that_goes_down_in_the_middle_is_an_error_and_the_next_try_completes_it(
     s3: S3, url: str, name: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,6 @@ def test_every_check_accepts_it_and_sees_damage_in_parts_of_each_version(mixed: 
         path.write_bytes(whole)
 
 
-@pytest.mark.few(2)
 def test_compaction_joins_parts_of_both_versions(mixed: Store) -> None:
     # Two more of equal shape at the end, of which one is old.
     later = [make_batch([f"later {i}" for i in range(20)], hidden=HIDDEN, seed=8), make_batch(["later 3", "new"], hidden=HIDDEN, seed=9)]
@@ -166,7 +165,7 @@ def test_compaction_joins_parts_of_both_versions(mixed: Store) -> None:
 
 @pytest.mark.parametrize("shards", [True, False])
 @pytest.mark.parametrize("by_hand", [True, False])
-@pytest.mark.few(7)
+@pytest.mark.few(8)
 def test_old_parts_are_upgraded_with_the_same_view(mixed: Store, shards: bool, by_hand: bool, capsys: pytest.CaptureFixture[str]) -> None:
     before, held = content(mixed), versions_of(mixed)
     options = ["--all", *([] if shards else ["--no-shards"])]
@@ -264,7 +263,6 @@ def test_the_committed_store_of_version_1_is_upgraded(tmp_path: Path, capsys: py
     assert again.verify(progress=False).ok
 
 
-@pytest.mark.few(3)
 def test_a_published_copy_names_the_version_of_each_part(mixed: Store, tmp_path: Path) -> None:
     before = content(mixed)
     mixed.publish(tmp_path / "published", progress=False)

@@ -124,7 +124,6 @@ def test_no_refusal_is_taken_for_damage_or_for_nothing_stored(
         (400, "InsufficientStorageSpace"),
     ],
 )
-@pytest.mark.few(2)
 def test_a_quota_is_no_space_as_on_a_disk(s3: S3, url: str, status: int, code: str) -> None:
     s3.proxy.fault = only("PUT", Fault(status=status, code=code))
     with pytest.raises(NoSpaceError, match="raise the quota"):
@@ -136,7 +135,6 @@ def test_a_quota_is_no_space_as_on_a_disk(s3: S3, url: str, status: int, code: s
 @pytest.mark.parametrize(
     ("status", "code"), [(400, "MissingContentMD5"), (501, "NotImplemented"), (405, "MethodNotAllowed"), (411, "MissingContentLength")]
 )
-@pytest.mark.few(2)
 def test_where_many_cannot_be_deleted_in_one_request_they_are_deleted_singly(s3: S3, url: str, status: int, code: str) -> None:
     store = opened(s3, url)
     store.write(GROUP, make_batch(["a", "b"]))

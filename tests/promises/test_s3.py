@@ -67,7 +67,6 @@ def counted(s3: S3, url: str, identity: dict[str, Any] | None = None, mode: Any 
 # --------------------------------------------------------------------------------------------------------------- requests
 
 
-@pytest.mark.few(1)
 def test_a_model_is_opened_and_a_layer_read_in_one_get_per_part_and_chunk_and_five_more(s3: S3, filled: str) -> None:
     s3.proxy.fault = lambda request: Fault(delay=0.05)
     data = counted(s3, filled).dataset("acme/toy")
@@ -147,7 +146,6 @@ def test_scattered_tokens_cost_their_blocks_and_a_whole_layer_never_reads_that_t
 
 
 @pytest.mark.parametrize("shards", [False, True])
-@pytest.mark.few(2)
 def test_a_published_copy_reads_ranges_of_few_large_objects(s3: S3, wide: tuple[str, Any], shards: bool) -> None:
     url, (values, bounds) = wide
     copy = f"{url}-copy"
@@ -172,7 +170,6 @@ def test_cache_info_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -
     assert kinds.total() <= 10 + 7
 
 
-@pytest.mark.few(1)
 def test_ten_thousand_lookups_cost_nothing(s3: S3, filled: str) -> None:
     store = counted(s3, filled)
     view = store.view(store.find_group("acme/toy"))
@@ -226,7 +223,6 @@ def test_long_folders_are_listed_page_by_page(s3: S3, url: str) -> None:
     assert storage.list("g") == []
 
 
-@pytest.mark.few(1)
 def test_a_file_system_that_caches_is_chained_before(s3: S3, filled: str, tmp_path: Path) -> None:
     options = {"simplecache": {"cache_storage": str(tmp_path / "cache")}, "s3": s3.options(counted=True)}
     totals = []
@@ -282,7 +278,6 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
-@pytest.mark.few(5)
 def test_failed_requests_raise_one_of_our_errors_without_a_secret(
     s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +360,6 @@ def first_times(times: int, fault: Fault, method: str = "GET") -> Any:
 
 
 @pytest.mark.parametrize("fault", [Fault(status=503, code="SlowDown"), Fault(cut=20), Fault(lose_answer=True)], ids=repr)
-@pytest.mark.few(1)
 def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, fault: Fault) -> None:
     batch = make_batch(["a", "b"])
     lz.open_store(url).write(GROUP, batch)
@@ -453,7 +447,6 @@ def test_reading_writes_nothing(s3: S3, url: str, identity: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("identity", [GETTER, ANON], ids=["who may not list", "anonymous"])
-@pytest.mark.few(2)
 def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity: dict[str, Any]) -> None:
     store = lz.open_store(filled)
     summary = store.publish(f"{filled}-published", progress=False)
@@ -473,7 +466,6 @@ def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity:
     assert not any(secret in card for account in (ADMIN, READER, GETTER) for secret in (account["key"], account["secret"]))
 
 
-@pytest.mark.few(1)
 def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:
     store = lz.open_store(filled)
     before = store.dataset("acme/toy").load()
@@ -490,7 +482,6 @@ def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:
     assert len(fresh.view(fresh.find_group("acme/toy")).parts) == 1
 
 
-@pytest.mark.few(1)
 def test_tokens_are_dropped_and_the_pooled_vectors_stay(s3: S3, filled: str) -> None:
     store = lz.open_store(filled)
     before = store.dataset("acme/toy").resid_mean.values
@@ -549,7 +540,6 @@ def test_a_committed_part_without_its_chunks_is_an_error_and_never_zeros(s3: S3,
 
 
 @pytest.mark.parametrize("hours", [-5, 5])
-@pytest.mark.few(1)
 def test_a_writer_whose_clock_is_wrong_does_not_win_over_a_later_one(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
     real = time.time_ns
     first, second = (make_batch(["a"], seed=seed) for seed in (1, 2))
@@ -570,7 +560,6 @@ def sum_of(store: Store, layer: int) -> float:
     return float(store.dataset().resid_mean.sel(layer=layer).values.sum())
 
 
-@pytest.mark.few(1)
 def test_a_store_is_used_from_spawned_processes_and_from_threads(s3: S3, filled: str) -> None:
     store = counted(s3, filled)
     truth = [sum_of(store, layer) for layer in (0, 1, 3)]

@@ -34,7 +34,6 @@ def text_of(storage: Storage, key: str) -> bytes | None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.few(3)
 def test_no_verb_touches_a_neighbour_whose_name_fits_a_pattern(root: str, name: str) -> None:
     if "s3://" in root and "\\" in name:
         pytest.skip("the server of these tests takes a backslash for a slash")
@@ -63,7 +62,6 @@ def test_no_verb_touches_a_neighbour_whose_name_fits_a_pattern(root: str, name: 
 
 
 @pytest.mark.parametrize("name", ["run[12]", "exp*", "run?", "a%20b", "a b", "日本", "a#b", "{a,b}"])
-@pytest.mark.few(3)
 def test_a_store_is_written_read_copied_and_deleted_from_and_its_copies_stay(root: str, name: str) -> None:
     values = {"resid_mean": {0: np.arange(12, dtype="float32").reshape(3, 4)}}
     here, copies = f"{root}/{name}/acts", [f"{root}/{other}/acts" for other in ("run1", "exp-backup", "runx", "a", "b")]

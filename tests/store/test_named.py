@@ -227,7 +227,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("spelling", ["a path", "a slash at the end", "relative", "the home folder", "the name"])
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.few(3)
 def test_every_command_takes_a_path(home: Path, acts: Store, capsys: pytest.CaptureFixture[str], command: str, spelling: str) -> None:
     (home / "prompts.txt").write_text("one\n")
     if command == "sweep":

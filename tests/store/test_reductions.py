@@ -190,7 +190,6 @@ def assert_close(got: Any, expected: Any, dtype: str, largest: float, what: obje
     last=st.tuples(st.sampled_from(REDUCTIONS), st.integers(0, 2**16)),
 )
 @settings(max_examples=20, deadline=None)
-@pytest.mark.few(3)
 def test_chains_with_reductions_give_what_float64_gives(
     stores: Any, dtype: str, name: str, how: str, steps: list[tuple[Operation, int]], last: tuple[Operation, int]
 ) -> None:
@@ -215,7 +214,6 @@ def test_chains_with_reductions_give_what_float64_gives(
 
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("dtype", STEP)
-@pytest.mark.few(4)
 def test_reductions_give_what_numpy_and_pandas_give(stores: Any, dtype: str, how: str) -> None:
     store, truth = stores[dtype]
     for name, array in truth.items():

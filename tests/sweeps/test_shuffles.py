@@ -112,7 +112,6 @@ def test_smaller_errors_are_better_and_regressions_have_p_values_too() -> None:
 
 
 @pytest.mark.parametrize("kind", ["prompts", "groups", "pairs", "copies"])
-@pytest.mark.few(2)
 def test_p_values_of_labels_without_meaning_are_uniform_or_conservative(kind: str) -> None:
     times, number = (1000, 19) if STRESS else (12, 9)
     found = []
@@ -268,7 +267,6 @@ def test_folds_of_tokens_are_drawn_for_shuffled_labels() -> None:
 
 
 @pytest.mark.parametrize("kind", ["prompts", "groups", "spans"])
-@pytest.mark.few(1)
 def test_p_values_of_tokens_without_meaning_are_uniform_or_conservative(kind: str) -> None:
     times, number = (400, 9) if STRESS else (6, 4)
     p = []

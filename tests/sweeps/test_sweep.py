@@ -102,7 +102,6 @@ def test_the_result_is_labelled_and_records_its_arguments() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.few(2)
 def test_scores_equal_a_plain_scikit_learn_loop(dtype: str) -> None:
     data = values(dtype)
     names = ["logistic_regression", "ridge", "lda", "svm", "mass_mean"]

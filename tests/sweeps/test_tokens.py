@@ -144,7 +144,6 @@ def test_a_descent_that_did_not_converge_is_reported(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("name", [*EXACT, "sgd"])
-@pytest.mark.few(2)
 def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
     stored: Any, name: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,7 +98,6 @@ def saved(tiny_models: Callable[[str], Path]) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("kind", TINY)
-@pytest.mark.few(13)
 def test_every_site_is_what_the_model_computes_for_the_prompt_alone(kind: str, saved: Callable[[str], Path]) -> None:
     for side, budget in (("left", 1), ("right", 120), ("left", 10**6)):
         loaded = extraction.load_model(saved(kind), device="cpu")
@@ -187,7 +186,6 @@ def test_a_subset_of_layers_stops_after_the_deepest_one() -> None:
         ("roberta", "AutoModelForMaskedLM"),
     ],
 )
-@pytest.mark.few(3)
 def test_a_model_with_a_head_gives_what_its_base_gives_and_the_head_never_runs(kind: str, head: str) -> None:
     model = tiny_model(kind, head)
     base = model.base_model

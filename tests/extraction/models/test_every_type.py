@@ -43,7 +43,7 @@ def outcome(mapping: str, model_type: str) -> Outcome:
 
 
 @pytest.mark.parametrize(("mapping", "model_type"), [*(("causal", t) for t in (*NAMED, *OTHERS)), *ELSEWHERE], ids=str)
-@pytest.mark.few(18)
+@pytest.mark.few(27)
 def test_a_type_is_found_by_itself_and_gives_what_transformers_gives_for_one_prompt(mapping: str, model_type: str) -> None:
     row = outcome(mapping, model_type)
     assert row.state == "found", row

@@ -108,7 +108,6 @@ def check_against_transformers(loaded: Any, model: Any, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-@pytest.mark.few(6)
 def test_slices_give_the_logits_and_the_loss_of_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(kind, "AutoModelForCausalLM", **({"final_logit_softcapping": 0.5} if kind == "gemma2" else {}))
     check_against_transformers(loaded_from(model, provenance={"watched": True}), model, monkeypatch)
