@@ -121,7 +121,7 @@ $(ENGINES)/ready: Makefile
 	$(ENGINES)/bin/python -m pip install --quiet --editable ".[models]"
 	touch $@
 
-# torch of constraints.txt is the one of the machine's processor or card, whichever its index gives.
+# Everything is skipped without a GPU, and where the index gives a torch without CUDA.
 test-gpu: setup
 	$(VENV)/bin/python -m pytest -p no:cacheprovider --durations 10 tests/gpu
 	$(VENV)/bin/python -m benchmarks.gpu --page docs/design/gpu.md

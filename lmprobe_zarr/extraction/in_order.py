@@ -82,9 +82,9 @@ class InOrder:
                 self._put(self._ready[0])
                 self._ready.pop(0)
         except Exception:
+            # Of the writing. After an interruption, leaving the context puts the same iterator again, which gives what is left of it.
             self._failed = True
             raise
-        # After an interruption, leaving the context puts the same iterator again, which then gives what is left of it.
 
     def close(self) -> None:
         """Close the scratch files. What was handed on and not taken cannot be gathered any more: taking it raises `ValueError`."""
