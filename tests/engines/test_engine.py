@@ -21,7 +21,7 @@ from lmprobe_zarr.errors import MissingDependencyError
 
 pytest.importorskip("torch")
 
-from tiny_models import save_tiny
+from tiny_models import PROMPTS, save_tiny
 
 PYTHON = os.environ.get("LMPROBE_ZARR_ENGINES", "")
 SCRIPT = Path(__file__).with_name("extract_activations.py")
@@ -29,15 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.model, pytest.mark.skipif(not PYTHON, reason="vLLM has an environment of its own: make test-engines")]
 
-# Of 3 to 93 tokens, so that a pass of 32 tokens has rows of several prompts, and the longest comes in several passes.
-PROMPTS = [
-    "The quick brown fox.",
-    "Who?",
-    "A model is run over thousands of prompts, and its activations are kept. " * 2,
-    "Go for a walk",
-    "12 dogs jump over 345 lazy foxes in the park; ein paar Wörter mit Umlauten.",
-    "the",
-]
+# PROMPTS have 3 to 93 tokens, so that a pass of 32 tokens has rows of several of them, and the longest comes in several passes.
 SITES = ["resid", "resid_mid", "attn", "mlp", "embed", "heads", "neurons"]
 # Blocks that hand on two tensors; the same with norms of queries and keys; norms after attention and MLP; one tensor and positions.
 KINDS = ["llama", "qwen3", "gemma2", "gpt2"]

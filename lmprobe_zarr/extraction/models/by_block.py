@@ -26,7 +26,7 @@ from lmprobe_zarr.extraction.models.copying import Copying, batches_of
 from lmprobe_zarr.extraction.models.finite import FiniteWeights
 from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall, as_run
 from lmprobe_zarr.extraction.models.passes import Job, Known
-from lmprobe_zarr.extraction.models.scratch import Kept, Scratch, ScratchPlace, WindowPlan
+from lmprobe_zarr.extraction.models.scratch import PassValues, Scratch, ScratchPlace, WindowPlan
 from lmprobe_zarr.extraction.models.streamed import StreamedBlocks
 from lmprobe_zarr.log import cache_logger
 from lmprobe_zarr.typing import Ints
@@ -311,7 +311,7 @@ class _Run:
             if job.after_window is not None:
                 job.after_window()
 
-    def _joined(self, level: str, kept: Sequence[Kept], wanted: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    def _joined(self, level: str, kept: Sequence[PassValues], wanted: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """The variables of one batch, those with layers from one pass for each layer."""
         found: dict[str, torch.Tensor] = {}
         for name in dict.fromkeys(name for each in kept for name in getattr(each, level)):

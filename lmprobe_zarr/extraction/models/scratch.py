@@ -24,7 +24,7 @@ import torch
 from lmprobe_zarr.errors import NoSpaceError
 from lmprobe_zarr.extraction.models.checkpoint import raw_bytes
 
-__all__ = ["Kept", "Scratch", "ScratchPlace", "WindowPlan"]
+__all__ = ["PassValues", "Scratch", "ScratchPlace", "WindowPlan"]
 
 FORMAT: Final = 1
 FOLDER: Final = ".lmprobe-zarr-streamed"
@@ -100,7 +100,7 @@ class _Entry:
 
 
 @dataclass(slots=True)
-class Kept:
+class PassValues:
     """What a pass keeps of one batch: where each variable per token and per prompt lies, and what reads it."""
 
     path: Path
@@ -136,11 +136,11 @@ class Scratch:
         """The rows that a pass handed on of a batch: (token, hidden)."""
         return _read(self.folder / _rows(number), _Entry.of(self._passes[number][batch]["rows"]))
 
-    def kept(self, number: int, batch: int) -> Kept:
+    def kept(self, number: int, batch: int) -> PassValues:
         """What a pass keeps of a batch."""
         entry = self._passes[number][batch]
         levels = ({name: _Entry.of(values) for name, values in entry[level].items()} for level in ("tokens", "prompts"))
-        return Kept(self.folder / _kept(number), *levels)
+        return PassValues(self.folder / _kept(number), *levels)
 
     @contextmanager
     def writing(self) -> Iterator[_Writer]:
