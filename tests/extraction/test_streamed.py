@@ -493,7 +493,7 @@ def save_wide(folder: Path, layers: int, width: int, inner: int) -> Path:
 
 
 LIMITED = """
-import json, os, resource, sys
+import ctypes, json, os, resource, sys
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch, transformers
 torch.set_num_threads(1)
@@ -503,7 +503,9 @@ models.load_model, models.run
 model, url, small, room, weights = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5]
 texts = [f"the dog walks in the park {i} " * (i % 5 + 1) for i in range(40)]
 lz.extract(small, texts, store=url + " small", device="cpu", progress=False)  # what every run needs is there
-held = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize"))) << 10
+with open("/proc/self/status") as status:
+    held = int(next(line.split()[1] for line in status if line.startswith("VmSize"))) << 10
+ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX: otherwise each new thread reserves 64 MiB of addresses that it hardly uses
 resource.setrlimit(resource.RLIMIT_AS, (held + room, held + room))
 plan = lz.plan_extract(model, texts, store=url, device="cpu")
 stats = lz.extract(model, texts, store=url, device="cpu", weights=weights, progress=False, pooling=["mean"], perplexity=True)
@@ -530,6 +532,26 @@ def test_a_model_larger_than_the_permitted_memory(llama: Path, tmp_path: Path, w
     texts = [f"the dog walks in the park {i} " * (i % 5 + 1) for i in range(40)]
     run(model, tmp_path / "plain", texts, weights="loaded", perplexity=True)
     assert_same(acts, tmp_path / "plain")
+
+
+FREE = """
+import json, resource, sys
+from lmprobe_zarr.extraction.models.free_memory import free_on
+limit, field, room = getattr(resource, sys.argv[1]), sys.argv[2], int(sys.argv[3])
+with open("/proc/self/status") as status:
+    held = int(next(line.split()[1] for line in status if line.startswith(field))) << 10
+resource.setrlimit(limit, (held + room, held + room))
+print(json.dumps(free_on("cpu")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what a process takes from /proc")
+@pytest.mark.parametrize(("limit", "field"), [("RLIMIT_AS", "VmSize"), ("RLIMIT_DATA", "VmData")])
+def test_free_memory_is_what_the_limits_of_the_process_leave(limit: str, field: str, warmed: Warmed) -> None:
+    room = 300 << 20
+    done = warmed.run(FREE, limit, field, str(room))
+    assert done.returncode == 0, done.stderr
+    assert abs(json.loads(done.stdout) - room) < 16 << 20
 
 
 # -- what is refused, and said ---------------------------------------------------------------------------------------------

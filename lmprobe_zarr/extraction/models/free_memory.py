@@ -24,7 +24,7 @@ def free_on(device: str) -> int | None:
         return int(free) + int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.partition(":")[0] != "cpu":
         return None
-    limits = [limit for limit in (_available(), _left_of_address_space(), _left_of_group()) if limit is not None]
+    limits = [limit for limit in (_available(), *_left_of_process(), _left_of_group()) if limit is not None]
     return min(limits) if limits else None
 
 
@@ -44,14 +44,15 @@ def _available() -> int | None:
     return None if found is None else found << 10
 
 
-def _left_of_address_space() -> int | None:
+def _left_of_process() -> list[int]:
+    """What the limits of this process leave: ``ulimit -v`` of its addresses, ``ulimit -d`` of the memory that it alone may write to."""
     try:
         import resource
     except ImportError:
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    taken = _fields(STATUS).get("VmSize")
-    return None if limit == resource.RLIM_INFINITY or taken is None else max(0, limit - (taken << 10))
+        return []
+    taken = _fields(STATUS)
+    limits = {"VmSize": resource.getrlimit(resource.RLIMIT_AS)[0], "VmData": resource.getrlimit(resource.RLIMIT_DATA)[0]}
+    return [max(0, limit - (taken[name] << 10)) for name, limit in limits.items() if limit != resource.RLIM_INFINITY and name in taken]
 
 
 def _left_of_group() -> int | None:
