@@ -253,7 +253,7 @@ def test_names_of_tokens_do_not_overlap(n: int) -> None:
 
 
 def test_one_prompt_of_several_is_chosen_by_hash_or_text() -> None:
-    from lmprobe_zarr.batch.hashes import prompt_hash
+    from lmprobe_zarr.batch import prompt_hash
 
     both = xr.concat([token_scores(3), token_scores(2).assign_coords(prompt=("token", [prompt_hash("a text")] * 2))], "token")
     with pytest.raises(InvalidArgumentError, match="tokens of 2 prompts"):

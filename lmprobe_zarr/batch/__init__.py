@@ -4,6 +4,7 @@ Numpy and names only: never files, xarray, torch or zarr. Other rooms import fro
 """
 
 from lmprobe_zarr.batch.aligned import align_columns, columns_by_key
+from lmprobe_zarr.batch.chat_spans import chat_spans, ids_spans
 from lmprobe_zarr.batch.chats import (
     NO_CHAT_OPTIONS,
     ChatOptions,
@@ -49,7 +50,6 @@ from lmprobe_zarr.batch.hashes import (
     hashes_of,
     is_hash,
     keys_of,
-    prompt_hash,
     prompt_sha256,
     rows_differ,
     sha256_of,
@@ -59,15 +59,13 @@ from lmprobe_zarr.batch.options import check_flag, check_word, list_names
 from lmprobe_zarr.batch.parse_column import parse_column, with_encoder_texts
 from lmprobe_zarr.batch.pooling import ALL, POOLINGS, parse_poolings, pool_ragged, pooled_name, split_variable
 from lmprobe_zarr.batch.precision import Precision, count_odd, fill_value, round_bits, store_as
-from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompts_kind
+from lmprobe_zarr.batch.prompts import Prompts, parse_prompts, prompt_hash, prompts_kind
 from lmprobe_zarr.batch.ragged import as_slice, concat_ranges, offsets_of, positions_of
 from lmprobe_zarr.batch.roles import (
     NO_ROLE,
     ROLES,
-    chat_spans,
     decode_role_names,
     encode_role_names,
-    ids_spans,
     kept_tokens,
     marked_tokens,
     role_code,

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lmprobe_zarr.batch.given import shorten
-from lmprobe_zarr.batch.hashes import prompt_hash
+from lmprobe_zarr.batch.prompts import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = ["align_columns", "columns_by_key"]

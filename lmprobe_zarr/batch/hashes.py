@@ -21,7 +21,6 @@ __all__ = [
     "hashes_of",
     "is_hash",
     "keys_of",
-    "prompt_hash",
     "prompt_sha256",
     "rows_differ",
     "sha256_of",
@@ -60,46 +59,6 @@ def prompt_sha256(prompt: str | Sequence[int] | Array | Sequence[Mapping[str, An
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise InvalidTypeError(f"a prompt is a text or a flat list of token ids, not {type(prompt).__name__}")
     return hashlib.sha256(b"\0ids\0" + ids.astype("<i8").tobytes()).hexdigest()
-
-
-def prompt_hash(
-    prompt: str | Sequence[int] | Array | Sequence[Mapping[str, Any]] | tuple[str, str],
-    *,
-    tokenizer: Any = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> str:
-    """The label of a prompt: the first 16 hex digits of its sha256.
-
-    For a text this is lmprobe's own prompt hash (lmprobe 0.5 to 0.10).
-
-    Parameters
-    ----------
-    prompt : str, sequence of int, list of messages, or pair of str
-        A text, token ids, a chat, or the texts of an encoder and of its decoder.
-    tokenizer : transformers tokenizer, optional
-        Needed for a chat.
-    chat_template_kwargs : mapping, optional
-        The options that the chat was extracted with, ``tools``, ``add_generation_prompt`` and ``continue_final_message`` included.
-
-    Returns
-    -------
-    str
-        What ``sel(prompt=…)`` takes.
-
-    Raises
-    ------
-    InvalidTypeError
-        Neither a text nor a flat sequence of integers nor a chat nor a pair of texts.
-    InvalidArgumentError
-        A chat without a tokenizer that renders it.
-    """
-    if tokenizer is not None and not isinstance(prompt, str) and not is_pair(prompt):
-        from lmprobe_zarr.batch.chats import parse_chat_options
-        from lmprobe_zarr.batch.prompts import parse_prompts
-
-        options = parse_chat_options(chat_template_kwargs=chat_template_kwargs)
-        return parse_prompts([prompt], tokenizer=tokenizer, chat=options).sha256[0][:HASH_DIGITS]
-    return prompt_sha256(prompt)[:HASH_DIGITS]
 
 
 # lmprobe keeps 16 digits of a prompt's sha256. Where the text is unknown, zeros take the place of the other 48.

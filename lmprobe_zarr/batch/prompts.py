@@ -9,15 +9,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, RenderedChat, check_renders_chats, render_chat
+from lmprobe_zarr.batch.chats import NO_CHAT_OPTIONS, ChatOptions, RenderedChat, check_renders_chats, parse_chat_options, render_chat
 from lmprobe_zarr.batch.columns import check_texts
-from lmprobe_zarr.batch.given import WAYS, PromptKind, common_kind, given_prompts
-from lmprobe_zarr.batch.hashes import prompt_sha256
+from lmprobe_zarr.batch.given import WAYS, PromptKind, common_kind, given_prompts, is_pair
+from lmprobe_zarr.batch.hashes import HASH_DIGITS, prompt_sha256
 from lmprobe_zarr.batch.tokenizer_calls import decode_ids, special_id
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.typing import Ints, Mask
+from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["Prompts", "parse_prompts", "prompts_kind"]
+__all__ = ["Prompts", "parse_prompts", "prompt_hash", "prompts_kind"]
 
 # Tokens that a tokenizer may also pad with, although they belong into prompts.
 _SHARED_WITH_PADDING: Final = ("bos_token", "eos_token", "cls_token", "sep_token")
@@ -227,3 +227,40 @@ def parse_prompts(
 def _ids_of(chats: Sequence[RenderedChat]) -> list[Ints] | None:
     ids = [rendered.token_ids for rendered in chats if rendered.token_ids is not None]
     return ids if len(ids) == len(chats) else None
+
+
+def prompt_hash(
+    prompt: str | Sequence[int] | Array | Sequence[Mapping[str, Any]] | tuple[str, str],
+    *,
+    tokenizer: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The label of a prompt: the first 16 hex digits of its sha256.
+
+    For a text this is lmprobe's own prompt hash (lmprobe 0.5 to 0.10).
+
+    Parameters
+    ----------
+    prompt : str, sequence of int, list of messages, or pair of str
+        A text, token ids, a chat, or the texts of an encoder and of its decoder.
+    tokenizer : transformers tokenizer, optional
+        Needed for a chat.
+    chat_template_kwargs : mapping, optional
+        The options that the chat was extracted with, ``tools``, ``add_generation_prompt`` and ``continue_final_message`` included.
+
+    Returns
+    -------
+    str
+        What ``sel(prompt=…)`` takes.
+
+    Raises
+    ------
+    InvalidTypeError
+        Neither a text nor a flat sequence of integers nor a chat nor a pair of texts.
+    InvalidArgumentError
+        A chat without a tokenizer that renders it.
+    """
+    if tokenizer is not None and not isinstance(prompt, str) and not is_pair(prompt):
+        options = parse_chat_options(chat_template_kwargs=chat_template_kwargs)
+        return parse_prompts([prompt], tokenizer=tokenizer, chat=options).sha256[0][:HASH_DIGITS]
+    return prompt_sha256(prompt)[:HASH_DIGITS]

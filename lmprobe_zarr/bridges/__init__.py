@@ -1,6 +1,7 @@
 """Other people's files: read into `TokenBatch`, imported into a store, exported from one.
 
-A module of one format knows its files and no store: ``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_write``, ``lmprobe_lazy``, ``arrays``. The
+A module of one format knows its files and no store: ``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_write``, ``lmprobe_lazy``, ``arrays``,
+``vllm_files``. The
 calls know both: ``imports``, ``exports``, ``legacy``; ``import_plan`` does what all imports share. ``lmprobe_cache`` is lmprobe's cache
 around the default store. Other rooms import from here, from ``entry`` or ``files``. Never models, never probes.
 """

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lmprobe_zarr.bridges import arrays, lmprobe_v1, lmprobe_v2
+from lmprobe_zarr.bridges import arrays, lmprobe_v1, lmprobe_v2, vllm_files
 from lmprobe_zarr.bridges.entry import Skipped, Source
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.import_plan import ImportOptions, prompt_list, run_import
@@ -243,7 +243,7 @@ def import_vllm(
     if not given:
         raise InvalidArgumentError("folder=[] names no folder: give the folder of the files, or a list of them")
     files = [open_files(each, storage_options) for each in given]
-    source = arrays.VllmFiles(files, layers, layer_ids=layer_ids, prompts=prompts, n_prompt=n_prompt)
+    source = vllm_files.VllmFiles(files, layers, layer_ids=layer_ids, prompts=prompts, n_prompt=n_prompt)
     before = provenance or {}
     options = ImportOptions(
         dry_run=dry_run, strict=strict, provenance={"engine": "vllm", **before}, progress=progress, part_bytes=part_bytes, before=before

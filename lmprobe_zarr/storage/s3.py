@@ -59,7 +59,7 @@ class S3Storage(FsspecStorage):
         return answered(run, data, is_partial=is_partial, content_range=answer.get("ContentRange"))
 
     def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
-        return S3Pieces(self, key)
+        return S3Pieces(self, key, self.object_of(key))
 
     def stray_uploads(self, key: str) -> list[StrayUpload]:
         bucket, prefix = self._folder(key)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from lmprobe_zarr.errors import StoreNotFoundError
 from lmprobe_zarr.storage.pieces import PieceWriter
-
-if TYPE_CHECKING:
-    from lmprobe_zarr.storage.s3 import S3Storage
+from lmprobe_zarr.storage.remote import FsspecStorage
 
 __all__ = ["PART_BYTES", "S3Pieces"]
 
@@ -25,21 +24,23 @@ class S3Pieces(PieceWriter):
 
     Parameters
     ----------
-    storage : S3Storage
+    storage : FsspecStorage
+        With a file system of s3fs.
     key : str
+    where : mapping of str to str
+        The bucket and the name of the object, as arguments of a request.
     """
 
-    def __init__(self, storage: S3Storage, key: str) -> None:
+    def __init__(self, storage: FsspecStorage, key: str, where: Mapping[str, str]) -> None:
         super().__init__(f"{storage.url}/{key}")
-        self._storage, self._key = storage, key
+        self._storage, self._key, self._where = storage, key, where
         self._waiting = bytearray()
         self._upload: str | None = None
         self._parts: list[dict[str, Any]] = []
         self._may_be_whole = False
 
     def _call(self, verb: str, **request: Any) -> Any:
-        where = self._storage.object_of(self._key)
-        return self._storage.call(partial(self._storage.filesystem.call_s3, verb, **where, **request), key=self._key, writing=True)
+        return self._storage.call(partial(self._storage.filesystem.call_s3, verb, **self._where, **request), key=self._key, writing=True)
 
     def _append(self, view: memoryview) -> None:
         self._waiting += view

@@ -14,6 +14,7 @@ from typing import Final
 
 from lmprobe_zarr import config
 from lmprobe_zarr.errors import InvalidTypeError
+from lmprobe_zarr.model_files import folder_name, weights_digest
 from lmprobe_zarr.store.format import GroupInfo
 
 __all__ = ["Model", "NamedModel"]
@@ -63,9 +64,6 @@ class NamedModel:
     @cached_property
     def name(self) -> str:
         """The name that `lmprobe_zarr.extract` stores the model under, unless it is given another."""
-        # In the function, since the model side is imported with the whole of ``extraction``, which imports this room.
-        from lmprobe_zarr.extraction.models import folder_name
-
         if self.folder is not None:
             return folder_name(self.folder)
         return (self.path.name if self.is_path and self.path is not None else "") or self.given
@@ -73,8 +71,6 @@ class NamedModel:
     @cached_property
     def digest(self) -> str | None:
         """The digest of the weights in the folder; None where there are none."""
-        from lmprobe_zarr.extraction.models import weights_digest
-
         return None if self.folder is None else weights_digest(self.folder, config.weights_memory())
 
     def choose(self, groups: Iterable[GroupInfo], *, unknown: bool = False) -> list[GroupInfo]:

@@ -22,7 +22,8 @@ from lmprobe_zarr.batch import (
     role_names,
     roles_of_tokens,
 )
-from lmprobe_zarr.batch.roles import ChatSpans, Span, ids_spans, kept_tokens
+from lmprobe_zarr.batch.chat_spans import ChatSpans, Span, ids_spans
+from lmprobe_zarr.batch.roles import kept_tokens
 
 pytest.importorskip("transformers")
 

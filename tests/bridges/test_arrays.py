@@ -14,8 +14,8 @@ import pytest
 from foreign_caches import of_bits, safetensors_bytes, to_bits
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.bridges.arrays import float8_e4m3
 from lmprobe_zarr.bridges.imports import import_npy, import_tensors, import_vllm
+from lmprobe_zarr.bridges.vllm_files import float8_e4m3
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError
 from lmprobe_zarr.store.store import Store
 

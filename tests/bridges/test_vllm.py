@@ -19,9 +19,9 @@ from paths import DATA
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch.hashes import prompt_sha256
-from lmprobe_zarr.bridges.arrays import VllmFiles
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.imports import import_npy, import_vllm
+from lmprobe_zarr.bridges.vllm_files import VllmFiles
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.store.store import Store
 

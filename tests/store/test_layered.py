@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch.hashes import prompt_hash, prompt_sha256
+from lmprobe_zarr.batch import prompt_hash, prompt_sha256
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import (
     CacheWarning,

@@ -16,7 +16,7 @@ from command_line import call, call_json
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import AmbiguousProvenanceError, InvalidTypeError, ModelNotStoredError
-from lmprobe_zarr.extraction.models import weights_digest
+from lmprobe_zarr.model_files import weights_digest
 from lmprobe_zarr.store import Store
 from lmprobe_zarr.store.format import GroupInfo
 from lmprobe_zarr.store.named import NamedModel
@@ -340,7 +340,7 @@ def test_a_hub_model_is_found_by_its_snapshot(home: Path) -> None:
 
 
 def test_a_name_is_looked_up_without_reading_a_folder(home: Path, acts: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmprobe_zarr.extraction.models.weights_digest", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("lmprobe_zarr.store.named.weights_digest", lambda *_: pytest.fail("the weights were read"))
     assert CALLS["dataset"](acts, "toy") == 10.0
 
 

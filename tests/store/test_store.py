@@ -17,7 +17,7 @@ from paths import SUPPORT
 from stores import GROUP, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch.hashes import prompt_hash, prompt_sha256
+from lmprobe_zarr.batch import prompt_hash, prompt_sha256
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import (
     AmbiguousProvenanceError,

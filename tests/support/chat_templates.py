@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lmprobe_zarr.batch.roles import ChatSpans
+from lmprobe_zarr.batch.chat_spans import ChatSpans
 
 #: A folder of files `*.jinja`, for templates that are nowhere else.
 FOLDER = "LMPROBE_ZARR_CHAT_TEMPLATES"

@@ -24,7 +24,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch.hashes import prompt_hash
+from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
 from lmprobe_zarr.interchange import ABSENT_TEXT
 from lmprobe_zarr.probes import make_probe

@@ -17,7 +17,6 @@ from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind, Prompts, parse_prompts,
 from lmprobe_zarr.errors import MissingDependencyError
 from lmprobe_zarr.extraction.models.chat_roles import have_same_roles
 from lmprobe_zarr.extraction.models.engines import ENGINES, Engine, parse_engine
-from lmprobe_zarr.extraction.models.files import weights_digest
 from lmprobe_zarr.extraction.models.free_memory import free_on
 from lmprobe_zarr.extraction.models.identity import (
     DTYPES,
@@ -26,7 +25,6 @@ from lmprobe_zarr.extraction.models.identity import (
     ModelIdentity,
     Provenance,
     cached_snapshot,
-    folder_name,
     identify,
     model_name,
     modules_field,
@@ -43,7 +41,8 @@ if TYPE_CHECKING:
     from lmprobe_zarr.extraction.models.continuing import StoredRows
     from lmprobe_zarr.extraction.models.generating import generate_answers
     from lmprobe_zarr.extraction.models.lens import Lens, load_lens
-    from lmprobe_zarr.extraction.models.loading import LoadedModel, load_model, load_tokenizer
+    from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
+    from lmprobe_zarr.extraction.models.loading import load_model, load_tokenizer
     from lmprobe_zarr.extraction.models.ready import ReadyModel, run_ready, where_sites_are
     from lmprobe_zarr.extraction.models.scratch import ScratchPlace
     from lmprobe_zarr.extraction.models.site_table import SiteRow, site_rows
@@ -73,7 +72,6 @@ __all__ = [
     "cached_snapshot",
     "default_batch_tokens",
     "device_types",
-    "folder_name",
     "free_on",
     "generate_answers",
     "have_same_roles",
@@ -95,7 +93,6 @@ __all__ = [
     "start_engine",
     "tokenize",
     "weight_files",
-    "weights_digest",
     "where_sites_are",
     "with_answers",
 ]

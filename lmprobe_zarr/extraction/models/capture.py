@@ -44,11 +44,12 @@ from lmprobe_zarr.extraction.models.continuing import StoredRows, forms_for
 from lmprobe_zarr.extraction.models.copying import Copying, batches_of, copy_to_host
 from lmprobe_zarr.extraction.models.finite import FiniteWeights
 from lmprobe_zarr.extraction.models.forward import ModelCall
-from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.outputs import gives_raw_scores, head_width
 from lmprobe_zarr.extraction.models.paired import PairedBody
 from lmprobe_zarr.extraction.models.passes import Job, Known, Progress
 from lmprobe_zarr.extraction.models.places import places_of
+from lmprobe_zarr.extraction.models.prediction import check_head, no_prediction
 from lmprobe_zarr.extraction.models.scratch import ScratchPlace
 from lmprobe_zarr.extraction.models.streamed import explained
 from lmprobe_zarr.extraction.models.structure import evaluating, input_embeddings

@@ -24,7 +24,7 @@ from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
 from lmprobe_zarr.extraction.models.conduct import Conduct, Layout, Padding
 from lmprobe_zarr.extraction.models.forward import ModelCall, run_forward_pass
-from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.paired import PairedBody, encoder_ids_of
 from lmprobe_zarr.extraction.models.structure import (

@@ -21,7 +21,7 @@ from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
 from lmprobe_zarr.extraction.models.conduct import Conduct, Layout
 from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall, run_forward_pass
-from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.paired import PairedBody
 from lmprobe_zarr.extraction.models.standing_in import Forms, form_of
 from lmprobe_zarr.extraction.models.streamed import not_streamed

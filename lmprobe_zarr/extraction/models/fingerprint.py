@@ -18,11 +18,12 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.extraction.models.described import TRUSTED, code_name, is_placing, is_trusted, stored_by_calls
-from lmprobe_zarr.extraction.models.files import CONFIG_NOISE
 from lmprobe_zarr.extraction.models.tensor_bits import CHUNK, TensorBits
+from lmprobe_zarr.model_files import CONFIG_NOISE
 
-__all__ = ["ATTRIBUTES_VOLATILE", "CHUNK", "foreign_code", "global_hooks", "model_fingerprint"]
+__all__ = ["ATTRIBUTES_VOLATILE", "CHUNK", "check_code", "foreign_code", "global_hooks", "model_fingerprint"]
 
 # Settings of a configuration that are recorded elsewhere, or concern how a model is called, saved or placed, not what its blocks compute.
 CONFIG_VOLATILE: Final = frozenset(
@@ -135,6 +136,21 @@ def global_hooks() -> str | None:
 
 
 # ---------------------------------------------------------------- everything
+
+
+def check_code(found: str | None, own: Mapping[str, Any]) -> None:
+    """Check that the caller's own provenance fields describe code that the fingerprint does not.
+
+    Raises
+    ------
+    InvalidArgumentError
+        Such code was found, and there are no such fields.
+    """
+    if found is not None and not own:
+        raise InvalidArgumentError(
+            f"there is {found}, and what it does cannot be told from what another does: remove it, or name what it does, "
+            "provenance={'steering': '…'}"
+        )
 
 
 def _config_settings(config: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lmprobe_zarr.batch import SCALARS
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.turns import running
 from lmprobe_zarr.extraction.models.wrappers import broken_weights
 

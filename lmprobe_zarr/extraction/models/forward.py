@@ -24,7 +24,7 @@ from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected, P
 from lmprobe_zarr.extraction.models.conduct import Conduct
 from lmprobe_zarr.extraction.models.head import BodyDoneError, HeadInSlices, SlicedHead, slice_tokens
 from lmprobe_zarr.extraction.models.hooks import DeepestLayerDoneError, register_hooks
-from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.paired import PairedBody
 from lmprobe_zarr.extraction.models.standing_in import Forms, standing_in

@@ -33,9 +33,10 @@ from lmprobe_zarr.extraction.models.batching import (
 )
 from lmprobe_zarr.extraction.models.check import ROUNDING, check_model
 from lmprobe_zarr.extraction.models.forward import as_run, lengths_that_matter
-from lmprobe_zarr.extraction.models.loading import LoadedModel, check_head, no_prediction
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.outputs import head_width
 from lmprobe_zarr.extraction.models.paired import PairedBody
+from lmprobe_zarr.extraction.models.prediction import check_head, no_prediction
 from lmprobe_zarr.extraction.models.structure import plain_ids
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts
 from lmprobe_zarr.typing import Ints

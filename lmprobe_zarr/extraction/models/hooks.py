@@ -12,7 +12,7 @@ from torch import nn
 from lmprobe_zarr.errors import UnknownArchitectureError
 from lmprobe_zarr.extraction.models.architectures import Place
 from lmprobe_zarr.extraction.models.captured import Collected
-from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.outputs import raw_scores
 from lmprobe_zarr.extraction.models.structure import first_tensor, input_tensor
 

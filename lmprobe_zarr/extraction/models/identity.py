@@ -60,7 +60,12 @@ from typing import Any, Final
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, ModelNotFoundError
 from lmprobe_zarr.extraction.models.families import are_known
-from lmprobe_zarr.extraction.models.files import (
+from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
+from lmprobe_zarr.extraction.models.tokenizing import length_limit
+from lmprobe_zarr.extraction.models.turns import between_loads
+from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW, Window, window_of
+from lmprobe_zarr.model_files import (
+    folder_name,
     read_json,
     template_digest,
     template_in,
@@ -68,10 +73,6 @@ from lmprobe_zarr.extraction.models.files import (
     tokenizer_object_digest,
     weights_digest,
 )
-from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
-from lmprobe_zarr.extraction.models.tokenizing import length_limit
-from lmprobe_zarr.extraction.models.turns import between_loads
-from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW, Window, window_of
 
 __all__ = [
     "DEPTHS",
@@ -81,7 +82,6 @@ __all__ = [
     "ModelIdentity",
     "Provenance",
     "cached_snapshot",
-    "folder_name",
     "identify",
     "model_name",
     "modules_field",
@@ -286,14 +286,6 @@ def model_name(model: str | os.PathLike[str], name: str | None = None) -> str:
         return name
     folder = local_folder(model)
     return os.fspath(model) if folder is None else folder_name(folder)
-
-
-def folder_name(folder: Path) -> str:
-    """The name under which the model in a folder is stored, see :func:`model_name`."""
-    cached = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and cached.startswith("models--"):
-        return cached.removeprefix("models--").replace("--", "/")
-    return folder.name
 
 
 def cached_snapshot(model: str, revision: str | None) -> tuple[str | None, Path | None]:

@@ -23,7 +23,8 @@ from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError, UnknownA
 from lmprobe_zarr.extraction.models.batching import is_out_of_memory
 from lmprobe_zarr.extraction.models.captured import logits_of
 from lmprobe_zarr.extraction.models.forward import as_run
-from lmprobe_zarr.extraction.models.loading import LoadedModel, as_it_is, depth_of, load_module
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
+from lmprobe_zarr.extraction.models.loading import as_it_is, depth_of, load_module
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.outputs import largest
 from lmprobe_zarr.extraction.models.standing_in import Forms, form_of, standing_in

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, ready to run, with the provenance that distinguishes its activations. Never a store."""
+"""Loading: a model by its name or as an object, with its tokenizer, its parts found and its provenance complete. Never a store."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import importlib.metadata
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
 from torch import nn
-from transformers.models.auto import modeling_auto
 
+from lmprobe_zarr import model_files as files
 from lmprobe_zarr.batch import PROMPT_KINDS, PromptKind
 from lmprobe_zarr.errors import (
     InvalidArgumentError,
@@ -24,112 +23,23 @@ from lmprobe_zarr.errors import (
     ModelNotFoundError,
     UnknownArchitectureError,
 )
-from lmprobe_zarr.extraction.models import files, identity, streamed, turns
+from lmprobe_zarr.extraction.models import identity, streamed, turns
 from lmprobe_zarr.extraction.models.architectures import Located, locate
-from lmprobe_zarr.extraction.models.families import is_encoder
-from lmprobe_zarr.extraction.models.fingerprint import ATTRIBUTES_VOLATILE, foreign_code, global_hooks, model_fingerprint
-from lmprobe_zarr.extraction.models.identity import FIXED_FIELDS, Provenance
+from lmprobe_zarr.extraction.models.fingerprint import ATTRIBUTES_VOLATILE, check_code, foreign_code, global_hooks, model_fingerprint
+from lmprobe_zarr.extraction.models.identity import Provenance
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.loading_report import check_weights, listening, quiet_logging
 from lmprobe_zarr.extraction.models.model_code import code_of_named, code_of_object
 from lmprobe_zarr.extraction.models.numerics import device_types, settings_fields
-from lmprobe_zarr.extraction.models.paired import PairedBody, decoder_start
+from lmprobe_zarr.extraction.models.paired import decoder_start
+from lmprobe_zarr.extraction.models.prediction import check_head, check_predicts, predicts_next
 from lmprobe_zarr.extraction.models.streamed import StreamedBlocks
-from lmprobe_zarr.extraction.models.structure import input_device, input_embeddings, text_settings
+from lmprobe_zarr.extraction.models.structure import input_device, input_embeddings
 from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
-from lmprobe_zarr.extraction.models.tokenizing import DecoderStart
 from lmprobe_zarr.extraction.models.window import UNKNOWN_WINDOW, Window, refine_window, window_of
 from lmprobe_zarr.extraction.models.wrappers import check_complete, uncompiled, unwrapped
 
-__all__ = ["LoadedModel", "as_it_is", "check_head", "depth_of", "load_model", "load_module", "load_tokenizer", "no_prediction"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """A model that :func:`~lmprobe_zarr.extraction.run` can run.
-
-    Parameters
-    ----------
-    module : torch Module
-        The model as loaded or as given.
-    tokenizer : transformers tokenizer
-    name : str
-        Its name in a store.
-    located : Located
-        Its body, blocks, sites, routers and head.
-    num_layers : int
-        Blocks.
-    hidden_size : int or None
-        Width of the residual stream; None where the configuration does not say.
-    window : Window
-        The most tokens that it takes at once.
-    vocab_size : int or None
-    dtype : str
-        The dtype that it computes in.
-    device : torch.device
-        The device of the token ids; that of the whole model unless `device_map` spread it.
-    spread : bool
-        Whether its blocks and its head lie on several devices.
-    predicts_next : bool
-        Whether its head, if it has one, predicts every next token from those before it.
-    num_experts : int or None
-        How many experts its routers choose from; None where it has none, or the configuration does not say.
-    pad_id : int
-        The token id that pads shorter prompts of a batch; no token of a prompt sees it.
-    decoder_start : DecoderStart, optional
-        For the decoder of an encoder-decoder, what it reads first.
-    streamed : StreamedBlocks, optional
-        What reads the weights of its blocks, where these are not all in memory.
-    provenance : dict
-        Every field; see :mod:`lmprobe_zarr.extraction.models.identity`.
-    recorded : dict
-        Recorded only, not part of the identity: attention implementation, device, library versions, what was found where.
-    checked : dict
-        What `lmprobe_zarr.extraction.models.check` has seen of this model.
-    """
-
-    module: nn.Module
-    tokenizer: Any
-    name: str
-    located: Located
-    num_layers: int
-    hidden_size: int | None
-    window: Window
-    vocab_size: int | None
-    dtype: str
-    device: torch.device
-    spread: bool = False
-    predicts_next: bool = False
-    num_experts: int | None = None
-    pad_id: int = 0
-    decoder_start: DecoderStart | None = None
-    streamed: StreamedBlocks | None = None
-    provenance: Provenance = field(default_factory=dict)
-    recorded: dict[str, Any] = field(default_factory=dict)
-    checked: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def found(self) -> str:
-        """Which modules give its sites, as text."""
-        return ", ".join(f"{site}={path}" for site, path in self.located.paths.items())
-
-    @property
-    def context_length(self) -> int | None:
-        """The most tokens that it takes at once; None where it has no limit, or it is unknown."""
-        return self.window.tokens
-
-    @property
-    def turn(self) -> nn.Module:
-        """The module whose turn a pass takes. An encoder that is run by itself and with its decoder has hooks for one of them at a time."""
-        body = self.located.body
-        return body.encoder if isinstance(body, PairedBody) else body
-
-    @property
-    def router_layers(self) -> tuple[int, ...]:
-        """The layers that have a router, ascending; none in a dense model."""
-        return tuple(sorted(self.located.routers))
-
-    def close(self) -> None:
-        """Nothing: the model is in this process, which frees it with the last reference."""
+__all__ = ["as_it_is", "depth_of", "load_model", "load_module", "load_tokenizer"]
 
 
 def _first_line(error: BaseException) -> str:
@@ -330,14 +240,6 @@ def _adapters(module: nn.Module) -> str | None:
     return f"{'+'.join(active)}:{identity.settings_digest(settings)}"
 
 
-def _check_code(found: str | None, own: Provenance) -> None:
-    if found is not None and not own:
-        raise InvalidArgumentError(
-            f"there is {found}, and what it does cannot be told from what another does: remove it, or name what it does, "
-            "provenance={'steering': '…'}"
-        )
-
-
 def _object_dtype(module: nn.Module, dtype: object) -> str:
     own = next(
         (p.dtype for p in module.parameters() if p.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)), torch.float32
@@ -374,73 +276,6 @@ def _vocab_size(body: nn.Module, config: Mapping[str, Any]) -> int | None:
     return held if isinstance(held, int) else identity.first_int(identity.text_config(config), ("vocab_size",))
 
 
-def _check_predicts(source: str, config: Mapping[str, Any], paired: bool) -> None:
-    """An error, before anything is loaded, for an architecture without a head that predicts the next token."""
-    kind = config.get("model_type")
-    if paired:
-        return
-    if config.get("is_encoder_decoder"):
-        # Its class for causal models runs the decoder without what its encoder gives.
-        raise no_prediction(source, f"{kind}, an encoder-decoder")
-    known = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    if is_encoder(kind) or not known:
-        raise no_prediction(source, str(kind))
-
-
-def no_prediction(name: str, kind: str) -> InvalidArgumentError:
-    """The error for logits or perplexity of a model that does not predict the next token."""
-    return InvalidArgumentError(
-        f"{name!r} ({kind}) does not predict the next token, so it has no logits, no perplexity and no answers: "
-        "ask for activations only, or use a causal language model"
-    )
-
-
-def _predicts_next(located: Located) -> bool:
-    """Whether the class and the configuration of a model are those of one that predicts the next token."""
-    if located.whole is None:
-        return False
-    config: Any = getattr(located.whole, "config", None)
-    text = text_settings(located.whole)
-    if getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
-        return False
-    kind = getattr(config, "model_type", None)
-    if isinstance(located.body, PairedBody):
-        return True
-    # Encoders have a class for causal models too, which is_decoder switches on.
-    switched_off = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    names = {*modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    named = type(located.whole).__name__ in names or type(located.whole).__name__.endswith("ForCausalLM")
-    return named and not switched_off and not is_encoder(kind)
-
-
-def check_head(loaded: LoadedModel) -> None:
-    """Check that a model can predict the next token.
-
-    Raises
-    ------
-    InvalidArgumentError
-        It has no head, or does not predict the next token; or the caller's own code runs in the head, and no provenance field of the
-        caller describes it.
-    """
-    whole = loaded.located.whole
-    paired = isinstance(loaded.located.body, PairedBody)
-    # Without a head, a model whose blocks were named by hand may or may not be an encoder.
-    if (not paired and is_encoder(getattr(getattr(loaded.located.body, "config", None), "model_type", None))) or (
-        whole is not None and not loaded.predicts_next
-    ):
-        raise no_prediction(loaded.name, type(loaded.module).__name__)
-    if whole is None:
-        raise InvalidArgumentError(
-            f"{loaded.name!r} ({type(loaded.module).__name__}) has no head, which logits and perplexity need: "
-            "load it with head=True, or give the whole model, such as AutoModelForCausalLM loads it"
-        )
-    # Code outside the body of a model object is checked only where it runs.
-    if str(loaded.provenance.get("weights")).startswith("bits:"):
-        with uncompiled(whole), turns.between_loads():
-            found = foreign_code(whole)
-        _check_code(found, {k: v for k, v in loaded.provenance.items() if k not in FIXED_FIELDS})
-
-
 def _located(module: nn.Module, modules: Mapping[str, str] | None, kind: PromptKind) -> tuple[Located, Mapping[str, str] | None]:
     """The parts of a model, and what the caller named of them; None where these are the modules that are found anyway."""
     paired = kind == "pair"
@@ -475,7 +310,7 @@ def _assemble(module: nn.Module, tokenizer: Any, config: Mapping[str, Any], loca
         vocab_size=vocabulary,
         device=device,
         spread=len({p.device for p in everything.parameters()}) > 1,
-        predicts_next=_predicts_next(located),
+        predicts_next=predicts_next(located),
         num_experts=identity.num_experts_of(config) if located.routers else None,
         pad_id=padding if usable and padding is not None else 0,
         recorded={
@@ -543,7 +378,7 @@ def load_module(
     chosen = _pick_device(device)
     with _loading("configuration", where, folder, revision):
         config = _raw_config(where, folder, revision)
-    _check_predicts(where, config, False)
+    check_predicts(where, config, False)
     computed = identity.resolve_dtype(config, dtype) or "float32"
     module, _ = _load_weights(where, folder, revision, computed, None, trust_remote_code, head=True, depth=depth)
     return module.to(chosen)
@@ -632,7 +467,7 @@ def load_model(
     identity.modules_field(modules)  # raises where it is no mapping
     own = identity.own_fields(provenance)
     # Checked before anything is loaded. Hooks of a model object are checked below.
-    _check_code(global_hooks(), own)
+    check_code(global_hooks(), own)
     if device_map is not None and str(device) != "auto":
         raise InvalidArgumentError(f"device={str(device)!r} and device_map={device_map!r} were both given: give one")
     if stream and (isinstance(model, nn.Module) or device_map is not None or prompts_kind == "pair"):
@@ -652,7 +487,7 @@ def load_model(
         with uncompiled(model), quiet_logging(), turns.running(model):
             located, by_hand = _located(model, modules, prompts_kind)
             # Modules outside the body, such as a head, are checked in `check_head`, if they run.
-            _check_code(foreign_code(located.body), own)
+            check_code(foreign_code(located.body), own)
         computed = _object_dtype(model, dtype)
         held = _tokenizer_for(tokenizer, None, None, trust_remote_code)
         module = model if str(device) == "auto" else model.to(_pick_device(device))
@@ -668,7 +503,7 @@ def load_model(
         with _loading("configuration", where, folder, revision):
             config = _raw_config(where, folder, revision)
         if head:
-            _check_predicts(where, config, prompts_kind == "pair")
+            check_predicts(where, config, prompts_kind == "pair")
         computed = identity.resolve_dtype(config, dtype) or "float32"
         held = _tokenizer_for(tokenizer, model, revision, trust_remote_code)
         if stream and chosen is not None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from lmprobe_zarr.batch import NEUTRAL, SAMPLING
-from lmprobe_zarr.extraction.models.files import read_json
 from lmprobe_zarr.extraction.models.identity import cached_snapshot, local_folder, text_config
+from lmprobe_zarr.model_files import read_json
 
 __all__ = ["own_generation"]
 

@@ -15,7 +15,7 @@ from lmprobe_zarr.extraction.models.captured import CaptureRequest, Collected
 from lmprobe_zarr.extraction.models.conduct import Conduct
 from lmprobe_zarr.extraction.models.continuing import StoredRows, is_rounded
 from lmprobe_zarr.extraction.models.forward import KnownRows, ModelCall, run_forward_pass
-from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.standing_in import Forms
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts
 from lmprobe_zarr.typing import Ints

@@ -22,7 +22,7 @@ from lmprobe_zarr.batch import Sites, describe_layers
 from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.architectures import Place, submodule
 from lmprobe_zarr.extraction.models.inside import inside_of
-from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.loading_report import quiet_logging
 from lmprobe_zarr.extraction.models.structure import (
     evaluating,

@@ -10,7 +10,7 @@ from lmprobe_zarr.extraction.models import capture
 from lmprobe_zarr.extraction.models.architectures import Place
 from lmprobe_zarr.extraction.models.batching import Windows
 from lmprobe_zarr.extraction.models.continuing import StoredRows
-from lmprobe_zarr.extraction.models.loading import LoadedModel
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
 from lmprobe_zarr.extraction.models.places import places_of
 from lmprobe_zarr.extraction.models.scratch import ScratchPlace
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts

@@ -14,7 +14,8 @@ from torch import nn
 from lmprobe_zarr.batch import BUILT_IN_SITES, Sites
 from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.architectures import Place
-from lmprobe_zarr.extraction.models.loading import LoadedModel, as_it_is, load_model
+from lmprobe_zarr.extraction.models.loaded_model import LoadedModel
+from lmprobe_zarr.extraction.models.loading import as_it_is, load_model
 from lmprobe_zarr.extraction.models.places import SHORT_PASS, given_and_returned, places_of, row_of, short_pass
 
 __all__ = ["SiteRow", "site_rows"]

@@ -30,13 +30,13 @@ from lmprobe_zarr.errors import EngineError, InvalidArgumentError, LmprobeZarrEr
 from lmprobe_zarr.extraction.models.batching import check_batch_sizes
 from lmprobe_zarr.extraction.models.engines import Engine, check_installed
 from lmprobe_zarr.extraction.models.families import is_encoder
-from lmprobe_zarr.extraction.models.files import template_digest
 from lmprobe_zarr.extraction.models.identity import PROVENANCE_FIELDS, ModelIdentity, Provenance, local_folder, prompt_fields
 from lmprobe_zarr.extraction.models.token_batches import Kept, KeptSite, token_batches
 from lmprobe_zarr.extraction.models.tokenizer_match import check_tokenizer
 from lmprobe_zarr.extraction.models.tokenizing import TokenizedPrompts, check_vocabulary, too_long
 from lmprobe_zarr.extraction.models.vllm_worker import REQUEST_ARGUMENT, Extension
 from lmprobe_zarr.extraction.models.window import Window
+from lmprobe_zarr.model_files import template_digest
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["EngineModel", "EngineSite", "checked_answer", "start_engine"]

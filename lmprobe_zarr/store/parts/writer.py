@@ -10,9 +10,7 @@ import json
 import platform
 from collections.abc import Collection, Hashable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -22,11 +20,9 @@ from lmprobe_zarr.batch import (
     HASH_DIGITS,
     NO_ROLE,
     ROLES,
-    SCALARS,
     Column,
     TokenBatch,
     check_texts,
-    count_odd,
     digests_of,
     encode_role_names,
     join_columns,
@@ -35,7 +31,7 @@ from lmprobe_zarr.batch import (
     split_variable,
 )
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError, ReadOnlyError
-from lmprobe_zarr.storage import PieceWriter, Storage, run_all
+from lmprobe_zarr.storage import PieceWriter, Storage
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     BLOCK_TABLE,
@@ -55,7 +51,6 @@ from lmprobe_zarr.store.format import (
     array_dims,
     block_nbytes_of,
     check_table,
-    encode_body,
     encode_chunk,
     file_entry,
     level_document,
@@ -71,6 +66,7 @@ from lmprobe_zarr.store.parts.call_order import CallOrder
 from lmprobe_zarr.store.parts.chunk_files import ChunkFiles
 from lmprobe_zarr.store.parts.columns import encode_column, text_rows
 from lmprobe_zarr.store.parts.stored_array import StoredArray
+from lmprobe_zarr.store.parts.written_arrays import MovedArray, RowBuffer
 from lmprobe_zarr.typing import Array, Buffer, Ints
 
 __all__ = ["BUFFER_BYTES", "PartWriter", "shape_of", "write_group"]
@@ -188,7 +184,7 @@ class PartWriter:
         self._tables: dict[str, ArrayTables] = {}
         self._first_file = ""
         self._arrays: dict[str, ArrayInfo] = {}
-        self._variables: dict[str, _RowBuffer | _MovedArray] = {}
+        self._variables: dict[str, RowBuffer | MovedArray] = {}
         self._columns: dict[str, list[Any]] = {}
         self._digests: list[str] = []
         self._seen: set[str] = set()
@@ -310,12 +306,12 @@ class PartWriter:
         """
         if source.info.layered:
             self._layers = layers
-        self._variables[source.where.name] = _MovedArray(self, source.where.name, source, odd)
+        self._variables[source.where.name] = MovedArray(self, source.where.name, source, odd)
 
-    def _buffer(self, level: Level, name: str, array: Array, layered: bool, batch: TokenBatch) -> _RowBuffer:
+    def _buffer(self, level: Level, name: str, array: Array, layered: bool, batch: TokenBatch) -> RowBuffer:
         key = f"{level}/{name}"
         buffer = self._variables.get(key)
-        if not isinstance(buffer, _RowBuffer):
+        if not isinstance(buffer, RowBuffer):
             wide = array.dtype if array.dtype.kind in "fbi" else np.dtype(np.int64)
             row_shape = array.shape[2 if layered else 1 :]
             buffers = sum(a.shape[0] for v in (batch.prompts, batch.tokens) for n, a in v.items() if n not in batch.unlayered) or 1
@@ -337,7 +333,7 @@ class PartWriter:
                     **batch.site_attributes.get(name, {}),
                 },
             )
-            buffer = self._variables[key] = _RowBuffer(self, key, info)
+            buffer = self._variables[key] = RowBuffer(self, key, info)
         return buffer
 
     def write_chunk(self, key: str, info: ArrayInfo, layer: int, block: int, values: Array) -> None:
@@ -505,111 +501,6 @@ def _whole_blocks(rows: int, row_nbytes: int) -> int:
     block_nbytes = block_nbytes_of(info) if row_nbytes else 0
     each = block_nbytes // row_nbytes if block_nbytes and block_nbytes % row_nbytes == 0 else 1
     return rows - rows % each if rows > each else rows
-
-
-class _RowBuffer:
-    """Holds rows of one variable until a chunk is full, and then writes one chunk per layer."""
-
-    def __init__(self, writer: PartWriter, key: str, info: ArrayInfo) -> None:
-        self.writer, self.key, self.info = writer, key, info
-        self.capacity = info.rows_per_chunk
-        self.layers = info.shape[0] if info.layered else 1
-        self.filled = 0
-        self.blocks = 0
-        self.held: Array | None = None
-        self.odd = (0, 0)
-        # Scalars are not counted: the probability of a first token is NaN, and a single number is no row that could be all zeros.
-        self.counted = np.dtype(info.dtype).kind == "f" and key.partition("/")[2] not in SCALARS
-        self.files: ChunkFiles | None = None  # known once it is known how many rows a chunk has
-
-    @property
-    def waiting_nbytes(self) -> int:
-        """Bytes of the rows that are held."""
-        return 0 if self.held is None else self.held[:, : self.filled].nbytes
-
-    def append(self, values: Array) -> None:
-        """Take rows; `values` has shape (layer, row, …)."""
-        start, total = 0, values.shape[1]
-        while start < total:
-            if not self.filled and total - start >= self.capacity:
-                self._flush(values[:, start : start + self.capacity])  # a whole chunk: no copy
-                start += self.capacity
-                continue
-            if self.held is None:
-                self.held = np.empty((self.layers, self.capacity, *self.info.row_shape), self.info.dtype)
-            count = min(total - start, self.capacity - self.filled)
-            self.held[:, self.filled : self.filled + count] = values[:, start : start + count]
-            self.filled, start = self.filled + count, start + count
-            if self.filled == self.capacity:
-                self._flush(self.held)
-                self.filled = 0
-
-    def _flush(self, values: Array) -> None:
-        if self.writer.version > 1:
-            if self.files is None:
-                self.files = ChunkFiles(self.writer, self.key, self.info, block_nbytes_of(self.info))
-            self.files.begin()
-        odd = [(0, 0)] * self.layers
-        run_all([partial(self._write, layer, values, odd) for layer in range(self.layers)], local=self.writer.storage.is_local)
-        self.odd = self.odd[0] + sum(counts[0] for counts in odd), self.odd[1] + sum(counts[1] for counts in odd)
-        self.blocks += 1
-
-    def _write(self, layer: int, values: Array, odd: list[tuple[int, int]]) -> None:
-        rows = values[layer : layer + 1] if self.info.layered else values[0]
-        if self.files is None:
-            self.writer.write_chunk(self.key, self.info, layer, self.blocks, rows)
-        else:
-            self.files.write(layer, encode_body(rows, self.info, self.files.block_nbytes))
-        if self.counted:
-            odd[layer] = count_odd(rows, self.info.row_shape)
-
-    def finish(self) -> ArrayInfo:
-        """Write the remaining rows; returns the final metadata of the array."""
-        rows = self.blocks * self.capacity + self.filled
-        axis = self.info.sample_axis
-        chunk_rows = self.capacity if self.blocks else self.filled
-        self.info = replace(
-            self.info,
-            shape=(*self.info.shape[:axis], rows, *self.info.shape[axis + 1 :]),
-            chunks=(*self.info.chunks[:axis], chunk_rows, *self.info.chunks[axis + 1 :]),
-        )
-        if self.filled and self.held is not None:
-            self._flush(self.held[:, : self.filled])
-        self.held = None
-        if self.files is not None:
-            self.info = replace(self.info, shard_blocks=self.files.end())
-        return self.info
-
-
-class _MovedArray:
-    """One variable of another part with the same prompts: its chunks as they are stored there, checked and not decoded."""
-
-    def __init__(self, writer: PartWriter, key: str, source: StoredArray, odd: tuple[int, int]) -> None:
-        self.writer, self.source, self.odd = writer, source, odd
-        self.info = replace(source.info, shard_blocks=0)
-        self.layers = self.info.shape[0] if self.info.layered else 1
-        self.files = ChunkFiles(writer, key, self.info, source.where.block_nbytes)
-        self.waiting_nbytes = 0
-
-    def finish(self) -> ArrayInfo:
-        """Move all chunks; returns the final metadata of the array."""
-        is_local = self.writer.storage.is_local and self.source.storage.is_local
-        for block in range(self.info.n_blocks):
-            self.files.begin()
-            run_all([partial(self._move, layer, block) for layer in range(self.layers)], local=is_local)
-        self.info = replace(self.info, shard_blocks=self.files.end())
-        return self.info
-
-    def _move(self, layer: int, block: int) -> None:
-        try:
-            data = self.source.where.read_chunk(layer, block)
-        except CorruptPartError:
-            # It may be whole but for what stands around its blocks, or come from the table of blocks alone.
-            values = self.source.read_chunk(layer, block)
-            rows = values[None] if self.info.layered else values
-            self.files.write(layer, encode_body(rows, self.info, self.files.block_nbytes))
-        else:
-            self.files.write(layer, data[:-4], bytes(data[-4:]))
 
 
 def shape_of(batch: TokenBatch) -> tuple[Hashable, ...]:

@@ -145,7 +145,7 @@ def test_the_digest_follows_the_content_and_not_the_place(llama: Path, tmp_path:
 
 
 def test_weights_are_hashed_once_and_again_when_they_change(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmprobe_zarr.extraction.models import files
+    from lmprobe_zarr import model_files as files
 
     folder = shutil.copytree(llama, tmp_path / "hashed")
     weights = folder / "model.safetensors"
@@ -700,7 +700,7 @@ def test_the_scales_beside_packed_weights_are_in_the_key_wherever_they_lie() -> 
 
 @pytest.mark.parametrize("change", [{"truncation_side": "left"}, {"split_special_tokens": True}])
 def test_how_a_tokenizer_object_cuts_is_in_its_digest(change: dict[str, Any]) -> None:
-    from lmprobe_zarr.extraction.models.files import tokenizer_object_digest
+    from lmprobe_zarr.model_files import tokenizer_object_digest
 
     one, other = tiny_tokenizer(), tiny_tokenizer()
     assert tokenizer_object_digest(one) == tokenizer_object_digest(other)

@@ -28,7 +28,7 @@ from shown_values import assert_same, shown
 from stores import GROUP, Stops, make_batch
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch.hashes import prompt_hash
+from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.errors import CorruptPartError, ReadOnlyError, UnreachableError
 from lmprobe_zarr.storage.base import Storage

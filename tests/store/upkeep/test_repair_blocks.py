@@ -17,7 +17,7 @@ from block_stores import LAYERS, small_chunks, values_of, write_values
 from stores import GROUP, Wrapped
 
 import lmprobe_zarr as lz
-from lmprobe_zarr.batch.hashes import prompt_hash
+from lmprobe_zarr.batch import prompt_hash
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.store.parts import Part, kept_chunks, writer

@@ -14,7 +14,16 @@ from typing import Any, Final
 
 from lmprobe_zarr.errors import ModelNotFoundError
 
-__all__ = ["CONFIG_NOISE", "read_json", "template_digest", "template_in", "tokenizer_digest", "tokenizer_object_digest", "weights_digest"]
+__all__ = [
+    "CONFIG_NOISE",
+    "folder_name",
+    "read_json",
+    "template_digest",
+    "template_in",
+    "tokenizer_digest",
+    "tokenizer_object_digest",
+    "weights_digest",
+]
 
 TOKENIZER_FILES: Final = (
     "added_tokens.json",
@@ -194,3 +203,11 @@ def template_in(folder: Path) -> str | None:
         return template_digest((folder / "chat_template.jinja").read_text(encoding="utf-8"))
     settings = folder / "tokenizer_config.json"
     return template_digest(read_json(settings).get("chat_template")) if settings.is_file() else None
+
+
+def folder_name(folder: Path) -> str:
+    """The name under which the model in a folder is stored, unless the caller names it."""
+    cached = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/")
+    return folder.name

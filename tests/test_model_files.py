@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lmprobe_zarr.extraction.models import files
-from lmprobe_zarr.extraction.models.files import weights_digest
+from lmprobe_zarr import model_files as files
+from lmprobe_zarr.model_files import weights_digest
 
 OLD = 10**18
 
