@@ -445,3 +445,37 @@ def test_what_is_computed_from_a_column_has_its_own_values_and_not_the_dtype_of_
         got = series.reset_index(drop=True)
         assert [None if pd.isna(a) else a for a in got] == [None if pd.isna(b) else b for b in expected]
         assert pd.api.types.is_bool_dtype(got.dtype) == pd.api.types.is_bool_dtype(expected.dtype)
+
+
+# -- columns of pyarrow ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "read"),
+    [
+        ("int64[pyarrow]", [1, 2, None], [1.0, 2.0, np.nan]),
+        ("int32[pyarrow]", [1, 2, 3], [1, 2, 3]),
+        ("float32[pyarrow]", [1.5, None, 2.0], [1.5, np.nan, 2.0]),
+        ("bool[pyarrow]", [True, None, False], [1.0, np.nan, 0.0]),
+        ("string[pyarrow]", ["a", None, "ü"], ["a", np.nan, "ü"]),
+        ("large_string[pyarrow]", ["a", "", "ü"], ["a", "", "ü"]),
+        ("timestamp[us][pyarrow]", ["2026-01-02", None, "2026-03-04"], np.array(["2026-01-02", "NaT", "2026-03-04"], "M8[us]")),
+    ],
+)
+def test_columns_of_pyarrow_are_read_back(kind: str, given: list[Any], read: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    values: Any = pd.to_datetime(pd.Series(given)) if kind.startswith("timestamp") else pd.Series(given)
+    store = lz.open_store(tmp_path)
+    lz.write_activations(
+        store, model="m", prompts=["a", "b", "c"], pooled={"resid_mean": {0: np.ones((3, 2), "f4")}}, coords={"column": values.astype(kind)}
+    )
+    pd.testing.assert_series_equal(pd.Series(store.dataset("m").column.values), pd.Series(read), check_dtype=False)
+
+
+def test_a_column_of_arrow_decimals_is_refused_with_what_to_give(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    with pytest.raises(InvalidArgumentError, match=r"holds a Decimal in row 0.*give float\(value\)"):
+        lz.write_activations(
+            lz.open_store(tmp_path), model="m", prompts=["a"], pooled={"resid_mean": {0: np.ones((1, 2), "f4")}},
+            coords={"column": pd.Series([1], dtype=pd.ArrowDtype(arrow.decimal128(5, 2)))},
+        )  # fmt: skip
