@@ -378,7 +378,31 @@ def test_what_nobody_goes_on_with_is_removed_after_a_week(llama: Path, tmp_path:
     assert not left_beside(store)
 
 
-def test_a_store_that_is_compacted_between_two_blocks(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def compact_and_delete(store: lz.Store) -> None:
+    store.compact(progress=False)
+    store.gc(max_age=0)
+    store.delete("llama", PROMPTS[:2])
+
+
+def evict_half(store: lz.Store) -> None:
+    size = sum(path.stat().st_size for path in Path(store.url).rglob("*") if path.is_file())
+    lz.evict(store.url, max_gb=size / 2 / 1e9, min_age=0)
+
+
+def evict_all(store: lz.Store) -> None:
+    lz.evict(store.url, max_gb=0, min_age=0)
+
+
+def damage_and_repair(store: lz.Store) -> None:
+    chunk = next(path for path in sorted(Path(store.url).glob("**/tokens/resid/**/*")) if path.is_file() and path.name != "zarr.json")
+    chunk.write_bytes(b"nothing of this is a chunk")
+    assert store.repair(progress=False).lost
+
+
+@pytest.mark.parametrize("change", [compact_and_delete, evict_half, evict_all, damage_and_repair])
+def test_a_store_that_is_changed_between_two_blocks(
+    change: Callable[[lz.Store], None], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(llama, tmp_path / "plain", weights="loaded", keep_tokens=True, pooling=[])
     store = tmp_path / "streamed"
     for text in PROMPTS:
@@ -389,10 +413,7 @@ def test_a_store_that_is_compacted_between_two_blocks(llama: Path, tmp_path: Pat
         nonlocal calls
         calls += 1
         if calls == len(PROMPTS) + 2:  # after block 2, which goes on from what is stored of block 1
-            other = lz.open_store(store)
-            other.compact(progress=False)
-            other.gc(max_age=0)
-            other.delete("llama", PROMPTS[:2])
+            change(lz.open_store(store))
         return collect(*given)
 
     with monkeypatch.context() as patch:
