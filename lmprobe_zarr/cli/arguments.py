@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import fsspec
 
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import LayerSpec
+from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError
 
 __all__ = [
+    "Parser",
     "add_choice",
     "add_command",
+    "add_dry_run",
+    "add_format",
+    "add_prompts",
     "add_store",
     "add_yes",
     "check_target",
@@ -24,6 +32,8 @@ __all__ = [
     "join_negative",
     "parse_layers",
     "parse_object",
+    "prompts_of",
+    "set_storage_options",
     "split_names",
 ]
 
@@ -31,11 +41,75 @@ __all__ = [
 _NEGATIVE = re.compile(r"-\d[\d,:.+eE-]*")
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> argparse.ArgumentParser:
+# Options that open a place of this protocol as somebody without credentials.
+_ANONYMOUS: Final[dict[str, dict[str, Any]]] = {
+    "s3": {"anon": True},
+    "gs": {"token": "anon"},
+    "gcs": {"token": "anon"},
+    "az": {"anon": True},
+    "abfs": {"anon": True},
+    "hf": {"token": False},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors name the nearest command, option or choice."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As that of argparse."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            used = getattr(found, "parser", self)
+            options = [name for action in used._actions for name in action.option_strings]
+            near = _nearest(unknown[0].partition("=")[0], options)
+            used.error(f"unrecognized arguments: {unknown[0] + near if near else ' '.join(unknown)}")
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            near = _nearest(str(value), choices) or f"choose from {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"{value!r} is none of its choices: {near.removeprefix(': ')}")
+
+
+def _nearest(given: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, known, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, *, remote: bool = True
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     command.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    if remote:
+        access = command.add_argument_group("remote places")
+        access.add_argument("--anon", action="store_true", help="open them without credentials, as a public bucket is read")
+        access.add_argument("--storage-options", metavar="JSON", help="an object of options for their file system")
     return command
+
+
+def set_storage_options(options: argparse.Namespace) -> None:
+    """Make ``--anon`` and ``--storage-options`` the defaults of the file systems that the command's places are on.
+
+    Raises
+    ------
+    InvalidArgumentError
+        They were given without a remote place, or ``--anon`` for one that knows no anonymous users.
+    """
+    given = parse_object(getattr(options, "storage_options", None), "--storage-options")
+    anonymous = getattr(options, "anon", False)
+    if given is None and not anonymous:
+        return
+    places = [value for name in ("store", "url", "target", "source") if isinstance(value := getattr(options, name, None), str)]
+    protocols = sorted({place.partition("://")[0].lower() for place in places if "://" in place} - {"file", "local", "memory"})
+    if not protocols:
+        raise InvalidArgumentError("--anon and --storage-options are for remote places such as s3://bucket/acts, and none is named")
+    for protocol in protocols:
+        if anonymous and protocol not in _ANONYMOUS:
+            raise InvalidArgumentError(f"--anon says nothing to {protocol}://: give what its file system takes with --storage-options")
+        fsspec.config.conf[protocol] = {**(_ANONYMOUS[protocol] if anonymous else {}), **(given or {})}
 
 
 def join_negative(arguments: Sequence[str]) -> list[str]:
@@ -58,6 +132,27 @@ def add_store(command: argparse.ArgumentParser, *, positional: bool) -> None:
         command.add_argument("store", nargs="?", default=None, help=place)
     else:
         command.add_argument("--store", default=None, help=place)
+
+
+def add_prompts(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--prompts", metavar="FILE", help=what + ": .txt, .jsonl or .csv; - is standard input")
+    add_format(command)
+
+
+def add_format(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
+    command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
+
+
+def prompts_of(options: argparse.Namespace) -> list[Any] | None:
+    """The prompts in the file of ``--prompts``; None if it is not given."""
+    if options.prompts is None:
+        return None
+    return read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])[0]
+
+
+def add_dry_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true", help="only report what would be done")
 
 
 def add_choice(command: argparse.ArgumentParser) -> None:

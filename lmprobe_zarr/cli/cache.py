@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from lmprobe_zarr.cache import CacheInfo, ModelCacheInfo, cache_info, clear_cache, evict
-from lmprobe_zarr.cli.arguments import add_choice, add_command, add_yes, confirm
+from lmprobe_zarr.cli.arguments import add_choice, add_command, add_dry_run, add_format, add_yes, confirm
 from lmprobe_zarr.cli.printing import print_json
-from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
+from lmprobe_zarr.cli.prompt_files import read_prompts
 from lmprobe_zarr.store import open_store
 from lmprobe_zarr.store.upkeep import EvictPlan, count_of
 
@@ -52,20 +52,21 @@ def add_evict(commands: Any) -> None:
     command.add_argument("--min-age", type=float, help="keep parts that were committed or used less than this many seconds ago")
     command.add_argument("--annotations", action="store_true", help="remove columns too, which no model gives again")
     command.add_argument("--given", action="store_true", help="remove from the cache also what was imported or written by hand")
+    add_dry_run(command)
     add_yes(command)
 
 
 def _evict(options: argparse.Namespace) -> None:
     request = {"max_gb": options.max_gb, "min_age": options.min_age, "annotations": options.annotations, "given": options.given or None}
     plan = evict(options.store, dry_run=True, **request)
-    if plan is not None and plan.entries:
+    if plan is not None and plan.entries and not options.dry_run:
         parts = sum(not entry.is_annotation for entry in plan.entries)
         what = f"{count_of(parts, 'part')} of {count_of(plan.prompts, 'prompt')}"
         what += f" and {count_of(len(plan.entries) - parts, 'annotation')}" if parts < len(plan.entries) else ""
         confirm(options, f"{plan.freed} bytes would be removed: {what}.")
         plan = evict(options.store, **request)
     if options.json:
-        print_json(_plan(plan))
+        print_json({**_plan(plan), "dry_run": options.dry_run})
     else:
         print("nothing to evict: no limit is set, there is no cache yet, or it is remote and was not named" if plan is None else plan)
 
@@ -120,8 +121,7 @@ def add_delete(commands: Any) -> None:
     command = add_command(commands, "delete", _delete, "delete prompts and everything that is stored of them")
     command.add_argument("store", help="folder or URL of the store")
     command.add_argument("prompts", help="prompts or hashes: .txt, .jsonl or .csv; - is standard input")
-    command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
-    command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
+    add_format(command)
     add_choice(command)
     add_yes(command)
 

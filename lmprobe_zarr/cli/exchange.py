@@ -7,25 +7,12 @@ from typing import Any
 
 from lmprobe_zarr import config
 from lmprobe_zarr.bridges import ImportSummary, export_safetensors, import_pt, import_safetensors
-from lmprobe_zarr.cli.arguments import add_choice, add_command, parse_layers, split_names
+from lmprobe_zarr.cli.arguments import add_choice, add_command, add_prompts, parse_layers, prompts_of, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
-from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
 from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_export", "add_import"]
-
-
-def _add_prompts(command: argparse.ArgumentParser, what: str) -> None:
-    command.add_argument("--prompts", metavar="FILE", help=what + ": .txt, .jsonl or .csv; - is standard input")
-    command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
-    command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
-
-
-def _prompts(options: argparse.Namespace) -> list[Any] | None:
-    if options.prompts is None:
-        return None
-    return read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])[0]
 
 
 def add_import(commands: Any) -> None:
@@ -39,7 +26,7 @@ def add_import(commands: Any) -> None:
     command.add_argument("--as-model", metavar="MODEL", help="folder or hub id of the model that computed it, so that extract finds it")
     command.add_argument("--compute-dtype", help="with --as-model: the dtype that it was computed in (default: float32)")
     command.add_argument("--v1", action="store_true", help="old .pt files instead of safetensors; needs --model")
-    _add_prompts(command, "only these prompts; also gives the texts of prompts that the cache knows by hash only")
+    add_prompts(command, "only these prompts; also gives the texts of prompts that the cache knows by hash only")
     command.add_argument("--strict", action="store_true", help="fail before anything is written if anything would be skipped")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
@@ -50,7 +37,7 @@ def _import(options: argparse.Namespace) -> None:
         raise InvalidArgumentError("--compute-dtype is part of what --as-model says: give both")
     computed = None if options.compute_dtype is None else {"compute_dtype": options.compute_dtype}
     rest: dict[str, Any] = {"as_model": options.as_model, "provenance": computed}
-    rest |= {"prompts": _prompts(options), "dry_run": options.dry_run, "strict": options.strict, "progress": not options.json}
+    rest |= {"prompts": prompts_of(options), "dry_run": options.dry_run, "strict": options.strict, "progress": not options.json}
     if options.v1 and options.model is None:
         raise InvalidArgumentError("old .pt caches do not hold the model's name: give it with --model")
     if options.v1:
@@ -69,7 +56,7 @@ def add_export(commands: Any) -> None:
     command.add_argument("--variables", help="only these, separated by commas (default: all that lmprobe's format has a name for)")
     command.add_argument("--dtype", help="float16, bfloat16 or float32 (default: as stored)")
     command.add_argument("--overwrite", action="store_true", help="replace existing files")
-    _add_prompts(command, "only these prompts")
+    add_prompts(command, "only these prompts")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -79,7 +66,7 @@ def _export(options: argparse.Namespace) -> None:
     if model is None:
         raise ModelNotStoredError(f"{store.url} holds {', '.join(models) or 'nothing yet'}: choose a model with --model")
     summary = export_safetensors(
-        store, options.target, model=model, prompts=_prompts(options), group=options.group, dtype=options.dtype,
+        store, options.target, model=model, prompts=prompts_of(options), group=options.group, dtype=options.dtype,
         layers=None if options.layers == "all" else parse_layers(options.layers), overwrite=options.overwrite, progress=not options.json,
         variables=split_names(options.variables) if options.variables else None,
     )  # fmt: skip

@@ -24,6 +24,7 @@ def add_report(commands: Any) -> None:
     add_choice(command)
     command.add_argument("--scores", metavar="PLACE", help="plot these scores: what sweep --out wrote, or a .zarr folder or .nc file")
     command.add_argument("--labels", help="column with labels: sweep all layers for it, and show the score of each token")
+    command.add_argument("--groups", help="column of groups, kept in one fold each (default: a column that shows pairs); '' for none")
     command.add_argument("--variable", help="variable to fit on (default: resid_last_token, or another pooled variable that is stored)")
     command.add_argument("--prompt", action="append", help="show the tokens of this prompt, by text or hash; may be repeated")
     command.add_argument(
@@ -41,7 +42,8 @@ def _report(options: argparse.Namespace) -> None:
         raise InvalidArgumentError(f"--sample-mb {options.sample_mb:g} is not a size to read: give megabytes above 0")
     page = report(
         options.store, options.output, model=options.model, group=options.group,
-        scores=None if options.scores is None else _open_scores(options.scores), labels=options.labels, variable=options.variable,
+        scores=None if options.scores is None else _open_scores(options.scores), labels=options.labels, groups=options.groups,
+        variable=options.variable,
         prompts=options.prompt or options.prompts, text=not options.no_text, sample_bytes=max(1, int(options.sample_mb * 2**20)),
     )  # fmt: skip
     nbytes = len(page.html.encode())

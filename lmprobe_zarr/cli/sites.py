@@ -14,7 +14,9 @@ __all__ = ["add_sites"]
 
 
 def add_sites(commands: Any) -> None:
-    command = add_command(commands, "sites", _sites, "list what can be taken of a model: built-in sites, and every module by its path")
+    command = add_command(
+        commands, "sites", _sites, "list what can be taken of a model: built-in sites, and every module by its path", remote=False
+    )
     command.add_argument("model", help="folder or hub id of the model")
     command.add_argument("--revision", help="branch, tag or commit of a hub model")
     command.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (default: %(default)s)")

@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, add_yes, confirm, parse_layers
+from lmprobe_zarr.cli.arguments import (
+    add_choice,
+    add_command,
+    add_dry_run,
+    add_prompts,
+    add_store,
+    add_yes,
+    confirm,
+    parse_layers,
+    prompts_of,
+)
 from lmprobe_zarr.cli.printing import as_json, print_json
-from lmprobe_zarr.cli.prompt_files import FORMATS, read_prompts
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.store import Mode, Store, open_store
 from lmprobe_zarr.store.upkeep import GcSummary, RepairSummary
 
 __all__ = ["add_compact", "add_gc", "add_publish", "add_repair", "add_verify"]
-
-
-def _add_dry_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dry-run", action="store_true", help="only report what would be done")
 
 
 def add_compact(commands: Any) -> None:
@@ -28,7 +33,7 @@ def add_compact(commands: Any) -> None:
     command.add_argument("--min-parts", type=int, default=2, help="do not merge runs of fewer parts than this (default: %(default)s)")
     command.add_argument("--all", action="store_true", help="write every part of format 1 again in format 2, merged or not")
     _add_no_shards(command)
-    _add_dry_run(command)
+    add_dry_run(command)
 
 
 def _add_no_shards(command: argparse.ArgumentParser) -> None:
@@ -72,7 +77,7 @@ def add_repair(commands: Any) -> None:
     command = add_command(commands, "repair", _repair, "remove damaged files that a verification finds, and list what to extract again")
     command.add_argument("store", help="folder or URL of the store")
     add_choice(command)
-    _add_dry_run(command)
+    add_dry_run(command)
     add_yes(command)
 
 
@@ -102,7 +107,7 @@ def add_gc(commands: Any) -> None:
     command = add_command(commands, "gc", _gc, "delete parts that were replaced long ago, and files that interrupted writers left")
     command.add_argument("store", help="folder or URL of the store")
     command.add_argument("--max-age", type=float, default=86400.0, help="only files older than this many seconds (default: %(default)s)")
-    _add_dry_run(command)
+    add_dry_run(command)
     add_yes(command)
 
 
@@ -134,9 +139,7 @@ def add_publish(commands: Any) -> None:
     command.add_argument("store", help="folder or URL of the store")
     command.add_argument("url", help="a new or empty folder or URL")
     add_choice(command)
-    command.add_argument("--prompts", help="only these prompts or hashes: .txt, .jsonl or .csv; - is standard input")
-    command.add_argument("--format", choices=FORMATS, help="of the prompts; by default the file's ending, txt for standard input")
-    command.add_argument("--text-column", default="text", help="column of the prompts (default: %(default)s)")
+    add_prompts(command, "only these prompts or hashes")
     command.add_argument("--layers", help="only these: all, middle, last, 0,4,-1 or 8:24")
     command.add_argument("--no-text", action="store_true", help="do not publish the prompts' texts")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier published copy")
@@ -144,14 +147,11 @@ def add_publish(commands: Any) -> None:
 
 
 def _publish(options: argparse.Namespace) -> None:
-    prompts = None
-    if options.prompts is not None:
-        prompts, _ = read_prompts(options.prompts, file_format=options.format, text_column=options.text_column, columns=[])
     summary = open_store(options.store, mode="r").publish(
         options.url,
         model=options.model,
         group=options.group,
-        prompts=prompts,
+        prompts=prompts_of(options),
         layers=None if options.layers is None else parse_layers(options.layers),
         text=not options.no_text,
         overwrite=options.overwrite,

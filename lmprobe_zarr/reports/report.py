@@ -14,6 +14,7 @@ import xarray as xr
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.probes import parse_labels
+from lmprobe_zarr.reports.groups import find_groups
 from lmprobe_zarr.reports.page import GroupPage, ShownTokens, write_page
 from lmprobe_zarr.reports.profiles import Coverage, LayerProfile, bin_coverage, choose_profiled, list_sites, profile_layers
 from lmprobe_zarr.reports.scores import SHOWN_LAYERS, choose_layer, describe_scores, draw_scores, find_scored_group
@@ -97,6 +98,7 @@ def report(
     group: str | None = None,
     scores: xr.Dataset | None = None,
     labels: str | Mapping[Any, Any] | None = None,
+    groups: str | None = None,
     probe: Probe | LayerSweep | None = None,
     variable: str | None = None,
     prompts: int | Iterable[Any] = SHOWN_PROMPTS,
@@ -119,6 +121,9 @@ def report(
         A column, or ``{text or hash: label}``. Without `scores` a logistic regression is swept over the layers of `variable`. With two
         classes and without `probe`, tokens show the log-odds of the second class. They come from one such regression for each layer,
         fitted on the prompts that are not shown (2,000 at most, evenly spaced).
+    groups : str, optional
+        A column: prompts with equal values are in the same fold of that sweep. By default a column whose values show pairs or larger groups
+        of prompts, which the page then names; "" for none.
     probe : Probe or LayerSweep, optional
         Fitted on one layer, or swept over layers: tokens show its scores.
     variable : str, optional
@@ -156,7 +161,7 @@ def report(
         raise InvalidArgumentError(
             f"labels, probe, variable and prompts are of one group, and {len(shown)} are shown: choose it with model= or group="
         )
-    options = _Options(labels=labels, probe=probe, variable=variable, prompts=prompts, text=text, sample_bytes=sample_bytes)
+    options = _Options(labels=labels, groups=groups, probe=probe, variable=variable, prompts=prompts, text=text, sample_bytes=sample_bytes)
     pages = [_describe_group(views[group.group.name], group, scores if scored == group.group.name else None, options) for group in shown]
     made = f"Made by lmprobe-zarr {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. This page fetches nothing."
     if len(chosen) > len(shown):
@@ -172,6 +177,7 @@ class _Options:
     """What `report` was given for the groups that it shows."""
 
     labels: str | Mapping[Any, Any] | None
+    groups: str | None
     probe: Probe | LayerSweep | None
     variable: str | None
     prompts: int | Iterable[Any]
@@ -198,7 +204,7 @@ def _describe_group(view: View, contents: GroupContents, scores: xr.Dataset | No
     """Everything that the page shows of one group."""
     layers = contents.layers[:: -(-len(contents.layers) // SHOWN_LAYERS) or 1]
     pooled = _choose_pooled(view, options.variable)
-    labels, scores = _score_labels(view, pooled, layers, scores, options)
+    labels, scores, note = _score_labels(view, pooled, layers, scores, options)
     charts = () if scores is None else draw_scores(scores)
     profiled = choose_profiled(view)
     tokens: ShownTokens | None = None
@@ -218,7 +224,7 @@ def _describe_group(view: View, contents: GroupContents, scores: xr.Dataset | No
         coverage=_measure_coverage(view, layers),
         profile=None if profiled is None else _profile(view, *profiled, layers, options.sample_bytes),
         scores=charts,
-        scores_note="" if scores is None else describe_scores(scores),
+        scores_note="" if scores is None else describe_scores(scores) + note,
         tokens=tokens,
         missing=tuple(missing),
         start=choose_layer(layers, charts),
@@ -240,23 +246,28 @@ def _choose_pooled(view: View, variable: str | None) -> str | None:
 
 def _score_labels(
     view: View, pooled: str | None, layers: Sequence[int], scores: xr.Dataset | None, options: _Options
-) -> tuple[PromptLabels | None, xr.Dataset | None]:
-    """The labels of every prompt, or None; and the given scores, else those of a sweep over the labels."""
+) -> tuple[PromptLabels | None, xr.Dataset | None, str]:
+    """The labels of every prompt, or None; the given scores, else those of a sweep over the labels; and what is to be said of its folds."""
     if options.labels is None:
-        return None, scores
+        return None, scores, ""
     if pooled is None:
         raise InvalidArgumentError(f"{view.where} holds no pooled site to fit labels on: extract with pooling=, or give scores=")
     data = to_dataset(view, "prompts")
     labels = PromptLabels(*parse_labels(data[pooled], options.labels), variable=pooled)
+    note = ""
     if scores is None:
+        groups = find_groups(data, labels.name) if options.groups is None else options.groups or None
+        if groups is not None:
+            why = "" if options.groups else ", whose values show that prompts belong together,"
+            note = f" Prompts with the same {groups!r}{why} are in the same fold."
         # A curve alone says little: if the texts are stored, scores from the words alone, without the model, are drawn beside it.
         controls = ["shuffled_labels", *(["bag_of_words"] if "text" in data.coords and (data.text.values != "").all() else [])]
         array = data[pooled]
         if "layer" in array.dims:
             held = view.layers_with("prompts", pooled)
             array = array.sel(layer=[layer for layer in layers if layer in held])
-        scores = sweep(array, labels=options.labels, controls=controls)
-    return labels, scores
+        scores = sweep(array, labels=options.labels, controls=controls, groups=groups)
+    return labels, scores, note
 
 
 def _profile(view: View, level: Level, variable: str, layers: Sequence[int], sample_bytes: int) -> LayerProfile:

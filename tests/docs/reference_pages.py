@@ -21,9 +21,25 @@ COMMAND_LINE_HEAD = """# Command line
 `lmprobe-zarr COMMAND`, or `python -m lmprobe_zarr COMMAND`. This page is written from what `--help` says, by
 `python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py` fails where the two differ.
 
-Every command takes `--json` and then prints one JSON document and nothing else. It exits with 0; with 1 after an expected error, which
-it says in at most two lines on standard error, and where `verify` finds anything wrong; with 2 after wrong arguments; with 130 after
-Ctrl-C. Whatever deletes asks first, or wants `--yes`. Where no store is named, it is the [cache](caching.md).
+Every command takes `--json` and then prints one JSON document and nothing else. Commands that delete ask first, or need `--yes`. Where no
+store is named, it is the [cache](caching.md).
+
+| exit code | |
+|---|---|
+| 0 | The command did what it says. |
+| 1 | An expected error, printed on standard error in at most two lines; for `verify`, a problem was found. |
+| 2 | Wrong arguments. The message names the nearest command or option. |
+| 130 | Ctrl-C. What was committed before is kept, and the same command goes on from it. |
+
+Every command that opens a store takes two options for remote places:
+
+| argument | |
+|---|---|
+| `--anon` | open them without credentials, as a public bucket is read |
+| `--storage-options JSON` | an object of options for their file system, such as `'{"endpoint_url": "https://s3.example.org"}'` |
+
+`lmprobe-zarr --print-completion bash` prints the completion for a shell (bash, zsh or tcsh); it needs
+`pip install 'lmprobe-zarr[completion]'`. Save it where the shell looks for completions, or `eval` it.
 """
 
 # One example of each, which `tests/docs/test_docs.py` holds against the parser like every other command on a page.
@@ -31,6 +47,9 @@ EXAMPLES = {
     "demo": "lmprobe-zarr demo --output demo-output",
     "extract": "lmprobe-zarr extract gpt2 prompts.jsonl --coords label --pooling mean,last_token --store acts",
     "info": "lmprobe-zarr info acts",
+    "annotate": "lmprobe-zarr annotate acts labels.csv --columns label",
+    "drop": "lmprobe-zarr drop acts resid --layers 0:8 --model gpt2 --yes",
+    "copy": "lmprobe-zarr copy acts s3://bucket/acts",
     "show": "lmprobe-zarr show acts --list 5",
     "sweep": "lmprobe-zarr sweep acts --variable resid_mean --labels label --plot scores.png",
     "sites": "lmprobe-zarr sites gpt2",
@@ -74,8 +93,8 @@ def arguments(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
     """What a command takes, and what its ``--help`` says of it."""
     formatter = parser._get_formatter()
     for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
+        if isinstance(action, argparse._HelpAction) or action.dest in ("anon", "storage_options"):
+            continue  # the page says these once
         taken = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper())
         if action.option_strings:
             shown = ", ".join(action.option_strings) + ("" if action.nargs == 0 else f" {taken}")

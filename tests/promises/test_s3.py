@@ -22,6 +22,7 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 import pytest
 import xarray as xr
+from command_line import call_json
 from paths import SUPPORT
 from s3_server import ADMIN, ANON, GETTER, READER, S3, Fault, Request
 from stores import GROUP, make_batch
@@ -441,6 +442,17 @@ def test_reading_writes_nothing(s3: S3, url: str, identity: dict[str, Any]) -> N
             write()
     store.mark_used(store.view(store.find_group()).parts)
     assert not [request for request in s3.proxy.requests if request.method in WRITES]
+
+
+def test_the_command_line_opens_a_public_bucket_without_credentials(
+    s3: S3, filled: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsspec.config.conf", {})
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "wrong")
+    access = ("--anon", "--storage-options", json.dumps({"endpoint_url": s3.endpoint}))
+    (group,) = call_json(capsys, "info", filled, *access)["groups"]
+    assert (group["model"], group["prompts"]) == ("acme/toy", 1000)
 
 
 # ------------------------------------------------------------------------------------------------- sharing and upkeep
