@@ -1,4 +1,4 @@
-"""Places that hold files by key: a folder, S3, memory, and whatever else fsspec opens; and `run_all`, which reads or writes many at once.
+"""Places that hold files by key: a folder, S3, Google, Azure, memory, and what else fsspec opens; and `run_all`, for many at once.
 
 Never what the bytes mean: no format, no chunk, no prompt. What every place promises stands in ``base``. Other rooms import from this face.
 """
