@@ -26,13 +26,14 @@ _ELSEWHERE: Final = {"301", "307", "AuthorizationHeaderMalformed", "IllegalLocat
 _NO_CREDENTIALS: Final = {
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound", "ConfigNotFound", "TokenRetrievalError",
     "UnauthorizedSSOTokenError", "SSOTokenLoadError", "InvalidConfigError", "DefaultCredentialsError", "CredentialUnavailableError",
+    "LocalTokenNotFoundError",
 }  # fmt: skip
 _NETWORK: Final = {
     "ConnectionError", "TimeoutError", "ClientConnectionError", "HTTPClientError", "FSTimeoutError", "ServiceRequestError",
     "ServiceResponseError", "TransportError",
 }  # fmt: skip
-# Azure's client is told not to try again on its own.
-_OF_AZURE: Final = {"ServiceRequestError", "ServiceResponseError"}
+# Of clients that do not try again on their own: Azure's, which is told not to, and the Hub's in some of its requests.
+_TRIED_ONCE: Final = {"NetworkError", "RemoteProtocolError", "ServiceRequestError", "ServiceResponseError", "TimeoutException"}
 _NO_BUCKET: Final = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"}
 # How Azure answers a nobody who may not see that something is there.
 _NOT_FOR_ALL: Final = {"NoAuthenticationInformation", "PublicAccessNotPermitted", "ResourceNotFound"}
@@ -58,7 +59,12 @@ _CREDENTIALS: Final = {
         "give storage_options= with account_name and account_key, sas_token or credential, or AZURE_STORAGE_* variables",
         "'anon': True",
     ),
+    "hf": ("run: hf auth login, or set HF_TOKEN, or give storage_options={'token': …}", "'token': False"),
 }
+_OF_THE_HUB: Final = {
+    "BucketNotFoundError", "DisabledRepoError", "HFValidationError", "HfUriError", "OfflineModeIsEnabled", "RepositoryNotFoundError",
+    "RevisionNotFoundError",
+}  # fmt: skip
 _SAME_AS: Final = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
 
 
@@ -109,7 +115,7 @@ def is_passing(error: BaseException | None) -> bool:
         return True
     if status in (408, 425, 429) or (status >= 500 and status not in (501, 505, 507)):
         return True
-    return _is_cut_short(error) or bool({kind.__name__ for kind in type(error).__mro__} & _OF_AZURE)
+    return _is_cut_short(error) or bool({kind.__name__ for kind in type(error).__mro__} & _TRIED_ONCE)
 
 
 def _is_cut_short(error: BaseException | None) -> bool:
@@ -130,6 +136,8 @@ def as_our_error(error: Exception, url: str, key: str, *, writing: bool, listing
     where = f"{url}/{key}" if key else url
     scheme = _scheme(url)
     how, anyone = _CREDENTIALS.get(scheme, _CREDENTIALS["s3"])
+    if names & _OF_THE_HUB:
+        return _hub_error(names, url, how)
     if code in _NO_BUCKET:
         return StoreNotFoundError(f"{url} names a bucket that is not there: check its name, and the endpoint")
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)) or status in (412, 416):
@@ -147,7 +155,7 @@ def as_our_error(error: Exception, url: str, key: str, *, writing: bool, listing
             f"{where} was moved to an archive ({code}) and cannot be read from there: restore the object, or copy it to a class of storage "
             "that is read at once"
         )
-    if is_passing(error) and not names & _OF_AZURE:
+    if is_passing(error) and not names & _TRIED_ONCE:
         reason = f"status {status}{code and f', {code}'}" if status or code else type(error).__name__
         if _is_cut_short(error):
             return UnreachableError(f"{where} came cut short, again and again ({type(error).__name__}): check the network, and try again")
@@ -182,6 +190,8 @@ def as_our_error(error: Exception, url: str, key: str, *, writing: bool, listing
             "storage_options={'client_kwargs': {'headers': {'Authorization': …}}}"
         )
     if (isinstance(error, PermissionError) and status == 0) or status in (401, 403):
+        if writing and scheme == "hf":
+            return ReadOnlyError(f"{where} cannot be written: that needs a token with the right to write; {how}")
         if writing:
             return ReadOnlyError(f"{where} cannot be written: check permissions, or open with mode='r'")
         if listing:
@@ -205,6 +215,23 @@ def as_our_error(error: Exception, url: str, key: str, *, writing: bool, listing
         f"{where} cannot be {what} ({reason or without_secrets(str(error))[:200] or type(error).__name__}): check the place, and what its "
         "server takes"
     )
+
+
+def _hub_error(names: set[str], url: str, how: str) -> Exception:
+    """The error for what the Hub says of a whole repository."""
+    if "GatedRepoError" in names:
+        return AccessDeniedError(
+            f"{url} is gated: ask for access on its page of the Hub, with the account whose token is used here; then {how}"
+        )
+    if "RevisionNotFoundError" in names:
+        return StoreNotFoundError(f"{url} has no such revision, or has it no more: give a branch, tag or commit behind @, or none for main")
+    if "DisabledRepoError" in names:
+        return AccessDeniedError(f"{url} was disabled by the Hub: ask its owners, or the Hub")
+    if "OfflineModeIsEnabled" in names:
+        return UnreachableError(f"{url} is not asked for, because HF_HUB_OFFLINE is set: unset it, and start Python again")
+    if names & {"HFValidationError", "HfUriError"}:
+        return InvalidArgumentError(f"{url} is no possible name of the Hub: give it as 'hf://datasets/ORGANISATION/NAME'")
+    return AccessDeniedError(f"{url} is not there, or is private: check its name, and that it is a dataset; or {how}")
 
 
 def _scheme(url: str) -> str:
