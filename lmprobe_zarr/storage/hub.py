@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError, ReadOnlyError, UnreachableError
 from lmprobe_zarr.storage.base import FileInfo
@@ -118,11 +118,11 @@ class HubStorage(FsspecStorage):
         return "/".join(part for part in (self.repo.folder, key) if part)
 
     def _get(self, key: str, headers: dict[str, str]) -> Any:
-        from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
         filesystem, repo = self.filesystem, self.repo
-        where = hf_hub_url(repo.name, self._in_repo(key), repo_type=repo.kind, revision=self.commit_id, endpoint=filesystem.endpoint)
+        above = "" if repo.kind == "model" else f"{repo.kind}s/"
+        where = f"{filesystem.endpoint}/{above}{repo.name}/resolve/{self.commit_id}/{quote(self._in_repo(key))}"
         sent = {**build_hf_headers(token=filesystem.token), "Accept-Encoding": "identity", **headers}
         answer = http_backoff("GET", where, headers=sent, timeout=_SECONDS)
         hf_raise_for_status(answer)

@@ -45,7 +45,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)  # type: ignore[attr-defined]
-    monkeypatch.setattr(remote, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(remote, "_WAITS", (0.0,) * 6)
     huggingface_hub.HfFileSystem.clear_instance_cache()
     with Hub().running() as server:
         # Old releases of the client understand the address of a commit only where it is below this one.
