@@ -19,17 +19,21 @@ from urllib.parse import quote, unquote
 from lmprobe_zarr.errors import InvalidArgumentError, LmprobeZarrError, ReadOnlyError, UnreachableError
 from lmprobe_zarr.storage.base import FileInfo
 from lmprobe_zarr.storage.local import LocalStorage
+from lmprobe_zarr.storage.objects import ObjectStorage
 from lmprobe_zarr.storage.pieces import PieceWriter
 from lmprobe_zarr.storage.ranges import Answer, Run, answered
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.typing import Buffer
 
-__all__ = ["HubDraft", "HubRepo", "HubStorage", "is_bucket", "parse_repo"]
+__all__ = ["HubBucketStorage", "HubDraft", "HubRepo", "HubStorage", "check_hub_url", "is_bucket", "parse_repo"]
 
 _REPO: Final = re.compile(r"(?:(datasets|spaces|models)/)?([^/@\s]+/[^/@\s]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?", re.DOTALL)
 _SECONDS: Final = 60.0  # without a byte of an answer
 _FILES_AT_ONCE: Final = 100  # that are uploaded before the next are looked at
 _FILES_IN_COMMIT: Final = 1000
+# One entry for each block without progress bars, behind True where they are shown again after the last.
+_bars: Final[list[bool]] = []
+_bars_lock: Final = threading.Lock()
 # The Hub's own file, in every repository.
 _ATTRIBUTES: Final = ".gitattributes"
 
@@ -62,6 +66,14 @@ def parse_repo(url: str) -> HubRepo:
         raise InvalidArgumentError(f"{url!r} names no repository of the Hub: give it as 'hf://datasets/ORGANISATION/NAME'")
     kind = (found[1] or "models").removesuffix("s")
     return HubRepo(kind, found[2], None if found[3] is None else unquote(found[3]), (found[4] or "").strip("/"))
+
+
+def check_hub_url(url: str) -> None:
+    """Raise `InvalidArgumentError` for a URL of the Hub that names neither a repository nor a bucket."""
+    if not is_bucket(url):
+        parse_repo(url)
+    elif len([part for part in url.partition("buckets/")[2].split("/") if part]) < 2:
+        raise InvalidArgumentError(f"{url!r} names no bucket of the Hub: give it as 'hf://buckets/ORGANISATION/NAME'")
 
 
 class HubStorage(FsspecStorage):
@@ -118,15 +130,8 @@ class HubStorage(FsspecStorage):
         return "/".join(part for part in (self.repo.folder, key) if part)
 
     def _get(self, key: str, headers: dict[str, str]) -> Any:
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
-
-        filesystem, repo = self.filesystem, self.repo
-        above = "" if repo.kind == "model" else f"{repo.kind}s/"
-        where = f"{filesystem.endpoint}/{above}{repo.name}/resolve/{self.commit_id}/{quote(self._in_repo(key))}"
-        sent = {**build_hf_headers(token=filesystem.token), "Accept-Encoding": "identity", **headers}
-        answer = http_backoff("GET", where, headers=sent, timeout=_SECONDS)
-        hf_raise_for_status(answer)
-        return answer
+        above = "" if self.repo.kind == "model" else f"{self.repo.kind}s/"
+        return _fetched(self, f"{above}{self.repo.name}/resolve/{self.commit_id}/{quote(self._in_repo(key))}", headers)
 
     def read(self, key: str) -> bytes:
         data: bytes = self.call(self._get, key, {}, key=key).content
@@ -135,8 +140,7 @@ class HubStorage(FsspecStorage):
     read_current = read
 
     def _request(self, key: str, run: Run) -> Answer | None:
-        answer = self.call(self._get, key, {"Range": run.header}, key=key)
-        return answered(run, answer.content, is_partial=answer.status_code == 206, content_range=answer.headers.get("Content-Range"))
+        return _range_of(run, self.call(self._get, key, {"Range": run.header}, key=key))
 
     def _file(self, key: str) -> Any:
         """The Hub's entry of a file; None where there is none."""
@@ -200,19 +204,134 @@ class HubStorage(FsspecStorage):
             )
 
 
+class HubBucketStorage(ObjectStorage):
+    """A folder of a bucket of the Hub, which has no revisions: files are written one by one, and replaced.
+
+    `HfFileSystem` keeps listings for ever, and looks for a file in them before it reads it: a file of another writer would be missing.
+    """
+
+    def object_of(self, key: str) -> tuple[str, str]:
+        owner, name, *folders = self._path(key).removeprefix("buckets/").split("/")
+        return f"{owner}/{name}", "/".join(folders)
+
+    def _ask(self, verb: str, *args: Any, key: str = "", writing: bool = False, listing: bool = False, **given: Any) -> Any:
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self.filesystem.endpoint, token=self.filesystem.token)
+        method = partial(getattr(api, verb), self.object_of("")[0], *args, **given)
+        with _without_bars():
+            return self.call(_whole, method, key=key, writing=writing, listing=listing)
+
+    def _get(self, key: str, headers: dict[str, str]) -> Any:
+        bucket, path = self.object_of(key)
+        return _fetched(self, f"buckets/{bucket}/resolve/{quote(path, safe='')}", headers)
+
+    def read(self, key: str) -> bytes:
+        data: bytes = self.call(self._get, key, {}, key=key).content
+        return data
+
+    read_current = read
+
+    def _request(self, key: str, run: Run) -> Answer | None:
+        return _range_of(run, self.call(self._get, key, {"Range": run.header}, key=key))
+
+    def _length(self, key: str) -> int | None:
+        found = self._ask("get_bucket_paths_info", [self.object_of(key)[1]], key=key)
+        return next((int(entry.size) for entry in found), None)
+
+    def is_file(self, key: str) -> bool:
+        return bool(self.object_of(key)[1]) and self._length(key) is not None
+
+    def _entries(self, key: str, *, deep: bool) -> Iterator[tuple[str, FileInfo]]:
+        folder = self._folder(key)[1]
+        try:
+            found = self._ask("list_bucket_tree", folder.rstrip("/") or None, recursive=deep, key=key, listing=True)
+        except FileNotFoundError as error:
+            if type(error) is not FileNotFoundError:
+                raise
+            return
+        for entry in found:
+            if entry.path.startswith(folder) and entry.path != folder:
+                is_file = hasattr(entry, "size")
+                changed = entry.uploaded_at.timestamp() if is_file and entry.uploaded_at else None
+                yield entry.path.removeprefix(folder).rstrip("/"), FileInfo(is_file, int(entry.size) if is_file else 0, changed)
+
+    def _put(self, key: str, data: Buffer, *, if_absent: bool) -> None:
+        # A bucket has no condition for a put: the file is looked for first.
+        if if_absent and self.is_file(key):
+            raise FileExistsError(key)
+        self._ask("batch_bucket_files", add=[(bytes(data), self.object_of(key)[1])], key=key, writing=True)
+
+    def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
+        return _BucketPieces(self, key)
+
+    def _delete(self, key: str) -> None:
+        self._ask("batch_bucket_files", delete=[self.object_of(key)[1]], key=key, writing=True)
+
+
+class _BucketPieces(PieceWriter):
+    """A file that is written to a temporary one, and uploaded when that is whole."""
+
+    def __init__(self, storage: HubBucketStorage, key: str) -> None:
+        super().__init__(f"{storage.url}/{key}")
+        self._storage, self._key = storage, key
+        self._draft: str | None = None
+
+    def _append(self, view: memoryview) -> None:
+        with self._storage.translating_errors(self._key, writing=True):
+            if self._draft is None:
+                number, self._draft = tempfile.mkstemp(prefix="lmprobe-zarr-piece-")
+                os.close(number)
+            with open(self._draft, "ab") as file:  # none stays open: hundreds may be written at the same time
+                file.write(view)
+
+    def _close(self) -> None:
+        if self._draft is None:
+            self._storage.write(self._key, b"", durable=True)
+            return
+        path = self._storage.object_of(self._key)[1]
+        self._storage._ask("batch_bucket_files", add=[(self._draft, path)], key=self._key, writing=True)
+        self._abort()
+
+    def _abort(self) -> None:
+        if self._draft is not None:
+            os.unlink(self._draft)
+            self._draft = None
+
+
+def _fetched(storage: FsspecStorage, path: str, headers: dict[str, str]) -> Any:
+    """The Hub's answer to the request for a file, behind its redirections; the client drops the token where they lead to another host."""
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+
+    filesystem = storage.filesystem
+    sent = {**build_hf_headers(token=filesystem.token), "Accept-Encoding": "identity", **headers}
+    answer = http_backoff("GET", f"{filesystem.endpoint}/{path}", headers=sent, timeout=_SECONDS)
+    hf_raise_for_status(answer)
+    return answer
+
+
+def _range_of(run: Run, answer: Any) -> Answer | None:
+    return answered(run, answer.content, is_partial=answer.status_code == 206, content_range=answer.headers.get("Content-Range"))
+
+
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """No progress bars of the Hub's client, which go into files and pipes too."""
     from huggingface_hub import utils
 
-    if utils.are_progress_bars_disabled():  # type: ignore[attr-defined]
-        yield
-        return
-    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    with _bars_lock:
+        if not _bars and not utils.are_progress_bars_disabled():  # type: ignore[attr-defined]
+            utils.disable_progress_bars()  # type: ignore[attr-defined]
+            _bars.append(True)  # to be shown again by the last one
+        _bars.append(False)
     try:
         yield
     finally:
-        utils.enable_progress_bars()  # type: ignore[attr-defined]
+        with _bars_lock:
+            _bars.pop()
+            if _bars == [True]:
+                _bars.clear()
+                utils.enable_progress_bars()  # type: ignore[attr-defined]
 
 
 class HubDraft(LocalStorage):

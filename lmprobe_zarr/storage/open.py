@@ -16,7 +16,7 @@ from lmprobe_zarr.storage.base import REMOTE_THREADS, Storage
 from lmprobe_zarr.storage.client_errors import as_our_error, without_secrets
 from lmprobe_zarr.storage.gcs import GcsStorage
 from lmprobe_zarr.storage.http import HttpStorage
-from lmprobe_zarr.storage.hub import HubStorage, is_bucket, parse_repo
+from lmprobe_zarr.storage.hub import HubBucketStorage, HubStorage, check_hub_url, is_bucket
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.storage.memory import MemoryStorage
 from lmprobe_zarr.storage.remote import FsspecStorage
@@ -52,8 +52,8 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
         if storage_options:
             raise InvalidArgumentError(f"storage_options are for URLs, and {place!r} is a local path: leave them out")
         return LocalStorage(place)
-    if place.startswith("hf://") and not is_bucket(place):
-        parse_repo(place)
+    if place.startswith("hf://"):
+        check_hub_url(place)
     try:
         filesystem, root = fsspec.core.url_to_fs(place, **_with_defaults(place, storage_options or {}))
     except (ValueError, ImportError, TypeError, OSError) as error:
@@ -71,8 +71,8 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
         storage = GcsStorage(filesystem, root, place)
     elif _is_a(kind, "AzureBlobFileSystem", "adlfs"):
         storage = AzureStorage(filesystem, azure_root(place), place)
-    elif _is_a(kind, "HfFileSystem", "huggingface_hub") and not is_bucket(place):
-        storage = HubStorage(filesystem, root, place)
+    elif _is_a(kind, "HfFileSystem", "huggingface_hub"):
+        storage = (HubBucketStorage if is_bucket(place) else HubStorage)(filesystem, root, place)
     elif _is_a(kind, "HTTPFileSystem", "fsspec.implementations.http"):
         storage = HttpStorage(filesystem, root, place)
     else:

@@ -5,12 +5,14 @@ The Hub is a server of its HTTP surface on this machine (`hub_server`). Its own 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,6 +198,8 @@ def test_urls_of_repositories(url: str, repo: HubRepo) -> None:
 def test_a_url_without_a_repository_is_an_error_that_says_how_it_is_given(url: str) -> None:
     with pytest.raises(InvalidArgumentError, match="hf://datasets/ORGANISATION/NAME"):
         lz.open_store(url)
+    with pytest.raises(InvalidArgumentError, match="hf://buckets/ORGANISATION/NAME"):
+        lz.open_store("hf://buckets/lab/")
 
 
 def test_nothing_of_the_local_store_is_written_and_no_temporary_folder_stays(
@@ -230,6 +234,81 @@ def test_a_repository_is_written_to_as_a_whole_only(hub: Hub, store: Store) -> N
             write()
 
 
+# --------------------------------------------------------------------------------------------------------------- buckets
+
+
+class XetOfTests:
+    """What stands in for Xet's upload of the contents of files, whose server is not here: they go to the Hub of the tests at once."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+
+    def new_upload_commit(self, **given: Any) -> XetOfTests:
+        return self
+
+    def __enter__(self) -> XetOfTests:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def start_upload_bytes(self, data: bytes, **given: Any) -> Any:
+        oid = hashlib.sha256(data).hexdigest()
+        self.hub.objects[oid] = bytes(data)
+        found = SimpleNamespace(xet_info=SimpleNamespace(hash=oid, file_size=len(data)))
+        return SimpleNamespace(result=lambda: found)
+
+    def start_upload_file(self, path: str, **given: Any) -> Any:
+        return self.start_upload_bytes(Path(path).read_bytes())
+
+
+@pytest.fixture
+def bucket(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
+    pytest.importorskip("hf_xet", reason="hf_xet is not installed: pip install huggingface_hub[hf_xet]")
+    if not hasattr(hub_module.HfApi, "batch_bucket_files"):
+        pytest.skip("this release of huggingface_hub has no buckets")
+    monkeypatch.setattr("huggingface_hub.utils._xet.get_xet_session", lambda: XetOfTests(hub))
+    repo = hub.repos["buckets/lab/box"] = Repo()
+    repo.commit({"acts-of-others/g/f": b"theirs"})
+    return "hf://buckets/lab/box/acts"
+
+
+def test_a_bucket_is_read_from_and_written_to_part_by_part(hub: Hub, bucket: str) -> None:
+    storage = open_storage(bucket, hub.options())
+    storage.write("g/run 1%20#?", b"123456", durable=True)
+    storage.commit("g/p/zarr.json", b"1", durable=True, replace=False)
+    with pytest.raises(errors.AlreadyCommittedError):
+        open_storage(bucket, hub.options()).commit("g/p/zarr.json", b"2", durable=True, replace=False)
+    assert storage.list("g") == ["p", "run 1%20#?"]
+    assert storage.list("") == ["g"]
+    assert [bytes(each) for each in storage.read_ranges("g/run 1%20#?", [(1, 3), (5, 9), (9, 12)])] == [b"23", b"6", b""]
+    assert (storage.is_file("g/p/zarr.json"), storage.is_file("g/p"), storage.scan("nothing")) == (True, False, {})
+    with storage.open_pieces("g/q", durable=True) as pieces:
+        pieces.append(b"in pieces")
+    assert storage.read("g/q") == b"in pieces"
+    storage.remove_tree("g")
+    assert storage.list("") == []
+    with pytest.raises(FileNotFoundError):
+        storage.read("g/q")
+    store = lz.open_store(bucket, storage_options=hub.options())
+    store.write(GROUP, BATCH)
+    early = lz.open_store(bucket, "r", storage_options=hub.options(READER))
+    assert early.dataset().sizes["prompt"] == 20
+    store.write(GROUP, make_batch(["another"], seed=3))
+    store.delete("acme/toy", ["prompt 3"])
+    assert lz.open_store(bucket, "r", storage_options=hub.options(False)).dataset().sizes["prompt"] == 20
+    assert not store.verify(progress=False).problems
+    assert hub.repos["buckets/lab/box"].files("main")["acts-of-others/g/f"] == b"theirs"  # type: ignore[index]
+
+
+def test_a_bucket_that_is_not_there_or_may_not_be_written_is_an_error_of_ours(hub: Hub, bucket: str) -> None:
+    with pytest.raises(AccessDeniedError, match="not there, or is private"):
+        lz.open_store("hf://buckets/lab/nothing", "r", storage_options=hub.options()).models()
+    with pytest.raises(ReadOnlyError, match="right to write") as caught:
+        open_storage(bucket, hub.options(READER)).write("f", b"1", durable=False)
+    assert "SESAME" not in "".join(traceback.format_exception(caught.value))
+
+
 # ------------------------------------------------------------------------------------------------- private, other contents
 
 
@@ -246,7 +325,7 @@ def test_a_private_repository_is_made_and_never_a_public_one_taken_for_it(
     with pytest.raises(InvalidArgumentError, match="open to everyone already"):
         publish(store, hub, "hf://datasets/lab/open", private=True, overwrite=True)
     assert hub.repos["datasets/lab/open"].titles == titles
-    with pytest.raises(InvalidArgumentError, match="private= is for the Hugging Face Hub"):
+    with pytest.raises(InvalidArgumentError, match="private= is for repositories of the Hugging Face Hub"):
         store.publish(Path(store.url).parent / "copy", private=True)
 
 

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -120,20 +121,24 @@ class Hub(ThreadingHTTPServer):
 _ROUTES = {
     "create": r"POST /api/repos/create",
     "validate": r"POST /api/validate-yaml",
-    "preupload": r"POST /api/(?P<kind>\w+)s/(?P<name>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)",
-    "commit": r"POST /api/(?P<kind>\w+)s/(?P<name>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)",
-    "paths": r"POST /api/(?P<kind>\w+)s/(?P<name>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)",
-    "tree": r"GET /api/(?P<kind>\w+)s/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?",
-    "info": r"GET /api/(?P<kind>\w+)s/(?P<name>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?",
-    "batch": r"POST /(?:(?P<kind>\w+)s/)?(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
+    "preupload": r"POST /api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)",
+    "commit": r"POST /api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)",
+    "paths": r"POST /api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)",
+    "tree": r"GET /api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?",
+    "info": r"GET /api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?",
+    "batch": r"POST /(?:(?P<kind>model|dataset|space)s/)?(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
     "object": r"PUT /lfs/(?P<oid>\w+)",
     "piece": r"PUT /lfs/(?P<oid>\w+)/(?P<number>\d+)",
     "complete": r"POST /lfs/(?P<oid>\w+)",
     "verify": r"POST /lfs/(?P<oid>\w+)/verify",
+    "bucket tree": r"GET /api/buckets/(?P<name>[^/]+/[^/]+)/tree(?:/(?P<path>.*))?",
+    "bucket paths": r"POST /api/buckets/(?P<name>[^/]+/[^/]+)/paths-info",
+    "bucket batch": r"POST /api/buckets/(?P<name>[^/]+/[^/]+)/batch",
+    "bucket resolve": r"GET /buckets/(?P<name>[^/]+/[^/]+)/resolve/(?P<path>.*)",
     "cdn": r"GET /cdn/(?P<oid>\w+)",
-    "resolve": r"GET /(?:(?P<kind>\w+)s/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.*)",
+    "resolve": r"GET /(?:(?P<kind>model|dataset|space)s/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.*)",
 }
-_WRITING = {"create", "preupload", "commit", "batch"}
+_WRITING = {"create", "preupload", "commit", "batch", "bucket batch"}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -177,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         given = {name: unquote(value) for name, value in found.groupdict().items() if value is not None}
         with self.server.lock:
             if self._may(kind, token, given):
-                getattr(self, f"_{kind}")(given, parse_qs(parts.query), body)
+                getattr(self, f"_{kind.replace(' ', '_')}")(given, parse_qs(parts.query), body)
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _serve  # noqa: N815
 
@@ -190,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(403 if token else 401, "", "You need a token with the right to write")
         if "name" not in given:
             return True
-        repo = self.server.repos.get(f"{given.get('kind', 'model')}s/{given['name']}")
+        repo = self.server.repos.get(f"{'bucket' if kind.startswith('bucket') else given.get('kind', 'model')}s/{given['name']}")
         if repo is None or (repo.private and token not in (WRITER, READER)):
             return self._refuse(404 if token else 401, "RepoNotFound", "Repository not found")
         if repo.gated and kind in ("resolve", "tree", "paths") and token not in (WRITER, READER):
@@ -343,6 +348,42 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
         sha = self.repo.commit(files, title, given["revision"])
         self._json({"commitUrl": f"{self.server.endpoint}/{given['name']}/commit/{sha}", "commitOid": sha, "success": True})
+
+    # ----------------------------------------------------------------------------------------------------------- buckets
+
+    def _bucket_entry(self, path: str) -> dict[str, Any]:
+        data = self.files[path]
+        uploaded = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        return {"type": "file", "path": path, "size": len(data), "xetHash": hashlib.sha256(data).hexdigest(), "uploadedAt": uploaded}
+
+    def _bucket_tree(self, given: dict[str, str], query: dict[str, Any], body: bytes) -> None:
+        prefix, deep = given.get("path", ""), query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries = {}
+        for path in sorted(self.files):
+            # By the beginning of a name, as the Hub does.
+            if path.startswith(prefix):
+                cut = path.find("/", len(prefix) + 1 if prefix else 0)
+                folder = {"type": "directory", "path": path[:cut], "uploadedAt": "2026-01-01T00:00:00.000Z"}
+                entries[path if deep or cut < 0 else path[:cut]] = self._bucket_entry(path) if deep or cut < 0 else folder
+        self._json(list(entries.values()))
+
+    def _bucket_paths(self, given: dict[str, str], query: dict[str, Any], body: bytes) -> None:
+        self._json([self._bucket_entry(path) for path in json.loads(body)["paths"] if path in self.files])
+
+    def _bucket_resolve(self, given: dict[str, str], query: dict[str, Any], body: bytes) -> None:
+        if given["path"] not in self.files:
+            self._refuse(404, "EntryNotFound", "no such file")
+        else:
+            self._bytes(self.files[given["path"]])
+
+    def _bucket_batch(self, given: dict[str, str], query: dict[str, Any], body: bytes) -> None:
+        for line in body.splitlines():
+            step = json.loads(line)
+            if step["type"] == "addFile":
+                self.files[step["path"]] = self.server.objects[step["xetHash"]]
+            else:
+                self.files.pop(step["path"], None)
+        self._json({"success": True, "failed": []})
 
     # ----------------------------------------------------------------------------------------------------------- answers
 

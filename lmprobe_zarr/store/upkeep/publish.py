@@ -401,7 +401,9 @@ def publish_to(
     if isinstance(target, HubStorage):
         return _publish_to_hub(target, selections, write, overwrite=overwrite, private=private, progress=progress)
     if private is not None:
-        raise InvalidArgumentError(f"private= is for the Hugging Face Hub, and {target.url} is another place: who may read is set there")
+        raise InvalidArgumentError(
+            f"private= is for repositories of the Hugging Face Hub, and {target.url} is another place: who may read is set there"
+        )
     with progress_bar(total_nbytes(selections), description="publish", unit="B", enabled=progress) as advance:
         return write(target, advance=advance)
 
