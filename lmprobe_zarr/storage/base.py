@@ -5,8 +5,9 @@ A storage holds files by key. It does not know what their bytes mean. What is pr
 * ``write`` makes a file whole or raises. Readers may see it half written, so it is only used for files that no commit names yet.
 * ``open_pieces`` writes a file as ``write`` does, piece by piece: it is whole once it is closed. Object stores show it only then.
 * ``commit`` makes a file appear whole, at once and for good: on a local folder by temporary file, fsync and rename, on an
-  object store by one put, which object stores make atomic. With ``replace=False`` it never replaces another writer's file. Local folders
-  and S3 decide that in one step. Elsewhere the file is looked for first, and the random digits in a part's name keep two writers apart.
+  object store by one put, which object stores make atomic. With ``replace=False`` it never replaces another writer's file. Local folders,
+  S3, Google and Azure decide that in one step. Elsewhere the file is looked for first, and the random digits in a part's name keep two
+  writers apart.
 * ``remove`` removes single files, and folders only where that leaves them empty: files of others stay. A file behind a link that points
   outside the place is read like any other, and never removed.
 * Opening a place writes nothing.

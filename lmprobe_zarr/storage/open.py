@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import fsspec
 from fsspec.implementations.memory import MemoryFileSystem
 
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.storage.address import parse_address, unfilled, unfilled_name
+from lmprobe_zarr.storage.azure import AzureStorage, azure_root
 from lmprobe_zarr.storage.base import REMOTE_THREADS, Storage
-from lmprobe_zarr.storage.client_errors import without_secrets
+from lmprobe_zarr.storage.client_errors import as_our_error, without_secrets
+from lmprobe_zarr.storage.gcs import GcsStorage
 from lmprobe_zarr.storage.http import HttpStorage
+from lmprobe_zarr.storage.hub import HubBucketStorage, HubStorage, check_hub_url, is_bucket
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.storage.memory import MemoryStorage
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.storage.s3 import S3Storage
 
 __all__ = ["open_storage"]
+
+_S3: Final = ("s3", "s3a")
+_OBJECT_STORES: Final = (*_S3, "gs", "gcs", "az", "abfs", "abfss")
 
 
 def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping[str, Any] | None = None) -> Storage:
@@ -46,15 +52,28 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
         if storage_options:
             raise InvalidArgumentError(f"storage_options are for URLs, and {place!r} is a local path: leave them out")
         return LocalStorage(place)
+    if place.startswith("hf://"):
+        check_hub_url(place)
     try:
         filesystem, root = fsspec.core.url_to_fs(place, **_with_defaults(place, storage_options or {}))
     except (ValueError, ImportError, TypeError, OSError) as error:
         raise InvalidArgumentError(f"{place.split('://')[0]}:// cannot be opened: {without_secrets(str(error))}") from error
+    except Exception as error:
+        # Of clients that look for credentials at once, and have errors of their own for what they do not find.
+        if translated := as_our_error(error, without_secrets(place), "", writing=False, listing=False):
+            raise translated from error
+        raise
     # Look at the class: a caching file system passes on every attribute of the one that it wraps.
     kind = type(filesystem)
     if hasattr(kind, "call_s3"):
         storage: Storage = S3Storage(filesystem, root, place)
-    elif any(base.__name__ == "HTTPFileSystem" and base.__module__ == "fsspec.implementations.http" for base in kind.__mro__):
+    elif _is_a(kind, "GCSFileSystem", "gcsfs"):
+        storage = GcsStorage(filesystem, root, place)
+    elif _is_a(kind, "AzureBlobFileSystem", "adlfs"):
+        storage = AzureStorage(filesystem, azure_root(place), place)
+    elif _is_a(kind, "HfFileSystem", "huggingface_hub"):
+        storage = (HubBucketStorage if is_bucket(place) else HubStorage)(filesystem, root, place)
+    elif _is_a(kind, "HTTPFileSystem", "fsspec.implementations.http"):
         storage = HttpStorage(filesystem, root, place)
     else:
         storage = (MemoryStorage if issubclass(kind, MemoryFileSystem) else FsspecStorage)(filesystem, root, place)
@@ -63,19 +82,26 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
     return storage
 
 
+def _is_a(kind: type, name: str, module: str) -> bool:
+    """Whether a class of file systems is one of a package, which need not be installed."""
+    return any(base.__name__ == name and base.__module__.startswith(module) for base in kind.__mro__)
+
+
 def _with_defaults(place: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The caller's options and, for S3, defaults with which reading takes few requests, many at a time."""
+    """The caller's options and, for S3, Google and Azure, defaults with which reading takes few requests, many at a time."""
     before, _, last = place.rpartition("::")
     protocol = last.split("://")[0]
-    if protocol not in ("s3", "s3a"):
+    if protocol not in _OBJECT_STORES:
         return dict(options)
     given = dict(options.get(protocol, {})) if before else dict(options)
-    # s3fs requests the size of a file before it reads it, unless max_concurrency is 1. Other writers make its cached listings untrue.
-    # Its own retries multiply with botocore's.
-    filled = {"max_concurrency": 1, "use_listings_cache": False, **given}
-    filled["config_kwargs"] = {
-        "max_pool_connections": REMOTE_THREADS,
-        "retries": {"mode": "standard", "total_max_attempts": 3},
-        **(given.get("config_kwargs") or {}),
-    }
+    # Other writers make cached listings untrue.
+    filled: dict[str, Any] = {"use_listings_cache": False, **given}
+    if protocol in _S3:
+        # s3fs requests the size of a file before it reads it, unless max_concurrency is 1. Its own retries multiply with botocore's.
+        filled.setdefault("max_concurrency", 1)
+        filled["config_kwargs"] = {
+            "max_pool_connections": REMOTE_THREADS,
+            "retries": {"mode": "standard", "total_max_attempts": 3},
+            **(given.get("config_kwargs") or {}),
+        }
     return {**options, protocol: filled} if before else filled

@@ -209,7 +209,7 @@ class FsspecStorage(Storage):
         """Make a file unless it exists; False where the place has no conditional put and the file does not exist: nothing was written."""
         for attempt in range(_PUT_ATTEMPTS):
             try:
-                self.call(self.filesystem.pipe_file, self._path(key), bytes(data), key=key, writing=True, mode="create")
+                self._create(key, data)
                 return True
             except FileExistsError:
                 break
@@ -227,6 +227,10 @@ class FsspecStorage(Storage):
                 break
         check_same(self, key, data)
         return True
+
+    def _create(self, key: str, data: Buffer) -> None:
+        """Make a file that does not exist; FileExistsError, or the client's own error, where it does."""
+        self.call(self.filesystem.pipe_file, self._path(key), bytes(data), key=key, writing=True, mode="create")
 
     def _exists_with(self, key: str, data: Buffer) -> bool:
         """Whether a file exists; raises where it does with other bytes."""

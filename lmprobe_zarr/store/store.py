@@ -962,6 +962,8 @@ class Store:
         storage_options: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         card: str | bool | None = None,
+        licence: str | None = None,
+        private: bool | None = None,
         shards: bool = True,
         progress: bool = True,
     ) -> PublishSummary:
@@ -974,7 +976,8 @@ class Store:
         Parameters
         ----------
         url : str or path
-            A new or empty place.
+            A new or empty place. ``hf://datasets/organisation/name`` is a repository of the Hugging Face Hub, which is made if it is not
+            there: the copy is written to a temporary folder first, and uploaded in few commits, the last of which makes it visible.
         model, provenance, group : optional
             Which groups; all that match. With `prompts` or `layers` just one.
         prompts : iterable of str or sequence of int, optional
@@ -991,6 +994,11 @@ class Store:
             Replace a copy that was published there before. Readers that have the old copy open get `PartGoneError`.
         card : str or bool, optional
             The text of ``README.md``; None makes one, False writes none.
+        licence : str, optional
+            For the card, by its name on the Hugging Face Hub, such as "cc-by-4.0". None says that it is not known.
+        private : bool, optional
+            Of a repository of the Hub (``hf://datasets/…``) that is made: whether it is hidden from others. None leaves that to the Hub.
+            True is an error where the repository is there already and open to everyone.
         shards : bool
             Write the chunks of a layer to few files, of about 64 MiB on a local disk and 256 MiB elsewhere. False writes each chunk to a
             file of its own, which other Zarr readers read faster.
@@ -1024,6 +1032,8 @@ class Store:
             shards=shards,
             storage_options=storage_options,
             progress=progress,
+            licence=licence,
+            private=private,
         )
 
     def _select(

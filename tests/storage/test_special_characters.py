@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from special_names import NAMES
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import ReadOnlyError
 from lmprobe_zarr.storage import FsspecStorage, LocalStorage, Storage, open_storage
 from lmprobe_zarr.storage.s3 import S3Storage
 
-NAMES = [
-    "run[12]", "run[!1]", "run*", "run?", "run{1,2}", "run#1", "50%", "a%20b", "a b", "a+b", "~run", "run!", "$1", "a;b", "a\nb", "-rf",
-    "日本", "naïve", "a'b", 'a"b', "a=b", "a,b", "a@b", "(a)", "a|b", "<a>", "a^b", "a`b", "a\\b", "**", ".hidden", "a:b", "a&b",
-]  # fmt: skip
-# Each matches a name above, if that is taken for a pattern.
+# Each matches one of those names, if that is taken for a pattern.
 NEIGHBOURS = ["run1", "run2", "runx", "run", "x", "a b", "ab", "50", "run{1", "run"]
 
 
@@ -35,10 +32,10 @@ def text_of(storage: Storage, key: str) -> bytes | None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_verb_touches_a_neighbour_whose_name_fits_a_pattern(root: str, name: str) -> None:
-    if "s3://" in root and "\\" in name:
-        pytest.skip("the server of these tests takes a backslash for a slash")
+    if root.startswith(("s3://", "az://")) and "\\" in name:
+        pytest.skip("the servers of these tests take a backslash for a slash")
     neighbours = [n for n in dict.fromkeys(NEIGHBOURS) if n != name]
-    if "s3://" in root:
+    if root.startswith(("s3://", "gs://", "az://")):
         neighbours = neighbours[:3]  # a request each
     above = open_storage(root)
     for neighbour in neighbours:

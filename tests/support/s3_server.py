@@ -68,7 +68,7 @@ def free_ports(count: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------- the server
 
 
-def server_of(folder: Path) -> tuple[str, socket.socket]:
+def server_of(folder: Path, kind: str = "s3") -> tuple[str, socket.socket]:
     """The endpoint of the server whose keeper lies in a folder, started where there is none; it runs while the socket is open."""
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -80,27 +80,29 @@ def server_of(folder: Path) -> tuple[str, socket.socket]:
                 if endpoint:
                     return endpoint, connection
                 connection.close()
-            _start_keeper(folder, note)
-    raise RuntimeError(f"no S3 server came up: see {folder}/server.log")
+            _start_keeper(folder, note, kind)
+    raise RuntimeError(f"no server came up: see {folder}/server.log")
 
 
-def _start_keeper(folder: Path, note: Path) -> None:
+def _start_keeper(folder: Path, note: Path, kind: str) -> None:
     note.unlink(missing_ok=True)
     with (folder / "server.log").open("ab") as log:
-        keeper = subprocess.Popen([sys.executable, __file__, str(folder)], stdout=log, stderr=log, start_new_session=True)
+        keeper = subprocess.Popen([sys.executable, __file__, str(folder), kind], stdout=log, stderr=log, start_new_session=True)
     until = time.monotonic() + 120
     while not note.exists():
         if keeper.poll() is not None or time.monotonic() > until:
-            raise RuntimeError(f"the S3 server did not start\n{(folder / 'server.log').read_text()[-2000:]}")
+            raise RuntimeError(f"the server did not start\n{(folder / 'server.log').read_text()[-2000:]}")
         time.sleep(0.1)
     threading.Thread(target=keeper.wait, daemon=True).start()  # so that it leaves no zombie
 
 
-def keep(folder: Path) -> None:
+def keep(folder: Path, kind: str) -> None:
     """Start a server and stop it when all who came have gone."""
+    import cloud_servers
+
     listener = socket.create_server(("127.0.0.1", 0))
     data = folder / f"data-{os.getpid()}"
-    server, endpoint = _start_weed(data)
+    server, endpoint = {"s3": _start_weed, **cloud_servers.STARTED_BY}[kind](data)
     try:
         draft = folder / "keeper.draft"
         draft.write_text(json.dumps({"port": listener.getsockname()[1], "pid": os.getpid()}))
@@ -198,8 +200,10 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """GET, HEAD, PUT, POST, DELETE; LIST for a GET that lists."""
-        return "LIST" if self.method == "GET" and "list-type" in parse_qs(self.query) else self.method
+        """GET, HEAD, PUT, POST, DELETE; LIST for a GET that lists, on S3, Google or Azure."""
+        query = parse_qs(self.query, keep_blank_values=True)
+        lists = "list-type" in query or query.get("comp") == ["list"] or self.path.endswith("/o")
+        return "LIST" if self.method == "GET" and lists else self.method
 
 
 @dataclass
@@ -228,14 +232,21 @@ class Fault:
     whole: bool = False
 
 
+def as_xml(fault: Fault) -> tuple[str, bytes]:
+    """Type and text of a refusal, as S3 and Azure write it."""
+    return "application/xml", f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.code}</Message></Error>".encode()
+
+
 class Proxy(ThreadingHTTPServer):
     """Hands requests on to a server, host name and body untouched so that signatures hold."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, refusal: Callable[[Fault], tuple[str, bytes]] = as_xml) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.refusal = refusal
+        self.upstream = endpoint
         self.target = urlsplit(endpoint).netloc
         self.requests: list[Request] = []
         self.bytes_sent = 0
@@ -330,9 +341,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.delay:
             time.sleep(fault.delay)
         if fault.status:
-            text = f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>{fault.code}</Message></Error>".encode()
+            kind, text = self.server.refusal(fault)
             text = b"" if self.command == "HEAD" else text
-            self._send(fault.status, [("Content-Type", "application/xml")], len(text), text)
+            self._send(fault.status, [("Content-Type", kind), ("x-ms-error-code", fault.code)], len(text), text)
             return
         if fault.whole:
             del self.headers["Range"]
@@ -364,7 +375,11 @@ class _Handler(BaseHTTPRequestHandler):
                 if fresh:
                     raise
         length = int(answer.headers.get("Content-Length") or len(data))
-        kept = [(n, v) for n, v in answer.getheaders() if n.lower() not in {"content-length", "transfer-encoding", "connection"}]
+        kept = [
+            (n, v.replace(self.server.upstream, self.server.endpoint) if n == "Location" else v)
+            for n, v in answer.getheaders()
+            if n.lower() not in {"content-length", "transfer-encoding", "connection"}
+        ]
         return answer.status, kept, length, data
 
     def _send(self, status: int, headers: list[tuple[str, str]], length: int, data: bytes) -> None:
@@ -401,4 +416,4 @@ class S3:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    keep(Path(sys.argv[1]))
+    keep(Path(sys.argv[1]), sys.argv[2])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import format_bytes
@@ -56,8 +58,13 @@ class CardGroup:
         )
 
 
-def write_card(groups: Sequence[CardGroup], url: str, *, text: bool) -> str:
-    """The card, as Markdown.
+# The Hub's own classes of sizes, by number of rows.
+_SIZES: Final = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M", 10_000_000: "1M<n<10M"}
+_TAGS: Final = ("activations", "interpretability", "zarr", "lmprobe-zarr")
+
+
+def write_card(groups: Sequence[CardGroup], url: str, *, text: bool, licence: str | None = None) -> str:
+    """The card, as Markdown, behind metadata in YAML that the Hugging Face Hub shows and searches.
 
     Parameters
     ----------
@@ -66,12 +73,15 @@ def write_card(groups: Sequence[CardGroup], url: str, *, text: bool) -> str:
         The place of the copy.
     text : bool
         Whether the prompts' texts are in it.
+    licence : str, optional
+        The Hub's name of a licence; None leaves it open.
     """
     models = list(dict.fromkeys(group.group.model for group in groups))
     lines = [
+        *_front_matter(groups, models, licence),
         f"# Activations of {', '.join(models)}",
         "",
-        "License: (say here under which terms others may use this dataset)",
+        f"License: {_cell(licence)}" if licence else "License: (say here under which terms others may use this dataset)",
         "",
         "Hidden states of language models, stored with lmprobe-zarr in Zarr v3. "
         + ("Prompts are there with their texts." if text else "Prompts are there by the sha256 of their texts only."),
@@ -101,6 +111,33 @@ def write_card(groups: Sequence[CardGroup], url: str, *, text: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _front_matter(groups: Sequence[CardGroup], models: Sequence[str], licence: str | None) -> list[str]:
+    """The metadata: each value is JSON, which is YAML too, so that no name of a model can be anything else than a text."""
+    prompts = sum(group.prompts for group in groups)
+    size = next((name for limit, name in _SIZES.items() if prompts < limit), "n>10M")
+    held = [
+        {
+            "model": group.group.model,
+            "prompts": group.prompts,
+            "tokens": group.tokens,
+            "layers": list(group.layers),
+            "hidden_size": group.group.hidden_size,
+            "variables": [name for name, _, _ in group.variables],
+            "bytes": group.nbytes,
+        }
+        for group in groups
+    ]
+    fields = {
+        "license": licence or "unknown",
+        "pretty_name": f"Activations of {', '.join(models)}",
+        "size_categories": [size],
+        "tags": [*_TAGS, *models],
+        "viewer": False,
+        "lmprobe_zarr": held,
+    }
+    return ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()), "---", ""]
 
 
 def _group_lines(group: CardGroup) -> list[str]:

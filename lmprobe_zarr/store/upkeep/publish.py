@@ -21,7 +21,7 @@ from lmprobe_zarr.batch import LayerSpec, choose_layers, keys_of
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, NotAStoreError
 from lmprobe_zarr.progress import progress_bar
-from lmprobe_zarr.storage import Storage, open_storage
+from lmprobe_zarr.storage import HubDraft, HubStorage, Storage, open_storage
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -128,6 +128,7 @@ def publish_groups(
     shards: bool,
     durable: bool,
     advance: Callable[[int], None],
+    licence: str | None = None,
 ) -> PublishSummary:
     """Write the copy, then its card, then its root.
 
@@ -150,6 +151,8 @@ def publish_groups(
         Flush every file.
     advance : callable
         Called with the number of bytes that were copied, uncompressed.
+    licence : str, optional
+        For the card.
 
     Raises
     ------
@@ -185,7 +188,7 @@ def publish_groups(
             advance(run.nbytes)
     described = [_described(target, selection.group, copy) for selection in selections]
     if card is None or isinstance(card, str):
-        target.commit(CARD, (card or write_card(described, target.url, text=text)).encode(), durable=durable)
+        target.commit(CARD, (card or write_card(described, target.url, text=text, licence=licence)).encode(), durable=durable)
     target.commit("zarr.json", published_document(copy.published, copy.groups, copy.parts), durable=durable)
     if old is not None:
         _remove_old(target, old, copy)
@@ -268,8 +271,8 @@ def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
     return CardGroup.of(view, sum(part.info.files_nbytes for part in mine))
 
 
-def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
-    """Check that a copy may be written there, and remove what an interrupted publication left; returns what is published there now."""
+def _check_free(target: Storage, *, overwrite: bool) -> tuple[Published | None, list[str], list[Part]]:
+    """Check that a copy may be written there; returns what is published now, the groups, and parts that an interrupted publication left."""
     try:
         old = parse_root(target.read_current("zarr.json"), target.url)
     except (FileNotFoundError, NotADirectoryError):
@@ -291,6 +294,12 @@ def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
     foreign = next((part for part in left if PUBLISHED_MARK not in part.info.recorded), None)
     if foreign is not None:
         raise NotAStoreError(f"{target.url} holds parts of a store ({foreign.path!r}): give a new or empty place to publish to")
+    return old, groups, left
+
+
+def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
+    """Check that a copy may be written there, and remove what an interrupted publication left; returns what is published there now."""
+    old, groups, left = _check_free(target, overwrite=overwrite)
     for part in left:
         remove_part(target, part)
     target.remove([name for name in target.list("") if _DRAFT.fullmatch(name)])
@@ -364,6 +373,8 @@ def publish_to(
     shards: bool,
     storage_options: Mapping[str, Any] | None,
     progress: bool,
+    licence: str | None = None,
+    private: bool | None = None,
 ) -> PublishSummary:
     """Open the target, and write a copy of what was selected from one root; for the arguments see `publish_groups`.
 
@@ -375,16 +386,43 @@ def publish_to(
     if not selections:
         raise ModelNotStoredError(f"{catalog.url} holds nothing yet: extract something into it first")
     target = open_storage(url, storage_options)
-    with progress_bar(total_nbytes(selections), description="publish", unit="B", enabled=progress) as advance:
-        return publish_groups(
-            catalog.storage,
-            target,
-            selections,
-            part_bytes=part_bytes,
-            text=text,
-            card=card,
-            overwrite=overwrite,
-            shards=shards,
-            durable=catalog.durable,
-            advance=advance,
+    write = partial(
+        publish_groups,
+        catalog.storage,
+        selections=selections,
+        part_bytes=part_bytes,
+        text=text,
+        card=card,
+        overwrite=overwrite,
+        shards=shards,
+        durable=catalog.durable,
+        licence=licence,
+    )
+    if isinstance(target, HubStorage):
+        return _publish_to_hub(target, selections, write, overwrite=overwrite, private=private, progress=progress)
+    if private is not None:
+        raise InvalidArgumentError(
+            f"private= is for repositories of the Hugging Face Hub, and {target.url} is another place: who may read is set there"
         )
+    with progress_bar(total_nbytes(selections), description="publish", unit="B", enabled=progress) as advance:
+        return write(target, advance=advance)
+
+
+def _publish_to_hub(
+    target: HubStorage,
+    selections: Sequence[Selection],
+    write: Callable[..., PublishSummary],
+    *,
+    overwrite: bool,
+    private: bool | None,
+    progress: bool,
+) -> PublishSummary:
+    """Write the copy to a temporary folder, and that to a repository of the Hub; its last commit brings the root and removes old parts."""
+    target.make_repo(private)
+    _check_free(target, overwrite=overwrite)
+    with HubDraft(target) as draft:
+        with progress_bar(total_nbytes(selections), description="publish", unit="B", enabled=progress) as advance:
+            summary = write(draft, advance=advance)
+        with progress_bar(summary.nbytes, description="upload", unit="B", enabled=progress) as advance:
+            draft.upload((CARD, "zarr.json"), lambda key: GROUP_NAME.fullmatch(key.partition("/")[0]) is not None, advance)
+    return summary
