@@ -9,14 +9,18 @@ from lmprobe_zarr.storage.base import FileInfo, Storage
 from lmprobe_zarr.storage.local import LocalStorage, read_at
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
+from lmprobe_zarr.storage.read_cache import KeptReads, ReadCache, ReadCacheSize
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.storage.threads import run_all
 
 __all__ = [
     "FileInfo",
     "FsspecStorage",
+    "KeptReads",
     "LocalStorage",
     "PieceWriter",
+    "ReadCache",
+    "ReadCacheSize",
     "Storage",
     "StrayUpload",
     "empty_aligned",

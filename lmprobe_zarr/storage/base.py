@@ -59,6 +59,11 @@ class Storage(ABC):
     # Whether `read` may answer from copies that are not compared with the place itself, as fsspec's caching file systems do.
     keeps_copies: bool = False
 
+    @property
+    def server(self) -> str:
+        """Which server or account the files are on, where the URL does not say it; never a secret."""
+        return ""
+
     def check_reach(self) -> None:
         """Raise `InvalidArgumentError` where no other process can read these files."""
         return

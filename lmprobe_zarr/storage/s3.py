@@ -34,6 +34,14 @@ class S3Storage(FsspecStorage):
     # Set where the server refused to delete several objects in one request.
     _deletes_singly = False
 
+    @property
+    def server(self) -> str:
+        # As the client has found it, which also looks at variables and profiles.
+        with suppress(Exception):
+            self.filesystem.connect()
+            return str(self.filesystem.s3.meta.endpoint_url)
+        return super().server
+
     def object_of(self, key: str) -> dict[str, str]:
         bucket, name, _ = self.filesystem.split_path(self._path(key))
         return {"Bucket": bucket, "Key": name}

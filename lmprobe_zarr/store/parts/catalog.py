@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, ReadOnlyError, UnreachableError
 from lmprobe_zarr.log import warn
-from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.storage import ReadCache, Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -50,6 +50,8 @@ class Catalog:
         Flush every part to the medium before its commit.
     rank : int
         Which of several roots that are read as one this is; a higher one wins, see `Part`.
+    reads : ReadCache, optional
+        Keeps on this machine what is read of arrays; not used where the place is as near.
 
     Attributes
     ----------
@@ -59,8 +61,9 @@ class Catalog:
         When this process last noted the use of each part, by its key, in seconds of `time.monotonic`.
     """
 
-    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0) -> None:
+    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0, reads: ReadCache | None = None) -> None:
         self.storage, self.mode, self.durable, self.rank = storage, mode, durable, rank
+        self.reads = reads if storage.is_slow else None
         self.notes_uses = mode == "a" and not self.is_published
         self.last_used: dict[str, float] = {}
         # Documents of parts and groups never change once they are written, so each is read once.
@@ -72,7 +75,7 @@ class Catalog:
         self._stand_ins: dict[str, Part | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.storage, self.mode, self.durable, self.rank)
+        return _reopen, (self.storage, self.mode, self.durable, self.rank, self.reads)
 
     @property
     def url(self) -> str:
@@ -289,7 +292,9 @@ class Catalog:
             return None
         if isinstance(info.files, FilesTable):
             info.files.name_part(self.url, path)
-        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses)
+        # A part's files are those that its document gives lengths and checksums of, so another document is another part.
+        kept = None if self.reads is None else self.reads.reads_of(self.url, self.storage.server, path, data)
+        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses, kept)
         return part
 
     def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True, tables: bool = False) -> tuple[list[Part], list[Part]]:
@@ -414,8 +419,8 @@ class Catalog:
         )
 
 
-def _reopen(storage: Storage, mode: Mode, durable: bool, rank: int) -> Catalog:
-    return Catalog(storage, mode=mode, durable=durable, rank=rank)
+def _reopen(storage: Storage, mode: Mode, durable: bool, rank: int, reads: ReadCache | None) -> Catalog:
+    return Catalog(storage, mode=mode, durable=durable, rank=rank, reads=reads)
 
 
 # ------------------------------------------------------------------------------------------- several roots, lowest rank first

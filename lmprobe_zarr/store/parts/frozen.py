@@ -37,6 +37,10 @@ class FrozenStorage(Storage):
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenStorage, (self.inner, self.published)
 
+    @property
+    def server(self) -> str:
+        return self.inner.server
+
     def check_reach(self) -> None:
         self.inner.check_reach()
 
