@@ -7,13 +7,16 @@ those of the same store on the local disk, the sides in turn.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,68 @@ def cached(folder: Path, s3: Any, runs: int) -> list[dict[str, Any]]:
     return found
 
 
+def stand_before(endpoint: str, seconds: float, ports: Any) -> None:
+    """A proxy in a process of its own, so that it takes no turns of the reader's interpreter."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "support"))
+    import s3_server as server
+
+    proxy = server.Proxy(endpoint)
+    proxy.fault = lambda _: server.Fault(delay=seconds)
+    ports.put(proxy.server_address[1])
+    proxy.serve_forever(poll_interval=0.05)
+
+
+@contextmanager
+def apart(endpoint: str, seconds: float) -> Iterator[str]:
+    """The endpoint of a proxy that waits so long before each request."""
+    spawn = get_context("spawn")
+    ports = spawn.Queue()
+    process = spawn.Process(target=stand_before, args=(endpoint, seconds, ports), daemon=True)
+    process.start()
+    try:
+        yield f"http://127.0.0.1:{ports.get(timeout=60)}"
+    finally:
+        process.kill()
+        process.join()
+
+
+def fetch(endpoint: str, names: list[str]) -> int:
+    """Bytes of some objects that anybody may read, each over a connection of its own, all at once."""
+
+    def one(name: str) -> int:
+        connection = http.client.HTTPConnection(endpoint.removeprefix("http://"))
+        connection.request("GET", f"/{name}")
+        return len(connection.getresponse().read())
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        return sum(pool.map(one, names))
+
+
+def opened_and_read(s3: Any, runs: int) -> list[dict[str, Any]]:
+    """One layer, opening included, beside three latencies and the time that its bytes alone take."""
+    url = "s3://pub/far"
+    values = write(lz.open_store(url, storage_options=s3.options()), "prompts")
+    storage: Any = lz.open_store(url, storage_options=s3.options()).storage
+    keys = [str(key) for key in storage.filesystem.find("pub/far")]
+    chunks = [key for key in keys if key.endswith("resid_mean/c.5.0.0")]
+    assert len(chunks) == PARTS
+    found = []
+    for delay in (0.02, 0.1):
+        with apart(s3.endpoint, delay) as slow, apart(s3.endpoint, 0.0) as fast:
+
+            def read(client: str, endpoint: str = slow) -> None:
+                options = {**s3.options(), "endpoint_url": endpoint, "client": client}
+                layer = lz.open_store(url, "r", storage_options=options).dataset(dtype="stored").resid_mean.sel(layer=5).values
+                assert (layer == values[5]).all()
+
+            sides = {client: partial(read, client) for client in ("s3fs", "obstore")}
+            took = alternate({**sides, "bytes": partial(fetch, fast, chunks), "one": partial(fetch, slow, ["pub/far/zarr.json"])}, runs)
+            least = 3 * delay + took["bytes"]
+            beside = {"delay": delay, "bytes": took["bytes"], "one request": took["one"]}
+            found += [{"client": side, **beside, "seconds": took[side], "ratio": took[side] / least} for side in sides]
+    return found
+
+
 def main() -> int:
     """Print tables, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -109,10 +174,17 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, s3_server() as s3:
+        far = opened_and_read(s3, options.runs)
         found = cached(Path(folder), s3, options.runs)
     if options.json:
-        json.dump(found, sys.stdout, indent=2)
+        json.dump({"opened and read": far, "cached": found}, sys.stdout, indent=2)
         return 0
+    print("| added | client | opened and read | its bytes alone | a request alone | of three latencies and the bytes |")
+    print("|---|---|---|---|---|---|")
+    for row in far:
+        times = [ms(row[name]) for name in ("seconds", "bytes", "one request")]
+        print(f"| {ms(row['delay'])} | {row['client']} | {' | '.join(times)} | {row['ratio']:.2f} |")
+    print()
     print("| one layer, 20 ms added | first read | second, through the cache | local store | share of its speed | opened again and read |")
     print("|---|---|---|---|---|---|")
     for row in found:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
@@ -160,6 +161,13 @@ class Storage(ABC):
         Without `replace`, an existing file stays and `AlreadyCommittedError` is raised, unless it holds the same bytes: the answer to a
         put may be lost and the put repeated.
         """
+
+    def start_listing(self) -> Future[list[str]] | None:
+        """The first keys of all files, about 1,000, while the caller goes on: a hint of what to request next, and no promise.
+
+        None where that would be no single request. The result may be an error, which says nothing.
+        """
+        return None
 
     @abstractmethod
     def list(self, key: str) -> list[str]:

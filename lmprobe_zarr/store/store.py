@@ -36,6 +36,7 @@ from lmprobe_zarr.store.parts import (
     groups_of,
     open_union,
     part_bytes_within,
+    requesting_ahead,
     urls_of,
 )
 from lmprobe_zarr.store.roots import open_root, options_for
@@ -131,10 +132,28 @@ def open_store(
     """
     if mode not in ("a", "r", None):
         raise InvalidArgumentError(f"mode={mode!r} is unknown: use 'a' to read and add, 'r' to read only")
+    return _open(url, mode, storage_options, durable, config.read_cache(cache, cache_folder), is_told=cache is not None)
+
+
+def open_to_write(place: Place) -> Store:
+    """As `open_store`, for a call that writes and is done: it requests nothing ahead."""
+    return _open(place, None, None, True, config.read_cache(), ahead=False)
+
+
+def _open(
+    url: Place,
+    mode: Mode | None,
+    storage_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
+    durable: bool,
+    reads: ReadCache | None,
+    *,
+    is_told: bool = False,
+    ahead: bool = True,
+) -> Store:
+    """See `open_store`; `is_told` is whether the call says where reads are kept, also for what was opened before."""
     given = config.cache_backend() if url is None else url
     places = list(given) if isinstance(given, (list, tuple)) else [given]
     options = zip(places, options_for(places, storage_options), strict=True)
-    reads = config.read_cache(cache, cache_folder)
     roots = [root for place, own_options in options for root in _roots_of(place, own_options, durable, is_default=url is None)]
     urls = [storage.url for storage, _, _, _ in roots]
     if len(set(urls)) < len(urls):
@@ -143,9 +162,11 @@ def open_store(
     for rank, (storage, allowed, flushed, own_reads) in enumerate(roots):
         # Only the last is written to, and a store that is read-only stays so, whatever `mode` says.
         wanted: Mode | None = "r" if rank < len(roots) - 1 or allowed == "r" else mode
+        hint = storage.start_listing() if ahead and storage.is_slow else None
         storage, root_mode = open_root(storage, wanted)
-        own_reads = own_reads if cache is None and own_reads else reads
+        own_reads = reads if is_told or own_reads is None else own_reads
         catalogs.append(Catalog(storage, mode=root_mode, durable=flushed, rank=rank, reads=own_reads))
+        catalogs[-1].hint = hint
     if not catalogs:
         raise InvalidArgumentError("the list of places is empty: give at least one folder or URL")
     return _store_of(tuple(catalogs), is_default=url is None)
@@ -510,8 +531,9 @@ class Store:
         InvalidArgumentError, InvalidTypeError
             `chunks` or `dtype` is unknown.
         """
-        info = self.find_group(model, provenance=provenance, group=group)
-        return chunked(to_dataset(self.view(info), "prompts", prompts=prompts, layers=layers, dtype=dtype), chunks)
+        with requesting_ahead(self.catalogs):
+            view = self.view(self.find_group(model, provenance=provenance, group=group))
+        return chunked(to_dataset(view, "prompts", prompts=prompts, layers=layers, dtype=dtype), chunks)
 
     def tokens(
         self,
@@ -537,8 +559,9 @@ class Store:
             ``<site>(layer, token, hidden)``, the tokens of all prompts end to end, with an index over ``prompt`` and
             ``position``: ``tokens.resid.sel(layer=16, prompt=h)`` are the tokens of one prompt.
         """
-        info = self.find_group(model, provenance=provenance, group=group)
-        return chunked(to_dataset(self.view(info), "tokens", prompts=prompts, layers=layers, dtype=dtype), chunks)
+        with requesting_ahead(self.catalogs):
+            view = self.view(self.find_group(model, provenance=provenance, group=group))
+        return chunked(to_dataset(view, "tokens", prompts=prompts, layers=layers, dtype=dtype), chunks)
 
     def datatree(
         self, model: Model | None = None, *, provenance: Provenance | None = None, group: str | None = None, dtype: Dtype = None
