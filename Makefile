@@ -148,6 +148,7 @@ bench: setup $(PEER)/ready
 	$(VENV)/bin/python -m benchmarks.scale
 	$(VENV)/bin/python -m benchmarks.sweeps
 	$(VENV)/bin/python -m benchmarks.head
+	$(VENV)/bin/python -m benchmarks.far
 
 docs: setup
 	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site

@@ -1,8 +1,8 @@
 """The settings of the cache: the value set by a call, else the environment variable, else the default.
 
 The only module that reads environment variables. A variable is read when its setting is first used, and again after `reload`; none is read
-when the package is imported. The settings apply to the default store only, not to a store that a call names, except for the memory for
-chunks of remote places.
+when the package is imported. The settings apply to the default store only, not to a store that a call names, except for the memory and
+the disk for what is read of remote places.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
@@ -18,7 +19,7 @@ from typing import Any, Final
 
 from lmprobe_zarr.batch import Precision
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, StoreNotFoundError
-from lmprobe_zarr.storage import local_path
+from lmprobe_zarr.storage import ReadCache, local_path
 
 __all__ = [
     "SETTINGS",
@@ -32,6 +33,8 @@ __all__ = [
     "default_name",
     "default_root",
     "kept_chunk_bytes",
+    "read_cache",
+    "read_cache_folder",
     "reload",
     "set_cache_backend",
     "set_cache_dtype",
@@ -41,6 +44,7 @@ __all__ = [
 
 GB: Final = 1024**3
 KEPT_BYTES: Final = 64 * 2**20
+_SIZE: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]i?B)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,20 @@ def _limit_bytes(gb: float) -> int:
     if not math.isfinite(gb * GB) or gb < 0:
         raise ValueError(gb)
     return math.ceil(gb * GB)  # rounded up, so that only 0 becomes 0
+
+
+def _parse_size(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(text)
+    number, unit = float(found[1]), found[2]
+    return math.ceil(number * 1024 ** ("KMGT".index(unit[0].upper()) + 1)) if unit else _zero(number)
+
+
+def _zero(number: float) -> int:
+    if number:
+        raise ValueError(number)
+    return 0
 
 
 def _parse_debug(text: str) -> int | None:
@@ -135,6 +153,24 @@ SETTINGS: Final = {
         example="256",
         call="",
         parse=_parse_megabytes,
+    ),
+    "reads": Setting(
+        variable="LMPROBE_READ_CACHE",
+        means="disk for what is read of remote stores, so that the next process reads it from this machine; see open_store",
+        values="a size with its unit, such as 64 GB or 500 MB (of 1024³ and 1024² bytes), or 0 for none",
+        default="0",
+        example="64 GB",
+        call="",
+        parse=_parse_size,
+    ),
+    "reads_dir": Setting(
+        variable="LMPROBE_READ_CACHE_DIR",
+        means="folder of what is read of remote stores",
+        values="a folder",
+        default=".lmprobe-zarr/reads in the folder of the cache",
+        example="/mnt/fast-ssd/reads",
+        call="",
+        parse=str,
     ),
     "backend": Setting(
         variable="LMPROBE_CACHE_BACKEND",
@@ -254,6 +290,65 @@ def kept_chunk_bytes() -> int:
     """Bytes of chunks of remote places that a process keeps in memory; 0 for none."""
     kept: int = _get("kept", KEPT_BYTES)
     return kept
+
+
+def read_cache(size: str | int | None = None, folder: str | os.PathLike[str] | None = None) -> ReadCache | None:
+    """Where what is read of remote stores is kept, and up to which size; None where nothing is kept.
+
+    Parameters
+    ----------
+    size : str, optional
+        A size with its unit, such as ``"64 GB"``, or 0 for none; by default ``$LMPROBE_READ_CACHE``.
+    folder : str or path, optional
+        By default ``$LMPROBE_READ_CACHE_DIR``, else the folder ``.lmprobe-zarr/reads`` in `cache_dir`.
+
+    Returns
+    -------
+    ReadCache, optional
+
+    Raises
+    ------
+    InvalidArgumentError
+        The size is none, or the folder is no folder of this machine, or none is known.
+    """
+    if size is None:
+        limit: int = _get("reads", 0)
+    else:
+        try:
+            limit = _parse_size("0" if size is False else str(size))
+        except ValueError as error:
+            raise InvalidArgumentError(
+                f"cache={size!r:.40} is no size: give it with its unit, as '64 GB' or '500 MB', or 0 for none"
+            ) from error
+    return ReadCache(read_cache_folder(folder), limit) if limit else None
+
+
+def read_cache_folder(folder: str | os.PathLike[str] | None = None) -> str:
+    """The folder for what is read of remote stores, as an absolute path.
+
+    Parameters
+    ----------
+    folder : str or path, optional
+        As for `read_cache`.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is no folder of this machine, or none is known.
+    """
+    given = _get("reads_dir") if folder is None else folder
+    if given is not None:
+        return local_path(given, "a folder of this machine, for what is read of remote stores")
+    try:
+        return str(cache_dir() / ".lmprobe-zarr" / "reads")
+    except StoreNotFoundError as error:
+        raise InvalidArgumentError(
+            f"there is no folder for what is read of remote stores: give cache_folder=, or set {SETTINGS['reads_dir'].variable}"
+        ) from error
 
 
 def debug_level() -> int | None:

@@ -26,6 +26,8 @@ from warmed import Warmed
 import lmprobe_zarr as lz
 from lmprobe_zarr import config
 from lmprobe_zarr.extraction import models as extraction
+from lmprobe_zarr.storage import open as open_room
+from lmprobe_zarr.storage.s3_obstore import ObstoreS3Storage
 from lmprobe_zarr.store.parts import writer
 from lmprobe_zarr.store.parts.array_files import ArrayFiles
 from lmprobe_zarr.store.store import Store
@@ -259,6 +261,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             "memory",
             *(["s3"] if path.endswith(ON_S3_TOO) else []),
             *(["gs", "az"] if on_clouds else []),
+            *(["obstore on s3"] if path.endswith(ON_S3_TOO) and "/storage/" in path else []),
             *(["format 1"] if path.endswith(IN_FORMAT_1_TOO) else []),
         ]
         if stress and path.endswith(ON_S3_TOO) and path.endswith(IN_FORMAT_1_TOO):
@@ -276,6 +279,9 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         return
     if request.param.endswith("s3"):
         request.getfixturevalue("s3")
+        if request.param.startswith("obstore"):
+            pytest.importorskip("obstore", reason="obstore is not installed: pip install lmprobe-zarr[obstore]")
+            monkeypatch.setattr(open_room, "S3Storage", ObstoreS3Storage)
         yield f"s3://team/{uuid.uuid4().hex}/acts"
         return
     if request.param in ("gs", "az"):

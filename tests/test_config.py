@@ -75,6 +75,8 @@ def test_every_variable_of_the_page_is_understood(monkeypatch: pytest.MonkeyPatc
         "LMPROBE_CACHE_MAX_GB": "100",
         "LMPROBE_CACHE_DTYPE": "float16",
         "LMPROBE_CACHE_KEPT_MB": "256",
+        "LMPROBE_READ_CACHE": "64 GB",
+        "LMPROBE_READ_CACHE_DIR": "/mnt/fast-ssd/reads",
         "LMPROBE_CACHE_BACKEND": "s3://my-bucket/prefix",
         "LMPROBE_CACHE_DEBUG": "debug",
     }

@@ -5,8 +5,8 @@ activations.
 """
 
 from lmprobe_zarr.cache.contents import cache_info, discover_cached, list_cached_prompts
-from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ClearSummary, ModelCacheInfo
-from lmprobe_zarr.cache.removing import clear_cache, evict
+from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ClearSummary, ModelCacheInfo, ReadsInfo
+from lmprobe_zarr.cache.removing import clear_cache, clear_read_cache, evict
 
 __all__ = [
     "CacheInfo",
@@ -14,8 +14,10 @@ __all__ = [
     "CachedPromptInfo",
     "ClearSummary",
     "ModelCacheInfo",
+    "ReadsInfo",
     "cache_info",
     "clear_cache",
+    "clear_read_cache",
     "discover_cached",
     "evict",
     "list_cached_prompts",

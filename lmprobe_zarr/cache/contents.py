@@ -14,8 +14,10 @@ from lmprobe_zarr import config
 from lmprobe_zarr.batch import POOLINGS
 from lmprobe_zarr.bridges import LegacyModel
 from lmprobe_zarr.bridges.entry import Entry as LegacyEntry
-from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo
+from lmprobe_zarr.cache.info import CachedPrompt, CachedPromptInfo, CacheInfo, ModelCacheInfo, ReadsInfo
 from lmprobe_zarr.cache.place import lmprobe_entries, open_cache, place_name
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.storage import ReadCache
 from lmprobe_zarr.store import GivenProvenance, Model, Place, Store, ambiguous, parse_provenance
 from lmprobe_zarr.store.format import LEVELS, GroupInfo, unrecorded_fields
 from lmprobe_zarr.store.parts import View, committed_at, read_values
@@ -51,8 +53,9 @@ def cache_info(model: Model | None = None, *, store: Place = None, legacy: str =
     older = () if old is None else tuple(_describe_legacy(held) for held in old.models(model))
     opened = open_cache(store, "r")
     limit = config.cache_limit() if opened is None or opened.is_default else None
+    reads = _describe_reads() if store is None else None
     if opened is None:
-        return CacheInfo(url=place_name(store), limit_bytes=limit, legacy=older)
+        return CacheInfo(url=place_name(store), limit_bytes=limit, legacy=older, reads=reads)
     described = _describe_groups(opened.own, model)
     lower = () if opened.below is None else opened.below.stack
     return CacheInfo(
@@ -63,7 +66,17 @@ def cache_info(model: Model | None = None, *, store: Place = None, legacy: str =
         limit_bytes=limit,
         oldest=min((info.oldest for info in described if info.oldest), default=None),
         newest=max((info.newest for info in described if info.newest), default=None),
+        reads=reads,
     )
+
+
+def _describe_reads() -> ReadsInfo:
+    try:
+        folder = config.read_cache_folder()
+    except InvalidArgumentError:
+        return ReadsInfo(folder="")
+    kept, size = config.read_cache(), ReadCache(folder, 0).size()
+    return ReadsInfo(folder=folder, size_bytes=size.nbytes, entries=size.entries, limit_bytes=None if kept is None else kept.limit)
 
 
 def _describe_legacy(model: LegacyModel) -> ModelCacheInfo:

@@ -11,7 +11,7 @@ from lmprobe_zarr.config import GB
 from lmprobe_zarr.display import Html, card, definitions, format_bytes, section, table
 from lmprobe_zarr.store.upkeep import EvictionEntry, count_of
 
-__all__ = ["CacheInfo", "CachedPrompt", "CachedPromptInfo", "ClearSummary", "ModelCacheInfo"]
+__all__ = ["CacheInfo", "CachedPrompt", "CachedPromptInfo", "ClearSummary", "ModelCacheInfo", "ReadsInfo"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +72,30 @@ class ModelCacheInfo:
         return f"{self.model_name}  {format_bytes(self.size_bytes)}  ({self.num_prompts} prompts, {self.num_layers} layers{what})"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadsInfo:
+    """What is kept on this machine of what was read of remote stores.
+
+    Parameters
+    ----------
+    folder : str
+        Where; empty where no folder is known.
+    size_bytes, entries : int
+        Bytes on disk, and how many blocks, chunks and tables these are.
+    limit_bytes : int, optional
+        That of ``$LMPROBE_READ_CACHE``; None where nothing is kept unless `open_store` is told to.
+    """
+
+    folder: str
+    size_bytes: int = 0
+    entries: int = 0
+    limit_bytes: int | None = None
+
+    def __str__(self) -> str:
+        limit = "" if self.limit_bytes is None else f" of {format_bytes(self.limit_bytes)}"
+        return f"{format_bytes(self.size_bytes)}{limit} in {self.folder}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CacheInfo:
     """What a cache holds. Prints as a table, in notebooks too.
@@ -90,6 +114,8 @@ class CacheInfo:
         None if there is no limit; 0 if nothing is to be stored.
     oldest, newest : datetime, optional
         First commit, and last commit or use, in UTC.
+    reads : ReadsInfo, optional
+        What is kept of remote stores, which has a limit of its own; None for a place that the call names.
     """
 
     url: str
@@ -99,6 +125,7 @@ class CacheInfo:
     limit_bytes: int | None = None
     oldest: datetime | None = None
     newest: datetime | None = None
+    reads: ReadsInfo | None = None
 
     @property
     def total_size_bytes(self) -> int:
@@ -127,6 +154,8 @@ class CacheInfo:
         rows += [("lmprobe's" if not i else "", str(model)) for i, model in enumerate(self.legacy)]
         for store in self.below:
             rows += [("read only", store.url), *(("", str(model)) for model in store.models)]
+        if self.reads is not None and (self.reads.entries or self.reads.limit_bytes):
+            rows.append(("reads", str(self.reads)))
         return rows
 
     def __str__(self) -> str:
@@ -136,6 +165,8 @@ class CacheInfo:
         rows = dict(self._rows()[1:3])
         if self.oldest is not None and self.newest is not None:
             rows |= {"oldest": f"{self.oldest:%Y-%m-%d %H:%M} UTC", "newest": f"{self.newest:%Y-%m-%d %H:%M} UTC"}
+        if self.reads is not None and (self.reads.entries or self.reads.limit_bytes):
+            rows["reads"] = str(self.reads)
         sections = [section("Models", _model_table(self.models), opened=True, note=f"({len(self.models)})")]
         if self.legacy:
             sections.append(section("lmprobe's own entries", _model_table(self.legacy), note=f"({len(self.legacy)})"))

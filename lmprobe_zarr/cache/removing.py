@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import Final
@@ -13,10 +14,11 @@ from lmprobe_zarr.cache.info import ClearSummary
 from lmprobe_zarr.cache.place import lmprobe_entries, open_cache, place_name
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.log import cache_logger
+from lmprobe_zarr.storage import ReadCache
 from lmprobe_zarr.store import Model, Place, Store
 from lmprobe_zarr.store.upkeep import EvictionEntry, EvictPlan, plan_evict, remove_entries
 
-__all__ = ["clear_cache", "evict"]
+__all__ = ["clear_cache", "clear_read_cache", "evict"]
 
 # Seconds for which a part is kept after its commit or last use, in a place that others may be using.
 MIN_AGE: Final = 600.0
@@ -164,3 +166,27 @@ def clear_cache(model: Model | None = None, *, url: Place = None, legacy: bool =
         log.info("[cache] clear: %d entries of lmprobe's own remain in %s; legacy=True deletes them too", left, old.storage.url)
     log.info("[cache] clear: %s deleted in %s", summary, place_name(url))
     return summary
+
+
+def clear_read_cache(folder: str | os.PathLike[str] | None = None) -> int:
+    """Remove what is kept on this machine of what was read of remote stores, see `open_store`. It is read from its place again.
+
+    Parameters
+    ----------
+    folder : str or path, optional
+        By default ``$LMPROBE_READ_CACHE_DIR``, else ``.lmprobe-zarr/reads`` in ``$LMPROBE_CACHE_DIR``. Other files in it stay.
+
+    Returns
+    -------
+    int
+        Bytes that were freed.
+
+    Raises
+    ------
+    InvalidArgumentError
+        `folder` is no folder of this machine, or none is known.
+    """
+    cache = ReadCache(config.read_cache_folder(folder), 0)
+    gone = cache.clear()
+    cache_logger().info("[cache] clear: %d bytes of reads deleted in %s", gone.nbytes, cache.folder)
+    return gone.nbytes

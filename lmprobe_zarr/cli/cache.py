@@ -6,10 +6,11 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from lmprobe_zarr.cache import CacheInfo, ModelCacheInfo, cache_info, clear_cache, evict
+from lmprobe_zarr.cache import CacheInfo, ModelCacheInfo, cache_info, clear_cache, clear_read_cache, evict
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_dry_run, add_format, add_yes, confirm
 from lmprobe_zarr.cli.printing import print_json
 from lmprobe_zarr.cli.prompt_files import read_prompts
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.store import open_store
 from lmprobe_zarr.store.upkeep import EvictPlan, count_of
 
@@ -37,6 +38,7 @@ def _document(info: CacheInfo) -> dict[str, Any]:
         "limit_bytes": info.limit_bytes,
         "models": [_model(model) for model in info.models],
         "legacy": [_model(model) for model in info.legacy],
+        "reads": None if info.reads is None else asdict(info.reads),
     }
 
 
@@ -83,10 +85,17 @@ def add_clear(commands: Any) -> None:
     command.add_argument("store", nargs="?", default=None, help="folder or URL instead of the cache; needed for a remote place")
     command.add_argument("--model", help="only activations of this model: its name, hub id or folder")
     command.add_argument("--legacy", action="store_true", help="also delete lmprobe's own entries beside the store")
+    command.add_argument("--reads", action="store_true", help="only delete what is kept of remote stores, which is read from there again")
     add_yes(command)
 
 
 def _clear(options: argparse.Namespace) -> None:
+    if options.reads:
+        if options.store or options.model or options.legacy:
+            raise InvalidArgumentError("--reads deletes what is kept of all remote stores, and nothing else: leave out the rest")
+        freed = clear_read_cache()
+        print_json({"reads_bytes": freed}) if options.json else print(f"{freed} bytes of what was read of remote stores deleted")
+        return
     info = cache_info(options.model, store=options.store)
     if not options.json:
         print(info)
@@ -100,12 +109,15 @@ def _clear(options: argparse.Namespace) -> None:
                 "parts": count.parts,
                 "annotations": count.annotations,
                 "legacy_left": 0 if options.legacy else sum(model.num_prompts for model in info.legacy),
+                "reads_left_bytes": 0 if info.reads is None else info.reads.size_bytes,
             }
         )
         return
     print(f"{int(count)} entries deleted: {count}")
     if info.legacy and not options.legacy:
         print(f"{sum(model.num_prompts for model in info.legacy)} entries of lmprobe's own remain; --legacy deletes them too")
+    if info.reads is not None and info.reads.entries:
+        print(f"{info.reads.size_bytes} bytes of what was read of remote stores remain; --reads deletes them")
 
 
 def _columns_of(info: CacheInfo) -> str:

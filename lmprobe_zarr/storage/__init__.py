@@ -10,6 +10,7 @@ from lmprobe_zarr.storage.hub import HubDraft, HubStorage
 from lmprobe_zarr.storage.local import LocalStorage, read_at
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
+from lmprobe_zarr.storage.read_cache import KeptReads, ReadCache, ReadCacheSize
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.storage.threads import run_all
 
@@ -18,8 +19,11 @@ __all__ = [
     "FsspecStorage",
     "HubDraft",
     "HubStorage",
+    "KeptReads",
     "LocalStorage",
     "PieceWriter",
+    "ReadCache",
+    "ReadCacheSize",
     "Storage",
     "StrayUpload",
     "empty_aligned",

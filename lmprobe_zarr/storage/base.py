@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,6 +60,11 @@ class Storage(ABC):
     sends_whole_files: bool = False
     # Whether `read` may answer from copies that are not compared with the place itself, as fsspec's caching file systems do.
     keeps_copies: bool = False
+
+    @property
+    def server(self) -> str:
+        """Which server or account the files are on, where the URL does not say it; never a secret."""
+        return ""
 
     def check_reach(self) -> None:
         """Raise `InvalidArgumentError` where no other process can read these files."""
@@ -156,6 +162,13 @@ class Storage(ABC):
         Without `replace`, an existing file stays and `AlreadyCommittedError` is raised, unless it holds the same bytes: the answer to a
         put may be lost and the put repeated.
         """
+
+    def start_listing(self) -> Future[list[str]] | None:
+        """The first keys of all files, about 1,000, while the caller goes on: a hint of what to request next, and no promise.
+
+        None where that would be no single request. The result may be an error, which says nothing.
+        """
+        return None
 
     @abstractmethod
     def list(self, key: str) -> list[str]:

@@ -21,6 +21,7 @@ from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.storage.memory import MemoryStorage
 from lmprobe_zarr.storage.remote import FsspecStorage
 from lmprobe_zarr.storage.s3 import S3Storage
+from lmprobe_zarr.storage.s3_obstore import ObstoreS3Storage
 
 __all__ = ["open_storage"]
 
@@ -54,8 +55,14 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
         return LocalStorage(place)
     if place.startswith("hf://"):
         check_hub_url(place)
+    options = dict(storage_options or {})
+    client = options.pop("client", "s3fs")
+    if client not in ("s3fs", "obstore") or (client == "obstore" and not place.startswith(("s3://", "s3a://"))):
+        raise InvalidArgumentError(
+            f"storage_options={{'client': {client!r:.40}}} for {place.split('://')[0]}://: 'obstore' is for s3:// only"
+        )
     try:
-        filesystem, root = fsspec.core.url_to_fs(place, **_with_defaults(place, storage_options or {}))
+        filesystem, root = fsspec.core.url_to_fs(place, **_with_defaults(place, options))
     except (ValueError, ImportError, TypeError, OSError) as error:
         raise InvalidArgumentError(f"{place.split('://')[0]}:// cannot be opened: {without_secrets(str(error))}") from error
     except Exception as error:
@@ -66,7 +73,7 @@ def open_storage(url: str | os.PathLike[str] | Storage, storage_options: Mapping
     # Look at the class: a caching file system passes on every attribute of the one that it wraps.
     kind = type(filesystem)
     if hasattr(kind, "call_s3"):
-        storage: Storage = S3Storage(filesystem, root, place)
+        storage: Storage = (ObstoreS3Storage if client == "obstore" else S3Storage)(filesystem, root, place)
     elif _is_a(kind, "GCSFileSystem", "gcsfs"):
         storage = GcsStorage(filesystem, root, place)
     elif _is_a(kind, "AzureBlobFileSystem", "adlfs"):

@@ -68,6 +68,15 @@ class FsspecStorage(Storage):
         # fsspec returns one client for equal options, so another client has other credentials, or another endpoint.
         return isinstance(other, FsspecStorage) and self.filesystem is other.filesystem and self.root == other.root
 
+    @property
+    def server(self) -> str:
+        # As s3fs, gcsfs, adlfs and clients of one host name it. A caching file system hands on what it wraps has.
+        names = ("endpoint_url", "_endpoint", "account_name", "host", "port")
+        found = [str(getattr(self.filesystem, name, None) or "") for name in names]
+        options = getattr(self.filesystem, "client_kwargs", None)
+        found.append(str(options.get("endpoint_url") or "") if isinstance(options, Mapping) else "")
+        return without_secrets(" ".join(found))
+
     def _path(self, key: str) -> str:
         return f"{self.root}/{key}" if key else self.root
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
@@ -16,7 +17,7 @@ from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
 from lmprobe_zarr.storage.ranges import Answer, Run, answered
 from lmprobe_zarr.storage.remote import FsspecStorage, modified_at
 from lmprobe_zarr.storage.s3_uploads import S3Pieces
-from lmprobe_zarr.storage.threads import run_all
+from lmprobe_zarr.storage.threads import run_all, submit
 
 __all__ = ["S3Storage"]
 
@@ -33,6 +34,14 @@ class S3Storage(FsspecStorage):
 
     # Set where the server refused to delete several objects in one request.
     _deletes_singly = False
+
+    @property
+    def server(self) -> str:
+        # As the client has found it, which also looks at variables and profiles.
+        with suppress(Exception):
+            self.filesystem.connect()
+            return str(self.filesystem.s3.meta.endpoint_url)
+        return super().server
 
     def object_of(self, key: str) -> dict[str, str]:
         bucket, name, _ = self.filesystem.split_path(self._path(key))
@@ -118,6 +127,19 @@ class S3Storage(FsspecStorage):
                 if name := entry["Key"].removeprefix(prefix):
                     found[name] = FileInfo(True, int(entry["Size"]), modified_at(entry))
         return dict(sorted(found.items()))
+
+    def start_listing(self) -> Future[list[str]] | None:
+        try:
+            self.filesystem.connect()  # here: two threads that do it at once would make two clients
+        except Exception:  # noqa: BLE001 — the caller's next request says what is wrong
+            return None
+        bucket, prefix = self._folder("")
+
+        def first_keys() -> list[str]:
+            page = self.filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix)
+            return [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
+
+        return submit(first_keys)
 
     def sizes(self, key: str, names: Iterable[str]) -> dict[str, int]:
         wanted = set(names)

@@ -6,11 +6,14 @@ import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from lmprobe_zarr.storage.base import REMOTE_THREADS
 
-__all__ = ["run_all"]
+__all__ = ["run_all", "submit"]
+
+T = TypeVar("T")
 
 
 def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
@@ -39,6 +42,11 @@ def run_all(jobs: Iterable[Callable[[], None]], *, local: bool = True) -> None:
             future.exception()
     if errors:
         raise errors[0]
+
+
+def submit(job: Callable[[], T]) -> Future[T]:
+    """Begin a job of a remote place that waits for no other job, while the caller goes on."""
+    return _pool(os.getpid(), False).submit(job)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from typing import Final
 
-from lmprobe_zarr.store.store import Place, Store, open_store
+from lmprobe_zarr.store.store import Place, Store, open_to_write
 
 __all__ = ["open_again"]
 
@@ -24,7 +24,7 @@ def open_again(place: Place) -> Store:
     """As `open_store`, without reading again what an earlier call has read of the same place; a `Store` is returned as it is."""
     if isinstance(place, Store):
         return place
-    opened = open_store(place)
+    opened = open_to_write(place)
     with _lock:
         known = next((store for store in reversed(_kept.values()) if _same_places(store, opened)), None)
         if known is not None:

@@ -16,7 +16,7 @@ import xarray as xr
 from lmprobe_zarr import config
 from lmprobe_zarr.batch import Column, LayerSpec, TokenBatch
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.storage import Storage, open_storage
+from lmprobe_zarr.storage import ReadCache, Storage, open_storage
 from lmprobe_zarr.store.annotations import annotation_batches, check_columns, find_rows, fit_batch
 from lmprobe_zarr.store.choice import GivenProvenance, choose_group, find_group, find_groups, matching_groups, stored_models
 from lmprobe_zarr.store.contents import coverage_of, describe_catalogs
@@ -36,6 +36,7 @@ from lmprobe_zarr.store.parts import (
     groups_of,
     open_union,
     part_bytes_within,
+    requesting_ahead,
     urls_of,
 )
 from lmprobe_zarr.store.roots import open_root, options_for
@@ -69,6 +70,8 @@ from lmprobe_zarr.typing import Ints
 __all__ = ["Place", "Store", "open_store", "open_to_read"]
 
 PUBLISHED_PART_BYTES: Final = 2**33
+#: The storage of a root, its mode, whether it is flushed, and where its reads are kept, if it was opened so before.
+_Root = tuple[Storage, Mode, bool, ReadCache | None]
 
 
 def open_store(
@@ -77,6 +80,8 @@ def open_store(
     *,
     storage_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     durable: bool = True,
+    cache: str | int | None = None,
+    cache_folder: str | os.PathLike[str] | None = None,
 ) -> Store:
     """A store of activations. Nothing is written by opening one.
 
@@ -96,6 +101,13 @@ def open_store(
         places, one mapping is used for all that are URLs; a sequence has a mapping, or None, for each.
     durable : bool
         Flush every part to the medium before it becomes visible (local folders).
+    cache : str or 0, optional
+        Disk of this machine for what is read of arrays of remote places, with its unit: ``"64 GB"``, of 1024³ bytes. What was read once is
+        then read from there, by other processes too, as long as it is among the most recently used; it is compared with the checksums of
+        the store at every use. Documents are read from their place every time. 0 keeps nothing; by default ``$LMPROBE_READ_CACHE``, else 0.
+    cache_folder : str or path, optional
+        The folder for it; by default ``$LMPROBE_READ_CACHE_DIR``, else ``.lmprobe-zarr/reads`` in ``$LMPROBE_CACHE_DIR``. What is kept is
+        as secret as the stores that were read: a folder that is made anew is its owner's alone.
 
     Returns
     -------
@@ -112,7 +124,7 @@ def open_store(
     UnsupportedVersionError
         A store of a newer format version.
     InvalidArgumentError
-        There is no place, a place is named twice, or there is another number of options than of places.
+        There is no place, a place is named twice, there is another number of options than of places, or `cache` is no size.
     ReadOnlyError
         ``mode="a"`` for a web address or a published copy.
     AccessDeniedError, UnreachableError
@@ -120,19 +132,41 @@ def open_store(
     """
     if mode not in ("a", "r", None):
         raise InvalidArgumentError(f"mode={mode!r} is unknown: use 'a' to read and add, 'r' to read only")
+    return _open(url, mode, storage_options, durable, config.read_cache(cache, cache_folder), is_told=cache is not None)
+
+
+def open_to_write(place: Place) -> Store:
+    """As `open_store`, for a call that writes and is done: it requests nothing ahead."""
+    return _open(place, None, None, True, config.read_cache(), ahead=False)
+
+
+def _open(
+    url: Place,
+    mode: Mode | None,
+    storage_options: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
+    durable: bool,
+    reads: ReadCache | None,
+    *,
+    is_told: bool = False,
+    ahead: bool = True,
+) -> Store:
+    """See `open_store`; `is_told` is whether the call says where reads are kept, also for what was opened before."""
     given = config.cache_backend() if url is None else url
     places = list(given) if isinstance(given, (list, tuple)) else [given]
     options = zip(places, options_for(places, storage_options), strict=True)
     roots = [root for place, own_options in options for root in _roots_of(place, own_options, durable, is_default=url is None)]
-    urls = [storage.url for storage, _, _ in roots]
+    urls = [storage.url for storage, _, _, _ in roots]
     if len(set(urls)) < len(urls):
         raise InvalidArgumentError(f"a place is named twice among {', '.join(urls)}: name each once, the one to write to last")
     catalogs: list[Catalog] = []
-    for rank, (storage, allowed, flushed) in enumerate(roots):
+    for rank, (storage, allowed, flushed, own_reads) in enumerate(roots):
         # Only the last is written to, and a store that is read-only stays so, whatever `mode` says.
         wanted: Mode | None = "r" if rank < len(roots) - 1 or allowed == "r" else mode
+        hint = storage.start_listing() if ahead and storage.is_slow else None
         storage, root_mode = open_root(storage, wanted)
-        catalogs.append(Catalog(storage, mode=root_mode, durable=flushed, rank=rank))
+        own_reads = reads if is_told or own_reads is None else own_reads
+        catalogs.append(Catalog(storage, mode=root_mode, durable=flushed, rank=rank, reads=own_reads))
+        catalogs[-1].hint = hint
     if not catalogs:
         raise InvalidArgumentError("the list of places is empty: give at least one folder or URL")
     return _store_of(tuple(catalogs), is_default=url is None)
@@ -153,17 +187,17 @@ def open_to_read(url: Place, *, storage_options: Mapping[str, Any] | Sequence[Ma
     return opened
 
 
-def _roots_of(place: Any, options: Mapping[str, Any] | None, durable: bool, *, is_default: bool) -> list[tuple[Storage, Mode, bool]]:
-    """The roots of one place, from the lowest to the highest: the storage of each, its mode, and whether it is flushed."""
+def _roots_of(place: Any, options: Mapping[str, Any] | None, durable: bool, *, is_default: bool) -> list[_Root]:
+    """The roots of one place, from the lowest to the highest."""
     if isinstance(place, Store):
-        return [(catalog.storage, catalog.mode, catalog.durable) for catalog in place.catalogs]
+        return [(catalog.storage, catalog.mode, catalog.durable, catalog.reads) for catalog in place.catalogs]
     if is_default and place is None:
-        return [(open_storage(config.default_root(), options), "a", durable)]
+        return [(open_storage(config.default_root(), options), "a", durable, None)]
     storage = open_storage(place, options)
     # A cache's place that is no store is a cache of lmprobe with entries of its own: the store is the folder .zarr inside it.
     if is_default and not storage.url.endswith(".zarr") and not storage.is_file("zarr.json"):
         storage = open_storage(f"{os.fspath(place).rstrip('/')}/.zarr", options)
-    return [(storage, "a", durable)]
+    return [(storage, "a", durable, None)]
 
 
 class Store:
@@ -497,8 +531,9 @@ class Store:
         InvalidArgumentError, InvalidTypeError
             `chunks` or `dtype` is unknown.
         """
-        info = self.find_group(model, provenance=provenance, group=group)
-        return chunked(to_dataset(self.view(info), "prompts", prompts=prompts, layers=layers, dtype=dtype), chunks)
+        with requesting_ahead(self.catalogs):
+            view = self.view(self.find_group(model, provenance=provenance, group=group))
+        return chunked(to_dataset(view, "prompts", prompts=prompts, layers=layers, dtype=dtype), chunks)
 
     def tokens(
         self,
@@ -524,8 +559,9 @@ class Store:
             ``<site>(layer, token, hidden)``, the tokens of all prompts end to end, with an index over ``prompt`` and
             ``position``: ``tokens.resid.sel(layer=16, prompt=h)`` are the tokens of one prompt.
         """
-        info = self.find_group(model, provenance=provenance, group=group)
-        return chunked(to_dataset(self.view(info), "tokens", prompts=prompts, layers=layers, dtype=dtype), chunks)
+        with requesting_ahead(self.catalogs):
+            view = self.view(self.find_group(model, provenance=provenance, group=group))
+        return chunked(to_dataset(view, "tokens", prompts=prompts, layers=layers, dtype=dtype), chunks)
 
     def datatree(
         self, model: Model | None = None, *, provenance: Provenance | None = None, group: str | None = None, dtype: Dtype = None

@@ -86,7 +86,9 @@ def test_clear_asks_first_and_prints_the_number(cache: Store, capsys: pytest.Cap
     code, out, _ = call(capsys, "clear")
     assert code == 0
     assert "3 entries deleted: 3 parts of" in out
-    assert call_json(capsys, "clear") == {"deleted": 0, "parts": 0, "annotations": 0, "legacy_left": 0}, "nothing to delete asks nobody"
+    assert call_json(capsys, "clear") == {"deleted": 0, "parts": 0, "annotations": 0, "legacy_left": 0, "reads_left_bytes": 0}, (
+        "nothing to delete asks nobody"
+    )
 
 
 def test_clear_of_one_model(cache: Store, capsys: pytest.CaptureFixture[str]) -> None:

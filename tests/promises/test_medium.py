@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from crash_operations import BEFORE, FIRST, MODEL, NEW, SECOND, SPLIT, Truth, annotated, check_between, check_equal, without, written
+from own_mounts import OWN_MOUNTS, needs_mounts
 from paths import SUPPORT
 from s3_server import S3, Fault, Request
 from shown_values import truth_of
@@ -46,18 +47,6 @@ def run(what: str, folder: Path, step: int, *before: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800 if STRESS else 240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) > 3, "it was ill often enough"
-
-
-def has_namespaces() -> bool:
-    """Whether this machine lets a process have mounts of its own."""
-    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-OWN_MOUNTS = ("unshare", "--map-root-user", "--mount")
-needs_mounts = pytest.mark.skipif(
-    not has_namespaces(), reason="needs mounts of its own: unshare --map-root-user --mount is not allowed here"
-)
 
 
 @needs_mounts

@@ -141,6 +141,7 @@ def test_the_surface_is_pinned() -> None:
         "TokenIndex",
         "cache_info",
         "clear_cache",
+        "clear_read_cache",
         "compare",
         "compare_groups",
         "confidence_intervals",

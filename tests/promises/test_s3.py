@@ -33,7 +33,7 @@ import lmprobe_zarr as lz
 from lmprobe_zarr import errors
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.errors import AccessDeniedError, AlreadyCommittedError, ReadOnlyError, StoreNotFoundError, UnreachableError
-from lmprobe_zarr.storage import remote
+from lmprobe_zarr.storage import remote, s3_obstore
 from lmprobe_zarr.storage.open import open_storage
 from lmprobe_zarr.storage.s3 import S3Storage
 from lmprobe_zarr.store.format import GroupInfo
@@ -42,6 +42,7 @@ from lmprobe_zarr.store.store import Store
 # One try of botocore's, and of s3fs's where a test sets it: what is tested is what comes after them.
 QUICK: dict[str, Any] = {"config_kwargs": {"retries": {"total_max_attempts": 1}}}
 WRITES = ("PUT", "POST", "DELETE")
+CLIENTS = pytest.mark.parametrize("client", ["s3fs", "obstore"])
 
 
 @pytest.fixture
@@ -237,6 +238,93 @@ def test_a_file_system_that_caches_is_chained_before(s3: S3, filled: str, tmp_pa
     assert totals[1]["LIST"] <= 3
 
 
+# ---------------------------------------------------------------------------------------------------- far away, and obstore
+
+
+@CLIENTS
+def test_a_model_is_opened_and_a_layer_read_in_three_rounds_of_requests(s3: S3, filled: str, client: str) -> None:
+    store = counted(s3, filled, client=client)  # makes the client, which looks for credentials
+    s3.proxy.reset()
+    wait, arrived, lock = 1.5, list[tuple[float, str]](), threading.Lock()
+
+    def slow(request: Request) -> Fault:
+        with lock:
+            arrived.append((time.monotonic(), f"{request.kind} {request.path.rpartition('/')[2]}"))
+        return Fault(delay=wait)
+
+    s3.proxy.fault = slow
+    data = counted(s3, filled, client=client).dataset("acme/toy")
+    np.testing.assert_array_equal(data.resid_mean.sel(layer=1).values, np.concatenate([batch.prompts["resid_mean"][1] for batch in PARTS]))
+    # A request that waits for the answer to another comes at least so much later.
+    rounds: list[list[str]] = []
+    last = -wait
+    for when, what in sorted(arrived):
+        if when - last >= wait * 0.9:
+            rounds.append([])
+            last = when
+        rounds[-1].append(what)
+    assert len(rounds) == 3, rounds
+    assert sorted(what.split()[0] for what in rounds[0]) == ["GET", "LIST"]
+    assert len([what for what in rounds[1] if what == "GET zarr.json"]) == 11, "the group's and the parts' documents"
+    assert len(rounds[2]) == 10, "a chunk of each part"
+    assert len(store.models()) == 1
+
+
+def test_what_was_committed_or_removed_since_a_store_was_opened_is_seen(s3: S3, filled: str) -> None:
+    store = lz.open_store(filled, "r")
+    other = lz.open_store(filled)
+    other.write(GROUP, make_batch(["one more"], seed=99))
+    assert store.dataset("acme/toy").sizes["prompt"] == 1001
+    store = lz.open_store(filled, "r")
+    other.compact(progress=False)
+    other.gc(max_age=0)
+    assert store.dataset("acme/toy").sizes["prompt"] == 1001
+    store = lz.open_store(filled, "r")
+    lz.clear_cache(url=other)
+    with pytest.raises(errors.ModelNotStoredError):
+        store.dataset("acme/toy")
+
+
+def test_of_several_models_only_the_one_that_is_read_is_requested(s3: S3, filled: str) -> None:
+    for name in ("acme/other", "acme/third"):
+        lz.open_store(filled).write(GroupInfo(model=name, num_layers=4, hidden_size=8), make_batch(["a", "b"], seed=5))
+    data = counted(s3, filled).dataset("acme/third")
+    np.testing.assert_array_equal(data.resid_mean.values, make_batch(["a", "b"], seed=5).prompts["resid_mean"])
+    requests = [request.path for request in s3.proxy.requests if request.kind == "GET" and request.path.count("/") == 6]
+    assert requests
+    assert not [path for path in requests if "third" not in path], "no document of a part of another model"
+    assert s3.proxy.kinds()["LIST"] <= 4
+
+
+def test_who_may_not_list_is_told_so_where_a_list_is_needed(s3: S3, filled: str) -> None:
+    store = lz.open_store(filled, "r", storage_options=s3.options(GETTER))
+    with pytest.raises(AccessDeniedError, match="cannot be listed"):
+        store.dataset("acme/toy")
+
+
+def test_both_clients_read_the_same_and_writing_is_the_same(s3: S3, filled: str, url: str) -> None:
+    found = [lz.open_store(filled, storage_options=s3.options(client=client)).tokens().resid.values for client in ("s3fs", "obstore")]
+    np.testing.assert_array_equal(found[0], found[1])
+    store = lz.open_store(f"{url}-obstore", storage_options=s3.options(client="obstore"))
+    store.write(GROUP, make_batch(["a", "b"], seed=3))
+    store.write(GROUP, make_batch(["b", "c"], seed=4))
+    store.compact(progress=False)
+    store.delete("acme/toy", ["a"])
+    assert store.verify().problems == ()
+    assert lz.open_store(f"{url}-obstore").dataset().text.values.tolist() == ["b", "c"]
+
+
+def test_obstore_is_chosen_for_s3_alone_and_refuses_what_it_lacks(s3: S3, url: str, tmp_path: Path) -> None:
+    for place, options, says in (
+        ("memory://acts", {"client": "obstore"}, "s3:// only"),
+        (url, {"client": "boto"}, "'boto'"),
+        (url, s3.options(client="obstore", s3_additional_kwargs={"SSECustomerAlgorithm": "AES256"}), "s3_additional_kwargs"),
+        (url, s3.options(client="obstore", client_kwargs={"verify": str(tmp_path)}), "verify"),
+    ):
+        with pytest.raises(errors.InvalidArgumentError, match=says):
+            open_storage(place, options)
+
+
 # ----------------------------------------------------------------------------------------------------------- credentials
 
 
@@ -279,19 +367,29 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
+@CLIENTS
 def test_failed_requests_raise_one_of_our_errors_without_a_secret(
-    s3: S3, name: str, mode: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    s3: S3,
+    client: str,
+    name: str,
+    mode: Any,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import s3fs
 
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    monkeypatch.setattr(s3_obstore, "_TRIES", {"max_retries": 0})
+    if client == "obstore":
+        monkeypatch.setattr(remote, "_WAITS", (0.01,))
     kind, given, fault, says = FAILURES[name]
     caplog.set_level(logging.DEBUG, "lmprobe_zarr")
     place = {"wrong bucket": "s3://no-such-bucket/acts", "impossible bucket": "s3://no bucket/acts"}.get(name, "s3://pub/acts")
     identity = ADMIN if fault is not None or "bucket" in name else {"key": "nobodys-key", "secret": "SESAME-secret"}
     if "profile" in given:
         identity = {}
-    options = {**s3.options(identity, counted=True), **QUICK, **given}
+    options = {**s3.options(identity, counted=True), **QUICK, **given, "client": client}
     if fault is not None:
         s3.proxy.fault = lambda request: fault
     with pytest.raises(kind, match=says) as caught:
@@ -317,11 +415,12 @@ def test_a_wrong_bucket_is_no_empty_cache(s3: S3) -> None:
     assert lz.cache_info(store="s3://pub/nothing/here").models == ()
 
 
-def test_the_error_names_missing_credentials(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+@CLIENTS
+def test_the_error_names_missing_credentials(s3: S3, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(AccessDeniedError, match="'anon': True"):
-        lz.open_store("s3://pub/acts", "r", storage_options={"endpoint_url": s3.proxy.endpoint})
+        lz.open_store("s3://pub/acts", "r", storage_options={"endpoint_url": s3.proxy.endpoint, "client": client})
 
 
 def test_user_and_password_in_a_url_are_not_shown() -> None:
@@ -361,11 +460,12 @@ def first_times(times: int, fault: Fault, method: str = "GET") -> Any:
 
 
 @pytest.mark.parametrize("fault", [Fault(status=503, code="SlowDown"), Fault(cut=20), Fault(lose_answer=True)], ids=repr)
-def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, fault: Fault) -> None:
+@CLIENTS
+def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, client: str, fault: Fault) -> None:
     batch = make_batch(["a", "b"])
     lz.open_store(url).write(GROUP, batch)
     s3.proxy.fault = first_times(2, fault)
-    data = counted(s3, url).dataset()
+    data = counted(s3, url, client=client).dataset()
     np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"])
 
 
@@ -469,6 +569,7 @@ def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity:
     values = copy.dataset("acme/toy").resid_mean.sel(layer=1).values
     np.testing.assert_array_equal(values, np.concatenate([batch.prompts["resid_mean"][1] for batch in PARTS]))
     kinds = s3.proxy.kinds()
+    assert kinds.pop("LIST") == 1, "requested with the root, before it is known what the root is; it may be refused"
     assert set(kinds) == {"GET"}
     assert kinds["GET"] <= 5, "root, group, the one part, its chunk"
     with pytest.raises(ReadOnlyError, match="published"):
@@ -572,8 +673,9 @@ def sum_of(store: Store, layer: int) -> float:
     return float(store.dataset().resid_mean.sel(layer=layer).values.sum())
 
 
-def test_a_store_is_used_from_spawned_processes_and_from_threads(s3: S3, filled: str) -> None:
-    store = counted(s3, filled)
+@CLIENTS
+def test_a_store_is_used_from_spawned_processes_and_from_threads(s3: S3, filled: str, client: str) -> None:
+    store = counted(s3, filled, client=client)
     truth = [sum_of(store, layer) for layer in (0, 1, 3)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(sum_of, [store] * 9, [0, 1, 3] * 3)) == truth * 3

@@ -132,7 +132,7 @@ def sas_token(rights: str, *, hours: float = 1.0, key: str = ACCOUNT_KEY) -> str
             account_name=ACCOUNT,
             account_key=key,
             resource_types=ResourceTypes(container=True, object=True),
-            permission=AccountSasPermissions.from_string(rights),
+            permission=AccountSasPermissions.from_string(rights),  # type: ignore[no-untyped-call]
             start=now - timedelta(days=1),
             expiry=now + timedelta(hours=hours),
         )

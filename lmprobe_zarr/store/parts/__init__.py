@@ -5,7 +5,7 @@ Other rooms import from this face. Never upkeep, models or xarray datasets.
 
 from lmprobe_zarr.store.parts.as_pandas import as_series, prompt_index
 from lmprobe_zarr.store.parts.call_order import CallOrder, merged_order
-from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, urls_of, visible_parts
+from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, requesting_ahead, urls_of, visible_parts
 from lmprobe_zarr.store.parts.columns import column_attrs, column_of, holds_texts_only, merged_kind, shown_column
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.lazy import LazyArray, as_stored
@@ -62,6 +62,7 @@ __all__ = [
     "read_batches",
     "read_column",
     "read_values",
+    "requesting_ahead",
     "salvage",
     "shape_of",
     "shown_column",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, PartGoneError
-from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.storage import KeptReads, Storage
 from lmprobe_zarr.store.format import (
     BLOCK_TABLE,
     CHUNK_TABLE,
@@ -63,6 +63,8 @@ class ArrayFiles:
         The part's table of files, by their keys below the part; only this array's are used.
     tables : ArrayTables, optional
         What the part's document says of the array's own tables; None where its chunks are in `files`.
+    kept : KeptReads, optional
+        What is kept on this machine of the part's files.
     """
 
     storage: Storage
@@ -70,12 +72,13 @@ class ArrayFiles:
     info: ArrayInfo
     files: Mapping[str, Sequence[int]]
     tables: ArrayTables | None = None
+    kept: KeptReads | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Only this array's entries are sent to another process.
         names = self.info.file_names() if self.tables is None else (CHUNK_TABLE, BLOCK_TABLE)
         files = {key: self.files[key] for key in (f"{self.name}/{name}" for name in names) if key in self.files}
-        return ArrayFiles, (self.storage, self.path, self.info, files, self.tables)
+        return ArrayFiles, (self.storage, self.path, self.info, files, self.tables, self.kept)
 
     @functools.cached_property
     def part(self) -> str:
@@ -128,6 +131,13 @@ class ArrayFiles:
         """The table of chunks where it stands in the part's document."""
         return None if self.tables is None or self.tables.chunks is None else ChunkTable(self.tables.chunks, self.info)
 
+    @property
+    def keeps_chunk_table(self) -> bool:
+        """Whether it needs no request to know where chunks lie."""
+        if self.tables is None or self.tables.chunks is not None:
+            return True
+        return self.kept is not None and self.kept.holds(f"{self.name}/{CHUNK_TABLE}", 0, chunk_table_nbytes(self.info))
+
     def chunk_table(self) -> ChunkTable:
         """The table of chunks of an array that has one."""
         return self._chunks_in_document or ChunkTable(self._read_table(CHUNK_TABLE, chunk_table_nbytes(self.info)), self.info)
@@ -150,11 +160,18 @@ class ArrayFiles:
             raise self.corrupt(name, f"should have {expected} bytes, and the part's document says {length}")
 
         def read() -> Buffer:
+            kept, key = self.kept, f"{self.name}/{name}"
+            if kept is not None and (held := kept.read_bytes(key, 0, length)) is not None:
+                if crc32c(held) == checksum:
+                    return held
+                kept.distrust(key, 0, length)
             data = self.fetch(name, self.storage.read)
             if len(data) != length:
                 raise self.corrupt(name, f"has {len(data)} bytes instead of {length}")
             if crc32c(data) != checksum:
                 raise self.corrupt(name, "does not hold its checksum")
+            if kept is not None:
+                kept.keep(key, 0, length, (data,))
             return data
 
         return kept_table((self.storage.url, self.path, name, length, checksum), read)

@@ -5,14 +5,16 @@ Decides nothing about upkeep and reads no activations. Code that needs only one 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError, ReadOnlyError, UnreachableError
 from lmprobe_zarr.log import warn
-from lmprobe_zarr.storage import Storage, run_all
+from lmprobe_zarr.storage import ReadCache, Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
     GROUP_NAME,
@@ -25,6 +27,7 @@ from lmprobe_zarr.store.format import (
     parse_group,
     parse_part,
 )
+from lmprobe_zarr.store.parts.ahead import Ahead, keys_of_hint
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.listing import Listing, list_names
 from lmprobe_zarr.store.parts.part import Part
@@ -32,7 +35,7 @@ from lmprobe_zarr.store.parts.salvage import NO_LAYER, salvage
 from lmprobe_zarr.store.parts.view import View, open_view
 from lmprobe_zarr.store.parts.writer import PartWriter, write_group
 
-__all__ = ["Catalog", "Mode", "any_holds_parts", "groups_of", "open_union", "urls_of", "visible_parts"]
+__all__ = ["Catalog", "Mode", "any_holds_parts", "groups_of", "open_union", "requesting_ahead", "urls_of", "visible_parts"]
 
 Mode = Literal["a", "r"]
 
@@ -50,6 +53,8 @@ class Catalog:
         Flush every part to the medium before its commit.
     rank : int
         Which of several roots that are read as one this is; a higher one wins, see `Part`.
+    reads : ReadCache, optional
+        Keeps on this machine what is read of arrays; not used where the place is as near.
 
     Attributes
     ----------
@@ -59,8 +64,12 @@ class Catalog:
         When this process last noted the use of each part, by its key, in seconds of `time.monotonic`.
     """
 
-    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0) -> None:
+    def __init__(self, storage: Storage, *, mode: Mode = "a", durable: bool = True, rank: int = 0, reads: ReadCache | None = None) -> None:
         self.storage, self.mode, self.durable, self.rank = storage, mode, durable, rank
+        self.reads = reads if storage.is_slow else None
+        #: What a single list has found when the root was opened, see `Storage.start_listing`.
+        self.hint: Future[list[str]] | None = None
+        self._ahead = Ahead(storage)
         self.notes_uses = mode == "a" and not self.is_published
         self.last_used: dict[str, float] = {}
         # Documents of parts and groups never change once they are written, so each is read once.
@@ -72,7 +81,7 @@ class Catalog:
         self._stand_ins: dict[str, Part | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.storage, self.mode, self.durable, self.rank)
+        return _reopen, (self.storage, self.mode, self.durable, self.rank, self.reads)
 
     @property
     def url(self) -> str:
@@ -88,6 +97,23 @@ class Catalog:
     def damage(self) -> tuple[CorruptPartError, ...]:
         """Errors of the damaged parts and groups that are left out, see `set_aside`."""
         return tuple(self._damaged.values())
+
+    @contextmanager
+    def requesting_ahead(self) -> Iterator[None]:
+        """For one call: the lists and documents that it is going to ask for are requested together, at its beginning.
+
+        The first call does so, since later ones know the documents. It sees what is there while it runs, as any other.
+        """
+        hint, self.hint = self.hint, None
+        if isinstance(self.storage, FrozenStorage):
+            keys = self.storage.keys() if self.storage.is_slow and not self._groups else []
+        else:
+            keys = [] if hint is None or self._groups else keys_of_hint(hint)
+        if not keys:
+            yield
+            return
+        with self._ahead.of(keys):
+            yield
 
     def note_once(self, what: str) -> bool:
         """Whether something is noted for the first time."""
@@ -105,7 +131,7 @@ class Catalog:
         whole : bool
             Whether a damaged group is an error. Otherwise it is left out, with a warning.
         """
-        names = [name for name in self.storage.list("") if not name.startswith(".") and name != "zarr.json"]
+        names = [name for name in self._ahead.list("") if not name.startswith(".") and name != "zarr.json"]
         new = [name for name in names if name not in self._groups and (whole or name not in self._damaged)]
         run_all([partial(self._read_group, name, whole) for name in new], local=self.storage.is_local)
         return {name: info for name in names if (info := self._groups.get(name)) is not None}
@@ -144,7 +170,7 @@ class Catalog:
         `ours` is whether the folder has a name that only this package gives; the document of any other folder need not be readable.
         """
         try:
-            return self.storage.read(f"{path}/zarr.json")
+            return self._ahead.read(f"{path}/zarr.json")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -164,7 +190,7 @@ class Catalog:
         names: list[str] = []
         # List again until nothing new is found: a part that replaces another is committed before the other is removed.
         while True:
-            listed = self.storage.list(group)
+            listed = self.storage.list(group) if names else self._ahead.list(group)
             new = [name for name in self._part_names(group, listed) if name not in names]
             if not new:
                 return False
@@ -289,14 +315,19 @@ class Catalog:
             return None
         if isinstance(info.files, FilesTable):
             info.files.name_part(self.url, path)
-        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses)
+        # A part's files are those that its document gives lengths and checksums of, so another document is another part.
+        kept = None if self.reads is None else self.reads.reads_of(self.url, self.storage.server, path, data)
+        part = self._parts[path] = Part(self.storage, path, info, len(data), self.rank, self.notes_uses, kept)
         return part
 
     def parts_and_annotations(self, info: GroupInfo, *, whole: bool = True, tables: bool = False) -> tuple[list[Part], list[Part]]:
         """Committed parts and annotations of a group, replaced ones too; `whole` and `tables` as in `list_parts`."""
         # The list of the group's folder says whether it has annotations. Most have none, and then this one list, or request, is enough.
-        names = self.storage.list(info.name)
-        notes = self.list_parts(f"{info.name}/{ANNOTATIONS}", whole=whole, tables=tables) if ANNOTATIONS in names else []
+        names = self._ahead.list(info.name)
+        notes: list[Part] = []
+        if ANNOTATIONS in names:
+            folder = f"{info.name}/{ANNOTATIONS}"
+            notes = self.list_parts(folder, whole=whole, listed=self._ahead.list(folder), tables=tables)
         return self.list_parts(info.name, whole=whole, listed=names, tables=tables), notes
 
     def listing(self, info: GroupInfo, *, whole: bool = True) -> Listing:
@@ -414,8 +445,8 @@ class Catalog:
         )
 
 
-def _reopen(storage: Storage, mode: Mode, durable: bool, rank: int) -> Catalog:
-    return Catalog(storage, mode=mode, durable=durable, rank=rank)
+def _reopen(storage: Storage, mode: Mode, durable: bool, rank: int, reads: ReadCache | None) -> Catalog:
+    return Catalog(storage, mode=mode, durable=durable, rank=rank, reads=reads)
 
 
 # ------------------------------------------------------------------------------------------- several roots, lowest rank first
@@ -435,6 +466,15 @@ def groups_of(catalogs: Sequence[Catalog], *, whole: bool = True) -> dict[str, G
 def any_holds_parts(catalogs: Sequence[Catalog], group: str) -> bool:
     """Whether any of several roots holds a committed part of a group, given by its name."""
     return any(catalog.holds_parts(group) for catalog in reversed(catalogs))
+
+
+@contextmanager
+def requesting_ahead(catalogs: Sequence[Catalog]) -> Iterator[None]:
+    """`Catalog.requesting_ahead` of several roots."""
+    with ExitStack() as stack:
+        for catalog in catalogs:
+            stack.enter_context(catalog.requesting_ahead())
+        yield
 
 
 def visible_parts(catalog: Catalog, info: GroupInfo) -> list[Part]:

@@ -34,8 +34,17 @@ class FrozenStorage(Storage):
                 for i, piece in enumerate(pieces):
                     self._folders.setdefault("/".join(pieces[:i]), set()).add(piece)
 
+    def keys(self) -> list[str]:
+        """Keys of the documents of its groups and parts."""
+        parts = [f"{group}/{key}/zarr.json" for group, keys in self.published.groups.items() for key in keys]
+        return [*(f"{group}/zarr.json" for group in self.published.groups), *parts]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenStorage, (self.inner, self.published)
+
+    @property
+    def server(self) -> str:
+        return self.inner.server
 
     def check_reach(self) -> None:
         self.inner.check_reach()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.storage import Storage
+from lmprobe_zarr.storage import KeptReads, Storage
 from lmprobe_zarr.store.format import Level, PartInfo
 from lmprobe_zarr.store.parts.array_files import ArrayFiles
 from lmprobe_zarr.store.parts.stored_array import StoredArray
@@ -36,6 +36,8 @@ class Part:
         Which of several roots that are read as one it is in. A part in a higher root wins, whenever it was written.
     noted : bool
         Whether it is noted when the part is read: not in a root that is read only.
+    kept : KeptReads, optional
+        What is kept on this machine of its files; None where they are always read from their place.
     """
 
     storage: Storage
@@ -44,6 +46,7 @@ class Part:
     document_nbytes: int = 0
     rank: int = 0
     noted: bool = False
+    kept: KeptReads | None = None
 
     @property
     def order(self) -> tuple[int, str]:
@@ -76,7 +79,7 @@ class Part:
         """One of its arrays."""
         path = f"{level}/{name}"
         tables = None if self.info.tables is None else self.info.tables.get(path)
-        return StoredArray(self.storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files, self.noted, tables)
+        return StoredArray(self.storage, f"{self.path}/{path}", self.info.arrays[path], self.info.files, self.noted, tables, self.kept)
 
 
 def part_bytes_within(part_bytes: int, limit: int | None) -> int:

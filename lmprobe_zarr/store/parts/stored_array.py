@@ -19,8 +19,8 @@ from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
 from lmprobe_zarr.batch import concat_ranges, copy_rows, fill_value
-from lmprobe_zarr.errors import CorruptPartError
-from lmprobe_zarr.storage import Storage, empty_aligned, run_all
+from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError
+from lmprobe_zarr.storage import KeptReads, Storage, empty_aligned, run_all
 from lmprobe_zarr.store.format import (
     BLOCK_TABLE,
     TEXT_BYTES,
@@ -41,6 +41,8 @@ from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["Piece", "StoredArray", "read_pieces"]
 Rows = slice | Ints
+#: A block: its number in the chunk, where it begins and ends in the file, and its checksum.
+_Bounds = tuple[int, int, int, int]
 _room = threading.local()
 #: Reads of a local disk that together take less work are done by the caller's thread: another one takes some 50 microseconds to start.
 _ALONE: Final = 2**18
@@ -66,6 +68,9 @@ class StoredArray:
         Whether a reading of it is noted as a use of the part.
     tables : ArrayTables, optional
         What the part's document says of the array's own tables; None where its chunks are in `files`.
+    kept : KeptReads, optional
+        What is kept on this machine of the part's files. It is used only after it was compared with the checksum that the part's tables
+        have for it, and only what was compared is kept.
     """
 
     storage: Storage
@@ -74,6 +79,7 @@ class StoredArray:
     files: Mapping[str, Sequence[int]]
     noted: bool = False
     tables: ArrayTables | None = None
+    kept: KeptReads | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.where, self.noted)
@@ -81,7 +87,7 @@ class StoredArray:
     @functools.cached_property
     def where(self) -> ArrayFiles:
         """Where its chunks and blocks lie."""
-        return ArrayFiles(self.storage, self.path, self.info, self.files, self.tables)
+        return ArrayFiles(self.storage, self.path, self.info, self.files, self.tables, self.kept)
 
     @functools.cached_property
     def part(self) -> str:
@@ -119,6 +125,16 @@ class StoredArray:
             return self.nbytes_of_chunk
         nbytes = (rows.stop - rows.start) * self.row_nbytes + size if isinstance(rows, slice) else len(rows) * max(size, self.row_nbytes)
         return min(self.nbytes_of_chunk, nbytes) // (8 if self.info.shuffle else 128)
+
+    def keeps_chunk(self, layer: int, block: int) -> bool:
+        """Whether a chunk is kept on this machine, so that reading it needs no request."""
+        if self.kept is None or not self.where.keeps_chunk_table:
+            return False
+        try:
+            place = self.where.chunk(layer, block)
+        except (LmprobeZarrError, OSError):
+            return False  # who reads the chunk gets the error
+        return self.kept.holds(f"{self.where.name}/{place.file}", place.start, place.start + place.length)
 
     def _scratch(self, nbytes: int | None = None, what: str = "decoded") -> Array:
         """A buffer, by default for one chunk, valid until this thread's next call: reusing it saves the page faults of a new allocation."""
@@ -266,13 +282,17 @@ class StoredArray:
             return None
         if not only and self.storage.sends_whole_files and not self.info.shard_blocks:
             return None
-        if self.storage.is_slow and not only and is_wanted_whole((self.storage.url, self.path, layer, block)):
+        is_whole = self.storage.is_slow and not only and is_wanted_whole((self.storage.url, self.path, layer, block))
+        if is_whole and self.kept is None:
             return None
         try:
             table = self.where.block_table()
         except CorruptPartError:
             return None  # the chunk has a checksum of its own, in the other table
-        data = self._fetch_blocks(layer, block, wanted, table.place(layer, block), table.record(layer, block))
+        start, record = table.place(layer, block), table.record(layer, block)
+        if is_whole and not self._holds_blocks_only(layer, block, wanted, start, record):
+            return None
+        data = self._fetch_blocks(layer, block, wanted, start, record)
         if isinstance(rows, slice):
             begin = rows.start * nbytes - int(wanted[0]) * size
             return np.frombuffer(data[begin : begin + (rows.stop - rows.start) * nbytes], self.dtype).reshape(-1, *self.row_shape)
@@ -291,9 +311,8 @@ class StoredArray:
         frame = None if self.info.shuffle is None else Frame(head, self.nbytes_of_chunk, size)
         if frame is not None and self.info.shuffle is not None and not frame.is_of(self.info.shuffle, self.dtype.itemsize):
             raise self.corrupt(key, "has another header in the table of blocks")
-        ends = lengths.cumsum() + (start + (0 if frame is None else frame.first_byte(len(lengths))))
-        stops = ends[wanted]
-        begins = stops - lengths[wanted]
+        begins, stops = _bounds_of_blocks(record, frame, start)
+        begins, stops = begins[wanted], stops[wanted]
         # Blocks that follow one another are one range.
         cuts = np.flatnonzero(wanted[1:] != wanted[:-1] + 1) + 1
         firsts, lasts = np.append(0, cuts), np.append(cuts, len(wanted)) - 1
@@ -307,16 +326,26 @@ class StoredArray:
         header = header_of(head, sizes, size, decoded) if is_frame else b""
         room = self._scratch(len(header) + sum(sizes), "encoded")
         data = room[len(header) :]
-        read = functools.partial(self.storage.fill_ranges, ranges=ranges, target=data.data)
-        found, place = self.where.fetch(self.info.file_of(layer, block), read), 0
+        file, held = self.info.file_of(layer, block), frozenset[int]()
+        if self.kept is not None:
+            bounds = [*zip(numbers, begins.tolist(), stops.tolist(), checksums, strict=True)]
+            held = self._read_kept_blocks(file, (start, start + int(record[0])), bounds, data.data)
+        if held:
+            found = self._fill_others(file, bounds, held, data.data)
+        else:
+            read = functools.partial(self.storage.fill_ranges, ranges=ranges, target=data.data)
+            found = self.where.fetch(file, read)
+        place = 0
         for number, length, checksum in zip(numbers, sizes, checksums, strict=True):
             place += length
             if place > found:
                 raise self.corrupt(key, f"ends in block {number}, or before it")
-            if crc32c(data[place - length : place]) != checksum:
+            if number not in held and crc32c(data[place - length : place]) != checksum:
                 raise self.corrupt(key, f"does not hold the checksum of block {number}")
             if not is_frame and length != min(size, self.nbytes_of_chunk - number * size):
                 raise self.corrupt(key, f"has another size of block {number} in its table")
+        if self.kept is not None:
+            self._keep_blocks(file, bounds, held, data.data)
         if not is_frame:
             return data.data
         room[: len(header)] = np.frombuffer(header, np.uint8)
@@ -327,6 +356,85 @@ class StoredArray:
         except (ValueError, RuntimeError) as error:
             raise self.corrupt(key, f"cannot be decoded ({error})") from error
         return target.data
+
+    # ----------------------------------------------------------------------------------------------- kept on this machine
+
+    def _holds_blocks_only(self, layer: int, block: int, wanted: Ints, start: int, record: npt.NDArray[np.uint32]) -> bool:
+        """Whether some blocks are kept on this machine and their chunk is not, so that reading the chunk would need a request."""
+        file = f"{self.where.name}/{self.info.file_of(layer, block)}"
+        if self.kept is None or self.kept.holds(file, start, start + int(record[0])):
+            return False
+        frame = None if self.info.shuffle is None else Frame(int(record[1]), self.nbytes_of_chunk, self.where.block_nbytes)
+        begins, stops = _bounds_of_blocks(record, frame, start)
+        return all(map(functools.partial(self.kept.holds, file), begins[wanted].tolist(), stops[wanted].tolist()))
+
+    def _read_kept_blocks(self, file: str, chunk: tuple[int, int], bounds: Sequence[_Bounds], target: memoryview) -> frozenset[int]:
+        """Fill `target` with the blocks that are kept alone or in their chunk, each at its place; their numbers. Each is checked."""
+        kept, key, held = self.kept, f"{self.where.name}/{file}", set[int]()
+        if kept is None:
+            return frozenset()
+        place, is_chunk_kept = 0, kept.holds(key, *chunk)
+        for number, begin, end, checksum in bounds:
+            room = target[place : place + end - begin]
+            place += end - begin
+            for source, skip in (((begin, end), 0), (chunk, begin - chunk[0])):
+                if number in held or (source == chunk and not is_chunk_kept) or not kept.read(key, *source, [room], skip=skip):
+                    continue
+                if crc32c(room) == checksum:
+                    held.add(number)
+                else:
+                    kept.distrust(key, *source)
+        return frozenset(held)
+
+    def _fill_others(self, file: str, bounds: Sequence[_Bounds], held: frozenset[int], target: memoryview) -> int:
+        """Fill `target` with the blocks that are not held, each at its place; returns how far it is filled."""
+        missing = [(begin, end) for number, begin, end, _ in bounds if number not in held]
+        read = functools.partial(self.storage.read_ranges, ranges=missing)
+        found, place = iter(self.where.fetch(file, read) if missing else ()), 0
+        for number, begin, end, _ in bounds:
+            if number not in held:
+                data = next(found)
+                target[place : place + len(data)] = data
+                if len(data) < end - begin:
+                    return place + len(data)
+            place += end - begin
+        return place
+
+    def _keep_blocks(self, file: str, bounds: Sequence[_Bounds], held: frozenset[int], data: memoryview) -> None:
+        """Keep the blocks that were fetched and checked."""
+        place = 0
+        for number, begin, end, _ in bounds:
+            if self.kept is not None and number not in held:
+                self.kept.keep(f"{self.where.name}/{file}", begin, end, (data[place : place + end - begin],))
+            place += end - begin
+
+    def _read_kept_body(self, place: ChunkPlace) -> memoryview | None:
+        """As `_read_body`, of a chunk that is kept; None where it is not."""
+        key, bounds = f"{self.where.name}/{place.file}", (place.start, place.start + place.length)
+        if self.kept is None or place.length < 4 or not self.kept.holds(key, *bounds):
+            return None
+        data = memoryview(self._scratch(place.length, "encoded").data)
+        if not self.kept.read(key, *bounds, [data]):
+            return None
+        if holds_checksum(data[:-4], data[-4:], place.checksum):
+            return data[:-4]
+        self.kept.distrust(key, *bounds)
+        return None
+
+    def _read_kept_raw(self, place: ChunkPlace, body: memoryview) -> bool:
+        """Whether a chunk that is not encoded is kept; `body` is filled with it."""
+        key, bounds, tail = f"{self.where.name}/{place.file}", (place.start, place.start + place.length), memoryview(bytearray(4))
+        if self.kept is None or place.length != len(body) + 4 or not self.kept.read(key, *bounds, [body, tail]):
+            return False
+        if holds_checksum(body, tail, place.checksum):
+            return True
+        self.kept.distrust(key, *bounds)
+        return False
+
+    def _keep(self, place: ChunkPlace, *data: memoryview) -> None:
+        """Keep a chunk whose checksum was verified."""
+        if self.kept is not None:
+            self.kept.keep(f"{self.where.name}/{place.file}", place.start, place.start + place.length, data)
 
     # ----------------------------------------------------------------------------------------------------------- chunks
 
@@ -349,17 +457,23 @@ class StoredArray:
 
     def _read_body(self, key: str, place: ChunkPlace) -> memoryview:
         """The encoded bytes of a chunk, with their checksum verified; valid until this thread reads another."""
+        held = None if self.kept is None else self._read_kept_body(place)
+        if held is not None:
+            return held
         data = self._fetch_chunk(place)
         if len(data) != place.length or place.length < 4:
             raise self.corrupt(key, f"has {len(data)} bytes instead of {place.length}")
         body = data[:-4]
         if not holds_checksum(body, data[-4:], place.checksum):
             raise self.corrupt(key, "does not hold its checksum")
+        self._keep(place, data)
         return body
 
     def _read_raw(self, key: str, place: ChunkPlace, out: Array) -> Array:
         """A chunk that is not encoded, read from the file into the array without a copy in between."""
         body, tail = out.reshape(-1).view(np.uint8), bytearray(4)
+        if self.kept is not None and self._read_kept_raw(place, body.data):
+            return out
         if self.info.shard_blocks and self.storage.is_local:
             end = place.start + len(body)
             read = functools.partial(self.storage.fill_ranges, ranges=[(place.start, end)], target=body.data)
@@ -377,6 +491,7 @@ class StoredArray:
             raise self.corrupt(key, f"has {found} bytes instead of {place.length}")
         if not holds_checksum(body.data, memoryview(tail), place.checksum):
             raise self.corrupt(key, "does not hold its checksum")
+        self._keep(place, body.data, memoryview(tail))
         return out
 
     def corrupt(self, key: str, what: str) -> CorruptPartError:
@@ -410,6 +525,13 @@ class StoredArray:
         return target if np.little_endian else target.byteswap(inplace=True)
 
 
+def _bounds_of_blocks(record: npt.NDArray[np.uint32], frame: Frame | None, start: int) -> tuple[Ints, Ints]:
+    """Where each block of a chunk begins and ends in its file, if the chunk begins at `start`."""
+    lengths = record[2::2].astype(np.int64)
+    stops = lengths.cumsum() + (start + (0 if frame is None else frame.first_byte(len(lengths))))
+    return stops - lengths, stops
+
+
 def _blocks_of_rows(rows: Ints, nbytes: int, size: int, n_blocks: int) -> Ints:
     """The blocks that hold some rows, ascending."""
     first, last = rows * nbytes // size, (rows * nbytes + nbytes - 1) // size
@@ -421,7 +543,7 @@ def _blocks_of_rows(rows: Ints, nbytes: int, size: int, n_blocks: int) -> Ints:
 
 
 def _restore(where: ArrayFiles, noted: bool) -> StoredArray:
-    return StoredArray(where.storage, where.path, where.info, where.files, noted, where.tables)
+    return StoredArray(where.storage, where.path, where.info, where.files, noted, where.tables, where.kept)
 
 
 class Piece(NamedTuple):
@@ -458,7 +580,7 @@ def read_pieces(pieces: Sequence[Piece], columns: tuple[Any, ...]) -> None:
     CorruptPartError, PartGoneError
         See `StoredArray.read_chunk`; the first one found.
     """
-    local = all(piece.array.storage.is_local for piece in pieces)
+    local = all(piece.array.storage.is_local or piece.array.keeps_chunk(piece.layer, piece.block) for piece in pieces)
     if len(pieces) == 1 or (local and sum(piece.array.work_of(piece.rows) for piece in pieces) < _ALONE):
         for piece in pieces:
             _read_piece(piece, columns)
