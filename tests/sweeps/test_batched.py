@@ -18,7 +18,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 
 pytest.importorskip("torch")
 
-from lmprobe_zarr.probes import batched
+from lmprobe_zarr.probes import batched, fit
 
 pytestmark = pytest.mark.model
 N, HIDDEN, LAYERS = 90, 12, 3
@@ -65,8 +65,14 @@ def same(found: xr.Dataset, expected: xr.Dataset) -> None:
     ],
     ids=lambda options: ", ".join(sorted(set(options) - {"labels"})),
 )
-def test_exact_probes_have_the_same_scores_whatever_is_asked_for(array: xr.DataArray, options: dict[str, Any]) -> None:
-    same(lz.sweep(array, solver="batched", **options), lz.sweep(array, **options))
+def test_exact_probes_have_the_same_scores_whatever_is_asked_for(
+    array: xr.DataArray, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = lz.sweep(array, **options)
+    same(lz.sweep(array, solver="batched", **options), expected)
+    # As on a GPU.
+    monkeypatch.setattr(fit, "_RIDGES_BY_GRAM", False)
+    same(lz.sweep(array, solver="batched", **options), expected)
 
 
 def test_logistic_regression_has_the_scores_of_its_optimum(array: xr.DataArray) -> None:
@@ -95,6 +101,7 @@ def test_a_fold_of_one_class_is_refused_as_ever(array: xr.DataArray) -> None:
 
 def test_what_the_batch_cannot_solve_is_fitted_one_by_one(array: xr.DataArray, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = lz.sweep(array, "label", "ridge")
+    monkeypatch.setattr(fit, "_RIDGES_BY_GRAM", False)
     # A penalty that float64 cannot add to the largest eigenvalue.
     monkeypatch.setattr(batched, "_LEAST_PENALTY", 1.0)
     same(lz.sweep(array, "label", "ridge", solver="batched"), expected)
