@@ -146,7 +146,7 @@ def _chosen(coef: xr.DataArray, layers: Any) -> dict[int, Any]:
         lacking = [layer for layer in asked or () if layer not in held]
         if lacking:
             raise InvalidArgumentError(f"there is no direction of layer {lacking[0]!r}: there are layers {', '.join(map(str, held))}")
-        held = held if asked is None else {int(layer): held[layer] for layer in asked}
+        held = held if asked is None else {int(layer): held[int(layer)] for layer in asked}
     if not held:
         raise InvalidArgumentError("no layer was named: give layers=[…], or leave it out for all directions")
     found = {}

@@ -36,6 +36,7 @@ from lmprobe_zarr.typing import Array, Estimator
 __all__ = ["draw_within", "fit_task"]
 #: Variable, layer, trial, fold, seed, strength and labels of a fit, as `Fit.at` has them.
 _Place = tuple[int, int, int, int, int, int, int]
+#: Whether ridges on a processor are left to `solve_ridge`; tests of the batch say no.
 _RIDGES_BY_GRAM = True
 
 
@@ -137,7 +138,6 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
         bulk.solve(_requests_within(plan, trial, places, candidates, bulk))
     inner = {at: _score_within(plan, task, at, rows[at[4]], candidates, bulk) for at in places} if within else {}
     best = {at: _best_strength(plan, means) for at, (means, _) in inner.items()} if chosen else {}
-    each = [(strength, place) for place, strength in enumerate(strengths)]
     whole = [(strength, place) for place, strength in enumerate(strengths)]
     fitted = {at: [(plan.strengths[best[at]], best[at])] if chosen else whole for at in places}
     bulk.solve(_request(plan, trial, at, strength) for at in places for strength, _ in fitted[at])

@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 from lmprobe_zarr.probes import batched
 from lmprobe_zarr.probes.batched import BATCHED, TOLERANCE, Bulk, FitRequest, check_device, solve_batched
 from lmprobe_zarr.probes.classifiers import make_probe
+from lmprobe_zarr.probes.gram import Solved
 from lmprobe_zarr.typing import Array
 
 pytestmark = pytest.mark.model
@@ -26,7 +27,7 @@ def rows(n: int, hidden: int, *, spread: float = 0.0, seed: int = 0) -> Array:
     turn = np.linalg.qr(rng.standard_normal((hidden, hidden)))[0]
     x = (rng.standard_normal((n, hidden)) * (1 + np.arange(hidden)) ** -spread) @ turn + rng.standard_normal(hidden)
     x[:, 1] = 40 * x[:, 1] + 300
-    return x.astype("float32")
+    return np.asarray(x, "float32")
 
 
 def with_units(x: Array) -> tuple[Array, Array]:
@@ -39,7 +40,17 @@ def labels_for(x: Array, n_classes: int, seed: int = 1) -> Array:
     rng = np.random.default_rng(seed)
     z = (x - x.mean(0)) / x.std(0)
     scores = z @ rng.standard_normal((x.shape[1], n_classes)) + 4 * rng.standard_normal((len(x), n_classes))
-    return scores.argmax(axis=1)
+    return np.asarray(scores.argmax(axis=1))
+
+
+def scores_of(fit: Solved) -> Array:
+    assert fit.outcome.scores is not None
+    return fit.outcome.scores
+
+
+def chances_of(fit: Solved) -> Array:
+    assert fit.outcome.probabilities is not None
+    return fit.outcome.probabilities
 
 
 def converged_pipeline(strength: float) -> Any:
@@ -92,9 +103,9 @@ def test_exact_probes_predict_what_scikit_learn_does(probe: str, shape: tuple[in
     expected = make_probe(probe).fit(x[train].astype(float), y[train])
     wide = x[test].astype(float)
     np.testing.assert_array_equal(fit.outcome.predicted, expected.predict(wide))
-    np.testing.assert_allclose(fit.outcome.scores, expected.decision_function(wide), rtol=1e-7, atol=1e-7)
+    np.testing.assert_allclose(scores_of(fit), expected.decision_function(wide), rtol=1e-7, atol=1e-7)
     if probe == "mass_mean":
-        np.testing.assert_allclose(fit.outcome.probabilities, expected.predict_proba(wide), atol=1e-7)
+        np.testing.assert_allclose(chances_of(fit), expected.predict_proba(wide), atol=1e-7)
     else:
         assert fit.outcome.probabilities is None
 
@@ -118,7 +129,7 @@ def test_probabilities_and_predictions_of_logistic_regression() -> None:
     (fit,) = solve_batched("logistic_regression", x, [FitRequest(train, test, y, np.arange(3), None)])
     assert fit is not None
     expected = converged_pipeline(1.0).fit(x[train].astype(float), y[train])
-    np.testing.assert_allclose(fit.outcome.probabilities, expected.predict_proba(x[test].astype(float)), atol=1e-4)
+    np.testing.assert_allclose(chances_of(fit), expected.predict_proba(x[test].astype(float)), atol=1e-4)
     np.testing.assert_array_equal(fit.outcome.predicted, expected.predict(x[test].astype(float)))
 
 
@@ -133,7 +144,7 @@ def test_rows_that_count_twice_constant_units_and_rows_that_no_fit_names() -> No
     (fit,) = solve_batched("logistic_regression", with_nan, [FitRequest(twice, test, np.concatenate([y, [0, 0, 0]]), np.arange(2), None)])
     assert fit is not None
     expected = converged_pipeline(1.0).fit(x[twice], y[twice])
-    np.testing.assert_allclose(fit.outcome.scores, expected.decision_function(x[test]), atol=1e-3)
+    np.testing.assert_allclose(scores_of(fit), expected.decision_function(x[test]), atol=1e-3)
 
 
 def test_a_class_that_a_fold_lacks_is_never_predicted() -> None:
@@ -181,7 +192,7 @@ def test_fits_that_do_not_fit_into_memory_at_once_are_the_same(monkeypatch: pyte
     for one, other in zip(whole, solve_batched("logistic_regression", x, requests), strict=True):
         assert one is not None
         assert other is not None
-        np.testing.assert_allclose(one.outcome.scores, other.outcome.scores, atol=1e-3)
+        np.testing.assert_allclose(scores_of(one), scores_of(other), atol=1e-3)
 
 
 def test_an_iteration_limit_is_no_convergence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_damaged_and_foreign_control_vectors_are_errors(tmp_path: Path) -> None:
 def test_without_gguf_the_message_says_what_to_install(directions: xr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    modules: dict[str, Any] = sys.modules  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
     monkeypatch.setitem(modules, "gguf", None)
     with pytest.raises(MissingDependencyError, match=r"lmprobe-zarr\[gguf\]"):
         directions.sel(layer=[1]).lz.save(tmp_path / "a.gguf")

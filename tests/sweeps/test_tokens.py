@@ -150,7 +150,7 @@ def test_logistic_regression_by_passes_is_the_fit_in_memory(n_classes: int, monk
         return make_pipeline(StandardScaler(), converged).fit(x[rows], y[rows])
 
     whole = optimum(slice(None))
-    for given, workers in ((array, 1), (array, 4), (array.chunk(token=400), 2)):
+    for given, workers in ((array, 1), (array, 4), (array.chunk({"token": 400}), 2)):
         fitted = lz.fit_tokens(given, y, "logistic_regression", n_workers=workers)
         assert fitted.converged.all()
         scaled = fitted.coef.values[0] * whole[0].scale_

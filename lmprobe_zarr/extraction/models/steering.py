@@ -81,8 +81,8 @@ class _Passing:
     def begin(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
         """A pass begins."""
         self._calls = {}
-        cache = kwargs.get("past_key_values")
-        self.before = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        cache: Any = kwargs.get("past_key_values")
+        self.before = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
 
     def layer(self, module: nn.Module) -> int:
         """The layer of the call that is being made."""
