@@ -36,7 +36,7 @@ from lmprobe_zarr.cache import (
     list_cached_prompts,
 )
 from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_limit
-from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, extract, list_sites, logit_lens, plan_extract
+from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, extract, list_sites, logit_lens, plan_extract, steer
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.reports import Report, report
@@ -49,6 +49,7 @@ from lmprobe_zarr.sweeps import (
     cosine_similarity,
     fit_directions,
     fit_tokens,
+    load_directions,
     plan_sweep,
     score_tokens,
     selectivity,
@@ -99,6 +100,7 @@ __all__ = [
     "import_vllm",
     "list_cached_prompts",
     "list_sites",
+    "load_directions",
     "logit_lens",
     "mask_tokens",
     "open_legacy",
@@ -112,6 +114,7 @@ __all__ = [
     "set_cache_backend",
     "set_cache_dtype",
     "set_cache_limit",
+    "steer",
     "sweep",
     "sweep_tokens",
     "sweep_transfer",

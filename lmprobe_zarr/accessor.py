@@ -594,6 +594,32 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
 
         return best_scores(self._data, metric, along)
 
+    def save(self, path: str | os.PathLike[str], *, unit: str = "activations") -> None:
+        """Write directions to a file, which :func:`lmprobe_zarr.load_directions` and other tools read.
+
+        Parameters
+        ----------
+        path : str or path
+            Ends in ``.safetensors``, which holds everything as it is; or in ``.gguf``, a control vector as llama.cpp applies it: float32,
+            one direction for each layer from 1 on. Metadata of both say model, site, layers, sign (which class the direction points to)
+            and scale. What is there is replaced, once the new file is whole.
+        unit : {"activations", "mean_norm"}
+            Of a control vector: whether its vectors have length 1, in units of the activations, or the mean norm of the rows that were
+            fitted. llama.cpp's strength is then counted in that.
+
+        Raises
+        ------
+        InvalidTypeError
+            The dataset holds no directions.
+        InvalidArgumentError
+            Another ending, a folder, or directions that a control vector cannot hold: of layer 0, of several classes, NaN or zero.
+        MissingDependencyError
+            A control vector without the package gguf.
+        """
+        from lmprobe_zarr.sweeps import save_directions
+
+        save_directions(self._data, path, unit=unit)
+
     def __repr__(self) -> str:
         from lmprobe_zarr.sweeps import describe_scores
 

@@ -4,8 +4,8 @@ One module per step: ``model_choice`` (which model), ``request`` (what is reques
 answers are asked for), ``lookup`` (what the store has), ``continued`` (from which stored layer the model can go on), ``weights`` (whether
 they are streamed), ``work`` (what is to be done), ``fill`` (doing it in this process), ``shares`` (cutting it for workers), ``run`` (the
 steps in order), ``extract`` (the public calls), ``supply`` (activations for a probe), ``list_sites`` (what can be taken of a model),
-``lens`` (what its head makes of stored rows). The inner room ``models`` is the model side, which knows no store; other rooms may import
-from it. Never chunks, never probes.
+``lens`` (what its head makes of stored rows), ``steer`` (directions that act on a model while it runs). The inner room ``models`` is the
+model side, which knows no store; other rooms may import from it. Never chunks, never probes.
 """
 
 from lmprobe_zarr.extraction.extract import extract, plan_extract
@@ -15,6 +15,7 @@ from lmprobe_zarr.extraction.model_choice import ModelChoice
 from lmprobe_zarr.extraction.models import ENGINES
 from lmprobe_zarr.extraction.options import WEIGHTS
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
+from lmprobe_zarr.extraction.steer import steer
 from lmprobe_zarr.extraction.supply import Activations, Supply, SupplyMemory
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "list_sites",
     "logit_lens",
     "plan_extract",
+    "steer",
 ]

@@ -3,12 +3,12 @@
 What is learned from: ``given``, ``labels`` and ``token_labels`` parse what callers give, ``folds`` splits prompts. Estimators:
 ``classifiers`` makes them by name, ``mass_mean``, ``ensemble``, ``descent`` and ``regressors`` hold our own, ``scaling`` and
 ``pipelines`` what comes before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``ridge`` a single probe, ``gram`` and
-``sufficient`` solve linear probes from sums. How a
+``sufficient`` solve linear probes from sums, ``batched`` all fits of a layer at once in torch, ``passes`` from passes over the rows. How a
 layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``, ``curves`` and
 ``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes and back.
 
-Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before. Other rooms import from here
-or from ``controls``, ``curves``, ``metrics`` and ``token_controls``.
+Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before, and torch when something is
+solved with it. Other rooms import from here or from ``batched``, ``controls``, ``curves``, ``metrics``, ``passes`` and ``token_controls``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import reduce
+from itertools import product
 from operator import or_
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.display import describe_error
+from lmprobe_zarr.errors import LabelError
+from lmprobe_zarr.probes.batched import BATCHED, Bulk, FitRequest
 from lmprobe_zarr.probes.classifiers import converged, fit_in_place
 from lmprobe_zarr.probes.controls import DIRECTION, Trial, make_estimator
 from lmprobe_zarr.probes.folds import Fold, inner_folds, keep_together
@@ -31,6 +34,10 @@ from lmprobe_zarr.tokens import stored_rows
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["draw_within", "fit_task"]
+#: Variable, layer, trial, fold, seed, strength and labels of a fit, as `Fit.at` has them.
+_Place = tuple[int, int, int, int, int, int, int]
+#: Whether ridges on a processor are left to `solve_ridge`; tests of the batch say no.
+_RIDGES_BY_GRAM = True
 
 
 def fit_task(plan: FitPlan, task: FitTask, values: Any) -> list[Fit]:
@@ -104,8 +111,9 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
     if trial.shuffles:
         yield from _fit_shuffles(plan, task, number, matrix, layer, strengths if grid else None)
         return
+    bulk = _bulk(plan, trial, matrix)
     grams: list[list[list[Solved]]] | None = None
-    if _is_plain_ridge(plan, trial, matrix) and not chosen and not trial.shuffled:
+    if not bulk and _is_plain_ridge(plan, trial, matrix) and not chosen and not trial.shuffled:
         # All folds, strengths and labels at once, since they share products of rows.
         wanted = [RidgeTarget(each.values, each.classes) for each in plan.labels]
         # Where it raises, each fit is made by itself below, so that only those that fail are lost.
@@ -115,34 +123,66 @@ def _fit_trial(plan: FitPlan, task: FitTask, number: int, matrix: Array) -> Iter
         # Where one set of targets needs float64, all are fitted in it.
         for each in plan.labels:
             matrix = rows_for(trial.probe, matrix, None if each.classes is not None else each.values[each.rows])
-    for fold in range(len(plan.folds)):
-        for seed in seeds:
-            rows = _project(plan, trial, seed, matrix) if trial.features == DIRECTION else matrix
-            for which in range(len(plan.labels)):
-                at = (task.variable, layer, number, fold, seed if random or len(plan.seeds) == 1 else -1)
-                inner: Array | None = None
-                problems = [""] * len(strengths)
-                fitted = strengths
-                if chosen or plan.is_candidate(trial):
-                    candidates = plan.strengths if chosen else strengths
-                    inner, problems = _score_within(plan, task, (*at, -1, which), rows, candidates)
-                    if chosen:
-                        best = _best_strength(plan, inner)
-                        inner, problems, fitted = inner[[best]], [problems[best]], (plan.strengths[best],)
-                for place, strength in enumerate(fitted):
-                    where = (*at, place if grid else -1, which)
-                    if problems[place]:
-                        yield _failed(plan, where, problems[place])
-                        continue
-                    if grams is not None:
-                        solved = grams[fold][place][which]
-                        fit = _score(plan, where, solved.outcome, solved.seconds, ended=True)
-                    else:
-                        fit = _fit_fold(plan, task, where, rows, strength)
-                    if inner is not None:
-                        picked = strength if chosen and strength is not None else np.nan
-                        fit = replace(fit, strength=picked, inner=float(inner[place]))
-                    yield fit
+    within = chosen or plan.is_candidate(trial)
+    candidates = plan.strengths if chosen else strengths
+    places = [
+        (task.variable, layer, number, fold, seed if random or len(plan.seeds) == 1 else -1, -1, which)
+        for fold in range(len(plan.folds))
+        for seed in seeds
+        for which in range(len(plan.labels))
+    ]
+    rows = {
+        seed: _project(plan, trial, max(seed, 0), matrix) if trial.features == DIRECTION else matrix for seed in {at[4] for at in places}
+    }
+    if within:
+        bulk.solve(_requests_within(plan, trial, places, candidates, bulk))
+    inner = {at: _score_within(plan, task, at, rows[at[4]], candidates, bulk) for at in places} if within else {}
+    best = {at: _best_strength(plan, means) for at, (means, _) in inner.items()} if chosen else {}
+    whole = [(strength, place) for place, strength in enumerate(strengths)]
+    fitted = {at: [(plan.strengths[best[at]], best[at])] if chosen else whole for at in places}
+    bulk.solve(_request(plan, trial, at, strength) for at in places for strength, _ in fitted[at])
+    for at in places:
+        for strength, place in fitted[at]:
+            where = (*at[:5], place if grid else -1, at[6])
+            means, problems = inner.get(at, (None, None))
+            if problems is not None and problems[place]:
+                yield _failed(plan, where, problems[place])
+                continue
+            if grams is not None:
+                solved = grams[at[3]][place][at[6]]
+                fit = _score(plan, where, solved.outcome, solved.seconds, ended=True)
+            else:
+                fit = _fit_fold(plan, task, where, rows[at[4]], strength, bulk)
+            if means is not None:
+                picked = strength if chosen and strength is not None else np.nan
+                fit = replace(fit, strength=picked, inner=float(means[place]))
+            yield fit
+
+
+def _bulk(plan: FitPlan, trial: Trial, matrix: Any) -> Bulk:
+    """What solves the fits of a trial together, if the plan says so and its probe is one that can be."""
+    plain = plan.preprocessing is None and trial.features != DIRECTION and not trial.of_words and matrix.ndim == 2
+    named = plan.solver == "batched" and plain and isinstance(trial.probe, str) and trial.probe in BATCHED
+    # On a processor, `solve_ridge` shares more: it takes a quarter of the time.
+    named = named and not (_RIDGES_BY_GRAM and plan.device == "cpu" and is_ridge(trial.probe))
+    return Bulk(trial.probe if named else "", matrix, plan.device)
+
+
+def _request(plan: FitPlan, trial: Trial, at: _Place, strength: float | None, shuffle: int = 0) -> FitRequest:
+    values, folds = _labels_of(plan, trial, at[6], at[4], shuffle)
+    train, test = folds[at[3]]
+    return FitRequest(train, test, values, plan.labels[at[6]].classes, strength)
+
+
+def _requests_within(
+    plan: FitPlan, trial: Trial, places: Iterable[_Place], strengths: Sequence[float | None], bulk: Bulk, shuffles: Iterable[int] = (0,)
+) -> Iterator[FitRequest]:
+    """The fits of the inner folds; none where they cannot be drawn, which `_score_within` reports."""
+    for at, shuffle in product(places, shuffles):
+        with suppress(LabelError):
+            values, within = _folds_within(plan, trial, at, shuffle, bulk)
+            for (train, test), strength in product(within, strengths):
+                yield FitRequest(train, test, values, plan.labels[at[6]].classes, strength)
 
 
 def _fit_shuffles(
@@ -150,10 +190,24 @@ def _fit_shuffles(
 ) -> Iterator[Fit]:
     """Fits on labels that are shuffled many times: by fold the mean over the shuffles, with the mean over the folds of each shuffle."""
     trial = plan.trials[number]
+    bulk = _bulk(plan, trial, matrix)
     for seed, which in np.ndindex(len(plan.seeds), len(plan.labels)):
+        of_folds = [(task.variable, layer, number, fold, seed, -1, which) for fold in range(len(plan.folds))]
+        every = list(product(of_folds, range(trial.shuffles)))
+        if plan.chooses_strength(trial):
+            bulk.solve(_requests_within(plan, trial, of_folds, plan.strengths, bulk, range(trial.shuffles)))
+            inner = (
+                {(at, shuffle): _score_within(plan, task, at, matrix, plan.strengths, bulk, shuffle) for at, shuffle in every}
+                if bulk
+                else {}
+            )
+            chosen = {key: plan.strengths[_best_strength(plan, means)] for key, (means, _) in inner.items()}
+            bulk.solve(_request(plan, trial, at, strength, shuffle) for (at, shuffle), strength in chosen.items())
+        else:
+            bulk.solve(_request(plan, trial, at, strength, shuffle) for (at, shuffle), strength in product(every, grid or (None,)))
         for place, strength in enumerate(grid or (None,)):
             at = (task.variable, layer, number, 0, seed, place if grid else -1, which)
-            fits = [_fit_shuffle(plan, task, at, matrix, strength, shuffle) for shuffle in range(trial.shuffles)]
+            fits = [_fit_shuffle(plan, task, at, matrix, strength, shuffle, bulk) for shuffle in range(trial.shuffles)]
             values = np.array([[fit.values for fit in of_shuffle] for of_shuffle in fits]).transpose(2, 0, 1)  # metric, shuffle, fold
             for fold, of_fold in enumerate(zip(*fits, strict=True)):
                 failed = [fit for fit in of_fold if (fit.reasons & FAILED) == FAILED]
@@ -171,27 +225,25 @@ def _fit_shuffles(
                 )
 
 
-def _fit_shuffle(
-    plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None, shuffle: int
-) -> list[Fit]:
+def _fit_shuffle(plan: FitPlan, task: FitTask, at: _Place, matrix: Array, strength: float | None, shuffle: int, bulk: Bulk) -> list[Fit]:
     """The fits of all folds of one shuffle."""
     trial, labels = plan.trials[at[2]], plan.labels[at[6]]
     values, folds = _labels_of(plan, trial, at[6], at[4], shuffle)
     places = [(*at[:3], fold, *at[4:]) for fold in range(len(folds))]
     if plan.chooses_strength(trial):
-        return [_fit_chosen(plan, task, where, matrix, shuffle) for where in places]
-    if _is_plain_ridge(plan, trial, matrix):
+        return [_fit_chosen(plan, task, where, matrix, shuffle, bulk) for where in places]
+    if not bulk and _is_plain_ridge(plan, trial, matrix):
         # All folds at once, since they share products of rows.
         solved = solve_ridge(matrix, folds, [RidgeTarget(values, labels.classes)], [strength])
         return [_score(plan, where, each[0][0].outcome, each[0][0].seconds, ended=True) for where, each in zip(places, solved, strict=True)]
-    return [_fit_fold(plan, task, where, matrix, strength, shuffle) for where in places]
+    return [_fit_fold(plan, task, where, matrix, strength, bulk, shuffle) for where in places]
 
 
-def _fit_chosen(plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, shuffle: int) -> Fit:
+def _fit_chosen(plan: FitPlan, task: FitTask, at: _Place, matrix: Array, shuffle: int, bulk: Bulk) -> Fit:
     """The fit of one fold of a shuffle, with a strength that is chosen within its training rows."""
-    inner, problems = _score_within(plan, task, at, matrix, plan.strengths, shuffle)
+    inner, problems = _score_within(plan, task, at, matrix, plan.strengths, bulk, shuffle)
     best = _best_strength(plan, inner)
-    return _failed(plan, at, problems[best]) if problems[best] else _fit_fold(plan, task, at, matrix, plan.strengths[best], shuffle)
+    return _failed(plan, at, problems[best]) if problems[best] else _fit_fold(plan, task, at, matrix, plan.strengths[best], bulk, shuffle)
 
 
 def _known_mean(values: Array) -> Array:
@@ -233,15 +285,16 @@ def _labels_of(plan: FitPlan, trial: Trial, which: int, seed: int, shuffle: int 
     return plan.shuffled[which][max(seed, 0)][shuffle] if trial.shuffled else (plan.labels[which].values, plan.folds)
 
 
-def _fit_fold(
-    plan: FitPlan, task: FitTask, at: tuple[int, int, int, int, int, int, int], matrix: Array, strength: float | None, shuffle: int = 0
-) -> Fit:
+def _fit_fold(plan: FitPlan, task: FitTask, at: _Place, matrix: Array, strength: float | None, bulk: Bulk, shuffle: int = 0) -> Fit:
     """One fit; NaN with its error where the estimator raises any, so that a sweep keeps all other scores."""
     import sklearn
 
     _, _, number, fold, seed, _, which = at
     trial, labels = plan.trials[number], plan.labels[which]
     values, folds = _labels_of(plan, trial, which, seed, shuffle)
+    ready = bulk.take(folds[fold][0], values, strength)
+    if ready is not None:
+        return _score(plan, at, ready.outcome, ready.seconds, ended=ready.ended)
     try:
         # The layer has been checked; without this, each estimator would check each fold several times again.
         with sklearn.config_context(assume_finite=True):
@@ -258,7 +311,7 @@ def _fit_fold(
     return _score(plan, at, outcome, seconds, ended=ended)
 
 
-def _failed(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], problem: str) -> Fit:
+def _failed(plan: FitPlan, at: _Place, problem: str) -> Fit:
     return Fit(at, (np.nan,) * len(plan.metrics), FAILED, np.nan, True, np.nan, None, problem)
 
 
@@ -295,7 +348,7 @@ def _fit(plan: FitPlan, trial: Trial, estimator: Estimator, rows: Array, values:
     return fit_probe(trial.probe, estimator, rows, values)
 
 
-def _score(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome: Outcome, seconds: float, *, ended: bool) -> Fit:
+def _score(plan: FitPlan, at: _Place, outcome: Outcome, seconds: float, *, ended: bool) -> Fit:
     values, reasons = score_outcome(outcome, plan.metrics)
     return Fit(at, tuple(values), reasons, seconds, ended, np.nan, outcome if plan.predictions else None)
 
@@ -306,30 +359,32 @@ def _score(plan: FitPlan, at: tuple[int, int, int, int, int, int, int], outcome:
 def _score_within(
     plan: FitPlan,
     task: FitTask,
-    at: tuple[int, int, int, int, int, int, int],
+    at: _Place,
     matrix: Array,
     strengths: Sequence[float | None],
+    bulk: Bulk,
     shuffle: int = 0,
 ) -> tuple[Array, list[str]]:
     """For each strength the mean score over inner folds of the training rows, NaN where there is none, with the problem."""
     import sklearn
 
     assert plan.choose_by is not None  # noqa: S101  (for mypy: what is chosen is chosen by something)
-    _, _, number, fold, seed, _, which = at
+    _, _, number, _, seed, _, which = at
     trial, labels, metric = plan.trials[number], plan.labels[which], plan.choose_by
-    values, folds = _labels_of(plan, trial, which, seed, shuffle)
-    train = folds[fold][0]
     found, problems = np.full(len(strengths), np.nan), [""] * len(strengths)
     try:
-        within = draw_within(plan, values, labels, train) if trial.shuffled else plan.within[which][fold]
+        values, within = _folds_within(plan, trial, at, shuffle, bulk)
         with sklearn.config_context(assume_finite=True):
             # All strengths at once, since they share products of rows.
-            ridge = _is_plain_ridge(plan, trial, matrix)
+            ridge = not bulk and _is_plain_ridge(plan, trial, matrix)
             solved = solve_ridge(matrix, within, [RidgeTarget(values, labels.classes)], strengths) if ridge else []
             for place, strength in enumerate(strengths):
                 try:
+                    ready = [bulk.take(learn, values, strength) for learn, _ in within]
                     outcomes = [of_fold[place][0].outcome for of_fold in solved] or [
-                        _fit_and_predict(
+                        done.outcome
+                        if (done := ready[inner]) is not None
+                        else _fit_and_predict(
                             plan, trial, labels, values, matrix, each, _fit_seed(plan, task, trial, inner, max(seed, 0)), strength,
                             {metric.needs},
                         )[0]
@@ -351,6 +406,16 @@ def _score_within(
     except Exception as error:  # noqa: BLE001
         problems = [describe_error(error)] * len(strengths)
     return found, problems
+
+
+def _folds_within(plan: FitPlan, trial: Trial, at: _Place, shuffle: int, bulk: Bulk) -> tuple[Array, tuple[Fold, ...]]:
+    """The labels that a trial learns, and the inner folds of one of its training sets."""
+    _, _, _, fold, seed, _, which = at
+    values, folds = _labels_of(plan, trial, which, seed, shuffle)
+    if not trial.shuffled:
+        return values, plan.within[which][fold]
+    train = folds[fold][0]
+    return values, bulk.once(train, values, lambda: draw_within(plan, values, plan.labels[which], train))
 
 
 def draw_within(plan: FitPlan, values: Array, labels: Labels, train: Array) -> tuple[Fold, ...]:

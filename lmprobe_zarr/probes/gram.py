@@ -83,10 +83,11 @@ class RidgeTarget:
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """The predictions of one fit for its test rows, and its seconds, including its share of what all fits have in common."""
+    """The predictions of one fit for its test rows, its seconds with its share of what fits have in common, and whether it converged."""
 
     outcome: Outcome
     seconds: float
+    ended: bool = True
 
 
 def solve_ridge(

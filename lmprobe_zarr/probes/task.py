@@ -74,6 +74,9 @@ class FitPlan:
     preprocessing: str | None
     task: str
     predictions: bool
+    #: "scikit-learn", or "batched" for fits of a layer that are solved together, and the device for these.
+    solver: str = "scikit-learn"
+    device: str = "cpu"
 
     def chooses_strength(self, trial: Trial) -> bool:
         """Whether one of the strengths is chosen for a trial, within its task."""

@@ -1,11 +1,13 @@
 """Probes over layers, variables and labels: what a sweep would do (`plan_sweep`), its scores, and what they allow to conclude.
 
 ``sweep`` fits probes on prompts, and ``tokens`` on every token, block by block. ``transfer`` fits on one dataset and tests on another.
-``directions`` fits one probe per layer for its coefficients. ``compare``, ``shuffles``, ``table`` and ``glance`` read nothing but
-scores. All others run their tasks through `lmprobe_zarr.tasks.Runner`. Never a store of activations, a model or a plot.
+``directions`` fits one probe per layer for its coefficients, and ``direction_files`` keeps them. ``compare``, ``shuffles``, ``table`` and
+``glance`` read nothing but scores. All others run their tasks through `lmprobe_zarr.tasks.Runner`. Never a store of activations, a model
+or a plot.
 """
 
 from lmprobe_zarr.sweeps.compare import compare, confidence_intervals, selectivity
+from lmprobe_zarr.sweeps.direction_files import load_directions, save_directions
 from lmprobe_zarr.sweeps.directions import cosine_similarity, fit_directions
 from lmprobe_zarr.sweeps.glance import best_scores, describe_scores, scores_card
 from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
@@ -23,8 +25,10 @@ __all__ = [
     "describe_scores",
     "fit_directions",
     "fit_tokens",
+    "load_directions",
     "parse_table_path",
     "plan_sweep",
+    "save_directions",
     "score_tokens",
     "scores_card",
     "selectivity",

@@ -87,7 +87,8 @@ def fit_directions(
     -------
     Dataset of float64
         ``coef`` with dims (layer, hidden) for two classes, pointing to the second, and for a regression; with more classes (layer, class,
-        hidden). ``intercept`` has the same dims without hidden; ``converged`` (layer).
+        hidden). ``intercept`` has the same dims without hidden; ``converged`` (layer); ``mean_norm`` (layer), the mean norm of the rows
+        that were fitted, in the units of the activations.
 
     Raises
     ------
@@ -156,7 +157,7 @@ def _fit_layer(
     layer: int,
     values: Any,
 ) -> Any:
-    """Coefficients, intercept and whether the fit converged; or the rows that are NaN or infinite; or the error of the fit."""
+    """Coefficients, intercept, whether the fit converged, and the mean norm; or the rows that are NaN or infinite; or the error."""
     import sklearn
 
     matrix = as_fit_dtype(values if whole is None else read_layer(whole, layer))
@@ -172,13 +173,14 @@ def _fit_layer(
         except Exception as error:  # noqa: BLE001  (whatever the caller's own estimators raise)
             return describe_error(error)
     coef, intercept = coefficients(estimator)
-    return coef[:, 0], intercept, converged(estimator)
+    norm = float(np.linalg.norm(matrix[rows].astype(np.float64), axis=1).mean())
+    return coef[:, 0], intercept, converged(estimator), norm
 
 
 def _dataset(array: xr.DataArray, labels: Labels, task: str, estimator: str, layers: list[Any], found: Any) -> xr.Dataset:
     failed = {layer: fitted for layer, fitted in zip(layers, found, strict=True) if isinstance(fitted, str)}
     shown = next(fitted for fitted in found if not isinstance(fitted, str))
-    nothing = np.full_like(shown[0], np.nan), np.full_like(shown[1], np.nan), True
+    nothing = np.full_like(shown[0], np.nan), np.full_like(shown[1], np.nan), True, np.nan
     found = [nothing if isinstance(fitted, str) else fitted for fitted in found]
     coef, intercept = (np.stack([fitted[place] for fitted in found]) for place in (0, 1))
     two = coef.shape[1] == 1
@@ -189,6 +191,7 @@ def _dataset(array: xr.DataArray, labels: Labels, task: str, estimator: str, lay
             "coef": (dims, coef[:, 0] if two else coef, {"long_name": "coefficients, in the units of the activations"}),
             "intercept": (dims[:-1], intercept[:, 0] if two else intercept),
             "converged": ("layer", np.array([fitted[2] for fitted in found])),
+            "mean_norm": ("layer", np.array([fitted[3] for fitted in found]), {"long_name": "mean norm of the activations"}),
         },
         coords={"layer": layers, **({} if two or labels.classes is None else {"class": labels.classes})},
     )

@@ -25,6 +25,7 @@ from lmprobe_zarr.probes import (
     parse_sides,
     plan_folds,
 )
+from lmprobe_zarr.probes.batched import BATCHED, check_device
 from lmprobe_zarr.probes.controls import Trial, list_trials, make_estimator
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.metrics import Metric, parse_metrics
@@ -33,7 +34,7 @@ from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
     "Data", "Design", "SweepOptions", "check_layer_0", "parse_choice", "parse_data", "parse_design", "parse_folds",
-    "parse_seeds", "parse_strengths",
+    "parse_seeds", "parse_solver", "parse_strengths",
 ]  # fmt: skip
 
 
@@ -60,6 +61,8 @@ class SweepOptions:
     missing: str
     predictions: bool
     random_state: Any
+    solver: str = "scikit-learn"
+    device: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -131,6 +134,25 @@ def _several_sets(array: xr.DataArray, labels: Any) -> bool:
     if isinstance(labels, xr.DataArray):
         return labels.ndim == 2
     return isinstance(labels, list | tuple) and bool(labels) and all(isinstance(name, str) and name in array.coords for name in labels)
+
+
+def parse_solver(solver: Any, device: Any, trials: tuple[Trial, ...], preprocessing: str | None) -> tuple[str, str]:
+    """What solves the fits, and on which device."""
+    if not isinstance(solver, str) or solver not in ("scikit-learn", "batched"):
+        raise InvalidArgumentError(f"solver={solver!r} is unknown: use 'scikit-learn' or 'batched'")
+    if solver == "scikit-learn":
+        if device is not None:
+            raise InvalidArgumentError(f"device={device!r} is where solver='batched' solves: give that too, or leave device= out")
+        return solver, "cpu"
+    if preprocessing is not None:
+        raise InvalidArgumentError(f"solver='batched' standardises by itself: leave preprocessing={preprocessing!r} out, or solver=")
+    named = [repr(trial.probe) if isinstance(trial.probe, str) else type(trial.probe).__name__ for trial in trials if not trial.control]
+    if not any(isinstance(trial.probe, str) and trial.probe in BATCHED for trial in trials if not trial.control):
+        raise InvalidArgumentError(
+            f"solver='batched' solves {', '.join(map(repr, BATCHED))}, and the probes are {', '.join(named)}: "
+            "give one of these, or leave solver= out"
+        )
+    return solver, check_device("cpu" if device is None else device)
 
 
 def parse_seeds(seeds: Any, random_state: int) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from lmprobe_zarr.sweeps.options import (
     parse_design,
     parse_folds,
     parse_seeds,
+    parse_solver,
     parse_strengths,
 )
 from lmprobe_zarr.tokens import order_attributes
@@ -189,6 +190,7 @@ class Sweep:
             "task": plan.task,
             "predictions": plan.predictions,
             **({"shuffles": plan.shuffles} if plan.shuffles else {}),
+            **({"solver": [plan.solver, plan.device]} if plan.solver != "scikit-learn" else {}),
             # Raised when fits, folds or shuffled labels of an unchanged call change.
             "way of fitting": 2,
             "version of scikit-learn": next(v for v in self.attrs["versions"] if v.startswith("scikit-learn")),
@@ -233,6 +235,8 @@ def plan_sweep(
     seeds: int | Iterable[int] | None = None,
     missing: str = "raise",
     predictions: bool = False,
+    solver: str = "scikit-learn",
+    device: str | None = None,
     random_state: int = 0,
 ) -> SweepPlan:
     """What :func:`lmprobe_zarr.sweep` would do with the same arguments; nothing is read but coordinates.
@@ -241,7 +245,7 @@ def plan_sweep(
     ----------
     activations, labels, probes, cv, groups, split, task, metrics, controls, preprocessing
         As for :func:`lmprobe_zarr.sweep`.
-    strengths, choose, inner_cv, choose_by, repeats, seeds, missing, predictions, random_state
+    strengths, choose, inner_cv, choose_by, repeats, seeds, missing, predictions, solver, device, random_state
         As for :func:`lmprobe_zarr.sweep`.
 
     Returns
@@ -256,7 +260,7 @@ def plan_sweep(
     options = SweepOptions(
         activations=activations, labels=labels, probes=probes, cv=cv, groups=groups, split=split, task=task, metrics=metrics,
         controls=controls, preprocessing=preprocessing, strengths=strengths, choose=choose, inner_cv=inner_cv, choose_by=choose_by,
-        repeats=repeats, seeds=seeds, missing=missing, predictions=predictions, random_state=random_state,
+        repeats=repeats, seeds=seeds, missing=missing, predictions=predictions, random_state=random_state, solver=solver, device=device,
     )  # fmt: skip
     return make_sweep(options).plan
 
@@ -277,6 +281,7 @@ def make_sweep(options: SweepOptions) -> Sweep:
     seeds = parse_seeds(options.seeds, seed)
     strengths = parse_strengths(options.strengths, design.trials)
     choose, inner, choose_by = parse_choice(options, data, design, strengths)
+    solver, device = parse_solver(options.solver, options.device, design.trials, design.preprocessing)
     layers, variables = _fit_variables(arrays, named=dataset is not None)
     check_layer_0(design.trials, layers)
     codes = np.zeros(len(data.prompts), dtype=int)
@@ -316,6 +321,8 @@ def make_sweep(options: SweepOptions) -> Sweep:
         preprocessing=design.preprocessing,
         task=options.task,
         predictions=check_flag("predictions", options.predictions),
+        solver=solver,
+        device=device,
     )
     check_names(fits)
     if inner:
@@ -446,6 +453,8 @@ def _attributes(fits: FitPlan, data: Data, cv: str, seed: int) -> dict[str, Any]
         "estimators": [" ".join(repr(estimator).split()) for estimator in estimators],
         "versions": _versions(),
     }
+    if fits.solver != "scikit-learn":
+        attrs |= {"solver": fits.solver, "device": fits.device}
     if fits.choose:
         attrs["choose"] = list(fits.choose)
     if "strength" in fits.choose:

@@ -33,6 +33,7 @@ from lmprobe_zarr.probes import (
     solve,
     unit_of,
 )
+from lmprobe_zarr.probes.passes import Leading, PassDescent, Point, Seen, leading_directions, look
 from lmprobe_zarr.tasks import Runner
 from lmprobe_zarr.tokens import inner_dim
 from lmprobe_zarr.typing import Array, Floats, Ints, Mask
@@ -49,8 +50,11 @@ _EPOCHS, _ROWS_SEEN, _TOLERANCE = (20, 1000), 10**6, 1e-4
 #: A minibatch is made of this many runs of rows from random places, since a store may be sorted by label.
 _RUNS: Final = 16
 
+#: The named probe that takes several passes, and its penalty.
+_BY_PASSES, _PENALTY = "logistic_regression", 1.0
+
 #: The named probes that can be fitted block by block.
-STREAMED: Final = (*EXACT, "sgd")
+STREAMED: Final = (*EXACT, _BY_PASSES, "sgd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +309,79 @@ def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) ->
     return found
 
 
+def _lead(values: Any, plan: TaskPlan | None = None, layer: int = 0, places: Any = None) -> Leading:
+    """The leading directions of some rows in their standard deviations."""
+    rows = np.asarray(values) if values is not None else plan.layer_rows.read(layer, places)  # type: ignore[union-attr]
+    with fits_running():
+        return leading_directions(unit_of(rows).apply(rows))
+
+
+def _look_span(
+    plan: TaskPlan, layer: int, points: Mapping[int, Point], origin: Floats, start: int, stop: int, values: Any
+) -> dict[int, Seen]:
+    """What a pass over a span finds at a point of each fold; the body of a task."""
+    found: dict[int, Seen] = {}
+    with fits_running():
+        for place, rows in _blocks(plan, layer, start, stop, values):
+            wide, cells, codes = rows.astype(np.float64) - origin, plan.cell[place], plan.codes[place]
+            for fold, point in points.items():
+                mine = plan.trains[fold][cells]
+                seen = look(wide, codes, point) if mine.all() else look(wide[mine], codes[mine], point)
+                found[fold] = found[fold] + seen if fold in found else seen
+    return found
+
+
+class _Passes:
+    """Logistic regression on every training set of a layer, by passes that all of them share."""
+
+    def __init__(self, plan: TaskPlan, scaling: Sequence[Any], leading: Leading) -> None:
+        self._scaling, self.seconds = scaling, 0.0
+        #: Rows are taken less this, so that products lose no digits where units are far from zero.
+        self.origin = scaling[0][0]
+        self.classes, self.descents = [], []
+        for trained in plan.trains:
+            counts = np.bincount(plan.codes[trained[plan.cell]], minlength=plan.n_classes)
+            classes = np.flatnonzero(counts)
+            self.classes.append(classes)
+            width = 1 if len(classes) == 2 else len(classes)
+            self.descents.append(PassDescent(int(counts.sum()), width, plan.hidden, _PENALTY, leading))
+
+    def points(self) -> dict[int, Point]:
+        """Where the next pass looks, by fold; empty when all have ended."""
+        found = {}
+        for fold, descent in enumerate(self.descents):
+            if not descent.ended:
+                solution = self._raw(fold)
+                found[fold] = Point(solution.coef, solution.intercept + solution.coef @ self.origin, solution.classes)
+        return found
+
+    def enter(self, spans: Sequence[Mapping[int, Seen]], seconds: float) -> None:
+        """Take what a pass found, the spans in their order."""
+        self.seconds += seconds
+        for fold in spans[0]:
+            seen = spans[0][fold]
+            for span in spans[1:]:
+                seen = seen + span[fold]
+            mean, scale = self._scaling[fold]
+            gradient = (seen.gradient - np.outer(seen.slope, mean - self.origin)) / scale
+            self.descents[fold].enter(replace(seen, gradient=gradient))
+
+    def _raw(self, fold: int) -> Solution:
+        descent, (mean, scale) = self.descents[fold], self._scaling[fold]
+        coef = descent.coef / scale
+        return Solution(coef, descent.intercept - coef @ mean, self.classes[fold])
+
+    def fitted(self) -> dict[int, Fitted]:
+        """Every fit, by fold."""
+        each = self.seconds / len(self.descents)
+        return {
+            fold: Fitted(_no_solution(self.classes[fold], len(self.origin)), each, True, descent.problem)
+            if descent.problem
+            else Fitted(self._raw(fold), each, descent.converged)
+            for fold, descent in enumerate(self.descents)
+        }
+
+
 class _Descent:
     """One fit of logistic regression by averaged stochastic gradient descent.
 
@@ -499,6 +576,10 @@ def fit_stream(layer_rows: LayerRows, plan: TaskPlan, runner: Runner) -> tuple[l
 
     solved = runner.run([partial(start_sums, layer) for layer in layers], "fit", spans.in_flight)
     fits = [found for found, _, _ in solved]
+    if _BY_PASSES in plan.probes:
+        number = plan.probes.index(_BY_PASSES)
+        for layer, passes in enumerate(_fit_by_passes(spans, runner, [scaling for _, scaling, _ in solved], where)):
+            fits[layer] |= {(number, fold): fitted for fold, fitted in passes.fitted().items()}
     if "sgd" in plan.probes:
         number = plan.probes.index("sgd")
         if layer_rows.is_dask:
@@ -515,6 +596,38 @@ def fit_stream(layer_rows: LayerRows, plan: TaskPlan, runner: Runner) -> tuple[l
         for layer, descent in enumerate(descents):
             fits[layer] |= {(number, fold): fitted for fold, fitted in descent.items()}
     return fits, [seconds for _, _, seconds in solved]
+
+
+def _fit_by_passes(spans: _Spans, runner: Runner, scaling: Sequence[Sequence[Any]], sample: slice | Ints) -> list[_Passes]:
+    """Passes over all layers until every fit of each has ended."""
+    from dask.delayed import delayed
+
+    lead, look_span, collect = (delayed(call, pure=False) for call in (_lead, _look_span, _collect))
+    plain = Runner(runner.client, runner.scheduler, runner.n_workers)
+
+    def start_lead(layer: int) -> Any:
+        values = spans.values(layer, sample)
+        return lead(values) if values is not None else lead(None, spans.shared, layer, sample)
+
+    leading = plain.run([partial(start_lead, layer) for layer in range(len(scaling))], "", spans.in_flight)
+    found = [_Passes(spans.plan, each, of_layer) for each, of_layer in zip(scaling, leading, strict=True)]
+
+    def start(layer: int) -> Any:
+        points, origin = found[layer].points(), found[layer].origin
+        return collect(
+            *(
+                look_span(spans.shared, layer, points, origin, begin, end, spans.values(layer, slice(begin, end)))
+                for span in spans.bounds
+                for begin, end in spans.portions(*span)
+            )
+        )
+
+    while going := [layer for layer, passes in enumerate(found) if passes.points()]:
+        began = time.perf_counter()
+        seen = plain.run([partial(start, layer) for layer in going], "", spans.in_flight)
+        for layer, of_layer in zip(going, seen, strict=True):
+            found[layer].enter(of_layer, (time.perf_counter() - began) / len(going))
+    return found
 
 
 def _sample_places(n: int) -> slice | Ints:

@@ -94,9 +94,11 @@ def fit_tokens(
     labels : str, DataArray, mapping or array
         The name of a coordinate along ``token`` (such as a per-prompt column); a DataArray over ``token`` or ``prompt``, matched by its
         index; a mapping from text or prompt hash to a label or to a list of one label per token; or one value per token, or per prompt.
-    probe : {"ridge", "lda", "mass_mean", "mass_mean_cov", "sgd"}
-        See :func:`lmprobe_zarr.probes.named_probes`. All but "sgd" are exact: they are solved from sums that one pass over the tokens
-        gives, and equal the fit in memory of that name, standardisation and shrinkage included. "sgd" takes minibatches in random order:
+    probe : {"ridge", "lda", "mass_mean", "mass_mean_cov", "logistic_regression", "sgd"}
+        See :func:`lmprobe_zarr.probes.named_probes`. The first four are exact: they are solved from sums that one pass over the tokens
+        gives, and equal the fit in memory of that name, standardisation and shrinkage included. "logistic_regression" has the objective
+        of the fit in memory, and reads the tokens again for each step of L-BFGS, 10 to 200 times, until its coefficients, for
+        standardised units, are within 1e-4 of the optimum (of the largest, where that is above 1). "sgd" takes minibatches in random order:
         one pass for the standardisation, then at most 20 (more where there are few tokens, until a million have been seen). The result is
         the mean of the later steps; it has converged when twice as many passes changed its loss by less than 0.0001.
     where : str, DataArray or array of bool, optional
@@ -134,7 +136,7 @@ def fit_tokens(
     Warns
     -----
     ConvergenceWarning
-        scikit-learn's own, once, where "sgd" was still improving.
+        scikit-learn's own, once, where "sgd" or "logistic_regression" was still improving.
 
     Notes
     -----

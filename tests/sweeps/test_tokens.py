@@ -133,6 +133,50 @@ def test_minibatches_find_the_direction_of_the_log_odds_and_their_order_is_the_s
     assert roc_auc_score(truth, lz.score_tokens(fitted, held)[0]) > 0.87  # 0.884 with the true direction
 
 
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_logistic_regression_by_passes_is_the_fit_in_memory(n_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    monkeypatch.setattr(token_stream, "BLOCK_BYTES", 8 * HIDDEN * 100)
+    array, y = many(n=1500)
+    array = array + 1000.0
+    y = np.where(np.arange(1500) % 7 == 0, n_classes - 1, y)
+    x = array.values[0].astype(float)
+
+    def optimum(rows: Any) -> Any:
+        converged = LogisticRegression(solver="newton-cholesky", tol=1e-10, max_iter=500)
+        return make_pipeline(StandardScaler(), converged).fit(x[rows], y[rows])
+
+    whole = optimum(slice(None))
+    for given, workers in ((array, 1), (array, 4), (array.chunk({"token": 400}), 2)):
+        fitted = lz.fit_tokens(given, y, "logistic_regression", n_workers=workers)
+        assert fitted.converged.all()
+        scaled = fitted.coef.values[0] * whole[0].scale_
+        np.testing.assert_allclose(np.atleast_2d(scaled), whole[1].coef_, atol=1e-4 * max(1, np.abs(whole[1].coef_).max()))
+        np.testing.assert_allclose(lz.score_tokens(fitted, given)[0], whole.decision_function(x) - (
+            whole[1].intercept_.mean() if n_classes > 2 else 0), atol=2e-3)  # fmt: skip
+    # Folds of whole prompts, given as pairs, so that both sides have the same.
+    side = [np.isin(np.arange(150) % 3, [fold]) for fold in range(3)]
+    scores = lz.sweep_tokens(array, y, ["ridge", "logistic_regression"], cv=[(~each, each) for each in side])
+    for fold, each in enumerate(side):
+        test = np.repeat(each, 10)
+        found = scores.accuracy.sel(probe="logistic_regression", fold=fold).item()
+        assert found == pytest.approx(optimum(~test).score(x[test], y[test]), abs=1.5 / test.sum())
+
+
+def test_passes_that_did_not_converge_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.exceptions import ConvergenceWarning
+
+    from lmprobe_zarr.probes import passes
+
+    monkeypatch.setattr(passes, "_MOST_PASSES", 3)
+    with pytest.warns(ConvergenceWarning, match="2 of 2 fits stopped"):
+        fitted = lz.fit_tokens(tokens(), "label", "logistic_regression")
+    assert not fitted.converged.any()
+
+
 def test_a_descent_that_did_not_converge_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.exceptions import ConvergenceWarning
 
