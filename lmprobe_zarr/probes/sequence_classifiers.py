@@ -215,7 +215,7 @@ class AttentionClassifier(SequenceClassifier):
 
     def __init__(
         self, n_heads: int = 1, random_state: int = 0, learning_rate: float = 0.5, weight_decay: float = 0.01, batch_prompts: int = 32,
-        max_epochs: int = 100, patience: int = 10,
+        max_epochs: int = 200, patience: int = 10,
     ) -> None:  # fmt: skip
         self.n_heads = n_heads
         self.random_state = random_state
@@ -252,7 +252,7 @@ class MultimaxClassifier(SequenceClassifier):
 
     def __init__(
         self, n_heads: int = 4, random_state: int = 0, learning_rate: float = 0.5, weight_decay: float = 0.01, batch_prompts: int = 32,
-        max_epochs: int = 100, patience: int = 10,
+        max_epochs: int = 200, patience: int = 10,
     ) -> None:  # fmt: skip
         self.n_heads = n_heads
         self.random_state = random_state
@@ -285,7 +285,7 @@ class SoftmaxMeanClassifier(SequenceClassifier):
 
     def __init__(
         self, temperature: float = 1.0, random_state: int = 0, learning_rate: float = 0.5, weight_decay: float = 0.01,
-        batch_prompts: int = 32, max_epochs: int = 100, patience: int = 10,
+        batch_prompts: int = 32, max_epochs: int = 200, patience: int = 10,
     ) -> None:  # fmt: skip
         self.temperature = temperature
         self.random_state = random_state
@@ -315,7 +315,7 @@ class RollingMeanMaxClassifier(SequenceClassifier):
 
     def __init__(
         self, window: int = 10, random_state: int = 0, learning_rate: float = 0.5, weight_decay: float = 0.01, batch_prompts: int = 32,
-        max_epochs: int = 100, patience: int = 10,
+        max_epochs: int = 200, patience: int = 10,
     ) -> None:  # fmt: skip
         self.window = window
         self.random_state = random_state

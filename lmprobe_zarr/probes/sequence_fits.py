@@ -27,7 +27,7 @@ __all__ = ["POOL_PADDED", "SequenceFit", "Trained", "Training", "draw_looks", "f
 
 #: Bytes of the rows of a lot, as float32. Rows that are no more in all are read once; of more, a lot is made of this many runs of
 #: neighbouring prompts from random places, so that reading takes few ranges.
-LOT_BYTES: Final = 256 * 2**20
+LOT_BYTES: Final = 128 * 2**20
 _RUNS: Final = 16
 #: The share of the training prompts that say when to stop is one of so many inner folds.
 _INNER: Final = 5
@@ -40,7 +40,7 @@ class Training:
     Parameters
     ----------
     batch_prompts : int
-        Prompts of a minibatch, of which a fit takes those that it trains on.
+        Prompts of a minibatch at most, of which a fit takes those that it trains on.
     learning_rate : float
         That of AdamW, times the number of hidden units: a step of that size in every coefficient changes a score by about as much,
         however wide the rows are.
@@ -49,14 +49,21 @@ class Training:
     max_epochs : int
         Passes over the training prompts at most.
     patience : int
-        Passes without a smaller loss on the inner fold, after which a fit ends; that with the smallest loss is kept.
+        Passes without a loss of the inner fold that is smaller by `tolerance`, after which a fit ends. What had the smallest is kept.
+    tolerance : float
+        In nats.
     """
 
     batch_prompts: int = 32
     learning_rate: float = 0.5
     weight_decay: float = 0.01
-    max_epochs: int = 100
+    max_epochs: int = 200
     patience: int = 10
+    tolerance: float = 0.001
+
+    def batches(self, prompts: int) -> int:
+        """How many minibatches some prompts make: of few, eight of at least four prompts, since a pass of one step moves nothing."""
+        return max(-(-prompts // self.batch_prompts), min(8, prompts // 4))
 
 
 def parse_device(device: Any) -> str:
@@ -247,8 +254,9 @@ def fit_sequences(
 
     Notes
     -----
-    Only projections are padded, never rows: an attention probe of one head has two numbers per token. The loss is the cross entropy;
-    the optimiser AdamW. Source: I. Loshchilov and F. Hutter, "Decoupled Weight Decay Regularization" (2019), arXiv:1711.05101.
+    Rows that are more than 128 MiB as float32 are read once in every pass. Only projections are padded, never rows: an attention probe of
+    one head has two numbers per token. The loss is the cross entropy; the optimiser AdamW. Source: I. Loshchilov and F. Hutter, "Decoupled
+    Weight Decay Regularization" (2019), arXiv:1711.05101.
     """
     import torch
 
@@ -266,7 +274,7 @@ def fit_sequences(
         rng = np.random.default_rng([seed, epoch])
         for prompts, rows in lots.read_all(rng):
             starts, lengths = offsets_of(counts[prompts])[:-1], counts[prompts]
-            for some in np.array_split(rng.permutation(len(prompts)), -(-len(prompts) // training.batch_prompts)):
+            for some in np.array_split(rng.permutation(len(prompts)), training.batches(len(prompts))):
                 tokens = torch.as_tensor(concat_ranges(starts[some], lengths[some]), device=device)
                 batch = _Batch.of(rows[tokens] - centre, prompts[some], lengths[some], device)
                 for group in groups:
@@ -377,7 +385,9 @@ class _Learners:
         self._problems = [""] * len(fits)
         self._losses: list[list[float]] = [[] for _ in fits]
         self._inner: list[list[float]] = [[] for _ in fits]
-        self._best: list[tuple[float, int, dict[str, Array]]] = [(math.inf, 0, {}) for _ in fits]
+        self._best: list[tuple[float, dict[str, Array]]] = [(math.inf, {}) for _ in fits]
+        # The last loss that was clearly smaller than those before it, and its epoch.
+        self._mark: list[tuple[float, int]] = [(math.inf, 0) for _ in fits]
         self._seconds = 0.0
 
         def tensor(values: Any, dtype: Any = np.float32) -> torch.Tensor:
@@ -486,8 +496,10 @@ class _Learners:
                     self._ended[number], self._problems[number] = True, f"its loss is {loss} after {epoch} passes"
                     continue
                 if loss < self._best[number][0]:
-                    self._best[number] = loss, epoch, {name: values[number].copy() for name, values in held.items()}
-                self._ended[number] = epoch - self._best[number][1] >= self._training.patience
+                    self._best[number] = loss, {name: values[number].copy() for name, values in held.items()}
+                if loss < self._mark[number][0] - self._training.tolerance:
+                    self._mark[number] = loss, epoch
+                self._ended[number] = epoch - self._mark[number][1] >= self._training.patience
             if not self._ended[number] and epoch < self._training.max_epochs:
                 self._losses[number].append(float(losses[number] / fit.learns.sum()))
         self._frozen = {name: values.detach().clone() for name, values in self._held.items()}
@@ -505,7 +517,7 @@ class _Learners:
 
     def _solution(self, number: int) -> SequenceSolution:
         fit, r, probe = self._fits[number], self._outputs, self._probe
-        best = self._best[number][2]
+        best = self._best[number][1]
         if self._problems[number] or not best:
             n, hidden = probe.projections(r), len(fit.mean)
             best = {"coef": np.full((n, hidden), np.nan), "bias": np.full(r, np.nan)}

@@ -11,7 +11,8 @@ from lmprobe_zarr.sweeps.glance import best_scores, describe_scores, scores_card
 from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
 from lmprobe_zarr.sweeps.sweep import sweep
 from lmprobe_zarr.sweeps.table import parse_table_path, table_of_scores
-from lmprobe_zarr.sweeps.tokens import fit_tokens, score_tokens, sweep_tokens
+from lmprobe_zarr.sweeps.token_scores import pooling_weights, score_tokens
+from lmprobe_zarr.sweeps.tokens import fit_tokens, sweep_tokens
 from lmprobe_zarr.sweeps.transfer import sweep_transfer
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "fit_tokens",
     "parse_table_path",
     "plan_sweep",
+    "pooling_weights",
     "score_tokens",
     "scores_card",
     "selectivity",

@@ -176,7 +176,7 @@ def test_losses_are_those_of_a_plain_torch_loop(name: str, classes: int) -> None
     losses, inner = [], []
     for epoch in range(training.max_epochs):
         seen = []
-        for batch in np.array_split(np.random.default_rng([3, epoch]).permutation(len(y)), 3):
+        for batch in np.array_split(np.random.default_rng([3, epoch]).permutation(len(y)), 8):
             mine = batch[asked.learns[batch]]
             loss = loss_of(mine)
             optimiser.zero_grad()
@@ -202,8 +202,13 @@ def test_a_fit_ends_where_the_inner_fold_no_longer_improves_and_keeps_the_best()
     rows = np.random.default_rng(0).normal(size=rows.shape).astype(np.float32)  # nothing to learn
     trained, asked = fit("attention", rows, counts, y, Training(patience=3))
     best = int(np.argmin(trained.inner_losses))
+    mark, since = np.inf, 0
+    for number, loss in enumerate(trained.inner_losses):
+        assert since < 3 or number == 0, "it should have ended"
+        mark, since = (loss, 0) if loss < mark - 0.001 else (mark, since + 1)
+    assert since == 3
     assert trained.converged
-    assert len(trained.inner_losses) == best + 1 + 3
+    assert len(trained.losses) == len(trained.inner_losses)
     scores = trained.solution.pool(trained.solution.project(rows), counts)[asked.looks]
     signs = 2 * y[asked.looks] - 1
     np.testing.assert_allclose(np.logaddexp(0, -signs * scores).mean(), trained.inner_losses[best], rtol=1e-4)
