@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.batch import (
+    BY_PROBE,
     ChatOptions,
     LayerSpec,
     OverSpec,
@@ -36,6 +37,7 @@ from lmprobe_zarr.display import card, definitions, describe_error, section, tab
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
 from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supply, SupplyMemory
 from lmprobe_zarr.probes import (
+    BoundSequences,
     align_labels,
     as_array,
     check_agreement,
@@ -48,8 +50,11 @@ from lmprobe_zarr.probes import (
     evaluate_regression,
     evaluation_folds,
     fit_probe,
+    fit_sequence_pipeline,
+    group_tokens,
     has_weights,
     is_matrix,
+    is_sequence_classifier,
     keep_together,
     list_given,
     make_pipeline_for,
@@ -58,11 +63,13 @@ from lmprobe_zarr.probes import (
     parse_probe,
     rows_for,
     rows_together,
+    select_labelled_tokens,
     split_labels,
     true_labels,
 )
+from lmprobe_zarr.probes.devices import parse_device
 from lmprobe_zarr.store import GivenProvenance, Place, parse_provenance
-from lmprobe_zarr.tokens import TokenIndex
+from lmprobe_zarr.tokens import TokenIndex, sequences_of
 from lmprobe_zarr.typing import Array, Ints
 
 if TYPE_CHECKING:
@@ -96,10 +103,13 @@ class Probe:
         Which tokens activations are pooled over: ``"all"``, ``"generated"``, a role of chats such as ``"assistant"``, or one part by
         criteria, ``{"tail": {"position": slice(-8, None)}}``; see `lmprobe_zarr.extract`. For poolings of activations only.
     classifier : str or scikit-learn estimator
-        See `lmprobe_zarr.probes.named_probes`; for regression the default is ``ridge_regression``.
+        See `lmprobe_zarr.probes.named_probes`; for regression the default is ``ridge_regression``. Or one that learns how to pool the
+        tokens of a prompt, ``attention``, ``multimax``, ``softmax_mean`` or ``rolling_mean_max``, see
+        `lmprobe_zarr.probes.sequence_probes`; then the three poolings are left out.
     task : {"classification", "regression"}
     device : str
-        ``"auto"`` takes CUDA, then MPS, then the CPU.
+        Of the model, and of a classifier that learns how to pool. ``"auto"`` takes CUDA, then MPS, then the CPU; for the classifier
+        CUDA, then the CPU.
     random_state : int, optional
     batch_size : int, optional
         At most this many prompts per forward pass; None chooses by the device's memory.
@@ -232,8 +242,14 @@ class Probe:
             raise InvalidArgumentError(f"task={self.task!r} is unknown: use {' or '.join(map(repr, TASKS))}")
         if self.legacy not in LEGACY:
             raise InvalidArgumentError(f"legacy={self.legacy!r} is unknown: use {' or '.join(map(repr, LEGACY))}")
-        parse_stage(self.train_pooling or self.pooling, training=True)
-        parse_stage(self.inference_pooling or self.pooling)
+        if is_sequence_classifier(self.classifier):
+            given = {name: getattr(self, name) for name in ("pooling", "train_pooling", "inference_pooling")}
+            strange = next((name for name, value in given.items() if value not in (None, "last_token")), None)
+            if strange is not None:
+                raise InvalidArgumentError(
+                    f"{self.classifier!r} learns how to pool the tokens of a prompt, so {strange}={given[strange]!r} has nothing to pool: "
+                    "leave it out"
+                )
         for stage in self._stages():
             if stage.needs_tokens and one_part(self.over) is not None:
                 raise InvalidArgumentError(
@@ -248,7 +264,9 @@ class Probe:
 
     def _stages(self) -> tuple[Stage, Stage]:
         """What is pooled to train, and to predict."""
-        return parse_stage(self.train_pooling or self.pooling), parse_stage(self.inference_pooling or self.pooling)
+        if is_sequence_classifier(self.classifier):
+            return BY_PROBE, BY_PROBE
+        return parse_stage(self.train_pooling or self.pooling, training=True), parse_stage(self.inference_pooling or self.pooling)
 
     def _chat_options(self) -> ChatOptions:
         return parse_chat_options(
@@ -431,7 +449,7 @@ class Probe:
         check_agreement(prompts, y)
         weights = check_weights(sample_weight, len(prompts))
         together = rows_together(prompts, groups, len(prompts))
-        stage = parse_stage(self.train_pooling or self.pooling, training=True)
+        stage, _ = self._stages()
         sweep = parse_sweep(self.layers)
         if sweep is not None:
             return self._fit_sweep(prompts, y, weights, together, sweep, invalidate_cache=invalidate_cache, batch_size=batch_size)
@@ -441,10 +459,11 @@ class Probe:
         return self
 
     def _fit_read(self, read: Activations, y: Array, weights: Array | None, together: Array) -> None:
-        if read.n_tokens is not None:
+        if read.stage != BY_PROBE and read.n_tokens is not None:
             y, together = np.repeat(y, read.n_tokens), np.repeat(together, read.n_tokens)
             weights = None if weights is None else np.repeat(weights, read.n_tokens)
-        self._fit(read.features, y, weights, together, read.layers, len(read.layers))
+        n_tokens = read.n_tokens if read.stage == BY_PROBE else None
+        self._fit(read.features, y, weights, together, read.layers, len(read.layers), n_tokens)
         self.dtype_ = read.compute_dtype
 
     def fit_from_activations(
@@ -461,8 +480,9 @@ class Probe:
         Parameters
         ----------
         X : array of float, shape (row, hidden) or (row, layer × hidden); or DataArray over prompt, hidden and perhaps layer
+            For a classifier that learns how to pool, a DataArray over token, hidden and perhaps layer.
         y : sequence
-            A label or value per row.
+            A label or value per row; for such a classifier as for `lmprobe_zarr.fit_tokens`.
         sample_weight : sequence of float, optional
         groups : sequence, optional
             As for `fit`.
@@ -481,6 +501,9 @@ class Probe:
         InvalidArgumentError
             Not a matrix of finite numbers, or its width is no multiple of `n_layers`.
         """
+        if is_sequence_classifier(self._classifier):
+            self._fit_sequences(X, y, sample_weight, groups)
+            return self
         y, sample_weight = align_labels(X, y), align_labels(X, sample_weight, "weight")
         features, layers, n_layers = parse_matrix(X, n_layers)
         labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
@@ -488,6 +511,24 @@ class Probe:
         self._fit(features, labels, weights, together, layers, n_layers)
         self.dtype_ = None
         return self
+
+    def _fit_sequences(self, given: Any, y: Any, sample_weight: Any, groups: Any) -> None:
+        """Fit a classifier that learns how to pool on the tokens of whole prompts."""
+        dim = _token_dim(given, self.classifier)
+        labelled = select_labelled_tokens(given, dim, y)
+        if not labelled.by_prompt:
+            raise InvalidArgumentError(
+                f"labels {labelled.name!r} differ within a prompt, and {self.classifier!r} gives one score for all its tokens: use a "
+                "classifier of tokens, with train_pooling='all'"
+            )
+        features, layers, n_layers = parse_matrix(given, 1)
+        n_tokens, order = sequences_of(given, dim)
+        first = np.unique(labelled.prompt, return_index=True)[1]
+        unit = group_tokens(given, dim, labelled, groups)[1]
+        together = np.arange(len(n_tokens)) if unit is None else unit
+        labels, weights = labelled.classes[labelled.codes[first]], check_weights(sample_weight, len(n_tokens))
+        self._fit(features[order], labels, weights, together, layers, n_layers, n_tokens)
+        self.dtype_ = None
 
     @property
     def _classifier(self) -> Any:
@@ -507,7 +548,17 @@ class Probe:
             random_state=0 if self.random_state is None else self.random_state,
         )
 
-    def _fit(self, features: Array, labels: Array, weights: Array | None, together: Array, layers: tuple[int, ...], n_layers: int) -> None:
+    def _fit(
+        self,
+        features: Array,
+        labels: Array,
+        weights: Array | None,
+        together: Array,
+        layers: tuple[int, ...],
+        n_layers: int,
+        n_tokens: Ints | None = None,
+    ) -> None:
+        """Fit on rows; with `n_tokens`, on the rows of prompts, whose labels and `together` are one per prompt."""
         pipeline = self._new_pipeline(n_layers)
         estimator = pipeline.steps[-1][1]
         if weights is not None and not has_weights(estimator):
@@ -516,7 +567,12 @@ class Probe:
         keep_together(pipeline, self._classifier, codes, together, 0 if self.random_state is None else self.random_state)
         try:
             rows = rows_for(self._classifier, features, labels if self.task == "regression" else None)
-            fit_probe(self._classifier, pipeline, rows, labels, weights)
+            if n_tokens is None:
+                fit_probe(self._classifier, pipeline, rows, labels, weights)
+            else:
+                fit_sequence_pipeline(
+                    pipeline, rows, labels, n_tokens, together, parse_device(self.device, needed_by="a probe that learns how to pool")
+                )
         except (LmprobeZarrError, MemoryError):
             raise
         except Exception as error:
@@ -538,7 +594,7 @@ class Probe:
         invalidate_cache: bool,
         batch_size: int | None,
     ) -> Self:
-        stage = parse_stage(self.train_pooling or self.pooling, training=True)
+        stage, _ = self._stages()
         probes: dict[int, Probe] = {}
         failed: dict[int, InvalidArgumentError] = {}
         with self._supply(batch_size).supplied(prompts, (stage,), sweep, refresh=invalidate_cache) as supplied:
@@ -621,7 +677,7 @@ class Probe:
 
     def _read(self, prompts: Any, batch_size: int | None) -> Activations:
         """Activations of prompts, of the layers and the dtype that the probe learned from."""
-        stage = parse_stage(self.inference_pooling or self.pooling)
+        _, stage = self._stages()
         if not self.layers_:
             raise InvalidArgumentError("this probe learned from activations of unknown layers: predict from activations too")
         read = self._supply(batch_size, as_fitted=True).activations(list_given(prompts), stage, list(self.layers_))
@@ -635,7 +691,7 @@ class Probe:
             raise AttributeError(f"{self.classifier!r} has no decision function, or learned nothing yet")
 
         def decision_function(X: Any) -> Array:  # noqa: N803
-            return np.asarray(self.pipeline_.decision_function(self._same_width(X)))
+            return np.asarray(self._bound(X).decision_function(self._same_width(X)))
 
         return decision_function
 
@@ -650,7 +706,8 @@ class Probe:
         -------
         ndarray, shape (row,)
         """
-        return np.asarray(self._fitted.pipeline.predict(self._same_width(X)))
+        bound = self._bound(X)
+        return np.asarray(bound.predict(self._same_width(X)))
 
     def predict_proba_from_activations(self, X: Any) -> Array:  # noqa: N803
         """The probability of each class for each row of activations, shape (row, class).
@@ -665,7 +722,7 @@ class Probe:
             In the order of ``classes_``.
         """
         self._fitted.check_probabilities()
-        return np.asarray(self.pipeline_.predict_proba(self._same_width(X)))
+        return np.asarray(self._bound(X).predict_proba(self._same_width(X)))
 
     def score_from_activations(self, X: Any, y: Any) -> float:  # noqa: N803
         """Accuracy, or R² for a regression, on rows of activations.
@@ -682,7 +739,19 @@ class Probe:
         """
         return self._fitted.score(self.predict_from_activations(X), true_labels(X, y))
 
+    def _bound(self, X: Any) -> Any:  # noqa: N803
+        """What predicts from the rows that `_same_width` gives."""
+        pipeline = self._fitted.pipeline
+        return BoundSequences(pipeline, sequences_of(X, _token_dim(X, self.classifier))[0]) if self._pools else pipeline
+
+    @property
+    def _pools(self) -> bool:
+        """Whether the classifier pools the tokens of a prompt itself."""
+        return is_sequence_classifier(self._classifier)
+
     def _same_width(self, X: Any) -> Array:  # noqa: N803
+        if self._pools:
+            X = X.isel({(dim := _token_dim(X, self.classifier)): sequences_of(X, dim)[1]})  # noqa: N806
         features, layers, _ = parse_matrix(X, self.n_layers_)
         if layers and self.layers_ and layers != self.layers_:
             raise InvalidArgumentError(f"these activations are of layers {list(layers)}, and the probe learned from {list(self.layers_)}")
@@ -754,8 +823,8 @@ class Probe:
         fitted = self._fitted
         y = true_labels(prompts, labels)
         if is_matrix(prompts):
-            features = self._same_width(prompts)
-            return fitted.measure(np.asarray(self.pipeline_.predict(features)), class_scores(self.pipeline_, features), y)
+            features, bound = self._same_width(prompts), self._bound(prompts)
+            return fitted.measure(np.asarray(bound.predict(features)), class_scores(bound, features), y)
         return fitted.evaluate(self._read(prompts, batch_size), y)
 
     def _evaluate_sweep(
@@ -1012,7 +1081,7 @@ class LayerSweep:
         The model is run at most once; a layer is read when it is needed.
         """
         first = self.probes[min(self.probes)]
-        stage = parse_stage(first.inference_pooling or first.pooling)
+        _, stage = first._stages()
         with first._supply(batch_size, as_fitted=True).supplied(list_given(prompts), (stage,), self.layers) as supplied:
             for layer in self.layers:
                 read = supplied.read(stage, layer)
@@ -1037,6 +1106,10 @@ class _Fitted:
     classes: Array | None
     classifier: Any
 
+    def _bound(self, read: Activations) -> Any:
+        """What predicts for prompts from the rows of their tokens."""
+        return BoundSequences(self.pipeline, _counts(read))
+
     def _rows(self, read: Activations) -> Array:
         """The activations in the dtype in which the probe predicts."""
         return np.asarray(rows_for(self.classifier, read.features))
@@ -1045,6 +1118,8 @@ class _Fitted:
         """The class or value of each prompt, or of each token if nothing is pooled."""
         if self.classes is None:
             return _pooled(np.asarray(self.pipeline.predict(self._rows(read))), read)
+        if read.stage == BY_PROBE:
+            return self._bound(read).predict(self._rows(read))
         if not read.stage.needs_tokens:
             return np.asarray(self.pipeline.predict(self._rows(read)))
         scores = self._scores(self._rows(read), self.classes)
@@ -1054,6 +1129,8 @@ class _Fitted:
 
     def probabilities(self, read: Activations) -> Any:
         """The probability of each class."""
+        if read.stage == BY_PROBE:
+            return self._bound(read).predict_proba(self._rows(read))
         return _pooled(np.asarray(self.pipeline.predict_proba(read.features)), read, self.classes)
 
     def check_probabilities(self) -> None:
@@ -1077,7 +1154,9 @@ class _Fitted:
     def answer(self, read: Activations) -> tuple[Array, Array | None]:
         """The predictions, and scores or probabilities if there are any."""
         scores = None
-        if self.classes is not None and read.stage.needs_tokens:
+        if read.stage == BY_PROBE:
+            scores = class_scores(self._bound(read), self._rows(read))
+        elif self.classes is not None and read.stage.needs_tokens:
             scores = np.asarray(_pooled(self._scores(self._rows(read), self.classes), read))
         elif self.classes is not None:
             scores = class_scores(self.pipeline, self._rows(read))
@@ -1158,13 +1237,31 @@ def _best(scores: Mapping[int, float]) -> int:
 
 def _nan(read: Activations, classes: Array | None = None) -> Any:
     """NaN in place of the predictions of a layer that could not be fitted, or of its probabilities of some classes."""
-    shape = (len(read.features),) if classes is None else (len(read.features), len(classes))
+    n = len(read.hashes) if read.stage == BY_PROBE else len(read.features)
+    shape = (n,) if classes is None else (n, len(classes))
     return _pooled(np.full(shape, np.nan), read, classes)
 
 
 def _classes_of(scores: Array, classes: Array) -> Array:
     """The class with the largest score. With one score per row, the second class if it is above 0, else the first."""
     return np.asarray(classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)])
+
+
+def _token_dim(given: Any, classifier: Any) -> str:
+    """The dimension of the tokens of given activations.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It is not known which rows belong to one prompt.
+    """
+    dim = next((dim for dim in ("token", "prompt") if isinstance(given, xr.DataArray) and dim in given.dims), None)
+    if dim is None:
+        raise InvalidArgumentError(
+            f"{classifier!r} pools the tokens of whole prompts, and {type(given).__name__} does not say which rows those are: "
+            "give a DataArray over token, as store.tokens() has it"
+        )
+    return dim
 
 
 def _counts(read: Activations) -> Ints:
@@ -1174,7 +1271,7 @@ def _counts(read: Activations) -> Ints:
 
 def _pooled(scores: Array, read: Activations, classes: Array | None = None) -> Any:
     """Scores of tokens, pooled to scores of prompts as the stage says."""
-    if read.stage.of == "activation":
+    if read.stage.of in ("activation", "learned"):
         return scores
     if read.stage.of == "nothing":
         return _by_token(scores, read, classes)

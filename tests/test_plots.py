@@ -236,6 +236,17 @@ def test_a_heat_map_of_tokens_shows_every_value_at_its_layer_and_token() -> None
     assert axes.patch.get_hatch() == "////"
 
 
+def test_weights_of_tokens_are_drawn_from_zero_on() -> None:
+    given = abs(token_scores(5)).rename("weight").assign_attrs(token_scores().attrs)
+    axes: Any = plot_tokens(given)
+    mesh = axes.collections[0]
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (0, pytest.approx(float(given.max())))
+    assert axes.figure.axes[1].get_ylabel() == "weight in its prompt"
+    assert axes.get_title() == "a/model · truth · lda"
+    with pytest.raises(InvalidArgumentError, match="select one class or head"):
+        plot_tokens(given.expand_dims(head=2))
+
+
 def test_many_tokens_and_layers_have_few_ticks_that_people_count_in(tmp_path: Path) -> None:
     axes: Any = plot_tokens(token_scores(300, tuple(range(80))))
     save_plot(axes, tmp_path / "tokens.png")

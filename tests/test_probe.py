@@ -827,6 +827,35 @@ def test_labels_of_texts_are_matched_by_prompt_and_no_text_has_two(llama: Path) 
             score(TEST[:2], {TEST[0]: 1})
 
 
+@pytest.mark.filterwarnings("ignore:.*was still improving")
+def test_a_classifier_that_learns_how_to_pool_is_given_the_tokens_of_each_prompt(llama: Path, runs: list[int], tmp_path: Path) -> None:
+    prompts, y = [*POSITIVE, *NEGATIVE], [1] * 8 + [0] * 8
+    options: dict[str, Any] = {"classifier": "attention", "classifier_kwargs": {"max_epochs": 5}, "store": tmp_path / "s", "device": "cpu"}
+    probe = lz.Probe(str(llama), layers=2, **options).fit(POSITIVE, NEGATIVE)
+    assert probe.layers_ == (2,)
+    toks = lz.open_store(tmp_path / "s").tokens(prompts=prompts).resid.sel(layer=2)
+    again = lz.Probe(**options).fit_from_activations(toks, dict(zip(prompts, y, strict=True)))
+    np.testing.assert_allclose(again.pipeline_[-1].query_, probe.pipeline_[-1].query_, rtol=1e-4, atol=1e-6)
+    found = probe.predict_proba(TEST)
+    assert found.shape == (4, 2)
+    given = lz.open_store(tmp_path / "s").tokens(prompts=TEST).resid.sel(layer=2)
+    np.testing.assert_allclose(found, probe.predict_proba_from_activations(given), rtol=1e-5)
+    assert probe.predict(TEST).tolist() == probe.predict_from_activations(given).tolist()
+    measured = probe.evaluate(prompts, y)
+    assert measured["n_eval"] == 16
+    assert measured["accuracy"] == probe.score(prompts, y)
+    assert {"auroc", "f1"} <= set(measured)
+    several = lz.Probe(str(llama), layers=[1, 2], **options).fit(POSITIVE, NEGATIVE)
+    assert several.pipeline_[-1].coef_.shape[-1] == 2 * toks.sizes["hidden"]
+    sweep = lz.Probe(str(llama), layers="sweep:1-2", **options).fit(POSITIVE, NEGATIVE)
+    assert sweep.sweep_result_ is not None
+    np.testing.assert_array_equal(sweep.sweep_result_[2].pipeline_[-1].coef_, probe.pipeline_[-1].coef_)
+    assert set(sweep.sweep_result_.predict_proba(TEST)) == {1, 2}
+    assert sweep.evaluate(prompts, y)["best_layer"] in (1, 2)
+    probe.save(tmp_path / "probe")
+    np.testing.assert_array_equal(lz.Probe.load(tmp_path / "probe", store=tmp_path / "s").predict_proba(TEST), found)
+
+
 def best_score(fitted: Any) -> float:
     """The mean over the inner folds of a LogisticRegressionCV, for the best strength; in some versions of scikit-learn it is by class."""
     held = np.asarray(next(iter(fitted.scores_.values())) if isinstance(fitted.scores_, dict) else fitted.scores_)

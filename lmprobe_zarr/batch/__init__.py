@@ -92,7 +92,7 @@ from lmprobe_zarr.batch.sites import (
     row_bytes,
     variable_problem,
 )
-from lmprobe_zarr.batch.stages import Stage, parse_stage, reduce_scores
+from lmprobe_zarr.batch.stages import BY_PROBE, Stage, parse_stage, reduce_scores
 from lmprobe_zarr.batch.token_batch import TokenBatch
 from lmprobe_zarr.batch.token_parts import OverSpec, TokenPart, TokensOfPrompts, one_part, parse_over
 from lmprobe_zarr.batch.tokenizer_calls import accepted, decode_ids, special_id
@@ -103,6 +103,7 @@ __all__ = [
     "ANSWER_COLUMNS",
     "ANY_KIND",
     "BUILT_IN_SITES",
+    "BY_PROBE",
     "HASH_DIGITS",
     "HIDDEN_SITES",
     "INNER_DIMS",

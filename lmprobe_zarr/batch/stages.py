@@ -13,7 +13,7 @@ from lmprobe_zarr.batch.pooling import POOLINGS, pool_ragged
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["TRAINING", "Stage", "parse_stage", "reduce_scores"]
+__all__ = ["BY_PROBE", "TRAINING", "Stage", "parse_stage", "reduce_scores"]
 
 _POOLS_SCORES: Final = ("max", "min")  # without a prefix, as in lmprobe
 TRAINING: Final = (*(name for name in POOLINGS if name not in _POOLS_SCORES), "all")
@@ -25,9 +25,10 @@ class Stage:
 
     Parameters
     ----------
-    of : {"activation", "score", "nothing"}
+    of : {"activation", "score", "nothing", "learned"}
+        "learned": the probe itself pools the tokens of a prompt.
     pooling : str
-        One of ``last_token, first_token, mean, max, min``; empty for nothing.
+        One of ``last_token, first_token, mean, max, min``; empty for nothing, and for what is learned.
     """
 
     of: str
@@ -35,8 +36,12 @@ class Stage:
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether every token has to be classified."""
+        """Whether every token is needed."""
         return self.of != "activation"
+
+
+#: The stage of probes that learn how to pool.
+BY_PROBE: Final = Stage("learned")
 
 
 def parse_stage(name: object, *, training: bool = False) -> Stage:

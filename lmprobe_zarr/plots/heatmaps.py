@@ -35,7 +35,8 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
     Parameters
     ----------
     scores : DataArray, dims (layer, token), or (token)
-        From :func:`lmprobe_zarr.score_tokens`. For a probe with more than two classes select one, ``scores.sel({"class": …})``.
+        From :func:`lmprobe_zarr.score_tokens`, or weights from :func:`lmprobe_zarr.pooling_weights`. Of several classes or heads select
+        one, ``scores.sel({"class": …})``.
     prompt : str, optional
         The hash or the text of one prompt, if `scores` holds more than one.
     ax : matplotlib Axes, optional
@@ -44,9 +45,10 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
     Returns
     -------
     Axes
-        The colour scale is symmetric about 0, where the predicted class changes; NaN is hatched. Up to 64 tokens are labelled by
-        ``token_text``, cut to 16 characters, with ␣ for spaces and ↵ for line breaks. More tokens, or tokens without texts, are labelled
-        by their position. Characters that no installed font has are drawn as ▯, and a note in the picture says of which scripts they are.
+        The colour scale is symmetric about 0, where the predicted class changes; of weights it begins at 0. NaN is hatched. Up to 64 tokens
+        are labelled by ``token_text``, cut to 16 characters, with ␣ for spaces and ↵ for line breaks. More tokens, or tokens without texts,
+        are labelled by their position. Characters that no installed font has are drawn as ▯, and a note in the picture says of which
+        scripts they are.
 
     Raises
     ------
@@ -59,7 +61,7 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
         raise InvalidTypeError(f"scores are the xarray.DataArray that score_tokens gives, not {type(scores).__name__}")
     if "token" not in scores.dims or not set(scores.dims) <= {"layer", "token"}:
         raise InvalidArgumentError(
-            f"scores have dims {tuple(scores.dims)}, expected (layer, token): select one class, or score every token"
+            f"scores have dims {tuple(scores.dims)}, expected (layer, token): select one class or head, or score every token"
         )
     tokens = _select_prompt(scores, prompt)
     tokens = tokens if "layer" in tokens.dims else tokens.expand_dims("layer")
@@ -75,7 +77,8 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
         width, height = _inches(ax)
         named = named and width / len(places) * 72 > _SMALLEST
     largest = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    mesh = _draw_mesh(axes, values, -(largest or 1.0), largest or 1.0)
+    weights = scores.name == "weight"
+    mesh = _draw_mesh(axes, values, 0.0 if weights else -(largest or 1.0), largest or 1.0)
     _set_ticks(axes.yaxis, lettering.fit_all(layers, 24), min(16, max(1, int(height / _LINE + 0.5))))
     if named:
         texts = lettering.fit_all(map(_visible_text, tokens["token_text"].values.tolist()), _TEXT_LENGTH, keep_start=True)
@@ -88,8 +91,9 @@ def plot_tokens(scores: xr.DataArray, prompt: str | None = None, ax: Axes | None
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=24)
     classes = read_list(scores.attrs, "classes") or []
     above = lettering.fit_all([str(c) for c in classes], 24)[1] if len(classes) == 2 else ""
-    bar.set_label("score" + (f" (above 0: {above})" if above else ""))
-    bar.ax.axhline(0, color="white", linewidth=1.2)
+    bar.set_label("weight in its prompt" if weights else "score" + (f" (above 0: {above})" if above else ""))
+    if not weights:
+        bar.ax.axhline(0, color="white", linewidth=1.2)
     title = [str(tokens.coords["model"].item())] if "model" in tokens.coords and tokens.coords["model"].ndim == 0 else []
     title += [str(scores.attrs.get("labels", "")), str(scores.attrs.get("probe", ""))]
     _finish(axes, lettering, title, (width, height), bar, is_new=ax is None)

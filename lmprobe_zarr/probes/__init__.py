@@ -3,12 +3,15 @@
 What is learned from: ``given``, ``labels`` and ``token_labels`` parse what callers give, ``folds`` splits prompts. Estimators:
 ``classifiers`` makes them by name, ``mass_mean``, ``ensemble``, ``descent`` and ``regressors`` hold our own, ``scaling`` and
 ``pipelines`` what comes before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``ridge`` a single probe, ``gram`` and
-``sufficient`` solve linear probes from sums, ``batched`` all fits of a layer at once in torch, ``passes`` from passes over the rows. How a
-layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``, ``curves`` and
-``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes and back.
+``sufficient`` solve linear probes from sums, ``batched`` all fits of a layer at once in torch, ``passes`` from passes over the rows.
+Probes with a pooling of their own: ``sequences`` computes them, ``sequence_fits`` is how they learn, ``sequence_classifiers`` has them as
+estimators. How a layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``,
+``curves`` and ``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes
+and back.
 
 Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before, and torch when something is
-solved with it. Other rooms import from here or from ``batched``, ``controls``, ``curves``, ``metrics``, ``passes`` and ``token_controls``.
+learned or solved with it. Other rooms import from here or from ``batched``, ``controls``, ``curves``, ``devices``, ``metrics``,
+``passes``, ``sequence_fits`` and ``token_controls``.
 """
 
 from __future__ import annotations
@@ -59,6 +62,19 @@ from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_row
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
 from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.probes.ridge import fit_probe, rows_for
+from lmprobe_zarr.probes.sequence_fits import draw_looks, fit_sequences
+from lmprobe_zarr.probes.sequences import (
+    SEQUENCE_PROBES,
+    BoundSequences,
+    SequenceProbe,
+    SequenceSolution,
+    fit_sequence_pipeline,
+    is_sequence_classifier,
+    is_sequence_probe,
+    parse_sequence_probe,
+    pooling_weights,
+    sequence_probes,
+)
 from lmprobe_zarr.probes.sufficient import (
     EXACT,
     ClassSums,
@@ -72,10 +88,20 @@ from lmprobe_zarr.probes.sufficient import (
     unit_of,
 )
 from lmprobe_zarr.probes.task import Fit, FitPlan, FitTask, FitVariable, NotFiniteError
-from lmprobe_zarr.probes.token_labels import LabelledTokens, TokenFolds, cells_of, plan_token_folds, select_labelled_tokens, show_rows
+from lmprobe_zarr.probes.token_labels import (
+    LabelledTokens,
+    TokenFolds,
+    cells_of,
+    group_tokens,
+    plan_token_folds,
+    select_labelled_tokens,
+    show_rows,
+)
 
 __all__ = [
     "EXACT",
+    "SEQUENCE_PROBES",
+    "BoundSequences",
     "ClassSums",
     "Fit",
     "FitPlan",
@@ -86,6 +112,8 @@ __all__ = [
     "Labels",
     "NotFiniteError",
     "PreprocessingStep",
+    "SequenceProbe",
+    "SequenceSolution",
     "Solution",
     "TokenFolds",
     "Unit",
@@ -108,6 +136,7 @@ __all__ = [
     "coefficients",
     "converged",
     "describe_unfit",
+    "draw_looks",
     "draw_within",
     "dump_probe",
     "empty_sums",
@@ -117,12 +146,17 @@ __all__ = [
     "fit_apart",
     "fit_in_place",
     "fit_probe",
+    "fit_sequence_pipeline",
+    "fit_sequences",
     "fit_task",
     "fits_running",
     "group_codes",
+    "group_tokens",
     "has_strength",
     "has_weights",
     "is_matrix",
+    "is_sequence_classifier",
+    "is_sequence_probe",
     "keep_together",
     "list_given",
     "list_prompts",
@@ -139,9 +173,11 @@ __all__ = [
     "parse_matrix",
     "parse_preprocessing",
     "parse_probe",
+    "parse_sequence_probe",
     "parse_sides",
     "plan_folds",
     "plan_token_folds",
+    "pooling_weights",
     "prompt_names",
     "read_layer",
     "roc_curves",
@@ -149,6 +185,7 @@ __all__ = [
     "rows_together",
     "scaling_of",
     "select_labelled_tokens",
+    "sequence_probes",
     "show_prompts",
     "show_rows",
     "solve",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
-from lmprobe_zarr.errors import DeviceMemoryError, InvalidArgumentError, MissingDependencyError
+from lmprobe_zarr.errors import DeviceMemoryError
 from lmprobe_zarr.probes.gram import Solved
 from lmprobe_zarr.probes.metrics import Outcome
 from lmprobe_zarr.typing import Array, Floats
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-__all__ = ["BATCHED", "TOLERANCE", "Bulk", "FitRequest", "check_device", "solve_batched"]
+__all__ = ["BATCHED", "TOLERANCE", "Bulk", "FitRequest", "solve_batched"]
 
 #: The named probes that are solved in bulk.
 BATCHED: Final = ("logistic_regression", "ridge", "ridge_regression", "mass_mean")
@@ -132,37 +132,6 @@ def _identity(train: Array, values: Array, strength: float | None) -> tuple[int,
     return id(train), id(values), strength
 
 
-def check_device(device: Any) -> str:
-    """The device, if torch has it here.
-
-    Raises
-    ------
-    InvalidArgumentError
-        No name of a device, or one that this machine lacks.
-    MissingDependencyError
-        torch is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingDependencyError(
-            "solver='batched' needs torch, which is not installed: pip install 'lmprobe-zarr[models]', or leave solver= out"
-        ) from error
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidArgumentError(f"device={device!r} is no device: use 'cpu', 'cuda', or 'cuda:1' for the second GPU") from error
-    if found.type == "cpu":
-        return "cpu"
-    if found.type != "cuda":
-        raise InvalidArgumentError(f"device={device!r} cannot be used for fits, which need float64: use 'cpu' or 'cuda'")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (found.index or 0) >= count:
-        there = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
-        raise InvalidArgumentError(f"device={device!r} does not exist: torch finds {there} here, use device='cpu' or another machine")
-    return str(found)
-
-
 def solve_batched(probe: str, matrix: Array, requests: Sequence[FitRequest], device: str = "cpu") -> list[Solved | None]:
     """Every fit that was asked for, or None where scikit-learn has to say what is wrong with it, as with labels of one class.
 
@@ -177,7 +146,7 @@ def solve_batched(probe: str, matrix: Array, requests: Sequence[FitRequest], dev
         Finite in the rows that fits name.
     requests : sequence of FitRequest
     device : str
-        As `check_device` returns it.
+        From `lmprobe_zarr.probes.devices.parse_device`.
     """
     import torch
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes.ridge import fit_probe, is_ridge
+from lmprobe_zarr.probes.sequences import is_sequence_probe
 from lmprobe_zarr.typing import Array, Estimator
 
 __all__ = ["check_task", "converged", "draws_at_random", "fit_in_place", "has_strength", "make_probe", "named_probes", "standardises"]
@@ -264,6 +265,11 @@ def make_probe(
     """
     names = ", ".join(named_probes(check_task(task)))
     if isinstance(probe, str):
+        if probe not in _NAMED and is_sequence_probe(probe):
+            raise InvalidArgumentError(
+                f"{probe!r:.60} learns how to pool the tokens of a prompt, and here there is one vector per prompt: use sweep_tokens, "
+                "fit_tokens or Probe"
+            )
         if probe not in _NAMED:
             raise InvalidArgumentError(f"there is no probe named {probe!r}: use one of {names}, or a scikit-learn estimator")
         named = _NAMED[probe]

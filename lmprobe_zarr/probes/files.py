@@ -40,7 +40,7 @@ class _Kind:
     """How the estimators of one class are saved and made again.
 
     Shapes are given by letters that must mean the same number wherever they occur in a step: n columns go in and m come out,
-    k classes, r scores (1 for two classes), l layers, h hidden units, c members; digits stand for themselves. Several shapes
+    k classes, r scores (1 for two classes), l layers, h hidden units, c members, a heads; digits stand for themselves. Several shapes
     are alternatives.
     """
 
@@ -63,6 +63,10 @@ class _Kind:
 
 _LINEAR: _SHAPES = {"coef_": (("r", "n"), ("n",)), "intercept_": (("r",), ())}
 _REGRESSION: _SHAPES = {"coef_": (("n",),), "intercept_": ((), ("1",))}
+_OF_HEADS: _SHAPES = {"coef_": (("a", "r", "n"),), "intercept_": (("r",),)}
+_OF_TOKENS: _SHAPES = {"coef_": (("r", "n"),), "intercept_": (("r",),)}
+_CURVES = ("n_iter_", "converged_", "loss_curve_", "inner_loss_curve_")
+_SEQUENCES = "lmprobe_zarr.probes.sequence_classifiers"
 _KINDS: Mapping[str, _Kind] = {
     "StandardScaler": _Kind(
         "sklearn.preprocessing",
@@ -114,6 +118,10 @@ _KINDS: Mapping[str, _Kind] = {
         classifies=True,
         only={"strategy": ("prior", "most_frequent")},
     ),
+    "AttentionClassifier": _Kind(_SEQUENCES, {"query_": (("a", "n"),), **_OF_HEADS}, _CURVES, classifies=True),
+    "MultimaxClassifier": _Kind(_SEQUENCES, _OF_HEADS, _CURVES, classifies=True),
+    "SoftmaxMeanClassifier": _Kind(_SEQUENCES, _OF_TOKENS, _CURVES, classifies=True),
+    "RollingMeanMaxClassifier": _Kind(_SEQUENCES, _OF_TOKENS, _CURVES, classifies=True),
     "Ridge": _Kind("sklearn.linear_model", _REGRESSION, ("n_iter_",)),
     "ScaledTargetLasso": _Kind("lmprobe_zarr.probes.regressors", _REGRESSION, ("n_iter_",)),
     "ScaledTargetLinearSVR": _Kind("lmprobe_zarr.probes.regressors", _REGRESSION, ("n_iter_",)),
@@ -410,6 +418,8 @@ def _assemble_step(described: Any, owned: Mapping[str, dict[str, Array]], where:
         step._strategy, step.n_classes_ = step.strategy, len(step.classes_)
     if called == "LayerScaler" and (type(step.n_layers) is not int or step.n_layers != len(step.mean_)):
         raise NotAProbeError(f"{damaged}: LayerScaler has {len(step.mean_)} layers")
+    if hasattr(step, "n_heads") and step.n_heads != len(step.coef_):
+        raise NotAProbeError(f"{damaged}: {called} has {len(step.coef_)} heads")
     if called in ("LogisticRegression", "LogisticRegressionCV", "RidgeClassifier", "Ridge") and not hasattr(step, "n_iter_"):
         step.n_iter_ = None
     step.n_features_in_ = n

@@ -14,6 +14,7 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes.classifiers import check_task, make_probe, standardises
+from lmprobe_zarr.probes.sequences import is_sequence_classifier
 from lmprobe_zarr.typing import is_listed
 
 __all__ = ["PreprocessingStep", "make_pipeline_for", "parse_preprocessing"]
@@ -123,7 +124,8 @@ def make_pipeline_for(
     Parameters
     ----------
     probe : str or estimator
-        As for :func:`~lmprobe_zarr.probes.make_probe`. A single layer is not standardised for the caller's own estimator.
+        As for :func:`~lmprobe_zarr.probes.make_probe`, or a classifier that learns how to pool tokens
+        (:func:`~lmprobe_zarr.probes.sequence_probes`). A single layer is not standardised for the caller's own estimator.
     task : {"classification", "regression"}
     n_layers : int
         How many layers a row holds, end to end.
@@ -151,7 +153,13 @@ def make_pipeline_for(
     if not isinstance(normalize_layers, bool | str) or normalize_layers not in (True, False, "per_neuron", "per_layer"):
         raise InvalidArgumentError(f"normalize_layers={normalize_layers!r} is unknown: use True, False, 'per_neuron' or 'per_layer'")
     wanted = parse_preprocessing(preprocessing, pca_components)
-    estimator = make_probe(probe, random_state, task=task, params=params, standardise=False, strength=strength)
+    estimator: Any
+    if is_sequence_classifier(probe) and task == "classification":
+        from lmprobe_zarr.probes.sequence_classifiers import make_sequence_classifier
+
+        estimator = make_sequence_classifier(probe, random_state, params)
+    else:
+        estimator = make_probe(probe, random_state, task=task, params=params, standardise=False, strength=strength)
 
     from sklearn.decomposition import PCA
     from sklearn.pipeline import Pipeline
@@ -164,7 +172,7 @@ def make_pipeline_for(
         if n_layers > 1 and normalize_layers is not False:
             mode = normalize_layers if isinstance(normalize_layers, str) else "per_neuron"
             steps.append(("layer_scaler", LayerScaler(int(n_layers), mode)))
-        elif n_layers == 1 and standardises(probe):
+        elif n_layers == 1 and (standardises(probe) or is_sequence_classifier(probe)):
             steps.append(("standard", StandardScaler()))
     for step in wanted:
         made: Any = PCA(step.n_components, random_state=random_state)

@@ -15,11 +15,14 @@ import numpy.typing as npt
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError
+from lmprobe_zarr.probes.bags import make_bag
+from lmprobe_zarr.probes.classifiers import make_probe
 from lmprobe_zarr.probes.controls import check_shuffles, deal_to_units
+from lmprobe_zarr.probes.layer import fits_running
 from lmprobe_zarr.probes.token_labels import LabelledTokens, TokenFolds
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["DEALT", "TOKEN_CONTROLS", "deal_labels", "parse_token_controls", "score_by_counts"]
+__all__ = ["DEALT", "RANDOM_WEIGHTS", "TOKEN_CONTROLS", "deal_labels", "parse_token_controls", "score_by_counts"]
 
 #: Every control of `lmprobe_zarr.sweep_tokens` by name, and what it says.
 TOKEN_CONTROLS: Final[Mapping[str, str]] = {
@@ -29,13 +32,17 @@ TOKEN_CONTROLS: Final[Mapping[str, str]] = {
     "position": "how often each class had this position in its prompt among the training tokens",
     "layer_0": "the first probe on layer 0: what is there before the model has worked on it",
     "majority": "the most frequent class of the training tokens, for every token",
+    "bag_of_tokens": "logistic regression on counts of the token ids of each prompt, where a prompt has one label",
+    "random_weights": "each probe on given activations of the same tokens: of a model of the same shape with random weights",
 }
+#: The control that other activations are given for.
+RANDOM_WEIGHTS: Final = "random_weights"
 #: Controls with other labels, on which every probe is fitted again.
 DEALT: Final = ("shuffled_labels", "control_task")
 
 
-def parse_token_controls(controls: Any) -> dict[str, int]:
-    """The names, checked, each with how many times its labels are shuffled for a p-value; 0 for all but "shuffled_labels".
+def parse_token_controls(controls: Any) -> dict[str, Any]:
+    """The names, checked, each with 0; "shuffled_labels" with how often labels are shuffled for a p-value, "random_weights" with its value.
 
     Raises
     ------
@@ -46,7 +53,7 @@ def parse_token_controls(controls: Any) -> dict[str, int]:
         return {}
     listed = [controls] if isinstance(controls, str) else list(controls) if isinstance(controls, Iterable) else [None]
     given = dict(controls) if isinstance(controls, Mapping) else {}
-    features = any(value is not None and name != "shuffled_labels" for name, value in given.items())
+    features = any(value is not None and name not in ("shuffled_labels", RANDOM_WEIGHTS) for name, value in given.items())
     if features or not all(isinstance(name, str) for name in listed):
         raise InvalidTypeError(
             f"controls={controls!r:.60} are no names: give some of {', '.join(TOKEN_CONTROLS)}, or {{'shuffled_labels': 100}} for p-values"
@@ -54,7 +61,11 @@ def parse_token_controls(controls: Any) -> dict[str, int]:
     strange = next((name for name in listed if name not in TOKEN_CONTROLS), None)
     if strange is not None:
         raise InvalidArgumentError(f"there is no control {strange!r} of tokens: use some of {', '.join(TOKEN_CONTROLS)}")
-    return {str(name): check_shuffles(given.get(name)) for name in listed}
+    if RANDOM_WEIGHTS in listed and given.get(RANDOM_WEIGHTS) is None:
+        raise InvalidArgumentError(
+            f"control {RANDOM_WEIGHTS!r} needs activations of the same tokens: give them as {{{RANDOM_WEIGHTS!r}: other.resid}}"
+        )
+    return {str(name): given[name] if name == RANDOM_WEIGHTS else check_shuffles(given.get(name)) for name in listed}
 
 
 def deal_labels(
@@ -144,7 +155,8 @@ def score_by_counts(
 
     Parameters
     ----------
-    control : {"token_identity", "position", "majority"}
+    control : {"token_identity", "position", "majority", "bag_of_tokens"}
+        The last scores all tokens of a prompt alike, by a logistic regression on the counts of its token ids.
     array, labelled, folds
         As for `deal_labels`.
 
@@ -156,8 +168,10 @@ def score_by_counts(
     Raises
     ------
     InvalidArgumentError
-        Token ids or positions are not known.
+        Token ids or positions are not known; or, for "bag_of_tokens", labels differ within a prompt.
     """
+    if control == "bag_of_tokens":
+        return _score_bags(control, array, labelled, folds)
     if control == "majority":
         number = np.zeros(len(labelled.codes), np.int64)
     else:
@@ -172,6 +186,28 @@ def score_by_counts(
         share = counts.sum(axis=0) / counts.sum()
         scores = np.log((counts + share) / (counts.sum(axis=1, keepdims=True) + 1))[number[places]]
         found.append((places, scores[:, 1] - scores[:, 0] if len(classes) == 2 else scores, classes.astype(np.int64)))
+    return found
+
+
+def _score_bags(
+    control: str, array: xr.DataArray, labelled: LabelledTokens, folds: TokenFolds
+) -> list[tuple[Ints, Array, npt.NDArray[np.int64]]]:
+    if not labelled.by_prompt:
+        raise InvalidArgumentError(
+            f"control {control!r} counts the tokens of a prompt, and labels {labelled.name!r} differ within a prompt: use 'token_identity'"
+        )
+    ids = _known(control, array, "token_id", labelled)
+    used, first, number = np.unique(labelled.prompt, return_index=True, return_inverse=True)
+    order = np.argsort(number, kind="stable")
+    bags = [" ".join(map(str, each.tolist())) for each in np.split(ids[order], np.cumsum(np.bincount(number))[:-1])]
+    texts, codes = np.array(bags, object), labelled.codes[first].astype(np.int64)
+    found = []
+    with fits_running():
+        for trained, tested in zip(folds.train, folds.test, strict=True):
+            bag = make_bag(control, make_probe("logistic_regression", standardise=False)).fit(texts[trained[used]], codes[trained[used]])
+            places = np.flatnonzero(tested[labelled.prompt])
+            scores = np.asarray(bag.decision_function(texts))[number[places]]
+            found.append((places, scores, np.asarray(bag.classes_, np.int64)))
     return found
 
 

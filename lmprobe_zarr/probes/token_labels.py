@@ -17,11 +17,11 @@ from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 from lmprobe_zarr.interchange import AbsentText
 from lmprobe_zarr.probes.folds import check_folds_listed, plan_folds
 from lmprobe_zarr.probes.identity import by_prompt
-from lmprobe_zarr.probes.labels import align_column, check_missing, check_width, parse_groups
+from lmprobe_zarr.probes.labels import Groups, align_column, check_missing, check_width, parse_groups
 from lmprobe_zarr.tokens import TokenIndex, check_listed, order_attributes, prompts_of
 from lmprobe_zarr.typing import Array, Ints, Mask
 
-__all__ = ["LabelledTokens", "TokenFolds", "cells_of", "plan_token_folds", "select_labelled_tokens", "show_rows"]
+__all__ = ["LabelledTokens", "TokenFolds", "cells_of", "group_tokens", "plan_token_folds", "select_labelled_tokens", "show_rows"]
 _SHOWN = 3
 
 
@@ -348,14 +348,9 @@ def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, gr
         As `lmprobe_zarr.probes.folds.plan_folds`; or a fold whose training tokens are of one class.
     """
     check_folds_listed(array, cv)
-    numbers, prompts = prompts_of(array, dim)
+    prompts = labelled.prompts
     used = np.unique(labelled.prompt)
-    head = _head(array, dim, numbers, prompts).isel(prompt=used)
-    if isinstance(groups, str) and groups in array.coords and array.coords[groups].dims == (dim,):
-        # `_head` holds the group of the first token alone.
-        values = array.coords[groups].values[labelled.rows].tolist()
-        by_prompt(zip((str(prompts[number]) for number in labelled.prompt), values, strict=True), "group")
-    together = None if groups is None else parse_groups(head, groups)
+    together, unit = group_tokens(array, dim, labelled, groups)
     names = [str(prompt) for prompt in prompts[used]]
     n_classes = len(labelled.classes)
     counts = np.bincount(np.searchsorted(used, labelled.prompt) * n_classes + labelled.codes, minlength=len(used) * n_classes)
@@ -371,10 +366,38 @@ def plan_token_folds(array: xr.DataArray, dim: str, labelled: LabelledTokens, gr
         classes = np.flatnonzero(counts[learned].sum(axis=0))
         if len(classes) < 2:
             raise LabelError(f"fold {fold} trains on {dim}s that all are {labelled.classes[classes[0]].item()!r}: use fewer folds")
-    unit = None if together is None else np.full(len(prompts), -1, np.int64)
-    if unit is not None and together is not None:
-        unit[used] = together.codes
     return TokenFolds(train, test, described, "" if together is None else together.name, unit)
+
+
+def group_tokens(array: xr.DataArray, dim: str, labelled: LabelledTokens, groups: Any) -> tuple[Groups | None, Ints | None]:
+    """The groups of the prompts that have labelled tokens, and the group of every prompt, −1 for the others; None without groups.
+
+    Parameters
+    ----------
+    array : DataArray with a token dimension
+    dim : str
+    labelled : LabelledTokens
+    groups
+        As for `lmprobe_zarr.sweep_tokens`.
+
+    Raises
+    ------
+    LabelError
+        Groups are missing, or a prompt is in two.
+    """
+    if groups is None:
+        return None, None
+    numbers, prompts = prompts_of(array, dim)
+    used = np.unique(labelled.prompt)
+    head = _head(array, dim, numbers, prompts).isel(prompt=used)
+    if isinstance(groups, str) and groups in array.coords and array.coords[groups].dims == (dim,):
+        # `_head` holds the group of the first token alone.
+        values = array.coords[groups].values[labelled.rows].tolist()
+        by_prompt(zip((str(prompts[number]) for number in labelled.prompt), values, strict=True), "group")
+    together = parse_groups(head, groups)
+    unit = np.full(len(prompts), -1, np.int64)
+    unit[used] = together.codes
+    return together, unit
 
 
 def _deal(names: list[str], together: Any, cv: Any, random_state: int) -> tuple[Any, str]:

@@ -67,9 +67,11 @@ class ShownTokens:
     what : str
         What a value is, in a few words.
     two : bool
-        Whether values are scores on both sides of 0; else norms.
+        Whether values are scores on both sides of 0; else norms or weights.
     note : str
         How the values were computed.
+    weights : bool
+        Whether values are weights, from 0 on.
     """
 
     values: TokenMap
@@ -77,6 +79,7 @@ class ShownTokens:
     what: str
     two: bool
     note: str
+    weights: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,7 +366,7 @@ def _label_rows(layers: Sequence[int], height: float) -> list[tuple[int, str]]:
 
 
 def _place_colours(shown: ShownTokens) -> Array:
-    """Values as places on the colour scale, 0 to 1. Norms are logarithmic.
+    """Values as places on the colour scale, 0 to 1. Norms are logarithmic; weights are shares of the largest.
 
     Scores have 0 in the middle, and twice the layer's root mean square at the ends.
     """
@@ -371,6 +374,9 @@ def _place_colours(shown: ShownTokens) -> Array:
     if shown.two:
         scale = np.sqrt(np.nanmean(values**2, axis=1, keepdims=True)) if values.size else np.ones((len(values), 1))
         return np.asarray(np.clip(0.5 + values / (4 * np.where(scale > 0, scale, 1.0)), 0, 1))
+    if shown.weights:
+        largest = np.nanmax(values) if np.isfinite(values).any() else 1.0
+        return np.asarray(values / (largest or 1.0))
     logs = np.log(np.where(values > 0, values, np.nan))
     if not np.isfinite(logs).any():
         return np.full(values.shape, np.nan)
@@ -387,7 +393,8 @@ def _maps(shown: ShownTokens, data: dict[str, Any], start: int) -> str:
     colours = paint(np.linspace(0, 1, 9))
     stops = ", ".join(_css(colour) for colour in colours)
     bar = f'<i style="background:linear-gradient(90deg, {stops})"></i>'
-    ends = f"below 0 {bar} above 0 (full colour: twice the layer's root mean square)" if shown.two else f"{low} {bar} {high} (logarithmic)"
+    ends = f"0 {bar} {high}" if shown.weights else f"{low} {bar} {high} (logarithmic)"
+    ends = f"below 0 {bar} above 0 (full colour: twice the layer's root mean square)" if shown.two else ends
     scale = f'<span class="scale">{escape(shown.what)}: {ends}</span>'
     row = layers.index(start) if start in layers else len(layers) - 1
     roles = list(dict.fromkeys(role for prompt in shown.prompts for role in prompt.roles if role))

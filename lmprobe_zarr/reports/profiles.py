@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from lmprobe_zarr.batch import INNER_DIMS, LAYERED_SITES, POOLINGS, SCALARS
 from lmprobe_zarr.errors import InvalidArgumentError
-from lmprobe_zarr.probes import class_scores, fit_in_place, make_probe
+from lmprobe_zarr.probes import BoundSequences, class_scores, fit_in_place, make_probe
 from lmprobe_zarr.store.format import Level
 from lmprobe_zarr.store.parts import View, read_values
 from lmprobe_zarr.typing import Array, Estimator, Ints
@@ -29,9 +29,12 @@ __all__ = [
     "map_tokens",
     "profile_layers",
     "score_of",
+    "weigh_of",
 ]
 #: Rows of activations, shape (row, hidden), to one number each.
 Score = Callable[[Array], Array]
+#: Rows of whole prompts end to end, shape (token, hidden), and how many each has, to one weight for each row.
+Weigh = Callable[[Array, Ints], Array]
 
 RUNS: Final = 8
 # A unit is an outlier if its root mean square is more than this many times that of the median unit of its layer.
@@ -247,9 +250,16 @@ class TokenMap:
 
 
 def map_tokens(
-    view: View, variable: str, rows: Ints, layers: Sequence[int], scores: Mapping[int, Score] | None = None, *, most: int
+    view: View,
+    variable: str,
+    rows: Ints,
+    layers: Sequence[int],
+    scores: Mapping[int, Score] | None = None,
+    weights: Mapping[int, Weigh] | None = None,
+    *,
+    most: int,
 ) -> TokenMap:
-    """A number for every token of some prompts: its score by the layer's probe, or its norm if there are no probes.
+    """A number for every token of some prompts: its score or weight by the layer's probe, or its norm if there are no probes.
 
     Parameters
     ----------
@@ -261,6 +271,8 @@ def map_tokens(
     layers : sequence of int
         If `scores` are given, layers of theirs.
     scores : mapping of int to callable, optional
+    weights : mapping of int to callable, optional
+        Instead of scores. They are those in the whole prompt, however many of its tokens are kept.
     most : int
         At most this many tokens of each prompt are kept, its first ones.
     """
@@ -270,12 +282,26 @@ def map_tokens(
     taken = np.concatenate([np.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]).astype(np.int64)
     values = np.full((len(layers), len(taken)), np.nan)
     for i, layer in enumerate(layers):
-        read = np.asarray(read_values(view, "tokens", variable, rows, (layer,), note=True)[0][taken], np.float32)
+        every = np.asarray(read_values(view, "tokens", variable, rows, (layer,), note=True)[0], np.float32)
+        if weights is not None:
+            values[i] = _weigh(weights[layer], every, whole)[taken]
+            continue
+        read = every[taken]
         kept = np.isfinite(read).all(axis=1)
         if kept.any():
             found = np.linalg.norm(read[kept], axis=1) if scores is None else scores[layer](read[kept])
             values[i, kept] = found
     return TokenMap(layers=tuple(layers), rows=rows, counts=counts, of_counts=whole, values=values)
+
+
+def _weigh(weigh: Weigh, every: Array, counts: Ints) -> Array:
+    """The weights of the tokens of whole prompts; NaN in prompts with a token that is not stored or not finite."""
+    known = np.logical_and.reduceat(np.isfinite(every).all(axis=1), np.cumsum(counts) - counts)
+    found = np.full(len(every), np.nan)
+    if known.any():
+        there = np.repeat(known, counts)
+        found[there] = weigh(every[there], counts[known])
+    return found
 
 
 def fit_by_layer(view: View, variable: str, rows: Ints, labels: Array, layers: Sequence[int]) -> dict[int, Score]:
@@ -327,3 +353,12 @@ def score_of(estimator: Estimator) -> Score:
         return np.asarray(np.log(chance / (1 - chance)))
 
     return score
+
+
+def weigh_of(pipeline: Any) -> Weigh:
+    """The weights of the tokens of prompts by a fitted pipeline whose classifier pools them: the mean over heads, and over classes."""
+
+    def weigh(rows: Array, counts: Ints) -> Array:
+        return np.asarray(BoundSequences(pipeline, counts).weights(rows).mean(axis=(1, 2)))
+
+    return weigh

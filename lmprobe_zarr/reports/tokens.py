@@ -12,7 +12,7 @@ from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.reports.page import ShownPrompt, ShownTokens
-from lmprobe_zarr.reports.profiles import Score, fit_by_layer, map_tokens, score_of
+from lmprobe_zarr.reports.profiles import Score, Weigh, fit_by_layer, map_tokens, score_of, weigh_of
 from lmprobe_zarr.store.parts import RoleArray, View, has_role_names, read_values
 from lmprobe_zarr.typing import Array, Ints
 
@@ -72,12 +72,13 @@ def choose_prompts(view: View, prompts: int | Iterable[Any], labels: PromptLabel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TokenScores:
-    """The number that is shown for each token: its score by the probe of each layer, or its norm if `by_layer` is None."""
+    """The number that is shown for each token: its score, or its weight in its prompt, by the probe of each layer; or its norm."""
 
     variable: str
     what: str
     note: str
     by_layer: Mapping[int, Score] | None = None
+    weights: Mapping[int, Weigh] | None = None
 
 
 def show_tokens(
@@ -121,16 +122,16 @@ def show_tokens(
     scores = _choose_scores(view, variable, rows, layers, probe, labels)
     held = view.layers_with("tokens", scores.variable)
     stored = tuple(layer for layer in layers if layer in held)
-    if scores.by_layer is not None:
-        stored = tuple(layer for layer in stored if layer in scores.by_layer)
+    of_probe: Mapping[int, Any] | None = scores.by_layer if scores.weights is None else scores.weights
+    if of_probe is not None:
+        stored = tuple(layer for layer in stored if layer in of_probe)
         if not stored:
-            raise InvalidArgumentError(
-                f"the probe's layers {sorted(scores.by_layer)} are not among those stored with tokens in {view.where}"
-            )
+            raise InvalidArgumentError(f"the probe's layers {sorted(of_probe)} are not among those stored with tokens in {view.where}")
     most = max(8, min(MOST_TOKENS, TOKEN_CELLS // (len(rows) * len(stored))))
-    values = map_tokens(view, scores.variable, rows, stored, scores.by_layer, most=most)
+    values = map_tokens(view, scores.variable, rows, stored, scores.by_layer, scores.weights, most=most)
     prompts = tuple(_show_prompt(view, int(row), int(count), labels, text=text) for row, count in zip(rows, values.counts, strict=True))
-    return ShownTokens(values=values, prompts=prompts, what=scores.what, two=scores.by_layer is not None, note=scores.note)
+    weights, two = scores.weights is not None, scores.by_layer is not None
+    return ShownTokens(values=values, prompts=prompts, what=scores.what, two=two, note=scores.note, weights=weights)
 
 
 def _choose_scores(
@@ -138,8 +139,14 @@ def _choose_scores(
 ) -> _TokenScores:
     """Scores by the given probe; else by regressions on the labels of the prompts that are not shown; else norms."""
     if probe is not None:
-        by_layer, positive, widths = _score_by_layer(probe)
-        _check_width(view, variable, widths)
+        fitted = _probes_by_layer(probe)
+        _check_width(view, variable, {int(each.pipeline_.n_features_in_) for each in fitted.values()})
+        first = next(iter(fitted.values())).pipeline_
+        if hasattr(first.steps[-1][1], "weights"):
+            kind = type(first.steps[-1][1]).__name__
+            note = f"How much each token weighs in the score of its prompt by the probe that was given ({kind}), the mean over its heads."
+            return _TokenScores(variable=variable, what="weight", note=note, weights={n: weigh_of(p.pipeline_) for n, p in fitted.items()})
+        by_layer, positive = _score_by_layer(fitted)
         note = f"Score of each token by the probe that was given: above 0 for {positive}, below for the other class."
         return _TokenScores(variable=variable, what=f"score of {positive}", note=note, by_layer=by_layer)
     if labels is not None:
@@ -181,8 +188,8 @@ def _check_width(view: View, variable: str, widths: set[int]) -> None:
         )
 
 
-def _score_by_layer(probe: Any) -> tuple[dict[int, Score], str, set[int]]:
-    """A scoring function for each layer of a fitted probe, the class that scores above 0 mean, and the widths of its rows."""
+def _probes_by_layer(probe: Any) -> dict[int, Probe]:
+    """The fitted probe of each layer."""
     if isinstance(probe, LayerSweep):
         by_layer = dict(probe.probes)
     elif isinstance(probe, Probe):
@@ -197,14 +204,17 @@ def _score_by_layer(probe: Any) -> tuple[dict[int, Score], str, set[int]]:
             else "is not fitted on any layer"
         )
         raise InvalidArgumentError(f"the probe {why}: give one that was fitted on one layer, or with layers='sweep'")
+    return by_layer
+
+
+def _score_by_layer(by_layer: Mapping[int, Probe]) -> tuple[dict[int, Score], str]:
+    """A scoring function for each layer of a fitted probe, and the class that scores above 0 mean."""
     classes = next(iter(by_layer.values())).classes_
     if classes is None or len(classes) != 2:
         raise InvalidArgumentError(
             f"the probe has {'no classes' if classes is None else f'{len(classes)} classes'}: give one of two classes"
         )
-
-    widths = {int(fitted.pipeline_.n_features_in_) for fitted in by_layer.values()}
-    return {layer: score_of(fitted.pipeline_) for layer, fitted in by_layer.items()}, str(classes[1]), widths
+    return {layer: score_of(fitted.pipeline_) for layer, fitted in by_layer.items()}, str(classes[1])
 
 
 def _show_prompt(view: View, row: int, count: int, labels: PromptLabels | None, *, text: bool) -> ShownPrompt:

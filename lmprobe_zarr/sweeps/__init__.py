@@ -13,7 +13,8 @@ from lmprobe_zarr.sweeps.glance import best_scores, describe_scores, scores_card
 from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
 from lmprobe_zarr.sweeps.sweep import sweep
 from lmprobe_zarr.sweeps.table import parse_table_path, table_of_scores
-from lmprobe_zarr.sweeps.tokens import fit_tokens, score_tokens, sweep_tokens
+from lmprobe_zarr.sweeps.token_scores import pooling_weights, score_tokens
+from lmprobe_zarr.sweeps.tokens import fit_tokens, sweep_tokens
 from lmprobe_zarr.sweeps.transfer import sweep_transfer
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "load_directions",
     "parse_table_path",
     "plan_sweep",
+    "pooling_weights",
     "save_directions",
     "score_tokens",
     "scores_card",

@@ -25,8 +25,9 @@ from lmprobe_zarr.probes import (
     parse_sides,
     plan_folds,
 )
-from lmprobe_zarr.probes.batched import BATCHED, check_device
+from lmprobe_zarr.probes.batched import BATCHED
 from lmprobe_zarr.probes.controls import Trial, list_trials, make_estimator
+from lmprobe_zarr.probes.devices import parse_device
 from lmprobe_zarr.probes.folds import Fold
 from lmprobe_zarr.probes.metrics import Metric, parse_metrics
 from lmprobe_zarr.sweeps.given import check_seed, parse_probes
@@ -152,7 +153,7 @@ def parse_solver(solver: Any, device: Any, trials: tuple[Trial, ...], preprocess
             f"solver='batched' solves {', '.join(map(repr, BATCHED))}, and the probes are {', '.join(named)}: "
             "give one of these, or leave solver= out"
         )
-    return solver, check_device("cpu" if device is None else device)
+    return solver, parse_device("cpu" if device is None else device, needed_by="solver='batched'", double=True)
 
 
 def parse_seeds(seeds: Any, random_state: int) -> tuple[int, ...]:

@@ -11,14 +11,14 @@ import xarray as xr
 
 from lmprobe_zarr.batch import Stage, reduce_scores
 from lmprobe_zarr.interchange import read_list
-from lmprobe_zarr.probes import LabelledTokens, Solution, TokenFolds
+from lmprobe_zarr.probes import LabelledTokens, SequenceSolution, TokenFolds
 from lmprobe_zarr.probes.metrics import accuracy, auroc
 from lmprobe_zarr.probes.token_controls import DEALT
 from lmprobe_zarr.sweeps.given import layer_labels
 from lmprobe_zarr.sweeps.shuffles import add_p_values, shuffled_attributes, shuffled_name
 from lmprobe_zarr.sweeps.token_predictions import Predicted, prediction_variables
-from lmprobe_zarr.sweeps.token_stream import TaskPlan, Tested
-from lmprobe_zarr.typing import Array
+from lmprobe_zarr.sweeps.token_stream import Solutions, TaskPlan, Tested
+from lmprobe_zarr.typing import Array, Ints
 
 __all__ = [
     "TokenResult", "TokenTrial", "add_shuffles", "as_objects", "describe_labels", "failed_result", "failures_of", "make_scores",
@@ -99,25 +99,38 @@ def add_shuffles(scores: xr.Dataset, shuffled: Mapping[str, Array]) -> xr.Datase
 
 
 def score_layer(
-    codes: Array, prompt: Array, stage: Stage, keep: bool, solutions: Mapping[tuple[int, int], Solution], tested: Tested
+    codes: Array, prompt: Array, stage: Stage, keep: bool, solutions: Solutions, tested: Tested
 ) -> dict[tuple[int, int], tuple[float, float, str, Predicted | None]]:
     """The result of `measure` for every probe and fold of a layer."""
-    return {
-        key: measure(codes, prompt, stage, keep, tested.places[key[1]], scores, solutions[key].classes)
-        for key, scores in tested.scores.items()
-    }
+    found = {}
+    for key, scores in tested.scores.items():
+        solution = solutions[key]
+        pool = solution.pool if isinstance(solution, SequenceSolution) else None
+        found[key] = measure(codes, prompt, stage, keep, tested.places[key[1]], scores, solution.classes, pool)
+    return found
 
 
 def measure(
-    codes: Array, prompt: Array, stage: Stage, keep: bool, places: Array, scores: Array, classes: Array
+    codes: Array,
+    prompt: Array,
+    stage: Stage,
+    keep: bool,
+    places: Array,
+    scores: Array,
+    classes: Array,
+    pool: Callable[[Array, Ints], Array] | None = None,
 ) -> tuple[float, float, str, Predicted | None]:
-    """Accuracy, AUROC, and the reason why the AUROC is NaN, of some scores; and the predictions, if they are kept."""
+    """Accuracy, AUROC, and the reason why the AUROC is NaN, of some scores; and the predictions, if they are kept.
+
+    With `pool`, scores are projections of tokens, which it makes the scores of prompts of; otherwise the stage's pooling does.
+    """
     true, rows = codes[places], places
     if stage.of == "score":
         order = np.argsort(prompt[places], kind="stable")
         rows, counts = np.unique(prompt[places], return_counts=True)
         counts = counts.astype(np.int64)
-        scores, true = reduce_scores(scores[order], counts, stage.pooling), true[order][np.cumsum(counts) - 1]
+        scores = reduce_scores(scores[order], counts, stage.pooling) if pool is None else pool(scores[order], counts)
+        true = true[order][np.cumsum(counts) - 1]
     predicted = classes[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
     return accuracy(predicted, true), *auroc(scores, true, classes), Predicted(rows, predicted, scores) if keep else None
 

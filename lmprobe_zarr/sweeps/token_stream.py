@@ -1,4 +1,4 @@
-"""Linear probes on more rows than fit into memory: Dask tasks read the rows block by block, and add them to sums.
+"""Probes on more rows than fit into memory: Dask tasks read the rows block by block, and add them to sums, or learn from them.
 
 This module cuts a token axis into spans and blocks, does the work of one task on its span, and merges the results of the tasks. The sums
 and their solutions are those of ``probes.sufficient``; ``tokens`` decides labels, folds and results. Never a store or a plot.
@@ -16,24 +16,32 @@ from typing import Any, Final
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import as_slice
+from lmprobe_zarr.batch import as_slice, concat_ranges, offsets_of
 from lmprobe_zarr.display import describe_error
+from lmprobe_zarr.errors import LabelError
 from lmprobe_zarr.probes import (
     EXACT,
     ClassSums,
     NotFiniteError,
+    SequenceSolution,
     Solution,
     Unit,
+    draw_looks,
     empty_sums,
+    fit_sequences,
     fits_running,
+    is_sequence_probe,
     merge_sums,
     not_finite_rows,
     order_of,
+    parse_sequence_probe,
     scaling_of,
     solve,
     unit_of,
 )
+from lmprobe_zarr.probes.devices import parse_device
 from lmprobe_zarr.probes.passes import Leading, PassDescent, Point, Seen, leading_directions, look
+from lmprobe_zarr.probes.sequence_fits import SequenceFit
 from lmprobe_zarr.tasks import Runner
 from lmprobe_zarr.tokens import inner_dim
 from lmprobe_zarr.typing import Array, Floats, Ints, Mask
@@ -130,6 +138,10 @@ class TaskPlan:
     trains : ndarray of bool, shape (fold, cell)
     tests : ndarray of bool, shape (fold, prompt), or None
     random_state : int
+    unit : ndarray of int, shape (prompt,), or None
+        The group of each prompt, which stays whole where a fit holds some of its training prompts out.
+    device : str
+        Where probes with a pooling of their own learn.
     """
 
     layer_rows: LayerRows | None
@@ -145,13 +157,19 @@ class TaskPlan:
     trains: Mask
     tests: Mask | None
     random_state: int
+    unit: Ints | None = None
+    device: str = "cpu"
+
+
+#: Solutions by number of the probe, and fold.
+Solutions = dict[tuple[int, int], Solution | SequenceSolution]
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """One probe on one layer and fold."""
 
-    solution: Solution
+    solution: Solution | SequenceSolution
     seconds: float
     converged: bool
     #: The error that the fit ended in; its solution then is NaN.
@@ -271,17 +289,20 @@ def _minibatches(n: int, size: int, seed: int) -> Iterator[Ints]:
         yield np.concatenate([np.arange(start, min(start + run, n)) for start in np.sort(starts[lot : lot + _RUNS])])
 
 
-def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) -> dict[int, Fitted]:
-    """Logistic regression by stochastic gradient descent on every training set of a layer at once; by fold."""
-    began = time.perf_counter()
-    read: Callable[[Ints], Array]
+def _reader(plan: TaskPlan, layer: int, values: Any) -> Callable[[Ints], Array]:
+    """Reads rows of a layer by their places: by a function, of values that were passed to the task, or by the task itself."""
     if callable(values):
-        read = values
-    elif values is not None:
-        read = lambda places: np.asarray(values[places])  # noqa: E731
-    else:
-        assert plan.layer_rows is not None  # noqa: S101  (without values, tasks read by themselves)
-        read = partial(plan.layer_rows.read, layer)
+        return values  # type: ignore[no-any-return]
+    if values is not None:
+        return lambda places: np.asarray(values[places])
+    assert plan.layer_rows is not None  # noqa: S101  (without values, tasks read by themselves)
+    return partial(plan.layer_rows.read, layer)
+
+
+def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) -> dict[tuple[int, int], Fitted]:
+    """Logistic regression by stochastic gradient descent on every training set of a layer at once; by number of the probe, and fold."""
+    began = time.perf_counter()
+    read = _reader(plan, layer, values)
     descents = [_Descent(plan, layer, fold, trained) for fold, trained in enumerate(plan.trains)]
     with fits_running():
         for epoch in range(int(np.clip(-(-_ROWS_SEEN // plan.n_rows), *_EPOCHS))):
@@ -298,14 +319,14 @@ def _fit_sgd(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) ->
             if all(descent.ended for descent in descents):
                 break
     seconds = (time.perf_counter() - began) / len(descents)
-    found = {}
+    found, number = {}, plan.probes.index("sgd")
     for fold, (descent, (mean, scale)) in enumerate(zip(descents, scaling, strict=True)):
         if descent.problem:
-            found[fold] = Fitted(_no_solution(descent.classes, plan.hidden), seconds, True, descent.problem)
+            found[number, fold] = Fitted(_no_solution(descent.classes, plan.hidden), seconds, True, descent.problem)
             continue
         solution = descent.mean()
         coef = solution[:, :-1] / scale
-        found[fold] = Fitted(Solution(coef, solution[:, -1] - coef @ mean, descent.classes), seconds, descent.ended)
+        found[number, fold] = Fitted(Solution(coef, solution[:, -1] - coef @ mean, descent.classes), seconds, descent.ended)
     return found
 
 
@@ -462,6 +483,47 @@ class _Descent:
             self._marks[epochs] = self._sums(), self._seen
 
 
+def _fit_sequences(plan: TaskPlan, layer: int, scaling: Sequence[Any], values: Any) -> dict[tuple[int, int], Fitted]:
+    """Every probe with a pooling of its own on every training set of a layer at once; by number of the probe, and fold."""
+    # torch must be there before `fits_running` looks for libraries whose threads it limits.
+    parse_device(plan.device, needed_by="a probe that learns how to pool")
+    read = _reader(plan, layer, values)
+    used, first, number = np.unique(plan.prompt, return_index=True, return_inverse=True)
+    counts = np.bincount(number).astype(np.int64)
+    # The places of each prompt's rows, prompt by prompt.
+    order, offsets = np.argsort(number, kind="stable"), offsets_of(counts)
+    codes = plan.codes[first].astype(np.int64)
+    kept = np.arange(len(used)) if plan.unit is None else plan.unit[used]
+
+    def read_prompts(prompts: Ints) -> Array:
+        places = order[concat_ranges(offsets[prompts], counts[prompts])]
+        ascending = np.argsort(places, kind="stable")
+        rows = read(places[ascending])
+        return rows if (np.diff(ascending) == 1).all() else rows[np.argsort(ascending)]
+
+    asked: dict[tuple[int, int], SequenceFit] = {}
+    found: dict[tuple[int, int], Fitted] = {}
+    for place, name in enumerate(plan.probes):
+        probe = parse_sequence_probe(name)
+        for fold, trained in enumerate(plan.trains if probe is not None else ()):
+            assert probe is not None  # noqa: S101  (for mypy)
+            learns, looks = trained[plan.cell[first]], np.zeros(len(used), bool)
+            seed = _seed_of(plan, layer, name, fold)
+            try:
+                looks[learns] = draw_looks(codes[learns], kept[learns], plan.random_state, grouped=plan.unit is not None)
+            except LabelError as error:
+                found[place, fold] = Fitted(_no_solution(np.unique(codes[learns]), plan.hidden), 0.0, True, describe_error(error))
+                continue
+            mean, scale = scaling[fold]
+            asked[place, fold] = SequenceFit(probe=probe, learns=learns & ~looks, looks=looks, mean=mean, scale=scale, seed=seed)
+    with fits_running():
+        order_seed = _seed_of(plan, layer, "order of prompts", 0)
+        fits = fit_sequences(list(asked.values()), read_prompts, counts, codes, seed=order_seed, device=plan.device) if asked else []
+    for key, fit in zip(asked, fits, strict=True):
+        found[key] = Fitted(fit.solution, fit.seconds, fit.converged, fit.problem)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Tested:
     """Scores of test rows.
@@ -477,7 +539,7 @@ class Tested:
     scores: Mapping[tuple[int, int], Array]
 
 
-def _test_span(plan: TaskPlan, layer: int, solutions: dict[tuple[int, int], Solution], start: int, stop: int, values: Any) -> Tested:
+def _test_span(plan: TaskPlan, layer: int, solutions: Solutions, start: int, stop: int, values: Any) -> Tested:
     """Scores of the test rows of a span; the body of a task."""
     places: dict[int, list[Ints]] = {fold: [] for _, fold in solutions}
     scores: dict[tuple[int, int], list[Array]] = {key: [] for key in solutions}
@@ -500,15 +562,19 @@ def _test_span(plan: TaskPlan, layer: int, solutions: dict[tuple[int, int], Solu
     )
 
 
-def _scored(x: Array, solution: Solution) -> Array:
+def _scored(x: Array, solution: Solution | SequenceSolution) -> Array:
+    """Scores of rows; their projections, for a probe that pools those of a prompt."""
     scores = x @ solution.coef.T + solution.intercept
     return np.asarray(scores[:, 0] if scores.shape[1] == 1 else scores)
 
 
-def _score_span(plan: TaskPlan, layer: int, solution: Solution, start: int, stop: int, values: Any) -> Array:
-    """Scores of all rows of a span, float32, shape (row,) or (row, class); NaN where a row holds NaN."""
-    blocks = [_scored(rows.astype(np.float64), solution).astype(np.float32) for _, rows in _blocks(plan, layer, start, stop, values)]
-    return np.concatenate(blocks)
+def _score_span(plan: TaskPlan, layer: int, solution: Solution | SequenceSolution, start: int, stop: int, values: Any) -> Array:
+    """Scores of all rows of a span, float32, shape (row,) or (row, class); or projections, float64; NaN where a row holds NaN."""
+    # What is pooled further must not be rounded: a softmax is of differences, which may be small against the projections.
+    dtype = np.float64 if isinstance(solution, SequenceSolution) else np.float32
+    return np.concatenate(
+        [_scored(rows.astype(np.float64), solution).astype(dtype) for _, rows in _blocks(plan, layer, start, stop, values)]
+    )
 
 
 def _collect(*parts: Any) -> list[Any]:
@@ -552,9 +618,7 @@ def fit_stream(layer_rows: LayerRows, plan: TaskPlan, runner: Runner) -> tuple[l
     from dask.delayed import delayed
 
     spans = _Spans(layer_rows, plan, runner)
-    sample_unit, sum_span, solve_layer, collect, sgd = (
-        delayed(call, pure=False) for call in (_sample_unit, _sum_span, _solve_layer, _collect, _fit_sgd)
-    )
+    sample_unit, sum_span, solve_layer, collect = (delayed(call, pure=False) for call in (_sample_unit, _sum_span, _solve_layer, _collect))
     where = _sample_places(plan.n_rows)
 
     def start_unit(layer: int) -> Any:
@@ -581,20 +645,9 @@ def fit_stream(layer_rows: LayerRows, plan: TaskPlan, runner: Runner) -> tuple[l
         for layer, passes in enumerate(_fit_by_passes(spans, runner, [scaling for _, scaling, _ in solved], where)):
             fits[layer] |= {(number, fold): fitted for fold, fitted in passes.fitted().items()}
     if "sgd" in plan.probes:
-        number = plan.probes.index("sgd")
-        if layer_rows.is_dask:
-            # The blocks are random, and each step needs the one before it, so this process requests them.
-            compute: dict[str, Any] = {"scheduler": runner.scheduler} if runner.client is None else {"scheduler": runner.client}
-            descents = [
-                _fit_sgd(spans.plan, n, solved[n][1], lambda places, n=n: np.asarray(layer_rows.lazily(n, places).compute(**compute)))
-                for n in layers
-            ]
-        else:
-            every = slice(0, plan.n_rows)
-            starts = [lambda n=n: sgd(spans.shared, n, solved[n][1], spans.values(n, every)) for n in layers]
-            descents = runner.run(starts, "sgd", 2 * runner.workers)
-        for layer, descent in enumerate(descents):
-            fits[layer] |= {(number, fold): fitted for fold, fitted in descent.items()}
+        _descend(_fit_sgd, spans, solved, runner, fits)
+    if any(map(is_sequence_probe, plan.probes)):
+        _descend(_fit_sequences, spans, solved, runner, fits)
     return fits, [seconds for _, _, seconds in solved]
 
 
@@ -630,6 +683,31 @@ def _fit_by_passes(spans: _Spans, runner: Runner, scaling: Sequence[Sequence[Any
     return found
 
 
+def _descend(
+    fit: Callable[..., dict[tuple[int, int], Fitted]],
+    spans: _Spans,
+    solved: Sequence[Any],
+    runner: Runner,
+    fits: Sequence[dict[tuple[int, int], Fitted]],
+) -> None:
+    """Add to the fits of each layer those that a function makes in passes of its own, which need the scaling that the first pass gave."""
+    from dask.delayed import delayed
+
+    plan, layer_rows, layers = spans.plan, spans.layer_rows, range(len(spans.plan.layers))
+    if layer_rows.is_dask:
+        # The blocks are random, and each step needs the one before it, so this process requests them.
+        compute: dict[str, Any] = {"scheduler": runner.scheduler} if runner.client is None else {"scheduler": runner.client}
+        found = [
+            fit(plan, n, solved[n][1], lambda places, n=n: np.asarray(layer_rows.lazily(n, places).compute(**compute))) for n in layers
+        ]
+    else:
+        every, call = slice(0, plan.n_rows), delayed(fit, pure=False)
+        starts = [lambda n=n: call(spans.shared, n, solved[n][1], spans.values(n, every)) for n in layers]
+        found = runner.run(starts, "fit", 2 * runner.workers)
+    for layer, of_layer in enumerate(found):
+        fits[layer].update(of_layer)
+
+
 def _sample_places(n: int) -> slice | Ints:
     if n <= _SAMPLE_ROWS:
         return slice(0, n)
@@ -643,7 +721,7 @@ def measure_stream(
     plan: TaskPlan,
     runner: Runner,
     fits: Sequence[dict[tuple[int, int], Fitted]],
-    measure: Callable[[dict[tuple[int, int], Solution], Tested], Any],
+    measure: Callable[[Solutions, Tested], Any],
 ) -> list[Any]:
     """The result of a function of each layer's test scores, which a second pass computes.
 
@@ -671,7 +749,7 @@ def measure_stream(
     return runner.run([partial(start, layer) for layer in range(len(plan.layers))], "score", spans.in_flight)
 
 
-def _measure(measure: Callable[..., Any], solutions: dict[tuple[int, int], Solution], spans: Sequence[Tested]) -> Any:
+def _measure(measure: Callable[..., Any], solutions: Solutions, spans: Sequence[Tested]) -> Any:
     places = {fold: np.concatenate([span.places[fold] for span in spans]) for _, fold in solutions}
     scores = {}
     for probe, fold in solutions:
@@ -680,8 +758,10 @@ def _measure(measure: Callable[..., Any], solutions: dict[tuple[int, int], Solut
     return measure(solutions, Tested(places, scores))
 
 
-def score_stream(layer_rows: LayerRows, plan: TaskPlan, runner: Runner, solutions: Sequence[Solution]) -> Iterator[Array]:
-    """The scores of all rows of each layer in turn, float32, shape (row,) or (row, class)."""
+def score_stream(
+    layer_rows: LayerRows, plan: TaskPlan, runner: Runner, solutions: Sequence[Solution | SequenceSolution]
+) -> Iterator[Array]:
+    """The scores of all rows of each layer in turn, float32, shape (row,) or (row, class); or projections, float64."""
     from dask.delayed import delayed
 
     spans = _Spans(layer_rows, plan, runner)

@@ -20,7 +20,7 @@ from lmprobe_zarr.tokens.lazy import (
 )
 from lmprobe_zarr.tokens.masks import mask_tokens
 from lmprobe_zarr.tokens.prompt_labels import prompt_coordinates
-from lmprobe_zarr.tokens.prompts import pad_tokens, pool_tokens, prompts_of, token_texts, tokens_at
+from lmprobe_zarr.tokens.prompts import pad_tokens, pool_tokens, prompts_of, sequences_of, token_texts, tokens_at
 from lmprobe_zarr.tokens.row_order import SEVERAL_CALLS, check_listed, is_in_known_order, order_attributes
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "prompt_coordinates",
     "prompts_of",
     "protect",
+    "sequences_of",
     "stored_rows",
     "tidy_key",
     "token_texts",

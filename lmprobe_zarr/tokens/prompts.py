@@ -19,7 +19,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOut
 from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance, has_value
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["pad_tokens", "pool_tokens", "prompts_of", "token_texts", "tokens_at"]
+__all__ = ["pad_tokens", "pool_tokens", "prompts_of", "sequences_of", "token_texts", "tokens_at"]
 
 T = TypeVar("T", xr.Dataset, xr.DataArray)
 
@@ -250,6 +250,20 @@ def prompts_of(array: xr.DataArray, dim: str) -> tuple[Array, Array]:
         )
     numbers, names = pd.factorize(np.asarray(array.coords["prompt"].values, object))
     return numbers, np.asarray(list(map(str, names)), str)
+
+
+def sequences_of(array: xr.DataArray, dim: str) -> tuple[Ints, Ints]:
+    """How many rows each prompt has, by first appearance, and the places of the rows, prompt by prompt, in the order of their positions.
+
+    Raises
+    ------
+    InvalidArgumentError
+        There is no ``prompt`` coordinate along the dimension.
+    """
+    numbers, prompts = prompts_of(array, dim)
+    there = dim == "token" and "position" in array.coords and array.coords["position"].dims == (dim,)
+    position = np.asarray(array.coords["position"].values) if there else np.zeros(len(numbers), np.int64)
+    return np.bincount(numbers, minlength=len(prompts)).astype(np.int64), np.lexsort((position, numbers))
 
 
 def token_texts(tokens: xr.DataArray | xr.Dataset) -> npt.NDArray[np.str_] | None:

@@ -12,8 +12,9 @@ from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
 pytest.importorskip("torch")
 
 from lmprobe_zarr.probes import batched
-from lmprobe_zarr.probes.batched import BATCHED, TOLERANCE, Bulk, FitRequest, check_device, solve_batched
+from lmprobe_zarr.probes.batched import BATCHED, TOLERANCE, Bulk, FitRequest, solve_batched
 from lmprobe_zarr.probes.classifiers import make_probe
+from lmprobe_zarr.probes.devices import parse_device
 from lmprobe_zarr.probes.gram import Solved
 from lmprobe_zarr.typing import Array
 
@@ -213,20 +214,10 @@ def test_what_is_not_solved_is_not_there() -> None:
     assert not Bulk("", x, "cpu")
 
 
-def test_a_device_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InvalidArgumentError, match=r"device='cuda:7' does not exist: torch finds no CUDA device here"):
-        check_device("cuda:7")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert check_device("cuda") == "cuda"
-    with pytest.raises(InvalidArgumentError, match=r"'cuda:1' does not exist: torch finds 1 CUDA device here"):
-        check_device("cuda:1")
-    for device, words in (("gpu", "is no device"), (3.5, "is no device"), ("mps", "need float64"), ("meta", "need float64")):
+def test_a_device_that_does_not_exist_or_lacks_float64_is_refused() -> None:
+    for device, words in (("cuda:7", "there is cpu"), ("gpu", "there is cpu"), (3.5, "there is cpu"), ("meta", "cannot be used here")):
         with pytest.raises(InvalidArgumentError, match=words):
-            check_device(device)
+            parse_device(device, needed_by="solver='batched'", double=True)
 
 
 def test_without_torch_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,4 +225,4 @@ def test_without_torch_the_message_says_what_to_install(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingDependencyError, match=r"lmprobe-zarr\[models\]"):
-        check_device("cpu")
+        parse_device("cpu", needed_by="solver='batched'")

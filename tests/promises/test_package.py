@@ -170,6 +170,7 @@ def test_the_surface_is_pinned() -> None:
         "open_store",
         "plan_extract",
         "plan_sweep",
+        "pooling_weights",
         "prompt_hash",
         "report",
         "score_tokens",

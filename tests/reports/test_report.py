@@ -158,6 +158,26 @@ def test_tokens_show_the_scores_of_a_probe_that_is_given(stored: Store) -> None:
     assert data["maps"][0]["values"][0] == pytest.approx(probe.pipeline_.decision_function(tokens), rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.model
+@pytest.mark.filterwarnings("ignore:.*was still improving")
+def test_tokens_show_how_much_they_weigh_for_a_probe_that_learned_how_to_pool(stored: Store) -> None:
+    pytest.importorskip("torch")
+    toks = stored.tokens().resid.sel(layer=1)
+    probe = lz.Probe(classifier="attention:2", classifier_kwargs={"max_epochs": 3}, device="cpu").fit_from_activations(toks, "label")
+    page = lz.report(stored, probe=probe, prompts=["prompt 3!!!", "prompt 4!!!!"])
+    (data,) = data_of(page)
+    assert "How much each token weighs in the score of its prompt by the probe that was given (AttentionClassifier)" in page.html
+    assert "log-odds" not in page.html
+    for shown, text in zip(data["maps"], ["prompt 3!!!", "prompt 4!!!!"], strict=True):
+        assert (shown["what"], shown["two"], shown["layers"]) == ("weight", False, [1])
+        rows = stored.tokens(prompts=[text]).resid.sel(layer=1).values.astype(float)
+        scaler, fitted = probe.pipeline_[0], probe.pipeline_[-1]
+        raised = np.exp((rows - scaler.mean_) / scaler.scale_ @ fitted.query_.T)
+        weights = (raised / raised.sum(axis=0)).mean(axis=1)
+        assert shown["values"][0] == pytest.approx(weights.tolist(), rel=1e-3, abs=1e-4)
+        assert sum(shown["values"][0]) == pytest.approx(1, rel=1e-3)
+
+
 def test_curves_are_the_scores_with_their_controls_and_further_dims(stored: Store) -> None:
     ds = stored.dataset()
     scores = lz.sweep(ds.resid_mean, labels="label", probes=["ridge", "mass_mean"], cv=3)

@@ -140,8 +140,8 @@ def test_fits_that_do_not_converge_are_counted(array: xr.DataArray, monkeypatch:
         ({"device": "cpu"}, "device='cpu' is where solver='batched' solves"),
         ({"solver": "batched", "probes": ["svm", LogisticRegression()]}, "the probes are 'svm', LogisticRegression: give one of these"),
         ({"solver": "batched", "preprocessing": "standard"}, "solver='batched' standardises by itself"),
-        ({"solver": "batched", "device": "cuda:99"}, "device='cuda:99' does not exist"),
-        ({"solver": "batched", "device": "somewhere"}, "device='somewhere' is no device"),
+        ({"solver": "batched", "device": "cuda:99"}, "device='cuda:99' cannot be used here: there is cpu"),
+        ({"solver": "batched", "device": "somewhere"}, "device='somewhere' cannot be used here"),
     ],
 )
 def test_what_cannot_be_solved_in_bulk_is_refused_before_anything_is_read(array: xr.DataArray, options: dict[str, Any], words: str) -> None:

@@ -253,14 +253,16 @@ CURVES, TESTED = ("roc_curves", "calibration_curves"), ("Probe.evaluate", "Probe
 #: (call, protection) to the reason why there is nothing to protect.
 EXEMPT: dict[tuple[str, str], str] = {
     **{(call, "groups"): "nothing is learned or split here, so nothing can be on both sides" for call in (*CURVES, *TESTED)},
-    ("fit_tokens", "groups"): "one fit on all tokens, by probes that choose nothing within their rows",
     **{(call, "split"): "there are no folds" for call in (*CURVES, *TESTED, "fit_directions", "fit_tokens")},
     **{(call, "split"): "one fit on all rows given; select the rows" for call in ("Probe.fit", "Probe.fit_from_activations")},
     ("sweep_tokens", "split"): "cv=[(train, test)] of prompts says the same",
     ("sweep_transfer", "split"): "the split is between the datasets; within one, cv takes a splitter",
     **{(call, "convergence"): "nothing is fitted" for call in (*CURVES, *TESTED, "plan_sweep")},
     **{
-        (call, "convergence"): "takes named probes alone; of 'sgd' test_a_descent_that_did_not_converge_is_reported"
+        (
+            call,
+            "convergence",
+        ): "takes named probes alone; see test_a_descent_that_did_not_converge_is_reported, test_fits_that_stop_early_are_reported"
         for call in ("sweep_tokens", "fit_tokens")
     },
     **{(call, "label matching"): "its plan does not depend on which prompt has which label" for call in ("plan_sweep",)},
