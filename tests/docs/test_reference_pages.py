@@ -36,5 +36,8 @@ def test_help_matches_the_page(name: str, capsys: pytest.CaptureFixture[str]) ->
     # And the other way round: nothing that it prints is missing from the page.
     options = {piece for shown, _ in rows for piece in shown.replace(",", "").split() if piece.startswith("-")}
     parser = dict(reference_pages.commands())[name]
-    assert options == {text for action in parser._actions for text in action.option_strings} - {"-h", "--help"}
+    # The page says once, at its top, what all commands take.
+    everywhere = {"-h", "--help", "--anon", "--storage-options"}
+    assert options == {text for action in parser._actions for text in action.option_strings} - everywhere
+    assert all(f"`{option}" in page.split("\n## ")[0] for option in everywhere - {"-h", "--help"})
     assert f"lmprobe-zarr{name.replace(' ', '')}" in printed
