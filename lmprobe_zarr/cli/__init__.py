@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lmprobe-zarr {lmprobe_zarr.__version__}")
     parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), help="print a shell's completion of this command")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, prog="lmprobe-zarr")
     for add in _COMMANDS:
         add(commands)
     return parser
