@@ -295,7 +295,7 @@ def test_expected_errors_are_one_plain_line_and_exit_code_1(
 
 
 def test_wrong_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["extract"], ["sweep", "s", "--cv", "five"], ["nonsense"], []):
+    for arguments in (["extract"], ["sweep", "s", "--cv", "five"], ["nonsense"]):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 2
