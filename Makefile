@@ -49,6 +49,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 # The tests of a room lie in the folder of its name; a file that is no room's runs the tests of the package's promises.
 CHANGED = $(shell { git diff --name-only HEAD; git ls-files --others --exclude-standard; } | $(VENV)/bin/python tests/support/changed.py)
