@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def add_sweep(commands: Any) -> None:
     command.add_argument(
         "--choose", default="", metavar="NAMES", help="choose the layer, the probe, or both (layer,probe) within each training fold"
     )
+    command.add_argument(
+        "--strengths", metavar="NUMBERS", help="strengths of the penalty to try, separated by commas (see sweep(strengths=…))"
+    )
+    command.add_argument(
+        "--solver", default="scikit-learn", choices=("scikit-learn", "batched"), help="batched: all fits of a layer at once in torch"
+    )
+    command.add_argument("--device", help="where solver batched runs: cpu, cuda, cuda:1 (default: cpu)")
     command.add_argument("--repeats", type=int, default=1, help="how many times folds are drawn (default: %(default)s)")
     command.add_argument("--missing", default="raise", choices=("raise", "drop"), help="what to do about prompts without a label")
     command.add_argument("--random-state", type=int, default=0, help="seed of folds and fits (default: %(default)s)")
@@ -67,6 +75,7 @@ def _sweep(options: argparse.Namespace) -> None:
         "split": options.split, "task": options.task, "metrics": split_names(options.metrics) if options.metrics else None,
         "controls": controls or None, "repeats": options.repeats, "missing": options.missing,
         "choose": split_names(options.choose) or None, "random_state": options.random_state,
+        "strengths": None if options.strengths is None else _numbers(options.strengths), "solver": options.solver, "device": options.device,
     }  # fmt: skip
     if options.dry_run:
         plan = plan_sweep(data[variable], **arguments)
@@ -97,6 +106,13 @@ def _sweep(options: argparse.Namespace) -> None:
         table_of_scores(scores, metrics, path=options.table)
         if not options.json:
             print(f"table: {Path(options.table)}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(item) for item in split_names(text)]
+    except ValueError as error:
+        raise InvalidArgumentError(f"--strengths {text!r} is no list of numbers: write it as 0.01,1,100") from error
 
 
 def _controls(text: str) -> dict[str, Any]:
@@ -156,19 +172,20 @@ def _rows(scores: xr.Dataset, metrics: list[str]) -> list[dict[str, Any]]:
     spread = scores[metrics].std("fold").where(counts > 1)
     by_layer = "layer" in scores.dims
     rows = []
-    for layer in scores.layer.values if by_layer else (None,):
-        for probe, kind in zip(scores.probe.values, scores.kind.values, strict=True):
-            at = {"layer": layer, "probe": probe} if by_layer else {"probe": probe}
-            row: dict[str, Any] = {} if layer is None else {"layer": int(layer)}
-            row |= {"probe": str(probe), "kind": str(kind)}
-            row |= {metric: float(means[metric].sel(at)) for metric in metrics}
-            row |= {f"{metric}_std": float(spread[metric].sel(at)) for metric in metrics}
-            p_values = {name: scores[name].sel(at).item() for metric in metrics if (name := f"{metric}_p_value") in scores}
-            row |= {name: value for name, value in p_values.items() if value == value}
-            for dim in ("layer", "probe"):
-                if f"chosen_{dim}" in scores:
-                    row[f"chosen_{dim}s"] = _unique(scores[f"chosen_{dim}"].sel(probe=probe).values)
-            rows.append(row)
+    strengths = scores.strength.values.tolist() if "strength" in scores.dims else [None]
+    kinds = zip(scores.probe.values.tolist(), scores.kind.values.tolist(), strict=True)
+    for layer, (probe, kind), strength in product(scores.layer.values if by_layer else (None,), kinds, strengths):
+        at = {"probe": probe} | ({"layer": layer} if by_layer else {}) | ({} if strength is None else {"strength": strength})
+        row: dict[str, Any] = {} if layer is None else {"layer": int(layer)}
+        row |= {"probe": probe, "kind": kind} | ({} if strength is None else {"strength": strength})
+        row |= {metric: float(means[metric].sel(at)) for metric in metrics}
+        row |= {f"{metric}_std": float(spread[metric].sel(at)) for metric in metrics}
+        p_values = {name: scores[name].sel(at).item() for metric in metrics if (name := f"{metric}_p_value") in scores}
+        row |= {name: value for name, value in p_values.items() if value == value}
+        for dim in ("layer", "probe"):
+            if f"chosen_{dim}" in scores:
+                row[f"chosen_{dim}s"] = _unique(scores[f"chosen_{dim}"].sel(probe=probe).values)
+        rows.append(row)
     return rows
 
 
@@ -179,18 +196,19 @@ def _unique(values: Any) -> list[Any]:
 
 
 def _print_table(rows: list[dict[str, Any]], metrics: list[str]) -> None:
-    width = max(len(row["probe"]) for row in rows) + 2
+    names = [row["probe"] + (f" {row['strength']:g}" if "strength" in row else "") for row in rows]
+    width = max(map(len, names)) + 2
     wide = 17 + 9 * any(f"{metric}_p_value" in row for row in rows for metric in metrics)
     columns = [max(wide, len(metric) + 2) for metric in metrics]
     by_layer = "layer" in rows[0]
     chosen = [name for name in ("chosen_layers", "chosen_probes") if name in rows[0]]
     heads = "".join(f"{metric:<{column}}" for metric, column in zip(metrics, columns, strict=True))
     print(f"{'layer  ' * by_layer}{'probe':<{width}}{heads}{'  '.join(name.replace('_', ' ') for name in chosen)}".rstrip())
-    for row in rows:
+    for row, probe in zip(rows, names, strict=True):
         p_values = [f" p={row[name]:.2g}" if (name := f"{metric}_p_value") in row else "" for metric in metrics]
         cells = [_cell(row[metric], row[f"{metric}_std"]) + p for metric, p in zip(metrics, p_values, strict=True)]
         line = f"{row['layer']:>5}  " if by_layer else ""
-        line += f"{row['probe']:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True))
+        line += f"{probe:<{width}}" + "".join(f"{c:<{w}}" for c, w in zip(cells, columns, strict=True))
         print((line + "  ".join(", ".join(map(str, row[name])) or "-" for name in chosen)).rstrip())
 
 
