@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_store, check_target
 from lmprobe_zarr.cli.printing import print_json
+from lmprobe_zarr.cli.score_files import open_scores
 from lmprobe_zarr.display import format_bytes, visible
 from lmprobe_zarr.errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    import xarray as xr
 
 __all__ = ["add_report"]
 
@@ -42,7 +39,7 @@ def _report(options: argparse.Namespace) -> None:
         raise InvalidArgumentError(f"--sample-mb {options.sample_mb:g} is not a size to read: give megabytes above 0")
     page = report(
         options.store, options.output, model=options.model, group=options.group,
-        scores=None if options.scores is None else _open_scores(options.scores), labels=options.labels, groups=options.groups,
+        scores=None if options.scores is None else open_scores(options.scores), labels=options.labels, groups=options.groups,
         variable=options.variable,
         prompts=options.prompt or options.prompts, text=not options.no_text, sample_bytes=max(1, int(options.sample_mb * 2**20)),
     )  # fmt: skip
@@ -51,31 +48,3 @@ def _report(options: argparse.Namespace) -> None:
         print_json({"output": options.output, "nbytes": nbytes})
         return
     print(f"report: {visible(options.output)} ({format_bytes(nbytes)})")
-
-
-def _open_scores(place: str) -> xr.Dataset:
-    """What ``sweep --out``, ``to_zarr`` or ``to_netcdf`` wrote, by what is stored and not by its name."""
-    import xarray
-
-    try:
-        if Path(place).is_file():
-            with xarray.open_dataset(place) as opened:
-                return opened.load()
-        with _open_zarr(place) as opened:
-            return opened.load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise InvalidArgumentError(
-            f"--scores {place!r} cannot be opened ({why}): give what sweep --out, scores.to_zarr(…) or to_netcdf(…) wrote"
-        ) from error
-
-
-def _open_zarr(place: str) -> xr.Dataset:
-    import xarray
-
-    try:
-        # By default xarray looks for consolidated metadata first, and warns if there are none. Places that cannot be listed need them.
-        opened: xr.Dataset = xarray.open_zarr(place, consolidated=True)
-    except (OSError, ValueError, KeyError):
-        opened = xarray.open_zarr(place, consolidated=False)
-    return opened

@@ -17,6 +17,7 @@ from lmprobe_zarr.cli.arguments import (
     prompts_of,
 )
 from lmprobe_zarr.cli.printing import as_json, print_json
+from lmprobe_zarr.cli.score_files import open_scores
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.storage import open_storage
 from lmprobe_zarr.store import Mode, Store, open_store
@@ -143,6 +144,8 @@ def add_publish(commands: Any) -> None:
     command.add_argument("--layers", help="only these: all, middle, last, 0,4,-1 or 8:24")
     command.add_argument("--no-text", action="store_true", help="do not publish the prompts' texts")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier published copy")
+    command.add_argument("--no-page", action="store_true", help="write no index.html, the page for browsers")
+    command.add_argument("--scores", metavar="PLACE", help="draw these scores on the page: what sweep --out wrote, or .zarr or .nc")
     command.add_argument("--license", help="for the card, by its name on the Hugging Face Hub, such as cc-by-4.0")
     command.add_argument("--private", action="store_true", help="make the repository on the Hugging Face Hub a private one")
     _add_no_shards(command)
@@ -159,6 +162,8 @@ def _publish(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         licence=options.license,
         private=options.private or None,
+        page=not options.no_page,
+        scores=None if options.scores is None else open_scores(options.scores),
         shards=not options.no_shards,
         progress=not options.json,
     )

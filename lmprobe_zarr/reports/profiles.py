@@ -1,4 +1,4 @@
-"""Summaries of stored activations: norms and outliers by layer, coverage in bins, a number for every token and layer. Never draws.
+"""Summaries of stored activations: norms and outliers by layer, a number for every token and layer. Never draws.
 
 Values are read layer by layer, and only as many as the caller allows, whatever the size of the store.
 """
@@ -6,23 +6,19 @@ Values are read layer by layer, and only as many as the caller allows, whatever 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
 from lmprobe_zarr.batch import INNER_DIMS, LAYERED_SITES, POOLINGS, SCALARS
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.pages import LayerProfile, TokenMap
 from lmprobe_zarr.probes import BoundSequences, class_scores, fit_in_place, make_probe
 from lmprobe_zarr.store.format import Level
 from lmprobe_zarr.store.parts import View, read_values
 from lmprobe_zarr.typing import Array, Estimator, Ints
 
 __all__ = [
-    "Coverage",
-    "LayerProfile",
-    "TokenMap",
-    "bin_coverage",
     "choose_profiled",
     "fit_by_layer",
     "list_sites",
@@ -41,58 +37,6 @@ RUNS: Final = 8
 OUTLIER_RATIO: Final = 6.0
 QUANTILES: Final = (0.05, 0.5, 0.95)
 FITTED_PROMPTS: Final = 2000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerProfile:
-    """Norms and outliers of one variable by layer.
-
-    Parameters
-    ----------
-    variable : str
-    level : {"prompts", "tokens"}
-    layers : tuple of int
-    rows, of_rows : int
-        Number of rows (tokens, or prompts) that were read, and of all rows.
-    prompts, of_prompts : int
-        The same numbers in prompts.
-    norms : ndarray of float, shape (3, layer)
-        5th, 50th and 95th percentile of the rows' Euclidean norms.
-    largest_norm : ndarray of float, shape (layer,)
-    first_norm : ndarray of float, shape (layer,), optional
-        Median norm of the first tokens of the prompts; None if rows are prompts.
-    peak : ndarray of float, shape (layer,)
-        The largest absolute value.
-    ratio : ndarray of float, shape (layer,)
-        Root mean square of the largest unit, divided by that of the median unit.
-    unit : ndarray of int, shape (layer,)
-        Index of the largest unit.
-    n_outliers : ndarray of int, shape (layer,)
-        Units whose root mean square is more than six times the median unit's.
-    not_finite : ndarray of int, shape (layer,)
-        Rows that are left out because a value is NaN or infinite, or because they are not stored.
-    """
-
-    variable: str
-    level: Level
-    layers: tuple[int, ...]
-    rows: int
-    of_rows: int
-    prompts: int
-    of_prompts: int
-    norms: Array
-    largest_norm: Array
-    first_norm: Array | None
-    peak: Array
-    ratio: Array
-    unit: Ints
-    n_outliers: Ints
-    not_finite: Ints
-
-    @property
-    def is_sample(self) -> bool:
-        """Whether only some of the prompts were read."""
-        return self.prompts < self.of_prompts
 
 
 def choose_profiled(view: View) -> tuple[Level, str] | None:
@@ -180,73 +124,7 @@ def profile_layers(view: View, level: Level, variable: str, layers: Sequence[int
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- coverage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coverage:
-    """The share of neighbouring prompts that a variable is stored for, by layer.
-
-    Parameters
-    ----------
-    variable : str
-    level : {"prompts", "tokens"}
-    layers : tuple of int
-        Empty for a variable without layers, which has one row.
-    edges : tuple of int
-        Indices, in the store's order, of the prompts that begin a bin, and last the number of prompts.
-    shares : ndarray of float, shape (layer, bin)
-        0 to 1.
-    """
-
-    variable: str
-    level: Level
-    layers: tuple[int, ...]
-    edges: tuple[int, ...]
-    shares: Array
-
-
-def bin_coverage(view: View, level: Level, variable: str, layers: Sequence[int], *, bins: int) -> Coverage:
-    """The coverage of one variable, in at most `bins` bins of neighbouring prompts. No values are read."""
-    n = len(view)
-    layered = view.variables(level)[variable].layered
-    covered = view.covers(level, variable, np.arange(n), tuple(layers) if layered else ())
-    edges = np.unique(np.linspace(0, n, min(bins, n) + 1).astype(np.int64))
-    counted = np.add.reduceat(covered, edges[:-1], axis=1, dtype=np.int64)
-    return Coverage(
-        variable=variable,
-        level=level,
-        layers=tuple(layers) if layered else (),
-        edges=tuple(edges.tolist()),
-        shares=counted / np.diff(edges),
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------------ tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenMap:
-    """A number for every token of some prompts, by layer.
-
-    Parameters
-    ----------
-    layers : tuple of int
-    rows : ndarray of int
-        The prompts, by their places in the view.
-    counts : ndarray of int, shape (len(rows),)
-        How many of their tokens are shown.
-    of_counts : ndarray of int
-        How many tokens they have.
-    values : ndarray of float, shape (layer, token)
-        Values of the tokens of all prompts, end to end.
-    """
-
-    layers: tuple[int, ...]
-    rows: Ints
-    counts: Ints
-    of_counts: Ints
-    values: Array
 
 
 def map_tokens(

@@ -12,26 +12,23 @@ from typing import Any, Final
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.pages import GroupPage, LayerProfile, ShownTokens, write_page
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.probes import parse_labels
 from lmprobe_zarr.reports.groups import find_groups
-from lmprobe_zarr.reports.page import GroupPage, ShownTokens, write_page
-from lmprobe_zarr.reports.profiles import Coverage, LayerProfile, bin_coverage, choose_profiled, list_sites, profile_layers
-from lmprobe_zarr.reports.scores import SHOWN_LAYERS, choose_layer, describe_scores, draw_scores, find_scored_group
+from lmprobe_zarr.reports.profiles import choose_profiled, list_sites, profile_layers
 from lmprobe_zarr.reports.tokens import SHOWN_PROMPTS, PromptLabels, choose_prompts, show_tokens
-from lmprobe_zarr.store import GroupContents, Model, Place, Store, describe_view, open_to_read, to_dataset
-from lmprobe_zarr.store.format import LEVELS, Level, Provenance
+from lmprobe_zarr.store import GroupContents, Model, Place, Store, describe_view, measure_coverage, open_to_read, to_dataset
+from lmprobe_zarr.store.format import Level, Provenance
 from lmprobe_zarr.store.parts import View
 from lmprobe_zarr.sweeps import sweep
+from lmprobe_zarr.sweeps.charts import choose_layer, describe_charts, draw_scores, find_scored, thin_layers
 from lmprobe_zarr.version import __version__
 
 __all__ = ["Report", "report"]
 
-# What bounds the page, whatever the store's size; `scores` and `tokens` have bounds of their own.
+# What bounds the page, whatever the store's size; coverage, charts and tokens have bounds of their own.
 SHOWN_GROUPS: Final = 4
-SHOWN_VARIABLES: Final = 8
-COVERAGE_CELLS: Final = 24_000
-COVERAGE_BINS: Final = 240
 SAMPLE_BYTES: Final = 256 * 2**20
 
 
@@ -156,7 +153,7 @@ def report(
     views = {info.name: opened.view(info) for info in opened.groups().values()}
     contents = sorted((describe_view(view) for view in views.values()), key=lambda group: -group.prompts)
     shown = [group for group in contents if group.group.name in chosen and group.prompts][:SHOWN_GROUPS]
-    scored = None if scores is None else find_scored_group(scores, [group.group for group in shown])
+    scored = None if scores is None else shown[find_scored(scores, [group.group.model for group in shown])].group.name
     if (labels is not None or probe is not None or variable is not None or not isinstance(prompts, int)) and len(shown) != 1:
         raise InvalidArgumentError(
             f"labels, probe, variable and prompts are of one group, and {len(shown)} are shown: choose it with model= or group="
@@ -166,7 +163,9 @@ def report(
     made = f"Made by lmprobe-zarr {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. This page fetches nothing."
     if len(chosen) > len(shown):
         made += f" {len(shown)} of {len(chosen)} groups are shown in full: those with most prompts."
-    page = Report(write_page(" and ".join(_place_name(root) for root in opened.stack), contents, pages, made=made))
+    page = Report(
+        write_page(" and ".join(_place_name(root) for root in opened.stack), [group.listed() for group in contents], pages, made=made)
+    )
     if path is not None:
         page.save(path)
     return page
@@ -202,7 +201,7 @@ def _place_name(store: Store) -> str:
 
 def _describe_group(view: View, contents: GroupContents, scores: xr.Dataset | None, options: _Options) -> GroupPage:
     """Everything that the page shows of one group."""
-    layers = contents.layers[:: -(-len(contents.layers) // SHOWN_LAYERS) or 1]
+    layers = thin_layers(contents.layers)
     pooled = _choose_pooled(view, options.variable)
     labels, scores, note = _score_labels(view, pooled, layers, scores, options)
     charts = () if scores is None else draw_scores(scores)
@@ -219,12 +218,12 @@ def _describe_group(view: View, contents: GroupContents, scores: xr.Dataset | No
         rows = choose_prompts(view, options.prompts, labels)
         tokens = show_tokens(view, profiled[1], rows, layers, probe=options.probe, labels=labels, text=options.text)
     return GroupPage(
-        contents=contents,
+        contents=contents.listed(),
         layers=layers,
-        coverage=_measure_coverage(view, layers),
+        coverage=measure_coverage(view, layers),
         profile=None if profiled is None else _profile(view, *profiled, layers, options.sample_bytes),
         scores=charts,
-        scores_note="" if scores is None else describe_scores(scores) + note,
+        scores_note="" if scores is None else describe_charts(scores) + note,
         tokens=tokens,
         missing=tuple(missing),
         start=choose_layer(layers, charts),
@@ -274,10 +273,3 @@ def _profile(view: View, level: Level, variable: str, layers: Sequence[int], sam
     """Norms and outliers of a variable in the shown layers that are stored on its level."""
     stored = view.layers_with(level, variable)
     return profile_layers(view, level, variable, tuple(layer for layer in layers if layer in stored), sample_bytes=sample_bytes)
-
-
-def _measure_coverage(view: View, layers: Sequence[int]) -> tuple[Coverage, ...]:
-    """The coverage of the first variables; the more variables and layers, the fewer bins."""
-    names = [(level, name) for level in LEVELS for name in view.variables(level)][:SHOWN_VARIABLES]
-    bins = max(20, min(COVERAGE_BINS, COVERAGE_CELLS // max(1, len(names) * len(layers))))
-    return tuple(bin_coverage(view, level, name, layers, bins=bins) for level, name in names)

@@ -10,8 +10,8 @@ import numpy as np
 
 from lmprobe_zarr.batch import split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
+from lmprobe_zarr.pages import ShownPrompt, ShownTokens
 from lmprobe_zarr.probe import LayerSweep, Probe
-from lmprobe_zarr.reports.page import ShownPrompt, ShownTokens
 from lmprobe_zarr.reports.profiles import Score, Weigh, fit_by_layer, map_tokens, score_of, weigh_of
 from lmprobe_zarr.store.parts import RoleArray, View, has_role_names, read_values
 from lmprobe_zarr.typing import Array, Ints

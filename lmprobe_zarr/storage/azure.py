@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
+from azure.storage.blob import ContentSettings
 from fsspec.asyn import sync
 
-from lmprobe_zarr.storage.base import FileInfo
+from lmprobe_zarr.storage.base import FileInfo, media_type
 from lmprobe_zarr.storage.client_errors import response_code
 from lmprobe_zarr.storage.objects import ObjectStorage
 from lmprobe_zarr.storage.pieces import PieceWriter
@@ -91,8 +92,9 @@ class AzureStorage(ObjectStorage):
         self._ask(partial(self._upload, key, bytes(data), if_absent), key, writing=True)
 
     async def _upload(self, key: str, data: bytes, if_absent: bool) -> None:
+        about = {"content_settings": ContentSettings(content_type=kind)} if (kind := media_type(key)) else {}
         try:
-            await self._blob(key).upload_blob(data, overwrite=not if_absent, **self.filesystem._timeout_kwargs, **_ONCE)
+            await self._blob(key).upload_blob(data, overwrite=not if_absent, **about, **self.filesystem._timeout_kwargs, **_ONCE)
         except Exception as error:
             if response_code(error)[0] == "BlobAlreadyExists":
                 raise FileExistsError(key) from error

@@ -25,9 +25,14 @@ from lmprobe_zarr.errors import AlreadyCommittedError
 from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
 from lmprobe_zarr.typing import Buffer
 
-__all__ = ["REMOTE_THREADS", "FileInfo", "Storage", "check_same"]
+__all__ = ["REMOTE_THREADS", "FileInfo", "Storage", "check_same", "media_type"]
 
 REMOTE_THREADS: Final = 32  # that read from or write to a remote place at the same time
+
+
+def media_type(key: str) -> str | None:
+    """What an object store is told of a file's content, where browsers need it: they save a page without it instead of showing it."""
+    return "text/html; charset=utf-8" if key.endswith(".html") else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from uuid import uuid4
 import google_crc32c
 
 from lmprobe_zarr.errors import StoreNotFoundError
-from lmprobe_zarr.storage.base import FileInfo
+from lmprobe_zarr.storage.base import FileInfo, media_type
 from lmprobe_zarr.storage.objects import ObjectStorage
 from lmprobe_zarr.storage.pieces import PieceWriter
 from lmprobe_zarr.storage.ranges import Answer, Run, answered
@@ -91,7 +91,7 @@ class GcsStorage(ObjectStorage):
         mark = uuid4().hex
         about = json.dumps({"name": self.object_of(key)[1], "crc32c": _as_google_writes(google_crc32c.value(bytes(view)))})
         parts = (f"--{mark}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{about}\r\n--{mark}\r\n"
-                 "Content-Type: application/octet-stream\r\n\r\n").encode()  # fmt: skip
+                 f"Content-Type: {media_type(key) or _BINARY['Content-Type']}\r\n\r\n").encode()  # fmt: skip
         self._ask(
             "POST",
             self._upload_path(key),

@@ -205,7 +205,11 @@ class FsspecStorage(Storage):
 
     def write(self, key: str, data: Buffer | tuple[Buffer, ...], *, durable: bool) -> None:
         whole = b"".join(data) if isinstance(data, tuple) else bytes(data)
-        self.call(self.filesystem.pipe_file, self._path(key), whole, key=key, writing=True)
+        self.call(self.filesystem.pipe_file, self._path(key), whole, key=key, writing=True, **self._about(key))
+
+    def _about(self, key: str) -> dict[str, Any]:
+        """What the client is told of a file that it writes."""
+        return {}
 
     def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
         return _OpenedPieces(self, key)

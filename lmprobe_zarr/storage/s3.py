@@ -11,7 +11,7 @@ from typing import Any, Final
 from fsspec.asyn import sync
 
 from lmprobe_zarr.errors import AccessDeniedError, NoSpaceError, ReadOnlyError, StoreNotFoundError
-from lmprobe_zarr.storage.base import FileInfo
+from lmprobe_zarr.storage.base import FileInfo, media_type
 from lmprobe_zarr.storage.client_errors import CutShortError, is_passing, response_code
 from lmprobe_zarr.storage.pieces import PieceWriter, StrayUpload
 from lmprobe_zarr.storage.ranges import Answer, Run, answered
@@ -66,6 +66,9 @@ class S3Storage(FsspecStorage):
             raise CutShortError(str(error)) from error
         is_partial = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 206) == 206
         return answered(run, data, is_partial=is_partial, content_range=answer.get("ContentRange"))
+
+    def _about(self, key: str) -> dict[str, Any]:
+        return {"ContentType": kind} if (kind := media_type(key)) else {}
 
     def open_pieces(self, key: str, *, durable: bool) -> PieceWriter:
         return S3Pieces(self, key, self.object_of(key))

@@ -1,12 +1,12 @@
 """The store: opening one, reading it as xarray datasets, writing activations into it.
 
 Inner rooms, from the bottom up: ``format`` (names and bytes), ``parts`` (one part and the union of many), ``upkeep`` (removing,
-merging, repairing and copying). Never models, probes or plots.
+merging, repairing and copying). Never models, probes or plots; of scores nothing but their charts, on the page of a published copy.
 """
 
 from lmprobe_zarr.store.activations import write_activations
 from lmprobe_zarr.store.choice import GivenProvenance, ambiguous, differences, parse_provenance
-from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view
+from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view, measure_coverage
 from lmprobe_zarr.store.datasets import Dtype, reads_stored, to_dataset, to_datatree
 from lmprobe_zarr.store.ingest import PART_SECONDS, Ingest
 from lmprobe_zarr.store.named import Model, NamedModel
@@ -32,6 +32,7 @@ __all__ = [
     "ambiguous",
     "describe_view",
     "differences",
+    "measure_coverage",
     "note_request",
     "open_again",
     "open_store",

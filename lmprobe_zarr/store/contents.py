@@ -18,13 +18,27 @@ from lmprobe_zarr.batch import describe_layers
 from lmprobe_zarr.display import Html, card, definitions, escape, format_bytes, section, table, visible
 from lmprobe_zarr.errors import LmprobeZarrError
 from lmprobe_zarr.interchange import to_interchange
+from lmprobe_zarr.pages import Coverage, ListedGroup
 from lmprobe_zarr.store.format import FORMAT_COLUMNS, LEVELS, ArrayInfo, GroupInfo, Level, unrecorded_fields
 from lmprobe_zarr.store.parts import Catalog, View, groups_of, open_union, urls_of
 
-__all__ = ["GroupContents", "HeldArray", "StoreContents", "coverage_of", "describe_catalogs", "describe_view"]
+__all__ = [
+    "GroupContents",
+    "HeldArray",
+    "StoreContents",
+    "bin_coverage",
+    "coverage_of",
+    "describe_catalogs",
+    "describe_view",
+    "measure_coverage",
+]
 
 # A notebook shows this many groups with all that they hold, the others as one line each.
 SHOWN_GROUPS: Final = 20
+# What bounds the coverage on a page, whatever the store's size.
+SHOWN_VARIABLES: Final = 8
+COVERAGE_CELLS: Final = 24_000
+COVERAGE_BINS: Final = 240
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +148,22 @@ class GroupContents:
             "provenance": ", ".join(f"{name}={value}" for name, value in known.items()) or "unknown",
             **({"unknown": ", ".join(missing)} if (missing := unrecorded_fields(self.group.provenance)) else {}),
         }
+
+    def listed(self) -> ListedGroup:
+        """The group as pages list it."""
+        return ListedGroup(
+            model=self.group.model,
+            name=self.group.name,
+            prompts=self.prompts,
+            tokens=self.tokens,
+            layers=self.described_layers,
+            hidden=str(self.group.hidden_size or "unknown"),
+            stored_in=self.described_parts,
+            raw_nbytes=self.raw_nbytes,
+            nbytes=self.nbytes,
+            summary=self.summary,
+            sections=tuple(self.sections()),
+        )
 
     def to_html(self, *, opened: bool) -> Html:
         """A section that opens and closes, with variables, columns and provenance."""
@@ -303,3 +333,26 @@ def coverage_of(view: View, prompts: Iterable[Any] | None) -> xr.DataArray:
         name="coverage",
     )
     return to_interchange(found)
+
+
+def measure_coverage(view: View, layers: Sequence[int]) -> tuple[Coverage, ...]:
+    """The coverage of the first variables for a page; the more variables and layers, the fewer bins."""
+    names = [(level, name) for level in LEVELS for name in view.variables(level)][:SHOWN_VARIABLES]
+    bins = max(20, min(COVERAGE_BINS, COVERAGE_CELLS // max(1, len(names) * len(layers))))
+    return tuple(bin_coverage(view, level, name, layers, bins=bins) for level, name in names)
+
+
+def bin_coverage(view: View, level: Level, variable: str, layers: Sequence[int], *, bins: int) -> Coverage:
+    """The coverage of one variable, in at most `bins` bins of neighbouring prompts. No values are read."""
+    n = len(view)
+    layered = view.variables(level)[variable].layered
+    covered = view.covers(level, variable, np.arange(n), tuple(layers) if layered else ())
+    edges = np.unique(np.linspace(0, n, min(bins, n) + 1).astype(np.int64))
+    counted = np.add.reduceat(covered, edges[:-1], axis=1, dtype=np.int64)
+    return Coverage(
+        variable=variable,
+        level=level,
+        layers=tuple(layers) if layered else (),
+        edges=tuple(edges.tolist()),
+        shares=counted / np.diff(edges),
+    )

@@ -20,6 +20,7 @@ from lmprobe_zarr.storage import ReadCache, Storage, open_storage
 from lmprobe_zarr.store.annotations import annotation_batches, check_columns, find_rows, fit_batch
 from lmprobe_zarr.store.choice import GivenProvenance, choose_group, find_group, find_groups, matching_groups, stored_models
 from lmprobe_zarr.store.contents import coverage_of, describe_catalogs
+from lmprobe_zarr.store.copy_page import plan_copy_page
 from lmprobe_zarr.store.datasets import Chunks, Dtype, chunked, to_dataset, to_datatree
 from lmprobe_zarr.store.format import GroupInfo, Provenance, check_new_provenance
 from lmprobe_zarr.store.named import Model
@@ -1000,6 +1001,8 @@ class Store:
         card: str | bool | None = None,
         licence: str | None = None,
         private: bool | None = None,
+        page: bool = True,
+        scores: xr.Dataset | None = None,
         shards: bool = True,
         progress: bool = True,
     ) -> PublishSummary:
@@ -1035,6 +1038,11 @@ class Store:
         private : bool, optional
             Of a repository of the Hub (``hf://datasets/…``) that is made: whether it is hidden from others. None leaves that to the Hub.
             True is an error where the repository is there already and open to everyone.
+        page : bool
+            Whether ``index.html`` is written, a page for browsers that fetches nothing: contents, coverage, the first 12 prompts with your
+            columns (and their texts where `text` is true), and how to open the copy.
+        scores : Dataset, optional
+            From :func:`lmprobe_zarr.sweep` of a model that is published: the page draws them by layer.
         shards : bool
             Write the chunks of a layer to few files, of about 64 MiB on a local disk and 256 MiB elsewhere. False writes each chunk to a
             file of its own, which other Zarr readers read faster.
@@ -1048,7 +1056,8 @@ class Store:
         Raises
         ------
         InvalidArgumentError, NotAStoreError
-            The place holds something else; or these are several stores that are read as one.
+            The place holds something else, or an ``index.html`` that was not written by `publish`; these are several stores that are read
+            as one; or `scores` are of another model, not of a sweep, or without a page. Nothing is written then.
         ModelNotStoredError, AmbiguousProvenanceError, MissingPromptsError, LayerOutOfRangeError, NoSpaceError, CorruptPartError
         """
         if self.below is not None:
@@ -1056,7 +1065,10 @@ class Store:
                 f"{self.where} are read as one here, and a copy is made of one store: open and publish each of them alone"
             )
         most = self._part_bytes(part_bytes)
+        if scores is not None and not page:
+            raise InvalidArgumentError("scores are drawn on the page of the copy, and page=False writes none: leave one of them out")
         chosen = self._select(prompts, layers, model, provenance, group)
+        write_page = plan_copy_page([selection.group for selection in chosen], scores, text=text, licence=licence) if page else None
         return publish_to(
             self.catalog,
             url,
@@ -1070,6 +1082,7 @@ class Store:
             progress=progress,
             licence=licence,
             private=private,
+            page=write_page,
         )
 
     def _select(

@@ -1,9 +1,9 @@
 """Probes over layers, variables and labels: what a sweep would do (`plan_sweep`), its scores, and what they allow to conclude.
 
 ``sweep`` fits probes on prompts, and ``tokens`` on every token, block by block. ``transfer`` fits on one dataset and tests on another.
-``directions`` fits one probe per layer for its coefficients, and ``direction_files`` keeps them. ``compare``, ``shuffles``, ``table`` and
-``glance`` read nothing but scores. All others run their tasks through `lmprobe_zarr.tasks.Runner`. Never a store of activations, a model
-or a plot.
+``directions`` fits one probe per layer for its coefficients, and ``direction_files`` keeps them. ``compare``, ``shuffles``, ``table``,
+``glance`` and ``charts`` (for HTML pages, imported as a module) read nothing but scores. All others run their tasks through
+`lmprobe_zarr.tasks.Runner`. Never a store of activations, a model or a plot.
 """
 
 from lmprobe_zarr.sweeps.compare import compare, confidence_intervals, selectivity

@@ -156,7 +156,7 @@ def test_a_single_score_has_no_spread(stored: str, capsys: pytest.CaptureFixture
 
 def test_a_score_of_a_single_fold_has_no_spread_in_any_table_or_report() -> None:
     from lmprobe_zarr.cli.sweep import _rows
-    from lmprobe_zarr.reports.scores import draw_scores
+    from lmprobe_zarr.sweeps.charts import draw_scores
 
     dims = ("layer", "probe", "fold")
     values = np.array([[[0.5, np.nan, np.nan]], [[0.5, 0.7, np.nan]]])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xarray as xr
 from command_line import call, call_json
 from stores import GROUP, make_batch
 
@@ -53,3 +55,20 @@ def test_publish_writes_a_copy_that_opens(place: str, tmp_path: Path, capsys: py
     assert (code, "3 prompts in 1 part," in out) == (0, True)
     assert call(capsys, "publish", place, str(tmp_path / "all"))[0] == 1
     assert call(capsys, "publish", place, str(tmp_path / "all"), "--overwrite")[0] == 0
+    assert (tmp_path / "all" / "index.html").exists()
+    assert call(capsys, "publish", place, str(tmp_path / "all"), "--overwrite", "--no-page")[0] == 0
+    assert not (tmp_path / "all" / "index.html").exists()
+
+
+def test_publish_draws_scores_that_were_saved(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = xr.Dataset(
+        {"accuracy": (("layer", "probe", "fold"), np.array([[[0.25, 0.75]], [[0.5, 1.0]]]))},
+        {"layer": [0, 1], "probe": ["logistic_regression"]},
+        {"model": "acme/toy"},
+    )
+    found.to_netcdf(tmp_path / "scores.nc")
+    assert call(capsys, "publish", place, str(tmp_path / "copy"), "--scores", str(tmp_path / "scores.nc"))[0] == 0
+    assert '<td class="lz-n">0</td><td>0.5</td>' in (tmp_path / "copy" / "index.html").read_text()
+    code, _, err = call(capsys, "publish", place, str(tmp_path / "wrong"), "--scores", str(tmp_path / "nothing"))
+    assert (code, "--scores" in err) == (1, True)
+    assert not (tmp_path / "wrong").exists()

@@ -23,10 +23,10 @@ BEGIN, END = "<!-- rooms: written by `make pages` -->\n", "<!-- end of rooms -->
 ORDER = [
     "errors typing display interchange model_files progress safetensors_file version",
     "batch storage tasks",
-    "tokens config plots",
+    "tokens config plots pages",
     "probes log",
-    "extraction.models",
-    "store.format store.parts store.upkeep store sweeps",
+    "extraction.models sweeps",
+    "store.format store.parts store.upkeep store",
     "bridges streaming backend",
     "extraction accessor",
     "cache probe demo",

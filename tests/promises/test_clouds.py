@@ -13,12 +13,14 @@ import traceback
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
 from cloud_servers import ACCOUNT_KEY, Cloud, sas_token
+from fsspec.asyn import sync
 from s3_server import Fault, Request
 from special_names import NAMES
 from stores import GROUP, make_batch
@@ -224,9 +226,26 @@ def test_who_may_not_list_on_azure_is_told_so_and_reads_a_published_copy(az: Clo
     assert copy.mode == "r"
     np.testing.assert_array_equal(copy.dataset().resid_mean.values, PARTS[0].prompts["resid_mean"])
     assert set(az.proxy.kinds()) == {"GET"}
-    card = copy.storage.read("README.md").decode()
-    assert ACCOUNT_KEY not in card
-    assert "sig=" not in card
+    for name in ("README.md", "index.html"):
+        written = copy.storage.read(name).decode()
+        assert ACCOUNT_KEY not in written
+        assert "sig=" not in written
+
+
+def test_the_page_of_a_copy_is_written_as_html(cloud: Cloud, tmp_path: Path) -> None:
+    store = lz.open_store(tmp_path / "acts")
+    store.write(GROUP, PARTS[0])
+    url = f"{cloud.scheme}://team/{uuid.uuid4().hex}/copy"
+    store.publish(url, progress=False)
+    inner: Any = open_storage(url)
+    bucket, name = inner.object_of("index.html")
+    if cloud.scheme == "gs":
+        kind = inner.filesystem.call("GET", "b/{}/o/{}", bucket, name, json_out=True)["contentType"]
+    else:
+        client = inner.filesystem.service_client.get_blob_client(bucket, name)
+        kind = sync(inner.filesystem.loop, client.get_blob_properties).content_settings.content_type
+    assert kind == "text/html; charset=utf-8", "browsers save what has another type"
+    assert lz.open_store(url).verify(progress=False).ok
 
 
 FAILURES: dict[str, tuple[str, type[Exception], str, Fault | None, str]] = {

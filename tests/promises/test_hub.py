@@ -11,6 +11,7 @@ import logging
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,7 +110,7 @@ def test_a_layer_is_read_in_one_request_per_chunk_and_a_prompt_in_ranges(hub: Hu
     assert storage.is_file(key)
     assert not storage.is_file("nothing")
     assert storage.scan("nothing") == {}
-    assert sorted(storage.scan("")) == sorted(["README.md", "zarr.json", GROUP.name])
+    assert sorted(storage.scan("")) == sorted(["README.md", "index.html", "zarr.json", GROUP.name])
     assert storage.scan("")["zarr.json"].nbytes == len(whole)
     assert not storage.scan("")[GROUP.name].is_file
 
@@ -143,6 +144,27 @@ def test_a_model_whose_name_is_yaml_stays_a_text(tmp_path: Path) -> None:
     card = hub_module.DatasetCard((tmp_path / "copy/README.md").read_text())
     assert card.data.license == "unknown"
     assert name in card.data.tags
+
+
+def test_the_page_goes_up_with_the_root_and_an_earlier_one_is_removed(hub: Hub, store: Store) -> None:
+    def pages() -> list[str]:
+        files = hub.repos[NAME].files("main")
+        assert files is not None
+        return [files[path].decode() for path in files if path.endswith(".html")]
+
+    publish(store, hub)
+    (page,) = pages()
+    assert f'lz.open_store("{URL}")' in unescape(page)
+    publish(store, hub, overwrite=True, page=False)
+    assert pages() == []
+    publish(store, hub, overwrite=True)
+    files = hub.repos[NAME].files("main")
+    assert files is not None
+    hub.repos[NAME].commit({**files, "index.html": b"<title>mine</title>"})
+    with pytest.raises(InvalidArgumentError, match=r"index\.html"):
+        publish(store, hub, overwrite=True)
+    publish(store, hub, overwrite=True, page=False)
+    assert pages() == ["<title>mine</title>"]
 
 
 def test_an_open_store_stays_at_its_revision_and_a_new_one_sees_the_next(hub: Hub, store: Store) -> None:

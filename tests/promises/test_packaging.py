@@ -82,7 +82,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         path.relative_to(PACKAGE.parent).as_posix() for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == there
-    assert {"lmprobe_zarr/py.typed", "lmprobe_zarr/reports/page.js", "lmprobe_zarr/demo/sentences.csv"} <= names
+    assert {"lmprobe_zarr/py.typed", "lmprobe_zarr/pages/page.js", "lmprobe_zarr/demo/sentences.csv"} <= names
     assert licences
     assert "License-Expression: Apache-2.0" in metadata
     assert "torch" not in re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE), "reading needs no torch"

@@ -574,9 +574,15 @@ def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity:
     assert kinds["GET"] <= 5, "root, group, the one part, its chunk"
     with pytest.raises(ReadOnlyError, match="published"):
         counted(s3, f"{filled}-published", ADMIN, mode="a")
-    card = lz.open_store(f"{filled}-published").storage.read("README.md").decode()
-    assert "acme/toy" in card
-    assert not any(secret in card for account in (ADMIN, READER, GETTER) for secret in (account["key"], account["secret"]))
+    storage = lz.open_store(f"{filled}-published").storage
+    for name in ("README.md", "index.html"):
+        written = storage.read(name).decode()
+        assert "acme/toy" in written
+        assert f"{filled}-published" in written, "the line that opens it"
+        assert not any(secret in written for account in (ADMIN, READER, GETTER) for secret in (account["key"], account["secret"]))
+    inner: Any = open_storage(f"{filled}-published")
+    head = inner.filesystem.call_s3("head_object", **inner.object_of("index.html"))
+    assert head["ContentType"] == "text/html; charset=utf-8", "browsers save what has another type"
 
 
 def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:

@@ -18,8 +18,9 @@ from stores import GROUP, make_batch
 import lmprobe_zarr as lz
 from lmprobe_zarr.batch import ROLES, TokenBatch, prompt_sha256
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelError, ModelNotStoredError
-from lmprobe_zarr.reports.page import embed_json
-from lmprobe_zarr.reports.profiles import bin_coverage, map_tokens, profile_layers
+from lmprobe_zarr.pages.page import embed_json
+from lmprobe_zarr.reports.profiles import map_tokens, profile_layers
+from lmprobe_zarr.store.contents import bin_coverage
 from lmprobe_zarr.store.format.group import GroupInfo
 from lmprobe_zarr.store.store import Store
 

@@ -66,10 +66,10 @@ class Page:
                 return found
             self.events.append(answer)
 
-    def open(self, path: Path) -> None:
-        """Open a file and wait until it is loaded."""
+    def open(self, path: Path | str) -> None:
+        """Open a file or a URL and wait until it is loaded."""
         self.events.clear()
-        self._send("Page.navigate", url=path.as_uri())
+        self._send("Page.navigate", url=path if isinstance(path, str) else path.as_uri())
         deadline = time.monotonic() + PATIENCE
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive(deadline))

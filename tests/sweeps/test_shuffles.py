@@ -212,7 +212,7 @@ def test_a_control_of_many_shuffles_has_no_interval_and_the_reason() -> None:
 
 
 def test_scores_at_a_glance_tables_and_reports_show_shuffles_beside_the_best_layer() -> None:
-    from lmprobe_zarr.reports.scores import draw_scores
+    from lmprobe_zarr.sweeps.charts import draw_scores
 
     x, y = noise(6, 40, layers=3, signal=3.0)
     scores = shuffled(array_of(x, y), 9, metrics=["accuracy", "auroc"])

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from lmprobe_zarr.batch import LayerSpec, choose_layers, keys_of
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError, NotAStoreError
+from lmprobe_zarr.pages import PUBLISHED, generator
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import HubDraft, HubStorage, Storage, open_storage
 from lmprobe_zarr.store.format import (
@@ -36,7 +37,7 @@ from lmprobe_zarr.store.format import (
     published_document,
     replacement_name,
 )
-from lmprobe_zarr.store.parts import Catalog, Listing, Part, open_view, part_nbytes, read_batches
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, View, open_view, part_nbytes, read_batches
 from lmprobe_zarr.store.upkeep.card import CardGroup, write_card
 from lmprobe_zarr.store.upkeep.compact import COLUMN_BYTES, MergeRun, plan_runs
 from lmprobe_zarr.store.upkeep.gc import PARTIAL, plan_gc, remove_garbage
@@ -46,9 +47,14 @@ from lmprobe_zarr.typing import Ints
 
 __all__ = ["PublishSummary", "Selection", "publish_groups", "publish_to", "select_from", "total_nbytes"]
 
-CARD = "README.md"
+CARD: Final = "README.md"
+PAGE: Final = "index.html"
+#: The head of a page says within so many bytes what wrote it.
+_HEAD_BYTES: Final = 1024
+#: Writes the page of a copy from its views, one for each group, and its URL.
+CopyPage = Callable[[Sequence[View], str], str]
 #: Temporary files at the root that a killed writer left.
-_DRAFT: Final = re.compile(rf"\.(?:zarr\.json|{re.escape(CARD)})\.[0-9a-f]{{12}}\.partial")
+_DRAFT: Final = re.compile(rf"\.(?:zarr\.json|{re.escape(CARD)}|{re.escape(PAGE)})\.[0-9a-f]{{12}}\.partial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +135,9 @@ def publish_groups(
     durable: bool,
     advance: Callable[[int], None],
     licence: str | None = None,
+    page: CopyPage | None = None,
 ) -> PublishSummary:
-    """Write the copy, then its card, then its root.
+    """Write the copy, then its card and its page, then its root.
 
     Parameters
     ----------
@@ -153,6 +160,8 @@ def publish_groups(
         Called with the number of bytes that were copied, uncompressed.
     licence : str, optional
         For the card.
+    page : callable, optional
+        Writes the page of the copy; None leaves it out.
 
     Raises
     ------
@@ -164,7 +173,7 @@ def publish_groups(
     for selection in selections:
         if not selection.listing.parts or (selection.keys is not None and not len(selection.keys)):
             raise InvalidArgumentError(f"there is nothing of {selection.group.model!r} to publish: choose prompts that are stored")
-    old = _prepare(target, overwrite=overwrite)
+    there = _prepare(target, overwrite=overwrite, page=page is not None)
     copy = _Copy()
     for selection in selections:
         group = selection.group
@@ -186,12 +195,17 @@ def publish_groups(
                         for key, info in write([part], name, piece):
                             copy.parts[key], name = info, info.name
             advance(run.nbytes)
-    described = [_described(target, selection.group, copy) for selection in selections]
+    views = [_view_of(target, selection.group, copy) for selection in selections]
+    described = [CardGroup.of(view, sum(part.info.files_nbytes for part in (*view.parts, *view.annotations))) for view in views]
     if card is None or isinstance(card, str):
         target.commit(CARD, (card or write_card(described, target.url, text=text, licence=licence)).encode(), durable=durable)
+    if page is not None:
+        target.commit(PAGE, page(views, target.url).encode(), durable=durable)
     target.commit("zarr.json", published_document(copy.published, copy.groups, copy.parts), durable=durable)
-    if old is not None:
-        _remove_old(target, old, copy)
+    if there.old is not None:
+        _remove_old(target, there.old, copy)
+    if there.has_page and page is None:
+        target.remove([PAGE])  # that of an earlier copy
     nbytes = sum(info.files_nbytes for info in copy.parts.values())
     prompts = sum(group.prompts for group in described)
     return PublishSummary(url=target.url, groups=len(copy.groups), parts=len(copy.parts), prompts=prompts, nbytes=nbytes)
@@ -265,21 +279,43 @@ def _write(
         yield writer.path, info
 
 
-def _described(target: Storage, group: GroupInfo, copy: _Copy) -> CardGroup:
+def _view_of(target: Storage, group: GroupInfo, copy: _Copy) -> View:
     mine = [Part(target, key, info) for key, info in copy.parts.items() if info.group == group.name]
-    view = open_view(target, group, [p for p in mine if p.info.kind == "part"], [p for p in mine if p.info.kind == "annotation"])
-    return CardGroup.of(view, sum(part.info.files_nbytes for part in mine))
+    return open_view(target, group, [p for p in mine if p.info.kind == "part"], [p for p in mine if p.info.kind == "annotation"])
 
 
-def _check_free(target: Storage, *, overwrite: bool) -> tuple[Published | None, list[str], list[Part]]:
-    """Check that a copy may be written there; returns what is published now, the groups, and parts that an interrupted publication left."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _There:
+    """What lies at the place of a copy before it is written.
+
+    Parameters
+    ----------
+    old : Published, optional
+        The copy that is published there.
+    groups : list of str
+    left : list of Part
+        Parts that an interrupted publication left.
+    has_page : bool
+        Whether there is a page that a publication wrote.
+    """
+
+    old: Published | None
+    groups: list[str]
+    left: list[Part]
+    has_page: bool
+
+
+def _check_free(target: Storage, *, overwrite: bool, page: bool) -> _There:
+    """Check that a copy, with or without a page, may be written there."""
+    names = [name for name in target.list("") if not _DRAFT.fullmatch(name)]
+    groups = [name for name in names if GROUP_NAME.fullmatch(name)]
+    has_page = PAGE in names and generator(PUBLISHED).encode() in target.read_current(PAGE)[:_HEAD_BYTES]
     try:
         old = parse_root(target.read_current("zarr.json"), target.url)
     except (FileNotFoundError, NotADirectoryError):
         old = None
-        names = [name for name in target.list("") if not _DRAFT.fullmatch(name)]
-        groups = [name for name in names if GROUP_NAME.fullmatch(name)]
-        strange = [name for name in names if name not in groups and not (name == CARD and (groups or overwrite))]
+        known = {*groups, *([CARD] if groups or overwrite else []), *([PAGE] if has_page else [])}
+        strange = [name for name in names if name not in known]
         if strange or target.is_file(""):
             what = repr(strange[0]) if strange else "a file"
             raise NotAStoreError(f"{target.url} holds other things ({what}): give a new or empty place to publish to") from None
@@ -288,28 +324,29 @@ def _check_free(target: Storage, *, overwrite: bool) -> tuple[Published | None, 
             raise InvalidArgumentError(f"{target.url} is a store that grows, not a published copy: give another place to publish to")
         if not overwrite:
             raise InvalidArgumentError(f"{target.url} is published already: give another place, or overwrite=True")
-        groups = [name for name in target.list("") if GROUP_NAME.fullmatch(name)]
+        if page and PAGE in names and not has_page:
+            raise InvalidArgumentError(f"{target.url} holds an {PAGE} of somebody else: move it away, or publish with page=False")
     kept = {f"{group}/{key}" for group, keys in (old.groups if old else {}).items() for key in keys}
     left = [part for group in groups for part in _committed(target, group) if part.path not in kept]
     foreign = next((part for part in left if PUBLISHED_MARK not in part.info.recorded), None)
     if foreign is not None:
         raise NotAStoreError(f"{target.url} holds parts of a store ({foreign.path!r}): give a new or empty place to publish to")
-    return old, groups, left
+    return _There(old=old, groups=groups, left=left, has_page=has_page)
 
 
-def _prepare(target: Storage, *, overwrite: bool) -> Published | None:
-    """Check that a copy may be written there, and remove what an interrupted publication left; returns what is published there now."""
-    old, groups, left = _check_free(target, overwrite=overwrite)
-    for part in left:
+def _prepare(target: Storage, *, overwrite: bool, page: bool) -> _There:
+    """Check that a copy may be written there, and remove what an interrupted publication left."""
+    there = _check_free(target, overwrite=overwrite, page=page)
+    for part in there.left:
         remove_part(target, part)
     target.remove([name for name in target.list("") if _DRAFT.fullmatch(name)])
-    for group in groups:
+    for group in there.groups:
         # Where not even the group's document was committed, its temporary file may have been left.
         target.remove([f"{group}/{name}" for name in target.list(group) if PARTIAL.fullmatch(name)])
         with suppress(FileNotFoundError):
             info = parse_group(target.read(f"{group}/zarr.json"), f"{target.url}/{group}")
             remove_garbage(target, plan_gc(target, [(info, Listing(parts=(), annotations=(), names=frozenset()))], max_age=0.0))
-    return old
+    return there
 
 
 def _committed(target: Storage, group: str) -> Iterator[Part]:
@@ -375,6 +412,7 @@ def publish_to(
     progress: bool,
     licence: str | None = None,
     private: bool | None = None,
+    page: CopyPage | None = None,
 ) -> PublishSummary:
     """Open the target, and write a copy of what was selected from one root; for the arguments see `publish_groups`.
 
@@ -397,9 +435,10 @@ def publish_to(
         shards=shards,
         durable=catalog.durable,
         licence=licence,
+        page=page,
     )
     if isinstance(target, HubStorage):
-        return _publish_to_hub(target, selections, write, overwrite=overwrite, private=private, progress=progress)
+        return _publish_to_hub(target, selections, write, overwrite=overwrite, page=page is not None, private=private, progress=progress)
     if private is not None:
         raise InvalidArgumentError(
             f"private= is for repositories of the Hugging Face Hub, and {target.url} is another place: who may read is set there"
@@ -414,15 +453,20 @@ def _publish_to_hub(
     write: Callable[..., PublishSummary],
     *,
     overwrite: bool,
+    page: bool,
     private: bool | None,
     progress: bool,
 ) -> PublishSummary:
     """Write the copy to a temporary folder, and that to a repository of the Hub; its last commit brings the root and removes old parts."""
     target.make_repo(private)
-    _check_free(target, overwrite=overwrite)
+    there = _check_free(target, overwrite=overwrite, page=page)
+
+    def is_old(key: str) -> bool:
+        return GROUP_NAME.fullmatch(key.partition("/")[0]) is not None or (key == PAGE and there.has_page)
+
     with HubDraft(target) as draft:
         with progress_bar(total_nbytes(selections), description="publish", unit="B", enabled=progress) as advance:
             summary = write(draft, advance=advance)
         with progress_bar(summary.nbytes, description="upload", unit="B", enabled=progress) as advance:
-            draft.upload((CARD, "zarr.json"), lambda key: GROUP_NAME.fullmatch(key.partition("/")[0]) is not None, advance)
+            draft.upload((CARD, PAGE, "zarr.json"), is_old, advance)
     return summary

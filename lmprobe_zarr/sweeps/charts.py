@@ -9,13 +9,12 @@ import numpy as np
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.reports.pictures import Chart, Series
-from lmprobe_zarr.store.format import GroupInfo
+from lmprobe_zarr.pages import Chart, Series
 from lmprobe_zarr.sweeps.shuffles import describe_shuffles, is_of_shuffles
 from lmprobe_zarr.tokens import is_inner_dim
 from lmprobe_zarr.typing import Array
 
-__all__ = ["SHOWN_LAYERS", "choose_layer", "describe_scores", "draw_scores", "find_scored_group"]
+__all__ = ["choose_layer", "describe_charts", "draw_scores", "find_scored", "thin_layers"]
 
 #: What bounds the charts, whatever the size of the sweep.
 SHOWN_LAYERS: Final = 160
@@ -27,15 +26,15 @@ _TITLES: Final = {"accuracy": "Accuracy", "auroc": "AUROC", "r2": "R²"}
 _NO_SCORES: Final = ("fit_seconds", "n_train", "n_test", "inner_score", "chosen_strength")
 
 
-def find_scored_group(scores: Any, groups: Sequence[GroupInfo]) -> str:
-    """The name of the group that scores belong to: the group of their model.
+def find_scored(scores: Any, models: Sequence[str]) -> int:
+    """The index of the model that scores belong to.
 
     Raises
     ------
     InvalidTypeError
         Not a dataset.
     InvalidArgumentError
-        Not the scores of a sweep, or scores of a model that no group has.
+        Not the scores of a sweep, or scores of another model, or of one that several groups have.
     """
     if not isinstance(scores, xr.Dataset):
         raise InvalidTypeError(f"scores are the xarray.Dataset that sweep gives, not {type(scores).__name__}")
@@ -49,12 +48,13 @@ def find_scored_group(scores: Any, groups: Sequence[GroupInfo]) -> str:
     model = scores.attrs.get(
         "model", scores.coords["model"].item() if "model" in scores.coords and not scores.coords["model"].ndim else None
     )
-    if model is None and len(groups) == 1:
-        return groups[0].name
-    models = [group.model for group in groups]
+    if model is None and len(models) == 1:
+        return 0
     if model not in models:
         raise InvalidArgumentError(f"scores are of model {model!r}, and shown is {', '.join(models) or 'nothing'}: choose it with model=")
-    return groups[models.index(str(model))].name
+    if (n := models.count(str(model))) > 1:
+        raise InvalidArgumentError(f"scores are of model {model!r}, of which {n} groups are shown: choose one of them with group=")
+    return models.index(str(model))
 
 
 def _list_metrics(scores: xr.Dataset) -> list[str]:
@@ -129,7 +129,7 @@ def _average_curve(name: str, values: Array, kind: str) -> Series:
     )
 
 
-def describe_scores(scores: xr.Dataset) -> str:
+def describe_charts(scores: xr.Dataset) -> str:
     """What was scored, over how many folds, and what bands and dashes mean."""
     attrs = scores.attrs
     of = " from ".join(str(attrs[name]) for name in ("labels", "variable") if attrs.get(name))
@@ -139,6 +139,11 @@ def describe_scores(scores: xr.Dataset) -> str:
     layers = scores.sizes.get("layer", 1)
     best = f" The highest of {layers} layers is too high as a score of that layer, since it was chosen by it." if layers > 1 else ""
     return f"{of[:1].upper() + of[1:]}. {over}{controls}{best}" if of else f"{over}{controls}{best}"
+
+
+def thin_layers(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers that a page shows: all, or every n-th where there are too many."""
+    return layers[:: -(-len(layers) // SHOWN_LAYERS) or 1]
 
 
 def choose_layer(layers: tuple[int, ...], charts: tuple[Chart, ...]) -> int:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from lmprobe_zarr.reports.pictures import Chart, Series, draw_chart, draw_grid, one_hue
+from lmprobe_zarr.pages.pictures import Chart, Series, draw_chart, draw_grid, one_hue
 
 
 def chart(layers: tuple[int, ...], unit: str = "accuracy", scale: float = 1.0, low: list[float] | None = None) -> str:

@@ -22,12 +22,21 @@
     return `rgba(${blue ? "0,114,178" : "213,94,0"},${strength.toFixed(3)})`;
   };
 
+  /* A copy in a folder may have been moved since: its page knows where it lies. */
+  if (/^(https?|file):$/.test(location.protocol)) {
+    const here = new URL(".", location.href);
+    const folder = (here.protocol === "file:" ? decodeURIComponent(here.pathname) : here.href).replace(/\/+$/, "");
+    for (const place of document.querySelectorAll("[data-here]")) {
+      place.textContent = JSON.stringify([folder, place.dataset.here].filter(Boolean).join("/"));
+    }
+  }
+
   const groups = [];
   for (const section of document.querySelectorAll("section.group")) {
     const source = section.querySelector("script.lz-data");
-    if (!source) continue;
-    const data = JSON.parse(source.textContent);
     const slider = section.querySelector(".bar input");
+    if (!source || !slider) continue; // nothing of it has layers
+    const data = JSON.parse(source.textContent);
     const output = section.querySelector(".bar output");
     const now = section.querySelector(".bar .now");
     let layer = data.layer;

@@ -7,112 +7,28 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
 
 import numpy as np
 
 from lmprobe_zarr.display import Html, escape, format_bytes, shorten, table, visible
-from lmprobe_zarr.reports.pictures import Chart, Series, draw_chart, draw_grid, layer_places, mark, one_hue, style_of, two_hues
-from lmprobe_zarr.reports.profiles import Coverage, LayerProfile, TokenMap
-from lmprobe_zarr.store import GroupContents
+from lmprobe_zarr.pages.pictures import Chart, Series, draw_chart, draw_grid, layer_places, mark, one_hue, style_of, two_hues
+from lmprobe_zarr.pages.records import Coverage, GroupPage, LayerProfile, ListedGroup, ShownPrompt, ShownTokens
 from lmprobe_zarr.typing import Array
 
-__all__ = ["GroupPage", "ShownPrompt", "ShownTokens", "embed_json", "write_page"]
+__all__ = ["PUBLISHED", "embed_json", "generator", "write_page"]
 
+#: What the page beside a published copy is.
+PUBLISHED: Final = "published copy"
 LISTED_GROUPS: Final = 200
 GRID_HEIGHT: Final = 150
 TEXT_COLUMNS: Final = 2000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownPrompt:
-    """One prompt of a token map.
-
-    Parameters
-    ----------
-    hash : str
-    label : str
-        Its label, if there is one.
-    text : str
-        The whole text, if it is known but the places of its tokens are not; else empty.
-    pieces : tuple of (str, str)
-        For each token shown: the text between it and the token before, and its own text, which is empty if unknown.
-    names : tuple of str
-        What each token is called: its text, id or position.
-    roles : tuple of str
-        The role of each token, empty where it is unknown; none where nothing is known of any.
-    generated : tuple of bool
-        Whether the model has generated each token; none where it has generated none.
-    """
-
-    hash: str
-    label: str
-    text: str
-    pieces: tuple[tuple[str, str], ...]
-    names: tuple[str, ...]
-    roles: tuple[str, ...] = ()
-    generated: tuple[bool, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShownTokens:
-    """A token map with what is needed to show it.
-
-    Parameters
-    ----------
-    values : TokenMap
-    prompts : tuple of ShownPrompt
-    what : str
-        What a value is, in a few words.
-    two : bool
-        Whether values are scores on both sides of 0; else norms or weights.
-    note : str
-        How the values were computed.
-    weights : bool
-        Whether values are weights, from 0 on.
-    """
-
-    values: TokenMap
-    prompts: tuple[ShownPrompt, ...]
-    what: str
-    two: bool
-    note: str
-    weights: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupPage:
-    """Everything that the page shows of one group.
-
-    Parameters
-    ----------
-    contents : GroupContents
-    layers : tuple of int
-        The layers that are shown; if there are too many, every n-th.
-    coverage : tuple of Coverage
-    profile : LayerProfile or None
-    scores : tuple of Chart
-        One for each metric.
-    scores_note : str
-        What the scores were computed from, and how.
-    tokens : ShownTokens or None
-    missing : tuple of str
-        What is not shown, and why.
-    start : int
-        The layer that is selected when the page opens.
-    """
-
-    contents: GroupContents
-    layers: tuple[int, ...]
-    coverage: tuple[Coverage, ...]
-    profile: LayerProfile | None
-    scores: tuple[Chart, ...]
-    scores_note: str
-    tokens: ShownTokens | None
-    missing: tuple[str, ...]
-    start: int
+def generator(kind: str) -> str:
+    """What a page says of itself, at the beginning of its head: by it a later call knows which pages it may replace."""
+    return f'<meta name="generator" content="lmprobe-zarr {escape(kind)}">'
 
 
 def embed_json(document: object) -> Html:
@@ -135,31 +51,47 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def write_page(place: str, contents: Sequence[GroupContents], groups: Sequence[GroupPage], *, made: str) -> str:
+def write_page(
+    place: str,
+    contents: Sequence[ListedGroup],
+    groups: Sequence[GroupPage],
+    *,
+    made: str,
+    kind: str = "report",
+    opening: Html | None = None,
+) -> str:
     """The whole page.
 
     Parameters
     ----------
     place : str
         The store.
-    contents : sequence of GroupContents
+    contents : sequence of ListedGroup
         Every group.
     groups : sequence of GroupPage
         The groups that are shown in full.
     made : str
         What made the page, and when.
+    kind : str
+        What the page is, for the title of its window.
+    opening : Html, optional
+        How to open what it shows, below the list of groups.
     """
     files = resources.files(__package__)
     style, script = ((files / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # A second line of defence: even if markup were injected, the browser would fetch nothing and run no other script.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    models = ", ".join(dict.fromkeys(group.group.model for group in contents)) or "nothing yet"
-    body = [_head(place, contents), *(_group(number, group) for number, group in enumerate(groups))]
+    models = ", ".join(dict.fromkeys(group.model for group in contents)) or "nothing yet"
+    body = [
+        _head(place, contents),
+        *([] if opening is None else [opening]),
+        *(_group(number, group) for number, group in enumerate(groups)),
+    ]
     head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta charset="utf-8">{generator(kind)}<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(models)} · lmprobe-zarr report</title><style>{style}</style>"
+        f"<title>{escape(models)} · lmprobe-zarr {escape(kind)}</title><style>{style}</style>"
     )
     main = f"<main>{''.join(map(str, body))}</main>\n<footer><p>{escape(made)}</p></footer>"
     rest = f'<div id="tip" role="tooltip" hidden></div>\n<script>{script}</script>'
@@ -167,7 +99,7 @@ def write_page(place: str, contents: Sequence[GroupContents], groups: Sequence[G
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _head(place: str, contents: Sequence[GroupContents]) -> Html:
+def _head(place: str, contents: Sequence[ListedGroup]) -> Html:
     total = sum(group.nbytes for group in contents)
     raw = sum(group.raw_nbytes for group in contents)
     prompts = sum(group.prompts for group in contents)
@@ -175,15 +107,15 @@ def _head(place: str, contents: Sequence[GroupContents]) -> Html:
     what = f"{len(contents)} group{'' if len(contents) == 1 else 's'}, {prompts:,} prompts, {format_bytes(total)} stored{before}"
     rows = [
         (
-            group.group.model,
+            group.model,
             group.prompts,
             group.tokens,
-            group.described_layers,
-            group.group.hidden_size or "unknown",
-            group.described_parts,
+            group.layers,
+            group.hidden,
+            group.stored_in,
             format_bytes(group.raw_nbytes),
             format_bytes(group.nbytes),
-            group.group.name,
+            group.name,
         )
         for group in contents[:LISTED_GROUPS]
     ]
@@ -197,7 +129,7 @@ def _head(place: str, contents: Sequence[GroupContents]) -> Html:
 
 
 def _group(number: int, group: GroupPage) -> Html:
-    name = group.contents.group.model
+    name = group.contents.model
     pieces = [f'<section class="group" aria-labelledby="group-{number}"><h2 id="group-{number}">{escape(name)}</h2>']
     pieces.append(f'<p class="dim">{escape(group.contents.summary)}, {escape(format_bytes(group.contents.nbytes))}</p>')
     data: dict[str, Any] = {"layers": list(group.layers), "layer": group.start, "charts": [], "coverage": [], "maps": []}
@@ -214,8 +146,10 @@ def _group(number: int, group: GroupPage) -> Html:
             _title("What is stored", "Prompts from left to right in the store's order, layers from below. Full colour: every prompt.")
         )
         pieces.append(_coverage(group.coverage, data, f"coverage-{number}"))
+    if group.listed is not None:
+        pieces.append(str(group.listed))
     pieces.append("<h3>Contents</h3>")
-    pieces += map(str, group.contents.sections())
+    pieces += map(str, group.contents.sections)
     pieces += [f'<p class="none">{escape(text)}</p>' for text in group.missing]
     pieces.append(f'<script type="application/json" class="lz-data">{embed_json(data)}</script></section>')
     return Html("".join(map(str, pieces)))
