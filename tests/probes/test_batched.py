@@ -214,7 +214,7 @@ def test_what_is_not_solved_is_not_there() -> None:
     assert not Bulk("", x, "cpu")
 
 
-def test_a_device_that_does_not_exist_or_lacks_float64_is_refused() -> None:
+def test_a_device_that_does_not_exist_is_refused() -> None:
     for device, words in (("cuda:7", "there is cpu"), ("gpu", "there is cpu"), (3.5, "there is cpu"), ("meta", "cannot be used here")):
         with pytest.raises(InvalidArgumentError, match=words):
             parse_device(device, needed_by="solver='batched'", double=True)
