@@ -149,6 +149,7 @@ bench: setup $(PEER)/ready
 	$(VENV)/bin/python -m benchmarks.scale
 	$(VENV)/bin/python -m benchmarks.sweeps
 	$(VENV)/bin/python -m benchmarks.bulk
+	$(VENV)/bin/python -m benchmarks.watch
 	$(VENV)/bin/python -m benchmarks.head
 	$(VENV)/bin/python -m benchmarks.far
 

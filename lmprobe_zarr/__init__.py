@@ -36,7 +36,7 @@ from lmprobe_zarr.cache import (
     list_cached_prompts,
 )
 from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_limit
-from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, extract, list_sites, logit_lens, plan_extract, steer
+from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, Watch, extract, list_sites, logit_lens, plan_extract, steer, watch
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.reports import Report, report
@@ -77,6 +77,7 @@ __all__ = [
     "Store",
     "SweepPlan",
     "TokenIndex",
+    "Watch",
     "cache_info",
     "clear_cache",
     "clear_read_cache",
@@ -120,5 +121,6 @@ __all__ = [
     "sweep",
     "sweep_tokens",
     "sweep_transfer",
+    "watch",
     "write_activations",
 ]

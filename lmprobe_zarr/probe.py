@@ -35,9 +35,10 @@ from lmprobe_zarr.batch import (
 )
 from lmprobe_zarr.display import card, definitions, describe_error, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
-from lmprobe_zarr.extraction import Activations, ExtractStats, ModelChoice, Supply, SupplyMemory
+from lmprobe_zarr.extraction import Activations, Callback, ExtractStats, ModelChoice, Supply, SupplyMemory, Watch
 from lmprobe_zarr.probes import (
     BoundSequences,
+    WatchedProbe,
     align_labels,
     as_array,
     check_agreement,
@@ -66,6 +67,7 @@ from lmprobe_zarr.probes import (
     select_labelled_tokens,
     split_labels,
     true_labels,
+    watch_pipeline,
 )
 from lmprobe_zarr.probes.devices import parse_device
 from lmprobe_zarr.store import GivenProvenance, Place, parse_provenance
@@ -779,6 +781,100 @@ class Probe:
         """
         labels = true_labels(prompts, labels)
         return self._fitted.score(np.asarray(self.predict(prompts, batch_size=batch_size)), labels)
+
+    def watch(
+        self,
+        model: torch.nn.Module,
+        *,
+        layers: int | Iterable[int] | None = None,
+        threshold: float | None = None,
+        label: Any = None,
+        callback: Callback | None = None,
+        tokens: str | None = None,
+        modules: Mapping[str, str] | None = None,
+    ) -> Watch:
+        """A context in which this probe scores every token that a model reads or generates, by forward hooks on its blocks.
+
+        The pooling is the one that it predicts with, and is kept up to date as tokens come in, which is exact: scores are those of
+        `predict_proba` for the same tokens. Each step costs one matrix product per layer, and one copy of its result to the host; for
+        ``activation:max`` and ``activation:min``, and for probes that are not linear, a copy of the rows. What a step costs does not grow
+        with the text.
+
+        Parameters
+        ----------
+        model : torch Module
+            A loaded model of transformers, or around one. It is not copied, moved or changed otherwise.
+        layers : int or iterable of int, optional
+            Of a sweep: which of its probes, all at once, ``layer`` becoming a dimension of the scores; if not given, the probe in use. Of
+            a probe that learned from activations of unknown layers: their numbers.
+        threshold : float, optional
+            A prompt whose score is above it is one of `Watch.above`, and its answer ends where the watch is among the
+            ``stopping_criteria`` of ``generate``; in any layer, where there are several.
+        label : optional
+            For more than two classes, whose score is compared.
+        callback : callable, optional
+            Called with the number of the step and its scores, an array of shape (prompt,), after each pass: 0 after the prompts have been
+            read. It returns None, or truth values: for each prompt, whether its answer ends, as with a threshold.
+        tokens : {"all", "generated"}, optional
+            Which tokens are pooled: all, or those after the prompts. If not given, as ``over=`` says.
+        modules : mapping, optional
+            As for `lmprobe_zarr.extract`.
+
+        Returns
+        -------
+        Watch
+            Its scores are probabilities, of the second of two classes or of each; decision values of a classifier without probabilities;
+            values of a regression. Hooks are there between its beginning and its end, whatever ends it.
+
+        Raises
+        ------
+        NotFittedError
+        InvalidTypeError
+            A model that is not loaded.
+        InvalidArgumentError
+            A layer that the probe was not trained on; a probe that pools over other tokens; no threshold that can be compared. When the
+            context is entered: a model of another width, or with fewer layers. While the model runs: beam search, or another call that
+            takes tokens back; a batch whose size changes; a cache that was filled before; activations that are NaN.
+        UnknownArchitectureError
+            The blocks of the model were not found.
+
+        Examples
+        --------
+        >>> with probe.watch(model, threshold=0.9) as seen:  # doctest: +SKIP
+        ...     model.generate(**inputs, stopping_criteria=[seen])
+        >>> seen.scores.sel(step=0)  # doctest: +SKIP
+        """
+        if tokens is None:
+            part = one_part(self.over)
+            if part is not None and json.loads(part.described) != {"generated": True}:
+                raise InvalidArgumentError(
+                    f"over={self.over!r}: which tokens these are is not known while a model generates, give tokens='generated' or 'all'"
+                )
+            tokens = "all" if part is None else "generated"
+        by_layer = layers is not None and self.sweep_result_ is not None
+        asked = None if layers is None else [layers] if isinstance(layers, int | np.integer) else list(layers)
+        if self.sweep_result_ is None or asked is None:
+            watched = [self._watched(asked)]
+        else:
+            strange = [layer for layer in asked if layer not in self.sweep_result_.layers]
+            if strange or not asked:
+                raise InvalidArgumentError(
+                    f"layers={layers!r}: the probes of this sweep were trained on layers {self.sweep_result_.layers}, give some of these"
+                )
+            watched = [self.sweep_result_[layer]._watched(None) for layer in asked]
+        return Watch(model, watched, by_layer=by_layer, threshold=threshold, label=label, callback=callback, tokens=tokens, modules=modules)
+
+    def _watched(self, layers: list[Any] | None) -> WatchedProbe:
+        """What was learned, in the form in which it scores a text that grows."""
+        fitted, (_, stage) = self._fitted, self._stages()
+        if self.layers_ and layers is not None and layers != list(self.layers_):
+            raise InvalidArgumentError(f"layers={layers!r}: this probe was trained on layers {list(self.layers_)}, leave it out")
+        chosen = self.layers_ or tuple(layers or ())
+        if len(chosen) != self.n_layers_ or len(set(chosen)) != len(chosen):
+            raise InvalidArgumentError(
+                f"this probe learned from activations of {self.n_layers_} unknown layers: give their numbers, layers=[…]"
+            )
+        return watch_pipeline(fitted.pipeline, stage, chosen, fitted.classifier, fitted.classes)
 
     def evaluate(
         self, prompts: Any, labels: Any, *, choose: str | None = None, groups: Any = None, batch_size: int | None = None

@@ -4,8 +4,9 @@ One module per step: ``model_choice`` (which model), ``request`` (what is reques
 answers are asked for), ``lookup`` (what the store has), ``continued`` (from which stored layer the model can go on), ``weights`` (whether
 they are streamed), ``work`` (what is to be done), ``fill`` (doing it in this process), ``shares`` (cutting it for workers), ``run`` (the
 steps in order), ``extract`` (the public calls), ``supply`` (activations for a probe), ``list_sites`` (what can be taken of a model),
-``lens`` (what its head makes of stored rows), ``steer`` (directions that act on a model while it runs). The inner room ``models`` is the
-model side, which knows no store; other rooms may import from it. Never chunks, never probes.
+``lens`` (what its head makes of stored rows), ``steer`` (directions that act on a model while it runs), ``watch`` (probes that score its
+tokens while it runs). The inner room ``models`` is the model side, which knows no store; other rooms may import from it. Never chunks,
+never fits.
 """
 
 from lmprobe_zarr.extraction.extract import extract, plan_extract
@@ -17,19 +18,23 @@ from lmprobe_zarr.extraction.options import WEIGHTS
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.steer import steer
 from lmprobe_zarr.extraction.supply import Activations, Supply, SupplyMemory
+from lmprobe_zarr.extraction.watch import Callback, Watch, watch
 
 __all__ = [
     "ENGINES",
     "WEIGHTS",
     "Activations",
+    "Callback",
     "ExtractPlan",
     "ExtractStats",
     "ModelChoice",
     "Supply",
     "SupplyMemory",
+    "Watch",
     "extract",
     "list_sites",
     "logit_lens",
     "plan_extract",
     "steer",
+    "watch",
 ]

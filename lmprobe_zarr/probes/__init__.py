@@ -5,7 +5,8 @@ What is learned from: ``given``, ``labels`` and ``token_labels`` parse what call
 ``pipelines`` what comes before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``ridge`` a single probe, ``gram`` and
 ``sufficient`` solve linear probes from sums, ``batched`` all fits of a layer at once in torch, ``passes`` from passes over the rows.
 Probes with a pooling of their own: ``sequences`` computes them, ``sequence_fits`` is how they learn, ``sequence_classifiers`` has them as
-estimators. How a layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``,
+estimators, ``running`` pools tokens as they come in, and ``watched`` has any fitted probe in the form in which it follows a growing
+text. How a layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``,
 ``curves`` and ``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes
 and back.
 
@@ -97,6 +98,7 @@ from lmprobe_zarr.probes.token_labels import (
     select_labelled_tokens,
     show_rows,
 )
+from lmprobe_zarr.probes.watched import WatchedProbe, watch_pipeline, watch_solution
 
 __all__ = [
     "EXACT",
@@ -117,6 +119,7 @@ __all__ = [
     "Solution",
     "TokenFolds",
     "Unit",
+    "WatchedProbe",
     "accuracy",
     "align_labels",
     "as_array",
@@ -193,4 +196,6 @@ __all__ = [
     "true_labels",
     "unit_of",
     "unseen_rows",
+    "watch_pipeline",
+    "watch_solution",
 ]

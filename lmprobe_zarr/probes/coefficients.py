@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.typing import Array
 
-__all__ = ["coefficients"]
+__all__ = ["coefficients", "undo_steps"]
 
 
 def coefficients(pipeline: Any, n_layers: int = 1) -> tuple[Array, Array]:
@@ -56,15 +57,34 @@ def coefficients(pipeline: Any, n_layers: int = 1) -> tuple[Array, Array]:
     if len(coef) != expected:
         raise InvalidArgumentError(f"{name} has {len(coef)} directions for {expected} scores: only one against the rest has one for each")
     intercept = np.broadcast_to(intercept, (expected,)).copy()
-    for step in reversed([step for step in before if step not in (None, "passthrough")]):
-        offset, matrix = _affine(step)
-        coef = coef * matrix if matrix.ndim == 1 else coef @ matrix
-        intercept -= coef @ offset
+    coef, intercept = undo_steps(before, coef, intercept)
     if n_layers < 1 or coef.shape[1] % n_layers:
         raise InvalidArgumentError(
             f"the probe was fitted on rows of {coef.shape[1]} values, which are not n_layers={n_layers!r} of one size"
         )
     return coef.reshape(len(coef), n_layers, -1), intercept
+
+
+def undo_steps(steps: Sequence[Any], coef: Array, intercept: Array) -> tuple[Array, Array]:
+    """A linear map of what some fitted steps put out as one of what they are given.
+
+    Parameters
+    ----------
+    steps : sequence of transformers
+        In the order in which they are applied.
+    coef : ndarray of float64, shape (output, unit)
+    intercept : ndarray of float64, shape (output,)
+
+    Raises
+    ------
+    InvalidArgumentError
+        A step that cannot be undone.
+    """
+    for step in reversed([step for step in steps if step not in (None, "passthrough")]):
+        offset, matrix = _affine(step)
+        coef = coef * matrix if matrix.ndim == 1 else coef @ matrix
+        intercept = intercept - coef @ offset
+    return coef, intercept
 
 
 def _flatten_steps(pipeline: Any) -> list[Any]:

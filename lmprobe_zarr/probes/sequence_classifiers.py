@@ -132,7 +132,8 @@ class SequenceClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Keep what a fit found, in arrays that a file can hold."""
         self.coef_, self.intercept_ = solution.coef, solution.bias
 
-    def _solution(self) -> SequenceSolution:
+    def solution(self) -> SequenceSolution:
+        """What was learned, in the units of the rows."""
         coef = self._projections()
         nothing = np.zeros((len(self.intercept_), 0))
         return SequenceSolution(self._probe, coef, np.zeros(len(coef)), nothing, self.intercept_, np.arange(len(self.classes_)))
@@ -149,7 +150,7 @@ class SequenceClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_tokens : array of int, shape (prompt,), optional
         """
         rows, counts = _parse_rows(X, n_tokens)
-        solution = self._solution()
+        solution = self.solution()
         return solution.pool(solution.project(rows), counts)
 
     def predict_proba(self, X: Any, n_tokens: Any = None) -> Array:  # noqa: N803
@@ -185,7 +186,7 @@ class SequenceClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_tokens : array of int, shape (prompt,), optional
         """
         rows, counts = _parse_rows(X, n_tokens)
-        solution = self._solution()
+        solution = self.solution()
         return solution.weights(solution.project(rows), counts)
 
 

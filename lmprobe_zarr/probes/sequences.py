@@ -283,9 +283,13 @@ class SequenceSolution:
             How many tokens each prompt has, at least 1.
         """
         wide, known = _finite(projected, counts)
-        pooled = SEQUENCE_PROBES[self.probe.name].pool(wide, counts, self.probe, len(self.bias))
-        scores = (pooled @ self.output.T if self.probe.inner else pooled) + self.bias
+        scores = self.score(SEQUENCE_PROBES[self.probe.name].pool(wide, counts, self.probe, len(self.bias)))
         scores[~known] = np.nan
+        return scores
+
+    def score(self, pooled: Floats) -> Floats:
+        """The scores of prompts from their pooled projections, shape (prompt,) for two classes, else (prompt, class)."""
+        scores = (pooled @ self.output.T if self.probe.inner else pooled) + self.bias
         return scores[:, 0] if len(self.bias) == 1 else scores
 
     def weights(self, projected: Array, counts: Ints) -> Floats:

@@ -13,7 +13,7 @@ from lmprobe_zarr.sweeps.glance import best_scores, describe_scores, scores_card
 from lmprobe_zarr.sweeps.plan import SweepPlan, plan_sweep
 from lmprobe_zarr.sweeps.sweep import sweep
 from lmprobe_zarr.sweeps.table import parse_table_path, table_of_scores
-from lmprobe_zarr.sweeps.token_scores import pooling_weights, score_tokens
+from lmprobe_zarr.sweeps.token_scores import pooling_weights, score_tokens, watched_probes
 from lmprobe_zarr.sweeps.tokens import fit_tokens, sweep_tokens
 from lmprobe_zarr.sweeps.transfer import sweep_transfer
 
@@ -38,4 +38,5 @@ __all__ = [
     "sweep_tokens",
     "sweep_transfer",
     "table_of_scores",
+    "watched_probes",
 ]

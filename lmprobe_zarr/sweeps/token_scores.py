@@ -11,17 +11,25 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.batch import Stage, parse_stage
+from lmprobe_zarr.batch import Stage, parse_stage, split_variable
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.interchange import read_list, to_interchange
-from lmprobe_zarr.probes import SequenceProbe, SequenceSolution, Solution, bare_variable, parse_sequence_probe
+from lmprobe_zarr.probes import (
+    SequenceProbe,
+    SequenceSolution,
+    Solution,
+    WatchedProbe,
+    bare_variable,
+    parse_sequence_probe,
+    watch_solution,
+)
 from lmprobe_zarr.sweeps.given import layer_labels, parse_token_activations
 from lmprobe_zarr.sweeps.token_stream import LayerRows, TaskPlan, score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import inner_dim, pool_tokens, sequences_of, token_texts
 from lmprobe_zarr.typing import Array, Client
 
-__all__ = ["name_model", "parse_score_stage", "pooling_weights", "score_tokens", "solutions_to_dataset"]
+__all__ = ["name_model", "parse_score_stage", "pooling_weights", "score_tokens", "solutions_to_dataset", "watched_probes"]
 
 #: What a probe with a pooling of its own makes of the tokens of a prompt.
 LEARNED = "learned"
@@ -94,10 +102,54 @@ def _units(dim: str) -> str:
     return "hidden units" if dim == "hidden" else f"units along {dim}"
 
 
-def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution | SequenceSolution], xr.Dataset]:
+def _check_probes(probes: Any) -> list[Any]:
+    """The layers of fitted probes."""
     if not isinstance(probes, xr.Dataset) or "coef" not in probes or "intercept" not in probes or "classes" not in probes.attrs:
         raise InvalidTypeError(f"probes are the xarray.Dataset that fit_tokens gives, not {type(probes).__name__}")
-    fitted = np.atleast_1d(probes["layer"].values).tolist()
+    layers: list[Any] = np.atleast_1d(probes["layer"].values).tolist()
+    return layers
+
+
+def watched_probes(probes: Any, pooling: str | None = None, layers: Any = None) -> list[WatchedProbe]:
+    """Fitted probes on tokens, in the form in which they score a text that still grows, layer by layer.
+
+    Parameters
+    ----------
+    probes : Dataset
+        From :func:`fit_tokens`.
+    pooling : str, optional
+        As for :func:`score_tokens`.
+    layers : int or iterable of int, optional
+        Only these.
+
+    Raises
+    ------
+    InvalidTypeError, InvalidArgumentError
+        As :func:`score_tokens`; or probes of another site than the residual stream, or that are not finite.
+    """
+    fitted = _check_probes(probes)
+    wanted = fitted if layers is None else [layers] if isinstance(layers, int | np.integer) else list(layers)
+    strange = [layer for layer in wanted if layer not in fitted]
+    if strange or not wanted:
+        what = f"layers {strange} have no probe" if strange else "no layer was named"
+        raise InvalidArgumentError(f"{what}: there are probes of layers {fitted}")
+    probe = parse_sequence_probe(str(probes.attrs.get("probe", "")))
+    inner = inner_dim(probes["coef" if probe is None or not probe.inner else "inner_coef"])
+    site, pooled, _ = split_variable(str(probes.attrs.get("variable", "")))
+    if inner != "hidden" or site not in ("", "resid") or pooled is not None:
+        what = inner.removesuffix("_unit") if inner != "hidden" else site if pooled is None else probes.attrs["variable"]
+        raise InvalidArgumentError(f"probes on {what!r}: only probes of fit_tokens on the residual stream, 'resid', can be watched")
+    classes = np.asarray(read_list(probes.attrs, "classes") or ())
+    found = []
+    for layer, solution in zip(wanted, _solutions_of(probes, wanted, inner)[0], strict=True):
+        if not (np.isfinite(solution.coef).all() and np.isfinite(solution.intercept).all()):
+            raise InvalidArgumentError(f"the probe of layer {layer} is NaN or infinite: leave the layer out")
+        found.append(watch_solution(solution, _stage_of(pooling, solution), int(layer), classes))
+    return found
+
+
+def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution | SequenceSolution], xr.Dataset]:
+    fitted = _check_probes(probes)
     wanted = layer_labels(array).tolist()
     strange = [layer for layer in wanted if layer not in fitted]
     if strange:
@@ -110,6 +162,12 @@ def _solutions(probes: Any, array: xr.DataArray) -> tuple[list[Solution | Sequen
             f"the probes were fitted on {probes.sizes[fitted_on]} {_units(fitted_on)}, and these activations have {array.sizes[inner]}: "
             "give the same site of the same model"
         )
+    return _solutions_of(probes, wanted, fitted_on)
+
+
+def _solutions_of(probes: xr.Dataset, wanted: list[Any], fitted_on: str) -> tuple[list[Solution | SequenceSolution], xr.Dataset]:
+    """The probes of some layers, and the part of the dataset that has them."""
+    probe = parse_sequence_probe(str(probes.attrs.get("probe", "")))
     chosen = probes.sel(layer=wanted) if "layer" in probes.dims else probes.expand_dims("layer")
     classes = np.arange(len(read_list(probes.attrs, "classes") or ()))
     found: list[Solution | SequenceSolution] = []

@@ -182,6 +182,7 @@ def fit_tokens(
     if len(failed) == len(fits):
         raise InvalidArgumentError(f"{probe!r} cannot be fitted on any layer: {'; '.join(describe_failed_layers(failed)[:3])}")
     attrs = {"probe": probe, **describe_labels(array, examples), "random_state": seed, "pass_seconds": float(sum(seconds))}
+    attrs["variable"] = "" if array.name is None else str(array.name)
     found = solutions_to_dataset([fit[0, 0].solution for fit in fits], array, examples.classes, attrs)
     found["converged"] = "layer", [fit[0, 0].converged for fit in fits]
     if failed:

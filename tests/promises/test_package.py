@@ -139,6 +139,7 @@ def test_the_surface_is_pinned() -> None:
         "Store",
         "SweepPlan",
         "TokenIndex",
+        "Watch",
         "cache_info",
         "clear_cache",
         "clear_read_cache",
@@ -182,6 +183,7 @@ def test_the_surface_is_pinned() -> None:
         "sweep",
         "sweep_tokens",
         "sweep_transfer",
+        "watch",
         "write_activations",
     ]
     for name in lz.__all__:

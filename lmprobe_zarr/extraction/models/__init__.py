@@ -1,8 +1,9 @@
 """The model side of an extraction: prompts to an iterator of `TokenBatch`. Never a store.
 
 ``identity``, ``engines``, ``own_generation``, ``tokenizing``, ``weight_files`` and ``window`` need no torch. ``loading``, ``ready``,
-``generating``, ``lens`` and ``steering`` need torch and transformers, so their names are imported when they are first used. Behind
-``ready`` are ``capture``, which runs transformers, and ``vllm_engine``, which has vLLM run a model. Behind ``capture`` are ``captured``,
+``generating``, ``lens``, ``steering`` and ``watching`` need torch and transformers, so their names are imported when they are first
+used; behind the last two is ``passing``. Behind ``ready`` are ``capture``, which runs transformers, and
+``vllm_engine``, which has vLLM run a model. Behind ``capture`` are ``captured``,
 ``hooks``, ``forward``, ``head``, ``batching``, ``passes``, ``outputs``, ``continuing`` and, for models whose weights are streamed,
 ``by_block`` and ``scratch``, with ``streamed`` and ``checkpoint`` behind ``loading``; behind ``vllm_engine`` are ``vllm_worker`` and
 ``gathered``; behind ``lens`` and ``continuing`` is ``standing_in``.

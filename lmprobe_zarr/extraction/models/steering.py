@@ -12,6 +12,7 @@ from torch import nn
 
 from lmprobe_zarr.errors import InvalidArgumentError, UnknownArchitectureError
 from lmprobe_zarr.extraction.models.architectures import locate
+from lmprobe_zarr.extraction.models.passing import Passing
 from lmprobe_zarr.extraction.models.structure import first_tensor, text_settings
 from lmprobe_zarr.extraction.models.wrappers import unwrapped
 from lmprobe_zarr.typing import Floats
@@ -60,7 +61,7 @@ def steered(
         raise InvalidArgumentError(
             f"directions are {width} wide and the model is {hidden} wide: they are of another model, fit them on its own activations"
         )
-    passing = _Passing(blocks)
+    passing = Passing(blocks)
     with ExitStack() as stack:
         stack.callback(located.body.register_forward_pre_hook(passing.begin, with_kwargs=True).remove)
         for module in dict.fromkeys(blocks):
@@ -68,30 +69,7 @@ def steered(
         yield
 
 
-class _Passing:
-    """Where a pass is: which layer comes next of a module that stands for several, and how many tokens came before."""
-
-    def __init__(self, blocks: tuple[nn.Module, ...]) -> None:
-        self._layers: dict[int, list[int]] = {}
-        for layer, block in enumerate(blocks):
-            self._layers.setdefault(id(block), []).append(layer)
-        self._calls: dict[int, int] = {}
-        self.before = 0
-
-    def begin(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any]) -> None:
-        """A pass begins."""
-        self._calls = {}
-        cache: Any = kwargs.get("past_key_values")
-        self.before = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-
-    def layer(self, module: nn.Module) -> int:
-        """The layer of the call that is being made."""
-        layers, number = self._layers[id(module)], self._calls.get(id(module), 0)
-        self._calls[id(module)] = number + 1
-        return layers[number % len(layers)]
-
-
-def _hook(passing: _Passing, pushes: Mapping[int, Push], mode: str, tokens: slice | str) -> Callable[..., Any]:
+def _hook(passing: Passing, pushes: Mapping[int, Push], mode: str, tokens: slice | str) -> Callable[..., Any]:
     on_device: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def push(module: nn.Module, _args: Any, output: Any) -> Any:
