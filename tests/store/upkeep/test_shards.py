@@ -16,7 +16,7 @@ from stores import GROUP, make_batch
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import CorruptPartError
 from lmprobe_zarr.store.format import ArrayInfo
-from lmprobe_zarr.store.parts import writer
+from lmprobe_zarr.store.parts import writer, written_arrays
 from lmprobe_zarr.store.store import Store
 from lmprobe_zarr.store.upkeep import verify
 
@@ -170,13 +170,13 @@ def test_a_part_of_one_chunk_per_layer_has_no_shards(root: str, monkeypatch: pyt
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[ArrayInfo]:
     """The variables of which chunks are encoded from now on."""
     found: list[ArrayInfo] = []
-    encode: Any = vars(writer)["encode_body"]
+    encode: Any = vars(written_arrays)["encode_body"]
 
     def noted(values: Any, info: ArrayInfo, *more: Any) -> Any:
         found.extend([info] if len(info.dims) > 1 else [])
         return encode(values, info, *more)
 
-    monkeypatch.setattr(writer, "encode_body", noted)
+    monkeypatch.setattr(written_arrays, "encode_body", noted)
     return found
 
 
