@@ -85,6 +85,8 @@ SCORES = "draws scores that SCORE_CALLS check"
 NO_LABELS = "takes no labels, and fits nothing"
 #: Public calls that the table leaves out, each with the reason.
 OUTSIDE: dict[str, str] = {
+    "Probe.watch": "it scores tokens while a model runs; the probe was fitted before",
+    "ds.lz.save": "it writes directions that were fitted before",
     **dict.fromkeys(("array.lz.table", "ds.lz.plot", "ds.lz.plot_transfer"), SCORES),
     **dict.fromkeys(("ds.lz.plot_roc", "ds.lz.plot_calibration"), "draws curves that were computed"),
     **dict.fromkeys(("array.lz.plot_cosine", "array.lz.plot_tokens"), "draws scores that were computed"),
