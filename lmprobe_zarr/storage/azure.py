@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Final
 from uuid import uuid4
 
-from azure.storage.blob import ContentSettings
 from fsspec.asyn import sync
 
 from lmprobe_zarr.storage.base import FileInfo, media_type
@@ -92,6 +91,8 @@ class AzureStorage(ObjectStorage):
         self._ask(partial(self._upload, key, bytes(data), if_absent), key, writing=True)
 
     async def _upload(self, key: str, data: bytes, if_absent: bool) -> None:
+        from azure.storage.blob import ContentSettings
+
         about = {"content_settings": ContentSettings(content_type=kind)} if (kind := media_type(key)) else {}
         try:
             await self._blob(key).upload_blob(data, overwrite=not if_absent, **about, **self.filesystem._timeout_kwargs, **_ONCE)

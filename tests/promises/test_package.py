@@ -82,7 +82,10 @@ def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-HEAVY = ("torch", "transformers", "distributed", "matplotlib", "sklearn", "scipy", "s3fs", "accelerate", "tqdm")
+HEAVY = (
+    "torch", "transformers", "distributed", "matplotlib", "sklearn", "scipy", "s3fs", "gcsfs", "google.cloud.storage", "adlfs", "azure.storage.blob",
+    "huggingface_hub", "obstore", "shtab", "gguf", "accelerate", "tqdm",
+)  # fmt: skip
 
 
 def test_importing_the_package_is_light() -> None:
