@@ -130,6 +130,7 @@ def test_sweep_solves_in_bulk_and_tries_strengths(stored: str, capsys: pytest.Ca
 
 
 def test_options_of_file_systems_are_those_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("s3fs")
     monkeypatch.setattr(fsspec.config, "conf", {})
     code, _, err = call(capsys, "info", "s3://bucket/acts", "--anon", "--storage-options", '{"endpoint_url": "http://127.0.0.1:9"}')
     assert code == 1, "nothing listens there"

@@ -83,8 +83,8 @@ def run_python(code: str) -> str:
 
 
 HEAVY = (
-    "torch", "transformers", "distributed", "matplotlib", "sklearn", "scipy", "s3fs", "gcsfs", "google.cloud.storage", "adlfs", "azure.storage.blob",
-    "huggingface_hub", "obstore", "shtab", "gguf", "accelerate", "tqdm",
+    "torch", "transformers", "distributed", "matplotlib", "sklearn", "scipy", "s3fs", "gcsfs", "google.cloud.storage", "adlfs",
+    "azure.storage.blob", "huggingface_hub", "obstore", "shtab", "gguf", "accelerate", "tqdm",
 )  # fmt: skip
 
 
