@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import resource
 import subprocess
@@ -23,6 +24,9 @@ import lmprobe_zarr as lz
 from lmprobe_zarr.errors import AccessDeniedError, LmprobeZarrError, NoSpaceError, ReadOnlyError, UnreachableError
 from lmprobe_zarr.storage.local import LocalStorage
 from lmprobe_zarr.store.store import Store
+
+# What reads the parts of a page is imported when it is needed first, and then this user may not read the interpreter's own files.
+importlib.import_module("importlib.readers")
 
 WRITES = ("the first part", "a part", "an extraction", "annotate", "compact", "delete", "drop", "publish", "copy", "import")
 
