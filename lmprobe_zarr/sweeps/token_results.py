@@ -17,7 +17,8 @@ from lmprobe_zarr.probes.token_controls import DEALT
 from lmprobe_zarr.sweeps.given import layer_labels
 from lmprobe_zarr.sweeps.shuffles import add_p_values, shuffled_attributes, shuffled_name
 from lmprobe_zarr.sweeps.token_predictions import Predicted, prediction_variables
-from lmprobe_zarr.sweeps.token_stream import Solutions, TaskPlan, Tested
+from lmprobe_zarr.sweeps.token_rows import Solutions, TaskPlan
+from lmprobe_zarr.sweeps.token_stream import Tested
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = [

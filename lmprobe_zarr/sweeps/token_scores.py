@@ -24,7 +24,8 @@ from lmprobe_zarr.probes import (
     watch_solution,
 )
 from lmprobe_zarr.sweeps.given import layer_labels, parse_token_activations
-from lmprobe_zarr.sweeps.token_stream import LayerRows, TaskPlan, score_stream
+from lmprobe_zarr.sweeps.token_rows import LayerRows, TaskPlan
+from lmprobe_zarr.sweeps.token_stream import score_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import inner_dim, pool_tokens, sequences_of, token_texts
 from lmprobe_zarr.typing import Array, Client

@@ -61,8 +61,9 @@ from lmprobe_zarr.sweeps.token_results import (
     result_of,
     score_layer,
 )
+from lmprobe_zarr.sweeps.token_rows import Fitted, LayerRows, TaskPlan
 from lmprobe_zarr.sweeps.token_scores import LEARNED, name_model, parse_score_stage, solutions_to_dataset
-from lmprobe_zarr.sweeps.token_stream import STREAMED, Fitted, LayerRows, TaskPlan, fit_stream, measure_stream
+from lmprobe_zarr.sweeps.token_stream import STREAMED, fit_stream, measure_stream
 from lmprobe_zarr.tasks import Runner, parse_runner
 from lmprobe_zarr.tokens import stored_rows
 from lmprobe_zarr.typing import Array, Client

@@ -25,7 +25,7 @@ from lmprobe_zarr.probes import coefficients, make_probe
 from lmprobe_zarr.probes.sufficient import EXACT
 from lmprobe_zarr.probes.token_controls import deal_labels
 from lmprobe_zarr.probes.token_labels import plan_token_folds, select_labelled_tokens
-from lmprobe_zarr.sweeps import token_stream
+from lmprobe_zarr.sweeps import token_descents, token_rows
 from lmprobe_zarr.sweeps import tokens as token_sweeps
 
 LAYERS, PROMPTS, HIDDEN = (2, 5), 40, 12
@@ -75,7 +75,7 @@ def stored(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_stream, "BLOCK_BYTES", 8 * HIDDEN * 16)
+    monkeypatch.setattr(token_rows, "BLOCK_BYTES", 8 * HIDDEN * 16)
 
 
 def in_memory(name: str, x: Any, y: Any) -> Any:
@@ -120,7 +120,7 @@ def many(seed: int = 0, n: int = 20_000) -> tuple[xr.DataArray, Any]:
 
 
 def test_minibatches_find_the_direction_of_the_log_odds_and_their_order_is_the_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_stream, "BLOCK_BYTES", 8 * HIDDEN * 2000)
+    monkeypatch.setattr(token_rows, "BLOCK_BYTES", 8 * HIDDEN * 2000)
     array, y = many()
     fitted = lz.fit_tokens(array, y, "sgd")
     coef = fitted.coef.values[0] * np.linspace(1, 100, HIDDEN)
@@ -139,7 +139,7 @@ def test_logistic_regression_by_passes_is_the_fit_in_memory(n_classes: int, monk
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    monkeypatch.setattr(token_stream, "BLOCK_BYTES", 8 * HIDDEN * 100)
+    monkeypatch.setattr(token_rows, "BLOCK_BYTES", 8 * HIDDEN * 100)
     array, y = many(n=1500)
     array = array + 1000.0
     y = np.where(np.arange(1500) % 7 == 0, n_classes - 1, y)
@@ -180,7 +180,7 @@ def test_passes_that_did_not_converge_are_reported(monkeypatch: pytest.MonkeyPat
 def test_a_descent_that_did_not_converge_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.exceptions import ConvergenceWarning
 
-    monkeypatch.setattr(token_stream, "_EPOCHS", (2, 2))
+    monkeypatch.setattr(token_descents, "_EPOCHS", (2, 2))
     with pytest.warns(ConvergenceWarning, match="2 of 2 fits stopped"):
         fitted = lz.fit_tokens(tokens(), "label", "sgd")
     assert not fitted.converged.any()
@@ -191,7 +191,7 @@ def test_a_descent_that_did_not_converge_is_reported(monkeypatch: pytest.MonkeyP
 def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
     stored: Any, name: str, small_blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_stream, "_EPOCHS", (2, 2))
+    monkeypatch.setattr(token_descents, "_EPOCHS", (2, 2))
     memory = stored.tokens().resid.load()
     expected = lz.fit_tokens(memory, "label", name, scheduler="synchronous")
     lazy, dask = stored.tokens().resid, stored.tokens(chunks={"token": 23}).resid
@@ -203,7 +203,7 @@ def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_processes_and_a_client_give_the_same(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_stream, "_EPOCHS", (4, 4))
+    monkeypatch.setattr(token_descents, "_EPOCHS", (4, 4))
     memory = stored.tokens().resid.load()
     names = ["ridge", "lda", "sgd"]
     expected = lz.sweep_tokens(memory, "label", names, 3)

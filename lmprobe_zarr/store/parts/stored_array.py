@@ -1,4 +1,4 @@
-"""`StoredArray`, one array of one part: its chunks checked and decoded into arrays, several at a time. Knows no prompt.
+"""`StoredArray`, one array of one part: its chunks checked and decoded into arrays. Knows no prompt.
 
 Chunks are read by key and decoded straight into the output array. That is faster than a general reader, and a missing chunk is an error,
 never fill values. Where a part has a table of blocks, a few rows cost the blocks that hold them.
@@ -11,16 +11,16 @@ import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from numcodecs import blosc
 from numcodecs.vlen import VLenUTF8
 
-from lmprobe_zarr.batch import concat_ranges, copy_rows, fill_value
+from lmprobe_zarr.batch import concat_ranges
 from lmprobe_zarr.errors import CorruptPartError, LmprobeZarrError
-from lmprobe_zarr.storage import KeptReads, Storage, empty_aligned, run_all
+from lmprobe_zarr.storage import KeptReads, Storage, empty_aligned
 from lmprobe_zarr.store.format import (
     BLOCK_TABLE,
     TEXT_BYTES,
@@ -35,17 +35,16 @@ from lmprobe_zarr.store.format import (
     in_one_thread,
 )
 from lmprobe_zarr.store.parts.array_files import ArrayFiles, ChunkPlace
-from lmprobe_zarr.store.parts.columns import decode_column
 from lmprobe_zarr.store.parts.kept_chunks import is_wanted_whole, kept_chunk
 from lmprobe_zarr.typing import Array, Ints
 
-__all__ = ["Piece", "StoredArray", "read_pieces"]
+__all__ = ["Rows", "StoredArray"]
+
+#: Rows of a chunk: a range, or their numbers.
 Rows = slice | Ints
 #: A block: its number in the chunk, where it begins and ends in the file, and its checksum.
 _Bounds = tuple[int, int, int, int]
 _room = threading.local()
-#: Reads of a local disk that together take less work are done by the caller's thread: another one takes some 50 microseconds to start.
-_ALONE: Final = 2**18
 #: What an encoded chunk or block may have beyond its decoded bytes: blosc stores as it is what would grow.
 _OVERHEAD: Final = 2**10
 
@@ -544,73 +543,3 @@ def _blocks_of_rows(rows: Ints, nbytes: int, size: int, n_blocks: int) -> Ints:
 
 def _restore(where: ArrayFiles, noted: bool) -> StoredArray:
     return StoredArray(where.storage, where.path, where.info, where.files, noted, where.tables, where.kept)
-
-
-class Piece(NamedTuple):
-    """Rows of one chunk and their place in the output: ``out[target] = chunk[rows]``, where `out` is of one layer.
-
-    Rows shorter than `row_shape` are filled up.
-
-    `column` is the dtype in which a column of the user's is shown; None for any other array, whose values are taken as they are stored.
-    The output may have a wider dtype: each chunk is converted by the thread that reads it, while it is in the cache.
-    """
-
-    array: StoredArray
-    layer: int
-    block: int
-    rows: Rows
-    out: Array
-    target: Rows
-    row_shape: tuple[int, ...]
-    column: np.dtype[Any] | None = None
-
-
-def read_pieces(pieces: Sequence[Piece], columns: tuple[Any, ...]) -> None:
-    """Read chunks into arrays, several at a time where they are large enough.
-
-    Parameters
-    ----------
-    pieces : sequence of Piece
-        What to read; no two write the same rows.
-    columns : tuple
-        Index of the axes after the first; empty for everything.
-
-    Raises
-    ------
-    CorruptPartError, PartGoneError
-        See `StoredArray.read_chunk`; the first one found.
-    """
-    local = all(piece.array.storage.is_local or piece.array.keeps_chunk(piece.layer, piece.block) for piece in pieces)
-    if len(pieces) == 1 or (local and sum(piece.array.work_of(piece.rows) for piece in pieces) < _ALONE):
-        for piece in pieces:
-            _read_piece(piece, columns)
-    else:
-        run_all([functools.partial(_read_piece, piece, columns) for piece in pieces], local=local)
-
-
-def _read_piece(piece: Piece, columns: tuple[Any, ...]) -> None:
-    chunk_rows, out = piece.array.info.rows_per_chunk, piece.out
-    if isinstance(piece.rows, slice) and isinstance(piece.target, slice) and not columns:
-        target = out[piece.target]
-        whole = piece.rows.start == 0 and piece.rows.stop == chunk_rows
-        if (
-            whole
-            and target.shape[1:] == piece.array.row_shape
-            and target.dtype == piece.array.dtype
-            and target.flags.c_contiguous
-            and target.dtype != object
-            and target.dtype.kind not in "mM"
-        ):
-            piece.array.read_chunk(piece.layer, piece.block, target)
-            return
-    chunk = piece.array.read_rows(piece.layer, piece.block, piece.rows)
-    if piece.column is not None:
-        try:
-            chunk = decode_column(chunk, piece.array.info, piece.column)
-        except ValueError as error:
-            raise piece.array.corrupt(piece.array.info.chunk_key(piece.layer, piece.block), f"cannot be decoded ({error})") from error
-    if piece.array.row_shape != piece.row_shape:
-        filled = np.full((len(chunk), *piece.row_shape), fill_value(chunk.dtype), chunk.dtype)
-        filled[(slice(None), *map(slice, piece.array.row_shape))] = chunk
-        chunk = filled
-    copy_rows(chunk, out, piece.target, columns)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from lmprobe_zarr.batch import as_slice, concat_ranges, fill_value
 from lmprobe_zarr.storage import empty_aligned
 from lmprobe_zarr.store.parts.columns import absent_value, as_shown, kind_of
-from lmprobe_zarr.store.parts.stored_array import Piece, StoredArray, read_pieces
+from lmprobe_zarr.store.parts.pieces import Piece, read_pieces
+from lmprobe_zarr.store.parts.stored_array import StoredArray
 from lmprobe_zarr.store.parts.uses import note_uses
 from lmprobe_zarr.typing import Array, Ints
 

@@ -239,16 +239,16 @@ def test_threads_are_started_for_several_large_chunks_only(store: Store, monkeyp
         started.append(len(jobs))
         run_all(jobs, local=local)
 
-    monkeypatch.setattr("lmprobe_zarr.store.parts.stored_array.run_all", run)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.pieces.run_all", run)
     whole = truth("tokens")
     np.testing.assert_array_equal(store.tokens().resid.isel(layer=1).values, whole[1])
     assert not started, "some twenty chunks of 112 bytes"
-    monkeypatch.setattr("lmprobe_zarr.store.parts.stored_array._ALONE", 300)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.pieces._ALONE", 300)
     np.testing.assert_array_equal(store.tokens().resid.isel(layer=1, token=3).values, whole[1, 3])
     assert not started, "a single chunk"
     np.testing.assert_array_equal(store.tokens().resid.isel(layer=1).values, whole[1])
     assert len(started) == 1
-    monkeypatch.setattr("lmprobe_zarr.store.parts.stored_array._ALONE", 2**18)
+    monkeypatch.setattr("lmprobe_zarr.store.parts.pieces._ALONE", 2**18)
     monkeypatch.setattr(type(store.storage), "is_local", False)
     np.testing.assert_array_equal(store.tokens().resid.isel(layer=1).values, whole[1])
     assert len(started) == 2, "elsewhere each chunk is a request, which takes as long as many bytes"
