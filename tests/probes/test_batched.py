@@ -11,7 +11,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
 
 pytest.importorskip("torch")
 
-from lmprobe_zarr.probes import batched
+from lmprobe_zarr.probes import batched, bulk_logistic
 from lmprobe_zarr.probes.batched import BATCHED, TOLERANCE, Bulk, FitRequest, solve_batched
 from lmprobe_zarr.probes.classifiers import make_probe
 from lmprobe_zarr.probes.devices import parse_device
@@ -198,7 +198,7 @@ def test_fits_that_do_not_fit_into_memory_at_once_are_the_same(monkeypatch: pyte
 
 def test_an_iteration_limit_is_no_convergence(monkeypatch: pytest.MonkeyPatch) -> None:
     x = rows(100, 15, spread=0.5)
-    monkeypatch.setattr(batched, "_MOST_ITERATIONS", 2)
+    monkeypatch.setattr(bulk_logistic, "_MOST_ITERATIONS", 2)
     (fit,) = solve_batched("logistic_regression", x, [FitRequest(np.arange(80), np.arange(80, 100), labels_for(x, 2), np.arange(2), 0.01)])
     assert fit is not None
     assert not fit.ended
