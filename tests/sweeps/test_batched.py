@@ -18,7 +18,7 @@ from lmprobe_zarr.errors import InvalidArgumentError, LabelError
 
 pytest.importorskip("torch")
 
-from lmprobe_zarr.probes import batched, fit
+from lmprobe_zarr.probes import batched, bulk_logistic, fit
 
 pytestmark = pytest.mark.model
 N, HIDDEN, LAYERS = 90, 12, 3
@@ -126,7 +126,7 @@ def test_an_interrupted_sweep_of_the_other_solver_is_refused(array: xr.DataArray
 
 
 def test_fits_that_do_not_converge_are_counted(array: xr.DataArray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batched, "_MOST_ITERATIONS", 2)
+    monkeypatch.setattr(bulk_logistic, "_MOST_ITERATIONS", 2)
     with pytest.warns(ConvergenceWarning):
         found = lz.sweep(array, "label", strengths=[0.001], solver="batched")
     assert not found.converged.any()
