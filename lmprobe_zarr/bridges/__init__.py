@@ -1,13 +1,21 @@
 """Other people's files: read into `TokenBatch`, imported into a store, exported from one.
 
-A module of one format knows its files and no store: ``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_write``, ``lmprobe_lazy``, ``arrays``,
-``vllm_files``. The
+A module of one format knows its files and no store: ``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_dataset``, ``lmprobe_write``,
+``lmprobe_lazy``, ``arrays``, ``vllm_files``. The
 calls know both: ``imports``, ``exports``, ``legacy``; ``import_plan`` does what all imports share. ``lmprobe_cache`` is lmprobe's cache
 around the default store. Other rooms import from here, from ``entry`` or ``files``. Never models, never probes.
 """
 
 from lmprobe_zarr.bridges.exports import export_safetensors
-from lmprobe_zarr.bridges.imports import import_npy, import_pt, import_safetensors, import_source, import_tensors, import_vllm
+from lmprobe_zarr.bridges.imports import (
+    import_lmprobe_dataset,
+    import_npy,
+    import_pt,
+    import_safetensors,
+    import_source,
+    import_tensors,
+    import_vllm,
+)
 from lmprobe_zarr.bridges.legacy import open_legacy
 from lmprobe_zarr.bridges.lmprobe_cache import LegacyCache, LegacyModel, beside
 from lmprobe_zarr.bridges.summaries import ExportSummary, ImportSummary
@@ -19,6 +27,7 @@ __all__ = [
     "LegacyModel",
     "beside",
     "export_safetensors",
+    "import_lmprobe_dataset",
     "import_npy",
     "import_pt",
     "import_safetensors",

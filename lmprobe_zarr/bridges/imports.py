@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lmprobe_zarr.bridges import arrays, lmprobe_v1, lmprobe_v2, vllm_files
+from lmprobe_zarr.bridges import arrays, lmprobe_dataset, lmprobe_v1, lmprobe_v2, vllm_files
 from lmprobe_zarr.bridges.entry import Skipped, Source
 from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.import_plan import ImportOptions, prompt_list, run_import
@@ -18,10 +18,10 @@ from lmprobe_zarr.bridges.lmprobe_folders import model_hash, scan_models
 from lmprobe_zarr.bridges.same_model import group_as_extracted
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
-from lmprobe_zarr.store import PART_BYTES, Model, NamedModel, Place
+from lmprobe_zarr.store import PART_BYTES, Model, NamedModel, Place, Store, open_store
 from lmprobe_zarr.store.format import Provenance
 
-__all__ = ["import_npy", "import_pt", "import_safetensors", "import_source", "import_tensors", "import_vllm"]
+__all__ = ["import_lmprobe_dataset", "import_npy", "import_pt", "import_safetensors", "import_source", "import_tensors", "import_vllm"]
 
 
 def import_safetensors(
@@ -249,6 +249,91 @@ def import_vllm(
         dry_run=dry_run, strict=strict, provenance={"engine": "vllm", **before}, progress=progress, part_bytes=part_bytes, before=before
     )
     return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
+
+
+def import_lmprobe_dataset(
+    dataset: str | os.PathLike[str],
+    store: Place = None,
+    *,
+    prompts: Iterable[str] | None = None,
+    columns: bool = True,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    as_model: Model | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Import a dataset that lmprobe's ``push_dataset`` shared (format 2) into a store.
+
+    Activations of every token or pooled ones, the largest logits, router logits and perplexities are imported; labels and other values
+    of the index become columns.
+
+    Parameters
+    ----------
+    dataset : path or URL
+        A folder that holds the dataset, or its repository: ``"hf://datasets/org/name"``, also with a revision,
+        ``"hf://datasets/org/name@v1"``. It is only read.
+    prompts : iterable of str, optional
+        Only these, by text or by hash. Of the tensor files, only their rows are read.
+    columns : bool
+        Whether labels and other values of the prompts are imported too.
+    store, dry_run, strict, provenance, as_model, storage_options, progress, part_bytes
+        As for `import_safetensors`. The model's commit, where the dataset names it, is recorded as ``revision``.
+
+    Returns
+    -------
+    ImportSummary
+        What was imported, what was stored already, and what was skipped and why.
+
+    Raises
+    ------
+    NotAStoreError
+        There is no such dataset.
+    UnsupportedVersionError
+        It is of a later format.
+    MissingDependencyError
+        pyarrow, which reads its index, is not installed.
+    InvalidArgumentError
+        A column has the name of something that the store keeps itself; `columns=False` leaves them out.
+    others
+        As for `import_safetensors`.
+
+    Notes
+    -----
+    Columns of lists, such as texts of tokens, are left out. A column that the store holds with other values for the same prompts is
+    given those of the dataset.
+    """
+    files = open_files(dataset, storage_options)
+    source = lmprobe_dataset.LmprobeDataset(files, None if prompts is None else prompt_list(prompts))
+    known = {} if source.revision is None or as_model is not None else {"revision": source.revision}
+    options = ImportOptions(
+        dry_run=dry_run, strict=strict, provenance={**known, **(provenance or {})}, progress=progress, part_bytes=part_bytes,
+        group=None if as_model is None else group_as_extracted(as_model, provenance or {}),
+    )  # fmt: skip
+    target = store if isinstance(store, Store) else open_store(store)
+    summary = run_import([(source.model, source)], target, source.url, Tally(), options)
+    if columns and not dry_run:
+        _write_columns(target, summary, source.columns())
+    return summary
+
+
+def _write_columns(store: Store, summary: ImportSummary, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add columns for the prompts that are stored, where the store does not hold these values already."""
+    (group,) = summary.groups
+    if not columns or group not in store.groups():
+        return
+    stored = store.dataset(group=group)
+    hashes = [str(name) for name in stored.prompt.values]
+    missing: dict[str, dict[str, Any]] = {}
+    for name, values in columns.items():
+        held = dict(zip(hashes, stored[name].values.tolist(), strict=True)) if name in stored.coords else {}
+        new = {key: values[key] for key in hashes if key in values and (key not in held or held[key] != values[key])}
+        if new:
+            missing[name] = new
+    if missing:
+        store.annotate(None, missing, group=group)
 
 
 def import_npy(

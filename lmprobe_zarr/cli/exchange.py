@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from lmprobe_zarr import config
-from lmprobe_zarr.bridges import ImportSummary, export_safetensors, import_pt, import_safetensors
+from lmprobe_zarr.bridges import ImportSummary, export_safetensors, import_lmprobe_dataset, import_pt, import_safetensors
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_prompts, parse_layers, prompts_of, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
@@ -16,13 +16,14 @@ __all__ = ["add_export", "add_import"]
 
 
 def add_import(commands: Any) -> None:
-    command = add_command(commands, "import", _import, "import lmprobe's own cache into a store; the cache is only read")
+    command = add_command(commands, "import", _import, "import lmprobe's own cache or a dataset of its into a store; it is only read")
     cache = config.default_name().removesuffix("/.zarr").replace("%", "%%")
-    command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache (default: {cache})")
+    command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache or dataset (default: {cache})")
     command.add_argument("--to", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="only this model, as it was given to lmprobe")
     which.add_argument("--all", action="store_true", help="every model of the cache")
+    which.add_argument("--dataset", action="store_true", help="--from is a dataset that lmprobe shared, such as hf://datasets/org/name")
     command.add_argument("--as-model", metavar="MODEL", help="folder or hub id of the model that computed it, so that extract finds it")
     command.add_argument("--compute-dtype", help="with --as-model: the dtype that it was computed in (default: float32)")
     command.add_argument("--v1", action="store_true", help="old .pt files instead of safetensors; needs --model")
@@ -40,8 +41,12 @@ def _import(options: argparse.Namespace) -> None:
     rest |= {"prompts": prompts_of(options), "dry_run": options.dry_run, "strict": options.strict, "progress": not options.json}
     if options.v1 and options.model is None:
         raise InvalidArgumentError("old .pt caches do not hold the model's name: give it with --model")
-    if options.v1:
-        summary: ImportSummary = import_pt(source, options.store, model=options.model, **rest)
+    if options.dataset:
+        if options.source is None or options.v1:
+            raise InvalidArgumentError("--dataset needs --from, the folder or URL of the dataset, and not --v1")
+        summary: ImportSummary = import_lmprobe_dataset(source, options.store, **rest)
+    elif options.v1:
+        summary = import_pt(source, options.store, model=options.model, **rest)
     else:
         summary = import_safetensors(source, options.store, model=options.model, **rest)
     print_json(as_json(summary)) if options.json else print(summary)

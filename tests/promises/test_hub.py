@@ -502,3 +502,23 @@ def test_a_damaged_file_of_the_hub_is_an_error_and_never_a_number(hub: Hub, stor
     repo.commit(files, "damage")
     with pytest.raises(errors.CorruptPartError):
         _ = opened(hub).dataset().resid_mean.values
+
+
+def test_a_dataset_that_lmprobe_shared_is_imported_from_its_repository(hub: Hub, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("lmprobe")
+    pytest.importorskip("torch")
+    from lmprobe_datasets import make_truth, write_dataset
+
+    truth = make_truth()
+    folder = write_dataset(tmp_path / "dataset", truth)
+    repo = hub.repos["datasets/lab/shared"] = Repo(private=True)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    repo.commit({**files, "README.md": b"# activations"})
+    with pytest.raises((AccessDeniedError, NotAStoreError)):
+        lz.import_lmprobe_dataset("hf://datasets/lab/shared", tmp_path / "none", storage_options=hub.options(False), progress=False)
+    summary = lz.import_lmprobe_dataset("hf://datasets/lab/shared", tmp_path / "acts", storage_options=hub.options(READER), progress=False)
+    assert (summary.imported, summary.skipped) == (len(truth.prompts), ())
+    tokens = lz.open_store(tmp_path / "acts").tokens(dtype="stored")
+    for text, values in zip(truth.prompts, truth.tokens, strict=True):
+        np.testing.assert_array_equal(tokens.resid.sel(prompt=lz.prompt_hash(text)), values)

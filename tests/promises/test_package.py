@@ -159,6 +159,7 @@ def test_the_surface_is_pinned() -> None:
         "extract",
         "fit_directions",
         "fit_tokens",
+        "import_lmprobe_dataset",
         "import_npy",
         "import_pt",
         "import_safetensors",
