@@ -99,7 +99,7 @@ LOWEST_TESTS := $(CORE_TESTS) tests/probes tests/sweeps/test_score_store.py test
 
 # Old releases use what newer ones of their own dependencies deprecate, and dask warned of a scheduler that a test chooses: neither is a fault.
 test-lowest: $(LOWEST)/ready
-	$(LOWEST)/bin/python -W ignore::DeprecationWarning -m pytest -W ignore::DeprecationWarning -W "ignore:Running on a single-machine scheduler" -n 2 --dist worksteal -k "$(CORE_SKIPS)" -p no:cacheprovider $(LOWEST_TESTS) --ignore tests/store/upkeep
+	PYTHONWARNINGS=ignore::DeprecationWarning $(LOWEST)/bin/python -m pytest -W ignore::DeprecationWarning -W "ignore:Running on a single-machine scheduler" -n 2 --dist worksteal -k "$(CORE_SKIPS)" -p no:cacheprovider $(LOWEST_TESTS) --ignore tests/store/upkeep
 
 $(LOWEST)/ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(LOWEST)

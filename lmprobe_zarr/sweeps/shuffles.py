@@ -66,9 +66,11 @@ def add_p_values(scores: xr.Dataset, metrics: Iterable[str]) -> xr.Dataset:
         drawn = int(shuffled.sizes["shuffle"])
         known = shuffled.notnull().any("shuffle") & real.notnull()
         best = (shuffled.max if larger else shuffled.min)("layer") if "layer" in shuffled.dims else shuffled
+        # Of missing scores alone, numpy would warn that there is no mean; `known` leaves these out below.
+        filled = shuffled.where(known, 0.0)
         found = {
-            f"{name}_mean": (shuffled.mean("shuffle"), f"mean over {drawn} shuffles of the labels"),
-            f"{name}_std": (shuffled.std("shuffle"), f"standard deviation over {drawn} shuffles of the labels"),
+            f"{name}_mean": (filled.mean("shuffle"), f"mean over {drawn} shuffles of the labels"),
+            f"{name}_std": (filled.std("shuffle"), f"standard deviation over {drawn} shuffles of the labels"),
             f"{metric}_p_value": (_p_value(real, shuffled, larger=larger), "permutation p-value of each layer by itself"),
             f"{metric}_p_any_layer": (
                 _p_value(real, best, larger=larger),

@@ -533,7 +533,7 @@ def test_text_of_one_prompt_stays_an_object(views: Views) -> None:
 
 @pytest.mark.parametrize("beyond", [HIDDEN, -HIDDEN - 1, [0, HIDDEN], [-HIDDEN - 1]])
 def test_an_index_beyond_an_axis_without_labels_is_an_error(views: Views, beyond: Any) -> None:
-    with pytest.raises(IndexError, match="out of bounds"):
+    with pytest.raises(IndexError, match=r"out of (bounds|range)"):
         views.store.tokens().resid.isel(hidden=beyond).load()
 
 
@@ -543,7 +543,7 @@ def test_an_index_beyond_an_axis_whose_index_was_dropped_is_an_error(views: View
     assert plain.text[-n].item() == "zebra"
     for beyond in (-n - 1, n, [-n - 1], [n]):
         for name in ("text", "resid"):
-            with pytest.raises(IndexError, match="out of bounds"):
+            with pytest.raises(IndexError, match=r"out of (bounds|range)"):
                 plain[name].isel(token=beyond).load()
 
 
