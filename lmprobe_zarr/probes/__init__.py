@@ -8,8 +8,8 @@ What is learned from: ``given``, ``labels`` and ``token_labels`` parse what call
 own: ``sequences`` computes them, ``sequence_fits`` is how they learn, ``sequence_classifiers`` has them as estimators, ``running`` pools
 tokens as they come in, and ``watched`` has any fitted probe in the form in which it follows a growing text. How a layer is read, in which
 dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``, ``curves`` and ``coefficients``; what a
-score has to beat: ``controls`` and ``token_controls``. ``ensemble_files`` puts several into one file. ``files`` turns a fitted pipeline
-into bytes and back, and ``file_checks`` says what such a file must hold.
+score has to beat: ``controls``, ``token_controls`` and ``sentence_embeddings``. ``ensemble_files`` puts several into one file. ``files``
+turns a fitted pipeline into bytes and back, and ``file_checks`` says what such a file must hold.
 
 Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before, and torch when something is
 learned or solved with it. Other rooms import from here or from ``batched``, ``controls``, ``curves``, ``devices``, ``layer_choice``,
