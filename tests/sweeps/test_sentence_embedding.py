@@ -69,6 +69,19 @@ def test_a_loaded_model_is_run_as_it_is_and_left_as_it_was(minilm: Path) -> None
     np.testing.assert_array_equal(found, embed_texts(TEXTS, minilm))
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts each pass of an encoder is given."""
+    passes: list[int] = []
+    real = sentence_embeddings._hidden_states
+
+    def count(model: Any, rows: Any) -> Any:
+        passes.append(len(rows))
+        return real(model, rows)
+
+    monkeypatch.setattr(sentence_embeddings, "_hidden_states", count)
+    return passes
+
+
 def activations(texts: list[str], labels: list[int]) -> xr.DataArray:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, len(texts), 8)).astype("float32")
@@ -83,9 +96,7 @@ ABOUT = [1] * 20 + [0] * 20
 
 
 def test_the_control_is_fitted_on_the_same_folds(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: list[int] = []
-    real = sentence_embeddings._hidden_states
-    monkeypatch.setattr(sentence_embeddings, "_hidden_states", lambda model, rows: [passes.append(len(rows)), real(model, rows)][1])
+    passes = counted(monkeypatch)
     array = activations([*SENTENCES, SENTENCES[0]], [*ABOUT, ABOUT[0]])
     scores = lz.sweep(array, "label", cv=4, controls={"sentence_embedding": minilm, "bag_of_words": None}, metrics=["accuracy", "log_loss"])
     assert sum(passes) == 40, "each distinct text once, for both layers and all folds"
@@ -107,9 +118,7 @@ def test_the_control_is_fitted_on_the_same_folds(minilm: Path, monkeypatch: pyte
 
 
 def test_a_plan_runs_no_encoder_and_prompts_without_a_label_are_not_embedded(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: list[int] = []
-    real = sentence_embeddings._hidden_states
-    monkeypatch.setattr(sentence_embeddings, "_hidden_states", lambda model, rows: [passes.append(len(rows)), real(model, rows)][1])
+    passes = counted(monkeypatch)
     labels = np.array([*ABOUT[:-4], *[np.nan] * 4])
     array = activations(SENTENCES, ABOUT).drop_vars("label")
     plan = lz.plan_sweep(array, labels, cv=2, controls={"sentence_embedding": minilm}, missing="drop")
