@@ -117,6 +117,15 @@ class ProbeEnsemble:
             As for `ProbeEnsemble`.
         **shared
             Arguments of `Probe` for all members.
+
+        Returns
+        -------
+        ProbeEnsemble
+            Not fitted.
+
+        Raises
+        ------
+        As `Probe` and `ProbeEnsemble`.
         """
         return cls([Probe(**{**shared, **config, "model": model}) for config in configs], weights, voting)
 
@@ -146,6 +155,16 @@ class ProbeEnsemble:
             Seeds the draws.
         weights, voting
             As for `ProbeEnsemble`.
+
+        Returns
+        -------
+        ProbeEnsemble
+            Not fitted.
+
+        Raises
+        ------
+        InvalidTypeError, InvalidArgumentError
+            No probe, no number of resamples, or no seed; or as `ProbeEnsemble`.
 
         Notes
         -----
