@@ -178,7 +178,7 @@ def sweep(
         needs probabilities of an estimator without, folds that do not fit or that would put one prompt or group on both sides, an
         unknown solver, a device that does not exist, or an `out` that holds the scores of another sweep.
     MissingDependencyError
-        solver="batched" without torch.
+        solver="batched" without torch, or the control "sentence_embedding" without torch and transformers.
     DeviceMemoryError
         A GPU has too little memory for the fits of a layer.
     LabelError

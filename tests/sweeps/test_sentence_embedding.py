@@ -82,6 +82,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return passes
 
 
+@pytest.fixture(scope="module")
+def alone(minilm: Path) -> Any:
+    """The embedding of each of `SENTENCES`, run alone."""
+    return by_hand(SENTENCES, minilm)
+
+
 def activations(texts: list[str], labels: list[int]) -> xr.DataArray:
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, len(texts), 8)).astype("float32")
@@ -95,12 +101,12 @@ SENTENCES = [f"The {noun} is {how}." for noun in ANIMALS + SUMS for how in ("sma
 ABOUT = [1] * 20 + [0] * 20
 
 
-def test_the_control_is_fitted_on_the_same_folds(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_control_is_fitted_on_the_same_folds(minilm: Path, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = counted(monkeypatch)
     array = activations([*SENTENCES, SENTENCES[0]], [*ABOUT, ABOUT[0]])
     scores = lz.sweep(array, "label", cv=4, controls={"sentence_embedding": minilm, "bag_of_words": None}, metrics=["accuracy", "log_loss"])
     assert sum(passes) == 40, "each distinct text once, for both layers and all folds"
-    x, y = by_hand([*SENTENCES, SENTENCES[0]], minilm), array.label.values
+    x, y = np.concatenate([alone, alone[:1]]), array.label.values
     groups = np.unique(array.prompt.values, return_inverse=True)[1]
     oracle = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     found = scores.sel(probe="sentence_embedding")
@@ -128,11 +134,11 @@ def test_a_plan_runs_no_encoder_and_prompts_without_a_label_are_not_embedded(min
     assert sum(passes) == 36
 
 
-def test_embeddings_of_ones_own_may_have_the_name(minilm: Path) -> None:
+def test_embeddings_of_ones_own_may_have_the_name(minilm: Path, alone: Any) -> None:
     array = activations(SENTENCES, ABOUT)
-    own = lz.sweep(array, "label", cv=2, controls={"sentence_embedding": by_hand(SENTENCES, minilm)})
+    own = lz.sweep(array, "label", cv=2, controls={"sentence_embedding": alone})
     run = lz.sweep(array, "label", cv=2, controls={"sentence_embedding": minilm})
-    xr.testing.assert_allclose(own.accuracy, run.accuracy)
+    xr.testing.assert_allclose(own.drop_vars("fit_seconds"), run.drop_vars("fit_seconds"), atol=1e-3)
 
 
 def test_texts_that_are_too_long_are_cut_with_a_warning(minilm: Path) -> None:
