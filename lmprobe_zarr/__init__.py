@@ -40,6 +40,7 @@ from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_li
 from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, Watch, extract, list_sites, logit_lens, plan_extract, steer, watch
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.probe import LayerSweep, Probe
+from lmprobe_zarr.probe_ensemble import ProbeEnsemble
 from lmprobe_zarr.reports import Report, report
 from lmprobe_zarr.store import Store, open_store, write_activations
 from lmprobe_zarr.streaming import compare_groups
@@ -74,6 +75,7 @@ __all__ = [
     "LayerSweep",
     "ModelCacheInfo",
     "Probe",
+    "ProbeEnsemble",
     "Report",
     "Store",
     "SweepPlan",

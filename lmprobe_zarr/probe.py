@@ -22,16 +22,20 @@ import xarray as xr
 from lmprobe_zarr.batch import (
     BY_PROBE,
     ChatOptions,
+    LayerFractions,
     LayerSpec,
     OverSpec,
     Stage,
+    choose_layers,
     concat_ranges,
     describe_layers,
     one_part,
+    parse_candidates,
     parse_chat_options,
     parse_stage,
     parse_sweep,
     reduce_scores,
+    resolve_layers,
 )
 from lmprobe_zarr.display import card, definitions, describe_error, section, table
 from lmprobe_zarr.errors import InvalidArgumentError, LabelError, LmprobeZarrError, NotAProbeError, NotFittedError
@@ -70,6 +74,7 @@ from lmprobe_zarr.probes import (
     watch_pipeline,
 )
 from lmprobe_zarr.probes.devices import parse_device
+from lmprobe_zarr.probes.layer_choice import check_alpha, check_top_k, choose_by_importance, choose_by_lasso, layer_importance
 from lmprobe_zarr.store import GivenProvenance, Place, parse_provenance
 from lmprobe_zarr.tokens import TokenIndex, sequences_of
 from lmprobe_zarr.typing import Array, Ints
@@ -81,6 +86,8 @@ __all__ = ["LayerSweep", "Probe"]
 
 TASKS: Final = ("classification", "regression")
 LEGACY: Final = ("auto", "never")
+#: Words for `layers` that choose some of several candidates.
+CHOOSING: Final = ("auto", "fast_auto")
 
 
 class Probe:
@@ -93,8 +100,11 @@ class Probe:
     ----------
     model : str, path or torch Module, optional
         A hub id, a folder, or a loaded model (then give `name` and `tokenizer` too). None if only activations are given.
-    layers : "middle", "all", "last", int, sequence of int, slice, "sweep", "sweep:N" or "sweep:A-B"
+    layers : "middle", "all", "last", int, sequence of int, slice, "sweep", "sweep:N" or "sweep:A-B", "auto" or "fast_auto"
         Several layers are put side by side. A sweep fits one probe per layer (every N-th, or A to B inclusive); see `sweep_result_`.
+        ``"auto"`` and ``"fast_auto"`` choose some of `auto_candidates` by the labels, the one by a group lasso (of two classes), the other
+        by the coefficients of the classifier on all candidates; then the probe is fitted on the chosen ones as if they had been named,
+        and reads no others. Both choices see all training prompts: only other prompts give a score that means something.
     pooling : str
         ``last_token``, ``first_token``, ``mean``: activations are pooled, then classified. ``max``, ``min``, or any name after ``score:``:
         every token is classified, then the scores are pooled. ``activation:max`` and ``activation:min`` pool activations. ``all``: one
@@ -138,6 +148,16 @@ class Probe:
         As for `lmprobe_zarr.extract`.
     add_special_tokens, add_generation_prompt, continue_final_message, tools, chat_template_kwargs
         As for `lmprobe_zarr.extract`.
+    auto_candidates : sequence of int or of float, optional
+        Among which layers ``"auto"`` and ``"fast_auto"`` choose: numbers, or fractions of the depth from 0.0 (the first block) to 1.0
+        (the last). None is ``[0.25, 0.5, 0.75]``.
+    auto_alpha : float
+        Strength of the group lasso of ``"auto"``: larger chooses fewer layers.
+    fast_auto_top_k : int, optional
+        How many layers ``"fast_auto"`` chooses; None is half of the candidates.
+    mass_mean_augment : bool
+        Whether the classifier is given one more column: the projection of the scaled activations, before `preprocessing`, on the
+        difference of the two class means. Not for regressions, or classifiers that learn how to pool.
 
     Attributes
     ----------
@@ -147,6 +167,12 @@ class Probe:
         The labels, sorted; None for regression.
     layers_ : tuple of int
         The layers that it learned from; empty where it learned from activations of unknown layers.
+    selected_layers_ : list of int or None
+        The same where ``"auto"`` or ``"fast_auto"`` chose them, else None.
+    candidate_layers_ : list of int or None
+        Among which they were chosen.
+    layer_importances_ : ndarray of float, shape (candidate,), or None
+        The norm of each candidate's coefficients: in the group lasso, or in the classifier on all candidates.
     dtype_ : str or None
         The dtype that its activations were computed in, if known.
     sweep_result_ : LayerSweep or None
@@ -194,6 +220,10 @@ class Probe:
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         over: OverSpec = "all",
+        auto_candidates: Iterable[float] | None = None,
+        auto_alpha: float = 0.01,
+        fast_auto_top_k: int | None = None,
+        mass_mean_augment: bool = False,
     ) -> None:
         self.model = model
         self.layers = layers
@@ -229,11 +259,18 @@ class Probe:
         self.tools = tools
         self.over = over
         self.chat_template_kwargs = chat_template_kwargs
+        self.auto_candidates = auto_candidates
+        self.auto_alpha = auto_alpha
+        self.fast_auto_top_k = fast_auto_top_k
+        self.mass_mean_augment = mass_mean_augment
         self.pipeline_: Any = None
         self.classes_: Array | None = None
         self.layers_: tuple[int, ...] = ()
         self.n_layers_ = 1
         self.dtype_: str | None = None
+        self.selected_layers_: list[int] | None = None
+        self.candidate_layers_: list[int] | None = None
+        self.layer_importances_: Array | None = None
         self.sweep_result_: LayerSweep | None = None
         self._memory = SupplyMemory()
         self._check()
@@ -262,7 +299,41 @@ class Probe:
         if self.batch_size is not None:
             check_batch_size(self.batch_size)
         self._chat_options()
-        self._new_pipeline(1)
+        self._check_choice(self._new_pipeline(1))
+
+    def _check_choice(self, pipeline: Any) -> None:
+        """Raise for arguments by which no layers can be chosen."""
+        parse_candidates(self.auto_candidates)
+        check_alpha(self.auto_alpha)
+        check_top_k(self.fast_auto_top_k)
+        if not self._chooses:
+            return
+        if self.layers == "auto" and self.task == "regression":
+            raise InvalidArgumentError("layers='auto' chooses for two classes: for a regression use layers='fast_auto', or name layers")
+        if is_sequence_classifier(self.classifier):
+            raise InvalidArgumentError(f"{self.classifier!r} learns from the tokens of prompts, by which no layers are chosen: name layers")
+        if self.layers == "fast_auto" and type(pipeline.steps[-1][1]).__name__ in ("MLPClassifier", "DummyClassifier"):
+            raise InvalidArgumentError(f"layers='fast_auto' chooses by coefficients, and {self.classifier!r} has none: use layers='auto'")
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether layers are chosen by the labels."""
+        return isinstance(self.layers, str) and self.layers in CHOOSING
+
+    @property
+    def _layers_to_read(self) -> LayerSpec:
+        """The layers that a fit needs."""
+        return parse_candidates(self.auto_candidates) if self._chooses else self.layers
+
+    def _check_training(self, y: Array, weights: Array | None) -> None:
+        """Raise for labels and weights that this probe cannot learn from, before anything is run."""
+        n_classes = len(np.unique(y)) if self.task == "classification" else 0
+        if self.layers == "auto" and n_classes != 2:
+            raise LabelError(f"layers='auto' chooses for two classes, and there are {n_classes}: use layers='fast_auto', or name layers")
+        if self.layers == "auto" and weights is not None:
+            raise InvalidArgumentError("the group lasso of layers='auto' takes no sample_weight: use layers='fast_auto', or name layers")
+        if self.mass_mean_augment and n_classes != 2:
+            raise LabelError(f"mass_mean_augment takes the difference of two class means, and there are {n_classes} classes: leave it out")
 
     def _stages(self) -> tuple[Stage, Stage]:
         """What is pooled to train, and to predict."""
@@ -328,7 +399,8 @@ class Probe:
         learned: dict[str, object] = {}
         if self.pipeline_ is not None:
             learned = {
-                "layers": ", ".join(map(str, self.layers_)) or "unknown",
+                "layers": (", ".join(map(str, self.layers_)) or "unknown")
+                + ("" if self.selected_layers_ is None else f", chosen from {', '.join(map(str, self.candidate_layers_ or ()))}"),
                 "classes": "none: a regression"
                 if self.classes_ is None
                 else ", ".join(f"{label!r:.40}" for label in self.classes_.tolist()[:20]),
@@ -370,7 +442,7 @@ class Probe:
         given = list_given(prompts)
         stages = self._stages()
         sweep = parse_sweep(self.layers)
-        with self._supply(batch_size).supplied(given, stages, self.layers if sweep is None else sweep) as supplied:
+        with self._supply(batch_size).supplied(given, stages, self._layers_to_read if sweep is None else sweep) as supplied:
             return supplied.outcome.stats
 
     def _supply(self, batch_size: int | None = None, *, as_fitted: bool = False) -> Supply:
@@ -450,13 +522,14 @@ class Probe:
         y = check_labels(y, len(prompts), classes=self.task == "classification")
         check_agreement(prompts, y)
         weights = check_weights(sample_weight, len(prompts))
+        self._check_training(y, weights)
         together = rows_together(prompts, groups, len(prompts))
         stage, _ = self._stages()
         sweep = parse_sweep(self.layers)
         if sweep is not None:
             return self._fit_sweep(prompts, y, weights, together, sweep, invalidate_cache=invalidate_cache, batch_size=batch_size)
-        read = self._supply(batch_size).activations(prompts, stage, self.layers, refresh=invalidate_cache)
-        _check_finite(read)
+        read = self._supply(batch_size).activations(prompts, stage, self._layers_to_read, refresh=invalidate_cache)
+        check_finite(read)
         self._fit_read(read, y, weights, together)
         return self
 
@@ -477,7 +550,10 @@ class Probe:
         groups: Any = None,
         n_layers: int = 1,
     ) -> Self:
-        """Fit on given activations.
+        """Fit on given activations, of all layers that they hold.
+
+        With ``layers="auto"`` or ``"fast_auto"`` a DataArray over ``layer`` is chosen from: `auto_candidates` are some of its layers, or
+        fractions of its length. Other values of ``layers`` play no part.
 
         Parameters
         ----------
@@ -510,9 +586,25 @@ class Probe:
         features, layers, n_layers = parse_matrix(X, n_layers)
         labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
         weights, together = check_weights(sample_weight, len(features)), rows_together(X, groups, len(features))
+        self._check_training(labels, weights)
+        if self._chooses:
+            if len(layers) != n_layers:
+                raise InvalidArgumentError(
+                    f"layers={self.layers!r} chooses among layers, and these activations do not say which they are of: give a DataArray "
+                    "with the coordinate layer, or name layers"
+                )
+            wanted = choose_layers(layers, self._of_given(layers), where="these activations", num_layers=max(layers) + 1)
+            features, layers, n_layers = _columns_of(features, layers, wanted), wanted, len(wanted)
         self._fit(features, labels, weights, together, layers, n_layers)
         self.dtype_ = None
         return self
+
+    def _of_given(self, layers: tuple[int, ...]) -> list[int]:
+        """The candidates among layers of given activations; fractions are of their number."""
+        candidates = parse_candidates(self.auto_candidates)
+        if isinstance(candidates, LayerFractions):
+            return [layers[place] for place in candidates.of(len(layers))]
+        return list(resolve_layers(candidates, max(layers) + 1))
 
     def _fit_sequences(self, given: Any, y: Any, sample_weight: Any, groups: Any) -> None:
         """Fit a classifier that learns how to pool on the tokens of whole prompts."""
@@ -548,6 +640,7 @@ class Probe:
             pca_components=self.pca_components,
             params=self.classifier_kwargs,
             random_state=0 if self.random_state is None else self.random_state,
+            mass_mean_augment=self.mass_mean_augment,
         )
 
     def _fit(
@@ -561,7 +654,39 @@ class Probe:
         n_tokens: Ints | None = None,
     ) -> None:
         """Fit on rows; with `n_tokens`, on the rows of prompts, whose labels and `together` are one per prompt."""
+        candidates: list[int] | None = None
+        importances: Array | None = None
+        if self._chooses:
+            candidates = list(layers)
+            places, importances = self._choose(features, labels, weights, together, n_layers)
+            chosen = tuple(layers[place] for place in places)
+            features, layers, n_layers = _columns_of(features, layers, chosen), chosen, len(chosen)
         pipeline = self._new_pipeline(n_layers)
+        self._fit_pipeline(pipeline, features, labels, weights, together, n_tokens)
+        self.pipeline_, self.layers_, self.n_layers_ = pipeline, layers, n_layers
+        self.candidate_layers_, self.layer_importances_ = candidates, importances
+        self.selected_layers_ = None if candidates is None else list(layers)
+        self.classes_ = np.asarray(pipeline.classes_) if self.task == "classification" else None
+        self.sweep_result_ = None
+
+    def _choose(self, features: Array, labels: Array, weights: Array | None, together: Array, n_layers: int) -> tuple[list[int], Array]:
+        """Which of the layers of the rows are chosen, by their places, and the importance of each."""
+        if self.layers == "auto":
+            return choose_by_lasso(features, labels, n_layers, self.auto_alpha, self.normalize_layers)
+
+        def fit(rows: Array) -> Any:
+            pipeline = make_pipeline_for(
+                self._classifier, task=self.task, n_layers=n_layers, normalize_layers=False, params=self.classifier_kwargs,
+                random_state=0 if self.random_state is None else self.random_state,
+            )  # fmt: skip
+            self._fit_pipeline(pipeline, rows, labels, weights, together, None)
+            return pipeline
+
+        return choose_by_importance(features, n_layers, self.fast_auto_top_k, self.normalize_layers, fit)
+
+    def _fit_pipeline(
+        self, pipeline: Any, features: Array, labels: Array, weights: Array | None, together: Array, n_tokens: Ints | None
+    ) -> None:
         estimator = pipeline.steps[-1][1]
         if weights is not None and not has_weights(estimator):
             raise InvalidArgumentError(f"{self.classifier!r} takes no sample_weight: leave it out, or use 'logistic_regression' or 'ridge'")
@@ -581,9 +706,6 @@ class Probe:
             # Whatever the caller's own estimators raise.
             reason = str(error).strip().split("\n")[0][:200] if isinstance(error, ValueError | TypeError) else describe_error(error)
             raise InvalidArgumentError(f"{self.classifier!r} cannot be fitted on these {len(features)} rows: {reason}") from error
-        self.pipeline_, self.layers_, self.n_layers_ = pipeline, layers, n_layers
-        self.classes_ = np.asarray(pipeline.classes_) if self.task == "classification" else None
-        self.sweep_result_ = None
 
     def _fit_sweep(
         self,
@@ -604,7 +726,7 @@ class Probe:
                 probe = Probe(**{**self.get_params(), "layers": layer})
                 probe._memory = self._memory
                 read = supplied.read(stage, layer)
-                _check_finite(read)
+                check_finite(read)
                 try:
                     probe._fit_read(read, y, weights, together)
                 except InvalidArgumentError as error:
@@ -621,7 +743,9 @@ class Probe:
 
     def _adopt(self, other: Probe) -> None:
         """Take over what another probe has learned."""
-        for name in ("pipeline_", "classes_", "layers_", "n_layers_", "dtype_"):
+        for name in (
+            "pipeline_", "classes_", "layers_", "n_layers_", "dtype_", "selected_layers_", "candidate_layers_", "layer_importances_",
+        ):  # fmt: skip
             setattr(self, name, getattr(other, name))
 
     # ------------------------------------------------------------------------------------------------------------- scoring
@@ -683,7 +807,7 @@ class Probe:
         if not self.layers_:
             raise InvalidArgumentError("this probe learned from activations of unknown layers: predict from activations too")
         read = self._supply(batch_size, as_fitted=True).activations(list_given(prompts), stage, list(self.layers_))
-        _check_finite(read)
+        check_finite(read)
         return read
 
     @property
@@ -971,24 +1095,40 @@ class Probe:
             raise NotFittedError("this probe has learned nothing yet: call fit first")
         return _Fitted(self.pipeline_, self.classes_, self._classifier)
 
-    # ---------------------------------------------------------------------------------------------------------------- files
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted probe into one file, safetensors with JSON inside; never a pickle.
-
-        A model is saved by its name only, and a loaded one not at all. The place of the cache is not saved.
+    def compute_layer_importance(self, metric: str = "l2", normalize: bool = True) -> Array:
+        """How large the coefficients of each layer are that this probe learned from; kept as `layer_importances_` too.
 
         Parameters
         ----------
-        path : str or path
-            The file; an existing one is replaced.
+        metric : {"l2", "l1", "mean_abs", "max_abs"}
+            Over all coefficients of a layer, those of every class.
+        normalize : bool
+            Whether they are divided by their sum.
+
+        Returns
+        -------
+        ndarray of float64, shape (layer,)
+            In the order of ``layers_``, which `candidate_layers_` then names. Coefficients are those of the scaled layers; principal
+            components and a mass-mean column are undone.
 
         Raises
         ------
         NotFittedError
         InvalidArgumentError
-            The classifier is the caller's own estimator, `layers` is a slice, this is a sweep, or the file cannot be written.
+            No such metric, or a classifier without coefficients.
         """
+        importances = layer_importance(self._fitted.pipeline, self.n_layers_, metric)
+        total = float(importances.sum())
+        if normalize and total > 0:
+            importances = importances / total
+        self.candidate_layers_ = list(self.layers_ or range(self.n_layers_))
+        self.layer_importances_ = importances
+        return importances
+
+    # ---------------------------------------------------------------------------------------------------------------- files
+
+    def _to_bytes(self) -> bytes:
+        """What `save` writes."""
         if self.sweep_result_ is not None:
             raise InvalidArgumentError("a sweep is many probes: save one of them, probe.sweep_result_[layer].save(…)")
         pipeline = self._fitted.pipeline
@@ -1006,23 +1146,32 @@ class Probe:
             "dtype": self.dtype_,
             "task": self.task,
         }
+        if self.selected_layers_ is not None and self.candidate_layers_ is not None and self.layer_importances_ is not None:
+            header["chosen_from"] = {"layers": self.candidate_layers_, "importances": self.layer_importances_.tolist()}
         if not isinstance(self.classifier, str):
             raise InvalidArgumentError(
                 f"only named classifiers can be saved, since no pickle is written, and {type(self.classifier).__name__} is none: "
                 "keep its coefficients yourself"
             )
-        data = dump_probe(pipeline, header)
-        target = Path(path)
-        staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
-        try:
-            staged.write_bytes(data)
-            staged.replace(target)
-        except OSError as error:
-            with suppress(OSError):
-                staged.unlink(missing_ok=True)
-            raise InvalidArgumentError(
-                f"{str(target)!r} cannot be written ({error.strerror}): give a file in a folder that exists"
-            ) from error
+        return dump_probe(pipeline, header)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted probe into one file, safetensors with JSON inside; never a pickle.
+
+        A model is saved by its name only, and a loaded one not at all. The place of the cache is not saved.
+
+        Parameters
+        ----------
+        path : str or path
+            The file; an existing one is replaced.
+
+        Raises
+        ------
+        NotFittedError
+        InvalidArgumentError
+            The classifier is the caller's own estimator, `layers` is a slice, this is a sweep, or the file cannot be written.
+        """
+        write_saved(path, self._to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, store: Place = None) -> Probe:
@@ -1047,11 +1196,12 @@ class Probe:
             The file was written by a newer release.
         FileNotFoundError
         """
-        try:
-            data = Path(path).read_bytes()
-        except IsADirectoryError as error:
-            raise NotAProbeError(f"{str(path)!r} is a folder: give the file that save wrote") from error
-        pipeline, header = parse_probe(data, str(path))
+        return cls._from_bytes(read_saved(path), str(path), store=store)
+
+    @classmethod
+    def _from_bytes(cls, data: bytes, where: str, *, store: Place = None) -> Probe:
+        """What `load` reads; `where` is what the file is called in messages."""
+        pipeline, header = parse_probe(data, where)
         parameters = {name: value for name, value in header["parameters"].items() if name in _PARAMETERS and name not in _NOT_SAVED}
         probe = cls(**{**parameters, "store": store})
         probe.pipeline_, probe.layers_, probe.n_layers_, probe.dtype_ = (
@@ -1061,7 +1211,54 @@ class Probe:
             header["dtype"],
         )
         probe.classes_ = np.asarray(pipeline.classes_) if probe.task == "classification" else None
+        if "chosen_from" in header:
+            held = header["chosen_from"]
+            layers, importances = (held.get("layers"), held.get("importances")) if isinstance(held, dict) else (None, None)
+            if (
+                not isinstance(layers, list)
+                or not isinstance(importances, list)
+                or len(layers) != len(importances)
+                or not all(type(each) is int for each in layers)
+                or not all(type(each) is float for each in importances)
+            ):
+                raise NotAProbeError(f"{where} is damaged: it does not say among which layers its own were chosen")
+            probe.selected_layers_, probe.candidate_layers_ = list(probe.layers_), layers
+            probe.layer_importances_ = np.asarray(importances, np.float64)
         return probe
+
+
+def write_saved(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file whole: beside its place first, then into it.
+
+    Raises
+    ------
+    InvalidArgumentError
+        It cannot be written.
+    """
+    target = Path(path)
+    staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        staged.write_bytes(data)
+        staged.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+        raise InvalidArgumentError(f"{str(target)!r} cannot be written ({error.strerror}): give a file in a folder that exists") from error
+
+
+def read_saved(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file that `write_saved` wrote.
+
+    Raises
+    ------
+    NotAProbeError
+        A folder.
+    FileNotFoundError
+    """
+    try:
+        return Path(path).read_bytes()
+    except IsADirectoryError as error:
+        raise NotAProbeError(f"{str(path)!r} is a folder: give the file that save wrote") from error
 
 
 @dataclass(frozen=True)
@@ -1181,7 +1378,7 @@ class LayerSweep:
         with first._supply(batch_size, as_fitted=True).supplied(list_given(prompts), (stage,), self.layers) as supplied:
             for layer in self.layers:
                 read = supplied.read(stage, layer)
-                _check_finite(read)
+                check_finite(read)
                 yield layer, self.probes[layer]._fitted if layer in self.probes else None, read
 
 
@@ -1301,7 +1498,13 @@ _NOT_SAVED: Final = ("store", "tokenizer", "device_map", "cache_only", "trust_re
 # ------------------------------------------------------------------------------------------------------------------ scores
 
 
-def _check_finite(read: Activations) -> None:
+def _columns_of(features: Array, layers: tuple[int, ...], wanted: tuple[int, ...]) -> Array:
+    """The columns of some layers of rows that hold several side by side."""
+    places = [layers.index(layer) for layer in wanted]
+    return np.ascontiguousarray(features.reshape(len(features), len(layers), -1)[:, places].reshape(len(features), -1))
+
+
+def check_finite(read: Activations) -> None:
     """Raise if activations hold NaN or infinity, which no classifier learns from or scores."""
     bad = not_finite_rows(read.features)
     if bad:

@@ -216,7 +216,7 @@ def test_every_way_of_naming_layers(llama: Path) -> None:
     with pytest.raises(LayerOutOfRangeError):
         lz.Probe(str(llama), layers=4).fit(POSITIVE, NEGATIVE)
     with pytest.raises(InvalidTypeError, match="names no layers"):
-        lz.Probe(str(llama), layers="auto").fit(POSITIVE, NEGATIVE)
+        lz.Probe(str(llama), layers="deepest").fit(POSITIVE, NEGATIVE)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,16 @@ from lmprobe_zarr.batch.hashes import (
     rows_differ,
     sha256_of,
 )
-from lmprobe_zarr.batch.layers import LayerSpec, choose_layers, describe_layers, parse_sweep, resolve_layers
+from lmprobe_zarr.batch.layers import (
+    LayerFractions,
+    LayerSpec,
+    LayerUnion,
+    choose_layers,
+    describe_layers,
+    parse_candidates,
+    parse_sweep,
+    resolve_layers,
+)
 from lmprobe_zarr.batch.options import check_flag, check_word, list_names
 from lmprobe_zarr.batch.parse_column import parse_column, with_encoder_texts
 from lmprobe_zarr.batch.pooling import ALL, POOLINGS, parse_poolings, pool_ragged, pooled_name, split_variable
@@ -127,7 +136,9 @@ __all__ = [
     "ColumnKind",
     "Generate",
     "KindName",
+    "LayerFractions",
     "LayerSpec",
+    "LayerUnion",
     "Outputs",
     "OverSpec",
     "Precision",
@@ -182,6 +193,7 @@ __all__ = [
     "merge_kinds",
     "offsets_of",
     "one_part",
+    "parse_candidates",
     "parse_chat_options",
     "parse_column",
     "parse_ids",

@@ -38,7 +38,8 @@ def add_sweep(commands: Any) -> None:
     command.add_argument(
         "--controls",
         default="",
-        help="names of controls, separated by commas, such as bag_of_words,shuffled_labels; shuffled_labels=100 gives p-values",
+        help="names of controls, separated by commas, such as bag_of_words,shuffled_labels; shuffled_labels=100 gives p-values, "
+        "sentence_embedding=FOLDER names an encoder",
     )
     command.add_argument("--metrics", help="names, separated by commas (default: accuracy,auroc; of a regression r2,mae)")
     command.add_argument("--layers", default="all", help="all, middle, last, numbers (0,4,-1) or a slice (8:24) (default: %(default)s)")
@@ -116,12 +117,17 @@ def _numbers(text: str) -> list[float]:
 
 
 def _controls(text: str) -> dict[str, Any]:
-    """Names of controls, of which shuffled_labels may have a number."""
+    """Names of controls, of which shuffled_labels may have a number, and sentence_embedding has a folder."""
     found: dict[str, Any] = {}
     for item in split_names(text):
         name, given, number = (part.strip() for part in item.partition("="))
+        if given and number and name == "sentence_embedding":
+            found[name] = number
+            continue
         if given and (name != "shuffled_labels" or not number.isdecimal()):
-            raise InvalidArgumentError(f"--controls {item!r} is no control: only shuffled_labels takes a number, as shuffled_labels=100")
+            raise InvalidArgumentError(
+                f"--controls {item!r} is no control: shuffled_labels takes a number, as shuffled_labels=100, sentence_embedding a folder"
+            )
         found[name] = int(number) if given else None
     return found
 

@@ -17,7 +17,7 @@ from lmprobe_zarr.extraction.models import ENGINES
 from lmprobe_zarr.extraction.options import WEIGHTS
 from lmprobe_zarr.extraction.plan import ExtractPlan, ExtractStats
 from lmprobe_zarr.extraction.steer import steer
-from lmprobe_zarr.extraction.supply import Activations, Supply, SupplyMemory
+from lmprobe_zarr.extraction.supply import Activations, Supplied, Supply, SupplyMemory
 from lmprobe_zarr.extraction.watch import Callback, Watch, watch
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ExtractPlan",
     "ExtractStats",
     "ModelChoice",
+    "Supplied",
     "Supply",
     "SupplyMemory",
     "Watch",

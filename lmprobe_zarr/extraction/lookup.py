@@ -73,6 +73,8 @@ class Lookup:
         When the lookup began, in seconds of `time.perf_counter`.
     answers : Answers, optional
         What `prompts` are answers to, where answers were asked for; stored ones of missing prompts are known.
+    num_layers : int
+        How many layers the model has.
     """
 
     request: Request
@@ -90,6 +92,7 @@ class Lookup:
     in_lmprobe: int
     began: float
     answers: Answers | None = None
+    num_layers: int = 0
 
     @property
     def model(self) -> ReadyModel | ModelIdentity:
@@ -312,7 +315,7 @@ def _compare(
         lookup = Lookup(
             request=request, identity=identity, loaded=loaded, tokenizer=tokenizer, prompts=stored, group=group, view=view, layers=layers,
             wanted=wanted, missing=missing, derived=derived, elsewhere=(), in_lmprobe=0, began=began,
-            answers=answers,
+            answers=answers, num_layers=depth,
         )  # fmt: skip
         compared.append((lookup, without_text))
     chosen, without_text = min(compared, key=lambda pair: len(pair[0].missing))

@@ -54,12 +54,15 @@ class Outcome:
         Requested layers.
     group : GroupInfo
         The group that holds them.
+    num_layers : int
+        How many layers the model has.
     """
 
     stats: ExtractStats
     prompts: Prompts
     layers: tuple[int, ...]
     group: GroupInfo
+    num_layers: int
 
 
 def carry_out(request: Request, options: Options) -> Outcome:
@@ -225,7 +228,7 @@ def _outcome(work: Work, stats: ExtractStats, group: GroupInfo) -> Outcome:
         "[cache] %s: %d hits, %d misses, layers %s, %s, %.2f s",
         stats.model, stats.found, stats.prompts - stats.found, describe_layers(layers), ", ".join(work.plan.variables), stats.seconds,
     )  # fmt: skip
-    return Outcome(stats=stats, prompts=work.lookup.prompts, layers=layers, group=group)
+    return Outcome(stats=stats, prompts=work.lookup.prompts, layers=layers, group=group, num_layers=work.lookup.num_layers)
 
 
 # -------------------------------------------------------------------------------------------------------- on many workers

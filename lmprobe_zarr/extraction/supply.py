@@ -32,6 +32,7 @@ from lmprobe_zarr.batch import (
     offsets_of,
     one_part,
     pooled_name,
+    resolve_layers,
 )
 from lmprobe_zarr.bridges import beside
 from lmprobe_zarr.errors import (
@@ -89,6 +90,14 @@ class Activations:
     n_tokens: Ints | None
     hashes: npt.NDArray[np.str_]
     compute_dtype: str | None
+
+    def take(self, rows: Ints) -> Activations:
+        """Those of some prompts, by their numbers, which may repeat; the tokens of a prompt stay together."""
+        if self.n_tokens is None:
+            return replace(self, features=self.features[rows], hashes=self.hashes[rows])
+        counts = self.n_tokens[rows]
+        tokens = concat_ranges(offsets_of(self.n_tokens)[rows], counts)
+        return replace(self, features=self.features[tokens], n_tokens=counts, hashes=self.hashes[rows])
 
 
 @dataclass(slots=True)
@@ -284,7 +293,7 @@ def _all_found(work: Work) -> Outcome:
         model=plan.model, group=group.name, prompts=plan.prompts, found=plan.prompts, derived=plan.derived, extracted=0, tokens=0, nbytes=0,
         parts=0, model_loaded=False, seconds=time.perf_counter() - lookup.began,
     )  # fmt: skip
-    return Outcome(stats=stats, prompts=lookup.prompts, layers=lookup.layers, group=group)
+    return Outcome(stats=stats, prompts=lookup.prompts, layers=lookup.layers, group=group, num_layers=lookup.num_layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,13 +320,22 @@ class Supplied:
 
     def read(self, stage: Stage, layer: int) -> Activations:
         """One layer of all prompts."""
+        return self.read_some(stage, layer)
+
+    def numbers(self, layers: LayerSpec) -> tuple[int, ...]:
+        """Layer numbers of the model."""
+        return resolve_layers(layers, self.outcome.num_layers)
+
+    def read_some(self, stage: Stage, layers: LayerSpec) -> Activations:
+        """Some of the requested layers of all prompts, side by side."""
+        numbers = self.numbers(layers)
         try:
             if self.entries is not None:
-                return _from_entries(self.outcome, self.entries[stage], stage, (layer,))
-            return read_activations(self.outcome, self.stores, stage, (layer,), part=self.part)
+                return _from_entries(self.outcome, self.entries[stage], stage, numbers)
+            return read_activations(self.outcome, self.stores, stage, numbers, part=self.part)
         except (CorruptPartError, PartGoneError) as error:
             self.leave_out(error)
-            return self.supply.activations(self.prompts, stage, [layer])
+            return self.supply.activations(self.prompts, stage, list(numbers))
 
     def read_all(self, stage: Stage) -> Activations:
         """All layers of all prompts, side by side.

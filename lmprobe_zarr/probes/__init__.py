@@ -2,17 +2,18 @@
 
 What is learned from: ``given``, ``labels`` and ``token_labels`` parse what callers give, ``folds`` splits prompts. Estimators:
 ``classifiers`` makes them by name, ``mass_mean``, ``ensemble``, ``descent`` and ``regressors`` hold our own, ``scaling`` and
-``pipelines`` what comes before them. Fits: ``task`` holds the records, ``fit`` fits one layer, ``ridge`` a single probe, ``gram`` and
-``sufficient`` solve linear probes from sums, ``batched`` all fits of a layer at once in torch, ``passes`` from passes over the rows.
-Probes with a pooling of their own: ``sequences`` computes them, ``sequence_fits`` is how they learn, ``sequence_classifiers`` has them as
-estimators, ``running`` pools tokens as they come in, and ``watched`` has any fitted probe in the form in which it follows a growing
-text. How a layer is read, in which dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``,
-``curves`` and ``coefficients``; what a score has to beat: ``controls`` and ``token_controls``. ``files`` turns a fitted pipeline into bytes
-and back.
+``pipelines`` what comes before them, ``augment`` a column beside them. Fits: ``task`` holds the records, ``fit`` fits one layer,
+``ridge`` a single probe, ``gram`` and ``sufficient`` solve linear probes from sums, ``batched`` all fits of a layer at once in torch,
+``passes`` from passes over the rows. Which of several layers matter: ``group_lasso`` and ``layer_choice``. Probes with a pooling of their
+own: ``sequences`` computes them, ``sequence_fits`` is how they learn, ``sequence_classifiers`` has them as estimators, ``running`` pools
+tokens as they come in, and ``watched`` has any fitted probe in the form in which it follows a growing text. How a layer is read, in which
+dtype it is computed and which rows are finite is decided in ``layer``. Results: ``metrics``, ``curves`` and ``coefficients``; what a
+score has to beat: ``controls``, ``token_controls`` and ``sentence_embeddings``. ``ensemble_files`` puts several into one file. ``files``
+turns a fitted pipeline into bytes and back, and ``file_checks`` says what such a file must hold.
 
 Never stores, files on disk, schedulers or plots. scikit-learn is imported when a probe is made, not before, and torch when something is
-learned or solved with it. Other rooms import from here or from ``batched``, ``controls``, ``curves``, ``devices``, ``metrics``,
-``passes``, ``sequence_fits`` and ``token_controls``.
+learned or solved with it. Other rooms import from here or from ``batched``, ``controls``, ``curves``, ``devices``, ``layer_choice``,
+``metrics``, ``passes``, ``sequence_fits`` and ``token_controls``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lmprobe_zarr.probes.apart import fit_apart
 from lmprobe_zarr.probes.classifiers import check_task, converged, fit_in_place, has_strength, make_probe, named_probes
 from lmprobe_zarr.probes.coefficients import coefficients
 from lmprobe_zarr.probes.curves import calibration_curves, roc_curves
+from lmprobe_zarr.probes.ensemble_files import dump_ensemble, parse_ensemble
 from lmprobe_zarr.probes.evaluation import evaluate_classification, evaluate_regression
 from lmprobe_zarr.probes.files import dump_probe, parse_probe
 from lmprobe_zarr.probes.fit import draw_within, fit_task
@@ -141,6 +143,7 @@ __all__ = [
     "describe_unfit",
     "draw_looks",
     "draw_within",
+    "dump_ensemble",
     "dump_probe",
     "empty_sums",
     "evaluate_classification",
@@ -170,6 +173,7 @@ __all__ = [
     "not_finite_rows",
     "number_repeats",
     "order_of",
+    "parse_ensemble",
     "parse_groups",
     "parse_label_sets",
     "parse_labels",

@@ -80,7 +80,16 @@ def undo_steps(steps: Sequence[Any], coef: Array, intercept: Array) -> tuple[Arr
     InvalidArgumentError
         A step that cannot be undone.
     """
+    from lmprobe_zarr.probes.augment import AllButLast, MassMeanColumn
+
     for step in reversed([step for step in steps if step not in (None, "passthrough")]):
+        if isinstance(step, MassMeanColumn):
+            coef = coef[:, :-1] + coef[:, -1:] * step.direction_
+            continue
+        if isinstance(step, AllButLast):
+            others, intercept = undo_steps([step.step_], coef[:, :-1], intercept)
+            coef = np.hstack([others, coef[:, -1:]])
+            continue
         offset, matrix = _affine(step)
         coef = coef * matrix if matrix.ndim == 1 else coef @ matrix
         intercept = intercept - coef @ offset
@@ -113,5 +122,5 @@ def _affine(step: Any) -> tuple[Array, Array]:
             components = components / np.sqrt(step.explained_variance_)[:, None]
         return np.asarray(step.mean_, dtype=np.float64), components
     raise InvalidArgumentError(
-        f"{type(step).__name__} cannot be undone: coefficients are known behind StandardScaler, LayerScaler and PCA only"
+        f"{type(step).__name__} cannot be undone: coefficients are known behind StandardScaler, LayerScaler, PCA and MassMeanColumn only"
     )

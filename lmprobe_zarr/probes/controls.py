@@ -25,12 +25,13 @@ from lmprobe_zarr.probes.folds import Fold, group_codes
 from lmprobe_zarr.probes.identity import list_prompts, show_prompts
 from lmprobe_zarr.probes.labels import Groups, Labels, bare_variable
 from lmprobe_zarr.probes.pipelines import make_pipeline_for, parse_preprocessing
+from lmprobe_zarr.probes.sentence_embeddings import check_encoder, embed_texts, is_encoder
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
-    "BAGS_OF_TOKENS", "CONTROLS", "Shuffle", "Trial", "check_shuffles", "deal_to_units", "list_trials", "make_estimator", "parse_controls",
-    "read_features", "shuffle_labels",
+    "BAGS_OF_TOKENS", "CONTROLS", "OF_MODELS", "Shuffle", "Trial", "check_shuffles", "deal_to_units", "list_trials", "make_estimator",
+    "parse_controls", "read_features", "shuffle_labels",
 ]  # fmt: skip
 #: Shuffled labels, shape (prompt,), and the folds that were drawn for them.
 Shuffle = tuple[Array, tuple[Fold, ...]]
@@ -47,10 +48,15 @@ CONTROLS: Final[Mapping[str, str]] = {
     "random_direction": "logistic regression on the activations' projection on one random direction",
     "majority": "the most frequent label (of a regression: the mean) for every prompt",
 }
+#: Controls that are fitted on what a model makes of the texts that is given with them.
+OF_MODELS: Final[Mapping[str, str]] = {
+    "sentence_embedding": "logistic regression on sentence embeddings of the text by another model, an encoder",
+}
 #: Values of `Trial.features` that have a meaning of their own.
 ACTIVATIONS: Final = "activations"
 DIRECTION: Final = "random_direction"
 LAYER_0: Final = "layer_0"
+SENTENCES: Final = "sentence_embedding"
 _SIMPLE: Final[Mapping[str, str]] = {"classification": "logistic_regression", "regression": "ridge_regression"}
 
 
@@ -172,12 +178,19 @@ def parse_controls(controls: Any) -> dict[str, Any]:
     for name, features in found.items():
         if not isinstance(name, str):
             raise InvalidTypeError(f"controls={controls!r:.60} are no names: give some of {', '.join(CONTROLS)}, or {{name: features}}")
-        if features is None and name not in CONTROLS and name not in BAGS_OF_TOKENS:
+        if features is None and name not in CONTROLS and name not in BAGS_OF_TOKENS and name not in OF_MODELS:
             raise InvalidArgumentError(
-                f"there is no control {name!r}: use some of {', '.join((*CONTROLS, *BAGS_OF_TOKENS))}, or give its features as {{name: …}}"
+                f"there is no control {name!r}: use some of {', '.join((*CONTROLS, *BAGS_OF_TOKENS, *OF_MODELS))}, or give its features as "
+                f"{{name: …}}"
             )
         if name == "shuffled_labels":
             check_shuffles(features)
+        elif name == SENTENCES and features is None:
+            raise InvalidArgumentError(
+                "control 'sentence_embedding' needs an encoder: give its folder, {'sentence_embedding': 'models/all-MiniLM-L6-v2'}"
+            )
+        elif name == SENTENCES and is_encoder(features):
+            check_encoder(features)
         elif features is not None and name in ("layer_0", "majority", "random_direction", "text", "activations"):
             raise InvalidArgumentError(f"control {name!r} takes no features: give None for it, or call yours otherwise")
     return found
@@ -289,7 +302,7 @@ def deal_to_units(given: Array, unit: Array | None, rng: np.random.Generator) ->
 
 
 def read_features(
-    trials: Sequence[Trial], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array
+    trials: Sequence[Trial], controls: Mapping[str, Any], array: xr.DataArray, given: xr.Dataset | None, rows: Array, *, run: bool = True
 ) -> dict[str, Any]:
     """By name, what trials without a layer are fitted on: texts, small matrices of float64, or a lazy variable.
 
@@ -304,6 +317,8 @@ def read_features(
         Where embeddings and perplexities are looked up.
     rows : ndarray of int
         The prompts that must have a value.
+    run : bool
+        Whether an encoder of sentences is run. Without, zeros stand for its embeddings, for a plan that is never fitted.
 
     Raises
     ------
@@ -318,6 +333,11 @@ def read_features(
             continue
         if key in BAGS_OF_TOKENS:
             found[key] = read_token_ids(key, controls[key], array, given, rows)
+        elif key == SENTENCES and is_encoder(own[key]):
+            texts = _texts(trial.name, array, rows)
+            embedded = embed_texts([texts[row] for row in rows], own[key]) if run else np.zeros((len(rows), 1))
+            found[key] = np.full((len(texts), embedded.shape[1]), np.nan)
+            found[key][rows] = embedded
         elif key in own:
             found[key] = _own_features(key, own[key], array)
         elif key == "text":

@@ -5,7 +5,7 @@ whose fitted attributes are set to arrays of checked shapes.
 
 The document, a text in the file's metadata: ``{"format", "version", "header", "written_by", "steps": [{"name", "class",
 "n_features_in", "params", "values"}]}``; beside it ``sha256`` of document, table of tensors and values. The tensors are called
-``<step>.<attribute>``.
+``<step>.<attribute>``. A step with ``"all_but_last": true`` passes the last column on (version 2).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from inspect import signature
 from itertools import pairwise
@@ -25,57 +24,30 @@ import numpy as np
 
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, NotAProbeError, UnsupportedVersionError
 from lmprobe_zarr.probes.container import LARGEST_HEADER, pack_tensors, parse_json, unpack_tensors
+from lmprobe_zarr.probes.file_checks import Kind, Shapes, check_step
 from lmprobe_zarr.typing import Array
 
 __all__ = ["FORMAT", "VERSION", "dump_probe", "parse_probe"]
 
 FORMAT = "lmprobe-zarr-probe"
-VERSION = 1
+#: Written where it is needed: with a mass-mean column, which older releases do not know.
+VERSION = 2
 
-_SHAPES = Mapping[str, tuple[tuple[str, ...], ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """How the estimators of one class are saved and made again.
-
-    Shapes are given by letters that must mean the same number wherever they occur in a step: n columns go in and m come out,
-    k classes, r scores (1 for two classes), l layers, h hidden units, c members, a heads; digits stand for themselves. Several shapes
-    are alternatives.
-    """
-
-    module: str
-    #: Fitted arrays that predictions need.
-    arrays: _SHAPES
-    #: Fitted arrays and numbers that predictions do not need, such as the number of iterations.
-    diagnostics: tuple[str, ...] = ()
-    #: Attributes with the same value in every estimator that can be saved.
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    classifies: bool = False
-    transforms: bool = False
-    #: The label binarizer's value for the other classes; None without a binarizer.
-    negative: int | None = None
-    #: Attributes that are lists of arrays, one per layer of a network.
-    network: bool = False
-    #: The parameters' values that can be saved; with others, predictions would need more than is saved.
-    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-
-
-_LINEAR: _SHAPES = {"coef_": (("r", "n"), ("n",)), "intercept_": (("r",), ())}
-_REGRESSION: _SHAPES = {"coef_": (("n",),), "intercept_": ((), ("1",))}
-_OF_HEADS: _SHAPES = {"coef_": (("a", "r", "n"),), "intercept_": (("r",),)}
-_OF_TOKENS: _SHAPES = {"coef_": (("r", "n"),), "intercept_": (("r",),)}
+_LINEAR: Shapes = {"coef_": (("r", "n"), ("n",)), "intercept_": (("r",), ())}
+_REGRESSION: Shapes = {"coef_": (("n",),), "intercept_": ((), ("1",))}
+_OF_HEADS: Shapes = {"coef_": (("a", "r", "n"),), "intercept_": (("r",),)}
+_OF_TOKENS: Shapes = {"coef_": (("r", "n"),), "intercept_": (("r",),)}
 _CURVES = ("n_iter_", "converged_", "loss_curve_", "inner_loss_curve_")
 _SEQUENCES = "lmprobe_zarr.probes.sequence_classifiers"
-_KINDS: Mapping[str, _Kind] = {
-    "StandardScaler": _Kind(
+_KINDS: Mapping[str, Kind] = {
+    "StandardScaler": Kind(
         "sklearn.preprocessing",
         {"mean_": (("n",),), "scale_": (("n",),), "var_": (("n",),)},
         ("n_samples_seen_",),
         transforms=True,
         only={"with_mean": (True,), "with_std": (True,)},
     ),
-    "PCA": _Kind(
+    "PCA": Kind(
         "sklearn.decomposition",
         {
             "components_": (("m", "n"),),
@@ -87,44 +59,45 @@ _KINDS: Mapping[str, _Kind] = {
         ("n_components_", "n_samples_", "noise_variance_"),
         transforms=True,
     ),
-    "LayerScaler": _Kind(
+    "LayerScaler": Kind(
         "lmprobe_zarr.probes.scaling",
         {"mean_": (("l", "1"), ("l", "h")), "scale_": (("l", "1"), ("l", "h"))},
         transforms=True,
         only={"mode": ("per_neuron", "per_layer")},
     ),
-    "LogisticRegression": _Kind("sklearn.linear_model", _LINEAR, ("n_iter_",), classifies=True),
-    "LogisticRegressionCV": _Kind("sklearn.linear_model", _LINEAR, ("n_iter_", "C_", "Cs_"), classifies=True),
-    "RidgeClassifier": _Kind("sklearn.linear_model", _LINEAR, ("n_iter_",), classifies=True, negative=-1),
-    "DescentClassifier": _Kind("lmprobe_zarr.probes.descent", _LINEAR, ("n_iter_", "t_", "converged_"), classifies=True),
+    "MassMeanColumn": Kind("lmprobe_zarr.probes.augment", {"direction_": (("n",),)}, transforms=True, adds=1),
+    "LogisticRegression": Kind("sklearn.linear_model", _LINEAR, ("n_iter_",), classifies=True),
+    "LogisticRegressionCV": Kind("sklearn.linear_model", _LINEAR, ("n_iter_", "C_", "Cs_"), classifies=True),
+    "RidgeClassifier": Kind("sklearn.linear_model", _LINEAR, ("n_iter_",), classifies=True, negative=-1),
+    "DescentClassifier": Kind("lmprobe_zarr.probes.descent", _LINEAR, ("n_iter_", "t_", "converged_"), classifies=True),
     # What 'sgd' was before; saved probes hold it.
-    "SGDClassifier": _Kind("sklearn.linear_model", _LINEAR, ("n_iter_", "t_"), classifies=True),
-    "LinearSVC": _Kind("sklearn.svm", _LINEAR, ("n_iter_",), classifies=True),
-    "LinearDiscriminantAnalysis": _Kind(
+    "SGDClassifier": Kind("sklearn.linear_model", _LINEAR, ("n_iter_", "t_"), classifies=True),
+    "LinearSVC": Kind("sklearn.svm", _LINEAR, ("n_iter_",), classifies=True),
+    "LinearDiscriminantAnalysis": Kind(
         "sklearn.discriminant_analysis", {**_LINEAR, "means_": (("k", "n"),), "priors_": (("k",),)}, classifies=True
     ),
-    "MassMeanClassifier": _Kind("lmprobe_zarr.probes.mass_mean", {**_LINEAR, "means_": (("k", "n"),)}, classifies=True),
-    "EnsembleClassifier": _Kind(
+    "MassMeanClassifier": Kind("lmprobe_zarr.probes.mass_mean", {**_LINEAR, "means_": (("k", "n"),)}, classifies=True),
+    "EnsembleClassifier": Kind(
         "lmprobe_zarr.probes.ensemble",
         {**_LINEAR, "coefs_": (("c", "r", "n"),), "intercepts_": (("c", "r"),)},
         ("n_iter_",),
         classifies=True,
     ),
-    "MLPClassifier": _Kind("sklearn.neural_network", {}, ("n_iter_", "loss_", "t_"), classifies=True, negative=0, network=True),
-    "DummyClassifier": _Kind(
+    "MLPClassifier": Kind("sklearn.neural_network", {}, ("n_iter_", "loss_", "t_"), classifies=True, negative=0, network=True),
+    "DummyClassifier": Kind(
         "sklearn.dummy",
         {"class_prior_": (("k",),)},
         constants={"n_outputs_": 1, "sparse_output_": False},
         classifies=True,
         only={"strategy": ("prior", "most_frequent")},
     ),
-    "AttentionClassifier": _Kind(_SEQUENCES, {"query_": (("a", "n"),), **_OF_HEADS}, _CURVES, classifies=True),
-    "MultimaxClassifier": _Kind(_SEQUENCES, _OF_HEADS, _CURVES, classifies=True),
-    "SoftmaxMeanClassifier": _Kind(_SEQUENCES, _OF_TOKENS, _CURVES, classifies=True),
-    "RollingMeanMaxClassifier": _Kind(_SEQUENCES, _OF_TOKENS, _CURVES, classifies=True),
-    "Ridge": _Kind("sklearn.linear_model", _REGRESSION, ("n_iter_",)),
-    "ScaledTargetLasso": _Kind("lmprobe_zarr.probes.regressors", _REGRESSION, ("n_iter_",)),
-    "ScaledTargetLinearSVR": _Kind("lmprobe_zarr.probes.regressors", _REGRESSION, ("n_iter_",)),
+    "AttentionClassifier": Kind(_SEQUENCES, {"query_": (("a", "n"),), **_OF_HEADS}, _CURVES, classifies=True),
+    "MultimaxClassifier": Kind(_SEQUENCES, _OF_HEADS, _CURVES, classifies=True),
+    "SoftmaxMeanClassifier": Kind(_SEQUENCES, _OF_TOKENS, _CURVES, classifies=True),
+    "RollingMeanMaxClassifier": Kind(_SEQUENCES, _OF_TOKENS, _CURVES, classifies=True),
+    "Ridge": Kind("sklearn.linear_model", _REGRESSION, ("n_iter_",)),
+    "ScaledTargetLasso": Kind("lmprobe_zarr.probes.regressors", _REGRESSION, ("n_iter_",)),
+    "ScaledTargetLinearSVR": Kind("lmprobe_zarr.probes.regressors", _REGRESSION, ("n_iter_",)),
 }
 #: Parameters that only fits use and that some versions of scikit-learn lack.
 _FIT_ONLY = frozenset({"l1_ratios", "use_legacy_attributes", "n_jobs", "power_iteration_normalizer", "n_oversamples"})
@@ -157,8 +130,9 @@ def dump_probe(pipeline: Any, header: Mapping[str, Any]) -> bytes:
     tensors: dict[str, Array] = {}
     steps = []
     for name, step in _flat(pipeline):
-        described, arrays = _describe_step(name, step)
-        steps.append(described)
+        passing = type(step).__name__ == "AllButLast"
+        described, arrays = _describe_step(name, step.step_ if passing else step)
+        steps.append({**described, "all_but_last": True} if passing else described)
         tensors |= {f"{name}.{attribute}": array for attribute, array in arrays.items()}
     if not _in_order([_KINDS[step["class"]] for step in steps]):
         raise InvalidArgumentError("only transformers with one estimator at the end can be saved: the pipeline has no estimator there")
@@ -166,7 +140,7 @@ def dump_probe(pipeline: Any, header: Mapping[str, Any]) -> bytes:
         raise InvalidArgumentError("two steps of the pipeline have the same name: only pipelines made by name can be saved")
     document = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if any("all_but_last" in step or step["class"] == "MassMeanColumn" for step in steps) else 1,
         "header": _plain(header, "the header"),
         "written_by": [f"{package} {version(package)}" for package in ("lmprobe-zarr", "scikit-learn")],
         "steps": steps,
@@ -257,7 +231,7 @@ def _describe_step(name: str, step: Any) -> tuple[dict[str, Any], dict[str, Arra
     turned = sorted(attribute for attribute, array in arrays.items() if array.ndim == 2 and _is_fortran_ordered(array))
     if turned:
         values["turned"] = turned
-    _check_step(name, called, kind, described, arrays, InvalidArgumentError, f"{called} cannot be saved")
+    check_step(name, called, kind, described, arrays, InvalidArgumentError, f"{called} cannot be saved")
     return described, arrays
 
 
@@ -265,12 +239,12 @@ def _is_fortran_ordered(array: Array) -> bool:
     return min(array.shape, default=0) > 1 and abs(array.strides[0]) < abs(array.strides[1])
 
 
-def _needed(kind: _Kind) -> list[str]:
+def _needed(kind: Kind) -> list[str]:
     classes = ["classes_"] if kind.classifies else []
     return [*kind.arrays, *classes, *(("coefs_", "intercepts_") if kind.network else ()), "n_features_in_"]
 
 
-def _params(step: Any, kind: _Kind) -> dict[str, Any]:
+def _params(step: Any, kind: Kind) -> dict[str, Any]:
     """The parameters that are not the constructor's own defaults, which differ between versions of scikit-learn."""
     defaults = {name: parameter.default for name, parameter in signature(type(step).__init__).parameters.items()}
     found = {}
@@ -367,18 +341,20 @@ def parse_probe(data: bytes, where: str) -> tuple[Any, dict[str, Any]]:
 
     made = [_assemble_step(step, owned, where) for step in steps]
     names = [name for name, _, _ in made]
-    kinds = [_KINDS[type(step).__name__] for _, step, _ in made]
+    kinds = [_KINDS[step["class"]] for step in steps]
     if len(set(names)) < len(names) or set(owned) != set(names):
         raise NotAProbeError(f"{where} is damaged: its tensors are not those of its steps")
     if not _in_order(kinds):
         raise NotAProbeError(f"{where} is damaged: its steps are not transformers with one estimator at the end")
+    if any(type(step).__name__ == "AllButLast" for _, step, _ in made) and "MassMeanColumn" not in {step["class"] for step in steps}:
+        raise NotAProbeError(f"{where} is damaged: a step passes on a column that no step before it has made")
     for (_, before, width), (_, after, _) in pairwise(made):
         if width != after.n_features_in_:
             raise NotAProbeError(f"{where} is damaged: {type(before).__name__} gives {width} columns, {type(after).__name__} takes others")
     return Pipeline([(name, step) for name, step, _ in made]), header
 
 
-def _class(called: str, kind: _Kind) -> Any:
+def _class(called: str, kind: Kind) -> Any:
     return getattr(importlib.import_module(kind.module), called)
 
 
@@ -397,7 +373,7 @@ def _assemble_step(described: Any, owned: Mapping[str, dict[str, Array]], where:
         raise NotAProbeError(f"{damaged}: step {name[:80]!r} lacks its width, parameters or values")
     kind = _KINDS[called]
     arrays = dict(owned.get(name, {}))
-    width = _check_step(name, called, kind, described, arrays, NotAProbeError, damaged)
+    width = check_step(name, called, kind, described, arrays, NotAProbeError, damaged)
 
     step = _make_step(called, kind, params, where)
     for attribute in values.get("turned", ()):
@@ -423,7 +399,15 @@ def _assemble_step(described: Any, owned: Mapping[str, dict[str, Array]], where:
     if called in ("LogisticRegression", "LogisticRegressionCV", "RidgeClassifier", "Ridge") and not hasattr(step, "n_iter_"):
         step.n_iter_ = None
     step.n_features_in_ = n
-    return name, step, width
+    if "all_but_last" not in described:
+        return name, step, width
+    if described["all_but_last"] is not True or not kind.transforms:
+        raise NotAProbeError(f"{damaged}: step {name[:80]!r} ({called}) does not say which columns it takes")
+    from lmprobe_zarr.probes.augment import AllButLast
+
+    passing = AllButLast(step)
+    passing.step_, passing.n_features_in_ = step, step.n_features_in_ + 1
+    return name, passing, width + 1
 
 
 def _is_name(name: Any) -> TypeGuard[str]:
@@ -436,7 +420,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
 
-def _make_step(called: str, kind: _Kind, params: Mapping[str, Any], where: str) -> Any:
+def _make_step(called: str, kind: Kind, params: Mapping[str, Any], where: str) -> Any:
     made = _class(called, kind)
     known = signature(made.__init__).parameters
     unknown = [name for name in params if name not in known and name not in _FIT_ONLY]
@@ -479,7 +463,7 @@ def _class_labels(values: Mapping[str, Any], arrays: Mapping[str, Array]) -> Arr
     return np.array(labels, dtype=object if kind == "O" else None)
 
 
-def _set_classes(step: Any, kind: _Kind, labels: Array, damaged: str) -> None:
+def _set_classes(step: Any, kind: Kind, labels: Array, damaged: str) -> None:
     if kind.negative is not None:
         from sklearn.preprocessing import LabelBinarizer
 
@@ -505,83 +489,5 @@ def _set_network(step: Any, arrays: Mapping[str, Array]) -> None:
 # -- both ------------------------------------------------------------------------------------------------------------------
 
 
-def _in_order(kinds: Sequence[_Kind]) -> bool:
+def _in_order(kinds: Sequence[Kind]) -> bool:
     return bool(kinds) and all(kind.transforms for kind in kinds[:-1]) and not kinds[-1].transforms
-
-
-def _check_step(
-    name: str, called: str, kind: _Kind, described: Mapping[str, Any], arrays: Mapping[str, Array], error: type[Exception], prefix: str
-) -> int:
-    """The number of columns that a step gives, once its arrays are checked: all present, finite, and of matching shapes."""
-    values = described["values"]
-    what = f"{prefix}: step {name[:80]!r} ({called})"
-    sizes: dict[str, int] = {"n": described["n_features_in"], "1": 1}
-    classes = arrays.get("classes_", values.get("classes_"))
-    if kind.classifies:
-        if isinstance(classes, list):
-            texts = classes[1] if len(classes) == 2 and classes[0] in ("U", "O") else None
-            classes = texts if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else None
-        elif isinstance(classes, np.ndarray) and classes.ndim != 1:
-            classes = None
-        least = 1 if called == "DummyClassifier" else 2
-        if classes is None or len(classes) < least or len(set(np.asarray(classes).tolist())) < len(classes):
-            raise error(f"{what} has no classes, or one twice")
-        sizes |= {"k": len(classes), "r": 1 if len(classes) == 2 else len(classes)}
-    shapes = dict(kind.arrays)
-    if kind.network:
-        shapes |= _network_shapes(arrays, what, error)
-    for attribute, alternatives in shapes.items():
-        if () in alternatives and attribute in values and attribute not in arrays:
-            continue
-        if attribute not in arrays:
-            raise error(f"{what} lacks its array {attribute}")
-        if not any(_matches(arrays[attribute].shape, shape, sizes) for shape in alternatives):
-            raise error(f"{what} has an array {attribute} of shape {arrays[attribute].shape}, which does not fit its others")
-        if arrays[attribute].dtype.kind != "f" or arrays[attribute].dtype.itemsize < 4:
-            raise error(f"{what} has an array {attribute} of {arrays[attribute].dtype}, expected float32 or float64")
-    if "h" in sizes and sizes["l"] * sizes["h"] != sizes["n"]:
-        raise error(f"{what} has {sizes['l']} layers of {sizes['h']} units, expected {sizes['n']} columns in all")
-    if "l" in sizes and sizes["n"] % sizes["l"]:
-        raise error(f"{what} has {sizes['l']} layers in {sizes['n']} columns")
-    allowed = {*kind.diagnostics, *(["classes_"] if kind.classifies else [])}
-    for attribute, array in arrays.items():
-        if attribute not in shapes and attribute not in allowed:
-            raise error(f"{what} has an array {attribute[:80]!r} that does not belong to it")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise error(f"{what} has an array {attribute[:80]} that is NaN or infinite")
-    turned = values.get("turned", [])
-    if not isinstance(turned, list) or not all(isinstance(each, str) and each in arrays and arrays[each].ndim == 2 for each in turned):
-        raise error(f"{what} does not say how its matrices lie")
-    numbers = {*kind.diagnostics, *(attribute for attribute, alternatives in kind.arrays.items() if () in alternatives)}
-    if not set(values) <= {*numbers, *allowed, "turned"} or not all(
-        isinstance(values[each], int | float) for each in numbers & set(values)
-    ):
-        raise error(f"{what} has values that do not belong to it")
-    return sizes.get("m", sizes["n"])
-
-
-def _network_shapes(arrays: Mapping[str, Array], what: str, error: type[Exception]) -> dict[str, Any]:
-    """The shapes of a network's weights and intercepts; each layer takes as many columns as the one before gives."""
-    depth = sum(name.startswith("coefs_.") for name in arrays)
-    if not 0 < depth < 100:
-        raise error(f"{what} is a network of {depth} layers")
-    shapes: dict[str, Any] = {}
-    for number in range(depth):
-        before, after = "n" if not number else f"w{number}", "r" if number == depth - 1 else f"w{number + 1}"
-        shapes |= {f"coefs_.{number}": ((before, after),), f"intercepts_.{number}": ((after,),)}
-    return shapes
-
-
-def _matches(shape: tuple[int, ...], letters: tuple[str, ...], sizes: dict[str, int]) -> bool:
-    """Whether a shape matches its letters; the size of a letter that occurs for the first time is recorded in `sizes`."""
-    if (
-        len(shape) != len(letters)
-        or 0 in shape
-        or any(sizes.get(letter, size) != size for letter, size in zip(letters, shape, strict=True))
-    ):
-        return False
-    # The first axis may only be missing where it has length 1.
-    if letters == ("n",) and sizes.get("r", 1) != 1:
-        return False
-    sizes.update(zip(letters, shape, strict=True))
-    return True

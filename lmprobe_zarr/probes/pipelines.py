@@ -108,6 +108,7 @@ def make_pipeline_for(
     params: Mapping[str, Any] | None = None,
     random_state: int = 0,
     strength: float | None = None,
+    mass_mean_augment: bool = False,
 ) -> Any:
     """A fresh, unfitted scikit-learn pipeline for activations of shape (prompt, layer × hidden).
 
@@ -116,8 +117,10 @@ def make_pipeline_for(
     1. A scaler of every hidden unit, unless `preprocessing` has a "standard" or "per_layer" step, which then takes its place:
        ``layer_scaler`` (:class:`~lmprobe_zarr.probes.scaling.LayerScaler`) for several layers, unless `normalize_layers` is
        False; ``standard`` for a single layer, where the named estimator standardises by default.
-    2. ``standard``, ``per_layer`` and ``pca``, as `preprocessing` says.
-    3. ``probe``, the estimator alone.
+    2. ``mass_mean``, with `mass_mean_augment`: one more column (:class:`~lmprobe_zarr.probes.augment.MassMeanColumn`), which the next
+       steps pass on as it is.
+    3. ``standard``, ``per_layer`` and ``pca``, as `preprocessing` says.
+    4. ``probe``, the estimator alone.
 
     For several layers a named estimator's own standardisation is left out, since it would undo "per_layer" and False.
 
@@ -139,11 +142,15 @@ def make_pipeline_for(
         Seeds the estimator and the principal components.
     strength : float, optional
         As for :func:`~lmprobe_zarr.probes.make_probe`.
+    mass_mean_augment : bool
+        Whether the projection on the difference of the two class means, of the scaled rows before `preprocessing`, is one more column.
+        A single layer is then scaled first even if `preprocessing` has a "standard" step, as lmprobe scales it.
 
     Raises
     ------
     InvalidArgumentError, InvalidTypeError
-        As :func:`~lmprobe_zarr.probes.make_probe` and :func:`parse_preprocessing`; or an unknown way to normalise, or no layer.
+        As :func:`~lmprobe_zarr.probes.make_probe` and :func:`parse_preprocessing`; or an unknown way to normalise, no layer, or
+        `mass_mean_augment` for a regression or a classifier that learns how to pool.
     """
     check_task(task)
     if isinstance(n_layers, bool) or not isinstance(n_layers, int | np.integer):
@@ -153,6 +160,13 @@ def make_pipeline_for(
     if not isinstance(normalize_layers, bool | str) or normalize_layers not in (True, False, "per_neuron", "per_layer"):
         raise InvalidArgumentError(f"normalize_layers={normalize_layers!r} is unknown: use True, False, 'per_neuron' or 'per_layer'")
     wanted = parse_preprocessing(preprocessing, pca_components)
+    if not isinstance(mass_mean_augment, bool | np.bool_):
+        raise InvalidTypeError(f"mass_mean_augment={mass_mean_augment!r} is neither True nor False")
+    if mass_mean_augment and (task == "regression" or is_sequence_classifier(probe)):
+        what = "a regression has none" if task == "regression" else f"{probe!r} learns from the tokens of prompts"
+        raise InvalidArgumentError(
+            f"mass_mean_augment=True projects vectors of prompts on the difference of class means, and {what}: leave it out"
+        )
     estimator: Any
     if is_sequence_classifier(probe) and task == "classification":
         from lmprobe_zarr.probes.sequence_classifiers import make_sequence_classifier
@@ -165,15 +179,19 @@ def make_pipeline_for(
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
 
+    from lmprobe_zarr.probes.augment import AllButLast, MassMeanColumn
     from lmprobe_zarr.probes.scaling import LayerScaler
 
     steps: list[tuple[str, Any]] = []
-    if not any(step.kind in ("standard", "per_layer") for step in wanted):
+    scaled_by_step = any(step.kind in ("standard", "per_layer") for step in wanted)
+    if not scaled_by_step or (mass_mean_augment and n_layers == 1):
         if n_layers > 1 and normalize_layers is not False:
             mode = normalize_layers if isinstance(normalize_layers, str) else "per_neuron"
             steps.append(("layer_scaler", LayerScaler(int(n_layers), mode)))
         elif n_layers == 1 and (standardises(probe) or is_sequence_classifier(probe)):
             steps.append(("standard", StandardScaler()))
+    if mass_mean_augment:
+        steps.append(("mass_mean", MassMeanColumn()))
     for step in wanted:
         made: Any = PCA(step.n_components, random_state=random_state)
         if step.kind == "standard":
@@ -182,5 +200,5 @@ def make_pipeline_for(
             # After principal components there are no layers any more.
             made = LayerScaler(1 if any(name.startswith("pca") for name, _ in steps) else int(n_layers), "per_layer")
         taken = sum(name == step.kind or name.startswith(f"{step.kind}_") for name, _ in steps)
-        steps.append((step.kind if not taken else f"{step.kind}_{taken + 1}", made))
+        steps.append((step.kind if not taken else f"{step.kind}_{taken + 1}", AllButLast(made) if mass_mean_augment else made))
     return Pipeline([*steps, ("probe", estimator)])

@@ -74,7 +74,7 @@ def fit_probe(probe: str | Estimator, estimator: Any, rows: Any, labels: Array, 
     plain = isinstance(rows, np.ndarray) and rows.dtype == np.float64 and rows.ndim == 2
     if is_ridge(probe) and plain and last.solver == "auto" and not last.positive:
         for _, step in steps[:-1]:
-            rows = step.fit_transform(rows)
+            rows = step.fit_transform(rows, labels)
         _fit_ridge(last, rows, labels, weights)
         return estimator
     key = f"{name}__sample_weight" if name else "sample_weight"

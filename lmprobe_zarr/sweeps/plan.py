@@ -262,11 +262,11 @@ def plan_sweep(
         controls=controls, preprocessing=preprocessing, strengths=strengths, choose=choose, inner_cv=inner_cv, choose_by=choose_by,
         repeats=repeats, seeds=seeds, missing=missing, predictions=predictions, random_state=random_state, solver=solver, device=device,
     )  # fmt: skip
-    return make_sweep(options).plan
+    return make_sweep(options, run=False).plan
 
 
-def make_sweep(options: SweepOptions) -> Sweep:
-    """The sweep that options describe; nothing is read but coordinates.
+def make_sweep(options: SweepOptions, *, run: bool = True) -> Sweep:
+    """The sweep that options describe; nothing is read but coordinates, and no model is run but that of a control, with `run`.
 
     Raises
     ------
@@ -302,7 +302,7 @@ def make_sweep(options: SweepOptions) -> Sweep:
         )
     fits = FitPlan(
         variables=variables,
-        features=read_features(design.trials, controls, arrays[0], dataset, data.rows),
+        features=read_features(design.trials, controls, arrays[0], dataset, data.rows, run=run),
         labels=data.labels,
         shuffled=shuffled,
         folds=folds,

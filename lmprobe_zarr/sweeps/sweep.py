@@ -98,8 +98,9 @@ def sweep(
         "layer_0", "embed", "random_direction", "majority"; see :data:`lmprobe_zarr.probes.controls.CONTROLS`. Features of one's own
         are numbers, one row per prompt. ``{"shuffled_labels": 100}`` shuffles so many times and gives p-values, see Returns.
         ``{"bag_of_tokens": store.tokens()}``, and "tfidf_of_tokens", count the model's own tokens, which are matched by prompt; they
-        also take a list of token ids for each prompt. Names without features have None in a mapping. The coordinate ``kind`` tells
-        controls from probes.
+        also take a list of token ids for each prompt. ``{"sentence_embedding": folder}`` runs the encoder in that folder, or a given
+        ``(model, tokenizer)``, on the texts: the mean over tokens, of length 1. Names without features have None in a mapping. The
+        coordinate ``kind`` tells controls from probes.
     preprocessing : str, optional
         In front of every probe, instead of its own standardisation: "standard", "per_layer", "pca:50", or several with "+".
     strengths : sequence of float, optional
@@ -177,7 +178,7 @@ def sweep(
         needs probabilities of an estimator without, folds that do not fit or that would put one prompt or group on both sides, an
         unknown solver, a device that does not exist, or an `out` that holds the scores of another sweep.
     MissingDependencyError
-        solver="batched" without torch.
+        solver="batched" without torch, or the control "sentence_embedding" without torch and transformers.
     DeviceMemoryError
         A GPU has too little memory for the fits of a layer.
     LabelError

@@ -261,7 +261,10 @@ def test_sweep_shuffles_as_often_as_the_control_says_and_shows_p_values(stored: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep", "{store}", "--variable", "resid_mean", "--controls", "length=3"], "only shuffled_labels takes a number"),
+        (
+            ["sweep", "{store}", "--variable", "resid_mean", "--controls", "length=3"],
+            "shuffled_labels takes a number, as",
+        ),
         (["sweep", "{store}", "--variable", "resid_mean", "--controls", "shuffled_labels=many"], "'shuffled_labels=many' is no control"),
         (["sweep", "{store}", "--variable", "resid_mean", "--controls", "shuffled_labels=0"], "such as 100, or None for once"),
         (["info", "{tmp}/nowhere"], "there is no store at"),

@@ -30,7 +30,7 @@ ORDER = [
     "bridges streaming backend",
     "extraction accessor",
     "cache probe demo",
-    "reports",
+    "probe_ensemble reports",
     "__init__",
     "cli __main__",
 ]

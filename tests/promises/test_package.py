@@ -138,6 +138,7 @@ def test_the_surface_is_pinned() -> None:
         "LayerSweep",
         "ModelCacheInfo",
         "Probe",
+        "ProbeEnsemble",
         "Report",
         "Store",
         "SweepPlan",

@@ -72,12 +72,17 @@ CALLS: dict[str, Callable[..., Any]] = {
     "Probe.evaluate": lambda array, labels: fitted().evaluate(array.isel(layer=0), labels),
     "Probe.score": lambda array, labels: fitted().score(array.isel(layer=0), labels),
     "Probe.score_from_activations": lambda array, labels: fitted().score_from_activations(array.isel(layer=0), labels),
+    "ProbeEnsemble.fit": lambda array, labels, of="ridge", **given: lz.ProbeEnsemble.bootstrap(probe(of), 2, 0, voting="hard").fit(
+        array.isel(layer=0), labels, **given
+    ),
+    "ProbeEnsemble.score": lambda array, labels: lz.ProbeEnsemble([fitted()], voting="hard").score(array.isel(layer=0), labels),
     "roc_curves": lambda array, labels: curve(roc_curves, array, labels),
     "calibration_curves": lambda array, labels: curve(calibration_curves, array, labels),
 }
 FUNCTIONS: dict[str, Any] = {
     **{name: getattr(lz, name) for name in ("sweep", "plan_sweep", "sweep_tokens", "sweep_transfer", "fit_directions", "fit_tokens")},
     **{f"Probe.{name}": getattr(lz.Probe, name) for name in ("fit", "fit_from_activations", "evaluate", "score", "score_from_activations")},
+    **{f"ProbeEnsemble.{name}": getattr(lz.ProbeEnsemble, name) for name in ("fit", "score")},
     "roc_curves": roc_curves,
     "calibration_curves": calibration_curves,
 }
@@ -95,13 +100,17 @@ OUTSIDE: dict[str, str] = {
     "array.lz.to_series": NO_LABELS,
     "array.lz.heads": NO_LABELS,
     "ds.lz.to_dataframe": NO_LABELS,
+    **{
+        f"ProbeEnsemble.{name}": NO_LABELS
+        for name in ("bootstrap", "from_configs", "predict", "predict_proba", "prediction_std", "predict_spread", "save", "load")
+    },
     **{f"LayerSweep.{name}": NO_LABELS for name in ("predict", "predict_proba")},
     **{f"LayerSweep.{name}": "each layer is scored as by Probe.score, on prompts of its model" for name in ("score", "best_layer")},
     **{
         f"Probe.{name}": NO_LABELS
         for name in (
             "predict", "predict_proba", "predict_from_activations", "predict_proba_from_activations", "decision_function", "warmup",
-            "get_params", "set_params", "save", "load",
+            "get_params", "set_params", "save", "load", "compute_layer_importance",
         )
     },
 }  # fmt: skip
@@ -144,6 +153,8 @@ def numbers(result: Any) -> Any:
     if isinstance(result, xr.Dataset):
         measures = [name for name in ("accuracy", "coef", "auroc", "ece") if name in result]
         return {name: result[name].values.round(5).tolist() for name in measures}
+    if isinstance(result, lz.ProbeEnsemble):
+        return [numbers(member) for member in result.probes_]
     if isinstance(result, lz.Probe):
         return result.pipeline_[-1].coef_.round(5).tolist()
     return str(result)
@@ -192,7 +203,7 @@ def marks_that_outlive_their_values(call: str) -> None:
     signs = 2 * Y - 1
     y = xr.DataArray(signs, dims="prompt", coords={"prompt": activations().prompt}, attrs={"missing": N // 2, "_FillValue": -1})
     array = activations().assign_coords(sign=y)
-    if call in ("Probe.evaluate", "Probe.score", "Probe.score_from_activations", "sweep_transfer"):
+    if call in (*TESTED, "sweep_transfer"):
         for given in (y, "sign"):
             with pytest.raises(LabelError, match="classes") if call == "sweep_transfer" else warnings.catch_warnings():
                 CALLS[call](array, given)
@@ -251,12 +262,14 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "convergence": fits_that_stop_early,
     "several sets": several_sets_of_labels,
 }
-CURVES, TESTED = ("roc_curves", "calibration_curves"), ("Probe.evaluate", "Probe.score", "Probe.score_from_activations")
+CURVES = ("roc_curves", "calibration_curves")
+TESTED = ("Probe.evaluate", "Probe.score", "Probe.score_from_activations", "ProbeEnsemble.score")
+FITTED = ("Probe.fit", "Probe.fit_from_activations", "ProbeEnsemble.fit")
 #: (call, protection) to the reason why there is nothing to protect.
 EXEMPT: dict[tuple[str, str], str] = {
     **{(call, "groups"): "nothing is learned or split here, so nothing can be on both sides" for call in (*CURVES, *TESTED)},
     **{(call, "split"): "there are no folds" for call in (*CURVES, *TESTED, "fit_directions", "fit_tokens")},
-    **{(call, "split"): "one fit on all rows given; select the rows" for call in ("Probe.fit", "Probe.fit_from_activations")},
+    **{(call, "split"): "one fit on all rows given; select the rows" for call in FITTED},
     ("sweep_tokens", "split"): "cv=[(train, test)] of prompts says the same",
     ("sweep_transfer", "split"): "the split is between the datasets; within one, cv takes a splitter",
     **{(call, "convergence"): "nothing is fitted" for call in (*CURVES, *TESTED, "plan_sweep")},
@@ -291,7 +304,8 @@ def test_the_table_has_every_public_call() -> None:
         name for name in lz.__all__ if name.startswith(("sweep", "plan_sweep", "fit_", "score_", "compare", "confidence", "select", "cos"))
     }
     found = functions | {"roc_curves", "calibration_curves"}
-    for prefix, kind in (("Probe", lz.Probe), ("LayerSweep", LayerSweep), ("array.lz", ArrayAccessor), ("ds.lz", DatasetAccessor)):
+    kinds = {"Probe": lz.Probe, "ProbeEnsemble": lz.ProbeEnsemble, "LayerSweep": LayerSweep, "array.lz": ArrayAccessor}
+    for prefix, kind in {**kinds, "ds.lz": DatasetAccessor}.items():
         found |= {f"{prefix}.{name}" for name, held in inspect.getmembers(kind) if not name.startswith("_") and callable(held)}
     found |= {"Probe.decision_function"}
     assert found == set(CALLS) | set(SCORE_CALLS) | set(ROW_CALLS) | set(OUTSIDE)
