@@ -138,6 +138,7 @@ PROBES: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.few(24)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("three", [False, True])
 @pytest.mark.parametrize("given", PROBES, ids=lambda given: "-".join(map(str, given.values())))

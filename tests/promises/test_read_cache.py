@@ -153,6 +153,7 @@ def test_a_second_session_reads_nothing_but_documents(filled: Path, folder: Path
         assert Counter(key for key, _, _ in counted.read_of).most_common(1)[0][1] == 1, "and each document once"
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("name", READS)
 def test_each_kind_of_read_is_kept_by_itself(filled: Path, folder: Path, name: str) -> None:
     read_all(session(filled, folder)[0], [name])
@@ -259,6 +260,7 @@ def _change(path: Path, place: int) -> None:
         file.write(bytes([byte[0] ^ 0x10]))
 
 
+@pytest.mark.few(20)
 @pytest.mark.parametrize("damage", ["a byte", "cut", "longer", "empty", "exchanged", "a folder", "gone", "another's header"])
 def test_entries_that_are_damaged_are_fetched_again_and_mended(filled: Path, folder: Path, damage: str) -> None:
     read_all(session(filled, folder)[0])

@@ -365,6 +365,7 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 }
 
 
+@pytest.mark.few(28)
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
 @CLIENTS
