@@ -189,7 +189,7 @@ def test_a_text_that_no_utf8_can_hold_is_refused_wherever_it_is_given(store: Sto
     with pytest.raises(InvalidArgumentError, match=r"its categories.* holds 'half .ud83d' in row 0"):
         # As objects: strings of pyarrow cannot hold it.
         categories = pd.Index(["half \ud83d", "x"], dtype=object)
-        write(store, {"col": pd.Categorical.from_codes([text == "x" for text in texts], categories)}, prompts)
+        write(store, {"col": pd.Categorical.from_codes([int(text == "x") for text in texts], categories)}, prompts)
     prompts[7777] = "half \udc00"
     with pytest.raises(InvalidArgumentError, match=r"prompts\[7777\] 'half \\udc00' holds a lone surrogate at character 5"):
         write(store, None, prompts)
