@@ -41,7 +41,8 @@ one table under [troubleshooting](troubleshooting.md#errors).
 
 Every error that the package raises on purpose is a `LmprobeZarrError` from `lmprobe_zarr.errors`. It is also the nearest built-in error,
 so that `except ValueError` and the like go on working. A message says what was given, what was expected, and what to do, in at most two
-lines. The command line prints it after `lmprobe-zarr: `, with options in place of arguments of Python, and exits with 1.
+lines. The command line prints it after `lmprobe-zarr: `, with an option in place of an argument of Python
+where the command has one, and exits with 1.
 
 `tests/docs/errors_page.py` provokes each message below and writes this page. `tests/docs/test_errors_page.py` fails if it would write
 another one. In these examples your data are in `/data`.
