@@ -18,11 +18,13 @@ ENVIRONMENT = DOCS / "environment.md"
 
 COMMAND_LINE_HEAD = """# Command line
 
-`lmprobe-zarr COMMAND`, or `python -m lmprobe_zarr COMMAND`. This page is written from what `--help` says, by
-`python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py` fails where the two differ.
+For people who work at a shell. After this page you know every command with an example, its options and its exit codes.
 
-Every command takes `--json` and then prints one JSON document and nothing else. Commands that delete ask first, or need `--yes`. Where no
-store is named, it is the [cache](caching.md).
+`lmprobe-zarr COMMAND`, or `python -m lmprobe_zarr COMMAND`. Every command takes `--json` and then prints one JSON document and nothing
+else. Commands that delete ask first, or need `--yes`. If no store is named, it is the [cache](caching.md).
+
+This page is written from what `--help` says, by `python tests/docs/reference_pages.py`. `tests/docs/test_reference_pages.py` fails if the
+two differ.
 
 | exit code | |
 |---|---|
