@@ -23,6 +23,7 @@ _ADVICE: Final[tuple[tuple[str, str | None, str], ...]] = (
     (r", or leave these prompts out with \.dropna\('prompt'\)", "--layers", ", or choose other layers with --layers"),
     (r", or leave these prompts out with \.dropna\('prompt'\)", None, ""),
     (r", or a scikit-learn estimator", None, ""),
+    (r"; extract them first", "--yes", "; nothing was deleted"),
 )
 
 

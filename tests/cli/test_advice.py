@@ -31,6 +31,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
         (["sweep", "--labels", "label", "--layers", "0", "--missing", "drop", "--cv", "2"], "with --layers 0, or choose other layers"),
         (["report", "--labels", "label"], "give each a label"),
         (["sweep", "--labels", "label", "--missing", "drop", "--layers", "0", "--probes", "nope"], "use one of logistic_regression"),
+        (["sweep", "--labels", "text", "--cv", "2"], "… of 8 classes}: use fewer folds, another column, or label more"),
     ],
 )
 def test_advice_is_an_option_of_the_command(stored: str, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
@@ -69,3 +70,13 @@ def test_advice_is_worded_for_the_command(message: str, command: str | None, sho
     arguments = {"extract": ["m", "p"], "copy": ["a", "b"]}.get(command or "", [])
     parser = _parser().parse_args([command, *arguments]).parser if command else None
     assert for_shell(message, parser) == shown
+
+
+def test_prompts_that_are_not_stored_are_not_to_be_extracted_before_they_are_deleted(
+    stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("a\nnobody has stored this\n")
+    code, _, err = call(capsys, "delete", stored, str(tmp_path / "p.txt"), "--yes")
+    assert code == 1
+    assert err.endswith("number 1 ('nobody has stored this'); nothing was deleted\n")
+    assert lz.open_store(stored, mode="r").dataset().sizes["prompt"] == 8
