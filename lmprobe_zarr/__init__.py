@@ -1,5 +1,7 @@
 """Language-model activations in chunked Zarr v3 stores, sliced with xarray and probed with Dask.
 
+Examples
+--------
 >>> import lmprobe_zarr as lz
 >>> store = lz.open_store("acts")  # doctest: +SKIP
 >>> lz.extract("gpt2", prompts, store=store)  # doctest: +SKIP

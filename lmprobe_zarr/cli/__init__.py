@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import lmprobe_zarr
+from lmprobe_zarr.cli.advice import for_shell
 from lmprobe_zarr.cli.arguments import Parser, join_negative, set_storage_options
 from lmprobe_zarr.cli.cache import add_cache, add_clear, add_delete, add_evict
 from lmprobe_zarr.cli.changes import add_annotate, add_copy, add_drop
@@ -57,14 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run(options) or 0
         sys.stdout.flush()
     except LmprobeZarrError as error:
-        print(f"lmprobe-zarr: {visible(error, lines=True)}", file=sys.stderr)
+        print(f"lmprobe-zarr: {for_shell(visible(error, lines=True), getattr(options, 'parser', None))}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of the pipe, such as head, has ended, so nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(f"lmprobe-zarr: {visible(error, lines=True)}", file=sys.stderr)
+        print(f"lmprobe-zarr: {for_shell(visible(error, lines=True), getattr(options, 'parser', None))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("lmprobe-zarr: interrupted; what was committed is kept", file=sys.stderr)

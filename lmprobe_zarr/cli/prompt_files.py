@@ -69,7 +69,8 @@ def read_prompts(
         for number, record in records:
             if name not in record:
                 there = ", ".join(map(repr, sorted(record))) or "none"
-                raise InvalidArgumentError(f"{source} line {number} has no {name!r}: its columns are {there}")
+                hint = "; --text-column names the column of the prompts" if name == text_column else ""
+                raise InvalidArgumentError(f"{source} line {number} has no {name!r}: its columns are {there}{hint}")
             if record[name] is None and name == text_column:
                 raise InvalidArgumentError(f"{source} line {number}: {name!r} is null: give a value, or leave the line out")
             if isinstance(record[name], str) and not has_utf8(record[name]):

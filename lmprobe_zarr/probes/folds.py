@@ -9,7 +9,7 @@ import inspect
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LabelErr
 from lmprobe_zarr.probes.labels import Groups, Labels, Sides
 from lmprobe_zarr.tokens import check_listed
 from lmprobe_zarr.typing import Array, is_listed
+
+#: How many classes a message lists with their counts, those with the fewest prompts.
+SHOWN_CLASSES: Final = 6
 
 __all__ = [
     "Fold",
@@ -261,10 +264,14 @@ def _check_counts(labels: Sequence[Labels], codes: Array, groups: Groups | None,
             continue
         classes, counts = np.unique(each.values[each.rows][first], return_counts=True)
         if counts.min() < n_splits:
-            listed = ", ".join(f"{label!r}: {count}" for label, count in zip(classes.tolist(), counts.tolist(), strict=True))
+            shown = np.sort(np.argsort(counts, kind="stable")[:SHOWN_CLASSES])
+            listed = ", ".join(
+                f"{label!r:.40}: {count}" for label, count in zip(classes[shown].tolist(), counts[shown].tolist(), strict=True)
+            )
+            more = f", … of {len(classes)} classes" if len(classes) > len(shown) else ""
             raise LabelError(
-                f"{n_splits} folds need {n_splits} different prompts of each class, but there are {{{listed}}}: "
-                "use fewer folds or label more"
+                f"{n_splits} folds need {n_splits} different prompts of each class, but there are {{{listed}{more}}}: "
+                f"use fewer folds{', another column,' if more else ''} or label more"
             )
 
 

@@ -36,12 +36,16 @@ PAGE = ROOT / "docs" / "errors.md"
 
 HEAD = """# Errors
 
-Whatever the package raises on purpose is a `LmprobeZarrError` from `lmprobe_zarr.errors`, and also the built-in error that comes
-nearest, so that `except ValueError` and friends go on working. A message says what was given, what was expected, and what to do, in at
-most two lines; the command line prints it after `lmprobe-zarr: ` and exits with 1.
+For people who catch errors in code, or want to see a real message. After this page you know every class. Cause and way out of each are in
+one table under [troubleshooting](troubleshooting.md#errors).
 
-`tests/docs/errors_page.py` provokes each message below and writes this page; `tests/docs/test_errors_page.py` fails where it would write
-another one. Your data lies in `/data` here.
+Every error that the package raises on purpose is a `LmprobeZarrError` from `lmprobe_zarr.errors`. It is also the nearest built-in error,
+so that `except ValueError` and the like go on working. A message says what was given, what was expected, and what to do, in at most two
+lines. The command line prints it after `lmprobe-zarr: `, with an option in place of an argument of Python
+where the command has one, and exits with 1.
+
+`tests/docs/errors_page.py` provokes each message below and writes this page. `tests/docs/test_errors_page.py` fails if it would write
+another one. In these examples your data are in `/data`.
 """
 
 

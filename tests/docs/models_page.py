@@ -49,6 +49,8 @@ HEAD: Final = """# Models
 
 <!-- Written by `make models`. Do not edit. -->
 
+For people who ask whether their model works. After this page you know what is found in its type, and how it is run.
+
 Every model type of transformers {transformers} that reads text, and what `extract` finds in it without `modules=`. For each a tiny random
 model is built from its configuration (float32, torch {torch}) and extracted in three compositions of batches. All layers of all tokens are
 compared with plain transformers, one prompt at a time.

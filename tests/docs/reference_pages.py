@@ -18,11 +18,13 @@ ENVIRONMENT = DOCS / "environment.md"
 
 COMMAND_LINE_HEAD = """# Command line
 
-`lmprobe-zarr COMMAND`, or `python -m lmprobe_zarr COMMAND`. This page is written from what `--help` says, by
-`python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py` fails where the two differ.
+For people who work at a shell. After this page you know every command with an example, its options and its exit codes.
 
-Every command takes `--json` and then prints one JSON document and nothing else. Commands that delete ask first, or need `--yes`. Where no
-store is named, it is the [cache](caching.md).
+`lmprobe-zarr COMMAND`, or `python -m lmprobe_zarr COMMAND`. Every command takes `--json` and then prints one JSON document and nothing
+else. Commands that delete ask first, or need `--yes`. If no store is named, it is the [cache](caching.md).
+
+This page is written from what `--help` says, by `python tests/docs/reference_pages.py`. `tests/docs/test_reference_pages.py` fails if the
+two differ.
 
 | exit code | |
 |---|---|
@@ -69,12 +71,15 @@ EXAMPLES = {
 
 ENVIRONMENT_HEAD = """# Environment variables
 
-Each is read when its setting is first needed, and again after `lz.config.reload()`; nothing is read when the package is imported. What a
-function sets overrides it, and neither rules a store that a call names, but for the memory for chunks of remote places. A value that
-cannot be used is an error that names the variable.
+For people who configure the cache without code. After this page you know each variable, its values, its default and the function that
+overrides it. The page about [the cache](caching.md) says what the settings are for.
 
-This page is written from `lmprobe_zarr.config.SETTINGS`, by `python tests/docs/reference_pages.py`; `tests/docs/test_reference_pages.py`
-fails where the two differ. The page about [the cache](caching.md) says what the settings are for.
+A variable is read when its setting is first needed, and again after `lz.config.reload()`. Importing the package reads none. A setter
+function overrides the variable. Neither applies to a store that a call names with `store=`, except for what is kept of remote
+places (`LMPROBE_CACHE_KEPT_MB`, `LMPROBE_READ_CACHE`). A value that cannot be used is an error that names the variable.
+
+This page is written from `lmprobe_zarr.config.SETTINGS`, by `python tests/docs/reference_pages.py`. `tests/docs/test_reference_pages.py`
+fails if the two differ.
 """
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import errors_page
 import pytest
+from paths import ROOT
 
 from lmprobe_zarr import errors
 
@@ -28,3 +30,9 @@ def test_the_page_has_every_class_once_and_nothing_else() -> None:
     headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
     assert headings == sorted(set(errors.__all__) - {"LmprobeZarrError"})
     assert text.startswith(errors_page.HEAD)
+
+
+def test_every_class_has_a_way_out_on_the_page_of_troubleshooting() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[`(\w+)`\]\(errors\.md#(\w+)\) \| [^|]+ \| [^|]+ \|$", text, re.MULTILINE)
+    assert rows == [(name, name.lower()) for name in re.findall(r"^## (\w+)$", errors_page.PAGE.read_text(encoding="utf-8"), re.MULTILINE)]

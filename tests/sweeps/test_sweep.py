@@ -190,6 +190,10 @@ def test_a_text_is_matched_before_its_hash_since_token_ids_have_another() -> Non
         (np.stack([Y, Y]), r"shape \(2, 60\)"),
         ([0] * PROMPTS, "all 60 labels 'labels' are 0: .*two classes"),
         ([0] * 57 + [1] * 3, r"5 folds need 5 different prompts of each class, but there are \{0: 57, 1: 3\}"),
+        (
+            [0] * 51 + [*range(1, 10)],
+            r"\{1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1, … of 10 classes\}: use fewer folds, another column, or label more",
+        ),
         ([*Y[:-2].tolist(), None, np.nan], f"miss 2 of 60 prompts .{prompt_hash(TEXTS[58])}, {prompt_hash(TEXTS[59])}.: .*missing='drop'"),
         (Y + 0.25, "continuous"),
         ([*Y[:-1].tolist(), "yes"], "hold int, str"),
