@@ -95,6 +95,7 @@ OUTSIDE: dict[str, str] = {
     "array.lz.to_series": NO_LABELS,
     "array.lz.heads": NO_LABELS,
     "ds.lz.to_dataframe": NO_LABELS,
+    "ds.lz.to_sparse": NO_LABELS,
     **{f"LayerSweep.{name}": NO_LABELS for name in ("predict", "predict_proba")},
     **{f"LayerSweep.{name}": "each layer is scored as by Probe.score, on prompts of its model" for name in ("score", "best_layer")},
     **{
