@@ -136,4 +136,6 @@ def _csr(rows: Ints, columns: Ints, values: Array, shape: tuple[int, int]) -> An
     rows, columns, values = _ordered(rows, columns, values, shape[1])
     starts = np.zeros(shape[0] + 1, np.int64)
     np.cumsum(np.bincount(rows, minlength=shape[0]), out=starts[1:])
-    return csr_array((values, columns, starts), shape=shape)
+    # scikit-learn takes indices of 32 bits alone.
+    kind = np.int32 if max(len(values), *shape) < 2**31 else np.int64
+    return csr_array((values, columns.astype(kind), starts.astype(kind)), shape=shape)

@@ -73,7 +73,7 @@ _KINDS: Mapping[str, _Kind] = {
         {"mean_": (("n",),), "scale_": (("n",),), "var_": (("n",),)},
         ("n_samples_seen_",),
         transforms=True,
-        only={"with_mean": (True,), "with_std": (True,)},
+        only={"with_mean": (True, False), "with_std": (True,)},
     ),
     "PCA": _Kind(
         "sklearn.decomposition",
