@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from lmprobe_zarr.errors import InvalidArgumentError, NumberRangeError
 from lmprobe_zarr.latents.sae import SparseAutoencoder
-from lmprobe_zarr.typing import Array, Ints
+from lmprobe_zarr.typing import Array
 
 __all__ = ["NO_LATENT", "Encoder", "largest"]
 
@@ -112,24 +112,26 @@ def largest(latents: Array, k: int, threshold: float, values: npt.NDArray[np.flo
     """Write the `k` largest latents above a threshold of each row into `values` and `indices`, descending; of equal ones the first."""
     n, width = latents.shape
     kept = latents > threshold
-    if k < width and n and int(kept.sum(axis=1).max()) > k:
-        kept &= latents >= np.partition(latents, width - k, axis=1)[:, width - k, None]
-    rows, columns = np.nonzero(kept)
-    found = latents[rows, columns]
-    order = np.lexsort((columns, -found, rows))
-    rows, columns, found = rows[order], columns[order], found[order]
-    place = _ranks(rows, n)
-    first = place < k
+    counts = np.count_nonzero(kept, axis=1)
+    over = np.flatnonzero(counts > k)
+    if len(over):
+        some = latents[over]
+        least = np.partition(some, width - k, axis=1)[:, width - k]
+        kept[over] &= some >= least[:, None]
+        for row, bound in zip(over.tolist(), least.tolist(), strict=True):
+            equal = np.flatnonzero(kept[row] & (latents[row] == bound))
+            kept[row, equal[len(equal) - (np.count_nonzero(kept[row]) - k) :]] = False  # of several equal to the least the last
+        counts[over] = k
+    flat = np.flatnonzero(kept)
+    rows = np.repeat(np.arange(n), counts)
+    place = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
+    found = np.full((n, k), -np.inf, latents.dtype)
+    columns = np.full((n, k), NO_LATENT, np.int32)
+    found[rows, place], columns[rows, place] = latents.reshape(-1)[flat], flat - rows * width
+    order = np.argsort(-found, axis=1, kind="stable")
+    found, columns = np.take_along_axis(found, order, axis=1), np.take_along_axis(columns, order, axis=1)
     with np.errstate(over="ignore", under="ignore"):
-        values[rows[first], place[first]] = found[first]
+        values[:] = np.where(columns >= 0, found, 0)
     if not np.isfinite(values).all():
         raise NumberRangeError("a latent is beyond 3.4e38, where float32 ends: the weights or the rows are of another scale")
-    indices[rows[first], place[first]] = columns[first]
-    indices[values == 0] = NO_LATENT  # a latent that float32 rounds to zero
-
-
-def _ranks(rows: Ints, n: int) -> Ints:
-    """The place of each entry among those of its row; rows ascend."""
-    starts = np.zeros(n + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=n), out=starts[1:])
-    return np.arange(len(rows)) - starts[rows]
+    indices[:] = np.where(values > 0, columns, NO_LATENT)  # none that float32 rounds to zero
