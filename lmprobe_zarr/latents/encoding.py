@@ -208,12 +208,13 @@ def _planned(view: View, rows: StoredRows, layer: int | None, name: str, record:
     variables = view.variables("tokens")
     names = {"tokens": (f"{name}{VALUES}", f"{name}{INDICES}"), "prompts": list_names_of(name)}
     taken = {name, *names["tokens"], *names["prompts"]}
-    held = variables.get(names["tokens"][0])
-    stored = None if held is None else held.attributes.get(SAE)
+    # Of a repaired store perhaps only some of them are left.
+    held = {**variables, **view.variables("prompts")}
+    stored = next((held[each].attributes[SAE] for each in sorted(taken & held.keys()) if SAE in held[each].attributes), None)
     if stored is not None and stored != _text(record):
         raise InvalidArgumentError(f"{name!r} is taken by latents of another autoencoder or other options ({_difference(stored, record)}): "
                                    f"give another name=, or remove them, store.drop(…, [{names['tokens'][0]!r}, …])")  # fmt: skip
-    others = {*variables, *view.variables("prompts"), *view.columns("tokens"), *view.columns("prompts")}
+    others = {*held, *view.columns("tokens"), *view.columns("prompts")}
     if stored is None and (same := sorted(taken & others)):
         raise InvalidArgumentError(f"{same[0]!r} is a variable or a column of {view.where}: give the latents another name=")
     chosen = view.select(list(rows.hashes))
@@ -232,11 +233,12 @@ def _planned(view: View, rows: StoredRows, layer: int | None, name: str, record:
             f"{int((~there).sum())} of {len(chosen)} prompts are stored without {where}, first {rows.hashes[int(np.argmin(there))]}: "
             "extract them, or leave them out"
         )
-    todo = np.ones(len(chosen), bool)
+    done = np.ones(len(chosen), bool)
     for variable in names["tokens"]:
-        if stored is not None:
-            todo &= view.covers("tokens", variable, chosen, ())[0]
-    todo = ~todo if stored is not None else todo
+        done &= view.covers("tokens", variable, chosen, ())[0]
+    for variable in names["prompts"]:
+        done &= view.covers("prompts", variable, chosen, ())[0]
+    todo = ~done
     lists = view.variables("prompts").get(names["prompts"][0])
     width = None if lists is None else lists.row_shape[-1]
     with_tokens = int((view.token_counts() > 0).sum())

@@ -14,6 +14,7 @@ from encoded import LATENTS, WIDTH, dense_of, encoded_by_hand, largest_by_hand, 
 
 import lmprobe_zarr as lz
 from lmprobe_zarr.errors import (
+    CorruptPartError,
     InvalidArgumentError,
     InvalidTypeError,
     LayerOutOfRangeError,
@@ -330,3 +331,36 @@ def test_a_digest_tells_autoencoders_apart() -> None:
               replace(first, normalisation="centred"), replace(first, input_bias=None), random_sae(), random_sae("topk")]  # fmt: skip
     assert len({first.sha256, *(other.sha256 for other in others)}) == 1 + len(others)
     assert repr(first).startswith(f"<SparseAutoencoder {WIDTH} → {LATENTS}, architecture='jumprelu'")
+
+
+def test_what_a_repair_took_is_encoded_again(tmp_path: Path) -> None:
+    store, rows = write_rows(tmp_path / "acts")
+    sae = random_sae()
+    encoded(store, sae, k=6)
+    (chunk,) = (tmp_path / "acts").glob("*/*/tokens/latents_values/c.0.0")
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    with pytest.raises(CorruptPartError, match="latents_values"):
+        lz.top_tokens(lz.open_store(tmp_path / "acts").tokens(), 7)
+    lz.open_store(tmp_path / "acts").repair(progress=False)
+    repaired = lz.open_store(tmp_path / "acts")
+    assert "latents_values" not in repaired.tokens()
+    with pytest.raises(InvalidArgumentError, match="'latents' is taken"):
+        encoded(repaired, random_sae(seed=1), k=6)
+    assert_is(encoded(repaired, sae, k=6), encoded_by_hand(sae, rows[5]), 6)
+    assert len(lz.top_tokens(repaired.tokens(), 7))
+
+
+def test_columns_of_latents_are_no_units_to_fit_or_pool(tmp_path: Path) -> None:
+    store, _ = write_rows(tmp_path / "acts")
+    encoded(store, random_sae(), k=6)
+    y = np.arange(30) % 2
+    for call in (
+        lambda: lz.sweep(store.dataset().latents_max_values, y, "ridge", 2),
+        lambda: lz.fit_tokens(store.tokens().latents_values, y[0] + store.tokens().position.values % 2, "ridge"),
+        lambda: store.tokens().latents_values.lz.pool("mean"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"other latents in every row.*pool_latents"):
+            call()
+    with pytest.raises(InvalidArgumentError, match="holds no activations"):
+        lz.sweep(store.dataset(), y, "ridge", 2)
+    assert set(store.tokens().lz.pool("mean").data_vars) == {"resid_mean"}
