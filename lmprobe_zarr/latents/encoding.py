@@ -90,7 +90,8 @@ def encode(
 
     Notes
     -----
-    Prompts that have these latents already are left out, so a call that was interrupted is repeated to go on. Besides what is returned,
+    Prompts that have these latents already are left out, so a call that was interrupted is repeated to go on. Those whose rows were written
+    again since, as by ``extract(…, refresh=True)``, are encoded again. Besides what is returned,
     every prompt gets a list of the latents that are active in it, each with its largest value (``<name>_max_values`` and
     ``<name>_max_indices`` of ``store.dataset()``), which `top_tokens` and `pool_latents` read instead of all tokens.
 
@@ -238,11 +239,22 @@ def _planned(view: View, rows: StoredRows, layer: int | None, name: str, record:
         done &= view.covers("tokens", variable, chosen, ())[0]
     for variable in names["prompts"]:
         done &= view.covers("prompts", variable, chosen, ())[0]
+    if done.any():  # latents of rows that were replaced since are of other rows
+        done &= _ages(view, names["tokens"][0], chosen, ()) >= _ages(view, rows.variable, chosen, wanted)
     todo = ~done
     lists = view.variables("prompts").get(names["prompts"][0])
     width = None if lists is None else lists.row_shape[-1]
     with_tokens = int((view.token_counts() > 0).sum())
     return _Work(chosen[todo], counts[todo], rows.variable, layer, width, len(chosen) == with_tokens)
+
+
+def _ages(view: View, variable: str, prompts: Ints, layers: tuple[int, ...]) -> Ints:
+    """For each prompt the place of the part that a variable of its tokens is in, in the order in which parts win; −1 for none."""
+    array = view.source("tokens", variable, prompts, layers)
+    orders = {(part.storage.url, part.path): part.order for part in view.owners}
+    place = {order: number for number, order in enumerate(sorted(orders.values()))}
+    ages = np.array([*(place[orders[held.storage.url, held.path.rsplit("/", 2)[0]]] for held in array.arrays), -1], np.int64)
+    return np.asarray(ages[array.source[array.classes[0]]])  # what no part holds is the last
 
 
 def _text(record: dict[str, Any]) -> str:

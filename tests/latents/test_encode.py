@@ -364,3 +364,23 @@ def test_columns_of_latents_are_no_units_to_fit_or_pool(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="holds no activations"):
         lz.sweep(store.dataset(), y, "ridge", 2)
     assert set(store.tokens().lz.pool("mean").data_vars) == {"resid_mean"}
+
+
+def test_rows_that_were_written_again_are_encoded_again(tmp_path: Path) -> None:
+    store, rows = write_rows(tmp_path / "acts", n=6)
+    sae = random_sae()
+    before = encoded(store, sae, k=6).compute()
+    toks = store.tokens()
+    prompts = list(dict.fromkeys(toks.text.values))
+    of_first = toks.text.values == prompts[0]
+    again = {layer: [(held[of_first] * 2).astype(np.float32)] for layer, held in rows.items()}
+    lz.write_activations(store, model="acme/toy", prompts=prompts[:1], activations={"resid": again}, num_layers=6)
+    found = encoded(store, sae, k=6)
+    right = rows[5].copy()
+    right[of_first] *= 2
+    assert_is(found.sel(prompt=toks.prompt.values[of_first][0]), encoded_by_hand(sae, right[of_first]), 6)
+    others = found.isel(token=found.text.values != prompts[0])
+    np.testing.assert_array_equal(others.latents_values.values, before.latents_values.values[~of_first])
+    assert len(store.list_parts(store.find_group().name)) == 4, "one prompt alone was encoded again"
+    encoded(store, sae, k=6)
+    assert len(store.list_parts(store.find_group().name)) == 4
