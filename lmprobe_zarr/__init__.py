@@ -40,6 +40,7 @@ from lmprobe_zarr.cache import (
 )
 from lmprobe_zarr.config import set_cache_backend, set_cache_dtype, set_cache_limit
 from lmprobe_zarr.extraction import ExtractPlan, ExtractStats, Watch, extract, list_sites, logit_lens, plan_extract, steer, watch
+from lmprobe_zarr.latents import SparseAutoencoder, encode, load_sae, pool_latents, top_tokens
 from lmprobe_zarr.log import enable_cache_logging
 from lmprobe_zarr.probe import LayerSweep, Probe
 from lmprobe_zarr.probe_ensemble import ProbeEnsemble
@@ -79,6 +80,7 @@ __all__ = [
     "Probe",
     "ProbeEnsemble",
     "Report",
+    "SparseAutoencoder",
     "Store",
     "SweepPlan",
     "TokenIndex",
@@ -93,6 +95,7 @@ __all__ = [
     "cosine_similarity",
     "discover_cached",
     "enable_cache_logging",
+    "encode",
     "errors",
     "evict",
     "export_safetensors",
@@ -109,12 +112,14 @@ __all__ = [
     "list_cached_prompts",
     "list_sites",
     "load_directions",
+    "load_sae",
     "logit_lens",
     "mask_tokens",
     "open_legacy",
     "open_store",
     "plan_extract",
     "plan_sweep",
+    "pool_latents",
     "pooling_weights",
     "prompt_hash",
     "report",
@@ -127,6 +132,7 @@ __all__ = [
     "sweep",
     "sweep_tokens",
     "sweep_transfer",
+    "top_tokens",
     "watch",
     "write_activations",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,6 +15,7 @@ import xarray as xr
 
 from lmprobe_zarr.display import card, definitions
 from lmprobe_zarr.errors import InvalidArgumentError, MissingDependencyError
+from lmprobe_zarr.latents import to_sparse
 from lmprobe_zarr.store.format import FORMAT_COLUMNS
 from lmprobe_zarr.store.parts import as_series, prompt_index
 from lmprobe_zarr.streaming import Batches, BatchOptions, norms_of, open_batches, statistics_of
@@ -452,6 +453,32 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
         dict of str to torch.Tensor
         """
         return {str(name): ArrayAccessor(v).to_torch(dtype=dtype, device=device) for name, v in self._data.data_vars.items()}
+
+    def to_sparse(self, name: str | None = None, *, kind: Literal["coo", "csr"] = "coo") -> Any:
+        """The latents of the tokens as one sparse array, shape (token, latent), in memory: what is not stored of a token's latents is 0.
+
+        Parameters
+        ----------
+        name : str, optional
+            Which latents, where the dataset has those of several autoencoders.
+        kind : {"coo", "csr"}
+            ``"coo"`` gives a DataArray of ``sparse.COO``, which needs the package sparse, with the coordinates of the tokens; ``"csr"`` a
+            ``scipy.sparse.csr_array`` without any.
+
+        Returns
+        -------
+        DataArray or scipy.sparse.csr_array, of float32
+
+        Raises
+        ------
+        InvalidArgumentError
+            The dataset has no latents, or several and no `name`.
+        MissingPromptsError
+            Tokens without latents: they would read as zeros.
+        MissingDependencyError
+            sparse is not installed.
+        """
+        return to_sparse(self._data, name, kind)
 
     def batches(self, variable: str | None = None, **options: Any) -> Batches:
         """`ArrayAccessor.batches` of one variable; by default of ``resid``, or else of the only variable.

@@ -60,7 +60,9 @@ from lmprobe_zarr.probes import (
     has_weights,
     is_matrix,
     is_sequence_classifier,
+    is_sparse,
     keep_together,
+    keep_zeros,
     list_given,
     make_pipeline_for,
     not_finite_rows,
@@ -558,7 +560,9 @@ class Probe:
         Parameters
         ----------
         X : array of float, shape (row, hidden) or (row, layer × hidden); or DataArray over prompt, hidden and perhaps layer
-            For a classifier that learns how to pool, a DataArray over token, hidden and perhaps layer.
+            Or a sparse array of scipy, such as :func:`lmprobe_zarr.pool_latents` gives, which stays sparse: nothing is centred then, and
+            ``"logistic_l1"``, ``"logistic_regression"``, ``"ridge"`` and ``"svm"`` can be fitted. For a classifier that learns how to
+            pool, a DataArray over token, hidden and perhaps layer.
         y : sequence
             A label or value per row; for such a classifier as for `lmprobe_zarr.fit_tokens`.
         sample_weight : sequence of float, optional
@@ -584,8 +588,9 @@ class Probe:
             return self
         y, sample_weight = align_labels(X, y), align_labels(X, sample_weight, "weight")
         features, layers, n_layers = parse_matrix(X, n_layers)
-        labels = check_labels(as_array(y), len(features), classes=self.task == "classification")
-        weights, together = check_weights(sample_weight, len(features)), rows_together(X, groups, len(features))
+        n = features.shape[0]
+        labels = check_labels(as_array(y), n, classes=self.task == "classification")
+        weights, together = check_weights(sample_weight, n), rows_together(X, groups, n)
         self._check_training(labels, weights)
         if self._chooses:
             if len(layers) != n_layers:
@@ -688,6 +693,8 @@ class Probe:
         self, pipeline: Any, features: Array, labels: Array, weights: Array | None, together: Array, n_tokens: Ints | None
     ) -> None:
         estimator = pipeline.steps[-1][1]
+        if is_sparse(features):
+            keep_zeros(pipeline)
         if weights is not None and not has_weights(estimator):
             raise InvalidArgumentError(f"{self.classifier!r} takes no sample_weight: leave it out, or use 'logistic_regression' or 'ridge'")
         codes = np.unique(labels, return_inverse=True)[1] if self.task == "classification" else None
@@ -705,7 +712,7 @@ class Probe:
         except Exception as error:
             # Whatever the caller's own estimators raise.
             reason = str(error).strip().split("\n")[0][:200] if isinstance(error, ValueError | TypeError) else describe_error(error)
-            raise InvalidArgumentError(f"{self.classifier!r} cannot be fitted on these {len(features)} rows: {reason}") from error
+            raise InvalidArgumentError(f"{self.classifier!r} cannot be fitted on these {features.shape[0]} rows: {reason}") from error
 
     def _fit_sweep(
         self,
@@ -886,7 +893,7 @@ class Probe:
                 f"these activations are {features.shape[1]} wide, and the probe learned from {self.pipeline_.n_features_in_}: "
                 "give the same layers of the same model"
             )
-        return np.asarray(rows_for(self._classifier, features))
+        return features if is_sparse(features) else np.asarray(rows_for(self._classifier, features))
 
     def score(self, prompts: Any, labels: Any, *, batch_size: int | None = None) -> float:
         """The share of prompts whose class is predicted, 0 to 1; R² for a regression.

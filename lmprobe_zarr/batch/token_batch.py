@@ -52,7 +52,7 @@ class TokenBatch:
         The dtype of a variable at its source where numpy has no such dtype: ``bfloat16`` for float32 arrays that hold its numbers.
     site_attributes : mapping of str to mapping
         What is noted in the arrays of a site, or of one variable, see ``docs/format.md``: ``site_path``, ``num_heads``, ``site_layers``,
-        ``over``.
+        ``over``, ``sae``.
 
     Raises
     ------

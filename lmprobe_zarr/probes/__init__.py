@@ -43,6 +43,7 @@ from lmprobe_zarr.probes.given import (
     check_weights,
     has_weights,
     is_matrix,
+    is_sparse,
     list_given,
     parse_matrix,
     rows_together,
@@ -63,7 +64,7 @@ from lmprobe_zarr.probes.labels import (
 )
 from lmprobe_zarr.probes.layer import as_fit_dtype, fits_running, not_finite_rows, read_layer
 from lmprobe_zarr.probes.metrics import accuracy, auroc, class_scores
-from lmprobe_zarr.probes.pipelines import PreprocessingStep, make_pipeline_for, parse_preprocessing
+from lmprobe_zarr.probes.pipelines import PreprocessingStep, keep_zeros, make_pipeline_for, parse_preprocessing
 from lmprobe_zarr.probes.ridge import fit_probe, rows_for
 from lmprobe_zarr.probes.sequence_fits import draw_looks, fit_sequences
 from lmprobe_zarr.probes.sequences import (
@@ -163,7 +164,9 @@ __all__ = [
     "is_matrix",
     "is_sequence_classifier",
     "is_sequence_probe",
+    "is_sparse",
     "keep_together",
+    "keep_zeros",
     "list_given",
     "list_prompts",
     "make_pipeline_for",

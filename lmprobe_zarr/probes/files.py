@@ -45,7 +45,7 @@ _KINDS: Mapping[str, Kind] = {
         {"mean_": (("n",),), "scale_": (("n",),), "var_": (("n",),)},
         ("n_samples_seen_",),
         transforms=True,
-        only={"with_mean": (True,), "with_std": (True,)},
+        only={"with_mean": (True, False), "with_std": (True,)},
     ),
     "PCA": Kind(
         "sklearn.decomposition",

@@ -28,6 +28,7 @@ __all__ = [
     "check_weights",
     "has_weights",
     "is_matrix",
+    "is_sparse",
     "list_given",
     "parse_matrix",
     "rows_together",
@@ -70,6 +71,8 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int
         Other dimensions, no numbers, NaN or infinity, or a width that is no multiple of the layers.
     """
     layers: tuple[int, ...] = ()
+    if is_sparse(given):
+        return _parse_sparse(given, n_layers), layers, n_layers
     if isinstance(given, xr.DataArray):
         rows = next((dim for dim in ("prompt", "token") if dim in given.dims), None)
         inner = find_inner_dim(given.dims)
@@ -106,6 +109,27 @@ def parse_matrix(given: Any, n_layers: int) -> tuple[Array, tuple[int, ...], int
                     raise InvalidArgumentError(describe_unfit(given, layer, absent, len(features), noun=noun))
         raise InvalidArgumentError(f"{len(bad)} of {len(features)} rows hold NaN or infinity, first row {bad[0]}: leave them out")
     return features, layers, n_layers
+
+
+def is_sparse(rows: Any) -> bool:
+    """Whether rows are a sparse array or matrix of scipy."""
+    return hasattr(rows, "tocsr") and hasattr(rows, "nnz")
+
+
+def _parse_sparse(given: Any, n_layers: int) -> Any:
+    """A sparse matrix by rows, of float32 or float64; see `parse_matrix`."""
+    from scipy.sparse import csr_array
+
+    if given.ndim != 2 or given.dtype.kind not in "fiu" or not given.shape[0]:
+        raise InvalidArgumentError(f"activations have shape {given.shape} and dtype {given.dtype}, expected (row, hidden) numbers")
+    if n_layers != 1:
+        raise InvalidArgumentError(f"n_layers={n_layers} of a sparse array: it is of one layer, leave it out")
+    found = csr_array(given, dtype=np.float64 if given.dtype.itemsize > 4 else np.float32)
+    if not np.isfinite(found.data).all():
+        raise InvalidArgumentError("a sparse array holds NaN or infinity: leave those rows out")
+    if found.indices.dtype != np.int32 and max(found.nnz, *found.shape) < 2**31:  # scikit-learn takes no others
+        found = csr_array((found.data, found.indices.astype(np.int32), found.indptr.astype(np.int32)), shape=found.shape)
+    return found
 
 
 def split_labels(first: Any, second: Any, labels: Any) -> tuple[list[Any], Array]:

@@ -17,7 +17,7 @@ from lmprobe_zarr.probes.classifiers import check_task, make_probe, standardises
 from lmprobe_zarr.probes.sequences import is_sequence_classifier
 from lmprobe_zarr.typing import is_listed
 
-__all__ = ["PreprocessingStep", "make_pipeline_for", "parse_preprocessing"]
+__all__ = ["PreprocessingStep", "keep_zeros", "make_pipeline_for", "parse_preprocessing"]
 
 _STANDARD = ("standard", "standard_scaler")
 
@@ -95,6 +95,17 @@ def _step(word: Any, pca_components: int | None) -> PreprocessingStep:
     if not (number.isascii() and number.isdigit() and 0 < len(number) < 10 and int(number)):
         raise InvalidArgumentError(f"preprocessing step {word!r} has no number of components: give a positive one, such as 'pca:50'")
     return PreprocessingStep("pca", int(number))
+
+
+def keep_zeros(pipeline: Any) -> None:
+    """Make the scalers of a pipeline divide alone, so that sparse rows stay sparse. What is linear after them fits the same, but for its
+    intercept.
+    """
+    from sklearn.preprocessing import StandardScaler
+
+    for _, step in pipeline.steps:
+        if isinstance(step, StandardScaler):
+            step.set_params(with_mean=False)
 
 
 def make_pipeline_for(

@@ -4,7 +4,7 @@ Inner rooms, from the bottom up: ``format`` (names and bytes), ``parts`` (one pa
 merging, repairing and copying). Never models, probes or plots; of scores nothing but their charts, on the page of a published copy.
 """
 
-from lmprobe_zarr.store.activations import write_activations
+from lmprobe_zarr.store.activations import as_array, write_activations
 from lmprobe_zarr.store.choice import GivenProvenance, ambiguous, differences, parse_provenance
 from lmprobe_zarr.store.contents import GroupContents, HeldArray, describe_view, measure_coverage
 from lmprobe_zarr.store.datasets import Dtype, reads_stored, to_dataset, to_datatree
@@ -30,6 +30,7 @@ __all__ = [
     "Place",
     "Store",
     "ambiguous",
+    "as_array",
     "describe_view",
     "differences",
     "measure_coverage",

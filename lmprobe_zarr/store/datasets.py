@@ -16,7 +16,7 @@ import xarray as xr
 from lmprobe_zarr.batch import STATISTICS, LayerSpec, choose_layers, positions_of
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, MissingPromptsError
 from lmprobe_zarr.interchange import MISSING_TEXT, TEXT, as_texts, to_interchange
-from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, Level
+from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAE, SAMPLE_DIM, Level
 from lmprobe_zarr.store.parts import (
     FlagArray,
     LazyArray,
@@ -190,7 +190,7 @@ def _activation_variables(
     for name, info in view.variables(level).items():
         array = view.source(level, name, rows, layers, lengths, widened=not stored)
         kinds = sorted({str(a.info.attributes.get("stored_dtype", a.info.dtype)) for a in array.arrays})
-        noted = {key: info.attributes[key] for key in ("site_path", "num_heads") if key in info.attributes}
+        noted = {key: info.attributes[key] for key in ("site_path", "num_heads", SAE) if key in info.attributes}
         if array.layers is not None and 0 < len(held := array.held_layers) < len(array.layers):
             noted["stored_layers"] = list(held)
         variables[name] = lazy_variable(info.dims, LazyArray(array), {"stored_dtype": ", ".join(kinds), **noted})

@@ -13,7 +13,7 @@ from lmprobe_zarr.batch import INNER_DIMS
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
 from lmprobe_zarr.probes import Labels, make_probe
-from lmprobe_zarr.tokens import find_inner_dim, without_absent_layers
+from lmprobe_zarr.tokens import find_inner_dim, is_ranked, without_absent_layers
 from lmprobe_zarr.typing import Array, is_listed
 
 __all__ = [
@@ -61,7 +61,8 @@ def parse_activations(activations: Any, controls: Mapping[str, Any]) -> tuple[xr
 
 def _holds_activations(array: xr.DataArray) -> bool:
     """Whether a variable has values of several units for each prompt, which are not an output of the model such as its logits."""
-    return "prompt" in array.dims and find_inner_dim(array.dims) not in (None, *_OUTPUTS) and array.dtype.kind not in "OUSmM"
+    inner = find_inner_dim(array.dims)
+    return "prompt" in array.dims and inner not in (None, *_OUTPUTS) and array.dtype.kind not in "OUSmM" and not is_ranked(array)
 
 
 def check_activations(activations: xr.DataArray) -> xr.DataArray:
@@ -107,6 +108,11 @@ def parse_token_activations(activations: Any) -> tuple[xr.DataArray, str]:
 
 def _check_values(activations: xr.DataArray, purpose: str) -> None:
     """Raise where an array is empty, or its values are not real numbers."""
+    if is_ranked(activations):
+        raise InvalidArgumentError(
+            f"{name_in_messages(activations)} has other latents in every row, which are no units {purpose}: give lz.pool_latents to "
+            "Probe.fit_from_activations"
+        )
     empty = [str(dim) for dim in activations.dims if not activations.sizes[dim]]
     if empty:
         raise InvalidArgumentError(f"{name_in_messages(activations)} has no {' and no '.join(empty)}: there is nothing {purpose}")

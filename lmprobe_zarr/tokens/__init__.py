@@ -5,7 +5,7 @@ Never a store, never a fit. Everything that others use is in this face.
 """
 
 from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance, without_coordinates
-from lmprobe_zarr.tokens.inner import find_inner_dim, inner_dim, is_inner_dim, without_absent_layers
+from lmprobe_zarr.tokens.inner import find_inner_dim, inner_dim, is_inner_dim, is_ranked, without_absent_layers
 from lmprobe_zarr.tokens.lazy import (
     ColumnVariable,
     LazyVariable,
@@ -36,6 +36,7 @@ __all__ = [
     "inner_dim",
     "is_in_known_order",
     "is_inner_dim",
+    "is_ranked",
     "kept_in_memory",
     "lazy_variable",
     "mask_tokens",

@@ -15,7 +15,7 @@ from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.interchange import read_list
 from lmprobe_zarr.tokens.lazy import stored_rows
 
-__all__ = ["find_inner_dim", "inner_dim", "is_inner_dim", "without_absent_layers"]
+__all__ = ["find_inner_dim", "inner_dim", "is_inner_dim", "is_ranked", "without_absent_layers"]
 
 #: Dimensions that tell rows or results apart, and so are never the one along which a row is summed.
 _OUTER: Final = frozenset(
@@ -34,6 +34,11 @@ def find_inner_dim(dims: Iterable[Hashable]) -> str | None:
 def is_inner_dim(dim: Hashable) -> bool:
     """Whether a dimension has a name that stores give to the units of a row, or `.lz.heads()` to those of a head."""
     return dim in ("hidden", "head_dim") or str(dim).endswith("_unit")
+
+
+def is_ranked(array: xr.DataArray) -> bool:
+    """Whether an array has the largest latents of each row, by size: its columns are of other latents in every row, and are no units."""
+    return "sae" in array.attrs and any(str(dim).endswith("_k") for dim in array.dims)
 
 
 def inner_dim(array: xr.DataArray | xr.Variable) -> str:

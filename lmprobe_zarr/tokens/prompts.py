@@ -17,6 +17,7 @@ from lmprobe_zarr.batch import POOLINGS, as_slice, fill_value, offsets_of, parse
 from lmprobe_zarr.display import name_in_messages
 from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError, LayerOutOfRangeError
 from lmprobe_zarr.tokens.index import INDEXED_COLUMNS, TokenIndex, by_appearance, has_value
+from lmprobe_zarr.tokens.inner import is_ranked
 from lmprobe_zarr.typing import Array, Ints
 
 __all__ = ["pad_tokens", "pool_tokens", "prompts_of", "sequences_of", "token_texts", "tokens_at"]
@@ -97,7 +98,7 @@ def pool_tokens(data: T, pooling: str) -> T:
     Parameters
     ----------
     data : Dataset or DataArray
-        With a `TokenIndex`. Of a dataset, every variable along its dimension is pooled, and the others are left out.
+        With a `TokenIndex`. Of a dataset, every variable along its dimension is pooled but latents, and the others are left out.
     pooling : str
         One of `lmprobe_zarr.batch.POOLINGS`.
     """
@@ -106,7 +107,7 @@ def pool_tokens(data: T, pooling: str) -> T:
     parse_poolings(pooling)
     if isinstance(data, xr.Dataset):
         _, index, _ = _by_prompt(data)
-        pooled = [_pool_array(array, pooling) for array in data.data_vars.values() if index.dim in array.dims]
+        pooled = [_pool_array(array, pooling) for array in data.data_vars.values() if index.dim in array.dims and not is_ranked(array)]
         return xr.Dataset({array.name: array for array in pooled}, attrs=data.attrs)
     return _pool_array(data, pooling)
 
@@ -179,6 +180,10 @@ def _of_tokens(data: xr.DataArray, index: TokenIndex) -> list[Hashable]:
 
 
 def _pool_array(array: xr.DataArray, pooling: str) -> xr.DataArray:
+    if is_ranked(array):
+        raise InvalidArgumentError(
+            f"{name_in_messages(array)} has other latents in every row, which no pooling can put together: use lz.pool_latents"
+        )
     data, index, counts = _by_prompt(array)
     first = _one_per_prompt(data.isel({index.dim: offsets_of(counts)[:-1]}), index.dim).drop_vars(_of_tokens(data, index), errors="ignore")
     rest = [dim for dim in data.dims if dim not in ("layer", index.dim)]

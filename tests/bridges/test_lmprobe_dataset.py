@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from lmprobe_zarr.errors import CorruptFileError, NotAStoreError, UnsupportedVer
 
 pytest.importorskip("torch")
 pytest.importorskip("lmprobe")
-pyarrow = pytest.importorskip("pyarrow")
 
 from lmprobe_datasets import LAYERS, MODEL, Truth, make_truth, write_dataset  # noqa: E402 — needs lmprobe
+from parquet import with_pyarrow  # noqa: E402
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::DeprecationWarning:lmprobe")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pyarrow() -> Iterator[None]:
+    with with_pyarrow():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +147,8 @@ def with_info(**given: Any) -> Any:
 
 
 def test_places_that_the_index_gives_wrongly_are_errors_and_never_numbers(copy: Path, tmp_path: Path) -> None:
+    import pyarrow
+
     def shifted(table: Any) -> Any:
         rows = table.column("token_shard_offsets").to_pylist()
         rows[1] = [10**6 for _ in rows[1]]

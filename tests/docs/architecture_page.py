@@ -27,7 +27,7 @@ ORDER = [
     "probes log",
     "extraction.models sweeps",
     "store.format store.parts store.upkeep store",
-    "bridges streaming backend",
+    "bridges streaming backend latents",
     "extraction accessor",
     "cache probe demo",
     "probe_ensemble reports",

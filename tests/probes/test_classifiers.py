@@ -38,6 +38,7 @@ from lmprobe_zarr.probes.scaling import LayerScaler
 NAMES = [
     "logistic_regression",
     "logistic_regression_cv",
+    "logistic_l1",
     "ridge",
     "lda",
     "svm",
@@ -158,7 +159,7 @@ def test_a_given_estimator_is_cloned_and_only_its_unset_seeds_are_set() -> None:
 
 def test_the_error_names_an_invalid_probe() -> None:
     with pytest.raises(
-        InvalidArgumentError, match="no probe named 'logreg': use one of logistic_regression, logistic_regression_cv, ridge"
+        InvalidArgumentError, match="no probe named 'logreg': use one of logistic_regression, logistic_regression_cv, logistic_l1"
     ):
         make_probe("logreg")
     with pytest.raises(InvalidArgumentError, match="Ridge is a regressor"):

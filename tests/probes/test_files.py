@@ -351,7 +351,7 @@ def step(number: int, **changes: Any) -> Callable[[dict[str, Any]], Any]:
         (step(1, params={"alpha": -1}), "RidgeClassifier cannot have its parameters"),
         (step(1, params={"alpha": {"pairs": [[[], 1]]}}), "RidgeClassifier has alpha="),
         (step(1, params={"alpha": {"x": 1}}), "RidgeClassifier has alpha="),
-        (step(0, params={"with_mean": False}), "StandardScaler has with_mean=False"),
+        (step(0, params={"with_std": False}), "StandardScaler has with_std=False"),
         (step(1, values={"classes_": ["U", ["a", "b"]], "coef_": 3}), "values that do not belong"),
         (step(0, values={"n_samples_seen_": "x"}), "values that do not belong"),
         (step(1, values={"turned": ["classes_"]}), "does not say how its matrices lie"),

@@ -505,13 +505,18 @@ def test_a_damaged_file_of_the_hub_is_an_error_and_never_a_number(hub: Hub, stor
 
 
 def test_a_dataset_that_lmprobe_shared_is_imported_from_its_repository(hub: Hub, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     pytest.importorskip("lmprobe")
     pytest.importorskip("torch")
     from lmprobe_datasets import make_truth, write_dataset
+    from parquet import with_pyarrow
 
     truth = make_truth()
-    folder = write_dataset(tmp_path / "dataset", truth)
+    with with_pyarrow():
+        folder = write_dataset(tmp_path / "dataset", truth)
+        check_import(hub, folder, truth, tmp_path)
+
+
+def check_import(hub: Hub, folder: Path, truth: Any, tmp_path: Path) -> None:
     repo = hub.repos["datasets/lab/shared"] = Repo(private=True)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     repo.commit({**files, "README.md": b"# activations"})

@@ -104,6 +104,7 @@ OUTSIDE: dict[str, str] = {
         f"ProbeEnsemble.{name}": NO_LABELS
         for name in ("bootstrap", "from_configs", "predict", "predict_proba", "prediction_std", "predict_spread", "save", "load")
     },
+    "ds.lz.to_sparse": NO_LABELS,
     **{f"LayerSweep.{name}": NO_LABELS for name in ("predict", "predict_proba")},
     **{f"LayerSweep.{name}": "each layer is scored as by Probe.score, on prompts of its model" for name in ("score", "best_layer")},
     **{

@@ -10,24 +10,29 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr.batch import INNER_DIMS, SCALARS, SITES, decode_role_names, split_variable
-from lmprobe_zarr.store.format.names import COLUMN, SAMPLE_DIM, Json, Level
+from lmprobe_zarr.store.format.names import COLUMN, SAE, SAMPLE_DIM, Json, Level
 
 __all__ = ["SITE_ATTRIBUTES", "ArrayInfo", "array_dims", "is_variable", "lengths_of", "parse_array"]
 
 _DTYPES: Final = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64", "bool", "string"})
 _BLOSC_LIMIT: Final = 2**31 - 17  # bytes, the most that blosc compresses at once
 # What the arrays of a site say of it: the path that the caller named it by, how many heads its values are of, the layers of the model that
-# have it, where some lack it; and the part of the tokens that a variable is pooled over, where it is not all of them.
-SITE_ATTRIBUTES: Final = ("site_path", "num_heads", "site_layers", "over")
+# have it, where some lack it; the part of the tokens that a variable is pooled over, where it is not all of them; and the autoencoder that
+# latents are of.
+SITE_ATTRIBUTES: Final = ("site_path", "num_heads", "site_layers", "over", SAE)
 
 
-def array_dims(variable: str, level: Level, shape: tuple[int, ...], layered: bool, hidden_size: int | None) -> tuple[str, ...]:
+def array_dims(
+    variable: str, level: Level, shape: tuple[int, ...], layered: bool, hidden_size: int | None, *, latents: bool = False
+) -> tuple[str, ...]:
     """Dimension names of an activation variable.
 
     A site that is none of those that extraction knows has the inner dimension ``hidden`` where it is as wide as the residual stream, and a
-    dimension of its own elsewhere: one dataset holds variables of several widths.
+    dimension of its own elsewhere: one dataset holds variables of several widths. Values and indices of `latents` share a dimension.
     """
     head = (("layer",) if layered else ()) + (SAMPLE_DIM[level],)
+    if latents:
+        return (*head, f"{variable.removesuffix('_values').removesuffix('_indices')}_k")
     tail = len(shape) - len(head)
     if tail != 1:
         return head + tuple(f"{variable}_dim{i}" for i in range(tail))
@@ -224,7 +229,7 @@ def parse_array(document: object) -> ArrayInfo:
     )
     if not isinstance(info.attributes.get("stored_dtype", ""), str):
         raise ValueError("stored_dtype is no text")
-    for name in ("site_path", "over"):
+    for name in ("site_path", "over", SAE):
         if not isinstance(info.attributes.get(name, ""), str):
             raise ValueError(f"{name} is no text")
     lengths_of([info.attributes.get("num_heads", 1)])

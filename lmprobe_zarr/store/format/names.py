@@ -22,6 +22,7 @@ __all__ = [
     "MADE_BY_WRITER",
     "PART_VERSION",
     "PROMPT_COLUMNS",
+    "SAE",
     "SAMPLE_DIM",
     "STAMPS",
     "TOKEN_COLUMNS",
@@ -62,6 +63,8 @@ MADE_BY_WRITER: Final = frozenset(
 COLUMN_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 # The attribute of a column's array that says what its dtype does not.
 COLUMN: Final = "column"
+# That of the arrays of latents: which autoencoder they are of, as JSON.
+SAE: Final = "sae"
 Json: TypeAlias = dict[str, Any]
 
 

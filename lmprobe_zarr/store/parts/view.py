@@ -15,7 +15,7 @@ import pandas as pd
 from lmprobe_zarr.batch import HASH_DIGITS, given_prompts, hashes_of, is_hash, is_top_k, keys_of, offsets_of, prompt_sha256, rows_differ
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, MissingPromptsError, PromptCollisionError
 from lmprobe_zarr.storage import Storage
-from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
+from lmprobe_zarr.store.format import LEVELS, PROMPT_COLUMNS, SAE, SAMPLE_DIM, ArrayInfo, GroupInfo, Level, is_variable
 from lmprobe_zarr.store.parts.call_order import places_in_one_call
 from lmprobe_zarr.store.parts.part import Part
 from lmprobe_zarr.store.parts.variable import NOWHERE, VirtualArray
@@ -187,6 +187,11 @@ class View:
         shapes = sorted({a.info.row_shape for a in arrays})
         if len({a.info.layered for a in arrays}) > 1 or (len(shapes) > 1 and not is_top_k(name)):
             raise CorruptPartError(f"the parts of {self.where} disagree on the shape of {name!r}: {shapes}")
+        if len({a.info.attributes.get(SAE) for a in arrays}) > 1:
+            raise InvalidArgumentError(
+                f"the parts of {self.where} hold {name!r} of different autoencoders, as two calls at the same time leave it: remove it, "
+                f"store.drop(…, [{name!r}]), and encode it again"
+            )
         if len(named := sorted({str([a.info.attributes.get(key, "") for key in ("site_path", "over")]) for a in arrays})) > 1:
             raise InvalidArgumentError(
                 f"the parts of {self.where} hold {name!r} of different modules or tokens ({', '.join(named)}), as two calls at the same "

@@ -42,6 +42,7 @@ from lmprobe_zarr.store.format import (
     INLINE_BYTES,
     LEVELS,
     PART_VERSION,
+    SAE,
     SAMPLE_DIM,
     ArrayInfo,
     ArrayTables,
@@ -320,18 +321,18 @@ class PartWriter:
             rows = max(1, chunk_bytes // max(1, int(np.prod(row_shape)) * wide.itemsize))
             if self.version > 1:
                 rows = _whole_blocks(rows, int(np.prod(row_shape)) * wide.itemsize)
+            noted = {
+                **batch.site_attributes.get(split_variable(name)[0] if level == "prompts" else name, {}),
+                **batch.site_attributes.get(name, {}),
+            }
             info = ArrayInfo(
-                dims=array_dims(name, level, array.shape, layered, self.group.hidden_size),
+                dims=array_dims(name, level, array.shape, layered, self.group.hidden_size, latents=SAE in noted),
                 shape=((len(self._layers),) if layered else ()) + (0, *row_shape),
                 chunks=((1,) if layered else ()) + (rows, *row_shape),
                 dtype=wide.name,
                 # Byte shuffle decodes twice as fast and costs a tenth in size: the better trade for small pooled arrays.
                 shuffle=("shuffle" if level == "prompts" else "bitshuffle") if self.compressed else None,
-                attributes={
-                    "stored_dtype": batch.stored_dtype.get(name, wide.name),
-                    **batch.site_attributes.get(split_variable(name)[0] if level == "prompts" else name, {}),
-                    **batch.site_attributes.get(name, {}),
-                },
+                attributes={"stored_dtype": batch.stored_dtype.get(name, wide.name), **noted},
             )
             buffer = self._variables[key] = RowBuffer(self, key, info)
         return buffer
