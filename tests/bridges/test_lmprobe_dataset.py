@@ -17,8 +17,8 @@ from lmprobe_zarr.errors import CorruptFileError, NotAStoreError, UnsupportedVer
 pytest.importorskip("torch")
 pytest.importorskip("lmprobe")
 
-from lmprobe_datasets import LAYERS, MODEL, Truth, make_truth, write_dataset  # noqa: E402 — needs lmprobe
-from parquet import with_pyarrow  # noqa: E402
+from lmprobe_datasets import LAYERS, MODEL, Truth, make_truth, write_dataset
+from parquet import with_pyarrow
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::DeprecationWarning:lmprobe")]
 
