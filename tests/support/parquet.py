@@ -1,7 +1,7 @@
 """pyarrow for the tests that read Parquet, and for no other.
 
-It lies in a folder of its own beside the packages (`make setup`): where pandas finds it, texts of data frames become strings of pyarrow, and
-an import of pandas starts a thread, after which no script can be run in a forked child.
+It lies in a folder of its own beside the packages (`make setup`): where pandas finds it, texts of data frames become strings of pyarrow,
+and an import of pandas starts a thread, after which no script can be run in a forked child.
 """
 
 from __future__ import annotations
