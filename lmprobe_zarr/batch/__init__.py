@@ -54,6 +54,7 @@ from lmprobe_zarr.batch.hashes import (
     rows_differ,
     sha256_of,
 )
+from lmprobe_zarr.batch.hooks import site_of_hook
 from lmprobe_zarr.batch.layers import (
     LayerFractions,
     LayerSpec,
@@ -222,6 +223,7 @@ __all__ = [
     "sha256_of",
     "shorten",
     "show_value",
+    "site_of_hook",
     "special_id",
     "split_variable",
     "store_as",

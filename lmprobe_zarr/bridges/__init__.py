@@ -1,7 +1,7 @@
 """Other people's files: read into `TokenBatch`, imported into a store, exported from one.
 
 A module of one format knows its files and no store: ``lmprobe_v1``, ``lmprobe_v2``, ``lmprobe_dataset``, ``lmprobe_write``,
-``lmprobe_lazy``, ``arrays``, ``vllm_files``. The
+``lmprobe_lazy``, ``arrays``, ``vllm_files``, ``saelens``. The
 calls know both: ``imports``, ``exports``, ``legacy``; ``import_plan`` does what all imports share. ``lmprobe_cache`` is lmprobe's cache
 around the default store. Other rooms import from here, from ``entry`` or ``files``. Never models, never probes.
 """
@@ -11,6 +11,7 @@ from lmprobe_zarr.bridges.imports import (
     import_lmprobe_dataset,
     import_npy,
     import_pt,
+    import_saelens,
     import_safetensors,
     import_source,
     import_tensors,
@@ -30,6 +31,7 @@ __all__ = [
     "import_lmprobe_dataset",
     "import_npy",
     "import_pt",
+    "import_saelens",
     "import_safetensors",
     "import_source",
     "import_tensors",

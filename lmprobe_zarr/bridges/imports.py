@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lmprobe_zarr.bridges import arrays, lmprobe_dataset, lmprobe_v1, lmprobe_v2, vllm_files
@@ -15,13 +16,23 @@ from lmprobe_zarr.bridges.files import open_files
 from lmprobe_zarr.bridges.import_plan import ImportOptions, prompt_list, run_import
 from lmprobe_zarr.bridges.lmprobe_cache import known_name
 from lmprobe_zarr.bridges.lmprobe_folders import model_hash, scan_models
+from lmprobe_zarr.bridges.saelens import SaelensActivations
 from lmprobe_zarr.bridges.same_model import group_as_extracted
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
 from lmprobe_zarr.store import PART_BYTES, Model, NamedModel, Place, Store, open_store
 from lmprobe_zarr.store.format import Provenance
 
-__all__ = ["import_lmprobe_dataset", "import_npy", "import_pt", "import_safetensors", "import_source", "import_tensors", "import_vllm"]
+__all__ = [
+    "import_lmprobe_dataset",
+    "import_npy",
+    "import_pt",
+    "import_saelens",
+    "import_safetensors",
+    "import_source",
+    "import_tensors",
+    "import_vllm",
+]
 
 
 def import_safetensors(
@@ -334,6 +345,67 @@ def _write_columns(store: Store, summary: ImportSummary, columns: Mapping[str, M
             missing[name] = new
     if missing:
         store.annotate(None, missing, group=group)
+
+
+def import_saelens(
+    folder: str | os.PathLike[str],
+    store: Place = None,
+    *,
+    model: Model,
+    variable: str | None = None,
+    layer: int | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    provenance: Provenance | None = None,
+    progress: bool = True,
+    part_bytes: int = PART_BYTES,
+) -> ImportSummary:
+    """Import the activations that SAELens' ``CacheActivationsRunner`` cached into a store.
+
+    Each context becomes a prompt, which its token ids identify. The hook is found by its name: ``blocks.3.hook_resid_post`` is `resid` of
+    layer 3, and so is ``blocks.4.hook_resid_pre``.
+
+    Parameters
+    ----------
+    folder : path
+        A folder of this machine, as ``datasets.load_from_disk`` takes it. Its files are mapped into memory, not read as a whole.
+    model : str or path
+        Name of the model; SAELens does not write it into the folder.
+    variable : str, optional
+        What a hook is called that is no site of this package: a site, with one row per token.
+    layer : int, optional
+        With `variable`: its layer; None for a site without layers.
+    store, dry_run, strict, provenance, progress, part_bytes
+        As for `import_safetensors`. The provenance has ``engine="transformer_lens"`` unless you say otherwise.
+
+    Returns
+    -------
+    ImportSummary
+        What was imported, what was stored already, and what was skipped and why.
+
+    Raises
+    ------
+    NotAStoreError
+        There is no such dataset.
+    InvalidArgumentError
+        The hook is no site of this package and has no `variable`; or there are no token ids.
+    CorruptFileError
+        A file is damaged; or as for `import_safetensors`.
+    MissingDependencyError
+        pyarrow, which reads Arrow files, is not installed.
+
+    Notes
+    -----
+    TransformerLens changes weights at loading unless it is told not to (``from_pretrained_no_processing``), and its residual stream then
+    differs from that of transformers. So these activations are a group of their own. SAELens may keep a slice of each context
+    (``seqpos_slice``), which its folder does not say: then a prompt is that slice, though more was before it when it was computed.
+    """
+    source = SaelensActivations(Path(folder), variable=variable, layer=layer)
+    options = ImportOptions(
+        dry_run=dry_run, strict=strict, provenance={"engine": "transformer_lens", **(provenance or {})}, progress=progress,
+        part_bytes=part_bytes,
+    )  # fmt: skip
+    return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
 
 
 def import_npy(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from lmprobe_zarr import safetensors_file
+from lmprobe_zarr.batch import site_of_hook
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, InvalidTypeError, MissingDependencyError
 from lmprobe_zarr.latents.sae import Normalisation, SparseAutoencoder
 from lmprobe_zarr.store import as_array
@@ -20,11 +20,6 @@ from lmprobe_zarr.typing import Array
 __all__ = ["load_sae"]
 
 _Json = Mapping[str, Any]
-# Where TransformerLens takes what this package calls a site; hook_resid_pre is the output of the block before.
-_HOOKS: Final = {
-    "hook_resid_post": "resid", "hook_resid_mid": "resid_mid", "hook_attn_out": "attn", "hook_mlp_out": "mlp", "attn.hook_z": "heads",
-    "mlp.hook_post": "neurons",
-}  # fmt: skip
 _SUBMODULES: Final = {"resid_post": "resid", "attention_out": "attn", "mlp_out": "mlp"}
 _NORMALISATIONS: Final[Mapping[str, Normalisation]] = {"none": "none", "constant_norm_rescale": "constant_norm", "layer_norm": "layer_norm"}
 _BY_AVERAGE: Final = "expected_average_only_in"
@@ -172,13 +167,8 @@ def _normalisation(config: _Json, noted: _Json, where: Path, input_scale: float 
 
 def _place(noted: _Json) -> dict[str, Any]:
     """Site and layer of a hook of TransformerLens; nothing of one that is no site of this package."""
-    found = re.fullmatch(r"blocks\.(\d{1,5})\.([a-z_.]+)", str(noted.get("hook_name")))
-    if found is None:
-        return {}
-    layer, hook = int(found[1]), found[2]
-    if hook == "hook_resid_pre":
-        return {"site": "resid", "layer": layer - 1} if layer else {"site": "embed"}
-    return {"site": _HOOKS.get(hook), "layer": layer}
+    site, layer = site_of_hook(noted.get("hook_name"))
+    return ({} if site is None else {"site": site}) | ({} if layer is None else {"layer": layer})
 
 
 # -- dictionary_learning ---------------------------------------------------------------------------------------------------

@@ -165,6 +165,7 @@ def test_the_surface_is_pinned() -> None:
         "import_lmprobe_dataset",
         "import_npy",
         "import_pt",
+        "import_saelens",
         "import_safetensors",
         "import_source",
         "import_tensors",

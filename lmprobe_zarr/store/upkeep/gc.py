@@ -127,12 +127,15 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: fl
     unfinished: list[Leftover] = []
     partials: list[str] = []
     freed = sum(part.info.files_nbytes + part.document_nbytes for part in replaced)
+    stamped = storage.scan(f"{group.name}/{STAMPS}")
     for folder in (group.name, f"{group.name}/{ANNOTATIONS}"):
         entries = storage.scan(folder)
         partials += _old_partials(folder, entries, before)
         for name, entry in entries.items():
             if entry.is_file or name in committed or not PART_NAME.fullmatch(name) or storage.is_file(f"{folder}/{name}/zarr.json"):
                 continue
+            if name in stamped:
+                continue  # its commit was deleted by something else: `repair` tells what is lost
             if storage.leads_out(f"{folder}/{name}"):
                 continue
             left, newest = find_leftover(storage, f"{folder}/{name}", entry)
@@ -144,7 +147,7 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: fl
     named = {name for folder in (group.name, f"{group.name}/{ANNOTATIONS}") for name in storage.list(folder)}
     stamps = [
         f"{group.name}/{STAMPS}/{name}"
-        for name, entry in storage.scan(f"{group.name}/{STAMPS}").items()
+        for name, entry in stamped.items()
         if PART_NAME.fullmatch(name) and name not in named and entry.modified is not None and entry.modified <= before
     ]
     return GcSummary(

@@ -28,9 +28,8 @@ def check_removable(storage: Storage, parts: Iterable[Part]) -> None:
 
 
 def remove_part(storage: Storage, part: Part) -> None:
-    """Remove one part: its commit first, then the files that its commit names, and its stamp."""
+    """Remove one part: its stamp and its commit first, then the files that its commit names."""
     check_removable(storage, [part])
-    storage.remove([f"{part.path}/zarr.json"])
-    files = [f"{part.path}/{name}" for name in part.info.file_names()]
-    stamp = f"{part.info.group}/{STAMPS}/{part.info.name}"
-    storage.remove([*files, stamp])
+    # A part with a stamp and without a commit is one that something else has damaged (`verify`), so the stamp must not outlive the commit.
+    storage.remove([f"{part.info.group}/{STAMPS}/{part.info.name}", f"{part.path}/zarr.json"])
+    storage.remove([f"{part.path}/{name}" for name in part.info.file_names()])

@@ -28,6 +28,7 @@ from lmprobe_zarr.store.format import (
     LEVELS,
     MADE_BY_WRITER,
     PART_NAME,
+    STAMPS,
     GroupInfo,
     PartInfo,
     Published,
@@ -214,6 +215,8 @@ def _scan_group(
         found[path] = _scan_part(storage, path, frozen, documents)
 
     run_all([partial(scan, path) for path in paths], local=storage.is_local)
+    if STAMPS in names:
+        _find_lost(storage, name, found)
     parts = sorted((each for each in found.values() if each is not None), key=lambda each: each.path.rpartition("/")[2])
     if fault is not None and fault.kind == "missing" and not parts:
         return None  # cleared, or about to be made
@@ -225,6 +228,16 @@ def _scan_group(
         if info is not None and not choose(info):
             return None
     return FoundGroup(name=name, info=info, fault=fault, parts=tuple(parts), unfinished=unfinished)
+
+
+def _find_lost(storage: Storage, group: str, found: dict[str, FoundPart | None]) -> None:
+    """Add the parts that lack a commit and have a stamp: only what is committed is read, and the stamp goes before the commit."""
+    without = [path for path, each in found.items() if each is None and PART_NAME.fullmatch(path.rpartition("/")[2])]
+    stamps = set(storage.list(f"{group}/{STAMPS}")) if without else set()
+    for path in without:
+        if path.rpartition("/")[2] in stamps and storage.list(path):
+            fault = Fault("missing", "is missing, although the part has been read: something else than this package deleted it")
+            found[path] = FoundPart(path=path, part=None, fault=fault)
 
 
 def _parse_group(data: bytes, name: str) -> tuple[GroupInfo | None, Fault | None]:

@@ -149,13 +149,20 @@ def test_what_an_evicted_part_had_replaced_stays_hidden(two: tuple[Store, str, V
     assert shown(store) == after
 
 
-@pytest.mark.parametrize("how", ["its document", "a chunk", "all chunks"])
+@pytest.mark.parametrize("how", ["its document", "no document", "a chunk", "all chunks"])
 def test_what_a_damaged_part_had_replaced_stays_hidden_and_is_listed(
     two: tuple[Store, str, Versions], newer: tuple[TokenBatch, Versions], how: str
 ) -> None:
     store, name, before = two
     folder = Path(store.url) / GROUP.name / name
     chunks = sorted(path for path in folder.rglob("c.*") if path.parent.name in VARIABLES)
+    if how == "no document":
+        # It was read, as `shown` did, so it was committed.
+        (folder / "zarr.json").unlink()
+        (problem,) = lz.open_store(store.url).verify(progress=False).problems
+        assert (problem.part, problem.kind) == (f"{GROUP.name}/{name}", "missing")
+        assert not store.gc(max_age=0).unfinished, "what is left of it is no garbage"
+        chunks = []
     for path in [folder / "zarr.json"] if how == "its document" else chunks[:1] if how == "a chunk" else chunks:
         content = path.read_bytes()
         path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
