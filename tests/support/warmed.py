@@ -52,6 +52,8 @@ class Warmed:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # Its options are among those above, and one that is there twice counts where it stands first.
+            env={name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"},
         )
         return self
 
