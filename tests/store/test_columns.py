@@ -25,6 +25,7 @@ PROMPTS = ["a", "bb", "ccc", "dd", "e"]
 ROWS = len(PROMPTS)
 # Before its version 3, pandas makes nanoseconds of a list of datetimes.
 IS_PANDAS_3 = int(pd.__version__.split(".")[0]) >= 3
+LONG = timedelta(10**6 if IS_PANDAS_3 else 10**5)
 EARLY, LATE = (datetime(1, 1, 1), datetime(9999, 1, 1)) if IS_PANDAS_3 else (datetime(1700, 1, 1), datetime(2260, 1, 1))
 
 
@@ -359,7 +360,7 @@ MAKE: dict[str, Any] = {
     "datetime64[ns]": st.datetimes(datetime(1700, 1, 1), datetime(2260, 1, 1)),
     "datetime64[s]": st.datetimes(EARLY, LATE).map(lambda t: t.replace(microsecond=0)),
     "datetime64[us, Asia/Tokyo]": st.datetimes(datetime(1970, 1, 1), datetime(9000, 1, 1)),
-    "timedelta64[us]": st.timedeltas(timedelta(-(10**6)), timedelta(10**6)),
+    "timedelta64[us]": st.timedeltas(-LONG, LONG),
 }
 WHOLE = ("int64", "int16", "uint8", "bool", "float64", "float32")
 
