@@ -58,6 +58,9 @@ warnings.simplefilter("ignore")
 import {package} as lmprobe
 
 if lmprobe.__name__ == "lmprobe" and {plain}:
+    # Not by its variable, which numba reads when it is imported: where pydata's sparse is installed, that is before this script.
+    import numba.core.config
+    numba.core.config.DISABLE_JIT = 1
     from skglm.penalties import WeightedGroupL2
     value = WeightedGroupL2.value
     WeightedGroupL2.value = lambda self, w: value(self, w if len(w) == len(self.grp_indices) else w.base)
@@ -112,8 +115,6 @@ def run(package: str, model: Path, cache: Path, warmed: Warmed) -> dict[str, Any
         "configs": CONFIGS,
     }
     environment = {**os.environ, "LMPROBE_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    if not STRESS:
-        environment["NUMBA_DISABLE_JIT"] = "1"
     script = SCRIPT.format(package=package, plain=not STRESS)
     done = warmed.run(script, str(model), json.dumps(job), env=environment, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
