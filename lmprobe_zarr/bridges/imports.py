@@ -340,11 +340,17 @@ def _write_columns(store: Store, summary: ImportSummary, columns: Mapping[str, M
     missing: dict[str, dict[str, Any]] = {}
     for name, values in columns.items():
         held = dict(zip(hashes, stored[name].values.tolist(), strict=True)) if name in stored.coords else {}
-        new = {key: values[key] for key in hashes if key in values and (key not in held or held[key] != values[key])}
+        new = {key: values[key] for key in hashes if key in values and not (key in held and _is_same(held[key], values[key]))}
         if new:
             missing[name] = new
     if missing:
         store.annotate(None, missing, group=group)
+
+
+def _is_same(stored: Any, given: Any) -> bool:
+    """Whether a column holds a value already; what is missing is NaN in the store and None in the dataset."""
+    is_missing = stored is None or stored != stored
+    return is_missing if given is None or given != given else bool(stored == given)
 
 
 def import_saelens(

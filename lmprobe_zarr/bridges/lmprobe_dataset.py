@@ -37,6 +37,7 @@ _OWN_COLUMNS: Final = frozenset({
     "token_shard_offsets", "token_ids", "token_perplexity", "token_strings", "perplexity_mean", "perplexity_min", "perplexity_max",
 })  # fmt: skip
 MISSING_FILES: Final = "prompts whose tensors lie in files that are missing, damaged or too short"
+NO_PLACE: Final = "tensors of which the index does not say where a prompt's rows are"
 MISSING_LAYERS: Final = "layers or kinds of tensors that the index lists, and of which no file can be read"
 
 
@@ -103,6 +104,8 @@ class LmprobeDataset:
         self._kinds: dict[str, Any] = tensors if isinstance(tensors, dict) else {}
         self._found: dict[Held, _Rows] = {}
         self._notes: list[str] = []
+        self._lists_of_tokens: dict[str, tuple[Ints, Ints]] = {}
+        self._statistics: list[Array | None] = []
 
     @property
     def url(self) -> str:
@@ -142,6 +145,8 @@ class LmprobeDataset:
     def _describe(self) -> None:
         """Find out what there is, from the headers of all files."""
         self._found, self._notes = {}, []
+        self._lists_of_tokens = {name: lists for name in ("token_ids", "token_perplexity") if (lists := self._lists(name)) is not None}
+        self._statistics = [self._floats(f"perplexity_{name}") for name in ("mean", "min", "max")]
         hidden = self._kinds.get("hidden_layers")
         if isinstance(hidden, dict):
             self._hidden(hidden)
@@ -167,7 +172,8 @@ class LmprobeDataset:
         if kind.get("storage", "pooled") == "full_sequence":
             shards, rows = self._lists("token_shard_ids"), self._lists("token_shard_offsets")
             if shards is not None and rows is not None:
-                if not (np.array_equal(shards[1], self._counts) and np.array_equal(rows[1], self._counts)):
+                lengths = np.maximum(self._counts, 0)
+                if not (np.array_equal(shards[1], lengths) and np.array_equal(rows[1], lengths)):
                     raise CorruptFileError(f"the index of {self.url} gives the places of another number of tokens than num_tokens says")
                 self._add("tokens", "resid", found, shards[0].astype(np.int64), rows[0].astype(np.int64))
                 return
@@ -211,6 +217,8 @@ class LmprobeDataset:
         return found
 
     def _header(self, job: tuple[int | None, int, str, str]) -> Any:
+        if {"..", ""} & {*job[2].split("/")}:
+            return None  # a dataset names no file outside of it
         try:
             return read_header(self.files, job[2])[0]
         except (CorruptFileError, FileNotFoundError):
@@ -219,6 +227,8 @@ class LmprobeDataset:
     def _add(
         self, level: Any, variable: str, found: Mapping[tuple[int | None, int], tuple[str, Tensor]], shards: Ints | None, rows: Ints | None
     ) -> None:
+        if found and (shards is None or rows is None):
+            self._notes.append(NO_PLACE)
         if not found or shards is None or rows is None:
             return
         alike: dict[tuple[str, tuple[int, ...]], set[int | None]] = {}
@@ -254,8 +264,6 @@ class LmprobeDataset:
     def entries(self) -> Iterator[Entry | Skipped]:
         """One entry for each prompt of the index."""
         self._describe()
-        statistics = [self._floats(f"perplexity_{name}") for name in ("mean", "min", "max")]
-        by_token = {name: self._lists(name) for name in ("token_ids", "token_perplexity")}
         every = _cells(self._found)
         for number, text in enumerate(self._texts):
             name = f"row {number} of the index"
@@ -270,13 +278,13 @@ class LmprobeDataset:
                 yield Skipped(name=name, reason=MISSING_FILES)
                 continue
             notes = [*self._notes]
-            if all(each is not None and np.isfinite(each[number]) for each in statistics):
+            if all(each is not None and np.isfinite(each[number]) for each in self._statistics):
                 holds.append(Held(level="prompts", variable="perplexity", layers=None, dtype="float32", row_shape=(3,)))
             for column, shift, variable, dtype in (
                 ("token_ids", 0, "token_id", "int64"),
                 ("token_perplexity", 1, "token_perplexity", "float32"),
             ):
-                lists = by_token[column]
+                lists = self._lists_of_tokens.get(column)
                 length = 0 if lists is None else int(lists[1][number])
                 if length and count > 0 and length == count - shift:
                     holds.append(Held(level="tokens", variable=variable, layers=None, dtype=dtype, row_shape=()))
@@ -308,16 +316,14 @@ class LmprobeDataset:
             if held.variable in ("token_id", "token_perplexity"):
                 self._fill_lists(held, entries, bounds[held.level], array[0])
             elif held.variable == "perplexity":
-                columns = [self._floats(f"perplexity_{name}") for name in ("mean", "min", "max")]
                 numbers = [entry.place for entry in entries]
-                array[0] = np.stack([each[numbers] for each in columns if each is not None], axis=1)
+                array[0] = np.stack([each[numbers] for each in self._statistics if each is not None], axis=1)
             else:
                 self._fill(held, entries, array)
         return batch_of(entries, arrays)
 
     def _fill_lists(self, held: Held, entries: Sequence[Entry], bounds: Ints, out: Array) -> None:
-        lists = self._lists("token_ids" if held.variable == "token_id" else held.variable)
-        assert lists is not None  # noqa: S101  (entries were described from it)
+        lists = self._lists_of_tokens["token_ids" if held.variable == "token_id" else held.variable]
         starts = np.concatenate([[0], np.cumsum(lists[1])]).astype(np.int64)
         for entry, a, b in zip(entries, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             values = lists[0][starts[entry.place] : starts[entry.place + 1]]

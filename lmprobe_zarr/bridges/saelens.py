@@ -75,7 +75,7 @@ class SaelensActivations:
         values = cell.values
         if values is None:
             return np.empty(0)
-        if hasattr(values, "flatten") and hasattr(values.type, "value_type"):
+        if values.type.num_fields:  # a list of lists
             flat = values.flatten().to_numpy(zero_copy_only=False)
             return np.asarray(flat.reshape(len(values), -1))
         return np.asarray(values.to_numpy(zero_copy_only=False))
@@ -105,6 +105,17 @@ class SaelensActivations:
         return batch_of(entries, arrays)
 
 
+def _plain(pyarrow: Any, table: Any) -> Any:
+    """The table without types of `datasets`, which a process has where that package was imported."""
+    columns = [
+        pyarrow.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+        if isinstance(column.type, pyarrow.BaseExtensionType)
+        else column
+        for column in table.columns
+    ]
+    return pyarrow.table(columns, names=table.column_names)
+
+
 def _open(folder: Path) -> list[Any]:
     """The tables of all files, in their order, mapped into memory."""
     try:
@@ -124,7 +135,7 @@ def _open(folder: Path) -> list[Any]:
     for name in files:
         try:
             with pyarrow.memory_map(str(folder / name)) as source:
-                tables.append(pyarrow.ipc.open_stream(source).read_all())
+                tables.append(_plain(pyarrow, pyarrow.ipc.open_stream(source).read_all()))
         except (OSError, pyarrow.ArrowException) as error:
             raise CorruptFileError(f"{folder / name} cannot be read: {str(error).splitlines()[0]}") from error
     if any(table.column_names != tables[0].column_names for table in tables):

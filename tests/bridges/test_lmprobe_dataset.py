@@ -105,6 +105,28 @@ def test_some_prompts_again_and_none_twice(made: dict[str, Path], truth: Truth, 
     assert "label" not in lz.open_store(tmp_path / "plain").dataset().coords
 
 
+def test_labels_with_gaps_are_not_written_again(copy: Path, tmp_path: Path) -> None:
+    import pyarrow
+
+    def with_gaps(table: Any) -> Any:
+        labels = [None if n == 3 else value for n, value in enumerate(table.column("label").to_pylist())]
+        return table.set_column(table.column_names.index("label"), "label", pyarrow.array(labels, pyarrow.int32()))
+
+    rewrite_index(copy, with_gaps)
+    store, _ = imported(copy, tmp_path / "acts")
+    assert int(store.dataset().label.isnull().sum()) == 1
+    before = sorted(path.name for path in (tmp_path / "acts").rglob("*"))
+    imported(copy, tmp_path / "acts")
+    assert sorted(path.name for path in (tmp_path / "acts").rglob("*")) == before
+
+
+def test_an_index_that_does_not_say_where_rows_are_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made["pooled"], tmp_path / "copy"))
+    rewrite_index(folder, lambda table: table.drop_columns(["row_offset", "row_offset_logits"]))
+    _, summary = imported(folder, tmp_path / "acts")
+    assert any("does not say where" in note.text for note in summary.notes)
+
+
 def test_a_dry_run_writes_nothing(made: dict[str, Path], tmp_path: Path) -> None:
     summary = lz.import_lmprobe_dataset(made["sequences"], tmp_path / "acts", dry_run=True, progress=False)
     assert summary.imported == 7

@@ -52,6 +52,33 @@ def test_every_value_is_the_one_that_saelens_was_given(tmp_path: Path) -> None:
     assert (again.stored, again.imported) == (6, 0)
 
 
+def test_files_are_read_where_datasets_has_registered_its_types(tmp_path: Path) -> None:
+    import pyarrow
+
+    (field,) = [each for each in pyarrow.ipc.open_stream(min(FOLDER.glob("*.arrow")).read_bytes()).schema if each.name != "token_ids"]
+    name = field.metadata[b"ARROW:extension:name"].decode()
+
+    class Registered(pyarrow.ExtensionType):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(field.type, name)
+
+        def __arrow_ext_serialize__(self) -> bytes:
+            return b""
+
+        @classmethod
+        def __arrow_ext_deserialize__(cls, storage_type: Any, serialized: bytes) -> Any:
+            return cls()
+
+    pyarrow.register_extension_type(Registered())
+    try:
+        store, summary = imported(FOLDER, tmp_path / "acts", strict=True)
+    finally:
+        pyarrow.unregister_extension_type(name)
+    assert summary.imported == 6
+    mine = store.tokens(dtype="stored").resid.sel(prompt=lz.prompt_hash(TRUTH["ids"][4].tolist()))
+    np.testing.assert_array_equal(mine[0], TRUTH["values"][4])
+
+
 def test_a_context_that_repeats_is_imported_once(copy: Path, tmp_path: Path) -> None:
     state = json.loads((copy / "state.json").read_text())
     state["_data_files"].append(state["_data_files"][0])
