@@ -14,6 +14,7 @@ __all__ = [
     "ANNOTATIONS",
     "COLUMN",
     "COLUMN_NAME",
+    "COMMITS",
     "FORMAT",
     "FORMAT_COLUMNS",
     "FORMAT_VERSION",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 STAMPS: Final = ".used"
+COMMITS: Final = ".committed"
 
 FORMAT: Final = "lmprobe-zarr"
 FORMAT_VERSION: Final = 1  # of roots and groups, and of the first parts

@@ -7,6 +7,7 @@ from lmprobe_zarr.store.parts.as_pandas import as_series, prompt_index
 from lmprobe_zarr.store.parts.call_order import CallOrder, merged_order
 from lmprobe_zarr.store.parts.catalog import Catalog, Mode, any_holds_parts, groups_of, open_union, requesting_ahead, urls_of, visible_parts
 from lmprobe_zarr.store.parts.columns import column_attrs, column_of, holds_texts_only, merged_kind, shown_column
+from lmprobe_zarr.store.parts.commits import commit_key, find_lost, note_commit
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.lazy import LazyArray, as_stored
 from lmprobe_zarr.store.parts.listing import Listing, committed_at, list_names, part_nbytes
@@ -46,7 +47,9 @@ __all__ = [
     "blocks_of",
     "column_attrs",
     "column_of",
+    "commit_key",
     "committed_at",
+    "find_lost",
     "groups_of",
     "has_role_names",
     "holds_texts_only",
@@ -54,6 +57,7 @@ __all__ = [
     "list_names",
     "merged_kind",
     "merged_order",
+    "note_commit",
     "open_union",
     "open_view",
     "part_bytes_within",

@@ -17,6 +17,7 @@ from lmprobe_zarr.log import warn
 from lmprobe_zarr.storage import ReadCache, Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
+    COMMITS,
     GROUP_NAME,
     PART_NAME,
     STAMPS,
@@ -28,6 +29,7 @@ from lmprobe_zarr.store.format import (
     parse_part,
 )
 from lmprobe_zarr.store.parts.ahead import Ahead, keys_of_hint
+from lmprobe_zarr.store.parts.commits import find_lost
 from lmprobe_zarr.store.parts.frozen import FrozenStorage
 from lmprobe_zarr.store.parts.listing import Listing, list_names
 from lmprobe_zarr.store.parts.part import Part
@@ -193,7 +195,7 @@ class Catalog:
             listed = self.storage.list(group) if names else self._ahead.list(group)
             new = [name for name in self._part_names(group, listed) if name not in names]
             if not new:
-                return False
+                return bool(find_lost(self.storage, [f"{group}/{name}" for name in names]))  # the view that is opened next names it
             if any(self._is_committed(f"{group}/{name}") for name in new):
                 return ANNOTATIONS not in listed or self._shows_any(group)
             names += new
@@ -222,7 +224,7 @@ class Catalog:
 
     def drop_empty_group(self, info: GroupInfo) -> None:
         """Remove a group's own document where nothing else is left of the group."""
-        left = [name for name in self.storage.list(info.name) if name not in ("zarr.json", STAMPS)]
+        left = [name for name in self.storage.list(info.name) if name not in ("zarr.json", COMMITS, STAMPS)]
         if not left:
             self.storage.remove([f"{info.name}/zarr.json"])
             self._groups.pop(info.name, None)
@@ -273,6 +275,7 @@ class Catalog:
             # replaced them were committed before that, but are not in the list.
             again = [f"{folder}/{name}" for name in self._part_names(folder)]
             if set(again) <= set(paths):
+                self._check_lost([path for path in absent if path not in held and path not in self._damaged], whole)
                 break
             paths = sorted({*paths, *again})
         there = set(paths)
@@ -290,6 +293,16 @@ class Catalog:
         if whole and (damaged := next((self._damaged[path] for path in paths if path in self._damaged), None)):
             raise damaged
         return [held[path] for path in paths if path in held and path not in self._damaged]
+
+    def _check_lost(self, paths: list[str], whole: bool) -> None:
+        """Treat as damaged what had a commit, among folders of one group without one."""
+        for path in find_lost(self.storage, paths):
+            why = "this copy names it: it was published again since it was opened, or the file was deleted"
+            why = why if self.is_published else "the part was committed: something else than this package deleted it"
+            error = CorruptPartError.of(self.url, path, f"{self.url}/{path}/zarr.json is missing, though {why}")
+            if whole:
+                raise error
+            self.set_aside(error)
 
     def _part_names(self, folder: str, listed: Sequence[str] | None = None) -> list[str]:
         found = self.storage.list(folder) if listed is None else listed

@@ -66,6 +66,7 @@ from lmprobe_zarr.store.format import (
 from lmprobe_zarr.store.parts.call_order import CallOrder
 from lmprobe_zarr.store.parts.chunk_files import ChunkFiles
 from lmprobe_zarr.store.parts.columns import encode_column, text_rows
+from lmprobe_zarr.store.parts.commits import note_commit
 from lmprobe_zarr.store.parts.stored_array import StoredArray
 from lmprobe_zarr.store.parts.written_arrays import MovedArray, RowBuffer
 from lmprobe_zarr.typing import Array, Buffer, Ints
@@ -408,6 +409,8 @@ class PartWriter:
             )
         self.storage.commit(f"{self.path}/zarr.json", document, durable=self.durable, replace=False)
         self._ended = True
+        if not self.alone:  # a published copy names its parts
+            note_commit(self.storage, self.group.name, self.name)
         return info
 
     def abort(self) -> None:

@@ -16,7 +16,7 @@ from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError
 from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import ANNOTATIONS, LEVELS, GroupInfo, Level, is_intact, is_variable, replacement_name
-from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, open_view, part_nbytes, write_group
+from lmprobe_zarr.store.parts import Catalog, Listing, Part, PartWriter, View, note_commit, open_view, part_nbytes, write_group
 from lmprobe_zarr.store.upkeep.publish import Selection, total_nbytes
 from lmprobe_zarr.store.upkeep.rewrite import NewPart, new_writer, visible_pieces, write_rows
 from lmprobe_zarr.store.upkeep.tombstones import hidden_in, rows_over, write_tombstone
@@ -286,6 +286,7 @@ def _copy_part(source: Storage, target: Storage, group: GroupInfo, part: Part, *
     for each in range(0, len(shards), _SHARDS_AT_A_TIME):
         run_all(shards[each : each + _SHARDS_AT_A_TIME], local=is_local)
     target.commit(f"{part.path}/zarr.json", source.read(f"{part.path}/zarr.json"), durable=durable, replace=False)
+    note_commit(target, group.name, part.info.name)
 
 
 def _copy_visible(source: Storage, target: Storage, group: GroupInfo, part: Part, pieces: Sequence[NewPart], *, durable: bool) -> None:

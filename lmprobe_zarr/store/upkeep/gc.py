@@ -17,7 +17,7 @@ from typing import Final
 from lmprobe_zarr.display import format_bytes
 from lmprobe_zarr.errors import CorruptPartError, InvalidArgumentError, PartGoneError
 from lmprobe_zarr.storage import FileInfo, Storage, StrayUpload
-from lmprobe_zarr.store.format import ANNOTATIONS, BLOCK_TABLE, CHUNK_TABLE, LEVELS, PART_NAME, STAMPS, GroupInfo
+from lmprobe_zarr.store.format import ANNOTATIONS, BLOCK_TABLE, CHUNK_TABLE, COMMITS, LEVELS, PART_NAME, STAMPS, GroupInfo
 from lmprobe_zarr.store.parts import Catalog, Listing, Part
 from lmprobe_zarr.store.upkeep.removal import lies_within, remove_part
 from lmprobe_zarr.store.upkeep.tombstones import drop_useless
@@ -127,14 +127,15 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: fl
     unfinished: list[Leftover] = []
     partials: list[str] = []
     freed = sum(part.info.files_nbytes + part.document_nbytes for part in replaced)
-    stamped = storage.scan(f"{group.name}/{STAMPS}")
+    signs = {folder: storage.scan(f"{group.name}/{folder}") for folder in (COMMITS, STAMPS)}
+    was_committed = {name for found in signs.values() for name in found}
     for folder in (group.name, f"{group.name}/{ANNOTATIONS}"):
         entries = storage.scan(folder)
         partials += _old_partials(folder, entries, before)
         for name, entry in entries.items():
             if entry.is_file or name in committed or not PART_NAME.fullmatch(name) or storage.is_file(f"{folder}/{name}/zarr.json"):
                 continue
-            if name in stamped:
+            if name in was_committed:
                 continue  # its commit was deleted by something else: `repair` tells what is lost
             if storage.leads_out(f"{folder}/{name}"):
                 continue
@@ -146,8 +147,9 @@ def _plan_group(storage: Storage, group: GroupInfo, listing: Listing, before: fl
                 freed += left.nbytes
     named = {name for folder in (group.name, f"{group.name}/{ANNOTATIONS}") for name in storage.list(folder)}
     stamps = [
-        f"{group.name}/{STAMPS}/{name}"
-        for name, entry in stamped.items()
+        f"{group.name}/{folder}/{name}"
+        for folder, found in signs.items()
+        for name, entry in found.items()
         if PART_NAME.fullmatch(name) and name not in named and entry.modified is not None and entry.modified <= before
     ]
     return GcSummary(

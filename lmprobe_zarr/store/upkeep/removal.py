@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from lmprobe_zarr.errors import ReadOnlyError
 from lmprobe_zarr.storage import Storage
 from lmprobe_zarr.store.format import STAMPS
-from lmprobe_zarr.store.parts import Part
+from lmprobe_zarr.store.parts import Part, commit_key
 
 __all__ = ["check_removable", "lies_within", "remove_part"]
 
@@ -28,8 +28,9 @@ def check_removable(storage: Storage, parts: Iterable[Part]) -> None:
 
 
 def remove_part(storage: Storage, part: Part) -> None:
-    """Remove one part: its stamp and its commit first, then the files that its commit names."""
+    """Remove one part: the signs of its commit, the commit, then the files that its commit names."""
     check_removable(storage, [part])
-    # A part with a stamp and without a commit is one that something else has damaged (`verify`), so the stamp must not outlive the commit.
-    storage.remove([f"{part.info.group}/{STAMPS}/{part.info.name}", f"{part.path}/zarr.json"])
+    # A part with either sign and without a commit is one that something else has damaged, so neither may outlive the commit.
+    storage.remove([commit_key(part.info.group, part.info.name), f"{part.info.group}/{STAMPS}/{part.info.name}"])
+    storage.remove([f"{part.path}/zarr.json"])
     storage.remove([f"{part.path}/{name}" for name in part.info.file_names()])

@@ -23,6 +23,7 @@ from lmprobe_zarr.store.format import (
     CHUNK_TABLE,
     FORMAT,
     MADE_BY_WRITER,
+    STAMPS,
     GroupInfo,
     Level,
     PartInfo,
@@ -31,7 +32,7 @@ from lmprobe_zarr.store.format import (
     replacement_name,
     root_document,
 )
-from lmprobe_zarr.store.parts import NO_LAYER, Catalog, Cell, Part, Salvaged, salvage
+from lmprobe_zarr.store.parts import NO_LAYER, Catalog, Cell, Part, Salvaged, commit_key, salvage
 from lmprobe_zarr.store.upkeep.compact import shape_key
 from lmprobe_zarr.store.upkeep.gc import find_leftover
 from lmprobe_zarr.store.upkeep.losses import LostColumn, LostValues, RepairSummary
@@ -464,7 +465,9 @@ def _rewrite(storage: Storage, group: GroupInfo, part: Part, replacement: NewPar
 
 
 def _remove_loose(storage: Storage, path: str) -> None:
-    """Remove a part whose document is damaged: the document, and then all files with names that our writer gives."""
+    """Remove a part whose document is damaged: the signs of its commit, the document, and then all files with names that our writer gives."""
+    group, name = path.partition("/")[0], path.rpartition("/")[2]
+    storage.remove([commit_key(group, name), f"{group}/{STAMPS}/{name}"])
     storage.remove([f"{path}/zarr.json"])
     left, _ = find_leftover(storage, path, FileInfo(is_file=False, nbytes=0, modified=None))
     storage.remove(left.files)

@@ -22,6 +22,7 @@ from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
+    COMMITS,
     BLOCK_TABLE,
     CHUNK_TABLE,
     GROUP_NAME,
@@ -42,7 +43,7 @@ from lmprobe_zarr.store.format import (
     published_document,
     root_document,
 )
-from lmprobe_zarr.store.parts import FrozenStorage, Part
+from lmprobe_zarr.store.parts import FrozenStorage, Part, find_lost
 from lmprobe_zarr.store.upkeep.problems import OddValues, Problem, ProblemKind, VerifySummary
 from lmprobe_zarr.typing import Buffer
 
@@ -215,7 +216,7 @@ def _scan_group(
         found[path] = _scan_part(storage, path, frozen, documents)
 
     run_all([partial(scan, path) for path in paths], local=storage.is_local)
-    if STAMPS in names:
+    if not frozen and {COMMITS, STAMPS} & set(names):
         _find_lost(storage, name, found)
     parts = sorted((each for each in found.values() if each is not None), key=lambda each: each.path.rpartition("/")[2])
     if fault is not None and fault.kind == "missing" and not parts:
@@ -231,13 +232,13 @@ def _scan_group(
 
 
 def _find_lost(storage: Storage, group: str, found: dict[str, FoundPart | None]) -> None:
-    """Add the parts that lack a commit and have a stamp: only what is committed is read, and the stamp goes before the commit."""
+    """Add the parts without a commit that had one. A stamp of use is a sign of that too: only what is committed is read."""
     without = [path for path, each in found.items() if each is None and PART_NAME.fullmatch(path.rpartition("/")[2])]
     stamps = set(storage.list(f"{group}/{STAMPS}")) if without else set()
-    for path in without:
-        if path.rpartition("/")[2] in stamps and storage.list(path):
-            fault = Fault("missing", "is missing, although the part has been read: something else than this package deleted it")
-            found[path] = FoundPart(path=path, part=None, fault=fault)
+    read = {path for path in without if path.rpartition("/")[2] in stamps and storage.list(path)}
+    for path in {*read, *find_lost(storage, without)}:
+        fault = Fault("missing", "is missing, although the part was committed: something else than this package deleted it")
+        found[path] = FoundPart(path=path, part=None, fault=fault)
 
 
 def _parse_group(data: bytes, name: str) -> tuple[GroupInfo | None, Fault | None]:

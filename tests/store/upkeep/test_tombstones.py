@@ -157,11 +157,13 @@ def test_what_a_damaged_part_had_replaced_stays_hidden_and_is_listed(
     folder = Path(store.url) / GROUP.name / name
     chunks = sorted(path for path in folder.rglob("c.*") if path.parent.name in VARIABLES)
     if how == "no document":
-        # It was read, as `shown` did, so it was committed.
         (folder / "zarr.json").unlink()
+        with pytest.raises(CorruptPartError, match=f"{name}/zarr.json is missing, though the part was committed"):
+            shown(store)
         (problem,) = lz.open_store(store.url).verify(progress=False).problems
         assert (problem.part, problem.kind) == (f"{GROUP.name}/{name}", "missing")
-        assert not store.gc(max_age=0).unfinished, "what is left of it is no garbage"
+        with pytest.warns(CacheWarning, match="is missing"):
+            assert not store.gc(max_age=0).unfinished, "what is left of it is no garbage"
         chunks = []
     for path in [folder / "zarr.json"] if how == "its document" else chunks[:1] if how == "a chunk" else chunks:
         content = path.read_bytes()
