@@ -62,6 +62,7 @@ check: lint
 pages: setup
 	$(VENV)/bin/python tests/docs/architecture_page.py
 	$(VENV)/bin/python tests/docs/reference_pages.py
+	$(VENV)/bin/python tests/docs/json_schemas.py
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(VENV)/bin/python tests/docs/errors_page.py
 
 # The environments, lint and docs each use a single core: two at a time.

@@ -21,7 +21,7 @@ COMMAND_LINE_HEAD = """# Command line
 For people who work at a shell. After this page you know every command with an example, its options and its exit codes.
 
 `lmprobe-zarr COMMAND`, or `python -m lmprobe_zarr COMMAND`. Every command takes `--json` and then prints one JSON document and nothing
-else. Commands that delete ask first, or need `--yes`. If no store is named, it is the [cache](caching.md).
+else ([what is in it](json.md)). Commands that delete ask first, or need `--yes`. If no store is named, it is the [cache](caching.md).
 
 This page is written from what `--help` says, by `python tests/docs/reference_pages.py`. `tests/docs/test_reference_pages.py` fails if the
 two differ.

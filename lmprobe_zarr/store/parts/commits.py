@@ -1,8 +1,8 @@
-"""A second sign of every commit: an empty file per part, apart from it. It tells a part whose document somebody deleted from one that a killed
-writer left half of.
+"""A second sign of every commit: an empty file per part, apart from it.
 
-Only the writer of a part makes it, after the commit, and whoever removes the part removes it first. So where it is and the document is not, something
-else than this package took the document. Best effort: without it, such a part counts as one that was never committed.
+It tells a part whose document somebody deleted from one that a killed writer left half of. Only the writer of a part makes it, after the
+commit, and whoever removes the part removes it first. So where it is and the document is not, something else than this package took the
+document. Best effort: without it, such a part counts as one that was never committed.
 """
 
 from __future__ import annotations

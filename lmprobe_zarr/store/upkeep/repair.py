@@ -465,7 +465,7 @@ def _rewrite(storage: Storage, group: GroupInfo, part: Part, replacement: NewPar
 
 
 def _remove_loose(storage: Storage, path: str) -> None:
-    """Remove a part whose document is damaged: the signs of its commit, the document, and then all files with names that our writer gives."""
+    """Remove a part whose document is damaged: the signs of its commit, the document, then all files with names that our writer gives."""
     group, name = path.partition("/")[0], path.rpartition("/")[2]
     storage.remove([commit_key(group, name), f"{group}/{STAMPS}/{name}"])
     storage.remove([f"{path}/zarr.json"])

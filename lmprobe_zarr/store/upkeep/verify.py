@@ -22,9 +22,9 @@ from lmprobe_zarr.progress import progress_bar
 from lmprobe_zarr.storage import Storage, run_all
 from lmprobe_zarr.store.format import (
     ANNOTATIONS,
-    COMMITS,
     BLOCK_TABLE,
     CHUNK_TABLE,
+    COMMITS,
     GROUP_NAME,
     LEVELS,
     MADE_BY_WRITER,

@@ -74,8 +74,8 @@ def test_nothing_old_is_shown_in_place_of_a_part_whose_document_was_deleted(stor
         assert store.dataset().resid_mean.values[0, 0, 0] == 2
     delete_document(open_storage(store.url), name)
     reader = lz.open_store(store.url, "r")
-    calls: list[Any] = [reader.dataset, lambda: reader.view(GROUP), lambda: reader.listing(GROUP), lambda: reader.info(GROUP.model)]
-    for call in calls[:3]:
+    calls: list[Callable[[], Any]] = [reader.dataset, lambda: reader.view(GROUP), lambda: reader.listing(GROUP)]
+    for call in calls:
         with pytest.raises(CorruptPartError, match=MISSING) as caught:
             call()
         assert caught.value.part == f"{GROUP.name}/{name}"
