@@ -177,11 +177,8 @@ def schemas() -> dict[str, Schema]:
     verified = _record(VerifySummary)
     verified["properties"] = {"ok": _of("boolean", "whether there are no problems; else the exit code is 1"), **verified["properties"]}
     verified["required"] = ["ok", *verified["required"]]
-    demo_row = _object(
-        {"layer": _of("integer", "the layer")},
-        rest=_SCORE,
-        description="mean accuracy of each variable, and its standard deviation as `<variable>_std`",
-    )
+    spread = "mean accuracy of each variable, and its standard deviation as `<variable>_std`"
+    demo_row = _object({"layer": _of("integer", "the layer")}, rest=_SCORE, description=spread)
     best = _object(
         {
             "variable": _of("string", "the variable"),
