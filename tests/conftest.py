@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -86,22 +87,38 @@ IN_FORMAT_1_TOO = ("store/test_store.py", "store/upkeep/test_compact.py", "promi
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """A short form of parametrized tests, for a second interpreter."""
-    parser.addoption("--few", type=int, metavar="N", help="of each parametrized test, run N parameter sets from the first to the last")
+    parser.addoption("--few", type=int, metavar="N", help="of each parametrized test, run N parameter sets")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out parameter sets: what ``--few`` says of every test, and but for `make stress` what a test's mark ``few`` says of it."""
+    """But for `make stress`, leave out tests that are marked ``long`` and parameter sets beyond those that a test's mark ``few`` says.
+
+    ``--few`` says the latter of every test. Of those that are run, `few_of` says which they are.
+    """
     wanted = config.getoption("few")
+    stress = "LMPROBE_ZARR_STRESS" in os.environ
+    long = [item for item in items if not stress and item.get_closest_marker("long")]
+    short = [item for item in items if stress or not item.get_closest_marker("long")]
 
     def most(item: pytest.Item) -> int | None:
-        mark = None if "LMPROBE_ZARR_STRESS" in os.environ else item.get_closest_marker("few")
+        mark = None if stress else item.get_closest_marker("few")
         limits = [limit for limit in (wanted, mark.args[0] if mark else None) if limit is not None]
         return min(limits, default=None)
 
-    kept, left = few_of(items, [item.nodeid.partition("[")[0] for item in items], [most(item) for item in items])
-    if left:
-        config.hook.pytest_deselected(items=left)
+    def values(item: pytest.Item) -> frozenset[tuple[str, int]]:
+        call = getattr(item, "callspec", None)
+        return frozenset() if call is None else frozenset(call.indices.items())
+
+    kept, left = few_of(short, [item.nodeid.partition("[")[0] for item in short], [most(item) for item in short], [values(i) for i in short])
+    if left or long:
+        config.hook.pytest_deselected(items=[*left, *long])
         items[:] = kept
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was imported and collected out of the garbage collector's sight: hundreds of tests call it, and it looks at all there is."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
