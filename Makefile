@@ -166,7 +166,7 @@ notebooks: setup
 	$(VENV)/bin/python tests/docs/run_notebooks.py
 
 stress: setup
-	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 -m few
+	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 -m "few or long"
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 -k "kill_9 or test_views or test_token_index or test_accessor or test_schema or after_compaction or chains_of_operations or one_prefix or test_repair or test_numeric_limits or many_token_rows"
 	LMPROBE_ZARR_STRESS=1 $(PYTEST) -o faulthandler_timeout=0 tests/promises/test_crash_matrix.py tests/promises/test_concurrency.py tests/promises/test_medium.py tests/promises/test_fuzz.py
 	LMPROBE_ZARR_STRESS=1 $(VENV)/bin/python -m pytest -o faulthandler_timeout=0 tests/promises/test_load.py

@@ -109,14 +109,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         call = getattr(item, "callspec", None)
         return frozenset() if call is None else frozenset(call.indices.items())
 
-    kept, left = few_of(short, [item.nodeid.partition("[")[0] for item in short], [most(item) for item in short], [values(i) for i in short])
+    kept, left = few_of(
+        short, [item.nodeid.partition("[")[0] for item in short], [most(item) for item in short], [values(i) for i in short]
+    )
     if left or long:
         config.hook.pytest_deselected(items=[*left, *long])
         items[:] = kept
 
 
 def pytest_collection_finish() -> None:
-    """Keep what was imported and collected out of the garbage collector's sight: hundreds of tests call it, and it looks at all there is."""
+    """Hide what was imported and collected from the garbage collector, which many tests call, and which looks at everything."""
     gc.collect()
     gc.freeze()
 

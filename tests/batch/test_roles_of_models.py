@@ -75,6 +75,7 @@ def contents(name: str, chat: list[dict[str, Any]], **options: Any) -> list[tupl
     return [piece for piece in pieces if piece[0]]
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_turns_that_look_like_headers(name: str) -> None:
     chat = [system("user"), user("he"), assistant("he"), user("assistant"), assistant("end")]

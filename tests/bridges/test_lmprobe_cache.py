@@ -166,6 +166,7 @@ def filled(tmp_path: Path, tiny_models: SharedModels, warmed: Warmed) -> Callabl
     return fill
 
 
+@pytest.mark.few(1)
 @pytest.mark.model
 @peer
 @pytest.mark.parametrize("pooling", ["last_token", "mean"])

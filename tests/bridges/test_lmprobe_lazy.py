@@ -81,6 +81,7 @@ def filled(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("level", ["prompts", "tokens"])
 @pytest.mark.parametrize(
     "options",

@@ -26,6 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii", "latin-1", "cp437", "utf-16"])
 @pytest.mark.parametrize("command", [["info"], ["show", "--list", "5"], ["info", "--json"], ["show", "--json"], ["verify"]], ids=" ".join)
 def test_what_an_encoding_lacks_is_printed_as_an_escape(place: Path, encoding: str, command: list[str], warmed: Warmed) -> None:

@@ -50,6 +50,7 @@ def test_report_opens_what_sweep_wrote_whatever_it_is_called(
         assert f"{row['accuracy']:.4g}" in page
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["netcdf", "no ending", "zarr 2", "zarr 3", "not consolidated"])
 def test_report_opens_scores_by_what_is_stored(stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str) -> None:
     scores = lz.sweep(lz.open_store(stored).dataset().resid_mean, "label", "mass_mean", cv=2)

@@ -65,7 +65,7 @@ def test_links_of_a_notebook_lead_somewhere(path: Path) -> None:
     assert not [link for link in links if not (path.parent / link).exists()]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.model
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 @pytest.mark.filterwarnings("default")  # the kernel's own machinery, not ours, runs in this process; in the cells a warning is an error

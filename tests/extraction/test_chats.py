@@ -77,6 +77,7 @@ def check_tokens(model: Any, store: Store, label: str, ids: list[int], *, layers
 # ------------------------------------------------------------------------------------------------------- options of templates
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "options",
     [
@@ -224,6 +225,7 @@ def test_roles_of_chats_with_a_date_and_parts_are_found_in_their_text(model: Any
 # ----------------------------------------------------------------------------------------------------------- special tokens
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["begin", "end"])
 def test_a_chat_rendered_by_hand_is_noticed_and_has_a_way(kind: str, model: Any, acts: Store) -> None:
     tokenizer = tiny_tokenizer(encoder=kind == "end")
@@ -341,6 +343,7 @@ class OnlyTexts(Strict):
         return super().__call__(text, **options)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [Strict, OnlyTexts])
 def test_a_tokenizer_that_refuses_arguments_gets_only_what_is_needed(kind: type[Strict], model: Any, acts: Store) -> None:
     tokenizer = kind()

@@ -93,6 +93,7 @@ def truth(folder: Path, text: str) -> list[Any]:
     return [h[0].numpy() for h in hidden[1:4]] + [last[0].reshape(hidden[0].shape)[0].numpy()]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("kind", NAMED)
 def test_what_is_stored_is_what_the_model_computes_for_the_prompt_alone(kind: str, saved: Callable[[str], Path], acts: Store) -> None:
     folder = saved(kind)
@@ -628,7 +629,7 @@ print("kills", kills)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children, so that each round need not import torch again")
 def test_kill_9_at_random_moments_leaves_whole_prompts_only(llama: Path, acts: Store, warmed: Warmed) -> None:
-    rounds = 300 if os.environ.get("LMPROBE_ZARR_STRESS") else 12
+    rounds = 300 if os.environ.get("LMPROBE_ZARR_STRESS") else 5
     done = warmed.run(KILLED, str(llama), acts.url, str(rounds), "1", timeout=60 + 6 * rounds)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = int(done.stdout.split()[-1])

@@ -72,6 +72,7 @@ def assert_is_top_of(lens: xr.Dataset, logits: Any, *, rtol: float = 1e-5) -> No
     np.testing.assert_allclose(lens[LOG_PROBS].values, log_probs.numpy(), atol=10 * near + 1e-5, rtol=0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", [*NORMS, *SCALED])
 def test_last_layer_gives_the_models_own_logits_and_others_norm_and_head(kind: str, tmp_path: Path) -> None:
     folder = saved(kind, tmp_path)
@@ -98,6 +99,7 @@ def test_last_layer_gives_the_models_own_logits_and_others_norm_and_head(kind: s
     assert compared == toks.sizes["token"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "mixtral", "deepseek_v3", "granite"])
 def test_blocks_of_a_named_model_are_not_loaded(kind: str, tmp_path: Path) -> None:
     folder = saved(kind, tmp_path)
@@ -226,6 +228,7 @@ def test_rows_that_are_not_stored_have_no_tokens(llama: tuple[Path, lz.Store], t
     assert (lens.sel(layer=2)[IDS].values >= 0).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("dtype", "near"), [("float16", 2e-3), ("bfloat16", 2e-2)])
 def test_rounded_rows_are_taken_as_they_are(dtype: str, near: float, llama: tuple[Path, lz.Store], tmp_path: Path) -> None:
     folder, exact = llama

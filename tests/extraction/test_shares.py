@@ -202,6 +202,7 @@ def test_what_lies_below_is_not_run_again_by_workers(llama: Path, truth: Store, 
 # -- workers that die ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_worker_that_is_killed_in_the_middle_loses_and_doubles_nothing(slow: Path, processes: Any, tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "acts", durable=False)
     plain = lz.open_store(tmp_path / "plain", durable=False)
@@ -243,6 +244,7 @@ def _die() -> None:
     os._exit(1)
 
 
+@pytest.mark.long
 def test_a_call_that_is_interrupted_cancels_what_waits_and_stops_what_runs(slow: Path, processes: Any, tmp_path: Path) -> None:
     processes.wait_for_workers(2, timeout=180)
     store = lz.open_store(tmp_path / "acts", durable=False)
@@ -337,6 +339,7 @@ def test_shares_take_about_equally_long() -> None:
 # -- sweeps ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["layered", "remote"])
 def test_a_sweep_sends_no_values_of_a_layered_or_remote_store_and_labels_once(
     kind: str, processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -379,6 +382,7 @@ def test_a_sweep_sends_no_values_of_a_layered_or_remote_store_and_labels_once(
 # -- the command line ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_command_line_makes_workers_or_asks_a_scheduler(
     llama: Path, processes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

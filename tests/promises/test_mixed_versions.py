@@ -144,6 +144,7 @@ def test_every_check_accepts_it_and_sees_damage_in_parts_of_each_version(mixed: 
         path.write_bytes(whole)
 
 
+@pytest.mark.few(2)
 def test_compaction_joins_parts_of_both_versions(mixed: Store) -> None:
     # Two more of equal shape at the end, of which one is old.
     later = [make_batch([f"later {i}" for i in range(20)], hidden=HIDDEN, seed=8), make_batch(["later 3", "new"], hidden=HIDDEN, seed=9)]
@@ -165,7 +166,7 @@ def test_compaction_joins_parts_of_both_versions(mixed: Store) -> None:
 
 @pytest.mark.parametrize("shards", [True, False])
 @pytest.mark.parametrize("by_hand", [True, False])
-@pytest.mark.few(8)
+@pytest.mark.few(2)
 def test_old_parts_are_upgraded_with_the_same_view(mixed: Store, shards: bool, by_hand: bool, capsys: pytest.CaptureFixture[str]) -> None:
     before, held = content(mixed), versions_of(mixed)
     options = ["--all", *([] if shards else ["--no-shards"])]

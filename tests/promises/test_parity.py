@@ -103,6 +103,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, tiny_models: SharedModels, wa
     return {"folder": folder, "model": model, **{name: run(name, model, cache, warmed) for name, cache in caches.items()}}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", list(PROBES))
 def test_probes_predict_what_lmprobes_predict(both: dict[str, Any], name: str) -> None:
     theirs, ours = both["lmprobe"][name], both["lmprobe_zarr"][name]
@@ -172,7 +173,7 @@ def test_lmprobe_leaves_our_store_alone_when_it_evicts(tmp_path: Path, warmed: W
 
 
 @pytest.mark.parametrize("how", ["group", "any", "as the model"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_probes_over_an_imported_cache_predict_what_lmprobes_do_over_theirs(both: dict[str, Any], how: str, tmp_path: Path) -> None:
     """The model is never run: all activations are lmprobe's own, moved into a store."""
     model, store = both["model"], lz.open_store(tmp_path / "acts")

@@ -141,6 +141,7 @@ def read_all(store: Store, names: Any = READS) -> None:
 # ------------------------------------------------------------------------------------------------------------- what it saves
 
 
+@pytest.mark.few(2)
 def test_a_second_session_reads_nothing_but_documents(filled: Path, folder: Path) -> None:
     first, counted = session(filled, folder)
     read_all(first)
@@ -153,7 +154,7 @@ def test_a_second_session_reads_nothing_but_documents(filled: Path, folder: Path
         assert Counter(key for key, _, _ in counted.read_of).most_common(1)[0][1] == 1, "and each document once"
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", READS)
 def test_each_kind_of_read_is_kept_by_itself(filled: Path, folder: Path, name: str) -> None:
     read_all(session(filled, folder)[0], [name])
@@ -260,7 +261,7 @@ def _change(path: Path, place: int) -> None:
         file.write(bytes([byte[0] ^ 0x10]))
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("damage", ["a byte", "cut", "longer", "empty", "exchanged", "a folder", "gone", "another's header"])
 def test_entries_that_are_damaged_are_fetched_again_and_mended(filled: Path, folder: Path, damage: str) -> None:
     read_all(session(filled, folder)[0])
@@ -340,6 +341,7 @@ def test_verify_and_repair_look_at_the_place_and_never_at_what_is_kept(filled: P
     read_all(again)  # the values are those that were stored, from this machine
 
 
+@pytest.mark.few(3)
 def test_a_part_that_was_replaced_by_one_of_its_name_is_never_served_from_what_is_kept(tmp_path: Path, folder: Path, form: str) -> None:
     name = write_part(tmp_path / "acts", form)
     store, _ = session(tmp_path / "acts", folder)
@@ -412,6 +414,7 @@ def _read_for(root: Path, folder: Path, size: str, seed: int, seconds: float) ->
     return count
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", ["1 GB", "1 MB"])
 def test_processes_that_share_a_folder_read_right_values_while_it_is_damaged_and_cleared(tmp_path: Path, folder: Path, size: str) -> None:
     write_part(tmp_path / "acts", "shards")

@@ -165,6 +165,7 @@ def test_scattered_tokens_cost_their_blocks_and_a_whole_layer_never_reads_that_t
     assert s3.proxy.bytes_sent < 6 * 2**16 + 2**17
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_published_copy_reads_ranges_of_few_large_objects(s3: S3, wide: tuple[str, Any], shards: bool) -> None:
     url, (values, bounds) = wide
@@ -231,6 +232,7 @@ def test_every_verb_costs_one_request(s3: S3, url: str) -> None:
         storage.read("g/a")
 
 
+@pytest.mark.long
 def test_long_folders_are_listed_page_by_page(s3: S3, url: str) -> None:
     storage = open_storage(url, s3.options(counted=True))
     names = [f"{i:04}" for i in range(1100)]
@@ -259,6 +261,7 @@ def test_a_file_system_that_caches_is_chained_before(s3: S3, kept: str, tmp_path
 # ---------------------------------------------------------------------------------------------------- far away, and obstore
 
 
+@pytest.mark.few(1)
 @CLIENTS
 def test_a_model_is_opened_and_a_layer_read_in_three_rounds_of_requests(s3: S3, kept: str, client: str) -> None:
     store = counted(s3, kept, client=client)  # makes the client, which looks for credentials
@@ -383,7 +386,7 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 }
 
 
-@pytest.mark.few(28)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
 @CLIENTS
@@ -478,6 +481,7 @@ def first_times(times: int, fault: Fault, method: str = "GET") -> Any:
     return decide
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("fault", [Fault(status=503, code="SlowDown"), Fault(cut=20), Fault(lose_answer=True)], ids=repr)
 @CLIENTS
 def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, client: str, fault: Fault) -> None:
@@ -528,6 +532,7 @@ def test_on_a_server_without_conditional_writes_existence_is_checked_first(s3: S
 # ------------------------------------------------------------------------------------------------------------- read only
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("identity", [READER, ANON], ids=["reader", "anonymous"])
 def test_reading_writes_nothing(s3: S3, url: str, identity: dict[str, Any]) -> None:
     writer = lz.open_store(url)
@@ -577,6 +582,7 @@ def test_the_command_line_opens_a_public_bucket_without_credentials(
 # ------------------------------------------------------------------------------------------------- sharing and upkeep
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("identity", [GETTER, ANON], ids=["who may not list", "anonymous"])
 def test_a_published_copy_is_read_without_listing(s3: S3, filled: str, identity: dict[str, Any]) -> None:
     store = lz.open_store(filled)
@@ -620,6 +626,7 @@ def test_parts_are_merged_and_the_old_ones_removed(s3: S3, filled: str) -> None:
     assert len(fresh.view(fresh.find_group("acme/toy")).parts) == 1
 
 
+@pytest.mark.long
 def test_tokens_are_dropped_and_the_pooled_vectors_stay(s3: S3, filled: str) -> None:
     store = lz.open_store(filled)
     before = store.dataset("acme/toy").resid_mean.values
@@ -677,6 +684,7 @@ def test_a_committed_part_without_its_chunks_is_an_error_and_never_zeros(s3: S3,
         _ = data.resid_mean.isel(layer=1).values
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("hours", [-5, 5])
 def test_a_writer_whose_clock_is_wrong_does_not_win_over_a_later_one(s3: S3, url: str, monkeypatch: pytest.MonkeyPatch, hours: int) -> None:
     real = time.time_ns
@@ -698,6 +706,7 @@ def sum_of(store: Store, layer: int) -> float:
     return float(store.dataset().resid_mean.sel(layer=layer).values.sum())
 
 
+@pytest.mark.few(1)
 @CLIENTS
 def test_a_store_is_used_from_spawned_processes_and_from_threads(s3: S3, kept: str, client: str) -> None:
     store = counted(s3, kept, client=client)
@@ -759,6 +768,7 @@ def test_many_processes_write_overlapping_prompts_and_some_are_killed(s3: S3, ur
     assert check_whole(url) == 80
 
 
+@pytest.mark.long
 @pytest.mark.model
 def test_processes_extract_overlapping_prompts_into_one_prefix_and_some_are_killed(
     s3: S3, url: str, warmed: Warmed, tiny_models: SharedModels

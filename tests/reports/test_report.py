@@ -369,6 +369,7 @@ def test_a_store_without_a_residual_stream_is_shown_by_the_sites_that_it_holds(t
     assert profile.norms[:, 0] == pytest.approx(np.percentile(np.linalg.norm(values, axis=1), [5, 50, 95]), rel=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("variable", ["neurons_mean", "gate_mean", "last_mean"])
 def test_labels_are_fitted_on_any_pooled_site(tmp_path: Path, variable: str) -> None:
     store = free_sites(tmp_path / "s")

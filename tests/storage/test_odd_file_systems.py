@@ -94,6 +94,7 @@ def test_without_hard_links_a_commit_never_takes_the_place_of_another(tmp_path: 
     assert [path.name for path in (tmp_path / "g").iterdir()] == ["zarr.json"]
 
 
+@pytest.mark.few(16)
 @pytest.mark.parametrize("number", NETWORK)
 @pytest.mark.parametrize("call", ["open", "preadv", "scandir", "listdir"])
 def test_a_network_that_is_away_is_no_damage_and_not_nothing(

@@ -48,6 +48,7 @@ def pieces_of(*lengths: int) -> list[bytes]:
 # ----------------------------------------------------------------------------------------------------------- every place
 
 
+@pytest.mark.few(2)
 def test_pieces_become_one_file(storage: Storage) -> None:
     cases: list[tuple[int, ...]] = [(), (0,), (1,), (999,), (5, 0, 7), (70_000, 70_000, 2), (10,) * 250]
     for lengths in cases:
@@ -69,6 +70,7 @@ def test_pieces_become_one_file(storage: Storage) -> None:
     assert storage.stray_uploads("") == []
 
 
+@pytest.mark.few(2)
 def test_several_buffers_and_arrays_are_one_piece(storage: Storage) -> None:
     array: Any = np.arange(300, dtype="f4").reshape(20, 15)
     with storage.open_pieces("f", durable=False) as writer:
@@ -115,6 +117,7 @@ def test_a_file_that_was_given_up_takes_nothing_more(storage: Storage) -> None:
     assert not storage.is_file("f")
 
 
+@pytest.mark.few(3)
 def test_files_are_written_side_by_side(storage: Storage) -> None:
     keys = [f"p/c.{layer}.0.0" for layer in range(20)]
     writers = [storage.open_pieces(key, durable=False) for key in keys]
@@ -370,6 +373,7 @@ class Answers:
         return self.pages[min(len(self.asked), len(self.pages)) - 1]
 
 
+@pytest.mark.long
 def test_uploads_are_listed_page_by_page_and_only_those_below(bucket: S3Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     root = bucket.root.partition("/")[2]
     entries = [{"Key": f"{root}/g/c.{n}", "UploadId": f"id{n}"} for n in range(4)]

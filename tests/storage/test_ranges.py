@@ -113,6 +113,7 @@ def test_a_range_takes_no_more_memory_than_the_file_has(storage: Storage) -> Non
     assert peak < 3_000_000
 
 
+@pytest.mark.few(2)
 def test_it_is_read_from_threads_and_after_pickling(storage: Storage) -> None:
     storage.write("f", DATA, durable=False)
     copied = pickle.loads(pickle.dumps(storage))  # noqa: S301 — our own bytes

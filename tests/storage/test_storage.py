@@ -23,6 +23,7 @@ def storage(root: str) -> Storage:
     return open_storage(root)
 
 
+@pytest.mark.few(2)
 def test_written_files_are_read_and_listed(storage: Storage) -> None:
     storage.write("a/b/file", b"bytes", durable=True)
     storage.commit("a/b/file2", b"more", durable=False)
@@ -34,6 +35,7 @@ def test_written_files_are_read_and_listed(storage: Storage) -> None:
     assert not storage.is_file("a/b")
 
 
+@pytest.mark.few(2)
 def test_missing_files_are_reported_as_missing(storage: Storage) -> None:
     assert storage.list("") == []
     assert storage.list("nowhere") == []
@@ -45,6 +47,7 @@ def test_missing_files_are_reported_as_missing(storage: Storage) -> None:
     storage.remove_tree("nowhere")
 
 
+@pytest.mark.few(3)
 def test_writing_again_replaces(storage: Storage) -> None:
     storage.write("f", b"a longer text", durable=False)
     storage.write("f", b"short", durable=False)
@@ -53,6 +56,7 @@ def test_writing_again_replaces(storage: Storage) -> None:
     assert storage.read("f") == b"x"
 
 
+@pytest.mark.few(3)
 def test_a_commit_never_takes_the_place_of_another(storage: Storage) -> None:
     storage.commit("g/p/zarr.json", b"one", durable=False, replace=False)
     storage.commit("g/p/zarr.json", b"one", durable=True, replace=False)  # as when the answer to the first was lost
@@ -62,6 +66,7 @@ def test_a_commit_never_takes_the_place_of_another(storage: Storage) -> None:
     assert storage.list("g/p") == ["zarr.json"]
 
 
+@pytest.mark.few(2)
 def test_a_scan_tells_names_sizes_and_times(storage: Storage) -> None:
     storage.write("g/f", b"12345", durable=False)
     storage.write("g/p/zarr.json", b"{}", durable=False)
@@ -74,12 +79,14 @@ def test_a_scan_tells_names_sizes_and_times(storage: Storage) -> None:
     assert not storage.is_file("g/f")
 
 
+@pytest.mark.few(3)
 def test_a_stamp_is_an_empty_file(storage: Storage) -> None:
     storage.touch("g/.used/part")
     storage.touch("g/.used/part")
     assert storage.read("g/.used/part") == b""
 
 
+@pytest.mark.few(3)
 def test_removing_a_folder_keeps_its_neighbours(storage: Storage) -> None:
     storage.write("a/f", b"1", durable=False)
     storage.write("ab/f", b"2", durable=False)
@@ -90,6 +97,7 @@ def test_removing_a_folder_keeps_its_neighbours(storage: Storage) -> None:
         assert storage.list("") == ["ab"]
 
 
+@pytest.mark.few(3)
 def test_it_survives_pickling(storage: Storage) -> None:
     storage.write("f", b"1", durable=False)
     assert pickle.loads(pickle.dumps(storage)).read("f") == b"1"  # noqa: S301 — our own bytes

@@ -115,6 +115,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("chunks", [None, {}])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_gives_what_it_gives_on_plain_zarr(store: Store, copied: str, name: str, chunks: Any) -> None:
@@ -172,6 +173,7 @@ OPENED: dict[str, Callable[[Any], Callable[..., xr.Dataset]]] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("chunks", [{}, "auto", 2, {"layer": 1}, {"hidden": "auto"}, {"layer": -1}])
 @pytest.mark.parametrize("how", OPENED)
 @pytest.mark.filterwarnings("ignore:The specified chunks separate")
@@ -205,6 +207,7 @@ def name_of(data: xr.Dataset) -> str:
     return str(next(iter(data.data_vars.values())).data.name)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", OPENED)
 def test_dask_names_are_the_same_for_the_same_content_and_others_after_a_change(tmp_path: Path, how: str) -> None:
     store = write(tmp_path / "acts")
@@ -227,6 +230,7 @@ def test_dask_names_are_the_same_for_the_same_content_and_others_after_a_change(
         del expected
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("place", ["file", "list", "two", "memory", "path", "store"])
 def test_dask_arrays_of_any_kind_of_place_follow_the_content(tmp_path: Path, place: str) -> None:
     mine: Any = f"memory://as-any-engine-{tmp_path.name}" if place == "memory" else str(tmp_path / "mine")
@@ -268,6 +272,7 @@ if find_spec("torch"):
     EMPTY["torch"] = lambda d: ({k: v.numpy() for k, v in d.lz.to_torch().items()}, d)[1]
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the mean of nothing
 @pytest.mark.parametrize("chunks", [None, {}, "auto"])
 @pytest.mark.parametrize("level", ["prompts", "tokens"])

@@ -86,6 +86,7 @@ FRAME = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", FRAME)
 def test_a_column_comes_back_as_it_went_in(store: Store, kind: str) -> None:
     frame = pd.DataFrame({"col": FRAME[kind]}, index=PROMPTS)
@@ -134,6 +135,7 @@ def test_subclasses_are_the_value_that_they_are_equal_to(store: Store, given: An
     assert set(map(type, got)) == set(map(type, expected))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "given",
     [
@@ -218,6 +220,7 @@ KINDS: dict[str, Any] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("first", KINDS)
 def test_a_second_write_of_another_kind_is_refused_and_both_kinds_are_named(store: Store, first: str) -> None:
     write(store, {"col": KINDS[first]})
@@ -440,6 +443,7 @@ def columns_of_every_kind(tmp_path_factory: pytest.TempPathFactory) -> xr.Datase
     return store.dataset()
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("name", COMPUTED)
 def test_what_is_computed_from_a_column_has_its_own_values_and_not_the_dtype_of_the_column(
     columns_of_every_kind: xr.Dataset, name: str

@@ -469,12 +469,13 @@ def attempt(data: Any, operation: Operation, seed: int) -> tuple[Any, Exception 
             return None, error
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("level", LEVELS)
 @given(
     specs=st.lists(part_specs(), min_size=1, max_size=4),
     chain=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**16)), min_size=1, max_size=4),
 )
-@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 30, deadline=None)
+@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 10, deadline=None)
 def test_chains_of_operations_give_what_plain_xarray_gives(level: str, specs: list[PartSpec], chain: list[tuple[Operation, int]]) -> None:
     assume(level == "prompts" or any(spec.sites for spec in specs))  # without tokens there is no such view
     url = f"memory://{uuid.uuid4().hex}"
@@ -547,6 +548,7 @@ def test_an_index_beyond_an_axis_whose_index_was_dropped_is_an_error(views: View
                 plain[name].isel(token=beyond).load()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("level", LEVELS)
 def test_dask_gives_the_same_values_for_all_chunks(views: Views, level: str) -> None:
     _, oracle = views.pair(level)

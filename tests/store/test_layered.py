@@ -159,6 +159,7 @@ def test_xarray_opens_a_list_too(layered: Store, tmp_path: Path) -> None:
     assert set(xr.open_datatree(places, engine="lmprobe_zarr").groups) >= {f"/{GROUP.name}/prompts"}  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_a_layered_store_travels_to_other_processes(layered: Store) -> None:
     again = pickle.loads(pickle.dumps(layered))  # noqa: S301 — our own bytes
     assert again.dataset().sizes["prompt"] == 4

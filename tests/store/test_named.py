@@ -198,12 +198,14 @@ SPELLINGS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", CALLS)
 def test_every_call_takes_every_spelling_of_a_model(home: Path, acts: Store, name: str, spelling: str) -> None:
     assert CALLS[name](acts, SPELLINGS[spelling](home)) == 10.0
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", sorted(set(CALLS) - {"report", "verify", "repair", "compact"}))
 def test_every_call_takes_a_hub_id(acts: Store, name: str) -> None:
     assert CALLS[name](acts, "acme/other") == 20.0
@@ -225,6 +227,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("spelling", ["a path", "a slash at the end", "relative", "the home folder", "the name"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_takes_a_path(home: Path, acts: Store, capsys: pytest.CaptureFixture[str], command: str, spelling: str) -> None:
@@ -354,6 +357,7 @@ def test_a_loaded_model_is_refused_with_what_to_give(acts: Store) -> None:
 # ------------------------------------------------------------------------------------------------------ names that are paths
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("given", ["models/toy", "./models/toy/", "HOME/models/toy", "~/models/toy"])
 @pytest.mark.parametrize("asked", ["models/toy", "models/toy/", "HOME/models/toy", "~/models/toy", "./models/../models/toy"])
 def test_an_import_under_a_path_is_found_by_every_path_of_that_folder(home: Path, given: str, asked: str) -> None:

@@ -182,6 +182,7 @@ def assert_close(got: Any, expected: Any, dtype: str, largest: float, what: obje
     np.testing.assert_allclose(got.values, expected.values, rtol=4 * STEP[dtype], atol=STEP[dtype] * largest, err_msg=str(what))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["resid", "resid_mean"])
 @pytest.mark.parametrize("dtype", STEP)
 @given(
@@ -212,6 +213,7 @@ def test_chains_with_reductions_give_what_float64_gives(
         assert_close(ours, oracle, dtype, largest, (how, steps, last))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("dtype", STEP)
 def test_reductions_give_what_numpy_and_pandas_give(stores: Any, dtype: str, how: str) -> None:

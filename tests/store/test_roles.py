@@ -84,6 +84,7 @@ def test_names_are_read_whatever_the_codes_of_their_parts(store: Store, toks: xr
     assert [names.split(" ")[6:] for names in flags] == [[], ["my%20critic"]]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("upkeep", ["compact", "copy", "subset", "publish", "repair"])
 def test_upkeep_keeps_roles(upkeep: str, store: Store, toks: xr.Dataset, tmp_path: Path) -> None:
     before = toks.load()
@@ -193,6 +194,7 @@ def test_tokens_are_selected_by_role_turn_and_generated(toks: xr.Dataset) -> Non
         assert of(data.sel(role="user").sel(prompt=two).sel(turn=3)) == [("user", 3)]
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize(
     ("which", "error", "message"),
     [

@@ -48,6 +48,7 @@ def part_names(store: Store, group: GroupInfo = GROUP) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- write and read
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_written_values_are_read_at_both_levels(store: Store, dtype: str) -> None:
     batch = make_batch(TEXTS, dtype=dtype, columns={"label": [1, 0, 1, 0, 1]})
@@ -72,6 +73,7 @@ def test_written_values_are_read_at_both_levels(store: Store, dtype: str) -> Non
     assert data.attrs["num_layers"] == 4
 
 
+@pytest.mark.few(2)
 def test_prompts_come_in_the_requested_order_with_repeats(store: Store) -> None:
     batch = make_batch(TEXTS)
     store.write(GROUP, batch)
@@ -85,6 +87,7 @@ def test_prompts_come_in_the_requested_order_with_repeats(store: Store) -> None:
     np.testing.assert_array_equal(tokens.resid.values, wanted)
 
 
+@pytest.mark.few(2)
 def test_a_later_part_wins_for_the_prompts_and_layers_it_holds(store: Store) -> None:
     first = make_batch(["a", "b", "c"], layers=(0, 1), seed=1)
     second = make_batch(["c", "d", "a"], layers=(1, 3), seed=2)
@@ -102,6 +105,7 @@ def test_a_later_part_wins_for_the_prompts_and_layers_it_holds(store: Store) -> 
     assert there.values.tolist() == [[True, True, True], [True, True, False], [True, True, True], [False, True, True]]
 
 
+@pytest.mark.few(2)
 def test_a_prompt_with_other_tokens_than_before_is_never_mixed(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b"], n_tokens=[3, 2], layers=(0, 1), seed=1))
     newer = make_batch(["a"], n_tokens=[5], layers=(1,), seed=2)
@@ -112,6 +116,7 @@ def test_a_prompt_with_other_tokens_than_before_is_never_mixed(store: Store) -> 
     assert np.isnan(tokens.resid.sel(layer=0).values).all(), "layer 0 was only ever seen with three tokens"
 
 
+@pytest.mark.few(2)
 def test_tokens_seen_as_others_since_never_come_back(store: Store) -> None:
     """Three tokens, then two, then three again: what was stored of the first three is out of date."""
     store.write(GROUP, make_batch(["a"], n_tokens=[3], layers=(0, 1), seed=1))
@@ -124,6 +129,7 @@ def test_tokens_seen_as_others_since_never_come_back(store: Store) -> None:
     assert store.coverage().sel(variable="resid").values.tolist() == [[False, True]]
 
 
+@pytest.mark.few(2)
 def test_an_unknown_length_does_not_hide_a_known_one(store: Store) -> None:
     store.write(GROUP, make_batch(["abc"]))
     batch = make_batch(["abc"])
@@ -131,6 +137,7 @@ def test_an_unknown_length_does_not_hide_a_known_one(store: Store) -> None:
     assert store.dataset().prompt_length.values.tolist() == [4]
 
 
+@pytest.mark.few(2)
 def test_a_view_is_a_snapshot_and_another_shows_what_came_later(store: Store) -> None:
     store.write(GROUP, make_batch(["a"]))
     before = store.dataset()
@@ -139,6 +146,7 @@ def test_a_view_is_a_snapshot_and_another_shows_what_came_later(store: Store) ->
     assert store.dataset().sizes["prompt"] == 2
 
 
+@pytest.mark.few(2)
 def test_pooled_parts_and_token_parts_live_side_by_side(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b"], tokens=False))
     store.write(GROUP, make_batch(["c"], tokens=True))
@@ -148,6 +156,7 @@ def test_pooled_parts_and_token_parts_live_side_by_side(store: Store) -> None:
         store.tokens(prompts=["c", "a"])
 
 
+@pytest.mark.few(2)
 def test_many_chunks_and_parts_read_the_same_as_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmprobe_zarr.store.parts.writer.CHUNK_BYTES", 8 * 4 * 3)
     monkeypatch.setattr("lmprobe_zarr.store.parts.writer.REMOTE_CHUNK_BYTES", 8 * 4 * 3)
@@ -201,6 +210,7 @@ def test_bfloat16_is_kept_exactly_and_recorded(store: Store) -> None:
     assert data.attrs["stored_dtype"] == "bfloat16"
 
 
+@pytest.mark.few(2)
 def test_dask_chunks_give_the_same_numbers(store: Store) -> None:
     batch = make_batch(TEXTS)
     store.write(GROUP, batch)
@@ -228,6 +238,7 @@ def test_texts_may_be_left_out_and_prompts_still_be_found(store: Store) -> None:
     np.testing.assert_array_equal(data.resid_mean.values, batch.prompts["resid_mean"][:, :1])
 
 
+@pytest.mark.few(3)
 def test_texts_that_utf8_cannot_encode_are_refused_and_have_different_hashes(store: Store) -> None:
     batch = make_batch(["?", "\ud800", "\ud801"])
     with pytest.raises(InvalidArgumentError, match=r"prompts\[1\] '\\ud800' holds a lone surrogate"):
@@ -241,6 +252,7 @@ def test_texts_that_utf8_cannot_encode_are_refused_and_have_different_hashes(sto
 # --------------------------------------------------------------------------------------------------------------- columns
 
 
+@pytest.mark.few(2)
 def test_annotations_add_and_replace_columns(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b", "c"], columns={"label": [1, 2, 3], "split": ["x", "y", "z"]}))
     store.annotate("acme/toy", {"label": {"b": 20}, "weight": {prompt_hash("a"): 0.5, "c": 1.5}})
@@ -256,6 +268,7 @@ def test_annotations_add_and_replace_columns(store: Store) -> None:
     assert dict(zip(tokens.text.values.tolist(), tokens.label.values.tolist(), strict=True)) == {"a": 1, "b": 200, "c": 3}
 
 
+@pytest.mark.few(2)
 def test_absent_column_values_are_marked_and_counted(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b"]))
     store.annotate(None, {"i": {"a": 5}, "s": {"a": "x"}, "t": {"a": True}, "f": {"a": 1.0}})
@@ -340,6 +353,7 @@ def test_a_read_only_store_is_never_written_to(store: Store) -> None:
     assert reading.dataset().sizes["prompt"] == 1
 
 
+@pytest.mark.few(2)
 def test_several_groups_of_a_model_need_a_choice(store: Store) -> None:
     other = GroupInfo(model="acme/toy", provenance={"revision": "xyz"}, num_layers=4, hidden_size=8)
     store.write(GROUP, make_batch(["a"]))
@@ -403,6 +417,7 @@ def test_the_hash_of_ids_is_never_that_of_a_text() -> None:
 # ----------------------------------------------------------------------------------------------------------------- commit
 
 
+@pytest.mark.few(2)
 def test_nothing_of_a_part_shows_before_its_commit(store: Store) -> None:
     store.write(GROUP, make_batch(["a"]))
     writer = store.new_part(GROUP)
@@ -430,6 +445,7 @@ def test_a_context_that_ends_without_a_commit_leaves_nothing(store: Store) -> No
     assert len(part_names(store)) == 1
 
 
+@pytest.mark.few(2)
 def test_a_context_leaves_what_it_has_committed(store: Store) -> None:
     with pytest.raises(KeyError, match="after the commit"), store.new_part(GROUP) as writer:
         writer.append(make_batch(["a"]))
@@ -474,6 +490,7 @@ def test_a_part_whose_writing_failed_is_never_committed(store: Store, monkeypatc
         writer.commit()
 
 
+@pytest.mark.few(2)
 def test_aborting_after_the_commit_deletes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when Ctrl-C comes after the file has its name, and before the call returns."""
     real = store.storage.commit
@@ -490,6 +507,7 @@ def test_aborting_after_the_commit_deletes_nothing(store: Store, monkeypatch: py
     assert lz.open_store(store.url).dataset().sizes["prompt"] == 1
 
 
+@pytest.mark.few(2)
 def test_an_annotation_of_another_prompt_with_the_same_hash_is_an_error(store: Store) -> None:
     store.write(GROUP, make_batch(["a"]))
     forged = TokenBatch(sha256=[prompt_sha256("a")[:16] + "1" * 48], prompt_columns={"label": np.array([7])})
@@ -500,6 +518,7 @@ def test_an_annotation_of_another_prompt_with_the_same_hash_is_an_error(store: S
         store.dataset()
 
 
+@pytest.mark.few(2)
 def test_long_texts_are_cut_into_chunks_by_size(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmprobe_zarr.store.parts.columns.TEXT_BYTES", 5000)
     texts = ["x" * (n * 100) for n in range(1, 30)]
@@ -516,6 +535,7 @@ def test_columns_of_one_part_keep_their_kind(store: Store) -> None:
         writer.append(make_batch(["b"], columns={"label": ["one"]}))
 
 
+@pytest.mark.few(2)
 def test_a_part_that_replaces_others_takes_their_place(store: Store) -> None:
     first = store.write(GROUP, make_batch(["a", "b"], seed=1))
     second = store.write(GROUP, make_batch(["c"], seed=2))
@@ -527,6 +547,7 @@ def test_a_part_that_replaces_others_takes_their_place(store: Store) -> None:
     np.testing.assert_array_equal(store.dataset().resid_mean.values, merged.prompts["resid_mean"])
 
 
+@pytest.mark.few(2)
 def test_threads_write_and_read_one_root_at_the_same_time(store: Store) -> None:
     errors: list[BaseException] = []
 
@@ -563,6 +584,7 @@ def test_processes_write_one_root_at_the_same_time(tmp_path: Path) -> None:
     assert np.isfinite(data.resid_mean.values).all()
 
 
+@pytest.mark.few(2)
 def test_parts_that_disagree_on_a_shape_are_an_error(store: Store) -> None:
     store.write(GROUP, make_batch(["a"], hidden=8))
     store.write(GROUP, make_batch(["b"], hidden=4))
@@ -570,6 +592,7 @@ def test_parts_that_disagree_on_a_shape_are_an_error(store: Store) -> None:
         store.dataset()
 
 
+@pytest.mark.few(2)
 def test_each_part_document_is_read_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
         store.write(GROUP, make_batch([str(i)]))
@@ -594,6 +617,7 @@ def test_a_store_prints_its_models_layers_and_variables(store: Store) -> None:
     assert "resid (tokens)" in text
 
 
+@pytest.mark.few(2)
 def test_a_prompt_known_by_its_hash_alone_is_the_prompt_of_that_text(store: Store) -> None:
     hash_only = make_batch(["a", "b"], seed=1)
     unknown = replace(hash_only, sha256=[prompt_sha256(t)[:16] + "0" * 48 for t in ("a", "b")], text=None)

@@ -97,6 +97,7 @@ def saved(tiny_models: Callable[[str], Path]) -> Callable[[str], Path]:
     return tiny_models
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", TINY)
 def test_every_site_is_what_the_model_computes_for_the_prompt_alone(kind: str, saved: Callable[[str], Path]) -> None:
     for side, budget in (("left", 1), ("right", 120), ("left", 10**6)):
@@ -123,6 +124,7 @@ def test_every_site_is_what_the_model_computes_for_the_prompt_alone(kind: str, s
                     np.testing.assert_allclose(mine[f"{site}_{pooling}"], by_hand, rtol=1e-5, atol=1e-6, err_msg=f"{kind} {site} {pooling}")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", PRE_NORM)
 def test_attn_and_mlp_are_what_is_added_to_the_residual_stream(kind: str) -> None:
     loaded = loaded_from(tiny_model(kind))
@@ -175,6 +177,7 @@ def test_a_subset_of_layers_stops_after_the_deepest_one() -> None:
     assert head == [0]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "head"),
     [

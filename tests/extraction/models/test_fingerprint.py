@@ -74,6 +74,7 @@ def compiled_in_place(model: Any) -> None:
     model.compile()
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     ("make", "use"),

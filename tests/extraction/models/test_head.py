@@ -107,18 +107,21 @@ def check_against_transformers(loaded: Any, model: Any, monkeypatch: pytest.Monk
             assert abs(-found[digest]["token_log_prob"][1:].mean() - float(right.loss)) < 1e-5
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_slices_give_the_logits_and_the_loss_of_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(kind, "AutoModelForCausalLM", **({"final_logit_softcapping": 0.5} if kind == "gemma2" else {}))
     check_against_transformers(loaded_from(model, provenance={"watched": True}), model, monkeypatch)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_heads_that_scale_cap_or_add_a_bias_do_so_in_slices_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = by_hand(name)
     check_against_transformers(loaded_from(model, modules={"layers": BY_HAND[name][2]}, provenance={"w": 1}), model, monkeypatch)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_slices_of_any_size_give_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gemma2", "AutoModelForCausalLM", final_logit_softcapping=0.5)
@@ -164,6 +167,7 @@ class Whole(torch.nn.Module):  # type: ignore[misc,name-defined]
         return (self.inner.lm_head(hidden),)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("way", ["length", "sum", "shape", "place"])
 def test_a_model_whose_head_needs_all_tokens_gets_them(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = tiny_model("llama", "AutoModelForCausalLM")
@@ -202,6 +206,7 @@ def test_the_model_is_left_as_it_was_also_where_a_slice_fails(monkeypatch: pytes
     assert (dict(model._forward_hooks), dict(model.model._forward_hooks), loaded_from(model).provenance) == before
 
 
+@pytest.mark.long
 def test_the_head_of_a_long_prompt_takes_little_memory() -> None:
     """A short form of `benchmarks.head`: all logits at once would take 600 MB, and three times that while they are capped."""
     whole = bool(os.environ.get("LMPROBE_ZARR_STRESS"))

@@ -61,6 +61,7 @@ def loaded_from(model: Any, **options: Any) -> extraction.LoadedModel:
 # ---------------------------------------------------------------- identify and load agree
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", TINY)
 def test_files_and_the_loaded_model_say_the_same(kind: str, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path / kind, dtype="bfloat16" if kind in {"llama", "bert", "gemma3"} else "float32")
@@ -74,6 +75,7 @@ def test_files_and_the_loaded_model_say_the_same(kind: str, tmp_path: Path) -> N
     assert known.vocab_size == loaded.vocab_size == 300
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("prompts_kind", ["text", "chat", "ids"])
 @pytest.mark.parametrize("dtype", ["auto", "float16", torch.bfloat16])
 @pytest.mark.parametrize(("max_length", "truncation"), [(None, False), (None, True), (20, True), (20, False), (9999, True)])
@@ -406,6 +408,7 @@ def test_the_fingerprint_goes_over_every_chunk_every_dtype_and_every_memory_orde
         fingerprint.model_fingerprint(holder(torch.empty(3, device="meta")))
 
 
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 @pytest.mark.parametrize("head", ["AutoModelForCausalLM", "AutoModel"])
 def test_a_lora_model_is_extracted_with_its_adapter_and_keyed_by_it(head: str) -> None:
@@ -430,16 +433,6 @@ def test_a_lora_model_is_extracted_with_its_adapter_and_keyed_by_it(head: str) -
         off = loaded_from(model)
         assert off.provenance["adapter"] is None
         assert all(np.allclose(value, plain[digest], atol=1e-5) for digest, value in vectors(off).items())
-
-
-def test_a_digest_of_settings_is_the_same_in_every_process() -> None:
-    code = (
-        "from lmprobe_zarr.extraction.models.identity import settings_digest\n"
-        "print(settings_digest({'target_modules': {'q_proj', 'k_proj', 'v_proj', 'up_proj', 'down_proj'}, 'r': 4}))"
-    )
-    environments = [{**os.environ, "PYTHONHASHSEED": seed} for seed in ("1", "2", "3")]
-    runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=e).stdout for e in environments}
-    assert len(runs) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -474,6 +467,7 @@ def fingerprint_of(model: Any) -> str:
     return str(loaded_from(model).provenance["weights"])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -548,6 +542,7 @@ LONGROPE = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("llama", {}), ("gemma3", {}), ("bert", {}), ("llama", {"rope_parameters": DYNAMIC}), ("llama", {"rope_parameters": LONGROPE})],
@@ -568,17 +563,20 @@ def test_a_key_does_not_change_with_use(kind: str, options: dict[str, Any], tmp_
         assert fingerprint_of(transformers.AutoModel.from_pretrained(tmp_path, **how)) == first
 
 
-def test_a_key_is_the_same_in_every_process() -> None:
+def test_a_key_and_a_digest_of_settings_are_the_same_in_every_process() -> None:
+    settings = {"target_modules": {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}, "r": 4}
     code = (
         "from tiny_models import tiny_model\n"
         "from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint\n"
-        "print(model_fingerprint(tiny_model('gemma2')))"
+        "from lmprobe_zarr.extraction.models.identity import settings_digest\n"
+        f"print(model_fingerprint(tiny_model('gemma2')), settings_digest({settings!r}))"
     )
     from lmprobe_zarr.extraction.models.fingerprint import model_fingerprint
+    from lmprobe_zarr.extraction.models.identity import settings_digest
 
     environment = {**os.environ, "PYTHONHASHSEED": "5", "PYTHONPATH": str(SUPPORT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.strip() == model_fingerprint(tiny_model("gemma2"))
+    assert done.stdout.split() == [model_fingerprint(tiny_model("gemma2")), settings_digest(settings)]
 
 
 def steer_with_hook(model: Any) -> None:
@@ -601,6 +599,7 @@ def steer_with_disguised_method(model: Any) -> None:
     model.layers[1].mlp.forward = functools.wraps(before)(lambda x: before(x) * 3)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("steer", [steer_with_hook, steer_with_pre_hook, steer_with_method, steer_with_disguised_method])
 def test_own_code_in_a_model_needs_a_field_that_names_it(steer: Any) -> None:
     model = tiny_model("llama")
@@ -821,6 +820,7 @@ def test_the_real_minilm_is_extracted_as_it_computes() -> None:
             np.testing.assert_allclose(batch.prompts["resid_mean"][:, row], truth.mean(1), atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "names"),
     [

@@ -81,6 +81,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("make", KINDS)
 @pytest.mark.parametrize("head", ["AutoModel", "AutoModelForCausalLM"])
 def test_a_checkpoint_with_weights_that_the_model_has_no_place_for_is_refused(make: Any, head: str, tmp_path: Path) -> None:
@@ -90,6 +91,7 @@ def test_a_checkpoint_with_weights_that_the_model_has_no_place_for_is_refused(ma
             extraction.load_model(folder, device="cpu", head=whole)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "head"),
     [

@@ -144,6 +144,7 @@ WAYS = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_forward_that_is_defined_again_with_another_number_is_another_model(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
@@ -220,6 +221,7 @@ def replacements() -> dict[str, tuple[Any, str, Any]]:
     }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("what", list(replacements()) if hasattr(transformers, "LlamaModel") else [])
 def test_what_is_replaced_in_an_installed_package_is_in_the_key(what: str) -> None:
     holder, name, value = replacements()[what]
@@ -336,6 +338,7 @@ def hold_a_namespace(model: Any, number: float) -> None:
     model.layers[0].settings = types.SimpleNamespace(strength=number)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("edit", [wrap, parametrize, call_an_object, call_a_lambda, call_a_partial, hold_a_namespace])
 def test_own_code_in_a_model_object_is_in_the_key(edit: Any) -> None:
     model, found = tiny_model("llama"), []

@@ -96,6 +96,7 @@ def tokens_of(batches: list[TokenBatch], variable: str) -> dict[str, Array]:
 # ---------------------------------------------------------------- what the head says
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_logits_and_perplexities_are_those_of_the_prompt_alone(kind: str, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path / kind, head=CAUSAL, **options_of(kind))
@@ -124,6 +125,7 @@ def test_logits_and_perplexities_are_those_of_the_prompt_alone(kind: str, tmp_pa
             assert {mine[name].dtype.name for name in (*SCALARS, "perplexity", "logits")} == {"float32"}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "qwen2_moe", "deepseek_v3"])
 def test_activations_are_the_same_with_the_head_and_without(kind: str, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path / kind, head=CAUSAL, **options_of(kind))
@@ -140,6 +142,7 @@ def test_activations_are_the_same_with_the_head_and_without(kind: str, tmp_path:
             assert np.array_equal(more[digest][name], value), name
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["CohereConfig", "GraniteConfig"])
 def test_logits_are_scaled_as_the_model_scales_them_also_where_the_blocks_are_named_by_hand(kind: str) -> None:
     scale = {"CohereConfig": {"logit_scale": 0.3}, "GraniteConfig": {"logits_scaling": 7.0}}[kind]
@@ -175,6 +178,7 @@ def test_a_head_that_is_not_seen_at_work_gives_the_same() -> None:
                 np.testing.assert_allclose(other[digest][name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("position", ["last_token", "all"])
 def test_the_top_k_are_the_largest_of_all_logits(position: Any) -> None:
     loaded = loaded_from(tiny_model("gpt2", CAUSAL))
@@ -293,6 +297,7 @@ def test_the_head_sees_no_padding_and_only_the_last_tokens_where_they_are_enough
 # ---------------------------------------------------------------- routers
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_router_scores_are_those_of_the_prompt_alone_before_any_softmax(kind: str, tmp_path: Path) -> None:
     options, layers = MIXTURES[kind]
@@ -346,6 +351,7 @@ def test_a_router_with_other_layers_comes_in_a_batch_of_its_own_directly_after()
         np.testing.assert_allclose(batch.prompts["resid_last_token"][:, 0], plain[batch.sha256[0]]["resid_last_token"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("sites", "layers"), [("resid", [1, 3]), ("embed", "all"), ((), "all")])
 def test_a_router_with_the_same_layers_or_the_only_ones_comes_in_the_same_batch(sites: Any, layers: Any) -> None:
     loaded = loaded_from(tiny_model("qwen2_moe", decoder_sparse_step=2))
@@ -562,6 +568,7 @@ def test_out_of_memory_halves_the_batch_with_outputs_too() -> None:
         assert all(np.allclose(one[digest], other[digest], atol=1e-5, equal_nan=True) for digest in one)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("way", ["ids", "chat", "truncated"])
 def test_ids_chats_and_cut_prompts_have_outputs_of_the_tokens_that_were_run(way: str) -> None:
     loaded = loaded_from(tiny_model("gpt2", CAUSAL))
@@ -650,6 +657,7 @@ def test_a_checkpoint_that_lacks_more_than_its_head_is_incomplete(tmp_path: Path
         extraction.load_model(folder, device="cpu", head=True)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("kind", "options"), [("gpt2", {}), ("gemma2", {}), ("llama", {"tie_word_embeddings": True})])
 def test_a_head_that_is_the_embeddings_needs_no_weights_of_its_own(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     whole, bare = save_tiny(kind, tmp_path / "whole", head=CAUSAL, **options), save_tiny(kind, tmp_path / "bare", **options)

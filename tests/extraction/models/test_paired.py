@@ -102,6 +102,7 @@ def check_values(kind: str, folder: Path) -> None:
         np.testing.assert_allclose(data.resid_last_token.isel(prompt=row).values[:-1], right[:, -1], **close)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", TYPES)
 def test_values_of_a_decoder_are_transformers_own(kind: str, tmp_path: Path) -> None:
     check_values(kind, tmp_path)
@@ -113,6 +114,7 @@ def test_values_of_the_decoders_of_more_types_are_transformers_own(kind: str, tm
     check_values(kind, tmp_path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "mlp", "projection"), [("t5", "layer.2.DenseReluDense", "layer.2.DenseReluDense.wo"), ("bart", "fc2", "fc2")]
 )

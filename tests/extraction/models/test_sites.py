@@ -105,6 +105,7 @@ def close(values: Any, right: Any, **where: Any) -> None:
     np.testing.assert_allclose(values, right, rtol=0, atol=1e-5 * max(1e-3, float(np.abs(right).max())), err_msg=str(where))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", sorted(BY_KIND))
 def test_sites_by_structure_equal_plain_hooks_one_prompt_at_a_time(kind: str) -> None:
     model, where = tiny_model(kind), BY_KIND[kind]
@@ -126,6 +127,7 @@ def test_sites_by_structure_equal_plain_hooks_one_prompt_at_a_time(kind: str) ->
                 close(values[f"{site}_{pooling}"], pooled, kind=kind, site=site, pooling=pooling)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", sorted(kind for kind, where in BY_KIND.items() if None in (where.resid_mid, where.neurons)))
 def test_a_site_that_an_architecture_lacks_is_an_error_that_says_why(kind: str) -> None:
     lacking = [site for site in ("resid_mid", "neurons") if getattr(BY_KIND[kind], site) is None]
@@ -134,6 +136,7 @@ def test_a_site_that_an_architecture_lacks_is_an_error_that_says_why(kind: str) 
             captured(tiny_model(kind), ("resid", site))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", sorted(set(BY_KIND) - {"bert", "roberta", "xlm_roberta", "opt", "opt_post_norm"}))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits_show_the_same_modules_as_float32(kind: str, dtype: str) -> None:

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore:The `sliding
 IDS_PROMPTS = [[7, 9, 11, 30, 41], [12, 5], [9, 8, 7, 6, 5, 4, 33]]
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("kind", sorted(TINY))
 def test_the_values_of_a_pass_show_the_same_modules_as_the_names_of_known_families(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(kind)
@@ -40,6 +41,7 @@ def test_the_values_of_a_pass_show_the_same_modules_as_the_names_of_known_famili
     assert {layer: router.gate for layer, router in seen.routers.items()} == {layer: router.gate for layer, router in named.routers.items()}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "config", "options"),
     [
@@ -64,6 +66,7 @@ def test_attn_and_mlp_are_what_is_added_to_the_residual_stream(name: str, config
         np.testing.assert_allclose(values["resid"], stream + values["attn"] + values["mlp"], rtol=0, atol=1e-5 * np.abs(stream).max())
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("multiplier", [1.0, 0.95, 0.93, 0.22, 1.5])
 def test_a_constant_before_the_sum_is_known_in_any_precision(multiplier: float, dtype: str) -> None:
@@ -85,6 +88,7 @@ def test_a_factor_that_16_bits_do_not_show_exactly_is_not_guessed(dtype: str) ->
     assert len(located.blocks) == 4
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", sorted(TINY))
 def test_bfloat16_shows_the_same_modules_as_float32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "BY_TYPE", {})
@@ -157,6 +161,7 @@ def states_of(model: Any, ids: list[int]) -> Any:
         return model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("order", [[0, 1, 2, 1, 2, 3], [0, 0, 1, 1], [3, 2, 3, 2, 3]])
 @pytest.mark.parametrize("layers", ["all", 1, -2])
 def test_a_repeated_block_is_one_layer_for_each_of_its_places(order: list[int], layers: Any) -> None:
@@ -269,6 +274,7 @@ def test_a_list_that_is_not_the_blocks_is_refused_with_the_reason() -> None:
         locate(Parallel())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "config", "options"), SEQ2SEQ)
 def test_a_saved_encoder_decoder_is_extracted_by_its_folder(name: str, config: str, options: dict[str, Any], tmp_path: Any) -> None:
     random_model(name, config, **options).save_pretrained(tmp_path / "model")

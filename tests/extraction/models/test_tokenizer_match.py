@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.model
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("rows", [299, 280, 10])
 def test_a_vocabulary_larger_than_the_embeddings_is_refused_before_anything_is_stored(rows: int, tmp_path: Path) -> None:
     model = tiny_model("llama", vocab_size=rows)

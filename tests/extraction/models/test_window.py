@@ -158,6 +158,7 @@ def takes(model: Any, length: int) -> bool:
     return True
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("name", FIXED)
 def test_a_table_of_positions_is_a_limit_that_max_length_cannot_lift(name: str) -> None:
     kind, options, limit = FIXED[name]
@@ -170,6 +171,7 @@ def test_a_table_of_positions_is_a_limit_that_max_length_cannot_lift(name: str) 
     assert length_limit(window, 5) == 5
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("name", FREE)
 def test_a_window_without_a_table_is_known_and_max_length_wins(name: str) -> None:
     kind, options, limit = FREE[name]
@@ -271,6 +273,7 @@ def resid_alone(model: Any, ids: Any, layer: int) -> Any:
         return model(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[layer + 1][0].numpy()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "options", "max_length"),
     [
@@ -298,6 +301,7 @@ def test_long_prompts_give_what_transformers_gives(kind: str, options: dict[str,
     assert lz.extract(folder, prompts, store=store, max_length=max_length, keep_tokens=True, progress=False).found == 3
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("kind", "limit"), [("gpt2", 128), ("opt", 128), ("bert", 128), ("roberta", 128)])
 def test_a_prompt_beyond_a_table_is_refused_with_any_max_length(kind: str, limit: int, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path / "m")
@@ -321,6 +325,7 @@ def test_tokens_beyond_a_table_are_an_error_before_the_model_runs() -> None:
         extraction.run(loaded, tokenized)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("max_length", [None, 20, 60, 999])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon_alibi", "roberta"])
 def test_identify_knows_the_limit_of_truncation_that_the_loaded_model_has(kind: str, max_length: int | None, tmp_path: Path) -> None:
@@ -367,6 +372,7 @@ def scaled_models() -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", scaled_models())
 def test_scalings_that_follow_the_longest_prompt_give_every_prompt_what_it_has_alone(name: str) -> None:
     kind, options = scaled_models()[name]

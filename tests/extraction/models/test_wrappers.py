@@ -95,6 +95,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapped_model_has_the_values_and_the_key_of_the_model_inside(wrapper: str) -> None:
     check_the_same(WRAPPERS[wrapper](llama()))
@@ -225,6 +226,7 @@ def spoil(weight: Any, place: tuple[int, ...], value: float) -> None:
         weight[place] = value
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     ("path", "words"),

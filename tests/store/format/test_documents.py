@@ -98,6 +98,7 @@ def test_a_part_knows_its_activations_and_the_users_own_columns() -> None:
     assert not replace(PART, arrays=columns).compressed
 
 
+@pytest.mark.few(1)
 @of_every_version
 def test_any_changed_byte_of_a_part_document_is_noticed(version: int) -> None:
     whole = part_document(PARTS[version], GROUP)
@@ -147,6 +148,7 @@ LIES: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
+@pytest.mark.few(43)
 @pytest.mark.parametrize("lie", LIES)
 def test_a_false_part_document_with_a_valid_digest_is_refused(lie: str) -> None:
     with pytest.raises(CorruptPartError, match="damaged"):
@@ -222,6 +224,7 @@ def test_keys_in_another_order_say_the_same(version: int) -> None:
     assert dict(read.files) == PARTS[version].files
 
 
+@pytest.mark.few(1)
 @of_every_version
 @given(length=st.integers(min_value=0))
 def test_a_truncated_part_document_is_noticed(version: int, length: int) -> None:

@@ -114,6 +114,7 @@ def shown(info: PartInfo) -> dict[str, Any]:
     }
 
 
+@pytest.mark.few(47)
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.parent.name[-6:])
 @pytest.mark.parametrize(
     "layout", [lambda data: data, laid_out_anew, lambda data: laid_out_anew(data, indent=1)], ids=["own", "other", "indented"]
@@ -146,6 +147,7 @@ RECORDED = st.dictionaries(
 )
 
 
+@pytest.mark.few(1)
 @given(files=TABLES, recorded=RECORDED, group=st.text(max_size=5))
 @example(files={}, recorded={"files": {}, '},"consolidated_metadata":': ',"files":{"a":[1,2]}'}, group="}")
 @example(files={}, recorded={"x": {"a": 1, "files": {"b": {}}, "prompt_sha256": "00"}}, group=',"files":{')
@@ -284,6 +286,7 @@ SNIPPETS = [
 EDITS = st.lists(st.tuples(st.integers(0), st.sampled_from(SNIPPETS), st.integers(0, 3)), min_size=1, max_size=4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("base", [BASE, BASE_2], ids=["1", "2"])
 @given(edits=EDITS)
 def test_a_document_changed_at_random_is_refused_or_read_as_a_json_parser_reads_it(base: str, edits: list[tuple[int, str, int]]) -> None:

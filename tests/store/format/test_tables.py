@@ -362,6 +362,7 @@ def test_blocks_are_smaller_than_their_chunk_and_whole_rows_where_that_is_possib
     assert parse_tables(tables_document(tables), {"prompts/x": info}) == tables
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("width", [32_768, 32_769, 50_257, 65_536, 65_537])
 @pytest.mark.parametrize("rows", [1, 2, 12])
 def test_rows_as_wide_as_a_vocabulary_are_stored(tmp_path: Path, rows: int, width: int) -> None:

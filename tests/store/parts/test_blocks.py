@@ -85,6 +85,7 @@ def check_reads(array: StoredArray, values: Array, seed: int = 0) -> None:
             assert array.read_chunk(layer, block).tobytes() == whole.tobytes()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "raw"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "width", "rows"), SHAPES)
@@ -100,6 +101,7 @@ def test_rows_are_those_of_numpy(tmp_path: Path, dtype: str, width: int, rows: i
             check_reads(array, values)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "raw"])
 @pytest.mark.parametrize("place", ["local", "memory", "slow"])
@@ -151,6 +153,7 @@ def blocks_in(frame: bytes, raw: bool, block_nbytes: int) -> list[tuple[int, int
     return list(zip(starts, (*starts[1:], body), strict=True))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize(("kind", "compressed"), [("normal", True), ("bytes", True), ("normal", False)])
 def test_a_few_rows_cost_their_blocks_and_no_more(tmp_path: Path, kind: str, compressed: bool, shards: bool) -> None:
@@ -186,6 +189,7 @@ def test_a_few_rows_cost_their_blocks_and_no_more(tmp_path: Path, kind: str, com
             assert len(counted.read_of) == (1 if np.ptp(wanted) < 2 else 2), "neighbours are one range"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("compressed", [True, False])
 def test_a_whole_layer_never_reads_the_block_table(tmp_path: Path, compressed: bool) -> None:
     values = values_of("normal", (2, 1024, 4096), "float16")
@@ -230,6 +234,7 @@ def test_the_second_touch_of_a_chunk_of_a_slow_place_brings_all_of_it() -> None:
 # ------------------------------------------------------------------------------------------------------------ and otherwise
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_pickled_array_reads_the_same(tmp_path: Path, shards: bool) -> None:
     values = values_of("normal", (2, 400, 3000), "float16")

@@ -183,6 +183,7 @@ FALSE: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("name", FALSE)
 def test_a_false_table_is_an_error_when_a_chunk_is_read_and_is_found_by_verify(

@@ -65,6 +65,7 @@ USES: Final[dict[str, Callable[[Store], object]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("use", USES)
 def test_reading_is_a_use(store: Store, use: str) -> None:
     assert stamps(store) == []

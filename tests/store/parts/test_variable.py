@@ -112,6 +112,7 @@ def long_way(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return take
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("level", ["prompts", "tokens"])
 def test_any_selection_is_that_of_numpy_by_the_short_way_and_by_the_long(
     store: Store, level: str, long_way: Callable[[], None], monkeypatch: pytest.MonkeyPatch
@@ -169,6 +170,7 @@ def test_columns_and_texts_are_the_same_by_both_ways(store: Store, long_way: Cal
             assert np.asarray(mine).dtype == np.asarray(other).dtype
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("level", ["prompts", "tokens"])
 @pytest.mark.parametrize("few", [1, 10**6])
 def test_the_places_of_a_slice_are_those_of_its_rows_whatever_is_kept(

@@ -65,7 +65,7 @@ def write_item(store: Store, item: Item, seed: int, shapes: list[int]) -> None:
     store.write(GROUP, make_batch(texts, seed=seed, n_tokens=item["counts"][: len(texts)], columns=columns, **shape))
 
 
-@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 12)
+@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 5)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(seed: int) -> None:
     # Drawn by the seed, not by hypothesis item by item: that draws short and equal lists, in which little meets.
@@ -150,6 +150,7 @@ def test_a_part_of_another_shape_in_between_ends_the_run(store: Store) -> None:
     assert_same(store, before)
 
 
+@pytest.mark.few(2)
 def test_an_annotation_in_between_goes_on_to_override_what_it_overrode(store: Store) -> None:
     store.write(GROUP, make_batch(["a"], seed=0, columns={"label": [1]}))
     store.annotate("acme/toy", {"label": {"a": 2}})
@@ -161,6 +162,7 @@ def test_an_annotation_in_between_goes_on_to_override_what_it_overrode(store: St
     assert_same(store, before)
 
 
+@pytest.mark.few(2)
 def test_an_annotation_of_another_column_or_prompt_is_no_hindrance(store: Store) -> None:
     store.write(GROUP, make_batch(["a"], seed=0, columns={"label": [1]}))
     store.annotate("acme/toy", {"split": {"a": "train"}})
@@ -197,6 +199,7 @@ def test_tokens_that_a_disagreement_made_invalid_do_not_come_back(store: Store) 
     assert_same(store, before)
 
 
+@pytest.mark.few(2)
 def test_annotations_become_one_and_the_last_value_stays(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b", "c"]))
     for i in range(4):
@@ -379,6 +382,7 @@ def test_a_part_that_is_still_being_written_ends_the_run(root: str) -> None:
     )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("after", [False, True])
 def test_prompts_deleted_meanwhile_do_not_come_back(root: str, after: bool) -> None:
     store = three_parts(root)
@@ -393,6 +397,7 @@ def test_prompts_deleted_meanwhile_do_not_come_back(root: str, after: bool) -> N
     assert not any(prompt_sha256("a") == row.tobytes().hex() for part in fresh.list_parts(GROUP.name) for row in part.info.digests)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("after", [False, True])
 def test_two_that_compact_at_once_show_the_same(root: str, after: bool) -> None:
     store = three_parts(root)
@@ -420,6 +425,7 @@ def test_a_part_evicted_meanwhile_is_left_out(root: str) -> None:
     assert lz.open_store(root).models() == []
 
 
+@pytest.mark.long
 def test_memory_is_bounded_by_blocks_not_by_the_part(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s", durable=False)
     rng = np.random.default_rng(0)

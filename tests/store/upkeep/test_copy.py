@@ -71,6 +71,7 @@ def test_only_what_is_missing_arrives_and_what_is_there_stays(store: Store, targ
     assert (again.copied, again.rewritten) == (0, 0)
 
 
+@pytest.mark.few(1)
 def test_prompts_can_be_chosen_and_the_target_must_be_writable(store: Store, target: Store, tmp_path: Path) -> None:
     filled(store)
     store.copy_to(target, prompts=["b", "d"])

@@ -270,7 +270,7 @@ def subset(batch: TokenBatch, names: Iterable[str], layers: tuple[int, ...]) -> 
     )
 
 
-@pytest.mark.few(77)  # no even share of them, which would leave out every other damage
+@pytest.mark.few(10)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", CASES)
 def test_a_damaged_file_is_never_a_wrong_value_and_is_found_and_taken_out(kind: str, damage: Damage, place: Path) -> None:
@@ -339,7 +339,8 @@ def test_a_damaged_file_is_never_a_wrong_value_and_is_found_and_taken_out(kind: 
     assert lz.open_store(place).repair(progress=False).lost == ()
 
 
-@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 10)
+@pytest.mark.few(1)
+@settings(max_examples=300 if os.environ.get("LMPROBE_ZARR_STRESS") else 4)
 @given(st.dictionaries(st.integers(0, 10**6), st.sampled_from(["deleted", "truncated", "emptied", "flipped"]), min_size=1, max_size=8))
 def test_many_damages_at_once_are_all_found_and_nothing_wrong_is_ever_read(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, damaged: dict[int, Damage]
@@ -385,6 +386,7 @@ def small(path: Path) -> Store:
     return store
 
 
+@pytest.mark.few(1)
 def test_stopped_after_any_call_nothing_is_wrong_and_a_second_repair_completes_it(whole: Path, tmp_path: Path) -> None:
     large = bool(os.environ.get("LMPROBE_ZARR_STRESS"))
     source = whole if large else Path(small(tmp_path / "small").url)
@@ -672,6 +674,7 @@ def url(s3: S3) -> str:
     return f"s3://team/{uuid.uuid4().hex}/acts"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("kind", "damage"),
     [
