@@ -9,7 +9,8 @@
 #   make pages       write the pages that are made from the code again: errors, command line, environment, architecture
 #   make models      write docs/models.md again: every model type of the installed transformers, found and compared (20 minutes)
 #   make notebooks   run the notebooks and write their outputs again
-#   make lint | bench | docs | stress | clean
+#   make stress      every parameter set, long tests and the long forms of simulations and crashes: hours; no part of make test
+#   make lint | bench | docs | clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
