@@ -61,7 +61,7 @@ def filled(url: str) -> str:
 
 @pytest.fixture
 def kept(s3: S3, once: list[str]) -> str:
-    """The same, for tests that only read; written once."""
+    """The same, written once, for tests that only read and count no requests: chunks that were read stay in memory."""
     if not once:
         once.append(fill(f"s3://pub/{uuid.uuid4().hex}/acts"))
         s3.proxy.reset()
@@ -87,9 +87,9 @@ def counted(s3: S3, url: str, identity: dict[str, Any] | None = None, mode: Any 
 # --------------------------------------------------------------------------------------------------------------- requests
 
 
-def test_a_model_is_opened_and_a_layer_read_in_one_get_per_part_and_chunk_and_five_more(s3: S3, kept: str) -> None:
+def test_a_model_is_opened_and_a_layer_read_in_one_get_per_part_and_chunk_and_five_more(s3: S3, filled: str) -> None:
     s3.proxy.fault = lambda request: Fault(delay=0.05)
-    data = counted(s3, kept).dataset("acme/toy")
+    data = counted(s3, filled).dataset("acme/toy")
     values = data.resid_mean.sel(layer=1).values
     kinds = s3.proxy.kinds()
     assert kinds["HEAD"] == 0
@@ -100,8 +100,8 @@ def test_a_model_is_opened_and_a_layer_read_in_one_get_per_part_and_chunk_and_fi
     np.testing.assert_array_equal(values, np.concatenate([batch.prompts["resid_mean"][1] for batch in PARTS]))
 
 
-def test_an_epoch_of_batches_costs_one_get_per_chunk_of_the_layer(s3: S3, kept: str) -> None:
-    tokens = counted(s3, kept).tokens("acme/toy")
+def test_an_epoch_of_batches_costs_one_get_per_chunk_of_the_layer(s3: S3, filled: str) -> None:
+    tokens = counted(s3, filled).tokens("acme/toy")
     s3.proxy.reset()
     found = np.concatenate(list(tokens.lz.batches(layer=1, batch_tokens=64, buffer_tokens=300)))
     assert dict(s3.proxy.kinds()) == {"GET": 10}, "one chunk of each part"
@@ -112,8 +112,8 @@ def test_an_epoch_of_batches_costs_one_get_per_chunk_of_the_layer(s3: S3, kept: 
     assert dict(s3.proxy.kinds()) == {"GET": 10}
 
 
-def test_one_prompt_over_all_layers_and_two_layers_cost_one_get_per_chunk(s3: S3, kept: str) -> None:
-    tokens = counted(s3, kept).tokens("acme/toy")
+def test_one_prompt_over_all_layers_and_two_layers_cost_one_get_per_chunk(s3: S3, filled: str) -> None:
+    tokens = counted(s3, filled).tokens("acme/toy")
     s3.proxy.reset()
     tokens.resid.sel(prompt=lz.prompt_hash("prompt 512")).values  # noqa: B018
     assert dict(s3.proxy.kinds()) == {"GET": 3}, "three layers of one part"
@@ -182,8 +182,8 @@ def test_a_published_copy_reads_ranges_of_few_large_objects(s3: S3, wide: tuple[
     np.testing.assert_array_equal(resid.values, values)
 
 
-def test_cache_info_costs_one_get_per_part_and_seven_more(s3: S3, kept: str) -> None:
-    store = counted(s3, kept)
+def test_cache_info_costs_one_get_per_part_and_seven_more(s3: S3, filled: str) -> None:
+    store = counted(s3, filled)
     info = lz.cache_info(store=store)
     assert info.models[0].num_prompts == 1000
     kinds = s3.proxy.kinds()
@@ -245,12 +245,12 @@ def test_long_folders_are_listed_page_by_page(s3: S3, url: str) -> None:
     assert storage.list("g") == []
 
 
-def test_a_file_system_that_caches_is_chained_before(s3: S3, kept: str, tmp_path: Path) -> None:
+def test_a_file_system_that_caches_is_chained_before(s3: S3, filled: str, tmp_path: Path) -> None:
     options = {"simplecache": {"cache_storage": str(tmp_path / "cache")}, "s3": s3.options(counted=True)}
     totals = []
     for _ in range(2):
         s3.proxy.reset()
-        store = lz.open_store(f"simplecache::{kept}", "r", storage_options=options)
+        store = lz.open_store(f"simplecache::{filled}", "r", storage_options=options)
         assert np.isfinite(store.dataset().resid_mean.sel(layer=1).values).all()
         totals.append(s3.proxy.kinds())
     assert totals[0]["GET"] == 22
@@ -263,8 +263,8 @@ def test_a_file_system_that_caches_is_chained_before(s3: S3, kept: str, tmp_path
 
 @pytest.mark.few(1)
 @CLIENTS
-def test_a_model_is_opened_and_a_layer_read_in_three_rounds_of_requests(s3: S3, kept: str, client: str) -> None:
-    store = counted(s3, kept, client=client)  # makes the client, which looks for credentials
+def test_a_model_is_opened_and_a_layer_read_in_three_rounds_of_requests(s3: S3, filled: str, client: str) -> None:
+    store = counted(s3, filled, client=client)  # makes the client, which looks for credentials
     s3.proxy.reset()
     wait, arrived, lock = 1.5, list[tuple[float, str]](), threading.Lock()
 
@@ -274,7 +274,7 @@ def test_a_model_is_opened_and_a_layer_read_in_three_rounds_of_requests(s3: S3, 
         return Fault(delay=wait)
 
     s3.proxy.fault = slow
-    data = counted(s3, kept, client=client).dataset("acme/toy")
+    data = counted(s3, filled, client=client).dataset("acme/toy")
     np.testing.assert_array_equal(data.resid_mean.sel(layer=1).values, np.concatenate([batch.prompts["resid_mean"][1] for batch in PARTS]))
     # A request that waits for the answer to another comes at least so much later.
     rounds: list[list[str]] = []
