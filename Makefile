@@ -154,6 +154,8 @@ bench: setup $(PEER)/ready
 	$(VENV)/bin/python -m benchmarks.sweeps
 	$(VENV)/bin/python -m benchmarks.bulk
 	$(VENV)/bin/python -m benchmarks.watch
+	$(VENV)/bin/python -m benchmarks.sequences
+	$(VENV)/bin/python -m benchmarks.latents
 	$(VENV)/bin/python -m benchmarks.head
 	$(VENV)/bin/python -m benchmarks.far
 

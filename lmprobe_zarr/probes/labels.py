@@ -385,7 +385,8 @@ def _coordinate(array: xr.DataArray, name: str, noun: str) -> xr.DataArray:
 
 def _from_dataarray(array: xr.DataArray, given: xr.DataArray, noun: str) -> list[Any]:
     if given.dims != ("prompt",):
-        raise LabelError(f"{noun}s have dims {given.dims}, expected ('prompt',)")
+        tokens = ", or fit single tokens with sweep_tokens or fit_tokens" if "token" in given.dims else ""
+        raise LabelError(f"{noun}s have dims {given.dims}, expected ('prompt',): give one {noun} per prompt{tokens}")
     for what, of in ((given, f"the {noun}s"), (array, "the activations")):
         if "prompt" not in what.coords:
             raise LabelError(f"{of} have no prompt coordinate to match by: give {noun}s.values if their order is that of the prompts")

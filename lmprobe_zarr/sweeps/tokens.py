@@ -176,6 +176,8 @@ def fit_tokens(
     examples = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
     if is_sequence_probe(probe):
         device = _check_sequences(array, dim, examples, (probe,), device)
+    elif device not in ("auto", "cpu"):
+        parse_device(device, needed_by=f"device={device!r}")
     unit = group_tokens(array, dim, examples, groups)[1]
     layer_rows, plan = _plan_stream(array, dim, examples, None, (probe,), seed, device)
     fits, seconds = _fit(array, examples, layer_rows, replace(plan, unit=unit), runner)
@@ -277,6 +279,8 @@ def sweep_tokens(
     examples = select_labelled_tokens(array, dim, labels, where=where, missing=missing)
     if any(map(is_sequence_probe, names)):
         device = _check_sequences(array, dim, examples, names, device)
+    elif device not in ("auto", "cpu"):
+        parse_device(device, needed_by=f"device={device!r}")
     if stage.of == "score":
         _check_by_prompt(examples, chosen)
     folds = plan_token_folds(array, dim, examples, groups, cv, seed)

@@ -302,6 +302,16 @@ def test_a_label_that_varies_within_a_prompt_is_refused(call: Any) -> None:
         call(array, array.position.values % 2, "attention")
 
 
+def test_labels_of_tokens_are_refused_for_pooled_prompts() -> None:
+    array = small()
+    for given, message in (
+        (array.label.copy(data=array.position.values % 2), "one label per prompt, or fit single tokens with sweep_tokens"),
+        (array.position.values % 2, "labels for 40 prompts: give one per prompt"),
+    ):  # fmt: skip
+        with pytest.raises(LabelError, match=message):
+            lz.sweep(pooled(array, "mean"), given, "ridge", 3)
+
+
 def test_prompts_of_one_token_are_prompts() -> None:
     x, _, y = make(longest=1)
     array = tokens(x, np.ones(40, np.int64), y)
@@ -339,10 +349,30 @@ def test_nan_tokens_are_named_and_can_be_left_out() -> None:
     assert np.isnan(lz.pooling_weights(fitted, array).sel(layer=3).values[np.repeat(np.arange(40), counts) == prompt]).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*was still improving")
+def test_a_probe_refuses_nan_tokens_and_a_single_class() -> None:
+    x, counts, y = make()
+    array = tokens(x, counts, y).sel(layer=3)
+    holed = x.copy()
+    holed[1, 5, 2] = np.nan
+    bad = tokens(holed, counts, y).sel(layer=3)
+    probe = lz.Probe(classifier="attention", classifier_kwargs={"max_epochs": 1}, device="cpu")
+    with pytest.raises(InvalidArgumentError, match="1 of 141 rows hold NaN or infinity, first row 5: leave them out"):
+        probe.fit_from_activations(bad, "label")
+    with pytest.raises(LabelError, match="have the label 0 of 'labels': a probe needs at least two classes"):
+        probe.fit_from_activations(array, np.zeros(array.sizes["token"], int))
+    probe.fit_from_activations(array, "label")
+    with pytest.raises(InvalidArgumentError, match="1 of 141 rows hold NaN or infinity, first row 5: leave them out"):
+        probe.predict_from_activations(bad)
+
+
 def test_a_device_that_does_not_exist_is_refused_before_anything_is_read() -> None:
     for call in (lz.fit_tokens, lz.sweep_tokens):
         with pytest.raises(InvalidArgumentError, match=r"device='cuda:7' cannot be used here: there is cpu"):
             call(small(), "label", "attention", device="cuda:7")
+        with pytest.raises(InvalidArgumentError, match=r"device='cuda:7' cannot be used here: there is cpu"):
+            call(small(), "label", "ridge", device="cuda:7")  # which needs none
+        call(small(), "label", "ridge", device="cpu")
 
 
 def test_poolings_and_orders_that_cannot_be_are_refused() -> None:
