@@ -538,6 +538,7 @@ print(json.dumps({"plan": str(plan), "weights": plan.weights, "extracted": stats
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, and reads it from /proc")
 def test_a_model_larger_than_the_permitted_memory(llama: Path, tmp_path: Path, warmed: Warmed) -> None:
     layers = 60 if STRESS else 20

@@ -36,6 +36,7 @@ def assert_is(found: xr.Dataset, latents: Any, k: int, threshold: float = 0.0, n
     np.testing.assert_array_equal(found[f"{name}_indices"].values, indices)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("normalisation", ["none", "centred", "constant_norm", "layer_norm"])
 @pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu", "gated"])
 def test_latents_are_those_of_plain_numpy_in_float64(architecture: str, normalisation: str, tmp_path: Path) -> None:
@@ -228,6 +229,7 @@ def test_prompts_without_the_layer_are_refused(tmp_path: Path) -> None:
     assert encoded(store, random_sae(layer=3)).sizes["token"] == store.tokens().sizes["token"]
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(
     ("given", "kind", "match"),
     [

@@ -75,6 +75,7 @@ def assert_readable(axes: Any) -> None:
         assert not any(box.x1 > other.x0 + 1 and box.overlaps(other) for box, other in pairwise(along))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("n", "long"), [(1, True), (3, False), (12, True), (40, False), (120, True)])
 def test_scores_of_any_number_of_probes_can_be_read(n: int, long: bool) -> None:
     axes: Any = plot_scores(scores(names(n, long=long)))
@@ -82,6 +83,7 @@ def test_scores_of_any_number_of_probes_can_be_read(n: int, long: bool) -> None:
     assert len(axes.get_legend().get_texts()) == n + 1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "metric", ["accuracy", "the_share_of_prompts_that_are_scored_as_the_annotators_of_the_dataset_would_have_scored_them"]
 )
@@ -98,6 +100,7 @@ def test_layers_with_names_and_layers_far_apart_have_ticks_that_do_not_touch() -
     assert [label.get_text() for label in apart.get_xticklabels()][-1] == "500"
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("n", "long"), [(1, True), (12, True), (40, False)])
 def test_curves_can_be_read(n: int, long: bool) -> None:
     rng = np.random.default_rng(0)
@@ -110,6 +113,7 @@ def test_curves_can_be_read(n: int, long: bool) -> None:
     assert_readable(plot_calibration(calibration))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("n", "long"), [(1, True), (3, True), (12, False), (40, False), (40, True), (120, True)])
 def test_matrices_can_be_read_and_name_every_row_up_to_sixty(n: int, long: bool) -> None:
     values = np.random.default_rng(0).uniform(-1, 1, (n, n))
@@ -129,6 +133,7 @@ def test_a_transfer_between_any_number_of_datasets_can_be_read() -> None:
         assert_readable(plot_transfer(given))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("n", "layers"), [(1, 1), (3, 12), (12, 40), (64, 3), (120, 120)])
 def test_tokens_can_be_read(n: int, layers: int) -> None:
     coords = {
@@ -145,6 +150,7 @@ def test_tokens_can_be_read(n: int, layers: int) -> None:
         assert len({label.get_text() for label in axes.get_xticklabels()}) == n
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("n", [12, 120])
 def test_in_axes_of_the_caller_the_legend_stays_inside_and_counts_what_it_leaves_out(n: int) -> None:
     from matplotlib.figure import Figure

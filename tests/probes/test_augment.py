@@ -70,6 +70,7 @@ def test_the_direction_leads_from_the_first_class_to_the_second_and_has_length_o
     np.testing.assert_array_equal(same.transform(np.ones((2, 3)))[:, -1], [0, 0])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("classifier", ["logistic_regression", "ridge", "mass_mean", "lda", "mlp"])
 @pytest.mark.parametrize(("preprocessing", "n_layers", "scaled"), CASES)
 def test_a_saved_one_comes_back_bit_for_bit(classifier: str, preprocessing: Any, n_layers: int, scaled: bool) -> None:

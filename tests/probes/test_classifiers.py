@@ -72,6 +72,7 @@ def test_named_probes_are_pinned_and_document_what_they_standardise() -> None:
         named_probes("ranking")
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", NAMES[:-1])
 def test_each_named_probe_finds_a_known_direction(name: str, classes: int) -> None:
@@ -97,6 +98,7 @@ def test_the_majority_control_scores_at_chance() -> None:
     assert auroc(class_scores(probe, x), y, probe.classes_) == (0.5, "")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fit_in_place_equals_a_fit_bit_for_bit(name: str) -> None:
     x, y = along_a_direction(hidden=600)
@@ -485,6 +487,7 @@ def test_a_pipeline_that_cannot_be_made_is_refused(options: dict[str, Any], erro
 # -- coefficients ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize(
     "options",
@@ -588,6 +591,7 @@ def test_labels_that_do_not_match_the_predictions_are_refused() -> None:
 # -- lmprobe ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(8)
 @pytest.mark.model
 @pytest.mark.filterwarnings("ignore:.*does not support predict_proba:UserWarning")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -60,6 +60,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", named_probes("classification"))
@@ -96,6 +97,7 @@ def test_a_named_regression_comes_back_bit_for_bit(name: str) -> None:
     same_predictions(unanchored, parse_probe(dump_probe(unanchored, {}), "f")[0], x)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "labels",
     [
@@ -332,6 +334,7 @@ def step(number: int, **changes: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda document: document["steps"][number].update(changes)
 
 
+@pytest.mark.few(21)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

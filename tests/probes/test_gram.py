@@ -43,6 +43,7 @@ def plain(x: Any, y: Any, train: Any, test: Any, alpha: float, kind: Any = Ridge
     return fitted.predict(x[test].astype("f8")) if kind is Ridge else fitted.decision_function(x[test].astype("f8"))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("n", "hidden", "share", "offset", "dtype"),
     [
@@ -86,6 +87,7 @@ def array_of(x: Any, y: Any) -> xr.DataArray:
     return xr.DataArray(x, dims=("layer", "prompt", "hidden"), coords=coords)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "hidden"), [(70, 100), (130, 100)])
 def test_a_sweep_over_small_strengths_of_units_that_have_much_in_common_has_the_right_scores(n: int, hidden: int) -> None:
     x, y = rows(n, hidden, 0.95)

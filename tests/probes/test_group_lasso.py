@@ -49,6 +49,7 @@ def test_the_optimality_conditions_hold(n: int, hidden: int, n_layers: int, alph
             assert np.linalg.norm(slope[layer]) <= alpha * (1 + 2e-4)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("alpha", [0.2, 0.02])
 def test_no_general_solver_finds_less(alpha: float) -> None:
     x, y = layers(40, 4, 3)

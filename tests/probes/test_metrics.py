@@ -75,6 +75,7 @@ def expected(name: str, o: Outcome, w: Any = None) -> float:
 CLASSES = [*named_metrics("classification")[:-1], "recall_at_fpr_0.1"]
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("n_classes", [2, 4])
 @pytest.mark.parametrize("name", CLASSES)

@@ -126,6 +126,7 @@ def fit(name: str, rows: Array, counts: Ints, y: Ints, training: Training, seed:
     return trained, asked
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_those_of_a_plain_torch_loop(name: str, classes: int) -> None:
@@ -298,6 +299,7 @@ def test_one_vector_per_prompt_has_nothing_to_pool() -> None:
 # -- estimators and files --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 @pytest.mark.filterwarnings("ignore:.*was still improving")

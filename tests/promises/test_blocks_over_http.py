@@ -43,6 +43,7 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return files
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("habit", [HONEST[0], *WHOLE])
 def test_rows_and_layers_are_right_and_whole_files_are_noted_once(
     published: dict[str, bytes], values: np.ndarray, habit: str, caplog: pytest.LogCaptureFixture

@@ -77,6 +77,7 @@ def counted(cloud: Cloud, url: str, who: str = "admin", mode: Any = "r", **more:
 # --------------------------------------------------------------------------------------------------------------- requests
 
 
+@pytest.mark.few(1)
 def test_a_model_is_opened_and_a_layer_read_in_one_get_per_part_and_chunk(cloud: Cloud, filled: str) -> None:
     data = counted(cloud, filled).dataset("acme/toy")
     values = data.resid_mean.sel(layer=1).values
@@ -117,6 +118,7 @@ def test_every_verb_costs_one_request(cloud: Cloud, url: str) -> None:
         storage.read("g/a")
 
 
+@pytest.mark.few(1)
 def test_long_folders_are_listed_page_by_page(cloud: Cloud, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(url, cloud.options(counted=True))
     names = [f"{i:02}" for i in range(25)]
@@ -181,6 +183,7 @@ def test_the_answer_to_the_last_request_of_an_upload_may_be_lost(cloud: Cloud, u
 # ----------------------------------------------------------------------------------------------------------- who may what
 
 
+@pytest.mark.few(1)
 def test_reading_writes_nothing(cloud: Cloud, filled: str) -> None:
     for who in ("admin",) if cloud.scheme == "gs" else ("reader", "anonymous"):
         cloud.proxy.reset()
@@ -232,6 +235,7 @@ def test_who_may_not_list_on_azure_is_told_so_and_reads_a_published_copy(az: Clo
         assert "sig=" not in written
 
 
+@pytest.mark.few(1)
 def test_the_page_of_a_copy_is_written_as_html(cloud: Cloud, tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "acts")
     store.write(GROUP, PARTS[0])
@@ -273,6 +277,7 @@ FAILURES: dict[str, tuple[str, type[Exception], str, Fault | None, str]] = {
 }
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(("scheme", "name"), [(scheme, name) for name, given in FAILURES.items() for scheme in given[0].split()])
 @pytest.mark.parametrize("mode", ["r", "a"] if STRESS else ["r"])
 @pytest.mark.usefixtures("impatient")
@@ -343,6 +348,7 @@ def first_times(times: int, fault: Fault, *methods: str) -> Callable[[Request], 
     return decide
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("fault", [Fault(status=503, code="ServerBusy"), Fault(cut=20), Fault(lose_answer=True)], ids=repr)
 @pytest.mark.usefixtures("impatient")
 def test_a_fault_that_passes_is_not_noticed(cloud: Cloud, filled: str, fault: Fault) -> None:
@@ -352,6 +358,7 @@ def test_a_fault_that_passes_is_not_noticed(cloud: Cloud, filled: str, fault: Fa
     np.testing.assert_array_equal(data.resid_mean.values, wanted)
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("impatient")
 def test_answers_that_are_always_cut_short_are_an_error(cloud: Cloud, filled: str) -> None:
     data = counted(cloud, filled).dataset()
@@ -402,6 +409,7 @@ def test_marks_between_the_parts_of_a_request_may_be_in_the_data(cloud: Cloud, u
 # ------------------------------------------------------------------------------------------------------- whole stores
 
 
+@pytest.mark.few(1)
 def test_a_store_is_merged_cleared_of_garbage_deleted_from_and_copied(cloud: Cloud, filled: str) -> None:
     store = lz.open_store(filled)
     before = store.dataset("acme/toy").load()
@@ -420,6 +428,7 @@ def test_a_store_is_merged_cleared_of_garbage_deleted_from_and_copied(cloud: Clo
     assert array.sel(layer=1).notnull().all()
 
 
+@pytest.mark.few(1)
 def test_a_committed_part_without_its_chunks_is_an_error_and_never_zeros(cloud: Cloud, url: str) -> None:
     store = lz.open_store(url)
     part = store.write(GROUP, make_batch(["a", "b"]))
@@ -430,6 +439,7 @@ def test_a_committed_part_without_its_chunks_is_an_error_and_never_zeros(cloud: 
         _ = data.resid_mean.isel(layer=1).values
 
 
+@pytest.mark.few(1)
 def test_names_are_taken_as_they_are_and_never_for_patterns(cloud: Cloud, url: str) -> None:
     # Azure's server takes a backslash for a slash, and Google allows no line breaks.
     names = [name for name in NAMES if name not in ("a\\b", "a\nb")]
@@ -448,6 +458,7 @@ def test_names_are_taken_as_they_are_and_never_for_patterns(cloud: Cloud, url: s
     assert storage.list("") == sorted([*left, *(f"{name}.json" for name in left)])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["run 12%20", "日本/naïve", "a#b?c=d&e", "{a,b}[1]*"])
 def test_prefixes_with_blanks_percent_signs_and_other_scripts(cloud: Cloud, name: str) -> None:
     url = f"{cloud.scheme}://team/{uuid.uuid4().hex}/{name}"

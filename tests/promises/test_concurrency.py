@@ -279,6 +279,7 @@ def remove_under(what: str, store: Store) -> None:
         other.write(GROUP, make_batch(["zz", "yy", "a"], seed=99))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("what", ["compacted", "collected", "evicted", "deleted", "dropped", "cleared and filled anew"])
 @pytest.mark.parametrize("chunks", [None, {}])
 def test_an_open_view_returns_its_values_or_raises_part_gone(root: str, what: str, chunks: Any) -> None:
@@ -328,6 +329,7 @@ class Between(Wrapped):
         return super().is_file(key)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("what", ["delete", "drop", "compact and gc"])
 def test_prompts_are_never_missed_while_their_parts_are_written_again(what: str, root: str) -> None:
     """What a reader has listed may be replaced and removed before it is read; what replaced it was not in the list."""
@@ -372,6 +374,7 @@ def test_a_document_forgotten_by_one_thread_is_read_again_by_another(root: str) 
     assert len(shared.dataset().prompt) == 3
 
 
+@pytest.mark.few(1)
 def test_an_open_store_does_not_remember_removed_parts(root: str) -> None:
     stays, other = lz.open_store(root, durable=False), lz.open_store(root, durable=False)
     for seed in range(6):
@@ -386,6 +389,7 @@ def test_an_open_store_does_not_remember_removed_parts(root: str) -> None:
 # -------------------------------------------------------------------------------------------------------- who writes slowly
 
 
+@pytest.mark.few(1)
 def test_gc_spares_active_writers_and_a_writer_that_lost_its_part_raises(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CHUNK_BYTES", "REMOTE_CHUNK_BYTES", "MIN_CHUNK_BYTES"):
         monkeypatch.setattr(writer_module, name, 32)
@@ -456,6 +460,7 @@ def often_switching() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@pytest.mark.few(1)
 def test_files_are_made_and_listed_while_others_remove_the_folders_around_them(root: str, often_switching: None) -> None:
     storage = open_storage(root)
     until = time.monotonic() + (20 if STRESS else 1.5)
@@ -483,6 +488,7 @@ def test_files_are_made_and_listed_while_others_remove_the_folders_around_them(r
     assert failures == []
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shared", [True, False])
 def test_threads_that_do_everything_at_once_read_right_values_or_get_an_error(root: str, shared: bool) -> None:
     """Each prompt's values tell its name and which writing of it they are, so any mixture would be noticed."""

@@ -51,6 +51,7 @@ def one_part(root: Path, **options: Any) -> tuple[Store, Path]:
 CLIMBS = ["../../../victim", "../../../../victim", "prompts/../../../../victim", "{victim}", "prompts/resid_mean/../../../../../victim"]
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("climb", CLIMBS)
 def test_a_part_that_names_files_outside_of_itself_is_refused_whole(

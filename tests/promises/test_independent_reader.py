@@ -44,7 +44,7 @@ def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def part_of(store: Store) -> Path:
-    return next(path for path in (Path(store.url) / GROUP.name).iterdir() if path.is_dir() and path.name != "annotations")
+    return next(path for path in (Path(store.url) / GROUP.name).iterdir() if len(path.name) == 26)
 
 
 def test_the_checksum_is_that_of_the_standard() -> None:
@@ -98,6 +98,7 @@ def assert_same_bits(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> Non
     assert found.tobytes() == expected.tobytes()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("kind", ["constant", "normal", "bits"])
@@ -136,6 +137,7 @@ def test_many_chunks_are_read_and_rows_by_their_blocks(
             assert_same_bits(found, values[layer, start:stop])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("kind", ["constant", "normal", "bits"])
 def test_rows_wider_than_a_block_are_read_by_their_blocks(
@@ -237,6 +239,7 @@ def test_roles_are_read_by_the_names_that_each_part_has(tmp_path: Path) -> None:
     assert store.verify().ok
 
 
+@pytest.mark.few(1)
 @pytest.mark.usefixtures("version")
 def test_a_view_of_many_parts_is_the_same(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s")
@@ -262,6 +265,7 @@ def test_a_view_of_many_parts_is_the_same(tmp_path: Path) -> None:
     check_same(group, store)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("group", sorted(path for path in OLD.glob("*/*/*") if path.is_dir()), ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_stores_of_every_version_are_read(group: Path) -> None:
     check_same(group, lz.open_store(group.parent, mode="r"), group=group.name)
@@ -309,6 +313,7 @@ def laid_out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     return part
 
 
+@pytest.mark.few(2)
 def test_a_changed_byte_in_any_file_and_a_file_that_is_missing_are_noticed(laid_out: Path) -> None:
     part, group = laid_out, laid_out.parent
     independent_reader.read_group(group)
@@ -405,6 +410,7 @@ LIES: dict[str, Callable[[Attributes], object]] = {
 }
 
 
+@pytest.mark.few(13)
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("lie", LIES)
 def test_a_document_that_says_something_else_than_the_files_is_noticed(

@@ -56,6 +56,7 @@ SNIPPETS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("snippet", list(SNIPPETS))
 def test_every_snippet_of_the_page_runs(snippet: str, names: dict[str, Any], lmprobe: None) -> None:
     with warnings.catch_warnings():

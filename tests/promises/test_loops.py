@@ -45,6 +45,7 @@ def test_each_write_by_url_costs_the_same_requests(s3: S3, url: str, monkeypatch
     np.testing.assert_array_equal(data.resid_mean.sel(layer=0)[:, 0], np.arange(12))
 
 
+@pytest.mark.few(2)
 def test_a_loop_of_writes_sees_what_others_did_meanwhile(root: str) -> None:
     for i in range(3):
         lz.write_activations(root, **one_prompt(i))
@@ -94,6 +95,7 @@ def reads(values: list[Any], dataset: Any, tokens: Any) -> dict[str, tuple[Calla
     }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("what", ["sel of tokens", "sel of prompts", "isel of prompts", "groupby", "windows", "text"])
 def test_read_prompt_by_prompt_each_chunk_is_fetched_once(s3: S3, filled: tuple[str, list[Any]], what: str) -> None:
     url, values = filled

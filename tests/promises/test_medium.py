@@ -70,6 +70,7 @@ def test_a_process_without_a_file_to_open_takes_nothing_for_damaged_or_missing(t
 # ------------------------------------------------------------------------------------------------------------- the clock
 
 
+@pytest.mark.few(1)
 def test_a_clock_that_jumps_back_changes_neither_order_nor_what_may_go(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 2e9
 
@@ -135,6 +136,7 @@ def some_work(store: Store) -> None:
     store.delete(MODEL, ["a"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("what", FAULTS if STRESS else ("overloaded", "cut short"))
 def test_on_a_flapping_server_everything_comes_out_right(s3: S3, url: str, what: str) -> None:
     """Every few requests fail, of every kind, and never the same one again and again."""
@@ -165,7 +167,7 @@ WORK: dict[str, tuple[Callable[[Store], object], Any]] = {
 
 @pytest.mark.parametrize("name", WORK)
 @pytest.mark.parametrize("fault", ["overloaded", "hung up on"] if STRESS else ["overloaded"])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_a_server_that_goes_down_in_the_middle_is_an_error_and_the_next_try_completes_it(
     s3: S3, url: str, name: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,7 +178,7 @@ def test_a_server_that_goes_down_in_the_middle_is_an_error_and_the_next_try_comp
     options = {**s3.options(counted=True), **impatient, "skip_instance_cache": True}
     do, after = WORK[name]
     failures = 0
-    for n in range(0, 10_000, 3 if STRESS else 31):
+    for n in range(0, 10_000, 3 if STRESS else 61):
         place = f"{url}-{n}"
         store = lz.open_store(place, storage_options=s3.options())
         store.write(GROUP, FIRST)

@@ -106,6 +106,7 @@ def check_values(store: Store) -> None:
     np.testing.assert_array_equal(data.judge.values, np.where(np.arange(14) == 1, 0.25, np.where(np.arange(14) == 13, 1.0, np.nan)))
 
 
+@pytest.mark.few(2)
 def test_a_store_of_both_versions_reads_as_one(mixed: Store) -> None:
     check_values(mixed)
     expected = shown(batches())

@@ -142,6 +142,7 @@ KINDS = ["all", "prompts", "positions", "slice", "stepped", "scattered", "repeat
 KINDS += ["in memory", "plain", "dask", "computed"]
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_selection_can_be_batched(tokens: xr.Dataset, kind: str, shuffle: bool) -> None:
@@ -574,6 +575,7 @@ def test_memory_is_bounded_by_the_buffers_not_by_the_data(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------------------ errors
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

@@ -51,6 +51,7 @@ def array_of(x: Array) -> xr.DataArray:
 KINDS = ("unscaled units", "1 % of one class", "units with much in common", "three classes, two layers")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_descent_is_within_0_005_auroc_of_logistic_regression(kind: str) -> None:
     x, y = tokens(kind)
@@ -132,6 +133,7 @@ def as_prompts(x: Array) -> xr.DataArray:
     return xr.DataArray(x[None], dims=("layer", "prompt", "hidden"), coords=coords)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", OF_PROMPTS)
 def test_descent_on_prompts_is_within_0_005_auroc_of_logistic_regression(kind: str) -> None:
     (x, y), n = prompts(kind), OF_PROMPTS[kind][0]

@@ -24,6 +24,7 @@ def activations(dtype: str = "float64") -> xr.DataArray:
     return xr.DataArray(values.astype(dtype), dims=("layer", "prompt", "hidden"), coords=coords, name="resid_mean")
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("options", [{}, {"preprocessing": "standard+pca:6"}, {"preprocessing": "per_layer"}, {"strength": 0.5}])
 @pytest.mark.parametrize("probe", ["logistic_regression", "ridge", "svm", "lda", "mass_mean", "mass_mean_cov", "sgd"])
 def test_coefficients_on_raw_activations_are_the_decision_function(probe: str, options: dict[str, Any]) -> None:

@@ -286,6 +286,7 @@ EXEMPT: dict[tuple[str, str], str] = {
 }
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("protection", CHECKS)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.filterwarnings("ignore:The number of unique classes")
@@ -328,6 +329,7 @@ def swept() -> dict[str, xr.Dataset]:
     }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", ["prompts", "tokens"])
 @pytest.mark.parametrize("call", SCORE_CALLS)
 def test_each_call_on_scores_refuses_what_it_cannot_read(call: str, kind: str, swept: dict[str, xr.Dataset]) -> None:

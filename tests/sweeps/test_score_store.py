@@ -143,6 +143,7 @@ def test_a_damaged_or_missing_chunk_is_fitted_again(copied: Path, finished: tupl
     assert sorted(fitted) == [(0, 1), (0, 3), (0, 4)]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -230,6 +231,7 @@ def test_variables_and_strengths_are_stored_by_layer_too(tmp_path: Path, fitted:
     assert fitted == [(1, 2)]
 
 
+@pytest.mark.few(1)
 def test_remote_places_and_worker_processes_write_the_same(root: str, whole: xr.Dataset) -> None:
     same(sweep(activations(), **OPTIONS, out=root, scheduler="processes", n_workers=2), whole)
     same(sweep(activations(), **OPTIONS, out=root), whole)
@@ -277,6 +279,7 @@ package(activations(), **OPTIONS, out=sys.argv[1], n_workers=2)
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("layers_before", [1, 3] if not os.environ.get("LMPROBE_ZARR_STRESS") else range(1, LAYERS))
 def test_kill_9_in_the_middle_and_another_process_goes_on_to_the_same_scores(tmp_path: Path, layers_before: int, whole: xr.Dataset) -> None:
     place = tmp_path / "scores"

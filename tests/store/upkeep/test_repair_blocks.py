@@ -234,7 +234,7 @@ def test_tables_come_back_byte_for_byte(
     check_kept(place, set())
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("table", ["chunk_table", "block_table"])
 def test_a_lost_table_and_a_damaged_block_cost_what_cannot_be_checked(
     template: tuple[Path, Part], place: Path, folder: Path, table: str

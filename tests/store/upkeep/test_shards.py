@@ -66,6 +66,7 @@ def test_a_merged_part_has_shards_and_shows_the_same(root: str) -> None:
     assert after.verify(progress=False).ok
 
 
+@pytest.mark.few(1)
 def test_shards_false_gives_each_chunk_a_file(root: str) -> None:
     store = filled(root)
     before = shown(store)
@@ -92,6 +93,7 @@ def test_zarr_reads_every_shard(tmp_path: Path) -> None:
         assert (plain.shards is not None) == bool(array.shard_blocks)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("shards", [True, False])
 def test_a_published_copy_shows_the_same(root: str, tmp_path: Path, shards: bool) -> None:
     store = filled(root)
@@ -180,6 +182,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[ArrayInfo]:
     return found
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shards", [True, False])
 def test_chunks_move_whole_where_all_prompts_stay(tmp_path: Path, encoded: list[ArrayInfo], shards: bool) -> None:
     store = filled(str(tmp_path / "acts"))

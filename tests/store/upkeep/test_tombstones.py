@@ -136,6 +136,7 @@ def two(place: str, newer: tuple[TokenBatch, Versions]) -> tuple[Store, str, Ver
     return store, name, before
 
 
+@pytest.mark.few(2)
 def test_what_an_evicted_part_had_replaced_stays_hidden(two: tuple[Store, str, Versions], newer: tuple[TokenBatch, Versions]) -> None:
     store, name, before = two
     take(store, name)
@@ -149,6 +150,7 @@ def test_what_an_evicted_part_had_replaced_stays_hidden(two: tuple[Store, str, V
     assert shown(store) == after
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["its document", "no document", "a chunk", "all chunks"])
 def test_what_a_damaged_part_had_replaced_stays_hidden_and_is_listed(
     two: tuple[Store, str, Versions], newer: tuple[TokenBatch, Versions], how: str
@@ -185,6 +187,7 @@ def test_what_a_damaged_part_had_replaced_stays_hidden_and_is_listed(
     assert shown(store) == before
 
 
+@pytest.mark.few(4)
 def test_whoever_leaves_out_a_damaged_part_is_not_served_by_what_it_had_replaced(
     two: tuple[Store, str, Versions], newer: tuple[TokenBatch, Versions]
 ) -> None:
@@ -204,6 +207,7 @@ def test_whoever_leaves_out_a_damaged_part_is_not_served_by_what_it_had_replaced
             assert not view.covers(level, name_, np.array([row]), (layer,) if layer >= 0 else ()).any(), (text, name_)  # type: ignore[arg-type]
 
 
+@pytest.mark.few(2)
 def test_hidden_stays_hidden_through_every_verb(
     two: tuple[Store, str, Versions], newer: tuple[TokenBatch, Versions], tmp_path: Path
 ) -> None:
@@ -239,6 +243,7 @@ def test_hidden_stays_hidden_through_every_verb(
         assert shown(store).items() <= left.items()
 
 
+@pytest.mark.few(2)
 def test_a_tombstone_goes_once_there_is_nothing_left_to_hide(two: tuple[Store, str, Versions]) -> None:
     store, name, _ = two
     take(store, name)
@@ -288,6 +293,7 @@ def test_of_a_chain_of_versions_only_the_newest_is_ever_shown(place: str) -> Non
             assert missing <= gone or {cell[1] for cell in missing - gone} <= {"label"}, (seed, action, missing - gone)
 
 
+@pytest.mark.few(2)
 def test_a_store_below_does_not_show_what_was_replaced_above(tmp_path: Path, newer: tuple[TokenBatch, Versions]) -> None:
     shared = lz.open_store(tmp_path / "shared", durable=False)
     shared.write(GROUP, OLDER[0])
@@ -302,6 +308,7 @@ def test_a_store_below_does_not_show_what_was_replaced_above(tmp_path: Path, new
     assert shown(lz.open_store([tmp_path / "shared", tmp_path / "mine"])) == kept(before, newer[1])
 
 
+@pytest.mark.few(2)
 def test_a_damaged_tombstone_still_hides(two: tuple[Store, str, Versions], newer: tuple[TokenBatch, Versions], tmp_path: Path) -> None:
     store, name, before = two
     take(store, name)
@@ -354,6 +361,7 @@ def test_a_newer_tombstone_is_refused_as_newer(root: str) -> None:
     assert store.storage.read(key) == newer
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("versions", [(1, 1), (2, 2), (1, 2), (2, 1)])
 def test_a_reader_written_from_the_page_on_the_format_shows_the_same(
     place: str, newer: tuple[TokenBatch, Versions], monkeypatch: pytest.MonkeyPatch, versions: tuple[int, int]
