@@ -8,7 +8,7 @@ dictionary of ``states`` (row, position, hidden) and ``input_ids`` (row, positio
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from lmprobe_zarr.batch import prompt_sha256
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped
-from lmprobe_zarr.bridges.files import Files
+from lmprobe_zarr.bridges.files import Files, Listed, map_files
 from lmprobe_zarr.bridges.lmprobe_folders import DAMAGED, FLOATS, INTEGERS, OUTSIDE, SHAPES
 from lmprobe_zarr.bridges.raw_arrays import RawArray, read_json
 from lmprobe_zarr.bridges.row_source import RowSource
@@ -151,7 +151,7 @@ class ActivaultRun(RowSource):
     def entries(self) -> Iterator[Entry | Skipped]:
         """One entry for each row of tokens; the token ids of a file are read, and no states."""
         yield from self._skipped
-        by_uuid: dict[str, dict[str, list[str]]] = {}
+        by_uuid: dict[str, dict[str, list[Listed]]] = {}
         wanted = {hook: self._width_of(hook) for hook in self._hooks}
         for hook in self._hooks:
             for item in self.files.list(self._folders[hook].rstrip("/")):
@@ -159,39 +159,52 @@ class ActivaultRun(RowSource):
                 if item.outside:
                     yield Skipped(name=f"{hook}/{item.name}", reason=OUTSIDE)
                 elif match:
-                    by_uuid.setdefault(match[1], {}).setdefault(hook, []).append(item.name)
+                    by_uuid.setdefault(match[1], {}).setdefault(hook, []).append(item)
                 elif item.name.endswith(".pt"):
                     yield Skipped(name=f"{hook}/{item.name}", reason="files whose names are not activault's")
-        for uuid in sorted(by_uuid):
-            arrays: dict[tuple[str, int | None], RawArray] = {}
-            first: tuple[RawArray, Array] | None = None
-            for hook, names in sorted(by_uuid[uuid].items()):
-                for name in names[1:]:
-                    yield Skipped(name=f"{hook}/{name}", reason="files of a uuid that the hook has twice: the first is imported")
-                found = self._open(hook, names[0], wanted[hook])
-                if isinstance(found, Skipped):
-                    yield found
-                    continue
-                states, ids = found
-                try:
-                    numbers = ids.read()
-                except CorruptFileError as error:
-                    yield Skipped(name=f"{hook}/{names[0]}", reason=DAMAGED, detail=str(error))
-                    continue
-                if first is not None and not np.array_equal(numbers, first[1]):
-                    yield Skipped(name=f"{hook}/{names[0]}", reason=OTHER_IDS, detail=f"they differ from {first[0].key}")
-                    continue
-                first = first or (ids, numbers)
-                arrays[self._hooks[hook]] = states
-            if first is None:
+        for found in map_files(lambda uuid: self._of_uuid(uuid, by_uuid[uuid], wanted), sorted(by_uuid), local=self.is_local):
+            yield from found
+
+    def _of_uuid(self, uuid: str, items: Mapping[str, Sequence[Listed]], wanted: Mapping[str, tuple[str, int]]) -> list[Entry | Skipped]:
+        """The rows of the files of one uuid, which are the same in every hook."""
+        arrays: dict[tuple[str, int | None], RawArray] = {}
+        first: tuple[RawArray, Array] | None = None
+        rows: list[Entry | Skipped] = []
+        for hook, (item, *more) in sorted(items.items()):
+            name = f"{hook}/{item.name}"
+            rows += [
+                Skipped(name=f"{hook}/{other.name}", reason="files of a uuid that the hook has twice: the first is imported")
+                for other in more
+            ]
+            opened = self._open(hook, item, wanted[hook])
+            if isinstance(opened, Skipped):
+                rows.append(opened)
                 continue
+            states, ids = opened
+            try:
+                numbers = ids.read()
+            except CorruptFileError as error:
+                rows.append(Skipped(name=name, reason=DAMAGED, detail=str(error)))
+                continue
+            if first is not None and not np.array_equal(numbers, first[1]):
+                rows.append(Skipped(name=name, reason=OTHER_IDS, detail=f"they differ from {first[0].key}"))
+                continue
+            first = first or (ids, numbers)
+            arrays[self._hooks[hook]] = states
+        if first is not None:
             holds = self._described(arrays)
-            for row, numbers in enumerate(first[1]):
-                place = _Place(arrays, first[0], row)
-                yield Entry(
-                    name=f"{uuid} row {row}", sha256=prompt_sha256(np.asarray(numbers, np.int64)), text=None, n_tokens=len(numbers),
-                    holds=holds, place=place,
-                )  # fmt: skip
+            rows += [
+                Entry(
+                    name=f"{uuid} row {row}",
+                    sha256=prompt_sha256(np.asarray(numbers, np.int64)),
+                    text=None,
+                    n_tokens=len(numbers),
+                    holds=holds,
+                    place=_Place(arrays, first[0], row),
+                )
+                for row, numbers in enumerate(first[1])
+            ]
+        return rows
 
     def _described(self, arrays: Mapping[tuple[str, int | None], RawArray]) -> tuple[Held, ...]:
         found: dict[tuple[str, bool, str, tuple[int, ...]], list[int]] = {}
@@ -217,9 +230,10 @@ class ActivaultRun(RowSource):
             raise CorruptFileError(f"{self.url}/{key} has the dtype {dtype!r:.40} and the width {width}")
         return dtype, width
 
-    def _open(self, hook: str, name: str, wanted: tuple[str, int]) -> tuple[RawArray, RawArray] | Skipped:
+    def _open(self, hook: str, item: Listed, wanted: tuple[str, int]) -> tuple[RawArray, RawArray] | Skipped:
+        name = item.name
         try:
-            found = read_archive(self.files, f"{self._folders[hook]}{name}")
+            found = read_archive(self.files, f"{self._folders[hook]}{name}", size=item.size)
         except (CorruptFileError, FileNotFoundError) as error:
             return Skipped(name=f"{hook}/{name}", reason=DAMAGED, detail=str(error))
         states, ids = found.get("states"), found.get("input_ids")

@@ -11,8 +11,9 @@ row that *gave* token n, that of the token before: row 0 repeats the last row of
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -152,13 +153,14 @@ class HallulensCapture(_Hallulens):
     def entries(self) -> Iterator[Entry | Skipped]:
         """One entry for each prompt that ``meta.jsonl`` lists; token ids are read, and no hidden states."""
         states = range(self.prompts.shape[1])
+        lengths = np.stack([array.read() for array in self.lengths], axis=1)
         for line in sorted(_lines(self.files, "meta.jsonl"), key=lambda line: _number(line, "sample_index") or 0):
             row, n_prompt, n_answer = (_number(line, name) for name in ("sample_index", "prompt_len", "response_len"))
             name = f"prompt number {row}"
             if row is None or n_prompt is None or n_answer is None or row >= self.prompts.shape[0]:
                 yield Skipped(name=name, reason=DAMAGED, detail="its line in meta.jsonl names no row of the arrays")
                 continue
-            if [int(array.rows((), row, row + 1)[0]) for array in self.lengths] != [n_prompt, n_answer]:
+            if lengths[row].tolist() != [n_prompt, n_answer]:
                 yield Skipped(name=name, reason=SHAPES, detail="meta.jsonl and the arrays of lengths differ")
                 continue
             if n_prompt == 0 or n_prompt > self.prompts.shape[2]:
@@ -233,6 +235,7 @@ class HallulensZarr(_Hallulens):
         """One entry for each prompt with rows, described from the index."""
         count, _, longest, _ = self.prompts.shape
         rows: set[int] = set()
+        length_of = [functools.cache(functools.partial(_chunk_of, array)) for array in self.lengths]
         for line in sorted(self._lines, key=lambda line: _number(line, "sample_index") or 0):
             row, n_prompt, n_answer = (_number(line, name) for name in ("sample_index", "prompt_len", "response_len"))
             name, text, given = f"prompt {line.get('key')!s:.60}", line.get("prompt"), _number(line, "input_length")
@@ -246,7 +249,7 @@ class HallulensZarr(_Hallulens):
                 yield Skipped(name=name, reason=NO_TEXT)
                 continue
             try:
-                lengths = [int(array.rows((), row, row + 1)[0]) for array in self.lengths]
+                lengths = [_length(array, chunk, row) for array, chunk in zip(self.lengths, length_of, strict=True)]
             except CorruptFileError as error:
                 yield Skipped(name=name, reason=DAMAGED, detail=str(error))
                 continue
@@ -283,6 +286,20 @@ def open_hallulens(files: Files, *, responses: bool = True, model: str | None = 
     if "config.json" not in names:
         raise NotAStoreError(f"{files.url} is nothing that HalluLens wrote: it has no config.json and no arrays/")
     return HallulensCapture(files, responses=responses)
+
+
+def _chunk_of(array: RawArray, number: int) -> Array:
+    """One chunk of a one-dimensional array."""
+    length = array.shape[0] if array.chunks is None else array.chunks[0]
+    return array.rows((), number * length, min((number + 1) * length, array.shape[0]))
+
+
+def _length(array: RawArray, chunk_of: Callable[[int], Array], row: int) -> int:
+    """One number of a one-dimensional array, of which whole chunks are kept."""
+    length = array.shape[0] if array.chunks is None else array.chunks[0]
+    if row >= array.shape[0] or len(array.shape) != 1:
+        raise CorruptFileError(f"{array.files.url}/{array.key} has shape {array.shape}, and a prompt is number {row}")
+    return int(chunk_of(row // length)[row % length])
 
 
 def _lines(files: Files, key: str) -> list[dict[str, Any]]:

@@ -8,8 +8,10 @@ Neither holds the model or the prompts.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +21,7 @@ from lmprobe_zarr.batch import given_prompts, prompt_sha256, split_variable
 from lmprobe_zarr.bridges.entry import Entry, Held, Skipped
 from lmprobe_zarr.bridges.files import Files, open_files
 from lmprobe_zarr.bridges.lmprobe_folders import NO_TOKENS
-from lmprobe_zarr.bridges.raw_arrays import open_file_array, read_json
+from lmprobe_zarr.bridges.raw_arrays import RawArray, open_file_array, read_json
 from lmprobe_zarr.bridges.row_source import RowSource
 from lmprobe_zarr.errors import (
     CorruptFileError,
@@ -37,6 +39,7 @@ Prompt = str | Sequence[int]
 
 FORMAT: Final = "memmap_v1"
 _DIMS: Final = ("bh", "blh", "bsh", "blsh")
+_SUFFIXES: Final = frozenset({".h5", ".hdf5", ".he5"})
 _STORED: Final = {"torch.bfloat16": ("bfloat16", "uint16"), "torch.float32": ("float32", "float32")}
 MASKS: Final = "detection masks, which are left out"
 #: Rows of one layer, by its place among the stored ones: (place, start, stop) to an array of shape (stop - start, hidden).
@@ -165,6 +168,8 @@ def open_probelab(
         It is an HDF5 file, and h5py is not installed.
     """
     local = Path(path)
+    if "://" in str(path) and local.suffix in _SUFFIXES:
+        raise InvalidArgumentError(f"{path} is an HDF5 file elsewhere: copy it to this machine, as h5py reads it")
     if local.is_file():
         return _open_hdf5(local, prompts, variable, layers)
     return _open_memmap(open_files(path, storage_options), prompts, variable, layers)
@@ -187,14 +192,20 @@ def _open_memmap(files: Files, prompts: Sequence[Prompt] | None, variable: str |
     offsets = _checked(open_file_array(files, "offsets.bin", "int64", (count + 1,)).read(), total, f"{files.url}/offsets.bin")
     mask = open_file_array(files, "detection_mask.bin", "uint8", (total,)).read()
     arrays = [open_file_array(files, f"layer_{number}.bin", "bfloat16", (total, width)) for number in stored]
-
-    def read(place: int, start: int, stop: int) -> Array:
-        return arrays[place].rows((), start, stop)
-
     return ProbelabActivations(
-        files.url, read, "bfloat16", width, prompts, n_rows=total, offsets=offsets, variable=variable, stored=stored, layers=layers,
-        masked=not mask.all(), is_local=files.is_local,
+        files.url, _Layers(tuple(arrays)), "bfloat16", width, prompts, n_rows=total, offsets=offsets, variable=variable, stored=stored,
+        layers=layers, masked=not mask.all(), is_local=files.is_local,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """A `Reader` of one array per layer."""
+
+    arrays: tuple[RawArray, ...]
+
+    def __call__(self, place: int, start: int, stop: int) -> Array:
+        return self.arrays[place].rows((), start, stop)
 
 
 def _checked(offsets: Array, total: int, where: str) -> Ints:
@@ -218,12 +229,22 @@ class _Hdf5:
         try:
             import h5py
         except ImportError as error:
-            raise MissingDependencyError("probelab's HDF5 files are read by h5py, which is not installed: pip install h5py") from error
+            raise MissingDependencyError(
+                "probelab's HDF5 files are read by h5py, which is not installed: pip install lmprobe-zarr[hdf5]"
+            ) from error
         if self._opened[0] != os.getpid():
             try:
-                self._opened = os.getpid(), h5py.File(self.path, "r")
+                found = h5py.File(self.path, "r")
+                # Links to other files are not followed, here as in `dataset`.
+                data = found["data"] if isinstance(found.get("data", getlink=True), h5py.HardLink) else None
+                if isinstance(data, h5py.Dataset) and data.chunks is not None and data.id.get_create_plist().get_nfilters():
+                    # A compressed chunk has all layers of up to 4096 tokens. Without room to keep one it is decompressed for every read.
+                    room = math.prod(data.chunks) * data.dtype.itemsize
+                    found.close()
+                    found = h5py.File(self.path, "r", rdcc_nbytes=room + 1)
             except OSError as error:
                 raise CorruptFileError(f"{self.path} is no HDF5 file, or is cut off: {str(error).splitlines()[0]}") from error
+            self._opened = os.getpid(), found
         return self._opened[1]
 
     def dataset(self, name: str) -> Any:
@@ -244,6 +265,23 @@ class _Hdf5:
         if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
             raise CorruptFileError(f"{self.path}: {name!r} leads to other files, or is no dataset: it is not followed")
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """A `Reader` of the dataset ``data``, shape (row, layer, hidden) or (row, hidden)."""
+
+    source: _Hdf5
+    layered: bool
+    dtype: str
+
+    def __call__(self, place: int, start: int, stop: int) -> Array:
+        found = self.source.dataset("data")
+        try:
+            values = np.asarray(found[start:stop, place] if self.layered else found[start:stop])
+        except (OSError, ValueError) as error:
+            raise CorruptFileError(f"{self.source.path}: rows {start} to {stop} cannot be read: {str(error).splitlines()[0]}") from error
+        return widen_bfloat16(values.view(np.uint16)) if self.dtype == "bfloat16" else values
 
 
 def _open_hdf5(path: Path, prompts: Sequence[Prompt] | None, variable: str | None, layers: Sequence[int] | None) -> ProbelabActivations:
@@ -269,17 +307,8 @@ def _open_hdf5(path: Path, prompts: Sequence[Prompt] | None, variable: str | Non
             raise CorruptFileError(f"{path} has no offsets, which say where each prompt begins")
         firsts = _checked(offsets[()], data.shape[0], f"{path}: offsets")
     masked = mask is not None and not bool(np.asarray(mask[()]).all())
-    layered = "l" in dims
-
-    def read(place: int, start: int, stop: int) -> Array:
-        found = source.dataset("data")
-        try:
-            values = np.asarray(found[start:stop, place] if layered else found[start:stop])
-        except (OSError, ValueError) as error:
-            raise CorruptFileError(f"{path}: rows {start} to {stop} cannot be read: {str(error).splitlines()[0]}") from error
-        return widen_bfloat16(values.view(np.uint16)) if dtype == "bfloat16" else values
-
+    reader = _Data(source, layered="l" in dims, dtype=dtype)
     return ProbelabActivations(
-        str(path), read, dtype, int(data.shape[-1]), prompts, n_rows=int(data.shape[0]), offsets=firsts, variable=variable, stored=stored,
+        str(path), reader, dtype, int(data.shape[-1]), prompts, n_rows=int(data.shape[0]), offsets=firsts, variable=variable, stored=stored,
         layers=layers, masked=masked,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from lmprobe_zarr.batch import TokenBatch
 from lmprobe_zarr.bridges.entry import Entry, Held, Piece, Skipped, batch_of, rows_of
+from lmprobe_zarr.bridges.files import map_files
 from lmprobe_zarr.errors import CorruptFileError
 from lmprobe_zarr.typing import Array
 
@@ -29,7 +30,7 @@ class RowSource(ABC):
 
     @abstractmethod
     def rows(self, entry: Entry, held: Held, layer: int | None, start: int, stop: int) -> Array:
-        """Some rows of one variable and layer, shape (stop - start, …), in any dtype that `held.dtype` is exact in.
+        """Some rows of one variable and layer, shape (stop - start, …), in any dtype that `held.dtype` is exact in. Called from threads.
 
         Raises
         ------
@@ -41,11 +42,14 @@ class RowSource(ABC):
         """Some of what some entries hold, as one batch; see `entry.Source`."""
         bounds = rows_of(entries)
         arrays = {held: held.empty(int(bounds[held.level][-1])) for held in holds}
-        for held, array in arrays.items():
-            ends = bounds[held.level].tolist()
-            for j, layer in enumerate((None,) if held.layers is None else held.layers):
-                for entry, a, b in zip(entries, ends[:-1], ends[1:], strict=True):
-                    self._fill(entry, held, layer, 0, b - a, array[j, a:b])
+        jobs = (
+            (entry, held, layer, 0, b - a, array[j, a:b])
+            for held, array in arrays.items()
+            for j, layer in enumerate((None,) if held.layers is None else held.layers)
+            for entry, a, b in zip(entries, bounds[held.level][:-1].tolist(), bounds[held.level][1:].tolist(), strict=True)
+        )
+        for _ in map_files(lambda job: self._fill(*job), jobs, local=self.is_local):
+            pass
         return batch_of(entries, arrays)
 
     def read_pieces(self, entry: Entry, pieces: Sequence[Piece]) -> None:

@@ -6,6 +6,7 @@ named after the hook, such as ``blocks.3.hook_resid_post``, shape (token, hidden
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ class SaelensActivations(RowSource):
     """
 
     def __init__(self, folder: Path, *, variable: str | None = None, layer: int | None = None) -> None:
-        self.folder = folder
+        self.folder, self._given = folder, (variable, layer)
         self._tables = _open(folder)
         names = [name for name in self._tables[0].column_names if name != _TOKENS]
         if len(names) != 1 or _TOKENS not in self._tables[0].column_names:
@@ -63,6 +64,11 @@ class SaelensActivations(RowSource):
             raise InvalidArgumentError(f"{self.hook!r} is no site of this package: say with variable= and layer= how to call it")
         self._site, self._layer = site, number
         self._starts = np.concatenate([[0], np.cumsum([len(table) for table in self._tables])]).astype(np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The tables are mapped again, not copied.
+        variable, layer = self._given
+        return functools.partial(SaelensActivations, variable=variable, layer=layer), (self.folder,)
 
     @property
     def url(self) -> str:

@@ -55,8 +55,8 @@ class _Tensor:
 class _Ranged(io.RawIOBase):
     """A file that is read by ranges, for `zipfile`."""
 
-    def __init__(self, files: Files, key: str) -> None:
-        self.files, self.key, self.size, self.at = files, key, size_of(files, key), 0
+    def __init__(self, files: Files, key: str, size: int) -> None:
+        self.files, self.key, self.size, self.at = files, key, size, 0
 
     def readable(self) -> bool:
         return True
@@ -80,8 +80,17 @@ class _Ranged(io.RawIOBase):
         return count
 
 
-def read_archive(files: Files, key: str) -> dict[str, Any]:
+def read_archive(files: Files, key: str, *, size: int | None = None) -> dict[str, Any]:
     """What a file of ``torch.save`` holds, if it is a dictionary: numbers and texts, and each tensor as a `RawArray`.
+
+    Parameters
+    ----------
+    files : Files
+        The folder or prefix.
+    key : str
+        The file.
+    size : int, optional
+        Its length, if known from a listing.
 
     Raises
     ------
@@ -91,8 +100,9 @@ def read_archive(files: Files, key: str) -> dict[str, Any]:
         It is damaged or cut off, holds something else, or is a pickle that would run code.
     """
     where = f"{files.url}/{key}"
+    size = size_of(files, key) if size is None else size
     try:
-        with zipfile.ZipFile(io.BufferedReader(_Ranged(files, key))) as archive:
+        with zipfile.ZipFile(io.BufferedReader(_Ranged(files, key, size))) as archive:
             records = {info.filename: info for info in archive.infolist()}
             (pickled,) = [name for name in records if name.rpartition("/")[2] == "data.pkl"]
             folder = pickled.removesuffix("data.pkl")
@@ -101,7 +111,7 @@ def read_archive(files: Files, key: str) -> dict[str, Any]:
             if f"{folder}byteorder" in records and archive.read(f"{folder}byteorder") != b"little":
                 raise ValueError("its values are not little-endian")
             found = _disassemble(archive.read(pickled))
-            return {name: _located(files, key, records, folder, value) for name, value in found.items()}
+            return {name: _located(files, key, size, records, folder, value) for name, value in found.items()}
     except FileNotFoundError:
         raise
     except (zipfile.BadZipFile, ValueError, KeyError, IndexError, TypeError, struct.error, NotImplementedError, EOFError) as error:
@@ -164,7 +174,7 @@ def _disassemble(data: bytes) -> dict[str, Any]:
     return stack[0]
 
 
-def _located(files: Files, key: str, records: dict[str, zipfile.ZipInfo], folder: str, value: Any) -> Any:
+def _located(files: Files, key: str, size: int, records: dict[str, zipfile.ZipInfo], folder: str, value: Any) -> Any:
     """A tensor as an array in the file; other values as they are."""
     if not isinstance(value, _Tensor):
         return value
@@ -183,6 +193,6 @@ def _located(files: Files, key: str, records: dict[str, zipfile.ZipInfo], folder
     files.fill(key, [Want(record.header_offset, memoryview(header))])
     magic, n_name, n_extra = _LOCAL_HEADER.unpack(header)
     begin = record.header_offset + len(header) + n_name + n_extra
-    if magic != b"PK\x03\x04" or begin + record.file_size > size_of(files, key):
+    if magic != b"PK\x03\x04" or begin + record.file_size > size:
         raise ValueError(f"the record {record.filename} is not where the archive says")
     return RawArray(files=files, key=key, dtype=dtype, shape=shape, start=begin + value.offset * itemsize)

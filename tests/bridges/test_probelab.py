@@ -185,3 +185,5 @@ def test_what_probelab_did_not_save_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file.h5").write_bytes(b"no HDF5")
     with pytest.raises(CorruptFileError, match=r"file\.h5"):
         imported(tmp_path / "file.h5", tmp_path / "acts")
+    with pytest.raises(InvalidArgumentError, match="copy it to this machine"):
+        imported("s3://bucket/acts.h5", tmp_path / "acts")  # type: ignore[arg-type]
