@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,6 +221,8 @@ class _Hdf5:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._opened: tuple[int, Any] = (-1, None)
+        self._datasets: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Hdf5, (self.path,)
@@ -232,20 +235,22 @@ class _Hdf5:
             raise MissingDependencyError(
                 "probelab's HDF5 files are read by h5py, which is not installed: pip install lmprobe-zarr[hdf5]"
             ) from error
-        if self._opened[0] != os.getpid():
-            try:
-                found = h5py.File(self.path, "r")
-                # Links to other files are not followed, here as in `dataset`.
-                data = found["data"] if isinstance(found.get("data", getlink=True), h5py.HardLink) else None
-                if isinstance(data, h5py.Dataset) and data.chunks is not None and data.id.get_create_plist().get_nfilters():
-                    # A compressed chunk has all layers of up to 4096 tokens. Without room to keep one it is decompressed for every read.
-                    room = math.prod(data.chunks) * data.dtype.itemsize
-                    found.close()
-                    found = h5py.File(self.path, "r", rdcc_nbytes=room + 1)
-            except OSError as error:
-                raise CorruptFileError(f"{self.path} is no HDF5 file, or is cut off: {str(error).splitlines()[0]}") from error
-            self._opened = os.getpid(), found
-        return self._opened[1]
+        with self._lock:
+            if self._opened[0] != os.getpid():
+                try:
+                    found = h5py.File(self.path, "r")
+                    # Links to other files are not followed, here as in `dataset`.
+                    data = found["data"] if isinstance(found.get("data", getlink=True), h5py.HardLink) else None
+                    if isinstance(data, h5py.Dataset) and data.chunks is not None and data.id.get_create_plist().get_nfilters():
+                        # A compressed chunk has all layers of up to 4096 tokens. Without room for two, a prompt across
+                        # them has both decompressed for every read.
+                        room = 2 * math.prod(data.chunks) * data.dtype.itemsize
+                        found.close()
+                        found = h5py.File(self.path, "r", rdcc_nbytes=room + 1)
+                except OSError as error:
+                    raise CorruptFileError(f"{self.path} is no HDF5 file, or is cut off: {str(error).splitlines()[0]}") from error
+                self._opened, self._datasets = (os.getpid(), found), {}
+            return self._opened[1]
 
     def dataset(self, name: str) -> Any:
         """A dataset of the file itself; None if there is none.
@@ -258,12 +263,16 @@ class _Hdf5:
         import h5py
 
         file = self.file()
+        if name in self._datasets:
+            return self._datasets[name]
         link = file.get(name, getlink=True)
         if link is None:
             return None
         found = file[name] if isinstance(link, h5py.HardLink) else None
         if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
             raise CorruptFileError(f"{self.path}: {name!r} leads to other files, or is no dataset: it is not followed")
+        # Kept, because HDF5 forgets the chunks that it has decompressed when a dataset is closed.
+        self._datasets[name] = found
         return found
 
 

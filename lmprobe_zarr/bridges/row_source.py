@@ -42,11 +42,13 @@ class RowSource(ABC):
         """Some of what some entries hold, as one batch; see `entry.Source`."""
         bounds = rows_of(entries)
         arrays = {held: held.empty(int(bounds[held.level][-1])) for held in holds}
+        # One prompt after the other: some files keep all layers of a few prompts in one compressed chunk.
         jobs = (
-            (entry, held, layer, 0, b - a, array[j, a:b])
+            (entry, held, layer, 0, int(stop - start), array[j, start:stop])
+            for i, entry in enumerate(entries)
             for held, array in arrays.items()
+            for start, stop in [bounds[held.level][i : i + 2]]
             for j, layer in enumerate((None,) if held.layers is None else held.layers)
-            for entry, a, b in zip(entries, bounds[held.level][:-1].tolist(), bounds[held.level][1:].tolist(), strict=True)
         )
         for _ in map_files(lambda job: self._fill(*job), jobs, local=self.is_local):
             pass
