@@ -1,4 +1,4 @@
-"""Records of what a foreign cache holds, and the protocol `Source` that every bridge implements. No files and no store."""
+"""Records of what a foreign cache holds, and the protocols that bridges implement: `Source` and `LazySource`. No files and no store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from lmprobe_zarr.batch import HASH_DIGITS, TokenBatch, offsets_of
 from lmprobe_zarr.store.format import Level
 
-__all__ = ["Entry", "Held", "Skipped", "Source", "batch_of", "held_dtype", "rows_of"]
+__all__ = ["Entry", "Held", "LazySource", "Piece", "Skipped", "Source", "batch_of", "held_dtype", "rows_of"]
 #: What an entry may hold by token that is a column and no variable.
 TOKEN_COLUMNS: Final = frozenset({"token_id", "generated"})
 
@@ -130,6 +130,31 @@ class Skipped:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """Rows of one entry, variable and layer, and the array to read them into.
+
+    Parameters
+    ----------
+    entry : Entry
+    held : Held
+        The variable.
+    layer : int or None
+        None for a variable without layers.
+    start, stop : int
+        The rows: tokens of the prompt; 0 and 1 for a value per prompt.
+    out : ndarray, shape (stop - start, …)
+        Contiguous, of the dtype that `held_dtype` gives.
+    """
+
+    entry: Entry
+    held: Held
+    layer: int | None
+    start: int
+    stop: int
+    out: npt.NDArray[Any]
+
+
 def batch_of(entries: Sequence[Entry], arrays: Mapping[Held, npt.NDArray[Any]]) -> TokenBatch:
     """Values that were read of some entries, as one batch.
 
@@ -189,6 +214,34 @@ class Source(Protocol):
             Each holds all of `holds`; either all have a text, or none has.
         holds : sequence of Held
             All have the same layers, or no layers.
+
+        Raises
+        ------
+        CorruptFileError
+            A file has changed since it was described, or is damaged.
+        """
+        ...
+
+
+class LazySource(Protocol):
+    """A source whose rows can be read one by one, so that it can be opened where it lies."""
+
+    @property
+    def url(self) -> str:
+        """The folder or URL, for messages."""
+        ...
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files are on this machine."""
+        ...
+
+    def entries(self) -> Iterator[Entry | Skipped]:
+        """As for `Source`."""
+        ...
+
+    def read_pieces(self, entry: Entry, pieces: Sequence[Piece]) -> None:
+        """Read rows of one entry into arrays, and no others.
 
         Raises
         ------

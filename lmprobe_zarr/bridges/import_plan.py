@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -42,7 +42,17 @@ from lmprobe_zarr.store.format import LEVELS, GroupInfo, Level, Provenance, unre
 from lmprobe_zarr.store.parts import View
 from lmprobe_zarr.typing import Ints
 
-__all__ = ["BATCH_PROMPTS", "ImportOptions", "ImportPlan", "check_variables", "of_one_width", "plan_import", "prompt_list", "run_import"]
+__all__ = [
+    "BATCH_PROMPTS",
+    "ImportOptions",
+    "ImportPlan",
+    "check_variables",
+    "of_one_width",
+    "plan_import",
+    "prompt_list",
+    "run_import",
+    "write_columns",
+]
 
 # One batch is read while two wait and one is written: with the writer's buffers, well below a gigabyte in all.
 BATCH_BYTES: Final = 2**26
@@ -454,3 +464,36 @@ def prompt_list(prompts: Iterable[str]) -> list[str]:
         if not isinstance(prompt, str):
             raise InvalidTypeError(f"lmprobe identifies prompts by their text, not by {type(prompt).__name__}: give texts or hashes")
     return listed
+
+
+def write_columns(store: Store, summary: ImportSummary, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add columns for the prompts that are stored, where the store does not hold these values already.
+
+    Parameters
+    ----------
+    store : Store
+        Where `summary` imported to.
+    summary : ImportSummary
+        Of one model.
+    columns : mapping of str to mapping
+        Column to ``{hash: value}``; may name more prompts than are stored.
+    """
+    (group,) = summary.groups
+    if not columns or group not in store.groups():
+        return
+    stored = store.dataset(group=group)
+    hashes = [str(name) for name in stored.prompt.values]
+    missing: dict[str, dict[str, Any]] = {}
+    for name, values in columns.items():
+        held = dict(zip(hashes, stored[name].values.tolist(), strict=True)) if name in stored.coords else {}
+        new = {key: values[key] for key in hashes if key in values and not (key in held and _is_same(held[key], values[key]))}
+        if new:
+            missing[name] = new
+    if missing:
+        store.annotate(None, missing, group=group)
+
+
+def _is_same(stored: Any, given: Any) -> bool:
+    """Whether a column holds a value already; what is missing is NaN in the store and None in the dataset."""
+    is_missing = stored is None or stored != stored
+    return is_missing if given is None or given != given else bool(stored == given)

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lmprobe_zarr.bridges import arrays, lmprobe_dataset, lmprobe_v1, lmprobe_v2, vllm_files
 from lmprobe_zarr.bridges.entry import Skipped, Source
 from lmprobe_zarr.bridges.files import open_files
-from lmprobe_zarr.bridges.import_plan import ImportOptions, prompt_list, run_import
+from lmprobe_zarr.bridges.import_plan import ImportOptions, prompt_list, run_import, write_columns
 from lmprobe_zarr.bridges.lmprobe_cache import known_name
 from lmprobe_zarr.bridges.lmprobe_folders import model_hash, scan_models
-from lmprobe_zarr.bridges.saelens import SaelensActivations
 from lmprobe_zarr.bridges.same_model import group_as_extracted
 from lmprobe_zarr.bridges.summaries import ImportSummary, Tally
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
@@ -27,7 +25,6 @@ __all__ = [
     "import_lmprobe_dataset",
     "import_npy",
     "import_pt",
-    "import_saelens",
     "import_safetensors",
     "import_source",
     "import_tensors",
@@ -326,92 +323,8 @@ def import_lmprobe_dataset(
     target = store if isinstance(store, Store) else open_store(store)
     summary = run_import([(source.model, source)], target, source.url, Tally(), options)
     if columns and not dry_run:
-        _write_columns(target, summary, source.columns())
+        write_columns(target, summary, source.columns())
     return summary
-
-
-def _write_columns(store: Store, summary: ImportSummary, columns: Mapping[str, Mapping[str, Any]]) -> None:
-    """Add columns for the prompts that are stored, where the store does not hold these values already."""
-    (group,) = summary.groups
-    if not columns or group not in store.groups():
-        return
-    stored = store.dataset(group=group)
-    hashes = [str(name) for name in stored.prompt.values]
-    missing: dict[str, dict[str, Any]] = {}
-    for name, values in columns.items():
-        held = dict(zip(hashes, stored[name].values.tolist(), strict=True)) if name in stored.coords else {}
-        new = {key: values[key] for key in hashes if key in values and not (key in held and _is_same(held[key], values[key]))}
-        if new:
-            missing[name] = new
-    if missing:
-        store.annotate(None, missing, group=group)
-
-
-def _is_same(stored: Any, given: Any) -> bool:
-    """Whether a column holds a value already; what is missing is NaN in the store and None in the dataset."""
-    is_missing = stored is None or stored != stored
-    return is_missing if given is None or given != given else bool(stored == given)
-
-
-def import_saelens(
-    folder: str | os.PathLike[str],
-    store: Place = None,
-    *,
-    model: Model,
-    variable: str | None = None,
-    layer: int | None = None,
-    dry_run: bool = False,
-    strict: bool = False,
-    provenance: Provenance | None = None,
-    progress: bool = True,
-    part_bytes: int = PART_BYTES,
-) -> ImportSummary:
-    """Import the activations that SAELens' ``CacheActivationsRunner`` cached into a store.
-
-    Each context becomes a prompt, which its token ids identify. The hook is found by its name: ``blocks.3.hook_resid_post`` is `resid` of
-    layer 3, and so is ``blocks.4.hook_resid_pre``.
-
-    Parameters
-    ----------
-    folder : path
-        A folder of this machine, as ``datasets.load_from_disk`` takes it. Its files are mapped into memory, not read as a whole.
-    model : str or path
-        Name of the model; SAELens does not write it into the folder.
-    variable : str, optional
-        What a hook is called that is no site of this package: a site, with one row per token.
-    layer : int, optional
-        With `variable`: its layer; None for a site without layers.
-    store, dry_run, strict, provenance, progress, part_bytes
-        As for `import_safetensors`. The provenance has ``engine="transformer_lens"`` unless you say otherwise.
-
-    Returns
-    -------
-    ImportSummary
-        What was imported, what was stored already, and what was skipped and why.
-
-    Raises
-    ------
-    NotAStoreError
-        There is no such dataset.
-    InvalidArgumentError
-        The hook is no site of this package and has no `variable`; or there are no token ids.
-    CorruptFileError
-        A file is damaged; or as for `import_safetensors`.
-    MissingDependencyError
-        pyarrow, which reads Arrow files, is not installed.
-
-    Notes
-    -----
-    TransformerLens changes weights at loading unless it is told not to (``from_pretrained_no_processing``), and its residual stream then
-    differs from that of transformers. So these activations are a group of their own. SAELens may keep a slice of each context
-    (``seqpos_slice``), which its folder does not say: then a prompt is that slice, though more was before it when it was computed.
-    """
-    source = SaelensActivations(Path(folder), variable=variable, layer=layer)
-    options = ImportOptions(
-        dry_run=dry_run, strict=strict, provenance={"engine": "transformer_lens", **(provenance or {})}, progress=progress,
-        part_bytes=part_bytes,
-    )  # fmt: skip
-    return run_import([(os.fspath(model), source)], store, source.url, Tally(), options)
 
 
 def import_npy(

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmprobe_zarr.batch import POOLINGS, TokenBatch, digest_of_hash, prompt_hash, prompt_sha256
-from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, rows_of
+from lmprobe_zarr.bridges.entry import Entry, Held, Piece, Skipped, batch_of, rows_of
 from lmprobe_zarr.bridges.files import Files, Want, map_files
 from lmprobe_zarr.bridges.lmprobe_folders import (
     DAMAGED,
@@ -48,7 +48,6 @@ __all__ = [
     "OF_LAST",
     "UNPADDED",
     "LmprobeV2",
-    "Piece",
 ]
 
 LAYERED_TENSOR: Final = re.compile(r"(?:pooled_(?:activation:)?(\w+)_|(router_)|)layer_(\d{1,9})")
@@ -100,31 +99,6 @@ class _Slab:
     rows: npt.NDArray[np.int64] | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """Rows of one entry, variable and layer, and the array to read them into.
-
-    Parameters
-    ----------
-    entry : Entry
-    held : Held
-        The variable.
-    layer : int or None
-        None for a variable without layers.
-    start, stop : int
-        The rows: tokens of the prompt; 0 and 1 for a value per prompt.
-    out : ndarray, shape (stop - start, …)
-        Contiguous, of the dtype that `held_dtype` gives.
-    """
-
-    entry: Entry
-    held: Held
-    layer: int | None
-    start: int
-    stop: int
-    out: Array
-
-
 class LmprobeV2:
     """The entries of one model in a cache of format v2. Nothing is read when it is made.
 
@@ -140,6 +114,7 @@ class LmprobeV2:
 
     def __init__(self, files: Files, model: str, *, prompts: Iterable[str] | None = None) -> None:
         self.files, self.model, self.folder = files, model, model_hash(model)
+        self.is_local = files.is_local
         self.prompts = None if prompts is None else list(dict.fromkeys(prompts))
         self._headers: dict[bytes, Header] = {}
         self._holds: dict[tuple[Held, ...], tuple[Held, ...]] = {}

@@ -6,15 +6,17 @@ named after the hook, such as ``blocks.3.hook_resid_post``, shape (token, hidden
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from lmprobe_zarr.batch import TokenBatch, prompt_sha256, site_of_hook
-from lmprobe_zarr.bridges.entry import Entry, Held, Skipped, batch_of, rows_of
+from lmprobe_zarr.batch import prompt_sha256, site_of_hook
+from lmprobe_zarr.bridges.entry import Entry, Held, Skipped
+from lmprobe_zarr.bridges.row_source import RowSource
 from lmprobe_zarr.errors import CorruptFileError, InvalidArgumentError, MissingDependencyError, NotAStoreError
 from lmprobe_zarr.typing import Array
 
@@ -25,7 +27,7 @@ _TOKENS: Final = "token_ids"
 _KNOWN: Final = ("resid", "resid_mid", "attn", "mlp", "embed", "neurons")
 
 
-class SaelensActivations:
+class SaelensActivations(RowSource):
     """A folder that ``datasets`` saved, with one hook's activations, as a source of an import.
 
     Parameters
@@ -48,7 +50,7 @@ class SaelensActivations:
     """
 
     def __init__(self, folder: Path, *, variable: str | None = None, layer: int | None = None) -> None:
-        self.folder = folder
+        self.folder, self._given = folder, (variable, layer)
         self._tables = _open(folder)
         names = [name for name in self._tables[0].column_names if name != _TOKENS]
         if len(names) != 1 or _TOKENS not in self._tables[0].column_names:
@@ -62,6 +64,11 @@ class SaelensActivations:
             raise InvalidArgumentError(f"{self.hook!r} is no site of this package: say with variable= and layer= how to call it")
         self._site, self._layer = site, number
         self._starts = np.concatenate([[0], np.cumsum([len(table) for table in self._tables])]).astype(np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The tables are mapped again, not copied.
+        variable, layer = self._given
+        return functools.partial(SaelensActivations, variable=variable, layer=layer), (self.folder,)
 
     @property
     def url(self) -> str:
@@ -94,15 +101,9 @@ class SaelensActivations:
             digest = prompt_sha256(np.asarray(ids, np.int64))
             yield Entry(name=name, sha256=digest, text=None, n_tokens=len(ids), holds=(held, token), place=row)
 
-    def read(self, entries: Sequence[Entry], holds: Sequence[Held]) -> TokenBatch:
-        """Some of what some entries hold, as one batch; see `entry.Source`."""
-        bounds = rows_of(entries)["tokens"]
-        arrays = {held: held.empty(int(bounds[-1])) for held in holds}
-        for held, array in arrays.items():
-            name = _TOKENS if held.variable == "token_id" else self.hook
-            for entry, a, b in zip(entries, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-                array[0, a:b] = self._rows(name, entry.place)
-        return batch_of(entries, arrays)
+    def rows(self, entry: Entry, held: Held, layer: int | None, start: int, stop: int) -> Array:
+        """Some rows of one context; see `RowSource`."""
+        return self._rows(_TOKENS if held.variable == "token_id" else self.hook, entry.place)[start:stop]
 
 
 def _plain(pyarrow: Any, table: Any) -> Any:

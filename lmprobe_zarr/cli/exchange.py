@@ -1,12 +1,24 @@
-"""The commands ``import`` and ``export`` for lmprobe's caches."""
+"""The commands ``import``, for lmprobe's caches and the files of other tools, and ``export``."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from lmprobe_zarr import config
-from lmprobe_zarr.bridges import ImportSummary, export_safetensors, import_lmprobe_dataset, import_pt, import_safetensors
+from lmprobe_zarr.bridges import (
+    ImportSummary,
+    export_safetensors,
+    import_activault,
+    import_hallulens,
+    import_lmprobe_dataset,
+    import_probelab,
+    import_pt,
+    import_saelens,
+    import_safetensors,
+)
 from lmprobe_zarr.cli.arguments import add_choice, add_command, add_prompts, parse_layers, prompts_of, split_names
 from lmprobe_zarr.cli.printing import as_json, print_json
 from lmprobe_zarr.errors import InvalidArgumentError, ModelNotStoredError
@@ -14,16 +26,24 @@ from lmprobe_zarr.store import open_to_read
 
 __all__ = ["add_export", "add_import"]
 
+TOOLS: Final[Mapping[str, Callable[..., ImportSummary]]] = {
+    "activault": import_activault, "hallulens": import_hallulens, "probelab": import_probelab, "saelens": import_saelens,
+}  # fmt: skip
+
 
 def add_import(commands: Any) -> None:
-    command = add_command(commands, "import", _import, "import lmprobe's own cache or a dataset of its into a store; it is only read")
+    command = add_command(
+        commands, "import", _import, "import lmprobe's cache or dataset, or another tool's files, into a store; they are only read"
+    )
     cache = config.default_name().removesuffix("/.zarr").replace("%", "%%")
-    command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache or dataset (default: {cache})")
+    command.add_argument("--from", dest="source", metavar="CACHE", help=f"folder or URL of the cache, dataset or files (default: {cache})")
     command.add_argument("--to", dest="store", metavar="STORE", help="folder or URL of the store (default: the cache's own)")
-    which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", help="only this model, as it was given to lmprobe")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--model", help="only this model, as it was given to lmprobe; with --tool its name, if the files do not say it")
     which.add_argument("--all", action="store_true", help="every model of the cache")
     which.add_argument("--dataset", action="store_true", help="--from is a dataset that lmprobe shared, such as hf://datasets/org/name")
+    command.add_argument("--tool", choices=sorted(TOOLS), help="--from was written by this tool")
+    command.add_argument("--tool-options", metavar="JSON", help="with --tool: arguments of its import that the files do not say, as JSON")
     command.add_argument("--as-model", metavar="MODEL", help="folder or hub id of the model that computed it, so that extract finds it")
     command.add_argument("--compute-dtype", help="with --as-model: the dtype that it was computed in (default: float32)")
     command.add_argument("--v1", action="store_true", help="old .pt files instead of safetensors; needs --model")
@@ -37,19 +57,51 @@ def _import(options: argparse.Namespace) -> None:
     if options.compute_dtype is not None and options.as_model is None:
         raise InvalidArgumentError("--compute-dtype is part of what --as-model says: give both")
     computed = None if options.compute_dtype is None else {"compute_dtype": options.compute_dtype}
+    summary: ImportSummary
     rest: dict[str, Any] = {"as_model": options.as_model, "provenance": computed}
     rest |= {"prompts": prompts_of(options), "dry_run": options.dry_run, "strict": options.strict, "progress": not options.json}
     if options.v1 and options.model is None:
         raise InvalidArgumentError("old .pt caches do not hold the model's name: give it with --model")
-    if options.dataset:
+    if options.tool is not None:
+        summary = _import_tool(options, rest)
+    elif options.tool_options is not None:
+        raise InvalidArgumentError("--tool-options needs --tool, the tool that wrote the files")
+    elif options.model is None and not (options.all or options.dataset):
+        raise InvalidArgumentError("nothing says what to import: give --model or --all of a cache, --dataset, or --tool")
+    elif options.dataset:
         if options.source is None or options.v1:
             raise InvalidArgumentError("--dataset needs --from, the folder or URL of the dataset, and not --v1")
-        summary: ImportSummary = import_lmprobe_dataset(source, options.store, **rest)
+        summary = import_lmprobe_dataset(source, options.store, **rest)
     elif options.v1:
         summary = import_pt(source, options.store, model=options.model, **rest)
     else:
         summary = import_safetensors(source, options.store, model=options.model, **rest)
     print_json(as_json(summary)) if options.json else print(summary)
+
+
+def _import_tool(options: argparse.Namespace, rest: dict[str, Any]) -> ImportSummary:
+    """Import the files of another tool: what they do not say is in ``--model``, ``--prompts`` and ``--tool-options``."""
+    if options.source is None or options.all or options.dataset or options.v1 or options.as_model is not None:
+        raise InvalidArgumentError("--tool needs --from, the files, and not --all, --dataset, --v1 or --as-model")
+    try:
+        given = json.loads(options.tool_options or "{}")
+    except ValueError as error:
+        raise InvalidArgumentError(f"--tool-options {options.tool_options!r:.60} is no JSON: {error}") from error
+    known = ("mapping", "responses", "columns", "variable", "layer", "layers")
+    if not isinstance(given, dict) or set(given) - set(known):
+        raise InvalidArgumentError(f"--tool-options {options.tool_options!r:.60} is no JSON object with some of {', '.join(known)}")
+    given |= {"model": options.model} if options.model is not None else {}
+    if (options.tool == "probelab") != (rest["prompts"] is not None):
+        raise InvalidArgumentError("--tool probelab needs --prompts, those that were run, in their order; other tools take none")
+    given |= {"prompts": rest["prompts"]} if options.tool == "probelab" else {}
+    if options.model is None and options.tool in {"probelab", "saelens"}:
+        raise InvalidArgumentError(f"{options.tool} does not write which model it was: give it with --model")
+    try:
+        return TOOLS[options.tool](options.source, options.store, **given, **{k: rest[k] for k in ("dry_run", "strict", "progress")})
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise InvalidArgumentError(f"--tool {options.tool} has no such option: {error}") from error
 
 
 def add_export(commands: Any) -> None:

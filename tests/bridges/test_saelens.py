@@ -52,6 +52,16 @@ def test_every_value_is_the_one_that_saelens_was_given(tmp_path: Path) -> None:
     assert (again.stored, again.imported) == (6, 0)
 
 
+def test_contexts_are_read_where_they_lie() -> None:
+    opened = lz.open_legacy(FOLDER, "gpt2", tool="saelens", level="tokens", dtype="stored")
+    for ids, values in zip(TRUTH["ids"], TRUTH["values"], strict=True):
+        mine = opened.sel(prompt=lz.prompt_hash(ids.tolist()))
+        np.testing.assert_array_equal(mine.resid.sel(layer=2)[1:4, [0, 2]], values[1:4, [0, 2]])
+        np.testing.assert_array_equal(mine.token_id, ids)
+    with pytest.raises(InvalidArgumentError, match="model="):
+        lz.open_legacy(FOLDER, tool="saelens", level="tokens")
+
+
 def test_files_are_read_where_datasets_has_registered_its_types(tmp_path: Path) -> None:
     import pyarrow
 

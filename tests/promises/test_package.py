@@ -17,7 +17,11 @@ from lmprobe_zarr import errors
 NEVER = [
     ("storage", "store.format"),
     ("store.format", "storage"),
-    ("bridges.(entry|files|tensors|arrays|lmprobe_v1|lmprobe_v2|lmprobe_write|lmprobe_lazy|lmprobe_folders)", "store(?!.format)"),
+    (
+        "bridges.(entry|files|tensors|arrays|lmprobe_v1|lmprobe_v2|lmprobe_write|lazy|lmprobe_folders|raw_arrays|torch_archive|row_source|"
+        "activault|hallulens|probelab|saelens)",
+        "store(?!.format)",
+    ),
     ("extraction.models", "store"),
 ]
 FACES = faces()
@@ -162,8 +166,11 @@ def test_the_surface_is_pinned() -> None:
         "extract",
         "fit_directions",
         "fit_tokens",
+        "import_activault",
+        "import_hallulens",
         "import_lmprobe_dataset",
         "import_npy",
+        "import_probelab",
         "import_pt",
         "import_saelens",
         "import_safetensors",

@@ -1,4 +1,4 @@
-"""lmprobe's files as lazy xarray datasets: only the bytes of the selected values are read.
+"""Foreign files as lazy xarray datasets: only the bytes of the selected values are read.
 
 The datasets have the names, dimensions, coordinates and index of a store's datasets (see ``store.datasets``). Knows no store.
 """
@@ -15,9 +15,8 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from lmprobe_zarr.batch import STATISTICS, as_slice, copy_rows, offsets_of, positions_of
-from lmprobe_zarr.bridges.entry import Entry, Held, held_dtype
+from lmprobe_zarr.bridges.entry import Entry, Held, LazySource, Piece, held_dtype
 from lmprobe_zarr.bridges.files import map_files
-from lmprobe_zarr.bridges.lmprobe_v2 import LmprobeV2, Piece
 from lmprobe_zarr.interchange import as_texts, to_interchange
 from lmprobe_zarr.store.format import SAMPLE_DIM, Level, array_dims
 from lmprobe_zarr.tokens import ColumnVariable, TakenArray, TokenIndex, lazy_variable, protect, tidy_key, with_columns
@@ -52,7 +51,7 @@ class _EntriesArray(BackendArray):
 
     Parameters
     ----------
-    source : LmprobeV2
+    source : LazySource
         Reads the values.
     entries : sequence of Entry
         Along the sample axis, repeats included.
@@ -61,7 +60,7 @@ class _EntriesArray(BackendArray):
     variable : _Variable
     """
 
-    def __init__(self, source: LmprobeV2, entries: Sequence[Entry], offsets: Ints, variable: _Variable, *, stored: bool) -> None:
+    def __init__(self, source: LazySource, entries: Sequence[Entry], offsets: Ints, variable: _Variable, *, stored: bool) -> None:
         self.source, self.entries, self.offsets, self.variable = source, entries, offsets, variable
         layers = () if variable.layers is None else (len(variable.layers),)
         self.shape = (*layers, int(offsets[-1]), *variable.row_shape)
@@ -89,7 +88,7 @@ class _EntriesArray(BackendArray):
         def read(at: Ints) -> None:
             self._read_entry(int(owner[at[0]]), places, at, rows[at] - self.offsets[owner[at[0]]], cut, out)
 
-        for _ in map_files(read, groups, local=self.source.files.is_local):
+        for _ in map_files(read, groups, local=self.source.is_local):
             pass
         return out[drop] if layered else out[0][drop]
 
@@ -127,12 +126,14 @@ def _numbers(key: Any, length: int) -> Ints:
     return numbers
 
 
-def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, layers: tuple[int, ...], *, stored: bool) -> xr.Dataset:
+def entries_dataset(
+    source: LazySource, entries: Sequence[Entry], level: Level, layers: tuple[int, ...], *, model: str, stored: bool
+) -> xr.Dataset:
     """A lazy dataset over entries, one row per prompt or per token.
 
     Parameters
     ----------
-    source : LmprobeV2
+    source : LazySource
         Reads the values.
     entries : sequence of Entry
         In the wanted order, repeats included. All have rows of the same width; for tokens, all hold tokens.
@@ -140,6 +141,8 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
         One row per prompt, or one per token.
     layers : tuple of int
         Which layers to show.
+    model : str
+        Its name.
     stored : bool
         Whether float16 is read as it is stored, not as float32.
     """
@@ -183,7 +186,7 @@ def entries_dataset(source: LmprobeV2, entries: Sequence[Entry], level: Level, l
         data = data.assign_coords(xr.Coordinates(index.create_variables(), indexes={"prompt": index, "position": index}))
     widths = {held.row_shape[0] for entry in entries for held in entry.holds if held.variable.startswith("resid")}
     attrs = {"provenance": "{}", "source": source.url} | ({"hidden_size": widths.pop()} if len(widths) == 1 else {})
-    return protect(to_interchange(data.assign_coords(model=source.model).assign_attrs(attrs)))
+    return protect(to_interchange(data.assign_coords(model=model).assign_attrs(attrs)))
 
 
 def _token_rows(entry: Entry) -> int:

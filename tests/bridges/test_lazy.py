@@ -19,6 +19,7 @@ from foreign_caches import MODEL, add_model, add_prompt, of_bits, prompt_tensors
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
+from parquet import with_pyarrow
 from paths import DATA
 
 import lmprobe_zarr as lz
@@ -283,3 +284,44 @@ def test_bfloat16_is_shown_as_float32_that_holds_it(tmp_path: Path) -> None:
     resid = open_legacy(tmp_path, MODEL, level="tokens").resid
     assert (resid.dtype, resid.attrs["stored_dtype"]) == (np.float32, "bfloat16")
     np.testing.assert_array_equal(resid.sel(layer=0), of_bits(tensors["layer_0"][0, 2:]))
+
+
+@pytest.mark.parametrize("tool", ["activault", "hallulens", "hallulens zarr", "probelab memmap", "probelab hdf5", "saelens"])
+def test_datasets_of_other_tools_are_read_in_other_processes(tool: str) -> None:
+    place, options = {
+        "activault": ("activault-run", None), "hallulens": ("hallulens-capture", None), "hallulens zarr": ("hallulens-zarr", None),
+        "probelab memmap": ("probelab-0.1.0/memmap", {"prompts": ["a", "b", "c"]}),
+        "probelab hdf5": ("probelab-0.1.0/tokens-float32-gzip.h5", {"prompts": ["a", "b", "c"]}),
+        "saelens": ("saelens-activations-6.54.12", None),
+    }[tool]  # fmt: skip
+    with with_pyarrow():
+        opened = lz.open_legacy(DATA / place, "m", tool=tool.partition(" ")[0], level="tokens", options=options)  # type: ignore[arg-type]
+        sent = pickle.dumps(opened)
+        assert len(sent) < 40_000
+        xr.testing.assert_identical(pickle.loads(sent).compute(), opened.compute())  # noqa: S301 — what was pickled here
+
+
+def test_tools_that_are_unknown_and_options_of_lmprobes_caches_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="'activault', 'hallulens'"):
+        lz.open_legacy(tmp_path, "m", tool="nobody")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="model's name"):
+        lz.open_legacy(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="model's name"):
+        lz.open_legacy(tmp_path, "m", options={"x": 1})
+
+
+def test_of_other_tools_only_the_selected_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, counted = LocalFiles.fill, 0
+
+    def fill(self: LocalFiles, key: str, wants: Any) -> None:
+        nonlocal counted
+        counted += sum(want.buffer.nbytes for want in wants)
+        real(self, key, wants)
+
+    folders = {"activault": "activault-run", "hallulens": "hallulens-zarr"}
+    opened = {name: lz.open_legacy(DATA / folder, tool=name, level="tokens") for name, folder in folders.items()}  # type: ignore[arg-type]
+    monkeypatch.setattr(LocalFiles, "fill", fill)
+    for data in opened.values():
+        counted = 0
+        rows = data.resid.variable.isel(layer=0, token=slice(1, 4)).load()
+        assert (rows.shape, counted) == ((3, 16), 3 * 16 * 2)
