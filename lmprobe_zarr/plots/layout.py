@@ -157,6 +157,8 @@ def _finish_new(
     note: Any = None
     if said := [*remarks, *([lettering.note] if lettering.note else [])]:
         note = figure.supxlabel("\n".join(said), fontsize=canvas.points("x-small"), color=canvas.tones.mix(0.75))
+    # Before anything is measured: legends are dressed when they are placed.
+    lettering.dress([figure])
     # Axes of equal aspect lie in the middle of their place, where what is around them cannot be measured.
     aspect = axes.get_aspect()
     axes.set_aspect("auto")
@@ -165,7 +167,6 @@ def _finish_new(
     width, height = min(size[0], max(_LEAST, canvas.width - _around(axes)[0])), size[1]
     if legend:
         _legend_below(canvas, width, legend, title, square=aspect != "auto")
-    lettering.dress([figure])
     # Once with room for everything, and again, since ticks, broken lines and a colour bar depend on the size.
     whole = [(label, label.get_text()) for label, _ in _labels(axes, bar)]
     for _ in range(3):
