@@ -64,3 +64,15 @@ def test_the_script_draws_the_axes_of_the_lines_above_each_picture(tmp_path: Pat
             pixels = imread(tmp_path / "a.png")
             assert pixels.shape[:2] == (110, width)
             assert pixels[0, 0, 0] == pytest.approx(corner, abs=0.01)
+
+
+def test_a_picture_for_one_ground_has_one_for_the_other_and_the_site_follows_the_reader() -> None:
+    for page in gallery_page.PAGE.parent.rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        shown = {ground: re.findall(rf"\]\((assets/[^)]+)\.png#only-{ground}\)", text) for ground in gallery_page.GROUNDS}
+        assert [name.removesuffix("-light") for name in shown["light"]] == [name.removesuffix("-dark") for name in shown["dark"]], page
+        for name in (*shown["light"], *shown["dark"]):
+            assert (page.parent / f"{name}.png").exists(), name
+    palette = (gallery_page.ROOT / "mkdocs.yml").read_text().partition("palette:")[2].partition("nav:")[0]
+    # The theme follows the system only where each of its palettes has a switch.
+    assert palette.count("- media:") == palette.count("toggle:") == 3
