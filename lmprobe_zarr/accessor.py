@@ -554,6 +554,24 @@ class DatasetAccessor(_TokenAccessor[xr.Dataset]):
 
         return plot_scores(self._data, metric, **kwargs)
 
+    def plot_heatmap(self, metric: str = "accuracy", **kwargs: Any) -> Axes:
+        """Scores of a sweep by layer and probe, or by layer and another dim; see `lmprobe_zarr.plots.plot_heatmap`.
+
+        Parameters
+        ----------
+        metric : str
+            Name of the score.
+        **kwargs
+            As for `lmprobe_zarr.plots.plot_heatmap`, such as ``rows="variable"``.
+
+        Returns
+        -------
+        matplotlib Axes
+        """
+        from lmprobe_zarr.plots import plot_heatmap
+
+        return plot_heatmap(self._data, metric, **kwargs)
+
     def table(
         self,
         metrics: str | Iterable[str] | None = None,

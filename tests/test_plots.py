@@ -168,7 +168,8 @@ def test_controls_are_grey_with_open_markers_and_differ_without_colour() -> None
     axes: Any = plot_scores(given)
     lines = axes.lines[:4]
     assert legend(axes)[:4] == ["ridge", "lda", "shuffled labels (control)", "bag of words (control)"]
-    assert [line.get_markerfacecolor() == "white" for line in lines] == [False, False, True, True]
+    ground = matplotlib.colors.to_rgb(axes.get_facecolor())
+    assert [matplotlib.colors.to_rgb(line.get_markerfacecolor()) == ground for line in lines] == [False, False, True, True]
     assert len({(line.get_marker(), str(line.get_linestyle())) for line in lines}) == 4
     assert len({line.get_marker() for line in lines}) == 4
     for line in lines[2:]:

@@ -22,6 +22,7 @@ __all__ = ["PUBLISHED", "embed_json", "generator", "write_page"]
 #: What the page beside a published copy is.
 PUBLISHED: Final = "published copy"
 LISTED_GROUPS: Final = 200
+NAMED_MODELS: Final = 2
 GRID_HEIGHT: Final = 150
 TEXT_COLUMNS: Final = 2000
 
@@ -73,7 +74,7 @@ def write_page(
     made : str
         What made the page, and when.
     kind : str
-        What the page is, for the title of its window.
+        What the page is.
     opening : Html, optional
         How to open what it shows, below the list of groups.
     """
@@ -82,16 +83,16 @@ def write_page(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # A second line of defence: even if markup were injected, the browser would fetch nothing and run no other script.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    models = ", ".join(dict.fromkeys(group.model for group in contents)) or "nothing yet"
+    title = _page_title(contents)
     body = [
-        _head(place, contents),
+        _head(title, kind, place, contents),
         *([] if opening is None else [opening]),
         *(_group(number, group) for number, group in enumerate(groups)),
     ]
     head = (
         f'<meta charset="utf-8">{generator(kind)}<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(models)} · lmprobe-zarr {escape(kind)}</title><style>{style}</style>"
+        f"<title>{escape(title)} · lmprobe-zarr {escape(kind)}</title><style>{style}</style>"
     )
     main = f"<main>{''.join(map(str, body))}</main>\n<footer><p>{escape(made)}</p></footer>"
     rest = f'<div id="tip" role="tooltip" hidden></div>\n<script>{script}</script>'
@@ -99,7 +100,15 @@ def write_page(
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _head(place: str, contents: Sequence[ListedGroup]) -> Html:
+def _page_title(contents: Sequence[ListedGroup]) -> str:
+    """What the page shows: whose activations."""
+    models = list(dict.fromkeys(group.model for group in contents))
+    if len(models) > NAMED_MODELS:
+        return f"Activations of {len(models)} models"
+    return f"Activations of {' and '.join(models)}" if models else "An empty store of activations"
+
+
+def _head(title: str, kind: str, place: str, contents: Sequence[ListedGroup]) -> Html:
     total = sum(group.nbytes for group in contents)
     raw = sum(group.raw_nbytes for group in contents)
     prompts = sum(group.prompts for group in contents)
@@ -122,8 +131,9 @@ def _head(place: str, contents: Sequence[ListedGroup]) -> Html:
     head = ("model", "prompts", "tokens", "layers", "hidden", "in", "values", "stored", "group")
     listed = table(head, rows, caption="Groups: one for each model and provenance") if rows else Html('<p class="none">It is empty.</p>')
     more = f"<p>and {len(contents) - LISTED_GROUPS} more.</p>" if len(contents) > LISTED_GROUPS else ""
+    whose = "Published copy" if kind == PUBLISHED else f"{kind.capitalize()} on the store"
     return Html(
-        f'<header><h1>Activations in {escape(place)}</h1><p class="dim">{escape(what)}</p></header>'
+        f'<header><h1>{escape(title)}</h1><p class="dim">{escape(whose)} {escape(place)}: {escape(what)}</p></header>'
         f'<div class="scroll" role="region" tabindex="0" aria-label="Groups">{listed}</div>{more}'
     )
 

@@ -10,5 +10,6 @@ from lmprobe_zarr.plots.curves import plot_calibration, plot_roc
 from lmprobe_zarr.plots.files import save_plot
 from lmprobe_zarr.plots.heatmaps import plot_cosine, plot_tokens, plot_transfer
 from lmprobe_zarr.plots.lines import plot_scores
+from lmprobe_zarr.plots.score_map import plot_heatmap
 
-__all__ = ["plot_calibration", "plot_cosine", "plot_roc", "plot_scores", "plot_tokens", "plot_transfer", "save_plot"]
+__all__ = ["plot_calibration", "plot_cosine", "plot_heatmap", "plot_roc", "plot_scores", "plot_tokens", "plot_transfer", "save_plot"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import xarray as xr
 
 from lmprobe_zarr.errors import InvalidTypeError
-from lmprobe_zarr.plots.layout import finish_figure, finish_given, label_limit
-from lmprobe_zarr.plots.names import Lettering
-from lmprobe_zarr.plots.style import COLOURS, LINES, MARKERS, new_axes
+from lmprobe_zarr.plots.layout import Canvas, Entry, finish, label_limit, open_canvas
+from lmprobe_zarr.plots.style import COLOURS, LINES, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +19,7 @@ __all__ = ["plot_calibration", "plot_roc"]
 _SIDE = 3.9
 
 
-def plot_roc(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
+def plot_roc(curves: xr.Dataset, ax: Axes | None = None, *, width: Literal["page", "column"] | float = "page") -> Axes:
     """Axes with ROC curves: the share of the second class that is found, by the share of the first class that is mistaken for it.
 
     Parameters
@@ -28,7 +27,8 @@ def plot_roc(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
     curves : Dataset
         From :func:`lmprobe_zarr.probes.roc_curves`.
     ax : matplotlib Axes, optional
-        As for :func:`plot_scores`.
+    width : {"page", "column"} or float
+        As for :func:`plot_scores`. The square may be narrower than the page.
 
     Returns
     -------
@@ -40,23 +40,25 @@ def plot_roc(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
         matplotlib is not installed.
     InvalidTypeError
         `curves` is not such a dataset.
+    InvalidArgumentError
+        A width that no figure can have.
     """
     _check_curves(curves, "true_positive_rate", "roc_curves")
-    axes: Any = new_axes() if ax is None else ax
-    lettering = Lettering()
-    names = lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"], ax))
-    entries = [_draw_diagonal(axes, "chance (0.50)")]
+    canvas = open_canvas(ax, width)
+    axes = canvas.axes
+    names = canvas.lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"], canvas))
+    entries = [_draw_diagonal(canvas, "chance (0.50)")]
     for number, name in enumerate(names):
         curve = curves.isel(curve=number).dropna("point")
         label = f"{name} ({float(curve['auroc']):.2f})"
-        entries.append(_draw_curve(axes, curve["false_positive_rate"].values, curve["true_positive_rate"].values, label, number))
+        entries.append(_draw_curve(canvas, curve["false_positive_rate"].values, curve["true_positive_rate"].values, label, number))
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")
-    _finish_square(axes, lettering, entries, "AUROC", ax is None)
+    _finish_square(canvas, entries, "AUROC")
     return axes  # type: ignore[no-any-return]
 
 
-def plot_calibration(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
+def plot_calibration(curves: xr.Dataset, ax: Axes | None = None, *, width: Literal["page", "column"] | float = "page") -> Axes:
     """Axes with calibration curves: how often the second class is true, by the probability that a probe gives it.
 
     Parameters
@@ -64,7 +66,8 @@ def plot_calibration(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
     curves : Dataset
         From :func:`lmprobe_zarr.probes.calibration_curves`.
     ax : matplotlib Axes, optional
-        As for :func:`plot_scores`.
+    width : {"page", "column"} or float
+        As for :func:`plot_scores`. The square may be narrower than the page.
 
     Returns
     -------
@@ -77,25 +80,26 @@ def plot_calibration(curves: xr.Dataset, ax: Axes | None = None) -> Axes:
         matplotlib is not installed.
     InvalidTypeError
         `curves` is not such a dataset.
+    InvalidArgumentError
+        A width that no figure can have.
     """
     _check_curves(curves, "observed", "calibration_curves")
-    axes: Any = new_axes() if ax is None else ax
-    lettering = Lettering()
-    names = lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"], ax))
-    entries = [_draw_diagonal(axes, "calibrated")]
+    canvas = open_canvas(ax, width)
+    axes = canvas.axes
+    names = canvas.lettering.fit_all(curves["curve"].values, label_limit(curves.sizes["curve"], canvas))
+    entries = [_draw_diagonal(canvas, "calibrated")]
     most = float(curves["n"].max()) or 1.0
     for number, name in enumerate(names):
         curve = curves.isel(curve=number)
         curve = curve.isel(bin=curve["n"].values > 0)
         x, y = curve["predicted"].values, curve["observed"].values
-        entries.append(_draw_curve(axes, x, y, f"{name} (ECE {float(curve['ece']):.2f})", number, marks=False))
+        entries.append(_draw_curve(canvas, x, y, f"{name} (ECE {float(curve['ece']):.2f})", number, marks=False))
         sizes = 16 + 90 * curve["n"].values / most
-        axes.scatter(
-            x, y, s=sizes, marker=MARKERS[number % len(MARKERS)], color=COLOURS[number % len(COLOURS)], edgecolor="white", zorder=4
-        )
+        mark, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
+        axes.scatter(x, y, s=sizes, marker=mark, color=colour, edgecolor=canvas.tones.ground, zorder=4)
     axes.set_xlabel("predicted probability")
     axes.set_ylabel("observed share")
-    _finish_square(axes, lettering, entries, None, ax is None)
+    _finish_square(canvas, entries, None)
     return axes  # type: ignore[no-any-return]
 
 
@@ -104,13 +108,13 @@ def _check_curves(curves: Any, variable: str, made_by: str) -> None:
         raise InvalidTypeError(f"curves are the xarray.Dataset that probes.{made_by} gives, not {type(curves).__name__}")
 
 
-def _draw_diagonal(axes: Any, label: str) -> tuple[Any, str]:
-    (line,) = axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label=label, zorder=1.5)
+def _draw_diagonal(canvas: Canvas, label: str) -> Entry:
+    (line,) = canvas.axes.plot([0, 1], [0, 1], color=canvas.tones.ink, linestyle="--", linewidth=1, label=label, zorder=1.5)
     return line, label
 
 
-def _draw_curve(axes: Any, x: Any, y: Any, label: str, number: int, *, marks: bool = True) -> tuple[Any, str]:
-    (line,) = axes.plot(
+def _draw_curve(canvas: Canvas, x: Any, y: Any, label: str, number: int, *, marks: bool = True) -> Entry:
+    (line,) = canvas.axes.plot(
         x,
         y,
         color=COLOURS[number % len(COLOURS)],
@@ -118,7 +122,7 @@ def _draw_curve(axes: Any, x: Any, y: Any, label: str, number: int, *, marks: bo
         marker=MARKERS[number % len(MARKERS)],
         markevery=(0.02 * (number % 6), 0.12) if marks else (0, 1),
         markersize=5,
-        markeredgecolor="white",
+        markeredgecolor=canvas.tones.ground,
         markeredgewidth=0.6,
         linewidth=1.6,
         label=label,
@@ -128,15 +132,13 @@ def _draw_curve(axes: Any, x: Any, y: Any, label: str, number: int, *, marks: bo
     return line, label
 
 
-def _finish_square(axes: Any, lettering: Lettering, entries: list[tuple[Any, str]], title: str | None, is_new: bool) -> None:
+def _finish_square(canvas: Canvas, entries: list[Entry], title: str | None) -> None:
+    axes = canvas.axes
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_aspect("equal")
-    axes.grid(visible=True, color="0.9", linewidth=0.8)
+    axes.grid(visible=True, color=canvas.tones.mix(0.1), linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    if is_new:
-        finish_figure(axes, lettering, (_SIDE, _SIDE), legend=entries, title=title)
-    else:
-        finish_given(axes, lettering, legend=entries, title=title, place="lower right")
+    finish(canvas, (_SIDE, _SIDE), legend=entries, title=title, place="lower right")

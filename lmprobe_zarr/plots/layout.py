@@ -1,107 +1,243 @@
-"""Where things stand in a picture: a figure grows with what is written around its axes, which keep their size."""
+"""Where things stand in a picture: a figure has the width of a page or a column, and grows in height with what is written in it."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 
 from lmprobe_zarr.plots.names import Lettering
+from lmprobe_zarr.plots.style import Tones, letter_size, new_axes, parse_width, tones_of
 
-__all__ = ["finish_figure", "finish_given", "label_limit", "thin_labels"]
+__all__ = ["Canvas", "Entry", "add_bar", "bar_width", "finish", "label_limit", "open_canvas", "thin_labels"]
 
 #: An entry of a legend: the artist that is shown, and its text.
 Entry = tuple[Any, str]
 #: Axes have more than this share of the figure's height, whatever is written around them.
 _SHARE: Final = 0.53
-#: Widths of axes in inches that keep a long legend short.
-_WIDER: Final = (8.6, 11.6)
+#: Inches that axes are wide at least, whatever is written beside them, and what is usually written there.
+_LEAST: Final = 1.0
+_BESIDE: Final = 0.7
 #: Points between the axes' labels and the legend.
 _GAP: Final = 5.0
+#: Inches that a colour bar takes beside the axes; in narrower figures than so many inches it is below them.
+_BAR: Final = 1.1
+_NARROW: Final = 5.0
+#: Inches beside a legend that is as wide as its figure.
+_EDGE: Final = 0.15
 #: Stands for an escaped dollar while lines are broken, so that no line ends between the two characters.
 _DOLLAR: Final = "\ue000"
 
 
-def label_limit(count: int, given: Any = None) -> int:
-    """How many characters the names of so many entries of a legend may have; fewer in narrow axes of the caller."""
+@dataclass(frozen=True, slots=True)
+class Canvas:
+    """Axes to draw on.
+
+    Parameters
+    ----------
+    axes : matplotlib Axes
+    is_new : bool
+        Whether their figure was made for them alone; its size can be chosen then.
+    width : float
+        Inches of the new figure, at most; of the axes themselves where they are the caller's.
+    letters : float
+        Points of letters of medium size.
+    tones : Tones
+        Colours of lines and letters on their ground.
+    lettering : Lettering
+    """
+
+    axes: Any
+    is_new: bool
+    width: float
+    letters: float
+    tones: Tones
+    lettering: Lettering = field(default_factory=Lettering)
+
+    @property
+    def inner_width(self) -> float:
+        """Inches that axes with usual labels are wide."""
+        return self.width - _BESIDE if self.is_new else self.width
+
+    def points(self, size: str | float) -> float:
+        """A size of letters in points, by its name, such as "small", or as it is given."""
+        from matplotlib.font_manager import font_scalings
+
+        return float(size) if isinstance(size, int | float) else self.letters * float(font_scalings[size])
+
+
+def open_canvas(ax: Any, width: str | float) -> Canvas:
+    """The caller's axes, or new ones in a figure of that width.
+
+    Raises
+    ------
+    MissingDependencyError
+        matplotlib is not installed.
+    InvalidArgumentError
+        No possible width.
+    """
+    inches = parse_width(width)
+    axes = new_axes(inches) if ax is None else ax
+    if ax is not None:
+        from matplotlib import rcParams
+
+        return Canvas(axes, False, _inches(axes)[0], float(rcParams["font.size"]), tones_of(axes))
+    canvas = Canvas(axes, True, inches, letter_size(inches), tones_of(axes))
+    _size_letters(canvas, axes)
+    return canvas
+
+
+def _size_letters(canvas: Canvas, axes: Any) -> None:
+    """Give labels and ticks of new axes the sizes of matplotlib's settings, of which named ones follow the canvas."""
+    import matplotlib
+
+    rc: Any = matplotlib.rcParams
+    for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+        axes.tick_params(axis=name, labelsize=canvas.points(rc[f"{name}tick.labelsize"]))
+        axis.label.set_size(canvas.points(rc["axes.labelsize"]))
+
+
+def label_limit(count: int, canvas: Canvas) -> int:
+    """How many characters the names of so many entries of a legend may have; fewer in narrow axes."""
     most = 60 if count <= 6 else 40 if count <= 16 else 24
-    return most if given is None else max(12, min(most, int(6 * given.get_window_extent().width / given.figure.dpi)))
+    return max(12, min(most, int((10 if canvas.is_new else 6) * canvas.inner_width)))
 
 
-def finish_figure(
-    axes: Any,
-    lettering: Lettering,
+def finish(
+    canvas: Canvas,
     size: tuple[float, float],
     *,
     legend: Sequence[Entry] = (),
     title: str | None = None,
     bar: Any = None,
+    place: str = "best",
+    above: float | None = None,
+    remarks: Sequence[str] = (),
 ) -> None:
-    """Size a new figure so that its axes have a size in inches, or more, and everything around them is inside of the figure.
+    """Fit everything around the axes into the figure: a new one grows in height, and the caller's keeps its size.
 
     Parameters
     ----------
-    axes : Axes
-        The only ones of their figure, apart from those of a colour bar.
-    lettering : Lettering
-        It has seen all texts.
+    canvas : Canvas
+        Its axes are the only ones of a new figure, apart from those of a colour bar. Its lettering has seen all texts.
     size : (float, float)
-        Width and height that the axes have at least.
+        Inches that the axes of a new figure are wide at most, and high at least.
     legend : sequence of (artist, str)
-        Entries of a legend below the axes.
+        Entries of a legend: below new axes, inside of the caller's.
     title : str, optional
         Title of the legend.
     bar : Colorbar, optional
+    place : str
+        Where in the caller's axes the legend lies.
+    above : float, optional
+        Points above the axes that are drawn on. The legend of the caller's axes then lies above these, not over the axes.
+    remarks : sequence of str
+        What a reader has to know, below a new figure; in the label of the caller's axes.
     """
+    if above:
+        canvas.axes.set_title(canvas.axes.get_title(), fontsize=canvas.axes.title.get_size(), pad=above + _GAP)
+    if not canvas.is_new:
+        canvas.axes.set_xlabel("\n".join((canvas.axes.get_xlabel(), *remarks)))
+        _finish_given(canvas, legend, title, bar, place, above)
+        return
+    if bar is not None:
+        _size_letters(canvas, bar.ax)
+    _finish_new(canvas, size, legend, title, bar, remarks)
+
+
+def _finish_new(
+    canvas: Canvas, size: tuple[float, float], legend: Sequence[Entry], title: str | None, bar: Any, remarks: Sequence[str]
+) -> None:
+    axes, lettering = canvas.axes, canvas.lettering
     figure = axes.figure
-    if lettering.note:
-        figure.supxlabel("\n".join(textwrap.wrap(lettering.note, int(15 * size[0]))), fontsize="x-small", color="0.35")
+    note: Any = None
+    if said := [*remarks, *([lettering.note] if lettering.note else [])]:
+        note = figure.supxlabel("\n".join(said), fontsize=canvas.points("x-small"), color=canvas.tones.mix(0.75))
+    # Before anything is measured: legends are dressed when they are placed.
+    lettering.dress([figure])
     # Axes of equal aspect lie in the middle of their place, where what is around them cannot be measured.
     aspect = axes.get_aspect()
     axes.set_aspect("auto")
     # Large enough for anything, so that no axes collapse while what is around them is measured.
     figure.set_size_inches(16, 24)
+    width, height = min(size[0], max(_LEAST, canvas.width - _around(axes)[0])), size[1]
     if legend:
-        size = _legend_below(axes, lettering, size, legend, title, square=aspect != "auto")
-    lettering.dress([figure])
-    width, height = size
-    # Once with room for everything, and once more, since ticks and a colour bar depend on the size.
-    for _ in range(2):
+        _legend_below(canvas, width, legend, title, square=aspect != "auto")
+    # Once with room for everything, and again, since ticks, broken lines and a colour bar depend on the size.
+    whole = [(label, label.get_text()) for label, _ in _labels(axes, bar)]
+    for _ in range(3):
+        for label, text in whole:
+            label.set_text(text)
         _wrap_labels(axes, bar, width, height)
         beside, above = _around(axes)
-        height = max(height, above * _SHARE / (1 - _SHARE))
-        width = max(width, size[0] * height / size[1]) if aspect != "auto" else width
+        if note is not None:
+            note.set_text("\n".join(said))
+            _wrap(note, (width + beside - _EDGE) * figure.dpi, upright=False)
+            beside, above = _around(axes)
+        height = max(size[1], above * _SHARE / (1 - _SHARE))
+        width = max(_LEAST, min(size[0] * (height / size[1] if aspect != "auto" else 1), canvas.width - beside))
+        if aspect != "auto":
+            # The axes fill their place, or there would be gaps around them.
+            height = width * size[1] / size[0]
         figure.set_size_inches(width + beside, height + above)
     axes.set_aspect(aspect)
 
 
-def finish_given(
-    axes: Any, lettering: Lettering, *, legend: Sequence[Entry] = (), title: str | None = None, place: str = "best", bar: Any = None
-) -> None:
-    """Fit texts and a legend into axes of the caller, whose size stays."""
+def _finish_given(canvas: Canvas, legend: Sequence[Entry], title: str | None, bar: Any, place: str, above: float | None) -> None:
+    axes, lettering = canvas.axes, canvas.lettering
     _run_layout(axes)
-    box = axes.get_window_extent()
-    width, height = box.width / axes.figure.dpi, box.height / axes.figure.dpi
+    width, height = _inches(axes)
+    if legend and above is not None:
+        _legend_above(canvas, legend, width, above)
     _wrap_labels(axes, bar, width, height)
-    if legend:
+    if legend and above is None:
         # Other axes of the figure, which may get labels later, leave less room than there is now.
         others = [(h, t) for h, t in zip(*axes.get_legend_handles_labels(), strict=True) if all(h is not ours for ours, _ in legend)]
-        _legend_inside(axes, lettering, [*others, *legend], title, place, (0.8 * width, 0.4 * height))
+        _legend_inside(canvas, [*others, *legend], title, place, (0.8 * width, 0.4 * height))
     if lettering.note:
         note = "\n".join(textwrap.wrap(lettering.note, max(16, int(15 * width))))
-        axes.annotate(note, (0.01, 0.01), xycoords="axes fraction", fontsize="xx-small", color="0.35", zorder=6)
+        axes.annotate(note, (0.01, 0.01), xycoords="axes fraction", fontsize="xx-small", color=canvas.tones.mix(0.65), zorder=6)
     lettering.dress([axes] if bar is None else [axes, bar.ax])
 
 
+def _inches(axes: Any) -> tuple[float, float]:
+    """Width and height of axes in inches."""
+    box = axes.get_window_extent()
+    return float(box.width / axes.figure.dpi), float(box.height / axes.figure.dpi)
+
+
+def add_bar(canvas: Canvas, mesh: Any, label: str, levels: Sequence[float] = (), *, pad: float = 0.015) -> Any:
+    """A colour bar, beside the axes or below those of a narrow new figure, with a line at each of some levels."""
+    below = canvas.is_new and canvas.width < _NARROW
+    bar = canvas.axes.figure.colorbar(mesh, ax=canvas.axes, pad=pad, aspect=24, location="bottom" if below else "right")
+    bar.set_label(label)
+    for level in levels:
+        # Black within white can be seen on every colour.
+        for style in ({"color": "white", "linewidth": 2.6}, {"color": "black", "linewidth": 1.0}):
+            (bar.ax.axvline if below else bar.ax.axhline)(level, **style)
+    return bar
+
+
+def bar_width(canvas: Canvas) -> float:
+    """Inches beside the axes that a colour bar takes with its ticks and label."""
+    return _BAR if canvas.width >= _NARROW else 0.2
+
+
+def _labels(axes: Any, bar: Any) -> list[tuple[Any, bool]]:
+    """Title and labels, which may take several lines, and whether they are upright."""
+    own = [(axes.title, False), (axes.xaxis.label, False), (axes.yaxis.label, True)]
+    if bar is None:
+        return own
+    return [*own, (bar.ax.xaxis.label, False) if bar.orientation == "horizontal" else (bar.ax.yaxis.label, True)]
+
+
 def _wrap_labels(axes: Any, bar: Any, width: float, height: float) -> None:
-    dpi = axes.figure.dpi
-    _wrap(axes.title, width * dpi, upright=False)
-    _wrap(axes.xaxis.label, width * dpi, upright=False)
-    _wrap(axes.yaxis.label, height * dpi, upright=True)
-    if bar is not None:
-        _wrap(bar.ax.yaxis.label, height * dpi, upright=True)
+    for label, upright in _labels(axes, bar):
+        _wrap(label, (height if upright else width) * axes.figure.dpi, upright=upright)
 
 
 def _wrap(label: Any, most: float, *, upright: bool) -> None:
@@ -138,52 +274,71 @@ def _run_layout(axes: Any) -> None:
 
 
 def thin_labels(axes: Any) -> None:
-    """Leave out labels of the horizontal axis that would run into the one before."""
+    """Leave out labels of the horizontal axis that would run into the one before; in steps, where layers are evenly spaced."""
     _run_layout(axes)
     labels = axes.get_xticklabels()
     boxes = [label.get_window_extent() for label in labels]
-    kept: list[int] = []
-    for number, box in enumerate(boxes):
-        if not kept or box.x0 > boxes[kept[-1]].x1 + 2:
-            kept.append(number)
+    places = np.asarray(axes.get_xticks())
+    steps = range(1, len(labels)) if len(set(np.diff(places).round(9).tolist())) == 1 else ()
+    for kept in (list(range(0, len(labels), step)) for step in steps):
+        if all(boxes[right].x0 > boxes[left].x1 + 2 for left, right in pairwise(kept)):
+            break
+    else:
+        kept = []
+        for number, box in enumerate(boxes):
+            if not kept or box.x0 > boxes[kept[-1]].x1 + 2:
+                kept.append(number)
     if len(kept) < len(labels):
-        axes.set_xticks(np.asarray(axes.get_xticks())[kept], [labels[number].get_text() for number in kept])
+        axes.set_xticks(places[kept], [labels[number].get_text() for number in kept])
 
 
 # -- legends ---------------------------------------------------------------------------------------------------------------
 
 
-def _legend_below(
-    axes: Any, lettering: Lettering, size: tuple[float, float], entries: Sequence[Entry], title: str | None, *, square: bool
-) -> tuple[float, float]:
-    """Place a legend below the axes and their labels; gives the size that the axes need for it."""
+def _legend_below(canvas: Canvas, width: float, entries: Sequence[Entry], title: str | None, *, square: bool) -> None:
+    """Place a legend below the axes and their labels, in as many columns as there is room for."""
     from matplotlib.transforms import ScaledTranslation
 
+    axes = canvas.axes
     figure = axes.figure
     options: dict[str, Any] = {"loc": "upper center", "frameon": False, "title": title, "borderpad": 0.2, "borderaxespad": 0}
-    box = _place_legend(axes, lettering, entries, ncols=1, **options).get_window_extent()
+    box = _place_legend(canvas, entries, ncols=1, **options).get_window_extent()
     each, line = box.width / figure.dpi, box.height / figure.dpi / len(entries)
-    wide, columns = size[0], 1
-    for wide in (max(size[0], each), *(found for found in _WIDER if found > max(size[0], each))):
+    columns = 1
+    # A square may be much narrower than its figure.
+    for wide in (width, *([canvas.width - _EDGE] if square else [])):
         columns = max(1, min(len(entries), int(wide / each)))
-        if -(-len(entries) // columns) * line <= (0.8 * wide if square else 0.6 * size[1]):
+        if -(-len(entries) // columns) * line <= 0.8 * wide:
             break
-    legend = _place_legend(axes, lettering, entries, ncols=columns, **options)
+    legend = _place_legend(canvas, entries, ncols=columns, **options)
     below = axes.get_window_extent().y0 - axes.xaxis.get_tightbbox().y0
     offset = ScaledTranslation(0, -below / figure.dpi - _GAP / 72, figure.dpi_scale_trans)
     legend.set_bbox_to_anchor((0.5, 0.0), transform=axes.transAxes + offset)
-    return (wide, max(size[1], wide)) if square else (wide, size[1])
 
 
-def _legend_inside(
-    axes: Any, lettering: Lettering, entries: Sequence[Entry], title: str | None, place: str, room: tuple[float, float]
-) -> None:
-    """Place a legend in the axes: in more columns, then in smaller letters, until it fits; what does not fit is counted."""
-    options: dict[str, Any] = {"loc": place, "frameon": True, "framealpha": 0.9, "edgecolor": "0.85", "title": title}
+def _legend_above(canvas: Canvas, entries: Sequence[Entry], width: float, above: float) -> None:
+    """Place a legend between the caller's axes, with what is drawn above them, and their title."""
+    from matplotlib.transforms import ScaledTranslation
+
+    axes = canvas.axes
     dpi = axes.figure.dpi
+    options: dict[str, Any] = {"loc": "lower center", "frameon": False, "borderpad": 0, "borderaxespad": 0, "fontsize": "x-small"}
+    each = _place_legend(canvas, entries, ncols=1, **options).get_window_extent().width / dpi
+    legend = _place_legend(canvas, entries, ncols=max(1, min(len(entries), int(width / each))), **options)
+    raised = axes.transAxes + ScaledTranslation(0, (above + _GAP) / 72, axes.figure.dpi_scale_trans)
+    legend.set_bbox_to_anchor((0.5, 1.0), transform=raised)
+    pad = above + 2 * _GAP + 72 * legend.get_window_extent().height / dpi
+    axes.set_title(axes.get_title(), fontsize=axes.title.get_size(), pad=pad)
+
+
+def _legend_inside(canvas: Canvas, entries: Sequence[Entry], title: str | None, place: str, room: tuple[float, float]) -> None:
+    """Place a legend in the axes: in more columns, then in smaller letters, until it fits; what does not fit is counted."""
+    ground = {"facecolor": canvas.tones.ground, "edgecolor": canvas.tones.mix(0.15)}
+    options: dict[str, Any] = {"loc": place, "frameon": True, "framealpha": 0.9, "title": title, **ground}
+    dpi = canvas.axes.figure.dpi
     shown, left = list(entries), 0
     for size in ("small", "x-small", "xx-small"):
-        box = _place_legend(axes, lettering, shown, ncols=1, **options, fontsize=size, title_fontsize=size).get_window_extent()
+        box = _place_legend(canvas, shown, ncols=1, **options, fontsize=size, title_fontsize=size).get_window_extent()
         columns = max(1, int(room[0] / (box.width / dpi)))
         rows = max(1, int(room[1] / (box.height / dpi / len(shown))))
         if -(-len(shown) // columns) <= rows:
@@ -195,7 +350,7 @@ def _legend_inside(
     if left:
         shown = [*shown, (_no_handle(), f"… and {left} more")]
     columns = -(-len(shown) // rows)
-    _place_legend(axes, lettering, shown, ncols=columns, **options, fontsize=size, title_fontsize=size)
+    _place_legend(canvas, shown, ncols=columns, **options, fontsize=size, title_fontsize=size)
 
 
 def _no_handle() -> Any:
@@ -204,12 +359,15 @@ def _no_handle() -> Any:
     return Line2D([], [], linestyle="none")
 
 
-def _place_legend(axes: Any, lettering: Lettering, entries: Sequence[Entry], **options: Any) -> Any:
+def _place_legend(canvas: Canvas, entries: Sequence[Entry], **options: Any) -> Any:
     """A legend with exactly these entries."""
     settings: dict[str, Any] = {"fontsize": "small", "title_fontsize": "small", "handlelength": 3.2, **options}
+    settings |= {name: canvas.points(settings[name]) for name in ("fontsize", "title_fontsize")}
     # matplotlib leaves out labels that begin with an underscore, so the texts are set afterwards.
-    legend = axes.legend([artist for artist, _ in entries], [f"entry {number}" for number in range(len(entries))], **settings)
+    legend = canvas.axes.legend([artist for artist, _ in entries], [f"entry {number}" for number in range(len(entries))], **settings)
     for text, (_, shown) in zip(legend.get_texts(), entries, strict=True):
         text.set_text(shown)
-    lettering.dress([legend])
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_color(canvas.tones.ink)
+    canvas.lettering.dress([legend])
     return legend

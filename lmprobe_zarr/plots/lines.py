@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import xarray as xr
 
-from lmprobe_zarr.errors import InvalidArgumentError, InvalidTypeError
-from lmprobe_zarr.plots.layout import finish_figure, finish_given, label_limit, thin_labels
-from lmprobe_zarr.plots.names import Lettering
-from lmprobe_zarr.plots.style import COLOURS, LINES, MARKERS, SCORE_LABELS, new_axes
+from lmprobe_zarr.errors import InvalidArgumentError
+from lmprobe_zarr.plots.layout import Canvas, finish, label_limit, open_canvas, thin_labels
+from lmprobe_zarr.plots.scores import chance_levels, select_scores
+from lmprobe_zarr.plots.style import COLOURS, LINES, MARKERS, SCORE_LABELS, Tones
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,14 +21,13 @@ __all__ = ["plot_scores"]
 
 #: Line styles of chance and of the caller's baselines.
 _DASHES = ("--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-#: Colours of controls, which have open markers.
-_GREYS = ("0.25", "0.5", "0.4", "0.6")
-#: Dims over which a score is repeated: their spread is the band.
-_REPEATED = ("fold", "seed", "repeat")
-#: Up to so many layers each have a tick.
+#: Tones of controls, which have open markers: 0 is the ground, 1 the ink.
+_TONES = (0.75, 0.5, 0.6, 0.4)
+#: Up to so many layers each have a tick; so many letters of their names stand beside one another on an inch.
 _TICKS = 16
-#: Width and height of the axes of a new figure, in inches.
-_SIZE = (6.3, 3.1)
+_LETTERS_BESIDE = 11
+#: Height of new axes as a share of their figure's width, and its limits in inches.
+_HEIGHT, _LOWEST, _HIGHEST = 0.5, 1.9, 3.1
 
 
 def plot_scores(
@@ -38,6 +37,7 @@ def plot_scores(
     baseline: float | Mapping[str, float] | None = None,
     *,
     intervals: xr.Dataset | None = None,
+    width: Literal["page", "column"] | float = "page",
 ) -> Axes:
     """Axes with one line per probe: the mean of a score over the folds by layer, and a band around it.
 
@@ -56,13 +56,18 @@ def plot_scores(
     intervals : Dataset, optional
         The metric over layer, probe and ``bound``, which holds "lower" and "upper", to draw as bands. If it has an attribute ``level``
         (0 to 1), the plot names it.
+    width : {"page", "column"} or float
+        Width of a new figure: 7 inches, as the text of a paper in two columns, with letters of 9 points; 3.4 inches, as one of its columns,
+        with letters of 8 points; or inches. Put it into the paper unscaled. Letters have the size of matplotlib's ``font.size`` where that
+        was set. `ax` has its own.
 
     Returns
     -------
     Axes
         Without `intervals` a band reaches from the lowest to the highest fold; where only one fold has a score there is no band.
-        Chance is drawn too: the share of the largest class for accuracy, 0.5 for AUROC. A new figure grows with its legend. Long names
-        are cut in their middle. No matplotlib setting is changed.
+        Chance is drawn too: the share of the largest class for accuracy, 0.5 for AUROC. A new figure gets higher with its legend. Long
+        names are cut in their middle. No matplotlib setting is changed. Lines and letters have the colours of the style that is used,
+        light or dark.
 
     Raises
     ------
@@ -71,12 +76,13 @@ def plot_scores(
     InvalidTypeError
         `scores` is no dataset.
     InvalidArgumentError
-        There is no such metric over layer, probe and fold, or it has further dims.
+        There is no such metric over layer, probe and fold, or it has further dims; or a width that no figure can have.
     """
-    values = _select_metric(scores, metric)
+    values = select_scores(scores, metric, ("layer", "probe", "fold"))
     interval = None if intervals is None else _interval_bounds(intervals, metric, values)
     lines = dict(baseline) if isinstance(baseline, Mapping) else {} if baseline is None else {"baseline": float(baseline)}
-    axes: Any = new_axes() if ax is None else ax
+    canvas = open_canvas(ax, width)
+    axes = canvas.axes
 
     layers = values["layer"].values
     numeric = layers.dtype.kind in "iuf"
@@ -84,61 +90,27 @@ def plot_scores(
     order = np.argsort(x)
     probes = values["probe"].values
     controls = [str(kind) == "control" for kind in scores["kind"].values] if "kind" in scores.coords else [False] * len(probes)
-    lettering = Lettering()
-    names = lettering.fit_all([*probes, *lines], label_limit(len(probes) + len(lines), ax))
+    names = canvas.lettering.fit_all([*probes, *lines], label_limit(len(probes) + len(lines), canvas))
     entries = []
     for number, probe in enumerate(probes):
         label = names[number] + _convergence_note(scores, probe)
         drawn = _ProbeStyle(label, sum(controls[n] == controls[number] for n in range(number)), controls[number], number, len(probes))
         bounds = None if interval is None else [bound.sel(probe=probe).values[order] for bound in interval]
-        entries.append(_draw_probe(axes, x[order], values.sel(probe=probe).values[order], drawn, bounds))
-    levels = [*_chance_levels(scores, metric).items(), *zip(names[len(probes) :], lines.values(), strict=True)]
+        entries.append(_draw_probe(canvas, x[order], values.sel(probe=probe).values[order], drawn, bounds))
+    levels = [*chance_levels(scores, metric).items(), *zip(names[len(probes) :], lines.values(), strict=True)]
     for number, (label, height) in enumerate(levels):
-        # Chance comes first and is black; the caller's baselines are grey and differ by their dashes.
-        colour = "black" if number < len(levels) - len(lines) else "0.35"
+        # Chance comes first and has the colour of the letters; the caller's baselines are greyer and differ by their dashes.
+        colour = canvas.tones.mix(1.0 if number < len(levels) - len(lines) else 0.65)
         text = f"{label} ({height:.2f})"
         line = axes.axhline(height, color=colour, linestyle=_DASHES[number % len(_DASHES)], linewidth=1.2, zorder=1.5, label=text)
         entries.append((line, text))
 
-    _label_axes(axes, lettering, scores, metric, x[order], layers[order] if not numeric else None, values.sizes["fold"], intervals)
-    if ax is None:
-        # Below the plot, so that no curve runs behind it; the caller's own axes may have no room there.
-        finish_figure(axes, lettering, _SIZE, legend=entries)
-    else:
-        finish_given(axes, lettering, legend=entries)
+    _label_axes(canvas, scores, metric, x[order], layers[order] if not numeric else None, values.sizes["fold"], intervals)
+    # Below the plot, so that no curve runs behind it; the caller's own axes may have no room there.
+    finish(canvas, (canvas.width, float(np.clip(_HEIGHT * canvas.width, _LOWEST, _HIGHEST))), legend=entries)
     if len(x) <= _TICKS or not numeric:
         thin_labels(axes)
     return axes  # type: ignore[no-any-return]
-
-
-def _select_metric(scores: Any, metric: str) -> xr.DataArray:
-    """The score over layer, probe and fold; folds, seeds and repeats are stacked into one ``fold``."""
-    if not isinstance(scores, xr.Dataset):
-        raise InvalidTypeError(f"scores are the xarray.Dataset that sweep gives, not {type(scores).__name__}")
-    dims = {"layer", "probe", "fold"}
-    fitting = [str(name) for name, variable in scores.data_vars.items() if dims <= set(variable.dims) and variable.dtype.kind == "f"]
-    if metric not in fitting:
-        if "chosen_layer" in scores:
-            raise InvalidArgumentError(
-                "the layer of these scores was chosen within each training fold, so there is nothing to draw by layer: "
-                "print scores.lz.table(), or draw a sweep without choose"
-            )
-        raise InvalidArgumentError(
-            f"there is no score {metric!r} over layer, probe and fold: use one of {', '.join(fitting) or 'none (not a sweep)'}"
-        )
-    values = scores[metric]
-    for dim in [str(dim) for dim in values.dims if dim not in ("layer", "probe", *_REPEATED)]:
-        if values.sizes[dim] > 1:
-            shown = values[dim].values[0].item() if dim in values.coords else 0
-            raise InvalidArgumentError(
-                f"there are {values.sizes[dim]} along {dim!r}: draw one at a time, as in scores.sel({dim}={shown!r})"
-            )
-        values = values.isel({dim: 0}, drop=True)
-    repeated = [dim for dim in _REPEATED if dim in values.dims]
-    if len(repeated) > 1:
-        plain = values.drop_vars([name for name in values.coords if set(values.coords[name].dims) & set(repeated)])
-        values = plain.stack(one_fold=repeated, create_index=False).rename(one_fold="fold")
-    return values.transpose("layer", "probe", "fold")
 
 
 def _interval_bounds(intervals: Any, metric: str, values: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray]:
@@ -164,9 +136,8 @@ class _ProbeStyle:
     place: int
     of: int
 
-    @property
-    def colour(self) -> str:
-        return _GREYS[self.number % len(_GREYS)] if self.control else COLOURS[self.number % len(COLOURS)]
+    def colour(self, tones: Tones) -> Any:
+        return tones.mix(_TONES[self.number % len(_TONES)]) if self.control else COLOURS[self.number % len(COLOURS)]
 
     @property
     def marker(self) -> str:
@@ -178,12 +149,13 @@ class _ProbeStyle:
         return (0, (1, 1.2)) if self.control else LINES[self.number % len(LINES)]
 
 
-def _draw_probe(axes: Any, x: Any, values: Any, drawn: _ProbeStyle, bounds: list[Any] | None) -> tuple[Any, str]:
+def _draw_probe(canvas: Canvas, x: Any, values: Any, drawn: _ProbeStyle, bounds: list[Any] | None) -> tuple[Any, str]:
     """One line with its band, and its text for the legend; `values` has shape (layer, fold)."""
+    axes, colour, ground = canvas.axes, drawn.colour(canvas.tones), canvas.tones.ground
     defined = ~np.isnan(values).all(axis=1)
     if not defined.any():
         label = f"{drawn.label} (undefined)"
-        return axes.plot([], [], color=drawn.colour, label=label)[0], label
+        return axes.plot([], [], color=colour, label=label)[0], label
     x, values = x[defined], values[defined]
     mean = np.nanmean(values, axis=1)
     if bounds is None:
@@ -201,13 +173,13 @@ def _draw_probe(axes: Any, x: Any, values: Any, drawn: _ProbeStyle, bounds: list
     (line,) = axes.plot(
         x,
         mean,
-        color=drawn.colour,
+        color=colour,
         linestyle=drawn.line,
         marker=drawn.marker,
         markevery=(drawn.place % step, step),
         markersize=5 if drawn.control else 5.5,
-        markerfacecolor="white" if drawn.control else drawn.colour,
-        markeredgecolor=drawn.colour if drawn.control else "white",
+        markerfacecolor=ground if drawn.control else colour,
+        markeredgecolor=colour if drawn.control else ground,
         markeredgewidth=1 if drawn.control else 0.6,
         linewidth=1.2 if drawn.control else 1.8,
         label=label,
@@ -216,11 +188,9 @@ def _draw_probe(axes: Any, x: Any, values: Any, drawn: _ProbeStyle, bounds: list
     if len(x) == 1 and not np.isnan([*low, *high]).any():
         # An interval need not contain the mean over the folds.
         lengths = np.maximum(np.stack([mean - low, high - mean]), 0)
-        axes.errorbar(x, mean, yerr=lengths, color=drawn.colour, capsize=4, linewidth=1.2, zorder=2)
+        axes.errorbar(x, mean, yerr=lengths, color=colour, capsize=4, linewidth=1.2, zorder=2)
     elif len(x) > 1:
-        axes.fill_between(
-            x, low, high, color=drawn.colour, alpha=min(0.1 if drawn.control else 0.15, 0.9 / drawn.of), linewidth=0, zorder=2
-        )
+        axes.fill_between(x, low, high, color=colour, alpha=min(0.1 if drawn.control else 0.15, 0.9 / drawn.of), linewidth=0, zorder=2)
     return line, label
 
 
@@ -232,25 +202,18 @@ def _convergence_note(scores: xr.Dataset, probe: Any) -> str:
     return f" ({stopped} of {ended.size} fits not converged)" if stopped else ""
 
 
-def _chance_levels(scores: xr.Dataset, metric: str) -> dict[str, float]:
-    if metric == "auroc":
-        return {"chance": 0.5}
-    if metric == "accuracy" and "majority_share" in scores.attrs:
-        return {"majority class": float(scores.attrs["majority_share"])}
-    return {}
-
-
-def _label_axes(axes: Any, lettering: Lettering, scores: xr.Dataset, metric: str, x: Any, names: Any, n_folds: int, intervals: Any) -> None:
+def _label_axes(canvas: Canvas, scores: xr.Dataset, metric: str, x: Any, names: Any, n_folds: int, intervals: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    axes, lettering = canvas.axes, canvas.lettering
     if names is not None or len(x) <= _TICKS:
         every = max(1, -(-len(x) // _TICKS))
         shown = lettering.fit_all((x if names is None else names)[::every], 24)
         # Names longer than their part of the axis stand upright.
-        upright = names is not None and max(map(len, shown)) * len(shown) > 70
+        upright = names is not None and max(map(len, shown)) * len(shown) > _LETTERS_BESIDE * canvas.inner_width
         axes.set_xticks(x[::every], shown, rotation=90 if upright else 0)
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=max(4, min(12, int(2 * canvas.inner_width))), integer=True))
     if len(x) == 1:
         axes.set_xlim(x[0] - 1, x[0] + 1)
     else:
@@ -268,8 +231,8 @@ def _label_axes(axes: Any, lettering: Lettering, scores: xr.Dataset, metric: str
     axes.set_ylabel(f"{score}\n({spread})", linespacing=1.5)
     model, labels, variable = lettering.fit_all((scores.attrs.get(name, "") for name in ("model", "labels", "variable")), 80)
     of = " from ".join(part for part in (labels, variable) if part)
-    axes.set_title(" · ".join(part for part in (model, of) if part), fontsize="medium")
-    axes.grid(visible=True, color="0.9", linewidth=0.8)
+    axes.set_title(" · ".join(part for part in (model, of) if part), fontsize=canvas.points("medium"))
+    axes.grid(visible=True, color=canvas.tones.mix(0.1), linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+from drawn import assert_readable, texts
 
+from lmprobe_zarr.errors import InvalidArgumentError
 from lmprobe_zarr.plots import plot_calibration, plot_cosine, plot_roc, plot_scores, plot_tokens, plot_transfer
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -35,52 +35,13 @@ def scores(probes: list[str], n_layers: int = 4, n_folds: int = 3) -> xr.Dataset
     return xr.Dataset({"accuracy": (dims, values)}, coords=coords, attrs=attrs)
 
 
-def texts(figure: Any) -> Iterator[Any]:
-    """Every text that is drawn: ticks outside of the limits are not."""
-    from matplotlib.text import Text
-
-    hidden = set()
-    for axes in figure.axes:
-        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            for tick in axis.get_major_ticks():
-                if not min(limits) - 1e-9 <= tick.get_loc() <= max(limits) + 1e-9:
-                    hidden |= {tick.label1, tick.label2}
-    for text in figure.findobj(Text):
-        if text not in hidden and text.get_visible() and text.get_text().strip():
-            yield text
-
-
-def assert_readable(axes: Any) -> None:
-    figure = axes.figure
-    figure.draw_without_rendering()
-    inside = figure.bbox
-    shown = list(texts(figure))
-    for text in shown:
-        box = text.get_window_extent()
-        assert box.x0 >= -1, text
-        assert box.y0 >= -1, text
-        assert box.x1 <= inside.x1 + 1, text
-        assert box.y1 <= inside.y1 + 1, text
-    frame = axes.get_window_extent()
-    assert frame.height >= 0.5 * inside.height
-    outer = [axes.title, axes.xaxis.label, axes.yaxis.label]
-    legend = axes.get_legend()
-    boxes = [text.get_window_extent() for text in outer if text.get_text()]
-    boxes += [] if legend is None else [legend.get_window_extent()]
-    for number, box in enumerate(boxes):
-        assert not box.overlaps(frame)
-        assert not any(box.overlaps(other) for other in boxes[number + 1 :])
-    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
-        along = [text.get_window_extent() for text in labels if text in shown]
-        assert not any(box.x1 > other.x0 + 1 and box.overlaps(other) for box, other in pairwise(along))
-
-
 @pytest.mark.few(2)
 @pytest.mark.parametrize(("n", "long"), [(1, True), (3, False), (12, True), (40, False), (120, True)])
 def test_scores_of_any_number_of_probes_can_be_read(n: int, long: bool) -> None:
     axes: Any = plot_scores(scores(names(n, long=long)))
     assert_readable(axes)
     assert len(axes.get_legend().get_texts()) == n + 1
+    assert axes.figure.get_size_inches()[0] == pytest.approx(7)
 
 
 @pytest.mark.few(1)
@@ -144,8 +105,9 @@ def test_tokens_can_be_read(n: int, layers: int) -> None:
     }
     attrs = {"classes": ["no", "a class with a rather long name"], "labels": "truth of the statement", "probe": "logistic_regression"}
     values = np.random.default_rng(0).normal(size=(layers, n))
-    axes = plot_tokens(xr.DataArray(values, dims=("layer", "token"), coords=coords, attrs=attrs))
+    axes: Any = plot_tokens(xr.DataArray(values, dims=("layer", "token"), coords=coords, attrs=attrs))
     assert_readable(axes)
+    assert axes.figure.get_size_inches()[0] <= 7.01
     if n <= 64:
         assert len({label.get_text() for label in axes.get_xticklabels()}) == n
 
@@ -181,3 +143,81 @@ def test_a_layer_with_a_single_score_has_no_band() -> None:
     single = plot_scores(given.isel(layer=[1]))
     assert not single.containers
     assert not single.collections
+
+
+# -- in a paper ------------------------------------------------------------------------------------------------------------
+
+
+def curves(n: int) -> tuple[xr.Dataset, xr.Dataset]:
+    """ROC and calibration curves with long names."""
+    rng = np.random.default_rng(0)
+    rates = {name: (("curve", "point"), np.sort(rng.uniform(size=(n, 9)))) for name in ("true_positive_rate", "false_positive_rate")}
+    roc = xr.Dataset({**rates, "auroc": ("curve", rng.uniform(size=n))}, coords={"curve": names(n, long=True)})
+    bins = {name: (("curve", "bin"), np.sort(rng.uniform(size=(n, 5)))) for name in ("predicted", "observed")}
+    counts = ("bin", np.ones(5, int))
+    calibration = xr.Dataset({**bins, "ece": ("curve", rng.uniform(size=n))}, coords=dict(roc.coords)).assign(n=counts)
+    return roc, calibration.assign(n=calibration.n.broadcast_like(calibration.predicted))
+
+
+def tokens(n: int, layers: int, **columns: Any) -> xr.DataArray:
+    coords = {
+        "layer": np.arange(layers),
+        "position": ("token", np.arange(n)),
+        "token_text": ("token", [f" extraordinarily{i}" for i in range(n)]),
+        **{name: ("token", values) for name, values in columns.items()},
+    }
+    return xr.DataArray(np.random.default_rng(0).normal(size=(layers, n)), dims=("layer", "token"), coords=coords, name="score")
+
+
+def square(n: int) -> xr.DataArray:
+    values = np.random.default_rng(0).uniform(-1, 1, (n, n))
+    return xr.DataArray(values, dims=("direction", "other"), coords={"direction": names(n, long=True), "other": names(n, long=True)})
+
+
+DRAWN: dict[str, Any] = {
+    "scores": lambda **how: plot_scores(scores(names(6, long=True), 32), **how),
+    "layers with a number each": lambda **how: plot_scores(scores(["a"], 16), **how),
+    "fits that did not converge": lambda **how: plot_scores(
+        scores(["logistic_regression"]).assign(converged=(("layer", "probe"), np.zeros((4, 1), bool))), **how
+    ),
+    "roc": lambda **how: plot_roc(curves(4)[0], **how),
+    "calibration": lambda **how: plot_calibration(curves(4)[1], **how),
+    "tokens": lambda **how: plot_tokens(tokens(24, 12), **how),
+    "matrix": lambda **how: plot_cosine(square(6), **how),
+    "large matrix": lambda **how: plot_cosine(square(40), **how),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize(("width", "inches", "letters"), [("page", 7.0, 9.0), ("column", 3.4, 8.0), (5.5, 5.5, 9.0)])
+def test_a_figure_fits_a_page_or_a_column_with_letters_that_can_be_read(name: str, width: Any, inches: float, letters: float) -> None:
+    axes = DRAWN[name](width=width)
+    assert_readable(axes)
+    assert axes.figure.get_size_inches()[0] <= inches + 0.02
+    sizes = {text.get_fontsize() for text in texts(axes.figure)}
+    assert min(sizes) >= 5
+    assert max(sizes) <= letters
+    assert axes.xaxis.label.get_fontsize() == letters
+
+
+def test_sixteen_layers_in_a_column_are_numbered_in_even_steps() -> None:
+    axes: Any = DRAWN["layers with a number each"](width="column")
+    numbers = [int(label.get_text()) for label in axes.get_xticklabels()]
+    assert len(set(np.diff(numbers))) == 1
+    assert len(numbers) >= 6
+
+
+def test_the_callers_size_of_letters_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 12.0)
+    axes: Any = plot_scores(scores(["a"]), width="page")
+    assert axes.xaxis.label.get_fontsize() == 12
+    assert axes.get_xticklabels()[0].get_fontsize() == 12
+    assert_readable(axes)
+    monkeypatch.setitem(matplotlib.rcParams, "axes.labelsize", 7.0)
+    assert plot_scores(scores(["a"])).xaxis.label.get_fontsize() == 7
+
+
+@pytest.mark.parametrize("width", ["wide", 0.5, True, float("nan"), None])
+def test_a_width_that_no_figure_can_have_is_refused(width: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"width=.*'page' \(7 inches\), 'column' \(3.4 inches\), or inches"):
+        plot_scores(scores(["a"]), width=width)

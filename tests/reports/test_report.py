@@ -239,6 +239,45 @@ def test_a_page_does_not_show_the_local_path_of_the_store(stored: Store, tmp_pat
     assert str(tmp_path) not in lz.report(stored).html
 
 
+def test_the_title_says_whose_activations_they_are_and_below_what_the_page_is(tmp_path: Path) -> None:
+    def titles(store: Store) -> tuple[str, str, str]:
+        html = lz.report(store).html
+        found = re.search(r"<title>(.*?)</title>.*<h1>(.*?)</h1><p[^>]*>(.*?):", html, re.DOTALL)
+        assert found is not None
+        return found[1], found[2], found[3]
+
+    store = lz.open_store(tmp_path / "activations")
+    assert titles(store)[1:] == ("An empty store of activations", "Report on the store activations")
+    for model in ("acme/one", "acme/two", "acme/three"):
+        lz.write_activations(store, model=model, prompts=["a"], pooled={"resid_mean": {0: np.ones((1, 4), "float32")}})
+        expected = {
+            "acme/one": "Activations of acme/one",
+            "acme/two": "Activations of acme/one and acme/two",
+            "acme/three": "Activations of 3 models",
+        }[model]
+        assert titles(store) == (f"{expected} · lmprobe-zarr report", expected, "Report on the store activations")
+
+
+def test_every_picture_has_a_text_that_says_what_is_seen(stored: Store) -> None:
+    html = lz.report(stored, labels="label").html
+    drawn = re.findall(r"<svg[^>]*>", html)
+    described = [re.search(r'role="img" aria-label="([^"]+)"', tag) for tag in drawn if "aria-hidden" not in tag]
+    assert len(described) >= 6
+    labels = [found[1] for found in described if found is not None]
+    assert len(labels) == len(described)
+    assert all(len(label) > 20 for label in labels), labels
+    for start in (
+        "Accuracy: ",
+        "AUROC: ",
+        "Norm of resid: ",
+        "Outlier units of resid: ",
+        "log-odds of label = 1 of each token by layer",
+        "resid",
+    ):
+        assert any(label.startswith(start) for label in labels), start
+    assert "<img" not in html
+
+
 def test_the_page_is_bounded_whatever_the_store_holds(tmp_path: Path) -> None:
     store = lz.open_store(tmp_path / "s")
     layers = tuple(range(170))

@@ -230,6 +230,27 @@ def test_it_fits_every_width(page: Page, width: int) -> None:
     assert page.ask("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_chart_fits_a_phone_with_letters_that_can_be_read_and_do_not_touch(page: Page, scheme: str) -> None:
+    page.resize(400)
+    page.scheme(scheme)
+    box, letters = page.ask(
+        "(() => { const s = document.querySelector('svg.chart'), b = (e) => { const r = e.getBoundingClientRect();"
+        "return [r.left, r.top, r.right, r.bottom]; };"
+        "const shown = [...s.querySelectorAll('text')].filter(t => getComputedStyle(t).display !== 'none');"
+        "return [b(s), shown.map(t => [t.textContent, b(t)])]; })()"
+    )
+    assert box[0] >= 0
+    assert box[2] <= 400
+    drawn = [found for text, found in letters if text != "majority class 0.50"]
+    assert min(bottom - top for _, top, _, bottom in drawn) >= 10
+    for number, (left, top, right, bottom) in enumerate(drawn):
+        assert 0 <= left < right <= 400
+        for others in drawn[number + 1 :]:
+            apart = right <= others[0] + 1 or others[2] <= left + 1 or bottom <= others[1] + 3 or others[3] <= top + 3
+            assert apart, (letters[number], others)
+
+
 def test_it_prints(page: Page) -> None:
     page.medium("print")
     try:

@@ -55,7 +55,14 @@ def test_the_page_shows_models_prompts_layers_variables_coverage_and_sizes(store
     store.write(GroupInfo(model="acme/other", provenance={"revision": "9"}, num_layers=4, hidden_size=8), make_batch(["x"]))
     store.publish(tmp_path / "copy", licence="cc-by-4.0")
     text = unescape(re.sub(r"<[^>]*>", " ", published(tmp_path / "copy").partition("<main>")[2]))
-    shown = ["Activations in copy", "acme/toy", "acme/other", "2 groups, 4 prompts", "resid_mean", "second", "revision", "0-1, 3"]
+    shown = [
+        "Activations of acme/toy and acme/other",
+        "Published copy copy: 2 groups, 4 prompts",
+        "resid_mean",
+        "second",
+        "revision",
+        "0-1, 3",
+    ]
     for wanted in shown:
         assert wanted in text, wanted
     assert "cc-by-4.0" in text

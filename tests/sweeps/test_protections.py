@@ -92,7 +92,7 @@ NO_LABELS = "takes no labels, and fits nothing"
 OUTSIDE: dict[str, str] = {
     "Probe.watch": "it scores tokens while a model runs; the probe was fitted before",
     "ds.lz.save": "it writes directions that were fitted before",
-    **dict.fromkeys(("array.lz.table", "ds.lz.plot", "ds.lz.plot_transfer"), SCORES),
+    **dict.fromkeys(("array.lz.table", "ds.lz.plot", "ds.lz.plot_heatmap", "ds.lz.plot_transfer"), SCORES),
     **dict.fromkeys(("ds.lz.plot_roc", "ds.lz.plot_calibration"), "draws curves that were computed"),
     **dict.fromkeys(("array.lz.plot_cosine", "array.lz.plot_tokens"), "draws scores that were computed"),
     **dict.fromkeys(("score_tokens", "cosine_similarity", "compare_groups"), NO_LABELS),
