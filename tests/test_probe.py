@@ -324,6 +324,7 @@ def by_transformers(llama: Path) -> dict[int, Any]:
     return {layer: np.stack(rows) for layer, rows in found.items()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("broken", [(2,), (0, 3)])
 def test_layers_of_a_sweep_that_cannot_be_fitted_are_nan_and_the_others_are_kept(
     llama: Path, by_transformers: dict[int, Any], broken: tuple[int, ...]
@@ -564,6 +565,7 @@ def test_it_works_with_scikit_learns_own_tools() -> None:
 # ------------------------------------------------------------------------------------------------------------------ files
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("classifier", ["logistic_regression", "ridge", "lda", "mass_mean"])
 def test_a_saved_probe_predicts_the_same_bits(llama: Path, tmp_path: Path, classifier: str) -> None:
     probe = lz.Probe(str(llama), layers=[1, 3], pooling="mean", classifier=classifier, random_state=3).fit(POSITIVE, NEGATIVE)
@@ -666,6 +668,7 @@ def test_a_limit_below_the_working_set_names_the_size_that_is_needed(llama: Path
     assert len(parts) == 16, "a part holds at most a fiftieth of the limit, or one prompt"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["chunk", "document"])
 def test_a_damaged_part_is_logged_and_the_model_computes_its_prompts_again(llama: Path, runs: list[int], damage: str) -> None:
     probe = lz.Probe(str(llama), layers=1)
@@ -862,6 +865,7 @@ def best_score(fitted: Any) -> float:
     return float(held.reshape(len(held), -1).mean(axis=0).max())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("given", ["prompts", "groups"])
 def test_a_classifier_that_chooses_within_its_rows_keeps_what_belongs_together(given: str) -> None:
     # Thirty facts in four wordings with labels at random: among wordings the weakest penalty looks best, among facts none does.

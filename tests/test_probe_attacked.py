@@ -206,6 +206,7 @@ def test_a_folder_where_a_chunk_should_be_is_damage(llama: Path, runs: list[int]
     assert plan.kept == 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["flipped", "folder", "loop"])
 def test_one_damaged_group_does_not_stop_the_cache(llama: Path, how: str) -> None:
     lz.write_activations(lz.open_store(), model="other", prompts=["a"], pooled={"resid_mean": {0: [[1.0]]}})
@@ -228,11 +229,25 @@ def test_one_damaged_group_does_not_stop_the_cache(llama: Path, how: str) -> Non
 
 def test_files_of_a_killed_writer_are_not_a_stored_model(llama: Path) -> None:
     lz.Probe(str(llama), layers=2, dtype="bfloat16").fit(POSITIVE, NEGATIVE)
-    for path in Path(lz.open_store().url).glob("*/*/zarr.json"):
+    place = Path(lz.open_store().url)
+    for path in (*place.glob("*/*/zarr.json"), *place.glob("*/.committed/*")):
         path.unlink()
     assert lz.open_store().models() == []
     lz.Probe(str(llama), layers=2).fit(POSITIVE, NEGATIVE)
     assert lz.discover_cached("llama", POSITIVE[0]) is not None
+
+
+def test_of_what_lost_its_document_a_probe_runs_the_model_again_and_says_so(llama: Path) -> None:
+    expected = lz.Probe(str(llama), layers=2).fit(POSITIVE, NEGATIVE).predict_proba(POSITIVE)
+    for path in Path(lz.open_store().url).glob("*/*/zarr.json"):
+        path.unlink()
+    with pytest.warns(CacheWarning, match=r"zarr\.json is missing, though the part was committed"):
+        again = lz.Probe(str(llama), layers=2).fit(POSITIVE, NEGATIVE).predict_proba(POSITIVE)
+    np.testing.assert_array_equal(again, expected)
+    assert {problem.kind for problem in lz.open_store().verify(progress=False).problems} == {"missing"}
+    lz.open_store().repair(progress=False)
+    assert lz.open_store().verify(progress=False).ok
+    assert len(lz.open_store().dataset().prompt) == len({*POSITIVE, *NEGATIVE})
 
 
 # ---------------------------------------------------------------------------------------------------------------- settings

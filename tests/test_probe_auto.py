@@ -183,6 +183,7 @@ NEGATIVE = [f"The {i} rainy foxes are sad" for i in range(8)]
 TEST = ["I love a walk", "sad foxes", "the dog", "rainy"]
 
 
+@pytest.mark.few(1)
 @pytest.mark.model
 @pytest.mark.parametrize("word", ["auto", "fast_auto"])
 def test_the_model_runs_once_and_only_chosen_layers_are_read_to_predict(word: str, request: pytest.FixtureRequest) -> None:

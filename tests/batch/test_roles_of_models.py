@@ -85,12 +85,14 @@ def test_turns_that_look_like_headers(name: str) -> None:
     assert sorted(contents(name, chat[:-1]), key=lambda piece: piece[1]) == expected[:-1]
 
 
+@pytest.mark.few(15)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_empty_contents(name: str) -> None:
     assert contents(name, [system(""), user("he"), assistant("")]) == [("user", 1, "he")]
     assert contents(name, [system(""), user("he")]) == [("user", 1, "he")]
 
 
+@pytest.mark.few(25)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_without_reasoning_where_others_have_some(name: str) -> None:
     chat = [user("he"), assistant("<think>\nhm\n</think>\n\none"), user("he"), assistant("<think>\nhe\n</think>\n\ntwo")]
@@ -104,6 +106,7 @@ def test_an_answer_without_reasoning_where_others_have_some(name: str) -> None:
         assert found[-1] == ("assistant", 3, chat[3]["content"])
 
 
+@pytest.mark.few(27)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_calls_of_tools_and_their_results(name: str) -> None:
     result = {"role": "tool", "name": "look", "content": "blue", "tool_call_id": "abcdefghi"}

@@ -479,6 +479,7 @@ print(time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxr
     assert len(lz.open_store(tmp_path / "store").dataset().prompt) == count
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's own memory is read from Linux")
 def test_prompts_larger_than_memory_allows_are_read_in_pieces(tmp_path: Path) -> None:
     """Three prompts of 1.2 GB each, as holes in files; the whole process stays below 1 GiB."""

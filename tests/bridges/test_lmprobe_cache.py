@@ -290,6 +290,7 @@ def test_import_and_export_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
         assert err.count("\n") <= 2
 
 
+@pytest.mark.few(1)
 @torch_only
 def test_extract_says_that_lmprobes_entries_hold_the_prompts(
     old: Path, tiny_models: Callable[..., Path], caplog: pytest.LogCaptureFixture

@@ -53,6 +53,7 @@ def imported(folder: Path | str, place: Path, **options: Any) -> tuple[lz.Store,
     return lz.open_store(place), summary
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["sequences", "large files"])
 def test_every_value_of_a_dataset_of_sequences_is_the_one_that_lmprobe_was_given(
     made: dict[str, Path], truth: Truth, tmp_path: Path, name: str

@@ -207,6 +207,7 @@ def test_sweep_chooses_within_training_folds_and_prints_what_was_chosen(stored: 
         assert message in err
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("ending", "begins"), [(".md", "| layer |"), (".tex", "% Mean"), (".csv", "layer,")])
 def test_sweep_writes_a_table(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, ending: str, begins: str) -> None:
     place = tmp_path / f"scores{ending}"
@@ -258,6 +259,7 @@ def test_sweep_shuffles_as_often_as_the_control_says_and_shows_p_values(stored: 
     assert [row["probe"] for row in counted] == ["logistic_regression", "bag_of_tokens"]
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

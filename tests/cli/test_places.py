@@ -37,6 +37,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
 SWEEP = ["--probes", "mass_mean", "--cv", "2"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["scores", "scores.zarr", "scores.v2/", "of the sweep"])
 def test_report_opens_what_sweep_wrote_whatever_it_is_called(
     stored: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

@@ -56,7 +56,7 @@ def stored(folder: Path, **options: Any) -> Store:
 
 
 def part_of(store: Store) -> Path:
-    return next(p for p in (Path(store.url) / GROUP.name).iterdir() if p.is_dir())
+    return next(p for p in (Path(store.url) / GROUP.name).iterdir() if len(p.name) == 26)
 
 
 @contextmanager

@@ -100,6 +100,7 @@ def test_every_command_is_explained_on_a_page_that_somebody_wrote() -> None:
         assert f"lmprobe-zarr {name}" in text or f"make {name}" in text, name
 
 
+@pytest.mark.few(35)
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_every_command_on_a_page_is_one_that_the_parser_takes(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for block in [code for _, code in BLOCK.findall(page.read_text())]:

@@ -380,6 +380,7 @@ def test_a_commit_whose_answer_was_lost_is_a_success(cloud: Cloud, url: str) -> 
         storage.commit("g/p/zarr.json", b"[]", durable=True, replace=False)
 
 
+@pytest.mark.few(1)
 def test_of_many_who_commit_one_name_one_succeeds(cloud: Cloud, url: str) -> None:
     barrier = threading.Barrier(16)
 

@@ -247,6 +247,7 @@ def acts() -> dict[str, Callable[[Store], object]]:
     }
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize("act", acts())
 @pytest.mark.parametrize("where", ["the group", "the part", "prompts", "prompts/resid_mean", "an unfinished part", "the annotations"])
 def test_what_a_link_in_a_store_leads_to_is_never_removed(tmp_path: Path, where: str, act: str) -> None:

@@ -161,6 +161,7 @@ def few_bytes() -> Iterator[None]:
         tracemalloc.stop()
 
 
+@pytest.mark.few(6)
 def test_unchanged_everything_is_read(template: tuple[Path, Part]) -> None:
     root, part = template
     assert part.info.tables is not None
@@ -233,6 +234,7 @@ def test_tables_that_lie_take_no_memory(copied: tuple[Path, Part], few_bytes: No
                 np.testing.assert_array_equal(array.read_rows(1, 1, rows), VALUES[1, 64:128][rows])
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("change", [-1, 1, 2**20])
 def test_tables_of_another_length_are_refused(copied: tuple[Path, Part], change: int) -> None:
     root, part = copied
@@ -284,6 +286,7 @@ def _chunks_of(document: Any) -> list[int]:
     return found
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("lie", TABLES_LIES)
 def test_documents_that_contradict_themselves_are_refused_whole(copied: tuple[Path, Part], lie: str, few_bytes: None) -> None:
     root, part = copied
@@ -325,6 +328,7 @@ def test_a_sharded_array_needs_a_table_and_files_are_none(tmp_path: Path) -> Non
         lz.open_store(tmp_path / "s", "r").tokens()
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("nbytes", [0, 8, 2**31, 2**50])
 @pytest.mark.parametrize("name", ["chunk_table", "block_table"])
 def test_files_of_tables_that_are_said_to_be_huge_are_not_read(tmp_path: Path, name: str, nbytes: int, few_bytes: None) -> None:

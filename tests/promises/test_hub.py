@@ -398,6 +398,7 @@ BUSY = HubFault(status=429, headers={"Retry-After": "1"})
 PASSING = {"429": BUSY, "503": HubFault(status=503), "hung up on": HubFault(hang_up=True), "cut short": HubFault(cut=20)}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", PASSING)
 def test_a_fault_that_passes_is_not_noticed(hub: Hub, store: Store, name: str) -> None:
     hub.fault = some_times(1, PASSING[name])
@@ -455,6 +456,7 @@ FAILURES: dict[str, tuple[type[Exception], str | bool, HubFault | None, str]] = 
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", FAILURES)
 def test_failed_requests_raise_one_of_our_errors_without_a_token(
     hub: Hub, store: Store, name: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -55,6 +55,7 @@ def test_the_checksum_is_that_of_the_standard() -> None:
     assert independent_reader.crc32c(bytes(range(32))) == 0x46DD794E
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_part_is_read_to_the_values_that_were_written_without_zarr_and_without_this_package(
     tmp_path: Path, dtype: str, version: int

@@ -26,6 +26,7 @@ def load(url: str, minutes: float, readers: int, writers: int) -> dict[str, Any]
     return result
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_many_processes_read_no_wrong_value_and_neither_memory_nor_open_files_grow(

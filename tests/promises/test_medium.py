@@ -136,6 +136,7 @@ def some_work(store: Store) -> None:
     store.delete(MODEL, ["a"])
 
 
+@pytest.mark.long
 @pytest.mark.few(1)
 @pytest.mark.parametrize("what", FAULTS if STRESS else ("overloaded", "cut short"))
 def test_on_a_flapping_server_everything_comes_out_right(s3: S3, url: str, what: str) -> None:

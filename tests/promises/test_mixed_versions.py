@@ -123,6 +123,7 @@ def test_a_store_of_both_versions_reads_as_one(mixed: Store) -> None:
     )
 
 
+@pytest.mark.few(2)
 def test_the_independent_reader_shows_the_same(mixed: Store) -> None:
     read = independent_reader.read_group(Path(mixed.url) / GROUP.name)
     expected = shown(batches())

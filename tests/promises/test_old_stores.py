@@ -120,6 +120,7 @@ def test_plain_xarray_reads_a_part_of_an_old_store(old: Path) -> None:
     np.testing.assert_array_equal(plain.resid.values, store.tokens("acme/toy").resid.sel(layer=list(part.info.layers)).values)
 
 
+@pytest.mark.few(1)
 def test_an_old_store_grows_and_is_compacted_and_verified(old: Path) -> None:
     expected = load(old)
     store = lz.open_store(old / "store")

@@ -48,6 +48,7 @@ def written(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
     return store, f"{store.url}/{GROUP.name}/{info.name}"
 
 
+@pytest.mark.few(6)
 def test_plain_xarray_reads_both_groups_of_a_part(written: tuple[Store, str]) -> None:
     store, part = written
     prompts, tokens = xr.open_zarr(part, group="prompts"), xr.open_zarr(part, group="tokens", chunks=None)

@@ -173,6 +173,7 @@ def test_a_layer_that_was_read_serves_its_prompts_and_rows(filled: Path, folder:
     assert tables == [], "of the files of chunks nothing is read"
 
 
+@pytest.mark.few(2)
 def test_selections_in_any_order_are_those_of_numpy_and_are_fetched_once(filled: Path, folder: Path) -> None:
     dice = np.random.default_rng(1)
     n = int(COUNTS.sum())
@@ -330,6 +331,7 @@ def test_a_chunk_that_comes_damaged_is_an_error_is_not_kept_and_is_right_once_it
     read_all(session(filled, folder)[0])
 
 
+@pytest.mark.few(2)
 def test_verify_and_repair_look_at_the_place_and_never_at_what_is_kept(filled: Path, folder: Path) -> None:
     store, _ = session(filled, folder)
     read_all(store)

@@ -171,6 +171,7 @@ def test_what_is_handed_out_comes_back_the_same(handed_out: dict[str, xr.Dataset
         assert _differences(handed_out[name], back, engine) == []
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("engine", ["h5netcdf", "netcdf4", "zarr 2", "zarr 3"])
 def test_a_tree_comes_back_the_same(engine: str, tmp_path: Path) -> None:
     tree = _store(tmp_path / "store").datatree()

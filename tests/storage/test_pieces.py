@@ -79,6 +79,7 @@ def test_several_buffers_and_arrays_are_one_piece(storage: Storage) -> None:
     assert writer.nbytes == 1208
 
 
+@pytest.mark.few(2)
 def test_writing_again_replaces_a_longer_file(storage: Storage) -> None:
     storage.write("f", RNG.bytes(5000), durable=False)
     with storage.open_pieces("f", durable=False) as writer:

@@ -71,6 +71,7 @@ def read(storage: Storage, ranges: Sequence[tuple[int, int]], key: str = "f") ->
 # ----------------------------------------------------------------------------------------------------------- every place
 
 
+@pytest.mark.few(2)
 def test_ranges_are_slices_of_the_file(storage: Storage) -> None:
     storage.write("a/f", DATA, durable=False)
     assert read(storage, MANY, "a/f") == right(MANY)
@@ -101,6 +102,7 @@ def test_what_is_no_range_is_an_error(storage: Storage) -> None:
             storage.read_ranges("f", ranges)
 
 
+@pytest.mark.few(2)
 def test_a_range_takes_no_more_memory_than_the_file_has(storage: Storage) -> None:
     storage.write("f", DATA[:100_000], durable=False)
     tracemalloc.start()

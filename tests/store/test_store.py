@@ -372,6 +372,7 @@ def test_several_groups_of_a_model_need_a_choice(store: Store) -> None:
         store.dataset()
 
 
+@pytest.mark.few(2)
 def test_layers_and_prompts_that_are_not_there_are_named(store: Store) -> None:
     store.write(GROUP, make_batch(TEXTS))
     with pytest.raises(LayerOutOfRangeError, match=r"layer 2 is not stored .* holds layers 0-1, 3"):

@@ -230,6 +230,7 @@ def test_batches_that_are_kept_stay_as_they_are(tokens: xr.Dataset, options: dic
     assert len(places) < len(copies)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_iteration_resumes_at_any_step_of_any_epoch(tokens: xr.Dataset, drop_last: bool, chunk_reads: list[tuple[str, int, int]]) -> None:
     options: dict[str, Any] = {"layer": 0, "batch_tokens": 70, "buffer_tokens": 150, "epochs": 3, "labels": "row", "drop_last": drop_last}

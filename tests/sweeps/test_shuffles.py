@@ -49,6 +49,7 @@ def shuffled(array: xr.DataArray, number: int = 19, probes: Any = "mass_mean", *
 # -- p-values --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("signal", [0.0, 1.5])
 def test_a_p_value_is_that_of_all_permutations_within_the_error_of_the_shuffles(signal: float) -> None:
     x, y = noise(4, 8, signal=signal)
@@ -111,6 +112,7 @@ def test_smaller_errors_are_better_and_regressions_have_p_values_too() -> None:
     assert (worse[["r2_p_value", "mae_p_value"]].sel(probe="ridge_regression").to_array() > 0.05).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["prompts", "groups", "pairs", "copies"])
 def test_p_values_of_labels_without_meaning_are_uniform_or_conservative(kind: str) -> None:
     times, number = (1000, 19) if STRESS else (12, 9)
@@ -266,6 +268,7 @@ def test_folds_of_tokens_are_drawn_for_shuffled_labels() -> None:
     assert np.mean(found) == pytest.approx(np.mean(oracle), abs=0.05)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", ["prompts", "groups", "spans"])
 def test_p_values_of_tokens_without_meaning_are_uniform_or_conservative(kind: str) -> None:
     times, number = (400, 9) if STRESS else (6, 4)

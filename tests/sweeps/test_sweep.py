@@ -101,6 +101,7 @@ def test_the_result_is_labelled_and_records_its_arguments() -> None:
     assert json.loads(json.dumps(scores.attrs)) == scores.attrs
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_scores_equal_a_plain_scikit_learn_loop(dtype: str) -> None:
     data = values(dtype)
@@ -214,6 +215,7 @@ def test_labels_that_do_not_fit_are_refused(labels: Any, message: str) -> None:
     assert TEXTS[50] not in str(caught.value)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("column", "label"), [(np.where(np.arange(PROMPTS) < 9, -1, Y), -1), (np.array([*[""] * 9, *"ab" * 25, "a"]), "")])
 def test_an_attribute_that_outlives_its_column_makes_no_label_missing(column: Any, label: Any) -> None:
     given = activations().assign_coords(mark=("prompt", column))

@@ -86,6 +86,7 @@ def in_memory(name: str, x: Any, y: Any) -> Any:
 # -- fits ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_exact_probes_equal_the_fit_in_memory(name: str, dtype: str, small_blocks: None) -> None:
@@ -133,6 +134,7 @@ def test_minibatches_find_the_direction_of_the_log_odds_and_their_order_is_the_s
     assert roc_auc_score(truth, lz.score_tokens(fitted, held)[0]) > 0.87  # 0.884 with the true direction
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_logistic_regression_by_passes_is_the_fit_in_memory(n_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.linear_model import LogisticRegression
@@ -186,6 +188,7 @@ def test_a_descent_that_did_not_converge_is_reported(monkeypatch: pytest.MonkeyP
     assert not fitted.converged.any()
 
 
+@pytest.mark.few(2)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("name", [*EXACT, "sgd"])
 def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
@@ -794,6 +797,7 @@ def write_many(folder: Path, rows: int, hidden: int) -> None:
         )
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this machine does not tell a process's peak of memory")
 def test_memory_is_bounded_by_sums_and_blocks_on_many_token_rows(tmp_path: Path) -> None:
     rows, hidden = (5_000_000, 256) if os.environ.get("LMPROBE_ZARR_STRESS") else (1_000_000, 64)

@@ -211,6 +211,7 @@ def test_groups_are_on_one_side_of_the_diagonal_and_of_the_rest() -> None:
     assert "train a, test b: every prompt, or group of 'fact', is in both" in shared.accuracy.attrs["nan_reasons"]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(("first", "second", "unseen"), [
     ("prompt", "prompt", 60), ("text", "text", 60), ("prompt", "text", 60), ("text", "prompt", 60),
     ("", "", 120), ("number", "number", 120), ("prompt", "", 120), ("number", "prompt", 120),

@@ -58,6 +58,7 @@ USES: dict[str, Any] = {
 }
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("use", ["sweep", "directions", "tokens by prompt", "probe"])
 def test_labels_by_position_are_refused_for_rows_of_several_calls_in_every_form(several: Any, use: str, form: str) -> None:
@@ -65,6 +66,7 @@ def test_labels_by_position_are_refused_for_rows_of_several_calls_in_every_form(
         USES[use](several.dataset(), FORMS[form])
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("use", USES)
 def test_labels_by_position_are_taken_where_the_order_is_known_and_refused_elsewhere(one: Any, several: Any, use: str) -> None:
     USES[use](one.dataset(), Y)
@@ -86,6 +88,7 @@ OTHERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("use", OTHERS)
 def test_whatever_else_is_given_by_position_is_refused_too(one: Any, several: Any, use: str) -> None:
     OTHERS[use](one.dataset())

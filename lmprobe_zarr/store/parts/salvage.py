@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,12 +89,12 @@ def salvage(storage: Storage, path: str) -> Salvaged | None:
             files={},
             removed=removed,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:  # the last of a file that was cut off
         if isinstance(error, (AccessDeniedError, UnreachableError)):
             raise
         return None
     texts: dict[bytes, str] = {}
-    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, CorruptPartError):
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, CorruptPartError, struct.error):
         stored = _read_column(storage, path, "prompts/text")
         texts = {bytes.fromhex(digest[:HASH_DIGITS]): text for digest, text in zip(digests, stored, strict=True)}
     every = np.arange(len(digests))

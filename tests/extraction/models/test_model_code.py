@@ -36,6 +36,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("code") / "tiny-llama")
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "mixtral", "bert", "deepseek_v3", "falcon_new"])
 @pytest.mark.parametrize("head", ["AutoModel", "AutoModelForCausalLM"])
 def test_a_plain_model_has_no_such_field(kind: str, head: str) -> None:

@@ -210,6 +210,7 @@ def test_a_module_with_an_axis_of_heads_gives_them_end_to_end() -> None:
         close(values["q"], np.stack([prompt["q", layer] for layer in range(4)]))
 
 
+@pytest.mark.few(11)
 @pytest.mark.parametrize(
     ("sites", "error", "message"),
     [

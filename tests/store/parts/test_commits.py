@@ -182,6 +182,7 @@ def test_a_place_that_takes_no_sign_takes_the_part(store: Store, monkeypatch: py
     assert len(lz.open_store(store.url, "r").dataset().prompt) == 3
 
 
+@pytest.mark.few(1)
 def test_a_removal_that_is_killed_at_any_moment_is_never_taken_for_damage(store: Store) -> None:
     """Readers see the part or pass it over; an interrupted removal is garbage."""
     write(store, 1)

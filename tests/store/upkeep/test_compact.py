@@ -127,6 +127,7 @@ def test_parts_of_equal_shape_are_merged_without_replaced_prompts(store: Store) 
     assert store.compact().runs == ()
 
 
+@pytest.mark.few(2)
 def test_a_merged_part_keeps_its_place_and_names_all_parts_that_it_replaces(store: Store) -> None:
     names = [store.write(GROUP, make_batch([t], seed=i)) for i, t in enumerate("abcd")]
     part_nbytes = store.compact(dry_run=True).nbytes // 4

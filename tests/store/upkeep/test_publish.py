@@ -177,6 +177,7 @@ def part_tokens(copy: Store) -> Any:
     return np.stack([array.read_chunk(i, 0)[: counts.sum()] for i in range(3)])
 
 
+@pytest.mark.few(1)
 def test_prompts_layers_and_models_can_be_chosen_and_texts_left_out(store: Store, tmp_path: Path) -> None:
     filled(store)
     store.write(OTHER, make_batch(["secret"], seed=3))
@@ -238,6 +239,7 @@ def test_the_card_describes_the_copy_and_how_to_open_it(store: Store, tmp_path: 
     assert (tmp_path / "own" / "README.md").read_text() == "# Mine\n"
 
 
+@pytest.mark.few(1)
 def test_publish_replaces_nothing_but_an_older_copy(store: Store, tmp_path: Path) -> None:
     filled(store)
     live = filled(lz.open_store(tmp_path / "live"))
