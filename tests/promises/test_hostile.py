@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
@@ -189,11 +190,12 @@ def test_model_names_made_to_climb_each_get_a_folder_of_their_own_in_the_root(tm
         fresh.dataset()
     assert len(str(error.value)) < 3000
     assert len(str(error.value).splitlines()) <= 2
-    for name in SHOWN:
+    exported = list(SHOWN) if "LMPROBE_ZARR_STRESS" in os.environ else list(SHOWN)[::6]
+    for name in exported:
         lz.export_safetensors(fresh, tmp_path / "out" / "cache", model=name, progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "out"]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["cache"]
-    assert {p.name for p in (tmp_path / "out" / "cache").iterdir()} == {lmprobe_folders.model_hash(name) for name in SHOWN}
+    assert {p.name for p in (tmp_path / "out" / "cache").iterdir()} == {lmprobe_folders.model_hash(name) for name in exported}
 
 
 def test_prompts_made_to_climb_are_only_ever_hashed_and_come_back_as_they_were(tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_where_the_chunk_table_lies_values_come_by_the_blocks(copied: tuple[Path
         restore()
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 def test_where_the_block_table_lies_values_come_by_the_chunks(copied: tuple[Path, Part]) -> None:
     root, part = copied
     restore = restored(root, part)

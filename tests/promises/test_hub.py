@@ -409,7 +409,7 @@ def test_a_fault_that_passes_is_not_noticed(hub: Hub, store: Store, name: str) -
 
 @pytest.mark.parametrize("kind", ["create", "preupload", "batch", "piece", "complete", "object", "validate", "commit"])
 @pytest.mark.parametrize("fault", [HubFault(status=503), HubFault(hang_up=True)], ids=["503", "hung up on"])
-@pytest.mark.few(12)
+@pytest.mark.few(4)
 def test_an_upload_that_breaks_shows_nothing_and_the_next_goes_on_with_what_is_there(
     hub: Hub, tmp_path: Path, kind: str, fault: HubFault
 ) -> None:

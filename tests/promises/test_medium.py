@@ -54,11 +54,13 @@ def test_on_a_full_disk_nothing_half_shows_and_with_some_space_the_next_try_succ
     run("full", tmp_path, 1 if STRESS else 49, *OWN_MOUNTS)
 
 
+@pytest.mark.long
 @needs_mounts
 def test_on_a_disk_that_becomes_read_only_nothing_half_shows(tmp_path: Path) -> None:
     run("read_only", tmp_path, 5 if STRESS else 70, *OWN_MOUNTS)
 
 
+@pytest.mark.long
 def test_missing_permissions_are_reported_and_not_taken_for_damage(open_folder: Path) -> None:
     run("permission", open_folder, 5 if STRESS else 90)
 

@@ -103,7 +103,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, tiny_models: SharedModels, wa
     return {"folder": folder, "model": model, **{name: run(name, model, cache, warmed) for name, cache in caches.items()}}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", list(PROBES))
 def test_probes_predict_what_lmprobes_predict(both: dict[str, Any], name: str) -> None:
     theirs, ours = both["lmprobe"][name], both["lmprobe_zarr"][name]

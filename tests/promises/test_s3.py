@@ -799,6 +799,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.long
 def test_the_server_ends_with_a_test_run_that_is_killed(s3: S3, tmp_path: Path) -> None:
     run = subprocess.Popen([sys.executable, "-c", STARTS, str(tmp_path), str(SUPPORT)], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None

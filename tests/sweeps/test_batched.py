@@ -108,6 +108,7 @@ def test_what_the_batch_cannot_solve_is_fitted_one_by_one(array: xr.DataArray, m
     same(lz.sweep(array, "label", "ridge", solver="batched"), expected)
 
 
+@pytest.mark.long
 def test_every_scheduler_gives_the_same_bits(array: xr.DataArray) -> None:
     scores = [
         lz.sweep(array, "label", strengths=(0.1, 10), solver="batched", scheduler=scheduler, n_workers=workers, predictions=True)

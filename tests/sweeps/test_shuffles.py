@@ -268,7 +268,7 @@ def test_folds_of_tokens_are_drawn_for_shuffled_labels() -> None:
     assert np.mean(found) == pytest.approx(np.mean(oracle), abs=0.05)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["prompts", "groups", "spans"])
 def test_p_values_of_tokens_without_meaning_are_uniform_or_conservative(kind: str) -> None:
     times, number = (400, 9) if STRESS else (6, 4)

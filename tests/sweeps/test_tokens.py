@@ -204,6 +204,7 @@ def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
         np.testing.assert_allclose(fitted.coef, expected.coef, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_processes_and_a_client_give_the_same(stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_descents, "_EPOCHS", (4, 4))

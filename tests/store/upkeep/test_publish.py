@@ -132,6 +132,7 @@ def test_over_http_from_a_server_that_lists_nothing(served: tuple[Path, str, lis
         lz.open_store(f"{url}/nothing")
 
 
+@pytest.mark.long
 def test_over_http_sizes_need_no_download_and_checksums_do(served: tuple[Path, str, list[str]], tmp_path: Path) -> None:
     folder, url, requests = served
     filled(lz.open_store(tmp_path / "s")).publish(folder / "acts")

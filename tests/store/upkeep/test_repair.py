@@ -684,6 +684,7 @@ def url(s3: S3) -> str:
         ("array document", "emptied"), ("part document", "flipped"),
     ],
 )  # fmt: skip
+@pytest.mark.few(1)
 def test_damage_is_found_and_repaired_on_s3(url: str, kind: str, damage: Damage) -> None:
     case, parts = CASES[kind], parts_of(build(url))
     storage = open_storage(url)
