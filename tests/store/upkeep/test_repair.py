@@ -702,6 +702,8 @@ def test_damage_is_found_and_repaired_on_s3(url: str, kind: str, damage: Damage)
 def test_a_fast_verification_reads_documents_only_on_s3(s3: S3, url: str) -> None:
     build(url)
     store = lz.open_store(url, "r", storage_options=s3.options(counted=True))
+    assert store.catalog.hint is not None
+    store.catalog.hint.result()  # the list that opening requests, without waiting for it
     s3.proxy.reset()
     assert store.verify(full=False, progress=False).ok
     kinds = s3.proxy.kinds()
