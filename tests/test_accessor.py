@@ -80,7 +80,7 @@ def test_at_takes_one_token_of_every_prompt(data: xr.Dataset, position: int) -> 
         np.testing.assert_array_equal(taken.resid.sel(prompt=prompt).values, data.resid.values[:, row])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pooling", list(REDUCE))
 @given(data=shuffled_tokens())
 @settings(max_examples=30, deadline=None)

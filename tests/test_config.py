@@ -139,7 +139,7 @@ print(len(logging.getLogger("lmprobe_zarr.cache").handlers))
 """
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("value", "handlers", "shown"), [("", "0", False), ("1", "1", True), ("debug", "1", True)])
 def test_logging_is_silent_until_enabled(value: str, handlers: str, shown: bool, tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "LMPROBE_CACHE_DIR": str(tmp_path), "LMPROBE_CACHE_DEBUG": value}

@@ -90,7 +90,7 @@ def test_given_axes_are_drawn_on() -> None:
     assert plot_scores(scores(), ax=mine) is mine
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.b.SVG", b"<?xml"), ("a.pdf", b"%PDF")])
 def test_the_file_ending_chooses_the_format_of_a_plot(tmp_path: Path, name: str, start: bytes) -> None:
     save_plot(plot_scores(scores()), str(tmp_path / name))
@@ -106,7 +106,7 @@ def test_dots_per_inch_give_the_width_in_pixels(tmp_path: Path) -> None:
     assert imread(tmp_path / "a.png").shape[:2] == (150, 200)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -258,7 +258,7 @@ def test_many_tokens_and_layers_have_few_ticks_that_people_count_in(tmp_path: Pa
     assert axes.get_xlabel() == "position of the token"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("n", [2, 30, 64])
 def test_names_of_tokens_do_not_overlap(n: int) -> None:
     axes: Any = plot_tokens(token_scores(n, texts=[f" extraordinarily{i}" for i in range(n)]))

@@ -565,7 +565,7 @@ def test_it_works_with_scikit_learns_own_tools() -> None:
 # ------------------------------------------------------------------------------------------------------------------ files
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("classifier", ["logistic_regression", "ridge", "lda", "mass_mean"])
 def test_a_saved_probe_predicts_the_same_bits(llama: Path, tmp_path: Path, classifier: str) -> None:
     probe = lz.Probe(str(llama), layers=[1, 3], pooling="mean", classifier=classifier, random_state=3).fit(POSITIVE, NEGATIVE)

@@ -348,6 +348,7 @@ def test_scores_of_tokens_come_one_per_class_or_not_at_all(llama: Path) -> None:
     assert set(probe.set_params(inference_pooling="mean").predict(POSITIVE)) <= {0, 1, 2, 3}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("classifier", ["svm", "ridge"])
 def test_the_area_under_the_curve_needs_scores_not_probabilities(llama: Path, classifier: str) -> None:
     from sklearn.model_selection import cross_val_score

@@ -109,7 +109,7 @@ def test_infinity_and_nan_of_the_model_are_no_overflow(store: Store) -> None:
     assert np.isnan(values[1])
 
 
-@pytest.mark.few(20)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", None])
 @pytest.mark.parametrize("keep_bits", [3, 5, 7, None])
 def test_what_is_stored_reads_back_within_the_error_of_its_precision(store: Store, dtype: str | None, keep_bits: int | None) -> None:

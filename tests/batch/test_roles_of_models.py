@@ -75,7 +75,7 @@ def contents(name: str, chat: list[dict[str, Any]], **options: Any) -> list[tupl
     return [piece for piece in pieces if piece[0]]
 
 
-@pytest.mark.few(13)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_turns_that_look_like_headers(name: str) -> None:
     chat = [system("user"), user("he"), assistant("he"), user("assistant"), assistant("end")]
@@ -92,7 +92,7 @@ def test_empty_contents(name: str) -> None:
     assert contents(name, [system(""), user("he")]) == [("user", 1, "he")]
 
 
-@pytest.mark.few(25)
+@pytest.mark.few(15)
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_answer_without_reasoning_where_others_have_some(name: str) -> None:
     chat = [user("he"), assistant("<think>\nhm\n</think>\n\none"), user("he"), assistant("<think>\nhe\n</think>\n\ntwo")]

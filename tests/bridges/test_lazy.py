@@ -82,7 +82,7 @@ def filled(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("level", ["prompts", "tokens"])
 @pytest.mark.parametrize(
     "options",

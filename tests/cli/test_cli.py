@@ -207,7 +207,7 @@ def test_sweep_chooses_within_training_folds_and_prints_what_was_chosen(stored: 
         assert message in err
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("ending", "begins"), [(".md", "| layer |"), (".tex", "% Mean"), (".csv", "layer,")])
 def test_sweep_writes_a_table(stored: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, ending: str, begins: str) -> None:
     place = tmp_path / f"scores{ending}"

@@ -12,7 +12,7 @@ from paths import ROOT
 from lmprobe_zarr import errors
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(12)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.model) if n in errors_page.MODELS else n for n in errors_page.provoked()]
 )

@@ -18,7 +18,7 @@ def test_the_page_about_the_environment_is_what_the_settings_say() -> None:
     assert reference_pages.ENVIRONMENT.read_text(encoding="utf-8") == reference_pages.environment(), AGAIN
 
 
-@pytest.mark.few(15)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", [name for name, _ in reference_pages.commands()])
 def test_help_matches_the_page(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = reference_pages.COMMAND_LINE.read_text(encoding="utf-8")

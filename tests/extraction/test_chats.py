@@ -77,7 +77,7 @@ def check_tokens(model: Any, store: Store, label: str, ids: list[int], *, layers
 # ------------------------------------------------------------------------------------------------------- options of templates
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -61,7 +61,7 @@ def assert_same(found: xr.DataArray, right: xr.DataArray, near: float = 1e-5) ->
     np.testing.assert_allclose(found.values, right.values, rtol=0, atol=near * float(np.nanmax(np.abs(right.values))))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_deeper_layers_equal_those_of_the_plain_pass(kind: str, saved: Callable[..., Path], tmp_path: Path) -> None:
     model = saved(kind)
@@ -131,7 +131,7 @@ def test_a_bfloat16_model_goes_on_from_what_is_stored_exactly(saved: Callable[..
     assert_same(found, right, near=1e-2)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [{"storage_dtype": "float16"}, {"storage_dtype": "bfloat16"}, {"keep_bits": 9}],
@@ -174,7 +174,7 @@ def test_rounding_is_seen_in_the_values() -> None:
     assert is_rounded(values.astype(np.float16), "float32")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("stored", "asked", "why"),
     [

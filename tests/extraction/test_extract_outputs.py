@@ -100,7 +100,7 @@ def test_whole_logits_of_every_token(saved: Callable[[str], Path], acts: Store, 
     assert runs == [6]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_routers_are_stored_by_layer_and_expert(kind: str, saved: Callable[[str], Path], acts: Store, runs: list[int]) -> None:
     model = saved(kind)
@@ -168,7 +168,7 @@ def test_means_of_bfloat16_tokens_are_bfloat16_as_the_model_would_give_them(tmp_
     assert mine.attrs["stored_dtype"] == theirs.attrs["stored_dtype"] == "bfloat16"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("dtype", "keep_bits"), [("float16", None), ("bfloat16", None), ("float32", 5), ("float16", 6)])
 def test_storage_precision_by_argument_and_by_setting(
     dtype: str, keep_bits: int | None, saved: Callable[[str], Path], acts: Store, tmp_path: Path

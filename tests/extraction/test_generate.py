@@ -114,7 +114,7 @@ def no_generating() -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- right answers
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_answers_are_those_of_each_prompt_alone(kind: str, acts: Store) -> None:
     model = tiny_model(kind, "AutoModelForCausalLM")
@@ -136,7 +136,7 @@ def test_settings_that_look_at_earlier_tokens_do_not_see_padding(llama: Any, act
     assert recorded(acts)[0]["generation"]["batches"] == "equal"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("name", "config", "options"),
     [
@@ -171,7 +171,7 @@ def during_generation(model: Any, ids: list[int], count: int) -> Any:
     return np.stack([torch.cat([each.reshape(-1, each.shape[-1]) for each in outputs]).numpy() for outputs in seen])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "gemma2", "mixtral"])
 def test_activations_are_those_during_generation(kind: str, acts: Store) -> None:
     model = tiny_model(kind, "AutoModelForCausalLM")
@@ -305,7 +305,7 @@ def interrupt_after(patch: pytest.MonkeyPatch, *, batches: int) -> None:
     patch.setattr(generating, "_run_batch", run_batch)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -102,7 +102,7 @@ def options_of(how: str, group: str) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- the caller says so
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["group", "any"])
 def test_an_imported_group_serves_where_the_caller_says_that_it_is_this_model(
     moved: tuple[Store, str], truth: dict[str, list[Any]], llama: Path, how: str, runs: list[int], tmp_path: Path
@@ -127,7 +127,7 @@ def test_an_imported_group_serves_where_the_caller_says_that_it_is_this_model(
     assert runs == [10]  # by the probe with a store of its own
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["group", "any"])
 def test_what_the_group_lacks_is_added_to_it_with_its_provenance_in_the_part(
     moved: tuple[Store, str], truth: dict[str, list[Any]], llama: Path, how: str, runs: list[int], tmp_path: Path
@@ -172,7 +172,7 @@ def test_workers_add_to_the_group_that_was_found(tmp_path: Path, truth: dict[str
 # ---------------------------------------------------------------------------------------------------------------- what is said
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_what_is_unknown_is_said_in_plan_log_result_and_info(
     moved: tuple[Store, str], llama: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,7 +197,7 @@ def test_what_is_unknown_is_said_in_plan_log_result_and_info(
     assert "revision, weights" in call(capsys, "info", store.storage.url)[1]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_nothing_is_extracted_twice_without_a_word(moved: tuple[Store, str], llama: Path) -> None:
     store, group = moved
     plan = lz.plan_extract(llama, [*PROMPTS, *NEW], store=store)

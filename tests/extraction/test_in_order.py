@@ -68,7 +68,7 @@ def alone(folder: Path, texts: list[str]) -> list[Any]:
     return found
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("window_bytes", [256 << 20, 3_000], ids=["in memory", "in a scratch file"])
 @pytest.mark.parametrize("batches", [1, 3, 64])
 def test_rows_of_every_part_and_of_the_view_are_in_the_callers_order(
@@ -193,7 +193,7 @@ def test_labels_by_list_and_by_column_give_the_same_scores(llama: Path, acts: St
     np.testing.assert_array_equal(by_list.accuracy.values, by_column.accuracy.values)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("second", [PROMPTS[10:], PROMPTS, PROMPTS[::-1]], ids=["others", "more", "in another order"])
 def test_after_a_second_call_a_bare_list_is_refused(llama: Path, acts: Store, second: list[str]) -> None:
     first = PROMPTS if second == PROMPTS[::-1] else PROMPTS[:20]

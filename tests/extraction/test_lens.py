@@ -72,7 +72,7 @@ def assert_is_top_of(lens: xr.Dataset, logits: Any, *, rtol: float = 1e-5) -> No
     np.testing.assert_allclose(lens[LOG_PROBS].values, log_probs.numpy(), atol=10 * near + 1e-5, rtol=0)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [*NORMS, *SCALED])
 def test_last_layer_gives_the_models_own_logits_and_others_norm_and_head(kind: str, tmp_path: Path) -> None:
     folder = saved(kind, tmp_path)

@@ -98,7 +98,7 @@ def assert_same(found: Path, right: Path, near: float = 1e-5) -> None:
 # -- values ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", list(TINY) if STRESS else KINDS)
 def test_streamed_values_are_those_of_the_plain_pass(kind: str, tiny_models: SharedModels, tmp_path: Path) -> None:
     model = tiny_models(kind, head="AutoModel" if TINY[kind].encoder else "AutoModelForCausalLM")
@@ -296,7 +296,7 @@ def test_a_stopped_run_goes_on_with_its_block(llama: Path, tmp_path: Path, monke
     assert not left_beside(store)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("file", ["rows-0001", "kept-0000", "pass-0000.json", "window.json"])
 def test_what_is_damaged_is_not_gone_on_from(file: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, n = tmp_path / "streamed", len(PROMPTS)
@@ -310,7 +310,7 @@ def test_what_is_damaged_is_not_gone_on_from(file: str, llama: Path, tmp_path: P
     assert_same(store, tmp_path / "plain")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("change", ["prompts", "layers", "dtype", "weights"])
 def test_another_run_does_not_go_on_from_it(change: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, n, model = tmp_path / "streamed", len(PROMPTS), tmp_path / "llama"
@@ -402,7 +402,7 @@ def damage_and_repair(store: lz.Store) -> None:
     assert store.repair(progress=False).lost
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("change", [compact_and_delete, evict_half, evict_all, damage_and_repair])
 def test_a_store_that_is_changed_between_two_blocks(
     change: Callable[[lz.Store], None], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

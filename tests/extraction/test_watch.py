@@ -84,7 +84,7 @@ def beginnings(written: Any) -> list[list[str]]:
 LEARNED = ("attention:2", "multimax:2", "softmax_mean:2", "rolling_mean_max:3", "mlp:4")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("label", ["label", "three"])
 @pytest.mark.parametrize("probe", ["lda", *LEARNED])
 def test_scores_are_those_of_stored_tokens(
@@ -139,7 +139,7 @@ PROBES: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("three", [False, True])
 @pytest.mark.parametrize("given", PROBES, ids=lambda given: "-".join(map(str, given.values())))

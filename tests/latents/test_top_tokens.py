@@ -43,7 +43,7 @@ def as_rows(found: xr.DataArray) -> list[tuple[str, int, float]]:
     return list(zip(found.prompt.values, found.position.values, found.values, strict=True))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("k", [3, 12])
 @pytest.mark.parametrize("least", [1, 16])
 def test_the_strongest_are_those_of_a_search_of_everything(least: int, k: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ def scores(probes: list[str], n_layers: int = 4, n_folds: int = 3) -> xr.Dataset
     return xr.Dataset({"accuracy": (dims, values)}, coords=coords, attrs=attrs)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "long"), [(1, True), (3, False), (12, True), (40, False), (120, True)])
 def test_scores_of_any_number_of_probes_can_be_read(n: int, long: bool) -> None:
     axes: Any = plot_scores(scores(names(n, long=long)))
@@ -61,7 +61,7 @@ def test_layers_with_names_and_layers_far_apart_have_ticks_that_do_not_touch() -
     assert [label.get_text() for label in apart.get_xticklabels()][-1] == "500"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "long"), [(1, True), (12, True), (40, False)])
 def test_curves_can_be_read(n: int, long: bool) -> None:
     rng = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def test_curves_can_be_read(n: int, long: bool) -> None:
     assert_readable(plot_calibration(calibration))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "long"), [(1, True), (3, True), (12, False), (40, False), (40, True), (120, True)])
 def test_matrices_can_be_read_and_name_every_row_up_to_sixty(n: int, long: bool) -> None:
     values = np.random.default_rng(0).uniform(-1, 1, (n, n))
@@ -94,7 +94,7 @@ def test_a_transfer_between_any_number_of_datasets_can_be_read() -> None:
         assert_readable(plot_transfer(given))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "layers"), [(1, 1), (3, 12), (12, 40), (64, 3), (120, 120)])
 def test_tokens_can_be_read(n: int, layers: int) -> None:
     coords = {
@@ -188,6 +188,7 @@ DRAWN: dict[str, Any] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", DRAWN)
 @pytest.mark.parametrize(("width", "inches", "letters"), [("page", 7.0, 9.0), ("column", 3.4, 8.0), (5.5, 5.5, 9.0)])
 def test_a_figure_fits_a_page_or_a_column_with_letters_that_can_be_read(name: str, width: Any, inches: float, letters: float) -> None:

@@ -93,7 +93,7 @@ def no_other_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(font_manager.fontManager, "ttflist", kept)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("script", list(SCRIPTS))
 @pytest.mark.usefixtures("no_other_fonts")
 def test_a_script_that_no_font_has_is_named_in_the_picture_and_matplotlib_warns_of_nothing(tmp_path: Path, script: str) -> None:

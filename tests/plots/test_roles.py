@@ -74,6 +74,7 @@ def test_without_roles_or_where_they_are_not_wanted_there_is_no_band() -> None:
     assert (bands(alone), legend(alone)) == ({}, ["generated"])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("width", ["page", "column"])
 def test_the_band_the_title_and_the_legend_do_not_touch(width: Any) -> None:
     given = scores(role=ROLES, generated=MADE).assign_coords(model="an-organisation/a-model-with-a-long-name-7B-Instruct")

@@ -159,6 +159,7 @@ def test_the_error_names_what_cannot_be_drawn() -> None:
         plot_heatmap(chosen)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("width", ["page", "column"])
 @pytest.mark.parametrize(("n_probes", "n_layers"), [(1, 1), (3, 12), (40, 80)])
 def test_a_heat_map_of_any_size_can_be_read(width: Any, n_probes: int, n_layers: int) -> None:

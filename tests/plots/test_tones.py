@@ -67,6 +67,7 @@ def style(ground: str) -> Any:
     return matplotlib.style.context("dark_background" if ground == "black" else {} if ground == "light" else {**GROUNDS[ground], **DARK})
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("ground", GROUNDS)
 @pytest.mark.parametrize("name", DRAWN)
 def test_letters_and_lines_stand_out_from_the_ground(name: str, ground: str) -> None:
@@ -84,6 +85,7 @@ def test_letters_and_lines_stand_out_from_the_ground(name: str, ground: str) -> 
             assert contrast(rgb(axes.patch.get_edgecolor()), back) >= 2.0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_dark_picture_is_dark_in_its_file(name: str, tmp_path: Any) -> None:
     from matplotlib.image import imread

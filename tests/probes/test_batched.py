@@ -63,7 +63,7 @@ def converged_pipeline(strength: float) -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(C=1 / strength, solver="newton-cholesky", tol=1e-10, max_iter=500))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "hidden", "spread", "n_classes"),
     [(240, 40, 0.0, 2), (240, 40, 0.8, 2), (60, 150, 0.8, 2), (200, 30, 0.8, 4)],

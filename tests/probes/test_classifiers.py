@@ -72,7 +72,7 @@ def test_named_probes_are_pinned_and_document_what_they_standardise() -> None:
         named_probes("ranking")
 
 
-@pytest.mark.few(15)
+@pytest.mark.few(10)
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", NAMES[:-1])
 def test_each_named_probe_finds_a_known_direction(name: str, classes: int) -> None:

@@ -43,7 +43,7 @@ def plain(x: Any, y: Any, train: Any, test: Any, alpha: float, kind: Any = Ridge
     return fitted.predict(x[test].astype("f8")) if kind is Ridge else fitted.decision_function(x[test].astype("f8"))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "hidden", "share", "offset", "dtype"),
     [

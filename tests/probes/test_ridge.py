@@ -47,7 +47,7 @@ def matrices(n: int, hidden: int) -> Iterator[tuple[str, Array, Array]]:
     yield "rows twice", np.concatenate([x[: n // 2]] * 2), np.concatenate([y[: n // 2]] * 2)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shape", [(50, 120), (120, 40), (60, 60)], ids=str)
 def test_directions_and_probes_are_ridges_of_float64_for_every_rank_and_strength(shape: tuple[int, int]) -> None:
     for name, rows, y in matrices(*shape):
@@ -109,7 +109,7 @@ REGRESSORS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:overflow encountered in:RuntimeWarning")  # residuals of scipy, which nobody uses
 @pytest.mark.parametrize("name", targets(np.ones(1)))
 def test_a_regression_scores_as_in_float64_whatever_the_size_of_its_targets(name: str) -> None:

@@ -126,7 +126,7 @@ def fit(name: str, rows: Array, counts: Ints, y: Ints, training: Training, seed:
     return trained, asked
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_those_of_a_plain_torch_loop(name: str, classes: int) -> None:

@@ -277,7 +277,7 @@ FAILURES: dict[str, tuple[str, type[Exception], str, Fault | None, str]] = {
 }
 
 
-@pytest.mark.few(9)
+@pytest.mark.few(6)
 @pytest.mark.parametrize(("scheme", "name"), [(scheme, name) for name, given in FAILURES.items() for scheme in given[0].split()])
 @pytest.mark.parametrize("mode", ["r", "a"] if STRESS else ["r"])
 @pytest.mark.usefixtures("impatient")
@@ -348,7 +348,7 @@ def first_times(times: int, fault: Fault, *methods: str) -> Callable[[Request], 
     return decide
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fault", [Fault(status=503, code="ServerBusy"), Fault(cut=20), Fault(lose_answer=True)], ids=repr)
 @pytest.mark.usefixtures("impatient")
 def test_a_fault_that_passes_is_not_noticed(cloud: Cloud, filled: str, fault: Fault) -> None:
@@ -459,7 +459,7 @@ def test_names_are_taken_as_they_are_and_never_for_patterns(cloud: Cloud, url: s
     assert storage.list("") == sorted([*left, *(f"{name}.json" for name in left)])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["run 12%20", "日本/naïve", "a#b?c=d&e", "{a,b}[1]*"])
 def test_prefixes_with_blanks_percent_signs_and_other_scripts(cloud: Cloud, name: str) -> None:
     url = f"{cloud.scheme}://team/{uuid.uuid4().hex}/{name}"

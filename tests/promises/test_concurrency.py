@@ -329,7 +329,7 @@ class Between(Wrapped):
         return super().is_file(key)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("what", ["delete", "drop", "compact and gc"])
 def test_prompts_are_never_missed_while_their_parts_are_written_again(what: str, root: str) -> None:
     """What a reader has listed may be replaced and removed before it is read; what replaced it was not in the list."""
@@ -488,7 +488,7 @@ def test_files_are_made_and_listed_while_others_remove_the_folders_around_them(r
     assert failures == []
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shared", [True, False])
 def test_threads_that_do_everything_at_once_read_right_values_or_get_an_error(root: str, shared: bool) -> None:
     """Each prompt's values tell its name and which writing of it they are, so any mixture would be noticed."""

@@ -182,7 +182,7 @@ def restored(root: Path, part: Part) -> Callable[[], None]:
     return restore
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_where_the_chunk_table_lies_values_come_by_the_blocks(copied: tuple[Path, Part]) -> None:
     root, part = copied
     restore, before = restored(root, part), (root / part.path / "zarr.json").read_bytes()
@@ -196,7 +196,7 @@ def test_where_the_chunk_table_lies_values_come_by_the_blocks(copied: tuple[Path
         restore()
 
 
-@pytest.mark.few(1)
+@pytest.mark.few(2)
 def test_where_the_block_table_lies_values_come_by_the_chunks(copied: tuple[Path, Part]) -> None:
     root, part = copied
     restore = restored(root, part)
@@ -206,7 +206,7 @@ def test_where_the_block_table_lies_values_come_by_the_chunks(copied: tuple[Path
         restore()
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_where_both_tables_lie_nothing_is_read(copied: tuple[Path, Part]) -> None:
     root, part = copied
     restore, shards = restored(root, part), part.info.has_shards
@@ -328,7 +328,7 @@ def test_a_sharded_array_needs_a_table_and_files_are_none(tmp_path: Path) -> Non
         lz.open_store(tmp_path / "s", "r").tokens()
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("nbytes", [0, 8, 2**31, 2**50])
 @pytest.mark.parametrize("name", ["chunk_table", "block_table"])
 def test_files_of_tables_that_are_said_to_be_huge_are_not_read(tmp_path: Path, name: str, nbytes: int, few_bytes: None) -> None:

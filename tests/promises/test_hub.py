@@ -398,7 +398,7 @@ BUSY = HubFault(status=429, headers={"Retry-After": "1"})
 PASSING = {"429": BUSY, "503": HubFault(status=503), "hung up on": HubFault(hang_up=True), "cut short": HubFault(cut=20)}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", PASSING)
 def test_a_fault_that_passes_is_not_noticed(hub: Hub, store: Store, name: str) -> None:
     hub.fault = some_times(1, PASSING[name])
@@ -409,7 +409,7 @@ def test_a_fault_that_passes_is_not_noticed(hub: Hub, store: Store, name: str) -
 
 @pytest.mark.parametrize("kind", ["create", "preupload", "batch", "piece", "complete", "object", "validate", "commit"])
 @pytest.mark.parametrize("fault", [HubFault(status=503), HubFault(hang_up=True)], ids=["503", "hung up on"])
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 def test_an_upload_that_breaks_shows_nothing_and_the_next_goes_on_with_what_is_there(
     hub: Hub, tmp_path: Path, kind: str, fault: HubFault
 ) -> None:

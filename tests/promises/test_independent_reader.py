@@ -55,7 +55,7 @@ def test_the_checksum_is_that_of_the_standard() -> None:
     assert independent_reader.crc32c(bytes(range(32))) == 0x46DD794E
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_part_is_read_to_the_values_that_were_written_without_zarr_and_without_this_package(
     tmp_path: Path, dtype: str, version: int
@@ -99,7 +99,7 @@ def assert_same_bits(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> Non
     assert found.tobytes() == expected.tobytes()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("kind", ["constant", "normal", "bits"])
@@ -138,7 +138,7 @@ def test_many_chunks_are_read_and_rows_by_their_blocks(
             assert_same_bits(found, values[layer, start:stop])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("compressed", [True, False])
 @pytest.mark.parametrize("kind", ["constant", "normal", "bits"])
 def test_rows_wider_than_a_block_are_read_by_their_blocks(
@@ -314,7 +314,7 @@ def laid_out(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
     return part
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_changed_byte_in_any_file_and_a_file_that_is_missing_are_noticed(laid_out: Path) -> None:
     part, group = laid_out, laid_out.parent
     independent_reader.read_group(group)

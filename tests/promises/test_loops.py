@@ -95,7 +95,7 @@ def reads(values: list[Any], dataset: Any, tokens: Any) -> dict[str, tuple[Calla
     }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("what", ["sel of tokens", "sel of prompts", "isel of prompts", "groupby", "windows", "text"])
 def test_read_prompt_by_prompt_each_chunk_is_fetched_once(s3: S3, filled: tuple[str, list[Any]], what: str) -> None:
     url, values = filled

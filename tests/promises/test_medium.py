@@ -170,7 +170,7 @@ WORK: dict[str, tuple[Callable[[Store], object], Any]] = {
 
 @pytest.mark.parametrize("name", WORK)
 @pytest.mark.parametrize("fault", ["overloaded", "hung up on"] if STRESS else ["overloaded"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_server_that_goes_down_in_the_middle_is_an_error_and_the_next_try_completes_it(
     s3: S3, url: str, name: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

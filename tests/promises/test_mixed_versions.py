@@ -123,7 +123,7 @@ def test_a_store_of_both_versions_reads_as_one(mixed: Store) -> None:
     )
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_the_independent_reader_shows_the_same(mixed: Store) -> None:
     read = independent_reader.read_group(Path(mixed.url) / GROUP.name)
     expected = shown(batches())
@@ -146,7 +146,7 @@ def test_every_check_accepts_it_and_sees_damage_in_parts_of_each_version(mixed: 
         path.write_bytes(whole)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_compaction_joins_parts_of_both_versions(mixed: Store) -> None:
     # Two more of equal shape at the end, of which one is old.
     later = [make_batch([f"later {i}" for i in range(20)], hidden=HIDDEN, seed=8), make_batch(["later 3", "new"], hidden=HIDDEN, seed=9)]
@@ -168,7 +168,7 @@ def test_compaction_joins_parts_of_both_versions(mixed: Store) -> None:
 
 @pytest.mark.parametrize("shards", [True, False])
 @pytest.mark.parametrize("by_hand", [True, False])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_old_parts_are_upgraded_with_the_same_view(mixed: Store, shards: bool, by_hand: bool, capsys: pytest.CaptureFixture[str]) -> None:
     before, held = content(mixed), versions_of(mixed)
     options = ["--all", *([] if shards else ["--no-shards"])]
@@ -266,6 +266,7 @@ def test_the_committed_store_of_version_1_is_upgraded(tmp_path: Path, capsys: py
     assert again.verify(progress=False).ok
 
 
+@pytest.mark.few(2)
 def test_a_published_copy_names_the_version_of_each_part(mixed: Store, tmp_path: Path) -> None:
     before = content(mixed)
     mixed.publish(tmp_path / "published", progress=False)
@@ -280,6 +281,7 @@ def test_a_published_copy_names_the_version_of_each_part(mixed: Store, tmp_path:
     assert root["attributes"]["format_version"] == said[GROUP.name]["attributes"]["format_version"] == 1
 
 
+@pytest.mark.few(2)
 def test_a_copy_keeps_the_version_of_each_part(mixed: Store, tmp_path: Path) -> None:
     before, held = content(mixed), versions_of(mixed)
     mixed.copy_to(tmp_path / "copy", progress=False)

@@ -62,7 +62,7 @@ def test_there_is_a_store_of_every_version() -> None:
     assert sorted(path.name for path in OLD.iterdir()) == VERSIONS
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("mode", ["r", "a"])
 def test_an_old_store_opens_with_the_values_that_were_written(old: Path, mode: Any) -> None:
     expected, before = load(old), files_of(old)

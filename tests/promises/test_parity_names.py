@@ -131,7 +131,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, tiny_models: SharedModels, wa
     return run("lmprobe", model, folder / "lmprobe", warmed), run("lmprobe_zarr", model, folder / "lmprobe_zarr", warmed)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", list(PROBES))
 def test_probes_choose_and_predict_what_lmprobes_do(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
     theirs, ours = (found[name] for found in both)

@@ -65,6 +65,7 @@ def test_plain_xarray_reads_both_groups_of_a_part(written: tuple[Store, str]) ->
     assert tokens.prompt_row.attrs["instance_dimension"] == "prompt"
 
 
+@pytest.mark.few(6)
 def test_plain_zarr_reads_every_array_with_and_without_consolidated_metadata(written: tuple[Store, str]) -> None:
     store, part = written
     for consolidated in (True, False):
@@ -105,7 +106,7 @@ def test_a_compacted_store_and_a_published_copy_with_shards_are_plain_zarr(tmp_p
         np.testing.assert_array_equal(plain.resid_mean[1, 57:64, 3:9].values, expected[1, 57:64, 3:9])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_an_interpreter_without_this_package_reads_the_same_numbers(written: tuple[Store, str], tmp_path: Path) -> None:
     store, part = written
     np.save(tmp_path / "resid.npy", store.tokens().resid.values)

@@ -141,7 +141,7 @@ def read_all(store: Store, names: Any = READS) -> None:
 # ------------------------------------------------------------------------------------------------------------- what it saves
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_second_session_reads_nothing_but_documents(filled: Path, folder: Path) -> None:
     first, counted = session(filled, folder)
     read_all(first)
@@ -154,7 +154,7 @@ def test_a_second_session_reads_nothing_but_documents(filled: Path, folder: Path
         assert Counter(key for key, _, _ in counted.read_of).most_common(1)[0][1] == 1, "and each document once"
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", READS)
 def test_each_kind_of_read_is_kept_by_itself(filled: Path, folder: Path, name: str) -> None:
     read_all(session(filled, folder)[0], [name])
@@ -262,7 +262,7 @@ def _change(path: Path, place: int) -> None:
         file.write(bytes([byte[0] ^ 0x10]))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("damage", ["a byte", "cut", "longer", "empty", "exchanged", "a folder", "gone", "another's header"])
 def test_entries_that_are_damaged_are_fetched_again_and_mended(filled: Path, folder: Path, damage: str) -> None:
     read_all(session(filled, folder)[0])
@@ -343,7 +343,7 @@ def test_verify_and_repair_look_at_the_place_and_never_at_what_is_kept(filled: P
     read_all(again)  # the values are those that were stored, from this machine
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_a_part_that_was_replaced_by_one_of_its_name_is_never_served_from_what_is_kept(tmp_path: Path, folder: Path, form: str) -> None:
     name = write_part(tmp_path / "acts", form)
     store, _ = session(tmp_path / "acts", folder)

@@ -88,7 +88,7 @@ def test_a_refusal_that_passes_is_tried_again_in_every_verb(s3: S3, url: str, st
 
 @pytest.mark.usefixtures("few_waits")
 @pytest.mark.parametrize(("status", "code", "kind", "says"), [*REPEATED, *LASTING])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_no_refusal_is_taken_for_damage_or_for_nothing_stored(
     s3: S3, url: str, status: int, code: str, kind: type[Exception], says: str
 ) -> None:
@@ -114,7 +114,7 @@ def test_no_refusal_is_taken_for_damage_or_for_nothing_stored(
     assert not lz.open_store(url, "r").verify(full=True, progress=False).problems
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("status", "code"),
     [
@@ -133,7 +133,7 @@ def test_a_quota_is_no_space_as_on_a_disk(s3: S3, url: str, status: int, code: s
     assert lz.open_store(url).models() == []
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("status", "code"), [(400, "MissingContentMD5"), (501, "NotImplemented"), (405, "MethodNotAllowed"), (411, "MissingContentLength")]
 )

@@ -386,7 +386,7 @@ FAILURES: dict[str, tuple[type[Exception], dict[str, Any], Fault | None, str]] =
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(13)
 @pytest.mark.parametrize("name", FAILURES)
 @pytest.mark.parametrize("mode", ["r", "a"])
 @CLIENTS
@@ -437,6 +437,7 @@ def test_a_wrong_bucket_is_no_empty_cache(s3: S3) -> None:
     assert lz.cache_info(store="s3://pub/nothing/here").models == ()
 
 
+@pytest.mark.few(1)
 @CLIENTS
 def test_the_error_names_missing_credentials(s3: S3, client: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
@@ -481,7 +482,7 @@ def first_times(times: int, fault: Fault, method: str = "GET") -> Any:
     return decide
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("fault", [Fault(status=503, code="SlowDown"), Fault(cut=20), Fault(lose_answer=True)], ids=repr)
 @CLIENTS
 def test_a_fault_that_passes_is_not_noticed(s3: S3, url: str, client: str, fault: Fault) -> None:

@@ -96,7 +96,7 @@ def test_labels_of_pandas_are_matched_by_their_index(stores: list[tuple[lz.Store
         lz.sweep(data.resid_mean, numbered, "ridge", 3)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{"transform_output": "pandas"}, {"enable_metadata_routing": True}, {"assume_finite": True}])
 def test_settings_of_scikit_learn_change_no_score(stores: list[tuple[lz.Store, dict[str, Any]]], options: dict[str, Any]) -> None:
     import sklearn

@@ -160,7 +160,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_handed_out_comes_back_the_same(handed_out: dict[str, xr.Dataset], name: str, engine: str, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_what_is_handed_out_comes_back_the_same(handed_out: dict[str, xr.Dataset
         assert _differences(handed_out[name], back, engine) == []
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("engine", ["h5netcdf", "netcdf4", "zarr 2", "zarr 3"])
 def test_a_tree_comes_back_the_same(engine: str, tmp_path: Path) -> None:
     tree = _store(tmp_path / "store").datatree()
@@ -180,7 +180,7 @@ def test_a_tree_comes_back_the_same(engine: str, tmp_path: Path) -> None:
             assert _differences(node.to_dataset(), back[node.path].to_dataset(), engine) == []
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_was_read_back_still_works(handed_out: dict[str, xr.Dataset], engine: str, tmp_path: Path) -> None:
     def back(name: str) -> xr.Dataset:
@@ -225,7 +225,7 @@ def drawn(handed_out: dict[str, xr.Dataset]) -> dict[str, list[str]]:
     return {name: _texts(plot(handed_out[name])) for name, plot in DRAW.items()}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_was_read_back_still_plots(
     handed_out: dict[str, xr.Dataset], drawn: dict[str, list[str]], engine: str, tmp_path: Path

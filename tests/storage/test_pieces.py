@@ -88,6 +88,7 @@ def test_writing_again_replaces_a_longer_file(storage: Storage) -> None:
     assert storage.read("f") == b"abc"
 
 
+@pytest.mark.few(2)
 @pytest.mark.usefixtures("small_parts")
 def test_nothing_stays_of_a_file_that_is_not_finished(storage: Storage) -> None:
     def fail(error: type[BaseException], *lengths: int) -> None:
@@ -118,7 +119,7 @@ def test_a_file_that_was_given_up_takes_nothing_more(storage: Storage) -> None:
     assert not storage.is_file("f")
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_files_are_written_side_by_side(storage: Storage) -> None:
     keys = [f"p/c.{layer}.0.0" for layer in range(20)]
     writers = [storage.open_pieces(key, durable=False) for key in keys]

@@ -79,7 +79,7 @@ def test_a_scan_tells_names_sizes_and_times(storage: Storage) -> None:
     assert not storage.is_file("g/f")
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_a_stamp_is_an_empty_file(storage: Storage) -> None:
     storage.touch("g/.used/part")
     storage.touch("g/.used/part")

@@ -92,6 +92,7 @@ def test_batches_are_made_on_the_thread_that_writes_them_in_the_order_in_which_t
     assert store.dataset().text.values.tolist() == list("abcdefg")
 
 
+@pytest.mark.few(1)
 def test_no_more_batches_are_handed_over_than_those_that_are_made_already(store: Store) -> None:
     begun, go_on = threading.Event(), threading.Event()
 

@@ -182,7 +182,7 @@ def assert_close(got: Any, expected: Any, dtype: str, largest: float, what: obje
     np.testing.assert_allclose(got.values, expected.values, rtol=4 * STEP[dtype], atol=STEP[dtype] * largest, err_msg=str(what))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["resid", "resid_mean"])
 @pytest.mark.parametrize("dtype", STEP)
 @given(

@@ -548,7 +548,7 @@ def test_a_part_that_replaces_others_takes_their_place(store: Store) -> None:
     np.testing.assert_array_equal(store.dataset().resid_mean.values, merged.prompts["resid_mean"])
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_threads_write_and_read_one_root_at_the_same_time(store: Store) -> None:
     errors: list[BaseException] = []
 
@@ -610,6 +610,7 @@ def test_each_part_document_is_read_once(store: Store, monkeypatch: pytest.Monke
     assert len(parsed) == 3
 
 
+@pytest.mark.few(2)
 def test_a_store_prints_its_models_layers_and_variables(store: Store) -> None:
     store.write(GROUP, make_batch(TEXTS))
     text = repr(store)

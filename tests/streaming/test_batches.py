@@ -142,7 +142,7 @@ KINDS = ["all", "prompts", "positions", "slice", "stepped", "scattered", "repeat
 KINDS += ["in memory", "plain", "dask", "computed"]
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_selection_can_be_batched(tokens: xr.Dataset, kind: str, shuffle: bool) -> None:
@@ -576,7 +576,7 @@ def test_memory_is_bounded_by_the_buffers_not_by_the_data(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------------------ errors
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

@@ -29,7 +29,7 @@ def test_memory_without_references_is_used_again() -> None:
     assert address(third) == at
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kept", ["itself", "a row", "a view of a view", "another dtype", "its transpose", "memory", "a base of a base"])
 def test_memory_that_is_referenced_is_not_used_again(kept: str) -> None:
     ways: dict[str, Any] = {

@@ -49,7 +49,7 @@ def same(found: xr.Dataset, expected: xr.Dataset) -> None:
     assert {key: value for key, value in found.attrs.items() if key not in ("solver", "device")} == dict(expected.attrs)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "options",
     [

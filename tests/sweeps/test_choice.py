@@ -125,7 +125,7 @@ def test_a_choice_for_a_regression_by_the_smallest_error() -> None:
 OWN = {"own": GridSearchCV(RidgeClassifier(), {"alpha": [1, 100]}, cv=2)}
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("probe", ["sgd", "mass_mean", OWN], ids=["sgd", "mass_mean", "own"])
 def test_what_is_chosen_is_what_a_sweep_of_the_training_prompts_alone_scores_best(probe: Any) -> None:
     """Whatever the probe: also one that draws at random, and one that cross-validates itself; prompts repeat."""
@@ -279,7 +279,7 @@ def test_several_labels_strengths_that_are_not_chosen_and_a_split() -> None:
             assert at.auroc.item() == pytest.approx(roc_auc_score(values[28:], fitted.decision_function(rows[28:])), abs=1e-9)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("way", ["threads", "dask array", "store", "out", "client"])
 def test_choices_are_the_same_wherever_they_are_made(way: str, tmp_path: Path) -> None:
     x, y = noise(10, 4, 40)

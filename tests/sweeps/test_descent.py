@@ -51,7 +51,7 @@ def array_of(x: Array) -> xr.DataArray:
 KINDS = ("unscaled units", "1 % of one class", "units with much in common", "three classes, two layers")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_descent_is_within_0_005_auroc_of_logistic_regression(kind: str) -> None:
     x, y = tokens(kind)

@@ -83,7 +83,7 @@ def test_a_layer_that_cannot_be_fitted_is_nan_with_its_reason_and_the_others_are
         assert not failed
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("probe", ["ridge", "lda", "mass_mean_cov"])
 def test_a_solver_that_does_not_converge_on_one_layer_loses_no_other(probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(name: str, class_sums: Any) -> Any:

@@ -165,7 +165,7 @@ def test_beside_other_probes_these_are_pooled_as_asked() -> None:
     assert both.attrs["pooling"] == "score:max"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("probe", LEARNED)
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_fitted_probe_scores_stored_tokens_as_its_coefficients_say(probe: str, classes: int, tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ def test_fits_that_stop_early_are_reported(monkeypatch: pytest.MonkeyPatch) -> N
 # -- Probe -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.*was still improving")
 @pytest.mark.parametrize("classifier", ["attention:2", "multimax", "softmax_mean", "rolling_mean_max:3"])
 def test_a_probe_learns_from_given_tokens_and_is_saved(classifier: str, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_intervals_cover_the_score_that_the_fitted_probes_have_on_all_prompts() 
     assert inside / times > (0.92 if STRESS else 0.82)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("score", [0.6, 0.85])
 @pytest.mark.parametrize(("n", "folds", "size"), [(20, 1, 1), (60, 1, 1), (60, 5, 1), (80, 5, 4)])
 def test_intervals_of_few_prompts_cover_at_their_level(n: int, folds: int, size: int, score: float) -> None:
@@ -361,7 +361,7 @@ def test_class_counts_are_of_the_prompts_that_are_scored() -> None:
 # -- stochastic gradient descent -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("n", "hidden", "classes"), [(300, 64, 2), (600, 16, 2), (300, 32, 3)])
 def test_averaged_descent_is_within_0_005_auroc_of_logistic_regression(n: int, hidden: int, classes: int) -> None:
     rng = np.random.default_rng(n)

@@ -101,7 +101,7 @@ def test_the_result_is_labelled_and_records_its_arguments() -> None:
     assert json.loads(json.dumps(scores.attrs)) == scores.attrs
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_scores_equal_a_plain_scikit_learn_loop(dtype: str) -> None:
     data = values(dtype)

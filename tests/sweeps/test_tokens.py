@@ -188,7 +188,7 @@ def test_a_descent_that_did_not_converge_is_reported(monkeypatch: pytest.MonkeyP
     assert not fitted.converged.any()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize("name", [*EXACT, "sgd"])
 def test_lazy_dask_and_memory_give_the_same_on_every_scheduler(
@@ -816,6 +816,7 @@ def test_memory_is_bounded_by_sums_and_blocks_on_many_token_rows(tmp_path: Path)
     assert auroc == pytest.approx(0.76, abs=0.01)  # Φ(1/√2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("pooling", ["all", "score:mean"])
 def test_intervals_of_tokens_draw_whole_prompts_and_are_around_the_score(pooling: str) -> None:
     array = tokens()

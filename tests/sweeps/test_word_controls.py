@@ -153,7 +153,7 @@ def pairs(kind: str, n: int, seed: int = 0) -> tuple[Any, dict[str, Any]]:
     return np.tile([0, 1], n), columns
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "metrics"),
     [
@@ -199,7 +199,7 @@ def test_tokens_of_torn_pairs_warn_too() -> None:
         lz.sweep_tokens(array, "label", controls=["token_identity", "majority"], pooling=pooling, groups="pair")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("n", "share", "metrics"), [(20, 0.5, None), (60, 0.2, "auroc"), (60, 0.3, "accuracy"), (100, 0.5, "balanced_accuracy")]
 )

@@ -225,7 +225,7 @@ def test_unstack_of_a_prompt_given_twice_is_an_error() -> None:
         indexed(whole(2)).isel(token=[0, 0]).unstack("token")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["inner", "outer", "left", "right"])
 @given(one=unique_rows, other=unique_rows)
 @settings(max_examples=40, deadline=None)

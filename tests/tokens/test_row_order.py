@@ -58,7 +58,7 @@ USES: dict[str, Any] = {
 }
 
 
-@pytest.mark.few(14)
+@pytest.mark.few(9)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("use", ["sweep", "directions", "tokens by prompt", "probe"])
 def test_labels_by_position_are_refused_for_rows_of_several_calls_in_every_form(several: Any, use: str, form: str) -> None:

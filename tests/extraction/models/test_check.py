@@ -80,6 +80,7 @@ def own_attention() -> Any:
     return model
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("make", [bidirectional_llama, one_bidirectional_layer, bidirectional_gemma, own_attention])
 def test_a_decoder_that_sees_both_ways_is_seen_to(make: Callable[[], Any]) -> None:
     model = make()

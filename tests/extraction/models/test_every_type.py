@@ -54,7 +54,7 @@ def test_most_of_the_sample_is_known_to_the_installed_transformers() -> None:
     assert len(set(NAMED + OTHERS) & set(zoo.types_of("causal"))) >= 20
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("mapping", "model_type"), [("causal", "xlm"), ("causal", "hrm_text"), ("causal", "deepseek_v4")])
 def test_a_type_that_is_not_found_is_refused_with_a_reason(mapping: str, model_type: str) -> None:
     row = outcome(mapping, model_type)

@@ -74,7 +74,7 @@ def compiled_in_place(model: Any) -> None:
     model.compile()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     ("make", "use"),
@@ -223,6 +223,7 @@ def test_a_weight_whose_values_cannot_be_read_is_refused_in_words() -> None:
         model_fingerprint(packed(Sealed))
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     "value", [0.5, np.float32(0.5), np.array([0.5, 1]), torch.tensor([0.5]), {"a": [0.5]}, (0.5, None), np.array(["a", 1.0], object)]
 )

@@ -107,21 +107,21 @@ def check_against_transformers(loaded: Any, model: Any, monkeypatch: pytest.Monk
             assert abs(-found[digest]["token_log_prob"][1:].mean() - float(right.loss)) < 1e-5
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_slices_give_the_logits_and_the_loss_of_transformers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(kind, "AutoModelForCausalLM", **({"final_logit_softcapping": 0.5} if kind == "gemma2" else {}))
     check_against_transformers(loaded_from(model, provenance={"watched": True}), model, monkeypatch)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", BY_HAND)
 def test_heads_that_scale_cap_or_add_a_bias_do_so_in_slices_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = by_hand(name)
     check_against_transformers(loaded_from(model, modules={"layers": BY_HAND[name][2]}, provenance={"w": 1}), model, monkeypatch)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_slices_of_any_size_give_the_same(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gemma2", "AutoModelForCausalLM", final_logit_softcapping=0.5)

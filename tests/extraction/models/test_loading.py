@@ -542,7 +542,7 @@ LONGROPE = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [("llama", {}), ("gemma3", {}), ("bert", {}), ("llama", {"rope_parameters": DYNAMIC}), ("llama", {"rope_parameters": LONGROPE})],

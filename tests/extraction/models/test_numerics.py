@@ -92,7 +92,7 @@ def test_nothing_is_imported_to_find_that_nothing_was_set() -> None:
 SETTINGS = [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: precision("medium"), lambda: default_dtype(torch.float64)]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("by_name", [True, False])
 @pytest.mark.parametrize("lowered_first", [True, False])

@@ -96,7 +96,7 @@ def tokens_of(batches: list[TokenBatch], variable: str) -> dict[str, Array]:
 # ---------------------------------------------------------------- what the head says
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", DECODERS)
 def test_logits_and_perplexities_are_those_of_the_prompt_alone(kind: str, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path / kind, head=CAUSAL, **options_of(kind))
@@ -297,7 +297,7 @@ def test_the_head_sees_no_padding_and_only_the_last_tokens_where_they_are_enough
 # ---------------------------------------------------------------- routers
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_router_scores_are_those_of_the_prompt_alone_before_any_softmax(kind: str, tmp_path: Path) -> None:
     options, layers = MIXTURES[kind]

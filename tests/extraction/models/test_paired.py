@@ -102,7 +102,7 @@ def check_values(kind: str, folder: Path) -> None:
         np.testing.assert_allclose(data.resid_last_token.isel(prompt=row).values[:-1], right[:, -1], **close)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", TYPES)
 def test_values_of_a_decoder_are_transformers_own(kind: str, tmp_path: Path) -> None:
     check_values(kind, tmp_path)

@@ -56,7 +56,7 @@ def with_code(folder: Path, **auto_map: str) -> Path:
     return folder
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("auto_map", [{"AutoModel": "own_code.Shifted"}, {"AutoModelForCausalLM": "own_code.ShiftedForCausalLM"}])
 def test_one_folder_with_and_without_its_code_is_two_groups(auto_map: dict[str, str], first: bool, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_site_that_an_architecture_lacks_is_an_error_that_says_why(kind: str) 
             captured(tiny_model(kind), ("resid", site))
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", sorted(set(BY_KIND) - {"bert", "roberta", "xlm_roberta", "opt", "opt_post_norm"}))
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_16_bits_show_the_same_modules_as_float32(kind: str, dtype: str) -> None:
@@ -210,7 +210,7 @@ def test_a_module_with_an_axis_of_heads_gives_them_end_to_end() -> None:
         close(values["q"], np.stack([prompt["q", layer] for layer in range(4)]))
 
 
-@pytest.mark.few(11)
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("sites", "error", "message"),
     [

@@ -88,7 +88,7 @@ def test_a_factor_that_16_bits_do_not_show_exactly_is_not_guessed(dtype: str) ->
     assert len(located.blocks) == 4
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", sorted(TINY))
 def test_bfloat16_shows_the_same_modules_as_float32(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "BY_TYPE", {})
@@ -161,7 +161,7 @@ def states_of(model: Any, ids: list[int]) -> Any:
         return model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("order", [[0, 1, 2, 1, 2, 3], [0, 0, 1, 1], [3, 2, 3, 2, 3]])
 @pytest.mark.parametrize("layers", ["all", 1, -2])
 def test_a_repeated_block_is_one_layer_for_each_of_its_places(order: list[int], layers: Any) -> None:

@@ -273,7 +273,7 @@ def resid_alone(model: Any, ids: Any, layer: int) -> Any:
         return model(input_ids=torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[layer + 1][0].numpy()
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "options", "max_length"),
     [
@@ -301,7 +301,7 @@ def test_long_prompts_give_what_transformers_gives(kind: str, options: dict[str,
     assert lz.extract(folder, prompts, store=store, max_length=max_length, keep_tokens=True, progress=False).found == 3
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "limit"), [("gpt2", 128), ("opt", 128), ("bert", 128), ("roberta", 128)])
 def test_a_prompt_beyond_a_table_is_refused_with_any_max_length(kind: str, limit: int, tmp_path: Path) -> None:
     folder = save_tiny(kind, tmp_path / "m")
@@ -372,7 +372,7 @@ def scaled_models() -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", scaled_models())
 def test_scalings_that_follow_the_longest_prompt_give_every_prompt_what_it_has_alone(name: str) -> None:
     kind, options = scaled_models()[name]

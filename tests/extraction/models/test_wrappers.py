@@ -95,7 +95,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapped_model_has_the_values_and_the_key_of_the_model_inside(wrapper: str) -> None:
     check_the_same(WRAPPERS[wrapper](llama()))

@@ -112,6 +112,7 @@ def test_any_store_shows_the_same_after_compaction_and_whatever_is_written_then(
         shutil.rmtree(root)
 
 
+@pytest.mark.few(2)
 def test_parts_of_equal_shape_are_merged_without_replaced_prompts(store: Store) -> None:
     for seed in range(4):
         store.write(GROUP, make_batch(["a", f"b{seed}"], seed=seed, columns={"label": [seed, seed]}))
@@ -200,7 +201,7 @@ def test_tokens_that_a_disagreement_made_invalid_do_not_come_back(store: Store) 
     assert_same(store, before)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_annotations_become_one_and_the_last_value_stays(store: Store) -> None:
     store.write(GROUP, make_batch(["a", "b", "c"]))
     for i in range(4):

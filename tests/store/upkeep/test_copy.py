@@ -41,6 +41,7 @@ def test_an_empty_target_gets_the_parts_as_they_are(store: Store, target: Store)
     assert "4 were there" in str(again)
 
 
+@pytest.mark.few(1)
 def test_a_compacted_source_has_nothing_new_to_give(store: Store, target: Store) -> None:
     filled(store)
     store.write(GROUP, make_batch(["e"], seed=4, layers=(0, 1)))

@@ -26,6 +26,7 @@ def size(store: Store) -> int:
     return sum(entry.nbytes for entry in store.entries(GROUP))
 
 
+@pytest.mark.few(1)
 def test_tokens_go_and_pooled_vectors_stay(store: Store) -> None:
     two_kinds(store)
     before, large = shown(store), size(store)
@@ -40,6 +41,7 @@ def test_tokens_go_and_pooled_vectors_stay(store: Store) -> None:
     assert all("tokens/resid" not in key for part in store.list_parts(GROUP.name) for key in part.info.arrays)
 
 
+@pytest.mark.few(1)
 def test_some_layers_go_and_the_others_stay(store: Store) -> None:
     two_kinds(store)
     before = shown(store)
@@ -68,6 +70,7 @@ def test_a_part_that_is_left_without_anything_goes(store: Store) -> None:
     assert lz.open_store(store.url).models() == []
 
 
+@pytest.mark.few(1)
 def test_replaced_parts_are_freed_too_and_a_wrong_name_drops_nothing(store: Store) -> None:
     two_kinds(store)
     store.write(GROUP, make_batch(["e"], seed=5, tokens=False))

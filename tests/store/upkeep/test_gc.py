@@ -48,6 +48,7 @@ def folder(tmp_path: Path) -> Store:
     return store
 
 
+@pytest.mark.few(1)
 def test_replaced_parts_go_once_they_are_old_and_the_view_stays(store: Store) -> None:
     for i in range(3):
         store.write(GROUP, make_batch(["a", f"p{i}"], seed=i))

@@ -75,6 +75,7 @@ def assert_same(copy: Store, store: Store, **chosen: Any) -> None:
     xr.testing.assert_identical(copy.tokens("acme/toy").load(), store.tokens("acme/toy", **chosen).load())
 
 
+@pytest.mark.few(1)
 def test_a_published_copy_shows_the_same_in_fewer_parts(store: Store, tmp_path: Path) -> None:
     filled(store)
     summary = store.publish(tmp_path / "copy")
@@ -89,6 +90,7 @@ def test_a_published_copy_shows_the_same_in_fewer_parts(store: Store, tmp_path: 
     xr.testing.assert_identical(pickle.loads(pickle.dumps(copy)).dataset().load(), store.dataset().load())  # noqa: S301
 
 
+@pytest.mark.few(1)
 def test_a_published_copy_is_read_only(store: Store, tmp_path: Path) -> None:
     filled(store).publish(tmp_path / "copy")
     with pytest.raises(lz.errors.ReadOnlyError, match="published copy"):
@@ -216,6 +218,7 @@ def test_a_run_that_is_too_large_becomes_several_parts_in_order(store: Store, tm
     assert_same(copy, store)
 
 
+@pytest.mark.few(1)
 def test_the_card_describes_the_copy_and_how_to_open_it(store: Store, tmp_path: Path) -> None:
     filled(store).publish(tmp_path / "copy")
     card = (tmp_path / "copy" / "README.md").read_text()
@@ -265,6 +268,7 @@ def test_publish_replaces_nothing_but_an_older_copy(store: Store, tmp_path: Path
     assert not any(path.exists() for path in before)
 
 
+@pytest.mark.few(1)
 def test_drafts_of_whoever_was_killed_are_cleared_and_nothing_else(store: Store, tmp_path: Path) -> None:
     target = tmp_path / "copy"
     filled(store).publish(target)

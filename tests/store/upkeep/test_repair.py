@@ -676,7 +676,7 @@ def url(s3: S3) -> str:
     return f"s3://team/{uuid.uuid4().hex}/acts"
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "damage"),
     [

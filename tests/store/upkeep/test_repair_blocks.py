@@ -153,7 +153,7 @@ def check_damage(root: Path, lost: Lost, named: set[str]) -> RepairSummary:
 # ----------------------------------------------------------------------------------------------------------------- in a chunk
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("layer", "chunk", "block"), [(0, 0, 0), (1, 1, 3), (0, 2, 7), (1, 2, 6), (0, 4, 5)])
 def test_a_flipped_byte_in_a_block_costs_the_rows_of_that_block(
     template: tuple[Path, Part], place: Path, folder: Path, layer: int, chunk: int, block: int
@@ -167,7 +167,7 @@ def test_a_flipped_byte_in_a_block_costs_the_rows_of_that_block(
     assert len(done.rewritten) == 1
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_damages_of_several_blocks_of_several_files_cost_no_more_than_these(template: tuple[Path, Part], place: Path, folder: Path) -> None:
     lost: Lost = set()
     named = set()
@@ -179,7 +179,7 @@ def test_damages_of_several_blocks_of_several_files_cost_no_more_than_these(temp
     check_damage(place, lost, named)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("where", ["crc", "versions", "flags", "size", "places"])
 def test_damage_beside_the_blocks_costs_nothing(template: tuple[Path, Part], place: Path, folder: Path, where: str) -> None:
     part = template[1]
@@ -203,7 +203,7 @@ DAMAGES: Final[dict[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("names", [("chunk_table",), ("block_table",), ("chunk_table", "block_table")], ids="+".join)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_tables_come_back_byte_for_byte(
@@ -278,7 +278,7 @@ def needs_shards(part: Part) -> None:
         pytest.skip("chunks are files")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("at", [1, 6, 30, 52])
 def test_damage_in_the_index_of_a_shard_costs_nothing(template: tuple[Path, Part], place: Path, folder: Path, at: int) -> None:
     needs_shards(template[1])
@@ -286,7 +286,7 @@ def test_damage_in_the_index_of_a_shard_costs_nothing(template: tuple[Path, Part
     check_damage(place, set(), {"c.1.0.0"})
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("table", ["chunk_table", "block_table", None])
 def test_damage_in_an_index_and_of_a_table_costs_nothing(template: tuple[Path, Part], place: Path, folder: Path, table: str | None) -> None:
     needs_shards(template[1])
@@ -313,7 +313,7 @@ def test_a_cut_shard_costs_what_was_cut_off(template: tuple[Path, Part], place: 
     check_damage(place, lost, {"c.0.0.0"})
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["missing", "empty"])
 def test_a_missing_file_of_chunks_costs_its_rows(template: tuple[Path, Part], place: Path, folder: Path, how: str) -> None:
     file, chunks = file_of(folder, 1, 4), (3, 4) if template[1].info.has_shards else (4,)

@@ -51,6 +51,7 @@ def arrays(store: Store) -> dict[str, ArrayInfo]:
     return part.info.activations
 
 
+@pytest.mark.few(1)
 def test_a_merged_part_has_shards_and_shows_the_same(root: str) -> None:
     store = filled(root)
     before = shown(store)
@@ -93,7 +94,7 @@ def test_zarr_reads_every_shard(tmp_path: Path) -> None:
         assert (plain.shards is not None) == bool(array.shard_blocks)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shards", [True, False])
 def test_a_published_copy_shows_the_same(root: str, tmp_path: Path, shards: bool) -> None:
     store = filled(root)

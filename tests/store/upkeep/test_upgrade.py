@@ -69,7 +69,7 @@ def upgrade(store: Store, **options: Any) -> Any:
     return store.compact(progress=False, **{"upgrade": True, "min_parts": 1000, **options})
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{}, {"min_parts": 2}, {"shards": False}, {"part_bytes": 1}])
 def test_an_upgrade_changes_no_view_and_is_done_once(tmp_path: Path, options: dict[str, Any]) -> None:
     before = fill(tmp_path / "s")
@@ -202,7 +202,7 @@ def shown_bytes(found: Shown) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------- S3
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("after", [1, 4, 9])
 def test_an_upgrade_on_s3_that_was_stopped_is_completed_and_its_uploads_are_aborted(
     s3: S3, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
