@@ -82,17 +82,12 @@ class _Hallulens(RowSource):
         place: _Place = entry.place
         if held.variable == "generated":
             return np.asarray(np.arange(start, stop) >= place.n_prompt)
-        if held.variable == "token_id":
-            return self._ids(place, start, stop)
         number = 0 if held.variable == "embed" else self.prompts.shape[1] - 1 if held.variable == LAST else (layer or 0) + 1
         shift = self.first_answer_row - place.n_prompt
         parts = [self.prompts.rows((place.row, number), start, min(stop, place.n_prompt))] if start < place.n_prompt else []
         if stop > place.n_prompt and self.answers is not None:
             parts.append(self.answers.rows((place.row, number), max(start, place.n_prompt) + shift, stop + shift))
         return np.concatenate(parts)
-
-    def _ids(self, place: _Place, start: int, stop: int) -> Array:
-        raise NotImplementedError
 
     def columns_of(self, entries: Iterable[Entry]) -> dict[str, dict[str, Any]]:
         """What HalluLens records of each prompt, as columns: whether its answer was hallucinated, and its key."""
@@ -175,6 +170,12 @@ class HallulensCapture(_Hallulens):
                 continue
             holds = self._described(states, ids=True, answered=self.responses)
             yield Entry(name=name, sha256=prompt_sha256(ids), text=None, n_tokens=len(ids), holds=holds, place=place)
+
+    def rows(self, entry: Entry, held: Held, layer: int | None, start: int, stop: int) -> Array:
+        """Some rows of one variable and layer; see `RowSource`."""
+        if held.variable == "token_id":
+            return self._ids(entry.place, start, stop)
+        return super().rows(entry, held, layer, start, stop)
 
     def _ids(self, place: _Place, start: int, stop: int) -> Array:
         prompt = self.prompt_ids.rows((place.row,), 0, place.n_prompt)

@@ -64,7 +64,7 @@ class GcSummary:
     unfinished : tuple of Leftover
         What killed writers left.
     partials, stamps : tuple of str
-        Keys of staged documents that were never committed, and of marks of use of parts that are gone.
+        Keys of staged documents that were never committed, and of signs of use and of commits of parts that are gone.
     freed : int
         Bytes.
     young : int
