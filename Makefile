@@ -160,7 +160,8 @@ bench: setup $(PEER)/ready
 	$(VENV)/bin/python -m benchmarks.far
 
 docs: setup
-	$(VENV)/bin/mkdocs build --strict --quiet --site-dir site
+	rm -rf site
+	$(VENV)/bin/sphinx-build --fail-on-warning --keep-going --quiet --fresh-env --doctree-dir build/doctrees docs site
 
 models: setup
 	$(VENV)/bin/python tests/docs/models_page.py

@@ -70,7 +70,7 @@ def calibration_curves(probabilities: xr.DataArray | Mapping[str, Any], labels: 
     -------
     Dataset
         ``predicted`` (the mean probability), ``observed`` (the share of the second class) and ``n`` (curve, bin); NaN where a bin is empty.
-        ``ece`` (curve): the expected calibration error, the mean of |observed − predicted| weighted by n.
+        ``ece`` (curve): the expected calibration error, the mean of ``|observed − predicted|`` weighted by n.
 
     Raises
     ------

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import reference_pages
+from browser import browser, find_browser
 from paths import ROOT
 from tiny_models import VOCABULARY, SharedModels, random_model, tiny_tokenizer
 from warmed import Warmed
 
+import lmprobe_zarr as lz
+from lmprobe_zarr import config, errors
 from lmprobe_zarr.cli import _parser
 
+SITE = ROOT / "site"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)")
@@ -58,28 +68,84 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_in_the_navigation_and_linked_from_the_first_page() -> None:
     docs = ROOT / "docs"
-    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")}
-    navigation = re.findall(r": (\S+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    first = (docs / "index.md").read_text()
+    navigation = [
+        name
+        for tree in re.findall(r"^```{toctree}\n(.*?)^```$", first, re.MULTILINE | re.DOTALL)
+        for name in re.findall(r"<(\S+)>$", tree, re.MULTILINE)
+    ]
+    pages = {page.relative_to(docs).with_suffix("").as_posix() for kind in ("*.md", "*.ipynb") for page in docs.rglob(kind)}
     assert len(navigation) == len(set(navigation))
-    assert pages <= set(navigation), sorted(pages - set(navigation))
-    linked = set(LINK.findall((docs / "index.md").read_text()))
-    # Pages of notebooks are made from them when the site is built.
-    linked |= {re.sub(r"^\.\./(notebooks/.*)\.ipynb$", r"\1.md", link) for link in linked}
-    assert set(navigation) - {"index.md"} <= linked, sorted(set(navigation) - linked)
+    assert {"index", *navigation} == pages
+    linked = {link.rpartition(".")[0] for link in LINK.findall(first)}
+    assert set(navigation) <= linked, sorted(set(navigation) - linked)
+
+
+def test_the_build_fails_on_what_leads_nowhere(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_parser")
+    pytest.importorskip("pydata_sphinx_theme")
+    broken = {
+        "[a](nowhere.md)": "nowhere.md",
+        "[b](other.md#no-heading)": "no-heading",
+        "[c](#no-anchor)": "no-anchor",
+        "![d](no-picture.png)": "no-picture.png",
+        "[e](no-notebook.ipynb)": "no-notebook.ipynb",
+        "[f](#lmprobe_zarr.no_function)": "lmprobe_zarr.no_function",
+        "```{eval-rst}\n.. autofunction:: lmprobe_zarr.not_there\n```": "not_there",
+    }
+    whole = "[g](other.md#a-heading), [h](#lmprobe_zarr.prompt_hash), [i](#first)\n\n```{eval-rst}\n.. autofunction:: lmprobe_zarr.prompt_hash\n```\n"
+    contents = "\n```{toctree}\n:caption: All\n\nOther <other>\n```\n"
+    (tmp_path / "other.md").write_text("# Other\n\n## A heading\n")
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "-c", ROOT / "docs", tmp_path, tmp_path / "site"]
+    for text, code in ((whole, 0), ("\n\n".join([whole, *broken]), 1)):
+        (tmp_path / "index.md").write_text(f"# First\n\n{text}\n{contents}")
+        done = subprocess.run(build, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == code, done.stderr
+    assert [target for target in broken.values() if target not in done.stderr] == []
+
+
+@pytest.mark.parametrize("from_server", [False, True], ids=["from files", "from a server"])
+def test_search_finds_functions_and_pages_without_a_network(from_server: bool, tmp_path: Path) -> None:
+    executable = find_browser()
+    if executable is None:
+        pytest.skip("no Chromium on this machine")
+    if not (SITE / "search.html").exists():
+        pytest.skip("the documentation was not built: make docs")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=SITE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, browser(executable, tmp_path) as page:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}" if from_server else SITE.as_uri()
+        for words, wanted in (("open_store", "reference.html#lmprobe_zarr.open_store"), ("calibration", "gallery.html")):
+            page.open(f"{place}/search.html?q={words}")
+            deadline = time.monotonic() + 30
+            found: list[str] = []
+            while wanted not in found and time.monotonic() < deadline:
+                found = page.ask(
+                    "[...document.querySelectorAll('#search-results li a')].map(a => a.getAttribute('href').replace(/[?].*#/, '#'))"
+                )
+                time.sleep(0.1)
+            assert wanted in found, found
+            assert all(url.startswith(place) for url in page.requests())
+        server.shutdown()
 
 
 def test_every_name_of_the_reference_is_on_the_page_that_was_built() -> None:
-    """The generator takes a module where a function has its name, and leaves out what a class inherits, without a word."""
-    built = ROOT / "site" / "reference" / "index.html"
+    """The generator leaves out what a class inherits, and members without a docstring, without a word."""
+    built = SITE / "reference.html"
     source = ROOT / "docs" / "reference.md"
     if not built.exists() or built.stat().st_mtime < source.stat().st_mtime:
         pytest.skip("the documentation was not built since its reference was changed: make docs")
     shown = set(re.findall(r'id="([^"]+)"', built.read_text()))
     wanted = {"lmprobe_zarr.accessor.ArrayAccessor.at", "lmprobe_zarr.accessor.DatasetAccessor.at"}
-    for module, options in re.findall(r"^::: (\S+)\n((?:    .*\n)*)", source.read_text(), re.MULTILINE):
-        members = re.findall(r"^        - (\w+)$", options, re.MULTILINE)
-        wanted |= {f"{module}.{name}" for name in members} or {module}
+    for module, entries in re.findall(r"^\.\. currentmodule:: (\S+)\n(.*?)^```$", source.read_text(), re.MULTILINE | re.DOTALL):
+        for name, members in re.findall(r"^\.\. auto\w+:: (\w+)\n(?:   :members:(.*))?", entries, re.MULTILINE):
+            wanted |= {f"{module}.{name}", *(f"{module}.{name}.{member}" for member in re.findall(r"\w+", members))}
+    wanted |= {f"lmprobe_zarr.{module.__name__.rpartition('.')[2]}.{name}" for module in (config, errors) for name in module.__all__}
+    assert len(wanted) > 150
     assert wanted <= shown, sorted(wanted - shown)
+    # Of the public names, only the modules have no entry of their own.
+    assert {f"lmprobe_zarr.{name}" for name in lz.__all__} - wanted == {"lmprobe_zarr.config", "lmprobe_zarr.errors"}
 
 
 def test_the_readme_links_to_every_page() -> None:

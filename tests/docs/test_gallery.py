@@ -8,6 +8,7 @@ from typing import Any
 
 import gallery_page
 import pytest
+from browser import browser, find_browser
 
 from lmprobe_zarr import plots
 
@@ -66,13 +67,32 @@ def test_the_script_draws_the_axes_of_the_lines_above_each_picture(tmp_path: Pat
             assert pixels[0, 0, 0] == pytest.approx(corner, abs=0.01)
 
 
-def test_a_picture_for_one_ground_has_one_for_the_other_and_the_site_follows_the_reader() -> None:
+def test_a_picture_for_one_ground_has_one_for_the_other() -> None:
     for page in gallery_page.PAGE.parent.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         shown = {ground: re.findall(rf"\]\((assets/[^)]+)\.png#only-{ground}\)", text) for ground in gallery_page.GROUNDS}
         assert [name.removesuffix("-light") for name in shown["light"]] == [name.removesuffix("-dark") for name in shown["dark"]], page
         for name in (*shown["light"], *shown["dark"]):
             assert (page.parent / f"{name}.png").exists(), name
-    palette = (gallery_page.ROOT / "mkdocs.yml").read_text().partition("palette:")[2].partition("nav:")[0]
-    # The theme follows the system only where each of its palettes has a switch.
-    assert palette.count("- media:") == palette.count("toggle:") == 3
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_site_shows_the_pictures_for_the_ground_that_the_reader_chose(width: int, tmp_path: Path) -> None:
+    executable, built = find_browser(), gallery_page.ROOT / "site" / "gallery.html"
+    if executable is None:
+        pytest.skip("no Chromium on this machine")
+    if not built.exists():
+        pytest.skip("the documentation was not built: make docs")
+    shown = (
+        "[...document.querySelectorAll('article img')].filter(i => getComputedStyle(i).display !== 'none').map(i => i.getAttribute('src'))"
+    )
+    with browser(executable, tmp_path) as page:
+        page.resize(width)
+        for ground in gallery_page.GROUNDS:
+            page.scheme(ground)
+            page.open(built)
+            names = page.ask(shown)
+            assert len(names) == len(SHOWN) / 2
+            assert all(name.endswith(f"-{ground}.png") for name in names), names
+            assert page.ask("document.documentElement.scrollWidth <= window.innerWidth")
+            assert not [url for url in page.requests() if not url.startswith("file:")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -84,9 +85,9 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def pages() -> Any:
-    """The hook of mkdocs that makes the pages."""
-    pytest.importorskip("mkdocs")
-    spec = importlib.util.spec_from_file_location("pages", ROOT / "notebooks" / "pages.py")
+    """The extension of Sphinx that makes the pages."""
+    pytest.importorskip("myst_parser")
+    spec = importlib.util.spec_from_file_location("notebook_pages", ROOT / "docs" / "notebook_pages.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -96,33 +97,29 @@ def pages() -> Any:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_page_holds_all_code_and_every_output_of_its_notebook_once(path: Path, pages: Any) -> None:
-    text, outputs, pictures = pages.page_of(path)
+    text, outputs = pages.page_of(json.loads(path.read_text()), path.stem)
     cells = cells_of(path)
-    assert all(cell.source in text for cell in cells if cell.cell_type == "code")
-    assert len(outputs) + len(pictures) == sum(len(cell.get("outputs", [])) for cell in cells)
-    assert all(text.count(f'id="{mark}"') == 1 for mark in outputs)
-    assert all(text.count(f"]({name})") == 1 for name in pictures)
-    assert "](../docs/" not in text
+    assert all(cell.source in text for cell in cells)
+    assert len(outputs) + text.count("](data:image/png;base64,") == sum(len(cell.get("outputs", [])) for cell in cells)
+    assert all(text.split("\n\n").count(mark) == 1 for mark in outputs)
+    built = ROOT / "site" / "notebooks" / f"{path.stem}.html"
+    if built.exists() and built.stat().st_mtime > path.stat().st_mtime:
+        shown = built.read_text()
+        assert all(
+            shown.count(f'<div class="notebook-output" id="{mark}" tabindex="0"><template shadowrootmode="open">') == 1 for mark in outputs
+        )
 
 
-def test_a_page_shows_what_was_printed_escaped_and_html_apart_from_the_site(pages: Any, tmp_path: Path) -> None:
+def test_a_page_shows_what_was_printed_escaped_and_html_apart_from_the_site(pages: Any) -> None:
     cell = nbformat.v4.new_code_cell("f()", id="a", metadata={"alt": "a line"})
     cell.outputs = [
         nbformat.v4.new_output("stream", name="stdout", text="<b> & co\n"),
         nbformat.v4.new_output("display_data", data={"text/html": "<style>:root {color: red}</style><p>hi</p>", "text/plain": "hi"}),
         nbformat.v4.new_output("display_data", data={"image/png": base64.b64encode(b"png").decode(), "text/plain": "<Figure>"}),
     ]
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# T", id="t"), cell]), tmp_path / "one.ipynb")
-    text, outputs, pictures = pages.page_of(tmp_path / "one.ipynb")
-    assert pictures == {"one/1.png": b"png"}
-    assert "![a line](one/1.png)" in text
-    pages._outputs.update(outputs)
-    shown = pages.on_page_content(text, page=None, config=None, files=None)
-    assert "<pre>&lt;b&gt; &amp; co</pre></template>" in shown
-    assert "<style>:host {color: red}</style><p>hi</p></template>" in shown
-    assert "<Figure>" not in shown
-
-
-def test_every_notebook_is_in_the_sites_navigation() -> None:
-    named = re.findall(r"notebooks/(\w+)\.md", (ROOT / "mkdocs.yml").read_text())
-    assert sorted(named) == [path.stem for path in NOTEBOOKS]
+    text, outputs = pages.page_of(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# T", id="t"), cell]), "one")
+    assert f"![a line](data:image/png;base64,{base64.b64encode(b'png').decode()})" in text
+    printed, html = (pages.apart(output) for output in outputs.values())
+    assert "<pre>&lt;b&gt; &amp; co</pre></template>" in printed
+    assert "<style>:host {color: red}</style><p>hi</p></template>" in html
+    assert "<Figure>" not in text

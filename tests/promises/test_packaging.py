@@ -92,9 +92,16 @@ def test_the_source_archive_holds_what_builds_tests_and_explains_it(built: Path)
     (archive,) = built.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "mkdocs.yml"}
+    wanted = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile"}
     assert wanted <= names, sorted(wanted - names)
-    assert {"tests/conftest.py", "docs/index.md", "lmprobe_zarr/py.typed", "tests/old_stores/version-1/store/zarr.json"} <= names
+    assert {
+        "docs/index.md",
+        "docs/conf.py",
+        "docs/notebook_pages.py",
+        "docs/notebooks/first_store.ipynb",
+        "docs/templates/sections.html",
+    } <= names
+    assert {"tests/conftest.py", "lmprobe_zarr/py.typed", "tests/old_stores/version-1/store/zarr.json"} <= names
 
 
 def test_the_wheel_installs_and_works_away_from_the_clone(built: Path, tmp_path: Path) -> None:
