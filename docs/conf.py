@@ -14,6 +14,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc", "sphinx_copybutto
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["templates", "static", "**/.ipynb_checkpoints"]
 default_role = "py:obj"  # a name in backticks leads to its entry in the reference, where it has one
+nitpicky = True  # what a docstring names by a role, as in :func:`sweep`, has to be there
+nitpick_ignore_regex = [("py:obj", ".*")]
 highlight_language = "text"
 
 myst_enable_extensions = ["alert", "attrs_inline"]

@@ -92,7 +92,7 @@ def sweep(
     metrics : names, optional
         Of a classification "accuracy" and "auroc" (the default), "balanced_accuracy", "f1", "precision", "recall", "auprc", "log_loss",
         "brier", "ece" and "recall_at_fpr_0.01" with any rate; of a regression "r2" and "mae" (the default), "spearman". See
-        :mod:`lmprobe_zarr.probes.metrics` for what each means.
+        `lmprobe_zarr.probes.metrics` for what each means.
     controls : names, or {name: features}, optional
         Entries beside the probes that a good score has to beat: "shuffled_labels", "bag_of_words", "tfidf", "length", "perplexity",
         "layer_0", "embed", "random_direction", "majority"; see :data:`lmprobe_zarr.probes.controls.CONTROLS`. Features of one's own

@@ -93,6 +93,7 @@ def test_the_build_fails_on_what_leads_nowhere(tmp_path: Path) -> None:
         "[e](no-notebook.ipynb)": "no-notebook.ipynb",
         "[f](#lmprobe_zarr.no_function)": "lmprobe_zarr.no_function",
         "```{eval-rst}\n.. autofunction:: lmprobe_zarr.not_there\n```": "not_there",
+        "```{eval-rst}\n:func:`lmprobe_zarr.nor_this`\n```": "nor_this",
     }
     whole = "[g](other.md#a-heading), [h](#lmprobe_zarr.prompt_hash), [i](#first)\n\n"
     whole += "```{eval-rst}\n.. autofunction:: lmprobe_zarr.prompt_hash\n```\n"
