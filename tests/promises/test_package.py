@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from architecture_page import LINE, faces, imports_of, is_below, modules, room_of
+from heavy import HEAVY
 
 import lmprobe_zarr as lz
 from lmprobe_zarr import errors
@@ -84,12 +85,6 @@ def test_nothing_pickles_or_evaluates() -> None:
 
 def run_python(code: str) -> str:
     return subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
-
-
-HEAVY = (
-    "torch", "transformers", "distributed", "matplotlib", "sklearn", "scipy", "s3fs", "gcsfs", "google.cloud.storage", "adlfs",
-    "azure.storage.blob", "huggingface_hub", "obstore", "shtab", "gguf", "accelerate", "tqdm",
-)  # fmt: skip
 
 
 def test_importing_the_package_is_light() -> None:
